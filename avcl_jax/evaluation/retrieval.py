@@ -1,0 +1,194 @@
+"""Nearest neighbours and retrieval scores, with worst-case tie order.
+
+One definition serves instance retrieval (the audio of a video finds its picture: every identity is
+unique) and class retrieval (a UCF101 test clip finds training clips of its class): an item of the
+gallery is *relevant* to a query when their identities are equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+# Two similarities of unit float32 vectors that differ by less than this are tied. A blocked matrix
+# product returns the last bits of equal vectors differently, and a collapsed encoder must not gain
+# from that lottery.
+TIE_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class RetrievalScores:
+    """What a ranking of a gallery is worth.
+
+    Attributes:
+        recall: share of queries with a relevant item within the first k, by k.
+        chance: the same share for a random order of the gallery, by k.
+        median_rank: median over queries of the rank of the first relevant item, counted from 1.
+        chance_median_rank: the same for a random order and one relevant item of each query,
+            (gallery + 1) / 2.
+        queries: number of queries.
+        gallery: number of items they are ranked over.
+    """
+
+    recall: dict[int, float]
+    chance: dict[int, float]
+    median_rank: float
+    chance_median_rank: float
+    queries: int
+    gallery: int
+
+    def as_results(self) -> dict[str, float | int]:
+        """Returns the flat mapping that results.json stores; `chance` is that of R@1."""
+        results: dict[str, float | int] = {}
+        for k, value in self.recall.items():
+            results[f"r{k}"] = value
+            results[f"chance_r{k}"] = self.chance[k]
+        results["median_rank"] = self.median_rank
+        results["chance_median_rank"] = self.chance_median_rank
+        results["chance"] = self.chance[1]
+        results["queries"] = self.queries
+        results["gallery"] = self.gallery
+        return results
+
+
+def normalise(vectors: np.ndarray) -> np.ndarray:
+    """Returns float32 [n, D] vectors scaled to unit length; a zero vector stays zero.
+
+    Args:
+        vectors: float [n, D].
+
+    Raises:
+        ValueError: if a value is not finite or the array is not a matrix.
+    """
+    vectors = np.asarray(vectors, dtype=np.float32)
+    if vectors.ndim != 2:
+        raise ValueError(f"expected vectors [n, D], got shape {vectors.shape}")
+    if not np.isfinite(vectors).all():
+        rows = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        raise ValueError(
+            f"{len(rows)} of {len(vectors)} vectors are not finite, first row {rows[0]}"
+        )
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+
+
+def first_relevant_ranks(
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    *,
+    query_ids: np.ndarray,
+    gallery_ids: np.ndarray,
+    chunk: int = 1024,
+) -> np.ndarray:
+    """Returns int64 [q], the rank from 1 of the most similar relevant item of each query, ties
+    counted against it.
+
+    Similarity is the cosine; an irrelevant item that ties with the relevant one stands before it,
+    so that embeddings that all collapsed to one point rank last instead of first.
+
+    Args:
+        queries: float [q, D].
+        gallery: float [g, D].
+        query_ids: int [q], identity of each query.
+        gallery_ids: int [g], identity of each item.
+        chunk: queries compared at a time, which bounds memory to chunk × g similarities.
+
+    Raises:
+        ValueError: if shapes do not match, or a query has no relevant item (its rank would be
+            undefined).
+    """
+    queries, gallery = normalise(queries), normalise(gallery)
+    query_ids, gallery_ids = np.asarray(query_ids), np.asarray(gallery_ids)
+    if queries.shape[1] != gallery.shape[1]:
+        raise ValueError(
+            f"queries are {queries.shape[1]}-d and the gallery is {gallery.shape[1]}-d"
+        )
+    if query_ids.shape != queries.shape[:1] or gallery_ids.shape != gallery.shape[:1]:
+        raise ValueError(
+            f"identities {query_ids.shape} and {gallery_ids.shape} do not match "
+            f"{len(queries)} queries and {len(gallery)} items"
+        )
+    missing = ~np.isin(query_ids, gallery_ids)
+    if missing.any():
+        raise ValueError(
+            f"{int(missing.sum())} queries have no relevant item in the gallery, first identity "
+            f"{query_ids[missing][0]}; leave them out"
+        )
+    ranks = np.empty(len(queries), dtype=np.int64)
+    for start in range(0, len(queries), chunk):
+        stop = min(start + chunk, len(queries))
+        similarity = queries[start:stop] @ gallery.T
+        relevant = query_ids[start:stop, None] == gallery_ids[None, :]
+        best = np.where(relevant, similarity, -np.inf).max(axis=1, keepdims=True)
+        ranks[start:stop] = 1 + ((similarity >= best - TIE_TOLERANCE) & ~relevant).sum(axis=1)
+    return ranks
+
+
+def retrieval_scores(
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    *,
+    query_ids: np.ndarray,
+    gallery_ids: np.ndarray,
+    recall_at: Sequence[int],
+    chunk: int = 1024,
+) -> RetrievalScores:
+    """Ranks the gallery for every query and scores the order.
+
+    Args:
+        queries: float [q, D].
+        gallery: float [g, D].
+        query_ids: int [q], identity of each query.
+        gallery_ids: int [g], identity of each item.
+        recall_at: the k of R@k; 1 is always added, and a k above the size of the gallery is left
+            out.
+        chunk: queries compared at a time.
+
+    Returns:
+        Scores over all queries.
+
+    Raises:
+        ValueError: as `first_relevant_ranks`.
+    """
+    ranks = first_relevant_ranks(
+        queries, gallery, query_ids=query_ids, gallery_ids=gallery_ids, chunk=chunk
+    )
+    size = len(gallery)
+    ks = sorted({1, *(k for k in recall_at if k <= size)})
+    identities, counts = np.unique(np.asarray(gallery_ids), return_counts=True)
+    relevant = counts[np.searchsorted(identities, np.asarray(query_ids))]
+    return RetrievalScores(
+        recall={k: float(np.mean(ranks <= k)) for k in ks},
+        chance={k: float(np.mean(_chance_of_hit(relevant, size, k))) for k in ks},
+        median_rank=float(np.median(ranks)),
+        chance_median_rank=(size + 1) / 2,
+        queries=len(ranks),
+        gallery=size,
+    )
+
+
+def _chance_of_hit(relevant: np.ndarray, size: int, k: int) -> np.ndarray:
+    """Returns the probability that k of `size` items, drawn at random, hold a relevant one."""
+    drawn = np.arange(k)
+    miss = np.clip(size - relevant[:, None] - drawn, 0, None) / (size - drawn)
+    return 1.0 - miss.prod(axis=1)
+
+
+def nearest(queries: np.ndarray, gallery: np.ndarray, *, k: int, chunk: int = 1024) -> np.ndarray:
+    """Returns int64 [q, min(k, g)], the most similar items of each query, most similar first.
+
+    Args:
+        queries: float [q, D].
+        gallery: float [g, D].
+        k: how many.
+        chunk: queries compared at a time.
+    """
+    queries, gallery = normalise(queries), normalise(gallery)
+    k = min(k, len(gallery))
+    found = np.empty((len(queries), k), dtype=np.int64)
+    for start in range(0, len(queries), chunk):
+        similarity = queries[start : start + chunk] @ gallery.T
+        found[start : start + chunk] = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+    return found
