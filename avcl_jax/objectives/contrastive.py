@@ -1,0 +1,274 @@
+"""Contrastive objective with sample-dependent positives and negatives (design §2.3).
+
+For an anchor z with partner q (weight 1 − λ), bank positives p (sharing λ equally) and negatives n:
+
+    l(z) = − Σ_p ω_p · log( e^{z·p/τ} / ( e^{z·p/τ} + Σ_n e^{z·n/τ} ) ),   Σ_p ω_p = 1
+
+Each positive has a denominator of its own, so positives do not compete with each other. Writing E
+for the log of the sum over negatives, one term is softplus(E − z·p/τ): the stable form used here.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+Kind = Literal["within", "cross"]
+
+# Stands for the logit of an excluded entry. Finite, because −inf − (−inf) is NaN in the gradient of
+# logsumexp over an empty set; softplus(−1e30 − z·p/τ) and its gradient are exactly 0 in float32.
+_EXCLUDED = -1e30
+
+
+class _Similarities(NamedTuple):
+    """Cosine similarities of every anchor with its positives and negatives, and who counts."""
+
+    partner: Float[Array, "videos 2"]
+    batch: Float[Array, "videos 2 videos 2"]
+    batch_mask: Bool[Array, "videos 2 videos 2"]  # in-batch negatives
+    bank_positive: Float[Array, "videos 2 positives"]
+    bank_positive_mask: Bool[Array, "videos 2 positives"]
+    bank_negative: Float[Array, "videos 2 negatives"]
+    bank_negative_mask: Bool[Array, "videos 2 negatives"]
+    anchor_mask: Bool[Array, "videos 2"]  # anchors whose own and target modality exist
+
+
+def _dot(subscripts: str, a: Array, b: Array) -> Array:
+    # HIGHEST: the default multiplies float32 in bfloat16 (TPU) or TF32 (GPU), an error of 4e-3 in a
+    # similarity, hence of 0.04 in a logit at τ = 0.1. These products are a tiny part of a step.
+    return jnp.einsum(subscripts, a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _present(values: Array, mask: Array) -> Array:
+    """Casts to at least float32 and zeroes what is missing: its gradient is then 0, never NaN."""
+    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    mask = mask.reshape(mask.shape + (1,) * (values.ndim - mask.ndim))
+    return jnp.where(mask, values, jnp.zeros((), values.dtype))
+
+
+def _bank_similarities(
+    name: str,
+    anchors: Float[Array, "videos 2 dim"],
+    rows: Float[Array, "videos 2 rows dim"] | None,
+    mask: Bool[Array, "videos 2 rows"] | None,
+) -> tuple[Array, Array]:
+    if (rows is None) != (mask is None):
+        given, missing = (
+            (f"bank_{name}s", f"bank_{name}_mask")
+            if mask is None
+            else (f"bank_{name}_mask", f"bank_{name}s")
+        )
+        raise ValueError(f"{given} was given without {missing}; pass both or neither.")
+    if rows is None or mask is None:
+        shape = (*anchors.shape[:2], 0)
+        return jnp.zeros(shape, anchors.dtype), jnp.zeros(shape, bool)
+    if rows.shape != (*anchors.shape[:2], mask.shape[-1], anchors.shape[-1]):
+        raise ValueError(
+            f"bank_{name}s has shape {rows.shape}; with anchors {anchors.shape} and "
+            f"bank_{name}_mask {mask.shape} it must be [videos, 2, rows, dim]."
+        )
+    return _dot("ikd,ikpd->ikp", anchors, _present(jax.lax.stop_gradient(rows), mask)), mask
+
+
+def _similarities(
+    anchors: Array,
+    targets: Array,
+    *,
+    kind: Kind,
+    source_id: Array,
+    anchor_mask: Array,
+    target_mask: Array,
+    bank_positives: Array | None,
+    bank_positive_mask: Array | None,
+    bank_negatives: Array | None,
+    bank_negative_mask: Array | None,
+) -> _Similarities:
+    if kind not in ("within", "cross"):
+        raise ValueError(f"kind is {kind!r}; it must be 'within' or 'cross'.")
+    if anchors.ndim != 3 or anchors.shape[1] != 2 or anchors.shape != targets.shape:
+        raise ValueError(
+            f"anchors and targets must both be [videos, 2, dim]; got {anchors.shape} and "
+            f"{targets.shape}."
+        )
+    anchors = _present(anchors, anchor_mask)
+    targets = _present(targets, target_mask)
+    partner_of = targets[:, ::-1] if kind == "within" else targets
+    shape = (*anchors.shape[:2], *targets.shape[:2])
+    # Of the same source, whether the same record, another cut or a second meeting of it in one
+    # global batch: neither negative nor (except the partner) positive.
+    other_source = (source_id[:, None] != source_id[None, :]) & target_mask[None, :]
+    positive, positive_mask = _bank_similarities(
+        "positive", anchors, bank_positives, bank_positive_mask
+    )
+    negative, negative_mask = _bank_similarities(
+        "negative", anchors, bank_negatives, bank_negative_mask
+    )
+    return _Similarities(
+        partner=_dot("ikd,ikd->ik", anchors, partner_of),
+        batch=_dot("ikd,jld->ikjl", anchors, targets),
+        batch_mask=jnp.broadcast_to(other_source[:, None, :, None], shape),
+        bank_positive=positive,
+        bank_positive_mask=positive_mask,
+        bank_negative=negative,
+        bank_negative_mask=negative_mask,
+        anchor_mask=jnp.broadcast_to((anchor_mask & target_mask)[:, None], shape[:2]),
+    )
+
+
+def _log_sum_exp(logits: Array, mask: Array, axes: tuple[int, ...]) -> Array:
+    excluded = jnp.asarray(_EXCLUDED, logits.dtype)
+    if any(logits.shape[axis] == 0 for axis in axes):
+        return jnp.full(logits.shape[:2], excluded)
+    return jax.nn.logsumexp(jnp.where(mask, logits, excluded), axis=axes)
+
+
+def _anchor_losses(
+    similarities: _Similarities, temperature: float | Array, positive_weight: float | Array
+) -> Array:
+    negatives = jnp.logaddexp(
+        _log_sum_exp(similarities.batch / temperature, similarities.batch_mask, (2, 3)),
+        _log_sum_exp(
+            similarities.bank_negative / temperature, similarities.bank_negative_mask, (2,)
+        ),
+    )
+    partner_loss = jax.nn.softplus(negatives - similarities.partner / temperature)
+    valid = similarities.bank_positive_mask
+    bank_losses = jax.nn.softplus(
+        negatives[..., None] - similarities.bank_positive / temperature
+    ) * valid.astype(partner_loss.dtype)
+    count = valid.sum(-1).astype(partner_loss.dtype)
+    bank_weight = jnp.where(count > 0, positive_weight, 0.0).astype(partner_loss.dtype)
+    loss = (1 - bank_weight) * partner_loss
+    loss = loss + bank_weight * bank_losses.sum(-1) / jnp.maximum(count, 1)
+    return jnp.where(similarities.anchor_mask, loss, jnp.zeros((), loss.dtype))
+
+
+def _masked_mean(values: Array, mask: Array) -> Array:
+    total = jnp.where(mask, values, jnp.zeros((), values.dtype)).sum()
+    return total / jnp.maximum(mask.sum(), 1).astype(values.dtype)
+
+
+def _metrics(s: _Similarities) -> dict[str, Array]:
+    counted = s.anchor_mask
+    negatives = s.batch_mask & counted[..., None, None]
+    ranked = counted & s.batch_mask.any((2, 3))  # first among nobody is no achievement
+    hardest = jnp.where(s.batch_mask, s.batch, -jnp.inf).max((2, 3), initial=-jnp.inf)
+    # Strictly first: when all embeddings are one point, accuracy is 0 and shows the collapse.
+    first = (s.partner > hardest).astype(s.partner.dtype)
+    return {
+        "positive_similarity": _masked_mean(s.partner, counted),
+        "negative_similarity": _masked_mean(s.batch, negatives),
+        "bank_positive_similarity": _masked_mean(
+            s.bank_positive, s.bank_positive_mask & counted[..., None]
+        ),
+        "bank_negative_similarity": _masked_mean(
+            s.bank_negative, s.bank_negative_mask & counted[..., None]
+        ),
+        "accuracy": _masked_mean(first, ranked),
+        "anchors": counted.sum(),
+    }
+
+
+def per_anchor_loss(
+    anchors: Float[Array, "videos 2 dim"],
+    targets: Float[Array, "videos 2 dim"],
+    *,
+    kind: Kind,
+    source_id: Int[Array, videos],
+    anchor_mask: Bool[Array, videos],
+    target_mask: Bool[Array, videos],
+    temperature: float | Float[Array, ""],
+    positive_weight: float | Float[Array, ""],
+    bank_positives: Float[Array, "videos 2 positives dim"] | None = None,
+    bank_positive_mask: Bool[Array, "videos 2 positives"] | None = None,
+    bank_negatives: Float[Array, "videos 2 negatives dim"] | None = None,
+    bank_negative_mask: Bool[Array, "videos 2 negatives"] | None = None,
+) -> tuple[Float[Array, "videos 2"], Bool[Array, "videos 2"]]:
+    """Returns l_i of every anchor, whose mean is `contrastive_loss`.
+
+    Args: as `contrastive_loss`.
+
+    Returns:
+        The losses [videos, 2], 0 where the anchor does not count, and which anchors count.
+    """
+    similarities = _similarities(
+        anchors,
+        targets,
+        kind=kind,
+        source_id=source_id,
+        anchor_mask=anchor_mask,
+        target_mask=target_mask,
+        bank_positives=bank_positives,
+        bank_positive_mask=bank_positive_mask,
+        bank_negatives=bank_negatives,
+        bank_negative_mask=bank_negative_mask,
+    )
+    return _anchor_losses(similarities, temperature, positive_weight), similarities.anchor_mask
+
+
+def contrastive_loss(
+    anchors: Float[Array, "videos 2 dim"],
+    targets: Float[Array, "videos 2 dim"],
+    *,
+    kind: Kind,
+    source_id: Int[Array, videos],
+    anchor_mask: Bool[Array, videos],
+    target_mask: Bool[Array, videos],
+    temperature: float | Float[Array, ""],
+    positive_weight: float | Float[Array, ""],
+    bank_positives: Float[Array, "videos 2 positives dim"] | None = None,
+    bank_positive_mask: Bool[Array, "videos 2 positives"] | None = None,
+    bank_negatives: Float[Array, "videos 2 negatives dim"] | None = None,
+    bank_negative_mask: Bool[Array, "videos 2 negatives"] | None = None,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Mean of the objective over the anchors whose own and target modality exist.
+
+    One direction of one term, for the global batch: `vv` and `aa` are "within" with the same array
+    as anchors and targets; the term `va` is the mean of "cross" video → audio and audio → video.
+    In-batch negatives of an anchor are all embeddings of `targets`, both views, of other sources
+    whose target modality exists. Without any negative l = 0. Computed in float32, float64 if given.
+
+    Args:
+        anchors: [videos, 2, dim] L2-normalised embeddings of the anchor modality, any float dtype.
+        targets: [videos, 2, dim] L2-normalised embeddings of the target modality.
+        kind: What the partner is. "within": the other view; "cross": the same view of the target
+            modality.
+        source_id: int [videos], equal for records cut from one medium.
+        anchor_mask: bool [videos], whether the anchor modality exists.
+        target_mask: bool [videos], whether the target modality exists.
+        temperature: τ > 0.
+        positive_weight: λ in [0, 1], shared equally by an anchor's valid bank positives; if it has
+            none, its partner has weight 1.
+        bank_positives: [videos, 2, positives, dim] rows of the target modality; never get gradient.
+        bank_positive_mask: bool [videos, 2, positives].
+        bank_negatives: [videos, 2, negatives, dim] rows of the target modality; never get gradient.
+        bank_negative_mask: bool [videos, 2, negatives].
+
+    Returns:
+        The scalar loss, 0 (with zero gradient) if no anchor counts, and metrics: the mean
+        similarities `positive_similarity` (partner), `negative_similarity` (in-batch),
+        `bank_positive_similarity` and `bank_negative_similarity`; `accuracy`, how often the partner
+        ranks strictly first among the in-batch negatives; `anchors`, how many count. A mean over
+        nothing is 0.
+
+    Raises:
+        ValueError: On shapes that do not fit, an unknown kind, or bank rows without their mask.
+    """
+    similarities = _similarities(
+        anchors,
+        targets,
+        kind=kind,
+        source_id=source_id,
+        anchor_mask=anchor_mask,
+        target_mask=target_mask,
+        bank_positives=bank_positives,
+        bank_positive_mask=bank_positive_mask,
+        bank_negatives=bank_negatives,
+        bank_negative_mask=bank_negative_mask,
+    )
+    losses = _anchor_losses(similarities, temperature, positive_weight)
+    metrics = jax.lax.stop_gradient(_metrics(similarities))
+    return _masked_mean(losses, similarities.anchor_mask), metrics
