@@ -1,0 +1,200 @@
+"""The picture of a scene: a glowing object with a comet trail and fading marks over clutter.
+
+Hue, texture, shape, clutter, distractors and the camera's jitter are random and bound to nothing.
+Trail and marks last longer than a frame at eight times the speed (0.5 s), so that the arrow of time
+can be seen at every speed; their clocks are the same in every video, so that speed can be seen too.
+"""
+
+from __future__ import annotations
+
+import colorsys
+
+import cv2
+import numpy as np
+
+from data_prep.foley.scene import SIZE, VIDEO_FPS, Scene
+
+TRAIL_SECONDS = 0.4
+MARK_SECONDS = 0.35
+SUBSTEPS = 6
+SPRITE = 48
+
+_GRID = np.arange(SIZE, dtype=np.float32)
+
+
+def render_picture(scene: Scene) -> np.ndarray:
+    """Render the frames of a scene.
+
+    Args:
+        scene: What happens when.
+
+    Returns:
+        uint8 [frames, 64, 64, 3] RGB; frame j shows the scene at time j / `VIDEO_FPS`.
+    """
+    rng = np.random.default_rng(scene.picture_seed)
+    seconds = np.arange(scene.num_frames) / VIDEO_FPS
+    energy = scene.energy(seconds).astype(np.float32)
+    hue = rng.uniform()
+    backdrop = _backdrop(rng, hue)
+    frames = np.repeat(backdrop[None], scene.num_frames, axis=0)
+    _add_distractors(rng, frames, seconds)
+
+    trail_colour = _colour(hue + rng.uniform(-0.12, 0.12), rng.uniform(0.6, 0.9), 1.0)
+    trail = _trail(scene) * (0.15 + 0.75 * energy)[:, None, None]
+    frames += trail[..., None] * (trail_colour - frames)
+    mark_colour = _colour(rng.uniform(), rng.uniform(0.1, 0.5), 1.0)
+    frames += np.minimum(_marks(scene), 1.0)[..., None] * (mark_colour - frames)
+
+    sprite = _sprite(rng, hue)
+    spin = rng.uniform(0, 360) + rng.choice([-1, 1]) * rng.uniform(40, 120) * seconds
+    places, radii = scene.place(seconds), scene.radius(seconds)
+    for frame, place, radius, angle in zip(frames, places, radii, spin, strict=True):
+        _paste(frame, sprite, place, radius, angle)
+    shaken = _shake(rng, frames)
+    noise = rng.standard_normal(shaken.shape, dtype=np.float32)
+    return np.clip(shaken * 255 + 2.0 * noise + 0.5, 0, 255).astype(np.uint8)
+
+
+def _colour(hue: float, saturation: float, value: float) -> np.ndarray:
+    return np.array(colorsys.hsv_to_rgb(hue % 1.0, saturation, value), np.float32)
+
+
+def _backdrop(rng: np.random.Generator, hue: float) -> np.ndarray:
+    """A dim random texture with random polygons and discs, [64, 64, 3] in [0, 1]."""
+    base = _colour(hue + rng.uniform(0.25, 0.75), rng.uniform(0.3, 0.8), rng.uniform(0.12, 0.4))
+    picture = np.ones((SIZE * 4, SIZE * 4, 3), np.float32) * base
+    for cells, strength in ((3, 0.25), (9, 0.12)):
+        texture = rng.standard_normal((cells, cells, 3)).astype(np.float32)
+        picture *= 1 + strength * cv2.resize(
+            texture, (SIZE * 4,) * 2, interpolation=cv2.INTER_CUBIC
+        )
+    for _ in range(rng.integers(3, 8)):
+        colour = _colour(rng.uniform(), rng.uniform(0.2, 0.8), rng.uniform(0.1, 0.5)).tolist()
+        centre = rng.uniform(0, SIZE * 4, size=2)
+        if rng.uniform() < 0.4:
+            cv2.circle(
+                picture, tuple(centre.astype(int).tolist()), int(rng.uniform(10, 34)), colour, -1
+            )
+        else:
+            around = np.sort(rng.uniform(0, 2 * np.pi, size=rng.integers(3, 6)))
+            far = rng.uniform(12, 48, size=len(around))[:, None]
+            corners = centre + far * np.stack([np.cos(around), np.sin(around)], axis=-1)
+            cv2.fillPoly(picture, [corners.astype(np.int32)], colour)
+    return np.clip(cv2.resize(picture, (SIZE, SIZE), interpolation=cv2.INTER_AREA), 0.02, 0.75)
+
+
+def _add_distractors(rng: np.random.Generator, frames: np.ndarray, seconds: np.ndarray) -> None:
+    """Dim silent discs that drift on slow reversible curves, without trail."""
+    for _ in range(rng.integers(1, 4)):
+        rate = rng.uniform(0.05, 0.25, size=2)
+        phase = rng.uniform(0, 2 * np.pi, size=2)
+        swing = rng.uniform(4, 16, size=2)
+        place = rng.uniform(8, SIZE - 8, size=2) + swing * np.sin(
+            2 * np.pi * rate * seconds[:, None] + phase
+        )
+        blob = _blobs(place, np.full(len(seconds), rng.uniform(1.5, 3.0)))
+        colour = _colour(rng.uniform(), rng.uniform(0.3, 0.9), rng.uniform(0.4, 0.8))
+        frames += (0.6 * blob)[..., None] * (colour - frames)
+
+
+def _blobs(place: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """Gaussian blobs [N, 64, 64] with peak 1 at `place` [N, 2]."""
+    scale = (1 / (2 * sigma**2)).astype(np.float32)[:, None]
+    x = np.exp(-scale * (_GRID - place[:, :1].astype(np.float32)) ** 2)
+    y = np.exp(-scale * (_GRID - place[:, 1:].astype(np.float32)) ** 2)
+    return y[:, :, None] * x[:, None, :]
+
+
+def _trail(scene: Scene) -> np.ndarray:
+    """Opacity [frames, 64, 64] of the comet trail: where the object was, fading exponentially."""
+    fine = 1 / (VIDEO_FPS * SUBSTEPS)
+    lead = 16 * SUBSTEPS
+    count = lead + scene.num_frames * SUBSTEPS
+    # The last substep of a frame is the frame's own time.
+    seconds = (np.arange(count) - lead - SUBSTEPS + 1) * fine
+    place, sigma = scene.place(seconds), 0.55 * scene.radius(seconds)
+    scale = (1 / (2 * sigma**2)).astype(np.float32)[:, None]
+    fade = np.exp(-np.arange(SUBSTEPS)[::-1] * fine / TRAIL_SECONDS).astype(np.float32)
+    x = np.exp(-scale * (_GRID - place[:, :1].astype(np.float32)) ** 2)
+    y = np.exp(-scale * (_GRID - place[:, 1:].astype(np.float32)) ** 2)
+    x, y = x.reshape(-1, SUBSTEPS, SIZE), y.reshape(-1, SUBSTEPS, SIZE)
+    fresh = np.max(y[..., :, None] * (x * fade[:, None])[..., None, :], axis=1)
+    trail = np.empty((scene.num_frames, SIZE, SIZE), np.float32)
+    state = np.zeros((SIZE, SIZE), np.float32)
+    forget = np.float32(np.exp(-1 / (VIDEO_FPS * TRAIL_SECONDS)))
+    for i, layer in enumerate(fresh):
+        state = np.maximum(state * forget, layer)
+        if i >= lead // SUBSTEPS:
+            trail[i - lead // SUBSTEPS] = state
+    return trail
+
+
+def _marks(scene: Scene) -> np.ndarray:
+    """Opacity [frames, 64, 64] of contact marks: a flash, and a ring that grows and fades."""
+    marks = np.zeros((scene.num_frames, SIZE, SIZE), np.float32)
+    last = int(3 * MARK_SECONDS * VIDEO_FPS)
+    times = scene.contact_seconds
+    loud = scene.energy(times) * scene.contact_strength
+    radius = scene.radius(times)
+    for time, place, strength, size in zip(times, scene.contact_place, loud, radius, strict=True):
+        first = max(0, int(np.ceil(time * VIDEO_FPS - 1e-9)))
+        ages = np.arange(first, min(first + last, scene.num_frames)) / VIDEO_FPS - time
+        if not len(ages):
+            continue
+        x, y = _GRID - np.float32(place[0]), _GRID - np.float32(place[1])
+        away = np.sqrt(y[:, None] ** 2 + x[None, :] ** 2)
+        fade = np.exp(-ages / MARK_SECONDS).astype(np.float32)[:, None, None]
+        grown = (size * 0.8 + (6 + 10 * strength) * (1 - np.exp(-ages / 0.3))).astype(np.float32)
+        ring = np.exp(-(((away - grown[:, None, None]) / 1.3) ** 2))
+        flash = (
+            np.exp(-((away / np.float32(size * 1.5)) ** 2)) * np.exp(-ages / 0.08)[:, None, None]
+        )
+        opacity = np.float32(0.25 + 0.75 * strength)
+        marks[first : first + len(ages)] += opacity * (0.85 * fade * ring + flash)
+    return marks
+
+
+def _sprite(rng: np.random.Generator, hue: float) -> np.ndarray:
+    """A shaded, textured body of random shape, [48, 48, 4] float32 RGBA, radius 18 pixels."""
+    y, x = (np.mgrid[:SPRITE, :SPRITE].astype(np.float32) - (SPRITE - 1) / 2) / 18
+    angle, away = np.arctan2(y, x), np.hypot(x, y)
+    lobes = rng.integers(3, 7)
+    outline = 1 - rng.uniform(0.0, 0.22) * (0.5 + 0.5 * np.cos(lobes * angle))
+    alpha = np.clip((outline - away) * 9, 0, 1)
+    light = np.clip(1.05 - 0.55 * np.hypot(x + 0.3, y + 0.3), 0.25, 1)
+    body = _colour(hue, rng.uniform(0.35, 0.8), 1.0) * light[..., None]
+    accent = _colour(hue + rng.uniform(0.3, 0.7), 0.8, rng.uniform(0.3, 1.0))
+    tone = rng.uniform(0, 2 * np.pi)
+    stripes = np.sin(rng.uniform(3, 6) * (x * np.cos(tone) + y * np.sin(tone)) + tone) > 0.35
+    body[stripes] = 0.6 * body[stripes] + 0.4 * accent * light[stripes][:, None]
+    rim = np.clip(1 - np.abs(outline - away - 0.06) * 10, 0, 1)[..., None]
+    body = body + 0.5 * rim * (1 - body)
+    sprite = np.concatenate([body * alpha[..., None], alpha[..., None]], axis=-1)
+    return cv2.GaussianBlur(sprite.astype(np.float32), (0, 0), 1.5)
+
+
+def _paste(frame, sprite, place, radius, angle_degrees):
+    """Blend the sprite into one frame, in place."""
+    middle = (SPRITE - 1) / 2
+    matrix = cv2.getRotationMatrix2D((middle, middle), angle_degrees, radius / 18)
+    matrix[:, 2] += place - middle
+    layer = cv2.warpAffine(sprite, matrix, (SIZE, SIZE), flags=cv2.INTER_LINEAR)
+    frame *= 1 - layer[..., 3:]
+    frame += layer[..., :3]
+
+
+def _shake(rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
+    """Camera jitter: a stationary, reversible random walk of under a pixel, on a slow sway."""
+    count = len(frames)
+    sway = rng.uniform(0.5, 2.0, size=2) * np.sin(
+        2 * np.pi * rng.uniform(0.05, 0.15, size=2) * np.arange(count)[:, None] / VIDEO_FPS
+        + rng.uniform(0, 2 * np.pi, size=2)
+    )
+    offset = sway + 0.3 * rng.standard_normal((count, 2))
+    shaken = np.empty_like(frames)
+    for source, target, (dx, dy) in zip(frames, shaken, offset, strict=True):
+        matrix = np.array([[1, 0, dx], [0, 1, dy]])
+        cv2.warpAffine(
+            source, matrix, (SIZE, SIZE), target, cv2.INTER_LINEAR, cv2.BORDER_REFLECT_101
+        )
+    return shaken
