@@ -1,0 +1,292 @@
+"""Charts and pictures of the report, as strings that go into the page.
+
+Charts are SVG whose inks are CSS variables of the page, so that one drawing is legible on a light
+and on a dark background.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+import av
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+# Mid-tones that keep a contrast of 3 : 1 to both backgrounds of the page.
+SERIES_COLOURS = (
+    "#3a86d4",
+    "#d97a1a",
+    "#2f9e6b",
+    "#c2559b",
+    "#7e6bd6",
+    "#a8703a",
+    "#2aa0b4",
+    "#87909c",
+)
+# Colours that no chart uses, replaced by CSS variables after drawing.
+_INK, _MUTED, _GRID = "#010203", "#040506", "#070809"
+_VARIABLES = {_INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--line)"}
+
+_RC = {
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
+    "font.size": 9.0,
+    "text.color": _INK,
+    "axes.labelcolor": _MUTED,
+    "axes.edgecolor": _GRID,
+    "axes.titlecolor": _INK,
+    "axes.titlesize": 10.0,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "legend.frameon": False,
+    "legend.labelcolor": _INK,
+}
+
+
+def _svg(figure: Figure, name: str, description: str) -> str:
+    stream = io.StringIO()
+    # The salt keeps element ids apart between charts of one page, and equal between two runs.
+    with matplotlib.rc_context({**_RC, "svg.hashsalt": name}):
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, variable)
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", text)
+    used = set(re.findall(r"#([\w.-]+)", text))
+    text = re.sub(r' id="([^"]*)"', lambda id: id.group(0) if id.group(1) in used else "", text)
+    return re.sub(
+        r'<svg [^>]*viewBox="([^"]+)"[^>]*>',
+        rf'<svg viewBox="\1" role="img" aria-label="{description}" '
+        'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">',
+        text,
+        count=1,
+    )
+
+
+def _axes(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(np.atleast_1d(figure.subplots(1, count)).ravel())
+
+
+def line_chart(
+    series: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    name: str,
+    ylabel: str,
+    reference: tuple[str, float] | None = None,
+    percent: bool = False,
+) -> str:
+    """Returns an SVG of curves over the training step, each labelled at its end.
+
+    Args:
+        series: label to (steps [n], values [n]).
+        name: unique name of the chart on the page.
+        ylabel: what is shown.
+        reference: a horizontal line, (label, value), for instance chance.
+        percent: write the axis in per cent.
+    """
+    with matplotlib.rc_context(_RC):
+        figure, (axes,) = _axes(1, 5.6, 3.1)
+        ends = []
+        for index, (label, (steps, values)) in enumerate(series.items()):
+            colour = SERIES_COLOURS[index % len(SERIES_COLOURS)]
+            smooth = _rolling_mean(values, max(1, len(values) // 40))
+            if len(values) > 40:
+                axes.plot(steps, values, color=colour, alpha=0.22, linewidth=0.8)
+            axes.plot(steps, smooth, color=colour, linewidth=1.7)
+            if len(values):
+                ends.append((label, float(smooth[-1]), colour))
+        if reference is not None:
+            axes.axhline(reference[1], color=_MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
+            ends.append((reference[0], reference[1], _MUTED))
+        _label_ends(axes, ends)
+        axes.set_xlabel("training step")
+        axes.set_ylabel(ylabel)
+        if percent:
+            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+        axes.margins(x=0.01)
+        return _svg(figure, name, f"{ylabel} over training step")
+
+
+def _rolling_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Returns the mean over the last `width` values, over fewer at the beginning."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    stop = np.arange(1, len(values) + 1)
+    start = np.maximum(stop - width, 0)
+    return (total[stop] - total[start]) / (stop - start)
+
+
+def _label_ends(axes: Axes, ends: list[tuple[str, float, str]]) -> None:
+    """Writes each label beside the end of its line, pushed apart where they would overlap."""
+    low, high = axes.get_ylim()
+    gap = 0.062 * (high - low)
+    placed: list[float] = []
+    for label, value, colour in sorted(ends, key=lambda end: end[1]):
+        position = max(value, placed[-1] + gap) if placed else value
+        placed.append(position)
+        axes.annotate(
+            label,
+            xy=(1.0, position),
+            xycoords=("axes fraction", "data"),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            annotation_clip=False,
+        )
+    axes.set_ylim(low, high)
+
+
+def bar_chart(
+    groups: Mapping[str, Mapping[str, float]],
+    *,
+    name: str,
+    colours: Mapping[str, str],
+    references: Mapping[str, float],
+    reference_label: str,
+) -> str:
+    """Returns an SVG of grouped bars of fractions, every bar with its value in per cent.
+
+    Args:
+        groups: group to (series to value in [0, 1]).
+        name: unique name of the chart on the page.
+        colours: series to its colour, in the order of the legend.
+        references: group to a dashed line across it, for instance chance.
+        reference_label: what those lines are.
+    """
+    labels = [label for label in colours if any(label in bars for bars in groups.values())]
+    with matplotlib.rc_context(_RC):
+        figure, (axes,) = _axes(1, 9.0, 3.2)
+        left, ticks = 0.0, []
+        for group, bars in groups.items():
+            centres = left + np.arange(len(bars))
+            for centre, (label, value) in zip(centres, bars.items(), strict=True):
+                axes.bar(centre, value, width=0.86, color=colours[label])
+                axes.text(centre, value + 0.015, f"{100 * value:.0f}", ha="center", va="bottom")
+            if group in references:
+                axes.hlines(
+                    references[group],
+                    centres[0] - 0.55,
+                    centres[-1] + 0.55,
+                    color=_INK,
+                    linewidth=1.1,
+                    linestyle=(0, (4, 3)),
+                )
+            ticks.append((float(centres.mean()), group))
+            left = centres[-1] + 2.0
+        for label in labels:
+            axes.bar(0, 0, color=colours[label], label=label)
+        axes.plot([], [], color=_INK, linewidth=1.1, linestyle=(0, (4, 3)), label=reference_label)
+        axes.set_xticks([centre for centre, _ in ticks], [group for _, group in ticks])
+        axes.tick_params(axis="x", length=0, labelcolor=_INK)
+        axes.set_ylim(0, 1.09)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+        figure.legend(loc="outside upper left", ncols=len(labels) + 1, handlelength=1.2)
+        return _svg(figure, name, "bars: " + ", ".join(groups))
+
+
+def scatter(
+    panels: Sequence[tuple[str, np.ndarray, np.ndarray, Sequence[str]]], *, name: str
+) -> str:
+    """Returns an SVG of 2-D maps side by side, points coloured by class.
+
+    Args:
+        panels: of each map its title, positions float [n, 2], labels int [n] (-1 unknown) and
+            names of the classes.
+        name: unique name of the chart on the page.
+    """
+    with matplotlib.rc_context({**_RC, "axes.grid": False, "axes.spines.left": False}):
+        figure, all_axes = _axes(len(panels), 4.7 * len(panels), 4.4)
+        for axes, (title, positions, labels, classes) in zip(all_axes, panels, strict=True):
+            for index, label in enumerate(classes):
+                chosen = positions[labels == index]
+                colour = SERIES_COLOURS[index % len(SERIES_COLOURS)]
+                axes.scatter(
+                    chosen[:, 0], chosen[:, 1], s=22, color=colour, alpha=0.85, label=label
+                )
+            unknown = positions[labels < 0]
+            if len(unknown):
+                axes.scatter(unknown[:, 0], unknown[:, 1], s=22, color=_GRID, label="unknown")
+            axes.set_title(title)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines["bottom"].set_visible(False)
+            axes.legend(
+                loc="upper center",
+                bbox_to_anchor=(0.5, 0.0),
+                ncols=min(3, len(classes)),
+                handletextpad=0.1,
+                columnspacing=1.0,
+            )
+        return _svg(figure, name, "maps: " + ", ".join(panel[0] for panel in panels))
+
+
+def picture_uri(picture: np.ndarray) -> str:
+    """Returns a JPEG data URI of a uint8 [H, W, 3] picture."""
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, format="JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+
+
+def spectrogram_uri(spectrogram: np.ndarray, *, low: float, high: float) -> str:
+    """Returns a PNG data URI of a log-mel spectrogram, time to the right and low pitch below.
+
+    Args:
+        spectrogram: float [F, M].
+        low: value drawn darkest.
+        high: value drawn brightest.
+    """
+    scaled = np.clip((spectrogram - low) / max(high - low, 1e-9), 0.0, 1.0)
+    colours = matplotlib.colormaps["magma"](scaled.T[::-1], bytes=True)[..., :3]
+    stream = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(colours)).save(stream, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+
+
+def clip_uri(frames: np.ndarray, *, fps: float, waveform: np.ndarray, sample_rate_hz: int) -> str:
+    """Returns an MP4 data URI (H.264 and AAC) of a short clip, so that the page can play it.
+
+    Args:
+        frames: uint8 [T, H, W, 3], even height and width; empty for sound alone.
+        fps: frames per second.
+        waveform: int16 [samples]; empty for a silent clip.
+        sample_rate_hz: its rate.
+    """
+    stream = io.BytesIO()
+    with av.open(stream, "w", format="mp4") as container:
+        if len(frames):
+            video = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+            video.height, video.width = frames.shape[1:3]
+            video.pix_fmt = "yuv420p"
+            video.options = {"crf": "26", "preset": "veryfast", "threads": "1"}
+        if len(waveform):
+            audio = container.add_stream("aac", rate=sample_rate_hz, layout="mono")
+            audio.bit_rate = 32_000
+        if len(frames):
+            for frame in frames:
+                for packet in video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
+                    container.mux(packet)
+            for packet in video.encode():
+                container.mux(packet)
+        if len(waveform):
+            sound = av.AudioFrame.from_ndarray(waveform[None], format="s16", layout="mono")
+            sound.sample_rate = sample_rate_hz
+            for packet in [*audio.encode(sound), *audio.encode()]:
+                container.mux(packet)
+    return "data:video/mp4;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

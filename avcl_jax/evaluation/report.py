@@ -1,0 +1,399 @@
+"""The report: one self-contained HTML page from which a person sees what was learned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from avcl_jax.evaluation import figures
+from avcl_jax.evaluation.page import (
+    definitions,
+    matrix,
+    page,
+    percent,
+    section,
+    table,
+    text,
+    tiles,
+)
+
+Modality = Literal["video", "audio"]
+TASK_NAMES = {
+    "speed_video": "speed, seen",
+    "speed_audio": "speed, heard",
+    "direction_video": "direction, seen",
+    "direction_audio": "direction, heard",
+    "order_vv": "order, picture–picture",
+    "order_aa": "order, sound–sound",
+    "order_va": "order, picture–sound",
+}
+PROBE_NAMES = {
+    "motion_from_video": "motion, from the picture",
+    "material_from_audio": "material, from the sound",
+}
+BLUE, _, GREEN, *_, GREY = figures.SERIES_COLOURS
+# The null controls must not tell speed or direction further than this from chance.
+NULL_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """One video as the page shows it.
+
+    Attributes:
+        name: id of the record.
+        labels: what is known of it, in words.
+        stills: uint8 [K, H, W, 3] at uniform times over the interval; empty without a picture.
+        spectrogram: float [F, M] log-mel over the same interval; empty without a sound.
+        clip: data URI of the playable interval, or "".
+    """
+
+    name: str
+    labels: str
+    stills: np.ndarray
+    spectrogram: np.ndarray
+    clip: str = ""
+
+
+@dataclass(frozen=True)
+class Search:
+    """A query and what was found for it.
+
+    Attributes:
+        query: the video asked with.
+        query_modality: which side of it the model was given.
+        found: the best results, best first.
+        found_modality: which side of them was ranked.
+        hits: for each result, whether it is the very video of the query.
+        remark: one line on where the right one stood.
+    """
+
+    query: Exhibit
+    query_modality: Modality
+    found: Sequence[Exhibit]
+    found_modality: Modality
+    hits: Sequence[bool]
+    remark: str
+
+
+@dataclass(frozen=True)
+class ReportContent:
+    """All that the page shows.
+
+    Attributes:
+        title: of the page.
+        results: the contents of results.json.
+        curves: charts of training, in order: (title, y label, label → (steps, values), reference
+            line or None, whether values are fractions).
+        searches: retrieval examples by direction, "audio_to_video" and "video_to_audio".
+        neighbours: nearest neighbours within one modality.
+        maps: see `figures.scatter`.
+        probe_confusions: probe → (confusion of the pretrained encoder, class names).
+        task_classes: temporal task → names of its classes.
+        protocol: how the numbers were made, sentence by sentence.
+        run: what was run, name → value.
+        config: the whole configuration as JSON text.
+    """
+
+    title: str
+    results: Mapping[str, Any]
+    curves: Sequence[
+        tuple[str, str, Mapping[str, tuple[np.ndarray, np.ndarray]], tuple[str, float] | None, bool]
+    ]
+    searches: Mapping[str, Sequence[Search]]
+    neighbours: Mapping[str, Sequence[Search]]
+    maps: Sequence[tuple[str, np.ndarray, np.ndarray, Sequence[str]]]
+    probe_confusions: Mapping[str, tuple[Sequence[Sequence[int]], Sequence[str]]]
+    task_classes: Mapping[str, Sequence[str]]
+    protocol: Sequence[str]
+    run: Mapping[str, object]
+    config: str
+    spectrogram_range: tuple[float, float] = field(default=(-2.0, 2.5))
+
+
+def render_report(content: ReportContent) -> str:
+    """Returns the page as HTML.
+
+    Sections whose results are absent (a modality without sound has no retrieval) are left out.
+    """
+    results = content.results
+    parts = [
+        f"<h1>{text(content.title)}</h1>",
+        f'<p class="lead">{_lead(results)}</p>',
+        tiles(_headline(results)),
+        _probe_section(results),
+        _temporal_section(results),
+        _retrieval_section(content),
+        _neighbour_section(content),
+    ]
+    if content.maps:
+        parts.append(
+            section(
+                "Map of the test videos",
+                "Each point is one test video, placed by t-SNE of its pretrained encoder features; "
+                "colour is a label that training never saw. Islands of one colour are classes "
+                "that the encoder found by itself.",
+                figures.scatter(content.maps, name="maps"),
+            )
+        )
+    parts += [_confusion_section(content), _curve_section(content), _run_section(content)]
+    return page(title=content.title, body="".join(parts))
+
+
+def _lead(results: Mapping[str, Any]) -> str:
+    sentences = []
+    for probe, name in PROBE_NAMES.items():
+        scores = results.get("probe", {}).get(probe)
+        if scores:
+            sentences.append(
+                f"A linear classifier reads <b>{text(name.split(',')[0])}</b> from the pretrained "
+                f"{probe.split('_')[-1]} encoder on {percent(scores['pretrained'])} of the test "
+                f"videos, from a random encoder on {percent(scores['random'])}, from one trained "
+                f"with labels on {percent(scores['supervised'])}."
+            )
+    return " ".join(["Two encoders learned from unlabelled videos.", *sentences])
+
+
+def _headline(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    entries = []
+    for probe, scores in results.get("probe", {}).items():
+        what = f"of the gap from random to supervised closed: {PROBE_NAMES[probe]}"
+        entries.append((percent(scores["gap_closed"]), what))
+    for direction, scores in results.get("retrieval", {}).items():
+        factor = scores["r1"] / scores["chance"]
+        entries.append((f"{factor:.1f} ×", f"chance, R@1 {_direction_name(direction)}"))
+    for task in ("speed_audio", "direction_video"):
+        scores = results.get("temporal", {}).get(task)
+        if scores:
+            what = f"{TASK_NAMES[task]} (chance {percent(scores['chance'])})"
+            entries.append((percent(scores["accuracy"]), what))
+    return entries
+
+
+def _direction_name(direction: str) -> str:
+    query, target = direction.split("_to_")
+    names = {"audio": "sound", "video": "picture"}
+    return f"{names[query]} → {names[target]}"
+
+
+def _probe_section(results: Mapping[str, Any]) -> str:
+    if "probe" not in results:
+        return ""
+    groups, chances = {}, {}
+    for probe, scores in results["probe"].items():
+        trivial = results.get("trivial", {}).get(probe, {})
+        bars = {"best trivial statistic": max(trivial.values())} if trivial else {}
+        bars |= {name: scores[name] for name in ("random", "pretrained", "supervised")}
+        groups[PROBE_NAMES[probe]] = bars
+        chances[PROBE_NAMES[probe]] = scores["chance"]
+    statistics = dict.fromkeys(
+        name for probe in results.get("trivial", {}).values() for name in probe
+    )
+    trivial_rows = [
+        [PROBE_NAMES[probe], *(percent(values.get(name)) for name in statistics)]
+        for probe, values in results.get("trivial", {}).items()
+    ]
+    chart = figures.bar_chart(
+        groups,
+        name="probes",
+        colours={
+            "best trivial statistic": "#b3bac2",
+            "random": GREY,
+            "pretrained": BLUE,
+            "supervised": GREEN,
+        },
+        references=chances,
+        reference_label="chance",
+    )
+    content = [chart]
+    if trivial_rows:
+        header = ["", *(name.replace("_", " ") for name in statistics)]
+        content.append("<h3>The same probes on mere statistics of the views</h3>")
+        content.append(table(header, trivial_rows))
+    return section(
+        "What the encoders know",
+        "Linear probes on frozen features. The further <b>pretrained</b> stands above "
+        "<b>random</b> towards <b>supervised</b>, the more of the label was learned without any "
+        "label.",
+        *content,
+    )
+
+
+def _temporal_section(results: Mapping[str, Any]) -> str:
+    temporal = results.get("temporal", {})
+    if not temporal:
+        return ""
+    groups, chances, warnings = {}, {}, []
+    for task, scores in temporal.items():
+        bars = {"held-out views": scores["accuracy"]}
+        null = scores.get("null_accuracy")
+        if null is not None:
+            bars["null control: stationary noise"] = null
+            if abs(null - scores["chance"]) > NULL_TOLERANCE:
+                warnings.append(
+                    f'<p class="note">{text(TASK_NAMES[task])}: on noise, where nothing can be '
+                    f"known, a network reaches {percent(null, 1)} (chance "
+                    f"{percent(scores['chance'])}). The rendering leaks the label.</p>"
+                )
+        label = TASK_NAMES[task].replace(", ", ",\n").replace("–", "–\n")
+        groups[label] = bars
+        chances[label] = scores["chance"]
+    skipped = results.get("null_control", {}).get("skipped")
+    if skipped:
+        warnings.append(f'<p class="note">No null control: {text(skipped)}</p>')
+    chart = figures.bar_chart(
+        groups,
+        name="temporal",
+        colours={"held-out views": BLUE, "null control: stationary noise": GREY},
+        references=chances,
+        reference_label="chance",
+    )
+    return section(
+        "What it knows of time",
+        "Playback speed (1×, 2×, 4×, 8×), playback direction, and the order of two clips, judged "
+        "on views of test videos. The null control is a network trained and tested on noise: it "
+        "has to stay at chance, or the answer would be a trace of the rendering.",
+        chart,
+        *warnings,
+    )
+
+
+def _retrieval_section(content: ReportContent) -> str:
+    retrieval = content.results.get("retrieval", {})
+    if not retrieval:
+        return ""
+    ks = [k for k in (1, 5, 10, 20, 50) if all(f"r{k}" in scores for scores in retrieval.values())]
+    rows = []
+    for direction, scores in retrieval.items():
+        cells = [
+            f"{percent(scores[f'r{k}'], 1)} ({scores[f'r{k}'] / scores[f'chance_r{k}']:.1f} ×)"
+            for k in ks
+        ]
+        ranks = f"{scores['median_rank']:g} of {scores['gallery']}"
+        rows.append([_direction_name(direction), *cells, ranks])
+    blocks = [table(["", *(f"R@{k} (× chance)" for k in ks), "median rank"], rows)]
+    for direction, searches in content.searches.items():
+        query, target = direction.split("_to_")
+        blocks.append(
+            f"<h3>Asked with the {'sound' if query == 'audio' else 'picture'}, "
+            f"ranked by the {'sound' if target == 'audio' else 'picture'}</h3>"
+        )
+        blocks += [_search_row(search, content.spectrogram_range) for search in searches]
+    return section(
+        "Finding the other half of a video",
+        "The query is one half of a test video; the other halves of all test videos are ranked by "
+        "similarity. Queries are drawn by the seed, not chosen. What the model did not get to see "
+        "is dimmed, a green frame marks the very same video, and a click plays a clip.",
+        *blocks,
+    )
+
+
+def _neighbour_section(content: ReportContent) -> str:
+    if not content.neighbours:
+        return ""
+    blocks = []
+    for title, searches in content.neighbours.items():
+        blocks.append(f"<h3>{text(title)}</h3>")
+        blocks += [_search_row(search, content.spectrogram_range) for search in searches]
+    return section(
+        "Nearest neighbours",
+        "The test videos that an encoder holds to be most alike, by its features before the "
+        "projection.",
+        *blocks,
+    )
+
+
+def _search_row(search: Search, spectrogram_range: tuple[float, float]) -> str:
+    cards = [_card(search.query, search.query_modality, "query", "query", spectrogram_range)]
+    for number, (exhibit, hit) in enumerate(zip(search.found, search.hits, strict=True), start=1):
+        kind = "hit" if hit else ""
+        tag = f"{number} · same video" if hit else str(number)
+        cards.append(_card(exhibit, search.found_modality, kind, tag, spectrogram_range))
+    remark = f'<p class="caption">{text(search.remark)}</p>' if search.remark else ""
+    return f'<div class="scroll"><div class="row">{"".join(cards)}</div></div>{remark}'
+
+
+def _card(
+    exhibit: Exhibit,
+    modality: Modality,
+    kind: str,
+    tag: str,
+    spectrogram_range: tuple[float, float],
+) -> str:
+    low, high = spectrogram_range
+    media = ""
+    if len(exhibit.stills):
+        stills = "".join(f'<img alt="" src="{figures.picture_uri(s)}">' for s in exhibit.stills)
+        unseen = "" if modality == "video" else " unseen"
+        media += f'<span class="stills{unseen}">{stills}</span>'
+    if len(exhibit.spectrogram):
+        uri = figures.spectrogram_uri(exhibit.spectrogram, low=low, high=high)
+        unseen = "" if modality == "audio" else ' class="unseen"'
+        media += f'<img alt="spectrogram"{unseen} src="{uri}">'
+    clip = f'data-clip="{exhibit.clip}" aria-label="play {text(exhibit.name)}"'
+    labels = text(exhibit.labels)
+    return (
+        f'<div class="video {kind}">'
+        f'<span class="tag"><b>{text(tag)}</b> {text(exhibit.name)}</span>'
+        f'<button class="stage" {clip if exhibit.clip else "disabled"}>{media}</button>'
+        f'<span class="tag" title="{labels}">{labels}</span></div>'
+    )
+
+
+def _confusion_section(content: ReportContent) -> str:
+    blocks = [
+        matrix(f"{PROBE_NAMES[probe]} (probe, pretrained)", confusion, classes)
+        for probe, (confusion, classes) in content.probe_confusions.items()
+    ]
+    blocks += [
+        matrix(TASK_NAMES[task], scores["confusion"], content.task_classes[task])
+        for task, scores in content.results.get("temporal", {}).items()
+    ]
+    if not blocks:
+        return ""
+    return section(
+        "What is taken for what",
+        "Rows are the truth, columns the answer, in per cent of the row: a strong diagonal is "
+        "good, and a block beside it shows which classes look or sound alike.",
+        f'<div class="matrices">{"".join(blocks)}</div>',
+    )
+
+
+def _curve_section(content: ReportContent) -> str:
+    charts = []
+    for number, (title, ylabel, series, reference, fractions) in enumerate(content.curves):
+        chart = figures.line_chart(
+            series,
+            name=f"curve{number}",
+            ylabel=ylabel,
+            reference=reference,
+            percent=fractions,
+        )
+        charts.append(f"<div><h3>{text(title)}</h3>{chart}</div>")
+    if not charts:
+        return ""
+    return section(
+        "How training went",
+        "Pale: as logged; strong: mean over a fortieth of the run. A spread of the embeddings near "
+        "zero would be a collapse.",
+        f'<div class="charts">{"".join(charts)}</div>',
+    )
+
+
+def _run_section(content: ReportContent) -> str:
+    protocol = "".join(f"<li>{text(sentence)}</li>" for sentence in content.protocol)
+    versions = json.dumps(content.results.get("versions", {}), indent=2)
+    return section(
+        "What was run",
+        "Everything needed to run it again.",
+        definitions(content.run),
+        f"<details><summary>Protocol</summary><ul>{protocol}</ul></details>",
+        f"<details><summary>Configuration</summary><pre>{text(content.config)}</pre></details>",
+        f"<details><summary>Versions</summary><pre>{text(versions)}</pre></details>",
+        "<details><summary>All results</summary>"
+        f"<pre>{text(json.dumps(content.results, indent=1))}</pre></details>",
+    )
