@@ -1,0 +1,425 @@
+"""Feature bank: a sharded ring of past embeddings, sampled per anchor (design §2.3, §4).
+
+The bank is device state: `size` rows, each the video and audio embedding of one view with its
+source and presence, sharded over the mesh's data axes. Every shard is a ring that takes only what
+its own devices computed, so inserting moves nothing between devices. Rows carry a running insertion
+number, which names a row independently of where it lies: noise is keyed by it, so the number of
+devices changes neither what the bank holds nor what is sampled.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from avcl_jax.objectives.bank_sampling import (
+    Anchors,
+    BankRows,
+    BankSampling,
+    ExchangeBytes,
+    Modality,
+    draw,
+    exchange_bytes,
+)
+
+__all__ = [
+    "BankSample",
+    "BankSampling",
+    "ExchangeBytes",
+    "FeatureBank",
+    "check_size",
+    "create",
+    "exchange_bytes",
+    "insert",
+    "is_full",
+    "num_shards",
+    "partition_specs",
+    "redistribute",
+    "sample",
+    "sample_metrics",
+    "shardings",
+]
+
+
+@flax.struct.dataclass
+class FeatureBank:
+    """Rows of past embeddings; a pytree, saved and restored with the training state.
+
+    The fields are arrays, or whatever a tree map puts in their place (shardings, shapes).
+
+    Attributes:
+        video: [size, dim] video embedding of a view, in the bank's dtype; 0 where there is none.
+        audio: [size, dim] audio embedding of the same view.
+        source_id: int32 [size] the medium that the view was cut from.
+        label: int32 [size] a label for health metrics only, −1 unknown.
+        has_video: bool [size].
+        has_audio: bool [size].
+        insertion: int32 [size] insertion number, −1 while the row is empty.
+        inserted: int32 scalar, rows ever inserted (at most 2³¹ − 1).
+    """
+
+    video: Any
+    audio: Any
+    source_id: Any
+    label: Any
+    has_video: Any
+    has_audio: Any
+    insertion: Any
+    inserted: Any
+
+
+class BankSample(NamedTuple):
+    """Rows sampled for each anchor; where a mask is not set the row is 0 and its numbers −1.
+
+    Attributes:
+        positives: [videos, 2, num_positives, dim] embeddings of the target modality.
+        positive_mask: bool [videos, 2, num_positives].
+        negatives: [videos, 2, num_negatives, dim] embeddings of the target modality.
+        negative_mask: bool [videos, 2, num_negatives].
+        positive_insertion: int32 [videos, 2, num_positives] insertion numbers.
+        negative_insertion: int32 [videos, 2, num_negatives] insertion numbers.
+        positive_source: int32 [videos, 2, num_positives] source numbers.
+        positive_label: int32 [videos, 2, num_positives] labels, −1 unknown.
+    """
+
+    positives: Float[Array, "videos 2 positives dim"]
+    positive_mask: Bool[Array, "videos 2 positives"]
+    negatives: Float[Array, "videos 2 negatives dim"]
+    negative_mask: Bool[Array, "videos 2 negatives"]
+    positive_insertion: Int[Array, "videos 2 positives"]
+    negative_insertion: Int[Array, "videos 2 negatives"]
+    positive_source: Int[Array, "videos 2 positives"]
+    positive_label: Int[Array, "videos 2 positives"]
+
+
+def check_size(size: int, *, global_batch_size: int, shards: int) -> None:
+    """Checks that whole batches fill the bank's shards evenly.
+
+    Args:
+        size: Rows of the bank.
+        global_batch_size: Videos of a step; each inserts two rows.
+        shards: Devices that the batch and the bank are sharded over.
+
+    Raises:
+        ValueError: With what does not fit and sizes that do.
+    """
+    rows = 2 * global_batch_size
+    if global_batch_size % shards:
+        raise ValueError(
+            f"global batch of {global_batch_size} videos does not divide over {shards} data "
+            f"shards; use a multiple of {shards}."
+        )
+    if size < rows or size % rows:
+        lower = size // rows * rows
+        fitting = f"{lower} or {lower + rows}" if lower else f"{rows}"
+        raise ValueError(
+            f"bank of {size} rows must be a multiple of the {rows} rows (2 views of "
+            f"{global_batch_size} videos) that a step inserts; use {fitting}."
+        )
+
+
+def create(size: int, dim: int, dtype: Any) -> FeatureBank:
+    """An empty bank of `size` rows of `dim` numbers of `dtype` (bfloat16 halves what is moved)."""
+    return FeatureBank(
+        video=jnp.zeros((size, dim), dtype),
+        audio=jnp.zeros((size, dim), dtype),
+        source_id=jnp.full(size, -1, jnp.int32),
+        label=jnp.full(size, -1, jnp.int32),
+        has_video=jnp.zeros(size, bool),
+        has_audio=jnp.zeros(size, bool),
+        insertion=jnp.full(size, -1, jnp.int32),
+        inserted=jnp.zeros((), jnp.int32),
+    )
+
+
+def partition_specs(data_axes: tuple[str, ...]) -> FeatureBank:
+    """A FeatureBank of PartitionSpecs: rows over the data axes, the counter replicated."""
+    rows = PartitionSpec(data_axes)
+    return FeatureBank(
+        video=rows,
+        audio=rows,
+        source_id=rows,
+        label=rows,
+        has_video=rows,
+        has_audio=rows,
+        insertion=rows,
+        inserted=PartitionSpec(),
+    )
+
+
+def shardings(mesh: Mesh, data_axes: tuple[str, ...]) -> FeatureBank:
+    """A FeatureBank of NamedShardings, for the shardings of the training state."""
+    return jax.tree.map(
+        partial(NamedSharding, mesh),
+        partition_specs(data_axes),
+        is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
+    )
+
+
+def is_full(bank: FeatureBank) -> Bool[Array, ""]:
+    """Whether every row has been written."""
+    return bank.inserted >= bank.insertion.shape[0]
+
+
+def num_shards(mesh: Mesh | None, data_axes: tuple[str, ...]) -> int:
+    """Devices along the data axes; 1 without a mesh."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in data_axes)
+
+
+def insert(
+    bank: FeatureBank,
+    video: Float[Array, "videos 2 dim"],
+    audio: Float[Array, "videos 2 dim"],
+    *,
+    source_id: Int[Array, " videos"],
+    label: Int[Array, " videos"],
+    has_video: Bool[Array, " videos"],
+    has_audio: Bool[Array, " videos"],
+    mesh: Mesh | None,
+    data_axes: tuple[str, ...],
+) -> FeatureBank:
+    """Writes a batch over the oldest rows, each device its own videos into its own shard.
+
+    The insertion number of view v of video i of the global batch is inserted + 2 i + v. A bank
+    takes batches of one size throughout its life.
+
+    Args:
+        bank: The bank, rows sharded over `data_axes`.
+        video: [videos, 2, dim] video embeddings of the global batch, any float dtype.
+        audio: [videos, 2, dim] audio embeddings.
+        source_id: int [videos].
+        label: int [videos], −1 unknown.
+        has_video: bool [videos].
+        has_audio: bool [videos].
+        mesh: The mesh of Auto axes, or None for one device.
+        data_axes: Mesh axes that batch and bank are sharded over.
+
+    Returns:
+        The bank with 2 × videos new rows, without gradient.
+
+    Raises:
+        ValueError: If whole batches do not fill the shards evenly.
+    """
+    shards = num_shards(mesh, data_axes)
+    check_size(bank.insertion.shape[0], global_batch_size=video.shape[0], shards=shards)
+
+    def write(bank, video, audio, source_id, label, has_video, has_audio):
+        size = bank.insertion.shape[0]
+        rows = 2 * video.shape[0]
+        shard = jax.lax.axis_index(data_axes) if shards > 1 else 0
+        start = (bank.inserted // shards) % size
+
+        def put(ring, values):
+            values = values.astype(ring.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(ring, values, start, axis=0)
+
+        def embeddings(ring, values, mask):
+            # What a missing medium was encoded to is no embedding, and may be NaN.
+            values = jnp.where(mask[:, None, None], values, jnp.zeros((), values.dtype))
+            return put(ring, values.reshape(rows, -1))
+
+        def per_view(values):
+            return jnp.repeat(values, 2)
+
+        number = bank.inserted + shard * rows + jnp.arange(rows, dtype=jnp.int32)
+        return FeatureBank(
+            video=embeddings(bank.video, video, has_video),
+            audio=embeddings(bank.audio, audio, has_audio),
+            source_id=put(bank.source_id, per_view(source_id)),
+            label=put(bank.label, per_view(label)),
+            has_video=put(bank.has_video, per_view(has_video)),
+            has_audio=put(bank.has_audio, per_view(has_audio)),
+            insertion=put(bank.insertion, number),
+            inserted=bank.inserted + rows * shards,
+        )
+
+    if shards > 1:
+        videos = PartitionSpec(data_axes)
+        specs = partition_specs(data_axes)
+        write = jax.shard_map(write, mesh=mesh, in_specs=(specs, *(videos,) * 6), out_specs=specs)
+    return write(
+        *jax.lax.stop_gradient((bank, video, audio, source_id, label, has_video, has_audio))
+    )
+
+
+def redistribute(bank: FeatureBank, *, global_batch_size: int, shards: int) -> FeatureBank:
+    """Lays the rows out as if `shards` devices had inserted them: for a resume on other devices.
+
+    Without this a bank stays valid, but for one turn of the ring the rows that are overwritten are
+    not the oldest ones. A bank that lies right already is returned unchanged.
+
+    Args:
+        bank: A bank of whole arrays (all rows addressable), filled in batches of one size.
+        global_batch_size: Videos of a step.
+        shards: Devices along the data axes.
+
+    Raises:
+        ValueError: If whole batches do not fill the shards evenly.
+    """
+    size = bank.insertion.shape[0]
+    check_size(size, global_batch_size=global_batch_size, shards=shards)
+    shard_size, local_rows = size // shards, 2 * global_batch_size // shards
+    step, row = jnp.divmod(bank.insertion, 2 * global_batch_size)
+    shard, local_row = jnp.divmod(row, local_rows)
+    place = shard * shard_size + (step * local_rows + local_row) % shard_size
+    place = jnp.where(bank.insertion >= 0, place, size)
+    empty = create(size, bank.video.shape[1], bank.video.dtype)
+    moved = jax.tree.map(
+        lambda old, new: new.at[place].set(old, mode="drop") if new.ndim else old, bank, empty
+    )
+    return moved
+
+
+def sample(
+    bank: FeatureBank,
+    key: Array,
+    *,
+    anchors_video: Float[Array, "videos 2 dim"],
+    anchors_audio: Float[Array, "videos 2 dim"],
+    has_video: Bool[Array, " videos"],
+    has_audio: Bool[Array, " videos"],
+    source_id: Int[Array, " videos"],
+    anchor_id: Int[Array, " videos"],
+    active: Bool[Array, ""] | bool,
+    anchor_modality: Modality,
+    target_modality: Modality,
+    sampling: BankSampling,
+    mesh: Mesh | None,
+    data_axes: tuple[str, ...],
+) -> BankSample:
+    """Samples bank rows as positives and negatives of every anchor, by similarity (design §2.3).
+
+    Never returned: empty rows, rows of the anchor's source, rows that lack the target modality or
+    one that the similarity space reads. An anchor that lacks its own or such a modality gets none.
+
+    Args:
+        bank: The bank, rows sharded over `data_axes`.
+        key: Key of this step and term. Noise depends on it, the anchor id, the view and the row's
+            insertion number only.
+        anchors_video: [videos, 2, dim] video embeddings of the global batch.
+        anchors_audio: [videos, 2, dim] audio embeddings.
+        has_video: bool [videos].
+        has_audio: bool [videos].
+        source_id: int [videos].
+        anchor_id: int [videos], a number of the video that does not depend on the device count.
+        active: bool scalar; if False (warm-up, bank not yet full) every mask is False.
+        anchor_modality: "video" or "audio".
+        target_modality: Modality of the rows returned.
+        sampling: Space, ranks, counts and distribution.
+        mesh: The mesh of Auto axes, or None for one device.
+        data_axes: Mesh axes that batch and bank are sharded over.
+
+    Returns:
+        The sampled rows and masks, sharded like the batch, without gradient.
+
+    Raises:
+        ValueError: If the bank or the batch does not divide over the shards, or the bank has fewer
+            rows than there are ranks.
+    """
+    shards = num_shards(mesh, data_axes)
+    size, dim = bank.video.shape
+    videos = source_id.shape[0]
+    if size % shards or videos % shards:
+        raise ValueError(
+            f"bank of {size} rows and batch of {videos} videos must both divide over {shards} data "
+            f"shards; use multiples of {shards}."
+        )
+    if sampling.ranks > size:
+        raise ValueError(
+            f"positive_ranks + negative_ranks = {sampling.ranks} exceed the bank's {size} rows; "
+            "enlarge the bank or rank fewer rows."
+        )
+    count = exchange_bytes(
+        size=size,
+        dim=dim,
+        dtype=bank.video.dtype,
+        global_batch_size=videos,
+        shards=shards,
+        anchor_modality=anchor_modality,
+        target_modality=target_modality,
+        sampling=sampling,
+    )
+    local = partial(
+        draw,
+        anchor_modality=anchor_modality,
+        target_modality=target_modality,
+        sampling=sampling,
+        data_axes=data_axes,
+        shards=shards,
+        merge=count.merge < count.gather,
+    )
+    rows = BankRows(
+        embeddings={"video": bank.video, "audio": bank.audio},
+        present={"video": bank.has_video, "audio": bank.has_audio},
+        numbers=jnp.stack([bank.insertion, bank.source_id, bank.label], axis=1),
+    )
+    anchors = Anchors(
+        embeddings={"video": anchors_video, "audio": anchors_audio},
+        present={"video": has_video, "audio": has_audio},
+        source_id=source_id,
+        anchor_id=anchor_id,
+    )
+    if shards > 1:
+        sharded = PartitionSpec(data_axes)
+        local = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(sharded, PartitionSpec(), sharded),
+            out_specs=sharded,
+        )
+    drawn, numbers, mask = local(jax.lax.stop_gradient(rows), key, jax.lax.stop_gradient(anchors))
+    mask = mask & active
+    drawn = jnp.where(mask[..., None], drawn, jnp.zeros((), drawn.dtype))
+    numbers = jnp.where(mask[..., None], numbers, -1)
+    p = sampling.num_positives
+    return BankSample(
+        positives=drawn[:, :, :p],
+        positive_mask=mask[:, :, :p],
+        negatives=drawn[:, :, p:],
+        negative_mask=mask[:, :, p:],
+        positive_insertion=numbers[:, :, :p, 0],
+        negative_insertion=numbers[:, :, p:, 0],
+        positive_source=numbers[:, :, :p, 1],
+        positive_label=numbers[:, :, :p, 2],
+    )
+
+
+def sample_metrics(
+    bank: FeatureBank, drawn: BankSample, label: Int[Array, " videos"]
+) -> dict[str, Array]:
+    """Health of a sample: bank age and whether its positives carry the anchor's label.
+
+    Args:
+        bank: The bank sampled from (before this step's insertion).
+        drawn: What `sample` returned.
+        label: int [videos] label of the anchors of the kind that was inserted, −1 unknown.
+
+    Returns:
+        `bank_fill`: share of rows written; `bank_positives`, `bank_negatives`: mean number per
+        anchor; `bank_age_rows`: mean number of rows inserted since the sampled positives were;
+        `bank_label_share`: share of positives with the anchor's label, among those where both are
+        known; `bank_labelled`: how many those are. A mean over nothing is 0.
+    """
+
+    def mean(values, mask):
+        return (values * mask).sum() / jnp.maximum(mask.sum(), 1)
+
+    known = drawn.positive_mask & (drawn.positive_label >= 0) & (label >= 0)[:, None, None]
+    same = drawn.positive_label == label[:, None, None]
+    # In float32 from here on: sums of ages overflow int32.
+    age = (bank.inserted - drawn.positive_insertion).astype(jnp.float32)
+    return {
+        "bank_fill": (bank.insertion >= 0).mean(),
+        "bank_positives": drawn.positive_mask.sum(-1).mean(),
+        "bank_negatives": drawn.negative_mask.sum(-1).mean(),
+        "bank_age_rows": mean(age, drawn.positive_mask),
+        "bank_label_share": mean(same.astype(jnp.float32), known),
+        "bank_labelled": known.sum(),
+    }
