@@ -1,0 +1,73 @@
+"""Photometric augmentation on the device, inside the jitted step.
+
+Constant within a clip by default: a hue that changes from frame to frame would be a clock (design
+section 2.1). Varying it per frame is an option.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+
+@dataclasses.dataclass(frozen=True)
+class PhotometricSpec:
+    """Strength of the photometric augmentation; zeros switch it off.
+
+    Attributes:
+        brightness: largest shift, in units of full scale.
+        contrast: largest relative change of contrast.
+        saturation: largest relative change of saturation.
+        gray_probability: share of clips turned grey.
+        per_frame: draw for each frame instead of each clip.
+    """
+
+    brightness: float
+    contrast: float
+    saturation: float
+    gray_probability: float
+    per_frame: bool
+
+
+def photometric(
+    key: Array,
+    video: Float[Array, "videos views time height width 3"],
+    spec: PhotometricSpec,
+) -> Float[Array, "videos views time height width 3"]:
+    """Changes brightness, contrast and saturation of clips at random, inside the jitted step.
+
+    Args:
+        key: JAX random key of this step.
+        video: pixels in [0, 1].
+        spec: strength.
+
+    Returns:
+        Pixels, not clipped: the encoder's input has no bounds to respect.
+    """
+    videos, views, time = video.shape[:3]
+    shape = (videos, views, time if spec.per_frame else 1, 1, 1, 1)
+    keys = jax.random.split(key, 4)
+    saturation = 1 + spec.saturation * jax.random.uniform(keys[2], shape, minval=-1.0)
+    saturation *= jax.random.uniform(keys[3], shape) >= spec.gray_probability
+    contrast = 1 + spec.contrast * jax.random.uniform(keys[1], shape, minval=-1.0)
+    brightness = spec.brightness * jax.random.uniform(keys[0], shape, minval=-1.0)
+    # Rec. 601 luma, as image libraries define grey.
+    gray = jnp.sum(
+        video * jnp.array([0.299, 0.587, 0.114]).reshape(1, 1, 1, 1, 1, 3), axis=-1, keepdims=True
+    )
+    return (gray + saturation * (video - gray) - 0.5) * contrast + 0.5 + brightness
+
+
+def standardize(
+    video: UInt8[Array, "*batch 3"] | Float[Array, "*batch 3"], mean: float, std: float
+) -> Float[Array, "*batch 3"]:
+    """Pixels in [0, 1] to about zero mean and unit scale, float32."""
+    return (video.astype(jnp.float32) - mean) / std
+
+
+def to_unit_range(video: UInt8[Array, "*batch 3"]) -> Float[Array, "*batch 3"]:
+    """uint8 pixels to float32 in [0, 1]."""
+    return video.astype(jnp.float32) / 255.0

@@ -1,0 +1,422 @@
+"""Records to global batches of rendered views (design section 3).
+
+The chain is: records, global shuffle, repeat, render two random views, take this host's rows of
+each global batch, batch. Everything random is a pure function of (seed, position in the order),
+and hosts are sliced last, so batches do not depend on the number of workers or of hosts, and the
+position of the pipeline is the number of steps taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import grain
+import numpy as np
+
+from avcl_jax.data.crop import Crop, CropSpec, apply_crop, center_crop, random_crop
+from avcl_jax.data.decode import decode_jpegs
+from avcl_jax.data.record_format import Record, RecordTimeline
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.spectrogram import LogMelSpec, gather_windows, log_mel
+from avcl_jax.data.views import (
+    Clip,
+    Timeline,
+    ViewPair,
+    ViewSpec,
+    draw_views,
+    feasible_speeds,
+    frame_indices,
+)
+
+Modalities = Literal["audio_visual", "video", "audio"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RenderSpec:
+    """Everything that turns an interval of a record into arrays.
+
+    Attributes:
+        views: timing of views.
+        log_mel: definition of the spectrogram.
+        crop: spatial crop.
+        spectrogram_on_device: deliver `audio_windows` and leave the log-mel to the jitted step.
+        modalities: "audio_visual", or train on "video" or "audio" alone.
+    """
+
+    views: ViewSpec
+    log_mel: LogMelSpec
+    crop: CropSpec
+    spectrogram_on_device: bool
+    modalities: Modalities
+
+
+@dataclasses.dataclass(frozen=True)
+class UsableRecord:
+    """Which modalities of a record can be shown, and when.
+
+    Attributes:
+        timeline: where views may be drawn.
+        has_video: the picture can be shown.
+        has_audio: the sound can be heard.
+    """
+
+    timeline: Timeline
+    has_video: bool
+    has_audio: bool
+
+
+def usable(times: RecordTimeline, spec: RenderSpec) -> UsableRecord | None:
+    """Decides what of a record can be used.
+
+    Views are drawn where picture and sound both exist. When that is too short for a view, the
+    picture alone is used, then the sound alone.
+
+    Returns:
+        None if no view fits.
+    """
+    # The last frame stays until the next would have come.
+    video_end = min(times.duration_seconds, times.last_frame_seconds + times.max_frame_gap_seconds)
+    picture = Timeline(times.first_frame_seconds, video_end, times.max_frame_gap_seconds)
+    sound = Timeline(times.audio_start_seconds, times.audio_end_seconds, 0.0)
+    both = Timeline(
+        max(picture.start_seconds, sound.start_seconds),
+        min(picture.end_seconds, sound.end_seconds),
+        picture.max_frame_gap_seconds,
+    )
+    has_video = times.num_frames > 1 and spec.modalities != "audio"
+    has_audio = times.num_samples > 0 and spec.modalities != "video"
+    if has_audio and times.sample_rate_hz != spec.log_mel.sample_rate_hz:
+        raise ValueError(
+            f"records have sound at {times.sample_rate_hz} Hz, the spectrogram is defined at "
+            f"{spec.log_mel.sample_rate_hz} Hz: set spectrogram.sample_rate_hz or prepare again "
+            "with --sample-rate"
+        )
+    if has_video and has_audio and feasible_speeds(both, spec.views):
+        return UsableRecord(both, True, True)
+    if has_video and feasible_speeds(picture, spec.views):
+        return UsableRecord(picture, True, False)
+    if has_audio and feasible_speeds(sound, spec.views):
+        return UsableRecord(sound, False, True)
+    return None
+
+
+class UsableRecords(grain.sources.RandomAccessDataSource):
+    """The records of a data set on which a view fits, with what can be used of each.
+
+    Attributes:
+        records: the underlying data set.
+        indices: int64 positions in it that are used.
+        fingerprint: that of the data set.
+    """
+
+    def __init__(self, records: RecordDataset, spec: RenderSpec):
+        """Looks at every timeline of `records`, which reads no record.
+
+        Raises:
+            ValueError: if no view fits any record.
+        """
+        self.records = records
+        found = [usable(records.timeline(index), spec) for index in range(len(records))]
+        self.indices = np.array([i for i, use in enumerate(found) if use is not None], np.int64)
+        self._usable = [use for use in found if use is not None]
+        self.fingerprint = records.fingerprint
+        if not len(self.indices):
+            raise ValueError(
+                f"none of the {len(records)} records of {records!r} is long enough for a view of "
+                f"{spec.views.clip_seconds:g} s with {spec.views.num_frames} pictures; shorten "
+                "views.clip_seconds or reduce views.num_frames"
+            )
+
+    @property
+    def num_too_short(self) -> int:
+        """Records on which no view fits."""
+        return len(self.records) - len(self.indices)
+
+    def __len__(self) -> int:
+        """Number of usable records."""
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[int, Record, UsableRecord]:
+        """(index in the data set, record, what can be used of it)."""
+        index = int(self.indices[position])
+        return index, self.records[index], self._usable[position]
+
+    def usable(self, position: int) -> UsableRecord:
+        """What can be used of the record at `position`, without reading it."""
+        return self._usable[position]
+
+    def __repr__(self) -> str:
+        """Constant description: grain puts it into its checkpoints."""
+        return f"UsableRecords({self.fingerprint}, {len(self)})"
+
+
+def render_video(record: Record, clip: Clip, crop: Crop, spec: RenderSpec) -> np.ndarray:
+    """Decodes only the frames of a clip and crops them.
+
+    Returns:
+        uint8 [num_frames, image_size, image_size, 3].
+    """
+    indices = frame_indices(clip, record.frame_seconds, spec.views)
+    frames = decode_jpegs([record.frames[index] for index in indices])
+    return apply_crop(frames, crop, spec.crop.image_size)
+
+
+def render_audio(record: Record, clip: Clip, spec: RenderSpec) -> np.ndarray:
+    """Sound of a clip: int16 windows [frames, window], or the log-mel [frames, mels]."""
+    windows = gather_windows(
+        record.waveform,
+        clip,
+        spec.log_mel,
+        spec.views,
+        audio_start_seconds=record.audio_start_seconds,
+    )
+    return windows if spec.spectrogram_on_device else log_mel(windows, spec.log_mel)
+
+
+def _empty_audio(spec: RenderSpec) -> np.ndarray:
+    width = spec.log_mel.window if spec.spectrogram_on_device else spec.log_mel.mels
+    dtype = np.int16 if spec.spectrogram_on_device else np.float32
+    return np.zeros((spec.log_mel.frames, width), dtype)
+
+
+def render_views(
+    record: Record,
+    use: UsableRecord,
+    video: Sequence[Clip],
+    audio: Sequence[Clip],
+    crops: Sequence[Crop],
+    spec: RenderSpec,
+) -> dict[str, Any]:
+    """Renders the given clips of a record; a missing modality is zeros.
+
+    Args:
+        record: source.
+        use: which of its modalities can be shown.
+        video: picture of each view.
+        audio: sound of each view.
+        crops: spatial crop of each view.
+        spec: rendering.
+
+    Returns:
+        `video` uint8 [views, time, height, width, 3], `spectrogram` float32 [views, frames, mels]
+        or `audio_windows` int16 [views, frames, window], `has_video`, `has_audio` bool, and the
+        speeds and directions int32 [views].
+    """
+    size = spec.crop.image_size
+    if use.has_video:
+        clips = [render_video(record, c, crop, spec) for c, crop in zip(video, crops, strict=True)]
+    else:
+        clips = [np.zeros((spec.views.num_frames, size, size, 3), np.uint8) for _ in video]
+    if use.has_audio:
+        sounds = [render_audio(record, clip, spec) for clip in audio]
+    else:
+        sounds = [_empty_audio(spec) for _ in audio]
+    return {
+        "video": np.stack(clips),
+        "audio_windows" if spec.spectrogram_on_device else "spectrogram": np.stack(sounds),
+        "has_video": np.bool_(use.has_video),
+        "has_audio": np.bool_(use.has_audio),
+        "video_speed": np.array([clip.speed for clip in video], np.int32),
+        "audio_speed": np.array([clip.speed for clip in audio], np.int32),
+        "video_direction": np.array([clip.direction for clip in video], np.int32),
+        "audio_direction": np.array([clip.direction for clip in audio], np.int32),
+    }
+
+
+def describe(index: int, record: Record, records: RecordDataset) -> dict[str, np.int32]:
+    """Numbers that travel with a record into the batch: source, index and labels."""
+    fields = {
+        "source_id": np.int32(records.source_numbers[index]),
+        "record_index": np.int32(index),
+    }
+    return fields | {f"label_{name}": np.int32(value) for name, value in record.labels.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class RenderRandomViews(grain.transforms.RandomMap):
+    """Draws and renders two views of a record.
+
+    Attributes:
+        records: data set, for source numbers.
+        spec: rendering.
+    """
+
+    records: RecordDataset
+    spec: RenderSpec
+
+    def random_map(
+        self, element: tuple[int, Record, UsableRecord], rng: np.random.Generator
+    ) -> dict[str, Any]:
+        """Returns the arrays of `render_views`, labels, masks and numbers of one record."""
+        index, record, use = element
+        pair: ViewPair = draw_views(rng, use.timeline, self.spec.views)
+        crops = [
+            random_crop(rng, max(record.height, 1), max(record.width, 1), self.spec.crop)
+            for _ in pair.video
+        ]
+        arrays = render_views(record, use, pair.video, pair.audio, crops, self.spec)
+        return arrays | {
+            "order": np.int32(pair.order),
+            "speed_mask": np.bool_(pair.speed_mask),
+            "direction_mask": np.bool_(pair.direction_mask),
+            "order_mask": np.bool_(pair.order_mask),
+            **describe(index, record, self.records),
+        }
+
+
+class HostSlice(grain.MapDataset):
+    """This host's contiguous rows of every global batch, from a given batch on.
+
+    Element i is row `host * local + i % local` of global batch `first_batch + i // local`. It is
+    the last step before batching: slicing earlier would give each host other random numbers.
+    """
+
+    def __init__(
+        self, parent: grain.MapDataset, *, global_batch_size: int, host: int, hosts: int, first: int
+    ):
+        """Slices `parent` for `host` of `hosts`, starting at global batch `first`.
+
+        Raises:
+            ValueError: if the global batch does not divide over the hosts.
+        """
+        super().__init__(parent)
+        if global_batch_size % hosts:
+            raise ValueError(
+                f"global_batch_size {global_batch_size} is not divisible by the {hosts} processes"
+            )
+        self._global = global_batch_size
+        self._local = global_batch_size // hosts
+        self._host = host
+        self._first = first
+
+    def __len__(self) -> int:
+        """Rows that this host will see."""
+        return (len(self._parent) // self._global - self._first) * self._local
+
+    def __getitem__(self, index: int | slice) -> Any:
+        """Row `index`, or a slice of rows."""
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, row = divmod(index, self._local)
+        return self._parent[(self._first + batch) * self._global + self._host * self._local + row]
+
+    def __str__(self) -> str:
+        """Constant description."""
+        return f"HostSlice({self._host}, {self._local} of {self._global}, from {self._first})"
+
+
+def train_batches(
+    source: UsableRecords,
+    spec: RenderSpec,
+    *,
+    seed: int,
+    global_batch_size: int,
+    host: int = 0,
+    hosts: int = 1,
+    first_step: int = 0,
+    workers: int = 0,
+    threads: int = 2,
+    prefetch: int = 4,
+) -> grain.IterDataset:
+    """Endless batches of rendered random views.
+
+    Args:
+        source: usable records.
+        spec: rendering.
+        seed: of the order and of every draw.
+        global_batch_size: videos in a batch over all hosts.
+        host: number of this process.
+        hosts: number of processes.
+        first_step: batches to skip; a resumed run gets the batch that would have come.
+        workers: worker processes; 0 renders in threads of this process.
+        threads: reading threads (of each worker).
+        prefetch: batches kept ready (by each worker).
+
+    Returns:
+        Dataset of dicts of arrays with `global_batch_size / hosts` rows.
+
+    Raises:
+        ValueError: if a batch holds more videos than there are records, or does not divide.
+    """
+    if global_batch_size > len(source):
+        raise ValueError(
+            f"global_batch_size {global_batch_size} is larger than the {len(source)} usable "
+            "records: reduce it or prepare more videos"
+        )
+    dataset = (
+        grain.MapDataset.source(source)
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .random_map(RenderRandomViews(source.records, spec))
+    )
+    local = HostSlice(
+        dataset, global_batch_size=global_batch_size, host=host, hosts=hosts, first=first_step
+    )
+    batches = local.batch(global_batch_size // hosts, drop_remainder=True)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+    iterable = batches.to_iter_dataset(options)
+    if workers:
+        iterable = iterable.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
+        )
+    return iterable
+
+
+def fixed_views(
+    source: UsableRecords,
+    position: int,
+    spec: RenderSpec,
+    *,
+    speeds: Sequence[int],
+    views_per_speed: int,
+    direction: int,
+) -> dict[str, Any]:
+    """Uniformly spaced centre-crop views of one record, for evaluation.
+
+    Args:
+        source: usable records.
+        position: which one.
+        spec: rendering.
+        speeds: indices into `spec.views.speeds`; one that is too fast for the record falls back
+            to the fastest that fits.
+        views_per_speed: clips at each speed, from the first possible start to the last.
+        direction: `FORWARD` or `BACKWARD`.
+
+    Returns:
+        As `render_views`, plus `describe`, with len(speeds) * views_per_speed views.
+    """
+    index, record, use = source[position]
+    feasible = feasible_speeds(use.timeline, spec.views)
+    clips = []
+    for speed in speeds:
+        speed = min(speed, feasible[-1]) if speed not in feasible else speed
+        if speed not in feasible:
+            speed = feasible[0]
+        span = spec.views.clip_seconds * spec.views.speeds[speed]
+        slack = max(use.timeline.duration_seconds - span, 0.0)
+        for start in np.linspace(0.0, slack, views_per_speed):
+            clips.append(Clip(use.timeline.start_seconds + float(start), speed, direction))
+    crop = center_crop(max(record.height, 1), max(record.width, 1))
+    arrays = render_views(record, use, clips, clips, [crop] * len(clips), spec)
+    return arrays | describe(index, record, source.records)
+
+
+def to_device_batch(batch: Mapping[str, np.ndarray], sharding: Any) -> dict[str, Any]:
+    """This host's rows of a batch as global arrays.
+
+    Args:
+        batch: local rows.
+        sharding: JAX sharding of the leading dimension.
+
+    Returns:
+        Global `jax.Array`s.
+    """
+    import jax  # Not at the top: worker processes render without JAX.
+
+    return {
+        name: jax.make_array_from_process_local_data(sharding, value)
+        for name, value in batch.items()
+    }

@@ -1,0 +1,132 @@
+"""Log-mel spectrograms whose frames never overlap, at any playback speed.
+
+One definition for numpy and jax.numpy, equal to librosa's (HTK off, Slaney normalisation) to 1e-4.
+
+The window of a frame has the length of the hop at speed 1. Faster playback keeps the window and
+lengthens the hop, so pitch does not change and no two frames of any speed share a sample. This is
+the rendering whose null control passes (design section 2.1): overlapping windows, and averages over
+the skipped time, tell the speed of stationary noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import librosa
+import numpy as np
+
+from avcl_jax.data.views import BACKWARD, Clip, ViewSpec
+
+_INT16_SCALE = np.float32(1.0 / 32768.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogMelSpec:
+    """Definition of the spectrogram.
+
+    Attributes:
+        sample_rate_hz: rate of the waveform.
+        frames: frames of a clip at every speed.
+        mels: mel bands.
+        clip_seconds: interval that a clip covers at speed 1; with `frames` it sets the window.
+        min_hz: lower edge of the lowest band.
+        max_hz: upper edge of the highest band.
+        floor: power added before the logarithm; full scale is 1.
+        mean: subtracted from log-mel values.
+        std: log-mel values are divided by it.
+    """
+
+    sample_rate_hz: int
+    frames: int
+    mels: int
+    clip_seconds: float
+    min_hz: float
+    max_hz: float
+    floor: float
+    mean: float
+    std: float
+
+    def __post_init__(self) -> None:
+        """Refuses windows that are no whole number of samples, and bands above Nyquist."""
+        window = self.sample_rate_hz * self.clip_seconds / self.frames
+        if abs(window - round(window)) > 1e-6 or window < 2:
+            raise ValueError(
+                f"{self.frames} frames in {self.clip_seconds:g} s at {self.sample_rate_hz} Hz make "
+                f"windows of {window:g} samples: choose frames or clip_seconds so that it is whole"
+            )
+        if not 0 <= self.min_hz < self.max_hz <= self.sample_rate_hz / 2:
+            raise ValueError(
+                f"mel range {self.min_hz:g} to {self.max_hz:g} Hz must increase and end at or "
+                f"below {self.sample_rate_hz / 2:g} Hz"
+            )
+
+    @property
+    def window(self) -> int:
+        """Samples in a window, and in the hop at speed 1."""
+        return round(self.sample_rate_hz * self.clip_seconds / self.frames)
+
+
+@functools.lru_cache(maxsize=16)
+def _constants(spec: LogMelSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Hann window [window] and mel filters [mels, bins], float32."""
+    hann = librosa.filters.get_window("hann", spec.window, fftbins=True).astype(np.float32)
+    filters = librosa.filters.mel(
+        sr=spec.sample_rate_hz,
+        n_fft=spec.window,
+        n_mels=spec.mels,
+        fmin=spec.min_hz,
+        fmax=spec.max_hz,
+    ).astype(np.float32)
+    return hann, filters
+
+
+def gather_windows(
+    waveform: np.ndarray,
+    clip: Clip,
+    spec: LogMelSpec,
+    views: ViewSpec,
+    *,
+    audio_start_seconds: float,
+) -> np.ndarray:
+    """Cuts the windows of a clip out of a waveform.
+
+    Args:
+        waveform: int16 or float [samples].
+        clip: interval and playback; backward reverses the samples, not only the frames.
+        spec: definition of the spectrogram.
+        views: what all views have in common.
+        audio_start_seconds: time of the waveform's first sample on the video's timeline.
+
+    Returns:
+        [frames, window], dtype of the waveform. Samples beyond an end repeat the nearest one; the
+        draw keeps clips inside, so this concerns rounding by one sample only.
+    """
+    start = round((clip.start_seconds - audio_start_seconds) * spec.sample_rate_hz)
+    hop = spec.window * views.speeds[clip.speed]
+    positions = start + hop * np.arange(spec.frames)[:, None] + np.arange(spec.window)
+    windows = waveform[np.clip(positions, 0, len(waveform) - 1)]
+    return windows[::-1, ::-1] if clip.direction == BACKWARD else windows
+
+
+def log_mel(windows: Any, spec: LogMelSpec, xp: Any = np) -> Any:
+    """Standardised natural logarithm of mel power.
+
+    log(mel(|rfft(hann * x)|^2) + floor), minus `spec.mean`, over `spec.std`.
+
+    Args:
+        windows: [..., frames, window] int16, or float in [-1, 1].
+        spec: definition of the spectrogram.
+        xp: `numpy` or `jax.numpy`; with the latter the function may be traced.
+
+    Returns:
+        float32 [..., frames, mels].
+    """
+    hann, filters = _constants(spec)
+    if xp.issubdtype(windows.dtype, xp.integer):
+        windows = windows.astype(xp.float32) * _INT16_SCALE
+    spectrum = xp.fft.rfft(windows * hann, axis=-1)
+    power = xp.square(spectrum.real) + xp.square(spectrum.imag)
+    mel = xp.matmul(power.astype(xp.float32), filters.T)
+    return ((xp.log(mel + np.float32(spec.floor)) - spec.mean) / spec.std).astype(xp.float32)

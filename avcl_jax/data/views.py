@@ -1,0 +1,253 @@
+"""Views: which seconds of a video are shown, how fast, and in which direction.
+
+A view is an interval of the video's own timeline and a playback transform (design section 2.1). Two
+views are drawn per video. The labels of the temporal tasks follow from the draw:
+
+* speed and direction are drawn uniformly and independently of everything else;
+* the relation of the two intervals (before, overlapping, after) is drawn uniformly whenever the
+  two speeds can realise all three in the time there is, independently of speeds and directions.
+
+So a classifier that knows only speeds, directions, frame rate and duration stays at chance. A video
+on which a task is not feasible is masked out of that task rather than given the feasible label:
+a three-second video that fits only 1x and 2x would otherwise teach "short means slow".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+
+FORWARD, BACKWARD = 0, 1
+BEFORE, OVERLAPPING, AFTER = 0, 1, 2
+
+# Before and after need a gap, overlapping an overlap, of this share of the shorter interval.
+MARGIN = 0.25
+# Float times are compared with this slack; far below any frame's duration.
+_EPSILON = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewSpec:
+    """What every view of a data set has in common.
+
+    Attributes:
+        num_frames: pictures in a clip.
+        clip_seconds: length of the interval that a clip covers at speed 1.
+        speeds: playback speeds, increasing, the first 1.
+        audio_transform: "shared", sound has the picture's speed and direction; "independent", the
+            sound has its own, on an interval around the same middle.
+    """
+
+    num_frames: int
+    clip_seconds: float
+    speeds: tuple[int, ...]
+    audio_transform: Literal["shared", "independent"]
+
+    def __post_init__(self) -> None:
+        """Refuses settings without meaning."""
+        speeds = self.speeds
+        if not speeds or speeds[0] < 1 or list(speeds) != sorted(set(speeds)):
+            raise ValueError(f"speeds {speeds} must be increasing and at least 1")
+        if self.num_frames < 2 or self.clip_seconds <= 0:
+            raise ValueError(
+                f"num_frames {self.num_frames} must be at least 2 and clip_seconds "
+                f"{self.clip_seconds} positive"
+            )
+        if self.audio_transform not in ("shared", "independent"):
+            raise ValueError(
+                f"audio_transform {self.audio_transform!r} must be 'shared' or 'independent'"
+            )
+
+    @property
+    def frame_seconds(self) -> float:
+        """Time between two pictures of a clip at speed 1."""
+        return self.clip_seconds / self.num_frames
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeline:
+    """The part of a video's timeline from which views may be drawn.
+
+    Attributes:
+        start_seconds: where both picture and sound, as far as present, have begun.
+        end_seconds: where the first of them ends.
+        max_frame_gap_seconds: longest time between neighbouring source pictures; 0 without picture.
+    """
+
+    start_seconds: float
+    end_seconds: float
+    max_frame_gap_seconds: float
+
+    @property
+    def duration_seconds(self) -> float:
+        """Length of the usable part."""
+        return self.end_seconds - self.start_seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """One modality of one view: an interval and its playback.
+
+    Attributes:
+        start_seconds: beginning of the interval on the video's timeline.
+        speed: index into `ViewSpec.speeds`.
+        direction: `FORWARD` or `BACKWARD`.
+    """
+
+    start_seconds: float
+    speed: int
+    direction: int
+
+    def span_seconds(self, spec: ViewSpec) -> float:
+        """Length of the interval on the video's timeline."""
+        return spec.clip_seconds * spec.speeds[self.speed]
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewPair:
+    """Two views of one video and what is true of them.
+
+    Attributes:
+        video: the picture of view 1 and of view 2.
+        audio: the sound of view 1 and of view 2.
+        order: `BEFORE`, `OVERLAPPING` or `AFTER`: where view 1 lies relative to view 2.
+        speed_mask: the speed task is defined for this video.
+        direction_mask: the direction task is defined for this video.
+        order_mask: the order task is defined for this video and this pair of speeds.
+    """
+
+    video: tuple[Clip, Clip]
+    audio: tuple[Clip, Clip]
+    order: int
+    speed_mask: bool
+    direction_mask: bool
+    order_mask: bool
+
+
+class TooShortError(ValueError):
+    """A video is shorter than the shortest view."""
+
+
+def feasible_speeds(timeline: Timeline, spec: ViewSpec) -> list[int]:
+    """Indices of the speeds at which a view fits and shows no source picture twice."""
+    return [
+        index
+        for index, speed in enumerate(spec.speeds)
+        if speed * spec.clip_seconds <= timeline.duration_seconds + _EPSILON
+        and speed * spec.frame_seconds >= timeline.max_frame_gap_seconds - _EPSILON
+    ]
+
+
+def draw_views(rng: np.random.Generator, timeline: Timeline, spec: ViewSpec) -> ViewPair:
+    """Draws two views of a video with jointly balanced labels.
+
+    Args:
+        rng: source of all randomness of the draw.
+        timeline: usable part of the video.
+        spec: what all views have in common.
+
+    Returns:
+        The two views with labels and masks.
+
+    Raises:
+        TooShortError: if not even the slowest feasible view fits.
+    """
+    speeds = feasible_speeds(timeline, spec)
+    if not speeds:
+        raise TooShortError(
+            f"no view of {spec.clip_seconds:g} s at {1 / spec.frame_seconds:g} pictures/s fits "
+            f"{timeline.duration_seconds:.3f} s of video whose pictures are up to "
+            f"{timeline.max_frame_gap_seconds:.3f} s apart"
+        )
+    video_speed = rng.choice(speeds, size=2)
+    video_direction = rng.integers(2, size=2)
+    if spec.audio_transform == "shared":
+        audio_speed, audio_direction = video_speed, video_direction
+    else:
+        audio_speed, audio_direction = rng.choice(speeds, size=2), rng.integers(2, size=2)
+    table = np.asarray(spec.speeds)
+    video_spans = spec.clip_seconds * table[video_speed]
+    audio_spans = spec.clip_seconds * table[audio_speed]
+    spans = np.maximum(video_spans, audio_spans)
+    gap = MARGIN * spans.min()
+    order_mask = bool(spans.sum() + gap <= timeline.duration_seconds + _EPSILON)
+    if order_mask:
+        order = int(rng.integers(3))
+        # The shorter of picture and sound of each view must overlap when the views do.
+        inner = np.minimum(video_spans, audio_spans)
+        starts = _place(rng, spans, order, gap, timeline, inner)
+    else:
+        order = OVERLAPPING  # Not a label: order_mask is False.
+        slack = np.maximum(timeline.duration_seconds - spans, 0.0)
+        starts = timeline.start_seconds + rng.uniform(size=2) * slack
+    middles = starts + spans / 2
+
+    def clips(spans: np.ndarray, speed: np.ndarray, direction: np.ndarray) -> tuple[Clip, Clip]:
+        # Sound and picture of a view share their middle: the same interval at the same speed.
+        first, second = (
+            Clip(float(middles[k] - spans[k] / 2), int(speed[k]), int(direction[k]))
+            for k in range(2)
+        )
+        return first, second
+
+    return ViewPair(
+        video=clips(video_spans, video_speed, video_direction),
+        audio=clips(audio_spans, audio_speed, audio_direction),
+        order=order,
+        speed_mask=len(speeds) == len(spec.speeds),
+        direction_mask=True,
+        order_mask=order_mask,
+    )
+
+
+def _place(
+    rng: np.random.Generator,
+    spans: np.ndarray,
+    order: int,
+    gap: float,
+    timeline: Timeline,
+    inner: np.ndarray,
+) -> np.ndarray:
+    """Starts of two intervals of the given spans in the given relation, drawn uniformly."""
+    duration = timeline.duration_seconds
+    if order == OVERLAPPING:
+        # Two intervals overlap by their margin when their middles are no further apart than this.
+        reach = inner.sum() / 2 - MARGIN * inner.min()
+        half = spans / 2
+        # The first middle anywhere inside the video from where a second one is within reach.
+        first = rng.uniform(
+            max(half[0], half[1] - reach), min(duration - half[0], duration - half[1] + reach)
+        )
+        second = rng.uniform(max(half[1], first - reach), min(duration - half[1], first + reach))
+        starts = np.array([first, second]) - half
+    else:
+        # Uniform over all placements in this order: split the free time at two uniform points.
+        free = max(duration - spans.sum() - gap, 0.0)
+        before, until = np.sort(rng.uniform(0.0, free, size=2))
+        left, right = (0, 1) if order == BEFORE else (1, 0)
+        starts = np.empty(2)
+        starts[left] = before
+        starts[right] = until + spans[left] + gap
+    return timeline.start_seconds + starts
+
+
+def frame_indices(clip: Clip, frame_seconds: np.ndarray, spec: ViewSpec) -> np.ndarray:
+    """Indices of the source pictures that a clip shows, in playback order.
+
+    The picture shown at a time is the last one that began at or before it, as a player shows it.
+
+    Args:
+        clip: interval and playback.
+        frame_seconds: float64 [source frames], strictly increasing, on the video's timeline.
+        spec: what all views have in common.
+
+    Returns:
+        int64 [num_frames].
+    """
+    step = spec.frame_seconds * spec.speeds[clip.speed]
+    times = clip.start_seconds + step * np.arange(spec.num_frames)
+    indices = np.searchsorted(frame_seconds, times + _EPSILON, side="right") - 1
+    indices = np.clip(indices, 0, len(frame_seconds) - 1)
+    return indices[::-1] if clip.direction == BACKWARD else indices

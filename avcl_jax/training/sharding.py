@@ -1,0 +1,93 @@
+"""The mesh, and where each array of the state and of a batch lives on it.
+
+Everything is written for the global batch under one `jax.jit` (design section 4): rows of a batch
+are split over all data axes, parameters are replicated or split by the FSDP rule, rows of the
+feature bank are split over all data axes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+# Splitting small arrays costs more in latency than it saves in memory.
+_MIN_FSDP_ELEMENTS = 2**16
+
+
+def create_mesh(fsdp: int) -> Mesh:
+    """A mesh over all devices with axis `data`, and `fsdp` where it is larger than 1.
+
+    Axes are of type Auto: `jax.make_mesh` defaults to Explicit, under which the gather of the bank
+    raises (design section 4).
+
+    Raises:
+        ValueError: if `fsdp` does not divide the number of devices.
+    """
+    devices = jax.device_count()
+    if fsdp < 1 or devices % fsdp:
+        raise ValueError(
+            f"mesh.fsdp {fsdp} does not divide the {devices} devices: use a divisor of {devices}"
+        )
+    names = ("data", "fsdp") if fsdp > 1 else ("data",)
+    shape = (devices // fsdp, fsdp)[: len(names)]
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def data_axes(mesh: Mesh) -> tuple[str, ...]:
+    """Names of the axes over which rows are split: all of them."""
+    return tuple(mesh.axis_names)
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading dimension split over all data axes."""
+    return NamedSharding(mesh, PartitionSpec(data_axes(mesh)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on each device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch(global_batch_size: int, mesh: Mesh) -> None:
+    """Refuses a global batch that does not divide over the devices.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    devices = mesh.size
+    if global_batch_size % devices:
+        lower = max(global_batch_size // devices, 1) * devices
+        raise ValueError(
+            f"global_batch_size {global_batch_size} is not divisible by the {devices} devices: "
+            f"use a multiple of {devices}, such as {lower}"
+        )
+
+
+def fsdp_spec(shape: tuple[int, ...], axis_size: int) -> PartitionSpec:
+    """Splits the largest dimension that `axis_size` divides; small arrays stay whole."""
+    if int(np.prod(shape)) < _MIN_FSDP_ELEMENTS:
+        return PartitionSpec()
+    for dimension in np.argsort(shape)[::-1]:
+        if shape[dimension] % axis_size == 0:
+            names: list[str | None] = [None] * len(shape)
+            names[dimension] = "fsdp"
+            return PartitionSpec(*names)
+    return PartitionSpec()
+
+
+def parameter_shardings(mesh: Mesh, tree: Any) -> Any:
+    """Shardings of parameters, optimizer moments or averages: FSDP where the mesh has that axis."""
+    if "fsdp" not in mesh.axis_names:
+        return jax.tree.map(lambda _: replicated(mesh), tree)
+    size = mesh.shape["fsdp"]
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, fsdp_spec(leaf.shape, size)), tree)
+
+
+def bank_shardings(mesh: Mesh, bank: Any) -> Any:
+    """Shardings of the feature bank: arrays of rows are split, the counter is replicated."""
+    return jax.tree.map(
+        lambda leaf: rows_sharding(mesh) if leaf.ndim else replicated(mesh), bank
+    )
