@@ -8,7 +8,7 @@ by `exchange_bytes` from the shapes alone. All here works on arrays; `feature_ba
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Literal, NamedTuple
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 Modality = Literal["video", "audio"]
+Term = tuple[Modality, Modality]  # of the anchor, of its positives and negatives
 
 # Similarities of anchors × bank rows are computed in tiles of at most this many float32 values
 # (256 MiB), so that a bank of a million rows fits beside the activations.
@@ -25,7 +26,7 @@ _TILE_ELEMENTS = 2**26
 # Insertion number, source and label of a row, in one int32 array.
 _ROW_NUMBERS = 3
 _INT_BYTES = 4
-_SAME_WIDTH = {2: jnp.uint16, 4: jnp.uint32}
+_SAME_WIDTH = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 @dataclass(frozen=True)
@@ -111,15 +112,13 @@ class Anchors(NamedTuple):
 
 
 class ExchangeBytes(NamedTuple):
-    """Bytes that one `sample` makes each device receive, its own share counted too."""
+    """Bytes that the bank's exchange makes a device receive in one step, its own share counted."""
 
     merge: int
     gather: int
 
 
-def ranking_pairs(
-    sampling: BankSampling, anchor: Modality
-) -> tuple[tuple[Modality, Modality], ...]:
+def ranking_pairs(sampling: BankSampling, anchor: Modality) -> tuple[Term, ...]:
     """(modality of the anchor, modality of the bank row) pairs whose similarities rank the rows."""
     if sampling.space == "agreement":
         return (("video", "video"), ("audio", "audio"))
@@ -127,11 +126,15 @@ def ranking_pairs(
     return ((anchor, anchor if sampling.space == "same" else other),)
 
 
-def bank_modalities(
-    sampling: BankSampling, anchor: Modality, target: Modality
-) -> tuple[Modality, ...]:
+def bank_modalities(sampling: BankSampling, term: Term) -> tuple[Modality, ...]:
     """Bank modalities that ranking and returning read, each once."""
+    anchor, target = term
     return tuple(dict.fromkeys([*(row for _, row in ranking_pairs(sampling, anchor)), target]))
+
+
+def anchor_modalities(sampling: BankSampling, anchor: Modality) -> tuple[Modality, ...]:
+    """Modalities that an anchor must have, each once."""
+    return tuple(dict.fromkeys([anchor, *(own for own, _ in ranking_pairs(sampling, anchor))]))
 
 
 def exchange_bytes(
@@ -141,16 +144,16 @@ def exchange_bytes(
     dtype: Any,
     global_batch_size: int,
     shards: int,
-    anchor_modality: Modality,
-    target_modality: Modality,
+    terms: Sequence[Term],
     sampling: BankSampling,
 ) -> ExchangeBytes:
-    """Bytes per device and call of `sample`, for either way to bring anchors and rows together.
+    """Bytes per device and step, for either way to bring anchors and rows together.
 
     Merge: every shard ranks all anchors against its own rows, the candidates (similarity and row)
     travel to the anchor's device, which picks and asks for the embeddings; every shard answers
-    for every pick. Gather: every device receives the modalities of the bank that it reads. Both
-    receive the rows' numbers. Counted is the size of every collective's result on one device.
+    for every pick. Gather: every device receives the modalities of the bank that are read. Both
+    receive the rows' numbers. Counted is the size of every collective's result on one device; what
+    several terms exchange alike is counted once, because XLA makes equal collectives one.
 
     Args:
         size: Rows of the bank.
@@ -158,8 +161,7 @@ def exchange_bytes(
         dtype: Of the bank.
         global_batch_size: Videos of a step.
         shards: Devices along the data axes.
-        anchor_modality: Modality of the anchors.
-        target_modality: Modality of the returned rows.
+        terms: (anchor modality, target modality) of every term that a step samples.
         sampling: Ranks and samples per anchor.
 
     Returns:
@@ -170,22 +172,35 @@ def exchange_bytes(
     anchors = 2 * global_batch_size
     embedding = dim * jnp.dtype(dtype).itemsize
     numbers = size * _ROW_NUMBERS * _INT_BYTES
-    pairs = ranking_pairs(sampling, anchor_modality)
-    queries = anchors * (len(pairs) * embedding + 2 * _INT_BYTES)
+    queries = {own for anchor, _ in terms for own, _ in ranking_pairs(sampling, anchor)}
+    rankings = {
+        (
+            ranking_pairs(sampling, term[0]),
+            frozenset(bank_modalities(sampling, term)),
+            frozenset(anchor_modalities(sampling, term[0])),
+        )
+        for term in terms
+    }
     candidates = anchors * min(sampling.ranks, size // shards) * 2 * _INT_BYTES
     answers = anchors * sampling.samples * (_INT_BYTES + embedding)
-    modalities = bank_modalities(sampling, anchor_modality, target_modality)
-    return ExchangeBytes(
-        merge=numbers + queries + candidates + answers,
-        gather=numbers + size * len(modalities) * embedding,
+    merge = (
+        numbers
+        + global_batch_size * 2 * _INT_BYTES
+        + len(queries) * anchors * embedding
+        + len(rankings) * candidates
+        + len(set(terms)) * answers
     )
+    modalities = {modality for term in terms for modality in bank_modalities(sampling, term)}
+    return ExchangeBytes(merge, numbers + size * (1 + len(modalities) * embedding))
 
 
 def _rank(
     queries: tuple[Array, ...],
     embeddings: tuple[Array, ...],
-    anchor_numbers: Array,
-    row_numbers: Array,
+    anchor_source: Array,
+    anchor_usable: Array,
+    row_source: Array,
+    row_usable: Array,
     ranks: int,
 ) -> tuple[Array, Array]:
     """The `ranks` most similar eligible rows of every anchor, −inf behind the last eligible one."""
@@ -196,14 +211,14 @@ def _rank(
         return jnp.einsum("d,rd->r", query, rows, precision=highest, preferred_element_type="f4")
 
     def one(anchor):
-        *query, (source, valid) = anchor
+        *query, source, usable = anchor
         similarity = reduce(jnp.minimum, map(dot, query, embeddings))
-        eligible = (row_numbers[:, 0] >= 0) & (row_numbers[:, 1] != source) & (valid > 0)
+        eligible = row_usable & usable & (row_source != source)
         return jax.lax.top_k(jnp.where(eligible, similarity, -jnp.inf), ranks)
 
-    anchors = (*queries, anchor_numbers)
-    tile = max(1, _TILE_ELEMENTS // row_numbers.shape[0])
-    if anchor_numbers.shape[0] <= tile:
+    anchors = (*queries, anchor_source, anchor_usable)
+    tile = max(1, _TILE_ELEMENTS // row_source.shape[0])
+    if anchor_source.shape[0] <= tile:
         return jax.vmap(one)(anchors)
     return jax.lax.map(one, anchors, batch_size=tile)
 
@@ -248,6 +263,16 @@ def _pick(
     far_value, far_position = jax.lax.top_k(far, sampling.num_negatives)
     position = jnp.concatenate([near_position, far_position + sampling.positive_ranks], axis=1)
     return position, jnp.concatenate([near_value, far_value], axis=1) > -jnp.inf
+
+
+def _presence(present: Mapping[Modality, Array]) -> Array:
+    """One bit per modality: the same array for every term, whatever modalities the term needs."""
+    return present["video"].astype(jnp.uint8) | (present["audio"].astype(jnp.uint8) << 1)
+
+
+def _has_all(presence: Array, modalities: tuple[Modality, ...]) -> Array:
+    wanted = sum({"video": 1, "audio": 2}[modality] for modality in modalities)
+    return (presence & wanted) == wanted
 
 
 def _exchangeable(values: Array) -> Array:
@@ -298,8 +323,7 @@ def draw(
     key: Array,
     anchors: Anchors,
     *,
-    anchor_modality: Modality,
-    target_modality: Modality,
+    term: Term,
     sampling: BankSampling,
     data_axes: tuple[str, ...],
     shards: int,
@@ -311,8 +335,7 @@ def draw(
         rows: This device's shard of the bank.
         key: Key of this step and term, the same on every device.
         anchors: This device's videos.
-        anchor_modality: Modality of the anchors.
-        target_modality: Modality of the rows to return.
+        term: Modality of the anchors, and of the rows to return.
         sampling: Space, ranks, counts and distribution.
         data_axes: Mesh axes that batch and bank are sharded over.
         shards: Devices along these axes.
@@ -324,39 +347,35 @@ def draw(
     """
     size = rows.numbers.shape[0]
     videos = anchors.source_id.shape[0]
-    pairs = ranking_pairs(sampling, anchor_modality)
-    embeddings = {
-        modality: rows.embeddings[modality]
-        for modality in bank_modalities(sampling, anchor_modality, target_modality)
-    }
-    # A row that lacks a modality looks empty: one number less to exchange.
-    usable = rows.numbers[:, 0] >= 0
-    for modality in embeddings:
-        usable = usable & rows.present[modality]
-    numbers = rows.numbers.at[:, 0].set(jnp.where(usable, rows.numbers[:, 0], -1))
-    valid = anchors.present[anchor_modality]
-    for modality, _ in pairs:
-        valid = valid & anchors.present[modality]
+    pairs = ranking_pairs(sampling, term[0])
+    modalities = bank_modalities(sampling, term)
+    embeddings = {modality: rows.embeddings[modality] for modality in modalities}
+    numbers = rows.numbers
+    presence = _presence(rows.present)
     # In the bank's dtype, so that both sides of a similarity are rounded alike.
     queries = tuple(
         anchors.embeddings[modality].reshape(2 * videos, -1).astype(embeddings[row].dtype)
         for modality, row in pairs
     )
-    anchor_numbers = jnp.stack([anchors.source_id.astype(jnp.int32), valid], axis=1)
-    anchor_numbers = jnp.repeat(anchor_numbers, 2, axis=0)
+    anchor_numbers = jnp.stack(
+        [anchors.source_id.astype(jnp.int32), _presence(anchors.present).astype(jnp.int32)], axis=1
+    )
 
     merge = merge and shards > 1
     if shards > 1 and not merge:
         embeddings = {name: _gather(values, data_axes) for name, values in embeddings.items()}
-        numbers = _gather(numbers, data_axes)
+        numbers, presence = _gather(numbers, data_axes), _gather(presence, data_axes)
     if merge:
         queries = tuple(_gather(query, data_axes) for query in queries)
         anchor_numbers = _gather(anchor_numbers, data_axes)
+    anchor_usable = _has_all(anchor_numbers[:, 1], anchor_modalities(sampling, term[0]))
     scores, ranked = _rank(
         queries,
         tuple(embeddings[row] for _, row in pairs),
-        anchor_numbers,
-        numbers,
+        jnp.repeat(anchor_numbers[:, 0], 2),
+        jnp.repeat(anchor_usable, 2),
+        numbers[:, 1],
+        (numbers[:, 0] >= 0) & _has_all(presence, modalities),
         min(sampling.ranks, numbers.shape[0]),
     )
     if merge:
@@ -366,7 +385,7 @@ def draw(
     view_id = 2 * anchors.anchor_id.astype(jnp.uint32)[:, None] + jnp.arange(2, dtype=jnp.uint32)
     position, picked = _pick(scores, numbers[ranked], key, view_id.reshape(-1), sampling)
     picks = jnp.take_along_axis(ranked, position, axis=1)
-    target = embeddings[target_modality]
+    target = embeddings[term[1]]
     drawn = _fetch(target, picks, data_axes) if merge else target[picks]
 
     def per_view(values):

@@ -10,6 +10,7 @@ devices changes neither what the bank holds nor what is sampled.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from avcl_jax.objectives.bank_sampling import (
     BankSampling,
     ExchangeBytes,
     Modality,
+    Term,
     draw,
     exchange_bytes,
 )
@@ -293,6 +295,7 @@ def sample(
     sampling: BankSampling,
     mesh: Mesh | None,
     data_axes: tuple[str, ...],
+    terms: Sequence[Term] | None = None,
 ) -> BankSample:
     """Samples bank rows as positives and negatives of every anchor, by similarity (design §2.3).
 
@@ -315,6 +318,8 @@ def sample(
         sampling: Space, ranks, counts and distribution.
         mesh: The mesh of Auto axes, or None for one device.
         data_axes: Mesh axes that batch and bank are sharded over.
+        terms: (anchor modality, target modality) of all terms that the step samples, if there are
+            more: a gathered bank serves all of them, so they choose merge or gather together.
 
     Returns:
         The sampled rows and masks, sharded like the batch, without gradient.
@@ -324,6 +329,7 @@ def sample(
             rows than there are ranks.
     """
     shards = num_shards(mesh, data_axes)
+    term = (anchor_modality, target_modality)
     size, dim = bank.video.shape
     videos = source_id.shape[0]
     if size % shards or videos % shards:
@@ -342,14 +348,12 @@ def sample(
         dtype=bank.video.dtype,
         global_batch_size=videos,
         shards=shards,
-        anchor_modality=anchor_modality,
-        target_modality=target_modality,
+        terms=(term,) if terms is None else terms,
         sampling=sampling,
     )
     local = partial(
         draw,
-        anchor_modality=anchor_modality,
-        target_modality=target_modality,
+        term=term,
         sampling=sampling,
         data_axes=data_axes,
         shards=shards,
