@@ -1,0 +1,313 @@
+"""Media files to upright frames and mono sound on one timeline (PyAV, that is FFmpeg).
+
+All times are seconds on the *file's* timeline, whose zero is where a player starts showing it.
+FFmpeg itself applies edit lists and drops the priming samples of the sound codecs, so frames and
+samples arrive with the times at which they are presented; what is left to do here is to keep them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import av
+import av.logging
+import numpy as np
+
+from avcl_jax.data.media_error import REASONS, MediaError
+from avcl_jax.data.sound_timeline import lay_out
+
+__all__ = [
+    "REASONS",
+    "Frame",
+    "MediaError",
+    "MediaInfo",
+    "Sound",
+    "decode_audio",
+    "decode_frames",
+    "probe",
+]
+
+_MAX_BACK_SECONDS = 0.5
+_SEEK_MARGIN_SECONDS = 1.0  # sound decoders need some packets before the first good sample
+_FPS_SLACK_SECONDS = 0.002  # time stamps in whole milliseconds make 30 fps vary
+
+
+class MediaInfo(NamedTuple):
+    """What a file's header says.
+
+    Attributes:
+      duration_seconds: Of the longest stream; None when the header does not say.
+      video: Codec, stored width and height; None when there is no picture.
+      audio: Codec, rate in Hz and channel layout; None when there is no sound.
+    """
+
+    duration_seconds: float | None
+    video: tuple[str, int, int] | None
+    audio: tuple[str, int, str] | None
+
+
+class Frame(NamedTuple):
+    """One displayed frame.
+
+    Attributes:
+      seconds: When it appears.
+      duration_seconds: How long the file says it stays; 0 when it does not say.
+      image: uint8 [height, width, 3], RGB, upright, square pixels.
+    """
+
+    seconds: float
+    duration_seconds: float
+    image: np.ndarray
+
+
+class Sound(NamedTuple):
+    """Mono sound; silence where the file has none.
+
+    Attributes:
+      start_seconds: When the first sample sounds.
+      waveform: int16 [samples].
+    """
+
+    start_seconds: float
+    waveform: np.ndarray
+
+
+def _is_still(container: Any) -> bool:
+    """Whether FFmpeg opened a picture or a text file as if it were a film."""
+    name = container.format.name
+    return name.endswith("_pipe") or name in ("image2", "tty", "ico", "ffmetadata")
+
+
+def _stream(container: Any, kind: str) -> Any | None:
+    """Returns the stream a player would take: the first default one, else the first."""
+    hidden = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
+    streams = [s for s in getattr(container.streams, kind) if not s.disposition & hidden]
+    default = [s for s in streams if s.disposition & av.stream.Disposition.default]
+    return (default or streams or [None])[0]
+
+
+@contextlib.contextmanager
+def _open(path: str | os.PathLike[str]) -> Iterator[tuple[Any, list[Any]]]:
+    """Opens a file, and turns what goes wrong inside the block into MediaError.
+
+    Yields:
+      The container, and the messages FFmpeg logs, which are the only sign of some damage: a
+      demuxer that meets garbage looks for the next good byte, and says so only there.
+    """
+    name = os.fspath(path)
+    av.logging.set_level(av.logging.ERROR)
+    try:
+        # "file:" so that neither a leading dash nor a colon in the name means anything.
+        with (
+            av.logging.Capture() as log,
+            av.open(f"file:{name}", metadata_errors="replace") as container,
+        ):
+            if _is_still(container):
+                raise MediaError("not_media", f"a {container.format.long_name}, not a recording")
+            yield container, log
+    except FileNotFoundError as error:
+        raise MediaError("not_found", f"{name} does not exist") from error
+    except (av.error.InvalidDataError, av.error.DemuxerNotFoundError) as error:
+        raise MediaError("not_media", "FFmpeg finds no container it knows") from error
+    except av.error.DecoderNotFoundError as error:
+        raise MediaError("unsupported_codec", error.strerror or str(error)) from error
+    except (av.error.FFmpegError, OSError) as error:
+        raise MediaError("unreadable", f"{type(error).__name__}: {error.strerror}") from error
+
+
+def probe(path: str | os.PathLike[str]) -> MediaInfo:
+    """Reads a file's header.
+
+    Args:
+      path: Local file of any name.
+
+    Raises:
+      MediaError: If it cannot be opened, is no recording, or has neither picture nor sound.
+    """
+    with _open(path) as (container, _):
+        video, audio = _stream(container, "video"), _stream(container, "audio")
+        if video is None and audio is None:
+            raise MediaError("empty", "the file has neither picture nor sound")
+        for stream in (video, audio):
+            if stream is not None and stream.codec_context is None:
+                raise MediaError("unsupported_codec", f"no decoder for the {stream.type}")
+        return MediaInfo(
+            container.duration / 1e6 if container.duration else None,
+            video and (video.codec_context.name, video.width, video.height),
+            audio and (audio.codec_context.name, audio.rate, audio.layout.name),
+        )
+
+
+def _decoded(container: Any, stream: Any, log: list[Any], start_seconds: float) -> Iterator[Any]:
+    """Yields a stream's frames from about `start_seconds` on; raises MediaError on any damage."""
+    zero = (container.start_time or 0) / 1e6
+    if start_seconds > 0:
+        target = max(0.0, start_seconds - _SEEK_MARGIN_SECONDS) + zero
+        container.seek(int(target * 1e6), backward=True)
+    stream.codec_context.thread_count = 1  # one process per core decodes faster than threads do
+    packets = container.demux(stream)
+    demuxer = container.format.name
+    where = "the start"
+    while True:
+        try:
+            packet = next(packets, None)
+            if packet is None:
+                return
+            if packet.is_corrupt:
+                raise MediaError("damaged", f"{stream.type} is damaged after {where}")
+            frames = packet.decode()
+        except av.error.FFmpegError as error:
+            raise MediaError(
+                "damaged", f"{stream.type} cannot be decoded after {where}: {error.strerror}"
+            ) from error
+        for _, source, text in log:
+            if source == demuxer:
+                cut = "prematurely" in text or "partial file" in text
+                raise MediaError(
+                    "truncated" if cut else "damaged", f"after {where}: {text.strip()}"
+                )
+        for frame in frames:
+            if frame.is_corrupt:
+                raise MediaError("damaged", f"{stream.type} is damaged after {where}")
+            if frame.time is not None:
+                where = f"{frame.time - zero:.2f} s"
+            yield frame
+
+
+def _orientation(frame: Any) -> tuple[bool, bool, bool]:
+    """Returns (transpose, flip rows, flip columns) that make the frame upright, in this order."""
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            a, b, _, c, d = np.frombuffer(bytes(data), "<i4")[:5]
+            if abs(int(a)) + abs(int(d)) >= abs(int(b)) + abs(int(c)):
+                return False, d < 0, a < 0
+            return True, b < 0, c < 0
+    return False, False, False
+
+
+def _stored_size(stream: Any, frame: Any, short_side: int | None) -> tuple[int, int]:
+    """Returns width and height to scale to, before rotation; never larger than displayed."""
+    aspect = float(stream.sample_aspect_ratio or 1)
+    if not 0.1 <= aspect <= 10:  # nonsense in the header
+        aspect = 1.0
+    width, height = frame.width * aspect, float(frame.height)
+    scale = min(1.0, short_side / min(width, height)) if short_side else 1.0
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def decode_frames(
+    path: str | os.PathLike[str],
+    *,
+    short_side: int | None,
+    max_fps: float | None,
+    start_seconds: float = 0.0,
+    end_seconds: float | None = None,
+) -> Iterator[Frame]:
+    """Decodes the picture, upright and with square pixels, at its own times.
+
+    Args:
+      path: Local file.
+      short_side: Height or width to scale down to, whichever is shorter; never scales up.
+      max_fps: Frames are dropped, by their times, to this rate on average; None keeps all.
+      start_seconds: First frame is the first that appears at this time or later.
+      end_seconds: Frames that appear at this time or later are left out; None for all.
+
+    Yields:
+      Frames in the order of display, at strictly increasing times. None, without an error, when
+      the file has no picture. An alpha channel is ignored.
+
+    Raises:
+      MediaError: If the file or the wanted part of its picture cannot be decoded completely.
+    """
+    with _open(path) as (container, log):
+        stream = _stream(container, "video")
+        if stream is None:
+            return
+        if stream.codec_context is None:
+            raise MediaError("unsupported_codec", "no decoder for the picture")
+        zero = (container.start_time or 0) / 1e6
+        rate = float(stream.guessed_rate or stream.average_rate or 0)
+        interval = 1 / max_fps if max_fps else 0.0
+        seen = due = -np.inf
+        size = None
+        for frame in _decoded(container, stream, log, start_seconds):
+            if frame.time is not None:
+                seconds = frame.time - zero
+            elif np.isfinite(seen) and rate:
+                seconds = seen + 1 / rate
+            else:
+                raise MediaError("bad_timestamps", "the picture has no time stamps")
+            if seconds < seen - _MAX_BACK_SECONDS:
+                raise MediaError("bad_timestamps", f"the picture leaps back at {seen:.2f} s")
+            if end_seconds is not None and seconds >= end_seconds - 1e-6:
+                return
+            if seconds <= seen or seconds < start_seconds - 1e-6:
+                continue  # a repeated frame, or one before the wanted part
+            seen = seconds
+            if seconds < due - _FPS_SLACK_SECONDS:
+                continue
+            # Counted from when a frame was due and not from when it came: 32 fps become 30, not 16.
+            due = max(due, seconds - interval) + interval
+            if size is None:
+                size = _stored_size(stream, frame, short_side)
+                transpose, flip_rows, flip_columns = _orientation(frame)
+            image = frame.to_ndarray(
+                format="rgb24", width=size[0], height=size[1], interpolation="AREA"
+            )
+            if transpose:
+                image = image.transpose(1, 0, 2)
+            image = image[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
+            duration = float(frame.duration * frame.time_base) if frame.duration else 0.0
+            yield Frame(seconds, duration, np.ascontiguousarray(image))
+
+
+def decode_audio(
+    path: str | os.PathLike[str],
+    *,
+    sample_rate_hz: int,
+    start_seconds: float = 0.0,
+    end_seconds: float | None = None,
+) -> Sound | None:
+    """Decodes the sound to mono, so that a sample's index tells its time.
+
+    Args:
+      path: Local file.
+      sample_rate_hz: Rate to resample to.
+      start_seconds: Samples before are left out.
+      end_seconds: Samples from here on are left out; None for all.
+
+    Returns:
+      The sound, with gaps filled by silence; None when the file has none in this interval.
+
+    Raises:
+      MediaError: If the file or the wanted part of its sound cannot be decoded completely.
+    """
+    with _open(path) as (container, log):
+        stream = _stream(container, "audio")
+        if stream is None:
+            return None
+        if stream.codec_context is None:
+            raise MediaError("unsupported_codec", "no decoder for the sound")
+        zero = (container.start_time or 0) / 1e6
+        frames = []
+        for frame in _decoded(container, stream, log, start_seconds):
+            if (
+                end_seconds is not None
+                and frame.time is not None
+                and frame.time - zero >= end_seconds
+            ):
+                break
+            if frame.samples:
+                frames.append(frame)
+        if not frames:
+            return None
+        first_seconds, waveform = lay_out(frames, zero=zero, sample_rate_hz=sample_rate_hz)
+    skip = max(0, int(np.ceil((start_seconds - first_seconds) * sample_rate_hz - 1e-6)))
+    first_seconds += skip / sample_rate_hz
+    waveform = waveform[skip:]
+    if end_seconds is not None:
+        waveform = waveform[: max(0, round((end_seconds - first_seconds) * sample_rate_hz))]
+    return Sound(first_seconds, waveform) if len(waveform) else None
