@@ -20,16 +20,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from avcl_jax.objectives.bank_sampling import (
+from avcl_jax.objectives.bank_exchange import (
     Anchors,
     BankRows,
-    BankSampling,
     ExchangeBytes,
-    Modality,
-    Term,
     draw,
     exchange_bytes,
 )
+from avcl_jax.objectives.bank_sampling import BankSampling, Modality, Term
 
 __all__ = [
     "BankSample",
