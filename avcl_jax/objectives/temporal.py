@@ -95,25 +95,22 @@ def temporal_targets(batch: Mapping[str, Array]) -> dict[str, tuple[Array, Array
 
 
 def temporal_losses(
-    logits: Mapping[str, Array], batch: Mapping[str, Array]
+    outputs: Mapping[str, Array], batch: Mapping[str, Array]
 ) -> dict[str, tuple[Array, dict[str, Array]]]:
     """Loss and metrics of every temporal term for which there are logits.
 
     Args:
-        logits: Term name → [videos, 2, classes], or [videos, 3] for order_vv and order_aa. A term
-            that is left out (a model without that head) is not computed.
+        outputs: What the model returns; read are the entries named in `TERMS`: logits
+            [videos, 2, classes], or [videos, 3] for order_vv and order_aa. A term that is left out
+            (a model of one modality) is not computed.
         batch: As `temporal_targets`.
 
     Returns:
         Term name → (scalar loss, {"accuracy", "count"}), in the order of `TERMS`.
-
-    Raises:
-        ValueError: If the logits name an unknown term.
     """
-    unknown = sorted(set(logits) - set(TERMS))
-    if unknown:
-        raise ValueError(f"unknown temporal terms {unknown}; the terms are {list(TERMS)}.")
     targets = temporal_targets(batch)
     return {
-        name: classification_loss(logits[name], *targets[name]) for name in TERMS if name in logits
+        name: classification_loss(outputs[name], *targets[name])
+        for name in TERMS
+        if name in outputs
     }
