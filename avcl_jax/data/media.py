@@ -39,11 +39,13 @@ class MediaInfo(NamedTuple):
     """What a file's header says.
 
     Attributes:
+      format: FFmpeg's name of the container.
       duration_seconds: Of the longest stream; None when the header does not say.
       video: Codec, stored width and height; None when there is no picture.
       audio: Codec, rate in Hz and channel layout; None when there is no sound.
     """
 
+    format: str
     duration_seconds: float | None
     video: tuple[str, int, int] | None
     audio: tuple[str, int, str] | None
@@ -135,6 +137,7 @@ def probe(path: str | os.PathLike[str]) -> MediaInfo:
             if stream is not None and stream.codec_context is None:
                 raise MediaError("unsupported_codec", f"no decoder for the {stream.type}")
         return MediaInfo(
+            container.format.name,
             container.duration / 1e6 if container.duration else None,
             video and (video.codec_context.name, video.width, video.height),
             audio and (audio.codec_context.name, audio.rate, audio.layout.name),
