@@ -88,6 +88,4 @@ def parameter_shardings(mesh: Mesh, tree: Any) -> Any:
 
 def bank_shardings(mesh: Mesh, bank: Any) -> Any:
     """Shardings of the feature bank: arrays of rows are split, the counter is replicated."""
-    return jax.tree.map(
-        lambda leaf: rows_sharding(mesh) if leaf.ndim else replicated(mesh), bank
-    )
+    return jax.tree.map(lambda leaf: rows_sharding(mesh) if leaf.ndim else replicated(mesh), bank)

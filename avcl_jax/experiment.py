@@ -1,0 +1,156 @@
+"""From a config to the objects that the library works with: the one place that reads its sections.
+
+Every function takes the sections of a config by attribute, so that a key that is missing fails.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax.numpy as jnp
+import ml_collections
+
+from avcl_jax.data.augment import PhotometricSpec
+from avcl_jax.data.crop import CropSpec
+from avcl_jax.data.pipeline import RenderSpec
+from avcl_jax.data.spectrogram import LogMelSpec
+from avcl_jax.data.views import ViewSpec
+from avcl_jax.models.audio_encoders import AudioResNet
+from avcl_jax.models.audio_visual import AudioVisualModel
+from avcl_jax.models.video_encoders import VideoResNet
+from avcl_jax.objectives.feature_bank import BankSampling
+
+
+def render_spec(config: ml_collections.ConfigDict) -> RenderSpec:
+    """Rendering of views: timing, crop, spectrogram, modalities."""
+    views, crop, mel = config.views, config.crop, config.spectrogram
+    if mel.where not in ("host", "device"):
+        raise ValueError(f"spectrogram.where {mel.where!r} must be 'host' or 'device'")
+    if config.modalities not in ("audio_visual", "video", "audio"):
+        raise ValueError(
+            f"modalities {config.modalities!r} must be 'audio_visual', 'video' or 'audio'"
+        )
+    return RenderSpec(
+        views=ViewSpec(
+            num_frames=views.num_frames,
+            clip_seconds=views.clip_seconds,
+            speeds=tuple(views.speeds),
+            audio_transform=views.audio_transform,
+        ),
+        log_mel=LogMelSpec(
+            sample_rate_hz=mel.sample_rate_hz,
+            frames=mel.frames,
+            mels=mel.mels,
+            clip_seconds=views.clip_seconds,
+            min_hz=mel.min_hz,
+            max_hz=mel.max_hz,
+            floor=mel.floor,
+            mean=mel.mean,
+            std=mel.std,
+        ),
+        crop=CropSpec(image_size=crop.image_size, min_area=crop.min_area, flip=crop.flip),
+        spectrogram_on_device=mel.where == "device",
+        modalities=config.modalities,
+    )
+
+
+def photometric_spec(config: ml_collections.ConfigDict) -> PhotometricSpec:
+    """Strength of the photometric augmentation."""
+    section = config.photometric
+    return PhotometricSpec(
+        brightness=section.brightness,
+        contrast=section.contrast,
+        saturation=section.saturation,
+        gray_probability=section.gray_probability,
+        per_frame=section.per_frame,
+    )
+
+
+def video_encoder(config: ml_collections.ConfigDict, **options: Any) -> VideoResNet:
+    """The video encoder of `config.model.video`."""
+    section = config.model.video
+    if section.name != "resnet":
+        raise ValueError(f"unknown video encoder {section.name!r}: use 'resnet'")
+    return VideoResNet(
+        widths=tuple(section.widths),
+        depths=tuple(section.depths),
+        factorisation=section.factorisation,
+        stem=section.stem,
+        subtract_time_mean=section.subtract_time_mean,
+        lowering=section.lowering,
+        dtype=jnp.dtype(config.model.dtype),
+        **options,
+    )
+
+
+def audio_encoder(config: ml_collections.ConfigDict, **options: Any) -> AudioResNet:
+    """The audio encoder of `config.model.audio`."""
+    section = config.model.audio
+    if section.name != "resnet":
+        raise ValueError(f"unknown audio encoder {section.name!r}: use 'resnet'")
+    return AudioResNet(
+        widths=tuple(section.widths),
+        depths=tuple(section.depths),
+        stem=section.stem,
+        patch=tuple(section.patch),
+        dtype=jnp.dtype(config.model.dtype),
+        **options,
+    )
+
+
+def audio_visual_model(config: ml_collections.ConfigDict) -> AudioVisualModel:
+    """The whole model that pretraining trains."""
+    return AudioVisualModel(
+        video_encoder=None if config.modalities == "audio" else video_encoder(config),
+        audio_encoder=None if config.modalities == "video" else audio_encoder(config),
+        embedding_dim=config.model.embedding_dim,
+        projection_hidden=config.model.projection_hidden,
+        temporal_hidden=config.model.temporal_hidden,
+        num_speeds=len(config.views.speeds),
+        dtype=jnp.dtype(config.model.dtype),
+    )
+
+
+def bank_sampling(config: ml_collections.ConfigDict) -> BankSampling:
+    """How bank rows are ranked and drawn."""
+    section = config.bank
+    return BankSampling(
+        space=section.space,
+        num_positives=section.num_positives,
+        num_negatives=section.num_negatives,
+        positive_ranks=section.positive_ranks,
+        negative_ranks=section.negative_ranks,
+        sampling=section.sampling,
+        temperature=section.temperature,
+    )
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    """The config as sorted JSON; tuples become lists."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+def from_json(text: str) -> ml_collections.ConfigDict:
+    """The config that `to_json` wrote."""
+    return ml_collections.ConfigDict(json.loads(text))
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dict to {"a.b": value}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def differences(old: str, new: str) -> list[str]:
+    """What differs between two configs in JSON, one line a key: `key: old -> new`."""
+    before, after = flatten(json.loads(old)), flatten(json.loads(new))
+    missing = "(absent)"
+    return [
+        f"{key}: {before.get(key, missing)!r} -> {after.get(key, missing)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, missing) != after.get(key, missing)
+    ]

@@ -1,0 +1,109 @@
+"""Command line: `python -m avcl_jax.main --config=configs/pretrain.py --workdir=runs/demo`.
+
+`config.task` decides what runs: `pretrain`, `evaluate` or `export`. Media are prepared before, by
+`python -m data_prep`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+import jax
+import ml_collections
+from absl import app, flags, logging
+from etils import epath
+from ml_collections import config_flags
+
+from avcl_jax.data.tfrecord import RecordError
+from avcl_jax.training.loop import NonFiniteError, pretrain
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "File under configs/, with `:preset` where it has presets.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of the run, local or gs://; runs/NAME of the config if not given."
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Call jax.distributed.initialize; on TPU pods and SLURM it finds the rest.",
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+_DEBUG = flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
+
+# What a person can cause and mend. Anything else is a bug and keeps its traceback.
+_USER_ERRORS = (ValueError, RecordError, OSError, NonFiniteError)
+
+
+def _make_demo(config: ml_collections.ConfigDict) -> None:
+    """Makes and prepares the demo media, unless they are there."""
+    directory = epath.Path(config.data.directory)
+    if not config.data.make_demo or (directory / "dataset_info.json").exists():
+        return
+    if jax.process_count() > 1:
+        raise ValueError(f"{directory} does not exist: run `python -m data_prep demo` first")
+    command = [sys.executable, "-m", "data_prep", "demo", "--out", str(directory)]
+    print(f"{directory} does not exist yet: running {' '.join(command[1:])}", flush=True)
+    done = subprocess.run(command, check=False)
+    if done.returncode:
+        raise ValueError(f"preparing the demo data failed with exit code {done.returncode}")
+
+
+def _pretrain(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+    _make_demo(config)
+    pretrain(config, workdir)
+
+
+def _evaluate(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+    # Here and below: plotting and scikit-learn are not loaded by a pod that trains.
+    from avcl_jax.evaluation.evaluate import evaluate
+
+    evaluate(config, workdir)
+
+
+def _export(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+    from avcl_jax.export import export_run
+
+    export_run(config, workdir)
+
+
+_TASKS: dict[str, Callable[[ml_collections.ConfigDict, epath.Path], None]] = {
+    "pretrain": _pretrain,
+    "evaluate": _evaluate,
+    "export": _export,
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the task of the config.
+
+    Raises:
+        SystemExit: with code 1 after one line about a mistake that a person can mend.
+    """
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {list(argv[1:])}: flags begin with --")
+    if _DISTRIBUTED.value or _COORDINATOR.value:
+        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    logging.set_verbosity(logging.WARNING)
+    config = _CONFIG.value
+    try:
+        if config is None:
+            raise ValueError("--config is missing: try --config=configs/pretrain.py")
+        if config.task not in _TASKS:
+            raise ValueError(f"unknown task {config.task!r}: use one of {', '.join(_TASKS)}")
+        workdir = epath.Path(_WORKDIR.value or f"runs/{config.name}").absolute()
+        _TASKS[config.task](config, workdir)
+    except _USER_ERRORS as error:
+        if _DEBUG.value:
+            traceback.print_exc()
+        print(f"avcl_jax: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    app.run(main)

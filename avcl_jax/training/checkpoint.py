@@ -1,0 +1,162 @@
+"""Checkpoints by orbax: the state, the position in the data, and the config they belong to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from avcl_jax.training.state import TrainState
+
+
+class CheckpointError(ValueError):
+    """A working directory that cannot be continued."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a checkpoint says besides the state.
+
+    Attributes:
+        step: steps taken; the next batch is the one of this number, which is the data's position.
+        train_seconds: time spent in training so far, over all starts.
+        data_fingerprint: of the records; a position means nothing in other data.
+        devices: number of devices over which the bank's rows were laid out.
+    """
+
+    step: int
+    train_seconds: float
+    data_fingerprint: str
+    devices: int
+
+
+def check_config(workdir: epath.Path, config_json: str, differing: Iterable[str]) -> None:
+    """Writes the config beside the run, or refuses to continue a run of another config.
+
+    Args:
+        workdir: of the run.
+        config_json: config of this start.
+        differing: what differs from the config already there, one line a key; see
+            `experiment.differences`. Keys that change only how, not what, is computed are left out
+            by the caller.
+
+    Raises:
+        CheckpointError: naming what differs.
+    """
+    path = workdir / "config.json"
+    if lines := list(differing):
+        raise CheckpointError(
+            f"{workdir} holds a run of another config; choose another --workdir, or undo: "
+            + "; ".join(lines)
+        )
+    if jax.process_index() == 0:
+        temporary = workdir / "config.json.writing"
+        temporary.write_text(config_json)
+        temporary.replace(path)
+
+
+class Checkpoints:
+    """Saves and restores the training state under WORKDIR/checkpoints."""
+
+    def __init__(self, workdir: epath.Path, *, keep: int):
+        """Opens or creates the directory.
+
+        Args:
+            workdir: local or `gs://`.
+            keep: how many checkpoints stay; the older ones are deleted.
+        """
+        self._manager = ocp.CheckpointManager(
+            workdir / "checkpoints",
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, create=True, enable_async_checkpointing=False
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, progress: Progress) -> None:
+        """Saves everything; returns when it is complete on disk."""
+        if self._manager.latest_step() == progress.step:
+            return
+        self._manager.save(
+            progress.step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
+            ),
+        )
+        self._manager.wait_until_finished()
+
+    def restore_progress(self, step: int) -> Progress:
+        """Reads what a checkpoint says besides the state."""
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
+        )
+        return Progress(**restored["progress"])
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """Restores the state of `step` with the shapes, dtypes and shardings of `like`.
+
+        Raises:
+            CheckpointError: if the saved state has another structure or other shapes.
+        """
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        try:
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            )
+        except ValueError as error:
+            raise CheckpointError(
+                f"checkpoint {step} of {self._manager.directory} does not fit this model: {error}"
+            ) from error
+        return restored["state"]
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether the cluster has announced that this job will be stopped."""
+        return self._manager.reached_preemption(step)
+
+    def close(self) -> None:
+        """Releases threads and files."""
+        self._manager.close()
+
+
+def load_variables(workdir: epath.PathLike) -> tuple[dict[str, Any], int]:
+    """Parameters and statistics of the newest checkpoint, as numpy arrays on the host.
+
+    The average of the parameters is taken where one was kept.
+
+    Args:
+        workdir: of a run.
+
+    Returns:
+        ({"params", "batch_stats"}, step).
+
+    Raises:
+        CheckpointError: if there is no checkpoint.
+    """
+    directory = epath.Path(workdir) / "checkpoints"
+    if not directory.exists():
+        raise CheckpointError(f"{workdir} has no checkpoints: pretrain with this --workdir first")
+    with ocp.CheckpointManager(directory) as manager:
+        step = manager.latest_step()
+    if step is None:
+        raise CheckpointError(f"{directory} is empty: pretrain with this --workdir first")
+    path = directory / str(step) / "state"
+    checkpointer = ocp.PyTreeCheckpointer()
+    tree = checkpointer.metadata(path).item_metadata.tree
+    # As numpy, whatever devices the run had: a laptop can read a pod's checkpoint.
+    restore_args = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+        tree,
+        is_leaf=lambda leaf: not isinstance(leaf, dict | list | tuple),
+    )
+    state = checkpointer.restore(path, restore_args=restore_args)
+    params = state["params"] if state["ema_params"] is None else state["ema_params"]
+    return {"params": params, "batch_stats": state["batch_stats"]}, step

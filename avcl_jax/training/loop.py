@@ -1,0 +1,355 @@
+"""Pretraining from config to checkpoints: mesh, data, model, state, restore, loop."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from clu import parameter_overview
+from etils import epath
+
+from avcl_jax import experiment
+from avcl_jax.data.pipeline import UsableRecords, to_device_batch, train_batches
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.objectives import feature_bank
+from avcl_jax.training import sharding
+from avcl_jax.training.checkpoint import CheckpointError, Checkpoints, Progress, check_config
+from avcl_jax.training.metric_writer import MetricWriter, format_seconds
+from avcl_jax.training.optimizer import create_optimizer, warmup_cosine
+from avcl_jax.training.state import TrainState, create_state
+from avcl_jax.training.step import LossSpec, Metrics, make_train_step, merge_metrics
+
+# These change how a run is executed and watched, not what it computes: a run may go on with others.
+_EXECUTION_KEYS = (
+    "data.directory",
+    "data.workers",
+    "data.threads",
+    "data.prefetch",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "evaluate_every",
+    "mesh.fsdp",
+)
+# Steps dispatched ahead of the device. More would only queue batches in memory.
+_STEPS_AHEAD = 2
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss, metric or gradient stopped being a number."""
+
+
+@dataclasses.dataclass
+class _Period:
+    """Metrics and times gathered since the last log line."""
+
+    first_step: int
+    metrics: Metrics | None = None
+    data_seconds: float = 0.0
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def add(self, metrics: Metrics, merge: Callable[..., Metrics]) -> None:
+        self.metrics = metrics if self.metrics is None else merge(self.metrics, metrics)
+
+
+def loss_spec(config: ml_collections.ConfigDict) -> LossSpec:
+    """Weights of the objective; terms of a modality that is not trained must have weight 0."""
+    return LossSpec(
+        weights=dict(config.loss.weights),
+        temperature=config.loss.temperature,
+        positive_weight=config.loss.positive_weight,
+        bank=experiment.bank_sampling(config) if config.bank.size else None,
+        bank_warmup_steps=config.bank.warmup_steps,
+        bank_label=config.bank.health_label,
+    )
+
+
+def build(
+    config: ml_collections.ConfigDict,
+) -> tuple[Any, Callable[[jax.Array], tuple[TrainState, Any]], Callable[..., Any]]:
+    """Mesh, initialisation and jitted step of a config; reads no data.
+
+    Returns:
+        The mesh, a function from a random key to (state, its shardings), and the train step.
+
+    Raises:
+        ValueError: if batch, bank and devices do not fit.
+    """
+    mesh = sharding.create_mesh(config.mesh.fsdp)
+    sharding.check_batch(config.global_batch_size, mesh)
+    if config.bank.size:
+        feature_bank.check_size(
+            config.bank.size, global_batch_size=config.global_batch_size, shards=mesh.size
+        )
+    spec = experiment.render_spec(config)
+    model = experiment.audio_visual_model(config)
+    section = config.optimizer
+    schedule = warmup_cosine(
+        learning_rate=section.learning_rate, warmup_steps=section.warmup_steps, steps=config.steps
+    )
+    optimizer = create_optimizer(
+        name=section.name,
+        schedule=schedule,
+        weight_decay=section.weight_decay,
+        momentum=section.momentum,
+        beta2=section.beta2,
+        clip_norm=section.clip_norm,
+    )
+
+    def init(key: jax.Array) -> tuple[TrainState, Any]:
+        return create_state(
+            model,
+            optimizer,
+            key=key,
+            spec=spec,
+            mesh=mesh,
+            ema=section.ema_decay > 0,
+            bank_size=config.bank.size,
+            bank_dtype=jnp.dtype(config.bank.dtype),
+            embedding_dim=config.model.embedding_dim,
+        )
+
+    step = make_train_step(
+        model,
+        optimizer,
+        schedule=schedule,
+        loss_spec=loss_spec(config),
+        render=spec,
+        photometric_spec=experiment.photometric_spec(config),
+        pixel_mean=config.pixels.mean,
+        pixel_std=config.pixels.std,
+        ema_decay=section.ema_decay,
+        mesh=mesh,
+    )
+    return mesh, init, step
+
+
+def _check_finite(values: dict[str, float], first: int, last: int, saved: int | None) -> None:
+    broken = sorted(name for name, value in values.items() if not math.isfinite(value))
+    if broken:
+        kept = f"checkpoint {saved} is kept" if saved is not None else "no checkpoint was written"
+        raise NonFiniteError(
+            f"not finite between steps {first} and {last}: {', '.join(broken)}; {kept}. Lower "
+            "optimizer.learning_rate or optimizer.clip_norm, or look at the data of these steps"
+        )
+
+
+class _StopSignal:
+    """Notes SIGTERM and SIGINT, so that the loop can save before it ends."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopSignal:
+        def note(number: int, _: Any) -> None:
+            if self.received is not None:  # The second one means now.
+                raise KeyboardInterrupt
+            self.received = signal.Signals(number).name
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._old[number] = signal.signal(number, note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+def pretrain(
+    config: ml_collections.ConfigDict,
+    workdir: epath.PathLike,
+    *,
+    evaluate: Callable[[int, TrainState], dict[str, float]] | None = None,
+) -> bool:
+    """Trains from the newest checkpoint of `workdir`, or from the beginning, to `config.steps`.
+
+    Args:
+        config: as `configs/pretrain.py` returns it.
+        workdir: local or `gs://`.
+        evaluate: called every `config.evaluate_every` steps with the step and the state; what it
+            returns is logged with the metrics.
+
+    Returns:
+        Whether the run is complete; False if a signal stopped it after saving.
+
+    Raises:
+        CheckpointError: if the directory belongs to a run of another config or other data.
+        NonFiniteError: within one log period of the first value that is not finite.
+        ValueError: if the config does not fit data or devices.
+    """
+    workdir = epath.Path(workdir)
+    spec = experiment.render_spec(config)
+    mesh, init, step_function = build(config)
+    records = RecordDataset(config.data.directory, config.data.split)
+    source = UsableRecords(records, spec)
+    workdir.mkdir(parents=True, exist_ok=True)
+    config_json = experiment.to_json(config)
+    old_config = workdir / "config.json"
+    differing = []
+    if old_config.exists():
+        lines = experiment.differences(old_config.read_text(), config_json)
+        differing = [line for line in lines if line.split(":")[0] not in _EXECUTION_KEYS]
+    check_config(workdir, config_json, differing)
+
+    key = jax.random.key(config.seed)
+    init_key, step_key = jax.random.split(key)
+    state, shardings = init(init_key)
+    checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
+    saved = checkpoints.latest_step()
+    progress = Progress(0, 0.0, source.fingerprint, mesh.size)
+    if saved is not None:
+        progress = checkpoints.restore_progress(saved)
+        if progress.data_fingerprint != source.fingerprint:
+            raise CheckpointError(
+                f"{workdir} was trained on records {progress.data_fingerprint}, "
+                f"{config.data.directory} now holds {source.fingerprint}: choose another --workdir"
+            )
+        state = checkpoints.restore(saved, state)
+        if state.bank is not None and progress.devices != mesh.size:
+            bank = feature_bank.redistribute(
+                state.bank, global_batch_size=config.global_batch_size, shards=mesh.size
+            )
+            state = state.replace(bank=jax.device_put(bank, shardings.bank))
+    first = progress.step
+    writer = MetricWriter(workdir, steps=config.steps, first_step=first)
+    _announce(config, workdir, writer, state, source, mesh, first)
+    if first >= config.steps:
+        writer.note(f"{workdir} is already trained to step {first}")
+        checkpoints.close()
+        writer.close()
+        return True
+
+    rows = sharding.rows_sharding(mesh)
+    whole = sharding.replicated(mesh)
+    train_step = jax.jit(
+        step_function,
+        donate_argnums=0,
+        in_shardings=(shardings, rows, whole),
+        out_shardings=(shardings, whole),
+    )
+    merge = jax.jit(merge_metrics)
+    batches: Iterator[dict[str, np.ndarray]] = iter(
+        train_batches(
+            source,
+            spec,
+            seed=config.seed,
+            global_batch_size=config.global_batch_size,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            first_step=first,
+            workers=config.data.workers,
+            threads=config.data.threads,
+            prefetch=config.data.prefetch,
+        )
+    )
+    start = time.perf_counter()
+    before = progress.train_seconds
+    in_flight: collections.deque[Any] = collections.deque()
+    period = _Period(first + 1)
+    pending: tuple[int, _Period, float] | None = None
+    checked = first
+
+    def report(last: int, done: _Period, ended: float) -> None:
+        """Reads the metrics of a finished period, which waits for the device."""
+        nonlocal checked
+        assert done.metrics is not None
+        values = {
+            name: float(metric.compute())
+            for name, metric in jax.device_get(done.metrics).items()
+            if metric.count > 0
+        }
+        seconds = max(ended - done.started, 1e-9)
+        steps = last - done.first_step + 1
+        values["steps_per_second"] = steps / seconds
+        values["clips_per_second"] = 2 * config.global_batch_size * steps / seconds
+        values["data_wait_share"] = done.data_seconds / seconds
+        values["train_seconds"] = before + ended - start
+        left = (config.steps - last) * seconds / steps
+        writer.write(last, values, seconds_left=left)
+        _check_finite(values, done.first_step, last, checkpoints.latest_step())
+        checked = last
+
+    with _StopSignal() as stop:
+        for step in range(first + 1, config.steps + 1):
+            waiting = time.perf_counter()
+            batch = next(batches)
+            period.data_seconds += time.perf_counter() - waiting
+            state, metrics = train_step(state, to_device_batch(batch, rows), step_key)
+            period.add(metrics, merge)
+            in_flight.append(metrics["loss"].total)
+            if len(in_flight) > _STEPS_AHEAD:
+                jax.block_until_ready(in_flight.popleft())
+            if pending is not None:  # Read one step late, while this step runs.
+                report(*pending)
+                pending = None
+            last_step = step == config.steps
+            stopping = checkpoints.reached_preemption(step) or (
+                stop.received is not None and jax.process_count() == 1
+            )
+            evaluating = bool(
+                evaluate and config.evaluate_every and step % config.evaluate_every == 0
+            )
+            saving = last_step or stopping or step % config.checkpoint_every == 0
+            if step % config.log_every == 0 or saving or evaluating:
+                if saving or evaluating:
+                    jax.block_until_ready(state)
+                pending = (step, period, time.perf_counter())
+                period = _Period(step + 1)
+            if (saving or evaluating) and pending is not None:
+                # Nothing that is not finite may replace a good checkpoint.
+                report(*pending)
+                pending = None
+            if evaluating and evaluate is not None:
+                values = evaluate(step, state)
+                writer.note(
+                    f"evaluation at step {step}: "
+                    + ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+                )
+            if saving:
+                seconds = before + time.perf_counter() - start
+                checkpoints.save(state, Progress(step, seconds, source.fingerprint, mesh.size))
+            if stopping and not last_step:
+                writer.note(
+                    f"stopped at step {step} by {stop.received or 'preemption'} after saving; "
+                    "the same command goes on from here"
+                )
+                break
+    checkpoints.close()
+    writer.note(f"trained to step {step} in {format_seconds(before + time.perf_counter() - start)}")
+    writer.close()
+    return step == config.steps
+
+
+def _announce(
+    config: ml_collections.ConfigDict,
+    workdir: epath.Path,
+    writer: MetricWriter,
+    state: TrainState,
+    source: UsableRecords,
+    mesh: Any,
+    first: int,
+) -> None:
+    """Says what is about to run, and writes the table of parameters beside the run."""
+    if jax.process_index() == 0:
+        table = parameter_overview.get_parameter_overview(
+            state.params, include_stats=False, max_lines=None
+        )
+        (workdir / "parameters.txt").write_text(table + "\n")
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    short = f" ({source.num_too_short} too short for a view)" if source.num_too_short else ""
+    writer.note(
+        f"{config.name}: {len(source)} videos{short} from {config.data.directory}, "
+        f"{count / 1e6:.2f} M parameters, {mesh.size} {jax.default_backend()} device(s), "
+        f"{jax.process_count()} process(es), batch {config.global_batch_size} x 2 views, "
+        f"bank {config.bank.size} rows, steps {first} to {config.steps}, workdir {workdir}"
+    )

@@ -1,0 +1,103 @@
+"""Metrics to the terminal, to JSON lines and to TensorBoard event files, without TensorFlow."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+
+import jax
+from etils import epath
+from tensorboardX import SummaryWriter
+
+# What the progress line shows; everything is in metrics.jsonl.
+_SHOWN = (
+    ("loss", "loss"),
+    ("vv/loss", "vv"),
+    ("va/loss", "va"),
+    ("aa/loss", "aa"),
+    ("speed_video/accuracy", "speed v"),
+    ("speed_audio/accuracy", "a"),
+    ("direction_video/accuracy", "dir v"),
+    ("direction_audio/accuracy", "a"),
+    ("order_vv/accuracy", "order vv"),
+    ("order_aa/accuracy", "aa"),
+    ("order_va/accuracy", "va"),
+    ("health/video_embedding_std", "std v"),
+    ("health/audio_embedding_std", "a"),
+)
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class MetricWriter:
+    """Writes from the first process only; elsewhere every call does nothing."""
+
+    def __init__(self, workdir: epath.Path, *, steps: int, first_step: int):
+        """Opens the files and forgets lines beyond the step from which the run goes on.
+
+        Args:
+            workdir: of the run.
+            steps: of the whole run.
+            first_step: at which this start begins.
+        """
+        self._steps = steps
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        self._path = workdir / "metrics.jsonl"
+        self._lines = []
+        if self._path.exists():
+            for line in self._path.read_text().splitlines():
+                # The last line may be torn by the crash from which this start recovers.
+                if line.endswith("}") and json.loads(line)["step"] <= first_step:
+                    self._lines.append(line)
+            self._flush()
+        self._events = SummaryWriter(str(workdir / "events"), purge_step=first_step + 1)
+
+    def _flush(self) -> None:
+        # Object stores cannot append, so the file (one line a log period) is written whole.
+        temporary = self._path.with_name("metrics.jsonl.writing")
+        temporary.write_text("\n".join(self._lines) + "\n" if self._lines else "")
+        temporary.replace(self._path)
+
+    def write(self, step: int, values: Mapping[str, float], *, seconds_left: float) -> None:
+        """Writes the averages of a log period.
+
+        Args:
+            step: last step of the period.
+            values: metric by name.
+            seconds_left: expected rest of the run.
+        """
+        if not self._active:
+            return
+        row = {"step": step, "split": "train"} | {
+            name: value if math.isfinite(value) else str(value) for name, value in values.items()
+        }
+        self._lines.append(json.dumps(row))
+        self._flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        self._events.flush()
+        shown = " ".join(f"{label} {values[name]:.2f}" for name, label in _SHOWN if name in values)
+        print(
+            f"step {step}/{self._steps}  {shown}  |  {values['steps_per_second']:.2f} steps/s "
+            f"{values['clips_per_second']:.0f} clips/s  data wait "
+            f"{100 * values['data_wait_share']:.0f} %  ETA {format_seconds(seconds_left)}",
+            flush=True,
+        )
+
+    def note(self, text: str) -> None:
+        """Prints a line."""
+        if self._active:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Closes the files."""
+        if self._active:
+            self._events.close()

@@ -1,0 +1,118 @@
+"""Everything that training changes, and how it comes into being, sharded from the start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from avcl_jax.data.pipeline import RenderSpec
+from avcl_jax.objectives import feature_bank
+from avcl_jax.training import sharding
+
+
+@flax.struct.dataclass
+class TrainState:
+    """State of training, a pytree; donated to each step.
+
+    Attributes:
+        step: int32 scalar, steps taken.
+        params: parameters, float32.
+        batch_stats: running statistics of batch normalisation, float32.
+        opt_state: state of the optimizer.
+        ema_params: exponential moving average of the parameters, or None.
+        bank: feature bank, or None.
+    """
+
+    step: Any
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    ema_params: Any
+    bank: feature_bank.FeatureBank | None
+
+
+def example_inputs(spec: RenderSpec, videos: int = 2) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the model's inputs for a batch of `videos`."""
+    size, views = spec.crop.image_size, spec.views
+    return {
+        "video": jax.ShapeDtypeStruct((videos, 2, views.num_frames, size, size, 3), jnp.float32),
+        "spectrogram": jax.ShapeDtypeStruct(
+            (videos, 2, spec.log_mel.frames, spec.log_mel.mels), jnp.float32
+        ),
+        "has_video": jax.ShapeDtypeStruct((videos,), jnp.bool_),
+        "has_audio": jax.ShapeDtypeStruct((videos,), jnp.bool_),
+    }
+
+
+def init_variables(
+    model: nn.Module, inputs: Mapping[str, jax.ShapeDtypeStruct], key: jax.Array
+) -> Any:
+    """Parameters and statistics of `model` from zeros of the given shapes."""
+    zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in inputs.items()}
+    return model.init(key, **zeros, train=False)
+
+
+def create_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    *,
+    key: jax.Array,
+    spec: RenderSpec,
+    mesh: Mesh,
+    ema: bool,
+    bank_size: int,
+    bank_dtype: Any,
+    embedding_dim: int,
+) -> tuple[TrainState, Any]:
+    """Creates the state directly in its shardings: no device ever holds more than its share.
+
+    Args:
+        model: `AudioVisualModel`.
+        optimizer: optax transformation.
+        key: JAX random key of the initialisation.
+        spec: rendering, for the shapes of the inputs.
+        mesh: devices.
+        ema: keep an average of the parameters.
+        bank_size: rows of the feature bank; 0 for none.
+        bank_dtype: dtype of its embeddings.
+        embedding_dim: their dimension.
+
+    Returns:
+        The state and its shardings.
+    """
+
+    def init(key: jax.Array) -> TrainState:
+        variables = init_variables(model, example_inputs(spec), key)
+        params = variables["params"]
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=variables.get("batch_stats", {}),
+            opt_state=optimizer.init(params),
+            ema_params=jax.tree.map(jnp.copy, params) if ema else None,
+            bank=feature_bank.create(bank_size, embedding_dim, bank_dtype) if bank_size else None,
+        )
+
+    shapes = jax.eval_shape(init, key)
+    shardings = state_shardings(shapes, mesh)
+    return jax.jit(init, out_shardings=shardings)(key), shardings
+
+
+def state_shardings(shapes: TrainState, mesh: Mesh) -> Any:
+    """Shardings of a state of the given shapes."""
+    whole = sharding.replicated(mesh)
+    return TrainState(
+        step=whole,
+        params=sharding.parameter_shardings(mesh, shapes.params),
+        batch_stats=jax.tree.map(lambda _: whole, shapes.batch_stats),
+        opt_state=sharding.parameter_shardings(mesh, shapes.opt_state),
+        ema_params=sharding.parameter_shardings(mesh, shapes.ema_params),
+        bank=None if shapes.bank is None else sharding.bank_shardings(mesh, shapes.bank),
+    )

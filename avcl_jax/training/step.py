@@ -1,0 +1,333 @@
+"""One step of pretraining, written for the global batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from clu import metrics as clu_metrics
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from avcl_jax.data.augment import PhotometricSpec, photometric, standardize, to_unit_range
+from avcl_jax.data.pipeline import RenderSpec
+from avcl_jax.data.spectrogram import log_mel
+from avcl_jax.objectives import feature_bank
+from avcl_jax.objectives.contrastive import contrastive_loss
+from avcl_jax.objectives.temporal import TERMS as TEMPORAL_TERMS
+from avcl_jax.objectives.temporal import temporal_losses
+from avcl_jax.training.sharding import data_axes
+from avcl_jax.training.state import TrainState
+
+Metrics = dict[str, clu_metrics.Average]
+
+# Term -> the directions whose mean it is: (anchor modality, target modality).
+CONTRASTIVE_TERMS: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "vv": (("video", "video"),),
+    "va": (("video", "audio"), ("audio", "video")),
+    "aa": (("audio", "audio"),),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSpec:
+    """Weights of the objective.
+
+    Attributes:
+        weights: weight of each term of `CONTRASTIVE_TERMS` and of the temporal terms; a term of
+            weight 0 is not computed.
+        temperature: of the contrastive terms.
+        positive_weight: share of the bank positives, lambda of design section 2.3.
+        bank: how bank rows are drawn; None for in-batch terms only.
+        bank_warmup_steps: the bank is filled but not used for so many steps.
+        bank_label: name of the label whose agreement with bank positives is reported, or "".
+    """
+
+    weights: Mapping[str, float]
+    temperature: float
+    positive_weight: float
+    bank: feature_bank.BankSampling | None
+    bank_warmup_steps: int
+    bank_label: str
+
+    def __post_init__(self) -> None:
+        """Refuses unknown terms and an objective without any."""
+        known = {*CONTRASTIVE_TERMS, *TEMPORAL_TERMS}
+        if unknown := sorted(set(self.weights) - known):
+            raise ValueError(f"unknown loss terms {unknown}: the terms are {sorted(known)}")
+        if not any(self.weights.values()):
+            raise ValueError("all loss weights are 0: nothing would be learned")
+
+    def active(self, terms: Any) -> list[str]:
+        """Those of `terms` that have a weight."""
+        return [term for term in terms if self.weights.get(term, 0.0)]
+
+
+def average(value: Array, count: Array | float = 1.0) -> clu_metrics.Average:
+    """A mean that weighs `count` when it is merged with those of other steps."""
+    count = jnp.asarray(count, jnp.float32)
+    value = jnp.where(count > 0, value.astype(jnp.float32), 0.0)
+    return clu_metrics.Average(total=value * count, count=count)
+
+
+def prepare_inputs(
+    batch: Mapping[str, Array],
+    spec: RenderSpec,
+    *,
+    pixel_mean: float,
+    pixel_std: float,
+    photometric_spec: PhotometricSpec | None,
+    key: Array | None,
+) -> dict[str, Array]:
+    """A batch of the pipeline to inputs of the model, on the device.
+
+    Args:
+        batch: as `data.pipeline` delivers it.
+        spec: rendering.
+        pixel_mean: subtracted from pixels in [0, 1].
+        pixel_std: pixels are divided by it.
+        photometric_spec: augmentation; None for evaluation.
+        key: JAX random key of the augmentation.
+
+    Returns:
+        `video`, `spectrogram`, `has_video`, `has_audio`.
+    """
+    video = to_unit_range(batch["video"])
+    if photometric_spec is not None:
+        video = photometric(key, video, photometric_spec)
+    if spec.spectrogram_on_device:
+        spectrogram = log_mel(batch["audio_windows"], spec.log_mel, jnp)
+    else:
+        spectrogram = batch["spectrogram"]
+    return {
+        "video": standardize(video, pixel_mean, pixel_std),
+        "spectrogram": spectrogram,
+        "has_video": batch["has_video"],
+        "has_audio": batch["has_audio"],
+    }
+
+
+def _embeddings(
+    outputs: Mapping[str, Array], batch: Mapping[str, Array]
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Embeddings and presence of both modalities; an absent encoder gives zeros, never present."""
+    present, embeddings = {}, {}
+    some = next(value for name, value in outputs.items() if name.endswith("_embeddings"))
+    for modality in ("video", "audio"):
+        name = f"{modality}_embeddings"
+        embeddings[modality] = outputs.get(name, jnp.zeros_like(some))
+        mask = batch[f"has_{modality}"]
+        present[modality] = mask if name in outputs else jnp.zeros_like(mask)
+    return embeddings, present
+
+
+def _contrastive(
+    embeddings: Mapping[str, Array],
+    present: Mapping[str, Array],
+    batch: Mapping[str, Array],
+    state: TrainState,
+    loss_spec: LossSpec,
+    label: Array,
+    key: Array,
+    mesh: Mesh,
+) -> tuple[dict[str, Array], Metrics]:
+    """Losses of the active contrastive terms and their metrics."""
+    losses: dict[str, Array] = {}
+    metrics: Metrics = {}
+    for number, term in enumerate(CONTRASTIVE_TERMS):
+        if term not in loss_spec.active(CONTRASTIVE_TERMS):
+            continue
+        directions = CONTRASTIVE_TERMS[term]
+        values = []
+        for side, (anchor, target) in enumerate(directions):
+            rows: dict[str, Array] = {}
+            name = term if len(directions) == 1 else f"{anchor[0]}{target[0]}"
+            if loss_spec.bank is not None and state.bank is not None:
+                drawn = feature_bank.sample(
+                    state.bank,
+                    jax.random.fold_in(key, 2 * number + side),
+                    anchors_video=embeddings["video"],
+                    anchors_audio=embeddings["audio"],
+                    has_video=present["video"],
+                    has_audio=present["audio"],
+                    source_id=batch["source_id"],
+                    anchor_id=batch["record_index"],
+                    active=feature_bank.is_full(state.bank)
+                    & (state.step >= loss_spec.bank_warmup_steps),
+                    anchor_modality=anchor,
+                    target_modality=target,
+                    sampling=loss_spec.bank,
+                    mesh=mesh if mesh.size > 1 else None,
+                    data_axes=data_axes(mesh),
+                )
+                rows = {
+                    "bank_positives": drawn.positives.astype(jnp.float32),
+                    "bank_positive_mask": drawn.positive_mask,
+                    "bank_negatives": drawn.negatives.astype(jnp.float32),
+                    "bank_negative_mask": drawn.negative_mask,
+                }
+                health = feature_bank.sample_metrics(state.bank, drawn, label)
+                used = drawn.positive_mask.sum()
+                metrics[f"{name}/bank_age_rows"] = average(health["bank_age_rows"], used)
+                metrics[f"{name}/bank_label_share"] = average(
+                    health["bank_label_share"], health["bank_labelled"]
+                )
+                metrics["bank/fill"] = average(health["bank_fill"])
+                metrics[f"{name}/bank_positives"] = average(health["bank_positives"])
+            value, info = contrastive_loss(
+                embeddings[anchor],
+                embeddings[target],
+                kind="within" if anchor == target else "cross",
+                source_id=batch["source_id"],
+                anchor_mask=present[anchor],
+                target_mask=present[target],
+                temperature=loss_spec.temperature,
+                positive_weight=loss_spec.positive_weight,
+                **rows,
+            )
+            values.append(value)
+            for key_name in ("positive_similarity", "negative_similarity", "accuracy"):
+                metrics[f"{name}/{key_name}"] = average(info[key_name], info["anchors"])
+            if rows:
+                metrics[f"{name}/bank_positive_similarity"] = average(
+                    info["bank_positive_similarity"], rows["bank_positive_mask"].sum()
+                )
+        losses[term] = sum(values) / len(values)
+        metrics[f"{term}/loss"] = average(losses[term])
+    return losses, metrics
+
+
+def _embedding_spread(embeddings: Array, present: Array) -> Array:
+    """Standard deviation of the coordinates over the batch, times sqrt(dim).
+
+    About 1 for embeddings spread over the sphere, 0 for a collapse to one point.
+    """
+    rows = embeddings.reshape(-1, embeddings.shape[-1])
+    weight = jnp.repeat(present, embeddings.shape[1]).astype(jnp.float32)[:, None]
+    total = jnp.maximum(weight.sum(), 1.0)
+    mean = (rows * weight).sum(axis=0, keepdims=True) / total
+    variance = (jnp.square(rows - mean) * weight).sum(axis=0) / total
+    return jnp.sqrt(variance.sum())
+
+
+def _keep_statistics(old: Any, new: Any, present: Mapping[str, Array]) -> Any:
+    """Old statistics of modules of a modality that no row of the batch has."""
+    both = present["video"].any() & present["audio"].any()
+
+    def seen(name: str) -> Array:
+        if name == "order_va_head":
+            return both
+        modality = "video" if "video" in name or name == "order_vv_head" else "audio"
+        return present[modality].any()
+
+    kept = {}
+    for name, values in new.items():
+        select = functools.partial(jnp.where, seen(name))
+        kept[name] = jax.tree.map(select, values, old[name])
+    return kept
+
+
+def make_train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    *,
+    schedule: optax.Schedule,
+    loss_spec: LossSpec,
+    render: RenderSpec,
+    photometric_spec: PhotometricSpec,
+    pixel_mean: float,
+    pixel_std: float,
+    ema_decay: float,
+    mesh: Mesh,
+) -> Callable[[TrainState, Mapping[str, Array], Array], tuple[TrainState, Metrics]]:
+    """Builds the function `(state, batch, key) -> (state, metrics)`, to be jitted by the caller.
+
+    `key` is the same at every step; the step number is folded in. Metrics are averages to be
+    merged over a log period; `<term>/loss` is unweighted, `loss` the weighted sum.
+    """
+
+    def train_step(
+        state: TrainState, batch: Mapping[str, Array], key: Array
+    ) -> tuple[TrainState, Metrics]:
+        augment_key, bank_key = jax.random.split(jax.random.fold_in(key, state.step))
+        inputs = prepare_inputs(
+            batch,
+            render,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+            photometric_spec=photometric_spec,
+            key=augment_key,
+        )
+        label = batch.get(f"label_{loss_spec.bank_label}", jnp.full_like(batch["source_id"], -1))
+
+        def objective(params: Any) -> tuple[Array, Any]:
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            outputs, mutated = model.apply(variables, **inputs, train=True, mutable=["batch_stats"])
+            embeddings, present = _embeddings(outputs, batch)
+            losses, metrics = _contrastive(
+                embeddings, present, batch, state, loss_spec, label, bank_key, mesh
+            )
+            logits = {
+                term: outputs[term] for term in loss_spec.active(TEMPORAL_TERMS) if term in outputs
+            }
+            for term, (value, info) in temporal_losses(logits, batch).items():
+                losses[term] = value
+                metrics[f"{term}/loss"] = average(value, info["count"])
+                metrics[f"{term}/accuracy"] = average(info["accuracy"], info["count"])
+            total = sum(loss_spec.weights[term] * value for term, value in losses.items())
+            metrics["loss"] = average(total)
+            return total, (metrics, mutated["batch_stats"], embeddings, present)
+
+        gradient = jax.grad(objective, has_aux=True)
+        grads, (metrics, batch_stats, embeddings, present) = gradient(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = state.ema_params
+        if ema_params is not None:
+            ema_params = optax.incremental_update(params, ema_params, 1.0 - ema_decay)
+        bank = state.bank
+        if bank is not None:
+            bank = feature_bank.insert(
+                bank,
+                embeddings["video"],
+                embeddings["audio"],
+                source_id=batch["source_id"],
+                label=label,
+                has_video=present["video"],
+                has_audio=present["audio"],
+                mesh=mesh if mesh.size > 1 else None,
+                data_axes=data_axes(mesh),
+            )
+        for modality in ("video", "audio"):
+            metrics[f"health/{modality}_embedding_std"] = average(
+                _embedding_spread(embeddings[modality], present[modality]),
+                present[modality].any().astype(jnp.float32),
+            )
+        metrics["health/gradient_norm"] = average(optax.global_norm(grads))
+        for name in ("video_encoder", "audio_encoder"):
+            if name in grads:
+                metrics[f"health/{name}_gradient_norm"] = average(optax.global_norm(grads[name]))
+        metrics["health/parameter_norm"] = average(optax.global_norm(params))
+        metrics["learning_rate"] = average(jnp.asarray(schedule(state.step)))
+        new_state = TrainState(
+            step=state.step + 1,
+            params=params,
+            batch_stats=_keep_statistics(state.batch_stats, batch_stats, present),
+            opt_state=opt_state,
+            ema_params=ema_params,
+            bank=bank,
+        )
+        return new_state, metrics
+
+    return train_step
+
+
+def merge_metrics(first: Metrics, second: Metrics) -> Metrics:
+    """Merges the averages of two steps or periods."""
+    return {name: first[name].merge(second[name]) for name in second}

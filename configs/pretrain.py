@@ -1,0 +1,260 @@
+"""Pretraining: the embedded demo, and full-size presets.
+
+    python -m avcl_jax.main --config=configs/pretrain.py
+    python -m avcl_jax.main --config=configs/pretrain.py:kinetics400 --workdir=gs://bucket/run
+    python -m avcl_jax.main --config=configs/pretrain.py --config.steps=200 --workdir=/tmp/run
+
+Every scientific setting lives here; the library has no defaults for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ml_collections
+
+
+def get_config(preset: str = "demo") -> ml_collections.ConfigDict:
+    """The config of a preset: demo, kinetics400, kinetics600, vggsound or audioset."""
+    presets: dict[str, Callable[[], ml_collections.ConfigDict]] = {
+        "demo": demo,
+        "kinetics400": kinetics400,
+        "kinetics600": kinetics600,
+        "vggsound": vggsound,
+        "audioset": audioset,
+    }
+    if preset not in presets:
+        raise ValueError(f"unknown preset {preset!r}: use one of {', '.join(presets)}")
+    config = presets[preset]()
+    config.lock()
+    return config
+
+
+def demo() -> ml_collections.ConfigDict:
+    """The embedded demo data set "foley", on a laptop.
+
+    python -m avcl_jax.main --config=configs/pretrain.py
+
+    Hardware: 2 CPU cores, under 4 GB of memory. Makes the media and prepares them if they are not
+    there yet. Run whole, from media to report, by `make demo`; figures are in the README.
+    """
+    c = ml_collections.ConfigDict()
+    c.task = "pretrain"
+    c.name = "demo"
+    c.seed = 0
+    c.steps = 1500
+    c.global_batch_size = 32
+    c.modalities = "audio_visual"  # or "video", "audio"
+
+    c.data = ml_collections.ConfigDict()
+    c.data.make_demo = True  # make and prepare the foley media if `directory` does not exist
+    c.data.directory = "data/foley/records"
+    c.data.split = "train"
+    c.data.workers = 0  # processes; 0 renders in threads, which suits few cores
+    c.data.threads = 2
+    c.data.prefetch = 4  # batches kept ready
+
+    c.views = ml_collections.ConfigDict()
+    c.views.num_frames = 12
+    c.views.clip_seconds = 0.75
+    c.views.speeds = (1, 2, 4, 8)
+    c.views.audio_transform = "shared"  # or "independent"
+
+    c.crop = ml_collections.ConfigDict()
+    c.crop.image_size = 48
+    c.crop.min_area = 0.6
+    c.crop.flip = True
+
+    c.pixels = ml_collections.ConfigDict()
+    c.pixels.mean = 0.5
+    c.pixels.std = 0.25
+
+    c.photometric = ml_collections.ConfigDict()
+    c.photometric.brightness = 0.1
+    c.photometric.contrast = 0.3
+    c.photometric.saturation = 0.5
+    c.photometric.gray_probability = 0.2
+    c.photometric.per_frame = False
+
+    c.spectrogram = ml_collections.ConfigDict()
+    c.spectrogram.sample_rate_hz = 16_000
+    c.spectrogram.frames = 48
+    c.spectrogram.mels = 40
+    c.spectrogram.min_hz = 60.0
+    c.spectrogram.max_hz = 7_600.0
+    c.spectrogram.floor = 1e-6
+    c.spectrogram.mean = -7.0
+    c.spectrogram.std = 3.0
+    c.spectrogram.where = "host"  # or "device", inside the jitted step
+
+    c.model = ml_collections.ConfigDict()
+    c.model.dtype = "float32"
+    c.model.embedding_dim = 128
+    c.model.projection_hidden = 256
+    c.model.temporal_hidden = 128
+    c.model.video = ml_collections.ConfigDict()
+    c.model.video.name = "resnet"
+    c.model.video.widths = (32, 64, 128)
+    c.model.video.depths = (0, 1, 1)
+    c.model.video.factorisation = "r2plus1d_plain"
+    c.model.video.stem = "patch4"
+    c.model.video.subtract_time_mean = True
+    c.model.video.lowering = "auto"
+    c.model.audio = ml_collections.ConfigDict()
+    c.model.audio.name = "resnet"
+    c.model.audio.widths = (32, 64, 128)
+    c.model.audio.depths = (1, 1, 1)
+    c.model.audio.stem = "patch"
+    c.model.audio.patch = (2, 4)
+
+    c.loss = ml_collections.ConfigDict()
+    c.loss.temperature = 0.1
+    c.loss.positive_weight = 0.2
+    c.loss.weights = ml_collections.ConfigDict()
+    c.loss.weights.vv = 0.5
+    c.loss.weights.va = 1.0
+    c.loss.weights.aa = 0.5
+    c.loss.weights.speed_video = 0.5
+    c.loss.weights.speed_audio = 0.5
+    c.loss.weights.direction_video = 0.5
+    c.loss.weights.direction_audio = 0.5
+    c.loss.weights.order_vv = 0.5
+    c.loss.weights.order_aa = 0.5
+    c.loss.weights.order_va = 0.5
+
+    c.bank = ml_collections.ConfigDict()
+    c.bank.size = 1024  # 0 switches the bank off
+    c.bank.dtype = "float32"
+    c.bank.space = "agreement"  # or "same", "cross"
+    c.bank.num_positives = 2
+    c.bank.num_negatives = 64
+    c.bank.positive_ranks = 8
+    c.bank.negative_ranks = 256
+    c.bank.sampling = "gumbel"  # or "uniform"
+    c.bank.temperature = 0.1
+    c.bank.warmup_steps = 300
+    c.bank.health_label = "material"  # share of bank positives with the anchor's; "" for none
+
+    c.optimizer = ml_collections.ConfigDict()
+    c.optimizer.name = "adamw"  # or "sgd", "lars"
+    c.optimizer.learning_rate = 3e-3
+    c.optimizer.warmup_steps = 100
+    c.optimizer.weight_decay = 0.05
+    c.optimizer.momentum = 0.9
+    c.optimizer.beta2 = 0.98
+    c.optimizer.clip_norm = 5.0
+    c.optimizer.ema_decay = 0.0  # 0 keeps no average of the parameters
+
+    c.mesh = ml_collections.ConfigDict()
+    c.mesh.fsdp = 1  # devices over which parameters are split
+
+    c.log_every = 50
+    c.checkpoint_every = 500
+    c.keep_checkpoints = 2
+    c.evaluate_every = 0
+    return c
+
+
+def _full_size(name: str) -> ml_collections.ConfigDict:
+    """What all full-size presets share: R(2+1)D-18, audio ResNet, 16 x 112^2, bfloat16."""
+    c = demo()
+    c.name = name
+    c.global_batch_size = 512
+    c.data.make_demo = False
+    c.data.directory = f"data/{name}"
+    c.data.workers = 16
+    c.data.threads = 4
+    c.data.prefetch = 2
+    c.views.num_frames = 16
+    c.views.clip_seconds = 1.0
+    c.crop.image_size = 112
+    c.crop.min_area = 0.3
+    c.photometric.brightness = 0.4
+    c.photometric.contrast = 0.4
+    c.photometric.saturation = 0.4
+    c.spectrogram.frames = 64
+    c.spectrogram.where = "device"
+    c.model.dtype = "bfloat16"
+    c.model.projection_hidden = 512
+    c.model.temporal_hidden = 512
+    c.model.video.widths = (64, 128, 256, 512)
+    c.model.video.depths = (2, 2, 2, 2)
+    c.model.video.factorisation = "r2plus1d"
+    c.model.video.stem = "r2plus1d"
+    c.model.video.subtract_time_mean = False
+    c.model.audio.widths = (64, 128, 256, 512)
+    c.model.audio.depths = (1, 1, 1, 1)
+    c.model.audio.stem = "resnet"
+    c.bank.size = 65_536
+    c.bank.dtype = "bfloat16"
+    c.bank.num_positives = 8
+    c.bank.num_negatives = 256
+    c.bank.positive_ranks = 32
+    c.bank.negative_ranks = 1024
+    c.bank.warmup_steps = 5_000
+    c.bank.health_label = ""
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.warmup_steps = 5_000
+    c.log_every = 100
+    c.checkpoint_every = 2_000
+    c.keep_checkpoints = 3
+    return c
+
+
+def kinetics400() -> ml_collections.ConfigDict:
+    """Kinetics-400, 246,000 clips of 10 s, 200 epochs.
+
+    python -m avcl_jax.main --config=configs/pretrain.py:kinetics400 --workdir=gs://bucket/k400
+
+    Hardware meant: TPU v5e-32 or 8 GPUs of 80 GB. Verified here: the config builds, its state
+    shapes evaluate and its step lowers (tests/test_configs.py). Not run: no training of this size
+    has been done with this code, so there is no accuracy to expect yet.
+    """
+    c = _full_size("kinetics400")
+    c.steps = 96_000
+    c.bank.health_label = "class"
+    return c
+
+
+def kinetics600() -> ml_collections.ConfigDict:
+    """Kinetics-600, 392,000 clips of 10 s, 200 epochs.
+
+    python -m avcl_jax.main --config=configs/pretrain.py:kinetics600 --workdir=gs://bucket/k600
+
+    Hardware meant: TPU v5e-64 or 16 GPUs of 80 GB. Verified and not run: as kinetics400.
+    """
+    c = _full_size("kinetics600")
+    c.global_batch_size = 1024
+    c.steps = 76_500
+    c.bank.size = 131_072
+    c.bank.health_label = "class"
+    return c
+
+
+def vggsound() -> ml_collections.ConfigDict:
+    """VGG-Sound, 184,000 training clips of 10 s whose sound belongs to the picture, 200 epochs.
+
+    python -m avcl_jax.main --config=configs/pretrain.py:vggsound --workdir=gs://bucket/vggsound
+
+    Hardware meant: TPU v5e-32 or 8 GPUs of 80 GB. Verified and not run: as kinetics400.
+    """
+    c = _full_size("vggsound")
+    c.steps = 72_000
+    c.loss.weights.va = 1.5
+    c.bank.health_label = "class"
+    return c
+
+
+def audioset() -> ml_collections.ConfigDict:
+    """AudioSet, about 1.9 million clips of 10 s, 50 epochs; several labels a clip.
+
+    python -m avcl_jax.main --config=configs/pretrain.py:audioset --workdir=gs://bucket/audioset
+
+    Hardware meant: TPU v5e-128 or 32 GPUs of 80 GB. Verified and not run: as kinetics400.
+    """
+    c = _full_size("audioset")
+    c.global_batch_size = 2048
+    c.steps = 46_000
+    c.bank.size = 262_144
+    c.data.workers = 32
+    return c
