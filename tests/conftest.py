@@ -1,0 +1,75 @@
+"""Strictness for every test: shapes and types checked, no silent rank promotion, own warnings fail.
+
+Tests see one CPU device, whatever the machine has. What needs more runs in a subprocess (fixture
+`run_with_cpu_devices`), because XLA fixes the number of devices when it starts.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# Before jax is imported: results are compared to 1e-6 and must not depend on the machine.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Checks every annotated shape at trace time; costs nothing outside the tests.
+install_import_hook(["avcl_jax.objectives", "avcl_jax.models"], "beartype.beartype")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Examples are a pure function of the test, so that a red run is red again; compiling makes the
+# first example slow, which is no finding.
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
+
+# Pure JAX: any warning at all is ours to fix. Elsewhere other people's code warns too.
+NO_WARNINGS = (ROOT / "tests" / "objectives", ROOT / "tests" / "models")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Turns warnings that point into our own modules into errors."""
+    for package in ("avcl_jax", "data_prep", "configs"):
+        config.addinivalue_line("filterwarnings", rf"error:::{package}(\..*)?$")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Turns all warnings into errors where only JAX runs."""
+    for item in items:
+        if any(directory in item.path.parents for directory in NO_WARNINGS):
+            item.add_marker(pytest.mark.filterwarnings("error"), append=False)
+
+
+@pytest.fixture(scope="session")
+def run_with_cpu_devices() -> Callable[..., str]:
+    """Runs `python -m MODULE ARGUMENTS` on several virtual CPU devices and returns its output.
+
+    It fails the test, with the whole output, if the process fails.
+    """
+
+    def run(devices: int, module: str, *arguments: str) -> str:
+        environment = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            env=environment,
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode:
+            pytest.fail(f"{module} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+        return done.stdout
+
+    return run
