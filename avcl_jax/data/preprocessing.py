@@ -1,0 +1,163 @@
+"""Raw media of any length and rate to clips, by the functions of the training pipeline.
+
+What an exported encoder carries with it (`avcl_jax.export`): frames or a waveform as a user has
+them become the arrays that the encoder was trained on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import librosa
+import numpy as np
+
+from avcl_jax.data.augment import standardize, to_unit_range
+from avcl_jax.data.crop import apply_crop, center_crop
+from avcl_jax.data.spectrogram import LogMelSpec, gather_windows, log_mel
+from avcl_jax.data.views import FORWARD, Clip, ViewSpec, frame_indices
+
+
+class PreprocessingError(ValueError):
+    """Media of a shape, type or rate that preprocessing cannot take."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoPreprocessing:
+    """How pictures become clips.
+
+    Attributes:
+        num_frames: pictures in a clip.
+        clip_seconds: interval that a clip covers at speed 1.
+        image_size: height and width of a clip.
+        mean: subtracted from pixels in [0, 1].
+        std: pixels are divided by it.
+    """
+
+    num_frames: int
+    clip_seconds: float
+    image_size: int
+    mean: float
+    std: float
+
+    def __call__(self, frames: np.ndarray, fps: float, *, speed: int = 1) -> np.ndarray:
+        """Cuts a video into clips that together cover it.
+
+        Args:
+            frames: uint8 [T, H, W, 3], RGB, upright.
+            fps: pictures per second. Below num_frames / (clip_seconds · speed), pictures repeat.
+            speed: seconds of video per second of clip; training saw the configured speeds.
+
+        Returns:
+            uint8 [clips, num_frames, image_size, image_size, 3]; the largest centred square.
+
+        Raises:
+            PreprocessingError: if frames have another shape or dtype, or a rate is not positive.
+        """
+        frames = np.asarray(frames)
+        if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
+            raise PreprocessingError(
+                f"expected frames [T, H, W, 3] (RGB), got shape {frames.shape}"
+            )
+        if frames.dtype != np.uint8:
+            raise PreprocessingError(
+                f"expected frames of dtype uint8 in 0 … 255, got {frames.dtype}"
+            )
+        _check_rates(fps, "fps", speed)
+        spec = ViewSpec(self.num_frames, self.clip_seconds, (speed,), "shared")
+        times = np.arange(len(frames)) / fps
+        crop = center_crop(*frames.shape[1:3])
+        clips = []
+        for start in clip_starts(len(frames) / fps, self.clip_seconds * speed):
+            shown = frame_indices(Clip(start, 0, FORWARD), times, spec)
+            clips.append(apply_crop(frames[shown], crop, self.image_size))
+        return np.stack(clips)
+
+    def standardise(self, batch: Any) -> jax.Array:
+        """Returns uint8 clips as the floats that the encoder was trained on."""
+        return standardize(to_unit_range(jnp.asarray(batch)), self.mean, self.std)
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioPreprocessing:
+    """How a waveform becomes log-mel spectrograms.
+
+    Attributes:
+        log_mel: definition of the spectrogram.
+    """
+
+    log_mel: LogMelSpec
+
+    def __call__(
+        self, waveform: np.ndarray, sample_rate_hz: float, *, speed: int = 1
+    ) -> np.ndarray:
+        """Cuts a waveform into spectrograms that together cover it.
+
+        Args:
+            waveform: mono [samples], int16, or float in [−1, 1]. Silence follows one that is
+                shorter than a clip.
+            sample_rate_hz: its rate; another than the encoder's is resampled (soxr, high quality).
+            speed: seconds of sound per second of clip; windows are skipped, pitch stays.
+
+        Returns:
+            float32 [clips, frames, mels].
+
+        Raises:
+            PreprocessingError: if the waveform has another shape or dtype, or a rate is not
+                positive.
+        """
+        waveform = np.asarray(waveform)
+        if waveform.ndim != 1 or not waveform.size:
+            raise PreprocessingError(
+                f"expected a mono waveform [samples], got shape {waveform.shape}; "
+                "average the channels first"
+            )
+        if waveform.dtype != np.int16 and not np.issubdtype(waveform.dtype, np.floating):
+            raise PreprocessingError(
+                f"expected int16 or float in [-1, 1], got dtype {waveform.dtype}"
+            )
+        _check_rates(sample_rate_hz, "sample_rate_hz", speed)
+        spec = self.log_mel
+        if sample_rate_hz != spec.sample_rate_hz:
+            waveform = librosa.resample(
+                librosa.util.buf_to_float(waveform, n_bytes=2)
+                if waveform.dtype == np.int16
+                else waveform.astype(np.float32),
+                orig_sr=sample_rate_hz,
+                target_sr=spec.sample_rate_hz,
+                res_type="soxr_hq",
+            )
+        span = spec.clip_seconds * speed
+        missing = round(span * spec.sample_rate_hz) - len(waveform)
+        if missing > 0:
+            waveform = np.pad(waveform, (0, missing))
+        views = ViewSpec(spec.frames, spec.clip_seconds, (speed,), "shared")
+        windows = [
+            gather_windows(waveform, Clip(s, 0, FORWARD), spec, views, audio_start_seconds=0.0)
+            for s in clip_starts(len(waveform) / spec.sample_rate_hz, span)
+        ]
+        return log_mel(np.stack(windows), spec)
+
+    def standardise(self, batch: Any) -> jax.Array:
+        """Returns the spectrograms as they are: `log_mel` has standardised them."""
+        return jnp.asarray(batch, jnp.float32)
+
+
+def clip_starts(duration_seconds: float, span_seconds: float) -> list[float]:
+    """Returns when each of the evenly spaced clips begins that together cover a medium.
+
+    Depends on nothing but the two durations, so the clips of a picture and of its sound coincide.
+    A rest of less than a twentieth of a clip, as containers round durations, makes no further clip.
+    """
+    count = max(1, math.ceil(duration_seconds / span_seconds - 0.05))
+    return np.linspace(0.0, max(duration_seconds - span_seconds, 0.0), count).tolist()
+
+
+def _check_rates(rate: float, name: str, speed: int) -> None:
+    if not rate > 0 or not math.isfinite(rate):
+        raise PreprocessingError(f"{name} must be positive, got {rate}")
+    if speed != int(speed) or speed < 1:
+        raise PreprocessingError(f"speed must be a whole number of at least 1, got {speed}")

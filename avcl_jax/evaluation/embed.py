@@ -1,0 +1,171 @@
+"""Views of every record of a split, rendered as in training, and what a network makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from avcl_jax.data.crop import center_crop, random_crop
+from avcl_jax.data.pipeline import RenderSpec, UsableRecords, describe, render_views
+from avcl_jax.data.views import Clip, draw_views, feasible_speeds
+
+# What the network looks at; everything else of a rendered record travels with its outputs.
+INPUTS = ("video", "spectrogram", "audio_windows")
+
+Render = Callable[[int], dict[str, Any]]
+
+
+def random_views(
+    source: UsableRecords,
+    position: int,
+    spec: RenderSpec,
+    *,
+    speeds: Sequence[int],
+    directions: Sequence[int],
+    views: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Renders views of one record at random times and crops, speeds and directions in turn.
+
+    The combinations of speed and direction take turns, so that `views` divisible by their number
+    gives each equally often: labels are balanced exactly, record by record.
+
+    Args:
+        source: usable records.
+        position: which one.
+        spec: rendering.
+        speeds: indices into `spec.views.speeds`; those too fast for the record are left out.
+        directions: of `FORWARD`, `BACKWARD`.
+        views: how many.
+        seed: of the draw; the same for the same position whatever the order of rendering.
+
+    Returns:
+        As `pipeline.render_views` and `pipeline.describe`, with `views` views.
+    """
+    index, record, use = source[position]
+    rng = np.random.default_rng(np.random.SeedSequence([seed, position]))
+    feasible = feasible_speeds(use.timeline, spec.views)
+    usable = [speed for speed in speeds if speed in feasible] or feasible[:1]
+    combinations = [(speed, direction) for speed in usable for direction in directions]
+    clips = []
+    for number in range(views):
+        speed, direction = combinations[number % len(combinations)]
+        span = spec.views.clip_seconds * spec.views.speeds[speed]
+        slack = max(use.timeline.duration_seconds - span, 0.0)
+        start = use.timeline.start_seconds + slack * rng.uniform()
+        clips.append(Clip(float(start), speed, direction))
+    height, width = max(record.height, 1), max(record.width, 1)
+    crops = [random_crop(rng, height, width, spec.crop) for _ in clips]
+    arrays = render_views(record, use, clips, clips, crops, spec)
+    return arrays | describe(index, record, source.records)
+
+
+def drawn_pairs(
+    source: UsableRecords, position: int, spec: RenderSpec, *, pairs: int, seed: int
+) -> dict[str, Any]:
+    """Renders pairs of views of one record, drawn as in training but cropped in the centre.
+
+    Args:
+        source: usable records.
+        position: which one.
+        spec: rendering.
+        pairs: how many.
+        seed: of the draw; the same for the same position whatever the order of rendering.
+
+    Returns:
+        The arrays of a training batch with `pairs` rows, all of this record.
+    """
+    index, record, use = source[position]
+    rng = np.random.default_rng(np.random.SeedSequence([seed, position]))
+    crop = center_crop(max(record.height, 1), max(record.width, 1))
+    rows = []
+    for _ in range(pairs):
+        pair = draw_views(rng, use.timeline, spec.views)
+        arrays = render_views(record, use, pair.video, pair.audio, [crop] * 2, spec)
+        arrays |= {
+            "order": np.int32(pair.order),
+            "speed_mask": np.bool_(pair.speed_mask),
+            "direction_mask": np.bool_(pair.direction_mask),
+            "order_mask": np.bool_(pair.order_mask),
+        }
+        rows.append(arrays | describe(index, record, source.records))
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def render_all(render: Render, count: int, *, threads: int) -> dict[str, np.ndarray]:
+    """Renders records 0 … count − 1 and stacks them, inputs included: `[count, views, …]`.
+
+    For splits small enough to train on from memory; `encode_all` keeps no inputs.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        return _stack(list(pool.map(render, range(count))))
+
+
+def encode_all(
+    render: Render,
+    count: int,
+    compute: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]],
+    *,
+    chunk: int,
+    threads: int,
+    describe_inputs: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]] | None = None,
+) -> dict[str, np.ndarray]:
+    """Renders records 0 … count − 1 and runs a jitted function over them, a chunk at a time.
+
+    The last chunk is filled up with repetitions of its last record, which are then cut off: every
+    call has one shape and `compute` is compiled once.
+
+    Args:
+        render: arrays of one record, from its position.
+        count: number of records.
+        compute: maps stacked arrays [chunk, …] to outputs [chunk, …].
+        chunk: records in a call.
+        threads: records rendered at a time.
+        describe_inputs: maps the arrays of one record to further outputs, on the host.
+
+    Returns:
+        Outputs [count, …], and all rendered arrays but the network's inputs.
+    """
+    collected: list[dict[str, np.ndarray]] = []
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, count, chunk):
+            positions = range(start, min(start + chunk, count))
+            rendered = list(pool.map(render, positions))
+            real = len(rendered)
+            batch = _stack(rendered + rendered[-1:] * (chunk - real))
+            outputs = {name: np.asarray(value)[:real] for name, value in compute(batch).items()}
+            outputs |= {name: a[:real] for name, a in batch.items() if name not in INPUTS}
+            if describe_inputs is not None:
+                outputs |= _stack([describe_inputs(arrays) for arrays in rendered])
+            collected.append(outputs)
+    return {name: np.concatenate([part[name] for part in collected]) for name in collected[0]}
+
+
+def _stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def as_pairs(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Regroups `[videos, views, …]` into the pairs `[videos · views / 2, 2, …]` of the joint model.
+
+    Args:
+        arrays: `video`, `spectrogram` [videos, views, …] and `has_video`, `has_audio` [videos].
+
+    Raises:
+        ValueError: if the number of views is odd.
+    """
+    views = arrays["video"].shape[1]
+    if views % 2:
+        raise ValueError(
+            f"{views} views of each video do not form pairs: choose evaluation speeds and "
+            "views_per_speed so that their product is even"
+        )
+    return {
+        "video": arrays["video"].reshape(-1, 2, *arrays["video"].shape[2:]),
+        "spectrogram": arrays["spectrogram"].reshape(-1, 2, *arrays["spectrogram"].shape[2:]),
+        "has_video": arrays["has_video"].repeat(views // 2),
+        "has_audio": arrays["has_audio"].repeat(views // 2),
+    }
