@@ -26,13 +26,13 @@ _CRASHES = frozenset(
 _KEPT = "finished shards are kept: run the same command again to go on"
 
 
-def describe_os_error(error: OSError) -> str:
-    """Returns one line for a person whose results cannot be written."""
+def describe_os_error(error: OSError, directory: Path) -> str:
+    """Returns one line for a person whose results cannot be written to `directory`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         what = "the disk is full: free some space"
     else:
         what = f"cannot write: {error.strerror or error}"
-    return f"{what} ({error.filename or 'output directory'}); {_KEPT}"
+    return f"{what} ({error.filename or directory}); {_KEPT}"
 
 
 @dataclasses.dataclass
@@ -72,7 +72,7 @@ def _work(connection: Connection, options: ClipOptions, directory: Path) -> None
         except BrokenPipeError:  # the parent is gone
             return
         except OSError as error:
-            connection.send(("failed", describe_os_error(error)))
+            connection.send(("failed", describe_os_error(error, directory)))
             return
         except MemoryError:
             connection.send(("failed", f"out of memory: use fewer --workers; {_KEPT}"))

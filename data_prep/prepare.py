@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
     except OSError as error:
-        print(f"error: {describe_os_error(error)}", file=sys.stderr)
+        print(f"error: {describe_os_error(error, args.out)}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         print(

@@ -1,0 +1,329 @@
+"""Records: exact round trips, and every damage is one clear error."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+
+from avcl_jax.data import records, tfrecord
+from avcl_jax.data.decode import decode_jpegs
+from avcl_jax.data.record_format import parse_record, serialize_record
+from avcl_jax.data.record_metadata import record_features, write_dataset_metadata
+from avcl_jax.data.records import (
+    Record,
+    RecordDataset,
+    RecordError,
+    RecordWriter,
+    shard_name,
+    write_shard,
+)
+
+CLASS_NAMES = {"motion": ["fall", "roll"]}
+
+
+def make_record(number: int, *, video: bool = True, audio: bool = True, side: int = 8) -> Record:
+    rng = np.random.default_rng(number)
+    frames = [
+        simplejpeg.encode_jpeg(rng.integers(0, 256, (side, side + 1, 3), dtype=np.uint8))
+        for _ in range(3 * video)
+    ]
+    return Record(
+        record_id=f"clip {number} é\udcff\n",
+        source_id=f"source {number // 2}",
+        frames=frames,
+        frame_seconds=np.array([0.0, 1 / 3, 0.7])[: len(frames)],
+        waveform=rng.integers(-32768, 32768, 40 * audio).astype(np.int16),
+        sample_rate_hz=16000 * audio,
+        audio_start_seconds=1 / 7 * audio,
+        duration_seconds=1.1,
+        height=side * video,
+        width=(side + 1) * video,
+        labels={"motion": number % 3 - 1},
+    )
+
+
+def write_dataset(directory: Path, shards: list[list[Record]], split: str = "train") -> None:
+    infos = [
+        write_shard(directory / shard_name("demo", split, number, len(shards)), shard)
+        for number, shard in enumerate(shards)
+    ]
+    write_dataset_metadata(directory, name="demo", class_names=CLASS_NAMES, splits={split: infos})
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Path:
+    write_dataset(
+        tmp_path,
+        [[make_record(0), make_record(1, video=False)], [make_record(2, audio=False)]],
+    )
+    return tmp_path
+
+
+def assert_same(left: Record, right: Record) -> None:
+    for name in Record.__dataclass_fields__:
+        a, b = getattr(left, name), getattr(right, name)
+        if isinstance(a, np.ndarray):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+        elif name == "frames":
+            assert list(a) == list(b)
+        else:
+            assert a == b, name
+
+
+def test_round_trip_is_exact_with_and_without_each_modality(prepared: Path) -> None:
+    dataset = RecordDataset(prepared, "train")
+    assert len(dataset) == 3
+    expected = [make_record(0), make_record(1, video=False), make_record(2, audio=False)]
+    for number, record in enumerate(expected):
+        assert_same(dataset[number], record)
+        timeline = dataset.timeline(number)
+        assert timeline.num_frames == len(record.frames)
+        assert timeline.num_samples == len(record.waveform)
+        assert timeline.duration_seconds == 1.1
+        assert dataset.labels["motion"][number] == record.labels["motion"]
+    assert dataset.timeline(0).max_frame_gap_seconds == pytest.approx(0.7 - 1 / 3)
+    assert dataset.timeline(0).min_frame_gap_seconds == pytest.approx(1 / 3)
+    assert dataset.timeline(0).audio_end_seconds == pytest.approx(1 / 7 + 40 / 16000)
+    assert dataset.source_numbers.tolist() == [0, 0, 1]
+    assert dataset.class_names == CLASS_NAMES
+    with pytest.raises(IndexError):
+        dataset[3]
+
+
+def test_tfds_reads_what_we_write(prepared: Path) -> None:
+    import tensorflow_datasets as tfds
+
+    info = tfds.builder_from_directory(prepared).info
+    assert info.splits["train"].num_examples == 3
+    assert info.splits["train"].shard_lengths == [2, 1]
+    assert info.features["label_motion"].names == ["fall", "roll"]
+    for template, path in zip(
+        info.splits["train"].filepaths, sorted(prepared.glob("*-of-00002")), strict=True
+    ):
+        assert Path(template) == path
+    record = make_record(0)
+    example = info.features.deserialize_example_np(serialize_record(record))
+    np.testing.assert_array_equal(np.stack(example["video"]), decode_jpegs(record.frames))
+    np.testing.assert_array_equal(example["frame_seconds"], record.frame_seconds)
+    np.testing.assert_array_equal(example["audio"], record.waveform)
+    assert example["audio_start_seconds"] == record.audio_start_seconds
+    assert example["label_motion"] == -1
+
+
+def test_we_read_what_tfds_serializes() -> None:
+    record = make_record(4)
+    features = record_features(CLASS_NAMES)
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+    payload = ExampleSerializer(features.get_serialized_info()).serialize_example(
+        {
+            "id": record.record_id.encode("utf-8", "surrogateescape"),
+            "source": record.source_id.encode(),
+            "video": list(record.frames),
+            "frame_seconds": record.frame_seconds.tobytes(),
+            "audio": record.waveform.tobytes(),
+            "sample_rate_hz": record.sample_rate_hz,
+            "audio_start_seconds": np.float64(record.audio_start_seconds).tobytes(),
+            "duration_seconds": np.float64(record.duration_seconds).tobytes(),
+            "height": record.height,
+            "width": record.width,
+            "label_motion": record.labels["motion"],
+        }
+    )
+    assert_same(parse_record(payload, where="tfds"), record)
+
+
+def test_a_crc_of_the_tfrecord_format() -> None:
+    # The published test vector of CRC-32C for 32 zero bytes, masked as TFRecord does.
+    crc = 0x8A9136AA
+    assert tfrecord.masked_crc(bytes(32)) == (
+        ((crc >> 15 | crc << 17) & 0xFFFFFFFF) + 0xA282EAD8
+    ) % (1 << 32)
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_every_flipped_byte_is_detected(tmp_path: Path, with_index: bool) -> None:
+    write_dataset(tmp_path, [[make_record(0), make_record(1, video=False)]])
+    shard = tmp_path / shard_name("demo", "train", 0, 1)
+    index = Path(tfrecord.index_path(shard))
+    good_shard, good_index = shard.read_bytes(), index.read_bytes()
+    for position in range(0, len(good_shard), 1 if with_index else 7):
+        damaged = bytearray(good_shard)
+        damaged[position] ^= 1 << position % 8
+        shard.write_bytes(damaged)
+        index.write_bytes(good_index) if with_index else index.unlink(missing_ok=True)
+        with pytest.raises(RecordError, match=r"damaged|truncated|stale"):  # noqa: PT012
+            dataset = RecordDataset(tmp_path, "train")
+            for number in range(len(dataset)):
+                dataset[number]
+
+
+def test_a_byte_flipped_after_opening_is_detected_at_reading(tmp_path: Path) -> None:
+    write_dataset(tmp_path, [[make_record(0, audio=False)]])
+    dataset = RecordDataset(tmp_path, "train")
+    shard = tmp_path / shard_name("demo", "train", 0, 1)
+    good = shard.read_bytes()
+    for position in range(len(good)):
+        damaged = bytearray(good)
+        damaged[position] ^= 1 << position % 8
+        shard.write_bytes(damaged)
+        with pytest.raises(RecordError, match=r"damaged|stale"):
+            dataset[0]
+
+
+@pytest.mark.parametrize("cut", [1, 4, 100])
+def test_a_truncated_shard_is_one_error(prepared: Path, cut: int) -> None:
+    shard = prepared / shard_name("demo", "train", 0, 2)
+    os.truncate(shard, shard.stat().st_size - cut)
+    with pytest.raises(RecordError, match="truncated: prepare this data set again"):
+        RecordDataset(prepared, "train")
+
+
+def test_a_missing_shard_or_record_is_one_error(prepared: Path) -> None:
+    shard = prepared / shard_name("demo", "train", 0, 2)
+    other = shard.read_bytes()
+    write_shard(shard, [make_record(0)])
+    with pytest.raises(RecordError, match=r"holds 1 records where dataset_info.json says 2"):
+        RecordDataset(prepared, "train")
+    shard.write_bytes(other)
+    shard.unlink()
+    with pytest.raises(RecordError, match="is missing"):
+        RecordDataset(prepared, "train")
+
+
+def test_a_stale_or_damaged_index_is_rebuilt(prepared: Path) -> None:
+    shard = prepared / shard_name("demo", "train", 0, 2)
+    index = Path(tfrecord.index_path(shard))
+    first = RecordDataset(prepared, "train").fingerprint
+    good = index.read_bytes()
+    for bad in (b"", b"garbage", good[:-20], good.replace(b'"offset": [0', b'"offset": [1')):
+        assert bad != good
+        index.write_bytes(bad)
+        assert RecordDataset(prepared, "train").fingerprint == first
+        assert index.read_bytes() == good
+    write_shard(shard, [make_record(5), make_record(6)])
+    index.write_bytes(good)
+    dataset = RecordDataset(prepared, "train")
+    assert dataset.record_ids[0] == make_record(5).record_id
+    assert dataset.fingerprint != first
+
+
+def test_a_shard_replaced_while_open_is_a_stale_index(prepared: Path) -> None:
+    dataset = RecordDataset(prepared, "train")
+    write_shard(prepared / shard_name("demo", "train", 1, 2), [make_record(5, audio=False)])
+    with pytest.raises(RecordError, match="stale index"):
+        dataset[2]
+
+
+def test_a_read_only_directory_needs_no_index(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in prepared.glob("*.index"):
+        path.unlink()
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "read-only")
+
+    monkeypatch.setattr(records.tfrecord, "write_index", refuse)
+    assert_same(RecordDataset(prepared, "train")[2], make_record(2, audio=False))
+    assert not list(prepared.glob("*.index"))
+
+
+def edit_json(path: Path, edit: object) -> None:
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def test_other_versions_features_and_splits_are_refused(prepared: Path) -> None:
+    with pytest.raises(RecordError, match=r"no split 'valid', it has \['train'\]"):
+        RecordDataset(prepared, "valid")
+    features = prepared / "features.json"
+    good = features.read_text()
+    edit_json(
+        features,
+        lambda c: c["featuresDict"]["features"]["audio"]["tensor"].update(dtype="float32"),
+    )
+    with pytest.raises(RecordError, match=r"feature 'audio' is .*float32.*expected .*int16"):
+        RecordDataset(prepared, "train")
+    features.write_text(good)
+    edit_json(features, lambda c: c["featuresDict"]["features"].pop("frame_seconds"))
+    with pytest.raises(RecordError, match="no feature 'frame_seconds'"):
+        RecordDataset(prepared, "train")
+    features.write_text(good)
+    edit_json(prepared / "dataset_info.json", lambda c: c.update(version="0.9.0"))
+    with pytest.raises(RecordError, match=r"records of version 0.9.0, this code reads 1"):
+        RecordDataset(prepared, "train")
+    (prepared / "dataset_info.json").unlink()
+    with pytest.raises(RecordError, match="not a finished data set"):
+        RecordDataset(prepared, "train")
+
+
+def test_a_contradictory_record_is_not_written(tmp_path: Path) -> None:
+    good = make_record(0)
+    for change, message in (
+        ({"frame_seconds": np.array([0.0, 0.5, 0.5])}, "strictly increase"),
+        ({"frame_seconds": np.array([0.0, 0.5])}, "3 frames but"),
+        ({"waveform": np.zeros(4, np.float32)}, "waveform must be int16"),
+        ({"audio_start_seconds": -0.1}, "audio_start_seconds"),
+        (
+            {"frames": [], "frame_seconds": np.zeros(0), "waveform": np.zeros(0, np.int16)},
+            "neither",
+        ),
+    ):
+        record = Record(**{**vars(good), **change})
+        with pytest.raises(ValueError, match=message):
+            write_shard(tmp_path / "x.tfrecord", [good, record])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shard_appears_only_when_complete(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), RecordWriter(tmp_path / "x.tfrecord") as writer:  # noqa: PT012
+        writer.write(make_record(0))
+        assert not (tmp_path / "x.tfrecord").exists()
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+
+
+def test_reading_from_threads_and_after_pickling(prepared: Path) -> None:
+    dataset = pickle.loads(pickle.dumps(RecordDataset(prepared, "train")))
+    with ThreadPoolExecutor(4) as pool:
+        ids = list(pool.map(lambda n: dataset[n % 3].record_id, range(60)))
+    assert ids == [make_record(n % 3).record_id for n in range(60)]
+
+
+def test_reading_imports_neither_tensorflow_nor_tfds_nor_jax(prepared: Path) -> None:
+    code = (
+        "import sys; from avcl_jax.data.records import RecordDataset\n"
+        f"RecordDataset({str(prepared)!r}, 'train')[0]\n"
+        "print(sorted({'jax', 'tensorflow', 'tensorflow_datasets'} & set(sys.modules)))"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_decoding_jpegs() -> None:
+    image = np.full((6, 10, 3), (200, 100, 50), np.uint8)
+    jpeg = simplejpeg.encode_jpeg(image, quality=95)
+    video = decode_jpegs([jpeg, jpeg])
+    assert video.shape == (2, 6, 10, 3)
+    assert np.abs(video.astype(int) - image).max() <= 3
+    with pytest.raises(ValueError, match="at least one frame"):
+        decode_jpegs([])
+    with pytest.raises(ValueError, match="frame 1 of 2"):
+        decode_jpegs([jpeg, b"no jpeg"])
+    with pytest.raises(ValueError, match="is 8x8 where frame 0 is 6x10"):
+        decode_jpegs([jpeg, simplejpeg.encode_jpeg(np.zeros((8, 8, 3), np.uint8))])
