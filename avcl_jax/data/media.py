@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import av
@@ -93,7 +93,7 @@ def _stream(container: Any, kind: str) -> Any | None:
 
 
 @contextlib.contextmanager
-def _open(path: str | os.PathLike[str]) -> Iterator[tuple[Any, list[Any]]]:
+def _open(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Sequence[Any]]]:
     """Opens a file, and turns what goes wrong inside the block into MediaError.
 
     Yields:
@@ -102,6 +102,7 @@ def _open(path: str | os.PathLike[str]) -> Iterator[tuple[Any, list[Any]]]:
     """
     name = os.fspath(path)
     av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)  # else the second file cut short goes unnoticed
     try:
         # "file:" so that neither a leading dash nor a colon in the name means anything.
         with (
@@ -145,7 +146,20 @@ def probe(path: str | os.PathLike[str]) -> MediaInfo:
         )
 
 
-def _decoded(container: Any, stream: Any, log: list[Any], start_seconds: float) -> Iterator[Any]:
+def _check_log(container: Any, log: Sequence[Any], where: str) -> None:
+    """Raises MediaError if the demuxer logged an error.
+
+    Decoders log errors for much that loses nothing; theirs are not looked at.
+    """
+    for _, source, text in log:
+        if source == container.format.name:
+            cut = "prematurely" in text or "partial file" in text
+            raise MediaError("truncated" if cut else "damaged", f"after {where}: {text.strip()}")
+
+
+def _decoded(
+    container: Any, stream: Any, log: Sequence[Any], start_seconds: float
+) -> Iterator[Any]:
     """Yields a stream's frames from about `start_seconds` on; raises MediaError on any damage."""
     zero = (container.start_time or 0) / 1e6
     if start_seconds > 0:
@@ -153,26 +167,22 @@ def _decoded(container: Any, stream: Any, log: list[Any], start_seconds: float) 
         container.seek(int(target * 1e6), backward=True)
     stream.codec_context.thread_count = 1  # one process per core decodes faster than threads do
     packets = container.demux(stream)
-    demuxer = container.format.name
     where = "the start"
     while True:
         try:
             packet = next(packets, None)
             if packet is None:
                 return
-            if packet.is_corrupt:
-                raise MediaError("damaged", f"{stream.type} is damaged after {where}")
             frames = packet.decode()
+            corrupt = packet.is_corrupt
         except av.error.FFmpegError as error:
+            _check_log(container, log, where)  # what the container says comes before
             raise MediaError(
                 "damaged", f"{stream.type} cannot be decoded after {where}: {error.strerror}"
             ) from error
-        for _, source, text in log:
-            if source == demuxer:
-                cut = "prematurely" in text or "partial file" in text
-                raise MediaError(
-                    "truncated" if cut else "damaged", f"after {where}: {text.strip()}"
-                )
+        _check_log(container, log, where)
+        if corrupt:
+            raise MediaError("damaged", f"{stream.type} is damaged after {where}")
         for frame in frames:
             if frame.is_corrupt:
                 raise MediaError("damaged", f"{stream.type} is damaged after {where}")
@@ -303,7 +313,7 @@ def decode_audio(
         if stream.codec_context is None:
             raise MediaError("unsupported_codec", "no decoder for the sound")
         zero = (container.start_time or 0) / 1e6
-        frames = []
+        frames: list[Any] = []
         for frame in _decoded(container, stream, log, start_seconds):
             if (
                 end_seconds is not None

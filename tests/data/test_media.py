@@ -1,0 +1,351 @@
+"""Media: every real file comes out complete, upright and in time, or is refused truthfully."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import simplejpeg
+
+from avcl_jax.data import media
+from avcl_jax.data.media import MediaError
+from avcl_jax.data.record_format import Record
+from data_prep.clip import REASONS, ClipOptions, prepare_clip
+from data_prep.manifest import Entry
+from tests.data.synthetic_media import flash_seconds, write_flash_and_click
+
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "media"
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is absent")
+
+OPTIONS = ClipOptions(
+    short_side=64,
+    max_fps=None,
+    quality=90,
+    sample_rate_hz=16000,
+    min_seconds=0.0,
+    max_seconds=60.0,
+    min_side=16,
+    require=(),
+)
+
+# By hand, from packet counts, headers and the table in ../shared/data/README.md: frames, height
+# and width when displayed (rotation and pixel shape applied), when the last frame ends, and the
+# seconds of sound from the first frame on (None: no sound track).
+FACTS = {
+    "av1_video.mkv": (125, 360, 640, 5.0, None),
+    "big_buck_bunny_0_30.webm": (720, 720, 1280, 29.999, 30.016),  # 1,323,840 samples at 44.1 kHz
+    "bigbuckbunny.mp4": (132, 720, 1280, 5.28, 5.312),
+    "chaplin.mp4": (241, 360, 640, 9.64, 9.614),
+    "cockatoo.mp4": (280, 720, 1280, 14.0, 13.899),
+    "flipping_a_pancake.mkv": (310, 240, 426, 10.333, 10.368),
+    "h264_10bits.mp4": (30, 200, 200, 1.0, None),
+    "h265_10bits.mp4": (30, 200, 200, 1.0, None),
+    "h265_video.mp4": (10, 128, 128, 1.0, None),
+    "nasa_13013.mp4": (325, 180, 320, 13.0, 13.056),
+    "no_duration.webm": (74, 720, 1280, 4.939, 4.86),
+    "realshort.mp4": (36, 240, 320, 1.1992, 1.1857),
+    "small_input_1.mp4": (150, 360, 640, 5.0139, 5.0133),  # 480x360 pixels of shape 4:3
+    "transparent.webm": (150, 200, 200, 5.0, 4.94),
+    "unordered.mov": (4, 50, 50, 0.125, None),
+    "video_180.mov": (3, 320, 568, 0.1, None),
+    "video_270.mov": (3, 568, 320, 0.1, None),
+    "video_90.mov": (3, 568, 320, 0.1, None),
+    "video_with_failing_audio.mp4": (280, 360, 640, 11.2, 11.2337),
+}
+REFUSED = {"-video-with-dash-.mp4": "too_small", "corrupted.mp4": "damaged"}
+# Counter-clockwise quarter turns from the stored picture to the upright one.
+TURNS = {"video_90.mov": -1, "video_180.mov": 2, "video_270.mov": 1}
+
+
+def entry(path: Path, start: float = 0.0, end: float | None = None) -> Entry:
+    return Entry(str(path), "train", path.name, path.name, start, end, {})
+
+
+def prepare(path: Path, start: float = 0.0, end: float | None = None) -> Record:
+    return prepare_clip(entry(path, start, end), OPTIONS)
+
+
+def refusal(path: Path, **changes: object) -> str:
+    with pytest.raises(MediaError) as caught:
+        prepare_clip(entry(path), ClipOptions(**{**vars(OPTIONS), **changes}))
+    assert caught.value.reason in REASONS
+    assert caught.value.message
+    assert "\n" not in str(caught.value)
+    return caught.value.reason
+
+
+@needs_real
+def test_the_facts_cover_every_file() -> None:
+    assert set(FACTS) | set(REFUSED) == set(os.listdir(REAL))
+
+
+@needs_real
+@pytest.mark.parametrize("name", sorted(FACTS))
+def test_a_real_file_comes_out_complete_and_in_time(name: str) -> None:
+    frames, height, width, picture_end, sound_seconds = FACTS[name]
+    record = prepare(REAL / name)
+    assert len(record.frames) == frames
+    scale = min(1.0, OPTIONS.short_side / min(height, width))
+    assert (record.height, record.width) == (round(height * scale), round(width * scale))
+    header = simplejpeg.decode_jpeg_header(record.frames[-1])
+    assert header[:2] == (record.height, record.width)
+    assert record.frame_seconds[0] == 0
+    # One frame lasts until the picture's end.
+    last_gap = picture_end - record.frame_seconds[-1]
+    assert last_gap == pytest.approx(np.median(np.diff(record.frame_seconds)), abs=0.02)
+    if sound_seconds is None:
+        assert not record.has_audio
+        assert record.duration_seconds == pytest.approx(picture_end, abs=0.005)
+        return
+    assert record.sample_rate_hz == 16000
+    heard = record.audio_start_seconds + len(record.waveform) / 16000
+    expected_end = sound_seconds + (0.015 if name == "no_duration.webm" else 0.0)
+    assert heard == pytest.approx(expected_end, abs=0.005)
+    assert record.audio_start_seconds <= 0.0151
+    assert record.duration_seconds == pytest.approx(max(picture_end, expected_end), abs=0.005)
+
+
+@needs_real
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_a_real_file_is_refused_for_its_true_reason(name: str) -> None:
+    assert refusal(REAL / name) == REFUSED[name]
+
+
+@needs_real
+@pytest.mark.parametrize("name", sorted(TURNS))
+def test_rotated_films_come_out_upright(name: str) -> None:
+    with av.open(str(REAL / name)) as container:
+        stored = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    shown = list(media.decode_frames(REAL / name, short_side=None, max_fps=None))
+    assert len(shown) == len(stored) == 3
+    for ours, raw in zip(shown, stored, strict=True):
+        upright = np.rot90(raw, TURNS[name])
+        assert ours.image.shape == upright.shape
+        # Conversion at full size is the same up to rounding.
+        assert np.abs(ours.image.astype(int) - upright).mean() < 1.0
+
+
+@needs_real
+@pytest.mark.parametrize("name", ["nasa_13013.mp4", "flipping_a_pancake.mkv", "bigbuckbunny.mp4"])
+def test_sound_is_the_mix_of_the_channels_at_the_right_time(name: str) -> None:
+    from scipy.signal import resample_poly
+
+    with av.open(str(REAL / name)) as container:
+        stream = container.streams.audio[0]
+        decoded = np.concatenate([f.to_ndarray() for f in container.decode(stream)], axis=1)
+        rate = stream.rate
+    # ITU-R BS.775 to stereo (centre and surround at -3 dB, low-frequency channel left out), whose
+    # two channels are then added: the centre counts twice.
+    weights = {1: [1], 2: [1, 1], 6: [1, 1, 2**0.5, 0, 0.5**0.5, 0.5**0.5]}[len(decoded)]
+    mono = np.asarray(weights) @ decoded / np.sum(weights)
+    expected = resample_poly(mono, 16000, rate)
+    sound = media.decode_audio(REAL / name, sample_rate_hz=16000)
+    assert sound is not None
+    length = min(len(expected), len(sound.waveform))
+    ours, theirs = sound.waveform[:length] / 32768, expected[:length]
+    correlation = [
+        np.corrcoef(
+            ours[max(0, lag) : length + min(0, lag)],
+            np.roll(theirs, lag)[max(0, lag) : length + min(0, lag)],
+        )[0, 1]
+        for lag in range(-8, 9)
+    ]
+    assert int(np.argmax(correlation)) == 8  # no lag
+    assert correlation[8] > 0.99
+    assert np.std(ours) == pytest.approx(np.std(theirs), rel=0.05)
+
+
+STEADY = tuple(number / 25 for number in range(106))
+UNSTEADY = tuple(np.cumsum([0.0, *np.random.default_rng(1).choice([0.02, 0.04, 0.1], 90)]))
+FAST_VP9 = {"deadline": "realtime", "cpu-used": "8"}
+SYNCHRONY = {
+    "mp4": ("clip.mp4", {"video_codec": "libx264", "audio_codec": "aac"}),
+    "webm": (
+        "clip.webm",
+        {"video_codec": "libvpx-vp9", "audio_codec": "libopus", "options": FAST_VP9},
+    ),
+    "sound later": (
+        "clip.mp4",
+        {"video_codec": "libx264", "audio_codec": "aac", "sound_offset_seconds": 0.5},
+    ),
+    "picture later": (
+        "clip.mp4",
+        {
+            "video_codec": "libx264",
+            "audio_codec": "aac",
+            "frame_times": tuple(t + 0.4 for t in STEADY),
+        },
+    ),
+    "variable rate": (
+        "clip.mkv",
+        {"video_codec": "libx264", "audio_codec": "libmp3lame", "frame_times": UNSTEADY},
+    ),
+    "gap in the sound": (
+        "clip.mkv",
+        {"video_codec": "libx264", "audio_codec": "pcm_s16le", "sound_gap": (1.3, 1.8)},
+    ),
+    "start after zero": ("clip.ts", {"video_codec": "libx264", "audio_codec": "aac"}),
+}
+
+
+def click_seconds(record: Record) -> list[float]:
+    loud = np.flatnonzero(np.abs(record.waveform.astype(int)) > 3000)
+    starts = loud[np.diff(loud, prepend=-99999) > 1600]
+    return [record.audio_start_seconds + float(s) / record.sample_rate_hz for s in starts]
+
+
+def shown_flashes(record: Record) -> list[float]:
+    bright = [simplejpeg.decode_jpeg(f)[32:, 32:].mean() > 128 for f in record.frames]
+    return [float(t) for t, on in zip(record.frame_seconds, bright, strict=True) if on]
+
+
+@pytest.mark.parametrize("case", sorted(SYNCHRONY))
+def test_flash_and_click_stay_together(tmp_path: Path, case: str) -> None:
+    name, arguments = SYNCHRONY[case]
+    arguments = {"frame_times": STEADY, "sound_seconds": 4.2, **arguments}
+    write_flash_and_click(tmp_path / name, **arguments)
+    record = prepare(tmp_path / name)
+    times = np.array(arguments["frame_times"])
+    assert len(record.frames) == len(times)
+    # Matroska rounds to milliseconds.
+    np.testing.assert_allclose(record.frame_seconds, times - times[0], atol=0.0011)
+    true_flashes = [t - times[0] for t in flash_seconds(arguments["frame_times"])]
+    true_clicks = [
+        second - times[0]
+        for second in range(1, 5)
+        if arguments.get("sound_offset_seconds", 0) <= second
+    ]
+    np.testing.assert_allclose(shown_flashes(record), true_flashes, atol=0.0011)
+    np.testing.assert_allclose(click_seconds(record), true_clicks, atol=0.002)
+
+
+def test_a_gap_in_the_sound_is_silence(tmp_path: Path) -> None:
+    path = tmp_path / "gap.mkv"
+    write_flash_and_click(
+        path,
+        video_codec="libx264",
+        audio_codec="pcm_s16le",
+        frame_times=STEADY,
+        sound_seconds=4.2,
+        sound_gap=(1.3, 1.8),
+    )
+    sound = media.decode_audio(path, sample_rate_hz=16000)
+    assert sound is not None
+    at = (np.arange(len(sound.waveform)) / 16000) + sound.start_seconds
+    assert not sound.waveform[(at > 1.33) & (at < 1.79)].any()
+    assert np.abs(sound.waveform[(at > 1.05) & (at < 1.29)].astype(int)).mean() > 5
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("media") / "clip.mp4"
+    write_flash_and_click(
+        path,
+        video_codec="libx264",
+        audio_codec="aac",
+        frame_times=STEADY,
+        sound_seconds=4.2,
+        container_options={"movflags": "faststart"},
+    )
+    return path
+
+
+def test_an_interval_is_what_the_whole_holds_there(clip: Path) -> None:
+    whole, part = prepare(clip), prepare(clip, 1.98, 3.5)
+    first = round(2.0 * 25)
+    np.testing.assert_allclose(part.frame_seconds, whole.frame_seconds[first : first + 38] - 2.0)
+    assert part.frames == whole.frames[first : first + 38]
+    assert part.duration_seconds == pytest.approx(1.5)
+    np.testing.assert_allclose(click_seconds(part), [0.0, 1.0], atol=0.002)
+    shift = round((2.0 + part.audio_start_seconds) * 16000)
+    heard = whole.waveform[shift : shift + len(part.waveform)].astype(int)
+    # The resampler starts afresh, so samples agree but for its first taps and a rounded phase.
+    assert np.corrcoef(heard[200:], part.waveform[200:])[0, 1] > 0.98
+    assert len(part.waveform) == pytest.approx(1.5 * 16000, abs=2)
+
+
+def test_frames_are_dropped_by_their_times(clip: Path) -> None:
+    for fps in (10, 20, 24.9):
+        times = [f.seconds for f in media.decode_frames(clip, short_side=32, max_fps=fps)]
+        assert len(times) == pytest.approx(4.24 * fps, abs=2)
+        assert np.diff(times).max() < 2 / fps
+    assert len(list(media.decode_frames(clip, short_side=32, max_fps=25))) == len(STEADY)
+
+
+def test_small_pictures_are_not_blown_up(clip: Path) -> None:
+    frame = next(media.decode_frames(clip, short_side=128, max_fps=None))
+    assert frame.image.shape == (64, 64, 3)
+
+
+def test_no_picture_and_no_sound_are_told_apart(tmp_path: Path, clip: Path) -> None:
+    silent, blind = tmp_path / "silent.mp4", tmp_path / "blind.wav"
+    write_flash_and_click(
+        silent, video_codec="libx264", audio_codec=None, frame_times=STEADY, sound_seconds=0
+    )
+    with av.open(str(blind), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="stereo")
+        tone = np.sin(np.arange(8000) * 0.1) * 8000
+        samples = np.repeat(tone.astype(np.int16), 2)[None]  # interleaved
+        frame = av.AudioFrame.from_ndarray(samples, "s16", "stereo")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert not prepare(silent).has_audio
+    assert refusal(silent, require=("audio",)) == "no_audio"
+    record = prepare(blind)
+    assert not record.has_video
+    assert (record.height, record.width) == (0, 0)
+    assert len(record.waveform) == 16000
+    assert np.abs(record.waveform).max() == pytest.approx(8000, rel=0.02)
+    assert refusal(blind, require=("video",)) == "no_video"
+    assert refusal(clip, min_seconds=5.0) == "too_short"
+    assert refusal(clip, max_seconds=2.0) == "too_long"
+
+
+def test_damage_is_refused_with_its_reason(tmp_path: Path, clip: Path) -> None:
+    good = clip.read_bytes()
+    path = tmp_path / "x.mp4"
+    for content, reason in (
+        (b"", "not_media"),
+        (b"notes, not a film\n" * 100, "not_media"),
+        (good[: len(good) // 2], "truncated"),
+        (good[: len(good) * 3 // 5] + bytes(2000) + good[len(good) * 3 // 5 + 2000 :], "damaged"),
+    ):
+        path.write_bytes(content)
+        assert refusal(path) == reason, len(content)
+    assert refusal(tmp_path / "absent.mp4") == "not_found"
+    (tmp_path / "folder.mp4").mkdir()
+    assert refusal(tmp_path / "folder.mp4") == "unreadable"
+    (tmp_path / "text.txt").write_text("FFmpeg would show this as a film of a terminal\n")
+    assert refusal(tmp_path / "text.txt") == "not_media"
+    with pytest.raises(MediaError, match="outside"):
+        prepare(clip, 99.0)
+
+
+@needs_real
+@pytest.mark.parametrize("name", ["flipping_a_pancake.mkv", "no_duration.webm", "h265_video.mp4"])
+def test_real_files_cut_or_overwritten_are_refused(tmp_path: Path, name: str) -> None:
+    good = (REAL / name).read_bytes()
+    path = tmp_path / name
+    middle = len(good) // 2
+    noise = np.random.default_rng(0).bytes(3000)
+    path.write_bytes(good[:middle] + noise + good[middle + 3000 :])
+    assert refusal(path) in ("damaged", "truncated")
+    path.write_bytes(good[: len(good) * 2 // 3])
+    assert refusal(path) in ("truncated", "not_media")
+
+
+@pytest.mark.parametrize(
+    "name", ["with space.mp4", "-dash.mp4", "qu'o\"te.mp4", "line\nbreak.mp4", "é你.mp4", "a:b.mp4"]
+)
+def test_hostile_names(tmp_path: Path, clip: Path, name: str, monkeypatch: object) -> None:
+    shutil.copy(clip, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert media.probe(name).video == ("h264", 64, 64)
+    raw = os.fsdecode(b"not utf-8 \xff.mp4")
+    shutil.copy(clip, tmp_path / raw)
+    assert media.probe(raw).audio == ("aac", 48000, "mono")
