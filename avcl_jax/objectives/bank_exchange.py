@@ -242,8 +242,9 @@ def draw(
         ranked = ranked + jax.lax.axis_index(data_axes) * size
         scores, ranked = _merge_candidates(scores, ranked, sampling.ranks, data_axes, shards)
         numbers = _gather(numbers, data_axes)
-    view_id = 2 * anchors.anchor_id.astype(jnp.uint32)[:, None] + jnp.arange(2, dtype=jnp.uint32)
-    position, picked = pick(scores, numbers[ranked], key, view_id.reshape(-1), sampling)
+    view_id = jnp.repeat(2 * anchors.anchor_id.astype(jnp.uint32), 2)
+    view_id = view_id + jnp.tile(jnp.arange(2, dtype=jnp.uint32), videos)
+    position, picked = pick(scores, numbers[ranked], key, view_id, sampling)
     picks = jnp.take_along_axis(ranked, position, axis=1)
     target = embeddings[term[1]]
     drawn = _fetch(target, picks, data_axes) if merge else target[picks]

@@ -39,12 +39,12 @@ class BankSampling:
         temperature: Of the Gumbel sampling, in units of similarity.
     """
 
-    space: Literal["same", "cross", "agreement"]
+    space: str
     num_positives: int
     num_negatives: int
     positive_ranks: int
     negative_ranks: int
-    sampling: Literal["gumbel", "uniform"]
+    sampling: str
     temperature: float
 
     def __post_init__(self) -> None:
@@ -114,7 +114,7 @@ def rank(
         *query, source, usable = anchor
         similarity = reduce(jnp.minimum, map(dot, query, embeddings))
         eligible = row_usable & usable & (row_source != source)
-        return jax.lax.top_k(jnp.where(eligible, similarity, -jnp.inf), ranks)
+        return tuple(jax.lax.top_k(jnp.where(eligible, similarity, -jnp.inf), ranks))
 
     anchors = (*queries, anchor_source, anchor_usable)
     tile = max(1, _TILE_ELEMENTS // row_source.shape[0])

@@ -256,7 +256,8 @@ def redistribute(bank: FeatureBank, *, global_batch_size: int, shards: int) -> F
     not the oldest ones. A bank that lies right already is returned unchanged.
 
     Args:
-        bank: A bank of whole arrays (all rows addressable), filled in batches of one size.
+        bank: A bank filled in batches of one size. If its rows lie on several processes, call this
+            under `jax.jit` with `out_shardings`.
         global_batch_size: Videos of a step.
         shards: Devices along the data axes.
 
@@ -271,10 +272,9 @@ def redistribute(bank: FeatureBank, *, global_batch_size: int, shards: int) -> F
     place = shard * shard_size + (step * local_rows + local_row) % shard_size
     place = jnp.where(bank.insertion >= 0, place, size)
     empty = create(size, bank.video.shape[1], bank.video.dtype)
-    moved = jax.tree.map(
+    return jax.tree.map(
         lambda old, new: new.at[place].set(old, mode="drop") if new.ndim else old, bank, empty
     )
-    return moved
 
 
 def sample(

@@ -1,0 +1,367 @@
+"""The feature bank on one device: against a model row by row, and its sampling in distribution."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from avcl_jax.objectives import bank_sampling, feature_bank
+from avcl_jax.objectives.feature_bank import BankSampling
+from tests.objectives.bank_model import BankModel, as_anchors, as_set, random_batch, unit
+
+VIDEOS, DIM, SIZE, SOURCES = 4, 6, 40, 12
+ONE_DEVICE = {"mesh": None, "data_axes": ()}
+TERMS = [("video", "video"), ("video", "audio"), ("audio", "video"), ("audio", "audio")]
+
+insert = jax.jit(partial(feature_bank.insert, **ONE_DEVICE))
+
+
+def sampler(term, sampling):
+    return jax.jit(
+        partial(
+            feature_bank.sample,
+            anchor_modality=term[0],
+            target_modality=term[1],
+            sampling=sampling,
+            **ONE_DEVICE,
+        )
+    )
+
+
+def filled(seed, batches, *, missing=0.2, sources=SOURCES, dtype=jnp.float32, size=SIZE):
+    rng = np.random.default_rng(seed)
+    bank = feature_bank.create(size, DIM, dtype)
+    for _ in range(batches):
+        bank = insert(bank, **random_batch(rng, VIDEOS, DIM, sources, missing))
+    return bank, random_batch(rng, VIDEOS, DIM, sources, missing)
+
+
+def sampling_of(space="same", sampling="gumbel", **changes):
+    arguments = {
+        "space": space,
+        "num_positives": 3,
+        "num_negatives": 4,
+        "positive_ranks": 8,
+        "negative_ranks": 9,
+        "sampling": sampling,
+        "temperature": 0.3,
+    }
+    return BankSampling(**(arguments | changes))
+
+
+def test_a_thousand_random_operations():
+    """Contents after every insertion and every sampled row agree with the model in numpy.
+
+    That rows of the same source, empty rows and rows lacking a modality are never returned, and
+    that positives are of different sources, is asserted apart from the model.
+    """
+    rng = np.random.default_rng(0)
+    configurations = [
+        (TERMS[0], sampling_of("same")),
+        (TERMS[1], sampling_of("same", "uniform")),
+        (TERMS[2], sampling_of("cross")),
+        (TERMS[0], sampling_of("cross")),
+        (TERMS[1], sampling_of("agreement")),
+        (TERMS[3], sampling_of("agreement", "uniform", num_negatives=0, negative_ranks=0)),
+    ]
+    samplers = [sampler(*configuration) for configuration in configurations]
+    bank, model = feature_bank.create(SIZE, DIM, jnp.float32), BankModel(SIZE)
+    returned = 0
+    for operation in range(1000):
+        batch = random_batch(rng, VIDEOS, DIM, SOURCES)
+        if rng.random() < 0.5:
+            bank = insert(bank, **batch)
+            model.insert(batch)
+            assert bank.inserted == model.inserted
+            if operation % 10 == 0:
+                held, expected = as_set(bank), model.as_set()
+                for name in expected:
+                    np.testing.assert_array_equal(held[name], expected[name], err_msg=name)
+            continue
+        choice = rng.integers(len(samplers))
+        term, sampling = configurations[choice]
+        anchor_id = rng.integers(0, 2**20, VIDEOS)
+        key = jax.random.key(operation)
+        drawn = samplers[choice](bank, key, **as_anchors(batch, anchor_id), active=True)
+        drawn = jax.tree.map(np.asarray, drawn)
+        rows = {row["insertion"]: row for row in model.rows}
+        for i in range(VIDEOS):
+            for view in range(2):
+                expected = model.sample(key, batch, anchor_id[i], i, view, term, sampling)
+                for kind, numbers in zip(("positive", "negative"), expected, strict=True):
+                    mask = getattr(drawn, f"{kind}_mask")[i, view]
+                    insertion = getattr(drawn, f"{kind}_insertion")[i, view]
+                    values = getattr(drawn, f"{kind}s")[i, view]
+                    assert insertion[mask].tolist() == numbers
+                    assert (insertion[~mask] == -1).all()
+                    assert not values[~mask].any()
+                    picked = [rows[number] for number in insertion[mask]]
+                    assert len(set(numbers)) == len(numbers)
+                    for row, value in zip(picked, values[mask], strict=True):
+                        assert row["source_id"] != batch["source_id"][i]
+                        assert row[f"has_{term[1]}"]
+                        np.testing.assert_array_equal(value, row[term[1]])
+                    if kind == "positive":
+                        sources = [row["source_id"] for row in picked]
+                        assert len(set(sources)) == len(sources)
+                        assert drawn.positive_source[i, view][mask].tolist() == sources
+                        labels = [row["label"] for row in picked]
+                        assert drawn.positive_label[i, view][mask].tolist() == labels
+                    returned += len(numbers)
+    assert model.inserted > 10 * SIZE
+    assert returned > 5000
+
+
+@pytest.mark.parametrize("space", ["same", "cross", "agreement"])
+def test_empty_bank_and_inactive_bank_return_nothing(space):
+    bank, batch = filled(0, batches=SIZE // (2 * VIDEOS))
+    sample = sampler(("video", "audio"), sampling_of(space))
+    anchors = as_anchors(batch, np.arange(VIDEOS))
+    assert feature_bank.is_full(bank)
+    empty = feature_bank.create(SIZE, DIM, jnp.float32)
+    assert not feature_bank.is_full(empty)
+    for some, active in ((empty, True), (bank, False)):
+        drawn = sample(some, jax.random.key(0), **anchors, active=active)
+        assert not drawn.positive_mask.any()
+        assert not drawn.negative_mask.any()
+        assert not drawn.positives.any()
+        assert (drawn.negative_insertion == -1).all()
+    assert sample(bank, jax.random.key(0), **anchors, active=True).positive_mask.any()
+
+
+def test_only_own_source_in_the_bank_returns_nothing():
+    bank, batch = filled(1, batches=5, sources=1, missing=0.0)
+    drawn = sampler(("video", "video"), sampling_of())(
+        bank, jax.random.key(0), **as_anchors(batch, np.arange(VIDEOS)), active=True
+    )
+    assert not drawn.positive_mask.any()
+    assert not drawn.negative_mask.any()
+
+
+def test_missing_medium_is_stored_as_zeros():
+    batch = random_batch(np.random.default_rng(0), VIDEOS, DIM, SOURCES, missing=0.0)
+    batch["video"][1] = np.nan
+    batch["has_video"][1] = False
+    bank = insert(feature_bank.create(SIZE, DIM, jnp.float32), **batch)
+    assert np.isfinite(bank.video).all()
+    assert not bank.video[2:4].any()
+    assert bank.audio[2:4].any()
+
+
+def test_bank_keeps_its_dtype_and_blocks_gradient():
+    bank, batch = filled(0, batches=6, dtype=jnp.bfloat16, missing=0.0)
+    assert bank.video.dtype == jnp.bfloat16
+    anchors = as_anchors(batch, np.arange(VIDEOS))
+    sample = sampler(("video", "audio"), sampling_of())
+    assert sample(bank, jax.random.key(0), **anchors, active=True).positives.dtype == jnp.bfloat16
+
+    def total(video, audio):
+        changed = anchors | {"anchors_video": video, "anchors_audio": audio}
+        drawn = sample(bank, jax.random.key(0), **changed, active=True)
+        inserted = insert(bank, **(batch | {"video": video, "audio": audio}))
+        leaves = (drawn.positives, drawn.negatives, inserted.video, inserted.audio)
+        return sum(leaf.astype(jnp.float32).sum() for leaf in leaves)
+
+    gradient = jax.grad(total, argnums=(0, 1))(batch["video"], batch["audio"])
+    assert not any(leaf.any() for leaf in gradient)
+
+
+def one_anchor(scores):
+    """A bank whose rows have the given similarities to every anchor, each row its own source."""
+    rows = len(scores)
+    video = np.zeros((rows, 2), np.float32)
+    video[:, 0] = scores
+    bank = feature_bank.create(rows, 2, jnp.float32).replace(
+        video=jnp.asarray(video),
+        has_video=jnp.ones(rows, bool),
+        source_id=jnp.arange(rows, dtype=jnp.int32),
+        insertion=jnp.arange(rows, dtype=jnp.int32),
+        inserted=jnp.asarray(rows, jnp.int32),
+    )
+    anchors = {
+        "anchors_video": jnp.broadcast_to(jnp.array([1.0, 0.0]), (1, 2, 2)),
+        "anchors_audio": jnp.zeros((1, 2, 2)),
+        "has_video": jnp.ones(1, bool),
+        "has_audio": jnp.zeros(1, bool),
+        "source_id": jnp.array([-5], jnp.int32),
+        "anchor_id": jnp.array([0], jnp.int32),
+        "active": True,
+    }
+    return bank, anchors
+
+
+@pytest.mark.parametrize("sampling", ["gumbel", "uniform"])
+def test_frequencies_follow_the_softmax_of_the_similarities(sampling):
+    scores = np.array([0.9, 0.5, 0.7, -0.2, 0.1, 0.3])
+    bank, anchors = one_anchor(scores)
+    sample = sampler(
+        ("video", "video"),
+        sampling_of(
+            sampling=sampling,
+            num_positives=1,
+            num_negatives=1,
+            positive_ranks=4,
+            negative_ranks=2,
+            temperature=0.5,
+        ),
+    )
+    draws = 4000
+    keys = jax.random.split(jax.random.key(1), draws)
+    drawn = jax.vmap(lambda key: sample(bank, key, **anchors))(keys)
+    for rows, got in (
+        ([0, 2, 1, 5], drawn.positive_insertion[:, 0, 0, 0]),
+        ([4, 3], drawn.negative_insertion[:, 0, 1, 0]),
+    ):
+        weight = np.exp(scores[rows] / 0.5) if sampling == "gumbel" else np.ones(len(rows))
+        weight /= weight.sum()
+        frequency = np.array([(got == row).mean() for row in rows])
+        sigma = np.sqrt(weight * (1 - weight) / draws)
+        assert (np.abs(frequency - weight) < 4 * sigma).all(), (frequency, weight)
+
+
+def test_cold_sampling_is_the_ranking():
+    scores = np.linspace(1, -1, 12)[np.random.default_rng(0).permutation(12)]
+    bank, anchors = one_anchor(scores)
+    sampling = sampling_of(positive_ranks=5, negative_ranks=6, temperature=1e-4)
+    drawn = sampler(("video", "video"), sampling)(bank, jax.random.key(0), **anchors)
+    ranking = np.argsort(-scores)
+    np.testing.assert_array_equal(drawn.positive_insertion[0, 0], ranking[:3])
+    np.testing.assert_array_equal(drawn.negative_insertion[0, 0], ranking[5:9])
+
+
+def test_noise_depends_on_key_anchor_and_view():
+    bank, anchors = one_anchor(np.linspace(0.5, 0.4, 32))
+    sample = sampler(("video", "video"), sampling_of(positive_ranks=16, negative_ranks=16))
+
+    def negatives(key=0, **changes):
+        drawn = sample(bank, jax.random.key(key), **(anchors | changes))
+        return drawn.negative_insertion[0].tolist()
+
+    first = negatives()
+    assert negatives() == first
+    assert first[0] != first[1]  # the two views, equal but for their number
+    assert negatives(key=1) != first
+    assert negatives(anchor_id=jnp.array([1], jnp.int32)) != first
+
+
+def test_tiles_change_nothing(monkeypatch):
+    bank, batch = filled(3, batches=5)
+    anchors = as_anchors(batch, np.arange(VIDEOS))
+    whole = sampler(("video", "audio"), sampling_of("agreement"))(
+        bank, jax.random.key(0), **anchors, active=True
+    )
+    monkeypatch.setattr(bank_sampling, "_TILE_ELEMENTS", 3 * SIZE)  # 8 anchors in 3 tiles
+    tiled = sampler(("video", "audio"), sampling_of("agreement"))(
+        bank, jax.random.key(0), **anchors, active=True
+    )
+    jax.tree.map(np.testing.assert_array_equal, whole, tiled)
+
+
+def test_redistribute_leaves_a_bank_that_lies_right():
+    for batches in (0, 3, 7):
+        bank, _ = filled(0, batches=batches)
+        moved = feature_bank.redistribute(bank, global_batch_size=VIDEOS, shards=1)
+        jax.tree.map(np.testing.assert_array_equal, bank, moved)
+
+
+def test_sample_metrics():
+    bank, batch = filled(4, batches=7, missing=0.4)
+    drawn = sampler(("video", "audio"), sampling_of())(
+        bank, jax.random.key(0), **as_anchors(batch, np.arange(VIDEOS)), active=True
+    )
+    metrics = feature_bank.sample_metrics(bank, drawn, jnp.asarray(batch["label"]))
+    mask = np.asarray(drawn.positive_mask)
+    assert mask.any()
+    assert not mask.all()
+    ages = 7 * 2 * VIDEOS - np.asarray(drawn.positive_insertion)[mask]
+    np.testing.assert_allclose(metrics["bank_age_rows"], ages.mean(), rtol=1e-6)
+    assert ages.min() >= 1
+    assert ages.max() <= SIZE
+    pairs = [
+        (row, anchor)
+        for row, anchor, valid in zip(
+            np.asarray(drawn.positive_label).ravel(),
+            np.broadcast_to(batch["label"][:, None, None], mask.shape).ravel(),
+            mask.ravel(),
+            strict=True,
+        )
+        if valid and row >= 0 and anchor >= 0
+    ]
+    assert metrics["bank_labelled"] == len(pairs) > 0
+    share = np.mean([row == anchor for row, anchor in pairs])
+    np.testing.assert_allclose(metrics["bank_label_share"], share, rtol=1e-6)
+    np.testing.assert_allclose(metrics["bank_positives"], mask.sum(-1).mean(), rtol=1e-6)
+    assert metrics["bank_fill"] == 1
+    nothing = drawn._replace(positive_mask=jnp.zeros_like(drawn.positive_mask))
+    nothing = feature_bank.sample_metrics(bank, nothing, jnp.asarray(batch["label"]))
+    assert nothing["bank_age_rows"] == 0
+    assert nothing["bank_label_share"] == 0
+
+
+def pod_bytes(size, *, shards=256, terms=(("video", "audio"),)):
+    sampling = sampling_of(
+        "agreement", num_positives=1, num_negatives=7, positive_ranks=32, negative_ranks=224
+    )
+    return feature_bank.exchange_bytes(
+        size=size,
+        dim=128,
+        dtype=jnp.bfloat16,
+        global_batch_size=64 * 256,
+        shards=shards,
+        terms=terms,
+        sampling=sampling,
+    )
+
+
+def test_exchange_bytes_on_a_pod():
+    """The example of design §4: gathering 65,536 rows is 33 MB, merging 256 candidates is 67 MB."""
+    numbers = 65_536 * 12
+    small = pod_bytes(65_536)
+    assert small.gather - numbers - 65_536 == 65_536 * 128 * 2 * 2  # 33.6 MB
+    assert small.merge - numbers > 128 * 256 * 256 * 8  # 67.1 MB of candidates alone
+    million = pod_bytes(2**20)
+    assert million.merge < million.gather
+    assert pod_bytes(65_536, shards=1) == (0, 0)
+
+
+def test_exchange_bytes_counts_what_terms_share_once():
+    terms = [("video", "video"), ("video", "audio"), ("audio", "video")]
+    alone = [pod_bytes(65_536, terms=[term]) for term in terms]
+    together = pod_bytes(65_536, terms=terms)
+    assert together.gather == alone[0].gather == alone[1].gather
+    assert max(one.merge for one in alone) < together.merge < sum(one.merge for one in alone)
+
+
+def test_errors_name_what_is_wrong():
+    bank, batch = filled(0, batches=1)
+    with pytest.raises(ValueError, match=r"bank of 40 rows must be .* of the 24.* use 24 or 48"):
+        feature_bank.check_size(40, global_batch_size=12, shards=1)
+    with pytest.raises(ValueError, match=r"bank of 16 rows.*use 24"):
+        feature_bank.check_size(16, global_batch_size=12, shards=1)
+    with pytest.raises(ValueError, match="batch of 12 videos does not divide over 8 data shards"):
+        feature_bank.check_size(24, global_batch_size=12, shards=8)
+    with pytest.raises(ValueError, match="multiple of the 6 rows"):
+        insert(bank, **random_batch(np.random.default_rng(0), 3, DIM, SOURCES))
+    with pytest.raises(ValueError, match="60 exceed the bank's 40 rows"):
+        sampler(("video", "video"), sampling_of(positive_ranks=30, negative_ranks=30))(
+            bank, jax.random.key(0), **as_anchors(batch, np.arange(VIDEOS)), active=True
+        )
+    with pytest.raises(ValueError, match=r"num_positives = 3 .* drawn from positive_ranks = 2"):
+        sampling_of(positive_ranks=2)
+    with pytest.raises(ValueError, match="space is 'nearest'"):
+        sampling_of("nearest")
+    with pytest.raises(ValueError, match="sampling is 'softmax'"):
+        sampling_of(sampling="softmax")
+    with pytest.raises(ValueError, match="temperature is 0"):
+        sampling_of(temperature=0.0)
+
+
+def test_unit_vectors_are_separated():
+    """The model's comparisons rest on this: no two similarities closer than float32 resolves."""
+    rng = np.random.default_rng(0)
+    similarities = np.sort(unit(rng, SIZE, DIM) @ unit(rng, 1, DIM)[0])
+    assert np.diff(similarities).min() > 1e-6
