@@ -269,7 +269,8 @@ def test_redistribute_leaves_a_bank_that_lies_right():
 
 
 def test_sample_metrics():
-    bank, batch = filled(4, batches=7, missing=0.4)
+    bank, batch = filled(4, batches=7)
+    batch["has_video"][:2] = True, False
     drawn = sampler(("video", "audio"), sampling_of())(
         bank, jax.random.key(0), **as_anchors(batch, np.arange(VIDEOS)), active=True
     )

@@ -1,0 +1,193 @@
+"""What the objectives compute on eight devices; run by `test_many_devices` in a process of its own.
+
+Writes one .npz with, for every layout of devices, the bank after some insertions, what is sampled
+from it, the loss and its gradient on a sharded batch, and the bytes that compiled programs
+exchange.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from avcl_jax.objectives import feature_bank
+from avcl_jax.objectives.contrastive import contrastive_loss
+from avcl_jax.objectives.feature_bank import BankSampling
+from tests.hlo import collective_bytes
+from tests.objectives.bank_model import as_anchors, random_batch
+
+VIDEOS, DIM, BATCHES, SOURCES = 16, 8, 7, 60
+TERMS = (("video", "video"), ("video", "audio"), ("audio", "video"))
+# (rows of the bank, space): a small bank is gathered, a large one makes candidates cheaper.
+EXCHANGES = {"gather": (160, "agreement"), "merge": (3200, "same")}
+LAYOUTS = {"data": ((8,), ("data",)), "data_fsdp": ((4, 2), ("data", "fsdp"))}
+
+
+def sampling_of(space):
+    return BankSampling(
+        space=space,
+        num_positives=2,
+        num_negatives=3,
+        positive_ranks=8,
+        negative_ranks=20,
+        sampling="gumbel",
+        temperature=0.2,
+    )
+
+
+def mesh_of(layout):
+    if layout == "one":
+        return None, ()
+    shape, names = LAYOUTS[layout]
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names)), names
+
+
+def layout_of(mesh, axes):
+    """Functions that place rows, and the bank, on the layout's devices."""
+    if mesh is None:
+        return jnp.asarray, lambda bank: bank
+    rows = NamedSharding(mesh, PartitionSpec(axes))
+    return (
+        lambda values: jax.device_put(values, rows),
+        lambda bank: jax.device_put(bank, feature_bank.shardings(mesh, axes)),
+    )
+
+
+def sample_all(bank, key, anchors, *, sampling, mesh, axes):
+    """The rows of all terms of a step."""
+    return [
+        feature_bank.sample(
+            bank,
+            jax.random.fold_in(key, number),
+            **anchors,
+            active=True,
+            anchor_modality=term[0],
+            target_modality=term[1],
+            sampling=sampling,
+            mesh=mesh,
+            data_axes=axes,
+            terms=TERMS,
+        )
+        for number, term in enumerate(TERMS)
+    ]
+
+
+def loss_and_gradient(batch, drawn):
+    """The video → audio term on sampled bank rows."""
+
+    def loss(video, audio):
+        return contrastive_loss(
+            video,
+            audio,
+            kind="cross",
+            source_id=batch["source_id"],
+            anchor_mask=batch["has_video"],
+            target_mask=batch["has_audio"],
+            temperature=0.1,
+            positive_weight=0.4,
+            bank_positives=drawn.positives,
+            bank_positive_mask=drawn.positive_mask,
+            bank_negatives=drawn.negatives,
+            bank_negative_mask=drawn.negative_mask,
+        )[0]
+
+    return jax.value_and_grad(loss, argnums=(0, 1))(batch["video"], batch["audio"])
+
+
+def run(layout, exchange, results):
+    """Fills a bank, samples it, and counts bytes."""
+    size, space = EXCHANGES[exchange]
+    mesh, axes = mesh_of(layout)
+    place_rows, place_bank = layout_of(mesh, axes)
+    rng = np.random.default_rng(0)
+    bank = place_bank(feature_bank.create(size, DIM, jnp.bfloat16))
+    insert = jax.jit(partial(feature_bank.insert, mesh=mesh, data_axes=axes), donate_argnums=0)
+    batches = [random_batch(rng, VIDEOS, DIM, SOURCES) for _ in range(BATCHES + 1)]
+    batches = [{name: place_rows(values) for name, values in batch.items()} for batch in batches]
+    for batch in batches[:-1]:
+        bank = insert(bank, **batch)
+    batch, key = batches[-1], jax.random.key(5)
+    anchors = as_anchors(batch, np.arange(100, 100 + VIDEOS))
+    anchors["anchor_id"] = place_rows(anchors["anchor_id"])
+    sample = jax.jit(partial(sample_all, sampling=sampling_of(space), mesh=mesh, axes=axes))
+    compiled = sample.lower(bank, key, anchors).compile()
+    drawn = compiled(bank, key, anchors)
+    loss, gradient = jax.jit(loss_and_gradient)(batch, drawn[1])
+
+    name = f"{layout}/{exchange}"
+    for field, values in vars(bank).items():
+        values = values.astype(jnp.float32) if values.dtype == jnp.bfloat16 else values
+        results[f"{name}/bank/{field}"] = np.asarray(values)
+    for number, term in enumerate(drawn):
+        for field, values in term._asdict().items():
+            values = values.astype(jnp.float32) if values.dtype == jnp.bfloat16 else values
+            results[f"{name}/drawn/{number}/{field}"] = np.asarray(values)
+    results[f"{name}/loss"] = np.asarray(loss)
+    results[f"{name}/gradient"] = np.stack(gradient)
+    if mesh is not None:
+        count = collective_bytes(compiled.as_text())
+        results[f"{name}/sample_bytes"] = np.array(count.total())
+        results[f"{name}/all_to_all_bytes"] = np.array(count["all-to-all"])
+        text = insert.lower(bank, **batch).compile().as_text()
+        results[f"{name}/insert_bytes"] = np.array(collective_bytes(text).total())
+    if layout == "one":
+        moved = jax.jit(
+            partial(feature_bank.redistribute, global_batch_size=VIDEOS, shards=8),
+            out_shardings=feature_bank.shardings(*mesh_of("data")),
+        )(bank)
+        for field, values in vars(moved).items():
+            values = values.astype(jnp.float32) if values.dtype == jnp.bfloat16 else values
+            results[f"moved/{exchange}/bank/{field}"] = np.asarray(values)
+
+
+def large_batch(results):
+    """Compiles, without running, the loss of 1,024 videos: what one device keeps and receives."""
+    mesh, axes = mesh_of("data")
+    rows = NamedSharding(mesh, PartitionSpec(axes))
+
+    def rows_of(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct((1024, *shape), dtype, sharding=rows)
+
+    def loss(video, audio, source_id, has_video, has_audio):
+        return contrastive_loss(
+            video,
+            audio,
+            kind="cross",
+            source_id=source_id,
+            anchor_mask=has_video,
+            target_mask=has_audio,
+            temperature=0.1,
+            positive_weight=0.0,
+        )[0]
+
+    arguments = (
+        rows_of(2, 128),
+        rows_of(2, 128),
+        rows_of(dtype=jnp.int32),
+        rows_of(dtype=jnp.bool_),
+        rows_of(dtype=jnp.bool_),
+    )
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), out_shardings=(None, rows))
+    compiled = gradient.lower(*arguments).compile()
+    results["large/temporary_bytes"] = np.array(compiled.memory_analysis().temp_size_in_bytes)
+    results["large/collective_bytes"] = np.array(collective_bytes(compiled.as_text()).total())
+
+
+def main(path):
+    """Runs every layout on every exchange and writes the results."""
+    assert jax.device_count() == 8
+    results = {}
+    for exchange in EXCHANGES:
+        for layout in ("one", *LAYOUTS):
+            run(layout, exchange, results)
+    large_batch(results)
+    np.savez(path, **results)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
