@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -98,18 +97,17 @@ def _run(args: argparse.Namespace) -> int:
     incomplete = out / publish.INCOMPLETE
     with _locked(out):
         publish.finish_publication(out)
-        incomplete.mkdir(exist_ok=True)
-        for path in incomplete.glob("*.tmp"):  # of a run that was killed
-            path.unlink()
         before = _before(args, out)
         parts = plan_parts(manifest.entries, args.shard_size)
         prints = [fingerprint(part, options) for part in parts]
         plans = _plans(parts, prints)
         preparation = before or {"name": args.name, "splits": {}, "seconds": 0.0}
         if _finished(preparation, plans, manifest, args):
-            shutil.rmtree(incomplete)
             print(f"{out} is up to date: {', '.join(plans)}")
             return _status({split: preparation["splits"][split] for split in plans}, args)
+        incomplete.mkdir(exist_ok=True)
+        for path in incomplete.glob("*.tmp"):  # of a run that was killed
+            path.unlink()
         reports = _prepare(args, options, parts, prints, incomplete)
         if not any(report["num_records"] for report in reports):
             rejected = [line for report in reports for line in report["rejected"]]

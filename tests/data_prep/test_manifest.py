@@ -1,0 +1,111 @@
+"""Manifests: what is read, and one clear line for what is wrong."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from data_prep.manifest import PrepareError, read_input
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_a_csv_manifest_with_labels_splits_and_intervals(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "m.csv",
+        "path,split,id,source,start,end,label_motion,label_class\n"
+        'a b.mp4,train,one,film,1.5,3,"fall, hard",10\n'
+        "a b.mp4,test,,,4,,roll,2\n"
+        "/abs/c.mp4,,three,,,,,10\n",
+    )
+    manifest = read_input(path, split="valid", root=None)
+    one, two, three = manifest.entries
+    assert manifest.class_names == {"motion": ("fall, hard", "roll"), "class": ("2", "10")}
+    assert one.path == str(tmp_path / "a b.mp4")
+    assert (one.split, one.record_id, one.source_id) == ("train", "one", "film")
+    assert (one.start_seconds, one.end_seconds) == (1.5, 3.0)
+    assert one.labels == {"motion": 0, "class": 1}
+    # Clips of one file are one source, and get ids of their own.
+    assert (two.split, two.record_id, two.source_id) == ("test", "a b.mp4#4-", "a b.mp4")
+    assert (two.end_seconds, two.labels["motion"]) == (None, 1)
+    assert (three.path, three.split) == ("/abs/c.mp4", "valid")
+    assert three.labels == {"motion": -1, "class": 1}
+
+
+def test_jsonl_says_the_same_as_csv(tmp_path: Path) -> None:
+    table = write(tmp_path / "m.csv", "path,id,start,label_x\na.mp4,i,2,b\nc.mp4,j,,a\n")
+    lines = write(
+        tmp_path / "m.jsonl",
+        '{"path": "a.mp4", "id": "i", "start": 2, "label_x": "b"}\n\n'
+        '{"path": "c.mp4", "id": "j", "start": null, "label_x": "a"}\n',
+    )
+    assert read_input(table, split="train", root=None) == read_input(
+        lines, split="train", root=None
+    )
+
+
+def test_a_root_of_its_own(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.csv", "path\na.mp4\n")
+    (entry,) = read_input(path, split="train", root=Path("/films")).entries
+    assert entry.path == "/films/a.mp4"
+
+
+def test_a_folder_is_searched_in_the_order_of_names(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    for name in ("z.MP4", "b/a.webm", "-dash.mov", "notes.txt", ".c.mp4", ".hidden/d.mp4"):
+        write(tmp_path / name, "")
+    os.symlink(tmp_path, tmp_path / "b" / "loop")
+    raw = os.fsdecode(b"\xff.wav")
+    write(tmp_path / raw, "")
+    manifest = read_input(tmp_path, split="train", root=None)
+    assert [entry.record_id for entry in manifest.entries] == [
+        "-dash.mov",
+        "b/a.webm",
+        "z.MP4",
+        raw,
+    ]
+    assert manifest.ignored == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,label_x,id\na.mp4,1,i\nb.mp4,2,i\n", "duplicate id 'i': .*a.mp4' and .*b.mp4'"),
+        ("path,splitt\na.mp4,train\n", "line 2: unknown column 'splitt'; did you mean 'split'"),
+        ("path,id\na.mp4\n", "line 2: not 2 columns"),
+        ("path,id\na.mp4,i,j\n", "line 2: not 2 columns"),
+        ("path,start\na.mp4,soon\n", "line 2: start is 'soon', expected seconds"),
+        ("path,start\na.mp4,-1\n", "start is '-1'"),
+        ("path,end\na.mp4,nan\n", "end is 'nan'"),
+        ("path,start,end\na.mp4,3,3\n", "end 3.0 is not after start 3.0"),
+        ("path,id\n,i\n", "line 2: no path"),
+        ("id\ni\n", "line 2: no path"),
+        ("path,label_x\na.mp4,\n", "column 'label_x' has no value"),
+        ("path,split\na.mp4,my split\n", "split 'my split' of 'a.mp4'"),
+        ("path\n", "lists no media files"),
+        ("", "lists no media files"),
+    ],
+)
+def test_what_is_wrong_in_a_manifest(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(PrepareError, match=message):
+        read_input(write(tmp_path / "m.csv", text), split="train", root=None)
+
+
+def test_what_is_wrong_in_json_lines(tmp_path: Path) -> None:
+    for text, message in (("{", "line 1: not JSON"), ("\n[1]\n", "line 2: expected an object")):
+        with pytest.raises(PrepareError, match=message):
+            read_input(write(tmp_path / "m.jsonl", text), split="train", root=None)
+
+
+def test_nothing_to_prepare(tmp_path: Path) -> None:
+    write(tmp_path / "notes.txt", "")
+    with pytest.raises(PrepareError, match=r"no media files in .* \(1 other files\)"):
+        read_input(tmp_path, split="train", root=None)
+    with pytest.raises(PrepareError, match="absent does not exist"):
+        read_input(tmp_path / "absent", split="train", root=None)

@@ -1,0 +1,337 @@
+"""Preparation as a person runs it: results, resumption, and every way to be disturbed."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from avcl_jax.data.records import RecordDataset
+from data_prep import publish
+from data_prep.__main__ import main
+from tests.data.synthetic_media import write_flash_and_click
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("a.mp4", "-dash.mp4", "qu'o\"te.mp4", "line\nbreak.mp4", "é你 space.mp4")
+TIMES = tuple(number / 10 for number in range(15))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    write_flash_and_click(
+        path,
+        video_codec="libx264",
+        audio_codec="aac",
+        frame_times=TIMES,
+        sound_seconds=1.5,
+        side=32,
+    )
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path, clip: Path) -> Path:
+    (tmp_path / "media").mkdir()
+    for name in NAMES:
+        shutil.copy(clip, tmp_path / "media" / name)
+    return tmp_path / "media"
+
+
+def prepare(source: Path, out: Path, *more: str) -> int:
+    return main(
+        ["prepare", str(source), "--out", str(out), "--shard-size", "2", "--workers", "1", *more]
+    )
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Returns all files but the one that holds the seconds, and no leftovers."""
+    assert not list(out.rglob("*.tmp"))
+    assert not (out / publish.INCOMPLETE).exists()
+    return {
+        path.name: path.read_bytes() for path in out.iterdir() if path.name != "preparation.json"
+    }
+
+
+def rejected(out: Path) -> dict[str, str]:
+    lines = (out / "rejected.jsonl").read_text().splitlines()
+    return {Path(line["path"]).name: line["reason"] for line in map(json.loads, lines)}
+
+
+def only_error(capsys: pytest.CaptureFixture[str]) -> str:
+    """Returns the one line that a failing command prints."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_a_folder_of_hostile_names(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(folder / "a.mp4", os.fsencode(folder) + b"/\xff.mp4")
+    (folder / "notes.txt").write_text("ignored")
+    assert prepare(folder, tmp_path / "out") == 0
+    dataset = RecordDataset(tmp_path / "out", "train")
+    assert set(dataset.record_ids) == {*NAMES, os.fsdecode(b"\xff.mp4")}
+    assert {dataset[n].record_id for n in range(6)} == set(dataset.record_ids)
+    assert all(len(dataset[n].frames) == len(TIMES) for n in range(6))
+    assert all(
+        dataset.timeline(n).duration_seconds == pytest.approx(1.5, abs=0.01) for n in range(6)
+    )
+    assert len(list((tmp_path / "out").glob("*-of-00003"))) == 3
+    table = capsys.readouterr().out
+    assert "train               6         0" in table
+    assert "1 files ignored" in table
+    preparation = json.loads((tmp_path / "out" / "preparation.json").read_text())
+    assert preparation["seconds"] > 0
+    assert preparation["splits"]["train"]["records"] == 6
+
+
+def test_the_same_bytes_whatever_the_workers(folder: Path, tmp_path: Path) -> None:
+    assert prepare(folder, tmp_path / "one") == 0
+    assert prepare(folder, tmp_path / "two", "--workers", "2") == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_splits_labels_and_rejected_files_of_one_manifest(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "bad.mp4").write_text("not a film")
+    (folder / "m.csv").write_text(
+        "path,split,id,source,start,end,label_motion\n"
+        "a.mp4,train,x,film,,,roll\n"
+        "bad.mp4,train,y,film,,,roll\n"
+        "a.mp4,train,z,film,0.5,1.0,\n"
+        "-dash.mp4,test,t,other,,,fall\n"
+        "gone.mp4,test,g,,,,fall\n"
+    )
+    out = tmp_path / "out"
+    assert prepare(folder / "m.csv", out) == 3
+    assert "1 not_media" in capsys.readouterr().out
+    assert rejected(out) == {"bad.mp4": "not_media", "gone.mp4": "not_found"}
+    train, test = RecordDataset(out, "train"), RecordDataset(out, "test")
+    assert train.record_ids == ["x", "z"]
+    assert train.labels["motion"].tolist() == [1, -1]
+    assert train.source_numbers.tolist() == [0, 0]
+    assert len(train[1].frames) == 5
+    assert test.class_names == {"motion": ["fall", "roll"]}
+    assert test.labels["motion"].tolist() == [0]
+    # Again: nothing is done, and the status stays what it was.
+    before = (out / "preparation.json").read_bytes()
+    assert prepare(folder / "m.csv", out) == 3
+    assert prepare(folder / "m.csv", out, "--allow-rejected") == 0
+    assert "up to date" in capsys.readouterr().out
+    assert (out / "preparation.json").read_bytes() == before
+
+
+def test_another_split_joins_and_another_content_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, more = tmp_path / "out", tmp_path / "more"
+    more.mkdir()
+    shutil.copy(folder / "a.mp4", more / "b.mp4")
+    (more / "bad.mp4").write_text("")
+    assert prepare(more, out, "--split", "test") == 3
+    assert prepare(folder, out) == 0
+    assert len(RecordDataset(out, "test")) == 1
+    assert len(RecordDataset(out, "train")) == 5
+    assert rejected(out) == {"bad.mp4": "not_media"}
+    kept = contents(out)
+    capsys.readouterr()
+    assert prepare(folder, out, "--quality", "50") == 1
+    assert "already holds the split 'train'" in only_error(capsys)
+    (more / "m.csv").write_text("path,split,label_x\nb.mp4,third,1\n")
+    assert prepare(more / "m.csv", out) == 1
+    assert "with other labels" in only_error(capsys)
+    assert contents(out) == kept
+    assert prepare(folder, out, "--quality", "50", "--overwrite", "--shard-size", "9") == 0
+    replaced = contents(out)
+    assert (
+        replaced["clips-test.tfrecord-00000-of-00001"] == kept["clips-test.tfrecord-00000-of-00001"]
+    )
+    assert not any("of-00003" in name for name in replaced)
+    assert len(RecordDataset(out, "train")) == 5
+
+
+def test_what_cannot_start(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "out"
+    assert prepare(tmp_path / "empty", out) == 1
+    assert "no media files in" in only_error(capsys)
+    (folder / "m.csv").write_text("path,id\na.mp4,i\n-dash.mp4,i\n")
+    assert prepare(folder / "m.csv", out) == 1
+    assert "duplicate id 'i'" in only_error(capsys)
+    assert prepare(folder, out, "--require", "sound") == 1
+    assert "--require must be video, audio" in only_error(capsys)
+    assert not out.exists()
+    (tmp_path / "empty" / "x.mp4").write_text("")
+    assert prepare(tmp_path / "empty", out) == 1
+    assert "none of 1 clips could be prepared" in only_error(capsys)
+    assert rejected(out) == {"x.mp4": "not_media"}
+    assert not (out / "dataset_info.json").exists()
+    (out / "dataset_info.json").write_text('{"version": "0.1.0", "splits": []}')
+    assert prepare(folder, out) == 1
+    assert "records from another version (0.1.0" in only_error(capsys)
+    assert prepare(folder, out, "--overwrite") == 0
+    lock = os.open(out, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    capsys.readouterr()
+    assert prepare(folder, out) == 1
+    assert "another preparation is writing" in only_error(capsys)
+    os.close(lock)
+
+
+def test_it_goes_on_where_it_was_interrupted(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert prepare(folder, tmp_path / "straight") == 0
+    out = tmp_path / "out"
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "publish", interrupt)
+        assert prepare(folder, out) == 130
+    incomplete = out / publish.INCOMPLETE
+    kept = incomplete / "train-00000.tfrecord"
+    inode = kept.stat().st_ino
+    (incomplete / "train-00001.json").unlink()  # as if it had not been finished
+    (incomplete / "train-00001.tfrecord").write_bytes(b"half")
+    (incomplete / "train-00002.tfrecord.1.tmp").write_bytes(b"of a process that was killed")
+    with monkeypatch.context() as patch:
+        moves = []
+
+        def replace(source: Path, target: Path) -> None:
+            if len(moves) == 3:
+                raise KeyboardInterrupt
+            moves.append(target)
+            os.rename(source, target)
+
+        patch.setattr(publish.os, "replace", replace)
+        assert prepare(folder, out) == 130
+    assert not (out / "dataset_info.json").exists()
+    assert prepare(folder, out) == 0
+    assert contents(out) == contents(tmp_path / "straight")
+    assert (out / "clips-train.tfrecord-00000-of-00003").stat().st_ino == inode
+
+
+def when_reached(fifo: Path, act: Callable[[], None]) -> threading.Thread:
+    """Calls `act` once a worker has opened `fifo`, which it then reads for ever."""
+
+    def wait() -> None:
+        descriptor = os.open(fifo, os.O_WRONLY)  # returns when the worker opens the other end
+        act()
+        # The worker must not see the end of the file before it has died.
+        for child in multiprocessing.active_children():
+            child.join(20)
+        os.close(descriptor)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def signal_workers(number: int) -> Callable[[], None]:
+    def act() -> None:
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, number)
+
+    return act
+
+
+def test_a_killed_worker_ends_it_and_loses_nothing(
+    folder: Path, tmp_path: Path, clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(folder, tmp_path / "straight") == 0
+    hang = folder / "é你 space.mp4"
+    modified = os.stat(hang).st_mtime_ns
+    hang.unlink()
+    os.mkfifo(hang)
+    out = tmp_path / "out"
+    capsys.readouterr()
+    thread = when_reached(hang, signal_workers(signal.SIGKILL))
+    assert prepare(folder, out) == 1
+    thread.join()
+    error = only_error(capsys)
+    assert "a worker was killed by SIGKILL while preparing" in error
+    assert "run the same command again" in error
+    assert not list(out.rglob("*.tmp"))
+    assert not (out / "dataset_info.json").exists()
+    done = sorted(path.name for path in (out / publish.INCOMPLETE).glob("*.json"))
+    assert done == ["train-00000.json", "train-00001.json"]
+    hang.unlink()
+    shutil.copy(clip, hang)
+    os.utime(hang, ns=(modified, modified))
+    assert prepare(folder, out) == 0
+    assert contents(out) == contents(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("reason", ["crashed", "timeout"])
+def test_a_clip_that_crashes_or_hangs_is_rejected(
+    folder: Path, tmp_path: Path, reason: str
+) -> None:
+    os.mkfifo(folder / "hang.mp4")
+    if reason == "crashed":
+        thread = when_reached(folder / "hang.mp4", signal_workers(signal.SIGSEGV))
+        assert prepare(folder, tmp_path / "out") == 3
+        thread.join()
+    else:
+        assert prepare(folder, tmp_path / "out", "--timeout-seconds", "2") == 3
+    assert rejected(tmp_path / "out") == {"hang.mp4": reason}
+    assert len(RecordDataset(tmp_path / "out", "train")) == 5
+
+
+def test_termination_is_an_interruption(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(folder / "hang.mp4")
+    thread = when_reached(folder / "hang.mp4", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert prepare(folder, tmp_path / "out") == 130
+    thread.join()
+    assert "interrupted: finished shards are kept" in only_error(capsys)
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    assert not multiprocessing.active_children()
+
+
+def test_a_disk_that_fills_up(folder: Path, tmp_path: Path) -> None:
+    """A limit on file size stands for it: both are an OSError in the middle of a write."""
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "data_prep", "prepare", str(folder), "--out", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "error: cannot write" in done.stderr
+    assert not list(out.rglob("*.tmp"))
+    assert not (out / "dataset_info.json").exists()
+
+
+def test_a_full_disk_says_so(tmp_path: Path) -> None:
+    import errno
+
+    from data_prep.pool import describe_os_error
+
+    message = describe_os_error(OSError(errno.ENOSPC, "No space left on device"), tmp_path)
+    assert message.startswith("the disk is full: free some space")
+    assert str(tmp_path) in message
