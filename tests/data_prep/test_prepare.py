@@ -87,8 +87,9 @@ def test_a_folder_of_hostile_names(
     assert set(dataset.record_ids) == {*NAMES, os.fsdecode(b"\xff.mp4")}
     assert {dataset[n].record_id for n in range(6)} == set(dataset.record_ids)
     assert all(len(dataset[n].frames) == len(TIMES) for n in range(6))
+    # AAC pads the sound to whole packets of 1,024 samples.
     assert all(
-        dataset.timeline(n).duration_seconds == pytest.approx(1.5, abs=0.01) for n in range(6)
+        dataset.timeline(n).duration_seconds == pytest.approx(1.5, abs=0.022) for n in range(6)
     )
     assert len(list((tmp_path / "out").glob("*-of-00003"))) == 3
     table = capsys.readouterr().out
