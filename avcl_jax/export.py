@@ -1,5 +1,7 @@
 """Encoders as files: safetensors, config.json and StableHLO; and raw media to features from them.
 
+    python -m avcl_jax.main --config=configs/export.py --workdir=runs/demo
+
     encoder = load_encoder("export/video")
     features = encoder(frames, fps)          # uint8 [T, H, W, 3] of any size, length and rate
 
@@ -10,7 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import importlib.metadata
 import json
+import platform
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -19,19 +24,24 @@ import flax.traverse_util
 import jax
 import jax.export
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import safetensors
 import safetensors.numpy
 from etils import epath
 
+from avcl_jax import experiment
 from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
 from avcl_jax.data.spectrogram import LogMelSpec
 from avcl_jax.models.audio_encoders import AudioResNet
 from avcl_jax.models.video_encoders import VideoResNet
+from avcl_jax.training.checkpoint import load_variables
 
 # Raised when an older reader would misread a newer file.
 FORMAT_VERSION = 1
 _CONFIG, _WEIGHTS, _STABLEHLO = "config.json", "model.safetensors", "encoder.stablehlo"
+# What must agree between a run and the config that reads it.
+_RUN_SECTIONS = ("model.", "views.", "crop.", "pixels.", "spectrogram.", "modalities")
 _CLASSES: dict[str, type[nn.Module]] = {"VideoResNet": VideoResNet, "AudioResNet": AudioResNet}
 
 
@@ -157,6 +167,74 @@ def export_encoder(
     (directory / _STABLEHLO).write_bytes(_stablehlo(loaded, flat))
     (directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return directory
+
+
+def check_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+    """Refuses a config whose model or preprocessing is not that of the run in `workdir`.
+
+    Raises:
+        ValueError: naming what differs, or that there is no run.
+    """
+    path = workdir / _CONFIG
+    if not path.exists():
+        raise ValueError(f"{workdir} holds no run (config.json is missing): pretrain there first")
+    lines = experiment.differences(path.read_text(), experiment.to_json(config))
+    differing = [line for line in lines if line.startswith(_RUN_SECTIONS)]
+    if differing:
+        raise ValueError(f"{workdir} was pretrained with other settings: {'; '.join(differing)}")
+
+
+def export_run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, epath.Path]:
+    """Exports the encoders of the newest checkpoint of a run to WORKDIR/export/{video,audio}.
+
+    Args:
+        config: as `configs/export.py` returns it; model and preprocessing are those of the run.
+        workdir: of the run, local or gs://.
+
+    Returns:
+        Directory of each modality that the run trained.
+
+    Raises:
+        ValueError: if the run had other settings of model or preprocessing, or no checkpoint.
+    """
+    workdir = epath.Path(workdir)
+    check_run(config, workdir)
+    variables, step = load_variables(workdir)
+    spec = experiment.render_spec(config)
+    model = experiment.audio_visual_model(config)
+    run_config = (workdir / "config.json").read_text()
+    source = {
+        "workdir": str(workdir),
+        "name": config.name,
+        "step": step,
+        "seed": config.seed,
+        "trained_speeds": list(spec.views.speeds),
+        "config_sha256": hashlib.sha256(run_config.encode()).hexdigest(),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")},
+    }
+    video = VideoPreprocessing(
+        num_frames=spec.views.num_frames,
+        clip_seconds=spec.views.clip_seconds,
+        image_size=spec.crop.image_size,
+        mean=config.pixels.mean,
+        std=config.pixels.std,
+    )
+    preprocessings = {"video": video, "audio": AudioPreprocessing(spec.log_mel)}
+    exported = {}
+    for modality, preprocessing in preprocessings.items():
+        encoder = getattr(model, f"{modality}_encoder")
+        if encoder is None:
+            continue
+        exported[modality] = export_encoder(
+            workdir / "export" / modality,
+            encoder=encoder,
+            params={kind: tree[f"{modality}_encoder"] for kind, tree in variables.items()},
+            preprocessing=preprocessing,
+            source=source,
+        )
+        print(f"encoder {exported[modality]}", flush=True)
+    return exported
 
 
 def load_encoder(path: epath.PathLike) -> Encoder:

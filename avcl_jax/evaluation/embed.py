@@ -6,14 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from avcl_jax.data.crop import center_crop, random_crop
 from avcl_jax.data.pipeline import RenderSpec, UsableRecords, describe, render_views
 from avcl_jax.data.views import Clip, draw_views, feasible_speeds
+from avcl_jax.training.step import prepare_inputs
 
 # What the network looks at; everything else of a rendered record travels with its outputs.
 INPUTS = ("video", "spectrogram", "audio_windows")
+_MODEL_INPUTS = ("video", "spectrogram", "has_video", "has_audio")
 
 Render = Callable[[int], dict[str, Any]]
 
@@ -142,6 +147,91 @@ def encode_all(
                 outputs |= _stack([describe_inputs(arrays) for arrays in rendered])
             collected.append(outputs)
     return {name: np.concatenate([part[name] for part in collected]) for name in collected[0]}
+
+
+def feature_function(
+    model: nn.Module,
+    networks: Mapping[str, Any],
+    spec: RenderSpec,
+    *,
+    pixel_mean: float,
+    pixel_std: float,
+) -> Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]]:
+    """Returns what gives the features and embeddings of several networks of one shape.
+
+    Args:
+        model: `AudioVisualModel`.
+        networks: name to variables, for instance random and pretrained ones.
+        spec: rendering, with the spectrogram made on the host.
+        pixel_mean: subtracted from pixels in [0, 1].
+        pixel_std: pixels are divided by it.
+
+    Returns:
+        A function from stacked arrays of `pipeline.fixed_views` to float32 [videos, channels]
+        arrays named NETWORK/video_features, NETWORK/audio_features, NETWORK/video_embeddings and
+        NETWORK/audio_embeddings: means over the views.
+    """
+
+    @jax.jit
+    def features(variables: Any, arrays: Any) -> dict[str, jax.Array]:
+        inputs = prepare_inputs(
+            as_pairs(arrays),
+            spec,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+            photometric_spec=None,
+            key=None,
+        )
+        outputs = model.apply(variables, **inputs, train=False)
+        videos = arrays["has_video"].shape[0]
+        return {
+            name: value.reshape(videos, -1, value.shape[-1]).mean(axis=1)
+            for name, value in outputs.items()
+            if name.endswith(("_features", "_embeddings"))
+        }
+
+    def compute(arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        inputs = {name: jnp.asarray(arrays[name]) for name in _MODEL_INPUTS}
+        return {
+            f"{network}/{name}": value
+            for network, variables in networks.items()
+            for name, value in features(variables, inputs).items()
+        }
+
+    return compute
+
+
+def logit_function(
+    model: nn.Module, variables: Any, spec: RenderSpec, *, pixel_mean: float, pixel_std: float
+) -> Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]]:
+    """Returns what gives the logits of all temporal tasks for stacked `drawn_pairs`.
+
+    The arrays of the result are [videos, pairs, …], named as the outputs of the joint model.
+    """
+
+    @jax.jit
+    def logits(arrays: Any) -> dict[str, jax.Array]:
+        videos, pairs = arrays["has_video"].shape
+        flat = {name: value.reshape(-1, *value.shape[2:]) for name, value in arrays.items()}
+        inputs = prepare_inputs(
+            flat,
+            spec,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+            photometric_spec=None,
+            key=None,
+        )
+        outputs = model.apply(variables, **inputs, train=False)
+        return {
+            name: value.reshape(videos, pairs, *value.shape[1:])
+            for name, value in outputs.items()
+            if not name.endswith(("_features", "_embeddings"))
+        }
+
+    def compute(arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        return logits({name: jnp.asarray(arrays[name]) for name in _MODEL_INPUTS})
+
+    return compute
 
 
 def _stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:

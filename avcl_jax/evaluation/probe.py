@@ -134,19 +134,18 @@ def gap_closed(random: float, pretrained: float, supervised: float) -> float | N
 
 
 def trivial_statistics(
-    video: np.ndarray, spectrogram: np.ndarray, waveform_power: np.ndarray, *, cells: int
+    video: np.ndarray, log_mel: np.ndarray, *, cells: int
 ) -> Mapping[str, np.ndarray]:
     """Describes views by statistics that know nothing of motion or of fine structure.
 
     Args:
         video: uint8 [V, T, H, W, 3], the views of one record.
-        spectrogram: float [V, F, M], their log-mel frames.
-        waveform_power: float [V], mean square of the samples (full scale 1) under each view.
+        log_mel: float [V, F, M], natural logarithm of the mel power under each view.
         cells: the picture is divided into cells × cells for the histogram of position.
 
     Returns:
         mean_colour [3]; position_histogram [cells²], the share of all change between frames that
-        falls into each cell; mean_loudness [1] in dB of full scale; mean_log_mel [M]. All are
+        falls into each cell; mean_loudness [1], dB of the mel power; mean_log_mel [M]. All are
         averaged over the views.
     """
     colour = video.reshape(-1, 3).mean(axis=0) / 255.0
@@ -154,10 +153,10 @@ def trivial_statistics(
     rows = np.array_split(np.arange(change.shape[0]), cells)
     columns = np.array_split(np.arange(change.shape[1]), cells)
     histogram = np.array([change[np.ix_(r, c)].sum() for r in rows for c in columns])
-    loudness = 10.0 * np.log10(np.maximum(waveform_power, 1e-10))
+    power = np.exp(log_mel.astype(np.float64)).sum(axis=-1).mean(axis=-1)
     return {
         "mean_colour": colour,
         "position_histogram": histogram / max(float(histogram.sum()), 1e-6),
-        "mean_loudness": loudness.mean(keepdims=True),
-        "mean_log_mel": spectrogram.mean(axis=(0, 1)),
+        "mean_loudness": 10.0 * np.log10(power).mean(keepdims=True),
+        "mean_log_mel": log_mel.mean(axis=(0, 1)),
     }

@@ -31,10 +31,6 @@ TASK_NAMES = {
     "order_aa": "order, sound–sound",
     "order_va": "order, picture–sound",
 }
-PROBE_NAMES = {
-    "motion_from_video": "motion, from the picture",
-    "material_from_audio": "material, from the sound",
-}
 BLUE, _, GREEN, *_, GREY = figures.SERIES_COLOURS
 # The null controls must not tell speed or direction further than this from chance.
 NULL_TOLERANCE = 0.05
@@ -144,25 +140,33 @@ def render_report(content: ReportContent) -> str:
     return page(title=content.title, body="".join(parts))
 
 
+def probe_name(probe: str) -> str:
+    """Returns LABEL_from_MODALITY in words."""
+    label, modality = probe.rsplit("_from_", 1)
+    return f"{label}, from the {'picture' if modality == 'video' else 'sound'}"
+
+
 def _lead(results: Mapping[str, Any]) -> str:
-    sentences = []
-    for probe, name in PROBE_NAMES.items():
-        scores = results.get("probe", {}).get(probe)
-        if scores:
-            sentences.append(
-                f"A linear classifier reads <b>{text(name.split(',')[0])}</b> from the pretrained "
-                f"{probe.split('_')[-1]} encoder on {percent(scores['pretrained'])} of the test "
-                f"videos, from a random encoder on {percent(scores['random'])}, from one trained "
-                f"with labels on {percent(scores['supervised'])}."
-            )
-    return " ".join(["Two encoders learned from unlabelled videos.", *sentences])
+    sentences = ["Two encoders learned from unlabelled videos."]
+    for probe, scores in results.get("probe", {}).items():
+        label, modality = probe.rsplit("_from_", 1)
+        sentence = (
+            f"A linear classifier reads <b>{text(label)}</b> from the pretrained {modality} "
+            f"encoder on {percent(scores['pretrained'])} of the test videos, from a random encoder on "
+            f"{percent(scores['random'])}"
+        )
+        if "supervised" in scores:
+            sentence += f", from one trained with labels on {percent(scores['supervised'])}"
+        sentences.append(sentence + ".")
+    return " ".join(sentences)
 
 
 def _headline(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     entries = []
     for probe, scores in results.get("probe", {}).items():
-        what = f"of the gap from random to supervised closed: {PROBE_NAMES[probe]}"
-        entries.append((percent(scores["gap_closed"]), what))
+        if "gap_closed" in scores:
+            what = f"of the gap from random to supervised closed: {probe_name(probe)}"
+            entries.append((percent(scores["gap_closed"]), what))
     for direction, scores in results.get("retrieval", {}).items():
         factor = scores["r1"] / scores["chance"]
         entries.append((f"{factor:.1f} ×", f"chance, R@1 {_direction_name(direction)}"))
@@ -181,20 +185,21 @@ def _direction_name(direction: str) -> str:
 
 
 def _probe_section(results: Mapping[str, Any]) -> str:
-    if "probe" not in results:
+    if not results.get("probe"):
         return ""
     groups, chances = {}, {}
     for probe, scores in results["probe"].items():
         trivial = results.get("trivial", {}).get(probe, {})
         bars = {"best trivial statistic": max(trivial.values())} if trivial else {}
-        bars |= {name: scores[name] for name in ("random", "pretrained", "supervised")}
-        groups[PROBE_NAMES[probe]] = bars
-        chances[PROBE_NAMES[probe]] = scores["chance"]
+        networks = ("random", "pretrained", "supervised")
+        bars |= {name: scores[name] for name in networks if name in scores}
+        groups[probe_name(probe)] = bars
+        chances[probe_name(probe)] = scores["chance"]
     statistics = dict.fromkeys(
         name for probe in results.get("trivial", {}).values() for name in probe
     )
     trivial_rows = [
-        [PROBE_NAMES[probe], *(percent(values.get(name)) for name in statistics)]
+        [probe_name(probe), *(percent(values.get(name)) for name in statistics)]
         for probe, values in results.get("trivial", {}).items()
     ]
     chart = figures.bar_chart(
@@ -346,7 +351,7 @@ def _card(
 
 def _confusion_section(content: ReportContent) -> str:
     blocks = [
-        matrix(f"{PROBE_NAMES[probe]} (probe, pretrained)", confusion, classes)
+        matrix(f"{probe_name(probe)} (probe, pretrained)", confusion, classes)
         for probe, (confusion, classes) in content.probe_confusions.items()
     ]
     blocks += [

@@ -90,11 +90,13 @@ def test_trivial_statistics_say_what_they_claim():
     video = np.zeros((2, 5, 12, 12, 3), dtype=np.uint8)
     video[..., 0] = 255
     video[:, ::2, 9:, :3] = (255, 255, 255)  # flickers in the bottom left corner only
-    spectrogram = np.tile(np.arange(4.0), (2, 6, 1))
-    statistics = trivial_statistics(video, spectrogram, np.array([1.0, 0.01]), cells=4)
+    log_mel = np.tile(np.arange(4.0), (2, 6, 1))
+    log_mel[1] += np.log(0.01)
+    statistics = trivial_statistics(video, log_mel, cells=4)
     assert statistics["mean_colour"][0] == 1.0
     assert 0 < statistics["mean_colour"][1] == statistics["mean_colour"][2] < 0.1
     histogram = statistics["position_histogram"].reshape(4, 4)
     assert histogram[3, 0] == pytest.approx(1.0)
-    assert statistics["mean_loudness"] == pytest.approx([-10.0])
-    np.testing.assert_allclose(statistics["mean_log_mel"], np.arange(4.0))
+    full = 10 * np.log10(np.exp(np.arange(4.0)).sum())
+    assert statistics["mean_loudness"] == pytest.approx([full - 10.0])
+    np.testing.assert_allclose(statistics["mean_log_mel"], np.arange(4.0) + np.log(0.1))

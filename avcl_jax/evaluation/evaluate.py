@@ -1,0 +1,355 @@
+"""Evaluation of a pretrained run, from config to results.json and report.html."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+
+from avcl_jax import experiment
+from avcl_jax.data.augment import standardize, to_unit_range
+from avcl_jax.data.pipeline import RenderSpec, UsableRecords, fixed_views
+from avcl_jax.data.records import RecordDataset, RecordError
+from avcl_jax.data.views import FORWARD
+from avcl_jax.evaluation.embed import (
+    drawn_pairs,
+    encode_all,
+    feature_function,
+    logit_function,
+    random_views,
+    render_all,
+)
+from avcl_jax.evaluation.null_control import NullControl, null_control, render_null_views
+from avcl_jax.evaluation.probe import ProbeResult, gap_closed, linear_probe, trivial_statistics
+from avcl_jax.evaluation.retrieval import retrieval_scores
+from avcl_jax.evaluation.summary import Stages, write_summary
+from avcl_jax.evaluation.supervised import Fit, FitSpec, Prepare, fit_classifier
+from avcl_jax.evaluation.temporal import score_task
+from avcl_jax.export import check_run
+from avcl_jax.models.audio_visual import AudioVisualModel
+from avcl_jax.objectives.temporal import TERMS, temporal_targets
+from avcl_jax.training.checkpoint import Checkpoints, load_variables
+from avcl_jax.training.state import example_inputs, init_variables
+
+_TRIVIAL = ("mean_colour", "position_histogram", "mean_loudness", "mean_log_mel")
+
+
+def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
+    """Evaluates the newest checkpoint of `workdir` and writes results.json and report.html there.
+
+    Args:
+        config: as `configs/evaluate.py` returns it.
+        workdir: of the run, local or gs://.
+
+    Returns:
+        The contents of results.json.
+
+    Raises:
+        ValueError: if the run had other settings, or the data set lacks a label that is probed.
+    """
+    workdir = epath.Path(workdir)
+    section = config.evaluation
+    check_run(config, workdir)
+    variables, step = load_variables(workdir)
+    progress = Checkpoints(workdir, keep=config.keep_checkpoints).restore_progress(step)
+    stages = Stages()
+    # Made on the host, whatever training did: numpy and jax.numpy agree to 1e-4 by test.
+    spec = dataclasses.replace(experiment.render_spec(config), spectrogram_on_device=False)
+    model = experiment.audio_visual_model(config)
+    train = UsableRecords(RecordDataset(config.data.directory, section.train_split), spec)
+    test = UsableRecords(RecordDataset(config.data.directory, section.test_split), spec)
+    _check_labels(config, train)
+
+    networks = {"random": _random_variables(model, spec, config.seed), "pretrained": variables}
+    fits: dict[str, Fit] = {}
+    if section.supervised.enabled and len(section.probes):
+        with stages("supervised encoders"):
+            fits = _supervised(config, train, spec)
+        networks["supervised"] = _with_encoders(variables, fits)
+    with stages("features"):
+        encode = functools.partial(_encode, config, model, networks, spec)
+        train_features = encode(train) if len(section.probes) else {}
+        test_features = encode(test)
+    with stages("probes"):
+        probes, trivial = _probes(config, train_features, test_features, networks)
+    with stages("retrieval"):
+        retrieval = _retrieval(test_features, section.recall_at)
+    with stages("temporal tasks"):
+        temporal = _temporal(config, model, variables, test, spec)
+    with stages("null controls"):
+        null = _null(config, spec)
+
+    if isinstance(null, NullControl):
+        for task, score in null.scores.items():
+            temporal[task]["null_accuracy"] = score.accuracy
+        null_summary: dict[str, Any] = {"views": null.views, "train_loss": null.train_loss}
+    else:
+        null_summary = {"skipped": null}
+    results = {
+        "probe": {name: _probe_results(by_network) for name, by_network in probes.items()},
+        "trivial": trivial,
+        "retrieval": retrieval,
+        "temporal": temporal,
+        "null_control": null_summary,
+        "supervised": {
+            name: {"stopped": f.stopped, "epochs": len(f.losses), "train_loss": f.losses[-1]}
+            for name, f in fits.items()
+        },
+        "seed": config.seed,
+        "step": step,
+        "train_seconds": round(progress.train_seconds, 1),
+    }
+    write_summary(
+        config,
+        workdir,
+        results,
+        stages=stages,
+        spec=spec,
+        test=test,
+        features=test_features,
+        confusions={name: by["pretrained"].confusion for name, by in probes.items()},
+    )
+    return results
+
+
+def _check_labels(config: ml_collections.ConfigDict, train: UsableRecords) -> None:
+    names = train.records.class_names
+    for label, modality in config.evaluation.probes:
+        if label not in names:
+            raise ValueError(
+                f"{config.data.directory} has no label {label!r}, it has {sorted(names)}: "
+                "set evaluation.probes"
+            )
+        if config.modalities not in ("audio_visual", modality):
+            raise ValueError(
+                f"evaluation.probes asks for {label} from {modality}, but the run trained "
+                f"{config.modalities} only"
+            )
+
+
+def _random_variables(model: AudioVisualModel, spec: RenderSpec, seed: int) -> Any:
+    inputs = example_inputs(spec)
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    return jax.jit(lambda key: init_variables(model, inputs, key))(key)
+
+
+def _with_encoders(variables: Mapping[str, Any], fits: Mapping[str, Fit]) -> dict[str, Any]:
+    """Returns variables of the joint model with the encoders of `fits` in place of its own."""
+    replaced = {kind: dict(tree) for kind, tree in variables.items()}
+    for modality, fit in fits.items():
+        for kind, tree in fit.encoder_variables.items():
+            replaced[kind][f"{modality}_encoder"] = tree
+    return replaced
+
+
+def _pixels(video: Any, *, mean: float, std: float) -> jax.Array:
+    return standardize(to_unit_range(video), mean, std)
+
+
+def _prepare(config: ml_collections.ConfigDict) -> dict[str, Prepare]:
+    pixels = functools.partial(_pixels, mean=config.pixels.mean, std=config.pixels.std)
+    return {"video": pixels, "audio": jnp.asarray}
+
+
+def _encoders(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    encoders: dict[str, Any] = {}
+    if config.modalities != "audio":
+        encoders["video"] = experiment.video_encoder(config)
+    if config.modalities != "video":
+        encoders["audio"] = experiment.audio_encoder(config)
+    return encoders
+
+
+def _speeds(config: ml_collections.ConfigDict) -> list[int]:
+    """Returns indices of the playback speeds at which features are taken."""
+    return [list(config.views.speeds).index(speed) for speed in config.evaluation.speeds]
+
+
+def _supervised(
+    config: ml_collections.ConfigDict, train: UsableRecords, spec: RenderSpec
+) -> dict[str, Fit]:
+    section = config.evaluation.supervised
+
+    def render(position: int) -> dict[str, Any]:
+        return random_views(
+            train,
+            position,
+            spec,
+            speeds=_speeds(config),
+            directions=(FORWARD,),
+            views=section.views,
+            seed=config.seed,
+        )
+
+    arrays = render_all(render, len(train), threads=config.evaluation.threads)
+    fits = {}
+    for label, modality in config.evaluation.probes:
+        known = (arrays[f"label_{label}"] >= 0) & arrays[f"has_{modality}"]
+        views = arrays["video" if modality == "video" else "spectrogram"][known]
+        labels = arrays[f"label_{label}"][known]
+        fits[modality] = fit_classifier(
+            _encoders(config)[modality],
+            views,
+            {label: np.repeat(labels[:, None], section.views, axis=1)},
+            classes={label: len(train.records.class_names[label])},
+            prepare=_prepare(config)[modality],
+            spec=FitSpec(**section.fit),
+            seed=config.seed,
+        )
+    return fits
+
+
+def _encode(
+    config: ml_collections.ConfigDict,
+    model: AudioVisualModel,
+    networks: Mapping[str, Any],
+    spec: RenderSpec,
+    source: UsableRecords,
+) -> dict[str, np.ndarray]:
+    section = config.evaluation
+
+    def render(position: int) -> dict[str, Any]:
+        return fixed_views(
+            source,
+            position,
+            spec,
+            speeds=_speeds(config),
+            views_per_speed=section.views_per_speed,
+            direction=FORWARD,
+        )
+
+    def describe(arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        log_mel = arrays["spectrogram"] * spec.log_mel.std + spec.log_mel.mean
+        return trivial_statistics(arrays["video"], log_mel, cells=section.position_cells)
+
+    compute = feature_function(
+        model, networks, spec, pixel_mean=config.pixels.mean, pixel_std=config.pixels.std
+    )
+    return encode_all(
+        render,
+        len(source),
+        compute,
+        chunk=section.chunk,
+        threads=section.threads,
+        describe_inputs=describe,
+    )
+
+
+def _probes(
+    config: ml_collections.ConfigDict,
+    train: Mapping[str, np.ndarray],
+    test: Mapping[str, np.ndarray],
+    networks: Mapping[str, Any],
+) -> tuple[dict[str, dict[str, ProbeResult]], dict[str, dict[str, float]]]:
+    """Returns the probes of every network, and those of trivial statistics, by probe."""
+    section = config.evaluation
+    probes, trivial = {}, {}
+    for label, modality in section.probes:
+
+        def probe(name: str, modality: str = modality, label: str = label) -> ProbeResult:
+            chosen = [split[f"has_{modality}"] for split in (train, test)]
+            return linear_probe(
+                train[name][chosen[0]],
+                train[f"label_{label}"][chosen[0]],
+                test[name][chosen[1]],
+                test[f"label_{label}"][chosen[1]],
+                train_groups=train["source_id"][chosen[0]],
+                costs=tuple(section.costs),
+                folds=section.folds,
+                seed=config.seed,
+            )
+
+        name = f"{label}_from_{modality}"
+        probes[name] = {n: probe(f"{n}/{modality}_features") for n in networks}
+        trivial[name] = {statistic: probe(statistic).accuracy for statistic in _TRIVIAL}
+    return probes, trivial
+
+
+def _probe_results(by_network: Mapping[str, ProbeResult]) -> dict[str, float | None]:
+    results: dict[str, float | None] = {name: probe.accuracy for name, probe in by_network.items()}
+    if "supervised" in by_network:
+        results["gap_closed"] = gap_closed(
+            *(by_network[name].accuracy for name in ("random", "pretrained", "supervised"))
+        )
+    return results | {"chance": by_network["pretrained"].chance}
+
+
+def _retrieval(test: Mapping[str, np.ndarray], recall_at: Any) -> dict[str, dict[str, float]]:
+    both = test["has_video"] & test["has_audio"]
+    names = {m: f"pretrained/{m}_embeddings" for m in ("video", "audio")}
+    if not both.any() or any(name not in test for name in names.values()):
+        return {}
+    ids = test["record_index"][both]
+    return {
+        f"{query}_to_{target}": retrieval_scores(
+            test[names[query]][both],
+            test[names[target]][both],
+            query_ids=ids,
+            gallery_ids=ids,
+            recall_at=tuple(recall_at),
+        ).as_results()
+        for query, target in (("audio", "video"), ("video", "audio"))
+    }
+
+
+def _temporal(
+    config: ml_collections.ConfigDict,
+    model: AudioVisualModel,
+    variables: Any,
+    test: UsableRecords,
+    spec: RenderSpec,
+) -> dict[str, dict[str, Any]]:
+    section = config.evaluation
+
+    def render(position: int) -> dict[str, Any]:
+        return drawn_pairs(test, position, spec, pairs=section.pairs_per_video, seed=config.seed)
+
+    compute = logit_function(
+        model, variables, spec, pixel_mean=config.pixels.mean, pixel_std=config.pixels.std
+    )
+    arrays = encode_all(render, len(test), compute, chunk=section.chunk, threads=section.threads)
+    names = [name for name in TERMS if name in arrays]
+    rows = {name: value.reshape(-1, *value.shape[2:]) for name, value in arrays.items()}
+    targets = temporal_targets({k: jnp.asarray(v) for k, v in rows.items() if k not in names})
+    results = {}
+    for name in names:
+        labels, mask = jax.device_get(targets[name])
+        results[name] = score_task(rows[name], labels, mask, seed=config.seed).as_results()
+    return results
+
+
+def _null(config: ml_collections.ConfigDict, spec: RenderSpec) -> NullControl | str:
+    """Returns the null controls, or why there are none."""
+    section = config.evaluation.null
+    if not section.train_split:
+        return "evaluation.null.train_split names no split"
+    rendered = []
+    for number, split in enumerate((section.train_split, section.test_split)):
+        try:
+            records = RecordDataset(config.data.directory, split)
+        except RecordError as error:
+            return str(error)
+        rendered.append(
+            render_null_views(
+                UsableRecords(records, spec),
+                spec,
+                views=section.views,
+                seed=config.seed + number,
+                threads=config.evaluation.threads,
+            )
+        )
+    return null_control(
+        *rendered,
+        encoders=_encoders(config),
+        prepare=_prepare(config),
+        num_speeds=len(config.views.speeds),
+        spec=FitSpec(**section.fit),
+        seed=config.seed,
+    )

@@ -1,0 +1,261 @@
+"""Videos, searches and maps for the report, made from records and features."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from sklearn.manifold import TSNE
+from sklearn.preprocessing import StandardScaler
+
+from avcl_jax.data.crop import center_crop
+from avcl_jax.data.decode import decode_jpegs
+from avcl_jax.data.pipeline import RenderSpec, UsableRecords, render_views
+from avcl_jax.data.views import FORWARD, Clip
+from avcl_jax.evaluation.figures import clip_uri
+from avcl_jax.evaluation.report import Exhibit, Search
+from avcl_jax.evaluation.retrieval import first_relevant_ranks, nearest
+
+# t-SNE of more points takes minutes and shows no more.
+_MAP_POINTS = 2000
+
+
+class Exhibits:
+    """Shows records of one split; each is rendered once, however often it is shown."""
+
+    def __init__(self, source: UsableRecords, spec: RenderSpec, *, speed: int, stills: int):
+        """Prepares to show records.
+
+        Args:
+            source: usable records.
+            spec: rendering, with the spectrogram made on the host.
+            speed: index into `spec.views.speeds`; the interval shown is that of such a view.
+            stills: pictures of the interval.
+        """
+        self._source = source
+        self._spec = spec
+        self._speed = speed
+        self._stills = stills
+        self.show = functools.cache(self._show)
+
+    def _show(self, position: int) -> Exhibit:
+        """Returns the middle of the record at `position`."""
+        _, record, use = self._source[position]
+        spec = self._spec
+        span = spec.views.clip_seconds * spec.views.speeds[self._speed]
+        slack = max(use.timeline.duration_seconds - span, 0.0)
+        clip = Clip(use.timeline.start_seconds + slack / 2, self._speed, FORWARD)
+        crop = center_crop(max(record.height, 1), max(record.width, 1))
+        arrays = render_views(record, use, [clip], [clip], [crop], spec)
+        shown = np.linspace(0, spec.views.num_frames - 1, self._stills).round().astype(int)
+        names = self._source.records.class_names
+        labels = ", ".join(
+            names[label][number] for label, number in record.labels.items() if number >= 0
+        )
+        return Exhibit(
+            name=record.record_id,
+            labels=labels,
+            stills=arrays["video"][0][shown] if use.has_video else arrays["video"][0][:0],
+            spectrogram=arrays["spectrogram"][0] if use.has_audio else arrays["spectrogram"][0][:0],
+            clip=self._playable(position, clip.start_seconds, span),
+        )
+
+    def _playable(self, position: int, start_seconds: float, span_seconds: float) -> str:
+        _, record, use = self._source[position]
+        frames = np.zeros((0, 2, 2, 3), np.uint8)
+        fps = 1.0
+        if use.has_video:
+            times = record.frame_seconds
+            inside = np.flatnonzero(
+                (times >= start_seconds) & (times < start_seconds + span_seconds)
+            )
+            fps = 1.0 / float(np.median(np.diff(times)))
+            frames = decode_jpegs([record.frames[index] for index in inside])
+            # H.264 with subsampled colour has even sides.
+            frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
+        first = round((start_seconds - record.audio_start_seconds) * record.sample_rate_hz)
+        last = first + round(span_seconds * record.sample_rate_hz)
+        return clip_uri(
+            frames,
+            fps=fps,
+            waveform=record.waveform[max(first, 0) : last] if use.has_audio else np.zeros(0, "i2"),
+            sample_rate_hz=record.sample_rate_hz,
+        )
+
+
+def cross_modal_searches(
+    exhibits: Exhibits,
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    positions: np.ndarray,
+    *,
+    query_modality: Literal["video", "audio"],
+    found_modality: Literal["video", "audio"],
+    chosen: Sequence[int],
+    results: int,
+) -> list[Search]:
+    """Searches for the other half of some videos.
+
+    Args:
+        exhibits: shows records.
+        queries: float [n, D] embeddings of one modality.
+        gallery: float [n, D] embeddings of the other one, of the same videos.
+        positions: int [n] of those videos in the source.
+        query_modality: that of `queries`.
+        found_modality: that of `gallery`.
+        chosen: rows to ask with.
+        results: how many are shown.
+    """
+    ids = np.arange(len(gallery))
+    ranks = first_relevant_ranks(queries, gallery, query_ids=ids, gallery_ids=ids)
+    found = nearest(queries[list(chosen)], gallery, k=results)
+    what = {"video": "picture", "audio": "sound"}[found_modality]
+    return [
+        Search(
+            query=exhibits.show(int(positions[row])),
+            query_modality=query_modality,
+            found=[exhibits.show(int(positions[index])) for index in indices],
+            found_modality=found_modality,
+            hits=[bool(index == row) for index in indices],
+            remark=f"The right {what} is number {ranks[row]} of {len(gallery)}.",
+        )
+        for row, indices in zip(chosen, found, strict=True)
+    ]
+
+
+def neighbour_searches(
+    exhibits: Exhibits,
+    features: np.ndarray,
+    labels: np.ndarray,
+    positions: np.ndarray,
+    *,
+    modality: Literal["video", "audio"],
+    label: str,
+    chosen: Sequence[int],
+    results: int,
+) -> tuple[str, list[Search]]:
+    """Finds the nearest neighbours of some videos, and how often neighbours share a label.
+
+    Args:
+        exhibits: shows records.
+        features: float [n, C] of one modality.
+        labels: int [n], all known.
+        positions: int [n] of those videos in the source.
+        modality: that of `features`.
+        label: its name.
+        chosen: rows to ask with.
+        results: neighbours of each.
+
+    Returns:
+        A title that gives the share over all videos and its chance level, and the searches.
+    """
+    indices = nearest(features, features, k=results + 1)
+    # A video is its own nearest neighbour, but twins may tie with it.
+    others = np.array(
+        [
+            [index for index in row if index != own][:results]
+            for own, row in zip(range(len(indices)), indices, strict=True)
+        ]
+    )
+    shares = labels[others] == labels[:, None]
+    counts = np.bincount(labels)
+    chance = float((counts * (counts - 1)).sum() / (len(labels) * (len(labels) - 1)))
+    what = {"video": "picture", "audio": "sound"}[modality]
+    title = (
+        f"By the {what}: {100 * shares.mean():.0f} % of the {others.shape[1]} nearest neighbours "
+        f"share the {label} (chance {100 * chance:.0f} %)"
+    )
+    return title, [
+        Search(
+            query=exhibits.show(int(positions[row])),
+            query_modality=modality,
+            found=[exhibits.show(int(positions[index])) for index in others[row]],
+            found_modality=modality,
+            hits=[False] * others.shape[1],
+            remark=f"{int(shares[row].sum())} of {others.shape[1]} share its {label}.",
+        )
+        for row in chosen
+    ]
+
+
+def embedding_map(features: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places features on a plane by t-SNE.
+
+    Args:
+        features: float [n, C].
+        seed: of t-SNE, and of the choice of points where there are too many.
+
+    Returns:
+        The rows that are placed, and float [points, 2].
+    """
+    rows = np.arange(len(features))
+    if len(rows) > _MAP_POINTS:
+        rows = np.random.default_rng(seed).choice(rows, _MAP_POINTS, replace=False)
+    scaled = StandardScaler().fit_transform(features[rows])
+    perplexity = min(30.0, max(2.0, (len(rows) - 1) / 3))
+    tsne = TSNE(perplexity=perplexity, init="pca", random_state=seed)
+    return rows, tsne.fit_transform(scaled)
+
+
+def training_curves(
+    rows: Sequence[Mapping[str, object]],
+) -> list[
+    tuple[str, str, dict[str, tuple[np.ndarray, np.ndarray]], tuple[str, float] | None, bool]
+]:
+    """Groups the lines of metrics.jsonl into the charts of the report; absent metrics are left out.
+
+    Args:
+        rows: parsed lines, each with `step`.
+    """
+    names = {"vv": "picture–picture", "aa": "sound–sound", "va": "picture–sound"}
+    both = {"vv": "picture–picture", "aa": "sound–sound", "va": "picture→sound"}
+    both["av"] = "sound→picture"
+    tasks = ("speed", "direction")
+    senses = {"video": "seen", "audio": "heard"}
+    temporal = {f"{t}_{m}/accuracy": f"{t}, {s}" for t in tasks for m, s in senses.items()}
+    temporal |= {f"order_{k}/accuracy": f"order, {v}" for k, v in names.items()}
+    charts = [
+        ("Contrastive loss", "loss", {f"{k}/loss": v for k, v in names.items()}, False),
+        ("Temporal tasks on training views", "accuracy", temporal, True),
+        (
+            "Partner ranked first in the batch",
+            "share of anchors",
+            {f"{k}/accuracy": v for k, v in both.items()},
+            True,
+        ),
+        (
+            "Similarity of picture and sound",
+            "cosine",
+            {
+                "va/positive_similarity": "of one view",
+                "va/negative_similarity": "of two videos",
+                "va/bank_positive_similarity": "bank positives",
+            },
+            False,
+        ),
+        (
+            "Bank positives with the anchor's label",
+            "share",
+            {f"{k}/bank_label_share": v for k, v in both.items()},
+            True,
+        ),
+        (
+            "Spread of the embeddings (0: collapse)",
+            "standard deviation",
+            {f"health/{m}_embedding_std": s for m, s in senses.items()},
+            False,
+        ),
+    ]
+    found = []
+    for title, ylabel, wanted, fractions in charts:
+        series = {}
+        for metric, label in wanted.items():
+            points = [(r["step"], r[metric]) for r in rows if isinstance(r.get(metric), float)]
+            if points:
+                steps, values = np.array(points, dtype=float).T
+                series[label] = (steps, values)
+        if series:
+            found.append((title, ylabel, series, None, fractions))
+    return found

@@ -1,0 +1,285 @@
+"""results.json and report.html of an evaluated run, and what both say of the run itself."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+
+from avcl_jax import experiment
+from avcl_jax.data.pipeline import RenderSpec, UsableRecords
+from avcl_jax.evaluation.exhibits import (
+    Exhibits,
+    cross_modal_searches,
+    embedding_map,
+    neighbour_searches,
+    training_curves,
+)
+from avcl_jax.evaluation.report import ReportContent, Search, render_report
+
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "librosa",
+    "av",
+    "numpy",
+    "scikit-learn",
+)
+_DIRECTIONS = ("forward", "backward")
+_ORDERS = ("before", "overlap", "after")
+
+
+class Stages:
+    """Says what is being done, and keeps how long each part took."""
+
+    def __init__(self) -> None:
+        """Starts the clock."""
+        self.seconds: dict[str, float] = {}
+        self._began = time.monotonic()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Times one part."""
+        began = time.monotonic()
+        print(f"evaluation: {name} …", flush=True)
+        yield
+        self.seconds[name] = round(time.monotonic() - began, 1)
+
+    @property
+    def total(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._began
+
+
+def write_summary(
+    config: ml_collections.ConfigDict,
+    workdir: epath.Path,
+    results: dict[str, Any],
+    *,
+    stages: Stages,
+    spec: RenderSpec,
+    test: UsableRecords,
+    features: Mapping[str, np.ndarray],
+    confusions: Mapping[str, np.ndarray],
+) -> None:
+    """Completes the results and writes them and the report, each whole or not at all.
+
+    Args:
+        config: of the evaluation.
+        workdir: of the run.
+        results: measured so far; completed in place by times, memory and versions.
+        stages: times of the evaluation.
+        spec: rendering, with the spectrogram made on the host.
+        test: test records.
+        features: of the test records, as `embed.encode_all` returns them.
+        confusions: of the pretrained encoder's probes.
+    """
+    metrics = _read_metrics(workdir)
+    with stages("report"):
+        shown = _shown(config, spec, test, features)
+    seconds = _preparation_seconds(config.data.directory)
+    results["preparation_seconds"] = seconds
+    results["evaluation_seconds"] = round(stages.total, 1)
+    results["evaluation_stages"] = stages.seconds
+    total = (seconds or 0.0) + results["train_seconds"] + stages.total
+    results["total_seconds"] = round(total, 1)
+    logged = [r["peak_memory_gb"] for r in metrics if "peak_memory_gb" in r]
+    results["peak_memory_gb"] = round(max([peak_memory_gb(), *logged]), 3)
+    results["versions"] = versions()
+    speeds = [f"{speed}×" for speed in config.views.speeds]
+    content = ReportContent(
+        title=f"What was learned from {config.name}",
+        results=results,
+        curves=training_curves(metrics),
+        probe_confusions={
+            name: (confusion.tolist(), _class_names(test, name))
+            for name, confusion in confusions.items()
+        },
+        task_classes={
+            "speed_video": speeds,
+            "speed_audio": speeds,
+            "direction_video": _DIRECTIONS,
+            "direction_audio": _DIRECTIONS,
+            "order_vv": _ORDERS,
+            "order_aa": _ORDERS,
+            "order_va": _ORDERS,
+        },
+        protocol=_protocol(config, results),
+        run=_run(config, workdir, results, test),
+        config=experiment.to_json(config),
+        **shown,
+    )
+    _write(workdir / "report.html", render_report(content))
+    _write(workdir / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+    print(f"report  {workdir / 'report.html'}\nresults {workdir / 'results.json'}", flush=True)
+
+
+def _write(path: epath.Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".writing")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _shown(
+    config: ml_collections.ConfigDict,
+    spec: RenderSpec,
+    test: UsableRecords,
+    features: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+    """Returns searches, neighbours and maps for the report."""
+    section = config.evaluation.report
+    exhibits = Exhibits(
+        test,
+        spec,
+        speed=list(config.views.speeds).index(section.speed),
+        stills=section.stills,
+    )
+    rng = np.random.default_rng(config.seed)
+    searches: dict[str, list[Search]] = {}
+    both = np.flatnonzero(features["has_video"] & features["has_audio"])
+    if len(both) and config.modalities == "audio_visual":
+        chosen = np.sort(rng.choice(len(both), min(section.queries, len(both)), replace=False))
+        embeddings = {m: features[f"pretrained/{m}_embeddings"][both] for m in ("video", "audio")}
+        for query, found in (("audio", "video"), ("video", "audio")):
+            searches[f"{query}_to_{found}"] = cross_modal_searches(
+                exhibits,
+                embeddings[query],
+                embeddings[found],
+                both,
+                query_modality=query,
+                found_modality=found,
+                chosen=chosen.tolist(),
+                results=section.results,
+            )
+    neighbours: dict[str, Sequence[Search]] = {}
+    maps = []
+    for label, modality in config.evaluation.probes:
+        known = np.flatnonzero(features[f"has_{modality}"] & (features[f"label_{label}"] >= 0))
+        own = features[f"pretrained/{modality}_features"][known]
+        labels = features[f"label_{label}"][known]
+        chosen = np.sort(rng.choice(len(known), min(section.queries, len(known)), replace=False))
+        title, found_by_feature = neighbour_searches(
+            exhibits,
+            own,
+            labels,
+            known,
+            modality=modality,
+            label=label,
+            chosen=chosen.tolist(),
+            results=section.results,
+        )
+        neighbours[title] = found_by_feature
+        rows, positions = embedding_map(own, seed=config.seed)
+        what = {"video": "Picture", "audio": "Sound"}[modality]
+        names = test.records.class_names[label]
+        maps.append((f"{what}, coloured by {label}", positions, labels[rows], names))
+    return {"searches": searches, "neighbours": neighbours, "maps": maps}
+
+
+def _class_names(test: UsableRecords, probe: str) -> list[str]:
+    return test.records.class_names[probe.rsplit("_from_", 1)[0]]
+
+
+def _protocol(config: ml_collections.ConfigDict, results: Mapping[str, Any]) -> list[str]:
+    e = config.evaluation
+    speeds = " and ".join(f"{speed}×" for speed in e.speeds)
+    sentences = [
+        f"Features are the encoder's output before the projection, embeddings the projection's "
+        f"output; both are means over {e.views_per_speed} uniformly spaced centre-crop views at "
+        f"each of the speeds {speeds}.",
+        f"Probes: features standardised by the training videos, multinomial logistic regression, "
+        f"cost among {tuple(e.costs)} chosen by {e.folds}-fold cross-validation of the training "
+        "videos alone, one look at the test videos.",
+        "Retrieval: cosine between embeddings of all test videos with picture and sound; a tie "
+        "counts against the right one.",
+        f"Temporal tasks: {e.pairs_per_video} pairs of views of each test video, drawn as in "
+        "training, cropped in the centre; an equal number of each class is scored, so chance is "
+        "exact.",
+    ]
+    for name, fit in results["supervised"].items():
+        f = e.supervised.fit
+        reason = {
+            "converged": f"its training loss fell below {f.loss_target}",
+            "plateau": f"its training loss had not fallen by {f.improvement:.0%} for {f.patience} "
+            f"epochs, after {f.decays} division(s) of the learning rate",
+            "max_epochs": "it met the bound on epochs",
+        }[fit["stopped"]]
+        sentences.append(
+            f"Supervised {name} encoder: same shape, trained from scratch with a linear head on "
+            f"{e.supervised.views} random views of each training video; stopped after "
+            f"{fit['epochs']} epochs because {reason}. Probed like the others."
+        )
+    if "views" in results["null_control"]:
+        sentences.append(
+            f"Null controls: encoders of the same shape trained on speed and direction of "
+            f"stationary noise ({e.null.views} rendered views of each video, all speeds and "
+            f"directions equally often), tested on {results['null_control']['views']} views of "
+            "other noise."
+        )
+    return sentences
+
+
+def _run(
+    config: ml_collections.ConfigDict,
+    workdir: epath.Path,
+    results: Mapping[str, Any],
+    test: UsableRecords,
+) -> dict[str, object]:
+    minutes = {
+        name: f"{results[f'{name}_seconds'] / 60:.1f} minutes"
+        for name in ("preparation", "train", "evaluation")
+        if results[f"{name}_seconds"] is not None
+    }
+    return {
+        "working directory": workdir,
+        "configuration": config.name,
+        "test records": test.fingerprint,
+        "test videos": len(test),
+        "seed": config.seed,
+        "steps": f"{results['step']} of {config.steps}",
+        "batch": f"{config.global_batch_size} videos × 2 views",
+        "time": ", ".join(f"{name} {value}" for name, value in minutes.items()),
+        "peak memory": f"{results['peak_memory_gb']:.2f} GB",
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, "
+        f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that decide the numbers."""
+    found = {"python": platform.python_version(), "platform": sys.platform}
+    return found | {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def peak_memory_gb() -> float:
+    """Returns the largest resident size of this process so far, in GB (10⁹ bytes)."""
+    # In kilobytes on Linux, in bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _preparation_seconds(directory: epath.PathLike) -> float | None:
+    """Returns how long the records took to prepare; None where their maker did not say."""
+    path = epath.Path(directory) / "preparation.json"
+    return json.loads(path.read_text())["seconds"] if path.exists() else None
+
+
+def _read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
+    path = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,0 +1,98 @@
+"""Evaluation of a pretrained run: probes, retrieval, temporal tasks, null controls, report.
+
+    python -m avcl_jax.main --config=configs/evaluate.py --workdir=runs/demo
+    python -m avcl_jax.main --config=configs/evaluate.py:vggsound --workdir=gs://bucket/vggsound
+
+The presets are those of configs/pretrain.py, whose settings describe the run that is evaluated;
+this file adds the section `evaluation`.
+"""
+
+from __future__ import annotations
+
+import ml_collections
+
+from configs import pretrain
+
+
+def get_config(preset: str = "demo") -> ml_collections.ConfigDict:
+    """The pretraining config of `preset` with task "evaluate" and a section `evaluation`."""
+    c = pretrain.get_config(preset)
+    c.unlock()
+    c.task = "evaluate"
+    c.evaluation = demo() if preset == "demo" else full_size()
+    c.lock()
+    return c
+
+
+def demo() -> ml_collections.ConfigDict:
+    """Settings for the demo: on 2 CPU cores at most 3.5 minutes, 2 of them the networks' training.
+
+    Of these the supervised encoders and the null controls train networks of their own.
+    """
+    e = ml_collections.ConfigDict()
+    e.train_split = "train"
+    e.test_split = "test"
+    e.chunk = 16  # videos encoded at a time
+    e.threads = 2  # videos rendered at a time
+
+    # Features and embeddings: means over views of fixed times and speeds, cropped in the centre.
+    e.speeds = (2, 4)
+    e.views_per_speed = 4
+    e.recall_at = (1, 5, 10, 20, 50)
+
+    # Linear probes: (label, modality). The cost is chosen by cross-validation of training videos.
+    e.probes = (("motion", "video"), ("material", "audio"))
+    e.costs = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    e.folds = 5
+    e.position_cells = 8  # histogram of position: cells x cells
+
+    # Temporal tasks: pairs of views of each test video, drawn as in training.
+    e.pairs_per_video = 10
+
+    e.supervised = ml_collections.ConfigDict()
+    e.supervised.enabled = True
+    e.supervised.views = 8  # rendered of each training video, at the speeds above
+    e.supervised.fit = _fit(max_epochs=60)
+
+    e.null = ml_collections.ConfigDict()
+    e.null.train_split = "null_train"  # records of stationary noise; "" leaves the controls out
+    e.null.test_split = "null_test"
+    e.null.views = 40  # of each record; a multiple of the combinations of speed and direction
+    e.null.fit = _fit(max_epochs=4)
+
+    e.report = ml_collections.ConfigDict()
+    e.report.queries = 3  # examples in each direction
+    e.report.results = 5
+    e.report.stills = 3
+    e.report.speed = 4  # interval shown of each video: clip_seconds x speed
+    return e
+
+
+def _fit(max_epochs: int) -> ml_collections.ConfigDict:
+    """How a network is trained on labels, and when it is done: see evaluation/supervised.py."""
+    f = ml_collections.ConfigDict()
+    f.batch_size = 32
+    f.learning_rate = 3e-3
+    f.weight_decay = 0.05
+    f.loss_target = 0.02
+    f.improvement = 0.03
+    f.patience = 4
+    f.decays = 1
+    f.decay_factor = 10.0
+    f.max_epochs = max_epochs
+    return f
+
+
+def full_size() -> ml_collections.ConfigDict:
+    """Settings for the full-size presets: ten views, as the field does; no training from memory."""
+    e = demo()
+    e.chunk = 8
+    e.threads = 16
+    e.speeds = (1, 2)
+    e.views_per_speed = 5
+    e.probes = ()
+    e.pairs_per_video = 2
+    e.supervised.enabled = False
+    e.null.train_split = ""
+    e.null.test_split = ""
+    return e
