@@ -47,7 +47,7 @@ def _make_demo(config: ml_collections.ConfigDict) -> None:
         return
     if jax.process_count() > 1:
         raise ValueError(f"{directory} does not exist: run `python -m data_prep demo` first")
-    command = [sys.executable, "-m", "data_prep", "demo", "--out", str(directory)]
+    command = [sys.executable, "-m", "data_prep", "demo", "--out", str(directory.parent)]
     print(f"{directory} does not exist yet: running {' '.join(command[1:])}", flush=True)
     done = subprocess.run(command, check=False)
     if done.returncode:

@@ -9,6 +9,7 @@ import sys
 _COMMANDS = {
     "prepare": "a folder or manifest of media files to records",
     "foley": "write the demo's media files",
+    "demo": "the demo's media files and their records",
 }
 
 

@@ -1,0 +1,43 @@
+# `make demo` and `make test` need Python 3.11 and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/python -m avcl_jax.main
+WORKDIR ?= runs/demo
+SEED ?= 0
+
+.PHONY: demo test lint types notebook clean
+
+demo: $(VENV)/demo-ready
+	$(BIN)/python -m data_prep demo --out data/foley
+	$(RUN) --config=configs/pretrain.py --config.seed=$(SEED) --workdir=$(WORKDIR)
+	$(RUN) --config=configs/export.py --config.seed=$(SEED) --workdir=$(WORKDIR)
+	$(RUN) --config=configs/evaluate.py --config.seed=$(SEED) --workdir=$(WORKDIR)
+
+test: $(VENV)/test-ready
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/test-ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/test-ready
+	$(BIN)/mypy
+
+# The notebook is generated from its source; tests execute it.
+notebook: $(VENV)/test-ready
+	$(BIN)/jupytext --to ipynb notebooks/quickstart.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo-ready: requirements.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/test-ready: requirements-dev.txt requirements.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@ $(VENV)/demo-ready
+
+clean:
+	rm -rf $(VENV) data runs
