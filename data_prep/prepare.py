@@ -36,6 +36,9 @@ EXIT_FAILED, EXIT_REJECTED, EXIT_INTERRUPTED = 1, 3, 130
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
+    parser.epilog = "Reasons for rejecting a file: " + "; ".join(
+        f"{reason}: {meaning}" for reason, meaning in REASONS.items()
+    )
     parser.add_argument(
         "input",
         type=Path,
@@ -58,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--shard-size", type=int, default=64, help="clips in a shard")
-    parser.add_argument("--timeout-seconds", type=float, default=300.0, help="for one clip")
+    parser.add_argument("--timeout-seconds", type=float, default=900.0, help="for one clip")
     parser.add_argument("--overwrite", action="store_true", help="replace the splits in --out")
     parser.add_argument("--allow-rejected", action="store_true", help="rejected files: status 0")
 

@@ -157,33 +157,48 @@ def _check_log(container: Any, log: Sequence[Any], where: str) -> None:
             raise MediaError("truncated" if cut else "damaged", f"after {where}: {text.strip()}")
 
 
+def _packet_time(packet: Any) -> float | None:
+    return None if packet.pts is None else float(packet.pts * packet.time_base)
+
+
 def _decoded(
     container: Any, stream: Any, log: Sequence[Any], start_seconds: float
 ) -> Iterator[Any]:
-    """Yields a stream's frames from about `start_seconds` on; raises MediaError on any damage."""
+    """Yields a stream's frames from `start_seconds` on; raises MediaError on any damage there."""
     zero = (container.start_time or 0) / 1e6
     if start_seconds > 0:
         target = max(0.0, start_seconds - _SEEK_MARGIN_SECONDS) + zero
-        container.seek(int(target * 1e6), backward=True)
+        # What cannot seek is read from the beginning.
+        with contextlib.suppress(av.error.FFmpegError):
+            container.seek(int(target * 1e6), backward=True)
     stream.codec_context.thread_count = 1  # one process per core decodes faster than threads do
     packets = container.demux(stream)
     where = "the start"
+
+    def early(time: float | None) -> bool:
+        """Whether it is before the start: there it may lack what came before the seek."""
+        return time is not None and start_seconds > 0 and time - zero < start_seconds - 1e-6
+
     while True:
+        packet = None
         try:
             packet = next(packets, None)
             if packet is None:
                 return
             frames = packet.decode()
-            corrupt = packet.is_corrupt
         except av.error.FFmpegError as error:
+            if packet is not None and early(_packet_time(packet)):
+                continue
             _check_log(container, log, where)  # what the container says comes before
             raise MediaError(
                 "damaged", f"{stream.type} cannot be decoded after {where}: {error.strerror}"
             ) from error
         _check_log(container, log, where)
-        if corrupt:
+        if packet.is_corrupt:
             raise MediaError("damaged", f"{stream.type} is damaged after {where}")
         for frame in frames:
+            if stream.type == "video" and early(frame.time):
+                continue
             if frame.is_corrupt:
                 raise MediaError("damaged", f"{stream.type} is damaged after {where}")
             if frame.time is not None:

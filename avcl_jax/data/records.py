@@ -267,7 +267,8 @@ class RecordDataset:
         self.record_ids: list[str] = columns["record_id"]
         self.source_ids: list[str] = columns["source_id"]
         self.labels = {label: np.array(columns[LABEL_PREFIX + label], np.int32) for label in labels}
-        self._timelines = {name: columns[name] for name in RecordTimeline._fields}
+        # Arrays: lists of numbers would take ten times the memory for a million records.
+        self._timelines = {name: np.array(columns[name]) for name in RecordTimeline._fields}
         numbers: dict[str, int] = {}
         self.source_numbers = np.array(
             [numbers.setdefault(source, len(numbers)) for source in self.source_ids], np.int32
@@ -305,7 +306,9 @@ class RecordDataset:
 
     def timeline(self, index: int) -> RecordTimeline:
         """Returns lengths and times of one record without reading it."""
-        return RecordTimeline(**{name: self._timelines[name][index] for name in self._timelines})
+        return RecordTimeline(
+            **{name: column[index].item() for name, column in self._timelines.items()}
+        )
 
 
 def _load_columns(shard: epath.Path) -> dict[str, list[Any]]:

@@ -1,0 +1,141 @@
+"""Log-mel: librosa's numbers, the right place and speed, and no clock in stationary noise."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import librosa
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import PolynomialFeatures, StandardScaler
+
+from avcl_jax.data.spectrogram import LogMelSpec, gather_windows, log_mel
+from avcl_jax.data.views import BACKWARD, FORWARD, Clip, ViewSpec
+
+VIEWS = ViewSpec(num_frames=12, clip_seconds=0.75, speeds=(1, 2, 4, 8), audio_transform="shared")
+SPEC = LogMelSpec(
+    sample_rate_hz=16_000,
+    frames=48,
+    mels=40,
+    clip_seconds=0.75,
+    min_hz=60.0,
+    max_hz=7_600.0,
+    floor=1e-6,
+    mean=0.0,
+    std=1.0,
+)
+
+
+def windows_of(waveform, clip, start=0.0):
+    return gather_windows(waveform, clip, SPEC, VIEWS, audio_start_seconds=start)
+
+
+@pytest.mark.parametrize("xp", [np, jnp], ids=["numpy", "jax"])
+@pytest.mark.parametrize("speed", range(4))
+def test_agrees_with_librosa(xp, speed):
+    rng = np.random.default_rng(speed)
+    waveform = np.clip(rng.normal(0, 3000, 160_000), -32768, 32767).astype(np.int16)
+    begin = 12_345
+    ours = log_mel(
+        xp.asarray(windows_of(waveform, Clip(begin / 16_000, speed, FORWARD))), SPEC, xp
+    )
+    power = librosa.feature.melspectrogram(
+        y=waveform[begin:].astype(np.float32) / 32768,
+        sr=16_000,
+        n_fft=250,
+        hop_length=250 * VIEWS.speeds[speed],
+        win_length=250,
+        window="hann",
+        center=False,
+        power=2.0,
+        n_mels=40,
+        fmin=60.0,
+        fmax=7_600.0,
+    )
+    np.testing.assert_allclose(ours, np.log(power.T[:48] + 1e-6), atol=1e-4)
+
+
+def test_standardised_and_float_input_alike():
+    waveform = np.random.default_rng(0).integers(-9000, 9000, 20_000).astype(np.int16)
+    clip = Clip(0.1, 0, FORWARD)
+    plain = log_mel(windows_of(waveform, clip), SPEC)
+    scaled = dataclasses.replace(SPEC, mean=-7.0, std=3.0)
+    np.testing.assert_allclose(log_mel(windows_of(waveform, clip), scaled), (plain + 7) / 3, 1e-5)
+    as_float = waveform.astype(np.float32) / 32768
+    np.testing.assert_allclose(log_mel(windows_of(as_float, clip), SPEC), plain, atol=1e-6)
+
+
+def test_windows_are_at_their_times_and_reversed_means_reversed():
+    waveform = np.arange(160_000, dtype=np.int32)
+    for speed, factor in enumerate(VIEWS.speeds):
+        forward = windows_of(waveform, Clip(1.5, speed, FORWARD), start=0.5)
+        np.testing.assert_array_equal(forward[:, 0], 16_000 + 250 * factor * np.arange(48))
+        np.testing.assert_array_equal(np.diff(forward, axis=1), 1)
+        backward = windows_of(waveform, Clip(1.5, speed, BACKWARD), start=0.5)
+        np.testing.assert_array_equal(backward, forward[::-1, ::-1])
+
+
+def test_pitch_does_not_change_with_speed():
+    tone = (8000 * np.sin(2 * np.pi * 1000 * np.arange(160_000) / 16_000)).astype(np.int16)
+    peaks = {
+        int(log_mel(windows_of(tone, Clip(0.2, speed, FORWARD)), SPEC).mean(0).argmax())
+        for speed in range(4)
+    }
+    assert len(peaks) == 1
+
+
+def noise_accuracy(render, kind, seed=0, clips=1600):
+    """How well four statistics of spectrograms of stationary noise tell the speed (chance 1/4)."""
+    rng = np.random.default_rng(seed)
+    spectrum = np.fft.rfft(rng.normal(size=clips * 2048 * 4))
+    if kind == "pink":
+        spectrum[1:] /= np.sqrt(np.arange(1, len(spectrum)))
+    noise = np.fft.irfft(spectrum)
+    noise = (noise / noise.std() * 3000).clip(-32768, 32767).astype(np.int16)
+    rows, labels = [], []
+    for _ in range(clips):
+        speed = int(rng.integers(4))
+        start = rng.uniform(0, len(noise) / 16_000 - 6.1)
+        mel = render(noise, Clip(start, speed, FORWARD))
+        steps = np.diff(mel, axis=0)
+        centred = mel - mel.mean(0)
+        rows.append(
+            [
+                mel.var(0).mean(),
+                np.square(steps).mean(),
+                (centred[1:] * centred[:-1]).mean() / centred.var(),
+                mel.mean(),
+            ]
+        )
+        labels.append(speed)
+    half = clips // 2
+    model = make_pipeline(
+        StandardScaler(), PolynomialFeatures(2), LogisticRegression(max_iter=2000)
+    )
+    return model.fit(rows[:half], labels[:half]).score(rows[half:], labels[half:])
+
+
+@pytest.mark.parametrize("kind", ["white", "pink"])
+def test_speed_of_stationary_noise_cannot_be_told(kind):
+    accuracy = noise_accuracy(lambda wave, clip: log_mel(windows_of(wave, clip), SPEC), kind)
+    assert accuracy <= 0.30
+
+
+def test_the_null_control_finds_the_averaging_that_leaks():
+    def averaged(wave, clip):
+        factor = VIEWS.speeds[clip.speed]
+        start = round(clip.start_seconds * 16_000)
+        windows = wave[start : start + 250 * 48 * factor].reshape(48 * factor, 250)
+        return log_mel(windows, SPEC).reshape(48, factor, 40).mean(1)
+
+    assert noise_accuracy(averaged, "white", clips=600) > 0.6
+
+
+def test_settings_without_meaning_are_refused():
+    with pytest.raises(ValueError, match="windows of 239.9"):
+        dataclasses.replace(SPEC, frames=50.01)
+    with pytest.raises(ValueError, match="below 8000 Hz"):
+        dataclasses.replace(SPEC, max_hz=9000.0)
