@@ -59,7 +59,12 @@ def simulate(
     contacts_per_second = rng.uniform(1.25, 1.95)
     amplitude = np.exp(-np.maximum(seconds, 0) / energy_seconds) ** 0.2
     position, contact_seconds, strength = MOTIONS[name](rng, seconds, contacts_per_second)
-    position = position * amplitude[:, None]
+    # The whole motion wanders, slowly and alike in reverse, so that places seen do not draw its path.
+    wander = rng.uniform(0.1, 0.4, size=2) * np.sin(
+        2 * np.pi * rng.uniform(0.06, 0.16, size=2) * seconds[:, None]
+        + rng.uniform(0, 2 * np.pi, size=2)
+    )
+    position = position * amplitude[:, None] + wander
     keep = np.diff(contact_seconds, prepend=-np.inf) > MIN_CONTACT_GAP_SECONDS
     keep &= (contact_seconds > start_seconds) & (contact_seconds < end_seconds)
     contact_seconds, strength = contact_seconds[keep], strength[keep]

@@ -165,8 +165,8 @@ def _draw_camera(rng: np.random.Generator):
     angle = rng.uniform(0, 2 * np.pi)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     rotation[:, 0] *= rng.choice([-1.0, 1.0])
-    scale = rng.uniform(13.0, 18.0)
-    centre = SIZE / 2 + rng.uniform(-5.0, 5.0, size=2)
+    scale = rng.uniform(11.0, 15.5)
+    centre = SIZE / 2 + rng.uniform(-8.0, 8.0, size=2)
 
     def place(unit: np.ndarray) -> np.ndarray:
         return unit @ rotation.T * scale + centre

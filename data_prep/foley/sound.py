@@ -13,8 +13,16 @@ from scipy import fft
 
 from data_prep.foley.scene import SAMPLE_RATE_HZ, Scene
 
-CONTACT_SECONDS = 0.9
+CONTACT_SECONDS = 0.8
 ROOM_SECONDS = 0.4
+GLIDE_OCTAVES_PER_SECOND = (0.6, 0.95)
+BEAT_FLOOR = 0.1
+RATTLE = (0.012, 0.02)
+DISTRACT = 0.15
+VIBRATO = (0.03, 0.10)
+TREMOLO = (0.0, 0.5)
+DECAY = (0.12, 0.26)
+NOISE = (-44, -26)
 
 
 def render_sound(scene: Scene) -> np.ndarray:
@@ -36,7 +44,7 @@ def render_sound(scene: Scene) -> np.ndarray:
         body[start : start + len(contact)] += contact
     seconds = (np.arange(len(body)) - lead) / SAMPLE_RATE_HZ
     body += _sliding(rng, scene, seconds)
-    background = _background(rng, len(body))
+    background = _background(rng, len(body)) + DISTRACT * _distractors(rng, scene, len(body))
     mixed = _room_and_equaliser(rng, body, background)[lead : lead + samples]
     gain = 0.3 * 10 ** (rng.uniform(-2.0, 2.0) / 20)
     return np.tanh(gain * mixed).astype(np.float32)
@@ -45,21 +53,28 @@ def render_sound(scene: Scene) -> np.ndarray:
 def _contacts(rng: np.random.Generator, scene: Scene) -> np.ndarray:
     """Sounds [C, samples] of the contacts, each at the pitch and energy of its moment."""
     u = np.arange(int(CONTACT_SECONDS * SAMPLE_RATE_HZ), dtype=np.float32) / SAMPLE_RATE_HZ
-    decay = rng.uniform(0.14, 0.22)
-    partials = int(rng.integers(4, 7))
+    decay = np.exp(rng.uniform(np.log(DECAY[0]), np.log(DECAY[1])))
+    partials = int(rng.integers(3, 7))
     ratios = np.cumsum(np.concatenate([[1.0], rng.uniform(0.55, 1.15, size=partials - 1)]))
     weights = ratios ** -rng.uniform(0.3, 1.0) * rng.uniform(0.5, 1.0, size=partials)
     weights /= np.sqrt(np.sum(weights**2))
     decays = decay / (1 + 0.12 * (ratios - 1))
 
+    vibrato = rng.uniform(*VIBRATO) * np.sin(2 * np.pi * (rng.uniform(4, 9) * u + rng.uniform()))
+    tremolo = 1 - rng.uniform(*TREMOLO) * (
+        0.5 + 0.5 * np.cos(2 * np.pi * (rng.uniform(4, 20) * u + rng.uniform()))
+    )
+    octaves = vibrato
     warped = u  # integral of the glide: time as the phase sees it
     envelope = np.exp(-u[None, :] / decays[:, None].astype(np.float32))
     if scene.material in ("drop", "drum"):
-        warped = _glide(rng, u, decay, rising=scene.material == "drop")
+        octaves = octaves + _glide(rng, u, decay, rising=scene.material == "drop")
     elif scene.material == "gong":
         envelope = envelope * _beating(rng, u, partials)
     elif scene.material == "rattle":
         envelope = envelope * _micro_impacts(rng, u, decay)
+    warped = np.cumsum(2**octaves).astype(np.float32) / SAMPLE_RATE_HZ
+    envelope = envelope * tremolo.astype(np.float32)
     envelope *= np.sqrt(decay / 2 / (np.mean(envelope**2, axis=1, keepdims=True) * u[-1]))
 
     count = len(scene.contact_seconds)
@@ -81,19 +96,19 @@ def _contacts(rng: np.random.Generator, scene: Scene) -> np.ndarray:
 
 def _glide(rng, u, decay, *, rising):
     """Time warped by a pitch glide whose energy-weighted mean log pitch is zero."""
-    octaves_per_second = rng.uniform(1.8, 2.8) * (1 if rising else -1)
+    octaves_per_second = rng.uniform(*GLIDE_OCTAVES_PER_SECOND) * (1 if rising else -1)
     extent = np.minimum(u, 0.45)
     octaves = octaves_per_second * extent
     weight = np.exp(-2 * u / decay)
-    octaves = octaves - np.sum(octaves * weight) / np.sum(weight)
-    return np.cumsum(2**octaves).astype(np.float32) / SAMPLE_RATE_HZ
+    return octaves - np.sum(octaves * weight) / np.sum(weight)
 
 
 def _beating(rng, u, partials):
     """Amplitude [P, samples] of partials split into close pairs."""
     beats_hz = rng.uniform(7.5, 10.5) * rng.uniform(0.93, 1.07, size=(partials, 1))
     phase = rng.uniform(-0.15, 0.15, size=(partials, 1))
-    return np.abs(np.cos(np.pi * (beats_hz * u + phase))).astype(np.float32)
+    am = np.cos(np.pi * (beats_hz * u + phase)) ** 2
+    return np.sqrt(BEAT_FLOOR**2 + (1 - BEAT_FLOOR**2) * am).astype(np.float32)
 
 
 def _micro_impacts(rng, u, decay):
@@ -101,7 +116,7 @@ def _micro_impacts(rng, u, decay):
     times = np.cumsum(rng.uniform(0.045, 0.085, size=10)) - 0.045
     times[0] = 0.0
     since = u - times[np.searchsorted(times, u, side="right") - 1].astype(np.float32)
-    return np.exp(-since / rng.uniform(0.010, 0.016)).astype(np.float32)
+    return np.exp(-since / rng.uniform(*RATTLE)).astype(np.float32)
 
 
 def _sliding(rng, scene, seconds):
@@ -115,14 +130,39 @@ def _sliding(rng, scene, seconds):
 
 def _background(rng, count):
     """Spectrum of stationary background noise and hum, as a time signal [count]."""
-    seconds = np.arange(count) / SAMPLE_RATE_HZ
-    hum = np.zeros(count)
-    mains = rng.choice([50.0, 60.0])
-    for harmonic in range(2, 6):
-        level = 0.02 * rng.uniform(0, 1) ** 2
+    seconds = np.arange(800) / SAMPLE_RATE_HZ  # a whole number of cycles of 60 Hz and of 100 Hz
+    hum = np.zeros(800)
+    mains = rng.choice([60.0, 100.0])
+    for harmonic in range(1, 6):
+        level = 0.03 * rng.uniform(0, 1) ** 2
         hum += level * np.sin(2 * np.pi * (mains * harmonic * seconds + rng.uniform()))
     noise = rng.standard_normal(count, dtype=np.float32)
-    return 10 ** (rng.uniform(-44, -34) / 20) * noise + hum.astype(np.float32)
+    return 10 ** (rng.uniform(*NOISE) / 20) * noise + np.resize(hum, count).astype(np.float32)
+
+
+def _distractors(rng, scene, count):
+    """Other sounds, with soft onsets, whose micro-structure is any of the materials'."""
+    track = np.zeros(count, np.float32)
+    at = 0
+    while True:
+        at += int(rng.exponential(0.7) * SAMPLE_RATE_HZ)
+        length = int(rng.uniform(0.4, 1.2) * SAMPLE_RATE_HZ)
+        if at + length > count:
+            return track
+        u = np.arange(length, dtype=np.float32) / SAMPLE_RATE_HZ
+        window = np.sin(np.pi * u / u[-1]) ** 2
+        hz = np.exp(rng.uniform(np.log(300), np.log(4000)))
+        octaves = rng.uniform(-1.2, 1.2) * (u - u[-1] / 2)
+        kind = rng.integers(3)
+        if kind == 0:
+            octaves *= 0
+        if kind == 2:
+            window = window * (0.2 + 0.8 * np.cos(np.pi * rng.uniform(5, 18) * u) ** 2)
+        track[at : at + length] += (
+            rng.uniform(0.3, 1)
+            * window
+            * np.sin(2 * np.pi * np.cumsum(hz * 2**octaves) / SAMPLE_RATE_HZ)
+        ).astype(np.float32)
 
 
 def _room_and_equaliser(rng, body, background):
