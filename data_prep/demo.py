@@ -13,7 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from data_prep import foley, prepare
+from data_prep import prepare
+from data_prep.foley import command as foley
 
 # The null controls need enough noise that 5 points are more than 3 standard errors.
 _NULL_VIDEOS = 60

@@ -126,7 +126,7 @@ def log_mel(windows: Any, spec: LogMelSpec, xp: Any = np) -> Any:
     hann, filters = _constants(spec)
     if xp.issubdtype(windows.dtype, xp.integer):
         windows = windows.astype(xp.float32) * _INT16_SCALE
-    spectrum = xp.fft.rfft(windows * hann, axis=-1)
+    spectrum = xp.fft.rfft(windows * hann.reshape((1,) * (windows.ndim - 1) + (-1,)), axis=-1)
     power = xp.square(spectrum.real) + xp.square(spectrum.imag)
     mel = xp.matmul(power.astype(xp.float32), filters.T)
     return ((xp.log(mel + np.float32(spec.floor)) - spec.mean) / spec.std).astype(xp.float32)

@@ -14,8 +14,14 @@ SAMPLE_RATE_HZ = 16_000
 
 
 def make_record(
-    number: int, *, seconds: float, fps: float = 16.0, side: int = 64, has_audio: bool = True,
-    has_video: bool = True, source: str | None = None,
+    number: int,
+    *,
+    seconds: float,
+    fps: float = 16.0,
+    side: int = 64,
+    has_audio: bool = True,
+    has_video: bool = True,
+    source: str | None = None,
 ) -> Record:
     """A moving bright square over noise, with a tone whose pitch belongs to the number."""
     rng = np.random.default_rng(number)

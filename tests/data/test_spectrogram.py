@@ -39,9 +39,7 @@ def test_agrees_with_librosa(xp, speed):
     rng = np.random.default_rng(speed)
     waveform = np.clip(rng.normal(0, 3000, 160_000), -32768, 32767).astype(np.int16)
     begin = 12_345
-    ours = log_mel(
-        xp.asarray(windows_of(waveform, Clip(begin / 16_000, speed, FORWARD))), SPEC, xp
-    )
+    ours = log_mel(xp.asarray(windows_of(waveform, Clip(begin / 16_000, speed, FORWARD))), SPEC, xp)
     power = librosa.feature.melspectrogram(
         y=waveform[begin:].astype(np.float32) / 32768,
         sr=16_000,
@@ -135,7 +133,7 @@ def test_the_null_control_finds_the_averaging_that_leaks():
 
 
 def test_settings_without_meaning_are_refused():
-    with pytest.raises(ValueError, match="windows of 239.9"):
+    with pytest.raises(ValueError, match=r"windows of 239\.9"):
         dataclasses.replace(SPEC, frames=50.01)
     with pytest.raises(ValueError, match="below 8000 Hz"):
         dataclasses.replace(SPEC, max_hz=9000.0)

@@ -1,0 +1,217 @@
+"""Pipeline: the same batches whatever runs it, exact positions, true masks."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from absl import flags
+
+from avcl_jax.data.augment import PhotometricSpec, photometric
+from avcl_jax.data.crop import Crop, CropSpec, apply_crop, random_crop
+from avcl_jax.data.pipeline import (
+    RenderSpec,
+    UsableRecords,
+    fixed_views,
+    render_video,
+    train_batches,
+)
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.spectrogram import LogMelSpec, log_mel
+from avcl_jax.data.views import BACKWARD, FORWARD, Clip, ViewSpec
+from tests.data.synthetic_records import make_record, write_records
+
+VIEWS = ViewSpec(num_frames=8, clip_seconds=0.5, speeds=(1, 2, 4, 8), audio_transform="shared")
+MEL = LogMelSpec(
+    sample_rate_hz=16_000,
+    frames=32,
+    mels=20,
+    clip_seconds=0.5,
+    min_hz=100.0,
+    max_hz=7_000.0,
+    floor=1e-6,
+    mean=-7.0,
+    std=3.0,
+)
+SPEC = RenderSpec(
+    views=VIEWS,
+    log_mel=MEL,
+    crop=CropSpec(image_size=32, min_area=0.5, flip=True),
+    spectrogram_on_device=False,
+    modalities="audio_visual",
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    records = [make_record(n, seconds=4.5 + n % 3) for n in range(20)]
+    records[3] = make_record(3, seconds=5.0, has_audio=False)
+    records[7] = make_record(7, seconds=5.0, has_video=False)
+    records[11] = dataclasses.replace(records[11], source_id="source 10")
+    records.append(make_record(20, seconds=0.3))
+    directory = write_records(tmp_path_factory.mktemp("pipeline") / "records", records)
+    return UsableRecords(RecordDataset(directory, "train"), SPEC)
+
+
+def batches(source, number, **options):
+    settings = {"seed": 5, "global_batch_size": 8} | options
+    return list(itertools.islice(iter(train_batches(source, SPEC, **settings)), number))
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+def test_shapes_dtypes_and_masks(source):
+    assert len(source) == 20
+    assert source.num_too_short == 1
+    seen = {}
+    for batch in batches(source, 10):
+        assert batch["video"].shape == (8, 2, 8, 32, 32, 3)
+        assert batch["video"].dtype == np.uint8
+        assert batch["spectrogram"].shape == (8, 2, 32, 20)
+        assert batch["spectrogram"].dtype == np.float32
+        for name in ("source_id", "record_index", "order", "label_motion", "label_material"):
+            assert batch[name].dtype == np.int32
+        for row, index in enumerate(batch["record_index"]):
+            record = source.records[int(index)]
+            seen[record.record_id] = int(batch["source_id"][row])
+            assert batch["has_video"][row] == record.has_video
+            assert batch["has_audio"][row] == record.has_audio
+            assert batch["video"][row].any() == record.has_video
+            assert batch["spectrogram"][row].any() == record.has_audio
+            assert batch["label_motion"][row] == record.labels["motion"]
+    assert seen["record 10"] == seen["record 11"]
+    assert len(set(seen.values())) == 19
+
+
+def test_every_epoch_shows_every_record_once(source):
+    indices = np.concatenate([b["record_index"] for b in batches(source, 5, global_batch_size=4)])
+    assert sorted(indices) == sorted(source.indices)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_same_batches_for_any_number_of_workers(source, workers):
+    flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
+    expected = batches(source, 5)
+    for left, right in zip(expected, batches(source, 5, workers=workers), strict=True):
+        assert_same(left, right)
+
+
+def test_same_batches_for_any_number_of_threads_and_another_seed_differs(source):
+    expected = batches(source, 4, threads=1)
+    for left, right in zip(expected, batches(source, 4, threads=5), strict=True):
+        assert_same(left, right)
+    assert (batches(source, 1, seed=6)[0]["record_index"] != expected[0]["record_index"]).any()
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 7])
+def test_resuming_at_any_step_gives_the_batch_that_would_have_come(source, step):
+    expected = batches(source, step + 2)[step:]
+    for left, right in zip(expected, batches(source, 2, first_step=step), strict=True):
+        assert_same(left, right)
+
+
+def test_hosts_see_disjoint_parts_that_together_are_the_whole(source):
+    whole = batches(source, 3)
+    halves = [batches(source, 3, host=host, hosts=2) for host in range(2)]
+    for batch, first, second in zip(whole, *halves, strict=True):
+        assert first["video"].shape[0] == 4
+        joined = {name: np.concatenate([first[name], second[name]]) for name in batch}
+        assert_same(joined, batch)
+    with pytest.raises(ValueError, match="not divisible by the 3 processes"):
+        batches(source, 1, hosts=3)
+
+
+def test_views_show_what_their_labels_say(source):
+    """The same view rendered directly from the record, at the label's speed and direction."""
+    record = source.records[0]
+    for speed in range(4):
+        clip = Clip(0.25, speed, FORWARD)
+        crop = Crop(0, 0, 64, False)
+        forward = render_video(record, clip, crop, SPEC)
+        backward = render_video(record, dataclasses.replace(clip, direction=BACKWARD), crop, SPEC)
+        np.testing.assert_array_equal(backward, forward[::-1])
+        faster = render_video(record, Clip(0.25, 0, FORWARD), crop, SPEC)
+        step = VIEWS.speeds[speed]
+        shared = faster[::step]
+        np.testing.assert_array_equal(forward[: len(shared)], shared)
+
+
+def test_one_crop_for_all_frames_of_a_clip():
+    frames = np.repeat(np.random.default_rng(0).integers(0, 256, (1, 40, 60, 3), np.uint8), 6, 0)
+    rng = np.random.default_rng(1)
+    spec = CropSpec(image_size=24, min_area=0.4, flip=True)
+    crops = [random_crop(rng, 40, 60, spec) for _ in range(200)]
+    assert 0.35 < np.mean([crop.flip for crop in crops]) < 0.65
+    for crop in crops:
+        assert 0.39 * 1600 <= crop.size**2 <= 1600
+        assert crop.top + crop.size <= 40
+        assert crop.left + crop.size <= 60
+        out = apply_crop(frames, crop, 24)
+        np.testing.assert_array_equal(out, out[:1].repeat(6, 0))
+    plain = Crop(3, 5, 24, False)
+    np.testing.assert_array_equal(apply_crop(frames, plain, 24), frames[:, 3:27, 5:29])
+    mirrored = apply_crop(frames, dataclasses.replace(plain, flip=True), 24)
+    np.testing.assert_array_equal(mirrored, frames[:, 3:27, 5:29][:, :, ::-1])
+
+
+def test_photometric_jitter_is_constant_within_a_clip():
+    import jax
+
+    video = jax.numpy.full((3, 2, 5, 4, 4, 3), 0.25)
+    spec = PhotometricSpec(
+        brightness=0.3, contrast=0.3, saturation=0.3, gray_probability=0.2, per_frame=False
+    )
+    out = np.asarray(photometric(jax.random.key(0), video, spec))
+    np.testing.assert_array_equal(out, out[:, :, :1].repeat(5, 2))
+    assert len(np.unique(out[:, :, 0, 0, 0, 0])) == 6
+    per_frame = photometric(jax.random.key(0), video, dataclasses.replace(spec, per_frame=True))
+    assert len(np.unique(np.asarray(per_frame)[:, :, :, 0, 0, 0])) == 30
+    off = dataclasses.replace(
+        spec, brightness=0.0, contrast=0.0, saturation=0.0, gray_probability=0.0
+    )
+    np.testing.assert_allclose(photometric(jax.random.key(0), video, off), video, atol=1e-6)
+
+
+def test_device_windows_give_the_same_spectrograms(source):
+    on_device = dataclasses.replace(SPEC, spectrogram_on_device=True)
+    there = next(iter(train_batches(source, on_device, seed=5, global_batch_size=8)))
+    here = batches(source, 1)[0]
+    assert there["audio_windows"].dtype == np.int16
+    made = np.where(here["has_audio"][:, None, None, None], log_mel(there["audio_windows"], MEL), 0)
+    np.testing.assert_array_equal(made, here["spectrogram"])
+
+
+@pytest.mark.parametrize("modality", ["video", "audio"])
+def test_training_on_one_modality_is_one_line(source, modality):
+    spec = dataclasses.replace(SPEC, modalities=modality)
+    alone = UsableRecords(source.records, spec)
+    assert len(alone) == 19
+    batch = next(iter(train_batches(alone, spec, seed=0, global_batch_size=4)))
+    other = {"video": "audio", "audio": "video"}[modality]
+    assert batch[f"has_{modality}"].all()
+    assert not batch[f"has_{other}"].any()
+
+
+def test_fixed_views_are_the_same_each_time_and_evenly_spaced(source):
+    arguments = {"speeds": (1, 3), "views_per_speed": 3, "direction": FORWARD}
+    first = fixed_views(source, 0, SPEC, **arguments)
+    assert first["video"].shape == (6, 8, 32, 32, 3)
+    np.testing.assert_array_equal(first["video_speed"], [1, 1, 1, 3, 3, 3])
+    assert_same(first, fixed_views(source, 0, SPEC, **arguments))
+
+
+def test_what_does_not_fit_is_one_clear_error(source, tmp_path):
+    with pytest.raises(ValueError, match="larger than the 20 usable records"):
+        train_batches(source, SPEC, seed=0, global_batch_size=21)
+    wrong = dataclasses.replace(SPEC, log_mel=dataclasses.replace(MEL, sample_rate_hz=32_000))
+    with pytest.raises(ValueError, match="sound at 16000 Hz, the spectrogram is defined at 32000"):
+        UsableRecords(source.records, wrong)
+    short = write_records(tmp_path / "short", [make_record(n, seconds=0.3) for n in range(2)])
+    with pytest.raises(ValueError, match="none of the 2 records"):
+        UsableRecords(RecordDataset(short, "train"), SPEC)

@@ -1,0 +1,171 @@
+"""Encoders and heads: published sizes, masks, and the same function however it is lowered."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from avcl_jax.models.audio_encoders import AudioResNet
+from avcl_jax.models.audio_visual import AudioVisualModel
+from avcl_jax.models.heads import normalize
+from avcl_jax.models.layers import BatchNorm, Conv3D
+from avcl_jax.models.video_encoders import VideoResNet, middle_channels
+
+SMALL_VIDEO = VideoResNet((8, 12), (1, 1), "r2plus1d_plain", "patch4", True)
+SMALL_AUDIO = AudioResNet((8, 12), (1, 1), "patch", (2, 4))
+MODEL = AudioVisualModel(SMALL_VIDEO, SMALL_AUDIO, 16, 20, 24, 4)
+
+
+def count(module, *inputs):
+    shapes = jax.eval_shape(
+        lambda: module.init(jax.random.key(0), *(jnp.zeros(s) for s in inputs), train=False)
+    )
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+
+
+def test_published_numbers_of_parameters():
+    clip = (1, 16, 112, 112, 3)
+    full = {"widths": (64, 128, 256, 512), "depths": (2, 2, 2, 2), "subtract_time_mean": False}
+    r2plus1d = VideoResNet(factorisation="r2plus1d", stem="r2plus1d", **full)
+    # torchvision.models.video counts 31,300,125 and 33,166,272 without the classifier.
+    assert count(r2plus1d, clip) == pytest.approx(31_300_125, rel=2e-3)
+    assert count(VideoResNet(factorisation="r3d", stem="r3d", **full), clip) == 33_166_272
+    # torchvision's resnet18 has 11,176,512 without the classifier, 6,272 of them for the two
+    # input channels that a spectrogram does not have.
+    audio = AudioResNet((64, 128, 256, 512), (2, 2, 2, 2), "resnet")
+    assert count(audio, (1, 64, 64)) == 11_176_512 - 2 * 7 * 7 * 64
+    assert middle_channels(64, 64) == 144
+    assert middle_channels(64, 128) == 230
+
+
+@pytest.mark.parametrize(
+    ("kernel", "strides"),
+    [
+        ((1, 3, 3), (1, 2, 2)),
+        ((3, 1, 1), (2, 1, 1)),
+        ((1, 1, 1), (2, 2, 2)),
+        ((3, 3, 3), (1, 1, 1)),
+    ],
+)
+def test_folded_and_direct_convolutions_agree(kernel, strides):
+    x = jax.random.normal(jax.random.key(0), (2, 6, 7, 8, 5))
+    direct = Conv3D(9, kernel, strides, "direct")
+    variables = direct.init(jax.random.key(1), x)
+    folded = Conv3D(9, kernel, strides, "folded").apply(variables, x)
+    np.testing.assert_allclose(folded, direct.apply(variables, x), atol=1e-5)
+
+
+def test_batch_norm_counts_present_rows_only():
+    x = jax.random.normal(jax.random.key(0), (6, 5, 3)) * 4 + 2
+    mask = jnp.array([True, False, True, True, False, True])
+    norm = BatchNorm()
+    variables = norm.init(jax.random.key(0), x, train=False, mask=None)
+    out, mutated = norm.apply(variables, x, train=True, mask=mask, mutable=["batch_stats"])
+    rows = np.asarray(x)[np.asarray(mask)].reshape(-1, 3)
+    expected = (np.asarray(x) - rows.mean(0)) / np.sqrt(rows.var(0) + 1e-5)
+    np.testing.assert_allclose(out, expected, atol=1e-4)
+    stats = mutated["batch_stats"]["norm"]
+    np.testing.assert_allclose(stats["mean"], 0.1 * rows.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * rows.var(0), rtol=1e-4)
+    spoiled = x.at[1].set(1e6)
+    other, _ = norm.apply(variables, spoiled, train=True, mask=mask, mutable=["batch_stats"])
+    np.testing.assert_allclose(np.asarray(other)[mask], np.asarray(out)[mask], atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    keys = jax.random.split(jax.random.key(3))
+    return {
+        "video": jax.random.normal(keys[0], (5, 2, 4, 16, 16, 3)),
+        "spectrogram": jax.random.normal(keys[1], (5, 2, 8, 16)),
+        "has_video": jnp.array([True, True, False, True, True]),
+        "has_audio": jnp.array([True, True, True, False, True]),
+    }
+
+
+@pytest.fixture(scope="module")
+def variables(inputs):
+    # Jitted: op by op it takes five times as long.
+    return jax.jit(MODEL.init, static_argnames="train")(jax.random.key(0), **inputs, train=False)
+
+
+def test_outputs_have_their_shapes_and_unit_norm(inputs, variables):
+    out = MODEL.apply(variables, **inputs, train=False)
+    shapes = {name: value.shape for name, value in out.items()}
+    assert shapes == {
+        "video_features": (5, 2, 12),
+        "audio_features": (5, 2, 12),
+        "video_embeddings": (5, 2, 16),
+        "audio_embeddings": (5, 2, 16),
+        "speed_video": (5, 2, 4),
+        "speed_audio": (5, 2, 4),
+        "direction_video": (5, 2, 2),
+        "direction_audio": (5, 2, 2),
+        "order_vv": (5, 3),
+        "order_aa": (5, 3),
+        "order_va": (5, 2, 3),
+    }
+    for name in ("video_embeddings", "audio_embeddings"):
+        np.testing.assert_allclose(np.linalg.norm(out[name], axis=-1), 1.0, rtol=1e-5)
+
+
+def test_missing_rows_do_not_touch_the_others(inputs, variables):
+    def features(inputs):
+        return MODEL.apply(variables, **inputs, train=True, mutable=["batch_stats"])
+
+    out, stats = features(inputs)
+    spoiled = inputs | {
+        "video": inputs["video"].at[2].set(50.0),
+        "spectrogram": inputs["spectrogram"].at[3].set(50.0),
+    }
+    other, other_stats = features(spoiled)
+    np.testing.assert_allclose(
+        np.delete(other["video_features"], 2, 0), np.delete(out["video_features"], 2, 0), atol=1e-5
+    )
+    np.testing.assert_allclose(
+        np.delete(other["audio_features"], 3, 0), np.delete(out["audio_features"], 3, 0), atol=1e-5
+    )
+    both = np.asarray(inputs["has_video"] & inputs["has_audio"])
+    np.testing.assert_allclose(other["order_va"][both], out["order_va"][both], atol=1e-4)
+    for a, b in zip(jax.tree.leaves(stats), jax.tree.leaves(other_stats), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_order_va_pairs_one_view_with_the_other(inputs, variables):
+    """Changing the sound of view 2 changes (v1, a2) and leaves (v2, a1)."""
+    out = MODEL.apply(variables, **inputs, train=False)["order_va"]
+    changed = inputs | {"spectrogram": inputs["spectrogram"].at[:, 1].multiply(-2.0)}
+    other = MODEL.apply(variables, **changed, train=False)["order_va"]
+    assert np.abs(other[:, 0] - out[:, 0]).max() > 1e-3
+    np.testing.assert_array_equal(other[:, 1], out[:, 1])
+
+
+def test_subtracting_the_time_mean_hides_what_stands_still():
+    x = jax.random.normal(jax.random.key(0), (2, 4, 16, 16, 3))
+    still = jax.random.normal(jax.random.key(1), (2, 1, 16, 16, 3))
+    variables = SMALL_VIDEO.init(jax.random.key(2), x, train=False)
+    plain = SMALL_VIDEO.apply(variables, x, train=False)["features"]
+    moved = SMALL_VIDEO.apply(variables, x + still, train=False)["features"]
+    np.testing.assert_allclose(moved, plain, atol=1e-4)
+    keeps = dataclasses.replace(SMALL_VIDEO, subtract_time_mean=False)
+    assert np.abs(keeps.apply(variables, x + still, train=False)["features"] - plain).max() > 0.01
+
+
+def test_normalize_is_finite_at_zero():
+    gradient = jax.grad(lambda x: normalize(x).sum())(jnp.zeros((2, 3)))
+    assert np.isfinite(gradient).all()
+
+
+def test_what_does_not_fit_is_one_clear_error():
+    clip = jnp.zeros((1, 4, 18, 16, 3))
+    with pytest.raises(ValueError, match="divisible by 4, got 18x16"):
+        SMALL_VIDEO.init(jax.random.key(0), clip, train=False)
+    with pytest.raises(ValueError, match=r"patch \(2, 4\) must divide the spectrogram's 8x15"):
+        SMALL_AUDIO.init(jax.random.key(0), jnp.zeros((1, 8, 15)), train=False)
+    wrong = dataclasses.replace(SMALL_VIDEO, depths=(1,))
+    with pytest.raises(ValueError, match="equally long"):
+        wrong.init(jax.random.key(0), jnp.zeros((1, 4, 16, 16, 3)), train=False)
