@@ -12,6 +12,7 @@ from functools import reduce
 from typing import Literal
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -125,16 +126,14 @@ def rank(
 
 def _gumbel(key: Array, anchor: Array, insertion: Array) -> Array:
     """Gumbel noise [anchors, rows] that depends on (key, anchor, insertion number) alone."""
-    # Whatever the implementation of `key`: vmapped draws of "rbg" depend on the batch's shape.
-    key = jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")
-
-    def draw(anchor, insertion):
-        anchor_key = jax.random.fold_in(key, anchor)
-        return jax.vmap(lambda number: jax.random.gumbel(jax.random.fold_in(anchor_key, number)))(
-            insertion
-        )
-
-    return jax.vmap(draw)(anchor, insertion)
+    # One Threefry block per pair, counting (anchor, insertion). `jax.random` under vmap needs three
+    # (two fold_in, one draw), and draws of an "rbg" key would depend on the batch's shape.
+    counter = jnp.stack([jnp.broadcast_to(anchor[:, None], insertion.shape), insertion])
+    words = jax.random.key_data(key).ravel()[:2]
+    bits = jax.extend.random.threefry_2x32(words, counter.astype(jnp.uint32))[0]
+    # 23 bits, centred: float32 holds every value exactly, and neither 0 nor 1 is among them.
+    uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
+    return -jnp.log(-jnp.log(uniform))
 
 
 def pick(

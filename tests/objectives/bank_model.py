@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 
@@ -43,11 +42,26 @@ def as_set(bank):
     return {name: np.asarray(getattr(bank, name).astype(np.float32))[order] for name in names}
 
 
-@jax.jit
+def _threefry(key, x, y):
+    """Threefry-2x32, 20 rounds (Salmon et al., "Parallel random numbers", SC 2011): first word."""
+    x, y = (np.asarray(word, np.uint32) for word in (x, y))
+    schedule = [*key, key[0] ^ key[1] ^ np.uint32(0x1BD11BDA)]
+    rotations = [(13, 15, 26, 6), (17, 29, 16, 24)]
+    with np.errstate(over="ignore"):
+        x, y = x + schedule[0], y + schedule[1]
+        for block in range(5):
+            for shift in rotations[block % 2]:
+                x = x + y
+                y = x ^ ((y << np.uint32(shift)) | (y >> np.uint32(32 - shift)))
+            x = x + schedule[(block + 1) % 3]
+            y = y + schedule[(block + 2) % 3] + np.uint32(block + 1)
+    return x
+
+
 def _noise(key, anchor, insertion):
-    key = jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")
-    key = jax.random.fold_in(key, anchor)
-    return jax.vmap(lambda number: jax.random.gumbel(jax.random.fold_in(key, number)))(insertion)
+    words = np.asarray(jax.random.key_data(key))
+    bits = _threefry(words, np.full_like(insertion, anchor), insertion)
+    return -np.log(-np.log(((bits >> 9) + 0.5) / 2**23))
 
 
 class BankModel:
@@ -96,10 +110,8 @@ class BankModel:
             ]
         )
         order = np.argsort(-scores)[: sampling.ranks]
-        insertion = np.full(sampling.ranks, -1)
-        insertion[: len(order)] = [eligible[r]["insertion"] for r in order]
-        noise = _noise(key, np.uint32(2 * anchor_id + view), insertion)
-        noise = np.asarray(noise)[: len(order)]
+        insertion = np.array([eligible[r]["insertion"] for r in order], np.int32)
+        noise = _noise(key, 2 * anchor_id + view, insertion)
         perturbed = noise
         if sampling.sampling == "gumbel":
             perturbed = scores[order] / sampling.temperature + noise

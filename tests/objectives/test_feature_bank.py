@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ TERMS = [("video", "video"), ("video", "audio"), ("audio", "video"), ("audio", "
 insert = jax.jit(partial(feature_bank.insert, **ONE_DEVICE))
 
 
+@cache
 def sampler(term, sampling):
     return jax.jit(
         partial(
@@ -246,6 +247,9 @@ def test_noise_depends_on_key_anchor_and_view():
     assert first[0] != first[1]  # the two views, equal but for their number
     assert negatives(key=1) != first
     assert negatives(anchor_id=jnp.array([1], jnp.int32)) != first
+    keys = (jax.random.fold_in(jax.random.key(0, impl="rbg"), step) for step in range(2))
+    other = [sample(bank, key, **anchors).negative_insertion for key in keys]
+    assert (other[0] != other[1]).any()
 
 
 def test_tiles_change_nothing(monkeypatch):
@@ -255,7 +259,7 @@ def test_tiles_change_nothing(monkeypatch):
         bank, jax.random.key(0), **anchors, active=True
     )
     monkeypatch.setattr(bank_sampling, "_TILE_ELEMENTS", 3 * SIZE)  # 8 anchors in 3 tiles
-    tiled = sampler(("video", "audio"), sampling_of("agreement"))(
+    tiled = sampler.__wrapped__(("video", "audio"), sampling_of("agreement"))(
         bank, jax.random.key(0), **anchors, active=True
     )
     jax.tree.map(np.testing.assert_array_equal, whole, tiled)
@@ -271,6 +275,7 @@ def test_redistribute_leaves_a_bank_that_lies_right():
 def test_sample_metrics():
     bank, batch = filled(4, batches=7)
     batch["has_video"][:2] = True, False
+    batch["label"][:] = 0, 1, 2, -1
     drawn = sampler(("video", "audio"), sampling_of())(
         bank, jax.random.key(0), **as_anchors(batch, np.arange(VIDEOS)), active=True
     )

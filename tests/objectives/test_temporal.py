@@ -1,0 +1,160 @@
+"""The temporal terms: cross-entropy, who counts in each, and what their labels say."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from avcl_jax.objectives import temporal
+
+VIDEOS, SPEEDS = 6, 4
+classification_loss = jax.jit(temporal.classification_loss)
+temporal_losses = jax.jit(temporal.temporal_losses)
+temporal_targets = jax.jit(temporal.temporal_targets)
+
+
+def example(seed=0):
+    """Outputs and batch in which media are missing and tasks are undefined, as numpy arrays."""
+    rng = np.random.default_rng(seed)
+    outputs = {
+        "speed_video": rng.normal(size=(VIDEOS, 2, SPEEDS)),
+        "speed_audio": rng.normal(size=(VIDEOS, 2, SPEEDS)),
+        "direction_video": rng.normal(size=(VIDEOS, 2, 2)),
+        "direction_audio": rng.normal(size=(VIDEOS, 2, 2)),
+        "order_vv": rng.normal(size=(VIDEOS, 3)),
+        "order_aa": rng.normal(size=(VIDEOS, 3)),
+        "order_va": rng.normal(size=(VIDEOS, 2, 3)),
+        "video_features": rng.normal(size=(VIDEOS, 2, 5)),
+    }
+    batch = {
+        "has_video": np.array([1, 1, 1, 0, 1, 1], bool),
+        "has_audio": np.array([1, 1, 0, 1, 1, 1], bool),
+        "speed_mask": np.array([1, 0, 1, 1, 1, 1], bool),
+        "direction_mask": np.array([1, 1, 1, 1, 0, 1], bool),
+        "order_mask": np.array([1, 1, 1, 1, 1, 0], bool),
+        "order": np.array([0, 1, 2, 2, 0, 1]),
+        "video_speed": rng.integers(0, SPEEDS, (VIDEOS, 2)),
+        "audio_speed": rng.integers(0, SPEEDS, (VIDEOS, 2)),
+        "video_direction": rng.integers(0, 2, (VIDEOS, 2)),
+        "audio_direction": rng.integers(0, 2, (VIDEOS, 2)),
+    }
+    return {name: value.astype(np.float32) for name, value in outputs.items()}, batch
+
+
+def expected(term, outputs, batch):
+    """Mean cross-entropy, accuracy and count by loops over who counts."""
+    task, modalities = term.split("_")
+    read = {"v": ["video"], "a": ["audio"], "video": ["video"], "audio": ["audio"]}
+    media = [
+        m for letter in (modalities if task == "order" else [modalities]) for m in read[letter]
+    ]
+    entropies, correct = [], []
+    for i in range(VIDEOS):
+        if not (batch[f"{task}_mask"][i] and all(batch[f"has_{medium}"][i] for medium in media)):
+            continue
+        if task != "order":
+            pairs = [(outputs[term][i, k], batch[f"{modalities}_{task}"][i, k]) for k in range(2)]
+        elif term == "order_va":  # view 1's picture with view 2's sound, and the reverse
+            order = batch["order"][i]
+            pairs = list(zip(outputs[term][i], (order, 2 - order), strict=True))
+        else:
+            pairs = [(outputs[term][i], batch["order"][i])]
+        for logits, label in pairs:
+            entropies.append(np.log(np.exp(logits).sum()) - logits[label])
+            correct.append(logits.argmax() == label)
+    return np.mean(entropies), np.mean(correct), len(correct)
+
+
+@pytest.mark.parametrize("term", temporal.TERMS)
+def test_terms_against_loops(term):
+    outputs, batch = example()
+    losses = temporal_losses(outputs, batch)
+    assert tuple(losses) == tuple(sorted(temporal.TERMS))
+    loss, metrics = losses[term]
+    entropy, accuracy, count = expected(term, outputs, batch)
+    np.testing.assert_allclose(loss, entropy, rtol=1e-5)
+    np.testing.assert_allclose(metrics["accuracy"], accuracy, rtol=1e-6)
+    assert metrics["count"] == count
+    assert count < 2 * VIDEOS
+
+
+def test_every_term_gives_gradient_to_its_logits_only():
+    outputs, batch = example()
+    for term in temporal.TERMS:
+        gradient = jax.jit(jax.grad(lambda o, term=term: temporal_losses(o, batch)[term][0]))(
+            outputs
+        )
+        touched = {name for name, value in gradient.items() if value.any()}
+        assert touched == {term}
+
+
+def test_whatever_a_masked_entry_holds():
+    outputs, batch = example()
+    clean = temporal_losses(outputs, batch)
+    for name, (_, mask) in temporal_targets(batch).items():
+        assert not mask.all()
+        outputs[name][~np.asarray(mask)] = np.nan
+    for name in ("video_speed", "audio_speed"):
+        batch[name][~batch["speed_mask"]] = -1
+    losses = temporal_losses(outputs, batch)
+    for term in temporal.TERMS:
+        np.testing.assert_allclose(losses[term][0], clean[term][0], rtol=1e-6)
+        assert losses[term][1]["accuracy"] == clean[term][1]["accuracy"]
+    gradient = jax.jit(
+        jax.grad(lambda o: sum(loss for loss, _ in temporal_losses(o, batch).values()))
+    )(outputs)
+    for term in temporal.TERMS:
+        assert np.isfinite(gradient[term]).all()
+
+
+def test_an_empty_term_is_zero_with_zero_gradient():
+    outputs, batch = example()
+    batch |= {name: np.zeros(VIDEOS, bool) for name in ("speed_mask", "has_audio")}
+    losses = temporal_losses(outputs, batch)
+    gradient = jax.jit(
+        jax.grad(lambda o: sum(loss for loss, _ in temporal_losses(o, batch).values()))
+    )(outputs)
+    for term in temporal.TERMS:
+        loss, metrics = losses[term]
+        empty = term not in ("direction_video", "order_vv")
+        assert (metrics["count"] == 0) == empty
+        assert (loss == 0) == empty
+        assert gradient[term].any() != empty
+        assert np.isfinite(metrics["accuracy"])
+
+
+def test_a_model_of_one_modality_has_fewer_terms():
+    outputs, batch = example()
+    only = {name: value for name, value in outputs.items() if name in ("speed_audio", "order_aa")}
+    assert set(temporal_losses(only, batch)) == {"speed_audio", "order_aa"}
+
+
+def test_reversing_time_reverses_only_before_and_after():
+    _, batch = example()
+    labels, _ = temporal_targets(batch)["order_va"]
+    np.testing.assert_array_equal(labels[:, 0], batch["order"])
+    np.testing.assert_array_equal(labels[:, 1], np.array([2, 1, 0])[batch["order"]])
+
+
+def test_half_precision_and_large_logits():
+    logits = jnp.array([[300.0, -300.0], [-300.0, 300.0]], jnp.bfloat16)
+    loss, metrics = classification_loss(logits, jnp.array([0, 0]), jnp.array([True, True]))
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, (0 + 600) / 2, rtol=1e-2)
+    assert metrics["accuracy"] == 0.5
+
+
+def test_gradient_against_finite_differences():
+    rng = np.random.default_rng(0)
+    logits, direction = rng.normal(size=(2, 5, 3))
+    labels, mask = jnp.arange(5) % 3, jnp.array([True, True, False, True, True])
+    with jax.enable_x64(True):
+
+        def loss(logits):
+            return classification_loss(logits, labels, mask)[0]
+
+        slope = (jax.grad(loss)(jnp.asarray(logits)) * direction).sum()
+        difference = (loss(logits + 1e-6 * direction) - loss(logits - 1e-6 * direction)) / 2e-6
+    np.testing.assert_allclose(slope, difference, rtol=1e-6)
