@@ -118,8 +118,12 @@ def _open(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Sequence[Any]]]:
         raise MediaError("not_media", "FFmpeg finds no container it knows") from error
     except av.error.DecoderNotFoundError as error:
         raise MediaError("unsupported_codec", error.strerror or str(error)) from error
-    except (av.error.FFmpegError, OSError) as error:
+    except OSError as error:  # FFmpeg's errors that are errors of the system are these too
         raise MediaError("unreadable", f"{type(error).__name__}: {error.strerror}") from error
+    except av.error.EOFError as error:
+        raise MediaError("truncated", "the file ends inside its header") from error
+    except av.error.FFmpegError as error:
+        raise MediaError("damaged", f"{type(error).__name__}: {error.strerror}") from error
 
 
 def probe(path: str | os.PathLike[str]) -> MediaInfo:
@@ -185,6 +189,12 @@ def _decoded(
             packet = next(packets, None)
             if packet is None:
                 return
+            if packet.is_corrupt:
+                _check_log(container, log, where)
+                # FFmpeg calls a packet corrupt that the file does not hold all of, and in
+                # transport streams also one of which the transmission lost a part.
+                reason = "damaged" if container.format.name == "mpegts" else "truncated"
+                raise MediaError(reason, f"a packet of {stream.type} is not whole after {where}")
             frames = packet.decode()
         except av.error.FFmpegError as error:
             if packet is not None and early(_packet_time(packet)):
@@ -194,8 +204,6 @@ def _decoded(
                 "damaged", f"{stream.type} cannot be decoded after {where}: {error.strerror}"
             ) from error
         _check_log(container, log, where)
-        if packet.is_corrupt:
-            raise MediaError("damaged", f"{stream.type} is damaged after {where}")
         for frame in frames:
             if stream.type == "video" and early(frame.time):
                 continue

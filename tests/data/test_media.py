@@ -313,7 +313,7 @@ def test_no_picture_and_no_sound_are_told_apart(tmp_path: Path, clip: Path) -> N
     )
     with av.open(str(blind), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000, layout="stereo")
-        tone = np.sin(np.arange(8000) * 0.1) * 8000
+        tone = np.sin(np.arange(8000) * 0.1) * 8000  # one second
         samples = np.repeat(tone.astype(np.int16), 2)[None]  # interleaved
         frame = av.AudioFrame.from_ndarray(samples, "s16", "stereo")
         frame.sample_rate = 8000
@@ -327,8 +327,26 @@ def test_no_picture_and_no_sound_are_told_apart(tmp_path: Path, clip: Path) -> N
     assert len(record.waveform) == 16000
     assert np.abs(record.waveform).max() == pytest.approx(8000, rel=0.02)
     assert refusal(blind, require=("video",)) == "no_video"
+    blind.write_bytes(blind.read_bytes()[:-10_000])  # inside a packet
+    assert refusal(blind) == "truncated"
     assert refusal(clip, min_seconds=5.0) == "too_short"
     assert refusal(clip, max_seconds=2.0) == "too_long"
+
+
+def test_a_file_shorter_than_its_header_says_is_truncated(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut between two packets some containers show no other sign."""
+    info = media.probe(clip)
+    for stated, reason in ((4.5, None), (5.2, "truncated")):
+        monkeypatch.setattr(media, "probe", lambda _, s=stated: info._replace(duration_seconds=s))
+        if reason is None:
+            assert prepare(clip).duration_seconds == pytest.approx(4.24)
+        else:
+            assert refusal(clip) == reason
+    # Where FFmpeg can only guess the duration from the bit rate, it proves nothing.
+    monkeypatch.setattr(media, "probe", lambda _: info._replace(duration_seconds=9.0, format="mp3"))
+    assert prepare(clip).duration_seconds == pytest.approx(4.24)
 
 
 def test_damage_is_refused_with_its_reason(tmp_path: Path, clip: Path) -> None:
@@ -347,6 +365,8 @@ def test_damage_is_refused_with_its_reason(tmp_path: Path, clip: Path) -> None:
     assert refusal(tmp_path / "folder.mp4") == "unreadable"
     (tmp_path / "text.txt").write_text("FFmpeg would show this as a film of a terminal\n")
     assert refusal(tmp_path / "text.txt") == "not_media"
+    (tmp_path / "header.mkv").write_bytes(bytes.fromhex("1a45dfa3"))
+    assert refusal(tmp_path / "header.mkv") in ("truncated", "not_media")
     with pytest.raises(MediaError, match="outside"):
         prepare(clip, 99.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
+from etils import epath
 
 from avcl_jax.data import records, tfrecord
 from avcl_jax.data.decode import decode_jpegs
@@ -218,6 +220,17 @@ def test_a_stale_or_damaged_index_is_rebuilt(prepared: Path) -> None:
     assert dataset.fingerprint != first
 
 
+def test_a_shard_replaced_by_one_of_the_same_size_is_seen_at_opening(tmp_path: Path) -> None:
+    write_dataset(tmp_path, [[make_record(0, video=False)]])
+    shard = tmp_path / shard_name("demo", "train", 0, 1)
+    index = Path(tfrecord.index_path(shard))
+    size, stale = shard.stat().st_size, index.read_bytes()
+    write_shard(shard, [make_record(3, video=False)])
+    assert shard.stat().st_size == size
+    index.write_bytes(stale)
+    assert_same(RecordDataset(tmp_path, "train")[0], make_record(3, video=False))
+
+
 def test_a_shard_replaced_while_open_is_a_stale_index(prepared: Path) -> None:
     dataset = RecordDataset(prepared, "train")
     write_shard(prepared / shard_name("demo", "train", 1, 2), [make_record(5, audio=False)])
@@ -327,3 +340,23 @@ def test_decoding_jpegs() -> None:
         decode_jpegs([jpeg, b"no jpeg"])
     with pytest.raises(ValueError, match="is 8x8 where frame 0 is 6x10"):
         decode_jpegs([jpeg, simplejpeg.encode_jpeg(np.zeros((8, 8, 3), np.uint8))])
+
+
+class ObjectStorePath:
+    """Stands for a path that only etils can open (gs://), where os.pread does not work."""
+
+    def __init__(self, content: bytes):
+        self.content = content
+
+    def open(self, mode: str) -> io.BytesIO:
+        assert mode == "rb"
+        return io.BytesIO(self.content)
+
+
+def test_reading_through_etils_where_there_is_no_local_file(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 8
+    (tmp_path / "x").write_bytes(content)
+    for offset, size in ((0, 16), (100, 300), (2000, 500), (5000, 10)):
+        expected = content[offset : offset + size]
+        assert tfrecord.read_bytes(epath.Path(tmp_path / "x"), offset, size) == expected
+        assert tfrecord.read_bytes(ObjectStorePath(content), offset, size) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import multiprocessing
@@ -12,12 +13,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.records import RecordDataset, RecordError
 from data_prep import publish
 from data_prep.__main__ import main
 from tests.data.synthetic_media import write_flash_and_click
@@ -196,6 +197,37 @@ def test_what_cannot_start(
     os.close(lock)
 
 
+@contextlib.contextmanager
+def interrupted_moves(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inside, publication is interrupted after three files have got their names."""
+    moves: list[Path] = []
+
+    def replace(source: Path, target: Path) -> None:
+        if len(moves) == 3:
+            raise KeyboardInterrupt
+        moves.append(target)
+        os.rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publish.os, "replace", replace)
+        yield
+
+
+def test_a_half_replaced_data_set_is_none(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert prepare(folder, out) == 0
+    again = ("--overwrite", "--quality", "30")
+    with interrupted_moves(monkeypatch):
+        assert prepare(folder, out, *again) == 130
+    with pytest.raises(RecordError, match="not a finished data set"):
+        RecordDataset(out, "train")
+    assert prepare(folder, out, *again) == 0
+    assert prepare(folder, tmp_path / "straight", "--quality", "30") == 0
+    assert contents(out) == contents(tmp_path / "straight")
+
+
 def test_it_goes_on_where_it_was_interrupted(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,16 +246,7 @@ def test_it_goes_on_where_it_was_interrupted(
     (incomplete / "train-00001.json").unlink()  # as if it had not been finished
     (incomplete / "train-00001.tfrecord").write_bytes(b"half")
     (incomplete / "train-00002.tfrecord.1.tmp").write_bytes(b"of a process that was killed")
-    with monkeypatch.context() as patch:
-        moves = []
-
-        def replace(source: Path, target: Path) -> None:
-            if len(moves) == 3:
-                raise KeyboardInterrupt
-            moves.append(target)
-            os.rename(source, target)
-
-        patch.setattr(publish.os, "replace", replace)
+    with interrupted_moves(monkeypatch):
         assert prepare(folder, out) == 130
     assert not (out / "dataset_info.json").exists()
     assert prepare(folder, out) == 0

@@ -1,0 +1,289 @@
+"""The foley generator: same files for any worker count, real codecs, in sync, no cheap give-aways."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import csv
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from data_prep import foley
+from data_prep.foley import command
+from data_prep.foley.null_media import render_null
+from data_prep.foley.picture import render_picture
+from data_prep.foley.scene import (
+    MATERIALS,
+    MOTIONS,
+    SAMPLE_RATE_HZ,
+    VIDEO_FPS,
+    classes_of,
+    draw_scene,
+)
+from data_prep.foley.sound import render_sound
+
+COUNTS = {"train": 3, "test": 2, "null_train": 3, "null_test": 1}
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small collection, written by one process."""
+    out = tmp_path_factory.mktemp("foley") / "media"
+    command.write_collection(out, COUNTS, seed=3, workers=1)
+    return out
+
+
+def _decode(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    with av.open(str(path)) as container:
+        frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+    with av.open(str(path)) as container:
+        sound = [f.to_ndarray()[0] for f in container.decode(audio=0)]
+    return np.stack(frames), np.concatenate(sound)
+
+
+def test_two_workers_write_the_same_files(collection: Path, tmp_path: Path) -> None:
+    command.write_collection(tmp_path, COUNTS, seed=3, workers=2)
+    names = sorted(str(p.relative_to(collection)) for p in collection.rglob("*.*"))
+    assert len([n for n in names if n.endswith(".mp4")]) == sum(COUNTS.values())
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (collection / name).read_bytes(), name
+
+
+def test_another_seed_split_or_index_is_another_video() -> None:
+    waves = [
+        render_sound(draw_scene(*key))[:SAMPLE_RATE_HZ]
+        for key in ((0, "train", 0), (1, "train", 0), (0, "test", 0), (0, "train", 1))
+    ]
+    correlation = np.abs(np.corrcoef(waves) - np.eye(len(waves)))
+    assert correlation.max() < 0.5
+
+
+def test_files_are_h264_and_aac_and_complete(collection: Path) -> None:
+    for path in sorted(collection.rglob("*.mp4")):
+        with av.open(str(path)) as container:
+            video, audio = container.streams.video[0], container.streams.audio[0]
+            assert (video.codec_context.name, audio.codec_context.name) == ("h264", "aac")
+            assert (video.width, video.height, video.average_rate) == (64, 64, VIDEO_FPS)
+            assert (audio.rate, audio.channels) == (SAMPLE_RATE_HZ, 1)
+            assert all(packet.is_keyframe for packet in container.demux(video) if packet.size)
+        frames, sound = _decode(path)
+        assert 8.0 <= len(frames) / VIDEO_FPS <= 10.0
+        # The last AAC packet may be filled up, nothing may be missing.
+        assert 0 <= len(sound) - len(frames) / VIDEO_FPS * SAMPLE_RATE_HZ < 1024
+
+
+def test_no_silence_and_no_fade_at_either_end(collection: Path) -> None:
+    for path in sorted(collection.rglob("*.mp4")):
+        frames, sound = _decode(path)
+        sound = sound[: len(frames) * SAMPLE_RATE_HZ // VIDEO_FPS]
+        blocks = sound[: len(sound) // 800 * 800].reshape(-1, 800).std(axis=1)
+        assert min(blocks[0], blocks[-1]) > 0.5 * np.percentile(blocks, 2), path
+        brightness = frames.mean(axis=(1, 2, 3))
+        assert min(brightness[0], brightness[-1]) > 0.6 * np.median(brightness), path
+
+
+def test_codecs_keep_picture_and_sound(collection: Path) -> None:
+    for split, index in (("train", 0), ("test", 1)):
+        scene = draw_scene(3, split, index)
+        frames, sound = _decode(collection / f"{split}/{split}_{index:05d}.mp4")
+        drawn, rendered = render_picture(scene), render_sound(scene)
+        error = np.mean((frames.astype(float) - drawn) ** 2)
+        assert 10 * np.log10(255**2 / error) > 30
+        middle = slice(SAMPLE_RATE_HZ, 7 * SAMPLE_RATE_HZ)
+        noise = np.mean((sound[middle] - rendered[middle]) ** 2)
+        assert 10 * np.log10(np.mean(rendered[middle] ** 2) / noise) > 20
+
+
+def test_flash_and_contact_coincide(collection: Path) -> None:
+    """Onsets of light near the object and of sound line up best without any shift."""
+    scores = collections.Counter()
+    for split, index in (("train", 0), ("train", 1), ("train", 2), ("test", 0), ("test", 1)):
+        frames, sound = _decode(collection / f"{split}/{split}_{index:05d}.mp4")
+        step = SAMPLE_RATE_HZ // VIDEO_FPS
+        power = np.log(sound[: len(frames) * step].reshape(-1, step).std(axis=1) + 1e-4)
+        # Block j of the sound ends where frame j + 1 is taken.
+        heard = np.maximum(np.diff(power), 0)[:-1]
+        rise = np.maximum(np.diff(frames.astype(float), axis=0), 0).mean(axis=-1)
+        seen = np.sort(rise.reshape(len(rise), -1), axis=1)[:, -40:].mean(axis=1)[1:]
+        for lag in range(-3, 4):
+            pair = (heard[3:-3], np.roll(seen, -lag)[3:-3])
+            scores[lag] += np.corrcoef(*pair)[0, 1] / 5
+    assert max(scores, key=scores.get) == 0, scores
+    assert scores[0] > max(s for lag, s in scores.items() if lag) + 0.1, scores
+
+
+def test_contacts_are_where_the_object_is_and_where_sound_starts() -> None:
+    rises = []
+    for index in range(10):
+        scene = draw_scene(0, "train", index)
+        assert np.all(np.diff(scene.contact_seconds) > 0.15)
+        np.testing.assert_allclose(scene.place(scene.contact_seconds), scene.contact_place)
+        sound = render_sound(scene)
+        for time in scene.contact_seconds:
+            at = round(time * SAMPLE_RATE_HZ)
+            if 400 < at < len(sound) - 400:
+                before, after = sound[at - 320 : at], sound[at : at + 320]
+                rises.append(np.log(after.std() / before.std()))
+    assert len(rises) > 80
+    assert np.mean(np.array(rises) > 0.2) > 0.8
+
+
+def test_size_binds_pitch_and_energy_binds_loudness() -> None:
+    slopes, quieter = [], []
+    for index in range(20):
+        scene = draw_scene(0, "test", index)
+        times = np.array([0.0, scene.duration_seconds])
+        slopes.append(np.diff(np.log(scene.pitch_hz(times))) / np.diff(np.log(scene.radius(times))))
+        sound = render_sound(scene)
+        third = len(sound) // 3
+        quieter.append(sound[-third:].std() < 0.7 * sound[:third].std())
+    np.testing.assert_allclose(slopes, -1.0)
+    assert np.mean(quieter) >= 0.95
+
+
+def test_labels_are_balanced_and_independent() -> None:
+    for split, count in (("train", 600), ("test", 200)):
+        pairs = collections.Counter(classes_of(0, split, index) for index in range(count))
+        assert set(pairs.values()) == {count // 25}
+        assert len(pairs) == len(MOTIONS) * len(MATERIALS) == 25
+    # Not by index: neighbours and different seeds differ.
+    assert [classes_of(0, "train", i) for i in range(25)] != [
+        classes_of(1, "train", i) for i in range(25)
+    ]
+
+
+def _probe(statistics: list[np.ndarray], labels: list[str]) -> float:
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
+    return float(np.mean(cross_val_score(model, np.stack(statistics), labels, cv=4)))
+
+
+def test_trivial_statistics_do_not_tell_the_classes() -> None:
+    """Chance is 20 %; the last probe of each class shows that such a probe can see a give-away."""
+    scenes = [draw_scene(0, "train", index) for index in range(300)]
+    places = [s.place(np.arange(s.num_frames) / VIDEO_FPS) for s in scenes]
+    limits = [[0, 64], [0, 64]]
+    histograms = [np.histogram2d(*p.T, bins=8, range=limits)[0].ravel() / len(p) for p in places]
+    motions = [s.motion for s in scenes]
+    assert _probe(histograms, motions) < 0.45
+    speeds = [np.percentile(s.speed(), [5, 25, 50, 75, 95]) / s.speed().mean() for s in scenes]
+    assert _probe(speeds, motions) > 0.7
+
+    scenes = scenes[:150]
+    materials = [s.material for s in scenes]
+    spectra, loudness = [], []
+    for scene in scenes:
+        sound = render_sound(scene)
+        blocks = sound[: len(sound) // 250 * 250].reshape(-1, 250)
+        power = np.abs(np.fft.rfft(blocks * np.hanning(250), 256)) ** 2
+        bands = np.log(np.add.reduceat(power, np.geomspace(1, 120, 24).astype(int), axis=1) + 1e-6)
+        spectra.append(bands.mean(axis=0))
+        loudness.append(np.array([np.log(sound.std()), np.log(np.abs(sound).max())]))
+    assert _probe(spectra, materials) < 0.4
+    assert _probe(loudness, materials) < 0.4
+    leaking = [s + (m == "gong") - (m == "drum") for s, m in zip(spectra, materials, strict=True)]
+    assert _probe(leaking, materials) > 0.4
+
+    colours = [render_picture(scene).mean(axis=(0, 1, 2)) for scene in scenes[:75]]
+    assert _probe(colours, motions[:75]) < 0.4
+
+
+def test_null_media_are_stationary_after_decoding(collection: Path) -> None:
+    """Neighbouring frames are as alike at every speed, forwards and backwards, and so is sound."""
+    for path in sorted(collection.glob("null_*/*.mp4")):
+        frames, sound = _decode(path)
+        grey = frames.astype(float).mean(axis=-1).reshape(len(frames), -1)
+        still = np.array_equal(frames[0], frames[1])
+        if still:
+            assert np.ptp(frames, axis=0).max() == 0
+        else:
+            for step in (1, 2, 4, 8):
+                alike = [
+                    np.corrcoef(a, b)[0, 1] for a, b in zip(grey[:-8], grey[step:], strict=False)
+                ]
+                assert abs(np.mean(alike)) < 0.05, (path, step)
+        windows = sound[: len(sound) // 250 * 250].reshape(-1, 250)[8:]
+        level = np.log(windows.std(axis=1))
+        early, late = np.array_split(level, 2)
+        assert abs(early.mean() - late.mean()) < 0.1, path
+
+
+def test_null_media_have_every_kind_of_picture() -> None:
+    changes = []
+    for index in range(3):
+        frames, sound = render_null(0, "null_train", index)
+        assert len(sound) == len(frames) * SAMPLE_RATE_HZ // VIDEO_FPS
+        changes.append(np.mean(np.abs(np.diff(frames[:2].astype(float), axis=0))))
+    assert changes[0] > 5
+    assert changes[1] > 5
+    assert changes[2] == 0
+
+
+def test_manifest_lists_every_file_with_its_labels(collection: Path) -> None:
+    with (collection / "manifest.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert collections.Counter(row["split"] for row in rows) == COUNTS
+    assert len({row["id"] for row in rows}) == len({row["source"] for row in rows}) == len(rows)
+    for row in rows:
+        assert (collection / row["path"]).is_file()
+        labels = (row["label_motion"], row["label_material"])
+        if row["split"].startswith("null"):
+            assert labels == ("", "")
+        else:
+            assert labels == classes_of(3, row["split"], int(row["id"].rsplit("_")[-1]))
+
+
+def test_finished_files_are_kept_and_missing_ones_made(tmp_path: Path) -> None:
+    counts = {"train": 2}
+    command.write_collection(tmp_path, counts, seed=0, workers=1)
+    first, second = (tmp_path / f"train/train_0000{i}.mp4" for i in (0, 1))
+    kept, made = first.stat().st_mtime_ns, second.read_bytes()
+    second.unlink()
+    # What an interrupted run leaves is not taken for a file.
+    (tmp_path / "train/.train_00001.mp4.1.partial").write_bytes(made[:100])
+    command.write_collection(tmp_path, {"train": 3}, seed=0, workers=1)
+    assert first.stat().st_mtime_ns == kept
+    assert second.read_bytes() == made
+    assert (tmp_path / "train/train_00002.mp4").exists()
+
+
+def test_a_failing_disk_leaves_no_half_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        command.write_mp4(
+            tmp_path / "a.mp4",
+            np.zeros((4, 64, 64, 3), np.uint8),
+            np.zeros(4000, np.float32),
+            video_fps=16,
+            sample_rate_hz=16_000,
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_reports_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    parser = argparse.ArgumentParser()
+    foley.add_arguments(parser)
+
+    def status(*arguments: str) -> int:
+        return foley.run(parser.parse_args(["--out", str(tmp_path / "m"), *arguments]))
+
+    assert status("--train=1", "--test=0", "--workers=1") == 0
+    assert capsys.readouterr().out.strip().endswith("manifest.csv")
+    assert status("--train=1", "--test=0", "--workers=1", "--seed=1") == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "choose another --out" in message
+    assert json.loads((tmp_path / "m/foley.json").read_text())["seed"] == 0
+    assert status("--train=0", "--test=0") == 1
+    assert status("--train=1", "--workers=0") == 1
