@@ -7,6 +7,7 @@ import csv
 import json
 import multiprocessing
 import os
+import sys
 from pathlib import Path
 
 import cv2
@@ -19,7 +20,7 @@ from data_prep.foley.scene import SAMPLE_RATE_HZ, VIDEO_FPS, classes_of, draw_sc
 from data_prep.foley.sound import render_sound
 
 # Rises with every change of what is written, so that old files are not taken for new ones.
-GENERATOR_VERSION = 2
+GENERATOR_VERSION = 3
 RECIPE_NAME = "foley.json"
 MANIFEST_NAME = "manifest.csv"
 COLUMNS = ("path", "split", "id", "source", "label_motion", "label_material")
@@ -35,31 +36,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: Parser of the `foley` subcommand.
     """
-    parser.description = (
-        "Write the foley demo: MP4 files of moving, sounding objects, and manifest.csv."
-    )
     parser.add_argument("--out", type=Path, required=True, help="folder for media and manifest.csv")
-    parser.add_argument("--train", type=int, default=600, help="training videos (default 600)")
-    parser.add_argument("--test", type=int, default=200, help="test videos (default 200)")
+    parser.add_argument("--train", type=int, default=600, help="training videos")
+    parser.add_argument("--test", type=int, default=200, help="test videos")
     parser.add_argument(
         "--null",
         type=int,
         default=0,
-        help="noise videos in each of null_train and null_test, for the null controls (default 0)",
+        help="noise videos in each of null_train and null_test, for the null controls",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of every file (default 0)")
-    parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of every file")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Write what the parsed options ask for.
+def run(args: argparse.Namespace) -> int:
+    """Write what the parsed options ask for; the exit status is 1 after an error line.
 
     Args:
         args: Namespace with the attributes that `add_arguments` declares.
-
-    Raises:
-        FoleyError: A count is out of range, or the folder holds another seed's files.
-        OSError: A file could not be written.
     """
     counts = {
         "train": args.train,
@@ -67,8 +61,12 @@ def run(args: argparse.Namespace) -> None:
         "null_train": args.null,
         "null_test": args.null,
     }
-    manifest = write_collection(args.out, counts, seed=args.seed, workers=args.workers)
-    print(manifest)
+    try:
+        print(write_collection(args.out, counts, seed=args.seed, workers=args.workers))
+    except (FoleyError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def write_collection(out: Path, counts: dict[str, int], *, seed: int, workers: int) -> Path:

@@ -59,7 +59,7 @@ def simulate(
     contacts_per_second = rng.uniform(1.25, 1.95)
     amplitude = np.exp(-np.maximum(seconds, 0) / energy_seconds) ** 0.2
     position, contact_seconds, strength = MOTIONS[name](rng, seconds, contacts_per_second)
-    # The whole motion wanders, slowly and alike in reverse, so that places seen do not draw its path.
+    # The whole motion wanders, slowly and alike in reverse: places do not draw its path.
     wander = rng.uniform(0.1, 0.4, size=2) * np.sin(
         2 * np.pi * rng.uniform(0.06, 0.16, size=2) * seconds[:, None]
         + rng.uniform(0, 2 * np.pi, size=2)
