@@ -210,7 +210,7 @@ def logit_function(
     """
 
     @jax.jit
-    def logits(arrays: Any) -> dict[str, jax.Array]:
+    def logits(variables: Any, arrays: Any) -> dict[str, jax.Array]:
         videos, pairs = arrays["has_video"].shape
         flat = {name: value.reshape(-1, *value.shape[2:]) for name, value in arrays.items()}
         inputs = prepare_inputs(
@@ -229,7 +229,7 @@ def logit_function(
         }
 
     def compute(arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        return logits({name: jnp.asarray(arrays[name]) for name in _MODEL_INPUTS})
+        return logits(variables, {name: jnp.asarray(arrays[name]) for name in _MODEL_INPUTS})
 
     return compute
 

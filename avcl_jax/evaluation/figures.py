@@ -33,6 +33,8 @@ SERIES_COLOURS = (
 # Colours that no chart uses, replaced by CSS variables after drawing.
 _INK, _MUTED, _GRID = "#010203", "#040506", "#070809"
 _VARIABLES = {_INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--line)"}
+# Rates that AAC knows, of those in use; PyAV resamples the others.
+_AAC_RATES = (8000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
 
 _RC = {
     "svg.fonttype": "none",
@@ -276,7 +278,8 @@ def clip_uri(frames: np.ndarray, *, fps: float, waveform: np.ndarray, sample_rat
             video.pix_fmt = "yuv420p"
             video.options = {"crf": "26", "preset": "veryfast", "threads": "1"}
         if len(waveform):
-            audio = container.add_stream("aac", rate=sample_rate_hz, layout="mono")
+            rate = sample_rate_hz if sample_rate_hz in _AAC_RATES else 44_100
+            audio = container.add_stream("aac", rate=rate, layout="mono")
             audio.bit_rate = 32_000
         if len(frames):
             for frame in frames:

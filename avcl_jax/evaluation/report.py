@@ -152,7 +152,7 @@ def _lead(results: Mapping[str, Any]) -> str:
         label, modality = probe.rsplit("_from_", 1)
         sentence = (
             f"A linear classifier reads <b>{text(label)}</b> from the pretrained {modality} "
-            f"encoder on {percent(scores['pretrained'])} of the test videos, from a random encoder on "
+            f"encoder on {percent(scores['pretrained'])} of the test videos, from a random one on "
             f"{percent(scores['random'])}"
         )
         if "supervised" in scores:

@@ -275,9 +275,16 @@ def peak_memory_gb() -> float:
 
 
 def _preparation_seconds(directory: epath.PathLike) -> float | None:
-    """Returns how long the records took to prepare; None where their maker did not say."""
-    path = epath.Path(directory) / "preparation.json"
-    return json.loads(path.read_text())["seconds"] if path.exists() else None
+    """Returns how long the records took to make; None where their maker did not say.
+
+    `data_prep demo` notes the media and the records it made beside them, `data_prep prepare` the
+    records alone.
+    """
+    directory = epath.Path(directory)
+    demo, prepared = directory.parent / "seconds.json", directory / "preparation.json"
+    if demo.exists():
+        return round(sum(json.loads(demo.read_text()).values()), 1)
+    return json.loads(prepared.read_text())["seconds"] if prepared.exists() else None
 
 
 def _read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:

@@ -1,0 +1,147 @@
+"""The task `evaluate` on a tiny run: every key of results.json, and a page that shows it."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from avcl_jax import experiment
+from avcl_jax.evaluation.evaluate import evaluate
+from avcl_jax.export import export_run, load_encoder
+from avcl_jax.training import loop
+from avcl_jax.training.checkpoint import Checkpoints, Progress
+from configs import evaluate as evaluate_config
+
+
+def _config(records):
+    c = evaluate_config.get_config("demo")
+    c.unlock()
+    c.data.directory = str(records)
+    c.global_batch_size = 4
+    c.steps = 8
+    c.optimizer.warmup_steps = 2
+    c.views.update({"num_frames": 4, "clip_seconds": 0.25, "speeds": (1, 2, 4)})
+    c.crop.image_size = 16
+    c.spectrogram.update({"sample_rate_hz": 4000, "frames": 10, "mels": 8, "max_hz": 2000.0})
+    c.model.update({"embedding_dim": 8, "projection_hidden": 8, "temporal_hidden": 8})
+    c.model.video.update({"widths": (8,), "depths": (1,)})
+    c.model.audio.update({"widths": (8,), "depths": (0,), "patch": (2, 8)})
+    c.bank.size = 16
+    e = c.evaluation
+    e.update({"views_per_speed": 1, "folds": 2, "costs": (0.1,), "pairs_per_video": 6})
+    e.supervised.views = 2
+    e.supervised.fit.update({"batch_size": 8, "max_epochs": 2})
+    e.null.views = 6
+    e.null.fit.update({"batch_size": 16, "max_epochs": 1})
+    e.report.update({"queries": 1, "results": 2, "stills": 2})
+    return c
+
+
+@pytest.fixture(scope="module")
+def run(small_records, tmp_path_factory):
+    """An untrained run: a checkpoint of step 0 with its config and one line of metrics."""
+    config = _config(small_records)
+    workdir = epath.Path(tmp_path_factory.mktemp("run"))
+    (workdir / "config.json").write_text(experiment.to_json(config))
+    metrics = {"step": 4, "split": "train", "va/loss": 2.0, "loss": 3.0, "peak_memory_gb": 99.0}
+    (workdir / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
+    _, init, _ = loop.build(config)
+    state, _ = init(jax.random.key(0))
+    checkpoints = Checkpoints(workdir, keep=1)
+    checkpoints.save(state, Progress(0, 12.5, "", 1))
+    checkpoints.close()
+    return config, workdir, state
+
+
+@pytest.fixture(scope="module")
+def results(run):
+    config, workdir, _ = run
+    evaluate(config, workdir)
+    return json.loads((workdir / "results.json").read_text())
+
+
+def test_results_have_every_key_of_the_issue_and_fractions(results):
+    for probe in ("motion_from_video", "material_from_audio"):
+        scores = results["probe"][probe]
+        for name in ("random", "pretrained", "supervised", "chance"):
+            assert 0 <= scores[name] <= 1
+        gap = scores["supervised"] - scores["random"]
+        if gap > 0:
+            closed = (scores["pretrained"] - scores["random"]) / gap
+            assert scores["gap_closed"] == pytest.approx(closed)
+        else:
+            assert scores["gap_closed"] is None
+        for statistic in ("mean_colour", "mean_loudness", "mean_log_mel", "position_histogram"):
+            assert 0 <= results["trivial"][probe][statistic] <= 1
+    for direction in ("audio_to_video", "video_to_audio"):
+        scores = results["retrieval"][direction]
+        assert scores["chance"] == 1 / 16
+        assert 0 <= scores["r1"] <= scores["r5"] <= 1
+        assert 1 <= scores["median_rank"] <= 16
+    tasks = {"speed": 3, "direction": 2, "order": 3}
+    for name in ("speed_video", "speed_audio", "direction_video", "direction_audio"):
+        assert 0 <= results["temporal"][name]["null_accuracy"] <= 1
+    for name, scores in results["temporal"].items():
+        classes = tasks[name.split("_")[0]]
+        confusion = np.array(scores["confusion"])
+        assert confusion.shape == (classes, classes)
+        assert scores["chance"] == pytest.approx(1 / classes)
+        assert scores["accuracy"] == pytest.approx(np.trace(confusion) / confusion.sum())
+    assert set(results["temporal"]) >= {"order_vv", "order_aa", "order_va"}
+    assert results["seed"] == 0
+    assert results["train_seconds"] == 12.5
+    assert results["total_seconds"] == pytest.approx(12.5 + results["evaluation_seconds"], abs=0.2)
+    assert results["peak_memory_gb"] == 99.0
+    assert results["versions"]["jax"] == jax.__version__
+
+
+def test_material_is_read_where_its_mean_spectrum_gives_it_away(results):
+    # The small data set tells its two materials by pitch: a probe that missed that is broken.
+    assert results["trivial"]["material_from_audio"]["mean_log_mel"] == 1.0
+    assert results["trivial"]["motion_from_video"]["mean_loudness"] < 0.9
+
+
+def test_the_page_shows_the_run(run, results):
+    page = (run[1] / "report.html").read_text()
+    for text in ("What was learned from demo", "Finding the other half", "Nearest neighbours"):
+        assert text in page
+    assert page.count("data:image/jpeg;base64,") == 2 * 4 * 3
+    assert "picture–sound" in page
+    assert not [path.name for path in run[1].iterdir() if path.name.endswith(".writing")]
+
+
+def test_exported_encoders_compute_what_the_run_computes(run):
+    config, workdir, state = run
+    exported = export_run(config, workdir)
+    assert set(exported) == {"video", "audio"}
+    encoder = load_encoder(workdir / "export" / "video")
+    frames = np.random.default_rng(0).integers(0, 256, size=(8, 16, 16, 3), dtype=np.uint8)
+    clips = encoder.preprocess(frames, 16.0)
+    variables = {
+        "params": state.params["video_encoder"],
+        "batch_stats": state.batch_stats["video_encoder"],
+    }
+    pixels = (clips.astype(np.float32) / 255 - config.pixels.mean) / config.pixels.std
+    module = experiment.video_encoder(config)
+    apply = jax.jit(module.apply, static_argnames="train")
+    expected = apply(variables, jax.numpy.asarray(pixels), train=False)["features"]
+    np.testing.assert_allclose(encoder(frames, 16.0), expected, atol=1e-6)
+    assert encoder.config["source"]["step"] == 0
+
+
+def test_what_does_not_fit_the_run_is_refused(run, small_records):
+    _, workdir, _ = run
+    config = _config(small_records)
+    config.model.video.widths = (16,)
+    with pytest.raises(ValueError, match=r"other settings: model\.video\.widths"):
+        evaluate(config, workdir)
+    config = _config(small_records)
+    config.evaluation.probes = (("colour", "video"),)
+    with pytest.raises(ValueError, match=r"no label 'colour', it has \['material', 'motion'\]"):
+        evaluate(config, workdir)
+    with pytest.raises(ValueError, match=r"holds no run \(config\.json is missing\)"):
+        evaluate(config, workdir / "elsewhere")
