@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 Kind = Literal["within", "cross"]
 
-# Stands for the logit of an excluded entry. Finite, so that neither values nor gradients rest on how
-# a library treats −inf − (−inf); softplus(−1e30 − z·p/τ) and its gradient are exactly 0 in float32.
+# Stands for the logit of an excluded entry. Finite, so that neither values nor gradients rest on
+# how a library treats −inf − (−inf); softplus(−1e30 − z·p/τ) and its gradient are 0 in float32.
 _EXCLUDED = -1e30
 
 

@@ -125,7 +125,9 @@ def test_empty_bank_and_inactive_bank_return_nothing(space):
     assert feature_bank.is_full(bank)
     empty = feature_bank.create(SIZE, DIM, jnp.float32)
     assert not feature_bank.is_full(empty)
-    for some, active in ((empty, True), (bank, False)):
+    every = jnp.ones(SIZE, bool)
+    unwritten = empty.replace(has_video=every, has_audio=every)
+    for some, active in ((empty, True), (unwritten, True), (bank, False)):
         drawn = sample(some, jax.random.key(0), **anchors, active=active)
         assert not drawn.positive_mask.any()
         assert not drawn.negative_mask.any()
@@ -160,14 +162,15 @@ def test_bank_keeps_its_dtype_and_blocks_gradient():
     sample = sampler(("video", "audio"), sampling_of())
     assert sample(bank, jax.random.key(0), **anchors, active=True).positives.dtype == jnp.bfloat16
 
-    def total(video, audio):
+    def total(video, audio, held):
         changed = anchors | {"anchors_video": video, "anchors_audio": audio}
-        drawn = sample(bank, jax.random.key(0), **changed, active=True)
-        inserted = insert(bank, **(batch | {"video": video, "audio": audio}))
+        some = bank.replace(audio=held)
+        drawn = sample(some, jax.random.key(0), **changed, active=True)
+        inserted = insert(some, **(batch | {"video": video, "audio": audio}))
         leaves = (drawn.positives, drawn.negatives, inserted.video, inserted.audio)
         return sum(leaf.astype(jnp.float32).sum() for leaf in leaves)
 
-    gradient = jax.grad(total, argnums=(0, 1))(batch["video"], batch["audio"])
+    gradient = jax.grad(total, argnums=(0, 1, 2))(batch["video"], batch["audio"], bank.audio)
     assert not any(leaf.any() for leaf in gradient)
 
 
