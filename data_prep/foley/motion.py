@@ -56,7 +56,7 @@ def simulate(
     """
     count = int(np.ceil((end_seconds - start_seconds) * PATH_RATE_HZ)) + 1
     seconds = start_seconds + np.arange(count) / PATH_RATE_HZ
-    contacts_per_second = rng.uniform(1.25, 1.95)
+    contacts_per_second = rng.uniform(1.2, 2.05)
     amplitude = np.exp(-np.maximum(seconds, 0) / energy_seconds) ** 0.2
     position, contact_seconds, strength = MOTIONS[name](rng, seconds, contacts_per_second)
     # The whole motion wanders, slowly and alike in reverse: places do not draw its path.
@@ -65,6 +65,7 @@ def simulate(
         + rng.uniform(0, 2 * np.pi, size=2)
     )
     position = position * amplitude[:, None] + wander
+    strength = strength * rng.uniform(0.65, 1.1, size=len(strength))
     keep = np.diff(contact_seconds, prepend=-np.inf) > MIN_CONTACT_GAP_SECONDS
     keep &= (contact_seconds > start_seconds) & (contact_seconds < end_seconds)
     contact_seconds, strength = contact_seconds[keep], strength[keep]

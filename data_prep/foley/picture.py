@@ -1,8 +1,9 @@
 """The picture of a scene: a glowing object with a comet trail and fading marks over clutter.
 
 Hue, texture, shape, clutter, distractors and the camera's jitter are random and bound to nothing.
-Trail and marks last longer than a frame at eight times the speed (0.5 s), so that the arrow of time
-can be seen at every speed; their clocks are the same in every video, so that speed can be seen too.
+Trail and marks last about as long as a frame at eight times the speed (0.5 s), so that the arrow of
+time can be seen at every speed; the trail's clock is the same in every video, so that speed can be
+seen too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from data_prep.foley.scene import SIZE, VIDEO_FPS, Scene
 
 TRAIL_SECONDS = 0.4
-MARK_SECONDS = 0.35
+MARK_OVER_DECAY = 1.7  # a mark glows about twice as long as the contact sounds
 SUBSTEPS = 6
 SPRITE = 48
 SENSOR_NOISE = 1.5
@@ -144,7 +145,8 @@ def _trail(scene: Scene) -> np.ndarray:
 def _marks(scene: Scene) -> np.ndarray:
     """Opacity [frames, 64, 64] of contact marks: a flash, and a ring that grows and fades."""
     marks = np.zeros((scene.num_frames, SIZE, SIZE), np.float32)
-    last = int(3.5 * MARK_SECONDS * VIDEO_FPS)
+    glow = MARK_OVER_DECAY * scene.decay_seconds
+    last = int(3.5 * glow * VIDEO_FPS)
     times = scene.contact_seconds
     loud = scene.energy(times) * scene.contact_strength
     radius = scene.radius(times)
@@ -155,14 +157,14 @@ def _marks(scene: Scene) -> np.ndarray:
             continue
         x, y = _GRID - np.float32(place[0]), _GRID - np.float32(place[1])
         away = np.sqrt(y[:, None] ** 2 + x[None, :] ** 2)
-        fade = np.exp(-ages / MARK_SECONDS).astype(np.float32)[:, None, None]
+        fade = np.exp(-ages / glow).astype(np.float32)[:, None, None]
         grown = (size * 0.8 + (6 + 10 * strength) * (1 - np.exp(-ages / 0.3))).astype(np.float32)
         ring = np.exp(-(((away - grown[:, None, None]) / 1.3) ** 2))
         flash = (
             np.exp(-((away / np.float32(size * 1.5)) ** 2)) * np.exp(-ages / 0.08)[:, None, None]
         )
         opacity = np.float32(0.25 + 0.75 * strength)
-        marks[first : first + len(ages)] += opacity * (0.85 * fade * ring + flash)
+        marks[first : first + len(ages)] += opacity * (0.7 * fade * ring + flash)
     return np.minimum(marks, 1.0)
 
 

@@ -24,8 +24,10 @@ MATERIALS = ("bar", "gong", "drop", "drum", "rattle")
 # The scene runs before the file starts, so that a file opens in the middle of movement and sound.
 LEAD_IN_SECONDS = 1.5
 
+DECAY_SECONDS = (0.14, 0.30)
+
 # Pitch times radius: a body half as large sounds an octave higher.
-HZ_TIMES_PIXELS = 4_200.0
+HZ_TIMES_PIXELS = 4_000.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Scene:
         material: Name from `MATERIALS`.
         num_frames: Frames of the file at `VIDEO_FPS`.
         radius_px: Radius of the object at energy 1.
+        decay_seconds: Time constant of a contact's sound; its mark glows in proportion.
         energy_start: Energy at time 0, in (0, 1].
         energy_seconds: Time constant of the energy's decay.
         path_seconds: float64 [K] times of `path`, from before 0 to past the end.
@@ -56,6 +59,7 @@ class Scene:
     material: str
     num_frames: int
     radius_px: float
+    decay_seconds: float
     energy_start: float
     energy_seconds: float
     path_seconds: np.ndarray
@@ -147,7 +151,8 @@ def draw_scene(seed: int, split: str, index: int) -> Scene:
         motion=motion_name,
         material=material,
         num_frames=num_frames,
-        radius_px=float(np.exp(rng.uniform(np.log(4.2), np.log(7.5)))),
+        radius_px=float(np.exp(rng.uniform(np.log(4.4), np.log(8.8)))),
+        decay_seconds=float(np.exp(rng.uniform(*np.log(DECAY_SECONDS)))),
         energy_start=energy_start,
         energy_seconds=energy_seconds,
         path_seconds=track.seconds,
