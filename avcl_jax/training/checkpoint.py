@@ -141,6 +141,24 @@ def load_variables(workdir: epath.PathLike) -> tuple[dict[str, Any], int]:
     Raises:
         CheckpointError: if there is no checkpoint.
     """
+    state, step = _load_state(workdir)
+    params = state["params"] if state["ema_params"] is None else state["ema_params"]
+    return {"params": params, "batch_stats": state["batch_stats"]}, step
+
+
+def load_bank(workdir: epath.PathLike) -> dict[str, np.ndarray]:
+    """Feature bank of the newest checkpoint as numpy arrays, by name of its fields.
+
+    Raises:
+        CheckpointError: if there is no checkpoint, or the run kept no bank.
+    """
+    state, _ = _load_state(workdir)
+    if state["bank"] is None:
+        raise CheckpointError(f"the run in {workdir} has no feature bank: bank.size was 0")
+    return state["bank"]
+
+
+def _load_state(workdir: epath.PathLike) -> tuple[dict[str, Any], int]:
     directory = epath.Path(workdir) / "checkpoints"
     if not directory.exists():
         raise CheckpointError(f"{workdir} has no checkpoints: pretrain with this --workdir first")
@@ -158,5 +176,4 @@ def load_variables(workdir: epath.PathLike) -> tuple[dict[str, Any], int]:
         is_leaf=lambda leaf: not isinstance(leaf, dict | list | tuple),
     )
     state = checkpointer.restore(path, restore_args=restore_args)
-    params = state["params"] if state["ema_params"] is None else state["ema_params"]
-    return {"params": params, "batch_stats": state["batch_stats"]}, step
+    return state, step

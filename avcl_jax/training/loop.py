@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 import signal
 import time
@@ -216,10 +217,13 @@ def pretrain(
             )
         state = checkpoints.restore(saved, state)
         if state.bank is not None and progress.devices != mesh.size:
-            bank = feature_bank.redistribute(
-                state.bank, global_batch_size=config.global_batch_size, shards=mesh.size
+            redistribute = functools.partial(
+                feature_bank.redistribute,
+                global_batch_size=config.global_batch_size,
+                shards=mesh.size,
             )
-            state = state.replace(bank=jax.device_put(bank, shardings.bank))
+            bank = jax.jit(redistribute, out_shardings=shardings.bank)(state.bank)
+            state = state.replace(bank=bank)
     first = progress.step
     writer = MetricWriter(workdir, steps=config.steps, first_step=first)
     _announce(config, workdir, writer, state, source, mesh, first)
@@ -351,5 +355,27 @@ def _announce(
         f"{config.name}: {len(source)} videos{short} from {config.data.directory}, "
         f"{count / 1e6:.2f} M parameters, {mesh.size} {jax.default_backend()} device(s), "
         f"{jax.process_count()} process(es), batch {config.global_batch_size} x 2 views, "
-        f"bank {config.bank.size} rows, steps {first} to {config.steps}, workdir {workdir}"
+        f"bank {config.bank.size} rows{_exchange(config, mesh.size)}, "
+        f"steps {first} to {config.steps}, workdir {workdir}"
+    )
+
+
+def _exchange(config: ml_collections.ConfigDict, shards: int) -> str:
+    """What the two ways to rank the bank over devices would move, and which one is taken."""
+    spec = loss_spec(config)
+    if shards == 1 or spec.bank is None or not spec.bank_terms:
+        return ""
+    count = feature_bank.exchange_bytes(
+        size=config.bank.size,
+        dim=config.model.embedding_dim,
+        dtype=config.bank.dtype,
+        global_batch_size=config.global_batch_size,
+        shards=shards,
+        terms=spec.bank_terms,
+        sampling=spec.bank,
+    )
+    chosen = "merged" if count.merge < count.gather else "gathered"
+    return (
+        f" ({chosen}: merging candidates would move {count.merge / 1e6:.1f} MB per device and "
+        f"step, gathering the bank {count.gather / 1e6:.1f} MB)"
     )

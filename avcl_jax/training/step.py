@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +19,7 @@ from avcl_jax.data.augment import PhotometricSpec, photometric, standardize, to_
 from avcl_jax.data.pipeline import RenderSpec
 from avcl_jax.data.spectrogram import log_mel
 from avcl_jax.objectives import feature_bank
+from avcl_jax.objectives.bank_sampling import Modality
 from avcl_jax.objectives.contrastive import contrastive_loss
 from avcl_jax.objectives.temporal import TERMS as TEMPORAL_TERMS
 from avcl_jax.objectives.temporal import temporal_losses
@@ -28,7 +29,7 @@ from avcl_jax.training.state import TrainState
 Metrics = dict[str, clu_metrics.Average]
 
 # Term -> the directions whose mean it is: (anchor modality, target modality).
-CONTRASTIVE_TERMS: Mapping[str, tuple[tuple[str, str], ...]] = {
+CONTRASTIVE_TERMS: Mapping[str, tuple[tuple[Modality, Modality], ...]] = {
     "vv": (("video", "video"),),
     "va": (("video", "audio"), ("audio", "video")),
     "aa": (("audio", "audio"),),
@@ -64,9 +65,18 @@ class LossSpec:
         if not any(self.weights.values()):
             raise ValueError("all loss weights are 0: nothing would be learned")
 
-    def active(self, terms: Any) -> list[str]:
+    def active(self, terms: Iterable[str]) -> list[str]:
         """Those of `terms` that have a weight."""
-        return [term for term in terms if self.weights.get(term, 0.0)]
+        return [term for term in terms if self.weights.get(term, 0.0) != 0.0]
+
+    @property
+    def bank_terms(self) -> tuple[tuple[Modality, Modality], ...]:
+        """(anchor modality, target modality) of every draw from the bank in a step."""
+        return tuple(
+            direction
+            for term in self.active(CONTRASTIVE_TERMS)
+            for direction in CONTRASTIVE_TERMS[term]
+        )
 
 
 def average(value: Array, count: Array | float = 1.0) -> clu_metrics.Average:
@@ -163,13 +173,14 @@ def _contrastive(
                     anchor_modality=anchor,
                     target_modality=target,
                     sampling=loss_spec.bank,
+                    terms=loss_spec.bank_terms,
                     mesh=mesh if mesh.size > 1 else None,
                     data_axes=data_axes(mesh),
                 )
                 rows = {
-                    "bank_positives": drawn.positives.astype(jnp.float32),
+                    "bank_positives": drawn.positives,
                     "bank_positive_mask": drawn.positive_mask,
-                    "bank_negatives": drawn.negatives.astype(jnp.float32),
+                    "bank_negatives": drawn.negatives,
                     "bank_negative_mask": drawn.negative_mask,
                 }
                 health = feature_bank.sample_metrics(state.bank, drawn, label)

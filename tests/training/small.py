@@ -1,0 +1,86 @@
+"""A config that trains in seconds, and processes that run it through `avcl_jax.main`."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Overrides of configs/pretrain.py for tests: the same code, small numbers.
+OVERRIDES = {
+    "steps": 6,
+    "global_batch_size": 8,
+    "views.num_frames": 4,
+    "views.clip_seconds": 0.5,
+    "spectrogram.frames": 16,
+    "spectrogram.mels": 16,
+    "spectrogram.sample_rate_hz": 16_000,
+    "crop.image_size": 16,
+    "model.embedding_dim": 16,
+    "model.projection_hidden": 24,
+    "model.temporal_hidden": 16,
+    "model.video.widths": (8, 12),
+    "model.video.depths": (0, 1),
+    "model.audio.widths": (8, 12),
+    "model.audio.depths": (0, 1),
+    "bank.size": 32,
+    "bank.num_positives": 2,
+    "bank.num_negatives": 4,
+    "bank.positive_ranks": 4,
+    "bank.negative_ranks": 8,
+    "bank.warmup_steps": 1,
+    "optimizer.warmup_steps": 1,
+    "log_every": 1,
+    "checkpoint_every": 3,
+}
+
+
+def arguments(records: Path, workdir: Path, **overrides: object) -> list[str]:
+    """Command-line arguments of a small run; `a__b=1` overrides `config.a.b`."""
+    values = OVERRIDES | {name.replace("__", "."): value for name, value in overrides.items()}
+    return [
+        "--config=configs/pretrain.py",
+        f"--workdir={workdir}",
+        f"--config.data.directory={records}",
+        *(f"--config.{name}={value}" for name, value in values.items()),
+    ]
+
+
+@functools.cache
+def _compilation_cache() -> tempfile.TemporaryDirectory[str]:
+    """One directory for all processes of a session: most compile the same step."""
+    return tempfile.TemporaryDirectory(prefix="avcl-jax-compiled-")
+
+
+def start(arguments: list[str], *, devices: int = 1) -> subprocess.Popen[str]:
+    """Starts `python -m avcl_jax.main` on virtual CPU devices."""
+    environment = os.environ | {
+        # Optimising the step's machine code takes longer than running it a few times.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+        "--xla_backend_optimization_level=0",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": _compilation_cache().name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONUNBUFFERED": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "avcl_jax.main", *arguments],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def run(arguments: list[str], *, devices: int = 1, code: int = 0) -> str:
+    """Runs main to its end and returns what it printed; fails on another exit code."""
+    process = start(arguments, devices=devices)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == code, output
+    return output
