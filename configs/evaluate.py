@@ -49,16 +49,23 @@ def demo() -> ml_collections.ConfigDict:
     # Temporal tasks: pairs of views of each test video, drawn as in training.
     e.pairs_per_video = 10
 
+    # The supervised encoders: rule of convergence in evaluation/supervised.py. `views` are rendered
+    # of each training video, at the speeds above.
     e.supervised = ml_collections.ConfigDict()
     e.supervised.enabled = True
-    e.supervised.views = 8  # rendered of each training video, at the speeds above
-    e.supervised.fit = _fit(max_epochs=60)
+    e.supervised.video = ml_collections.ConfigDict()
+    e.supervised.video.views = 8
+    e.supervised.video.fit = _fit(4e-3, max_epochs=24, decay_epochs=6)
+    e.supervised.audio = ml_collections.ConfigDict()
+    e.supervised.audio.views = 24
+    e.supervised.audio.fit = _fit(6e-3, max_epochs=40, decay_epochs=12)
 
     e.null = ml_collections.ConfigDict()
     e.null.train_split = "null_train"  # records of stationary noise; "" leaves the controls out
     e.null.test_split = "null_test"
-    e.null.views = 40  # of each record; a multiple of the combinations of speed and direction
-    e.null.fit = _fit(max_epochs=4)
+    e.null.train_views = 24  # of each record; multiples of the combinations of speed and direction
+    e.null.test_views = 40
+    e.null.fit = _fit(4e-3, max_epochs=3, decay_epochs=1)
 
     e.report = ml_collections.ConfigDict()
     e.report.queries = 3  # examples in each direction
@@ -68,18 +75,17 @@ def demo() -> ml_collections.ConfigDict:
     return e
 
 
-def _fit(max_epochs: int) -> ml_collections.ConfigDict:
+def _fit(learning_rate: float, max_epochs: int, decay_epochs: int) -> ml_collections.ConfigDict:
     """How a network is trained on labels, and when it is done: see evaluation/supervised.py."""
     f = ml_collections.ConfigDict()
     f.batch_size = 32
-    f.learning_rate = 3e-3
+    f.learning_rate = learning_rate
     f.weight_decay = 0.05
-    f.loss_target = 0.02
-    f.improvement = 0.03
-    f.patience = 4
-    f.decays = 1
-    f.decay_factor = 10.0
+    f.loss_target = 0.25
+    f.window = 5
+    f.improvement = 0.05
     f.max_epochs = max_epochs
+    f.decay_epochs = decay_epochs
     return f
 
 

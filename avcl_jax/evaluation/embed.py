@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,6 +19,7 @@ from avcl_jax.training.step import prepare_inputs
 
 # What the network looks at; everything else of a rendered record travels with its outputs.
 INPUTS = ("video", "spectrogram", "audio_windows")
+MODALITY_INPUTS = {"video": "video", "audio": "spectrogram"}
 _MODEL_INPUTS = ("video", "spectrogram", "has_video", "has_audio")
 
 Render = Callable[[int], dict[str, Any]]
@@ -32,6 +34,7 @@ def random_views(
     directions: Sequence[int],
     views: int,
     seed: int,
+    modalities: Sequence[str] = ("video", "audio"),
 ) -> dict[str, Any]:
     """Renders views of one record at random times and crops, speeds and directions in turn.
 
@@ -46,11 +49,16 @@ def random_views(
         directions: of `FORWARD`, `BACKWARD`.
         views: how many.
         seed: of the draw; the same for the same position whatever the order of rendering.
+        modalities: what is rendered; the input of the other one is left out.
 
     Returns:
         As `pipeline.render_views` and `pipeline.describe`, with `views` views.
     """
     index, record, use = source[position]
+    has = {"video": use.has_video, "audio": use.has_audio}
+    use = dataclasses.replace(
+        use, **{f"has_{name}": has[name] and name in modalities for name in has}
+    )
     rng = np.random.default_rng(np.random.SeedSequence([seed, position]))
     feasible = feasible_speeds(use.timeline, spec.views)
     usable = [speed for speed in speeds if speed in feasible] or feasible[:1]
@@ -65,7 +73,9 @@ def random_views(
     height, width = max(record.height, 1), max(record.width, 1)
     crops = [random_crop(rng, height, width, spec.crop) for _ in clips]
     arrays = render_views(record, use, clips, clips, crops, spec)
-    return arrays | describe(index, record, source.records)
+    unwanted = [name for modality, name in MODALITY_INPUTS.items() if modality not in modalities]
+    rendered = {name: value for name, value in arrays.items() if name not in unwanted}
+    return rendered | describe(index, record, source.records)
 
 
 def drawn_pairs(

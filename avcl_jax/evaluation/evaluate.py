@@ -19,6 +19,7 @@ from avcl_jax.data.pipeline import RenderSpec, UsableRecords, fixed_views
 from avcl_jax.data.records import RecordDataset, RecordError
 from avcl_jax.data.views import FORWARD
 from avcl_jax.evaluation.embed import (
+    MODALITY_INPUTS,
     drawn_pairs,
     encode_all,
     feature_function,
@@ -176,31 +177,29 @@ def _supervised(
     config: ml_collections.ConfigDict, train: UsableRecords, spec: RenderSpec
 ) -> dict[str, Fit]:
     section = config.evaluation.supervised
-
-    def render(position: int) -> dict[str, Any]:
-        return random_views(
-            train,
-            position,
-            spec,
-            speeds=_speeds(config),
-            directions=(FORWARD,),
-            views=section.views,
-            seed=config.seed,
-        )
-
-    arrays = render_all(render, len(train), threads=config.evaluation.threads)
     fits = {}
     for label, modality in config.evaluation.probes:
+        fit_section = section[modality]
+        render = functools.partial(
+            random_views,
+            train,
+            spec=spec,
+            speeds=_speeds(config),
+            directions=(FORWARD,),
+            views=fit_section.views,
+            seed=config.seed,
+            modalities=(modality,),
+        )
+        arrays = render_all(render, len(train), threads=config.evaluation.threads)
         known = (arrays[f"label_{label}"] >= 0) & arrays[f"has_{modality}"]
-        views = arrays["video" if modality == "video" else "spectrogram"][known]
         labels = arrays[f"label_{label}"][known]
         fits[modality] = fit_classifier(
             _encoders(config)[modality],
-            views,
-            {label: np.repeat(labels[:, None], section.views, axis=1)},
+            arrays[MODALITY_INPUTS[modality]][known],
+            {label: np.repeat(labels[:, None], fit_section.views, axis=1)},
             classes={label: len(train.records.class_names[label])},
             prepare=_prepare(config)[modality],
-            spec=FitSpec(**section.fit),
+            spec=FitSpec(**fit_section.fit),
             seed=config.seed,
         )
     return fits
@@ -340,7 +339,7 @@ def _null(config: ml_collections.ConfigDict, spec: RenderSpec) -> NullControl | 
             render_null_views(
                 UsableRecords(records, spec),
                 spec,
-                views=section.views,
+                views=(section.train_views, section.test_views)[number],
                 seed=config.seed + number,
                 threads=config.evaluation.threads,
             )

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import av
+import librosa
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
@@ -33,7 +34,8 @@ SERIES_COLOURS = (
 # Colours that no chart uses, replaced by CSS variables after drawing.
 _INK, _MUTED, _GRID = "#010203", "#040506", "#070809"
 _VARIABLES = {_INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--line)"}
-# Rates that AAC knows, of those in use; PyAV resamples the others.
+# Rates that AAC knows, of those in use. FFmpeg's own resampling on the way into the encoder ends
+# in time stamps that its muxer refuses.
 _AAC_RATES = (8000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
 
 _RC = {
@@ -270,6 +272,11 @@ def clip_uri(frames: np.ndarray, *, fps: float, waveform: np.ndarray, sample_rat
         waveform: int16 [samples]; empty for a silent clip.
         sample_rate_hz: its rate.
     """
+    if len(waveform) and sample_rate_hz not in _AAC_RATES:
+        sound = librosa.resample(
+            waveform.astype(np.float32), orig_sr=sample_rate_hz, target_sr=16_000
+        )
+        waveform, sample_rate_hz = np.clip(sound, -32768, 32767).astype(np.int16), 16_000
     stream = io.BytesIO()
     with av.open(stream, "w", format="mp4") as container:
         if len(frames):
@@ -278,8 +285,7 @@ def clip_uri(frames: np.ndarray, *, fps: float, waveform: np.ndarray, sample_rat
             video.pix_fmt = "yuv420p"
             video.options = {"crf": "26", "preset": "veryfast", "threads": "1"}
         if len(waveform):
-            rate = sample_rate_hz if sample_rate_hz in _AAC_RATES else 44_100
-            audio = container.add_stream("aac", rate=rate, layout="mono")
+            audio = container.add_stream("aac", rate=sample_rate_hz, layout="mono")
             audio.bit_rate = 32_000
         if len(frames):
             for frame in frames:
@@ -288,8 +294,8 @@ def clip_uri(frames: np.ndarray, *, fps: float, waveform: np.ndarray, sample_rat
             for packet in video.encode():
                 container.mux(packet)
         if len(waveform):
-            sound = av.AudioFrame.from_ndarray(waveform[None], format="s16", layout="mono")
-            sound.sample_rate = sample_rate_hz
-            for packet in [*audio.encode(sound), *audio.encode()]:
+            samples = av.AudioFrame.from_ndarray(waveform[None], format="s16", layout="mono")
+            samples.sample_rate = sample_rate_hz
+            for packet in [*audio.encode(samples), *audio.encode()]:
                 container.mux(packet)
     return "data:video/mp4;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

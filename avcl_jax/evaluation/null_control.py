@@ -15,11 +15,9 @@ import numpy as np
 
 from avcl_jax.data.pipeline import RenderSpec, UsableRecords
 from avcl_jax.data.views import BACKWARD, FORWARD
-from avcl_jax.evaluation.embed import random_views, render_all
+from avcl_jax.evaluation.embed import MODALITY_INPUTS, random_views, render_all
 from avcl_jax.evaluation.supervised import FitSpec, Prepare, fit_classifier
 from avcl_jax.evaluation.temporal import TaskScore, score_task
-
-_INPUT = {"video": "video", "audio": "spectrogram"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +104,7 @@ def null_control(
     scores: dict[str, TaskScore] = {}
     losses: dict[str, float] = {}
     for modality, encoder in encoders.items():
-        name = _INPUT[modality]
+        name = MODALITY_INPUTS[modality]
         present = train[f"has_{modality}"], test[f"has_{modality}"]
         tasks = {"direction": 2, "speed": num_speeds}
         fit = fit_classifier(

@@ -57,9 +57,10 @@ class Stages:
     def __call__(self, name: str) -> Iterator[None]:
         """Times one part."""
         began = time.monotonic()
-        print(f"evaluation: {name} …", flush=True)
+        print(f"evaluation: {name} …", end="", flush=True)
         yield
         self.seconds[name] = round(time.monotonic() - began, 1)
+        print(f" {self.seconds[name]:.0f} s", flush=True)
 
     @property
     def total(self) -> float:
@@ -213,22 +214,24 @@ def _protocol(config: ml_collections.ConfigDict, results: Mapping[str, Any]) -> 
         "exact.",
     ]
     for name, fit in results["supervised"].items():
-        f = e.supervised.fit
+        own = e.supervised[name]
         reason = {
-            "converged": f"its training loss fell below {f.loss_target}",
-            "plateau": f"its training loss had not fallen by {f.improvement:.0%} for {f.patience} "
-            f"epochs, after {f.decays} division(s) of the learning rate",
-            "max_epochs": "it met the bound on epochs",
+            "target": f"the training loss was below {own.fit.loss_target}",
+            "plateau": f"the training loss was on a plateau (mean over {own.fit.window} epochs not "
+            f"{own.fit.improvement:.0%} below that of the {own.fit.window} before)",
+            "max_epochs": "the bound on epochs was met",
         }[fit["stopped"]]
         sentences.append(
             f"Supervised {name} encoder: same shape, trained from scratch with a linear head on "
-            f"{e.supervised.views} random views of each training video; stopped after "
-            f"{fit['epochs']} epochs because {reason}. Probed like the others."
+            f"{own.views} random views of each training video for {fit['epochs']} epochs. The "
+            f"learning rate was constant until {reason}, then fell to zero over "
+            f"{own.fit.decay_epochs} epochs; final training loss {fit['train_loss']:.3f}. Probed "
+            "like the others."
         )
     if "views" in results["null_control"]:
         sentences.append(
             f"Null controls: encoders of the same shape trained on speed and direction of "
-            f"stationary noise ({e.null.views} rendered views of each video, all speeds and "
+            f"stationary noise ({e.null.train_views} rendered views of each video, all speeds and "
             f"directions equally often), tested on {results['null_control']['views']} views of "
             "other noise."
         )

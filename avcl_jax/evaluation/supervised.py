@@ -9,8 +9,8 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -26,61 +26,51 @@ Prepare = Callable[[Any], Any]
 class FitSpec:
     """How a classifier is trained, and when it is done.
 
-    Training is done at the end of an epoch whose mean training loss is below `loss_target`, or when
-    the learning rate has been divided `decays` times and the loss is on a plateau again; a plateau
-    is `patience` epochs in a row without an epoch's loss below (1 − `improvement`) × the lowest.
+    The learning rate stays constant until the training loss has converged: the mean loss of an
+    epoch is below `loss_target`, or the mean over the last `window` epochs is not lower than that
+    over the `window` epochs before by the share `improvement`, a plateau; at the latest after
+    `max_epochs`. Then it falls to zero in a straight line over `decay_epochs`, and training is
+    done.
 
     Attributes:
         batch_size: views in a step.
-        learning_rate: of AdamW at the beginning.
+        learning_rate: of AdamW while it is constant.
         weight_decay: of AdamW.
-        loss_target: training loss that counts as converged.
-        improvement: relative fall of the loss that ends a plateau.
-        patience: epochs without such a fall that make a plateau.
-        decays: how often the learning rate is divided by `decay_factor` before stopping.
-        decay_factor: divisor of the learning rate on a plateau.
-        max_epochs: bound on the time; the result says when it was met.
+        loss_target: training loss that counts as converged at the full learning rate.
+        window: epochs whose mean is compared.
+        improvement: relative fall of that mean below which the loss is on a plateau.
+        max_epochs: bound on the epochs of the full learning rate.
+        decay_epochs: epochs in which the learning rate falls.
     """
 
     batch_size: int
     learning_rate: float
     weight_decay: float
     loss_target: float
+    window: int
     improvement: float
-    patience: int
-    decays: int
-    decay_factor: float
     max_epochs: int
+    decay_epochs: int
 
 
-class Plateau:
-    """Decides after each epoch, from training losses alone, whether to go on.
+def converged(losses: Sequence[float], spec: FitSpec) -> str | None:
+    """Decides from training losses alone whether the full learning rate has done its work.
 
-    A small state machine apart from the loop, so that the stated rule can be tested by itself.
+    Args:
+        losses: mean training loss of every epoch so far.
+        spec: the rule.
+
+    Returns:
+        "target", "plateau", "max_epochs", or None to go on.
     """
-
-    def __init__(self, spec: FitSpec):
-        """Begins with the full learning rate."""
-        self._spec = spec
-        self._lowest = np.inf
-        self._stale = 0
-        self.decays = 0
-
-    def after(self, loss: float) -> Literal["continue", "decay", "converged", "plateau"]:
-        """Takes the mean training loss of an epoch and says what to do next."""
-        if loss < self._spec.loss_target:
-            return "converged"
-        if loss < (1.0 - self._spec.improvement) * self._lowest:
-            self._lowest, self._stale = loss, 0
-            return "continue"
-        self._stale += 1
-        if self._stale < self._spec.patience:
-            return "continue"
-        if self.decays == self._spec.decays:
+    if losses[-1] < spec.loss_target:
+        return "target"
+    if len(losses) >= 2 * spec.window:
+        last = np.mean(losses[-spec.window :])
+        before = np.mean(losses[-2 * spec.window : -spec.window])
+        if last > (1.0 - spec.improvement) * before:
             return "plateau"
-        self.decays += 1
-        self._stale = 0
-        return "decay"
+    return "max_epochs" if len(losses) >= spec.max_epochs else None
 
 
 class Classifier(nn.Module):
@@ -114,7 +104,7 @@ class Fit:
         variables: its parameters and batch statistics.
         losses: mean training loss of every epoch.
         accuracy: accuracy on the training views of the last epoch, mean over labels.
-        stopped: "converged", "plateau" or "max_epochs".
+        stopped: why the full learning rate ended: "target", "plateau" or "max_epochs".
         seconds: time taken.
     """
 
@@ -193,33 +183,39 @@ def fit_classifier(
     )
     state = (variables, optimizer.init(variables["params"]))
     step = _train_step(classifier, optimizer)
-    plateau, losses, accuracies, decision = Plateau(spec), [], [], "max_epochs"
-    for epoch in range(spec.max_epochs):
+    steps = items // spec.batch_size
+    losses: list[float] = []
+
+    def epoch(state: Any, rates: np.ndarray) -> tuple[Any, float]:
         order = rng.permutation(items)
         metrics = []
-        for start in range(0, items - spec.batch_size + 1, spec.batch_size):
-            chosen = order[start : start + spec.batch_size]
+        for number, rate in enumerate(rates):
+            chosen = order[number * spec.batch_size : (number + 1) * spec.batch_size]
             view = rng.integers(num_views, size=len(chosen))
             targets = {name: values[chosen, view] for name, values in labels.items()}
-            state, result = step(state, views[chosen, view], targets)
+            state, result = step(state, views[chosen, view], targets, np.float32(rate))
             metrics.append(result)
         loss, accuracy = np.mean(jax.device_get(metrics), axis=0)
         if not np.isfinite(loss):
-            raise ValueError(f"the training loss of epoch {epoch} is {loss}; lower learning_rate")
+            raise ValueError(
+                f"the training loss of epoch {len(losses)} is {loss}; lower learning_rate"
+            )
         losses.append(float(loss))
-        accuracies.append(float(accuracy))
-        decision = plateau.after(losses[-1])
-        if decision in ("converged", "plateau"):
-            break
-        if decision == "decay":
-            state[1].hyperparams["learning_rate"] /= spec.decay_factor
-    stopped = decision if decision in ("converged", "plateau") else "max_epochs"
+        return state, float(accuracy)
+
+    stopped = None
+    while stopped is None:
+        state, accuracy = epoch(state, np.full(steps, spec.learning_rate))
+        stopped = converged(losses, spec)
+    falling = np.linspace(spec.learning_rate, 0.0, spec.decay_epochs * steps, endpoint=False)
+    for rates in falling.reshape(spec.decay_epochs, steps):
+        state, accuracy = epoch(state, rates)
     seconds = time.monotonic() - began
     logging.info(
-        "%s after %d epochs and %.0f s: training loss %.3f, accuracy %.3f",
-        *(stopped, len(losses), seconds, losses[-1], accuracies[-1]),
+        "%s: %d epochs in %.0f s, training loss %.3f, accuracy %.3f",
+        *(stopped, len(losses), seconds, losses[-1], accuracy),
     )
-    return Fit(classifier, state[0], losses, accuracies[-1], stopped, seconds)
+    return Fit(classifier, state[0], losses, accuracy, stopped, seconds)
 
 
 def _train_step(classifier: Classifier, optimizer: Any) -> Callable[..., Any]:
@@ -238,8 +234,9 @@ def _train_step(classifier: Classifier, optimizer: Any) -> Callable[..., Any]:
         return jnp.stack(losses).mean(), (jnp.stack(hits).mean(), updated["batch_stats"])
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: Any, views: Any, targets: Any) -> Any:
+    def step(state: Any, views: Any, targets: Any, learning_rate: Any) -> Any:
         variables, optimizer_state = state
+        optimizer_state.hyperparams["learning_rate"] = learning_rate
         (loss, (accuracy, batch_stats)), gradients = jax.value_and_grad(
             loss_function, has_aux=True
         )(variables["params"], variables["batch_stats"], views, targets)

@@ -28,15 +28,17 @@ def _config(records):
     c.crop.image_size = 16
     c.spectrogram.update({"sample_rate_hz": 4000, "frames": 10, "mels": 8, "max_hz": 2000.0})
     c.model.update({"embedding_dim": 8, "projection_hidden": 8, "temporal_hidden": 8})
-    c.model.video.update({"widths": (8,), "depths": (1,)})
+    c.model.video.update({"widths": (8,), "depths": (0,)})
     c.model.audio.update({"widths": (8,), "depths": (0,), "patch": (2, 8)})
     c.bank.size = 16
     e = c.evaluation
     e.update({"views_per_speed": 1, "folds": 2, "costs": (0.1,), "pairs_per_video": 6})
-    e.supervised.views = 2
-    e.supervised.fit.update({"batch_size": 8, "max_epochs": 2})
-    e.null.views = 6
-    e.null.fit.update({"batch_size": 16, "max_epochs": 1})
+    for modality in ("video", "audio"):
+        e.supervised[modality].views = 2
+        fit = {"batch_size": 8, "max_epochs": 2, "decay_epochs": 1}
+        e.supervised[modality].fit.update(fit)
+    e.null.update({"train_views": 6, "test_views": 6})
+    e.null.fit.update({"batch_size": 16, "max_epochs": 1, "decay_epochs": 1})
     e.report.update({"queries": 1, "results": 2, "stills": 2})
     return c
 

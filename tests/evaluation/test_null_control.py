@@ -18,11 +18,10 @@ FIT = FitSpec(
     learning_rate=5e-3,
     weight_decay=0.01,
     loss_target=0.02,
-    improvement=0.03,
-    patience=4,
-    decays=1,
-    decay_factor=10.0,
-    max_epochs=4,
+    window=5,
+    improvement=0.05,
+    max_epochs=3,
+    decay_epochs=1,
 )
 VIEWS = 210  # of each of 10 records
 

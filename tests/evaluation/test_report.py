@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import html.parser
+import io
 import re
 from xml.etree import ElementTree
 
+import av
 import numpy as np
 import pytest
 
@@ -219,3 +222,19 @@ def test_charts_are_the_same_from_run_to_run():
     first = line_chart(series, name="chart", ylabel="loss")
     assert first == line_chart(series, name="chart", ylabel="loss")
     assert first != line_chart(series, name="other", ylabel="loss")
+
+
+@pytest.mark.parametrize("rate", [4000, 16_000])
+def test_clips_play_for_as_long_as_they_should(rate):
+    rng = np.random.default_rng(5)
+    uri = clip_uri(
+        rng.integers(0, 255, size=(32, 16, 16, 3), dtype=np.uint8),
+        fps=16.0,
+        waveform=(3000 * rng.normal(size=2 * rate)).astype(np.int16),
+        sample_rate_hz=rate,
+    )
+    data = io.BytesIO(base64.b64decode(uri.removeprefix("data:video/mp4;base64,")))
+    with av.open(data) as container:
+        seconds = {s.type: float(s.duration * s.time_base) for s in container.streams}
+    assert seconds["video"] == pytest.approx(2.0)
+    assert seconds["audio"] == pytest.approx(2.0, abs=0.1)

@@ -8,19 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avcl_jax.evaluation.supervised import FitSpec, Plateau, fit_classifier
+from avcl_jax.evaluation.supervised import FitSpec, converged, fit_classifier
 from avcl_jax.models.audio_encoders import AudioResNet
 
 SPEC = FitSpec(
     batch_size=16,
     learning_rate=1e-2,
     weight_decay=0.01,
-    loss_target=0.05,
+    loss_target=0.1,
+    window=2,
     improvement=0.1,
-    patience=2,
-    decays=1,
-    decay_factor=10.0,
     max_epochs=30,
+    decay_epochs=3,
 )
 # A patch spans all bands: averaged over smaller ones, features would not know which band is loud.
 ENCODER = AudioResNet(widths=(8,), depths=(0,), stem="patch", patch=(2, 6))
@@ -33,22 +32,16 @@ def _views(rng: np.random.Generator, items: int) -> tuple[np.ndarray, np.ndarray
     return views, np.repeat(labels[:, None], 2, axis=1)
 
 
-def test_the_plateau_rule_is_the_stated_one():
-    plateau = Plateau(SPEC)
-    losses = (1.0, 0.95, 0.85, 0.8, 0.78, 0.5, 0.49, 0.48)
-    decisions = [plateau.after(loss) for loss in losses]
-    # 0.95 > 0.9 · 1.0 is stale; 0.85 is not; 0.8 and 0.78 > 0.9 · 0.85 are: patience 2, decay.
-    assert decisions == [
-        "continue",
-        "continue",
-        "continue",
-        "continue",
-        "decay",
-        "continue",
-        "continue",
-        "plateau",
-    ]
-    assert Plateau(SPEC).after(0.049) == "converged"
+def test_the_rule_of_convergence_is_the_stated_one():
+    falling = [1.0, 0.95, 0.85, 0.8]
+    assert converged(falling[:3], SPEC) is None  # two windows are not there yet
+    assert converged(falling, SPEC) is None  # 0.825 is below 0.9 · 0.975
+    assert converged([*falling, 0.84], SPEC) == "plateau"  # 0.82 is not below 0.9 · 0.9
+    assert converged([*falling, 0.099], SPEC) == "target"
+    halving = [0.5 / 1.2**epoch for epoch in range(30)]
+    spec = dataclasses.replace(SPEC, loss_target=0.0)
+    assert converged(halving[:29], spec) is None
+    assert converged(halving, spec) == "max_epochs"
 
 
 def test_it_learns_what_can_be_learned_and_generalises():
@@ -63,8 +56,11 @@ def test_it_learns_what_can_be_learned_and_generalises():
         spec=SPEC,
         seed=0,
     )
-    assert fit.stopped == "converged"
+    assert fit.stopped == "target"
     assert fit.losses[-1] < SPEC.loss_target < fit.losses[0]
+    assert (
+        fit.losses[-1 - SPEC.decay_epochs] < SPEC.loss_target <= fit.losses[-2 - SPEC.decay_epochs]
+    )
     test_views, test_labels = _views(rng, 50)
     logits = fit.predict(test_views[:, 0], batch_size=16)["class"]
     assert logits.shape == (50, 3)
@@ -88,7 +84,7 @@ def test_it_stops_on_a_plateau_where_nothing_can_be_learned():
         seed=0,
     )
     assert fit.stopped == "plateau"
-    assert 5 <= len(fit.losses) < SPEC.max_epochs
+    assert 2 * SPEC.window + SPEC.decay_epochs <= len(fit.losses) < SPEC.max_epochs
     assert fit.losses[-1] == pytest.approx(np.log(2), abs=0.1)
 
 
