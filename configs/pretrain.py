@@ -42,7 +42,7 @@ def demo() -> ml_collections.ConfigDict:
     c.task = "pretrain"
     c.name = "demo"
     c.seed = 0
-    c.steps = 1500
+    c.steps = 1600
     c.global_batch_size = 32
     c.modalities = "audio_visual"  # or "video", "audio"
 
@@ -94,7 +94,7 @@ def demo() -> ml_collections.ConfigDict:
     c.model.temporal_hidden = 128
     c.model.video = ml_collections.ConfigDict()
     c.model.video.name = "resnet"
-    c.model.video.widths = (32, 64, 128)
+    c.model.video.widths = (24, 48, 96)
     c.model.video.depths = (0, 1, 1)
     c.model.video.factorisation = "r2plus1d_plain"
     c.model.video.stem = "patch4"
@@ -127,9 +127,9 @@ def demo() -> ml_collections.ConfigDict:
     c.bank.dtype = "float32"
     c.bank.space = "agreement"  # or "same", "cross"
     c.bank.num_positives = 2
-    c.bank.num_negatives = 64
+    c.bank.num_negatives = 32
     c.bank.positive_ranks = 8
-    c.bank.negative_ranks = 256
+    c.bank.negative_ranks = 64
     c.bank.sampling = "gumbel"  # or "uniform"
     c.bank.temperature = 0.1
     c.bank.warmup_steps = 300

@@ -54,11 +54,12 @@ def photometric(
     saturation *= jax.random.uniform(keys[3], shape) >= spec.gray_probability
     contrast = 1 + spec.contrast * jax.random.uniform(keys[1], shape, minval=-1.0)
     brightness = spec.brightness * jax.random.uniform(keys[0], shape, minval=-1.0)
-    # Rec. 601 luma, as image libraries define grey.
-    gray = jnp.sum(
-        video * jnp.array([0.299, 0.587, 0.114]).reshape(1, 1, 1, 1, 1, 3), axis=-1, keepdims=True
-    )
-    return (gray + saturation * (video - gray) - 0.5) * contrast + 0.5 + brightness
+    # Rec. 601 luma, as image libraries define grey. By channels: XLA's CPU backend took 75 ms
+    # instead of 8 for a batch of the demo with a sum over an axis of three.
+    red, green, blue = video[..., 0:1], video[..., 1:2], video[..., 2:3]
+    gray = 0.299 * red + 0.587 * green + 0.114 * blue
+    gain = contrast * saturation
+    return gain * video + (contrast - gain) * gray + (0.5 - 0.5 * contrast + brightness)
 
 
 def standardize(

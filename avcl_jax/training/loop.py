@@ -223,7 +223,7 @@ def pretrain(
                 shards=mesh.size,
             )
             bank = jax.jit(redistribute, out_shardings=shardings.bank)(state.bank)
-            state = state.replace(bank=bank)
+            state = dataclasses.replace(state, bank=bank)
     first = progress.step
     writer = MetricWriter(workdir, steps=config.steps, first_step=first)
     _announce(config, workdir, writer, state, source, mesh, first)

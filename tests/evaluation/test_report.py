@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from avcl_jax.evaluation.figures import clip_uri, line_chart
-from avcl_jax.evaluation.report import Exhibit, ReportContent, Search, render_report
+from avcl_jax.evaluation.report import Curves, Exhibit, ReportContent, Search, render_report
 
 CLASSES = ("bounce", "swing", "slide", "roll", "orbit")
 
@@ -103,18 +103,16 @@ def synthetic_content() -> ReportContent:
             "seed": 0,
         },
         curves=[
-            (
+            Curves(
                 "Contrastive loss",
                 "loss",
                 {"video–video": (steps, noisy(2.1, 4.2)), "video–audio": (steps, noisy(2.6, 4.2))},
-                None,
                 False,
             ),
-            (
+            Curves(
                 "Temporal tasks, training views",
                 "accuracy",
                 {name: (steps, noisy(0.4 + 0.08 * i, 0.3)) for i, name in enumerate(temporal)},
-                ("chance of speed", 0.25),
                 True,
             ),
         ],

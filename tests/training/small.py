@@ -9,6 +9,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import ml_collections
+
+from configs import pretrain
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # Overrides of configs/pretrain.py for tests: the same code, small numbers.
@@ -49,6 +53,14 @@ def arguments(records: Path, workdir: Path, **overrides: object) -> list[str]:
         f"--config.data.directory={records}",
         *(f"--config.{name}={value}" for name, value in values.items()),
     ]
+
+
+def small_config(records: Path, **overrides: object) -> ml_collections.ConfigDict:
+    """The same small config as an object; `**{"a.b": 1}` overrides `config.a.b`."""
+    config = pretrain.get_config()
+    with config.unlocked():
+        config.update_from_flattened_dict(OVERRIDES | {"data.directory": str(records)} | overrides)
+    return config
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 from pathlib import Path
@@ -12,8 +13,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from avcl_jax.data.records import RecordError
+from avcl_jax.training.loop import pretrain
 from tests.data.synthetic_records import make_record, write_records
-from tests.training.small import arguments, run, start
+from tests.training.small import arguments, run, small_config, start
 
 
 @pytest.fixture(scope="module")
@@ -207,22 +210,35 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(records
         assert np.isfinite(values).all(), name
 
 
+def test_a_batch_that_does_not_divide_over_the_devices_is_refused(records, tmp_path):
+    options = arguments(records, tmp_path / "odd", global_batch_size=9, bank__size=18)
+    line = one_line(run(options, devices=2, code=1))
+    assert "global_batch_size 9 is not divisible by the 2 devices" in line
+
+
 @pytest.mark.parametrize(
-    ("overrides", "devices", "message"),
+    ("overrides", "message"),
     [
-        ({"global_batch_size": 9, "bank__size": 18}, 2, "not divisible by the 2 devices"),
-        ({"bank__size": 24}, 1, "must be a multiple of the 16 rows"),
-        ({"bank__size": 8}, 1, "must be a multiple of the 16 rows"),
-        ({"global_batch_size": 32, "bank__size": 64}, 1, "larger than the 24 usable records"),
-        ({"model__video__name": "vit"}, 1, "unknown video encoder 'vit'"),
-        ({"data__directory": "/nonexistent"}, 1, "/nonexistent"),
-        ({"optimizer__name": "adam"}, 1, "unknown optimizer 'adam'"),
+        ({"bank.size": 24}, "must be a multiple of the 16 rows"),
+        ({"bank.size": 8}, "must be a multiple of the 16 rows"),
+        ({"global_batch_size": 32, "bank.size": 64}, "larger than the 24 usable records"),
+        ({"model.video.name": "vit"}, "unknown video encoder 'vit'"),
+        ({"data.directory": "/nonexistent"}, "/nonexistent"),
+        ({"data.split": "validation"}, "no split 'validation', it has"),
+        ({"optimizer.name": "adam"}, "unknown optimizer 'adam'"),
+        ({"optimizer.warmup_steps": 6}, "must be at least 0 and below steps 6"),
+        ({"mesh.fsdp": 3}, "does not divide the 1 devices"),
+        ({"modalities": "both"}, "modalities 'both' must be"),
+        ({"spectrogram.where": "gpu"}, "'gpu' must be 'host' or 'device'"),
+        ({"spectrogram.frames": 17}, "choose frames or clip_seconds"),
     ],
 )
-def test_mistakes_get_one_line(records, tmp_path, overrides, devices, message):
+def test_mistakes_in_the_config_are_one_clear_error(records, tmp_path, overrides, message):
     workdir = tmp_path / "mistake"
-    line = one_line(run(arguments(records, workdir, **overrides), devices=devices, code=1))
-    assert message in line
+    config = small_config(records, **overrides)
+    with pytest.raises((ValueError, RecordError), match=re.escape(message)) as caught:
+        pretrain(config, workdir)
+    assert "\n" not in str(caught.value)
     assert not (workdir / "checkpoints").exists()
 
 

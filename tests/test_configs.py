@@ -1,0 +1,91 @@
+"""Every preset builds, its state shapes evaluate, and its step lowers."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from avcl_jax import experiment
+from avcl_jax.training import loop
+from configs import evaluate, export, pretrain
+
+PRESETS = ("demo", "kinetics400", "kinetics600", "vggsound", "audioset")
+
+
+def batch_shapes(config):
+    spec = experiment.render_spec(config)
+    n, size = config.global_batch_size, spec.crop.image_size
+    shapes = {
+        "video": ((n, 2, spec.views.num_frames, size, size, 3), jnp.uint8),
+        "has_video": ((n,), jnp.bool_),
+        "has_audio": ((n,), jnp.bool_),
+        "order": ((n,), jnp.int32),
+        "source_id": ((n,), jnp.int32),
+        "record_index": ((n,), jnp.int32),
+        **{f"{task}_mask": ((n,), jnp.bool_) for task in ("speed", "direction", "order")},
+        **{
+            f"{modality}_{task}": ((n, 2), jnp.int32)
+            for modality in ("video", "audio")
+            for task in ("speed", "direction")
+        },
+    }
+    if spec.spectrogram_on_device:
+        shapes["audio_windows"] = ((n, 2, spec.log_mel.frames, spec.log_mel.window), jnp.int16)
+    else:
+        shapes["spectrogram"] = ((n, 2, spec.log_mel.frames, spec.log_mel.mels), jnp.float32)
+    return {name: jax.ShapeDtypeStruct(*value) for name, value in shapes.items()}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_builds_evaluates_shapes_and_lowers(preset):
+    config = pretrain.get_config(preset)
+    _, init, step = loop.build(config)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(lambda key: init(key)[0], key)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params["video_encoder"]))
+    if preset != "demo":
+        assert parameters == pytest.approx(31_300_125, rel=2e-3)
+        assert config.bank.size >= 65_536
+        assert (config.views.num_frames, config.crop.image_size) == (16, 112)
+    after, metrics = jax.eval_shape(step, state, batch_shapes(config), key)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), state
+    )
+    weights = config.loss.weights.to_dict()
+    assert {f"{term}/loss" for term, weight in weights.items() if weight} <= metrics.keys()
+    lowered = jax.jit(step, donate_argnums=0).lower(state, batch_shapes(config), key)
+    assert "convolution" in lowered.as_text()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("task", [evaluate, export])
+def test_other_tasks_share_the_settings_of_the_run(preset, task):
+    run, other = pretrain.get_config(preset).to_dict(), task.get_config(preset).to_dict()
+    assert other["task"] in ("evaluate", "export")
+    for section in ("views", "crop", "spectrogram", "model", "pixels", "data"):
+        assert other[section] == run[section]
+
+
+def test_a_misspelt_key_fails():
+    config = pretrain.get_config()
+    with pytest.raises(KeyError, match="temperature"):
+        config.loss["temprature"] = 0.2
+    with pytest.raises(ValueError, match="unknown preset 'kinetics': use one of demo"):
+        pretrain.get_config("kinetics")
+
+
+def test_json_of_a_config_comes_back_and_differences_name_keys():
+    config = pretrain.get_config()
+    text = experiment.to_json(config)
+    assert experiment.to_json(experiment.from_json(text)) == text
+    assert experiment.differences(text, text) == []
+    with config.unlocked():
+        config.loss.temperature = 0.5
+        config.views.speeds = (1, 2)
+    assert experiment.differences(text, experiment.to_json(config)) == [
+        "loss.temperature: 0.1 -> 0.5",
+        "views.speeds: [1, 2, 4, 8] -> [1, 2]",
+    ]
+    np.testing.assert_equal(experiment.render_spec(config).views.speeds, (1, 2))
