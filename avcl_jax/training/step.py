@@ -320,11 +320,11 @@ def make_train_step(
                 _embedding_spread(embeddings[modality], present[modality]),
                 present[modality].any().astype(jnp.float32),
             )
-        metrics["health/gradient_norm"] = average(optax.global_norm(grads))
+        metrics["health/gradient_norm"] = average(optax.tree.norm(grads))
         for name in ("video_encoder", "audio_encoder"):
             if name in grads:
-                metrics[f"health/{name}_gradient_norm"] = average(optax.global_norm(grads[name]))
-        metrics["health/parameter_norm"] = average(optax.global_norm(params))
+                metrics[f"health/{name}_gradient_norm"] = average(optax.tree.norm(grads[name]))
+        metrics["health/parameter_norm"] = average(optax.tree.norm(params))
         metrics["learning_rate"] = average(jnp.asarray(schedule(state.step)))
         new_state = TrainState(
             step=state.step + 1,

@@ -1,0 +1,122 @@
+"""One step: every term enters the loss with its weight, every part learns, absence is harmless."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from avcl_jax import experiment
+from avcl_jax.data.pipeline import UsableRecords, to_device_batch, train_batches
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.training import loop, sharding
+from avcl_jax.training.step import LossSpec
+from tests.data.synthetic_records import make_record, write_records
+from tests.training.small import small_config
+
+# Distinct and none a sum of others, so that no mix-up of terms gives the same total.
+WEIGHTS = {
+    "vv": 0.5,
+    "va": 1.0,
+    "aa": 0.25,
+    "speed_video": 0.125,
+    "speed_audio": 0.0625,
+    "direction_video": 2.0,
+    "direction_audio": 4.0,
+    "order_vv": 8.0,
+    "order_aa": 16.0,
+    "order_va": 32.0,
+}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """States before and after each of three steps, with their metrics."""
+    records = [make_record(n, seconds=5.0, side=24) for n in range(10)]
+    # From the third batch on no video has a picture.
+    records += [make_record(n, seconds=5.0, side=24, has_video=False) for n in range(10, 18)]
+    directory = write_records(tmp_path_factory.mktemp("step") / "records", records, shards=1)
+    overrides = {f"loss.weights.{term}": weight for term, weight in WEIGHTS.items()}
+    config = small_config(directory, **overrides, **{"bank.size": 16, "optimizer.name": "sgd"})
+    mesh, init, step = loop.build(config)
+    state, _ = init(jax.random.key(0))
+    source = UsableRecords(RecordDataset(directory, "train"), experiment.render_spec(config))
+    rows = sharding.rows_sharding(mesh)
+    batches = train_batches(
+        source, experiment.render_spec(config), seed=0, global_batch_size=8, threads=1
+    )
+    jitted = jax.jit(step)
+    states, metrics = [jax.device_get(state)], []
+    found = list(itertools.islice(iter(batches), 3))
+    blind = {**found[2], "has_video": np.zeros(8, bool)}
+    for batch in [*found[:2], blind]:
+        state, values = jitted(state, to_device_batch(batch, rows), jax.random.key(1))
+        states.append(jax.device_get(state))
+        metrics.append({name: v for name, v in jax.device_get(values).items()})
+    return states, metrics
+
+
+def test_the_loss_is_the_weighted_sum_of_all_terms(ran):
+    _, metrics = ran
+    for values in metrics[:2]:
+        terms = {term: float(values[f"{term}/loss"].compute()) for term in WEIGHTS}
+        assert all(value > 0 for value in terms.values()), terms
+        total = sum(WEIGHTS[term] * value for term, value in terms.items())
+        assert float(values["loss"].compute()) == pytest.approx(total, rel=1e-5)
+
+
+def test_every_parameter_learns(ran):
+    states, _ = ran
+    before = jax.tree_util.tree_flatten_with_path(states[1].params)[0]
+    after = jax.tree.leaves(states[2].params)
+    still = [
+        jax.tree_util.keystr(path)
+        for (path, old), new in zip(before, after, strict=True)
+        if np.array_equal(old, new)
+    ]
+    # The last scale of a residual branch starts at 0 and so keeps its branch from learning in the
+    # first step that has a learning rate.
+    assert all("block1" in name for name in still), still
+    assert not any("head" in name or "projection" in name for name in still), still
+
+
+def test_a_batch_without_pictures_leaves_the_video_side_alone(ran):
+    states, metrics = ran
+    for name in ("vv", "va", "speed_video", "direction_video", "order_vv", "order_va"):
+        assert float(metrics[2][f"{name}/loss"].total) == 0.0
+    for state in states:
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    for name in ("video_encoder", "video_projection", "order_vv_head", "order_va_head"):
+        before, after = states[2].batch_stats[name], states[3].batch_stats[name]
+        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+            np.testing.assert_array_equal(new, old, err_msg=name)
+    changed = zip(
+        jax.tree.leaves(states[2].batch_stats["audio_encoder"]),
+        jax.tree.leaves(states[3].batch_stats["audio_encoder"]),
+        strict=True,
+    )
+    assert any(not np.array_equal(old, new) for old, new in changed)
+
+
+def test_the_bank_is_used_once_it_is_full(ran):
+    states, metrics = ran
+    assert float(metrics[0]["va/bank_positives"].compute()) == 0.0
+    assert float(metrics[1]["va/bank_positives"].compute()) > 0.5
+    assert int(states[1].bank.inserted) == 16
+    assert float(metrics[1]["va/bank_age_rows"].compute()) > 0
+
+
+def test_an_objective_without_terms_or_with_unknown_ones_is_refused():
+    options = {
+        "temperature": 0.1,
+        "positive_weight": 0.2,
+        "bank": None,
+        "bank_warmup_steps": 0,
+        "bank_label": "",
+    }
+    with pytest.raises(ValueError, match="nothing would be learned"):
+        LossSpec(weights={"vv": 0.0}, **options)
+    with pytest.raises(ValueError, match=r"unknown loss terms \['speed'\]"):
+        LossSpec(weights={"speed": 1.0}, **options)
