@@ -78,7 +78,8 @@ class Encoder:
         Returns:
             float32 [B, C]; unpooled [B, T', H', W', C] for video, [B, F', M', C] for audio.
         """
-        outputs = self.module.apply(params, self.preprocess.standardise(batch), train=False)
+        clips = self.preprocess.standardise(batch)
+        outputs: Any = self.module.apply(params, clips, train=False)
         return outputs["features"] if pooled else outputs["map"].astype(jnp.float32)
 
     def __call__(
@@ -220,7 +221,10 @@ def export_run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> di
         mean=config.pixels.mean,
         std=config.pixels.std,
     )
-    preprocessings = {"video": video, "audio": AudioPreprocessing(spec.log_mel)}
+    preprocessings: dict[str, VideoPreprocessing | AudioPreprocessing] = {
+        "video": video,
+        "audio": AudioPreprocessing(spec.log_mel),
+    }
     exported = {}
     for modality, preprocessing in preprocessings.items():
         encoder = getattr(model, f"{modality}_encoder")

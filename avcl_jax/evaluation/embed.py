@@ -55,9 +55,10 @@ def random_views(
         As `pipeline.render_views` and `pipeline.describe`, with `views` views.
     """
     index, record, use = source[position]
-    has = {"video": use.has_video, "audio": use.has_audio}
     use = dataclasses.replace(
-        use, **{f"has_{name}": has[name] and name in modalities for name in has}
+        use,
+        has_video=use.has_video and "video" in modalities,
+        has_audio=use.has_audio and "audio" in modalities,
     )
     rng = np.random.default_rng(np.random.SeedSequence([seed, position]))
     feasible = feasible_speeds(use.timeline, spec.views)
@@ -144,18 +145,21 @@ def encode_all(
     Returns:
         Outputs [count, …], and all rendered arrays but the network's inputs.
     """
+
+    def prepare(position: int) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
+        arrays = render(position)
+        return arrays, describe_inputs(arrays) if describe_inputs is not None else {}
+
     collected: list[dict[str, np.ndarray]] = []
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, count, chunk):
             positions = range(start, min(start + chunk, count))
-            rendered = list(pool.map(render, positions))
+            rendered, described = zip(*pool.map(prepare, positions), strict=True)
             real = len(rendered)
-            batch = _stack(rendered + rendered[-1:] * (chunk - real))
+            batch = _stack([*rendered, *[rendered[-1]] * (chunk - real)])
             outputs = {name: np.asarray(value)[:real] for name, value in compute(batch).items()}
             outputs |= {name: a[:real] for name, a in batch.items() if name not in INPUTS}
-            if describe_inputs is not None:
-                outputs |= _stack([describe_inputs(arrays) for arrays in rendered])
-            collected.append(outputs)
+            collected.append(outputs | _stack(described))
     return {name: np.concatenate([part[name] for part in collected]) for name in collected[0]}
 
 
@@ -184,7 +188,7 @@ def feature_function(
 
     @jax.jit
     def features(variables: Any, arrays: Any) -> dict[str, jax.Array]:
-        inputs = prepare_inputs(
+        inputs: Any = prepare_inputs(
             as_pairs(arrays),
             spec,
             pixel_mean=pixel_mean,
@@ -192,7 +196,7 @@ def feature_function(
             photometric_spec=None,
             key=None,
         )
-        outputs = model.apply(variables, **inputs, train=False)
+        outputs: Any = model.apply(variables, **inputs, train=False)
         videos = arrays["has_video"].shape[0]
         return {
             name: value.reshape(videos, -1, value.shape[-1]).mean(axis=1)
@@ -223,7 +227,7 @@ def logit_function(
     def logits(variables: Any, arrays: Any) -> dict[str, jax.Array]:
         videos, pairs = arrays["has_video"].shape
         flat = {name: value.reshape(-1, *value.shape[2:]) for name, value in arrays.items()}
-        inputs = prepare_inputs(
+        inputs: Any = prepare_inputs(
             flat,
             spec,
             pixel_mean=pixel_mean,
@@ -231,7 +235,7 @@ def logit_function(
             photometric_spec=None,
             key=None,
         )
-        outputs = model.apply(variables, **inputs, train=False)
+        outputs: Any = model.apply(variables, **inputs, train=False)
         return {
             name: value.reshape(videos, pairs, *value.shape[1:])
             for name, value in outputs.items()

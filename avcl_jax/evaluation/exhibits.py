@@ -9,13 +9,14 @@ from typing import Literal
 import numpy as np
 from sklearn.manifold import TSNE
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from avcl_jax.data.crop import center_crop
 from avcl_jax.data.decode import decode_jpegs
 from avcl_jax.data.pipeline import RenderSpec, UsableRecords, render_views
 from avcl_jax.data.views import FORWARD, Clip
 from avcl_jax.evaluation.figures import clip_uri
-from avcl_jax.evaluation.report import Exhibit, Search
+from avcl_jax.evaluation.report import Curves, Exhibit, Search
 from avcl_jax.evaluation.retrieval import first_relevant_ranks, nearest
 
 # t-SNE of more points takes minutes and shows no more.
@@ -72,7 +73,7 @@ class Exhibits:
                 (times >= start_seconds) & (times < start_seconds + span_seconds)
             )
             fps = 1.0 / float(np.median(np.diff(times)))
-            frames = decode_jpegs([record.frames[index] for index in inside])
+            frames = decode_jpegs([record.frames[int(index)] for index in inside])
             # H.264 with subsampled colour has even sides.
             frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
         first = round((start_seconds - record.audio_start_seconds) * record.sample_rate_hz)
@@ -196,14 +197,12 @@ def embedding_map(features: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.nd
     scaled = StandardScaler().fit_transform(features[rows])
     perplexity = min(30.0, max(2.0, (len(rows) - 1) / 3))
     tsne = TSNE(perplexity=perplexity, init="pca", random_state=seed)
-    return rows, tsne.fit_transform(scaled)
+    # Its threads spin while they wait: on two cores 24 seconds instead of one.
+    with threadpool_limits(1):
+        return rows, tsne.fit_transform(scaled)
 
 
-def training_curves(
-    rows: Sequence[Mapping[str, object]],
-) -> list[
-    tuple[str, str, dict[str, tuple[np.ndarray, np.ndarray]], tuple[str, float] | None, bool]
-]:
+def training_curves(rows: Sequence[Mapping[str, object]]) -> list[Curves]:
     """Groups the lines of metrics.jsonl into the charts of the report; absent metrics are left out.
 
     Args:
@@ -257,5 +256,5 @@ def training_curves(
                 steps, values = np.array(points, dtype=float).T
                 series[label] = (steps, values)
         if series:
-            found.append((title, ylabel, series, None, fractions))
+            found.append(Curves(title, ylabel, series, fractions))
     return found

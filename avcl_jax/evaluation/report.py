@@ -31,7 +31,7 @@ TASK_NAMES = {
     "order_aa": "order, sound–sound",
     "order_va": "order, picture–sound",
 }
-BLUE, _, GREEN, *_, GREY = figures.SERIES_COLOURS
+BLUE, GREEN, GREY = (figures.SERIES_COLOURS[index] for index in (0, 2, 7))
 # The null controls must not tell speed or direction further than this from chance.
 NULL_TOLERANCE = 0.05
 
@@ -77,14 +77,30 @@ class Search:
 
 
 @dataclass(frozen=True)
+class Curves:
+    """One chart of training.
+
+    Attributes:
+        title: what is shown.
+        ylabel: its axis.
+        series: label → (steps [n], values [n]).
+        fractions: values are written in per cent.
+    """
+
+    title: str
+    ylabel: str
+    series: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    fractions: bool
+
+
+@dataclass(frozen=True)
 class ReportContent:
     """All that the page shows.
 
     Attributes:
         title: of the page.
         results: the contents of results.json.
-        curves: charts of training, in order: (title, y label, label → (steps, values), reference
-            line or None, whether values are fractions).
+        curves: charts of training, in order.
         searches: retrieval examples by direction, "audio_to_video" and "video_to_audio".
         neighbours: nearest neighbours within one modality.
         maps: see `figures.scatter`.
@@ -97,9 +113,7 @@ class ReportContent:
 
     title: str
     results: Mapping[str, Any]
-    curves: Sequence[
-        tuple[str, str, Mapping[str, tuple[np.ndarray, np.ndarray]], tuple[str, float] | None, bool]
-    ]
+    curves: Sequence[Curves]
     searches: Mapping[str, Sequence[Search]]
     neighbours: Mapping[str, Sequence[Search]]
     maps: Sequence[tuple[str, np.ndarray, np.ndarray, Sequence[str]]]
@@ -370,15 +384,14 @@ def _confusion_section(content: ReportContent) -> str:
 
 def _curve_section(content: ReportContent) -> str:
     charts = []
-    for number, (title, ylabel, series, reference, fractions) in enumerate(content.curves):
+    for number, curves in enumerate(content.curves):
         chart = figures.line_chart(
-            series,
+            curves.series,
             name=f"curve{number}",
-            ylabel=ylabel,
-            reference=reference,
-            percent=fractions,
+            ylabel=curves.ylabel,
+            percent=curves.fractions,
         )
-        charts.append(f"<div><h3>{text(title)}</h3>{chart}</div>")
+        charts.append(f"<div><h3>{text(curves.title)}</h3>{chart}</div>")
     if not charts:
         return ""
     return section(

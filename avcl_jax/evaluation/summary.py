@@ -27,7 +27,7 @@ from avcl_jax.evaluation.exhibits import (
     neighbour_searches,
     training_curves,
 )
-from avcl_jax.evaluation.report import ReportContent, Search, render_report
+from avcl_jax.evaluation.report import Modality, ReportContent, Search, render_report
 
 _PACKAGES = (
     "jax",
@@ -157,7 +157,8 @@ def _shown(
     if len(both) and config.modalities == "audio_visual":
         chosen = np.sort(rng.choice(len(both), min(section.queries, len(both)), replace=False))
         embeddings = {m: features[f"pretrained/{m}_embeddings"][both] for m in ("video", "audio")}
-        for query, found in (("audio", "video"), ("video", "audio")):
+        directions: tuple[tuple[Modality, Modality], ...] = (("audio", "video"), ("video", "audio"))
+        for query, found in directions:
             searches[f"{query}_to_{found}"] = cross_modal_searches(
                 exhibits,
                 embeddings[query],

@@ -122,7 +122,7 @@ class Fit:
 
     def predict(self, views: np.ndarray, *, batch_size: int) -> dict[str, np.ndarray]:
         """Returns logits float32 [n, classes] of each label for views [n, ...]."""
-        apply = _predict_function(self.classifier)
+        apply = jax.jit(functools.partial(self.classifier.apply, train=False))
         collected: list[dict[str, np.ndarray]] = []
         for start in range(0, len(views), batch_size):
             batch = views[start : start + batch_size]
@@ -131,11 +131,6 @@ class Fit:
             logits = jax.device_get(apply(self.variables, padded))
             collected.append({name: value[: len(batch)] for name, value in logits.items()})
         return {name: np.concatenate([c[name] for c in collected]) for name in collected[0]}
-
-
-@functools.lru_cache(maxsize=8)
-def _predict_function(classifier: Classifier) -> Callable[..., dict[str, jax.Array]]:
-    return jax.jit(functools.partial(classifier.apply, train=False))
 
 
 def fit_classifier(
