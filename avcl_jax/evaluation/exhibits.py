@@ -216,12 +216,13 @@ def training_curves(rows: Sequence[Mapping[str, object]]) -> list[Curves]:
     temporal = {f"{t}_{m}/accuracy": f"{t}, {s}" for t in tasks for m, s in senses.items()}
     temporal |= {f"order_{k}/accuracy": f"order, {v}" for k, v in names.items()}
     charts = [
-        ("Contrastive loss", "loss", {f"{k}/loss": v for k, v in names.items()}, False),
-        ("Temporal tasks on training views", "accuracy", temporal, True),
+        ("Contrastive loss", "loss", {f"{k}/loss": v for k, v in names.items()}, False, False),
+        ("Temporal tasks on training views", "accuracy", temporal, True, True),
         (
             "Partner ranked first in the batch",
             "share of anchors",
             {f"{k}/accuracy": v for k, v in both.items()},
+            True,
             True,
         ),
         (
@@ -233,11 +234,13 @@ def training_curves(rows: Sequence[Mapping[str, object]]) -> list[Curves]:
                 "va/bank_positive_similarity": "bank positives",
             },
             False,
+            False,
         ),
         (
             "Bank positives with the anchor's label",
             "share",
             {f"{k}/bank_label_share": v for k, v in both.items()},
+            True,
             True,
         ),
         (
@@ -245,10 +248,11 @@ def training_curves(rows: Sequence[Mapping[str, object]]) -> list[Curves]:
             "standard deviation",
             {f"health/{m}_embedding_std": s for m, s in senses.items()},
             False,
+            True,
         ),
     ]
     found = []
-    for title, ylabel, wanted, fractions in charts:
+    for title, ylabel, wanted, fractions, from_zero in charts:
         series = {}
         for metric, label in wanted.items():
             points = [(r["step"], r[metric]) for r in rows if isinstance(r.get(metric), float)]
@@ -256,5 +260,5 @@ def training_curves(rows: Sequence[Mapping[str, object]]) -> list[Curves]:
                 steps, values = np.array(points, dtype=float).T
                 series[label] = (steps, values)
         if series:
-            found.append(Curves(title, ylabel, series, fractions))
+            found.append(Curves(title, ylabel, series, fractions, from_zero))
     return found

@@ -90,12 +90,19 @@ def _axes(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     return figure, list(np.atleast_1d(figure.subplots(1, count)).ravel())
 
 
+def in_percent(value: float, digits: int = 0) -> str:
+    """Returns a fraction in per cent without the sign; only 1 itself is written as 100."""
+    written = f"{100 * value:.{digits}f}"
+    return in_percent(value, digits + 1) if value < 1 and float(written) == 100 else written
+
+
 def line_chart(
     series: Mapping[str, tuple[np.ndarray, np.ndarray]],
     *,
     name: str,
     ylabel: str,
     percent: bool = False,
+    from_zero: bool = False,
 ) -> str:
     """Returns an SVG of curves over the training step, each labelled at its end.
 
@@ -104,6 +111,7 @@ def line_chart(
         name: unique name of the chart on the page.
         ylabel: what is shown.
         percent: write the axis in per cent.
+        from_zero: begin the axis at zero.
     """
     with matplotlib.rc_context(_RC):
         figure, (axes,) = _axes(1, 5.6, 3.1)
@@ -116,6 +124,8 @@ def line_chart(
             axes.plot(steps, smooth, color=colour, linewidth=1.7)
             if len(values):
                 ends.append((label, float(smooth[-1]), colour))
+        if from_zero:
+            axes.set_ylim(0, max(axes.get_ylim()[1], 1e-6))
         _label_ends(axes, ends)
         axes.set_xlabel("training step")
         axes.set_ylabel(ylabel)
@@ -179,7 +189,8 @@ def bar_chart(
             centres = left + np.arange(len(bars))
             for centre, (label, value) in zip(centres, bars.items(), strict=True):
                 axes.bar(centre, value, width=0.86, color=colours[label])
-                axes.text(centre, value + 0.015, f"{100 * value:.0f}", ha="center", va="bottom")
+                shown = in_percent(value)
+                axes.text(centre, value + 0.015, shown, ha="center", va="bottom")
             if group in references:
                 axes.hlines(
                     references[group],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 
+from avcl_jax.evaluation.figures import in_percent
+
 STYLE = """
 :root { color-scheme: light dark; --font: ui-sans-serif, system-ui, -apple-system, "Segoe UI",
   Roboto, "Helvetica Neue", Arial, sans-serif; --ink: #1b1f24; --muted: #5d6672; --line: #dfe3e8;
@@ -92,7 +94,7 @@ def text(value: object) -> str:
 
 def percent(value: float | None, digits: int = 0) -> str:
     """Returns a fraction written in per cent, or a dash where there is none."""
-    return "–" if value is None else f"{100 * value:.{digits}f}\u00a0%"
+    return "–" if value is None else f"{in_percent(value, digits)}\u00a0%"
 
 
 def page(*, title: str, body: str) -> str:

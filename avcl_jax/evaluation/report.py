@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -85,12 +85,14 @@ class Curves:
         ylabel: its axis.
         series: label → (steps [n], values [n]).
         fractions: values are written in per cent.
+        from_zero: the axis begins at zero.
     """
 
     title: str
     ylabel: str
     series: Mapping[str, tuple[np.ndarray, np.ndarray]]
     fractions: bool
+    from_zero: bool
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class ReportContent:
         protocol: how the numbers were made, sentence by sentence.
         run: what was run, name → value.
         config: the whole configuration as JSON text.
+        spectrogram_range: values of a spectrogram drawn darkest and brightest.
     """
 
     title: str
@@ -122,7 +125,7 @@ class ReportContent:
     protocol: Sequence[str]
     run: Mapping[str, object]
     config: str
-    spectrogram_range: tuple[float, float] = field(default=(-2.0, 2.5))
+    spectrogram_range: tuple[float, float]
 
 
 def render_report(content: ReportContent) -> str:
@@ -390,6 +393,7 @@ def _curve_section(content: ReportContent) -> str:
             name=f"curve{number}",
             ylabel=curves.ylabel,
             percent=curves.fractions,
+            from_zero=curves.from_zero,
         )
         charts.append(f"<div><h3>{text(curves.title)}</h3>{chart}</div>")
     if not charts:

@@ -173,7 +173,8 @@ def _chance_of_hit(relevant: np.ndarray, size: int, k: int) -> np.ndarray:
     """Returns the probability that k of `size` items, drawn at random, hold a relevant one."""
     drawn = np.arange(k)
     miss = np.clip(size - relevant[:, None] - drawn, 0, None) / (size - drawn)
-    return 1.0 - miss.prod(axis=1)
+    # Rounded, so that one in 200 is written as 0.005.
+    return np.round(1.0 - miss.prod(axis=1), 12)
 
 
 def nearest(queries: np.ndarray, gallery: np.ndarray, *, k: int, chunk: int = 1024) -> np.ndarray:

@@ -191,7 +191,15 @@ def _shown(
         what = {"video": "Picture", "audio": "Sound"}[modality]
         names = test.records.class_names[label]
         maps.append((f"{what}, coloured by {label}", positions, labels[rows], names))
-    return {"searches": searches, "neighbours": neighbours, "maps": maps}
+    every = [s for group in (searches, neighbours) for found in group.values() for s in found]
+    heard = [s.query.spectrogram.ravel() for s in every if len(s.query.spectrogram)]
+    low, high = np.percentile(np.concatenate(heard), (2, 99.8)) if heard else (0.0, 1.0)
+    return {
+        "searches": searches,
+        "neighbours": neighbours,
+        "maps": maps,
+        "spectrogram_range": (float(low), float(high)),
+    }
 
 
 def _class_names(test: UsableRecords, probe: str) -> list[str]:

@@ -13,7 +13,7 @@ import av
 import numpy as np
 import pytest
 
-from avcl_jax.evaluation.figures import clip_uri, line_chart
+from avcl_jax.evaluation.figures import clip_uri, in_percent, line_chart
 from avcl_jax.evaluation.report import Curves, Exhibit, ReportContent, Search, render_report
 
 CLASSES = ("bounce", "swing", "slide", "roll", "orbit")
@@ -108,11 +108,13 @@ def synthetic_content() -> ReportContent:
                 "loss",
                 {"video–video": (steps, noisy(2.1, 4.2)), "video–audio": (steps, noisy(2.6, 4.2))},
                 False,
+                False,
             ),
             Curves(
                 "Temporal tasks, training views",
                 "accuracy",
                 {name: (steps, noisy(0.4 + 0.08 * i, 0.3)) for i, name in enumerate(temporal)},
+                True,
                 True,
             ),
         ],
@@ -135,6 +137,7 @@ def synthetic_content() -> ReportContent:
         protocol=["Features are means over ten views."],
         run={"command": "python -m avcl_jax.main --config=configs/pretrain.py", "seed": 0},
         config='{"seed": 0, "note": "<script>alert(1)</script>"}',
+        spectrogram_range=(-2.0, 2.5),
     )
 
 
@@ -236,3 +239,14 @@ def test_clips_play_for_as_long_as_they_should(rate):
         seconds = {s.type: float(s.duration * s.time_base) for s in container.streams}
     assert seconds["video"] == pytest.approx(2.0)
     assert seconds["audio"] == pytest.approx(2.0, abs=0.1)
+
+
+def test_only_all_of_them_is_written_as_a_hundred_per_cent():
+    assert [in_percent(v) for v in (0.0, 0.005, 0.994, 0.995, 0.9996, 1.0)] == [
+        "0",
+        "0",
+        "99",
+        "99.5",
+        "99.96",
+        "100",
+    ]
