@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import ml_collections
 
-from avcl_jax.data.augment import PhotometricSpec
+from avcl_jax.data.augment import PhotometricSpec, SpectralSpec
 from avcl_jax.data.crop import CropSpec
 from avcl_jax.data.pipeline import RenderSpec
 from avcl_jax.data.spectrogram import LogMelSpec
@@ -49,7 +49,12 @@ def render_spec(config: ml_collections.ConfigDict) -> RenderSpec:
             mean=mel.mean,
             std=mel.std,
         ),
-        crop=CropSpec(image_size=crop.image_size, min_area=crop.min_area, flip=crop.flip),
+        crop=CropSpec(
+            image_size=crop.image_size,
+            min_area=crop.min_area,
+            flip=crop.flip,
+            quarter_turns=crop.quarter_turns,
+        ),
         spectrogram_on_device=mel.where == "device",
         modalities=config.modalities,
     )
@@ -64,6 +69,17 @@ def photometric_spec(config: ml_collections.ConfigDict) -> PhotometricSpec:
         saturation=section.saturation,
         gray_probability=section.gray_probability,
         per_frame=section.per_frame,
+    )
+
+
+def spectral_spec(config: ml_collections.ConfigDict) -> SpectralSpec:
+    """Strength of the augmentation of spectrograms."""
+    section = config.spectral
+    return SpectralSpec(
+        equalizer=section.equalizer,
+        equalizer_knots=section.equalizer_knots,
+        mask_mels=section.mask_mels,
+        noise=section.noise,
     )
 
 

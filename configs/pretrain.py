@@ -62,8 +62,9 @@ def demo() -> ml_collections.ConfigDict:
 
     c.crop = ml_collections.ConfigDict()
     c.crop.image_size = 48
-    c.crop.min_area = 0.6
+    c.crop.min_area = 0.75
     c.crop.flip = True
+    c.crop.quarter_turns = True  # the demo's camera has no upright
 
     c.pixels = ml_collections.ConfigDict()
     c.pixels.mean = 0.5
@@ -75,6 +76,12 @@ def demo() -> ml_collections.ConfigDict:
     c.photometric.saturation = 0.5
     c.photometric.gray_probability = 0.2
     c.photometric.per_frame = False
+
+    c.spectral = ml_collections.ConfigDict()
+    c.spectral.equalizer = 0.7
+    c.spectral.equalizer_knots = 5
+    c.spectral.mask_mels = 6
+    c.spectral.noise = 0.15
 
     c.spectrogram = ml_collections.ConfigDict()
     c.spectrogram.sample_rate_hz = 16_000
@@ -109,7 +116,7 @@ def demo() -> ml_collections.ConfigDict:
 
     c.loss = ml_collections.ConfigDict()
     c.loss.temperature = 0.1
-    c.loss.positive_weight = 0.2
+    c.loss.positive_weight = 0.1
     c.loss.weights = ml_collections.ConfigDict()
     c.loss.weights.vv = 0.5
     c.loss.weights.va = 1.0
@@ -139,7 +146,7 @@ def demo() -> ml_collections.ConfigDict:
     c.optimizer.name = "adamw"  # or "sgd", "lars"
     c.optimizer.learning_rate = 3e-3
     c.optimizer.warmup_steps = 100
-    c.optimizer.weight_decay = 0.05
+    c.optimizer.weight_decay = 0.1
     c.optimizer.momentum = 0.9
     c.optimizer.beta2 = 0.98
     c.optimizer.clip_norm = 5.0
@@ -169,6 +176,7 @@ def _full_size(name: str) -> ml_collections.ConfigDict:
     c.views.clip_seconds = 1.0
     c.crop.image_size = 112
     c.crop.min_area = 0.3
+    c.crop.quarter_turns = False
     c.photometric.brightness = 0.4
     c.photometric.contrast = 0.4
     c.photometric.saturation = 0.4

@@ -50,7 +50,8 @@ sys.path.insert(0, str(ROOT))
 
 # %%
 SMALL = bool(int(os.environ.get("AVCL_JAX_SMALL", "0")))  # the tests run this notebook small
-DATA, RUN = Path("data/quickstart"), Path("runs/quickstart")
+OUT = Path(os.environ.get("AVCL_JAX_OUT", "."))
+DATA, RUN = OUT / "data" / "quickstart", OUT / "runs" / "quickstart"
 VIDEOS, STEPS = (40, 20) if SMALL else (300, 600)
 
 

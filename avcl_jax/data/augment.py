@@ -1,7 +1,7 @@
-"""Photometric augmentation on the device, inside the jitted step.
+"""Photometric and spectral augmentation on the device, inside the jitted step.
 
-Constant within a clip by default: a hue that changes from frame to frame would be a clock (design
-section 2.1). Varying it per frame is an option.
+Constant within a clip by default: a hue or an equaliser that changes from frame to frame would be a
+clock (design section 2.1). Varying the photometric one per frame is an option.
 """
 
 from __future__ import annotations
@@ -60,6 +60,54 @@ def photometric(
     gray = 0.299 * red + 0.587 * green + 0.114 * blue
     gain = contrast * saturation
     return gain * video + (contrast - gain) * gray + (0.5 - 0.5 * contrast + brightness)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpectralSpec:
+    """Strength of the augmentation of spectrograms; zeros switch it off.
+
+    Attributes:
+        equalizer: largest gain of a random equaliser, in standard deviations of the log-mel.
+        equalizer_knots: points between which its curve is straight; at least 2.
+        mask_mels: most neighbouring bands that are silenced (SpecAugment, Park et al. 2019).
+        noise: standard deviation of the noise added to every value.
+    """
+
+    equalizer: float
+    equalizer_knots: int
+    mask_mels: int
+    noise: float
+
+
+def spectral(
+    key: Array,
+    spectrogram: Float[Array, "videos views frames mels"],
+    spec: SpectralSpec,
+) -> Float[Array, "videos views frames mels"]:
+    """Equalises, masks and adds noise at random, each view on its own.
+
+    What room, microphone and background do to a sound is alike in both views of a video and tells
+    them from other videos; without this, contrast between views learns little else. The mean gain
+    is kept, because loudness tells temporal order.
+
+    Args:
+        key: JAX random key of this step.
+        spectrogram: standardised log-mel.
+        spec: strength.
+    """
+    videos, views, _, mels = spectrogram.shape
+    keys = jax.random.split(key, 4)
+    knots = jax.random.uniform(keys[0], (videos, views, spec.equalizer_knots), minval=-1.0)
+    curve = jax.image.resize(knots, (videos, views, mels), "linear")
+    curve = spec.equalizer * (curve - curve.mean(axis=-1, keepdims=True))
+    width = jax.random.randint(keys[1], (videos, views, 1), 0, spec.mask_mels + 1)
+    first = jax.random.uniform(keys[2], (videos, views, 1)) * (mels - width + 1)
+    band = jnp.arange(mels).reshape(1, 1, -1)
+    masked = (band >= jnp.floor(first)) & (band < jnp.floor(first) + width)
+    quiet = spectrogram.min(axis=(2, 3), keepdims=True)
+    noise = spec.noise * jax.random.normal(keys[3], spectrogram.shape)
+    changed = spectrogram + curve[:, :, None, :] + noise
+    return jnp.where(masked[:, :, None, :], quiet, changed)
 
 
 def standardize(

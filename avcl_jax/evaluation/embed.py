@@ -183,7 +183,10 @@ def feature_function(
     Returns:
         A function from stacked arrays of `pipeline.fixed_views` to float32 [videos, channels]
         arrays named NETWORK/video_features, NETWORK/audio_features, NETWORK/video_embeddings and
-        NETWORK/audio_embeddings: means over the views.
+        NETWORK/audio_embeddings. Features are means over the views. Embeddings of all views stand
+        one after another, so that the cosine of two videos is the mean similarity of their views
+        of the same times: when something happens belongs to what a picture and its sound share,
+        and a mean over views would forget it.
     """
 
     @jax.jit
@@ -193,16 +196,19 @@ def feature_function(
             spec,
             pixel_mean=pixel_mean,
             pixel_std=pixel_std,
-            photometric_spec=None,
+            augmentation=None,
             key=None,
         )
         outputs: Any = model.apply(variables, **inputs, train=False)
         videos = arrays["has_video"].shape[0]
-        return {
-            name: value.reshape(videos, -1, value.shape[-1]).mean(axis=1)
-            for name, value in outputs.items()
-            if name.endswith(("_features", "_embeddings"))
-        }
+        described = {}
+        for name, value in outputs.items():
+            by_view = value.reshape(videos, -1, value.shape[-1])
+            if name.endswith("_features"):
+                described[name] = by_view.mean(axis=1)
+            elif name.endswith("_embeddings"):
+                described[name] = by_view.reshape(videos, -1)
+        return described
 
     def compute(arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         inputs = {name: jnp.asarray(arrays[name]) for name in _MODEL_INPUTS}
@@ -232,7 +238,7 @@ def logit_function(
             spec,
             pixel_mean=pixel_mean,
             pixel_std=pixel_std,
-            photometric_spec=None,
+            augmentation=None,
             key=None,
         )
         outputs: Any = model.apply(variables, **inputs, train=False)

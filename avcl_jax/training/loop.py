@@ -125,7 +125,7 @@ def build(
         schedule=schedule,
         loss_spec=loss_spec(config),
         render=spec,
-        photometric_spec=experiment.photometric_spec(config),
+        augmentation=(experiment.photometric_spec(config), experiment.spectral_spec(config)),
         pixel_mean=config.pixels.mean,
         pixel_std=config.pixels.std,
         ema_decay=section.ema_decay,

@@ -55,7 +55,7 @@ def init_variables(
     model: nn.Module, inputs: Mapping[str, jax.ShapeDtypeStruct], key: jax.Array
 ) -> Any:
     """Parameters and statistics of `model` from zeros of the given shapes."""
-    zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in inputs.items()}
+    zeros: Any = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in inputs.items()}
     return model.init(key, **zeros, train=False)
 
 

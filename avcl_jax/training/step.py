@@ -15,7 +15,14 @@ from clu import metrics as clu_metrics
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from avcl_jax.data.augment import PhotometricSpec, photometric, standardize, to_unit_range
+from avcl_jax.data.augment import (
+    PhotometricSpec,
+    SpectralSpec,
+    photometric,
+    spectral,
+    standardize,
+    to_unit_range,
+)
 from avcl_jax.data.pipeline import RenderSpec
 from avcl_jax.data.spectrogram import log_mel
 from avcl_jax.objectives import feature_bank
@@ -92,7 +99,7 @@ def prepare_inputs(
     *,
     pixel_mean: float,
     pixel_std: float,
-    photometric_spec: PhotometricSpec | None,
+    augmentation: tuple[PhotometricSpec, SpectralSpec] | None,
     key: Array | None,
 ) -> dict[str, Array]:
     """A batch of the pipeline to inputs of the model, on the device.
@@ -102,19 +109,22 @@ def prepare_inputs(
         spec: rendering.
         pixel_mean: subtracted from pixels in [0, 1].
         pixel_std: pixels are divided by it.
-        photometric_spec: augmentation; None for evaluation.
+        augmentation: of pictures and of spectrograms; None for evaluation.
         key: JAX random key of the augmentation.
 
     Returns:
         `video`, `spectrogram`, `has_video`, `has_audio`.
     """
     video = to_unit_range(batch["video"])
-    if photometric_spec is not None:
-        video = photometric(key, video, photometric_spec)
     if spec.spectrogram_on_device:
         spectrogram = log_mel(batch["audio_windows"], spec.log_mel, jnp)
     else:
         spectrogram = batch["spectrogram"]
+    if augmentation is not None:
+        assert key is not None, "augmentation needs a key"
+        video_key, audio_key = jax.random.split(key)
+        video = photometric(video_key, video, augmentation[0])
+        spectrogram = spectral(audio_key, spectrogram, augmentation[1])
     return {
         "video": standardize(video, pixel_mean, pixel_std),
         "spectrogram": spectrogram,
@@ -209,7 +219,7 @@ def _contrastive(
                 metrics[f"{name}/bank_positive_similarity"] = average(
                     info["bank_positive_similarity"], rows["bank_positive_mask"].sum()
                 )
-        losses[term] = sum(values) / len(values)
+        losses[term] = jnp.stack(values).mean()
         metrics[f"{term}/loss"] = average(losses[term])
     return losses, metrics
 
@@ -251,7 +261,7 @@ def make_train_step(
     schedule: optax.Schedule,
     loss_spec: LossSpec,
     render: RenderSpec,
-    photometric_spec: PhotometricSpec,
+    augmentation: tuple[PhotometricSpec, SpectralSpec],
     pixel_mean: float,
     pixel_std: float,
     ema_decay: float,
@@ -267,12 +277,12 @@ def make_train_step(
         state: TrainState, batch: Mapping[str, Array], key: Array
     ) -> tuple[TrainState, Metrics]:
         augment_key, bank_key = jax.random.split(jax.random.fold_in(key, state.step))
-        inputs = prepare_inputs(
+        inputs: Any = prepare_inputs(
             batch,
             render,
             pixel_mean=pixel_mean,
             pixel_std=pixel_std,
-            photometric_spec=photometric_spec,
+            augmentation=augmentation,
             key=augment_key,
         )
         label = batch.get(f"label_{loss_spec.bank_label}", jnp.full_like(batch["source_id"], -1))
@@ -291,7 +301,8 @@ def make_train_step(
                 losses[term] = value
                 metrics[f"{term}/loss"] = average(value, info["count"])
                 metrics[f"{term}/accuracy"] = average(info["accuracy"], info["count"])
-            total = sum(loss_spec.weights[term] * value for term, value in losses.items())
+            weighted = [loss_spec.weights[term] * value for term, value in losses.items()]
+            total = jnp.stack(weighted).sum()
             metrics["loss"] = average(total)
             return total, (metrics, mutated["batch_stats"], embeddings, present)
 

@@ -38,7 +38,7 @@ MEL = LogMelSpec(
 SPEC = RenderSpec(
     views=VIEWS,
     log_mel=MEL,
-    crop=CropSpec(image_size=32, min_area=0.5, flip=True),
+    crop=CropSpec(image_size=32, min_area=0.5, flip=True, quarter_turns=False),
     spectrogram_on_device=False,
     modalities="audio_visual",
 )
@@ -145,7 +145,7 @@ def test_views_show_what_their_labels_say(source):
 def test_one_crop_for_all_frames_of_a_clip():
     frames = np.repeat(np.random.default_rng(0).integers(0, 256, (1, 40, 60, 3), np.uint8), 6, 0)
     rng = np.random.default_rng(1)
-    spec = CropSpec(image_size=24, min_area=0.4, flip=True)
+    spec = CropSpec(image_size=24, min_area=0.4, flip=True, quarter_turns=False)
     crops = [random_crop(rng, 40, 60, spec) for _ in range(200)]
     assert 0.35 < np.mean([crop.flip for crop in crops]) < 0.65
     for crop in crops:

@@ -31,7 +31,7 @@ SPEC = RenderSpec(
         mean=0.0,
         std=1.0,
     ),
-    crop=CropSpec(image_size=24, min_area=0.6, flip=True),
+    crop=CropSpec(image_size=24, min_area=0.6, flip=True, quarter_turns=False),
     spectrogram_on_device=False,
     modalities="audio_visual",
 )

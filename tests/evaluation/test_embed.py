@@ -25,7 +25,7 @@ SPEC = RenderSpec(
         mean=-6.0,
         std=3.0,
     ),
-    crop=CropSpec(image_size=16, min_area=0.8, flip=True),
+    crop=CropSpec(image_size=16, min_area=0.8, flip=True, quarter_turns=False),
     spectrogram_on_device=False,
     modalities="audio_visual",
 )
