@@ -89,7 +89,8 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected arguments {list(argv[1:])}: flags begin with --")
     if _DISTRIBUTED.value or _COORDINATOR.value:
         jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    logging.set_verbosity(logging.WARNING)
+    # What the libraries log at this level is about themselves; our own words are printed.
+    logging.set_verbosity(logging.ERROR)
     config = _CONFIG.value
     try:
         if config is None:

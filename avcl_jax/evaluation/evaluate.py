@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +32,7 @@ from avcl_jax.evaluation.embed import (
 from avcl_jax.evaluation.null_control import NullControl, null_control, render_null_views
 from avcl_jax.evaluation.probe import ProbeResult, gap_closed, linear_probe, trivial_statistics
 from avcl_jax.evaluation.retrieval import retrieval_scores
-from avcl_jax.evaluation.summary import Stages, write_summary
+from avcl_jax.evaluation.summary import Stages, finished, print_paths, write_summary
 from avcl_jax.evaluation.supervised import Fit, FitSpec, Prepare, fit_classifier
 from avcl_jax.evaluation.temporal import score_task
 from avcl_jax.export import check_run
@@ -67,6 +69,15 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
     train = UsableRecords(RecordDataset(config.data.directory, section.train_split), spec)
     test = UsableRecords(RecordDataset(config.data.directory, section.test_split), spec)
     _check_labels(config, train)
+    fingerprint = hashlib.sha256(
+        json.dumps(
+            [experiment.to_json(config), dataclasses.asdict(progress), test.fingerprint]
+        ).encode()
+    ).hexdigest()
+    if (done := finished(workdir, fingerprint)) is not None:
+        print(f"{workdir} is already evaluated at step {step}")
+        print_paths(workdir)
+        return done
 
     networks = {"random": _random_variables(model, spec, config.seed), "pretrained": variables}
     fits: dict[str, Fit] = {}
@@ -103,6 +114,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
             name: {"stopped": f.stopped, "epochs": len(f.losses), "train_loss": f.losses[-1]}
             for name, f in fits.items()
         },
+        "fingerprint": fingerprint,
         "seed": config.seed,
         "step": step,
         "train_seconds": round(progress.train_seconds, 1),

@@ -161,7 +161,8 @@ def retrieval_scores(
     relevant = counts[np.searchsorted(identities, np.asarray(query_ids))]
     return RetrievalScores(
         recall={k: float(np.mean(ranks <= k)) for k in ks},
-        chance={k: float(np.mean(_chance_of_hit(relevant, size, k))) for k in ks},
+        # Rounded, so that one in 200 is written as 0.005.
+        chance={k: round(float(np.mean(_chance_of_hit(relevant, size, k))), 12) for k in ks},
         median_rank=float(np.median(ranks)),
         chance_median_rank=(size + 1) / 2,
         queries=len(ranks),
@@ -173,8 +174,7 @@ def _chance_of_hit(relevant: np.ndarray, size: int, k: int) -> np.ndarray:
     """Returns the probability that k of `size` items, drawn at random, hold a relevant one."""
     drawn = np.arange(k)
     miss = np.clip(size - relevant[:, None] - drawn, 0, None) / (size - drawn)
-    # Rounded, so that one in 200 is written as 0.005.
-    return np.round(1.0 - miss.prod(axis=1), 12)
+    return 1.0 - miss.prod(axis=1)
 
 
 def nearest(queries: np.ndarray, gallery: np.ndarray, *, k: int, chunk: int = 1024) -> np.ndarray:

@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from avcl_jax.evaluation.exhibits import (
     training_curves,
 )
 from avcl_jax.evaluation.report import Modality, ReportContent, Search, render_report
+from avcl_jax.training.metric_writer import peak_memory_gb
 
 _PACKAGES = (
     "jax",
@@ -128,7 +128,21 @@ def write_summary(
     )
     _write(workdir / "report.html", render_report(content))
     _write(workdir / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+    print_paths(workdir)
+
+
+def print_paths(workdir: epath.Path) -> None:
+    """Prints where the report and the results are."""
     print(f"report  {workdir / 'report.html'}\nresults {workdir / 'results.json'}", flush=True)
+
+
+def finished(workdir: epath.Path, fingerprint: str) -> dict[str, Any] | None:
+    """Returns the results in `workdir` if they are those of `fingerprint` and the report exists."""
+    path = workdir / "results.json"
+    if not path.exists() or not (workdir / "report.html").exists():
+        return None
+    results = json.loads(path.read_text())
+    return results if "fingerprint" in results and results["fingerprint"] == fingerprint else None
 
 
 def _write(path: epath.Path, text: str) -> None:
@@ -277,13 +291,6 @@ def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that decide the numbers."""
     found = {"python": platform.python_version(), "platform": sys.platform}
     return found | {name: importlib.metadata.version(name) for name in _PACKAGES}
-
-
-def peak_memory_gb() -> float:
-    """Returns the largest resident size of this process so far, in GB (10⁹ bytes)."""
-    # In kilobytes on Linux, in bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def _preparation_seconds(directory: epath.PathLike) -> float | None:

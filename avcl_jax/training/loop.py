@@ -24,7 +24,7 @@ from avcl_jax.data.records import RecordDataset
 from avcl_jax.objectives import feature_bank
 from avcl_jax.training import sharding
 from avcl_jax.training.checkpoint import CheckpointError, Checkpoints, Progress, check_config
-from avcl_jax.training.metric_writer import MetricWriter, format_seconds
+from avcl_jax.training.metric_writer import MetricWriter, format_seconds, peak_memory_gb
 from avcl_jax.training.optimizer import create_optimizer, warmup_cosine
 from avcl_jax.training.state import TrainState, create_state
 from avcl_jax.training.step import LossSpec, Metrics, make_train_step, merge_metrics
@@ -278,6 +278,7 @@ def pretrain(
         values["clips_per_second"] = 2 * config.global_batch_size * steps / seconds
         values["data_wait_share"] = done.data_seconds / seconds
         values["train_seconds"] = before + ended - start
+        values["peak_memory_gb"] = peak_memory_gb()
         left = (config.steps - last) * seconds / steps
         writer.write(last, values, seconds_left=left)
         _check_finite(values, done.first_step, last, checkpoints.latest_step())

@@ -97,7 +97,11 @@ def write_collection(out: Path, counts: dict[str, int], *, seed: int, workers: i
         (out / split).mkdir(exist_ok=True)
     missing = [(out, seed, *item) for item in items if not (out / _relative(*item)).exists()]
     with tqdm(
-        total=len(items), initial=len(items) - len(missing), unit="video", desc="foley"
+        total=len(items),
+        initial=len(items) - len(missing),
+        unit="video",
+        desc="foley",
+        mininterval=0.5 if sys.stderr.isatty() else 20,  # a log file is no place for animation
     ) as bar:
         if workers == 1 or len(missing) < 2:
             for task in missing:
