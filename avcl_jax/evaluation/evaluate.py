@@ -126,6 +126,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
         stages=stages,
         spec=spec,
         test=test,
+        train_features=train_features,
         features=test_features,
         confusions={name: by["pretrained"].confusion for name, by in probes.items()},
     )

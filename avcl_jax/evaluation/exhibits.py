@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.manifold import TSNE
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
@@ -16,7 +17,7 @@ from avcl_jax.data.decode import decode_jpegs
 from avcl_jax.data.pipeline import RenderSpec, UsableRecords, render_views
 from avcl_jax.data.views import FORWARD, Clip
 from avcl_jax.evaluation.figures import clip_uri
-from avcl_jax.evaluation.report import Curves, Exhibit, Search
+from avcl_jax.evaluation.report_content import Curves, Exhibit, Search
 from avcl_jax.evaluation.retrieval import first_relevant_ranks, nearest
 
 # t-SNE of more points takes minutes and shows no more.
@@ -152,7 +153,8 @@ def neighbour_searches(
     Returns:
         A title that gives the share over all videos and its chance level, and the searches.
     """
-    indices = nearest(features, features, k=results + 1)
+    scaled = StandardScaler().fit_transform(features)
+    indices = nearest(scaled, scaled, k=results + 1)
     # A video is its own nearest neighbour, but twins may tie with it.
     others = np.array(
         [
@@ -200,6 +202,27 @@ def embedding_map(features: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.nd
     # Its threads spin while they wait: on two cores 24 seconds instead of one.
     with threadpool_limits(1):
         return rows, tsne.fit_transform(scaled)
+
+
+def class_plane(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """Places test features on the plane that keeps the classes of the training features apart.
+
+    Linear discriminant analysis of the training features, with Ledoit–Wolf shrinkage; the test
+    items have no part in choosing the plane.
+
+    Args:
+        train: float [n, C].
+        train_labels: int [n], all known, of at least three classes.
+        test: float [m, C].
+
+    Returns:
+        float [m, 2].
+    """
+    scaler = StandardScaler().fit(train)
+    plane = LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto", n_components=2)
+    with threadpool_limits(1):
+        plane.fit(scaler.transform(train), train_labels)
+        return plane.transform(scaler.transform(test))
 
 
 def training_curves(rows: Sequence[Mapping[str, object]]) -> list[Curves]:

@@ -147,10 +147,15 @@ def _label_ends(axes: Axes, ends: list[tuple[str, float, str]]) -> None:
     """Writes each label beside the end of its line, pushed apart where they would overlap."""
     low, high = axes.get_ylim()
     gap = 0.062 * (high - low)
-    placed: list[float] = []
-    for label, value, colour in sorted(ends, key=lambda end: end[1]):
-        position = max(value, placed[-1] + gap) if placed else value
-        placed.append(position)
+    ends = sorted(ends, key=lambda end: end[1])
+    positions: list[float] = []
+    for _, value, _ in ends:
+        positions.append(max(value, positions[-1] + gap) if positions else value)
+    ceiling = high
+    for index in reversed(range(len(positions))):
+        positions[index] = min(positions[index], ceiling)
+        ceiling = positions[index] - gap
+    for (label, _, colour), position in zip(ends, positions, strict=True):
         axes.annotate(
             label,
             xy=(1.0, position),

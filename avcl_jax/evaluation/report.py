@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
-
-import numpy as np
+from collections.abc import Mapping
+from typing import Any
 
 from avcl_jax.evaluation import figures
 from avcl_jax.evaluation.page import (
@@ -20,8 +17,8 @@ from avcl_jax.evaluation.page import (
     text,
     tiles,
 )
+from avcl_jax.evaluation.report_content import Exhibit, Modality, ReportContent, Search
 
-Modality = Literal["video", "audio"]
 TASK_NAMES = {
     "speed_video": "speed, seen",
     "speed_audio": "speed, heard",
@@ -34,98 +31,6 @@ TASK_NAMES = {
 BLUE, GREEN, GREY = (figures.SERIES_COLOURS[index] for index in (0, 2, 7))
 # The null controls must not tell speed or direction further than this from chance.
 NULL_TOLERANCE = 0.05
-
-
-@dataclass(frozen=True)
-class Exhibit:
-    """One video as the page shows it.
-
-    Attributes:
-        name: id of the record.
-        labels: what is known of it, in words.
-        stills: uint8 [K, H, W, 3] at uniform times over the interval; empty without a picture.
-        spectrogram: float [F, M] log-mel over the same interval; empty without a sound.
-        clip: data URI of the playable interval, or "".
-    """
-
-    name: str
-    labels: str
-    stills: np.ndarray
-    spectrogram: np.ndarray
-    clip: str = ""
-
-
-@dataclass(frozen=True)
-class Search:
-    """A query and what was found for it.
-
-    Attributes:
-        query: the video asked with.
-        query_modality: which side of it the model was given.
-        found: the best results, best first.
-        found_modality: which side of them was ranked.
-        hits: for each result, whether it is the very video of the query.
-        remark: one line on where the right one stood.
-    """
-
-    query: Exhibit
-    query_modality: Modality
-    found: Sequence[Exhibit]
-    found_modality: Modality
-    hits: Sequence[bool]
-    remark: str
-
-
-@dataclass(frozen=True)
-class Curves:
-    """One chart of training.
-
-    Attributes:
-        title: what is shown.
-        ylabel: its axis.
-        series: label → (steps [n], values [n]).
-        fractions: values are written in per cent.
-        from_zero: the axis begins at zero.
-    """
-
-    title: str
-    ylabel: str
-    series: Mapping[str, tuple[np.ndarray, np.ndarray]]
-    fractions: bool
-    from_zero: bool
-
-
-@dataclass(frozen=True)
-class ReportContent:
-    """All that the page shows.
-
-    Attributes:
-        title: of the page.
-        results: the contents of results.json.
-        curves: charts of training, in order.
-        searches: retrieval examples by direction, "audio_to_video" and "video_to_audio".
-        neighbours: nearest neighbours within one modality.
-        maps: see `figures.scatter`.
-        probe_confusions: probe → (confusion of the pretrained encoder, class names).
-        task_classes: temporal task → names of its classes.
-        protocol: how the numbers were made, sentence by sentence.
-        run: what was run, name → value.
-        config: the whole configuration as JSON text.
-        spectrogram_range: values of a spectrogram drawn darkest and brightest.
-    """
-
-    title: str
-    results: Mapping[str, Any]
-    curves: Sequence[Curves]
-    searches: Mapping[str, Sequence[Search]]
-    neighbours: Mapping[str, Sequence[Search]]
-    maps: Sequence[tuple[str, np.ndarray, np.ndarray, Sequence[str]]]
-    probe_confusions: Mapping[str, tuple[Sequence[Sequence[int]], Sequence[str]]]
-    task_classes: Mapping[str, Sequence[str]]
-    protocol: Sequence[str]
-    run: Mapping[str, object]
-    config: str
-    spectrogram_range: tuple[float, float]
 
 
 def render_report(content: ReportContent) -> str:
@@ -142,17 +47,8 @@ def render_report(content: ReportContent) -> str:
         _temporal_section(results),
         _retrieval_section(content),
         _neighbour_section(content),
+        _map_section(content),
     ]
-    if content.maps:
-        parts.append(
-            section(
-                "Map of the test videos",
-                "Each point is one test video, placed by t-SNE of its pretrained encoder features; "
-                "colour is a label that training never saw. Islands of one colour are classes "
-                "that the encoder found by itself.",
-                figures.scatter(content.maps, name="maps"),
-            )
-        )
     parts += [_confusion_section(content), _curve_section(content), _run_section(content)]
     return page(title=content.title, body="".join(parts))
 
@@ -324,7 +220,7 @@ def _neighbour_section(content: ReportContent) -> str:
     return section(
         "Nearest neighbours",
         "The test videos that an encoder holds to be most alike, by its features before the "
-        "projection.",
+        "projection, standardised.",
         *blocks,
     )
 
@@ -363,6 +259,25 @@ def _card(
         f'<span class="tag"><b>{text(tag)}</b> {text(exhibit.name)}</span>'
         f'<button class="stage" {clip if exhibit.clip else "disabled"}>{media}</button>'
         f'<span class="tag" title="{labels}">{labels}</span></div>'
+    )
+
+
+def _map_section(content: ReportContent) -> str:
+    if not content.maps:
+        return ""
+    planes = [
+        figures.scatter(plane, name=f"plane{number}") for number, plane in enumerate(content.planes)
+    ]
+    caption = "Each point is one test video, its colour a label that pretraining never saw."
+    if planes:
+        caption += (
+            " First as a linear classifier sees it: the plane in which the classes of the "
+            "<i>training</i> videos lie farthest apart, for a random encoder and for the "
+            "pretrained one. The clearer the islands on the right, the more was learned."
+        )
+        planes.append("<h3>Without any label: t-SNE of the pretrained features</h3>")
+    return section(
+        "Map of the test videos", caption, *planes, figures.scatter(content.maps, name="maps")
     )
 
 

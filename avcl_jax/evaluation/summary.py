@@ -21,12 +21,14 @@ from avcl_jax import experiment
 from avcl_jax.data.pipeline import RenderSpec, UsableRecords
 from avcl_jax.evaluation.exhibits import (
     Exhibits,
+    class_plane,
     cross_modal_searches,
     embedding_map,
     neighbour_searches,
     training_curves,
 )
-from avcl_jax.evaluation.report import Modality, ReportContent, Search, render_report
+from avcl_jax.evaluation.report import render_report
+from avcl_jax.evaluation.report_content import Map, Modality, ReportContent, Search
 from avcl_jax.training.metric_writer import peak_memory_gb
 
 _PACKAGES = (
@@ -76,6 +78,7 @@ def write_summary(
     stages: Stages,
     spec: RenderSpec,
     test: UsableRecords,
+    train_features: Mapping[str, np.ndarray],
     features: Mapping[str, np.ndarray],
     confusions: Mapping[str, np.ndarray],
 ) -> None:
@@ -88,12 +91,13 @@ def write_summary(
         stages: times of the evaluation.
         spec: rendering, with the spectrogram made on the host.
         test: test records.
-        features: of the test records, as `embed.encode_all` returns them.
+        train_features: of the training records, as `embed.encode_all` returns them.
+        features: of the test records.
         confusions: of the pretrained encoder's probes.
     """
     metrics = _read_metrics(workdir)
     with stages("report"):
-        shown = _shown(config, spec, test, features)
+        shown = _shown(config, spec, test, train_features, features)
     seconds = _preparation_seconds(config.data.directory)
     results["preparation_seconds"] = seconds
     results["evaluation_seconds"] = round(stages.total, 1)
@@ -155,6 +159,7 @@ def _shown(
     config: ml_collections.ConfigDict,
     spec: RenderSpec,
     test: UsableRecords,
+    train_features: Mapping[str, np.ndarray],
     features: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
     """Returns searches, neighbours and maps for the report."""
@@ -184,7 +189,8 @@ def _shown(
                 results=section.results,
             )
     neighbours: dict[str, Sequence[Search]] = {}
-    maps = []
+    maps: list[Map] = []
+    planes: list[list[Map]] = []
     for label, modality in config.evaluation.probes:
         known = np.flatnonzero(features[f"has_{modality}"] & (features[f"label_{label}"] >= 0))
         own = features[f"pretrained/{modality}_features"][known]
@@ -205,6 +211,25 @@ def _shown(
         what = {"video": "Picture", "audio": "Sound"}[modality]
         names = test.records.class_names[label]
         maps.append((f"{what}, coloured by {label}", positions, labels[rows], names))
+        own_train = train_features[f"has_{modality}"] & (train_features[f"label_{label}"] >= 0)
+        train_labels = train_features[f"label_{label}"][own_train]
+        if len(np.unique(train_labels)) < 3:  # Two classes lie on a line.
+            continue
+        planes.append(
+            [
+                (
+                    f"{what}, coloured by {label}: {network} encoder",
+                    class_plane(
+                        train_features[f"{network}/{modality}_features"][own_train],
+                        train_labels,
+                        features[f"{network}/{modality}_features"][known],
+                    ),
+                    labels,
+                    names,
+                )
+                for network in ("random", "pretrained")
+            ]
+        )
     every = [s for group in (searches, neighbours) for found in group.values() for s in found]
     heard = [s.query.spectrogram.ravel() for s in every if len(s.query.spectrogram)]
     low, high = np.percentile(np.concatenate(heard), (2, 99.8)) if heard else (0.0, 1.0)
@@ -212,6 +237,7 @@ def _shown(
         "searches": searches,
         "neighbours": neighbours,
         "maps": maps,
+        "planes": planes,
         "spectrogram_range": (float(low), float(high)),
     }
 
@@ -224,14 +250,14 @@ def _protocol(config: ml_collections.ConfigDict, results: Mapping[str, Any]) -> 
     e = config.evaluation
     speeds = " and ".join(f"{speed}×" for speed in e.speeds)
     sentences = [
-        f"Features are the encoder's output before the projection, embeddings the projection's "
-        f"output; both are means over {e.views_per_speed} uniformly spaced centre-crop views at "
-        f"each of the speeds {speeds}.",
+        f"Features are the encoder's output before the projection, means over "
+        f"{e.views_per_speed} uniformly spaced centre-crop views at each of the speeds {speeds}; "
+        "embeddings are the projection's output for the same views, one after another.",
         f"Probes: features standardised by the training videos, multinomial logistic regression, "
         f"cost among {tuple(e.costs)} chosen by {e.folds}-fold cross-validation of the training "
         "videos alone, one look at the test videos.",
-        "Retrieval: cosine between embeddings of all test videos with picture and sound; a tie "
-        "counts against the right one.",
+        "Retrieval: all test videos with picture and sound, by the cosine of embeddings, that "
+        "is, the mean similarity of views of the same times; a tie counts against the right one.",
         f"Temporal tasks: {e.pairs_per_video} pairs of views of each test video, drawn as in "
         "training, cropped in the centre; an equal number of each class is scored, so chance is "
         "exact.",

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from avcl_jax.evaluation.figures import clip_uri, in_percent, line_chart
-from avcl_jax.evaluation.report import Curves, Exhibit, ReportContent, Search, render_report
+from avcl_jax.evaluation.report import render_report
+from avcl_jax.evaluation.report_content import Curves, Exhibit, ReportContent, Search
 
 CLASSES = ("bounce", "swing", "slide", "roll", "orbit")
 
@@ -124,6 +125,12 @@ def synthetic_content() -> ReportContent:
             (title, *_islands(rng), CLASSES)
             for title in ("Picture, coloured by motion", "Sound, coloured by material")
         ],
+        planes=[
+            [
+                (f"Picture, coloured by motion: {network}", *_islands(rng), CLASSES)
+                for network in ("random encoder", "pretrained encoder")
+            ]
+        ],
         probe_confusions={"motion_from_video": (np.eye(5, dtype=int) * 30 + 2, CLASSES)},
         task_classes={
             "speed_video": ("1×", "2×", "4×", "8×"),
@@ -190,7 +197,7 @@ def test_stills_spectrograms_and_clips_are_in_the_page(page):
 
 def test_charts_are_well_formed_and_take_the_inks_of_the_page(page):
     charts = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    assert len(charts) == 5
+    assert len(charts) == 6
     for chart in charts:
         ElementTree.fromstring(chart)
         assert "var(--ink)" in chart or "var(--muted)" in chart
@@ -209,7 +216,7 @@ def test_what_was_not_measured_is_left_out():
     results = {k: v for k, v in content.results.items() if k not in ("retrieval", "probe")}
     results["null_control"] = {"skipped": "the data set has no split null_train"}
     bare = dataclasses.replace(
-        content, results=results, searches={}, neighbours={}, maps=(), curves=()
+        content, results=results, searches={}, neighbours={}, maps=(), planes=(), curves=()
     )
     page = render_report(bare)
     assert "Finding the other half" not in page

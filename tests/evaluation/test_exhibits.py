@@ -1,0 +1,50 @@
+"""What the report shows of features: planes, neighbours, curves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from avcl_jax.evaluation.exhibits import class_plane, embedding_map, training_curves
+
+
+def _clusters(rng: np.random.Generator, items: int, distance: float):
+    labels = np.arange(items) % 3
+    return rng.normal(size=(items, 20)) + distance * np.eye(3, 20)[labels], labels
+
+
+@pytest.mark.parametrize(("distance", "low", "high"), [(8.0, 0.95, 1.0), (0.0, 0.0, 0.5)])
+def test_the_plane_shows_classes_where_there_are_some_and_none_where_there_are_none(
+    distance, low, high
+):
+    rng = np.random.default_rng(0)
+    train, train_labels = _clusters(rng, 300, distance)
+    test, labels = _clusters(rng, 150, distance)
+    placed = class_plane(train, train_labels, test)
+    assert placed.shape == (150, 2)
+    centres = np.stack([placed[labels == c].mean(axis=0) for c in range(3)])
+    nearest = np.linalg.norm(placed[:, None] - centres, axis=-1).argmin(axis=1)
+    assert low <= (nearest == labels).mean() <= high
+
+
+def test_the_map_keeps_clusters_together():
+    features, labels = _clusters(np.random.default_rng(1), 90, 12.0)
+    rows, placed = embedding_map(features, seed=0)
+    np.testing.assert_array_equal(rows, np.arange(90))
+    distances = np.linalg.norm(placed[:, None] - placed[None], axis=-1)
+    np.fill_diagonal(distances, np.inf)
+    assert (labels[distances.argmin(axis=1)] == labels).mean() > 0.95
+
+
+def test_curves_take_what_was_logged_and_leave_out_what_was_not():
+    rows = [
+        {"step": 10, "split": "train", "va/loss": 3.0, "speed_audio/accuracy": 0.3},
+        {"step": 20, "split": "train", "va/loss": "nan", "speed_audio/accuracy": 0.5},
+    ]
+    curves = {chart.title: chart for chart in training_curves(rows)}
+    assert set(curves) == {"Contrastive loss", "Temporal tasks on training views"}
+    steps, values = curves["Contrastive loss"].series["picture–sound"]
+    np.testing.assert_array_equal(steps, [10])
+    np.testing.assert_array_equal(values, [3.0])
+    steps, values = curves["Temporal tasks on training views"].series["speed, heard"]
+    np.testing.assert_array_equal(values, [0.3, 0.5])
