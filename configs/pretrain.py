@@ -42,7 +42,7 @@ def demo() -> ml_collections.ConfigDict:
     c.task = "pretrain"
     c.name = "demo"
     c.seed = 0
-    c.steps = 1600
+    c.steps = 1500
     c.global_batch_size = 32
     c.modalities = "audio_visual"  # or "video", "audio"
 
