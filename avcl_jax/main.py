@@ -102,9 +102,28 @@ def main(argv: Sequence[str]) -> None:
     except _USER_ERRORS as error:
         if _DEBUG.value:
             traceback.print_exc()
-        print(f"avcl_jax: error: {error}", file=sys.stderr, flush=True)
+        print(f"avcl_jax: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from error
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the command line; a mistake in it is one line, not a traceback of the config file.
+
+    Raises:
+        SystemExit: with code 1 after that line.
+    """
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        # The flag for a config file wraps what the file raised into its whole traceback, of which
+        # the last line says what is wrong.
+        cause: BaseException = error
+        while cause.args and isinstance(cause.args[0], BaseException):
+            cause = cause.args[0]
+        text = str(cause.args[0] if cause.args else cause)
+        print(f"avcl_jax: error: {text.strip().splitlines()[-1].strip()}", file=sys.stderr)
         raise SystemExit(1) from error
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

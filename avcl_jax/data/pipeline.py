@@ -307,6 +307,19 @@ class HostSlice(grain.MapDataset):
         return f"HostSlice({self._host}, {self._local} of {self._global}, from {self._first})"
 
 
+def check_enough(source: UsableRecords, global_batch_size: int) -> None:
+    """Refuses a batch that holds more videos than there are.
+
+    Raises:
+        ValueError: if it does.
+    """
+    if global_batch_size > len(source):
+        raise ValueError(
+            f"global_batch_size {global_batch_size} is larger than the {len(source)} usable "
+            "records: reduce it or prepare more videos"
+        )
+
+
 def train_batches(
     source: UsableRecords,
     spec: RenderSpec,
@@ -340,11 +353,7 @@ def train_batches(
     Raises:
         ValueError: if a batch holds more videos than there are records, or does not divide.
     """
-    if global_batch_size > len(source):
-        raise ValueError(
-            f"global_batch_size {global_batch_size} is larger than the {len(source)} usable "
-            "records: reduce it or prepare more videos"
-        )
+    check_enough(source, global_batch_size)
     dataset = (
         grain.MapDataset.source(source)
         .seed(seed)

@@ -19,7 +19,12 @@ from clu import parameter_overview
 from etils import epath
 
 from avcl_jax import experiment
-from avcl_jax.data.pipeline import UsableRecords, to_device_batch, train_batches
+from avcl_jax.data.pipeline import (
+    UsableRecords,
+    check_enough,
+    to_device_batch,
+    train_batches,
+)
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.objectives import feature_bank
 from avcl_jax.training import sharding
@@ -193,6 +198,7 @@ def pretrain(
     mesh, init, step_function = build(config)
     records = RecordDataset(config.data.directory, config.data.split)
     source = UsableRecords(records, spec)
+    check_enough(source, config.global_batch_size)
     workdir.mkdir(parents=True, exist_ok=True)
     config_json = experiment.to_json(config)
     old_config = workdir / "config.json"
