@@ -181,7 +181,7 @@ from avcl_jax.export import load_encoder
 encoder = load_encoder(RUN / "export" / "video")
 test = RecordDataset(DATA / "records", "test")
 frames = [decode_jpegs(test[index].frames) for index in range(12 if SMALL else 40)]
-features = np.stack([np.asarray(encoder(clip, fps=16.0)).mean(axis=0) for clip in frames])
+features = np.stack([np.asarray(encoder(clip, 16.0)).mean(axis=0) for clip in frames])
 features -= features.mean(axis=0)
 features /= np.linalg.norm(features, axis=1, keepdims=True)
 scores = features @ features.T
