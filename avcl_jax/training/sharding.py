@@ -84,8 +84,3 @@ def parameter_shardings(mesh: Mesh, tree: Any) -> Any:
         return jax.tree.map(lambda _: replicated(mesh), tree)
     size = mesh.shape["fsdp"]
     return jax.tree.map(lambda leaf: NamedSharding(mesh, fsdp_spec(leaf.shape, size)), tree)
-
-
-def bank_shardings(mesh: Mesh, bank: Any) -> Any:
-    """Shardings of the feature bank: arrays of rows are split, the counter is replicated."""
-    return jax.tree.map(lambda leaf: rows_sharding(mesh) if leaf.ndim else replicated(mesh), bank)

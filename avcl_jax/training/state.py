@@ -114,5 +114,7 @@ def state_shardings(shapes: TrainState, mesh: Mesh) -> Any:
         batch_stats=jax.tree.map(lambda _: whole, shapes.batch_stats),
         opt_state=sharding.parameter_shardings(mesh, shapes.opt_state),
         ema_params=sharding.parameter_shardings(mesh, shapes.ema_params),
-        bank=None if shapes.bank is None else sharding.bank_shardings(mesh, shapes.bank),
+        bank=None
+        if shapes.bank is None
+        else feature_bank.shardings(mesh, sharding.data_axes(mesh)),
     )
