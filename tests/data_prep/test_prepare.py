@@ -259,10 +259,13 @@ def when_reached(fifo: Path, act: Callable[[], None]) -> threading.Thread:
 
     def wait() -> None:
         descriptor = os.open(fifo, os.O_WRONLY)  # returns when the worker opens the other end
+        workers = [child.pid for child in multiprocessing.active_children()]
         act()
-        # The worker must not see the end of the file before it has died.
-        for child in multiprocessing.active_children():
-            child.join(20)
+        # The worker must not see the end of the file before it has died. WNOWAIT leaves it to the
+        # pool to reap, whose exit code would be lost otherwise.
+        for pid in workers:
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         os.close(descriptor)
 
     thread = threading.Thread(target=wait, daemon=True)
