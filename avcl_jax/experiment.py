@@ -67,6 +67,7 @@ def photometric_spec(config: ml_collections.ConfigDict) -> PhotometricSpec:
         brightness=section.brightness,
         contrast=section.contrast,
         saturation=section.saturation,
+        hue=section.hue,
         gray_probability=section.gray_probability,
         per_frame=section.per_frame,
     )

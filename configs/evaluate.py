@@ -36,7 +36,7 @@ def demo() -> ml_collections.ConfigDict:
     e.threads = 2  # videos rendered at a time
 
     # Features and embeddings: means over views of fixed times and speeds, cropped in the centre.
-    e.speeds = (1, 2)
+    e.speeds = (1, 2, 4)
     e.views_per_speed = 4
     e.recall_at = (1, 5, 10, 20, 50)
 

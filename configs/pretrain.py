@@ -74,6 +74,7 @@ def demo() -> ml_collections.ConfigDict:
     c.photometric.brightness = 0.1
     c.photometric.contrast = 0.3
     c.photometric.saturation = 0.5
+    c.photometric.hue = 0.5
     c.photometric.gray_probability = 0.2
     c.photometric.per_frame = False
 
@@ -116,7 +117,7 @@ def demo() -> ml_collections.ConfigDict:
 
     c.loss = ml_collections.ConfigDict()
     c.loss.temperature = 0.1
-    c.loss.positive_weight = 0.1
+    c.loss.positive_weight = 0.02
     c.loss.weights = ml_collections.ConfigDict()
     c.loss.weights.vv = 0.5
     c.loss.weights.va = 1.0
@@ -130,16 +131,18 @@ def demo() -> ml_collections.ConfigDict:
     c.loss.weights.order_va = 0.5
 
     c.bank = ml_collections.ConfigDict()
-    c.bank.size = 1024  # 0 switches the bank off
+    # 0 switches the bank off. At this learning rate rows are stale within a few steps, and stale
+    # negatives make all embeddings run away together: 1,024 rows halved their spread.
+    c.bank.size = 256
     c.bank.dtype = "float32"
     c.bank.space = "agreement"  # or "same", "cross"
     c.bank.num_positives = 2
     c.bank.num_negatives = 32
     c.bank.positive_ranks = 8
-    c.bank.negative_ranks = 64
+    c.bank.negative_ranks = 192
     c.bank.sampling = "gumbel"  # or "uniform"
     c.bank.temperature = 0.1
-    c.bank.warmup_steps = 300
+    c.bank.warmup_steps = 900
     c.bank.health_label = "material"  # share of bank positives with the anchor's; "" for none
 
     c.optimizer = ml_collections.ConfigDict()
@@ -180,6 +183,7 @@ def _full_size(name: str) -> ml_collections.ConfigDict:
     c.photometric.brightness = 0.4
     c.photometric.contrast = 0.4
     c.photometric.saturation = 0.4
+    c.photometric.hue = 0.1
     c.spectrogram.frames = 64
     c.spectrogram.where = "device"
     c.model.dtype = "bfloat16"

@@ -216,9 +216,12 @@ def _contrastive(
             for key_name in ("positive_similarity", "negative_similarity", "accuracy"):
                 metrics[f"{name}/{key_name}"] = average(info[key_name], info["anchors"])
             if rows:
-                metrics[f"{name}/bank_positive_similarity"] = average(
-                    info["bank_positive_similarity"], rows["bank_positive_mask"].sum()
-                )
+                # Bank negatives less alike than those of the batch are stale: the embeddings run
+                # away from their own past together, and their spread falls.
+                for kind in ("positive", "negative"):
+                    metrics[f"{name}/bank_{kind}_similarity"] = average(
+                        info[f"bank_{kind}_similarity"], rows[f"bank_{kind}_mask"].sum()
+                    )
         losses[term] = jnp.stack(values).mean()
         metrics[f"{term}/loss"] = average(losses[term])
     return losses, metrics

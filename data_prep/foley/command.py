@@ -20,7 +20,7 @@ from data_prep.foley.scene import SAMPLE_RATE_HZ, VIDEO_FPS, classes_of, draw_sc
 from data_prep.foley.sound import render_sound
 
 # Rises with every change of what is written, so that old files are not taken for new ones.
-GENERATOR_VERSION = 4
+GENERATOR_VERSION = 5
 RECIPE_NAME = "foley.json"
 MANIFEST_NAME = "manifest.csv"
 COLUMNS = ("path", "split", "id", "source", "label_motion", "label_material")

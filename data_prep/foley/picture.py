@@ -16,7 +16,8 @@ import numpy as np
 from data_prep.foley.scene import SIZE, VIDEO_FPS, Scene
 
 TRAIL_SECONDS = 0.4
-MARK_OVER_DECAY = 1.7  # a mark glows about twice as long as the contact sounds
+MARK_OVER_DECAY = 1.2  # a mark glows a little longer than the contact sounds
+RING_GROWTH_SECONDS = 0.12
 SUBSTEPS = 6
 SPRITE = 48
 SENSOR_NOISE = 1.5
@@ -143,28 +144,36 @@ def _trail(scene: Scene) -> np.ndarray:
 
 
 def _marks(scene: Scene) -> np.ndarray:
-    """Opacity [frames, 64, 64] of contact marks: a flash, and a ring that grows and fades."""
-    marks = np.zeros((scene.num_frames, SIZE, SIZE), np.float32)
+    """Opacity [frames, 64, 64] of contact marks: a flash, and a ring that grows and fades.
+
+    The ring shows the contact's sound: it is wide where the pitch is low, bright where it is loud.
+    """
     glow = MARK_OVER_DECAY * scene.decay_seconds
+    shutter = np.linspace(0, 1 / VIDEO_FPS, 8)
+    gain = 1 / scene.amplitude(np.linspace(0, glow, 200)).mean()  # as much light in every material
+    marks = np.zeros((scene.num_frames, SIZE, SIZE), np.float32)
     last = int(3.5 * glow * VIDEO_FPS)
     times = scene.contact_seconds
-    loud = scene.energy(times) * scene.contact_strength
+    force = scene.energy(times) * scene.contact_strength
     radius = scene.radius(times)
-    for time, place, strength, size in zip(times, scene.contact_place, loud, radius, strict=True):
+    for time, place, strength, size in zip(times, scene.contact_place, force, radius, strict=True):
         first = max(0, int(np.ceil(time * VIDEO_FPS - 1e-9)))
         ages = np.arange(first, min(first + last, scene.num_frames)) / VIDEO_FPS - time
         if not len(ages):
             continue
         x, y = _GRID - np.float32(place[0]), _GRID - np.float32(place[1])
         away = np.sqrt(y[:, None] ** 2 + x[None, :] ** 2)
-        fade = np.exp(-ages / glow).astype(np.float32)[:, None, None]
-        grown = (size * 0.8 + (6 + 10 * strength) * (1 - np.exp(-ages / 0.3))).astype(np.float32)
+        grown = size * 0.8 + (6 + 10 * strength) * (1 - np.exp(-ages / RING_GROWTH_SECONDS))
+        grown = (grown * 2 ** (-scene.octaves(ages))).astype(np.float32)
+        # What a shutter sees that is open from one frame to the next.
+        loud = gain * scene.amplitude(np.maximum(ages[:, None] - shutter, 0)).mean(axis=1)
+        light = (0.7 * np.exp(-ages / glow) * loud).astype(np.float32)[:, None, None]
         ring = np.exp(-(((away - grown[:, None, None]) / 1.3) ** 2))
         flash = (
             np.exp(-((away / np.float32(size * 1.5)) ** 2)) * np.exp(-ages / 0.08)[:, None, None]
         )
         opacity = np.float32(0.25 + 0.75 * strength)
-        marks[first : first + len(ages)] += opacity * (0.7 * fade * ring + flash)
+        marks[first : first + len(ages)] += opacity * (light * ring + flash)
     return np.minimum(marks, 1.0)
 
 

@@ -2,8 +2,8 @@
 
 A scene is drawn from (seed, split, index) alone, so a file is the same whichever process makes it.
 Everything that sound and picture share lives here: contact times, contact strengths, the object's
-size and its decaying energy. What only one of them shows is drawn by `sound.py` and `picture.py`
-from the scene's own seeds.
+size, its decaying energy and its response to a contact. What only one of them shows is drawn by
+`sound.py` and `picture.py` from the scene's own seeds.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_prep.foley import material as materials
 from data_prep.foley import motion
 
 VIDEO_FPS = 16
@@ -19,12 +20,13 @@ SAMPLE_RATE_HZ = 16_000
 SIZE = 64
 SPLITS = ("train", "test", "null_train", "null_test")
 MOTIONS = tuple(motion.MOTIONS)
-MATERIALS = ("bar", "gong", "drop", "drum", "rattle")
+MATERIALS = tuple(materials.MATERIALS)
 
 # The scene runs before the file starts, so that a file opens in the middle of movement and sound.
 LEAD_IN_SECONDS = 1.5
 
-DECAY_SECONDS = (0.14, 0.30)
+DECAY_SECONDS = (0.22, 0.36)
+RADIUS_PX = (3.8, 9.6)
 
 # Pitch times radius: a body half as large sounds an octave higher.
 HZ_TIMES_PIXELS = 4_000.0
@@ -42,6 +44,8 @@ class Scene:
         num_frames: Frames of the file at `VIDEO_FPS`.
         radius_px: Radius of the object at energy 1.
         decay_seconds: Time constant of a contact's sound; its mark glows in proportion.
+        octaves: Pitch of a contact's sound over the seconds after it, relative to `pitch_hz`.
+        amplitude: Loudness of a contact's sound over the seconds after it, apart from the decay.
         energy_start: Energy at time 0, in (0, 1].
         energy_seconds: Time constant of the energy's decay.
         path_seconds: float64 [K] times of `path`, from before 0 to past the end.
@@ -60,6 +64,8 @@ class Scene:
     num_frames: int
     radius_px: float
     decay_seconds: float
+    octaves: materials.Curve
+    amplitude: materials.Curve
     energy_start: float
     energy_seconds: float
     path_seconds: np.ndarray
@@ -145,14 +151,19 @@ def draw_scene(seed: int, split: str, index: int) -> Scene:
         energy_seconds=energy_seconds,
     )
     place = _draw_camera(rng)
+    radius_px = float(np.exp(rng.uniform(*np.log(RADIUS_PX))))
+    decay_seconds = float(np.exp(rng.uniform(*np.log(DECAY_SECONDS))))
+    octaves, amplitude = materials.draw_response(rng, material, decay_seconds)
     return Scene(
         split=split,
         index=index,
         motion=motion_name,
         material=material,
         num_frames=num_frames,
-        radius_px=float(np.exp(rng.uniform(np.log(4.4), np.log(8.8)))),
-        decay_seconds=float(np.exp(rng.uniform(*np.log(DECAY_SECONDS)))),
+        radius_px=radius_px,
+        decay_seconds=decay_seconds,
+        octaves=octaves,
+        amplitude=amplitude,
         energy_start=energy_start,
         energy_seconds=energy_seconds,
         path_seconds=track.seconds,

@@ -165,7 +165,12 @@ def test_photometric_jitter_is_constant_within_a_clip():
 
     video = jax.numpy.full((3, 2, 5, 4, 4, 3), 0.25)
     spec = PhotometricSpec(
-        brightness=0.3, contrast=0.3, saturation=0.3, gray_probability=0.2, per_frame=False
+        brightness=0.3,
+        contrast=0.3,
+        saturation=0.3,
+        hue=0.5,
+        gray_probability=0.2,
+        per_frame=False,
     )
     out = np.asarray(photometric(jax.random.key(0), video, spec))
     np.testing.assert_array_equal(out, out[:, :, :1].repeat(5, 2))
@@ -173,7 +178,7 @@ def test_photometric_jitter_is_constant_within_a_clip():
     per_frame = photometric(jax.random.key(0), video, dataclasses.replace(spec, per_frame=True))
     assert len(np.unique(np.asarray(per_frame)[:, :, :, 0, 0, 0])) == 30
     off = dataclasses.replace(
-        spec, brightness=0.0, contrast=0.0, saturation=0.0, gray_probability=0.0
+        spec, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, gray_probability=0.0
     )
     np.testing.assert_allclose(photometric(jax.random.key(0), video, off), video, atol=1e-6)
 
