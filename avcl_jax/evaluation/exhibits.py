@@ -255,6 +255,7 @@ def training_curves(rows: Sequence[Mapping[str, object]]) -> list[Curves]:
                 "va/positive_similarity": "of one view",
                 "va/negative_similarity": "of two videos",
                 "va/bank_positive_similarity": "bank positives",
+                "va/bank_negative_similarity": "bank negatives",
             },
             False,
             False,

@@ -12,22 +12,27 @@ import jax
 from etils import epath
 from tensorboardX import SummaryWriter
 
-# What the progress line shows; everything is in metrics.jsonl.
-_SHOWN = (
-    ("loss", "loss"),
-    ("vv/loss", "vv"),
-    ("va/loss", "va"),
-    ("aa/loss", "aa"),
-    ("speed_video/accuracy", "speed v"),
-    ("speed_audio/accuracy", "a"),
-    ("direction_video/accuracy", "dir v"),
-    ("direction_audio/accuracy", "a"),
-    ("order_vv/accuracy", "order vv"),
-    ("order_aa/accuracy", "aa"),
-    ("order_va/accuracy", "va"),
-    ("health/video_embedding_std", "std v"),
-    ("health/audio_embedding_std", "a"),
-)
+# What the progress line shows, by group; everything is in metrics.jsonl.
+_SHOWN = {
+    "": {"loss": "loss", "vv/loss": "vv", "va/loss": "va", "aa/loss": "aa"},
+    "speed ": {"speed_video/accuracy": "v", "speed_audio/accuracy": "a"},
+    "dir ": {"direction_video/accuracy": "v", "direction_audio/accuracy": "a"},
+    "order ": {
+        "order_vv/accuracy": "vv",
+        "order_aa/accuracy": "aa",
+        "order_va/accuracy": "va",
+    },
+    "std ": {"health/video_embedding_std": "v", "health/audio_embedding_std": "a"},
+}
+
+
+def _progress(values: Mapping[str, float]) -> str:
+    """The metrics of the progress line; what a run does not have is left out, name and all."""
+    groups = (
+        (title, [f"{label} {values[name]:.2f}" for name, label in shown.items() if name in values])
+        for title, shown in _SHOWN.items()
+    )
+    return " ".join(title + " ".join(found) for title, found in groups if found)
 
 
 def format_seconds(seconds: float) -> str:
@@ -93,9 +98,9 @@ class MetricWriter:
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         self._events.flush()
-        shown = " ".join(f"{label} {values[name]:.2f}" for name, label in _SHOWN if name in values)
         print(
-            f"step {step}/{self._steps}  {shown}  |  {values['steps_per_second']:.2f} steps/s "
+            f"step {step}/{self._steps}  {_progress(values)}  |  "
+            f"{values['steps_per_second']:.2f} steps/s "
             f"{values['clips_per_second']:.0f} clips/s  data wait "
             f"{100 * values['data_wait_share']:.0f} %  ETA {format_seconds(seconds_left)}",
             flush=True,

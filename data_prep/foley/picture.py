@@ -45,7 +45,7 @@ def render_picture(scene: Scene) -> np.ndarray:
     layers = _distractors(rng, seconds)
     trail_colour = _colour(hue + rng.uniform(-0.12, 0.12), rng.uniform(0.6, 0.9), 1.0)
     layers.append((_trail(scene) * (0.1 + 0.8 * energy)[:, None, None], trail_colour))
-    layers.append((_marks(scene), _colour(rng.uniform(), rng.uniform(0.1, 0.5), 1.0)))
+    layers.append((marks(scene), _colour(rng.uniform(), rng.uniform(0.1, 0.5), 1.0)))
     sprite = _sprite(rng, hue)
     spin = rng.uniform(0, 360) + rng.choice([-1, 1]) * rng.uniform(40, 120) * seconds
     places, radii = scene.place(seconds), scene.radius(seconds)
@@ -143,15 +143,21 @@ def _trail(scene: Scene) -> np.ndarray:
     return trail
 
 
-def _marks(scene: Scene) -> np.ndarray:
+def marks(scene: Scene) -> np.ndarray:
     """Opacity [frames, 64, 64] of contact marks: a flash, and a ring that grows and fades.
 
     The ring shows the contact's sound: it is wide where the pitch is low, bright where it is loud.
+
+    Args:
+        scene: What happens when.
+
+    Returns:
+        float32 in [0, 1], one layer a frame.
     """
     glow = MARK_OVER_DECAY * scene.decay_seconds
     shutter = np.linspace(0, 1 / VIDEO_FPS, 8)
     gain = 1 / scene.amplitude(np.linspace(0, glow, 200)).mean()  # as much light in every material
-    marks = np.zeros((scene.num_frames, SIZE, SIZE), np.float32)
+    drawn = np.zeros((scene.num_frames, SIZE, SIZE), np.float32)
     last = int(3.5 * glow * VIDEO_FPS)
     times = scene.contact_seconds
     force = scene.energy(times) * scene.contact_strength
@@ -173,8 +179,8 @@ def _marks(scene: Scene) -> np.ndarray:
             np.exp(-((away / np.float32(size * 1.5)) ** 2)) * np.exp(-ages / 0.08)[:, None, None]
         )
         opacity = np.float32(0.25 + 0.75 * strength)
-        marks[first : first + len(ages)] += opacity * (light * ring + flash)
-    return np.minimum(marks, 1.0)
+        drawn[first : first + len(ages)] += opacity * (light * ring + flash)
+    return np.minimum(drawn, 1.0)
 
 
 def _sprite(rng: np.random.Generator, hue: float) -> np.ndarray:

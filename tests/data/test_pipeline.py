@@ -183,6 +183,32 @@ def test_photometric_jitter_is_constant_within_a_clip():
     np.testing.assert_allclose(photometric(jax.random.key(0), video, off), video, atol=1e-6)
 
 
+def test_hue_turns_about_the_axis_of_greys():
+    """Every clip keeps its mean and its distance from grey, and its hue is anywhere."""
+    import jax
+
+    colour = np.array([0.7, 0.4, 0.2])
+    video = jax.numpy.broadcast_to(colour, (40, 2, 3, 1, 1, 3))
+    spec = PhotometricSpec(
+        brightness=0.0,
+        contrast=0.0,
+        saturation=0.0,
+        hue=0.5,
+        gray_probability=0.0,
+        per_frame=False,
+    )
+    out = np.asarray(photometric(jax.random.key(0), video, spec), np.float64)
+    np.testing.assert_allclose(out.mean(-1), colour.mean(), atol=1e-6)
+    distance = np.linalg.norm(out - out.mean(-1, keepdims=True), axis=-1)
+    np.testing.assert_allclose(distance, np.linalg.norm(colour - colour.mean()), atol=1e-6)
+    # Hue as the angle that the HSI model defines, spread over the whole circle.
+    red, green, blue = np.moveaxis(out[:, :, 0, 0, 0], -1, 0)
+    hue = np.arctan2(np.sqrt(3) * (green - blue), 2 * red - green - blue).ravel()
+    assert np.all(np.histogram(hue, bins=6, range=(-np.pi, np.pi))[0] > 4)
+    still = dataclasses.replace(spec, hue=0.0)
+    np.testing.assert_allclose(photometric(jax.random.key(0), video, still), video, atol=1e-6)
+
+
 def test_device_windows_give_the_same_spectrograms(source):
     on_device = dataclasses.replace(SPEC, spectrogram_on_device=True)
     there = next(iter(train_batches(source, on_device, seed=5, global_batch_size=8)))

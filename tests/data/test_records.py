@@ -164,6 +164,7 @@ def test_every_flipped_byte_is_detected(tmp_path: Path, with_index: bool) -> Non
         damaged[position] ^= 1 << position % 8
         shard.write_bytes(damaged)
         index.write_bytes(good_index) if with_index else index.unlink(missing_ok=True)
+        # Opening or reading may find it, hence two statements.
         with pytest.raises(RecordError, match=r"damaged|truncated|stale"):  # noqa: PT012
             dataset = RecordDataset(tmp_path, "train")
             for number in range(len(dataset)):
@@ -301,6 +302,7 @@ def test_a_contradictory_record_is_not_written(tmp_path: Path) -> None:
 
 
 def test_a_shard_appears_only_when_complete(tmp_path: Path) -> None:
+    # What is written before the error is the point, hence several statements.
     with pytest.raises(RuntimeError), RecordWriter(tmp_path / "x.tfrecord") as writer:  # noqa: PT012
         writer.write(make_record(0))
         assert not (tmp_path / "x.tfrecord").exists()

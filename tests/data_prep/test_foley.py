@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -18,13 +19,16 @@ from sklearn.preprocessing import StandardScaler
 
 from data_prep import foley
 from data_prep.foley import command
+from data_prep.foley.material import draw_response
 from data_prep.foley.null_media import render_null
-from data_prep.foley.picture import render_picture
+from data_prep.foley.picture import marks, render_picture
 from data_prep.foley.scene import (
+    DECAY_SECONDS,
     MATERIALS,
     MOTIONS,
     SAMPLE_RATE_HZ,
     VIDEO_FPS,
+    Scene,
     classes_of,
     draw_scene,
 )
@@ -134,6 +138,52 @@ def test_contacts_are_where_the_object_is_and_where_sound_starts() -> None:
                 rises.append(np.log(after.std() / before.std()))
     assert len(rises) > 80
     assert np.mean(np.array(rises) > 0.2) > 0.8
+
+
+@pytest.mark.parametrize("name", MATERIALS)
+def test_a_material_keeps_its_mean_pitch_and_no_more_than_its_loudness(name: str) -> None:
+    """What a contact does over time may differ by material, not what is left of it on average."""
+    seconds = np.linspace(0, 6, 60_001)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        decay = rng.uniform(*DECAY_SECONDS)
+        octaves, amplitude = draw_response(rng, name, decay)
+        weight = np.exp(-2 * seconds / decay)
+        assert abs(np.sum(weight * octaves(seconds)) / np.sum(weight)) < 1e-3
+        assert np.ptp(octaves(seconds)) > 0.5 or name not in ("drop", "drum")
+        assert 0 <= amplitude(seconds).min() <= amplitude(seconds).max() <= 1 + 1e-9
+
+
+def test_the_ring_of_a_contact_shows_its_pitch_and_loudness() -> None:
+    """Against the same scene whose contacts are steady: rings of a drop shrink, of a drum grow."""
+
+    def light(scene: Scene, **change: object) -> np.ndarray:
+        return marks(dataclasses.replace(scene, **change)).sum(axis=(1, 2))
+
+    seen = collections.Counter()
+    for index in range(40):
+        scene = draw_scene(0, "train", index)
+        first = scene.contact_seconds[scene.contact_seconds > 0][0]
+        # One contact alone in the middle, so that no other ring is in the way.
+        alone = dataclasses.replace(
+            scene,
+            contact_seconds=np.array([first]),
+            contact_strength=np.array([0.2]),  # a small ring stays inside the picture
+            contact_place=np.array([[32.0, 32.0]]),
+        )
+        after = slice(round(first * VIDEO_FPS) + 5, round(first * VIDEO_FPS) + 9)
+        plain = light(alone, octaves=np.zeros_like, amplitude=np.ones_like)[after]
+        ratio = light(alone)[after] / plain
+        if scene.material == "drop":
+            assert np.all(np.diff(ratio) < 0), index
+        elif scene.material == "drum":
+            assert np.all(np.diff(ratio) > 0), index
+        elif scene.material == "bar":
+            np.testing.assert_allclose(ratio, 1, rtol=1e-5)
+        else:
+            assert np.ptp(ratio) > 0.1, index
+        seen[scene.material] += 1
+    assert min(seen[name] for name in MATERIALS) >= 5, seen
 
 
 def test_size_binds_pitch_and_energy_binds_loudness() -> None:

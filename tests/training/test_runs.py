@@ -70,6 +70,7 @@ def test_a_run_leaves_metrics_events_config_and_parameters(whole_run):
         "va/negative_similarity",
         "va/bank_age_rows",
         "va/bank_label_share",
+        "va/bank_negative_similarity",
         "learning_rate",
         "data_wait_share",
     ):
