@@ -161,7 +161,6 @@ def demo() -> ml_collections.ConfigDict:
     c.log_every = 50
     c.checkpoint_every = 500
     c.keep_checkpoints = 2
-    c.evaluate_every = 0
     return c
 
 

@@ -43,7 +43,6 @@ _EXECUTION_KEYS = (
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
-    "evaluate_every",
     "mesh.fsdp",
 )
 # Steps dispatched ahead of the device. More would only queue batches in memory.
@@ -171,19 +170,12 @@ class _StopSignal:
             signal.signal(number, handler)
 
 
-def pretrain(
-    config: ml_collections.ConfigDict,
-    workdir: epath.PathLike,
-    *,
-    evaluate: Callable[[int, TrainState], dict[str, float]] | None = None,
-) -> bool:
+def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool:
     """Trains from the newest checkpoint of `workdir`, or from the beginning, to `config.steps`.
 
     Args:
         config: as `configs/pretrain.py` returns it.
         workdir: local or `gs://`.
-        evaluate: called every `config.evaluate_every` steps with the step and the state; what it
-            returns is logged with the metrics.
 
     Returns:
         Whether the run is complete; False if a signal stopped it after saving.
@@ -307,25 +299,16 @@ def pretrain(
             stopping = checkpoints.reached_preemption(step) or (
                 stop.received is not None and jax.process_count() == 1
             )
-            evaluating = bool(
-                evaluate and config.evaluate_every and step % config.evaluate_every == 0
-            )
             saving = last_step or stopping or step % config.checkpoint_every == 0
-            if step % config.log_every == 0 or saving or evaluating:
-                if saving or evaluating:
+            if step % config.log_every == 0 or saving:
+                if saving:
                     jax.block_until_ready(state)
                 pending = (step, period, time.perf_counter())
                 period = _Period(step + 1)
-            if (saving or evaluating) and pending is not None:
+            if saving and pending is not None:
                 # Nothing that is not finite may replace a good checkpoint.
                 report(*pending)
                 pending = None
-            if evaluating and evaluate is not None:
-                values = evaluate(step, state)
-                writer.note(
-                    f"evaluation at step {step}: "
-                    + ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-                )
             if saving:
                 seconds = before + time.perf_counter() - start
                 checkpoints.save(state, Progress(step, seconds, source.fingerprint, mesh.size))
