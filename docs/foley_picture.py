@@ -1,6 +1,6 @@
 """Draws docs/foley.png: five videos of the demo over 1.75 seconds, frames above sound.
 
-    PYTHONPATH=. python docs/foley_picture.py
+PYTHONPATH=. python docs/foley_picture.py
 """
 
 from __future__ import annotations
