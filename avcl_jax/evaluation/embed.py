@@ -258,6 +258,19 @@ def _stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+def check_pairs(views: int) -> None:
+    """Refuses a number of views that leaves one without a partner in the joint model.
+
+    Raises:
+        ValueError: if the number is odd.
+    """
+    if views % 2:
+        raise ValueError(
+            f"{views} views of each video do not form pairs: choose evaluation speeds and "
+            "views_per_speed so that their product is even"
+        )
+
+
 def as_pairs(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Regroups `[videos, views, …]` into the pairs `[videos · views / 2, 2, …]` of the joint model.
 
@@ -268,11 +281,7 @@ def as_pairs(arrays: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: if the number of views is odd.
     """
     views = arrays["video"].shape[1]
-    if views % 2:
-        raise ValueError(
-            f"{views} views of each video do not form pairs: choose evaluation speeds and "
-            "views_per_speed so that their product is even"
-        )
+    check_pairs(views)
     return {
         "video": arrays["video"].reshape(-1, 2, *arrays["video"].shape[2:]),
         "spectrogram": arrays["spectrogram"].reshape(-1, 2, *arrays["spectrogram"].shape[2:]),

@@ -22,6 +22,7 @@ from avcl_jax.data.records import RecordDataset, RecordError
 from avcl_jax.data.views import FORWARD
 from avcl_jax.evaluation.embed import (
     MODALITY_INPUTS,
+    check_pairs,
     drawn_pairs,
     encode_all,
     feature_function,
@@ -55,10 +56,12 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
         The contents of results.json.
 
     Raises:
-        ValueError: if the run had other settings, or the data set lacks a label that is probed.
+        ValueError: if the run had other settings, the data set lacks a label that is probed, or the
+            views of a video do not form pairs.
     """
     workdir = epath.Path(workdir)
     section = config.evaluation
+    check_pairs(len(section.speeds) * section.views_per_speed)
     check_run(config, workdir)
     variables, step = load_variables(workdir)
     progress = Checkpoints(workdir, keep=config.keep_checkpoints).restore_progress(step)

@@ -32,7 +32,9 @@ def _config(records):
     c.model.audio.update({"widths": (8,), "depths": (0,), "patch": (2, 8)})
     c.bank.size = 16
     e = c.evaluation
-    e.update({"views_per_speed": 1, "folds": 2, "costs": (0.1,), "pairs_per_video": 6})
+    e.update(
+        {"speeds": (1, 2), "views_per_speed": 1, "folds": 2, "costs": (0.1,), "pairs_per_video": 6}
+    )
     for modality in ("video", "audio"):
         e.supervised[modality].views = 2
         fit = {"batch_size": 8, "max_epochs": 2, "decay_epochs": 1}
@@ -64,6 +66,13 @@ def results(run):
     config, workdir, _ = run
     evaluate(config, workdir)
     return json.loads((workdir / "results.json").read_text())
+
+
+def test_views_that_form_no_pairs_are_refused_before_any_work(run, tmp_path):
+    config = run[0].copy_and_resolve_references()
+    config.evaluation.speeds = (1, 2, 4)
+    with pytest.raises(ValueError, match="3 views of each video do not form pairs"):
+        evaluate(config, tmp_path)  # where no run is, so that only the first check can speak
 
 
 def test_results_have_every_key_of_the_issue_and_fractions(results):
