@@ -196,6 +196,9 @@ def _full_size(name: str) -> ml_collections.ConfigDict:
     c.model.audio.widths = (64, 128, 256, 512)
     c.model.audio.depths = (1, 1, 1, 1)
     c.model.audio.stem = "resnet"
+    c.loss.positive_weight = 0.1
+    # Not run at this size: watch vv/bank_negative_similarity. Where rows are stale it falls under
+    # vv/negative_similarity; then make the bank smaller or the learning rate lower.
     c.bank.size = 65_536
     c.bank.dtype = "bfloat16"
     c.bank.num_positives = 8
