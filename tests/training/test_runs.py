@@ -103,7 +103,7 @@ def test_a_run_killed_by_a_signal_and_started_again_is_bitwise_the_same(
     assert "already trained to step 6" in again
 
 
-def agree(left: Path, right: Path, step: int) -> None:
+def assert_agree(left: Path, right: Path, step: int) -> None:
     """Same loss and parameters to 1e-5, same bank as a set."""
     first, second = losses(left), losses(right)
     assert first.keys() == second.keys()
@@ -137,7 +137,7 @@ def test_eight_devices_agree_with_one_after_three_steps(records, one_device, tmp
     workdir = tmp_path / "eight"
     output = run(arguments(records, workdir, **_COMPARED), devices=8)
     assert "8 cpu device(s)" in output
-    agree(one_device, workdir, 3)
+    assert_agree(one_device, workdir, 3)
 
 
 def test_two_processes_of_four_devices_agree_with_one(records, one_device, tmp_path):
@@ -154,13 +154,14 @@ def test_two_processes_of_four_devices_agree_with_one(records, one_device, tmp_p
     outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "2 process(es)" in outputs[0]
-    agree(one_device, workdir, 3)
+    assert_agree(one_device, workdir, 3)
 
 
 def test_parameters_split_over_devices_train_alike(records, one_device, tmp_path):
     workdir = tmp_path / "fsdp"
-    run(arguments(records, workdir, mesh__fsdp=2, **_COMPARED), devices=4)
-    agree(one_device, workdir, 3)
+    output = run(arguments(records, workdir, mesh__fsdp=2, **_COMPARED), devices=4)
+    assert "4 cpu device(s)" in output
+    assert_agree(one_device, workdir, 3)
 
 
 def one_line(output: str) -> str:
