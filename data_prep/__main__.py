@@ -1,13 +1,22 @@
-"""`python -m data_prep COMMAND`: media files to records, and the demo's media files."""
+"""`python -m data_prep COMMAND`: collections of media to records, and the demo's media files.
+
+Nothing is downloaded: each collection's `--help` says where its lists come from.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import sys
+from types import ModuleType
 
-_COMMANDS = {
-    "prepare": "a folder or manifest of media files to records",
+# Commands that list clips, which `prepare` then prepares: their modules have `add_arguments` and
+# `read`.
+_COLLECTIONS = {
+    "prepare": ("folder_or_table", "a folder of media files, or a table that lists them"),
+}
+# Commands that do something else: their modules have `add_arguments` and `run`.
+_OTHERS = {
     "foley": "write the demo's media files",
     "demo": "the demo's media files and their records",
 }
@@ -17,7 +26,8 @@ def main(arguments: list[str]) -> int:
     """Runs one command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, summary in _COMMANDS.items():
+    summaries = {name: summary for name, (_, summary) in _COLLECTIONS.items()} | _OTHERS
+    for name, summary in summaries.items():
         command = commands.add_parser(
             name,
             help=summary,
@@ -26,9 +36,30 @@ def main(arguments: list[str]) -> int:
         )
         # Only the command that runs is imported: their dependencies differ.
         if arguments and arguments[0] == name:
-            importlib.import_module(f"data_prep.{name}").add_arguments(command)
-    parsed = parser.parse_args(arguments)
-    return importlib.import_module(f"data_prep.{parsed.command}").run(parsed) or 0
+            _declare(name, command)
+    return _run(parser.parse_args(arguments))
+
+
+def _collection(name: str) -> ModuleType:
+    return importlib.import_module(f"data_prep.collections.{_COLLECTIONS[name][0]}")
+
+
+def _declare(name: str, parser: argparse.ArgumentParser) -> None:
+    if name in _OTHERS:
+        importlib.import_module(f"data_prep.{name}").add_arguments(parser)
+        return
+    from data_prep import prepare
+
+    _collection(name).add_arguments(parser)
+    prepare.add_arguments(parser)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.command in _OTHERS:
+        return importlib.import_module(f"data_prep.{args.command}").run(args) or 0
+    from data_prep import prepare
+
+    return prepare.run(args, _collection(args.command).read)
 
 
 if __name__ == "__main__":

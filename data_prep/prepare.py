@@ -1,4 +1,4 @@
-"""`python -m data_prep prepare INPUT --out DIR`: media files to a data set of records.
+"""Clips of a manifest to a data set of records: what all commands that prepare have in common.
 
 Exit status: 0 all clips prepared; 1 nothing usable was written, one line says why; 3 the data set
 is complete but some files were rejected (`rejected.jsonl` lists them; `--allow-rejected` makes it
@@ -8,7 +8,9 @@ is complete but some files were rejected (`rejected.jsonl` lists them; `--allow-
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import os
@@ -16,7 +18,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ import tqdm
 from avcl_jax.data.records import RecordError
 from data_prep import publish
 from data_prep.clip import REASONS, ClipOptions
-from data_prep.manifest import Manifest, PrepareError, read_input
+from data_prep.manifest import Manifest, PrepareError
 from data_prep.pool import Pool, describe_os_error
 from data_prep.shards import Part, fingerprint, plan_parts, read_report
 
@@ -39,16 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Reasons for rejecting a file: " + "; ".join(
         f"{reason}: {meaning}" for reason, meaning in REASONS.items()
     )
-    parser.add_argument(
-        "input",
-        type=Path,
-        help="a folder, searched recursively; or a manifest: .csv or .jsonl with path and "
-        "optionally split, id, source, start, end (seconds), label_NAME",
-    )
     parser.add_argument("--out", type=Path, required=True, help="local directory for the records")
     parser.add_argument("--name", default="clips", help="of the data set: part of the file names")
-    parser.add_argument("--split", default="train", help="for clips whose manifest names none")
-    parser.add_argument("--root", type=Path, help="of a manifest's relative paths (its own folder)")
+    parser.add_argument("--limit", type=int, help="prepare only the first clips of each split")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be prepared, and stop"
+    )
     parser.add_argument("--short-side", type=int, default=128, help="of the frames, in pixels")
     parser.add_argument("--max-fps", type=float, help="drop frames of faster films")
     parser.add_argument("--sample-rate", type=int, default=16000, help="of the sound, in Hz")
@@ -66,11 +64,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-rejected", action="store_true", help="rejected files: status 0")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Runs the command; returns the exit status and prints one line for what goes wrong."""
+def run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest]) -> int:
+    """Runs a command; returns the exit status and prints one line for what goes wrong.
+
+    Args:
+      args: Of `add_arguments`, and of the collection.
+      read: The collection's clips.
+    """
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return _run(args)
+        return _run(args, read)
     except (PrepareError, RecordError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
@@ -91,11 +94,21 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest]) -> int:
     begin = time.monotonic()
     options = _options(args)
     out = args.out
-    manifest = read_input(args.input, split=args.split, root=args.root)
+    manifest = _limit(read(args), args.limit)
+    if not manifest.entries:
+        raise PrepareError(
+            f"none of the {len(manifest.missing)} listed clips is there; the first looked for was "
+            f"{manifest.missing[0].expected!r}"
+            if manifest.missing
+            else "there is nothing to prepare"
+        )
+    if args.dry_run:
+        _print_plan(out, manifest)
+        return 0
     out.mkdir(parents=True, exist_ok=True)
     incomplete = out / publish.INCOMPLETE
     with _locked(out):
@@ -114,7 +127,7 @@ def _run(args: argparse.Namespace) -> int:
         reports = _prepare(args, options, parts, prints, incomplete)
         if not any(report["num_records"] for report in reports):
             rejected = [line for report in reports for line in report["rejected"]]
-            publish.write_rejected(out, rejected)
+            publish.write_lines(out / publish.REJECTED, rejected)
             first = rejected[0]
             raise PrepareError(
                 f"none of {len(rejected)} clips could be prepared, {out}/rejected.jsonl says why; "
@@ -130,7 +143,7 @@ def _run(args: argparse.Namespace) -> int:
             chosen = [r for p, r in zip(parts, reports, strict=True) if p.split == split]
             splits[split] = {"plan": plan, **_split_counts(chosen)}
         rejected = [
-            *(line for line in publish.read_rejected(out) if line["split"] in kept),
+            *(r for r in publish.read_lines(out / publish.REJECTED) if r["split"] in kept),
             *(line for report in reports for line in report["rejected"]),
         ]
         preparation = {
@@ -138,6 +151,7 @@ def _run(args: argparse.Namespace) -> int:
             "seconds": round(preparation["seconds"] * bool(kept) + time.monotonic() - begin, 3),
             "splits": splits,
             "class_names": {label: list(names) for label, names in manifest.class_names.items()},
+            "multilabel": sorted(manifest.multilabel),
             "options": vars(options),
             "ignored_files": manifest.ignored,
             "versions": {"av": av.__version__, "simplejpeg": simplejpeg.__version__},
@@ -146,13 +160,31 @@ def _run(args: argparse.Namespace) -> int:
             out,
             name=args.name,
             class_names=manifest.class_names,
+            multilabel=manifest.multilabel,
             parts=list(zip(parts, reports, strict=True)),
             preparation=preparation,
             kept_splits=kept,
             rejected=rejected,
+            missing=[
+                *(m for m in publish.read_lines(out / publish.MISSING) if m["split"] in kept),
+                *map(dataclasses.asdict, manifest.missing),
+            ],
         )
     _print_table(out, {split: splits[split] for split in plans}, manifest, preparation["seconds"])
     return _status({split: splits[split] for split in plans}, args)
+
+
+def _limit(manifest: Manifest, limit: int | None) -> Manifest:
+    """Returns the first `limit` clips of each split."""
+    if limit is None:
+        return manifest
+    counts: collections.Counter[str] = collections.Counter()
+    chosen = []
+    for entry in manifest.entries:
+        if counts[entry.split] < limit:
+            counts[entry.split] += 1
+            chosen.append(entry)
+    return dataclasses.replace(manifest, entries=tuple(chosen))
 
 
 def _options(args: argparse.Namespace) -> ClipOptions:
@@ -166,6 +198,7 @@ def _options(args: argparse.Namespace) -> ClipOptions:
         (args.sample_rate >= 1000, "--sample-rate", "at least 1000"),
         (args.workers >= 1, "--workers", "at least 1"),
         (args.shard_size >= 1, "--shard-size", "at least 1"),
+        (args.limit is None or args.limit >= 1, "--limit", "at least 1"),
         (args.timeout_seconds > 0, "--timeout-seconds", "above 0"),
         ("://" not in os.fspath(args.out), "--out", "a local directory (copy it afterwards)"),
     )
@@ -298,6 +331,18 @@ def _status(splits: Mapping[str, Mapping[str, Any]], args: argparse.Namespace) -
     return EXIT_REJECTED if rejected and not args.allow_rejected else 0
 
 
+def _print_plan(out: Path, manifest: Manifest) -> None:
+    """Says what a run would prepare."""
+    print(f"{'split':<12}{'clips':>9}{'missing':>9}")
+    clips = collections.Counter(entry.split for entry in manifest.entries)
+    missing = collections.Counter(clip.split for clip in manifest.missing)
+    for split in clips | missing:
+        print(f"{split:<12}{clips[split]:>9}{missing[split]:>9}")
+    for label, names in manifest.class_names.items():
+        print(f"  label {label}: {len(names)} classes")
+    print(f"nothing was written to {out} (--dry-run)")
+
+
 def _print_table(
     out: Path, splits: Mapping[str, Mapping[str, Any]], manifest: Manifest, seconds: float
 ) -> None:
@@ -318,6 +363,11 @@ def _print_table(
         print(f"  {number} {reason}: {REASONS[reason]}")
     if reasons:
         print(f"  each file and what was found: {out}/rejected.jsonl")
+    if manifest.missing:
+        listed = len(manifest.missing) + len(manifest.entries)
+        print(
+            f"  {len(manifest.missing)} of {listed} listed clips are not there: {out}/missing.jsonl"
+        )
     if manifest.ignored:
-        print(f"  {manifest.ignored} files ignored: no media by their names")
+        print(f"  {manifest.ignored} files ignored: nothing asked for them")
     print(f"{out}: {seconds:.1f} s")

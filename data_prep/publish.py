@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from avcl_jax.data.record_index import index_path, load_columns, merge, save_columns
 from avcl_jax.data.records import FORMAT_VERSION, ShardInfo, shard_name
 from data_prep.manifest import PrepareError
 from data_prep.shards import Part, write_text
 
 INCOMPLETE = ".incomplete"
+REJECTED, MISSING = "rejected.jsonl", "missing.jsonl"
 _JOURNAL = "publish.json"
 _PREPARATION = "preparation.json"
 
@@ -62,10 +64,12 @@ def publish(
     *,
     name: str,
     class_names: Mapping[str, Sequence[str]],
+    multilabel: Collection[str],
     parts: Sequence[tuple[Part, Mapping[str, Any]]],
     preparation: Mapping[str, Any],
     kept_splits: Mapping[str, Sequence[ShardInfo]],
     rejected: Sequence[Mapping[str, str]],
+    missing: Sequence[Mapping[str, str]],
 ) -> None:
     """Moves finished parts to their names and writes the metadata.
 
@@ -76,10 +80,12 @@ def publish(
       out: Directory of the data set.
       name: Of the data set.
       class_names: For each label.
+      multilabel: Labels of which a clip may have several.
       parts: With their reports, in order.
       preparation: Content of preparation.json.
       kept_splits: Splits that are already there and stay.
       rejected: Lines of rejected.jsonl.
+      missing: Lines of missing.jsonl.
     """
     splits: dict[str, list[tuple[Part, Mapping[str, Any]]]] = {}
     for part, report in parts:
@@ -91,16 +97,24 @@ def publish(
         for split, chosen in splits.items()
         for number, (part, _) in enumerate(chosen)
     ]
+    for split, chosen in splits.items():
+        final = index_path(out, name, split).name
+        columns = [load_columns(part.columns_path(incomplete)) for part, _ in chosen]
+        if all(found is not None for found in columns):  # else the first reader makes it
+            save_columns(incomplete / final, merge([found for found in columns if found]))
+            moves.append((final, final))
     infos = {split: [list(info) for info in shards] for split, shards in kept_splits.items()}
     for split, chosen in splits.items():
         infos[split] = [[report["num_records"], report["num_bytes"]] for _, report in chosen]
     journal = {
         "name": name,
         "class_names": {label: list(names) for label, names in class_names.items()},
+        "multilabel": sorted(multilabel),
         "splits": infos,
         "moves": moves,
         "preparation": preparation,
         "rejected": list(rejected),
+        "missing": list(missing),
     }
     write_text(incomplete / _JOURNAL, json.dumps(journal))
     finish_publication(out)
@@ -124,19 +138,21 @@ def finish_publication(out: Path) -> None:
         for split, shards in journal["splits"].items()
         for number in range(len(shards))
     }
-    for path in out.glob("*.tfrecord-*"):
-        if path.name.removesuffix(".index") not in final | kept:
+    kept |= {index_path(out, journal["name"], split).name for split in journal["splits"]}
+    for path in (*out.glob("*.tfrecord-*"), *out.glob("*.index")):
+        if path.name not in final | kept:
             path.unlink()
     for source, target in journal["moves"]:
-        for suffix in ("", ".index"):
-            if (incomplete / (source + suffix)).exists():
-                os.replace(incomplete / (source + suffix), out / (target + suffix))
-    write_rejected(out, journal["rejected"])
+        if (incomplete / source).exists():  # else it was moved before the interruption
+            os.replace(incomplete / source, out / target)
+    write_lines(out / REJECTED, journal["rejected"])
+    write_lines(out / MISSING, journal["missing"])
     write_text(out / _PREPARATION, json.dumps(journal["preparation"], indent=2) + "\n")
     write_dataset_metadata(
         out,
         name=journal["name"],
         class_names=journal["class_names"],
+        multilabel=journal["multilabel"],
         splits={
             split: [ShardInfo(*info) for info in shards]
             for split, shards in journal["splits"].items()
@@ -145,17 +161,17 @@ def finish_publication(out: Path) -> None:
     shutil.rmtree(incomplete)
 
 
-def write_rejected(out: Path, rejected: Sequence[Mapping[str, str]]) -> None:
-    """Writes rejected.jsonl, or removes it when nothing was rejected."""
-    if rejected:
-        write_text(out / "rejected.jsonl", "".join(json.dumps(line) + "\n" for line in rejected))
+def write_lines(path: Path, lines: Sequence[Mapping[str, str]]) -> None:
+    """Writes one JSON object a line, or removes the file when there is nothing to say."""
+    if lines:
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     else:
-        (out / "rejected.jsonl").unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
-def read_rejected(out: Path) -> list[dict[str, str]]:
-    """Returns the lines of rejected.jsonl; none if there is no such file."""
+def read_lines(path: Path) -> list[dict[str, str]]:
+    """Returns what `write_lines` wrote; nothing if there is no such file."""
     try:
-        return [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in path.read_text().splitlines()]
     except FileNotFoundError:
         return []

@@ -16,6 +16,7 @@ import simplejpeg
 from etils import epath
 
 from avcl_jax.data.media import MediaError
+from avcl_jax.data.record_index import save_columns
 from avcl_jax.data.records import FORMAT_VERSION, RecordWriter
 from data_prep.clip import ClipOptions, prepare_clip
 from data_prep.manifest import Entry
@@ -38,6 +39,10 @@ class Part:
     def shard_path(self, directory: Path) -> Path:
         """Returns where the shard waits until all are finished."""
         return directory / f"{self.split}-{self.number:05d}.tfrecord"
+
+    def columns_path(self, directory: Path) -> Path:
+        """Returns where its part of the split's index waits."""
+        return directory / f"{self.split}-{self.number:05d}.columns"
 
     def report_path(self, directory: Path) -> Path:
         """Returns where its report lies; a part with a report is finished."""
@@ -142,6 +147,7 @@ def prepare_part(
             counts["no_sound"] += not record.has_audio
             counts["seconds"] += record.duration_seconds
         info = writer.finish()
+        save_columns(part.columns_path(directory), writer.columns())
     except BaseException:  # also when interrupted: no temporary file stays behind
         writer.abandon()
         raise

@@ -17,7 +17,7 @@ import numpy as np
 
 from avcl_jax.data.crop import Crop, CropSpec, apply_crop, center_crop, random_crop
 from avcl_jax.data.decode import decode_jpegs
-from avcl_jax.data.record_format import Record, RecordTimeline
+from avcl_jax.data.record_format import Record
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.spectrogram import LogMelSpec, gather_windows, log_mel
 from avcl_jax.data.views import (
@@ -28,6 +28,7 @@ from avcl_jax.data.views import (
     draw_views,
     feasible_speeds,
     frame_indices,
+    views_fit,
 )
 
 Modalities = Literal["audio_visual", "video", "audio"]
@@ -67,39 +68,51 @@ class UsableRecord:
     has_audio: bool
 
 
-def usable(times: RecordTimeline, spec: RenderSpec) -> UsableRecord | None:
-    """Decides what of a record can be used.
+def _usable_parts(times: Mapping[str, np.ndarray], spec: RenderSpec) -> dict[str, np.ndarray]:
+    """Decides what of each record can be used.
 
     Views are drawn where picture and sound both exist. When that is too short for a view, the
     picture alone is used, then the sound alone.
 
+    Args:
+        times: of all records, [records] of each field of `RecordTimeline`.
+        spec: rendering.
+
     Returns:
-        None if no view fits.
+        `start`, `end` and `gap` in seconds, `has_video`, `has_audio`; neither where no view fits.
     """
     # The last frame stays until the next would have come.
-    video_end = min(times.duration_seconds, times.last_frame_seconds + times.max_frame_gap_seconds)
-    picture = Timeline(times.first_frame_seconds, video_end, times.max_frame_gap_seconds)
-    sound = Timeline(times.audio_start_seconds, times.audio_end_seconds, 0.0)
-    both = Timeline(
-        max(picture.start_seconds, sound.start_seconds),
-        min(picture.end_seconds, sound.end_seconds),
-        picture.max_frame_gap_seconds,
-    )
-    has_video = times.num_frames > 1 and spec.modalities != "audio"
-    has_audio = times.num_samples > 0 and spec.modalities != "video"
-    if has_audio and times.sample_rate_hz != spec.log_mel.sample_rate_hz:
+    gap = times["max_frame_gap_seconds"]
+    video_end = np.minimum(times["duration_seconds"], times["last_frame_seconds"] + gap)
+    video_start = times["first_frame_seconds"]
+    rate = np.maximum(times["sample_rate_hz"], 1)
+    audio_start = times["audio_start_seconds"]
+    audio_end = audio_start + times["num_samples"] / rate
+    both_start, both_end = np.maximum(video_start, audio_start), np.minimum(video_end, audio_end)
+    video = np.asarray(times["num_frames"] > 1) & (spec.modalities != "audio")
+    audio = np.asarray(times["num_samples"] > 0) & (spec.modalities != "video")
+    wrong = np.flatnonzero(audio & (times["sample_rate_hz"] != spec.log_mel.sample_rate_hz))
+    if len(wrong):
         raise ValueError(
-            f"records have sound at {times.sample_rate_hz} Hz, the spectrogram is defined at "
-            f"{spec.log_mel.sample_rate_hz} Hz: set spectrogram.sample_rate_hz or prepare again "
-            "with --sample-rate"
+            f"records have sound at {times['sample_rate_hz'][wrong[0]]} Hz, the spectrogram is "
+            f"defined at {spec.log_mel.sample_rate_hz} Hz: set spectrogram.sample_rate_hz or "
+            "prepare again with --sample-rate"
         )
-    if has_video and has_audio and feasible_speeds(both, spec.views):
-        return UsableRecord(both, True, True)
-    if has_video and feasible_speeds(picture, spec.views):
-        return UsableRecord(picture, True, False)
-    if has_audio and feasible_speeds(sound, spec.views):
-        return UsableRecord(sound, False, True)
-    return None
+
+    def fits(start: np.ndarray, end: np.ndarray, frame_gap: np.ndarray) -> np.ndarray:
+        return np.asarray(views_fit(end - start, frame_gap, spec.views).any(axis=-1))
+
+    use_both = video & audio & fits(both_start, both_end, gap)
+    use_video = ~use_both & video & fits(video_start, video_end, gap)
+    use_audio = ~use_both & ~use_video & audio & fits(audio_start, audio_end, 0.0 * gap)
+    which = [use_both, use_video, use_audio]
+    return {
+        "start": np.select(which, [both_start, video_start, audio_start]),
+        "end": np.select(which, [both_end, video_end, audio_end]),
+        "gap": np.select(which, [gap, gap, 0.0 * gap]),
+        "has_video": use_both | use_video,
+        "has_audio": use_both | use_audio,
+    }
 
 
 class UsableRecords(grain.sources.RandomAccessDataSource):
@@ -118,9 +131,10 @@ class UsableRecords(grain.sources.RandomAccessDataSource):
             ValueError: if no view fits any record.
         """
         self.records = records
-        found = [usable(records.timeline(index), spec) for index in range(len(records))]
-        self.indices = np.array([i for i, use in enumerate(found) if use is not None], np.int64)
-        self._usable = [use for use in found if use is not None]
+        self._spec = spec
+        parts = _usable_parts(records.timelines, spec)
+        self.indices = np.flatnonzero(parts["has_video"] | parts["has_audio"])
+        self._parts = {name: values[self.indices] for name, values in parts.items()}
         self.fingerprint = records.fingerprint
         if not len(self.indices):
             raise ValueError(
@@ -141,11 +155,19 @@ class UsableRecords(grain.sources.RandomAccessDataSource):
     def __getitem__(self, position: int) -> tuple[int, Record, UsableRecord]:
         """(index in the data set, record, what can be used of it)."""
         index = int(self.indices[position])
-        return index, self.records[index], self._usable[position]
+        return index, self.records[index], self.usable(position)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles what it is made from: workers would receive a million numbers through a pipe."""
+        return UsableRecords, (self.records, self._spec)
 
     def usable(self, position: int) -> UsableRecord:
         """What can be used of the record at `position`, without reading it."""
-        return self._usable[position]
+        start, end, gap, video, audio = (
+            self._parts[name][position].item()
+            for name in ("start", "end", "gap", "has_video", "has_audio")
+        )
+        return UsableRecord(Timeline(start, end, gap), video, audio)
 
     def __repr__(self) -> str:
         """Constant description: grain puts it into its checkpoints."""
@@ -225,13 +247,24 @@ def render_views(
     }
 
 
-def describe(index: int, record: Record, records: RecordDataset) -> dict[str, np.int32]:
-    """Numbers that travel with a record into the batch: source, index and labels."""
-    fields = {
+def describe(index: int, record: Record, records: RecordDataset) -> dict[str, Any]:
+    """Numbers that travel with a record into the batch: source, index and labels.
+
+    Returns:
+        `source_id`, `record_index` int32; `label_NAME` int32 class, -1 unknown, or for a label of
+        which a record may have several bool [classes].
+    """
+    fields: dict[str, Any] = {
         "source_id": np.int32(records.source_numbers[index]),
         "record_index": np.int32(index),
     }
-    return fields | {f"label_{name}": np.int32(value) for name, value in record.labels.items()}
+    for name, value in record.labels.items():
+        if isinstance(value, tuple):
+            fields[f"label_{name}"] = np.zeros(len(records.class_names[name]), bool)
+            fields[f"label_{name}"][list(value)] = True
+        else:
+            fields[f"label_{name}"] = np.int32(value)
+    return fields
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,8 @@ from avcl_jax.data.tfrecord import RecordError
 FORMAT_VERSION = "1.0.0"
 LABEL_PREFIX = "label_"
 UNKNOWN_LABEL = -1
+# One class, or all classes of a label of which a clip may have several.
+ClassNumbers = int | tuple[int, ...]
 
 # Fixed features: what features.json must say of each, (pythonClassName's last part, dtype,
 # encoding). Waveform and times are stored as raw bytes: 160,000 varints for each record would
@@ -50,7 +52,8 @@ class Record:
       duration_seconds: When the last frame ends or the last sample sounds, whichever is later.
       height: Of every frame; 0 when there is no picture.
       width: Of every frame; 0 when there is no picture.
-      labels: Class number by name of the label, without the prefix; -1 is unknown.
+      labels: Class number by name of the label, without the prefix, -1 is unknown; a tuple of class
+        numbers, perhaps none, for a label of which a clip may have several.
     """
 
     record_id: str
@@ -63,7 +66,7 @@ class Record:
     duration_seconds: float
     height: int
     width: int
-    labels: Mapping[str, int]
+    labels: Mapping[str, ClassNumbers]
 
     @property
     def has_video(self) -> bool:
@@ -162,11 +165,13 @@ def _example_class() -> Any:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("tensorflow.Example"))
 
 
-def _to_bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")  # file names need not be UTF-8
+def to_bytes(text: str) -> bytes:
+    """Encodes a name; file names need not be UTF-8."""
+    return text.encode("utf-8", "surrogateescape")
 
 
-def _to_text(data: bytes) -> str:
+def to_text(data: bytes) -> str:
+    """Decodes what `to_bytes` encoded."""
     return data.decode("utf-8", "surrogateescape")
 
 
@@ -201,8 +206,8 @@ def serialize_record(record: Record) -> bytes:
     example = _example_class()()
     feature = example.features.feature
     for name, data in (
-        ("id", _to_bytes(record.record_id)),
-        ("source", _to_bytes(record.source_id)),
+        ("id", to_bytes(record.record_id)),
+        ("source", to_bytes(record.source_id)),
         ("frame_seconds", record.frame_seconds.astype("<f8").tobytes()),
         ("audio", record.waveform.astype("<i2").tobytes()),
         ("audio_start_seconds", np.float64(record.audio_start_seconds).astype("<f8").tobytes()),
@@ -214,14 +219,21 @@ def serialize_record(record: Record) -> bytes:
         ("sample_rate_hz", record.sample_rate_hz),
         ("height", record.height),
         ("width", record.width),
-        *((LABEL_PREFIX + label, number) for label, number in record.labels.items()),
     ):
         feature[name].int64_list.value.append(number)
+    for label, numbers in record.labels.items():
+        listed = numbers if isinstance(numbers, tuple) else (numbers,)
+        feature[LABEL_PREFIX + label].int64_list.value.extend(listed)
     return example.SerializeToString(deterministic=True)
 
 
-def parse_record(payload: bytes | memoryview, *, where: str) -> Record:
+def parse_record(payload: bytes | memoryview, *, where: str, multilabel: Collection[str]) -> Record:
     """Reads a serialized tf.train.Example that `serialize_record` wrote.
+
+    Args:
+      payload: The example.
+      where: Its name for error messages.
+      multilabel: Labels of which a clip may have several: the bytes do not tell.
 
     Raises:
       RecordError: If it is something else.
@@ -239,8 +251,8 @@ def parse_record(payload: bytes | memoryview, *, where: str) -> Record:
             return feature[name].int64_list.value[0]
 
         return Record(
-            record_id=_to_text(data("id")),
-            source_id=_to_text(data("source")),
+            record_id=to_text(data("id")),
+            source_id=to_text(data("source")),
             frames=tuple(feature["video"].bytes_list.value),
             frame_seconds=np.frombuffer(data("frame_seconds"), "<f8"),
             waveform=np.frombuffer(data("audio"), "<i2"),
@@ -250,9 +262,12 @@ def parse_record(payload: bytes | memoryview, *, where: str) -> Record:
             height=number("height"),
             width=number("width"),
             labels={
-                name.removeprefix(LABEL_PREFIX): number(name)
+                label: tuple(feature[name].int64_list.value)
+                if label in multilabel
+                else number(name)
                 for name in sorted(feature)
                 if name.startswith(LABEL_PREFIX)
+                for label in [name.removeprefix(LABEL_PREFIX)]
             },
         )
     except (message.DecodeError, IndexError) as error:

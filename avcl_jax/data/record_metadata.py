@@ -7,7 +7,7 @@ two, so only preparation imports this module; reading needs no TFDS.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -22,7 +22,9 @@ _DESCRIPTION = (
 )
 
 
-def record_features(class_names: Mapping[str, Sequence[str]]) -> tfds.features.FeaturesDict:
+def record_features(
+    class_names: Mapping[str, Sequence[str]], multilabel: Collection[str]
+) -> tfds.features.FeaturesDict:
     """Returns the TFDS features of a record.
 
     `tfds.features.Video` and `Audio` need TensorFlow when they are constructed. A video is stored
@@ -30,10 +32,15 @@ def record_features(class_names: Mapping[str, Sequence[str]]) -> tfds.features.F
 
     Args:
       class_names: Names of the classes, for each label (without the prefix `label_`).
+      multilabel: Labels of which a clip may have several.
     """
 
     def raw(dtype: type, *shape: int | None) -> tfds.features.Tensor:
         return tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes")
+
+    def label_feature(label: str, names: Sequence[str]) -> tfds.features.FeatureConnector:
+        feature = tfds.features.ClassLabel(names=list(names))
+        return tfds.features.Sequence(feature) if label in multilabel else feature
 
     frame = tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg")
     return tfds.features.FeaturesDict(
@@ -49,7 +56,7 @@ def record_features(class_names: Mapping[str, Sequence[str]]) -> tfds.features.F
             "height": tfds.features.Scalar(np.int64),
             "width": tfds.features.Scalar(np.int64),
             **{
-                LABEL_PREFIX + label: tfds.features.ClassLabel(names=list(names))
+                LABEL_PREFIX + label: label_feature(label, names)
                 for label, names in sorted(class_names.items())
             },
         }
@@ -61,6 +68,7 @@ def write_dataset_metadata(
     *,
     name: str,
     class_names: Mapping[str, Sequence[str]],
+    multilabel: Collection[str] = (),
     splits: Mapping[str, Sequence[ShardInfo]],
 ) -> None:
     """Writes features.json, dataset_info.json and the class names, dataset_info.json last.
@@ -69,6 +77,7 @@ def write_dataset_metadata(
       directory: Where the shards of all splits lie.
       name: First part of the shards' names; lower case, digits and underscores.
       class_names: Names of the classes, for each label.
+      multilabel: Labels of which a clip may have several.
       splits: For each split, its shards in order.
     """
     directory = epath.Path(directory)
@@ -81,7 +90,7 @@ def write_dataset_metadata(
     info = tfds.core.DatasetInfo(
         builder=identity,
         description=_DESCRIPTION,
-        features=record_features(class_names),
+        features=record_features(class_names, multilabel),
     )
     info.set_file_format("tfrecord")
     template = tfds.core.ShardedFileTemplate(

@@ -30,7 +30,18 @@ from avcl_jax.data.record_format import (
     parse_record,
     serialize_record,
 )
-from avcl_jax.data.tfrecord import RecordError
+from avcl_jax.data.record_index import (
+    IndexRow,
+    StringColumn,
+    columns_of,
+    index_path,
+    index_row,
+    load_columns,
+    merge,
+    save_columns,
+    scan_shard,
+)
+from avcl_jax.data.tfrecord import RecordError, is_remote
 
 __all__ = [
     "FORMAT_VERSION",
@@ -53,36 +64,8 @@ class ShardInfo(NamedTuple):
     num_bytes: int
 
 
-def _summary(record: Record, offset: int, length: int, crc: int) -> dict[str, Any]:
-    gaps = np.diff(record.frame_seconds)
-    timeline = RecordTimeline(
-        num_frames=len(record.frames),
-        first_frame_seconds=float(record.frame_seconds[0]) if record.has_video else 0.0,
-        last_frame_seconds=float(record.frame_seconds[-1]) if record.has_video else 0.0,
-        max_frame_gap_seconds=float(gaps.max(initial=0.0)),
-        min_frame_gap_seconds=float(gaps.min()) if len(gaps) else 0.0,
-        num_samples=len(record.waveform),
-        sample_rate_hz=record.sample_rate_hz,
-        audio_start_seconds=record.audio_start_seconds,
-        duration_seconds=record.duration_seconds,
-    )
-    return {
-        "offset": offset,
-        "length": length,
-        "crc": crc,
-        "record_id": record.record_id,
-        "source_id": record.source_id,
-        **timeline._asdict(),
-        **{LABEL_PREFIX + name: number for name, number in record.labels.items()},
-    }
-
-
-def _columns(summaries: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    return {name: [row[name] for row in summaries] for name in summaries[0]} if summaries else {}
-
-
 class RecordWriter:
-    """Writes one shard and its index; nothing appears under its name before it is complete.
+    """Writes one shard; nothing appears under its name before it is complete.
 
     Use as a context manager: leaving it normally finishes the shard, leaving it by an exception
     removes what was written.
@@ -92,8 +75,7 @@ class RecordWriter:
         """Opens a temporary file beside `path`."""
         self._path = epath.Path(path)
         self._temporary = self._path.parent / f"{self._path.name}.{os.getpid()}.tmp"
-        self._summaries: list[dict[str, Any]] = []
-        self._offset = 0
+        self._rows: list[IndexRow] = []
         self._file = self._temporary.open("wb")
 
     def write(self, record: Record) -> None:
@@ -107,18 +89,20 @@ class RecordWriter:
         framed = tfrecord.frame_payload(payload)
         self._file.write(framed)
         crc = int.from_bytes(framed[-4:], "little")
-        self._summaries.append(_summary(record, self._offset, len(payload), crc))
-        self._offset += len(framed)
+        self._rows.append(index_row(record, len(payload), crc))
 
     def finish(self) -> ShardInfo:
-        """Gives the shard its name, writes its index, and says what is in it."""
+        """Gives the shard its name and says what is in it."""
         self._file.flush()
         with contextlib.suppress(AttributeError, OSError):  # object stores have no descriptor
             os.fsync(self._file.fileno())
         self._file.close()
         self._temporary.replace(self._path)
-        tfrecord.write_index(self._path, _columns(self._summaries))
-        return ShardInfo(len(self._summaries), sum(row["length"] for row in self._summaries))
+        return ShardInfo(len(self._rows), sum(row.length for row in self._rows))
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Returns what the index keeps of the records written so far."""
+        return columns_of(self._rows)
 
     def abandon(self) -> None:
         """Removes what was written."""
@@ -137,7 +121,7 @@ class RecordWriter:
 
 
 def write_shard(path: epath.PathLike, records: Iterable[Record]) -> ShardInfo:
-    """Writes `records` to one TFRecord file with its index, all or nothing.
+    """Writes `records` to one TFRecord file, all or nothing.
 
     Args:
       path: `DIRECTORY/NAME-SPLIT.tfrecord-00000-of-00001`.
@@ -177,40 +161,55 @@ def _read_json(path: epath.Path) -> Any:
         raise RecordError(f"{path} is damaged ({error}): prepare this data set again") from None
 
 
-def _check_features(features: Mapping[str, Any], directory: epath.Path) -> list[str]:
-    """Compares features.json with what this code reads; returns the names of the labels."""
+def _check_features(features: Mapping[str, Any], directory: epath.Path) -> dict[str, bool]:
+    """Compares features.json with what this code reads.
+
+    Returns:
+      For the name of each label, whether a clip may have several.
+    """
     found = features.get("featuresDict", {}).get("features", {})
+
+    def kind_of(name: str) -> str:
+        return found[name].get("pythonClassName", "").rpartition(".")[2]
+
     for name, (kind, dtype, encoding) in FEATURE_KINDS.items():
         if name not in found:
             raise RecordError(
                 f"{directory} has no feature {name!r}, it has {sorted(found)}: "
-                "not a data set of `python -m data_prep prepare`"
+                "not a data set of `python -m data_prep`"
             )
         tensor = found[name].get("tensor", {})
-        actual = (
-            found[name].get("pythonClassName", "").rpartition(".")[2],
-            tensor.get("dtype"),
-            tensor.get("encoding"),
-        )
+        actual = (kind_of(name), tensor.get("dtype"), tensor.get("encoding"))
         if actual != (kind, dtype, encoding):
             raise RecordError(
                 f"{directory}: feature {name!r} is {actual}, expected {(kind, dtype, encoding)}: "
-                "not a data set of `python -m data_prep prepare`"
+                "not a data set of `python -m data_prep`"
             )
-    return sorted(
-        name.removeprefix(LABEL_PREFIX) for name in found if name.startswith(LABEL_PREFIX)
-    )
+    return {
+        name.removeprefix(LABEL_PREFIX): kind_of(name) == "Sequence"
+        for name in sorted(found)
+        if name.startswith(LABEL_PREFIX)
+    }
+
+
+def _begins(lengths: np.ndarray) -> np.ndarray:
+    """Returns where each record would begin, and the last end, were all shards one file."""
+    return np.concatenate([[0], np.cumsum(lengths + tfrecord.OVERHEAD_BYTES)])
 
 
 class RecordDataset:
     """Random access to one split of a prepared directory (a grain `RandomAccessDataSource`).
 
-    Opening reads the metadata and the small index beside each shard, never the shards, unless an
-    index is missing or stale: then it is rebuilt, and kept in memory where the directory cannot
-    be written. Instances are picklable and may be read from many threads.
+    Opening reads the metadata and the index of the split, never the shards, unless the index is
+    missing or stale: then it is rebuilt, and kept in memory where the directory cannot be written.
+    Instances are picklable (a copy opens the directory again) and may be read from many threads.
 
     Attributes:
       class_names: Names of the classes, for each label.
+      multilabel: Labels of which a record may have several.
+      record_ids: Names of the records.
+      labels: int32 [len] class numbers, -1 unknown, for each label that is not in `multilabel`.
+      timelines: [len] of each field of `RecordTimeline`.
       source_numbers: int32 [len], the same number for records of one source.
       fingerprint: Changes when any record, or their order, does.
     """
@@ -242,39 +241,75 @@ class RecordDataset:
             if not path.exists():
                 raise RecordError(f"{path} is missing: prepare this data set again")
             self.class_names[label] = path.read_text().splitlines()
+        self.multilabel = frozenset(label for label, several in labels.items() if several)
         lengths = [int(length) for length in splits[split]["shardLengths"]]
         self._shards = [
             self._directory / shard_name(info["name"], split, number, len(lengths))
             for number in range(len(lengths))
         ]
-        columns: dict[str, list[Any]] = {}
+        if not sum(lengths):
+            raise RecordError(f"{self._directory}: split {split!r} has no records")
+        columns = self._load_index(index_path(self._directory, info["name"], split), lengths)
+        self._lengths, self._crcs = columns["length"], columns["crc"]
+        self._first = np.concatenate([[0], np.cumsum(lengths)])
+        # Where each record begins in its shard: all bytes before it, less the shards before.
+        begins = _begins(self._lengths)
+        self._offsets = begins[:-1] - np.repeat(begins[self._first[:-1]], lengths)
+        self.record_ids = StringColumn(
+            columns["record_id"], np.cumsum(columns["record_id_length"], dtype=np.int64)
+        )
+        self.labels = {
+            label: columns[LABEL_PREFIX + label] for label, several in labels.items() if not several
+        }
+        self.timelines = {name: columns[name] for name in RecordTimeline._fields}
+        self.source_numbers = columns["source_number"]
+        digest = crc32c.crc32c(self._lengths.tobytes(), crc32c.crc32c(self._crcs.tobytes()))
+        self.fingerprint = f"{info['name']}-{split}-{FORMAT_VERSION}-{len(self)}-{digest:08x}"
+
+    def _load_index(self, path: epath.Path, lengths: Sequence[int]) -> dict[str, np.ndarray]:
+        """Returns the index, made from the shards where it is missing or does not fit them."""
+        columns = load_columns(path, without=("source_id", "source_id_length"))
+        if columns is not None and self._fits(columns, lengths):
+            return columns
+        logging.warning("making the index %s by reading all shards of this split", path)
+        shards = []
         for shard, length in zip(self._shards, lengths, strict=True):
-            shard_columns = _load_columns(shard)
-            found = len(shard_columns.get("offset", ()))
+            shards.append(scan_shard(shard, self.multilabel))
+            found = len(shards[-1]["length"])
             if found != length:
                 raise RecordError(
                     f"{shard} holds {found} records where dataset_info.json says {length}: "
                     "prepare this data set again"
                 )
-            for name, values in shard_columns.items():
-                columns.setdefault(name, []).extend(values)
-        if not columns:
-            raise RecordError(f"{self._directory}: split {split!r} has no records")
-        self._shard_of = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-        self._offsets = np.array(columns["offset"], np.int64)
-        self._lengths = np.array(columns["length"], np.int64)
-        self._crcs = np.array(columns["crc"], np.uint32)
-        self.record_ids: list[str] = columns["record_id"]
-        self.source_ids: list[str] = columns["source_id"]
-        self.labels = {label: np.array(columns[LABEL_PREFIX + label], np.int32) for label in labels}
-        # Arrays: lists of numbers would take ten times the memory for a million records.
-        self._timelines = {name: np.array(columns[name]) for name in RecordTimeline._fields}
-        numbers: dict[str, int] = {}
-        self.source_numbers = np.array(
-            [numbers.setdefault(source, len(numbers)) for source in self.source_ids], np.int32
-        )
-        digest = crc32c.crc32c(self._lengths.tobytes(), crc32c.crc32c(self._crcs.tobytes()))
-        self.fingerprint = f"{info['name']}-{split}-{FORMAT_VERSION}-{len(self)}-{digest:08x}"
+        columns = merge(shards)
+        with contextlib.suppress(OSError):  # a read-only directory: the index stays in memory
+            save_columns(path, columns)
+        return columns
+
+    def _fits(self, columns: Mapping[str, np.ndarray], lengths: Sequence[int]) -> bool:
+        """Whether an index belongs to the shards, as far as their sizes tell.
+
+        The sizes of files in an object store take a request each and are not looked at; the CRC of
+        every record, which the index also holds, catches at reading what this cannot see.
+        """
+        if columns["shard_length"].tolist() != list(lengths):
+            return False
+        if is_remote(self._directory):
+            return True
+        expected = np.diff(_begins(columns["length"])[np.cumsum([0, *lengths])])
+        for shard, size in zip(self._shards, expected.tolist(), strict=True):
+            try:
+                if os.stat(shard).st_size != size:
+                    return False
+            except FileNotFoundError:
+                raise RecordError(
+                    f"{shard} is missing: prepare this data set again or copy all of it"
+                ) from None
+        return True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles the place, not the index: workers would receive it through a pipe."""
+        return RecordDataset, (self._directory, self.split)
 
     def __len__(self) -> int:
         """Returns the number of records."""
@@ -294,7 +329,7 @@ class RecordDataset:
         index = int(index)
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        shard = self._shards[self._shard_of[index]]
+        shard = self._shards[int(np.searchsorted(self._first, index, side="right")) - 1]
         where = f"{shard}, record {self.record_ids[index]!r}"
         framed = tfrecord.read_bytes(
             shard, int(self._offsets[index]), int(self._lengths[index]) + tfrecord.OVERHEAD_BYTES
@@ -302,26 +337,10 @@ class RecordDataset:
         if len(framed) < self._lengths[index] + tfrecord.OVERHEAD_BYTES:
             raise RecordError(f"{where} is truncated: prepare this data set again")
         payload = tfrecord.unframe_payload(framed, expected_crc=int(self._crcs[index]), where=where)
-        return parse_record(payload, where=where)
+        return parse_record(payload, where=where, multilabel=self.multilabel)
 
     def timeline(self, index: int) -> RecordTimeline:
         """Returns lengths and times of one record without reading it."""
         return RecordTimeline(
-            **{name: column[index].item() for name, column in self._timelines.items()}
+            **{name: column[index].item() for name, column in self.timelines.items()}
         )
-
-
-def _load_columns(shard: epath.Path) -> dict[str, list[Any]]:
-    """Returns the index of `shard`, rebuilt from the shard where it is missing or stale."""
-    columns = tfrecord.read_index(shard)
-    if columns is not None:
-        return columns
-    logging.info("rebuilding the index of %s", shard)
-    summaries = [
-        _summary(parse_record(payload, where=f"{shard}, byte {offset}"), offset, len(payload), crc)
-        for offset, payload, crc in tfrecord.scan(shard)
-    ]
-    columns = _columns(summaries)
-    with contextlib.suppress(OSError):  # a read-only directory: the index stays in memory
-        tfrecord.write_index(shard, columns)
-    return columns

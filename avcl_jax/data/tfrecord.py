@@ -1,13 +1,10 @@
-"""TFRecord files: CRC-checked framing, and the index that makes them random access."""
+"""TFRecord files: CRC-checked framing, and reading at a place or from the start."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import crc32c
 from etils import epath
@@ -15,8 +12,6 @@ from etils import epath
 _HEADER = struct.Struct("<QI")  # payload length, masked CRC of the eight length bytes
 _FOOTER = struct.Struct("<I")  # masked CRC of the payload
 OVERHEAD_BYTES = _HEADER.size + _FOOTER.size
-_INDEX_VERSION = 1
-_PROBE_BYTES = 4096
 
 
 class RecordError(ValueError):
@@ -57,17 +52,22 @@ def unframe_payload(framed: bytes, *, expected_crc: int | None, where: str) -> m
     if masked_crc(framed[:8]) != length_crc:
         raise RecordError(
             f"{where} is damaged or its index is stale (the CRC of its length does not match): "
-            "delete the .index file beside the shard, and if this persists prepare again"
+            "delete the .index files beside the shards, and if this persists prepare again"
         )
     if length != len(framed) - OVERHEAD_BYTES:
-        raise RecordError(f"{where}: stale index, delete the .index file beside the shard")
+        raise RecordError(f"{where}: stale index, delete the .index files beside the shards")
     payload = memoryview(framed)[_HEADER.size : _HEADER.size + length]
     (stored_crc,) = _FOOTER.unpack_from(framed, _HEADER.size + length)
     if masked_crc(payload) != stored_crc:
         raise RecordError(f"{where} is damaged (CRC does not match): prepare this data set again")
     if expected_crc is not None and stored_crc != expected_crc:
-        raise RecordError(f"{where}: stale index, delete the .index file beside the shard")
+        raise RecordError(f"{where}: stale index, delete the .index files beside the shards")
     return payload
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path lies in an object store (gs://, s3://)."""
+    return "://" in os.fspath(path)
 
 
 def read_bytes(path: epath.Path, offset: int, size: int) -> bytes:
@@ -76,7 +76,7 @@ def read_bytes(path: epath.Path, offset: int, size: int) -> bytes:
     The file is opened for every call: that is thread-safe and picklable, needs no bound on open
     files with thousands of shards, and costs microseconds beside the decoding that follows.
     """
-    if isinstance(path, os.PathLike) and "://" not in os.fspath(path):
+    if not is_remote(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             parts = []
@@ -127,70 +127,3 @@ def scan(path: epath.Path) -> Iterator[tuple[int, memoryview, int]]:
                 raise RecordError(f"{where} is truncated: prepare this data set again")
             yield offset, payload, _FOOTER.unpack_from(rest, length)[0]
             offset += OVERHEAD_BYTES + length
-
-
-def index_path(shard: epath.Path) -> epath.Path:
-    """Returns where the index of `shard` lies."""
-    return shard.parent / f"{shard.name}.index"
-
-
-def shard_probe(shard: epath.Path, shard_bytes: int) -> int:
-    """Returns a CRC of a few kilobytes at the shard's start, middle and end.
-
-    Modification times change when a data set is copied, and reading everything takes minutes, so
-    this and the size decide whether an index belongs to its shard; the CRC of every record, which
-    the index also holds, catches at reading what this cannot see.
-    """
-    crc = 0
-    for offset in (0, shard_bytes // 2, max(0, shard_bytes - _PROBE_BYTES)):
-        crc = crc32c.crc32c(read_bytes(shard, offset, _PROBE_BYTES), crc)
-    return crc
-
-
-def write_index(shard: epath.Path, columns: Mapping[str, Sequence[Any]]) -> None:
-    """Writes `columns`, one value for each record, beside `shard` (temporary file, then rename)."""
-    body = json.dumps(columns, sort_keys=True)
-    shard_bytes = shard.stat().length
-    header = json.dumps(
-        {
-            "index_version": _INDEX_VERSION,
-            "shard_bytes": shard_bytes,
-            "shard_probe": shard_probe(shard, shard_bytes),
-            "columns_crc": crc32c.crc32c(body.encode()),
-        }
-    )
-    path = index_path(shard)
-    temporary = path.parent / f"{path.name}.{os.getpid()}.tmp"
-    try:
-        temporary.write_text(f"{header}\n{body}\n")
-        temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-def read_index(shard: epath.Path) -> dict[str, list[Any]] | None:
-    """Returns the columns beside `shard`, or None if they are missing, damaged or stale.
-
-    Raises:
-      RecordError: If the shard itself does not exist.
-    """
-    if not shard.exists():
-        raise RecordError(f"{shard} is missing: prepare this data set again or copy all of it")
-    path = index_path(shard)
-    if not path.exists():
-        return None
-    try:
-        header_line, body = path.read_text().splitlines()
-        header = json.loads(header_line)
-        shard_bytes = shard.stat().length
-        fresh = (
-            header["index_version"] == _INDEX_VERSION
-            and header["shard_bytes"] == shard_bytes
-            and header["columns_crc"] == crc32c.crc32c(body.encode())
-            and header["shard_probe"] == shard_probe(shard, shard_bytes)
-        )
-        return json.loads(body) if fresh else None
-    except (ValueError, KeyError, TypeError):  # not an index at all: treated as missing
-        return None

@@ -15,7 +15,7 @@ a three-second video that fits only 1x and 2x would otherwise teach "short means
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -130,14 +130,27 @@ class TooShortError(ValueError):
     """A video is shorter than the shortest view."""
 
 
+def views_fit(duration_seconds: Any, max_frame_gap_seconds: Any, spec: ViewSpec) -> np.ndarray:
+    """Whether a view fits and shows no source picture twice, for each speed.
+
+    Args:
+        duration_seconds: [...] of the usable part.
+        max_frame_gap_seconds: [...] between neighbouring source pictures.
+        spec: timing of views.
+
+    Returns:
+        bool [..., speeds].
+    """
+    speeds = np.array(spec.speeds)
+    long_enough = speeds * spec.clip_seconds <= np.asarray(duration_seconds)[..., None] + _EPSILON
+    gap = np.asarray(max_frame_gap_seconds)[..., None]
+    return long_enough & (speeds * spec.frame_seconds >= gap - _EPSILON)
+
+
 def feasible_speeds(timeline: Timeline, spec: ViewSpec) -> list[int]:
     """Indices of the speeds at which a view fits and shows no source picture twice."""
-    return [
-        index
-        for index, speed in enumerate(spec.speeds)
-        if speed * spec.clip_seconds <= timeline.duration_seconds + _EPSILON
-        and speed * spec.frame_seconds >= timeline.max_frame_gap_seconds - _EPSILON
-    ]
+    fit = views_fit(timeline.duration_seconds, timeline.max_frame_gap_seconds, spec)
+    return np.flatnonzero(fit).tolist()
 
 
 def draw_views(rng: np.random.Generator, timeline: Timeline, spec: ViewSpec) -> ViewPair:

@@ -144,6 +144,11 @@ def _check_labels(config: ml_collections.ConfigDict, train: UsableRecords) -> No
                 f"{config.data.directory} has no label {label!r}, it has {sorted(names)}: "
                 "set evaluation.probes"
             )
+        if label in train.records.multilabel:
+            raise ValueError(
+                f"evaluation.probes asks for {label!r}, of which a clip may have several: linear "
+                "probes want one class a clip"
+            )
         if config.modalities not in ("audio_visual", modality):
             raise ValueError(
                 f"evaluation.probes asks for {label} from {modality}, but the run trained "

@@ -54,7 +54,10 @@ class Exhibits:
         shown = np.linspace(0, spec.views.num_frames - 1, self._stills).round().astype(int)
         names = self._source.records.class_names
         labels = ", ".join(
-            names[label][number] for label, number in record.labels.items() if number >= 0
+            names[label][number]
+            for label, numbers in record.labels.items()
+            for number in (numbers if isinstance(numbers, tuple) else (numbers,))
+            if number >= 0
         )
         return Exhibit(
             name=record.record_id,

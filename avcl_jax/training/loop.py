@@ -190,6 +190,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
     mesh, init, step_function = build(config)
     records = RecordDataset(config.data.directory, config.data.split)
     source = UsableRecords(records, spec)
+    _check_health_label(config.bank.health_label, records)
     check_enough(source, config.global_batch_size)
     workdir.mkdir(parents=True, exist_ok=True)
     config_json = experiment.to_json(config)
@@ -322,6 +323,15 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
     writer.note(f"trained to step {step} in {format_seconds(before + time.perf_counter() - start)}")
     writer.close()
     return step == config.steps
+
+
+def _check_health_label(label: str, records: RecordDataset) -> None:
+    known = sorted(records.labels)
+    if label and label not in known:
+        raise ValueError(
+            f"bank.health_label {label!r} is not a label of one class a clip in {records!r}, "
+            f"which has {known}: name one of these, or set bank.health_label='' for none"
+        )
 
 
 def _announce(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from etils import epath
 from avcl_jax.data import records, tfrecord
 from avcl_jax.data.decode import decode_jpegs
 from avcl_jax.data.record_format import parse_record, serialize_record
+from avcl_jax.data.record_index import index_path
 from avcl_jax.data.record_metadata import record_features, write_dataset_metadata
 from avcl_jax.data.records import (
     Record,
@@ -124,7 +126,7 @@ def test_tfds_reads_what_we_write(prepared: Path) -> None:
 
 def test_we_read_what_tfds_serializes() -> None:
     record = make_record(4)
-    features = record_features(CLASS_NAMES)
+    features = record_features(CLASS_NAMES, ())
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
     payload = ExampleSerializer(features.get_serialized_info()).serialize_example(
@@ -142,7 +144,7 @@ def test_we_read_what_tfds_serializes() -> None:
             "label_motion": record.labels["motion"],
         }
     )
-    assert_same(parse_record(payload, where="tfds"), record)
+    assert_same(parse_record(payload, where="tfds", multilabel=()), record)
 
 
 def test_a_crc_of_the_tfrecord_format() -> None:
@@ -157,7 +159,8 @@ def test_a_crc_of_the_tfrecord_format() -> None:
 def test_every_flipped_byte_is_detected(tmp_path: Path, with_index: bool) -> None:
     write_dataset(tmp_path, [[make_record(0), make_record(1, video=False)]])
     shard = tmp_path / shard_name("demo", "train", 0, 1)
-    index = Path(tfrecord.index_path(shard))
+    index = Path(index_path(tmp_path, "demo", "train"))
+    RecordDataset(tmp_path, "train")
     good_shard, good_index = shard.read_bytes(), index.read_bytes()
     for position in range(0, len(good_shard), 1 if with_index else 7):
         damaged = bytearray(good_shard)
@@ -206,30 +209,84 @@ def test_a_missing_shard_or_record_is_one_error(prepared: Path) -> None:
 
 def test_a_stale_or_damaged_index_is_rebuilt(prepared: Path) -> None:
     shard = prepared / shard_name("demo", "train", 0, 2)
-    index = Path(tfrecord.index_path(shard))
+    index = Path(index_path(prepared, "demo", "train"))
     first = RecordDataset(prepared, "train").fingerprint
     good = index.read_bytes()
-    for bad in (b"", b"garbage", good[:-20], good.replace(b'"offset": [0', b'"offset": [1')):
-        assert bad != good
+    damaged = bytearray(good)
+    damaged[len(good) // 2] ^= 1
+    for bad in (b"", b"garbage", good[:-20], bytes(damaged)):
         index.write_bytes(bad)
         assert RecordDataset(prepared, "train").fingerprint == first
         assert index.read_bytes() == good
     write_shard(shard, [make_record(5), make_record(6)])
-    index.write_bytes(good)
     dataset = RecordDataset(prepared, "train")
     assert dataset.record_ids[0] == make_record(5).record_id
     assert dataset.fingerprint != first
 
 
-def test_a_shard_replaced_by_one_of_the_same_size_is_seen_at_opening(tmp_path: Path) -> None:
+def test_every_flipped_bit_of_an_index_is_detected_or_changes_nothing(tmp_path: Path) -> None:
+    write_dataset(tmp_path, [[make_record(0), make_record(1, video=False)]])
+    index = Path(index_path(tmp_path, "demo", "train"))
+    expected = RecordDataset(tmp_path, "train")
+    good = index.read_bytes()
+    for position in range(0, len(good), 3):
+        damaged = bytearray(good)
+        damaged[position] ^= 1 << position % 8
+        index.write_bytes(damaged)
+        dataset = RecordDataset(tmp_path, "train")
+        assert dataset.fingerprint == expected.fingerprint
+        assert list(dataset.record_ids) == list(expected.record_ids)
+        assert dataset.timeline(1) == expected.timeline(1)
+
+
+def test_a_shard_replaced_by_one_of_the_same_size_is_a_stale_index(tmp_path: Path) -> None:
     write_dataset(tmp_path, [[make_record(0, video=False)]])
     shard = tmp_path / shard_name("demo", "train", 0, 1)
-    index = Path(tfrecord.index_path(shard))
-    size, stale = shard.stat().st_size, index.read_bytes()
+    RecordDataset(tmp_path, "train")
+    size = shard.stat().st_size
     write_shard(shard, [make_record(3, video=False)])
     assert shard.stat().st_size == size
-    index.write_bytes(stale)
+    dataset = RecordDataset(tmp_path, "train")
+    with pytest.raises(RecordError, match="stale index, delete"):
+        dataset[0]
+    index_path(tmp_path, "demo", "train").unlink()
     assert_same(RecordDataset(tmp_path, "train")[0], make_record(3, video=False))
+
+
+def test_a_pickled_data_set_is_small_and_the_same(prepared: Path) -> None:
+    dataset = RecordDataset(prepared, "train")
+    pickled = pickle.dumps(dataset)
+    assert len(pickled) < 1000
+    copy = pickle.loads(pickled)
+    assert copy.fingerprint == dataset.fingerprint
+    assert_same(copy[2], dataset[2])
+
+
+def test_several_labels_a_clip(tmp_path: Path) -> None:
+    sets = [(0, 2), (), (1,)]
+    made = [
+        dataclasses.replace(make_record(n), labels={"sound": labels, "motion": n})
+        for n, labels in enumerate(sets)
+    ]
+    info = write_shard(tmp_path / shard_name("demo", "train", 0, 1), made)
+    write_dataset_metadata(
+        tmp_path,
+        name="demo",
+        class_names={"sound": ["a", "b", "c"], "motion": ["x", "y", "z"]},
+        multilabel={"sound"},
+        splits={"train": [info]},
+    )
+    for _ in range(2):  # the second time from the index
+        dataset = RecordDataset(tmp_path, "train")
+        assert dataset.multilabel == {"sound"}
+        assert [dataset[n].labels["sound"] for n in range(3)] == sets
+        assert list(dataset.labels) == ["motion"]
+        assert dataset.labels["motion"].tolist() == [0, 1, 2]
+    import tensorflow_datasets as tfds
+
+    feature = tfds.builder_from_directory(tmp_path).info.features["label_sound"]
+    assert isinstance(feature, tfds.features.Sequence)
+    assert feature.feature.names == ["a", "b", "c"]
 
 
 def test_a_shard_replaced_while_open_is_a_stale_index(prepared: Path) -> None:
@@ -248,7 +305,7 @@ def test_a_read_only_directory_needs_no_index(
     def refuse(*_: object) -> None:
         raise PermissionError(13, "read-only")
 
-    monkeypatch.setattr(records.tfrecord, "write_index", refuse)
+    monkeypatch.setattr(records, "save_columns", refuse)
     assert_same(RecordDataset(prepared, "train")[2], make_record(2, audio=False))
     assert not list(prepared.glob("*.index"))
 
@@ -349,6 +406,9 @@ class ObjectStorePath:
 
     def __init__(self, content: bytes):
         self.content = content
+
+    def __fspath__(self) -> str:
+        return "gs://bucket/x"
 
     def open(self, mode: str) -> io.BytesIO:
         assert mode == "rb"

@@ -124,7 +124,7 @@ def test_splits_labels_and_rejected_files_of_one_manifest(
     assert "1 not_media" in capsys.readouterr().out
     assert rejected(out) == {"bad.mp4": "not_media", "gone.mp4": "not_found"}
     train, test = RecordDataset(out, "train"), RecordDataset(out, "test")
-    assert train.record_ids == ["x", "z"]
+    assert list(train.record_ids) == ["x", "z"]
     assert train.labels["motion"].tolist() == [1, -1]
     assert train.source_numbers.tolist() == [0, 0]
     assert len(train[1].frames) == 5

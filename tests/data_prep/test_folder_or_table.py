@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.manifest import PrepareError, read_input
+from data_prep.collections.folder_or_table import read_input
+from data_prep.manifest import PrepareError
 
 
 def write(path: Path, text: str) -> Path:
