@@ -48,10 +48,10 @@ def _declare(name: str, parser: argparse.ArgumentParser) -> None:
     if name in _OTHERS:
         importlib.import_module(f"data_prep.{name}").add_arguments(parser)
         return
-    from data_prep import prepare
+    from data_prep import arguments
 
     _collection(name).add_arguments(parser)
-    prepare.add_arguments(parser)
+    arguments.add_arguments(parser)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from data_prep import prepare
+from data_prep import arguments, prepare
 from data_prep.collections import folder_or_table
 from data_prep.foley import command as foley
 
@@ -49,9 +49,9 @@ def run(args: argparse.Namespace) -> int:
     media_seconds = time.monotonic() - begin
     parser = argparse.ArgumentParser()
     folder_or_table.add_arguments(parser)
-    prepare.add_arguments(parser)
-    arguments = [f"--out={records}", "--name=foley", "--short-side=64", f"--workers={args.workers}"]
-    status = prepare.run(parser.parse_args([str(manifest), *arguments]), folder_or_table.read)
+    arguments.add_arguments(parser)
+    options = [f"--out={records}", "--name=foley", "--short-side=64", f"--workers={args.workers}"]
+    status = prepare.run(parser.parse_args([str(manifest), *options]), folder_or_table.read)
     times = args.out / "seconds.json"
     if status == 0 and not times.exists():  # The first time made them; later ones only looked.
         seconds = {"media": media_seconds, "records": time.monotonic() - begin - media_seconds}

@@ -11,12 +11,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
-from data_prep.clip import ClipOptions
-from data_prep.manifest import PrepareError
-from data_prep.shards import Part, prepare_part
+from etils import epath
+
+from avcl_jax.data.tfrecord import RecordError
+from data_prep.manifest import Entry, PrepareError
+from data_prep.shards import Job, prepare_part
 
 # A decoder that meets a bug ends with one of these. Any other signal comes from outside: SIGKILL
 # for instance when memory runs out, and then the file is not to blame.
@@ -26,7 +27,7 @@ _CRASHES = frozenset(
 _KEPT = "finished shards are kept: run the same command again to go on"
 
 
-def describe_os_error(error: OSError, directory: Path) -> str:
+def describe_os_error(error: OSError, directory: epath.PathLike) -> str:
     """Returns one line for a person whose results cannot be written to `directory`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         what = "the disk is full: free some space"
@@ -37,8 +38,7 @@ def describe_os_error(error: OSError, directory: Path) -> str:
 
 @dataclasses.dataclass
 class _Task:
-    part: Part
-    fingerprint: str
+    job: Job
     skip: dict[int, tuple[str, str]]
 
 
@@ -51,8 +51,13 @@ class _Worker:
     since: float  # when it began
 
 
-def _work(connection: Connection, options: ClipOptions, directory: Path) -> None:
-    """Runs in the worker: prepares one part after another until told None."""
+def _work(connection: Connection) -> None:
+    """Runs in the worker: does one job after another until told None, or the parent is gone."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError, EOFError):
+        _serve(connection)
+
+
+def _serve(connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
 
     def stop(number: int, frame: object) -> None:
@@ -62,22 +67,20 @@ def _work(connection: Connection, options: ClipOptions, directory: Path) -> None
     while (task := connection.recv()) is not None:
         try:
             prepare_part(
-                task.part,
-                options=options,
-                directory=directory,
-                part_fingerprint=task.fingerprint,
-                skip=task.skip,
-                begin=lambda number: connection.send(("begin", number)),
+                task.job, skip=task.skip, begin=lambda number: connection.send(("begin", number))
             )
-        except BrokenPipeError:  # the parent is gone
-            return
+        except (BrokenPipeError, ConnectionResetError):
+            raise
         except OSError as error:
-            connection.send(("failed", describe_os_error(error, directory)))
+            connection.send(("failed", describe_os_error(error, task.job.directory)))
+            return
+        except RecordError as error:
+            connection.send(("failed", f"{error}, or use --overwrite"))
             return
         except MemoryError:
             connection.send(("failed", f"out of memory: use fewer --workers; {_KEPT}"))
             return
-        connection.send(("finished", len(task.part.entries)))
+        connection.send(("finished", len(task.job.part.entries)))
 
 
 class Pool:
@@ -88,25 +91,16 @@ class Pool:
     """
 
     def __init__(
-        self,
-        *,
-        workers: int,
-        options: ClipOptions,
-        directory: Path,
-        timeout_seconds: float,
-        progress: Callable[[int], None],
+        self, *, workers: int, timeout_seconds: float, progress: Callable[[Entry, int], None]
     ):
         """Starts nothing yet.
 
         Args:
           workers: Processes, at least 1.
-          options: For all clips.
-          directory: Where parts go.
           timeout_seconds: For one clip.
-          progress: Called with the number of clips that were just finished.
+          progress: Called with each clip that was just finished and 1; with -1 if it has to be
+            done again.
         """
-        self._options = options
-        self._directory = directory
         self._timeout_seconds = timeout_seconds
         self._progress = progress
         self._num_workers = workers
@@ -114,13 +108,13 @@ class Pool:
         # Nothing is inherited: a fork of a process with threads may hang in the child.
         self._context = multiprocessing.get_context("spawn")
 
-    def run(self, parts: Sequence[tuple[Part, str]]) -> None:
-        """Prepares all parts, given with their fingerprints.
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Does all jobs.
 
         Raises:
           PrepareError: If a worker is killed or cannot write.
         """
-        tasks = deque(_Task(part, fingerprint, {}) for part, fingerprint in parts)
+        tasks = deque(_Task(job, {}) for job in jobs)
         try:
             for _ in range(min(self._num_workers, len(tasks))):
                 self._start(tasks.popleft())
@@ -137,13 +131,17 @@ class Pool:
 
     def _start(self, task: _Task) -> None:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(
-            target=_work, args=(theirs, self._options, self._directory), daemon=True
-        )
+        process = self._context.Process(target=_work, args=(theirs,), daemon=True)
         process.start()
         theirs.close()  # so that the worker's death closes the pipe
         ours.send(task)
         self._workers.append(_Worker(process, ours, task, -1, time.monotonic()))
+
+    def _finished(self, worker: _Worker, last: int) -> None:
+        """Counts the clips from the one that was begun last up to `last`."""
+        assert worker.task is not None
+        for number in range(max(worker.current, 0), last):
+            self._progress(worker.task.job.part.entries[number], 1)
 
     def _receive(self, worker: _Worker, tasks: deque[_Task]) -> None:
         try:
@@ -153,12 +151,10 @@ class Pool:
             return
         if kind == "failed":
             raise PrepareError(value)
+        self._finished(worker, value)
         if kind == "begin":
-            if worker.current >= 0:
-                self._progress(1)
             worker.current, worker.since = value, time.monotonic()
             return
-        self._progress(1)
         worker.current, worker.since = -1, time.monotonic()
         worker.task = tasks.popleft() if tasks else None
         worker.connection.send(worker.task)
@@ -181,7 +177,7 @@ class Pool:
         what = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
         doing = ""
         if worker.task is not None and worker.current >= 0:
-            doing = f" while preparing {worker.task.part.entries[worker.current].path!r}"
+            doing = f" while preparing {worker.task.job.part.entries[worker.current].path!r}"
         hint = ""
         if code == -signal.SIGKILL:
             hint = "if memory ran out, use fewer --workers; "
@@ -192,23 +188,26 @@ class Pool:
         task = worker.task
         assert task is not None
         task.skip[worker.current] = (reason, message)
-        self._progress(-worker.current)  # they are counted again
+        for entry in task.job.part.entries[: worker.current]:  # they are counted again
+            self._progress(entry, -1)
         self._workers.remove(worker)
         _end(worker)
-        self._remove_temporary(worker)
+        _remove_temporary(worker)
         self._start(task)
-
-    def _remove_temporary(self, worker: _Worker) -> None:
-        for path in self._directory.glob(f"*.{worker.process.pid}.tmp"):
-            path.unlink(missing_ok=True)
 
     def _stop(self) -> None:
         for worker in self._workers:
             worker.process.terminate()
         for worker in self._workers:
             _end(worker)
-            self._remove_temporary(worker)
+            _remove_temporary(worker)
         self._workers.clear()
+
+
+def _remove_temporary(worker: _Worker) -> None:
+    if worker.task is not None:
+        for path in list(worker.task.job.directory.glob(f"*.{worker.process.pid}.tmp")):
+            path.unlink(missing_ok=True)
 
 
 def _end(worker: _Worker) -> None:

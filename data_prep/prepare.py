@@ -2,7 +2,8 @@
 
 Exit status: 0 all clips prepared; 1 nothing usable was written, one line says why; 3 the data set
 is complete but some files were rejected (`rejected.jsonl` lists them; `--allow-rejected` makes it
-0); 130 interrupted. After 1 and 130 the same command goes on where it stopped.
+0); 130 interrupted. After 1 and 130 the same command goes on where it stopped. When files have
+changed, were added or removed, the same command prepares those and keeps the rest.
 """
 
 from __future__ import annotations
@@ -12,63 +13,37 @@ import collections
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import os
-import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import av
 import simplejpeg
 import tqdm
+from etils import epath
 
 from avcl_jax.data.records import RecordError
-from data_prep import publish
-from data_prep.clip import REASONS, ClipOptions
-from data_prep.manifest import Manifest, PrepareError
+from avcl_jax.data.tfrecord import is_remote
+from data_prep import earlier as earlier_run
+from data_prep import final_words, publish
+from data_prep.arguments import clip_options
+from data_prep.earlier import Earlier
+from data_prep.manifest import Entry, Manifest, PrepareError
 from data_prep.pool import Pool, describe_os_error
-from data_prep.shards import Part, fingerprint, plan_parts, read_report
+from data_prep.shards import PREPARED, Job, Part, plan_parts, read_report
+from data_prep.source_files import Duplicate, find_duplicates, state_of
 
 EXIT_FAILED, EXIT_REJECTED, EXIT_INTERRUPTED = 1, 3, 130
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the command's arguments."""
-    parser.epilog = "Reasons for rejecting a file: " + "; ".join(
-        f"{reason}: {meaning}" for reason, meaning in REASONS.items()
-    )
-    parser.add_argument("--out", type=Path, required=True, help="local directory for the records")
-    parser.add_argument("--name", default="clips", help="of the data set: part of the file names")
-    parser.add_argument("--limit", type=int, help="prepare only the first clips of each split")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="say what would be prepared, and stop"
-    )
-    parser.add_argument("--short-side", type=int, default=128, help="of the frames, in pixels")
-    parser.add_argument("--max-fps", type=float, help="drop frames of faster films")
-    parser.add_argument("--sample-rate", type=int, default=16000, help="of the sound, in Hz")
-    parser.add_argument("--quality", type=int, default=90, help="of the JPEG frames, 1 to 100")
-    parser.add_argument("--min-seconds", type=float, default=0.0, help="reject shorter clips")
-    parser.add_argument("--max-seconds", type=float, default=600.0, help="reject longer clips")
-    parser.add_argument("--min-side", type=int, default=16, help="reject smaller pictures")
-    parser.add_argument(
-        "--require", default="", metavar="video,audio", help="reject clips without these"
-    )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
-    parser.add_argument("--shard-size", type=int, default=64, help="clips in a shard")
-    parser.add_argument("--timeout-seconds", type=float, default=900.0, help="for one clip")
-    parser.add_argument("--overwrite", action="store_true", help="replace the splits in --out")
-    parser.add_argument("--allow-rejected", action="store_true", help="rejected files: status 0")
 
 
 def run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest]) -> int:
     """Runs a command; returns the exit status and prints one line for what goes wrong.
 
     Args:
-      args: Of `add_arguments`, and of the collection.
+      args: Of `data_prep.arguments`, and of the collection.
       read: The collection's clips.
     """
     previous = signal.signal(signal.SIGTERM, _interrupt)
@@ -96,7 +71,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 def _run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest]) -> int:
     begin = time.monotonic()
-    options = _options(args)
+    options = clip_options(args)
     out = args.out
     manifest = _limit(read(args), args.limit)
     if not manifest.entries:
@@ -107,71 +82,50 @@ def _run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest
             else "there is nothing to prepare"
         )
     if args.dry_run:
-        _print_plan(out, manifest)
+        final_words.print_plan(out, manifest)
         return 0
+    manifest, duplicates = _deduplicate(manifest, drop=args.deduplicate)
+    parts = plan_parts(manifest.entries, args.shard_size)
     out.mkdir(parents=True, exist_ok=True)
-    incomplete = out / publish.INCOMPLETE
     with _locked(out):
         publish.finish_publication(out)
-        before = _before(args, out)
-        parts = plan_parts(manifest.entries, args.shard_size)
-        prints = [fingerprint(part, options) for part in parts]
-        plans = _plans(parts, prints)
-        preparation = before or {"name": args.name, "splits": {}, "seconds": 0.0}
-        if _finished(preparation, plans, manifest, args):
-            print(f"{out} is up to date: {', '.join(plans)}")
-            return _status({split: preparation["splits"][split] for split in plans}, args)
+        earlier = _earlier(args, out)
+        changes = earlier_run.compare(earlier, parts, options, overwrite=args.overwrite)
+        splits = list(dict.fromkeys(part.split for part in parts))
+        if earlier is not None and not args.overwrite:
+            earlier_run.check_belongs(earlier, changes, splits, manifest, args.name)
+            if changes.none:
+                print(f"{out} is up to date: {', '.join(splits)}")
+                return _status({s: earlier.preparation["splits"][s] for s in splits}, args)
+            if set(splits) & set(earlier.lines):
+                print(f"{out}: {changes}")
+        incomplete = out / publish.INCOMPLETE
         incomplete.mkdir(exist_ok=True)
-        for path in incomplete.glob("*.tmp"):  # of a run that was killed
+        for path in list(incomplete.glob("*.tmp")):  # of a run that was killed
             path.unlink()
-        reports = _prepare(args, options, parts, prints, incomplete)
-        if not any(report["num_records"] for report in reports):
-            rejected = [line for report in reports for line in report["rejected"]]
-            publish.write_lines(out / publish.REJECTED, rejected)
-            first = rejected[0]
-            raise PrepareError(
-                f"none of {len(rejected)} clips could be prepared, {out}/rejected.jsonl says why; "
-                f"the first is {first['path']!r}: {first['reason']}: {first['message']}"
-            )
-        kept = {
-            split: infos
-            for split, infos in (publish.read_splits(out) if before else {}).items()
-            if split not in plans
-        }
-        splits = {split: preparation["splits"][split] for split in kept}
-        for split, plan in plans.items():
-            chosen = [r for p, r in zip(parts, reports, strict=True) if p.split == split]
-            splits[split] = {"plan": plan, **_split_counts(chosen)}
-        rejected = [
-            *(r for r in publish.read_lines(out / publish.REJECTED) if r["split"] in kept),
-            *(line for report in reports for line in report["rejected"]),
-        ]
-        preparation = {
-            "name": args.name,
-            "seconds": round(preparation["seconds"] * bool(kept) + time.monotonic() - begin, 3),
-            "splits": splits,
-            "class_names": {label: list(names) for label, names in manifest.class_names.items()},
-            "multilabel": sorted(manifest.multilabel),
-            "options": vars(options),
-            "ignored_files": manifest.ignored,
-            "versions": {"av": av.__version__, "simplejpeg": simplejpeg.__version__},
-        }
+        jobs = earlier_run.jobs(parts, options, incomplete, earlier, changes)
+        reports = _prepare(args, jobs)
+        _check_any(out, reports)
+        preparation = _preparation(args, manifest, earlier, parts, reports, options, begin)
         publish.publish(
             out,
             name=args.name,
-            class_names=manifest.class_names,
-            multilabel=manifest.multilabel,
+            manifest=manifest,
+            duplicates=duplicates,
             parts=list(zip(parts, reports, strict=True)),
             preparation=preparation,
-            kept_splits=kept,
-            rejected=rejected,
-            missing=[
-                *(m for m in publish.read_lines(out / publish.MISSING) if m["split"] in kept),
-                *map(dataclasses.asdict, manifest.missing),
-            ],
+            earlier=earlier,
         )
-    _print_table(out, {split: splits[split] for split in plans}, manifest, preparation["seconds"])
-    return _status({split: splits[split] for split in plans}, args)
+    prepared = {split: preparation["splits"][split] for split in splits}
+    final_words.print_table(
+        out,
+        prepared,
+        manifest,
+        duplicates,
+        dropped=args.deduplicate,
+        seconds=time.monotonic() - begin,
+    )
+    return _status(prepared, args)
 
 
 def _limit(manifest: Manifest, limit: int | None) -> Manifest:
@@ -187,39 +141,24 @@ def _limit(manifest: Manifest, limit: int | None) -> Manifest:
     return dataclasses.replace(manifest, entries=tuple(chosen))
 
 
-def _options(args: argparse.Namespace) -> ClipOptions:
-    require = tuple(sorted(filter(None, args.require.split(","))))
-    checks = (
-        (re.fullmatch(r"[a-z][a-z0-9_]*", args.name), "--name", "a-z, 0-9 and _, a letter first"),
-        (set(require) <= {"video", "audio"}, "--require", "video, audio or video,audio"),
-        (1 <= args.quality <= 100, "--quality", "1 to 100"),
-        (args.short_side >= 1, "--short-side", "at least 1"),
-        (args.max_fps is None or args.max_fps > 0, "--max-fps", "above 0"),
-        (args.sample_rate >= 1000, "--sample-rate", "at least 1000"),
-        (args.workers >= 1, "--workers", "at least 1"),
-        (args.shard_size >= 1, "--shard-size", "at least 1"),
-        (args.limit is None or args.limit >= 1, "--limit", "at least 1"),
-        (args.timeout_seconds > 0, "--timeout-seconds", "above 0"),
-        ("://" not in os.fspath(args.out), "--out", "a local directory (copy it afterwards)"),
-    )
-    for good, name, allowed in checks:
-        if not good:
-            raise PrepareError(f"{name} must be {allowed}")
-    return ClipOptions(
-        short_side=args.short_side,
-        max_fps=args.max_fps,
-        quality=args.quality,
-        sample_rate_hz=args.sample_rate,
-        min_seconds=args.min_seconds,
-        max_seconds=args.max_seconds,
-        min_side=args.min_side,
-        require=require,
-    )
+def _deduplicate(manifest: Manifest, *, drop: bool) -> tuple[Manifest, list[Duplicate]]:
+    """Finds clips of the same content, and leaves out all but the first if asked to."""
+    found = find_duplicates(manifest.entries)
+    if drop:
+        kept = tuple(e for number, e in enumerate(manifest.entries) if number not in found)
+        manifest = dataclasses.replace(manifest, entries=kept)
+    return manifest, list(found.values())
 
 
 @contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Keeps a second preparation out of the same directory; the lock dies with the process."""
+def _locked(out: epath.Path) -> Iterator[None]:
+    """Keeps a second preparation out of the same directory; the lock dies with the process.
+
+    Object stores have no locks: there it is for the user to run one preparation at a time.
+    """
+    if is_remote(out):
+        yield
+        return
     descriptor = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -232,96 +171,121 @@ def _locked(out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _before(args: argparse.Namespace, out: Path) -> dict[str, Any] | None:
-    """Returns preparation.json of what is already in `out`, None if that does not count."""
+def _earlier(args: argparse.Namespace, out: epath.Path) -> Earlier | None:
+    """Returns what is already in `out`, None if that does not count."""
     try:
-        before = publish.read_preparation(out)
+        return earlier_run.read_earlier(out)
     except PrepareError:
         if args.overwrite:
             return None
         raise
-    return before
 
 
-def _plans(parts: Sequence[Part], prints: Sequence[str]) -> dict[str, str]:
-    hashes: dict[str, Any] = {}
-    for part, part_print in zip(parts, prints, strict=True):
-        hashes.setdefault(part.split, hashlib.sha256()).update(part_print.encode())
-    return {split: digest.hexdigest() for split, digest in hashes.items()}
+def _prepare(args: argparse.Namespace, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """Does the jobs that are not done; returns the reports of all."""
+    todo = [job for job in jobs if read_report(job) is None]
+    entries = [entry for job in jobs for entry in job.part.entries]
+    sizes = {path: state_of(path) for path in dict.fromkeys(entry.path for entry in entries)}
+    shares = collections.Counter(entry.path for entry in entries)
 
+    def weight(entry: Entry) -> float:
+        """Returns the bytes of a clip; those of one file share them."""
+        size = sizes[entry.path]
+        return size.bytes / shares[entry.path] if size else 0.0
 
-def _finished(
-    preparation: Mapping[str, Any],
-    plans: Mapping[str, str],
-    manifest: Manifest,
-    args: argparse.Namespace,
-) -> bool:
-    """Whether all is done already; raises PrepareError where something else is in the way."""
-    existing = {split: entry["plan"] for split, entry in preparation["splits"].items()}
-    if all(existing.get(split) == plan for split, plan in plans.items()):
-        return preparation["name"] == args.name
-    if args.overwrite or not existing:
-        return False
-    clash = sorted(set(existing) & set(plans))
-    if clash:
-        raise PrepareError(
-            f"{args.out} already holds the split {clash[0]!r}, prepared from other files or with "
-            "other options: use another --out, or --overwrite to replace it"
-        )
-    classes = {label: list(names) for label, names in manifest.class_names.items()}
-    if preparation["name"] != args.name or preparation["class_names"] != classes:
-        raise PrepareError(
-            f"{args.out} holds a data set of another name or with other labels: use another "
-            "--out, or one manifest with a split column for all splits"
-        )
-    return False
-
-
-def _prepare(
-    args: argparse.Namespace,
-    options: ClipOptions,
-    parts: Sequence[Part],
-    prints: Sequence[str],
-    incomplete: Path,
-) -> list[dict[str, Any]]:
-    """Prepares the parts that are not finished; returns the reports of all."""
-    reports = [read_report(p, incomplete, f) for p, f in zip(parts, prints, strict=True)]
-    todo = [
-        (part, part_print)
-        for part, part_print, report in zip(parts, prints, reports, strict=True)
-        if report is None
-    ]
-    total = sum(len(part.entries) for part in parts)
-    done = total - sum(len(part.entries) for part, _ in todo)
+    waiting = [entry for job in todo for entry in job.part.entries]
+    total = sum(map(weight, entries))
+    done = total - sum(map(weight, waiting))
+    finished = len(entries) - len(waiting)
     # disable=None: no bar where nobody looks at one, such as in a log file.
-    with tqdm.tqdm(total=total, initial=done, unit="clip", disable=None) as bar:
-        Pool(
-            workers=args.workers,
-            options=options,
-            directory=incomplete,
-            timeout_seconds=args.timeout_seconds,
-            progress=bar.update,
-        ).run(todo)
-    finished = []
-    for part, part_print in zip(parts, prints, strict=True):
-        report = read_report(part, incomplete, part_print)
+    with tqdm.tqdm(
+        total=round(total), initial=round(done), unit="B", unit_scale=True, disable=None
+    ) as bar:
+
+        def progress(entry: Entry, count: int) -> None:
+            nonlocal finished
+            finished += count
+            bar.set_description(f"{finished}/{len(entries)} clips", refresh=False)
+            bar.update(count * weight(entry))
+
+        if args.runner == "local":
+            Pool(workers=args.workers, timeout_seconds=args.timeout_seconds, progress=progress).run(
+                todo
+            )
+        else:
+            # Beam takes seconds to import, and is an extra.
+            from data_prep.beam import run_on_beam
+
+            run_on_beam(
+                todo,
+                runner=args.runner,
+                options=args.beam_option,
+                timeout_seconds=args.timeout_seconds,
+            )
+    reports = []
+    for job in jobs:
+        report = read_report(job)
         if report is None:
-            raise PrepareError(f"the shard {part.shard_path(incomplete)} disappeared: run again")
-        finished.append(report)
-    return finished
+            raise PrepareError(
+                f"the shard {job.part.path(job.directory, 'tfrecord')} or a file of it changed "
+                "meanwhile: run again"
+            )
+        reports.append(report)
+    return reports
 
 
-def _split_counts(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    rejected: dict[str, int] = {}
-    for report in reports:
-        for line in report["rejected"]:
-            rejected[line["reason"]] = rejected.get(line["reason"], 0) + 1
+def _check_any(out: epath.Path, reports: Sequence[Mapping[str, Any]]) -> None:
+    """Raises PrepareError, and lists the reasons, when nothing could be prepared."""
+    if any(report["num_records"] for report in reports):
+        return
+    rejected = [publish.rejection(line) for report in reports for line in report["lines"]]
+    publish.write_lines(out / publish.REJECTED, rejected)
+    first = rejected[0]
+    raise PrepareError(
+        f"none of {len(rejected)} clips could be prepared, {out}/rejected.jsonl says why; "
+        f"the first is {first['path']!r}: {first['reason']}: {first['message']}"
+    )
+
+
+def _preparation(
+    args: argparse.Namespace,
+    manifest: Manifest,
+    earlier: Earlier | None,
+    parts: Sequence[Part],
+    reports: Sequence[Mapping[str, Any]],
+    options: Any,
+    begin: float,
+) -> dict[str, Any]:
+    """Returns what preparation.json says."""
+    prepared: dict[str, list[Mapping[str, Any]]] = {}
+    for part, report in zip(parts, reports, strict=True):
+        prepared.setdefault(part.split, []).append(report)
+    splits = dict(earlier.preparation["splits"]) if earlier else {}
+    splits |= {split: _counts(chosen) for split, chosen in prepared.items()}
+    spent = earlier.preparation["seconds"] if earlier and len(splits) > len(prepared) else 0.0
+    return {
+        "name": args.name,
+        "seconds": round(spent + time.monotonic() - begin, 3),
+        "splits": splits,
+        "class_names": {label: list(names) for label, names in manifest.class_names.items()},
+        "multilabel": sorted(manifest.multilabel),
+        "options": vars(options),
+        "ignored_files": manifest.ignored,
+        "versions": {"av": av.__version__, "simplejpeg": simplejpeg.__version__},
+    }
+
+
+def _counts(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns what is known of a split."""
+    lines = [line for report in reports for line in report["lines"]]
+    rejected = collections.Counter(line["outcome"] for line in lines if line["outcome"] != PREPARED)
     return {
         "records": sum(report["num_records"] for report in reports),
         "no_picture": sum(report["no_picture"] for report in reports),
         "no_sound": sum(report["no_sound"] for report in reports),
         "hours": round(sum(report["seconds"] for report in reports) / 3600, 4),
         "bytes": sum(report["num_bytes"] for report in reports),
+        "source_bytes": sum({line["path"]: line["bytes"] or 0 for line in lines}.values()),
         "rejected": dict(sorted(rejected.items())),
     }
 
@@ -329,45 +293,3 @@ def _split_counts(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _status(splits: Mapping[str, Mapping[str, Any]], args: argparse.Namespace) -> int:
     rejected = any(counts["rejected"] for counts in splits.values())
     return EXIT_REJECTED if rejected and not args.allow_rejected else 0
-
-
-def _print_plan(out: Path, manifest: Manifest) -> None:
-    """Says what a run would prepare."""
-    print(f"{'split':<12}{'clips':>9}{'missing':>9}")
-    clips = collections.Counter(entry.split for entry in manifest.entries)
-    missing = collections.Counter(clip.split for clip in manifest.missing)
-    for split in clips | missing:
-        print(f"{split:<12}{clips[split]:>9}{missing[split]:>9}")
-    for label, names in manifest.class_names.items():
-        print(f"  label {label}: {len(names)} classes")
-    print(f"nothing was written to {out} (--dry-run)")
-
-
-def _print_table(
-    out: Path, splits: Mapping[str, Mapping[str, Any]], manifest: Manifest, seconds: float
-) -> None:
-    print(
-        f"{'split':<12}{'records':>9}{'rejected':>10}{'silent':>8}{'blind':>7}{'hours':>8}{'MB':>9}"
-    )
-    for split, counts in splits.items():
-        print(
-            f"{split:<12}{counts['records']:>9}{sum(counts['rejected'].values()):>10}"
-            f"{counts['no_sound']:>8}{counts['no_picture']:>7}{counts['hours']:>8.2f}"
-            f"{counts['bytes'] / 1e6:>9.1f}"
-        )
-    reasons: dict[str, int] = {}
-    for counts in splits.values():
-        for reason, number in counts["rejected"].items():
-            reasons[reason] = reasons.get(reason, 0) + number
-    for reason, number in sorted(reasons.items(), key=lambda item: -item[1]):
-        print(f"  {number} {reason}: {REASONS[reason]}")
-    if reasons:
-        print(f"  each file and what was found: {out}/rejected.jsonl")
-    if manifest.missing:
-        listed = len(manifest.missing) + len(manifest.entries)
-        print(
-            f"  {len(manifest.missing)} of {listed} listed clips are not there: {out}/missing.jsonl"
-        )
-    if manifest.ignored:
-        print(f"  {manifest.ignored} files ignored: nothing asked for them")
-    print(f"{out}: {seconds:.1f} s")

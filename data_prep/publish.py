@@ -3,73 +3,33 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from etils import epath
+
 from avcl_jax.data.record_index import index_path, load_columns, merge, save_columns
-from avcl_jax.data.records import FORMAT_VERSION, ShardInfo, shard_name
-from data_prep.manifest import PrepareError
-from data_prep.shards import Part, write_text
+from avcl_jax.data.records import ShardInfo, shard_name
+from data_prep.earlier import PREPARATION, SOURCES, Earlier
+from data_prep.manifest import Manifest
+from data_prep.shards import PREPARED, Part, write_text
+from data_prep.source_files import Duplicate
 
 INCOMPLETE = ".incomplete"
-REJECTED, MISSING = "rejected.jsonl", "missing.jsonl"
+REJECTED, MISSING, DUPLICATES = "rejected.jsonl", "missing.jsonl", "duplicates.jsonl"
+_LISTS = (SOURCES, REJECTED, MISSING, DUPLICATES)
 _JOURNAL = "publish.json"
-_PREPARATION = "preparation.json"
-
-
-def read_preparation(out: Path) -> dict[str, Any] | None:
-    """Returns preparation.json of a finished data set; None if `out` holds none.
-
-    Raises:
-      PrepareError: If `out` holds a data set of another version, or of another program.
-    """
-    try:
-        info = json.loads((out / "dataset_info.json").read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise PrepareError(f"{out}/dataset_info.json is damaged: use another --out") from error
-    if info.get("version") != FORMAT_VERSION:
-        raise PrepareError(
-            f"{out} holds records from another version ({info.get('version')}, this release "
-            f"writes {FORMAT_VERSION}): use another --out or --overwrite"
-        )
-    try:
-        return json.loads((out / _PREPARATION).read_text())
-    except (FileNotFoundError, ValueError) as error:
-        raise PrepareError(
-            f"{out} holds a data set that was not prepared by data_prep: use another --out"
-        ) from error
-
-
-def read_splits(out: Path) -> dict[str, list[ShardInfo]]:
-    """Returns the shards of each split that `out` already holds."""
-    info = json.loads((out / "dataset_info.json").read_text())
-    splits = {}
-    for entry in info["splits"]:
-        lengths = [int(length) for length in entry["shardLengths"]]
-        # TFDS keeps only the sum of the bytes.
-        splits[entry["name"]] = [
-            ShardInfo(length, int(entry["numBytes"]) if number == 0 else 0)
-            for number, length in enumerate(lengths)
-        ]
-    return splits
 
 
 def publish(
-    out: Path,
+    out: epath.Path,
     *,
     name: str,
-    class_names: Mapping[str, Sequence[str]],
-    multilabel: Collection[str],
+    manifest: Manifest,
+    duplicates: Sequence[Duplicate],
     parts: Sequence[tuple[Part, Mapping[str, Any]]],
     preparation: Mapping[str, Any],
-    kept_splits: Mapping[str, Sequence[ShardInfo]],
-    rejected: Sequence[Mapping[str, str]],
-    missing: Sequence[Mapping[str, str]],
+    earlier: Earlier | None,
 ) -> None:
     """Moves finished parts to their names and writes the metadata.
 
@@ -79,75 +39,105 @@ def publish(
     Args:
       out: Directory of the data set.
       name: Of the data set.
-      class_names: For each label.
-      multilabel: Labels of which a clip may have several.
+      manifest: Labels, and what is missing.
+      duplicates: Clips of the same content.
       parts: With their reports, in order.
-      preparation: Content of preparation.json.
-      kept_splits: Splits that are already there and stay.
-      rejected: Lines of rejected.jsonl.
-      missing: Lines of missing.jsonl.
+      preparation: Content of preparation.json; its splits are those of `parts` and those that
+        stay.
+      earlier: What is already there; None if nothing of it stays.
     """
-    splits: dict[str, list[tuple[Part, Mapping[str, Any]]]] = {}
+    incomplete = out / INCOMPLETE
+    prepared = {part.split for part, _ in parts}
+    kept = set(earlier.shards) - prepared if earlier else set()
+    chosen: dict[str, list[tuple[Part, Mapping[str, Any]]]] = {}
     for part, report in parts:
         if report["num_records"]:
-            splits.setdefault(part.split, []).append((part, report))
-    incomplete = out / INCOMPLETE
-    moves = [
-        (part.shard_path(incomplete).name, shard_name(name, split, number, len(chosen)))
-        for split, chosen in splits.items()
-        for number, (part, _) in enumerate(chosen)
-    ]
-    for split, chosen in splits.items():
-        final = index_path(out, name, split).name
-        columns = [load_columns(part.columns_path(incomplete)) for part, _ in chosen]
+            chosen.setdefault(part.split, []).append((part, report))
+    moves = []
+    shards = {split: [list(info) for info in earlier.shards[split]] for split in kept if earlier}
+    for split, with_records in chosen.items():
+        shards[split] = [[r["num_records"], r["num_bytes"]] for _, r in with_records]
+        for number, (part, _) in enumerate(with_records):
+            final = shard_name(name, split, number, len(with_records))
+            moves.append((part.path(incomplete, "tfrecord").name, final))
+        columns = [load_columns(part.path(incomplete, "columns")) for part, _ in with_records]
         if all(found is not None for found in columns):  # else the first reader makes it
+            final = index_path(out, name, split).name
             save_columns(incomplete / final, merge([found for found in columns if found]))
             moves.append((final, final))
-    infos = {split: [list(info) for info in shards] for split, shards in kept_splits.items()}
-    for split, chosen in splits.items():
-        infos[split] = [[report["num_records"], report["num_bytes"]] for _, report in chosen]
+    lines = [line for _, report in parts for line in report["lines"]]
+    for split in sorted(kept):
+        lines += earlier.lines.get(split, []) if earlier else []
+    _write_lists(incomplete, out, lines, manifest, duplicates, kept)
+    moves += [(listed, listed) for listed in _LISTS if (incomplete / listed).exists()]
     journal = {
         "name": name,
-        "class_names": {label: list(names) for label, names in class_names.items()},
-        "multilabel": sorted(multilabel),
-        "splits": infos,
+        "class_names": {label: list(names) for label, names in manifest.class_names.items()},
+        "multilabel": sorted(manifest.multilabel),
+        "splits": shards,
         "moves": moves,
         "preparation": preparation,
-        "rejected": list(rejected),
-        "missing": list(missing),
     }
     write_text(incomplete / _JOURNAL, json.dumps(journal))
     finish_publication(out)
 
 
-def finish_publication(out: Path) -> None:
+def rejection(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a line of rejected.jsonl from what is written down about a clip."""
+    named = {key: line[key] for key in ("path", "id", "split")}
+    return named | {"reason": line["outcome"], "message": line["message"]}
+
+
+def _write_lists(
+    incomplete: epath.Path,
+    out: epath.Path,
+    lines: Sequence[Mapping[str, Any]],
+    manifest: Manifest,
+    duplicates: Sequence[Duplicate],
+    kept: set[str],
+) -> None:
+    """Writes the lists for people and for the next run; of splits that stay, what was there."""
+
+    def stays(listed: str) -> list[dict[str, Any]]:
+        return [line for line in read_lines(out / listed) if line["split"] in kept]
+
+    write_lines(incomplete / SOURCES, lines)
+    rejected = [rejection(line) for line in lines if line["outcome"] != PREPARED]
+    write_lines(incomplete / REJECTED, rejected)
+    missing = [
+        {"id": clip.record_id, "split": clip.split, "expected": clip.expected}
+        for clip in manifest.missing
+    ]
+    write_lines(incomplete / MISSING, [*missing, *stays(MISSING)])
+    write_lines(
+        incomplete / DUPLICATES, [*(vars(found) for found in duplicates), *stays(DUPLICATES)]
+    )
+
+
+def finish_publication(out: epath.Path) -> None:
     """Carries out what a journal in `out` says, if there is one; safe to repeat."""
     incomplete = out / INCOMPLETE
-    try:
-        journal = json.loads((incomplete / _JOURNAL).read_text())
-    except FileNotFoundError:
+    if not (incomplete / _JOURNAL).exists():
         return
+    journal = json.loads((incomplete / _JOURNAL).read_text())
     # TFDS takes seconds to import, and only this needs it.
     from avcl_jax.data.record_metadata import write_dataset_metadata
 
     # Without this file the directory is no data set, so that nobody reads a half-replaced one.
     (out / "dataset_info.json").unlink(missing_ok=True)
-    final = {target for _, target in journal["moves"]}
-    kept = {
-        shard_name(journal["name"], split, number, len(shards))
-        for split, shards in journal["splits"].items()
-        for number in range(len(shards))
-    }
-    kept |= {index_path(out, journal["name"], split).name for split in journal["splits"]}
-    for path in (*out.glob("*.tfrecord-*"), *out.glob("*.index")):
-        if path.name not in final | kept:
-            path.unlink()
+    wanted = {target for _, target in journal["moves"]}
+    for split, shards in journal["splits"].items():
+        wanted.add(index_path(out, journal["name"], split).name)
+        wanted |= {
+            shard_name(journal["name"], split, number, len(shards)) for number in range(len(shards))
+        }
+    for path in [*out.glob("*.tfrecord-*"), *out.glob("*.index"), *(out / n for n in _LISTS)]:
+        if path.name not in wanted:
+            path.unlink(missing_ok=True)
     for source, target in journal["moves"]:
         if (incomplete / source).exists():  # else it was moved before the interruption
-            os.replace(incomplete / source, out / target)
-    write_lines(out / REJECTED, journal["rejected"])
-    write_lines(out / MISSING, journal["missing"])
-    write_text(out / _PREPARATION, json.dumps(journal["preparation"], indent=2) + "\n")
+            (incomplete / source).replace(out / target)
+    write_text(out / PREPARATION, json.dumps(journal["preparation"], indent=2) + "\n")
     write_dataset_metadata(
         out,
         name=journal["name"],
@@ -158,10 +148,10 @@ def finish_publication(out: Path) -> None:
             for split, shards in journal["splits"].items()
         },
     )
-    shutil.rmtree(incomplete)
+    incomplete.rmtree()
 
 
-def write_lines(path: Path, lines: Sequence[Mapping[str, str]]) -> None:
+def write_lines(path: epath.Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Writes one JSON object a line, or removes the file when there is nothing to say."""
     if lines:
         write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
@@ -169,9 +159,8 @@ def write_lines(path: Path, lines: Sequence[Mapping[str, str]]) -> None:
         path.unlink(missing_ok=True)
 
 
-def read_lines(path: Path) -> list[dict[str, str]]:
+def read_lines(path: epath.Path) -> list[dict[str, Any]]:
     """Returns what `write_lines` wrote; nothing if there is no such file."""
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except FileNotFoundError:
+    if not path.exists():
         return []
+    return [json.loads(line) for line in path.read_text().splitlines()]

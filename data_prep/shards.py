@@ -1,4 +1,8 @@
-"""One shard's worth of clips: prepared, written, and described beside it."""
+"""The unit of work: one shard's worth of clips, prepared, written, and described beside it.
+
+It is idempotent and knows nothing of who runs it: the same part gives the same bytes from a local
+process or a machine of a cluster.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import av
@@ -16,10 +19,18 @@ import simplejpeg
 from etils import epath
 
 from avcl_jax.data.media import MediaError
-from avcl_jax.data.record_index import save_columns
-from avcl_jax.data.records import FORMAT_VERSION, RecordWriter
+from avcl_jax.data.record_index import (
+    index_path,
+    load_columns,
+    save_columns,
+    shard_columns,
+)
+from avcl_jax.data.records import FORMAT_VERSION, RecordDataset, RecordWriter
 from data_prep.clip import ClipOptions, prepare_clip
 from data_prep.manifest import Entry
+from data_prep.source_files import FileState, local_file, sha256_of, state_of
+
+PREPARED = "prepared"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,134 +47,231 @@ class Part:
     split: str
     entries: tuple[Entry, ...]
 
-    def shard_path(self, directory: Path) -> Path:
-        """Returns where the shard waits until all are finished."""
-        return directory / f"{self.split}-{self.number:05d}.tfrecord"
+    def path(self, directory: epath.Path, suffix: str) -> epath.Path:
+        """Returns where the shard ("tfrecord") or what belongs to it waits to be published."""
+        return directory / f"{self.split}-{self.number:05d}.{suffix}"
 
-    def columns_path(self, directory: Path) -> Path:
-        """Returns where its part of the split's index waits."""
-        return directory / f"{self.split}-{self.number:05d}.columns"
 
-    def report_path(self, directory: Path) -> Path:
-        """Returns where its report lies; a part with a report is finished."""
-        return directory / f"{self.split}-{self.number:05d}.json"
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What an earlier run found out about an entry whose file has not changed since.
+
+    Attributes:
+      line: What it wrote down about it.
+      record: Number of its record in the earlier data set; None if it was rejected.
+    """
+
+    line: Mapping[str, Any]
+    record: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything that a worker needs to make one shard.
+
+    Attributes:
+      part: The clips.
+      options: How they are prepared.
+      directory: Where the shard and what belongs to it are written.
+      known: By number of the entry, what need not be prepared again.
+      earlier: Directory that holds the records of `known`; None if there are none.
+      same_as: Name and number of the shard there that holds just this part's records, unchanged;
+        None if there is no such shard.
+    """
+
+    part: Part
+    options: ClipOptions
+    directory: epath.Path
+    known: Mapping[int, Known]
+    earlier: epath.Path | None
+    same_as: tuple[str, int] | None
+
+    @property
+    def plan(self) -> str:
+        """Hash of all that decides the shard's bytes, but for the content of the files."""
+        plans = "".join(
+            entry_plan(entry, self.options) + description(entry) for entry in self.part.entries
+        )
+        return hashlib.sha256(plans.encode()).hexdigest()
 
 
 def plan_parts(entries: Sequence[Entry], shard_size: int) -> list[Part]:
     """Cuts the entries of each split, in their order, into parts of at most `shard_size`."""
-    parts = []
-    for split in dict.fromkeys(entry.split for entry in entries):
-        chosen = tuple(entry for entry in entries if entry.split == split)
-        parts += [
-            Part(number, split, chosen[first : first + shard_size])
-            for number, first in enumerate(range(0, len(chosen), shard_size))
-        ]
-    return parts
+    by_split: dict[str, list[Entry]] = {}
+    for entry in entries:
+        by_split.setdefault(entry.split, []).append(entry)
+    return [
+        Part(number, split, tuple(chosen[first : first + shard_size]))
+        for split, chosen in by_split.items()
+        for number, first in enumerate(range(0, len(chosen), shard_size))
+    ]
 
 
-def fingerprint(part: Part, options: ClipOptions) -> str:
-    """Returns a hash of all that decides a part's bytes: entries, files, options, libraries."""
-    files: list[Any] = []
-    for entry in part.entries:
-        try:
-            status = os.stat(entry.path)
-            files.append((status.st_size, status.st_mtime_ns))
-        except OSError:
-            files.append(None)
-    described = json.dumps(
-        [
-            [FORMAT_VERSION, av.__version__, simplejpeg.__version__, np.__version__],
-            dataclasses.asdict(options),
-            [dataclasses.asdict(entry) for entry in part.entries],
-            files,
-        ],
-        sort_keys=True,
-    )
-    return hashlib.sha256(described.encode()).hexdigest()
+def entry_plan(entry: Entry, options: ClipOptions) -> str:
+    """Returns a hash of all that decides picture and sound, but for the content of the file."""
+    interval = dataclasses.asdict(entry) | {"path": "", "source_id": "", "labels": {}}
+    versions = [FORMAT_VERSION, av.__version__, simplejpeg.__version__, np.__version__]
+    text = json.dumps([versions, dataclasses.asdict(options), interval], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_report(part: Part, directory: Path, expected_fingerprint: str) -> dict[str, Any] | None:
+def description(entry: Entry) -> str:
+    """Returns a hash of what is said about a clip: its source and its labels."""
+    text = json.dumps([entry.source_id, entry.labels], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def unchanged(line: Mapping[str, Any], entry: Entry, options: ClipOptions) -> bool:
+    """Whether what was written down about an entry still holds."""
+    if line["plan"] != entry_plan(entry, options) or line["outcome"] == "unreadable":
+        return False
+    state = state_of(entry.path)
+    before = None if line["bytes"] is None else FileState(line["bytes"], line["mtime_ns"])
+    if state is None or before is None or state == before:
+        return state == before
+    # Copied or touched: the content decides.
+    return state.bytes == before.bytes and sha256_of(entry.path) == line["sha256"]
+
+
+def read_report(job: Job) -> dict[str, Any] | None:
     """Returns the report of a finished part, or None if it is to be prepared (again)."""
     try:
-        report = json.loads(part.report_path(directory).read_text())
+        report = json.loads(job.part.path(job.directory, "json").read_text())
     except (FileNotFoundError, ValueError):
         return None
-    finished = report["fingerprint"] == expected_fingerprint and part.shard_path(directory).exists()
-    return report if finished else None
-
-
-def rejection(entry: Entry, reason: str, message: str) -> dict[str, str]:
-    """Returns one line of rejected.jsonl."""
-    return {
-        "path": entry.path,
-        "id": entry.record_id,
-        "split": entry.split,
-        "reason": reason,
-        "message": message,
-    }
+    fresh = report["plan"] == job.plan and all(
+        unchanged(line, entry, job.options)
+        for line, entry in zip(report["lines"], job.part.entries, strict=True)
+    )
+    finished = not report["num_records"] or job.part.path(job.directory, "tfrecord").exists()
+    return report if fresh and finished else None
 
 
 def prepare_part(
-    part: Part,
-    *,
-    options: ClipOptions,
-    directory: Path,
-    part_fingerprint: str,
-    skip: Mapping[int, tuple[str, str]],
-    begin: Callable[[int], None],
+    job: Job, *, skip: Mapping[int, tuple[str, str]], begin: Callable[[int], None]
 ) -> None:
-    """Prepares all clips of a part, then writes its report; the shard is all or nothing.
+    """Makes one shard, then writes its report; all or nothing.
 
     Args:
-      part: What to prepare.
-      options: How.
-      directory: Where shard and report go.
-      part_fingerprint: Of `fingerprint`, for the report.
-      skip: Reason and message, by number of the entry, of those already known to be hopeless.
+      job: What to make.
+      skip: Reason and message, by number of the entry, of those found to be hopeless.
       begin: Called with the number of each entry before it is touched.
 
     Raises:
-      OSError: If the results cannot be written.
+      OSError: If the results cannot be written, or an earlier record cannot be read.
+      RecordError: If an earlier record is damaged.
     """
-    shard = part.shard_path(directory)
-    report_path = part.report_path(directory)
+    part = job.part
+    report_path = part.path(job.directory, "json")
     report_path.unlink(missing_ok=True)
-    rejected = []
+    if job.same_as is not None:
+        _adopt(job, *job.same_as)
+        return
+    lines = []
     counts = {"no_picture": 0, "no_sound": 0, "seconds": 0.0}
-    writer = RecordWriter(epath.Path(shard))
+    records = None
+    if any(known.record is not None for known in job.known.values()):
+        assert job.earlier is not None
+        records = RecordDataset(job.earlier, part.split)
+    writer = RecordWriter(part.path(job.directory, "tfrecord"))
     try:
         for number, entry in enumerate(part.entries):
             begin(number)
-            if number in skip:
-                rejected.append(rejection(entry, *skip[number]))
-                continue
-            try:
-                record = prepare_clip(entry, options)
-            except MediaError as error:
-                rejected.append(rejection(entry, error.reason, error.message))
-                continue
-            writer.write(record)
-            counts["no_picture"] += not record.has_video
-            counts["no_sound"] += not record.has_audio
-            counts["seconds"] += record.duration_seconds
+            known = job.known.get(number)
+            if known is not None:
+                line = {**known.line, "description": description(entry)}
+                record = None
+                if known.record is not None and records is not None:
+                    record = dataclasses.replace(
+                        records[known.record], source_id=entry.source_id, labels=entry.labels
+                    )
+            else:
+                line, record = _prepare(entry, job.options, skip.get(number))
+            lines.append(line)
+            if record is not None:
+                writer.write(record)
+                counts["no_picture"] += not record.has_video
+                counts["no_sound"] += not record.has_audio
+                counts["seconds"] += record.duration_seconds
         info = writer.finish()
-        save_columns(part.columns_path(directory), writer.columns())
+        save_columns(part.path(job.directory, "columns"), writer.columns())
     except BaseException:  # also when interrupted: no temporary file stays behind
         writer.abandon()
         raise
     report = {
-        "fingerprint": part_fingerprint,
+        "plan": job.plan,
         "num_records": info.num_records,
         "num_bytes": info.num_bytes,
         **counts,
-        "rejected": rejected,
+        "lines": lines,
     }
     write_text(report_path, json.dumps(report))
 
 
-def write_text(path: Path, text: str) -> None:
+def _adopt(job: Job, shard: str, number: int) -> None:
+    """Makes a shard of the earlier data set this part's, without copying where links can be."""
+    assert job.earlier is not None
+    target = job.part.path(job.directory, "tfrecord")
+    target.unlink(missing_ok=True)
+    try:
+        os.link(job.earlier / shard, target)
+    except OSError:  # an object store, or a file system without links
+        temporary = target.parent / f"{target.name}.{os.getpid()}.tmp"
+        (job.earlier / shard).copy(temporary, overwrite=True)
+        temporary.replace(target)
+    dataset = shard.partition(f"-{job.part.split}.tfrecord-")[0]
+    index = index_path(job.earlier, dataset, job.part.split)
+    columns = load_columns(index)
+    if columns is None:
+        RecordDataset(job.earlier, job.part.split)  # makes it
+        columns = load_columns(index)
+        assert columns is not None
+    found = shard_columns(columns, number)
+    save_columns(job.part.path(job.directory, "columns"), found)
+    report = {
+        "plan": job.plan,
+        "num_records": len(found["length"]),
+        "num_bytes": int(found["length"].sum()),
+        "no_picture": int((found["num_frames"] == 0).sum()),
+        "no_sound": int((found["num_samples"] == 0).sum()),
+        "seconds": float(found["duration_seconds"].sum()),
+        "lines": [job.known[entry].line for entry in range(len(job.part.entries))],
+    }
+    write_text(job.part.path(job.directory, "json"), json.dumps(report))
+
+
+def _prepare(
+    entry: Entry, options: ClipOptions, hopeless: tuple[str, str] | None
+) -> tuple[dict[str, Any], Any]:
+    """Returns what is written down about an entry, and its record unless it is rejected."""
+    state = state_of(entry.path)
+    outcome, message, record = PREPARED, "", None
+    if hopeless is not None:
+        outcome, message = hopeless
+    else:
+        try:
+            with local_file(entry.path) as path:
+                record = prepare_clip(dataclasses.replace(entry, path=path), options)
+        except MediaError as error:
+            outcome, message = error.reason, error.message
+    line = {
+        "path": entry.path,
+        "id": entry.record_id,
+        "split": entry.split,
+        "bytes": state.bytes if state else None,
+        "mtime_ns": state.mtime_ns if state else None,
+        "sha256": sha256_of(entry.path) if state else None,
+        "plan": entry_plan(entry, options),
+        "description": description(entry),
+        "outcome": outcome,
+        "message": message,
+    }
+    return line, record
+
+
+def write_text(path: epath.Path, text: str) -> None:
     """Writes a file all at once: a temporary file, then a rename."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.parent / f"{path.name}.{os.getpid()}.tmp"
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)

@@ -147,6 +147,25 @@ def merge(shards: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return columns
 
 
+def shard_columns(columns: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
+    """Returns the columns of shard `number` from those of its split: undoes `merge`."""
+    ends = np.cumsum(columns["shard_length"])
+    records = slice(int(ends[number] - columns["shard_length"][number]), int(ends[number]))
+    chosen = {}
+    for name, values in columns.items():
+        counts = columns.get(f"{name}_length")  # of strings
+        if name.startswith("values_"):
+            counts = columns[f"counts_{name.removeprefix('values_')}"]
+        if name in ("shard_length", "source_number"):
+            continue
+        if counts is None:
+            chosen[name] = values[records]
+        else:
+            first = int(counts[: records.start].sum())
+            chosen[name] = values[first : first + int(counts[records].sum())]
+    return chosen
+
+
 def save_columns(path: epath.PathLike, columns: Mapping[str, np.ndarray]) -> None:
     """Writes columns to one file, all at once: a temporary file, then a rename."""
     path = epath.Path(path)

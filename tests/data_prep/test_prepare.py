@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from avcl_jax.data.records import RecordDataset, RecordError
 from data_prep import publish
@@ -61,7 +62,9 @@ def contents(out: Path) -> dict[str, bytes]:
     assert not list(out.rglob("*.tmp"))
     assert not (out / publish.INCOMPLETE).exists()
     return {
-        path.name: path.read_bytes() for path in out.iterdir() if path.name != "preparation.json"
+        path.name: path.read_bytes()
+        for path in out.iterdir()
+        if path.name not in ("preparation.json", "sources.jsonl")
     }
 
 
@@ -94,7 +97,7 @@ def test_a_folder_of_hostile_names(
     )
     assert len(list((tmp_path / "out").glob("*-of-00003"))) == 3
     table = capsys.readouterr().out
-    assert "train               6         0" in table
+    assert "train                6         0" in table
     assert "1 files ignored" in table
     preparation = json.loads((tmp_path / "out" / "preparation.json").read_text())
     assert preparation["seconds"] > 0
@@ -153,7 +156,7 @@ def test_another_split_joins_and_another_content_is_refused(
     kept = contents(out)
     capsys.readouterr()
     assert prepare(folder, out, "--quality", "50") == 1
-    assert "already holds the split 'train'" in only_error(capsys)
+    assert "already holds the split 'train', prepared from other files, with" in only_error(capsys)
     (more / "m.csv").write_text("path,split,label_x\nb.mp4,third,1\n")
     assert prepare(more / "m.csv", out) == 1
     assert "with other labels" in only_error(capsys)
@@ -202,14 +205,17 @@ def interrupted_moves(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Inside, publication is interrupted after three files have got their names."""
     moves: list[Path] = []
 
-    def replace(source: Path, target: Path) -> None:
-        if len(moves) == 3:
-            raise KeyboardInterrupt
-        moves.append(target)
-        os.rename(source, target)
+    replace = type(epath.Path("/")).replace
+
+    def counted(source: Path, target: Path) -> None:
+        if source.parent.name == publish.INCOMPLETE and target.parent.name != publish.INCOMPLETE:
+            if len(moves) == 3:
+                raise KeyboardInterrupt
+            moves.append(target)
+        replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(publish.os, "replace", replace)
+        patch.setattr(type(epath.Path("/")), "replace", counted)
         yield
 
 

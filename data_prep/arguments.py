@@ -1,0 +1,94 @@
+"""Command-line arguments that all commands that prepare have in common."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+
+from etils import epath
+
+from data_prep.clip import REASONS, ClipOptions
+from data_prep.manifest import PrepareError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares them."""
+    reasons = "; ".join(f"{reason}: {meaning}" for reason, meaning in REASONS.items())
+    parser.epilog = "\n\n".join(filter(None, (parser.epilog, f"Reasons for rejecting: {reasons}")))
+    add = parser.add_argument
+    add(
+        "--out",
+        type=epath.Path,
+        required=True,
+        help="directory for the records; may be gs://, s3://",
+    )
+    add("--name", default="clips", help="of the data set: part of the file names")
+    add("--limit", type=int, help="prepare only the first clips of each split")
+    add("--dry-run", action="store_true", help="say what would be prepared, and stop")
+    clips = parser.add_argument_group("clips")
+    add = clips.add_argument
+    add("--short-side", type=int, default=128, help="of the frames, in pixels")
+    add("--max-fps", type=float, help="drop frames of faster films")
+    add("--sample-rate", type=int, default=16000, help="of the sound, in Hz")
+    add("--quality", type=int, default=90, help="of the JPEG frames, 1 to 100")
+    add("--min-seconds", type=float, default=0.0, help="reject shorter clips")
+    add("--max-seconds", type=float, default=600.0, help="reject longer clips")
+    add("--min-side", type=int, default=16, help="reject smaller pictures")
+    add("--require", default="", metavar="video,audio", help="reject clips without these")
+    add("--deduplicate", action="store_true", help="leave out clips of the same content as others")
+    add("--overwrite", action="store_true", help="prepare all again, whatever is there")
+    add("--allow-rejected", action="store_true", help="rejected files: status 0")
+    work = parser.add_argument_group("work")
+    add = work.add_argument
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    add("--shard-size", type=int, default=64, help="clips in a shard: the unit of work")
+    add("--timeout-seconds", type=float, default=900.0, help="for one clip")
+    add(
+        "--runner",
+        default="local",
+        help="local, or an Apache Beam runner (DirectRunner, DataflowRunner, FlinkRunner, "
+        "SparkRunner); needs the extra beam",
+    )
+    add(
+        "--beam-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="for the Beam runner, for instance project=p; may be repeated",
+    )
+
+
+def clip_options(args: argparse.Namespace) -> ClipOptions:
+    """Checks the arguments and returns those that decide what a record holds.
+
+    Raises:
+      PrepareError: If one makes no sense.
+    """
+    require = tuple(sorted(filter(None, args.require.split(","))))
+    checks = (
+        (re.fullmatch(r"[a-z][a-z0-9_]*", args.name), "--name", "a-z, 0-9 and _, a letter first"),
+        (set(require) <= {"video", "audio"}, "--require", "video, audio or video,audio"),
+        (1 <= args.quality <= 100, "--quality", "1 to 100"),
+        (args.short_side >= 1, "--short-side", "at least 1"),
+        (args.max_fps is None or args.max_fps > 0, "--max-fps", "above 0"),
+        (args.sample_rate >= 1000, "--sample-rate", "at least 1000"),
+        (args.workers >= 1, "--workers", "at least 1"),
+        (args.shard_size >= 1, "--shard-size", "at least 1"),
+        (args.limit is None or args.limit >= 1, "--limit", "at least 1"),
+        (args.timeout_seconds > 0, "--timeout-seconds", "above 0"),
+        (all("=" in option for option in args.beam_option), "--beam-option", "NAME=VALUE"),
+    )
+    for good, name, allowed in checks:
+        if not good:
+            raise PrepareError(f"{name} must be {allowed}")
+    return ClipOptions(
+        short_side=args.short_side,
+        max_fps=args.max_fps,
+        quality=args.quality,
+        sample_rate_hz=args.sample_rate,
+        min_seconds=args.min_seconds,
+        max_seconds=args.max_seconds,
+        min_side=args.min_side,
+        require=require,
+    )

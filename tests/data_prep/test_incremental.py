@@ -1,0 +1,214 @@
+"""Running the same command again: what changed is prepared, what did not is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from etils import epath
+
+from avcl_jax.data.records import RecordDataset
+from data_prep import shards
+from data_prep.__main__ import main
+from data_prep.collections.folder_or_table import read_input
+from data_prep.earlier import compare, jobs, read_earlier
+from data_prep.shards import plan_parts, prepare_part
+from data_prep.source_files import find_duplicates
+from tests.data.synthetic_media import write_flash_and_click
+
+NAMES = ("a.mp4", "b.mp4", "c.mp4", "d.mp4", "e.mp4")
+
+
+def write_clip(path: Path, frames: int) -> None:
+    write_flash_and_click(
+        path,
+        video_codec="libx264",
+        audio_codec="aac",
+        frame_times=tuple(number / 10 for number in range(frames)),
+        sound_seconds=frames / 10,
+        side=32,
+    )
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six clips of different content; the last two for later."""
+    folder = tmp_path_factory.mktemp("clips")
+    for number in range(7):
+        write_clip(folder / f"{number}.mp4", 8 + number)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, clips: Path) -> Path:
+    (tmp_path / "media").mkdir()
+    for number, name in enumerate(NAMES):
+        shutil.copy(clips / f"{number}.mp4", tmp_path / "media" / name)
+    return tmp_path / "media"
+
+
+def prepare(source: Path, out: Path, *more: str) -> int:
+    return main(
+        ["prepare", str(source), "--out", str(out), "--shard-size", "2", "--workers", "1", *more]
+    )
+
+
+def files(out: Path) -> dict[str, bytes]:
+    left_out = ("preparation.json", "sources.jsonl")
+    assert not (out / ".incomplete").exists()
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.name not in left_out}
+
+
+def inodes(out: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_ino for path in out.glob("*.tfrecord-*")}
+
+
+def shard(number: int) -> str:
+    return f"clips-train.tfrecord-{number:05d}-of-00003"
+
+
+def test_the_content_and_size_of_each_source_are_written_down(folder: Path, tmp_path: Path) -> None:
+    import hashlib
+
+    assert prepare(folder, tmp_path / "out") == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "sources.jsonl").open()]
+    assert [line["id"] for line in lines] == list(NAMES)
+    for line, name in zip(lines, NAMES, strict=True):
+        content = (folder / name).read_bytes()
+        assert line["sha256"] == hashlib.sha256(content).hexdigest()
+        assert line["bytes"] == len(content)
+        assert line["outcome"] == "prepared"
+
+
+def test_a_changed_file_is_prepared_again_and_the_others_are_kept(
+    folder: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert prepare(folder, out) == 0
+    before = inodes(out)
+    shutil.copy(clips / "5.mp4", folder / "c.mp4")
+    assert prepare(folder, out) == 0
+    assert "4 unchanged, 1 changed, 0 new, 0 gone" in capsys.readouterr().out
+    after = inodes(out)
+    assert after[shard(0)] == before[shard(0)]
+    assert after[shard(1)] != before[shard(1)]
+    assert after[shard(2)] == before[shard(2)]
+    assert prepare(folder, tmp_path / "straight") == 0
+    assert files(out) == files(tmp_path / "straight")
+
+
+def test_a_touched_or_copied_file_is_unchanged(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert prepare(folder, out) == 0
+    os.utime(folder / "a.mp4", ns=(1, 1))
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    capsys.readouterr()
+    assert prepare(folder, out) == 0
+    assert prepare(moved, out) == 0
+    assert capsys.readouterr().out.count("up to date") == 2
+
+
+def test_files_that_come_and_go(
+    folder: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    (folder / "bad.mp4").write_text("no film")
+    assert prepare(folder, out) == 3
+    shutil.copy(clips / "5.mp4", folder / "bb.mp4")
+    (folder / "a.mp4").unlink()
+    (folder / "d.mp4").rename(folder / "f.mp4")
+    capsys.readouterr()
+    assert prepare(folder, out) == 3
+    assert "4 unchanged, 0 changed, 2 new, 2 gone" in capsys.readouterr().out
+    assert prepare(folder, tmp_path / "straight") == 3
+    assert files(out) == files(tmp_path / "straight")
+
+
+def test_other_labels_need_no_decoding(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    table = folder / "m.csv"
+    table.write_text("path,label_x,source\na.mp4,dog,s\nb.mp4,cat,s\nc.mp4,,t\n")
+    assert prepare(table, out) == 0
+    table.write_text("path,label_x,source\nb.mp4,ant,s\na.mp4,dog,u\nc.mp4,cat,t\n")
+    parts = plan_parts(read_input(table, split="train", root=None).entries, 2)
+    earlier = read_earlier(epath.Path(out))
+    options = shards.ClipOptions(128, None, 90, 16000, 0.0, 600.0, 16, ())
+    changes = compare(earlier, parts, options, overwrite=False)
+    assert len(changes.known) == 3
+    assert not changes.none
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a clip was decoded")
+
+    monkeypatch.setattr(shards, "prepare_clip", refuse)
+    (tmp_path / "again").mkdir()
+    for job in jobs(parts, options, epath.Path(tmp_path / "again"), earlier, changes):
+        prepare_part(job, skip={}, begin=lambda number: None)
+    monkeypatch.undo()
+    assert prepare(table, out) == 0
+    dataset = RecordDataset(out, "train")
+    assert list(dataset.record_ids) == ["b.mp4", "a.mp4", "c.mp4"]
+    assert dataset.class_names == {"x": ["ant", "cat", "dog"]}
+    assert dataset.labels["x"].tolist() == [0, 2, 1]
+    assert dataset.source_numbers.tolist() == [0, 1, 2]
+    assert prepare(table, tmp_path / "straight") == 0
+    assert files(out) == files(tmp_path / "straight")
+
+
+def test_another_folder_is_refused(
+    folder: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert prepare(folder, out) == 0
+    kept = files(out)
+    capsys.readouterr()
+    assert prepare(clips, out) == 1
+    assert "already holds the split 'train', prepared from other files" in capsys.readouterr().err
+    assert files(out) == kept
+
+
+def test_duplicates_are_reported_or_left_out(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(folder / "a.mp4", folder / "copy of a.mp4")
+    out = tmp_path / "out"
+    assert prepare(folder, out) == 0
+    assert "1 exact duplicates of other clips are there" in capsys.readouterr().out
+    (line,) = map(json.loads, (out / "duplicates.jsonl").open())
+    assert (line["id"], line["duplicate_of"]) == ("copy of a.mp4", "a.mp4")
+    assert len(RecordDataset(out, "train")) == 6
+    assert prepare(folder, out, "--deduplicate") == 0
+    assert "were left out" in capsys.readouterr().out
+    assert list(RecordDataset(out, "train").record_ids) == list(NAMES)
+
+
+def test_the_same_file_is_a_duplicate_only_over_the_same_interval(folder: Path) -> None:
+    (entry, *_) = read_input(folder, split="train", root=None).entries
+    again = dataclasses.replace(entry, record_id="again", split="test")
+    later = dataclasses.replace(entry, record_id="later", start_seconds=0.5)
+    found = find_duplicates([entry, later, again])
+    assert list(found) == [2]
+    assert (found[2].duplicate_of, found[2].split) == (entry.record_id, "test")
+
+
+def test_limit_and_dry_run(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert prepare(folder, out, "--dry-run", "--limit", "3") == 0
+    assert "train               3        0" in capsys.readouterr().out
+    assert not out.exists()
+    assert prepare(folder, out, "--limit", "3") == 0
+    assert list(RecordDataset(out, "train").record_ids) == list(NAMES[:3])
+    assert prepare(folder, out) == 0
+    assert "3 unchanged, 0 changed, 2 new" in capsys.readouterr().out
+    assert len(RecordDataset(out, "train")) == 5
