@@ -48,7 +48,7 @@ def run_on_beam(
             parts: Any = pipeline | "Parts" >> beam.Create(list(jobs))
             # Else a runner may fuse all parts onto the worker that lists them.
             parts | "Spread" >> beam.Reshuffle() | "Prepare" >> beam.Map(_do, timeout_seconds)
-    except Exception as error:
+    except Exception as error:  # runners raise what they like
         raise PrepareError(f"the Beam pipeline failed: {_cause(error)}") from error
 
 

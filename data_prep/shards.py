@@ -127,9 +127,9 @@ def unchanged(line: Mapping[str, Any], entry: Entry, options: ClipOptions) -> bo
         return False
     state = state_of(entry.path)
     before = None if line["bytes"] is None else FileState(line["bytes"], line["mtime_ns"])
-    if state is None or before is None or state == before:
+    if state is None or before is None or (state == before and state.mtime_ns):
         return state == before
-    # Copied or touched: the content decides.
+    # Copied or touched, or in a store that does not tell: the content decides.
     return state.bytes == before.bytes and sha256_of(entry.path) == line["sha256"]
 
 

@@ -32,7 +32,8 @@ class FileState(NamedTuple):
 
     Attributes:
       bytes: Its size.
-      mtime_ns: When it was changed. Copying changes this, and not what is in it.
+      mtime_ns: When it was changed; 0 if nobody knows. Copying changes this, and not what is in
+        it.
     """
 
     bytes: int
