@@ -40,6 +40,7 @@ class ClipOptions:
       max_seconds: Longer clips are rejected.
       min_side: Smaller pictures are rejected.
       require: Some of "video", "audio": clips without are rejected.
+      cut: How long videos are cut, as `data_prep.cut` reads it; "" for not at all.
     """
 
     short_side: int
@@ -50,6 +51,7 @@ class ClipOptions:
     max_seconds: float
     min_side: int
     require: tuple[str, ...]
+    cut: str = ""
 
 
 def prepare_clip(entry: Entry, options: ClipOptions) -> Record:

@@ -81,7 +81,7 @@ def test_the_content_and_size_of_each_source_are_written_down(folder: Path, tmp_
         content = (folder / name).read_bytes()
         assert line["sha256"] == hashlib.sha256(content).hexdigest()
         assert line["bytes"] == len(content)
-        assert line["outcome"] == "prepared"
+        assert line["clips"] == [[name, "prepared", ""]]
 
 
 def test_a_changed_file_is_prepared_again_and_the_others_are_kept(
