@@ -212,3 +212,31 @@ def test_limit_and_dry_run(
     assert prepare(folder, out) == 0
     assert "3 unchanged, 0 changed, 2 new" in capsys.readouterr().out
     assert len(RecordDataset(out, "train")) == 5
+
+
+def test_an_interrupted_part_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = read_input(folder, split="train", root=None).entries
+    options = shards.ClipOptions(128, None, 90, 16000, 0.0, 600.0, 16, ())
+    (part,) = plan_parts(entries, 9)
+    (job,) = jobs(
+        [part],
+        options,
+        epath.Path(tmp_path / "parts"),
+        None,
+        compare(None, [part], options, overwrite=False),
+    )
+    (tmp_path / "parts").mkdir()
+    prepare_clip, calls = shards.prepare_clip, []
+
+    def interrupt(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return prepare_clip(*arguments)
+
+    monkeypatch.setattr(shards, "prepare_clip", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_part(job, skip={}, begin=lambda number: None)
+    assert list((tmp_path / "parts").iterdir()) == []
