@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import difflib
 import json
-import math
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -17,16 +15,12 @@ import pyarrow
 import pyarrow.parquet
 
 from avcl_jax.data.record_format import LABEL_PREFIX, UNKNOWN_LABEL, ClassNumbers
+from data_prep.collections.lists import seconds, table_rows
+from data_prep.collections.media_files import MEDIA_SUFFIXES, walk
 from data_prep.manifest import Entry, Manifest, PrepareError, check_manifest
 
 COLUMNS = ("path", "split", "id", "source", "start", "end")
 TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
-MEDIA_SUFFIXES = (
-    *(".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg"),
-    *(".mpg", ".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
-    *(".aac", ".aif", ".aiff", ".flac", ".m4a", ".mka", ".mp3", ".oga", ".ogg", ".opus", ".wav"),
-    *(".weba", ".wma"),
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,17 +63,9 @@ def read_input(path: Path, *, split: str, root: Path | None) -> Manifest:
 
 
 def _read_folder(folder: Path, split: str) -> Manifest:
-    found, ignored, seen = [], 0, set()
-    for directory, subdirectories, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(directory)
-        if real in seen:  # a link to a parent
-            subdirectories.clear()
-            continue
-        seen.add(real)
-        subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
+    found, ignored = [], 0
+    for directory, files in walk(folder):
         for name in files:
-            if name.startswith("."):
-                continue
             if Path(name).suffix.lower() in MEDIA_SUFFIXES:
                 found.append(os.path.relpath(os.path.join(directory, name), folder))
             else:
@@ -97,22 +83,8 @@ def _read_folder(folder: Path, split: str) -> Manifest:
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields where a row stands, and its cells; an empty one is ""."""
     if path.suffix.lower() == ".csv":
-        return _csv_rows(path)
+        return table_rows(path)
     return _parquet_rows(path) if path.suffix.lower() == ".parquet" else _jsonl_rows(path)
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for row in reader:
-                where = f"{path}, line {reader.line_num}"
-                if None in row or None in row.values():
-                    raise PrepareError(f"{where}: not {len(reader.fieldnames or ())} columns")
-                # A column that is empty in this row is still a column.
-                yield where, dict(row)
-        except csv.Error as error:
-            raise PrepareError(f"{path}, line {reader.line_num}: {error}") from error
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -156,18 +128,6 @@ def _check_columns(where: str, columns: Mapping[str, Any]) -> None:
         raise PrepareError(f"{where}: no path")
 
 
-def _number(where: str, name: str, value: Any) -> float | None:
-    if value == "":
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number) or number < 0:
-        raise PrepareError(f"{where}: {name} is {value!r}, expected seconds, 0 or more")
-    return number
-
-
 def _class_names(column: str, values: list[Any], path: Path) -> tuple[str, ...]:
     """Returns the classes of a column in their order."""
     names = {
@@ -189,8 +149,9 @@ def _read_table(path: Path, split: str, root: Path) -> Manifest:
     rows = []
     for where, row in _rows(path):
         _check_columns(where, row)
-        row["start"] = _number(where, "start", row.get("start", "")) or 0.0
-        row["end"] = _number(where, "end", row.get("end", ""))
+        start, end = row.get("start", ""), row.get("end", "")
+        row["start"] = 0.0 if start == "" else seconds(where, "start", start)
+        row["end"] = None if end == "" else seconds(where, "end", end)
         if row["end"] is not None and row["end"] <= row["start"]:
             raise PrepareError(f"{where}: end {row['end']} is not after start {row['start']}")
         rows.append(row)

@@ -1,0 +1,128 @@
+"""Reading of lists: every row with where it stands, so that what is wrong in it can be found."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from data_prep.manifest import PrepareError
+
+
+def lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yields where a line stands, and the line; not the empty ones.
+
+    Raises:
+      PrepareError: If there is no such file.
+    """
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path}, line {number}", line.strip()
+
+
+def csv_rows(path: Path, *, columns: Collection[int]) -> Iterator[tuple[str, list[str]]]:
+    """Yields where a row stands, and its cells; not the comments, which start with "#".
+
+    Args:
+      path: A CSV without header.
+      columns: How many a row may have.
+
+    Raises:
+      PrepareError: If there is no such file, or it is not such a CSV.
+    """
+    with _open(path) as file:
+        # AudioSet's lists have spaces after the commas.
+        reader = csv.reader(file, strict=True, skipinitialspace=True)
+        try:
+            for row in reader:
+                if not row or row[0].startswith("#"):
+                    continue
+                where = f"{path}, line {reader.line_num}"
+                if len(row) not in columns:
+                    allowed = " or ".join(map(str, columns))
+                    raise PrepareError(f"{where}: {len(row)} columns, expected {allowed}")
+                yield where, row
+        except csv.Error as error:
+            raise PrepareError(f"{path}, line {reader.line_num}: {error}") from error
+
+
+def table_rows(path: Path, *, required: Iterable[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields where a row stands, and its cells by column; an empty one is "".
+
+    Args:
+      path: A CSV whose first line names the columns.
+      required: Columns that it must have.
+
+    Raises:
+      PrepareError: If there is no such file, or it is not such a CSV.
+    """
+    with _open(path) as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            lacking = [name for name in required if name not in (reader.fieldnames or ())]
+            if lacking:
+                raise PrepareError(
+                    f"{path}, line 1: no column {lacking[0]!r}; the first line must name the "
+                    f"columns {', '.join(required)}"
+                )
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                if None in row or None in row.values():
+                    raise PrepareError(f"{where}: not {len(reader.fieldnames or ())} columns")
+                yield where, dict(row)
+        except csv.Error as error:
+            raise PrepareError(f"{path}, line {reader.line_num}: {error}") from error
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():
+        raise PrepareError(f"the list {path} does not exist; --help says where it comes from")
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def seconds(where: str, name: str, value: Any) -> float:
+    """Returns a cell as seconds, 0 or more.
+
+    Raises:
+      PrepareError: If it is not a finite number or below 0.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number) or number < 0:
+        raise PrepareError(f"{where}: {name} is {value!r}, expected seconds, 0 or more")
+    return number
+
+
+def interval(where: str, start: str, end: str) -> tuple[float, float]:
+    """Returns two cells as start and end in seconds; raises PrepareError if they are none."""
+    first, last = seconds(where, "start", start), seconds(where, "end", end)
+    if last <= first:
+        raise PrepareError(f"{where}: end {end} is not after start {start}")
+    return first, last
+
+
+def number_of(where: str, name: str, numbers: dict[str, int], known_from: object) -> int:
+    """Returns a class's number.
+
+    Args:
+      where: Where the name stands.
+      name: The class.
+      numbers: Those of all classes.
+      known_from: What names all classes, for the message.
+
+    Raises:
+      PrepareError: If the class is unknown.
+    """
+    if name not in numbers:
+        raise PrepareError(f"{where}: unknown class {name!r}: {known_from} does not name it")
+    return numbers[name]
+
+
+def in_order(names: Iterable[str]) -> dict[str, int]:
+    """Returns the numbers of classes whose order is alphabetical (of code points)."""
+    return {name: number for number, name in enumerate(sorted(set(names)))}
