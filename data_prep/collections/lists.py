@@ -33,20 +33,14 @@ def csv_rows(path: Path, *, columns: Collection[int]) -> Iterator[tuple[str, lis
     Raises:
       PrepareError: If there is no such file, or it is not such a CSV.
     """
-    with _open(path) as file:
-        # AudioSet's lists have spaces after the commas.
-        reader = csv.reader(file, strict=True, skipinitialspace=True)
-        try:
-            for row in reader:
-                if not row or row[0].startswith("#"):
-                    continue
-                where = f"{path}, line {reader.line_num}"
-                if len(row) not in columns:
-                    allowed = " or ".join(map(str, columns))
-                    raise PrepareError(f"{where}: {len(row)} columns, expected {allowed}")
-                yield where, row
-        except csv.Error as error:
-            raise PrepareError(f"{path}, line {reader.line_num}: {error}") from error
+    # AudioSet's lists have spaces after the commas.
+    for number, row in _rows(path, skip_spaces=True):
+        if row[0].startswith("#"):
+            continue
+        if len(row) not in columns:
+            allowed = " or ".join(map(str, columns))
+            raise PrepareError(f"{path}, line {number}: {len(row)} columns, expected {allowed}")
+        yield f"{path}, line {number}", row
 
 
 def table_rows(path: Path, *, required: Iterable[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -59,22 +53,33 @@ def table_rows(path: Path, *, required: Iterable[str] = ()) -> Iterator[tuple[st
     Raises:
       PrepareError: If there is no such file, or it is not such a CSV.
     """
+    rows = _rows(path)
+    _, names = next(rows, (1, []))
+    lacking = [name for name in required if name not in names]
+    if lacking:
+        raise PrepareError(
+            f"{path}, line 1: no column {lacking[0]!r}; the first line must name the columns "
+            f"{', '.join(required)}"
+        )
+    for number, row in rows:
+        if len(row) != len(names):
+            raise PrepareError(f"{path}, line {number}: not {len(names)} columns")
+        yield f"{path}, line {number}", dict(zip(names, row, strict=True))
+
+
+def _rows(path: Path, *, skip_spaces: bool = False) -> Iterator[tuple[int, list[str]]]:
+    """Yields the line on which a row begins, and its cells; not the empty rows."""
+    end = 0
     with _open(path) as file:
-        reader = csv.DictReader(file, strict=True)
+        reader = csv.reader(file, strict=True, skipinitialspace=skip_spaces)
         try:
-            lacking = [name for name in required if name not in (reader.fieldnames or ())]
-            if lacking:
-                raise PrepareError(
-                    f"{path}, line 1: no column {lacking[0]!r}; the first line must name the "
-                    f"columns {', '.join(required)}"
-                )
             for row in reader:
-                where = f"{path}, line {reader.line_num}"
-                if None in row or None in row.values():
-                    raise PrepareError(f"{where}: not {len(reader.fieldnames or ())} columns")
-                yield where, dict(row)
+                # A quote that is never closed runs to the end: what helps is where it begins.
+                begin, end = end + 1, reader.line_num
+                if row:
+                    yield begin, row
         except csv.Error as error:
-            raise PrepareError(f"{path}, line {reader.line_num}: {error}") from error
+            raise PrepareError(f"{path}, line {end + 1}: {error}") from error
 
 
 def _open(path: Path) -> Any:
