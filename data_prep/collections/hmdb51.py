@@ -78,7 +78,9 @@ def read(args: argparse.Namespace) -> Manifest:
                     video, {"class": number} | dict.fromkeys(_SPLITS, UNKNOWN_LABEL)
                 )
                 if known[split] != UNKNOWN_LABEL or known["class"] != number:
-                    raise PrepareError(f"{where}: {video!r} comes twice in {split}")
+                    raise PrepareError(
+                        f"{where}: {video!r} comes twice in {split}, or is of two classes"
+                    )
                 known[split] = part
     clips = (
         ListedClip(

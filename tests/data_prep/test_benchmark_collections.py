@@ -191,6 +191,14 @@ def test_what_is_wrong_in_lists_of_hmdb51(tmp_path: Path, text: str, message: st
         read("hmdb51", tmp_path, "--lists", lists)
 
 
+def test_a_clip_of_two_classes_of_hmdb51(tmp_path: Path) -> None:
+    line = "a_f_cm_np1_fr_med_0.avi 1\n"
+    changes = {"act_00_test_split1": line, "act_01_test_split2": line}
+    lists = hmdb51_lists(tmp_path / "lists", **changes)
+    with pytest.raises(PrepareError, match=r"act_01_test_split2.txt, line 1: .* of two classes"):
+        read("hmdb51", tmp_path, "--lists", lists)
+
+
 def test_hmdb51_without_one_of_its_lists(tmp_path: Path) -> None:
     lists = hmdb51_lists(tmp_path / "lists")
     (lists / "act_50_test_split1.txt").unlink()

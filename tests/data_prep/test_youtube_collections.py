@@ -290,6 +290,7 @@ def test_of_files_with_one_name_the_one_with_a_picture_is_taken(tmp_path: Path) 
             "line 3: the clip 'A_.*' is listed",
         ),
         ("kinetics", KINETICS + "a,A,0,10,my val\n", "split 'my val' of 'A_000000_000010'"),
+        ("vggsound", 'A,0,owl,test\nB,0,"o\nwl",x,test\n', "line 2: 5 columns"),
         ("vggsound", "A,0,owl\n", "line 1: 3 columns, expected 4 or 2"),
         ("vggsound", "A,0,owl,barking,train\n", "line 1: 5 columns"),
         ("vggsound", "A,0,owl,train\nA,x,owl,train\n", "line 2: start is 'x'"),
