@@ -6,7 +6,7 @@ RUN := $(BIN)/python -m avcl_jax.main
 WORKDIR ?= runs/demo
 SEED ?= 0
 
-.PHONY: demo test lint types notebook clean
+.PHONY: demo test interop lint types notebook clean
 
 demo: $(VENV)/demo-ready
 	$(BIN)/python -m data_prep demo --out data/foley
@@ -16,6 +16,10 @@ demo: $(VENV)/demo-ready
 
 test: $(VENV)/test-ready
 	$(BIN)/python -m pytest
+
+# Apache Beam, object stores, TensorFlow: packages of the extras, in an environment of their own.
+interop: $(VENV)-interop/ready
+	$(VENV)-interop/bin/python -m pytest -m interop
 
 lint: $(VENV)/test-ready
 	$(BIN)/ruff check .
@@ -39,5 +43,11 @@ $(VENV)/test-ready: requirements-dev.txt requirements.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@ $(VENV)/demo-ready
 
+$(VENV)-interop/ready: requirements-interop.txt requirements-dev.txt requirements.txt
+	$(PYTHON) -m venv $(VENV)-interop
+	$(VENV)-interop/bin/python -m pip install --quiet --disable-pip-version-check \
+	    -r requirements-dev.txt -r requirements-interop.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) data runs
+	rm -rf $(VENV) $(VENV)-interop data runs
