@@ -40,6 +40,7 @@ class ClipOptions:
       max_seconds: Longer clips are rejected.
       min_side: Smaller pictures are rejected.
       require: Some of "video", "audio": clips without are rejected.
+      file_format: Of the shards that the records go to, one of `FILE_FORMATS`.
     """
 
     short_side: int
@@ -50,6 +51,7 @@ class ClipOptions:
     max_seconds: float
     min_side: int
     require: tuple[str, ...]
+    file_format: str
 
 
 def prepare_clip(entry: Entry, options: ClipOptions) -> Record:
