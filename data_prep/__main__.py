@@ -17,8 +17,9 @@ _COLLECTIONS = {
 }
 # Commands that do something else: their modules have `add_arguments` and `run`.
 _OTHERS = {
-    "foley": "write the demo's media files",
-    "demo": "the demo's media files and their records",
+    "inspect": ("card", "show what a prepared data set holds"),
+    "foley": ("foley", "write the demo's media files"),
+    "demo": ("demo", "the demo's media files and their records"),
 }
 
 
@@ -26,8 +27,7 @@ def main(arguments: list[str]) -> int:
     """Runs one command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    summaries = {name: summary for name, (_, summary) in _COLLECTIONS.items()} | _OTHERS
-    for name, summary in summaries.items():
+    for name, (_, summary) in (_COLLECTIONS | _OTHERS).items():
         command = commands.add_parser(
             name,
             help=summary,
@@ -44,9 +44,13 @@ def _collection(name: str) -> ModuleType:
     return importlib.import_module(f"data_prep.collections.{_COLLECTIONS[name][0]}")
 
 
+def _other(name: str) -> ModuleType:
+    return importlib.import_module(f"data_prep.{_OTHERS[name][0]}")
+
+
 def _declare(name: str, parser: argparse.ArgumentParser) -> None:
     if name in _OTHERS:
-        importlib.import_module(f"data_prep.{name}").add_arguments(parser)
+        _other(name).add_arguments(parser)
         return
     from data_prep import arguments
 
@@ -56,7 +60,7 @@ def _declare(name: str, parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     if args.command in _OTHERS:
-        return importlib.import_module(f"data_prep.{args.command}").run(args) or 0
+        return _other(args.command).run(args) or 0
     from data_prep import prepare
 
     return prepare.run(args, _collection(args.command).read)

@@ -11,6 +11,7 @@ from etils import epath
 from avcl_jax.data.records import FILE_FORMATS
 from avcl_jax.data.tfrecord import is_remote
 from data_prep.clip import REASONS, ClipOptions
+from data_prep.cut import FORMS, parse_cut
 from data_prep.manifest import PrepareError
 
 
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-seconds", type=float, default=600.0, help="reject longer clips")
     add("--min-side", type=int, default=16, help="reject smaller pictures")
     add("--require", default="", metavar="video,audio", help="reject clips without these")
+    add("--cut", default="", metavar=FORMS.replace(" ", ""), help="cut long videos into clips")
     add("--deduplicate", action="store_true", help="leave out clips of the same content as others")
     add("--overwrite", action="store_true", help="prepare all again, whatever is there")
     add("--allow-rejected", action="store_true", help="rejected files: status 0")
@@ -95,6 +97,8 @@ def clip_options(args: argparse.Namespace) -> ClipOptions:
     for good, name, allowed in checks:
         if not good:
             raise PrepareError(f"{name} must be {allowed}")
+    if args.cut:
+        parse_cut(args.cut)
     return ClipOptions(
         short_side=args.short_side,
         max_fps=args.max_fps,
@@ -105,4 +109,5 @@ def clip_options(args: argparse.Namespace) -> ClipOptions:
         min_side=args.min_side,
         require=require,
         file_format=args.file_format,
+        cut=args.cut,
     )

@@ -41,6 +41,7 @@ class ClipOptions:
       min_side: Smaller pictures are rejected.
       require: Some of "video", "audio": clips without are rejected.
       file_format: Of the shards that the records go to, one of `FILE_FORMATS`.
+      cut: How long videos are cut, as `data_prep.cut` reads it; "" for not at all.
     """
 
     short_side: int
@@ -52,6 +53,7 @@ class ClipOptions:
     min_side: int
     require: tuple[str, ...]
     file_format: str
+    cut: str = ""
 
 
 def prepare_clip(entry: Entry, options: ClipOptions) -> Record:

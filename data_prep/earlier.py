@@ -45,7 +45,7 @@ class Earlier:
             for number, entry in enumerate(part.entries)
         ):
             return None
-        records = [k.record for _, k in sorted(known.items()) if k.record is not None]
+        records = [record for number in sorted(known) for record in known[number].records]
         lengths = [shard.num_records for shard in self.shards[part.split]]
         ends = np.cumsum(lengths)
         number = int(np.searchsorted(ends, records[0], side="right")) if records else 0
@@ -137,8 +137,9 @@ def compare(
         for split in splits & set(earlier.lines):
             number = 0
             for line in earlier.lines[split]:
-                prepared = line["outcome"] == PREPARED
-                before[split, line["id"]] = Known(line, number if prepared else None)
+                prepared = sum(outcome == PREPARED for _, outcome, _ in line["clips"])
+                records = tuple(range(number, number + prepared))
+                before[split, line["id"]] = Known(line, records)
                 number += prepared
                 order.setdefault(split, []).append(line["id"])
     known = {}

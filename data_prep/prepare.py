@@ -33,7 +33,7 @@ from data_prep.arguments import clip_options
 from data_prep.earlier import Earlier
 from data_prep.manifest import Entry, Manifest, PrepareError
 from data_prep.pool import Pool, describe_os_error
-from data_prep.shards import PREPARED, Job, Part, plan_parts, read_report
+from data_prep.shards import Job, Part, plan_parts, read_report
 from data_prep.source_files import Duplicate, find_duplicates, state_of
 
 EXIT_FAILED, EXIT_REJECTED, EXIT_INTERRUPTED = 1, 3, 130
@@ -244,7 +244,9 @@ def _check_any(out: epath.Path, reports: Sequence[Mapping[str, Any]]) -> None:
     """Raises PrepareError, and lists the reasons, when nothing could be prepared."""
     if any(report["num_records"] for report in reports):
         return
-    rejected = [publish.rejection(line) for report in reports for line in report["lines"]]
+    rejected = [
+        clip for report in reports for line in report["lines"] for clip in publish.rejections(line)
+    ]
     publish.write_lines(out / publish.REJECTED, rejected)
     first = rejected[0]
     raise PrepareError(
@@ -284,7 +286,9 @@ def _preparation(
 def _counts(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns what is known of a split."""
     lines = [line for report in reports for line in report["lines"]]
-    rejected = collections.Counter(line["outcome"] for line in lines if line["outcome"] != PREPARED)
+    rejected = collections.Counter(
+        clip["reason"] for line in lines for clip in publish.rejections(line)
+    )
     return {
         "records": sum(report["num_records"] for report in reports),
         "no_picture": sum(report["no_picture"] for report in reports),

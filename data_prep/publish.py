@@ -83,10 +83,19 @@ def publish(
     finish_publication(out)
 
 
-def rejection(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a line of rejected.jsonl from what is written down about a clip."""
-    named = {key: line[key] for key in ("path", "id", "split")}
-    return named | {"reason": line["outcome"], "message": line["message"]}
+def rejections(line: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the lines of rejected.jsonl from what is written down about an entry."""
+    return [
+        {
+            "path": line["path"],
+            "id": clip,
+            "split": line["split"],
+            "reason": outcome,
+            "message": message,
+        }
+        for clip, outcome, message in line["clips"]
+        if outcome != PREPARED
+    ]
 
 
 def _write_lists(
@@ -103,7 +112,7 @@ def _write_lists(
         return [line for line in read_lines(out / listed) if line["split"] in kept]
 
     write_lines(incomplete / SOURCES, lines)
-    rejected = [rejection(line) for line in lines if line["outcome"] != PREPARED]
+    rejected = [rejected for line in lines for rejected in rejections(line)]
     write_lines(incomplete / REJECTED, rejected)
     missing = [
         {"id": clip.record_id, "split": clip.split, "expected": clip.expected}

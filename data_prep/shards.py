@@ -7,10 +7,11 @@ process or a machine of a cluster.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import av
@@ -25,8 +26,9 @@ from avcl_jax.data.record_index import (
     save_columns,
     shard_columns,
 )
-from avcl_jax.data.records import FORMAT_VERSION, RecordDataset, RecordWriter
+from avcl_jax.data.records import FORMAT_VERSION, Record, RecordDataset, RecordWriter
 from data_prep.clip import ClipOptions, prepare_clip
+from data_prep.cut import parse_cut, pieces
 from data_prep.manifest import Entry
 from data_prep.source_files import FileState, local_file, sha256_of, state_of
 
@@ -58,11 +60,11 @@ class Known:
 
     Attributes:
       line: What it wrote down about it.
-      record: Number of its record in the earlier data set; None if it was rejected.
+      records: Numbers of its records in the earlier data set.
     """
 
     line: Mapping[str, Any]
-    record: int | None
+    records: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +130,10 @@ def description(entry: Entry) -> str:
 
 def unchanged(line: Mapping[str, Any], entry: Entry, options: ClipOptions) -> bool:
     """Whether what was written down about an entry still holds."""
-    if line["plan"] != entry_plan(entry, options) or line["outcome"] == "unreadable":
+    if line["plan"] != entry_plan(entry, options):
         return False
+    if any(outcome == "unreadable" for _, outcome, _ in line["clips"]):
+        return False  # the next time it may be readable
     state = state_of(entry.path)
     before = None if line["bytes"] is None else FileState(line["bytes"], line["mtime_ns"])
     if state is None or before is None or (state == before and state.mtime_ns):
@@ -174,30 +178,30 @@ def prepare_part(
         return
     lines = []
     counts = {"no_picture": 0, "no_sound": 0, "seconds": 0.0}
-    records = None
-    if any(known.record is not None for known in job.known.values()):
+    earlier = None
+    if any(known.records for known in job.known.values()):
         assert job.earlier is not None
-        records = RecordDataset(job.earlier, part.split)
+        earlier = RecordDataset(job.earlier, part.split)
     writer = RecordWriter(job.shard_path, job.options.file_format)
     try:
         for number, entry in enumerate(part.entries):
             begin(number)
             known = job.known.get(number)
+            clips: Iterator[Record]
             if known is not None:
                 line = {**known.line, "description": description(entry)}
-                record = None
-                if known.record is not None and records is not None:
-                    record = dataclasses.replace(
-                        records[known.record], source_id=entry.source_id, labels=entry.labels
-                    )
+                clips = (_described(earlier[record], entry) for record in known.records if earlier)
             else:
-                line, record = _prepare(entry, job.options, skip.get(number))
-            lines.append(line)
-            if record is not None:
+                line = _line(entry, job.options)
+                clips = _prepared(
+                    entry, job.options, skip.get(number), line, functools.partial(begin, number)
+                )
+            for record in clips:
                 writer.write(record)
                 counts["no_picture"] += not record.has_video
                 counts["no_sound"] += not record.has_audio
                 counts["seconds"] += record.duration_seconds
+            lines.append(line)
         info = writer.finish()
         save_columns(part.path(job.directory, "columns"), writer.columns())
     except BaseException:  # also when interrupted: no temporary file stays behind
@@ -211,6 +215,11 @@ def prepare_part(
         "lines": lines,
     }
     write_text(report_path, json.dumps(report))
+
+
+def _described(record: Record, entry: Entry) -> Record:
+    """Returns an earlier record with what is said about it today."""
+    return dataclasses.replace(record, source_id=entry.source_id, labels=entry.labels)
 
 
 def _adopt(job: Job, shard: str, number: int) -> None:
@@ -245,21 +254,10 @@ def _adopt(job: Job, shard: str, number: int) -> None:
     write_text(job.part.path(job.directory, "json"), json.dumps(report))
 
 
-def _prepare(
-    entry: Entry, options: ClipOptions, hopeless: tuple[str, str] | None
-) -> tuple[dict[str, Any], Any]:
-    """Returns what is written down about an entry, and its record unless it is rejected."""
+def _line(entry: Entry, options: ClipOptions) -> dict[str, Any]:
+    """Returns what is written down about an entry before it is touched."""
     state = state_of(entry.path)
-    outcome, message, record = PREPARED, "", None
-    if hopeless is not None:
-        outcome, message = hopeless
-    else:
-        try:
-            with local_file(entry.path) as path:
-                record = prepare_clip(dataclasses.replace(entry, path=path), options)
-        except MediaError as error:
-            outcome, message = error.reason, error.message
-    line = {
+    return {
         "path": entry.path,
         "id": entry.record_id,
         "split": entry.split,
@@ -268,10 +266,45 @@ def _prepare(
         "sha256": sha256_of(entry.path) if state else None,
         "plan": entry_plan(entry, options),
         "description": description(entry),
-        "outcome": outcome,
-        "message": message,
+        "clips": [],
     }
-    return line, record
+
+
+def _prepared(
+    entry: Entry,
+    options: ClipOptions,
+    hopeless: tuple[str, str] | None,
+    line: dict[str, Any],
+    begin: Callable[[], None],
+) -> Iterator[Record]:
+    """Yields the records of an entry, and writes the outcome of each clip into its line.
+
+    Args:
+      entry: A clip, or a video to cut.
+      options: How.
+      hopeless: Reason and message, if it is known to be.
+      line: Gets `clips`, of each its id, outcome and message.
+      begin: Called before each clip.
+    """
+    if hopeless is not None:
+        line["clips"].append([entry.record_id, *hopeless])
+        return
+    try:
+        with local_file(entry.path) as path:
+            local = dataclasses.replace(entry, path=path)
+            cut = parse_cut(options.cut) if options.cut else None
+            clips = pieces(local, cut, min_seconds=options.min_seconds) if cut else [local]
+            for clip in clips:
+                begin()
+                try:
+                    record = prepare_clip(clip, options)
+                except MediaError as error:
+                    line["clips"].append([clip.record_id, error.reason, error.message])
+                    continue
+                line["clips"].append([clip.record_id, PREPARED, ""])
+                yield record
+    except MediaError as error:  # it could not be cut
+        line["clips"].append([entry.record_id, error.reason, error.message])
 
 
 def write_text(path: epath.Path, text: str) -> None:

@@ -188,6 +188,16 @@ def _check_features(features: Mapping[str, Any], directory: epath.Path) -> dict[
     }
 
 
+def split_names(directory: epath.PathLike) -> list[str]:
+    """Returns the splits of a prepared directory.
+
+    Raises:
+      RecordError: If it is no finished data set.
+    """
+    info = _read_json(epath.Path(directory) / "dataset_info.json")
+    return [entry["name"] for entry in info["splits"]]
+
+
 def _begins(lengths: np.ndarray) -> np.ndarray:
     """Returns where each record would begin, and the last end, were all shards one TFRecord."""
     return np.concatenate([[0], np.cumsum(lengths + tfrecord.OVERHEAD_BYTES)])
@@ -267,6 +277,10 @@ class RecordDataset:
         )
         self.labels = {
             label: columns[LABEL_PREFIX + label] for label, several in labels.items() if not several
+        }
+        self._several = {
+            label: (columns[f"counts_{label}"], columns[f"values_{label}"])
+            for label in self.multilabel
         }
         self.timelines = {name: columns[name] for name in RecordTimeline._fields}
         self.source_numbers = columns["source_number"]
@@ -348,6 +362,23 @@ class RecordDataset:
             where=where,
         )
         return parse_record(payload, where=where, multilabel=self.multilabel)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all payloads."""
+        return int(self._lengths.sum())
+
+    def class_numbers(self, label: str) -> tuple[np.ndarray, int]:
+        """Returns the known classes of all records, several of one perhaps, and records without.
+
+        Raises:
+          KeyError: If there is no such label.
+        """
+        if label in self.multilabel:
+            counts, values = self._several[label]
+            return values, int((counts == 0).sum())
+        known = self.labels[label] != UNKNOWN_LABEL
+        return self.labels[label][known], int((~known).sum())
 
     def timeline(self, index: int) -> RecordTimeline:
         """Returns lengths and times of one record without reading it."""

@@ -81,7 +81,7 @@ def test_the_content_and_size_of_each_source_are_written_down(folder: Path, tmp_
         content = (folder / name).read_bytes()
         assert line["sha256"] == hashlib.sha256(content).hexdigest()
         assert line["bytes"] == len(content)
-        assert line["outcome"] == "prepared"
+        assert line["clips"] == [[name, "prepared", ""]]
 
 
 def test_a_changed_file_is_prepared_again_and_the_others_are_kept(
@@ -141,7 +141,7 @@ def test_other_labels_need_no_decoding(
     table.write_text("path,label_x,source\nb.mp4,ant,s\na.mp4,dog,u\nc.mp4,cat,t\n")
     parts = plan_parts(read_input(table, split="train", root=None).entries, 2)
     earlier = read_earlier(epath.Path(out))
-    options = shards.ClipOptions(128, None, 90, 16000, 0.0, 600.0, 16, ())
+    options = shards.ClipOptions(128, None, 90, 16000, 0.0, 600.0, 16, (), "tfrecord")
     changes = compare(earlier, parts, options, overwrite=False)
     assert len(changes.known) == 3
     assert not changes.none
@@ -212,3 +212,31 @@ def test_limit_and_dry_run(
     assert prepare(folder, out) == 0
     assert "3 unchanged, 0 changed, 2 new" in capsys.readouterr().out
     assert len(RecordDataset(out, "train")) == 5
+
+
+def test_an_interrupted_part_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = read_input(folder, split="train", root=None).entries
+    options = shards.ClipOptions(128, None, 90, 16000, 0.0, 600.0, 16, (), "tfrecord")
+    (part,) = plan_parts(entries, 9)
+    (job,) = jobs(
+        [part],
+        options,
+        epath.Path(tmp_path / "parts"),
+        None,
+        compare(None, [part], options, overwrite=False),
+    )
+    (tmp_path / "parts").mkdir()
+    prepare_clip, calls = shards.prepare_clip, []
+
+    def interrupt(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return prepare_clip(*arguments)
+
+    monkeypatch.setattr(shards, "prepare_clip", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_part(job, skip={}, begin=lambda number: None)
+    assert list((tmp_path / "parts").iterdir()) == []

@@ -254,6 +254,7 @@ def test_it_goes_on_where_it_was_interrupted(
     (incomplete / "train-00002.tfrecord.1.tmp").write_bytes(b"of a process that was killed")
     with interrupted_moves(monkeypatch):
         assert prepare(folder, out) == 130
+    assert not list(incomplete.glob("*.tmp"))
     assert not (out / "dataset_info.json").exists()
     assert prepare(folder, out) == 0
     assert contents(out) == contents(tmp_path / "straight")

@@ -1,4 +1,4 @@
-"""Apache Beam's DirectRunner does the same work (needs requirements-beam.txt)."""
+"""Apache Beam's DirectRunner does the same work (needs requirements-interop.txt)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data_prep.__main__ import main
 from tests.data.synthetic_media import write_flash_and_click
 
 pytestmark = pytest.mark.interop
-pytest.importorskip("apache_beam", reason="Apache Beam is not installed (requirements-beam.txt)")
+pytest.importorskip("apache_beam", reason="Apache Beam is not installed (requirements-interop.txt)")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Records in an object store: S3's protocol, served by moto (needs requirements-beam.txt)."""
+"""Records in an object store: S3's protocol, served by moto (needs requirements-interop.txt)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from data_prep.__main__ import main
 from tests.data.synthetic_media import write_flash_and_click
 
 pytestmark = pytest.mark.interop
-s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed (requirements-beam.txt)")
-moto = pytest.importorskip("moto.server", reason="moto is not installed (requirements-beam.txt)")
+s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed (requirements-interop.txt)")
+moto = pytest.importorskip("moto.server", reason="moto is not installed (requirements-interop.txt)")
 
 
 @pytest.fixture(scope="module")

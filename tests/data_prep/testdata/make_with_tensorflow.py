@@ -76,9 +76,7 @@ class Tiny(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: object) -> dict[str, object]:
         splits = {"train": self._generate_examples(range(3))}
-        if (
-            self.info.file_format is tfds.core.FileFormat.TFRECORD
-        ):  # an ArrayRecord file has 128 KiB or more
+        if self.info.file_format is tfds.core.FileFormat.TFRECORD:  # others take 128 KiB
             splits["test"] = self._generate_examples([3])
         return splits
 

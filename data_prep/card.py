@@ -1,0 +1,194 @@
+"""`python -m data_prep inspect PATH`: a card of a prepared data set, in text and as a picture."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import librosa
+import numpy as np
+from etils import epath
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from avcl_jax.data.decode import decode_jpegs
+from avcl_jax.data.records import Record, RecordDataset, RecordError, split_names
+
+_MOST_CLASSES = 20
+_STILLS = 4
+_BLUE, _ORANGE, _GREY = "#3a86d4", "#d97a1a", "#87909c"
+_BARS = 24  # characters
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument("path", type=epath.Path, help="directory of a prepared data set")
+    parser.add_argument("--split", help="show only this one")
+    parser.add_argument("--png", type=epath.Path, help="the picture; PATH/card.png if not given")
+    parser.add_argument("--rows", type=int, default=8, help="clips in the picture, of each split")
+    parser.add_argument("--seed", type=int, default=0, help="decides which clips")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the card and writes the picture; returns the exit status."""
+    png = args.png or args.path / "card.png"
+    try:
+        names = [args.split] if args.split else split_names(args.path)
+        splits = [RecordDataset(args.path, name) for name in names]
+        for dataset in splits:
+            print("\n".join(describe(dataset)))
+        figure = draw(splits, rows=args.rows, seed=args.seed)
+        with png.open("wb") as file:
+            figure.savefig(file, format="png", dpi=80)
+    except (RecordError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"picture {png}")
+    return 0
+
+
+def _class_counts(dataset: RecordDataset, label: str) -> tuple[list[tuple[str, int]], int]:
+    """Returns clips of each class, most frequent first, and clips of no known class."""
+    numbers, unlabelled = dataset.class_numbers(label)
+    counts = np.bincount(numbers, minlength=len(dataset.class_names[label]))
+    order = np.argsort(-counts, kind="stable")
+    return [(dataset.class_names[label][n], int(counts[n])) for n in order], unlabelled
+
+
+def _range(values: np.ndarray, unit: str) -> str:
+    """Returns "smallest / middle / largest unit"."""
+    if not len(values):
+        return "none"
+    found = (values.min(), np.median(values), values.max())
+    return " / ".join(f"{value:.4g}" for value in found) + f" {unit}"
+
+
+def _rates(dataset: RecordDataset) -> np.ndarray:
+    """Returns mean pictures a second of each clip that has at least two."""
+    times = dataset.timelines
+    several = times["num_frames"] > 1
+    span = (times["last_frame_seconds"] - times["first_frame_seconds"])[several]
+    return (times["num_frames"][several] - 1) / span
+
+
+def describe(dataset: RecordDataset) -> list[str]:
+    """Returns the lines of one split's card."""
+    times = dataset.timelines
+    video, audio = times["num_frames"] > 0, times["num_samples"] > 0
+    sources = len(np.unique(dataset.source_numbers))
+    rates = sorted(set(times["sample_rate_hz"][audio].tolist()))
+    lines = [
+        f"{dataset.fingerprint}",
+        f"  clips      {len(dataset)}, of {sources} sources",
+        f"  hours      {times['duration_seconds'].sum() / 3600:.2f}",
+        f"  bytes      {dataset.num_bytes / 1e6:.1f} MB, "
+        f"{dataset.num_bytes / times['duration_seconds'].sum() * 3600 / 1e6:.0f} MB an hour",
+        f"  picture    {int(video.sum())} clips; {_range(_rates(dataset), 'a second')}",
+        f"  sound      {int(audio.sum())} clips; {', '.join(map(str, rates)) or 'no'} Hz",
+        f"  length     {_range(times['duration_seconds'], 's')}  (smallest / middle / largest)",
+    ]
+    for label in sorted(dataset.class_names):
+        counts, unlabelled = _class_counts(dataset, label)
+        several = ", several a clip" if label in dataset.multilabel else ""
+        unknown = f", {unlabelled} clips without" if unlabelled else ""
+        lines.append(f"  label      {label}: {len(counts)} classes{several}{unknown}")
+        most = max(counts[0][1], 1) if counts else 1
+        for name, count in counts[:_MOST_CLASSES]:
+            lines.append(f"    {name[:30]:<30}{count:>9}  {'█' * round(_BARS * count / most)}")
+        if len(counts) > _MOST_CLASSES:
+            rest = sum(count for _, count in counts[_MOST_CLASSES:])
+            lines.append(f"    {len(counts) - _MOST_CLASSES} more classes {rest:>18}")
+    return lines
+
+
+def _draw_lengths(axes: Axes, dataset: RecordDataset) -> None:
+    axes.hist(dataset.timelines["duration_seconds"], bins=30, color=_BLUE)
+    axes.set_title(f"{dataset.split}: {len(dataset)} clips", loc="left", fontsize=10)
+    axes.set_xlabel("seconds")
+    axes.set_ylabel("clips")
+
+
+def _draw_classes(axes: Axes, dataset: RecordDataset, label: str) -> None:
+    counts, _ = _class_counts(dataset, label)
+    shown = counts[:_MOST_CLASSES][::-1]
+    axes.barh([name[:24] for name, _ in shown], [count for _, count in shown], color=_ORANGE)
+    more = f" ({_MOST_CLASSES} of {len(counts)})" if len(counts) > _MOST_CLASSES else ""
+    axes.set_title(f"{label}{more}", loc="left", fontsize=10)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_xlabel("clips")
+
+
+def _draw_clip(axes: Sequence[Axes], record: Record, dataset: RecordDataset) -> None:
+    """Draws stills and the spectrogram of a clip into one row."""
+    for one in axes:
+        one.set_xticks([])
+        one.set_yticks([])
+        one.set_facecolor("#eeeeee")
+    chosen = np.linspace(0, len(record.frames) - 1, _STILLS).round().astype(int)
+    for place, number in enumerate(chosen if record.has_video else ()):
+        axes[place].imshow(decode_jpegs([record.frames[number]])[0])
+        axes[place].set_xlabel(f"{record.frame_seconds[number]:.2f} s", fontsize=7, labelpad=2)
+    if not record.has_video:
+        axes[0].set_xlabel("no picture", fontsize=7, labelpad=2)
+    sound = axes[-1]
+    if record.has_audio:
+        power = librosa.feature.melspectrogram(
+            y=record.waveform / np.float32(32768),
+            sr=record.sample_rate_hz,
+            n_fft=min(2048, len(record.waveform)),
+            n_mels=64,
+        )
+        end = record.audio_start_seconds + len(record.waveform) / record.sample_rate_hz
+        sound.imshow(
+            librosa.power_to_db(power, ref=1.0, top_db=None),
+            origin="lower",
+            aspect="auto",
+            cmap="magma",
+            vmin=-80,
+            vmax=20,
+            extent=(record.audio_start_seconds, end, 0, 1),
+        )
+        sound.set_xlim(0, record.duration_seconds)
+        sound.set_xlabel(f"0 to {record.duration_seconds:.2f} s", fontsize=7, labelpad=2)
+    else:
+        sound.set_xlabel("no sound", fontsize=7, labelpad=2)
+    named = [
+        f"{label}: {dataset.class_names[label][number]}"
+        for label, numbers in record.labels.items()
+        for number in (numbers if isinstance(numbers, tuple) else (numbers,))
+        if number >= 0
+    ]
+    title = "   ".join([record.record_id.encode("ascii", "backslashreplace").decode(), *named])
+    axes[0].set_title(title[:110].replace("$", r"\$"), loc="left", fontsize=8)
+
+
+def draw(splits: Sequence[RecordDataset], *, rows: int, seed: int) -> Figure:
+    """Draws lengths, classes, and a contact sheet of clips drawn by the seed.
+
+    Args:
+      splits: Of one data set.
+      rows: Clips of each.
+      seed: Decides which.
+    """
+    labels = sorted(splits[0].class_names)
+    heads = len(splits)
+    sheets = [min(rows, len(dataset)) for dataset in splits]
+    figure = Figure(figsize=(12, 2.6 * heads + 1.45 * sum(sheets)), layout="constrained")
+    parts: Any = figure.subfigures(
+        2 * heads, 1, height_ratios=[x for n in sheets for x in (2.6, max(1.45 * n, 0.1))]
+    )
+    for number, dataset in enumerate(splits):
+        axes = parts[2 * number].subplots(1, 1 + len(labels[:3]), squeeze=False)[0]
+        _draw_lengths(axes[0], dataset)
+        for place, label in enumerate(labels[:3], start=1):
+            _draw_classes(axes[place], dataset, label)
+        grid = parts[2 * number + 1].subplots(
+            sheets[number], _STILLS + 1, squeeze=False, width_ratios=[1] * _STILLS + [2]
+        )
+        rng = np.random.default_rng(seed)
+        chosen = np.sort(rng.choice(len(dataset), sheets[number], replace=False))
+        for row, index in zip(grid, chosen, strict=True):
+            _draw_clip(row, dataset[int(index)], dataset)
+    return figure
