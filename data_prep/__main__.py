@@ -14,6 +14,8 @@ from types import ModuleType
 # `read`.
 _COLLECTIONS = {
     "prepare": ("folder_or_table", "a folder of media files, or a table that lists them"),
+    "tfds": ("tfds", "a data set of TensorFlow Datasets (TFRecord or ArrayRecord)"),
+    "sequence-examples": ("sequence_examples", "SequenceExamples of MediaSequence or DMVR"),
 }
 # Commands that do something else: their modules have `add_arguments` and `run`.
 _OTHERS = {

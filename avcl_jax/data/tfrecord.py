@@ -11,6 +11,7 @@ from etils import epath
 
 _HEADER = struct.Struct("<QI")  # payload length, masked CRC of the eight length bytes
 _FOOTER = struct.Struct("<I")  # masked CRC of the payload
+HEADER_BYTES = _HEADER.size
 OVERHEAD_BYTES = _HEADER.size + _FOOTER.size
 
 
@@ -103,6 +104,9 @@ def read_payload(path: epath.Path, offset: int, *, where: str) -> memoryview:
     """
     header = read_bytes(path, offset, _HEADER.size)
     length = payload_length(header, where=where)
+    # Before memory is reserved for it: a length may be wrong and have a CRC that fits.
+    if length > epath.Path(path).stat().length:
+        raise RecordError(f"{where} is truncated: prepare this data set again")
     framed = header + read_bytes(path, offset + _HEADER.size, length + _FOOTER.size)
     if len(framed) < length + OVERHEAD_BYTES:
         raise RecordError(f"{where} is truncated: prepare this data set again")
