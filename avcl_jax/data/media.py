@@ -104,14 +104,15 @@ class RateLimit:
     def __init__(self, max_fps: float | None):
         """Takes the rate in frames a second; None keeps all."""
         self._interval = 1 / max_fps if max_fps else 0.0
-        self._due = -np.inf
+        self._due: float | None = None
 
     def keeps(self, seconds: float) -> bool:
         """Whether the frame that appears then, after those asked about before, stays."""
-        if seconds < self._due - _FPS_SLACK_SECONDS:
+        due = seconds if self._due is None else self._due
+        if seconds < due - _FPS_SLACK_SECONDS:
             return False
         # Counted from when a frame was due and not from when it came: 32 fps become 30, not 16.
-        self._due = max(self._due, seconds - self._interval) + self._interval
+        self._due = max(due, seconds - self._interval) + self._interval
         return True
 
 

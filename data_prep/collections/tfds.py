@@ -15,7 +15,7 @@ from avcl_jax.data.tfrecord import is_remote
 from data_prep.collections import example_files
 from data_prep.collections.example_files import Classes, examples
 from data_prep.collections.tfds_features import Directory, Feature, Split, read_directory
-from data_prep.example_layout import CLASSES, FILE, TEXT, ExamplePlace, TfdsLayout
+from data_prep.example_layout import CLASSES, FILE, NUMBERS, TEXT, ExamplePlace, TfdsLayout
 from data_prep.manifest import Entry, Manifest, Missing, PrepareError, check_manifest
 from data_prep.sources import tfds_example
 
@@ -108,7 +108,8 @@ def _name(features: Any, feature: Feature | None) -> str | None:
 
 def _is_name(feature: Feature) -> bool:
     stored = feature.stored
-    return stored.kind == TEXT or (stored.dtype.startswith(("int", "uint")) and not stored.shape)
+    is_integer = stored.kind == NUMBERS and stored.dtype.startswith(("int", "uint"))
+    return stored.kind == TEXT or (is_integer and not stored.shape)
 
 
 def _list(features: Collection[Feature]) -> str:
