@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="directory for the records; may be gs://, s3://",
     )
     add("--name", default="clips", help="of the data set: part of the file names")
-    add("--limit", type=int, help="prepare only the first clips of each split")
+    add("--limit", metavar="N", type=int, help="prepare only the first clips of each split")
     add("--dry-run", action="store_true", help="say what would be prepared, and stop")
     add(
         "--file-format",
@@ -37,23 +37,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     clips = parser.add_argument_group("clips")
     add = clips.add_argument
-    add("--short-side", type=int, default=128, help="of the frames, in pixels")
-    add("--max-fps", type=float, help="drop frames of faster films")
-    add("--sample-rate", type=int, default=16000, help="of the sound, in Hz")
-    add("--quality", type=int, default=90, help="of the JPEG frames, 1 to 100")
-    add("--min-seconds", type=float, default=0.0, help="reject shorter clips")
-    add("--max-seconds", type=float, default=600.0, help="reject longer clips")
-    add("--min-side", type=int, default=16, help="reject smaller pictures")
+    add("--short-side", metavar="PIXELS", type=int, default=128, help="of the frames, in pixels")
+    add("--max-fps", metavar="RATE", type=float, help="drop frames of faster films")
+    add("--sample-rate", metavar="HZ", type=int, default=16000, help="of the sound, in Hz")
+    add("--quality", metavar="Q", type=int, default=90, help="of the JPEG frames, 1 to 100")
+    add("--min-seconds", metavar="SECONDS", type=float, default=0.0, help="reject shorter clips")
+    add("--max-seconds", metavar="SECONDS", type=float, default=600.0, help="reject longer clips")
+    add("--min-side", metavar="PIXELS", type=int, default=16, help="reject smaller pictures")
     add("--require", default="", metavar="video,audio", help="reject clips without these")
-    add("--cut", default="", metavar=FORMS.replace(" ", ""), help="cut long videos into clips")
+    add("--cut", default="", metavar="HOW", help=f"cut videos into clips: {FORMS}")
     add("--deduplicate", action="store_true", help="leave out clips of the same content as others")
     add("--overwrite", action="store_true", help="prepare all again, whatever is there")
     add("--allow-rejected", action="store_true", help="rejected files: status 0")
     work = parser.add_argument_group("work")
     add = work.add_argument
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes")
-    add("--shard-size", type=int, default=64, help="clips in a shard: the unit of work")
-    add("--timeout-seconds", type=float, default=900.0, help="for one clip")
+    add("--workers", metavar="N", type=int, default=os.cpu_count() or 1, help="processes")
+    add(
+        "--shard-size", metavar="N", type=int, default=64, help="clips in a shard: the unit of work"
+    )
+    add("--timeout-seconds", metavar="SECONDS", type=float, default=900.0, help="for one clip")
     add(
         "--runner",
         default="local",

@@ -32,7 +32,9 @@ def describe_os_error(error: OSError, directory: epath.PathLike) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         what = "the disk is full: free some space"
     else:
-        what = f"cannot write: {error.strerror or error}"
+        # Without a name it is what was being written.
+        ours = str(error.filename or directory).startswith(str(directory))
+        what = f"cannot {'write' if ours else 'read'}: {error.strerror or error}"
     return f"{what} ({error.filename or directory}); {_KEPT}"
 
 

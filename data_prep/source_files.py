@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from avcl_jax.data.media_error import MediaError
 from avcl_jax.data.tfrecord import is_remote
 from data_prep.manifest import Entry
 
@@ -78,14 +79,19 @@ def local_file(path: str) -> Iterator[str]:
     """Yields a local path of a file: its own, or of a copy that goes afterwards.
 
     Raises:
-      OSError: If a remote file cannot be copied.
+      MediaError: If a remote file cannot be copied.
     """
     if not is_remote(path):
         yield path
         return
     with tempfile.TemporaryDirectory() as scratch:
         copy = os.path.join(scratch, os.path.basename(path))
-        epath.Path(path).copy(copy)
+        try:
+            epath.Path(path).copy(copy)
+        except FileNotFoundError as error:
+            raise MediaError("not_found", f"{path} does not exist") from error
+        except OSError as error:
+            raise MediaError("unreadable", f"{path}: {error}") from error
         yield copy
 
 

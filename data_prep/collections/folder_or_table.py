@@ -3,42 +3,39 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import difflib
 import json
-import math
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
+from etils import epath
 
 from avcl_jax.data.record_format import LABEL_PREFIX, UNKNOWN_LABEL, ClassNumbers
+from avcl_jax.data.tfrecord import is_remote
+from data_prep.collections.lists import open_list, seconds, table_rows
+from data_prep.collections.media_files import MEDIA_SUFFIXES, walk
 from data_prep.manifest import Entry, Manifest, PrepareError, check_manifest
 
 COLUMNS = ("path", "split", "id", "source", "start", "end")
 TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
-MEDIA_SUFFIXES = (
-    *(".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg"),
-    *(".mpg", ".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
-    *(".aac", ".aif", ".aiff", ".flac", ".m4a", ".mka", ".mp3", ".oga", ".ogg", ".opus", ".wav"),
-    *(".weba", ".wma"),
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares where the clips are."""
     parser.add_argument(
         "input",
-        type=Path,
+        type=epath.Path,
         help="a folder, searched recursively; or a table: .csv, .jsonl or .parquet with path and "
         "optionally split, id, source, start, end (seconds), label_NAME",
     )
     parser.add_argument("--split", default="train", help="for clips whose table names none")
-    parser.add_argument("--root", type=Path, help="of a table's relative paths (its own folder)")
+    parser.add_argument(
+        "--root", type=epath.Path, help="of a table's relative paths (its own folder)"
+    )
 
 
 def read(args: argparse.Namespace) -> Manifest:
@@ -46,7 +43,7 @@ def read(args: argparse.Namespace) -> Manifest:
     return read_input(args.input, split=args.split, root=args.root)
 
 
-def read_input(path: Path, *, split: str, root: Path | None) -> Manifest:
+def read_input(path: epath.Path, *, split: str, root: epath.Path | None) -> Manifest:
     """Reads a folder, one media file, or a table (.csv, .jsonl, .parquet).
 
     Args:
@@ -68,19 +65,11 @@ def read_input(path: Path, *, split: str, root: Path | None) -> Manifest:
     return check_manifest(manifest)
 
 
-def _read_folder(folder: Path, split: str) -> Manifest:
-    found, ignored, seen = [], 0, set()
-    for directory, subdirectories, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(directory)
-        if real in seen:  # a link to a parent
-            subdirectories.clear()
-            continue
-        seen.add(real)
-        subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
+def _read_folder(folder: epath.Path, split: str) -> Manifest:
+    found, ignored = [], 0
+    for directory, files in walk(folder):
         for name in files:
-            if name.startswith("."):
-                continue
-            if Path(name).suffix.lower() in MEDIA_SUFFIXES:
+            if epath.Path(name).suffix.lower() in MEDIA_SUFFIXES:
                 found.append(os.path.relpath(os.path.join(directory, name), folder))
             else:
                 ignored += 1
@@ -94,29 +83,15 @@ def _read_folder(folder: Path, split: str) -> Manifest:
     return Manifest(entries, {}, ignored=ignored)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields where a row stands, and its cells; an empty one is ""."""
     if path.suffix.lower() == ".csv":
-        return _csv_rows(path)
+        return table_rows(path)
     return _parquet_rows(path) if path.suffix.lower() == ".parquet" else _jsonl_rows(path)
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for row in reader:
-                where = f"{path}, line {reader.line_num}"
-                if None in row or None in row.values():
-                    raise PrepareError(f"{where}: not {len(reader.fieldnames or ())} columns")
-                # A column that is empty in this row is still a column.
-                yield where, dict(row)
-        except csv.Error as error:
-            raise PrepareError(f"{path}, line {reader.line_num}: {error}") from error
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+def _jsonl_rows(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with open_list(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -130,9 +105,10 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, {key: "" if value is None else value for key, value in row.items()}
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_rows(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        with path.open("rb") as file:
+            rows = pyarrow.parquet.read_table(file).to_pylist()
     except pyarrow.ArrowException as error:
         raise PrepareError(f"{path} is no Parquet file: {error}") from error
     for number, row in enumerate(rows, start=1):
@@ -156,19 +132,7 @@ def _check_columns(where: str, columns: Mapping[str, Any]) -> None:
         raise PrepareError(f"{where}: no path")
 
 
-def _number(where: str, name: str, value: Any) -> float | None:
-    if value == "":
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number) or number < 0:
-        raise PrepareError(f"{where}: {name} is {value!r}, expected seconds, 0 or more")
-    return number
-
-
-def _class_names(column: str, values: list[Any], path: Path) -> tuple[str, ...]:
+def _class_names(column: str, values: list[Any], path: epath.Path) -> tuple[str, ...]:
     """Returns the classes of a column in their order."""
     names = {
         str(name)
@@ -185,12 +149,13 @@ def _class_names(column: str, values: list[Any], path: Path) -> tuple[str, ...]:
     return tuple(sorted(names, key=(lambda name: (int(name), name)) if numeric else None))
 
 
-def _read_table(path: Path, split: str, root: Path) -> Manifest:
+def _read_table(path: epath.Path, split: str, root: epath.Path) -> Manifest:
     rows = []
     for where, row in _rows(path):
         _check_columns(where, row)
-        row["start"] = _number(where, "start", row.get("start", "")) or 0.0
-        row["end"] = _number(where, "end", row.get("end", ""))
+        start, end = row.get("start", ""), row.get("end", "")
+        row["start"] = 0.0 if start == "" else seconds(where, "start", start)
+        row["end"] = None if end == "" else seconds(where, "end", end)
         if row["end"] is not None and row["end"] <= row["start"]:
             raise PrepareError(f"{where}: end {row['end']} is not after start {row['start']}")
         rows.append(row)
@@ -217,12 +182,13 @@ def _read_table(path: Path, split: str, root: Path) -> Manifest:
 
 def _entry(
     row: Mapping[str, Any],
-    root: Path,
+    root: epath.Path,
     split: str,
     numbers: Mapping[str, Mapping[str, int]],
     several: Collection[str],
 ) -> Entry:
     path = str(row["path"])
+    absolute = os.fspath(root) if is_remote(root) else os.path.abspath(root)
     start, end = row.get("start", 0.0), row.get("end")
     default_id = path
     if start or end is not None:
@@ -236,7 +202,7 @@ def _entry(
         else:
             labels[label] = classes.get(str(value), UNKNOWN_LABEL)
     return Entry(
-        path=os.path.join(os.path.abspath(root), path),
+        path=path if is_remote(path) else os.path.join(absolute, path),
         split=str(row.get("split") or split),
         record_id=str(row.get("id") or default_id),
         source_id=str(row.get("source") or path),

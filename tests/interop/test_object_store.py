@@ -100,3 +100,16 @@ def test_a_shard_that_is_damaged_in_a_store_is_detected(folder: Path, bucket: st
     dataset = RecordDataset(f"{bucket}/out", "train")
     with pytest.raises(RecordError, match="damaged"):
         [dataset[number] for number in range(3)]
+
+
+def test_media_and_tables_in_a_store(folder: Path, bucket: str, tmp_path: Path) -> None:
+    files = s3fs.S3FileSystem()
+    files.put(f"{folder}/", f"{bucket}/media/", recursive=True)
+    assert prepare(f"{bucket}/media", tmp_path / "remote") == 3
+    assert prepare(folder, tmp_path / "local") == 3
+    remote, local = (RecordDataset(tmp_path / name, "train") for name in ("remote", "local"))
+    assert remote.fingerprint == local.fingerprint
+    files.pipe(f"{bucket}/list.csv", b"path,label_x\nmedia/a.mp4,one\nmedia/gone.mp4,two\n")
+    assert prepare(f"{bucket}/list.csv", tmp_path / "table") == 3
+    assert list(RecordDataset(tmp_path / "table", "train").record_ids) == ["media/a.mp4"]
+    assert '"not_found"' in (tmp_path / "table" / "rejected.jsonl").read_text()

@@ -1,0 +1,126 @@
+"""UCF101: 13,320 videos of 101 actions, and three official splits into training and test.
+
+Nothing is downloaded. Videos and lists come from https://www.crcv.ucf.edu/data/UCF101.php
+
+  https://www.crcv.ucf.edu/data/UCF101/UCF101.rar
+  https://www.crcv.ucf.edu/data/UCF101/UCF101TrainTestSplits-RecognitionTask.zip
+
+--lists takes the folder of the second: classInd.txt, trainlist01.txt to trainlist03.txt and
+testlist01.txt to testlist03.txt.
+
+Videos are found by name, in any folder below VIDEOS, with any suffix of media files, in upper or
+lower case (the lists say v_HandStandPushups_g01_c01, the files v_HandstandPushups_g01_c01):
+
+  CLASS/v_CLASS_g01_c01.avi    as distributed
+  v_CLASS_g01_c01.mp4          flat, converted
+
+Every video becomes one record of the split "all". Its labels are "class" (in the order of
+classInd.txt) and "split1", "split2", "split3" (train, test), so that one data set serves the three
+protocols. source_id is the group, v_CLASS_g01: its clips are cut from one video, and no official
+split separates them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+
+from etils import epath
+
+from avcl_jax.data.record_format import UNKNOWN_LABEL
+from data_prep.collections.listed_clips import ListedClip, find_clips
+from data_prep.collections.lists import lines, number_of
+from data_prep.collections.media_files import MediaFiles
+from data_prep.manifest import Manifest, PrepareError
+
+_CLASSES = 101
+_SPLITS = ("split1", "split2", "split3")
+_PARTS = ("train", "test")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares where the videos and the lists are."""
+    parser.add_argument(
+        "folder",
+        metavar="VIDEOS",
+        type=epath.Path,
+        help="folder of the videos, searched recursively",
+    )
+    parser.add_argument(
+        "--lists",
+        metavar="DIR",
+        type=epath.Path,
+        required=True,
+        help="folder of the official lists",
+    )
+
+
+def read(args: argparse.Namespace) -> Manifest:
+    """Reads the lists and finds their videos.
+
+    Raises:
+      PrepareError: If a list is wrong, or the folder cannot be searched.
+    """
+    class_list = args.lists / "classInd.txt"
+    numbers = _classes(class_list)
+    videos: dict[str, str] = {}
+    labels: dict[str, dict[str, int]] = {}
+    for split_number, split in enumerate(_SPLITS, start=1):
+        for part_number, part in enumerate(_PARTS):
+            path = args.lists / f"{part}list{split_number:02d}.txt"
+            for where, video, number in _videos(path, part, numbers, class_list):
+                videos.setdefault(video, where)
+                known = labels.setdefault(
+                    video, {"class": number} | dict.fromkeys(_SPLITS, UNKNOWN_LABEL)
+                )
+                if known[split] != UNKNOWN_LABEL or known["class"] != number:
+                    raise PrepareError(
+                        f"{where}: {video!r} comes twice in {split}, or is of two classes"
+                    )
+                known[split] = part_number
+    clips = (
+        ListedClip(
+            where=where,
+            record_id=video,
+            source_id=video.rpartition("_")[0],
+            split="all",
+            labels=labels[video],
+            expected=f"{video}.avi",
+            clip_names=(video,),
+        )
+        for video, where in videos.items()
+    )
+    return find_clips(
+        clips,
+        MediaFiles(args.folder, ignore_case=True),
+        class_names={"class": tuple(numbers)} | dict.fromkeys(_SPLITS, _PARTS),
+    )
+
+
+def _classes(path: epath.Path) -> dict[str, int]:
+    numbers: dict[str, int] = {}
+    for where, line in lines(path):
+        if line.split() != [str(len(numbers) + 1), line.split()[-1]]:
+            raise PrepareError(f"{where}: {line!r}, expected {len(numbers) + 1} and a class")
+        numbers[line.split()[-1]] = len(numbers)
+    if len(numbers) != _CLASSES:
+        raise PrepareError(f"{path}: {len(numbers)} different classes, expected {_CLASSES}")
+    return numbers
+
+
+def _videos(
+    path: epath.Path, part: str, numbers: dict[str, int], class_list: epath.Path
+) -> Iterator[tuple[str, str, int]]:
+    """Yields where a video stands, its name and its class."""
+    for where, line in lines(path):
+        # Training lists repeat the class as a number from 1, test lists do not.
+        pattern = r"(\w+)/(v_\w+_g\d+_c\d+)\.avi" + (r" (\d+)" if part == "train" else "")
+        parts = re.fullmatch(pattern, line)
+        if parts is None:
+            form = "CLASS/v_CLASS_g01_c01.avi" + (" NUMBER" if part == "train" else "")
+            raise PrepareError(f"{where}: {line!r} is not of the form {form}")
+        number = number_of(where, parts[1], numbers, class_list)
+        if part == "train" and int(parts[3]) != number + 1:
+            raise PrepareError(f"{where}: {parts[1]} is class {number + 1}, not {parts[3]}")
+        yield where, parts[2], number
