@@ -92,7 +92,7 @@ def _declare(name: str, parser: argparse.ArgumentParser) -> None:
     arguments.add_arguments(parser)
     # What `prepare` prepares has no name of its own.
     if name != "prepare":
-        parser.set_defaults(name=name)
+        parser.set_defaults(name=name.replace("-", "_"))
 
 
 def _run(args: argparse.Namespace) -> int:

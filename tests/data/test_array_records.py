@@ -194,7 +194,7 @@ def test_the_command_writes_it_and_the_same_bytes_again(
     assert run("a", "--file-format=array_record") == 0
     assert run("b", "--file-format=array_record") == 0
     shards = sorted(path.name for path in (tmp_path / "a").glob("*-of-*"))
-    assert shards == [f"clips-{split}.array_record-00000-of-00001" for split in ("test", "train")]
+    assert shards == [f"tfds-{split}.array_record-00000-of-00001" for split in ("test", "train")]
     for shard in shards:
         assert (tmp_path / "a" / shard).read_bytes() == (tmp_path / "b" / shard).read_bytes()
     assert run("c") == 0
