@@ -6,6 +6,7 @@ process or a machine of a cluster.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -290,7 +291,9 @@ def _prepared(
         line["clips"].append([entry.record_id, *hopeless])
         return
     try:
-        with local_file(entry.path) as path:
+        # Of a record file one example is read, in place: copying it for each would take for ever.
+        in_place = contextlib.nullcontext(entry.path)
+        with local_file(entry.path) if entry.example is None else in_place as path:
             local = dataclasses.replace(entry, path=path)
             cut = parse_cut(options.cut) if options.cut else None
             clips = pieces(local, cut, min_seconds=options.min_seconds) if cut else [local]

@@ -6,6 +6,7 @@ is read; only the zeros that pad a file to 64 KiB may flip unnoticed, and mean n
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -61,26 +62,19 @@ class Writer:
     def abandon(self) -> None:
         """Closes the file, whatever is in it."""
         if self._writer.is_open():
-            try:
+            with contextlib.suppress(RuntimeError):  # a full disk is no news here
                 self._writer.close()
-            except RuntimeError:  # a full disk is no news here
-                return
 
 
-class _system_errors:
+@contextlib.contextmanager
+def _system_errors(path: str) -> Iterator[None]:
     """Turns the library's RuntimeError into the OSError that it reports as text."""
-
-    def __init__(self, path: str):
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RuntimeError):
-            found = (code for code in _WRITE_ERRORS if os.strerror(code) in str(error))
-            code = next(found, errno.EIO)
-            raise OSError(code, os.strerror(code), self._path) from error
+    try:
+        yield
+    except RuntimeError as error:
+        found = (code for code in _WRITE_ERRORS if os.strerror(code) in str(error))
+        code = next(found, errno.EIO)
+        raise OSError(code, os.strerror(code), path) from error
 
 
 @functools.lru_cache(maxsize=_OPEN_READERS)
