@@ -14,7 +14,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["avcl_jax*", "data_prep*", "configs*"]),
-    extras_require={"beam": ["apache-beam>=2.77.0"], "s3": ["s3fs"], "scenes": ["scenedetect"]},
+    extras_require={
+        "interop": ["tensorflow>=2.21.0"],
+        "beam": ["apache-beam>=2.77.0"],
+        "s3": ["s3fs"],
+        "scenes": ["scenedetect"],
+    },
     # requirements.txt pins what was tested; a library must leave its users room to move.
     install_requires=[
         re.sub(r"==([\w.]+)", r">=\1", line) for line in _LINES if line and line[0] != "#"

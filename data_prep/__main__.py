@@ -21,6 +21,8 @@ _COLLECTIONS = {
     "ucf101": ("ucf101", "UCF101 by its official lists"),
     "hmdb51": ("hmdb51", "HMDB51 by its official lists"),
     "esc50": ("esc50", "ESC-50 or ESC-10"),
+    "tfds": ("tfds", "a data set of TensorFlow Datasets (TFRecord or ArrayRecord)"),
+    "sequence-examples": ("sequence_examples", "SequenceExamples of MediaSequence or DMVR"),
 }
 # Commands that do something else: their modules have `add_arguments` and `run`.
 _OTHERS = {
@@ -90,7 +92,7 @@ def _declare(name: str, parser: argparse.ArgumentParser) -> None:
     arguments.add_arguments(parser)
     # What `prepare` prepares has no name of its own.
     if name != "prepare":
-        parser.set_defaults(name=name)
+        parser.set_defaults(name=name.replace("-", "_"))
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -8,6 +8,8 @@ import re
 
 from etils import epath
 
+from avcl_jax.data.records import FILE_FORMATS
+from avcl_jax.data.tfrecord import is_remote
 from data_prep.clip import REASONS, ClipOptions
 from data_prep.cut import FORMS, parse_cut
 from data_prep.manifest import PrepareError
@@ -27,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--name", default="clips", help="of the data set: part of the file names")
     add("--limit", metavar="N", type=int, help="prepare only the first clips of each split")
     add("--dry-run", action="store_true", help="say what would be prepared, and stop")
+    add(
+        "--file-format",
+        choices=FILE_FORMATS,
+        default=FILE_FORMATS[0],
+        help="of the shards; array_record is what TFDS opens without TensorFlow",
+    )
     clips = parser.add_argument_group("clips")
     add = clips.add_argument
     add("--short-side", metavar="PIXELS", type=int, default=128, help="of the frames, in pixels")
@@ -81,6 +89,11 @@ def clip_options(args: argparse.Namespace) -> ClipOptions:
         (args.shard_size >= 1, "--shard-size", "at least 1"),
         (args.limit is None or args.limit >= 1, "--limit", "at least 1"),
         (args.timeout_seconds > 0, "--timeout-seconds", "above 0"),
+        (
+            args.file_format != "array_record" or not is_remote(args.out),
+            "--out",
+            "a local directory for --file-format array_record (copy it afterwards)",
+        ),
         (all("=" in option for option in args.beam_option), "--beam-option", "NAME=VALUE"),
     )
     for good, name, allowed in checks:
@@ -97,5 +110,6 @@ def clip_options(args: argparse.Namespace) -> ClipOptions:
         max_seconds=args.max_seconds,
         min_side=args.min_side,
         require=require,
+        file_format=args.file_format,
         cut=args.cut,
     )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
-import simplejpeg
 
 from avcl_jax.data import media
 from avcl_jax.data.media import MediaError
 from avcl_jax.data.record_format import Record
 from data_prep.manifest import Entry
+from data_prep.sources.example_file import open_example
+from data_prep.sources.footage import Footage, JpegFrame
+from data_prep.sources.media_file import MediaFootage
 
 # Reasons that preparation adds to those of avcl_jax.data.media. Both lists are closed.
 REASONS = media.REASONS | {
@@ -19,11 +22,12 @@ REASONS = media.REASONS | {
     "too_short": "shorter than --min-seconds",
     "too_long": "longer than --max-seconds",
     "too_small": "the picture's shorter side is below --min-side",
+    "bad_example": "an example of a record file that lacks what it was to hold",
+    "bad_samples": "sound samples that are no numbers, or far beyond full scale",
+    "mixed_sizes": "the frames of a clip have different sizes",
     "timeout": "took longer than --timeout-seconds",
     "crashed": "the decoder crashed",
 }
-# Containers that state their duration. In the others FFmpeg guesses it from the bit rate.
-_STATED_DURATION = ("mov", "matroska", "avi", "wav", "flac", "asf", "flv", "ogg")
 _MISSING_SECONDS, _MISSING_SHARE = 0.5, 0.02
 
 
@@ -40,6 +44,7 @@ class ClipOptions:
       max_seconds: Longer clips are rejected.
       min_side: Smaller pictures are rejected.
       require: Some of "video", "audio": clips without are rejected.
+      file_format: Of the shards that the records go to, one of `FILE_FORMATS`.
       cut: How long videos are cut, as `data_prep.cut` reads it; "" for not at all.
     """
 
@@ -51,6 +56,7 @@ class ClipOptions:
     max_seconds: float
     min_side: int
     require: tuple[str, ...]
+    file_format: str
     cut: str = ""
 
 
@@ -63,24 +69,20 @@ def prepare_clip(entry: Entry, options: ClipOptions) -> Record:
     Raises:
       MediaError: With one of `REASONS`.
     """
-    info = media.probe(entry.path)
+    footage = open_footage(entry)
     start, end = entry.start_seconds, entry.end_seconds
-    stated = info.duration_seconds
-    if stated is not None and start >= stated:
+    stated = footage.stated_seconds
+    if stated is not None and start > 0 and start >= stated:
         raise MediaError("outside", f"starts at {start:g} s, the file ends at {stated:.2f} s")
     expected_end = min((x for x in (stated, end) if x is not None), default=None)
     if expected_end is not None:
         _check_not_longer(expected_end - start, options)
-    frames, seconds, picture_end = _encode_frames(entry, options)
-    sound = media.decode_audio(
-        entry.path,
-        sample_rate_hz=options.sample_rate_hz,
-        start_seconds=start,
-        end_seconds=end,
-    )
+    frames = _frames(footage, entry, options)
+    picture_end = _picture_end(frames, entry)
+    sound = footage.sound(sample_rate_hz=options.sample_rate_hz)
     if not frames and sound is None:
         raise MediaError("outside" if start or end else "empty", "neither picture nor sound here")
-    zero = seconds[0] if frames else max(start, sound.start_seconds if sound else 0.0)
+    zero = frames[0].seconds if frames else max(start, sound.start_seconds if sound else 0.0)
     waveform, audio_start = np.empty(0, np.int16), 0.0
     sound_end = -np.inf
     if sound is not None:
@@ -97,29 +99,37 @@ def prepare_clip(entry: Entry, options: ClipOptions) -> Record:
     last = max(picture_end, sound_end)
     if (
         expected_end is not None
-        and info.format.startswith(_STATED_DURATION)
+        and footage.promised
         and last < expected_end - max(_MISSING_SECONDS, _MISSING_SHARE * expected_end)
     ):
         raise MediaError("truncated", f"ends at {last:.2f} s, its header says {expected_end:.2f} s")
     duration = float(last - zero)
     if duration < options.min_seconds or duration <= 0:
         raise MediaError("too_short", f"{duration:.2f} s, at least {options.min_seconds:g} wanted")
-    height, width = 0, 0
-    if frames:
-        height, width, _, _ = simplejpeg.decode_jpeg_header(frames[0])
     return Record(
         record_id=entry.record_id,
         source_id=entry.source_id,
-        frames=frames,
-        frame_seconds=np.round(np.array(seconds, np.float64) - zero, 9),
+        frames=[frame.data for frame in frames],
+        frame_seconds=np.round(np.array([f.seconds for f in frames], np.float64) - zero, 9),
         waveform=waveform,
         sample_rate_hz=options.sample_rate_hz if len(waveform) else 0,
         audio_start_seconds=audio_start if len(waveform) else 0.0,
         duration_seconds=round(duration, 9),
-        height=height,
-        width=width,
+        height=frames[0].height if frames else 0,
+        width=frames[0].width if frames else 0,
         labels=entry.labels,
     )
+
+
+def open_footage(entry: Entry) -> Footage:
+    """Opens what an entry names.
+
+    Raises:
+      MediaError: If it cannot be read.
+    """
+    if entry.example is None:
+        return MediaFootage(entry.path, entry.start_seconds, entry.end_seconds)
+    return open_example(entry.path, entry.example, entry.start_seconds, entry.end_seconds)
 
 
 def _check_not_longer(seconds: float, options: ClipOptions) -> None:
@@ -127,36 +137,30 @@ def _check_not_longer(seconds: float, options: ClipOptions) -> None:
         raise MediaError(
             "too_long",
             f"{seconds:.0f} s, at most {options.max_seconds:g}: cut it by start and end in a "
-            "manifest, or raise --max-seconds",
+            "manifest, or by --cut, or raise --max-seconds",
         )
 
 
-def _encode_frames(entry: Entry, options: ClipOptions) -> tuple[list[bytes], list[float], float]:
-    """Returns JPEG frames, when each appears, and when the last one ends (-inf without any)."""
-    frames: list[bytes] = []
-    seconds: list[float] = []
-    last_duration = 0.0
-    for frame in media.decode_frames(
-        entry.path,
-        short_side=options.short_side,
-        max_fps=options.max_fps,
-        start_seconds=entry.start_seconds,
-        end_seconds=entry.end_seconds,
+def _frames(footage: Footage, entry: Entry, options: ClipOptions) -> list[JpegFrame]:
+    frames: list[JpegFrame] = []
+    for frame in footage.frames(
+        short_side=options.short_side, max_fps=options.max_fps, quality=options.quality
     ):
-        if not frames and min(frame.image.shape[:2]) < min(options.min_side, options.short_side):
-            height, width = frame.image.shape[:2]
-            raise MediaError("too_small", f"the picture has {width}x{height} pixels")
+        side = min(frame.height, frame.width)
+        if not frames and side < min(options.min_side, options.short_side):
+            raise MediaError("too_small", f"the picture has {frame.width}x{frame.height} pixels")
         _check_not_longer(frame.seconds - entry.start_seconds, options)
-        frames.append(
-            simplejpeg.encode_jpeg(
-                frame.image, quality=options.quality, colorspace="RGB", colorsubsampling="420"
-            )
-        )
-        seconds.append(frame.seconds)
-        last_duration = frame.duration_seconds
+        frames.append(frame)
+    return frames
+
+
+def _picture_end(frames: Sequence[JpegFrame], entry: Entry) -> float:
+    """Returns when the last frame ends, -inf without any."""
     if not frames:
-        return frames, seconds, -np.inf
-    if not last_duration:
-        last_duration = float(np.median(np.diff(seconds))) if len(seconds) > 1 else 0.04
-    end = seconds[-1] + last_duration
-    return frames, seconds, end if entry.end_seconds is None else min(end, entry.end_seconds)
+        return -np.inf
+    last = frames[-1].duration_seconds
+    if not last:
+        gaps = np.diff([frame.seconds for frame in frames])
+        last = float(np.median(gaps)) if len(gaps) else 0.04
+    end = frames[-1].seconds + last
+    return end if entry.end_seconds is None else min(end, entry.end_seconds)

@@ -9,14 +9,16 @@ import math
 import re
 
 import numpy as np
+import simplejpeg
 
-from avcl_jax.data import media
+from data_prep.clip import open_footage
 from data_prep.manifest import Entry, PrepareError
 
 FORMS = "SECONDS, SECONDS/STEP, scenes or scenes:SECONDS"
 _NUMBER = r"\d+(?:\.\d+)?"
 # Scenes are looked for in small pictures: their content changes, not their detail.
 _SCENE_SIDE = 64
+_SCENE_QUALITY = 95
 # A rest that rounding makes is no clip.
 _SLACK_SECONDS = 1e-3
 
@@ -104,13 +106,14 @@ def _split(start: float, end: float, seconds: float | None) -> list[tuple[float,
 
 def _end_seconds(entry: Entry) -> float:
     """Returns where an entry ends, reading the whole file where its header does not say."""
-    stated = media.probe(entry.path).duration_seconds
+    footage = open_footage(entry)
+    stated = footage.stated_seconds
     if stated is None:
         ends = [
             frame.seconds + frame.duration_seconds
-            for frame in media.decode_frames(entry.path, short_side=16, max_fps=None)
+            for frame in footage.frames(short_side=16, max_fps=None, quality=_SCENE_QUALITY)
         ]
-        sound = media.decode_audio(entry.path, sample_rate_hz=8000)
+        sound = footage.sound(sample_rate_hz=8000)
         if sound is not None:
             ends.append(sound.start_seconds + len(sound.waveform) / 8000)
         stated = max(ends, default=0.0)
@@ -127,18 +130,13 @@ def _scenes(entry: Entry) -> list[tuple[float, float]]:
     changes: list[int] = []
     end = 0.0
     # The detector counts frames, whatever their times are.
-    for frame in media.decode_frames(
-        entry.path,
-        short_side=_SCENE_SIDE,
-        max_fps=None,
-        start_seconds=entry.start_seconds,
-        end_seconds=entry.end_seconds,
+    for frame in open_footage(entry).frames(
+        short_side=_SCENE_SIDE, max_fps=None, quality=_SCENE_QUALITY
     ):
         times.append(frame.seconds)
         end = frame.seconds + frame.duration_seconds
-        found = detector.process_frame(
-            FrameTimecode(len(times) - 1, fps=25.0), frame.image[:, :, ::-1]
-        )
+        image = simplejpeg.decode_jpeg(frame.data, colorspace="BGR")
+        found = detector.process_frame(FrameTimecode(len(times) - 1, fps=25.0), image)
         changes += [int(change.frame_num) for change in found]
     if not times:
         return [(entry.start_seconds, _end_seconds(entry))]

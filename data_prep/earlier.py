@@ -27,12 +27,14 @@ class Earlier:
     Attributes:
       directory: Where it lies.
       preparation: Content of preparation.json.
+      file_format: Of its shards.
       shards: Of each split.
       lines: What is written down about each clip, by split, in the order of the clips.
     """
 
     directory: epath.Path
     preparation: Mapping[str, Any]
+    file_format: str
     shards: Mapping[str, Sequence[ShardInfo]]
     lines: Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -49,7 +51,8 @@ class Earlier:
         number = int(np.searchsorted(ends, records[0], side="right")) if records else 0
         if not records or records != list(range(ends[number] - lengths[number], ends[number])):
             return None
-        return shard_name(self.preparation["name"], part.split, number, len(lengths)), number
+        name = self.preparation["name"]
+        return shard_name(name, part.split, number, len(lengths), self.file_format), number
 
 
 def read_earlier(out: epath.Path) -> Earlier | None:
@@ -87,7 +90,7 @@ def read_earlier(out: epath.Path) -> Earlier | None:
             ShardInfo(length, int(entry["numBytes"]) if number == 0 else 0)
             for number, length in enumerate(lengths)
         ]
-    return Earlier(out, preparation, shards, lines)
+    return Earlier(out, preparation, info["fileFormat"], shards, lines)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +171,13 @@ def compare(
 
 
 def check_belongs(
-    earlier: Earlier, changes: Changes, splits: Sequence[str], manifest: Manifest, name: str
+    earlier: Earlier,
+    changes: Changes,
+    splits: Sequence[str],
+    manifest: Manifest,
+    *,
+    name: str,
+    file_format: str,
 ) -> None:
     """Raises PrepareError where clips would come into a data set that they do not belong to."""
     out, preparation = earlier.directory, earlier.preparation
@@ -185,6 +194,11 @@ def check_belongs(
         raise PrepareError(
             f"{out} holds a data set of another name or with other labels: use another "
             "--out, or one manifest with a split column for all splits"
+        )
+    if others and earlier.file_format != file_format:
+        raise PrepareError(
+            f"{out} holds {earlier.file_format} files: use --file-format {earlier.file_format}, or "
+            "another --out"
         )
 
 

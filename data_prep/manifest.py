@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 
 from avcl_jax.data.record_format import ClassNumbers
+from data_prep.example_layout import ExamplePlace
 
 
 class PrepareError(Exception):
@@ -18,7 +19,7 @@ class Entry:
     """One clip to prepare.
 
     Attributes:
-      path: Media file.
+      path: Media file, or the record file that holds `example`.
       split: Split the record goes to.
       record_id: Unique within the data set.
       source_id: What the clip is cut from.
@@ -26,6 +27,7 @@ class Entry:
       end_seconds: Where it ends; None for the file's end.
       labels: Class number by label, -1 is unknown; all class numbers, perhaps none, for a label
         of which a clip may have several.
+      example: Where in a record file the clip is; None for a media file.
     """
 
     path: str
@@ -35,6 +37,7 @@ class Entry:
     start_seconds: float
     end_seconds: float | None
     labels: Mapping[str, ClassNumbers]
+    example: ExamplePlace | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,7 +93,14 @@ def _run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest
         changes = earlier_run.compare(earlier, parts, options, overwrite=args.overwrite)
         splits = list(dict.fromkeys(part.split for part in parts))
         if earlier is not None and not args.overwrite:
-            earlier_run.check_belongs(earlier, changes, splits, manifest, args.name)
+            earlier_run.check_belongs(
+                earlier,
+                changes,
+                splits,
+                manifest,
+                name=args.name,
+                file_format=options.file_format,
+            )
             if changes.none:
                 print(f"{out} is up to date: {', '.join(splits)}")
                 return _status({s: earlier.preparation["splits"][s] for s in splits}, args)
@@ -227,8 +234,7 @@ def _prepare(args: argparse.Namespace, jobs: Sequence[Job]) -> list[dict[str, An
         report = read_report(job)
         if report is None:
             raise PrepareError(
-                f"the shard {job.part.path(job.directory, 'tfrecord')} or a file of it changed "
-                "meanwhile: run again"
+                f"the shard {job.shard_path} or a file of it changed meanwhile: run again"
             )
         reports.append(report)
     return reports

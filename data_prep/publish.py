@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from avcl_jax.data.record_index import index_path, load_columns, merge, save_columns
-from avcl_jax.data.records import ShardInfo, shard_name
+from avcl_jax.data.records import FILE_FORMATS, ShardInfo, shard_name
 from data_prep.earlier import PREPARATION, SOURCES, Earlier
 from data_prep.manifest import Manifest
 from data_prep.shards import PREPARED, Part, write_text
@@ -53,13 +53,14 @@ def publish(
     for part, report in parts:
         if report["num_records"]:
             chosen.setdefault(part.split, []).append((part, report))
+    file_format = preparation["options"]["file_format"]
     moves = []
     shards = {split: [list(info) for info in earlier.shards[split]] for split in kept if earlier}
     for split, with_records in chosen.items():
         shards[split] = [[r["num_records"], r["num_bytes"]] for _, r in with_records]
         for number, (part, _) in enumerate(with_records):
-            final = shard_name(name, split, number, len(with_records))
-            moves.append((part.path(incomplete, "tfrecord").name, final))
+            final = shard_name(name, split, number, len(with_records), file_format)
+            moves.append((part.path(incomplete, file_format).name, final))
         columns = [load_columns(part.path(incomplete, "columns")) for part, _ in with_records]
         if all(found is not None for found in columns):  # else the first reader makes it
             final = index_path(out, name, split).name
@@ -134,13 +135,16 @@ def finish_publication(out: epath.Path) -> None:
 
     # Without this file the directory is no data set, so that nobody reads a half-replaced one.
     (out / "dataset_info.json").unlink(missing_ok=True)
+    file_format = journal["preparation"]["options"]["file_format"]
     wanted = {target for _, target in journal["moves"]}
     for split, shards in journal["splits"].items():
         wanted.add(index_path(out, journal["name"], split).name)
         wanted |= {
-            shard_name(journal["name"], split, number, len(shards)) for number in range(len(shards))
+            shard_name(journal["name"], split, number, len(shards), file_format)
+            for number in range(len(shards))
         }
-    for path in [*out.glob("*.tfrecord-*"), *out.glob("*.index"), *(out / n for n in _LISTS)]:
+    shards_there = [path for kind in FILE_FORMATS for path in out.glob(f"*.{kind}-*")]
+    for path in [*shards_there, *out.glob("*.index"), *(out / listed for listed in _LISTS)]:
         if path.name not in wanted:
             path.unlink(missing_ok=True)
     for source, target in journal["moves"]:
@@ -156,6 +160,7 @@ def finish_publication(out: epath.Path) -> None:
             split: [ShardInfo(*info) for info in shards]
             for split, shards in journal["splits"].items()
         },
+        file_format=file_format,
     )
     incomplete.rmtree()
 

@@ -6,6 +6,7 @@ process or a machine of a cluster.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -50,7 +51,7 @@ class Part:
     entries: tuple[Entry, ...]
 
     def path(self, directory: epath.Path, suffix: str) -> epath.Path:
-        """Returns where the shard ("tfrecord") or what belongs to it waits to be published."""
+        """Returns where the shard (suffix: its format) or what belongs to it waits."""
         return directory / f"{self.split}-{self.number:05d}.{suffix}"
 
 
@@ -87,6 +88,11 @@ class Job:
     known: Mapping[int, Known]
     earlier: epath.Path | None
     same_as: tuple[str, int] | None
+
+    @property
+    def shard_path(self) -> epath.Path:
+        """Where the shard waits until it is published."""
+        return self.part.path(self.directory, self.options.file_format)
 
     @property
     def plan(self) -> str:
@@ -147,7 +153,7 @@ def read_report(job: Job) -> dict[str, Any] | None:
         unchanged(line, entry, job.options)
         for line, entry in zip(report["lines"], job.part.entries, strict=True)
     )
-    finished = not report["num_records"] or job.part.path(job.directory, "tfrecord").exists()
+    finished = not report["num_records"] or job.shard_path.exists()
     return report if fresh and finished else None
 
 
@@ -177,7 +183,7 @@ def prepare_part(
     if any(known.records for known in job.known.values()):
         assert job.earlier is not None
         earlier = RecordDataset(job.earlier, part.split)
-    writer = RecordWriter(part.path(job.directory, "tfrecord"))
+    writer = RecordWriter(job.shard_path, job.options.file_format)
     try:
         for number, entry in enumerate(part.entries):
             begin(number)
@@ -220,7 +226,7 @@ def _described(record: Record, entry: Entry) -> Record:
 def _adopt(job: Job, shard: str, number: int) -> None:
     """Makes a shard of the earlier data set this part's, without copying where links can be."""
     assert job.earlier is not None
-    target = job.part.path(job.directory, "tfrecord")
+    target = job.shard_path
     target.unlink(missing_ok=True)
     try:
         os.link(job.earlier / shard, target)
@@ -228,7 +234,7 @@ def _adopt(job: Job, shard: str, number: int) -> None:
         temporary = target.parent / f"{target.name}.{os.getpid()}.tmp"
         (job.earlier / shard).copy(temporary, overwrite=True)
         temporary.replace(target)
-    dataset = shard.partition(f"-{job.part.split}.tfrecord-")[0]
+    dataset = shard.partition(f"-{job.part.split}.{job.options.file_format}-")[0]
     index = index_path(job.earlier, dataset, job.part.split)
     columns = load_columns(index)
     if columns is None:
@@ -285,7 +291,9 @@ def _prepared(
         line["clips"].append([entry.record_id, *hopeless])
         return
     try:
-        with local_file(entry.path) as path:
+        # Of a record file one example is read, in place: copying it for each would take for ever.
+        in_place = contextlib.nullcontext(entry.path)
+        with local_file(entry.path) if entry.example is None else in_place as path:
             local = dataclasses.replace(entry, path=path)
             cut = parse_cut(options.cut) if options.cut else None
             clips = pieces(local, cut, min_seconds=options.min_seconds) if cut else [local]

@@ -8,6 +8,7 @@ samples arrive with the times at which they are presented; what is left to do he
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ __all__ = [
     "Frame",
     "MediaError",
     "MediaInfo",
+    "RateLimit",
     "Sound",
     "decode_audio",
     "decode_frames",
@@ -34,6 +36,10 @@ __all__ = [
 _MAX_BACK_SECONDS = 0.5
 _SEEK_MARGIN_SECONDS = 1.0  # sound decoders need some packets before the first good sample
 _FPS_SLACK_SECONDS = 0.002  # time stamps in whole milliseconds make 30 fps vary
+
+
+# A local file of any name, or the content of one.
+Source = str | os.PathLike[str] | bytes
 
 
 class MediaInfo(NamedTuple):
@@ -92,22 +98,45 @@ def _stream(container: Any, kind: str) -> Any | None:
     return (default or streams or [None])[0]
 
 
+class RateLimit:
+    """Chooses frames, by their times, so that they keep to a rate on average."""
+
+    def __init__(self, max_fps: float | None):
+        """Takes the rate in frames a second; None keeps all."""
+        self._interval = 1 / max_fps if max_fps else 0.0
+        self._due: float | None = None
+
+    def keeps(self, seconds: float) -> bool:
+        """Whether the frame that appears then, after those asked about before, stays."""
+        due = seconds if self._due is None else self._due
+        if seconds < due - _FPS_SLACK_SECONDS:
+            return False
+        # Counted from when a frame was due and not from when it came: 32 fps become 30, not 16.
+        self._due = max(due, seconds - self._interval) + self._interval
+        return True
+
+
 @contextlib.contextmanager
-def _open(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Sequence[Any]]]:
+def _open(path: Source) -> Iterator[tuple[Any, Sequence[Any]]]:
     """Opens a file, and turns what goes wrong inside the block into MediaError.
 
     Yields:
       The container, and the messages FFmpeg logs, which are the only sign of some damage: a
       demuxer that meets garbage looks for the next good byte, and says so only there.
     """
-    name = os.fspath(path)
+    if isinstance(path, bytes):
+        name = f"a file of {len(path)} bytes"
+        place: io.BytesIO | str = io.BytesIO(path)
+    else:
+        # "file:" so that neither a leading dash nor a colon in the name means anything.
+        name = os.fspath(path)
+        place = f"file:{name}"
     av.logging.set_level(av.logging.ERROR)
     av.logging.set_skip_repeated(False)  # else the second file cut short goes unnoticed
     try:
-        # "file:" so that neither a leading dash nor a colon in the name means anything.
         with (
             av.logging.Capture() as log,
-            av.open(f"file:{name}", metadata_errors="replace") as container,
+            av.open(place, metadata_errors="replace") as container,
         ):
             if _is_still(container):
                 raise MediaError("not_media", f"a {container.format.long_name}, not a recording")
@@ -126,11 +155,11 @@ def _open(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Sequence[Any]]]:
         raise MediaError("damaged", f"{type(error).__name__}: {error.strerror}") from error
 
 
-def probe(path: str | os.PathLike[str]) -> MediaInfo:
+def probe(path: Source) -> MediaInfo:
     """Reads a file's header.
 
     Args:
-      path: Local file of any name.
+      path: Local file of any name, or a file's content.
 
     Raises:
       MediaError: If it cannot be opened, is no recording, or has neither picture nor sound.
@@ -236,7 +265,7 @@ def _stored_size(stream: Any, frame: Any, short_side: int | None) -> tuple[int, 
 
 
 def decode_frames(
-    path: str | os.PathLike[str],
+    path: Source,
     *,
     short_side: int | None,
     max_fps: float | None,
@@ -246,7 +275,7 @@ def decode_frames(
     """Decodes the picture, upright and with square pixels, at its own times.
 
     Args:
-      path: Local file.
+      path: Local file, or a file's content.
       short_side: Height or width to scale down to, whichever is shorter; never scales up.
       max_fps: Frames are dropped, by their times, to this rate on average; None keeps all.
       start_seconds: First frame is the first that appears at this time or later.
@@ -267,8 +296,8 @@ def decode_frames(
             raise MediaError("unsupported_codec", "no decoder for the picture")
         zero = (container.start_time or 0) / 1e6
         rate = float(stream.guessed_rate or stream.average_rate or 0)
-        interval = 1 / max_fps if max_fps else 0.0
-        seen = due = -np.inf
+        limit = RateLimit(max_fps)
+        seen = -np.inf
         size = None
         # Kept over all frames: setting one up takes twenty times as long as a 64x64 frame.
         reformatter = VideoReformatter()
@@ -286,10 +315,8 @@ def decode_frames(
             if seconds <= seen or seconds < start_seconds - 1e-6:
                 continue  # a repeated frame, or one before the wanted part
             seen = seconds
-            if seconds < due - _FPS_SLACK_SECONDS:
+            if not limit.keeps(seconds):
                 continue
-            # Counted from when a frame was due and not from when it came: 32 fps become 30, not 16.
-            due = max(due, seconds - interval) + interval
             if size is None:
                 size = _stored_size(stream, frame, short_side)
                 transpose, flip_rows, flip_columns = _orientation(frame)
@@ -309,7 +336,7 @@ def decode_frames(
 
 
 def decode_audio(
-    path: str | os.PathLike[str],
+    path: Source,
     *,
     sample_rate_hz: int,
     start_seconds: float = 0.0,
@@ -318,7 +345,7 @@ def decode_audio(
     """Decodes the sound to mono, so that a sample's index tells its time.
 
     Args:
-      path: Local file.
+      path: Local file, or a file's content.
       sample_rate_hz: Rate to resample to.
       start_seconds: Samples before are left out.
       end_seconds: Samples from here on are left out; None for all.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
+from avcl_jax.data.example_proto import DecodeError, example_class
 from avcl_jax.data.tfrecord import RecordError
 
 # Written as the data set's version. Raise the first number when old readers would read nonsense.
@@ -112,59 +111,6 @@ class RecordTimeline(NamedTuple):
         return self.audio_start_seconds + self.num_samples / self.sample_rate_hz
 
 
-@functools.cache
-def _example_class() -> Any:
-    """Returns tf.train.Example, from a descriptor of our own.
-
-    In a private pool, because TensorFlow and TFDS register the same names in the default one; and
-    because importing TFDS takes a second in every worker.
-    """
-    field = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(
-        name="avcl_jax/example.proto", package="tensorflow", syntax="proto3"
-    )
-
-    def add(message: Any, name: str, number: int, kind: int, **options: Any) -> None:
-        options.setdefault("label", field.LABEL_OPTIONAL)
-        message.field.add(name=name, number=number, type=kind, **options)
-
-    for name, kind in (
-        ("BytesList", field.TYPE_BYTES),
-        ("FloatList", field.TYPE_FLOAT),
-        ("Int64List", field.TYPE_INT64),
-    ):
-        add(file.message_type.add(name=name), "value", 1, kind, label=field.LABEL_REPEATED)
-    feature = file.message_type.add(name="Feature")
-    feature.oneof_decl.add(name="kind")
-    for number, name in enumerate(("BytesList", "FloatList", "Int64List"), start=1):
-        add(
-            feature,
-            name.replace("List", "_list").lower(),
-            number,
-            field.TYPE_MESSAGE,
-            type_name=f".tensorflow.{name}",
-            oneof_index=0,
-        )
-    features = file.message_type.add(name="Features")
-    entry = features.nested_type.add(name="FeatureEntry")
-    entry.options.map_entry = True
-    add(entry, "key", 1, field.TYPE_STRING)
-    add(entry, "value", 2, field.TYPE_MESSAGE, type_name=".tensorflow.Feature")
-    add(
-        features,
-        "feature",
-        1,
-        field.TYPE_MESSAGE,
-        type_name=".tensorflow.Features.FeatureEntry",
-        label=field.LABEL_REPEATED,
-    )
-    example = file.message_type.add(name="Example")
-    add(example, "features", 1, field.TYPE_MESSAGE, type_name=".tensorflow.Features")
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("tensorflow.Example"))
-
-
 def to_bytes(text: str) -> bytes:
     """Encodes a name; file names need not be UTF-8."""
     return text.encode("utf-8", "surrogateescape")
@@ -203,7 +149,7 @@ def serialize_record(record: Record) -> bytes:
       ValueError: If the record contradicts itself.
     """
     _check_record(record)
-    example = _example_class()()
+    example = example_class()()
     feature = example.features.feature
     for name, data in (
         ("id", to_bytes(record.record_id)),
@@ -239,7 +185,7 @@ def parse_record(payload: bytes | memoryview, *, where: str, multilabel: Collect
       RecordError: If it is something else.
     """
     try:
-        feature = _example_class().FromString(bytes(payload)).features.feature
+        feature = example_class().FromString(bytes(payload)).features.feature
         missing = [name for name in FEATURE_KINDS if name not in feature]
         if missing:
             raise RecordError(f"{where} lacks the features {missing}: not a record of avcl_jax")
@@ -270,5 +216,5 @@ def parse_record(payload: bytes | memoryview, *, where: str, multilabel: Collect
                 for label in [name.removeprefix(LABEL_PREFIX)]
             },
         )
-    except (message.DecodeError, IndexError) as error:
+    except (DecodeError, IndexError) as error:
         raise RecordError(f"{where} is not a record of avcl_jax: {error}") from error

@@ -18,7 +18,7 @@ import crc32c
 import numpy as np
 from etils import epath
 
-from avcl_jax.data import tfrecord
+from avcl_jax.data import record_files
 from avcl_jax.data.record_format import (
     LABEL_PREFIX,
     Record,
@@ -210,7 +210,9 @@ def index_path(directory: epath.PathLike, name: str, split: str) -> epath.Path:
     return epath.Path(directory) / f"{name}-{split}.index"
 
 
-def scan_shard(shard: epath.Path, multilabel: Collection[str]) -> dict[str, np.ndarray]:
+def scan_shard(
+    shard: epath.Path, file_format: str, multilabel: Collection[str]
+) -> dict[str, np.ndarray]:
     """Makes the columns of a shard from its records, reading all of it.
 
     Raises:
@@ -218,8 +220,9 @@ def scan_shard(shard: epath.Path, multilabel: Collection[str]) -> dict[str, np.n
     """
     if not shard.exists():
         raise RecordError(f"{shard} is missing: prepare this data set again or copy all of it")
-    rows = []
-    for offset, payload, crc in tfrecord.scan(shard):
-        record = parse_record(payload, where=f"{shard}, byte {offset}", multilabel=multilabel)
+    rows: list[IndexRow] = []
+    for place, payload, crc in record_files.scan(shard, file_format):
+        where = f"{shard}, record {len(rows)} at {place}"
+        record = parse_record(payload, where=where, multilabel=multilabel)
         rows.append(index_row(record, len(payload), crc))
     return columns_of(rows)

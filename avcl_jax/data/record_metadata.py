@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
+from avcl_jax.data.record_files import TFRECORD
 from avcl_jax.data.record_format import FORMAT_VERSION, LABEL_PREFIX
 from avcl_jax.data.records import ShardInfo
 
@@ -70,6 +71,7 @@ def write_dataset_metadata(
     class_names: Mapping[str, Sequence[str]],
     multilabel: Collection[str] = (),
     splits: Mapping[str, Sequence[ShardInfo]],
+    file_format: str = TFRECORD,
 ) -> None:
     """Writes features.json, dataset_info.json and the class names, dataset_info.json last.
 
@@ -79,6 +81,7 @@ def write_dataset_metadata(
       class_names: Names of the classes, for each label.
       multilabel: Labels of which a clip may have several.
       splits: For each split, its shards in order.
+      file_format: Of the shards, one of `FILE_FORMATS`.
     """
     directory = epath.Path(directory)
     identity = tfds.core.dataset_info.DatasetIdentity(
@@ -92,9 +95,9 @@ def write_dataset_metadata(
         description=_DESCRIPTION,
         features=record_features(class_names, multilabel),
     )
-    info.set_file_format("tfrecord")
+    info.set_file_format(file_format)
     template = tfds.core.ShardedFileTemplate(
-        data_dir=directory, dataset_name=name, filetype_suffix="tfrecord"
+        data_dir=directory, dataset_name=name, filetype_suffix=file_format
     )
     info.set_splits(
         tfds.core.splits.SplitDict(

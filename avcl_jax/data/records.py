@@ -1,8 +1,9 @@
-"""Prepared data sets: TFRecord shards of records, written and read without TensorFlow.
+"""Prepared data sets: shards of records, written and read without TensorFlow.
 
 A prepared directory is what TensorFlow Datasets writes (`features.json`, `dataset_info.json`,
 `NAME-SPLIT.tfrecord-00000-of-00010`), so TensorFlow users open it with
-`tfds.builder_from_directory(directory).as_dataset(split=...)`. Metadata are written by
+`tfds.builder_from_directory(directory).as_dataset(split=...)`. Shards may be ArrayRecord files
+instead, which `as_data_source(split=...)` opens without TensorFlow. Metadata are written by
 `avcl_jax.data.record_metadata`; this module writes shards and reads everything.
 """
 
@@ -19,7 +20,8 @@ import crc32c
 import numpy as np
 from etils import epath
 
-from avcl_jax.data import tfrecord
+from avcl_jax.data import record_files, tfrecord
+from avcl_jax.data.record_files import FILE_FORMATS, TFRECORD, FileWriter
 from avcl_jax.data.record_format import (
     FEATURE_KINDS,
     FORMAT_VERSION,
@@ -44,6 +46,7 @@ from avcl_jax.data.record_index import (
 from avcl_jax.data.tfrecord import RecordError, is_remote
 
 __all__ = [
+    "FILE_FORMATS",
     "FORMAT_VERSION",
     "UNKNOWN_LABEL",
     "Record",
@@ -71,12 +74,10 @@ class RecordWriter:
     removes what was written.
     """
 
-    def __init__(self, path: epath.PathLike):
-        """Opens a temporary file beside `path`."""
-        self._path = epath.Path(path)
-        self._temporary = self._path.parent / f"{self._path.name}.{os.getpid()}.tmp"
+    def __init__(self, path: epath.PathLike, file_format: str = TFRECORD):
+        """Opens a temporary file beside `path`, of one of `FILE_FORMATS`."""
         self._rows: list[IndexRow] = []
-        self._file = self._temporary.open("wb")
+        self._file = FileWriter(path, file_format)
 
     def write(self, record: Record) -> None:
         """Appends one record.
@@ -86,18 +87,12 @@ class RecordWriter:
           OSError: If it cannot be written, for instance because the disk is full.
         """
         payload = serialize_record(record)
-        framed = tfrecord.frame_payload(payload)
-        self._file.write(framed)
-        crc = int.from_bytes(framed[-4:], "little")
+        crc = self._file.write(payload)
         self._rows.append(index_row(record, len(payload), crc))
 
     def finish(self) -> ShardInfo:
         """Gives the shard its name and says what is in it."""
-        self._file.flush()
-        with contextlib.suppress(AttributeError, OSError):  # object stores have no descriptor
-            os.fsync(self._file.fileno())
-        self._file.close()
-        self._temporary.replace(self._path)
+        self._file.finish()
         return ShardInfo(len(self._rows), sum(row.length for row in self._rows))
 
     def columns(self) -> dict[str, np.ndarray]:
@@ -106,9 +101,7 @@ class RecordWriter:
 
     def abandon(self) -> None:
         """Removes what was written."""
-        with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        self._file.abandon()
 
     def __enter__(self) -> RecordWriter:
         return self
@@ -120,12 +113,15 @@ class RecordWriter:
             self.abandon()
 
 
-def write_shard(path: epath.PathLike, records: Iterable[Record]) -> ShardInfo:
-    """Writes `records` to one TFRecord file, all or nothing.
+def write_shard(
+    path: epath.PathLike, records: Iterable[Record], file_format: str = TFRECORD
+) -> ShardInfo:
+    """Writes `records` to one file, all or nothing.
 
     Args:
-      path: `DIRECTORY/NAME-SPLIT.tfrecord-00000-of-00001`.
+      path: `DIRECTORY/` and what `shard_name` returns.
       records: In the order in which they will be numbered.
+      file_format: One of `FILE_FORMATS`.
 
     Returns:
       Numbers of records and bytes, for the data set's metadata.
@@ -134,7 +130,7 @@ def write_shard(path: epath.PathLike, records: Iterable[Record]) -> ShardInfo:
       ValueError: If a record contradicts itself.
       OSError: If the file cannot be written.
     """
-    writer = RecordWriter(path)
+    writer = RecordWriter(path, file_format)
     try:
         for record in records:
             writer.write(record)
@@ -144,9 +140,9 @@ def write_shard(path: epath.PathLike, records: Iterable[Record]) -> ShardInfo:
         raise
 
 
-def shard_name(name: str, split: str, number: int, count: int) -> str:
+def shard_name(name: str, split: str, number: int, count: int, file_format: str = TFRECORD) -> str:
     """Returns the file name TFDS gives to shard `number` of `count`."""
-    return f"{name}-{split}.tfrecord-{number:05d}-of-{count:05d}"
+    return f"{name}-{split}.{file_format}-{number:05d}-of-{count:05d}"
 
 
 def _read_json(path: epath.Path) -> Any:
@@ -203,7 +199,7 @@ def split_names(directory: epath.PathLike) -> list[str]:
 
 
 def _begins(lengths: np.ndarray) -> np.ndarray:
-    """Returns where each record would begin, and the last end, were all shards one file."""
+    """Returns where each record would begin, and the last end, were all shards one TFRecord."""
     return np.concatenate([[0], np.cumsum(lengths + tfrecord.OVERHEAD_BYTES)])
 
 
@@ -222,6 +218,7 @@ class RecordDataset:
       timelines: [len] of each field of `RecordTimeline`.
       source_numbers: int32 [len], the same number for records of one source.
       fingerprint: Changes when any record, or their order, does.
+      file_format: Of the shards, one of `FILE_FORMATS`.
     """
 
     def __init__(self, directory: epath.PathLike, split: str):
@@ -241,6 +238,12 @@ class RecordDataset:
                 f"{self._directory} holds records of version {version}, this code reads "
                 f"{FORMAT_VERSION}: prepare the media again with this release"
             )
+        self.file_format = info.get("fileFormat", TFRECORD)
+        if self.file_format not in FILE_FORMATS:
+            raise RecordError(
+                f"{self._directory} has shards of format {self.file_format!r}, this code reads "
+                f"{' and '.join(FILE_FORMATS)}"
+            )
         splits = {entry["name"]: entry for entry in info["splits"]}
         if split not in splits:
             raise RecordError(f"{self._directory} has no split {split!r}, it has {sorted(splits)}")
@@ -254,7 +257,8 @@ class RecordDataset:
         self.multilabel = frozenset(label for label, several in labels.items() if several)
         lengths = [int(length) for length in splits[split]["shardLengths"]]
         self._shards = [
-            self._directory / shard_name(info["name"], split, number, len(lengths))
+            self._directory
+            / shard_name(info["name"], split, number, len(lengths), self.file_format)
             for number in range(len(lengths))
         ]
         if not sum(lengths):
@@ -262,9 +266,12 @@ class RecordDataset:
         columns = self._load_index(index_path(self._directory, info["name"], split), lengths)
         self._lengths, self._crcs = columns["length"], columns["crc"]
         self._first = np.concatenate([[0], np.cumsum(lengths)])
-        # Where each record begins in its shard: all bytes before it, less the shards before.
-        begins = _begins(self._lengths)
-        self._offsets = begins[:-1] - np.repeat(begins[self._first[:-1]], lengths)
+        # Of each record in its shard: its byte offset, or its number.
+        if self.file_format == TFRECORD:
+            begins = _begins(self._lengths)
+            self._places = begins[:-1] - np.repeat(begins[self._first[:-1]], lengths)
+        else:
+            self._places = np.arange(sum(lengths)) - np.repeat(self._first[:-1], lengths)
         self.record_ids = StringColumn(
             columns["record_id"], np.cumsum(columns["record_id_length"], dtype=np.int64)
         )
@@ -288,7 +295,7 @@ class RecordDataset:
         logging.warning("making the index %s by reading all shards of this split", path)
         shards = []
         for shard, length in zip(self._shards, lengths, strict=True):
-            shards.append(scan_shard(shard, self.multilabel))
+            shards.append(scan_shard(shard, self.file_format, self.multilabel))
             found = len(shards[-1]["length"])
             if found != length:
                 raise RecordError(
@@ -303,8 +310,9 @@ class RecordDataset:
     def _fits(self, columns: Mapping[str, np.ndarray], lengths: Sequence[int]) -> bool:
         """Whether an index belongs to the shards, as far as their sizes tell.
 
-        The sizes of files in an object store take a request each and are not looked at; the CRC of
-        every record, which the index also holds, catches at reading what this cannot see.
+        The sizes of files in an object store take a request each and are not looked at, and those
+        of ArrayRecord files tell nothing; the CRC of every record, which the index also holds,
+        catches at reading what this cannot see.
         """
         if columns["shard_length"].tolist() != list(lengths):
             return False
@@ -313,7 +321,7 @@ class RecordDataset:
         expected = np.diff(_begins(columns["length"])[np.cumsum([0, *lengths])])
         for shard, size in zip(self._shards, expected.tolist(), strict=True):
             try:
-                if os.stat(shard).st_size != size:
+                if os.stat(shard).st_size != size and self.file_format == TFRECORD:
                     return False
             except FileNotFoundError:
                 raise RecordError(
@@ -327,7 +335,7 @@ class RecordDataset:
 
     def __len__(self) -> int:
         """Returns the number of records."""
-        return len(self._offsets)
+        return len(self._places)
 
     def __repr__(self) -> str:
         """Returns a constant description: grain puts it into its checkpoints."""
@@ -345,12 +353,14 @@ class RecordDataset:
             raise IndexError(f"record {index} of {len(self)}")
         shard = self._shards[int(np.searchsorted(self._first, index, side="right")) - 1]
         where = f"{shard}, record {self.record_ids[index]!r}"
-        framed = tfrecord.read_bytes(
-            shard, int(self._offsets[index]), int(self._lengths[index]) + tfrecord.OVERHEAD_BYTES
+        payload = record_files.read_known(
+            shard,
+            self.file_format,
+            int(self._places[index]),
+            length=int(self._lengths[index]),
+            crc=int(self._crcs[index]),
+            where=where,
         )
-        if len(framed) < self._lengths[index] + tfrecord.OVERHEAD_BYTES:
-            raise RecordError(f"{where} is truncated: prepare this data set again")
-        payload = tfrecord.unframe_payload(framed, expected_crc=int(self._crcs[index]), where=where)
         return parse_record(payload, where=where, multilabel=self.multilabel)
 
     @property

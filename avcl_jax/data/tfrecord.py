@@ -11,6 +11,7 @@ from etils import epath
 
 _HEADER = struct.Struct("<QI")  # payload length, masked CRC of the eight length bytes
 _FOOTER = struct.Struct("<I")  # masked CRC of the payload
+HEADER_BYTES = _HEADER.size
 OVERHEAD_BYTES = _HEADER.size + _FOOTER.size
 
 
@@ -94,6 +95,38 @@ def read_bytes(path: epath.Path, offset: int, size: int) -> bytes:
         return file.read(size)
 
 
+def read_payload(path: epath.Path, offset: int, *, where: str) -> memoryview:
+    """Reads the record that begins at `offset`.
+
+    Raises:
+      RecordError: If it is truncated or damaged.
+      OSError: If the file cannot be read.
+    """
+    header = read_bytes(path, offset, _HEADER.size)
+    length = payload_length(header, where=where)
+    # Before memory is reserved for it: a length may be wrong and have a CRC that fits.
+    if length > epath.Path(path).stat().length:
+        raise RecordError(f"{where} is truncated: prepare this data set again")
+    framed = header + read_bytes(path, offset + _HEADER.size, length + _FOOTER.size)
+    if len(framed) < length + OVERHEAD_BYTES:
+        raise RecordError(f"{where} is truncated: prepare this data set again")
+    return unframe_payload(framed, expected_crc=None, where=where)
+
+
+def payload_length(header: bytes, *, where: str) -> int:
+    """Returns the length that the first bytes of a framed record state.
+
+    Raises:
+      RecordError: If they are truncated or damaged: nothing after them can be found then.
+    """
+    if len(header) < _HEADER.size:
+        raise RecordError(f"{where} is truncated: prepare this data set again")
+    length, length_crc = _HEADER.unpack(header)
+    if masked_crc(header[:8]) != length_crc:
+        raise RecordError(f"{where} is damaged (CRC does not match): prepare this data set again")
+    return length
+
+
 def scan(path: epath.Path) -> Iterator[tuple[int, memoryview, int]]:
     """Reads a whole shard in order.
 
@@ -110,13 +143,7 @@ def scan(path: epath.Path) -> Iterator[tuple[int, memoryview, int]]:
         offset = 0
         while header := file.read(_HEADER.size):
             where = f"{path}, record at byte {offset}"
-            if len(header) < _HEADER.size:
-                raise RecordError(f"{where} is truncated: prepare this data set again")
-            length, length_crc = _HEADER.unpack(header)
-            if masked_crc(header[:8]) != length_crc:
-                raise RecordError(
-                    f"{where} is damaged (CRC does not match): prepare this data set again"
-                )
+            length = payload_length(header, where=where)
             rest = file.read(length + _FOOTER.size)
             payload = (
                 unframe_payload(header + rest, expected_crc=None, where=where)

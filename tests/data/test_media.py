@@ -30,6 +30,7 @@ OPTIONS = ClipOptions(
     max_seconds=60.0,
     min_side=16,
     require=(),
+    file_format="tfrecord",
 )
 
 # By hand, from packet counts, headers and the table in ../shared/data/README.md: frames, height

@@ -141,7 +141,7 @@ def test_other_labels_need_no_decoding(
     table.write_text("path,label_x,source\nb.mp4,ant,s\na.mp4,dog,u\nc.mp4,cat,t\n")
     parts = plan_parts(read_input(table, split="train", root=None).entries, 2)
     earlier = read_earlier(epath.Path(out))
-    options = shards.ClipOptions(128, None, 90, 16000, 0.0, 600.0, 16, ())
+    options = shards.ClipOptions(128, None, 90, 16000, 0.0, 600.0, 16, (), "tfrecord")
     changes = compare(earlier, parts, options, overwrite=False)
     assert len(changes.known) == 3
     assert not changes.none
@@ -218,7 +218,7 @@ def test_an_interrupted_part_leaves_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entries = read_input(folder, split="train", root=None).entries
-    options = shards.ClipOptions(128, None, 90, 16000, 0.0, 600.0, 16, ())
+    options = shards.ClipOptions(128, None, 90, 16000, 0.0, 600.0, 16, (), "tfrecord")
     (part,) = plan_parts(entries, 9)
     (job,) = jobs(
         [part],

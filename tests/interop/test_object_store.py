@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from avcl_jax.data.records import RecordDataset, RecordError
+from data_prep import shards
 from data_prep.__main__ import main
 from tests.data.synthetic_media import write_flash_and_click
 
@@ -113,3 +114,31 @@ def test_media_and_tables_in_a_store(folder: Path, bucket: str, tmp_path: Path) 
     assert prepare(f"{bucket}/list.csv", tmp_path / "table") == 3
     assert list(RecordDataset(tmp_path / "table", "train").record_ids) == ["media/a.mp4"]
     assert '"not_found"' in (tmp_path / "table" / "rejected.jsonl").read_text()
+
+
+def test_record_files_in_a_store_are_read_in_place(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = Path(__file__).parents[1] / "data_prep" / "testdata" / "tiny"
+    s3fs.S3FileSystem().put(f"{tiny}/", f"{bucket}/tiny/", recursive=True)
+
+    def refuse(path: str) -> None:
+        raise AssertionError(f"a copy of {path}")
+
+    monkeypatch.setattr(shards, "local_file", refuse)
+    jobs = []
+    monkeypatch.setattr(
+        "data_prep.prepare.Pool.run", lambda pool, todo: jobs.extend(todo) or run_here(todo)
+    )
+    for out, source in (("remote", f"{bucket}/tiny"), ("local", str(tiny))):
+        assert main(["tfds", source, f"--out={tmp_path / out}", "--fps=10"]) == 0
+    assert len(jobs) == 4
+    for split in ("train", "test"):
+        remote, local = (RecordDataset(tmp_path / out, split) for out in ("remote", "local"))
+        assert remote.fingerprint == local.fingerprint
+
+
+def run_here(jobs: list[shards.Job]) -> None:
+    """Prepares parts in this process, where functions can be replaced."""
+    for job in jobs:
+        shards.prepare_part(job, skip={}, begin=lambda *_: None)
