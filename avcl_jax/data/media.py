@@ -17,6 +17,7 @@ import av.logging
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
+from avcl_jax.data.avi_times import AviTimes
 from avcl_jax.data.media_error import REASONS, MediaError
 from avcl_jax.data.sound_timeline import lay_out
 
@@ -170,7 +171,9 @@ def _decoded(
 ) -> Iterator[Any]:
     """Yields a stream's frames from `start_seconds` on; raises MediaError on any damage there."""
     zero = (container.start_time or 0) / 1e6
-    if start_seconds > 0:
+    # Times in AVI are counted from the start, so that it is read from there.
+    avi = AviTimes(stream) if container.format.name == "avi" else None
+    if start_seconds > 0 and avi is None:
         target = max(0.0, start_seconds - _SEEK_MARGIN_SECONDS) + zero
         # What cannot seek is read from the beginning.
         with contextlib.suppress(av.error.FFmpegError):
@@ -204,6 +207,8 @@ def _decoded(
                 "damaged", f"{stream.type} cannot be decoded after {where}: {error.strerror}"
             ) from error
         _check_log(container, log, where)
+        if avi is not None:
+            avi.correct(packet, frames)
         for frame in frames:
             if stream.type == "video" and early(frame.time):
                 continue
