@@ -74,7 +74,8 @@ def prepare_clip(entry: Entry, options: ClipOptions) -> Record:
         entry.path,
         sample_rate_hz=options.sample_rate_hz,
         start_seconds=start,
-        end_seconds=end,
+        # Of a file that does not say how long it is, no more than decides that it is too long.
+        end_seconds=start + options.max_seconds + 2 * _MISSING_SECONDS if end is None else end,
     )
     if not frames and sound is None:
         raise MediaError("outside" if start or end else "empty", "neither picture nor sound here")
@@ -84,6 +85,7 @@ def prepare_clip(entry: Entry, options: ClipOptions) -> Record:
     if sound is not None:
         rate = options.sample_rate_hz
         sound_end = sound.start_seconds + len(sound.waveform) / rate
+        _check_not_longer(sound_end - start - _MISSING_SECONDS, options)
         # Samples that belong before the first frame; less than a thousandth of one does not.
         skip = max(0, int(np.ceil((zero - sound.start_seconds) * rate - 1e-3)))
         waveform = sound.waveform[skip:]

@@ -142,6 +142,9 @@ def prepare_part(
             except MediaError as error:
                 rejected.append(rejection(entry, error.reason, error.message))
                 continue
+            except MemoryError:
+                rejected.append(rejection(entry, "too_large", "it needs more memory than a worker"))
+                continue
             writer.write(record)
             counts["no_picture"] += not record.has_video
             counts["no_sound"] += not record.has_audio
