@@ -1,9 +1,9 @@
-"""When frames of an AVI file appear: the container stores no such times, and FFmpeg's guesses err.
+"""When frames of an AVI file appear: the container does not say, and FFmpeg's guesses err.
 
-An AVI stream is a row of slots, one for each tick of its clock. FFmpeg numbers the packets by slot,
-which is the order of decoding. From it the parser guesses when frames appear, and is one frame late
-for MPEG-4 with B-frames, wrong in every frame for H.264 with B-frames. For sound it counts bytes
-or packets, which for Vorbis goes wrong by a factor of ten. Players of AVI show the pictures in order,
+An AVI stream is a row of slots, one for each tick of its clock. FFmpeg numbers packets by slot,
+which is the order of decoding. Its parser guesses from it when frames appear: one frame late for
+MPEG-4 with B-frames, wrong in every frame for H.264 with B-frames. For sound it counts bytes or
+packets, which goes wrong by a factor of ten for Vorbis. Players of AVI show the pictures in order,
 one to a slot, and play the sound without a break; so do we.
 """
 

@@ -27,6 +27,7 @@ from avcl_jax.data.record_format import (
     UNKNOWN_LABEL,
     Record,
     RecordTimeline,
+    check_labels,
     parse_record,
     serialize_record,
 )
@@ -274,7 +275,7 @@ class RecordDataset:
         logging.warning("making the index %s by reading all shards of this split", path)
         shards = []
         for shard, length in zip(self._shards, lengths, strict=True):
-            shards.append(scan_shard(shard, self.multilabel))
+            shards.append(scan_shard(shard, self.class_names, self.multilabel))
             found = len(shards[-1]["length"])
             if found != length:
                 raise RecordError(
@@ -292,7 +293,13 @@ class RecordDataset:
         The sizes of files in an object store take a request each and are not looked at; the CRC of
         every record, which the index also holds, catches at reading what this cannot see.
         """
-        if columns["shard_length"].tolist() != list(lengths):
+        single = {LABEL_PREFIX + label for label in set(self.class_names) - self.multilabel}
+        one_a_record = {*RecordTimeline._fields, "length", "crc", "source_number", *single}
+        if not one_a_record | {"shard_length", "record_id", "record_id_length"} <= set(columns):
+            return False
+        if {columns[name].shape for name in one_a_record} != {(sum(lengths),)}:
+            return False
+        if columns["shard_length"].tolist() != list(lengths) or columns["length"].min() < 0:
             return False
         if is_remote(self._directory):
             return True
@@ -337,7 +344,9 @@ class RecordDataset:
         if len(framed) < self._lengths[index] + tfrecord.OVERHEAD_BYTES:
             raise RecordError(f"{where} is truncated: prepare this data set again")
         payload = tfrecord.unframe_payload(framed, expected_crc=int(self._crcs[index]), where=where)
-        return parse_record(payload, where=where, multilabel=self.multilabel)
+        record = parse_record(payload, where=where, multilabel=self.multilabel)
+        check_labels(record, self.class_names, where=where)
+        return record
 
     def timeline(self, index: int) -> RecordTimeline:
         """Returns lengths and times of one record without reading it."""

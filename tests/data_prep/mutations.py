@@ -1,4 +1,4 @@
-"""Files as damaged disks, broken downloads and hostile people leave them: seeded mutations of bytes."""
+"""Files as damaged disks, broken downloads and hostile people leave them, all seeded."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def shuffle_chunks(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def absurd_sizes(data: bytes, rng: np.random.Generator) -> bytes:
-    """Numbers near the limits of 32 and 64 bits over 1 to 8 fields of the first or last 4,000 bytes."""
+    """Numbers at the limits of 32 and 64 bits, up to 8 times, in the first or last 4,000 bytes."""
     mutated = bytearray(data)
     for _ in range(int(rng.integers(1, 9))):
         at = int(rng.integers(0, min(4000, len(data) - 8)))
