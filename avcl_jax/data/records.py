@@ -336,7 +336,7 @@ class RecordDataset:
         index = int(index)
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        shard = self._shards[int(np.searchsorted(self._first, index, side="right")) - 1]
+        shard = self.shard_of(index)
         where = f"{shard}, record {self.record_ids[index]!r}"
         framed = tfrecord.read_bytes(
             shard, int(self._offsets[index]), int(self._lengths[index]) + tfrecord.OVERHEAD_BYTES
@@ -347,6 +347,10 @@ class RecordDataset:
         record = parse_record(payload, where=where, multilabel=self.multilabel)
         check_labels(record, self.class_names, where=where)
         return record
+
+    def shard_of(self, index: int) -> epath.Path:
+        """Returns the shard in which a record lies."""
+        return self._shards[int(np.searchsorted(self._first, index, side="right")) - 1]
 
     def timeline(self, index: int) -> RecordTimeline:
         """Returns lengths and times of one record without reading it."""
