@@ -53,6 +53,7 @@ def demo() -> ml_collections.ConfigDict:
     c.data.workers = 0  # processes; 0 renders in threads, which suits few cores
     c.data.threads = 2
     c.data.prefetch = 4  # batches kept ready
+    c.data.max_bad_records = 0  # one that cannot be read stops the run; above 0 is left out
 
     c.views = ml_collections.ConfigDict()
     c.views.num_frames = 12

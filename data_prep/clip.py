@@ -79,7 +79,11 @@ def prepare_clip(entry: Entry, options: ClipOptions) -> Record:
         _check_not_longer(expected_end - start, options)
     frames = _frames(footage, entry, options)
     picture_end = _picture_end(frames, entry)
-    sound = footage.sound(sample_rate_hz=options.sample_rate_hz)
+    sound = footage.sound(
+        sample_rate_hz=options.sample_rate_hz,
+        # Of a file that does not say how long it is, no more than decides that it is too long.
+        until_seconds=start + options.max_seconds + 2 * _MISSING_SECONDS,
+    )
     if not frames and sound is None:
         raise MediaError("outside" if start or end else "empty", "neither picture nor sound here")
     zero = frames[0].seconds if frames else max(start, sound.start_seconds if sound else 0.0)
@@ -88,6 +92,7 @@ def prepare_clip(entry: Entry, options: ClipOptions) -> Record:
     if sound is not None:
         rate = options.sample_rate_hz
         sound_end = sound.start_seconds + len(sound.waveform) / rate
+        _check_not_longer(sound_end - start - _MISSING_SECONDS, options)
         # Samples that belong before the first frame; less than a thousandth of one does not.
         skip = max(0, int(np.ceil((zero - sound.start_seconds) * rate - 1e-3)))
         waveform = sound.waveform[skip:]

@@ -14,7 +14,16 @@ from etils import epath
 from avcl_jax.data.records import FORMAT_VERSION, ShardInfo, shard_name
 from data_prep.clip import ClipOptions
 from data_prep.manifest import Manifest, PrepareError
-from data_prep.shards import PREPARED, Job, Known, Part, description, entry_plan, unchanged
+from data_prep.shards import (
+    PREPARED,
+    Job,
+    Known,
+    Part,
+    description,
+    entry_plan,
+    may_pass,
+    unchanged,
+)
 
 SOURCES = "sources.jsonl"
 PREPARATION = "preparation.json"
@@ -151,7 +160,7 @@ def compare(
             continue
         line = before[key].line
         counts["same_plan"] += line["plan"] == entry_plan(entry, options)
-        if unchanged(line, entry, options):
+        if unchanged(line, entry, options) and not may_pass(line):
             known[key] = before[key]
             counts["relabelled"] += line["description"] != description(entry)
         else:

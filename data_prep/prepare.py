@@ -33,7 +33,7 @@ from data_prep.arguments import clip_options
 from data_prep.earlier import Earlier
 from data_prep.manifest import Entry, Manifest, PrepareError
 from data_prep.pool import Pool, describe_os_error
-from data_prep.shards import Job, Part, plan_parts, read_report
+from data_prep.shards import Job, Part, may_pass, plan_parts, read_report
 from data_prep.source_files import Duplicate, find_duplicates, state_of
 
 EXIT_FAILED, EXIT_REJECTED, EXIT_INTERRUPTED = 1, 3, 130
@@ -190,7 +190,7 @@ def _earlier(args: argparse.Namespace, out: epath.Path) -> Earlier | None:
 
 def _prepare(args: argparse.Namespace, jobs: Sequence[Job]) -> list[dict[str, Any]]:
     """Does the jobs that are not done; returns the reports of all."""
-    todo = [job for job in jobs if read_report(job) is None]
+    todo = [job for job in jobs if not _finished(job)]
     entries = [entry for job in jobs for entry in job.part.entries]
     sizes = {path: state_of(path) for path in dict.fromkeys(entry.path for entry in entries)}
     shares = collections.Counter(entry.path for entry in entries)
@@ -238,6 +238,14 @@ def _prepare(args: argparse.Namespace, jobs: Sequence[Job]) -> list[dict[str, An
             )
         reports.append(report)
     return reports
+
+
+def _finished(job: Job) -> bool:
+    """Whether an interrupted run did a job. What nobody could read may be readable now."""
+    report = read_report(job)
+    return report is not None and not any(
+        may_pass(line, {"unreadable"}) for line in report["lines"]
+    )
 
 
 def _check_any(out: epath.Path, reports: Sequence[Mapping[str, Any]]) -> None:

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import av
@@ -34,6 +34,8 @@ from data_prep.manifest import Entry
 from data_prep.source_files import FileState, local_file, sha256_of, state_of
 
 PREPARED = "prepared"
+# What is rejected for these may pass the next time, though the file is the same.
+MAY_PASS = frozenset({"unreadable", "timeout", "crashed"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,14 +135,17 @@ def unchanged(line: Mapping[str, Any], entry: Entry, options: ClipOptions) -> bo
     """Whether what was written down about an entry still holds."""
     if line["plan"] != entry_plan(entry, options):
         return False
-    if any(outcome == "unreadable" for _, outcome, _ in line["clips"]):
-        return False  # the next time it may be readable
     state = state_of(entry.path)
     before = None if line["bytes"] is None else FileState(line["bytes"], line["mtime_ns"])
     if state is None or before is None or (state == before and state.mtime_ns):
         return state == before
     # Copied or touched, or in a store that does not tell: the content decides.
     return state.bytes == before.bytes and sha256_of(entry.path) == line["sha256"]
+
+
+def may_pass(line: Mapping[str, Any], reasons: Collection[str] = MAY_PASS) -> bool:
+    """Whether a clip of an entry was rejected for one of `reasons`."""
+    return any(outcome in reasons for _, outcome, _ in line["clips"])
 
 
 def read_report(job: Job) -> dict[str, Any] | None:
@@ -303,6 +308,10 @@ def _prepared(
                     record = prepare_clip(clip, options)
                 except MediaError as error:
                     line["clips"].append([clip.record_id, error.reason, error.message])
+                    continue
+                except MemoryError:
+                    too_large = "it needs more memory than a worker may use"
+                    line["clips"].append([clip.record_id, "too_large", too_large])
                     continue
                 line["clips"].append([clip.record_id, PREPARED, ""])
                 yield record

@@ -8,6 +8,7 @@ samples arrive with the times at which they are presented; what is left to do he
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 from collections.abc import Iterator, Sequence
@@ -18,8 +19,10 @@ import av.logging
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
+from avcl_jax.data.avi_times import AviTimes
 from avcl_jax.data.media_error import REASONS, MediaError
 from avcl_jax.data.sound_timeline import lay_out
+from avcl_jax.data.upright import orientation, stored_size
 
 __all__ = [
     "REASONS",
@@ -35,6 +38,8 @@ __all__ = [
 
 _MAX_BACK_SECONDS = 0.5
 _SEEK_MARGIN_SECONDS = 1.0  # sound decoders need some packets before the first good sample
+# Twice 8K. A file of two megabytes can hold a picture that takes gigabytes to decode.
+_MAX_PIXELS = {"max_pixels": str(1 << 26)}
 _FPS_SLACK_SECONDS = 0.002  # time stamps in whole milliseconds make 30 fps vary
 
 
@@ -116,6 +121,19 @@ class RateLimit:
         return True
 
 
+def _can_be_read(source: Source) -> bool:
+    """Whether the system can read the file to its end, so that its content is to blame."""
+    if isinstance(source, bytes):
+        return True
+    try:
+        with open(source, "rb") as file:
+            while file.read(1 << 20):
+                pass
+    except OSError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def _open(path: Source) -> Iterator[tuple[Any, Sequence[Any]]]:
     """Opens a file, and turns what goes wrong inside the block into MediaError.
@@ -136,7 +154,7 @@ def _open(path: Source) -> Iterator[tuple[Any, Sequence[Any]]]:
     try:
         with (
             av.logging.Capture() as log,
-            av.open(place, metadata_errors="replace") as container,
+            av.open(place, metadata_errors="replace", options=_MAX_PIXELS) as container,
         ):
             if _is_still(container):
                 raise MediaError("not_media", f"a {container.format.long_name}, not a recording")
@@ -148,7 +166,11 @@ def _open(path: Source) -> Iterator[tuple[Any, Sequence[Any]]]:
     except av.error.DecoderNotFoundError as error:
         raise MediaError("unsupported_codec", error.strerror or str(error)) from error
     except OSError as error:  # FFmpeg's errors that are errors of the system are these too
+        if error.errno == errno.EIO and _can_be_read(path):  # what Matroska calls a cut cluster
+            raise MediaError("damaged", "the container cannot be read further") from error
         raise MediaError("unreadable", f"{type(error).__name__}: {error.strerror}") from error
+    except MemoryError as error:
+        raise MediaError("too_large", "more memory is needed than a worker may use") from error
     except av.error.EOFError as error:
         raise MediaError("truncated", "the file ends inside its header") from error
     except av.error.FFmpegError as error:
@@ -182,9 +204,11 @@ def probe(path: Source) -> MediaInfo:
 def _check_log(container: Any, log: Sequence[Any], where: str) -> None:
     """Raises MediaError if the demuxer logged an error.
 
-    Decoders log errors for much that loses nothing; theirs are not looked at.
+    Decoders log errors for much that loses nothing; of theirs only one is looked at.
     """
     for _, source, text in log:
+        if text.startswith("Picture size"):
+            raise MediaError("too_large", f"after {where}: {text.strip()}")
         if source == container.format.name:
             cut = "prematurely" in text or "partial file" in text
             raise MediaError("truncated" if cut else "damaged", f"after {where}: {text.strip()}")
@@ -199,11 +223,14 @@ def _decoded(
 ) -> Iterator[Any]:
     """Yields a stream's frames from `start_seconds` on; raises MediaError on any damage there."""
     zero = (container.start_time or 0) / 1e6
-    if start_seconds > 0:
+    # Times in AVI are counted from the start, so that it is read from there.
+    avi = AviTimes(stream) if container.format.name == "avi" else None
+    if start_seconds > 0 and avi is None:
         target = max(0.0, start_seconds - _SEEK_MARGIN_SECONDS) + zero
         # What cannot seek is read from the beginning.
         with contextlib.suppress(av.error.FFmpegError):
             container.seek(int(target * 1e6), backward=True)
+    stream.codec_context.options = _MAX_PIXELS
     stream.codec_context.thread_count = 1  # one process per core decodes faster than threads do
     packets = container.demux(stream)
     where = "the start"
@@ -225,6 +252,8 @@ def _decoded(
                 reason = "damaged" if container.format.name == "mpegts" else "truncated"
                 raise MediaError(reason, f"a packet of {stream.type} is not whole after {where}")
             frames = packet.decode()
+        except MemoryError:  # FFmpeg's is an FFmpegError too
+            raise
         except av.error.FFmpegError as error:
             if packet is not None and early(_packet_time(packet)):
                 continue
@@ -233,6 +262,8 @@ def _decoded(
                 "damaged", f"{stream.type} cannot be decoded after {where}: {error.strerror}"
             ) from error
         _check_log(container, log, where)
+        if avi is not None:
+            avi.correct(packet, frames)
         for frame in frames:
             if stream.type == "video" and early(frame.time):
                 continue
@@ -241,27 +272,6 @@ def _decoded(
             if frame.time is not None:
                 where = f"{frame.time - zero:.2f} s"
             yield frame
-
-
-def _orientation(frame: Any) -> tuple[bool, bool, bool]:
-    """Returns (transpose, flip rows, flip columns) that make the frame upright, in this order."""
-    for data in frame.side_data:
-        if data.type.name == "DISPLAYMATRIX":
-            a, b, _, c, d = np.frombuffer(bytes(data), "<i4")[:5]
-            if abs(int(a)) + abs(int(d)) >= abs(int(b)) + abs(int(c)):
-                return False, d < 0, a < 0
-            return True, b < 0, c < 0
-    return False, False, False
-
-
-def _stored_size(stream: Any, frame: Any, short_side: int | None) -> tuple[int, int]:
-    """Returns width and height to scale to, before rotation; never larger than displayed."""
-    aspect = float(stream.sample_aspect_ratio or 1)
-    if not 0.1 <= aspect <= 10:  # nonsense in the header
-        aspect = 1.0
-    width, height = frame.width * aspect, float(frame.height)
-    scale = min(1.0, short_side / min(width, height)) if short_side else 1.0
-    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def decode_frames(
@@ -318,8 +328,8 @@ def decode_frames(
             if not limit.keeps(seconds):
                 continue
             if size is None:
-                size = _stored_size(stream, frame, short_side)
-                transpose, flip_rows, flip_columns = _orientation(frame)
+                size = stored_size(stream, frame, short_side)
+                transpose, flip_rows, flip_columns = orientation(frame)
             image = reformatter.reformat(
                 frame,
                 width=size[0],
@@ -364,15 +374,17 @@ def decode_audio(
             raise MediaError("unsupported_codec", "no decoder for the sound")
         zero = (container.start_time or 0) / 1e6
         frames: list[Any] = []
+        heard_seconds = 0.0
         for frame in _decoded(container, stream, log, start_seconds):
-            if (
-                end_seconds is not None
-                and frame.time is not None
-                and frame.time - zero >= end_seconds
-            ):
-                break
+            if end_seconds is not None:
+                if frame.time is not None and frame.time - zero >= end_seconds:
+                    break
+                # Where times stand still, the samples are counted: memory has an end.
+                if heard_seconds > end_seconds + _SEEK_MARGIN_SECONDS:
+                    break
             if frame.samples:
                 frames.append(frame)
+                heard_seconds += frame.samples / frame.sample_rate
         if not frames:
             return None
         first_seconds, waveform = lay_out(frames, zero=zero, sample_rate_hz=sample_rate_hz)

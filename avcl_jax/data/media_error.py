@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# Every reason for which a file is not decoded, and what it means. The list is closed: reports,
-# tests and the README rely on it.
+# Every reason for which a file is not decoded, and what it means. The list is closed:
+# docs/data/rejected.md explains each, and each has a test with a file.
 REASONS = {
     "not_found": "no such file",
     "unreadable": "the file cannot be read (permission, or an error of the file system)",
@@ -12,6 +12,7 @@ REASONS = {
     "unsupported_codec": "no decoder for the codec",
     "damaged": "a part of the picture or sound cannot be decoded",
     "truncated": "the file ends before its header says it should",
+    "too_large": "a picture of more than 67 million pixels, or more memory than a worker may use",
     "bad_timestamps": "times of frames or samples are missing, run backwards or leap",
     "outside": "the requested interval lies outside the file",
 }

@@ -17,10 +17,12 @@ import numpy as np
 
 from avcl_jax.data.crop import Crop, CropSpec, apply_crop, center_crop, random_crop
 from avcl_jax.data.decode import decode_jpegs
-from avcl_jax.data.record_format import Record
+from avcl_jax.data.record_format import UNKNOWN_LABEL, Record
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.spectrogram import LogMelSpec, gather_windows, log_mel
+from avcl_jax.data.tfrecord import RecordError
 from avcl_jax.data.views import (
+    FORWARD,
     Clip,
     Timeline,
     ViewPair,
@@ -179,9 +181,18 @@ def render_video(record: Record, clip: Clip, crop: Crop, spec: RenderSpec) -> np
 
     Returns:
         uint8 [num_frames, image_size, image_size, 3].
+
+    Raises:
+        RecordError: if a frame cannot be decoded, or is not of the record's size.
     """
     indices = frame_indices(clip, record.frame_seconds, spec.views)
-    frames = decode_jpegs([record.frames[index] for index in indices])
+    shown = [record.frames[index] for index in indices]
+    try:
+        frames = decode_jpegs(shown, (record.height, record.width))
+    except ValueError as error:
+        raise RecordError(
+            f"record {record.record_id!r} cannot be decoded: {error}; prepare this data set again"
+        ) from error
     return apply_crop(frames, crop, spec.crop.image_size)
 
 
@@ -267,35 +278,87 @@ def describe(index: int, record: Record, records: RecordDataset) -> dict[str, An
     return fields
 
 
+def unreadable_row(source: UsableRecords, position: int, spec: RenderSpec) -> dict[str, Any]:
+    """A row for a record that cannot be read: neither picture nor sound, no task, no label.
+
+    Args:
+        source: usable records.
+        position: which one.
+        spec: rendering.
+
+    Returns:
+        The arrays of a row of a training batch, with `unreadable` set.
+    """
+    records, index = source.records, int(source.indices[position])
+    nothing = Record(
+        record_id=records.record_ids[index],
+        source_id="",
+        frames=(),
+        frame_seconds=np.empty(0),
+        waveform=np.empty(0, np.int16),
+        sample_rate_hz=0,
+        audio_start_seconds=0.0,
+        duration_seconds=0.0,
+        height=0,
+        width=0,
+        labels={
+            label: () if label in records.multilabel else UNKNOWN_LABEL
+            for label in records.class_names
+        },
+    )
+    use = dataclasses.replace(source.usable(position), has_video=False, has_audio=False)
+    clips = [Clip(0.0, 0, FORWARD)] * 2
+    arrays = render_views(nothing, use, clips, clips, [center_crop(1, 1)] * 2, spec)
+    masks = dict.fromkeys(("speed_mask", "direction_mask", "order_mask"), np.bool_(False))
+    other = {"order": np.int32(0), "unreadable": np.bool_(True)}
+    return arrays | masks | other | describe(index, nothing, records)
+
+
 @dataclasses.dataclass(frozen=True)
 class RenderRandomViews(grain.transforms.RandomMap):
-    """Draws and renders two views of a record.
+    """Reads the record at a position, draws two views of it and renders them.
 
     Attributes:
-        records: data set, for source numbers.
+        source: usable records.
         spec: rendering.
+        skip_unreadable: a record that cannot be read becomes an `unreadable_row`, not an error.
     """
 
-    records: RecordDataset
+    source: UsableRecords
     spec: RenderSpec
+    skip_unreadable: bool
 
-    def random_map(
-        self, element: tuple[int, Record, UsableRecord], rng: np.random.Generator
-    ) -> dict[str, Any]:
-        """Returns the arrays of `render_views`, labels, masks and numbers of one record."""
-        index, record, use = element
+    def random_map(self, position: int, rng: np.random.Generator) -> dict[str, Any]:
+        """Returns the arrays of `render_views`, labels, masks and numbers of one record.
+
+        Raises:
+            RecordError: if it cannot be read, with its name and shard.
+        """
+        try:
+            return self._render(int(position), rng)
+        except RecordError:
+            if not self.skip_unreadable:
+                raise
+            return unreadable_row(self.source, int(position), self.spec)
+
+    def _render(self, position: int, rng: np.random.Generator) -> dict[str, Any]:
+        index, record, use = self.source[position]
         pair: ViewPair = draw_views(rng, use.timeline, self.spec.views)
         crops = [
             random_crop(rng, max(record.height, 1), max(record.width, 1), self.spec.crop)
             for _ in pair.video
         ]
-        arrays = render_views(record, use, pair.video, pair.audio, crops, self.spec)
+        try:
+            arrays = render_views(record, use, pair.video, pair.audio, crops, self.spec)
+        except RecordError as error:
+            raise RecordError(f"{self.source.records.shard_of(index)}, {error}") from error
         return arrays | {
             "order": np.int32(pair.order),
             "speed_mask": np.bool_(pair.speed_mask),
             "direction_mask": np.bool_(pair.direction_mask),
             "order_mask": np.bool_(pair.order_mask),
-            **describe(index, record, self.records),
+            "unreadable": np.bool_(False),
+            **describe(index, record, self.source.records),
         }
 
 
@@ -365,6 +428,7 @@ def train_batches(
     workers: int = 0,
     threads: int = 2,
     prefetch: int = 4,
+    skip_unreadable: bool = False,
 ) -> grain.IterDataset:
     """Endless batches of rendered random views.
 
@@ -379,6 +443,8 @@ def train_batches(
         workers: worker processes; 0 renders in threads of this process.
         threads: reading threads (of each worker).
         prefetch: batches kept ready (by each worker).
+        skip_unreadable: a record that cannot be read becomes an `unreadable_row`, and is otherwise
+            an error when its batch is taken.
 
     Returns:
         Dataset of dicts of arrays with `global_batch_size / hosts` rows.
@@ -388,11 +454,12 @@ def train_batches(
     """
     check_enough(source, global_batch_size)
     dataset = (
-        grain.MapDataset.source(source)
+        # Positions, and not records: what cannot be read is dealt with where it is rendered.
+        grain.MapDataset.range(len(source))
         .seed(seed)
         .shuffle()
         .repeat()
-        .random_map(RenderRandomViews(source.records, spec))
+        .random_map(RenderRandomViews(source, spec, skip_unreadable))
     )
     local = HostSlice(
         dataset, global_batch_size=global_batch_size, host=host, hosts=hosts, first=first_step

@@ -15,6 +15,7 @@ from avcl_jax.data.tfrecord import RecordError
 FORMAT_VERSION = "1.0.0"
 LABEL_PREFIX = "label_"
 UNKNOWN_LABEL = -1
+_MAX_PIXELS = 1 << 26  # of a frame, as for media files
 # One class, or all classes of a label of which a clip may have several.
 ClassNumbers = int | tuple[int, ...]
 
@@ -121,25 +122,33 @@ def to_text(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
-def _check_record(record: Record) -> None:
+def _problem(record: Record) -> str | None:
+    """Returns how a record contradicts itself; None if it does not."""
     seconds, waveform = record.frame_seconds, record.waveform
-    problem = None
+    height, width = record.height, record.width
     if len(record.frames) != len(seconds) or seconds.dtype != np.float64:
-        problem = f"{len(record.frames)} frames but {seconds.dtype} {seconds.shape} frame_seconds"
-    elif len(seconds) and not (seconds[0] >= 0 and np.all(np.diff(seconds) > 0)):
-        problem = "frame_seconds must start at 0 or later and strictly increase"
-    elif waveform.dtype != np.int16 or waveform.ndim != 1:
-        problem = f"waveform must be int16 [samples], got {waveform.dtype} {waveform.shape}"
-    elif record.has_audio and record.sample_rate_hz <= 0:
-        problem = f"sample_rate_hz must be positive, got {record.sample_rate_hz}"
-    elif not record.audio_start_seconds >= 0:
-        problem = f"audio_start_seconds must be 0 or more, got {record.audio_start_seconds}"
-    elif not (record.has_video or record.has_audio):
-        problem = "neither picture nor sound"
-    elif not np.isfinite(record.duration_seconds) or record.duration_seconds <= 0:
-        problem = f"duration_seconds must be positive, got {record.duration_seconds}"
-    if problem:
-        raise ValueError(f"record {record.record_id!r}: {problem}")
+        return f"{len(record.frames)} frames but {seconds.dtype} {seconds.shape} frame_seconds"
+    if not np.isfinite(seconds).all():
+        return "frame_seconds must be finite"
+    if len(seconds) and not (seconds[0] >= 0 and np.all(np.diff(seconds) > 0)):
+        return "frame_seconds must start at 0 or later and strictly increase"
+    if waveform.dtype != np.int16 or waveform.ndim != 1:
+        return f"waveform must be int16 [samples], got {waveform.dtype} {waveform.shape}"
+    if not int(record.has_audio) <= record.sample_rate_hz < 1 << 31:
+        return f"sample_rate_hz must be positive, got {record.sample_rate_hz}"
+    if not 0 <= record.audio_start_seconds < np.inf:
+        return f"audio_start_seconds must be 0 or more, got {record.audio_start_seconds}"
+    if not (record.has_video or record.has_audio):
+        return "neither picture nor sound"
+    if not 0 < record.duration_seconds < np.inf:
+        return f"duration_seconds must be positive, got {record.duration_seconds}"
+    if not (min(height, width) >= int(record.has_video) and height * width <= _MAX_PIXELS):
+        return f"a picture cannot have {height}x{width} pixels"
+    for label, value in record.labels.items():
+        numbers, lowest = (value, 0) if isinstance(value, tuple) else ((value,), UNKNOWN_LABEL)
+        if not all(lowest <= number < 1 << 31 for number in numbers):
+            return f"label {label!r} has the class number {value}"
+    return None
 
 
 def serialize_record(record: Record) -> bytes:
@@ -148,7 +157,8 @@ def serialize_record(record: Record) -> bytes:
     Raises:
       ValueError: If the record contradicts itself.
     """
-    _check_record(record)
+    if problem := _problem(record):
+        raise ValueError(f"record {record.record_id!r}: {problem}")
     example = example_class()()
     feature = example.features.feature
     for name, data in (
@@ -182,7 +192,7 @@ def parse_record(payload: bytes | memoryview, *, where: str, multilabel: Collect
       multilabel: Labels of which a clip may have several: the bytes do not tell.
 
     Raises:
-      RecordError: If it is something else.
+      RecordError: If it is something else, or contradicts itself.
     """
     try:
         feature = example_class().FromString(bytes(payload)).features.feature
@@ -196,7 +206,7 @@ def parse_record(payload: bytes | memoryview, *, where: str, multilabel: Collect
         def number(name: str) -> int:
             return feature[name].int64_list.value[0]
 
-        return Record(
+        record = Record(
             record_id=to_text(data("id")),
             source_id=to_text(data("source")),
             frames=tuple(feature["video"].bytes_list.value),
@@ -216,5 +226,26 @@ def parse_record(payload: bytes | memoryview, *, where: str, multilabel: Collect
                 for label in [name.removeprefix(LABEL_PREFIX)]
             },
         )
-    except (DecodeError, IndexError) as error:
+    except RecordError:
+        raise
+    # ValueError: bytes that are no whole number of values.
+    except (DecodeError, IndexError, ValueError) as error:
         raise RecordError(f"{where} is not a record of avcl_jax: {error}") from error
+    if problem := _problem(record):
+        raise RecordError(f"{where} contradicts itself: {problem}; prepare this data set again")
+    return record
+
+
+def check_labels(record: Record, class_names: Mapping[str, Sequence[str]], *, where: str) -> None:
+    """Compares the labels of a record with those of its data set.
+
+    Raises:
+      RecordError: If a label is missing, or a class that it names.
+    """
+    for label, names in class_names.items():
+        value = record.labels.get(label, len(names))
+        if max(value if isinstance(value, tuple) else (value,), default=0) >= len(names):
+            raise RecordError(
+                f"{where} has none of the {len(names)} classes of label {label!r}: "
+                "prepare this data set again"
+            )

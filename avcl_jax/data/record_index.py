@@ -11,6 +11,9 @@ import contextlib
 import dataclasses
 import io
 import os
+import struct
+import zipfile
+import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +26,7 @@ from avcl_jax.data.record_format import (
     LABEL_PREFIX,
     Record,
     RecordTimeline,
+    check_labels,
     parse_record,
     to_bytes,
     to_text,
@@ -30,6 +34,11 @@ from avcl_jax.data.record_format import (
 from avcl_jax.data.tfrecord import RecordError
 
 _VERSION = 2
+# How zipfile and numpy refuse a file whose CRC is right and which is none of ours.
+_NO_INDEX = (
+    *(ValueError, TypeError, KeyError, EOFError, OSError, RuntimeError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+)
 _TIMELINE_TYPES = {"num_frames": np.int32, "num_samples": np.int32, "sample_rate_hz": np.int32}
 
 
@@ -199,10 +208,14 @@ def load_columns(path: epath.PathLike, *, without: Sequence[str] = ()) -> dict[s
     data = path.read_bytes()
     if len(data) < 5 or crc32c.crc32c(data[:-4]) != int.from_bytes(data[-4:], "little"):
         return None
-    with np.load(io.BytesIO(data[:-4]), allow_pickle=False) as stored:
-        if int(stored["version"]) != _VERSION:
-            return None
-        return {name: stored[name] for name in stored.files if name not in ("version", *without)}
+    try:
+        with np.load(io.BytesIO(data[:-4]), allow_pickle=False) as stored:
+            if int(stored["version"]) != _VERSION:
+                return None
+            left_out = ("version", *without)
+            return {name: stored[name] for name in stored.files if name not in left_out}
+    except _NO_INDEX:
+        return None
 
 
 def index_path(directory: epath.PathLike, name: str, split: str) -> epath.Path:
@@ -211,7 +224,10 @@ def index_path(directory: epath.PathLike, name: str, split: str) -> epath.Path:
 
 
 def scan_shard(
-    shard: epath.Path, file_format: str, multilabel: Collection[str]
+    shard: epath.Path,
+    file_format: str,
+    class_names: Mapping[str, Sequence[str]],
+    multilabel: Collection[str],
 ) -> dict[str, np.ndarray]:
     """Makes the columns of a shard from its records, reading all of it.
 
@@ -224,5 +240,6 @@ def scan_shard(
     for place, payload, crc in record_files.scan(shard, file_format):
         where = f"{shard}, record {len(rows)} at {place}"
         record = parse_record(payload, where=where, multilabel=multilabel)
+        check_labels(record, class_names, where=where)
         rows.append(index_row(record, len(payload), crc))
     return columns_of(rows)

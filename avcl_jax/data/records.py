@@ -29,6 +29,7 @@ from avcl_jax.data.record_format import (
     UNKNOWN_LABEL,
     Record,
     RecordTimeline,
+    check_labels,
     parse_record,
     serialize_record,
 )
@@ -295,7 +296,7 @@ class RecordDataset:
         logging.warning("making the index %s by reading all shards of this split", path)
         shards = []
         for shard, length in zip(self._shards, lengths, strict=True):
-            shards.append(scan_shard(shard, self.file_format, self.multilabel))
+            shards.append(scan_shard(shard, self.file_format, self.class_names, self.multilabel))
             found = len(shards[-1]["length"])
             if found != length:
                 raise RecordError(
@@ -314,7 +315,13 @@ class RecordDataset:
         of ArrayRecord files tell nothing; the CRC of every record, which the index also holds,
         catches at reading what this cannot see.
         """
-        if columns["shard_length"].tolist() != list(lengths):
+        single = {LABEL_PREFIX + label for label in set(self.class_names) - self.multilabel}
+        one_a_record = {*RecordTimeline._fields, "length", "crc", "source_number", *single}
+        if not one_a_record | {"shard_length", "record_id", "record_id_length"} <= set(columns):
+            return False
+        if {columns[name].shape for name in one_a_record} != {(sum(lengths),)}:
+            return False
+        if columns["shard_length"].tolist() != list(lengths) or columns["length"].min() < 0:
             return False
         if is_remote(self._directory):
             return True
@@ -351,7 +358,7 @@ class RecordDataset:
         index = int(index)
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        shard = self._shards[int(np.searchsorted(self._first, index, side="right")) - 1]
+        shard = self.shard_of(index)
         where = f"{shard}, record {self.record_ids[index]!r}"
         payload = record_files.read_known(
             shard,
@@ -361,7 +368,13 @@ class RecordDataset:
             crc=int(self._crcs[index]),
             where=where,
         )
-        return parse_record(payload, where=where, multilabel=self.multilabel)
+        record = parse_record(payload, where=where, multilabel=self.multilabel)
+        check_labels(record, self.class_names, where=where)
+        return record
+
+    def shard_of(self, index: int) -> epath.Path:
+        """Returns the shard in which a record lies."""
+        return self._shards[int(np.searchsorted(self._first, index, side="right")) - 1]
 
     @property
     def num_bytes(self) -> int:

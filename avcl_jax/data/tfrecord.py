@@ -140,17 +140,16 @@ def scan(path: epath.Path) -> Iterator[tuple[int, memoryview, int]]:
       RecordError: If the file is truncated or damaged.
     """
     with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
         offset = 0
         while header := file.read(_HEADER.size):
             where = f"{path}, record at byte {offset}"
             length = payload_length(header, where=where)
-            rest = file.read(length + _FOOTER.size)
-            payload = (
-                unframe_payload(header + rest, expected_crc=None, where=where)
-                if len(rest) == length + _FOOTER.size
-                else None
-            )
-            if payload is None:
+            # Looked at before anything of this size is allocated: it may be anything up to 2^64.
+            if length > size - offset - OVERHEAD_BYTES:
                 raise RecordError(f"{where} is truncated: prepare this data set again")
+            rest = file.read(length + _FOOTER.size)
+            payload = unframe_payload(header + rest, expected_crc=None, where=where)
             yield offset, payload, _FOOTER.unpack_from(rest, length)[0]
             offset += OVERHEAD_BYTES + length

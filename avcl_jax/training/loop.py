@@ -33,6 +33,7 @@ from avcl_jax.training.metric_writer import MetricWriter, format_seconds, peak_m
 from avcl_jax.training.optimizer import create_optimizer, warmup_cosine
 from avcl_jax.training.state import TrainState, create_state
 from avcl_jax.training.step import LossSpec, Metrics, make_train_step, merge_metrics
+from avcl_jax.training.unreadable import UnreadableRecords
 
 # These change how a run is executed and watched, not what it computes: a run may go on with others.
 _EXECUTION_KEYS = (
@@ -40,6 +41,7 @@ _EXECUTION_KEYS = (
     "data.workers",
     "data.threads",
     "data.prefetch",
+    "data.max_bad_records",
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
@@ -183,6 +185,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
     Raises:
         CheckpointError: if the directory belongs to a run of another config or other data.
         NonFiniteError: within one log period of the first value that is not finite.
+        RecordError: if more records than `config.data.max_bad_records` cannot be read.
         ValueError: if the config does not fit data or devices.
     """
     workdir = epath.Path(workdir)
@@ -190,6 +193,10 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
     mesh, init, step_function = build(config)
     records = RecordDataset(config.data.directory, config.data.split)
     source = UsableRecords(records, spec)
+    # Every process says what it met, for each sees other records.
+    unreadable = UnreadableRecords(
+        records, budget=config.data.max_bad_records, note=functools.partial(print, flush=True)
+    )
     _check_health_label(config.bank.health_label, records)
     check_enough(source, config.global_batch_size)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -253,6 +260,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
             workers=config.data.workers,
             threads=config.data.threads,
             prefetch=config.data.prefetch,
+            skip_unreadable=config.data.max_bad_records > 0,
         )
     )
     start = time.perf_counter()
@@ -278,6 +286,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
         values["data_wait_share"] = done.data_seconds / seconds
         values["train_seconds"] = before + ended - start
         values["peak_memory_gb"] = peak_memory_gb()
+        values["unreadable_records"] = unreadable.count  # that this process has met
         left = (config.steps - last) * seconds / steps
         writer.write(last, values, seconds_left=left)
         _check_finite(values, done.first_step, last, checkpoints.latest_step())
@@ -288,6 +297,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
             waiting = time.perf_counter()
             batch = next(batches)
             period.data_seconds += time.perf_counter() - waiting
+            unreadable.check(batch)
             state, metrics = train_step(state, to_device_batch(batch, rows), step_key)
             period.add(metrics, merge)
             in_flight.append(metrics["loss"].total)

@@ -10,7 +10,7 @@ import numpy as np
 from avcl_jax.data import media
 from avcl_jax.data.media import RateLimit, Sound
 from avcl_jax.data.media_error import MediaError
-from data_prep.sources.footage import JpegFrame, StillEncoder
+from data_prep.sources.footage import JpegFrame, StillEncoder, earlier_end
 from data_prep.sources.samples import Samples, mono_sound
 
 
@@ -80,7 +80,7 @@ class ExampleFootage:
             size = (height, width)
             yield JpegFrame(seconds, self.image_duration_seconds, height, width, data)
 
-    def sound(self, *, sample_rate_hz: int) -> Sound | None:
+    def sound(self, *, sample_rate_hz: int, until_seconds: float = np.inf) -> Sound | None:
         """Returns its sound.
 
         Raises:
@@ -88,16 +88,17 @@ class ExampleFootage:
         """
         if self.audio is None:
             return None
+        end_seconds = earlier_end(self.end_seconds, until_seconds)
         if isinstance(self.audio, bytes):
             return media.decode_audio(
                 self.audio,
                 sample_rate_hz=sample_rate_hz,
                 start_seconds=self.start_seconds,
-                end_seconds=self.end_seconds,
+                end_seconds=end_seconds,
             )
         return mono_sound(
             self.audio,
             sample_rate_hz=sample_rate_hz,
             start_seconds=self.start_seconds,
-            end_seconds=self.end_seconds,
+            end_seconds=end_seconds,
         )

@@ -57,8 +57,14 @@ class Footage(Protocol):
           quality: Of frames that are encoded here.
         """
 
-    def sound(self, *, sample_rate_hz: int) -> Sound | None:
-        """Returns mono sound at this rate; None when there is none."""
+    def sound(self, *, sample_rate_hz: int, until_seconds: float = np.inf) -> Sound | None:
+        """Returns mono sound at this rate, of the clip or up to a time; None when there is none."""
+
+
+def earlier_end(end_seconds: float | None, until_seconds: float) -> float | None:
+    """Returns the earlier of two ends, of which None and infinity are none."""
+    end = min(until_seconds, np.inf if end_seconds is None else end_seconds)
+    return None if end == np.inf else end
 
 
 def encode(image: np.ndarray, quality: int) -> bytes:

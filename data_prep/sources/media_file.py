@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from avcl_jax.data import media
 from avcl_jax.data.media import Sound
-from data_prep.sources.footage import JpegFrame, encode
+from data_prep.sources.footage import JpegFrame, earlier_end, encode
 
 # Containers that state their duration. In the others FFmpeg guesses it from the bit rate.
 _STATED_DURATION = ("mov", "matroska", "avi", "wav", "flac", "asf", "flv", "ogg")
@@ -42,11 +43,11 @@ class MediaFootage:
             data = encode(frame.image, quality)
             yield JpegFrame(frame.seconds, frame.duration_seconds, height, width, data)
 
-    def sound(self, *, sample_rate_hz: int) -> Sound | None:
+    def sound(self, *, sample_rate_hz: int, until_seconds: float = math.inf) -> Sound | None:
         """Returns its sound."""
         return media.decode_audio(
             self._source,
             sample_rate_hz=sample_rate_hz,
             start_seconds=self._start,
-            end_seconds=self._end,
+            end_seconds=earlier_end(self._end, until_seconds),
         )

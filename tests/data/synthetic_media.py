@@ -10,6 +10,7 @@ import av
 import numpy as np
 
 SOUND_RATE = 48_000
+SOUND_BLOCK = 960
 CLICK_SECONDS = 0.01
 
 
@@ -40,7 +41,13 @@ def write_flash_and_click(
     sound_offset_seconds: float = 0.0,
     sound_gap: tuple[float, float] | None = None,
     side: int = 64,
+    size: tuple[int, int] | None = None,
+    pixel_format: str = "yuv420p",
+    sample_rate_hz: int = SOUND_RATE,
+    layout: str = "mono",
+    ticks: Fraction = Fraction(1, 90_000),
     options: dict[str, str] | None = None,
+    sound_options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
 ) -> None:
     """Writes one file with PyAV.
@@ -54,45 +61,55 @@ def write_flash_and_click(
       sound_offset_seconds: When it starts; the clicks stay on full seconds of the timeline.
       sound_gap: From, to: sound that is left out, so that its packets have a gap.
       side: Of the square picture.
+      size: Width and height of one that is not square.
+      pixel_format: Of the stored picture; one with an alpha channel is transparent on the left.
+      sample_rate_hz: Of the sound.
+      layout: Of its channels, which are all alike.
+      ticks: Of the video encoder; a container without time stamps wants the frame's duration.
       options: Of the video encoder.
+      sound_options: Of the sound encoder.
       container_options: Of the muxer.
     """
-    ticks = Fraction(1, 90_000)
+    width, height = size or (side, side)
     with av.open(str(path), "w", options=container_options or {}) as container:
         video = container.add_stream(video_codec, rate=25, options=options or {})
-        video.width = video.height = side
-        video.pix_fmt = "yuv420p"
+        video.width, video.height = width, height
+        video.pix_fmt = pixel_format
         video.codec_context.time_base = ticks
-        streams = [video]
         white = set(flash_seconds(frame_times))
         packets = []
         for seconds in frame_times:
-            image = np.full((side, side, 3), 255 if seconds in white else 30, np.uint8)
-            image[: side // 4, : side // 4, 0] = 200  # a red patch, top left: what is upright
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            image = np.full((height, width, 4), 255 if seconds in white else 30, np.uint8)
+            image[: height // 4, : width // 4, 0] = 200  # a red patch, top left: what is upright
+            image[..., 3] = 255
+            if "a" in pixel_format.split("p")[0]:
+                image[:, : width // 2, 3] = 0
+            frame = av.VideoFrame.from_ndarray(image, format="rgba")
             frame.pts, frame.time_base = round(seconds / ticks), ticks
             packets += video.encode(frame)
         packets += video.encode()
         if audio_codec is not None:
-            audio = container.add_stream(audio_codec, rate=SOUND_RATE, layout="mono")
-            streams.append(audio)
-            wanted = audio.codec_context.format.name
-            resampler = av.AudioResampler(format=wanted, layout="mono", rate=SOUND_RATE)
+            audio = container.add_stream(
+                audio_codec, rate=sample_rate_hz, layout=layout, options=sound_options or {}
+            )
             sound = click_waveform(sound_seconds, sound_offset_seconds)
-            size = 960
-            for first in range(0, sound.shape[1] - size + 1, size):
-                at = sound_offset_seconds + first / SOUND_RATE
-                if sound_gap and sound_gap[0] <= at < sound_gap[1]:
+            wanted = audio.codec_context.format.name
+            resampler = av.AudioResampler(format=wanted, layout=layout, rate=sample_rate_hz)
+            channels = len(av.AudioLayout(layout).channels)
+            begin = round(sound_offset_seconds * SOUND_RATE)
+            for first in range(0, sound.shape[1] - SOUND_BLOCK + 1, SOUND_BLOCK):
+                at = begin + first
+                if sound_gap and sound_gap[0] <= at / SOUND_RATE < sound_gap[1]:
                     continue
-                frame = av.AudioFrame.from_ndarray(
-                    np.ascontiguousarray(sound[:, first : first + size]), "s16", "mono"
-                )
-                frame.sample_rate = SOUND_RATE
-                frame.pts = round(at * SOUND_RATE)
-                frame.time_base = Fraction(1, SOUND_RATE)
+                block = np.repeat(sound[0, first : first + SOUND_BLOCK], channels)[None]
+                frame = av.AudioFrame.from_ndarray(block, "s16", layout)
+                frame.sample_rate, frame.pts, frame.time_base = SOUND_RATE, at, Fraction(1, 48000)
                 for piece in resampler.resample(frame):
-                    piece.pts = frame.pts
+                    if sample_rate_hz == SOUND_RATE:
+                        piece.pts = at
                     packets += audio.encode(piece)
+            for piece in resampler.resample(None):
+                packets += audio.encode(piece)
             packets += audio.encode()
         for packet in sorted(
             packets, key=lambda p: float((p.dts if p.dts is not None else p.pts) * p.time_base)

@@ -397,7 +397,7 @@ def test_decoding_jpegs() -> None:
         decode_jpegs([])
     with pytest.raises(ValueError, match="frame 1 of 2"):
         decode_jpegs([jpeg, b"no jpeg"])
-    with pytest.raises(ValueError, match="is 8x8 where frame 0 is 6x10"):
+    with pytest.raises(ValueError, match="is 8x8, expected 6x10"):
         decode_jpegs([jpeg, simplejpeg.encode_jpeg(np.zeros((8, 8, 3), np.uint8))])
 
 

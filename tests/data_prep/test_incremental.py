@@ -131,6 +131,24 @@ def test_files_that_come_and_go(
     assert files(out) == files(tmp_path / "straight")
 
 
+@pytest.mark.parametrize("reason", ["unreadable", "timeout", "crashed", "damaged"])
+def test_what_may_pass_the_next_time_is_tried_again(
+    folder: Path, tmp_path: Path, reason: str
+) -> None:
+    out = tmp_path / "out"
+    (folder / "bad.mp4").write_text("no film")
+    assert prepare(folder, out) == 3
+    sources = out / "sources.jsonl"
+    sources.write_text(sources.read_text().replace('"not_media"', f'"{reason}"'))
+    before = inodes(out)
+    assert prepare(folder, out) == 3
+    outcomes = [clip[1] for line in sources.open() for clip in json.loads(line)["clips"]]
+    again = reason != "damaged"
+    assert outcomes == ["prepared"] * 2 + ["not_media" if again else reason] + ["prepared"] * 3
+    # Other shards are kept.
+    assert len(before.items() & inodes(out).items()) == (2 if again else 3)
+
+
 def test_other_labels_need_no_decoding(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

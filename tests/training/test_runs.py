@@ -230,6 +230,7 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused(records, tmp_p
         ({"optimizer.name": "adam"}, "unknown optimizer 'adam'"),
         ({"optimizer.warmup_steps": 6}, "must be at least 0 and below steps 6"),
         ({"mesh.fsdp": 3}, "does not divide the 1 devices"),
+        ({"data.max_bad_records": -1}, "data.max_bad_records -1 must be at least 0"),
         ({"modalities": "both"}, "modalities 'both' must be"),
         ({"spectrogram.where": "gpu"}, "'gpu' must be 'host' or 'device'"),
         ({"spectrogram.frames": 17}, "choose frames or clip_seconds"),

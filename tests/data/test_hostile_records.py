@@ -1,0 +1,123 @@
+"""Whatever is in a record's file: a record, or our own error, at no more memory than its size."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import crc32c
+import numpy as np
+import pytest
+
+from avcl_jax.data import tfrecord
+from avcl_jax.data.records import RecordDataset, RecordError
+from tests.data.synthetic_records import make_record, write_records
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def mutate_and_read(number: int, seed: int) -> dict[str, int]:
+    """Runs `tests.data.hostile_records`; an error of another kind, or too much memory, ends it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.data.hostile_records", str(number), str(seed)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = json.loads(done.stdout)
+    assert sum(counts.values()) == number
+    # What changes anything in the frame is always found.
+    assert counts["frame refused"] == -(-number // 3)
+    assert min(counts[f"content {kind}"] for kind in ("refused", "contradicts", "record")) > 0
+    return counts
+
+
+def test_mutated_records_are_records_or_one_kind_of_error() -> None:
+    mutate_and_read(3000, seed=0)
+
+
+@pytest.mark.slow
+def test_100_000_mutated_records_are_records_or_one_kind_of_error() -> None:
+    mutate_and_read(100_000, seed=1)
+
+
+@pytest.mark.parametrize("length", [1 << 63, (1 << 64) - 1, 1 << 40, (1 << 64) - 16])
+def test_a_length_beyond_the_file_with_a_true_crc_is_truncation(
+    tmp_path: Path, length: int
+) -> None:
+    directory = write_records(tmp_path, [make_record(0, seconds=1.0, side=16)], shards=1)
+    shard = next(directory.glob("*.tfrecord-*"))
+    data = shard.read_bytes()
+    header = struct.pack("<Q", length)
+    shard.write_bytes(header + struct.pack("<I", tfrecord.masked_crc(header)) + data[12:])
+    for index in directory.glob("*.index"):
+        index.unlink()
+    with pytest.raises(RecordError, match="is truncated: prepare this data set again"):
+        RecordDataset(directory, "train")
+
+
+def saved(**columns: np.ndarray) -> bytes:
+    """An index of any content, with a true CRC."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **columns)
+    return with_crc(buffer.getvalue())
+
+
+def with_crc(data: bytes) -> bytes:
+    return data + crc32c.crc32c(data).to_bytes(4, "little")
+
+
+def test_an_index_of_other_content_with_a_true_crc_is_made_again(tmp_path: Path) -> None:
+    records = [make_record(n, seconds=1.0, side=16) for n in range(3)]
+    directory = write_records(tmp_path, records, shards=1)
+    expected = RecordDataset(directory, "train")
+    (index,) = directory.glob("*.index")
+    good = index.read_bytes()
+    with np.load(io.BytesIO(good[:-4])) as stored:
+        columns = {name: stored[name] for name in stored.files}
+    # One length more and one less: the sum, which the size of the shard confirms, stays.
+    swapped = columns["length"] + np.array([1 << 40, -(1 << 40), 0])
+    bad = [
+        with_crc(b""),
+        with_crc(b"no zip at all"),
+        with_crc(good[:-200]),
+        saved(other=np.arange(3)),
+        saved(version=np.array("two")),
+        saved(version=columns["version"]),
+        saved(**columns | {"length": swapped}),
+        saved(**columns | {"crc": columns["crc"][:2]}),
+        saved(**{name: values for name, values in columns.items() if name != "num_frames"}),
+        saved(**{name: values for name, values in columns.items() if name != "label_motion"}),
+    ]
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        mutated = bytearray(good[:-4])
+        for at in rng.integers(0, len(mutated), 4):
+            mutated[at] ^= 1 << int(rng.integers(8))
+        bad.append(with_crc(bytes(mutated)))
+    for content in bad:
+        index.write_bytes(content)
+        dataset = RecordDataset(directory, "train")
+        assert [dataset[n].record_id for n in range(3)] == list(expected.record_ids)
+
+
+@pytest.mark.parametrize("number", [5, 1 << 30])
+def test_a_class_that_the_data_set_does_not_have_is_refused(tmp_path: Path, number: int) -> None:
+    record = make_record(0, seconds=1.0, side=16)
+    bad = dataclasses.replace(record, labels={"motion": number, "material": 0})
+    directory = write_records(tmp_path, [record, bad], shards=1)
+    message = "none of the 5 classes of label 'motion'"
+    with pytest.raises(RecordError, match=message):  # where the index is made
+        RecordDataset(directory, "train")
+    del bad.labels["motion"]
+    write_records(directory, [record, bad], shards=1)
+    with pytest.raises(RecordError, match=message):
+        RecordDataset(directory, "train")

@@ -1,0 +1,241 @@
+"""Every reason of the closed list comes out of preparation, for a file made to have it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import pytest
+
+from data_prep.__main__ import main
+from data_prep.clip import REASONS
+from tests.data.synthetic_media import write_flash_and_click
+from tests.data_prep.test_prepare import signal_workers, when_reached
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "data" / "rejected.md"
+TIMES = tuple(number / 10 for number in range(22))
+
+
+def write(path: Path, **changes: object) -> Path:
+    arguments = {
+        "video_codec": "libx264",
+        "audio_codec": "aac",
+        "frame_times": TIMES,
+        "sound_seconds": 2.2,
+        "side": 32,
+    }
+    write_flash_and_click(path, **arguments | changes)
+    return path
+
+
+def edit(path: Path, change: Callable[[bytes], bytes]) -> Path:
+    path.write_bytes(change(path.read_bytes()))
+    return path
+
+
+def folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def fifo(path: Path) -> Path:
+    """A file that never arrives, as on a network disk that stalls."""
+    os.mkfifo(path)
+    return path
+
+
+def tracks_of_another_kind(data: bytes) -> bytes:
+    """Neither picture nor sound, but time codes."""
+    return re.sub(b"avc1|mp4a", b"zzzz", re.sub(b"vide|soun", b"tmcd", data))
+
+
+def overwrite_middle(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes(800) + data[middle + 800 :]
+
+
+def last_cluster_at_zero(data: bytes) -> bytes:
+    """Matroska's time of the last group of packets, E7, becomes that of the first."""
+    at = data.index(b"\xe7", data.rindex(bytes.fromhex("1f43b675"))) + 1
+    size = data[at] & 0x7F
+    return data[: at + 1] + bytes(size) + data[at + 1 + size :]
+
+
+def sound_alone(path: Path) -> Path:
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame(format="s16", layout="mono", samples=8000)
+        frame.planes[0].update(bytes(16000))
+        frame.sample_rate = 8000
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return path
+
+
+def huge_picture(path: Path, *, side: int = 10_000, rgb: bool = False) -> Path:
+    """A hundred million black pixels in 15 kB, in a container that says 32 by 32."""
+    depth, colour, row = (8, 2, 1 + 3 * side) if rgb else (1, 0, 1 + side // 8)
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    png = b"".join(
+        [
+            b"\x89PNG\r\n\x1a\n",
+            chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, depth, colour, 0, 0, 0)),
+            chunk(b"IDAT", zlib.compress(bytes(row * side))),
+            chunk(b"IEND", b""),
+        ]
+    )
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("png", rate=10)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "rgb24"
+        for number in range(3):
+            packet = av.Packet(png)
+            packet.stream, packet.pts, packet.dts = stream, number, number
+            packet.time_base = Fraction(1, 10)
+            file.mux(packet)
+    return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """How to make a file in a folder, arguments of the command, and the start of the clip."""
+
+    make: Callable[[Path], Path]
+    arguments: tuple[str, ...] = ()
+    start: str = ""
+
+
+CASES = {
+    "not_found": Case(lambda d: d / "gone.mp4"),
+    "unreadable": Case(lambda d: folder(d / "folder.mp4")),
+    "not_media": Case(lambda d: edit(write(d / "a.mp4"), lambda data: bytes(64) + data[64:])),
+    "empty": Case(lambda d: edit(write(d / "a.mp4"), tracks_of_another_kind)),
+    "unsupported_codec": Case(
+        lambda d: edit(write(d / "a.mp4"), lambda data: data.replace(b"avc1", b"zzzz"))
+    ),
+    "damaged": Case(lambda d: edit(write(d / "a.mp4"), overwrite_middle)),
+    "truncated": Case(lambda d: edit(write(d / "a.mkv"), lambda data: data[: len(data) // 2])),
+    "too_large": Case(lambda d: huge_picture(d / "a.mov")),
+    "bad_timestamps": Case(
+        lambda d: edit(
+            write(d / "a.mkv", container_options={"cluster_time_limit": "500"}, options={"g": "5"}),
+            last_cluster_at_zero,
+        )
+    ),
+    "outside": Case(lambda d: write(d / "a.mp4"), start="7"),
+    "no_video": Case(lambda d: sound_alone(d / "a.wav"), ("--require=video",)),
+    "no_audio": Case(lambda d: write(d / "a.mp4", audio_codec=None), ("--require=audio",)),
+    "too_short": Case(lambda d: write(d / "a.mp4"), ("--min-seconds=3",)),
+    "too_long": Case(lambda d: write(d / "a.mp4"), ("--max-seconds=1",)),
+    "too_small": Case(lambda d: write(d / "a.mp4"), ("--min-side=48",)),
+    "timeout": Case(lambda d: fifo(d / "a.mp4"), ("--timeout-seconds=2",)),
+    "crashed": Case(lambda d: fifo(d / "a.mp4")),
+}
+
+
+# Only examples of record files have these: test_record_sources.py makes such files.
+OF_EXAMPLES = {"bad_example", "bad_samples", "mixed_sizes"}
+
+
+def test_every_reason_has_a_case() -> None:
+    assert list(CASES) == [reason for reason in REASONS if reason not in OF_EXAMPLES]
+    assert set(REASONS) >= OF_EXAMPLES
+
+
+@pytest.mark.parametrize("reason", CASES)
+def test_a_file_is_rejected_for_this_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], reason: str
+) -> None:
+    case = CASES[reason]
+    path = case.make(tmp_path)
+    table, out = tmp_path / "clips.csv", tmp_path / "out"
+    table.write_text(f"path,start\n{path},{case.start}\n")
+    reached = None
+    if reason == "crashed":
+        reached = when_reached(path, signal_workers(signal.SIGSEGV))
+    arguments = ["prepare", str(table), f"--out={out}", "--workers=1", *case.arguments]
+    assert main(arguments) == 1  # nothing at all was prepared
+    if reached:
+        reached.join()
+    (line,) = map(json.loads, (out / "rejected.jsonl").read_text().splitlines())
+    assert line["reason"] == reason
+    assert line["path"] == str(path)
+    assert line["message"]
+    assert "\n" not in line["message"]
+    assert reason in capsys.readouterr().err
+    assert not list(out.rglob("*.tmp"))
+
+
+WITH_LITTLE_MEMORY = """
+import resource, sys
+from pathlib import Path
+from etils import epath
+from data_prep.clip import ClipOptions
+from data_prep.manifest import Entry
+from data_prep.shards import Job, Part, prepare_part
+
+options = ClipOptions(32, None, 90, 16000, 0.0, 60.0, 16, (), "tfrecord")
+entries = tuple(Entry(p, "train", p, p, 0.0, None, {}) for p in sys.argv[2:])
+job = Job(Part(0, "train", entries), options, epath.Path(sys.argv[1]), {}, None, None)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (150 << 20),) * 2)
+prepare_part(job, skip={}, begin=lambda number: None)
+"""
+
+
+def test_a_clip_for_which_memory_is_too_small_is_rejected_and_the_next_prepared(
+    tmp_path: Path,
+) -> None:
+    # Within the limit on pixels, and 192 MB large.
+    paths = [huge_picture(tmp_path / "a.mov", side=8000, rgb=True), write(tmp_path / "b.mp4")]
+    subprocess.run(
+        [sys.executable, "-c", WITH_LITTLE_MEMORY, str(tmp_path), *map(str, paths)],
+        cwd=PAGE.parents[2],
+        check=True,
+    )
+    report = json.loads((tmp_path / "train-00000.json").read_text())
+    assert report["num_records"] == 1
+    assert [reason for line in report["lines"] for _, reason, _ in line["clips"]] == [
+        "too_large",
+        "prepared",
+    ]
+
+
+def test_workers_have_a_limit_on_their_memory(tmp_path: Path) -> None:
+    fifo(tmp_path / "a.mp4")
+    limits = []
+
+    def look() -> None:
+        for child in multiprocessing.active_children():
+            limits.append(resource.prlimit(child.pid, resource.RLIMIT_AS)[0])
+            os.kill(child.pid, signal.SIGSEGV)
+
+    reached = when_reached(tmp_path / "a.mp4", look)
+    assert main(["prepare", str(tmp_path), f"--out={tmp_path / 'out'}", "--workers=1"]) == 1
+    reached.join()
+    assert limits == [8 << 30]  # as docs/data/rejected.md says
+
+
+def test_the_page_explains_exactly_the_reasons() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \|$", PAGE.read_text(), re.MULTILINE)
+    assert [reason for reason, _, _ in rows] == list(REASONS)
+    for reason, meaning, advice in rows:
+        assert len(meaning) > 20, reason
+        assert len(advice) > 5, reason
