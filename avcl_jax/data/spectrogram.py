@@ -105,8 +105,12 @@ def gather_windows(
     """
     start = round((clip.start_seconds - audio_start_seconds) * spec.sample_rate_hz)
     hop = spec.window * views.speeds[clip.speed]
-    positions = start + hop * np.arange(spec.frames)[:, None] + np.arange(spec.window)
-    windows = waveform[np.clip(positions, 0, len(waveform) - 1)]
+    end = start + hop * spec.frames
+    if start >= 0 and end <= len(waveform):
+        windows = waveform[start:end].reshape(spec.frames, hop)[:, : spec.window]
+    else:
+        positions = start + hop * np.arange(spec.frames)[:, None] + np.arange(spec.window)
+        windows = waveform[np.clip(positions, 0, len(waveform) - 1)]
     return windows[::-1, ::-1] if clip.direction == BACKWARD else windows
 
 
