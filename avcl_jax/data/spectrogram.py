@@ -69,7 +69,7 @@ class LogMelSpec:
 
 
 @functools.lru_cache(maxsize=16)
-def _constants(spec: LogMelSpec) -> tuple[np.ndarray, np.ndarray]:
+def mel_constants(spec: LogMelSpec) -> tuple[np.ndarray, np.ndarray]:
     """Hann window [window] and mel filters [mels, bins], float32."""
     hann = librosa.filters.get_window("hann", spec.window, fftbins=True).astype(np.float32)
     filters = librosa.filters.mel(
@@ -127,7 +127,7 @@ def log_mel(windows: Any, spec: LogMelSpec, xp: Any = np) -> Any:
     Returns:
         float32 [..., frames, mels].
     """
-    hann, filters = _constants(spec)
+    hann, filters = mel_constants(spec)
     if xp.issubdtype(windows.dtype, xp.integer):
         windows = windows.astype(xp.float32) * _INT16_SCALE
     spectrum = xp.fft.rfft(windows * hann.reshape((1,) * (windows.ndim - 1) + (-1,)), axis=-1)
