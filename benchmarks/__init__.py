@@ -1,0 +1,1 @@
+"""What is fast, and what is not: each benchmark prints its table and writes JSON rows."""

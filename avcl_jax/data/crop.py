@@ -13,6 +13,12 @@ from jaxtyping import UInt8
 
 # One thread per worker: grain has the parallelism, and OpenCV's pool would oversubscribe the cores.
 cv2.setNumThreads(0)
+# By quarter turns, counter-clockwise.
+_ROTATIONS = {
+    1: cv2.ROTATE_90_COUNTERCLOCKWISE,
+    2: cv2.ROTATE_180,
+    3: cv2.ROTATE_90_CLOCKWISE,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,20 +74,32 @@ def center_crop(height: int, width: int) -> Crop:
     return Crop((height - size) // 2, (width - size) // 2, size, False)
 
 
+def crop_frame(
+    frame: UInt8[np.ndarray, "height width 3"], crop: Crop, out: UInt8[np.ndarray, "size size 3"]
+) -> None:
+    """Cuts, mirrors, turns and resizes one frame into `out`; shrinking does not alias.
+
+    Mirrored and turned by OpenCV: numpy moves the pixels of a reversed view one by one, which took
+    thirty times as long and more than decoding them.
+    """
+    window = frame[crop.top : crop.top + crop.size, crop.left : crop.left + crop.size]
+    if crop.flip:
+        window = cv2.flip(window, 1)
+    if crop.turns:
+        window = cv2.rotate(window, _ROTATIONS[crop.turns])
+    size = len(out)
+    if crop.size == size:
+        out[...] = window
+        return
+    interpolation = cv2.INTER_AREA if crop.size > size else cv2.INTER_LINEAR
+    cv2.resize(window, (size, size), dst=out, interpolation=interpolation)
+
+
 def apply_crop(
     frames: UInt8[np.ndarray, "time height width 3"], crop: Crop, image_size: int
 ) -> UInt8[np.ndarray, "time size size 3"]:
-    """Cuts, mirrors, turns and resizes all frames of a clip alike; shrinking does not alias."""
-    window = frames[:, crop.top : crop.top + crop.size, crop.left : crop.left + crop.size]
-    if crop.flip:
-        window = window[:, :, ::-1]
-    if crop.turns:
-        window = np.rot90(window, crop.turns, axes=(1, 2))
-    if crop.size == image_size:
-        return np.ascontiguousarray(window)
-    interpolation = cv2.INTER_AREA if crop.size > image_size else cv2.INTER_LINEAR
-    out = np.empty((len(window), image_size, image_size, 3), np.uint8)
-    for source, target in zip(window, out, strict=True):
-        source = np.ascontiguousarray(source)
-        cv2.resize(source, (image_size, image_size), dst=target, interpolation=interpolation)
+    """Cuts, mirrors, turns and resizes all frames of a clip alike."""
+    out = np.empty((len(frames), image_size, image_size, 3), np.uint8)
+    for source, target in zip(frames, out, strict=True):
+        crop_frame(source, crop, target)
     return out

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import grain
 import numpy as np
 
-from avcl_jax.data.crop import Crop, CropSpec, apply_crop, center_crop, random_crop
-from avcl_jax.data.decode import decode_jpegs
+from avcl_jax.data.crop import Crop, CropSpec, center_crop, crop_frame, random_crop
+from avcl_jax.data.decode import each_jpeg
 from avcl_jax.data.record_format import UNKNOWN_LABEL, Record
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.spectrogram import LogMelSpec, gather_windows, log_mel
@@ -176,24 +176,37 @@ class UsableRecords(grain.sources.RandomAccessDataSource):
         return f"UsableRecords({self.fingerprint}, {len(self)})"
 
 
-def render_video(record: Record, clip: Clip, crop: Crop, spec: RenderSpec) -> np.ndarray:
-    """Decodes only the frames of a clip and crops them.
+def render_video(
+    record: Record, clip: Clip, crop: Crop, spec: RenderSpec, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Decodes only the frames of a clip, and crops each into its place.
+
+    Args:
+        record: source.
+        clip: interval and playback.
+        crop: spatial crop.
+        spec: rendering.
+        out: where to render; None for a new array.
 
     Returns:
-        uint8 [num_frames, image_size, image_size, 3].
+        uint8 [num_frames, image_size, image_size, 3], `out` if it was given.
 
     Raises:
         RecordError: if a frame cannot be decoded, or is not of the record's size.
     """
-    indices = frame_indices(clip, record.frame_seconds, spec.views)
+    if out is None:
+        out = np.empty((spec.views.num_frames, *2 * (spec.crop.image_size,), 3), np.uint8)
+    indices = frame_indices(clip, record.frame_seconds, spec.views).tolist()
     shown = [record.frames[index] for index in indices]
     try:
-        frames = decode_jpegs(shown, (record.height, record.width))
+        images = each_jpeg(shown, (record.height, record.width))
+        for image, target in zip(images, out, strict=True):
+            crop_frame(image, crop, target)
     except ValueError as error:
         raise RecordError(
             f"record {record.record_id!r} cannot be decoded: {error}; prepare this data set again"
         ) from error
-    return apply_crop(frames, crop, spec.crop.image_size)
+    return out
 
 
 def render_audio(record: Record, clip: Clip, spec: RenderSpec) -> np.ndarray:
@@ -238,16 +251,16 @@ def render_views(
         speeds and directions int32 [views].
     """
     size = spec.crop.image_size
+    pixels = np.zeros((len(video), spec.views.num_frames, size, size, 3), np.uint8)
     if use.has_video:
-        clips = [render_video(record, c, crop, spec) for c, crop in zip(video, crops, strict=True)]
-    else:
-        clips = [np.zeros((spec.views.num_frames, size, size, 3), np.uint8) for _ in video]
+        for clip, crop, out in zip(video, crops, pixels, strict=True):
+            render_video(record, clip, crop, spec, out)
     if use.has_audio:
         sounds = [render_audio(record, clip, spec) for clip in audio]
     else:
         sounds = [_empty_audio(spec) for _ in audio]
     return {
-        "video": np.stack(clips),
+        "video": pixels,
         "audio_windows" if spec.spectrogram_on_device else "spectrogram": np.stack(sounds),
         "has_video": np.bool_(use.has_video),
         "has_audio": np.bool_(use.has_audio),

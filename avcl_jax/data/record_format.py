@@ -209,7 +209,8 @@ def parse_record(payload: bytes | memoryview, *, where: str, multilabel: Collect
         record = Record(
             record_id=to_text(data("id")),
             source_id=to_text(data("source")),
-            frames=tuple(feature["video"].bytes_list.value),
+            # Not a tuple: that would copy all frames, where a view needs a few.
+            frames=feature["video"].bytes_list.value,
             frame_seconds=np.frombuffer(data("frame_seconds"), "<f8"),
             waveform=np.frombuffer(data("audio"), "<i2"),
             sample_rate_hz=number("sample_rate_hz"),

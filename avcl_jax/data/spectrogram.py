@@ -69,7 +69,7 @@ class LogMelSpec:
 
 
 @functools.lru_cache(maxsize=16)
-def _constants(spec: LogMelSpec) -> tuple[np.ndarray, np.ndarray]:
+def mel_constants(spec: LogMelSpec) -> tuple[np.ndarray, np.ndarray]:
     """Hann window [window] and mel filters [mels, bins], float32."""
     hann = librosa.filters.get_window("hann", spec.window, fftbins=True).astype(np.float32)
     filters = librosa.filters.mel(
@@ -105,8 +105,12 @@ def gather_windows(
     """
     start = round((clip.start_seconds - audio_start_seconds) * spec.sample_rate_hz)
     hop = spec.window * views.speeds[clip.speed]
-    positions = start + hop * np.arange(spec.frames)[:, None] + np.arange(spec.window)
-    windows = waveform[np.clip(positions, 0, len(waveform) - 1)]
+    end = start + hop * spec.frames
+    if start >= 0 and end <= len(waveform):
+        windows = waveform[start:end].reshape(spec.frames, hop)[:, : spec.window]
+    else:
+        positions = start + hop * np.arange(spec.frames)[:, None] + np.arange(spec.window)
+        windows = waveform[np.clip(positions, 0, len(waveform) - 1)]
     return windows[::-1, ::-1] if clip.direction == BACKWARD else windows
 
 
@@ -123,7 +127,7 @@ def log_mel(windows: Any, spec: LogMelSpec, xp: Any = np) -> Any:
     Returns:
         float32 [..., frames, mels].
     """
-    hann, filters = _constants(spec)
+    hann, filters = mel_constants(spec)
     if xp.issubdtype(windows.dtype, xp.integer):
         windows = windows.astype(xp.float32) * _INT16_SCALE
     spectrum = xp.fft.rfft(windows * hann.reshape((1,) * (windows.ndim - 1) + (-1,)), axis=-1)
