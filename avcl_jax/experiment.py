@@ -13,7 +13,7 @@ import ml_collections
 
 from avcl_jax.data.augment import PhotometricSpec, SpectralSpec
 from avcl_jax.data.crop import CropSpec
-from avcl_jax.data.pipeline import RenderSpec
+from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.spectrogram import LogMelSpec
 from avcl_jax.data.views import ViewSpec
 from avcl_jax.models.audio_encoders import AudioResNet

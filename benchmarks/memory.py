@@ -56,8 +56,9 @@ def open_index(*, directory: str) -> dict[str, float]:
 def first_batch(*, directory: str) -> dict[str, float]:
     """Seconds from the start of the process to each stage of the demo's first batch."""
     from avcl_jax import experiment
-    from avcl_jax.data.pipeline import UsableRecords, train_batches
+    from avcl_jax.data.pipeline import train_batches
     from avcl_jax.data.records import RecordDataset
+    from avcl_jax.data.usable_records import UsableRecords
     from configs import pretrain
 
     imported = measure.seconds_since_start()

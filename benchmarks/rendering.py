@@ -16,9 +16,11 @@ import numpy as np
 from absl import flags
 
 from avcl_jax.data.crop import CropSpec
-from avcl_jax.data.pipeline import RenderSpec, UsableRecord, UsableRecords, train_batches
+from avcl_jax.data.pipeline import train_batches
 from avcl_jax.data.records import Record, RecordDataset
+from avcl_jax.data.rendering import RenderSpec, UsableRecord
 from avcl_jax.data.spectrogram import LogMelSpec
+from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import ViewSpec, draw_views, frame_indices
 from benchmarks.measure import rate
 

@@ -81,8 +81,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from avcl_jax import experiment
-from avcl_jax.data.pipeline import UsableRecords, train_batches
+from avcl_jax.data.pipeline import train_batches
 from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.usable_records import UsableRecords
 from configs import pretrain
 
 config = pretrain.get_config()

@@ -13,6 +13,9 @@ from jaxtyping import UInt8
 
 # One thread per worker: grain has the parallelism, and OpenCV's pool would oversubscribe the cores.
 cv2.setNumThreads(0)
+# Down to this, two pixels of the source cover what one shows, and averaging areas takes five times
+# as long.
+_LINEAR_SHRINKS = 1.25
 # By quarter turns, counter-clockwise.
 _ROTATIONS = {
     1: cv2.ROTATE_90_COUNTERCLOCKWISE,
@@ -91,7 +94,7 @@ def crop_frame(
     if crop.size == size:
         out[...] = window
         return
-    interpolation = cv2.INTER_AREA if crop.size > size else cv2.INTER_LINEAR
+    interpolation = cv2.INTER_AREA if crop.size > _LINEAR_SHRINKS * size else cv2.INTER_LINEAR
     cv2.resize(window, (size, size), dst=out, interpolation=interpolation)
 
 

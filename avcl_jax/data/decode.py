@@ -29,16 +29,35 @@ def each_jpeg(frames: Sequence[bytes], size: tuple[int, int] | None = None) -> I
     image: np.ndarray | None = None
     for number, frame in enumerate(frames):
         try:
-            height, width, _, _ = simplejpeg.decode_jpeg_header(frame)
-            size = size or (height, width)
-            if (height, width) != size:
-                raise ValueError(f"is {height}x{width}, expected {size[0]}x{size[1]}")
             if image is None:
-                image = np.empty((height, width, 3), np.uint8)
-            simplejpeg.decode_jpeg(frame, colorspace="RGB", buffer=image)
+                found = _size(frame)
+                _check_size(found, size or found)
+                image = np.empty((*found, 3), np.uint8)
+            _decode_into(image, frame)
         except ValueError as error:
             raise ValueError(f"frame {number} of {len(frames)}: {error}") from error
         yield image
+
+
+def _size(frame: bytes) -> tuple[int, int]:
+    height, width, _, _ = simplejpeg.decode_jpeg_header(frame)
+    return height, width
+
+
+def _check_size(found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if found != wanted:
+        raise ValueError(f"is {found[0]}x{found[1]}, expected {wanted[0]}x{wanted[1]}")
+
+
+def _decode_into(image: np.ndarray, frame: bytes) -> None:
+    """Decodes a frame of the size of `image`, whose header need not be read beforehand."""
+    wanted = image.shape[:2]
+    try:
+        found = simplejpeg.decode_jpeg(frame, colorspace="RGB", buffer=image)
+    except ValueError:
+        _check_size(_size(frame), wanted)
+        raise
+    _check_size(found.shape[:2], wanted)
 
 
 def decode_jpegs(frames: Sequence[bytes]) -> np.ndarray:

@@ -143,7 +143,4 @@ def read_known(
         if len(payload) != length or tfrecord.masked_crc(payload) != crc:
             raise RecordError(f"{where}: stale index, delete the .index files beside the shards")
         return payload
-    framed = tfrecord.read_bytes(path, place, length + tfrecord.OVERHEAD_BYTES)
-    if len(framed) < length + tfrecord.OVERHEAD_BYTES:
-        raise RecordError(f"{where} is truncated: prepare this data set again")
-    return tfrecord.unframe_payload(framed, expected_crc=crc, where=where)
+    return tfrecord.read_known(path, place, length=length, crc=crc, where=where)

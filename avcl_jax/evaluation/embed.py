@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from avcl_jax.data.crop import center_crop, random_crop
-from avcl_jax.data.pipeline import RenderSpec, UsableRecords, describe, render_views
+from avcl_jax.data.rendering import RenderSpec, describe, render_views
+from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import Clip, draw_views, feasible_speeds
 from avcl_jax.training.step import prepare_inputs
 
@@ -52,7 +53,7 @@ def random_views(
         modalities: what is rendered; the input of the other one is left out.
 
     Returns:
-        As `pipeline.render_views` and `pipeline.describe`, with `views` views.
+        As `render_views` and `describe`, with `views` views.
     """
     index, record, use = source[position]
     use = dataclasses.replace(
@@ -181,7 +182,7 @@ def feature_function(
         pixel_std: pixels are divided by it.
 
     Returns:
-        A function from stacked arrays of `pipeline.fixed_views` to float32 [videos, channels]
+        A function from stacked arrays of `fixed_views` to float32 [videos, channels]
         arrays named NETWORK/video_features, NETWORK/audio_features, NETWORK/video_embeddings and
         NETWORK/audio_embeddings. Features are means over the views. Embeddings of all views stand
         one after another, so that the cosine of two videos is the mean similarity of their views

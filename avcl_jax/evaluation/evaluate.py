@@ -17,8 +17,9 @@ from etils import epath
 
 from avcl_jax import experiment
 from avcl_jax.data.augment import standardize, to_unit_range
-from avcl_jax.data.pipeline import RenderSpec, UsableRecords, fixed_views
 from avcl_jax.data.records import RecordDataset, RecordError
+from avcl_jax.data.rendering import RenderSpec
+from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import FORWARD
 from avcl_jax.evaluation.embed import (
     MODALITY_INPUTS,
@@ -30,6 +31,7 @@ from avcl_jax.evaluation.embed import (
     random_views,
     render_all,
 )
+from avcl_jax.evaluation.fixed_views import fixed_views
 from avcl_jax.evaluation.null_control import NullControl, null_control, render_null_views
 from avcl_jax.evaluation.probe import ProbeResult, gap_closed, linear_probe, trivial_statistics
 from avcl_jax.evaluation.retrieval import retrieval_scores

@@ -14,7 +14,8 @@ from threadpoolctl import threadpool_limits
 
 from avcl_jax.data.crop import center_crop
 from avcl_jax.data.decode import decode_jpegs
-from avcl_jax.data.pipeline import RenderSpec, UsableRecords, render_views
+from avcl_jax.data.rendering import RenderSpec, render_views
+from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import FORWARD, Clip
 from avcl_jax.evaluation.figures import clip_uri
 from avcl_jax.evaluation.report_content import Curves, Exhibit, Search

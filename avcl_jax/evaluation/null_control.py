@@ -13,7 +13,8 @@ from collections.abc import Mapping
 import flax.linen as nn
 import numpy as np
 
-from avcl_jax.data.pipeline import RenderSpec, UsableRecords
+from avcl_jax.data.rendering import RenderSpec
+from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import BACKWARD, FORWARD
 from avcl_jax.evaluation.embed import MODALITY_INPUTS, random_views, render_all
 from avcl_jax.evaluation.supervised import FitSpec, Prepare, fit_classifier

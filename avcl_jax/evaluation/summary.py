@@ -18,7 +18,8 @@ import numpy as np
 from etils import epath
 
 from avcl_jax import experiment
-from avcl_jax.data.pipeline import RenderSpec, UsableRecords
+from avcl_jax.data.rendering import RenderSpec
+from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.evaluation.exhibits import (
     Exhibits,
     class_plane,

@@ -19,13 +19,9 @@ from clu import parameter_overview
 from etils import epath
 
 from avcl_jax import experiment
-from avcl_jax.data.pipeline import (
-    UsableRecords,
-    check_enough,
-    to_device_batch,
-    train_batches,
-)
+from avcl_jax.data.pipeline import check_enough, to_device_batch, train_batches
 from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.objectives import feature_bank
 from avcl_jax.training import sharding
 from avcl_jax.training.checkpoint import CheckpointError, Checkpoints, Progress, check_config

@@ -23,7 +23,7 @@ from avcl_jax.data.augment import (
     standardize,
     to_unit_range,
 )
-from avcl_jax.data.pipeline import RenderSpec
+from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.spectrogram import log_mel
 from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.bank_sampling import Modality

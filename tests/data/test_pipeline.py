@@ -11,16 +11,13 @@ from absl import flags
 
 from avcl_jax.data.augment import PhotometricSpec, photometric
 from avcl_jax.data.crop import Crop, CropSpec, apply_crop, random_crop
-from avcl_jax.data.pipeline import (
-    RenderSpec,
-    UsableRecords,
-    fixed_views,
-    render_video,
-    train_batches,
-)
+from avcl_jax.data.pipeline import train_batches
 from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.rendering import RenderSpec, render_video
 from avcl_jax.data.spectrogram import LogMelSpec, log_mel
+from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import BACKWARD, FORWARD, Clip, ViewSpec
+from avcl_jax.evaluation.fixed_views import fixed_views
 from tests.data.synthetic_records import make_record, write_records
 
 VIEWS = ViewSpec(num_frames=8, clip_seconds=0.5, speeds=(1, 2, 4, 8), audio_transform="shared")

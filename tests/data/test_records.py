@@ -420,5 +420,9 @@ def test_reading_through_etils_where_there_is_no_local_file(tmp_path: Path) -> N
     (tmp_path / "x").write_bytes(content)
     for offset, size in ((0, 16), (100, 300), (2000, 500), (5000, 10)):
         expected = content[offset : offset + size]
-        assert tfrecord.read_bytes(epath.Path(tmp_path / "x"), offset, size) == expected
-        assert tfrecord.read_bytes(ObjectStorePath(content), offset, size) == expected
+        for path in (epath.Path(tmp_path / "x"), ObjectStorePath(content)):
+            assert tfrecord.read_parts(path, offset, (size,)) == [expected]
+            assert tfrecord.read_parts(path, offset, (1, size)) == [
+                content[offset : offset + 1],
+                content[offset + 1 : offset + 1 + size],
+            ]

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from avcl_jax.data.crop import CropSpec
-from avcl_jax.data.pipeline import RenderSpec, UsableRecords, fixed_views
 from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.spectrogram import LogMelSpec
+from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import BACKWARD, FORWARD, ViewSpec
 from avcl_jax.evaluation.embed import as_pairs, drawn_pairs, encode_all, random_views, render_all
+from avcl_jax.evaluation.fixed_views import fixed_views
 
 SPEC = RenderSpec(
     views=ViewSpec(num_frames=4, clip_seconds=0.25, speeds=(1, 2, 4), audio_transform="shared"),

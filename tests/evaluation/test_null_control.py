@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avcl_jax.data.pipeline import UsableRecords
 from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.evaluation.null_control import null_control, render_null_views
 from avcl_jax.evaluation.supervised import FitSpec
 from avcl_jax.models.audio_encoders import AudioResNet

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from avcl_jax import experiment
-from avcl_jax.data.pipeline import UsableRecords, to_device_batch, train_batches
+from avcl_jax.data.pipeline import to_device_batch, train_batches
 from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.training import loop, sharding
 from avcl_jax.training.step import LossSpec
 from tests.data.synthetic_records import make_record, write_records

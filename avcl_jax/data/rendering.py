@@ -1,0 +1,180 @@
+"""Intervals of a record to arrays: pictures, spectrograms, masks and labels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from avcl_jax.data.crop import Crop, CropSpec, crop_frame
+from avcl_jax.data.decode import each_jpeg
+from avcl_jax.data.record_format import Record
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.spectrogram import LogMelSpec, gather_windows, log_mel
+from avcl_jax.data.tfrecord import RecordError
+from avcl_jax.data.views import Clip, Timeline, ViewSpec, frame_indices
+
+Modalities = Literal["audio_visual", "video", "audio"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RenderSpec:
+    """Everything that turns an interval of a record into arrays.
+
+    Attributes:
+        views: timing of views.
+        log_mel: definition of the spectrogram.
+        crop: spatial crop.
+        spectrogram_on_device: deliver `audio_windows` and leave the log-mel to the jitted step.
+        modalities: "audio_visual", or train on "video" or "audio" alone.
+    """
+
+    views: ViewSpec
+    log_mel: LogMelSpec
+    crop: CropSpec
+    spectrogram_on_device: bool
+    modalities: Modalities
+
+    @property
+    def video_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the picture of a view: [time, height, width, 3]."""
+        return self.views.num_frames, self.crop.image_size, self.crop.image_size, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class UsableRecord:
+    """Which modalities of a record can be shown, and when.
+
+    Attributes:
+        timeline: where views may be drawn.
+        has_video: the picture can be shown.
+        has_audio: the sound can be heard.
+    """
+
+    timeline: Timeline
+    has_video: bool
+    has_audio: bool
+
+
+def render_video(
+    record: Record, clip: Clip, crop: Crop, spec: RenderSpec, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Decodes only the frames of a clip, and crops each into its place.
+
+    Args:
+        record: source.
+        clip: interval and playback.
+        crop: spatial crop.
+        spec: rendering.
+        out: where to render; None for a new array.
+
+    Returns:
+        uint8 [num_frames, image_size, image_size, 3], `out` if it was given.
+
+    Raises:
+        RecordError: if a frame cannot be decoded, or is not of the record's size.
+    """
+    if out is None:
+        out = np.empty(spec.video_shape, np.uint8)
+    shown = frame_indices(clip, record.frame_seconds, spec.views).tolist()
+    # Slow pictures show a frame more than once, one after the other: it is decoded once.
+    new = [n for n, index in enumerate(shown) if n == 0 or index != shown[n - 1]]
+    try:
+        images = each_jpeg([record.frames[shown[n]] for n in new], (record.height, record.width))
+        for n, image in zip(new, images, strict=True):
+            crop_frame(image, crop, out[n])
+    except ValueError as error:
+        raise RecordError(
+            f"record {record.record_id!r} cannot be decoded: {error}; prepare this data set again"
+        ) from error
+    for n in sorted(set(range(len(shown))).difference(new)):
+        out[n] = out[n - 1]
+    return out
+
+
+def render_audio(record: Record, clip: Clip, spec: RenderSpec) -> np.ndarray:
+    """Sound of a clip: int16 windows [frames, window], or the log-mel [frames, mels]."""
+    windows = gather_windows(
+        record.waveform,
+        clip,
+        spec.log_mel,
+        spec.views,
+        audio_start_seconds=record.audio_start_seconds,
+    )
+    return windows if spec.spectrogram_on_device else log_mel(windows, spec.log_mel)
+
+
+def _empty_audio(spec: RenderSpec) -> np.ndarray:
+    width = spec.log_mel.window if spec.spectrogram_on_device else spec.log_mel.mels
+    dtype = np.int16 if spec.spectrogram_on_device else np.float32
+    return np.zeros((spec.log_mel.frames, width), dtype)
+
+
+def render_views(
+    record: Record,
+    use: UsableRecord,
+    video: Sequence[Clip],
+    audio: Sequence[Clip],
+    crops: Sequence[Crop],
+    spec: RenderSpec,
+    pixels: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Renders the given clips of a record; a missing modality is zeros.
+
+    Args:
+        record: source.
+        use: which of its modalities can be shown.
+        video: picture of each view.
+        audio: sound of each view.
+        crops: spatial crop of each view.
+        spec: rendering.
+        pixels: where to render `video`; None for a new array.
+
+    Returns:
+        `video` uint8 [views, time, height, width, 3], `spectrogram` float32 [views, frames, mels]
+        or `audio_windows` int16 [views, frames, window], `has_video`, `has_audio` bool, and the
+        speeds and directions int32 [views].
+    """
+    if pixels is None:
+        pixels = np.empty((len(video), *spec.video_shape), np.uint8)
+    if use.has_video:
+        for clip, crop, out in zip(video, crops, pixels, strict=True):
+            render_video(record, clip, crop, spec, out)
+    else:
+        pixels[...] = 0
+    if use.has_audio:
+        sounds = [render_audio(record, clip, spec) for clip in audio]
+    else:
+        sounds = [_empty_audio(spec) for _ in audio]
+    return {
+        "video": pixels,
+        "audio_windows" if spec.spectrogram_on_device else "spectrogram": np.stack(sounds),
+        "has_video": np.bool_(use.has_video),
+        "has_audio": np.bool_(use.has_audio),
+        "video_speed": np.array([clip.speed for clip in video], np.int32),
+        "audio_speed": np.array([clip.speed for clip in audio], np.int32),
+        "video_direction": np.array([clip.direction for clip in video], np.int32),
+        "audio_direction": np.array([clip.direction for clip in audio], np.int32),
+    }
+
+
+def describe(index: int, record: Record, records: RecordDataset) -> dict[str, Any]:
+    """Numbers that travel with a record into the batch: source, index and labels.
+
+    Returns:
+        `source_id`, `record_index` int32; `label_NAME` int32 class, -1 unknown, or for a label of
+        which a record may have several bool [classes].
+    """
+    fields: dict[str, Any] = {
+        "source_id": np.int32(records.source_numbers[index]),
+        "record_index": np.int32(index),
+    }
+    for name, value in record.labels.items():
+        if isinstance(value, tuple):
+            fields[f"label_{name}"] = np.zeros(len(records.class_names[name]), bool)
+            fields[f"label_{name}"][list(value)] = True
+        else:
+            fields[f"label_{name}"] = np.int32(value)
+    return fields

@@ -1,0 +1,120 @@
+"""The records of a data set on which views fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import grain
+import numpy as np
+
+from avcl_jax.data.record_format import Record
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.rendering import RenderSpec, UsableRecord
+from avcl_jax.data.views import Timeline, views_fit
+
+
+def _usable_parts(times: Mapping[str, np.ndarray], spec: RenderSpec) -> dict[str, np.ndarray]:
+    """Decides what of each record can be used.
+
+    Views are drawn where picture and sound both exist. When that is too short for a view, the
+    picture alone is used, then the sound alone.
+
+    Args:
+        times: of all records, [records] of each field of `RecordTimeline`.
+        spec: rendering.
+
+    Returns:
+        `start`, `end` and `gap` in seconds, `has_video`, `has_audio`; neither where no view fits.
+    """
+    # The last frame stays until the next would have come.
+    gap = times["max_frame_gap_seconds"]
+    video_end = np.minimum(times["duration_seconds"], times["last_frame_seconds"] + gap)
+    video_start = times["first_frame_seconds"]
+    rate = np.maximum(times["sample_rate_hz"], 1)
+    audio_start = times["audio_start_seconds"]
+    audio_end = audio_start + times["num_samples"] / rate
+    both_start, both_end = np.maximum(video_start, audio_start), np.minimum(video_end, audio_end)
+    video = np.asarray(times["num_frames"] > 1) & (spec.modalities != "audio")
+    audio = np.asarray(times["num_samples"] > 0) & (spec.modalities != "video")
+    wrong = np.flatnonzero(audio & (times["sample_rate_hz"] != spec.log_mel.sample_rate_hz))
+    if len(wrong):
+        raise ValueError(
+            f"records have sound at {times['sample_rate_hz'][wrong[0]]} Hz, the spectrogram is "
+            f"defined at {spec.log_mel.sample_rate_hz} Hz: set spectrogram.sample_rate_hz or "
+            "prepare again with --sample-rate"
+        )
+
+    def fits(start: np.ndarray, end: np.ndarray, frame_gap: np.ndarray) -> np.ndarray:
+        return np.asarray(views_fit(end - start, frame_gap, spec.views).any(axis=-1))
+
+    use_both = video & audio & fits(both_start, both_end, gap)
+    use_video = ~use_both & video & fits(video_start, video_end, gap)
+    use_audio = ~use_both & ~use_video & audio & fits(audio_start, audio_end, 0.0 * gap)
+    which = [use_both, use_video, use_audio]
+    return {
+        "start": np.select(which, [both_start, video_start, audio_start]),
+        "end": np.select(which, [both_end, video_end, audio_end]),
+        "gap": np.select(which, [gap, gap, 0.0 * gap]),
+        "has_video": use_both | use_video,
+        "has_audio": use_both | use_audio,
+    }
+
+
+class UsableRecords(grain.sources.RandomAccessDataSource):
+    """The records of a data set on which a view fits, with what can be used of each.
+
+    Attributes:
+        records: the underlying data set.
+        indices: int64 positions in it that are used.
+        fingerprint: that of the data set.
+    """
+
+    def __init__(self, records: RecordDataset, spec: RenderSpec):
+        """Looks at every timeline of `records`, which reads no record.
+
+        Raises:
+            ValueError: if no view fits any record.
+        """
+        self.records = records
+        self._spec = spec
+        parts = _usable_parts(records.timelines, spec)
+        self.indices = np.flatnonzero(parts["has_video"] | parts["has_audio"])
+        self._parts = {name: values[self.indices] for name, values in parts.items()}
+        self.fingerprint = records.fingerprint
+        if not len(self.indices):
+            raise ValueError(
+                f"none of the {len(records)} records of {records!r} is long enough for a view of "
+                f"{spec.views.clip_seconds:g} s with {spec.views.num_frames} pictures; shorten "
+                "views.clip_seconds or reduce views.num_frames"
+            )
+
+    @property
+    def num_too_short(self) -> int:
+        """Records on which no view fits."""
+        return len(self.records) - len(self.indices)
+
+    def __len__(self) -> int:
+        """Number of usable records."""
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[int, Record, UsableRecord]:
+        """(index in the data set, record, what can be used of it)."""
+        index = int(self.indices[position])
+        return index, self.records[index], self.usable(position)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles what it is made from: workers would receive a million numbers through a pipe."""
+        return UsableRecords, (self.records, self._spec)
+
+    def usable(self, position: int) -> UsableRecord:
+        """What can be used of the record at `position`, without reading it."""
+        start, end, gap, video, audio = (
+            self._parts[name][position].item()
+            for name in ("start", "end", "gap", "has_video", "has_audio")
+        )
+        return UsableRecord(Timeline(start, end, gap), video, audio)
+
+    def __repr__(self) -> str:
+        """Constant description: grain puts it into its checkpoints."""
+        return f"UsableRecords({self.fingerprint}, {len(self)})"

@@ -1,0 +1,52 @@
+"""The same views of a record each time, for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from avcl_jax.data.crop import center_crop
+from avcl_jax.data.rendering import RenderSpec, describe, render_views
+from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.data.views import Clip, feasible_speeds
+
+
+def fixed_views(
+    source: UsableRecords,
+    position: int,
+    spec: RenderSpec,
+    *,
+    speeds: Sequence[int],
+    views_per_speed: int,
+    direction: int,
+) -> dict[str, Any]:
+    """Uniformly spaced centre-crop views of one record, for evaluation.
+
+    Args:
+        source: usable records.
+        position: which one.
+        spec: rendering.
+        speeds: indices into `spec.views.speeds`; one that is too fast for the record falls back
+            to the fastest that fits.
+        views_per_speed: clips at each speed, from the first possible start to the last.
+        direction: `FORWARD` or `BACKWARD`.
+
+    Returns:
+        As `render_views`, plus `describe`, with len(speeds) * views_per_speed views.
+    """
+    index, record, use = source[position]
+    feasible = feasible_speeds(use.timeline, spec.views)
+    clips = []
+    for speed in speeds:
+        speed = min(speed, feasible[-1]) if speed not in feasible else speed
+        if speed not in feasible:
+            speed = feasible[0]
+        span = spec.views.clip_seconds * spec.views.speeds[speed]
+        slack = max(use.timeline.duration_seconds - span, 0.0)
+        for start in np.linspace(0.0, slack, views_per_speed):
+            clips.append(Clip(use.timeline.start_seconds + float(start), speed, direction))
+    crop = center_crop(max(record.height, 1), max(record.width, 1))
+    arrays = render_views(record, use, clips, clips, [crop] * len(clips), spec)
+    return arrays | describe(index, record, source.records)
