@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
+from avcl_jax.data import shared_memory
 from avcl_jax.data.crop import center_crop, random_crop
 from avcl_jax.data.record_format import UNKNOWN_LABEL, Record
 from avcl_jax.data.rendering import RenderSpec, describe, render_views
+from avcl_jax.data.shared_memory import SharedArray
 from avcl_jax.data.tfrecord import RecordError
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import FORWARD, Clip, draw_views
@@ -89,22 +91,29 @@ class RenderBatch:
         source: usable records.
         spec: rendering.
         skip_unreadable: a record that cannot be read becomes an `unreadable_row`, not an error.
+        shared: the pictures are a `SharedArray`, to be received by another process.
     """
 
     source: UsableRecords
     spec: RenderSpec
     skip_unreadable: bool
+    shared: bool
 
-    def __call__(self, draws: Sequence[_Draw]) -> dict[str, np.ndarray]:
+    def __call__(self, draws: Sequence[_Draw]) -> dict[str, Any]:
         """Returns the arrays of `render_views`, labels, masks and numbers of all, stacked.
 
         Raises:
             RecordError: if one cannot be read, with its name and shard.
         """
-        video = np.empty((len(draws), 2, *self.spec.video_shape), np.uint8)
+        shape = (len(draws), 2, *self.spec.video_shape)
+        sent: SharedArray | np.ndarray
+        if self.shared:
+            sent, video = shared_memory.empty(shape, "uint8")
+        else:
+            sent = video = np.empty(shape, np.uint8)
         rows = [self._row(draw, pixels) for draw, pixels in zip(draws, video, strict=True)]
         names = [name for name in rows[0] if name != "video"]
-        return {"video": video} | {name: np.stack([row[name] for row in rows]) for name in names}
+        return {"video": sent} | {name: np.stack([row[name] for row in rows]) for name in names}
 
     def _row(self, draw: _Draw, pixels: np.ndarray) -> dict[str, Any]:
         try:
@@ -239,14 +248,14 @@ def train_batches(
     batches = local.batch(
         global_batch_size // hosts,
         drop_remainder=True,
-        batch_fn=RenderBatch(source, spec, skip_unreadable),
+        batch_fn=RenderBatch(source, spec, skip_unreadable, shared=workers > 0),
     )
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     iterable = batches.to_iter_dataset(options)
     if workers:
         iterable = iterable.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
-        )
+        ).map(shared_memory.Receive())
     return iterable
 
 
