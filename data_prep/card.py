@@ -160,7 +160,7 @@ def _draw_clip(axes: Sequence[Axes], record: Record, dataset: RecordDataset) -> 
         for number in (numbers if isinstance(numbers, tuple) else (numbers,))
         if number >= 0
     ]
-    title = "   ".join([record.record_id.encode("ascii", "backslashreplace").decode(), *named])
+    title = "   ".join([record.record_id.encode("unicode_escape").decode(), *named])
     axes[0].set_title(title[:110].replace("$", r"\$"), loc="left", fontsize=8)
 
 

@@ -78,8 +78,15 @@ def check_manifest(manifest: Manifest) -> Manifest:
     """Returns the manifest.
 
     Raises:
-      PrepareError: If two entries have one id, or a split's name cannot be part of a file name.
+      PrepareError: If two entries have one id, the name of a split or a label cannot be part of a
+        file name, or the name of a class cannot be a line of a file.
     """
+    for label, names in manifest.class_names.items():
+        if not re.fullmatch(r"[A-Za-z0-9_]+", label):
+            raise PrepareError(f"label {label!r}: use letters, digits, underscores in its name")
+        for name in names:
+            if [name] != name.splitlines() or not name.strip():
+                raise PrepareError(f"class {name!r} of label {label!r}: its name must be one line")
     first: dict[str, Entry] = {}
     for entry in manifest.entries:
         if not re.fullmatch(r"[A-Za-z0-9_]+", entry.split):

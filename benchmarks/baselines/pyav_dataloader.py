@@ -69,6 +69,7 @@ class FilmClips:
         video = np.empty((2, rendering.VIEWS.num_frames, size, size, 3), np.uint8)
         sounds = []
         with av.open(str(self._paths[index])) as container:
+            container.streams.video[0].codec_context.thread_count = 1  # one worker on each core
             for clip, out in zip(pair.video, video, strict=True):
                 self._render_video(container, clip, rng, out)
             sounds = [self._render_audio(container, clip) for clip in pair.audio]
@@ -103,7 +104,6 @@ def view_pictures(container: Any, clip: Clip) -> list[np.ndarray]:
         uint8 [height, width, 3] of `SHORT_SIDE`, in playback order.
     """
     stream = container.streams.video[0]
-    stream.codec_context.thread_count = 1  # one worker on each core
     step = rendering.VIEWS.frame_seconds * rendering.VIEWS.speeds[clip.speed]
     times = clip.start_seconds + step * np.arange(rendering.VIEWS.num_frames) + 1e-6
     container.seek(int(clip.start_seconds / stream.time_base), stream=stream, backward=True)

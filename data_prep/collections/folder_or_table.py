@@ -142,8 +142,6 @@ def _class_names(column: str, values: list[Any], path: epath.Path) -> tuple[str,
     }
     if not names:
         raise PrepareError(f"{path}: column {column!r} has no value in any row: leave it out")
-    if any("\n" in name or "\r" in name for name in names):
-        raise PrepareError(f"{path}: a value of {column!r} contains a line break")
     # Numbers in the order of numbers, so that class 10 does not come before class 2.
     numeric = all(re.fullmatch(r"\d+", name) for name in names)
     return tuple(sorted(names, key=(lambda name: (int(name), name)) if numeric else None))
