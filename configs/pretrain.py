@@ -172,8 +172,8 @@ def _full_size(name: str) -> ml_collections.ConfigDict:
     c.global_batch_size = 512
     c.data.make_demo = False
     c.data.directory = f"data/{name}"
-    c.data.workers = 16
-    c.data.threads = 4
+    c.data.workers = 32  # each with one thread was fastest: docs/data/pipeline_speed.md
+    c.data.threads = 1
     c.data.prefetch = 2
     c.views.num_frames = 16
     c.views.clip_seconds = 1.0
@@ -271,5 +271,4 @@ def audioset() -> ml_collections.ConfigDict:
     c.global_batch_size = 2048
     c.steps = 46_000
     c.bank.size = 262_144
-    c.data.workers = 32
     return c

@@ -1,0 +1,132 @@
+"""The tools that benchmarks measure with; that what they compare gives the same answers."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from avcl_jax.data.views import BACKWARD, FORWARD, Clip, frame_indices
+from benchmarks import log_mel, rendering
+from benchmarks.baselines import pyav_dataloader
+from benchmarks.formats import FORMATS
+from benchmarks.measure import (
+    ChildError,
+    Row,
+    SkipError,
+    Target,
+    interleave,
+    median_ratio,
+    need,
+    print_table,
+    run_child,
+    write_json,
+)
+
+
+def test_targets_in_both_directions() -> None:
+    assert [Target(">=", 2).met(value) for value in (1.9, 2, 2.1)] == [False, True, True]
+    assert [Target("<=", 2).met(value) for value in (1.9, 2, 2.1)] == [True, True, False]
+
+
+def test_measurements_take_turns_and_the_turns_alternate() -> None:
+    order = []
+    measured = {name: lambda name=name: float(len(order.append(name) or order)) for name in "ab"}
+    values = interleave(measured, repeats=3)
+    assert "".join(order) == "abbaab"
+    assert values == {"a": [1, 4, 5], "b": [2, 3, 6]}
+    assert median_ratio(values["a"], values["b"]) == 4 / 3
+
+
+def test_rows_as_table_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        Row("fast", 2.5, "ratio", Target(">=", 2), {}),
+        Row("large", 3.0, "GB", Target("<=", 2), {"parts": [1, 2]}),
+        Row("absent", None, "s", Target("<=", 1), {"skipped": "no such machine"}),
+        Row("reported", 7.0, "bytes", None, {}),
+    ]
+    print_table(rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines[1:4]] == ["met", "MISSED", "SKIPPED"]
+    assert "no such machine" in lines[4]
+    write_json(tmp_path / "new" / "rows.json", rows)
+    stored = json.loads((tmp_path / "new" / "rows.json").read_text())
+    assert [row["value"] for row in stored] == [2.5, 3.0, None, 7.0]
+    assert [row["target"] for row in stored] == [">= 2", "<= 2", "<= 1", "report"]
+    assert stored[0]["machine"]["cores"] == len(os.sched_getaffinity(0))
+    assert stored[1]["detail"] == {"parts": [1, 2]}
+
+
+def cores_and_start() -> list[int]:
+    """Runs in a child: the cores that it may use."""
+    return sorted(os.sched_getaffinity(0))
+
+
+def fails(*, message: str) -> None:
+    """Runs in a child."""
+    raise ValueError(message)
+
+
+def test_children_run_on_their_cores_and_their_failures_are_told() -> None:
+    first = sorted(os.sched_getaffinity(0))[:1]
+    assert run_child("tests.test_benchmarks:cores_and_start", {}, cores=first) == first
+    with pytest.raises(ChildError, match="ValueError: because of this"):
+        run_child("tests.test_benchmarks:fails", {"message": "because of this"})
+
+
+def test_a_missing_package_skips_a_row_and_says_what_to_install() -> None:
+    need("numpy")
+    with pytest.raises(SkipError, match=r"pip install -r benchmarks/requirements\.txt"):
+        need("no_such_package")
+
+
+def test_the_spectrograms_compared_are_the_same() -> None:
+    found = log_mel.compare(repeats=5)
+    assert found["largest_difference"] < 1e-4
+    assert found["speedup"] == pytest.approx(
+        found["microseconds"]["librosa"] / found["microseconds"]["ours"], rel=0.01
+    )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_back_the_frames_asked_for(name: str) -> None:
+    # Each frame has a grey value of its own, and a gradient that shows flips.
+    height, width, count = 48, 64, 30
+    gradient = np.linspace(0, 60, width)[None, :, None]
+    frames = np.stack(
+        [np.broadcast_to(20 + 5 * n + gradient, (height, width, 3)) for n in range(count)]
+    ).astype(np.uint8)
+    stored, size = FORMATS[name].encode(frames)
+    assert size > 0
+    for wanted in ([0], [29], [3, 4, 5], [0, 7, 13, 14, 29], [11, 12], list(range(30))):
+        decoded = FORMATS[name].decode(stored, wanted)
+        assert len(decoded) == len(wanted)
+        for index, image in zip(wanted, decoded, strict=True):
+            assert np.abs(image.astype(int) - frames[index]).mean() < 2, (wanted, index)
+
+
+@pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
+@pytest.mark.parametrize(("start", "speed"), [(0.0, 0), (1.3, 1), (0.5, 2)])
+def test_the_dataloader_shows_the_same_frames(
+    tmp_path: Path, direction: int, start: float, speed: int
+) -> None:
+    times = np.arange(150) / 25
+    path = tmp_path / "a.mp4"
+    side = rendering.SHORT_SIDE
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width = stream.height = side
+        stream.options = {"g": "40"}
+        for number in range(150):  # each frame of a grey of its own
+            image = np.full((side, side, 3), 30 + number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    clip = Clip(start, speed, direction)
+    wanted = frame_indices(clip, times, rendering.VIEWS)
+    with av.open(str(path)) as container:
+        shown = pyav_dataloader.view_pictures(container, clip)
+    assert np.abs(np.mean(shown, axis=(1, 2, 3)) - 30 - wanted).max() < 0.5
