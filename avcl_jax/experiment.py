@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 import ml_collections
 
@@ -16,9 +17,8 @@ from avcl_jax.data.crop import CropSpec
 from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.spectrogram import LogMelSpec
 from avcl_jax.data.views import ViewSpec
-from avcl_jax.models.audio_encoders import AudioResNet
+from avcl_jax.models import encoders
 from avcl_jax.models.audio_visual import AudioVisualModel
-from avcl_jax.models.video_encoders import VideoResNet
 from avcl_jax.objectives.feature_bank import BankSampling
 
 
@@ -84,35 +84,21 @@ def spectral_spec(config: ml_collections.ConfigDict) -> SpectralSpec:
     )
 
 
-def video_encoder(config: ml_collections.ConfigDict, **options: Any) -> VideoResNet:
+def video_encoder(config: ml_collections.ConfigDict) -> nn.Module:
     """The video encoder of `config.model.video`."""
-    section = config.model.video
-    if section.name != "resnet":
-        raise ValueError(f"unknown video encoder {section.name!r}: use 'resnet'")
-    return VideoResNet(
-        widths=tuple(section.widths),
-        depths=tuple(section.depths),
-        factorisation=section.factorisation,
-        stem=section.stem,
-        subtract_time_mean=section.subtract_time_mean,
-        lowering=section.lowering,
-        dtype=jnp.dtype(config.model.dtype),
-        **options,
-    )
+    return _encoder("video", config)
 
 
-def audio_encoder(config: ml_collections.ConfigDict, **options: Any) -> AudioResNet:
+def audio_encoder(config: ml_collections.ConfigDict) -> nn.Module:
     """The audio encoder of `config.model.audio`."""
-    section = config.model.audio
-    if section.name != "resnet":
-        raise ValueError(f"unknown audio encoder {section.name!r}: use 'resnet'")
-    return AudioResNet(
-        widths=tuple(section.widths),
-        depths=tuple(section.depths),
-        stem=section.stem,
-        patch=tuple(section.patch),
-        dtype=jnp.dtype(config.model.dtype),
-        **options,
+    return _encoder("audio", config)
+
+
+def _encoder(modality: encoders.Modality, config: ml_collections.ConfigDict) -> nn.Module:
+    settings = config.model[modality].to_dict()
+    name = settings.pop("name")
+    return encoders.create_encoder(
+        modality, name, settings | {"dtype": jnp.dtype(config.model.dtype)}
     )
 
 

@@ -33,8 +33,7 @@ from etils import epath
 from avcl_jax import experiment
 from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
 from avcl_jax.data.spectrogram import LogMelSpec
-from avcl_jax.models.audio_encoders import AudioResNet
-from avcl_jax.models.video_encoders import VideoResNet
+from avcl_jax.models.encoders import CLASSES
 from avcl_jax.training.checkpoint import load_variables
 
 # Raised when an older reader would misread a newer file.
@@ -42,7 +41,6 @@ FORMAT_VERSION = 1
 _CONFIG, _WEIGHTS, _STABLEHLO = "config.json", "model.safetensors", "encoder.stablehlo"
 # What must agree between a run and the config that reads it.
 _RUN_SECTIONS = ("model.", "views.", "crop.", "pixels.", "spectrogram.", "modalities")
-_CLASSES: dict[str, type[nn.Module]] = {"VideoResNet": VideoResNet, "AudioResNet": AudioResNet}
 
 
 class ExportError(ValueError):
@@ -55,7 +53,7 @@ class Encoder:
 
     Attributes:
         modality: "video" or "audio".
-        params: nested dict of arrays, `params` and `batch_stats`.
+        params: nested dict of arrays, `params` and, where it has any, `batch_stats`.
         preprocess: (frames, fps) or (waveform, sample_rate_hz) to a batch of clips.
         config: all of config.json: architecture, preprocessing, source run.
         module: the Linen module, for those who go on training it.
@@ -134,8 +132,8 @@ def export_encoder(
 
     Args:
         directory: where to; made if needed, an older export in it is replaced.
-        encoder: `VideoResNet` or `AudioResNet`.
-        params: nested dict with `params` and `batch_stats` of the encoder alone.
+        encoder: of one of the classes of `avcl_jax.models.encoders`.
+        params: nested dict with `params` and, where it has any, `batch_stats` of the encoder alone.
         preprocessing: what belongs to it.
         source: where it comes from, JSON: config fingerprint, step, versions.
 
@@ -146,8 +144,8 @@ def export_encoder(
         ExportError: if the encoder is none of the known classes.
     """
     name = type(encoder).__name__
-    if name not in _CLASSES:
-        raise ExportError(f"cannot export a {name}; known encoders: {sorted(_CLASSES)}")
+    if name not in CLASSES:
+        raise ExportError(f"cannot export a {name}; known encoders: {sorted(CLASSES)}")
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / _CONFIG).unlink(missing_ok=True)
@@ -233,12 +231,21 @@ def export_run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> di
         exported[modality] = export_encoder(
             workdir / "export" / modality,
             encoder=encoder,
-            params={kind: tree[f"{modality}_encoder"] for kind, tree in variables.items()},
+            params=encoder_variables(variables, modality),
             preprocessing=preprocessing,
             source=source,
         )
         print(f"encoder {exported[modality]}", flush=True)
     return exported
+
+
+def encoder_variables(variables: Mapping[str, Any], modality: str) -> dict[str, Any]:
+    """The part of a run's `params` and `batch_stats` that belongs to one encoder.
+
+    A transformer has no statistics, and then no `batch_stats`.
+    """
+    name = f"{modality}_encoder"
+    return {kind: tree[name] for kind, tree in variables.items() if name in tree}
 
 
 def load_encoder(path: epath.PathLike) -> Encoder:
@@ -278,10 +285,10 @@ def _build(config: Mapping[str, Any], flat: Mapping[str, np.ndarray], *, where: 
         )
     arguments = dict(config["encoder"])
     name = arguments.pop("class")
-    if name not in _CLASSES:
-        raise ExportError(f"{where}: unknown encoder {name!r}; known: {sorted(_CLASSES)}")
+    if name not in CLASSES:
+        raise ExportError(f"{where}: unknown encoder {name!r}; known: {sorted(CLASSES)}")
     arguments["dtype"] = jnp.dtype(arguments["dtype"])
-    module = _CLASSES[name](**{k: _hashable(v) for k, v in arguments.items()})
+    module = CLASSES[name](**{k: _hashable(v) for k, v in arguments.items()})
     modality = config["modality"]
     preprocessing: VideoPreprocessing | AudioPreprocessing
     if modality == "video":

@@ -1,11 +1,13 @@
-"""Audio encoders: residual networks over log-mel spectrograms.
+"""Audio encoders: convolutional networks over log-mel spectrograms.
 
 He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, on one input channel, as
-GDT (Patrick et al. 2020) and CrissCross (Sarkar and Etemad 2023) use them.
+GDT (Patrick et al. 2020) and CrissCross (Sarkar and Etemad 2023) use them, and the plain network of
+AVID (Morgado et al. 2021). Published sizes by name are in `avcl_jax.models.encoders`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -13,14 +15,22 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from avcl_jax.models.layers import BatchNorm, Conv2D
+from avcl_jax.models.layers import BatchNorm, Conv2D, Pool, patches, pool_features
 
 
 class AudioBlock(nn.Module):
-    """Residual basic block of two 3x3 convolutions."""
+    """Residual basic block of two 3x3 convolutions.
+
+    Attributes:
+        features: output channels.
+        stride: over frames and mels.
+        norm: makes a `BatchNorm`.
+        dtype: compute dtype.
+    """
 
     features: int
     stride: int
+    norm: Any
     dtype: Any
 
     @nn.compact
@@ -28,12 +38,12 @@ class AudioBlock(nn.Module):
         """Maps [batch, frames, mels, channels] to [.., features]."""
         strides = (self.stride, self.stride)
         y = Conv2D(self.features, (3, 3), strides, dtype=self.dtype, name="conv1")(x)
-        y = nn.relu(BatchNorm(dtype=self.dtype, name="norm1")(y, train=train, mask=mask))
+        y = nn.relu(self.norm(name="norm1")(y, train=train, mask=mask))
         y = Conv2D(self.features, (3, 3), (1, 1), dtype=self.dtype, name="conv2")(y)
-        y = BatchNorm(dtype=self.dtype, zero_scale=True, name="norm2")(y, train=train, mask=mask)
+        y = self.norm(zero_scale=True, name="norm2")(y, train=train, mask=mask)
         if x.shape[-1] != self.features or self.stride != 1:
             x = Conv2D(self.features, (1, 1), strides, dtype=self.dtype, name="shortcut")(x)
-            x = BatchNorm(dtype=self.dtype, name="shortcut_norm")(x, train=train, mask=mask)
+            x = self.norm(name="shortcut_norm")(x, train=train, mask=mask)
         return nn.relu(x + y)
 
 
@@ -49,6 +59,9 @@ class AudioResNet(nn.Module):
         stem: "resnet" (7x7 stride 2, 3x3 max-pool stride 2) or "patch" (non-overlapping patches
             through one dense layer; many times cheaper on a CPU).
         patch: (frames, mels) of a patch of stem "patch".
+        norm_momentum: weight of the old running statistics (PyTorch's momentum is 1 minus it).
+        norm_epsilon: added to the variance.
+        freeze_norm: see `BatchNorm.frozen`.
         dtype: compute dtype; parameters and statistics are float32.
     """
 
@@ -56,6 +69,9 @@ class AudioResNet(nn.Module):
     depths: Sequence[int]
     stem: Literal["resnet", "patch"]
     patch: tuple[int, int] = (2, 2)
+    norm_momentum: float = 0.9
+    norm_epsilon: float = 1e-5
+    freeze_norm: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -84,24 +100,24 @@ class AudioResNet(nn.Module):
             raise ValueError(
                 f"widths {tuple(self.widths)} and depths {tuple(self.depths)} must be equally long"
             )
+        norm = functools.partial(
+            BatchNorm,
+            momentum=self.norm_momentum,
+            epsilon=self.norm_epsilon,
+            frozen=self.freeze_norm,
+            dtype=self.dtype,
+        )
         x = spectrogram[..., None].astype(self.dtype)
         width = self.widths[0]
         if self.stem == "patch":
-            batch, frames, mels, _ = x.shape
-            rows, columns = self.patch
-            if frames % rows or mels % columns:
-                raise ValueError(
-                    f"patch {tuple(self.patch)} must divide the spectrogram's {frames}x{mels}"
-                )
-            x = x.reshape(batch, frames // rows, rows, mels // columns, columns)
-            x = x.transpose(0, 1, 3, 2, 4)
-            x = x.reshape(batch, frames // rows, mels // columns, rows * columns)
+            check_patch(self.patch, x.shape[1:3])
+            x = patches(x, self.patch)
             x = nn.Dense(width, use_bias=False, dtype=self.dtype, name="stem_patch")(x)
         elif self.stem == "resnet":
             x = Conv2D(width, (7, 7), (2, 2), dtype=self.dtype, name="stem_conv")(x)
         else:
             raise ValueError(f"unknown stem {self.stem!r}: use 'resnet' or 'patch'")
-        x = nn.relu(BatchNorm(dtype=self.dtype, name="stem_norm")(x, train=train, mask=mask))
+        x = nn.relu(norm(name="stem_norm")(x, train=train, mask=mask))
         if self.stem == "resnet":
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         for stage, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
@@ -109,7 +125,68 @@ class AudioResNet(nn.Module):
                 x = AudioBlock(
                     width,
                     2 if stage > 0 and block == 0 else 1,
+                    norm,
                     self.dtype,
                     name=f"stage{stage + 1}_block{block + 1}",
                 )(x, train=train, mask=mask)
-        return {"features": x.astype(jnp.float32).mean(axis=(1, 2)), "map": x}
+        return {"features": pool_features(x, "mean"), "map": x}
+
+
+class AudioConvNet(nn.Module):
+    """Plain convolutional network over a spectrogram, without shortcuts, as AVID's `Conv2D`.
+
+    AVID's, of depth 10 by its own count, has `widths=(64, 128, 256, 512)`. After a 7x7 stem of
+    stride 2 every block is two 3x3 convolutions; all blocks but the last halve frames and mels.
+
+    Attributes:
+        widths: channels of the stem and the blocks; the first is that of the stem and first block.
+        pool: "mean" or "max" over frames and mels.
+        norm_momentum: weight of the old running statistics (PyTorch's momentum is 1 minus it).
+        norm_epsilon: added to the variance.
+        freeze_norm: see `BatchNorm.frozen`.
+        dtype: compute dtype; parameters and statistics are float32.
+    """
+
+    widths: Sequence[int]
+    pool: Pool
+    norm_momentum: float = 0.9
+    norm_epsilon: float = 1e-5
+    freeze_norm: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        spectrogram: Float[Array, "batch frames mels"],
+        *,
+        train: bool,
+        mask: Bool[Array, " batch"] | None = None,
+    ) -> dict[str, Array]:
+        """Encodes spectrograms; arguments and results as of `AudioResNet`."""
+        norm = functools.partial(
+            BatchNorm,
+            momentum=self.norm_momentum,
+            epsilon=self.norm_epsilon,
+            frozen=self.freeze_norm,
+            dtype=self.dtype,
+        )
+
+        def layer(x: Array, width: int, size: int, stride: int, name: str) -> Array:
+            kernel, strides = (size, size), (stride, stride)
+            x = Conv2D(width, kernel, strides, dtype=self.dtype, name=f"{name}_conv")(x)
+            return nn.relu(norm(name=f"{name}_norm")(x, train=train, mask=mask))
+
+        x = layer(spectrogram[..., None].astype(self.dtype), self.widths[0], 7, 2, "stem")
+        for block, width in enumerate(self.widths, start=1):
+            stride = 1 if block == len(self.widths) else 2
+            x = layer(x, width, 3, stride, f"block{block}_1")
+            x = layer(x, width, 3, 1, f"block{block}_2")
+        return {"features": pool_features(x, self.pool), "map": x}
+
+
+def check_patch(patch: Sequence[int], spectrogram: Sequence[int]) -> None:
+    """Refuses a patch of (frames, mels) that does not divide the spectrogram."""
+    if spectrogram[0] % patch[0] or spectrogram[1] % patch[1]:
+        raise ValueError(
+            f"patch {tuple(patch)} must divide the spectrogram's {spectrogram[0]}x{spectrogram[1]}"
+        )

@@ -1,7 +1,8 @@
-"""Convolution and normalisation shared by the video and the audio encoders."""
+"""Convolution, normalisation, patches and pooling shared by all encoders."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 Lowering = Literal["auto", "direct", "folded"]
+Pool = Literal["mean", "max"]
 
 _INITIALIZER = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
 
@@ -117,27 +119,106 @@ class BatchNorm(nn.Module):
         epsilon: added to the variance.
         dtype: dtype of the output.
         zero_scale: initialise the scale with 0, so that a residual branch starts as identity.
+        frozen: normalise by the running statistics in training too, and leave them as they are.
+            Scale and shift go on learning.
     """
 
     momentum: float = 0.9
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
     zero_scale: bool = False
+    frozen: bool = False
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch *rest"], *, train: bool, mask: Bool[Array, " batch"] | None
     ) -> Float[Array, "batch *rest"]:
         """Normalises `x`; `mask` marks the rows whose modality is present."""
+        by_batch = train and not self.frozen
         if mask is not None:
             # Statistics of no row at all are undefined; the caller discards them (training.step).
             mask = (mask | ~mask.any()).reshape(-1, *(1,) * (x.ndim - 1))
         scale_init = nn.initializers.zeros if self.zero_scale else nn.initializers.ones
         return nn.BatchNorm(
-            use_running_average=not train,
+            use_running_average=not by_batch,
             momentum=self.momentum,
             epsilon=self.epsilon,
             dtype=self.dtype,
             scale_init=scale_init,
             name="norm",
-        )(x, mask=mask if train else None)
+        )(x, mask=mask if by_batch else None)
+
+
+def prepare_video(
+    video: Float[Array, "batch time height width 3"],
+    *,
+    channel_mean: Sequence[float] | None,
+    channel_std: Sequence[float] | None,
+    subtract_time_mean: bool,
+) -> Float[Array, "batch time height width 3"]:
+    """What every video encoder may do to pixels before its first layer.
+
+    Args:
+        video: pixels.
+        channel_mean: subtracted from red, green and blue, then divided by `channel_std`; for
+            weights from elsewhere, whose pixels arrive in [0, 1]. None leaves them.
+        channel_std: see `channel_mean`; both or neither.
+        subtract_time_mean: subtract the clip's mean picture, so that what moves is what is seen.
+
+    Raises:
+        ValueError: if only one of mean and standard deviation is given.
+    """
+    if (channel_mean is None) != (channel_std is None):
+        raise ValueError(
+            f"channel_mean {channel_mean} and channel_std {channel_std} come together or not at all"
+        )
+    if channel_mean is not None:
+        shape = (1,) * (video.ndim - 1) + (-1,)
+        video = (video - jnp.array(channel_mean).reshape(shape)) / jnp.array(channel_std).reshape(
+            shape
+        )
+    if subtract_time_mean:
+        video = video - video.mean(axis=1, keepdims=True)
+    return video
+
+
+def patches(
+    x: Float[Array, "batch *grid channels"], sizes: Sequence[int]
+) -> Float[Array, "batch *cells values"]:
+    """Cuts an array into patches that do not overlap, one row of values each.
+
+    A patch and a dense layer are a strided convolution, which XLA's CPU backend does many times
+    slower (design section 8).
+
+    Args:
+        x: any number of axes between batch and channels.
+        sizes: of a patch along each of these axes; they divide the array.
+
+    Returns:
+        [batch, cells along each axis, product of sizes x channels].
+    """
+    batch, *grid, channels = x.shape
+    cells = [length // size for length, size in zip(grid, sizes, strict=True)]
+    split = [n for pair in zip(cells, sizes, strict=True) for n in pair]
+    axes = len(grid)
+    order = (
+        0,
+        *(1 + 2 * axis for axis in range(axes)),
+        *(2 + 2 * axis for axis in range(axes)),
+        1 + 2 * axes,
+    )
+    x = x.reshape(batch, *split, channels).transpose(order)
+    return x.reshape(batch, *cells, math.prod(sizes) * channels)
+
+
+def pool_features(
+    x: Float[Array, "batch *grid channels"], pool: Pool
+) -> Float[Array, "batch channels"]:
+    """Reduces a feature map to one float32 feature a row: the mean, or the maximum as AVID does."""
+    axes = tuple(range(1, x.ndim - 1))
+    x = x.astype(jnp.float32)
+    if pool == "mean":
+        return x.mean(axis=axes)
+    if pool == "max":
+        return x.max(axis=axes)
+    raise ValueError(f"unknown pool {pool!r}: use 'mean' or 'max'")

@@ -1,0 +1,152 @@
+"""Encoders by name: the general classes, and the published networks that papers compare.
+
+A general name ("resnet") takes all its settings; a published one ("r2plus1d_18") fixes those that
+make it what was published, and refuses others for them: a network under a published name is that
+network. docs/encoders.md tells sizes and sources.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+
+from avcl_jax.models.audio_encoders import AudioConvNet, AudioResNet
+from avcl_jax.models.s3d import S3D
+from avcl_jax.models.transformers import AudioTransformer, VideoTransformer
+from avcl_jax.models.video_encoders import VideoResNet
+
+Modality = Literal["video", "audio"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """An encoder that has a name.
+
+    Attributes:
+        encoder: its class.
+        fixed: settings that belong to the name.
+    """
+
+    encoder: type[nn.Module]
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+_WIDTHS = (64, 128, 256, 512)
+# PyTorch's defaults, with which torchvision, GDT and AVID-CMA trained: momentum 0.1, epsilon 1e-5.
+_TORCH_NORM = {"norm_momentum": 0.9, "norm_epsilon": 1e-5}
+_VIDEO_18 = {"widths": _WIDTHS, "depths": (2, 2, 2, 2), "block": "basic", "pool": "mean"}
+_R2PLUS1D = {"factorisation": "r2plus1d", "stem": "r2plus1d", **_TORCH_NORM}
+# torchvision's s3d: momentum 0.001, epsilon 0.001.
+_S3D = {"width": 1.0, "norm_momentum": 0.999, "norm_epsilon": 1e-3}
+_VIT_S = {"width": 384, "depth": 12, "heads": 6}
+_VIT_B = {"width": 768, "depth": 12, "heads": 12}
+_TUBELET = (2, 16, 16)
+_DEPTHS_34 = (3, 4, 6, 3)
+
+VIDEO: dict[str, Architecture] = {
+    "resnet": Architecture(VideoResNet),
+    "r2plus1d_18": Architecture(VideoResNet, {**_VIDEO_18, **_R2PLUS1D}),
+    "r2plus1d_34": Architecture(VideoResNet, {**_VIDEO_18, **_R2PLUS1D, "depths": _DEPTHS_34}),
+    "r2plus1d_50": Architecture(
+        VideoResNet, {**_VIDEO_18, **_R2PLUS1D, "depths": _DEPTHS_34, "block": "bottleneck"}
+    ),
+    "r3d_18": Architecture(
+        VideoResNet, {**_VIDEO_18, **_TORCH_NORM, "factorisation": "r3d", "stem": "r3d"}
+    ),
+    "mc3_18": Architecture(
+        VideoResNet, {**_VIDEO_18, **_TORCH_NORM, "factorisation": "mc3", "stem": "r3d"}
+    ),
+    "r2plus1d_18_avid": Architecture(
+        VideoResNet,
+        {
+            **_VIDEO_18,
+            **_TORCH_NORM,
+            "factorisation": "r2plus1d_plain",
+            "stem": "r3d_pool",
+            "block": "norm_after_sum",
+            "pool": "max",
+        },
+    ),
+    "inception": Architecture(S3D),
+    "s3d": Architecture(S3D, {**_S3D, "gating": False}),
+    "s3dg": Architecture(S3D, {**_S3D, "gating": True}),
+    "transformer": Architecture(VideoTransformer),
+    "vivit_s": Architecture(
+        VideoTransformer, {**_VIT_S, "tubelet": _TUBELET, "attention": "factorised"}
+    ),
+    "vivit_b": Architecture(
+        VideoTransformer, {**_VIT_B, "tubelet": _TUBELET, "attention": "factorised"}
+    ),
+    "vivit_b_joint": Architecture(
+        VideoTransformer, {**_VIT_B, "tubelet": _TUBELET, "attention": "joint"}
+    ),
+}
+
+_AUDIO_RESNET = {"widths": _WIDTHS, "stem": "resnet", **_TORCH_NORM}
+
+AUDIO: dict[str, Architecture] = {
+    "resnet": Architecture(AudioResNet),
+    "resnet_9": Architecture(AudioResNet, {**_AUDIO_RESNET, "depths": (1, 1, 1, 1)}),
+    "resnet_18": Architecture(AudioResNet, {**_AUDIO_RESNET, "depths": (2, 2, 2, 2)}),
+    "convnet": Architecture(AudioConvNet),
+    "conv_10": Architecture(AudioConvNet, {"widths": _WIDTHS, "pool": "max", **_TORCH_NORM}),
+    "transformer": Architecture(AudioTransformer),
+    "ast_s": Architecture(AudioTransformer, _VIT_S),
+    "ast_b": Architecture(AudioTransformer, _VIT_B),
+}
+
+BY_MODALITY: dict[str, dict[str, Architecture]] = {"video": VIDEO, "audio": AUDIO}
+
+# By which exported encoders name their class.
+CLASSES: dict[str, type[nn.Module]] = {
+    architecture.encoder.__name__: architecture.encoder
+    for architectures in BY_MODALITY.values()
+    for architecture in architectures.values()
+}
+
+
+def create_encoder(modality: Modality, name: str, settings: Mapping[str, Any]) -> nn.Module:
+    """Makes the encoder of that name.
+
+    Args:
+        modality: "video" or "audio".
+        name: a key of `VIDEO` or `AUDIO`.
+        settings: the other fields of its class; lists become tuples. With `patch` of a stem that
+            has none and the like, fields may be given that the rest leaves without effect.
+
+    Raises:
+        ValueError: naming a setting that the encoder does not have, that its name fixes, or that is
+            missing; or that the name is unknown.
+    """
+    known = BY_MODALITY[modality]
+    if name not in known:
+        raise ValueError(f"unknown {modality} encoder {name!r}: use one of {', '.join(known)}")
+    architecture = known[name]
+    fields = {
+        field.name: field
+        for field in dataclasses.fields(architecture.encoder)  # type: ignore[arg-type]  # Linen
+        if field.name not in ("parent", "name")
+    }
+    where = f"the {modality} encoder {name!r}"
+    for key in settings:
+        if key not in fields:
+            raise ValueError(f"{where} has no setting {key!r}: it has {', '.join(sorted(fields))}")
+        if key in architecture.fixed:
+            raise ValueError(
+                f"{where} fixes {key} to {architecture.fixed[key]!r}: leave {key} out, or take a "
+                f"general encoder ({', '.join(n for n, a in known.items() if not a.fixed)})"
+            )
+    given = {**architecture.fixed, **settings}
+    missing = [
+        key
+        for key, field in fields.items()
+        if key not in given and field.default is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{where} needs the setting {missing[0]!r}")
+    return architecture.encoder(
+        **{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    )
