@@ -14,6 +14,7 @@ import ml_collections
 
 from avcl_jax.data.augment import PhotometricSpec, SpectralSpec
 from avcl_jax.data.crop import CropSpec
+from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
 from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.spectrogram import LogMelSpec
 from avcl_jax.data.views import ViewSpec
@@ -113,6 +114,23 @@ def audio_visual_model(config: ml_collections.ConfigDict) -> AudioVisualModel:
         num_speeds=len(config.views.speeds),
         dtype=jnp.dtype(config.model.dtype),
     )
+
+
+def preprocessings(
+    config: ml_collections.ConfigDict,
+) -> dict[str, VideoPreprocessing | AudioPreprocessing]:
+    """What turns raw media into the inputs of the video and of the audio encoder."""
+    spec = render_spec(config)
+    return {
+        "video": VideoPreprocessing(
+            num_frames=spec.views.num_frames,
+            clip_seconds=spec.views.clip_seconds,
+            image_size=spec.crop.image_size,
+            mean=config.pixels.mean,
+            std=config.pixels.std,
+        ),
+        "audio": AudioPreprocessing(spec.log_mel),
+    }
 
 
 def bank_sampling(config: ml_collections.ConfigDict) -> BankSampling:

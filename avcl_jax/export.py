@@ -212,19 +212,8 @@ def export_run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> di
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")},
     }
-    video = VideoPreprocessing(
-        num_frames=spec.views.num_frames,
-        clip_seconds=spec.views.clip_seconds,
-        image_size=spec.crop.image_size,
-        mean=config.pixels.mean,
-        std=config.pixels.std,
-    )
-    preprocessings: dict[str, VideoPreprocessing | AudioPreprocessing] = {
-        "video": video,
-        "audio": AudioPreprocessing(spec.log_mel),
-    }
     exported = {}
-    for modality, preprocessing in preprocessings.items():
+    for modality, preprocessing in experiment.preprocessings(config).items():
         encoder = getattr(model, f"{modality}_encoder")
         if encoder is None:
             continue

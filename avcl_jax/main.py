@@ -1,7 +1,7 @@
 """Command line: `python -m avcl_jax.main --config=configs/pretrain.py --workdir=runs/demo`.
 
-`config.task` decides what runs: `pretrain`, `evaluate` or `export`. Media are prepared before, by
-`python -m data_prep`.
+`config.task` decides what runs: `pretrain`, `evaluate`, `export`, `import_weights` or
+`export_weights`. Media are prepared before, by `python -m data_prep`.
 """
 
 from __future__ import annotations
@@ -72,10 +72,24 @@ def _export(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     export_run(config, workdir)
 
 
+def _import_weights(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+    from avcl_jax.import_weights import import_weights
+
+    import_weights(config, workdir)
+
+
+def _export_weights(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+    from avcl_jax.import_weights import export_weights
+
+    export_weights(config, workdir)
+
+
 _TASKS: dict[str, Callable[[ml_collections.ConfigDict, epath.Path], None]] = {
     "pretrain": _pretrain,
     "evaluate": _evaluate,
     "export": _export,
+    "import_weights": _import_weights,
+    "export_weights": _export_weights,
 }
 
 

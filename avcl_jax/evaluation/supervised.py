@@ -226,7 +226,7 @@ def _train_step(classifier: Classifier, optimizer: Any) -> Callable[..., Any]:
             for name in logits
         ]
         hits = [(logits[name].argmax(axis=-1) == targets[name]).mean() for name in logits]
-        return jnp.stack(losses).mean(), (jnp.stack(hits).mean(), updated["batch_stats"])
+        return jnp.stack(losses).mean(), (jnp.stack(hits).mean(), updated.get("batch_stats", {}))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: Any, views: Any, targets: Any, learning_rate: Any) -> Any:
@@ -234,7 +234,7 @@ def _train_step(classifier: Classifier, optimizer: Any) -> Callable[..., Any]:
         optimizer_state.hyperparams["learning_rate"] = learning_rate
         (loss, (accuracy, batch_stats)), gradients = jax.value_and_grad(
             loss_function, has_aux=True
-        )(variables["params"], variables["batch_stats"], views, targets)
+        )(variables["params"], variables.get("batch_stats", {}), views, targets)
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, variables["params"])
         params = optax.apply_updates(variables["params"], updates)
         variables = {"params": params, "batch_stats": batch_stats}

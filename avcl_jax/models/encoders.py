@@ -114,8 +114,7 @@ def create_encoder(modality: Modality, name: str, settings: Mapping[str, Any]) -
     Args:
         modality: "video" or "audio".
         name: a key of `VIDEO` or `AUDIO`.
-        settings: the other fields of its class; lists become tuples. With `patch` of a stem that
-            has none and the like, fields may be given that the rest leaves without effect.
+        settings: the other fields of its class; lists become tuples.
 
     Raises:
         ValueError: naming a setting that the encoder does not have, that its name fixes, or that is
@@ -150,3 +149,16 @@ def create_encoder(modality: Modality, name: str, settings: Mapping[str, Any]) -
     return architecture.encoder(
         **{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     )
+
+
+def published_name(encoder: nn.Module) -> str | None:
+    """The published name of an encoder, or None if its settings are those of no published one."""
+    for architectures in BY_MODALITY.values():
+        for name, architecture in architectures.items():
+            if (
+                architecture.fixed
+                and type(encoder) is architecture.encoder
+                and all(getattr(encoder, key) == value for key, value in architecture.fixed.items())
+            ):
+                return name
+    return None

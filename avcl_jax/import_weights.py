@@ -1,0 +1,288 @@
+"""Weights of published PyTorch code in our encoders, and ours under its names.
+
+    python -m avcl_jax.main --config=configs/import_weights.py:torchvision,r2plus1d_18 \\
+        --config.checkpoint=r2plus1d_18-91a641e6.pth --workdir=runs/r2plus1d_18
+    python -m avcl_jax.main --config=configs/export_weights.py \\
+        --config.encoder=runs/demo/export/video --workdir=runs/demo
+
+The first writes WORKDIR/export/video (or audio), which `avcl_jax.export.load_encoder` reads; the
+second WORKDIR/torchvision.safetensors, which `load_state_dict` takes. What belongs to what is in
+`avcl_jax.models.torch_names`; nothing is guessed, and nothing is left over in silence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import pickle
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import safetensors
+import safetensors.numpy
+from etils import epath
+
+from avcl_jax import experiment
+from avcl_jax.export import export_encoder, load_encoder
+from avcl_jax.models import encoders, torch_names
+from avcl_jax.models.encoders import Modality
+from avcl_jax.models.torch_names import CODE_BASES, UNUSED_SUFFIX
+
+# Under which training code keeps the state dict of its model.
+_STATE_KEYS = ("model", "state_dict")
+# What `nn.DataParallel` and its distributed sibling put before every name.
+_PARALLEL_PREFIX = "module."
+# Parameters of convolutional encoders do not depend on it; it only has to be large enough.
+_EXAMPLES = {"video": (1, 8, 32, 32, 3), "audio": (1, 64, 64)}
+
+
+class WeightsError(ValueError):
+    """Weights that are not those of the encoder, or that cannot be read."""
+
+
+def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
+    """Reads the arrays of a checkpoint by name, without running anything that it may contain.
+
+    Args:
+        path: a .safetensors file, or what `torch.save` wrote: a state dict, or a training
+            checkpoint with one under "model" or "state_dict". The latter needs PyTorch installed.
+
+    Returns:
+        Arrays by name, without the prefix of `nn.DataParallel`.
+
+    Raises:
+        WeightsError: if the file is neither, or holds objects other than arrays and settings.
+        FileNotFoundError: if there is none.
+    """
+    path = epath.Path(path)
+    if path.suffix == ".safetensors":
+        try:
+            state = safetensors.numpy.load(path.read_bytes())
+        except safetensors.SafetensorError as error:
+            raise WeightsError(f"{path} is no safetensors file: {error}") from error
+    else:
+        state = _read_with_torch(path)
+    if all(name.startswith(_PARALLEL_PREFIX) for name in state):
+        state = {name.removeprefix(_PARALLEL_PREFIX): array for name, array in state.items()}
+    return state
+
+
+def _read_with_torch(path: epath.Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise WeightsError(
+            f"{path} needs PyTorch to be read: `pip install torch`, or save its state dict as "
+            "safetensors"
+        ) from error
+    try:
+        # Training code of the field keeps its arguments beside its weights.
+        with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(f"{path} cannot be read as weights only: {reason}") from error
+    for key in _STATE_KEYS:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+            break
+    if not isinstance(loaded, Mapping) or not loaded:
+        raise WeightsError(f"{path} holds a {type(loaded).__name__}, not a state dict")
+    other = [name for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
+    if other:
+        raise WeightsError(
+            f"{path} holds no state dict, neither by itself nor under "
+            f"{' or '.join(_STATE_KEYS)}: {_some(other)} are no arrays"
+        )
+    return {
+        name: (value.float() if value.is_floating_point() else value).numpy()
+        for name, value in loaded.items()
+    }
+
+
+def from_torch(
+    state: Mapping[str, np.ndarray], *, code_base: str, name: str, modality: Modality
+) -> dict[str, Any]:
+    """Converts a state dict to the variables of our encoder of that name.
+
+    Args:
+        state: arrays by PyTorch's names.
+        code_base: whose names they are, a key of `CODE_BASES`.
+        name: our name of the encoder.
+        modality: "video" or "audio".
+
+    Returns:
+        Nested float32 `params` and `batch_stats`.
+
+    Raises:
+        WeightsError: naming what is missing, left over, or of another shape.
+    """
+    names, encoder, arrays = _table(code_base, name, modality)
+    given = dict(state)
+    theirs = {array.theirs for array in arrays}
+    missing = sorted(theirs - given.keys())
+    unused = names.unused[modality]
+    left = sorted(
+        key
+        for key in given.keys() - theirs
+        if not key.startswith(unused) and not _is_counter_of(key, theirs)
+    )
+    if missing or left:
+        raise WeightsError(
+            f"not the weights of {code_base}'s {name}:"
+            + (f" {_some(missing)} missing;" if missing else "")
+            + (f" {_some(left)} left over;" if left else "")
+            + f" known are {', '.join(f'{base}: {_tables(base)}' for base in CODE_BASES)}"
+        )
+    flat = {}
+    for array in arrays:
+        value = np.asarray(given[array.theirs], np.float32)
+        if array.kind == "conv":
+            value = torch_names.kernel_from_torch(value, mels_first=names.mels_first)
+        flat[array.ours] = value
+    for array in arrays:
+        expected, actual = _shapes(encoder, modality)[array.ours], flat[array.ours].shape
+        if actual != expected:
+            raise WeightsError(
+                f"{array.theirs} is {actual} in our order of axes, {name} has {expected}"
+            )
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def to_torch(
+    variables: Mapping[str, Any], *, code_base: str, name: str, modality: Modality
+) -> dict[str, np.ndarray]:
+    """Converts variables of our encoder of that name to a state dict; inverse of `from_torch`.
+
+    Args:
+        variables: nested `params` and `batch_stats` of the encoder alone.
+        code_base: in whose names, a key of `CODE_BASES`.
+        name: our name of the encoder.
+        modality: "video" or "audio".
+
+    Returns:
+        float32 arrays by PyTorch's names.
+
+    Raises:
+        WeightsError: if that code base has no such encoder, or the variables are not its.
+    """
+    names, _, arrays = _table(code_base, name, modality)
+    flat = flax.traverse_util.flatten_dict(dict(variables), sep="/")
+    ours = {array.ours for array in arrays}
+    if flat.keys() != ours:
+        raise WeightsError(
+            f"not the variables of {name}: {_some(sorted(flat.keys() ^ ours))} on one side only"
+        )
+    state = {}
+    for array in arrays:
+        value = np.asarray(flat[array.ours], np.float32)
+        if array.kind == "conv":
+            value = torch_names.kernel_to_torch(value, mels_first=names.mels_first)
+        state[array.theirs] = np.ascontiguousarray(value)
+    return state
+
+
+def import_weights(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> epath.Path:
+    """Writes WORKDIR/export/MODALITY from `config.checkpoint`, as configs/import_weights.py says.
+
+    Raises:
+        WeightsError: if the checkpoint is not one of the encoder.
+        ValueError: if the config does not fit.
+    """
+    if not config.checkpoint:
+        raise ValueError("config.checkpoint is missing: the file with the weights")
+    modality: Modality = config.modalities
+    encoder = getattr(experiment.audio_visual_model(config), f"{modality}_encoder")
+    checkpoint = epath.Path(config.checkpoint)
+    variables = from_torch(
+        read_state_dict(checkpoint),
+        code_base=config.code_base,
+        name=config.model[modality].name,
+        modality=modality,
+    )
+    directory = export_encoder(
+        epath.Path(workdir) / "export" / modality,
+        encoder=encoder,
+        params=variables,
+        preprocessing=experiment.preprocessings(config)[modality],
+        source={
+            "checkpoint": checkpoint.name,
+            "checkpoint_sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+            "code_base": config.code_base,
+            "name": config.model[modality].name,
+        },
+    )
+    print(f"encoder {directory}", flush=True)
+    return directory
+
+
+def export_weights(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> epath.Path:
+    """Writes the exported encoder `config.encoder` to WORKDIR/CODE_BASE.safetensors.
+
+    Raises:
+        ExportError: if the directory holds no encoder.
+        WeightsError: if the code base has no such encoder.
+    """
+    encoder = load_encoder(config.encoder)
+    name = encoders.published_name(encoder.module)
+    if name is None:
+        raise WeightsError(
+            f"{config.encoder} holds a {type(encoder.module).__name__} that is no published "
+            "network: only those have layers with names elsewhere (docs/encoders.md)"
+        )
+    state = to_torch(
+        encoder.params, code_base=config.code_base, name=name, modality=encoder.modality
+    )
+    path = epath.Path(workdir) / f"{config.code_base}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(safetensors.numpy.save(state))
+    print(f"weights {path}", flush=True)
+    return path
+
+
+def _table(
+    code_base: str, name: str, modality: Modality
+) -> tuple[torch_names.CodeBase, nn.Module, list[torch_names.NamedArray]]:
+    """Returns the code base, a bare encoder of that name, and its arrays under both names."""
+    if code_base not in CODE_BASES:
+        raise WeightsError(f"unknown code base {code_base!r}: use one of {', '.join(CODE_BASES)}")
+    names = CODE_BASES[code_base]
+    if name not in names.tables or name not in encoders.BY_MODALITY[modality]:
+        raise WeightsError(
+            f"{code_base} has no {modality} encoder {name!r}: it has {_tables(code_base)}"
+        )
+    settings = {"subtract_time_mean": False} if modality == "video" else {}
+    encoder = encoders.create_encoder(modality, name, settings)
+    return names, encoder, torch_names.named_arrays(names, name, modality, encoder)
+
+
+@functools.cache
+def _shapes(encoder: nn.Module, modality: Modality) -> dict[str, tuple[int, ...]]:
+    example = jax.ShapeDtypeStruct(_EXAMPLES[modality], jnp.float32)
+    shapes = jax.eval_shape(
+        functools.partial(encoder.init, train=False), jax.random.key(0), example
+    )
+    flat = flax.traverse_util.flatten_dict(dict(shapes), sep="/")
+    return {key: value.shape for key, value in flat.items()}
+
+
+def _is_counter_of(key: str, theirs: Iterable[str]) -> bool:
+    """Whether `key` counts the batches of a normalisation that the table names."""
+    owner = key.removesuffix(UNUSED_SUFFIX)
+    return owner != key and f"{owner}.running_mean" in theirs
+
+
+def _tables(code_base: str) -> str:
+    return ", ".join(CODE_BASES[code_base].tables)
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
