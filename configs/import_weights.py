@@ -25,7 +25,7 @@ _GRAY = {"channel_mean": (0.45, 0.45, 0.45), "channel_std": (0.225, 0.225, 0.225
 
 
 def get_config(preset: str = "torchvision,r2plus1d_18") -> ml_collections.ConfigDict:
-    """The config of `CODE_BASE,ENCODER`, with the input that the published weights were made for."""
+    """The config of `CODE_BASE,ENCODER`, with the input that its weights were trained on."""
     code_base, _, name = preset.partition(",")
     if code_base not in CODE_BASES or name not in CODE_BASES[code_base].tables:
         known = [f"{base},{n}" for base, names in CODE_BASES.items() for n in names.tables]

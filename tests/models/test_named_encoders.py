@@ -1,0 +1,232 @@
+"""Encoders by name: published sizes, shapes, masks, constants, and what a name refuses."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from avcl_jax import experiment
+from avcl_jax.models import encoders
+from avcl_jax.models.audio_encoders import AudioConvNet
+from avcl_jax.models.encoders import create_encoder, published_name
+from avcl_jax.models.s3d import S3D
+from avcl_jax.models.transformers import AudioTransformer, VideoTransformer
+from avcl_jax.models.video_encoders import VideoResNet
+from configs import pretrain
+
+CLIP, SPECTROGRAM = (1, 16, 112, 112, 3), (1, 64, 64)
+# Input, parameters without classifier, shape of the feature map. Sources are in docs/encoders.md.
+PUBLISHED = {
+    ("video", "r2plus1d_18"): (CLIP, 31_300_125, (2, 7, 7, 512)),
+    ("video", "r2plus1d_34"): (CLIP, 61_626_461, (2, 7, 7, 512)),
+    ("video", "r2plus1d_50"): (CLIP, 53_130_091, (2, 7, 7, 2048)),
+    ("video", "r3d_18"): (CLIP, 33_166_272, (2, 7, 7, 512)),
+    ("video", "mc3_18"): (CLIP, 11_490_240, (16, 7, 7, 512)),
+    ("video", "r2plus1d_18_avid"): ((1, 8, 224, 224, 3), 15_379_136, (1, 7, 7, 512)),
+    ("video", "s3d"): ((1, 16, 224, 224, 3), 7_910_048, (2, 7, 7, 1024)),
+    ("video", "s3dg"): ((1, 16, 224, 224, 3), 9_135_056, (2, 7, 7, 1024)),
+    # ViViT counts 117.3 M and 88.9 M with 400 classes, 307,600 parameters of them.
+    ("video", "vivit_b"): ((1, 32, 224, 224, 3), 117_319_312 - 307_600, (16, 14, 14, 768)),
+    ("video", "vivit_b_joint"): ((1, 32, 224, 224, 3), 88_952_464 - 307_600, (16, 14, 14, 768)),
+    ("video", "vivit_s"): ((1, 32, 224, 224, 3), 30_194_304, (16, 14, 14, 384)),
+    # torchvision's resnet18 counts 11,176,512; a spectrogram has two input channels fewer.
+    ("audio", "resnet_18"): (SPECTROGRAM, 11_176_512 - 2 * 7 * 7 * 64, (2, 2, 512)),
+    ("audio", "resnet_9"): (SPECTROGRAM, 4_899_520, (2, 2, 512)),
+    ("audio", "conv_10"): ((1, 200, 257), 4_725_696, (13, 17, 512)),
+    ("audio", "ast_s"): ((1, 1024, 128), 21_589_632, (64, 8, 384)),
+    ("audio", "ast_b"): ((1, 1024, 128), 85_646_592, (64, 8, 768)),
+}
+
+
+def make(modality, name, **settings):
+    given = {"subtract_time_mean": False} if modality == "video" else {}
+    given |= {"patch": (16, 16)} if name.startswith("ast") else {}
+    return create_encoder(modality, name, given | settings)
+
+
+def test_every_published_name_is_counted():
+    named = {
+        (modality, name)
+        for modality, known in encoders.BY_MODALITY.items()
+        for name, architecture in known.items()
+        if architecture.fixed
+    }
+    assert named == set(PUBLISHED)
+
+
+@pytest.mark.parametrize(("modality", "name"), PUBLISHED)
+def test_published_encoder_has_its_size_and_its_name(modality, name):
+    shape, parameters, feature_map = PUBLISHED[modality, name]
+    encoder = make(modality, name)
+    outputs, variables = jax.eval_shape(
+        functools.partial(encoder.init_with_output, train=False),
+        jax.random.key(0),
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+    )
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == parameters
+    assert outputs["map"].shape == (1, *feature_map)
+    assert outputs["features"].shape == (1, feature_map[-1])
+    assert published_name(encoder) == name
+
+
+SMALL = {
+    "bottleneck": VideoResNet((4, 6), (1, 1), "r2plus1d", "r2plus1d", True, block="bottleneck"),
+    "mc3": VideoResNet((4, 6), (1, 1), "mc3", "r3d", False),
+    "avid": VideoResNet(
+        (4, 6), (1, 1), "r2plus1d_plain", "r3d_pool", False, block="norm_after_sum", pool="max"
+    ),
+    "s3dg": S3D(0.05, True, False),
+    "factorised": VideoTransformer(8, 1, 2, (2, 8, 8), "factorised", True),
+    "joint": VideoTransformer(8, 1, 2, (2, 8, 8), "joint", False),
+    "convnet": AudioConvNet((4, 6), "max"),
+    "audio transformer": AudioTransformer(8, 1, 2, (4, 8)),
+}
+
+
+def small_input(encoder):
+    audio = isinstance(encoder, AudioConvNet | AudioTransformer)
+    shape = (4, 16, 16) if audio else (4, 8, 32, 32, 3)
+    return jax.random.normal(jax.random.key(1), shape)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_rows_are_independent_and_missing_ones_are_not_counted(name):
+    """In training, what stands in a missing row changes neither the others nor the statistics."""
+    encoder = SMALL[name]
+    x = small_input(encoder)
+    mask = jnp.array([True, True, False, True])
+    variables = jax.jit(encoder.init, static_argnames="train")(jax.random.key(0), x, train=False)
+
+    @jax.jit
+    def run(x):
+        return encoder.apply(variables, x, train=True, mask=mask, mutable=["batch_stats"])
+
+    out, stats = run(x)
+    other, other_stats = run(x.at[2].multiply(30.0))
+    features = np.asarray(out["features"])
+    assert features.dtype == np.float32
+    assert np.ptp(features[np.asarray(mask)], axis=0).max() > 1e-3
+    np.testing.assert_allclose(other["features"][mask], features[mask], atol=1e-5)
+    assert np.abs(other["features"][2] - features[2]).max() > 1e-4
+    for a, b in zip(jax.tree.leaves(stats), jax.tree.leaves(other_stats), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("silenced", ["space", "time"])
+def test_factorised_attention_goes_over_one_axis_at_a_time(silenced):
+    """Without one of the two attentions, a token is heard along the axis of the other only."""
+    encoder = SMALL["factorised"].clone(subtract_time_mean=False)
+    x = small_input(encoder)
+    variables = jax.jit(encoder.init, static_argnames="train")(jax.random.key(0), x, train=False)
+    output = variables["params"][f"layer1_{silenced}"]["attention"]["out"]
+    output["kernel"] = jnp.zeros_like(output["kernel"])
+    changed = x.at[:, :2, :8, :8].multiply(-1.0)  # the first token alone
+    moved = np.abs(
+        encoder.apply(variables, changed, train=False)["map"]
+        - encoder.apply(variables, x, train=False)["map"]
+    ).max(axis=(0, -1))
+    reached = np.zeros(moved.shape, bool)
+    reached[(slice(None), 0, 0) if silenced == "space" else 0] = True
+    assert moved[reached].min() > 1e-4
+    assert moved[~reached].max() == 0
+
+
+@pytest.mark.parametrize("name", ["mc3", "s3dg", "convnet"])
+def test_frozen_normalisation_uses_and_keeps_the_running_statistics(name):
+    encoder = SMALL[name]
+    x = small_input(encoder)
+    frozen = encoder.clone(freeze_norm=True)
+    variables = jax.jit(encoder.init, static_argnames="train")(jax.random.key(0), x, train=False)
+    out, mutated = frozen.apply(variables, x, train=True, mutable=["batch_stats"])
+    expected = encoder.apply(variables, x, train=False)["features"]
+    np.testing.assert_allclose(out["features"], expected, atol=1e-6)
+    kept = mutated.get("batch_stats", variables["batch_stats"])
+    jax.tree.map(np.testing.assert_array_equal, kept, variables["batch_stats"])
+    _, moved = encoder.apply(variables, x, train=True, mutable=["batch_stats"])
+    before = jax.tree.leaves(variables["batch_stats"])
+    after = jax.tree.leaves(moved["batch_stats"])
+    assert any(np.abs(a - b).max() > 1e-5 for a, b in zip(after, before, strict=True))
+
+
+def test_statistics_stay_float32_in_bfloat16():
+    """The mean of many equal values is theirs, which bfloat16 sums would miss by far."""
+    encoder = SMALL["convnet"].clone(dtype=jnp.bfloat16)
+    x = small_input(encoder)
+    variables = jax.jit(encoder.init, static_argnames="train")(jax.random.key(0), x, train=False)
+    out, stats = encoder.apply(variables, x, train=True, mutable=["batch_stats"])
+    assert out["map"].dtype == jnp.bfloat16
+    assert out["features"].dtype == jnp.float32
+    leaves = [*jax.tree.leaves(stats), *jax.tree.leaves(variables["params"])]
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
+    _, exact = SMALL["convnet"].apply(variables, x, train=True, mutable=["batch_stats"])
+    stem, exact_stem = (s["batch_stats"]["stem_norm"]["norm"]["var"] for s in (stats, exact))
+    np.testing.assert_allclose(stem, exact_stem, rtol=2e-3)
+
+
+def test_constants_of_normalisation_are_those_published():
+    families = {"r2plus1d_18": (0.9, 1e-5), "r2plus1d_18_avid": (0.9, 1e-5), "s3d": (0.999, 1e-3)}
+    for name, constants in families.items():
+        encoder = make("video", name)
+        assert (encoder.norm_momentum, encoder.norm_epsilon) == constants
+    # They reach the layers: the running mean of S3D's first one moves by a thousandth.
+    encoder = SMALL["s3dg"]
+    x = small_input(encoder)
+    variables = jax.jit(encoder.init, static_argnames="train")(jax.random.key(0), x, train=False)
+    _, slow = encoder.apply(variables, x, train=True, mutable=["batch_stats"])
+    fast_encoder = encoder.clone(norm_momentum=0.9)
+    _, fast = fast_encoder.apply(variables, x, train=True, mutable=["batch_stats"])
+    slow_mean, fast_mean = (
+        s["batch_stats"]["conv_1a"]["spatial"]["norm"]["norm"]["mean"] for s in (slow, fast)
+    )
+    np.testing.assert_allclose(100 * slow_mean, fast_mean, rtol=1e-4, atol=1e-7)
+
+
+def test_colours_are_standardised_before_anything_else():
+    plain = SMALL["mc3"]
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+    coloured = plain.clone(channel_mean=mean, channel_std=std)
+    x = jax.random.uniform(jax.random.key(2), (2, 8, 32, 32, 3))
+    variables = jax.jit(plain.init, static_argnames="train")(jax.random.key(0), x, train=False)
+    by_hand = ((np.asarray(x) - np.float32(mean)) / np.float32(std)).astype(np.float32)
+    np.testing.assert_allclose(
+        coloured.apply(variables, x, train=False)["features"],
+        plain.apply(variables, by_hand, train=False)["features"],
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    with pytest.raises(ValueError, match="come together"):
+        plain.clone(channel_mean=mean).apply(variables, x, train=False)
+
+
+def test_what_a_name_does_not_allow_is_one_clear_error():
+    with pytest.raises(
+        ValueError, match=r"unknown video encoder 'r2d2': use one of resnet, r2plus"
+    ):
+        create_encoder("video", "r2d2", {})
+    with pytest.raises(ValueError, match=r"'r3d_18' fixes stem to 'r3d': leave stem out.*resnet"):
+        make("video", "r3d_18", stem="r2plus1d")
+    with pytest.raises(ValueError, match=r"'vivit_s' has no setting 'lowering': it has atten"):
+        make("video", "vivit_s", lowering="auto")
+    with pytest.raises(ValueError, match=r"the audio encoder 'ast_s' needs the setting 'patch'"):
+        create_encoder("audio", "ast_s", {})
+    with pytest.raises(ValueError, match=r"tubelet \(2, 16, 16\) must divide the clip's 8x40x32"):
+        jax.eval_shape(
+            functools.partial(make("video", "vivit_s").init, train=False),
+            jax.random.key(0),
+            jnp.zeros((1, 8, 40, 32, 3)),
+        )
+    with pytest.raises(ValueError, match="at least 8 frames of 32x32, got 4 of 32x32"):
+        SMALL["s3dg"].init(jax.random.key(0), jnp.zeros((1, 4, 32, 32, 3)), train=False)
+
+
+@pytest.mark.parametrize(("modality", "name"), [("video", "s3dg"), ("audio", "conv_10")])
+def test_a_config_changes_encoder_by_its_name_alone(modality, name):
+    config = pretrain.get_config("kinetics400")
+    config.model[modality].name = name
+    encoder = getattr(experiment.audio_visual_model(config), f"{modality}_encoder")
+    assert published_name(encoder) == name
+    assert encoder.dtype == jnp.bfloat16

@@ -1,0 +1,192 @@
+"""Weights under PyTorch's names: what is read, what is refused by name, and the way back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from avcl_jax.data.preprocessing import VideoPreprocessing
+from avcl_jax.export import export_encoder, load_encoder
+from avcl_jax.import_weights import (
+    WeightsError,
+    export_weights,
+    from_torch,
+    import_weights,
+    read_state_dict,
+    to_torch,
+)
+from avcl_jax.models.encoders import create_encoder
+from avcl_jax.models.torch_names import kernel_from_torch, kernel_to_torch
+from avcl_jax.models.video_encoders import VideoResNet
+from configs import export_weights as export_config
+from configs import import_weights as import_config
+from tests.training import small
+
+# Names and shapes of the state dicts of AVID-CMA's and GDT's whole models, written by
+# tests/models/testdata/make_state_dict_shapes.py.
+SHAPES = Path(__file__).parent / "models" / "testdata"
+ENCODERS = {
+    ("avid", "r2plus1d_18_avid"): "video",
+    ("avid", "conv_10"): "audio",
+    ("gdt", "r2plus1d_18"): "video",
+    ("gdt", "resnet_9"): "audio",
+}
+
+
+def state_dict(code_base: str) -> dict[str, np.ndarray]:
+    shapes = json.loads((SHAPES / f"{code_base}.json").read_text())
+    return {
+        name: np.zeros(shape, np.int64 if name.endswith("tracked") else np.float32)
+        for name, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize(("code_base", "name"), ENCODERS)
+def test_names_and_shapes_of_published_code_are_all_accounted_for(code_base, name):
+    modality = ENCODERS[code_base, name]
+    state = state_dict(code_base)
+    variables = from_torch(state, code_base=code_base, name=name, modality=modality)
+    back = to_torch(variables, code_base=code_base, name=name, modality=modality)
+    encoder = {"video": ("video_model.", "video_network."), "audio": ("audio_model.", "audio_net")}
+    theirs = {
+        key: array.shape
+        for key, array in state.items()
+        if key.startswith(encoder[modality])
+        and not key.endswith("num_batches_tracked")
+        and not key.startswith("audio_network.base.fc.")
+    }
+    assert {key: array.shape for key, array in back.items()} == theirs
+
+
+def test_what_is_missing_left_over_or_of_another_shape_is_named():
+    state = state_dict("avid")
+
+    def load():
+        return from_torch(state, code_base="avid", name="conv_10", modality="audio")
+
+    load()
+    state["audio_model.block2.conv1.wieght"] = state.pop("audio_model.block2.conv1.weight")
+    with pytest.raises(WeightsError, match=r"conv1\.weight missing; .*conv1\.wieght left over"):
+        load()
+    state["audio_model.block2.conv1.weight"] = state.pop("audio_model.block2.conv1.wieght")
+    state["audio_model.block9.bn1.num_batches_tracked"] = np.zeros((), np.int64)
+    with pytest.raises(WeightsError, match=r"block9\.bn1\.num_batches_tracked left over"):
+        load()
+    del state["audio_model.block9.bn1.num_batches_tracked"]
+    state["audio_model.block1.conv1.weight"] = np.zeros((64, 32, 3, 3), np.float32)
+    with pytest.raises(
+        WeightsError, match=r"block1\.conv1\.weight is \(3, 3, 32, 64\).*has \(3, 3, 64, 64\)"
+    ):
+        load()
+    with pytest.raises(WeightsError, match=r"not the weights of gdt's resnet_9: .* missing"):
+        from_torch(state, code_base="gdt", name="resnet_9", modality="audio")
+    with pytest.raises(WeightsError, match="avid has no audio encoder 'resnet_9': it has r2plus1d"):
+        from_torch(state, code_base="avid", name="resnet_9", modality="audio")
+    with pytest.raises(WeightsError, match="unknown code base 'timm': use one of torchvision"):
+        from_torch(state, code_base="timm", name="conv_10", modality="audio")
+
+
+@pytest.mark.parametrize("mels_first", [False, True])
+def test_kernels_mean_the_same_in_both_layouts(mels_first):
+    """One value of the convolution by hand, with PyTorch's [out, in, rows, columns]."""
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(5, 4, 3, 2)).astype(np.float32)
+    patch = rng.normal(size=(4, 3, 2)).astype(np.float32)  # channels, rows, columns
+    theirs = np.einsum("oirc,irc->o", kernel, patch)
+    ours = kernel_from_torch(kernel, mels_first=mels_first)
+    # Ours is [frames, mels]; theirs may be [mels, frames].
+    window = patch.transpose(2, 1, 0) if mels_first else patch.transpose(1, 2, 0)
+    np.testing.assert_allclose(np.einsum("fmio,fmi->o", ours, window), theirs, rtol=1e-5)
+    np.testing.assert_array_equal(kernel_to_torch(ours, mels_first=mels_first), kernel)
+
+
+def test_safetensors_are_read_without_the_prefix_of_data_parallel(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    array = np.arange(6, dtype=np.float32)
+    safetensors.numpy.save_file({"module.a.weight": array, "module.b": array[:2]}, path)
+    state = read_state_dict(path)
+    assert state.keys() == {"a.weight", "b"}
+    np.testing.assert_array_equal(state["a.weight"], array)
+    path.write_bytes(b"no tensors")
+    with pytest.raises(WeightsError, match="weights.safetensors is no safetensors file"):
+        read_state_dict(path)
+
+
+@pytest.mark.slow
+def test_import_and_export_are_inverse_through_files(tmp_path):
+    """mc3_18, the smallest, from a file to an encoder that is loaded, and back to the same file."""
+    encoder = create_encoder("video", "mc3_18", {"subtract_time_mean": False})
+    variables = jax.jit(encoder.init, static_argnames="train")(
+        jax.random.key(0), jnp.zeros((1, 4, 16, 16, 3)), train=False
+    )
+    variables = jax.tree.map(lambda leaf: np.asarray(leaf) + 0.01, variables)
+    state = to_torch(variables, code_base="torchvision", name="mc3_18", modality="video")
+    checkpoint = tmp_path / "mc3_18.safetensors"
+    safetensors.numpy.save_file(state | {"fc.bias": np.zeros(400, np.float32)}, checkpoint)
+    config = import_config.get_config("torchvision,mc3_18")
+    config.checkpoint = str(checkpoint)
+    directory = import_weights(config, tmp_path)
+    loaded = load_encoder(directory)
+    assert loaded.config["source"]["name"] == "mc3_18"
+    jax.tree.map(np.testing.assert_array_equal, dict(loaded.params), dict(variables))
+    frames = np.random.default_rng(0).integers(0, 256, (16, 120, 160, 3), np.uint8)
+    (features,) = loaded(frames, 15.0, batch_size=1)
+    square = jnp.asarray(loaded.preprocess(frames, 15.0)[0], jnp.float32) / 255
+    mean, std = np.float32((0.43216, 0.394666, 0.37645)), np.float32((0.22803, 0.22145, 0.216989))
+    by_hand = (np.asarray(square) - mean) / std
+    expected = encoder.apply(variables, by_hand[None], train=False)["features"][0]
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
+    config = export_config.get_config()
+    config.encoder = str(directory)
+    written = safetensors.numpy.load_file(export_weights(config, tmp_path / "back"))
+    assert written.keys() == state.keys()
+    for name, array in state.items():
+        np.testing.assert_array_equal(written[name], array)
+
+
+def test_only_published_networks_have_names_elsewhere(tmp_path):
+    encoder = VideoResNet((4, 6), (0, 1), "r3d", "patch4", False)
+    variables = encoder.init(jax.random.key(0), jnp.zeros((1, 4, 16, 16, 3)), train=False)
+    export_encoder(
+        tmp_path,
+        encoder=encoder,
+        params=variables,
+        preprocessing=VideoPreprocessing(4, 0.5, 16, 0.5, 0.25),
+        source={},
+    )
+    config = export_config.get_config()
+    config.encoder = str(tmp_path)
+    with pytest.raises(WeightsError, match="holds a VideoResNet that is no published network"):
+        export_weights(config, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
+    arguments = ["--config=configs/import_weights.py:avid,conv_10", f"--workdir={tmp_path}"]
+    assert "error: config.checkpoint is missing" in small.run(arguments, code=1)
+    safetensors.numpy.save_file({"x": np.zeros(1, np.float32)}, tmp_path / "x.safetensors")
+    arguments.append(f"--config.checkpoint={tmp_path / 'x.safetensors'}")
+    assert "error: not the weights of avid's conv_10" in small.run(arguments, code=1)
+    arguments[0] = "--config=configs/import_weights.py:avid,conv_9"
+    assert "unknown preset 'avid,conv_9': use one of torchvision,r2p" in small.run(
+        arguments[:2], code=1
+    )
+
+
+@pytest.mark.parametrize(
+    ("preset", "modality"),
+    [("torchvision,s3d", "video"), ("gdt,r2plus1d_34", "video"), ("avid,conv_10", "audio")],
+)
+def test_presets_say_what_the_weights_were_trained_on(preset, modality):
+    config = import_config.get_config(preset)
+    assert config.modalities == modality
+    assert config.model[modality].name == preset.split(",")[1]
+    assert (config.pixels.mean, config.pixels.std) == (0.0, 1.0)
+    if modality == "video":
+        assert len(config.model.video.channel_mean) == 3
