@@ -17,9 +17,11 @@ demo: $(VENV)/demo-ready
 test: $(VENV)/test-ready
 	$(BIN)/python -m pytest
 
-# Apache Beam, object stores, TensorFlow: packages of the extras, in an environment of their own.
+# Apache Beam, object stores, TensorFlow, PyTorch: packages of the extras, in an environment of
+# their own. PyTorch's tests run in a process of their own: it and TensorFlow bring two OpenMPs.
 interop: $(VENV)-interop/ready
 	$(VENV)-interop/bin/python -m pytest -m interop
+	$(VENV)-interop/bin/python -m pytest -m torch
 
 lint: $(VENV)/test-ready
 	$(BIN)/ruff check .

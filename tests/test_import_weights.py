@@ -114,7 +114,7 @@ def test_safetensors_are_read_without_the_prefix_of_data_parallel(tmp_path):
     assert state.keys() == {"a.weight", "b"}
     np.testing.assert_array_equal(state["a.weight"], array)
     path.write_bytes(b"no tensors")
-    with pytest.raises(WeightsError, match="weights.safetensors is no safetensors file"):
+    with pytest.raises(WeightsError, match=r"weights\.safetensors is no safetensors file"):
         read_state_dict(path)
 
 
