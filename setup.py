@@ -16,6 +16,7 @@ setup(
     packages=find_packages(include=["avcl_jax*", "data_prep*", "configs*"]),
     extras_require={
         "interop": ["tensorflow>=2.21.0"],
+        "torch": ["torch>=2.13.0"],
         "beam": ["apache-beam>=2.77.0"],
         "s3": ["s3fs"],
         "scenes": ["scenedetect"],
