@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import pickle
 import sys
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,6 +16,7 @@ from avcl_jax.import_weights import WeightsError, from_torch, read_state_dict, t
 from avcl_jax.models import torch_names
 from avcl_jax.models.encoders import create_encoder
 from avcl_jax.models.layers import BatchNorm, Conv2D, Conv3D
+from tests.test_import_weights import state_dict
 
 pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (requirements-interop.txt)")
@@ -68,6 +69,10 @@ def arrays(network) -> dict[str, np.ndarray]:
 
 def channels_last(tensor) -> np.ndarray:
     return np.moveaxis(tensor.detach().numpy(), 1, -1)
+
+
+def features(encoder, variables, x: np.ndarray) -> np.ndarray:
+    return jax.jit(lambda v, x: encoder.apply(v, x, train=False)["features"])(variables, x)
 
 
 def assert_close(ours, theirs, what: str) -> None:
@@ -134,22 +139,22 @@ def test_torchvision_counts_what_we_count(name, published):
 def test_what_we_export_loads_in_torchvision(name):
     encoder = create_encoder("video", name, {"subtract_time_mean": False})
     clip = np.random.default_rng(0).normal(size=(1, 8, 48, 48, 3)).astype(np.float32)
-    variables = jax.jit(encoder.init, static_argnames="train")(jax.random.key(0), clip, train=False)
-    leaves, structure = jax.tree.flatten(variables)
+    shapes = jax.eval_shape(functools.partial(encoder.init, train=False), jax.random.key(0), clip)
     rng = np.random.default_rng(1)
-    variables = jax.tree.unflatten(
-        structure,
-        [
-            leaf + 0.1 * np.abs(rng.normal(size=leaf.shape)).astype(np.float32) * (leaf.ndim == 1)
-            for leaf in leaves
-        ],
+    variables = jax.tree.map(
+        lambda leaf: (
+            (0.5 + rng.random(leaf.shape)).astype(np.float32)
+            if leaf.ndim == 1
+            else rng.normal(0, 1 / np.sqrt(leaf.size / leaf.shape[-1]), leaf.shape)
+        ),
+        shapes,
     )
     state = to_torch(variables, code_base="torchvision", name=name, modality="video")
     network = build(name)
-    network.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
+    network.load_state_dict({key: torch.tensor(value) for key, value in state.items()})
     with torch.no_grad():
         theirs = network(torch.from_numpy(clip).permute(0, 4, 1, 2, 3)).numpy()
-    ours = jax.jit(lambda v, x: encoder.apply(v, x, train=False)["features"])(variables, clip)
+    ours = features(encoder, variables, clip)
     assert_close(ours, theirs, "features")
 
 
@@ -201,8 +206,6 @@ def avid_audio(state, x):
 
 def random_state(code_base: str, prefix: str) -> dict[str, np.ndarray]:
     """Weights of the encoder behind `prefix`, with the names and shapes of the published code."""
-    from tests.test_import_weights import state_dict
-
     rng = np.random.default_rng(5)
     state = {}
     for name, zeros in state_dict(code_base).items():
@@ -236,7 +239,7 @@ def test_features_of_avid(name, modality, prefix, reference):
         modality, name, {"subtract_time_mean": False} if modality == "video" else {}
     )
     variables = from_torch(state, code_base="avid", name=name, modality=modality)
-    ours = jax.jit(lambda v, x: encoder.apply(v, x, train=False)["features"])(variables, x)
+    ours = features(encoder, variables, x)
     assert_close(ours, theirs, "features")
     assert np.ptp(theirs) > 1e-2
 
@@ -254,7 +257,7 @@ def test_features_of_gdt_whose_spectrograms_have_mels_first(name, depths):
         theirs = network(spectrogram.transpose(1, 2)[:, None]).numpy()
     encoder = create_encoder("audio", name, {})
     variables = from_torch(state, code_base="gdt", name=name, modality="audio")
-    ours = encoder.apply(variables, jnp.asarray(spectrogram.numpy()), train=False)["features"]
+    ours = features(encoder, variables, spectrogram.numpy())
     assert_close(ours, theirs, "features")
 
 
@@ -283,7 +286,7 @@ def test_checkpoints_of_training_are_read_and_nothing_in_them_is_run(tmp_path):
     torch.save({"model": {"a": torch.zeros(1)}, "args": Malicious()}, path)
     with pytest.raises(WeightsError, match="cannot be read as weights only"):
         read_state_dict(path)
-    path.write_bytes(pickle.dumps(Malicious()))
+    path.write_bytes(pickle.dumps(Malicious(), protocol=2))
     with pytest.raises(WeightsError, match="cannot be read as weights only"):
         read_state_dict(path)
     assert not (tmp_path / "ran").exists()
