@@ -18,6 +18,8 @@ from avcl_jax.models.transformers import AudioTransformer, VideoTransformer
 from avcl_jax.models.video_encoders import VideoResNet
 from configs import pretrain
 
+# Running a network once takes less time than optimising its machine code.
+QUICK = {"xla_backend_optimization_level": 0}
 CLIP, SPECTROGRAM = (1, 16, 112, 112, 3), (1, 64, 64)
 # Input, parameters without classifier, shape of the feature map. Sources are in docs/encoders.md.
 PUBLISHED = {
@@ -89,29 +91,38 @@ SMALL = {
 
 @functools.cache
 def initial(name):
-    """Input and variables of a small encoder; jitted, as op by op takes many times as long."""
+    """Input and random variables of a small encoder."""
     encoder = SMALL[name]
     x = small_input(encoder)
-    return x, jax.jit(encoder.init, static_argnames="train")(jax.random.key(0), x, train=False)
+    shapes = jax.eval_shape(functools.partial(encoder.init, train=False), jax.random.key(0), x)
+    rng = np.random.default_rng(0)
+    # Drawn here: compiling the initialisation takes longer than all the rest.
+    return x, jax.tree.map(
+        lambda leaf: jnp.asarray(
+            0.5 + rng.random(leaf.shape)
+            if leaf.ndim == 1
+            else rng.normal(0, (leaf.size / leaf.shape[-1]) ** -0.5, leaf.shape),
+            leaf.dtype,
+        ),
+        shapes,
+    )
 
 
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def trained(encoder, variables, x, mask=None):
     """Outputs in training, and the statistics after it."""
-
-    @jax.jit
-    def run(variables, x):
-        return encoder.apply(variables, x, train=True, mask=mask, mutable=["batch_stats"])
-
-    return run(variables, x)
+    return encoder.apply(variables, x, train=True, mask=mask, mutable=["batch_stats"])
 
 
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def evaluated(encoder, variables, x):
-    return jax.jit(lambda variables, x: encoder.apply(variables, x, train=False))(variables, x)
+    return encoder.apply(variables, x, train=False)
 
 
 def small_input(encoder):
     audio = isinstance(encoder, AudioConvNet | AudioTransformer)
-    shape = (4, 16, 16) if audio else (4, 8, 32, 32, 3)
+    clip = (4, 8, 32, 32, 3) if isinstance(encoder, S3D) else (4, 4, 16, 16, 3)
+    shape = (4, 16, 16) if audio else clip
     return jax.random.normal(jax.random.key(1), shape)
 
 
@@ -120,12 +131,8 @@ def test_rows_are_independent_and_missing_ones_are_not_counted(name):
     """In training, what stands in a missing row changes neither the others nor the statistics."""
     x, variables = initial(name)
     mask = jnp.array([True, True, False, True])
-    encoder = SMALL[name]
-    run = jax.jit(
-        lambda x: encoder.apply(variables, x, train=True, mask=mask, mutable=["batch_stats"])
-    )
-    out, stats = run(x)
-    other, other_stats = run(x.at[2].multiply(30.0))
+    out, stats = trained(SMALL[name], variables, x, mask)
+    other, other_stats = trained(SMALL[name], variables, x.at[2].multiply(30.0), mask)
     features = np.asarray(out["features"])
     assert features.dtype == np.float32
     assert np.ptp(features[np.asarray(mask)], axis=0).max() > 1e-3
@@ -203,7 +210,7 @@ def test_colours_are_standardised_before_anything_else():
     plain = SMALL["mc3"]
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
     coloured = plain.clone(channel_mean=mean, channel_std=std)
-    x = jax.random.uniform(jax.random.key(2), (2, 8, 32, 32, 3))
+    x = jax.random.uniform(jax.random.key(2), (2, 4, 16, 16, 3))
     _, variables = initial("mc3")
     by_hand = ((np.asarray(x) - np.float32(mean)) / np.float32(std)).astype(np.float32)
     np.testing.assert_allclose(
