@@ -126,7 +126,7 @@ def create_encoder(modality: Modality, name: str, settings: Mapping[str, Any]) -
     architecture = known[name]
     fields = {
         field.name: field
-        for field in dataclasses.fields(architecture.encoder)  # type: ignore[arg-type]  # Linen
+        for field in dataclasses.fields(architecture.encoder)
         if field.name not in ("parent", "name")
     }
     where = f"the {modality} encoder {name!r}"
