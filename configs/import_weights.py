@@ -54,6 +54,8 @@ def _video(c: ml_collections.ConfigDict, code_base: str, name: str) -> None:
     if code_base == "torchvision":  # torchvision.transforms._presets.VideoClassification, 15 fps
         section |= _KINETICS
         c.views.num_frames, c.views.clip_seconds = 16, 16 / 15
+        # No sound is read, but windows of a clip must be whole: 400 samples in this interval.
+        c.spectrogram.sample_rate_hz = 24_000
         c.crop.image_size = 224 if name == "s3d" else 112
     elif code_base == "avid":  # its configs/main/avid/kinetics/Cross-N1024.yaml
         section |= _IMAGENET

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from avcl_jax import experiment
 from avcl_jax.data.preprocessing import VideoPreprocessing
 from avcl_jax.export import export_encoder, load_encoder
 from avcl_jax.import_weights import (
@@ -193,5 +194,6 @@ def test_presets_say_what_the_weights_were_trained_on(preset, modality):
     assert config.modalities == modality
     assert config.model[modality].name == preset.split(",")[1]
     assert (config.pixels.mean, config.pixels.std) == (0.0, 1.0)
+    assert experiment.preprocessings(config).keys() == {"video", "audio"}  # windows are whole
     if modality == "video":
         assert len(config.model.video.channel_mean) == 3
