@@ -61,21 +61,11 @@ def test_rows_as_table_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert stored[1]["detail"] == {"parts": [1, 2]}
 
 
-def cores_and_start() -> list[int]:
-    """Runs in a child: the cores that it may use."""
-    return sorted(os.sched_getaffinity(0))
-
-
-def fails(*, message: str) -> None:
-    """Runs in a child."""
-    raise ValueError(message)
-
-
 def test_children_run_on_their_cores_and_their_failures_are_told() -> None:
     first = sorted(os.sched_getaffinity(0))[:1]
-    assert run_child("tests.test_benchmarks:cores_and_start", {}, cores=first) == first
+    assert run_child("tests.benchmark_children:cores", {}, cores=first) == first
     with pytest.raises(ChildError, match="ValueError: because of this"):
-        run_child("tests.test_benchmarks:fails", {"message": "because of this"})
+        run_child("tests.benchmark_children:fail", {"message": "because of this"})
 
 
 def test_a_missing_package_skips_a_row_and_says_what_to_install() -> None:
