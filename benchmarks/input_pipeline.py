@@ -120,6 +120,11 @@ def _over_decode_bound(setup: Setup) -> tuple[float, dict[str, Any]]:
         {"directory": str(setup.linked()), "samples": 32, "repeats": setup.repeats},
         cores=sorted(os.sched_getaffinity(0))[:1],
     )
+    parts = run_child(
+        "benchmarks.rendering:parts",
+        {"directory": str(setup.linked()), "repeats": setup.repeats},
+        cores=sorted(os.sched_getaffinity(0))[:1],
+    )
     times = {
         name: found["microseconds"] for name, found in compared.items() if found.get("same_pixels")
     }
@@ -132,6 +137,7 @@ def _over_decode_bound(setup: Setup) -> tuple[float, dict[str, Any]]:
         setting=setup.best_setting(_cores()),
         decoders=compared,
         fastest=fastest,
+        milliseconds_of_parts=parts,
     )
 
 

@@ -19,7 +19,7 @@ from avcl_jax.data.records import RecordDataset
 from benchmarks import footage
 from benchmarks.measure import Row, print_table, write_json
 
-QUALITIES = (20, 40, 60, 75, 90, 98)
+QUALITIES = (20, 40, 60, 75, 90)
 
 
 def measure(media: Path, run: Path, quality: int) -> dict[str, Any]:

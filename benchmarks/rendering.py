@@ -7,6 +7,8 @@ except that the spectrogram is made on the host.
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,11 @@ import grain
 import numpy as np
 from absl import flags
 
-from avcl_jax.data.crop import CropSpec
-from avcl_jax.data.pipeline import train_batches
+from avcl_jax.data.crop import CropSpec, crop_frame, random_crop
+from avcl_jax.data.decode import each_jpeg
+from avcl_jax.data.pipeline import Draw, RenderBatch, train_batches
 from avcl_jax.data.records import Record, RecordDataset
-from avcl_jax.data.rendering import RenderSpec, UsableRecord
+from avcl_jax.data.rendering import RenderSpec, UsableRecord, render_audio
 from avcl_jax.data.spectrogram import LogMelSpec
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import ViewSpec, draw_views, frame_indices
@@ -96,3 +99,54 @@ def pipeline_rate(*, directory: str, workers: int, threads: int, count: int) -> 
     """Samples per second of the input pipeline over `count` batches."""
     batches = pipeline(directory, workers=workers, threads=threads)
     return rate(batches, batch_size=BATCH_SIZE, warmup=WARMUP_BATCHES, count=count)
+
+
+def parts(*, directory: str, repeats: int) -> dict[str, float]:
+    """Milliseconds a sample on one core of what rendering consists of, in turns.
+
+    Returns:
+        Medians of `all` rendering, and of its parts: `read` records, `decode` pictures, `crop` and
+        resize them, `log_mel`. Python between the parts is what they leave of `all`.
+    """
+    source = open_records(directory)
+    render = RenderBatch(source, SPEC, skip_unreadable=False, shared=False)
+    positions = np.random.default_rng(0).permutation(len(source))[:BATCH_SIZE].tolist()
+    known = []
+    for number, position in enumerate(positions):
+        _, record, use = source[position]
+        pair = draw_views(np.random.default_rng(number), use.timeline, VIEWS)
+        known.append((record, pair))
+    shown = [
+        [record.frames[k] for k in frame_indices(clip, record.frame_seconds, VIEWS).tolist()]
+        for record, pair in known
+        for clip in pair.video
+    ]
+    size = CROP.image_size
+    out = np.empty((size, size, 3), np.uint8)
+
+    def crops() -> None:
+        for number, (record, _) in enumerate(known):
+            image = np.zeros((record.height, record.width, 3), np.uint8)
+            for view in range(2):
+                rng = np.random.default_rng([number, view])
+                crop = random_crop(rng, record.height, record.width, CROP)
+                for _ in range(VIEWS.num_frames):
+                    crop_frame(image, crop, out)
+
+    measured = {
+        "all": lambda: render([Draw(p, np.random.default_rng(n)) for n, p in enumerate(positions)]),
+        # Counted and not kept: records that stay in memory cost page faults.
+        "read": lambda: sum(source[position][0] >= 0 for position in positions),
+        "decode": lambda: [list(each_jpeg(frames)) for frames in shown],
+        "crop": crops,
+        "log_mel": lambda: [
+            render_audio(record, clip, SPEC) for record, pair in known for clip in pair.audio
+        ],
+    }
+    times: dict[str, list[float]] = {name: [] for name in measured}
+    for _ in range(repeats):
+        for name, function in measured.items():
+            begin = time.perf_counter()
+            function()
+            times[name].append(1e3 * (time.perf_counter() - begin) / len(positions))
+    return {name: round(statistics.median(values), 3) for name, values in times.items()}

@@ -59,8 +59,12 @@ class _Worker:
 
 def _work(connection: Connection) -> None:
     """Runs in the worker: does one job after another until told None, or the parent is gone."""
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError, EOFError):
-        _serve(connection)
+    try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError, EOFError):
+            _serve(connection)
+    finally:
+        # It ends anyway: told to meanwhile, Python would print where in its last steps it was.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _serve(connection: Connection) -> None:

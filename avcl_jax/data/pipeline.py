@@ -65,7 +65,7 @@ def unreadable_row(
     return arrays | masks | other | describe(index, nothing, records)
 
 
-class _Draw(NamedTuple):
+class Draw(NamedTuple):
     """A record to show, and what decides how."""
 
     position: int
@@ -75,9 +75,9 @@ class _Draw(NamedTuple):
 class _KeepGenerator(grain.transforms.RandomMap):
     """Pairs a position with its own generator."""
 
-    def random_map(self, position: int, rng: np.random.Generator) -> _Draw:
+    def random_map(self, position: int, rng: np.random.Generator) -> Draw:
         # grain lends the generator to the next element as soon as this returns.
-        return _Draw(int(position), copy.deepcopy(rng))
+        return Draw(int(position), copy.deepcopy(rng))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ class RenderBatch:
     skip_unreadable: bool
     shared: bool
 
-    def __call__(self, draws: Sequence[_Draw]) -> dict[str, Any]:
+    def __call__(self, draws: Sequence[Draw]) -> dict[str, Any]:
         """Returns the arrays of `render_views`, labels, masks and numbers of all, stacked.
 
         Raises:
@@ -115,7 +115,7 @@ class RenderBatch:
         names = [name for name in rows[0] if name != "video"]
         return {"video": sent} | {name: np.stack([row[name] for row in rows]) for name in names}
 
-    def _row(self, draw: _Draw, pixels: np.ndarray) -> dict[str, Any]:
+    def _row(self, draw: Draw, pixels: np.ndarray) -> dict[str, Any]:
         try:
             return self._render(draw, pixels)
         except RecordError:
@@ -123,7 +123,7 @@ class RenderBatch:
                 raise
             return unreadable_row(self.source, draw.position, self.spec, pixels)
 
-    def _render(self, draw: _Draw, pixels: np.ndarray) -> dict[str, Any]:
+    def _render(self, draw: Draw, pixels: np.ndarray) -> dict[str, Any]:
         index, record, use = self.source[draw.position]
         pair = draw_views(draw.rng, use.timeline, self.spec.views)
         crops = [

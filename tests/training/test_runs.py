@@ -157,6 +157,7 @@ def test_two_processes_of_four_devices_agree_with_one(records, one_device, tmp_p
     assert_agree(one_device, workdir, 3)
 
 
+@pytest.mark.slow
 def test_parameters_split_over_devices_train_alike(records, one_device, tmp_path):
     workdir = tmp_path / "fsdp"
     output = run(arguments(records, workdir, mesh__fsdp=2, **_COMPARED), devices=4)

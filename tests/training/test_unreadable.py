@@ -154,6 +154,7 @@ def damaged_batch(bad) -> dict[str, np.ndarray]:
     return batches(bad, 1)[0]
 
 
+@pytest.mark.slow
 def test_losses_gradients_and_statistics_are_those_of_the_readable_rows(bad, damaged_batch):
     kept = ~damaged_batch["unreadable"]
     with_them, metrics = step_of(bad, damaged_batch)
@@ -210,7 +211,7 @@ def test_the_budget_counts_records_and_not_rows(bad):
         strict.check(batches(bad, 1)[0])
 
 
-@pytest.mark.parametrize("budget", [0, 2, 3])
+@pytest.mark.parametrize("budget", [0, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_run_stops_or_goes_on_as_its_budget_says(bad, tmp_path, budget):
     workdir = tmp_path / "run"
     options = arguments(bad, workdir, data__max_bad_records=budget, steps=3)

@@ -1,0 +1,15 @@
+"""Functions that tests/test_benchmarks.py runs in fresh processes; imports nothing slow."""
+
+from __future__ import annotations
+
+import os
+
+
+def cores() -> list[int]:
+    """The cores that the process may use."""
+    return sorted(os.sched_getaffinity(0))
+
+
+def fail(*, message: str) -> None:
+    """Fails."""
+    raise ValueError(message)
