@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-Lowering = Literal["auto", "direct", "folded"]
+from avcl_jax.models.convolution import Lowering, convolve
+
 Pool = Literal["mean", "max"]
 
 _INITIALIZER = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
@@ -47,25 +47,7 @@ class Conv3D(nn.Module):
         kernel = self.param(
             "kernel", _INITIALIZER, (*self.kernel_size, x.shape[-1], self.features), jnp.float32
         ).astype(self.dtype)
-        x = x.astype(self.dtype)
-        folded = self.lowering == "folded" or (
-            self.lowering == "auto" and jax.default_backend() == "cpu"
-        )
-        time, height, width = self.kernel_size
-        if folded and time == 1 and self.strides[0] == 1:
-            batch, frames = x.shape[:2]
-            y = _convolve(x.reshape(-1, *x.shape[2:]), kernel[0], self.strides[1:])
-            return y.reshape(batch, frames, *y.shape[1:])
-        if folded and height == width == 1:
-            x = x[:, :, :: self.strides[1], :: self.strides[2]]
-            batch, frames, rows, columns, channels = x.shape
-            y = _convolve(
-                x.reshape(batch, frames, rows * columns, channels),
-                kernel[:, 0],
-                (self.strides[0], 1),
-            )
-            return y.reshape(batch, -1, rows, columns, self.features)
-        return _convolve(x, kernel, self.strides)
+        return convolve(x.astype(self.dtype), kernel, self.strides, self.lowering)
 
 
 class Conv2D(nn.Module):
@@ -91,20 +73,7 @@ class Conv2D(nn.Module):
         kernel = self.param(
             "kernel", _INITIALIZER, (*self.kernel_size, x.shape[-1], self.features), jnp.float32
         ).astype(self.dtype)
-        return _convolve(x.astype(self.dtype), kernel, self.strides)
-
-
-def _convolve(x: Array, kernel: Array, strides: Sequence[int]) -> Array:
-    """Channels-last convolution of any rank with PyTorch's symmetric padding."""
-    spatial = "DHW"[-(x.ndim - 2) :]
-    padding = [((size - 1) // 2, (size - 1) // 2) for size in kernel.shape[:-2]]
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        strides,
-        padding,
-        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
-    )
+        return convolve(x.astype(self.dtype), kernel, self.strides)
 
 
 class BatchNorm(nn.Module):

@@ -12,7 +12,7 @@ import pytest
 from avcl_jax.models.audio_encoders import AudioResNet
 from avcl_jax.models.audio_visual import AudioVisualModel
 from avcl_jax.models.heads import normalize
-from avcl_jax.models.layers import BatchNorm, Conv3D
+from avcl_jax.models.layers import BatchNorm
 from avcl_jax.models.video_blocks import middle_channels
 from avcl_jax.models.video_encoders import VideoResNet
 
@@ -24,23 +24,6 @@ MODEL = AudioVisualModel(SMALL_VIDEO, SMALL_AUDIO, 16, 20, 24, 4)
 def test_middle_channels_follow_the_published_rule():
     assert middle_channels(64, 64) == 144
     assert middle_channels(64, 128) == 230
-
-
-@pytest.mark.parametrize(
-    ("kernel", "strides"),
-    [
-        ((1, 3, 3), (1, 2, 2)),
-        ((3, 1, 1), (2, 1, 1)),
-        ((1, 1, 1), (2, 2, 2)),
-        ((3, 3, 3), (1, 1, 1)),
-    ],
-)
-def test_folded_and_direct_convolutions_agree(kernel, strides):
-    x = jax.random.normal(jax.random.key(0), (2, 6, 7, 8, 5))
-    direct = Conv3D(9, kernel, strides, "direct")
-    variables = direct.init(jax.random.key(1), x)
-    folded = Conv3D(9, kernel, strides, "folded").apply(variables, x)
-    np.testing.assert_allclose(folded, direct.apply(variables, x), atol=1e-5)
 
 
 def test_batch_norm_counts_present_rows_only():

@@ -1,0 +1,191 @@
+"""Convolution as the platform at hand computes it fast; the same function everywhere.
+
+An accelerator gets the convolution as it is. XLA's CPU backend has no fast 3-D kernel, so there a
+kernel of one frame or of one pixel becomes a 2-D convolution (design section 4); and its gradient
+of a kernel is several times slower than the same sum as matrix products. This is the one place
+that chooses; docs/performance.md has the figures.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+Lowering = Literal["auto", "direct", "folded"]
+
+# Measured: a matrix product over so many rows is faster in parts.
+_SPLIT_ROWS, _PARTS = 2**15, 8
+_FEW_CHANNELS = 4
+
+
+def convolve(x: Array, kernel: Array, strides: Sequence[int], lowering: Lowering = "auto") -> Array:
+    """Convolves channels-last arrays, padded by (kernel - 1) // 2 on both sides as in PyTorch.
+
+    Args:
+        x: [batch, *space, channels] with two or three dimensions of space.
+        kernel: [*space, channels, features], of the same dtype.
+        strides: one for each dimension of space.
+        lowering: "direct" is one convolution, "folded" what a CPU is fast at; "auto" takes the
+            latter where the program is compiled for a CPU. All give the same numbers up to
+            rounding.
+
+    Returns:
+        [batch, *space, features].
+    """
+    strides = tuple(strides)
+    if lowering == "direct":
+        return _direct(x, kernel, strides)
+    if lowering == "folded":
+        return _folded(x, kernel, strides)
+    return _by_platform(x, kernel, strides)
+
+
+def _direct(x: Array, kernel: Array, strides: tuple[int, ...]) -> Array:
+    space = "DHW"[-(x.ndim - 2) :]
+    padding = [((size - 1) // 2, (size - 1) // 2) for size in kernel.shape[:-2]]
+    numbers = (f"N{space}C", f"{space}IO", f"N{space}C")
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
+
+
+def _folded(x: Array, kernel: Array, strides: tuple[int, ...]) -> Array:
+    """By 2-D convolutions over frames or over flattened pixels where the kernel allows it."""
+    if x.ndim == 5:
+        time, height, width = kernel.shape[:3]
+        if time == 1 and strides[0] == 1:
+            batch, frames = x.shape[:2]
+            y = _convolve(x.reshape(-1, *x.shape[2:]), kernel[0], strides[1:])
+            return y.reshape(batch, frames, *y.shape[1:])
+        if height == width == 1:
+            x = x[:, :, :: strides[1], :: strides[2]]
+            batch, frames, rows, columns, channels = x.shape
+            x = x.reshape(batch, frames, rows * columns, channels)
+            y = _convolve(x, kernel[:, 0], (strides[0], 1))
+            return y.reshape(batch, -1, rows, columns, kernel.shape[-1])
+    return _convolve(x, kernel, strides)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve(x: Array, kernel: Array, strides: tuple[int, ...]) -> Array:
+    """`_direct`, with a gradient of the kernel that a CPU computes fast."""
+    return _direct(x, kernel, strides)
+
+
+def _convolve_forward(x: Array, kernel: Array, strides: tuple[int, ...]) -> tuple[Array, Any]:
+    return _direct(x, kernel, strides), (x, kernel)
+
+
+def _convolve_backward(strides: tuple[int, ...], saved: Any, dy: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    (dx,) = jax.linear_transpose(lambda x: _direct(x, kernel, strides), x)(dy)
+    return dx, _kernel_gradient(x, dy, kernel.shape, strides).astype(kernel.dtype)
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _kernel_gradient(
+    x: Array, dy: Array, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> Array:
+    """Sum over all output pixels of what each tap of the kernel saw times the pixel's gradient."""
+    *window, channels, features = shape
+    margins = [(size - 1) // 2 for size in window]
+    taps = list(np.ndindex(*window))
+    if strides == (1,) * len(window) and features < channels:
+        # What is shifted is copied: rather the smaller one, the other way.
+        products = [_product(x, _shifted(dy, np.subtract(margins, tap))) for tap in taps]
+        return jnp.stack(products).reshape(shape)
+    padded = jnp.pad(x, [(0, 0), *((margin, margin) for margin in margins), (0, 0)])
+    if channels <= _FEW_CHANNELS:
+        # A product for each tap would be too thin: all taps side by side.
+        seen = _seen_by_all(padded, window, strides, dy.shape[1:-1])
+        return _product(seen, dy).reshape(shape)
+    products = [_product(_seen_by(tap, padded, strides, dy.shape[1:-1]), dy) for tap in taps]
+    return jnp.stack(products).reshape(shape)
+
+
+def _shifted(dy: Array, by: np.ndarray) -> Array:
+    """Pixel i of the result is pixel i + `by` of `dy`, or zero outside of it."""
+    margins = [(0, 0, 0), *((-int(amount), int(amount), 0) for amount in by), (0, 0, 0)]
+    return jax.lax.pad(dy, jnp.zeros((), dy.dtype), margins)
+
+
+def _seen_by(
+    tap: Sequence[int], padded: Array, strides: Sequence[int], sizes: Sequence[int]
+) -> Array:
+    """[batch, *sizes, channels] what one tap of the kernel sees at each output pixel."""
+    space = [
+        slice(first, first + stride * (size - 1) + 1, stride)
+        for first, stride, size in zip(tap, strides, sizes, strict=True)
+    ]
+    return padded[:, *space]
+
+
+def _seen_by_all(
+    padded: Array, window: Sequence[int], strides: Sequence[int], sizes: Sequence[int]
+) -> Array:
+    """[batch, *sizes, *window, channels] what every tap sees at each output pixel."""
+    axes = len(window)
+    space = []
+    for axis, (taps, stride, size) in enumerate(zip(window, strides, sizes, strict=True)):
+        where = stride * np.arange(size)[:, None] + np.arange(taps)
+        others = [other for other in range(2 * axes) if other not in (axis, axes + axis)]
+        space.append(np.expand_dims(where, others))
+    # A gather: XLA's CPU backend concatenates several times slower.
+    return padded[:, *space]
+
+
+def _product(left: Array, right: Array) -> Array:
+    """left^T right with a row for each pixel of `right`, summed in float32."""
+    right = right.reshape(-1, right.shape[-1])
+    left = left.reshape(len(right), -1)
+    parts = _PARTS if len(right) >= _SPLIT_ROWS and len(right) % _PARTS == 0 else 1
+    products = jnp.einsum(
+        "pri,pro->pio",
+        left.reshape(parts, -1, left.shape[-1]),
+        right.reshape(parts, -1, right.shape[-1]),
+        preferred_element_type=jnp.float32,
+    )
+    return products.sum(axis=0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _by_platform(x: Array, kernel: Array, strides: tuple[int, ...]) -> Array:
+    """Folded where compiled for a CPU, else direct.
+
+    The choice is made when the program is lowered for a platform, not when it is traced, so a
+    program for a TPU may be compiled on a machine without one. Differentiated as a whole, because
+    automatic differentiation of a choice would keep what either side needs.
+    """
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        cpu=functools.partial(_folded, strides=strides),
+        default=functools.partial(_direct, strides=strides),
+    )
+
+
+def _by_platform_forward(x: Array, kernel: Array, strides: tuple[int, ...]) -> tuple[Array, Any]:
+    return _by_platform(x, kernel, strides), (x, kernel)
+
+
+def _by_platform_backward(strides: tuple[int, ...], saved: Any, dy: Array) -> tuple[Array, Array]:
+    def gradient(convolution: Any, x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
+        return jax.vjp(functools.partial(convolution, strides=strides), x, kernel)[1](dy)
+
+    x, kernel = saved
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        dy,
+        cpu=functools.partial(gradient, _folded),
+        default=functools.partial(gradient, _direct),
+    )
+
+
+_by_platform.defvjp(_by_platform_forward, _by_platform_backward)
