@@ -36,8 +36,9 @@ def arrays(case):
     return jax.random.normal(keys[0], x), jax.random.normal(keys[1], kernel), strides
 
 
-@pytest.mark.parametrize("lowering", ["auto", "folded"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "lowering"), [*((case, "folded") for case in CASES), ("spatial", "auto")]
+)
 def test_values_and_gradients_are_those_of_one_convolution(case, lowering):
     x, kernel, strides = arrays(case)
 
