@@ -1,0 +1,265 @@
+"""How fast a training step is: `python -m benchmarks.train_step --json F`.
+
+Every row is described in docs/performance.md. What is compared runs in turns in fresh processes
+with the same threads and the same allocator; what belongs to one step of ours is compared inside
+one process. A row that cannot be measured here is listed as skipped, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import (
+    Row,
+    SkipError,
+    Target,
+    interleave,
+    median_ratio,
+    need,
+    print_table,
+    run_child,
+    spread,
+    write_json,
+)
+
+# For both sides alike: glibc keeps freed memory and takes it in pages of 2 MB. By default it maps a
+# step's memory anew each time, and the kernel clears half a million small pages.
+ALLOCATOR = ":".join(
+    f"glibc.malloc.{name}={value}"
+    for name, value in {
+        "hugetlb": 1,
+        "arena_max": 1,
+        "mmap_max": 0,
+        "trim_threshold": 10**12,
+        "top_pad": 10**6,
+    }.items()
+)
+# Forward, of one clip of 16 x 112 x 112: 40.5 G multiplications and additions each. Backward twice.
+CLIP = (16, 112, 112, 3)
+
+
+def seconds_of_encoder_steps(*, batch: int, steps: int) -> list[float]:
+    """Seconds of each step of our R(2+1)D-18: forward, backward and AdamW, after one uncounted."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+
+    from avcl_jax.models.encoders import create_encoder
+
+    encoder = create_encoder("video", "r2plus1d_18", {"subtract_time_mean": False})
+    clips = jnp.asarray(np.random.default_rng(0).normal(size=(batch, *CLIP)), jnp.float32)
+    variables = jax.jit(functools.partial(encoder.init, train=False))(jax.random.key(0), clips)
+    optimizer = optax.adamw(1e-4)
+
+    def step(state: Any, clips: Any) -> tuple[Any, Any]:
+        params, statistics, moments = state
+
+        def loss(params: Any) -> tuple[Any, Any]:
+            outputs, updated = encoder.apply(
+                {"params": params, "batch_stats": statistics},
+                clips,
+                train=True,
+                mutable=["batch_stats"],
+            )
+            return jnp.square(outputs["features"]).mean(), updated["batch_stats"]
+
+        (value, statistics), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, moments = optimizer.update(gradient, moments, params)
+        return (optax.apply_updates(params, updates), statistics, moments), value
+
+    state = (variables["params"], variables["batch_stats"], optimizer.init(variables["params"]))
+    compiled = jax.jit(step, donate_argnums=0)
+    seconds = []
+    for _ in range(1 + steps):
+        begin = time.perf_counter()
+        state, value = compiled(state, clips)
+        jax.block_until_ready((state, value))
+        seconds.append(time.perf_counter() - begin)
+    return seconds[1:]
+
+
+def seconds_of_demo_parts(*, repeats: int) -> dict[str, list[float]]:
+    """Seconds of the demo's step and of parts of it, each compiled by itself, in turns.
+
+    Returns:
+        `step`, the whole; `encoders`, forward and backward of both; `inputs`, the augmentation and
+        what else makes inputs of a batch.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from avcl_jax import experiment
+    from avcl_jax.training import loop, sharding
+    from avcl_jax.training.step import prepare_inputs
+    from configs import pretrain
+
+    config = pretrain.get_config("demo")
+    mesh, init, step_function = loop.build(config)
+    key = jax.random.key(0)
+    state, shardings = init(key)
+    spec = experiment.render_spec(config)
+    rows, rng = config.global_batch_size, np.random.default_rng(0)
+    mel = spec.log_mel
+    batch: dict[str, Any] = {
+        "video": rng.integers(0, 256, (rows, 2, *spec.video_shape), np.uint8),
+        "spectrogram": rng.normal(size=(rows, 2, mel.frames, mel.mels)).astype(np.float32),
+        "source_id": np.arange(rows, dtype=np.int32),
+        "record_index": np.arange(rows, dtype=np.int32),
+        f"label_{config.bank.health_label}": np.zeros(rows, np.int32),
+        "order": rng.integers(0, 3, rows).astype(np.int32),
+        **{name: np.ones(rows, bool) for name in ("has_video", "has_audio")},
+        **{f"{task}_mask": np.ones(rows, bool) for task in ("speed", "direction", "order")},
+    }
+    for modality in ("video", "audio"):
+        batch[f"{modality}_speed"] = rng.integers(0, 4, (rows, 2)).astype(np.int32)
+        batch[f"{modality}_direction"] = rng.integers(0, 2, (rows, 2)).astype(np.int32)
+    whole = sharding.replicated(mesh)
+    step = jax.jit(step_function, in_shardings=(shardings, sharding.rows_sharding(mesh), whole))
+    prepare = jax.jit(
+        functools.partial(
+            prepare_inputs,
+            spec=spec,
+            pixel_mean=config.pixels.mean,
+            pixel_std=config.pixels.std,
+            augmentation=(experiment.photometric_spec(config), experiment.spectral_spec(config)),
+            key=key,
+        )
+    )
+    inputs = jax.block_until_ready(prepare(batch))
+    networks = {
+        "video": experiment.video_encoder(config),
+        "audio": experiment.audio_encoder(config),
+    }
+    arrays = {
+        "video": inputs["video"].reshape(-1, *spec.video_shape),
+        "audio": inputs["spectrogram"].reshape(-1, mel.frames, mel.mels),
+    }
+
+    def encode(variables: Any, arrays: Any) -> Any:
+        def loss(params: Any) -> Any:
+            total = jnp.zeros(())
+            for name, network in networks.items():
+                outputs, _ = network.apply(
+                    variables[name] | {"params": params[name]},
+                    arrays[name],
+                    train=True,
+                    mutable=["batch_stats"],
+                )
+                total += jnp.square(outputs["features"]).mean()
+            return total
+
+        return jax.grad(loss)({name: variables[name]["params"] for name in networks})
+
+    variables = {
+        name: {
+            "params": state.params[f"{name}_encoder"],
+            "batch_stats": state.batch_stats[f"{name}_encoder"],
+        }
+        for name in networks
+    }
+    encode_compiled = jax.jit(encode)
+    batch = jax.device_put(batch, sharding.rows_sharding(mesh))
+    calls: dict[str, Callable[[], Any]] = {
+        "step": lambda: step(state, batch, key),
+        "encoders": lambda: encode_compiled(variables, arrays),
+        "inputs": lambda: prepare(batch),
+    }
+
+    def timed(call: Callable[[], Any]) -> float:
+        begin = time.perf_counter()
+        jax.block_until_ready(call())
+        return time.perf_counter() - begin
+
+    measurements = {name: functools.partial(timed, call) for name, call in calls.items()}
+    interleave(measurements, repeats=2)  # compilation, and memory that is not there yet
+    return interleave(measurements, repeats=repeats)
+
+
+def step_over_pytorch(*, batch: int, steps: int, repeats: int) -> tuple[float, dict[str, Any]]:
+    """Clips a second of our encoder step over those of the better of PyTorch's."""
+    need("torch")
+    need("torchvision")
+    sizes = {"batch": batch, "steps": steps}
+
+    def median(target: str, **arguments: Any) -> float:
+        return statistics.median(run_child(target, {**sizes, **arguments}))
+
+    baseline = "benchmarks.baselines.pytorch_encoder:seconds_of_steps"
+    seconds = interleave(
+        {
+            "ours": lambda: median("benchmarks.train_step:seconds_of_encoder_steps"),
+            "eager": lambda: median(baseline, compiled=False),
+            "compiled": lambda: median(baseline, compiled=True),
+        },
+        repeats=repeats,
+    )
+    best = min(("eager", "compiled"), key=lambda name: statistics.median(seconds[name]))
+    detail = {f"seconds_{name}": spread(values) for name, values in seconds.items()}
+    return median_ratio(seconds[best], seconds["ours"]), {**sizes, "better": best, **detail}
+
+
+def measure_rows(only: list[str], *, batch: int, steps: int, repeats: int) -> list[Row]:
+    """Measures the rows named in `only`, or all."""
+
+    @functools.cache
+    def parts() -> Mapping[str, list[float]]:
+        return run_child("benchmarks.train_step:seconds_of_demo_parts", {"repeats": 4 * repeats})
+
+    def part(above: str, below: str) -> tuple[float, dict[str, Any]]:
+        ratio = median_ratio(parts()[above], parts()[below])
+        return ratio, {f"seconds_{name}": spread(parts()[name]) for name in (above, below)}
+
+    rows: dict[str, tuple[Target, Callable[[], tuple[float, dict[str, Any]]]]] = {
+        "step_over_pytorch_cpu": (
+            Target(">=", 0.8),
+            lambda: step_over_pytorch(batch=batch, steps=steps, repeats=repeats),
+        ),
+        "step_over_encoders": (Target("<=", 1.08), lambda: part("step", "encoders")),
+        "device_augment_share": (Target("<=", 0.05), lambda: part("inputs", "step")),
+    }
+    if unknown := sorted(set(only) - set(rows)):
+        raise SystemExit(f"unknown rows {unknown}: the rows are {', '.join(rows)}")
+    measured = []
+    for name, (target, function) in rows.items():
+        if only and name not in only:
+            continue
+        print(f"{name} …", file=sys.stderr, flush=True)
+        try:
+            value, detail = function()
+        except SkipError as reason:
+            measured.append(Row(name, None, "ratio", target, {"skipped": str(reason)}))
+        else:
+            measured.append(Row(name, value, "ratio", target, detail))
+    return measured
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.train_step", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--json", type=Path, required=True, help="where to write the rows")
+    parser.add_argument("--only", action="append", default=[], help="a row; may be repeated")
+    parser.add_argument("--batch", type=int, default=2, help="clips of an encoder step")
+    parser.add_argument("--steps", type=int, default=3, help="steps of each process")
+    parser.add_argument("--repeats", type=int, default=5, help="of every measurement")
+    args = parser.parse_args(arguments)
+    os.environ["GLIBC_TUNABLES"] = ALLOCATOR
+    rows = measure_rows(args.only, batch=args.batch, steps=args.steps, repeats=args.repeats)
+    write_json(args.json, rows)
+    print_table(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
