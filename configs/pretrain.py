@@ -44,6 +44,10 @@ def demo() -> ml_collections.ConfigDict:
     c.seed = 0
     c.steps = 1500
     c.global_batch_size = 32
+    # Above 1 the networks see the batch in so many parts, the losses see it whole: for contrastive
+    # batches larger than memory, at the price of one more forward. Batch normalisation is then over
+    # a part: docs/large_batches.md.
+    c.micro_batches = 1
     c.modalities = "audio_visual"  # or "video", "audio"
 
     c.data = ml_collections.ConfigDict()

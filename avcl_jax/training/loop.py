@@ -88,7 +88,7 @@ def build(
         ValueError: if batch, bank and devices do not fit.
     """
     mesh = sharding.create_mesh(config.mesh.fsdp)
-    sharding.check_batch(config.global_batch_size, mesh)
+    sharding.check_batch(config.global_batch_size, mesh, config.micro_batches)
     if config.bank.size:
         feature_bank.check_size(
             config.bank.size, global_batch_size=config.global_batch_size, shards=mesh.size
@@ -131,6 +131,7 @@ def build(
         pixel_mean=config.pixels.mean,
         pixel_std=config.pixels.std,
         ema_decay=section.ema_decay,
+        micro_batches=config.micro_batches,
         mesh=mesh,
     )
     return mesh, init, step
