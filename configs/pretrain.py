@@ -102,6 +102,7 @@ def demo() -> ml_collections.ConfigDict:
 
     c.model = ml_collections.ConfigDict()
     c.model.dtype = "float32"
+    c.model.remat = "none"  # or "blocks": computed again in the backward pass instead of kept
     c.model.embedding_dim = 128
     c.model.projection_hidden = 256
     c.model.temporal_hidden = 128

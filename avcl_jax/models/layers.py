@@ -3,18 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 Lowering = Literal["auto", "direct", "folded"]
 Pool = Literal["mean", "max"]
+Remat = Literal["none", "blocks"]
+
+# By which rematerialisation finds what is dear to compute again.
+CONVOLVED = "convolved"
 
 _INITIALIZER = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
+
+
+def recomputed(
+    function: Callable[[Any, Array], Array], remat: Remat
+) -> Callable[[Any, Array], Array]:
+    """A part of a network that the backward pass computes again, if `remat` is "blocks".
+
+    Args:
+        function: from a module, whose parameters keep their names, and its input to its output.
+        remat: "none" keeps all that the gradient needs.
+
+    Raises:
+        ValueError: if `remat` is unknown.
+    """
+    if remat == "none":
+        return function
+    policies = {
+        "blocks": None,
+        "convs": jax.checkpoint_policies.save_only_these_names(CONVOLVED),
+    }
+    if remat not in policies:
+        raise ValueError(f"unknown remat {remat!r}: use 'none' or 'blocks'")
+    return nn.remat(function, policy=policies[remat])
+
+
+def run_block(block: nn.Module, remat: Remat, x: Array, **arguments: Any) -> Array:
+    """Calls a block of a network, see `recomputed`."""
+    return recomputed(lambda block, x: block(x, **arguments), remat)(block, x)
 
 
 class Conv3D(nn.Module):
@@ -98,13 +131,14 @@ def _convolve(x: Array, kernel: Array, strides: Sequence[int]) -> Array:
     """Channels-last convolution of any rank with PyTorch's symmetric padding."""
     spatial = "DHW"[-(x.ndim - 2) :]
     padding = [((size - 1) // 2, (size - 1) // 2) for size in kernel.shape[:-2]]
-    return jax.lax.conv_general_dilated(
+    y = jax.lax.conv_general_dilated(
         x,
         kernel,
         strides,
         padding,
         dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
     )
+    return checkpoint_name(y, CONVOLVED)
 
 
 class BatchNorm(nn.Module):

@@ -85,7 +85,7 @@ def test_gradients_and_outputs_are_those_of_the_whole_batch(parts):
 
 
 def test_statistics_are_updated_once_by_all_present_rows():
-    """The running mean is that of the whole batch, after one update; the variance is within parts."""
+    """The running mean is the whole batch's, after one update; the variance is within parts."""
     has_video = np.arange(VIDEOS) % 4 != 0  # all missing rows are in the first of two parts
     by_whole, _, whole, _ = gradient(1, norm=True, has_video=has_video)
     by_parts, _, parts, old = gradient(2, norm=True, has_video=has_video)

@@ -1,0 +1,142 @@
+"""What computing blocks again in the backward pass saves in memory, and takes in time.
+
+    python -m benchmarks.remat --json remat.json
+
+R(2+1)D-18 on clips of 16 x 112 x 112, forward and backward, with rematerialisation over without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import (
+    Row,
+    Target,
+    interleave,
+    median_ratio,
+    print_table,
+    run_child,
+    spread,
+    write_json,
+)
+
+ENCODER = "r2plus1d_18"
+CLIP = (16, 112, 112, 3)
+
+
+def compare(*, remats: Sequence[str], batch: int, dtype: str, repeats: int) -> dict[str, Any]:
+    """Compiles and times the step of each kind of rematerialisation, in turns.
+
+    Args:
+        remats: settings of `model.remat`.
+        batch: clips of a step.
+        dtype: of the computation.
+        repeats: steps timed of each; 0 compiles only.
+
+    Returns:
+        By setting: `temporary_bytes` of the compiled step, `flops` and `seconds` of every step.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from avcl_jax.models.encoders import create_encoder
+
+    steps, found, arguments = {}, {}, None
+    for remat in remats:
+        settings = {"subtract_time_mean": False, "remat": remat, "dtype": jnp.dtype(dtype)}
+        encoder = create_encoder("video", ENCODER, settings)
+
+        def step(variables: Any, video: Any, encoder: Any = encoder) -> Any:
+            def loss(params: Any) -> tuple[Any, Any]:
+                everything = variables | {"params": params}
+                outputs, statistics = encoder.apply(
+                    everything, video, train=True, mutable=["batch_stats"]
+                )
+                return jnp.square(outputs["features"]).sum(), statistics
+
+            return jax.grad(loss, has_aux=True)(variables["params"])
+
+        if arguments is None:
+            rng = np.random.default_rng(0)
+            video = jnp.asarray(rng.normal(size=(batch, *CLIP)), jnp.float32)
+            shapes = jax.eval_shape(
+                functools.partial(encoder.init, train=False), jax.random.key(0), video
+            )
+            # Any numbers do, and compiling the initialisation takes longer than the measurement.
+            arguments = jax.tree.map(lambda leaf: 0.02 * jnp.ones(leaf.shape), shapes), video
+        begin = time.perf_counter()
+        compiled = jax.jit(step).lower(*arguments).compile()
+        found[remat] = {
+            "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+            "flops": compiled.cost_analysis().get("flops"),
+            "compile_seconds": round(time.perf_counter() - begin, 1),
+        }
+        print(remat, found[remat], file=sys.stderr, flush=True)
+
+        def run(compiled: Any = compiled) -> float:
+            begin = time.perf_counter()
+            jax.block_until_ready(compiled(*arguments))
+            return time.perf_counter() - begin
+
+        steps[remat] = run
+    if repeats:
+        interleave(steps, repeats=1)  # the first run of each is not timed
+        for remat, seconds in interleave(steps, repeats=repeats).items():
+            found[remat]["seconds"] = seconds
+    return found
+
+
+def measure_rows(*, batch: int, dtype: str, repeats: int) -> list[Row]:
+    """Measures `remat_memory_ratio` and `remat_time_ratio` in one process."""
+    remats = ("none", "blocks")
+    found = run_child(
+        "benchmarks.remat:compare",
+        {"remats": remats, "batch": batch, "dtype": dtype, "repeats": repeats},
+    )
+    without, blocks = (found[remat] for remat in remats)
+    shape = {"encoder": ENCODER, "clip": CLIP, "batch": batch, "dtype": dtype}
+    memory = {remat: round(found[remat]["temporary_bytes"] / 2**20, 1) for remat in remats}
+    seconds = {remat: spread(found[remat]["seconds"]) for remat in remats}
+    return [
+        Row(
+            "remat_memory_ratio",
+            blocks["temporary_bytes"] / without["temporary_bytes"],
+            "ratio",
+            Target("<=", 0.5),
+            shape | {"temporary_mib": memory},
+        ),
+        Row(
+            "remat_time_ratio",
+            median_ratio(blocks["seconds"], without["seconds"]),
+            "ratio",
+            Target("<=", 1.35),
+            shape | {"seconds": seconds},
+        ),
+    ]
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.remat", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--json", type=Path, required=True, help="where to write the rows")
+    parser.add_argument("--batch", type=int, default=2, help="clips of a step")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--repeats", type=int, default=5, help="steps timed of each")
+    args = parser.parse_args(arguments)
+    rows = measure_rows(batch=args.batch, dtype=args.dtype, repeats=args.repeats)
+    write_json(args.json, rows)
+    print_table(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
