@@ -34,6 +34,7 @@ EXECUTION_KEYS = (
     "keep_checkpoints",
     "mesh.fsdp",
     "model.remat",
+    "compilation_cache",
 )
 
 

@@ -30,7 +30,7 @@ ENCODER = "r2plus1d_18"
 CLIP = (16, 112, 112, 3)
 
 
-def compare(*, remats: Sequence[str], batch: int, dtype: str, repeats: int) -> dict[str, Any]:
+def compare(*, remats: Sequence[str], batch: int, dtype: str, repeats: int, options: Any = None) -> dict[str, Any]:
     """Compiles and times the step of each kind of rematerialisation, in turns.
 
     Args:
@@ -48,31 +48,34 @@ def compare(*, remats: Sequence[str], batch: int, dtype: str, repeats: int) -> d
 
     from avcl_jax.models.encoders import create_encoder
 
-    steps, found, arguments = {}, {}, None
-    for remat in remats:
-        settings = {"subtract_time_mean": False, "remat": remat, "dtype": jnp.dtype(dtype)}
-        encoder = create_encoder("video", ENCODER, settings)
+    encoders = {
+        remat: create_encoder(
+            "video",
+            ENCODER,
+            {"subtract_time_mean": False, "remat": remat, "dtype": jnp.dtype(dtype)},
+        )
+        for remat in remats
+    }
+    video = jnp.asarray(np.random.default_rng(0).normal(size=(batch, *CLIP)), jnp.float32)
+    some = next(iter(encoders.values()))
+    shapes = jax.eval_shape(functools.partial(some.init, train=False), jax.random.key(0), video)
+    # Any numbers do, and compiling the initialisation takes longer than the measurement.
+    variables = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.02), shapes)
 
-        def step(variables: Any, video: Any, encoder: Any = encoder) -> Any:
-            def loss(params: Any) -> tuple[Any, Any]:
-                everything = variables | {"params": params}
-                outputs, statistics = encoder.apply(
-                    everything, video, train=True, mutable=["batch_stats"]
-                )
-                return jnp.square(outputs["features"]).sum(), statistics
-
-            return jax.grad(loss, has_aux=True)(variables["params"])
-
-        if arguments is None:
-            rng = np.random.default_rng(0)
-            video = jnp.asarray(rng.normal(size=(batch, *CLIP)), jnp.float32)
-            shapes = jax.eval_shape(
-                functools.partial(encoder.init, train=False), jax.random.key(0), video
+    def step(encoder: Any, variables: Any, video: Any) -> Any:
+        def loss(params: Any) -> tuple[Any, Any]:
+            everything = variables | {"params": params}
+            outputs, statistics = encoder.apply(
+                everything, video, train=True, mutable=["batch_stats"]
             )
-            # Any numbers do, and compiling the initialisation takes longer than the measurement.
-            arguments = jax.tree.map(lambda leaf: 0.02 * jnp.ones(leaf.shape), shapes), video
+            return jnp.square(outputs["features"]).sum(), statistics
+
+        return jax.grad(loss, has_aux=True)(variables["params"])
+
+    steps, found = {}, {}
+    for remat, encoder in encoders.items():
         begin = time.perf_counter()
-        compiled = jax.jit(step).lower(*arguments).compile()
+        compiled = jax.jit(functools.partial(step, encoder)).lower(variables, video).compile(compiler_options=options)
         found[remat] = {
             "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
             "flops": compiled.cost_analysis().get("flops"),
@@ -82,7 +85,7 @@ def compare(*, remats: Sequence[str], batch: int, dtype: str, repeats: int) -> d
 
         def run(compiled: Any = compiled) -> float:
             begin = time.perf_counter()
-            jax.block_until_ready(compiled(*arguments))
+            jax.block_until_ready(compiled(variables, video))
             return time.perf_counter() - begin
 
         steps[remat] = run

@@ -164,6 +164,11 @@ def demo() -> ml_collections.ConfigDict:
     c.mesh = ml_collections.ConfigDict()
     c.mesh.fsdp = 1  # devices over which parameters are split
 
+    # Compiled programs are kept here for the next start; "" keeps none. Only process 0 writes, so
+    # hosts of a pod need a directory that all of them see: gs://bucket/xla. JAX's own variable
+    # JAX_COMPILATION_CACHE_DIR goes first.
+    c.compilation_cache = "~/.cache/avcl_jax/xla"
+
     c.log_every = 50
     c.checkpoint_every = 500
     c.keep_checkpoints = 2
