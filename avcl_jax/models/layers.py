@@ -23,12 +23,14 @@ _INITIALIZER = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_norma
 
 
 def recomputed(
-    function: Callable[[Any, Array], Array], remat: Remat
+    function: Callable[[Any, Array], Array], remat: str
 ) -> Callable[[Any, Array], Array]:
     """A part of a network that the backward pass computes again, if `remat` is "blocks".
 
     Args:
-        function: from a module, whose parameters keep their names, and its input to its output.
+        function: from a module, whose parameters keep their names, and its input to its output. It
+            has to use the module that it is given: one from outside would update its statistics
+            in both passes.
         remat: "none" keeps all that the gradient needs.
 
     Raises:
@@ -45,7 +47,7 @@ def recomputed(
     return nn.remat(function, policy=policies[remat])
 
 
-def run_block(block: nn.Module, remat: Remat, x: Array, **arguments: Any) -> Array:
+def run_block(block: nn.Module, remat: str, x: Array, **arguments: Any) -> Array:
     """Calls a block of a network, see `recomputed`."""
     return recomputed(lambda block, x: block(x, **arguments), remat)(block, x)
 

@@ -133,7 +133,7 @@ class VideoResNet(nn.Module):
             channel_std=self.channel_std,
             subtract_time_mean=self.subtract_time_mean,
         )
-        stem = recomputed(lambda _, x: self._stem(x, norm, train, mask), self.remat)
+        stem = recomputed(lambda own, x: own._stem(x, norm, train, mask), self.remat)
         x = stem(self, x.astype(self.dtype))
         for stage, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
             kind: ConvKind

@@ -59,7 +59,7 @@ def test_frozen_statistics_stay_and_scale_and_shift_learn():
         return (out * weight).sum(), mutated
 
     gradient, mutated = jax.grad(loss, has_aux=True)(params)
-    normalised = (x - mean) / np.sqrt(var + 1e-5)
+    normalised = (np.asarray(x) - mean) / np.sqrt(var + 1e-5)
     by_scale = (weight * normalised).sum((0, 1))
     np.testing.assert_allclose(gradient["norm"]["scale"], by_scale, rtol=1e-4)
     np.testing.assert_allclose(gradient["norm"]["bias"], weight.sum((0, 1)), rtol=1e-4)

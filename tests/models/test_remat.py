@@ -68,7 +68,7 @@ def test_blocks_keep_the_names_of_parameters_and_little_else(name):
     again = SMALL[name].clone(remat="blocks")
     shapes = jax.eval_shape(functools.partial(again.init, train=False), jax.random.key(0), x)
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, shapes)
-    assert kept_bytes(again, x, variables) < 0.6 * kept_bytes(SMALL[name], x, variables)
+    assert kept_bytes(again, x, variables) < 0.7 * kept_bytes(SMALL[name], x, variables)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_gradients_and_statistics_are_the_same(name):
 
 
 def test_an_unknown_kind_is_one_clear_error():
-    x, variables = arguments("convnet")
-    wrong = SMALL["convnet"].clone(remat="all")
-    with pytest.raises(ValueError, match="unknown remat 'all': use 'none' or 'blocks'"):
-        wrong.apply(variables, x, train=False)
+    for name in ("convnet", "joint"):
+        x, variables = arguments(name)
+        with pytest.raises(ValueError, match="unknown remat 'all': use 'none' or 'blocks'"):
+            SMALL[name].clone(remat="all").apply(variables, x, train=False)
