@@ -30,7 +30,9 @@ ENCODER = "r2plus1d_18"
 CLIP = (16, 112, 112, 3)
 
 
-def compare(*, remats: Sequence[str], batch: int, dtype: str, repeats: int, options: Any = None) -> dict[str, Any]:
+def compare(
+    *, remats: Sequence[str], batch: int, dtype: str, repeats: int, options: Any = None
+) -> dict[str, Any]:
     """Compiles and times the step of each kind of rematerialisation, in turns.
 
     Args:
@@ -75,7 +77,11 @@ def compare(*, remats: Sequence[str], batch: int, dtype: str, repeats: int, opti
     steps, found = {}, {}
     for remat, encoder in encoders.items():
         begin = time.perf_counter()
-        compiled = jax.jit(functools.partial(step, encoder)).lower(variables, video).compile(compiler_options=options)
+        compiled = (
+            jax.jit(functools.partial(step, encoder))
+            .lower(variables, video)
+            .compile(compiler_options=options)
+        )
         found[remat] = {
             "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
             "flops": compiled.cost_analysis().get("flops"),

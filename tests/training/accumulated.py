@@ -33,7 +33,7 @@ OVERRIDES = {
     "optimizer.momentum": 0.0,
     "optimizer.weight_decay": 0.0,
     "optimizer.clip_norm": 0.0,
-    "optimizer.learning_rate": 0.05,
+    "optimizer.learning_rate": 0.5,
     "optimizer.warmup_steps": 0,
 }
 
