@@ -46,7 +46,7 @@ def _keep_compiled(directory: str) -> None:
     Entries are keyed by program, compiler options, versions and device; on a CPU also by its
     instruction set, so that machines of different make may share a directory.
     """
-    if not directory or jax.config.jax_compilation_cache_dir is not None:
+    if not directory or jax.config.read("jax_compilation_cache_dir") is not None:
         return
     path = epath.Path(directory).expanduser()
     jax.config.update("jax_compilation_cache_dir", str(path))

@@ -102,7 +102,9 @@ def demo() -> ml_collections.ConfigDict:
 
     c.model = ml_collections.ConfigDict()
     c.model.dtype = "float32"
-    c.model.remat = "none"  # or "blocks": computed again in the backward pass instead of kept
+    # What the backward pass computes again instead of keeping it: "norms" (normalisation and
+    # activation) or "blocks" (convolutions too). docs/large_batches.md
+    c.model.remat = "none"
     c.model.embedding_dim = 128
     c.model.projection_hidden = 256
     c.model.temporal_hidden = 128

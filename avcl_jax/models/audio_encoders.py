@@ -71,7 +71,7 @@ class AudioResNet(nn.Module):
         norm_momentum: weight of the old running statistics (PyTorch's momentum is 1 minus it).
         norm_epsilon: added to the variance.
         freeze_norm: see `BatchNorm.frozen`.
-        remat: see `run_block`.
+        remat: see `recomputed`.
         dtype: compute dtype; parameters and statistics are float32.
     """
 
@@ -156,7 +156,7 @@ class AudioConvNet(nn.Module):
         norm_momentum: weight of the old running statistics (PyTorch's momentum is 1 minus it).
         norm_epsilon: added to the variance.
         freeze_norm: see `BatchNorm.frozen`.
-        remat: see `run_block`.
+        remat: see `recomputed`.
         dtype: compute dtype; parameters and statistics are float32.
     """
 

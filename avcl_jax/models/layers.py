@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 Lowering = Literal["auto", "direct", "folded"]
 Pool = Literal["mean", "max"]
-Remat = Literal["none", "blocks"]
+Remat = Literal["none", "norms", "blocks"]
 
 # By which rematerialisation finds what is dear to compute again.
 CONVOLVED = "convolved"
@@ -25,13 +25,15 @@ _INITIALIZER = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_norma
 def recomputed(
     function: Callable[[Any, Array], Array], remat: str
 ) -> Callable[[Any, Array], Array]:
-    """A part of a network that the backward pass computes again, if `remat` is "blocks".
+    """A part of a network whose insides the backward pass computes again, to keep less of them.
 
     Args:
         function: from a module, whose parameters keep their names, and its input to its output. It
             has to use the module that it is given: one from outside would update its statistics
             in both passes.
-        remat: "none" keeps all that the gradient needs.
+        remat: "none" keeps all that the gradient needs; "norms" keeps what convolutions return and
+            computes normalisation and activation again; "blocks" keeps the part's input alone, and
+            so does "norms" where nothing is convolved.
 
     Raises:
         ValueError: if `remat` is unknown.
@@ -40,15 +42,15 @@ def recomputed(
         return function
     policies = {
         "blocks": None,
-        "convs": jax.checkpoint_policies.save_only_these_names(CONVOLVED),
+        "norms": jax.checkpoint_policies.save_only_these_names(CONVOLVED),
     }
     if remat not in policies:
-        raise ValueError(f"unknown remat {remat!r}: use 'none' or 'blocks'")
+        raise ValueError(f"unknown remat {remat!r}: use 'none', 'norms' or 'blocks'")
     return nn.remat(function, policy=policies[remat])
 
 
 def run_block(block: nn.Module, remat: str, x: Array, **arguments: Any) -> Array:
-    """Calls a block of a network, see `recomputed`."""
+    """Calls a block of a network; see `recomputed` for `remat`."""
     return recomputed(lambda block, x: block(x, **arguments), remat)(block, x)
 
 

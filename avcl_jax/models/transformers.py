@@ -91,7 +91,7 @@ class VideoTransformer(nn.Module):
         subtract_time_mean: see `prepare_video`.
         channel_mean: see `prepare_video`.
         channel_std: see `prepare_video`.
-        remat: see `run_block`.
+        remat: see `recomputed`.
         dtype: compute dtype; parameters are float32.
     """
 
@@ -173,7 +173,7 @@ class AudioTransformer(nn.Module):
         depth: number of layers.
         heads: heads of each attention.
         patch: (frames, mels) of a token.
-        remat: see `run_block`.
+        remat: see `recomputed`.
         dtype: compute dtype; parameters are float32.
     """
 

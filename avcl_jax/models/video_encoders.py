@@ -71,7 +71,7 @@ class VideoResNet(nn.Module):
         channel_mean: see `prepare_video`.
         channel_std: see `prepare_video`.
         lowering: see `Conv3D`.
-        remat: see `run_block`.
+        remat: see `recomputed`.
         dtype: compute dtype; parameters and statistics are float32.
     """
 

@@ -62,13 +62,21 @@ def test_all_classes_of_encoders_are_covered():
     assert {type(encoder).__name__ for encoder in SMALL.values()} == set(encoders.CLASSES)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "s3dg" else n for n in SMALL]
+)
 def test_blocks_keep_the_names_of_parameters_and_little_else(name):
     x, variables = arguments(name)
-    again = SMALL[name].clone(remat="blocks")
-    shapes = jax.eval_shape(functools.partial(again.init, train=False), jax.random.key(0), x)
-    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, shapes)
-    assert kept_bytes(again, x, variables) < 0.7 * kept_bytes(SMALL[name], x, variables)
+    kept = {"none": kept_bytes(SMALL[name], x, variables)}
+    for remat in ("norms", "blocks"):
+        again = SMALL[name].clone(remat=remat)
+        shapes = jax.eval_shape(functools.partial(again.init, train=False), jax.random.key(0), x)
+        assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, shapes)
+        kept[remat] = kept_bytes(again, x, variables)
+    convolves = "transformer" not in type(SMALL[name]).__name__.lower()
+    assert kept["blocks"] < 0.7 * kept["none"]
+    assert kept["norms"] < 0.8 * kept["none"]
+    assert (kept["norms"] > kept["blocks"]) == convolves
 
 
 @pytest.mark.parametrize(
@@ -78,26 +86,29 @@ def test_gradients_and_statistics_are_the_same(name):
     x, variables = arguments(name)
 
     @functools.partial(jax.jit, compiler_options=named.QUICK)
-    def both(params):
+    def gradients(params):
         return [
             jax.value_and_grad(functools.partial(loss, encoder, variables, x), has_aux=True)(params)
-            for encoder in (SMALL[name], SMALL[name].clone(remat="blocks"))
+            for encoder in (SMALL[name].clone(remat=r) for r in ("none", "norms", "blocks"))
         ]
 
-    ((value, statistics), expected), ((same, new), found) = both(variables["params"])
-    np.testing.assert_allclose(same, value, rtol=1e-6)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), new, statistics)
+    ((value, statistics), expected), *others = gradients(variables["params"])
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
     assert largest > 1e-2
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6 * largest),
-        found,
-        expected,
-    )
+    for (same, new), found in others:
+        np.testing.assert_allclose(same, value, rtol=1e-6)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), new, statistics)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6 * largest),
+            found,
+            expected,
+        )
 
 
 def test_an_unknown_kind_is_one_clear_error():
     for name in ("convnet", "joint"):
         x, variables = arguments(name)
-        with pytest.raises(ValueError, match="unknown remat 'all': use 'none' or 'blocks'"):
+        with pytest.raises(
+            ValueError, match="unknown remat 'all': use 'none', 'norms' or 'blocks'"
+        ):
             SMALL[name].clone(remat="all").apply(variables, x, train=False)
