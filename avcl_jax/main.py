@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import traceback
@@ -46,7 +47,7 @@ def _keep_compiled(directory: str) -> None:
     Entries are keyed by program, compiler options, versions and device; on a CPU also by its
     instruction set, so that machines of different make may share a directory.
     """
-    if not directory or jax.config.read("jax_compilation_cache_dir") is not None:
+    if not directory or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     path = epath.Path(directory).expanduser()
     jax.config.update("jax_compilation_cache_dir", str(path))

@@ -62,13 +62,13 @@ def test_compiled_programs_are_kept(notes):
 def test_the_environments_cache_goes_before_that_of_the_config(monkeypatch):
     updates = {}
     monkeypatch.setattr(jax.config, "update", updates.__setitem__)
-    monkeypatch.setattr(jax.config, "read", {"jax_compilation_cache_dir": None}.get)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     main._keep_compiled("")
     assert not updates
     main._keep_compiled("~/cache")
     assert updates["jax_compilation_cache_dir"].endswith("/cache")
     assert not updates["jax_compilation_cache_dir"].startswith("~")
     updates.clear()
-    monkeypatch.setattr(jax.config, "read", {"jax_compilation_cache_dir": "/elsewhere"}.get)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
     main._keep_compiled("~/cache")
     assert not updates
