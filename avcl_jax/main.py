@@ -51,7 +51,7 @@ def _keep_compiled(directory: str) -> None:
         return
     path = epath.Path(directory).expanduser()
     jax.config.update("jax_compilation_cache_dir", str(path))
-    # JAX keeps nothing that compiled in under 1 s: of a start that is dozens of small programs.
+    # JAX would keep nothing that compiled in under 1 s. A start has few programs: six of the demo.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
