@@ -22,6 +22,21 @@ from avcl_jax.models import encoders
 from avcl_jax.models.audio_visual import AudioVisualModel
 from avcl_jax.objectives.feature_bank import BankSampling
 
+# These change how a run is executed and watched, not what it computes: a run may go on with others.
+EXECUTION_KEYS = (
+    "data.directory",
+    "data.workers",
+    "data.threads",
+    "data.prefetch",
+    "data.max_bad_records",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "mesh.fsdp",
+    "model.remat",
+    "compilation_cache",
+)
+
 
 def render_spec(config: ml_collections.ConfigDict) -> RenderSpec:
     """Rendering of views: timing, crop, spectrogram, modalities."""
@@ -99,7 +114,9 @@ def _encoder(modality: encoders.Modality, config: ml_collections.ConfigDict) -> 
     settings = config.model[modality].to_dict()
     name = settings.pop("name")
     return encoders.create_encoder(
-        modality, name, settings | {"dtype": jnp.dtype(config.model.dtype)}
+        modality,
+        name,
+        settings | {"dtype": jnp.dtype(config.model.dtype), "remat": config.model.remat},
     )
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import traceback
@@ -38,6 +39,20 @@ _DEBUG = flags.DEFINE_bool("debug", False, "Show the whole traceback of an error
 
 # What a person can cause and mend. Anything else is a bug and keeps its traceback.
 _USER_ERRORS = (ValueError, RecordError, OSError, NonFiniteError)
+
+
+def _keep_compiled(directory: str) -> None:
+    """Keeps compiled programs in `directory` for later starts, unless the environment names one.
+
+    Entries are keyed by program, compiler options, versions and device; on a CPU also by its
+    instruction set, so that machines of different make may share a directory.
+    """
+    if not directory or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    path = epath.Path(directory).expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    # JAX would keep nothing that compiled in under 1 s. A start has few programs: six of the demo.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _make_demo(config: ml_collections.ConfigDict) -> None:
@@ -111,6 +126,7 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError("--config is missing: try --config=configs/pretrain.py")
         if config.task not in _TASKS:
             raise ValueError(f"unknown task {config.task!r}: use one of {', '.join(_TASKS)}")
+        _keep_compiled(config.compilation_cache)
         workdir = epath.Path(_WORKDIR.value or f"runs/{config.name}").absolute()
         _TASKS[config.task](config, workdir)
     except _USER_ERRORS as error:

@@ -44,6 +44,10 @@ def demo() -> ml_collections.ConfigDict:
     c.seed = 0
     c.steps = 1500
     c.global_batch_size = 32
+    # Above 1 the networks see the batch in so many parts, the losses see it whole: for contrastive
+    # batches larger than memory, at the price of one more forward. Batch normalisation is then over
+    # a part: docs/large_batches.md.
+    c.micro_batches = 1
     c.modalities = "audio_visual"  # or "video", "audio"
 
     c.data = ml_collections.ConfigDict()
@@ -98,6 +102,9 @@ def demo() -> ml_collections.ConfigDict:
 
     c.model = ml_collections.ConfigDict()
     c.model.dtype = "float32"
+    # What the backward pass computes again instead of keeping it: "norms" (normalisation and
+    # activation) or "blocks" (convolutions too). docs/large_batches.md
+    c.model.remat = "none"
     c.model.embedding_dim = 128
     c.model.projection_hidden = 256
     c.model.temporal_hidden = 128
@@ -158,6 +165,11 @@ def demo() -> ml_collections.ConfigDict:
 
     c.mesh = ml_collections.ConfigDict()
     c.mesh.fsdp = 1  # devices over which parameters are split
+
+    # Compiled programs are kept here for the next start; "" keeps none. Only process 0 writes, so
+    # hosts of a pod need a directory that all of them see: gs://bucket/xla. JAX's own variable
+    # JAX_COMPILATION_CACHE_DIR goes first.
+    c.compilation_cache = "~/.cache/avcl_jax/xla"
 
     c.log_every = 50
     c.checkpoint_every = 500

@@ -15,7 +15,16 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from avcl_jax.models.layers import BatchNorm, Conv2D, Pool, patches, pool_features
+from avcl_jax.models.layers import (
+    BatchNorm,
+    Conv2D,
+    Pool,
+    Remat,
+    patches,
+    pool_features,
+    recomputed,
+    run_block,
+)
 
 
 class AudioBlock(nn.Module):
@@ -62,6 +71,7 @@ class AudioResNet(nn.Module):
         norm_momentum: weight of the old running statistics (PyTorch's momentum is 1 minus it).
         norm_epsilon: added to the variance.
         freeze_norm: see `BatchNorm.frozen`.
+        remat: see `recomputed`.
         dtype: compute dtype; parameters and statistics are float32.
     """
 
@@ -72,6 +82,7 @@ class AudioResNet(nn.Module):
     norm_momentum: float = 0.9
     norm_epsilon: float = 1e-5
     freeze_norm: bool = False
+    remat: Remat = "none"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -122,13 +133,14 @@ class AudioResNet(nn.Module):
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         for stage, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
             for block in range(depth):
-                x = AudioBlock(
+                layer = AudioBlock(
                     width,
                     2 if stage > 0 and block == 0 else 1,
                     norm,
                     self.dtype,
                     name=f"stage{stage + 1}_block{block + 1}",
-                )(x, train=train, mask=mask)
+                )
+                x = run_block(layer, self.remat, x, train=train, mask=mask)
         return {"features": pool_features(x, "mean"), "map": x}
 
 
@@ -144,6 +156,7 @@ class AudioConvNet(nn.Module):
         norm_momentum: weight of the old running statistics (PyTorch's momentum is 1 minus it).
         norm_epsilon: added to the variance.
         freeze_norm: see `BatchNorm.frozen`.
+        remat: see `recomputed`.
         dtype: compute dtype; parameters and statistics are float32.
     """
 
@@ -152,6 +165,7 @@ class AudioConvNet(nn.Module):
     norm_momentum: float = 0.9
     norm_epsilon: float = 1e-5
     freeze_norm: bool = False
+    remat: Remat = "none"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -173,8 +187,12 @@ class AudioConvNet(nn.Module):
 
         def layer(x: Array, width: int, size: int, stride: int, name: str) -> Array:
             kernel, strides = (size, size), (stride, stride)
-            x = Conv2D(width, kernel, strides, dtype=self.dtype, name=f"{name}_conv")(x)
-            return nn.relu(norm(name=f"{name}_norm")(x, train=train, mask=mask))
+
+            def run(_: Any, x: Array) -> Array:
+                x = Conv2D(width, kernel, strides, dtype=self.dtype, name=f"{name}_conv")(x)
+                return nn.relu(norm(name=f"{name}_norm")(x, train=train, mask=mask))
+
+            return recomputed(run, self.remat)(self, x)
 
         x = layer(spectrogram[..., None].astype(self.dtype), self.widths[0], 7, 2, "stem")
         for block, width in enumerate(self.widths, start=1):

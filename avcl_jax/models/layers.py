@@ -3,18 +3,55 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from avcl_jax.models.convolution import Lowering, convolve
 
 Pool = Literal["mean", "max"]
+Remat = Literal["none", "norms", "blocks"]
+
+# By which rematerialisation finds what is dear to compute again.
+CONVOLVED = "convolved"
 
 _INITIALIZER = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
+
+
+def recomputed(
+    function: Callable[[Any, Array], Array], remat: str
+) -> Callable[[Any, Array], Array]:
+    """A part of a network whose insides the backward pass computes again, to keep less of them.
+
+    Args:
+        function: from a module, whose parameters keep their names, and its input to its output. It
+            has to use the module that it is given: one from outside would update its statistics
+            in both passes.
+        remat: "none" keeps all that the gradient needs; "norms" keeps what convolutions return and
+            computes normalisation and activation again; "blocks" keeps the part's input alone, and
+            so does "norms" where nothing is convolved.
+
+    Raises:
+        ValueError: if `remat` is unknown.
+    """
+    if remat == "none":
+        return function
+    policies = {
+        "blocks": None,
+        "norms": jax.checkpoint_policies.save_only_these_names(CONVOLVED),
+    }
+    if remat not in policies:
+        raise ValueError(f"unknown remat {remat!r}: use 'none', 'norms' or 'blocks'")
+    return nn.remat(function, policy=policies[remat])
+
+
+def run_block(block: nn.Module, remat: str, x: Array, **arguments: Any) -> Array:
+    """Calls a block of a network; see `recomputed` for `remat`."""
+    return recomputed(lambda block, x: block(x, **arguments), remat)(block, x)
 
 
 class Conv3D(nn.Module):
@@ -47,7 +84,8 @@ class Conv3D(nn.Module):
         kernel = self.param(
             "kernel", _INITIALIZER, (*self.kernel_size, x.shape[-1], self.features), jnp.float32
         ).astype(self.dtype)
-        return convolve(x.astype(self.dtype), kernel, self.strides, self.lowering)
+        y = convolve(x.astype(self.dtype), kernel, self.strides, self.lowering)
+        return checkpoint_name(y, CONVOLVED)
 
 
 class Conv2D(nn.Module):
@@ -73,7 +111,8 @@ class Conv2D(nn.Module):
         kernel = self.param(
             "kernel", _INITIALIZER, (*self.kernel_size, x.shape[-1], self.features), jnp.float32
         ).astype(self.dtype)
-        return convolve(x.astype(self.dtype), kernel, self.strides)
+        y = convolve(x.astype(self.dtype), kernel, self.strides)
+        return checkpoint_name(y, CONVOLVED)
 
 
 class BatchNorm(nn.Module):

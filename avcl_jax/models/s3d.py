@@ -14,7 +14,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from avcl_jax.models.layers import BatchNorm, Conv3D, Lowering, pool_features, prepare_video
+from avcl_jax.models.layers import (
+    BatchNorm,
+    Conv3D,
+    Lowering,
+    Remat,
+    pool_features,
+    prepare_video,
+    run_block,
+)
 
 # Channels of the branches 1x1x1; 1x1x1 then 3x3x3; 1x1x1 then 3x3x3; max-pool then 1x1x1.
 MIXED: dict[str, tuple[int, int, int, int, int, int]] = {
@@ -151,6 +159,7 @@ class S3D(nn.Module):
         channel_mean: see `prepare_video`.
         channel_std: see `prepare_video`.
         lowering: see `Conv3D`.
+        remat: see `recomputed`.
         dtype: compute dtype; parameters and statistics are float32.
     """
 
@@ -163,6 +172,7 @@ class S3D(nn.Module):
     channel_mean: tuple[float, ...] | None = None
     channel_std: tuple[float, ...] | None = None
     lowering: Lowering = "auto"
+    remat: Remat = "none"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -204,12 +214,11 @@ class S3D(nn.Module):
             channel_std=self.channel_std,
             subtract_time_mean=self.subtract_time_mean,
         ).astype(self.dtype)
-        x = SeparableConv(wide(64), 7, 2, shared, name="conv_1a")(x, train=train, mask=mask)
+        run = functools.partial(run_block, remat=self.remat, train=train, mask=mask)
+        x = run(SeparableConv(wide(64), 7, 2, shared, name="conv_1a"), x=x)
         x = _pool_space(x)
-        x = ConvNorm(wide(64), (1, 1, 1), (1, 1, 1), *shared, name="conv_2b")(
-            x, train=train, mask=mask
-        )
-        x = SeparableConv(wide(192), 3, 1, shared, name="conv_2c")(x, train=train, mask=mask)
+        x = run(ConvNorm(wide(64), (1, 1, 1), (1, 1, 1), *shared, name="conv_2b"), x=x)
+        x = run(SeparableConv(wide(192), 3, 1, shared, name="conv_2c"), x=x)
         if self.gating:
             x = SelfGating(self.dtype, name="gating_2c")(x)
         x = _pool_space(x)
@@ -219,9 +228,8 @@ class S3D(nn.Module):
             elif name == "mixed_5b":
                 x = nn.max_pool(x, (2, 2, 2), (2, 2, 2))
             b0, b1_reduced, b1, b2_reduced, b2, b3 = (wide(n) for n in channels)
-            x = MixedBlock(
-                (b0, b1_reduced, b1, b2_reduced, b2, b3), self.gating, shared, name=name
-            )(x, train=train, mask=mask)
+            channels = (b0, b1_reduced, b1, b2_reduced, b2, b3)
+            x = run(MixedBlock(channels, self.gating, shared, name=name), x=x)
         return {"features": pool_features(x, "mean"), "map": x}
 
 

@@ -13,6 +13,7 @@ row needs no mask.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from avcl_jax.models.audio_encoders import check_patch
-from avcl_jax.models.layers import patches, pool_features, prepare_video
+from avcl_jax.models.layers import Remat, patches, pool_features, prepare_video, run_block
 
 Attention = Literal["joint", "factorised"]
 
@@ -90,6 +91,7 @@ class VideoTransformer(nn.Module):
         subtract_time_mean: see `prepare_video`.
         channel_mean: see `prepare_video`.
         channel_std: see `prepare_video`.
+        remat: see `recomputed`.
         dtype: compute dtype; parameters are float32.
     """
 
@@ -101,6 +103,7 @@ class VideoTransformer(nn.Module):
     subtract_time_mean: bool
     channel_mean: tuple[float, ...] | None = None
     channel_std: tuple[float, ...] | None = None
+    remat: Remat = "none"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -147,15 +150,16 @@ class VideoTransformer(nn.Module):
         x = x + positions.astype(self.dtype)
         if self.attention == "joint":
             x = x.reshape(batch, 1, -1, width)
+        run = functools.partial(run_block, remat=self.remat)
         for layer in range(1, self.depth + 1):
             if self.attention == "factorised":
-                x = SelfAttention(self.heads, self.dtype, name=f"layer{layer}_space")(x)
+                x = run(SelfAttention(self.heads, self.dtype, name=f"layer{layer}_space"), x=x)
                 x = x.swapaxes(1, 2)
-                x = SelfAttention(self.heads, self.dtype, name=f"layer{layer}_time")(x)
+                x = run(SelfAttention(self.heads, self.dtype, name=f"layer{layer}_time"), x=x)
                 x = x.swapaxes(1, 2)
             else:
-                x = SelfAttention(self.heads, self.dtype, name=f"layer{layer}_attention")(x)
-            x = FeedForward(self.dtype, name=f"layer{layer}_mlp")(x)
+                x = run(SelfAttention(self.heads, self.dtype, name=f"layer{layer}_attention"), x=x)
+            x = run(FeedForward(self.dtype, name=f"layer{layer}_mlp"), x=x)
         x = nn.LayerNorm(epsilon=_EPSILON, dtype=self.dtype, name="norm")(x)
         x = x.reshape(batch, moments, rows, columns, width)
         return {"features": pool_features(x, "mean"), "map": x}
@@ -169,6 +173,7 @@ class AudioTransformer(nn.Module):
         depth: number of layers.
         heads: heads of each attention.
         patch: (frames, mels) of a token.
+        remat: see `recomputed`.
         dtype: compute dtype; parameters are float32.
     """
 
@@ -176,6 +181,7 @@ class AudioTransformer(nn.Module):
     depth: int
     heads: int
     patch: tuple[int, int]
+    remat: Remat = "none"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -207,9 +213,10 @@ class AudioTransformer(nn.Module):
         x = x.reshape(batch, frames * mels, width)
         positions = self.param("positions", _POSITIONS, (1, *x.shape[1:]), jnp.float32)
         x = x + positions.astype(self.dtype)
+        run = functools.partial(run_block, remat=self.remat)
         for layer in range(1, self.depth + 1):
-            x = SelfAttention(self.heads, self.dtype, name=f"layer{layer}_attention")(x)
-            x = FeedForward(self.dtype, name=f"layer{layer}_mlp")(x)
+            x = run(SelfAttention(self.heads, self.dtype, name=f"layer{layer}_attention"), x=x)
+            x = run(FeedForward(self.dtype, name=f"layer{layer}_mlp"), x=x)
         x = nn.LayerNorm(epsilon=_EPSILON, dtype=self.dtype, name="norm")(x)
         x = x.reshape(batch, frames, mels, width)
         return {"features": pool_features(x, "mean"), "map": x}

@@ -19,9 +19,12 @@ from avcl_jax.models.layers import (
     Conv3D,
     Lowering,
     Pool,
+    Remat,
     patches,
     pool_features,
     prepare_video,
+    recomputed,
+    run_block,
 )
 from avcl_jax.models.video_blocks import (
     BasicBlock,
@@ -68,6 +71,7 @@ class VideoResNet(nn.Module):
         channel_mean: see `prepare_video`.
         channel_std: see `prepare_video`.
         lowering: see `Conv3D`.
+        remat: see `recomputed`.
         dtype: compute dtype; parameters and statistics are float32.
     """
 
@@ -84,6 +88,7 @@ class VideoResNet(nn.Module):
     channel_mean: tuple[float, ...] | None = None
     channel_std: tuple[float, ...] | None = None
     lowering: Lowering = "auto"
+    remat: Remat = "none"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -128,7 +133,8 @@ class VideoResNet(nn.Module):
             channel_std=self.channel_std,
             subtract_time_mean=self.subtract_time_mean,
         )
-        x = self._stem(x.astype(self.dtype), norm, train, mask)
+        stem = recomputed(lambda own, x: own._stem(x, norm, train, mask), self.remat)
+        x = stem(self, x.astype(self.dtype))
         for stage, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
             kind: ConvKind
             if self.factorisation == "mc3":
@@ -137,7 +143,7 @@ class VideoResNet(nn.Module):
                 kind = self.factorisation
             for block in range(depth):
                 stride = 2 if stage > 0 and block == 0 else 1
-                x = _BLOCKS[self.block](
+                layer = _BLOCKS[self.block](
                     width,
                     stride,
                     1 if kind == "spatial" else stride,
@@ -146,7 +152,8 @@ class VideoResNet(nn.Module):
                     norm,
                     self.dtype,
                     name=f"stage{stage + 1}_block{block + 1}",
-                )(x, train=train, mask=mask)
+                )
+                x = run_block(layer, self.remat, x, train=train, mask=mask)
         return {"features": pool_features(x, self.pool), "map": x}
 
     def _stem(self, x: Array, norm: Any, train: bool, mask: Array | None) -> Array:

@@ -31,18 +31,6 @@ from avcl_jax.training.state import TrainState, create_state
 from avcl_jax.training.step import LossSpec, Metrics, make_train_step, merge_metrics
 from avcl_jax.training.unreadable import UnreadableRecords
 
-# These change how a run is executed and watched, not what it computes: a run may go on with others.
-_EXECUTION_KEYS = (
-    "data.directory",
-    "data.workers",
-    "data.threads",
-    "data.prefetch",
-    "data.max_bad_records",
-    "log_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "mesh.fsdp",
-)
 # Steps dispatched ahead of the device. More would only queue batches in memory.
 _STEPS_AHEAD = 2
 
@@ -88,7 +76,7 @@ def build(
         ValueError: if batch, bank and devices do not fit.
     """
     mesh = sharding.create_mesh(config.mesh.fsdp)
-    sharding.check_batch(config.global_batch_size, mesh)
+    sharding.check_batch(config.global_batch_size, mesh, config.micro_batches)
     if config.bank.size:
         feature_bank.check_size(
             config.bank.size, global_batch_size=config.global_batch_size, shards=mesh.size
@@ -131,6 +119,7 @@ def build(
         pixel_mean=config.pixels.mean,
         pixel_std=config.pixels.std,
         ema_decay=section.ema_decay,
+        micro_batches=config.micro_batches,
         mesh=mesh,
     )
     return mesh, init, step
@@ -201,7 +190,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
     differing = []
     if old_config.exists():
         lines = experiment.differences(old_config.read_text(), config_json)
-        differing = [line for line in lines if line.split(":")[0] not in _EXECUTION_KEYS]
+        differing = [line for line in lines if line.split(":")[0] not in experiment.EXECUTION_KEYS]
     check_config(workdir, config_json, differing)
 
     key = jax.random.key(config.seed)

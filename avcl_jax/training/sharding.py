@@ -51,18 +51,23 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch(global_batch_size: int, mesh: Mesh) -> None:
-    """Refuses a global batch that does not divide over the devices.
+def check_batch(global_batch_size: int, mesh: Mesh, micro_batches: int) -> None:
+    """Refuses a global batch that does not divide over the devices and its micro-batches.
 
     Raises:
         ValueError: if it does not.
     """
-    devices = mesh.size
-    if global_batch_size % devices:
-        lower = max(global_batch_size // devices, 1) * devices
+    if micro_batches < 1:
+        raise ValueError(f"micro_batches {micro_batches} must be at least 1, which is the whole")
+    parts = mesh.size * micro_batches
+    if global_batch_size % parts:
+        lower = max(global_batch_size // parts, 1) * parts
+        where = f"{mesh.size} devices"
+        if micro_batches > 1:
+            where += f" times {micro_batches} micro_batches"
         raise ValueError(
-            f"global_batch_size {global_batch_size} is not divisible by the {devices} devices: "
-            f"use a multiple of {devices}, such as {lower}"
+            f"global_batch_size {global_batch_size} is not divisible by the {where}: "
+            f"use a multiple of {parts}, such as {lower}"
         )
 
 

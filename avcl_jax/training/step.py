@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -30,6 +29,7 @@ from avcl_jax.objectives.bank_sampling import Modality
 from avcl_jax.objectives.contrastive import contrastive_loss
 from avcl_jax.objectives.temporal import TERMS as TEMPORAL_TERMS
 from avcl_jax.objectives.temporal import temporal_losses
+from avcl_jax.training import accumulate
 from avcl_jax.training.sharding import data_axes
 from avcl_jax.training.state import TrainState
 
@@ -240,23 +240,6 @@ def _embedding_spread(embeddings: Array, present: Array) -> Array:
     return jnp.sqrt(variance.sum())
 
 
-def _keep_statistics(old: Any, new: Any, present: Mapping[str, Array]) -> Any:
-    """Old statistics of modules of a modality that no row of the batch has."""
-    both = present["video"].any() & present["audio"].any()
-
-    def seen(name: str) -> Array:
-        if name == "order_va_head":
-            return both
-        modality = "video" if "video" in name or name == "order_vv_head" else "audio"
-        return present[modality].any()
-
-    kept = {}
-    for name, values in new.items():
-        select = functools.partial(jnp.where, seen(name))
-        kept[name] = jax.tree.map(select, values, old[name])
-    return kept
-
-
 def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -268,12 +251,15 @@ def make_train_step(
     pixel_mean: float,
     pixel_std: float,
     ema_decay: float,
+    micro_batches: int,
     mesh: Mesh,
 ) -> Callable[[TrainState, Mapping[str, Array], Array], tuple[TrainState, Metrics]]:
     """Builds the function `(state, batch, key) -> (state, metrics)`, to be jitted by the caller.
 
     `key` is the same at every step; the step number is folded in. Metrics are averages to be
-    merged over a log period; `<term>/loss` is unweighted, `loss` the weighted sum.
+    merged over a log period; `<term>/loss` is unweighted, `loss` the weighted sum. The model runs
+    on `micro_batches` parts of a batch one after the other, the losses on all of it
+    (`training.accumulate`).
     """
 
     def train_step(
@@ -290,27 +276,36 @@ def make_train_step(
         )
         label = batch.get(f"label_{loss_spec.bank_label}", jnp.full_like(batch["source_id"], -1))
 
-        def objective(params: Any) -> tuple[Array, Any]:
+        # Outputs that no term looks at would be kept for the whole batch, and passed back as zeros.
+        used = loss_spec.active(TEMPORAL_TERMS)
+
+        def forward(params: Any, inputs: Any) -> tuple[dict[str, Array], Any]:
             variables = {"params": params, "batch_stats": state.batch_stats}
             outputs, mutated = model.apply(variables, **inputs, train=True, mutable=["batch_stats"])
+            seen = {
+                name: value
+                for name, value in outputs.items()
+                if name.endswith("_embeddings") or name in used
+            }
+            return seen, mutated["batch_stats"]
+
+        def objective(outputs: Mapping[str, Array]) -> tuple[Array, Any]:
             embeddings, present = _embeddings(outputs, batch)
             losses, metrics = _contrastive(
                 embeddings, present, batch, state, loss_spec, label, bank_key, mesh
             )
-            logits = {
-                term: outputs[term] for term in loss_spec.active(TEMPORAL_TERMS) if term in outputs
-            }
-            for term, (value, info) in temporal_losses(logits, batch).items():
+            for term, (value, info) in temporal_losses(outputs, batch).items():
                 losses[term] = value
                 metrics[f"{term}/loss"] = average(value, info["count"])
                 metrics[f"{term}/accuracy"] = average(info["accuracy"], info["count"])
             weighted = [loss_spec.weights[term] * value for term, value in losses.items()]
             total = jnp.stack(weighted).sum()
             metrics["loss"] = average(total)
-            return total, (metrics, mutated["batch_stats"], embeddings, present)
+            return total, (metrics, embeddings, present)
 
-        gradient = jax.grad(objective, has_aux=True)
-        grads, (metrics, batch_stats, embeddings, present) = gradient(state.params)
+        grads, (metrics, embeddings, present), statistics = accumulate.gradients(
+            forward, objective, state.params, inputs, parts=micro_batches, mesh=mesh
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = state.ema_params
@@ -343,7 +338,11 @@ def make_train_step(
         new_state = TrainState(
             step=state.step + 1,
             params=params,
-            batch_stats=_keep_statistics(state.batch_stats, batch_stats, present),
+            batch_stats=accumulate.merge_statistics(
+                state.batch_stats,
+                statistics,
+                accumulate.split_rows(present, micro_batches, mesh),
+            ),
             opt_state=opt_state,
             ema_params=ema_params,
             bank=bank,

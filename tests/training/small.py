@@ -51,6 +51,7 @@ def arguments(records: Path, workdir: Path, **overrides: object) -> list[str]:
         "--config=configs/pretrain.py",
         f"--workdir={workdir}",
         f"--config.data.directory={records}",
+        f"--config.compilation_cache={compilation_cache()}",
         *(f"--config.{name}={value}" for name, value in values.items()),
     ]
 
@@ -64,24 +65,28 @@ def small_config(records: Path, **overrides: object) -> ml_collections.ConfigDic
 
 
 @functools.cache
-def _compilation_cache() -> tempfile.TemporaryDirectory[str]:
-    """One directory for all processes of a session: most compile the same step."""
+def _temporary() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="avcl-jax-compiled-")
 
 
-def start(arguments: list[str], *, devices: int = 1) -> subprocess.Popen[str]:
+def compilation_cache() -> Path:
+    """One directory for all processes of a session: most compile the same step."""
+    return Path(_temporary().name)
+
+
+def start(
+    arguments: list[str], *, devices: int = 1, module: str = "avcl_jax.main"
+) -> subprocess.Popen[str]:
     """Starts `python -m avcl_jax.main` on virtual CPU devices."""
     environment = os.environ | {
         # Optimising the step's machine code takes longer than running it a few times.
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
         "--xla_backend_optimization_level=0",
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": _compilation_cache().name,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONUNBUFFERED": "1",
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "avcl_jax.main", *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
         env=environment,
         text=True,

@@ -1,0 +1,74 @@
+"""Between log lines the loop neither compiles, nor reads from the device, nor keeps old states."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import jax
+import pytest
+
+from avcl_jax import main
+from tests.data.synthetic_records import make_record, write_records
+from tests.training import small
+
+LOG_EVERY = 2
+
+
+@pytest.fixture(scope="module")
+def notes(tmp_path_factory):
+    """What `tests.training.watched` noted at each of six steps; a log line after every second."""
+    directory = tmp_path_factory.mktemp("loop")
+    made = [make_record(number, seconds=5.0, side=24) for number in range(24)]
+    arguments = small.arguments(
+        write_records(directory / "records", made),
+        directory / "run",
+        log_every=LOG_EVERY,
+        checkpoint_every=6,
+    )
+    path = directory / "notes.json"
+    process = small.start([str(path), *arguments], module="tests.training.watched")
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert "step 6/6" in output
+    found = json.loads(path.read_text())
+    assert len(found) == 6
+    return found
+
+
+def test_nothing_is_compiled_after_the_first_steps(notes):
+    """The step is compiled in step 1; merging two steps' metrics, in step 2."""
+    compiled = [note["compiled"] for note in notes]
+    assert compiled[0] < compiled[1]
+    assert compiled[2:] == compiled[2:3] * 4
+
+
+def test_the_state_is_donated(notes):
+    assert not any(notes[0]["deleted"])
+    assert all(notes[1]["deleted"])
+
+
+def test_the_host_reads_the_device_after_log_steps_only(notes):
+    """Metrics of steps 2 and 4 are read while steps 3 and 5 run."""
+    reads = [after["read"] - before["read"] for before, after in itertools.pairwise(notes)]
+    assert [read > 0 for read in reads] == [False, False, True, False, True]
+
+
+def test_compiled_programs_are_kept(notes):
+    kept = [path.name for path in small.compilation_cache().iterdir()]
+    assert any(name.startswith("jit_train_step") for name in kept)
+
+
+def test_the_environments_cache_goes_before_that_of_the_config(monkeypatch):
+    updates = {}
+    monkeypatch.setattr(jax.config, "update", updates.__setitem__)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    main._keep_compiled("")
+    assert not updates
+    main._keep_compiled("~/cache")
+    assert updates["jax_compilation_cache_dir"].endswith("/cache")
+    assert not updates["jax_compilation_cache_dir"].startswith("~")
+    updates.clear()
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
+    main._keep_compiled("~/cache")
+    assert not updates
