@@ -20,6 +20,7 @@ from avcl_jax.data.spectrogram import LogMelSpec
 from avcl_jax.data.views import ViewSpec
 from avcl_jax.models import encoders
 from avcl_jax.models.audio_visual import AudioVisualModel
+from avcl_jax.models.layers import lowering_on
 from avcl_jax.objectives.feature_bank import BankSampling
 
 
@@ -103,10 +104,22 @@ def _encoder(modality: encoders.Modality, config: ml_collections.ConfigDict) -> 
     )
 
 
-def audio_visual_model(config: ml_collections.ConfigDict) -> AudioVisualModel:
-    """The whole model that pretraining trains."""
+def audio_visual_model(
+    config: ml_collections.ConfigDict, platform: str | None = None
+) -> AudioVisualModel:
+    """The whole model that pretraining trains.
+
+    Args:
+        config: of the run.
+        platform: what it will run on ("cpu", "gpu", "tpu"), for which the lowering "auto" is
+            decided here; None leaves that to the default backend when the model is traced, which is
+            another one when a program for a TPU is compiled on a CPU.
+    """
+    video = None if config.modalities == "audio" else video_encoder(config)
+    if platform is not None and getattr(video, "lowering", None) == "auto":
+        video = video.clone(lowering=lowering_on(platform))
     return AudioVisualModel(
-        video_encoder=None if config.modalities == "audio" else video_encoder(config),
+        video_encoder=video,
         audio_encoder=None if config.modalities == "video" else audio_encoder(config),
         embedding_dim=config.model.embedding_dim,
         projection_hidden=config.model.projection_hidden,

@@ -147,7 +147,11 @@ def need(package: str) -> None:
 
 
 def run_child(
-    target: str, arguments: Mapping[str, Any], *, cores: Sequence[int] | None = None
+    target: str,
+    arguments: Mapping[str, Any],
+    *,
+    cores: Sequence[int] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Any:
     """Calls a function in a fresh process.
 
@@ -155,6 +159,7 @@ def run_child(
         target: "package.module:function"; it returns what JSON can hold.
         arguments: keyword arguments, of what JSON can hold.
         cores: processors the process and its children may use; None for all.
+        environment: variables to set besides those of this process.
 
     Returns:
         What the function returned.
@@ -170,7 +175,7 @@ def run_child(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "BENCHMARK_START": repr(time.time())},
+        env={**os.environ, **(environment or {}), "BENCHMARK_START": repr(time.time())},
         preexec_fn=lambda: os.sched_setaffinity(0, allowed),
         start_new_session=True,
     ) as process:
