@@ -116,7 +116,7 @@ def audio_visual_model(
             another one when a program for a TPU is compiled on a CPU.
     """
     video = None if config.modalities == "audio" else video_encoder(config)
-    if platform is not None and getattr(video, "lowering", None) == "auto":
+    if video and platform and getattr(video, "lowering", None) == "auto":
         video = video.clone(lowering=lowering_on(platform))
     return AudioVisualModel(
         video_encoder=video,

@@ -26,6 +26,8 @@ _FREE = frozenset(
         *(f"{kind}{suffix}" for kind in COLLECTIVES for suffix in ("", "-start", "-done")),
     )
 )
+# Names the parts of an array that were fetched one by one.
+_NOTHING = 'custom_call_target="ConcatBitcast"'
 _NAME = re.compile(r"\s+(?:ROOT )?%?(?P<name>[\w.-]+) = ")
 _HEADER = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) .*\{$")
 _CALLED = re.compile(r"(?:calls|body|condition|to_apply)=%?([\w.-]+)")
@@ -256,7 +258,7 @@ def cycles(module: Module) -> Cycles:
             estimate = _CYCLES.search(instruction.attributes)
             if estimate:
                 counted[instruction.op_name] += int(estimate[1])
-            elif instruction.opcode not in _FREE:
+            elif instruction.opcode not in _FREE and _NOTHING not in instruction.attributes:
                 uncounted[instruction.opcode] += num_bytes(shapes(instruction.type))
             if instruction.opcode == "conditional":
                 each = [count(branch) for branch in instruction.branches]

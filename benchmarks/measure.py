@@ -30,7 +30,7 @@ REPEATS = 5
 _ROOT = Path(__file__).resolve().parents[1]
 _LIBRARIES = (
     *("numpy", "jax", "grain", "simplejpeg", "av", "opencv-python-headless", "librosa"),
-    *("torch", "tensorflow"),
+    *("torch", "tensorflow", "libtpu"),
 )
 
 
@@ -121,7 +121,8 @@ def _gpu() -> str:
     return ", ".join(listed.stdout.split("\n")).strip(", ")
 
 
-def _version(library: str) -> str | None:
+def version(library: str) -> str | None:
+    """Version of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
@@ -136,7 +137,7 @@ def machine() -> dict[str, Any]:
         "gpu": _gpu(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "python": platform.python_version(),
-        "libraries": {name: version for name in _LIBRARIES if (version := _version(name))},
+        "libraries": {name: found for name in _LIBRARIES if (found := version(name))},
     }
 
 

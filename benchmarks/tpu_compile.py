@@ -11,7 +11,6 @@ import ast
 import functools
 import gzip
 import hashlib
-import importlib.metadata
 import json
 import time
 from collections import Counter
@@ -32,6 +31,7 @@ from avcl_jax.training import loop, sharding
 from avcl_jax.training.state import state_shardings
 from avcl_jax.training.step import jit_train_step
 from benchmarks import hlo_costs
+from benchmarks.measure import version
 from benchmarks.model_flops import matrix_flops
 from configs import pretrain
 
@@ -67,6 +67,11 @@ def config_of(preset: str, overrides: Mapping[str, str]) -> ml_collections.Confi
             node = functools.reduce(lambda inner, part: inner[part], section.split("."), config)
             node[name] = value
     return config
+
+
+def _devices(topology: str) -> Any:
+    """Devices of a slice such as "v5e:4x4", which need not exist."""
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
 def program(config: ml_collections.ConfigDict, devices: Any) -> tuple[Any, tuple[Any, ...], Any]:
@@ -108,9 +113,9 @@ def step_flops(config: ml_collections.ConfigDict, platform: str) -> int:
     return matrix_flops(jax.grad(outputs), variables["params"], variables["batch_stats"], *inputs)
 
 
-def _compiled(lowered: Any, topology: str, cache: Path) -> tuple[str, dict[str, Any]]:
+def compile_cached(lowered: Any, topology: str, cache: Path) -> tuple[str, dict[str, Any]]:
     """Text of the compiled program and what is known beside it, from the cache if it is there."""
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+    versions = {name: version(name) for name in ("jax", "jaxlib", "libtpu")}
     about = json.dumps([topology, versions], sort_keys=True)
     name = hashlib.sha256((about + lowered.as_text()).encode()).hexdigest()[:24]
     text_path, facts_path = cache / f"{name}.hlo.gz", cache / f"{name}.json"
@@ -212,19 +217,22 @@ def compile_step(
     *, topology: str, preset: str, overrides: dict[str, str], videos_per_chip: int, cache: str
 ) -> dict[str, Any]:
     """Compiles the whole step and reads its figures, per chip."""
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    devices = _devices(topology)
     config = config_of(preset, overrides)
     with config.unlocked():
         config.global_batch_size = videos_per_chip * len(devices)
     step, arguments, _ = program(config, devices)
-    text, facts = _compiled(step.lower(*arguments), topology, Path(cache))
+    text, facts = compile_cached(step.lower(*arguments), topology, Path(cache))
     state = arguments[0]
+    video = experiment.audio_visual_model(config, devices[0].platform).video_encoder
     return {
         **_figures(text, facts),
+        "lowering": getattr(video, "lowering", None),
         "chips": len(devices),
         "videos_per_chip": videos_per_chip,
         "model_flops": videos_per_chip * step_flops(config, devices[0].platform),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "statistics": sum(leaf.size for leaf in jax.tree.leaves(state.batch_stats)),
         "state_arrays": len(jax.tree.leaves(state)),
         "exchange": _exchange(config, len(devices)),
         "bank_size": config.bank.size,
@@ -235,7 +243,7 @@ def compile_bank(
     *, topology: str, preset: str, overrides: dict[str, str], videos_per_chip: int, cache: str
 ) -> dict[str, Any]:
     """Compiles all draws from the bank and the insertion of a step, and reads their figures."""
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    devices = _devices(topology)
     config = config_of(preset, overrides)
     with config.unlocked():
         config.global_batch_size = videos_per_chip * len(devices)
@@ -297,7 +305,7 @@ def compile_bank(
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     lowered = jitted.lower(bank, key, embeddings, embeddings, present, present, numbers, numbers)
-    text, facts = _compiled(lowered, topology, Path(cache))
+    text, facts = compile_cached(lowered, topology, Path(cache))
     return {
         **_figures(text, facts),
         "chips": len(devices),

@@ -70,3 +70,18 @@ def test_json_of_a_config_comes_back_and_differences_name_keys():
         "views.speeds: [1, 2, 4, 8] -> [1, 2]",
     ]
     np.testing.assert_equal(experiment.render_spec(config).views.speeds, (1, 2))
+
+
+def test_the_platform_of_the_mesh_decides_how_convolutions_are_lowered():
+    config = pretrain.get_config("kinetics400")
+    lowerings = {
+        platform: experiment.audio_visual_model(config, platform).video_encoder.lowering
+        for platform in (None, "cpu", "gpu", "tpu")
+    }
+    assert lowerings == {None: "auto", "cpu": "folded", "gpu": "direct", "tpu": "direct"}
+    with config.unlocked():
+        config.model.video.lowering = "folded"
+    assert experiment.audio_visual_model(config, "tpu").video_encoder.lowering == "folded"
+    with config.unlocked():
+        config.modalities = "audio"
+    assert experiment.audio_visual_model(config, "tpu").video_encoder is None

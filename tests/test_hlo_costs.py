@@ -81,6 +81,8 @@ backend_config={"known_trip_count":{"n":"5"},"known_init_step":{"init":"0","step
   %ended = f32[4,3]{1,0} all-gather-done(%begun)
   %both = (f32[10]{0}, bf16[6]{0}) all-reduce(%f, %k), replica_groups={}, to_apply=%sum
   %order = (f32[100]{0}, s32[100]{0}) sort(%f, %f), dimensions={0}, to_apply=%sum
+  %whole = f32[64]{0} custom-call(%f, %f), custom_call_target="ConcatBitcast"
+  %cropped = f32[25]{0} custom-call(%f), custom_call_target="ZeroCrop"
   ROOT %out = f32[4]{0} copy(%choice), backend_config={"estimated_cycles":"7"}
 }
 """
@@ -107,7 +109,9 @@ def test_loops_count_as_often_as_they_run_and_conditionals_their_dearest_branch(
 def test_what_carries_no_estimate_is_listed_with_its_bytes(module) -> None:
     # Both fusions here, as they only start and end an exchange; collectives have a list of theirs.
     fusions = 32 * 128 * 2 + 4 + 32 * 128 * 2
-    assert hlo_costs.cycles(module).uncounted == Counter({"fusion": fusions, "sort": 800})
+    assert hlo_costs.cycles(module).uncounted == Counter(
+        {"fusion": fusions, "sort": 800, "custom-call": 100}
+    )
 
 
 def test_a_loop_whose_length_nobody_knows_counts_once_and_is_told() -> None:
