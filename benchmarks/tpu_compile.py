@@ -213,6 +213,15 @@ def _exchange(config: ml_collections.ConfigDict, chips: int) -> dict[str, int]:
     )._asdict()
 
 
+def compile_product(*, topology: str, size: int) -> dict[str, Any]:
+    """Cycles of a large bfloat16 product on one chip: the peak in the compiler's terms."""
+    place = jax.sharding.SingleDeviceSharding(_devices(topology)[0])
+    factor = jax.ShapeDtypeStruct((size, size), jnp.bfloat16, sharding=place)
+    lowered = jax.jit(jnp.matmul, out_shardings=place).lower(factor, factor)
+    module = hlo_costs.parse(lowered.compile().as_text())
+    return {"cycles": hlo_costs.cycles(module).total, "model_flops": 2 * size**3}
+
+
 def compile_step(
     *, topology: str, preset: str, overrides: dict[str, str], videos_per_chip: int, cache: str
 ) -> dict[str, Any]:

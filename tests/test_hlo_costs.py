@@ -176,7 +176,8 @@ def test_flops_of_products_and_convolutions_by_hand() -> None:
 
 def test_peaks_units_and_clocks_agree() -> None:
     assert CHIPS["v5e"].clock_hz == pytest.approx(1.5e9, rel=0.01)
-    assert CHIPS["v5p"].clock_hz == pytest.approx(1.75e9, rel=0.01)
+    for name in ("v5p", "v6e"):
+        assert CHIPS[name].clock_hz == pytest.approx(1.75e9, rel=0.01)
     assert chip_of("v5p:2x2x4") == (CHIPS["v5p"], (2, 2, 4))
     for wrong in ("v5e", "v9:4x4", "v5e:4xx", "v5e:0x4"):
         with pytest.raises(ValueError, match="such as v5e:4x4"):

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import tpu_aot
 from benchmarks.measure import run_child
+from benchmarks.tpu_chips import chip_of
 
 pytestmark = pytest.mark.interop
 pytest.importorskip("libtpu", reason="libtpu is not installed (requirements-tpu-aot.txt)")
@@ -55,10 +56,26 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     )
 
 
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "v5p:2x2x1"])
+def test_a_large_product_comes_near_the_peak_and_not_beyond(topology: str) -> None:
+    product = run_child(
+        "benchmarks.tpu_compile:compile_product",
+        {"topology": topology, "size": 8192},
+        environment=tpu_aot.ENVIRONMENT,
+    )
+    chip, _ = chip_of(topology)
+    seconds = product["cycles"] / chip.clock_hz
+    assert 0.6 < product["model_flops"] / seconds / chip.peak_flops <= 1
+
+
 def test_every_gradient_is_exchanged_once(found: dict[str, Any]) -> None:
-    reduced = sum(found["reduced_elements"].values())
-    # Each parameter's gradient once; besides, sums of batch normalisation, losses and metrics.
-    assert found["parameters"] <= reduced <= found["parameters"] + found["statistics_reduced"]
+    reduced = found["reduced_elements"]
+    # A normalisation has a scale and a shift, and as many statistics; what is left are kernels and
+    # biases, which are used as bfloat16, and whose gradients the compiler sums as such.
+    scales = found["statistics"]
+    assert reduced["bf16"] == found["parameters"] - scales
+    # float32: gradients of the scales, sums of normalisation forward and backward, and metrics.
+    assert scales <= reduced["f32"] <= 5 * scales
 
 
 def test_the_bank_exchanges_no_more_than_the_cheaper_way(found: dict[str, Any]) -> None:
@@ -72,8 +89,7 @@ def test_convolutions_are_bfloat16_and_direct(found: dict[str, Any]) -> None:
 
 
 def test_the_state_is_donated(found: dict[str, Any]) -> None:
-    assert found["aliased_parameters"] >= found["state_arrays"] - found["state_scalars"]
-    assert found["memory"]["alias"] >= 0.99 * found["state_bytes"]
+    assert found["aliased_parameters"] == found["state_arrays"]
 
 
 def test_cycles_memory_and_times_are_told(found: dict[str, Any]) -> None:
