@@ -49,14 +49,14 @@ class Instruction:
         name: of the result.
         type: of the result, with layouts.
         opcode: "fusion", "all-reduce-start", …
-        operands: names.
+        arguments: what stands in its parentheses: names, or the value of a constant.
         attributes: everything behind the operands.
     """
 
     name: str
     type: str
     opcode: str
-    operands: tuple[str, ...]
+    arguments: str
     attributes: str
 
     @property
@@ -77,10 +77,9 @@ class Instruction:
         return [name.strip(" %") for many, one in found for name in (many or one).split(",")]
 
     @property
-    def trips(self) -> int | None:
-        """How often a loop runs, where the compiler knows it."""
-        found = _TRIPS.search(self.attributes)
-        return int(found[1]) if found else None
+    def operands(self) -> list[str]:
+        """Names of the arrays it takes."""
+        return _OPERAND.findall(self.arguments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +95,26 @@ class Module:
     header: str
     entry: str
     computations: dict[str, list[Instruction]]
+
+    def trips(self, loop: Instruction) -> int | None:
+        """How often a loop runs; None where that cannot be read.
+
+        Other compilers write it beside the loop. The TPU's does not, but JAX's loops of known
+        length (scan, map, fori_loop from 0) count up by one while the counter is less than a
+        constant.
+        """
+        found = _TRIPS.search(loop.attributes)
+        if found:
+            return int(found[1])
+        condition = re.search(r"condition=%?([\w.-]+)", loop.attributes)
+        lines = self.computations[condition[1]] if condition else []
+        if not lines or lines[-1].opcode != "compare" or "direction=LT" not in lines[-1].attributes:
+            return None
+        by_name = {line.name: line for line in lines}
+        counter, bound = (by_name.get(name) for name in lines[-1].operands)
+        if counter is None or bound is None or counter.opcode != "get-tuple-element":
+            return None
+        return int(bound.arguments) if bound.opcode == "constant" else None
 
     @property
     def aliased_parameters(self) -> set[int]:
@@ -179,8 +198,8 @@ def _instruction(line: str, name: str, start: int) -> Instruction:
     end = _closing(line, start) if line[start] == "(" else line.index(" ", start)
     opening = line.index("(", end)
     closing = _closing(line, opening)
-    operands = tuple(_OPERAND.findall(line[opening:closing]))
-    return Instruction(name, line[start:end], line[end:opening].strip(), operands, line[closing:])
+    arguments = line[opening + 1 : closing - 1]
+    return Instruction(name, line[start:end], line[end:opening].strip(), arguments, line[closing:])
 
 
 def parse(text: str) -> Module:
@@ -215,7 +234,9 @@ def _runs(module: Module, name: str, times: int) -> Iterator[tuple[Instruction, 
         yield instruction, times
         if instruction.opcode in ("async-update", "async-done"):
             continue  # name the computation that the start has run
-        inside = times * (instruction.trips or 1) if instruction.opcode == "while" else times
+        inside = (
+            times * (module.trips(instruction) or 1) if instruction.opcode == "while" else times
+        )
         # What a reduction applies to two numbers is no computation of its own.
         skipped = "to_apply=" in instruction.attributes and instruction.opcode != "call"
         for called in [] if skipped else instruction.called + instruction.branches:
@@ -267,8 +288,9 @@ def cycles(module: Module) -> Cycles:
             elif instruction.opcode in ("while", "call", "async-start"):
                 times = 1
                 if instruction.opcode == "while":
-                    unknown += instruction.trips is None
-                    times = instruction.trips or 1
+                    trips = module.trips(instruction)
+                    unknown += trips is None
+                    times = trips or 1
                 for called in instruction.called:
                     inner, without = count(called)
                     for op_name, value in inner.items():
