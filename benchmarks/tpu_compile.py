@@ -218,7 +218,7 @@ def compile_product(*, topology: str, size: int) -> dict[str, Any]:
     place = jax.sharding.SingleDeviceSharding(_devices(topology)[0])
     factor = jax.ShapeDtypeStruct((size, size), jnp.bfloat16, sharding=place)
     lowered = jax.jit(jnp.matmul, out_shardings=place).lower(factor, factor)
-    module = hlo_costs.parse(lowered.compile().as_text())
+    module = hlo_costs.parse(lowered.compile().as_text() or "")
     return {"cycles": hlo_costs.cycles(module).total, "model_flops": 2 * size**3}
 
 
