@@ -26,7 +26,7 @@ test: $(VENV)/test-ready
 slow: $(VENV)/test-ready
 	$(BIN)/python $(PYTEST) -m slow
 
-# Apache Beam, object stores, TensorFlow, PyTorch: packages of the extras, in an environment of
+# Apache Beam, object stores, TensorFlow, PyTorch, libtpu: packages of the extras, in an environment of
 # their own. PyTorch's tests run in a process of their own: it and TensorFlow bring two OpenMPs.
 interop: $(VENV)-interop/ready
 	$(VENV)-interop/bin/python $(PYTEST) -m interop
@@ -54,7 +54,8 @@ $(VENV)/test-ready: requirements-dev.txt requirements.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@ $(VENV)/demo-ready
 
-$(VENV)-interop/ready: requirements-interop.txt requirements-dev.txt requirements.txt
+$(VENV)-interop/ready: requirements-interop.txt requirements-tpu-aot.txt requirements-dev.txt \
+    requirements.txt
 	$(PYTHON) -m venv $(VENV)-interop
 	$(VENV)-interop/bin/python -m pip install --quiet --disable-pip-version-check \
 	    -r requirements-dev.txt -r requirements-interop.txt

@@ -20,6 +20,8 @@ setup(
         "beam": ["apache-beam>=2.77.0"],
         "s3": ["s3fs"],
         "scenes": ["scenedetect"],
+        # Every JAX names the libtpu that matches it; requirements-tpu-aot.txt has the one tested.
+        "tpu-aot": ["jax[tpu]"],
     },
     # requirements.txt pins what was tested; a library must leave its users room to move.
     install_requires=[

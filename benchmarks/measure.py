@@ -30,7 +30,7 @@ REPEATS = 5
 _ROOT = Path(__file__).resolve().parents[1]
 _LIBRARIES = (
     *("numpy", "jax", "grain", "simplejpeg", "av", "opencv-python-headless", "librosa"),
-    *("torch", "tensorflow"),
+    *("torch", "tensorflow", "libtpu"),
 )
 
 
@@ -121,7 +121,8 @@ def _gpu() -> str:
     return ", ".join(listed.stdout.split("\n")).strip(", ")
 
 
-def _version(library: str) -> str | None:
+def version(library: str) -> str | None:
+    """Version of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
@@ -136,7 +137,7 @@ def machine() -> dict[str, Any]:
         "gpu": _gpu(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "python": platform.python_version(),
-        "libraries": {name: version for name in _LIBRARIES if (version := _version(name))},
+        "libraries": {name: found for name in _LIBRARIES if (found := version(name))},
     }
 
 
@@ -147,7 +148,11 @@ def need(package: str) -> None:
 
 
 def run_child(
-    target: str, arguments: Mapping[str, Any], *, cores: Sequence[int] | None = None
+    target: str,
+    arguments: Mapping[str, Any],
+    *,
+    cores: Sequence[int] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Any:
     """Calls a function in a fresh process.
 
@@ -155,6 +160,7 @@ def run_child(
         target: "package.module:function"; it returns what JSON can hold.
         arguments: keyword arguments, of what JSON can hold.
         cores: processors the process and its children may use; None for all.
+        environment: variables to set besides those of this process.
 
     Returns:
         What the function returned.
@@ -170,7 +176,7 @@ def run_child(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "BENCHMARK_START": repr(time.time())},
+        env={**os.environ, **(environment or {}), "BENCHMARK_START": repr(time.time())},
         preexec_fn=lambda: os.sched_setaffinity(0, allowed),
         start_new_session=True,
     ) as process:

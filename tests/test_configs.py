@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from avcl_jax import experiment
+from avcl_jax.data.pipeline import batch_shapes
 from avcl_jax.training import loop
 from configs import evaluate, export, pretrain
 
 PRESETS = ("demo", "kinetics400", "kinetics600", "vggsound", "audioset")
 
 
-def batch_shapes(config):
-    spec = experiment.render_spec(config)
-    n, size = config.global_batch_size, spec.crop.image_size
-    shapes = {
-        "video": ((n, 2, spec.views.num_frames, size, size, 3), jnp.uint8),
-        "has_video": ((n,), jnp.bool_),
-        "has_audio": ((n,), jnp.bool_),
-        "order": ((n,), jnp.int32),
-        "source_id": ((n,), jnp.int32),
-        "record_index": ((n,), jnp.int32),
-        **{f"{task}_mask": ((n,), jnp.bool_) for task in ("speed", "direction", "order")},
-        **{
-            f"{modality}_{task}": ((n, 2), jnp.int32)
-            for modality in ("video", "audio")
-            for task in ("speed", "direction")
-        },
-    }
-    if spec.spectrogram_on_device:
-        shapes["audio_windows"] = ((n, 2, spec.log_mel.frames, spec.log_mel.window), jnp.int16)
-    else:
-        shapes["spectrogram"] = ((n, 2, spec.log_mel.frames, spec.log_mel.mels), jnp.float32)
+def batch_of(config):
+    shapes = batch_shapes(experiment.render_spec(config), config.global_batch_size)
     return {name: jax.ShapeDtypeStruct(*value) for name, value in shapes.items()}
 
 
@@ -49,13 +30,13 @@ def test_preset_builds_evaluates_shapes_and_lowers(preset):
         assert parameters == 31_300_125
         assert config.bank.size >= 65_536
         assert (config.views.num_frames, config.crop.image_size) == (16, 112)
-    after, metrics = jax.eval_shape(step, state, batch_shapes(config), key)
+    after, metrics = jax.eval_shape(step, state, batch_of(config), key)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), state
     )
     weights = config.loss.weights.to_dict()
     assert {f"{term}/loss" for term, weight in weights.items() if weight} <= metrics.keys()
-    lowered = jax.jit(step, donate_argnums=0).lower(state, batch_shapes(config), key)
+    lowered = jax.jit(step, donate_argnums=0).lower(state, batch_of(config), key)
     assert "convolution" in lowered.as_text()
 
 

@@ -185,6 +185,44 @@ class HostSlice(grain.MapDataset):
         return f"HostSlice({self._host}, {self._local} of {self._global}, from {self._first})"
 
 
+def batch_shapes(
+    spec: RenderSpec, rows: int, labels: Sequence[str] = ()
+) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Shapes and dtypes of a batch of `train_batches`, without any data.
+
+    Args:
+        spec: rendering.
+        rows: videos.
+        labels: names of labels of one class a clip.
+
+    Returns:
+        Name -> (shape, numpy dtype).
+    """
+    mel = spec.log_mel
+    tasks = ("speed", "direction")
+    sound: dict[str, tuple[tuple[int, ...], type]] = (
+        {"audio_windows": ((rows, 2, mel.frames, mel.window), np.int16)}
+        if spec.spectrogram_on_device
+        else {"spectrogram": ((rows, 2, mel.frames, mel.mels), np.float32)}
+    )
+    flags = (
+        "has_video",
+        "has_audio",
+        "unreadable",
+        *(f"{task}_mask" for task in (*tasks, "order")),
+    )
+    numbers = ("order", "source_id", "record_index", *(f"label_{name}" for name in labels))
+    return {
+        "video": ((rows, 2, *spec.video_shape), np.uint8),
+        **sound,
+        **{name: ((rows,), np.bool_) for name in flags},
+        **{name: ((rows,), np.int32) for name in numbers},
+        **{
+            f"{kind}_{task}": ((rows, 2), np.int32) for kind in ("video", "audio") for task in tasks
+        },
+    }
+
+
 def check_enough(source: UsableRecords, global_batch_size: int) -> None:
     """Refuses a batch that holds more videos than there are.
 

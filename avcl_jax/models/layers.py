@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
@@ -60,7 +61,8 @@ class Conv3D(nn.Module):
     A kernel of shape (1, h, w) or (t, 1, 1) is the same function as a 2-D convolution over frames
     or over flattened pixels. On a TPU the plain 3-D form is the faster one; on a CPU the 2-D form
     is (design section 4), because XLA's CPU backend has no fast 3-D kernel. `auto` picks by the
-    default backend when the function is traced; the parameters are the same for all forms.
+    default backend when the function is traced; training names the form of its mesh's platform
+    instead (`experiment.audio_visual_model`). The parameters are the same for all forms.
 
     Attributes:
         features: output channels.

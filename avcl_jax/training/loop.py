@@ -8,7 +8,7 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,13 @@ from avcl_jax.training.checkpoint import CheckpointError, Checkpoints, Progress,
 from avcl_jax.training.metric_writer import MetricWriter, format_seconds, peak_memory_gb
 from avcl_jax.training.optimizer import create_optimizer, warmup_cosine
 from avcl_jax.training.state import TrainState, create_state
-from avcl_jax.training.step import LossSpec, Metrics, make_train_step, merge_metrics
+from avcl_jax.training.step import (
+    LossSpec,
+    Metrics,
+    jit_train_step,
+    make_train_step,
+    merge_metrics,
+)
 from avcl_jax.training.unreadable import UnreadableRecords
 
 # Steps dispatched ahead of the device. More would only queue batches in memory.
@@ -65,17 +71,22 @@ def loss_spec(config: ml_collections.ConfigDict) -> LossSpec:
 
 
 def build(
-    config: ml_collections.ConfigDict,
+    config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
 ) -> tuple[Any, Callable[[jax.Array], tuple[TrainState, Any]], Callable[..., Any]]:
-    """Mesh, initialisation and jitted step of a config; reads no data.
+    """Mesh, initialisation and train step of a config; reads no data.
+
+    Args:
+        config: as `configs/pretrain.py` returns it.
+        devices: all that there are by default; others to compile for machines elsewhere.
 
     Returns:
-        The mesh, a function from a random key to (state, its shardings), and the train step.
+        The mesh, a function from a random key to (state, its shardings), and the train step, which
+        `jit_train_step` takes.
 
     Raises:
         ValueError: if batch, bank and devices do not fit.
     """
-    mesh = sharding.create_mesh(config.mesh.fsdp)
+    mesh = sharding.create_mesh(config.mesh.fsdp, devices)
     sharding.check_batch(config.global_batch_size, mesh, config.micro_batches)
     if config.bank.size:
         feature_bank.check_size(
@@ -225,13 +236,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
         return True
 
     rows = sharding.rows_sharding(mesh)
-    whole = sharding.replicated(mesh)
-    train_step = jax.jit(
-        step_function,
-        donate_argnums=0,
-        in_shardings=(shardings, rows, whole),
-        out_shardings=(shardings, whole),
-    )
+    train_step = jit_train_step(step_function, mesh, shardings)
     merge = jax.jit(merge_metrics)
     batches: Iterator[dict[str, np.ndarray]] = iter(
         train_batches(

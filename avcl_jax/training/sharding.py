@@ -7,6 +7,7 @@ feature bank are split over all data axes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,23 +18,27 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 _MIN_FSDP_ELEMENTS = 2**16
 
 
-def create_mesh(fsdp: int) -> Mesh:
-    """A mesh over all devices with axis `data`, and `fsdp` where it is larger than 1.
+def create_mesh(fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over devices with axis `data`, and `fsdp` where it is larger than 1.
 
     Axes are of type Auto: `jax.make_mesh` defaults to Explicit, under which the gather of the bank
     raises (design section 4).
 
+    Args:
+        fsdp: devices over which parameters are split.
+        devices: all that there are by default; others to compile for machines elsewhere.
+
     Raises:
         ValueError: if `fsdp` does not divide the number of devices.
     """
-    devices = jax.device_count()
-    if fsdp < 1 or devices % fsdp:
+    count = jax.device_count() if devices is None else len(devices)
+    if fsdp < 1 or count % fsdp:
         raise ValueError(
-            f"mesh.fsdp {fsdp} does not divide the {devices} devices: use a divisor of {devices}"
+            f"mesh.fsdp {fsdp} does not divide the {count} devices: use a divisor of {count}"
         )
     names = ("data", "fsdp") if fsdp > 1 else ("data",)
-    shape = (devices // fsdp, fsdp)[: len(names)]
-    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))
+    shape = (count // fsdp, fsdp)[: len(names)]
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names), devices=devices)
 
 
 def data_axes(mesh: Mesh) -> tuple[str, ...]:

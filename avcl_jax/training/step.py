@@ -30,7 +30,7 @@ from avcl_jax.objectives.contrastive import contrastive_loss
 from avcl_jax.objectives.temporal import TERMS as TEMPORAL_TERMS
 from avcl_jax.objectives.temporal import temporal_losses
 from avcl_jax.training import accumulate
-from avcl_jax.training.sharding import data_axes
+from avcl_jax.training.sharding import data_axes, replicated, rows_sharding
 from avcl_jax.training.state import TrainState
 
 Metrics = dict[str, clu_metrics.Average]
@@ -254,7 +254,7 @@ def make_train_step(
     micro_batches: int,
     mesh: Mesh,
 ) -> Callable[[TrainState, Mapping[str, Array], Array], tuple[TrainState, Metrics]]:
-    """Builds the function `(state, batch, key) -> (state, metrics)`, to be jitted by the caller.
+    """Builds the function `(state, batch, key) -> (state, metrics)`, for `jit_train_step`.
 
     `key` is the same at every step; the step number is folded in. Metrics are averages to be
     merged over a log period; `<term>/loss` is unweighted, `loss` the weighted sum. The model runs
@@ -350,6 +350,25 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
+
+
+def jit_train_step(
+    step: Callable[..., tuple[TrainState, Metrics]], mesh: Mesh, shardings: Any
+) -> Any:
+    """Jits a train step for the mesh; the state that goes in is donated to the one that comes out.
+
+    Args:
+        step: from `make_train_step`.
+        mesh: devices.
+        shardings: of the state.
+    """
+    rows, whole = rows_sharding(mesh), replicated(mesh)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(shardings, rows, whole),
+        out_shardings=(shardings, whole),
+    )
 
 
 def merge_metrics(first: Metrics, second: Metrics) -> Metrics:

@@ -11,7 +11,7 @@ from absl import flags
 
 from avcl_jax.data.augment import PhotometricSpec, photometric
 from avcl_jax.data.crop import Crop, CropSpec, apply_crop, random_crop
-from avcl_jax.data.pipeline import train_batches
+from avcl_jax.data.pipeline import batch_shapes, train_batches
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.rendering import RenderSpec, render_video
 from avcl_jax.data.spectrogram import LogMelSpec, log_mel
@@ -243,3 +243,16 @@ def test_what_does_not_fit_is_one_clear_error(source, tmp_path):
     short = write_records(tmp_path / "short", [make_record(n, seconds=0.3) for n in range(2)])
     with pytest.raises(ValueError, match="none of the 2 records"):
         UsableRecords(RecordDataset(short, "train"), SPEC)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_shapes_are_told_without_data(source, on_device):
+    spec = dataclasses.replace(SPEC, spectrogram_on_device=on_device)
+    labels = [name for name in source.records.labels if name not in source.records.multilabel]
+    assert labels
+    dataset = train_batches(source, spec, seed=5, global_batch_size=8)
+    (batch,) = itertools.islice(iter(dataset), 1)
+    told = batch_shapes(spec, 8, labels)
+    assert {name: (shape, np.dtype(kind)) for name, (shape, kind) in told.items()} == {
+        name: (values.shape, values.dtype) for name, values in batch.items()
+    }

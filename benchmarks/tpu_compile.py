@@ -1,0 +1,324 @@
+"""Compiles the pretraining step for TPUs that are not there, and reads what the compiler says.
+
+Runs in processes of its own (`measure.run_child`, environment from `tpu_aot`): libtpu reads its
+environment once. What was compiled is kept in a folder under a hash of the program, the topology
+and the versions, because a full step takes minutes; figures are read anew from it each time.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import gzip
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.experimental import topologies
+
+from avcl_jax import experiment
+from avcl_jax.data.pipeline import batch_shapes
+from avcl_jax.objectives import feature_bank
+from avcl_jax.training import loop, sharding
+from avcl_jax.training.state import state_shardings
+from avcl_jax.training.step import jit_train_step
+from benchmarks import hlo_costs
+from benchmarks.measure import version
+from benchmarks.model_flops import matrix_flops
+from configs import pretrain
+
+# What the exchange of the bank alone is traced under (objectives/feature_bank.py).
+_BANK_SCOPE = "/shard_map/"
+
+
+def config_of(preset: str, overrides: Mapping[str, str]) -> ml_collections.ConfigDict:
+    """A preset of configs/pretrain.py with overrides as on the command line of `avcl_jax.main`.
+
+    Args:
+        preset: its name.
+        overrides: "model.video.lowering" → "direct". Settings of the encoders that the preset
+            leaves at their defaults may be named too: what an encoder does not have it refuses.
+
+    Raises:
+        ValueError: on a key that does not exist.
+    """
+    config = pretrain.get_config(preset)
+    flat = experiment.flatten(config.to_dict())
+    with config.unlocked():
+        for key, text in overrides.items():
+            section, _, name = key.rpartition(".")
+            if key not in flat and section not in ("model.video", "model.audio"):
+                raise ValueError(f"configs/pretrain.py:{preset} has no key {key!r}")
+            try:
+                value = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                value = text
+            if key == f"{section}.name" and value != flat.get(key):
+                # Settings of the preset's encoder mean nothing to another one.
+                config.model[section.removeprefix("model.")] = ml_collections.ConfigDict()
+            node = functools.reduce(lambda inner, part: inner[part], section.split("."), config)
+            node[name] = value
+    return config
+
+
+def _devices(topology: str) -> Any:
+    """Devices of a slice such as "v5e:4x4", which need not exist."""
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+
+
+def program(config: ml_collections.ConfigDict, devices: Any) -> tuple[Any, tuple[Any, ...], Any]:
+    """The step that `training.loop.pretrain` runs, for devices that need not exist.
+
+    Returns:
+        The jitted step, the shapes of its arguments (state, batch, key), and the mesh.
+    """
+    mesh, init, step = loop.build(config, devices)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(lambda key: init(key)[0], key)
+    label = config.bank.health_label
+    arrays = batch_shapes(
+        experiment.render_spec(config), config.global_batch_size, [label] if label else []
+    )
+    batch = {name: jax.ShapeDtypeStruct(*value) for name, value in arrays.items()}
+    return jit_train_step(step, mesh, state_shardings(state, mesh)), (state, batch, key), mesh
+
+
+def step_flops(config: ml_collections.ConfigDict) -> int:
+    """Operations of networks and heads for one video (two views), forward and backward."""
+    model = experiment.audio_visual_model(config)
+    spec = experiment.render_spec(config)
+    size, mel, frames = spec.crop.image_size, spec.log_mel, spec.views.num_frames
+    inputs = (
+        jax.ShapeDtypeStruct((1, 2, frames, size, size, 3), jnp.float32),
+        jax.ShapeDtypeStruct((1, 2, mel.frames, mel.mels), jnp.float32),
+        jax.ShapeDtypeStruct((1,), jnp.bool_),
+        jax.ShapeDtypeStruct((1,), jnp.bool_),
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    variables = jax.eval_shape(functools.partial(model.init, train=False), key, *inputs)
+
+    def outputs(params: Any, statistics: Any, *inputs: Any) -> Any:
+        variables = {"params": params, "batch_stats": statistics}
+        found, _ = model.apply(variables, *inputs, train=True, mutable=["batch_stats"])
+        return sum(value.astype(jnp.float32).sum() for value in found.values())
+
+    return matrix_flops(jax.grad(outputs), variables["params"], variables["batch_stats"], *inputs)
+
+
+def compile_cached(lowered: Any, topology: str, cache: Path) -> tuple[str, dict[str, Any]]:
+    """Text of the compiled program and what is known beside it, from the cache if it is there."""
+    versions = {name: version(name) for name in ("jax", "jaxlib", "libtpu")}
+    about = json.dumps([topology, versions], sort_keys=True)
+    name = hashlib.sha256((about + lowered.as_text()).encode()).hexdigest()[:24]
+    text_path, facts_path = cache / f"{name}.hlo.gz", cache / f"{name}.json"
+    if facts_path.exists():
+        return gzip.decompress(text_path.read_bytes()).decode(), json.loads(facts_path.read_text())
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    facts = {
+        "topology": topology,
+        "versions": versions,
+        "compile_seconds": round(seconds, 1),
+        "memory": {
+            kind: getattr(memory, f"{kind}_size_in_bytes")
+            for kind in ("argument", "output", "alias", "temp", "generated_code")
+        },
+        "compiler_flops": compiled.cost_analysis()["flops"],
+    }
+    text = compiled.as_text()
+    cache.mkdir(parents=True, exist_ok=True)
+    text_path.write_bytes(gzip.compress(text.encode()))
+    facts_path.write_text(json.dumps(facts, indent=1) + "\n")  # last: it says that both are there
+    return text, facts
+
+
+def _part(op_name: str) -> str:
+    """Part of the step that an operation belongs to, by where it was traced."""
+    if _BANK_SCOPE in op_name:
+        return "bank"
+    for part in ("video_encoder", "audio_encoder"):
+        if part in op_name:
+            return part
+    if "AudioVisualModel" in op_name:
+        return "heads"
+    return "other" if op_name else "unnamed"
+
+
+def _figures(text: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """What the rows are made of, read from a compiled program."""
+    module = hlo_costs.parse(text)
+    cycles = hlo_costs.cycles(module)
+    parts: Counter[str] = Counter()
+    for op_name, count in cycles.by_op_name.items():
+        parts[_part(op_name)] += count
+    memory = facts["memory"]
+    grouped: dict[tuple[str, str], list[int]] = {}
+    for collective in hlo_costs.collectives(module):
+        part = "bank" if _BANK_SCOPE in collective.op_name else "step"
+        entry = grouped.setdefault((collective.kind, part), [0, 0])
+        entry[0] += collective.times
+        entry[1] += collective.bytes
+    return {
+        **facts,
+        "hbm_bytes": sum(memory.values()) - 2 * memory["alias"],
+        "cycles": cycles.total,
+        "cycles_by_part": dict(parts.most_common()),
+        "bytes_without_cycles": dict(cycles.uncounted.most_common(8)),
+        "loops_of_unknown_length": cycles.loops_of_unknown_length,
+        "collectives": [
+            {"kind": kind, "part": part, "times": times, "bytes": count}
+            for (kind, part), (times, count) in sorted(grouped.items())
+        ],
+        "convolutions": {
+            " x ".join(types): count
+            for types, count in hlo_costs.convolution_types(module, "conv_general_dilated").items()
+        },
+        "aliased_parameters": len(module.aliased_parameters),
+        "reduced_elements": reduced_elements(module),
+    }
+
+
+def reduced_elements(module: hlo_costs.Module) -> dict[str, int]:
+    """Numbers that all-reduces outside the bank bring, as dtype → count."""
+    found: Counter[str] = Counter()
+    for collective in hlo_costs.collectives(module):
+        if collective.kind == "all-reduce" and _BANK_SCOPE not in collective.op_name:
+            for dtype, count in collective.shapes:
+                found[dtype] += collective.times * count
+    return dict(found)
+
+
+def _exchange(config: ml_collections.ConfigDict, chips: int) -> dict[str, int]:
+    spec = loop.loss_spec(config)
+    if spec.bank is None:
+        return {"merge": 0, "gather": 0}
+    return feature_bank.exchange_bytes(
+        size=config.bank.size,
+        dim=config.model.embedding_dim,
+        dtype=config.bank.dtype,
+        global_batch_size=config.global_batch_size,
+        shards=chips,
+        terms=spec.bank_terms,
+        sampling=spec.bank,
+    )._asdict()
+
+
+def compile_product(*, topology: str, size: int) -> dict[str, Any]:
+    """Cycles of a large bfloat16 product on one chip: the peak in the compiler's terms."""
+    place = jax.sharding.SingleDeviceSharding(_devices(topology)[0])
+    factor = jax.ShapeDtypeStruct((size, size), jnp.bfloat16, sharding=place)
+    lowered = jax.jit(jnp.matmul, out_shardings=place).lower(factor, factor)
+    module = hlo_costs.parse(lowered.compile().as_text() or "")
+    return {"cycles": hlo_costs.cycles(module).total, "model_flops": 2 * size**3}
+
+
+def compile_step(
+    *, topology: str, preset: str, overrides: dict[str, str], videos_per_chip: int, cache: str
+) -> dict[str, Any]:
+    """Compiles the whole step and reads its figures, per chip."""
+    devices = _devices(topology)
+    config = config_of(preset, overrides)
+    with config.unlocked():
+        config.global_batch_size = videos_per_chip * len(devices)
+    step, arguments, _ = program(config, devices)
+    text, facts = compile_cached(step.lower(*arguments), topology, Path(cache))
+    state = arguments[0]
+    video = experiment.audio_visual_model(config).video_encoder
+    return {
+        **_figures(text, facts),
+        "lowering": getattr(video, "lowering", None),
+        "chips": len(devices),
+        "videos_per_chip": videos_per_chip,
+        "model_flops": videos_per_chip * step_flops(config),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "statistics": sum(leaf.size for leaf in jax.tree.leaves(state.batch_stats)),
+        "state_arrays": len(jax.tree.leaves(state)),
+        "exchange": _exchange(config, len(devices)),
+        "bank_size": config.bank.size,
+    }
+
+
+def compile_bank(
+    *, topology: str, preset: str, overrides: dict[str, str], videos_per_chip: int, cache: str
+) -> dict[str, Any]:
+    """Compiles all draws from the bank and the insertion of a step, and reads their figures."""
+    devices = _devices(topology)
+    config = config_of(preset, overrides)
+    with config.unlocked():
+        config.global_batch_size = videos_per_chip * len(devices)
+    mesh = sharding.create_mesh(config.mesh.fsdp, devices)
+    axes = sharding.data_axes(mesh)
+    spec = loop.loss_spec(config)
+    if spec.bank is None:
+        raise ValueError("bank.size is 0: there is no bank to compile")
+    sampling = spec.bank
+    count, dim = config.global_batch_size, config.model.embedding_dim
+    numbers = jax.ShapeDtypeStruct((count,), np.int32)
+    present = jax.ShapeDtypeStruct((count,), np.bool_)
+    embeddings = jax.ShapeDtypeStruct((count, 2, dim), np.float32)
+
+    def run(bank, key, video, audio, has_video, has_audio, source_id, anchor_id):
+        drawn = [
+            feature_bank.sample(
+                bank,
+                jax.random.fold_in(key, number),
+                anchors_video=video,
+                anchors_audio=audio,
+                has_video=has_video,
+                has_audio=has_audio,
+                source_id=source_id,
+                anchor_id=anchor_id,
+                active=feature_bank.is_full(bank),
+                anchor_modality=anchor,
+                target_modality=target,
+                sampling=sampling,
+                terms=spec.bank_terms,
+                mesh=mesh,
+                data_axes=axes,
+            )
+            for number, (anchor, target) in enumerate(spec.bank_terms)
+        ]
+        after = feature_bank.insert(
+            bank,
+            video,
+            audio,
+            source_id=source_id,
+            label=source_id,
+            has_video=has_video,
+            has_audio=has_audio,
+            mesh=mesh,
+            data_axes=axes,
+        )
+        return after, drawn
+
+    bank = jax.eval_shape(
+        lambda: feature_bank.create(config.bank.size, dim, jnp.dtype(config.bank.dtype))
+    )
+    rows, whole = sharding.rows_sharding(mesh), sharding.replicated(mesh)
+    shards = feature_bank.shardings(mesh, axes)
+    jitted = jax.jit(
+        run,
+        donate_argnums=0,
+        in_shardings=(shards, whole, *(rows,) * 6),
+        out_shardings=(shards, rows),
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    lowered = jitted.lower(bank, key, embeddings, embeddings, present, present, numbers, numbers)
+    text, facts = compile_cached(lowered, topology, Path(cache))
+    return {
+        **_figures(text, facts),
+        "chips": len(devices),
+        "videos_per_chip": videos_per_chip,
+        "exchange": _exchange(config, len(devices)),
+        "bank_size": config.bank.size,
+    }

@@ -1,0 +1,126 @@
+"""The figures and rows of `benchmarks.tpu_aot`, without its compiler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import measure, tpu_aot, tpu_compile
+
+FOUND: dict[str, Any] = {
+    "cycles": 150_390_625,  # at the clock that gives v5e its peak: 0.1 s
+    "cycles_by_part": {"video_encoder": 100_000_000, "bank": 50_390_625},
+    "model_flops": 5.91e12,
+    "compiler_flops": 6e12,
+    "hbm_bytes": 12e9,
+    "videos_per_chip": 16,
+    "parameters": 10_000_000,
+    "exchange": {"merge": 5_000_000, "gather": 4_000_000},
+    "collectives": [
+        {"kind": "all-gather", "part": "bank", "times": 3, "bytes": 4_000_000},
+        {"kind": "all-reduce", "part": "step", "times": 9, "bytes": 40_000_000},
+    ],
+}
+
+
+def test_times_and_shares_of_a_chip() -> None:
+    found = tpu_aot.estimate("v5e:16x16", FOUND)
+    assert found["compute_ms"] == pytest.approx(100, rel=1e-3)
+    assert found["mfu"] == pytest.approx(0.3, rel=1e-3)
+    assert found["hbm_share"] == pytest.approx(0.75)
+    assert found["hbm_headroom_gb"] == pytest.approx(4)
+    # 4 MB once and 40 MB twice, at 200 GB/s.
+    seconds = (4e6 + 2 * 40e6) * 255 / 256 / 200e9
+    assert found["interconnect_ms"] == pytest.approx(1e3 * seconds)
+    assert found["interconnect_over_compute"] == pytest.approx(seconds / 0.1, rel=1e-3)
+    assert found["mfu_if_nothing_overlaps"] < found["mfu"]
+
+
+def test_rows_have_their_names_and_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def compiled(target: str, arguments: dict[str, Any], environment: Any) -> dict[str, Any]:
+        calls.append((target, arguments["topology"], environment["JAX_PLATFORMS"]))
+        return FOUND
+
+    monkeypatch.setattr(tpu_aot, "run_child", compiled)
+    rows = tpu_aot.step_rows("v5e:4x4", {}) + tpu_aot.step_rows("v5e:16x16", {})
+    told = {row.name: (str(row.target) if row.target else None, row.verdict) for row in rows}
+    assert told == {
+        "tpu_v5e_16_hbm_share": ("<= 0.9", "met"),
+        "tpu_v5e_16_mfu_estimate": (">= 0.28", "met"),
+        "collective_mb_per_chip_16": ("<= 44", "met"),
+        "interconnect_over_compute_16": (None, ""),
+        "tpu_v5e_256_hbm_share": (None, ""),
+        "tpu_v5e_256_mfu_estimate": (None, ""),
+        "collective_mb_per_chip_256": ("<= 44", "met"),
+        "interconnect_over_compute": ("<= 0.1", "met"),
+    }
+    assert calls[1] == ("benchmarks.tpu_compile:compile_step", "v5e:16x16", "cpu")
+
+
+def test_a_program_that_does_not_fit_says_by_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise measure.ChildError("RESOURCE_EXHAUSTED: Ran out. Used 31.50G of 15.75G hbm. Exceeded")
+
+    monkeypatch.setattr(tpu_aot, "run_child", refuse)
+    share, mfu = tpu_aot.step_rows("v5e:4x4", {})
+    assert (share.value, share.verdict) == (2.0, "MISSED")
+    assert (mfu.value, mfu.detail["skipped"]) == (
+        None,
+        "the program needs 2.00 of the chip's memory",
+    )
+    monkeypatch.setattr(tpu_aot, "run_child", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tpu_aot.step_rows("v5e:4x4", {})
+
+
+def test_overrides_are_those_of_main() -> None:
+    overrides = tpu_aot.parse_overrides(
+        ["--config.model.video.lowering=folded", "--config.bank.size=131072"]
+    )
+    config = tpu_compile.config_of("kinetics400", overrides)
+    assert config.model.video.lowering == "folded"
+    assert config.model.video.name == "r2plus1d_18"
+    assert config.bank.size == 131_072
+    other = {"model.video.name": "vivit_s", "model.video.subtract_time_mean": "False"}
+    assert tpu_compile.config_of("kinetics400", other).model.video.to_dict() == {
+        "name": "vivit_s",
+        "subtract_time_mean": False,
+    }
+    with pytest.raises(ValueError, match=r"kinetics400 has no key 'bank\.sise'"):
+        tpu_compile.config_of("kinetics400", {"bank.sise": "1"})
+    with pytest.raises(ValueError, match=r"overrides are --config\.KEY=VALUE"):
+        tpu_aot.parse_overrides(["--bank.size=1"])
+
+
+def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch) -> None:
+    out = ["--json", str(tmp_path / "rows.json")]
+    assert tpu_aot.main([*out, "--topology", "v9:4x4"]) == 1
+    assert capsys.readouterr().err.startswith("benchmarks.tpu_aot: error: topology 'v9:4x4' is not")
+    monkeypatch.setattr(tpu_aot.importlib.util, "find_spec", lambda _: None)
+    assert tpu_aot.main(out) == 1
+    assert "pip install -r requirements-tpu-aot.txt" in capsys.readouterr().err
+
+
+def test_what_was_compiled_is_not_compiled_again(tmp_path) -> None:
+    def step(x: jax.Array) -> jax.Array:
+        return x @ x
+
+    lowered = jax.jit(step).lower(jnp.ones((4, 4)))
+    text, facts = tpu_compile.compile_cached(lowered, "v5e:4x4", tmp_path)
+    assert facts["memory"]["argument"] == 64
+
+    class Uncompilable:
+        """The same program, which cannot be compiled again."""
+
+        def as_text(self) -> str:
+            return lowered.as_text()
+
+    again = tpu_compile.compile_cached(Uncompilable(), "v5e:4x4", tmp_path)
+    assert again == (text, facts)
+    with pytest.raises(AttributeError, match="compile"):
+        tpu_compile.compile_cached(Uncompilable(), "v5e:16x16", tmp_path)
