@@ -8,6 +8,7 @@ processes. A row that cannot be measured here is listed as skipped, with the rea
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import sys
@@ -17,10 +18,10 @@ from typing import Any, NamedTuple
 
 from benchmarks import footage
 from benchmarks.measure import (
-    Row,
     SkipError,
     Target,
     interleave,
+    measure_row,
     median_ratio,
     need,
     print_table,
@@ -275,16 +276,6 @@ _ROWS: dict[str, tuple[str, Target | None, Callable[[Setup], tuple[float, dict[s
 }
 
 
-def measure_row(name: str, setup: Setup) -> Row:
-    """Measures one row, or says why it cannot be measured here."""
-    unit, target, measure = _ROWS[name]
-    try:
-        value, detail = measure(setup)
-    except SkipError as reason:
-        return Row(name, None, unit, target, {"skipped": str(reason)})
-    return Row(name, value, unit, target, detail)
-
-
 def _setting(text: str) -> tuple[int, int]:
     workers, threads = text.split(",")
     return int(workers), int(threads)
@@ -310,8 +301,8 @@ def main(arguments: list[str]) -> int:
     setup = Setup(args.data.resolve(), args.demo, args.setting, args.batches, args.repeats)
     rows = []
     for name in args.rows:
-        print(f"measuring {name}", file=sys.stderr)
-        rows.append(measure_row(name, setup))
+        unit, target, measure = _ROWS[name]
+        rows.append(measure_row(name, unit, target, functools.partial(measure, setup)))
         # After each row: a long run that is stopped keeps what it has.
         write_json(args.json, rows)
     print_table(rows)

@@ -246,6 +246,28 @@ def print_table(rows: Sequence[Row]) -> None:
             print(f"    {row.detail['skipped']}")
 
 
+def measure_row(
+    name: str,
+    unit: str,
+    target: Target | None,
+    measurement: Callable[[], tuple[float, Mapping[str, Any]]],
+) -> Row:
+    """Measures one row, or says why it cannot be measured here.
+
+    Args:
+        name: of the row.
+        unit: of its value.
+        target: what it is held to, if anything.
+        measurement: returns value and detail; raises SkipError where it cannot.
+    """
+    print(f"measuring {name}", file=sys.stderr, flush=True)
+    try:
+        value, detail = measurement()
+    except SkipError as reason:
+        return Row(name, None, unit, target, {"skipped": str(reason)})
+    return Row(name, value, unit, target, detail)
+
+
 def write_json(path: Path, rows: Sequence[Row]) -> None:
     """Writes rows, each with the machine it was measured on."""
     about = machine()

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import (
-    Row,
-    SkipError,
     Target,
     interleave,
+    measure_row,
     median_ratio,
     need,
     print_table,
@@ -42,7 +41,6 @@ ALLOCATOR = ":".join(
         "top_pad": 10**6,
     }.items()
 )
-# Forward, of one clip of 16 x 112 x 112: 40.5 G multiplications and additions each. Backward twice.
 CLIP = (16, 112, 112, 3)
 
 
@@ -208,39 +206,33 @@ def step_over_pytorch(*, batch: int, steps: int, repeats: int) -> tuple[float, d
     return median_ratio(seconds[best], seconds["ours"]), {**sizes, "better": best, **detail}
 
 
-def measure_rows(only: list[str], *, batch: int, steps: int, repeats: int) -> list[Row]:
-    """Measures the rows named in `only`, or all."""
+def demo_part(above: str, below: str, *, repeats: int) -> tuple[float, dict[str, Any]]:
+    """Seconds of one part of the demo's step over those of another."""
+    parts = _demo_parts(repeats)
+    detail = {f"seconds_{name}": spread(parts[name]) for name in (above, below)}
+    return median_ratio(parts[above], parts[below]), detail
 
-    @functools.cache
-    def parts() -> Mapping[str, list[float]]:
-        return run_child("benchmarks.train_step:seconds_of_demo_parts", {"repeats": 4 * repeats})
 
-    def part(above: str, below: str) -> tuple[float, dict[str, Any]]:
-        ratio = median_ratio(parts()[above], parts()[below])
-        return ratio, {f"seconds_{name}": spread(parts()[name]) for name in (above, below)}
+@functools.cache
+def _demo_parts(repeats: int) -> Mapping[str, list[float]]:
+    # These are short.
+    return run_child("benchmarks.train_step:seconds_of_demo_parts", {"repeats": 4 * repeats})
 
-    rows: dict[str, tuple[Target, Callable[[], tuple[float, dict[str, Any]]]]] = {
-        "step_over_pytorch_cpu": (
-            Target(">=", 0.8),
-            lambda: step_over_pytorch(batch=batch, steps=steps, repeats=repeats),
-        ),
-        "step_over_encoders": (Target("<=", 1.08), lambda: part("step", "encoders")),
-        "device_augment_share": (Target("<=", 0.05), lambda: part("inputs", "step")),
-    }
-    if unknown := sorted(set(only) - set(rows)):
-        raise SystemExit(f"unknown rows {unknown}: the rows are {', '.join(rows)}")
-    measured = []
-    for name, (target, function) in rows.items():
-        if only and name not in only:
-            continue
-        print(f"{name} …", file=sys.stderr, flush=True)
-        try:
-            value, detail = function()
-        except SkipError as reason:
-            measured.append(Row(name, None, "ratio", target, {"skipped": str(reason)}))
-        else:
-            measured.append(Row(name, value, "ratio", target, detail))
-    return measured
+
+_ROWS: dict[str, tuple[Target, Callable[[Any], tuple[float, dict[str, Any]]]]] = {
+    "step_over_pytorch_cpu": (
+        Target(">=", 0.8),
+        lambda args: step_over_pytorch(batch=args.batch, steps=args.steps, repeats=args.repeats),
+    ),
+    "step_over_encoders": (
+        Target("<=", 1.08),
+        lambda args: demo_part("step", "encoders", repeats=args.repeats),
+    ),
+    "device_augment_share": (
+        Target("<=", 0.05),
+        lambda args: demo_part("inputs", "step", repeats=args.repeats),
+    ),
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -249,14 +241,18 @@ def main(arguments: list[str]) -> int:
         prog="python -m benchmarks.train_step", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--json", type=Path, required=True, help="where to write the rows")
-    parser.add_argument("--only", action="append", default=[], help="a row; may be repeated")
+    parser.add_argument("--rows", nargs="+", choices=_ROWS, default=list(_ROWS), metavar="NAME")
     parser.add_argument("--batch", type=int, default=2, help="clips of an encoder step")
     parser.add_argument("--steps", type=int, default=3, help="steps of each process")
     parser.add_argument("--repeats", type=int, default=5, help="of every measurement")
     args = parser.parse_args(arguments)
     os.environ["GLIBC_TUNABLES"] = ALLOCATOR
-    rows = measure_rows(args.only, batch=args.batch, steps=args.steps, repeats=args.repeats)
-    write_json(args.json, rows)
+    rows = []
+    for name in args.rows:
+        target, measure = _ROWS[name]
+        rows.append(measure_row(name, "ratio", target, functools.partial(measure, args)))
+        # After each row: a long run that is stopped keeps what it has.
+        write_json(args.json, rows)
     print_table(rows)
     return 0
 

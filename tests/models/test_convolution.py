@@ -85,7 +85,10 @@ def test_the_platform_that_it_is_compiled_for_chooses(platform, dimensions):
     x, kernel, strides = arrays("spatial")
 
     def step(x, kernel):
-        return jax.grad(lambda x, kernel: convolve(x, kernel, strides).sum(), (0, 1))(x, kernel)
+        def loss(x, kernel):
+            return convolve(x, kernel, strides).sum()
+
+        return jax.value_and_grad(loss, (0, 1))(x, kernel)
 
     text = jax.jit(step).trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
     found = {
