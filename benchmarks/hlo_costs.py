@@ -303,13 +303,14 @@ def cycles(module: Module) -> Cycles:
     return Cycles(counted.total(), counted, uncounted, unknown)
 
 
-def convolution_types(module: Module, op_name: str) -> Counter[tuple[str, str]]:
-    """Types of the operands of the convolutions whose `op_name` contains a text."""
-    found: Counter[tuple[str, str]] = Counter()
+def convolution_types(module: Module, op_name: str) -> Counter[tuple[str, str, int]]:
+    """Operands' types and spatial dimensions of convolutions whose `op_name` contains a text."""
+    found: Counter[tuple[str, str, int]] = Counter()
     for instructions in module.computations.values():
         types = {instruction.name: instruction.type for instruction in instructions}
         for instruction in instructions:
             if instruction.opcode == "convolution" and op_name in instruction.op_name:
                 left, right = (shapes(types[name])[0][0] for name in instruction.operands)
-                found[left, right] += 1
+                dimensions = re.search(r"\[([\d,]*)\]", instruction.type)
+                found[left, right, dimensions[1].count(",") - 1 if dimensions else 0] += 1
     return found

@@ -180,8 +180,10 @@ def _figures(text: str, facts: dict[str, Any]) -> dict[str, Any]:
             for (kind, part), (times, count) in sorted(grouped.items())
         ],
         "convolutions": {
-            " x ".join(types): count
-            for types, count in hlo_costs.convolution_types(module, "conv_general_dilated").items()
+            f"{left} x {right}, {dimensions}-D": count
+            for (left, right, dimensions), count in hlo_costs.convolution_types(
+                module, "conv_general_dilated"
+            ).items()
         },
         "aliased_parameters": len(module.aliased_parameters),
         "reduced_elements": reduced_elements(module),
@@ -233,10 +235,8 @@ def compile_step(
     step, arguments, _ = program(config, devices)
     text, facts = compile_cached(step.lower(*arguments), topology, Path(cache))
     state = arguments[0]
-    video = experiment.audio_visual_model(config).video_encoder
     return {
         **_figures(text, facts),
-        "lowering": getattr(video, "lowering", None),
         "chips": len(devices),
         "videos_per_chip": videos_per_chip,
         "model_flops": videos_per_chip * step_flops(config),

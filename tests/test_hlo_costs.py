@@ -151,8 +151,8 @@ def test_every_exchange_counts_once_by_its_result(module) -> None:
 
 def test_types_of_convolutions_tell_a_silent_widening(module) -> None:
     assert hlo_costs.convolution_types(module, "conv_general_dilated") == {
-        ("bf16", "bf16"): 1,
-        ("f32", "f32"): 1,
+        ("bf16", "bf16", 2): 1,
+        ("f32", "f32", 2): 1,
     }
 
 

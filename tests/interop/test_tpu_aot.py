@@ -84,8 +84,9 @@ def test_the_bank_exchanges_no_more_than_the_cheaper_way(found: dict[str, Any]) 
 
 
 def test_convolutions_are_bfloat16_and_direct(found: dict[str, Any]) -> None:
-    assert found["convolutions"].keys() == {"bf16 x bf16"}
-    assert found["lowering"] == "direct"
+    assert all(name.startswith("bf16 x bf16,") for name in found["convolutions"])
+    # Folded, those of the video encoder would be 2-D as those of the audio encoder are.
+    assert found["convolutions"]["bf16 x bf16, 3-D"] > 0
 
 
 def test_the_state_is_donated(found: dict[str, Any]) -> None:
