@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import signal
 import statistics
 import subprocess
@@ -194,9 +193,19 @@ def seconds_since_start() -> float:
     return time.time() - float(os.environ["BENCHMARK_START"])
 
 
-def peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_growth_bytes(run: Callable[[], object]) -> int:
+    """By how much the largest resident memory during a call exceeds that before it."""
+    Path("/proc/self/clear_refs").write_text("5")  # the largest is now the present one
+    before = _peak_rss_bytes()
+    run()
+    return _peak_rss_bytes() - before
+
+
+def _peak_rss_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no line VmHWM")
 
 
 def interleave(

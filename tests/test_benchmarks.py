@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from avcl_jax.data.views import BACKWARD, FORWARD, Clip, frame_indices
-from benchmarks import log_mel, rendering
+from benchmarks import bank, log_mel, rendering
 from benchmarks.baselines import pyav_dataloader
 from benchmarks.formats import FORMATS
 from benchmarks.measure import (
@@ -22,6 +22,7 @@ from benchmarks.measure import (
     interleave,
     median_ratio,
     need,
+    peak_growth_bytes,
     print_table,
     run_child,
     write_json,
@@ -72,6 +73,28 @@ def test_a_missing_package_skips_a_row_and_says_what_to_install() -> None:
     need("numpy")
     with pytest.raises(SkipError, match=r"pip install -r benchmarks/requirements\.txt"):
         need("no_such_package")
+
+
+def test_neighbours_differ_where_rounding_cannot_have_exchanged_them(tmp_path: Path) -> None:
+    scores = np.array([[0.9, 0.8, 0.5], [0.7, 0.6, 0.6]], np.float32)
+    found = {
+        "ours": [[4, 2, 7], [1, 3, 5]],
+        "last": [[4, 2, 9], [1, 5, 6]],  # what is last, or as near as what is last, may differ
+        "wrong": [[4, 8, 7], [1, 3, 5]],
+    }
+    for name, rows in found.items():
+        np.savez(tmp_path / name, scores=scores, rows=np.array(rows))
+    counts = {
+        name: bank.differing_neighbours(str(tmp_path / "ours.npz"), str(tmp_path / f"{name}.npz"))
+        for name in found
+    }
+    assert counts == {"ours": 0, "last": 0, "wrong": 1}
+
+
+def test_growth_of_memory_is_that_of_the_call() -> None:
+    kept = np.ones(100_000_000, np.uint8)  # before the call: not counted
+    assert 190e6 < peak_growth_bytes(lambda: np.ones(200_000_000, np.uint8)) < 220e6
+    assert kept.all()
 
 
 def test_the_spectrograms_compared_are_the_same() -> None:

@@ -28,6 +28,9 @@ from avcl_jax.objectives.bank_sampling import (
 # Insertion number, source and label of a row, in one int32 array.
 _ROW_NUMBERS = 3
 _INT_BYTES = 4
+# A device asks a shard at once for up to this many times the share of its picks that would be the
+# shard's if picks were spread evenly.
+_SLACK = 2
 _SAME_WIDTH = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
@@ -81,10 +84,11 @@ def exchange_bytes(
     """Bytes per device and step, for either way to bring anchors and rows together.
 
     Merge: every shard ranks all anchors against its own rows, the candidates (similarity and row)
-    travel to the anchor's device, which picks and asks for the embeddings; every shard answers
-    for every pick. Gather: every device receives the modalities of the bank that are read. Both
-    receive the rows' numbers. Counted is the size of every collective's result on one device; what
-    several terms exchange alike is counted once, because XLA makes equal collectives one.
+    travel to the anchor's device, which picks and asks the shards for the embeddings; counted is
+    one round of asking, with room for twice an even share of every shard. Gather: every device
+    receives the modalities of the bank that are read. Both receive the rows' numbers. Counted is
+    the size of every collective's result on one device; what several terms exchange alike is
+    counted once, because XLA makes equal collectives one.
 
     Args:
         size: Rows of the bank.
@@ -113,7 +117,8 @@ def exchange_bytes(
         for term in terms
     }
     candidates = anchors * min(sampling.ranks, size // shards) * 2 * _INT_BYTES
-    answers = anchors * sampling.samples * (_INT_BYTES + embedding)
+    picks = anchors // shards * sampling.samples
+    answers = shards * _asked_at_once(picks, shards) * (_INT_BYTES + embedding) + _INT_BYTES
     merge = (
         numbers
         + global_batch_size * 2 * _INT_BYTES
@@ -166,16 +171,39 @@ def _merge_candidates(
     return best, jnp.take_along_axis(received[..., 1], position, axis=1)
 
 
-def _fetch(embeddings: Array, rows: Array, data_axes: tuple[str, ...]) -> Array:
-    """Embeddings of rows of any shard: everyone asks everyone, and keeps the owner's answer."""
-    size = embeddings.shape[0]
-    asked = jax.lax.all_gather(rows, data_axes)
-    local = asked - jax.lax.axis_index(data_axes) * size
-    # Shapes are static, so a shard answers for every row, with any row of its own where the asked
-    # one is not its own.
-    answers = _send(embeddings[jnp.clip(local, 0, size - 1)], data_axes)
-    anchor, column = jnp.indices(rows.shape)
-    return answers[rows // size, anchor, column]
+def _asked_at_once(picks: int, shards: int) -> int:
+    """Rows that a device asks of every shard in one round of `_fetch`."""
+    return min(picks, -(-_SLACK * picks // shards))
+
+
+def _fetch(
+    embeddings: Array, rows: Array, wanted: Array, data_axes: tuple[str, ...], shards: int
+) -> Array:
+    """Embeddings of the wanted ones of rows of any shard; anything where not wanted."""
+    size, dim = embeddings.shape
+    shape, rows = rows.shape, rows.ravel()
+    owner = jnp.where(wanted.ravel(), rows // size, shards)
+    order = jnp.argsort(owner)
+    start = jnp.searchsorted(owner[order], jnp.arange(shards + 1))
+    # The how manieth of its owner's rows each one is.
+    place = jnp.argsort(order) - start[owner]
+    at_once = _asked_at_once(rows.size, shards)
+    most = jax.lax.pmax(jnp.diff(start).max(), data_axes)
+
+    def ask(number, found):
+        column = place - number * at_once
+        now = (owner < shards) & (column >= 0) & (column < at_once)
+        asked = jnp.zeros((shards, at_once), rows.dtype)
+        asked = asked.at[jnp.where(now, owner, shards), column].set(rows % size, mode="drop")
+        answers = _send(embeddings[_send(asked, data_axes)], data_axes)
+        answers = answers.at[owner, column].get(mode="clip")
+        return jnp.where(now[:, None], answers, found)
+
+    # Shapes are static, so the tables have room for twice an even share. Rows lie on shards at
+    # random: more than one round is next to never needed, and none is when nothing is wanted.
+    found = jax.lax.pcast(jnp.zeros((rows.size, dim), embeddings.dtype), data_axes, to="varying")
+    found = jax.lax.fori_loop(0, -(-most // at_once), ask, found)
+    return found.reshape(*shape, dim)
 
 
 def draw(
@@ -247,7 +275,7 @@ def draw(
     position, picked = pick(scores, numbers[ranked], key, view_id, sampling)
     picks = jnp.take_along_axis(ranked, position, axis=1)
     target = embeddings[term[1]]
-    drawn = _fetch(target, picks, data_axes) if merge else target[picks]
+    drawn = _fetch(target, picks, picked, data_axes, shards) if merge else target[picks]
 
     def per_view(values):
         return values.reshape(videos, 2, *values.shape[1:])

@@ -7,6 +7,7 @@ of one device; `bank_exchange` brings anchors and rows of many devices together.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import reduce
 from typing import Literal
@@ -20,8 +21,8 @@ Modality = Literal["video", "audio"]
 Term = tuple[Modality, Modality]  # of the anchor, of its positives and negatives
 
 # Similarities of anchors × bank rows are computed in tiles of at most this many float32 values
-# (256 MiB), so that a bank of a million rows fits beside the activations.
-_TILE_ELEMENTS = 2**26
+# (32 MiB), so that a bank of a million rows fits beside the activations.
+_TILE_ELEMENTS = 2**23
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,21 @@ def anchor_modalities(sampling: BankSampling, anchor: Modality) -> tuple[Modalit
     return tuple(dict.fromkeys([anchor, *(own for own, _ in ranking_pairs(sampling, anchor))]))
 
 
+def _top_k(values: Array, k: int) -> tuple[Array, Array]:
+    """`jax.lax.top_k` of [rows], ties in its order too, that sorts about 2 √(rows · k) values."""
+    size = values.shape[0]
+    block = 2 ** round(math.log2(size / k) / 2)
+    if block < 4 or size % block:
+        best, rows = jax.lax.top_k(values, k)
+        return best, rows
+    blocks = values.reshape(-1, block)
+    # The k largest values lie in the k blocks with the largest maxima. In ascending order of the
+    # blocks, equal values stay in order of their rows.
+    chosen = jnp.sort(jax.lax.top_k(blocks.max(axis=1), k)[1])
+    best, position = jax.lax.top_k(blocks[chosen].ravel(), k)
+    return best, chosen[position // block] * block + position % block
+
+
 def rank(
     queries: tuple[Array, ...],
     embeddings: tuple[Array, ...],
@@ -115,7 +131,7 @@ def rank(
         *query, source, usable = anchor
         similarity = reduce(jnp.minimum, map(dot, query, embeddings))
         eligible = row_usable & usable & (row_source != source)
-        return tuple(jax.lax.top_k(jnp.where(eligible, similarity, -jnp.inf), ranks))
+        return _top_k(jnp.where(eligible, similarity, -jnp.inf), ranks)
 
     anchors = (*queries, anchor_source, anchor_usable)
     tile = max(1, _TILE_ELEMENTS // row_source.shape[0])

@@ -7,6 +7,7 @@ exchange.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from functools import partial
 
@@ -23,8 +24,10 @@ from tests.objectives.bank_model import as_anchors, random_batch
 
 VIDEOS, DIM, BATCHES, SOURCES = 16, 8, 7, 60
 TERMS = (("video", "video"), ("video", "audio"), ("audio", "video"))
-# (rows of the bank, space): a small bank is gathered, a large one makes candidates cheaper.
-EXCHANGES = {"gather": (160, "agreement"), "merge": (3200, "same")}
+# (rows of the bank, space): a small bank is gathered, a large one makes candidates cheaper. A shard
+# that holds all rows is asked for more of them than fit into one round.
+EXCHANGES = {"gather": (160, "agreement"), "merge": (3200, "same"), "crowded": (3200, "same")}
+CROWDED_SHARD, SHARDS = 3, 8
 LAYOUTS = {"data": ((8,), ("data",)), "data_fsdp": ((4, 2), ("data", "fsdp"))}
 
 
@@ -111,6 +114,10 @@ def run(layout, exchange, results):
     batches = [{name: place_rows(values) for name, values in batch.items()} for batch in batches]
     for batch in batches[:-1]:
         bank = insert(bank, **batch)
+    if exchange == "crowded":
+        shard = bank.insertion % (2 * VIDEOS) // (2 * VIDEOS // SHARDS)
+        kept = jnp.where(shard == CROWDED_SHARD, bank.insertion, -1)
+        bank = dataclasses.replace(bank, insertion=kept)
     batch, key = batches[-1], jax.random.key(5)
     anchors = as_anchors(batch, np.arange(100, 100 + VIDEOS))
     anchors["anchor_id"] = place_rows(anchors["anchor_id"])
@@ -137,7 +144,7 @@ def run(layout, exchange, results):
         results[f"{name}/insert_bytes"] = np.array(collective_bytes(text).total())
     if layout == "one":
         moved = jax.jit(
-            partial(feature_bank.redistribute, global_batch_size=VIDEOS, shards=8),
+            partial(feature_bank.redistribute, global_batch_size=VIDEOS, shards=SHARDS),
             out_shardings=feature_bank.shardings(*mesh_of("data")),
         )(bank)
         for field, values in vars(moved).items():
@@ -180,7 +187,7 @@ def large_batch(results):
 
 def main(path):
     """Runs every layout on every exchange and writes the results."""
-    assert jax.device_count() == 8
+    assert jax.device_count() == SHARDS
     results = {}
     for exchange in EXCHANGES:
         for layout in ("one", *LAYOUTS):

@@ -255,6 +255,31 @@ def test_noise_depends_on_key_anchor_and_view():
     assert (other[0] != other[1]).any()
 
 
+@pytest.mark.parametrize("size", [64, 1024, 1000, 2048])
+@pytest.mark.parametrize("ranks", [1, 7, 40])
+def test_ranking_in_blocks_keeps_the_order_of_rows_where_similarities_tie(size, ranks):
+    rng = np.random.default_rng(size + ranks)
+    rows = np.round(rng.normal(size=(size, 2)) * 4)  # many are alike
+    queries = np.round(rng.normal(size=(3, 2)) * 2)
+    source, usable = rng.integers(0, 5, size), rng.random(size) < 0.7
+    scores, ranked = bank_sampling.rank(
+        (jnp.asarray(queries, jnp.float32),),
+        (jnp.asarray(rows, jnp.float32),),
+        jnp.arange(3),
+        jnp.array([True, True, False]),
+        jnp.asarray(source),
+        jnp.asarray(usable),
+        ranks,
+    )
+    for number in range(2):
+        similarity = np.where(usable & (source != number), rows @ queries[number], -np.inf)
+        order = np.argsort(-similarity, kind="stable")[:ranks]
+        np.testing.assert_array_equal(scores[number], similarity[order])
+        found = np.isfinite(similarity[order])
+        np.testing.assert_array_equal(ranked[number][found], order[found])
+    assert (scores[2] == -np.inf).all()
+
+
 def test_tiles_change_nothing(monkeypatch):
     bank, batch = filled(3, batches=5)
     anchors = as_anchors(batch, np.arange(VIDEOS))
