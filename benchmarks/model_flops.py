@@ -40,8 +40,9 @@ def _count(jaxpr: Any) -> int:
         elif equation.primitive.name == "dot_general":
             total += _product(equation)
         elif equation.primitive.name == "cond":
-            # One of them runs; a convolution has a form for each platform.
-            total += max(_count(branch.jaxpr) for branch in equation.params["branches"])
+            # A convolution has a form for each platform. What one of them does beyond the least,
+            # such as multiplying by the zeros of a border, is not useful work.
+            total += min(_count(branch.jaxpr) for branch in equation.params["branches"])
             continue
         repeats = equation.params["length"] if equation.primitive.name == "scan" else 1
         for inner in jax.extend.core.jaxprs_in_params(equation.params):

@@ -90,10 +90,10 @@ def collective_bound_mb(found: dict[str, Any]) -> float:
 
 def _too_large(error: str) -> float | None:
     """Share of the memory that a program would need which the compiler refuses."""
-    found = re.search(r"Used ([\d.]+)([GM]) of ([\d.]+)G hbm", error)
-    if found is None:
-        return None
-    return float(found[1]) * (1 if found[2] == "G" else 1e-3) / float(found[3])
+    found = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", error) or re.search(
+        r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", error
+    )
+    return float(found[1]) / float(found[2]) if found else None
 
 
 def step_rows(topology: str, arguments: dict[str, Any]) -> list[Row]:

@@ -35,7 +35,6 @@ ALLOCATOR = ":".join(
     f"glibc.malloc.{name}={value}"
     for name, value in {
         "hugetlb": 1,
-        "arena_max": 1,
         "mmap_max": 0,
         "trim_threshold": 10**12,
         "top_pad": 10**6,

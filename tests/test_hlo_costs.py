@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from avcl_jax.models.convolution import convolve
 from benchmarks import hlo_costs
 from benchmarks.model_flops import matrix_flops
 from benchmarks.tpu_chips import CHIPS, chip_of, exchange_seconds
@@ -185,6 +186,17 @@ def test_flops_of_products_and_convolutions_by_hand() -> None:
     # Back: to the kernel only as much as forward, and to the input of the product once more.
     gradient = matrix_flops(jax.grad(f, argnums=2), *shapes)
     assert forward <= gradient - forward - 3 * product <= 1.5 * forward
+
+
+def test_flops_of_a_convolution_are_those_of_one_platform() -> None:
+    x, kernel = jnp.ones((1, 4, 6, 6, 3)), jnp.ones((1, 3, 3, 3, 5))
+
+    def f(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.square(convolve(x, kernel, (1, 1, 1))).sum()
+
+    forward = 2 * (4 * 6 * 6 * 5) * (3 * 3 * 3)
+    assert matrix_flops(f, x, kernel) == forward
+    assert matrix_flops(jax.grad(f, argnums=(0, 1)), x, kernel) == 3 * forward
 
 
 def test_peaks_units_and_clocks_agree() -> None:

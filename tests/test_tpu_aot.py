@@ -62,9 +62,19 @@ def test_rows_have_their_names_and_targets(monkeypatch: pytest.MonkeyPatch) -> N
     assert calls[1] == ("benchmarks.tpu_compile:compile_step", "v5e:16x16", "cpu")
 
 
-def test_a_program_that_does_not_fit_says_by_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: Ran out. Used 31.50G of 15.75G hbm. Exceeded",
+        "Ran out of memory on HBM, the total memory required for HLO temporaries (31.50G) exceeds "
+        "available HBM (15.75G).",
+    ],
+)
+def test_a_program_that_does_not_fit_says_by_how_much(
+    message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any, **__: Any) -> None:
-        raise measure.ChildError("RESOURCE_EXHAUSTED: Ran out. Used 31.50G of 15.75G hbm. Exceeded")
+        raise measure.ChildError(message)
 
     monkeypatch.setattr(tpu_aot, "run_child", refuse)
     share, mfu = tpu_aot.step_rows("v5e:4x4", {})

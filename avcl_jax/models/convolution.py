@@ -175,17 +175,16 @@ def _by_platform_forward(x: Array, kernel: Array, strides: tuple[int, ...]) -> t
 
 
 def _by_platform_backward(strides: tuple[int, ...], saved: Any, dy: Array) -> tuple[Array, Array]:
-    def gradient(convolution: Any, x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
-        return jax.vjp(functools.partial(convolution, strides=strides), x, kernel)[1](dy)
+    def folded(x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
+        return jax.vjp(functools.partial(_folded, strides=strides), x, kernel)[1](dy)
 
-    x, kernel = saved
-    return jax.lax.platform_dependent(
-        x,
-        kernel,
-        dy,
-        cpu=functools.partial(gradient, _folded),
-        default=functools.partial(gradient, _direct),
-    )
+    def direct(x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
+        # Linear in either: nothing is traced that has been computed before.
+        (dx,) = jax.linear_transpose(lambda x: _direct(x, kernel, strides), x)(dy)
+        (dkernel,) = jax.linear_transpose(lambda kernel: _direct(x, kernel, strides), kernel)(dy)
+        return dx, dkernel
+
+    return jax.lax.platform_dependent(*saved, dy, cpu=folded, default=direct)
 
 
 _by_platform.defvjp(_by_platform_forward, _by_platform_backward)

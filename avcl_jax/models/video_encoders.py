@@ -131,7 +131,8 @@ class VideoResNet(nn.Module):
             video,
             channel_mean=self.channel_mean,
             channel_std=self.channel_std,
-            subtract_time_mean=self.subtract_time_mean,
+            # A stem of patches does so itself, on fewer values.
+            subtract_time_mean=self.subtract_time_mean and self.stem != "patch4",
         )
         stem = recomputed(lambda own, x: own._stem(x, norm, train, mask), self.remat)
         x = stem(self, x.astype(self.dtype))
@@ -167,6 +168,10 @@ class VideoResNet(nn.Module):
                 )
             x = patches(x, (1, 4, 4))
             x = nn.Dense(width, use_bias=False, dtype=self.dtype, name="stem_patch")(x)
+            if self.subtract_time_mean:
+                # As good as of the pixels, because the layer is linear and sees single pictures.
+                # There, XLA would compute the augmentation once more for the mean.
+                x = x - x.mean(axis=1, keepdims=True)
         elif self.stem == "r2plus1d":
             middle = STEM_MIDDLE_CHANNELS
             x = Conv3D(middle, (1, 7, 7), (1, 2, 2), name="stem_spatial", **shared)(x)

@@ -119,6 +119,8 @@ def test_subtracting_the_time_mean_hides_what_stands_still():
     moved = SMALL_VIDEO.apply(variables, x + still, train=False)["features"]
     np.testing.assert_allclose(moved, plain, atol=1e-4)
     keeps = dataclasses.replace(SMALL_VIDEO, subtract_time_mean=False)
+    itself = keeps.apply(variables, x - x.mean(axis=1, keepdims=True), train=False)["features"]
+    np.testing.assert_allclose(plain, itself, atol=1e-5)
     assert np.abs(keeps.apply(variables, x + still, train=False)["features"] - plain).max() > 0.01
 
 
