@@ -1,0 +1,275 @@
+"""The demo's pretraining step in PyTorch, tuned as an expert would for a CPU.
+
+The whole step of configs/pretrain.py:demo: augmentation of uint8 clips and of spectrograms, both
+encoders, all heads, all contrastive terms with the feature bank, all temporal terms, gradient
+clipping, AdamW with our schedule and mask, insertion into the bank. What our step reports beside
+its losses (accuracies, norms, ages of bank rows) is left out: a PyTorch user would compute these
+at log steps only. tests/interop/test_torch_pretraining.py shows that both compute the same.
+
+Tuned: channels last, everything up to the total loss compiled as one graph or eager, of which the
+benchmark takes the better, AdamW fused over all tensors, gradients set to none, one thread a core.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.baselines.pytorch_networks import AudioVisualNetwork
+from benchmarks.baselines.pytorch_objectives import (
+    Bank,
+    BankRows,
+    Contrast,
+    contrastive_losses,
+    temporal_losses,
+)
+
+
+class PhotometricDraws(NamedTuple):
+    """Uniform draws of each clip, [videos, 2]; in [-1, 1], `gray` in [0, 1]."""
+
+    brightness: Tensor
+    contrast: Tensor
+    saturation: Tensor
+    gray: Tensor
+    hue: Tensor
+
+
+class SpectralDraws(NamedTuple):
+    """Draws of each spectrogram.
+
+    Attributes:
+        knots: [videos, 2, knots] uniform in [-1, 1].
+        width: int [videos, 2, 1] bands that are masked.
+        first: [videos, 2, 1] uniform in [0, 1], where they begin.
+        noise: [videos, 2, frames, mels] normal.
+    """
+
+    knots: Tensor
+    width: Tensor
+    first: Tensor
+    noise: Tensor
+
+
+def photometric(
+    video: Tensor, draws: PhotometricDraws, settings: ml_collections.ConfigDict
+) -> Tensor:
+    """`avcl_jax.data.augment.photometric` of pixels in [0, 1], [videos, 2, time, h, w, 3]."""
+    brightness, contrast, saturation, gray_draw, hue = (
+        draw.reshape(*draw.shape, 1, 1, 1) for draw in draws
+    )
+    saturation = 1 + settings.saturation * saturation
+    saturation = saturation * (gray_draw >= settings.gray_probability)
+    contrast = 1 + settings.contrast * contrast
+    turn = 2 * math.pi * settings.hue * hue
+    red, green, blue = video.unbind(-1)
+    mean = (red + green + blue) / 3
+    along, across = turn.cos(), turn.sin() / math.sqrt(3)
+    red, green, blue = (
+        mean + along * (colour - mean) + across * (after - before)
+        for colour, before, after in (
+            (red, green, blue),
+            (green, blue, red),
+            (blue, red, green),
+        )
+    )
+    gray = 0.299 * red + 0.587 * green + 0.114 * blue
+    gain = contrast * saturation
+    common = (contrast - gain) * gray + (0.5 - 0.5 * contrast + settings.brightness * brightness)
+    return torch.stack([gain * colour + common for colour in (red, green, blue)], dim=-1)
+
+
+def spectral(
+    spectrogram: Tensor, draws: SpectralDraws, settings: ml_collections.ConfigDict
+) -> Tensor:
+    """`avcl_jax.data.augment.spectral` of [videos, 2, frames, mels]."""
+    mels = spectrogram.shape[-1]
+    curve = functional.interpolate(draws.knots, mels, mode="linear")
+    curve = settings.equalizer * (curve - curve.mean(-1, keepdim=True))
+    first = (draws.first * (mels - draws.width + 1)).floor()
+    band = torch.arange(mels)
+    masked = (band >= first) & (band < first + draws.width)
+    quiet = spectrogram.amin((2, 3), keepdim=True)
+    changed = spectrogram + curve[:, :, None] + settings.noise * draws.noise
+    return torch.where(masked[:, :, None], quiet, changed)
+
+
+class Pretraining:
+    """The step and its state.
+
+    Args:
+        config: configs/pretrain.py:demo, or one of the same networks.
+        compiled: compile forward, objective and backward.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, *, compiled: bool) -> None:
+        if config.bank.space != "agreement" or config.bank.sampling != "gumbel":
+            raise ValueError("only bank.space 'agreement' and sampling 'gumbel' are written here")
+        if config.photometric.per_frame or config.spectrogram.where != "host":
+            raise ValueError("only augmentation per clip, spectrograms of the host are written here")
+        self.config = config
+        self.network = AudioVisualNetwork(config)
+        self.bank = Bank(config.bank.size, config.model.embedding_dim)
+        self.steps = 0
+        self.contrast = Contrast(
+            temperature=config.loss.temperature,
+            positive_weight=config.loss.positive_weight,
+            num_positives=config.bank.num_positives,
+            num_negatives=config.bank.num_negatives,
+            positive_ranks=config.bank.positive_ranks,
+            negative_ranks=config.bank.negative_ranks,
+            sampling_temperature=config.bank.temperature,
+        )
+        self.optimizer = optimizer(self.network, config.optimizer)
+        self._losses = torch.compile(self.losses) if compiled else self.losses
+
+    def inputs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Augmented pixels and spectrograms of a batch, standardised."""
+        config = self.config
+        shape = batch["video"].shape[:2]
+        video = batch["video"].float() / 255
+        uniform = torch.rand(5, *shape)
+        signed = 2 * uniform - 1
+        video = photometric(
+            video,
+            PhotometricDraws(signed[0], signed[1], signed[2], uniform[3], signed[4]),
+            config.photometric,
+        )
+        settings, spectrogram = config.spectral, batch["spectrogram"]
+        draws = SpectralDraws(
+            knots=2 * torch.rand(*shape, settings.equalizer_knots) - 1,
+            width=torch.randint(0, settings.mask_mels + 1, (*shape, 1)),
+            first=torch.rand(*shape, 1),
+            noise=torch.randn_like(spectrogram),
+        )
+        video = (video - config.pixels.mean) / config.pixels.std
+        return video, spectral(spectrogram, draws, settings)
+
+    def losses(
+        self, batch: Mapping[str, Tensor], bank: BankRows | None, complete: bool
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The weighted sum of all terms of augmented inputs, the terms, and the embeddings.
+
+        Args:
+            batch: as the pipeline delivers it.
+            bank: rows to draw from; None while it is not used.
+            complete: no video lacks picture or sound.
+        """
+        with torch.no_grad():
+            video, spectrogram = self.inputs(batch)
+        return self.objective(video, spectrogram, batch, bank, complete)
+
+    def objective(
+        self,
+        video: Tensor,
+        spectrogram: Tensor,
+        batch: Mapping[str, Tensor],
+        bank: BankRows | None,
+        complete: bool,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """`losses` of inputs as they are; `noise` as of `contrastive_losses`."""
+        present = torch.stack([batch["has_video"], batch["has_audio"]])
+        masks = None if complete else {"video": present[0], "audio": present[1]}
+        outputs = self.network(video, spectrogram, masks)
+        embeddings = torch.stack([outputs["video_embeddings"], outputs["audio_embeddings"]])
+        terms = contrastive_losses(
+            embeddings, present, batch["source_id"], bank, self.contrast, noise
+        )
+        terms |= temporal_losses(outputs, batch, present)
+        weights = self.config.loss.weights
+        total = torch.stack([weights[term] * value for term, value in terms.items()]).sum()
+        return total, terms, embeddings.detach()
+
+    def step(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Takes one step on a batch of the pipeline and returns its loss."""
+        section = self.config.optimizer
+        present = torch.stack([batch["has_video"], batch["has_audio"]])
+        active = self.bank.full and self.steps >= self.config.bank.warmup_steps
+        rows = self.bank.rows if active else None
+        total, _, embeddings = self._losses(batch, rows, bool(present.all()))
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), section.clip_norm, foreach=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.steps, section, self.config.steps)
+        self.optimizer.step()
+        self.bank.insert(embeddings, present, batch["source_id"])
+        self.steps += 1
+        return total.detach()
+
+
+def optimizer(network: nn.Module, section: ml_collections.ConfigDict) -> torch.optim.Optimizer:
+    """AdamW that decays kernels only; the learning rate is set before each step."""
+    parameters = list(network.parameters())
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": section.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=section.learning_rate,
+        betas=(section.momentum, section.beta2),
+        fused=True,
+    )
+
+
+def learning_rate(step: int, section: ml_collections.ConfigDict, steps: int) -> float:
+    """Linear warm-up from 0, then cosine to 0."""
+    if step < section.warmup_steps:
+        return section.learning_rate * step / section.warmup_steps
+    share = (step - section.warmup_steps) / (steps - section.warmup_steps)
+    return section.learning_rate * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+
+def to_tensors(batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """A batch of the pipeline as tensors; numbers as int64, by which PyTorch indexes."""
+    tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+    return {
+        name: tensor.long() if tensor.dtype == torch.int32 else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def seconds_of_steps(*, steps: int, compiled: bool) -> list[float]:
+    """Seconds of each step of the demo with its bank in use, after some that are not counted."""
+    from benchmarks.batches import random_batch
+    from configs import pretrain
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.manual_seed(0)
+    config = pretrain.get_config("demo")
+    pretraining = Pretraining(config, compiled=compiled)
+    batch: Any = to_tensors(random_batch(config))
+    fill_bank(pretraining)
+    seconds = []
+    for _ in range(WARM_UP + steps):
+        begin = time.perf_counter()
+        pretraining.step(batch).item()
+        seconds.append(time.perf_counter() - begin)
+    return seconds[WARM_UP:]
+
+
+# Compilation, and memory that is not there yet.
+WARM_UP = 5
+
+
+def fill_bank(pretraining: Pretraining) -> None:
+    """Fills the bank with random embeddings of other videos, as after its warm-up."""
+    config, bank = pretraining.config, pretraining.bank
+    videos = config.global_batch_size
+    present = torch.ones(2, videos, dtype=torch.bool)
+    while not bank.full:
+        embeddings = functional.normalize(
+            torch.randn(2, videos, 2, config.model.embedding_dim), dim=-1
+        )
+        bank.insert(embeddings, present, bank.inserted + videos + torch.arange(videos))
+    pretraining.steps = config.bank.warmup_steps

@@ -1,0 +1,44 @@
+"""A batch of the pipeline's shapes without any data, for benchmarks of the training step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from avcl_jax import experiment
+from avcl_jax.data.pipeline import batch_shapes
+
+
+def random_batch(config: ml_collections.ConfigDict, *, seed: int = 0) -> dict[str, Any]:
+    """A batch of noise and random labels, in which every video has picture, sound and every task.
+
+    Args:
+        config: as `configs/pretrain.py` returns it.
+        seed: of everything random.
+
+    Returns:
+        numpy arrays as `data.pipeline.train_batches` delivers them.
+    """
+    rng = np.random.default_rng(seed)
+    label = config.bank.health_label
+    rows = config.global_batch_size
+    shapes = batch_shapes(experiment.render_spec(config), rows, [label] if label else [])
+    kinds = {"speed": len(config.views.speeds), "direction": 2, "order": 3}
+    batch: dict[str, Any] = {}
+    for name, (shape, dtype) in shapes.items():
+        task = name.rpartition("_")[2]
+        if name in ("source_id", "record_index"):
+            batch[name] = np.arange(rows, dtype=dtype)
+        elif name == "video":
+            batch[name] = rng.integers(0, 256, shape, dtype)
+        elif name == "audio_windows":
+            batch[name] = rng.integers(-1000, 1000, shape, dtype)
+        elif dtype is np.float32:
+            batch[name] = rng.normal(size=shape).astype(dtype)
+        elif dtype is np.bool_:
+            batch[name] = np.full(shape, name != "unreadable")
+        else:
+            batch[name] = rng.integers(0, kinds.get(task, 1), shape).astype(dtype)
+    return batch
