@@ -240,8 +240,9 @@ def to_tensors(batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 
 
 def seconds_of_steps(*, steps: int, compiled: bool) -> list[float]:
-    """Seconds of each step of the demo with its bank in use, after some that are not counted."""
+    """Seconds of each step of the demo, its bank in use, after some that are not counted."""
     from benchmarks.batches import random_batch
+    from benchmarks.train_step import WARM_UP_STEPS
     from configs import pretrain
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -251,15 +252,11 @@ def seconds_of_steps(*, steps: int, compiled: bool) -> list[float]:
     batch: Any = to_tensors(random_batch(config))
     fill_bank(pretraining)
     seconds = []
-    for _ in range(WARM_UP + steps):
+    for _ in range(WARM_UP_STEPS + steps):
         begin = time.perf_counter()
         pretraining.step(batch).item()
         seconds.append(time.perf_counter() - begin)
-    return seconds[WARM_UP:]
-
-
-# Compilation, and memory that is not there yet.
-WARM_UP = 5
+    return seconds[WARM_UP_STEPS:]
 
 
 def fill_bank(pretraining: Pretraining) -> None:
