@@ -165,7 +165,7 @@ def contrastive_losses(
         source: [videos].
         bank: rows to draw from; None while it is not used.
         contrast: settings.
-        noise: of `pick`, if not to be drawn here.
+        noise: Gumbel noise [4, anchors, rows of the bank], if not to be drawn here.
     """
     videos, dim = source.shape[0], embeddings.shape[-1]
     anchors = 2 * videos
@@ -191,6 +191,8 @@ def contrastive_losses(
             scores, ranked = rank(similarities, source, there.all(0), bank, ranks)
             if noise is None:
                 noise = gumbel((4, *scores.shape))
+            else:
+                noise = noise.gather(2, ranked.expand(4, -1, -1))
             near, valid, far, far_valid = pick(scores, ranked, noise, bank, contrast)
         similarities = similarities.transpose(1, 2).flatten(0, 1) / contrast.temperature
         far_logits = torch.where(far_valid, similarities.gather(2, far), _EXCLUDED)

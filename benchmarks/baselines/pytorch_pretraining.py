@@ -155,31 +155,24 @@ class Pretraining:
         return video, spectral(spectrogram, draws, settings)
 
     def losses(
-        self, batch: Mapping[str, Tensor], bank: BankRows | None, complete: bool
+        self,
+        batch: Mapping[str, Tensor],
+        bank: BankRows | None,
+        complete: bool,
+        noise: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """The weighted sum of all terms of augmented inputs, the terms, and the embeddings.
+        """The weighted sum of all terms, the terms, and the embeddings.
 
         Args:
             batch: as the pipeline delivers it.
             bank: rows to draw from; None while it is not used.
             complete: no video lacks picture or sound.
+            noise: see `step`.
         """
-        with torch.no_grad():
-            video, spectrogram = self.inputs(batch)
-        return self.objective(video, spectrogram, batch, bank, complete)
-
-    def objective(
-        self,
-        video: Tensor,
-        spectrogram: Tensor,
-        batch: Mapping[str, Tensor],
-        bank: BankRows | None,
-        complete: bool,
-        noise: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """`losses` of inputs as they are; `noise` as of `contrastive_losses`."""
         present = torch.stack([batch["has_video"], batch["has_audio"]])
         masks = None if complete else {"video": present[0], "audio": present[1]}
+        with torch.no_grad():
+            video, spectrogram = self.inputs(batch)
         outputs = self.network(video, spectrogram, masks)
         embeddings = torch.stack([outputs["video_embeddings"], outputs["audio_embeddings"]])
         terms = contrastive_losses(
@@ -190,13 +183,23 @@ class Pretraining:
         total = torch.stack([weights[term] * value for term, value in terms.items()]).sum()
         return total, terms, embeddings.detach()
 
-    def step(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Takes one step on a batch of the pipeline and returns its loss."""
+    def step(
+        self, batch: Mapping[str, Tensor], noise: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Takes one step on a batch of the pipeline.
+
+        Args:
+            batch: `to_tensors` of it.
+            noise: of the draw from the bank, see `contrastive_losses`.
+
+        Returns:
+            The loss and its terms.
+        """
         section = self.config.optimizer
         present = torch.stack([batch["has_video"], batch["has_audio"]])
         active = self.bank.full and self.steps >= self.config.bank.warmup_steps
         rows = self.bank.rows if active else None
-        total, _, embeddings = self._losses(batch, rows, bool(present.all()))
+        total, terms, embeddings = self._losses(batch, rows, bool(present.all()), noise)
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), section.clip_norm, foreach=True)
@@ -205,7 +208,7 @@ class Pretraining:
         self.optimizer.step()
         self.bank.insert(embeddings, present, batch["source_id"])
         self.steps += 1
-        return total.detach()
+        return total.detach(), {term: value.detach() for term, value in terms.items()}
 
 
 def optimizer(network: nn.Module, section: ml_collections.ConfigDict) -> torch.optim.Optimizer:
@@ -254,7 +257,7 @@ def seconds_of_steps(*, steps: int, compiled: bool) -> list[float]:
     seconds = []
     for _ in range(WARM_UP_STEPS + steps):
         begin = time.perf_counter()
-        pretraining.step(batch).item()
+        pretraining.step(batch)[0].item()
         seconds.append(time.perf_counter() - begin)
     return seconds[WARM_UP_STEPS:]
 

@@ -1,0 +1,294 @@
+"""The baseline in PyTorch computes what our pretraining step computes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+
+from avcl_jax import experiment
+from avcl_jax.data import augment
+from avcl_jax.objectives import bank_sampling
+from avcl_jax.training import loop
+from avcl_jax.training.optimizer import create_optimizer, warmup_cosine
+from avcl_jax.training.step import CONTRASTIVE_TERMS
+from benchmarks.batches import random_batch
+from configs import pretrain
+
+pytestmark = pytest.mark.torch
+torch = pytest.importorskip("torch", reason="PyTorch is not installed (requirements-interop.txt)")
+
+from benchmarks.baselines import pytorch_objectives, pytorch_pretraining  # noqa: E402 (torch first)
+
+KEY = jax.random.key(5)
+
+
+def demo():
+    """The demo without augmentation and with fewer videos."""
+    config = pretrain.get_config("demo")
+    off = {
+        f"{section}.{name}": 0.0
+        for section, names in {
+            "photometric": ("brightness", "contrast", "saturation", "hue", "gray_probability"),
+            "spectral": ("equalizer", "noise"),
+        }.items()
+        for name in names
+    }
+    with config.unlocked():
+        config.update_from_flattened_dict(
+            {"global_batch_size": 8, "spectral.mask_mels": 0, **off}
+        )
+    return config
+
+
+def batch_of(config, absent: bool):
+    """Two videos are of one source; not every task is defined; media are absent or not."""
+    batch = random_batch(config)
+    batch["source_id"][1] = batch["source_id"][0]
+    batch["record_index"] += 40
+    for number, task in enumerate(("speed", "direction", "order")):
+        batch[f"{task}_mask"][number] = False
+    if absent:
+        batch["has_video"][2] = batch["has_audio"][3:5] = False
+    return batch
+
+
+def full_bank(config, bank, batch):
+    """A bank of random rows, some of the sources of the batch, some without a medium."""
+    size, rng = config.bank.size, np.random.default_rng(1)
+    rows = rng.normal(size=(2, size, config.model.embedding_dim)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
+    source = rng.integers(0, 60, size).astype(np.int32)
+    assert np.isin(source, batch["source_id"]).sum() > 10
+    return dataclasses.replace(
+        bank,
+        video=jnp.asarray(rows[0]),
+        audio=jnp.asarray(rows[1]),
+        source_id=jnp.asarray(source),
+        has_video=jnp.asarray(rng.random(size) < 0.97),
+        has_audio=jnp.asarray(rng.random(size) < 0.97),
+        insertion=jnp.arange(size, dtype=jnp.int32),
+        inserted=jnp.asarray(size, jnp.int32),
+    )
+
+
+def randomised(tree, seed: int, *, positive: bool = False):
+    """Parameters in which no scale is 0, so that every branch has a gradient."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        if leaf.ndim > 1:
+            return leaf
+        values = 0.3 * rng.standard_normal(leaf.shape) + 0.5
+        return jnp.asarray(np.abs(values) + 0.1 if positive else values, jnp.float32)
+
+    return jax.tree.map(draw, tree)
+
+
+def as_torch(path: tuple[str, ...], value: np.ndarray, target) -> tuple[str, np.ndarray]:
+    """Name and value of one of our parameters in PyTorch's network, whose shape is `target`'s."""
+    *modules, last = path
+    if modules[-1] == "norm":  # Flax's own, inside of our BatchNorm.
+        modules.pop()
+    names = [module for module in modules if module != "mlp"]
+    kind = {
+        "kernel": "weight",
+        "scale": "weight",
+        "bias": "bias",
+        "mean": "running_mean",
+        "var": "running_var",
+    }
+    name = ".".join([*names, kind[last]])
+    if last == "kernel":
+        shape = target[name].shape
+        if len(shape) == 4:
+            outputs, inputs, *window = shape
+            value = value.reshape(*window, inputs, outputs).transpose(3, 2, 0, 1)
+        else:
+            value = value.T
+    return name, value
+
+
+def converted(tree, target) -> dict[str, np.ndarray]:
+    """One of our trees of parameters or statistics by PyTorch's names."""
+    rows = [as_torch(path, np.asarray(v), target) for path, v in flatten_dict(tree).items()]
+    assert len({name for name, _ in rows}) == len(rows)
+    return dict(rows)
+
+
+def our_noise(config, batch, step):
+    """The Gumbel noise of our four draws for every row [4, anchors, rows] of a new bank."""
+    key = jax.random.split(jax.random.fold_in(KEY, step))[1]
+    view = 2 * np.repeat(batch["record_index"].astype(np.uint32), 2)
+    view = jnp.asarray(view + np.tile(np.arange(2, dtype=np.uint32), len(view) // 2))
+    insertion = jnp.broadcast_to(jnp.arange(config.bank.size), (len(view), config.bank.size))
+    noise = [
+        bank_sampling._gumbel(jax.random.fold_in(key, 2 * number + side), view, insertion)
+        for number, term in enumerate(CONTRASTIVE_TERMS)
+        for side in range(len(CONTRASTIVE_TERMS[term]))
+    ]
+    return torch.from_numpy(np.array(jnp.stack(noise)))
+
+
+@pytest.mark.parametrize(
+    ("absent", "compiled"),
+    [(False, False), (True, False), (False, True)],
+    ids=["all-present", "some-absent", "compiled"],
+)
+def test_a_step(absent, compiled):
+    """Every term, the gradient after clipping, running statistics, and what the bank holds then."""
+    config = demo()
+    batch = batch_of(config, absent)
+    _, init, step = loop.build(config)
+    state, _ = init(jax.random.key(0))
+    number = config.bank.warmup_steps
+    state = dataclasses.replace(
+        state,
+        step=jnp.asarray(number),
+        params=randomised(state.params, 2),
+        batch_stats=randomised(state.batch_stats, 3, positive=True),
+        bank=full_bank(config, state.bank, batch),
+    )
+    after, metrics = jax.jit(step)(state, batch, KEY)
+    assert float(metrics["va/bank_positives"].compute() if absent else 2) > 1
+
+    theirs = pytorch_pretraining.Pretraining(config, compiled=compiled)
+    target = theirs.network.state_dict()
+    ours = converted(state.params, target) | converted(state.batch_stats, target)
+    theirs.network.load_state_dict({name: torch.tensor(value) for name, value in ours.items()})
+    for rows, values in zip(theirs.bank.rows, bank_arrays(state.bank), strict=True):
+        rows.copy_(torch.from_numpy(values))
+    theirs.bank.inserted, theirs.steps = config.bank.size, number
+    total, terms = theirs.step(
+        pytorch_pretraining.to_tensors(batch), our_noise(config, batch, number)
+    )
+
+    assert set(terms) == {name for name, weight in config.loss.weights.items() if weight}
+    for term, value in terms.items():
+        assert float(value) > 0
+        assert float(value) == pytest.approx(float(metrics[f"{term}/loss"].compute()), rel=1e-4)
+    assert float(total) == pytest.approx(float(metrics["loss"].compute()), rel=1e-4)
+
+    # Adam's first moment after its first step is so much of the gradient.
+    (moment,) = (leaf.mu for leaf in adam_states(after.opt_state))
+    share = 1 - config.optimizer.momentum
+    assert float(metrics["health/gradient_norm"].compute()) > config.optimizer.clip_norm
+    found = {name: p.grad.numpy() for name, p in theirs.network.named_parameters()}
+    expected = converted(jax.tree.map(lambda leaf: leaf / share, moment), target)
+    assert found.keys() == expected.keys()
+    largest = max(np.abs(value).max() for value in expected.values())
+    for name, value in expected.items():
+        assert np.abs(value).max() > 0, name
+        np.testing.assert_allclose(found[name], value, atol=1e-4 * largest, rtol=1e-3, err_msg=name)
+
+    buffers = dict(theirs.network.named_buffers())
+    for name, value in converted(after.batch_stats, target).items():
+        if name.endswith("mean"):
+            np.testing.assert_allclose(buffers[name], value, atol=1e-4, rtol=1e-4, err_msg=name)
+    for rows, values in zip(theirs.bank.rows, bank_arrays(after.bank), strict=True):
+        np.testing.assert_allclose(rows, values, atol=1e-5)
+
+
+def bank_arrays(bank):
+    """Our bank as PyTorch's rows."""
+    return (
+        np.stack([bank.video, bank.audio]),
+        np.stack([bank.has_video, bank.has_audio]),
+        np.asarray(bank.source_id, np.int64),
+    )
+
+
+def adam_states(state):
+    return [
+        leaf
+        for leaf in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))
+        if isinstance(leaf, optax.ScaleByAdamState)
+    ]
+
+
+def test_augmentation_by_the_same_draws():
+    config = pretrain.get_config("demo")
+    rng = np.random.default_rng(7)
+    video = rng.random((3, 2, 4, 8, 8, 3), np.float32)
+    keys = jax.random.split(KEY, 5)
+    # Brightness, contrast, saturation, grey and hue, each from its key.
+    draws = [
+        jax.random.uniform(key, (3, 2, 1, 1, 1, 1), minval=0.0 if number == 3 else -1.0)
+        for number, key in enumerate(keys)
+    ]
+    with config.unlocked():
+        config.photometric.gray_probability = float(np.median(draws[3]))
+    ours = augment.photometric(KEY, video, experiment.photometric_spec(config))
+    theirs = pytorch_pretraining.photometric(
+        torch.from_numpy(video),
+        pytorch_pretraining.PhotometricDraws(
+            *(torch.from_numpy(np.array(draw).reshape(3, 2)) for draw in draws)
+        ),
+        config.photometric,
+    )
+    np.testing.assert_allclose(theirs, ours, atol=1e-5)
+
+    sound = rng.normal(size=(3, 2, 48, 40)).astype(np.float32)
+    settings = config.spectral
+    keys = jax.random.split(KEY, 4)
+    spectral = pytorch_pretraining.SpectralDraws(
+        knots=jax.random.uniform(keys[0], (3, 2, settings.equalizer_knots), minval=-1.0),
+        width=jax.random.randint(keys[1], (3, 2, 1), 0, settings.mask_mels + 1),
+        first=jax.random.uniform(keys[2], (3, 2, 1)),
+        noise=jax.random.normal(keys[3], sound.shape),
+    )
+    assert np.asarray(spectral.width).max() > 0
+    ours = augment.spectral(KEY, sound, experiment.spectral_spec(config))
+    theirs = pytorch_pretraining.spectral(
+        torch.from_numpy(sound),
+        pytorch_pretraining.SpectralDraws(*(torch.from_numpy(np.array(d)) for d in spectral)),
+        settings,
+    )
+    np.testing.assert_allclose(theirs, ours, atol=1e-5)
+
+
+def test_optimizer_by_the_same_gradients():
+    """Schedule, decay of kernels only, both moments: parameters after steps of given gradients."""
+    config = pretrain.get_config("demo")
+    section, rng = config.optimizer, np.random.default_rng(8)
+    with config.unlocked():
+        config.steps, section.warmup_steps, section.weight_decay = 9, 3, 20.0
+    params = {"kernel": rng.normal(size=(3, 4)), "bias": rng.normal(size=4)}
+    params = {name: value.astype(np.float32) for name, value in params.items()}
+    ours = create_optimizer(
+        name=section.name,
+        schedule=warmup_cosine(
+            learning_rate=section.learning_rate, warmup_steps=3, steps=config.steps
+        ),
+        weight_decay=section.weight_decay,
+        momentum=section.momentum,
+        beta2=section.beta2,
+        clip_norm=0.0,
+    )
+    state = ours.init(params)
+    network = torch.nn.Module()
+    for name, value in params.items():
+        network.register_parameter(name, torch.nn.Parameter(torch.tensor(value)))
+    theirs = pytorch_pretraining.optimizer(network, section)
+    start = params
+    for step in range(8):
+        gradient = {
+            name: rng.normal(size=value.shape).astype(np.float32) for name, value in params.items()
+        }
+        updates, state = ours.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        for group in theirs.param_groups:
+            group["lr"] = pytorch_pretraining.learning_rate(step, section, config.steps)
+        for name, value in gradient.items():
+            network.get_parameter(name).grad = torch.from_numpy(value)
+        theirs.step()
+        for name, value in params.items():
+            np.testing.assert_allclose(
+                network.get_parameter(name).detach(), value, rtol=1e-5, atol=1e-6, err_msg=name
+            )
+    assert all(np.abs(params[name] - start[name]).max() > 1e-3 for name in params)
