@@ -28,7 +28,7 @@ from benchmarks.baselines import pytorch_objectives, pytorch_pretraining  # noqa
 KEY = jax.random.key(5)
 
 
-def demo():
+def demo(*, clip_norm: float):
     """The demo without augmentation and with fewer videos."""
     config = pretrain.get_config("demo")
     off = {
@@ -41,7 +41,12 @@ def demo():
     }
     with config.unlocked():
         config.update_from_flattened_dict(
-            {"global_batch_size": 8, "spectral.mask_mels": 0, **off}
+            {
+                "global_batch_size": 8,
+                "spectral.mask_mels": 0,
+                "optimizer.clip_norm": clip_norm,
+                **off,
+            }
         )
     return config
 
@@ -142,7 +147,7 @@ def our_noise(config, batch, step):
 )
 def test_a_step(absent, compiled):
     """Every term, the gradient after clipping, running statistics, and what the bank holds then."""
-    config = demo()
+    config = demo(clip_norm=1e4 if absent else 5.0)
     batch = batch_of(config, absent)
     _, init, step = loop.build(config)
     state, _ = init(jax.random.key(0))
@@ -155,7 +160,7 @@ def test_a_step(absent, compiled):
         bank=full_bank(config, state.bank, batch),
     )
     after, metrics = jax.jit(step)(state, batch, KEY)
-    assert float(metrics["va/bank_positives"].compute() if absent else 2) > 1
+    assert float(metrics["vv/bank_positives"].compute()) > 1
 
     theirs = pytorch_pretraining.Pretraining(config, compiled=compiled)
     target = theirs.network.state_dict()
@@ -177,14 +182,17 @@ def test_a_step(absent, compiled):
     # Adam's first moment after its first step is so much of the gradient.
     (moment,) = (leaf.mu for leaf in adam_states(after.opt_state))
     share = 1 - config.optimizer.momentum
-    assert float(metrics["health/gradient_norm"].compute()) > config.optimizer.clip_norm
-    found = {name: p.grad.numpy() for name, p in theirs.network.named_parameters()}
     expected = converted(jax.tree.map(lambda leaf: leaf / share, moment), target)
+    found = {name: p.grad.numpy() for name, p in theirs.network.named_parameters()}
     assert found.keys() == expected.keys()
-    largest = max(np.abs(value).max() for value in expected.values())
+    norm = float(metrics["health/gradient_norm"].compute())
+    assert (norm > config.optimizer.clip_norm) == (not absent)  # clipped, and not
+    whole = min(norm, config.optimizer.clip_norm)
+    errors = {name: np.linalg.norm(found[name] - value) for name, value in expected.items()}
+    assert np.linalg.norm(list(errors.values())) < 1e-4 * whole
     for name, value in expected.items():
-        assert np.abs(value).max() > 0, name
-        np.testing.assert_allclose(found[name], value, atol=1e-4 * largest, rtol=1e-3, err_msg=name)
+        # Wider: one ReLU at its kink, on the other side by rounding, moves a small gradient.
+        assert errors[name] < 1e-2 * np.linalg.norm(value), name
 
     buffers = dict(theirs.network.named_buffers())
     for name, value in converted(after.batch_stats, target).items():
