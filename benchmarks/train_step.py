@@ -110,8 +110,9 @@ def seconds_of_demo_steps(*, steps: int) -> list[float]:
     size, rng = config.bank.size, np.random.default_rng(1)
     rows = rng.normal(size=(2, size, config.model.embedding_dim)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
+    empty: Any = state.bank
     bank = dataclasses.replace(
-        state.bank,
+        empty,
         video=rows[0],
         audio=rows[1],
         source_id=config.global_batch_size + np.arange(size, dtype=np.int32) // 2,

@@ -115,7 +115,9 @@ class Pretraining:
         if config.bank.space != "agreement" or config.bank.sampling != "gumbel":
             raise ValueError("only bank.space 'agreement' and sampling 'gumbel' are written here")
         if config.photometric.per_frame or config.spectrogram.where != "host":
-            raise ValueError("only augmentation per clip, spectrograms of the host are written here")
+            raise ValueError(
+                "only augmentation per clip, spectrograms of the host are written here"
+            )
         self.config = config
         self.network = AudioVisualNetwork(config)
         self.bank = Bank(config.bank.size, config.model.embedding_dim)

@@ -23,7 +23,7 @@ from configs import pretrain
 pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (requirements-interop.txt)")
 
-from benchmarks.baselines import pytorch_objectives, pytorch_pretraining  # noqa: E402 (torch first)
+from benchmarks.baselines import pytorch_pretraining  # noqa: E402 (torch first)
 
 KEY = jax.random.key(5)
 
