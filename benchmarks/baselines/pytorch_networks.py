@@ -3,8 +3,8 @@
 The same function as `avcl_jax.models` for the settings of configs/pretrain.py:demo, with submodules
 of the same names. Arrays lie channels last, so that all forms below are views of one memory. Clips
 stay folded: frames in the batch for 1x3x3 convolutions, pixels in one axis for 3x1x1, both 2-D.
-Measured, 3-D convolutions are no faster, and the patches of a stem are faster as a strided
-convolution than as a product.
+One layer at a time, 3-D convolutions are about as fast, and the patches of a stem are faster as a
+strided convolution than as a product.
 """
 
 from __future__ import annotations
