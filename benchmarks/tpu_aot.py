@@ -38,6 +38,8 @@ _TARGETS = {
     "tpu_v5e_16_mfu_estimate": Target(">=", 0.28),
     "interconnect_over_compute": Target("<=", 0.10),
     "bank_1m_collective_share": Target("<=", 0.25),
+    "tpu_remat_memory_ratio": Target("<=", 0.5),
+    "tpu_remat_time_ratio": Target("<=", 1.35),
 }
 _MILLION_ROWS = 2**20
 
@@ -142,6 +144,35 @@ def step_rows(topology: str, arguments: dict[str, Any]) -> list[Row]:
     return rows
 
 
+def remat_rows(topology: str, arguments: dict[str, Any], remat: str) -> list[Row]:
+    """Compiles the step with rematerialisation and without: temporary memory and cycles."""
+    found = {
+        setting: run_child(
+            "benchmarks.tpu_compile:compile_step",
+            {
+                "topology": topology,
+                **arguments,
+                "overrides": {**arguments["overrides"], "model.remat": setting},
+            },
+            environment=ENVIRONMENT,
+        )
+        for setting in ("none", remat)
+    }
+    detail = {
+        "compiler estimate": True,
+        "topology": topology,
+        **arguments,
+        "remat": remat,
+        "temporary_gb": {name: step["memory"]["temp"] / 1e9 for name, step in found.items()},
+        "cycles": {name: step["cycles"] for name, step in found.items()},
+    }
+    ratios = {
+        "tpu_remat_memory_ratio": found[remat]["memory"]["temp"] / found["none"]["memory"]["temp"],
+        "tpu_remat_time_ratio": found[remat]["cycles"] / found["none"]["cycles"],
+    }
+    return [Row(name, value, "ratio", _TARGETS[name], detail) for name, value in ratios.items()]
+
+
 def bank_row(topology: str, arguments: dict[str, Any]) -> Row:
     """Compiles the bank's part of a step at a million rows."""
     overrides = {**arguments["overrides"], "bank.size": str(_MILLION_ROWS)}
@@ -223,6 +254,11 @@ def main(words: list[str]) -> int:
     parser.add_argument(
         "--cache", type=Path, default=Path("data/tpu_aot"), help="compiled programs"
     )
+    parser.add_argument(
+        "--remat",
+        choices=("norms", "blocks"),
+        help="also compare this setting of model.remat with none, on the first topology",
+    )
     parser.add_argument("--no-bank", action="store_true", help="leave out the row of a large bank")
     args, rest = parser.parse_known_args(words)
     try:
@@ -248,6 +284,10 @@ def main(words: list[str]) -> int:
         print(f"compiling the step for {topology}", file=sys.stderr)
         rows += step_rows(topology, arguments)
         # After each: a full step takes minutes.
+        write_json(args.json, rows)
+    if args.remat:
+        print(f"compiling the step with model.remat={args.remat}", file=sys.stderr)
+        rows += remat_rows(topologies[0], arguments, args.remat)
         write_json(args.json, rows)
     print_table(rows)
     return 0

@@ -88,6 +88,26 @@ def test_a_program_that_does_not_fit_says_by_how_much(
         tpu_aot.step_rows("v5e:4x4", {})
 
 
+def test_rematerialisation_is_compared_with_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = []
+
+    def compiled(target: str, arguments: dict[str, Any], environment: Any) -> dict[str, Any]:
+        settings.append(arguments["overrides"])
+        saved = arguments["overrides"]["model.remat"] == "blocks"
+        return {"memory": {"temp": 3e9 if saved else 10e9}, "cycles": 130 if saved else 100}
+
+    monkeypatch.setattr(tpu_aot, "run_child", compiled)
+    rows = tpu_aot.remat_rows("v5e:4x4", {"overrides": {"bank.size": "4096"}}, "blocks")
+    assert {row.name: row.value for row in rows} == {
+        "tpu_remat_memory_ratio": pytest.approx(0.3),
+        "tpu_remat_time_ratio": pytest.approx(1.3),
+    }
+    assert settings == [
+        {"bank.size": "4096", "model.remat": "none"},
+        {"bank.size": "4096", "model.remat": "blocks"},
+    ]
+
+
 def test_overrides_are_those_of_main() -> None:
     overrides = tpu_aot.parse_overrides(
         ["--config.model.video.lowering=folded", "--config.bank.size=131072"]
