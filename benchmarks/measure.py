@@ -107,7 +107,8 @@ def _cpu_model() -> str:
     return platform.processor()
 
 
-def _gpu() -> str:
+def gpu_name() -> str:
+    """Names of the GPUs that nvidia-smi lists; "none" without any."""
     try:
         listed = subprocess.run(
             ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
@@ -133,7 +134,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
-        "gpu": _gpu(),
+        "gpu": gpu_name(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "python": platform.python_version(),
         "libraries": {name: found for name in _LIBRARIES if (found := version(name))},

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 
 from avcl_jax.data.views import BACKWARD, FORWARD, Clip, frame_indices
-from benchmarks import bank, log_mel, rendering
+from benchmarks import bank, log_mel, rendering, steps, train_step
 from benchmarks.baselines import pyav_dataloader
 from benchmarks.formats import FORMATS
 from benchmarks.measure import (
@@ -73,6 +75,55 @@ def test_a_missing_package_skips_a_row_and_says_what_to_install() -> None:
     need("numpy")
     with pytest.raises(SkipError, match=r"pip install -r benchmarks/requirements\.txt"):
         need("no_such_package")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """A GPU that fits 128 clips of ours and 64 of PyTorch's; returns what was run on it."""
+    runs = []
+
+    def run(target: str, arguments: dict[str, Any], environment: Any = None) -> Any:
+        name = target.partition(":")[2]
+        if name == "gpu_seen":
+            return {"JAX": True, "PyTorch": True}
+        if name == "encoder_flops":
+            return 10**12
+        batch, ours = arguments["batch"], "pytorch" not in target
+        runs.append((target, batch))
+        if batch > (128 if ours else 64):
+            raise ChildError(
+                "XlaRuntimeError: RESOURCE_EXHAUSTED" if ours else "CUDA out of memory"
+            )
+        return [0.2 if ours else 0.5 if arguments["compiled"] else 0.6]
+
+    monkeypatch.setattr(train_step, "run_child", run)
+    monkeypatch.setattr(train_step, "gpu_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(train_step, "need", lambda _: None)
+    train_step._gpu_steps.cache_clear()
+    return runs
+
+
+def test_the_step_on_a_gpu_at_the_largest_batch_that_fits_both(gpu: list[tuple[str, int]]) -> None:
+    args = argparse.Namespace(gpu_batch=512, steps=3, repeats=5)
+    value, detail = train_step.step_over_pytorch_gpu(args)
+    assert (value, detail["batch"], detail["better"]) == (2.5, 64, "compiled")
+    share, detail = train_step.gpu_peak_share(args)
+    assert share == pytest.approx(64e12 / 0.2 / 989e12)
+    assert len([batch for _, batch in gpu if batch == 64]) == 3 * (1 + args.repeats)
+
+
+def test_without_a_gpu_its_rows_are_skipped(
+    gpu: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_step, "gpu_name", lambda: "none")
+    with pytest.raises(SkipError, match="lists no GPU"):
+        train_step.gpu_peak_share(argparse.Namespace(gpu_batch=512, steps=3, repeats=5))
+    assert gpu == []
+
+
+def test_flops_of_the_encoder_that_is_timed() -> None:
+    # 40.52 G multiplications forward, as torchvision publishes, and nothing back to the pixels.
+    assert steps.encoder_flops() == pytest.approx(3 * 2 * 40.52e9, rel=0.01)
 
 
 def test_neighbours_differ_where_rounding_cannot_have_exchanged_them(tmp_path: Path) -> None:

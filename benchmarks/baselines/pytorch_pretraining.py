@@ -247,7 +247,7 @@ def to_tensors(batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 def seconds_of_steps(*, steps: int, compiled: bool) -> list[float]:
     """Seconds of each step of the demo, its bank in use, after some that are not counted."""
     from benchmarks.batches import random_batch
-    from benchmarks.train_step import WARM_UP_STEPS
+    from benchmarks.steps import WARM_UP_STEPS
     from configs import pretrain
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))

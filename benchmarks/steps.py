@@ -1,0 +1,231 @@
+"""What `benchmarks.train_step` times, each function in a process of its own: steps of ours."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.measure import interleave
+
+CLIP = (16, 112, 112, 3)
+# Of the demo, not counted: compilation, and memory that is not there yet.
+WARM_UP_STEPS = 5
+
+
+def seconds_of_encoder_steps(*, batch: int, steps: int, dtype: str = "float32") -> list[float]:
+    """Seconds of each step of our R(2+1)D-18: forward, backward and AdamW, after one uncounted.
+
+    Args:
+        batch: clips.
+        steps: how many are timed.
+        dtype: of the computation; parameters, statistics and loss are float32.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+
+    from avcl_jax.models.encoders import create_encoder
+
+    encoder = create_encoder(
+        "video", "r2plus1d_18", {"subtract_time_mean": False, "dtype": jnp.dtype(dtype)}
+    )
+    clips = jnp.asarray(np.random.default_rng(0).normal(size=(batch, *CLIP)), jnp.float32)
+    variables = jax.jit(functools.partial(encoder.init, train=False))(jax.random.key(0), clips)
+    optimizer = optax.adamw(1e-4)
+
+    def step(state: Any, clips: Any) -> tuple[Any, Any]:
+        params, statistics, moments = state
+
+        def loss(params: Any) -> tuple[Any, Any]:
+            outputs, updated = encoder.apply(
+                {"params": params, "batch_stats": statistics},
+                clips,
+                train=True,
+                mutable=["batch_stats"],
+            )
+            return jnp.square(outputs["features"]).mean(), updated["batch_stats"]
+
+        (value, statistics), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, moments = optimizer.update(gradient, moments, params)
+        return (optax.apply_updates(params, updates), statistics, moments), value
+
+    state = (variables["params"], variables["batch_stats"], optimizer.init(variables["params"]))
+    compiled = jax.jit(step, donate_argnums=0)
+    seconds = []
+    for _ in range(1 + steps):
+        begin = time.perf_counter()
+        state, value = compiled(state, clips)
+        jax.block_until_ready((state, value))
+        seconds.append(time.perf_counter() - begin)
+    return seconds[1:]
+
+
+def gpu_seen() -> dict[str, bool]:
+    """Whether JAX and PyTorch, as they are installed, can use a GPU."""
+    import jax
+    import torch
+
+    return {"JAX": jax.default_backend() == "gpu", "PyTorch": torch.cuda.is_available()}
+
+
+def encoder_flops() -> int:
+    """Operations of convolutions of that R(2+1)D-18 for one clip, forward and backward."""
+    import jax
+    import jax.numpy as jnp
+
+    from avcl_jax.models.encoders import create_encoder
+    from benchmarks.model_flops import matrix_flops
+
+    encoder = create_encoder(
+        "video", "r2plus1d_18", {"subtract_time_mean": False, "lowering": "direct"}
+    )
+    clips = jax.ShapeDtypeStruct((1, *CLIP), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    variables = jax.eval_shape(functools.partial(encoder.init, train=False), key, clips)
+
+    def loss(params: Any, variables: Any, clips: Any) -> Any:
+        outputs, _ = encoder.apply(
+            variables | {"params": params}, clips, train=True, mutable=["batch_stats"]
+        )
+        return outputs["features"].sum()
+
+    return matrix_flops(jax.grad(loss), variables["params"], variables, clips)
+
+
+def seconds_of_demo_steps(*, steps: int) -> list[float]:
+    """Seconds of each step of the demo as it is trained, with its bank in use.
+
+    Args:
+        steps: how many; as many as the PyTorch step makes before it are not counted.
+    """
+    import dataclasses
+
+    import jax
+    import numpy as np
+
+    from avcl_jax.training import loop, sharding
+    from avcl_jax.training.step import jit_train_step
+    from benchmarks.batches import random_batch
+    from configs import pretrain
+
+    config = pretrain.get_config("demo")
+    mesh, init, step_function = loop.build(config)
+    key = jax.random.key(0)
+    state, shardings = init(key)
+    # Full, of other videos, and past its warm-up: its rows are drawn from the first step on.
+    size, rng = config.bank.size, np.random.default_rng(1)
+    rows = rng.normal(size=(2, size, config.model.embedding_dim)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
+    empty: Any = state.bank
+    bank = dataclasses.replace(
+        empty,
+        video=rows[0],
+        audio=rows[1],
+        source_id=config.global_batch_size + np.arange(size, dtype=np.int32) // 2,
+        has_video=np.ones(size, bool),
+        has_audio=np.ones(size, bool),
+        insertion=np.arange(size, dtype=np.int32),
+        inserted=np.int32(size),
+    )
+    step_number = np.int32(config.bank.warmup_steps)
+    state = jax.device_put(dataclasses.replace(state, bank=bank, step=step_number), shardings)
+    step = jit_train_step(step_function, mesh, shardings)
+    batch = jax.device_put(random_batch(config), sharding.rows_sharding(mesh))
+    seconds = []
+    for _ in range(WARM_UP_STEPS + steps):
+        begin = time.perf_counter()
+        state, metrics = step(state, batch, key)
+        jax.block_until_ready((state, metrics))
+        seconds.append(time.perf_counter() - begin)
+    used = float(metrics["vv/bank_positives"].compute())
+    if used != config.bank.num_positives:
+        raise RuntimeError(f"anchors got {used} bank positives: the bank was not in use")
+    return seconds[WARM_UP_STEPS:]
+
+
+def seconds_of_demo_parts(*, repeats: int) -> dict[str, list[float]]:
+    """Seconds of the demo's step and of parts of it, each compiled by itself, in turns.
+
+    Returns:
+        `step`, the whole; `encoders`, forward and backward of both; `inputs`, the augmentation and
+        what else makes inputs of a batch.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from avcl_jax import experiment
+    from avcl_jax.training import loop, sharding
+    from avcl_jax.training.step import prepare_inputs
+    from benchmarks.batches import random_batch
+    from configs import pretrain
+
+    config = pretrain.get_config("demo")
+    mesh, init, step_function = loop.build(config)
+    key = jax.random.key(0)
+    state, shardings = init(key)
+    spec = experiment.render_spec(config)
+    mel = spec.log_mel
+    batch = random_batch(config)
+    whole = sharding.replicated(mesh)
+    step = jax.jit(step_function, in_shardings=(shardings, sharding.rows_sharding(mesh), whole))
+    prepare = jax.jit(
+        functools.partial(
+            prepare_inputs,
+            spec=spec,
+            pixel_mean=config.pixels.mean,
+            pixel_std=config.pixels.std,
+            augmentation=(experiment.photometric_spec(config), experiment.spectral_spec(config)),
+            key=key,
+        )
+    )
+    inputs = jax.block_until_ready(prepare(batch))
+    networks = {
+        "video": experiment.video_encoder(config),
+        "audio": experiment.audio_encoder(config),
+    }
+    arrays = {
+        "video": inputs["video"].reshape(-1, *spec.video_shape),
+        "audio": inputs["spectrogram"].reshape(-1, mel.frames, mel.mels),
+    }
+
+    def encode(variables: Any, arrays: Any) -> Any:
+        def loss(params: Any) -> Any:
+            total = jnp.zeros(())
+            for name, network in networks.items():
+                outputs, _ = network.apply(
+                    variables[name] | {"params": params[name]},
+                    arrays[name],
+                    train=True,
+                    mutable=["batch_stats"],
+                )
+                total += jnp.square(outputs["features"]).mean()
+            return total
+
+        return jax.grad(loss)({name: variables[name]["params"] for name in networks})
+
+    variables = {
+        name: {
+            "params": state.params[f"{name}_encoder"],
+            "batch_stats": state.batch_stats[f"{name}_encoder"],
+        }
+        for name in networks
+    }
+    encode_compiled = jax.jit(encode)
+    batch = jax.device_put(batch, sharding.rows_sharding(mesh))
+    calls: dict[str, Callable[[], Any]] = {
+        "step": lambda: step(state, batch, key),
+        "encoders": lambda: encode_compiled(variables, arrays),
+        "inputs": lambda: prepare(batch),
+    }
+
+    def timed(call: Callable[[], Any]) -> float:
+        begin = time.perf_counter()
+        jax.block_until_ready(call())
+        return time.perf_counter() - begin
+
+    measurements = {name: functools.partial(timed, call) for name, call in calls.items()}
+    interleave(measurements, repeats=2)  # compilation, and memory that is not there yet
+    return interleave(measurements, repeats=repeats)
