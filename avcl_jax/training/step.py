@@ -115,7 +115,6 @@ def prepare_inputs(
     Returns:
         `video`, `spectrogram`, `has_video`, `has_audio`.
     """
-    video = to_unit_range(batch["video"])
     if spec.spectrogram_on_device:
         spectrogram = log_mel(batch["audio_windows"], spec.log_mel, jnp)
     else:
@@ -123,10 +122,26 @@ def prepare_inputs(
     if augmentation is not None:
         assert key is not None, "augmentation needs a key"
         video_key, audio_key = jax.random.split(key)
-        video = photometric(video_key, video, augmentation[0])
         spectrogram = spectral(audio_key, spectrogram, augmentation[1])
+
+    def pictures(video: Array) -> Array:
+        video = to_unit_range(video)
+        if augmentation is not None:
+            video = photometric(video_key, video, augmentation[0])
+        return standardize(video, pixel_mean, pixel_std)
+
+    def pictures_once(video: Array) -> Array:
+        # XLA's CPU compiler would compute all this once more inside of each operation that reads
+        # it, and drops `optimization_barrier`. It does not look into a condition.
+        return jax.lax.cond(
+            batch["has_video"].any(),
+            pictures,
+            lambda video: jnp.zeros(video.shape, jnp.float32),
+            video,
+        )
+
     return {
-        "video": standardize(video, pixel_mean, pixel_std),
+        "video": jax.lax.platform_dependent(batch["video"], cpu=pictures_once, default=pictures),
         "spectrogram": spectrogram,
         "has_video": batch["has_video"],
         "has_audio": batch["has_audio"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import jax
 import numpy as np
@@ -13,7 +14,9 @@ from avcl_jax.data.pipeline import to_device_batch, train_batches
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.training import loop, sharding
-from avcl_jax.training.step import LossSpec
+from avcl_jax.training.step import LossSpec, prepare_inputs
+from benchmarks.batches import random_batch
+from configs import pretrain
 from tests.data.synthetic_records import make_record, write_records
 from tests.training.small import small_config
 
@@ -121,3 +124,23 @@ def test_an_objective_without_terms_or_with_unknown_ones_is_refused():
         LossSpec(weights={"vv": 0.0}, **options)
     with pytest.raises(ValueError, match=r"unknown loss terms \['speed'\]"):
         LossSpec(weights={"speed": 1.0}, **options)
+
+
+def test_pictures_are_augmented_once_however_many_operations_read_them():
+    config = pretrain.get_config("demo")
+    spec = experiment.render_spec(config)
+
+    def read_twice(batch):
+        video = prepare_inputs(
+            batch,
+            spec,
+            pixel_mean=config.pixels.mean,
+            pixel_std=config.pixels.std,
+            augmentation=(experiment.photometric_spec(config), experiment.spectral_spec(config)),
+            key=jax.random.key(0),
+        )["video"]
+        return video - video.mean(axis=2, keepdims=True)
+
+    text = jax.jit(read_twice).lower(random_batch(config)).compile().as_text()
+    heads = re.findall(r"^%fused\S* \(.*", text, re.MULTILINE)
+    assert len([head for head in heads if "u8[" in head]) == 1
