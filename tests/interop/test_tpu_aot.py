@@ -97,7 +97,8 @@ def test_cycles_memory_and_times_are_told(found: dict[str, Any]) -> None:
     estimated = tpu_aot.estimate(TOPOLOGY, found)
     assert found["cycles"] > 0
     assert found["cycles_by_part"]["video_encoder"] > 0
-    assert found["loops_of_unknown_length"] == 0
+    # The rounds in which each of the four draws asks for what it picked; one, in general.
+    assert found["loops_of_unknown_length"] == 4
     assert 0 < estimated["mfu"] < 1
     assert estimated["interconnect_ms"] > 0
     assert 0 < estimated["hbm_share"] < 0.1
