@@ -10,7 +10,7 @@ import argparse
 import importlib.util
 import math
 import re
-import resource
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,6 @@ _TARGETS = {
     "tpu_remat_time_ratio": Target("<=", 1.35),
 }
 _MILLION_ROWS = 2**20
-_STACK_BYTES = 2**32
 
 
 def need_libtpu() -> None:
@@ -113,6 +112,12 @@ def step_rows(topology: str, arguments: dict[str, Any]) -> list[Row]:
             environment=ENVIRONMENT,
         )
     except ChildError as error:
+        if f"status {-signal.SIGSEGV}" in str(error):
+            crash = {"skipped": "the compiler ended with a segmentation fault", **arguments}
+            return [
+                Row(row, None, "share", _TARGETS.get(row), {"topology": topology, **crash})
+                for row in (share, mfu)
+            ]
         needed = _too_large(str(error))
         if needed is None:
             raise
@@ -277,11 +282,6 @@ def main(words: list[str]) -> int:
     except (ValueError, SkipError) as error:
         print(f"benchmarks.tpu_aot: error: {error}", file=sys.stderr)
         return 1
-    # Passes of the compiler call themselves along long chains of operations: with the usual 8 MB of
-    # stack the step for v6e ended it with a segmentation fault. Processes inherit the limit.
-    _, most = resource.getrlimit(resource.RLIMIT_STACK)
-    wanted = _STACK_BYTES if most == resource.RLIM_INFINITY else min(most, _STACK_BYTES)
-    resource.setrlimit(resource.RLIMIT_STACK, (wanted, most))
     rows: list[Row] = []
     if not args.no_bank:
         print("compiling the bank of a million rows", file=sys.stderr)

@@ -88,6 +88,19 @@ def test_a_program_that_does_not_fit_says_by_how_much(
         tpu_aot.step_rows("v5e:4x4", {})
 
 
+def test_a_compiler_that_dies_leaves_the_other_topologies(monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(*_: Any, **__: Any) -> None:
+        raise measure.ChildError("benchmarks.tpu_compile:compile_step failed with status -11:\n")
+
+    monkeypatch.setattr(tpu_aot, "run_child", die)
+    rows = tpu_aot.step_rows("v6e:4x4", {})
+    assert [(row.name, row.verdict) for row in rows] == [
+        ("tpu_v6e_16_hbm_share", "SKIPPED"),
+        ("tpu_v6e_16_mfu_estimate", "SKIPPED"),
+    ]
+    assert "segmentation fault" in rows[0].detail["skipped"]
+
+
 def test_rematerialisation_is_compared_with_none(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = []
 
