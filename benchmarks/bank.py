@@ -158,11 +158,10 @@ def memory_of_sampling() -> dict[str, int]:
 
     from avcl_jax.objectives import feature_bank
     from avcl_jax.training import loop
+    from benchmarks.batches import draw_all
     from configs import pretrain
 
     spec = loop.loss_spec(pretrain.get_config("kinetics400"))
-    sampling = spec.bank
-    assert sampling is not None
     rows, queries = rows_and_queries()
     numbers, present = np.arange(ROWS, dtype=np.int32), np.ones(ROWS, bool)
     bank = jax.device_put(
@@ -182,26 +181,20 @@ def memory_of_sampling() -> dict[str, int]:
     videos = jnp.arange(len(views), dtype=jnp.int32)
 
     def draw(bank: Any, views: Any, videos: Any, key: Any) -> list[Any]:
-        return [
-            feature_bank.sample(
-                bank,
-                jax.random.fold_in(key, number),
-                anchors_video=views,
-                anchors_audio=views,
-                has_video=videos >= 0,
-                has_audio=videos >= 0,
-                source_id=-1 - videos,
-                anchor_id=videos,
-                active=True,
-                anchor_modality=anchor,
-                target_modality=target,
-                sampling=sampling,
-                terms=spec.bank_terms,
-                mesh=None,
-                data_axes=(),
-            )
-            for number, (anchor, target) in enumerate(spec.bank_terms)
-        ]
+        return draw_all(
+            bank,
+            key,
+            spec,
+            anchors_video=views,
+            anchors_audio=views,
+            has_video=videos >= 0,
+            has_audio=videos >= 0,
+            source_id=-1 - videos,
+            anchor_id=videos,
+            active=True,
+            mesh=None,
+            data_axes=(),
+        )
 
     arguments = (bank, views, videos, jax.random.key(0))
     compiled = jax.jit(draw).lower(*arguments).compile()

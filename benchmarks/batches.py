@@ -1,14 +1,17 @@
-"""A batch of the pipeline's shapes without any data, for benchmarks of the training step."""
+"""What benchmarks of the training step feed it: a batch without data, all draws from the bank."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 
 from avcl_jax import experiment
 from avcl_jax.data.pipeline import batch_shapes
+from avcl_jax.objectives import feature_bank
+from avcl_jax.training.step import LossSpec
 
 
 def random_batch(config: ml_collections.ConfigDict, *, seed: int = 0) -> dict[str, Any]:
@@ -42,3 +45,29 @@ def random_batch(config: ml_collections.ConfigDict, *, seed: int = 0) -> dict[st
         else:
             batch[name] = rng.integers(0, kinds.get(task, 1), shape).astype(dtype)
     return batch
+
+
+def draw_all(
+    bank: feature_bank.FeatureBank, key: Any, spec: LossSpec, **arguments: Any
+) -> list[feature_bank.BankSample]:
+    """The rows that a step draws for all of its terms.
+
+    Args:
+        bank: feature bank.
+        key: of the step.
+        spec: terms and sampling; with a bank.
+        **arguments: of `feature_bank.sample`, the same for all terms.
+    """
+    assert spec.bank is not None
+    return [
+        feature_bank.sample(
+            bank,
+            jax.random.fold_in(key, number),
+            anchor_modality=anchor,
+            target_modality=target,
+            sampling=spec.bank,
+            terms=spec.bank_terms,
+            **arguments,
+        )
+        for number, (anchor, target) in enumerate(spec.bank_terms)
+    ]

@@ -31,6 +31,7 @@ from avcl_jax.training import loop, sharding
 from avcl_jax.training.state import state_shardings
 from avcl_jax.training.step import jit_train_step
 from benchmarks import hlo_costs
+from benchmarks.batches import draw_all
 from benchmarks.measure import version
 from benchmarks.model_flops import matrix_flops
 from configs import pretrain
@@ -261,33 +262,26 @@ def compile_bank(
     spec = loop.loss_spec(config)
     if spec.bank is None:
         raise ValueError("bank.size is 0: there is no bank to compile")
-    sampling = spec.bank
     count, dim = config.global_batch_size, config.model.embedding_dim
     numbers = jax.ShapeDtypeStruct((count,), np.int32)
     present = jax.ShapeDtypeStruct((count,), np.bool_)
     embeddings = jax.ShapeDtypeStruct((count, 2, dim), np.float32)
 
     def run(bank, key, video, audio, has_video, has_audio, source_id, anchor_id):
-        drawn = [
-            feature_bank.sample(
-                bank,
-                jax.random.fold_in(key, number),
-                anchors_video=video,
-                anchors_audio=audio,
-                has_video=has_video,
-                has_audio=has_audio,
-                source_id=source_id,
-                anchor_id=anchor_id,
-                active=feature_bank.is_full(bank),
-                anchor_modality=anchor,
-                target_modality=target,
-                sampling=sampling,
-                terms=spec.bank_terms,
-                mesh=mesh,
-                data_axes=axes,
-            )
-            for number, (anchor, target) in enumerate(spec.bank_terms)
-        ]
+        drawn = draw_all(
+            bank,
+            key,
+            spec,
+            anchors_video=video,
+            anchors_audio=audio,
+            has_video=has_video,
+            has_audio=has_audio,
+            source_id=source_id,
+            anchor_id=anchor_id,
+            active=feature_bank.is_full(bank),
+            mesh=mesh,
+            data_axes=axes,
+        )
         after = feature_bank.insert(
             bank,
             video,

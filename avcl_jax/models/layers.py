@@ -59,10 +59,8 @@ class Conv3D(nn.Module):
     """A 3-D convolution without bias whose kernel may be lowered as a 2-D one.
 
     A kernel of shape (1, h, w) or (t, 1, 1) is the same function as a 2-D convolution over frames
-    or over flattened pixels. On a TPU the plain 3-D form is the faster one; on a CPU the 2-D form
-    is (design section 4), because XLA's CPU backend has no fast 3-D kernel. `auto` picks by the
-    default backend when the function is traced; training names the form of its mesh's platform
-    instead (`experiment.audio_visual_model`). The parameters are the same for all forms.
+    or over flattened pixels; `models.convolution` chooses. The parameters are the same for all
+    forms.
 
     Attributes:
         features: output channels.
