@@ -113,6 +113,24 @@ class Encoder:
             features.append(np.asarray(encoded)[: len(batch)])
         return np.concatenate(features)
 
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one clip: [time, height, width, 3] or [frames, mels]."""
+        return _example_shape(self.preprocess)
+
+    @classmethod
+    def of_module(
+        cls,
+        module: nn.Module,
+        params: Mapping[str, Any],
+        preprocessing: VideoPreprocessing | AudioPreprocessing,
+        *,
+        source: Mapping[str, Any],
+    ) -> Encoder:
+        """Makes an encoder of its parts; `source` says where it comes from, in JSON."""
+        config = _describe(module, preprocessing, source)
+        return cls(config["modality"], params, preprocessing, config, module)
+
     @functools.cached_property
     def _jitted(self) -> Any:
         return jax.jit(self.apply, static_argnames="pooled")
@@ -155,14 +173,8 @@ def export_encoder(
         for key, value in flax.traverse_util.flatten_dict(dict(params), sep="/").items()
     }
     (directory / _WEIGHTS).write_bytes(safetensors.numpy.save(flat))
-    config = {
-        "format_version": FORMAT_VERSION,
-        "modality": "video" if isinstance(preprocessing, VideoPreprocessing) else "audio",
-        "encoder": {"class": name, **_module_arguments(encoder)},
-        "preprocessing": dataclasses.asdict(preprocessing),
-        "stablehlo": {"inputs": [*sorted(flat), "batch"], "output": "features"},
-        "source": dict(source),
-    }
+    config = _describe(encoder, preprocessing, source)
+    config["stablehlo"] = {"inputs": [*sorted(flat), "batch"], "output": "features"}
     loaded = _build(config, flat, where=str(directory))
     (directory / _STABLEHLO).write_bytes(_stablehlo(loaded, flat))
     (directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -294,6 +306,21 @@ def _build(config: Mapping[str, Any], flat: Mapping[str, np.ndarray], *, where: 
     _check_weights(module, preprocessing, flat, where)
     params = flax.traverse_util.unflatten_dict(dict(flat), sep="/")
     return Encoder(modality, params, preprocessing, config, module)
+
+
+def _describe(
+    module: nn.Module,
+    preprocessing: VideoPreprocessing | AudioPreprocessing,
+    source: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Returns what config.json says of an encoder."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "modality": "video" if isinstance(preprocessing, VideoPreprocessing) else "audio",
+        "encoder": {"class": type(module).__name__, **_module_arguments(module)},
+        "preprocessing": dataclasses.asdict(preprocessing),
+        "source": dict(source),
+    }
 
 
 def _hashable(value: Any) -> Any:

@@ -1,0 +1,114 @@
+"""A whole clip in memory: what is cut into segments, transformed, and fingerprinted."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from avcl_jax.data.decode import decode_jpegs
+from avcl_jax.data.media import Source, decode_audio, decode_frames
+from avcl_jax.data.media_error import MediaError
+from avcl_jax.data.record_format import Record
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodedMedia:
+    """Pictures and mono sound of one clip on one timeline, whose zero is the clip's start.
+
+    Attributes:
+        frames: uint8 [frames, height, width, 3], RGB, upright; [0, 0, 0, 3] without a picture.
+        frame_seconds: float64 [frames], strictly increasing, when each frame appears.
+        waveform: int16 [samples]; empty without sound.
+        sample_rate_hz: of `waveform`; 0 without sound.
+        audio_start_seconds: when `waveform[0]` sounds.
+        duration_seconds: when the last frame ends or the last sample sounds, whichever is later.
+    """
+
+    frames: np.ndarray
+    frame_seconds: np.ndarray
+    waveform: np.ndarray
+    sample_rate_hz: int
+    audio_start_seconds: float
+    duration_seconds: float
+
+    @property
+    def has_video(self) -> bool:
+        """Whether there are pictures."""
+        return len(self.frames) > 0
+
+    @property
+    def has_audio(self) -> bool:
+        """Whether there is sound."""
+        return len(self.waveform) > 0
+
+    @property
+    def fps(self) -> float:
+        """Mean rate of the pictures; 0 with fewer than two."""
+        if len(self.frames) < 2:
+            return 0.0
+        return (len(self.frames) - 1) / float(self.frame_seconds[-1] - self.frame_seconds[0])
+
+
+def no_frames() -> np.ndarray:
+    """The pictures of a clip that has none."""
+    return np.empty((0, 0, 0, 3), np.uint8)
+
+
+def decode_media(
+    path: Source,
+    *,
+    short_side: int | None,
+    max_fps: float | None,
+    sample_rate_hz: int,
+    start_seconds: float = 0.0,
+    end_seconds: float | None = None,
+) -> DecodedMedia:
+    """Decodes a media file, or an interval of it, into memory.
+
+    Args:
+        path: local file, or a file's content.
+        short_side: height or width to scale down to, whichever is shorter; None for as it is.
+        max_fps: frames are dropped to this rate on average; None keeps all.
+        sample_rate_hz: rate to resample the sound to.
+        start_seconds: where the interval begins in the file.
+        end_seconds: where it ends; None for the file's end.
+
+    Raises:
+        MediaError: if the file cannot be decoded, or has neither picture nor sound there.
+    """
+    interval = {"start_seconds": start_seconds, "end_seconds": end_seconds}
+    shown = list(decode_frames(path, short_side=short_side, max_fps=max_fps, **interval))
+    sound = decode_audio(path, sample_rate_hz=sample_rate_hz, **interval)
+    if not shown and sound is None:
+        raise MediaError("empty", "neither picture nor sound in this interval")
+    ends = []
+    if shown:
+        gap = shown[-1].seconds - shown[-2].seconds if len(shown) > 1 else 0.0
+        ends.append(shown[-1].seconds + (shown[-1].duration_seconds or gap))
+    if sound is not None:
+        ends.append(sound.start_seconds + len(sound.waveform) / sample_rate_hz)
+    return DecodedMedia(
+        frames=np.stack([frame.image for frame in shown]) if shown else no_frames(),
+        frame_seconds=np.array([frame.seconds for frame in shown]) - start_seconds,
+        waveform=np.empty(0, np.int16) if sound is None else sound.waveform,
+        sample_rate_hz=0 if sound is None else sample_rate_hz,
+        audio_start_seconds=0.0 if sound is None else sound.start_seconds - start_seconds,
+        duration_seconds=max(ends) - start_seconds,
+    )
+
+
+def decode_record(record: Record) -> DecodedMedia:
+    """Decodes a prepared record into memory.
+
+    Raises:
+        ValueError: if a frame is no JPEG.
+    """
+    return DecodedMedia(
+        frames=decode_jpegs(record.frames) if record.has_video else no_frames(),
+        frame_seconds=record.frame_seconds,
+        waveform=record.waveform,
+        sample_rate_hz=record.sample_rate_hz,
+        audio_start_seconds=record.audio_start_seconds,
+        duration_seconds=record.duration_seconds,
+    )

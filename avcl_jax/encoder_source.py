@@ -1,0 +1,174 @@
+"""Encoders by where they are: a run, its export, or weights imported from PyTorch.
+
+Everything that uses trained encoders names them by one path:
+
+- the workdir of a pretraining run, of which the newest checkpoint counts;
+- a directory that holds `video` or `audio` or both as `configs/export.py` and
+  `configs/import_weights.py` write them, or the workdir above it;
+- the directory of one exported encoder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+
+from avcl_jax import experiment
+from avcl_jax.export import Encoder, ExportError, encoder_variables, load_encoder
+from avcl_jax.training.checkpoint import load_variables
+
+MODALITIES = ("video", "audio")
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderSource:
+    """Encoders, and what identifies them.
+
+    Attributes:
+        path: where they came from.
+        encoders: modality -> encoder; a run of one modality has one.
+        fingerprint: SHA-256 over names, shapes and values of the weights and over architecture and
+            preprocessing: equal for a checkpoint and its export.
+        step: training step, None where it is unknown (imported weights).
+    """
+
+    path: str
+    encoders: Mapping[str, Encoder]
+    fingerprint: str
+    step: int | None
+
+    def require(self, modality: str) -> Encoder:
+        """Returns the encoder of `modality`.
+
+        Raises:
+            ExportError: if there is none.
+        """
+        if modality not in self.encoders:
+            raise ExportError(
+                f"{self.path} has no {modality} encoder, only {' and '.join(self.encoders)}"
+            )
+        return self.encoders[modality]
+
+
+def open_encoders(path: epath.PathLike) -> EncoderSource:
+    """Loads the encoders that `path` names, as the module says.
+
+    Args:
+        path: local or gs://.
+
+    Raises:
+        ExportError: if it holds neither a run nor an exported encoder, or a damaged one.
+        CheckpointError: if it holds a run without a checkpoint.
+    """
+    directory = epath.Path(path)
+    if not directory.is_dir():
+        raise ExportError(
+            f"there is no directory {directory}: give the workdir of a run, or an exported encoder"
+        )
+    if (directory / "checkpoints").exists():
+        return _of_run(directory)
+    if (directory / "config.json").exists():
+        encoder = load_encoder(directory)
+        return _source(directory, {encoder.modality: encoder})
+    for parent in (directory, directory / "export"):
+        found = [m for m in MODALITIES if (parent / m / "config.json").exists()]
+        if found:
+            return _source(directory, {m: load_encoder(parent / m) for m in found})
+    raise ExportError(
+        f"{directory} holds {sorted(p.name for p in directory.iterdir())}, neither checkpoints nor "
+        "exported encoders: pretrain there, or export to it"
+    )
+
+
+def random_like(source: EncoderSource, seed: int) -> EncoderSource:
+    """Returns encoders of the same architecture and preprocessing with newly drawn weights.
+
+    Args:
+        source: whose architecture.
+        seed: of the draw.
+    """
+    encoders = {}
+    for number, (modality, encoder) in enumerate(source.encoders.items()):
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        encoders[modality] = dataclasses.replace(encoder, params=new_weights(encoder, key))
+    renewed = _source(epath.Path(source.path), encoders)
+    return dataclasses.replace(renewed, path=f"random like {source.path}", step=None)
+
+
+def new_weights(encoder: Encoder, key: jax.Array) -> dict[str, Any]:
+    """Draws the weights of an encoder anew, as training would begin."""
+    example = jnp.zeros((1, *encoder.input_shape), jnp.float32)
+    init = jax.jit(functools.partial(encoder.module.init, train=False))
+    return jax.device_get(dict(init(key, example)))
+
+
+def load_run(
+    workdir: epath.PathLike,
+) -> tuple[ml_collections.ConfigDict, dict[str, Any], int]:
+    """Loads a pretraining run: what is needed for its heads, which an export leaves out.
+
+    Args:
+        workdir: of the run, local or gs://.
+
+    Returns:
+        Config with which it ran, variables of `experiment.audio_visual_model`, step.
+
+    Raises:
+        ExportError: if `workdir` holds no run.
+        CheckpointError: if the run has no checkpoint.
+    """
+    directory = epath.Path(workdir)
+    path = directory / "config.json"
+    if not (directory / "checkpoints").exists() or not path.exists():
+        raise ExportError(
+            f"{directory} holds no pretraining run; an exported encoder will not do here, because "
+            "this needs the heads that were trained with it"
+        )
+    variables, step = load_variables(directory)
+    return experiment.from_json(path.read_text()), variables, step
+
+
+def _of_run(directory: epath.Path) -> EncoderSource:
+    config, variables, step = load_run(directory)
+    model = experiment.audio_visual_model(config)
+    encoders = {}
+    for modality, preprocessing in experiment.preprocessings(config).items():
+        module = getattr(model, f"{modality}_encoder")
+        if module is not None:
+            encoders[modality] = Encoder.of_module(
+                module.clone(remat="none"),
+                encoder_variables(variables, modality),
+                preprocessing,
+                source={"workdir": str(directory), "name": config.name, "step": step},
+            )
+    return _source(directory, encoders)
+
+
+def _source(directory: epath.Path, encoders: Mapping[str, Encoder]) -> EncoderSource:
+    digest = hashlib.sha256()
+    for modality, encoder in sorted(encoders.items()):
+        described = {k: encoder.config[k] for k in ("encoder", "preprocessing")}
+        digest.update(f"{modality} {json.dumps(described, sort_keys=True)}".encode())
+        flat = flax.traverse_util.flatten_dict(dict(encoder.params), sep="/")
+        for name, value in sorted(flat.items()):
+            array = np.ascontiguousarray(value)
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(array.tobytes())
+    steps = {encoder.config["source"].get("step") for encoder in encoders.values()}
+    return EncoderSource(
+        path=str(directory),
+        encoders=dict(encoders),
+        fingerprint=digest.hexdigest(),
+        step=steps.pop() if len(steps) == 1 else None,
+    )
