@@ -77,9 +77,18 @@ def decode_media(
     Raises:
         MediaError: if the file cannot be decoded, or has neither picture nor sound there.
     """
-    interval = {"start_seconds": start_seconds, "end_seconds": end_seconds}
-    shown = list(decode_frames(path, short_side=short_side, max_fps=max_fps, **interval))
-    sound = decode_audio(path, sample_rate_hz=sample_rate_hz, **interval)
+    shown = list(
+        decode_frames(
+            path,
+            short_side=short_side,
+            max_fps=max_fps,
+            start_seconds=start_seconds,
+            end_seconds=end_seconds,
+        )
+    )
+    sound = decode_audio(
+        path, sample_rate_hz=sample_rate_hz, start_seconds=start_seconds, end_seconds=end_seconds
+    )
     if not shown and sound is None:
         raise MediaError("empty", "neither picture nor sound in this interval")
     ends = []
