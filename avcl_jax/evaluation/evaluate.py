@@ -35,9 +35,10 @@ from avcl_jax.evaluation.fixed_views import fixed_views
 from avcl_jax.evaluation.null_control import NullControl, null_control, render_null_views
 from avcl_jax.evaluation.probe import ProbeResult, gap_closed, linear_probe, trivial_statistics
 from avcl_jax.evaluation.retrieval import retrieval_scores
-from avcl_jax.evaluation.summary import Stages, finished, print_paths, write_summary
+from avcl_jax.evaluation.summary import finished, write_summary
 from avcl_jax.evaluation.supervised import Fit, FitSpec, Prepare, fit_classifier
 from avcl_jax.evaluation.temporal import score_task
+from avcl_jax.evaluation.written import Stages, print_paths
 from avcl_jax.export import check_run
 from avcl_jax.models.audio_visual import AudioVisualModel
 from avcl_jax.objectives.temporal import TERMS, temporal_targets

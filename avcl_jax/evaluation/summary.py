@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,45 +26,11 @@ from avcl_jax.evaluation.exhibits import (
 )
 from avcl_jax.evaluation.report import render_report
 from avcl_jax.evaluation.report_content import Map, Modality, ReportContent, Search
+from avcl_jax.evaluation.written import Stages, print_paths, versions, write_text
 from avcl_jax.training.metric_writer import peak_memory_gb
 
-_PACKAGES = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "grain",
-    "librosa",
-    "av",
-    "numpy",
-    "scikit-learn",
-)
 _DIRECTIONS = ("forward", "backward")
 _ORDERS = ("before", "overlap", "after")
-
-
-class Stages:
-    """Says what is being done, and keeps how long each part took."""
-
-    def __init__(self) -> None:
-        """Starts the clock."""
-        self.seconds: dict[str, float] = {}
-        self._began = time.monotonic()
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Times one part."""
-        began = time.monotonic()
-        print(f"evaluation: {name} …", end="", flush=True)
-        yield
-        self.seconds[name] = round(time.monotonic() - began, 1)
-        print(f" {self.seconds[name]:.0f} s", flush=True)
-
-    @property
-    def total(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self._began
 
 
 def write_summary(
@@ -131,14 +93,9 @@ def write_summary(
         config=experiment.to_json(config),
         **shown,
     )
-    _write(workdir / "report.html", render_report(content))
-    _write(workdir / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+    write_text(workdir / "report.html", render_report(content))
+    write_text(workdir / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
     print_paths(workdir)
-
-
-def print_paths(workdir: epath.Path) -> None:
-    """Prints where the report and the results are."""
-    print(f"report  {workdir / 'report.html'}\nresults {workdir / 'results.json'}", flush=True)
 
 
 def finished(workdir: epath.Path, fingerprint: str) -> dict[str, Any] | None:
@@ -148,12 +105,6 @@ def finished(workdir: epath.Path, fingerprint: str) -> dict[str, Any] | None:
         return None
     results = json.loads(path.read_text())
     return results if "fingerprint" in results and results["fingerprint"] == fingerprint else None
-
-
-def _write(path: epath.Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".writing")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def _shown(
@@ -312,12 +263,6 @@ def _run(
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, "
         f"{jax.device_count()} × {jax.devices()[0].device_kind}",
     }
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that decide the numbers."""
-    found = {"python": platform.python_version(), "platform": sys.platform}
-    return found | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def _preparation_seconds(directory: epath.PathLike) -> float | None:

@@ -1,0 +1,178 @@
+"""Table of runs of one protocol, with paired significance.
+
+    python -m avcl_jax.evaluation.compare RUN RUN …
+
+Each RUN is a workdir with results.json and outcomes.npz. The first is what the others are compared
+with: difference, its 95 % interval by paired bootstrap over sources, and the p-value of exchanging
+the two runs' outcomes source by source, corrected for the number of comparisons of a metric (Holm).
+It says how sure one can be about *these trained encoders* on other videos of the kind; whether a
+method is better needs several trainings of each, as `configs/ablation.py` runs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from avcl_jax.evaluation.protocol import (
+    OUTCOMES,
+    RESULTS,
+    Outcomes,
+    ProtocolError,
+    in_unit,
+    read_outcomes,
+)
+from avcl_jax.evaluation.significance import Comparison, compare, holm
+
+
+def read_run(workdir: epath.PathLike) -> tuple[dict[str, Any], Outcomes]:
+    """Reads the results and outcomes of a protocol.
+
+    Raises:
+        ProtocolError: if there are none, or they are damaged.
+    """
+    path = epath.Path(workdir) / RESULTS
+    try:
+        results = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ProtocolError(f"{workdir} holds no {RESULTS}: run a protocol with it") from None
+    except ValueError as error:
+        raise ProtocolError(f"{path} is damaged ({error}): run the protocol again") from error
+    if "protocol" not in results:
+        raise ProtocolError(
+            f"{path} is the evaluation of a pretraining run, not of a protocol of configs/"
+        )
+    return results, read_outcomes(path.with_name(OUTCOMES))
+
+
+def compare_runs(
+    runs: Sequence[tuple[Mapping[str, Any], Outcomes]], *, resamples: int, seed: int
+) -> dict[str, list[Comparison]]:
+    """Compares every run with the first.
+
+    Args:
+        runs: as `read_run` gives them, at least two.
+        resamples: of the bootstrap, and exchanges of the test.
+        seed: of both.
+
+    Returns:
+        For each metric that all runs have, the comparisons of the runs after the first, with
+        p-values corrected for their number.
+
+    Raises:
+        ProtocolError: if they are not of one protocol and version, or not over the same units.
+    """
+    results, outcomes = zip(*runs, strict=True)
+    for other, found in zip(results[1:], outcomes[1:], strict=True):
+        for key in ("protocol", "protocol_version"):
+            if other[key] != results[0][key]:
+                raise ProtocolError(
+                    f"runs of {results[0]['protocol']} version {results[0]['protocol_version']} "
+                    f"and {other['protocol']} version {other['protocol_version']} have no figure "
+                    "in common"
+                )
+        different = set(found.units) ^ set(outcomes[0].units)
+        if different:
+            raise ProtocolError(
+                f"runs are over different units, {len(different)} are in one only, for instance "
+                f"{min(different)}: compare runs on the same data"
+            )
+    order = [_order(outcomes[0].units, found.units) for found in outcomes]
+    compared = {}
+    for name, figure in results[0]["metrics"].items():
+        if not all(name in other["metrics"] for other in results):
+            continue
+        inputs = [
+            [found.values[key][rows] for key in figure["inputs"]]
+            for found, rows in zip(outcomes, order, strict=True)
+        ]
+        pairs = [
+            compare(
+                figure["kind"],
+                inputs[0],
+                theirs,
+                np.array(outcomes[0].sources),
+                resamples=resamples,
+                seed=seed,
+            )
+            for theirs in inputs[1:]
+        ]
+        corrected = holm([pair.p_value for pair in pairs])
+        compared[name] = [
+            pair._replace(p_value=p) for pair, p in zip(pairs, corrected, strict=True)
+        ]
+    return compared
+
+
+def _order(wanted: Sequence[str], found: Sequence[str]) -> np.ndarray:
+    """Returns where each of the wanted units stands among those found."""
+    place = {unit: number for number, unit in enumerate(found)}
+    return np.array([place[unit] for unit in wanted])
+
+
+def as_table(
+    names: Sequence[str],
+    results: Sequence[Mapping[str, Any]],
+    compared: Mapping[str, Sequence[Comparison]],
+) -> str:
+    """Returns the comparison as a table in Markdown, a row for each metric and run."""
+    lines = [
+        "| metric | run | figure | 95 % interval | difference to the first | p |",
+        "|---|---|---|---|---|---|",
+    ]
+    for metric, pairs in compared.items():
+        for number, (name, result) in enumerate(zip(names, results, strict=True)):
+            figure = result["metrics"][metric]
+            unit = figure["unit"]
+            cells = [figure["what"] if not number else "", name, in_unit(figure["value"], unit)]
+            cells.append(f"{in_unit(figure['low'], unit)} … {in_unit(figure['high'], unit)}")
+            if number:
+                value, low, high = pairs[number - 1].difference
+                cells.append(
+                    f"{_signed(value, unit)} ({_signed(low, unit)} … {_signed(high, unit)})"
+                )
+                cells.append(f"{pairs[number - 1].p_value:.3g}")
+            else:
+                cells += ["", ""]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _signed(value: float, unit: str) -> str:
+    return f"{100 * value:+.1f}" if unit == "share" else f"{value:+.3g}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the table of the runs named on the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m avcl_jax.evaluation.compare",
+        description="Table of runs of one protocol, with paired significance.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="workdir with results.json")
+    parser.add_argument("--resamples", type=int, default=2000, help="of bootstrap and test")
+    parser.add_argument("--seed", type=int, default=0, help="of bootstrap and test")
+    parsed = parser.parse_args(arguments)
+    try:
+        if len(parsed.runs) < 2:
+            raise ProtocolError(f"one run ({parsed.runs[0]}) has nothing to be compared with")
+        runs = [read_run(run) for run in parsed.runs]
+        compared = compare_runs(runs, resamples=parsed.resamples, seed=parsed.seed)
+    except ProtocolError as error:
+        print(f"compare: error: {error}", file=sys.stderr)
+        return 1
+    print(
+        f"{runs[0][0]['protocol']} version {runs[0][0]['protocol_version']}, "
+        f"{runs[0][0]['units']} units of {runs[0][0]['sources']} sources\n"
+    )
+    print(as_table(parsed.runs, [results for results, _ in runs], compared))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
