@@ -1,0 +1,186 @@
+"""What protocols write, and the table that compares two of them."""
+
+import json
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+import pytest
+
+from avcl_jax.evaluation import compare
+from avcl_jax.evaluation.protocol import (
+    Measured,
+    Metric,
+    Outcomes,
+    Protocol,
+    ProtocolError,
+    finished,
+    read_outcomes,
+    run_fingerprint,
+    write_results,
+)
+from avcl_jax.evaluation.written import Stages
+
+PROTOCOL = Protocol("toy", 1, "A toy & its <figures>", ["Add them up."])
+METRICS = {
+    "accuracy": Metric("mean", ["correct"], "accuracy", chance=0.5, headline=True),
+    "median_rank": Metric("median", ["rank"], "median rank", unit="number"),
+}
+
+
+def _config(**settings: object) -> ml_collections.ConfigDict:
+    base = {"task": "toy", "seed": 0, "encoder": "there", "bootstrap": {"resamples": 200}}
+    return ml_collections.ConfigDict(base | settings)
+
+
+def _measured(correct: np.ndarray, order: np.ndarray | None = None) -> Measured:
+    order = np.arange(len(correct)) if order is None else order
+    return Measured(
+        outcomes=Outcomes(
+            [f"video {n}" for n in order],
+            [f"source {n // 2}" for n in order],
+            {"correct": correct[order], "rank": 1 + order},
+        ),
+        metrics=METRICS,
+        details={"epochs": 3},
+        sections=["<section>what the toy adds</section>"],
+    )
+
+
+def _write(workdir: Path, correct: np.ndarray, order: np.ndarray | None = None) -> dict:
+    return write_results(
+        workdir,
+        _config(),
+        PROTOCOL,
+        _measured(correct, order),
+        encoder=None,
+        data={"test": "toy-test-1"},
+        stages=Stages(),
+    )
+
+
+def test_results_hold_all_that_identifies_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    correct = np.tile([1.0, 1.0, 1.0, 0.0], 10)
+    results = _write(tmp_path, correct)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    figure = results["metrics"]["accuracy"]
+    assert figure["value"] == 0.75
+    assert figure["low"] < 0.75 < figure["high"]
+    assert results["metrics"]["median_rank"]["value"] == 20.5
+    assert (results["units"], results["sources"]) == (40, 20)
+    assert results["config"]["bootstrap"] == {"resamples": 200}
+    assert results["versions"]["jax"]
+    outcomes = read_outcomes(tmp_path / "outcomes.npz")
+    np.testing.assert_array_equal(outcomes.values["correct"], correct)
+    assert outcomes.units[3] == "video 3"
+    report = (tmp_path / "report.html").read_text()
+    for shown in ("A toy &amp; its &lt;figures&gt;", "75.0 %", "what the toy adds", "Add them"):
+        assert shown in report
+    assert "75.0 % (95 %:" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.writing"))
+
+
+def test_finished_results_are_found_unless_something_that_counts_changed(tmp_path: Path) -> None:
+    results = _write(tmp_path, np.ones(4))
+    assert finished(tmp_path, PROTOCOL, results["fingerprint"]) == results
+
+    def fingerprint(config: ml_collections.ConfigDict, data: str = "toy-test-1") -> str:
+        return run_fingerprint(config, PROTOCOL, encoder=None, data={"test": data})
+
+    assert fingerprint(_config()) == results["fingerprint"]
+    assert fingerprint(_config(encoder="elsewhere", log_every=3)) == results["fingerprint"]
+    assert fingerprint(_config(seed=1)) != results["fingerprint"]
+    assert fingerprint(_config(), "toy-test-2") != results["fingerprint"]
+    assert finished(tmp_path, PROTOCOL, fingerprint(_config(seed=1))) is None
+    (tmp_path / "report.html").unlink()
+    assert finished(tmp_path, PROTOCOL, results["fingerprint"]) is None
+
+
+def test_a_directory_with_something_else_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ProtocolError, match="is the workdir of a training run"):
+        finished(tmp_path / "run", PROTOCOL, "")
+    _write(tmp_path / "toy", np.ones(4))
+    other = Protocol("other", 1, "Other", [])
+    with pytest.raises(ProtocolError, match="holds the results of toy: choose another --workdir"):
+        finished(tmp_path / "toy", other, "")
+    (tmp_path / "toy" / "results.json").write_text('{"probe": {}}')
+    with pytest.raises(ProtocolError, match=r"holds the results of configs/evaluate\.py"):
+        finished(tmp_path / "toy", PROTOCOL, "")
+    assert finished(tmp_path / "none", PROTOCOL, "") is None
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "message"),
+    [
+        (Outcomes(["a", "a"], ["s", "s"], {}), "2 units have only 1 names"),
+        (Outcomes(["a", "b"], ["s"], {}), r"there are 2 units, but {'sources': 1}"),
+        (
+            Outcomes(["a", "b"], ["s", "t"], {"correct": np.ones(3)}),
+            r"there are 2 units, but {'correct': 3}",
+        ),
+    ],
+)
+def test_outcomes_that_contradict_themselves_are_refused(
+    tmp_path: Path, outcomes: Outcomes, message: str
+) -> None:
+    with pytest.raises(ProtocolError, match=message):
+        write_results(
+            tmp_path,
+            _config(),
+            PROTOCOL,
+            Measured(outcomes, {}, {}, []),
+            encoder=None,
+            data={},
+            stages=Stages(),
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_are_compared_unit_by_unit_whatever_their_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    worse = (rng.random(200) < 0.5).astype(float)
+    better = np.maximum(worse, rng.random(200) < 0.2)
+    _write(tmp_path / "a", worse)
+    _write(tmp_path / "b", better, rng.permutation(200))
+    _write(tmp_path / "c", worse, rng.permutation(200))
+    capsys.readouterr()
+    paths = [str(tmp_path / name) for name in "abc"]
+    assert compare.main([*paths, "--resamples", "300"]) == 0
+    table = capsys.readouterr().out
+    difference = 100 * (better.mean() - worse.mean())
+    assert f"{difference:+.1f}" in table
+    runs = [compare.read_run(path) for path in paths]
+    pairs = compare.compare_runs(runs, resamples=300, seed=0)["accuracy"]
+    assert pairs[0].p_value == pytest.approx(2 / 301)  # the smallest possible, times two runs
+    assert pairs[0].difference.low > 0
+    assert pairs[1].difference == (0, 0, 0)
+    assert pairs[1].p_value == 1
+
+
+def test_runs_that_cannot_be_compared_say_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write(tmp_path / "a", np.ones(4))
+    _write(tmp_path / "b", np.ones(6))
+    (tmp_path / "empty").mkdir()
+    for runs, message in [
+        (["a"], "has nothing to be compared with"),
+        (["a", "b"], "2 are in one only, for instance video 4"),
+        (["a", "empty"], "holds no results.json: run a protocol with it"),
+    ]:
+        assert compare.main([str(tmp_path / run) for run in runs]) == 1
+        assert message in capsys.readouterr().err
+    (tmp_path / "b" / "outcomes.npz").write_bytes(b"damaged")
+    assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    assert "outcomes.npz is damaged" in capsys.readouterr().err
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "results.json").write_text(json.dumps(results | {"protocol_version": 2}))
+    (tmp_path / "c" / "outcomes.npz").write_bytes((tmp_path / "a" / "outcomes.npz").read_bytes())
+    assert compare.main([str(tmp_path / "a"), str(tmp_path / "c")]) == 1
+    assert "toy version 1 and toy version 2 have no figure in common" in capsys.readouterr().err
