@@ -1,6 +1,6 @@
 """Command line: `python -m avcl_jax.main --config=configs/pretrain.py --workdir=runs/demo`.
 
-`config.task` decides what runs: `pretrain`, `evaluate`, `export`, `import_weights` or
+`config.task` decides what runs: `pretrain`, `evaluate`, `ablation`, `export`, `import_weights` or
 `export_weights`. Media are prepared before, by `python -m data_prep`.
 """
 
@@ -81,6 +81,14 @@ def _evaluate(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     evaluate(config, workdir)
 
 
+def _ablate(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+    from avcl_jax.evaluation.ablation import ablate
+    from avcl_jax.evaluation.evaluate import evaluate
+
+    _make_demo(config)
+    ablate(config, workdir, pretrain=pretrain, evaluate=evaluate)
+
+
 def _export(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     from avcl_jax.export import export_run
 
@@ -102,6 +110,7 @@ def _export_weights(config: ml_collections.ConfigDict, workdir: epath.Path) -> N
 _TASKS: dict[str, Callable[[ml_collections.ConfigDict, epath.Path], None]] = {
     "pretrain": _pretrain,
     "evaluate": _evaluate,
+    "ablation": _ablate,
     "export": _export,
     "import_weights": _import_weights,
     "export_weights": _export_weights,

@@ -218,6 +218,50 @@ def bar_chart(
         return _svg(figure, name, "bars: " + ", ".join(groups))
 
 
+def forest(
+    panels: Mapping[str, Mapping[str, tuple[float, float, float]]],
+    *,
+    name: str,
+    dots: Mapping[str, Mapping[str, Sequence[float]]],
+) -> str:
+    """Returns an SVG of changes with their intervals: a panel a figure, a row a change.
+
+    Args:
+        panels: panel to (row to (change, low, high)) as fractions, drawn in points; infinite
+            bounds draw no interval.
+        name: unique name of the chart on the page.
+        dots: panel to (row to the single changes that it is the mean of).
+    """
+    rows = list(dict.fromkeys(row for by_row in panels.values() for row in by_row))
+    columns = 3
+    lines = -(-len(panels) // columns)
+    with matplotlib.rc_context({**_RC, "axes.grid.axis": "x"}):
+        figure = Figure(figsize=(11.5, lines * (0.6 + 0.2 * len(rows))), layout="constrained")
+        grid = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
+        for axes, (title, by_row) in zip(grid, panels.items(), strict=False):
+            axes.axvline(0, color=_INK, linewidth=1.0)
+            for row, (change, low, high) in by_row.items():
+                place = rows.index(row)
+                clear = low > 0 or high < 0
+                colour = SERIES_COLOURS[0] if clear else SERIES_COLOURS[7]
+                if np.isfinite([low, high]).all():
+                    axes.hlines(place, 100 * low, 100 * high, color=colour, linewidth=2.2)
+                seeds = 100 * np.asarray(dots[title][row])
+                axes.scatter(seeds, np.full(len(seeds), place), s=9, color=colour, zorder=3)
+                axes.scatter(100 * change, place, s=30, marker="|", color=_INK, zorder=4)
+            axes.set_title(title)
+            axes.set_yticks(range(len(rows)), rows)
+            axes.tick_params(axis="y", length=0, labelcolor=_INK)
+            axes.set_ylim(len(rows) - 0.5, -0.5)
+            # Wide intervals of few seeds would squeeze everything else into a line.
+            shown = [abs(v) for by in (dots[title],) for values in by.values() for v in values]
+            reach = 100 * max([*shown, 0.01]) * 1.6
+            axes.set_xlim(-reach, reach)
+        for axes in grid[len(panels) :]:
+            axes.remove()
+        return _svg(figure, name, "changes: " + ", ".join(panels))
+
+
 def scatter(
     panels: Sequence[tuple[str, np.ndarray, np.ndarray, Sequence[str]]], *, name: str
 ) -> str:

@@ -1,0 +1,334 @@
+"""Ablations: pretraining with parts of the method left out, several seeds each.
+
+    python -m avcl_jax.main --config=configs/ablation.py --workdir=runs/ablation
+
+Every variant and seed is a pretraining run of its own under WORKDIR/VARIANT/seedN, which goes on
+where it was stopped, evaluated as `configs/evaluate.py` does it. Several machines may share the
+work: each runs some of the variants (`--config.ablation.only=...`) on one WORKDIR.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+from etils import epath
+from scipy import stats
+
+from avcl_jax import experiment
+from avcl_jax.evaluation import figures
+from avcl_jax.evaluation.page import page, section, table, text
+from avcl_jax.evaluation.written import versions, write_text
+
+# The variant that the others are compared with.
+FULL = "full"
+# Intervals are for one comparison at a time; the page says so.
+CONFIDENCE = 0.95
+
+
+class Figure(NamedTuple):
+    """One figure of a run.
+
+    Attributes:
+        what: for people.
+        path: keys that lead to it in results.json.
+    """
+
+    what: str
+    path: tuple[str, ...]
+
+
+class Effect(NamedTuple):
+    """What leaving a part out did to one figure.
+
+    Attributes:
+        values: of the variant, by seed.
+        mean: over seeds.
+        difference: mean over seeds of the variant minus the whole method with the same seed.
+        low: lower end of the interval of the difference, Student's t over the seeds; -inf with one.
+        high: upper end.
+    """
+
+    values: tuple[float, ...]
+    mean: float
+    difference: float
+    low: float
+    high: float
+
+
+def variant_config(
+    config: ml_collections.ConfigDict, variant: str, seed: int
+) -> ml_collections.ConfigDict:
+    """The config of one run: that of the sweep with what the variant changes.
+
+    Args:
+        config: as `configs/ablation.py` returns it.
+        variant: a name of `config.ablation.variants`.
+        seed: of the run.
+
+    Raises:
+        ValueError: if the variant changes a setting that does not exist.
+    """
+    run = config.copy_and_resolve_references()
+    changes = dict(run.ablation.variants)[variant]
+    with run.unlocked():
+        del run.ablation
+    run.lock()
+    run.name = f"{config.name} {variant}"
+    run.seed = seed
+    try:
+        run.update_from_flattened_dict(dict(changes))
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"variant {variant!r} cannot be built: {error}") from error
+    return run
+
+
+def ablate(
+    config: ml_collections.ConfigDict,
+    workdir: epath.PathLike,
+    *,
+    pretrain: Callable[[ml_collections.ConfigDict, epath.Path], bool],
+    evaluate: Callable[[ml_collections.ConfigDict, epath.Path], object],
+) -> dict[str, Any] | None:
+    """Runs what is missing of a sweep, and writes results.json, ablation.md and report.html.
+
+    Args:
+        config: as `configs/ablation.py` returns it.
+        workdir: of the sweep, local or gs://.
+        pretrain: trains a run to its end and returns whether it got there.
+        evaluate: writes results.json of a trained run.
+
+    Returns:
+        The contents of results.json; None where a signal stopped a run, or where `ablation.only`
+        left variants to other machines that have not finished them.
+
+    Raises:
+        ValueError: if there is no variant "full", or a variant or a figure does not exist.
+    """
+    workdir = epath.Path(workdir)
+    section_ = config.ablation
+    variants, seeds = [name for name, _ in section_.variants], list(section_.seeds)
+    if FULL not in variants or not seeds:
+        raise ValueError(f"ablation.variants must hold {FULL!r} and ablation.seeds a seed")
+    unknown = [name for name in section_.only if name not in variants]
+    if unknown:
+        raise ValueError(f"ablation.only names {unknown}, there are {variants}")
+    runs = {(v, s): variant_config(config, v, s) for v in variants for s in seeds}
+    # Seed by seed, so that a sweep that is stopped has whole comparisons.
+    for seed in seeds:
+        for variant in section_.only or variants:
+            directory = _directory(workdir, variant, seed)
+            print(f"\nablation: {variant}, seed {seed}: {directory}", flush=True)
+            run = runs[variant, seed]
+            if not pretrain(_task(run, "pretrain"), directory):
+                return None
+            evaluate(_task(run, "evaluate"), directory)
+    found = {key: _results(_directory(workdir, *key)) for key in runs}
+    missing = [f"{v} seed {s}" for (v, s), results in found.items() if results is None]
+    if missing:
+        print(f"ablation: {len(missing)} runs are not finished yet, first {missing[0]}", flush=True)
+        return None
+    whole = {key: results for key, results in found.items() if results is not None}
+    return _write(config, workdir, whole, variants, seeds)
+
+
+def _directory(workdir: epath.Path, variant: str, seed: int) -> epath.Path:
+    return workdir / variant / f"seed{seed}"
+
+
+def _task(run: ml_collections.ConfigDict, task: str) -> ml_collections.ConfigDict:
+    config = run.copy_and_resolve_references()
+    with config.unlocked():
+        config.task = task
+        if task == "pretrain":
+            del config.evaluation
+    return config
+
+
+def _results(directory: epath.Path) -> dict[str, Any] | None:
+    path = directory / "results.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def effect(values: Sequence[float], full: Sequence[float]) -> Effect:
+    """Compares the seeds of a variant with the same seeds of the whole method.
+
+    Args:
+        values: of the variant, by seed.
+        full: of the whole method, by seed.
+    """
+    differences = np.subtract(values, full)
+    mean = float(differences.mean())
+    if len(differences) < 2:
+        low, high = -np.inf, np.inf
+    elif not differences.std():
+        low = high = mean
+    else:
+        low, high = stats.t.interval(
+            CONFIDENCE, len(differences) - 1, loc=mean, scale=stats.sem(differences)
+        )
+    return Effect(tuple(map(float, values)), float(np.mean(values)), mean, float(low), float(high))
+
+
+def effects(
+    results: Mapping[tuple[str, int], Mapping[str, Any]],
+    shown: Sequence[Figure],
+    variants: Sequence[str],
+    seeds: Sequence[int],
+) -> dict[str, dict[str, Effect | None]]:
+    """What every variant did to every figure.
+
+    Args:
+        results: results.json of each (variant, seed).
+        shown: the figures.
+        variants: names, "full" among them.
+        seeds: of each variant.
+
+    Returns:
+        By figure, by variant; None where a variant does not have it (retrieval without an
+        objective across modalities still has, but a run of sound alone does not).
+
+    Raises:
+        ValueError: if the whole method lacks a figure.
+    """
+
+    def value(variant: str, seed: int, path: tuple[str, ...]) -> float | None:
+        node: Any = results[variant, seed]
+        for key in path:
+            if key not in node:
+                return None
+            node = node[key]
+        return float(node)
+
+    compared: dict[str, dict[str, Effect | None]] = {}
+    for figure in shown:
+        full = [value(FULL, seed, figure.path) for seed in seeds]
+        if None in full:
+            raise ValueError(
+                f"results of {FULL!r} have no {'.'.join(figure.path)}: correct ablation.figures"
+            )
+        compared[figure.what] = {}
+        for variant in variants:
+            values = [value(variant, seed, figure.path) for seed in seeds]
+            known = [v for v in values if v is not None]
+            compared[figure.what][variant] = (
+                effect(known, [f for f in full if f is not None])
+                if len(known) == len(seeds)
+                else None
+            )
+    return compared
+
+
+def _write(
+    config: ml_collections.ConfigDict,
+    workdir: epath.Path,
+    found: Mapping[tuple[str, int], Mapping[str, Any]],
+    variants: Sequence[str],
+    seeds: Sequence[int],
+) -> dict[str, Any]:
+    shown = [Figure(what, tuple(path.split("."))) for what, path in config.ablation.figures]
+    compared = effects(found, shown, variants, seeds)
+    results = {
+        "sweep": config.name,
+        "seeds": seeds,
+        "effects": {
+            what: {v: None if e is None else _finite(e) for v, e in by_variant.items()}
+            for what, by_variant in compared.items()
+        },
+        "train_seconds": {v: [found[v, seed]["train_seconds"] for seed in seeds] for v in variants},
+        "versions": versions(),
+        "config": json.loads(experiment.to_json(config)),
+    }
+    markdown = as_table(compared, variants)
+    write_text(workdir / "ablation.md", markdown + "\n")
+    write_text(workdir / "report.html", _report(config, compared, variants, seeds))
+    write_text(workdir / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+    print(f"\n{markdown}\n\nreport  {workdir / 'report.html'}", flush=True)
+    return results
+
+
+def _finite(found: Effect) -> dict[str, Any]:
+    """Returns an effect as JSON, in which no bound is null."""
+    bounds = {
+        k: v if np.isfinite(v) else None for k, v in (("low", found.low), ("high", found.high))
+    }
+    return found._asdict() | bounds
+
+
+def as_table(compared: Mapping[str, Mapping[str, Effect | None]], variants: Sequence[str]) -> str:
+    """The effects in Markdown: the whole method's figures, then differences with intervals."""
+    lines = [f"| | {' | '.join(compared)} |", "|---" * (len(compared) + 1) + "|"]
+    for variant in variants:
+        cells = [_cell(by_variant[variant], variant) for by_variant in compared.values()]
+        lines.append(f"| {variant.replace('_', ' ')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(found: Effect | None, variant: str) -> str:
+    if found is None:
+        return "–"
+    if variant == FULL:
+        low, high = min(found.values), max(found.values)
+        return f"{100 * found.mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+    if not np.isfinite(found.low):
+        return f"{100 * found.difference:+.1f}"
+    return f"{100 * found.difference:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+
+
+def _report(
+    config: ml_collections.ConfigDict,
+    compared: Mapping[str, Mapping[str, Effect | None]],
+    variants: Sequence[str],
+    seeds: Sequence[int],
+) -> str:
+    others = [v for v in variants if v != FULL]
+    rows = [[v.replace("_", " "), *(_cell(by[v], v) for by in compared.values())] for v in variants]
+    panels = {
+        what: {v.replace("_", " "): found for v in others if (found := by[v]) is not None}
+        for what, by in compared.items()
+    }
+    changes = [
+        [v.replace("_", " "), "; ".join(f"{setting} = {value}" for setting, value in what)]
+        for v, what in config.ablation.variants
+        if v != FULL
+    ]
+    intervals = (
+        f"Differences are to the whole method with the same seed; intervals are Student's t over "
+        f"{len(seeds)} seeds, for one comparison at a time. With {len(compared) * len(others)} "
+        "comparisons some exclude zero by chance alone, and with so few seeds an interval that "
+        "includes zero does not show that a part is useless. Seeds change the training, the videos "
+        "stay the same."
+    )
+    body = [
+        "<h1>What each part of the method does</h1>",
+        section(
+            "Change when a part is left out",
+            "In points. Dots are seeds, bars their 95 % interval; left of zero the part helped.",
+            figures.forest(
+                {
+                    what: {v: (e.difference, e.low, e.high) for v, e in by.items()}
+                    for what, by in panels.items()
+                },
+                name="ablation",
+                dots={
+                    what: {
+                        v: np.subtract(e.values, full.values).tolist()
+                        for v, e in panels[what].items()
+                    }
+                    for what, by in compared.items()
+                    if (full := by[FULL]) is not None
+                },
+            ),
+        ),
+        section("Figures", text(intervals), table(["", *compared], rows)),
+        section("Variants", "What each changes.", table(["", "settings"], changes)),
+        section(
+            "Configuration",
+            f"Seeds {', '.join(map(str, seeds))}.",
+            f"<pre>{text(experiment.to_json(config))}</pre>",
+        ),
+    ]
+    return page(title="Ablations", body="".join(body))

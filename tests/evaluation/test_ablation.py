@@ -1,0 +1,170 @@
+"""Sweeps: what variants change, effects by hand, and a whole small sweep that is stopped."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from avcl_jax import experiment
+from avcl_jax.evaluation import ablation
+from avcl_jax.evaluation.ablation import Figure, effect, effects, variant_config
+from avcl_jax.evaluation.evaluate import evaluate
+from avcl_jax.training.loop import pretrain
+from configs import ablation as ablation_config
+from configs import evaluate as evaluate_config
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, _ in ablation_config.get_config().ablation.variants]
+)
+def test_every_variant_changes_what_it_says_and_nothing_else(name: str) -> None:
+    config = ablation_config.get_config()
+    changes = dict(config.ablation.variants)[name]
+    full = experiment.to_json(variant_config(config, "full", 1))
+    changed = experiment.differences(full, experiment.to_json(variant_config(config, name, 1)))
+    settings = [line.split(":")[0] for line in changed]
+    assert sorted(settings) == sorted([key for key, _ in changes] + ["name"] * (name != "full"))
+
+
+def test_a_variant_of_a_setting_that_does_not_exist_is_refused() -> None:
+    config = ablation_config.get_config()
+    config.ablation.variants = (("full", ()), ("typo", (("loss.weight.vv", 0.0),)))
+    with pytest.raises(ValueError, match="variant 'typo' cannot be built"):
+        variant_config(config, "typo", 0)
+
+
+def test_effects_are_paired_by_seed_with_students_interval() -> None:
+    values, full = [0.5, 0.7, 0.55], [0.6, 0.75, 0.7]
+    found = effect(values, full)
+    differences = np.subtract(values, full)
+    assert found.difference == pytest.approx(-0.1)
+    expected = stats.ttest_rel(values, full).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    # By hand: mean ± t(0.975, 2) · s/√3.
+    half = 4.302653 * differences.std(ddof=1) / np.sqrt(3)
+    assert found.high - found.difference == pytest.approx(half, rel=1e-5)
+    assert effect([0.5], [0.6])[3:] == (-np.inf, np.inf)
+    assert effect([0.5, 0.75], [0.25, 0.5])[1:] == (0.625, 0.25, 0.25, 0.25)
+
+
+def test_a_figure_that_a_variant_lacks_is_left_out_and_one_that_all_lack_refused() -> None:
+    whole = {"retrieval": {"audio_to_video": {"r5": 0.3}}}
+    results = {("full", 0): whole, ("full", 1): whole, ("silent", 0): {"retrieval": {}}}
+    results["silent", 1] = {"retrieval": {}}
+    path = ("retrieval", "audio_to_video", "r5")
+    found = effects(results, [Figure("R@5", path)], ["full", "silent"], [0, 1])
+    assert found["R@5"]["full"].mean == 0.3
+    assert found["R@5"]["silent"] is None
+    with pytest.raises(ValueError, match=r"no retrieval\.audio_to_video\.r1"):
+        effects(results, [Figure("R@1", (*path[:2], "r1"))], ["full"], [0, 1])
+
+
+def _small(records) -> object:
+    """The sweep over two variants on the tiny data set of `small_records`."""
+    c = ablation_config.get_config()
+    c.unlock()
+    c.data.directory, c.data.make_demo = str(records), False
+    c.global_batch_size, c.steps, c.log_every, c.checkpoint_every = 4, 2, 1, 1
+    c.optimizer.warmup_steps = 0
+    c.views.update({"num_frames": 4, "clip_seconds": 0.25, "speeds": (1, 2, 4)})
+    c.crop.image_size = 16
+    c.spectrogram.update({"sample_rate_hz": 4000, "frames": 10, "mels": 8, "max_hz": 2000.0})
+    c.model.update({"embedding_dim": 8, "projection_hidden": 8, "temporal_hidden": 8})
+    c.model.video.update({"widths": (8,), "depths": (0,)})
+    c.model.audio.update({"widths": (8,), "depths": (0,), "patch": (2, 8)})
+    c.bank.update({"size": 16, "num_negatives": 4, "negative_ranks": 8, "positive_ranks": 4})
+    c.bank.warmup_steps = 0
+    c.compilation_cache = ""
+    c.evaluation = evaluate_config.demo()
+    c.evaluation.update({"speeds": (1, 2), "views_per_speed": 1, "folds": 2, "costs": (0.1,)})
+    c.evaluation.pairs_per_video = 6
+    c.evaluation.supervised.enabled = False
+    c.evaluation.null.train_split = ""
+    c.evaluation.report.update({"queries": 1, "results": 2, "stills": 2})
+    c.ablation.seeds = (0, 1)
+    chosen = ("full", "no_bank_negatives")
+    c.ablation.variants = tuple(v for v in c.ablation.variants if v[0] in chosen)
+    c.lock()
+    return c
+
+
+class _Runs:
+    """Stands for training and evaluation; figures are a function of variant and seed."""
+
+    def __init__(self, stop_at: int) -> None:
+        self.trained: list[str] = []
+        self.stop_at = stop_at
+
+    def pretrain(self, run, directory) -> bool:
+        if (directory / "results.json").exists():
+            return True
+        if len(self.trained) == self.stop_at:
+            return False
+        assert run.task == "pretrain"
+        assert "evaluation" not in run
+        self.trained.append(f"{directory.parent.name} {run.seed}")
+        directory.mkdir(parents=True)
+        return True
+
+    def evaluate(self, run, directory) -> None:
+        assert run.task == "evaluate"
+        score = 0.5 + 0.1 * run.seed + (0.2 if run.loss.weights.vv else 0.0)
+        results = {"probe": {"motion": score}, "train_seconds": 1.0}
+        (directory / "results.json").write_text(json.dumps(results))
+
+
+def test_a_sweep_that_is_stopped_goes_on_and_writes_one_table(tmp_path) -> None:
+    config = ablation_config.get_config()
+    config.ablation.variants = config.ablation.variants[:2]
+    config.ablation.figures = (("motion", "probe.motion"),)
+    config.ablation.seeds = (0, 1)
+    runs = _Runs(stop_at=3)
+
+    def sweep() -> dict | None:
+        return ablation.ablate(config, tmp_path, pretrain=runs.pretrain, evaluate=runs.evaluate)
+
+    assert sweep() is None
+    assert runs.trained == ["full 0", "no_vv 0", "full 1"]  # whole comparisons first
+    assert not (tmp_path / "results.json").exists()
+    runs.stop_at = 4
+    config.ablation.only = ("full",)
+    assert sweep() is None  # the other variant is for another machine
+    config.ablation.only = ()
+    results = sweep()
+    assert runs.trained[3:] == ["no_vv 1"]
+    written = json.loads((tmp_path / "results.json").read_text())["effects"]
+    found = results["effects"]["motion"]
+    assert written["motion"]["no_vv"]["low"] == found["no_vv"]["low"]
+    assert found["full"]["values"] == pytest.approx([0.7, 0.8])
+    assert found["no_vv"]["difference"] == pytest.approx(-0.2)
+    table = (tmp_path / "ablation.md").read_text().splitlines()
+    assert table[2:] == ["| full | 75.0 (70.0 to 80.0) |", "| no vv | -20.0 (-20.0 to -20.0) |"]
+    report = (tmp_path / "report.html").read_text()
+    assert "loss.weights.vv = 0.0" in report
+    assert report.count("<svg") == 1
+
+
+@pytest.mark.slow
+def test_a_small_sweep_of_real_runs(small_records, tmp_path) -> None:
+    config = _small(small_records)
+    results = ablation.ablate(config, tmp_path, pretrain=pretrain, evaluate=evaluate)
+    found = results["effects"]["motion, picture"]
+    assert found["full"]["difference"] == 0
+    assert min(found["no_bank_negatives"]["values"]) >= 0
+    assert max(found["no_bank_negatives"]["values"]) <= 1
+    for variant in ("full", "no_bank_negatives"):
+        for seed in (0, 1):
+            assert (tmp_path / variant / f"seed{seed}" / "report.html").exists()
+
+
+def test_sweeps_that_make_no_sense_are_refused(tmp_path) -> None:
+    config = ablation_config.get_config()
+    config.ablation.only = ("no_everything",)
+    with pytest.raises(ValueError, match=r"ablation.only names \['no_everything'\], there are"):
+        ablation.ablate(config, tmp_path, pretrain=None, evaluate=None)
+    config.ablation.variants = config.ablation.variants[1:]
+    with pytest.raises(ValueError, match="must hold 'full'"):
+        ablation.ablate(config, tmp_path, pretrain=None, evaluate=None)
