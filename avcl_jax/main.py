@@ -1,11 +1,12 @@
 """Command line: `python -m avcl_jax.main --config=configs/pretrain.py --workdir=runs/demo`.
 
-`config.task` decides what runs: `pretrain`, `evaluate`, `ablation`, `export`, `import_weights` or
-`export_weights`. Media are prepared before, by `python -m data_prep`.
+`config.task` decides what runs: a key of `_TASKS`. Media are prepared before, by
+`python -m data_prep`.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from avcl_jax.data.tfrecord import RecordError
-from avcl_jax.training.loop import NonFiniteError, pretrain
+from avcl_jax.training.loop import NonFiniteError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File under configs/, with `:preset` where it has presets.", lock_config=True
@@ -69,52 +70,29 @@ def _make_demo(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"preparing the demo data failed with exit code {done.returncode}")
 
 
-def _pretrain(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    _make_demo(config)
-    pretrain(config, workdir)
-
-
-def _evaluate(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    # Here and below: plotting and scikit-learn are not loaded by a pod that trains.
-    from avcl_jax.evaluation.evaluate import evaluate
-
-    evaluate(config, workdir)
-
-
-def _ablate(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    from avcl_jax.evaluation.ablation import ablate
-    from avcl_jax.evaluation.evaluate import evaluate
-
-    _make_demo(config)
-    ablate(config, workdir, pretrain=pretrain, evaluate=evaluate)
-
-
-def _export(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    from avcl_jax.export import export_run
-
-    export_run(config, workdir)
-
-
-def _import_weights(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    from avcl_jax.import_weights import import_weights
-
-    import_weights(config, workdir)
-
-
-def _export_weights(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    from avcl_jax.import_weights import export_weights
-
-    export_weights(config, workdir)
-
-
-_TASKS: dict[str, Callable[[ml_collections.ConfigDict, epath.Path], None]] = {
-    "pretrain": _pretrain,
-    "evaluate": _evaluate,
-    "ablation": _ablate,
-    "export": _export,
-    "import_weights": _import_weights,
-    "export_weights": _export_weights,
+# Task -> module and function of (config, workdir). Imported when asked for: plotting and
+# scikit-learn are not loaded by a pod that trains.
+_TASKS = {
+    "pretrain": "avcl_jax.training.loop:pretrain",
+    "evaluate": "avcl_jax.evaluation.evaluate:evaluate",
+    "export": "avcl_jax.export:export_run",
+    "import_weights": "avcl_jax.import_weights:import_weights",
+    "export_weights": "avcl_jax.import_weights:export_weights",
+    "finetune": "avcl_jax.evaluation.finetune:finetune",
+    "video_retrieval": "avcl_jax.evaluation.video_retrieval:video_retrieval",
+    "audio_video_retrieval": "avcl_jax.evaluation.cross_modal:audio_video_retrieval",
+    "audio_classification": "avcl_jax.evaluation.audio_classification:audio_classification",
+    "temporal_tasks": "avcl_jax.evaluation.temporal_tasks:temporal_tasks",
+    "fingerprint": "avcl_jax.evaluation.fingerprinting:fingerprinting",
+    "ablation": "avcl_jax.evaluation.ablation:ablate",
 }
+# Their configs are that of a run, which has its data.
+_OF_A_RUN = ("evaluate", "export", "import_weights")
+
+
+def _function(task: str) -> Callable[[ml_collections.ConfigDict, epath.Path], object]:
+    module, _, name = _TASKS[task].partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -137,7 +115,9 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"unknown task {config.task!r}: use one of {', '.join(_TASKS)}")
         _keep_compiled(config.compilation_cache)
         workdir = epath.Path(_WORKDIR.value or f"runs/{config.name}").absolute()
-        _TASKS[config.task](config, workdir)
+        if config.task not in _OF_A_RUN and "data" in config and "make_demo" in config.data:
+            _make_demo(config)
+        _function(config.task)(config, workdir)
     except _USER_ERRORS as error:
         if _DEBUG.value:
             traceback.print_exc()

@@ -20,8 +20,10 @@ from scipy import stats
 
 from avcl_jax import experiment
 from avcl_jax.evaluation import figures
+from avcl_jax.evaluation.evaluate import evaluate
 from avcl_jax.evaluation.page import page, section, table, text
 from avcl_jax.evaluation.written import versions, write_text
+from avcl_jax.training.loop import pretrain
 
 # The variant that the others are compared with.
 FULL = "full"
@@ -90,8 +92,8 @@ def ablate(
     config: ml_collections.ConfigDict,
     workdir: epath.PathLike,
     *,
-    pretrain: Callable[[ml_collections.ConfigDict, epath.Path], bool],
-    evaluate: Callable[[ml_collections.ConfigDict, epath.Path], object],
+    pretrain: Callable[[ml_collections.ConfigDict, epath.Path], bool] = pretrain,
+    evaluate: Callable[[ml_collections.ConfigDict, epath.Path], object] = evaluate,
 ) -> dict[str, Any] | None:
     """Runs what is missing of a sweep, and writes results.json, ablation.md and report.html.
 
