@@ -225,19 +225,25 @@ def _decoded(
     zero = (container.start_time or 0) / 1e6
     # Times in AVI are counted from the start, so that it is read from there.
     avi = AviTimes(stream) if container.format.name == "avi" else None
+    sought = False
     if start_seconds > 0 and avi is None:
         target = max(0.0, start_seconds - _SEEK_MARGIN_SECONDS) + zero
         # What cannot seek is read from the beginning.
         with contextlib.suppress(av.error.FFmpegError):
             container.seek(int(target * 1e6), backward=True)
+            sought = True
     stream.codec_context.options = _MAX_PIXELS
     stream.codec_context.thread_count = 1  # one process per core decodes faster than threads do
     packets = container.demux(stream)
     where = "the start"
+    yielded = -np.inf
+    met = False  # pictures before the start
 
     def early(time: float | None) -> bool:
         """Whether it is before the start: there it may lack what came before the seek."""
-        return time is not None and start_seconds > 0 and time - zero < start_seconds - 1e-6
+        if time is None:
+            return False
+        return (start_seconds > 0 and time - zero < start_seconds - 1e-6) or time <= yielded
 
     while True:
         packet = None
@@ -266,11 +272,20 @@ def _decoded(
             avi.correct(packet, frames)
         for frame in frames:
             if stream.type == "video" and early(frame.time):
+                met = True
                 continue
+            if stream.type == "video" and sought and (frame.is_corrupt or not met):
+                # Not every key frame begins anew: pictures may be damaged, or left out, for seconds
+                # after the place sought. From the beginning they are whole.
+                container.seek(container.start_time or 0, backward=True)
+                packets, sought = container.demux(stream), False
+                break
             if frame.is_corrupt:
                 raise MediaError("damaged", f"{stream.type} is damaged after {where}")
             if frame.time is not None:
                 where = f"{frame.time - zero:.2f} s"
+                # Sound has times of its own making: frames of one time follow one another.
+                yielded = frame.time if stream.type == "video" else yielded
             yield frame
 
 

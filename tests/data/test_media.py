@@ -294,6 +294,30 @@ def test_an_interval_is_what_the_whole_holds_there(tmp_path: Path, name: str) ->
     assert len(part.waveform) == pytest.approx(1.5 * 16000, abs=0.03 * 16000)
 
 
+def test_an_interval_in_pictures_that_are_refreshed_part_by_part(tmp_path: Path) -> None:
+    write_flash_and_click(
+        tmp_path / "refreshed.ts",
+        video_codec="libx264",
+        audio_codec="aac",
+        frame_times=STEADY,
+        sound_seconds=4.2,
+        # The key frame that is sought stands at 1.6 s, and pictures are whole again from 3.2 s on.
+        options={"g": "40", "x264opts": "intra-refresh=1"},
+    )
+    whole, part = (
+        list(
+            media.decode_frames(
+                tmp_path / "refreshed.ts", short_side=None, max_fps=None, start_seconds=start
+            )
+        )
+        for start in (0.0, 2.9)
+    )
+    assert len(part) in (33, 34)  # a transport stream starts 21 ms into its own timeline
+    assert [frame.seconds for frame in part] == [f.seconds for f in whole[-len(part) :]]
+    for ours, theirs in zip(part, whole[-len(part) :], strict=True):
+        np.testing.assert_array_equal(ours.image, theirs.image)
+
+
 def test_frames_are_dropped_by_their_times(clip: Path) -> None:
     for fps in (10, 20, 24.9):
         times = [f.seconds for f in media.decode_frames(clip, short_side=32, max_fps=fps)]
