@@ -26,7 +26,7 @@ from etils import epath
 
 from avcl_jax import experiment
 from avcl_jax.export import Encoder, ExportError, encoder_variables, load_encoder
-from avcl_jax.training.checkpoint import load_variables
+from avcl_jax.training.checkpoint import load_variables, read_progress
 
 MODALITIES = ("video", "audio")
 
@@ -41,12 +41,15 @@ class EncoderSource:
         fingerprint: SHA-256 over names, shapes and values of the weights and over architecture and
             preprocessing: equal for a checkpoint and its export.
         step: training step, None where it is unknown (imported weights).
+        trained_on: fingerprint of the records that it was pretrained on, with their selection; None
+            where it is unknown.
     """
 
     path: str
     encoders: Mapping[str, Encoder]
     fingerprint: str
     step: int | None
+    trained_on: str | None
 
     def require(self, modality: str) -> Encoder:
         """Returns the encoder of `modality`.
@@ -103,7 +106,9 @@ def random_like(source: EncoderSource, seed: int) -> EncoderSource:
         key = jax.random.fold_in(jax.random.key(seed), number)
         encoders[modality] = dataclasses.replace(encoder, params=new_weights(encoder, key))
     renewed = _source(epath.Path(source.path), encoders)
-    return dataclasses.replace(renewed, path=f"random like {source.path}", step=None)
+    return dataclasses.replace(
+        renewed, path=f"random like {source.path}", step=None, trained_on=None
+    )
 
 
 def new_weights(encoder: Encoder, key: jax.Array) -> dict[str, Any]:
@@ -135,8 +140,14 @@ def load_run(
             f"{directory} holds no pretraining run; an exported encoder will not do here, because "
             "this needs the heads that were trained with it"
         )
+    config = experiment.from_json(path.read_text())
+    if config.task != "pretrain":
+        raise ExportError(
+            f"{directory} holds a run of task {config.task!r}: give the workdir of a pretraining "
+            "run, or an exported encoder"
+        )
     variables, step = load_variables(directory)
-    return experiment.from_json(path.read_text()), variables, step
+    return config, variables, step
 
 
 def _of_run(directory: epath.Path) -> EncoderSource:
@@ -150,7 +161,12 @@ def _of_run(directory: epath.Path) -> EncoderSource:
                 module.clone(remat="none"),
                 encoder_variables(variables, modality),
                 preprocessing,
-                source={"workdir": str(directory), "name": config.name, "step": step},
+                source={
+                    "workdir": str(directory),
+                    "name": config.name,
+                    "step": step,
+                    "data": read_progress(directory, step).data_fingerprint,
+                },
             )
     return _source(directory, encoders)
 
@@ -165,10 +181,16 @@ def _source(directory: epath.Path, encoders: Mapping[str, Encoder]) -> EncoderSo
             array = np.ascontiguousarray(value)
             digest.update(f"{name} {array.dtype} {array.shape}".encode())
             digest.update(array.tobytes())
-    steps = {encoder.config["source"].get("step") for encoder in encoders.values()}
+
+    def common(key: str) -> Any:
+        """What all say; imported weights, and exports of earlier versions, say nothing."""
+        said = {encoder.config["source"].get(key) for encoder in encoders.values()}
+        return said.pop() if len(said) == 1 else None
+
     return EncoderSource(
         path=str(directory),
         encoders=dict(encoders),
         fingerprint=digest.hexdigest(),
-        step=steps.pop() if len(steps) == 1 else None,
+        step=common("step"),
+        trained_on=common("data"),
     )

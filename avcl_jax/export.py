@@ -34,7 +34,7 @@ from avcl_jax import experiment
 from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
 from avcl_jax.data.spectrogram import LogMelSpec
 from avcl_jax.models.encoders import CLASSES
-from avcl_jax.training.checkpoint import load_variables
+from avcl_jax.training.checkpoint import load_variables, read_progress
 
 # Raised when an older reader would misread a newer file.
 FORMAT_VERSION = 1
@@ -223,6 +223,7 @@ def export_run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> di
         "workdir": str(workdir),
         "name": config.name,
         "step": step,
+        "data": read_progress(workdir, step).data_fingerprint,
         "seed": config.seed,
         "trained_speeds": list(spec.views.speeds),
         "config_sha256": hashlib.sha256(run_config.encode()).hexdigest(),

@@ -20,7 +20,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from avcl_jax.data.tfrecord import RecordError
-from avcl_jax.training.loop import NonFiniteError
+from avcl_jax.training.run_steps import NonFiniteError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File under configs/, with `:preset` where it has presets.", lock_config=True

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
 import grain
@@ -223,7 +223,7 @@ def batch_shapes(
     }
 
 
-def check_enough(source: UsableRecords, global_batch_size: int) -> None:
+def check_enough(source: Sized, global_batch_size: int) -> None:
     """Refuses a batch that holds more videos than there are.
 
     Raises:
@@ -255,16 +255,9 @@ def train_batches(
     Args:
         source: usable records.
         spec: rendering.
-        seed: of the order and of every draw.
-        global_batch_size: videos in a batch over all hosts.
-        host: number of this process.
-        hosts: number of processes.
-        first_step: batches to skip; a resumed run gets the batch that would have come.
-        workers: worker processes; 0 renders in threads of this process.
-        threads: reading threads (of each worker).
-        prefetch: batches kept ready (by each worker).
         skip_unreadable: a record that cannot be read becomes an `unreadable_row`, and is otherwise
             an error when its batch is taken.
+        seed: as the other arguments: see `drawn_batches`.
 
     Returns:
         Dataset of dicts of arrays with `global_batch_size / hosts` rows.
@@ -273,21 +266,61 @@ def train_batches(
         ValueError: if a batch holds more videos than there are records, or does not divide.
     """
     check_enough(source, global_batch_size)
+    return drawn_batches(
+        len(source),
+        RenderBatch(source, spec, skip_unreadable, shared=workers > 0),
+        seed=seed,
+        global_batch_size=global_batch_size,
+        host=host,
+        hosts=hosts,
+        first_step=first_step,
+        workers=workers,
+        threads=threads,
+        prefetch=prefetch,
+    )
+
+
+def drawn_batches(
+    count: int,
+    render: Callable[[Sequence[Draw]], dict[str, Any]],
+    *,
+    seed: int,
+    global_batch_size: int,
+    host: int,
+    hosts: int,
+    first_step: int,
+    workers: int,
+    threads: int,
+    prefetch: int,
+) -> grain.IterDataset:
+    """Endless batches of records in random order, drawn and rendered as a function of the seed.
+
+    Args:
+        count: records; every one is drawn once before one is drawn again.
+        render: makes the arrays of a batch, one row a draw; called in worker processes if there
+            are any, and may then return a `SharedArray` for each large array.
+        seed: of the order and of every draw.
+        global_batch_size: records in a batch over all hosts.
+        host: number of this process.
+        hosts: number of processes.
+        first_step: batches to skip; a resumed run gets the batch that would have come.
+        workers: worker processes; 0 renders in threads of this process.
+        threads: reading threads (of each worker).
+        prefetch: batches kept ready (by each worker).
+
+    Returns:
+        Dataset of what `render` returns for `global_batch_size / hosts` draws.
+
+    Raises:
+        ValueError: if the batch does not divide over the hosts.
+    """
     dataset = (
-        grain.MapDataset.range(len(source))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(_KeepGenerator())
+        grain.MapDataset.range(count).seed(seed).shuffle().repeat().random_map(_KeepGenerator())
     )
     local = HostSlice(
         dataset, global_batch_size=global_batch_size, host=host, hosts=hosts, first=first_step
     )
-    batches = local.batch(
-        global_batch_size // hosts,
-        drop_remainder=True,
-        batch_fn=RenderBatch(source, spec, skip_unreadable, shared=workers > 0),
-    )
+    batches = local.batch(global_batch_size // hosts, drop_remainder=True, batch_fn=render)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     iterable = batches.to_iter_dataset(options)
     if workers:

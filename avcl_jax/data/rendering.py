@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -58,8 +58,20 @@ class UsableRecord:
     has_audio: bool
 
 
+class PictureSpec(Protocol):
+    """What rendering pictures has to know."""
+
+    @property
+    def views(self) -> ViewSpec:
+        """Timing of a clip."""
+
+    @property
+    def video_shape(self) -> tuple[int, int, int, int]:
+        """Shape of its pictures: [time, height, width, 3]."""
+
+
 def render_video(
-    record: Record, clip: Clip, crop: Crop, spec: RenderSpec, out: np.ndarray | None = None
+    record: Record, clip: Clip, crop: Crop, spec: PictureSpec, out: np.ndarray | None = None
 ) -> np.ndarray:
     """Decodes only the frames of a clip, and crops each into its place.
 

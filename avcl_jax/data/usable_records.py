@@ -11,6 +11,7 @@ import numpy as np
 from avcl_jax.data.record_format import Record
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.rendering import RenderSpec, UsableRecord
+from avcl_jax.data.selection import Selection
 from avcl_jax.data.views import Timeline, views_fit
 
 
@@ -66,33 +67,48 @@ class UsableRecords(grain.sources.RandomAccessDataSource):
 
     Attributes:
         records: the underlying data set.
+        num_selected: how many of its records are selected.
         indices: int64 positions in it that are used.
-        fingerprint: that of the data set.
+        fingerprint: that of the data set, and the selection.
     """
 
-    def __init__(self, records: RecordDataset, spec: RenderSpec):
+    def __init__(
+        self, records: RecordDataset, spec: RenderSpec, selection: Selection | None = None
+    ):
         """Looks at every timeline of `records`, which reads no record.
+
+        Args:
+            records: data set.
+            spec: rendering.
+            selection: which of its records; None for all.
 
         Raises:
             ValueError: if no view fits any record.
+            SelectionError: if the selection does not fit the data set.
         """
         self.records = records
         self._spec = spec
-        parts = _usable_parts(records.timelines, spec)
-        self.indices = np.flatnonzero(parts["has_video"] | parts["has_audio"])
-        self._parts = {name: values[self.indices] for name, values in parts.items()}
-        self.fingerprint = records.fingerprint
+        self._selection = Selection() if selection is None else selection
+        positions = self._selection.positions(records)
+        self.num_selected = len(positions)
+        timelines = {name: values[positions] for name, values in records.timelines.items()}
+        parts = _usable_parts(timelines, spec)
+        usable = parts["has_video"] | parts["has_audio"]
+        self.indices = positions[usable]
+        self._parts = {name: values[usable] for name, values in parts.items()}
+        selected = f" {self._selection}" if self._selection.conditions else ""
+        self.fingerprint = records.fingerprint + selected
         if not len(self.indices):
             raise ValueError(
-                f"none of the {len(records)} records of {records!r} is long enough for a view of "
-                f"{spec.views.clip_seconds:g} s with {spec.views.num_frames} pictures; shorten "
-                "views.clip_seconds or reduce views.num_frames"
+                f"none of the {self.num_selected} records{selected} of {records!r} is long enough "
+                f"for a view of {spec.views.clip_seconds:g} s with {spec.views.num_frames} "
+                "pictures; shorten views.clip_seconds or reduce views.num_frames"
             )
 
     @property
     def num_too_short(self) -> int:
-        """Records on which no view fits."""
-        return len(self.records) - len(self.indices)
+        """Selected records on which no view fits."""
+        return self.num_selected - len(self.indices)
 
     def __len__(self) -> int:
         """Number of usable records."""
@@ -105,7 +121,7 @@ class UsableRecords(grain.sources.RandomAccessDataSource):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles what it is made from: workers would receive a million numbers through a pipe."""
-        return UsableRecords, (self.records, self._spec)
+        return UsableRecords, (self.records, self._spec, self._selection)
 
     def usable(self, position: int) -> UsableRecord:
         """What can be used of the record at `position`, without reading it."""

@@ -146,6 +146,12 @@ def load_variables(workdir: epath.PathLike) -> tuple[dict[str, Any], int]:
     return {"params": params, "batch_stats": state["batch_stats"]}, step
 
 
+def read_progress(workdir: epath.PathLike, step: int) -> Progress:
+    """What the checkpoint of `step` says besides the state."""
+    path = epath.Path(workdir) / "checkpoints" / str(step) / "progress"
+    return Progress(**ocp.JsonCheckpointHandler().restore(path))
+
+
 def load_bank(workdir: epath.PathLike) -> dict[str, np.ndarray]:
     """Feature bank of the newest checkpoint as numpy arrays, by name of its fields.
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
-import math
-import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,43 +15,19 @@ from clu import parameter_overview
 from etils import epath
 
 from avcl_jax import experiment
-from avcl_jax.data.pipeline import check_enough, to_device_batch, train_batches
+from avcl_jax.data.pipeline import check_enough, train_batches
 from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.selection import Selection
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.objectives import feature_bank
 from avcl_jax.training import sharding
 from avcl_jax.training.checkpoint import CheckpointError, Checkpoints, Progress, check_config
-from avcl_jax.training.metric_writer import MetricWriter, format_seconds, peak_memory_gb
+from avcl_jax.training.metric_writer import MetricWriter
 from avcl_jax.training.optimizer import create_optimizer, warmup_cosine
+from avcl_jax.training.run_steps import Pace, run_steps
 from avcl_jax.training.state import TrainState, create_state
-from avcl_jax.training.step import (
-    LossSpec,
-    Metrics,
-    jit_train_step,
-    make_train_step,
-    merge_metrics,
-)
+from avcl_jax.training.step import LossSpec, jit_train_step, make_train_step
 from avcl_jax.training.unreadable import UnreadableRecords
-
-# Steps dispatched ahead of the device. More would only queue batches in memory.
-_STEPS_AHEAD = 2
-
-
-class NonFiniteError(FloatingPointError):
-    """A loss, metric or gradient stopped being a number."""
-
-
-@dataclasses.dataclass
-class _Period:
-    """Metrics and times gathered since the last log line."""
-
-    first_step: int
-    metrics: Metrics | None = None
-    data_seconds: float = 0.0
-    started: float = dataclasses.field(default_factory=time.perf_counter)
-
-    def add(self, metrics: Metrics, merge: Callable[..., Metrics]) -> None:
-        self.metrics = metrics if self.metrics is None else merge(self.metrics, metrics)
 
 
 def loss_spec(config: ml_collections.ConfigDict) -> LossSpec:
@@ -136,38 +108,6 @@ def build(
     return mesh, init, step
 
 
-def _check_finite(values: dict[str, float], first: int, last: int, saved: int | None) -> None:
-    broken = sorted(name for name, value in values.items() if not math.isfinite(value))
-    if broken:
-        kept = f"checkpoint {saved} is kept" if saved is not None else "no checkpoint was written"
-        raise NonFiniteError(
-            f"not finite between steps {first} and {last}: {', '.join(broken)}; {kept}. Lower "
-            "optimizer.learning_rate or optimizer.clip_norm, or look at the data of these steps"
-        )
-
-
-class _StopSignal:
-    """Notes SIGTERM and SIGINT, so that the loop can save before it ends."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopSignal:
-        def note(number: int, _: Any) -> None:
-            if self.received is not None:  # The second one means now.
-                raise KeyboardInterrupt
-            self.received = signal.Signals(number).name
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._old[number] = signal.signal(number, note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-
 def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool:
     """Trains from the newest checkpoint of `workdir`, or from the beginning, to `config.steps`.
 
@@ -188,7 +128,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
     spec = experiment.render_spec(config)
     mesh, init, step_function = build(config)
     records = RecordDataset(config.data.directory, config.data.split)
-    source = UsableRecords(records, spec)
+    source = UsableRecords(records, spec, Selection.parse(config.data.select))
     # Every process says what it met, for each sees other records.
     unreadable = UnreadableRecords(
         records, budget=config.data.max_bad_records, note=functools.partial(print, flush=True)
@@ -235,9 +175,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
         writer.close()
         return True
 
-    rows = sharding.rows_sharding(mesh)
     train_step = jit_train_step(step_function, mesh, shardings)
-    merge = jax.jit(merge_metrics)
     batches: Iterator[dict[str, np.ndarray]] = iter(
         train_batches(
             source,
@@ -253,76 +191,32 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
             skip_unreadable=config.data.max_bad_records > 0,
         )
     )
-    start = time.perf_counter()
-    before = progress.train_seconds
-    in_flight: collections.deque[Any] = collections.deque()
-    period = _Period(first + 1)
-    pending: tuple[int, _Period, float] | None = None
-    checked = first
 
-    def report(last: int, done: _Period, ended: float) -> None:
-        """Reads the metrics of a finished period, which waits for the device."""
-        nonlocal checked
-        assert done.metrics is not None
-        values = {
-            name: float(metric.compute())
-            for name, metric in jax.device_get(done.metrics).items()
-            if metric.count > 0
-        }
-        seconds = max(ended - done.started, 1e-9)
-        steps = last - done.first_step + 1
-        values["steps_per_second"] = steps / seconds
-        values["clips_per_second"] = 2 * config.global_batch_size * steps / seconds
-        values["data_wait_share"] = done.data_seconds / seconds
-        values["train_seconds"] = before + ended - start
-        values["peak_memory_gb"] = peak_memory_gb()
-        values["unreadable_records"] = unreadable.count  # that this process has met
-        left = (config.steps - last) * seconds / steps
-        writer.write(last, values, seconds_left=left)
-        _check_finite(values, done.first_step, last, checkpoints.latest_step())
-        checked = last
-
-    with _StopSignal() as stop:
-        for step in range(first + 1, config.steps + 1):
-            waiting = time.perf_counter()
-            batch = next(batches)
-            period.data_seconds += time.perf_counter() - waiting
+    def readable() -> Iterator[dict[str, np.ndarray]]:
+        for batch in batches:
             unreadable.check(batch)
-            state, metrics = train_step(state, to_device_batch(batch, rows), step_key)
-            period.add(metrics, merge)
-            in_flight.append(metrics["loss"].total)
-            if len(in_flight) > _STEPS_AHEAD:
-                jax.block_until_ready(in_flight.popleft())
-            if pending is not None:  # Read one step late, while this step runs.
-                report(*pending)
-                pending = None
-            last_step = step == config.steps
-            stopping = checkpoints.reached_preemption(step) or (
-                stop.received is not None and jax.process_count() == 1
-            )
-            saving = last_step or stopping or step % config.checkpoint_every == 0
-            if step % config.log_every == 0 or saving:
-                if saving:
-                    jax.block_until_ready(state)
-                pending = (step, period, time.perf_counter())
-                period = _Period(step + 1)
-            if saving and pending is not None:
-                # Nothing that is not finite may replace a good checkpoint.
-                report(*pending)
-                pending = None
-            if saving:
-                seconds = before + time.perf_counter() - start
-                checkpoints.save(state, Progress(step, seconds, source.fingerprint, mesh.size))
-            if stopping and not last_step:
-                writer.note(
-                    f"stopped at step {step} by {stop.received or 'preemption'} after saving; "
-                    "the same command goes on from here"
-                )
-                break
+            yield batch
+
+    _, complete = run_steps(
+        state,
+        lambda state, batch: train_step(state, batch, step_key),
+        readable(),
+        rows=sharding.rows_sharding(mesh),
+        pace=Pace(
+            steps=config.steps,
+            log_every=config.log_every,
+            checkpoint_every=config.checkpoint_every,
+            clips_per_step=2 * config.global_batch_size,
+        ),
+        progress=dataclasses.replace(progress, devices=mesh.size),
+        checkpoints=checkpoints,
+        writer=writer,
+        # Those that this process has met.
+        also=lambda: {"unreadable_records": unreadable.count},
+    )
     checkpoints.close()
-    writer.note(f"trained to step {step} in {format_seconds(before + time.perf_counter() - start)}")
     writer.close()
-    return step == config.steps
+    return complete
 
 
 def _check_health_label(label: str, records: RecordDataset) -> None:

@@ -14,7 +14,7 @@ from tensorboardX import SummaryWriter
 
 # What the progress line shows, by group; everything is in metrics.jsonl.
 _SHOWN = {
-    "": {"loss": "loss", "vv/loss": "vv", "va/loss": "va", "aa/loss": "aa"},
+    "": {"loss": "loss", "accuracy": "accuracy", "vv/loss": "vv", "va/loss": "va", "aa/loss": "aa"},
     "speed ": {"speed_video/accuracy": "v", "speed_audio/accuracy": "a"},
     "dir ": {"direction_video/accuracy": "v", "direction_audio/accuracy": "a"},
     "order ": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -21,6 +22,34 @@ def warmup_cosine(*, learning_rate: float, warmup_steps: int, steps: int) -> opt
             f"optimizer.warmup_steps {warmup_steps} must be at least 0 and below steps {steps}"
         )
     return optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, steps)
+
+
+def warmup_multistep(
+    *, learning_rate: float, warmup_steps: int, milestones: Sequence[int], factor: float
+) -> optax.Schedule:
+    """Linear warm-up from 0, then constant, multiplied by `factor` at each milestone.
+
+    Args:
+        learning_rate: after the warm-up.
+        warmup_steps: may be 0.
+        milestones: steps, increasing, none within the warm-up.
+        factor: of every fall.
+
+    Raises:
+        ValueError: if milestones do not increase, or begin in the warm-up.
+    """
+    if list(milestones) != sorted(set(milestones)) or min(milestones, default=1) <= warmup_steps:
+        raise ValueError(
+            f"milestones at steps {tuple(milestones)} must increase and come after the "
+            f"{warmup_steps} steps of warm-up"
+        )
+    # join_schedules counts from the border, so the milestones do too.
+    falls = {int(step) - warmup_steps: factor for step in milestones}
+    constant = optax.piecewise_constant_schedule(learning_rate, falls)
+    if not warmup_steps:
+        return constant
+    rise = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+    return optax.join_schedules([rise, constant], [warmup_steps])
 
 
 def decay_mask(params: Any) -> Any:

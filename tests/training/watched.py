@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from absl import app
 
 from avcl_jax import main
-from avcl_jax.training import loop
+from avcl_jax.training import loop, run_steps
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -65,7 +65,7 @@ class Watch:
         return _to_device_batch(*args)
 
 
-_create_state, _to_device_batch = loop.create_state, loop.to_device_batch
+_create_state, _to_device_batch = loop.create_state, run_steps.to_device_batch
 
 
 def run(path: str, arguments: list[str]) -> None:
@@ -73,7 +73,7 @@ def run(path: str, arguments: list[str]) -> None:
     watch = Watch()
     with (
         mock.patch.object(loop, "create_state", watch.create_state),
-        mock.patch.object(loop, "to_device_batch", watch.to_device_batch),
+        mock.patch.object(run_steps, "to_device_batch", watch.to_device_batch),
     ):
         try:
             app.run(main.main, ["main", *arguments], flags_parser=main.parse_flags)

@@ -1,0 +1,319 @@
+"""Clips of labelled records, for training and testing classifiers.
+
+Unlike a view of pretraining (`data.views`), a clip may be longer than its record and may show a
+picture twice: benchmarks contain clips of half a second, and none of them may be left out. The
+last picture then stays, and silence follows the sound.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import grain
+import numpy as np
+
+from avcl_jax.data import shared_memory
+from avcl_jax.data.crop import Crop, CropSpec, center_crop, random_crop
+from avcl_jax.data.pipeline import Draw
+from avcl_jax.data.record_format import UNKNOWN_LABEL, Record
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.rendering import render_video
+from avcl_jax.data.selection import Selection
+from avcl_jax.data.shared_memory import SharedArray
+from avcl_jax.data.spectrogram import LogMelSpec, gather_windows
+from avcl_jax.data.tfrecord import RecordError
+from avcl_jax.data.views import FORWARD, Clip, ViewSpec
+
+Modality = Literal["video", "audio"]
+
+
+class LabelledRecordsError(ValueError):
+    """Records without the class or the modality that a classifier needs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoClipSpec:
+    """Clips of pictures.
+
+    Attributes:
+        views: timing; one speed.
+        crop: spatial crop.
+    """
+
+    views: ViewSpec
+    crop: CropSpec
+
+    @property
+    def video_shape(self) -> tuple[int, int, int, int]:
+        """Shape of a clip: [time, height, width, 3]."""
+        return self.views.num_frames, self.crop.image_size, self.crop.image_size, 3
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a clip."""
+        return self.video_shape
+
+    dtype = "uint8"
+    modality: Modality = dataclasses.field(default="video", init=False)
+
+    def random(
+        self, record: Record, start_seconds: float, rng: np.random.Generator, out: np.ndarray
+    ) -> None:
+        """Renders into uint8 [time, size, size, 3], cropped and mirrored alike in all pictures."""
+        crop = random_crop(rng, record.height, record.width, self.crop)
+        render_video(record, Clip(start_seconds, 0, FORWARD), crop, self, out)
+
+    def fixed(self, record: Record, start_seconds: float, crops: int) -> list[np.ndarray]:
+        """Returns `crops` clips uint8 [time, size, size, 3] of one time."""
+        clip = Clip(start_seconds, 0, FORWARD)
+        return [
+            render_video(record, clip, crop, self)
+            for crop in crops_along(record.height, record.width, crops)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioClipSpec:
+    """Clips of sound: windows of samples, whose log-mel is computed on the device.
+
+    Attributes:
+        log_mel: definition of the spectrogram.
+    """
+
+    log_mel: LogMelSpec
+
+    @property
+    def views(self) -> ViewSpec:
+        """Timing of a clip."""
+        return ViewSpec(self.log_mel.frames, self.log_mel.clip_seconds, (1,), "shared")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a clip: [frames, window]."""
+        return self.log_mel.frames, self.log_mel.window
+
+    dtype = "int16"
+    modality: Modality = dataclasses.field(default="audio", init=False)
+
+    def random(
+        self, record: Record, start_seconds: float, rng: np.random.Generator, out: np.ndarray
+    ) -> None:
+        """Renders into int16 [frames, window]; nothing but the time is drawn."""
+        (out[...],) = self.fixed(record, start_seconds, 1)
+
+    def fixed(self, record: Record, start_seconds: float, crops: int) -> list[np.ndarray]:
+        """Returns one clip int16 [frames, window]; sound has no crops."""
+        mel = self.log_mel
+        needed = round((start_seconds - record.audio_start_seconds) * mel.sample_rate_hz)
+        needed += mel.frames * mel.window
+        waveform = np.pad(record.waveform, (0, max(needed - len(record.waveform), 0)))
+        return [
+            gather_windows(
+                waveform,
+                Clip(start_seconds, 0, FORWARD),
+                mel,
+                self.views,
+                audio_start_seconds=record.audio_start_seconds,
+            )
+        ]
+
+
+ClipSpec = VideoClipSpec | AudioClipSpec
+
+
+def crops_along(height: int, width: int, crops: int) -> list[Crop]:
+    """The largest squares at equal distances along the longer side; one is in the middle."""
+    if crops == 1:
+        return [center_crop(height, width)]
+    size = min(height, width)
+    tops = np.linspace(0, height - size, crops).round().astype(int)
+    lefts = np.linspace(0, width - size, crops).round().astype(int)
+    return [Crop(int(t), int(left), size, False) for t, left in zip(tops, lefts, strict=True)]
+
+
+class LabelledRecords(grain.sources.RandomAccessDataSource):
+    """The selected records of a data set that have a class and the modality.
+
+    Attributes:
+        records: the underlying data set.
+        indices: int64, positions in it.
+        classes: int64 [n], the class of each.
+        class_names: of the label.
+        left_out: selected records that lack the class or the modality.
+        fingerprint: of the data set and the selection.
+    """
+
+    def __init__(
+        self,
+        records: RecordDataset,
+        selection: Selection,
+        label: str,
+        spec: ClipSpec,
+        leave_out: bool,
+    ):
+        """Looks at labels and timelines, which reads no record.
+
+        Args:
+            records: data set.
+            selection: which of its records.
+            label: name of a label of one class a record.
+            spec: clips; their modality must be there.
+            leave_out: leave out records that lack the class or the modality, instead of an error.
+
+        Raises:
+            LabelledRecordsError: if the label is missing, or records lack class or modality.
+            SelectionError: if the selection does not fit the data set.
+        """
+        if label not in records.labels:
+            several = ", of which a record may have several" * (label in records.multilabel)
+            raise LabelledRecordsError(
+                f"{records!r} has the labels {sorted(records.labels)}, not {label!r}{several}: "
+                "set data.label to one of these"
+            )
+        self.records, self.class_names = records, records.class_names[label]
+        self._arguments = (records, selection, label, spec, leave_out)
+        positions = selection.positions(records)
+        named = records.labels[label][positions] != UNKNOWN_LABEL
+        count = "num_frames" if spec.modality == "video" else "num_samples"
+        shown = records.timelines[count][positions] > 0
+        lacking = {f"class of label {label!r}": ~named, spec.modality: ~shown}
+        for what, missing in lacking.items():
+            if missing.all() or (missing.any() and not leave_out):
+                first = records.record_ids[int(positions[missing][0])]
+                advice = ": set data.leave_out=True to go on without" * (not missing.all())
+                raise LabelledRecordsError(
+                    f"{int(missing.sum())} of the {len(positions)} records {selection} of "
+                    f"{records!r} have no {what}, first {first!r}{advice}"
+                )
+        kept = named & shown
+        if not kept.any():
+            raise LabelledRecordsError(
+                f"no record {selection} of {records!r} has both {' and '.join(lacking)}"
+            )
+        self.left_out = int((~kept).sum())
+        self.indices = positions[kept]
+        self.classes = records.labels[label][self.indices].astype(np.int64)
+        self._spec = spec
+        times = {name: values[self.indices] for name, values in records.timelines.items()}
+        self._start, self._end = _extent(times, spec)
+        selected = f" {selection}" if selection.conditions else ""
+        self.fingerprint = records.fingerprint + selected
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> Record:
+        """Reads one record."""
+        return self.records[int(self.indices[position])]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles what it is made from: workers would receive a million numbers through a pipe."""
+        return LabelledRecords, self._arguments
+
+    def __repr__(self) -> str:
+        """Constant description: grain puts it into its checkpoints."""
+        return f"LabelledRecords({self.fingerprint}, {len(self)})"
+
+    def starts(self, position: int) -> tuple[float, float]:
+        """First and last possible start of a clip in seconds; equal where it does not fit."""
+        start, end = float(self._start[position]), float(self._end[position])
+        return start, max(start, end - self._spec.views.clip_seconds)
+
+
+def _extent(times: dict[str, np.ndarray], spec: ClipSpec) -> tuple[np.ndarray, np.ndarray]:
+    """When pictures or sound begin and end, in seconds."""
+    if isinstance(spec, VideoClipSpec):
+        # The last frame stays until the next would have come.
+        until = times["last_frame_seconds"] + times["max_frame_gap_seconds"]
+        return times["first_frame_seconds"], np.minimum(until, times["duration_seconds"])
+    rate = times["sample_rate_hz"]
+    wrong = np.flatnonzero(rate != spec.log_mel.sample_rate_hz)
+    if len(wrong):
+        raise LabelledRecordsError(
+            f"records have sound at {rate[wrong[0]]} Hz, the encoder takes "
+            f"{spec.log_mel.sample_rate_hz} Hz: prepare again with --sample-rate "
+            f"{spec.log_mel.sample_rate_hz}"
+        )
+    start = times["audio_start_seconds"]
+    return start, start + times["num_samples"] / rate
+
+
+@dataclasses.dataclass(frozen=True)
+class RenderRandomClips:
+    """Renders one clip of every drawn record, at a random time, straight into the batch.
+
+    Attributes:
+        source: records.
+        spec: clips.
+        shared: clips are a `SharedArray`, to be received by another process.
+    """
+
+    source: LabelledRecords
+    spec: ClipSpec
+    shared: bool
+
+    def __call__(self, draws: Sequence[Draw]) -> dict[str, Any]:
+        """Returns `clips` [rows, ...], `label` and `record_index` int32 [rows].
+
+        Raises:
+            RecordError: if one cannot be read, with its name and shard.
+        """
+        shape = (len(draws), *self.spec.shape)
+        sent: SharedArray | np.ndarray
+        if self.shared:
+            sent, clips = shared_memory.empty(shape, self.spec.dtype)
+        else:
+            sent = clips = np.empty(shape, self.spec.dtype)
+        for draw, out in zip(draws, clips, strict=True):
+            first, last = self.source.starts(draw.position)
+            start = float(draw.rng.uniform(first, last))
+            record = self.source[draw.position]
+            with _naming_shard(self.source, draw.position):
+                self.spec.random(record, start, draw.rng, out)
+        positions = [draw.position for draw in draws]
+        return {
+            "clips": sent,
+            "label": self.source.classes[positions].astype(np.int32),
+            "record_index": self.source.indices[positions].astype(np.int32),
+        }
+
+
+def fixed_clips(
+    source: LabelledRecords, position: int, spec: ClipSpec, *, clips: int, crops: int
+) -> np.ndarray:
+    """Renders clips at equal distances from the first possible start to the last.
+
+    Args:
+        source: records.
+        position: which one.
+        spec: clips.
+        clips: number of times.
+        crops: of each; 1 is the centre, more stand along the longer side.
+
+    Returns:
+        [clips * crops, ...].
+
+    Raises:
+        RecordError: if the record cannot be read, with its name and shard.
+    """
+    first, last = source.starts(position)
+    starts = np.linspace(first, last, clips) if clips > 1 else [(first + last) / 2]
+    record = source[position]
+    with _naming_shard(source, position):
+        return np.stack(
+            [clip for start in starts for clip in spec.fixed(record, float(start), crops)]
+        )
+
+
+@contextlib.contextmanager
+def _naming_shard(source: LabelledRecords, position: int) -> Iterator[None]:
+    """Adds the shard to what is said of a record that cannot be decoded."""
+    try:
+        yield
+    except RecordError as error:
+        shard = source.records.shard_of(int(source.indices[position]))
+        raise RecordError(f"{shard}, {error}") from error

@@ -1,0 +1,349 @@
+"""A classifier on an encoder, and the step that trains it: all of it, some layers, or its head.
+
+What is trained is decided by names of parameters; the rest takes no part in the gradient, so that
+a linear probe costs no backward pass through the encoder and cannot change a bit of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from avcl_jax.data.augment import (
+    PhotometricSpec,
+    SpectralSpec,
+    photometric,
+    spectral,
+    standardize,
+    to_unit_range,
+)
+from avcl_jax.data.labelled import AudioClipSpec, ClipSpec
+from avcl_jax.data.preprocessing import VideoPreprocessing
+from avcl_jax.data.spectrogram import log_mel
+from avcl_jax.export import Encoder
+from avcl_jax.training.sharding import replicated, rows_sharding
+from avcl_jax.training.state import TrainState, state_shardings
+from avcl_jax.training.step import Metrics, average
+
+Augmentation = tuple[PhotometricSpec, SpectralSpec]
+
+
+class FreezeError(ValueError):
+    """Names that freeze nothing, or frozen layers whose statistics would go on moving."""
+
+
+class StandardisedFeatures(nn.Module):
+    """Features of zero mean and unit variance, without scale and shift to learn.
+
+    Running averages that begin at 0 and 1, as batch normalisation has them, are still far off after
+    the few steps that a probe of a small data set takes; these are divided by the weight they hold.
+
+    Attributes:
+        momentum: weight of the old running statistics.
+        epsilon: added to the variance.
+    """
+
+    momentum: float = 0.98
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, features: Array, *, train: bool) -> Array:
+        """Returns [batch, channels]; by the batch in training, else by all batches of training."""
+        zeros = functools.partial(jnp.zeros, features.shape[-1:])
+        totals = {name: self.variable("batch_stats", name, zeros) for name in ("mean", "variance")}
+        weight = self.variable("batch_stats", "weight", jnp.zeros, ())
+        if not train:
+            held = jnp.maximum(weight.value, 1e-9)
+            mean, variance = (totals[name].value / held for name in ("mean", "variance"))
+        else:
+            mean, variance = features.mean(axis=0), features.var(axis=0)
+            totals["mean"].value = self._averaged(totals["mean"].value, mean)
+            totals["variance"].value = self._averaged(totals["variance"].value, variance)
+            weight.value = self._averaged(weight.value, jnp.ones(()))
+        return (features - mean[None]) * jax.lax.rsqrt(variance + self.epsilon)[None]
+
+    def _averaged(self, old: Array, new: Array) -> Array:
+        return self.momentum * old + (1 - self.momentum) * new
+
+
+class ClipClassifier(nn.Module):
+    """An encoder, optional normalisation of its features, dropout, a linear layer.
+
+    Attributes:
+        encoder: module returning a dict with `features`.
+        classes: number of classes.
+        dropout: share of features set to zero in training.
+        normalise: standardise the features by running statistics, without scale and shift: on raw
+            features of unequal size, a linear probe by gradient descent would mostly measure its
+            learning rate.
+        train_statistics: the encoder's batch normalisation uses and updates the statistics of the
+            batch in training; otherwise it stays in evaluation mode.
+    """
+
+    encoder: nn.Module
+    classes: int
+    dropout: float
+    normalise: bool
+    train_statistics: bool
+
+    @nn.compact
+    def __call__(self, inputs: Array, *, train: bool) -> Array:
+        """Returns float32 logits [batch, classes]."""
+        outputs: Any = self.encoder(inputs, train=train and self.train_statistics)
+        features = outputs["features"].astype(jnp.float32)
+        if self.normalise:
+            features = StandardisedFeatures(name="norm")(features, train=train)
+        features = nn.Dropout(self.dropout, deterministic=not train)(features)
+        return nn.Dense(self.classes, name="head")(features)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """From clips as they are rendered to what the encoder takes, on the device.
+
+    Attributes:
+        spec: clips.
+        preprocess: that of the encoder; says how pixels are standardised.
+        augmentation: of pictures and of spectrograms, in training.
+    """
+
+    spec: ClipSpec
+    preprocess: Any
+    augmentation: Augmentation
+
+    def __call__(self, clips: Array, key: Array | None) -> Array:
+        """Returns float32 pixels [batch, time, size, size, 3] or log-mel [batch, frames, mels].
+
+        Args:
+            clips: uint8 pictures or int16 windows.
+            key: of the augmentation; None for none.
+        """
+        pictures, sound = self.augmentation
+        # The augmentation draws for each view; a clip is a video's only one.
+        if isinstance(self.spec, AudioClipSpec):
+            heard = log_mel(clips, self.spec.log_mel, jnp)
+            return heard if key is None else spectral(key, heard[:, None], sound)[:, 0]
+        assert isinstance(self.preprocess, VideoPreprocessing)
+        shown = to_unit_range(clips)
+        if key is not None:
+            shown = photometric(key, shown[:, None], pictures)[:, 0]
+        return standardize(shown, self.preprocess.mean, self.preprocess.std)
+
+
+def trained_mask(params: Mapping[str, Any], freeze: Sequence[str]) -> Any:
+    """Which parameters are trained.
+
+    Args:
+        params: of the classifier.
+        freeze: beginnings of paths such as "encoder" or "encoder/stem".
+
+    Returns:
+        A tree like `params` of bool, False where frozen.
+
+    Raises:
+        FreezeError: if a name freezes nothing, or the head is frozen.
+    """
+    paths = [
+        "/".join(key.key for key in path)
+        for path, _ in jax.tree_util.tree_flatten_with_path(dict(params))[0]
+    ]
+    for name in freeze:
+        frozen = [path for path in paths if path.startswith(name)]
+        if not frozen or any(not path.startswith("encoder/") for path in frozen):
+            layers = sorted({"/".join(p.split("/")[:2]) for p in paths if p.startswith("encoder/")})
+            raise FreezeError(
+                f"freeze {name!r} must name layers of the encoder: 'encoder' for all, or some of "
+                f"{', '.join(layers)}"
+            )
+    trained = [not any(path.startswith(name) for name in freeze) for path in paths]
+    return jax.tree.unflatten(jax.tree.structure(dict(params)), trained)
+
+
+def _split(params: Any, mask: Any) -> tuple[Any, Any]:
+    """Trained and frozen parameters; None stands where the other one has a value."""
+    return (
+        jax.tree.map(lambda p, m: p if m else None, params, mask),
+        jax.tree.map(lambda p, m: None if m else p, params, mask),
+    )
+
+
+def _join(trained: Any, frozen: Any) -> Any:
+    return jax.tree.map(
+        lambda t, f: f if t is None else t, trained, frozen, is_leaf=lambda leaf: leaf is None
+    )
+
+
+def scale_updates(*, head_factor: float, head_steps: int) -> optax.GradientTransformation:
+    """Multiplies the head's updates by `head_factor`; the encoder's are zero for `head_steps`.
+
+    After an optimizer whose updates are proportional to its learning rate, as those of
+    `training.optimizer` are, this is a learning rate of its own for the head.
+    """
+
+    def update(updates: Any, count: Array, params: Any = None) -> tuple[Any, Array]:
+        del params
+        factors = {"encoder": (count >= head_steps).astype(jnp.float32), "head": head_factor}
+        scaled = {
+            name: jax.tree.map(lambda leaf, f=factors[name]: leaf * f, tree)
+            for name, tree in updates.items()
+        }
+        return scaled, count + 1
+
+    return optax.GradientTransformation(lambda _: jnp.zeros((), jnp.int32), update)
+
+
+def create_classifier_state(
+    classifier: ClipClassifier,
+    optimizer: optax.GradientTransformation,
+    encoder: Encoder,
+    *,
+    input_shape: tuple[int, ...],
+    freeze: Sequence[str],
+    key: Array,
+    mesh: Mesh,
+) -> tuple[TrainState, Any, Any]:
+    """Draws the head, takes the encoder's weights as they are, and shards everything.
+
+    Args:
+        classifier: as `ClipClassifier`.
+        optimizer: of the trained parameters.
+        encoder: whose weights.
+        input_shape: of one clip.
+        freeze: see `trained_mask`.
+        key: of the head.
+        mesh: devices.
+
+    Returns:
+        The state, its shardings, and the mask of the trained parameters.
+
+    Raises:
+        ValueError: if the encoder does not take clips of this shape.
+        FreezeError: see `trained_mask`.
+    """
+    if freeze and classifier.train_statistics:
+        raise FreezeError(
+            f"freeze {tuple(freeze)} leaves the running statistics of frozen layers moving: set "
+            "batch_norm='frozen'"
+        )
+    example = jnp.zeros((1, *input_shape), jnp.float32)
+    weights = dict(encoder.params)
+    shapes = jax.eval_shape(functools.partial(classifier.init, train=False), key, example)
+    for kind, given in weights.items():
+        expected = jax.tree.map(lambda leaf: leaf.shape, shapes[kind]["encoder"])
+        if jax.tree.map(lambda leaf: leaf.shape, dict(given)) != expected:
+            raise ValueError(
+                f"this {encoder.modality} encoder takes clips of {encoder.input_shape} only, not "
+                f"{input_shape}: set clip.seconds, clip.num_frames and clip.image_size to 0"
+            )
+    mask = trained_mask(shapes["params"], freeze)
+
+    def init(key: Array, weights: Any) -> TrainState:
+        fresh = classifier.init(key, example, train=False)
+        variables = {
+            kind: {**tree, **({"encoder": weights[kind]} if kind in weights else {})}
+            for kind, tree in fresh.items()
+        }
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=variables["params"],
+            batch_stats=variables.get("batch_stats", {}),
+            opt_state=optimizer.init(_split(variables["params"], mask)[0]),
+            ema_params=None,
+            bank=None,
+        )
+
+    shardings = state_shardings(jax.eval_shape(init, key, weights), mesh)
+    return jax.jit(init, out_shardings=shardings)(key, weights), shardings, mask
+
+
+def classifier_step(
+    classifier: ClipClassifier,
+    optimizer: optax.GradientTransformation,
+    inputs: Inputs,
+    *,
+    mask: Any,
+    schedule: optax.Schedule,
+    label_smoothing: float,
+    mesh: Mesh,
+    shardings: Any,
+) -> Callable[[TrainState, Mapping[str, Array], Array], tuple[TrainState, Metrics]]:
+    """Returns the jitted step `(state, batch, key) -> (state, metrics)`; the state is donated.
+
+    The loss is cross-entropy with a share `label_smoothing` spread over all classes. `key` is the
+    same at every step; the step number is folded in.
+    """
+
+    def step(state: TrainState, batch: Any, key: Array) -> tuple[TrainState, Metrics]:
+        augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+        prepared = inputs(batch["clips"], augment_key)
+        trained, frozen = _split(state.params, mask)
+
+        def objective(trained: Any) -> tuple[Array, Any]:
+            logits, changed = classifier.apply(
+                {"params": _join(trained, frozen), "batch_stats": state.batch_stats},
+                prepared,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": dropout_key},
+            )
+            targets = optax.smooth_labels(
+                jax.nn.one_hot(batch["label"], classifier.classes), label_smoothing
+            )
+            loss = optax.softmax_cross_entropy(logits, targets).mean()
+            hits = (logits.argmax(axis=-1) == batch["label"]).astype(jnp.float32)
+            return loss, (hits.mean(), changed.get("batch_stats", {}))
+
+        (loss, (accuracy, statistics)), gradients = jax.value_and_grad(objective, has_aux=True)(
+            trained
+        )
+        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=_join(optax.apply_updates(trained, updates), frozen),
+            batch_stats=statistics,
+            opt_state=opt_state,
+            ema_params=None,
+            bank=None,
+        )
+        metrics = {
+            "loss": average(loss),
+            "accuracy": average(accuracy),
+            "learning_rate": average(jnp.asarray(schedule(state.step))),
+            "health/gradient_norm": average(optax.tree.norm(gradients)),
+        }
+        return new_state, metrics
+
+    whole = replicated(mesh)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(shardings, rows_sharding(mesh), whole),
+        out_shardings=(shardings, whole),
+    )
+
+
+def mean_softmax(
+    classifier: ClipClassifier, inputs: Inputs, *, mesh: Mesh
+) -> Callable[[Mapping[str, Any], Array], Array]:
+    """Returns a jitted function from variables and clips [records, clips, ...] to probabilities.
+
+    Each clip's softmax, averaged over the clips of a record: float32 [records, classes], whole on
+    every device.
+    """
+
+    def probabilities(variables: Mapping[str, Any], clips: Array) -> Array:
+        records, count = clips.shape[:2]
+        flat = inputs(clips.reshape(-1, *clips.shape[2:]), None)
+        logits: Any = classifier.apply(variables, flat, train=False)
+        return jax.nn.softmax(logits).reshape(records, count, -1).mean(axis=1)
+
+    return jax.jit(probabilities, out_shardings=replicated(mesh))

@@ -1,0 +1,174 @@
+"""Recognition by training a classifier: fine-tuning and linear probes (design section 5).
+
+    python -m avcl_jax.main --config=configs/finetune.py:ucf101 --config.encoder=runs/k400
+    python -m avcl_jax.main --config=configs/linear_probe.py:ucf101 --config.encoder=runs/k400
+
+Every official split is trained and tested on its own, under WORKDIR/split1 and so on, where an
+interrupted run goes on. No test record is read before the last step of training is taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import ml_collections
+from etils import epath
+
+from avcl_jax.data.crop import CropSpec
+from avcl_jax.data.labelled import AudioClipSpec, ClipSpec, LabelledRecords, VideoClipSpec
+from avcl_jax.data.pipeline import check_enough
+from avcl_jax.data.preprocessing import VideoPreprocessing
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.selection import Selection
+from avcl_jax.data.views import ViewSpec
+from avcl_jax.encoder_source import EncoderSource, open_encoders, random_like
+from avcl_jax.evaluation.finetune_split import run_split
+from avcl_jax.evaluation.protocol import finished, run_fingerprint, write_results
+from avcl_jax.evaluation.recognition import measured, protocol_of
+from avcl_jax.evaluation.written import Stages
+from avcl_jax.export import Encoder
+
+
+def finetune(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, Any] | None:
+    """Trains and tests a classifier on every split, and writes what `evaluation.protocol` says.
+
+    Args:
+        config: as `configs/finetune.py` or `configs/linear_probe.py` returns it.
+        workdir: local or gs://; not the run's that trained the encoder.
+
+    Returns:
+        The contents of results.json; None if a signal stopped a training after saving, and in all
+        processes but the first.
+
+    Raises:
+        ExportError: if `config.encoder` holds no encoder of the modality.
+        CheckpointError: if a split's directory belongs to another training.
+        LabelledRecordsError: if records lack the class or the modality.
+        NonFiniteError: if the loss stops being a number.
+        SelectionError: if a split does not fit the data set.
+        ValueError: if settings contradict each other.
+    """
+    workdir = epath.Path(workdir)
+    source = _opened(config)
+    encoder = source.require(config.modality)
+    spec = clip_spec(config, encoder)
+    splits = folds(config, spec)
+    protocol = protocol_of(config)
+    data = {
+        "train": splits[0][0].records.fingerprint,
+        "test": splits[0][1].records.fingerprint,
+    }
+    fingerprint = run_fingerprint(config, protocol, encoder=source, data=data)
+    if (results := finished(workdir, protocol, fingerprint)) is not None:
+        return results
+    stages = Stages()
+    tested = []
+    for number, (train, test) in enumerate(splits, 1):
+        fold = run_split(config, workdir / f"split{number}", number, source, spec, train, test)
+        if fold is None:
+            return None
+        tested.append(fold)
+    if jax.process_index():
+        return None
+    return write_results(
+        workdir,
+        config,
+        protocol,
+        measured(config, tested, splits[0][0].class_names),
+        encoder=source,
+        data=data,
+        stages=stages,
+    )
+
+
+def clip_spec(config: ml_collections.ConfigDict, encoder: Encoder) -> ClipSpec:
+    """Clips of `config.clip`; what is 0 there is as the encoder was trained.
+
+    Raises:
+        ValueError: if a setting does not belong to the modality, or windows of sound would have
+            another length than the encoder's.
+    """
+    clip, preprocess = config.clip, encoder.preprocess
+    if isinstance(preprocess, VideoPreprocessing):
+        return VideoClipSpec(
+            views=ViewSpec(
+                clip.num_frames or preprocess.num_frames,
+                clip.seconds or preprocess.clip_seconds,
+                (1,),
+                "shared",
+            ),
+            crop=CropSpec(
+                image_size=clip.image_size or preprocess.image_size,
+                min_area=config.crop.min_area,
+                flip=config.crop.flip,
+                quarter_turns=config.crop.quarter_turns,
+            ),
+        )
+    if clip.num_frames or clip.image_size or config.test.crops != 1:
+        raise ValueError(
+            "sound has neither pictures nor crops: set clip.num_frames=0, clip.image_size=0 and "
+            "test.crops=1, or modality=video"
+        )
+    mel = preprocess.log_mel
+    seconds = clip.seconds or mel.clip_seconds
+    frames = round(mel.frames * seconds / mel.clip_seconds)
+    longer = dataclasses.replace(mel, frames=frames, clip_seconds=seconds)
+    if longer.window != mel.window:
+        raise ValueError(
+            f"clip.seconds {seconds:g} is no whole number of the encoder's frames of "
+            f"{mel.clip_seconds / mel.frames:g} s"
+        )
+    return AudioClipSpec(longer)
+
+
+def _opened(config: ml_collections.ConfigDict) -> EncoderSource:
+    if config.modality not in ("video", "audio"):
+        raise ValueError(f"modality {config.modality!r} must be 'video' or 'audio'")
+    if config.init not in ("pretrained", "random"):
+        raise ValueError(f"init {config.init!r} must be 'pretrained' or 'random'")
+    source = open_encoders(config.encoder)
+    source.require(config.modality)
+    return source if config.init == "pretrained" else random_like(source, config.seed)
+
+
+def folds(
+    config: ml_collections.ConfigDict, spec: ClipSpec
+) -> list[tuple[LabelledRecords, LabelledRecords]]:
+    """Returns the training and the test records of every split; reads no record.
+
+    Raises:
+        ValueError: if there are not as many of one as of the other, or a record is in both.
+    """
+    section = config.data
+    if len(section.train_select) != len(section.test_select) or not section.train_select:
+        raise ValueError(
+            f"data.train_select {section.train_select} and data.test_select {section.test_select} "
+            "must name the same splits, one after the other"
+        )
+    opened = {
+        name: RecordDataset(section.directory, name)
+        for name in {section.train_split, section.test_split}
+    }
+    splits = []
+    for selections in zip(section.train_select, section.test_select, strict=True):
+        train, test = (
+            LabelledRecords(
+                opened[name], Selection.parse(text), section.label, spec, section.leave_out
+            )
+            for name, text in zip(
+                (section.train_split, section.test_split), selections, strict=True
+            )
+        )
+        ids = {train.records.record_ids[int(index)] for index in train.indices}
+        both = [i for i in test.indices.tolist() if test.records.record_ids[int(i)] in ids]
+        if both:
+            raise ValueError(
+                f"{len(both)} records are in training ({train!r}) and in test ({test!r}), first "
+                f"{test.records.record_ids[int(both[0])]!r}: correct data.train_select, "
+                "data.test_select or the splits"
+            )
+        check_enough(train, config.global_batch_size)
+        splits.append((train, test))
+    return splits

@@ -1,0 +1,160 @@
+"""The classifier's parts: mean softmax, feature standardisation, what is trained and how fast."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from avcl_jax import experiment
+from avcl_jax.data.labelled import LabelledRecords, fixed_clips
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.selection import Selection
+from avcl_jax.evaluation.classifier import (
+    ClipClassifier,
+    FreezeError,
+    Inputs,
+    StandardisedFeatures,
+    create_classifier_state,
+    scale_updates,
+    trained_mask,
+)
+from avcl_jax.evaluation.finetune import clip_spec
+from avcl_jax.evaluation.finetune_split import predict
+from avcl_jax.models.encoders import create_encoder
+from avcl_jax.training.sharding import create_mesh
+from tests.evaluation.labelled import make_encoders, toy_config, write_labelled
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def test_the_prediction_is_the_mean_softmax_over_ten_clips(tmp_path):
+    records = write_labelled(tmp_path / "records")
+    config = toy_config(records, tmp_path)
+    encoder = make_encoders()["video"]
+    spec = clip_spec(config, encoder)
+    inputs = Inputs(
+        spec,
+        encoder.preprocess,
+        (experiment.photometric_spec(config), experiment.spectral_spec(config)),
+    )
+    source = LabelledRecords(
+        RecordDataset(records, "all"), Selection.parse("split1=unused"), "shuffled", spec, False
+    )
+    classifier = ClipClassifier(encoder.module, 3, 0.5, False, True)
+    rng = np.random.default_rng(0)
+    head = {
+        "kernel": rng.normal(0, 3, (12, 3)).astype(np.float32),
+        "bias": np.array([0.1, -0.2, 0.0], np.float32),
+    }
+    variables = {
+        "params": {"encoder": encoder.params["params"], "head": head},
+        "batch_stats": {"encoder": encoder.params["batch_stats"]},
+    }
+    found = predict(
+        classifier,
+        variables,
+        inputs,
+        source,
+        clips=10,
+        crops=1,
+        chunk=5,  # 24 records do not fill it
+        threads=1,
+        mesh=create_mesh(1),
+    )
+    assert found.shape == (24, 3)
+    encode = jax.jit(encoder.apply)
+    for position in (0, 1, 23):
+        clips = fixed_clips(source, position, spec, clips=10, crops=1)
+        features = np.asarray(encode(encoder.params, clips))
+        assert features.shape == (10, 12)
+        by_hand = softmax(features @ head["kernel"] + head["bias"]).mean(axis=0)
+        np.testing.assert_allclose(found[position], by_hand, atol=1e-5)
+        assert np.abs(softmax(features.mean(axis=0) @ head["kernel"]) - by_hand).max() > 1e-4
+
+
+def test_features_are_standardised_by_what_training_saw_from_the_first_step():
+    module = StandardisedFeatures()
+    rng = np.random.default_rng(0)
+    features = jnp.asarray(rng.normal([5.0, -100.0], [0.1, 30.0], (400, 2)), jnp.float32)
+    variables = module.init(jax.random.key(0), features, train=False)
+    for start in range(0, 400, 200):
+        out, variables = module.apply(
+            variables, features[start : start + 200], train=True, mutable=["batch_stats"]
+        )
+        np.testing.assert_allclose(out.mean(axis=0), 0.0, atol=1e-2)
+    tested = module.apply(variables, features, train=False)
+    np.testing.assert_allclose(tested.mean(axis=0), 0.0, atol=0.1)
+    np.testing.assert_allclose(tested.std(axis=0), 1.0, atol=0.1)
+
+
+def test_the_head_has_a_learning_rate_of_its_own_and_begins_alone():
+    params = {"encoder": {"w": jnp.zeros(2)}, "head": {"w": jnp.zeros(2)}}
+    gradients = jax.tree.map(jnp.ones_like, params)
+    optimizer = optax.chain(optax.sgd(0.1), scale_updates(head_factor=5.0, head_steps=2))
+    state = optimizer.init(params)
+    moved = []
+    for _ in range(4):
+        updates, state = optimizer.update(gradients, state, params)
+        moved.append([float(updates[name]["w"][0]) for name in ("encoder", "head")])
+    np.testing.assert_allclose(moved, [[0, -0.5], [0, -0.5], [-0.1, -0.5], [-0.1, -0.5]], rtol=1e-6)
+
+
+def test_names_say_which_layers_are_frozen():
+    params = {
+        "encoder": {"stem_conv": {"kernel": 1}, "stem_norm": {"scale": 1}, "layer": {"kernel": 1}},
+        "head": {"kernel": 1},
+    }
+    assert trained_mask(params, ()) == jax.tree.map(lambda _: True, params)
+    some = trained_mask(params, ("encoder/stem",))
+    assert some["encoder"] == {
+        "stem_conv": {"kernel": False},
+        "stem_norm": {"scale": False},
+        "layer": {"kernel": True},
+    }
+    assert trained_mask(params, ("encoder",))["head"] == {"kernel": True}
+    for wrong in ("layer", "head", ""):
+        with pytest.raises(FreezeError, match=re.escape(f"freeze {wrong!r} must name layers")):
+            trained_mask(params, (wrong,))
+
+
+def test_an_encoder_with_fixed_positions_refuses_longer_clips():
+    encoder = make_encoders()["video"]
+    module = create_encoder(
+        "video",
+        "transformer",
+        {
+            "width": 8,
+            "depth": 1,
+            "heads": 2,
+            "tubelet": (2, 8, 8),
+            "attention": "joint",
+            "subtract_time_mean": False,
+        },
+    )
+    shapes = jax.eval_shape(
+        functools.partial(module.init, train=False),
+        jax.random.key(0),
+        jax.ShapeDtypeStruct((1, *encoder.input_shape), jnp.float32),
+    )
+    weights = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), dict(shapes))
+    time, *rest = encoder.input_shape
+    with pytest.raises(ValueError, match=re.escape("takes clips of (4, 16, 16, 3) only, not (8,")):
+        create_classifier_state(
+            ClipClassifier(module, 3, 0.0, False, True),
+            optax.sgd(0.1),
+            dataclasses.replace(encoder, module=module, params=weights),
+            input_shape=(2 * time, *rest),
+            freeze=(),
+            key=jax.random.key(0),
+            mesh=create_mesh(1),
+        )

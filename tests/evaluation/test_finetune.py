@@ -1,0 +1,397 @@
+"""Fine-tuning and linear probes: what they learn, what they may not see, what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from avcl_jax.data.labelled import LabelledRecords, LabelledRecordsError
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.selection import Selection, SelectionError
+from avcl_jax.encoder_source import open_encoders
+from avcl_jax.evaluation import finetune_split
+from avcl_jax.evaluation.classifier import FreezeError
+from avcl_jax.evaluation.finetune import clip_spec, finetune, folds
+from avcl_jax.evaluation.protocol import read_outcomes
+from avcl_jax.export import ExportError
+from avcl_jax.training.checkpoint import CheckpointError, load_variables
+from avcl_jax.training.run_steps import NonFiniteError
+from tests.evaluation.labelled import COUNT, NAMES, toy_config, write_encoders, write_labelled
+from tests.training.small import compilation_cache, run, start
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """Most trainings here compile one and the same step."""
+    old = (
+        jax.config.jax_compilation_cache_dir,
+        jax.config.jax_persistent_cache_min_compile_time_secs,
+    )
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield
+    jax.config.update("jax_compilation_cache_dir", old[0])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", old[1])
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> Path:
+    return write_labelled(tmp_path_factory.mktemp("toy") / "records")
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory) -> Path:
+    return write_encoders(tmp_path_factory.mktemp("encoders") / "export")
+
+
+@pytest.fixture(scope="module")
+def tuned(records, encoders, tmp_path_factory):
+    """(workdir, results, records read before the test) of a whole fine-tuning."""
+    workdir = tmp_path_factory.mktemp("tuned") / "run"
+    read, before = [], []
+    getitem, predict = RecordDataset.__getitem__, finetune_split.predict
+
+    def reading(self, index):
+        read.append(int(index))
+        return getitem(self, index)
+
+    def predicting(*args, **options):
+        before.extend(read)
+        return predict(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RecordDataset, "__getitem__", reading)
+        patch.setattr(finetune_split, "predict", predicting)
+        results = finetune(toy_config(records, encoders), workdir)
+    return workdir, results, before
+
+
+def in_split(records: Path, name: str, label: str = "split1") -> set[int]:
+    data = RecordDataset(records, "all")
+    return set(np.flatnonzero(data.labels[label] == NAMES[label].index(name)).tolist())
+
+
+def test_it_learns_classes_that_are_plain(tuned):
+    workdir, results, _ = tuned
+    assert results["metrics"]["top1"]["value"] >= 0.9
+    assert results["metrics"]["top1"]["chance"] == pytest.approx(1 / 3)
+    assert results["protocol"] == "action_recognition"
+    assert json.loads((workdir / "results.json").read_text()) == results
+    report = (workdir / "report.html").read_text()
+    for word in ("Confusion", "red", "accuracy over training step", "last epoch"):
+        assert word in report
+
+
+def test_results_are_those_of_the_saved_softmax(tuned, records):
+    workdir, results, _ = tuned
+    with np.load(workdir / "split1" / "predictions.npz") as saved:
+        probabilities, names, classes = (saved[n] for n in ("probabilities", "records", "classes"))
+    data = RecordDataset(records, "all")
+    tested = sorted(in_split(records, "test"))
+    truth = data.labels["class"][tested]
+    assert names.tolist() == [data.record_ids[i] for i in tested]
+    np.testing.assert_array_equal(classes, truth)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, rtol=1e-5)
+    hits = probabilities.argmax(axis=1) == truth
+    assert results["metrics"]["top1"]["value"] == pytest.approx(hits.mean())
+    by_class = [hits[truth == kind].mean() for kind in range(3)]
+    assert results["metrics"]["mean_class_accuracy"]["value"] == pytest.approx(np.mean(by_class))
+    outcomes = read_outcomes(workdir / "outcomes.npz")
+    assert outcomes.units == [f"split1/{data.record_ids[i]}" for i in tested]
+    assert np.asarray(results["details"]["confusion"]).sum() == len(tested)
+
+
+def test_no_test_record_is_read_before_the_last_step(tuned, records):
+    _, _, before = tuned
+    assert set(before) == in_split(records, "train")
+
+
+def test_training_batches_hold_every_training_record_and_no_other(tuned, records, encoders):
+    config = toy_config(records, encoders)
+    source = open_encoders(encoders)
+    spec = clip_spec(config, source.require("video"))
+    ((train, _),) = folds(config, spec)
+    batches = finetune_split.training_batches(config, 1, spec, train, 0)
+    drawn = np.concatenate([next(batches)["record_index"] for _ in range(8)])
+    assert set(drawn.tolist()) == in_split(records, "train")
+    assert not set(drawn.tolist()) & in_split(records, "test")
+
+
+def test_finished_results_are_not_made_again(tuned, records, encoders, capsys):
+    workdir, results, _ = tuned
+    assert finetune(toy_config(records, encoders), workdir) == results
+    assert "already holds these results" in capsys.readouterr().out
+
+
+def state_of(workdir: Path) -> dict[str, np.ndarray]:
+    variables, _ = load_variables(workdir.absolute())
+    leaves = jax.tree_util.tree_flatten_with_path(variables)[0]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def test_an_interrupted_training_goes_on_bitwise(tuned, records, encoders, tmp_path, capsys):
+    whole, results, _ = tuned
+    workdir = tmp_path / "interrupted"
+    shutil.copytree(whole, workdir)
+    steps = sorted(int(p.name) for p in (workdir / "split1" / "checkpoints").glob("[0-9]*"))
+    assert steps == [9, 18]
+    shutil.rmtree(workdir / "split1" / "checkpoints" / "18")  # as if killed before
+    (workdir / "split1" / "predictions.npz").unlink()
+    (workdir / "results.json").unlink()
+    again = finetune(toy_config(records, encoders), workdir)
+    assert "steps 9 to 18" in capsys.readouterr().out
+    assert again["metrics"] == results["metrics"]
+    expected, found = state_of(whole / "split1"), state_of(workdir / "split1")
+    assert expected.keys() == found.keys()
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+def changed(workdir: Path, encoders: Path) -> dict[str, bool]:
+    """Whether each parameter and statistic of the encoder differs from the one it began with."""
+    before = open_encoders(encoders).require("video").params
+    after, _ = load_variables((workdir / "split1").absolute())
+    pairs = {
+        (kind, jax.tree_util.keystr(path)): leaf
+        for kind, tree in before.items()
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+    now = {
+        (kind, jax.tree_util.keystr(path)): leaf
+        for kind in before
+        for path, leaf in jax.tree_util.tree_flatten_with_path(after[kind]["encoder"])[0]
+    }
+    assert pairs.keys() == now.keys()
+    return {
+        " ".join(name): np.asarray(pairs[name]).tobytes() != np.asarray(now[name]).tobytes()
+        for name in pairs
+    }
+
+
+def test_fine_tuning_changes_every_layer(tuned, encoders):
+    assert [name for name, other in changed(tuned[0], encoders).items() if not other] == []
+
+
+def test_a_linear_probe_leaves_the_encoder_bitwise_as_it_was(records, encoders, tmp_path):
+    config = toy_config(records, encoders, task="linear_probe")
+    results = finetune(config, tmp_path / "probe")
+    assert [n for n, other in changed(tmp_path / "probe", encoders).items() if other] == []
+    assert results["metrics"]["top1"]["value"] > 0.6
+
+
+def test_labels_that_mean_nothing_give_chance(records, encoders, tmp_path):
+    config = toy_config(records, encoders, **{"data.label": "shuffled"})
+    results = finetune(config, tmp_path / "shuffled")
+    tested = results["units"]
+    deviation = np.sqrt(1 / 3 * 2 / 3 / tested)
+    assert abs(results["metrics"]["top1"]["value"] - 1 / 3) < 3.5 * deviation < 0.5
+
+
+@pytest.mark.slow
+def test_sound_is_fine_tuned_by_the_same_code(records, encoders, tmp_path):
+    config = toy_config(
+        records,
+        encoders,
+        preset="demo_audio",
+        **{
+            "clip.seconds": 0.75,
+            "data.train_select": ("part=labelled;split1=train",),
+            "data.test_select": ("part=labelled;split1=test",),
+        },
+    )
+    results = finetune(config, tmp_path / "audio")
+    assert results["protocol"] == "audio_recognition"
+    assert results["metrics"]["top1"]["value"] >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ({"data.train_select": ("split3=train",)}, SelectionError, "not 'split3'"),
+        ({"data.train_select": ("split1=trian",)}, SelectionError, "has no class 'trian'"),
+        ({"data.label": "motion"}, LabelledRecordsError, "not 'motion': set data.label to one"),
+        (
+            {"data.train_select": ("",), "data.test_select": ("split1=test",)},
+            LabelledRecordsError,
+            "3 of the 96 records  of",
+        ),
+        (
+            {"data.train_select": ("split1=test",)},
+            ValueError,
+            "are in training",
+        ),
+        ({"data.test_select": ("split1=test", "split2=test")}, ValueError, "same splits"),
+        ({"encoder": "/nonexistent"}, ExportError, "there is no directory /nonexistent"),
+        ({"init": "imagenet"}, ValueError, "must be 'pretrained' or 'random'"),
+        ({"modality": "both"}, ValueError, "must be 'video' or 'audio'"),
+        ({"batch_norm": "off"}, ValueError, "must be 'train' or 'frozen'"),
+        ({"freeze": ("encoder",)}, FreezeError, "set batch_norm='frozen'"),
+        (
+            {"freeze": ("encoder/layer9",), "batch_norm": "frozen"},
+            FreezeError,
+            "must name layers of the encoder: 'encoder' for all, or some of encoder/",
+        ),
+        ({"optimizer.schedule": "step"}, ValueError, "must be 'cosine' or 'multistep'"),
+        ({"global_batch_size": 64}, ValueError, "larger than the 48 usable records"),
+    ],
+)
+def test_mistakes_are_one_clear_error(records, encoders, tmp_path, overrides, error, message):
+    config = toy_config(records, encoders, **overrides)
+    with pytest.raises(error, match=re.escape(message)) as caught:
+        finetune(config, tmp_path / "mistake")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "mistake").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ({"data.label": "part"}, LabelledRecordsError, "have no audio, first 'clip 15'"),
+        ({"test.crops": 3}, ValueError, "sound has neither pictures nor crops"),
+        ({"clip.seconds": 0.77}, ValueError, "windows of"),
+    ],
+)
+def test_mistakes_about_sound(records, encoders, tmp_path, overrides, error, message):
+    selections = {"data.train_select": ("split2=unused",), "data.test_select": ("split1=test",)}
+    config = toy_config(records, encoders, preset="demo_audio", **selections, **overrides)
+    with pytest.raises(error, match=re.escape(message)):
+        finetune(config, tmp_path / "mistake")
+
+
+def test_a_directory_of_another_training_is_refused(tuned, records, encoders, tmp_path):
+    workdir, _, _ = tuned
+    config = toy_config(records, encoders, **{"label_smoothing": 0.3})
+    with pytest.raises(CheckpointError, match=r"label_smoothing: 0\.1 -> 0\.3"):
+        finetune(config, workdir)
+    other = toy_config(records, write_encoders(tmp_path / "other", seed=1))
+    with pytest.raises(CheckpointError, match="encoder_fingerprint"):
+        finetune(other, workdir)
+
+
+def test_a_fine_tuned_run_is_no_encoder(tuned, records):
+    config = toy_config(records, tuned[0] / "split1")
+    with pytest.raises(ExportError, match="holds a run of task 'finetune'"):
+        finetune(config, tuned[0].parent / "other")
+
+
+def test_records_without_class_or_sound_can_be_left_out(records, encoders):
+    data = RecordDataset(records, "all")
+    audio = clip_spec(
+        toy_config(records, encoders, preset="demo_audio"), open_encoders(encoders).require("audio")
+    )
+    source = LabelledRecords(data, Selection(), "class", audio, True)
+    lacking = [i for i in range(COUNT) if i % 32 == 7 or i % 16 == 15]
+    assert sorted(set(range(COUNT)) - set(source.indices.tolist())) == lacking
+    assert source.left_out == len(lacking)
+    assert (source.classes == source.indices % 3).all()
+
+
+@pytest.mark.slow
+def test_every_split_is_trained_and_tested_on_its_own(records, encoders, tmp_path):
+    config = toy_config(
+        records,
+        encoders,
+        **{
+            "data.train_select": ("split1=train", "split2=train"),
+            "data.test_select": ("split1=test", "split2=test"),
+        },
+    )
+    results = finetune(config, tmp_path / "both")
+    described = results["details"]["splits"]
+    assert [entry["test_records"] for entry in described] == [
+        len(in_split(records, "test", name)) for name in ("split1", "split2")
+    ]
+    one, two = (state_of(tmp_path / "both" / name) for name in ("split1", "split2"))
+    assert all((one[name] != two[name]).any() for name in one if "kernel" in name)
+    mean = np.mean([entry["top1"] for entry in described])
+    assert results["metrics"]["top1"]["value"] == pytest.approx(mean)
+    assert mean >= 0.9
+
+
+def command_line(records: Path, encoders: Path, workdir: Path, **overrides: object) -> list[str]:
+    """Arguments of a short fine-tuning; `a__b=1` overrides `config.a.b`."""
+    values = {
+        "encoder": encoders,
+        "data.directory": records,
+        "data.label": "class",
+        "data.train_split": "all",
+        "data.test_split": "all",
+        "data.train_select": "('split1=train',)",
+        "data.test_select": "('split1=test',)",
+        "clip.seconds": 0.0,
+        "global_batch_size": 16,
+        "epochs": 2.0,
+        "optimizer.warmup_epochs": 0.5,
+        "test.clips": 2,
+        "bootstrap.resamples": 20,
+        "log_every": 1,
+        "compilation_cache": compilation_cache(),
+    } | {name.replace("__", "."): value for name, value in overrides.items()}
+    return [
+        "--config=configs/finetune.py",
+        f"--workdir={workdir}",
+        *(f"--config.{name}={value}" for name, value in values.items()),
+    ]
+
+
+def assert_agree(left: Path, right: Path) -> None:
+    """Same losses and predictions, to rounding."""
+    losses, probabilities = [], []
+    for workdir in (left, right):
+        rows = (workdir / "split1" / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(row)["loss"] for row in rows])
+        with np.load(workdir / "split1" / "predictions.npz") as saved:
+            probabilities.append(saved["probabilities"])
+        assert (workdir / "results.json").exists()
+    assert len(losses[0]) == 6
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    np.testing.assert_allclose(probabilities[1], probabilities[0], atol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def one_device(records, encoders, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("devices") / "one"
+    run(command_line(records, encoders, workdir))
+    return workdir
+
+
+@pytest.mark.slow
+def test_eight_devices_and_a_worker_train_as_one_device_does(
+    records, encoders, one_device, tmp_path
+):
+    run(command_line(records, encoders, tmp_path / "eight", data__workers=1), devices=8)
+    assert_agree(one_device, tmp_path / "eight")
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_test_as_one_does(records, encoders, one_device, tmp_path):
+    workdir = tmp_path / "two"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = [
+        *command_line(records, encoders, workdir),
+        f"--coordinator=127.0.0.1:{port}",
+        "--num_processes=2",
+    ]
+    processes = [start([*common, f"--process_id={n}"], devices=4) for n in range(2)]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert_agree(one_device, workdir)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_stops_the_training(records, encoders, tmp_path):
+    config = toy_config(
+        records, encoders, **{"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0}
+    )
+    with pytest.raises(NonFiniteError, match="no checkpoint was written"):
+        finetune(config, tmp_path / "diverged")
+    assert not (tmp_path / "diverged" / "results.json").exists()

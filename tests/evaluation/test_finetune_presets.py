@@ -1,0 +1,125 @@
+"""Every preset of fine-tuning and of linear probes builds, and full-size steps lower."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from avcl_jax import experiment
+from avcl_jax.data.selection import Selection
+from avcl_jax.evaluation.classifier import (
+    ClipClassifier,
+    Inputs,
+    classifier_step,
+    create_classifier_state,
+    trained_mask,
+)
+from avcl_jax.evaluation.finetune import clip_spec
+from avcl_jax.evaluation.finetune_split import input_shape, optimizer_of
+from avcl_jax.evaluation.recognition import protocol_of
+from avcl_jax.export import Encoder
+from avcl_jax.training.sharding import create_mesh
+from avcl_jax.training.state import state_shardings
+from configs import finetune, linear_probe, pretrain
+
+PRESETS = ("demo", "demo_audio", "ucf101", "hmdb51", "kinetics400", "esc50", "vggsound")
+RECORDS = {"ucf101": 9537, "hmdb51": 3570, "esc50": 1600}
+
+
+def encoder_for(preset: str, modality: str) -> Encoder:
+    """The encoder that the preset is meant for, without weights."""
+    config = pretrain.get_config("demo" if preset.startswith("demo") else "kinetics400")
+    module = getattr(experiment, f"{modality}_encoder")(config)
+    preprocessing = experiment.preprocessings(config)[modality]
+    return Encoder.of_module(module, {}, preprocessing, source={})
+
+
+@pytest.mark.parametrize("task", [finetune, linear_probe])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_says_clips_splits_and_a_schedule(preset, task):
+    config = task.get_config(preset)
+    assert config.task == "finetune"
+    spec = clip_spec(config, encoder_for(preset, config.modality))
+    assert spec.modality == config.modality
+    pairs = list(zip(config.data.train_select, config.data.test_select, strict=True))
+    assert len(pairs) == {"ucf101": 3, "hmdb51": 3, "esc50": 5}.get(preset, 1)
+    for train, test in pairs:
+        assert str(Selection.parse(train)) == train != test or train == test == ""
+    records = RECORDS.get(preset, 100_000)
+    _, schedule, steps = optimizer_of(config, records)
+    assert steps == round(config.epochs * records / config.global_batch_size)
+    rates = [float(schedule(step)) for step in (steps // 2, steps - 1)]
+    assert config.optimizer.learning_rate >= rates[0] > rates[1] >= 0
+    frozen = task is linear_probe
+    assert ("frozen" in protocol_of(config).definition[0]) == frozen
+
+
+@pytest.mark.parametrize(
+    ("preset", "task", "trained"),
+    [
+        ("ucf101", linear_probe, 101 * 513),
+        pytest.param("ucf101", finetune, 31_300_125 + 101 * 513, marks=pytest.mark.slow),
+        pytest.param("esc50", finetune, None, marks=pytest.mark.slow),
+    ],
+)
+def test_a_full_size_step_lowers(preset, task, trained):
+    config = task.get_config(preset)
+    encoder = encoder_for(preset, config.modality)
+    spec = clip_spec(config, encoder)
+    classes = {"ucf101": 101, "esc50": 50}[preset]
+    classifier = ClipClassifier(
+        encoder=encoder.module.clone(dtype=jnp.dtype(config.model.dtype)),
+        classes=classes,
+        dropout=config.head.dropout,
+        normalise=config.head.normalise,
+        train_statistics=config.batch_norm == "train",
+    )
+    optimizer, schedule, _ = optimizer_of(config, RECORDS[preset])
+    mesh = create_mesh(1)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    example = jax.ShapeDtypeStruct((1, *encoder.input_shape), jnp.float32)
+    weights = jax.eval_shape(
+        lambda key, clip: encoder.module.init(key, clip, train=False), key, example
+    )
+
+    def create(key, weights):
+        return create_classifier_state(
+            classifier,
+            optimizer,
+            dataclasses.replace(encoder, params=weights),
+            input_shape=input_shape(spec),
+            freeze=tuple(config.freeze),
+            key=key,
+            mesh=mesh,
+        )[0]
+
+    state = jax.eval_shape(create, key, weights)
+    mask = trained_mask(state.params, tuple(config.freeze))
+    leaves = zip(jax.tree.leaves(state.params), jax.tree.leaves(mask), strict=True)
+    if trained is not None:
+        assert sum(leaf.size for leaf, used in leaves if used) == trained
+    inputs = Inputs(
+        spec,
+        encoder.preprocess,
+        (experiment.photometric_spec(config), experiment.spectral_spec(config)),
+    )
+    step = classifier_step(
+        classifier,
+        optimizer,
+        inputs,
+        mask=mask,
+        schedule=schedule,
+        label_smoothing=config.label_smoothing,
+        mesh=mesh,
+        shardings=state_shardings(state, mesh),
+    )
+    rows = config.global_batch_size
+    batch = {
+        "clips": jax.ShapeDtypeStruct((rows, *spec.shape), spec.dtype),
+        "label": jax.ShapeDtypeStruct((rows,), jnp.int32),
+        "record_index": jax.ShapeDtypeStruct((rows,), jnp.int32),
+    }
+    assert "convolution" in step.lower(state, batch, key).as_text()
