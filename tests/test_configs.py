@@ -9,7 +9,15 @@ import pytest
 from avcl_jax import experiment
 from avcl_jax.data.pipeline import batch_shapes
 from avcl_jax.training import loop
-from configs import evaluate, export, pretrain
+from configs import (
+    audio_classification,
+    cross_modal,
+    evaluate,
+    export,
+    pretrain,
+    retrieval,
+    temporal,
+)
 
 PRESETS = ("demo", "kinetics400", "kinetics600", "vggsound", "audioset")
 
@@ -47,6 +55,27 @@ def test_other_tasks_share_the_settings_of_the_run(preset, task):
     assert other["task"] in ("evaluate", "export")
     for section in ("views", "crop", "spectrogram", "model", "pixels", "data"):
         assert other[section] == run[section]
+
+
+@pytest.mark.parametrize(
+    ("module", "task", "presets"),
+    [
+        (retrieval, "video_retrieval", ("demo", "ucf101", "hmdb51", "kinetics400")),
+        (cross_modal, "audio_video_retrieval", ("demo", "vggsound", "audioset", "kinetics600")),
+        (temporal, "temporal_tasks", ("demo", "records")),
+        (audio_classification, "audio_classification", ("demo", "esc10", "vggsound", "audioset")),
+    ],
+)
+def test_presets_of_protocols_build_under_their_own_names(module, task, presets):
+    configs = [module.get_config(preset) for preset in presets]
+    assert {config.task for config in configs} == {task}
+    assert len({config.name for config in configs}) == len(presets)
+    for config, preset in zip(configs, presets, strict=True):
+        assert config.data.make_demo == (preset == "demo")
+        with pytest.raises(KeyError, match="encodr"):
+            config["encodr"] = "runs/other"
+    with pytest.raises(ValueError, match="unknown preset 'imagenet': use one of demo"):
+        module.get_config("imagenet")
 
 
 def test_a_misspelt_key_fails():

@@ -393,6 +393,19 @@ class RecordDataset:
         known = self.labels[label] != UNKNOWN_LABEL
         return self.labels[label][known], int((~known).sum())
 
+    def class_matrix(self, label: str, positions: Sequence[int]) -> np.ndarray:
+        """Returns bool [positions, classes], which classes each of the records has.
+
+        Raises:
+          KeyError: If there is no such label of which a record may have several.
+        """
+        counts, values = self._several[label]
+        ends = np.cumsum(counts)
+        matrix = np.zeros((len(positions), len(self.class_names[label])), bool)
+        for row, position in enumerate(positions):
+            matrix[row, values[ends[position] - counts[position] : ends[position]]] = True
+        return matrix
+
     def timeline(self, index: int) -> RecordTimeline:
         """Returns lengths and times of one record without reading it."""
         return RecordTimeline(

@@ -21,10 +21,10 @@ from avcl_jax.data.records import RecordDataset, RecordError
 from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import FORWARD
+from avcl_jax.evaluation.cross_modal import cross_modal_scores
 from avcl_jax.evaluation.embed import (
     MODALITY_INPUTS,
     check_pairs,
-    drawn_pairs,
     encode_all,
     feature_function,
     logit_function,
@@ -34,14 +34,12 @@ from avcl_jax.evaluation.embed import (
 from avcl_jax.evaluation.fixed_views import fixed_views
 from avcl_jax.evaluation.null_control import NullControl, null_control, render_null_views
 from avcl_jax.evaluation.probe import ProbeResult, gap_closed, linear_probe, trivial_statistics
-from avcl_jax.evaluation.retrieval import retrieval_scores
 from avcl_jax.evaluation.summary import finished, write_summary
 from avcl_jax.evaluation.supervised import Fit, FitSpec, Prepare, fit_classifier
-from avcl_jax.evaluation.temporal import score_task
+from avcl_jax.evaluation.temporal_tasks import score_tasks, task_logits
 from avcl_jax.evaluation.written import Stages, print_paths
 from avcl_jax.export import check_run
 from avcl_jax.models.audio_visual import AudioVisualModel
-from avcl_jax.objectives.temporal import TERMS, temporal_targets
 from avcl_jax.training.checkpoint import Checkpoints, load_variables
 from avcl_jax.training.state import example_inputs, init_variables
 
@@ -98,7 +96,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
     with stages("probes"):
         probes, trivial = _probes(config, train_features, test_features, networks)
     with stages("retrieval"):
-        retrieval = _retrieval(test_features, section.recall_at)
+        ranked = cross_modal_scores(test_features, "pretrained", tuple(section.recall_at))
+        retrieval = {direction: scores.as_results() for direction, scores in ranked.items()}
     with stages("temporal tasks"):
         temporal = _temporal(config, model, variables, test, spec)
     with stages("null controls"):
@@ -304,24 +303,6 @@ def _probe_results(by_network: Mapping[str, ProbeResult]) -> dict[str, float | N
     return results | {"chance": by_network["pretrained"].chance}
 
 
-def _retrieval(test: Mapping[str, np.ndarray], recall_at: Any) -> dict[str, dict[str, float]]:
-    both = test["has_video"] & test["has_audio"]
-    names = {m: f"pretrained/{m}_embeddings" for m in ("video", "audio")}
-    if not both.any() or any(name not in test for name in names.values()):
-        return {}
-    ids = test["record_index"][both]
-    return {
-        f"{query}_to_{target}": retrieval_scores(
-            test[names[query]][both],
-            test[names[target]][both],
-            query_ids=ids,
-            gallery_ids=ids,
-            recall_at=tuple(recall_at),
-        ).as_results()
-        for query, target in (("audio", "video"), ("video", "audio"))
-    }
-
-
 def _temporal(
     config: ml_collections.ConfigDict,
     model: AudioVisualModel,
@@ -330,22 +311,20 @@ def _temporal(
     spec: RenderSpec,
 ) -> dict[str, dict[str, Any]]:
     section = config.evaluation
-
-    def render(position: int) -> dict[str, Any]:
-        return drawn_pairs(test, position, spec, pairs=section.pairs_per_video, seed=config.seed)
-
     compute = logit_function(
         model, variables, spec, pixel_mean=config.pixels.mean, pixel_std=config.pixels.std
     )
-    arrays = encode_all(render, len(test), compute, chunk=section.chunk, threads=section.threads)
-    names = [name for name in TERMS if name in arrays]
-    rows = {name: value.reshape(-1, *value.shape[2:]) for name, value in arrays.items()}
-    targets = temporal_targets({k: jnp.asarray(v) for k, v in rows.items() if k not in names})
-    results = {}
-    for name in names:
-        labels, mask = jax.device_get(targets[name])
-        results[name] = score_task(rows[name], labels, mask, seed=config.seed).as_results()
-    return results
+    arrays = task_logits(
+        compute,
+        test,
+        spec,
+        range(len(test)),
+        pairs=section.pairs_per_video,
+        seed=config.seed,
+        chunk=section.chunk,
+        threads=section.threads,
+    )
+    return {name: s.as_results() for name, s in score_tasks(arrays, config.seed).items()}
 
 
 def _null(config: ml_collections.ConfigDict, spec: RenderSpec) -> NullControl | str:

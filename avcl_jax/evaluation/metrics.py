@@ -81,8 +81,10 @@ def d_prime(auc: float) -> float:
     """Returns √2 · Φ⁻¹(AUC), the distance of two unit normal distributions with that AUC.
 
     Gemmeke et al., Audio Set, ICASSP 2017; there computed from the mean AUC over classes.
+
+    An AUC of 1 or 0, for which it is infinite, is taken for one a millionth away: at most ±6.7.
     """
-    return float(np.sqrt(2.0) * norm.ppf(auc))
+    return float(np.sqrt(2.0) * norm.ppf(np.clip(auc, 1e-6, 1 - 1e-6)))
 
 
 def micro_average_precision(

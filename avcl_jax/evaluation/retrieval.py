@@ -7,7 +7,8 @@ gallery is *relevant* to a query when their identities are equal.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,7 @@ class RetrievalScores:
             (gallery + 1) / 2.
         queries: number of queries.
         gallery: number of items they are ranked over.
+        ranks: int64 [queries], that of the first relevant item.
     """
 
     recall: dict[int, float]
@@ -38,6 +40,7 @@ class RetrievalScores:
     chance_median_rank: float
     queries: int
     gallery: int
+    ranks: np.ndarray
 
     def as_results(self) -> dict[str, float | int]:
         """Returns the flat mapping that results.json stores; `chance` is that of R@1."""
@@ -81,6 +84,7 @@ def first_relevant_ranks(
     query_ids: np.ndarray,
     gallery_ids: np.ndarray,
     chunk: int = 1024,
+    gallery_chunk: int = 16_384,
 ) -> np.ndarray:
     """Returns int64 [q], the rank from 1 of the most similar relevant item of each query, ties
     counted against it.
@@ -93,7 +97,10 @@ def first_relevant_ranks(
         gallery: float [g, D].
         query_ids: int [q], identity of each query.
         gallery_ids: int [g], identity of each item.
-        chunk: queries compared at a time, which bounds memory to chunk × g similarities.
+        chunk: queries compared at a time.
+        gallery_chunk: items compared at a time. Beside the vectors themselves, memory is bounded
+            to 10 bytes times both: 170 MB, however many there are. Every similarity is computed
+            twice, first to find the best relevant one and then to count what stands before it.
 
     Raises:
         ValueError: if shapes do not match, or a query has no relevant item (its rank would be
@@ -116,14 +123,34 @@ def first_relevant_ranks(
             f"{int(missing.sum())} queries have no relevant item in the gallery, first identity "
             f"{query_ids[missing][0]}; leave them out"
         )
-    ranks = np.empty(len(queries), dtype=np.int64)
+    ranks = np.ones(len(queries), dtype=np.int64)
     for start in range(0, len(queries), chunk):
-        stop = min(start + chunk, len(queries))
-        similarity = queries[start:stop] @ gallery.T
-        relevant = query_ids[start:stop, None] == gallery_ids[None, :]
-        best = np.where(relevant, similarity, -np.inf).max(axis=1, keepdims=True)
-        ranks[start:stop] = 1 + ((similarity >= best - TIE_TOLERANCE) & ~relevant).sum(axis=1)
+        rows = slice(start, start + chunk)
+        best = np.full((len(queries[rows]), 1), -np.inf, np.float32)
+        blocks = functools.partial(
+            _blocks, rows, queries, gallery, query_ids, gallery_ids, gallery_chunk
+        )
+        for similarity, relevant in blocks():
+            found = np.where(relevant, similarity, -np.inf).max(axis=1, keepdims=True)
+            best = np.maximum(best, found)
+        for similarity, relevant in blocks():
+            ranks[rows] += ((similarity >= best - TIE_TOLERANCE) & ~relevant).sum(axis=1)
     return ranks
+
+
+def _blocks(
+    rows: slice,
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    query_ids: np.ndarray,
+    gallery_ids: np.ndarray,
+    size: int,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields similarities of some queries with a part of the gallery, and which are relevant."""
+    for start in range(0, len(gallery), size):
+        part = slice(start, start + size)
+        relevant = query_ids[rows, None] == gallery_ids[None, part]
+        yield queries[rows] @ gallery[part].T, relevant
 
 
 def retrieval_scores(
@@ -157,17 +184,32 @@ def retrieval_scores(
     )
     size = len(gallery)
     ks = sorted({1, *(k for k in recall_at if k <= size)})
-    identities, counts = np.unique(np.asarray(gallery_ids), return_counts=True)
-    relevant = counts[np.searchsorted(identities, np.asarray(query_ids))]
     return RetrievalScores(
         recall={k: float(np.mean(ranks <= k)) for k in ks},
-        # Rounded, so that one in 200 is written as 0.005.
-        chance={k: round(float(np.mean(_chance_of_hit(relevant, size, k))), 12) for k in ks},
+        chance=chance_recall(query_ids, gallery_ids, ks),
         median_rank=float(np.median(ranks)),
         chance_median_rank=(size + 1) / 2,
         queries=len(ranks),
         gallery=size,
+        ranks=ranks,
     )
+
+
+def chance_recall(
+    query_ids: np.ndarray, gallery_ids: np.ndarray, recall_at: Sequence[int]
+) -> dict[int, float]:
+    """Returns R@k of a random order of the gallery, by k.
+
+    Args:
+        query_ids: int [q], identity of each query.
+        gallery_ids: int [g], identity of each item.
+        recall_at: the k.
+    """
+    identities, counts = np.unique(np.asarray(gallery_ids), return_counts=True)
+    relevant = counts[np.searchsorted(identities, np.asarray(query_ids))]
+    size = len(gallery_ids)
+    # Rounded, so that one in 200 is written as 0.005.
+    return {k: round(float(np.mean(_chance_of_hit(relevant, size, k))), 12) for k in recall_at}
 
 
 def _chance_of_hit(relevant: np.ndarray, size: int, k: int) -> np.ndarray:
@@ -177,19 +219,37 @@ def _chance_of_hit(relevant: np.ndarray, size: int, k: int) -> np.ndarray:
     return 1.0 - miss.prod(axis=1)
 
 
-def nearest(queries: np.ndarray, gallery: np.ndarray, *, k: int, chunk: int = 1024) -> np.ndarray:
+def nearest(
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    *,
+    k: int,
+    chunk: int = 1024,
+    gallery_chunk: int = 16_384,
+) -> np.ndarray:
     """Returns int64 [q, min(k, g)], the most similar items of each query, most similar first.
 
     Args:
         queries: float [q, D].
         gallery: float [g, D].
-        k: how many.
+        k: how many; of equally similar ones the first.
         chunk: queries compared at a time.
+        gallery_chunk: items compared at a time.
     """
     queries, gallery = normalise(queries), normalise(gallery)
     k = min(k, len(gallery))
     found = np.empty((len(queries), k), dtype=np.int64)
     for start in range(0, len(queries), chunk):
-        similarity = queries[start : start + chunk] @ gallery.T
-        found[start : start + chunk] = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+        rows = queries[start : start + chunk]
+        best = np.empty((len(rows), 0), np.float32)
+        items = np.empty((len(rows), 0), np.int64)
+        for first in range(0, len(gallery), gallery_chunk):
+            part = gallery[first : first + gallery_chunk]
+            numbers = np.broadcast_to(np.arange(first, first + len(part)), (len(rows), len(part)))
+            best = np.concatenate([best, rows @ part.T], axis=1)
+            items = np.concatenate([items, numbers], axis=1)
+            order = np.argsort(-best, axis=1, kind="stable")[:, :k]
+            best = np.take_along_axis(best, order, axis=1)
+            items = np.take_along_axis(items, order, axis=1)
+        found[start : start + chunk] = items
     return found

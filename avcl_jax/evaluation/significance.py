@@ -6,6 +6,7 @@ for intervals, and an exchange of two runs' outcomes source by source for the pa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -18,12 +19,28 @@ STATISTICS: Mapping[str, Callable[..., float]] = {
     "mean": lambda values: float(np.mean(values)),
     "median": lambda values: float(np.median(values)),
     "class_mean": metrics.class_mean,
+    # Right answers over answers, where units give different numbers of them.
+    "ratio": lambda counts, totals: float(np.sum(counts) / np.sum(totals)),
     "mean_average_precision": lambda scores, relevant: _over_classes(
         metrics.average_precision, scores, relevant
     ),
     "mean_auc": lambda scores, relevant: _over_classes(metrics.roc_auc, scores, relevant),
     "d_prime": lambda scores, relevant: metrics.d_prime(
         _over_classes(metrics.roc_auc, scores, relevant)
+    ),
+    # Of the units that are chosen: others of the same sources belong to another figure.
+    "chosen_mean": lambda values, chosen: (
+        float(np.mean(values[chosen])) if chosen.any() else float("nan")
+    ),
+    "chosen_class_mean": lambda values, labels, chosen: (
+        metrics.class_mean(values[chosen], labels[chosen]) if chosen.any() else float("nan")
+    ),
+    "micro_average_precision": lambda scores, correct, findable, chosen: _of_rankings(
+        metrics.micro_average_precision, scores, correct, findable, chosen
+    ),
+    "recall_at_precision_90": lambda scores, correct, findable, chosen: _of_rankings(
+        functools.partial(metrics.recall_at_precision, precision=0.9),
+        *(scores, correct, findable, chosen),
     ),
 }
 
@@ -33,6 +50,27 @@ def _over_classes(
 ) -> float:
     """Returns the mean over the classes that have both relevant and other items."""
     return float(np.nanmean([metric(s, r) for s, r in zip(scores.T, relevant.T, strict=True)]))
+
+
+def _of_rankings(
+    metric: Callable[..., float],
+    scores: np.ndarray,
+    correct: np.ndarray,
+    findable: np.ndarray,
+    chosen: np.ndarray,
+) -> float:
+    """Returns a metric of all answers to the chosen queries in one list.
+
+    Args:
+        metric: of `metrics`, that takes confidences, correct and findable.
+        scores: float [n, answers], -inf where a query has fewer.
+        correct: bool [n, answers].
+        findable: bool [n], queries that have a source.
+        chosen: bool [n].
+    """
+    count = int((findable & chosen).sum())
+    given = np.isfinite(scores) & chosen[:, None]
+    return metric(scores[given], correct[given], findable=count) if count else float("nan")
 
 
 class Interval(NamedTuple):

@@ -15,11 +15,15 @@ class TaskScore:
         accuracy: share of views (or pairs of views) classified rightly.
         chance: 1 / number of classes, exact because every class is scored equally often.
         confusion: int [classes, classes], rows true, columns predicted; every row has the same sum.
+        scored: bool [...], the views that were scored: an equal number of each class.
+        correct: bool [...], which of these are classified rightly.
     """
 
     accuracy: float
     chance: float
     confusion: np.ndarray
+    scored: np.ndarray
+    correct: np.ndarray
 
     def as_results(self) -> dict[str, float | list[list[int]]]:
         """Returns the mapping that results.json stores."""
@@ -80,6 +84,7 @@ def score_task(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray, *, seed
         raise ValueError(
             f"logits {logits.shape}, labels {labels.shape} and mask {mask.shape} do not match"
         )
+    shape = labels.shape
     logits, labels, mask = logits.reshape(-1, classes), labels.reshape(-1), mask.reshape(-1)
     if not np.isfinite(logits[mask]).all():
         raise ValueError("a logit of a masked-in view is not finite")
@@ -87,6 +92,12 @@ def score_task(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray, *, seed
     truth, predicted = labels[chosen], logits[chosen].argmax(axis=-1)
     confusion = np.zeros((classes, classes), dtype=np.int64)
     np.add.at(confusion, (truth, predicted), 1)
+    correct = np.zeros(len(labels), bool)
+    correct[chosen] = truth == predicted
     return TaskScore(
-        accuracy=float(np.mean(truth == predicted)), chance=1.0 / classes, confusion=confusion
+        accuracy=float(np.mean(truth == predicted)),
+        chance=1.0 / classes,
+        confusion=confusion,
+        scored=chosen.reshape(shape),
+        correct=correct.reshape(shape),
     )

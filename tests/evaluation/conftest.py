@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import simplejpeg
+from etils import epath
 
+from avcl_jax import experiment
 from avcl_jax.data.record_metadata import write_dataset_metadata
 from avcl_jax.data.records import Record, shard_name, write_shard
+from avcl_jax.training import loop
+from avcl_jax.training.checkpoint import Checkpoints, Progress
+from configs import evaluate as evaluate_config
 
 RATE, FPS, SIDE, SECONDS = 4000, 16, 16, 3.0
 CLASS_NAMES = {"motion": ["across", "down"], "material": ["low", "high"]}
 SPLITS = {"train": 24, "test": 16, "null_train": 10, "null_test": 10}
 
 
-def _record(split: str, index: int) -> Record:
+def small_record(split: str, index: int) -> Record:
+    """A record with a moving bar and a tone; pure noise in the splits of noise."""
     rng = np.random.default_rng([sorted(SPLITS).index(split), index])
     noise = split.startswith("null")
     frames = rng.normal(110, 25, size=(round(FPS * SECONDS), SIDE, SIDE, 3))
@@ -51,7 +59,7 @@ def _record(split: str, index: int) -> Record:
 
 
 def _records(split: str) -> Iterator[Record]:
-    return (_record(split, index) for index in range(SPLITS[split]))
+    return (small_record(split, index) for index in range(SPLITS[split]))
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +72,106 @@ def small_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     write_dataset_metadata(directory, name="small", class_names=CLASS_NAMES, splits=shards)
     return directory
+
+
+def small_config(records):
+    """The task `evaluate` on the small data set with networks of a few hundred weights."""
+    c = evaluate_config.get_config("demo")
+    c.unlock()
+    c.data.directory = str(records)
+    c.global_batch_size = 4
+    c.steps = 8
+    c.optimizer.warmup_steps = 2
+    c.views.update({"num_frames": 4, "clip_seconds": 0.25, "speeds": (1, 2, 4)})
+    c.crop.image_size = 16
+    c.spectrogram.update({"sample_rate_hz": 4000, "frames": 10, "mels": 8, "max_hz": 2000.0})
+    c.model.update({"embedding_dim": 8, "projection_hidden": 8, "temporal_hidden": 8})
+    c.model.video.update({"widths": (8,), "depths": (0,)})
+    c.model.audio.update({"widths": (8,), "depths": (0,), "patch": (2, 8)})
+    c.bank.size = 16
+    e = c.evaluation
+    e.update(
+        {"speeds": (1, 2), "views_per_speed": 1, "folds": 2, "costs": (0.1,), "pairs_per_video": 6}
+    )
+    for modality in ("video", "audio"):
+        e.supervised[modality].views = 2
+        fit = {"batch_size": 8, "max_epochs": 2, "decay_epochs": 1}
+        e.supervised[modality].fit.update(fit)
+    e.null.update({"train_views": 6, "test_views": 6})
+    e.null.fit.update({"batch_size": 16, "max_epochs": 1, "decay_epochs": 1})
+    e.report.update({"queries": 1, "results": 2, "stills": 2})
+    return c
+
+
+@pytest.fixture(scope="session")
+def small_run(small_records, tmp_path_factory):
+    """An untrained run: a checkpoint of step 0 with its config and one line of metrics."""
+    config = small_config(small_records)
+    workdir = epath.Path(tmp_path_factory.mktemp("run"))
+    trained = config.copy_and_resolve_references()
+    trained.task = "pretrain"
+    (workdir / "config.json").write_text(experiment.to_json(trained))
+    metrics = {"step": 4, "split": "train", "va/loss": 2.0, "loss": 3.0, "peak_memory_gb": 99.0}
+    (workdir / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
+    _, init, _ = loop.build(config)
+    state, _ = init(jax.random.key(0))
+    checkpoints = Checkpoints(workdir, keep=1)
+    checkpoints.save(state, Progress(0, 12.5, "", 1))
+    checkpoints.close()
+    return config, workdir, state
+
+
+def sound_record(name, source, seed, pitch_hz, labels, seconds=1.0):
+    """A record without picture: a tone in noise."""
+    rng = np.random.default_rng(seed)
+    samples = np.arange(round(RATE * seconds))
+    tone = np.sin(2 * np.pi * pitch_hz * rng.uniform(0.95, 1.05) * samples / RATE)
+    waveform = 6000 * tone + rng.normal(0, 600, size=len(samples))
+    return Record(
+        record_id=name,
+        source_id=source,
+        frames=[],
+        frame_seconds=np.empty(0),
+        waveform=waveform.astype(np.int16),
+        sample_rate_hz=RATE,
+        audio_start_seconds=0.0,
+        duration_seconds=seconds,
+        height=0,
+        width=0,
+        labels=labels,
+    )
+
+
+def write_records(directory, name, class_names, splits, multilabel=()):
+    """Writes records by split as `data_prep` does, one shard a split."""
+    shards = {
+        split: [write_shard(directory / shard_name(name, split, 0, 1), iter(records))]
+        for split, records in splits.items()
+    }
+    write_dataset_metadata(
+        directory, name=name, class_names=class_names, splits=shards, multilabel=multilabel
+    )
+    return directory
+
+
+FOLD_CLASSES = {"class": ["low", "middle", "high"], "fold": ["1", "2", "3", "4"]}
+
+
+@pytest.fixture(scope="session")
+def fold_records(tmp_path_factory):
+    """Sounds of three classes in four folds, two of each recording, as ESC-50 is prepared."""
+    records = [
+        sound_record(
+            f"{fold}-{label}-{take}",
+            f"{fold}-{label}-{take // 2}",
+            [fold, label, take],
+            (250, 600, 1400)[label],
+            {"class": label, "fold": fold},
+            seconds=1.0 if take else 0.2,  # one is shorter than a clip
+        )
+        for fold in range(4)
+        for label in range(3)
+        for take in range(4)
+    ]
+    directory = tmp_path_factory.mktemp("folds")
+    return write_records(directory, "folds", FOLD_CLASSES, {"all": records})

@@ -7,69 +7,22 @@ import json
 import jax
 import numpy as np
 import pytest
-from etils import epath
 
 from avcl_jax import experiment
 from avcl_jax.evaluation.evaluate import evaluate
 from avcl_jax.export import export_run, load_encoder
-from avcl_jax.training import loop
-from avcl_jax.training.checkpoint import Checkpoints, Progress
-from configs import evaluate as evaluate_config
-
-
-def _config(records):
-    c = evaluate_config.get_config("demo")
-    c.unlock()
-    c.data.directory = str(records)
-    c.global_batch_size = 4
-    c.steps = 8
-    c.optimizer.warmup_steps = 2
-    c.views.update({"num_frames": 4, "clip_seconds": 0.25, "speeds": (1, 2, 4)})
-    c.crop.image_size = 16
-    c.spectrogram.update({"sample_rate_hz": 4000, "frames": 10, "mels": 8, "max_hz": 2000.0})
-    c.model.update({"embedding_dim": 8, "projection_hidden": 8, "temporal_hidden": 8})
-    c.model.video.update({"widths": (8,), "depths": (0,)})
-    c.model.audio.update({"widths": (8,), "depths": (0,), "patch": (2, 8)})
-    c.bank.size = 16
-    e = c.evaluation
-    e.update(
-        {"speeds": (1, 2), "views_per_speed": 1, "folds": 2, "costs": (0.1,), "pairs_per_video": 6}
-    )
-    for modality in ("video", "audio"):
-        e.supervised[modality].views = 2
-        fit = {"batch_size": 8, "max_epochs": 2, "decay_epochs": 1}
-        e.supervised[modality].fit.update(fit)
-    e.null.update({"train_views": 6, "test_views": 6})
-    e.null.fit.update({"batch_size": 16, "max_epochs": 1, "decay_epochs": 1})
-    e.report.update({"queries": 1, "results": 2, "stills": 2})
-    return c
+from tests.evaluation.conftest import small_config
 
 
 @pytest.fixture(scope="module")
-def run(small_records, tmp_path_factory):
-    """An untrained run: a checkpoint of step 0 with its config and one line of metrics."""
-    config = _config(small_records)
-    workdir = epath.Path(tmp_path_factory.mktemp("run"))
-    (workdir / "config.json").write_text(experiment.to_json(config))
-    metrics = {"step": 4, "split": "train", "va/loss": 2.0, "loss": 3.0, "peak_memory_gb": 99.0}
-    (workdir / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
-    _, init, _ = loop.build(config)
-    state, _ = init(jax.random.key(0))
-    checkpoints = Checkpoints(workdir, keep=1)
-    checkpoints.save(state, Progress(0, 12.5, "", 1))
-    checkpoints.close()
-    return config, workdir, state
-
-
-@pytest.fixture(scope="module")
-def results(run):
-    config, workdir, _ = run
+def results(small_run):
+    config, workdir, _ = small_run
     evaluate(config, workdir)
     return json.loads((workdir / "results.json").read_text())
 
 
-def test_views_that_form_no_pairs_are_refused_before_any_work(run, tmp_path):
-    config = run[0].copy_and_resolve_references()
+def test_views_that_form_no_pairs_are_refused_before_any_work(small_run, tmp_path):
+    config = small_run[0].copy_and_resolve_references()
     config.evaluation.speeds = (1, 2, 4)
     with pytest.raises(ValueError, match="3 views of each video do not form pairs"):
         evaluate(config, tmp_path)  # where no run is, so that only the first check can speak
@@ -116,17 +69,17 @@ def test_material_is_read_where_its_mean_spectrum_gives_it_away(results):
     assert results["trivial"]["motion_from_video"]["mean_loudness"] < 0.9
 
 
-def test_the_page_shows_the_run(run, results):
-    page = (run[1] / "report.html").read_text()
+def test_the_page_shows_the_run(small_run, results):
+    page = (small_run[1] / "report.html").read_text()
     for text in ("What was learned from demo", "Finding the other half", "Nearest neighbours"):
         assert text in page
     assert page.count("data:image/jpeg;base64,") == 2 * 4 * 3
     assert "picture–sound" in page
-    assert not [path.name for path in run[1].iterdir() if path.name.endswith(".writing")]
+    assert not [path.name for path in small_run[1].iterdir() if path.name.endswith(".writing")]
 
 
-def test_exported_encoders_compute_what_the_run_computes(run):
-    config, workdir, state = run
+def test_exported_encoders_compute_what_the_run_computes(small_run):
+    config, workdir, state = small_run
     exported = export_run(config, workdir)
     assert set(exported) == {"video", "audio"}
     encoder = load_encoder(workdir / "export" / "video")
@@ -144,13 +97,13 @@ def test_exported_encoders_compute_what_the_run_computes(run):
     assert encoder.config["source"]["step"] == 0
 
 
-def test_what_does_not_fit_the_run_is_refused(run, small_records):
-    _, workdir, _ = run
-    config = _config(small_records)
+def test_what_does_not_fit_the_run_is_refused(small_run, small_records):
+    _, workdir, _ = small_run
+    config = small_config(small_records)
     config.model.video.widths = (16,)
     with pytest.raises(ValueError, match=r"other settings: model\.video\.widths"):
         evaluate(config, workdir)
-    config = _config(small_records)
+    config = small_config(small_records)
     config.evaluation.probes = (("colour", "video"),)
     with pytest.raises(ValueError, match=r"no label 'colour', it has \['material', 'motion'\]"):
         evaluate(config, workdir)

@@ -1,0 +1,222 @@
+"""Temporal tasks on held-out records: speed, direction and order, by the heads of a run.
+
+python -m avcl_jax.main --config=configs/temporal.py --config.encoder=RUN
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+
+from avcl_jax import experiment
+from avcl_jax.data.rendering import RenderSpec
+from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.evaluation.cross_modal import load_for
+from avcl_jax.evaluation.embed import drawn_pairs, encode_all, logit_function
+from avcl_jax.evaluation.page import matrix, section
+from avcl_jax.evaluation.parts import in_parts, key_of
+from avcl_jax.evaluation.protocol import (
+    Measured,
+    Metric,
+    Outcomes,
+    Protocol,
+    ProtocolError,
+    finished,
+    run_fingerprint,
+    write_results,
+)
+from avcl_jax.evaluation.temporal import TaskScore, score_task
+from avcl_jax.evaluation.written import Stages
+from avcl_jax.objectives.temporal import TERMS, temporal_targets
+
+PROTOCOL = Protocol(
+    name="temporal_tasks",
+    version=1,
+    title="Temporal tasks on held-out records",
+    definition=(
+        "Of each record evaluation.pairs_per_video pairs of views are drawn as in training "
+        "(speeds, directions and order jointly balanced; the same for the same seed and record), "
+        "and cropped to the largest centred square, without augmentation.",
+        "The heads of the run classify them: speed and direction of each view by its picture and "
+        "by its sound, order of a pair by two pictures, two sounds, and picture and sound.",
+        "A record on which not all speeds fit is left out of the speed task; a pair of speeds that "
+        "cannot be before, overlapping and after is left out of the order task.",
+        "Of each task an equal number of views of each class is scored, chosen by the seed, so "
+        "that chance is one over the number of classes for whatever cannot tell them apart.",
+    ),
+)
+_TITLES = {
+    "speed_video": "speed, picture",
+    "speed_audio": "speed, sound",
+    "direction_video": "direction, picture",
+    "direction_audio": "direction, sound",
+    "order_vv": "order, two pictures",
+    "order_aa": "order, two sounds",
+    "order_va": "order, picture and sound",
+}
+
+
+def task_logits(
+    compute: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]],
+    source: UsableRecords,
+    spec: RenderSpec,
+    positions: Sequence[int],
+    *,
+    pairs: int,
+    seed: int,
+    chunk: int,
+    threads: int,
+) -> dict[str, np.ndarray]:
+    """Returns logits and labels of views of the records at `positions`, [records, pairs, …] each.
+
+    Args:
+        compute: of `embed.logit_function`.
+        source: usable records.
+        spec: rendering, with the spectrogram made on the host.
+        positions: in `source`.
+        pairs: of views, of each record.
+        seed: of the draw of views.
+        chunk: records encoded at a time.
+        threads: records rendered at a time.
+    """
+    return encode_all(
+        lambda number: drawn_pairs(source, positions[number], spec, pairs=pairs, seed=seed),
+        len(positions),
+        compute,
+        chunk=chunk,
+        threads=threads,
+    )
+
+
+def score_tasks(arrays: Mapping[str, np.ndarray], seed: int) -> dict[str, TaskScore]:
+    """Scores every task that is defined for a view; `seed` chooses the views that balance.
+
+    Raises:
+        ValueError: if only some classes of a task ever occur.
+    """
+    names = [name for name in TERMS if name in arrays]
+    rows = {name: value.reshape(-1, *value.shape[2:]) for name, value in arrays.items()}
+    targets = temporal_targets({k: jnp.asarray(v) for k, v in rows.items() if k not in names})
+    scores = {}
+    for name in names:
+        labels, mask = jax.device_get(targets[name])
+        if not mask.any():
+            continue  # for no record: there is no picture, no sound, or too little of it
+        scores[name] = score_task(rows[name], labels, mask, seed=seed)
+    return scores
+
+
+def temporal_tasks(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
+    """Runs the protocol and writes its results to `workdir`.
+
+    Args:
+        config: as `configs/temporal.py` returns it.
+        workdir: of the results, local or gs://.
+
+    Returns:
+        The contents of results.json; empty in processes other than the first.
+
+    Raises:
+        ExportError: if `config.encoder` is no run.
+        ValueError: if no view fits any record, or a class of a task never occurs.
+    """
+    workdir = epath.Path(workdir)
+    stages = Stages()
+    run = load_for(config)
+    data = {"all": run.records.fingerprint}
+    fingerprint = run_fingerprint(config, PROTOCOL, encoder=run.source, data=data)
+    if (done := finished(workdir, PROTOCOL, fingerprint)) is not None:
+        return done
+    compute = logit_function(
+        experiment.audio_visual_model(run.config),
+        run.variables,
+        run.spec,
+        pixel_mean=run.config.pixels.mean,
+        pixel_std=run.config.pixels.std,
+    )
+    pairs = config.evaluation.pairs_per_video
+
+    def part(positions: Sequence[int]) -> Mapping[str, np.ndarray]:
+        return task_logits(
+            compute,
+            run.records,
+            run.spec,
+            positions,
+            pairs=pairs,
+            seed=config.seed,
+            chunk=config.evaluation.chunk,
+            threads=config.data.threads,
+        )
+
+    with stages("views"):
+        key = key_of(run.source.fingerprint, data, "temporal", pairs, config.seed)
+        arrays = in_parts(
+            workdir / "features" / key,
+            len(run.records),
+            part,
+            rows=config.evaluation.part_records,
+        )
+    if jax.process_index():
+        return {}
+    with stages("scores"):
+        scores = score_tasks(arrays, config.seed)
+    if not scores:
+        raise ProtocolError(f"no temporal task is defined for a record of {run.records!r}")
+    measured = _measured(scores, run.records, trained=tuple(run.config.views.speeds))
+    return write_results(
+        workdir, config, PROTOCOL, measured, encoder=run.source, data=data, stages=stages
+    )
+
+
+def _measured(
+    scores: Mapping[str, TaskScore], records: UsableRecords, *, trained: Sequence[int]
+) -> Measured:
+    values: dict[str, np.ndarray] = {}
+    metrics = {}
+    for name, score in scores.items():
+        # A record counts as often as its views were scored; records are resampled whole.
+        values[f"correct_{name}"] = score.correct.reshape(len(records), -1).sum(axis=1)
+        values[f"scored_{name}"] = score.scored.reshape(len(records), -1).sum(axis=1)
+        metrics[name] = Metric(
+            "ratio",
+            (f"correct_{name}", f"scored_{name}"),
+            _TITLES[name],
+            chance=score.chance,
+            headline=True,
+        )
+    classes = {
+        "speed": [f"{speed}×" for speed in trained],
+        "direction": ["forward", "backward"],
+        "order": ["before", "overlapping", "after"],
+    }
+    dataset = records.records
+    matrices = "".join(
+        matrix(_TITLES[name], score.confusion.tolist(), classes[name.split("_")[0]])
+        for name, score in scores.items()
+    )
+    return Measured(
+        Outcomes(
+            [dataset.record_ids[int(index)] for index in records.indices],
+            [str(n) for n in dataset.source_numbers[records.indices].tolist()],
+            values,
+        ),
+        metrics,
+        details={
+            "confusion": {name: score.confusion.tolist() for name, score in scores.items()},
+            "views_scored": {name: int(score.scored.sum()) for name, score in scores.items()},
+            "too_short": records.num_too_short,
+        },
+        sections=[
+            section(
+                "Confusion",
+                "Rows are true classes, columns what was answered, in per cent of the row.",
+                f'<div class="matrices">{matrices}</div>',
+            )
+        ],
+    )

@@ -1,0 +1,206 @@
+"""Video retrieval: test videos find training videos of their class by frozen features.
+
+python -m avcl_jax.main --config=configs/retrieval.py:ucf101 --config.encoder=RUN
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+
+from avcl_jax.encoder_source import open_encoders, random_like
+from avcl_jax.evaluation.page import section, table
+from avcl_jax.evaluation.protocol import (
+    Measured,
+    Metric,
+    Outcomes,
+    Protocol,
+    finished,
+    run_fingerprint,
+    write_results,
+)
+from avcl_jax.evaluation.protocol_records import (
+    check_apart,
+    feature_spec,
+    known_labels,
+    record_clips,
+)
+from avcl_jax.evaluation.record_clips import RecordClips
+from avcl_jax.evaluation.record_features import record_features
+from avcl_jax.evaluation.retrieval import RetrievalScores, nearest, retrieval_scores
+from avcl_jax.evaluation.written import Stages
+
+PROTOCOL = Protocol(
+    name="video_retrieval",
+    version=1,
+    title="Video retrieval",
+    definition=(
+        "Queries are the test records, the gallery the training records of one official split.",
+        "The encoder is frozen; features are its output before any projection head, averaged over "
+        "time and space of a clip.",
+        "Each video gives features.clips clips at features.speeds, uniformly spaced from its first "
+        "possible start to its last, the largest centred square; its feature is their mean "
+        "(features.clip_pooling and features.record_pooling say if another).",
+        "A video that is shorter than a clip is shown once, its last picture then stays. None is "
+        "left out.",
+        "Features are scaled to unit length and compared by cosine. No whitening, no centring.",
+        "R@k is the share of queries with a video of their class among the k most similar; an item "
+        "of another class within 1e-6 of the similarity stands before it.",
+    ),
+)
+_SHOWN = 5  # queries in the report, each with so many results
+
+
+def video_retrieval(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
+    """Runs the protocol and writes its results to `workdir`.
+
+    Args:
+        config: as `configs/retrieval.py` returns it.
+        workdir: of the results, local or gs://.
+
+    Returns:
+        The contents of results.json; empty in processes other than the first.
+
+    Raises:
+        ProtocolError: if records and protocol do not fit.
+        ExportError: if there is no video encoder.
+        SelectionError: if the data set lacks the split.
+    """
+    workdir = epath.Path(workdir)
+    stages = Stages()
+    source = open_encoders(config.encoder)
+    sides = {}
+    for side in ("query", "gallery"):
+        sides[side] = record_clips(
+            config,
+            source,
+            "video",
+            split=config.data[f"{side}_split"],
+            select=config.data[f"{side}_select"].format(split=config.data.official_split),
+        )
+    check_apart(sides["gallery"], sides["query"])
+    kept = {
+        side: known_labels(clips, [config.data.label], leave_out=config.data.leave_out)
+        for side, clips in sides.items()
+    }
+    data = {side: clips.fingerprint for side, clips in sides.items()}
+    fingerprint = run_fingerprint(config, PROTOCOL, encoder=source, data=data)
+    if (done := finished(workdir, PROTOCOL, fingerprint)) is not None:
+        return done
+    networks = {"": source}
+    if config.baselines.random:
+        networks["random"] = random_like(source, config.seed)
+    features: dict[str, dict[str, np.ndarray]] = {}
+    for name, network in networks.items():
+        features[name] = {}
+        for side, clips in sides.items():
+            with stages(f"{side} features {name or 'of the encoder'}"):
+                features[name][side] = record_features(
+                    network.require("video"),
+                    clips,
+                    feature_spec(config),
+                    fingerprint=network.fingerprint,
+                    workdir=workdir,
+                )
+    if jax.process_index():
+        return {}
+    ids = {s: clips.records.labels[config.data.label][clips.indices] for s, clips in sides.items()}
+    with stages("ranking"):
+        scores = {
+            name: retrieval_scores(
+                found["query"][kept["query"]],
+                found["gallery"][kept["gallery"]],
+                query_ids=ids["query"][kept["query"]],
+                gallery_ids=ids["gallery"][kept["gallery"]],
+                recall_at=tuple(config.evaluation.recall_at),
+            )
+            for name, found in features.items()
+        }
+    measured = _measured(config, scores, sides, kept, features[""])
+    return write_results(
+        workdir, config, PROTOCOL, measured, encoder=source, data=data, stages=stages
+    )
+
+
+def _measured(
+    config: ml_collections.ConfigDict,
+    scores: dict[str, RetrievalScores],
+    sides: dict[str, RecordClips],
+    kept: dict[str, np.ndarray],
+    features: dict[str, np.ndarray],
+) -> Measured:
+    values: dict[str, np.ndarray] = {}
+    metrics: dict[str, Metric] = {}
+    for name, found in scores.items():
+        suffix, what = (f"_{name}", f", {name} encoder") if name else ("", "")
+        values[f"rank{suffix}"] = found.ranks
+        for k in config.evaluation.recall_at:
+            if k not in found.recall:
+                continue  # the gallery is smaller
+            values[f"hit{k}{suffix}"] = (found.ranks <= k).astype(np.float64)
+            metrics[f"r{k}{suffix}"] = Metric(
+                "mean",
+                (f"hit{k}{suffix}",),
+                f"R@{k}{what}",
+                chance=found.chance[k],
+                headline=k in (1, 5),
+            )
+    rows = {side: np.flatnonzero(chosen) for side, chosen in kept.items()}
+    names = {side: sides[side].record_ids for side in sides}
+    query_sources = sides["query"].sources
+    labels = sides["query"].records.labels[config.data.label]
+    classes = sides["query"].records.class_names[config.data.label]
+    shown = rows["query"][np.linspace(0, len(rows["query"]) - 1, _SHOWN).astype(int)]
+    found_items = nearest(features["query"][shown], features["gallery"][rows["gallery"]], k=_SHOWN)
+
+    def described(side: str, row: int) -> str:
+        name = names[side][row]
+        return f"{name} ({classes[int(labels_of(side)[row])]})"
+
+    def labels_of(side: str) -> np.ndarray:
+        return sides[side].records.labels[config.data.label][sides[side].indices]
+
+    by_class = _by_class(scores[""], labels[sides["query"].indices[rows["query"]]], classes)
+    return Measured(
+        Outcomes(
+            [names["query"][row] for row in rows["query"]],
+            [query_sources[row] for row in rows["query"]],
+            values,
+        ),
+        metrics,
+        details={
+            "queries": len(rows["query"]),
+            "gallery": len(rows["gallery"]),
+            "left_out": {
+                side: clips.left_out + int((~kept[side]).sum()) for side, clips in sides.items()
+            },
+            "r1_by_class": by_class,
+        },
+        sections=[
+            section(
+                "Nearest neighbours",
+                "Some queries, and what was found, most similar first.",
+                table(
+                    ["query", *(f"{n + 1}" for n in range(found_items.shape[1]))],
+                    [
+                        [
+                            described("query", int(row)),
+                            *(described("gallery", int(rows["gallery"][item])) for item in items),
+                        ]
+                        for row, items in zip(shown, found_items, strict=True)
+                    ],
+                ),
+            )
+        ],
+    )
+
+
+def _by_class(scores: RetrievalScores, labels: np.ndarray, classes: list[str]) -> dict[str, float]:
+    return {
+        classes[label]: float((scores.ranks[labels == label] <= 1).mean())
+        for label in np.unique(labels).tolist()
+    }

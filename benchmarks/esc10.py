@@ -1,0 +1,202 @@
+"""What encoders know of real sounds: ESC-10, pretrained on the training folds alone.
+
+    python -m data_prep esc50 ../shared/data/esc10 --subset esc10 --name esc10 --out data/esc10
+    python -m benchmarks.esc10 --records data/esc10 --workdir runs/esc10 --json esc10.json
+    python -m benchmarks.esc10 --records data/esc10 --workdir runs/esc10 --json esc10.json \\
+        --demo runs/demo --long 30000
+
+For every seed and official fold a run of `configs/pretrain.py:esc10` on the other four folds, then
+`configs/audio_classification.py:esc10` on all of them: every file is tested by an encoder and a
+classifier that never met it. Beside it a random encoder and classical features on the same files.
+What is finished is not run again, so the command may be stopped and given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Row, Target, print_table, spread, write_json
+
+FOLDS = ("1", "2", "3", "4", "5")
+# RBF machine on log-mel statistics of the same files, as the issue that asked for this measured it.
+CLASSICAL = 0.815
+
+
+def pretrain(workdir: Path, records: Path, *, fold: str, seed: int, options: Sequence[str]) -> None:
+    """Trains on all folds but one, or finds that it is done.
+
+    Raises:
+        subprocess.CalledProcessError: if it fails; it has said why.
+    """
+    _main(
+        "configs/pretrain.py:esc10",
+        workdir,
+        f"--config.data.directory={records}",
+        f"--config.data.select=fold!={fold}",
+        f"--config.seed={seed}",
+        *options,
+    )
+
+
+def classify(
+    workdir: Path, records: Path, *, encoder: str, seed: int, options: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Runs the protocol for an encoder, or one for each fold, and returns its results."""
+    _main(
+        "configs/audio_classification.py:esc10",
+        workdir,
+        f"--config.data.directory={records}",
+        f"--config.encoder={encoder}",
+        f"--config.seed={seed}",
+        *options,
+    )
+    return json.loads((workdir / "results.json").read_text())
+
+
+def _main(config: str, workdir: Path, *options: str) -> None:
+    command = [sys.executable, "-m", "avcl_jax.main", f"--config={config}", f"--workdir={workdir}"]
+    print(" ".join(command[1:]), *options, flush=True)
+    subprocess.run([*command, *options], check=True)
+
+
+def _accuracy(results: Mapping[str, Any], name: str = "accuracy") -> float:
+    return results["metrics"][name]["value"]
+
+
+def _minutes(workdir: Path) -> float:
+    """Training time that the newest checkpoint of a run counts."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    seconds = [
+        entry["train_seconds"] for entry in map(json.loads, lines) if "train_seconds" in entry
+    ]
+    return seconds[-1] / 60
+
+
+def folds_rows(workdir: Path, records: Path, seeds: Sequence[int]) -> list[Row]:
+    """Pretrains for every fold and seed, and classifies.
+
+    Args:
+        workdir: of all runs.
+        records: prepared ESC-10.
+        seeds: of pretraining.
+    """
+    for seed, fold in itertools.product(seeds, FOLDS):
+        pretrain(workdir / f"seed{seed}/fold{fold}", records, fold=fold, seed=seed, options=())
+    results = [
+        classify(
+            workdir / f"seed{seed}/classified",
+            records,
+            encoder=f"{workdir}/seed{seed}/fold{{fold}}",
+            seed=seed,
+        )
+        for seed in seeds
+    ]
+    accuracies = [_accuracy(found) for found in results]
+    randoms = [_accuracy(found, "accuracy_random") for found in results]
+    gains = [a - b for a, b in zip(accuracies, randoms, strict=True)]
+    classical = {
+        name: _accuracy(results[0], f"accuracy_{name}")
+        for name in ("mfcc_rbf", "log_mel_rbf", "log_mel_linear")
+    }
+    minutes = [
+        _minutes(workdir / f"seed{seed}/fold{fold}")
+        for seed, fold in itertools.product(seeds, FOLDS)
+    ]
+    detail = {
+        "by_seed": accuracies,
+        "intervals": [
+            [found["metrics"]["accuracy"][end] for end in ("low", "high")] for found in results
+        ],
+        "by_fold": [found["details"]["by_fold"]["encoder"]["fold_accuracy"] for found in results],
+        "random": randoms,
+        "classical": classical,
+    }
+    return [
+        Row(
+            "esc10_accuracy", statistics.mean(accuracies), "share", Target(">=", CLASSICAL), detail
+        ),
+        Row(
+            "esc10_over_random",
+            statistics.mean(gains),
+            "share",
+            Target(">=", 0.10),
+            {"gains": gains},
+        ),
+        Row(
+            "esc10_over_classical",
+            statistics.mean(accuracies) - max(classical.values()),
+            "share",
+            Target(">=", 0.0),
+            classical,
+        ),
+        Row("esc10_pretraining_minutes", max(minutes), "min", Target("<=", 8), spread(minutes)),
+    ]
+
+
+def demo_row(workdir: Path, records: Path, demo: Path) -> Row:
+    """The audio encoder of the demo, which heard rendered sounds only."""
+    found = classify(workdir / "demo", records, encoder=str(demo), seed=0)
+    figure = found["metrics"]["accuracy"]
+    detail = {"interval": [figure["low"], figure["high"]], "encoder": found["encoder"]}
+    return Row("esc10_demo_encoder", figure["value"], "share", None, detail)
+
+
+def long_row(workdir: Path, records: Path, *, steps: int, fold: str) -> Row:
+    """One longer pretraining, tested on its fold alone, beside the short one of the same seed."""
+    options = (
+        f"--config.steps={steps}",
+        f"--config.bank.warmup_steps={round(0.6 * steps)}",
+        f"--config.checkpoint_every={max(steps // 20, 1)}",
+    )
+    directory = workdir / f"long{steps}/fold{fold}"
+    pretrain(directory, records, fold=fold, seed=0, options=options)
+    # Only this fold's figure is looked at; the encoder heard the others, without labels.
+    found = classify(
+        workdir / f"long{steps}/classified",
+        records,
+        encoder=str(directory),
+        seed=0,
+        options=("--config.evaluation.allow_heard=True",),
+    )
+    place = FOLDS.index(fold)
+    accuracy = found["details"]["by_fold"]["encoder"]["fold_accuracy"][place]
+    detail = {"fold": fold, "steps": steps, "minutes": _minutes(directory)}
+    return Row("esc10_long", accuracy, "share", None, detail)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.esc10", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--json", type=Path, required=True, help="where to write the rows")
+    parser.add_argument("--records", type=Path, default=Path("data/esc10"))
+    parser.add_argument("--workdir", type=Path, default=Path("runs/esc10"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--demo", type=Path, help="run of the demo, whose encoder is tested too")
+    parser.add_argument("--long", type=int, metavar="STEPS", help="one longer run, on fold 1")
+    args = parser.parse_args(arguments)
+    if not (args.records / "dataset_info.json").exists():
+        parser.error(f"{args.records} does not exist: see the first command of this module")
+    workdir, records = args.workdir.absolute(), args.records.absolute()
+    rows = folds_rows(workdir, records, args.seeds)
+    if args.demo:
+        rows.append(demo_row(workdir, records, args.demo.absolute()))
+    if args.long:
+        rows.append(long_row(workdir, records, steps=args.long, fold=FOLDS[0]))
+    write_json(args.json, rows)
+    print_table(rows)
+    print(json.dumps({row.name: row.detail for row in rows}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,196 @@
+"""Classification over folds: known values, nothing of a test fold in training, one whole run."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC, LinearSVC
+
+from avcl_jax.evaluation.audio_classification import audio_classification
+from avcl_jax.evaluation.classical_audio import classical_features
+from avcl_jax.evaluation.fold_classification import classify_folds
+from avcl_jax.evaluation.protocol import ProtocolError
+from configs import audio_classification as config_file
+from tests.evaluation.conftest import FOLD_CLASSES, sound_record, write_records
+
+
+def _items(rng, *, per_class=8, clips=3, classes=3, folds=4, separation=0.0):
+    labels = np.tile(np.repeat(np.arange(classes), per_class), folds)
+    names = np.repeat(np.arange(folds), per_class * classes)
+    centres = separation * rng.normal(size=(classes, 5))
+    features = centres[labels][:, None] + rng.normal(size=(len(labels), clips, 5))
+    return features, labels, names, [str(n) for n in range(len(labels))]
+
+
+def _classify(features, labels, folds, sources, *, kernel="linear", costs=(0.01, 1.0), classes=3):
+    return classify_folds(
+        features, labels, folds, sources, classes=classes, kernel=kernel, costs=costs
+    )
+
+
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+def test_is_scikit_learn_fold_by_fold(kernel):
+    features, labels, folds, sources = _items(np.random.default_rng(0), separation=0.7)
+    features[folds == 1] = 3 * features[folds == 1] + 2  # to standardise by it would be noticed
+    found = _classify(features, labels, folds, sources, kernel=kernel, costs=(0.1,))
+    for fold in range(4):
+        train = folds != fold
+        machine = SVC(C=0.1) if kernel == "rbf" else LinearSVC(C=0.1, dual=False)
+        model = make_pipeline(StandardScaler(), machine)
+        model.fit(features[train].reshape(-1, 5), labels[train].repeat(3))
+        decisions = model.decision_function(features[~train].reshape(-1, 5))
+        predicted = decisions.reshape(-1, 3, 3).mean(axis=1).argmax(axis=1)
+        np.testing.assert_array_equal(found.predicted[~train], predicted)
+    np.testing.assert_array_equal(found.correct, found.predicted == labels)
+
+
+def test_perfect_random_and_collapsed_features_give_known_accuracies():
+    rng = np.random.default_rng(1)
+    features, labels, folds, sources = _items(rng, per_class=12)
+    perfect = np.eye(3)[labels][:, None].repeat(3, axis=1)
+    assert _classify(perfect, labels, folds, sources).correct.mean() == 1.0
+    assert 0.2 < _classify(features, labels, folds, sources).correct.mean() < 0.47
+    collapsed = np.ones_like(features)
+    assert _classify(collapsed, labels, folds, sources).correct.mean() <= 1 / 3
+
+
+def test_shuffled_labels_give_chance():
+    rng = np.random.default_rng(2)
+    features, labels, folds, sources = _items(rng, per_class=12, separation=3.0)
+    assert _classify(features, labels, folds, sources).correct.mean() > 0.95
+    assert _classify(features, rng.permutation(labels), folds, sources).correct.mean() < 0.47
+
+
+def test_the_test_fold_decides_nothing():
+    """Other labels in fold 0 leave its cost, and what is learned for it, as they are."""
+    rng = np.random.default_rng(3)
+    features, labels, folds, sources = _items(rng, separation=0.5)
+    costs = (1e-4, 1e-2, 1.0)
+    before = _classify(features, labels, folds, sources, costs=costs)
+    changed = labels.copy()
+    changed[folds == 0] = rng.permutation(changed[folds == 0])
+    after = _classify(features, changed, folds, sources, costs=costs)
+    assert after.costs[0] == before.costs[0]
+    assert after.inner_accuracy[0] == before.inner_accuracy[0]
+    np.testing.assert_array_equal(after.predicted[folds == 0], before.predicted[folds == 0])
+    # And the other folds, which train on fold 0, do notice.
+    assert after.inner_accuracy[1:] != before.inner_accuracy[1:]
+
+
+def test_the_cost_is_the_best_of_the_training_folds():
+    rng = np.random.default_rng(4)
+    features, labels, folds, sources = _items(rng, per_class=4, separation=1.0)
+    costs = (1e-6, 0.1)
+    found = _classify(features, labels, folds, sources, costs=costs)
+    for fold in range(4):
+        inside = folds != fold
+        alone = [
+            classify_folds(
+                features[inside],
+                labels[inside],
+                folds[inside],
+                np.array(sources)[inside].tolist(),
+                classes=3,
+                kernel="linear",
+                costs=(cost,),
+            ).correct
+            for cost in costs
+        ]
+        means = [correct.mean() for correct in alone]
+        assert found.inner_accuracy[fold] == pytest.approx(max(means))
+        assert found.costs[fold] == costs[int(np.argmax(means))]
+
+
+def test_a_recording_in_two_folds_and_too_few_folds_are_refused():
+    features, labels, folds, sources = _items(np.random.default_rng(5))
+    with pytest.raises(ProtocolError, match="source 0 is in two folds"):
+        _classify(features, labels, folds, [*sources[:-1], "0"])
+    with pytest.raises(ProtocolError, match="needs three folds, there are 2"):
+        _classify(features, labels, folds % 2, sources)
+
+
+def test_classical_features_tell_pitch_and_change():
+    time = np.arange(8000) / 8000
+    low = (9000 * np.sin(2 * np.pi * 300 * time)).astype(np.int16)
+    high = (9000 * np.sin(2 * np.pi * 3000 * time)).astype(np.int16)
+    steady, above = (classical_features(w, 8000) for w in (low, high))
+    assert steady["log_mel"].shape == (512,)
+    assert steady["mfcc"].shape == (80,)
+    assert steady["log_mel"][:128].argmax() < above["log_mel"][:128].argmax()
+    noise = np.random.default_rng(0).normal(0, 3000, size=8000).astype(np.int16)
+    gated = np.concatenate([noise[:4000], noise[4000:] // 100])
+    even, changing = (classical_features(w, 8000)["log_mel"][128:256] for w in (noise, gated))
+    assert changing.mean() > 2 * even.mean()
+
+
+def _config(fold_records, small_run):
+    c = config_file.get_config("esc10")
+    c.unlock()
+    c.encoder = str(small_run[1])
+    c.data.directory = str(fold_records)
+    c.features.clips = 2
+    c.evaluation.update(
+        {"costs": (0.01, 1.0), "classical_costs": (1.0,), "classical_linear_costs": (0.1,)}
+    )
+    c.bootstrap.resamples = 20
+    return c
+
+
+# librosa says of sounds this short and low that its default bands and windows are too many.
+@pytest.mark.filterwarnings("ignore:Empty filters", "ignore:n_fft")
+def test_one_command_from_a_run_to_results_that_repeat(fold_records, small_run, tmp_path, capsys):
+    config = _config(fold_records, small_run)
+    first = audio_classification(config, tmp_path / "a")
+    second = audio_classification(config, tmp_path / "b")
+    for key in ("metrics", "details", "fingerprint"):
+        assert first[key] == second[key]
+    # Pitch tells these classes: features of the log-mel spectrum must find it.
+    assert first["metrics"]["accuracy_log_mel_linear"]["value"] == 1.0
+    assert first["metrics"]["accuracy"]["value"] > 0.6
+    assert first["units"] == 48
+    assert first["sources"] == 24
+    by_fold = first["details"]["by_fold"]["encoder"]
+    assert first["metrics"]["accuracy"]["value"] == pytest.approx(np.mean(by_fold["fold_accuracy"]))
+    assert np.sum(first["details"]["confusion"]) == 48
+    assert set(first["details"]["encoder_minus"]) == {
+        "random",
+        "mfcc_rbf",
+        "log_mel_rbf",
+        "log_mel_linear",
+    }
+    assert json.loads((tmp_path / "a" / "results.json").read_text()) == first
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert "By fold" in page
+    capsys.readouterr()
+    audio_classification(config, tmp_path / "a")
+    assert "already holds these results" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_refused(fold_records, small_run, small_records, tmp_path):
+    config = _config(fold_records, small_run)
+    config.evaluation.method = "guess"
+    with pytest.raises(ProtocolError, match=r"evaluation\.method 'guess' must be one of folds"):
+        audio_classification(config, tmp_path)
+    config = _config(fold_records, small_run)
+    config.encoder = str(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="there is no directory"):
+        audio_classification(config, tmp_path)
+    config = _config(fold_records, small_run)
+    config.data.update({"directory": str(small_records), "split": "test", "label": "material"})
+    with pytest.raises(ProtocolError, match=r"\['material', 'motion'\], not 'fold'"):
+        audio_classification(config, tmp_path)
+    config.data.update({"split": "null_test", "fold_label": "motion"})
+    with pytest.raises(ProtocolError, match=r"10 of the 10 .* have no known 'material'"):
+        audio_classification(config, tmp_path)
+
+
+def test_a_label_of_several_classes_is_refused(small_run, tmp_path):
+    labels = {"class": (0, 1), "fold": 0}
+    record = sound_record("a", "a", 0, 300, labels)
+    directory = write_records(tmp_path, "several", FOLD_CLASSES, {"all": [record]}, ["class"])
+    with pytest.raises(ProtocolError, match="'class', of which a record may have several"):
+        audio_classification(_config(directory, small_run), tmp_path)

@@ -1,0 +1,157 @@
+"""Linear probes of sounds: scikit-learn's solution, known values, one whole run of either kind."""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.preprocessing import StandardScaler
+
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.evaluation.audio_classification import audio_classification
+from avcl_jax.evaluation.linear_classifier import fit_linear
+from avcl_jax.evaluation.protocol import OUTCOMES, ProtocolError, read_outcomes
+from configs import audio_classification as config_file
+from tests.evaluation.conftest import sound_record, write_records
+
+FIT = {"iterations": 300, "tolerance": 1e-6}
+
+
+def test_softmax_is_scikit_learns_multinomial_regression():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 90)
+    features = (rng.normal(size=(4, 6))[labels] + rng.normal(size=(90, 6))).astype(np.float32)
+    features[:, 5] = 3.0  # a constant feature must do no harm
+    found = fit_linear(features, labels, classes=4, cost=0.5, **FIT)
+    scaler = StandardScaler().fit(features)
+    reference = LogisticRegression(C=0.5, tol=1e-8, max_iter=2000)
+    reference.fit(scaler.transform(features), labels)
+    np.testing.assert_allclose(found.weights, reference.coef_.T, atol=2e-3)
+    # Logits are defined up to what all classes share.
+    ours, theirs = found.scores(features), reference.decision_function(scaler.transform(features))
+    centred = [a - a.mean(axis=1, keepdims=True) for a in (ours, theirs)]
+    np.testing.assert_allclose(*centred, atol=5e-3)
+
+
+def test_several_labels_are_independent_regressions():
+    rng = np.random.default_rng(1)
+    features = rng.normal(size=(80, 5)).astype(np.float32)
+    targets = features @ rng.normal(size=(5, 3)) + rng.normal(size=(80, 3)) > 0.5
+    found = fit_linear(features, targets, classes=3, cost=0.2, **FIT)
+    scaled = StandardScaler().fit_transform(features)
+    for number in range(3):
+        reference = LogisticRegression(C=0.2, tol=1e-8, max_iter=2000)
+        reference.fit(scaled, targets[:, number])
+        np.testing.assert_allclose(found.weights[:, number], reference.coef_[0], atol=2e-3)
+        np.testing.assert_allclose(found.bias[number], reference.intercept_[0], atol=2e-3)
+
+
+def _config(records, small_run, preset="demo"):
+    c = config_file.get_config(preset)
+    c.unlock()
+    c.encoder = str(small_run[1])
+    c.data.update({"directory": str(records), "make_demo": False, "threads": 2})
+    c.features.update({"clips": 2, "speeds": (1, 2), "chunk": 8})
+    c.evaluation.update({"costs": (0.01, 1.0), "held_out": 0.25})
+    c.bootstrap.resamples = 20
+    return c
+
+
+def test_one_command_gives_accuracies_that_repeat(small_records, small_run, tmp_path):
+    config = _config(small_records, small_run)
+    first = audio_classification(config, tmp_path / "a")
+    second = audio_classification(config, tmp_path / "b")
+    assert first["metrics"] == second["metrics"]
+    assert first["details"] == second["details"]
+    # Two materials of other pitches, which even an untrained encoder lets a linear probe tell.
+    assert first["metrics"]["top1"]["value"] == 1.0
+    assert first["metrics"]["mean_class_accuracy"]["value"] == 1.0
+    assert set(first["metrics"]) == {
+        f"{name}{suffix}" for name in ("top1", "mean_class_accuracy") for suffix in ("", "_random")
+    }
+    assert first["units"] == 16
+    assert first["data"]["train"].startswith("small-train")
+
+
+def test_motion_cannot_be_heard(small_records, small_run, tmp_path):
+    config = _config(small_records, small_run)
+    config.data.label = "motion"
+    results = audio_classification(config, tmp_path)
+    assert 0.2 <= results["metrics"]["top1"]["value"] <= 0.8
+
+
+@pytest.fixture(scope="module")
+def tagged_records(tmp_path_factory):
+    """Sounds of which a low one is `low`, a loud one `loud`, and all `sound`; some are neither."""
+    rng = np.random.default_rng(0)
+    names = {"tags": ["low", "loud", "sound"], "kind": ["a", "b"]}
+    splits = {}
+    for split, count in (("train", 40), ("eval", 24)):
+        splits[split] = []
+        for number in range(count):
+            low, loud = rng.integers(0, 2, 2).tolist()
+            tags = (*([0] * low), *([1] * loud), 2)
+            record = sound_record(
+                f"{split}{number}",
+                f"{split}{number}",
+                number,
+                300 if low else 1500,
+                {"tags": tags, "kind": 0},
+            )
+            if not loud:
+                record.waveform[...] = record.waveform // 16
+            splits[split].append(record)
+    directory = tmp_path_factory.mktemp("tagged")
+    return write_records(directory, "tagged", names, splits, ["tags"])
+
+
+def test_tagging_is_scored_as_scikit_learn_scores_it(tagged_records, small_run, tmp_path):
+    config = _config(tagged_records, small_run, "audioset")
+    config.data.label = "tags"
+    results = audio_classification(config, tmp_path)
+    figures = results["metrics"]
+    values = read_outcomes(tmp_path / OUTCOMES).values
+    relevant, scores = values["relevant"], values["scores"]
+    assert relevant[:, 2].all()  # so that class is in no mean
+    assert figures["map"]["value"] == pytest.approx(
+        average_precision_score(relevant[:, :2], scores[:, :2], average="macro")
+    )
+    assert figures["auc"]["value"] == pytest.approx(
+        roc_auc_score(relevant[:, :2], scores[:, :2], average="macro")
+    )
+    assert figures["map"]["value"] > 0.9
+    mean_auc = min(figures["auc"]["value"], 1 - 1e-6)
+    assert figures["d_prime"]["value"] == pytest.approx(2**0.5 * NormalDist().inv_cdf(mean_auc))
+    assert figures["map"]["chance"] == pytest.approx(relevant[:, :2].mean())
+    assert results["details"]["classes"] == 3
+
+
+def test_classes_of_records_are_those_that_were_written(tagged_records):
+    records = RecordDataset(tagged_records, "eval")
+    positions = [5, 0, 23]
+    expected = np.zeros((3, 3), bool)
+    for row, position in enumerate(positions):
+        expected[row, list(records[position].labels["tags"])] = True
+    np.testing.assert_array_equal(records.class_matrix("tags", positions), expected)
+
+
+def test_what_does_not_fit_is_refused(tagged_records, small_records, small_run, tmp_path):
+    config = _config(tagged_records, small_run)
+    config.data.update({"label": "tags", "test_split": "eval"})
+    with pytest.raises(ProtocolError, match="not 'tags', of which a record may have several"):
+        audio_classification(config, tmp_path)
+    config = _config(small_records, small_run)
+    config.evaluation.method = "multilabel_probe"
+    with pytest.raises(ProtocolError, match=r"set evaluation\.method to 'linear_probe'"):
+        audio_classification(config, tmp_path)
+    config = _config(small_records, small_run)
+    config.data.test_split = "train"
+    with pytest.raises(ProtocolError, match="24 records are among both the training and the test"):
+        audio_classification(config, tmp_path)
+    config = _config(small_records, small_run)
+    config.features.record_pooling = "clips"
+    with pytest.raises(ProtocolError, match="'clips' is for folds"):
+        audio_classification(config, tmp_path)

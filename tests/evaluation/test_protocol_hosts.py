@@ -1,0 +1,50 @@
+"""Protocols over several devices and hosts, in real processes."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import pytest
+
+from tests.training.small import run, start
+
+
+def _arguments(small_records, small_run, workdir):
+    return [
+        "--config=configs/retrieval.py:demo",
+        f"--workdir={workdir}",
+        f"--config.encoder={small_run[1]}",
+        f"--config.data.directory={small_records}",
+        "--config.data.make_demo=False",
+        "--config.baselines.random=False",
+        "--config.features.chunk=3",  # made a multiple of the devices
+        "--config.features.clips=2",
+        "--config.features.speeds=(1,2)",
+        "--config.features.part_records=5",
+        "--config.bootstrap.resamples=20",
+    ]
+
+
+@pytest.mark.slow
+def test_hosts_share_the_records_and_find_what_one_finds(small_records, small_run, tmp_path):
+    run(_arguments(small_records, small_run, tmp_path / "one"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = [
+        *_arguments(small_records, small_run, tmp_path / "two"),
+        f"--coordinator=127.0.0.1:{port}",
+        "--num_processes=2",
+    ]
+    processes = [start([*common, f"--process_id={n}"], devices=2) for n in range(2)]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "R@1" in outputs[0]
+    assert "R@1" not in outputs[1]  # one process ranks and writes
+    one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
+    assert one["metrics"] == two["metrics"]
+    assert one["details"] == two["details"]
+    parts = {n: sorted(p.name for p in (tmp_path / n).rglob("rows-*.npz")) for n in ("one", "two")}
+    assert parts["one"] == parts["two"]
+    assert len(parts["two"]) == 4 + 5  # of 16 and of 24 records

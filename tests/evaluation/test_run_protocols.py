@@ -1,0 +1,175 @@
+"""The tasks that need a run's heads: audio-video retrieval and temporal tasks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from avcl_jax.evaluation.cross_modal import audio_video_retrieval, cross_modal_scores
+from avcl_jax.evaluation.protocol import OUTCOMES, ProtocolError, read_outcomes
+from avcl_jax.evaluation.significance import STATISTICS
+from avcl_jax.evaluation.temporal_tasks import score_tasks, temporal_tasks
+from avcl_jax.export import ExportError
+from avcl_jax.objectives.temporal import TERMS
+from configs import cross_modal as cross_modal_config
+from configs import temporal as temporal_config
+
+
+def _prepare(c, records, small_run):
+    c.unlock()
+    c.encoder = str(small_run[1])
+    c.data.update({"directory": str(records), "make_demo": False})
+    c.bootstrap.resamples = 20
+    return c
+
+
+def _cross_modal(records, small_run):
+    c = _prepare(cross_modal_config.get_config("demo"), records, small_run)
+    c.features.update({"speeds": (1, 2), "views_per_speed": 2, "part_records": 10})
+    return c
+
+
+def _features(video, audio):
+    count = len(video)
+    return {
+        "has_video": np.ones(count, bool),
+        "has_audio": np.ones(count, bool),
+        "record_index": np.arange(count),
+        "x/video_embeddings": video,
+        "x/audio_embeddings": audio,
+    }
+
+
+def test_perfect_random_and_collapsed_embeddings_find_what_they_should():
+    rng = np.random.default_rng(0)
+    eye = np.eye(40)
+    for scores in cross_modal_scores(_features(eye, eye), "x", (1, 5)).values():
+        assert scores.recall == {1: 1.0, 5: 1.0}
+        assert scores.median_rank == 1
+    random = _features(rng.normal(size=(40, 8)), rng.normal(size=(40, 8)))
+    for scores in cross_modal_scores(random, "x", (1, 5)).values():
+        assert scores.recall[5] < 0.4
+        assert 10 < scores.median_rank < 31
+    for scores in cross_modal_scores(
+        _features(np.ones((40, 3)), np.ones((40, 3))), "x", ()
+    ).values():
+        assert scores.recall == {1: 0.0}
+        assert scores.median_rank == 40
+
+
+def test_halves_of_other_records_are_found_at_chance():
+    rng = np.random.default_rng(1)
+    video = rng.normal(size=(200, 8))
+    scores = cross_modal_scores(_features(video, video[rng.permutation(200)]), "x", (1, 10))
+    for found in scores.values():
+        assert found.recall[10] < 0.15
+        assert found.chance[10] == pytest.approx(0.05)
+
+
+def test_a_record_without_sound_is_neither_query_nor_item():
+    features = _features(np.eye(6), np.eye(6))
+    features["has_audio"][2] = False
+    scores = cross_modal_scores(features, "x", (1,))
+    assert scores["audio_to_video"].gallery == scores["video_to_audio"].queries == 5
+    features["has_audio"][:] = False
+    assert cross_modal_scores(features, "x", (1,)) == {}
+
+
+def test_audio_video_retrieval_by_one_command_repeats(small_records, small_run, tmp_path):
+    config = _cross_modal(small_records, small_run)
+    first = audio_video_retrieval(config, tmp_path / "a")
+    second = audio_video_retrieval(config, tmp_path / "b")
+    assert first["metrics"] == second["metrics"]
+    assert set(first["metrics"]) == {
+        f"{way}_{name}"
+        for way in ("audio_to_video", "video_to_audio")
+        for name in ("r1", "r5", "r10", "median_rank")
+    }
+    assert first["metrics"]["audio_to_video_r1"]["chance"] == 1 / 16
+    assert first["details"]["gallery"] == 16
+    ranks = read_outcomes(tmp_path / "a" / OUTCOMES).values["rank_audio_to_video"]
+    assert first["metrics"]["audio_to_video_median_rank"]["value"] == np.median(ranks)
+    assert 1 <= ranks.min() <= ranks.max() <= 16
+
+
+def test_audio_video_retrieval_needs_a_run_of_both(
+    small_records, fold_records, small_run, tmp_path
+):
+    config = _cross_modal(small_records, small_run)
+    config.encoder = str(tmp_path)
+    with pytest.raises(ExportError, match="needs the heads"):
+        audio_video_retrieval(config, tmp_path / "w")
+    config = _cross_modal(small_records, small_run)
+    config.features.speeds = (1, 3)
+    with pytest.raises(ProtocolError, match=r"speeds \[3\] were not trained"):
+        audio_video_retrieval(config, tmp_path / "w")
+    config.features.update({"speeds": (1,), "views_per_speed": 3})
+    with pytest.raises(ValueError, match="do not form pairs"):
+        audio_video_retrieval(config, tmp_path / "w")
+    config = _cross_modal(fold_records, small_run)
+    config.data.split = "all"
+    with pytest.raises(ProtocolError, match=r"no record of .* has both picture and sound"):
+        audio_video_retrieval(config, tmp_path / "w")
+
+
+def test_temporal_tasks_by_one_command_repeat_and_have_confusion_matrices(
+    small_records, small_run, tmp_path
+):
+    config = _prepare(temporal_config.get_config("demo"), small_records, small_run)
+    config.evaluation.update({"pairs_per_video": 6, "part_records": 10})
+    first = temporal_tasks(config, tmp_path / "a")
+    second = temporal_tasks(config, tmp_path / "b")
+    assert first["metrics"] == second["metrics"]
+    assert first["details"] == second["details"]
+    assert set(first["metrics"]) == set(TERMS)
+    for name, figure in first["metrics"].items():
+        confusion = np.array(first["details"]["confusion"][name])
+        assert len(set(confusion.sum(axis=1))) == 1  # every class equally often
+        assert figure["value"] == pytest.approx(np.trace(confusion) / confusion.sum())
+        assert figure["chance"] == pytest.approx(1 / len(confusion))
+        assert figure["low"] <= figure["value"] <= figure["high"]
+    assert "order, picture and sound" in (tmp_path / "a" / "report.html").read_text()
+
+
+def _task_arrays(rng, records=40, pairs=6):
+    shape = (records, pairs)
+    arrays = {f"{task}_mask": np.ones(shape, bool) for task in ("speed", "direction", "order")}
+    arrays |= {f"has_{m}": np.ones(shape, bool) for m in ("video", "audio")}
+    arrays["order"] = rng.integers(0, 3, shape).astype(np.int32)
+    for modality in ("video", "audio"):
+        arrays[f"{modality}_speed"] = rng.integers(0, 4, (*shape, 2)).astype(np.int32)
+        arrays[f"{modality}_direction"] = rng.integers(0, 2, (*shape, 2)).astype(np.int32)
+    return arrays
+
+
+def test_perfect_random_and_constant_answers_give_known_accuracies():
+    rng = np.random.default_rng(0)
+    arrays = _task_arrays(rng)
+    perfect = np.eye(4)[arrays["video_speed"]]
+    scores = score_tasks(arrays | {"speed_video": perfect}, seed=0)
+    assert scores["speed_video"].accuracy == 1.0
+    constant = np.broadcast_to(np.eye(4)[2], perfect.shape)
+    scores = score_tasks(arrays | {"speed_video": constant}, seed=0)
+    assert scores["speed_video"].accuracy == 0.25  # exactly, because classes are balanced
+    noise = rng.normal(size=perfect.shape)
+    scores = score_tasks(arrays | {"speed_video": noise}, seed=0)
+    assert 0.15 < scores["speed_video"].accuracy < 0.35
+    one = scores["speed_video"]
+    assert one.correct.sum() / one.scored.sum() == pytest.approx(one.accuracy)
+    assert not (one.correct & ~one.scored).any()
+
+
+def test_a_task_that_no_record_has_is_left_out_and_half_a_task_refused():
+    arrays = _task_arrays(np.random.default_rng(0))
+    answers = {"speed_video": np.eye(4)[arrays["video_speed"]]}
+    answers["speed_audio"] = np.eye(4)[arrays["audio_speed"]]
+    arrays["has_video"][:] = False
+    assert set(score_tasks(arrays | answers, seed=0)) == {"speed_audio"}
+    arrays["audio_speed"][:] = 1
+    with pytest.raises(ValueError, match="cannot balance 4 classes"):
+        score_tasks(arrays | answers, seed=0)
+
+
+def test_ratio_weights_units_by_how_often_they_answered():
+    counts, totals = np.array([1, 0, 8]), np.array([1, 1, 10])
+    assert STATISTICS["ratio"](counts, totals) == 9 / 12

@@ -1,0 +1,195 @@
+"""The task `video_retrieval` on the small data set; ranking in blocks; selections of UCF101."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from sklearn.neighbors import NearestNeighbors
+
+from avcl_jax.data.decode import decode_jpegs
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.selection import SelectionError
+from avcl_jax.encoder_source import open_encoders
+from avcl_jax.evaluation.protocol import OUTCOMES, ProtocolError, read_outcomes
+from avcl_jax.evaluation.retrieval import first_relevant_ranks, nearest, normalise
+from avcl_jax.evaluation.video_retrieval import video_retrieval
+from avcl_jax.export import ExportError
+from configs import retrieval as config_file
+from tests.evaluation.conftest import CLASS_NAMES, small_record, write_records
+
+
+@pytest.mark.parametrize(("chunk", "gallery_chunk"), [(7, 11), (1000, 13), (5, 1000)])
+def test_blocks_of_the_gallery_change_nothing(chunk, gallery_chunk):
+    rng = np.random.default_rng(0)
+    queries, gallery = rng.normal(size=(30, 5)), rng.normal(size=(61, 5))
+    gallery[40:] = gallery[:21]  # equal items in other blocks are ties
+    ids, gallery_ids = rng.integers(0, 9, 30), rng.integers(0, 9, 61)
+    whole = first_relevant_ranks(queries, gallery, query_ids=ids, gallery_ids=gallery_ids)
+    parts = first_relevant_ranks(
+        queries,
+        gallery,
+        query_ids=ids,
+        gallery_ids=gallery_ids,
+        chunk=chunk,
+        gallery_chunk=gallery_chunk,
+    )
+    np.testing.assert_array_equal(parts, whole)
+    similarity = (normalise(queries) @ normalise(gallery).T).astype(np.float64)
+    for query in range(30):
+        right = gallery_ids == ids[query]
+        above = (similarity[query] >= similarity[query][right].max() - 1e-6) & ~right
+        assert whole[query] == 1 + above.sum()
+    reference = NearestNeighbors(n_neighbors=8, metric="cosine", algorithm="brute")
+    distances, _ = reference.fit(gallery).kneighbors(queries)
+    found = nearest(queries, gallery, k=8, chunk=chunk, gallery_chunk=gallery_chunk)
+    np.testing.assert_allclose(
+        1 - np.take_along_axis(similarity, found, axis=1), distances, atol=1e-6
+    )
+    assert all(len(set(row)) == 8 for row in found.tolist())
+
+
+def test_perfect_random_and_collapsed_embeddings_in_blocks():
+    rng = np.random.default_rng(1)
+    ids, gallery_ids = np.arange(10), np.repeat(np.arange(10), 4)
+
+    def ranks(queries, gallery):
+        return first_relevant_ranks(
+            queries, gallery, query_ids=ids, gallery_ids=gallery_ids, chunk=3, gallery_chunk=7
+        )
+
+    eye = np.eye(10)
+    assert (ranks(eye, eye[gallery_ids]) == 1).all()
+    assert (ranks(np.ones((10, 4)), np.ones((40, 4))) == 37).all()  # behind all 36 others
+    assert 0 <= (ranks(rng.normal(size=(10, 4)), rng.normal(size=(40, 4))) == 1).mean() < 0.7
+
+
+def _config(records, small_run):
+    c = config_file.get_config("demo")
+    c.unlock()
+    c.encoder = str(small_run[1])
+    c.data.update({"directory": str(records), "make_demo": False})
+    c.features.update({"clips": 2, "speeds": (1, 2), "chunk": 8})
+    c.evaluation.recall_at = (1, 5, 50)
+    c.bootstrap.resamples = 20
+    return c
+
+
+def test_one_command_gives_figures_of_exact_neighbours_that_repeat(
+    small_records, small_run, tmp_path
+):
+    config = _config(small_records, small_run)
+    first = video_retrieval(config, tmp_path / "a")
+    second = video_retrieval(config, tmp_path / "b")
+    assert first["metrics"] == second["metrics"]
+    assert set(first["metrics"]) == {"r1", "r5", "r1_random", "r5_random"}  # the gallery holds 24
+    assert (first["details"]["queries"], first["details"]["gallery"]) == (16, 24)
+
+    # The same from the encoder itself, raw frames, and scikit-learn.
+    encoder = open_encoders(small_run[1]).encoders["video"]
+    sets = {}
+    for split in ("test", "train"):
+        records = RecordDataset(small_records, split)
+        sets[split] = records.labels["motion"], []
+        for number in range(len(records)):
+            frames = decode_jpegs(records[number].frames)
+            clips = []
+            for speed in (1, 2):
+                # 3 s at 16 pictures/s; clips of 0.25 s times speed, first and last.
+                step = 4 * speed
+                clips += [frames[start : start + step : speed] for start in (0, 48 - step)]
+            features = np.asarray(encoder.apply(encoder.params, np.stack(clips)))
+            sets[split][1].append(features.mean(axis=0))
+    labels, queries = sets["test"]
+    gallery_labels, gallery = sets["train"]
+    model = NearestNeighbors(n_neighbors=5, metric="cosine", algorithm="brute").fit(gallery)
+    found = gallery_labels[model.kneighbors(queries, return_distance=False)]
+    assert first["metrics"]["r1"]["value"] == np.mean(found[:, 0] == labels)
+    assert first["metrics"]["r5"]["value"] == np.mean((found == labels[:, None]).any(axis=1))
+    units = read_outcomes(tmp_path / "a" / OUTCOMES)
+    assert units.units[3] == "test/3"
+    assert "Nearest neighbours" in (tmp_path / "a" / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def split_records(tmp_path_factory):
+    """One split `all`, of which a label says which records train, as UCF101 is prepared."""
+    records = []
+    for number in range(12):
+        labels = {"motion": number % 2, "material": 0}
+        labels |= {"split1": number % 3 == 0, "split2": number % 3 == 1}
+        record = small_record("test", number)
+        records.append(dataclasses.replace(record, labels={k: int(v) for k, v in labels.items()}))
+    names = CLASS_NAMES | {f"split{n}": ["train", "test"] for n in (1, 2)}
+    directory = tmp_path_factory.mktemp("split")
+    return write_records(directory, "split", names, {"all": records})
+
+
+def _split_config(records, small_run):
+    c = _config(records, small_run)
+    for side, name in (("query", "test"), ("gallery", "train")):
+        c.data[f"{side}_split"] = "all"
+        c.data[f"{side}_select"] = f"split{{split}}={name}"
+    c.baselines.random = False
+    return c
+
+
+def test_the_official_split_is_a_setting(split_records, small_run, tmp_path):
+    config = _split_config(split_records, small_run)
+    queries = {}
+    for number in (1, 2):
+        config.data.official_split = number
+        video_retrieval(config, tmp_path / str(number))
+        queries[number] = read_outcomes(tmp_path / str(number) / OUTCOMES).units
+    assert queries == {
+        1: ["test/0", "test/3", "test/6", "test/9"],
+        2: ["test/1", "test/4", "test/7", "test/10"],
+    }
+    config.data.official_split = 3
+    with pytest.raises(SelectionError, match="not 'split3'"):
+        video_retrieval(config, tmp_path / "3")
+
+
+def test_shuffled_labels_give_chance(small_run, tmp_path):
+    rng = np.random.default_rng(0)
+    splits = {}
+    for split, count in (("test", 16), ("train", 24)):
+        splits[split] = [
+            dataclasses.replace(
+                small_record(split, n), labels={"motion": int(rng.integers(2)), "material": 0}
+            )
+            for n in range(count)
+        ]
+    directory = write_records(tmp_path, "shuffled", CLASS_NAMES, splits)
+    results = video_retrieval(_config(directory, small_run), tmp_path / "w")
+    figure = results["metrics"]["r1"]
+    assert abs(figure["value"] - figure["chance"]) < 0.3
+    assert 0.35 < figure["chance"] < 0.65
+
+
+def test_what_does_not_fit_is_refused(
+    small_records, split_records, fold_records, small_run, tmp_path
+):
+    config = _config(small_records, small_run)
+    config.data.gallery_split = "test"
+    with pytest.raises(ProtocolError, match="16 records are among both"):
+        video_retrieval(config, tmp_path)
+    config = _split_config(split_records, small_run)
+    config.data.gallery_select = "split2=train"
+    with pytest.raises(ProtocolError, match="records are among both"):
+        video_retrieval(config, tmp_path)
+    config = _config(small_records, small_run)
+    config.data.label = "colour"
+    with pytest.raises(ProtocolError, match="not 'colour'"):
+        video_retrieval(config, tmp_path)
+    config = _config(fold_records, small_run)
+    config.data.update({"query_split": "all", "gallery_split": "all"})
+    with pytest.raises(ProtocolError, match="have no video"):
+        video_retrieval(config, tmp_path)
+    config = _config(small_records, small_run)
+    config.encoder = str(tmp_path)
+    with pytest.raises(ExportError, match="neither checkpoints nor exported encoders"):
+        video_retrieval(config, tmp_path / "w")
+    with pytest.raises(ProtocolError, match="is the workdir of a training run"):
+        video_retrieval(_config(small_records, small_run), small_run[1])
