@@ -50,12 +50,12 @@ $(VENV)/demo-ready: requirements.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/test-ready: requirements-dev.txt requirements.txt | $(VENV)/bin/python
+$(VENV)/test-ready: requirements-dev.txt requirements-fingerprint.txt requirements.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@ $(VENV)/demo-ready
 
 $(VENV)-interop/ready: requirements-interop.txt requirements-tpu-aot.txt requirements-dev.txt \
-    requirements.txt
+    requirements-fingerprint.txt requirements.txt
 	$(PYTHON) -m venv $(VENV)-interop
 	$(VENV)-interop/bin/python -m pip install --quiet --disable-pip-version-check \
 	    -r requirements-dev.txt -r requirements-interop.txt

@@ -14,16 +14,19 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["avcl_jax*", "data_prep*", "configs*"]),
+    package_data={"avcl_jax.fingerprint.web": ["*.html", "*.css", "*.js"]},
     extras_require={
         "interop": ["tensorflow>=2.21.0"],
         "torch": ["torch>=2.13.0"],
         "beam": ["apache-beam>=2.77.0"],
         "s3": ["s3fs"],
+        "fingerprint": ["faiss-cpu>=1.15.1", "starlette>=1.10.0", "uvicorn>=0.54.0"],
         "scenes": ["scenedetect"],
         # Every JAX names the libtpu that matches it; requirements-tpu-aot.txt has the one tested.
         "tpu-aot": ["jax[tpu]"],
     },
     # requirements.txt pins what was tested; a library must leave its users room to move.
+    entry_points={"console_scripts": ["avcl-fingerprint=avcl_jax.fingerprint.command:main"]},
     install_requires=[
         re.sub(r"==([\w.]+)", r">=\1", line) for line in _LINES if line and line[0] != "#"
     ],

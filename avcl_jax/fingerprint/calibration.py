@@ -1,0 +1,175 @@
+"""Evidence to a score that means something: how rarely an unrelated query finds as much.
+
+The best evidence that an unrelated query finds anywhere in the library is a maximum over many
+places, so it follows a Gumbel distribution, whose location grows with the logarithm of the number
+of places. It is fitted to queries cut out of the library itself, each of which may find anything
+but its own source: what is most like the references, and so the hardest there is to tell from them.
+Such an excerpt stands for one rendering of a query; a query has one for each rate and for each
+place between two segments, all as good as independent of each other.
+
+score = −log10 of the chance that an unrelated query finds more: 2 is one in a hundred.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from avcl_jax.fingerprint.matching import QUERY_DENSITY, Rendering, align
+from avcl_jax.fingerprint.segments import SegmentFeatures
+from avcl_jax.fingerprint.snapshot import Snapshot
+
+# False matches of at most one unrelated query in a hundred.
+THRESHOLD = 2.0
+# Fewer sources say nothing about unrelated queries.
+MIN_SOURCES = 12
+_QUERIES = 32
+_LENGTHS_SECONDS = (1.5, 3.0, 6.0, 12.0)
+# The default counts as so many queries beside those that were made.
+_PRIOR_QUERIES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Gumbel distribution of the best evidence of unrelated queries.
+
+    Attributes:
+        location: of the distribution for a query of one second.
+        growth: of the location with the natural logarithm of the query's seconds.
+        scale: of the distribution.
+        segments: of the library that it was fitted to.
+    """
+
+    location: float
+    growth: float
+    scale: float
+    segments: int
+
+    def score(self, evidence: float, *, query_seconds: float, segments: int) -> float:
+        """Returns −log10 of the chance that an unrelated query finds such evidence.
+
+        Args:
+            evidence: of an alignment.
+            query_seconds: length of the query.
+            segments: of the library now.
+        """
+        places = math.log(max(segments, 1) / max(self.segments, 1))
+        location = self.location + self.growth * math.log(max(query_seconds, 0.5))
+        surprise = (evidence - location) / self.scale - places
+        if surprise > 30:  # where 1 − exp(−x) is x
+            return surprise / math.log(10)
+        # Twice the exponential overflows below; there the chance is 1.
+        return -math.log10(-math.expm1(-math.exp(-max(surprise, -6.0))))
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields."""
+        return dataclasses.asdict(self)
+
+
+# Of the demo's encoders on the demo's clips: what an index has until it holds enough sources.
+DEFAULT = Calibration(location=6.5, growth=1.8, scale=1.3, segments=6760)
+
+
+def fit(
+    snapshot: Snapshot,
+    *,
+    hop_seconds: float,
+    spans: Mapping[str, float],
+    num_rates: int,
+) -> Calibration:
+    """Fits the distribution to queries made of the library's own sources.
+
+    Median and quartiles are fitted, so that a quarter of the sources may have a double in the
+    library, as two cuts of one film are.
+
+    Args:
+        snapshot: the library.
+        hop_seconds: of its segments.
+        spans: modality -> length of a segment, of the modalities that are compared.
+        num_rates: at which a query is rendered.
+
+    Returns:
+        The distribution; `DEFAULT` where there are too few sources with these modalities.
+    """
+    rng = np.random.default_rng(0)
+    numbers = np.flatnonzero(snapshot.live)
+    if len(numbers) < MIN_SOURCES:
+        return DEFAULT
+    logs, found = [], []
+    chosen = rng.choice(numbers, min(_QUERIES, len(numbers)), replace=False)
+    for n, number in enumerate(chosen.tolist()):
+        segments = _excerpt(
+            snapshot,
+            number,
+            list(spans),
+            _LENGTHS_SECONDS[n % len(_LENGTHS_SECONDS)],
+            hop_seconds,
+            max(spans.values()),
+            rng,
+        )
+        if not all(present.any() for present in segments.present.values()):
+            continue
+        renderings = [Rendering(1.0, _between(segments))]
+        best = align(snapshot, renderings, hop_seconds=hop_seconds, spans=spans, exclude=number)
+        logs.append(math.log(segments.duration_seconds))
+        found.append(best[0].evidence if best else 0.0)
+    if len(found) < MIN_SOURCES:
+        return DEFAULT
+    evidence, seconds = np.array(found), np.array(logs)
+    growth = max(0.0, _slope(seconds, evidence))
+    rest = evidence - growth * seconds
+    low, middle, high = np.quantile(rest, (0.25, 0.5, 0.75))
+    # Of the unit Gumbel: quartiles are 1.5725 apart, the median is at 0.3665.
+    weight = len(found) / (len(found) + _PRIOR_QUERIES)
+    scale = weight * float(high - low) / 1.5725 + (1 - weight) * DEFAULT.scale
+    renderings_of_a_query = num_rates * QUERY_DENSITY
+    return Calibration(
+        location=float(middle) - 0.3665 * scale + scale * math.log(renderings_of_a_query),
+        growth=growth,
+        scale=scale,
+        segments=snapshot.num_segments,
+    )
+
+
+def _excerpt(
+    snapshot: Snapshot,
+    number: int,
+    modalities: Sequence[str],
+    seconds: float,
+    hop: float,
+    span: float,
+    rng: np.random.Generator,
+) -> SegmentFeatures:
+    """Cuts so many seconds, or what there is, out of a source's segments."""
+    wanted = max(1, round((seconds - span) / hop) + 1)
+    total = snapshot.length_of(number)
+    first = int(rng.integers(max(total - wanted, 0) + 1))
+    both = {m: snapshot.features_of(m, number, first, first + wanted) for m in modalities}
+    return SegmentFeatures(
+        {m: features for m, (features, _) in both.items()},
+        {m: present for m, (_, present) in both.items()},
+        (min(wanted, total) - 1) * hop + span,
+    )
+
+
+def _between(segments: SegmentFeatures) -> SegmentFeatures:
+    """Repeats each segment where a query has others between it and the next."""
+    return SegmentFeatures(
+        {m: np.repeat(f, QUERY_DENSITY, axis=0) for m, f in segments.features.items()},
+        {m: np.repeat(p, QUERY_DENSITY) for m, p in segments.present.items()},
+        segments.duration_seconds,
+    )
+
+
+def _slope(x: np.ndarray, y: np.ndarray) -> float:
+    """Median slope of all pairs (Theil and Sen): a few outliers do not move it."""
+    first, second = np.triu_indices(len(x), 1)
+    apart = np.abs(x[first] - x[second]) > 1e-6
+    if not apart.any():
+        return 0.0
+    first, second = first[apart], second[apart]
+    return float(np.median((y[second] - y[first]) / (x[second] - x[first])))

@@ -1,0 +1,193 @@
+"""`avcl-fingerprint COMMAND`: makes, changes, checks and searches an index of media.
+
+Exit status: 0; 1 where a medium could not be indexed or an index is not sound; 2 where nothing was
+done because something is missing or wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from avcl_jax.data.decoded import decode_media
+from avcl_jax.data.media_error import MediaError
+from avcl_jax.encoder_source import MODALITIES
+from avcl_jax.export import ExportError
+from avcl_jax.fingerprint.answer import Match, QueryResult
+from avcl_jax.fingerprint.error import FingerprintError
+from avcl_jax.fingerprint.files import media_files
+from avcl_jax.fingerprint.index import AddReport, FingerprintIndex
+from avcl_jax.fingerprint.settings import KINDS, FingerprintSettings
+from avcl_jax.fingerprint.verification import verify
+from avcl_jax.training.checkpoint import CheckpointError
+
+# Commands of their own modules, which have `add_arguments` and `run` and are imported when asked
+# for: their dependencies differ.
+_MODULES = {"serve": ("avcl_jax.fingerprint.serve", "show matches in a web page on this machine")}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = _parser(arguments).parse_args(arguments)
+    try:
+        return args.run(args) or 0
+    except (FingerprintError, ExportError, CheckpointError) as error:
+        print(f"avcl-fingerprint: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"avcl-fingerprint: {error.filename}: {error.strerror}", file=sys.stderr)
+    return 2
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="avcl-fingerprint", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[..., int | None], summary: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=summary, description=summary)
+        added.set_defaults(run=run)
+        added.add_argument("--index", type=Path, required=True, metavar="DIR", help="the index")
+        return added
+
+    make = command("index", _index, "make an index of media files")
+    make.add_argument("videos", nargs="+", type=Path, help="files, or folders with files")
+    make.add_argument(
+        "--encoder", required=True, metavar="PATH", help="a run, or the encoders it exported"
+    )
+    defaults = FingerprintSettings()
+    make.add_argument(
+        "--speed",
+        type=int,
+        default=defaults.speed,
+        help="seconds of a segment per second of the encoder's clip (default: %(default)s)",
+    )
+    make.add_argument(
+        "--hop-seconds",
+        type=float,
+        default=defaults.hop_seconds,
+        help="from one segment to the next (default: %(default)s)",
+    )
+    make.add_argument(
+        "--kind",
+        choices=KINDS,
+        default=defaults.kind,
+        help="flat is exact, ivfpq small and fast, auto chooses by size (default: %(default)s)",
+    )
+    add = command("add", _add, "add media files to an index, or renew those that changed")
+    add.add_argument("videos", nargs="+", type=Path, help="files, or folders with files")
+    remove = command("remove", _remove, "remove media from an index")
+    remove.add_argument("videos", nargs="+", type=Path, help="as they were named when indexed")
+    query = command("query", _query, "find the source of a clip")
+    query.add_argument("clip", type=Path, help="a media file")
+    query.add_argument("--json", action="store_true", help="answer in JSON")
+    query.add_argument("--count", type=int, default=5, help="matches shown (default: %(default)s)")
+    query.add_argument(
+        "--modality", choices=MODALITIES, help="compare only this one (default: all there are)"
+    )
+    command("verify", _verify, "check the files of an index")
+    for opened in (add, query):
+        opened.add_argument(
+            "--encoder", metavar="PATH", help="where the encoders are now, if they were moved"
+        )
+    for name, (module, summary) in _MODULES.items():
+        added = commands.add_parser(name, help=summary, description=summary)
+        if arguments and arguments[0] == name:
+            imported = importlib.import_module(module)
+            imported.add_arguments(added)
+            added.set_defaults(run=imported.run)
+    return parser
+
+
+def _index(args: argparse.Namespace) -> int:
+    settings = FingerprintSettings(speed=args.speed, hop_seconds=args.hop_seconds, kind=args.kind)
+    files = list(media_files(args.videos))  # before anything is made
+    index = FingerprintIndex.create(args.index, args.encoder, settings)
+    return _report(index.add_files(files), index)
+
+
+def _add(args: argparse.Namespace) -> int:
+    files = list(media_files(args.videos))
+    index = FingerprintIndex.open(args.index, args.encoder)
+    return _report(index.add_files(files), index)
+
+
+def _remove(args: argparse.Namespace) -> None:
+    index = FingerprintIndex.open(args.index)
+    known = {source.name for source in index.sources()}
+    # Files are named by their absolute paths, media added from memory by any name.
+    names = [str(p) if str(p) in known else str(p.resolve()) for p in args.videos]
+    index.remove(names)
+    print(f"removed {len(names)}; {_size(index)}")
+
+
+def _query(args: argparse.Namespace) -> int:
+    index = FingerprintIndex.open(args.index, args.encoder)
+    if not index.sources():
+        raise FingerprintError(f"{args.index} is empty: `add` media to it")
+    modalities = (args.modality,) if args.modality else MODALITIES
+    try:
+        media = decode_media(args.clip, **index.segmenter.decoding)
+    except MediaError as error:
+        raise FingerprintError(f"{args.clip} cannot be decoded: {error}") from error
+    result = index.query(media, modalities, args.count)
+    if args.json:
+        print(json.dumps(to_json(result), indent=1))
+        return 0
+    for match in result.matches:
+        if match.accepted:
+            print(_line(match))
+    if result.best is None:
+        near = f"; nearest, not accepted: {_line(result.matches[0])}" if result.matches else ""
+        print(f"no match{near}")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    problems = verify(args.index)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        return 1
+    print(f"sound: {_size(FingerprintIndex.open(args.index))}")
+    return 0
+
+
+def to_json(result: QueryResult) -> dict[str, object]:
+    """Returns what `query --json` prints."""
+    best = result.best
+    return {
+        "match": None if best is None else best.source,
+        "threshold": result.threshold,
+        "query_seconds": result.query_seconds,
+        "matches": [dataclasses.asdict(match) for match in result.matches],
+    }
+
+
+def _line(match: Match) -> str:
+    scores = (("picture", match.video_score), ("sound", match.audio_score))
+    shown = ", ".join(f"{name} {score:.1f}" for name, score in scores if score is not None)
+    rate = "" if abs(match.rate - 1) < 0.03 else f" at {match.rate:.2f}x"
+    return (
+        f"{match.source} from {match.offset_seconds:.2f} s{rate}, score {match.score:.1f} ({shown})"
+    )
+
+
+def _report(report: AddReport, index: FingerprintIndex) -> int:
+    for name in report.replaced:
+        print(f"{name}: its content changed, replaced")
+    for name, reason in report.failed:
+        print(f"{name}: not indexed, {reason}", file=sys.stderr)
+    print(
+        f"added {len(report.added)}, replaced {len(report.replaced)}, already there "
+        f"{len(report.skipped)}, not indexed {len(report.failed)}; {_size(index)}"
+    )
+    return 1 if report.failed else 0
+
+
+def _size(index: FingerprintIndex) -> str:
+    return f"{index.directory} holds {len(index.sources())} media, {index.num_segments} segments"

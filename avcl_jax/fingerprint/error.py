@@ -1,0 +1,7 @@
+"""What goes wrong with a fingerprint index, as one line for whoever ran the command."""
+
+from __future__ import annotations
+
+
+class FingerprintError(ValueError):
+    """An index or a query cannot be used; the message names the thing, its value and the fix."""

@@ -1,0 +1,58 @@
+"""Features to compact vectors: centred, whitened, shortened, of length one.
+
+Features of a trained encoder lie in a narrow cone and most of their variance is in a few directions
+that say what kind of clip it is. Copies differ from their neighbours in the others, so the
+directions are weighted alike, but for those in which the references hardly vary: noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+# Added to each variance, as a share of the mean one: what keeps directions of noise small.
+_SHRINKAGE = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """A linear map fitted to reference features.
+
+    Attributes:
+        mean: float32 [D].
+        matrix: float32 [D, d].
+        fitted_to: number of segments that it was fitted to.
+    """
+
+    mean: np.ndarray
+    matrix: np.ndarray
+    fitted_to: int
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """Returns float32 [n, d] of length one for features [n, D]."""
+        vectors = (np.asarray(features, np.float32) - self.mean) @ self.matrix
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors / np.maximum(norms, 1e-12)
+
+
+def fit_projection(features: np.ndarray, dimensions: int) -> Projection:
+    """Fits centre, whitening and principal components.
+
+    Args:
+        features: [n, D], n may be small, even 1.
+        dimensions: components to keep, at most.
+    """
+    features = np.asarray(features, np.float64)
+    mean = features.mean(axis=0)
+    covariance = np.cov(features - mean, rowvar=False, bias=True).reshape(2 * mean.shape)
+    # Few segments show few directions: the rest is given the mean variance, and not none.
+    weight = len(features) / (len(features) + len(mean))
+    average = float(np.trace(covariance)) / len(mean) or 1.0
+    covariance = weight * covariance + (1 - weight) * average * np.eye(len(mean))
+    variances, directions = np.linalg.eigh(covariance)
+    kept = np.argsort(variances)[::-1][:dimensions]
+    scale = 1 / np.sqrt(np.maximum(variances[kept], 0) + _SHRINKAGE * average)
+    return Projection(
+        mean.astype(np.float32), (directions[:, kept] * scale).astype(np.float32), len(features)
+    )

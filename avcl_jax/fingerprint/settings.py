@@ -1,0 +1,59 @@
+"""Settings of an index: fixed when it is made, stored in it, equal for references and queries."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from avcl_jax.fingerprint.error import FingerprintError
+
+Kind = Literal["auto", "flat", "ivfpq"]
+KINDS: tuple[Kind, ...] = ("auto", "flat", "ivfpq")
+
+
+@dataclasses.dataclass(frozen=True)
+class FingerprintSettings:
+    """How media become segments and segments become vectors; docs/fingerprint.md has the measures.
+
+    Attributes:
+        speed: seconds of media per second of the encoder's clip; a whole number.
+        hop_seconds: from the start of one segment to that of the next.
+        time_bins: parts of a segment whose features are kept apart, at most as many as the
+            encoder's map has places in time.
+        dimensions: of the stored vectors, at most.
+        rates: playback rates at which a query is tried: seconds of reference per second of query.
+        kind: of the FAISS index: "flat" compares with every vector, "ivfpq" with those in the
+            nearest cells, compressed; "auto" takes flat for parts of less than 200,000 segments.
+    """
+
+    speed: int = 1
+    hop_seconds: float = 0.25
+    time_bins: int = 3
+    dimensions: int = 128
+    rates: tuple[float, ...] = (1.0, 0.8, 0.9, 1.125, 1.25)
+    kind: Kind = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuses settings without meaning."""
+        if self.speed < 1 or self.speed != int(self.speed):
+            raise FingerprintError(f"speed {self.speed} must be a whole number of at least 1")
+        if not self.hop_seconds > 0:
+            raise FingerprintError(f"hop_seconds {self.hop_seconds} must be positive")
+        if self.time_bins < 1 or self.dimensions < 2:
+            raise FingerprintError(
+                f"time_bins {self.time_bins} must be at least 1, dimensions {self.dimensions} "
+                "at least 2"
+            )
+        if not self.rates or min(self.rates) <= 0:
+            raise FingerprintError(f"rates {self.rates} must be positive, and at least one")
+        if self.kind not in KINDS:
+            raise FingerprintError(f"kind {self.kind!r} is none of {', '.join(KINDS)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what `from_json` reads."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> FingerprintSettings:
+        """Returns the settings that `to_json` described."""
+        return cls(**{**fields, "rates": tuple(fields["rates"])})

@@ -1,0 +1,221 @@
+// The page: takes a clip, says what is being done with it, and shows what was found.
+import { bytes, chance, clock, element, plural } from "/format.js";
+import { Player } from "/player.js";
+import { Timeline } from "/timeline.js";
+
+// Where nothing hovers, nothing is dropped either.
+const WAYS = matchMedia("(hover: none)").matches ? ["Choose a clip", "Choose another clip"]
+  : ["Drop a clip here, or choose one", "Drop another clip, or choose one"];
+
+const at = (id) => document.getElementById(id);
+const timeline = new Timeline(at("timeline"), (seconds) => player.seek(seconds));
+const player = new Player((seconds) => timeline.move(seconds));
+let status = null, running = null, clipAddress = null;
+
+async function readStatus() {
+  try {
+    status = await (await fetch("/api/status")).json();
+  } catch {
+    showError("The server does not answer: start `avcl-fingerprint serve` again.");
+    return;
+  }
+  if (status.error) {
+    at("about").textContent = `Index ${status.index}`;
+    showError(status.error);
+  } else {
+    at("about").textContent = `Looks among ${plural(status.sources, "source")} ` +
+      `(${plural(status.segments, "segment")}) in ${status.index}.`;
+  }
+  at("limits").textContent = `Video or sound of ${status.shortest_seconds.toFixed(1)} s or more, ` +
+    `up to ${bytes(status.max_upload_bytes)}. ` +
+    `The first ${Math.round(status.max_seconds)}\u00a0seconds are compared.`;
+}
+
+function showError(message, name = null) {
+  // A sentence begins with a capital, a file's name as it does.
+  const first = name !== null && message.startsWith(name) ? message[0] : message[0].toUpperCase();
+  at("error").textContent = first + message.slice(1) + (/[.!?]$/.test(message) ? "" : ".");
+  at("error").hidden = false;
+}
+
+function clear() {
+  player.clear();
+  for (const id of ["error", "verdict", "view", "others"]) at(id).hidden = true;
+  document.body.classList.remove("answered");
+}
+
+function ask(file) {
+  running?.abort();
+  clear();
+  if (status && file.size > status.max_upload_bytes) {
+    showError(`${file.name} has ${bytes(file.size)}, at most ${bytes(status.max_upload_bytes)} ` +
+      "are taken: cut it, or start the server with a larger --max-upload-mb", file.name);
+    return;
+  }
+  at("doing-what").textContent = file.name;
+  doing("is being sent …", 0);
+  at("work").hidden = false;
+  document.body.classList.add("busy");
+  running = send(file);
+}
+
+function doing(what, share = null) {
+  at("doing").textContent = what;
+  if (share === null) at("progress").removeAttribute("value");
+  else at("progress").value = share;
+}
+
+const STAGES = {
+  waiting: (line) => line.before
+    ? `waits for ${plural(line.before, "clip")} before it …` : "has arrived …",
+  decoding: () => "is being decoded …",
+  comparing: () => "is being compared with the index …",
+};
+
+// XMLHttpRequest, because fetch does not tell how much of a body has been sent.
+function send(file) {
+  const request = new XMLHttpRequest();
+  request.open("POST", `/api/query?name=${encodeURIComponent(file.name)}`);
+  request.setRequestHeader("Content-Type", "application/octet-stream");
+  request.setRequestHeader("Accept", "application/x-ndjson");
+  request.upload.onprogress = (event) => doing("is being sent …", event.loaded / event.total);
+  request.upload.onload = () => doing("has arrived …");
+  let read = 0;
+  const readLines = () => {
+    if (request.status !== 200) return;
+    let end;
+    while ((end = request.responseText.indexOf("\n", read)) >= 0) {
+      const line = JSON.parse(request.responseText.slice(read, end));
+      read = end + 1;
+      if (line.stage) doing(STAGES[line.stage](line));
+      if (line.error) fail(line.error);
+      if (line.answer) show(line.answer, file);
+    }
+  };
+  const finish = () => {
+    running = null;
+    at("work").hidden = true;
+    document.body.classList.remove("busy");
+    at("file").value = "";
+  };
+  const fail = (message) => { finish(); showError(message, file.name); };
+  request.onprogress = readLines;
+  request.onload = () => {
+    readLines();
+    if (request.status !== 200) {
+      let message = `the server answers ${request.status}: try again`;
+      try { message = JSON.parse(request.responseText).error; } catch { /* no JSON, said above */ }
+      fail(message);
+    } else if (running === request) fail("the server stopped in the middle: look at its messages");
+  };
+  request.onerror = () => fail(
+    "the connection broke: the server was stopped, or refused the clip while it was being sent");
+  request.onabort = finish;
+  const show = (answer, file) => { finish(); showAnswer(answer, file); };
+  request.send(file);
+  return request;
+}
+
+function showAnswer(answer, file) {
+  document.body.classList.add("answered");
+  at("invitation").textContent = WAYS[1];
+  if (clipAddress) URL.revokeObjectURL(clipAddress);
+  clipAddress = URL.createObjectURL(file);
+  const { match, candidates } = answer;
+  const nearest = match ?? candidates[0];
+  at("badge").textContent = match ? "Match" : "No match";
+  at("badge").className = match ? "badge" : "badge none";
+  at("headline").textContent = match ? match.title
+    : `No source found for ${answer.clip.name}`;
+  at("explanation").textContent = explanation(answer, nearest);
+  at("figures").replaceChildren(...(match ? figures(match, answer.threshold) : []));
+  at("figures").hidden = !match;
+  at("verdict").hidden = false;
+  const shown = candidates.length > (match ? 1 : 0);
+  at("others").hidden = !shown;
+  at("others-title").textContent = match ? "All candidates" : "Nearest sources";
+  at("others-caption").textContent =
+    `A score of ${answer.threshold} or more is a match: at most one unrelated clip in ` +
+    `${Math.round(10 ** answer.threshold)} reaches it. Choose one to see it beside the clip.`;
+  const top = Math.max(2 * answer.threshold, ...candidates.map((c) => c.score));
+  at("candidates").replaceChildren(
+    ...candidates.map((candidate) => candidateRow(candidate, answer, top)));
+  if (match) choose(match, answer);
+  at("headline").focus();
+}
+
+function explanation(answer, nearest) {
+  const { clip, match, threshold } = answer;
+  const part = clip.seconds > clip.compared_seconds + 1
+    ? ` Only its first ${clock(clip.compared_seconds, 0)} of ${clock(clip.seconds, 0)} were compared.`
+    : "";
+  if (match) {
+    return `${clip.name} begins at ${clock(match.offset_seconds)} of ${match.name}. ` +
+      `${chance(match.score)} scores as high.${part}`;
+  }
+  if (!nearest) return `No source resembles it at all.${part}`;
+  return `No source resembles it more than unrelated clips do. The nearest, ${nearest.title}, ` +
+    `scores ${nearest.score.toFixed(1)}; a match needs ${threshold.toFixed(1)}.${part}`;
+}
+
+function figures(match, threshold) {
+  const rate = match.rate.toFixed(2);
+  const tempo = rate === "1.00" ? "plays at the source's speed"
+    : match.rate > 1 ? "the clip is faster than the source" : "the clip is slower than the source";
+  const entries = [
+    [match.score.toFixed(1), `score; a match has ${threshold.toFixed(1)} or more`],
+    [clock(match.offset_seconds), "where the clip begins in the source"],
+    [`${rate}×`, tempo],
+  ];
+  const evidence = (value, of) => value === null ? ["–", `${of} not compared`]
+    : [value.toFixed(1), `evidence of the ${of}; 0 is chance`];
+  entries.push(evidence(match.video_score, "picture"), evidence(match.audio_score, "sound"));
+  return entries.map(([figure, what]) => element("div", { className: "tile" },
+    element("b", { textContent: figure }), element("span", { textContent: what })));
+}
+
+function candidateRow(candidate, answer, top) {
+  const meter = element("span", { className: candidate.accepted ? "meter yes" : "meter" },
+    element("i"));
+  meter.firstChild.style.width = `${Math.max(0, Math.min(1, candidate.score / top)) * 100}%`;
+  const button = element("button", { type: "button", title: candidate.name },
+    element("span", { className: candidate.accepted ? "title yes" : "title",
+      textContent: candidate.title }),
+    meter,
+    element("small", { textContent: `score ${candidate.score.toFixed(1)}` }),
+    element("small", { className: "rate", textContent: `at ${clock(candidate.offset_seconds)}` }));
+  button.dataset.id = candidate.id;
+  button.addEventListener("click", () => choose(candidate, answer));
+  return element("li", {}, button);
+}
+
+function choose(candidate, answer) {
+  at("view").hidden = false;
+  for (const button of at("candidates").querySelectorAll("button")) {
+    button.setAttribute("aria-current", String(button.dataset.id === candidate.id));
+  }
+  at("clip-name").textContent = answer.clip.name;
+  at("source-name").textContent = candidate.title;
+  at("source-name").title = candidate.name;
+  at("source-role").textContent = candidate.accepted ? "Source" : "Not a match";
+  document.querySelector(".pane.source").classList.toggle("accepted", candidate.accepted);
+  timeline.show(answer.clip, candidate, answer.threshold);
+  player.show(answer.clip, answer.clip.converted_url ?? clipAddress, candidate);
+}
+
+at("file").addEventListener("change", (event) => {
+  if (event.target.files.length) ask(event.target.files[0]);
+});
+// The whole page takes a drop: a clip that misses the box would otherwise replace the page.
+let over = 0;
+addEventListener("dragenter", () => { over += 1; document.body.classList.add("over"); });
+addEventListener("dragleave", () => { if (--over <= 0) document.body.classList.remove("over"); });
+addEventListener("dragover", (event) => event.preventDefault());
+addEventListener("drop", (event) => {
+  event.preventDefault();
+  over = 0;
+  document.body.classList.remove("over");
+  if (event.dataTransfer.files.length) ask(event.dataTransfer.files[0]);
+});
+at("invitation").textContent = WAYS[0];
+readStatus();

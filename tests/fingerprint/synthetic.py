@@ -1,0 +1,80 @@
+"""Clips that differ from each other and from moment to moment, in memory and as files."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import scipy.ndimage
+
+from avcl_jax.data.decoded import DecodedMedia, no_frames
+
+FPS, RATE_HZ, SIDE = 16, 8000, 24
+
+
+def clip(seed: int, seconds: float = 6.0, *, video: bool = True, audio: bool = True):
+    """Returns slowly changing noise, of which no two moments are alike, as DecodedMedia."""
+    rng = np.random.default_rng(seed)
+    count = round(seconds * FPS)
+    noise = scipy.ndimage.gaussian_filter(rng.normal(size=(count, SIDE, SIDE, 3)), (2, 3, 3, 0))
+    frames = np.clip(128 + 60 * noise / noise.std(), 0, 255).astype(np.uint8)
+    # A tone every eighth of a second.
+    tones = rng.uniform(100, 3000, size=round(seconds * 8) + 1)
+    frequency = np.repeat(tones, RATE_HZ // 8)[: round(seconds * RATE_HZ)]
+    sound = 8000 * np.sin(2 * np.pi * np.cumsum(frequency) / RATE_HZ)
+    return DecodedMedia(
+        frames=frames if video else no_frames(),
+        frame_seconds=np.arange(count if video else 0) / FPS,
+        waveform=sound.astype(np.int16) if audio else np.empty(0, np.int16),
+        sample_rate_hz=RATE_HZ if audio else 0,
+        audio_start_seconds=0.0,
+        duration_seconds=seconds,
+    )
+
+
+def excerpt(media: DecodedMedia, start: float, end: float) -> DecodedMedia:
+    """Returns what happens between two times, which are whole frames."""
+    frames = slice(round(start * FPS), round(end * FPS))
+    sound = slice(round(start * RATE_HZ), round(end * RATE_HZ))
+    return DecodedMedia(
+        media.frames[frames],
+        media.frame_seconds[frames] - start,
+        media.waveform[sound],
+        media.sample_rate_hz,
+        0.0,
+        end - start,
+    )
+
+
+def write(path: Path, media: DecodedMedia) -> Path:
+    """Writes a clip to a file, of MPEG-4 and AAC, or of sound alone."""
+    with av.open(str(path), "w") as container:
+        packets = []
+        if media.has_video:
+            video = container.add_stream("mpeg4", rate=FPS, options={"qscale": "2"})
+            video.width = video.height = 2 * SIDE
+            video.pix_fmt = "yuv420p"
+        if media.has_audio:
+            name = "pcm_s16le" if path.suffix == ".wav" else "aac"
+            audio = container.add_stream(name, rate=RATE_HZ, layout="mono")
+        if media.has_video:
+            for image in media.frames.repeat(2, 1).repeat(2, 2):
+                packets += video.encode(av.VideoFrame.from_ndarray(image, format="rgb24"))
+            packets += video.encode()
+        if media.has_audio:
+            wanted = audio.codec_context.format.name
+            resampler = av.AudioResampler(format=wanted, layout="mono", rate=RATE_HZ)
+            frame = av.AudioFrame.from_ndarray(media.waveform[None], "s16", "mono")
+            frame.sample_rate, frame.pts, frame.time_base = RATE_HZ, 0, Fraction(1, RATE_HZ)
+            for first in range(0, len(media.waveform), 1024):
+                block = np.ascontiguousarray(media.waveform[None, first : first + 1024])
+                frame = av.AudioFrame.from_ndarray(block, "s16", "mono")
+                frame.sample_rate, frame.pts = RATE_HZ, first
+                frame.time_base = Fraction(1, RATE_HZ)
+                for piece in resampler.resample(frame):
+                    packets += audio.encode(piece)
+            packets += audio.encode()
+        container.mux(packets)
+    return path

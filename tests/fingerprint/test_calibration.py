@@ -1,0 +1,63 @@
+"""Scores are chances of a Gumbel distribution, which doubles in the library hardly move."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from avcl_jax.fingerprint import calibration
+from avcl_jax.fingerprint.calibration import DEFAULT, Calibration
+from avcl_jax.fingerprint.index import FingerprintIndex
+from tests.fingerprint.conftest import SETTINGS
+from tests.fingerprint.synthetic import clip
+
+KNOWN = Calibration(location=3.0, growth=0.5, scale=0.7, segments=1000)
+
+
+@pytest.mark.parametrize("evidence", [1.0, 3.0, 6.0, 10.0, 30.0])
+def test_the_score_is_the_chance_of_scipys_gumbel(evidence):
+    chance = scipy.stats.gumbel_r.logsf(evidence, 3.0 + 0.5 * np.log(4.0), 0.7)
+    score = KNOWN.score(evidence, query_seconds=4.0, segments=1000)
+    assert score == pytest.approx(-chance / np.log(10), rel=1e-6, abs=1e-12)
+
+
+def test_scores_rise_with_evidence_without_end_and_never_overflow():
+    scores = [
+        KNOWN.score(e, query_seconds=2.0, segments=1000) for e in np.linspace(-1000, 1000, 400)
+    ]
+    assert np.isfinite(scores).all()
+    assert (np.diff(scores) >= 0).all()
+    assert (np.diff(scores)[250:] > 0).all()
+
+
+def test_in_a_library_k_times_as_large_a_false_match_is_k_times_as_likely():
+    small = KNOWN.score(8.0, query_seconds=2.0, segments=1000)
+    large = KNOWN.score(8.0, query_seconds=2.0, segments=10_000)
+    assert small - large == pytest.approx(1.0, abs=0.01)
+
+
+def test_few_sources_have_the_default(encoders, tmp_path):
+    index = FingerprintIndex.create(tmp_path / "index", encoders, SETTINGS)
+    index.add((f"{n}", clip(n, 2.0)) for n in range(3))
+    assert index.calibration(("video", "audio")) == DEFAULT
+
+
+def test_doubles_in_the_library_hardly_move_what_is_unrelated(library, encoders, tmp_path):
+    doubled = FingerprintIndex.create(tmp_path / "index", encoders, SETTINGS)
+    doubled.add((f"clip {n}", clip(n)) for n in range(16))
+    doubled.add((f"double of {n}", clip(n)) for n in range(2))
+    plain, other = (
+        calibration.fit(
+            index._snapshot,
+            hop_seconds=SETTINGS.hop_seconds,
+            spans={"video": 0.5, "audio": 0.5},
+            num_rates=1,
+        )
+        for index in (library, doubled)
+    )
+    assert plain != DEFAULT
+    assert other.location == pytest.approx(plain.location, abs=1.0)
+    assert other.scale < 2 * plain.scale
+    result = doubled.query(clip(0))
+    assert {m.source for m in result.matches if m.accepted} == {"clip 0", "double of 0"}

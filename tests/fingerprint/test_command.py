@@ -1,0 +1,109 @@
+"""`avcl-fingerprint` from files to answers, and what it says of what it cannot use."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from avcl_jax.fingerprint.command import main
+from tests.fingerprint.synthetic import clip, excerpt, write
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """A folder with films, sound alone, a text that calls itself a film, and notes."""
+    folder = tmp_path_factory.mktemp("films")
+    (folder / "inner").mkdir()
+    for n in range(3):
+        write(folder / f"{n}.mp4", clip(n))
+    write(folder / "inner" / "sound.wav", clip(3, video=False))
+    (folder / "broken.mp4").write_text("no film at all")
+    (folder / "notes.txt").write_text("not looked at")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def index(films, encoders, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("made") / "index"
+    assert main(["index", str(films), "--index", str(directory), "--encoder", str(encoders)]) == 1
+    return directory
+
+
+def run(capsys, *arguments):
+    capsys.readouterr()
+    status = main([str(a) for a in arguments])
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def test_what_cannot_be_decoded_is_listed_and_the_rest_indexed(films, index, capsys):
+    status, out, err = run(capsys, "add", films, "--index", index)
+    assert status == 1
+    assert err.splitlines() == [
+        f"{films / 'broken.mp4'}: not indexed, not_media: FFmpeg finds no container it knows"
+    ]
+    assert "added 0, replaced 0, already there 4, not indexed 1" in out
+
+
+def test_a_clip_is_found_in_words_and_in_json(films, index, tmp_path, capsys):
+    query = write(tmp_path / "query.mp4", excerpt(clip(1), 1.5, 5))
+    status, out, _ = run(capsys, "query", query, "--index", index, "--json")
+    answer = json.loads(out)
+    assert status == 0
+    assert answer["match"] == str(films / "1.mp4")
+    first = answer["matches"][0]
+    assert first["offset_seconds"] == pytest.approx(1.5, abs=0.2)
+    assert first["accepted"]
+    assert first["score"] >= answer["threshold"]
+    assert first["intervals"][0]["query_start"] < 1
+    _, words, _ = run(capsys, "query", query, "--index", index)
+    assert words.startswith(f"{films / '1.mp4'} from 1.")
+
+
+def test_sound_is_found_by_a_film_and_alone(films, index, tmp_path, capsys):
+    query = write(tmp_path / "query.wav", excerpt(clip(3, video=False), 1, 5))
+    _, out, _ = run(capsys, "query", query, "--index", index, "--json")
+    answer = json.loads(out)
+    assert answer["match"] == str(films / "inner" / "sound.wav")
+    assert answer["matches"][0]["video_score"] is None
+
+
+def test_an_unknown_clip_is_no_match(index, tmp_path, capsys):
+    query = write(tmp_path / "query.mp4", clip(60, 3.0))
+    status, out, _ = run(capsys, "query", query, "--index", index)
+    assert status == 0
+    assert out.startswith("no match; nearest, not accepted: ")
+
+
+def test_remove_verify_and_an_empty_index(films, encoders, tmp_path, capsys):
+    made = tmp_path / "made"
+    one = films / "0.mp4"
+    assert run(capsys, "index", one, "--index", made, "--encoder", encoders)[0] == 0
+    assert run(capsys, "verify", "--index", made)[:2] == (
+        0,
+        f"sound: {made} holds 1 media, 23 segments\n",
+    )
+    assert run(capsys, "remove", one, "--index", made)[0] == 0
+    status, _, err = run(capsys, "query", one, "--index", made)
+    assert (status, err) == (2, f"avcl-fingerprint: {made} is empty: `add` media to it\n")
+
+
+def test_errors_are_one_line_that_says_what_to_do(films, index, encoders, tmp_path, capsys):
+    short = write(tmp_path / "short.mp4", clip(0, 0.25))
+    text = films / "notes.txt"
+    for expected, *arguments in (
+        ("there is no fingerprint index in", "query", short, "--index", tmp_path / "none"),
+        ("cannot be decoded: not_media", "query", text, "--index", index),
+        ("cannot be decoded: not_found", "query", tmp_path / "x", "--index", index),
+        ("give a longer clip", "query", short, "--index", index),
+        ("x does not exist", "add", tmp_path / "x", "--index", index),
+        ("is not empty", "index", films, "--index", index, "--encoder", encoders),
+        ("there is no directory", "index", films, "--index", tmp_path / "n", "--encoder", "/x"),
+        ("is not in", "remove", text, "--index", index),
+    ):
+        status, out, err = run(capsys, *arguments)
+        assert status == 2, arguments
+        assert out == ""
+        assert expected in err
+        assert err.count("\n") == 1

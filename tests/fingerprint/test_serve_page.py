@@ -1,0 +1,240 @@
+"""The page in a real Chromium: a clip is dropped, and its source plays beside it.
+
+Screenshots go to the directory that AVCL_SCREENSHOTS names, to be looked at.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium"),
+]
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytest.importorskip("faiss", reason="the extra fingerprint is not installed")
+pytest.importorskip("uvicorn", reason="the extra fingerprint is not installed")
+
+from tests.fingerprint.page_server import make_clips, make_library, running  # noqa: E402
+
+TITLE = "film <b>.mp4"
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    return make_clips(tmp_path_factory.mktemp("clips") / "clips")
+
+
+@pytest.fixture(scope="module")
+def server(encoders, tmp_path_factory):
+    library = make_library(tmp_path_factory.mktemp("page"), encoders)
+    temporary = tmp_path_factory.mktemp("page_tmp") / "tmp"
+    with running(library.directory, temporary, "--max-upload-mb=2") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with sync_api.sync_playwright() as playwright:
+        # Where tests run as root there is no sandbox, and containers have little shared memory.
+        options = ["--no-sandbox", "--disable-dev-shm-usage"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(chromium, server, request):
+    """Opens the page; at the end nothing may have failed in it, and nothing have left the host.
+
+    `opened.expected` takes what the browser itself says of an answer that the test provokes.
+    """
+    contexts, complaints, requests = [], [], []
+
+    def opened(**options):
+        context = chromium.new_context(**options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(f"{message.type} {message.text}"))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda asked: requests.append(asked.url))
+        page.goto(server.address)
+        sync_api.expect(page.locator("#about")).to_contain_text("12 sources")
+        return page
+
+    opened.expected = []
+    yield opened
+    for number, context in enumerate(contexts):
+        if "AVCL_SCREENSHOTS" in os.environ:
+            name = f"{request.node.name}-{number}.png".replace("/", "_")
+            path = Path(os.environ["AVCL_SCREENSHOTS"]) / name
+            context.pages[0].screenshot(path=path, full_page=True)
+        context.close()
+    assert [c for c in complaints if not any(e in c for e in opened.expected)] == []
+    ours = (server.address, f"blob:{server.address}", "data:")
+    assert [url for url in requests if not url.startswith(ours)] == []
+    assert requests
+
+
+def drop(page, path: Path) -> None:
+    """Drops a file on the page as a file manager does."""
+    page.evaluate(
+        """([name, content]) => {
+            const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
+            const dataTransfer = new DataTransfer();
+            dataTransfer.items.add(new File([bytes], name));
+            for (const kind of ["dragenter", "dragover", "drop"]) {
+                document.getElementById("drop").dispatchEvent(new DragEvent(
+                    kind, { dataTransfer, bubbles: true, cancelable: true }));
+            }
+        }""",
+        [path.name, base64.b64encode(path.read_bytes()).decode()],
+    )
+
+
+def wait(page, condition: str) -> None:
+    """Waits for a condition on the two players; Playwright's own way is against the page's CSP."""
+    page.evaluate(
+        """(condition) => new Promise((resolve, reject) => {
+            const begin = performance.now();
+            const look = () => {
+                const states = [clip, source].map((p) => [p.readyState, p.seeking, p.paused]);
+                const holds = {
+                    loaded: states.every(([ready, seeking]) => ready >= 2 && !seeking),
+                    played: clip.currentTime > 1.5 && states.every((state) => !state[2])
+                        && !source.seeking,
+                }[condition];
+                if (holds) resolve();
+                else if (performance.now() - begin > 30000) {
+                    reject(new Error(`not ${condition}: ${JSON.stringify(states)}`));
+                } else requestAnimationFrame(look);
+            };
+            look();
+        })""",
+        condition,
+    )
+
+
+def distance(page, offset: float) -> float:
+    """Seconds by which the source's picture is away from where the clip's lies in it."""
+    return page.evaluate("(offset) => source.currentTime - clip.currentTime - offset", offset)
+
+
+def test_a_dropped_clip_plays_beside_its_source(open_page, clips):
+    page = open_page()
+    drop(page, clips / "film.mp4")
+    expect = sync_api.expect
+    expect(page.locator("#badge")).to_have_text("Match", timeout=60_000)
+    expect(page.locator("#headline")).to_have_text(TITLE)
+    assert page.evaluate("document.activeElement.id") == "headline"
+    assert page.locator("b b").count() == 0  # a name is no markup
+    expect(page.locator("#figures .tile").nth(1)).to_contain_text("0:03")
+    wait(page, "loaded")
+    assert page.evaluate("clip.videoWidth * source.videoWidth") > 0
+    assert distance(page, 3.0) == pytest.approx(0, abs=0.2)
+
+    offset = distance(page, 0)
+    page.get_by_role("button", name="Play").click()
+    wait(page, "played")
+    assert distance(page, offset) == pytest.approx(0, abs=0.2)
+    page.get_by_role("button", name="Pause").click()
+    assert page.evaluate("clip.paused && source.paused")
+
+    # By keyboard alone, and where the source is moved, not played.
+    page.locator("#seek").focus()
+    page.keyboard.press("End")
+    wait(page, "loaded")
+    assert page.evaluate("clip.currentTime") > 3.5
+    assert distance(page, offset) == pytest.approx(0, abs=0.1)
+    page.get_by_label("clip", exact=True).check()
+    assert page.evaluate("source.muted && !clip.muted")
+    stripes = page.locator("#timeline rect.stripe-yes")
+    assert stripes.count() > 10
+
+
+def test_candidates_are_chosen_by_keyboard_and_shown(open_page, clips):
+    page = open_page()
+    page.set_input_files("#file", clips / "film.mp4")
+    rows = page.locator("#candidates button")
+    sync_api.expect(rows.first).to_have_attribute("aria-current", "true", timeout=60_000)
+    other = page.locator("#candidates button", has_text=".mkv").first
+    other.focus()
+    page.keyboard.press("Enter")
+    sync_api.expect(other).to_have_attribute("aria-current", "true")
+    sync_api.expect(rows.first).to_have_attribute("aria-current", "false")
+    sync_api.expect(page.locator("#source-role")).to_have_text("Not a match")
+    # Of an MPEG-4 that browsers do not play, so that what loads was converted.
+    wait(page, "loaded")
+    assert "/preview" in page.evaluate("source.currentSrc")
+
+
+def test_a_clip_that_browsers_do_not_play_is_shown_converted(open_page, clips):
+    page = open_page(color_scheme="dark")
+    drop(page, clips / "old.mkv")
+    sync_api.expect(page.locator("#headline")).to_have_text("old film.mkv", timeout=60_000)
+    wait(page, "loaded")
+    assert "/clips/" in page.evaluate("clip.currentSrc")
+    assert page.evaluate("clip.videoWidth * source.videoWidth") > 0
+    # The clip begins at 8 s, the conversion 5 s before it.
+    assert distance(page, 5.0) == pytest.approx(0, abs=0.2)
+
+
+def test_sound_alone_is_drawn_on_a_phone(open_page, clips):
+    page = open_page(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    sync_api.expect(page.locator("#invitation")).to_have_text("Choose a clip")
+    page.set_input_files("#file", clips / "sound.wav")
+    sync_api.expect(page.locator("#headline")).to_have_text("sound.wav", timeout=60_000)
+    wait(page, "loaded")
+    for name in ("clip", "source"):
+        sync_api.expect(page.locator(f"#{name}-sound")).to_be_visible()
+        inked = f"""() => {{ const canvas = document.getElementById("{name}-sound");
+            const image = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+            return image.data.filter((value, n) => n % 4 === 3 && value > 128).length; }}"""
+        assert page.evaluate(inked) > 500
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_no_match_is_said_plainly(open_page, clips):
+    page = open_page()
+    drop(page, clips / "foreign.mp4")
+    sync_api.expect(page.locator("#badge")).to_have_text("No match", timeout=60_000)
+    sync_api.expect(page.locator("#headline")).to_have_text("No source found for foreign.mp4")
+    sync_api.expect(page.locator("#view")).to_be_hidden()
+    # The nearest can be looked at all the same.
+    page.locator("#candidates button", has_text=".mkv").first.click()
+    sync_api.expect(page.locator("#view")).to_be_visible()
+    wait(page, "loaded")
+
+
+def test_what_cannot_be_compared_is_said_and_the_next_clip_is(open_page, clips, tmp_path):
+    page = open_page()
+    error = page.locator("#error")
+    drop(page, clips / "notes.mp4")
+    sync_api.expect(error).to_contain_text("notes.mp4 cannot be compared: not a film")
+    huge = tmp_path / "huge.mp4"
+    with huge.open("wb") as file:
+        file.truncate(2 << 30)  # a hole, which takes no place
+    page.set_input_files("#file", huge)
+    sync_api.expect(error).to_contain_text("huge.mp4 has 2.0\u00a0GB, at most 2.0\u00a0MB")
+    sync_api.expect(page.locator("#work")).to_be_hidden()
+    drop(page, clips / "film.mp4")
+    sync_api.expect(page.locator("#headline")).to_have_text(TITLE, timeout=60_000)
+    sync_api.expect(error).to_be_hidden()
+
+
+def test_a_refusal_of_the_server_is_shown_as_it_is(open_page, clips):
+    page = open_page()
+    open_page.expected.append("status of 413")
+    # As if the page did not know the limit: what the server says of three megabytes.
+    page.evaluate("Object.defineProperty(File.prototype, 'size', { get: () => 1 })")
+    page.set_input_files(
+        "#file", {"name": "big.mp4", "mimeType": "video/mp4", "buffer": b"x" * (3 << 20)}
+    )
+    said = page.locator("#error")
+    sync_api.expect(said).to_contain_text("at most 2 MB are taken", timeout=60_000)
