@@ -1,0 +1,278 @@
+"""Fingerprinting protocol (design section 5): is the source of a transformed clip found?
+
+Ours is measured fused and by each modality alone, beside methods that people would use otherwise,
+on the same queries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+import threadpoolctl
+from etils import epath
+
+from avcl_jax.data.decoded import DecodedMedia
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.encoder_source import open_encoders
+from avcl_jax.evaluation.fingerprint_clips import (
+    ClipSets,
+    SourceClip,
+    clips_of_records,
+    make_queries,
+    segments_of_files,
+    sounds_of_files,
+)
+from avcl_jax.evaluation.fingerprint_outcomes import Asked, ask, error_ratio, table_of
+from avcl_jax.evaluation.fingerprint_report import Examples, sections
+from avcl_jax.evaluation.fingerprint_search import IndexSearcher, Searcher
+from avcl_jax.evaluation.protocol import (
+    Measured,
+    Metric,
+    Outcomes,
+    Protocol,
+    finished,
+    run_fingerprint,
+    write_results,
+)
+from avcl_jax.evaluation.transformations import families
+from avcl_jax.evaluation.written import Stages
+from avcl_jax.fingerprint.settings import FingerprintSettings
+
+PROTOCOL = Protocol(
+    name="fingerprinting",
+    version=families.VERSION,
+    title="Fingerprinting: the source of a transformed clip",
+    definition=(
+        "References are clean clips. Every family of transformations asks for some of them, chosen "
+        "at random, each beside a distractor: a clip that is not indexed, transformed alike.",
+        "Strengths and seeds are fixed in avcl_jax/evaluation/transformations. A clip that lacks "
+        "what a family changes is not asked for in that family.",
+        "R@1: share of the queries whose source is scored above every other answer; answers of "
+        "equal score count as if the wrong ones came first. A method that cannot answer, for "
+        "instance by sound about a clip without sound, has not found the source.",
+        "µAP and recall at 90 % precision: over the five best answers to every query and every "
+        "distractor in one list; worst order within equal scores.",
+        "Normalised: minus the mean score of the query's three best answers from an index of clips "
+        "that are in no other role.",
+        "Offset: share of the queries whose best answer names the source and, within the "
+        "tolerance, a time at which some moment of the query really lies.",
+        "The mean over families counts every family once; truncated queries are apart. Medium "
+        "strength unless another is named.",
+        "The better single modality, and the better baseline, are chosen once for all families.",
+    ),
+)
+_OURS = ("fused", "video", "audio")
+
+
+def fingerprinting(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
+    """Runs the protocol and writes its results.
+
+    Args:
+        config: of `configs/fingerprint.py`.
+        workdir: of the results.
+
+    Returns:
+        The contents of results.json.
+
+    Raises:
+        ValueError: if there are not enough clips, or a baseline is unknown.
+    """
+    stages = Stages()
+    source = open_encoders(config.encoder)
+    for modality in ("video", "audio"):
+        source.require(modality)
+    clips, data, unused = clip_sets(config.data)
+    clips.check()
+    fingerprint = run_fingerprint(config, PROTOCOL, encoder=source, data=data)
+    if (done := finished(workdir, PROTOCOL, fingerprint)) is not None:
+        return done
+    # Small products, many a second: threads that wait for each other cost more than they give.
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        threadpoolctl.threadpool_limits(config.threads),
+    ):
+        ours = IndexSearcher(
+            Path(directory),
+            config.encoder,
+            FingerprintSettings(**config.index.to_dict()),
+            answers=config.answers,
+        )
+        baselines, skipped = load_baselines(config.baselines, answers=config.answers)
+        searchers: list[Searcher] = [ours, *baselines]
+        for searcher in searchers:
+            with stages(f"indexing for {', '.join(searcher.methods)}"):
+                searcher.index(
+                    _items([*clips.references, *clips.fillers]), _items(clips.background)
+                )
+        examples = Examples(clips.references)
+        with stages("queries"):
+            asked = ask(
+                make_queries(
+                    clips,
+                    config.queries.to_dict(),
+                    config.families or tuple(families.FAMILIES),
+                    seed=config.seed,
+                ),
+                searchers,
+                answers=config.answers,
+                tolerance_seconds=config.tolerance_seconds,
+                each=examples.take,
+            )
+    tables = {
+        method: table_of(asked, method, resamples=config.bootstrap.resamples, seed=config.seed)
+        for method in asked.answers
+    }
+    details = {
+        "tables": tables,
+        "fused_error_ratio": error_ratio(asked),
+        "clips": {
+            role: len(getattr(clips, role))
+            for role in ("references", "fillers", "distractors", "others", "background")
+        },
+        "reference_videos": len({clip.video for clip in clips.references}),
+        "unused_files": unused,
+        "skipped_baselines": skipped,
+        "transformations_version": families.VERSION,
+    }
+    measured = Measured(
+        outcomes=outcomes(asked),
+        metrics=metrics(asked),
+        details=details,
+        sections=sections(tables, examples, details),
+    )
+    return write_results(
+        workdir, config, PROTOCOL, measured, encoder=source, data=data, stages=stages
+    )
+
+
+def _items(clips: Sequence[SourceClip]) -> Iterator[tuple[str, DecodedMedia]]:
+    return ((clip.name, clip.load()) for clip in clips)
+
+
+def clip_sets(
+    data: ml_collections.ConfigDict,
+) -> tuple[ClipSets, dict[str, str], dict[str, str]]:
+    """Returns clips by role, fingerprints of the data, and files that give no clip.
+
+    Args:
+        data: section of the config; with `files` these are cut into the references, and the
+            prepared records (and `sounds`) are what must not be found.
+    """
+    held = RecordDataset(data.directory, data.reference_split)
+    spare = RecordDataset(data.directory, data.spare_split)
+    fingerprints = {"records": held.fingerprint, "spare records": spare.fingerprint}
+    roles: dict[str, list[SourceClip]] = {}
+    first = 0
+    for role in ("distractors", "others", "background"):
+        count = data[role]
+        roles[role] = clips_of_records(data.directory, data.spare_split, count, first)
+        first += count
+    recorded = clips_of_records(data.directory, data.reference_split, data.references)
+    if not data.files:
+        return ClipSets(recorded, [], **roles), fingerprints, {}
+    paths = sorted(p for p in Path(data.files).iterdir() if p.is_file())
+    if not paths:
+        raise ValueError(f"no files in {data.files}")
+    segments, unused = segments_of_files(
+        paths,
+        segment_seconds=data.segment_seconds,
+        short_side=data.short_side,
+        max_fps=data.max_fps,
+        sample_rate_hz=data.sample_rate_hz,
+    )
+    sound_paths = sorted(p for p in Path(data.sounds).iterdir() if p.is_file())
+    fingerprints |= {"files": _digest(paths), "sounds": _digest(sound_paths)}
+    sounds = sounds_of_files(sound_paths, data.sound_sets, sample_rate_hz=data.sample_rate_hz)
+    fillers = [*recorded, *sounds["fillers"]]
+    for role in ("distractors", "background"):
+        roles[role] += sounds[role]
+    return ClipSets(segments, fillers, **roles), fingerprints, unused
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def load_baselines(names: Sequence[str], *, answers: int) -> tuple[list[Searcher], dict[str, str]]:
+    """Returns the baselines that can run here, and why the others cannot.
+
+    Args:
+        names: MODULE:CLASS of each, for instance of `benchmarks.baselines`.
+        answers: that each returns, at most.
+    """
+    found: list[Searcher] = []
+    skipped: dict[str, str] = {}
+    for name in names:
+        module, _, attribute = name.partition(":")
+        try:
+            found.append(getattr(importlib.import_module(module), attribute)(answers=answers))
+        except ImportError as error:
+            skipped[name] = f"{error}: pip install -r benchmarks/requirements.txt"
+            print(f"{name} is left out: {skipped[name]}", flush=True)
+    return found, skipped
+
+
+def outcomes(asked: Asked) -> Outcomes:
+    """Returns what is kept of every query."""
+    values: dict[str, np.ndarray] = {
+        "family": asked.family,
+        "strength": asked.strength,
+        "findable": asked.findable,
+        "medium": asked.chosen(strength="medium"),
+        "medium_findable": asked.chosen(strength="medium") & asked.findable,
+        "medium_distractor": asked.chosen(strength="medium") & ~asked.findable,
+    }
+    for method, answered in asked.answers.items():
+        values |= {
+            f"r1_{method}": answered.hits(1),
+            f"r5_{method}": answered.hits(5),
+            f"scores_{method}": answered.scores,
+            f"normalised_{method}": answered.scores - answered.background[:, None],
+            f"correct_{method}": answered.correct,
+            f"accepted_{method}": answered.accepted.astype(float),
+            f"found_{method}": answered.accepted * answered.hits(1),
+        }
+    return Outcomes(asked.units, asked.videos.tolist(), values)
+
+
+def metrics(asked: Asked) -> Mapping[str, Metric]:
+    """Returns the headline figures: means over families at medium strength."""
+    found: dict[str, Metric] = {}
+    truth = ("findable", "medium")
+    for method, answered in asked.answers.items():
+        ours = method in _OURS
+        label = f"{method}, {'ours' if ours else 'baseline'}"
+
+        def mean(values: str) -> dict[str, Any]:
+            return {"kind": "chosen_class_mean", "inputs": (values, "family", "medium_findable")}
+
+        found[f"{method}_r1"] = Metric(**mean(f"r1_{method}"), what=f"R@1 {label}", headline=True)
+        found[f"{method}_r5"] = Metric(**mean(f"r5_{method}"), what=f"R@5 {label}")
+        for name, what in (("scores", ""), ("normalised", ", normalised scores")):
+            inputs = (f"{name}_{method}", f"correct_{method}", *truth)
+            found[f"{method}_map_{name}"] = Metric(
+                "micro_average_precision", inputs, f"µAP {label}{what}"
+            )
+            found[f"{method}_recall_at_p90_{name}"] = Metric(
+                "recall_at_precision_90", inputs, f"recall at 90 % precision {label}{what}"
+            )
+        if answered.has_threshold:
+            found[f"{method}_recall_at_threshold"] = Metric(
+                **mean(f"found_{method}"), what=f"recall at the default threshold {label}"
+            )
+            found[f"{method}_false_match_rate"] = Metric(
+                kind="chosen_mean",
+                inputs=(f"accepted_{method}", "medium_distractor"),
+                what=f"distractors with a match at the default threshold {label}",
+            )
+    return found

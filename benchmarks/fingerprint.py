@@ -1,0 +1,316 @@
+"""Fingerprinting against what people would use: `python -m benchmarks.fingerprint --json F`.
+
+Retrieval is measured by the protocol of avcl_jax/evaluation/fingerprinting.py, ours and the
+baselines on the same queries; its reports stay in --workdir, and a run whose results are there is
+not repeated. The speed rows measure every value in a process of its own. Needs a trained encoder
+(`make demo`), `pip install -r benchmarks/requirements.txt`, and libchromaprint for one baseline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.measure import (
+    REPEATS,
+    SkipError,
+    Target,
+    interleave,
+    measure_row,
+    median_ratio,
+    need,
+    print_table,
+    run_child,
+    spread,
+    write_json,
+)
+
+_BASELINES = ("image_hash", "chromaprint")
+_QUERY_SECONDS = 10.0
+_SEGMENTS = 100_000
+_SEGMENTS_PER_SOURCE = 100
+_WARM_QUERIES = 5
+
+
+def protocol_results(preset: str, settings: Mapping[str, Any], workdir: str) -> dict[str, Any]:
+    """Runs the protocol, or finds its results.
+
+    Args:
+        preset: of configs/fingerprint.py.
+        settings: to change in it, by dotted names.
+        workdir: of the results.
+    """
+    from avcl_jax.evaluation.fingerprinting import fingerprinting
+    from configs import fingerprint
+
+    config = fingerprint.get_config(preset)
+    config.update_from_flattened_dict(settings)
+    return fingerprinting(config, workdir)
+
+
+def seconds_of_query(encoder: str, clip: str, segments: int, kind: str) -> list[float]:
+    """Wall-clock seconds of warm queries, decoding included, against an index of this size.
+
+    Features of the index are mixtures of those of real segments: as many neighbours, of as many
+    sources, as in a library of that size.
+
+    Args:
+        encoder: as `open_encoders` takes it.
+        clip: media file of which ten seconds are asked.
+        segments: of the index.
+        kind: of `FingerprintSettings`.
+    """
+    from avcl_jax.data.decoded import decode_media
+    from avcl_jax.fingerprint import changing
+    from avcl_jax.fingerprint.index import FingerprintIndex
+    from avcl_jax.fingerprint.part import SourceRow
+    from avcl_jax.fingerprint.settings import FingerprintSettings
+
+    with tempfile.TemporaryDirectory() as directory:
+        settings = FingerprintSettings(kind=kind)  # type: ignore[arg-type]  # checked by it
+        index = FingerprintIndex.create(Path(directory) / "index", encoder, settings)
+        decoding = index.segmenter.decoding
+        real = index.segmenter.of_file(clip)
+        rng = np.random.default_rng(0)
+        media: list[changing.Media] = []
+        per = _SEGMENTS_PER_SOURCE
+        for number in range(segments // per):
+            mixed = {}
+            for modality, features in real.features.items():
+                known = features[real.present[modality]]
+                one, other = known[rng.integers(len(known), size=(2, per))]
+                share = rng.uniform(size=(per, 1))
+                noise = known.std() * rng.standard_normal(one.shape)
+                mixed[modality] = (share * one + (1 - share) * other + noise).astype(np.float32)
+            present = {modality: np.ones(per, bool) for modality in mixed}
+            row = SourceRow(f"source {number}", str(number), per * settings.hop_seconds, None)
+            media.append((row, mixed, present))
+        changing.commit(index.directory, index._manifest, index._snapshot, media, [])
+        index = FingerprintIndex.open(index.directory)
+        assert index.num_segments == segments
+        seconds = []
+        for _ in range(1 + _WARM_QUERIES):
+            begin = time.perf_counter()
+            index.query(decode_media(clip, end_seconds=_QUERY_SECONDS, **decoding))
+            seconds.append(time.perf_counter() - begin)
+    return seconds[1:]
+
+
+def seconds_of_indexing(encoder: str, files: list[str], only_decode: bool) -> float:
+    """Wall-clock seconds in which files are indexed, or only decoded in the same way.
+
+    The first file is done once before, so that compiling is not counted.
+    """
+    from avcl_jax.data.decoded import decode_media
+    from avcl_jax.fingerprint.index import FingerprintIndex
+    from avcl_jax.fingerprint.settings import FingerprintSettings
+
+    with tempfile.TemporaryDirectory() as directory:
+        index = FingerprintIndex.create(Path(directory) / "index", encoder, FingerprintSettings())
+        decoding = index.segmenter.decoding
+        index.segmenter.of_file(files[0])
+        begin = time.perf_counter()
+        if only_decode:
+            for path in files:
+                decode_media(path, **decoding)
+        else:
+            report = index.add_files(map(Path, files))
+            assert not report.failed, report.failed
+        return time.perf_counter() - begin
+
+
+class _Benchmark:
+    """Runs what several rows share once."""
+
+    def __init__(self, args: argparse.Namespace):
+        self._args = args
+
+    @functools.cached_property
+    def foley(self) -> dict[str, Any]:
+        """Results of the protocol on the demo's clips."""
+        small = {
+            "data.references": 4,
+            "data.distractors": 2,
+            "data.others": 1,
+            "data.background": 2,
+            "queries.weak": 1,
+            "queries.medium": 1,
+            "queries.strong": 1,
+            "families": ("flip", "pitch", "audio_removed"),
+            "bootstrap.resamples": 10,
+        }
+        return self._results("foley", small if self._args.small else {})
+
+    @functools.cached_property
+    def real(self) -> dict[str, Any]:
+        """Results of the protocol on real videos."""
+        for folder in (self._args.media, self._args.sounds):
+            if not Path(folder).is_dir():
+                raise SkipError(f"there is no {folder}: name the folder by --media and --sounds")
+        return self._results(
+            "real", {"data.files": self._args.media, "data.sounds": self._args.sounds}
+        )
+
+    def _results(self, preset: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        for package in ("faiss", "imagehash", "acoustid"):
+            need(package)
+        args = self._args
+        for path in (args.encoder, args.records):
+            if not Path(path).is_dir():
+                raise SkipError(f"there is no {path}: run `make demo`, or name another")
+        settings = {"encoder": args.encoder, "data.directory": args.records, **settings}
+        workdir = str(Path(args.workdir) / preset)
+        return run_child(
+            "benchmarks.fingerprint:protocol_results",
+            {"preset": preset, "settings": settings, "workdir": workdir},
+        )
+
+    def fused_r1(self, preset: str) -> tuple[float, dict[str, Any]]:
+        """R@1 of ours fused with its interval, and of everything else beside it."""
+        results = getattr(self, preset)
+        tables = results["details"]["tables"]
+        cell = tables["fused"]["medium"]["all"]
+        detail = {
+            "interval": [cell["r1_low"], cell["r1_high"]],
+            **{key: cell[key] for key in ("queries", "distractors", "videos", "r5", "map")},
+            **_others(tables),
+            "strengths": {
+                s: tables["fused"][s]["all"]["r1"]
+                for s in tables["fused"]
+                if "all" in tables["fused"][s]
+            },
+            "families": {f: c["r1"] for f, c in tables["fused"]["medium"].items() if f != "all"},
+            "clips": results["details"]["clips"],
+            "report": str(Path(self._args.workdir) / preset / "report.html"),
+        }
+        return cell["r1"], detail
+
+    def error_ratio(self) -> tuple[float, dict[str, Any]]:
+        """Fused error over that of the better single modality."""
+        ratio = self.foley["details"]["fused_error_ratio"]
+        if ratio is None:
+            raise SkipError(
+                "the better single modality makes no error: there is nothing to divide by"
+            )
+        tables = self.foley["details"]["tables"]
+        return ratio, _others(tables) | {"fused_r1": tables["fused"]["medium"]["all"]["r1"]}
+
+    def minus_baseline(self) -> tuple[float, dict[str, Any]]:
+        """R@1 of ours fused minus that of the better baseline, both means over families."""
+        tables = self.foley["details"]["tables"]
+        others = _others(tables)
+        best = max(others["baselines"], key=others["baselines"].__getitem__)
+        by_family = {
+            family: cell["r1"] - tables[best]["medium"][family]["r1"]
+            for family, cell in tables["fused"]["medium"].items()
+            if family != "all"
+        }
+        mine = tables["fused"]["medium"]["all"]["r1"]
+        return mine - others["baselines"][best], others | {"best": best, "families": by_family}
+
+    def at_threshold(self, name: str) -> tuple[float, dict[str, Any]]:
+        """A figure at the default threshold."""
+        cell = self.foley["details"]["tables"]["fused"]["medium"]["all"]
+        return cell[name], {key: cell[key] for key in ("queries", "distractors")}
+
+    def query_seconds(self) -> tuple[float, dict[str, Any]]:
+        """Median seconds of a warm query."""
+        need("faiss")
+        clip = str(self._files()[0])
+        segments = 2000 if self._args.small else _SEGMENTS
+        seconds = run_child(
+            "benchmarks.fingerprint:seconds_of_query",
+            {"encoder": self._args.encoder, "clip": clip, "segments": segments, "kind": "auto"},
+        )
+        return float(np.median(seconds)), {"segments": segments, "seconds": spread(seconds)}
+
+    def over_decoding(self) -> tuple[float, dict[str, Any]]:
+        """Hours of video indexed an hour over hours decoded an hour."""
+        need("faiss")
+        files = [str(path) for path in self._files()[: 2 if self._args.small else 20]]
+
+        def measure(only_decode: bool) -> float:
+            return run_child(
+                "benchmarks.fingerprint:seconds_of_indexing",
+                {"encoder": self._args.encoder, "files": files, "only_decode": only_decode},
+            )
+
+        sides = {
+            "indexed": functools.partial(measure, False),
+            "decoded": functools.partial(measure, True),
+        }
+        seconds = interleave(sides, repeats=self._args.repeats)
+        return median_ratio(seconds["decoded"], seconds["indexed"]), {
+            "files": len(files),
+            **{f"seconds_{name}": spread(values) for name, values in seconds.items()},
+        }
+
+    def _files(self) -> list[Path]:
+        folder = Path(self._args.clips)
+        found = sorted(folder.glob("*.mp4"))
+        if not found:
+            raise SkipError(f"there are no MP4 files in {folder}: run `make demo`, or give --clips")
+        return found
+
+
+def _others(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """R@1 of each single modality and each baseline, means over families."""
+    return {
+        kind: {name: tables[name]["medium"]["all"]["r1"] for name in names if name in tables}
+        for kind, names in (("modalities", ("video", "audio")), ("baselines", _BASELINES))
+    }
+
+
+_Measurement = Callable[[_Benchmark], tuple[float, dict[str, Any]]]
+_ROWS: dict[str, tuple[str, Target | None, _Measurement]] = {
+    "foley_fused_r1": ("share", Target(">=", 0.95), lambda b: b.fused_r1("foley")),
+    "fused_error_ratio": ("ratio", Target("<=", 0.7), _Benchmark.error_ratio),
+    "fused_minus_best_baseline": ("share", Target(">=", 0.1), _Benchmark.minus_baseline),
+    "real_fused_r1": ("share", Target(">=", 0.8), lambda b: b.fused_r1("real")),
+    "false_match_rate": ("share", Target("<=", 0.01), lambda b: b.at_threshold("false_match_rate")),
+    "recall_at_threshold": (
+        *("share", Target(">=", 0.8)),
+        lambda b: b.at_threshold("recall_at_threshold"),
+    ),
+    "query_seconds": ("s", Target("<=", 3), _Benchmark.query_seconds),
+    "index_over_decode_bound": ("ratio", Target(">=", 0.3), _Benchmark.over_decoding),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.fingerprint", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--json", type=Path, required=True, help="where to write the rows")
+    parser.add_argument("--rows", nargs="+", choices=_ROWS, default=list(_ROWS), metavar="NAME")
+    parser.add_argument("--encoder", default="runs/demo", help="run or exported encoders")
+    parser.add_argument("--records", default="data/foley/records", help="prepared demo clips")
+    parser.add_argument("--clips", default="data/foley/media/test", help="folder of MP4 files")
+    parser.add_argument("--media", default="../shared/data/media", help="folder of real videos")
+    parser.add_argument("--sounds", default="../shared/data/esc10/audio", help="ESC-10's sounds")
+    parser.add_argument("--workdir", default="runs/fingerprint", help="of the protocol's reports")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="of the speed measurements")
+    parser.add_argument("--small", action="store_true", help="a smoke test, whose figures are none")
+    args = parser.parse_args(arguments)
+    benchmark = _Benchmark(args)
+    rows = []
+    for name in args.rows:
+        unit, target, measure = _ROWS[name]
+        rows.append(measure_row(name, unit, target, functools.partial(measure, benchmark)))
+        # After each row: a long run that is stopped keeps what it has.
+        write_json(args.json, rows)
+    print_table(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

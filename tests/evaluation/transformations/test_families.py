@@ -1,0 +1,213 @@
+"""Every family changes what it says, by as much as its strength says, and nothing else."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+
+from avcl_jax.data.decoded import DecodedMedia
+from avcl_jax.evaluation.transformations.families import (
+    FAMILIES,
+    STRENGTHS,
+    applies,
+    transform,
+)
+from avcl_jax.evaluation.transformations.timeline import Transformed
+from tests.evaluation.transformations.clips import FPS, HEIGHT, RATE, SECONDS, WIDTH, clip, log_mel
+
+CLIP, OTHER = clip(0), clip(5)
+PICTURE = [n for n, f in FAMILIES.items() if f.changes == ("video",)]
+SOUND = [n for n, f in FAMILIES.items() if f.changes == ("audio",)]
+GRADED = [n for n, f in FAMILIES.items() if f.graded]
+
+
+def made(family: str, strength: str = "medium", *, seed: int = 0, name: str = "a") -> Transformed:
+    return transform(CLIP, family, strength, seed=seed, clip=name, other=OTHER)
+
+
+def same_picture(result: Transformed) -> bool:
+    return np.array_equal(result.media.frames, CLIP.frames) and np.array_equal(
+        result.media.frame_seconds, CLIP.frame_seconds
+    )
+
+
+def same_sound(result: Transformed) -> bool:
+    return np.array_equal(result.media.waveform, CLIP.waveform)
+
+
+@pytest.mark.parametrize("strength", STRENGTHS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_family_says_it_changes_changes_and_nothing_else(family: str, strength: str) -> None:
+    result = made(family, strength)
+    assert same_picture(result) == ("video" not in FAMILIES[family].changes)
+    assert same_sound(result) == ("audio" not in FAMILIES[family].changes)
+    media = result.media
+    assert media.frames.dtype == np.uint8
+    assert media.waveform.dtype == np.int16
+    assert media.frames.shape[-1] == 3
+    assert len(media.frames) == len(media.frame_seconds)
+    assert (np.diff(media.frame_seconds) > 0).all()
+    assert media.frame_seconds[-1] < media.duration_seconds
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_seed_gives_the_same_copy(family: str) -> None:
+    first = made(family)
+    for _ in range(4):  # what reads memory that nobody has written is right now and then
+        again = made(family)
+        assert np.array_equal(first.media.frames, again.media.frames)
+        assert np.array_equal(first.media.waveform, again.media.waveform)
+        assert (first.picture_time, first.sound_time) == (again.picture_time, again.sound_time)
+
+
+@pytest.mark.parametrize(
+    "family", ["crop", "noise", "overlay", "caption", "trim", "splice", "audio_noise", "truncation"]
+)
+def test_another_seed_and_another_clip_give_another_copy(family: str) -> None:
+    copies = [made(family), made(family, seed=1), made(family, name="b"), made(family, seed=2)]
+    contents = {
+        (c.media.frames.tobytes(), c.media.waveform.tobytes(), c.picture_time) for c in copies
+    }
+    assert len(contents) > 1
+
+
+def distortion(family: str, strength: str) -> float:
+    """How far a copy is from its original, in the family's own coin."""
+    result = made(family, strength)
+    media = result.media
+    if family in ("trim", "truncation"):
+        return -media.duration_seconds
+    if family == "splice":
+        (piece,) = result.picture_time.pieces
+        return piece.begin_seconds - piece.end_seconds
+    if family in ("speed", "tempo"):
+        (piece,) = result.sound_time.pieces
+        return abs(np.log(piece.rate))
+    if family == "frame_rate":
+        return -media.fps
+    if family == "crop":
+        return -float(np.prod(media.frames.shape[1:3]))
+    if family == "pad":
+        return float((media.frames.max(axis=(0, 3)) == 0).mean())
+    if family in PICTURE:
+        shown = np.stack([cv2.resize(f, (WIDTH, HEIGHT)) for f in media.frames])
+        return float(np.abs(shown.astype(int) - CLIP.frames).mean())
+    return float(np.abs(log_mel(media) - log_mel(CLIP)).mean())
+
+
+@pytest.mark.parametrize("family", GRADED)
+def test_medium_is_between_weak_and_strong(family: str) -> None:
+    weak, medium, strong = (distortion(family, strength) for strength in STRENGTHS)
+    assert weak < medium < strong
+
+
+def test_only_flips_and_what_happens_to_the_whole_sound_have_one_strength() -> None:
+    assert set(FAMILIES) - set(GRADED) == {"flip", "audio_removed", "audio_swapped"}
+
+
+# A mirrored, turned, cropped or narrowed picture is not where it was.
+IN_PLACE = [n for n in FAMILIES if n not in ("flip", "rotate", "crop", "pad")]
+
+
+@pytest.mark.parametrize("family", IN_PLACE)
+def test_even_strong_changes_leave_more_of_the_clip_than_of_another(family: str) -> None:
+    result = made(family, "strong")
+    for times, signals in (
+        (result.picture_time, _pictures),
+        (result.sound_time, _sounds),
+    ):
+        moments = result.media.frame_seconds[1:-2:2]
+        moments = moments[moments < result.media.duration_seconds - 0.2]
+        original = times.source_seconds(moments)
+        known = np.isfinite(original) & (original < SECONDS - 0.2)
+        if not known.any():
+            assert family in ("audio_removed", "audio_swapped")
+            continue
+        shown = signals(result.media, moments[known])
+        likeness = [
+            np.corrcoef(shown.reshape(-1), signals(media, original[known]).reshape(-1))[0, 1]
+            for media in (CLIP, OTHER)
+        ]
+        assert likeness[0] > likeness[1], signals
+
+
+def _pictures(media: DecodedMedia, moments: np.ndarray) -> np.ndarray:
+    """The middle rows of the picture at each moment: captions are above and below."""
+    places = np.searchsorted(media.frame_seconds, moments + 1e-6, side="right") - 1
+    frames = media.frames[np.maximum(places, 0)]
+    return np.stack([cv2.resize(f, (WIDTH, HEIGHT))[12:-12] for f in frames]).astype(float)
+
+
+def _sounds(media: DecodedMedia, moments: np.ndarray) -> np.ndarray:
+    """Log spectra of a tenth of a second at each moment."""
+    width = RATE // 10
+    spectra = []
+    for moment in moments:
+        begin = round((moment - media.audio_start_seconds) * media.sample_rate_hz)
+        heard = np.zeros(width)
+        part = media.waveform[begin : begin + width]
+        heard[: len(part)] = part
+        power = np.abs(np.fft.rfft(heard * np.hanning(width))) ** 2
+        spectra.append(np.log(power[:800].reshape(40, 20).mean(axis=1) + 1e4))
+    return np.array(spectra)
+
+
+def test_a_clip_without_what_a_family_changes_is_refused() -> None:
+    silent, blind = clip(audio=False), clip(video=False)
+    assert not applies("pitch", silent)
+    assert not applies("crop", blind)
+    assert applies("speed", silent)
+    assert applies("speed", blind)
+    with pytest.raises(ValueError, match="a has no audio, which pitch changes"):
+        transform(silent, "pitch", "weak", seed=0, clip="a", other=OTHER)
+
+
+@pytest.mark.parametrize("family", ["speed", "trim", "splice", "truncation"])
+@pytest.mark.parametrize("lacking", ["video", "audio"])
+def test_changes_of_time_work_on_one_modality(family: str, lacking: str) -> None:
+    half = clip(**{lacking: False})
+    result = transform(half, family, "medium", seed=0, clip="a", other=OTHER).media
+    assert result.has_video == (lacking != "video")
+    assert result.has_audio == (lacking != "audio")
+
+
+def test_durations() -> None:
+    assert made("trim").media.duration_seconds == pytest.approx(0.6 * SECONDS)
+    assert made("truncation").media.duration_seconds == 2
+    assert len(made("truncation").media.waveform) == 2 * RATE
+    assert made("splice").media.duration_seconds == pytest.approx(SECONDS)
+    assert len(made("frame_rate").media.frames) == FPS * SECONDS // 3
+    (piece,) = made("speed").picture_time.pieces
+    assert piece.rate in (0.75, 1.25)
+    assert made("speed").media.duration_seconds == pytest.approx(SECONDS / piece.rate)
+    assert len(made("speed").media.waveform) == round(SECONDS * RATE / piece.rate)
+
+
+def test_a_crop_is_a_part_of_the_picture_and_stays_where_it_is() -> None:
+    frames = made("crop").media.frames
+    assert frames.shape[1:3] == (HEIGHT * 3 // 4, WIDTH * 3 // 4)
+    places = [
+        (top, left)
+        for top in range(HEIGHT // 4 + 1)
+        for left in range(WIDTH // 4 + 1)
+        if np.array_equal(
+            CLIP.frames[:, top : top + frames.shape[1], left : left + frames.shape[2]], frames
+        )
+    ]
+    assert len(places) == 1
+
+
+def test_a_flip_is_a_mirror_and_bars_are_black() -> None:
+    assert np.array_equal(made("flip").media.frames, CLIP.frames[:, :, ::-1])
+    padded = made("pad").media.frames
+    bars = np.array(padded.shape[1:3]) - (HEIGHT, WIDTH)
+    assert sorted(bars > 0) == [False, True]
+    top, left = bars // 2
+    assert np.array_equal(padded[:, top : top + HEIGHT, left : left + WIDTH], CLIP.frames)
+    assert padded.astype(int).sum() == CLIP.frames.astype(int).sum()
+
+
+def test_exchanged_sound_is_that_of_the_other_clip() -> None:
+    assert np.array_equal(made("audio_swapped").media.waveform, OTHER.waveform)
+    assert made("audio_swapped").sound_time.pieces == ()
