@@ -11,8 +11,11 @@ import dataclasses
 import importlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+from absl import logging
+from tqdm import tqdm
 
 from avcl_jax.data.decoded import decode_media
 from avcl_jax.data.media_error import MediaError
@@ -35,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     args = _parser(arguments).parse_args(arguments)
+    # What the libraries log at this level is about themselves.
+    logging.set_verbosity(logging.ERROR)
     try:
         return args.run(args) or 0
     except (FingerprintError, ExportError, CheckpointError) as error:
@@ -89,6 +94,15 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     query.add_argument(
         "--modality", choices=MODALITIES, help="compare only this one (default: all there are)"
     )
+    query.add_argument(
+        "--start", type=float, default=0.0, help="where in the clip to begin, in seconds"
+    )
+    query.add_argument(
+        "--max-seconds",
+        type=float,
+        default=120.0,
+        help="how much of it is compared; all of that is held in memory (default: %(default)s)",
+    )
     command("verify", _verify, "check the files of an index")
     for opened in (add, query):
         opened.add_argument(
@@ -107,13 +121,18 @@ def _index(args: argparse.Namespace) -> int:
     settings = FingerprintSettings(speed=args.speed, hop_seconds=args.hop_seconds, kind=args.kind)
     files = list(media_files(args.videos))  # before anything is made
     index = FingerprintIndex.create(args.index, args.encoder, settings)
-    return _report(index.add_files(files), index)
+    return _report(index.add_files(_counted(files)), index)
+
+
+def _counted(files: Sequence[Path]) -> Iterable[Path]:
+    """The files, with a bar of how many are done where somebody looks."""
+    return tqdm(files, unit="file", disable=None)
 
 
 def _add(args: argparse.Namespace) -> int:
     files = list(media_files(args.videos))
     index = FingerprintIndex.open(args.index, args.encoder)
-    return _report(index.add_files(files), index)
+    return _report(index.add_files(_counted(files)), index)
 
 
 def _remove(args: argparse.Namespace) -> None:
@@ -131,7 +150,12 @@ def _query(args: argparse.Namespace) -> int:
         raise FingerprintError(f"{args.index} is empty: `add` media to it")
     modalities = (args.modality,) if args.modality else MODALITIES
     try:
-        media = decode_media(args.clip, **index.segmenter.decoding)
+        media = decode_media(
+            args.clip,
+            start_seconds=args.start,
+            end_seconds=args.start + args.max_seconds,
+            **index.segmenter.decoding,
+        )
     except MediaError as error:
         raise FingerprintError(f"{args.clip} cannot be decoded: {error}") from error
     result = index.query(media, modalities, args.count)

@@ -61,6 +61,16 @@ def test_a_clip_is_found_in_words_and_in_json(films, index, tmp_path, capsys):
     assert words.startswith(f"{films / '1.mp4'} from 1.")
 
 
+def test_a_part_of_a_long_clip_is_asked_for(films, index, capsys):
+    part = ("--start", "2.25", "--max-seconds", "2.5")
+    status, out, _ = run(capsys, "query", films / "2.mp4", "--index", index, "--json", *part)
+    answer = json.loads(out)
+    assert status == 0
+    assert answer["match"] == str(films / "2.mp4")
+    assert answer["matches"][0]["offset_seconds"] == pytest.approx(2.25, abs=0.2)
+    assert answer["query_seconds"] == pytest.approx(2.5, abs=0.1)
+
+
 def test_sound_is_found_by_a_film_and_alone(films, index, tmp_path, capsys):
     query = write(tmp_path / "query.wav", excerpt(clip(3, video=False), 1, 5))
     _, out, _ = run(capsys, "query", query, "--index", index, "--json")
