@@ -13,27 +13,15 @@ protocols. The variant that trains the encoder too is configs/finetune.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import ml_collections
 
 from configs import protocols
+from configs.presets import choose
 
 
 def get_config(preset: str = "demo") -> ml_collections.ConfigDict:
     """The config of a preset: demo, esc10, esc50, vggsound or audioset."""
-    presets: dict[str, Callable[[], ml_collections.ConfigDict]] = {
-        "demo": demo,
-        "esc10": esc10,
-        "esc50": esc50,
-        "vggsound": vggsound,
-        "audioset": audioset,
-    }
-    if preset not in presets:
-        raise ValueError(f"unknown preset {preset!r}: use one of {', '.join(presets)}")
-    config = presets[preset]()
-    config.lock()
-    return config
+    return choose(preset, demo, esc10, esc50, vggsound, audioset)
 
 
 def _base(name: str, method: str) -> ml_collections.ConfigDict:

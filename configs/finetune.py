@@ -12,27 +12,14 @@ presets with the encoder frozen. docs/protocols/action_recognition.md says how f
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import ml_collections
+
+from configs.presets import choose
 
 
 def get_config(preset: str = "demo") -> ml_collections.ConfigDict:
     """The config of a preset: demo, demo_audio, ucf101, hmdb51, kinetics400, esc50 or vggsound."""
-    presets: dict[str, Callable[[], ml_collections.ConfigDict]] = {
-        "demo": demo,
-        "demo_audio": demo_audio,
-        "ucf101": ucf101,
-        "hmdb51": hmdb51,
-        "kinetics400": kinetics400,
-        "esc50": esc50,
-        "vggsound": vggsound,
-    }
-    if preset not in presets:
-        raise ValueError(f"unknown preset {preset!r}: use one of {', '.join(presets)}")
-    config = presets[preset]()
-    config.lock()
-    return config
+    return choose(preset, demo, demo_audio, ucf101, hmdb51, kinetics400, esc50, vggsound)
 
 
 def demo() -> ml_collections.ConfigDict:

@@ -12,25 +12,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import ml_collections
 
 from avcl_jax.fingerprint.settings import FingerprintSettings
+from configs.presets import choose
 
 
 def get_config(preset: str = "foley") -> ml_collections.ConfigDict:
     """The config of a preset: foley, real or vggsound."""
-    presets: dict[str, Callable[[], ml_collections.ConfigDict]] = {
-        "foley": foley,
-        "real": real,
-        "vggsound": vggsound,
-    }
-    if preset not in presets:
-        raise ValueError(f"unknown preset {preset!r}: use one of {', '.join(presets)}")
-    config = presets[preset]()
-    config.lock()
-    return config
+    return choose(preset, foley, real, vggsound)
 
 
 def foley() -> ml_collections.ConfigDict:

@@ -9,26 +9,14 @@ Every scientific setting lives here; the library has no defaults for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import ml_collections
+
+from configs.presets import choose
 
 
 def get_config(preset: str = "demo") -> ml_collections.ConfigDict:
     """The config of a preset: demo, esc10, kinetics400, kinetics600, vggsound or audioset."""
-    presets: dict[str, Callable[[], ml_collections.ConfigDict]] = {
-        "demo": demo,
-        "esc10": esc10,
-        "kinetics400": kinetics400,
-        "kinetics600": kinetics600,
-        "vggsound": vggsound,
-        "audioset": audioset,
-    }
-    if preset not in presets:
-        raise ValueError(f"unknown preset {preset!r}: use one of {', '.join(presets)}")
-    config = presets[preset]()
-    config.lock()
-    return config
+    return choose(preset, demo, esc10, kinetics400, kinetics600, vggsound, audioset)
 
 
 def demo() -> ml_collections.ConfigDict:

@@ -10,26 +10,15 @@ hmdb51.md, kinetics.md. docs/protocols.md defines the protocol.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import ml_collections
 
 from configs import protocols
+from configs.presets import choose
 
 
 def get_config(preset: str = "demo") -> ml_collections.ConfigDict:
     """The config of a preset: demo, ucf101, hmdb51 or kinetics400."""
-    presets: dict[str, Callable[[], ml_collections.ConfigDict]] = {
-        "demo": demo,
-        "ucf101": ucf101,
-        "hmdb51": hmdb51,
-        "kinetics400": kinetics400,
-    }
-    if preset not in presets:
-        raise ValueError(f"unknown preset {preset!r}: use one of {', '.join(presets)}")
-    config = presets[preset]()
-    config.lock()
-    return config
+    return choose(preset, demo, ucf101, hmdb51, kinetics400)
 
 
 def _base(name: str) -> ml_collections.ConfigDict:
