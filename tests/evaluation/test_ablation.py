@@ -14,7 +14,7 @@ from avcl_jax.evaluation.ablation import Figure, effect, effects, variant_config
 from avcl_jax.evaluation.evaluate import evaluate
 from avcl_jax.training.loop import pretrain
 from configs import ablation as ablation_config
-from configs import evaluate as evaluate_config
+from tests.evaluation.conftest import small_config
 
 
 @pytest.mark.parametrize(
@@ -66,24 +66,13 @@ def _small(records) -> object:
     """The sweep over two variants on the tiny data set of `small_records`."""
     c = ablation_config.get_config()
     c.unlock()
-    c.data.directory, c.data.make_demo = str(records), False
-    c.global_batch_size, c.steps, c.log_every, c.checkpoint_every = 4, 2, 1, 1
-    c.optimizer.warmup_steps = 0
-    c.views.update({"num_frames": 4, "clip_seconds": 0.25, "speeds": (1, 2, 4)})
-    c.crop.image_size = 16
-    c.spectrogram.update({"sample_rate_hz": 4000, "frames": 10, "mels": 8, "max_hz": 2000.0})
-    c.model.update({"embedding_dim": 8, "projection_hidden": 8, "temporal_hidden": 8})
-    c.model.video.update({"widths": (8,), "depths": (0,)})
-    c.model.audio.update({"widths": (8,), "depths": (0,), "patch": (2, 8)})
-    c.bank.update({"size": 16, "num_negatives": 4, "negative_ranks": 8, "positive_ranks": 4})
+    c.update(small_config(records))
+    c.task, c.data.make_demo, c.compilation_cache = "ablation", False, ""
+    c.steps, c.log_every, c.checkpoint_every, c.optimizer.warmup_steps = 2, 1, 1, 0
+    c.bank.update({"num_negatives": 4, "negative_ranks": 8, "positive_ranks": 4})
     c.bank.warmup_steps = 0
-    c.compilation_cache = ""
-    c.evaluation = evaluate_config.demo()
-    c.evaluation.update({"speeds": (1, 2), "views_per_speed": 1, "folds": 2, "costs": (0.1,)})
-    c.evaluation.pairs_per_video = 6
     c.evaluation.supervised.enabled = False
     c.evaluation.null.train_split = ""
-    c.evaluation.report.update({"queries": 1, "results": 2, "stills": 2})
     c.ablation.seeds = (0, 1)
     chosen = ("full", "no_bank_negatives")
     c.ablation.variants = tuple(v for v in c.ablation.variants if v[0] in chosen)
