@@ -140,10 +140,14 @@ def load_run(
             f"{directory} holds no pretraining run; an exported encoder will not do here, because "
             "this needs the heads that were trained with it"
         )
-    config = experiment.from_json(path.read_text())
-    if config.task != "pretrain":
+    try:
+        config = experiment.from_json(path.read_text())
+        task = config.task
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ExportError(f"{path} is damaged: {error}") from error
+    if task != "pretrain":
         raise ExportError(
-            f"{directory} holds a run of task {config.task!r}: give the workdir of a pretraining "
+            f"{directory} holds a run of task {task!r}: give the workdir of a pretraining "
             "run, or an exported encoder"
         )
     variables, step = load_variables(directory)

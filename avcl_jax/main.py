@@ -19,6 +19,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
+from avcl_jax.data.media_error import MediaError
 from avcl_jax.data.tfrecord import RecordError
 from avcl_jax.training.run_steps import NonFiniteError
 
@@ -39,7 +40,7 @@ _PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, fro
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
 
 # What a person can cause and mend. Anything else is a bug and keeps its traceback.
-_USER_ERRORS = (ValueError, RecordError, OSError, NonFiniteError)
+_USER_ERRORS = (ValueError, RecordError, MediaError, OSError, NonFiniteError)
 
 
 def _keep_compiled(directory: str) -> None:

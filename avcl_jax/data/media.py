@@ -95,6 +95,10 @@ def _is_still(container: Any) -> bool:
     return name.endswith("_pipe") or name in ("image2", "tty", "ico", "ffmetadata")
 
 
+# What only names other files: playing one that somebody sent would show them whatever it names.
+_PLAYLISTS = frozenset(("hls", "dash", "concat", "sdp", "imf"))
+
+
 def _stream(container: Any, kind: str) -> Any | None:
     """Returns the stream a player would take: the first default one, else the first."""
     hidden = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
@@ -158,6 +162,8 @@ def _open(path: Source) -> Iterator[tuple[Any, Sequence[Any]]]:
         ):
             if _is_still(container):
                 raise MediaError("not_media", f"a {container.format.long_name}, not a recording")
+            if not _PLAYLISTS.isdisjoint(container.format.name.split(",")):
+                raise MediaError("not_media", "a list of other files, not a recording")
             yield container, log
     except FileNotFoundError as error:
         raise MediaError("not_found", f"{name} does not exist") from error
@@ -236,14 +242,14 @@ def _decoded(
     stream.codec_context.thread_count = 1  # one process per core decodes faster than threads do
     packets = container.demux(stream)
     where = "the start"
-    yielded = -np.inf
+    yielded = again_until = -np.inf
     met = False  # pictures before the start
 
     def early(time: float | None) -> bool:
         """Whether it is before the start: there it may lack what came before the seek."""
         if time is None:
             return False
-        return (start_seconds > 0 and time - zero < start_seconds - 1e-6) or time <= yielded
+        return (start_seconds > 0 and time - zero < start_seconds - 1e-6) or time <= again_until
 
     while True:
         packet = None
@@ -278,14 +284,13 @@ def _decoded(
                 # Not every key frame begins anew: pictures may be damaged, or left out, for seconds
                 # after the place sought. From the beginning they are whole.
                 container.seek(container.start_time or 0, backward=True)
-                packets, sought = container.demux(stream), False
+                packets, sought, again_until = container.demux(stream), False, yielded
                 break
             if frame.is_corrupt:
                 raise MediaError("damaged", f"{stream.type} is damaged after {where}")
             if frame.time is not None:
                 where = f"{frame.time - zero:.2f} s"
-                # Sound has times of its own making: frames of one time follow one another.
-                yielded = frame.time if stream.type == "video" else yielded
+                yielded = frame.time
             yield frame
 
 

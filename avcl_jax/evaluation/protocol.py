@@ -147,8 +147,12 @@ def finished(
             f"{workdir} holds the results of {results.get('protocol', 'configs/evaluate.py')}: "
             "choose another --workdir"
         )
-    files = (OUTCOMES, REPORT)
-    if results["fingerprint"] != fingerprint or not all((workdir / f).exists() for f in files):
+    if results["fingerprint"] != fingerprint:
+        raise ProtocolError(
+            f"{workdir} holds results of this protocol with another encoder, other data or other "
+            "settings: choose another --workdir, or delete them"
+        )
+    if not all((workdir / name).exists() for name in (OUTCOMES, REPORT)):
         return None
     print(f"{workdir} already holds these results")
     print_paths(workdir)

@@ -146,6 +146,8 @@ def _remove(args: argparse.Namespace) -> None:
 
 def _query(args: argparse.Namespace) -> int:
     index = FingerprintIndex.open(args.index, args.encoder)
+    if args.count < 1:
+        raise FingerprintError(f"--count {args.count} shows nothing: give 1 or more")
     if not index.sources():
         raise FingerprintError(f"{args.index} is empty: `add` media to it")
     modalities = (args.modality,) if args.modality else MODALITIES

@@ -138,7 +138,10 @@ class FingerprintIndex:
             {
                 "format_version": FORMAT_VERSION,
                 "encoder": {
-                    "path": str(Path(encoder_path).resolve()),
+                    # Absolute, unless it lies in an object store.
+                    "path": str(encoder_path)
+                    if "://" in str(encoder_path)
+                    else str(Path(encoder_path).resolve()),
                     "fingerprint": source.fingerprint,
                 },
                 "settings": settings.to_json(),
@@ -218,8 +221,8 @@ class FingerprintIndex:
             unknown = [name for name in names if name not in known]
             if unknown:
                 raise FingerprintError(f"{unknown[0]} is not in {self.directory}")
-            changing.commit(self.directory, self._manifest, self._snapshot, [], names)
-            self._load()
+            self._commit([], list(names))
+            self._calibrate()
 
     def query(
         self, media: DecodedMedia, modalities: Sequence[str] = MODALITIES, count: int = 10
@@ -362,6 +365,7 @@ class FingerprintIndex:
                 else:
                     report.added.append(item.name)
                 known[item.name] = content
+                pending = [media for media in pending if media[0].name != item.name]
                 row = SourceRow(item.name, content, found.duration_seconds, item.path)
                 pending.append((row, found.features, found.present))
                 if (

@@ -141,9 +141,8 @@ def open_part(directory: Path, modalities: Sequence[str]) -> Part:
         FileNotFoundError: if a file of it is missing.
         FingerprintError: if one is damaged.
     """
-    for name in _file_names(modalities):
-        if not (directory / name).exists():  # not all that read a file say which is missing
-            raise FileNotFoundError(errno.ENOENT, "no such file", str(directory / name))
+    _check_files(directory, modalities)
+    ann.faiss()  # what is not installed is not damage
     try:
         names = pq.read_table(directory / SOURCES).to_pylist()
         table = pq.read_table(directory / SEGMENTS)
@@ -153,6 +152,7 @@ def open_part(directory: Path, modalities: Sequence[str]) -> Part:
         features = {m: np.load(directory / f"{m}.npy", mmap_mode="r") for m in modalities}
         searchers = {m: ann.read(directory / f"{m}.faiss") for m in modalities}
     except (pa.ArrowException, KeyError, TypeError, ValueError, EOFError, ann.AnnError) as error:
+        _check_files(directory, modalities)  # a writer may have deleted it meanwhile
         raise FingerprintError(
             f"{directory} is damaged ({str(error).splitlines()[0]}): index the media again"
         ) from error
@@ -165,6 +165,12 @@ def open_part(directory: Path, modalities: Sequence[str]) -> Part:
             )
     first = np.concatenate([[0], np.cumsum(counts)])
     return Part(directory, sources, first, rows, segments, features, searchers)
+
+
+def _check_files(directory: Path, modalities: Sequence[str]) -> None:
+    for name in _file_names(modalities):
+        if not (directory / name).exists():  # not all that read a file say which is missing
+            raise FileNotFoundError(errno.ENOENT, "no such file", str(directory / name))
 
 
 def _file_names(modalities: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,9 @@ from avcl_jax.fingerprint.part import make_durable
 
 MANIFEST, _LOCK = "manifest.json", "writer.lock"
 FORMAT_VERSION = 1
+_KEYS = ("settings", "encoder", "dimensions", "parts", "next_part", "projection", "calibration")
+# Names that a writer gives.
+_MADE = re.compile(r"part-\d{6,}|projection-.*\.npz|manifest\.json\.new")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -44,6 +48,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             f"{directory} has format {version}, this version reads {FORMAT_VERSION}: index the "
             "media again"
         )
+    if missing := [key for key in _KEYS if key not in manifest]:
+        raise FingerprintError(f"{path} is damaged, it lacks {missing}: index the media again")
     return manifest
 
 
@@ -69,8 +75,7 @@ def delete_leftovers(directory: Path) -> list[str]:
     deleted = []
     for path in sorted(directory.iterdir()):
         # Nothing but what a writer makes: the directory may hold what someone else put there.
-        ours = path.name.startswith(("part-", "projection-")) or path.name == f"{MANIFEST}.new"
-        if path.name not in named and ours:
+        if path.name not in named and _MADE.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
             deleted.append(path.name)
     return deleted

@@ -318,6 +318,25 @@ def test_an_interval_in_pictures_that_are_refreshed_part_by_part(tmp_path: Path)
         np.testing.assert_array_equal(ours.image, theirs.image)
 
 
+@pytest.mark.parametrize("suffix", ["m3u8", "txt"])
+def test_a_list_of_other_files_is_no_recording(tmp_path: Path, clip: Path, suffix: str) -> None:
+    """Somebody who may upload a clip could otherwise see any film of this machine."""
+    secret = shutil.copy(clip, tmp_path / f"secret{clip.suffix}")
+    text = {
+        "m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:4,\n{}\n#EXT-X-ENDLIST\n",
+        "txt": "ffconcat version 1.0\nfile {}\n",
+    }[suffix]
+    playlist = tmp_path / f"list.{suffix}"
+    playlist.write_text(text.format(secret if suffix == "m3u8" else secret.name))
+    for read in (
+        media.probe,
+        lambda path: list(media.decode_frames(path, short_side=None, max_fps=None)),
+        lambda path: media.decode_audio(path, sample_rate_hz=8000),
+    ):
+        with pytest.raises(MediaError, match="not_media: a list of other files"):
+            read(playlist)
+
+
 def test_frames_are_dropped_by_their_times(clip: Path) -> None:
     for fps in (10, 20, 24.9):
         times = [f.seconds for f in media.decode_frames(clip, short_side=32, max_fps=fps)]

@@ -20,6 +20,7 @@ from pathlib import Path
 import av
 import pytest
 
+from avcl_jax.data.media import MediaError, decode_frames
 from data_prep.__main__ import main
 from data_prep.clip import REASONS
 from tests.data.synthetic_media import write_flash_and_click
@@ -152,6 +153,18 @@ CASES = {
 
 # Only examples of record files have these: test_record_sources.py makes such files.
 OF_EXAMPLES = {"bad_example", "bad_samples", "mixed_sizes"}
+
+
+def test_a_picture_that_leaps_back_is_seen_without_sound(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.mkv",
+        audio_codec=None,
+        container_options={"cluster_time_limit": "500"},
+        options={"g": "5"},
+    )
+    edit(path, last_cluster_at_zero)
+    with pytest.raises(MediaError, match="bad_timestamps: the picture leaps back"):
+        list(decode_frames(path, short_side=None, max_fps=None))
 
 
 def test_every_reason_has_a_case() -> None:

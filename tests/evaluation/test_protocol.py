@@ -93,7 +93,8 @@ def test_finished_results_are_found_unless_something_that_counts_changed(tmp_pat
     assert fingerprint(_config(encoder="elsewhere", log_every=3)) == results["fingerprint"]
     assert fingerprint(_config(seed=1)) != results["fingerprint"]
     assert fingerprint(_config(), "toy-test-2") != results["fingerprint"]
-    assert finished(tmp_path, PROTOCOL, fingerprint(_config(seed=1))) is None
+    with pytest.raises(ProtocolError, match="another encoder, other data or other settings"):
+        finished(tmp_path, PROTOCOL, fingerprint(_config(seed=1)))
     (tmp_path / "report.html").unlink()
     assert finished(tmp_path, PROTOCOL, results["fingerprint"]) is None
 

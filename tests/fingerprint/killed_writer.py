@@ -93,6 +93,8 @@ def main(directory: Path) -> None:
             "projection": None,
             "parts": [],
             "next_part": 1,
+            "encoder": {"path": "", "fingerprint": ""},
+            "calibration": {"segments": 0, "by_modalities": {}},
         },
     )
     change(directory, "first", [])

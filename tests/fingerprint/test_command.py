@@ -111,6 +111,7 @@ def test_errors_are_one_line_that_says_what_to_do(films, index, encoders, tmp_pa
         ("is not empty", "index", films, "--index", index, "--encoder", encoders),
         ("there is no directory", "index", films, "--index", tmp_path / "n", "--encoder", "/x"),
         ("is not in", "remove", text, "--index", index),
+        ("--count 0 shows nothing", "query", short, "--index", index, "--count", 0),
     ):
         status, out, err = run(capsys, *arguments)
         assert status == 2, arguments

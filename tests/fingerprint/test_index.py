@@ -38,6 +38,53 @@ def test_added_again_is_skipped_and_changed_content_replaced(copy):
     assert verify(copy) == []
 
 
+def test_of_two_media_of_one_name_the_last_stays(copy):
+    index = FingerprintIndex.open(copy)
+    index.add([("new", clip(50)), ("new", clip(51))])
+    assert [source.name for source in index.sources()].count("new") == 1
+    assert index.query(excerpt(clip(51), 1, 4)).best.source == "new"
+    assert index.query(excerpt(clip(50), 1, 4)).best is None
+
+
+def test_scores_are_fitted_anew_when_most_is_removed(copy):
+    index = FingerprintIndex.open(copy)
+    assert index._manifest["calibration"]["segments"] == index.num_segments
+    index.remove([f"clip {n}" for n in range(12)])
+    assert index._manifest["calibration"]["segments"] == index.num_segments
+
+
+def test_what_others_put_beside_the_parts_stays(copy):
+    (copy / "part-of-my-films").mkdir()
+    (copy / "part-999999").mkdir()
+    FingerprintIndex.open(copy).remove(["clip 0"])
+    assert (copy / "part-of-my-films").exists()
+    assert not (copy / "part-999999").exists()
+
+
+def test_a_manifest_that_lacks_something_is_damaged(copy):
+    (copy / "manifest.json").write_text('{"format_version": 1}')
+    with pytest.raises(FingerprintError, match=r"manifest.json is damaged, it lacks \['settings'"):
+        FingerprintIndex.open(copy)
+
+
+def test_faiss_that_is_missing_is_not_damage(copy, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(FingerprintError, match="FAISS is not installed"):
+        FingerprintIndex.open(copy)
+
+
+def test_a_file_that_a_writer_deletes_meanwhile_is_missing_not_damaged(copy, monkeypatch):
+    read = ann.read
+
+    def deleted(path):
+        path.unlink()
+        return read(path)
+
+    monkeypatch.setattr(ann, "read", deleted)
+    with pytest.raises(FingerprintError, match=r"\.faiss is missing: index the media again"):
+        FingerprintIndex.open(copy)
+
+
 def test_removed_is_not_found_and_the_rest_is(copy):
     index = FingerprintIndex.open(copy)
     with pytest.raises(FingerprintError, match="clip 99 is not in"):

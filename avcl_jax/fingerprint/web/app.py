@@ -138,6 +138,10 @@ class Site:
             loop.call_soon_threadsafe(lines.put_nowait, {"stage": stage})
 
         begin = time.monotonic()
+        last: dict[str, Any] = {
+            "error": f"the server failed at {name}: its log says how, and it goes on",
+            "status": 500,
+        }
         try:
             async with stack:
                 answer = await self._desk.ask(path, name, report)
@@ -150,11 +154,12 @@ class Site:
                     types[source] = refusal
             described = describe_answer(answer, name, clip, types)
             described["elapsed_seconds"] = round(time.monotonic() - begin, 3)
-            lines.put_nowait({"answer": described})
+            last = {"answer": described}
         except Refusal as refusal:
-            lines.put_nowait({"error": refusal.message, "status": refusal.status})
+            last = {"error": refusal.message, "status": refusal.status}
         finally:
             # Also after an error of ours, which the log of the server then has.
+            lines.put_nowait(last)
             lines.put_nowait(None)
 
     async def _sound(self, request: Request) -> Response:

@@ -22,6 +22,7 @@ from avcl_jax.fingerprint.error import FingerprintError
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.part import SourceRow
 from avcl_jax.fingerprint.web.refusal import Refusal
+from avcl_jax.training.checkpoint import CheckpointError
 
 Report = Callable[[str], None]
 _CANDIDATES = 6
@@ -157,7 +158,7 @@ class Desk:
             raise Refusal(409, self.empty_message)
         try:
             segmenter = index.segmenter
-        except (FingerprintError, ExportError) as error:
+        except (FingerprintError, ExportError, CheckpointError) as error:
             raise Refusal(500, str(error)) from error
         report("decoding")
         try:

@@ -70,8 +70,15 @@ def convert(path: Path, out: Path, *, start_seconds: float, end_seconds: float) 
         end_seconds: the same; at most `MAX_SECONDS` are converted.
 
     Raises:
-        MediaError: if nothing there can be decoded.
+        MediaError: if nothing there can be decoded, or it cannot be encoded or written.
     """
+    try:
+        _convert(path, out, start_seconds, end_seconds)
+    except (av.error.FFmpegError, OSError) as error:  # sizes that H.264 does not know; a full disk
+        raise MediaError("unreadable", f"no preview can be made: {error.strerror}") from error
+
+
+def _convert(path: Path, out: Path, start_seconds: float, end_seconds: float) -> None:
     interval = {
         "start_seconds": start_seconds,
         "end_seconds": min(end_seconds, start_seconds + MAX_SECONDS),
