@@ -27,7 +27,9 @@ def get_config(preset: str = "foley") -> ml_collections.ConfigDict:
 def foley() -> ml_collections.ConfigDict:
     """The demo's clips: all of its test split as references, train clips as distractors.
 
-    Hardware: 2 CPU cores; 15 minutes are an estimate, the whole was not run yet.
+    Hardware: one CPU core, half an hour beside other load. The distractors are clips that the
+    demo's encoder was trained on, and the index's settings were compared on clips of the same
+    test split (docs/fingerprint.md): another seed of the demo's media would be stricter.
     """
     c = ml_collections.ConfigDict()
     c.task = "fingerprint"
@@ -72,7 +74,7 @@ def foley() -> ml_collections.ConfigDict:
 def real() -> ml_collections.ConfigDict:
     """Segments of real videos among real sounds and the demo's clips; a hit is the very segment.
 
-    Hardware: 2 CPU cores; 15 minutes are an estimate, the whole was not run yet.
+    Hardware: one CPU core, 8 minutes.
     """
     c = foley()
     c.name = "fingerprint_real"
