@@ -164,7 +164,7 @@ def long_row(workdir: Path, records: Path, *, steps: int, fold: str) -> Row:
         records,
         encoder=str(directory),
         seed=0,
-        options=("--config.evaluation.allow_heard=True",),
+        options=("--config.data.allow_trained_on=True",),
     )
     place = FOLDS.index(fold)
     accuracy = found["details"]["by_fold"]["encoder"]["fold_accuracy"][place]

@@ -45,6 +45,7 @@ def demo() -> ml_collections.ConfigDict:
     # One entry a split of the benchmark: LABEL=VALUE, LABEL=VALUE|VALUE, LABEL!=VALUE; "" is all.
     c.data.train_select = ("",)
     c.data.test_select = ("",)
+    c.data.allow_trained_on = False  # test on records that the encoder met in pretraining
     c.data.leave_out = False  # True leaves out records without the class or the modality
     c.data.workers = 0  # processes; 0 renders in threads, which suits few cores
     c.data.threads = 2

@@ -24,6 +24,7 @@ def base(task: str, name: str) -> ml_collections.ConfigDict:
     c.data.make_demo = False  # make and prepare the foley media if `directory` does not exist
     c.data.directory = ""
     c.data.threads = 2  # records rendered at a time
+    c.data.allow_trained_on = False  # test on records that the encoder met in pretraining
     c.data.leave_out = False  # go on without records that lack class or modality, and say how many
 
     c.bootstrap = ml_collections.ConfigDict()

@@ -106,8 +106,13 @@ def run_folds(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[st
     fingerprint = run_fingerprint(config, PROTOCOL, encoder=source, data=data)
     if (done := finished(workdir, PROTOCOL, fingerprint)) is not None:
         return done
-    if not config.evaluation.allow_heard:
-        check_unheard(encoders, records, records.labels[config.data.fold_label], names)
+    check_unheard(
+        encoders,
+        records,
+        records.labels[config.data.fold_label],
+        names,
+        allow=config.data.allow_trained_on,
+    )
     networks = {"": encoders}
     if config.baselines.random:
         drawn = random_like(source, config.seed)

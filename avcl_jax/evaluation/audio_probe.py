@@ -34,6 +34,7 @@ from avcl_jax.evaluation.protocol_records import (
 from avcl_jax.evaluation.record_clips import RecordClips
 from avcl_jax.evaluation.record_features import record_features
 from avcl_jax.evaluation.significance import STATISTICS
+from avcl_jax.evaluation.trained_on import check_not_trained_on
 from avcl_jax.evaluation.written import Stages
 
 _SHARED = (
@@ -112,6 +113,13 @@ def _run(
     fingerprint = run_fingerprint(config, protocol, encoder=source, data=data)
     if (done := finished(workdir, protocol, fingerprint)) is not None:
         return done
+    check_not_trained_on(
+        source,
+        test.clips.records,
+        test.clips.indices,
+        allow=config.data.allow_trained_on,
+        what="test records",
+    )
     networks = {"": source}
     if config.baselines.random:
         networks["random"] = random_like(source, config.seed)

@@ -35,6 +35,7 @@ from avcl_jax.evaluation.protocol import (
     write_results,
 )
 from avcl_jax.evaluation.retrieval import RetrievalScores, retrieval_scores
+from avcl_jax.evaluation.trained_on import check_not_trained_on
 from avcl_jax.evaluation.written import Stages
 
 PROTOCOL = Protocol(
@@ -159,6 +160,13 @@ def audio_video_retrieval(
     fingerprint = run_fingerprint(config, PROTOCOL, encoder=run.source, data=data)
     if (done := finished(workdir, PROTOCOL, fingerprint)) is not None:
         return done
+    check_not_trained_on(
+        run.source,
+        run.records.records,
+        run.records.indices,
+        allow=config.data.allow_trained_on,
+        what="records",
+    )
     speeds = [trained.index(speed) for speed in section.speeds]
     compute = feature_function(
         experiment.audio_visual_model(run.config),

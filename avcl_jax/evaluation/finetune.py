@@ -27,6 +27,7 @@ from avcl_jax.encoder_source import EncoderSource, open_encoders, random_like
 from avcl_jax.evaluation.finetune_split import run_split
 from avcl_jax.evaluation.protocol import finished, run_fingerprint, write_results
 from avcl_jax.evaluation.recognition import measured, protocol_of
+from avcl_jax.evaluation.trained_on import check_not_trained_on
 from avcl_jax.evaluation.written import Stages
 from avcl_jax.export import Encoder
 
@@ -63,6 +64,14 @@ def finetune(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
     fingerprint = run_fingerprint(config, protocol, encoder=source, data=data)
     if (results := finished(workdir, protocol, fingerprint)) is not None:
         return results
+    for _, test in splits:
+        check_not_trained_on(
+            source,
+            test.records,
+            test.indices,
+            allow=config.data.allow_trained_on,
+            what="test records",
+        )
     stages = Stages()
     tested = []
     for number, (train, test) in enumerate(splits, 1):

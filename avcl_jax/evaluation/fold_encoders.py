@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.selection import Selection
 from avcl_jax.encoder_source import EncoderSource, open_encoders
 from avcl_jax.evaluation.fold_classification import FoldResult
-from avcl_jax.evaluation.protocol import ProtocolError
+from avcl_jax.evaluation.trained_on import check_not_trained_on
 
 # Stands in `config.encoder` for the name of the test fold.
 PLACE = "{fold}"
@@ -65,34 +64,33 @@ def open_fold_encoders(path: str, folds: Sequence[str]) -> FoldEncoders:
 
 
 def check_unheard(
-    encoders: FoldEncoders, records: RecordDataset, folds: np.ndarray, names: Sequence[str]
+    encoders: FoldEncoders,
+    records: RecordDataset,
+    folds: np.ndarray,
+    names: Sequence[str],
+    *,
+    allow: bool,
 ) -> None:
     """Refuses an encoder that was pretrained on recordings of the fold that it is tested on.
 
-    Only what the run says of its own data can be checked: a run on other data, or one that does not
-    say, passes.
-
     Args:
-        encoders: of each fold.
+        encoders: of each fold; `{fold}` in their path gives each test fold its own.
         records: that are classified.
         folds: int [records], class of the label that holds the fold.
         names: of these classes.
+        allow: say it, and go on.
 
     Raises:
         ProtocolError: naming the fold and how many of its recordings were heard.
     """
     for fold, source in encoders.by_fold.items():
-        trained_on = source.trained_on or ""
-        if not trained_on.startswith(records.fingerprint):
-            continue
-        heard = Selection.parse(trained_on.removeprefix(records.fingerprint)).positions(records)
-        both = int((folds[heard] == list(names).index(fold)).sum())
-        if both:
-            raise ProtocolError(
-                f"{source.path} was pretrained on {both} recordings of fold {fold}, on which it "
-                f"would be tested: pretrain one run for each fold (data.select='fold!={fold}') and "
-                f"put {PLACE} into --config.encoder, or set evaluation.allow_heard=True"
-            )
+        check_not_trained_on(
+            source,
+            records,
+            np.flatnonzero(folds == list(names).index(fold)),
+            allow=allow,
+            what=f"recordings of fold {fold}",
+        )
 
 
 def by_test_fold(

@@ -32,6 +32,7 @@ from avcl_jax.evaluation.protocol import (
     write_results,
 )
 from avcl_jax.evaluation.temporal import TaskScore, score_task
+from avcl_jax.evaluation.trained_on import check_not_trained_on
 from avcl_jax.evaluation.written import Stages
 from avcl_jax.objectives.temporal import TERMS, temporal_targets
 
@@ -133,6 +134,13 @@ def temporal_tasks(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
     fingerprint = run_fingerprint(config, PROTOCOL, encoder=run.source, data=data)
     if (done := finished(workdir, PROTOCOL, fingerprint)) is not None:
         return done
+    check_not_trained_on(
+        run.source,
+        run.records.records,
+        run.records.indices,
+        allow=config.data.allow_trained_on,
+        what="records",
+    )
     compute = logit_function(
         experiment.audio_visual_model(run.config),
         run.variables,

@@ -32,6 +32,7 @@ from avcl_jax.evaluation.protocol_records import (
 from avcl_jax.evaluation.record_clips import RecordClips
 from avcl_jax.evaluation.record_features import record_features
 from avcl_jax.evaluation.retrieval import RetrievalScores, nearest, retrieval_scores
+from avcl_jax.evaluation.trained_on import check_not_trained_on
 from avcl_jax.evaluation.written import Stages
 
 PROTOCOL = Protocol(
@@ -91,6 +92,13 @@ def video_retrieval(config: ml_collections.ConfigDict, workdir: epath.PathLike) 
     fingerprint = run_fingerprint(config, PROTOCOL, encoder=source, data=data)
     if (done := finished(workdir, PROTOCOL, fingerprint)) is not None:
         return done
+    check_not_trained_on(
+        source,
+        sides["query"].records,
+        sides["query"].indices,
+        allow=config.data.allow_trained_on,
+        what="queries",
+    )
     networks = {"": source}
     if config.baselines.random:
         networks["random"] = random_like(source, config.seed)
