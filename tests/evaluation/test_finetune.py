@@ -19,7 +19,7 @@ from avcl_jax.encoder_source import open_encoders
 from avcl_jax.evaluation import finetune_split
 from avcl_jax.evaluation.classifier import FreezeError
 from avcl_jax.evaluation.finetune import clip_spec, finetune, folds
-from avcl_jax.evaluation.protocol import read_outcomes
+from avcl_jax.evaluation.protocol import ProtocolError, read_outcomes
 from avcl_jax.export import ExportError
 from avcl_jax.training.checkpoint import CheckpointError, load_variables
 from avcl_jax.training.run_steps import NonFiniteError
@@ -266,8 +266,12 @@ def test_mistakes_about_sound(records, encoders, tmp_path, overrides, error, mes
 
 
 def test_a_directory_of_another_training_is_refused(tuned, records, encoders, tmp_path):
-    workdir, _, _ = tuned
     config = toy_config(records, encoders, **{"label_smoothing": 0.3})
+    with pytest.raises(ProtocolError, match="results of this protocol with another encoder"):
+        finetune(config, tuned[0])
+    # The same before there are results.
+    workdir = shutil.copytree(tuned[0], tmp_path / "unfinished")
+    (workdir / "results.json").unlink()
     with pytest.raises(CheckpointError, match=r"label_smoothing: 0\.1 -> 0\.3"):
         finetune(config, workdir)
     other = toy_config(records, write_encoders(tmp_path / "other", seed=1))
