@@ -80,7 +80,7 @@ def open_encoders(path: epath.PathLike) -> EncoderSource:
             f"there is no directory {directory}: give the workdir of a run, or an exported encoder"
         )
     if (directory / "checkpoints").exists():
-        return _of_run(directory)
+        return source_of_run(directory, *load_run(directory))
     if (directory / "config.json").exists():
         encoder = load_encoder(directory)
         return _source(directory, {encoder.modality: encoder})
@@ -154,8 +154,14 @@ def load_run(
     return config, variables, step
 
 
-def _of_run(directory: epath.Path) -> EncoderSource:
-    config, variables, step = load_run(directory)
+def source_of_run(
+    directory: epath.PathLike,
+    config: ml_collections.ConfigDict,
+    variables: Mapping[str, Any],
+    step: int,
+) -> EncoderSource:
+    """Returns the encoders of a run that `load_run` has loaded."""
+    directory = epath.Path(directory)
     model = experiment.audio_visual_model(config)
     encoders = {}
     for modality, preprocessing in experiment.preprocessings(config).items():

@@ -20,7 +20,7 @@ from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.selection import Selection
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import FORWARD
-from avcl_jax.encoder_source import EncoderSource, load_run, open_encoders
+from avcl_jax.encoder_source import EncoderSource, load_run, source_of_run
 from avcl_jax.evaluation.embed import check_pairs, encode_all, feature_function
 from avcl_jax.evaluation.fixed_views import fixed_views
 from avcl_jax.evaluation.parts import in_parts, key_of
@@ -115,11 +115,11 @@ def load_for(config: ml_collections.ConfigDict) -> LoadedRun:
         SelectionError: if the selection does not fit the data set.
         ValueError: if no view fits any record.
     """
-    run, variables, _ = load_run(config.encoder)
+    run, variables, step = load_run(config.encoder)
     spec = dataclasses.replace(experiment.render_spec(run), spectrogram_on_device=False)
     dataset = RecordDataset(config.data.directory, config.data.split)
     return LoadedRun(
-        open_encoders(config.encoder),
+        source_of_run(config.encoder, run, variables, step),
         run,
         variables,
         spec,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 from pathlib import Path
 
 import jax
@@ -24,7 +23,7 @@ from avcl_jax.export import ExportError
 from avcl_jax.training.checkpoint import CheckpointError, load_variables
 from avcl_jax.training.run_steps import NonFiniteError
 from tests.evaluation.labelled import COUNT, NAMES, toy_config, write_encoders, write_labelled
-from tests.training.small import compilation_cache, run, start
+from tests.training.small import compilation_cache, run, run_processes
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -377,17 +376,7 @@ def test_eight_devices_and_a_worker_train_as_one_device_does(
 @pytest.mark.slow
 def test_two_processes_train_and_test_as_one_does(records, encoders, one_device, tmp_path):
     workdir = tmp_path / "two"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = [
-        *command_line(records, encoders, workdir),
-        f"--coordinator=127.0.0.1:{port}",
-        "--num_processes=2",
-    ]
-    processes = [start([*common, f"--process_id={n}"], devices=4) for n in range(2)]
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    run_processes(command_line(records, encoders, workdir), devices=4)
     assert_agree(one_device, workdir)
 
 

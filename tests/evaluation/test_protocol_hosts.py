@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import socket
 
 import pytest
 
-from tests.training.small import run, start
+from tests.training.small import run, run_processes
 
 
 def _arguments(small_records, small_run, workdir):
@@ -29,17 +28,7 @@ def _arguments(small_records, small_run, workdir):
 @pytest.mark.slow
 def test_hosts_share_the_records_and_find_what_one_finds(small_records, small_run, tmp_path):
     run(_arguments(small_records, small_run, tmp_path / "one"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = [
-        *_arguments(small_records, small_run, tmp_path / "two"),
-        f"--coordinator=127.0.0.1:{port}",
-        "--num_processes=2",
-    ]
-    processes = [start([*common, f"--process_id={n}"], devices=2) for n in range(2)]
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    outputs = run_processes(_arguments(small_records, small_run, tmp_path / "two"), devices=2)
     assert "R@1" in outputs[0]
     assert "R@1" not in outputs[1]  # one process ranks and writes
     one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))

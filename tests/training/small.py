@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -101,3 +102,15 @@ def run(arguments: list[str], *, devices: int = 1, code: int = 0) -> str:
     output, _ = process.communicate(timeout=600)
     assert process.returncode == code, output
     return output
+
+
+def run_processes(arguments: list[str], *, devices: int) -> list[str]:
+    """Runs main in two processes of so many devices that find each other; returns their outputs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = [*arguments, f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
+    processes = [start([*common, f"--process_id={n}"], devices=devices) for n in range(2)]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return outputs

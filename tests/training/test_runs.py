@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import socket
 from pathlib import Path
 
 import jax
@@ -16,7 +15,7 @@ import pytest
 from avcl_jax.data.records import RecordError
 from avcl_jax.training.loop import pretrain
 from tests.data.synthetic_records import make_record, write_records
-from tests.training.small import arguments, run, small_config, start
+from tests.training.small import arguments, run, run_processes, small_config, start
 
 
 @pytest.fixture(scope="module")
@@ -142,17 +141,7 @@ def test_eight_devices_agree_with_one_after_three_steps(records, one_device, tmp
 
 def test_two_processes_of_four_devices_agree_with_one(records, one_device, tmp_path):
     workdir = tmp_path / "two"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = [
-        *arguments(records, workdir, **_COMPARED),
-        f"--coordinator=127.0.0.1:{port}",
-        "--num_processes=2",
-    ]
-    processes = [start([*common, f"--process_id={n}"], devices=4) for n in range(2)]
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    outputs = run_processes(arguments(records, workdir, **_COMPARED), devices=4)
     assert "2 process(es)" in outputs[0]
     assert_agree(one_device, workdir, 3)
 
