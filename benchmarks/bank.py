@@ -23,14 +23,12 @@ from benchmarks.measure import (
     REPEATS,
     Target,
     interleave,
-    measure_row,
+    measure_rows,
     median_ratio,
     need,
     peak_growth_bytes,
-    print_table,
     run_child,
     spread,
-    write_json,
 )
 from benchmarks.train_step import ALLOCATOR
 
@@ -241,13 +239,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=REPEATS, help="of every measurement")
     args = parser.parse_args(arguments)
     os.environ["GLIBC_TUNABLES"] = ALLOCATOR
-    rows = []
-    for name in args.rows:
-        unit, target, measure = _ROWS[name]
-        rows.append(measure_row(name, unit, target, functools.partial(measure, args.repeats)))
-        # After each row: a long run that is stopped keeps what it has.
-        write_json(args.json, rows)
-    print_table(rows)
+    measure_rows(_ROWS, args.rows, args.repeats, args.json)
     return 0
 
 

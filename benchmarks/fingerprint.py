@@ -24,13 +24,11 @@ from benchmarks.measure import (
     SkipError,
     Target,
     interleave,
-    measure_row,
+    measure_rows,
     median_ratio,
     need,
-    print_table,
     run_child,
     spread,
-    write_json,
 )
 
 _BASELINES = ("image_hash", "chromaprint")
@@ -302,13 +300,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--small", action="store_true", help="a smoke test, whose figures are none")
     args = parser.parse_args(arguments)
     benchmark = _Benchmark(args)
-    rows = []
-    for name in args.rows:
-        unit, target, measure = _ROWS[name]
-        rows.append(measure_row(name, unit, target, functools.partial(measure, benchmark)))
-        # After each row: a long run that is stopped keeps what it has.
-        write_json(args.json, rows)
-    print_table(rows)
+    measure_rows(_ROWS, args.rows, benchmark, args.json)
     return 0
 
 

@@ -8,7 +8,6 @@ processes. A row that cannot be measured here is listed as skipped, with the rea
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import statistics
 import sys
@@ -21,13 +20,11 @@ from benchmarks.measure import (
     SkipError,
     Target,
     interleave,
-    measure_row,
+    measure_rows,
     median_ratio,
     need,
-    print_table,
     run_child,
     spread,
-    write_json,
 )
 
 _MILLION = 1_000_000
@@ -299,13 +296,7 @@ def main(arguments: list[str]) -> int:
     if args.repeats < 5:
         print("note: fewer than 5 repeats: good for trying, not for publishing", file=sys.stderr)
     setup = Setup(args.data.resolve(), args.demo, args.setting, args.batches, args.repeats)
-    rows = []
-    for name in args.rows:
-        unit, target, measure = _ROWS[name]
-        rows.append(measure_row(name, unit, target, functools.partial(measure, setup)))
-        # After each row: a long run that is stopped keeps what it has.
-        write_json(args.json, rows)
-    print_table(rows)
+    measure_rows(_ROWS, args.rows, setup, args.json)
     return 0
 
 

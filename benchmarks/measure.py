@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -23,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 REPEATS = 5
 _ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +32,9 @@ _LIBRARIES = (
     *("numpy", "jax", "grain", "simplejpeg", "av", "opencv-python-headless", "librosa"),
     *("torch", "tensorflow", "libtpu"),
 )
+
+
+_Subject = TypeVar("_Subject")
 
 
 class SkipError(Exception):
@@ -276,6 +280,31 @@ def measure_row(
     except SkipError as reason:
         return Row(name, None, unit, target, {"skipped": str(reason)})
     return Row(name, value, unit, target, detail)
+
+
+def measure_rows(
+    table: Mapping[
+        str, tuple[str, Target | None, Callable[[_Subject], tuple[float, Mapping[str, Any]]]]
+    ],
+    names: Sequence[str],
+    subject: _Subject,
+    path: Path,
+) -> None:
+    """Measures rows one after another, writes what there is after each, and prints the table.
+
+    Args:
+        table: of each row its unit, its target and what measures it on `subject`.
+        names: of the rows to measure.
+        subject: what all of them are given.
+        path: where the rows are written.
+    """
+    rows = []
+    for name in names:
+        unit, target, measure = table[name]
+        rows.append(measure_row(name, unit, target, functools.partial(measure, subject)))
+        # After each row: a long run that is stopped keeps what it has.
+        write_json(path, rows)
+    print_table(rows)
 
 
 def write_json(path: Path, rows: Sequence[Row]) -> None:

@@ -23,13 +23,11 @@ from benchmarks.measure import (
     Target,
     gpu_name,
     interleave,
-    measure_row,
+    measure_rows,
     median_ratio,
     need,
-    print_table,
     run_child,
     spread,
-    write_json,
 )
 
 # For both sides alike: glibc keeps freed memory and takes it in pages of 2 MB. By default it maps a
@@ -219,13 +217,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=5, help="of every measurement")
     args = parser.parse_args(arguments)
     os.environ["GLIBC_TUNABLES"] = ALLOCATOR
-    rows = []
-    for name in args.rows:
-        target, measure = _ROWS[name]
-        rows.append(measure_row(name, "ratio", target, functools.partial(measure, args)))
-        # After each row: a long run that is stopped keeps what it has.
-        write_json(args.json, rows)
-    print_table(rows)
+    measure_rows({name: ("ratio", *row) for name, row in _ROWS.items()}, args.rows, args, args.json)
     return 0
 
 
