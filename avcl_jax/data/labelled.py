@@ -22,7 +22,6 @@ from avcl_jax.data.record_format import UNKNOWN_LABEL, Record
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.rendering import render_video
 from avcl_jax.data.selection import Selection
-from avcl_jax.data.shared_memory import SharedArray
 from avcl_jax.data.spectrogram import LogMelSpec, gather_windows
 from avcl_jax.data.tfrecord import RecordError
 from avcl_jax.data.views import FORWARD, Clip, ViewSpec
@@ -263,11 +262,7 @@ class RenderRandomClips:
             RecordError: if one cannot be read, with its name and shard.
         """
         shape = (len(draws), *self.spec.shape)
-        sent: SharedArray | np.ndarray
-        if self.shared:
-            sent, clips = shared_memory.empty(shape, self.spec.dtype)
-        else:
-            sent = clips = np.empty(shape, self.spec.dtype)
+        sent, clips = shared_memory.empty_batch(shape, self.spec.dtype, shared=self.shared)
         for draw, out in zip(draws, clips, strict=True):
             first, last = self.source.starts(draw.position)
             start = float(draw.rng.uniform(first, last))

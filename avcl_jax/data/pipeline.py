@@ -20,7 +20,6 @@ from avcl_jax.data import shared_memory
 from avcl_jax.data.crop import center_crop, random_crop
 from avcl_jax.data.record_format import UNKNOWN_LABEL, Record
 from avcl_jax.data.rendering import RenderSpec, describe, render_views
-from avcl_jax.data.shared_memory import SharedArray
 from avcl_jax.data.tfrecord import RecordError
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import FORWARD, Clip, draw_views
@@ -106,11 +105,7 @@ class RenderBatch:
             RecordError: if one cannot be read, with its name and shard.
         """
         shape = (len(draws), 2, *self.spec.video_shape)
-        sent: SharedArray | np.ndarray
-        if self.shared:
-            sent, video = shared_memory.empty(shape, "uint8")
-        else:
-            sent = video = np.empty(shape, np.uint8)
+        sent, video = shared_memory.empty_batch(shape, np.uint8, shared=self.shared)
         rows = [self._row(draw, pixels) for draw, pixels in zip(draws, video, strict=True)]
         names = [name for name in rows[0] if name != "video"]
         return {"video": sent} | {name: np.stack([row[name] for row in rows]) for name in names}

@@ -104,6 +104,16 @@ def empty(shape: tuple[int, ...], dtype: str) -> tuple[SharedArray, np.ndarray]:
     return _OF_THIS_PROCESS[0].empty(shape, dtype)
 
 
+def empty_batch(
+    shape: tuple[int, ...], dtype: Any, *, shared: bool
+) -> tuple[SharedArray | np.ndarray, np.ndarray]:
+    """Returns what is sent, and the array to fill: one of shared memory, or twice the same."""
+    if shared:
+        return empty(shape, np.dtype(dtype).name)
+    array = np.empty(shape, dtype)
+    return array, array
+
+
 class Receive:
     """Makes arrays of what workers send; they are the workers' memory, not copies of it."""
 
