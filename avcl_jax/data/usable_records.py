@@ -110,6 +110,16 @@ class UsableRecords(grain.sources.RandomAccessDataSource):
         """Selected records on which no view fits."""
         return self.num_selected - len(self.indices)
 
+    @property
+    def record_ids(self) -> list[str]:
+        """Names of the usable records."""
+        return [self.records.record_ids[int(index)] for index in self.indices]
+
+    @property
+    def sources(self) -> list[str]:
+        """A name of the source of each usable record."""
+        return [str(number) for number in self.records.source_numbers[self.indices].tolist()]
+
     def __len__(self) -> int:
         """Number of usable records."""
         return len(self.indices)
