@@ -155,7 +155,7 @@ def _temporal_section(results: Mapping[str, Any]) -> str:
                     f"known, a network reaches {percent(null, 1)} (chance "
                     f"{percent(scores['chance'])}). The rendering leaks the label.</p>"
                 )
-        label = TASK_TITLES[task].replace(", ", ",\n")
+        label = TASK_TITLES[task].replace(", ", ",\n").replace(" and", "\nand")
         groups[label] = bars
         chances[label] = scores["chance"]
     skipped = results.get("null_control", {}).get("skipped")
