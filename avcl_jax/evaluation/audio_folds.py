@@ -11,11 +11,9 @@ import numpy as np
 from etils import epath
 
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.encoder_source import random_like
 from avcl_jax.evaluation.classical_audio import classical_record_features
 from avcl_jax.evaluation.fold_classification import FoldResult, classify_folds
 from avcl_jax.evaluation.fold_encoders import (
-    FoldEncoders,
     by_test_fold,
     check_unheard,
     open_fold_encoders,
@@ -113,8 +111,7 @@ def run_folds(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[st
     )
     networks = {"": encoders}
     if config.baselines.random:
-        drawn = random_like(source, config.seed)
-        networks["random"] = FoldEncoders(dict.fromkeys(names, drawn), drawn)
+        networks["random"] = encoders.random_like(config.seed)
     features: dict[str, dict[str, np.ndarray]] = {}
     for name, network in networks.items():
         with stages(f"features {name or 'of the encoder'}"):

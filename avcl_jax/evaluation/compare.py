@@ -53,7 +53,11 @@ def read_run(workdir: epath.PathLike) -> tuple[dict[str, Any], Outcomes]:
 
 
 def compare_runs(
-    runs: Sequence[tuple[Mapping[str, Any], Outcomes]], *, resamples: int, seed: int
+    runs: Sequence[tuple[Mapping[str, Any], Outcomes]],
+    *,
+    resamples: int,
+    seed: int,
+    other_data: bool,
 ) -> dict[str, list[Comparison]]:
     """Compares every run with the first.
 
@@ -61,13 +65,15 @@ def compare_runs(
         runs: as `read_run` gives them, at least two.
         resamples: of the bootstrap, and exchanges of the test.
         seed: of both.
+        other_data: compare although fingerprints of data differ; units must be the same still.
 
     Returns:
         For each metric that all runs have, the comparisons of the runs after the first, with
         p-values corrected for their number.
 
     Raises:
-        ProtocolError: if they are not of one protocol and version, or not over the same units.
+        ProtocolError: if they are not of one protocol and version, or not over the same units or
+            data.
     """
     results, outcomes = zip(*runs, strict=True)
     for other, found in zip(results[1:], outcomes[1:], strict=True):
@@ -78,6 +84,13 @@ def compare_runs(
                     f"and {other['protocol']} version {other['protocol_version']} have no figure "
                     "in common"
                 )
+        if not other_data and (roles := _differing_data(results[0], other)):
+            role = roles[0]
+            one, two = (run["data"].get(role, "none") for run in (results[0], other))
+            raise ProtocolError(
+                f"runs are over other data, {role} is {one} in one and {two} in another: compare "
+                "runs on the same, or set --other-data if that is what you want to compare"
+            )
         different = set(found.units) ^ set(outcomes[0].units)
         if different:
             raise ProtocolError(
@@ -123,6 +136,15 @@ def _chosen(figure: Mapping[str, Any], outcomes: Outcomes) -> bytes:
     return b"" if chosen is None else np.asarray(outcomes.values[chosen], bool).tobytes()
 
 
+def _differing_data(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
+    """Returns the roles in which two results name other data."""
+    return sorted(
+        role
+        for role in one["data"].keys() | two["data"].keys()
+        if one["data"].get(role) != two["data"].get(role)
+    )
+
+
 def as_table(
     names: Sequence[str],
     results: Sequence[Mapping[str, Any]],
@@ -164,15 +186,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="workdir with results.json")
     parser.add_argument("--resamples", type=int, default=2000, help="of bootstrap and test")
     parser.add_argument("--seed", type=int, default=0, help="of bootstrap and test")
+    parser.add_argument(
+        "--other-data", action="store_true", help="compare although runs are over other data"
+    )
     parsed = parser.parse_args(arguments)
     try:
         if len(parsed.runs) < 2:
             raise ProtocolError(f"one run ({parsed.runs[0]}) has nothing to be compared with")
         runs = [read_run(run) for run in parsed.runs]
-        compared = compare_runs(runs, resamples=parsed.resamples, seed=parsed.seed)
+        compared = compare_runs(
+            runs, resamples=parsed.resamples, seed=parsed.seed, other_data=parsed.other_data
+        )
     except ProtocolError as error:
         print(f"compare: error: {error}", file=sys.stderr)
         return 1
+    for name, (results, _) in zip(parsed.runs, runs, strict=True):
+        if roles := _differing_data(runs[0][0], results):
+            print(f"{name} is over other data than {parsed.runs[0]}: {', '.join(roles)}")
     print(
         f"{runs[0][0]['protocol']} version {runs[0][0]['protocol_version']}, "
         f"{runs[0][0]['units']} units of {runs[0][0]['sources']} sources\n"

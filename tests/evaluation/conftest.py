@@ -63,6 +63,20 @@ def _records(split: str) -> Iterator[Record]:
     return (small_record(split, index) for index in range(SPLITS[split]))
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Programs that several tests of a module compile are kept until its end."""
+    old = (
+        jax.config.jax_compilation_cache_dir,
+        jax.config.jax_persistent_cache_min_compile_time_secs,
+    )
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield
+    jax.config.update("jax_compilation_cache_dir", old[0])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", old[1])
+
+
 @pytest.fixture(scope="session")
 def small_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a prepared data set with splits train, test, null_train and null_test."""

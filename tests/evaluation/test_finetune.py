@@ -25,19 +25,7 @@ from avcl_jax.training.run_steps import NonFiniteError
 from tests.evaluation.labelled import COUNT, NAMES, toy_config, write_encoders, write_labelled
 from tests.training.small import compilation_cache, run, run_processes
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """Most trainings here compile one and the same step."""
-    old = (
-        jax.config.jax_compilation_cache_dir,
-        jax.config.jax_persistent_cache_min_compile_time_secs,
-    )
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", old[0])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", old[1])
+pytestmark = pytest.mark.usefixtures("compiled")  # most trainings compile one and the same step
 
 
 @pytest.fixture(scope="module")

@@ -205,7 +205,7 @@ def test_runs_are_compared_unit_by_unit_whatever_their_order(
     difference = 100 * (better.mean() - worse.mean())
     assert f"{difference:+.1f}" in table
     runs = [compare.read_run(path) for path in paths]
-    pairs = compare.compare_runs(runs, resamples=300, seed=0)["accuracy"]
+    pairs = compare.compare_runs(runs, resamples=300, seed=0, other_data=False)["accuracy"]
     assert pairs[0].p_value == pytest.approx(2 / 301)  # the smallest possible, times two runs
     assert pairs[0].difference.low > 0
     assert pairs[1].difference == (0, 0, 0)
@@ -234,3 +234,27 @@ def test_runs_that_cannot_be_compared_say_why(
     (tmp_path / "c" / "outcomes.npz").write_bytes((tmp_path / "a" / "outcomes.npz").read_bytes())
     assert compare.main([str(tmp_path / "a"), str(tmp_path / "c")]) == 1
     assert "toy version 1 and toy version 2 have no figure in common" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "other", [{"all": "toy-all-4-bb"}, {"all": "toy-all-4-aa", "gallery": "x"}]
+)
+def test_runs_over_other_data_are_compared_only_when_told_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], other: dict[str, str]
+) -> None:
+    for name, data in (("a", {"all": "toy-all-4-aa"}), ("b", other)):
+        _write(tmp_path / name, np.ones(4))
+        path = tmp_path / name / "results.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"data": data}))
+    runs = [str(tmp_path / name) for name in "ab"]
+    role = "gallery" if len(other) > 1 else "all"
+    assert compare.main(runs) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{role} is {'none' if len(other) > 1 else 'toy-all-4-aa'} in one and " in line
+    assert "--other-data" in line
+    assert compare.main([*runs, "--other-data"]) == 0
+    said = capsys.readouterr().out
+    assert f"{runs[1]} is over other data than {runs[0]}: {role}" in said
+    assert "difference to the first" in said
+    assert compare.main([runs[0], runs[0]]) == 0
+    assert "other data" not in capsys.readouterr().out
