@@ -28,7 +28,7 @@ from avcl_jax.evaluation.protocol import (
     ProtocolError,
     in_unit,
 )
-from avcl_jax.evaluation.protocol_records import feature_spec, known_labels, record_clips
+from avcl_jax.evaluation.protocol_records import feature_spec, record_clips
 from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.record_features import record_features
 from avcl_jax.evaluation.significance import compare
@@ -91,13 +91,15 @@ def run_folds(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[st
     for source in encoders.distinct.values():
         source.require("audio")
     source = encoders.named
-    clips = record_clips(config, source, "audio", split=config.data.split, select="")
-    records = clips.records
-    # Of these, everything is known; all of them are heard.
-    kept = known_labels(
-        clips, [config.data.label, config.data.fold_label], leave_out=config.data.leave_out
+    clips = record_clips(
+        config,
+        source,
+        "audio",
+        split=config.data.split,
+        select="",
+        labels=[config.data.label, config.data.fold_label],
     )
-    indices = clips.indices[kept]
+    records, indices = clips.records, clips.indices
     data = {"all": clips.fingerprint}
     protocol_run = ProtocolRun(PROTOCOL, config, workdir, source, data)
     if (done := protocol_run.finished()) is not None:
@@ -137,9 +139,10 @@ def run_folds(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[st
             )
     if jax.process_index():
         return {}
-    labels = records.labels[config.data.label][indices]
-    folds = records.labels[config.data.fold_label][indices]
-    sources = [str(n) for n in records.source_numbers[indices].tolist()]
+    labels, folds = (
+        clips.classes_of(label) for label in (config.data.label, config.data.fold_label)
+    )
+    sources = clips.sources
     class_names = records.class_names[config.data.label]
 
     def classify(values: np.ndarray, kernel: Any, costs: Any) -> FoldResult:
@@ -158,7 +161,7 @@ def run_folds(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[st
         results = {
             name: by_test_fold(
                 lambda values: classify(values, "linear", settings.costs),
-                {key: values[kept] for key, values in by_encoder.items()},
+                by_encoder,
                 networks[name],
                 folds,
                 names,
@@ -172,13 +175,13 @@ def run_folds(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[st
             results["log_mel_linear"] = classify(classical["log_mel"], "linear", linear)
     measured = _measured(
         results,
-        units=[records.record_ids[int(index)] for index in indices],
+        units=clips.record_ids,
         sources=sources,
         labels=labels,
         folds=folds,
         class_names=class_names,
         fold_names=names,
-        left_out=len(records) - len(indices),
+        left_out=clips.left_out,
         config=config,
     )
     return protocol_run.write(measured, stages)

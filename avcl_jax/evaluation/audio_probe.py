@@ -25,7 +25,6 @@ from avcl_jax.evaluation.protocol import (
 from avcl_jax.evaluation.protocol_records import (
     check_apart,
     feature_spec,
-    known_labels,
     record_clips,
 )
 from avcl_jax.evaluation.protocol_run import ProtocolRun
@@ -77,7 +76,6 @@ class _Side:
     """Training or test records."""
 
     clips: RecordClips
-    kept: np.ndarray
     targets: np.ndarray
 
 
@@ -138,8 +136,8 @@ def _run(
         if jax.process_index():
             continue
         with stages(f"classifier {shown}"):
-            classifier, chosen[name or "encoder"] = _fit(config, found[0][train.kept], train)
-            scores[name] = classifier.scores(found[1][test.kept])
+            classifier, chosen[name or "encoder"] = _fit(config, found[0], train)
+            scores[name] = classifier.scores(found[1])
     if jax.process_index():
         return {}
     measured = _measured(config, protocol, scores, chosen, test)
@@ -156,6 +154,7 @@ def _side(
         "audio",
         split=section[f"{side}_split"],
         select=section[f"{side}_select"],
+        labels=[label] if protocol is SINGLE else (),
     )
     records = clips.records
     if config.features.record_pooling == "clips":
@@ -163,17 +162,14 @@ def _side(
             "features.record_pooling 'clips' is for folds: use 'mean' or 'mean_max'"
         )
     if protocol is SINGLE:
-        kept = known_labels(clips, [label], leave_out=section.leave_out)
-        return _Side(clips, kept, records.labels[label][clips.indices[kept]])
+        return _Side(clips, clips.classes_of(label))
     if label not in records.multilabel:
         raise ProtocolError(
             f"{records!r} has the labels {sorted(records.multilabel)} of which a record may have "
             f"several, not {label!r}: set evaluation.method to 'linear_probe' for one class a "
             "record"
         )
-    return _Side(
-        clips, np.ones(len(clips), bool), records.class_matrix(label, clips.indices.tolist())
-    )
+    return _Side(clips, records.class_matrix(label, clips.indices.tolist()))
 
 
 def _fit(
@@ -182,7 +178,7 @@ def _fit(
     section = config.evaluation
     classes = len(train.clips.records.class_names[config.data.label])
     several = train.targets.ndim == 2
-    sources = np.array(train.clips.sources)[train.kept]
+    sources = np.array(train.clips.sources)
     names = np.unique(sources)
     drawn = np.random.default_rng(config.seed).permutation(len(names))
     held = np.isin(sources, names[drawn[: max(1, round(section.held_out * len(names)))]])
@@ -258,14 +254,12 @@ def _measured(
                 figures[f"{key}{suffix}"] = Metric(
                     kind, inputs, title + what, unit=unit, chance=level, headline=not name
                 )
-    kept = np.flatnonzero(test.kept)
-    ids, sources = test.clips.record_ids, test.clips.sources
     return Measured(
-        Outcomes([ids[n] for n in kept], [sources[n] for n in kept], values),
+        Outcomes(test.clips.record_ids, test.clips.sources, values),
         figures,
         details={
             "chosen": chosen,
-            "left_out": test.clips.left_out + int((~test.kept).sum()),
+            "left_out": test.clips.left_out,
             "classes": len(names),
         },
         sections=[

@@ -48,7 +48,7 @@ def finetune(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
     Raises:
         ExportError: if `config.encoder` holds no encoder of the modality.
         CheckpointError: if a split's directory belongs to another training.
-        LabelledRecordsError: if records lack the class or the modality.
+        LackingError: if records lack the class or the modality.
         NonFiniteError: if the loss stops being a number.
         ProtocolError: if an encoder was pretrained on records that it is tested on, or encoders of
             several splits are not alike.

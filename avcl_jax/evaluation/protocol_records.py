@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ml_collections
-import numpy as np
+from collections.abc import Sequence
 
-from avcl_jax.data.record_format import UNKNOWN_LABEL
+import ml_collections
+
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
 from avcl_jax.encoder_source import EncoderSource
@@ -33,6 +33,7 @@ def record_clips(
     *,
     split: str,
     select: str,
+    labels: Sequence[str] = (),
 ) -> RecordClips:
     """Returns the clips of the selected records of a split of `config.data.directory`.
 
@@ -42,11 +43,12 @@ def record_clips(
         modality: "video" or "audio".
         split: of the data set.
         select: as `Selection.parse` reads it.
+        labels: of one class a record, that must be known.
 
     Raises:
         ExportError: if there is no encoder of the modality.
         RecordError: if there is no such data set or split.
-        ProtocolError: if records lack the modality.
+        LackingError: if records lack the modality or a label.
         SelectionError: if the selection does not fit the data set.
     """
     return RecordClips(
@@ -54,39 +56,9 @@ def record_clips(
         Selection.parse(select),
         source.require(modality).preprocess,
         ClipTimes(tuple(config.features.speeds), config.features.clips),
+        labels=labels,
         leave_out=config.data.leave_out,
     )
-
-
-def known_labels(clips: RecordClips, labels: list[str], *, leave_out: bool) -> np.ndarray:
-    """Returns bool [records], of which all labels are known.
-
-    Args:
-        clips: of the records.
-        labels: of one class a record.
-        leave_out: leave out records without a label, instead of an error.
-
-    Raises:
-        ProtocolError: if the data set lacks a label, or records do.
-    """
-    records = clips.records
-    known = np.ones(len(clips), bool)
-    for label in labels:
-        if label not in records.labels:
-            several = ", of which a record may have several" * (label in records.multilabel)
-            raise ProtocolError(
-                f"{records!r} has the labels {sorted(records.labels)} of one class a record, not "
-                f"{label!r}{several}"
-            )
-        missing = records.labels[label][clips.indices] == UNKNOWN_LABEL
-        if missing.all() or (missing.any() and not leave_out):
-            first = records.record_ids[int(clips.indices[missing][0])]
-            raise ProtocolError(
-                f"{int(missing.sum())} of the {len(clips)} records of {clips.fingerprint} have no "
-                f"known {label!r}, first {first!r}: set data.leave_out=True to go on without"
-            )
-        known &= ~missing
-    return known
 
 
 def check_apart(train: RecordClips, test: RecordClips) -> None:

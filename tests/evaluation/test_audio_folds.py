@@ -10,6 +10,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 
+from avcl_jax.data.modality_records import LackingError
 from avcl_jax.evaluation.audio_classification import audio_classification
 from avcl_jax.evaluation.classical_audio import classical_features
 from avcl_jax.evaluation.fold_classification import classify_folds
@@ -184,7 +185,7 @@ def test_what_does_not_fit_is_refused(fold_records, small_run, small_records, tm
     with pytest.raises(ProtocolError, match=r"\['material', 'motion'\], not 'fold'"):
         audio_classification(config, tmp_path)
     config.data.update({"split": "null_test", "fold_label": "motion"})
-    with pytest.raises(ProtocolError, match=r"10 of the 10 .* have no known 'material'"):
+    with pytest.raises(LackingError, match=r"10 of the 10 .* have no known 'material'"):
         audio_classification(config, tmp_path)
 
 
@@ -192,5 +193,5 @@ def test_a_label_of_several_classes_is_refused(small_run, tmp_path):
     labels = {"class": (0, 1), "fold": 0}
     record = sound_record("a", "a", 0, 300, labels)
     directory = write_records(tmp_path, "several", FOLD_CLASSES, {"all": [record]}, ["class"])
-    with pytest.raises(ProtocolError, match="'class', of which a record may have several"):
+    with pytest.raises(LackingError, match="'class', of which a record may have several"):
         audio_classification(_config(directory, small_run), tmp_path)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from avcl_jax import experiment
+from avcl_jax.data.modality_records import LackingError
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
 from avcl_jax.data.usable_records import UsableRecords
@@ -138,7 +139,7 @@ def test_what_is_shorter_than_a_clip_is_shown_and_then_silent(fold_records, sour
 
 def test_a_missing_modality_is_refused_or_left_out(source, tmp_path, fold_records):
     with pytest.raises(
-        ProtocolError, match=r"48 of the 48 records .* have no video, first '0-0-0'$"
+        LackingError, match=r"48 of the 48 records .* have no video, first '0-0-0'$"
     ):
         _clips(fold_records, source, "video", split="all")
     silent = dataclasses.replace(
@@ -149,7 +150,7 @@ def test_a_missing_modality_is_refused_or_left_out(source, tmp_path, fold_record
     )
     heard = sound_record("heard", "h", 0, 300, {"motion": 0, "material": 0})
     mixed = write_records(tmp_path, "mixed", CLASS_NAMES, {"test": [silent, heard]})
-    with pytest.raises(ProtocolError, match=r"1 of the 2 .* 'silent': set data.leave_out=True"):
+    with pytest.raises(LackingError, match=r"1 of the 2 .* 'silent': set data.leave_out=True"):
         _clips(mixed, source, "audio")
     clips = _clips(mixed, source, "audio", leave_out=True)
     assert (clips.record_ids, clips.left_out) == (["heard"], 1)
@@ -159,7 +160,7 @@ def test_sound_at_another_rate_is_refused(source, tmp_path):
     record = sound_record("a", "a", 0, 300, {"motion": 0, "material": 0})
     other = dataclasses.replace(record, sample_rate_hz=8000, duration_seconds=0.5)
     directory = write_records(tmp_path, "other", CLASS_NAMES, {"test": [other]})
-    with pytest.raises(ProtocolError, match="at 8000 Hz, the encoder takes 4000 Hz: prepare again"):
+    with pytest.raises(LackingError, match="at 8000 Hz, the encoder takes 4000 Hz: prepare again"):
         _clips(directory, source, "audio")
 
 
