@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import ml_collections
 import numpy as np
 
 from avcl_jax.data.record_format import UNKNOWN_LABEL
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
+from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.encoder_source import EncoderSource
 from avcl_jax.evaluation.protocol import ProtocolError
 from avcl_jax.evaluation.record_clips import ClipTimes, RecordClips
@@ -87,6 +90,27 @@ def known_labels(clips: RecordClips, labels: list[str], *, leave_out: bool) -> n
             )
         known &= ~missing
     return known
+
+
+def check_views(records: UsableRecords, modalities: Sequence[str], *, leave_out: bool) -> None:
+    """Refuses records that lack a modality, or are too short for a view of it.
+
+    Args:
+        records: selected ones on which any view fits.
+        modalities: that the encoders take.
+        leave_out: go on all the same.
+
+    Raises:
+        ProtocolError: naming the first.
+    """
+    lacking = records.lacking(modalities)
+    if len(lacking) and not leave_out:
+        raise ProtocolError(
+            f"{len(lacking)} of the {records.num_selected} records of {records.fingerprint} lack "
+            f"{' or '.join(modalities)} or are too short for a view, first "
+            f"{records.records.record_ids[int(lacking[0])]!r}: set data.leave_out=True to go on "
+            "without"
+        )
 
 
 def check_apart(train: RecordClips, test: RecordClips) -> None:
