@@ -119,6 +119,16 @@ class UsableRecords(grain.sources.RandomAccessDataSource):
         whole = np.logical_and.reduce([self._parts[f"has_{name}"] for name in modalities])
         return np.setdiff1d(self._selection.positions(self.records), self.indices[whole])
 
+    @property
+    def record_ids(self) -> list[str]:
+        """Names of the usable records."""
+        return [self.records.record_ids[int(index)] for index in self.indices]
+
+    @property
+    def sources(self) -> list[str]:
+        """A name of the source of each usable record."""
+        return [str(number) for number in self.records.source_numbers[self.indices].tolist()]
+
     def __len__(self) -> int:
         """Number of usable records."""
         return len(self.indices)

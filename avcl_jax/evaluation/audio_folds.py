@@ -26,12 +26,10 @@ from avcl_jax.evaluation.protocol import (
     Outcomes,
     Protocol,
     ProtocolError,
-    finished,
     in_unit,
-    run_fingerprint,
-    write_results,
 )
 from avcl_jax.evaluation.protocol_records import feature_spec, known_labels, record_clips
+from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.record_features import record_features
 from avcl_jax.evaluation.significance import compare
 from avcl_jax.evaluation.written import Stages
@@ -101,8 +99,8 @@ def run_folds(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[st
     )
     indices = clips.indices[kept]
     data = {"all": clips.fingerprint}
-    fingerprint = run_fingerprint(config, PROTOCOL, encoder=source, data=data)
-    if (done := finished(workdir, PROTOCOL, fingerprint)) is not None:
+    protocol_run = ProtocolRun(PROTOCOL, config, workdir, source, data)
+    if (done := protocol_run.finished()) is not None:
         return done
     check_unheard(
         encoders,
@@ -123,14 +121,14 @@ def run_folds(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[st
                     clips,
                     feature_spec(config),
                     fingerprint=fingerprint,
-                    workdir=workdir,
+                    directory=protocol_run.features,
                 )
                 for fingerprint, one in network.distinct.items()
             }
     if config.baselines.classical:
         with stages("classical features"):
             classical = in_parts(
-                workdir / "features" / key_of("classical", records.fingerprint, indices.tolist()),
+                protocol_run.features / key_of("classical", records.fingerprint, indices.tolist()),
                 len(indices),
                 lambda chosen: classical_record_features(
                     records, indices[list(chosen)].tolist(), threads=config.data.threads
@@ -183,9 +181,7 @@ def run_folds(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[st
         left_out=len(records) - len(indices),
         config=config,
     )
-    return write_results(
-        workdir, config, PROTOCOL, measured, encoder=source, data=data, stages=stages
-    )
+    return protocol_run.write(measured, stages)
 
 
 _TITLES = {

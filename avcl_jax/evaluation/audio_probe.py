@@ -21,9 +21,6 @@ from avcl_jax.evaluation.protocol import (
     Outcomes,
     Protocol,
     ProtocolError,
-    finished,
-    run_fingerprint,
-    write_results,
 )
 from avcl_jax.evaluation.protocol_records import (
     check_apart,
@@ -31,6 +28,7 @@ from avcl_jax.evaluation.protocol_records import (
     known_labels,
     record_clips,
 )
+from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.record_clips import RecordClips
 from avcl_jax.evaluation.record_features import record_features
 from avcl_jax.evaluation.significance import STATISTICS
@@ -110,8 +108,8 @@ def _run(
     train, test = (_side(config, source, side, protocol) for side in ("train", "test"))
     check_apart(train.clips, test.clips)
     data = {"train": train.clips.fingerprint, "test": test.clips.fingerprint}
-    fingerprint = run_fingerprint(config, protocol, encoder=source, data=data)
-    if (done := finished(workdir, protocol, fingerprint)) is not None:
+    protocol_run = ProtocolRun(protocol, config, workdir, source, data)
+    if (done := protocol_run.finished()) is not None:
         return done
     check_not_trained_on(
         source,
@@ -133,7 +131,7 @@ def _run(
                     side.clips,
                     feature_spec(config),
                     fingerprint=network.fingerprint,
-                    workdir=workdir,
+                    directory=protocol_run.features,
                 )
                 for side in (train, test)
             ]
@@ -145,9 +143,7 @@ def _run(
     if jax.process_index():
         return {}
     measured = _measured(config, protocol, scores, chosen, test)
-    return write_results(
-        workdir, config, protocol, measured, encoder=source, data=data, stages=stages
-    )
+    return protocol_run.write(measured, stages)
 
 
 def _side(

@@ -26,6 +26,7 @@ from avcl_jax.evaluation.protocol import (
     Outcomes,
     ProtocolError,
     in_unit,
+    inputs_of,
     read_outcomes,
 )
 from avcl_jax.evaluation.significance import Comparison, compare, holm
@@ -46,7 +47,7 @@ def read_run(workdir: epath.PathLike) -> tuple[dict[str, Any], Outcomes]:
         raise ProtocolError(f"{path} is damaged ({error}): run the protocol again") from error
     if "protocol" not in results:
         raise ProtocolError(
-            f"{path} is the evaluation of a pretraining run, not of a protocol of configs/"
+            f"{path} is no result of a protocol (a sweep of configs/ablation.py compares its own)"
         )
     return results, read_outcomes(path.with_name(OUTCOMES))
 
@@ -96,24 +97,19 @@ def compare_runs(
                 f"runs are over different units, {len(different)} are in one only, for instance "
                 f"{min(different)}: compare runs on the same data"
             )
-    order = [_order(outcomes[0].units, found.units) for found in outcomes]
+    paired = [_in_order_of(outcomes[0].units, found) for found in outcomes]
     compared = {}
     for name, figure in results[0]["metrics"].items():
         if not all(name in other["metrics"] for other in results):
             continue
-        inputs = [
-            [found.values[key][rows] for key in figure["inputs"]]
-            for found, rows in zip(outcomes, order, strict=True)
-        ]
-        pairs = [
-            compare(
-                figure["kind"],
-                inputs[0],
-                theirs,
-                np.array(outcomes[0].sources),
-                resamples=resamples,
-                seed=seed,
+        if len({_chosen(figure, found) for found in paired}) > 1:
+            raise ProtocolError(
+                f"runs are over different units in {figure['what']}: compare runs on the same data"
             )
+        inputs = [inputs_of(figure, found)[0] for found in paired]
+        sources = inputs_of(figure, paired[0])[1]
+        pairs = [
+            compare(figure["kind"], inputs[0], theirs, sources, resamples=resamples, seed=seed)
             for theirs in inputs[1:]
         ]
         corrected = holm([pair.p_value for pair in pairs])
@@ -123,6 +119,23 @@ def compare_runs(
     return compared
 
 
+def _in_order_of(units: Sequence[str], outcomes: Outcomes) -> Outcomes:
+    """Returns the outcomes with their units in the order of `units`."""
+    place = {unit: number for number, unit in enumerate(outcomes.units)}
+    rows = np.array([place[unit] for unit in units])
+    return Outcomes(
+        units,
+        [outcomes.sources[row] for row in rows],
+        {name: values[rows] for name, values in outcomes.values.items()},
+    )
+
+
+def _chosen(figure: Mapping[str, Any], outcomes: Outcomes) -> bytes:
+    """Returns which units a figure is about, to be compared."""
+    chosen = figure["chosen"]
+    return b"" if chosen is None else np.asarray(outcomes.values[chosen], bool).tobytes()
+
+
 def _differing_data(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
     """Returns the roles in which two results name other data."""
     return sorted(
@@ -130,12 +143,6 @@ def _differing_data(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]
         for role in one["data"].keys() | two["data"].keys()
         if one["data"].get(role) != two["data"].get(role)
     )
-
-
-def _order(wanted: Sequence[str], found: Sequence[str]) -> np.ndarray:
-    """Returns where each of the wanted units stands among those found."""
-    place = {unit: number for number, unit in enumerate(found)}
-    return np.array([place[unit] for unit in wanted])
 
 
 def as_table(

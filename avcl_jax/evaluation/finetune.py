@@ -27,7 +27,7 @@ from avcl_jax.data.views import ViewSpec
 from avcl_jax.encoder_source import EncoderSource
 from avcl_jax.evaluation.finetune_split import run_split
 from avcl_jax.evaluation.fold_encoders import FoldEncoders, fold_names, open_fold_encoders
-from avcl_jax.evaluation.protocol import finished, run_fingerprint, write_results
+from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.recognition import measured, protocol_of
 from avcl_jax.evaluation.trained_on import check_not_trained_on
 from avcl_jax.evaluation.written import Stages
@@ -66,8 +66,8 @@ def finetune(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
         "train": splits[0][0].records.fingerprint,
         "test": splits[0][1].records.fingerprint,
     }
-    fingerprint = run_fingerprint(config, protocol, encoder=source, data=data)
-    if (results := finished(workdir, protocol, fingerprint)) is not None:
+    protocol_run = ProtocolRun(protocol, config, workdir, source, data)
+    if (results := protocol_run.finished()) is not None:
         return results
     for begin, (_, test) in zip(own, splits, strict=True):
         check_not_trained_on(
@@ -86,15 +86,7 @@ def finetune(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
         tested.append(fold)
     if jax.process_index():
         return None
-    return write_results(
-        workdir,
-        config,
-        protocol,
-        measured(config, tested, splits[0][0].class_names),
-        encoder=source,
-        data=data,
-        stages=stages,
-    )
+    return protocol_run.write(measured(config, tested, splits[0][0].class_names), stages)
 
 
 def clip_spec(config: ml_collections.ConfigDict, encoder: Encoder) -> ClipSpec:

@@ -37,10 +37,8 @@ from avcl_jax.evaluation.protocol import (
     Metric,
     Outcomes,
     Protocol,
-    finished,
-    run_fingerprint,
-    write_results,
 )
+from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.transformations import families
 from avcl_jax.evaluation.written import Stages
 from avcl_jax.fingerprint.settings import FingerprintSettings
@@ -90,8 +88,8 @@ def fingerprinting(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
         source.require(modality)
     clips, data, unused = clip_sets(config.data)
     clips.check()
-    fingerprint = run_fingerprint(config, PROTOCOL, encoder=source, data=data)
-    if (done := finished(workdir, PROTOCOL, fingerprint)) is not None:
+    protocol_run = ProtocolRun(PROTOCOL, config, epath.Path(workdir), source, data)
+    if (done := protocol_run.finished()) is not None:
         return done
     # Small products, many a second: threads that wait for each other cost more than they give.
     with (
@@ -147,9 +145,7 @@ def fingerprinting(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
         details=details,
         sections=sections(tables, examples, details),
     )
-    return write_results(
-        workdir, config, PROTOCOL, measured, encoder=source, data=data, stages=stages
-    )
+    return protocol_run.write(measured, stages)
 
 
 def _items(clips: Sequence[SourceClip]) -> Iterator[tuple[str, DecodedMedia]]:

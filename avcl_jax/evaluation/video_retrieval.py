@@ -19,9 +19,6 @@ from avcl_jax.evaluation.protocol import (
     Metric,
     Outcomes,
     Protocol,
-    finished,
-    run_fingerprint,
-    write_results,
 )
 from avcl_jax.evaluation.protocol_records import (
     check_apart,
@@ -29,6 +26,7 @@ from avcl_jax.evaluation.protocol_records import (
     known_labels,
     record_clips,
 )
+from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.record_clips import RecordClips
 from avcl_jax.evaluation.record_features import record_features
 from avcl_jax.evaluation.retrieval import RetrievalScores, nearest, retrieval_scores
@@ -89,8 +87,8 @@ def video_retrieval(config: ml_collections.ConfigDict, workdir: epath.PathLike) 
         for side, clips in sides.items()
     }
     data = {side: clips.fingerprint for side, clips in sides.items()}
-    fingerprint = run_fingerprint(config, PROTOCOL, encoder=source, data=data)
-    if (done := finished(workdir, PROTOCOL, fingerprint)) is not None:
+    protocol_run = ProtocolRun(PROTOCOL, config, workdir, source, data)
+    if (done := protocol_run.finished()) is not None:
         return done
     check_not_trained_on(
         source,
@@ -112,7 +110,7 @@ def video_retrieval(config: ml_collections.ConfigDict, workdir: epath.PathLike) 
                     clips,
                     feature_spec(config),
                     fingerprint=network.fingerprint,
-                    workdir=workdir,
+                    directory=protocol_run.features,
                 )
     if jax.process_index():
         return {}
@@ -129,9 +127,7 @@ def video_retrieval(config: ml_collections.ConfigDict, workdir: epath.PathLike) 
             for name, found in features.items()
         }
     measured = _measured(config, scores, sides, kept, features[""])
-    return write_results(
-        workdir, config, PROTOCOL, measured, encoder=source, data=data, stages=stages
-    )
+    return protocol_run.write(measured, stages)
 
 
 def _measured(

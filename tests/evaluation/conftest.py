@@ -14,7 +14,8 @@ from etils import epath
 
 from avcl_jax import experiment
 from avcl_jax.data.record_metadata import write_dataset_metadata
-from avcl_jax.data.records import Record, shard_name, write_shard
+from avcl_jax.data.records import Record, RecordDataset, shard_name, write_shard
+from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.training import loop
 from avcl_jax.training.checkpoint import Checkpoints, Progress
 from configs import evaluate as evaluate_config
@@ -130,7 +131,8 @@ def small_run(small_records, tmp_path_factory):
     _, init, _ = loop.build(config)
     state, _ = init(jax.random.key(0))
     checkpoints = Checkpoints(workdir, keep=1)
-    checkpoints.save(state, Progress(0, 12.5, "", 1))
+    train = UsableRecords(RecordDataset(small_records, "train"), experiment.render_spec(config))
+    checkpoints.save(state, Progress(0, 12.5, train.fingerprint, 1))
     checkpoints.close()
     return config, workdir, state
 

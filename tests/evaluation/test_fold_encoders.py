@@ -139,7 +139,7 @@ def test_a_run_says_what_it_was_trained_on_and_a_random_encoder_nothing(
     small_run, tmp_path
 ) -> None:
     _, workdir, state = small_run
-    assert open_encoders(workdir).trained_on == ""
+    assert open_encoders(workdir).trained_on.startswith("small-train-")
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(state, Progress(3, 1.0, "esc-all-6-aa fold!=2", 1))
     checkpoints.close()

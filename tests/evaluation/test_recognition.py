@@ -7,13 +7,14 @@ import json
 
 import numpy as np
 import pytest
+from etils import epath
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from avcl_jax.data.labelled import LabelledRecords, VideoClipSpec
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
 from avcl_jax.encoder_source import EncoderSource
-from avcl_jax.evaluation.protocol import write_results
+from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.recognition import Fold, measured, protocol_of
 from avcl_jax.evaluation.written import Stages
 from tests.evaluation.labelled import NAMES, toy_config, write_labelled
@@ -50,15 +51,10 @@ def test_figures_are_means_over_splits(records, tmp_path):
     folds = make_folds(records, tmp_path)
     assert len(folds[0].test) != len(folds[1].test)
     config = toy_config(records, "nowhere")
-    results = write_results(
-        tmp_path / "out",
-        config,
-        protocol_of(config),
-        measured(config, folds, NAMES["class"]),
-        encoder=None,
-        data={"train": "a", "test": "a"},
-        stages=Stages(),
+    run = ProtocolRun(
+        protocol_of(config), config, epath.Path(tmp_path / "out"), None, {"train": "a", "test": "a"}
     )
+    results = run.write(measured(config, folds, NAMES["class"]), Stages())
     predicted = [fold.probabilities.argmax(axis=1) for fold in folds]
     top1 = [np.mean(p == fold.test.classes) for p, fold in zip(predicted, folds, strict=True)]
     balanced = [
