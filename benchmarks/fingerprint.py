@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from benchmarks.measure import (
     REPEATS,
@@ -36,6 +37,19 @@ _QUERY_SECONDS = 10.0
 _SEGMENTS = 100_000
 _SEGMENTS_PER_SOURCE = 100
 _WARM_QUERIES = 5
+# What --small changes.
+_SMALL = {
+    "data.references": 4,
+    "data.distractors": 2,
+    "data.others": 1,
+    "data.background": 2,
+    "queries.weak": 1,
+    "queries.medium": 1,
+    "queries.strong": 1,
+    "families": ("flip", "pitch", "audio_removed"),
+    "bootstrap.resamples": 10,
+}
+_SMALL_REAL = {f"data.sound_sets.{role}": 2 for role in ("fillers", "distractors", "background")}
 
 
 def protocol_results(preset: str, settings: Mapping[str, Any], workdir: str) -> dict[str, Any]:
@@ -46,12 +60,40 @@ def protocol_results(preset: str, settings: Mapping[str, Any], workdir: str) -> 
         settings: to change in it, by dotted names.
         workdir: of the results.
     """
+    from avcl_jax.demo_data import make_demo
     from avcl_jax.evaluation.fingerprinting import fingerprinting
+    from avcl_jax.evaluation.protocol import ProtocolError
     from configs import fingerprint
 
     config = fingerprint.get_config(preset)
     config.update_from_flattened_dict(settings)
-    return fingerprinting(config, workdir)
+    make_demo(config.data.directory, config.data.demo_options)
+    try:
+        return fingerprinting(config, workdir)
+    except ProtocolError as error:  # results of something else are there: for a person to decide
+        return {"refused": str(error)}
+
+
+def difference_of_recalls(
+    workdir: str, other: str, *, resamples: int, seed: int
+) -> tuple[float, float, float]:
+    """R@1 of ours fused minus that of another method, with its interval over videos.
+
+    Args:
+        workdir: of results of the protocol.
+        other: method.
+        resamples: of the bootstrap, in which both methods have the same videos.
+        seed: of the draws.
+    """
+    from avcl_jax.evaluation.protocol import OUTCOMES, read_outcomes
+    from avcl_jax.evaluation.significance import compare
+
+    outcomes = read_outcomes(epath.Path(workdir) / OUTCOMES)
+    families = [outcomes.values[key] for key in ("family", "medium_findable")]
+    first, second = ([outcomes.values[f"r1_{m}"], *families] for m in (other, "fused"))
+    sources = np.array(outcomes.sources)
+    found = compare("chosen_class_mean", first, second, sources, resamples=resamples, seed=seed)
+    return found.difference
 
 
 def seconds_of_query(encoder: str, clip: str, segments: int, kind: str) -> list[float]:
@@ -133,19 +175,8 @@ class _Benchmark:
 
     @functools.cached_property
     def foley(self) -> dict[str, Any]:
-        """Results of the protocol on the demo's clips."""
-        small = {
-            "data.references": 4,
-            "data.distractors": 2,
-            "data.others": 1,
-            "data.background": 2,
-            "queries.weak": 1,
-            "queries.medium": 1,
-            "queries.strong": 1,
-            "families": ("flip", "pitch", "audio_removed"),
-            "bootstrap.resamples": 10,
-        }
-        return self._results("foley", small if self._args.small else {})
+        """Results of the protocol on clips as the demo's."""
+        return self._results("foley", {})
 
     @functools.cached_property
     def real(self) -> dict[str, Any]:
@@ -153,23 +184,28 @@ class _Benchmark:
         for folder in (self._args.media, self._args.sounds):
             if not Path(folder).is_dir():
                 raise SkipError(f"there is no {folder}: name the folder by --media and --sounds")
-        return self._results(
-            "real", {"data.files": self._args.media, "data.sounds": self._args.sounds}
-        )
+        folders = {"data.files": self._args.media, "data.sounds": self._args.sounds}
+        return self._results("real", folders | (_SMALL_REAL if self._args.small else {}))
 
     def _results(self, preset: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-        for package in ("faiss", "imagehash", "acoustid"):
-            need(package)
+        need("faiss")
         args = self._args
-        for path in (args.encoder, args.records):
-            if not Path(path).is_dir():
-                raise SkipError(f"there is no {path}: run `make demo`, or name another")
+        if not Path(args.encoder).is_dir():
+            raise SkipError(f"there is no {args.encoder}: run `make demo`, or name another")
         settings = {"encoder": args.encoder, "data.directory": args.records, **settings}
-        workdir = str(Path(args.workdir) / preset)
-        return run_child(
+        if args.small:
+            settings |= _SMALL
+        results = run_child(
             "benchmarks.fingerprint:protocol_results",
-            {"preset": preset, "settings": settings, "workdir": workdir},
+            {"preset": preset, "settings": settings, "workdir": str(self._workdir(preset))},
         )
+        if "refused" in results:
+            raise SkipError(results["refused"])
+        return results
+
+    def _workdir(self, preset: str) -> Path:
+        # A smoke test never stands where results are looked for.
+        return Path(self._args.workdir, *(("small",) if self._args.small else ()), preset)
 
     def fused_r1(self, preset: str) -> tuple[float, dict[str, Any]]:
         """R@1 of ours fused with its interval, and of everything else beside it."""
@@ -186,8 +222,13 @@ class _Benchmark:
                 if "all" in tables["fused"][s]
             },
             "families": {f: c["r1"] for f, c in tables["fused"]["medium"].items() if f != "all"},
+            **{
+                name: [cell[name], cell[f"{name}_low"], cell[f"{name}_high"]]
+                for name in ("recall_at_threshold", "false_match_rate")
+            },
             "clips": results["details"]["clips"],
-            "report": str(Path(self._args.workdir) / preset / "report.html"),
+            "skipped_baselines": results["details"]["skipped_baselines"],
+            "report": str(self._workdir(preset) / "report.html"),
         }
         return cell["r1"], detail
 
@@ -199,10 +240,16 @@ class _Benchmark:
                 "the better single modality makes no error: there is nothing to divide by"
             )
         tables = self.foley["details"]["tables"]
-        return ratio, _others(tables) | {"fused_r1": tables["fused"]["medium"]["all"]["r1"]}
+        cell = tables["fused"]["medium"]["all"]
+        best = 1 - max(_others(tables)["modalities"].values())
+        # Of the fused error alone: that of the better modality is taken as it is.
+        interval = [(1 - cell[bound]) / best for bound in ("r1_high", "r1_low")]
+        return ratio, _others(tables) | {"interval": interval, "fused_r1": cell["r1"]}
 
     def minus_baseline(self) -> tuple[float, dict[str, Any]]:
         """R@1 of ours fused minus that of the better baseline, both means over families."""
+        if missing := self.foley["details"]["skipped_baselines"]:
+            raise SkipError("; ".join(f"{name}: {reason}" for name, reason in missing.items()))
         tables = self.foley["details"]["tables"]
         others = _others(tables)
         best = max(others["baselines"], key=others["baselines"].__getitem__)
@@ -211,13 +258,22 @@ class _Benchmark:
             for family, cell in tables["fused"]["medium"].items()
             if family != "all"
         }
-        mine = tables["fused"]["medium"]["all"]["r1"]
-        return mine - others["baselines"][best], others | {"best": best, "families": by_family}
+        difference = difference_of_recalls(
+            str(self._workdir("foley")),
+            best,
+            resamples=self.foley["config"]["bootstrap"]["resamples"],
+            seed=self.foley["config"]["seed"],
+        )
+        detail = others | {"interval": difference[1:], "best": best, "families": by_family}
+        return difference[0], detail
 
     def at_threshold(self, name: str) -> tuple[float, dict[str, Any]]:
         """A figure at the default threshold."""
         cell = self.foley["details"]["tables"]["fused"]["medium"]["all"]
-        return cell[name], {key: cell[key] for key in ("queries", "distractors")}
+        return cell[name], {
+            "interval": [cell[f"{name}_low"], cell[f"{name}_high"]],
+            **{key: cell[key] for key in ("queries", "distractors")},
+        }
 
     def query_seconds(self) -> tuple[float, dict[str, Any]]:
         """Median seconds of a warm query."""
@@ -291,7 +347,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", type=Path, required=True, help="where to write the rows")
     parser.add_argument("--rows", nargs="+", choices=_ROWS, default=list(_ROWS), metavar="NAME")
     parser.add_argument("--encoder", default="runs/demo", help="run or exported encoders")
-    parser.add_argument("--records", default="data/foley/records", help="prepared demo clips")
+    parser.add_argument(
+        "--records", default="data/foley_fingerprint/records", help="clips, made if absent"
+    )
     parser.add_argument("--clips", default="data/foley/media/test", help="folder of MP4 files")
     parser.add_argument("--media", default="../shared/data/media", help="folder of real videos")
     parser.add_argument("--sounds", default="../shared/data/esc10/audio", help="ESC-10's sounds")
