@@ -57,19 +57,18 @@ PROTOCOL = Protocol(
 )
 
 
-def _fold_names(config: ml_collections.ConfigDict) -> list[str]:
+def _fold_names(records: RecordDataset, label: str) -> list[str]:
     """Names of the official folds.
 
     Raises:
         ProtocolError: if the data set has no label for them.
     """
-    records = RecordDataset(config.data.directory, config.data.split)
-    if config.data.fold_label not in records.class_names:
+    if label not in records.class_names:
         raise ProtocolError(
-            f"{records!r} has the labels {sorted(records.class_names)}, not "
-            f"{config.data.fold_label!r}: set data.fold_label"
+            f"{records!r} has the labels {sorted(records.class_names)}, not {label!r}: set "
+            "data.fold_label"
         )
-    return records.class_names[config.data.fold_label]
+    return records.class_names[label]
 
 
 def run_folds(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[str, Any]:
@@ -86,13 +85,13 @@ def run_folds(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[st
         ProtocolError: if the data set lacks the labels, or a record's class or fold is unknown.
     """
     stages = Stages()
-    names = _fold_names(config)
+    records = RecordDataset(config.data.directory, config.data.split)
+    names = _fold_names(records, config.data.fold_label)
     encoders = open_fold_encoders(config.encoder, names)
     for source in encoders.distinct.values():
         source.require("audio")
     source = encoders.named
-    clips = record_clips(config, source, "audio", split=config.data.split, select="")
-    records = clips.records
+    clips = record_clips(config, source, "audio", records, select="")
     # Of these, everything is known; all of them are heard.
     kept = known_labels(
         clips, [config.data.label, config.data.fold_label], leave_out=config.data.leave_out

@@ -33,27 +33,26 @@ def record_clips(
     config: ml_collections.ConfigDict,
     source: EncoderSource,
     modality: str,
+    records: RecordDataset,
     *,
-    split: str,
     select: str,
 ) -> RecordClips:
-    """Returns the clips of the selected records of a split of `config.data.directory`.
+    """Returns the clips of selected records.
 
     Args:
         config: of a protocol; its sections `data` and `features` are read.
         source: its encoder's preprocessing makes the clips.
         modality: "video" or "audio".
-        split: of the data set.
+        records: a split of the data set.
         select: as `Selection.parse` reads it.
 
     Raises:
         ExportError: if there is no encoder of the modality.
-        RecordError: if there is no such data set or split.
         ProtocolError: if records lack the modality.
         SelectionError: if the selection does not fit the data set.
     """
     return RecordClips(
-        RecordDataset(config.data.directory, split),
+        records,
         Selection.parse(select),
         source.require(modality).preprocess,
         ClipTimes(tuple(config.features.speeds), config.features.clips),
