@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
@@ -109,6 +109,15 @@ class UsableRecords(grain.sources.RandomAccessDataSource):
     def num_too_short(self) -> int:
         """Selected records on which no view fits."""
         return self.num_selected - len(self.indices)
+
+    def lacking(self, modalities: Sequence[str]) -> np.ndarray:
+        """Ascending positions in the data set of selected records without a view of all of these.
+
+        Args:
+            modalities: "video", "audio".
+        """
+        whole = np.logical_and.reduce([self._parts[f"has_{name}"] for name in modalities])
+        return np.setdiff1d(self._selection.positions(self.records), self.indices[whole])
 
     @property
     def record_ids(self) -> list[str]:

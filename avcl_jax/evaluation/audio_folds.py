@@ -57,19 +57,18 @@ PROTOCOL = Protocol(
 )
 
 
-def _fold_names(config: ml_collections.ConfigDict) -> list[str]:
+def _fold_names(records: RecordDataset, label: str) -> list[str]:
     """Names of the official folds.
 
     Raises:
         ProtocolError: if the data set has no label for them.
     """
-    records = RecordDataset(config.data.directory, config.data.split)
-    if config.data.fold_label not in records.class_names:
+    if label not in records.class_names:
         raise ProtocolError(
-            f"{records!r} has the labels {sorted(records.class_names)}, not "
-            f"{config.data.fold_label!r}: set data.fold_label"
+            f"{records!r} has the labels {sorted(records.class_names)}, not {label!r}: set "
+            "data.fold_label"
         )
-    return records.class_names[config.data.fold_label]
+    return records.class_names[label]
 
 
 def run_folds(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[str, Any]:
@@ -86,7 +85,8 @@ def run_folds(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[st
         ProtocolError: if the data set lacks the labels, or a record's class or fold is unknown.
     """
     stages = Stages()
-    names = _fold_names(config)
+    records = RecordDataset(config.data.directory, config.data.split)
+    names = _fold_names(records, config.data.fold_label)
     encoders = open_fold_encoders(config.encoder, names)
     for source in encoders.distinct.values():
         source.require("audio")
@@ -95,11 +95,11 @@ def run_folds(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[st
         config,
         source,
         "audio",
-        split=config.data.split,
+        records,
         select="",
         labels=[config.data.label, config.data.fold_label],
     )
-    records, indices = clips.records, clips.indices
+    indices = clips.indices
     data = {"all": clips.fingerprint}
     protocol_run = ProtocolRun(PROTOCOL, config, workdir, source, data)
     if (done := protocol_run.finished()) is not None:

@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
+from avcl_jax.data.records import RecordDataset
 from avcl_jax.encoder_source import EncoderSource, open_encoders, random_like
 from avcl_jax.evaluation import metrics
 from avcl_jax.evaluation.linear_classifier import LinearClassifier, fit_linear
@@ -152,7 +153,7 @@ def _side(
         config,
         source,
         "audio",
-        split=section[f"{side}_split"],
+        RecordDataset(section.directory, section[f"{side}_split"]),
         select=section[f"{side}_select"],
         labels=[label] if protocol is SINGLE else (),
     )

@@ -31,6 +31,7 @@ from avcl_jax.evaluation.protocol import (
     Protocol,
     ProtocolError,
 )
+from avcl_jax.evaluation.protocol_records import check_views
 from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.retrieval import RetrievalScores, retrieval_scores
 from avcl_jax.evaluation.trained_on import check_not_trained_on
@@ -110,19 +111,17 @@ def load_for(config: ml_collections.ConfigDict) -> LoadedRun:
 
     Raises:
         ExportError: if `config.encoder` is no run.
+        ProtocolError: if records lack a modality of the run.
         SelectionError: if the selection does not fit the data set.
         ValueError: if no view fits any record.
     """
     run, variables, step = load_run(config.encoder)
     spec = dataclasses.replace(experiment.render_spec(run), spectrogram_on_device=False)
     dataset = RecordDataset(config.data.directory, config.data.split)
-    return LoadedRun(
-        source_of_run(config.encoder, run, variables, step),
-        run,
-        variables,
-        spec,
-        UsableRecords(dataset, spec, Selection.parse(config.data.select)),
-    )
+    records = UsableRecords(dataset, spec, Selection.parse(config.data.select))
+    source = source_of_run(config.encoder, run, variables, step)
+    check_views(records, tuple(source.encoders), leave_out=config.data.leave_out)
+    return LoadedRun(source, run, variables, spec, records)
 
 
 def audio_video_retrieval(

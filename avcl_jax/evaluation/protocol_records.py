@@ -8,6 +8,7 @@ import ml_collections
 
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
+from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.encoder_source import EncoderSource
 from avcl_jax.evaluation.protocol import ProtocolError
 from avcl_jax.evaluation.record_clips import ClipTimes, RecordClips
@@ -30,35 +31,55 @@ def record_clips(
     config: ml_collections.ConfigDict,
     source: EncoderSource,
     modality: str,
+    records: RecordDataset,
     *,
-    split: str,
     select: str,
     labels: Sequence[str] = (),
 ) -> RecordClips:
-    """Returns the clips of the selected records of a split of `config.data.directory`.
+    """Returns the clips of selected records.
 
     Args:
         config: of a protocol; its sections `data` and `features` are read.
         source: its encoder's preprocessing makes the clips.
         modality: "video" or "audio".
-        split: of the data set.
+        records: a split of the data set.
         select: as `Selection.parse` reads it.
         labels: of one class a record, that must be known.
 
     Raises:
         ExportError: if there is no encoder of the modality.
-        RecordError: if there is no such data set or split.
         LackingError: if records lack the modality or a label.
         SelectionError: if the selection does not fit the data set.
     """
     return RecordClips(
-        RecordDataset(config.data.directory, split),
+        records,
         Selection.parse(select),
         source.require(modality).preprocess,
         ClipTimes(tuple(config.features.speeds), config.features.clips),
         labels=labels,
         leave_out=config.data.leave_out,
     )
+
+
+def check_views(records: UsableRecords, modalities: Sequence[str], *, leave_out: bool) -> None:
+    """Refuses records that lack a modality, or are too short for a view of it.
+
+    Args:
+        records: selected ones on which any view fits.
+        modalities: that the encoders take.
+        leave_out: go on all the same.
+
+    Raises:
+        ProtocolError: naming the first.
+    """
+    lacking = records.lacking(modalities)
+    if len(lacking) and not leave_out:
+        raise ProtocolError(
+            f"{len(lacking)} of the {records.num_selected} records of {records.fingerprint} lack "
+            f"{' or '.join(modalities)} or are too short for a view, first "
+            f"{records.records.record_ids[int(lacking[0])]!r}: set data.leave_out=True to go on "
+            "without"
+        )
 
 
 def check_apart(train: RecordClips, test: RecordClips) -> None:

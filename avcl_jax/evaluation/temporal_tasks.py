@@ -17,7 +17,7 @@ from etils import epath
 from avcl_jax import experiment
 from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.usable_records import UsableRecords
-from avcl_jax.evaluation.cross_modal import load_for
+from avcl_jax.evaluation.cross_modal import LoadedRun, load_for
 from avcl_jax.evaluation.embed import drawn_pairs, encode_all, logit_function
 from avcl_jax.evaluation.page import matrix, section
 from avcl_jax.evaluation.parts import in_parts, key_of
@@ -114,6 +114,7 @@ def temporal_tasks(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
 
     Raises:
         ExportError: if `config.encoder` is no run.
+        ProtocolError: if records lack a modality of the run, or no task is defined.
         ValueError: if no view fits any record, or a class of a task never occurs.
     """
     workdir = epath.Path(workdir)
@@ -165,7 +166,7 @@ def temporal_tasks(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
         scores = score_tasks(arrays, config.seed)
     if not scores:
         raise ProtocolError(f"no temporal task is defined for a record of {run.records!r}")
-    measured = _measured(scores, run.records, trained=tuple(run.config.views.speeds))
+    measured = _measured(scores, run)
     return protocol_run.write(measured, stages)
 
 
@@ -194,9 +195,8 @@ def task_outcomes(
     return values, metrics
 
 
-def _measured(
-    scores: Mapping[str, TaskScore], records: UsableRecords, *, trained: Sequence[int]
-) -> Measured:
+def _measured(scores: Mapping[str, TaskScore], run: LoadedRun) -> Measured:
+    records, trained = run.records, tuple(run.config.views.speeds)
     values, metrics = task_outcomes(scores, len(records))
     matrices = "".join(
         matrix(TASK_TITLES[name], score.confusion.tolist(), task_classes(name, trained))
@@ -209,6 +209,7 @@ def _measured(
             "confusion": {name: score.confusion.tolist() for name, score in scores.items()},
             "views_scored": {name: int(score.scored.sum()) for name, score in scores.items()},
             "too_short": records.num_too_short,
+            "incomplete": len(records.lacking(tuple(run.source.encoders))) - records.num_too_short,
         },
         sections=[
             section(

@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
+from avcl_jax.data.records import RecordDataset
 from avcl_jax.encoder_source import open_encoders, random_like
 from avcl_jax.evaluation.page import section, table
 from avcl_jax.evaluation.protocol import (
@@ -77,7 +78,7 @@ def video_retrieval(config: ml_collections.ConfigDict, workdir: epath.PathLike) 
             config,
             source,
             "video",
-            split=config.data[f"{side}_split"],
+            RecordDataset(config.data.directory, config.data[f"{side}_split"]),
             select=config.data[f"{side}_select"].format(split=config.data.official_split),
             labels=[config.data.label],
         )

@@ -11,6 +11,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 
 from avcl_jax.data.modality_records import LackingError
+from avcl_jax.data.records import RecordDataset
 from avcl_jax.evaluation.audio_classification import audio_classification
 from avcl_jax.evaluation.classical_audio import classical_features
 from avcl_jax.evaluation.fold_classification import classify_folds
@@ -143,7 +144,9 @@ def _config(fold_records, small_run):
 
 # librosa says of sounds this short and low that its default bands and windows are too many.
 @pytest.mark.filterwarnings("ignore:Empty filters", "ignore:n_fft")
-def test_one_command_from_a_run_to_results_that_repeat(fold_records, small_run, tmp_path, capsys):
+def test_one_command_from_a_run_to_results_that_repeat(
+    fold_records, small_run, tmp_path, capsys, monkeypatch
+):
     config = _config(fold_records, small_run)
     first = audio_classification(config, tmp_path / "a")
     second = audio_classification(config, tmp_path / "b")
@@ -167,8 +170,16 @@ def test_one_command_from_a_run_to_results_that_repeat(fold_records, small_run, 
     page = (tmp_path / "a" / "report.html").read_text()
     assert "By fold" in page
     capsys.readouterr()
+    opened, init = [], RecordDataset.__init__
+
+    def opening(self, *arguments):
+        opened.append(arguments)
+        init(self, *arguments)
+
+    monkeypatch.setattr(RecordDataset, "__init__", opening)
     audio_classification(config, tmp_path / "a")
     assert "already holds these results" in capsys.readouterr().out
+    assert len(opened) == 1  # of a large data set that takes seconds
 
 
 def test_what_does_not_fit_is_refused(fold_records, small_run, small_records, tmp_path):

@@ -156,3 +156,10 @@ def test_what_does_not_fit_is_refused(tagged_records, small_records, small_run, 
     config.features.record_pooling = "clips"
     with pytest.raises(ProtocolError, match="'clips' is for folds"):
         audio_classification(config, tmp_path)
+
+
+@pytest.mark.parametrize("preset", ["demo", "esc10", "esc50", "vggsound", "audioset"])
+def test_presets_offer_the_baselines_that_their_method_measures(preset):
+    c = config_file.get_config(preset)
+    measured = {"random", "classical"} if c.evaluation.method == "folds" else {"random"}
+    assert set(c.baselines) == measured
