@@ -11,15 +11,14 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from benchmarks import footage
 from benchmarks.measure import (
     REPEATS,
     SkipError,
@@ -33,10 +32,12 @@ from benchmarks.measure import (
 )
 
 _BASELINES = ("image_hash", "chromaprint")
-_QUERY_SECONDS = 10.0
 _SEGMENTS = 100_000
-_SEGMENTS_PER_SOURCE = 100
-_WARM_QUERIES = 5
+# Sixteen films: enough that the scores are calibrated, which counts as indexing.
+_FILMS_PER_VIDEO = 2
+_FILM_SECONDS = 20.0
+_FILM_SIDE = 360
+_CLIPS = 20
 # What --small changes.
 _SMALL = {
     "data.references": 4,
@@ -94,77 +95,6 @@ def difference_of_recalls(
     sources = np.array(outcomes.sources)
     found = compare("chosen_class_mean", first, second, sources, resamples=resamples, seed=seed)
     return found.difference
-
-
-def seconds_of_query(encoder: str, clip: str, segments: int, kind: str) -> list[float]:
-    """Wall-clock seconds of warm queries, decoding included, against an index of this size.
-
-    Features of the index are mixtures of those of real segments: as many neighbours, of as many
-    sources, as in a library of that size.
-
-    Args:
-        encoder: as `open_encoders` takes it.
-        clip: media file of which ten seconds are asked.
-        segments: of the index.
-        kind: of `FingerprintSettings`.
-    """
-    from avcl_jax.data.decoded import decode_media
-    from avcl_jax.fingerprint import changing
-    from avcl_jax.fingerprint.index import FingerprintIndex
-    from avcl_jax.fingerprint.part import SourceRow
-    from avcl_jax.fingerprint.settings import FingerprintSettings
-
-    with tempfile.TemporaryDirectory() as directory:
-        settings = FingerprintSettings(kind=kind)  # type: ignore[arg-type]  # checked by it
-        index = FingerprintIndex.create(Path(directory) / "index", encoder, settings)
-        decoding = index.segmenter.decoding
-        real = index.segmenter.of_file(clip)
-        rng = np.random.default_rng(0)
-        media: list[changing.Media] = []
-        per = _SEGMENTS_PER_SOURCE
-        for number in range(segments // per):
-            mixed = {}
-            for modality, features in real.features.items():
-                known = features[real.present[modality]]
-                one, other = known[rng.integers(len(known), size=(2, per))]
-                share = rng.uniform(size=(per, 1))
-                noise = known.std() * rng.standard_normal(one.shape)
-                mixed[modality] = (share * one + (1 - share) * other + noise).astype(np.float32)
-            present = {modality: np.ones(per, bool) for modality in mixed}
-            row = SourceRow(f"source {number}", str(number), per * settings.hop_seconds, None)
-            media.append((row, mixed, present))
-        changing.commit(index.directory, index._manifest, index._snapshot, media, [])
-        index = FingerprintIndex.open(index.directory)
-        assert index.num_segments == segments
-        seconds = []
-        for _ in range(1 + _WARM_QUERIES):
-            begin = time.perf_counter()
-            index.query(decode_media(clip, end_seconds=_QUERY_SECONDS, **decoding))
-            seconds.append(time.perf_counter() - begin)
-    return seconds[1:]
-
-
-def seconds_of_indexing(encoder: str, files: list[str], only_decode: bool) -> float:
-    """Wall-clock seconds in which files are indexed, or only decoded in the same way.
-
-    The first file is done once before, so that compiling is not counted.
-    """
-    from avcl_jax.data.decoded import decode_media
-    from avcl_jax.fingerprint.index import FingerprintIndex
-    from avcl_jax.fingerprint.settings import FingerprintSettings
-
-    with tempfile.TemporaryDirectory() as directory:
-        index = FingerprintIndex.create(Path(directory) / "index", encoder, FingerprintSettings())
-        decoding = index.segmenter.decoding
-        index.segmenter.of_file(files[0])
-        begin = time.perf_counter()
-        if only_decode:
-            for path in files:
-                decode_media(path, **decoding)
-        else:
-            report = index.add_files(map(Path, files))
-            assert not report.failed, report.failed
-        return time.perf_counter() - begin
 
 
 class _Benchmark:
@@ -281,19 +211,35 @@ class _Benchmark:
         clip = str(self._files()[0])
         segments = 2000 if self._args.small else _SEGMENTS
         seconds = run_child(
-            "benchmarks.fingerprint:seconds_of_query",
+            "benchmarks.fingerprint_speed:seconds_of_query",
             {"encoder": self._args.encoder, "clip": clip, "segments": segments, "kind": "auto"},
         )
         return float(np.median(seconds)), {"segments": segments, "seconds": spread(seconds)}
 
     def over_decoding(self) -> tuple[float, dict[str, Any]]:
-        """Hours of video indexed an hour over hours decoded an hour."""
+        """Hours of film indexed an hour over hours decoded an hour; the demo's clips beside it."""
         need("faiss")
-        files = [str(path) for path in self._files()[: 2 if self._args.small else 20]]
+        args = self._args
+        if not Path(args.media).is_dir():
+            raise SkipError(f"there is no {args.media}: name a folder of real videos by --media")
+        films = footage.make_films(
+            Path(args.media),
+            self._workdir("films"),
+            per_video=1 if args.small else _FILMS_PER_VIDEO,
+            seconds=1.0 if args.small else _FILM_SECONDS,
+            short_side=_FILM_SIDE,
+        )
+        ratio, detail = self._indexed_over_decoded(films)
+        clips = self._files()[: 2 if args.small else _CLIPS]
+        of_clips, detail_of_clips = self._indexed_over_decoded(clips)
+        return ratio, detail | {"clips_as_the_demos": {"ratio": of_clips} | detail_of_clips}
+
+    def _indexed_over_decoded(self, paths: Sequence[Path]) -> tuple[float, dict[str, Any]]:
+        files = [str(path) for path in paths]
 
         def measure(only_decode: bool) -> float:
             return run_child(
-                "benchmarks.fingerprint:seconds_of_indexing",
+                "benchmarks.fingerprint_speed:seconds_of_indexing",
                 {"encoder": self._args.encoder, "files": files, "only_decode": only_decode},
             )
 

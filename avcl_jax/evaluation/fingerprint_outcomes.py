@@ -51,9 +51,8 @@ class Answered:
     """What one method answered.
 
     Attributes:
-        scores: float64 [n, answers + 1], best first; -inf where there is no answer. The last shows
-            only whether there is a tie where the list that counts is cut.
-        correct: bool [n, answers + 1], whether it names the query's source; the last of its score.
+        scores: float64 [n, answers], best first; -inf where there is no answer.
+        correct: bool [n, answers], whether it names the query's source; the last of its score.
         background: float64 [n].
         offset: bool [n], whether the best answer names the source and the right time.
         accepted: bool [n], whether the best answer is accepted as a match.
@@ -95,7 +94,7 @@ def ask(
     Args:
         queries: made one at a time.
         searchers: with their references.
-        answers: how many of each ranking count; searchers must give one more.
+        answers: how many of each ranking count; searchers give one more, to show a tie.
         tolerance_seconds: of offsets.
         each: is shown each query with its answers by method.
     """
@@ -111,11 +110,11 @@ def ask(
         shown: dict[str, Sequence[Answer]] = {}
         for searcher in searchers:
             for method, ranking in searcher.query(query.transformed.media).items():
-                # Of equal scores the right one last: their order is worth nothing.
+                # Of equal scores the right one last, so that a tie at the cut costs it its place.
                 kept = sorted(ranking.answers, key=lambda a: (-a.score, _is_right(query, a)))
                 shown[method] = kept
                 rows[method].append(
-                    _row(query, kept[: answers + 1], ranking.background, answers, tolerance_seconds)
+                    _row(query, kept[:answers], ranking.background, answers, tolerance_seconds)
                 )
         each(query, shown)
     return Asked(
@@ -135,8 +134,8 @@ def _row(
     count: int,
     tolerance_seconds: float,
 ) -> tuple[Any, ...]:
-    scores = np.full(count + 1, -np.inf)
-    correct = np.zeros(count + 1, bool)
+    scores = np.full(count, -np.inf)
+    correct = np.zeros(count, bool)
     for place, answer in enumerate(answers):
         scores[place] = answer.score
         correct[place] = _is_right(query, answer)
@@ -187,7 +186,7 @@ def _cell(
     hits = answered.hits(1)[findable]
     kind, inputs = ("mean", [hits]) if family else ("class_mean", [hits, classes])
     whole = range_of(kind, inputs, videos, resamples=resamples, seed=seed)
-    truth = (answered.correct[:, :-1], asked.findable, chosen)
+    truth = (answered.correct, asked.findable, chosen)
     precision, recall_90 = (
         STATISTICS[kind] for kind in ("micro_average_precision", "recall_at_precision_90")
     )
@@ -198,10 +197,10 @@ def _cell(
         **_with_bounds("r1", whole),
         "r5": mean_over(answered.hits(5)[findable], classes),
         "offset": mean_over(answered.offset[findable].astype(float), classes),
-        "map": precision(answered.scores[:, :-1], *truth),
-        "recall_at_p90": recall_90(answered.scores[:, :-1], *truth),
-        "map_normalised": precision(answered.normalised[:, :-1], *truth),
-        "recall_at_p90_normalised": recall_90(answered.normalised[:, :-1], *truth),
+        "map": precision(answered.scores, *truth),
+        "recall_at_p90": recall_90(answered.scores, *truth),
+        "map_normalised": precision(answered.normalised, *truth),
+        "recall_at_p90_normalised": recall_90(answered.normalised, *truth),
     }
     if answered.has_threshold:
         foreign = chosen & ~asked.findable

@@ -252,9 +252,9 @@ def outcomes(asked: Asked) -> Outcomes:
         values |= {
             f"r1_{method}": answered.hits(1),
             f"r5_{method}": answered.hits(5),
-            f"scores_{method}": answered.scores[:, :-1],
-            f"normalised_{method}": answered.normalised[:, :-1],
-            f"correct_{method}": answered.correct[:, :-1],
+            f"scores_{method}": answered.scores,
+            f"normalised_{method}": answered.normalised,
+            f"correct_{method}": answered.correct,
             f"accepted_{method}": answered.accepted.astype(float),
             f"found_{method}": answered.accepted * answered.hits(1),
         }

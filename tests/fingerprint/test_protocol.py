@@ -118,10 +118,14 @@ def test_results_without_a_baseline_are_not_those_with_it(
     assert list(results["details"]["skipped_baselines"]) == ["late_baseline:Searcher"]
     assert fingerprinting(config, tmp_path) == results
     module = types.ModuleType("late_baseline")
-    monkeypatch.setattr(module, "Searcher", lambda answers: None, raising=False)
+    asked_for: list[int] = []
+    monkeypatch.setattr(
+        module, "Searcher", lambda answers: asked_for.append(answers), raising=False
+    )
     monkeypatch.setitem(sys.modules, "late_baseline", module)
     with pytest.raises(ProtocolError, match="other settings"):
         fingerprinting(config, tmp_path)
+    assert asked_for == [config.answers + 1]  # or a tie at the cut would not be seen
 
 
 def test_encoders_that_met_a_clip_of_any_role_are_refused(encoders: Path, records: Path) -> None:
