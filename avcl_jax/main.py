@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from ml_collections import config_flags
 
 from avcl_jax.data.media_error import MediaError
 from avcl_jax.data.tfrecord import RecordError
+from avcl_jax.demo_data import make_demo
 from avcl_jax.training.run_steps import NonFiniteError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -57,18 +57,9 @@ def _keep_compiled(directory: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def _make_demo(config: ml_collections.ConfigDict) -> None:
-    """Makes and prepares the demo media, unless they are there."""
-    directory = epath.Path(config.data.directory)
-    if not config.data.make_demo or (directory / "dataset_info.json").exists():
-        return
-    if jax.process_count() > 1:
-        raise ValueError(f"{directory} does not exist: run `python -m data_prep demo` first")
-    command = [sys.executable, "-m", "data_prep", "demo", "--out", str(directory.parent)]
-    print(f"{directory} does not exist yet: running {' '.join(command[1:])}", flush=True)
-    done = subprocess.run(command, check=False)
-    if done.returncode:
-        raise ValueError(f"preparing the demo data failed with exit code {done.returncode}")
+def _make_demo(data: ml_collections.ConfigDict) -> None:
+    if data.make_demo:
+        make_demo(data.directory, data.demo_options if "demo_options" in data else ())
 
 
 # Task -> module and function of (config, workdir). Imported when asked for: plotting and
@@ -117,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
         _keep_compiled(config.compilation_cache)
         workdir = epath.Path(_WORKDIR.value or f"runs/{config.name}").absolute()
         if config.task not in _OF_A_RUN and "data" in config and "make_demo" in config.data:
-            _make_demo(config)
+            _make_demo(config.data)
         _function(config.task)(config, workdir)
     except _USER_ERRORS as error:
         if _DEBUG.value:

@@ -76,17 +76,23 @@ def _write_clip(
         container.mux(audio.encode())
 
 
-def _make_clips(folder: Path, keyframe_seconds: float) -> None:
+def _make_clips(
+    source: Path,
+    folder: Path,
+    *,
+    keyframe_seconds: float,
+    per_video: int,
+    seconds: float,
+    short_side: int,
+) -> None:
     """Writes all clips and the manifest that lists them."""
-    source = shared_media()
     folder.mkdir(parents=True)
-    per_video = CLIPS // len(_VIDEOS)
     rows = []
     for name, fps in _VIDEOS:
         frames = [
             frame.image
             for frame in media.decode_frames(
-                source / name, short_side=SOURCE_SIDE, max_fps=None, end_seconds=30.0
+                source / name, short_side=short_side, max_fps=None, end_seconds=30.0
             )
         ]
         decoded = media.decode_audio(source / name, sample_rate_hz=AUDIO_HZ, end_seconds=30.0)
@@ -95,10 +101,10 @@ def _make_clips(folder: Path, keyframe_seconds: float) -> None:
             first = len(frames) * number // per_video
             chosen = [
                 frames[(first + k) % len(frames)][:, :: -1 if number % 2 else 1]
-                for k in range(round(CLIP_SECONDS * fps))
+                for k in range(round(seconds * fps))
             ]
             begin = round(first / fps * AUDIO_HZ)
-            samples = (begin + np.arange(round(CLIP_SECONDS * AUDIO_HZ))) % len(decoded.waveform)
+            samples = (begin + np.arange(round(seconds * AUDIO_HZ))) % len(decoded.waveform)
             path = folder / f"{Path(name).stem}_{number}.mp4"
             _write_clip(path, chosen, decoded.waveform[samples], fps, keyframe_seconds)
             rows.append((path.name, path.stem, number))
@@ -125,9 +131,42 @@ def make_footage(root: Path, *, keyframe_seconds: float = 2.0) -> tuple[Path, Pa
     records = root / f"records_{keyframe_seconds:g}s"
     if not (folder / "manifest.csv").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        _make_clips(folder, keyframe_seconds)
+        _make_clips(
+            shared_media(),
+            folder,
+            keyframe_seconds=keyframe_seconds,
+            per_video=CLIPS // len(_VIDEOS),
+            seconds=CLIP_SECONDS,
+            short_side=SOURCE_SIDE,
+        )
     prepare(folder / "manifest.csv", records, name=NAME)
     return folder, records
+
+
+def make_films(
+    source: Path, folder: Path, *, per_video: int, seconds: float, short_side: int
+) -> list[Path]:
+    """Makes films of the size that people keep and share, unless they are there.
+
+    Args:
+        source: folder of the real videos.
+        folder: of the films.
+        per_video: films cut and looped from each of the eight videos.
+        seconds: length of each.
+        short_side: of the pictures, at most: those of some videos are smaller.
+    """
+    if not (folder / "manifest.csv").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        # FFmpeg's default distance of key frames: films are watched from the beginning.
+        _make_clips(
+            source,
+            folder,
+            keyframe_seconds=10.0,
+            per_video=per_video,
+            seconds=seconds,
+            short_side=short_side,
+        )
+    return sorted(folder.glob("*.mp4"))
 
 
 def prepare(source: Path, out: Path, *, name: str, quality: int = 90) -> Path:

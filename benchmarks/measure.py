@@ -251,11 +251,12 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 def print_table(rows: Sequence[Row]) -> None:
     """Prints rows as a table, and why what was skipped was skipped."""
-    print(f"{'row':<32}{'value':>12} {'unit':<14}{'target':<9}")
+    print(f"{'row':<32}{'value':>12} {'unit':<14}{'interval':<18}{'target':<9}")
     for row in rows:
         value = "-" if row.value is None else f"{row.value:.4g}"
         target = str(row.target) if row.target else "report"
-        print(f"{row.name:<32}{value:>12} {row.unit:<14}{target:<9}{row.verdict}")
+        interval = " to ".join(f"{bound:.3g}" for bound in row.detail.get("interval", ()))
+        print(f"{row.name:<32}{value:>12} {row.unit:<14}{interval:<18}{target:<9}{row.verdict}")
         if row.value is None:
             print(f"    {row.detail['skipped']}")
 

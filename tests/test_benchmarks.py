@@ -47,7 +47,7 @@ def test_measurements_take_turns_and_the_turns_alternate() -> None:
 
 def test_rows_as_table_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
-        Row("fast", 2.5, "ratio", Target(">=", 2), {}),
+        Row("fast", 2.5, "ratio", Target(">=", 2), {"interval": [2.25, 2.75]}),
         Row("large", 3.0, "GB", Target("<=", 2), {"parts": [1, 2]}),
         Row("absent", None, "s", Target("<=", 1), {"skipped": "no such machine"}),
         Row("reported", 7.0, "bytes", None, {}),
@@ -55,6 +55,7 @@ def test_rows_as_table_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
     print_table(rows)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in lines[1:4]] == ["met", "MISSED", "SKIPPED"]
+    assert "2.25 to 2.75" in lines[1]
     assert "no such machine" in lines[4]
     write_json(tmp_path / "new" / "rows.json", rows)
     stored = json.loads((tmp_path / "new" / "rows.json").read_text())

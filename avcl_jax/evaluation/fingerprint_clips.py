@@ -96,26 +96,22 @@ class Query:
         )
 
 
-def clips_of_records(
-    directory: str, split: str, count: int | None = None, first: int = 0
-) -> list[SourceClip]:
+def clips_of_records(records: RecordDataset, count: int, first: int) -> list[SourceClip]:
     """Returns clips of a prepared data set, in its order.
 
     Args:
-        directory: of the data set.
-        split: name of it.
-        count: how many; None for all from `first` on.
+        records: the data set.
+        count: how many.
         first: number of the first record.
 
     Raises:
-        ValueError: if the split has fewer.
+        ValueError: if it has fewer.
     """
-    records = RecordDataset(directory, split)
-    last = len(records) if count is None else first + count
+    last = first + count
     if last > len(records):
         raise ValueError(
-            f"{directory} has {len(records)} records in {split!r}, the protocol needs {last}: "
-            "ask for fewer references or distractors"
+            f"{len(records)} records are prepared ({records.fingerprint}), the protocol needs "
+            f"{last}: ask for fewer references or distractors"
         )
 
     def load(index: int) -> DecodedMedia:

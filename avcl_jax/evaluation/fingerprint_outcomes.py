@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 
 from avcl_jax.evaluation.fingerprint_clips import Query
 from avcl_jax.evaluation.fingerprint_search import Answer, Searcher
-from avcl_jax.evaluation.significance import STATISTICS, bootstrap
+from avcl_jax.evaluation.significance import STATISTICS, Interval, bootstrap
 from avcl_jax.evaluation.transformations.families import FAMILIES, STRENGTHS, TRUNCATION
 
 # The mean over families: truncated queries are a row of their own.
@@ -51,7 +52,7 @@ class Answered:
 
     Attributes:
         scores: float64 [n, answers], best first; -inf where there is no answer.
-        correct: bool [n, answers], whether it names the query's source.
+        correct: bool [n, answers], whether it names the query's source; the last of its score.
         background: float64 [n].
         offset: bool [n], whether the best answer names the source and the right time.
         accepted: bool [n], whether the best answer is accepted as a match.
@@ -64,6 +65,11 @@ class Answered:
     offset: np.ndarray
     accepted: np.ndarray
     has_threshold: bool
+
+    @property
+    def normalised(self) -> np.ndarray:
+        """Scores minus the background."""
+        return self.scores - self.background[:, None]
 
     def hits(self, k: int) -> np.ndarray:
         """Returns float64 [n], 1 where fewer than k other answers score as high as the right one.
@@ -88,7 +94,7 @@ def ask(
     Args:
         queries: made one at a time.
         searchers: with their references.
-        answers: how many of each ranking count.
+        answers: how many of each ranking count; searchers give one more, to show a tie.
         tolerance_seconds: of offsets.
         each: is shown each query with its answers by method.
     """
@@ -104,10 +110,11 @@ def ask(
         shown: dict[str, Sequence[Answer]] = {}
         for searcher in searchers:
             for method, ranking in searcher.query(query.transformed.media).items():
-                kept = sorted(ranking.answers, key=lambda a: -a.score)[:answers]
+                # Of equal scores the right one last, so that a tie at the cut costs it its place.
+                kept = sorted(ranking.answers, key=lambda a: (-a.score, _is_right(query, a)))
                 shown[method] = kept
                 rows[method].append(
-                    _row(query, kept, ranking.background, answers, tolerance_seconds)
+                    _row(query, kept[:answers], ranking.background, answers, tolerance_seconds)
                 )
         each(query, shown)
     return Asked(
@@ -131,10 +138,14 @@ def _row(
     correct = np.zeros(count, bool)
     for place, answer in enumerate(answers):
         scores[place] = answer.score
-        correct[place] = query.findable and answer.source == query.clip.name
+        correct[place] = _is_right(query, answer)
     offset = bool(correct[0]) and query.is_offset(answers[0].offset_seconds, tolerance_seconds)
     accepted = answers[0].accepted if answers else None
     return scores, correct, background, offset, bool(accepted), accepted is not None
+
+
+def _is_right(query: Query, answer: Answer) -> bool:
+    return query.findable and answer.source == query.clip.name
 
 
 def _answered(rows: Sequence[tuple[Any, ...]]) -> Answered:
@@ -174,8 +185,7 @@ def _cell(
     videos, classes = asked.videos[findable], asked.family[findable]
     hits = answered.hits(1)[findable]
     kind, inputs = ("mean", [hits]) if family else ("class_mean", [hits, classes])
-    recall = bootstrap(kind, inputs, videos, resamples=resamples, seed=seed)
-    normalised = answered.scores - answered.background[:, None]
+    whole = range_of(kind, inputs, videos, resamples=resamples, seed=seed)
     truth = (answered.correct, asked.findable, chosen)
     precision, recall_90 = (
         STATISTICS[kind] for kind in ("micro_average_precision", "recall_at_precision_90")
@@ -184,20 +194,48 @@ def _cell(
         "queries": int(findable.sum()),
         "distractors": int((chosen & ~asked.findable).sum()),
         "videos": len(set(videos.tolist())),
-        "r1": recall.value,
-        "r1_low": recall.low,
-        "r1_high": recall.high,
+        **_with_bounds("r1", whole),
         "r5": mean_over(answered.hits(5)[findable], classes),
         "offset": mean_over(answered.offset[findable].astype(float), classes),
         "map": precision(answered.scores, *truth),
         "recall_at_p90": recall_90(answered.scores, *truth),
-        "map_normalised": precision(normalised, *truth),
-        "recall_at_p90_normalised": recall_90(normalised, *truth),
+        "map_normalised": precision(answered.normalised, *truth),
+        "recall_at_p90_normalised": recall_90(answered.normalised, *truth),
     }
     if answered.has_threshold:
-        cell["recall_at_threshold"] = mean_over(hits * answered.accepted[findable], classes)
-        cell["false_match_rate"] = float(np.mean(answered.accepted[chosen & ~asked.findable]))
+        foreign = chosen & ~asked.findable
+        found = [hits * answered.accepted[findable], *inputs[1:]]
+        accepted = [answered.accepted[foreign].astype(float)]
+        recall = range_of(kind, found, videos, resamples=resamples, seed=seed)
+        wrong = range_of("mean", accepted, asked.videos[foreign], resamples=resamples, seed=seed)
+        cell |= _with_bounds("recall_at_threshold", recall)
+        cell |= _with_bounds("false_match_rate", wrong)
     return cell
+
+
+def _with_bounds(name: str, interval: Interval) -> dict[str, float]:
+    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+def range_of(
+    kind: str, inputs: Sequence[np.ndarray], videos: np.ndarray, *, resamples: int, seed: int
+) -> Interval:
+    """Returns a share with its interval over videos, or the exact one if all outcomes are alike.
+
+    A bootstrap of nothing but hits, or of nothing but misses, says that nothing else can be.
+
+    Args:
+        kind: of `STATISTICS`, a mean of the first input.
+        inputs: arrays [n], the first of them 0 or 1.
+        videos: [n].
+        resamples: of the bootstrap.
+        seed: of the draws.
+    """
+    values = np.asarray(inputs[0])
+    if not (values == values[0]).all():
+        return bootstrap(kind, inputs, videos, resamples=resamples, seed=seed)
+    exact = binomtest(int(values.sum()), len(values)).proportion_ci(method="exact")
+    return Interval(float(values[0]), float(exact.low), float(exact.high))
 
 
 def mean_over(values: np.ndarray, families: np.ndarray) -> float:

@@ -20,7 +20,7 @@ from etils import epath
 
 from avcl_jax.data.decoded import DecodedMedia
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.encoder_source import open_encoders
+from avcl_jax.encoder_source import EncoderSource, open_encoders
 from avcl_jax.evaluation.fingerprint_clips import (
     ClipSets,
     SourceClip,
@@ -37,28 +37,31 @@ from avcl_jax.evaluation.protocol import (
     Metric,
     Outcomes,
     Protocol,
-    finished,
-    run_fingerprint,
-    write_results,
 )
+from avcl_jax.evaluation.protocol_run import ProtocolRun
+from avcl_jax.evaluation.trained_on import check_not_trained_on
 from avcl_jax.evaluation.transformations import families
 from avcl_jax.evaluation.written import Stages
 from avcl_jax.fingerprint.settings import FingerprintSettings
 
+# Of what is made of the answers, beside `families.VERSION`: raised when a figure would change.
+# 1: R@5 and µAP take ties at their cut in the worst order too.
+_FIGURES_VERSION = 1
+
 PROTOCOL = Protocol(
     name="fingerprinting",
-    version=families.VERSION,
+    version=families.VERSION + _FIGURES_VERSION,
     title="Fingerprinting: the source of a transformed clip",
     definition=(
         "References are clean clips. Every family of transformations asks for some of them, chosen "
         "at random, each beside a distractor: a clip that is not indexed, transformed alike.",
         "Strengths and seeds are fixed in avcl_jax/evaluation/transformations. A clip that lacks "
         "what a family changes is not asked for in that family.",
-        "R@1: share of the queries whose source is scored above every other answer; answers of "
-        "equal score count as if the wrong ones came first. A method that cannot answer, for "
-        "instance by sound about a clip without sound, has not found the source.",
+        "R@k: share of the queries whose source is scored above all but k − 1 other answers; "
+        "answers of equal score count as if the wrong ones came first. A method that cannot "
+        "answer, for instance by sound about a clip without sound, has not found the source.",
         "µAP and recall at 90 % precision: over the five best answers to every query and every "
-        "distractor in one list; worst order within equal scores.",
+        "distractor in one list; worst order within equal scores, at the cut after five too.",
         "Normalised: minus the mean score of the query's three best answers from an index of clips "
         "that are in no other role.",
         "Offset: share of the queries whose best answer names the source and, within the "
@@ -66,6 +69,8 @@ PROTOCOL = Protocol(
         "The mean over families counts every family once; truncated queries are apart. Medium "
         "strength unless another is named.",
         "The better single modality, and the better baseline, are chosen once for all families.",
+        "Intervals resample videos. Where all queries came out alike no resample differs, and the "
+        "tables give the exact bounds of Clopper and Pearson instead, queries taken one by one.",
     ),
 )
 _OURS = ("fused", "video", "audio")
@@ -82,16 +87,24 @@ def fingerprinting(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
         The contents of results.json.
 
     Raises:
-        ValueError: if there are not enough clips, or a baseline is unknown.
+        ValueError: if there are not enough clips, the encoders were pretrained on some, or a
+            baseline is unknown.
     """
     stages = Stages()
     source = open_encoders(config.encoder)
     for modality in ("video", "audio"):
         source.require(modality)
-    clips, data, unused = clip_sets(config.data)
+    clips, data, unused = clip_sets(config.data, source)
     clips.check()
-    fingerprint = run_fingerprint(config, PROTOCOL, encoder=source, data=data)
-    if (done := finished(workdir, PROTOCOL, fingerprint)) is not None:
+    # One more than count: whether an answer that does not count ties with the last that does.
+    asked_for = config.answers + 1
+    baselines, skipped = load_baselines(config.baselines, answers=asked_for)
+    # Results without a baseline are not those with it: the ones that run are part of the config.
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.baselines = tuple(name for name in config.baselines if name not in skipped)
+    protocol_run = ProtocolRun(PROTOCOL, config, epath.Path(workdir), source, data)
+    if (done := protocol_run.finished()) is not None:
         return done
     # Small products, many a second: threads that wait for each other cost more than they give.
     with (
@@ -102,9 +115,8 @@ def fingerprinting(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
             Path(directory),
             config.encoder,
             FingerprintSettings(**config.index.to_dict()),
-            answers=config.answers,
+            answers=asked_for,
         )
-        baselines, skipped = load_baselines(config.baselines, answers=config.answers)
         searchers: list[Searcher] = [ours, *baselines]
         for searcher in searchers:
             with stages(f"indexing for {', '.join(searcher.methods)}"):
@@ -147,9 +159,7 @@ def fingerprinting(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
         details=details,
         sections=sections(tables, examples, details),
     )
-    return write_results(
-        workdir, config, PROTOCOL, measured, encoder=source, data=data, stages=stages
-    )
+    return protocol_run.write(measured, stages)
 
 
 def _items(clips: Sequence[SourceClip]) -> Iterator[tuple[str, DecodedMedia]]:
@@ -157,24 +167,30 @@ def _items(clips: Sequence[SourceClip]) -> Iterator[tuple[str, DecodedMedia]]:
 
 
 def clip_sets(
-    data: ml_collections.ConfigDict,
+    data: ml_collections.ConfigDict, source: EncoderSource
 ) -> tuple[ClipSets, dict[str, str], dict[str, str]]:
     """Returns clips by role, fingerprints of the data, and files that give no clip.
 
     Args:
         data: section of the config; with `files` these are cut into the references, and the
             prepared records (and `sounds`) are what must not be found.
+        source: the encoders, which must not know the records.
+
+    Raises:
+        ProtocolError: if they were pretrained on some.
+        ValueError: if there are not enough clips.
     """
-    held = RecordDataset(data.directory, data.reference_split)
-    spare = RecordDataset(data.directory, data.spare_split)
-    fingerprints = {"records": held.fingerprint, "spare records": spare.fingerprint}
+    records = RecordDataset(data.directory, data.split)
     roles: dict[str, list[SourceClip]] = {}
     first = 0
-    for role in ("distractors", "others", "background"):
-        count = data[role]
-        roles[role] = clips_of_records(data.directory, data.spare_split, count, first)
-        first += count
-    recorded = clips_of_records(data.directory, data.reference_split, data.references)
+    for role in ("references", "distractors", "others", "background"):
+        roles[role] = clips_of_records(records, data[role], first)
+        first += data[role]
+    check_not_trained_on(
+        source, records, np.arange(first), allow=data.allow_trained_on, what="clips"
+    )
+    fingerprints = {"records": records.fingerprint}
+    recorded = roles.pop("references")
     if not data.files:
         return ClipSets(recorded, [], **roles), fingerprints, {}
     paths = sorted(p for p in Path(data.files).iterdir() if p.is_file())
@@ -237,7 +253,7 @@ def outcomes(asked: Asked) -> Outcomes:
             f"r1_{method}": answered.hits(1),
             f"r5_{method}": answered.hits(5),
             f"scores_{method}": answered.scores,
-            f"normalised_{method}": answered.scores - answered.background[:, None],
+            f"normalised_{method}": answered.normalised,
             f"correct_{method}": answered.correct,
             f"accepted_{method}": answered.accepted.astype(float),
             f"found_{method}": answered.accepted * answered.hits(1),

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from avcl_jax.fingerprint.matching import QUERY_DENSITY, Rendering, align
+from avcl_jax.fingerprint.matching import QUERY_DENSITY, Rendering, align, prepare
 from avcl_jax.fingerprint.segments import SegmentFeatures
 from avcl_jax.fingerprint.snapshot import Snapshot
 
@@ -74,14 +74,19 @@ class Calibration:
 DEFAULT = Calibration(location=6.5, growth=1.8, scale=1.3, segments=6760)
 
 
+def name_of(modalities: Iterable[str]) -> str:
+    """Returns under which name `fit` gives the distribution of these modalities together."""
+    return "+".join(sorted(modalities))
+
+
 def fit(
     snapshot: Snapshot,
     *,
     hop_seconds: float,
     spans: Mapping[str, float],
     num_rates: int,
-) -> Calibration:
-    """Fits the distribution to queries made of the library's own sources.
+) -> dict[str, Calibration]:
+    """Fits the distributions to queries made of the library's own sources.
 
     Median and quartiles are fitted, so that a quarter of the sources may have a double in the
     library, as two cuts of one film are.
@@ -89,49 +94,60 @@ def fit(
     Args:
         snapshot: the library.
         hop_seconds: of its segments.
-        spans: modality -> length of a segment, of the modalities that are compared.
+        spans: modality -> length of a segment, of all modalities of the library.
         num_rates: at which a query is rendered.
 
     Returns:
-        The distribution; `DEFAULT` where there are too few sources with these modalities.
+        The distribution of all modalities together and of each alone, by `name_of`; `DEFAULT`
+        where there are too few sources with these modalities.
     """
+    chosen = {name_of(used): used for used in [tuple(sorted(spans)), *((m,) for m in spans)]}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in chosen}
     rng = np.random.default_rng(0)
     numbers = np.flatnonzero(snapshot.live)
     if len(numbers) < MIN_SOURCES:
-        return DEFAULT
-    logs, found = [], []
-    chosen = rng.choice(numbers, min(_QUERIES, len(numbers)), replace=False)
-    for n, number in enumerate(chosen.tolist()):
-        segments = _excerpt(
+        return dict.fromkeys(chosen, DEFAULT)
+    drawn = rng.choice(numbers, min(_QUERIES, len(numbers)), replace=False)
+    for n, number in enumerate(drawn.tolist()):
+        seconds = _LENGTHS_SECONDS[n % len(_LENGTHS_SECONDS)]
+        span = max(spans.values())
+        segments = _excerpt(snapshot, number, list(spans), seconds, hop_seconds, span, rng)
+        # One search serves every choice of modalities: most of the work of adding short media.
+        prepared = prepare(
             snapshot,
-            number,
+            [Rendering(1.0, _between(segments))],
             list(spans),
-            _LENGTHS_SECONDS[n % len(_LENGTHS_SECONDS)],
-            hop_seconds,
-            max(spans.values()),
-            rng,
+            hop_seconds=hop_seconds,
+            exclude=number,
         )
-        if not all(present.any() for present in segments.present.values()):
-            continue
-        renderings = [Rendering(1.0, _between(segments))]
-        best = align(snapshot, renderings, hop_seconds=hop_seconds, spans=spans, exclude=number)
-        logs.append(math.log(segments.duration_seconds))
-        found.append(best[0].evidence if best else 0.0)
-    if len(found) < MIN_SOURCES:
-        return DEFAULT
-    evidence, seconds = np.array(found), np.array(logs)
+        for name, used in chosen.items():
+            if all(segments.present[m].any() for m in used):
+                best = align(prepared, {m: spans[m] for m in used})
+                evidence = best[0].evidence if best else 0.0
+                found[name].append((math.log(segments.duration_seconds), evidence))
+    return {
+        name: _distribution(np.array(pairs), num_rates, snapshot.num_segments)
+        if len(pairs) >= MIN_SOURCES
+        else DEFAULT
+        for name, pairs in found.items()
+    }
+
+
+def _distribution(found: np.ndarray, num_rates: int, segments: int) -> Calibration:
+    """The distribution of evidence [queries, 1], which grows with the log seconds [queries, 0]."""
+    seconds, evidence = found.T
     growth = max(0.0, _slope(seconds, evidence))
     rest = evidence - growth * seconds
     low, middle, high = np.quantile(rest, (0.25, 0.5, 0.75))
     # Of the unit Gumbel: quartiles are 1.5725 apart, the median is at 0.3665.
-    weight = len(found) / (len(found) + _PRIOR_QUERIES)
+    weight = len(evidence) / (len(evidence) + _PRIOR_QUERIES)
     scale = weight * float(high - low) / 1.5725 + (1 - weight) * DEFAULT.scale
     renderings_of_a_query = num_rates * QUERY_DENSITY
     return Calibration(
         location=float(middle) - 0.3665 * scale + scale * math.log(renderings_of_a_query),
         growth=growth,
         scale=scale,
-        segments=snapshot.num_segments,
+        segments=segments,
     )
 
 

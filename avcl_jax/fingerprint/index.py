@@ -277,9 +277,10 @@ class FingerprintIndex:
         if not self._snapshot.projections or not renderings:
             return QueryResult([], query_seconds)
         spans = {m: self.segmenter.span_seconds(m) for m in used}
-        found = matching.align(
-            self._snapshot, renderings, hop_seconds=self.settings.hop_seconds, spans=spans
+        prepared = matching.prepare(
+            self._snapshot, renderings, used, hop_seconds=self.settings.hop_seconds
         )
+        found = matching.align(prepared, spans)
         segments = self.num_segments
         # What the clip lacks finds nothing, also where it is unrelated.
         heard = [m for m in used if any(r.segments.present[m].any() for r in renderings)]
@@ -305,7 +306,7 @@ class FingerprintIndex:
     def calibration(self, modalities: Sequence[str]) -> calibration.Calibration:
         """Returns how evidence of these modalities becomes a score here."""
         fitted = self._manifest["calibration"]["by_modalities"]
-        fields = fitted.get("+".join(sorted(modalities)))
+        fields = fitted.get(calibration.name_of(modalities))
         return calibration.Calibration(**fields) if fields else calibration.DEFAULT
 
     def _load(self) -> None:
@@ -385,19 +386,17 @@ class FingerprintIndex:
 
     def _calibrate(self) -> None:
         """Fits what scores mean anew, if the index has changed much since."""
-        fitted = self._manifest["calibration"]["segments"]
+        last = self._manifest["calibration"]["segments"]
         now = self.num_segments
-        if fitted / _CALIBRATED_WITHIN < now < fitted * _CALIBRATED_WITHIN:
+        if last / _CALIBRATED_WITHIN < now < last * _CALIBRATED_WITHIN:
             return
-        modalities = sorted(self._manifest["dimensions"])
-        by_modalities = {}
-        for used in [modalities, *([m] for m in modalities if len(modalities) > 1)]:
-            by_modalities["+".join(used)] = calibration.fit(
-                self._snapshot,
-                hop_seconds=self.settings.hop_seconds,
-                spans={m: self.segmenter.span_seconds(m) for m in used},
-                num_rates=len(self.settings.rates),
-            ).to_json()
+        fitted = calibration.fit(
+            self._snapshot,
+            hop_seconds=self.settings.hop_seconds,
+            spans={m: self.segmenter.span_seconds(m) for m in self._manifest["dimensions"]},
+            num_rates=len(self.settings.rates),
+        )
+        by_modalities = {name: found.to_json() for name, found in fitted.items()}
         calibrated = {"segments": now, "by_modalities": by_modalities}
         replace_manifest(self.directory, {**self._manifest, "calibration": calibrated})
         self._load()

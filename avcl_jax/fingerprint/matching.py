@@ -10,9 +10,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import threadpoolctl
@@ -32,6 +34,8 @@ _TIE = 0.01
 _REACH_SECONDS = 0.75
 # Disagreement beyond this counts no more: a part of a query may be of something else.
 _WORST = -1.0
+# Segments of a library from which a search is work for more than one thread.
+_THREADS_FROM = 50_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +82,13 @@ class _Query:
     """A rendering as vectors.
 
     Attributes:
+        rate: of the rendering.
         seconds: float64 [segments], beginnings at this rate.
         vectors: modality -> float32 [segments, d], zeros where missing.
         present: modality -> bool [segments].
         mean: modality -> float32 [segments], of the similarity to the cohort.
         scale: modality -> float32 [segments], its standard deviation.
+        neighbours: modality -> nearest reference segments of the segments that are present.
     """
 
     rate: float
@@ -91,55 +97,92 @@ class _Query:
     present: Mapping[str, np.ndarray]
     mean: Mapping[str, np.ndarray]
     scale: Mapping[str, np.ndarray]
+    neighbours: Mapping[str, Neighbours]
 
 
-def align(
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A query laid beside a library: what is the same for each choice of modalities to compare.
+
+    Attributes:
+        queries: of each rendering.
+        hop_seconds: of the reference segments.
+        windows: `Snapshot.vectors_of` that remembers what it gave.
+    """
+
+    queries: Sequence[_Query]
+    hop_seconds: float
+    windows: Callable[[str, int, int, int], tuple[np.ndarray, np.ndarray]]
+
+
+def prepare(
     snapshot: Snapshot,
     renderings: Sequence[Rendering],
+    modalities: Sequence[str],
     *,
     hop_seconds: float,
-    spans: Mapping[str, float],
     exclude: int | None = None,
-) -> list[Alignment]:
-    """Finds where in the library a query may come from.
+) -> Prepared:
+    """Finds the nearest reference segments of a query.
 
     Args:
         snapshot: the library.
         renderings: of the query, the segments `hop_seconds` / `QUERY_DENSITY` apart.
+        modalities: all that will be compared.
         hop_seconds: of the reference segments.
-        spans: modality -> length of a segment; of the modalities to compare.
         exclude: number of a source that is not looked at.
+    """
+    step = hop_seconds / QUERY_DENSITY
+    small = snapshot.num_segments < _THREADS_FROM
+    with _one_thread() if small else contextlib.nullcontext():
+        queries = [_prepare(snapshot, r, step, modalities, exclude) for r in renderings]
+    return Prepared(queries, hop_seconds, functools.cache(snapshot.vectors_of))
+
+
+def align(prepared: Prepared, spans: Mapping[str, float]) -> list[Alignment]:
+    """Finds where in the library a query may come from.
+
+    Args:
+        prepared: the query.
+        spans: modality -> length of a segment; of the modalities to compare.
 
     Returns:
         The best alignment of each source that was looked at closely, best first.
     """
-    queries = [_prepare(snapshot, r, hop_seconds / QUERY_DENSITY, spans) for r in renderings]
-    queries = [q for q in queries if any(p.any() for p in q.present.values())]
+    queries = [q for q in prepared.queries if any(q.present[m].any() for m in spans)]
     votes: dict[tuple[int, int, int], float] = {}
     for number, query in enumerate(queries):
         for modality in spans:
-            _vote(snapshot, query, number, modality, hop_seconds, votes, exclude)
+            _vote(query, number, modality, prepared.hop_seconds, votes)
     best: dict[int, Alignment] = {}
-    # Matrices so small that a second thread only waits: twenty times slower on a busy machine.
-    with _threads().limit(limits=1, user_api="blas"):
+    with _one_thread():
         for source, number, place in _candidates(votes):
-            found = _look_closely(snapshot, queries[number], source, place, hop_seconds, spans)
+            found = _look_closely(prepared, queries[number], source, place, spans)
             if found is not None and (source not in best or found.evidence > best[source].evidence):
                 best[source] = found
     return sorted(best.values(), key=lambda a: -a.evidence)
 
 
+def _one_thread() -> contextlib.AbstractContextManager[Any]:
+    """Products so small that a second thread only waits: twenty times slower on a busy machine."""
+    return _thread_pools().limit(limits=1)
+
+
 @functools.cache
-def _threads() -> threadpoolctl.ThreadpoolController:
+def _thread_pools() -> threadpoolctl.ThreadpoolController:
     return threadpoolctl.ThreadpoolController()
 
 
 def _prepare(
-    snapshot: Snapshot, rendering: Rendering, hop: float, spans: Mapping[str, float]
+    snapshot: Snapshot,
+    rendering: Rendering,
+    hop: float,
+    modalities: Sequence[str],
+    exclude: int | None,
 ) -> _Query:
     segments = rendering.segments
-    vectors, present, mean, scale = {}, {}, {}, {}
-    for modality in spans:
+    vectors, present, mean, scale, neighbours = {}, {}, {}, {}, {}
+    for modality in modalities:
         present[modality] = here = segments.present[modality]
         vectors[modality] = snapshot.projections[modality](segments.features[modality])
         vectors[modality][~here] = 0
@@ -149,26 +192,25 @@ def _prepare(
         mean[modality] = chance.mean(axis=1) if known else np.zeros(len(here), np.float32)
         spread = chance.std(axis=1) if known else np.zeros(len(here), np.float32)
         scale[modality] = np.maximum(spread, vectors[modality].shape[1] ** -0.5)
+        neighbours[modality] = snapshot.search(
+            modality, vectors[modality][here], _NEIGHBOURS, exclude
+        )
     seconds = hop * np.arange(len(segments))
-    return _Query(rendering.rate, seconds, vectors, present, mean, scale)
+    return _Query(rendering.rate, seconds, vectors, present, mean, scale, neighbours)
 
 
 def _vote(
-    snapshot: Snapshot,
     query: _Query,
     number: int,
     modality: str,
     hop: float,
     votes: dict[tuple[int, int, int], float],
-    exclude: int | None,
 ) -> None:
     """Adds, per segment, its best neighbour in each bin: (source, rendering, offset bin)."""
     here = np.flatnonzero(query.present[modality])
     if not len(here):
         return
-    found: Neighbours = snapshot.search(
-        modality, query.vectors[modality][here], _NEIGHBOURS, exclude
-    )
+    found = query.neighbours[modality]
     surprise = (found.similarity - query.mean[modality][here, None]) / (
         query.scale[modality][here, None]
     )
@@ -202,14 +244,14 @@ def _candidates(votes: dict[tuple[int, int, int], float]) -> list[tuple[int, int
 
 
 def _look_closely(
-    snapshot: Snapshot,
+    prepared: Prepared,
     query: _Query,
     source: int,
     place: int,
-    hop: float,
     spans: Mapping[str, float],
 ) -> Alignment | None:
     """Best line near a bin."""
+    hop = prepared.hop_seconds
     step = hop / QUERY_DENSITY
     near = place * _BIN_SECONDS + np.arange(-_REACH_SECONDS, _REACH_SECONDS + step / 2, step)
     slopes = np.array(_SLOPES)
@@ -225,7 +267,7 @@ def _look_closely(
         if not query.present[modality].any():
             continue
         first = max(0, int(index.min()))
-        window, here = snapshot.vectors_of(modality, source, first, int(index.max()) + 1)
+        window, here = prepared.windows(modality, source, first, int(index.max()) + 1)
         if not len(window):
             continue
         similarity = query.vectors[modality] @ window.T

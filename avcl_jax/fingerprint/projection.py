@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import threadpoolctl
 
 # Added to each variance, as a share of the mean one: what keeps directions of noise small.
 _SHRINKAGE = 0.01
@@ -50,7 +51,9 @@ def fit_projection(features: np.ndarray, dimensions: int) -> Projection:
     weight = len(features) / (len(features) + len(mean))
     average = float(np.trace(covariance)) / len(mean) or 1.0
     covariance = weight * covariance + (1 - weight) * average * np.eye(len(mean))
-    variances, directions = np.linalg.eigh(covariance)
+    # On a busy machine two threads, which wait for each other, take several times as long.
+    with threadpoolctl.threadpool_limits(1):
+        variances, directions = np.linalg.eigh(covariance)
     kept = np.argsort(variances)[::-1][:dimensions]
     scale = 1 / np.sqrt(np.maximum(variances[kept], 0) + _SHRINKAGE * average)
     return Projection(

@@ -1,8 +1,8 @@
 """Perceptual hashes of frames: what people reach for to find copies of pictures (`imagehash`).
 
 pHash (the signs of the low frequencies of the cosine transform against their median) of frames four
-times a second. The settings were chosen on training clips of the demo, which are no references of
-the benchmark; those of our index were compared on some that are (docs/fingerprint.md).
+times a second. The settings were chosen on training clips of the demo, as those of our index on its
+test clips (docs/fingerprint.md); neither are clips of the benchmark.
 """
 
 from __future__ import annotations

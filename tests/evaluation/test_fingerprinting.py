@@ -11,10 +11,16 @@ from sklearn.metrics import average_precision_score
 
 from avcl_jax.data.decoded import DecodedMedia
 from avcl_jax.evaluation.fingerprint_clips import ClipSets, SourceClip, make_queries
-from avcl_jax.evaluation.fingerprint_outcomes import Answered, ask, error_ratio, table_of
+from avcl_jax.evaluation.fingerprint_outcomes import (
+    Answered,
+    ask,
+    error_ratio,
+    range_of,
+    table_of,
+)
 from avcl_jax.evaluation.fingerprint_search import Answer, Ranking, background_score
 from avcl_jax.evaluation.fingerprinting import load_baselines, metrics, outcomes
-from avcl_jax.evaluation.significance import STATISTICS
+from avcl_jax.evaluation.significance import STATISTICS, bootstrap
 from avcl_jax.evaluation.transformations.families import FAMILIES
 from tests.evaluation.transformations.clips import clip
 
@@ -252,6 +258,43 @@ def test_ranks_in_the_worst_order_of_ties(scores, correct, rank) -> None:
     answered = Answered(np.array([scores]), np.array([correct]), np.zeros(1), one, one, False)
     hits = [answered.hits(k)[0] for k in (1, 2, 3)]
     assert hits == [float(rank is not None and rank <= k) for k in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("rivals", "hit"), [(4, 1.0), (5, 0.0)])
+def test_a_tie_at_the_cut_counts_as_if_the_wrong_ones_came_first(
+    sets: ClipSets, rivals: int, hit: float
+) -> None:
+    def tied(method: str, query) -> Ranking:
+        wrong = [Answer(f"other{n}", 1.0, 0.0) for n in range(rivals)]
+        return Ranking([truth(query), *wrong], 0.0)
+
+    queries = list(make_queries(sets, COUNTS, FAMILY_NAMES, seed=0))
+    searcher = Knowing(("fused", "video", "audio"), lambda method, n: tied(method, queries[n]))
+    searcher.index(((c.name, c.load()) for c in sets.references), ())
+    asked = ask(queries, [searcher], answers=5, tolerance_seconds=0.5)
+    figures = table_of(asked, "fused", resamples=20, seed=0)["medium"]["all"]
+    assert figures["r5"] == hit
+    assert (figures["r1"], figures["offset"]) == (0.0, 0.0)
+    # What is cut off is not in the list that µAP is of.
+    assert (figures["map"] > 0) == bool(hit)
+    kept = outcomes(asked).values
+    assert kept["scores_fused"].shape == kept["correct_fused"].shape == (len(queries), 5)
+    assert (kept["r5_fused"][kept["findable"]] == hit).all()
+
+
+def test_where_all_outcomes_are_alike_bounds_are_exact() -> None:
+    videos = np.array([str(n % 30) for n in range(276)])
+    nothing = range_of("mean", [np.zeros(276)], videos, resamples=50, seed=0)
+    assert nothing.low == nothing.value == 0.0
+    assert nothing.high == pytest.approx(1 - 0.025 ** (1 / 276))
+    families = np.arange(276) % 23
+    everything = range_of("class_mean", [np.ones(276), families], videos, resamples=50, seed=0)
+    assert everything.low == pytest.approx(0.025 ** (1 / 276))
+    assert everything.high == everything.value == 1.0
+    some = (np.arange(276) < 60).astype(float)
+    found = range_of("mean", [some], videos, resamples=200, seed=0)
+    assert found == bootstrap("mean", [some], videos, resamples=200, seed=0)
+    assert found.low < found.value < found.high
 
 
 def test_every_metric_has_its_outcomes(sets: ClipSets) -> None:

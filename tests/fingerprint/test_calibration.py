@@ -53,7 +53,7 @@ def test_doubles_in_the_library_hardly_move_what_is_unrelated(library, encoders,
             hop_seconds=SETTINGS.hop_seconds,
             spans={"video": 0.5, "audio": 0.5},
             num_rates=1,
-        )
+        )["audio+video"]
         for index in (library, doubled)
     )
     assert plain != DEFAULT

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import importlib
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 import numpy as np
 import pytest
+from etils import epath
 
 from avcl_jax.data.record_metadata import write_dataset_metadata
-from avcl_jax.data.records import shard_name, write_shard
+from avcl_jax.data.records import RecordDataset, shard_name, write_shard
+from avcl_jax.encoder_source import open_encoders
 from avcl_jax.evaluation.fingerprint_clips import clips_of_records, segments_of_files
-from avcl_jax.evaluation.fingerprinting import fingerprinting
-from avcl_jax.evaluation.protocol import read_outcomes
+from avcl_jax.evaluation.fingerprinting import clip_sets, fingerprinting
+from avcl_jax.evaluation.protocol import (
+    OUTCOMES,
+    Outcomes,
+    ProtocolError,
+    read_outcomes,
+    write_outcomes,
+)
 from avcl_jax.fingerprint.settings import FingerprintSettings
 from benchmarks import fingerprint as benchmark
+from benchmarks.measure import SkipError
 from configs import fingerprint
 from tests.data.synthetic_media import write_flash_and_click
 from tests.data.synthetic_records import make_record
@@ -25,16 +39,8 @@ from tests.data.synthetic_records import make_record
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("records")
-    splits = {"test": range(5), "train": range(10, 16)}
-    shards = {
-        name: [
-            write_shard(
-                directory / shard_name("small", name, 0, 1),
-                [make_record(n, seconds=4.0, side=24) for n in numbers],
-            )
-        ]
-        for name, numbers in splits.items()
-    }
+    made = [make_record(n, seconds=4.0, side=24) for n in range(9)]
+    shards = {"test": [write_shard(directory / shard_name("small", "test", 0, 1), made)]}
     names = {label: [str(n) for n in range(5)] for label in ("motion", "material")}
     write_dataset_metadata(directory, name="small", class_names=names, splits=shards)
     return directory
@@ -69,35 +75,120 @@ def test_rows_of_the_benchmark_and_the_report_beside_them(
     rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
     assert rows["real_fused_r1"]["value"] is None
     assert "--media" in rows["real_fused_r1"]["detail"]["skipped"]
-    results = json.loads((tmp_path / "runs" / "foley" / "results.json").read_text())
+    assert not (tmp_path / "runs" / "foley").exists()
+    workdir = tmp_path / "runs" / "small" / "foley"
+    results = json.loads((workdir / "results.json").read_text())
     assert rows["foley_fused_r1"]["value"] == results["metrics"]["fused_r1"]["value"]
     assert rows["foley_fused_r1"]["detail"]["queries"] == 3
+    for name in ("false_match_rate", "recall_at_threshold"):
+        low, high = rows[name]["detail"]["interval"]
+        assert low <= rows[name]["value"] <= high
+        assert low < high
     # Without its sound a clip is not found by it; unchanged, a picture is found by any weights.
     families = results["details"]["tables"]["audio"]["medium"]
     assert families["audio_removed"]["r1"] == 0.0
     assert families["flip"]["r1"] == 1.0
     assert results["details"]["tables"]["video"]["medium"]["audio_removed"]["r1"] == 1.0
     assert set(results["details"]["tables"]["fused"]) == {"weak", "medium", "strong"}
-    report = (tmp_path / "runs" / "foley" / "report.html").read_text()
+    report = (workdir / "report.html").read_text()
     for words in ("R@1 by family, medium strength", "audio removed", "data:image/jpeg;base64"):
         assert words in report
-    kept = read_outcomes(tmp_path / "runs" / "foley" / "outcomes.npz")
-    assert set(kept.sources) <= {f"source {n}" for n in (0, 1, 2, 3, 10, 11)}
+    kept = read_outcomes(workdir / "outcomes.npz")
+    assert set(kept.sources) <= {f"source {n}" for n in range(6)}
     assert kept.values["findable"].mean() == 0.5
     capsys.readouterr()
     assert benchmark.main(arguments) == 0
     assert "already holds these results" in capsys.readouterr().out
 
 
+def small_config(encoders: Path, records: Path) -> ml_collections.ConfigDict:
+    config = fingerprint.get_config()
+    config.update_from_flattened_dict(benchmark._SMALL)
+    config.encoder, config.data.directory = str(encoders), str(records)
+    return config
+
+
+def test_results_without_a_baseline_are_not_those_with_it(
+    encoders: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(encoders, records)
+    config.families = ("flip",)
+    config.baselines = ("late_baseline:Searcher",)
+    results = fingerprinting(config, tmp_path)
+    assert list(results["details"]["skipped_baselines"]) == ["late_baseline:Searcher"]
+    assert fingerprinting(config, tmp_path) == results
+    module = types.ModuleType("late_baseline")
+    asked_for: list[int] = []
+    monkeypatch.setattr(
+        module, "Searcher", lambda answers: asked_for.append(answers), raising=False
+    )
+    monkeypatch.setitem(sys.modules, "late_baseline", module)
+    with pytest.raises(ProtocolError, match="other settings"):
+        fingerprinting(config, tmp_path)
+    assert asked_for == [config.answers + 1]  # or a tie at the cut would not be seen
+
+
+def test_encoders_that_met_a_clip_of_any_role_are_refused(encoders: Path, records: Path) -> None:
+    config = small_config(encoders, records)
+    source = open_encoders(encoders)
+    met = RecordDataset(records, "test").fingerprint
+    trained = dataclasses.replace(source, trained_on=met)
+    with pytest.raises(ProtocolError, match="pretrained, without labels, on 9 of the 9 clips"):
+        clip_sets(config.data, trained)
+    clips, _, _ = clip_sets(config.data, source)
+    clips.check()
+    assert [len(getattr(clips, f.name)) for f in dataclasses.fields(clips)] == [4, 0, 2, 1, 2]
+
+
+def benchmark_with(
+    results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> benchmark._Benchmark:
+    monkeypatch.setattr(benchmark, "run_child", lambda *_: results)
+    monkeypatch.setattr(benchmark, "need", lambda _: None)
+    place = str(tmp_path)
+    return benchmark._Benchmark(
+        argparse.Namespace(encoder=place, records=place, workdir=place, small=False)
+    )
+
+
+def test_a_comparison_without_a_baseline_is_skipped_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    details = {"skipped_baselines": {"chromaprint": "no libchromaprint"}}
+    measured = benchmark_with({"details": details}, tmp_path, monkeypatch)
+    with pytest.raises(SkipError, match="chromaprint: no libchromaprint"):
+        measured.minus_baseline()
+    measured = benchmark_with({"refused": "choose another --workdir"}, tmp_path, monkeypatch)
+    with pytest.raises(SkipError, match="choose another --workdir"):
+        measured.fused_r1("foley")
+
+
+def test_the_difference_to_a_baseline_has_the_same_videos_on_both_sides(tmp_path: Path) -> None:
+    videos = [f"video {n // 2}" for n in range(12)]
+    image_hash = np.array([1, 0] * 6, float)
+    values = {
+        "r1_fused": np.ones(12),
+        "r1_image_hash": image_hash,
+        "family": np.array([0, 1] * 6),
+        "medium_findable": np.arange(12) < 10,
+    }
+    write_outcomes(
+        epath.Path(tmp_path / OUTCOMES), Outcomes([*map(str, range(12))], videos, values)
+    )
+    found = benchmark.difference_of_recalls(str(tmp_path), "image_hash", resamples=50, seed=0)
+    # Every video has one query that the hash finds and one that it does not.
+    assert found == (0.5, 0.5, 0.5)
+
+
 def test_settings_that_cannot_be_met_are_one_line(encoders: Path, records: Path, tmp_path) -> None:
     config = fingerprint.get_config()
     config.encoder, config.data.directory = str(encoders), str(records)
-    with pytest.raises(ValueError, match="has 6 records in 'train', the protocol needs 100"):
+    with pytest.raises(ValueError, match=r"9 records are prepared .* the protocol needs 200"):
         fingerprinting(config, tmp_path)
     with pytest.raises(ValueError, match="unknown preset 'foly': use one of foley, real"):
         fingerprint.get_config("foly")
-    with pytest.raises(ValueError, match="needs 7"):
-        clips_of_records(str(records), "train", 4, first=3)
+    with pytest.raises(ValueError, match="needs 10"):
+        clips_of_records(RecordDataset(records, "test"), 4, first=6)
 
 
 def test_files_are_cut_into_segments_or_named_with_a_reason(tmp_path: Path) -> None:

@@ -1,0 +1,32 @@
+"""The embedded demo data, made when a config asks for them and they are not there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import jax
+from etils import epath
+
+
+def make_demo(directory: epath.PathLike, options: Sequence[str] = ()) -> None:
+    """Makes and prepares demo media, unless they are there.
+
+    Args:
+        directory: of the records; the media go beside it.
+        options: of `python -m data_prep demo`, beside --out.
+
+    Raises:
+        ValueError: if preparing fails, or many processes would do it at once.
+    """
+    directory = epath.Path(directory)
+    if (directory / "dataset_info.json").exists():
+        return
+    command = ["-m", "data_prep", "demo", "--out", str(directory.parent), *options]
+    if jax.process_count() > 1:
+        raise ValueError(f"{directory} does not exist: run `python {' '.join(command)}` first")
+    print(f"{directory} does not exist yet: running {' '.join(command)}", flush=True)
+    done = subprocess.run([sys.executable, *command], check=False)
+    if done.returncode:
+        raise ValueError(f"preparing the demo data failed with exit code {done.returncode}")

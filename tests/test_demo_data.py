@@ -1,0 +1,50 @@
+"""The demo data are made by one command where a config asks for them and they are absent."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from avcl_jax import demo_data
+from avcl_jax.data.records import RecordDataset
+from configs import fingerprint
+
+
+def test_absent_data_are_made_with_the_options_and_present_ones_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = []
+
+    def run(command: list[str], *, check: bool) -> subprocess.CompletedProcess:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 3 if len(commands) > 1 else 0)
+
+    monkeypatch.setattr(demo_data.subprocess, "run", run)
+    records = tmp_path / "clips" / "records"
+    demo_data.make_demo(records, ("--seed=1",))
+    expected = [sys.executable, "-m", "data_prep", "demo", "--out", str(tmp_path / "clips")]
+    assert commands == [[*expected, "--seed=1"]]
+    with pytest.raises(ValueError, match="failed with exit code 3"):
+        demo_data.make_demo(records)
+    records.mkdir(parents=True)
+    (records / "dataset_info.json").write_text("{}")
+    demo_data.make_demo(records)
+    assert len(commands) == 2
+
+
+def test_clips_of_the_fingerprint_preset_are_none_of_the_demos(tmp_path: Path) -> None:
+    data = fingerprint.get_config("foley").data
+    few = [o.replace("--test=400", "--test=2") for o in data.demo_options]
+    demo_data.make_demo(tmp_path / "other" / "records", (*few, "--workers=1"))
+    demo_data.make_demo(
+        tmp_path / "demo" / "records", ("--train=2", "--test=2", "--null=0", "--workers=1")
+    )
+    made = RecordDataset(tmp_path / "other" / "records", data.split)
+    for split in ("train", "test"):
+        demo = RecordDataset(tmp_path / "demo" / "records", split)
+        assert demo.fingerprint != made.fingerprint
+        sounds = {made[n].waveform.tobytes() for n in range(2)}
+        assert not sounds & {demo[n].waveform.tobytes() for n in range(2)}
