@@ -45,13 +45,13 @@ FIGURES = (
     ("material, sound", "probe.material_from_audio.pretrained"),
     ("R@5 sound → picture", "retrieval.audio_to_video.r5"),
     ("R@5 picture → sound", "retrieval.video_to_audio.r5"),
-    ("speed, seen", "temporal.speed_video.accuracy"),
-    ("speed, heard", "temporal.speed_audio.accuracy"),
-    ("direction, seen", "temporal.direction_video.accuracy"),
-    ("direction, heard", "temporal.direction_audio.accuracy"),
-    ("order, seen", "temporal.order_vv.accuracy"),
-    ("order, heard", "temporal.order_aa.accuracy"),
-    ("order, across", "temporal.order_va.accuracy"),
+    ("speed, picture", "temporal.speed_video.accuracy"),
+    ("speed, sound", "temporal.speed_audio.accuracy"),
+    ("direction, picture", "temporal.direction_video.accuracy"),
+    ("direction, sound", "temporal.direction_audio.accuracy"),
+    ("order, two pictures", "temporal.order_vv.accuracy"),
+    ("order, two sounds", "temporal.order_aa.accuracy"),
+    ("order, picture and sound", "temporal.order_va.accuracy"),
 )
 
 

@@ -32,11 +32,12 @@ def _base(name: str, method: str) -> ml_collections.ConfigDict:
     c.evaluation.method = method  # "folds", "linear_probe" or "multilabel_probe"
     c.baselines = ml_collections.ConfigDict()
     c.baselines.random = True  # an encoder of the same shape that was never trained
-    c.baselines.classical = False
     return c
 
 
 def _folds(name: str) -> ml_collections.ConfigDict:
+    # One pretraining run for each fold: --config.encoder=runs/esc10/fold{fold}, each trained with
+    # data.select="fold!=...".
     c = _base(name, "folds")
     c.data.split = "all"
     c.data.fold_label = "fold"
@@ -45,11 +46,9 @@ def _folds(name: str) -> ml_collections.ConfigDict:
     )
     # Larger ones take most of the time and were never chosen: files are fewer than channels.
     c.evaluation.costs = (1e-4, 1e-3, 1e-2, 1e-1)
-    # One pretraining run for each fold: --config.encoder=runs/esc10/fold{fold}, each trained with
-    # data.select="fold!=...".
     c.evaluation.classical_costs = (0.1, 1.0, 10.0, 100.0)
     c.evaluation.classical_linear_costs = (1e-3, 1e-2, 1e-1)
-    c.baselines.classical = True
+    c.baselines.classical = True  # statistics of MFCC and of the log-mel spectrum
     return c
 
 

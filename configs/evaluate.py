@@ -20,6 +20,9 @@ def get_config(preset: str = "demo") -> ml_collections.ConfigDict:
     c.unlock()
     c.task = "evaluate"
     c.evaluation = demo() if preset == "demo" else full_size()
+    c.data.allow_trained_on = False  # test on records that were pretrained on
+    c.bootstrap = ml_collections.ConfigDict()
+    c.bootstrap.resamples = 1000
     c.lock()
     return c
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import ml_collections
 
+from configs import training
 from configs.presets import choose
 
 
 def get_config(preset: str = "demo") -> ml_collections.ConfigDict:
-    """The config of a preset: demo, demo_audio, ucf101, hmdb51, kinetics400, esc50 or vggsound."""
-    return choose(preset, demo, demo_audio, ucf101, hmdb51, kinetics400, esc50, vggsound)
+    """The config of a preset: demo, demo_audio, or that of a benchmark."""
+    return choose(preset, demo, demo_audio, ucf101, hmdb51, kinetics400, esc50, esc10, vggsound)
 
 
 def demo() -> ml_collections.ConfigDict:
@@ -33,6 +34,7 @@ def demo() -> ml_collections.ConfigDict:
     c.task = "finetune"
     c.name = "demo"
     c.seed = 0
+    # Where splits are tested with an encoder each: 'runs/fold{fold}', the fold of data.test_select.
     c.encoder = "runs/demo"
     c.init = "pretrained"  # or "random": the same architecture, from scratch
     c.modality = "video"  # or "audio"
@@ -57,24 +59,7 @@ def demo() -> ml_collections.ConfigDict:
     c.clip.num_frames = 0
     c.clip.image_size = 0
 
-    c.crop = ml_collections.ConfigDict()
-    c.crop.min_area = 0.75
-    c.crop.flip = True
-    c.crop.quarter_turns = True  # the demo's camera has no upright
-
-    c.photometric = ml_collections.ConfigDict()
-    c.photometric.brightness = 0.1
-    c.photometric.contrast = 0.3
-    c.photometric.saturation = 0.5
-    c.photometric.hue = 0.5
-    c.photometric.gray_probability = 0.2
-    c.photometric.per_frame = False
-
-    c.spectral = ml_collections.ConfigDict()
-    c.spectral.equalizer = 0.7
-    c.spectral.equalizer_knots = 5
-    c.spectral.mask_mels = 6
-    c.spectral.noise = 0.15
+    training.demo_augmentation(c)  # crop, photometric, spectral: as in pretraining
 
     c.model = ml_collections.ConfigDict()
     c.model.dtype = "float32"
@@ -113,9 +98,7 @@ def demo() -> ml_collections.ConfigDict:
     c.bootstrap = ml_collections.ConfigDict()
     c.bootstrap.resamples = 2000
 
-    c.mesh = ml_collections.ConfigDict()
-    c.mesh.fsdp = 1
-    c.compilation_cache = "~/.cache/avcl_jax/xla"
+    training.devices(c)
     c.log_every = 20
     c.checkpoint_every = 200
     c.keep_checkpoints = 1
@@ -177,6 +160,13 @@ def _full_size(name: str) -> ml_collections.ConfigDict:
     return c
 
 
+def _three_splits(c: ml_collections.ConfigDict) -> None:
+    """The official splits of UCF101 and HMDB51: labels of one prepared directory."""
+    c.data.train_split = c.data.test_split = "all"
+    c.data.train_select = ("split1=train", "split2=train", "split3=train")
+    c.data.test_select = ("split1=test", "split2=test", "split3=test")
+
+
 def ucf101() -> ml_collections.ConfigDict:
     """UCF101, three official splits; prepare it as docs/data/ucf101.md says.
 
@@ -194,9 +184,7 @@ def ucf101() -> ml_collections.ConfigDict:
     same labels train and are tested (tests/evaluation/test_finetune.py). Not run on UCF101.
     """
     c = _full_size("ucf101")
-    c.data.train_split = c.data.test_split = "all"
-    c.data.train_select = ("split1=train", "split2=train", "split3=train")
-    c.data.test_select = ("split1=test", "split2=test", "split3=test")
+    _three_splits(c)
     c.epochs = 105.0
     c.optimizer.head_epochs = 25.0
     c.optimizer.milestones = (55.0, 75.0, 95.0)
@@ -213,9 +201,7 @@ def hmdb51() -> ml_collections.ConfigDict:
     10 clips with falls at 3, 6 and 8, and colour jitter up to 1.0. Hardware, verified: as ucf101.
     """
     c = _full_size("hmdb51")
-    c.data.train_split = c.data.test_split = "all"
-    c.data.train_select = ("split1=train", "split2=train", "split3=train")
-    c.data.test_select = ("split1=test", "split2=test", "split3=test")
+    _three_splits(c)
     c.photometric.brightness = 1.0
     c.photometric.contrast = 1.0
     c.photometric.saturation = 1.0
@@ -264,7 +250,7 @@ def _audio(name: str) -> ml_collections.ConfigDict:
 
 
 def esc50() -> ml_collections.ConfigDict:
-    """ESC-50, its five folds; prepare it as docs/data/esc50.md says (ESC-10 by data.directory).
+    """ESC-50, its five folds; prepare it as docs/data/esc50.md says.
 
     python -m avcl_jax.main --config=configs/finetune.py:esc50 --config.encoder=runs/audioset \
         --workdir=runs/esc50_finetuned
@@ -291,6 +277,29 @@ def esc50() -> ml_collections.ConfigDict:
     c.optimizer.warmup_epochs = 5.0
     c.optimizer.head_factor = 10.0
     c.optimizer.weight_decay = 0.05
+    return c
+
+
+def esc10() -> ml_collections.ConfigDict:
+    """ESC-10, its five folds, for an encoder of the demo's size.
+
+    python -m avcl_jax.main --config=configs/finetune.py:esc10 \\
+        --config.encoder='runs/esc10/seed0/fold{fold}' --workdir=runs/esc10_finetuned
+
+    As esc50 but for the learning rate, which is the demo's, and fewer epochs, chosen for their
+    time. Hardware: 2 CPU cores. Figures: docs/protocols/action_recognition.md.
+    """
+    c = esc50()
+    c.name = "esc10"
+    c.data.directory = "data/esc10"
+    c.data.workers = 0
+    c.data.threads = 2
+    c.data.prefetch = 4
+    c.model.dtype = "float32"
+    c.epochs = 60.0
+    c.optimizer.learning_rate = 1e-3
+    c.log_every = 20
+    c.checkpoint_every = 200
     return c
 
 

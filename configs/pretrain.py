@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ml_collections
 
+from configs import training
 from configs.presets import choose
 
 
@@ -55,29 +56,12 @@ def demo() -> ml_collections.ConfigDict:
     c.views.speeds = (1, 2, 4, 8)
     c.views.audio_transform = "shared"  # or "independent"
 
-    c.crop = ml_collections.ConfigDict()
+    training.demo_augmentation(c)  # crop, photometric, spectral
     c.crop.image_size = 48
-    c.crop.min_area = 0.75
-    c.crop.flip = True
-    c.crop.quarter_turns = True  # the demo's camera has no upright
 
     c.pixels = ml_collections.ConfigDict()
     c.pixels.mean = 0.5
     c.pixels.std = 0.25
-
-    c.photometric = ml_collections.ConfigDict()
-    c.photometric.brightness = 0.1
-    c.photometric.contrast = 0.3
-    c.photometric.saturation = 0.5
-    c.photometric.hue = 0.5
-    c.photometric.gray_probability = 0.2
-    c.photometric.per_frame = False
-
-    c.spectral = ml_collections.ConfigDict()
-    c.spectral.equalizer = 0.7
-    c.spectral.equalizer_knots = 5
-    c.spectral.mask_mels = 6
-    c.spectral.noise = 0.15
 
     c.spectrogram = ml_collections.ConfigDict()
     c.spectrogram.sample_rate_hz = 16_000
@@ -153,14 +137,7 @@ def demo() -> ml_collections.ConfigDict:
     c.optimizer.clip_norm = 5.0
     c.optimizer.ema_decay = 0.0  # 0 keeps no average of the parameters
 
-    c.mesh = ml_collections.ConfigDict()
-    c.mesh.fsdp = 1  # devices over which parameters are split
-
-    # Compiled programs are kept here for the next start; "" keeps none. Only process 0 writes, so
-    # hosts of a pod need a directory that all of them see: gs://bucket/xla. JAX's own variable
-    # JAX_COMPILATION_CACHE_DIR goes first.
-    c.compilation_cache = "~/.cache/avcl_jax/xla"
-
+    training.devices(c)
     c.log_every = 50
     c.checkpoint_every = 500
     c.keep_checkpoints = 2

@@ -1,8 +1,7 @@
 """Clips of labelled records, for training and testing classifiers.
 
 Unlike a view of pretraining (`data.views`), a clip may be longer than its record and may show a
-picture twice: benchmarks contain clips of half a second, and none of them may be left out. The
-last picture then stays, and silence follows the sound.
+picture twice: see `data.modality_records`.
 """
 
 from __future__ import annotations
@@ -10,27 +9,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import grain
 import numpy as np
 
 from avcl_jax.data import shared_memory
 from avcl_jax.data.crop import Crop, CropSpec, center_crop, random_crop
+from avcl_jax.data.modality_records import Modality, ModalityRecords, evenly_spaced
 from avcl_jax.data.pipeline import Draw
-from avcl_jax.data.record_format import UNKNOWN_LABEL, Record
+from avcl_jax.data.record_format import Record
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.rendering import render_video
 from avcl_jax.data.selection import Selection
 from avcl_jax.data.spectrogram import LogMelSpec, gather_windows
 from avcl_jax.data.tfrecord import RecordError
 from avcl_jax.data.views import FORWARD, Clip, ViewSpec
-
-Modality = Literal["video", "audio"]
-
-
-class LabelledRecordsError(ValueError):
-    """Records without the class or the modality that a classifier needs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +51,7 @@ class VideoClipSpec:
 
     dtype = "uint8"
     modality: Modality = dataclasses.field(default="video", init=False)
+    sample_rate_hz: None = dataclasses.field(default=None, init=False)
 
     def random(
         self, record: Record, start_seconds: float, rng: np.random.Generator, out: np.ndarray
@@ -88,6 +83,11 @@ class AudioClipSpec:
     def views(self) -> ViewSpec:
         """Timing of a clip."""
         return ViewSpec(self.log_mel.frames, self.log_mel.clip_seconds, (1,), "shared")
+
+    @property
+    def sample_rate_hz(self) -> int:
+        """That the sound must have."""
+        return self.log_mel.sample_rate_hz
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -133,16 +133,12 @@ def crops_along(height: int, width: int, crops: int) -> list[Crop]:
     return [Crop(int(t), int(left), size, False) for t, left in zip(tops, lefts, strict=True)]
 
 
-class LabelledRecords(grain.sources.RandomAccessDataSource):
+class LabelledRecords(ModalityRecords, grain.sources.RandomAccessDataSource):
     """The selected records of a data set that have a class and the modality.
 
     Attributes:
-        records: the underlying data set.
-        indices: int64, positions in it.
         classes: int64 [n], the class of each.
         class_names: of the label.
-        left_out: selected records that lack the class or the modality.
-        fingerprint: of the data set and the selection.
     """
 
     def __init__(
@@ -163,47 +159,19 @@ class LabelledRecords(grain.sources.RandomAccessDataSource):
             leave_out: leave out records that lack the class or the modality, instead of an error.
 
         Raises:
-            LabelledRecordsError: if the label is missing, or records lack class or modality.
+            LackingError: if the label is missing, or records lack class or modality.
             SelectionError: if the selection does not fit the data set.
         """
-        if label not in records.labels:
-            several = ", of which a record may have several" * (label in records.multilabel)
-            raise LabelledRecordsError(
-                f"{records!r} has the labels {sorted(records.labels)}, not {label!r}{several}: "
-                "set data.label to one of these"
-            )
-        self.records, self.class_names = records, records.class_names[label]
+        super().__init__(
+            records,
+            selection,
+            spec.modality,
+            sample_rate_hz=spec.sample_rate_hz,
+            labels=[label],
+            leave_out=leave_out,
+        )
         self._arguments = (records, selection, label, spec, leave_out)
-        positions = selection.positions(records)
-        named = records.labels[label][positions] != UNKNOWN_LABEL
-        count = "num_frames" if spec.modality == "video" else "num_samples"
-        shown = records.timelines[count][positions] > 0
-        lacking = {f"class of label {label!r}": ~named, spec.modality: ~shown}
-        for what, missing in lacking.items():
-            if missing.all() or (missing.any() and not leave_out):
-                first = records.record_ids[int(positions[missing][0])]
-                advice = ": set data.leave_out=True to go on without" * (not missing.all())
-                raise LabelledRecordsError(
-                    f"{int(missing.sum())} of the {len(positions)} records {selection} of "
-                    f"{records!r} have no {what}, first {first!r}{advice}"
-                )
-        kept = named & shown
-        if not kept.any():
-            raise LabelledRecordsError(
-                f"no record {selection} of {records!r} has both {' and '.join(lacking)}"
-            )
-        self.left_out = int((~kept).sum())
-        self.indices = positions[kept]
-        self.classes = records.labels[label][self.indices].astype(np.int64)
-        self._spec = spec
-        times = {name: values[self.indices] for name, values in records.timelines.items()}
-        self._start, self._end = _extent(times, spec)
-        selected = f" {selection}" if selection.conditions else ""
-        self.fingerprint = records.fingerprint + selected
-
-    def __len__(self) -> int:
-        """Number of records."""
-        return len(self.indices)
+        self.classes, self.class_names = self.classes_of(label), records.class_names[label]
 
     def __getitem__(self, position: int) -> Record:
         """Reads one record."""
@@ -216,29 +184,6 @@ class LabelledRecords(grain.sources.RandomAccessDataSource):
     def __repr__(self) -> str:
         """Constant description: grain puts it into its checkpoints."""
         return f"LabelledRecords({self.fingerprint}, {len(self)})"
-
-    def starts(self, position: int) -> tuple[float, float]:
-        """First and last possible start of a clip in seconds; equal where it does not fit."""
-        start, end = float(self._start[position]), float(self._end[position])
-        return start, max(start, end - self._spec.views.clip_seconds)
-
-
-def _extent(times: dict[str, np.ndarray], spec: ClipSpec) -> tuple[np.ndarray, np.ndarray]:
-    """When pictures or sound begin and end, in seconds."""
-    if isinstance(spec, VideoClipSpec):
-        # The last frame stays until the next would have come.
-        until = times["last_frame_seconds"] + times["max_frame_gap_seconds"]
-        return times["first_frame_seconds"], np.minimum(until, times["duration_seconds"])
-    rate = times["sample_rate_hz"]
-    wrong = np.flatnonzero(rate != spec.log_mel.sample_rate_hz)
-    if len(wrong):
-        raise LabelledRecordsError(
-            f"records have sound at {rate[wrong[0]]} Hz, the encoder takes "
-            f"{spec.log_mel.sample_rate_hz} Hz: prepare again with --sample-rate "
-            f"{spec.log_mel.sample_rate_hz}"
-        )
-    start = times["audio_start_seconds"]
-    return start, start + times["num_samples"] / rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +209,7 @@ class RenderRandomClips:
         shape = (len(draws), *self.spec.shape)
         sent, clips = shared_memory.empty_batch(shape, self.spec.dtype, shared=self.shared)
         for draw, out in zip(draws, clips, strict=True):
-            first, last = self.source.starts(draw.position)
+            first, last = self.source.starts(draw.position, self.spec.views.clip_seconds)
             start = float(draw.rng.uniform(first, last))
             record = self.source[draw.position]
             with _naming_shard(self.source, draw.position):
@@ -295,13 +240,10 @@ def fixed_clips(
     Raises:
         RecordError: if the record cannot be read, with its name and shard.
     """
-    first, last = source.starts(position)
-    starts = np.linspace(first, last, clips) if clips > 1 else [(first + last) / 2]
+    starts = evenly_spaced(*source.starts(position, spec.views.clip_seconds), clips)
     record = source[position]
     with _naming_shard(source, position):
-        return np.stack(
-            [clip for start in starts for clip in spec.fixed(record, float(start), crops)]
-        )
+        return np.stack([clip for start in starts for clip in spec.fixed(record, start, crops)])
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
@@ -109,6 +109,25 @@ class UsableRecords(grain.sources.RandomAccessDataSource):
     def num_too_short(self) -> int:
         """Selected records on which no view fits."""
         return self.num_selected - len(self.indices)
+
+    def lacking(self, modalities: Sequence[str]) -> np.ndarray:
+        """Ascending positions in the data set of selected records without a view of all of these.
+
+        Args:
+            modalities: "video", "audio".
+        """
+        whole = np.logical_and.reduce([self._parts[f"has_{name}"] for name in modalities])
+        return np.setdiff1d(self._selection.positions(self.records), self.indices[whole])
+
+    @property
+    def record_ids(self) -> list[str]:
+        """Names of the usable records."""
+        return [self.records.record_ids[int(index)] for index in self.indices]
+
+    @property
+    def sources(self) -> list[str]:
+        """A name of the source of each usable record."""
+        return [str(number) for number in self.records.source_numbers[self.indices].tolist()]
 
     def __len__(self) -> int:
         """Number of usable records."""

@@ -146,7 +146,7 @@ def _task(run: ml_collections.ConfigDict, task: str) -> ml_collections.ConfigDic
     with config.unlocked():
         config.task = task
         if task == "pretrain":
-            del config.evaluation
+            del config.evaluation, config.bootstrap, config.data.allow_trained_on
     return config
 
 

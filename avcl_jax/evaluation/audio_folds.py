@@ -11,11 +11,9 @@ import numpy as np
 from etils import epath
 
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.encoder_source import random_like
 from avcl_jax.evaluation.classical_audio import classical_record_features
 from avcl_jax.evaluation.fold_classification import FoldResult, classify_folds
 from avcl_jax.evaluation.fold_encoders import (
-    FoldEncoders,
     by_test_fold,
     check_unheard,
     open_fold_encoders,
@@ -28,12 +26,10 @@ from avcl_jax.evaluation.protocol import (
     Outcomes,
     Protocol,
     ProtocolError,
-    finished,
     in_unit,
-    run_fingerprint,
-    write_results,
 )
-from avcl_jax.evaluation.protocol_records import feature_spec, known_labels, record_clips
+from avcl_jax.evaluation.protocol_records import feature_spec, record_clips
+from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.record_features import record_features
 from avcl_jax.evaluation.significance import compare
 from avcl_jax.evaluation.written import Stages
@@ -61,19 +57,18 @@ PROTOCOL = Protocol(
 )
 
 
-def _fold_names(config: ml_collections.ConfigDict) -> list[str]:
+def _fold_names(records: RecordDataset, label: str) -> list[str]:
     """Names of the official folds.
 
     Raises:
         ProtocolError: if the data set has no label for them.
     """
-    records = RecordDataset(config.data.directory, config.data.split)
-    if config.data.fold_label not in records.class_names:
+    if label not in records.class_names:
         raise ProtocolError(
-            f"{records!r} has the labels {sorted(records.class_names)}, not "
-            f"{config.data.fold_label!r}: set data.fold_label"
+            f"{records!r} has the labels {sorted(records.class_names)}, not {label!r}: set "
+            "data.fold_label"
         )
-    return records.class_names[config.data.fold_label]
+    return records.class_names[label]
 
 
 def run_folds(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[str, Any]:
@@ -90,21 +85,24 @@ def run_folds(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[st
         ProtocolError: if the data set lacks the labels, or a record's class or fold is unknown.
     """
     stages = Stages()
-    names = _fold_names(config)
+    records = RecordDataset(config.data.directory, config.data.split)
+    names = _fold_names(records, config.data.fold_label)
     encoders = open_fold_encoders(config.encoder, names)
     for source in encoders.distinct.values():
         source.require("audio")
     source = encoders.named
-    clips = record_clips(config, source, "audio", split=config.data.split, select="")
-    records = clips.records
-    # Of these, everything is known; all of them are heard.
-    kept = known_labels(
-        clips, [config.data.label, config.data.fold_label], leave_out=config.data.leave_out
+    clips = record_clips(
+        config,
+        source,
+        "audio",
+        records,
+        select="",
+        labels=[config.data.label, config.data.fold_label],
     )
-    indices = clips.indices[kept]
+    indices = clips.indices
     data = {"all": clips.fingerprint}
-    fingerprint = run_fingerprint(config, PROTOCOL, encoder=source, data=data)
-    if (done := finished(workdir, PROTOCOL, fingerprint)) is not None:
+    protocol_run = ProtocolRun(PROTOCOL, config, workdir, source, data)
+    if (done := protocol_run.finished()) is not None:
         return done
     check_unheard(
         encoders,
@@ -115,8 +113,7 @@ def run_folds(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[st
     )
     networks = {"": encoders}
     if config.baselines.random:
-        drawn = random_like(source, config.seed)
-        networks["random"] = FoldEncoders(dict.fromkeys(names, drawn), drawn)
+        networks["random"] = encoders.random_like(config.seed)
     features: dict[str, dict[str, np.ndarray]] = {}
     for name, network in networks.items():
         with stages(f"features {name or 'of the encoder'}"):
@@ -126,14 +123,14 @@ def run_folds(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[st
                     clips,
                     feature_spec(config),
                     fingerprint=fingerprint,
-                    workdir=workdir,
+                    directory=protocol_run.features,
                 )
                 for fingerprint, one in network.distinct.items()
             }
     if config.baselines.classical:
         with stages("classical features"):
             classical = in_parts(
-                workdir / "features" / key_of("classical", records.fingerprint, indices.tolist()),
+                protocol_run.features / key_of("classical", records.fingerprint, indices.tolist()),
                 len(indices),
                 lambda chosen: classical_record_features(
                     records, indices[list(chosen)].tolist(), threads=config.data.threads
@@ -142,9 +139,10 @@ def run_folds(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[st
             )
     if jax.process_index():
         return {}
-    labels = records.labels[config.data.label][indices]
-    folds = records.labels[config.data.fold_label][indices]
-    sources = [str(n) for n in records.source_numbers[indices].tolist()]
+    labels, folds = (
+        clips.classes_of(label) for label in (config.data.label, config.data.fold_label)
+    )
+    sources = clips.sources
     class_names = records.class_names[config.data.label]
 
     def classify(values: np.ndarray, kernel: Any, costs: Any) -> FoldResult:
@@ -163,7 +161,7 @@ def run_folds(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[st
         results = {
             name: by_test_fold(
                 lambda values: classify(values, "linear", settings.costs),
-                {key: values[kept] for key, values in by_encoder.items()},
+                by_encoder,
                 networks[name],
                 folds,
                 names,
@@ -177,18 +175,16 @@ def run_folds(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[st
             results["log_mel_linear"] = classify(classical["log_mel"], "linear", linear)
     measured = _measured(
         results,
-        units=[records.record_ids[int(index)] for index in indices],
+        units=clips.record_ids,
         sources=sources,
         labels=labels,
         folds=folds,
         class_names=class_names,
         fold_names=names,
-        left_out=len(records) - len(indices),
+        left_out=clips.left_out,
         config=config,
     )
-    return write_results(
-        workdir, config, PROTOCOL, measured, encoder=source, data=data, stages=stages
-    )
+    return protocol_run.write(measured, stages)
 
 
 _TITLES = {

@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
+from avcl_jax.data.records import RecordDataset
 from avcl_jax.encoder_source import EncoderSource, open_encoders, random_like
 from avcl_jax.evaluation import metrics
 from avcl_jax.evaluation.linear_classifier import LinearClassifier, fit_linear
@@ -21,16 +22,13 @@ from avcl_jax.evaluation.protocol import (
     Outcomes,
     Protocol,
     ProtocolError,
-    finished,
-    run_fingerprint,
-    write_results,
 )
 from avcl_jax.evaluation.protocol_records import (
     check_apart,
     feature_spec,
-    known_labels,
     record_clips,
 )
+from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.record_clips import RecordClips
 from avcl_jax.evaluation.record_features import record_features
 from avcl_jax.evaluation.significance import STATISTICS
@@ -79,7 +77,6 @@ class _Side:
     """Training or test records."""
 
     clips: RecordClips
-    kept: np.ndarray
     targets: np.ndarray
 
 
@@ -110,8 +107,8 @@ def _run(
     train, test = (_side(config, source, side, protocol) for side in ("train", "test"))
     check_apart(train.clips, test.clips)
     data = {"train": train.clips.fingerprint, "test": test.clips.fingerprint}
-    fingerprint = run_fingerprint(config, protocol, encoder=source, data=data)
-    if (done := finished(workdir, protocol, fingerprint)) is not None:
+    protocol_run = ProtocolRun(protocol, config, workdir, source, data)
+    if (done := protocol_run.finished()) is not None:
         return done
     check_not_trained_on(
         source,
@@ -133,21 +130,19 @@ def _run(
                     side.clips,
                     feature_spec(config),
                     fingerprint=network.fingerprint,
-                    workdir=workdir,
+                    directory=protocol_run.features,
                 )
                 for side in (train, test)
             ]
         if jax.process_index():
             continue
         with stages(f"classifier {shown}"):
-            classifier, chosen[name or "encoder"] = _fit(config, found[0][train.kept], train)
-            scores[name] = classifier.scores(found[1][test.kept])
+            classifier, chosen[name or "encoder"] = _fit(config, found[0], train)
+            scores[name] = classifier.scores(found[1])
     if jax.process_index():
         return {}
     measured = _measured(config, protocol, scores, chosen, test)
-    return write_results(
-        workdir, config, protocol, measured, encoder=source, data=data, stages=stages
-    )
+    return protocol_run.write(measured, stages)
 
 
 def _side(
@@ -158,8 +153,9 @@ def _side(
         config,
         source,
         "audio",
-        split=section[f"{side}_split"],
+        RecordDataset(section.directory, section[f"{side}_split"]),
         select=section[f"{side}_select"],
+        labels=[label] if protocol is SINGLE else (),
     )
     records = clips.records
     if config.features.record_pooling == "clips":
@@ -167,17 +163,14 @@ def _side(
             "features.record_pooling 'clips' is for folds: use 'mean' or 'mean_max'"
         )
     if protocol is SINGLE:
-        kept = known_labels(clips, [label], leave_out=section.leave_out)
-        return _Side(clips, kept, records.labels[label][clips.indices[kept]])
+        return _Side(clips, clips.classes_of(label))
     if label not in records.multilabel:
         raise ProtocolError(
             f"{records!r} has the labels {sorted(records.multilabel)} of which a record may have "
             f"several, not {label!r}: set evaluation.method to 'linear_probe' for one class a "
             "record"
         )
-    return _Side(
-        clips, np.ones(len(clips), bool), records.class_matrix(label, clips.indices.tolist())
-    )
+    return _Side(clips, records.class_matrix(label, clips.indices.tolist()))
 
 
 def _fit(
@@ -186,7 +179,7 @@ def _fit(
     section = config.evaluation
     classes = len(train.clips.records.class_names[config.data.label])
     several = train.targets.ndim == 2
-    sources = np.array(train.clips.sources)[train.kept]
+    sources = np.array(train.clips.sources)
     names = np.unique(sources)
     drawn = np.random.default_rng(config.seed).permutation(len(names))
     held = np.isin(sources, names[drawn[: max(1, round(section.held_out * len(names)))]])
@@ -262,14 +255,12 @@ def _measured(
                 figures[f"{key}{suffix}"] = Metric(
                     kind, inputs, title + what, unit=unit, chance=level, headline=not name
                 )
-    kept = np.flatnonzero(test.kept)
-    ids, sources = test.clips.record_ids, test.clips.sources
     return Measured(
-        Outcomes([ids[n] for n in kept], [sources[n] for n in kept], values),
+        Outcomes(test.clips.record_ids, test.clips.sources, values),
         figures,
         details={
             "chosen": chosen,
-            "left_out": test.clips.left_out + int((~test.kept).sum()),
+            "left_out": test.clips.left_out,
             "classes": len(names),
         },
         sections=[

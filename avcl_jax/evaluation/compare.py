@@ -26,6 +26,7 @@ from avcl_jax.evaluation.protocol import (
     Outcomes,
     ProtocolError,
     in_unit,
+    inputs_of,
     read_outcomes,
 )
 from avcl_jax.evaluation.significance import Comparison, compare, holm
@@ -46,13 +47,17 @@ def read_run(workdir: epath.PathLike) -> tuple[dict[str, Any], Outcomes]:
         raise ProtocolError(f"{path} is damaged ({error}): run the protocol again") from error
     if "protocol" not in results:
         raise ProtocolError(
-            f"{path} is the evaluation of a pretraining run, not of a protocol of configs/"
+            f"{path} is no result of a protocol (a sweep of configs/ablation.py compares its own)"
         )
     return results, read_outcomes(path.with_name(OUTCOMES))
 
 
 def compare_runs(
-    runs: Sequence[tuple[Mapping[str, Any], Outcomes]], *, resamples: int, seed: int
+    runs: Sequence[tuple[Mapping[str, Any], Outcomes]],
+    *,
+    resamples: int,
+    seed: int,
+    other_data: bool,
 ) -> dict[str, list[Comparison]]:
     """Compares every run with the first.
 
@@ -60,13 +65,15 @@ def compare_runs(
         runs: as `read_run` gives them, at least two.
         resamples: of the bootstrap, and exchanges of the test.
         seed: of both.
+        other_data: compare although fingerprints of data differ; units must be the same still.
 
     Returns:
         For each metric that all runs have, the comparisons of the runs after the first, with
         p-values corrected for their number.
 
     Raises:
-        ProtocolError: if they are not of one protocol and version, or not over the same units.
+        ProtocolError: if they are not of one protocol and version, or not over the same units or
+            data.
     """
     results, outcomes = zip(*runs, strict=True)
     for other, found in zip(results[1:], outcomes[1:], strict=True):
@@ -77,30 +84,32 @@ def compare_runs(
                     f"and {other['protocol']} version {other['protocol_version']} have no figure "
                     "in common"
                 )
+        if not other_data and (roles := _differing_data(results[0], other)):
+            role = roles[0]
+            one, two = (run["data"].get(role, "none") for run in (results[0], other))
+            raise ProtocolError(
+                f"runs are over other data, {role} is {one} in one and {two} in another: compare "
+                "runs on the same, or set --other-data if that is what you want to compare"
+            )
         different = set(found.units) ^ set(outcomes[0].units)
         if different:
             raise ProtocolError(
                 f"runs are over different units, {len(different)} are in one only, for instance "
                 f"{min(different)}: compare runs on the same data"
             )
-    order = [_order(outcomes[0].units, found.units) for found in outcomes]
+    paired = [_in_order_of(outcomes[0].units, found) for found in outcomes]
     compared = {}
     for name, figure in results[0]["metrics"].items():
         if not all(name in other["metrics"] for other in results):
             continue
-        inputs = [
-            [found.values[key][rows] for key in figure["inputs"]]
-            for found, rows in zip(outcomes, order, strict=True)
-        ]
-        pairs = [
-            compare(
-                figure["kind"],
-                inputs[0],
-                theirs,
-                np.array(outcomes[0].sources),
-                resamples=resamples,
-                seed=seed,
+        if len({_chosen(figure, found) for found in paired}) > 1:
+            raise ProtocolError(
+                f"runs are over different units in {figure['what']}: compare runs on the same data"
             )
+        inputs = [inputs_of(figure, found)[0] for found in paired]
+        sources = inputs_of(figure, paired[0])[1]
+        pairs = [
+            compare(figure["kind"], inputs[0], theirs, sources, resamples=resamples, seed=seed)
             for theirs in inputs[1:]
         ]
         corrected = holm([pair.p_value for pair in pairs])
@@ -110,10 +119,30 @@ def compare_runs(
     return compared
 
 
-def _order(wanted: Sequence[str], found: Sequence[str]) -> np.ndarray:
-    """Returns where each of the wanted units stands among those found."""
-    place = {unit: number for number, unit in enumerate(found)}
-    return np.array([place[unit] for unit in wanted])
+def _in_order_of(units: Sequence[str], outcomes: Outcomes) -> Outcomes:
+    """Returns the outcomes with their units in the order of `units`."""
+    place = {unit: number for number, unit in enumerate(outcomes.units)}
+    rows = np.array([place[unit] for unit in units])
+    return Outcomes(
+        units,
+        [outcomes.sources[row] for row in rows],
+        {name: values[rows] for name, values in outcomes.values.items()},
+    )
+
+
+def _chosen(figure: Mapping[str, Any], outcomes: Outcomes) -> bytes:
+    """Returns which units a figure is about, to be compared."""
+    chosen = figure["chosen"]
+    return b"" if chosen is None else np.asarray(outcomes.values[chosen], bool).tobytes()
+
+
+def _differing_data(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
+    """Returns the roles in which two results name other data."""
+    return sorted(
+        role
+        for role in one["data"].keys() | two["data"].keys()
+        if one["data"].get(role) != two["data"].get(role)
+    )
 
 
 def as_table(
@@ -157,15 +186,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="workdir with results.json")
     parser.add_argument("--resamples", type=int, default=2000, help="of bootstrap and test")
     parser.add_argument("--seed", type=int, default=0, help="of bootstrap and test")
+    parser.add_argument(
+        "--other-data", action="store_true", help="compare although runs are over other data"
+    )
     parsed = parser.parse_args(arguments)
     try:
         if len(parsed.runs) < 2:
             raise ProtocolError(f"one run ({parsed.runs[0]}) has nothing to be compared with")
         runs = [read_run(run) for run in parsed.runs]
-        compared = compare_runs(runs, resamples=parsed.resamples, seed=parsed.seed)
+        compared = compare_runs(
+            runs, resamples=parsed.resamples, seed=parsed.seed, other_data=parsed.other_data
+        )
     except ProtocolError as error:
         print(f"compare: error: {error}", file=sys.stderr)
         return 1
+    for name, (results, _) in zip(parsed.runs, runs, strict=True):
+        if roles := _differing_data(runs[0][0], results):
+            print(f"{name} is over other data than {parsed.runs[0]}: {', '.join(roles)}")
     print(
         f"{runs[0][0]['protocol']} version {runs[0][0]['protocol_version']}, "
         f"{runs[0][0]['units']} units of {runs[0][0]['sources']} sources\n"

@@ -30,10 +30,9 @@ from avcl_jax.evaluation.protocol import (
     Outcomes,
     Protocol,
     ProtocolError,
-    finished,
-    run_fingerprint,
-    write_results,
 )
+from avcl_jax.evaluation.protocol_records import check_views
+from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.retrieval import RetrievalScores, retrieval_scores
 from avcl_jax.evaluation.trained_on import check_not_trained_on
 from avcl_jax.evaluation.written import Stages
@@ -112,19 +111,17 @@ def load_for(config: ml_collections.ConfigDict) -> LoadedRun:
 
     Raises:
         ExportError: if `config.encoder` is no run.
+        ProtocolError: if records lack a modality of the run.
         SelectionError: if the selection does not fit the data set.
         ValueError: if no view fits any record.
     """
     run, variables, step = load_run(config.encoder)
     spec = dataclasses.replace(experiment.render_spec(run), spectrogram_on_device=False)
     dataset = RecordDataset(config.data.directory, config.data.split)
-    return LoadedRun(
-        source_of_run(config.encoder, run, variables, step),
-        run,
-        variables,
-        spec,
-        UsableRecords(dataset, spec, Selection.parse(config.data.select)),
-    )
+    records = UsableRecords(dataset, spec, Selection.parse(config.data.select))
+    source = source_of_run(config.encoder, run, variables, step)
+    check_views(records, tuple(source.encoders), leave_out=config.data.leave_out)
+    return LoadedRun(source, run, variables, spec, records)
 
 
 def audio_video_retrieval(
@@ -157,8 +154,8 @@ def audio_video_retrieval(
     if unknown := [speed for speed in section.speeds if speed not in trained]:
         raise ProtocolError(f"features.speeds {unknown} were not trained, these were: {trained}")
     data = {"all": run.records.fingerprint}
-    fingerprint = run_fingerprint(config, PROTOCOL, encoder=run.source, data=data)
-    if (done := finished(workdir, PROTOCOL, fingerprint)) is not None:
+    protocol_run = ProtocolRun(PROTOCOL, config, workdir, run.source, data)
+    if (done := protocol_run.finished()) is not None:
         return done
     check_not_trained_on(
         run.source,
@@ -197,7 +194,7 @@ def audio_video_retrieval(
     with stages("embeddings"):
         key = key_of(run.source.fingerprint, data, section.to_dict())
         features = in_parts(
-            workdir / "features" / key, len(run.records), part, rows=section.part_records
+            protocol_run.features / key, len(run.records), part, rows=section.part_records
         )
     if jax.process_index():
         return {}
@@ -206,28 +203,27 @@ def audio_video_retrieval(
     if not scores:
         raise ProtocolError(f"no record of {run.records!r} has both picture and sound")
     measured = _measured(config, scores, features, run.records)
-    return write_results(
-        workdir, config, PROTOCOL, measured, encoder=run.source, data=data, stages=stages
-    )
+    return protocol_run.write(measured, stages)
 
 
 _EMBEDDINGS = ("run/video_embeddings", "run/audio_embeddings")
 
 
-def _measured(
-    config: ml_collections.ConfigDict,
-    scores: Mapping[str, RetrievalScores],
-    features: Mapping[str, np.ndarray],
-    records: UsableRecords,
-) -> Measured:
-    both = features["has_video"] & features["has_audio"]
-    indices = features["record_index"][both]
+def rank_outcomes(
+    scores: Mapping[str, RetrievalScores], recall_at: Sequence[int]
+) -> tuple[dict[str, np.ndarray], dict[str, Metric]]:
+    """Returns outcomes [ranked records] of both directions, and their metrics.
+
+    Args:
+        scores: by direction, as `cross_modal_scores` returns them.
+        recall_at: the k of R@k.
+    """
     values: dict[str, np.ndarray] = {}
     metrics: dict[str, Metric] = {}
     for direction, found in scores.items():
         what = direction.replace("_to_", " → ")
         values[f"rank_{direction}"] = found.ranks
-        for k in config.evaluation.recall_at:
+        for k in recall_at:
             if k in found.recall:
                 values[f"hit{k}_{direction}"] = (found.ranks <= k).astype(np.float64)
                 metrics[f"{direction}_r{k}"] = Metric(
@@ -244,17 +240,24 @@ def _measured(
             unit="number",
             chance=found.chance_median_rank,
         )
-    dataset = records.records
+    return values, metrics
+
+
+def _measured(
+    config: ml_collections.ConfigDict,
+    scores: Mapping[str, RetrievalScores],
+    features: Mapping[str, np.ndarray],
+    records: UsableRecords,
+) -> Measured:
+    both = features["has_video"] & features["has_audio"]
+    values, metrics = rank_outcomes(scores, config.evaluation.recall_at)
+    names, sources = np.array(records.record_ids), np.array(records.sources)
     return Measured(
-        Outcomes(
-            [dataset.record_ids[int(index)] for index in indices],
-            [str(number) for number in dataset.source_numbers[indices].tolist()],
-            values,
-        ),
+        Outcomes(names[both].tolist(), sources[both].tolist(), values),
         metrics,
         details={
-            "gallery": len(indices),
-            "left_out": records.num_selected - len(indices),
+            "gallery": int(both.sum()),
+            "left_out": records.num_selected - int(both.sum()),
             # The embeddings' spread over records: 0 says that all have become the same.
             "embedding_std": {
                 name.removeprefix("run/"): float(features[name][both].std(axis=0).mean())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +19,7 @@ from avcl_jax.data.records import RecordDataset, RecordError
 from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import FORWARD
+from avcl_jax.encoder_source import source_of_run
 from avcl_jax.evaluation.cross_modal import cross_modal_scores
 from avcl_jax.evaluation.embed import (
     MODALITY_INPUTS,
@@ -32,17 +31,29 @@ from avcl_jax.evaluation.embed import (
     render_all,
 )
 from avcl_jax.evaluation.fixed_views import fixed_views
+from avcl_jax.evaluation.metrics import gap_closed
 from avcl_jax.evaluation.null_control import NullControl, null_control, render_null_views
-from avcl_jax.evaluation.probe import ProbeResult, gap_closed, linear_probe, trivial_statistics
-from avcl_jax.evaluation.summary import finished, write_summary
+from avcl_jax.evaluation.probe import ProbeResult, linear_probe, trivial_statistics
+from avcl_jax.evaluation.protocol import Measured, Protocol
+from avcl_jax.evaluation.protocol_run import ProtocolRun
+from avcl_jax.evaluation.run_outcomes import run_outcomes
+from avcl_jax.evaluation.summary import write_summary
 from avcl_jax.evaluation.supervised import Fit, FitSpec, Prepare, fit_classifier
+from avcl_jax.evaluation.temporal import TaskScore
 from avcl_jax.evaluation.temporal_tasks import score_tasks, task_logits
-from avcl_jax.evaluation.written import Stages, print_paths
+from avcl_jax.evaluation.trained_on import check_not_trained_on
+from avcl_jax.evaluation.written import Stages
 from avcl_jax.export import check_run
 from avcl_jax.models.audio_visual import AudioVisualModel
 from avcl_jax.training.checkpoint import Checkpoints, load_variables
 from avcl_jax.training.state import example_inputs, init_variables
 
+PROTOCOL = Protocol(
+    name="pretraining_run",
+    version=1,
+    title="What a run has learned",
+    definition=(),  # `summary` says it with the numbers of the run
+)
 _TRIVIAL = ("mean_colour", "position_histogram", "mean_loudness", "mean_log_mel")
 
 
@@ -59,6 +70,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
     Raises:
         ValueError: if the run had other settings, the data set lacks a label that is probed, or the
             views of a video do not form pairs.
+        ProtocolError: if test records were pretrained on, or the directory holds results of another
+            protocol.
     """
     workdir = epath.Path(workdir)
     section = config.evaluation
@@ -73,15 +86,18 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
     train = UsableRecords(RecordDataset(config.data.directory, section.train_split), spec)
     test = UsableRecords(RecordDataset(config.data.directory, section.test_split), spec)
     _check_labels(config, train)
-    fingerprint = hashlib.sha256(
-        json.dumps(
-            [experiment.to_json(config), dataclasses.asdict(progress), test.fingerprint]
-        ).encode()
-    ).hexdigest()
-    if (done := finished(workdir, fingerprint)) is not None:
-        print(f"{workdir} is already evaluated at step {step}")
-        print_paths(workdir)
+    source = source_of_run(workdir, config, variables, step)
+    data = {"train": train.fingerprint, "test": test.fingerprint}
+    protocol_run = ProtocolRun(PROTOCOL, config, workdir, source, data, in_training=True)
+    if (done := protocol_run.finished()) is not None:
         return done
+    check_not_trained_on(
+        source,
+        test.records,
+        test.indices,
+        allow=config.data.allow_trained_on,
+        what="test records",
+    )
 
     networks = {"random": _random_variables(model, spec, config.seed), "pretrained": variables}
     fits: dict[str, Fit] = {}
@@ -97,12 +113,12 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
         probes, trivial = _probes(config, train_features, test_features, networks)
     with stages("retrieval"):
         ranked = cross_modal_scores(test_features, "pretrained", tuple(section.recall_at))
-        retrieval = {direction: scores.as_results() for direction, scores in ranked.items()}
     with stages("temporal tasks"):
-        temporal = _temporal(config, model, variables, test, spec)
+        scores = _temporal(config, model, variables, test, spec)
     with stages("null controls"):
         null = _null(config, spec)
 
+    temporal = {name: score.as_results() for name, score in scores.items()}
     if isinstance(null, NullControl):
         for task, score in null.scores.items():
             temporal[task]["null_accuracy"] = score.accuracy
@@ -112,21 +128,22 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
     results = {
         "probe": {name: _probe_results(by_network) for name, by_network in probes.items()},
         "trivial": trivial,
-        "retrieval": retrieval,
+        "retrieval": {direction: found.as_results() for direction, found in ranked.items()},
         "temporal": temporal,
         "null_control": null_summary,
         "supervised": {
             name: {"stopped": f.stopped, "epochs": len(f.losses), "train_loss": f.losses[-1]}
             for name, f in fits.items()
         },
-        "fingerprint": fingerprint,
-        "seed": config.seed,
         "step": step,
         "train_seconds": round(progress.train_seconds, 1),
     }
-    write_summary(
-        config,
-        workdir,
+    outcomes, metrics = run_outcomes(
+        test, test_features, probes, ranked, scores, recall_at=tuple(section.recall_at)
+    )
+    return write_summary(
+        protocol_run,
+        Measured(outcomes, metrics, details={}, sections=()),
         results,
         stages=stages,
         spec=spec,
@@ -135,7 +152,6 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
         features=test_features,
         confusions={name: by["pretrained"].confusion for name, by in probes.items()},
     )
-    return results
 
 
 def _check_labels(config: ml_collections.ConfigDict, train: UsableRecords) -> None:
@@ -297,9 +313,10 @@ def _probes(
 def _probe_results(by_network: Mapping[str, ProbeResult]) -> dict[str, float | None]:
     results: dict[str, float | None] = {name: probe.accuracy for name, probe in by_network.items()}
     if "supervised" in by_network:
-        results["gap_closed"] = gap_closed(
+        closed = gap_closed(
             *(by_network[name].accuracy for name in ("random", "pretrained", "supervised"))
         )
+        results["gap_closed"] = closed if np.isfinite(closed) else None
     return results | {"chance": by_network["pretrained"].chance}
 
 
@@ -309,7 +326,7 @@ def _temporal(
     variables: Any,
     test: UsableRecords,
     spec: RenderSpec,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, TaskScore]:
     section = config.evaluation
     compute = logit_function(
         model, variables, spec, pixel_mean=config.pixels.mean, pixel_std=config.pixels.std
@@ -324,7 +341,7 @@ def _temporal(
         chunk=section.chunk,
         threads=section.threads,
     )
-    return {name: s.as_results() for name, s in score_tasks(arrays, config.seed).items()}
+    return score_tasks(arrays, config.seed)
 
 
 def _null(config: ml_collections.ConfigDict, spec: RenderSpec) -> NullControl | str:

@@ -20,6 +20,7 @@ from avcl_jax.data.views import FORWARD, Clip
 from avcl_jax.evaluation.figures import clip_uri
 from avcl_jax.evaluation.report_content import Curves, Exhibit, Search
 from avcl_jax.evaluation.retrieval import first_relevant_ranks, nearest
+from avcl_jax.evaluation.temporal import TASK_TITLES
 
 # t-SNE of more points takes minutes and shows no more.
 _MAP_POINTS = 2000
@@ -238,10 +239,7 @@ def training_curves(rows: Sequence[Mapping[str, object]]) -> list[Curves]:
     names = {"vv": "picture–picture", "aa": "sound–sound", "va": "picture–sound"}
     both = {"vv": "picture–picture", "aa": "sound–sound", "va": "picture→sound"}
     both["av"] = "sound→picture"
-    tasks = ("speed", "direction")
-    senses = {"video": "seen", "audio": "heard"}
-    temporal = {f"{t}_{m}/accuracy": f"{t}, {s}" for t in tasks for m, s in senses.items()}
-    temporal |= {f"order_{k}/accuracy": f"order, {v}" for k, v in names.items()}
+    temporal = {f"{task}/accuracy": title for task, title in TASK_TITLES.items()}
     charts = [
         ("Contrastive loss", "loss", {f"{k}/loss": v for k, v in names.items()}, False, False),
         ("Temporal tasks on training views", "accuracy", temporal, True, True),
@@ -274,7 +272,7 @@ def training_curves(rows: Sequence[Mapping[str, object]]) -> list[Curves]:
         (
             "Spread of the embeddings (0: collapse)",
             "standard deviation",
-            {f"health/{m}_embedding_std": s for m, s in senses.items()},
+            {f"health/{m}_embedding_std": s for m, s in (("video", "picture"), ("audio", "sound"))},
             False,
             True,
         ),

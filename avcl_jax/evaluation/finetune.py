@@ -4,7 +4,8 @@
     python -m avcl_jax.main --config=configs/linear_probe.py:ucf101 --config.encoder=runs/k400
 
 Every official split is trained and tested on its own, under WORKDIR/split1 and so on, where an
-interrupted run goes on. No test record is read before the last step of training is taken.
+interrupted run goes on. No test record is read before the last step of training is taken. With
+`--config.encoder='runs/fold{fold}'` every split begins with an encoder of its own.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from avcl_jax.data.preprocessing import VideoPreprocessing
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
 from avcl_jax.data.views import ViewSpec
-from avcl_jax.encoder_source import EncoderSource, open_encoders, random_like
+from avcl_jax.encoder_source import EncoderSource
 from avcl_jax.evaluation.finetune_split import run_split
-from avcl_jax.evaluation.protocol import finished, run_fingerprint, write_results
+from avcl_jax.evaluation.fold_encoders import FoldEncoders, fold_names, open_fold_encoders
+from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.recognition import measured, protocol_of
 from avcl_jax.evaluation.trained_on import check_not_trained_on
 from avcl_jax.evaluation.written import Stages
@@ -46,13 +48,16 @@ def finetune(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
     Raises:
         ExportError: if `config.encoder` holds no encoder of the modality.
         CheckpointError: if a split's directory belongs to another training.
-        LabelledRecordsError: if records lack the class or the modality.
+        LackingError: if records lack the class or the modality.
         NonFiniteError: if the loss stops being a number.
+        ProtocolError: if an encoder was pretrained on records that it is tested on, or encoders of
+            several splits are not alike.
         SelectionError: if a split does not fit the data set.
         ValueError: if settings contradict each other.
     """
     workdir = epath.Path(workdir)
-    source = _opened(config)
+    encoders, own = _opened(config)
+    source = encoders.named
     encoder = source.require(config.modality)
     spec = clip_spec(config, encoder)
     splits = folds(config, spec)
@@ -61,12 +66,12 @@ def finetune(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
         "train": splits[0][0].records.fingerprint,
         "test": splits[0][1].records.fingerprint,
     }
-    fingerprint = run_fingerprint(config, protocol, encoder=source, data=data)
-    if (results := finished(workdir, protocol, fingerprint)) is not None:
+    protocol_run = ProtocolRun(protocol, config, workdir, source, data)
+    if (results := protocol_run.finished()) is not None:
         return results
-    for _, test in splits:
+    for begin, (_, test) in zip(own, splits, strict=True):
         check_not_trained_on(
-            source,
+            begin,
             test.records,
             test.indices,
             allow=config.data.allow_trained_on,
@@ -74,22 +79,14 @@ def finetune(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
         )
     stages = Stages()
     tested = []
-    for number, (train, test) in enumerate(splits, 1):
-        fold = run_split(config, workdir / f"split{number}", number, source, spec, train, test)
+    for number, (begin, (train, test)) in enumerate(zip(own, splits, strict=True), 1):
+        fold = run_split(config, workdir / f"split{number}", number, begin, spec, train, test)
         if fold is None:
             return None
         tested.append(fold)
     if jax.process_index():
         return None
-    return write_results(
-        workdir,
-        config,
-        protocol,
-        measured(config, tested, splits[0][0].class_names),
-        encoder=source,
-        data=data,
-        stages=stages,
-    )
+    return protocol_run.write(measured(config, tested, splits[0][0].class_names), stages)
 
 
 def clip_spec(config: ml_collections.ConfigDict, encoder: Encoder) -> ClipSpec:
@@ -132,14 +129,29 @@ def clip_spec(config: ml_collections.ConfigDict, encoder: Encoder) -> ClipSpec:
     return AudioClipSpec(longer)
 
 
-def _opened(config: ml_collections.ConfigDict) -> EncoderSource:
+def _selections(config: ml_collections.ConfigDict) -> list[tuple[str, str]]:
+    """What is trained on and what is tested, of every split."""
+    section = config.data
+    if len(section.train_select) != len(section.test_select) or not section.train_select:
+        raise ValueError(
+            f"data.train_select {section.train_select} and data.test_select {section.test_select} "
+            "must name the same splits, one after the other"
+        )
+    return list(zip(section.train_select, section.test_select, strict=True))
+
+
+def _opened(config: ml_collections.ConfigDict) -> tuple[FoldEncoders, list[EncoderSource]]:
+    """Encoders, and of them the one that each split begins with."""
     if config.modality not in ("video", "audio"):
         raise ValueError(f"modality {config.modality!r} must be 'video' or 'audio'")
     if config.init not in ("pretrained", "random"):
         raise ValueError(f"init {config.init!r} must be 'pretrained' or 'random'")
-    source = open_encoders(config.encoder)
-    source.require(config.modality)
-    return source if config.init == "pretrained" else random_like(source, config.seed)
+    names = fold_names(config.encoder, [test for _, test in _selections(config)])
+    encoders = open_fold_encoders(config.encoder, names)
+    encoders.named.require(config.modality)
+    if config.init == "random":
+        encoders = encoders.random_like(config.seed)
+    return encoders, [encoders.by_fold[name] for name in names]
 
 
 def folds(
@@ -151,17 +163,12 @@ def folds(
         ValueError: if there are not as many of one as of the other, or a record is in both.
     """
     section = config.data
-    if len(section.train_select) != len(section.test_select) or not section.train_select:
-        raise ValueError(
-            f"data.train_select {section.train_select} and data.test_select {section.test_select} "
-            "must name the same splits, one after the other"
-        )
     opened = {
         name: RecordDataset(section.directory, name)
         for name in {section.train_split, section.test_split}
     }
     splits = []
-    for selections in zip(section.train_select, section.test_select, strict=True):
+    for selections in _selections(config):
         train, test = (
             LabelledRecords(
                 opened[name], Selection.parse(text), section.label, spec, section.leave_out

@@ -64,7 +64,7 @@ def run_split(
         config: of the run.
         workdir: of this split.
         number: of this split, from 1; it decides the draws.
-        source: encoders.
+        source: encoders to begin with.
         spec: clips.
         train: records to train on.
         test: records to test, read after the last step.
@@ -120,7 +120,7 @@ def run_split(
                 settings=settings,
             )
             write_bytes(path, buffer.getvalue())
-    return Fold(f"split{number}", train, test, probabilities, workdir / "metrics.jsonl")
+    return Fold(f"split{number}", source, train, test, probabilities, workdir / "metrics.jsonl")
 
 
 def _trains_statistics(config: ml_collections.ConfigDict) -> bool:

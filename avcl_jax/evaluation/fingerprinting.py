@@ -37,10 +37,8 @@ from avcl_jax.evaluation.protocol import (
     Metric,
     Outcomes,
     Protocol,
-    finished,
-    run_fingerprint,
-    write_results,
 )
+from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.trained_on import check_not_trained_on
 from avcl_jax.evaluation.transformations import families
 from avcl_jax.evaluation.written import Stages
@@ -105,8 +103,8 @@ def fingerprinting(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.baselines = tuple(name for name in config.baselines if name not in skipped)
-    fingerprint = run_fingerprint(config, PROTOCOL, encoder=source, data=data)
-    if (done := finished(workdir, PROTOCOL, fingerprint)) is not None:
+    protocol_run = ProtocolRun(PROTOCOL, config, epath.Path(workdir), source, data)
+    if (done := protocol_run.finished()) is not None:
         return done
     # Small products, many a second: threads that wait for each other cost more than they give.
     with (
@@ -161,9 +159,7 @@ def fingerprinting(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
         details=details,
         sections=sections(tables, examples, details),
     )
-    return write_results(
-        workdir, config, PROTOCOL, measured, encoder=source, data=data, stages=stages
-    )
+    return protocol_run.write(measured, stages)
 
 
 def _items(clips: Sequence[SourceClip]) -> Iterator[tuple[str, DecodedMedia]]:

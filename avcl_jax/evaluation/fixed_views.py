@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from avcl_jax.data.crop import center_crop
+from avcl_jax.data.modality_records import evenly_spaced
 from avcl_jax.data.rendering import RenderSpec, describe, render_views
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import Clip, feasible_speeds
@@ -45,8 +44,11 @@ def fixed_views(
             speed = feasible[0]
         span = spec.views.clip_seconds * spec.views.speeds[speed]
         slack = max(use.timeline.duration_seconds - span, 0.0)
-        for start in np.linspace(0.0, slack, views_per_speed):
-            clips.append(Clip(use.timeline.start_seconds + float(start), speed, direction))
+        first = use.timeline.start_seconds
+        clips += [
+            Clip(start, speed, direction)
+            for start in evenly_spaced(first, first + slack, views_per_speed)
+        ]
     crop = center_crop(max(record.height, 1), max(record.width, 1))
     arrays = render_views(record, use, clips, clips, [crop] * len(clips), spec)
     return arrays | describe(index, record, source.records)

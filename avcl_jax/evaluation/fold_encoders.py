@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from avcl_jax import experiment
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.encoder_source import EncoderSource, open_encoders
+from avcl_jax.data.selection import Condition, Selection
+from avcl_jax.encoder_source import EncoderSource, open_encoders, random_like
 from avcl_jax.evaluation.fold_classification import FoldResult
+from avcl_jax.evaluation.protocol import ProtocolError
 from avcl_jax.evaluation.trained_on import check_not_trained_on
 
 # Stands in `config.encoder` for the name of the test fold.
@@ -34,6 +39,38 @@ class FoldEncoders:
         """The different ones, by fingerprint."""
         return {source.fingerprint: source for source in self.by_fold.values()}
 
+    def random_like(self, seed: int) -> FoldEncoders:
+        """Returns encoders of the same shape with newly drawn weights, the same for all folds."""
+        drawn = random_like(self.named, seed)
+        return FoldEncoders(dict.fromkeys(self.by_fold, drawn), drawn)
+
+
+def fold_names(path: str, test: Sequence[str]) -> list[str]:
+    """Names of the folds that selections of test records speak of, one each.
+
+    A fold is a class of one label (`fold=3` is "3"), or each has a label of its own whose name
+    ends with its number (`split1=test` is "1").
+
+    Args:
+        path: of the encoders. Without `{fold}` any selection will do, and is its own name.
+        test: selections, as `Selection.parse` reads them.
+
+    Raises:
+        ProtocolError: if there is a `{fold}`, and a selection is not of one fold.
+    """
+    return [_fold_name(Selection.parse(text)) if PLACE in path else text for text in test]
+
+
+def _fold_name(test: Selection) -> str:
+    match test.conditions:
+        case [Condition(label=label, values=[value], negated=False)]:
+            number = re.search(r"\d+$", label)
+            return number.group() if number else value
+    raise ProtocolError(
+        f"data.test_select {str(test)!r} is not one fold, as {PLACE} in encoder needs: select "
+        "it by one class of one label, as 'fold=3' or 'split1=test', or name one encoder for all"
+    )
+
 
 def open_fold_encoders(path: str, folds: Sequence[str]) -> FoldEncoders:
     """Opens the encoder at `path`, or one for each fold where `path` has "{fold}" in it.
@@ -44,11 +81,13 @@ def open_fold_encoders(path: str, folds: Sequence[str]) -> FoldEncoders:
 
     Raises:
         ExportError: if one is missing.
+        ProtocolError: if they are not all of one architecture and preprocessing.
     """
     if PLACE not in path:
         source = open_encoders(path)
         return FoldEncoders(dict.fromkeys(folds, source), source)
     by_fold = {fold: open_encoders(path.replace(PLACE, fold)) for fold in folds}
+    _check_alike(list(by_fold.values()))
     together = hashlib.sha256(
         " ".join(source.fingerprint for source in by_fold.values()).encode()
     ).hexdigest()
@@ -61,6 +100,26 @@ def open_fold_encoders(path: str, folds: Sequence[str]) -> FoldEncoders:
         trained_on=None,
     )
     return FoldEncoders(by_fold, named)
+
+
+def _check_alike(sources: Sequence[EncoderSource]) -> None:
+    """Refuses encoders that differ in more than weights: clips are made once, for all of them."""
+    first = sources[0]
+    for other in sources[1:]:
+        if different := experiment.differences(_shape(first), _shape(other)):
+            raise ProtocolError(
+                f"{first.path} and {other.path} are encoders of one protocol, but differ in "
+                f"{'; '.join(different)}: pretrain them with the same settings"
+            )
+
+
+def _shape(source: EncoderSource) -> str:
+    return json.dumps(
+        {
+            modality: {key: encoder.config[key] for key in ("encoder", "preprocessing")}
+            for modality, encoder in source.encoders.items()
+        }
+    )
 
 
 def check_unheard(

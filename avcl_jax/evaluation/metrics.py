@@ -39,6 +39,17 @@ def class_mean(values: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean([np.mean(values[labels == label]) for label in present]))
 
 
+def gap_closed(random: float, pretrained: float, supervised: float) -> float:
+    """Returns the share of the way from random to supervised that pretraining went.
+
+    (pretrained − random) / (supervised − random), as design section 5 and the issue define it; NaN
+    where supervision gains nothing over a random encoder: the ratio then says nothing.
+    """
+    if supervised <= random:
+        return float("nan")
+    return (pretrained - random) / (supervised - random)
+
+
 def average_precision(scores: np.ndarray, relevant: np.ndarray) -> float:
     """Returns the mean precision at the ranks of the relevant items.
 

@@ -23,6 +23,8 @@ class ProbeResult:
         cost: inverse regularisation chosen on the training items.
         cross_validation_accuracy: mean accuracy over the held-out training folds at that cost.
         confusion: int [classes, classes], rows true, columns predicted.
+        known: bool [m], test items that have a label.
+        correct: bool [known items], which of these are classified rightly.
     """
 
     accuracy: float
@@ -30,6 +32,8 @@ class ProbeResult:
     cost: float
     cross_validation_accuracy: float
     confusion: np.ndarray
+    known: np.ndarray
+    correct: np.ndarray
 
 
 def linear_probe(
@@ -106,6 +110,8 @@ def linear_probe(
         cost=float(search.best_params_["logisticregression__C"]),
         cross_validation_accuracy=float(search.best_score_),
         confusion=confusion,
+        known=test_known,
+        correct=predicted == test_labels,
     )
 
 
@@ -122,18 +128,6 @@ def _select(
     if features.ndim != 2 or not np.isfinite(features).all():
         raise ValueError(f"{name} features {features.shape} must be a finite matrix [items, C]")
     return features, np.asarray(labels)[known]
-
-
-def gap_closed(random: float, pretrained: float, supervised: float) -> float | None:
-    """Returns the share of the way from random to supervised that pretraining went.
-
-    (pretrained − random) / (supervised − random), as design section 5 and the issue define it.
-
-    None where supervision gains nothing over a random encoder: the ratio then says nothing.
-    """
-    if supervised <= random:
-        return None
-    return (pretrained - random) / (supervised - random)
 
 
 def trivial_statistics(

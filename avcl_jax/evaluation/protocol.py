@@ -1,31 +1,22 @@
-"""What every protocol leaves behind: results.json, outcomes.npz and report.html.
+"""What a protocol is, and what it measures: outcomes by unit, and metrics that come out of them.
 
-- results.json: protocol and its version, config, fingerprints of encoder and data, versions of the
-  libraries, and each metric with its bootstrap interval over sources;
-- outcomes.npz: what each metric was computed from, unit by unit (a unit is a video, a query, a
-  pair of views), so that `avcl_jax.evaluation.compare` can test two runs on the same units;
-- report.html: the same for people, with what the protocol adds.
+A unit is a video, a query, a pair of views. `outcomes.npz` keeps what each metric was computed
+from, unit by unit, so that `avcl_jax.evaluation.compare` can test two runs on the same units.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ml_collections
 import numpy as np
 from etils import epath
 
-from avcl_jax import experiment
-from avcl_jax.encoder_source import EncoderSource
-from avcl_jax.evaluation.page import definitions, page, percent, section, table, text, tiles
+from avcl_jax.evaluation.page import percent
 from avcl_jax.evaluation.significance import bootstrap
-from avcl_jax.evaluation.written import Stages, print_paths, versions, write_bytes, write_text
-from avcl_jax.training.metric_writer import peak_memory_gb
+from avcl_jax.evaluation.written import write_bytes
 
 RESULTS, OUTCOMES, REPORT = "results.json", "outcomes.npz", "report.html"
 
@@ -62,6 +53,7 @@ class Metric:
         unit: "share", shown in per cent, or "number".
         chance: what an encoder that knows nothing gets, where that is known.
         headline: shown large in the report.
+        chosen: name of the array, bool [units], of the units that it is about; None is all.
     """
 
     kind: str
@@ -70,6 +62,7 @@ class Metric:
     unit: str = "share"
     chance: float | None = None
     headline: bool = False
+    chosen: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,113 +95,6 @@ class Measured:
     metrics: Mapping[str, Metric]
     details: Mapping[str, Any]
     sections: Sequence[str]
-
-
-def run_fingerprint(
-    config: ml_collections.ConfigDict,
-    protocol: Protocol,
-    *,
-    encoder: EncoderSource | None,
-    data: Mapping[str, str],
-) -> str:
-    """Returns a digest of everything that decides the figures.
-
-    Args:
-        config: of the run; where it executes is left out.
-        protocol: which.
-        encoder: what is evaluated; None where there is none (baselines).
-        data: fingerprints of the data sets by their role.
-    """
-    settings = experiment.flatten(config.to_dict())
-    kept = {k: v for k, v in settings.items() if k not in experiment.EXECUTION_KEYS}
-    kept.pop("encoder", None)  # its fingerprint counts, not its place
-    parts = [protocol.name, protocol.version, kept, dict(data)]
-    parts.append(None if encoder is None else encoder.fingerprint)
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()
-
-
-def finished(
-    workdir: epath.PathLike, protocol: Protocol, fingerprint: str
-) -> dict[str, Any] | None:
-    """Returns the results in `workdir` if they are those of `fingerprint`, and says so.
-
-    Raises:
-        ProtocolError: if the directory holds something else that this run would overwrite.
-    """
-    workdir = epath.Path(workdir)
-    path = workdir / RESULTS
-    if (workdir / "checkpoints").exists() and not path.exists():
-        raise ProtocolError(f"{workdir} is the workdir of a training run: choose another --workdir")
-    if not path.exists():
-        return None
-    results = json.loads(path.read_text())
-    if results.get("protocol") != protocol.name:
-        raise ProtocolError(
-            f"{workdir} holds the results of {results.get('protocol', 'configs/evaluate.py')}: "
-            "choose another --workdir"
-        )
-    if results["fingerprint"] != fingerprint:
-        raise ProtocolError(
-            f"{workdir} holds results of this protocol with another encoder, other data or other "
-            "settings: choose another --workdir, or delete them"
-        )
-    if not all((workdir / name).exists() for name in (OUTCOMES, REPORT)):
-        return None
-    print(f"{workdir} already holds these results")
-    print_paths(workdir)
-    return results
-
-
-def write_results(
-    workdir: epath.PathLike,
-    config: ml_collections.ConfigDict,
-    protocol: Protocol,
-    measured: Measured,
-    *,
-    encoder: EncoderSource | None,
-    data: Mapping[str, str],
-    stages: Stages,
-) -> dict[str, Any]:
-    """Writes what a protocol measured, prints its figures, and returns results.json.
-
-    Args:
-        workdir: made if needed.
-        config: of the run; `config.bootstrap.resamples` and `config.seed` are read.
-        protocol: which.
-        measured: by it.
-        encoder: what was evaluated; None where there is none.
-        data: fingerprints of the data sets by their role, as RecordDataset gives them.
-        stages: times.
-    """
-    workdir = epath.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    figures = _estimate(measured, resamples=config.bootstrap.resamples, seed=config.seed)
-    results = {
-        "protocol": protocol.name,
-        "protocol_version": protocol.version,
-        "metrics": figures,
-        "details": dict(measured.details),
-        "units": len(measured.outcomes.units),
-        "sources": len(set(measured.outcomes.sources)),
-        "encoder": None
-        if encoder is None
-        else {"path": encoder.path, "fingerprint": encoder.fingerprint, "step": encoder.step},
-        "data": dict(data),
-        "fingerprint": run_fingerprint(config, protocol, encoder=encoder, data=data),
-        "seed": config.seed,
-        "seconds": round(stages.total, 1),
-        "stages": stages.seconds,
-        "peak_memory_gb": round(peak_memory_gb(), 3),
-        "versions": versions(),
-        "config": json.loads(experiment.to_json(config)),
-    }
-    write_outcomes(workdir / OUTCOMES, measured.outcomes)
-    write_text(workdir / REPORT, _report(protocol, measured, results))
-    write_text(workdir / RESULTS, json.dumps(results, indent=2, allow_nan=False) + "\n")
-    for name, figure in figures.items():
-        print(f"{measured.metrics[name].what:40s} {_written(figure)}")
-    print_paths(workdir)
-    return results
 
 
 def write_outcomes(path: epath.Path, outcomes: Outcomes) -> None:
@@ -256,91 +142,63 @@ def read_outcomes(path: epath.PathLike) -> Outcomes:
         raise ProtocolError(f"{path} is damaged ({error}): run the protocol again") from error
 
 
-def _estimate(measured: Measured, *, resamples: int, seed: int) -> dict[str, dict[str, Any]]:
+def inputs_of(
+    figure: Metric | Mapping[str, Any], outcomes: Outcomes
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Returns the arrays that a metric takes, and the sources of its units.
+
+    Args:
+        figure: a metric, or what results.json says of it.
+        outcomes: of the run.
+
+    Raises:
+        ProtocolError: if nothing measured one of the arrays.
+    """
+    kept = dataclasses.asdict(figure) if isinstance(figure, Metric) else figure
+    names = [*kept["inputs"], *([] if kept["chosen"] is None else [kept["chosen"]])]
+    if missing := [name for name in names if name not in outcomes.values]:
+        raise ProtocolError(f"{kept['what']} needs the outcomes {missing}, which nothing measured")
+    arrays = [np.asarray(outcomes.values[name]) for name in kept["inputs"]]
+    sources = np.array(outcomes.sources)
+    if kept["chosen"] is None:
+        return arrays, sources
+    chosen = np.asarray(outcomes.values[kept["chosen"]], bool)
+    return [array[chosen] for array in arrays], sources[chosen]
+
+
+def estimate(measured: Measured, *, resamples: int, seed: int) -> dict[str, dict[str, Any]]:
+    """Returns what results.json says of every metric: value, interval, and how to get them.
+
+    Args:
+        measured: by the protocol.
+        resamples: of the bootstrap over sources.
+        seed: of its draws.
+
+    Raises:
+        ProtocolError: if a metric needs outcomes that nothing measured.
+    """
     figures = {}
     for name, metric in measured.metrics.items():
-        missing = [key for key in metric.inputs if key not in measured.outcomes.values]
-        if missing:
-            raise ProtocolError(f"{name} needs the outcomes {missing}, which nothing measured")
-        inputs = [np.asarray(measured.outcomes.values[key]) for key in metric.inputs]
-        interval = bootstrap(
-            metric.kind,
-            inputs,
-            np.array(measured.outcomes.sources),
-            resamples=resamples,
-            seed=seed,
-        )
-        figures[name] = interval._asdict() | {
+        inputs, sources = inputs_of(metric, measured.outcomes)
+        interval = bootstrap(metric.kind, inputs, sources, resamples=resamples, seed=seed)
+        figures[name] = {key: _finite(value) for key, value in interval._asdict().items()} | {
             "chance": metric.chance,
             "kind": metric.kind,
             "inputs": list(metric.inputs),
+            "chosen": metric.chosen,
             "what": metric.what,
             "unit": metric.unit,
         }
     return figures
 
 
-def _written(figure: Mapping[str, Any]) -> str:
-    value, low, high = (in_unit(figure[key], figure["unit"]) for key in ("value", "low", "high"))
-    chance = (
-        "" if figure["chance"] is None else f", chance {in_unit(figure['chance'], figure['unit'])}"
-    )
-    return f"{value} (95 %: {low} to {high}{chance})"
+def _finite(value: float) -> float | None:
+    """Returns None for what is not defined: JSON has no other word for it."""
+    return value if np.isfinite(value) else None
 
 
-def in_unit(value: float, unit: str) -> str:
-    """Returns a figure as people read it: a share in per cent."""
+def in_unit(value: float | None, unit: str) -> str:
+    """Returns a figure as people read it: a share in per cent, a dash where it is not defined."""
+    if value is None:
+        return "–"
     return percent(value, 1).replace("\u00a0", " ") if unit == "share" else f"{value:.3g}"
-
-
-def _report(protocol: Protocol, measured: Measured, results: Mapping[str, Any]) -> str:
-    figures = results["metrics"]
-    shown = [
-        (in_unit(figures[n]["value"], m.unit), m.what)
-        for n, m in measured.metrics.items()
-        if m.headline
-    ]
-    rows = [
-        [
-            figure["what"],
-            in_unit(figure["value"], figure["unit"]),
-            f"{in_unit(figure['low'], figure['unit'])} … {in_unit(figure['high'], figure['unit'])}",
-            "–" if figure["chance"] is None else in_unit(figure["chance"], figure["unit"]),
-        ]
-        for figure in figures.values()
-    ]
-    about = {
-        "protocol": f"{protocol.name}, version {protocol.version}",
-        "encoder": "–" if results["encoder"] is None else results["encoder"]["path"],
-        "encoder fingerprint": "–"
-        if results["encoder"] is None
-        else results["encoder"]["fingerprint"],
-        **{f"data: {role}": value for role, value in results["data"].items()},
-        "units": f"{results['units']} of {results['sources']} sources",
-        "seed": results["seed"],
-        "took": f"{results['seconds']} s",
-    }
-    steps = "".join(f"<li>{text(sentence)}</li>" for sentence in protocol.definition)
-    resamples = results["config"]["bootstrap"]["resamples"]
-    parts = [
-        f"<h1>{text(protocol.title)}</h1>",
-        tiles(shown),
-        section(
-            "Figures",
-            f"With 95 % intervals from {resamples} bootstrap resamples of the sources: how far the "
-            "figure would move with other videos of this kind, not with another training.",
-            table(["", "figure", "interval", "chance"], rows),
-        ),
-        *measured.sections,
-        section(
-            "What was run",
-            "Everything needed to run it again.",
-            definitions(about),
-            f"<details open><summary>Protocol</summary><ul>{steps}</ul></details>",
-            "<details><summary>Configuration</summary>"
-            f"<pre>{text(json.dumps(results['config'], indent=2))}</pre></details>",
-            "<details><summary>Versions</summary>"
-            f"<pre>{text(json.dumps(results['versions'], indent=2))}</pre></details>",
-        ),
-    ]
-    return page(title=protocol.title, body="".join(parts))

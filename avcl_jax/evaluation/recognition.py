@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from avcl_jax.data.labelled import LabelledRecords
+from avcl_jax.encoder_source import EncoderSource
 from avcl_jax.evaluation.figures import line_chart
 from avcl_jax.evaluation.metrics import class_mean, top_k_hits
 from avcl_jax.evaluation.page import matrix, percent, section, table
@@ -28,6 +29,7 @@ class Fold:
 
     Attributes:
         name: "split1".
+        encoder: that it began with.
         train: records trained on.
         test: records tested.
         probabilities: float32 [test records, classes], mean softmax.
@@ -35,6 +37,7 @@ class Fold:
     """
 
     name: str
+    encoder: EncoderSource
     train: LabelledRecords
     test: LabelledRecords
     probabilities: np.ndarray
@@ -161,6 +164,7 @@ def _described(fold: Fold) -> dict[str, Any]:
     )
     return {
         "name": fold.name,
+        "encoder": {"path": fold.encoder.path, "fingerprint": fold.encoder.fingerprint},
         "train": fold.train.fingerprint,
         "test": fold.test.fingerprint,
         "train_records": len(fold.train),
@@ -181,10 +185,20 @@ def _curves(path: epath.Path) -> list[dict[str, Any]]:
 
 
 def _splits_section(splits: Sequence[Mapping[str, Any]]) -> str:
-    header = ("", "trained on", "tested on", "left out", "top-1", "mean class", "training top-1")
+    header = (
+        "",
+        "encoder",
+        "trained on",
+        "tested on",
+        "left out",
+        "top-1",
+        "mean class",
+        "training top-1",
+    )
     rows = [
         [
             entry["name"],
+            entry["encoder"]["path"],
             str(entry["train_records"]),
             str(entry["test_records"]),
             str(entry["left_out"]),

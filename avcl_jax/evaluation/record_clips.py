@@ -1,18 +1,20 @@
 """Clips at fixed times of selected records, as an encoder takes them.
 
-Every selected record counts. A benchmark has clips of half a second; a clip that is longer than its
-record starts with it, the last picture then stays and silence follows the sound.
+Every selected record counts, however short it is: see `data.modality_records`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from avcl_jax.data.crop import CropSpec, center_crop
 from avcl_jax.data.labelled import VideoClipSpec
+from avcl_jax.data.modality_records import ModalityRecords, evenly_spaced
 from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
 from avcl_jax.data.record_format import Record
 from avcl_jax.data.records import RecordDataset
@@ -47,14 +49,10 @@ class ClipTimes:
             )
 
 
-class RecordClips:
+class RecordClips(ModalityRecords):
     """Random access to the clips of each selected record.
 
     Attributes:
-        records: the underlying data set.
-        indices: int64 positions in it.
-        left_out: selected records without this modality.
-        fingerprint: of the data set and the selection.
         clips_per_record: of each, always.
     """
 
@@ -65,6 +63,7 @@ class RecordClips:
         preprocessing: VideoPreprocessing | AudioPreprocessing,
         times: ClipTimes,
         *,
+        labels: Sequence[str] = (),
         leave_out: bool,
     ):
         """Looks at timelines, which reads no record.
@@ -74,68 +73,42 @@ class RecordClips:
             selection: which of its records.
             preprocessing: of the encoder.
             times: which clips.
-            leave_out: leave out records without this modality, instead of an error.
+            labels: of one class a record, that must be known.
+            leave_out: leave out records without this modality or a label, instead of an error.
 
         Raises:
-            ProtocolError: if records lack the modality, or have sound at another rate.
+            LackingError: if records lack the modality or a label, or have sound at another rate.
             SelectionError: if the selection does not fit the data set.
         """
-        self.records = records
         self._preprocessing, self._times = preprocessing, times
         self._video = isinstance(preprocessing, VideoPreprocessing)
-        modality = "video" if self._video else "audio"
-        positions = selection.positions(records)
-        shown = records.timelines["num_frames" if self._video else "num_samples"][positions] > 0
-        if not shown.any() or not (shown.all() or leave_out):
-            first = records.record_ids[int(positions[~shown][0])]
-            advice = ": set data.leave_out=True to go on without" if shown.any() else ""
-            raise ProtocolError(
-                f"{int((~shown).sum())} of the {len(positions)} records {selection} of "
-                f"{records!r} have no {modality}, first {first!r}{advice}"
-            )
-        self.indices = positions[shown]
-        self.left_out = int((~shown).sum())
-        self.clips_per_record = len(times.speeds) * times.clips
-        selected = f" {selection}" if selection.conditions else ""
-        self.fingerprint = records.fingerprint + selected
         if isinstance(preprocessing, VideoPreprocessing):
             views = ViewSpec(
                 preprocessing.num_frames, preprocessing.clip_seconds, times.speeds, "shared"
             )
             crop = CropSpec(preprocessing.image_size, min_area=1.0, flip=False, quarter_turns=False)
             self._spec = VideoClipSpec(views, crop)
+            rate_hz = None
         else:
             mel = preprocessing.log_mel
-            self._check_rate(mel.sample_rate_hz)
             views = ViewSpec(mel.frames, mel.clip_seconds, times.speeds, "shared")
+            rate_hz = mel.sample_rate_hz
         self._views = views
-
-    def _check_rate(self, rate_hz: int) -> None:
-        rates = self.records.timelines["sample_rate_hz"][self.indices]
-        if (wrong := rates[rates != rate_hz]).size:
-            raise ProtocolError(
-                f"records of {self.records!r} have sound at {wrong[0]} Hz, the encoder takes "
-                f"{rate_hz} Hz: prepare again with --sample-rate {rate_hz}"
-            )
-
-    def __len__(self) -> int:
-        """Number of records."""
-        return len(self.indices)
-
-    @property
-    def record_ids(self) -> list[str]:
-        """Names of the records."""
-        return [self.records.record_ids[int(index)] for index in self.indices]
-
-    @property
-    def sources(self) -> list[str]:
-        """A name of the source of each record."""
-        return [str(number) for number in self.records.source_numbers[self.indices].tolist()]
+        self.clips_per_record = len(times.speeds) * times.clips
+        super().__init__(
+            records,
+            selection,
+            "video" if self._video else "audio",
+            sample_rate_hz=rate_hz,
+            labels=labels,
+            leave_out=leave_out,
+        )
 
     @property
     def identity(self) -> list[Any]:
-        """What decides the clips of a record, in JSON."""
-        return [dataclasses.asdict(self._preprocessing), dataclasses.asdict(self._times)]
+        """What decides the clips, in JSON: `fingerprint` does not say which were left out."""
+        kept = hashlib.sha256(self.indices.tobytes()).hexdigest()
+        return [dataclasses.asdict(self._preprocessing), dataclasses.asdict(self._times), kept]
 
     def __getitem__(self, position: int) -> np.ndarray:
         """Renders the clips of one record, all of one speed after those of another.
@@ -149,28 +122,17 @@ class RecordClips:
         index = int(self.indices[position])
         record = self.records[index]
         try:
-            return self._render(record, self._clips(index))
+            return self._render(record, self._clips(position))
         except RecordError as error:
             raise RecordError(f"{self.records.shard_of(index)}, {error}") from error
 
-    def _clips(self, index: int) -> list[Clip]:
-        times = {name: values[index].item() for name, values in self.records.timelines.items()}
-        if self._video:
-            start = times["first_frame_seconds"]
-            # The last frame stays until the next would have come.
-            end = times["last_frame_seconds"] + times["max_frame_gap_seconds"]
-            end = min(end, times["duration_seconds"])
-        else:
-            start = times["audio_start_seconds"]
-            end = start + times["num_samples"] / times["sample_rate_hz"]
+    def _clips(self, position: int) -> list[Clip]:
         clips = []
         for number in range(len(self._times.speeds)):
-            speed = self._fitting(number, end - start)
+            speed = self._fitting(number, self.seconds(position))
             span = self._views.clip_seconds * self._views.speeds[speed]
-            last = max(start, end - span)
-            count = self._times.clips
-            starts = np.linspace(start, last, count) if count > 1 else [(start + last) / 2]
-            clips += [Clip(float(s), speed, FORWARD) for s in starts]
+            starts = evenly_spaced(*self.starts(position, span), self._times.clips)
+            clips += [Clip(start, speed, FORWARD) for start in starts]
         return clips
 
     def _fitting(self, wanted: int, seconds: float) -> int:

@@ -63,9 +63,9 @@ def record_features(
     spec: FeatureSpec,
     *,
     fingerprint: str,
-    workdir: epath.PathLike,
+    directory: epath.PathLike,
 ) -> np.ndarray:
-    """Returns the features of all records of `clips`, those that the workdir has not yet computed.
+    """Returns the features of all records of `clips`; those in `directory` are not computed again.
 
     Every host computes its parts on its own devices, so hosts need not wait for each other until
     all are done.
@@ -75,7 +75,7 @@ def record_features(
         clips: of the selected records.
         spec: how.
         fingerprint: of the encoder's weights.
-        workdir: where parts are kept.
+        directory: where parts are kept: that of the version of a protocol, `ProtocolRun.features`.
 
     Returns:
         float32 [records, C], or [records, clips, C] with record_pooling "clips"; in process 0 only,
@@ -104,8 +104,7 @@ def record_features(
             )
         return {"features": features}
 
-    directory = epath.Path(workdir) / "features" / key
-    arrays = in_parts(directory, len(clips), part, rows=spec.part_records)
+    arrays = in_parts(epath.Path(directory) / key, len(clips), part, rows=spec.part_records)
     return arrays.get("features", np.empty((0, 0), np.float32))
 
 

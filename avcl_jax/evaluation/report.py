@@ -17,17 +17,10 @@ from avcl_jax.evaluation.page import (
     text,
     tiles,
 )
+from avcl_jax.evaluation.protocol_run import figures_section
 from avcl_jax.evaluation.report_content import Exhibit, Modality, ReportContent, Search
+from avcl_jax.evaluation.temporal import TASK_TITLES
 
-TASK_NAMES = {
-    "speed_video": "speed, seen",
-    "speed_audio": "speed, heard",
-    "direction_video": "direction, seen",
-    "direction_audio": "direction, heard",
-    "order_vv": "order, picture–picture",
-    "order_aa": "order, sound–sound",
-    "order_va": "order, picture–sound",
-}
 BLUE, GREEN, GREY = (figures.SERIES_COLOURS[index] for index in (0, 2, 7))
 # The null controls must not tell speed or direction further than this from chance.
 NULL_TOLERANCE = 0.05
@@ -49,7 +42,12 @@ def render_report(content: ReportContent) -> str:
         _neighbour_section(content),
         _map_section(content),
     ]
-    parts += [_confusion_section(content), _curve_section(content), _run_section(content)]
+    parts += [
+        _confusion_section(content),
+        figures_section(results),
+        _curve_section(content),
+        _run_section(content),
+    ]
     return page(title=content.title, body="".join(parts))
 
 
@@ -86,7 +84,7 @@ def _headline(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     for task in ("speed_audio", "direction_video"):
         scores = results.get("temporal", {}).get(task)
         if scores:
-            what = f"{TASK_NAMES[task]} (chance {percent(scores['chance'])})"
+            what = f"{TASK_TITLES[task]} (chance {percent(scores['chance'])})"
             entries.append((percent(scores["accuracy"]), what))
     return entries
 
@@ -153,11 +151,11 @@ def _temporal_section(results: Mapping[str, Any]) -> str:
             bars["null control: stationary noise"] = null
             if abs(null - scores["chance"]) > NULL_TOLERANCE:
                 warnings.append(
-                    f'<p class="note">{text(TASK_NAMES[task])}: on noise, where nothing can be '
+                    f'<p class="note">{text(TASK_TITLES[task])}: on noise, where nothing can be '
                     f"known, a network reaches {percent(null, 1)} (chance "
                     f"{percent(scores['chance'])}). The rendering leaks the label.</p>"
                 )
-        label = TASK_NAMES[task].replace(", ", ",\n").replace("–", "–\n")
+        label = TASK_TITLES[task].replace(", ", ",\n").replace(" and", "\nand")
         groups[label] = bars
         chances[label] = scores["chance"]
     skipped = results.get("null_control", {}).get("skipped")
@@ -287,7 +285,7 @@ def _confusion_section(content: ReportContent) -> str:
         for probe, (confusion, classes) in content.probe_confusions.items()
     ]
     blocks += [
-        matrix(TASK_NAMES[task], scores["confusion"], content.task_classes[task])
+        matrix(TASK_TITLES[task], scores["confusion"], content.task_classes[task])
         for task, scores in content.results.get("temporal", {}).items()
     ]
     if not blocks:

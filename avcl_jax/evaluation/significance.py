@@ -19,6 +19,8 @@ STATISTICS: Mapping[str, Callable[..., float]] = {
     "mean": lambda values: float(np.mean(values)),
     "median": lambda values: float(np.median(values)),
     "class_mean": metrics.class_mean,
+    # Of the accuracies of three networks on the same items.
+    "gap_closed": lambda *correct: metrics.gap_closed(*(float(np.mean(c)) for c in correct)),
     # Right answers over answers, where units give different numbers of them.
     "ratio": lambda counts, totals: float(np.sum(counts) / np.sum(totals)),
     "mean_average_precision": lambda scores, relevant: _over_classes(
@@ -118,9 +120,7 @@ def bootstrap(
     groups = _groups(kind, inputs, sources)
     value = STATISTICS[kind](*inputs)
     drawn = _resampled(kind, inputs, groups, resamples, np.random.default_rng(seed))
-    tail = (1 - confidence) / 2
-    low, high = np.nanquantile(drawn, (tail, 1 - tail))
-    return Interval(value, float(low), float(high))
+    return Interval(value, *_bounds(drawn, confidence))
 
 
 def compare(
@@ -157,8 +157,7 @@ def compare(
     drawn = _resampled(kind, second, groups, resamples, np.random.default_rng(seed)) - _resampled(
         kind, first, groups, resamples, np.random.default_rng(seed)
     )
-    tail = (1 - confidence) / 2
-    low, high = np.nanquantile(drawn, (tail, 1 - tail))
+    low, high = _bounds(drawn, confidence)
     rng = np.random.default_rng([seed, 1])
     extreme = 0
     for _ in range(resamples):
@@ -168,7 +167,7 @@ def compare(
         theirs = [_choose(swapped, b, a) for a, b in zip(first, second, strict=True)]
         # A hair of tolerance: the observed exchange itself must count as extreme.
         extreme += abs(statistic(*theirs) - statistic(*ours)) >= abs(observed) - 1e-12
-    return Comparison(Interval(observed, float(low), float(high)), (1 + extreme) / (1 + resamples))
+    return Comparison(Interval(observed, low, high), (1 + extreme) / (1 + resamples))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -180,6 +179,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, (len(p_values) - place) * p_values[index])
         corrected[index] = min(1.0, largest)
     return corrected.tolist()
+
+
+def _bounds(drawn: np.ndarray, confidence: float) -> tuple[float, float]:
+    """Returns percentiles of the resamples in which the statistic is defined, NaN without any."""
+    defined = drawn[~np.isnan(drawn)]
+    if not len(defined):
+        return float("nan"), float("nan")
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(defined, (tail, 1 - tail))
+    return float(low), float(high)
 
 
 def _choose(swapped: np.ndarray, kept: np.ndarray, other: np.ndarray) -> np.ndarray:

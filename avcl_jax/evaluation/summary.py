@@ -1,4 +1,4 @@
-"""results.json and report.html of an evaluated run, and what both say of the run itself."""
+"""What results.json and report.html say of an evaluated run, beside what every protocol writes."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ from avcl_jax.evaluation.exhibits import (
     neighbour_searches,
     training_curves,
 )
+from avcl_jax.evaluation.protocol import Measured
+from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.report import render_report
 from avcl_jax.evaluation.report_content import Map, Modality, ReportContent, Search
-from avcl_jax.evaluation.written import Stages, print_paths, versions, write_text
+from avcl_jax.evaluation.temporal import task_classes
+from avcl_jax.evaluation.written import Stages
+from avcl_jax.objectives.temporal import TERMS
 from avcl_jax.training.metric_writer import peak_memory_gb
-
-_DIRECTIONS = ("forward", "backward")
-_ORDERS = ("before", "overlap", "after")
 
 
 def write_summary(
-    config: ml_collections.ConfigDict,
-    workdir: epath.Path,
-    results: dict[str, Any],
+    protocol_run: ProtocolRun,
+    measured: Measured,
+    sections: Mapping[str, Any],
     *,
     stages: Stages,
     spec: RenderSpec,
@@ -44,13 +45,13 @@ def write_summary(
     train_features: Mapping[str, np.ndarray],
     features: Mapping[str, np.ndarray],
     confusions: Mapping[str, np.ndarray],
-) -> None:
-    """Completes the results and writes them and the report, each whole or not at all.
+) -> dict[str, Any]:
+    """Writes results.json, outcomes.npz and the report of a run, and returns results.json.
 
     Args:
-        config: of the evaluation.
-        workdir: of the run.
-        results: measured so far; completed in place by times, memory and versions.
+        protocol_run: of the evaluation.
+        measured: outcomes and metrics.
+        sections: of results.json, beside what every protocol writes there; times are added.
         stages: times of the evaluation.
         spec: rendering, with the spectrogram made on the host.
         test: test records.
@@ -58,53 +59,39 @@ def write_summary(
         features: of the test records.
         confusions: of the pretrained encoder's probes.
     """
+    config, workdir = protocol_run.config, protocol_run.workdir
     metrics = _read_metrics(workdir)
     with stages("report"):
         shown = _shown(config, spec, test, train_features, features)
     seconds = _preparation_seconds(config.data.directory)
-    results["preparation_seconds"] = seconds
-    results["evaluation_seconds"] = round(stages.total, 1)
-    results["evaluation_stages"] = stages.seconds
-    total = (seconds or 0.0) + results["train_seconds"] + stages.total
-    results["total_seconds"] = round(total, 1)
+    total = (seconds or 0.0) + sections["train_seconds"] + stages.total
     logged = [r["peak_memory_gb"] for r in metrics if "peak_memory_gb" in r]
-    results["peak_memory_gb"] = round(max([peak_memory_gb(), *logged]), 3)
-    results["versions"] = versions()
-    speeds = [f"{speed}×" for speed in config.views.speeds]
-    content = ReportContent(
-        title=f"What was learned from {config.name}",
-        results=results,
-        curves=training_curves(metrics),
-        probe_confusions={
-            name: (confusion.tolist(), _class_names(test, name))
-            for name, confusion in confusions.items()
-        },
-        task_classes={
-            "speed_video": speeds,
-            "speed_audio": speeds,
-            "direction_video": _DIRECTIONS,
-            "direction_audio": _DIRECTIONS,
-            "order_vv": _ORDERS,
-            "order_aa": _ORDERS,
-            "order_va": _ORDERS,
-        },
-        protocol=_protocol(config, results),
-        run=_run(config, workdir, results, test),
-        config=experiment.to_json(config),
-        **shown,
-    )
-    write_text(workdir / "report.html", render_report(content))
-    write_text(workdir / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
-    print_paths(workdir)
+    times = {
+        "preparation_seconds": seconds,
+        "evaluation_seconds": round(stages.total, 1),
+        "total_seconds": round(total, 1),
+        "peak_memory_gb": round(max([peak_memory_gb(), *logged]), 3),  # of the training too
+    }
 
+    def report(results: Mapping[str, Any]) -> str:
+        return render_report(
+            ReportContent(
+                title=f"What was learned from {config.name}",
+                results=results,
+                curves=training_curves(metrics),
+                probe_confusions={
+                    name: (confusion.tolist(), _class_names(test, name))
+                    for name, confusion in confusions.items()
+                },
+                task_classes={task: task_classes(task, config.views.speeds) for task in TERMS},
+                protocol=_protocol(config, results),
+                run=_run(config, workdir, results, test),
+                config=experiment.to_json(config),
+                **shown,
+            )
+        )
 
-def finished(workdir: epath.Path, fingerprint: str) -> dict[str, Any] | None:
-    """Returns the results in `workdir` if they are those of `fingerprint` and the report exists."""
-    path = workdir / "results.json"
-    if not path.exists() or not (workdir / "report.html").exists():
-        return None
-    results = json.loads(path.read_text())
-    return results if "fingerprint" in results and results["fingerprint"] == fingerprint else None
+    return protocol_run.write(measured, stages, report=report, sections={**sections, **times})
 
 
 def _shown(

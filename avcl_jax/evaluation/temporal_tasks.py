@@ -17,7 +17,7 @@ from etils import epath
 from avcl_jax import experiment
 from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.usable_records import UsableRecords
-from avcl_jax.evaluation.cross_modal import load_for
+from avcl_jax.evaluation.cross_modal import LoadedRun, load_for
 from avcl_jax.evaluation.embed import drawn_pairs, encode_all, logit_function
 from avcl_jax.evaluation.page import matrix, section
 from avcl_jax.evaluation.parts import in_parts, key_of
@@ -27,11 +27,9 @@ from avcl_jax.evaluation.protocol import (
     Outcomes,
     Protocol,
     ProtocolError,
-    finished,
-    run_fingerprint,
-    write_results,
 )
-from avcl_jax.evaluation.temporal import TaskScore, score_task
+from avcl_jax.evaluation.protocol_run import ProtocolRun
+from avcl_jax.evaluation.temporal import TASK_TITLES, TaskScore, score_task, task_classes
 from avcl_jax.evaluation.trained_on import check_not_trained_on
 from avcl_jax.evaluation.written import Stages
 from avcl_jax.objectives.temporal import TERMS, temporal_targets
@@ -52,15 +50,6 @@ PROTOCOL = Protocol(
         "that chance is one over the number of classes for whatever cannot tell them apart.",
     ),
 )
-_TITLES = {
-    "speed_video": "speed, picture",
-    "speed_audio": "speed, sound",
-    "direction_video": "direction, picture",
-    "direction_audio": "direction, sound",
-    "order_vv": "order, two pictures",
-    "order_aa": "order, two sounds",
-    "order_va": "order, picture and sound",
-}
 
 
 def task_logits(
@@ -125,14 +114,15 @@ def temporal_tasks(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
 
     Raises:
         ExportError: if `config.encoder` is no run.
+        ProtocolError: if records lack a modality of the run, or no task is defined.
         ValueError: if no view fits any record, or a class of a task never occurs.
     """
     workdir = epath.Path(workdir)
     stages = Stages()
     run = load_for(config)
     data = {"all": run.records.fingerprint}
-    fingerprint = run_fingerprint(config, PROTOCOL, encoder=run.source, data=data)
-    if (done := finished(workdir, PROTOCOL, fingerprint)) is not None:
+    protocol_run = ProtocolRun(PROTOCOL, config, workdir, run.source, data)
+    if (done := protocol_run.finished()) is not None:
         return done
     check_not_trained_on(
         run.source,
@@ -163,9 +153,9 @@ def temporal_tasks(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
         )
 
     with stages("views"):
-        key = key_of(run.source.fingerprint, data, "temporal", pairs, config.seed)
+        key = key_of(run.source.fingerprint, data, pairs, config.seed)
         arrays = in_parts(
-            workdir / "features" / key,
+            protocol_run.features / key,
             len(run.records),
             part,
             rows=config.evaluation.part_records,
@@ -176,49 +166,50 @@ def temporal_tasks(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
         scores = score_tasks(arrays, config.seed)
     if not scores:
         raise ProtocolError(f"no temporal task is defined for a record of {run.records!r}")
-    measured = _measured(scores, run.records, trained=tuple(run.config.views.speeds))
-    return write_results(
-        workdir, config, PROTOCOL, measured, encoder=run.source, data=data, stages=stages
-    )
+    measured = _measured(scores, run)
+    return protocol_run.write(measured, stages)
 
 
-def _measured(
-    scores: Mapping[str, TaskScore], records: UsableRecords, *, trained: Sequence[int]
-) -> Measured:
+def task_outcomes(
+    scores: Mapping[str, TaskScore], count: int
+) -> tuple[dict[str, np.ndarray], dict[str, Metric]]:
+    """Returns outcomes [records] of every task, and its metric.
+
+    Args:
+        scores: by task, as `score_tasks` returns them.
+        count: number of records.
+    """
     values: dict[str, np.ndarray] = {}
     metrics = {}
     for name, score in scores.items():
         # A record counts as often as its views were scored; records are resampled whole.
-        values[f"correct_{name}"] = score.correct.reshape(len(records), -1).sum(axis=1)
-        values[f"scored_{name}"] = score.scored.reshape(len(records), -1).sum(axis=1)
+        values[f"correct_{name}"] = score.correct.reshape(count, -1).sum(axis=1)
+        values[f"scored_{name}"] = score.scored.reshape(count, -1).sum(axis=1)
         metrics[name] = Metric(
             "ratio",
             (f"correct_{name}", f"scored_{name}"),
-            _TITLES[name],
+            TASK_TITLES[name],
             chance=score.chance,
             headline=True,
         )
-    classes = {
-        "speed": [f"{speed}×" for speed in trained],
-        "direction": ["forward", "backward"],
-        "order": ["before", "overlapping", "after"],
-    }
-    dataset = records.records
+    return values, metrics
+
+
+def _measured(scores: Mapping[str, TaskScore], run: LoadedRun) -> Measured:
+    records, trained = run.records, tuple(run.config.views.speeds)
+    values, metrics = task_outcomes(scores, len(records))
     matrices = "".join(
-        matrix(_TITLES[name], score.confusion.tolist(), classes[name.split("_")[0]])
+        matrix(TASK_TITLES[name], score.confusion.tolist(), task_classes(name, trained))
         for name, score in scores.items()
     )
     return Measured(
-        Outcomes(
-            [dataset.record_ids[int(index)] for index in records.indices],
-            [str(n) for n in dataset.source_numbers[records.indices].tolist()],
-            values,
-        ),
+        Outcomes(records.record_ids, records.sources, values),
         metrics,
         details={
             "confusion": {name: score.confusion.tolist() for name, score in scores.items()},
             "views_scored": {name: int(score.scored.sum()) for name, score in scores.items()},
             "too_short": records.num_too_short,
+            "incomplete": len(records.lacking(tuple(run.source.encoders))) - records.num_too_short,
         },
         sections=[
             section(

@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
+from avcl_jax.data.records import RecordDataset
 from avcl_jax.encoder_source import open_encoders, random_like
 from avcl_jax.evaluation.page import section, table
 from avcl_jax.evaluation.protocol import (
@@ -19,16 +20,13 @@ from avcl_jax.evaluation.protocol import (
     Metric,
     Outcomes,
     Protocol,
-    finished,
-    run_fingerprint,
-    write_results,
 )
 from avcl_jax.evaluation.protocol_records import (
     check_apart,
     feature_spec,
-    known_labels,
     record_clips,
 )
+from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.record_clips import RecordClips
 from avcl_jax.evaluation.record_features import record_features
 from avcl_jax.evaluation.retrieval import RetrievalScores, nearest, retrieval_scores
@@ -80,17 +78,14 @@ def video_retrieval(config: ml_collections.ConfigDict, workdir: epath.PathLike) 
             config,
             source,
             "video",
-            split=config.data[f"{side}_split"],
+            RecordDataset(config.data.directory, config.data[f"{side}_split"]),
             select=config.data[f"{side}_select"].format(split=config.data.official_split),
+            labels=[config.data.label],
         )
     check_apart(sides["gallery"], sides["query"])
-    kept = {
-        side: known_labels(clips, [config.data.label], leave_out=config.data.leave_out)
-        for side, clips in sides.items()
-    }
     data = {side: clips.fingerprint for side, clips in sides.items()}
-    fingerprint = run_fingerprint(config, PROTOCOL, encoder=source, data=data)
-    if (done := finished(workdir, PROTOCOL, fingerprint)) is not None:
+    protocol_run = ProtocolRun(PROTOCOL, config, workdir, source, data)
+    if (done := protocol_run.finished()) is not None:
         return done
     check_not_trained_on(
         source,
@@ -112,33 +107,31 @@ def video_retrieval(config: ml_collections.ConfigDict, workdir: epath.PathLike) 
                     clips,
                     feature_spec(config),
                     fingerprint=network.fingerprint,
-                    workdir=workdir,
+                    directory=protocol_run.features,
                 )
     if jax.process_index():
         return {}
-    ids = {s: clips.records.labels[config.data.label][clips.indices] for s, clips in sides.items()}
+    ids = {side: clips.classes_of(config.data.label) for side, clips in sides.items()}
     with stages("ranking"):
         scores = {
             name: retrieval_scores(
-                found["query"][kept["query"]],
-                found["gallery"][kept["gallery"]],
-                query_ids=ids["query"][kept["query"]],
-                gallery_ids=ids["gallery"][kept["gallery"]],
+                found["query"],
+                found["gallery"],
+                query_ids=ids["query"],
+                gallery_ids=ids["gallery"],
                 recall_at=tuple(config.evaluation.recall_at),
             )
             for name, found in features.items()
         }
-    measured = _measured(config, scores, sides, kept, features[""])
-    return write_results(
-        workdir, config, PROTOCOL, measured, encoder=source, data=data, stages=stages
-    )
+    measured = _measured(config, scores, sides, ids, features[""])
+    return protocol_run.write(measured, stages)
 
 
 def _measured(
     config: ml_collections.ConfigDict,
     scores: dict[str, RetrievalScores],
     sides: dict[str, RecordClips],
-    kept: dict[str, np.ndarray],
+    ids: dict[str, np.ndarray],
     features: dict[str, np.ndarray],
 ) -> Measured:
     values: dict[str, np.ndarray] = {}
@@ -157,36 +150,22 @@ def _measured(
                 chance=found.chance[k],
                 headline=k in (1, 5),
             )
-    rows = {side: np.flatnonzero(chosen) for side, chosen in kept.items()}
-    names = {side: sides[side].record_ids for side in sides}
-    query_sources = sides["query"].sources
-    labels = sides["query"].records.labels[config.data.label]
+    names = {side: clips.record_ids for side, clips in sides.items()}
     classes = sides["query"].records.class_names[config.data.label]
-    shown = rows["query"][np.linspace(0, len(rows["query"]) - 1, _SHOWN).astype(int)]
-    found_items = nearest(features["query"][shown], features["gallery"][rows["gallery"]], k=_SHOWN)
+    shown = np.linspace(0, len(sides["query"]) - 1, _SHOWN).astype(int)
+    found_items = nearest(features["query"][shown], features["gallery"], k=_SHOWN)
 
     def described(side: str, row: int) -> str:
-        name = names[side][row]
-        return f"{name} ({classes[int(labels_of(side)[row])]})"
+        return f"{names[side][row]} ({classes[int(ids[side][row])]})"
 
-    def labels_of(side: str) -> np.ndarray:
-        return sides[side].records.labels[config.data.label][sides[side].indices]
-
-    by_class = _by_class(scores[""], labels[sides["query"].indices[rows["query"]]], classes)
     return Measured(
-        Outcomes(
-            [names["query"][row] for row in rows["query"]],
-            [query_sources[row] for row in rows["query"]],
-            values,
-        ),
+        Outcomes(names["query"], sides["query"].sources, values),
         metrics,
         details={
-            "queries": len(rows["query"]),
-            "gallery": len(rows["gallery"]),
-            "left_out": {
-                side: clips.left_out + int((~kept[side]).sum()) for side, clips in sides.items()
-            },
-            "r1_by_class": by_class,
+            "queries": len(sides["query"]),
+            "gallery": len(sides["gallery"]),
+            "left_out": {side: clips.left_out for side, clips in sides.items()},
+            "r1_by_class": _by_class(scores[""], ids["query"], classes),
         },
         sections=[
             section(
@@ -197,7 +176,7 @@ def _measured(
                     [
                         [
                             described("query", int(row)),
-                            *(described("gallery", int(rows["gallery"][item])) for item in items),
+                            *(described("gallery", int(item)) for item in items),
                         ]
                         for row, items in zip(shown, found_items, strict=True)
                     ],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ipaddress
+import math
 import signal
 import socket
 import sys
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--port", int, 8021, "port to listen at, 0 for a free one"),
         ("--max-upload-mb", float, 200.0, "larger clips are refused unread"),
         ("--max-seconds", float, 120.0, "how much of a clip is compared, from its beginning"),
+        ("--max-decode-seconds", float, 120.0, "that reading a clip, or converting it, may take"),
         ("--max-waiting", int, 4, "clips that may wait while one is compared"),
     ):
         parser.add_argument(name, type=kind, default=default, help=f"{what} (default: {default})")
@@ -58,10 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
     from avcl_jax.fingerprint.web.shelf import Shelf
     from avcl_jax.fingerprint.web.workplace import workplace
 
-    for name in ("max_upload_mb", "max_seconds"):
-        if not getattr(arguments, name) > 0:
+    for name in ("max_upload_mb", "max_seconds", "max_decode_seconds"):
+        if not 0 < getattr(arguments, name) < math.inf:
             raise FingerprintError(
-                f"--{name.replace('_', '-')} {getattr(arguments, name)} must be positive"
+                f"--{name.replace('_', '-')} {getattr(arguments, name)} must be positive and finite"
             )
     if arguments.max_waiting < 0:
         raise FingerprintError(f"--max-waiting {arguments.max_waiting} must be at least 0")
@@ -70,10 +72,11 @@ def run(arguments: argparse.Namespace) -> int:
             FingerprintIndex.open(arguments.index, arguments.encoder),
             max_waiting=arguments.max_waiting,
             max_seconds=arguments.max_seconds,
+            max_decode_seconds=arguments.max_decode_seconds,
         )
         site = Site(
             desk,
-            Shelf(directory),
+            Shelf(directory, max_decode_seconds=arguments.max_decode_seconds),
             directory=directory,
             max_upload_bytes=int(arguments.max_upload_mb * (1 << 20)),
         )

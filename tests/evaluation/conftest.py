@@ -14,7 +14,8 @@ from etils import epath
 
 from avcl_jax import experiment
 from avcl_jax.data.record_metadata import write_dataset_metadata
-from avcl_jax.data.records import Record, shard_name, write_shard
+from avcl_jax.data.records import Record, RecordDataset, shard_name, write_shard
+from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.training import loop
 from avcl_jax.training.checkpoint import Checkpoints, Progress
 from configs import evaluate as evaluate_config
@@ -60,6 +61,20 @@ def small_record(split: str, index: int) -> Record:
 
 def _records(split: str) -> Iterator[Record]:
     return (small_record(split, index) for index in range(SPLITS[split]))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Programs that several tests of a module compile are kept until its end."""
+    old = (
+        jax.config.jax_compilation_cache_dir,
+        jax.config.jax_persistent_cache_min_compile_time_secs,
+    )
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield
+    jax.config.update("jax_compilation_cache_dir", old[0])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", old[1])
 
 
 @pytest.fixture(scope="session")
@@ -116,7 +131,8 @@ def small_run(small_records, tmp_path_factory):
     _, init, _ = loop.build(config)
     state, _ = init(jax.random.key(0))
     checkpoints = Checkpoints(workdir, keep=1)
-    checkpoints.save(state, Progress(0, 12.5, "", 1))
+    train = UsableRecords(RecordDataset(small_records, "train"), experiment.render_spec(config))
+    checkpoints.save(state, Progress(0, 12.5, train.fingerprint, 1))
     checkpoints.close()
     return config, workdir, state
 

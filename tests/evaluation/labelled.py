@@ -141,8 +141,14 @@ def _drawn(encoder: Encoder, seed: int) -> dict[str, Any]:
     return dict(jax.tree_util.tree_map_with_path(draw, shapes))
 
 
-def write_encoders(directory: Path, seed: int = 0) -> Path:
-    """Exports `make_encoders`, without the StableHLO that nothing here runs."""
+def write_encoders(directory: Path, seed: int = 0, **source: object) -> Path:
+    """Exports `make_encoders`, without the StableHLO that nothing here runs.
+
+    Args:
+        directory: where to.
+        seed: of the weights.
+        source: what else they say of where they come from; `data` is what they were trained on.
+    """
     with mock.patch.object(export, "_stablehlo", return_value=b""):
         for modality, encoder in make_encoders(seed).items():
             export.export_encoder(
@@ -150,7 +156,7 @@ def write_encoders(directory: Path, seed: int = 0) -> Path:
                 encoder=encoder.module,
                 params=encoder.params,
                 preprocessing=encoder.preprocess,
-                source={"step": 0},
+                source={"step": 0} | source,
             )
     return directory
 

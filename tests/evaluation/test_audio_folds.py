@@ -10,6 +10,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 
+from avcl_jax.data.modality_records import LackingError
+from avcl_jax.data.records import RecordDataset
 from avcl_jax.evaluation.audio_classification import audio_classification
 from avcl_jax.evaluation.classical_audio import classical_features
 from avcl_jax.evaluation.fold_classification import classify_folds
@@ -142,7 +144,9 @@ def _config(fold_records, small_run):
 
 # librosa says of sounds this short and low that its default bands and windows are too many.
 @pytest.mark.filterwarnings("ignore:Empty filters", "ignore:n_fft")
-def test_one_command_from_a_run_to_results_that_repeat(fold_records, small_run, tmp_path, capsys):
+def test_one_command_from_a_run_to_results_that_repeat(
+    fold_records, small_run, tmp_path, capsys, monkeypatch
+):
     config = _config(fold_records, small_run)
     first = audio_classification(config, tmp_path / "a")
     second = audio_classification(config, tmp_path / "b")
@@ -166,8 +170,16 @@ def test_one_command_from_a_run_to_results_that_repeat(fold_records, small_run, 
     page = (tmp_path / "a" / "report.html").read_text()
     assert "By fold" in page
     capsys.readouterr()
+    opened, init = [], RecordDataset.__init__
+
+    def opening(self, *arguments):
+        opened.append(arguments)
+        init(self, *arguments)
+
+    monkeypatch.setattr(RecordDataset, "__init__", opening)
     audio_classification(config, tmp_path / "a")
     assert "already holds these results" in capsys.readouterr().out
+    assert len(opened) == 1  # of a large data set that takes seconds
 
 
 def test_what_does_not_fit_is_refused(fold_records, small_run, small_records, tmp_path):
@@ -184,7 +196,7 @@ def test_what_does_not_fit_is_refused(fold_records, small_run, small_records, tm
     with pytest.raises(ProtocolError, match=r"\['material', 'motion'\], not 'fold'"):
         audio_classification(config, tmp_path)
     config.data.update({"split": "null_test", "fold_label": "motion"})
-    with pytest.raises(ProtocolError, match=r"10 of the 10 .* have no known 'material'"):
+    with pytest.raises(LackingError, match=r"10 of the 10 .* have no known 'material'"):
         audio_classification(config, tmp_path)
 
 
@@ -192,5 +204,5 @@ def test_a_label_of_several_classes_is_refused(small_run, tmp_path):
     labels = {"class": (0, 1), "fold": 0}
     record = sound_record("a", "a", 0, 300, labels)
     directory = write_records(tmp_path, "several", FOLD_CLASSES, {"all": [record]}, ["class"])
-    with pytest.raises(ProtocolError, match="'class', of which a record may have several"):
+    with pytest.raises(LackingError, match="'class', of which a record may have several"):
         audio_classification(_config(directory, small_run), tmp_path)

@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
+from avcl_jax.data.modality_records import LackingError
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.evaluation.audio_classification import audio_classification
 from avcl_jax.evaluation.linear_classifier import fit_linear
@@ -141,7 +142,7 @@ def test_classes_of_records_are_those_that_were_written(tagged_records):
 def test_what_does_not_fit_is_refused(tagged_records, small_records, small_run, tmp_path):
     config = _config(tagged_records, small_run)
     config.data.update({"label": "tags", "test_split": "eval"})
-    with pytest.raises(ProtocolError, match="not 'tags', of which a record may have several"):
+    with pytest.raises(LackingError, match="not 'tags', of which a record may have several"):
         audio_classification(config, tmp_path)
     config = _config(small_records, small_run)
     config.evaluation.method = "multilabel_probe"
@@ -155,3 +156,10 @@ def test_what_does_not_fit_is_refused(tagged_records, small_records, small_run, 
     config.features.record_pooling = "clips"
     with pytest.raises(ProtocolError, match="'clips' is for folds"):
         audio_classification(config, tmp_path)
+
+
+@pytest.mark.parametrize("preset", ["demo", "esc10", "esc50", "vggsound", "audioset"])
+def test_presets_offer_the_baselines_that_their_method_measures(preset):
+    c = config_file.get_config(preset)
+    measured = {"random", "classical"} if c.evaluation.method == "folds" else {"random"}
+    assert set(c.baselines) == measured

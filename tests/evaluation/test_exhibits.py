@@ -46,5 +46,5 @@ def test_curves_take_what_was_logged_and_leave_out_what_was_not():
     steps, values = curves["Contrastive loss"].series["picture–sound"]
     np.testing.assert_array_equal(steps, [10])
     np.testing.assert_array_equal(values, [3.0])
-    steps, values = curves["Temporal tasks on training views"].series["speed, heard"]
+    steps, values = curves["Temporal tasks on training views"].series["speed, sound"]
     np.testing.assert_array_equal(values, [0.3, 0.5])

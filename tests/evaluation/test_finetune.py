@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from avcl_jax.data.labelled import LabelledRecords, LabelledRecordsError
+from avcl_jax.data.labelled import LabelledRecords
+from avcl_jax.data.modality_records import LackingError
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection, SelectionError
 from avcl_jax.encoder_source import open_encoders
@@ -25,19 +26,7 @@ from avcl_jax.training.run_steps import NonFiniteError
 from tests.evaluation.labelled import COUNT, NAMES, toy_config, write_encoders, write_labelled
 from tests.training.small import compilation_cache, run, run_processes
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """Most trainings here compile one and the same step."""
-    old = (
-        jax.config.jax_compilation_cache_dir,
-        jax.config.jax_persistent_cache_min_compile_time_secs,
-    )
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", old[0])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", old[1])
+pytestmark = pytest.mark.usefixtures("compiled")  # most trainings compile one and the same step
 
 
 @pytest.fixture(scope="module")
@@ -215,10 +204,10 @@ def test_sound_is_fine_tuned_by_the_same_code(records, encoders, tmp_path):
     [
         ({"data.train_select": ("split3=train",)}, SelectionError, "not 'split3'"),
         ({"data.train_select": ("split1=trian",)}, SelectionError, "has no class 'trian'"),
-        ({"data.label": "motion"}, LabelledRecordsError, "not 'motion': set data.label to one"),
+        ({"data.label": "motion"}, LackingError, "not 'motion': set data.label to one"),
         (
             {"data.train_select": ("",), "data.test_select": ("split1=test",)},
-            LabelledRecordsError,
+            LackingError,
             "3 of the 96 records  of",
         ),
         (
@@ -252,7 +241,7 @@ def test_mistakes_are_one_clear_error(records, encoders, tmp_path, overrides, er
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [
-        ({"data.label": "part"}, LabelledRecordsError, "have no audio, first 'clip 15'"),
+        ({"data.label": "part"}, LackingError, "have no audio, first 'clip 15'"),
         ({"test.crops": 3}, ValueError, "sound has neither pictures nor crops"),
         ({"clip.seconds": 0.77}, ValueError, "windows of"),
     ],

@@ -25,13 +25,13 @@ from avcl_jax.training.sharding import create_mesh
 from avcl_jax.training.state import state_shardings
 from configs import finetune, linear_probe, pretrain
 
-PRESETS = ("demo", "demo_audio", "ucf101", "hmdb51", "kinetics400", "esc50", "vggsound")
-RECORDS = {"ucf101": 9537, "hmdb51": 3570, "esc50": 1600}
+PRESETS = ("demo", "demo_audio", "ucf101", "hmdb51", "kinetics400", "esc50", "esc10", "vggsound")
+RECORDS = {"ucf101": 9537, "hmdb51": 3570, "esc50": 1600, "esc10": 320}
 
 
 def encoder_for(preset: str, modality: str) -> Encoder:
     """The encoder that the preset is meant for, without weights."""
-    config = pretrain.get_config("demo" if preset.startswith("demo") else "kinetics400")
+    config = pretrain.get_config("demo" if preset.startswith(("demo", "esc10")) else "kinetics400")
     module = getattr(experiment, f"{modality}_encoder")(config)
     preprocessing = experiment.preprocessings(config)[modality]
     return Encoder.of_module(module, {}, preprocessing, source={})
@@ -45,7 +45,7 @@ def test_a_preset_says_clips_splits_and_a_schedule(preset, task):
     spec = clip_spec(config, encoder_for(preset, config.modality))
     assert spec.modality == config.modality
     pairs = list(zip(config.data.train_select, config.data.test_select, strict=True))
-    assert len(pairs) == {"ucf101": 3, "hmdb51": 3, "esc50": 5}.get(preset, 1)
+    assert len(pairs) == {"ucf101": 3, "hmdb51": 3, "esc50": 5, "esc10": 5}.get(preset, 1)
     for train, test in pairs:
         assert str(Selection.parse(train)) == train != test or train == test == ""
     records = RECORDS.get(preset, 100_000)

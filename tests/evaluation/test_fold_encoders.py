@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import ClassVar
 
 import numpy as np
@@ -15,10 +16,12 @@ from avcl_jax.evaluation.fold_encoders import (
     FoldEncoders,
     by_test_fold,
     check_unheard,
+    fold_names,
     open_fold_encoders,
 )
 from avcl_jax.evaluation.protocol import ProtocolError
 from avcl_jax.training.checkpoint import Checkpoints, Progress
+from tests.evaluation.labelled import write_encoders
 
 NAMES = ["1", "2", "3"]
 
@@ -61,6 +64,36 @@ def test_paths_with_a_place_for_the_fold_open_one_encoder_each(monkeypatch) -> N
     one = open_fold_encoders("runs/one", NAMES)
     assert one.named is one.by_fold["1"] is one.by_fold["3"]
     assert len(one.distinct) == 1
+
+
+def test_selections_name_their_folds() -> None:
+    assert fold_names("runs/{fold}", ["fold=3", "fold=1"]) == ["3", "1"]
+    assert fold_names("runs/{fold}", ["split2=test", "split10=test"]) == ["2", "10"]
+    assert fold_names("runs/one", ["", "fold!=3"]) == ["", "fold!=3"]
+
+
+def test_random_encoders_are_one_for_all_folds() -> None:
+    trained = FoldEncoders({name: _source(name, "esc-all-6-aa") for name in NAMES}, _source("all"))
+    drawn = trained.random_like(0)
+    assert list(drawn.by_fold) == NAMES
+    assert list(drawn.distinct.values()) == [drawn.named]
+    assert (drawn.named.path, drawn.named.trained_on) == ("random like runs/all", None)
+
+
+def test_encoders_that_differ_in_more_than_weights_are_refused(tmp_path) -> None:
+    for number, seed in enumerate((3, 4), 1):
+        write_encoders(tmp_path / f"fold{number}", seed=seed)
+    several = open_fold_encoders(str(tmp_path / "fold{fold}"), ["1", "2"])
+    assert len(several.distinct) == 2
+    path = tmp_path / "fold2" / "audio" / "config.json"
+    config = json.loads(path.read_text())
+    config["preprocessing"]["log_mel"]["min_hz"] = 61.5
+    path.write_text(json.dumps(config))
+    with pytest.raises(
+        ProtocolError, match=r"fold1 and .*fold2 are .*\.min_hz: 60\.0 -> 61\.5:"
+    ) as error:
+        open_fold_encoders(str(tmp_path / "fold{fold}"), ["1", "2"])
+    assert "\n" not in str(error.value)
 
 
 class _Records:
@@ -106,7 +139,7 @@ def test_a_run_says_what_it_was_trained_on_and_a_random_encoder_nothing(
     small_run, tmp_path
 ) -> None:
     _, workdir, state = small_run
-    assert open_encoders(workdir).trained_on == ""
+    assert open_encoders(workdir).trained_on.startswith("small-train-")
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(state, Progress(3, 1.0, "esc-all-6-aa fold!=2", 1))
     checkpoints.close()

@@ -1,11 +1,13 @@
 """What protocols write, and the table that compares two of them."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import ml_collections
 import numpy as np
 import pytest
+from etils import epath
 
 from avcl_jax.evaluation import compare
 from avcl_jax.evaluation.protocol import (
@@ -14,11 +16,10 @@ from avcl_jax.evaluation.protocol import (
     Outcomes,
     Protocol,
     ProtocolError,
-    finished,
     read_outcomes,
-    run_fingerprint,
-    write_results,
 )
+from avcl_jax.evaluation.protocol_run import ProtocolRun
+from avcl_jax.evaluation.significance import bootstrap
 from avcl_jax.evaluation.written import Stages
 
 PROTOCOL = Protocol("toy", 1, "A toy & its <figures>", ["Add them up."])
@@ -47,16 +48,14 @@ def _measured(correct: np.ndarray, order: np.ndarray | None = None) -> Measured:
     )
 
 
+def _run(
+    workdir: Path, data: str = "toy-test-1", protocol: Protocol = PROTOCOL, **settings: object
+) -> ProtocolRun:
+    return ProtocolRun(protocol, _config(**settings), epath.Path(workdir), None, {"test": data})
+
+
 def _write(workdir: Path, correct: np.ndarray, order: np.ndarray | None = None) -> dict:
-    return write_results(
-        workdir,
-        _config(),
-        PROTOCOL,
-        _measured(correct, order),
-        encoder=None,
-        data={"test": "toy-test-1"},
-        stages=Stages(),
-    )
+    return _run(workdir).write(_measured(correct, order), Stages())
 
 
 def test_results_hold_all_that_identifies_the_run(
@@ -84,33 +83,91 @@ def test_results_hold_all_that_identifies_the_run(
 
 def test_finished_results_are_found_unless_something_that_counts_changed(tmp_path: Path) -> None:
     results = _write(tmp_path, np.ones(4))
-    assert finished(tmp_path, PROTOCOL, results["fingerprint"]) == results
-
-    def fingerprint(config: ml_collections.ConfigDict, data: str = "toy-test-1") -> str:
-        return run_fingerprint(config, PROTOCOL, encoder=None, data={"test": data})
-
-    assert fingerprint(_config()) == results["fingerprint"]
-    assert fingerprint(_config(encoder="elsewhere", log_every=3)) == results["fingerprint"]
-    assert fingerprint(_config(seed=1)) != results["fingerprint"]
-    assert fingerprint(_config(), "toy-test-2") != results["fingerprint"]
-    with pytest.raises(ProtocolError, match="another encoder, other data or other settings"):
-        finished(tmp_path, PROTOCOL, fingerprint(_config(seed=1)))
+    assert _run(tmp_path).finished() == results
+    assert _run(tmp_path, encoder="elsewhere", log_every=3).finished() == results
+    for changed in (
+        _run(tmp_path, seed=1),
+        _run(tmp_path, "toy-test-2"),
+        _run(tmp_path, protocol=dataclasses.replace(PROTOCOL, version=2)),
+    ):
+        with pytest.raises(ProtocolError, match="another encoder, other data, other settings or"):
+            changed.finished()
     (tmp_path / "report.html").unlink()
-    assert finished(tmp_path, PROTOCOL, results["fingerprint"]) is None
+    assert _run(tmp_path).finished() is None
+
+
+def test_parts_of_another_version_are_computed_anew(tmp_path: Path) -> None:
+    newer = dataclasses.replace(PROTOCOL, version=2)
+    assert _run(tmp_path).features != _run(tmp_path, protocol=newer).features
+
+
+def test_the_evaluation_of_a_run_replaces_an_older_one(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    run = dataclasses.replace(_run(tmp_path), in_training=True)
+    assert run.finished() is None
+    results = run.write(_measured(np.ones(4)), Stages(), sections={"step": 7})
+    assert results["step"] == 7
+    assert run.finished() == results
+    assert dataclasses.replace(_run(tmp_path, seed=1), in_training=True).finished() is None
 
 
 def test_a_directory_with_something_else_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ProtocolError, match="is the workdir of a training run"):
-        finished(tmp_path / "run", PROTOCOL, "")
+        _run(tmp_path / "run").finished()
     _write(tmp_path / "toy", np.ones(4))
     other = Protocol("other", 1, "Other", [])
-    with pytest.raises(ProtocolError, match="holds the results of toy: choose another --workdir"):
-        finished(tmp_path / "toy", other, "")
+    for in_training in (False, True):
+        run = dataclasses.replace(_run(tmp_path / "toy", protocol=other), in_training=in_training)
+        with pytest.raises(ProtocolError, match="holds the results of toy: choose another"):
+            run.finished()
     (tmp_path / "toy" / "results.json").write_text('{"probe": {}}')
-    with pytest.raises(ProtocolError, match=r"holds the results of configs/evaluate\.py"):
-        finished(tmp_path / "toy", PROTOCOL, "")
-    assert finished(tmp_path / "none", PROTOCOL, "") is None
+    with pytest.raises(ProtocolError, match="holds the results of another program"):
+        _run(tmp_path / "toy").finished()
+    assert _run(tmp_path / "none").finished() is None
+
+
+def test_a_metric_is_about_the_units_that_are_chosen_for_it(tmp_path: Path) -> None:
+    chosen = np.arange(40) < 10
+    correct = np.where(chosen, np.arange(40) % 2, 0).astype(float)
+    measured = Measured(
+        Outcomes(
+            [str(n) for n in range(40)],
+            [str(n) for n in range(40)],
+            {"correct": correct, "known": chosen},
+        ),
+        {"accuracy": Metric("mean", ["correct"], "accuracy", chosen="known")},
+        {},
+        [],
+    )
+    figure = _run(tmp_path).write(measured, Stages())["metrics"]["accuracy"]
+    assert figure["value"] == 0.5
+    alone = bootstrap("mean", [correct[:10]], np.arange(10), resamples=200, seed=0)
+    assert (figure["low"], figure["high"]) == (alone.low, alone.high)
+
+
+def test_a_figure_that_is_not_defined_is_null_and_shown_as_a_dash(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {name: np.zeros(4) for name in ("random", "pretrained", "supervised")}
+    measured = Measured(
+        Outcomes(list("abcd"), list("abcd"), values),
+        {"gap": Metric("gap_closed", list(values), "gap closed")},
+        {},
+        [],
+    )
+    figure = _run(tmp_path).write(measured, Stages())["metrics"]["gap"]
+    assert figure["value"] is figure["low"] is figure["high"] is None
+    assert "– (95 %: – to –)" in capsys.readouterr().out
+
+
+def test_a_metric_of_what_nothing_measured_is_refused_and_nothing_written(tmp_path: Path) -> None:
+    measured = Measured(
+        Outcomes(["a"], ["s"], {}), {"accuracy": Metric("mean", ["correct"], "accuracy")}, {}, []
+    )
+    with pytest.raises(ProtocolError, match=r"accuracy needs the outcomes \['correct'\]"):
+        _run(tmp_path).write(measured, Stages())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -128,15 +185,7 @@ def test_outcomes_that_contradict_themselves_are_refused(
     tmp_path: Path, outcomes: Outcomes, message: str
 ) -> None:
     with pytest.raises(ProtocolError, match=message):
-        write_results(
-            tmp_path,
-            _config(),
-            PROTOCOL,
-            Measured(outcomes, {}, {}, []),
-            encoder=None,
-            data={},
-            stages=Stages(),
-        )
+        _run(tmp_path).write(Measured(outcomes, {}, {}, []), Stages())
     assert not list(tmp_path.iterdir())
 
 
@@ -156,7 +205,7 @@ def test_runs_are_compared_unit_by_unit_whatever_their_order(
     difference = 100 * (better.mean() - worse.mean())
     assert f"{difference:+.1f}" in table
     runs = [compare.read_run(path) for path in paths]
-    pairs = compare.compare_runs(runs, resamples=300, seed=0)["accuracy"]
+    pairs = compare.compare_runs(runs, resamples=300, seed=0, other_data=False)["accuracy"]
     assert pairs[0].p_value == pytest.approx(2 / 301)  # the smallest possible, times two runs
     assert pairs[0].difference.low > 0
     assert pairs[1].difference == (0, 0, 0)
@@ -185,3 +234,27 @@ def test_runs_that_cannot_be_compared_say_why(
     (tmp_path / "c" / "outcomes.npz").write_bytes((tmp_path / "a" / "outcomes.npz").read_bytes())
     assert compare.main([str(tmp_path / "a"), str(tmp_path / "c")]) == 1
     assert "toy version 1 and toy version 2 have no figure in common" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "other", [{"all": "toy-all-4-bb"}, {"all": "toy-all-4-aa", "gallery": "x"}]
+)
+def test_runs_over_other_data_are_compared_only_when_told_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], other: dict[str, str]
+) -> None:
+    for name, data in (("a", {"all": "toy-all-4-aa"}), ("b", other)):
+        _write(tmp_path / name, np.ones(4))
+        path = tmp_path / name / "results.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"data": data}))
+    runs = [str(tmp_path / name) for name in "ab"]
+    role = "gallery" if len(other) > 1 else "all"
+    assert compare.main(runs) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{role} is {'none' if len(other) > 1 else 'toy-all-4-aa'} in one and " in line
+    assert "--other-data" in line
+    assert compare.main([*runs, "--other-data"]) == 0
+    said = capsys.readouterr().out
+    assert f"{runs[1]} is over other data than {runs[0]}: {role}" in said
+    assert "difference to the first" in said
+    assert compare.main([runs[0], runs[0]]) == 0
+    assert "other data" not in capsys.readouterr().out

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+from etils import epath
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from avcl_jax.data.labelled import LabelledRecords, VideoClipSpec
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
-from avcl_jax.evaluation.protocol import write_results
+from avcl_jax.encoder_source import EncoderSource
+from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.recognition import Fold, measured, protocol_of
 from avcl_jax.evaluation.written import Stages
 from tests.evaluation.labelled import NAMES, toy_config, write_labelled
@@ -26,6 +29,7 @@ def make_folds(records, directory, label="class"):
     spec = object.__new__(VideoClipSpec)  # no clip is rendered
     data = RecordDataset(records, "all")
     rng = np.random.default_rng(0)
+    encoder = EncoderSource("runs/demo", {}, "12ab", 7, None)
     folds = []
     for number in (1, 2):
         train, test = (
@@ -39,7 +43,7 @@ def make_folds(records, directory, label="class"):
         path.write_text("\n".join(map(json.dumps, rows)))
         logits = rng.normal(size=(len(test), len(data.class_names[label])))
         logits[np.arange(len(test)), test.classes] += number  # the second split is easier
-        folds.append(Fold(f"split{number}", train, test, np.exp(logits), path))
+        folds.append(Fold(f"split{number}", encoder, train, test, np.exp(logits), path))
     return folds
 
 
@@ -47,15 +51,10 @@ def test_figures_are_means_over_splits(records, tmp_path):
     folds = make_folds(records, tmp_path)
     assert len(folds[0].test) != len(folds[1].test)
     config = toy_config(records, "nowhere")
-    results = write_results(
-        tmp_path / "out",
-        config,
-        protocol_of(config),
-        measured(config, folds, NAMES["class"]),
-        encoder=None,
-        data={"train": "a", "test": "a"},
-        stages=Stages(),
+    run = ProtocolRun(
+        protocol_of(config), config, epath.Path(tmp_path / "out"), None, {"train": "a", "test": "a"}
     )
+    results = run.write(measured(config, folds, NAMES["class"]), Stages())
     predicted = [fold.probabilities.argmax(axis=1) for fold in folds]
     top1 = [np.mean(p == fold.test.classes) for p, fold in zip(predicted, folds, strict=True)]
     balanced = [
@@ -79,7 +78,7 @@ def test_top_5_is_that_of_scikit_learn(records, tmp_path):
     folds = make_folds(records, tmp_path)
     rng = np.random.default_rng(1)
     wide = [
-        Fold(f.name, f.train, f.test, rng.random((len(f.test), 40)).astype(np.float32), f.metrics)
+        dataclasses.replace(f, probabilities=rng.random((len(f.test), 40)).astype(np.float32))
         for f in folds
     ]
     found = measured(toy_config(records, "nowhere"), wide, [f"class {n}" for n in range(40)])

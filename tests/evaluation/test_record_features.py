@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from avcl_jax import experiment
+from avcl_jax.data.modality_records import LackingError
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
 from avcl_jax.data.usable_records import UsableRecords
@@ -58,16 +59,16 @@ def test_clips_are_those_that_the_training_pipeline_renders(
 def test_features_do_not_depend_on_batches_and_parts(small_records, source, modality, tmp_path):
     clips = _clips(small_records, source, modality)
     found = record_features(
-        source.require(modality), clips, MEAN, fingerprint="a", workdir=tmp_path
+        source.require(modality), clips, MEAN, fingerprint="a", directory=tmp_path
     )
     encoder = source.require(modality)
     each = [np.asarray(encoder.apply(encoder.params, clips[n])) for n in range(len(clips))]
     np.testing.assert_allclose(found, [rows.mean(axis=0) for rows in each], atol=1e-5)
     by_clip = dataclasses.replace(MEAN, record_pooling="clips", chunk=16)
-    rows = record_features(encoder, clips, by_clip, fingerprint="a", workdir=tmp_path)
+    rows = record_features(encoder, clips, by_clip, fingerprint="a", directory=tmp_path)
     np.testing.assert_allclose(rows, each, atol=1e-5)
     largest = dataclasses.replace(MEAN, record_pooling="mean_max")
-    both = record_features(encoder, clips, largest, fingerprint="a", workdir=tmp_path)
+    both = record_features(encoder, clips, largest, fingerprint="a", directory=tmp_path)
     expected = [np.concatenate([rows.mean(axis=0), rows.max(axis=0)]) for rows in each]
     np.testing.assert_allclose(both, expected, atol=1e-5)
 
@@ -82,12 +83,12 @@ def test_pooling_of_maps(small_records, source, tmp_path):
     }
     for kind, over_time in expected.items():
         spec = dataclasses.replace(MEAN, clip_pooling=kind)
-        found = record_features(encoder, clips, spec, fingerprint="a", workdir=tmp_path)[0]
+        found = record_features(encoder, clips, spec, fingerprint="a", directory=tmp_path)[0]
         wanted = np.concatenate([over_time.mean(axis=0), over_time.max(axis=0)])
         np.testing.assert_allclose(found, wanted, atol=1e-5)
     video = _clips(small_records, source, "video")
     with pytest.raises(ProtocolError, match="'bands_mean_max' is for sound"):
-        record_features(source.require("video"), video, spec, fingerprint="a", workdir=tmp_path)
+        record_features(source.require("video"), video, spec, fingerprint="a", directory=tmp_path)
 
 
 def test_an_interrupted_computation_goes_on_with_the_parts_that_are_there(tmp_path):
@@ -115,13 +116,13 @@ def test_an_interrupted_computation_goes_on_with_the_parts_that_are_there(tmp_pa
 def test_other_weights_and_clips_never_use_the_parts_of_others(small_records, source, tmp_path):
     encoder = source.require("audio")
     clips = _clips(small_records, source, "audio", select="motion=down")
-    record_features(encoder, clips, MEAN, fingerprint="a", workdir=tmp_path)
+    record_features(encoder, clips, MEAN, fingerprint="a", directory=tmp_path)
     others = _clips(small_records, source, "audio", select="motion=across")
-    record_features(encoder, others, MEAN, fingerprint="a", workdir=tmp_path)
-    record_features(encoder, clips, MEAN, fingerprint="b", workdir=tmp_path)
+    record_features(encoder, others, MEAN, fingerprint="a", directory=tmp_path)
+    record_features(encoder, clips, MEAN, fingerprint="b", directory=tmp_path)
     slower = _clips(small_records, source, "audio", select="motion=down", speeds=(1,))
-    record_features(encoder, slower, MEAN, fingerprint="a", workdir=tmp_path)
-    assert len(list((tmp_path / "features").iterdir())) == 4
+    record_features(encoder, slower, MEAN, fingerprint="a", directory=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_what_is_shorter_than_a_clip_is_shown_and_then_silent(fold_records, source):
@@ -138,7 +139,7 @@ def test_what_is_shorter_than_a_clip_is_shown_and_then_silent(fold_records, sour
 
 def test_a_missing_modality_is_refused_or_left_out(source, tmp_path, fold_records):
     with pytest.raises(
-        ProtocolError, match=r"48 of the 48 records .* have no video, first '0-0-0'$"
+        LackingError, match=r"48 of the 48 records .* have no video, first '0-0-0'$"
     ):
         _clips(fold_records, source, "video", split="all")
     silent = dataclasses.replace(
@@ -149,7 +150,7 @@ def test_a_missing_modality_is_refused_or_left_out(source, tmp_path, fold_record
     )
     heard = sound_record("heard", "h", 0, 300, {"motion": 0, "material": 0})
     mixed = write_records(tmp_path, "mixed", CLASS_NAMES, {"test": [silent, heard]})
-    with pytest.raises(ProtocolError, match=r"1 of the 2 .* 'silent': set data.leave_out=True"):
+    with pytest.raises(LackingError, match=r"1 of the 2 .* 'silent': set data.leave_out=True"):
         _clips(mixed, source, "audio")
     clips = _clips(mixed, source, "audio", leave_out=True)
     assert (clips.record_ids, clips.left_out) == (["heard"], 1)
@@ -159,7 +160,7 @@ def test_sound_at_another_rate_is_refused(source, tmp_path):
     record = sound_record("a", "a", 0, 300, {"motion": 0, "material": 0})
     other = dataclasses.replace(record, sample_rate_hz=8000, duration_seconds=0.5)
     directory = write_records(tmp_path, "other", CLASS_NAMES, {"test": [other]})
-    with pytest.raises(ProtocolError, match="at 8000 Hz, the encoder takes 4000 Hz: prepare again"):
+    with pytest.raises(LackingError, match="at 8000 Hz, the encoder takes 4000 Hz: prepare again"):
         _clips(directory, source, "audio")
 
 

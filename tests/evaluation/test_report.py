@@ -100,7 +100,18 @@ def synthetic_content() -> ReportContent:
             "trivial": {"motion_from_video": trivial, "material_from_audio": trivial},
             "retrieval": {"audio_to_video": scores, "video_to_audio": scores},
             "temporal": temporal,
+            "metrics": {
+                "motion_from_video_gap_closed": {
+                    "what": "motion from video, gap closed",
+                    "unit": "share",
+                    "value": 0.65,
+                    "low": 0.58,
+                    "high": 0.715,
+                    "chance": None,
+                }
+            },
             "versions": {"jax": "0.10.2"},
+            "config": {"bootstrap": {"resamples": 1000}},
             "seed": 0,
         },
         curves=[
@@ -207,7 +218,7 @@ def test_charts_are_well_formed_and_take_the_inks_of_the_page(page):
 
 def test_a_leaking_null_control_is_called_out(page):
     assert page.count("The rendering leaks the label") == 1
-    assert "direction, heard: on noise" in page
+    assert "direction, sound: on noise" in page
     assert "57.0\u00a0%" in page
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ from avcl_jax.export import ExportError
 from avcl_jax.objectives.temporal import TERMS
 from configs import cross_modal as cross_modal_config
 from configs import temporal as temporal_config
+from tests.evaluation.conftest import CLASS_NAMES, small_record, write_records
 
 
 def _prepare(c, records, small_run):
@@ -107,9 +110,49 @@ def test_audio_video_retrieval_needs_a_run_of_both(
     with pytest.raises(ValueError, match="do not form pairs"):
         audio_video_retrieval(config, tmp_path / "w")
     config = _cross_modal(fold_records, small_run)
-    config.data.split = "all"
+    config.data.update({"split": "all", "leave_out": True})
     with pytest.raises(ProtocolError, match=r"no record of .* has both picture and sound"):
         audio_video_retrieval(config, tmp_path / "w")
+
+
+@pytest.fixture(scope="module")
+def mixed_records(tmp_path_factory):
+    """Three records with both, one without sound, one too short for any view."""
+    whole = [small_record("test", number) for number in range(5)]
+    silent = {"record_id": "silent", "waveform": np.empty(0, np.int16), "sample_rate_hz": 0}
+    short = {
+        "record_id": "short",
+        "frames": whole[4].frames[:2],
+        "frame_seconds": whole[4].frame_seconds[:2],
+        "waveform": whole[4].waveform[:400],
+        "duration_seconds": 0.1,
+    }
+    whole[3] = dataclasses.replace(whole[3], **silent)
+    whole[4] = dataclasses.replace(whole[4], **short)
+    return write_records(tmp_path_factory.mktemp("mixed"), "mixed", CLASS_NAMES, {"test": whole})
+
+
+@pytest.mark.parametrize("protocol", [audio_video_retrieval, temporal_tasks])
+def test_a_record_without_sound_stops_unless_left_out(mixed_records, small_run, tmp_path, protocol):
+    if protocol is audio_video_retrieval:
+        config = _cross_modal(mixed_records, small_run)
+        config.evaluation.recall_at = (1,)
+    else:
+        config = _prepare(temporal_config.get_config("demo"), mixed_records, small_run)
+        config.evaluation.pairs_per_video = 6
+    with pytest.raises(
+        ProtocolError, match=r"2 of the 5 records .* lack video or audio .* first 'silent': set"
+    ) as error:
+        protocol(config, tmp_path / "w")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "w").exists()
+    config.data.leave_out = True
+    details = protocol(config, tmp_path / "w")["details"]
+    if protocol is audio_video_retrieval:
+        assert (details["gallery"], details["left_out"]) == (3, 2)
+    else:
+        assert (details["incomplete"], details["too_short"]) == (1, 1)
+        assert details["views_scored"]["direction_video"] > 0
 
 
 def test_temporal_tasks_by_one_command_repeat_and_have_confusion_matrices(

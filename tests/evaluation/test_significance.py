@@ -80,6 +80,7 @@ def test_every_statistic_takes_resampled_units() -> None:
         "mean": [scores[:, 0]],
         "median": [scores[:, 0]],
         "class_mean": [scores[:, 0], labels],
+        "gap_closed": [right[:, 0] * 0.0, scores[:, 0], np.ones(40)],
         "ratio": [scores[:, 0], 1 + scores[:, 1]],
         "chosen_mean": [scores[:, 0], chosen],
         "chosen_class_mean": [scores[:, 0], labels, chosen],

@@ -9,6 +9,7 @@ import pytest
 from sklearn.neighbors import NearestNeighbors
 
 from avcl_jax.data.decode import decode_jpegs
+from avcl_jax.data.modality_records import LackingError
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import SelectionError
 from avcl_jax.encoder_source import open_encoders
@@ -181,11 +182,11 @@ def test_what_does_not_fit_is_refused(
         video_retrieval(config, tmp_path)
     config = _config(small_records, small_run)
     config.data.label = "colour"
-    with pytest.raises(ProtocolError, match="not 'colour'"):
+    with pytest.raises(LackingError, match="not 'colour'"):
         video_retrieval(config, tmp_path)
     config = _config(fold_records, small_run)
     config.data.update({"query_split": "all", "gallery_split": "all"})
-    with pytest.raises(ProtocolError, match="have no video"):
+    with pytest.raises(LackingError, match="have no video"):
         video_retrieval(config, tmp_path)
     config = _config(small_records, small_run)
     config.encoder = str(tmp_path)

@@ -110,6 +110,15 @@ class Server:
         status, _, body = self.request(address, path.read_bytes())
         return status, json.loads(body)
 
+    def media_processes(self) -> list[int]:
+        """Ids of its processes that read media."""
+        children = [
+            int(child)
+            for path in Path(f"/proc/{self.process.pid}/task").glob("*/children")
+            for child in path.read_text().split()
+        ]
+        return [n for n in children if b"spawn_main" in Path(f"/proc/{n}/cmdline").read_bytes()]
+
     def uploads(self) -> list[str]:
         """Names of the uploads that lie in its directory."""
         return [path.name for path in self.temporary.rglob("clip-*")]

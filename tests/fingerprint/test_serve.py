@@ -154,6 +154,37 @@ def test_what_cannot_be_compared_is_named_and_the_server_goes_on(
     assert server.ask(clips / "film.mp4")[1]["match"]["title"] == "film <b>.mp4"
 
 
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGALRM, "reading it takes longer than 120 s, the --max-decode-seconds"),
+        (signal.SIGSEGV, "the decoder ended with SIGSEGV"),
+    ],
+)
+def test_a_clip_that_ends_its_reader_is_refused_and_the_next_compared(server, clips, number, said):
+    film = clips / "film.mp4"
+    server.ask(film)  # so that the processes run
+    readers = server.media_processes()
+    assert readers
+    for reader in readers:
+        os.kill(reader, signal.SIGSTOP)
+    with holding_a_place(server, film) as (connection, body):
+        connection.send(body)
+        answer = connection.getresponse()
+        assert [json.loads(answer.readline())["stage"] for _ in range(2)] == ["waiting", "decoding"]
+        for reader in readers:
+            os.kill(reader, number)
+            os.kill(reader, signal.SIGCONT)
+        last = json.loads(answer.readline())
+    assert last == {
+        "error": f"film.mp4 cannot be compared: {said}. Give another file",
+        "status": 422,
+    }
+    assert not server.uploads()
+    assert server.ask(film)[1]["match"]["title"] == "film <b>.mp4"
+    assert not set(readers) & set(server.media_processes())
+
+
 def test_the_name_of_a_clip_is_shown_and_nothing_else(server, clips):
     _, answer = server.ask(clips / "foreign.mp4", "../../etc/pass\nwd<script>.mp4")
     assert answer["clip"]["name"] == "passwd<script>.mp4"
@@ -454,6 +485,8 @@ def test_what_cannot_be_served_is_said_at_once(page_library, tmp_path, monkeypat
         ([index, f"--encoder={tmp_path}"], "neither checkpoints nor exported encoders"),
         ([index, "--host=192.0.2.1"], "cannot listen at 192.0.2.1"),
         ([index, "--max-upload-mb=0"], "--max-upload-mb 0.0 must be positive"),
+        ([index, "--max-seconds=inf"], "--max-seconds inf must be positive and finite"),
+        ([index, "--max-decode-seconds=0"], "--max-decode-seconds 0.0 must be positive"),
         ([index, "--max-waiting=-1"], "--max-waiting -1 must be at least 0"),
     ):
         assert serve(monkeypatch, *options) == 2

@@ -96,9 +96,11 @@ def start(
     )
 
 
-def run(arguments: list[str], *, devices: int = 1, code: int = 0) -> str:
+def run(
+    arguments: list[str], *, devices: int = 1, code: int = 0, module: str = "avcl_jax.main"
+) -> str:
     """Runs main to its end and returns what it printed; fails on another exit code."""
-    process = start(arguments, devices=devices)
+    process = start(arguments, devices=devices, module=module)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == code, output
     return output

@@ -21,6 +21,7 @@ from avcl_jax.fingerprint.answer import QueryResult
 from avcl_jax.fingerprint.error import FingerprintError
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.part import SourceRow
+from avcl_jax.fingerprint.web.media_process import MediaProcess, MediaProcessError
 from avcl_jax.fingerprint.web.refusal import Refusal
 from avcl_jax.training.checkpoint import CheckpointError
 
@@ -48,13 +49,21 @@ class Answer:
 class Desk:
     """Takes clips, one after the other, to an index that may change meanwhile."""
 
-    def __init__(self, index: FingerprintIndex, *, max_waiting: int, max_seconds: float):
+    def __init__(
+        self,
+        index: FingerprintIndex,
+        *,
+        max_waiting: int,
+        max_seconds: float,
+        max_decode_seconds: float,
+    ):
         """Takes an opened index.
 
         Args:
             index: opened; its encoders are loaded here, so that a wrong one shows at once.
             max_waiting: clips that may wait while one is compared.
             max_seconds: of a clip are compared, from its beginning.
+            max_decode_seconds: that reading a clip may take.
         """
         self._index = index
         self._max_waiting = max_waiting
@@ -63,6 +72,7 @@ class Desk:
         self._reopening = threading.Lock()
         self._named: tuple[FingerprintIndex, dict[str, SourceRow]] | None = None
         self._worker = ThreadPoolExecutor(1, "fingerprint-query")
+        self._media = MediaProcess(max_decode_seconds)
         self.shortest_seconds = index.segmenter.shortest_seconds
 
     @property
@@ -79,11 +89,13 @@ class Desk:
         )
 
     def close(self) -> None:
-        """Takes no more; what is being compared comes to its end by itself."""
+        """Takes no more; what is being compared comes to its end by itself, reading ends now."""
         self._worker.shutdown(wait=False, cancel_futures=True)
+        self._media.close()
 
     def warm_up(self) -> None:
-        """Compiles the encoders in the background, so that the first clip need not wait for it."""
+        """Starts in the background what the first clip need not wait for."""
+        self._worker.submit(self._media.start)
         self._worker.submit(self._encode_noise)
 
     @contextlib.contextmanager
@@ -162,8 +174,10 @@ class Desk:
             raise Refusal(500, str(error)) from error
         report("decoding")
         try:
-            info = probe(path)
-            media = decode_media(path, end_seconds=self.max_seconds, **segmenter.decoding)
+            info = self._media.call(probe, path)
+            media = self._media.call(
+                decode_media, path, end_seconds=self.max_seconds, **segmenter.decoding
+            )
         except MediaError as error:
             # FFmpeg's words may hold the place where the upload lies, which is nobody's concern.
             found = error.message.replace(str(path), name)
@@ -171,6 +185,8 @@ class Desk:
                 422,
                 f"{name} cannot be compared: {REASONS[error.reason]} ({found}). Give another file",
             ) from error
+        except MediaProcessError as error:
+            raise Refusal(422, f"{name} cannot be compared: {error}. Give another file") from error
         if media.duration_seconds < segmenter.shortest_seconds:
             raise Refusal(
                 422,

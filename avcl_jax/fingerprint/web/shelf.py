@@ -14,6 +14,7 @@ from avcl_jax.data.media import decode_audio
 from avcl_jax.data.media_error import MediaError
 from avcl_jax.fingerprint.part import SourceRow
 from avcl_jax.fingerprint.web import preview, sound
+from avcl_jax.fingerprint.web.media_process import MediaProcess, MediaProcessError
 from avcl_jax.fingerprint.web.refusal import Refusal
 
 _T = TypeVar("_T")
@@ -25,15 +26,17 @@ _MARGIN_SECONDS = 5.0
 class Shelf:
     """Conversions in a directory, the oldest of which make room for new ones."""
 
-    def __init__(self, directory: Path):
-        """Takes the directory, which someone else deletes."""
+    def __init__(self, directory: Path, *, max_decode_seconds: float):
+        """Takes the directory, which someone else deletes, and the limit of one conversion."""
         self._directory = directory
         self._kept: OrderedDict[str, Path] = OrderedDict()
         self._worker = ThreadPoolExecutor(1, "fingerprint-preview")
+        self._media = MediaProcess(max_decode_seconds)
 
     def close(self) -> None:
         """Converts no more."""
         self._worker.shutdown(wait=False, cancel_futures=True)
+        self._media.close()
 
     async def of_clip(self, path: Path, seconds: float) -> tuple[str, str] | None:
         """Converts a clip if browsers do not play it.
@@ -83,12 +86,12 @@ class Shelf:
 
     def _of_clip(self, path: Path, seconds: float) -> tuple[str, str] | None:
         try:
-            kind = preview.playable_type(path)
+            kind = self._media.call(preview.playable_type, path)
             if kind is not None:
                 return "", kind
             name = secrets.token_urlsafe(18)
             self._convert(name, path, 0.0, seconds)
-        except MediaError:
+        except (MediaError, MediaProcessError):
             # It was compared, so that only its rest can be at fault: the match stands without it.
             return None
         return name, "video/mp4"
@@ -99,28 +102,29 @@ class Shelf:
         if name not in self._kept:
             try:
                 self._convert(name, path, start, end)
-            except MediaError as error:
+            except (MediaError, MediaProcessError) as error:
                 raise Refusal(422, f"{row.name} cannot be shown: {error}") from error
         self._kept.move_to_end(name)
         return self._kept[name], "video/mp4"
 
     def _type_of(self, row: SourceRow) -> str | None:
         try:
-            return preview.playable_type(self._file_of(row))
-        except MediaError as error:
+            return self._media.call(preview.playable_type, self._file_of(row))
+        except (MediaError, MediaProcessError) as error:
             raise Refusal(422, f"{row.name} cannot be shown: {error}") from error
 
     def _sound_of(
         self, row: SourceRow, start: float, end: float, sample_rate_hz: int
     ) -> dict[str, object]:
         try:
-            heard = decode_audio(
+            heard = self._media.call(
+                decode_audio,
                 self._file_of(row),
                 sample_rate_hz=sample_rate_hz,
                 start_seconds=start,
                 end_seconds=min(end, start + preview.MAX_SECONDS),
             )
-        except MediaError as error:
+        except (MediaError, MediaProcessError) as error:
             raise Refusal(422, f"{row.name} cannot be shown: {error}") from error
         if heard is None:
             raise Refusal(422, f"{row.name} has no sound from {start:.1f} to {end:.1f} s")
@@ -129,7 +133,7 @@ class Shelf:
     def _convert(self, name: str, path: Path, start: float, end: float) -> None:
         out = self._directory / f"preview-{secrets.token_hex(12)}.mp4"
         try:
-            preview.convert(path, out, start_seconds=start, end_seconds=end)
+            self._media.call(preview.convert, path, out, start_seconds=start, end_seconds=end)
         except BaseException:
             out.unlink(missing_ok=True)
             raise
