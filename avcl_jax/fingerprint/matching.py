@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import threadpoolctl
@@ -134,7 +133,7 @@ def prepare(
     """
     step = hop_seconds / QUERY_DENSITY
     small = snapshot.num_segments < _THREADS_FROM
-    with _one_thread() if small else contextlib.nullcontext():
+    with _thread_pools().limit(limits=1) if small else contextlib.nullcontext():
         queries = [_prepare(snapshot, r, step, modalities, exclude) for r in renderings]
     return Prepared(queries, hop_seconds, functools.cache(snapshot.vectors_of))
 
@@ -155,17 +154,13 @@ def align(prepared: Prepared, spans: Mapping[str, float]) -> list[Alignment]:
         for modality in spans:
             _vote(query, number, modality, prepared.hop_seconds, votes)
     best: dict[int, Alignment] = {}
-    with _one_thread():
+    # Matrices so small that a second thread only waits: twenty times slower on a busy machine.
+    with _thread_pools().limit(limits=1, user_api="blas"):
         for source, number, place in _candidates(votes):
             found = _look_closely(prepared, queries[number], source, place, spans)
             if found is not None and (source not in best or found.evidence > best[source].evidence):
                 best[source] = found
     return sorted(best.values(), key=lambda a: -a.evidence)
-
-
-def _one_thread() -> contextlib.AbstractContextManager[Any]:
-    """Products so small that a second thread only waits: twenty times slower on a busy machine."""
-    return _thread_pools().limit(limits=1)
 
 
 @functools.cache

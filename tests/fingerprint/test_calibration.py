@@ -43,6 +43,23 @@ def test_few_sources_have_the_default(encoders, tmp_path):
     assert index.calibration(("video", "audio")) == DEFAULT
 
 
+def test_a_modality_is_fitted_as_if_the_other_were_not_there(library):
+    spans = {"video": 0.5, "audio": 0.5}
+    both = calibration.fit(
+        library._snapshot, hop_seconds=SETTINGS.hop_seconds, spans=spans, num_rates=3
+    )
+    assert set(both) == {"audio+video", "video", "audio"}
+    for modality in spans:
+        alone = calibration.fit(
+            library._snapshot,
+            hop_seconds=SETTINGS.hop_seconds,
+            spans={modality: 0.5},
+            num_rates=3,
+        )
+        assert alone == {modality: both[modality]}
+    assert len({found.location for found in both.values()}) == 3
+
+
 def test_doubles_in_the_library_hardly_move_what_is_unrelated(library, encoders, tmp_path):
     doubled = FingerprintIndex.create(tmp_path / "index", encoders, SETTINGS)
     doubled.add((f"clip {n}", clip(n)) for n in range(16))

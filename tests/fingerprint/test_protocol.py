@@ -163,6 +163,33 @@ def test_a_comparison_without_a_baseline_is_skipped_with_the_reason(
         measured.fused_r1("foley")
 
 
+def test_the_figure_of_indexing_is_that_of_films_with_the_demos_clips_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("media", "clips"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "clips" / "a.mp4").touch()
+    films = [tmp_path / f"{n}.mp4" for n in range(3)]
+    monkeypatch.setattr(benchmark.footage, "make_films", lambda *_, **__: films)
+    measured = benchmark_with({}, tmp_path, monkeypatch)
+    measured._args.media, measured._args.clips = str(tmp_path / "media"), str(tmp_path / "clips")
+    measured._args.repeats = 1
+
+    def seconds(_: str, arguments: dict[str, Any]) -> float:
+        return len(arguments["files"]) * (1.0 if arguments["only_decode"] else 2.0) + (
+            0.0 if len(arguments["files"]) > 1 or arguments["only_decode"] else 2.0
+        )
+
+    monkeypatch.setattr(benchmark, "run_child", seconds)
+    ratio, detail = measured.over_decoding()
+    assert (ratio, detail["files"]) == (0.5, 3)
+    assert detail["clips_as_the_demos"]["ratio"] == 0.25
+    assert detail["clips_as_the_demos"]["files"] == 1
+    measured._args.media = str(tmp_path / "absent")
+    with pytest.raises(SkipError, match="--media"):
+        measured.over_decoding()
+
+
 def test_the_difference_to_a_baseline_has_the_same_videos_on_both_sides(tmp_path: Path) -> None:
     videos = [f"video {n // 2}" for n in range(12)]
     image_hash = np.array([1, 0] * 6, float)
