@@ -232,6 +232,7 @@ def test_the_demos_evaluation_leaves_its_figures_and_report(demo):
 def test_the_sweep_leaves_a_table_of_its_variants(demo):
     workdir = demo.ran("ablation.py")
     results = json.loads((workdir / "results.json").read_text())
+    assert results["protocol"] == "ablation"
     for effects in results["effects"].values():
         assert set(effects) == {"full", "no_va"}
         assert effects["full"]["difference"] == 0

@@ -45,7 +45,7 @@ def read_run(workdir: epath.PathLike) -> tuple[dict[str, Any], Outcomes]:
         raise ProtocolError(f"{workdir} holds no {RESULTS}: run a protocol with it") from None
     except ValueError as error:
         raise ProtocolError(f"{path} is damaged ({error}): run the protocol again") from error
-    if "protocol" not in results:
+    if "metrics" not in results:
         raise ProtocolError(
             f"{path} is no result of a protocol (a sweep of configs/ablation.py compares its own)"
         )
