@@ -15,6 +15,7 @@ import numpy as np
 
 from avcl_jax.data.record_format import UNKNOWN_LABEL
 from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.selected_records import SelectedRecords
 from avcl_jax.data.selection import Selection
 
 Modality = Literal["video", "audio"]
@@ -24,7 +25,7 @@ class LackingError(ValueError):
     """Records lack what is asked of them."""
 
 
-class ModalityRecords:
+class ModalityRecords(SelectedRecords):
     """The selected records of a data set that have a modality, and the labels that are needed.
 
     Attributes:
@@ -95,20 +96,6 @@ class ModalityRecords:
                 )
             self._start = times["audio_start_seconds"]
             self._end = self._start + times["num_samples"] / rate
-
-    def __len__(self) -> int:
-        """Number of records."""
-        return len(self.indices)
-
-    @property
-    def record_ids(self) -> list[str]:
-        """Names of the records."""
-        return [self.records.record_ids[int(index)] for index in self.indices]
-
-    @property
-    def sources(self) -> list[str]:
-        """A name of the source of each record."""
-        return [str(number) for number in self.records.source_numbers[self.indices].tolist()]
 
     def classes_of(self, label: str) -> np.ndarray:
         """Returns the class of each record, int64 [n]."""

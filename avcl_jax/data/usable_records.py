@@ -11,6 +11,7 @@ import numpy as np
 from avcl_jax.data.record_format import Record
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.rendering import RenderSpec, UsableRecord
+from avcl_jax.data.selected_records import SelectedRecords
 from avcl_jax.data.selection import Selection
 from avcl_jax.data.views import Timeline, views_fit
 
@@ -62,7 +63,7 @@ def _usable_parts(times: Mapping[str, np.ndarray], spec: RenderSpec) -> dict[str
     }
 
 
-class UsableRecords(grain.sources.RandomAccessDataSource):
+class UsableRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
     """The records of a data set on which a view fits, with what can be used of each.
 
     Attributes:
@@ -118,20 +119,6 @@ class UsableRecords(grain.sources.RandomAccessDataSource):
         """
         whole = np.logical_and.reduce([self._parts[f"has_{name}"] for name in modalities])
         return np.setdiff1d(self._selection.positions(self.records), self.indices[whole])
-
-    @property
-    def record_ids(self) -> list[str]:
-        """Names of the usable records."""
-        return [self.records.record_ids[int(index)] for index in self.indices]
-
-    @property
-    def sources(self) -> list[str]:
-        """A name of the source of each usable record."""
-        return [str(number) for number in self.records.source_numbers[self.indices].tolist()]
-
-    def __len__(self) -> int:
-        """Number of usable records."""
-        return len(self.indices)
 
     def __getitem__(self, position: int) -> tuple[int, Record, UsableRecord]:
         """(index in the data set, record, what can be used of it)."""

@@ -31,7 +31,6 @@ from avcl_jax.evaluation.protocol import (
 )
 from avcl_jax.evaluation.significance import Comparison, compare, holm
 
-
 # What results.json says of each metric, and is needed here.
 _SAID = {"value", "low", "high", "kind", "inputs", "chosen", "what", "unit"}
 
@@ -53,7 +52,7 @@ def read_run(workdir: epath.PathLike) -> tuple[dict[str, Any], Outcomes]:
         raise ProtocolError(
             f"{path} is no result of a protocol (a sweep of configs/ablation.py compares its own)"
         )
-    if any(not _SAID <= figure.keys() for figure in results["metrics"].values()):
+    if any(not figure.keys() >= _SAID for figure in results["metrics"].values()):
         raise ProtocolError(f"{path} was written by another version of avcl-jax: run it again")
     return results, read_outcomes(path.with_name(OUTCOMES))
 
