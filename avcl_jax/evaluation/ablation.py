@@ -25,6 +25,8 @@ from avcl_jax.evaluation.page import page, section, table, text
 from avcl_jax.evaluation.written import versions, write_text
 from avcl_jax.training.loop import pretrain
 
+# Raised whenever the same runs would give other figures.
+VERSION = 1
 # The variant that the others are compared with.
 FULL = "full"
 # Intervals are for one comparison at a time; the page says so.
@@ -234,6 +236,8 @@ def _write(
     shown = [Figure(what, tuple(path.split("."))) for what, path in config.ablation.figures]
     compared = effects(found, shown, variants, seeds)
     results = {
+        "protocol": "ablation",
+        "protocol_version": VERSION,
         "sweep": config.name,
         "seeds": seeds,
         "effects": {

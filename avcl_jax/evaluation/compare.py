@@ -32,6 +32,10 @@ from avcl_jax.evaluation.protocol import (
 from avcl_jax.evaluation.significance import Comparison, compare, holm
 
 
+# What results.json says of each metric, and is needed here.
+_SAID = {"value", "low", "high", "kind", "inputs", "chosen", "what", "unit"}
+
+
 def read_run(workdir: epath.PathLike) -> tuple[dict[str, Any], Outcomes]:
     """Reads the results and outcomes of a protocol.
 
@@ -45,10 +49,12 @@ def read_run(workdir: epath.PathLike) -> tuple[dict[str, Any], Outcomes]:
         raise ProtocolError(f"{workdir} holds no {RESULTS}: run a protocol with it") from None
     except ValueError as error:
         raise ProtocolError(f"{path} is damaged ({error}): run the protocol again") from error
-    if "protocol" not in results:
+    if "metrics" not in results:
         raise ProtocolError(
             f"{path} is no result of a protocol (a sweep of configs/ablation.py compares its own)"
         )
+    if any(not _SAID <= figure.keys() for figure in results["metrics"].values()):
+        raise ProtocolError(f"{path} was written by another version of avcl-jax: run it again")
     return results, read_outcomes(path.with_name(OUTCOMES))
 
 

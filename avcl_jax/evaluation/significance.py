@@ -119,6 +119,8 @@ def bootstrap(
     """
     groups = _groups(kind, inputs, sources)
     value = STATISTICS[kind](*inputs)
+    if np.isnan(value):
+        return Interval(value, value, value)
     drawn = _resampled(kind, inputs, groups, resamples, np.random.default_rng(seed))
     return Interval(value, *_bounds(drawn, confidence))
 

@@ -125,6 +125,7 @@ def test_a_sweep_that_is_stopped_goes_on_and_writes_one_table(tmp_path) -> None:
     results = sweep()
     assert runs.trained[3:] == ["no_vv 1"]
     written = json.loads((tmp_path / "results.json").read_text())["effects"]
+    assert (results["protocol"], results["protocol_version"]) == ("ablation", 1)
     found = results["effects"]["motion"]
     assert written["motion"]["no_vv"]["low"] == found["no_vv"]["low"]
     assert found["full"]["values"] == pytest.approx([0.7, 0.8])

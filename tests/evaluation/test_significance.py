@@ -97,6 +97,13 @@ def test_every_statistic_takes_resampled_units() -> None:
         assert interval.low - 0.2 < interval.value < interval.high + 0.2
 
 
+def test_what_is_not_defined_has_no_interval() -> None:
+    # A random encoder as good as the supervised one leaves no gap, though resamples may have one.
+    even, odd = np.arange(8) % 2 == 0, np.arange(8) % 2 == 1
+    interval = bootstrap("gap_closed", [even, even, odd], np.arange(8), resamples=50, seed=0)
+    assert np.isnan(interval).all()
+
+
 def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == [1.0, 1.0]
