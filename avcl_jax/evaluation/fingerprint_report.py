@@ -160,17 +160,13 @@ def _recalls(
     rows: Sequence[str],
     methods: Sequence[str],
 ) -> str:
-    def cell(figures: Mapping[str, Any]) -> str:
-        low, high = (in_percent(figures[key]) for key in ("r1_low", "r1_high"))
-        return f"{percent(figures['r1'])} ({low}–{high})"
-
     return table(
         ["R@1 (95 %)", "queries", *methods],
         [
             [
                 _name(name),
                 str(medium[methods[0]][name]["queries"]),
-                *(cell(medium[method][name]) for method in methods),
+                *(_with_interval(medium[method][name], "r1") for method in methods),
             ]
             for name in rows
         ],
@@ -195,13 +191,27 @@ def _precisions(fused: Mapping[str, Mapping[str, Any]], rows: Sequence[str]) -> 
         "recall at 90 % precision": "recall_at_p90",
         "the same normalised": "recall_at_p90_normalised",
         "offset": "offset",
-        "recall at threshold": "recall_at_threshold",
-        "false matches": "false_match_rate",
+    }
+    at_threshold = {
+        "recall at threshold (95 %)": "recall_at_threshold",
+        "false matches (95 %)": "false_match_rate",
     }
     return table(
-        ["", *columns],
-        [[_name(name), *(percent(fused[name].get(c)) for c in columns.values())] for name in rows],
+        ["", *columns, *at_threshold],
+        [
+            [
+                _name(name),
+                *(percent(fused[name].get(c)) for c in columns.values()),
+                *(_with_interval(fused[name], c, digits=1) for c in at_threshold.values()),
+            ]
+            for name in rows
+        ],
     )
+
+
+def _with_interval(figures: Mapping[str, Any], name: str, digits: int = 0) -> str:
+    low, high = (in_percent(figures[f"{name}_{bound}"], digits) for bound in ("low", "high"))
+    return f"{percent(figures[name], digits)} ({low}–{high})"
 
 
 def _name(family: str) -> str:
