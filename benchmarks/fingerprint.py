@@ -90,10 +90,13 @@ def difference_of_recalls(
     from avcl_jax.evaluation.significance import compare
 
     outcomes = read_outcomes(epath.Path(workdir) / OUTCOMES)
-    families = [outcomes.values[key] for key in ("family", "medium_findable")]
-    first, second = ([outcomes.values[f"r1_{m}"], *families] for m in (other, "fused"))
-    sources = np.array(outcomes.sources)
-    found = compare("chosen_class_mean", first, second, sources, resamples=resamples, seed=seed)
+    chosen = outcomes.values["medium_findable"]
+    first, second = (
+        [outcomes.values[key][chosen] for key in (f"r1_{method}", "family")]
+        for method in (other, "fused")
+    )
+    sources = np.array(outcomes.sources)[chosen]
+    found = compare("class_mean", first, second, sources, resamples=resamples, seed=seed)
     return found.difference
 
 

@@ -38,7 +38,7 @@ def foley() -> ml_collections.ConfigDict:
     c.data = ml_collections.ConfigDict()
     # Made by `python -m data_prep demo --out data/foley_fingerprint` with these options if absent.
     c.data.make_demo = True
-    c.data.demo_options = ("--train=0", "--test=400", "--null=0", "--seed=1")
+    c.data.demo_options = ("--train=0", "--test=400", "--null=0", "--seed=2")
     c.data.directory = "data/foley_fingerprint/records"
     # Of this split every role takes records of its own, one role after the other.
     c.data.split = "test"

@@ -186,10 +186,10 @@ def _cell(
     hits = answered.hits(1)[findable]
     kind, inputs = ("mean", [hits]) if family else ("class_mean", [hits, classes])
     whole = range_of(kind, inputs, videos, resamples=resamples, seed=seed)
-    truth = (answered.correct, asked.findable, chosen)
-    precision, recall_90 = (
-        STATISTICS[kind] for kind in ("micro_average_precision", "recall_at_precision_90")
-    )
+
+    def of_ranking(kind: str, scores: np.ndarray) -> float:
+        return STATISTICS[kind](scores[chosen], answered.correct[chosen], asked.findable[chosen])
+
     cell: dict[str, Any] = {
         "queries": int(findable.sum()),
         "distractors": int((chosen & ~asked.findable).sum()),
@@ -197,10 +197,10 @@ def _cell(
         **_with_bounds("r1", whole),
         "r5": mean_over(answered.hits(5)[findable], classes),
         "offset": mean_over(answered.offset[findable].astype(float), classes),
-        "map": precision(answered.scores, *truth),
-        "recall_at_p90": recall_90(answered.scores, *truth),
-        "map_normalised": precision(answered.normalised, *truth),
-        "recall_at_p90_normalised": recall_90(answered.normalised, *truth),
+        "map": of_ranking("micro_average_precision", answered.scores),
+        "recall_at_p90": of_ranking("recall_at_precision_90", answered.scores),
+        "map_normalised": of_ranking("micro_average_precision", answered.normalised),
+        "recall_at_p90_normalised": of_ranking("recall_at_precision_90", answered.normalised),
     }
     if answered.has_threshold:
         foreign = chosen & ~asked.findable

@@ -264,31 +264,33 @@ def outcomes(asked: Asked) -> Outcomes:
 def metrics(asked: Asked) -> Mapping[str, Metric]:
     """Returns the headline figures: means over families at medium strength."""
     found: dict[str, Metric] = {}
-    truth = ("findable", "medium")
     for method, answered in asked.answers.items():
         ours = method in _OURS
         label = f"{method}, {'ours' if ours else 'baseline'}"
 
         def mean(values: str) -> dict[str, Any]:
-            return {"kind": "chosen_class_mean", "inputs": (values, "family", "medium_findable")}
+            inputs = (values, "family")
+            return {"kind": "class_mean", "inputs": inputs, "chosen": "medium_findable"}
 
         found[f"{method}_r1"] = Metric(**mean(f"r1_{method}"), what=f"R@1 {label}", headline=True)
         found[f"{method}_r5"] = Metric(**mean(f"r5_{method}"), what=f"R@5 {label}")
         for name, what in (("scores", ""), ("normalised", ", normalised scores")):
-            inputs = (f"{name}_{method}", f"correct_{method}", *truth)
-            found[f"{method}_map_{name}"] = Metric(
-                "micro_average_precision", inputs, f"µAP {label}{what}"
-            )
-            found[f"{method}_recall_at_p90_{name}"] = Metric(
-                "recall_at_precision_90", inputs, f"recall at 90 % precision {label}{what}"
-            )
+            inputs = (f"{name}_{method}", f"correct_{method}", "findable")
+            for key, kind, title in (
+                ("map", "micro_average_precision", "µAP"),
+                ("recall_at_p90", "recall_at_precision_90", "recall at 90 % precision"),
+            ):
+                found[f"{method}_{key}_{name}"] = Metric(
+                    kind, inputs, f"{title} {label}{what}", chosen="medium"
+                )
         if answered.has_threshold:
             found[f"{method}_recall_at_threshold"] = Metric(
                 **mean(f"found_{method}"), what=f"recall at the default threshold {label}"
             )
             found[f"{method}_false_match_rate"] = Metric(
-                kind="chosen_mean",
-                inputs=(f"accepted_{method}", "medium_distractor"),
+                kind="mean",
+                inputs=(f"accepted_{method}",),
                 what=f"distractors with a match at the default threshold {label}",
+                chosen="medium_distractor",
             )
     return found

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from avcl_jax.evaluation.page import percent
-from avcl_jax.evaluation.significance import bootstrap
+from avcl_jax.evaluation.significance import Interval, bootstrap
 from avcl_jax.evaluation.written import write_bytes
 
 RESULTS, OUTCOMES, REPORT = "results.json", "outcomes.npz", "report.html"
@@ -180,7 +180,11 @@ def estimate(measured: Measured, *, resamples: int, seed: int) -> dict[str, dict
     figures = {}
     for name, metric in measured.metrics.items():
         inputs, sources = inputs_of(metric, measured.outcomes)
-        interval = bootstrap(metric.kind, inputs, sources, resamples=resamples, seed=seed)
+        interval = (
+            bootstrap(metric.kind, inputs, sources, resamples=resamples, seed=seed)
+            if len(sources)
+            else Interval(np.nan, np.nan, np.nan)  # no unit is chosen for it
+        )
         figures[name] = {key: _finite(value) for key, value in interval._asdict().items()} | {
             "chance": metric.chance,
             "kind": metric.kind,

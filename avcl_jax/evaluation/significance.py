@@ -30,19 +30,11 @@ STATISTICS: Mapping[str, Callable[..., float]] = {
     "d_prime": lambda scores, relevant: metrics.d_prime(
         _over_classes(metrics.roc_auc, scores, relevant)
     ),
-    # Of the units that are chosen: others of the same sources belong to another figure.
-    "chosen_mean": lambda values, chosen: (
-        float(np.mean(values[chosen])) if chosen.any() else float("nan")
+    "micro_average_precision": lambda scores, correct, findable: _of_rankings(
+        metrics.micro_average_precision, scores, correct, findable
     ),
-    "chosen_class_mean": lambda values, labels, chosen: (
-        metrics.class_mean(values[chosen], labels[chosen]) if chosen.any() else float("nan")
-    ),
-    "micro_average_precision": lambda scores, correct, findable, chosen: _of_rankings(
-        metrics.micro_average_precision, scores, correct, findable, chosen
-    ),
-    "recall_at_precision_90": lambda scores, correct, findable, chosen: _of_rankings(
-        functools.partial(metrics.recall_at_precision, precision=0.9),
-        *(scores, correct, findable, chosen),
+    "recall_at_precision_90": lambda scores, correct, findable: _of_rankings(
+        functools.partial(metrics.recall_at_precision, precision=0.9), scores, correct, findable
     ),
 }
 
@@ -59,19 +51,17 @@ def _of_rankings(
     scores: np.ndarray,
     correct: np.ndarray,
     findable: np.ndarray,
-    chosen: np.ndarray,
 ) -> float:
-    """Returns a metric of all answers to the chosen queries in one list.
+    """Returns a metric of all answers in one list.
 
     Args:
         metric: of `metrics`, that takes confidences, correct and findable.
         scores: float [n, answers], -inf where a query has fewer.
         correct: bool [n, answers].
         findable: bool [n], queries that have a source.
-        chosen: bool [n].
     """
-    count = int((findable & chosen).sum())
-    given = np.isfinite(scores) & chosen[:, None]
+    count = int(findable.sum())
+    given = np.isfinite(scores)
     return metric(scores[given], correct[given], findable=count) if count else float("nan")
 
 

@@ -20,6 +20,7 @@ from avcl_jax.evaluation.fingerprint_outcomes import (
 )
 from avcl_jax.evaluation.fingerprint_search import Answer, Ranking, background_score
 from avcl_jax.evaluation.fingerprinting import load_baselines, metrics, outcomes
+from avcl_jax.evaluation.protocol import inputs_of
 from avcl_jax.evaluation.significance import STATISTICS, bootstrap
 from avcl_jax.evaluation.transformations.families import FAMILIES
 from tests.evaluation.transformations.clips import clip
@@ -209,10 +210,10 @@ def test_normalised_scores_forgive_queries_that_resemble_everything(sets: ClipSe
     assert figures["recall_at_p90"] == 0.0
     assert figures["recall_at_p90_normalised"] == figures["map_normalised"] == 1.0
     assert figures["map"] < 0.5
-    kept = outcomes(asked).values
+    kept = outcomes(asked)
     for name, metric in metrics(asked).items():
         if name in ("fused_map_scores", "fused_map_normalised"):
-            value = STATISTICS[metric.kind](*(kept[key] for key in metric.inputs))
+            value = STATISTICS[metric.kind](*inputs_of(metric, kept)[0])
             assert value == figures[name.replace("fused_", "").replace("_scores", "")]
 
 
@@ -232,13 +233,13 @@ def test_average_precision_over_rankings_is_scikit_learns() -> None:
     scores = rng.normal(size=(40, 3))
     correct = np.zeros((40, 3), bool)
     correct[np.arange(30), rng.integers(0, 3, 30)] = True
-    findable, chosen = np.arange(40) < 30, np.ones(40, bool)
-    value = STATISTICS["micro_average_precision"](scores, correct, findable, chosen)
+    findable = np.arange(40) < 30
+    value = STATISTICS["micro_average_precision"](scores, correct, findable)
     assert value == pytest.approx(average_precision_score(correct.reshape(-1), scores.reshape(-1)))
     scores[:5] = -np.inf  # unanswered: the recall that is lost
     correct[:5] = False
     kept = scores[5:].reshape(-1), correct[5:].reshape(-1)
-    value = STATISTICS["micro_average_precision"](scores, correct, findable, chosen)
+    value = STATISTICS["micro_average_precision"](scores, correct, findable)
     assert value == pytest.approx(average_precision_score(kept[1], kept[0]) * 25 / 30)
 
 
@@ -301,8 +302,7 @@ def test_every_metric_has_its_outcomes(sets: ClipSets) -> None:
     _, asked = asked_with(sets, perfect)
     kept = outcomes(asked)
     for name, metric in metrics(asked).items():
-        inputs = [kept.values[key] for key in metric.inputs]
-        value = STATISTICS[metric.kind](*inputs)
+        value = STATISTICS[metric.kind](*inputs_of(metric, kept)[0])
         assert value == (0.0 if "false_match" in name else 1.0), name
 
 

@@ -142,6 +142,11 @@ def test_a_metric_is_about_the_units_that_are_chosen_for_it(tmp_path: Path) -> N
     )
     figure = _run(tmp_path).write(measured, Stages())["metrics"]["accuracy"]
     assert figure["value"] == 0.5
+    nothing = dataclasses.replace(
+        measured.outcomes, values={"correct": correct, "known": chosen & False}
+    )
+    measured = dataclasses.replace(measured, outcomes=nothing)
+    assert _run(tmp_path).write(measured, Stages())["metrics"]["accuracy"]["value"] is None
     alone = bootstrap("mean", [correct[:10]], np.arange(10), resamples=200, seed=0)
     assert (figure["low"], figure["high"]) == (alone.low, alone.high)
 

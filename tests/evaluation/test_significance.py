@@ -72,7 +72,7 @@ def test_under_the_hypothesis_p_values_are_uniform() -> None:
 def test_every_statistic_takes_resampled_units() -> None:
     rng = np.random.default_rng(0)
     scores, relevant = rng.random((40, 3)), rng.random((40, 3)) < 0.5
-    labels, chosen, findable = rng.integers(0, 3, 40), rng.random(40) < 0.8, rng.random(40) < 0.7
+    labels, findable = rng.integers(0, 3, 40), rng.random(40) < 0.7
     right = np.zeros((40, 3), bool)
     right[findable, rng.integers(0, 3, int(findable.sum()))] = True
     scores[right] += 0.3
@@ -82,10 +82,8 @@ def test_every_statistic_takes_resampled_units() -> None:
         "class_mean": [scores[:, 0], labels],
         "gap_closed": [right[:, 0] * 0.0, scores[:, 0], np.ones(40)],
         "ratio": [scores[:, 0], 1 + scores[:, 1]],
-        "chosen_mean": [scores[:, 0], chosen],
-        "chosen_class_mean": [scores[:, 0], labels, chosen],
-        "micro_average_precision": [scores, right, findable, chosen],
-        "recall_at_precision_90": [scores, right, findable, chosen],
+        "micro_average_precision": [scores, right, findable],
+        "recall_at_precision_90": [scores, right, findable],
         "mean_average_precision": [scores, relevant],
         "mean_auc": [scores, relevant],
         "d_prime": [scores, relevant],

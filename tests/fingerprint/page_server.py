@@ -59,7 +59,7 @@ def make_clips(directory: Path) -> Path:
     directory.mkdir()
     h264(directory / "film.mp4", excerpt(clip(0, 9.0), 3.0, 7.0))
     write(directory / "old.mkv", excerpt(clip(1, 14.0), 8.0, 12.0))
-    write(directory / "sound.wav", excerpt(clip(2, video=False), 1.5, 4.5))
+    write(directory / "sound.wav", excerpt(clip(2, video=False), 0.5, 5.0))
     h264(directory / "foreign.mp4", clip(77, 4.0))
     write(directory / "memory.mkv", excerpt(clip(15), 1.0, 4.0))
     write(directory / "short.mkv", clip(0, 0.25))

@@ -21,6 +21,7 @@ uvicorn = pytest.importorskip("uvicorn", reason="the extra fingerprint is not in
 
 from starlette.requests import Request  # noqa: E402  # after the skips
 
+from avcl_jax.fingerprint.calibration import THRESHOLD  # noqa: E402
 from avcl_jax.fingerprint.command import main  # noqa: E402
 from avcl_jax.fingerprint.index import FingerprintIndex  # noqa: E402
 from avcl_jax.fingerprint.web import upload  # noqa: E402
@@ -62,7 +63,7 @@ def test_a_clip_finds_its_source_and_its_place(server, clips):
     assert match["title"] == "film <b>.mp4"
     assert match["offset_seconds"] == pytest.approx(3.0, abs=0.15)
     assert match["rate"] == pytest.approx(1.0, abs=0.03)
-    assert match["score"] >= answer["threshold"] == 2.0
+    assert match["score"] >= answer["threshold"] == THRESHOLD
     assert match["accepted"]
     assert answer["candidates"][0] == match
     scores = [candidate["score"] for candidate in answer["candidates"]]
@@ -128,7 +129,7 @@ def test_sound_alone_has_a_picture(server, clips):
     for sound in (answer["clip"]["sound"], json.loads(body)):
         assert sound["columns"] > 100
         assert sound["rows"] == 64
-    assert answer["clip"]["sound"]["seconds"] == pytest.approx(3.0, abs=0.01)
+    assert answer["clip"]["sound"]["seconds"] == pytest.approx(4.5, abs=0.01)
 
 
 @pytest.mark.parametrize(
