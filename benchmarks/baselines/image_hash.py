@@ -29,6 +29,7 @@ class ImageHashSearcher:
     def __init__(self, *, answers: int):
         """Makes an empty index that returns so many answers, at most."""
         self._answers = answers
+        self._rng = np.random.default_rng(0)
         self._references, self._background = (
             AlignedCodes(step_seconds=1 / _HASHES_PER_SECOND, chance_bits=_CHANCE_BITS)
             for _ in range(2)
@@ -38,11 +39,11 @@ class ImageHashSearcher:
         """Takes the clips."""
         for codes, items in ((self._references, references), (self._background, background)):
             for name, media in items:
-                codes.add(name, hashes(media, mirrored=False))
+                codes.add(name, hashes(media, self._rng, mirrored=False))
 
     def query(self, media: DecodedMedia) -> dict[str, Ranking]:
         """Returns what the pictures resemble, as they are or mirrored."""
-        variants = [hashes(media, mirrored=mirrored) for mirrored in (False, True)]
+        variants = [hashes(media, self._rng, mirrored=mirrored) for mirrored in (False, True)]
         return {
             "image_hash": Ranking(
                 self._references.query(variants, self._answers),
@@ -51,8 +52,14 @@ class ImageHashSearcher:
         }
 
 
-def hashes(media: DecodedMedia, *, mirrored: bool) -> np.ndarray:
-    """Returns uint64 [moments, 1], the hash of the frame that is shown at each moment."""
+def hashes(media: DecodedMedia, rng: np.random.Generator, *, mirrored: bool) -> np.ndarray:
+    """Returns uint64 [moments, 1], the hash of the frame that is shown at each moment.
+
+    Args:
+        media: whose pictures.
+        rng: gives even pictures, which have no hash, a code like no other.
+        mirrored: hash their mirror images.
+    """
     if not media.has_video:
         return np.empty((0, 1), np.uint64)
     end = media.frame_seconds[-1] + 1e-6
@@ -63,7 +70,7 @@ def hashes(media: DecodedMedia, *, mirrored: bool) -> np.ndarray:
         picture = Image.fromarray(frame[:, ::-1] if mirrored else frame).convert("L")
         if np.asarray(picture).std() < _LEAST_CONTRAST:
             # Far from everything: half of the bits of any code differ on average.
-            bits = np.random.default_rng(len(codes)).integers(0, 2, _SIDE * _SIDE).astype(bool)
+            bits = rng.integers(0, 2, _SIDE * _SIDE).astype(bool)
         else:
             bits = imagehash.phash(picture, hash_size=_SIDE).hash.reshape(-1)
         codes.append(np.packbits(bits).view(np.uint64))
