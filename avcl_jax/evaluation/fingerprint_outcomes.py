@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
 
 from avcl_jax.evaluation.fingerprint_clips import Query
 from avcl_jax.evaluation.fingerprint_search import Answer, Searcher
@@ -185,7 +184,7 @@ def _cell(
     videos, classes = asked.videos[findable], asked.family[findable]
     hits = answered.hits(1)[findable]
     kind, inputs = ("mean", [hits]) if family else ("class_mean", [hits, classes])
-    whole = range_of(kind, inputs, videos, resamples=resamples, seed=seed)
+    whole = bootstrap(kind, inputs, videos, resamples=resamples, seed=seed)
 
     def of_ranking(kind: str, scores: np.ndarray) -> float:
         return STATISTICS[kind](scores[chosen], answered.correct[chosen], asked.findable[chosen])
@@ -206,8 +205,8 @@ def _cell(
         foreign = chosen & ~asked.findable
         found = [hits * answered.accepted[findable], *inputs[1:]]
         accepted = [answered.accepted[foreign].astype(float)]
-        recall = range_of(kind, found, videos, resamples=resamples, seed=seed)
-        wrong = range_of("mean", accepted, asked.videos[foreign], resamples=resamples, seed=seed)
+        recall = bootstrap(kind, found, videos, resamples=resamples, seed=seed)
+        wrong = bootstrap("mean", accepted, asked.videos[foreign], resamples=resamples, seed=seed)
         cell |= _with_bounds("recall_at_threshold", recall)
         cell |= _with_bounds("false_match_rate", wrong)
     return cell
@@ -215,27 +214,6 @@ def _cell(
 
 def _with_bounds(name: str, interval: Interval) -> dict[str, float]:
     return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-
-
-def range_of(
-    kind: str, inputs: Sequence[np.ndarray], videos: np.ndarray, *, resamples: int, seed: int
-) -> Interval:
-    """Returns a share with its interval over videos, or the exact one if all outcomes are alike.
-
-    A bootstrap of nothing but hits, or of nothing but misses, says that nothing else can be.
-
-    Args:
-        kind: of `STATISTICS`, a mean of the first input.
-        inputs: arrays [n], the first of them 0 or 1.
-        videos: [n].
-        resamples: of the bootstrap.
-        seed: of the draws.
-    """
-    values = np.asarray(inputs[0])
-    if not (values == values[0]).all():
-        return bootstrap(kind, inputs, videos, resamples=resamples, seed=seed)
-    exact = binomtest(int(values.sum()), len(values)).proportion_ci(method="exact")
-    return Interval(float(values[0]), float(exact.low), float(exact.high))
 
 
 def mean_over(values: np.ndarray, families: np.ndarray) -> float:

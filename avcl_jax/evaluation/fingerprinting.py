@@ -69,8 +69,8 @@ PROTOCOL = Protocol(
         "The mean over families counts every family once; truncated queries are apart. Medium "
         "strength unless another is named.",
         "The better single modality, and the better baseline, are chosen once for all families.",
-        "Intervals resample videos. Where all queries came out alike no resample differs, and the "
-        "tables give the exact bounds of Clopper and Pearson instead, queries taken one by one.",
+        "Intervals resample videos. Where all queries came out alike no resample differs, and "
+        "bounds are the exact ones of Clopper and Pearson for so many videos.",
     ),
 )
 _OURS = ("fused", "video", "audio")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import binomtest
 
 from avcl_jax.evaluation import metrics
 
@@ -37,6 +38,8 @@ STATISTICS: Mapping[str, Callable[..., float]] = {
         functools.partial(metrics.recall_at_precision, precision=0.9), scores, correct, findable
     ),
 }
+# Means of what may be hits and misses.
+_SHARES = ("mean", "class_mean")
 
 
 def _over_classes(
@@ -96,6 +99,9 @@ def bootstrap(
 ) -> Interval:
     """Returns a statistic with its percentile bootstrap interval over sources.
 
+    Where all units are hits, or all misses, the interval is the exact one (Clopper and Pearson
+    1934) for so many sources.
+
     Args:
         kind: a key of `STATISTICS`.
         inputs: arrays [n, …] that it takes.
@@ -111,6 +117,10 @@ def bootstrap(
     value = STATISTICS[kind](*inputs)
     if np.isnan(value):
         return Interval(value, value, value)
+    if kind in _SHARES and value in (0.0, 1.0) and np.isin(inputs[0], (0, 1)).all():
+        # All alike: resamples would say that nothing else can be.
+        bounds = binomtest(int(value) * len(groups), len(groups)).proportion_ci(confidence)
+        return Interval(value, float(bounds.low), float(bounds.high))
     drawn = _resampled(kind, inputs, groups, resamples, np.random.default_rng(seed))
     return Interval(value, *_bounds(drawn, confidence))
 

@@ -15,13 +15,12 @@ from avcl_jax.evaluation.fingerprint_outcomes import (
     Answered,
     ask,
     error_ratio,
-    range_of,
     table_of,
 )
 from avcl_jax.evaluation.fingerprint_search import Answer, Ranking, background_score
 from avcl_jax.evaluation.fingerprinting import load_baselines, metrics, outcomes
 from avcl_jax.evaluation.protocol import inputs_of
-from avcl_jax.evaluation.significance import STATISTICS, bootstrap
+from avcl_jax.evaluation.significance import STATISTICS
 from avcl_jax.evaluation.transformations.families import FAMILIES
 from tests.evaluation.transformations.clips import clip
 
@@ -281,21 +280,6 @@ def test_a_tie_at_the_cut_counts_as_if_the_wrong_ones_came_first(
     kept = outcomes(asked).values
     assert kept["scores_fused"].shape == kept["correct_fused"].shape == (len(queries), 5)
     assert (kept["r5_fused"][kept["findable"]] == hit).all()
-
-
-def test_where_all_outcomes_are_alike_bounds_are_exact() -> None:
-    videos = np.array([str(n % 30) for n in range(276)])
-    nothing = range_of("mean", [np.zeros(276)], videos, resamples=50, seed=0)
-    assert nothing.low == nothing.value == 0.0
-    assert nothing.high == pytest.approx(1 - 0.025 ** (1 / 276))
-    families = np.arange(276) % 23
-    everything = range_of("class_mean", [np.ones(276), families], videos, resamples=50, seed=0)
-    assert everything.low == pytest.approx(0.025 ** (1 / 276))
-    assert everything.high == everything.value == 1.0
-    some = (np.arange(276) < 60).astype(float)
-    found = range_of("mean", [some], videos, resamples=200, seed=0)
-    assert found == bootstrap("mean", [some], videos, resamples=200, seed=0)
-    assert found.low < found.value < found.high
 
 
 def test_every_metric_has_its_outcomes(sets: ClipSets) -> None:

@@ -95,6 +95,21 @@ def test_every_statistic_takes_resampled_units() -> None:
         assert interval.low - 0.2 < interval.value < interval.high + 0.2
 
 
+def test_where_all_units_are_alike_bounds_are_exact_for_their_sources() -> None:
+    videos = np.array([str(n % 30) for n in range(276)])
+    nothing = bootstrap("mean", [np.zeros(276)], videos, resamples=50, seed=0)
+    assert nothing.low == nothing.value == 0.0
+    assert nothing.high == pytest.approx(1 - 0.025 ** (1 / 30))
+    families = np.arange(276) % 23
+    everything = bootstrap("class_mean", [np.ones(276), families], videos, resamples=50, seed=0)
+    assert everything.low == pytest.approx(0.025 ** (1 / 30))
+    assert everything.high == everything.value == 1.0
+    # The mean of what is no share has no such bounds.
+    assert bootstrap("median", [np.ones(9)], np.arange(9), resamples=9, seed=0) == (1, 1, 1)
+    even = bootstrap("mean", [np.array([0.5, 1.5])], np.zeros(2), resamples=9, seed=0)
+    assert even == (1, 1, 1)
+
+
 def test_what_is_not_defined_has_no_interval() -> None:
     # A random encoder as good as the supervised one leaves no gap, though resamples may have one.
     even, odd = np.arange(8) % 2 == 0, np.arange(8) % 2 == 1
