@@ -79,8 +79,7 @@ class ModalityRecords(SelectedRecords):
             )
         self.indices = positions[kept]
         self.left_out = int((~kept).sum())
-        selected = f" {selection}" if selection.conditions else ""
-        self.fingerprint = records.fingerprint + selected
+        self.fingerprint = selection.fingerprint_of(records)
         times = {name: values[self.indices] for name, values in records.timelines.items()}
         if modality == "video":
             # The last frame stays until the next would have come.

@@ -86,6 +86,10 @@ class Selection:
         """As `parse` reads it."""
         return ";".join(map(str, self.conditions))
 
+    def fingerprint_of(self, records: RecordDataset) -> str:
+        """Returns the fingerprint of the data set, followed by the selection where there is one."""
+        return f"{records.fingerprint} {self}" if self.conditions else records.fingerprint
+
     def positions(self, records: RecordDataset) -> np.ndarray:
         """Returns int64, the ascending positions of the selected records; reads no record.
 

@@ -97,9 +97,9 @@ class UsableRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
         usable = parts["has_video"] | parts["has_audio"]
         self.indices = positions[usable]
         self._parts = {name: values[usable] for name, values in parts.items()}
-        selected = f" {self._selection}" if self._selection.conditions else ""
-        self.fingerprint = records.fingerprint + selected
+        self.fingerprint = self._selection.fingerprint_of(records)
         if not len(self.indices):
+            selected = f" {self._selection}" if self._selection.conditions else ""
             raise ValueError(
                 f"none of the {self.num_selected} records{selected} of {records!r} is long enough "
                 f"for a view of {spec.views.clip_seconds:g} s with {spec.views.num_frames} "

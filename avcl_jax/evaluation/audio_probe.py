@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from avcl_jax.evaluation.protocol import (
 from avcl_jax.evaluation.protocol_records import (
     check_apart,
     feature_spec,
+    open_splits,
     record_clips,
 )
 from avcl_jax.evaluation.protocol_run import ProtocolRun
@@ -104,7 +105,8 @@ def _run(
     stages = Stages()
     source = open_encoders(config.encoder)
     source.require("audio")
-    train, test = (_side(config, source, side, protocol) for side in ("train", "test"))
+    opened = open_splits(config.data.directory, config.data.train_split, config.data.test_split)
+    train, test = (_side(config, source, opened, side, protocol) for side in ("train", "test"))
     check_apart(train.clips, test.clips)
     data = {"train": train.clips.fingerprint, "test": test.clips.fingerprint}
     protocol_run = ProtocolRun(protocol, config, workdir, source, data)
@@ -146,14 +148,18 @@ def _run(
 
 
 def _side(
-    config: ml_collections.ConfigDict, source: EncoderSource, side: str, protocol: Protocol
+    config: ml_collections.ConfigDict,
+    source: EncoderSource,
+    opened: Mapping[str, RecordDataset],
+    side: str,
+    protocol: Protocol,
 ) -> _Side:
     section, label = config.data, config.data.label
     clips = record_clips(
         config,
         source,
         "audio",
-        RecordDataset(section.directory, section[f"{side}_split"]),
+        opened[section[f"{side}_split"]],
         select=section[f"{side}_select"],
         labels=[label] if protocol is SINGLE else (),
     )

@@ -111,11 +111,10 @@ def compare_runs(
             raise ProtocolError(
                 f"runs are over different units in {figure['what']}: compare runs on the same data"
             )
-        inputs = [inputs_of(figure, found)[0] for found in paired]
-        sources = inputs_of(figure, paired[0])[1]
+        (ours, sources), *others = (inputs_of(figure, found) for found in paired)
         pairs = [
-            compare(figure["kind"], inputs[0], theirs, sources, resamples=resamples, seed=seed)
-            for theirs in inputs[1:]
+            compare(figure["kind"], ours, theirs, sources, resamples=resamples, seed=seed)
+            for theirs, _ in others
         ]
         corrected = holm([pair.p_value for pair in pairs])
         compared[name] = [

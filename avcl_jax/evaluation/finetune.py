@@ -21,12 +21,12 @@ from avcl_jax.data.crop import CropSpec
 from avcl_jax.data.labelled import AudioClipSpec, ClipSpec, LabelledRecords, VideoClipSpec
 from avcl_jax.data.pipeline import check_enough
 from avcl_jax.data.preprocessing import VideoPreprocessing
-from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
 from avcl_jax.data.views import ViewSpec
 from avcl_jax.encoder_source import EncoderSource
 from avcl_jax.evaluation.finetune_split import run_split
 from avcl_jax.evaluation.fold_encoders import FoldEncoders, fold_names, open_fold_encoders
+from avcl_jax.evaluation.protocol_records import open_splits
 from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.recognition import measured, protocol_of
 from avcl_jax.evaluation.trained_on import check_not_trained_on
@@ -163,10 +163,7 @@ def folds(
         ValueError: if there are not as many of one as of the other, or a record is in both.
     """
     section = config.data
-    opened = {
-        name: RecordDataset(section.directory, name)
-        for name in {section.train_split, section.test_split}
-    }
+    opened = open_splits(section.directory, section.train_split, section.test_split)
     splits = []
     for selections in _selections(config):
         train, test = (
@@ -177,13 +174,11 @@ def folds(
                 (section.train_split, section.test_split), selections, strict=True
             )
         )
-        ids = {train.records.record_ids[int(index)] for index in train.indices}
-        both = [i for i in test.indices.tolist() if test.records.record_ids[int(i)] in ids]
-        if both:
+        ids = set(train.record_ids)
+        if both := [name for name in test.record_ids if name in ids]:
             raise ValueError(
                 f"{len(both)} records are in training ({train!r}) and in test ({test!r}), first "
-                f"{test.records.record_ids[int(both[0])]!r}: correct data.train_select, "
-                "data.test_select or the splits"
+                f"{both[0]!r}: correct data.train_select, data.test_select or the splits"
             )
         check_enough(train, config.global_batch_size)
         splits.append((train, test))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import ml_collections
+from etils import epath
 
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
@@ -25,6 +26,15 @@ def feature_spec(config: ml_collections.ConfigDict) -> FeatureSpec:
         threads=config.data.threads,
         part_records=section.part_records,
     )
+
+
+def open_splits(directory: epath.PathLike, *names: str) -> dict[str, RecordDataset]:
+    """Opens splits of a data set, each once however often it is named.
+
+    Raises:
+        RecordError: if there is no such data set or split.
+    """
+    return {name: RecordDataset(directory, name) for name in dict.fromkeys(names)}
 
 
 def record_clips(

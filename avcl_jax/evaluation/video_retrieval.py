@@ -12,7 +12,6 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from avcl_jax.data.records import RecordDataset
 from avcl_jax.encoder_source import open_encoders, random_like
 from avcl_jax.evaluation.page import section, table
 from avcl_jax.evaluation.protocol import (
@@ -24,6 +23,7 @@ from avcl_jax.evaluation.protocol import (
 from avcl_jax.evaluation.protocol_records import (
     check_apart,
     feature_spec,
+    open_splits,
     record_clips,
 )
 from avcl_jax.evaluation.protocol_run import ProtocolRun
@@ -72,13 +72,15 @@ def video_retrieval(config: ml_collections.ConfigDict, workdir: epath.PathLike) 
     workdir = epath.Path(workdir)
     stages = Stages()
     source = open_encoders(config.encoder)
+    splits = {side: config.data[f"{side}_split"] for side in ("query", "gallery")}
+    opened = open_splits(config.data.directory, *splits.values())
     sides = {}
-    for side in ("query", "gallery"):
+    for side, split in splits.items():
         sides[side] = record_clips(
             config,
             source,
             "video",
-            RecordDataset(config.data.directory, config.data[f"{side}_split"]),
+            opened[split],
             select=config.data[f"{side}_select"].format(split=config.data.official_split),
             labels=[config.data.label],
         )

@@ -24,8 +24,8 @@ from avcl_jax.fingerprint.segments import SegmentFeatures
 from avcl_jax.fingerprint.snapshot import Snapshot
 
 # Promised are false matches of at most one unrelated query in a hundred, a score of 2. The scale is
-# fitted by the quartiles of 40 queries, whose standard error is a fifth of it: half a point more
-# keeps the promise also where the scale is so much larger than fitted.
+# fitted by the quartiles of 32 queries, of which the standard error is about a fifth: half a point
+# more keeps the promise also where the scale is so much larger than fitted.
 THRESHOLD = 2.5
 # Fewer sources say nothing about unrelated queries.
 MIN_SOURCES = 12
