@@ -5,7 +5,8 @@
         --workdir=gs://bucket/ablation
 
 A sweep that is stopped goes on where it was; machines that share a workdir may share the variants
-by `ablation.only`, and whichever comes last writes the table.
+by `ablation.only`, and whichever comes last writes the table. Of a run that is measured only its
+results.json is needed: checkpoints may be deleted.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from scipy import stats
 
 from avcl_jax import experiment
 from avcl_jax.evaluation import figures
-from avcl_jax.evaluation.evaluate import evaluate
+from avcl_jax.evaluation.evaluate import PROTOCOL, evaluate
 from avcl_jax.evaluation.page import page, section, table, text
 from avcl_jax.evaluation.written import versions, write_text
 from avcl_jax.training.loop import pretrain
@@ -127,15 +127,19 @@ def ablate(
             directory = _directory(workdir, variant, seed)
             print(f"\nablation: {variant}, seed {seed}: {directory}", flush=True)
             run = runs[variant, seed]
+            if _results(run, directory) is not None:
+                print("already measured", flush=True)
+                continue
             if not pretrain(_task(run, "pretrain"), directory):
                 return None
             evaluate(_task(run, "evaluate"), directory)
-    found = {key: _results(_directory(workdir, *key)) for key in runs}
+    found = {key: _results(run, _directory(workdir, *key)) for key, run in runs.items()}
     missing = [f"{v} seed {s}" for (v, s), results in found.items() if results is None]
     if missing:
         print(f"ablation: {len(missing)} runs are not finished yet, first {missing[0]}", flush=True)
         return None
     whole = {key: results for key, results in found.items() if results is not None}
+    _check_same_data(whole)
     return _write(config, workdir, whole, variants, seeds)
 
 
@@ -152,9 +156,29 @@ def _task(run: ml_collections.ConfigDict, task: str) -> ml_collections.ConfigDic
     return config
 
 
-def _results(directory: epath.Path) -> dict[str, Any] | None:
+def _results(run: ml_collections.ConfigDict, directory: epath.Path) -> dict[str, Any] | None:
+    """Returns the results of a run if they are there, of this protocol and with these settings."""
     path = directory / "results.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    results = json.loads(path.read_text())
+    if (results["protocol"], results["protocol_version"]) != (PROTOCOL.name, PROTOCOL.version):
+        return None
+    differing = experiment.differences(
+        json.dumps(results["config"]), experiment.to_json(_task(run, "evaluate"))
+    )
+    settings = {line.split(":")[0] for line in differing}
+    return None if settings - set(experiment.EXECUTION_KEYS) else results
+
+
+def _check_same_data(found: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
+    (first, results), *others = found.items()
+    for key, other in others:
+        if other["data"] != results["data"]:
+            raise ValueError(
+                f"{key[0]} seed {key[1]} was measured on other data than {first[0]} seed "
+                f"{first[1]}: delete its directory in the workdir, or that of the other"
+            )
 
 
 def effect(values: Sequence[float], full: Sequence[float]) -> Effect:

@@ -11,7 +11,7 @@ from scipy import stats
 from avcl_jax import experiment
 from avcl_jax.evaluation import ablation
 from avcl_jax.evaluation.ablation import Figure, effect, effects, variant_config
-from avcl_jax.evaluation.evaluate import evaluate
+from avcl_jax.evaluation.evaluate import PROTOCOL, evaluate
 from avcl_jax.training.loop import pretrain
 from configs import ablation as ablation_config
 from tests.evaluation.conftest import small_config
@@ -85,23 +85,29 @@ class _Runs:
 
     def __init__(self, stop_at: int) -> None:
         self.trained: list[str] = []
+        self.data = {"train": "600 records", "test": "200 records"}
         self.stop_at = stop_at
 
     def pretrain(self, run, directory) -> bool:
-        if (directory / "results.json").exists():
-            return True
         if len(self.trained) == self.stop_at:
             return False
         assert run.task == "pretrain"
         assert "evaluation" not in run
         self.trained.append(f"{directory.parent.name} {run.seed}")
-        directory.mkdir(parents=True)
+        directory.mkdir(parents=True, exist_ok=True)
         return True
 
     def evaluate(self, run, directory) -> None:
         assert run.task == "evaluate"
         score = 0.5 + 0.1 * run.seed + (0.2 if run.loss.weights.vv else 0.0)
-        results = {"probe": {"motion": score}, "train_seconds": 1.0}
+        results = {
+            "protocol": PROTOCOL.name,
+            "protocol_version": PROTOCOL.version,
+            "probe": {"motion": score},
+            "train_seconds": 1.0,
+            "data": self.data,
+            "config": json.loads(experiment.to_json(run)),
+        }
         (directory / "results.json").write_text(json.dumps(results))
 
 
@@ -135,6 +141,44 @@ def test_a_sweep_that_is_stopped_goes_on_and_writes_one_table(tmp_path) -> None:
     report = (tmp_path / "report.html").read_text()
     assert "loss.weights.vv = 0.0" in report
     assert report.count("<svg") == 1
+
+
+def _two_runs() -> object:
+    config = ablation_config.get_config()
+    config.ablation.variants = config.ablation.variants[:2]
+    config.ablation.figures = (("motion", "probe.motion"),)
+    config.ablation.seeds = (0,)
+    return config
+
+
+def test_a_run_is_measured_again_where_settings_or_protocol_are_others(tmp_path) -> None:
+    config, runs = _two_runs(), _Runs(stop_at=9)
+
+    def trained() -> list[str]:
+        runs.trained = []
+        ablation.ablate(config, tmp_path, pretrain=runs.pretrain, evaluate=runs.evaluate)
+        return runs.trained
+
+    assert trained() == ["full 0", "no_vv 0"]
+    config.data.directory, config.data.threads = "elsewhere", 7  # do not decide a figure
+    assert trained() == []
+    path = tmp_path / "no_vv/seed0/results.json"
+    old = json.loads(path.read_text()) | {"protocol_version": PROTOCOL.version - 1}
+    path.write_text(json.dumps(old))
+    assert trained() == ["no_vv 0"]
+    config.steps += 1
+    assert trained() == ["full 0", "no_vv 0"]
+
+
+def test_runs_on_other_data_make_no_table(tmp_path) -> None:
+    config, runs = _two_runs(), _Runs(stop_at=9)
+    config.ablation.only = ("full",)
+    ablation.ablate(config, tmp_path, pretrain=runs.pretrain, evaluate=runs.evaluate)
+    config.ablation.only = ()
+    runs.data = {"train": "601 records", "test": "200 records"}
+    with pytest.raises(ValueError, match="no_vv seed 0 was measured on other data"):
+        ablation.ablate(config, tmp_path, pretrain=runs.pretrain, evaluate=runs.evaluate)
+    assert not (tmp_path / "results.json").exists()
 
 
 @pytest.mark.slow
