@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.data.selected_records import SelectedRecords
 from avcl_jax.evaluation.cross_modal import rank_outcomes
 from avcl_jax.evaluation.probe import ProbeResult
 from avcl_jax.evaluation.protocol import Metric, Outcomes
@@ -20,7 +20,7 @@ _NETWORKS = ("random", "pretrained", "supervised")
 
 
 def run_outcomes(
-    test: UsableRecords,
+    test: SelectedRecords,
     features: Mapping[str, np.ndarray],
     probes: Mapping[str, Mapping[str, ProbeResult]],
     ranked: Mapping[str, RetrievalScores],

@@ -68,6 +68,30 @@ def test_starts_are_within_the_sound_and_at_its_beginning_where_it_is_too_short(
     assert heard.starts(1, 0.75) == (0.0, 0.0)
 
 
+def test_pictures_and_sound_last_as_long_as_they_are_there(tmp_path):
+    # Nine pictures at 10 Hz from 0.25 s, so the last stays until 1.15 s; sound from 0.5 to 1.5 s.
+    film = dataclasses.replace(
+        small_record("test", 0),
+        record_id="late",
+        frames=small_record("test", 0).frames[:9],
+        frame_seconds=0.25 + np.arange(9) / 10,
+        waveform=sound_record("late", "s", 0, 300, {}).waveform,
+        audio_start_seconds=0.5,
+        duration_seconds=2.0,
+        labels={},
+    )
+    # The container of this one ends before its last picture would.
+    cut = dataclasses.replace(film, record_id="cut", duration_seconds=1.1)
+    write_records(tmp_path, "toy", {}, {"all": [film, cut]})
+    dataset = RecordDataset(tmp_path, "all")
+    seen = _records(dataset, modality="video", rate_hz=None)
+    assert [seen.seconds(n) for n in range(2)] == pytest.approx([0.9, 0.85])
+    assert seen.starts(0, 0.5) == pytest.approx((0.25, 0.65))
+    heard = _records(dataset)
+    assert heard.seconds(0) == pytest.approx(1.0)
+    assert heard.starts(0, 0.75) == pytest.approx((0.5, 0.75))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from avcl_jax.encoder_source import EncoderSource
 from avcl_jax.evaluation import compare
 from avcl_jax.evaluation.protocol import (
     Measured,
@@ -77,6 +78,7 @@ def test_results_hold_all_that_identifies_the_run(
     report = (tmp_path / "report.html").read_text()
     for shown in ("A toy &amp; its &lt;figures&gt;", "75.0 %", "what the toy adds", "Add them"):
         assert shown in report
+    assert report.count('class="tile"') == 1  # of the one headline
     assert "75.0 % (95 %:" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.writing"))
 
@@ -94,6 +96,19 @@ def test_finished_results_are_found_unless_something_that_counts_changed(tmp_pat
             changed.finished()
     (tmp_path / "report.html").unlink()
     assert _run(tmp_path).finished() is None
+
+
+def test_results_of_another_encoder_are_not_these(tmp_path: Path) -> None:
+    def run(digest: str, path: str) -> ProtocolRun:
+        source = EncoderSource(path, {}, digest, step=1, trained_on=None)
+        return dataclasses.replace(_run(tmp_path), encoder=source)
+
+    results = run("a1", "runs/a").write(_measured(np.ones(4)), Stages())
+    assert results["encoder"] == {"path": "runs/a", "fingerprint": "a1", "step": 1}
+    assert run("a1", "runs/moved").finished() == results
+    for other in (run("b2", "runs/a"), _run(tmp_path)):
+        with pytest.raises(ProtocolError, match="with another encoder"):
+            other.finished()
 
 
 def test_parts_of_another_version_are_computed_anew(tmp_path: Path) -> None:
@@ -125,6 +140,10 @@ def test_a_directory_with_something_else_is_not_overwritten(tmp_path: Path) -> N
     with pytest.raises(ProtocolError, match="holds the results of another program"):
         _run(tmp_path / "toy").finished()
     assert _run(tmp_path / "none").finished() is None
+    # Protocols that train leave checkpoints of their own beside their results.
+    results = _write(tmp_path / "tuned", np.ones(4))
+    (tmp_path / "tuned" / "checkpoints").mkdir()
+    assert _run(tmp_path / "tuned").finished() == results
 
 
 def test_a_metric_is_about_the_units_that_are_chosen_for_it(tmp_path: Path) -> None:

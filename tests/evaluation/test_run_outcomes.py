@@ -7,15 +7,85 @@ import json
 import numpy as np
 import pytest
 
+from avcl_jax.data.selected_records import SelectedRecords
 from avcl_jax.evaluation.compare import compare_runs, read_run
 from avcl_jax.evaluation.evaluate import evaluate
-from avcl_jax.evaluation.protocol import ProtocolError, read_outcomes
+from avcl_jax.evaluation.probe import ProbeResult
+from avcl_jax.evaluation.protocol import Measured, ProtocolError, estimate, read_outcomes
+from avcl_jax.evaluation.retrieval import RetrievalScores
+from avcl_jax.evaluation.run_outcomes import run_outcomes
 
 
 @pytest.fixture(scope="module")
 def results(small_run):
     evaluate(*small_run[:2])
     return json.loads((small_run[1] / "results.json").read_text())
+
+
+class _Five(SelectedRecords):
+    """A picture, a sound, and three records of both."""
+
+    record_ids = ("picture", "sound", "both0", "both1", "both2")
+    sources = ("s0", "s1", "s2", "s3", "s3")
+
+    def __len__(self):
+        return 5
+
+
+HAS_VIDEO = np.array([1, 0, 1, 1, 1], bool)
+HAS_AUDIO = np.array([0, 1, 1, 1, 1], bool)
+
+
+def _probe(known, correct, chance=0.25):
+    confusion = np.zeros((4, 4), int)
+    return ProbeResult(
+        float(np.mean(correct)),
+        chance,
+        1.0,
+        0.5,
+        confusion,
+        np.array(known, bool),
+        np.array(correct),
+    )
+
+
+def _figures(probes, ranked):
+    features = {"has_video": HAS_VIDEO, "has_audio": HAS_AUDIO}
+    outcomes, metrics = run_outcomes(_Five(), features, probes, ranked, {}, recall_at=(1,))
+    found = estimate(Measured(outcomes, metrics, details={}, sections=()), resamples=50, seed=0)
+    return outcomes, {name: (figure["value"], figure["chance"]) for name, figure in found.items()}
+
+
+def test_a_probe_is_about_the_records_that_have_its_modality_and_a_label():
+    # The sound, then three of both; the label of both1 is unknown.
+    known = [1, 1, 0, 1]
+    networks = {
+        "random": _probe(known, [0.0, 1.0, 0.0]),
+        "pretrained": _probe(known, [1.0, 1.0, 0.0]),
+        "supervised": _probe(known, [1.0, 1.0, 1.0]),
+    }
+    outcomes, figures = _figures({"material_from_audio": networks}, {})
+    np.testing.assert_array_equal(outcomes.values["known_material_from_audio"], [0, 1, 1, 0, 1])
+    np.testing.assert_array_equal(
+        outcomes.values["correct_material_from_audio_pretrained"], [0, 1, 1, 0, 0]
+    )
+    assert figures["material_from_audio_random"] == pytest.approx((1 / 3, 0.25))
+    assert figures["material_from_audio_pretrained"] == pytest.approx((2 / 3, 0.25))
+    assert figures["material_from_audio_gap_closed"][0] == pytest.approx(0.5)
+    # Without a supervised network there is no gap to close a share of.
+    del networks["supervised"]
+    assert set(_figures({"material_from_audio": networks}, {})[1]) == {
+        "material_from_audio_random",
+        "material_from_audio_pretrained",
+    }
+
+
+def test_retrieval_is_about_the_records_of_both_modalities():
+    ranked = RetrievalScores({1: 2 / 3}, {1: 1 / 3}, 1.0, 2.0, 3, 3, np.array([1, 3, 1]))
+    outcomes, figures = _figures({}, {"audio_to_video": ranked})
+    np.testing.assert_array_equal(outcomes.values["hit1_audio_to_video"], [0, 0, 1, 0, 1])
+    assert figures["audio_to_video_r1"] == pytest.approx((2 / 3, 1 / 3))
+    assert figures["audio_to_video_median_rank"] == (1.0, 2.0)
 
 
 def test_metrics_are_the_figures_of_the_sections(results):
