@@ -3,7 +3,7 @@
     python -m data_prep esc50 ../shared/data/esc10 --subset esc10 --name esc10 --out data/esc10
     python -m benchmarks.esc10 --records data/esc10 --workdir runs/esc10 --json esc10.json
     python -m benchmarks.esc10 --records data/esc10 --workdir runs/esc10 --json esc10.json \\
-        --demo runs/demo --long 30000
+        --demo runs/demo --long 20000
 
 For every seed and official fold a run of `configs/pretrain.py:esc10` on the other four folds, then
 `configs/audio_classification.py:esc10` on all of them: every file is tested by an encoder and a
@@ -150,25 +150,32 @@ def demo_row(workdir: Path, records: Path, demo: Path) -> Row:
 
 
 def long_row(workdir: Path, records: Path, *, steps: int, fold: str) -> Row:
-    """One longer pretraining, tested on its fold alone, beside the short one of the same seed."""
-    options = (
+    """One longer pretraining, tested on its fold alone, beside the usual one of the same seed."""
+    longer = (
         f"--config.steps={steps}",
         f"--config.bank.warmup_steps={round(0.6 * steps)}",
         f"--config.checkpoint_every={max(steps // 20, 1)}",
     )
-    directory = workdir / f"long{steps}/fold{fold}"
-    pretrain(directory, records, fold=fold, seed=0, options=options)
-    # Only this fold's figure is looked at; the encoder heard the others, without labels.
-    found = classify(
-        workdir / f"long{steps}/classified",
-        records,
-        encoder=str(directory),
-        seed=0,
-        options=("--config.data.allow_trained_on=True",),
-    )
     place = FOLDS.index(fold)
-    accuracy = found["details"]["by_fold"]["encoder"]["fold_accuracy"][place]
-    detail = {"fold": fold, "steps": steps, "minutes": _minutes(directory)}
+
+    def tested(run: Path, classified: Path, options: Sequence[str]) -> float:
+        pretrain(run, records, fold=fold, seed=0, options=options)
+        # Only this fold's figure is looked at; the encoder heard the others, without labels.
+        found = classify(
+            classified,
+            records,
+            encoder=str(run),
+            seed=0,
+            options=("--config.data.allow_trained_on=True",),
+        )
+        return found["details"]["by_fold"]["encoder"]["fold_accuracy"][place]
+
+    run = workdir / f"long{steps}/fold{fold}"
+    accuracy = tested(run, workdir / f"long{steps}/classified", longer)
+    usual = tested(
+        workdir / f"seed0/fold{fold}", workdir / f"long{steps}/classified_usual", options=()
+    )
+    detail = {"fold": fold, "steps": steps, "minutes": _minutes(run), "of_usual_length": usual}
     return Row("esc10_long", accuracy, "share", None, detail)
 
 
@@ -180,14 +187,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", type=Path, required=True, help="where to write the rows")
     parser.add_argument("--records", type=Path, default=Path("data/esc10"))
     parser.add_argument("--workdir", type=Path, default=Path("runs/esc10"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--seeds", type=int, nargs="*", default=[0, 1, 2], help="none: only what is asked for below"
+    )
     parser.add_argument("--demo", type=Path, help="run of the demo, whose encoder is tested too")
     parser.add_argument("--long", type=int, metavar="STEPS", help="one longer run, on fold 1")
     args = parser.parse_args(arguments)
     if not (args.records / "dataset_info.json").exists():
         parser.error(f"{args.records} does not exist: see the first command of this module")
     workdir, records = args.workdir.absolute(), args.records.absolute()
-    rows = folds_rows(workdir, records, args.seeds)
+    rows = folds_rows(workdir, records, args.seeds) if args.seeds else []
     if args.demo:
         rows.append(demo_row(workdir, records, args.demo.absolute()))
     if args.long:
