@@ -40,19 +40,20 @@ def get_config(preset: str = "demo") -> ml_collections.ConfigDict:
     return c
 
 
-# (column, where it stands in the results.json of a run).
+# (column, where it stands in the results.json of a run, term of the loss without which it says
+# nothing: the head of a task that was not trained is as it was initialised).
 FIGURES = (
-    ("motion, picture", "probe.motion_from_video.pretrained"),
-    ("material, sound", "probe.material_from_audio.pretrained"),
-    ("R@5 sound → picture", "retrieval.audio_to_video.r5"),
-    ("R@5 picture → sound", "retrieval.video_to_audio.r5"),
-    ("speed, picture", "temporal.speed_video.accuracy"),
-    ("speed, sound", "temporal.speed_audio.accuracy"),
-    ("direction, picture", "temporal.direction_video.accuracy"),
-    ("direction, sound", "temporal.direction_audio.accuracy"),
-    ("order, two pictures", "temporal.order_vv.accuracy"),
-    ("order, two sounds", "temporal.order_aa.accuracy"),
-    ("order, picture and sound", "temporal.order_va.accuracy"),
+    ("motion, picture", "probe.motion_from_video.pretrained", ""),
+    ("material, sound", "probe.material_from_audio.pretrained", ""),
+    ("R@5 sound → picture", "retrieval.audio_to_video.r5", ""),
+    ("R@5 picture → sound", "retrieval.video_to_audio.r5", ""),
+    ("speed, picture", "temporal.speed_video.accuracy", "speed_video"),
+    ("speed, sound", "temporal.speed_audio.accuracy", "speed_audio"),
+    ("direction, picture", "temporal.direction_video.accuracy", "direction_video"),
+    ("direction, sound", "temporal.direction_audio.accuracy", "direction_audio"),
+    ("order, two pictures", "temporal.order_vv.accuracy", "order_vv"),
+    ("order, two sounds", "temporal.order_aa.accuracy", "order_aa"),
+    ("order, picture and sound", "temporal.order_va.accuracy", "order_va"),
 )
 
 

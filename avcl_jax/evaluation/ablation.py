@@ -26,7 +26,7 @@ from avcl_jax.evaluation.written import versions, write_text
 from avcl_jax.training.loop import pretrain
 
 # Raised whenever the same runs would give other figures.
-VERSION = 1
+VERSION = 2
 # The variant that the others are compared with.
 FULL = "full"
 # Intervals are for one comparison at a time; the page says so.
@@ -39,10 +39,12 @@ class Figure(NamedTuple):
     Attributes:
         what: for people.
         path: keys that lead to it in results.json.
+        term: of the loss, without which the figure says nothing; "" where there is none.
     """
 
     what: str
     path: tuple[str, ...]
+    term: str
 
 
 class Effect(NamedTuple):
@@ -125,11 +127,11 @@ def ablate(
     for seed in seeds:
         for variant in section_.only or variants:
             directory = _directory(workdir, variant, seed)
-            print(f"\nablation: {variant}, seed {seed}: {directory}", flush=True)
             run = runs[variant, seed]
             if _results(run, directory) is not None:
-                print("already measured", flush=True)
+                print(f"ablation: {variant}, seed {seed} is measured", flush=True)
                 continue
+            print(f"\nablation: {variant}, seed {seed}: {directory}", flush=True)
             if not pretrain(_task(run, "pretrain"), directory):
                 return None
             evaluate(_task(run, "evaluate"), directory)
@@ -216,16 +218,19 @@ def effects(
         seeds: of each variant.
 
     Returns:
-        By figure, by variant; None where a variant does not have it (retrieval without an
-        objective across modalities still has, but a run of sound alone does not).
+        By figure, by variant; None where a variant does not have it, or was not trained for it
+        (retrieval without an objective across modalities still says something, the head of a
+        temporal task that was left out does not).
 
     Raises:
         ValueError: if the whole method lacks a figure.
     """
 
-    def value(variant: str, seed: int, path: tuple[str, ...]) -> float | None:
+    def value(variant: str, seed: int, figure: Figure) -> float | None:
         node: Any = results[variant, seed]
-        for key in path:
+        if figure.term and not node["config"]["loss"]["weights"][figure.term]:
+            return None
+        for key in figure.path:
             if key not in node:
                 return None
             node = node[key]
@@ -233,14 +238,15 @@ def effects(
 
     compared: dict[str, dict[str, Effect | None]] = {}
     for figure in shown:
-        full = [value(FULL, seed, figure.path) for seed in seeds]
+        full = [value(FULL, seed, figure) for seed in seeds]
         if None in full:
             raise ValueError(
-                f"results of {FULL!r} have no {'.'.join(figure.path)}: correct ablation.figures"
+                f"runs of {FULL!r} have no {'.'.join(figure.path)}, or are not trained for it: "
+                "correct ablation.figures"
             )
         compared[figure.what] = {}
         for variant in variants:
-            values = [value(variant, seed, figure.path) for seed in seeds]
+            values = [value(variant, seed, figure) for seed in seeds]
             known = [v for v in values if v is not None]
             compared[figure.what][variant] = (
                 effect(known, [f for f in full if f is not None])
@@ -257,7 +263,9 @@ def _write(
     variants: Sequence[str],
     seeds: Sequence[int],
 ) -> dict[str, Any]:
-    shown = [Figure(what, tuple(path.split("."))) for what, path in config.ablation.figures]
+    shown = [
+        Figure(what, tuple(path.split(".")), term) for what, path, term in config.ablation.figures
+    ]
     compared = effects(found, shown, variants, seeds)
     results = {
         "protocol": "ablation",
@@ -289,7 +297,11 @@ def _finite(found: Effect) -> dict[str, Any]:
 
 
 def as_table(compared: Mapping[str, Mapping[str, Effect | None]], variants: Sequence[str]) -> str:
-    """The effects in Markdown: the whole method's figures, then differences with intervals."""
+    """The effects in Markdown, in points.
+
+    The whole method has its figures and their range over seeds, the others the difference to it
+    and half the width of its interval.
+    """
     lines = [f"| | {' | '.join(compared)} |", "|---" * (len(compared) + 1) + "|"]
     for variant in variants:
         cells = [_cell(by_variant[variant], variant) for by_variant in compared.values()]
@@ -303,9 +315,11 @@ def _cell(found: Effect | None, variant: str) -> str:
     if variant == FULL:
         low, high = min(found.values), max(found.values)
         return f"{100 * found.mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+    difference = f"{round(100 * found.difference, 1) + 0.0:+.1f}"  # no minus before 0.0
     if not np.isfinite(found.low):
-        return f"{100 * found.difference:+.1f}"
-    return f"{100 * found.difference:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+        return difference
+    # Student's interval is symmetric.
+    return f"{difference} ±\u00a0{50 * (found.high - found.low):.1f}"
 
 
 def _report(
@@ -326,11 +340,12 @@ def _report(
         if v != FULL
     ]
     intervals = (
-        f"Differences are to the whole method with the same seed; intervals are Student's t over "
-        f"{len(seeds)} seeds, for one comparison at a time. With {len(compared) * len(others)} "
-        "comparisons some exclude zero by chance alone, and with so few seeds an interval that "
-        "includes zero does not show that a part is useless. Seeds change the training, the videos "
-        "stay the same."
+        "In points. Differences are to the whole method with the same seed; ± is half of the "
+        f"interval by Student's t over {len(seeds)} seeds, for one comparison at a time. With "
+        f"{sum(map(len, panels.values()))} comparisons some exclude zero by chance alone, and with "
+        "so few seeds an interval that includes zero does not show that a part is useless. Seeds "
+        "change the training, the videos stay the same. A dash: the variant was not trained for "
+        "that task."
     )
     body = [
         "<h1>What each part of the method does</h1>",

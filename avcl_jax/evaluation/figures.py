@@ -21,6 +21,7 @@ import numpy as np
 import simplejpeg
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 # Mid-tones that keep a contrast of 3 : 1 to both backgrounds of the page.
 SERIES_COLOURS = (
@@ -236,7 +237,10 @@ def forest(
     columns = 3
     lines = -(-len(panels) // columns)
     with matplotlib.rc_context({**_RC, "axes.grid.axis": "x"}):
-        figure = Figure(figsize=(11.5, lines * (0.6 + 0.2 * len(rows))), layout="constrained")
+        figure = Figure(
+            figsize=(11.5, lines * (0.7 + 0.2 * len(rows))),
+            layout=ConstrainedLayoutEngine(h_pad=0.12),
+        )
         grid = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
         for axes, (title, by_row) in zip(grid, panels.items(), strict=False):
             axes.axvline(0, color=_INK, linewidth=1.0)

@@ -55,11 +55,36 @@ def test_a_figure_that_a_variant_lacks_is_left_out_and_one_that_all_lack_refused
     results = {("full", 0): whole, ("full", 1): whole, ("silent", 0): {"retrieval": {}}}
     results["silent", 1] = {"retrieval": {}}
     path = ("retrieval", "audio_to_video", "r5")
-    found = effects(results, [Figure("R@5", path)], ["full", "silent"], [0, 1])
+    found = effects(results, [Figure("R@5", path, "")], ["full", "silent"], [0, 1])
     assert found["R@5"]["full"].mean == 0.3
     assert found["R@5"]["silent"] is None
     with pytest.raises(ValueError, match=r"no retrieval\.audio_to_video\.r1"):
-        effects(results, [Figure("R@1", (*path[:2], "r1"))], ["full"], [0, 1])
+        effects(results, [Figure("R@1", (*path[:2], "r1"), "")], ["full"], [0, 1])
+
+
+def test_a_task_that_was_not_trained_has_no_figure() -> None:
+    def run(weight: float) -> dict:
+        return {
+            "temporal": {"speed": {"accuracy": 0.2}},
+            "config": {"loss": {"weights": {"speed_video": weight}}},
+        }
+
+    results = {("full", 0): run(1.0), ("no_speed", 0): run(0.0), ("half_speed", 0): run(0.5)}
+    speed = Figure("speed", ("temporal", "speed", "accuracy"), "speed_video")
+    found = effects(results, [speed], ["full", "no_speed", "half_speed"], [0])
+    assert found["speed"]["no_speed"] is None
+    assert found["speed"]["half_speed"].mean == 0.2
+    assert ablation.as_table(found, ["full", "no_speed"]).endswith("| no speed | – |")
+    with pytest.raises(ValueError, match="or are not trained for it"):
+        effects({("full", 0): run(0.0)}, [speed], ["full"], [0])
+
+
+def test_every_figure_names_a_term_of_the_loss_or_none() -> None:
+    config = ablation_config.get_config()
+    terms = [term for _, _, term in config.ablation.figures]
+    assert set(terms) <= {"", *config.loss.weights}
+    for _, path, term in config.ablation.figures:
+        assert (term in path.split(".")) == path.startswith("temporal.")
 
 
 def _small(records) -> object:
@@ -114,7 +139,7 @@ class _Runs:
 def test_a_sweep_that_is_stopped_goes_on_and_writes_one_table(tmp_path) -> None:
     config = ablation_config.get_config()
     config.ablation.variants = config.ablation.variants[:2]
-    config.ablation.figures = (("motion", "probe.motion"),)
+    config.ablation.figures = (("motion", "probe.motion", ""),)
     config.ablation.seeds = (0, 1)
     runs = _Runs(stop_at=3)
 
@@ -131,13 +156,13 @@ def test_a_sweep_that_is_stopped_goes_on_and_writes_one_table(tmp_path) -> None:
     results = sweep()
     assert runs.trained[3:] == ["no_vv 1"]
     written = json.loads((tmp_path / "results.json").read_text())["effects"]
-    assert (results["protocol"], results["protocol_version"]) == ("ablation", 1)
+    assert (results["protocol"], results["protocol_version"]) == ("ablation", 2)
     found = results["effects"]["motion"]
     assert written["motion"]["no_vv"]["low"] == found["no_vv"]["low"]
     assert found["full"]["values"] == pytest.approx([0.7, 0.8])
     assert found["no_vv"]["difference"] == pytest.approx(-0.2)
     table = (tmp_path / "ablation.md").read_text().splitlines()
-    assert table[2:] == ["| full | 75.0 (70.0 to 80.0) |", "| no vv | -20.0 (-20.0 to -20.0) |"]
+    assert table[2:] == ["| full | 75.0 (70.0 to 80.0) |", "| no vv | -20.0 ±\u00a00.0 |"]
     report = (tmp_path / "report.html").read_text()
     assert "loss.weights.vv = 0.0" in report
     assert report.count("<svg") == 1
@@ -146,7 +171,7 @@ def test_a_sweep_that_is_stopped_goes_on_and_writes_one_table(tmp_path) -> None:
 def _two_runs() -> object:
     config = ablation_config.get_config()
     config.ablation.variants = config.ablation.variants[:2]
-    config.ablation.figures = (("motion", "probe.motion"),)
+    config.ablation.figures = (("motion", "probe.motion", ""),)
     config.ablation.seeds = (0,)
     return config
 
