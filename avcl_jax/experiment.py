@@ -192,3 +192,8 @@ def differences(old: str, new: str) -> list[str]:
         for key in sorted(before.keys() | after.keys())
         if before.get(key, missing) != after.get(key, missing)
     ]
+
+
+def decisive_differences(old: str, new: str) -> list[str]:
+    """Those of `differences` that change what is computed, not only how it is executed."""
+    return [line for line in differences(old, new) if line.split(":")[0] not in EXECUTION_KEYS]

@@ -190,12 +190,8 @@ def check_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     path = workdir / _CONFIG
     if not path.exists():
         raise ValueError(f"{workdir} holds no run (config.json is missing): pretrain there first")
-    lines = experiment.differences(path.read_text(), experiment.to_json(config))
-    differing = [
-        line
-        for line in lines
-        if line.startswith(_RUN_SECTIONS) and line.split(":")[0] not in experiment.EXECUTION_KEYS
-    ]
+    lines = experiment.decisive_differences(path.read_text(), experiment.to_json(config))
+    differing = [line for line in lines if line.startswith(_RUN_SECTIONS)]
     if differing:
         raise ValueError(f"{workdir} was pretrained with other settings: {'; '.join(differing)}")
 

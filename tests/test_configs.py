@@ -100,3 +100,14 @@ def test_json_of_a_config_comes_back_and_differences_name_keys():
         "views.speeds: [1, 2, 4, 8] -> [1, 2]",
     ]
     np.testing.assert_equal(experiment.render_spec(config).views.speeds, (1, 2))
+
+
+def test_where_a_run_is_executed_is_no_decisive_difference():
+    config = pretrain.get_config()
+    text = experiment.to_json(config)
+    config.data.threads, config.compilation_cache = 7, "elsewhere"
+    assert len(experiment.differences(text, experiment.to_json(config))) == 2
+    assert experiment.decisive_differences(text, experiment.to_json(config)) == []
+    config.seed = 5
+    changed = experiment.decisive_differences(text, experiment.to_json(config))
+    assert changed == ["seed: 0 -> 5"]

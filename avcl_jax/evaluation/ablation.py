@@ -166,11 +166,10 @@ def _results(run: ml_collections.ConfigDict, directory: epath.Path) -> dict[str,
     results = json.loads(path.read_text())
     if (results["protocol"], results["protocol_version"]) != (PROTOCOL.name, PROTOCOL.version):
         return None
-    differing = experiment.differences(
+    differing = experiment.decisive_differences(
         json.dumps(results["config"]), experiment.to_json(_task(run, "evaluate"))
     )
-    settings = {line.split(":")[0] for line in differing}
-    return None if settings - set(experiment.EXECUTION_KEYS) else results
+    return None if differing else results
 
 
 def _check_same_data(found: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:

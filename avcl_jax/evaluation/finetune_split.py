@@ -286,8 +286,7 @@ def _check_training(
     path = workdir / "config.json"
     differing = []
     if path.exists():
-        lines = experiment.differences(path.read_text(), text)
-        differing = [line for line in lines if line.split(":")[0] not in experiment.EXECUTION_KEYS]
+        differing = experiment.decisive_differences(path.read_text(), text)
     check_config(workdir, text, differing)
 
 

@@ -41,9 +41,8 @@ def check_config(workdir: epath.Path, config_json: str, differing: Iterable[str]
     Args:
         workdir: of the run.
         config_json: config of this start.
-        differing: what differs from the config already there, one line a key; see
-            `experiment.differences`. Keys that change only how, not what, is computed are left out
-            by the caller.
+        differing: what differs from the config already there, one line a key, as
+            `experiment.decisive_differences` returns it.
 
     Raises:
         CheckpointError: naming what differs.

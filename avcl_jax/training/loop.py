@@ -140,8 +140,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
     old_config = workdir / "config.json"
     differing = []
     if old_config.exists():
-        lines = experiment.differences(old_config.read_text(), config_json)
-        differing = [line for line in lines if line.split(":")[0] not in experiment.EXECUTION_KEYS]
+        differing = experiment.decisive_differences(old_config.read_text(), config_json)
     check_config(workdir, config_json, differing)
 
     key = jax.random.key(config.seed)
