@@ -97,7 +97,7 @@ COMMANDS = {
         }
     ),
     "ablation.py": of_a_run(
-        HELD,
+        "no_va, seed 0 is measured",
         "",
         **_EVALUATED,
         ablation__seeds=(0,),
