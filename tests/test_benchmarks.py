@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from avcl_jax.data.views import BACKWARD, FORWARD, Clip, frame_indices
-from benchmarks import bank, log_mel, rendering, steps, train_step
+from benchmarks import bank, esc10, log_mel, rendering, steps, train_step
 from benchmarks.baselines import pyav_dataloader
 from benchmarks.formats import FORMATS
 from benchmarks.measure import (
@@ -230,3 +230,86 @@ def test_the_dataloader_shows_the_same_frames(
         shown = pyav_dataloader.view_pictures(container, clip)
     # Neighbours differ by 37 and more.
     assert np.abs(np.mean(shown, axis=(1, 2, 3)) - grey(wanted)).max() < 9
+
+
+class Commands:
+    """Stands in for the commands that benchmarks.esc10 gives.
+
+    A run's training takes as many seconds as it has steps; a fold's accuracy is the percentage
+    of its number, one fold further for an encoder of more steps.
+    """
+
+    def __init__(self) -> None:
+        self.given: list[tuple[str, Path, dict[str, str]]] = []
+
+    def __call__(self, config: str, workdir: Path, *options: str) -> None:
+        settings = dict(option.removeprefix("--config.").split("=", 1) for option in options)
+        self.given.append((config, workdir, settings))
+        workdir.mkdir(parents=True, exist_ok=True)
+        if config == "configs/pretrain.py:esc10":
+            line = {"train_seconds": int(settings.get("steps", 60))}
+            (workdir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+            return
+        further = int("/long600/" in settings["encoder"])
+        seed = int(settings["seed"])
+        metrics = {
+            "accuracy": {"value": 0.9 + seed / 100, "low": 0.85, "high": 0.95},
+            "accuracy_random": {"value": 0.7},
+            "accuracy_mfcc_rbf": {"value": 0.6},
+            "accuracy_log_mel_rbf": {"value": 0.8},
+            "accuracy_log_mel_linear": {"value": 0.75},
+        }
+        by_fold = [int(fold) / 100 + further for fold in esc10.FOLDS]
+        found = {
+            "metrics": metrics,
+            "encoder": {"step": 60},
+            "details": {"by_fold": {"encoder": {"fold_accuracy": by_fold}}},
+        }
+        (workdir / "results.json").write_text(json.dumps(found))
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
+    made = Commands()
+    monkeypatch.setattr(esc10, "_main", made)
+    return made
+
+
+def test_each_fold_of_esc_has_an_encoder_that_did_not_hear_it(
+    commands: Commands, tmp_path: Path
+) -> None:
+    rows = {row.name: row for row in esc10.folds_rows(tmp_path, tmp_path / "records", [0, 2])}
+    trained = {
+        str(workdir.relative_to(tmp_path)): (settings["data.select"], settings["seed"])
+        for config, workdir, settings in commands.given
+        if config == "configs/pretrain.py:esc10"
+    }
+    assert trained == {
+        f"seed{seed}/fold{fold}": (f"fold!={fold}", str(seed))
+        for seed in (0, 2)
+        for fold in (1, 2, 3, 4, 5)
+    }
+    encoders = [
+        settings["encoder"] for config, _, settings in commands.given if "audio_class" in config
+    ]
+    assert encoders == [f"{tmp_path}/seed{seed}/fold{{fold}}" for seed in (0, 2)]
+    assert not any("allow_trained_on" in name for *_, given in commands.given for name in given)
+    assert rows["esc10_accuracy"].value == pytest.approx(0.91)
+    assert rows["esc10_over_random"].value == pytest.approx(0.21)
+    assert rows["esc10_over_classical"].value == pytest.approx(0.11)
+    assert rows["esc10_pretraining_minutes"].value == 1
+
+
+def test_a_longer_run_on_esc_is_tested_on_its_fold_alone_beside_the_usual_one(
+    commands: Commands, tmp_path: Path
+) -> None:
+    row = esc10.long_row(tmp_path, tmp_path / "records", steps=600, fold="3")
+    assert row.value == 1.03
+    assert row.detail == {"fold": "3", "steps": 600, "minutes": 10, "of_usual_length": 0.03}
+    trained = [
+        settings for config, _, settings in commands.given if config == "configs/pretrain.py:esc10"
+    ]
+    assert [settings["data.select"] for settings in trained] == ["fold!=3", "fold!=3"]
+    longer, usual = trained
+    assert (longer["steps"], longer["bank.warmup_steps"]) == ("600", "360")
+    assert set(usual) == {"data.directory", "data.select", "seed"}
