@@ -49,7 +49,7 @@ def demo() -> ml_collections.ConfigDict:
     e.folds = 5
     e.position_cells = 8  # histogram of position: cells x cells
 
-    # Temporal tasks: pairs of views of each test video, drawn as in training.
+    # Temporal tasks: pairs of views of each test video, drawn as in training, sound as the picture.
     e.pairs_per_video = 10
 
     # The supervised encoders: rule of convergence in evaluation/supervised.py. `views` are rendered

@@ -85,6 +85,10 @@ def drawn_pairs(
 ) -> dict[str, Any]:
     """Renders pairs of views of one record, drawn as in training but cropped in the centre.
 
+    Picture and sound of a view are of one playback also where `spec` has an independent audio
+    transform: two runs are shown the same views. With a transform of their own, intervals that do
+    not overlap lie further apart, and order is easier to tell.
+
     Args:
         source: usable records.
         position: which one.
@@ -97,10 +101,11 @@ def drawn_pairs(
     """
     index, record, use = source[position]
     rng = np.random.default_rng(np.random.SeedSequence([seed, position]))
+    views = dataclasses.replace(spec.views, audio_transform="shared")
     crop = center_crop(max(record.height, 1), max(record.width, 1))
     rows = []
     for _ in range(pairs):
-        pair = draw_views(rng, use.timeline, spec.views)
+        pair = draw_views(rng, use.timeline, views)
         arrays = render_views(record, use, pair.video, pair.audio, [crop] * 2, spec)
         arrays |= {
             "order": np.int32(pair.order),

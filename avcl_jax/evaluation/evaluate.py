@@ -50,7 +50,7 @@ from avcl_jax.training.state import example_inputs, init_variables
 
 PROTOCOL = Protocol(
     name="pretraining_run",
-    version=1,
+    version=2,
     title="What a run has learned",
     definition=(),  # `summary` says it with the numbers of the run
 )

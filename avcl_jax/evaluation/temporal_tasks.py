@@ -36,11 +36,12 @@ from avcl_jax.objectives.temporal import TERMS, temporal_targets
 
 PROTOCOL = Protocol(
     name="temporal_tasks",
-    version=1,
+    version=2,
     title="Temporal tasks on held-out records",
     definition=(
         "Of each record evaluation.pairs_per_video pairs of views are drawn as in training "
         "(speeds, directions and order jointly balanced; the same for the same seed and record), "
+        "sound and picture at one speed and in one direction however the run was trained, "
         "and cropped to the largest centred square, without augmentation.",
         "The heads of the run classify them: speed and direction of each view by its picture and "
         "by its sound, order of a pair by two pictures, two sounds, and picture and sound.",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -96,6 +98,16 @@ def test_drawn_pairs_have_the_arrays_of_a_training_batch(source):
     again = drawn_pairs(source, 2, SPEC, pairs=5, seed=0)
     np.testing.assert_array_equal(arrays["video"], again["video"])
     assert (arrays["video"] != drawn_pairs(source, 2, SPEC, pairs=5, seed=1)["video"]).any()
+
+
+def test_pairs_are_the_same_views_whatever_transform_of_sound_a_run_was_trained_with(source):
+    views = dataclasses.replace(SPEC.views, audio_transform="independent")
+    other = dataclasses.replace(SPEC, views=views)
+    for position in range(4):
+        first = drawn_pairs(source, position, SPEC, pairs=6, seed=0)
+        second = drawn_pairs(source, position, other, pairs=6, seed=0)
+        for name, value in first.items():
+            np.testing.assert_array_equal(value, second[name], err_msg=name)
 
 
 def test_views_form_pairs_of_one_video(source):
