@@ -145,7 +145,7 @@ def run_folds(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[st
     sources = clips.sources
     class_names = records.class_names[config.data.label]
 
-    def classify(values: np.ndarray, kernel: Any, costs: Any) -> FoldResult:
+    def classify(values: np.ndarray, kernel: Any, costs: Any, tested: Any = None) -> FoldResult:
         return classify_folds(
             values if values.ndim == 3 else values[:, None],
             labels,
@@ -154,13 +154,14 @@ def run_folds(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[st
             classes=len(class_names),
             kernel=kernel,
             costs=tuple(costs),
+            tested=tested,
         )
 
     with stages("classifiers"):
         settings = config.evaluation
         results = {
             name: by_test_fold(
-                lambda values: classify(values, "linear", settings.costs),
+                lambda values, tested: classify(values, "linear", settings.costs, tested),
                 by_encoder,
                 networks[name],
                 folds,

@@ -24,11 +24,11 @@ class FoldResult:
 
     Attributes:
         correct: float64 [n], 1 where the item's class has the highest mean decision value, when
-            its fold was the test fold; a tie counts as wrong.
-        predicted: int64 [n], class in [0, classes).
-        costs: of each fold, chosen on the other folds.
-        inner_accuracy: of each fold, mean accuracy over the other folds at that cost, each held out
-            in turn.
+            its fold was the test fold; a tie counts as wrong. NaN in folds that are not tested.
+        predicted: int64 [n], class in [0, classes); -1 in folds that are not tested.
+        costs: of each tested fold, chosen on the other folds.
+        inner_accuracy: of each tested fold, mean accuracy over the other folds at that cost, each
+            held out in turn.
     """
 
     correct: np.ndarray
@@ -46,8 +46,9 @@ def classify_folds(
     classes: int,
     kernel: Kernel,
     costs: Sequence[float],
+    tested: Sequence[int] | None = None,
 ) -> FoldResult:
-    """Tests every fold with a support vector machine that saw none of it.
+    """Tests every fold, or those of `tested`, with a support vector machine that saw none of it.
 
     Features are standardised by mean and deviation of the training clips; every clip of a training
     item is a training example of its class; an item is classified by the mean of its clips'
@@ -63,6 +64,7 @@ def classify_folds(
         kernel: "linear" is liblinear's L2-regularised squared hinge loss, "rbf" libsvm's with gamma
             1 / (C · variance).
         costs: of which to choose.
+        tested: numbers of the folds to test, increasing; None is all of them.
 
     Raises:
         ProtocolError: if there are fewer than three folds, or a source is in two of them.
@@ -72,6 +74,7 @@ def classify_folds(
         raise ProtocolError(f"nested cross-validation needs three folds, there are {len(names)}")
     _check_sources(folds, sources)
     costs = sorted(costs)
+    tests = range(len(names)) if tested is None else np.searchsorted(names, tested).tolist()
 
     def scores(train: np.ndarray, wanted: Sequence[float]) -> dict[float, np.ndarray]:
         """Mean decision values [items that are not in training, classes], for each cost."""
@@ -92,18 +95,20 @@ def classify_folds(
         # One training without folds a and b serves two choices: that for a, which asks about b,
         # and that for b, which asks about a.
         for a, b in itertools.combinations(range(len(names)), 2):
+            if a not in tests and b not in tests:
+                continue
             train = ~np.isin(folds, names[[a, b]])
             held = folds[~train]
             for number, found in enumerate(scores(train, costs).values()):
                 hits = top_k_hits(found, labels[~train], 1)
                 inner[a, b, number] = hits[held == names[b]].mean()
                 inner[b, a, number] = hits[held == names[a]].mean()
-        accuracy = np.nanmean(inner, axis=1)
+        accuracy = np.nanmean(inner[list(tests)], axis=1)
         best = accuracy.argmax(axis=1)  # the first, so the smallest cost, of equal ones
-        correct, predicted = np.empty(len(labels)), np.empty(len(labels), np.int64)
-        for number, name in enumerate(names):
+        correct, predicted = np.full(len(labels), np.nan), np.full(len(labels), -1)
+        for name, chosen in zip(names[list(tests)], best, strict=True):
             train = folds != name
-            cost = costs[best[number]]
+            cost = costs[chosen]
             found = scores(train, [cost])[cost]
             correct[~train] = top_k_hits(found, labels[~train], 1)
             predicted[~train] = found.argmax(axis=1)
@@ -111,7 +116,7 @@ def classify_folds(
         correct,
         predicted,
         [costs[number] for number in best],
-        accuracy[np.arange(len(names)), best].tolist(),
+        accuracy.max(axis=1).tolist(),
     )
 
 

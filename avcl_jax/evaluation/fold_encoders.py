@@ -153,32 +153,32 @@ def check_unheard(
 
 
 def by_test_fold(
-    classify: Callable[[np.ndarray], FoldResult],
+    classify: Callable[[np.ndarray, np.ndarray], FoldResult],
     features: Mapping[str, np.ndarray],
     encoders: FoldEncoders,
     folds: np.ndarray,
     names: Sequence[str],
 ) -> FoldResult:
-    """Takes from each encoder the result of the folds that it is tested on.
+    """Tests each fold with the features of its own encoder.
 
     Args:
-        classify: from features [n, …] to the results of all folds.
-        features: of each distinct encoder, by its fingerprint.
-        encoders: of each fold.
+        classify: maps features [n, …] and the numbers of the folds to test to their results.
+        features: features of each distinct encoder, by its fingerprint.
+        encoders: encoder of each fold.
         folds: int [n].
-        names: of the classes that `folds` numbers.
+        names: class names that `folds` numbers.
     """
-    results = {fingerprint: classify(values) for fingerprint, values in features.items()}
-    numbers = np.unique(folds)  # the order of the costs
-    chosen = [results[encoders.by_fold[names[int(number)]].fingerprint] for number in numbers]
-    first = chosen[0]
-    correct, predicted = np.empty_like(first.correct), np.empty_like(first.predicted)
-    for number, result in zip(numbers, chosen, strict=True):
-        tested = folds == number
-        correct[tested], predicted[tested] = result.correct[tested], result.predicted[tested]
-    return FoldResult(
-        correct,
-        predicted,
-        [result.costs[place] for place, result in enumerate(chosen)],
-        [result.inner_accuracy[place] for place, result in enumerate(chosen)],
-    )
+    numbers = np.unique(folds)
+    used = np.array([encoders.by_fold[names[number]].fingerprint for number in numbers])
+    correct, predicted = np.empty(len(folds)), np.empty(len(folds), np.int64)
+    choices: dict[int, tuple[float, float]] = {}
+    for fingerprint, values in features.items():
+        tested = numbers[used == fingerprint]
+        result = classify(values, tested)
+        mine = np.isin(folds, tested)
+        correct[mine], predicted[mine] = result.correct[mine], result.predicted[mine]
+        choices |= dict(
+            zip(tested.tolist(), zip(result.costs, result.inner_accuracy, strict=True), strict=True)
+        )
+    costs, inner_accuracy = zip(*(choices[number] for number in numbers.tolist()), strict=True)
+    return FoldResult(correct, predicted, list(costs), list(inner_accuracy))

@@ -12,6 +12,7 @@ from sklearn.svm import SVC, LinearSVC
 
 from avcl_jax.data.modality_records import LackingError
 from avcl_jax.data.records import RecordDataset
+from avcl_jax.evaluation import fold_classification
 from avcl_jax.evaluation.audio_classification import audio_classification
 from avcl_jax.evaluation.classical_audio import classical_features
 from avcl_jax.evaluation.fold_classification import classify_folds
@@ -28,10 +29,9 @@ def _items(rng, *, per_class=8, clips=3, classes=3, folds=4, separation=0.0):
     return features, labels, names, [str(n) for n in range(len(labels))]
 
 
-def _classify(features, labels, folds, sources, *, kernel="linear", costs=(0.01, 1.0), classes=3):
-    return classify_folds(
-        features, labels, folds, sources, classes=classes, kernel=kernel, costs=costs
-    )
+def _classify(features, labels, folds, sources, **settings):
+    settings = {"kernel": "linear", "costs": (0.01, 1.0), "classes": 3} | settings
+    return classify_folds(features, labels, folds, sources, **settings)
 
 
 @pytest.mark.parametrize("kernel", ["linear", "rbf"])
@@ -65,6 +65,22 @@ def test_shuffled_labels_give_chance():
     features, labels, folds, sources = _items(rng, per_class=12, separation=3.0)
     assert _classify(features, labels, folds, sources).correct.mean() > 0.95
     assert _classify(features, rng.permutation(labels), folds, sources).correct.mean() < 0.47
+
+
+def test_testing_one_fold_gives_its_result_without_the_training_for_the_others(monkeypatch):
+    features, labels, folds, sources = _items(np.random.default_rng(4), separation=0.7)
+    whole = _classify(features, labels, folds, sources)
+    trained = []
+    machine = fold_classification._machine
+    monkeypatch.setattr(
+        fold_classification, "_machine", lambda *a: trained.append(a) or machine(*a)
+    )
+    alone = _classify(features, labels, folds, sources, tested=[2])
+    assert len(trained) == 3 * 2 + 1  # without fold 2 and one other at two costs, then without 2
+    mine = folds == 2
+    np.testing.assert_array_equal(alone.correct[mine], whole.correct[mine])
+    assert np.isnan(alone.correct[~mine]).all()
+    assert (alone.costs, alone.inner_accuracy) == ([whole.costs[2]], [whole.inner_accuracy[2]])
 
 
 def test_the_test_fold_decides_nothing():

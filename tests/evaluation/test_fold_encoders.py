@@ -30,20 +30,33 @@ def _source(name: str, trained_on: str | None = None) -> EncoderSource:
     return EncoderSource(f"runs/{name}", {}, name, 7, trained_on)
 
 
-def test_results_of_a_fold_are_those_of_its_own_encoder() -> None:
+def test_results_of_a_fold_are_those_of_its_own_encoder_which_classifies_no_other() -> None:
     encoders = FoldEncoders({name: _source(f"f{name}") for name in NAMES}, _source("all"))
     folds = np.array([1, 0, 2, 1, 0])  # classes of the label, in its own order
+    asked = []
 
-    def classify(values: np.ndarray) -> FoldResult:
+    def classify(values: np.ndarray, tested: np.ndarray) -> FoldResult:
         mark = int(values[0])
-        costs = [10.0 * mark + place for place in range(3)]
-        return FoldResult(np.full(5, mark / 10), np.full(5, mark), costs, costs)
+        asked.append((mark, tested.tolist()))
+        mine = np.isin(folds, tested)
+        return FoldResult(
+            np.where(mine, mark / 10, np.nan),
+            np.where(mine, mark, -1),
+            [10.0 * mark + fold for fold in tested],
+            [0.0] * len(tested),
+        )
 
     features = {f"f{name}": np.full(5, int(name)) for name in NAMES}
     found = by_test_fold(classify, features, encoders, folds, NAMES)
     assert found.predicted.tolist() == [2, 1, 3, 2, 1]
     assert found.correct.tolist() == [0.2, 0.1, 0.3, 0.2, 0.1]
     assert found.costs == [10.0, 21.0, 32.0]
+    assert asked == [(1, [0]), (2, [1]), (3, [2])]
+    asked.clear()
+    one = _source("one")
+    single = FoldEncoders(dict.fromkeys(NAMES, one), one)
+    by_test_fold(classify, {"one": np.full(5, 7)}, single, folds, NAMES)
+    assert asked == [(7, [0, 1, 2])]
 
 
 def test_paths_with_a_place_for_the_fold_open_one_encoder_each(monkeypatch) -> None:
