@@ -17,8 +17,8 @@ from avcl_jax.data.records import RecordDataset
 from avcl_jax.evaluation.transformations.families import FAMILIES, applies, transform
 from avcl_jax.evaluation.transformations.timeline import Transformed, excerpt, without_sound
 
-# Segments of a file are needed several times: as references, and for each family.
-_FILES_IN_MEMORY = 32
+# Decoded files that are kept: their segments are needed as references, and for each family.
+_BYTES_IN_MEMORY = 2**30
 _LEAST_SIDE = 16  # pixels
 
 
@@ -118,7 +118,12 @@ def clips_of_records(records: RecordDataset, count: int, first: int) -> list[Sou
         return decode_record(records[index])
 
     return [
-        SourceClip(records.record_ids[i], records[i].source_id, functools.partial(load, i))
+        SourceClip(
+            records.record_ids[i],
+            # The index has numbers of sources; their names stand in the records.
+            f"{records.split}/{records.source_numbers[i]:07d}",
+            functools.partial(load, i),
+        )
         for i in range(first, last)
     ]
 
@@ -149,10 +154,14 @@ def segments_of_files(
         decode_media, short_side=short_side, max_fps=max_fps, sample_rate_hz=sample_rate_hz
     )
 
+    kept: dict[Path, DecodedMedia] = {}  # the least recently used first
+
     # Whole: decoding that begins in the middle of a file refuses some that are not damaged.
-    @functools.lru_cache(_FILES_IN_MEMORY)
     def whole(path: Path) -> DecodedMedia:
-        return decode(path)
+        kept[path] = media = kept.pop(path) if path in kept else decode(path)
+        while len(kept) > 1 and sum(map(_num_bytes, kept.values())) > _BYTES_IN_MEMORY:
+            del kept[next(iter(kept))]
+        return media
 
     def load(path: Path, begin: float) -> DecodedMedia:
         part = excerpt(whole(path), begin, begin + segment_seconds)
@@ -175,6 +184,10 @@ def segments_of_files(
             name = f"{path.name}@{begin:g}s"
             segments.append(SourceClip(name, path.name, functools.partial(load, path, begin)))
     return segments, unused
+
+
+def _num_bytes(media: DecodedMedia) -> int:
+    return media.frames.nbytes + media.waveform.nbytes
 
 
 def make_queries(
@@ -217,7 +230,7 @@ def make_queries(
                             strength,
                             seed=seed,
                             clip=name,
-                            other=_other(family, clips.others, number).load(),
+                            other=_other(family, clips.others, number),
                         ),
                     )
 
@@ -233,8 +246,11 @@ def _with(
     )
 
 
-def _other(family: str, others: Sequence[SourceClip], number: int) -> SourceClip:
-    return others[(zlib.crc32(family.encode()) + number) % len(others)]
+def _other(family: str, others: Sequence[SourceClip], number: int) -> DecodedMedia | None:
+    """Returns foreign footage for the families that need it."""
+    if not FAMILIES[family].needs_other:
+        return None
+    return others[(zlib.crc32(family.encode()) + number) % len(others)].load()
 
 
 def sounds_of_files(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
@@ -102,6 +103,20 @@ def test_queries_and_distractors_are_as_many_and_never_the_same_clip(sets: ClipS
     assert len({q.clip.name for q in queries if q.findable}) == len(names)
     again = list(make_queries(sets, COUNTS, FAMILY_NAMES, seed=0))
     assert [q.unit for q in again] == [q.unit for q in queries]
+
+
+def test_donors_are_decoded_for_families_that_need_them_alone(sets: ClipSets) -> None:
+    loaded = []
+
+    def load() -> DecodedMedia:
+        loaded.append(1)
+        return _clip(20)
+
+    sets = dataclasses.replace(sets, others=[SourceClip("donor", "donor", load)])
+    assert len(list(make_queries(sets, COUNTS, FAMILY_NAMES, seed=0))) > 20
+    assert not loaded
+    queries = list(make_queries(sets, {"medium": 2}, ("audio_swapped",), seed=0))
+    assert len(loaded) == len(queries) == 4
 
 
 def test_clips_that_lack_what_a_family_changes_are_not_asked_for() -> None:

@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 from etils import epath
 
+from avcl_jax.data.decoded import DecodedMedia
 from avcl_jax.data.record_metadata import write_dataset_metadata
 from avcl_jax.data.records import RecordDataset, shard_name, write_shard
 from avcl_jax.encoder_source import open_encoders
+from avcl_jax.evaluation import fingerprint_clips
 from avcl_jax.evaluation.fingerprint_clips import clips_of_records, segments_of_files
 from avcl_jax.evaluation.fingerprinting import clip_sets, fingerprinting
 from avcl_jax.evaluation.protocol import (
@@ -34,6 +36,7 @@ from benchmarks.measure import SkipError
 from configs import fingerprint
 from tests.data.synthetic_media import write_flash_and_click
 from tests.data.synthetic_records import make_record
+from tests.evaluation.transformations.clips import clip
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +97,7 @@ def test_rows_of_the_benchmark_and_the_report_beside_them(
     for words in ("R@1 by family, medium strength", "audio removed", "data:image/jpeg;base64"):
         assert words in report
     kept = read_outcomes(workdir / "outcomes.npz")
-    assert set(kept.sources) <= {f"source {n}" for n in range(6)}
+    assert set(kept.sources) <= {f"test/{n:07d}" for n in range(6)}
     assert kept.values["findable"].mean() == 0.5
     capsys.readouterr()
     assert benchmark.main(arguments) == 0
@@ -216,6 +219,35 @@ def test_settings_that_cannot_be_met_are_one_line(encoders: Path, records: Path,
         fingerprint.get_config("foly")
     with pytest.raises(ValueError, match="needs 10"):
         clips_of_records(RecordDataset(records, "test"), 4, first=6)
+
+
+def test_listing_the_clips_of_records_reads_no_record(records: Path, monkeypatch) -> None:
+    dataset = RecordDataset(records, "test")
+    sources = [dataset[n].source_id for n in range(4)]
+    monkeypatch.setattr(RecordDataset, "__getitem__", None)
+    clips = clips_of_records(dataset, 4, first=0)
+    # Videos are told apart as the records' sources are.
+    assert len({clip.video for clip in clips}) == len(set(sources))
+
+
+def test_decoded_files_are_kept_up_to_a_number_of_bytes(tmp_path: Path, monkeypatch) -> None:
+    decoded = []
+
+    def decode(path: Path, **_: object) -> DecodedMedia:
+        decoded.append(path.name)
+        return clip(0)
+
+    monkeypatch.setattr(fingerprint_clips, "decode_media", decode)
+    paths = [tmp_path / name for name in "ab"]
+    settings = {"segment_seconds": 2.0, "short_side": 32, "max_fps": 10.0, "sample_rate_hz": 8000}
+    size = clip(0).frames.nbytes + clip(0).waveform.nbytes
+    for room, expected in ((3 * size, "ab"), (size + 1, "ababa"), (1, "ababa")):
+        decoded.clear()
+        monkeypatch.setattr(fingerprint_clips, "_BYTES_IN_MEMORY", room)
+        segments, _ = segments_of_files(paths, **settings)
+        for segment in (*segments, segments[0]):  # one file after the other, then back
+            segment.load()
+        assert "".join(decoded) == expected
 
 
 def test_files_are_cut_into_segments_or_named_with_a_reason(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def transform(
     *,
     seed: int,
     clip: str,
-    other: DecodedMedia,
+    other: DecodedMedia | None,
 ) -> Transformed:
     """Returns a transformed copy of a clip: always the same for the same arguments.
 
@@ -143,7 +143,7 @@ def transform(
         strength: one of `STRENGTHS`.
         seed: of the benchmark.
         clip: name of the clip, so that two clips meet different draws whatever their order.
-        other: foreign footage, for the families that need it.
+        other: foreign footage, for the families that need it; None for the others.
 
     Raises:
         KeyError: if there is no such family or strength.
