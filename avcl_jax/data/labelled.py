@@ -105,15 +105,11 @@ class AudioClipSpec:
 
     def fixed(self, record: Record, start_seconds: float, crops: int) -> list[np.ndarray]:
         """Returns one clip int16 [frames, window]; sound has no crops."""
-        mel = self.log_mel
-        needed = round((start_seconds - record.audio_start_seconds) * mel.sample_rate_hz)
-        needed += mel.frames * mel.window
-        waveform = np.pad(record.waveform, (0, max(needed - len(record.waveform), 0)))
         return [
             gather_windows(
-                waveform,
+                record.waveform,
                 Clip(start_seconds, 0, FORWARD),
-                mel,
+                self.log_mel,
                 self.views,
                 audio_start_seconds=record.audio_start_seconds,
             )

@@ -131,9 +131,6 @@ class AudioPreprocessing:
                 res_type="soxr_hq",
             )
         span = spec.clip_seconds * speed
-        missing = round(span * spec.sample_rate_hz) - len(waveform)
-        if missing > 0:
-            waveform = np.pad(waveform, (0, missing))
         views = ViewSpec(spec.frames, spec.clip_seconds, (speed,), "shared")
         windows = [
             gather_windows(waveform, Clip(s, 0, FORWARD), spec, views, audio_start_seconds=0.0)

@@ -100,8 +100,7 @@ def gather_windows(
         audio_start_seconds: time of the waveform's first sample on the video's timeline.
 
     Returns:
-        [frames, window], dtype of the waveform. Samples beyond an end repeat the nearest one; the
-        draw keeps clips inside, so this concerns rounding by one sample only.
+        [frames, window], dtype of the waveform; silent beyond its ends.
     """
     start = round((clip.start_seconds - audio_start_seconds) * spec.sample_rate_hz)
     hop = spec.window * views.speeds[clip.speed]
@@ -109,9 +108,15 @@ def gather_windows(
     if start >= 0 and end <= len(waveform):
         windows = waveform[start:end].reshape(spec.frames, hop)[:, : spec.window]
     else:
-        positions = start + hop * np.arange(spec.frames)[:, None] + np.arange(spec.window)
-        windows = waveform[np.clip(positions, 0, len(waveform) - 1)]
+        starts = start + hop * np.arange(spec.frames)
+        windows = samples_at(waveform, starts[:, None] + np.arange(spec.window))
     return windows[::-1, ::-1] if clip.direction == BACKWARD else windows
+
+
+def samples_at(waveform: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Returns the samples at integer positions of any shape, zero (silence) beyond the ends."""
+    inside = (positions >= 0) & (positions < len(waveform))
+    return np.where(inside, waveform[np.where(inside, positions, 0)], waveform.dtype.type(0))
 
 
 def log_mel(windows: Any, spec: LogMelSpec, xp: Any = np) -> Any:

@@ -18,6 +18,7 @@ from avcl_jax.data.rendering import RenderSpec, render_views
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import FORWARD, Clip
 from avcl_jax.evaluation.figures import clip_uri
+from avcl_jax.evaluation.fixed_views import fitting_speed
 from avcl_jax.evaluation.report_content import Curves, Exhibit, Search
 from avcl_jax.evaluation.retrieval import first_relevant_ranks, nearest
 from avcl_jax.evaluation.temporal import TASK_TITLES
@@ -35,7 +36,8 @@ class Exhibits:
         Args:
             source: usable records.
             spec: rendering, with the spectrogram made on the host.
-            speed: index into `spec.views.speeds`; the interval shown is that of such a view.
+            speed: index into `spec.views.speeds`; the interval shown is that of such a view, or of
+                one at the nearest speed that fits the record.
             stills: pictures of the interval.
         """
         self._source = source
@@ -48,9 +50,10 @@ class Exhibits:
         """Returns the middle of the record at `position`."""
         _, record, use = self._source[position]
         spec = self._spec
-        span = spec.views.clip_seconds * spec.views.speeds[self._speed]
+        speed = fitting_speed(use.timeline, self._speed, spec.views)
+        span = spec.views.clip_seconds * spec.views.speeds[speed]
         slack = max(use.timeline.duration_seconds - span, 0.0)
-        clip = Clip(use.timeline.start_seconds + slack / 2, self._speed, FORWARD)
+        clip = Clip(use.timeline.start_seconds + slack / 2, speed, FORWARD)
         crop = center_crop(max(record.height, 1), max(record.width, 1))
         arrays = render_views(record, use, [clip], [clip], [crop], spec)
         shown = np.linspace(0, spec.views.num_frames - 1, self._stills).round().astype(int)

@@ -9,7 +9,13 @@ from avcl_jax.data.crop import center_crop
 from avcl_jax.data.modality_records import evenly_spaced
 from avcl_jax.data.rendering import RenderSpec, describe, render_views
 from avcl_jax.data.usable_records import UsableRecords
-from avcl_jax.data.views import Clip, feasible_speeds
+from avcl_jax.data.views import Clip, Timeline, ViewSpec, feasible_speeds
+
+
+def fitting_speed(timeline: Timeline, wanted: int, views: ViewSpec) -> int:
+    """Returns the index of the feasible speed that is nearest to the one at `wanted`."""
+    feasible = feasible_speeds(timeline, views)
+    return min(feasible, key=lambda speed: abs(speed - wanted))
 
 
 def fixed_views(
@@ -36,12 +42,8 @@ def fixed_views(
         As `render_views`, plus `describe`, with len(speeds) * views_per_speed views.
     """
     index, record, use = source[position]
-    feasible = feasible_speeds(use.timeline, spec.views)
     clips = []
-    for speed in speeds:
-        speed = min(speed, feasible[-1]) if speed not in feasible else speed
-        if speed not in feasible:
-            speed = feasible[0]
+    for speed in (fitting_speed(use.timeline, wanted, spec.views) for wanted in speeds):
         span = spec.views.clip_seconds * spec.views.speeds[speed]
         slack = max(use.timeline.duration_seconds - span, 0.0)
         first = use.timeline.start_seconds

@@ -149,11 +149,13 @@ class RecordClips(ModalityRecords):
             return np.stack([render_video(record, clip, crop, self._spec) for clip in clips])
         assert isinstance(self._preprocessing, AudioPreprocessing)
         mel = self._preprocessing.log_mel
-        longest = mel.window * mel.frames * max(self._views.speeds)
-        waveform = np.pad(record.waveform, (0, longest))  # silence, should a clip reach beyond
         windows = [
             gather_windows(
-                waveform, clip, mel, self._views, audio_start_seconds=record.audio_start_seconds
+                record.waveform,
+                clip,
+                mel,
+                self._views,
+                audio_start_seconds=record.audio_start_seconds,
             )
             for clip in clips
         ]

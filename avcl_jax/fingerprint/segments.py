@@ -23,7 +23,7 @@ from avcl_jax.data.decoded import DecodedMedia, decode_media
 from avcl_jax.data.media import Source
 from avcl_jax.data.media_error import MediaError
 from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
-from avcl_jax.data.spectrogram import log_mel
+from avcl_jax.data.spectrogram import log_mel, samples_at
 from avcl_jax.encoder_source import MODALITIES, EncoderSource
 from avcl_jax.export import Encoder
 from avcl_jax.fingerprint.settings import FingerprintSettings
@@ -189,8 +189,7 @@ class Segmenter:
         for some in _batches(starts):
             begins = np.round((some - media.audio_start_seconds) * spec.sample_rate_hz)
             places = (begins[:, None] + np.round(hops)).astype(int)[:, :, None]
-            positions = np.clip(places + np.arange(spec.window), 0, len(waveform) - 1)
-            yield log_mel(waveform[positions], spec)
+            yield log_mel(samples_at(waveform, places + np.arange(spec.window)), spec)
 
     def _encoded(self, modality: str, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         params = self.source.encoders[modality].params

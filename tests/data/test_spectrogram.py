@@ -76,6 +76,18 @@ def test_windows_are_at_their_times_and_reversed_means_reversed():
         np.testing.assert_array_equal(backward, forward[::-1, ::-1])
 
 
+@pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
+def test_beyond_its_ends_the_sound_is_silent(direction):
+    waveform = np.full(9_000, 7, np.int16)
+    clip = Clip(0.5, 1, direction)  # 24,000 samples from the 4,000th before the waveform begins
+    windows = windows_of(waveform, clip, start=0.75)
+    padded = np.concatenate([np.zeros(4_000, np.int16), waveform, np.zeros(24_000, np.int16)])
+    np.testing.assert_array_equal(windows, windows_of(padded, clip, start=0.5))
+    assert windows.dtype == np.int16
+    assert set(np.unique(windows)) == {0, 7}
+    assert not windows_of(waveform, clip, start=9.0).any()
+
+
 def test_pitch_does_not_change_with_speed():
     tone = (8000 * np.sin(2 * np.pi * 1000 * np.arange(160_000) / 16_000)).astype(np.int16)
     peaks = {

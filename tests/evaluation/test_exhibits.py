@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from avcl_jax.evaluation.exhibits import class_plane, embedding_map, training_curves
+from avcl_jax import experiment
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.evaluation.exhibits import Exhibits, class_plane, embedding_map, training_curves
+from tests.evaluation.conftest import small_config
+
+
+def test_a_record_too_short_for_the_speed_is_shown_at_one_that_fits(small_records):
+    config = small_config(small_records)
+    config.views.speeds = (1, 4, 16)  # 0.25, 1 and 4 s; records last 3 s
+    spec = dataclasses.replace(experiment.render_spec(config), spectrogram_on_device=False)
+    source = UsableRecords(RecordDataset(small_records, "test"), spec)
+    fast, fitting = (Exhibits(source, spec, speed=speed, stills=3).show(0) for speed in (2, 1))
+    np.testing.assert_array_equal(fast.stills, fitting.stills)
+    np.testing.assert_array_equal(fast.spectrogram, fitting.spectrogram)
+    assert fast.clip == fitting.clip
 
 
 def _clusters(rng: np.random.Generator, items: int, distance: float):
