@@ -38,8 +38,8 @@ STATISTICS: Mapping[str, Callable[..., float]] = {
         functools.partial(metrics.recall_at_precision, precision=0.9), scores, correct, findable
     ),
 }
-# Means of what may be hits and misses.
-_SHARES = ("mean", "class_mean")
+# Statistics of hits and misses whose value is 0 or 1 only where all units are alike.
+_PROPORTIONS = ("mean", "class_mean", "ratio")
 
 
 def _over_classes(
@@ -117,9 +117,12 @@ def bootstrap(
     value = STATISTICS[kind](*inputs)
     if np.isnan(value):
         return Interval(value, value, value)
-    if kind in _SHARES and value in (0.0, 1.0) and np.isin(inputs[0], (0, 1)).all():
-        # All alike: resamples would say that nothing else can be.
-        bounds = binomtest(int(value) * len(groups), len(groups)).proportion_ci(confidence)
+    if kind in _PROPORTIONS and value in (0.0, 1.0) and _all_alike(kind, inputs, value):
+        # Resamples would say that nothing else can be.
+        counted = len(groups)
+        if kind == "ratio":  # a source without an answer is not a trial
+            counted = sum(bool(inputs[1][group].any()) for group in groups)
+        bounds = binomtest(int(value) * counted, counted).proportion_ci(confidence)
         return Interval(value, float(bounds.low), float(bounds.high))
     drawn = _resampled(kind, inputs, groups, resamples, np.random.default_rng(seed))
     return Interval(value, *_bounds(drawn, confidence))
@@ -181,6 +184,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, (len(p_values) - place) * p_values[index])
         corrected[index] = min(1.0, largest)
     return corrected.tolist()
+
+
+def _all_alike(kind: str, inputs: Sequence[np.ndarray], value: float) -> bool:
+    """Returns whether every unit is a hit (value 1), or every unit a miss (value 0)."""
+    return bool((inputs[0] == value * (inputs[1] if kind == "ratio" else 1)).all())
 
 
 def _bounds(drawn: np.ndarray, confidence: float) -> tuple[float, float]:

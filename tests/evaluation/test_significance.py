@@ -104,6 +104,14 @@ def test_where_all_units_are_alike_bounds_are_exact_for_their_sources() -> None:
     everything = bootstrap("class_mean", [np.ones(276), families], videos, resamples=50, seed=0)
     assert everything.low == pytest.approx(0.025 ** (1 / 30))
     assert everything.high == everything.value == 1.0
+    # A temporal task counts right answers among a varying number of answers, of some videos none.
+    totals = np.array([3.0, 0.0, 2.0, 3.0])
+    for correct, value, low, high in (
+        (totals, 1.0, 0.025 ** (1 / 3), 1.0),
+        (totals * 0, 0.0, 0.0, 1 - 0.025 ** (1 / 3)),
+    ):
+        interval = bootstrap("ratio", [correct, totals], np.arange(4), resamples=50, seed=0)
+        assert interval == pytest.approx((value, low, high))
     # The mean of what is no share has no such bounds.
     assert bootstrap("median", [np.ones(9)], np.arange(9), resamples=9, seed=0) == (1, 1, 1)
     even = bootstrap("mean", [np.array([0.5, 1.5])], np.zeros(2), resamples=9, seed=0)
