@@ -23,6 +23,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from avcl_jax.evaluation.page import in_percent
+
 # Mid-tones that keep a contrast of 3 : 1 to both backgrounds of the page.
 SERIES_COLOURS = (
     "#3a86d4",
@@ -89,12 +91,6 @@ def _svg(figure: Figure, name: str, description: str) -> str:
 def _axes(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(np.atleast_1d(figure.subplots(1, count)).ravel())
-
-
-def in_percent(value: float, digits: int = 0) -> str:
-    """Returns a fraction in per cent without the sign; only 1 itself is written as 100."""
-    written = f"{100 * value:.{digits}f}"
-    return in_percent(value, digits + 1) if value < 1 and float(written) == 100 else written
 
 
 def line_chart(

@@ -13,13 +13,12 @@ from avcl_jax.data.decoded import DecodedMedia
 from avcl_jax.evaluation.figures import (
     SERIES_COLOURS,
     bar_chart,
-    in_percent,
     picture_uri,
     spectrogram_uri,
 )
 from avcl_jax.evaluation.fingerprint_clips import Query, SourceClip
 from avcl_jax.evaluation.fingerprint_search import Answer
-from avcl_jax.evaluation.page import percent, section, table, text
+from avcl_jax.evaluation.page import in_percent, percent, section, table, text
 from avcl_jax.evaluation.transformations.families import FAMILIES, STRENGTHS
 
 _STILL_SIDE = 160

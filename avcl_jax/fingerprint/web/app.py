@@ -18,13 +18,13 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from avcl_jax.evaluation.page import STYLE
 from avcl_jax.fingerprint.web.describe import describe_answer
 from avcl_jax.fingerprint.web.desk import Desk
 from avcl_jax.fingerprint.web.refusal import Refusal
 from avcl_jax.fingerprint.web.safety import Safety
 from avcl_jax.fingerprint.web.shelf import Shelf
 from avcl_jax.fingerprint.web.upload import clip_name, received
+from avcl_jax.style import STYLE
 
 _STATIC = {
     "format.js": "text/javascript",

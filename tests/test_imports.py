@@ -1,0 +1,57 @@
+"""Imports: no arrow between rooms that leads back, and light commands that stay light."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import itertools
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import avcl_jax
+
+ROOT = Path(avcl_jax.__file__).parent
+
+
+def _imported(path: Path) -> set[str]:
+    """Returns what a file imports, at its top or inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_rooms_import_each_other_in_one_direction() -> None:
+    arrows: dict[str, dict[str, str]] = defaultdict(dict)
+    for path in ROOT.rglob("*.py"):
+        room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        for name in _imported(path):
+            top, _, rest = name.partition(".")
+            assert top not in ("configs", "data_prep", "benchmarks", "tests"), (path, name)
+            if top == "avcl_jax" and (target := rest.partition(".")[0]) != room:
+                arrows[room][target] = f"{path} imports {name}"
+    try:
+        graphlib.TopologicalSorter(arrows).prepare()
+    except graphlib.CycleError as error:
+        cycle = error.args[1]  # each is imported by the next
+        steps = [arrows[room][target] for target, room in itertools.pairwise(cycle)]
+        raise AssertionError("; ".join(steps)) from None
+
+
+def test_comparing_runs_imports_neither_charts_nor_media() -> None:
+    code = (
+        "import json, sys, time; begin = time.monotonic(); import avcl_jax.evaluation.compare; "
+        "print(json.dumps([time.monotonic() - begin, sorted(sys.modules)]))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, modules = json.loads(run.stdout)
+    print(f"imported in {seconds:.2f} s")
+    heavy = {"matplotlib", "librosa", "av", "cv2", "jax", "sklearn", "numba"}
+    assert heavy.isdisjoint(modules)
