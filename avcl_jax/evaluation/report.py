@@ -58,7 +58,12 @@ def probe_name(probe: str) -> str:
 
 
 def _lead(results: Mapping[str, Any]) -> str:
-    sentences = ["Two encoders learned from unlabelled videos."]
+    who = {
+        "audio_visual": "Two encoders",
+        "video": "A video encoder",
+        "audio": "An audio encoder",
+    }[results["config"]["modalities"]]
+    sentences = [f"{who} learned from unlabelled videos."]
     for probe, scores in results.get("probe", {}).items():
         label, modality = probe.rsplit("_from_", 1)
         sentence = (
@@ -182,7 +187,8 @@ def _retrieval_section(content: ReportContent) -> str:
     retrieval = content.results.get("retrieval", {})
     if not retrieval:
         return ""
-    ks = [k for k in (1, 5, 10, 20, 50) if all(f"r{k}" in scores for scores in retrieval.values())]
+    names = set.intersection(*(set(scores) for scores in retrieval.values()))
+    ks = sorted(int(name[1:]) for name in names if name[0] == "r" and name[1:].isdigit())
     rows = []
     for direction, scores in retrieval.items():
         cells = [

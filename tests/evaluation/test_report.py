@@ -13,7 +13,8 @@ import av
 import numpy as np
 import pytest
 
-from avcl_jax.evaluation.figures import clip_uri, in_percent, line_chart
+from avcl_jax.evaluation.figures import clip_uri, line_chart
+from avcl_jax.evaluation.page import in_percent
 from avcl_jax.evaluation.report import render_report
 from avcl_jax.evaluation.report_content import Curves, Exhibit, ReportContent, Search
 
@@ -111,7 +112,7 @@ def synthetic_content() -> ReportContent:
                 }
             },
             "versions": {"jax": "0.10.2"},
-            "config": {"bootstrap": {"resamples": 1000}},
+            "config": {"bootstrap": {"resamples": 1000}, "modalities": "audio_visual"},
             "seed": 0,
         },
         curves=[
@@ -234,6 +235,30 @@ def test_what_was_not_measured_is_left_out():
     assert "What the encoders know" not in page
     assert "the data set has no split null_train" in page
     assert "What it knows of time" in page
+
+
+@pytest.mark.parametrize(
+    ("modalities", "lead"),
+    [
+        ("audio_visual", "Two encoders learned from unlabelled videos."),
+        ("video", "A video encoder learned from unlabelled videos."),
+        ("audio", "An audio encoder learned from unlabelled videos."),
+    ],
+)
+def test_the_lead_names_the_encoders_of_the_run(modalities: str, lead: str) -> None:
+    content = synthetic_content()
+    results = content.results | {"config": {**content.results["config"], "modalities": modalities}}
+    assert lead in render_report(dataclasses.replace(content, results=results))
+
+
+def test_the_retrieval_table_has_every_recall_that_was_asked_for() -> None:
+    content = synthetic_content()
+    scores = {"chance": 0.01, "median_rank": 9.0, "queries": 99, "gallery": 99}
+    for k in (100, 1, 3):
+        scores |= {f"r{k}": 0.5, f"chance_r{k}": 0.25}
+    results = content.results | {"retrieval": {"audio_to_video": scores}}
+    page = render_report(dataclasses.replace(content, results=results))
+    assert re.findall(r"R@(\d+) \(× chance\)", page) == ["1", "3", "100"]
 
 
 def test_charts_are_the_same_from_run_to_run():
