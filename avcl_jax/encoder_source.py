@@ -181,16 +181,32 @@ def source_of_run(
     return _source(directory, encoders)
 
 
+def heads_digest(variables: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of names, shapes and values of a run's projection and temporal heads."""
+    heads = {
+        kind: {name: tree for name, tree in trees.items() if not name.endswith("_encoder")}
+        for kind, trees in variables.items()
+    }
+    digest = hashlib.sha256()
+    _update(digest, heads)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, variables: Mapping[str, Any]) -> None:
+    """Feeds names, types, shapes and values into a hash."""
+    flat = flax.traverse_util.flatten_dict(dict(variables), sep="/")
+    for name, value in sorted(flat.items()):
+        array = np.ascontiguousarray(value)
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+
+
 def _source(directory: epath.Path, encoders: Mapping[str, Encoder]) -> EncoderSource:
     digest = hashlib.sha256()
     for modality, encoder in sorted(encoders.items()):
         described = {k: encoder.config[k] for k in ("encoder", "preprocessing")}
         digest.update(f"{modality} {json.dumps(described, sort_keys=True)}".encode())
-        flat = flax.traverse_util.flatten_dict(dict(encoder.params), sep="/")
-        for name, value in sorted(flat.items()):
-            array = np.ascontiguousarray(value)
-            digest.update(f"{name} {array.dtype} {array.shape}".encode())
-            digest.update(array.tobytes())
+        _update(digest, encoder.params)
 
     def common(key: str) -> Any:
         """What all say; imported weights, and exports of earlier versions, say nothing."""

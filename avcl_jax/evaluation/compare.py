@@ -188,7 +188,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Table of runs of one protocol, with paired significance.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="workdir with results.json")
-    parser.add_argument("--resamples", type=int, default=2000, help="of bootstrap and test")
+    parser.add_argument(
+        "--resamples",
+        type=int,
+        help="resamples of the bootstrap, exchanges of the test; as many as the first run used "
+        "unless given",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of bootstrap and test")
     parser.add_argument(
         "--other-data", action="store_true", help="compare although runs are over other data"
@@ -198,8 +203,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if len(parsed.runs) < 2:
             raise ProtocolError(f"one run ({parsed.runs[0]}) has nothing to be compared with")
         runs = [read_run(run) for run in parsed.runs]
+        resamples = parsed.resamples or runs[0][0]["config"]["bootstrap"]["resamples"]
         compared = compare_runs(
-            runs, resamples=parsed.resamples, seed=parsed.seed, other_data=parsed.other_data
+            runs, resamples=resamples, seed=parsed.seed, other_data=parsed.other_data
         )
     except ProtocolError as error:
         print(f"compare: error: {error}", file=sys.stderr)
@@ -209,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name} is over other data than {parsed.runs[0]}: {', '.join(roles)}")
     print(
         f"{runs[0][0]['protocol']} version {runs[0][0]['protocol_version']}, "
-        f"{runs[0][0]['units']} units of {runs[0][0]['sources']} sources\n"
+        f"{runs[0][0]['units']} units of {runs[0][0]['sources']} sources, {resamples} resamples\n"
     )
     print(as_table(parsed.runs, [results for results, _ in runs], compared))
     return 0

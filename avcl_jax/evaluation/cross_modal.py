@@ -20,7 +20,7 @@ from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.selection import Selection
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import FORWARD
-from avcl_jax.encoder_source import EncoderSource, load_run, source_of_run
+from avcl_jax.encoder_source import EncoderSource, heads_digest, load_run, source_of_run
 from avcl_jax.evaluation.embed import check_pairs, encode_all, feature_function
 from avcl_jax.evaluation.fixed_views import fixed_views
 from avcl_jax.evaluation.parts import in_parts, key_of
@@ -92,7 +92,8 @@ class LoadedRun:
     """A pretraining run with its heads, and records to show to it.
 
     Attributes:
-        source: of its encoders, for the fingerprint.
+        source: encoders of the run, for their fingerprint.
+        heads: digest of the projection and temporal heads.
         config: with which it ran.
         variables: of the joint model.
         spec: rendering, spectrograms made on the host.
@@ -100,6 +101,7 @@ class LoadedRun:
     """
 
     source: EncoderSource
+    heads: str
     config: ml_collections.ConfigDict
     variables: Mapping[str, Any]
     spec: RenderSpec
@@ -121,7 +123,7 @@ def load_for(config: ml_collections.ConfigDict) -> LoadedRun:
     records = UsableRecords(dataset, spec, Selection.parse(config.data.select))
     source = source_of_run(config.encoder, run, variables, step)
     check_views(records, tuple(source.encoders), leave_out=config.data.leave_out)
-    return LoadedRun(source, run, variables, spec, records)
+    return LoadedRun(source, heads_digest(variables), run, variables, spec, records)
 
 
 def audio_video_retrieval(
@@ -154,7 +156,7 @@ def audio_video_retrieval(
     if unknown := [speed for speed in section.speeds if speed not in trained]:
         raise ProtocolError(f"features.speeds {unknown} were not trained, these were: {trained}")
     data = {"all": run.records.fingerprint}
-    protocol_run = ProtocolRun(PROTOCOL, config, workdir, run.source, data)
+    protocol_run = ProtocolRun(PROTOCOL, config, workdir, run.source, data, run.heads)
     if (done := protocol_run.finished()) is not None:
         return done
     check_not_trained_on(
@@ -192,7 +194,7 @@ def audio_video_retrieval(
         return {name: arrays[name] for name in names}
 
     with stages("embeddings"):
-        key = key_of(run.source.fingerprint, data, section.to_dict())
+        key = key_of(run.source.fingerprint, run.heads, data, section.to_dict())
         features = in_parts(
             protocol_run.features / key, len(run.records), part, rows=section.part_records
         )

@@ -19,7 +19,7 @@ from avcl_jax.data.records import RecordDataset, RecordError
 from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import FORWARD
-from avcl_jax.encoder_source import source_of_run
+from avcl_jax.encoder_source import heads_digest, source_of_run
 from avcl_jax.evaluation.cross_modal import cross_modal_scores
 from avcl_jax.evaluation.embed import (
     MODALITY_INPUTS,
@@ -88,7 +88,9 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
     _check_labels(config, train)
     source = source_of_run(workdir, config, variables, step)
     data = {"train": train.fingerprint, "test": test.fingerprint}
-    protocol_run = ProtocolRun(PROTOCOL, config, workdir, source, data, in_training=True)
+    protocol_run = ProtocolRun(
+        PROTOCOL, config, workdir, source, data, heads_digest(variables), in_training=True
+    )
     if (done := protocol_run.finished()) is not None:
         return done
     check_not_trained_on(

@@ -186,7 +186,7 @@ def estimate(measured: Measured, *, resamples: int, seed: int) -> dict[str, dict
             else Interval(np.nan, np.nan, np.nan)  # no unit is chosen for it
         )
         figures[name] = {key: _finite(value) for key, value in interval._asdict().items()} | {
-            "chance": metric.chance,
+            "chance": None if metric.chance is None else _finite(metric.chance),
             "kind": metric.kind,
             "inputs": list(metric.inputs),
             "chosen": metric.chosen,

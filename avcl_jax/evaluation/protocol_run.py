@@ -48,6 +48,7 @@ class ProtocolRun:
         workdir: of the results, local or gs://; made if needed.
         encoder: what is evaluated; None where there is none (baselines).
         data: fingerprints of the data sets by their role, as RecordDataset gives them.
+        heads: digest of the heads that are measured with the encoder; None where none are.
         in_training: `workdir` is that of the pretraining run which is evaluated, and results of an
             earlier state of it are replaced. Any other protocol keeps away from such a directory,
             and results with other settings are never overwritten.
@@ -58,6 +59,7 @@ class ProtocolRun:
     workdir: epath.Path
     encoder: EncoderSource | None
     data: Mapping[str, str]
+    heads: str | None = None
     in_training: bool = False
 
     @functools.cached_property
@@ -68,6 +70,7 @@ class ProtocolRun:
         kept.pop("encoder", None)  # its fingerprint counts, not its place
         parts = [self.protocol.name, self.protocol.version, kept, dict(self.data)]
         parts.append(None if self.encoder is None else self.encoder.fingerprint)
+        parts.append(self.heads)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()
 
     @property
@@ -141,6 +144,7 @@ class ProtocolRun:
                 "path": self.encoder.path,
                 "fingerprint": self.encoder.fingerprint,
                 "step": self.encoder.step,
+                "heads": self.heads,
             },
             "data": dict(self.data),
             "fingerprint": self.fingerprint,
@@ -153,10 +157,11 @@ class ProtocolRun:
             **(sections or {}),
         }
         shown = _report(self.protocol, measured, results) if report is None else report(results)
+        written = json.dumps(results, indent=2, allow_nan=False)  # may raise: before any file
         self.workdir.mkdir(parents=True, exist_ok=True)
         write_outcomes(self.workdir / OUTCOMES, measured.outcomes)
         write_text(self.workdir / REPORT, shown)
-        write_text(self.workdir / RESULTS, json.dumps(results, indent=2, allow_nan=False) + "\n")
+        write_text(self.workdir / RESULTS, written + "\n")
         for figure in figures.values():
             print(f"{figure['what']:40s} {_written(figure)}")
         print_paths(self.workdir)

@@ -122,7 +122,7 @@ def temporal_tasks(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
     stages = Stages()
     run = load_for(config)
     data = {"all": run.records.fingerprint}
-    protocol_run = ProtocolRun(PROTOCOL, config, workdir, run.source, data)
+    protocol_run = ProtocolRun(PROTOCOL, config, workdir, run.source, data, run.heads)
     if (done := protocol_run.finished()) is not None:
         return done
     check_not_trained_on(
@@ -154,7 +154,7 @@ def temporal_tasks(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
         )
 
     with stages("views"):
-        key = key_of(run.source.fingerprint, data, pairs, config.seed)
+        key = key_of(run.source.fingerprint, run.heads, data, pairs, config.seed)
         arrays = in_parts(
             protocol_run.features / key,
             len(run.records),

@@ -104,7 +104,7 @@ def test_results_of_another_encoder_are_not_these(tmp_path: Path) -> None:
         return dataclasses.replace(_run(tmp_path), encoder=source)
 
     results = run("a1", "runs/a").write(_measured(np.ones(4)), Stages())
-    assert results["encoder"] == {"path": "runs/a", "fingerprint": "a1", "step": 1}
+    assert results["encoder"] == {"path": "runs/a", "fingerprint": "a1", "step": 1, "heads": None}
     assert run("a1", "runs/moved").finished() == results
     for other in (run("b2", "runs/a"), _run(tmp_path)):
         with pytest.raises(ProtocolError, match="with another encoder"):
@@ -185,6 +185,21 @@ def test_a_figure_that_is_not_defined_is_null_and_shown_as_a_dash(
     assert "– (95 %: – to –)" in capsys.readouterr().out
 
 
+def test_a_chance_level_that_is_not_defined_is_null(tmp_path: Path) -> None:
+    measured = _measured(np.ones(4))
+    metrics = {"map": dataclasses.replace(METRICS["accuracy"], chance=float("nan"))}
+    _run(tmp_path).write(dataclasses.replace(measured, metrics=metrics), Stages())
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["metrics"]["map"]["chance"] is None
+
+
+def test_details_that_json_cannot_write_leave_nothing_behind(tmp_path: Path) -> None:
+    measured = dataclasses.replace(_measured(np.ones(4)), details={"spread": float("nan")})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        _run(tmp_path).write(measured, Stages())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_metric_of_what_nothing_measured_is_refused_and_nothing_written(tmp_path: Path) -> None:
     measured = Measured(
         Outcomes(["a"], ["s"], {}), {"accuracy": Metric("mean", ["correct"], "accuracy")}, {}, []
@@ -214,7 +229,7 @@ def test_outcomes_that_contradict_themselves_are_refused(
 
 
 def test_runs_are_compared_unit_by_unit_whatever_their_order(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(0)
     worse = (rng.random(200) < 0.5).astype(float)
@@ -226,6 +241,16 @@ def test_runs_are_compared_unit_by_unit_whatever_their_order(
     paths = [str(tmp_path / name) for name in "abc"]
     assert compare.main([*paths, "--resamples", "300"]) == 0
     table = capsys.readouterr().out
+    assert "300 resamples" in table
+    # As many as the first run used, unless told otherwise.
+    asked = []
+    monkeypatch.setattr(
+        compare, "compare_runs", lambda *_, resamples, **__: asked.append(resamples) or {}
+    )
+    assert compare.main(paths) == 0
+    assert asked == [200]
+    assert "200 resamples" in capsys.readouterr().out
+    monkeypatch.undo()
     difference = 100 * (better.mean() - worse.mean())
     assert f"{difference:+.1f}" in table
     runs = [compare.read_run(path) for path in paths]

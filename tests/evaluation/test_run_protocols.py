@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from avcl_jax.evaluation.significance import STATISTICS
 from avcl_jax.evaluation.temporal_tasks import score_tasks, temporal_tasks
 from avcl_jax.export import ExportError
 from avcl_jax.objectives.temporal import TERMS
+from avcl_jax.training.checkpoint import Checkpoints, Progress
 from configs import cross_modal as cross_modal_config
 from configs import temporal as temporal_config
 from tests.evaluation.conftest import CLASS_NAMES, small_record, write_records
@@ -113,6 +115,36 @@ def test_audio_video_retrieval_needs_a_run_of_both(
     config.data.update({"split": "all", "leave_out": True})
     with pytest.raises(ProtocolError, match=r"no record of .* has both picture and sound"):
         audio_video_retrieval(config, tmp_path / "w")
+
+
+@pytest.mark.parametrize("protocol", [audio_video_retrieval, temporal_tasks])
+def test_a_run_of_other_heads_is_another_run(small_records, small_run, tmp_path, protocol):
+    module = cross_modal_config if protocol is audio_video_retrieval else temporal_config
+    config = _prepare(module.get_config("demo"), small_records, small_run)
+    config[{audio_video_retrieval: "features", temporal_tasks: "evaluation"}[protocol]].update(
+        {"part_records": 10}
+    )
+    if protocol is audio_video_retrieval:
+        config.features.update({"speeds": (1, 2), "views_per_speed": 2})
+    first = protocol(config, tmp_path / "out")
+    encoders, state = small_run[1], small_run[2]
+    params = {
+        name: tree if "encoder" in name else jax.tree.map(lambda leaf: leaf + 0.5, tree)
+        for name, tree in state.params.items()
+    }
+    checkpoints = Checkpoints(tmp_path / "run", keep=1)
+    checkpoints.save(state.replace(params=params), Progress(0, 1.0, "small-train-24-aa", 1))
+    checkpoints.close()
+    (tmp_path / "run" / "config.json").write_text((encoders / "config.json").read_text())
+    config.encoder = str(tmp_path / "run")
+    with pytest.raises(ProtocolError, match="holds results of this protocol with another encoder"):
+        protocol(config, tmp_path / "out")
+    (tmp_path / "out" / "results.json").unlink()  # the parts of the first run are still there
+    second = protocol(config, tmp_path / "out")
+    assert second["encoder"]["fingerprint"] == first["encoder"]["fingerprint"]
+    assert second["encoder"]["heads"] != first["encoder"]["heads"]
+    parts = {path.parent.name for path in (tmp_path / "out" / "features").rglob("*.npz")}
+    assert len(parts) == 2
 
 
 @pytest.fixture(scope="module")
