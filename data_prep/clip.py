@@ -24,7 +24,6 @@ REASONS = media.REASONS | {
     "too_small": "the picture's shorter side is below --min-side",
     "bad_example": "an example of a record file that lacks what it was to hold",
     "bad_samples": "sound samples that are no numbers, or far beyond full scale",
-    "mixed_sizes": "the frames of a clip have different sizes",
     "timeout": "took longer than --timeout-seconds",
     "crashed": "the decoder crashed",
 }

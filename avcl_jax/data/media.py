@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 import av
 import av.logging
 import numpy as np
-from av.video.reformatter import Interpolation, VideoReformatter
 
 from avcl_jax.data.avi_times import AviTimes
+from avcl_jax.data.frame_images import FrameImages
 from avcl_jax.data.media_error import REASONS, MediaError
 from avcl_jax.data.sound_timeline import lay_out
-from avcl_jax.data.upright import orientation, stored_size
 
 __all__ = [
     "REASONS",
@@ -328,9 +327,7 @@ def decode_frames(
         rate = float(stream.guessed_rate or stream.average_rate or 0)
         limit = RateLimit(max_fps)
         seen = -np.inf
-        size = None
-        # Kept over all frames: setting one up takes twenty times as long as a 64x64 frame.
-        reformatter = VideoReformatter()
+        to_image = FrameImages(stream, short_side)
         for frame in _decoded(container, stream, log, start_seconds):
             if frame.time is not None:
                 seconds = frame.time - zero
@@ -345,24 +342,11 @@ def decode_frames(
             if seconds <= seen or seconds < start_seconds - 1e-6:
                 continue  # a repeated frame, or one before the wanted part
             seen = seconds
+            to_image.check_shape(frame, seconds)
             if not limit.keeps(seconds):
                 continue
-            if size is None:
-                size = stored_size(stream, frame, short_side)
-                transpose, flip_rows, flip_columns = orientation(frame)
-            image = reformatter.reformat(
-                frame,
-                width=size[0],
-                height=size[1],
-                format="rgb24",
-                interpolation=Interpolation.AREA,
-                threads=1,
-            ).to_ndarray()
-            if transpose:
-                image = image.transpose(1, 0, 2)
-            image = image[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
             duration = float(frame.duration * frame.time_base) if frame.duration else 0.0
-            yield Frame(seconds, duration, np.ascontiguousarray(image))
+            yield Frame(seconds, duration, to_image(frame))
 
 
 def decode_audio(

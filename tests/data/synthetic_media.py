@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -115,3 +115,74 @@ def write_flash_and_click(
             packets, key=lambda p: float((p.dts if p.dts is not None else p.pts) * p.time_base)
         ):
             container.mux(packet)
+
+
+def write_patches(
+    path: Path,
+    colours: np.ndarray,
+    *,
+    size: tuple[int, int] = (112, 64),
+    tags: Mapping[str, int],
+    pixel_format: str = "yuv444p",
+) -> None:
+    """Writes five equal frames of upright bars, without loss.
+
+    Args:
+      path: Its suffix decides the container.
+      colours: [bars, 3], the values of Y, U and V that are stored.
+      size: Width and height.
+      tags: Attributes of the encoder: `colorspace`, `color_range` and the like, as in ITU-T H.273.
+      pixel_format: One without subsampling.
+    """
+    width, height = size
+    bars = np.repeat(colours, -(-width // len(colours)), axis=0)[:width]
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=25, options={"preset": "ultrafast", "qp": "0"})
+        video.width, video.height, video.pix_fmt = width, height, pixel_format
+        for name, value in tags.items():
+            setattr(video.codec_context, name, value)
+        for number in range(5):
+            frame = av.VideoFrame(width, height, pixel_format)
+            for channel, plane in enumerate(frame.planes):
+                wide = plane.line_size != width and pixel_format.endswith("le")
+                sample = np.dtype(np.uint16 if wide else np.uint8)
+                rows = np.zeros((height, plane.line_size // sample.itemsize), sample)
+                rows[:, :width] = bars[:, channel]
+                plane.update(rows.tobytes())
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            for name, value in tags.items():
+                setattr(frame, name, value)
+            container.mux(video.encode(frame))
+        container.mux(video.encode())
+
+
+def write_stretches(
+    path: Path, stretches: Sequence[tuple[tuple[int, int], Fraction]], *, seconds: float
+) -> None:
+    """Writes an MPEG transport stream whose frames change their size or the shape of their pixels.
+
+    Args:
+      path: With the suffix `.ts`.
+      stretches: Width and height, and width of a pixel over its height, of each stretch.
+      seconds: Length of each stretch, at 25 frames a second.
+    """
+    options = {"preset": "ultrafast", "tune": "zerolatency", "x264-params": "repeat-headers=1"}
+    number = 0
+    with av.open(str(path), "w", format="mpegts") as container:
+        video = container.add_stream("libx264", rate=25, options=options)
+        for part, ((width, height), aspect) in enumerate(stretches):
+            encoder = video.codec_context if part == 0 else av.CodecContext.create("libx264", "w")
+            encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuv420p"
+            encoder.time_base, encoder.framerate = Fraction(1, 25), Fraction(25)
+            encoder.sample_aspect_ratio, encoder.options = aspect, options
+            y, x = np.mgrid[:height, :width]
+            for k in range(round(seconds * 25) + 1):
+                frame = None
+                if k < round(seconds * 25):
+                    image = np.stack([x * 4 + k * 5, y * 4, np.full_like(x, k * 9)], -1) % 256
+                    frame = av.VideoFrame.from_ndarray(image.astype(np.uint8), format="rgb24")
+                    frame.pts, frame.time_base = number, Fraction(1, 25)
+                    number += 1
+                for packet in encoder.encode(frame):
+                    packet.stream = video
+                    container.mux(packet)

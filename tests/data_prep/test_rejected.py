@@ -23,7 +23,7 @@ import pytest
 from avcl_jax.data.media import MediaError, decode_frames
 from data_prep.__main__ import main
 from data_prep.clip import REASONS
-from tests.data.synthetic_media import write_flash_and_click
+from tests.data.synthetic_media import write_flash_and_click, write_stretches
 from tests.data_prep.test_prepare import signal_workers, when_reached
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "data" / "rejected.md"
@@ -114,6 +114,11 @@ def huge_picture(path: Path, *, side: int = 10_000, rgb: bool = False) -> Path:
     return path
 
 
+def two_sizes(path: Path) -> Path:
+    write_stretches(path, [((96, 64), Fraction(1)), ((64, 128), Fraction(1))], seconds=1.0)
+    return path
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """How to make a file in a folder, arguments of the command, and the start of the clip."""
@@ -140,6 +145,7 @@ CASES = {
             last_cluster_at_zero,
         )
     ),
+    "mixed_sizes": Case(lambda d: two_sizes(d / "a.ts")),
     "outside": Case(lambda d: write(d / "a.mp4"), start="7"),
     "no_video": Case(lambda d: sound_alone(d / "a.wav"), ("--require=video",)),
     "no_audio": Case(lambda d: write(d / "a.mp4", audio_codec=None), ("--require=audio",)),
@@ -152,7 +158,7 @@ CASES = {
 
 
 # Only examples of record files have these: test_record_sources.py makes such files.
-OF_EXAMPLES = {"bad_example", "bad_samples", "mixed_sizes"}
+OF_EXAMPLES = {"bad_example", "bad_samples"}
 
 
 def test_a_picture_that_leaps_back_is_seen_without_sound(tmp_path: Path) -> None:
