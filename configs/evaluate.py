@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ml_collections
 
-from configs import pretrain
+from configs import pretrain, protocols
 
 
 def get_config(preset: str = "demo") -> ml_collections.ConfigDict:
@@ -43,10 +43,8 @@ def demo() -> ml_collections.ConfigDict:
     e.views_per_speed = 4
     e.recall_at = (1, 5, 10, 20, 50)
 
-    # Linear probes: (label, modality). The cost is chosen by cross-validation of training videos.
-    e.probes = (("motion", "video"), ("material", "audio"))
-    e.costs = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-    e.folds = 5
+    e.probes = (("motion", "video"), ("material", "audio"))  # linear probes: (label, modality)
+    e.probe = protocols.linear_probe()
     e.position_cells = 8  # histogram of position: cells x cells
 
     # Temporal tasks: pairs of views of each test video, drawn as in training, sound as the picture.

@@ -6,8 +6,8 @@
     python -m avcl_jax.main --config=configs/finetune.py --config.init=random --workdir=runs/scratch
 
 `encoder` is the workdir of a pretraining run, an export, or imported PyTorch weights;
-`init=random` trains the same architecture from scratch. configs/linear_probe.py has the same
-presets with the encoder frozen. docs/protocols/action_recognition.md says how figures are made.
+`init=random` trains the same architecture from scratch. configs/linear_probe.py probes it frozen.
+docs/protocols/action_recognition.md says how figures are made.
 """
 
 from __future__ import annotations
@@ -64,13 +64,12 @@ def demo() -> ml_collections.ConfigDict:
     c.model = ml_collections.ConfigDict()
     c.model.dtype = "float32"
     c.model.remat = "none"  # "norms" or "blocks" save memory: docs/large_batches.md
-    # Beginnings of parameter paths that are not trained: "encoder" is a linear probe.
+    # Beginnings of paths of the encoder's parameters that are not trained: "encoder/stem".
     c.freeze = ()
     c.batch_norm = "train"  # or "frozen": the encoder's stays in evaluation mode
 
     c.head = ml_collections.ConfigDict()
     c.head.dropout = 0.2
-    c.head.normalise = False  # standardise features before the linear layer
 
     c.epochs = 30.0  # an epoch shows one clip of every record
     c.global_batch_size = 32

@@ -32,6 +32,16 @@ def base(task: str, name: str) -> ml_collections.ConfigDict:
     return c
 
 
+def linear_probe() -> ml_collections.ConfigDict:
+    """Settings of the one linear probe, `evaluation.linear_classifier.fit_probe`."""
+    p = ml_collections.ConfigDict()
+    p.costs = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # candidates for C
+    p.folds = 5  # of the training sources, by which C is chosen
+    p.iterations = 500
+    p.tolerance = 1e-5
+    return p
+
+
 def demo_data(c: ml_collections.ConfigDict) -> None:
     """Points a config to the embedded demo data, which are made if they are not there."""
     c.data.make_demo = True

@@ -14,6 +14,7 @@ from configs import (
     cross_modal,
     evaluate,
     export,
+    linear_probe,
     pretrain,
     retrieval,
     temporal,
@@ -64,7 +65,12 @@ def test_other_tasks_share_the_settings_of_the_run(preset, task):
         (retrieval, "video_retrieval", ("demo", "ucf101", "hmdb51", "kinetics400")),
         (cross_modal, "audio_video_retrieval", ("demo", "vggsound", "audioset", "kinetics600")),
         (temporal, "temporal_tasks", ("demo", "records")),
-        (audio_classification, "audio_classification", ("demo", "esc10", "vggsound", "audioset")),
+        (audio_classification, "audio_classification", ("esc10", "esc50")),
+        (
+            linear_probe,
+            "linear_probe",
+            ("demo", "demo_audio", "ucf101", "hmdb51", "kinetics400", "vggsound", "audioset"),
+        ),
     ],
 )
 def test_presets_of_protocols_build_under_their_own_names(module, task, presets):
@@ -72,10 +78,10 @@ def test_presets_of_protocols_build_under_their_own_names(module, task, presets)
     assert {config.task for config in configs} == {task}
     assert len({config.name for config in configs}) == len(presets)
     for config, preset in zip(configs, presets, strict=True):
-        assert config.data.make_demo == (preset == "demo")
+        assert config.data.make_demo == preset.startswith("demo")
         with pytest.raises(KeyError, match="encodr"):
             config["encodr"] = "runs/other"
-    with pytest.raises(ValueError, match="unknown preset 'imagenet': use one of demo"):
+    with pytest.raises(ValueError, match=f"unknown preset 'imagenet': use one of {presets[0]}"):
         module.get_config("imagenet")
 
 

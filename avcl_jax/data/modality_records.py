@@ -8,7 +8,7 @@ what `data.labelled` (fine-tuning) and `evaluation.record_clips` (frozen feature
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -81,20 +81,13 @@ class ModalityRecords(SelectedRecords):
         self.left_out = int((~kept).sum())
         self.fingerprint = selection.fingerprint_of(records)
         times = {name: values[self.indices] for name, values in records.timelines.items()}
-        if modality == "video":
-            # The last frame stays until the next would have come.
-            until = times["last_frame_seconds"] + times["max_frame_gap_seconds"]
-            self._start = times["first_frame_seconds"]
-            self._end = np.minimum(until, times["duration_seconds"])
-        else:
-            rate = times["sample_rate_hz"]
-            if (wrong := rate[rate != sample_rate_hz]).size:
-                raise LackingError(
-                    f"records of {records!r} have sound at {wrong[0]} Hz, the encoder takes "
-                    f"{sample_rate_hz} Hz: prepare again with --sample-rate {sample_rate_hz}"
-                )
-            self._start = times["audio_start_seconds"]
-            self._end = self._start + times["num_samples"] / rate
+        rate = times["sample_rate_hz"]
+        if modality == "audio" and (wrong := rate[rate != sample_rate_hz]).size:
+            raise LackingError(
+                f"records of {records!r} have sound at {wrong[0]} Hz, the encoder takes "
+                f"{sample_rate_hz} Hz: prepare again with --sample-rate {sample_rate_hz}"
+            )
+        self._start, self._end = intervals(times)[modality]
 
     def classes_of(self, label: str) -> np.ndarray:
         """Returns the class of each record, int64 [n]."""
@@ -108,6 +101,21 @@ class ModalityRecords(SelectedRecords):
         """Returns first and last possible start of a clip, seconds; equal where it does not fit."""
         start, end = float(self._start[position]), float(self._end[position])
         return start, max(start, end - clip_seconds)
+
+
+def intervals(times: Mapping[str, np.ndarray]) -> dict[Modality, tuple[np.ndarray, np.ndarray]]:
+    """Returns when video and audio of records begin and end, in seconds.
+
+    Args:
+        times: [records] of each field of `RecordTimeline`.
+    """
+    # The last frame stays until the next would have come.
+    until = times["last_frame_seconds"] + times["max_frame_gap_seconds"]
+    start = times["audio_start_seconds"]
+    return {
+        "video": (times["first_frame_seconds"], np.minimum(until, times["duration_seconds"])),
+        "audio": (start, start + times["num_samples"] / np.maximum(times["sample_rate_hz"], 1)),
+    }
 
 
 def evenly_spaced(first: float, last: float, count: int) -> list[float]:

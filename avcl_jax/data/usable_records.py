@@ -8,6 +8,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from avcl_jax.data.modality_records import intervals
 from avcl_jax.data.record_format import Record
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.rendering import RenderSpec, UsableRecord
@@ -29,13 +30,8 @@ def _usable_parts(times: Mapping[str, np.ndarray], spec: RenderSpec) -> dict[str
     Returns:
         `start`, `end` and `gap` in seconds, `has_video`, `has_audio`; neither where no view fits.
     """
-    # The last frame stays until the next would have come.
     gap = times["max_frame_gap_seconds"]
-    video_end = np.minimum(times["duration_seconds"], times["last_frame_seconds"] + gap)
-    video_start = times["first_frame_seconds"]
-    rate = np.maximum(times["sample_rate_hz"], 1)
-    audio_start = times["audio_start_seconds"]
-    audio_end = audio_start + times["num_samples"] / rate
+    (video_start, video_end), (audio_start, audio_end) = intervals(times).values()
     both_start, both_end = np.maximum(video_start, audio_start), np.minimum(video_end, audio_end)
     video = np.asarray(times["num_frames"] > 1) & (spec.modalities != "audio")
     audio = np.asarray(times["num_samples"] > 0) & (spec.modalities != "video")

@@ -1,4 +1,7 @@
-"""ESC-10 and ESC-50: frozen features and a support vector machine over the official folds."""
+"""ESC-10 and ESC-50: frozen features and a support vector machine over the official folds.
+
+python -m avcl_jax.main --config=configs/audio_classification.py:esc10 --config.encoder=RUN
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from avcl_jax.evaluation.fold_encoders import (
     check_unheard,
     open_fold_encoders,
 )
+from avcl_jax.evaluation.metrics import confusion_matrix
 from avcl_jax.evaluation.page import matrix, section, table
 from avcl_jax.evaluation.parts import in_parts, key_of
 from avcl_jax.evaluation.protocol import (
@@ -71,11 +75,11 @@ def _fold_names(records: RecordDataset, label: str) -> list[str]:
     return records.class_names[label]
 
 
-def run_folds(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[str, Any]:
+def run_folds(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     """Runs the protocol and writes its results.
 
     Args:
-        config: a preset of `configs/audio_classification.py` with method "folds".
+        config: as `configs/audio_classification.py` returns it.
         workdir: of the results.
 
     Returns:
@@ -84,6 +88,7 @@ def run_folds(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[st
     Raises:
         ProtocolError: if the data set lacks the labels, or a record's class or fold is unknown.
     """
+    workdir = epath.Path(workdir)
     stages = Stages()
     records = RecordDataset(config.data.directory, config.data.split)
     names = _fold_names(records, config.data.fold_label)
@@ -239,8 +244,7 @@ def _measured(
                 seed=config.seed,
             )
             differences[name] = pair.difference._asdict() | {"p_value": pair.p_value}
-    confusion = np.zeros((len(class_names),) * 2, np.int64)
-    np.add.at(confusion, (labels, results[""].predicted), 1)
+    confusion = confusion_matrix(labels, results[""].predicted, len(class_names))
     rows = [
         [
             _TITLES[name],

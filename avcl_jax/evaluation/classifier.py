@@ -1,7 +1,7 @@
-"""A classifier on an encoder, and the step that trains it: all of it, some layers, or its head.
+"""A classifier on an encoder, and the step that trains all of it, or its head and some layers.
 
-What is trained is decided by names of parameters; the rest takes no part in the gradient, so that
-a linear probe costs no backward pass through the encoder and cannot change a bit of it.
+What is trained is decided by names of parameters; the rest takes no part in the gradient and does
+not change by a bit.
 """
 
 from __future__ import annotations
@@ -41,50 +41,13 @@ class FreezeError(ValueError):
     """Names that freeze nothing, or frozen layers whose statistics would go on moving."""
 
 
-class StandardisedFeatures(nn.Module):
-    """Features of zero mean and unit variance, without scale and shift to learn.
-
-    Running averages that begin at 0 and 1, as batch normalisation has them, are still far off after
-    the few steps that a probe of a small data set takes; these are divided by the weight they hold.
-
-    Attributes:
-        momentum: weight of the old running statistics.
-        epsilon: added to the variance.
-    """
-
-    momentum: float = 0.98
-    epsilon: float = 1e-5
-
-    @nn.compact
-    def __call__(self, features: Array, *, train: bool) -> Array:
-        """Returns [batch, channels]; by the batch in training, else by all batches of training."""
-        zeros = functools.partial(jnp.zeros, features.shape[-1:])
-        totals = {name: self.variable("batch_stats", name, zeros) for name in ("mean", "variance")}
-        weight = self.variable("batch_stats", "weight", jnp.zeros, ())
-        if not train:
-            held = jnp.maximum(weight.value, 1e-9)
-            mean, variance = (totals[name].value / held for name in ("mean", "variance"))
-        else:
-            mean, variance = features.mean(axis=0), features.var(axis=0)
-            totals["mean"].value = self._averaged(totals["mean"].value, mean)
-            totals["variance"].value = self._averaged(totals["variance"].value, variance)
-            weight.value = self._averaged(weight.value, jnp.ones(()))
-        return (features - mean[None]) * jax.lax.rsqrt(variance + self.epsilon)[None]
-
-    def _averaged(self, old: Array, new: Array) -> Array:
-        return self.momentum * old + (1 - self.momentum) * new
-
-
 class ClipClassifier(nn.Module):
-    """An encoder, optional normalisation of its features, dropout, a linear layer.
+    """An encoder, dropout of its features, a linear layer.
 
     Attributes:
         encoder: module returning a dict with `features`.
         classes: number of classes.
         dropout: share of features set to zero in training.
-        normalise: standardise the features by running statistics, without scale and shift: on raw
-            features of unequal size, a linear probe by gradient descent would mostly measure its
-            learning rate.
         train_statistics: the encoder's batch normalisation uses and updates the statistics of the
             batch in training; otherwise it stays in evaluation mode.
     """
@@ -92,7 +55,6 @@ class ClipClassifier(nn.Module):
     encoder: nn.Module
     classes: int
     dropout: float
-    normalise: bool
     train_statistics: bool
 
     @nn.compact
@@ -100,8 +62,6 @@ class ClipClassifier(nn.Module):
         """Returns float32 logits [batch, classes]."""
         outputs: Any = self.encoder(inputs, train=train and self.train_statistics)
         features = outputs["features"].astype(jnp.float32)
-        if self.normalise:
-            features = StandardisedFeatures(name="norm")(features, train=train)
         features = nn.Dropout(self.dropout, deterministic=not train)(features)
         return nn.Dense(self.classes, name="head")(features)
 
@@ -144,13 +104,13 @@ def trained_mask(params: Mapping[str, Any], freeze: Sequence[str]) -> Any:
 
     Args:
         params: of the classifier.
-        freeze: beginnings of paths such as "encoder" or "encoder/stem".
+        freeze: beginnings of paths such as "encoder/stem".
 
     Returns:
         A tree like `params` of bool, False where frozen.
 
     Raises:
-        FreezeError: if a name freezes nothing, or the head is frozen.
+        FreezeError: if a name freezes nothing, or the head or the whole encoder is frozen.
     """
     paths = [
         "/".join(key.key for key in path)
@@ -161,10 +121,16 @@ def trained_mask(params: Mapping[str, Any], freeze: Sequence[str]) -> Any:
         if not frozen or any(not path.startswith("encoder/") for path in frozen):
             layers = sorted({"/".join(p.split("/")[:2]) for p in paths if p.startswith("encoder/")})
             raise FreezeError(
-                f"freeze {name!r} must name layers of the encoder: 'encoder' for all, or some of "
-                f"{', '.join(layers)}"
+                f"freeze {name!r} must name layers of the encoder: some of {', '.join(layers)}"
             )
     trained = [not any(path.startswith(name) for name in freeze) for path in paths]
+    if freeze and not any(
+        used and path.startswith("encoder/") for used, path in zip(trained, paths, strict=True)
+    ):
+        raise FreezeError(
+            f"freeze {tuple(freeze)} leaves no layer of the encoder to train: use "
+            "configs/linear_probe.py, which probes a frozen encoder"
+        )
     return jax.tree.unflatten(jax.tree.structure(dict(params)), trained)
 
 

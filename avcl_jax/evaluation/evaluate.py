@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from avcl_jax.data.records import RecordDataset, RecordError
 from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import FORWARD
-from avcl_jax.encoder_source import heads_digest, source_of_run
+from avcl_jax.encoder_source import heads_digest, random_like, source_of_run
 from avcl_jax.evaluation.cross_modal import cross_modal_scores
 from avcl_jax.evaluation.embed import (
     MODALITY_INPUTS,
@@ -46,11 +46,10 @@ from avcl_jax.evaluation.written import Stages
 from avcl_jax.export import check_run
 from avcl_jax.models.audio_visual import AudioVisualModel
 from avcl_jax.training.checkpoint import Checkpoints, load_variables
-from avcl_jax.training.state import example_inputs, init_variables
 
 PROTOCOL = Protocol(
     name="pretraining_run",
-    version=2,
+    version=3,
     title="What a run has learned",
     definition=(),  # `summary` says it with the numbers of the run
 )
@@ -101,18 +100,22 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
         what="test records",
     )
 
-    networks = {"random": _random_variables(model, spec, config.seed), "pretrained": variables}
+    random = {m: e.params for m, e in random_like(source, config.seed).encoders.items()}
+    networks = {"random": _with_encoders(variables, random), "pretrained": variables}
     fits: dict[str, Fit] = {}
     if section.supervised.enabled and len(section.probes):
         with stages("supervised encoders"):
             fits = _supervised(config, train, spec)
-        networks["supervised"] = _with_encoders(variables, fits)
+        supervised = {modality: fit.encoder_variables for modality, fit in fits.items()}
+        networks["supervised"] = _with_encoders(variables, supervised)
     with stages("features"):
         encode = functools.partial(_encode, config, model, networks, spec)
         train_features = encode(train) if len(section.probes) else {}
         test_features = encode(test)
     with stages("probes"):
-        probes, trivial = _probes(config, train_features, test_features, networks)
+        probes, trivial = _probes(
+            config, train.records.class_names, train_features, test_features, networks
+        )
     with stages("retrieval"):
         ranked = cross_modal_scores(test_features, "pretrained", tuple(section.recall_at))
     with stages("temporal tasks"):
@@ -140,12 +143,13 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
         "step": step,
         "train_seconds": round(progress.train_seconds, 1),
     }
+    costs = {name: {n: probe.cost for n, probe in by.items()} for name, by in probes.items()}
     outcomes, metrics = run_outcomes(
         test, test_features, probes, ranked, scores, recall_at=tuple(section.recall_at)
     )
     return write_summary(
         protocol_run,
-        Measured(outcomes, metrics, details={}, sections=()),
+        Measured(outcomes, metrics, details={"probe_costs": costs}, sections=()),
         results,
         stages=stages,
         spec=spec,
@@ -176,17 +180,11 @@ def _check_labels(config: ml_collections.ConfigDict, train: UsableRecords) -> No
             )
 
 
-def _random_variables(model: AudioVisualModel, spec: RenderSpec, seed: int) -> Any:
-    inputs = example_inputs(spec)
-    key = jax.random.fold_in(jax.random.key(seed), 1)
-    return jax.jit(lambda key: init_variables(model, inputs, key))(key)
-
-
-def _with_encoders(variables: Mapping[str, Any], fits: Mapping[str, Fit]) -> dict[str, Any]:
-    """Returns variables of the joint model with the encoders of `fits` in place of its own."""
+def _with_encoders(variables: Mapping[str, Any], encoders: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns variables of the joint model with the encoders given by modality in their place."""
     replaced = {kind: dict(tree) for kind, tree in variables.items()}
-    for modality, fit in fits.items():
-        for kind, tree in fit.encoder_variables.items():
+    for modality, encoder in encoders.items():
+        for kind, tree in encoder.items():
             replaced[kind][f"{modality}_encoder"] = tree
     return replaced
 
@@ -284,6 +282,7 @@ def _encode(
 
 def _probes(
     config: ml_collections.ConfigDict,
+    class_names: Mapping[str, Sequence[str]],
     train: Mapping[str, np.ndarray],
     test: Mapping[str, np.ndarray],
     networks: Mapping[str, Any],
@@ -300,10 +299,10 @@ def _probes(
                 train[f"label_{label}"][chosen[0]],
                 test[name][chosen[1]],
                 test[f"label_{label}"][chosen[1]],
-                train_groups=train["source_id"][chosen[0]],
-                costs=tuple(section.costs),
-                folds=section.folds,
+                train_sources=train["source_id"][chosen[0]],
+                classes=len(class_names[label]),
                 seed=config.seed,
+                **section.probe,
             )
 
         name = f"{label}_from_{modality}"

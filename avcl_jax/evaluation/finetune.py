@@ -1,7 +1,6 @@
-"""Recognition by training a classifier: fine-tuning and linear probes (design section 5).
+"""Recognition by fine-tuning an encoder on labels.
 
     python -m avcl_jax.main --config=configs/finetune.py:ucf101 --config.encoder=runs/k400
-    python -m avcl_jax.main --config=configs/linear_probe.py:ucf101 --config.encoder=runs/k400
 
 Every official split is trained and tested on its own, under WORKDIR/split1 and so on, where an
 interrupted run goes on. No test record is read before the last step of training is taken. With
@@ -25,7 +24,12 @@ from avcl_jax.data.selection import Selection
 from avcl_jax.data.views import ViewSpec
 from avcl_jax.encoder_source import EncoderSource
 from avcl_jax.evaluation.finetune_split import run_split
-from avcl_jax.evaluation.fold_encoders import FoldEncoders, fold_names, open_fold_encoders
+from avcl_jax.evaluation.fold_encoders import (
+    FoldEncoders,
+    fold_names,
+    open_fold_encoders,
+    split_selections,
+)
 from avcl_jax.evaluation.protocol_records import open_splits
 from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.recognition import measured, protocol_of
@@ -38,7 +42,7 @@ def finetune(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
     """Trains and tests a classifier on every split, and writes what `evaluation.protocol` says.
 
     Args:
-        config: as `configs/finetune.py` or `configs/linear_probe.py` returns it.
+        config: as `configs/finetune.py` returns it.
         workdir: local or gs://; not the run's that trained the encoder.
 
     Returns:
@@ -129,24 +133,13 @@ def clip_spec(config: ml_collections.ConfigDict, encoder: Encoder) -> ClipSpec:
     return AudioClipSpec(longer)
 
 
-def _selections(config: ml_collections.ConfigDict) -> list[tuple[str, str]]:
-    """What is trained on and what is tested, of every split."""
-    section = config.data
-    if len(section.train_select) != len(section.test_select) or not section.train_select:
-        raise ValueError(
-            f"data.train_select {section.train_select} and data.test_select {section.test_select} "
-            "must name the same splits, one after the other"
-        )
-    return list(zip(section.train_select, section.test_select, strict=True))
-
-
 def _opened(config: ml_collections.ConfigDict) -> tuple[FoldEncoders, list[EncoderSource]]:
     """Encoders, and of them the one that each split begins with."""
     if config.modality not in ("video", "audio"):
         raise ValueError(f"modality {config.modality!r} must be 'video' or 'audio'")
     if config.init not in ("pretrained", "random"):
         raise ValueError(f"init {config.init!r} must be 'pretrained' or 'random'")
-    names = fold_names(config.encoder, [test for _, test in _selections(config)])
+    names = fold_names(config.encoder, [test for _, test in split_selections(config.data)])
     encoders = open_fold_encoders(config.encoder, names)
     encoders.named.require(config.modality)
     if config.init == "random":
@@ -165,7 +158,7 @@ def folds(
     section = config.data
     opened = open_splits(section.directory, section.train_split, section.test_split)
     splits = []
-    for selections in _selections(config):
+    for selections in split_selections(section):
         train, test = (
             LabelledRecords(
                 opened[name], Selection.parse(text), section.label, spec, section.leave_out

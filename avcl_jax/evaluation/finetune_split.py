@@ -84,7 +84,6 @@ def run_split(
         encoder=encoder.module.clone(dtype=jnp.dtype(config.model.dtype), remat=config.model.remat),
         classes=len(train.class_names),
         dropout=config.head.dropout,
-        normalise=config.head.normalise,
         train_statistics=_trains_statistics(config),
     )
     augmentation = (experiment.photometric_spec(config), experiment.spectral_spec(config))

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -59,6 +60,23 @@ def fold_names(path: str, test: Sequence[str]) -> list[str]:
         ProtocolError: if there is a `{fold}`, and a selection is not of one fold.
     """
     return [_fold_name(Selection.parse(text)) if PLACE in path else text for text in test]
+
+
+def split_selections(data: Any) -> list[tuple[str, str]]:
+    """Returns the training and the test selection of every split.
+
+    Args:
+        data: section of a config with `train_select` and `test_select`.
+
+    Raises:
+        ValueError: if there are not as many of one as of the other.
+    """
+    if len(data.train_select) != len(data.test_select) or not data.train_select:
+        raise ValueError(
+            f"data.train_select {data.train_select} and data.test_select {data.test_select} "
+            "must name the same splits, one after the other"
+        )
+    return list(zip(data.train_select, data.test_select, strict=True))
 
 
 def _fold_name(test: Selection) -> str:

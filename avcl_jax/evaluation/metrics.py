@@ -30,6 +30,13 @@ def top_k_hits(scores: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
     return (label_ranks(scores, labels) <= k).astype(np.float64)
 
 
+def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """Returns int64 [classes, classes], rows true, columns predicted."""
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (labels, predicted), 1)
+    return counts
+
+
 def class_mean(values: np.ndarray, labels: np.ndarray) -> float:
     """Returns the mean over classes of the mean over their items (mean class accuracy).
 

@@ -6,31 +6,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
+
+from avcl_jax.evaluation.linear_classifier import fit_probe
+from avcl_jax.evaluation.metrics import confusion_matrix, top_k_hits
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What a probe reached.
+    """Result of a linear probe.
 
     Attributes:
-        accuracy: share of test items classified rightly.
+        accuracy: fraction of test items classified rightly; a tie counts as wrong.
         chance: 1 / number of classes.
-        cost: inverse regularisation chosen on the training items.
-        cross_validation_accuracy: mean accuracy over the held-out training folds at that cost.
+        cost: C chosen on the training items.
         confusion: int [classes, classes], rows true, columns predicted.
         known: bool [m], test items that have a label.
-        correct: bool [known items], which of these are classified rightly.
+        correct: float64 [known items], 1 where classified rightly.
     """
 
     accuracy: float
     chance: float
     cost: float
-    cross_validation_accuracy: float
     confusion: np.ndarray
     known: np.ndarray
     correct: np.ndarray
@@ -42,92 +38,61 @@ def linear_probe(
     test_features: np.ndarray,
     test_labels: np.ndarray,
     *,
-    train_groups: np.ndarray,
+    train_sources: np.ndarray,
+    classes: int,
     costs: Sequence[float],
     folds: int,
+    iterations: int,
+    tolerance: float,
     seed: int,
 ) -> ProbeResult:
-    """Standardises features and classifies them by multinomial logistic regression.
+    """Classifies test items by `linear_classifier.fit_probe` of the training items.
 
-    The cost is chosen by cross-validation of the training items alone. Mean and deviation are those
-    of the training items (of the training folds while the cost is chosen); the test items are
-    looked at once, by the chosen classifier. Folds keep a source whole,
-    so that two clips cut from one video cannot stand on both sides. Items with a negative label are
-    unknown and left out.
+    The test items are looked at once, by the classifier with the chosen C. Items with a negative
+    label are unknown and left out.
 
     Args:
         train_features: float [n, C].
         train_labels: int [n].
         test_features: float [m, C].
         test_labels: int [m].
-        train_groups: int [n], source of each training item.
-        costs: inverse regularisation strengths to choose from; the smallest wins a tie.
+        train_sources: int [n], source of each training item.
+        classes: number of classes.
+        costs: candidates for C.
         folds: number of cross-validation folds.
-        seed: of the assignment to folds.
-
-    Returns:
-        The accuracy on the test items and how it came about.
+        iterations: largest number of iterations of a training.
+        tolerance: largest gradient at which a training ends.
+        seed: seed of the assignment to folds.
 
     Raises:
-        ValueError: if a split holds no labelled item, features are not finite, a class has fewer
-            training items than folds, or a test label never occurs in training.
+        ValueError: as `fit_probe`, or if a split has no labelled item.
     """
-    train_known, test_known = np.asarray(train_labels) >= 0, np.asarray(test_labels) >= 0
-    train_features, train_labels = _select(train_features, train_labels, train_known, "training")
-    test_features, test_labels = _select(test_features, test_labels, test_known, "test")
-    classes, counts = np.unique(train_labels, return_counts=True)
-    if len(classes) < 2:
-        raise ValueError(
-            f"a probe needs two classes, the training items hold only {classes.tolist()}"
-        )
-    unseen = np.setdiff1d(test_labels, classes)
-    if len(unseen):
-        raise ValueError(f"test labels {unseen.tolist()} never occur among the training items")
-    if counts.min() < folds:
-        rarest = classes[counts.argmin()]
-        raise ValueError(
-            f"class {rarest} has {counts.min()} training items, fewer than the {folds} folds; "
-            "use fewer folds"
-        )
-    search = GridSearchCV(
-        _classifier(),
-        {"logisticregression__C": sorted(costs)},
-        cv=StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed),
+    train_known, known = np.asarray(train_labels) >= 0, np.asarray(test_labels) >= 0
+    for name, labelled in (("training", train_known), ("test", known)):
+        if not labelled.any():
+            raise ValueError(f"no {name} item has a label")
+    probe = fit_probe(
+        train_features[train_known],
+        train_labels[train_known],
+        train_sources[train_known],
+        classes=classes,
+        costs=costs,
+        folds=folds,
+        iterations=iterations,
+        tolerance=tolerance,
+        seed=seed,
     )
-    # On matrices this small, threads of BLAS cost six times what they save.
-    with threadpool_limits(1):
-        search.fit(train_features, train_labels, groups=np.asarray(train_groups)[train_known])
-        predicted = search.predict(test_features)
-    confusion = np.zeros((len(classes), len(classes)), dtype=np.int64)
-    np.add.at(
-        confusion,
-        (np.searchsorted(classes, test_labels), np.searchsorted(classes, predicted)),
-        1,
-    )
+    scores = probe.classifier.scores(test_features, np.flatnonzero(known))
+    labels = test_labels[known]
+    correct = top_k_hits(scores, labels, 1)
     return ProbeResult(
-        accuracy=float(np.mean(predicted == test_labels)),
-        chance=1.0 / len(classes),
-        cost=float(search.best_params_["logisticregression__C"]),
-        cross_validation_accuracy=float(search.best_score_),
-        confusion=confusion,
-        known=test_known,
-        correct=predicted == test_labels,
+        accuracy=float(correct.mean()),
+        chance=1.0 / classes,
+        cost=probe.cost,
+        confusion=confusion_matrix(labels, scores.argmax(axis=1), classes),
+        known=known,
+        correct=correct,
     )
-
-
-def _classifier() -> Pipeline:
-    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-
-
-def _select(
-    features: np.ndarray, labels: np.ndarray, known: np.ndarray, name: str
-) -> tuple[np.ndarray, np.ndarray]:
-    features = np.asarray(features, dtype=np.float64)[known]
-    if not len(features):
-        raise ValueError(f"no {name} item has a label")
-    if features.ndim != 2 or not np.isfinite(features).all():
-        raise ValueError(f"{name} features {features.shape} must be a finite matrix [items, C]")
-    return features, np.asarray(labels)[known]
 
 
 def trivial_statistics(

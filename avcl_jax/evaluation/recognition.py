@@ -14,7 +14,7 @@ from etils import epath
 from avcl_jax.data.labelled import LabelledRecords
 from avcl_jax.encoder_source import EncoderSource
 from avcl_jax.evaluation.figures import line_chart
-from avcl_jax.evaluation.metrics import class_mean, top_k_hits
+from avcl_jax.evaluation.metrics import class_mean, confusion_matrix, top_k_hits
 from avcl_jax.evaluation.page import matrix, percent, section, table
 from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol
 
@@ -46,13 +46,6 @@ class Fold:
 
 def protocol_of(config: ml_collections.ConfigDict) -> Protocol:
     """The protocol of a config: what is said of how its figures are made."""
-    frozen = tuple(config.freeze) == ("encoder",)
-    encoder = (
-        "The encoder is frozen, its batch normalisation in evaluation mode; a linear classifier is "
-        "trained on its pooled features."
-        if frozen
-        else "The encoder and a linear classifier on its pooled features are trained together."
-    )
     began = (
         "The encoder begins as pretraining left it."
         if config.init == "pretrained"
@@ -67,10 +60,10 @@ def protocol_of(config: ml_collections.ConfigDict) -> Protocol:
     return Protocol(
         name="action_recognition" if video else "audio_recognition",
         version=1,
-        title=f"{'Action' if video else 'Audio'} recognition: "
-        f"{'linear probe' if frozen else 'fine-tuning'} on {config.name}",
+        title=f"{'Action' if video else 'Audio'} recognition: fine-tuning on {config.name}",
         definition=(
-            f"{encoder} {began}",
+            "The encoder and a linear classifier on its pooled features are trained together. "
+            f"{began}",
             "Training draws one clip of each record at a random time in every epoch, "
             f"{config.epochs:g} epochs.",
             f"A test record is shown as {shown}; its prediction is the mean of the clips' softmax.",
@@ -99,34 +92,9 @@ def measured(
     records = [
         (fold.test.records, int(index), fold.name) for fold in folds for index in fold.test.indices
     ]
-    values = {
-        "split": split,
-        "label": labels,
-        # Cells of the mean over splits of the mean over classes.
-        "split_class": split * classes + labels,
-        "top1": top_k_hits(probabilities, labels, 1),
-        "predicted": probabilities.argmax(axis=1),
-    }
-    over = f", mean over {len(folds)} splits" * (len(folds) > 1)
-    metrics = {
-        "top1": Metric(
-            "class_mean", ("top1", "split"), f"top-1{over}", chance=1 / classes, headline=True
-        ),
-        "mean_class_accuracy": Metric(
-            "class_mean",
-            ("top1", "split_class"),
-            f"mean class accuracy{over}",
-            chance=1 / classes,
-            headline=True,
-        ),
-    }
-    if classes > 5:  # of five classes, all are among the first five
-        values["top5"] = top_k_hits(probabilities, labels, 5)
-        metrics["top5"] = Metric(
-            "class_mean", ("top5", "split"), f"top-5{over}", chance=5 / classes, headline=True
-        )
-    confusion = np.zeros((classes, classes), np.int64)
-    np.add.at(confusion, (labels, values["predicted"]), 1)
+    values, metrics = class_scores(probabilities, labels, split)
+    values["predicted"] = probabilities.argmax(axis=1)
+    confusion = confusion_matrix(labels, values["predicted"], classes)
     details: dict[str, Any] = {
         "init": config.init,
         "splits": [_described(fold) for fold in folds],
@@ -144,10 +112,52 @@ def measured(
         details=details,
         sections=[
             _splits_section(details["splits"]),
-            _confusion_section(confusion, class_names),
+            confusion_section(confusion, class_names),
             _curves_section(folds),
         ],
     )
+
+
+def class_scores(
+    scores: np.ndarray, labels: np.ndarray, split: np.ndarray, *, suffix: str = "", what: str = ""
+) -> tuple[dict[str, np.ndarray], dict[str, Metric]]:
+    """Returns outcomes by record and metrics of one class per record, means over splits.
+
+    Args:
+        scores: float [n, classes].
+        labels: int [n].
+        split: int [n], number of the split that a record was tested in.
+        suffix: end of the names of what belongs to one network.
+        what: the same in words.
+    """
+    classes, splits = scores.shape[1], len(np.unique(split))
+    what += f", mean over {splits} splits" * (splits > 1)
+    values = {
+        "split": split,
+        "label": labels,
+        # Cells of the mean over splits of the mean over classes.
+        "split_class": split * classes + labels,
+    }
+    metrics = {}
+    for k in (1, 5):
+        if k >= classes:  # of five classes, all are among the first five
+            continue
+        values[f"top{k}{suffix}"] = top_k_hits(scores, labels, k)
+        metrics[f"top{k}{suffix}"] = Metric(
+            "class_mean",
+            (f"top{k}{suffix}", "split"),
+            f"top-{k}{what}",
+            chance=k / classes,
+            headline=True,
+        )
+    metrics[f"mean_class_accuracy{suffix}"] = Metric(
+        "class_mean",
+        (f"top1{suffix}", "split_class"),
+        f"mean class accuracy{what}",
+        chance=1 / classes,
+        headline=True,
+    )
+    return values, metrics
 
 
 def _described(fold: Fold) -> dict[str, Any]:
@@ -212,7 +222,8 @@ def _splits_section(splits: Sequence[Mapping[str, Any]]) -> str:
     return section("Splits", caption, table(header, rows))
 
 
-def _confusion_section(confusion: np.ndarray, names: Sequence[str]) -> str:
+def confusion_section(confusion: np.ndarray, names: Sequence[str]) -> str:
+    """Returns the section that shows which classes are taken for which."""
     if len(names) <= _MATRIX_CLASSES:
         shown = matrix("All splits", confusion.tolist(), names)
         return section("Confusion", "Rows are true classes, in per cent of the row.", shown)

@@ -14,7 +14,7 @@ import numpy as np
 
 from avcl_jax.data.crop import CropSpec, center_crop
 from avcl_jax.data.labelled import VideoClipSpec
-from avcl_jax.data.modality_records import ModalityRecords, evenly_spaced
+from avcl_jax.data.modality_records import ModalityRecords, evenly_spaced, intervals
 from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
 from avcl_jax.data.record_format import Record
 from avcl_jax.data.records import RecordDataset
@@ -103,6 +103,20 @@ class RecordClips(ModalityRecords):
             labels=labels,
             leave_out=leave_out,
         )
+        self._share()
+
+    def _share(self) -> None:
+        """Moves clips into the interval that video and audio share, where a clip fits in it.
+
+        So the features of an encoder are those of the views that both modalities are shown at.
+        """
+        times = {name: values[self.indices] for name, values in self.records.timelines.items()}
+        starts, ends = zip(*intervals(times).values(), strict=True)
+        start, end = np.maximum(*starts), np.minimum(*ends)
+        both = (times["num_frames"] > 1) & (times["num_samples"] > 0)
+        fits = both & (end - start >= self._views.clip_seconds * min(self._views.speeds) - 1e-6)
+        self._start = np.where(fits, start, self._start)
+        self._end = np.where(fits, end, self._end)
 
     @property
     def identity(self) -> list[Any]:

@@ -193,8 +193,8 @@ def _protocol(config: ml_collections.ConfigDict, results: Mapping[str, Any]) -> 
         f"{e.views_per_speed} uniformly spaced centre-crop views at each of the speeds {speeds}; "
         "embeddings are the projection's output for the same views, one after another.",
         f"Probes: features standardised by the training videos, multinomial logistic regression, "
-        f"cost among {tuple(e.costs)} chosen by {e.folds}-fold cross-validation of the training "
-        "videos alone, one look at the test videos.",
+        f"C among {tuple(e.probe.costs)} chosen by {e.probe.folds}-fold cross-validation of the "
+        "training videos alone, one look at the test videos.",
         "Retrieval: all test videos with picture and sound, by the cosine of embeddings, that "
         "is, the mean similarity of views of the same times; a tie counts against the right one.",
         f"Temporal tasks: {e.pairs_per_video} pairs of views of each test video, drawn as in "

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from avcl_jax.evaluation.metrics import confusion_matrix
+
 TASK_TITLES = {
     "speed_video": "speed, picture",
     "speed_audio": "speed, sound",
@@ -115,14 +117,12 @@ def score_task(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray, *, seed
         raise ValueError("a logit of a masked-in view is not finite")
     chosen = balanced_subset(labels, mask, classes=classes, seed=seed)
     truth, predicted = labels[chosen], logits[chosen].argmax(axis=-1)
-    confusion = np.zeros((classes, classes), dtype=np.int64)
-    np.add.at(confusion, (truth, predicted), 1)
     correct = np.zeros(len(labels), bool)
     correct[chosen] = truth == predicted
     return TaskScore(
         accuracy=float(np.mean(truth == predicted)),
         chance=1.0 / classes,
-        confusion=confusion,
+        confusion=confusion_matrix(truth, predicted, classes),
         scored=chosen.reshape(shape),
         correct=correct.reshape(shape),
     )

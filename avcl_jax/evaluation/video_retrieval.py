@@ -35,7 +35,7 @@ from avcl_jax.evaluation.written import Stages
 
 PROTOCOL = Protocol(
     name="video_retrieval",
-    version=1,
+    version=2,
     title="Video retrieval",
     definition=(
         "Queries are the test records, the gallery the training records of one official split.",

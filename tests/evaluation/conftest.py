@@ -31,7 +31,7 @@ def small_record(split: str, index: int) -> Record:
     noise = split.startswith("null")
     frames = rng.normal(110, 25, size=(round(FPS * SECONDS), SIDE, SIDE, 3))
     times = np.arange(len(frames)) / FPS
-    samples = np.arange(round(RATE * SECONDS))
+    samples = np.arange(round(RATE * (SECONDS + 0.25)))
     waveform = rng.normal(0, 600, size=len(samples))
     motion, material = index % 2, index // 2 % 2
     if not noise:
@@ -50,7 +50,7 @@ def small_record(split: str, index: int) -> Record:
         waveform=np.clip(waveform, -32768, 32767).astype(np.int16),
         sample_rate_hz=RATE,
         audio_start_seconds=0.0,
-        duration_seconds=SECONDS,
+        duration_seconds=SECONDS + 0.25,
         height=SIDE,
         width=SIDE,
         labels={"motion": -1, "material": -1}
@@ -79,7 +79,10 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of a prepared data set with splits train, test, null_train and null_test."""
+    """Directory of a prepared data set with splits train, test, null_train and null_test.
+
+    Sounds last a quarter of a second longer than pictures.
+    """
     directory = tmp_path_factory.mktemp("records")
     shards = {
         split: [write_shard(directory / shard_name("small", split, 0, 1), _records(split))]
@@ -106,7 +109,12 @@ def small_config(records):
     c.bank.size = 16
     e = c.evaluation
     e.update(
-        {"speeds": (1, 2), "views_per_speed": 1, "folds": 2, "costs": (0.1,), "pairs_per_video": 6}
+        {
+            "speeds": (1, 2),
+            "views_per_speed": 1,
+            "probe": {"folds": 2, "costs": (0.01, 1.0)},
+            "pairs_per_video": 6,
+        }
     )
     for modality in ("video", "audio"):
         e.supervised[modality].views = 2

@@ -18,7 +18,7 @@ from avcl_jax import experiment, export
 from avcl_jax.data.record_metadata import write_dataset_metadata
 from avcl_jax.data.records import Record, shard_name, write_shard
 from avcl_jax.export import Encoder
-from configs import finetune, linear_probe
+from configs import finetune
 from tests.training.small import small_config
 
 COUNT, FPS, RATE_HZ, SIDE, SECONDS = 96, 16, 16_000, 24, 1.0
@@ -162,10 +162,10 @@ def write_encoders(directory: Path, seed: int = 0, **source: object) -> Path:
 
 
 def toy_config(
-    records: Path, encoders: Path, *, task: str = "finetune", preset: str = "demo", **overrides
+    records: Path, encoders: Path, *, preset: str = "demo", **overrides
 ) -> ml_collections.ConfigDict:
     """A small config; `**{"a.b": 1}` overrides `config.a.b`."""
-    config = {"finetune": finetune, "linear_probe": linear_probe}[task].get_config(preset)
+    config = finetune.get_config(preset)
     given = {"data.directory": str(records), "encoder": str(encoders)}
     with config.unlocked():
         config.update_from_flattened_dict(OVERRIDES | given | overrides)

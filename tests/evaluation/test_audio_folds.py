@@ -13,7 +13,7 @@ from sklearn.svm import SVC, LinearSVC
 from avcl_jax.data.modality_records import LackingError
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.evaluation import fold_classification
-from avcl_jax.evaluation.audio_classification import audio_classification
+from avcl_jax.evaluation.audio_folds import run_folds
 from avcl_jax.evaluation.classical_audio import classical_features
 from avcl_jax.evaluation.fold_classification import classify_folds
 from avcl_jax.evaluation.protocol import ProtocolError
@@ -164,8 +164,8 @@ def test_one_command_from_a_run_to_results_that_repeat(
     fold_records, small_run, tmp_path, capsys, monkeypatch
 ):
     config = _config(fold_records, small_run)
-    first = audio_classification(config, tmp_path / "a")
-    second = audio_classification(config, tmp_path / "b")
+    first = run_folds(config, tmp_path / "a")
+    second = run_folds(config, tmp_path / "b")
     for key in ("metrics", "details", "fingerprint"):
         assert first[key] == second[key]
     # Pitch tells these classes: features of the log-mel spectrum must find it.
@@ -193,27 +193,23 @@ def test_one_command_from_a_run_to_results_that_repeat(
         init(self, *arguments)
 
     monkeypatch.setattr(RecordDataset, "__init__", opening)
-    audio_classification(config, tmp_path / "a")
+    run_folds(config, tmp_path / "a")
     assert "already holds these results" in capsys.readouterr().out
     assert len(opened) == 1  # of a large data set that takes seconds
 
 
 def test_what_does_not_fit_is_refused(fold_records, small_run, small_records, tmp_path):
     config = _config(fold_records, small_run)
-    config.evaluation.method = "guess"
-    with pytest.raises(ProtocolError, match=r"evaluation\.method 'guess' must be one of folds"):
-        audio_classification(config, tmp_path)
-    config = _config(fold_records, small_run)
     config.encoder = str(tmp_path / "nothing")
     with pytest.raises(ValueError, match="there is no directory"):
-        audio_classification(config, tmp_path)
+        run_folds(config, tmp_path)
     config = _config(fold_records, small_run)
     config.data.update({"directory": str(small_records), "split": "test", "label": "material"})
     with pytest.raises(ProtocolError, match=r"\['material', 'motion'\], not 'fold'"):
-        audio_classification(config, tmp_path)
+        run_folds(config, tmp_path)
     config.data.update({"split": "null_test", "fold_label": "motion"})
     with pytest.raises(LackingError, match=r"10 of the 10 .* have no known 'material'"):
-        audio_classification(config, tmp_path)
+        run_folds(config, tmp_path)
 
 
 def test_a_label_of_several_classes_is_refused(small_run, tmp_path):
@@ -221,4 +217,4 @@ def test_a_label_of_several_classes_is_refused(small_run, tmp_path):
     record = sound_record("a", "a", 0, 300, labels)
     directory = write_records(tmp_path, "several", FOLD_CLASSES, {"all": [record]}, ["class"])
     with pytest.raises(LackingError, match="'class', of which a record may have several"):
-        audio_classification(_config(directory, small_run), tmp_path)
+        run_folds(_config(directory, small_run), tmp_path)

@@ -10,7 +10,10 @@ import pytest
 
 from avcl_jax import experiment
 from avcl_jax.evaluation.evaluate import evaluate
+from avcl_jax.evaluation.linear_probe import run_linear_probe
+from avcl_jax.evaluation.protocol import OUTCOMES, read_outcomes
 from avcl_jax.export import export_run, load_encoder
+from configs import linear_probe
 from tests.evaluation.conftest import small_config
 
 
@@ -67,6 +70,29 @@ def test_material_is_read_where_its_mean_spectrum_gives_it_away(results):
     # The small data set tells its two materials by pitch: a probe that missed that is broken.
     assert results["trivial"]["material_from_audio"]["mean_log_mel"] == 1.0
     assert results["trivial"]["motion_from_video"]["mean_loudness"] < 0.9
+
+
+@pytest.mark.parametrize(
+    ("preset", "probe"), [("demo", "motion_from_video"), ("demo_audio", "material_from_audio")]
+)
+def test_the_linear_probe_is_one_number_whichever_command_gives_it(
+    small_run, small_records, results, tmp_path, preset, probe
+):
+    run, workdir, _ = small_run
+    config = linear_probe.get_config(preset)
+    with config.unlocked():
+        config.encoder = str(workdir)
+        config.data.update({"directory": str(small_records), "make_demo": False})
+        config.features.update({"speeds": (1, 2), "clips": 1})
+        config.probe = run.evaluation.probe
+        config.bootstrap.resamples = 20
+    alone = run_linear_probe(config, tmp_path)
+    chosen = alone["details"]["splits"][0]["chosen"]
+    ours, theirs = (read_outcomes(directory / OUTCOMES).values for directory in (tmp_path, workdir))
+    for network, suffix, name in (("pretrained", "", "encoder"), ("random", "_random", "random")):
+        assert alone["metrics"][f"top1{suffix}"]["value"] == results["probe"][probe][network]
+        np.testing.assert_array_equal(ours[f"top1{suffix}"], theirs[f"correct_{probe}_{network}"])
+        assert chosen[name]["cost"] == results["details"]["probe_costs"][probe][network]
 
 
 def test_the_page_shows_the_run(small_run, results):

@@ -45,8 +45,7 @@ def test_clips_are_those_that_the_training_pipeline_renders(
 ):
     config = small_run[0].copy_and_resolve_references()
     config.unlock()
-    config.modalities = modality
-    config.views.speeds = (1, 2)
+    config.views.speeds = (1, 2)  # sound lasts longer than picture: clips are where both are
     spec = dataclasses.replace(experiment.render_spec(config), spectrogram_on_device=False)
     usable = UsableRecords(RecordDataset(small_records, "test"), spec)
     expected = fixed_views(usable, 3, spec, speeds=(0, 1), views_per_speed=2, direction=FORWARD)[

@@ -42,7 +42,6 @@ def _probe(known, correct, chance=0.25):
         float(np.mean(correct)),
         chance,
         1.0,
-        0.5,
         confusion,
         np.array(known, bool),
         np.array(correct),

@@ -7,24 +7,24 @@ import shutil
 import pytest
 
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.evaluation.audio_classification import audio_classification
 from avcl_jax.evaluation.cross_modal import audio_video_retrieval
 from avcl_jax.evaluation.finetune import finetune
+from avcl_jax.evaluation.linear_probe import run_linear_probe
 from avcl_jax.evaluation.protocol import ProtocolError
 from avcl_jax.evaluation.temporal_tasks import temporal_tasks
 from avcl_jax.evaluation.trained_on import check_not_trained_on
 from avcl_jax.evaluation.video_retrieval import video_retrieval
 from avcl_jax.training.checkpoint import Checkpoints, Progress
-from configs import audio_classification as audio_config
 from configs import cross_modal, linear_probe, retrieval, temporal
+from configs import finetune as finetune_config
 from tests.evaluation.test_fold_encoders import _Records, _source
 
 PROTOCOLS = {
     "retrieval": (retrieval, video_retrieval),
     "cross_modal": (cross_modal, audio_video_retrieval),
     "temporal": (temporal, temporal_tasks),
-    "audio": (audio_config, audio_classification),
-    "linear_probe": (linear_probe, finetune),
+    "linear_probe": (linear_probe, run_linear_probe),
+    "finetune": (finetune_config, finetune),
 }
 
 
@@ -48,11 +48,11 @@ def test_a_run_on_its_own_test_records_is_refused(name, run_on_test, small_recor
     with c.unlocked():
         c.encoder = str(run_on_test)
         c.data.update({"directory": str(small_records)})
-        if name in ("retrieval", "audio"):
+        if name in ("retrieval", "linear_probe"):
             c.features.speeds = (1,)
         elif name == "cross_modal":
             c.features.update({"speeds": (1, 2), "views_per_speed": 1})
-        elif name == "linear_probe":
+        elif name == "finetune":
             c.update({"clip": {"seconds": 0.0}, "global_batch_size": 4})
     with pytest.raises(ProtocolError, match=r"was pretrained, without labels, on \d+ of the"):
         protocol(c, tmp_path / "out")

@@ -192,5 +192,6 @@ def test_what_does_not_fit_is_refused(
     config.encoder = str(tmp_path)
     with pytest.raises(ExportError, match="neither checkpoints nor exported encoders"):
         video_retrieval(config, tmp_path / "w")
+    (tmp_path / "trained" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ProtocolError, match="is the workdir of a training run"):
-        video_retrieval(_config(small_records, small_run), small_run[1])
+        video_retrieval(_config(small_records, small_run), tmp_path / "trained")

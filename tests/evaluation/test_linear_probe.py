@@ -1,7 +1,8 @@
-"""Linear probes of sounds: scikit-learn's solution, known values, one whole run of either kind."""
+"""Linear probes: scikit-learn's solution, known values, one whole run of either kind."""
 
 from __future__ import annotations
 
+import shutil
 from statistics import NormalDist
 
 import numpy as np
@@ -12,10 +13,10 @@ from sklearn.preprocessing import StandardScaler
 
 from avcl_jax.data.modality_records import LackingError
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.evaluation.audio_classification import audio_classification
 from avcl_jax.evaluation.linear_classifier import fit_linear
+from avcl_jax.evaluation.linear_probe import run_linear_probe
 from avcl_jax.evaluation.protocol import OUTCOMES, ProtocolError, read_outcomes
-from configs import audio_classification as config_file
+from configs import linear_probe as config_file
 from tests.evaluation.conftest import sound_record, write_records
 
 FIT = {"iterations": 300, "tolerance": 1e-6}
@@ -50,21 +51,21 @@ def test_several_labels_are_independent_regressions():
         np.testing.assert_allclose(found.bias[number], reference.intercept_[0], atol=2e-3)
 
 
-def _config(records, small_run, preset="demo"):
+def _config(records, small_run, preset="demo_audio"):
     c = config_file.get_config(preset)
     c.unlock()
     c.encoder = str(small_run[1])
     c.data.update({"directory": str(records), "make_demo": False, "threads": 2})
     c.features.update({"clips": 2, "speeds": (1, 2), "chunk": 8})
-    c.evaluation.update({"costs": (0.01, 1.0), "held_out": 0.25})
+    c.probe.update({"costs": (0.01, 1.0), "folds": 3})
     c.bootstrap.resamples = 20
     return c
 
 
 def test_one_command_gives_accuracies_that_repeat(small_records, small_run, tmp_path):
     config = _config(small_records, small_run)
-    first = audio_classification(config, tmp_path / "a")
-    second = audio_classification(config, tmp_path / "b")
+    first = run_linear_probe(config, tmp_path / "a")
+    second = run_linear_probe(config, tmp_path / "b")
     assert first["metrics"] == second["metrics"]
     assert first["details"] == second["details"]
     # Two materials of other pitches, which even an untrained encoder lets a linear probe tell.
@@ -77,10 +78,28 @@ def test_one_command_gives_accuracies_that_repeat(small_records, small_run, tmp_
     assert first["data"]["train"].startswith("small-train")
 
 
+def test_splits_have_their_own_encoders_and_figures_are_means_over_them(
+    fold_records, small_run, tmp_path
+):
+    for fold in "12":
+        shutil.copytree(small_run[1], tmp_path / f"fold{fold}")
+    config = _config(fold_records, small_run)
+    config.encoder = str(tmp_path / "fold{fold}")
+    folds = {"train_select": ("fold!=1", "fold!=2"), "test_select": ("fold=1", "fold=2")}
+    config.data.update({"label": "class", "train_split": "all", "test_split": "all", **folds})
+    results = run_linear_probe(config, tmp_path / "out")
+    described = results["details"]["splits"]
+    assert [split["encoder"]["path"][-1] for split in described] == ["1", "2"]
+    values = read_outcomes(tmp_path / "out" / OUTCOMES).values
+    means = [values["top1"][values["split"] == number].mean() for number in (0, 1)]
+    assert results["metrics"]["top1"]["value"] == pytest.approx(np.mean(means))
+    assert results["units"] == sum(split["test_records"] for split in described) == 24
+
+
 def test_motion_cannot_be_heard(small_records, small_run, tmp_path):
     config = _config(small_records, small_run)
     config.data.label = "motion"
-    results = audio_classification(config, tmp_path)
+    results = run_linear_probe(config, tmp_path)
     assert 0.2 <= results["metrics"]["top1"]["value"] <= 0.8
 
 
@@ -105,6 +124,8 @@ def tagged_records(tmp_path_factory):
             if not loud:
                 record.waveform[...] = record.waveform // 16
             splits[split].append(record)
+    alike = {"tags": (2,), "kind": 1}
+    splits["alike"] = [sound_record(f"alike{n}", f"alike{n}", n, 500, alike) for n in range(2)]
     directory = tmp_path_factory.mktemp("tagged")
     return write_records(directory, "tagged", names, splits, ["tags"])
 
@@ -112,7 +133,7 @@ def tagged_records(tmp_path_factory):
 def test_tagging_is_scored_as_scikit_learn_scores_it(tagged_records, small_run, tmp_path):
     config = _config(tagged_records, small_run, "audioset")
     config.data.label = "tags"
-    results = audio_classification(config, tmp_path)
+    results = run_linear_probe(config, tmp_path)
     figures = results["metrics"]
     values = read_outcomes(tmp_path / OUTCOMES).values
     relevant, scores = values["relevant"], values["scores"]
@@ -127,7 +148,7 @@ def test_tagging_is_scored_as_scikit_learn_scores_it(tagged_records, small_run, 
     mean_auc = min(figures["auc"]["value"], 1 - 1e-6)
     assert figures["d_prime"]["value"] == pytest.approx(2**0.5 * NormalDist().inv_cdf(mean_auc))
     assert figures["map"]["chance"] == pytest.approx(relevant[:, :2].mean())
-    assert results["details"]["classes"] == 3
+    assert len(results["details"]["classes"]) == 3
 
 
 def test_classes_of_records_are_those_that_were_written(tagged_records):
@@ -140,26 +161,23 @@ def test_classes_of_records_are_those_that_were_written(tagged_records):
 
 
 def test_what_does_not_fit_is_refused(tagged_records, small_records, small_run, tmp_path):
-    config = _config(tagged_records, small_run)
-    config.data.update({"label": "tags", "test_split": "eval"})
-    with pytest.raises(LackingError, match="not 'tags', of which a record may have several"):
-        audio_classification(config, tmp_path)
     config = _config(small_records, small_run)
-    config.evaluation.method = "multilabel_probe"
-    with pytest.raises(ProtocolError, match=r"set evaluation\.method to 'linear_probe'"):
-        audio_classification(config, tmp_path)
+    config.data.label = "color"
+    with pytest.raises(LackingError, match=r"has the labels \['material', 'motion'\]"):
+        run_linear_probe(config, tmp_path)
+    config = _config(tagged_records, small_run, "audioset")
+    config.data.update({"label": "tags", "test_select": ("kind=a", "kind=a")})
+    config.data.train_select = ("", "kind=a")
+    with pytest.raises(ProtocolError, match="of which mAP over 2 splits is not defined"):
+        run_linear_probe(config, tmp_path)
+    config.data.update({"train_select": ("",), "test_select": ("kind=b",), "test_split": "alike"})
+    with pytest.raises(ProtocolError, match=r"no class of 'tags' has both .* the test records"):
+        run_linear_probe(config, tmp_path)
     config = _config(small_records, small_run)
     config.data.test_split = "train"
     with pytest.raises(ProtocolError, match="24 records are among both the training and the test"):
-        audio_classification(config, tmp_path)
+        run_linear_probe(config, tmp_path)
     config = _config(small_records, small_run)
     config.features.record_pooling = "clips"
     with pytest.raises(ProtocolError, match="'clips' is for folds"):
-        audio_classification(config, tmp_path)
-
-
-@pytest.mark.parametrize("preset", ["demo", "esc10", "esc50", "vggsound", "audioset"])
-def test_presets_offer_the_baselines_that_their_method_measures(preset):
-    c = config_file.get_config(preset)
-    measured = {"random", "classical"} if c.evaluation.method == "folds" else {"random"}
-    assert set(c.baselines) == measured
+        run_linear_probe(config, tmp_path)
