@@ -31,6 +31,7 @@ from avcl_jax.evaluation.embed import (
     render_all,
 )
 from avcl_jax.evaluation.fixed_views import fixed_views
+from avcl_jax.evaluation.linear_classifier import check_sources
 from avcl_jax.evaluation.metrics import gap_closed
 from avcl_jax.evaluation.null_control import NullControl, null_control, render_null_views
 from avcl_jax.evaluation.probe import ProbeResult, linear_probe, trivial_statistics
@@ -84,7 +85,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
     model = experiment.audio_visual_model(config)
     train = UsableRecords(RecordDataset(config.data.directory, section.train_split), spec)
     test = UsableRecords(RecordDataset(config.data.directory, section.test_split), spec)
-    _check_labels(config, train)
+    _check_labels(config, train, test)
     source = source_of_run(workdir, config, variables, step)
     data = {"train": train.fingerprint, "test": test.fingerprint}
     protocol_run = ProtocolRun(
@@ -160,7 +161,9 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
     )
 
 
-def _check_labels(config: ml_collections.ConfigDict, train: UsableRecords) -> None:
+def _check_labels(
+    config: ml_collections.ConfigDict, train: UsableRecords, test: UsableRecords
+) -> None:
     names = train.records.class_names
     for label, modality in config.evaluation.probes:
         if label not in names:
@@ -178,6 +181,13 @@ def _check_labels(config: ml_collections.ConfigDict, train: UsableRecords) -> No
                 f"evaluation.probes asks for {label} from {modality}, but the run trained "
                 f"{config.modalities} only"
             )
+        known = [
+            records.indices[records.records.labels[label][records.indices] >= 0]
+            for records in (train, test)
+        ]
+        if not len(known[1]):
+            raise ValueError(f"no record of {test!r} has a known {label!r}: set evaluation.probes")
+        check_sources(train.records.source_numbers[known[0]], config.evaluation.probe.folds)
 
 
 def _with_encoders(variables: Mapping[str, Any], encoders: Mapping[str, Any]) -> dict[str, Any]:

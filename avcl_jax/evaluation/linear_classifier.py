@@ -102,9 +102,8 @@ def fit_probe(
         ValueError: if there are fewer sources than folds, features are not finite or shapes do not
             match.
     """
+    check_sources(sources, folds)
     names, first, numbers = np.unique(np.asarray(sources), return_index=True, return_inverse=True)
-    if len(names) < folds:
-        raise ValueError(f"{folds} folds need as many training sources, got {len(names)}")
     # Numbered by first appearance: the folds do not depend on how sources are called.
     order = np.argsort(np.argsort(first))
     held = (np.random.default_rng(seed).permutation(len(names)) % folds)[order[numbers]]
@@ -115,10 +114,27 @@ def fit_probe(
         rows = np.flatnonzero(held == fold)
         for number, classifier in enumerate(items.fits(np.flatnonzero(held != fold), costs)):
             reached[fold, number] = _score(classifier.scores(features, rows), targets[rows])
+    if np.isnan(reached).all():
+        raise ValueError(
+            "no class has positive and negative items in one of the held-out folds, so mAP is not "
+            "defined: set fewer folds"
+        )
     means = np.nanmean(reached, axis=0)
     cost = costs[int(means.argmax())]
     (classifier,) = items.fits(np.arange(len(features)), [cost])
     return LinearProbe(classifier, cost, dict(zip(costs, means.tolist(), strict=True)))
+
+
+def check_sources(sources: Sequence[Any] | np.ndarray, folds: int) -> None:
+    """Refuses training items that cannot be dealt to folds.
+
+    Raises:
+        ValueError: if there are fewer sources than folds.
+    """
+    if (count := len(np.unique(np.asarray(sources)))) < folds:
+        raise ValueError(
+            f"{folds} folds need as many training sources, got {count}: set probe.folds lower"
+        )
 
 
 def _score(scores: np.ndarray, targets: np.ndarray) -> float:
@@ -247,7 +263,9 @@ def _standardise(features: jax.Array, mean: jax.Array, scale: jax.Array) -> jax.
 
 def _loss(parameters: Any, data: Any, decay: jax.Array) -> jax.Array:
     features, targets, weight = data
-    logits = features @ parameters["weights"] + parameters["bias"][None]
+    # Accelerators round products of float32 to fewer bits unless told not to.
+    products = jnp.matmul(features, parameters["weights"], precision="highest")
+    logits = products + parameters["bias"][None]
     if targets.ndim == 2:
         losses = optax.sigmoid_binary_cross_entropy(logits, targets).sum(axis=-1)
     else:

@@ -17,7 +17,7 @@ from etils import epath
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.encoder_source import EncoderSource, random_like
 from avcl_jax.evaluation.fold_encoders import fold_names, open_fold_encoders, split_selections
-from avcl_jax.evaluation.linear_classifier import LinearProbe, fit_probe
+from avcl_jax.evaluation.linear_classifier import LinearProbe, check_sources, fit_probe
 from avcl_jax.evaluation.metrics import confusion_matrix
 from avcl_jax.evaluation.page import section, table
 from avcl_jax.evaluation.protocol import (
@@ -183,6 +183,7 @@ def _splits(config: ml_collections.ConfigDict, encoders: Sequence[EncoderSource]
             for role, select in zip(("train", "test"), selections, strict=True)
         )
         check_apart(train.clips, test.clips)
+        check_sources(train.clips.sources, config.probe.folds)
         splits.append(_Split(f"split{number}", encoder, train, test))
     if splits[0].test.targets.ndim == 2:
         if len(splits) > 1:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from avcl_jax import experiment
+from avcl_jax.data.records import RecordDataset
 from avcl_jax.evaluation.evaluate import evaluate
 from avcl_jax.evaluation.linear_probe import run_linear_probe
 from avcl_jax.evaluation.protocol import OUTCOMES, read_outcomes
@@ -29,6 +31,19 @@ def test_views_that_form_no_pairs_are_refused_before_any_work(small_run, tmp_pat
     config.evaluation.speeds = (1, 2, 4)
     with pytest.raises(ValueError, match="3 views of each video do not form pairs"):
         evaluate(config, tmp_path)  # where no run is, so that only the first check can speak
+
+
+def test_too_few_labelled_videos_are_refused_before_any_work(small_run, tmp_path, monkeypatch):
+    config, workdir, _ = small_run
+    shutil.copytree(workdir, tmp_path / "run")
+    monkeypatch.setattr(RecordDataset, "__getitem__", None)  # no record is read
+    config = config.copy_and_resolve_references()
+    config.evaluation.probe.folds = 25
+    with pytest.raises(ValueError, match="25 folds need as many training sources, got 24"):
+        evaluate(config, tmp_path / "run")
+    config.evaluation.test_split = "null_test"
+    with pytest.raises(ValueError, match=r"no record of .*null_test.* has a known 'motion'"):
+        evaluate(config, tmp_path / "run")
 
 
 def test_results_have_every_key_of_the_issue_and_fractions(results):

@@ -165,6 +165,11 @@ def test_what_does_not_fit_is_refused(tagged_records, small_records, small_run, 
     config.data.label = "color"
     with pytest.raises(LackingError, match=r"has the labels \['material', 'motion'\]"):
         run_linear_probe(config, tmp_path)
+    config = _config(small_records, small_run)
+    config.probe.folds = 25
+    with pytest.raises(ValueError, match="25 folds need as many training sources, got 24"):
+        run_linear_probe(config, tmp_path)
+    assert not list(tmp_path.iterdir())
     config = _config(tagged_records, small_run, "audioset")
     config.data.update({"label": "tags", "test_select": ("kind=a", "kind=a")})
     config.data.train_select = ("", "kind=a")

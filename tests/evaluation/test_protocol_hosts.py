@@ -9,9 +9,9 @@ import pytest
 from tests.training.small import run, run_processes
 
 
-def _arguments(small_records, small_run, workdir):
+def _arguments(small_records, small_run, workdir, config="retrieval.py:demo"):
     return [
-        "--config=configs/retrieval.py:demo",
+        f"--config=configs/{config}",
         f"--workdir={workdir}",
         f"--config.encoder={small_run[1]}",
         f"--config.data.directory={small_records}",
@@ -37,3 +37,17 @@ def test_hosts_share_the_records_and_find_what_one_finds(small_records, small_ru
     parts = {n: sorted(p.name for p in (tmp_path / n).rglob("rows-*.npz")) for n in ("one", "two")}
     assert parts["one"] == parts["two"]
     assert len(parts["two"]) == 4 + 5  # of 16 and of 24 records
+
+
+@pytest.mark.slow
+def test_the_linear_probe_does_not_depend_on_the_number_of_devices(
+    run_with_cpu_devices, small_records, small_run, tmp_path
+):
+    found = []
+    for devices in (1, 5):  # 24 training records do not fill five devices
+        workdir = tmp_path / str(devices)
+        arguments = _arguments(small_records, small_run, workdir, "linear_probe.py:demo_audio")
+        run_with_cpu_devices(devices, "avcl_jax.main", *arguments)
+        results = json.loads((workdir / "results.json").read_text())
+        found.append((results["metrics"], results["details"]))
+    assert found[0] == found[1]
