@@ -37,7 +37,7 @@ def render_report(content: ReportContent) -> str:
         f'<p class="lead">{_lead(results)}</p>',
         tiles(_headline(results)),
         _probe_section(results),
-        _temporal_section(results),
+        _temporal_section(content),
         _retrieval_section(content),
         _neighbour_section(content),
         _map_section(content),
@@ -144,7 +144,8 @@ def _probe_section(results: Mapping[str, Any]) -> str:
     )
 
 
-def _temporal_section(results: Mapping[str, Any]) -> str:
+def _temporal_section(content: ReportContent) -> str:
+    results = content.results
     temporal = results.get("temporal", {})
     if not temporal:
         return ""
@@ -175,9 +176,10 @@ def _temporal_section(results: Mapping[str, Any]) -> str:
     )
     return section(
         "What it knows of time",
-        "Playback speed (1×, 2×, 4×, 8×), playback direction, and the order of two clips, judged "
-        "on views of test videos. The null control is a network trained and tested on noise: it "
-        "has to stay at chance, or the answer would be a trace of the rendering.",
+        f"Playback speed ({', '.join(content.task_classes['speed_video'])}), playback direction, "
+        "and the order of two clips, judged on views of test videos. The null control is a network "
+        "trained and tested on noise: it has to stay at chance, or the answer would be a trace of "
+        "the rendering.",
         chart,
         *warnings,
     )

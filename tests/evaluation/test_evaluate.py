@@ -116,6 +116,7 @@ def test_the_page_shows_the_run(small_run, results):
         assert text in page
     assert page.count("data:image/jpeg;base64,") == 2 * 4 * 3
     assert "picture–sound" in page
+    assert "Playback speed (1×, 2×, 4×)," in page
     assert not [path.name for path in small_run[1].iterdir() if path.name.endswith(".writing")]
 
 
