@@ -10,7 +10,7 @@ from etils import epath
 
 from avcl_jax.data.records import FILE_FORMATS
 from avcl_jax.data.tfrecord import is_remote
-from data_prep.clip import REASONS, ClipOptions
+from data_prep.clip import NOTES, REASONS, ClipOptions
 from data_prep.cut import FORMS, parse_cut
 from data_prep.manifest import PrepareError
 
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-seconds", metavar="SECONDS", type=float, default=600.0, help="reject longer clips")
     add("--min-side", metavar="PIXELS", type=int, default=16, help="reject smaller pictures")
     add("--require", default="", metavar="video,audio", help="reject clips without these")
+    add("--reject", default="", metavar=",".join(NOTES), help="reject clips with such a note")
     add("--cut", default="", metavar="HOW", help=f"cut videos into clips: {FORMS}")
     add("--deduplicate", action="store_true", help="leave out clips of the same content as others")
     add("--overwrite", action="store_true", help="prepare all again, whatever is there")
@@ -77,10 +78,13 @@ def clip_options(args: argparse.Namespace) -> ClipOptions:
     Raises:
       PrepareError: If one makes no sense.
     """
-    require = tuple(sorted(filter(None, args.require.split(","))))
+    require, reject = (
+        tuple(sorted(filter(None, text.split(",")))) for text in (args.require, args.reject)
+    )
     checks = (
         (re.fullmatch(r"[a-z][a-z0-9_]*", args.name), "--name", "a-z, 0-9 and _, a letter first"),
         (set(require) <= {"video", "audio"}, "--require", "video, audio or video,audio"),
+        (set(reject) <= set(NOTES), "--reject", f"some of {','.join(NOTES)}, with commas between"),
         (1 <= args.quality <= 100, "--quality", "1 to 100"),
         (args.short_side >= 1, "--short-side", "at least 1"),
         (args.max_fps is None or args.max_fps > 0, "--max-fps", "above 0"),
@@ -112,4 +116,5 @@ def clip_options(args: argparse.Namespace) -> ClipOptions:
         require=require,
         file_format=args.file_format,
         cut=args.cut,
+        reject=reject,
     )

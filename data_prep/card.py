@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import librosa
@@ -15,6 +16,8 @@ from matplotlib.figure import Figure
 
 from avcl_jax.data.decode import decode_jpegs
 from avcl_jax.data.records import Record, RecordDataset, RecordError, split_names
+from data_prep.clip import NOTES
+from data_prep.earlier import PREPARATION
 
 _MOST_CLASSES = 20
 _STILLS = 4
@@ -39,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
         splits = [RecordDataset(args.path, name) for name in names]
         for dataset in splits:
             print("\n".join(describe(dataset)))
+            for kind, count in _notes(args.path, dataset.split).items():
+                print(f"  note       {count} clips {kind}: {NOTES[kind]}")
         figure = draw(splits, rows=args.rows, seed=args.seed)
         with png.open("wb") as file:
             figure.savefig(file, format="png", dpi=80)
@@ -47,6 +52,16 @@ def run(args: argparse.Namespace) -> int:
         return 1
     print(f"picture {png}")
     return 0
+
+
+def _notes(directory: epath.Path, split: str) -> Mapping[str, int]:
+    """Returns how many clips of a split have each kind of note, as preparation counted them."""
+    path = directory / PREPARATION
+    if not path.exists():  # written by another program
+        return {}
+    # Earlier releases counted none.
+    counts: Mapping[str, int] = json.loads(path.read_text())["splits"][split].get("notes", {})
+    return counts
 
 
 def _class_counts(dataset: RecordDataset, label: str) -> tuple[list[tuple[str, int]], int]:

@@ -10,12 +10,18 @@ import numpy as np
 from avcl_jax.data import media
 from avcl_jax.data.media import MediaError
 from avcl_jax.data.record_format import Record
+from avcl_jax.data.silence import is_silent, peak
 from data_prep.manifest import Entry
 from data_prep.sources.example_file import open_example
 from data_prep.sources.footage import Footage, JpegFrame
 from data_prep.sources.media_file import MediaFootage
 
-# Reasons that preparation adds to those of avcl_jax.data.media. Both lists are closed.
+# Kinds of notes on files that are prepared nevertheless. `--reject` takes these names, which are
+# then the reasons. The list is closed.
+NOTES = {
+    "silent": "nothing on the sound track is louder than -60 dB of full scale",
+}
+# Reasons that preparation adds to those of avcl_jax.data.media. All lists are closed.
 REASONS = media.REASONS | {
     "no_video": "no picture, and --require asks for one",
     "no_audio": "no sound, and --require asks for it",
@@ -26,6 +32,7 @@ REASONS = media.REASONS | {
     "bad_samples": "sound samples that are no numbers, or far beyond full scale",
     "timeout": "took longer than --timeout-seconds",
     "crashed": "the decoder crashed",
+    **{kind: f"{meaning}, and --reject names it" for kind, meaning in NOTES.items()},
 }
 _MISSING_SECONDS, _MISSING_SHARE = 0.5, 0.02
 
@@ -45,6 +52,7 @@ class ClipOptions:
       require: Some of "video", "audio": clips without are rejected.
       file_format: Of the shards that the records go to, one of `FILE_FORMATS`.
       cut: How long videos are cut, as `data_prep.cut` reads it; "" for not at all.
+      reject: Some of `NOTES`: clips with such a note are rejected.
     """
 
     short_side: int
@@ -57,13 +65,17 @@ class ClipOptions:
     require: tuple[str, ...]
     file_format: str
     cut: str = ""
+    reject: tuple[str, ...] = ()
 
 
-def prepare_clip(entry: Entry, options: ClipOptions) -> Record:
+def prepare_clip(entry: Entry, options: ClipOptions) -> tuple[Record, dict[str, str]]:
     """Decodes, scales and encodes one clip.
 
     Time 0 of the record is its first frame's, or where it starts when there is no picture. Sound
     before that is cut; sound that starts later says so in `audio_start_seconds`.
+
+    Returns:
+      The record, and what was found, by kind of note.
 
     Raises:
       MediaError: With one of `REASONS`.
@@ -110,7 +122,13 @@ def prepare_clip(entry: Entry, options: ClipOptions) -> Record:
     duration = float(last - zero)
     if duration < options.min_seconds or duration <= 0:
         raise MediaError("too_short", f"{duration:.2f} s, at least {options.min_seconds:g} wanted")
-    return Record(
+    notes = {}
+    if len(waveform) and is_silent(waveform):
+        notes["silent"] = f"the loudest of {len(waveform)} samples is {peak(waveform)}"
+    for kind in options.reject:
+        if kind in notes:
+            raise MediaError(kind, notes[kind])
+    record = Record(
         record_id=entry.record_id,
         source_id=entry.source_id,
         frames=[frame.data for frame in frames],
@@ -123,6 +141,7 @@ def prepare_clip(entry: Entry, options: ClipOptions) -> Record:
         width=frames[0].width if frames else 0,
         labels=entry.labels,
     )
+    return record, notes
 
 
 def open_footage(entry: Entry) -> Footage:

@@ -8,7 +8,8 @@ from typing import Any
 
 from etils import epath
 
-from data_prep.clip import REASONS
+from data_prep.clip import NOTES, REASONS
+from data_prep.earlier import SOURCES
 from data_prep.manifest import Manifest
 from data_prep.source_files import Duplicate
 
@@ -45,7 +46,7 @@ def print_table(
       dropped: They were left out.
       seconds: Since the command started.
     """
-    columns = ("records", "rejected", "silent", "blind", "hours", "MB", "source MB")
+    columns = ("records", "rejected", "no audio", "no video", "hours", "MB", "source MB")
     print(f"{'split':<12}" + "".join(f"{name:>10}" for name in columns))
     for split, counts in splits.items():
         print(
@@ -54,12 +55,18 @@ def print_table(
             f"{counts['bytes'] / 1e6:>10.1f}{counts['source_bytes'] / 1e6:>10.1f}"
         )
     reasons: collections.Counter[str] = collections.Counter()
+    notes: collections.Counter[str] = collections.Counter()
     for counts in splits.values():
         reasons.update(counts["rejected"])
+        notes.update(counts["notes"])
     for reason, number in reasons.most_common():
         print(f"  {number} {reason}: {REASONS[reason]}")
     if reasons:
         print(f"  each file and what was found: {out}/rejected.jsonl")
+    for kind, number in notes.most_common():
+        print(f"  {number} prepared, but {kind}: {NOTES[kind]}")
+    if notes:
+        print(f"  each file and what was found: notes in {out}/{SOURCES}")
     if manifest.missing:
         listed = len(manifest.missing) + len(manifest.entries)
         print(

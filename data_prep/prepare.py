@@ -297,6 +297,7 @@ def _counts(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rejected = collections.Counter(
         clip["reason"] for line in lines for clip in publish.rejections(line)
     )
+    notes = collections.Counter(kind for line in lines for _, kind, _ in line["notes"])
     return {
         "records": sum(report["num_records"] for report in reports),
         "no_picture": sum(report["no_picture"] for report in reports),
@@ -305,6 +306,7 @@ def _counts(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "bytes": sum(report["num_bytes"] for report in reports),
         "source_bytes": sum({line["path"]: line["bytes"] or 0 for line in lines}.values()),
         "rejected": dict(sorted(rejected.items())),
+        "notes": dict(sorted(notes.items())),
     }
 
 

@@ -273,6 +273,7 @@ def _line(entry: Entry, options: ClipOptions) -> dict[str, Any]:
         "plan": entry_plan(entry, options),
         "description": description(entry),
         "clips": [],
+        "notes": [],
     }
 
 
@@ -289,7 +290,8 @@ def _prepared(
       entry: A clip, or a video to cut.
       options: How.
       hopeless: Reason and message, if it is known to be.
-      line: Gets `clips`, of each its id, outcome and message.
+      line: Gets `clips`, of each its id, outcome and message, and `notes`, of each the id of its
+        clip, kind and message.
       begin: Called before each clip.
     """
     if hopeless is not None:
@@ -305,7 +307,7 @@ def _prepared(
             for clip in clips:
                 begin()
                 try:
-                    record = prepare_clip(clip, options)
+                    record, notes = prepare_clip(clip, options)
                 except MediaError as error:
                     line["clips"].append([clip.record_id, error.reason, error.message])
                     continue
@@ -314,6 +316,7 @@ def _prepared(
                     line["clips"].append([clip.record_id, "too_large", too_large])
                     continue
                 line["clips"].append([clip.record_id, PREPARED, ""])
+                line["notes"] += [[clip.record_id, *note] for note in notes.items()]
                 yield record
     except MediaError as error:  # it could not be cut
         line["clips"].append([entry.record_id, error.reason, error.message])

@@ -23,6 +23,7 @@ from avcl_jax.data.decoded import DecodedMedia, decode_media
 from avcl_jax.data.media import Source
 from avcl_jax.data.media_error import MediaError
 from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
+from avcl_jax.data.silence import is_silent
 from avcl_jax.data.spectrogram import log_mel, samples_at
 from avcl_jax.encoder_source import MODALITIES, EncoderSource
 from avcl_jax.export import Encoder
@@ -31,8 +32,6 @@ from avcl_jax.fingerprint.settings import FingerprintSettings
 _BATCH = 32
 # A segment may reach over the end by this share of its length, as containers round durations.
 _SLACK = 0.05
-# A peak below this is digital silence and dither: −60 dB. All silences are alike.
-_SILENCE_PEAK = 33
 # Seconds decoded at a time: what a long film takes in memory.
 _INTERVAL_SECONDS = 120.0
 
@@ -261,8 +260,7 @@ def _present(media: DecodedMedia, modality: str, starts: np.ndarray, span: float
         rate = media.sample_rate_hz
         for n in np.flatnonzero(here):
             begin = max(0, round((starts[n] - media.audio_start_seconds) * rate))
-            heard = media.waveform[begin : begin + round(span * rate)].astype(np.int32)
-            here[n] = bool(np.abs(heard).max(initial=0) > _SILENCE_PEAK)
+            here[n] = not is_silent(media.waveform[begin : begin + round(span * rate)])
     return here
 
 

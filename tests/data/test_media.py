@@ -67,7 +67,7 @@ def entry(path: Path, start: float = 0.0, end: float | None = None) -> Entry:
 
 
 def prepare(path: Path, start: float = 0.0, end: float | None = None) -> Record:
-    return prepare_clip(entry(path, start, end), OPTIONS)
+    return prepare_clip(entry(path, start, end), OPTIONS)[0]
 
 
 def refusal(path: Path, **changes: object) -> str:

@@ -108,7 +108,7 @@ def write(path: Path, video: str, audio: str | None, **changes: Any) -> None:
 
 def prepare(path: Path, **changes: Any) -> Record:
     options = dataclasses.replace(OPTIONS, **changes)
-    return prepare_clip(Entry(str(path), "train", "x", "x", 0.0, None, {}), options)
+    return prepare_clip(Entry(str(path), "train", "x", "x", 0.0, None, {}), options)[0]
 
 
 def shown_flashes(record: Record) -> np.ndarray:

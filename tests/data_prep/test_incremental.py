@@ -6,14 +6,17 @@ import dataclasses
 import json
 import os
 import shutil
+import wave
 from pathlib import Path
 
+import numpy as np
 import pytest
 from etils import epath
 
 from avcl_jax.data.records import RecordDataset
 from data_prep import shards
 from data_prep.__main__ import main
+from data_prep.clip import REASONS
 from data_prep.collections.folder_or_table import read_input
 from data_prep.earlier import compare, jobs, read_earlier
 from data_prep.shards import plan_parts, prepare_part
@@ -113,6 +116,40 @@ def test_a_touched_or_copied_file_is_unchanged(
     assert prepare(folder, out) == 0
     assert prepare(moved, out) == 0
     assert capsys.readouterr().out.count("up to date") == 2
+
+
+def test_notes_are_counted_kept_and_rejected(
+    folder: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with wave.open(str(folder / "bb.wav"), "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        file.writeframes(np.arange(16000).astype("<i2").clip(0, 33).tobytes())
+
+    def check() -> None:
+        lines = [json.loads(line) for line in (out / "sources.jsonl").open()]
+        notes = [note for line in lines for note in line["notes"]]
+        assert notes == [["bb.wav", "silent", "the loudest of 16000 samples is 33"]]
+        assert main(["inspect", str(out)]) == 0
+        assert "note       1 clips silent: nothing on the" in capsys.readouterr().out
+
+    assert prepare(folder, out) == 0
+    assert "1 prepared, but silent: nothing on the" in capsys.readouterr().out
+    check()
+    shutil.copy(clips / "5.mp4", folder / "b.mp4")  # its shard is written again
+    assert prepare(folder, out) == 0
+    check()
+    shutil.copy(clips / "6.mp4", folder / "e.mp4")  # its shard stays
+    assert prepare(folder, out) == 0
+    assert "1 prepared, but silent" in capsys.readouterr().out
+    check()
+    assert prepare(folder, out, "--reject=silent") == 1  # other options
+    assert "use another --out, or --overwrite" in capsys.readouterr().err
+    assert prepare(folder, out, "--reject=silent", "--overwrite") == 3
+    assert f"1 silent: {REASONS['silent']}" in capsys.readouterr().out
+    assert list(RecordDataset(out, "train").record_ids) == list(NAMES)
+    assert prepare(folder, out, "--reject=loud") == 1
+    assert "--reject must be some of silent" in capsys.readouterr().err
 
 
 def test_files_that_come_and_go(

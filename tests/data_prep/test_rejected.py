@@ -22,7 +22,7 @@ import pytest
 
 from avcl_jax.data.media import MediaError, decode_frames
 from data_prep.__main__ import main
-from data_prep.clip import REASONS
+from data_prep.clip import NOTES, REASONS
 from tests.data.synthetic_media import write_flash_and_click, write_stretches
 from tests.data_prep.test_prepare import signal_workers, when_reached
 
@@ -154,6 +154,7 @@ CASES = {
     "too_small": Case(lambda d: write(d / "a.mp4"), ("--min-side=48",)),
     "timeout": Case(lambda d: fifo(d / "a.mp4"), ("--timeout-seconds=2",)),
     "crashed": Case(lambda d: fifo(d / "a.mp4")),
+    "silent": Case(lambda d: sound_alone(d / "a.wav"), ("--reject=silent",)),
 }
 
 
@@ -252,9 +253,9 @@ def test_workers_have_a_limit_on_their_memory(tmp_path: Path) -> None:
     assert limits == [8 << 30]  # as docs/data/rejected.md says
 
 
-def test_the_page_explains_exactly_the_reasons() -> None:
+def test_the_page_explains_exactly_the_reasons_and_the_notes() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \|$", PAGE.read_text(), re.MULTILINE)
-    assert [reason for reason, _, _ in rows] == list(REASONS)
+    assert [name for name, _, _ in rows] == [*REASONS, *NOTES]
     for reason, meaning, advice in rows:
         assert len(meaning) > 20, reason
         assert len(advice) > 5, reason
