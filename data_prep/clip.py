@@ -19,6 +19,8 @@ from data_prep.sources.media_file import MediaFootage
 # Kinds of notes on files that are prepared nevertheless. `--reject` takes these names, which are
 # then the reasons. The list is closed.
 NOTES = {
+    "antiphase": "the channels cancel in the mono mix: the strongest one is taken alone",
+    "dead_channel": "a channel is silent beside the others: it is left out of the mono mix",
     "silent": "nothing on the sound track is louder than -60 dB of full scale",
 }
 # Reasons that preparation adds to those of avcl_jax.data.media. All lists are closed.
@@ -122,7 +124,7 @@ def prepare_clip(entry: Entry, options: ClipOptions) -> tuple[Record, dict[str, 
     duration = float(last - zero)
     if duration < options.min_seconds or duration <= 0:
         raise MediaError("too_short", f"{duration:.2f} s, at least {options.min_seconds:g} wanted")
-    notes = {}
+    notes = dict(sound.notes) if sound is not None and len(waveform) else {}
     if len(waveform) and is_silent(waveform):
         notes["silent"] = f"the loudest of {len(waveform)} samples is {peak(waveform)}"
     for kind in options.reject:

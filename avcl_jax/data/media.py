@@ -11,7 +11,7 @@ import contextlib
 import errno
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import av
@@ -82,10 +82,12 @@ class Sound(NamedTuple):
     Attributes:
       start_seconds: When the first sample sounds.
       waveform: int16 [samples].
+      notes: What was found about its channels, by kind of note (see `mono`).
     """
 
     start_seconds: float
     waveform: np.ndarray
+    notes: Mapping[str, str]
 
 
 def _is_still(container: Any) -> bool:
@@ -356,7 +358,7 @@ def decode_audio(
     start_seconds: float = 0.0,
     end_seconds: float | None = None,
 ) -> Sound | None:
-    """Decodes the sound to mono, so that a sample's index tells its time.
+    """Decodes the sound to mono (see `mono`), so that a sample's index tells its time.
 
     Args:
       path: Local file, or a file's content.
@@ -391,10 +393,12 @@ def decode_audio(
                 heard_seconds += frame.samples / frame.sample_rate
         if not frames:
             return None
-        first_seconds, waveform = lay_out(frames, zero=zero, sample_rate_hz=sample_rate_hz)
+        first_seconds, waveform, notes = lay_out(
+            frames, zero=zero, sample_rate_hz=sample_rate_hz
+        )
     skip = max(0, int(np.ceil((start_seconds - first_seconds) * sample_rate_hz - 1e-6)))
     first_seconds += skip / sample_rate_hz
     waveform = waveform[skip:]
     if end_seconds is not None:
         waveform = waveform[: max(0, round((end_seconds - first_seconds) * sample_rate_hz))]
-    return Sound(first_seconds, waveform) if len(waveform) else None
+    return Sound(first_seconds, waveform, notes) if len(waveform) else None

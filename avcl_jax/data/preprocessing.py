@@ -113,7 +113,7 @@ class AudioPreprocessing:
         if waveform.ndim != 1 or not waveform.size:
             raise PreprocessingError(
                 f"expected a mono waveform [samples], got shape {waveform.shape}; "
-                "average the channels first"
+                "mix the channels first (avcl_jax.data.media.decode_audio reads a file as mono)"
             )
         if waveform.dtype != np.int16 and not np.issubdtype(waveform.dtype, np.floating):
             raise PreprocessingError(

@@ -10,6 +10,7 @@ import av
 import numpy as np
 
 from avcl_jax.data.media_error import MediaError
+from avcl_jax.data.mono import mix_to_mono
 
 _JITTER_SECONDS = 0.008  # millisecond time bases and, median filtered, Vorbis stay below
 _MEDIAN_FRAMES = 9  # one wrong time stamp among nine moves nothing
@@ -60,7 +61,7 @@ def _segments(frames: Sequence[Any], zero: float) -> Iterator[tuple[float, Seque
 
 
 def _resample(frames: Sequence[Any], sample_rate_hz: int) -> np.ndarray:
-    """Mixes down by channel layout (libswresample) and resamples; returns int16 [samples]."""
+    """Mixes down what has several channels and resamples (libswresample): int16 [samples]."""
     resampler = av.AudioResampler(format="s16", layout="mono", rate=sample_rate_hz)
     parts, position = [], 0
     for frame in frames:
@@ -73,7 +74,9 @@ def _resample(frames: Sequence[Any], sample_rate_hz: int) -> np.ndarray:
     return np.concatenate(parts) if parts else np.empty(0, np.int16)
 
 
-def lay_out(frames: Sequence[Any], *, zero: float, sample_rate_hz: int) -> tuple[float, np.ndarray]:
+def lay_out(
+    frames: Sequence[Any], *, zero: float, sample_rate_hz: int
+) -> tuple[float, np.ndarray, dict[str, str]]:
     """Mixes down, resamples, and puts sound where its time stamps say, silence elsewhere.
 
     Args:
@@ -82,11 +85,13 @@ def lay_out(frames: Sequence[Any], *, zero: float, sample_rate_hz: int) -> tuple
       sample_rate_hz: Rate to resample to.
 
     Returns:
-      When the first sample sounds, and int16 [samples].
+      When the first sample sounds, int16 [samples], and what was found about the channels, by kind
+      of note.
 
     Raises:
       MediaError: If the time stamps leap.
     """
+    frames, notes = mix_to_mono(frames)
     pieces = [
         (start, _resample(segment, sample_rate_hz)) for start, segment in _segments(frames, zero)
     ]
@@ -97,4 +102,4 @@ def lay_out(frames: Sequence[Any], *, zero: float, sample_rate_hz: int) -> tuple
     for at, (_, piece) in zip(places, pieces, strict=True):
         begin = max(0, at)
         waveform[begin : begin + len(piece)] = piece[: len(waveform) - begin]
-    return first_seconds, waveform
+    return first_seconds, waveform, notes

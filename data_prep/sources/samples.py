@@ -11,6 +11,7 @@ import numpy as np
 
 from avcl_jax.data.media import Sound
 from avcl_jax.data.media_error import MediaError
+from avcl_jax.data.mono import choose_weights
 from avcl_jax.data.sound_timeline import lay_out
 
 _INTEGER_SCALE = 32768.0  # of 16-bit samples, whatever type holds them
@@ -47,7 +48,7 @@ class Samples:
 def mono_sound(
     samples: Samples, *, sample_rate_hz: int, start_seconds: float, end_seconds: float | None
 ) -> Sound | None:
-    """Mixes channels by their mean and resamples (libswresample, as for media files).
+    """Mixes channels by their mean, or as `avcl_jax.data.mono` says, and resamples.
 
     16-bit mono at the wanted rate comes out as it went in.
 
@@ -65,8 +66,9 @@ def mono_sound(
     """
     frames = []
     rate = samples.sample_rate_hz
+    weights, notes = _weights(samples.packets)
     for start, data in samples.packets:
-        mixed = _mono(data, samples.full_scale)
+        mixed = _mono(data, samples.full_scale, weights)
         for first in range(0, len(mixed), _PART_SAMPLES):
             part = mixed[first : first + _PART_SAMPLES]
             kind = "s16" if part.dtype == np.int16 else "flt"
@@ -77,16 +79,27 @@ def mono_sound(
             frames.append(frame)
     if not frames:
         return None
-    first_seconds, waveform = lay_out(frames, zero=0.0, sample_rate_hz=sample_rate_hz)
+    first_seconds, waveform, _ = lay_out(frames, zero=0.0, sample_rate_hz=sample_rate_hz)
     skip = max(0, int(np.ceil((start_seconds - first_seconds) * sample_rate_hz - 1e-6)))
     first_seconds += skip / sample_rate_hz
     waveform = waveform[skip:]
     if end_seconds is not None:
         waveform = waveform[: max(0, round((end_seconds - first_seconds) * sample_rate_hz))]
-    return Sound(first_seconds, waveform) if len(waveform) else None
+    return Sound(first_seconds, waveform, notes) if len(waveform) else None
 
 
-def _mono(data: np.ndarray, full_scale: float | None) -> np.ndarray:
+def _weights(packets: Sequence[tuple[float, np.ndarray]]) -> tuple[np.ndarray, dict[str, str]]:
+    """Returns how the channels of all packets are mixed, and what was found about them."""
+    count = max((data.shape[1] for _, data in packets), default=1)
+    usual = np.full(count, 1 / count)
+    wide = [data.astype(np.float64) for _, data in packets]
+    energies = sum((data.T @ data for data in wide), np.zeros((count, count)))
+    if count == 1 or not np.isfinite(energies).all():  # `_mono` says what is wrong
+        return usual, {}
+    return choose_weights(energies, usual, [str(number + 1) for number in range(count)])
+
+
+def _mono(data: np.ndarray, full_scale: float | None, weights: np.ndarray) -> np.ndarray:
     """Returns int16 or float32 [samples]; raises MediaError for numbers that are no samples."""
     if not data.size:
         return np.empty(0, np.int16)
@@ -108,4 +121,4 @@ def _mono(data: np.ndarray, full_scale: float | None) -> np.ndarray:
     if data.shape[1] == 1 and not is_float and scale == _INTEGER_SCALE:
         # 32,768 itself, which some converters write, does not fit.
         return np.minimum(data[:, 0], 32767).astype(np.int16)
-    return (data.mean(axis=1, dtype=np.float64) / scale).astype(np.float32)
+    return (data @ weights / scale).astype(np.float32)

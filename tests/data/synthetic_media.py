@@ -117,6 +117,31 @@ def write_flash_and_click(
             container.mux(packet)
 
 
+def write_channels(
+    path: Path, channels: np.ndarray, *, layout: str, codec: str, block: int = 1024
+) -> None:
+    """Writes a recording without a picture.
+
+    Args:
+      path: Its suffix decides the container.
+      channels: int16 [channels, samples], at 48 kHz.
+      layout: FFmpeg's name of theirs.
+      codec: FFmpeg's name of the encoder.
+      block: Samples of a frame, for encoders that take any number.
+    """
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=SOUND_RATE, layout=layout)
+        wanted = stream.codec_context.format.name
+        resampler = av.AudioResampler(format=wanted, layout=layout, rate=SOUND_RATE)
+        for first in range(0, channels.shape[1], block):
+            part = np.ascontiguousarray(channels[:, first : first + block].T).reshape(1, -1)
+            frame = av.AudioFrame.from_ndarray(part, "s16", layout)
+            frame.sample_rate, frame.pts, frame.time_base = SOUND_RATE, first, Fraction(1, 48000)
+            for piece in resampler.resample(frame):
+                container.mux(stream.encode(piece))
+        container.mux(stream.encode())
+
+
 def write_patches(
     path: Path,
     colours: np.ndarray,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -16,7 +17,12 @@ from avcl_jax.data.media import MediaError
 from avcl_jax.data.record_format import Record
 from data_prep.clip import REASONS, ClipOptions, prepare_clip
 from data_prep.manifest import Entry
-from tests.data.synthetic_media import flash_seconds, write_flash_and_click
+from tests.data.synthetic_media import (
+    SOUND_RATE,
+    flash_seconds,
+    write_channels,
+    write_flash_and_click,
+)
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "media"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is absent")
@@ -375,6 +381,80 @@ def test_no_picture_and_no_sound_are_told_apart(tmp_path: Path, clip: Path) -> N
     assert refusal(blind) == "truncated"
     assert refusal(clip, min_seconds=5.0) == "too_short"
     assert refusal(clip, max_seconds=2.0) == "too_long"
+
+
+def tone(hertz: float, amplitude: float = 9000.0) -> np.ndarray:
+    return amplitude * np.sin(2 * np.pi * hertz * np.arange(SOUND_RATE) / SOUND_RATE)
+
+
+A, B, NOTHING = tone(440), tone(700, 3000), tone(0)
+HISS = 20 * tone(900) / 9000  # a dead cable
+
+# Layout, channels, the sound that is expected, and the kind of note.
+CHANNELS = {
+    "in phase": ("stereo", [A, A], A, None),
+    "unrelated": ("stereo", [A, B], (A + B) / 2, None),
+    "wide": ("stereo", [A + B / 2, B / 2 - A / 4], 3 / 8 * A + B / 2, None),
+    "inverted": ("stereo", [A, -A], A, "antiphase"),
+    "inverted, weaker": ("stereo", [0.7 * A, -A], -A, "antiphase"),
+    "left alone": ("stereo", [A, NOTHING], A, "dead_channel"),
+    "right alone": ("stereo", [HISS, A], A, "dead_channel"),
+    "silence": ("stereo", [NOTHING, NOTHING], NOTHING, "silent"),
+    # FL, FR, FC, LFE, BL, BR; FFmpeg's mix has no LFE, and its weights are 1/√2, 1/√2, 1, 0, ½, ½.
+    "whole 5.1": (
+        "5.1",
+        [A, A, B, A, A, A],
+        ((2**0.5 + 1) * A + B) / (2**0.5 + 2),
+        None,
+    ),
+    "centre": ("5.1", [NOTHING, NOTHING, A, A, NOTHING, NOTHING], A, "dead_channel"),
+    "front": (
+        "5.1",
+        [A, A, B, NOTHING, NOTHING, NOTHING],
+        (2**0.5 * A + B) / (2**0.5 + 1),
+        "dead_channel",
+    ),
+    "inverted front": ("5.1", [A, -A, *[NOTHING] * 4], A, "antiphase"),
+}
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_a_mono_mix_never_cancels(tmp_path: Path, name: str) -> None:
+    layout, channels, expected, kind = CHANNELS[name]
+    samples = np.stack(channels).round().astype(np.int16)
+    for path, codec in (("a.wav", "pcm_s16le"), ("a.m4a", "aac")):
+        write_channels(tmp_path / path, samples, layout=layout, codec=codec)
+        record, notes = prepare_clip(
+            entry(tmp_path / path), dataclasses.replace(OPTIONS, sample_rate_hz=SOUND_RATE)
+        )
+        assert list(notes) == ([kind] if kind else [])
+        found = record.waveform[2000:40_000].astype(float)
+        wanted = expected[2000:40_000]
+        if codec == "aac":  # lossy; of two channels that are equally strong, it may be either
+            found *= np.sign(found @ wanted)
+            assert np.abs(found - wanted).std() <= 0.05 * 9000
+        else:
+            assert np.abs(found - wanted).max() <= 2
+        if kind:
+            assert refusal(tmp_path / path, reject=(kind,)) == kind
+
+
+def test_a_mono_mix_does_not_depend_on_frames(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    # The right channel is not inverted from the start.
+    right = np.concatenate([A[: len(A) // 8], -A[len(A) // 8 :]])
+    samples = (np.stack([A, right]) + rng.normal(0, 100, (2, len(A)))).astype(np.int16)
+    sounds = []
+    for block in (64, 1000, 48_000):
+        write_channels(
+            tmp_path / "a.mkv", samples, layout="stereo", codec="pcm_s16le", block=block
+        )
+        sounds.append(media.decode_audio(tmp_path / "a.mkv", sample_rate_hz=SOUND_RATE))
+    for sound in sounds:
+        assert sound is not None
+        assert list(sound.notes) == ["antiphase"]
+        strongest = int(np.square(samples.astype(float)).sum(axis=1).argmax())
+        np.testing.assert_array_equal(sound.waveform, samples[strongest])
 
 
 def test_a_file_shorter_than_its_header_says_is_truncated(

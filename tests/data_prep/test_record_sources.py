@@ -19,6 +19,7 @@ from avcl_jax.data.record_format import Record
 from avcl_jax.data.records import RecordDataset
 from data_prep.__main__ import main
 from data_prep.clip import REASONS
+from data_prep.sources.samples import Samples, mono_sound
 
 DATA = Path(__file__).parent / "testdata"
 RATE, FRAMES, TIMES = 2000, 5, [0.0, 0.1, 0.2, 0.3, 0.4]
@@ -128,10 +129,8 @@ def test_every_way_to_keep_a_sound(
     assert run(tmp_path, "tfds", DATA / "variants", *arguments) == 0
     record = only_record(tmp_path)
     wanted = expected["samples_0"].astype(np.float64)
-    if feature == "nested/stereo":  # the other channel is minus one half: the mean is a quarter
-        assert np.abs(record.waveform - wanted / 4).max() <= 0.51
-    else:
-        np.testing.assert_array_equal(record.waveform, wanted)
+    # The second channel of nested/stereo is minus one half of the first: they cancel.
+    np.testing.assert_array_equal(record.waveform, wanted)
     assert not record.has_video
 
 
@@ -218,8 +217,8 @@ def test_media_sequence_keeps_its_times(tmp_path: Path, expected: dict[str, np.n
         assert record.audio_start_seconds == 0.0
         assert len(record.waveform) == 1000
     np.testing.assert_array_equal(dataset[0].waveform, expected["samples_0"])
-    # Two channels in four packets with times; the mean of x and -x/2.
-    assert np.abs(dataset[1].waveform - expected["samples_1"] / 4).max() <= 0.51
+    # Two channels in four packets with times, x and -x/2, which cancel: the first is heard.
+    assert np.abs(dataset[1].waveform - expected["samples_1"]).max() <= 0.51
 
 
 def test_dmvr_is_asked_for_its_rates(
@@ -536,3 +535,20 @@ def test_an_entry_names_all_that_decides_its_record(tmp_path: Path) -> None:
     ]
     plans = {entry_plan(dataclasses.replace(entry, example=e), OPTIONS) for e in others}
     assert len(plans | {entry_plan(entry, OPTIONS)}) == 4
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+def test_channels_of_an_example_never_cancel(dtype: type) -> None:
+    left, other = (np.sin(np.arange(4000) * step) for step in (0.1, 0.37))
+    full = 9000 if dtype == np.int16 else 9000 / 32768
+    for factors, expected, kind in (
+        ((left, other), (left + other) / 2, None),
+        ((left, -left), left, "antiphase"),
+        ((0 * left, left, 0 * left), left, "dead_channel"),
+    ):
+        data = (full * np.stack(factors, axis=1)).astype(dtype)
+        samples = Samples([(0.0, data[:1000]), (0.5, data[1000:])], RATE, None)
+        sound = mono_sound(samples, sample_rate_hz=RATE, start_seconds=0.0, end_seconds=None)
+        assert sound is not None
+        assert list(sound.notes) == ([kind] if kind else [])
+        np.testing.assert_allclose(sound.waveform, 9000 * expected, atol=1.5)

@@ -18,12 +18,13 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 
 from avcl_jax.data.media import MediaError, decode_frames
 from data_prep.__main__ import main
 from data_prep.clip import NOTES, REASONS
-from tests.data.synthetic_media import write_flash_and_click, write_stretches
+from tests.data.synthetic_media import write_channels, write_flash_and_click, write_stretches
 from tests.data_prep.test_prepare import signal_workers, when_reached
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "data" / "rejected.md"
@@ -83,6 +84,12 @@ def sound_alone(path: Path) -> Path:
         frame.sample_rate = 8000
         file.mux(stream.encode(frame))
         file.mux(stream.encode())
+    return path
+
+
+def channels(path: Path, *factors: float) -> Path:
+    samples = np.outer(factors, 3000 * np.sin(np.arange(9600))).astype(np.int16)
+    write_channels(path, samples, layout="stereo", codec="pcm_s16le")
     return path
 
 
@@ -154,6 +161,8 @@ CASES = {
     "too_small": Case(lambda d: write(d / "a.mp4"), ("--min-side=48",)),
     "timeout": Case(lambda d: fifo(d / "a.mp4"), ("--timeout-seconds=2",)),
     "crashed": Case(lambda d: fifo(d / "a.mp4")),
+    "antiphase": Case(lambda d: channels(d / "a.wav", 1, -1), ("--reject=antiphase",)),
+    "dead_channel": Case(lambda d: channels(d / "a.wav", 0, 1), ("--reject=silent,dead_channel",)),
     "silent": Case(lambda d: sound_alone(d / "a.wav"), ("--reject=silent",)),
 }
 
