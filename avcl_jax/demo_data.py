@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import jax
 from etils import epath
 
+from avcl_jax.errors import UserError
+
 
 def make_demo(directory: epath.PathLike, options: Sequence[str] = ()) -> None:
     """Makes and prepares demo media, unless they are there.
@@ -18,15 +20,15 @@ def make_demo(directory: epath.PathLike, options: Sequence[str] = ()) -> None:
         options: of `python -m data_prep demo`, beside --out.
 
     Raises:
-        ValueError: if preparing fails, or many processes would do it at once.
+        UserError: if preparing fails, or many processes would do it at once.
     """
     directory = epath.Path(directory)
     if (directory / "dataset_info.json").exists():
         return
     command = ["-m", "data_prep", "demo", "--out", str(directory.parent), *options]
     if jax.process_count() > 1:
-        raise ValueError(f"{directory} does not exist: run `python {' '.join(command)}` first")
+        raise UserError(f"{directory} does not exist: run `python {' '.join(command)}` first")
     print(f"{directory} does not exist yet: running {' '.join(command)}", flush=True)
     done = subprocess.run([sys.executable, *command], check=False)
     if done.returncode:
-        raise ValueError(f"preparing the demo data failed with exit code {done.returncode}")
+        raise UserError(f"preparing the demo data failed with exit code {done.returncode}")

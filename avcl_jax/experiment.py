@@ -18,6 +18,7 @@ from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
 from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.spectrogram import LogMelSpec
 from avcl_jax.data.views import ViewSpec
+from avcl_jax.errors import UserError
 from avcl_jax.models import encoders
 from avcl_jax.models.audio_visual import AudioVisualModel
 from avcl_jax.objectives.feature_bank import BankSampling
@@ -42,9 +43,9 @@ def render_spec(config: ml_collections.ConfigDict) -> RenderSpec:
     """Rendering of views: timing, crop, spectrogram, modalities."""
     views, crop, mel = config.views, config.crop, config.spectrogram
     if mel.where not in ("host", "device"):
-        raise ValueError(f"spectrogram.where {mel.where!r} must be 'host' or 'device'")
+        raise UserError(f"spectrogram.where {mel.where!r} must be 'host' or 'device'")
     if config.modalities not in ("audio_visual", "video", "audio"):
-        raise ValueError(
+        raise UserError(
             f"modalities {config.modalities!r} must be 'audio_visual', 'video' or 'audio'"
         )
     return RenderSpec(

@@ -33,6 +33,7 @@ from etils import epath
 from avcl_jax import experiment
 from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
 from avcl_jax.data.spectrogram import LogMelSpec
+from avcl_jax.errors import UserError
 from avcl_jax.models.encoders import CLASSES
 from avcl_jax.training.checkpoint import load_variables, read_progress
 
@@ -43,7 +44,7 @@ _CONFIG, _WEIGHTS, _STABLEHLO = "config.json", "model.safetensors", "encoder.sta
 _RUN_SECTIONS = ("model.", "views.", "crop.", "pixels.", "spectrogram.", "modalities")
 
 
-class ExportError(ValueError):
+class ExportError(UserError):
     """An encoder cannot be exported, or an exported one cannot be read."""
 
 
@@ -185,15 +186,15 @@ def check_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Refuses a config whose model or preprocessing is not that of the run in `workdir`.
 
     Raises:
-        ValueError: naming what differs, or that there is no run.
+        UserError: naming what differs, or that there is no run.
     """
     path = workdir / _CONFIG
     if not path.exists():
-        raise ValueError(f"{workdir} holds no run (config.json is missing): pretrain there first")
+        raise UserError(f"{workdir} holds no run (config.json is missing): pretrain there first")
     lines = experiment.decisive_differences(path.read_text(), experiment.to_json(config))
     differing = [line for line in lines if line.startswith(_RUN_SECTIONS)]
     if differing:
-        raise ValueError(f"{workdir} was pretrained with other settings: {'; '.join(differing)}")
+        raise UserError(f"{workdir} was pretrained with other settings: {'; '.join(differing)}")
 
 
 def export_run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, epath.Path]:
@@ -207,7 +208,7 @@ def export_run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> di
         Directory of each modality that the run trained.
 
     Raises:
-        ValueError: if the run had other settings of model or preprocessing, or no checkpoint.
+        UserError: if the run had other settings of model or preprocessing, or no checkpoint.
     """
     workdir = epath.Path(workdir)
     check_run(config, workdir)

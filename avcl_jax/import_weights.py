@@ -30,6 +30,7 @@ import safetensors.numpy
 from etils import epath
 
 from avcl_jax import experiment
+from avcl_jax.errors import UserError
 from avcl_jax.export import export_encoder, load_encoder
 from avcl_jax.models import encoders, torch_names
 from avcl_jax.models.encoders import Modality
@@ -43,7 +44,7 @@ _PARALLEL_PREFIX = "module."
 _EXAMPLES = {"video": (1, 8, 32, 32, 3), "audio": (1, 64, 64)}
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """Weights that are not those of the encoder, or that cannot be read."""
 
 
@@ -194,10 +195,10 @@ def import_weights(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
 
     Raises:
         WeightsError: if the checkpoint is not one of the encoder.
-        ValueError: if the config does not fit.
+        UserError: if the config does not fit.
     """
     if not config.checkpoint:
-        raise ValueError("config.checkpoint is missing: the file with the weights")
+        raise UserError("config.checkpoint is missing: the file with the weights")
     modality: Modality = config.modalities
     encoder = getattr(experiment.audio_visual_model(config), f"{modality}_encoder")
     checkpoint = epath.Path(config.checkpoint)

@@ -18,10 +18,8 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from avcl_jax.data.media_error import MediaError
-from avcl_jax.data.tfrecord import RecordError
 from avcl_jax.demo_data import make_demo
-from avcl_jax.training.run_steps import NonFiniteError
+from avcl_jax.errors import UserError, one_line
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File under configs/, with `:preset` where it has presets.", lock_config=True
@@ -38,9 +36,6 @@ _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
-
-# What a person can cause and mend. Anything else is a bug and keeps its traceback.
-_USER_ERRORS = (ValueError, RecordError, MediaError, OSError, NonFiniteError)
 
 
 def _keep_compiled(directory: str) -> None:
@@ -103,18 +98,19 @@ def main(argv: Sequence[str]) -> None:
     config = _CONFIG.value
     try:
         if config is None:
-            raise ValueError("--config is missing: try --config=configs/pretrain.py")
+            raise UserError("--config is missing: try --config=configs/pretrain.py")
         if config.task not in _TASKS:
-            raise ValueError(f"unknown task {config.task!r}: use one of {', '.join(_TASKS)}")
+            raise UserError(f"unknown task {config.task!r}: use one of {', '.join(_TASKS)}")
         _keep_compiled(config.compilation_cache)
         workdir = epath.Path(_WORKDIR.value or f"runs/{config.name}").absolute()
         if config.task not in _OF_A_RUN and "data" in config and "make_demo" in config.data:
             _make_demo(config.data)
         _function(config.task)(config, workdir)
-    except _USER_ERRORS as error:
+    except (UserError, OSError) as error:
+        line = one_line(error)
         if _DEBUG.value:
             traceback.print_exc()
-        print(f"avcl_jax: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"avcl_jax: error: {line}", file=sys.stderr, flush=True)
         raise SystemExit(1) from error
 
 

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from avcl_jax.errors import UserError
 from benchmarks.measure import (
     ChildError,
     Row,
@@ -234,13 +235,13 @@ def parse_overrides(words: list[str]) -> dict[str, str]:
     """`--config.a.b=value` → {"a.b": "value"}.
 
     Raises:
-        ValueError: on anything else.
+        UserError: on anything else.
     """
     overrides = {}
     for word in words:
         found = re.fullmatch(r"--config\.([\w.]+)=(.*)", word)
         if found is None:
-            raise ValueError(f"unknown argument {word!r}: overrides are --config.KEY=VALUE")
+            raise UserError(f"unknown argument {word!r}: overrides are --config.KEY=VALUE")
         overrides[found[1]] = found[2]
     return overrides
 
@@ -279,7 +280,7 @@ def main(words: list[str]) -> int:
         for topology in topologies:
             chip_of(topology)
         need_libtpu()
-    except (ValueError, SkipError) as error:
+    except (UserError, SkipError) as error:
         print(f"benchmarks.tpu_aot: error: {error}", file=sys.stderr)
         return 1
     rows: list[Row] = []

@@ -13,6 +13,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from avcl_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -63,12 +65,12 @@ def chip_of(topology: str) -> tuple[Chip, tuple[int, ...]]:
     """The chip and the axes of a topology such as "v5e:4x4".
 
     Raises:
-        ValueError: if it is not written like that, or no figures of the chip are known.
+        UserError: if it is not written like that, or no figures of the chip are known.
     """
     name, _, shape = topology.partition(":")
     sides = shape.split("x")
     if name not in CHIPS or not all(side.isdecimal() and int(side) for side in sides):
-        raise ValueError(
+        raise UserError(
             f"topology {topology!r} is not CHIP:AxB or CHIP:AxBxC with CHIP one of "
             f"{', '.join(CHIPS)}, such as v5e:4x4"
         )
@@ -92,7 +94,7 @@ def exchange_seconds(kind: str, received: int, chip: Chip, axes: Sequence[int]) 
         axes: chips along each axis.
 
     Raises:
-        ValueError: on a collective that the model does not know.
+        UserError: on a collective that the model does not know.
     """
     chips = math.prod(axes)
     if chips == 1:
@@ -115,5 +117,5 @@ def exchange_seconds(kind: str, received: int, chip: Chip, axes: Sequence[int]) 
         "collective-broadcast": received / axis_bandwidth,
     }
     if kind not in times:
-        raise ValueError(f"no model of the time of {kind!r}: add it to exchange_seconds")
+        raise UserError(f"no model of the time of {kind!r}: add it to exchange_seconds")
     return times[kind]

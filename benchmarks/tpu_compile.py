@@ -26,6 +26,7 @@ from jax.experimental import topologies
 
 from avcl_jax import experiment
 from avcl_jax.data.pipeline import batch_shapes
+from avcl_jax.errors import UserError
 from avcl_jax.objectives import feature_bank
 from avcl_jax.training import loop, sharding
 from avcl_jax.training.state import state_shardings
@@ -49,7 +50,7 @@ def config_of(preset: str, overrides: Mapping[str, str]) -> ml_collections.Confi
             leaves at their defaults may be named too: what an encoder does not have it refuses.
 
     Raises:
-        ValueError: on a key that does not exist.
+        UserError: on a key that does not exist.
     """
     config = pretrain.get_config(preset)
     flat = experiment.flatten(config.to_dict())
@@ -57,7 +58,7 @@ def config_of(preset: str, overrides: Mapping[str, str]) -> ml_collections.Confi
         for key, text in overrides.items():
             section, _, name = key.rpartition(".")
             if key not in flat and section not in ("model.video", "model.audio"):
-                raise ValueError(f"configs/pretrain.py:{preset} has no key {key!r}")
+                raise UserError(f"configs/pretrain.py:{preset} has no key {key!r}")
             try:
                 value = ast.literal_eval(text)
             except (ValueError, SyntaxError):
@@ -261,7 +262,7 @@ def compile_bank(
     axes = sharding.data_axes(mesh)
     spec = loop.loss_spec(config)
     if spec.bank is None:
-        raise ValueError("bank.size is 0: there is no bank to compile")
+        raise UserError("bank.size is 0: there is no bank to compile")
     count, dim = config.global_batch_size, config.model.embedding_dim
     numbers = jax.ShapeDtypeStruct((count,), np.int32)
     present = jax.ShapeDtypeStruct((count,), np.bool_)

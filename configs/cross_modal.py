@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ml_collections
 
+from avcl_jax.errors import UserError
 from configs import protocols
 
 _SPLITS = {"vggsound": "test", "audioset": "eval", "kinetics400": "val", "kinetics600": "val"}
@@ -25,7 +26,7 @@ def get_config(preset: str = "demo") -> ml_collections.ConfigDict:
     """
     if preset != "demo" and preset not in _SPLITS:
         known = ", ".join(["demo", *_SPLITS])
-        raise ValueError(f"unknown preset {preset!r}: use one of {known}")
+        raise UserError(f"unknown preset {preset!r}: use one of {known}")
     c = protocols.base("audio_video_retrieval", f"{preset}_cross_modal")
     c.data.select = ""  # as avcl_jax/data/selection.py reads it; empty for all records
     c.features = ml_collections.ConfigDict()

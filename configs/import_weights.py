@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ml_collections
 
+from avcl_jax.errors import UserError
 from avcl_jax.models import encoders
 from avcl_jax.models.torch_names import CODE_BASES
 from configs import pretrain
@@ -29,7 +30,7 @@ def get_config(preset: str = "torchvision,r2plus1d_18") -> ml_collections.Config
     code_base, _, name = preset.partition(",")
     if code_base not in CODE_BASES or name not in CODE_BASES[code_base].tables:
         known = [f"{base},{n}" for base, names in CODE_BASES.items() for n in names.tables]
-        raise ValueError(f"unknown preset {preset!r}: use one of {' '.join(known)}")
+        raise UserError(f"unknown preset {preset!r}: use one of {' '.join(known)}")
     c = pretrain.get_config("kinetics400")
     with c.unlocked():
         c.task = "import_weights"

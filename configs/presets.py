@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import ml_collections
 
+from avcl_jax.errors import UserError
+
 
 def choose(
     name: str, *presets: Callable[[], ml_collections.ConfigDict]
@@ -13,11 +15,11 @@ def choose(
     """Returns the config, locked, of the preset of that name, which is its function's.
 
     Raises:
-        ValueError: if there is none; it names those that there are.
+        UserError: if there is none; it names those that there are.
     """
     by_name = {preset.__name__: preset for preset in presets}
     if name not in by_name:
-        raise ValueError(f"unknown preset {name!r}: use one of {', '.join(by_name)}")
+        raise UserError(f"unknown preset {name!r}: use one of {', '.join(by_name)}")
     config = by_name[name]()
     config.lock()
     return config

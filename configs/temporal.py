@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ml_collections
 
+from avcl_jax.errors import UserError
 from configs import protocols
 
 
@@ -21,7 +22,7 @@ def get_config(preset: str = "demo") -> ml_collections.ConfigDict:
     Verified: the demo run whole on its own test videos, and on real videos (docs/protocols.md).
     """
     if preset not in ("demo", "records"):
-        raise ValueError(f"unknown preset {preset!r}: use one of demo, records")
+        raise UserError(f"unknown preset {preset!r}: use one of demo, records")
     c = protocols.base("temporal_tasks", f"{preset}_temporal")
     c.data.select = ""  # as avcl_jax/data/selection.py reads it; empty for all records
     c.data.split = "test"

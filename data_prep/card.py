@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from avcl_jax.data.decode import decode_jpegs
-from avcl_jax.data.records import Record, RecordDataset, RecordError, split_names
+from avcl_jax.data.records import Record, RecordDataset, split_names
+from avcl_jax.errors import UserError, one_line
 from data_prep.clip import NOTES
 from data_prep.earlier import PREPARATION
 
@@ -47,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
         figure = draw(splits, rows=args.rows, seed=args.seed)
         with png.open("wb") as file:
             figure.savefig(file, format="png", dpi=80)
-    except (RecordError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     print(f"picture {png}")
     return 0

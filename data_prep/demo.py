@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from avcl_jax.errors import UserError, one_line
 from data_prep import arguments, prepare
 from data_prep.collections import folder_or_table
 from data_prep.foley import command as foley
@@ -43,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
     }
     try:
         manifest = foley.write_collection(media, counts, seed=args.seed, workers=args.workers)
-    except (foley.FoleyError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     media_seconds = time.monotonic() - begin
     parser = argparse.ArgumentParser()

@@ -7,10 +7,11 @@ import re
 from collections.abc import Mapping
 
 from avcl_jax.data.record_format import ClassNumbers
+from avcl_jax.errors import UserError
 from data_prep.example_layout import ExamplePlace
 
 
-class PrepareError(Exception):
+class PrepareError(UserError):
     """Preparation cannot start or go on; the message says what, which, and what to do."""
 
 

@@ -25,8 +25,8 @@ import simplejpeg
 import tqdm
 from etils import epath
 
-from avcl_jax.data.records import RecordError
 from avcl_jax.data.tfrecord import is_remote
+from avcl_jax.errors import UserError, one_line
 from data_prep import earlier as earlier_run
 from data_prep import final_words, publish
 from data_prep.arguments import clip_options
@@ -49,10 +49,11 @@ def run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest]
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _run(args, read)
-    except (PrepareError, RecordError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except UserError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return EXIT_FAILED
     except OSError as error:
+        one_line(error)  # raises it again if it is a bug
         print(f"error: {describe_os_error(error, args.out)}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """Why a media file cannot be prepared."""
 
 from __future__ import annotations
+from avcl_jax.errors import UserError
 
 # Every reason for which a file is not decoded, and what it means. The list is closed:
 # docs/data/rejected.md explains each, and each has a test with a file.
@@ -19,7 +20,7 @@ REASONS = {
 }
 
 
-class MediaError(Exception):
+class MediaError(UserError):
     """A file that cannot be prepared, with one of the closed list of reasons.
 
     Attributes:

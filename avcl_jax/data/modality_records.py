@@ -17,11 +17,12 @@ from avcl_jax.data.record_format import UNKNOWN_LABEL
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selected_records import SelectedRecords
 from avcl_jax.data.selection import Selection
+from avcl_jax.errors import UserError
 
 Modality = Literal["video", "audio"]
 
 
-class LackingError(ValueError):
+class LackingError(UserError):
     """Records lack what is asked of them."""
 
 

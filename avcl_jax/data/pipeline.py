@@ -23,6 +23,7 @@ from avcl_jax.data.rendering import RenderSpec, describe, render_views
 from avcl_jax.data.tfrecord import RecordError
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import FORWARD, Clip, draw_views
+from avcl_jax.errors import UserError
 
 
 def unreadable_row(
@@ -152,11 +153,11 @@ class HostSlice(grain.MapDataset):
         """Slices `parent` for `host` of `hosts`, starting at global batch `first`.
 
         Raises:
-            ValueError: if the global batch does not divide over the hosts.
+            UserError: if the global batch does not divide over the hosts.
         """
         super().__init__(parent)
         if global_batch_size % hosts:
-            raise ValueError(
+            raise UserError(
                 f"global_batch_size {global_batch_size} is not divisible by the {hosts} processes"
             )
         self._global = global_batch_size
@@ -222,10 +223,10 @@ def check_enough(source: Sized, global_batch_size: int) -> None:
     """Refuses a batch that holds more videos than there are.
 
     Raises:
-        ValueError: if it does.
+        UserError: if it does.
     """
     if global_batch_size > len(source):
-        raise ValueError(
+        raise UserError(
             f"global_batch_size {global_batch_size} is larger than the {len(source)} usable "
             "records: reduce it or prepare more videos"
         )
@@ -258,7 +259,7 @@ def train_batches(
         Dataset of dicts of arrays with `global_batch_size / hosts` rows.
 
     Raises:
-        ValueError: if a batch holds more videos than there are records, or does not divide.
+        UserError: if a batch holds more videos than there are records, or does not divide.
     """
     check_enough(source, global_batch_size)
     return drawn_batches(
@@ -307,7 +308,7 @@ def drawn_batches(
         Dataset of what `render` returns for `global_batch_size / hosts` draws.
 
     Raises:
-        ValueError: if the batch does not divide over the hosts.
+        UserError: if the batch does not divide over the hosts.
     """
     dataset = (
         grain.MapDataset.range(count).seed(seed).shuffle().repeat().random_map(_KeepGenerator())

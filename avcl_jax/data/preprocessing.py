@@ -19,9 +19,10 @@ from avcl_jax.data.augment import standardize, to_unit_range
 from avcl_jax.data.crop import apply_crop, center_crop
 from avcl_jax.data.spectrogram import LogMelSpec, gather_windows, log_mel
 from avcl_jax.data.views import FORWARD, Clip, ViewSpec, frame_indices
+from avcl_jax.errors import UserError
 
 
-class PreprocessingError(ValueError):
+class PreprocessingError(UserError):
     """Media of a shape, type or rate that preprocessing cannot take."""
 
 

@@ -15,9 +15,10 @@ import numpy as np
 
 from avcl_jax.data.record_format import UNKNOWN_LABEL
 from avcl_jax.data.records import RecordDataset
+from avcl_jax.errors import UserError
 
 
-class SelectionError(ValueError):
+class SelectionError(UserError):
     """A selection that says nothing, or that nothing in a data set fits."""
 
 

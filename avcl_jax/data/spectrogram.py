@@ -18,6 +18,7 @@ import librosa
 import numpy as np
 
 from avcl_jax.data.views import BACKWARD, Clip, ViewSpec
+from avcl_jax.errors import UserError
 
 _INT16_SCALE = np.float32(1.0 / 32768.0)
 
@@ -52,12 +53,12 @@ class LogMelSpec:
         """Refuses windows that are no whole number of samples, and bands above Nyquist."""
         window = self.sample_rate_hz * self.clip_seconds / self.frames
         if abs(window - round(window)) > 1e-6 or window < 2:
-            raise ValueError(
+            raise UserError(
                 f"{self.frames} frames in {self.clip_seconds:g} s at {self.sample_rate_hz} Hz make "
                 f"windows of {window:g} samples: choose frames or clip_seconds so that it is whole"
             )
         if not 0 <= self.min_hz < self.max_hz <= self.sample_rate_hz / 2:
-            raise ValueError(
+            raise UserError(
                 f"mel range {self.min_hz:g} to {self.max_hz:g} Hz must increase and end at or "
                 f"below {self.sample_rate_hz / 2:g} Hz"
             )

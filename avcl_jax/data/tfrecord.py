@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import crc32c
 from etils import epath
+from avcl_jax.errors import UserError
 
 _HEADER = struct.Struct("<QI")  # payload length, masked CRC of the eight length bytes
 _FOOTER = struct.Struct("<I")  # masked CRC of the payload
@@ -16,7 +17,7 @@ HEADER_BYTES = _HEADER.size
 OVERHEAD_BYTES = _HEADER.size + _FOOTER.size
 
 
-class RecordError(ValueError):
+class RecordError(UserError):
     """A record file or directory that cannot be used, with what is wrong and what to do."""
 
 

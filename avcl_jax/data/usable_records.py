@@ -15,6 +15,7 @@ from avcl_jax.data.rendering import RenderSpec, UsableRecord
 from avcl_jax.data.selected_records import SelectedRecords
 from avcl_jax.data.selection import Selection
 from avcl_jax.data.views import Timeline, views_fit
+from avcl_jax.errors import UserError
 
 
 def _usable_parts(times: Mapping[str, np.ndarray], spec: RenderSpec) -> dict[str, np.ndarray]:
@@ -37,7 +38,7 @@ def _usable_parts(times: Mapping[str, np.ndarray], spec: RenderSpec) -> dict[str
     audio = np.asarray(times["num_samples"] > 0) & (spec.modalities != "video")
     wrong = np.flatnonzero(audio & (times["sample_rate_hz"] != spec.log_mel.sample_rate_hz))
     if len(wrong):
-        raise ValueError(
+        raise UserError(
             f"records have sound at {times['sample_rate_hz'][wrong[0]]} Hz, the spectrogram is "
             f"defined at {spec.log_mel.sample_rate_hz} Hz: set spectrogram.sample_rate_hz or "
             "prepare again with --sample-rate"
@@ -80,7 +81,7 @@ class UsableRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
             selection: which of its records; None for all.
 
         Raises:
-            ValueError: if no view fits any record.
+            UserError: if no view fits any record.
             SelectionError: if the selection does not fit the data set.
         """
         self.records = records
@@ -96,7 +97,7 @@ class UsableRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
         self.fingerprint = self._selection.fingerprint_of(records)
         if not len(self.indices):
             selected = f" {self._selection}" if self._selection.conditions else ""
-            raise ValueError(
+            raise UserError(
                 f"none of the {self.num_selected} records{selected} of {records!r} is long enough "
                 f"for a view of {spec.views.clip_seconds:g} s with {spec.views.num_frames} "
                 "pictures; shorten views.clip_seconds or reduce views.num_frames"

@@ -18,6 +18,7 @@ import dataclasses
 from typing import Any, Literal
 
 import numpy as np
+from avcl_jax.errors import UserError
 
 FORWARD, BACKWARD = 0, 1
 BEFORE, OVERLAPPING, AFTER = 0, 1, 2
@@ -49,14 +50,14 @@ class ViewSpec:
         """Refuses settings without meaning."""
         speeds = self.speeds
         if not speeds or speeds[0] < 1 or list(speeds) != sorted(set(speeds)):
-            raise ValueError(f"speeds {speeds} must be increasing and at least 1")
+            raise UserError(f"speeds {speeds} must be increasing and at least 1")
         if self.num_frames < 2 or self.clip_seconds <= 0:
-            raise ValueError(
+            raise UserError(
                 f"num_frames {self.num_frames} must be at least 2 and clip_seconds "
                 f"{self.clip_seconds} positive"
             )
         if self.audio_transform not in ("shared", "independent"):
-            raise ValueError(
+            raise UserError(
                 f"audio_transform {self.audio_transform!r} must be 'shared' or 'independent'"
             )
 
@@ -126,7 +127,7 @@ class ViewPair:
     order_mask: bool
 
 
-class TooShortError(ValueError):
+class TooShortError(UserError):
     """A video is shorter than the shortest view."""
 
 

@@ -19,6 +19,7 @@ from etils import epath
 from scipy import stats
 
 from avcl_jax import experiment
+from avcl_jax.errors import UserError
 from avcl_jax.evaluation import figures
 from avcl_jax.evaluation.evaluate import PROTOCOL, evaluate
 from avcl_jax.evaluation.page import page, section, table, text
@@ -76,7 +77,7 @@ def variant_config(
         seed: of the run.
 
     Raises:
-        ValueError: if the variant changes a setting that does not exist.
+        UserError: if the variant changes a setting that does not exist.
     """
     run = config.copy_and_resolve_references()
     changes = dict(run.ablation.variants)[variant]
@@ -88,7 +89,7 @@ def variant_config(
     try:
         run.update_from_flattened_dict(dict(changes))
     except (KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"variant {variant!r} cannot be built: {error}") from error
+        raise UserError(f"variant {variant!r} cannot be built: {error}") from error
     return run
 
 
@@ -112,16 +113,16 @@ def ablate(
         left variants to other machines that have not finished them.
 
     Raises:
-        ValueError: if there is no variant "full", or a variant or a figure does not exist.
+        UserError: if there is no variant "full", or a variant or a figure does not exist.
     """
     workdir = epath.Path(workdir)
     section_ = config.ablation
     variants, seeds = [name for name, _ in section_.variants], list(section_.seeds)
     if FULL not in variants or not seeds:
-        raise ValueError(f"ablation.variants must hold {FULL!r} and ablation.seeds a seed")
+        raise UserError(f"ablation.variants must hold {FULL!r} and ablation.seeds a seed")
     unknown = [name for name in section_.only if name not in variants]
     if unknown:
-        raise ValueError(f"ablation.only names {unknown}, there are {variants}")
+        raise UserError(f"ablation.only names {unknown}, there are {variants}")
     runs = {(v, s): variant_config(config, v, s) for v in variants for s in seeds}
     # Seed by seed, so that a sweep that is stopped has whole comparisons.
     for seed in seeds:
@@ -176,7 +177,7 @@ def _check_same_data(found: Mapping[tuple[str, int], Mapping[str, Any]]) -> None
     (first, results), *others = found.items()
     for key, other in others:
         if other["data"] != results["data"]:
-            raise ValueError(
+            raise UserError(
                 f"{key[0]} seed {key[1]} was measured on other data than {first[0]} seed "
                 f"{first[1]}: delete its directory in the workdir, or that of the other"
             )
@@ -222,7 +223,7 @@ def effects(
         temporal task that was left out does not).
 
     Raises:
-        ValueError: if the whole method lacks a figure.
+        UserError: if the whole method lacks a figure.
     """
 
     def value(variant: str, seed: int, figure: Figure) -> float | None:
@@ -239,7 +240,7 @@ def effects(
     for figure in shown:
         full = [value(FULL, seed, figure) for seed in seeds]
         if None in full:
-            raise ValueError(
+            raise UserError(
                 f"runs of {FULL!r} have no {'.'.join(figure.path)}, or are not trained for it: "
                 "correct ablation.figures"
             )

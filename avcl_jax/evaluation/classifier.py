@@ -29,6 +29,7 @@ from avcl_jax.data.augment import (
 from avcl_jax.data.labelled import AudioClipSpec, ClipSpec
 from avcl_jax.data.preprocessing import VideoPreprocessing
 from avcl_jax.data.spectrogram import log_mel
+from avcl_jax.errors import UserError
 from avcl_jax.export import Encoder
 from avcl_jax.training.sharding import replicated, rows_sharding
 from avcl_jax.training.state import TrainState, state_shardings
@@ -37,7 +38,7 @@ from avcl_jax.training.step import Metrics, average
 Augmentation = tuple[PhotometricSpec, SpectralSpec]
 
 
-class FreezeError(ValueError):
+class FreezeError(UserError):
     """Names that freeze nothing, or frozen layers whose statistics would go on moving."""
 
 
@@ -192,7 +193,7 @@ def create_classifier_state(
         The state, its shardings, and the mask of the trained parameters.
 
     Raises:
-        ValueError: if the encoder does not take clips of this shape.
+        UserError: if the encoder does not take clips of this shape.
         FreezeError: see `trained_mask`.
     """
     if freeze and classifier.train_statistics:
@@ -206,7 +207,7 @@ def create_classifier_state(
     for kind, given in weights.items():
         expected = jax.tree.map(lambda leaf: leaf.shape, shapes[kind]["encoder"])
         if jax.tree.map(lambda leaf: leaf.shape, dict(given)) != expected:
-            raise ValueError(
+            raise UserError(
                 f"this {encoder.modality} encoder takes clips of {encoder.input_shape} only, not "
                 f"{input_shape}: set clip.seconds, clip.num_frames and clip.image_size to 0"
             )

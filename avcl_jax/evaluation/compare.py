@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from avcl_jax.errors import UserError, one_line
 from avcl_jax.evaluation.protocol import (
     OUTCOMES,
     RESULTS,
@@ -207,8 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         compared = compare_runs(
             runs, resamples=resamples, seed=parsed.seed, other_data=parsed.other_data
         )
-    except ProtocolError as error:
-        print(f"compare: error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"compare: error: {one_line(error)}", file=sys.stderr)
         return 1
     for name, (results, _) in zip(parsed.runs, runs, strict=True):
         if roles := _differing_data(runs[0][0], results):

@@ -115,7 +115,7 @@ def load_for(config: ml_collections.ConfigDict) -> LoadedRun:
         ExportError: if `config.encoder` is no run.
         ProtocolError: if records lack a modality of the run.
         SelectionError: if the selection does not fit the data set.
-        ValueError: if no view fits any record.
+        UserError: if no view fits any record.
     """
     run, variables, step = load_run(config.encoder)
     spec = dataclasses.replace(experiment.render_spec(run), spectrogram_on_device=False)

@@ -16,6 +16,7 @@ from avcl_jax.data.crop import center_crop, random_crop
 from avcl_jax.data.rendering import RenderSpec, describe, render_views
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import Clip, draw_views, feasible_speeds
+from avcl_jax.errors import UserError
 from avcl_jax.training.step import prepare_inputs
 
 # What the network looks at; everything else of a rendered record travels with its outputs.
@@ -268,10 +269,10 @@ def check_pairs(views: int) -> None:
     """Refuses a number of views that leaves one without a partner in the joint model.
 
     Raises:
-        ValueError: if the number is odd.
+        UserError: if the number is odd.
     """
     if views % 2:
-        raise ValueError(
+        raise UserError(
             f"{views} views of each video do not form pairs: choose evaluation speeds and "
             "views_per_speed so that their product is even"
         )
@@ -284,7 +285,7 @@ def as_pairs(arrays: Mapping[str, Any]) -> dict[str, Any]:
         arrays: `video`, `spectrogram` [videos, views, …] and `has_video`, `has_audio` [videos].
 
     Raises:
-        ValueError: if the number of views is odd.
+        UserError: if the number of views is odd.
     """
     views = arrays["video"].shape[1]
     check_pairs(views)

@@ -20,6 +20,7 @@ from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import FORWARD
 from avcl_jax.encoder_source import heads_digest, random_like, source_of_run
+from avcl_jax.errors import UserError
 from avcl_jax.evaluation.cross_modal import cross_modal_scores
 from avcl_jax.evaluation.embed import (
     MODALITY_INPUTS,
@@ -68,7 +69,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
         The contents of results.json.
 
     Raises:
-        ValueError: if the run had other settings, the data set lacks a label that is probed, or the
+        UserError: if the run had other settings, the data set lacks a label that is probed, or the
             views of a video do not form pairs.
         ProtocolError: if test records were pretrained on, or the directory holds results of another
             protocol.
@@ -167,17 +168,17 @@ def _check_labels(
     names = train.records.class_names
     for label, modality in config.evaluation.probes:
         if label not in names:
-            raise ValueError(
+            raise UserError(
                 f"{config.data.directory} has no label {label!r}, it has {sorted(names)}: "
                 "set evaluation.probes"
             )
         if label in train.records.multilabel:
-            raise ValueError(
+            raise UserError(
                 f"evaluation.probes asks for {label!r}, of which a clip may have several: linear "
                 "probes want one class a clip"
             )
         if config.modalities not in ("audio_visual", modality):
-            raise ValueError(
+            raise UserError(
                 f"evaluation.probes asks for {label} from {modality}, but the run trained "
                 f"{config.modalities} only"
             )
@@ -186,7 +187,7 @@ def _check_labels(
             for records in (train, test)
         ]
         if not len(known[1]):
-            raise ValueError(f"no record of {test!r} has a known {label!r}: set evaluation.probes")
+            raise UserError(f"no record of {test!r} has a known {label!r}: set evaluation.probes")
         check_sources(train.records.source_numbers[known[0]], config.evaluation.probe.folds)
 
 

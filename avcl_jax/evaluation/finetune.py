@@ -23,6 +23,7 @@ from avcl_jax.data.preprocessing import VideoPreprocessing
 from avcl_jax.data.selection import Selection
 from avcl_jax.data.views import ViewSpec
 from avcl_jax.encoder_source import EncoderSource
+from avcl_jax.errors import UserError
 from avcl_jax.evaluation.finetune_split import run_split
 from avcl_jax.evaluation.fold_encoders import (
     FoldEncoders,
@@ -57,7 +58,7 @@ def finetune(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
         ProtocolError: if an encoder was pretrained on records that it is tested on, or encoders of
             several splits are not alike.
         SelectionError: if a split does not fit the data set.
-        ValueError: if settings contradict each other.
+        UserError: if settings contradict each other.
     """
     workdir = epath.Path(workdir)
     encoders, own = _opened(config)
@@ -97,7 +98,7 @@ def clip_spec(config: ml_collections.ConfigDict, encoder: Encoder) -> ClipSpec:
     """Clips of `config.clip`; what is 0 there is as the encoder was trained.
 
     Raises:
-        ValueError: if a setting does not belong to the modality, or windows of sound would have
+        UserError: if a setting does not belong to the modality, or windows of sound would have
             another length than the encoder's.
     """
     clip, preprocess = config.clip, encoder.preprocess
@@ -117,7 +118,7 @@ def clip_spec(config: ml_collections.ConfigDict, encoder: Encoder) -> ClipSpec:
             ),
         )
     if clip.num_frames or clip.image_size or config.test.crops != 1:
-        raise ValueError(
+        raise UserError(
             "sound has neither pictures nor crops: set clip.num_frames=0, clip.image_size=0 and "
             "test.crops=1, or modality=video"
         )
@@ -126,7 +127,7 @@ def clip_spec(config: ml_collections.ConfigDict, encoder: Encoder) -> ClipSpec:
     frames = round(mel.frames * seconds / mel.clip_seconds)
     longer = dataclasses.replace(mel, frames=frames, clip_seconds=seconds)
     if longer.window != mel.window:
-        raise ValueError(
+        raise UserError(
             f"clip.seconds {seconds:g} is no whole number of the encoder's frames of "
             f"{mel.clip_seconds / mel.frames:g} s"
         )
@@ -136,9 +137,9 @@ def clip_spec(config: ml_collections.ConfigDict, encoder: Encoder) -> ClipSpec:
 def _opened(config: ml_collections.ConfigDict) -> tuple[FoldEncoders, list[EncoderSource]]:
     """Encoders, and of them the one that each split begins with."""
     if config.modality not in ("video", "audio"):
-        raise ValueError(f"modality {config.modality!r} must be 'video' or 'audio'")
+        raise UserError(f"modality {config.modality!r} must be 'video' or 'audio'")
     if config.init not in ("pretrained", "random"):
-        raise ValueError(f"init {config.init!r} must be 'pretrained' or 'random'")
+        raise UserError(f"init {config.init!r} must be 'pretrained' or 'random'")
     names = fold_names(config.encoder, [test for _, test in split_selections(config.data)])
     encoders = open_fold_encoders(config.encoder, names)
     encoders.named.require(config.modality)
@@ -153,7 +154,7 @@ def folds(
     """Returns the training and the test records of every split; reads no record.
 
     Raises:
-        ValueError: if there are not as many of one as of the other, or a record is in both.
+        UserError: if there are not as many of one as of the other, or a record is in both.
     """
     section = config.data
     opened = open_splits(section.directory, section.train_split, section.test_split)
@@ -169,7 +170,7 @@ def folds(
         )
         ids = set(train.record_ids)
         if both := [name for name in test.record_ids if name in ids]:
-            raise ValueError(
+            raise UserError(
                 f"{len(both)} records are in training ({train!r}) and in test ({test!r}), first "
                 f"{both[0]!r}: correct data.train_select, data.test_select or the splits"
             )

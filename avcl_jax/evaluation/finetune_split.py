@@ -27,6 +27,7 @@ from avcl_jax.data.labelled import (
 )
 from avcl_jax.data.pipeline import drawn_batches, to_device_batch
 from avcl_jax.encoder_source import EncoderSource
+from avcl_jax.errors import UserError
 from avcl_jax.evaluation.classifier import (
     ClipClassifier,
     Inputs,
@@ -76,7 +77,7 @@ def run_split(
         CheckpointError: if `workdir` belongs to another training.
         NonFiniteError: if the loss stops being a number.
         RecordError: if a record cannot be read.
-        ValueError: if settings contradict each other.
+        UserError: if settings contradict each other.
     """
     mesh = sharding.create_mesh(config.mesh.fsdp)
     encoder = source.require(config.modality)
@@ -124,7 +125,7 @@ def run_split(
 
 def _trains_statistics(config: ml_collections.ConfigDict) -> bool:
     if config.batch_norm not in ("train", "frozen"):
-        raise ValueError(f"batch_norm {config.batch_norm!r} must be 'train' or 'frozen'")
+        raise UserError(f"batch_norm {config.batch_norm!r} must be 'train' or 'frozen'")
     return config.batch_norm == "train"
 
 
@@ -134,7 +135,7 @@ def optimizer_of(
     """Optimizer, learning rate by step, and number of steps for so many training records.
 
     Raises:
-        ValueError: if a name is unknown, or warm-up and milestones do not fit the epochs.
+        UserError: if a name is unknown, or warm-up and milestones do not fit the epochs.
     """
     section = config.optimizer
 
@@ -155,7 +156,7 @@ def optimizer_of(
             factor=section.factor,
         )
     else:
-        raise ValueError(f"optimizer.schedule {section.schedule!r} must be 'cosine' or 'multistep'")
+        raise UserError(f"optimizer.schedule {section.schedule!r} must be 'cosine' or 'multistep'")
     optimizer = optax.chain(
         create_optimizer(
             name=section.name,

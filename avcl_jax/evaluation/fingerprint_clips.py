@@ -14,6 +14,7 @@ import numpy as np
 from avcl_jax.data.decoded import DecodedMedia, decode_media, decode_record
 from avcl_jax.data.media_error import MediaError
 from avcl_jax.data.records import RecordDataset
+from avcl_jax.errors import UserError
 from avcl_jax.evaluation.transformations.families import FAMILIES, applies, transform
 from avcl_jax.evaluation.transformations.timeline import Transformed, excerpt, without_sound
 
@@ -56,15 +57,15 @@ class ClipSets:
     background: Sequence[SourceClip]
 
     def check(self) -> None:
-        """Raises ValueError if a role is empty that must not be, or two roles share a video."""
+        """Raises UserError if a role is empty that must not be, or two roles share a video."""
         seen: dict[str, str] = {}
         for field in dataclasses.fields(self):
             clips: Sequence[SourceClip] = getattr(self, field.name)
             if not clips and field.name != "fillers":
-                raise ValueError(f"no clips for the {field.name} of the fingerprinting protocol")
+                raise UserError(f"no clips for the {field.name} of the fingerprinting protocol")
             for video in {clip.video for clip in clips}:
                 if video in seen:
-                    raise ValueError(f"{video} is among the {seen[video]} and the {field.name}")
+                    raise UserError(f"{video} is among the {seen[video]} and the {field.name}")
                 seen[video] = field.name
 
 
@@ -105,11 +106,11 @@ def clips_of_records(records: RecordDataset, count: int, first: int) -> list[Sou
         first: number of the first record.
 
     Raises:
-        ValueError: if it has fewer.
+        UserError: if it has fewer.
     """
     last = first + count
     if last > len(records):
-        raise ValueError(
+        raise UserError(
             f"{len(records)} records are prepared ({records.fingerprint}), the protocol needs "
             f"{last}: ask for fewer references or distractors"
         )
@@ -210,7 +211,7 @@ def make_queries(
         usable = list(itertools.islice(_with(family, clips.references, rng), most))
         foreign = list(itertools.islice(_with(family, clips.distractors, rng), most))
         if usable and not foreign:
-            raise ValueError(f"no distractor has what {family} changes")
+            raise UserError(f"no distractor has what {family} changes")
         strengths = counts if FAMILIES[family].graded else {"medium": counts["medium"]}
         for strength, count in strengths.items():
             for number, clip in enumerate(usable[:count]):
@@ -266,14 +267,14 @@ def sounds_of_files(
         sample_rate_hz: to decode to.
 
     Raises:
-        ValueError: if there are fewer recordings.
+        UserError: if there are fewer recordings.
     """
     first_takes: dict[str, Path] = {}
     for path in paths:
         first_takes.setdefault("-".join(path.stem.split("-")[:2]), path)
     needed = sum(counts.values())
     if needed > len(first_takes):
-        raise ValueError(f"{needed} sounds are needed, there are {len(first_takes)} recordings")
+        raise UserError(f"{needed} sounds are needed, there are {len(first_takes)} recordings")
     # Neighbours in the folder's order are of one fold: every role takes from all folds.
     order = np.random.default_rng(0).permutation(sorted(first_takes)).tolist()
     load = functools.partial(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from avcl_jax.data.decoded import DecodedMedia
+from avcl_jax.errors import UserError
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.settings import FingerprintSettings
 
@@ -105,13 +106,13 @@ class IndexSearcher:
         """Takes the clips.
 
         Raises:
-            ValueError: if one has no segment.
+            UserError: if one has no segment.
         """
         for index, items in ((self._references, references), (self._background, background)):
             report = index.add(items)
             if report.failed:
                 name, reason = report.failed[0]
-                raise ValueError(f"{name} cannot be indexed: {reason}")
+                raise UserError(f"{name} cannot be indexed: {reason}")
 
     def query(self, media: DecodedMedia) -> dict[str, Ranking]:
         """Returns a ranking by method, without answers where its modality is missing."""

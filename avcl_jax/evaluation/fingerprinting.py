@@ -21,6 +21,7 @@ from etils import epath
 from avcl_jax.data.decoded import DecodedMedia
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.encoder_source import EncoderSource, open_encoders
+from avcl_jax.errors import UserError
 from avcl_jax.evaluation.fingerprint_clips import (
     ClipSets,
     SourceClip,
@@ -87,7 +88,7 @@ def fingerprinting(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
         The contents of results.json.
 
     Raises:
-        ValueError: if there are not enough clips, the encoders were pretrained on some, or a
+        UserError: if there are not enough clips, the encoders were pretrained on some, or a
             baseline is unknown.
     """
     stages = Stages()
@@ -178,7 +179,7 @@ def clip_sets(
 
     Raises:
         ProtocolError: if they were pretrained on some.
-        ValueError: if there are not enough clips.
+        UserError: if there are not enough clips.
     """
     records = RecordDataset(data.directory, data.split)
     roles: dict[str, list[SourceClip]] = {}
@@ -195,7 +196,7 @@ def clip_sets(
         return ClipSets(recorded, [], **roles), fingerprints, {}
     paths = sorted(p for p in Path(data.files).iterdir() if p.is_file())
     if not paths:
-        raise ValueError(f"no files in {data.files}")
+        raise UserError(f"no files in {data.files}")
     segments, unused = segments_of_files(
         paths,
         segment_seconds=data.segment_seconds,

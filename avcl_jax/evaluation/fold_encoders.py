@@ -15,6 +15,7 @@ from avcl_jax import experiment
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Condition, Selection
 from avcl_jax.encoder_source import EncoderSource, open_encoders, random_like
+from avcl_jax.errors import UserError
 from avcl_jax.evaluation.fold_classification import FoldResult
 from avcl_jax.evaluation.protocol import ProtocolError
 from avcl_jax.evaluation.trained_on import check_not_trained_on
@@ -69,10 +70,10 @@ def split_selections(data: Any) -> list[tuple[str, str]]:
         data: section of a config with `train_select` and `test_select`.
 
     Raises:
-        ValueError: if there are not as many of one as of the other.
+        UserError: if there are not as many of one as of the other.
     """
     if len(data.train_select) != len(data.test_select) or not data.train_select:
-        raise ValueError(
+        raise UserError(
             f"data.train_select {data.train_select} and data.test_select {data.test_select} "
             "must name the same splits, one after the other"
         )

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from avcl_jax.errors import UserError
 from avcl_jax.evaluation.metrics import top_k_hits
 from avcl_jax.evaluation.significance import STATISTICS
 from avcl_jax.training import sharding
@@ -99,7 +100,7 @@ def fit_probe(
         seed: seed of the assignment to folds.
 
     Raises:
-        ValueError: if there are fewer sources than folds, features are not finite or shapes do not
+        UserError: if there are fewer sources than folds, features are not finite or shapes do not
             match.
     """
     check_sources(sources, folds)
@@ -115,7 +116,7 @@ def fit_probe(
         for number, classifier in enumerate(items.fits(np.flatnonzero(held != fold), costs)):
             reached[fold, number] = _score(classifier.scores(features, rows), targets[rows])
     if np.isnan(reached).all():
-        raise ValueError(
+        raise UserError(
             "no class has positive and negative items in one of the held-out folds, so mAP is not "
             "defined: set fewer folds"
         )
@@ -129,10 +130,10 @@ def check_sources(sources: Sequence[Any] | np.ndarray, folds: int) -> None:
     """Refuses training items that cannot be dealt to folds.
 
     Raises:
-        ValueError: if there are fewer sources than folds.
+        UserError: if there are fewer sources than folds.
     """
     if (count := len(np.unique(np.asarray(sources)))) < folds:
-        raise ValueError(
+        raise UserError(
             f"{folds} folds need as many training sources, got {count}: set probe.folds lower"
         )
 

@@ -16,6 +16,7 @@ import numpy as np
 from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import BACKWARD, FORWARD
+from avcl_jax.errors import UserError
 from avcl_jax.evaluation.embed import MODALITY_INPUTS, random_views, render_all
 from avcl_jax.evaluation.supervised import FitSpec, Prepare, fit_classifier
 from avcl_jax.evaluation.temporal import TaskScore, score_task
@@ -54,12 +55,12 @@ def render_null_views(
         threads: records rendered at a time.
 
     Raises:
-        ValueError: if `views` is no multiple of the combinations of speed and direction.
+        UserError: if `views` is no multiple of the combinations of speed and direction.
     """
     speeds = range(len(spec.views.speeds))
     combinations = 2 * len(speeds)
     if views % combinations:
-        raise ValueError(
+        raise UserError(
             f"{views} views of each record do not give the {combinations} combinations of speed "
             f"and direction equally often: use a multiple of {combinations}"
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from avcl_jax.errors import UserError
 from avcl_jax.evaluation.linear_classifier import fit_probe
 from avcl_jax.evaluation.metrics import confusion_matrix, top_k_hits
 
@@ -65,12 +66,12 @@ def linear_probe(
         seed: seed of the assignment to folds.
 
     Raises:
-        ValueError: as `fit_probe`, or if a split has no labelled item.
+        UserError: as `fit_probe`, or if a split has no labelled item.
     """
     train_known, known = np.asarray(train_labels) >= 0, np.asarray(test_labels) >= 0
     for name, labelled in (("training", train_known), ("test", known)):
         if not labelled.any():
-            raise ValueError(f"no {name} item has a label")
+            raise UserError(f"no {name} item has a label")
     probe = fit_probe(
         train_features[train_known],
         train_labels[train_known],

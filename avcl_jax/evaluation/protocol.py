@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from avcl_jax.errors import UserError
 from avcl_jax.evaluation.page import percent
 from avcl_jax.evaluation.significance import Interval, bootstrap
 from avcl_jax.evaluation.written import write_bytes
@@ -21,7 +22,7 @@ from avcl_jax.evaluation.written import write_bytes
 RESULTS, OUTCOMES, REPORT = "results.json", "outcomes.npz", "report.html"
 
 
-class ProtocolError(ValueError):
+class ProtocolError(UserError):
     """A protocol that cannot be run as asked, or results that cannot be read."""
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from avcl_jax.errors import UserError
+
 # Two similarities of unit float32 vectors that differ by less than this are tied. A blocked matrix
 # product returns the last bits of equal vectors differently, and a collapsed encoder must not gain
 # from that lottery.
@@ -103,7 +105,7 @@ def first_relevant_ranks(
             twice, first to find the best relevant one and then to count what stands before it.
 
     Raises:
-        ValueError: if shapes do not match, or a query has no relevant item (its rank would be
+        UserError: if shapes do not match, or a query has no relevant item (its rank would be
             undefined).
     """
     queries, gallery = normalise(queries), normalise(gallery)
@@ -119,7 +121,7 @@ def first_relevant_ranks(
         )
     missing = ~np.isin(query_ids, gallery_ids)
     if missing.any():
-        raise ValueError(
+        raise UserError(
             f"{int(missing.sum())} queries have no relevant item in the gallery, first identity "
             f"{query_ids[missing][0]}; leave them out"
         )

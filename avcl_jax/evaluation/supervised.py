@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from avcl_jax.errors import UserError
+
 # A traced input transform, for instance uint8 pixels to standardised floats.
 Prepare = Callable[[Any], Any]
 
@@ -160,11 +162,11 @@ def fit_classifier(
         The trained classifier.
 
     Raises:
-        ValueError: if there are fewer items than a batch, shapes differ, or the loss is not finite.
+        UserError: if there are fewer items than a batch, shapes differ, or the loss is not finite.
     """
     items, num_views = views.shape[:2]
     if items < spec.batch_size:
-        raise ValueError(f"{items} items do not fill one batch of {spec.batch_size}")
+        raise UserError(f"{items} items do not fill one batch of {spec.batch_size}")
     for name, values in labels.items():
         if values.shape != (items, num_views):
             raise ValueError(f"labels {name} {values.shape} do not match views {views.shape[:2]}")
@@ -192,7 +194,7 @@ def fit_classifier(
             metrics.append(result)
         loss, accuracy = np.mean(jax.device_get(metrics), axis=0)
         if not np.isfinite(loss):
-            raise ValueError(
+            raise UserError(
                 f"the training loss of epoch {len(losses)} is {loss}; lower learning_rate"
             )
         losses.append(float(loss))

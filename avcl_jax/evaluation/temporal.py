@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from avcl_jax.errors import UserError
 from avcl_jax.evaluation.metrics import confusion_matrix
 
 TASK_TITLES = {
@@ -75,14 +76,14 @@ def balanced_subset(labels: np.ndarray, mask: np.ndarray, *, classes: int, seed:
         seed: of the choice.
 
     Raises:
-        ValueError: if a class never occurs under the mask.
+        UserError: if a class never occurs under the mask.
     """
     labels, mask = np.asarray(labels), np.asarray(mask, dtype=bool)
     members = [np.flatnonzero(mask & (labels == c)) for c in range(classes)]
     size = min(len(m) for m in members)
     if size == 0:
         counts = [len(m) for m in members]
-        raise ValueError(
+        raise UserError(
             f"cannot balance {classes} classes: the held-out views hold {counts} of them"
         )
     rng = np.random.default_rng(seed)

@@ -89,7 +89,7 @@ def score_tasks(arrays: Mapping[str, np.ndarray], seed: int) -> dict[str, TaskSc
     """Scores every task that is defined for a view; `seed` chooses the views that balance.
 
     Raises:
-        ValueError: if only some classes of a task ever occur.
+        UserError: if only some classes of a task ever occur.
     """
     names = [name for name in TERMS if name in arrays]
     rows = {name: value.reshape(-1, *value.shape[2:]) for name, value in arrays.items()}
@@ -116,7 +116,7 @@ def temporal_tasks(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
     Raises:
         ExportError: if `config.encoder` is no run.
         ProtocolError: if records lack a modality of the run, or no task is defined.
-        ValueError: if no view fits any record, or a class of a task never occurs.
+        UserError: if no view fits any record, or a class of a task never occurs.
     """
     workdir = epath.Path(workdir)
     stages = Stages()

@@ -20,14 +20,13 @@ from tqdm import tqdm
 from avcl_jax.data.decoded import decode_media
 from avcl_jax.data.media_error import MediaError
 from avcl_jax.encoder_source import MODALITIES
-from avcl_jax.export import ExportError
+from avcl_jax.errors import UserError, one_line
 from avcl_jax.fingerprint.answer import Match, QueryResult
 from avcl_jax.fingerprint.error import FingerprintError
 from avcl_jax.fingerprint.files import media_files
 from avcl_jax.fingerprint.index import AddReport, FingerprintIndex
 from avcl_jax.fingerprint.settings import KINDS, FingerprintSettings
 from avcl_jax.fingerprint.verification import verify
-from avcl_jax.training.checkpoint import CheckpointError
 
 # Commands of their own modules, which have `add_arguments` and `run` and are imported when asked
 # for: their dependencies differ.
@@ -42,11 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.set_verbosity(logging.ERROR)
     try:
         return args.run(args) or 0
-    except (FingerprintError, ExportError, CheckpointError) as error:
-        print(f"avcl-fingerprint: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"avcl-fingerprint: {error.filename}: {error.strerror}", file=sys.stderr)
-    return 2
+    except (UserError, OSError) as error:
+        print(f"avcl-fingerprint: {one_line(error)}", file=sys.stderr)
+        return 2
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from avcl_jax.errors import UserError
 
-class FingerprintError(ValueError):
+
+class FingerprintError(UserError):
     """An index or a query cannot be used; the message names the thing, its value and the fix."""

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from avcl_jax.errors import UserError
 from avcl_jax.models.layers import (
     BatchNorm,
     Conv2D,
@@ -105,10 +106,10 @@ class AudioResNet(nn.Module):
             [batch, frames', mels', widths[-1]] before it.
 
         Raises:
-            ValueError: if the patch does not divide the spectrogram, or depths and widths differ.
+            UserError: if the patch does not divide the spectrogram, or depths and widths differ.
         """
         if len(self.widths) != len(self.depths):
-            raise ValueError(
+            raise UserError(
                 f"widths {tuple(self.widths)} and depths {tuple(self.depths)} must be equally long"
             )
         norm = functools.partial(
@@ -127,7 +128,7 @@ class AudioResNet(nn.Module):
         elif self.stem == "resnet":
             x = Conv2D(width, (7, 7), (2, 2), dtype=self.dtype, name="stem_conv")(x)
         else:
-            raise ValueError(f"unknown stem {self.stem!r}: use 'resnet' or 'patch'")
+            raise UserError(f"unknown stem {self.stem!r}: use 'resnet' or 'patch'")
         x = nn.relu(norm(name="stem_norm")(x, train=train, mask=mask))
         if self.stem == "resnet":
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
@@ -205,6 +206,6 @@ class AudioConvNet(nn.Module):
 def check_patch(patch: Sequence[int], spectrogram: Sequence[int]) -> None:
     """Refuses a patch of (frames, mels) that does not divide the spectrogram."""
     if spectrogram[0] % patch[0] or spectrogram[1] % patch[1]:
-        raise ValueError(
+        raise UserError(
             f"patch {tuple(patch)} must divide the spectrogram's {spectrogram[0]}x{spectrogram[1]}"
         )

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import flax.linen as nn
 
+from avcl_jax.errors import UserError
 from avcl_jax.models.audio_encoders import AudioConvNet, AudioResNet
 from avcl_jax.models.s3d import S3D
 from avcl_jax.models.transformers import AudioTransformer, VideoTransformer
@@ -117,12 +118,12 @@ def create_encoder(modality: Modality, name: str, settings: Mapping[str, Any]) -
         settings: the other fields of its class; lists become tuples.
 
     Raises:
-        ValueError: naming a setting that the encoder does not have, that its name fixes, or that is
+        UserError: naming a setting that the encoder does not have, that its name fixes, or that is
             missing; or that the name is unknown.
     """
     known = BY_MODALITY[modality]
     if name not in known:
-        raise ValueError(f"unknown {modality} encoder {name!r}: use one of {', '.join(known)}")
+        raise UserError(f"unknown {modality} encoder {name!r}: use one of {', '.join(known)}")
     architecture = known[name]
     fields = {
         field.name: field
@@ -132,9 +133,9 @@ def create_encoder(modality: Modality, name: str, settings: Mapping[str, Any]) -
     where = f"the {modality} encoder {name!r}"
     for key in settings:
         if key not in fields:
-            raise ValueError(f"{where} has no setting {key!r}: it has {', '.join(sorted(fields))}")
+            raise UserError(f"{where} has no setting {key!r}: it has {', '.join(sorted(fields))}")
         if key in architecture.fixed:
-            raise ValueError(
+            raise UserError(
                 f"{where} fixes {key} to {architecture.fixed[key]!r}: leave {key} out, or take a "
                 f"general encoder ({', '.join(n for n, a in known.items() if not a.fixed)})"
             )
@@ -145,7 +146,7 @@ def create_encoder(modality: Modality, name: str, settings: Mapping[str, Any]) -
         if key not in given and field.default is dataclasses.MISSING
     ]
     if missing:
-        raise ValueError(f"{where} needs the setting {missing[0]!r}")
+        raise UserError(f"{where} needs the setting {missing[0]!r}")
     return architecture.encoder(
         **{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     )

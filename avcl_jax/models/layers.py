@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
+from avcl_jax.errors import UserError
 from avcl_jax.models.convolution import Lowering, convolve
 
 Pool = Literal["mean", "max"]
@@ -37,7 +38,7 @@ def recomputed(
             so does "norms" where nothing is convolved.
 
     Raises:
-        ValueError: if `remat` is unknown.
+        UserError: if `remat` is unknown.
     """
     if remat == "none":
         return function
@@ -46,7 +47,7 @@ def recomputed(
         "norms": jax.checkpoint_policies.save_only_these_names(CONVOLVED),
     }
     if remat not in policies:
-        raise ValueError(f"unknown remat {remat!r}: use 'none', 'norms' or 'blocks'")
+        raise UserError(f"unknown remat {remat!r}: use 'none', 'norms' or 'blocks'")
     return nn.remat(function, policy=policies[remat])
 
 
@@ -174,10 +175,10 @@ def prepare_video(
         subtract_time_mean: subtract the clip's mean picture, so that what moves is what is seen.
 
     Raises:
-        ValueError: if only one of mean and standard deviation is given.
+        UserError: if only one of mean and standard deviation is given.
     """
     if (channel_mean is None) != (channel_std is None):
-        raise ValueError(
+        raise UserError(
             f"channel_mean {channel_mean} and channel_std {channel_std} come together or not at all"
         )
     if channel_mean is not None:
@@ -229,4 +230,4 @@ def pool_features(
         return x.mean(axis=axes)
     if pool == "max":
         return x.max(axis=axes)
-    raise ValueError(f"unknown pool {pool!r}: use 'mean' or 'max'")
+    raise UserError(f"unknown pool {pool!r}: use 'mean' or 'max'")

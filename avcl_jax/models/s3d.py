@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from avcl_jax.errors import UserError
 from avcl_jax.models.layers import (
     BatchNorm,
     Conv3D,
@@ -189,10 +190,10 @@ class S3D(nn.Module):
         clips of up to 16 frames.
 
         Raises:
-            ValueError: if the clip is smaller than 8 frames of 32x32, which the strides need.
+            UserError: if the clip is smaller than 8 frames of 32x32, which the strides need.
         """
         if video.shape[1] < 8 or min(video.shape[2:4]) < 32:
-            raise ValueError(
+            raise UserError(
                 f"S3D needs clips of at least 8 frames of 32x32, got {video.shape[1]} of "
                 f"{video.shape[2]}x{video.shape[3]}"
             )

@@ -20,6 +20,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from avcl_jax.errors import UserError
 from avcl_jax.models.audio_encoders import check_patch
 from avcl_jax.models.layers import Remat, patches, pool_features, prepare_video, run_block
 
@@ -126,13 +127,13 @@ class VideoTransformer(nn.Module):
             height', width', width], the normalised tokens before it.
 
         Raises:
-            ValueError: if the tubelet does not divide the clip, or `attention` is unknown.
+            UserError: if the tubelet does not divide the clip, or `attention` is unknown.
         """
         if self.attention not in ("joint", "factorised"):
-            raise ValueError(f"unknown attention {self.attention!r}: use 'joint' or 'factorised'")
+            raise UserError(f"unknown attention {self.attention!r}: use 'joint' or 'factorised'")
         grid = video.shape[1:4]
         if any(length % size for length, size in zip(grid, self.tubelet, strict=True)):
-            raise ValueError(
+            raise UserError(
                 f"tubelet {tuple(self.tubelet)} must divide the clip's "
                 f"{'x'.join(str(length) for length in grid)}"
             )
@@ -204,7 +205,7 @@ class AudioTransformer(nn.Module):
             mels', width], the normalised tokens before it.
 
         Raises:
-            ValueError: if the patch does not divide the spectrogram.
+            UserError: if the patch does not divide the spectrogram.
         """
         check_patch(self.patch, spectrogram.shape[1:])
         x = patches(spectrogram[..., None].astype(self.dtype), self.patch)

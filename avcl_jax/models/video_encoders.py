@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from avcl_jax.errors import UserError
 from avcl_jax.models.layers import (
     BatchNorm,
     Conv3D,
@@ -112,14 +113,14 @@ class VideoResNet(nn.Module):
             times that with bottlenecks.
 
         Raises:
-            ValueError: if the clip is smaller than a patch, or depths and widths differ in length.
+            UserError: if the clip is smaller than a patch, or depths and widths differ in length.
         """
         if len(self.widths) != len(self.depths):
-            raise ValueError(
+            raise UserError(
                 f"widths {tuple(self.widths)} and depths {tuple(self.depths)} must be equally long"
             )
         if self.block not in _BLOCKS:
-            raise ValueError(f"unknown block {self.block!r}: use one of {', '.join(_BLOCKS)}")
+            raise UserError(f"unknown block {self.block!r}: use one of {', '.join(_BLOCKS)}")
         norm = functools.partial(
             BatchNorm,
             momentum=self.norm_momentum,
@@ -163,7 +164,7 @@ class VideoResNet(nn.Module):
         if self.stem == "patch4":
             height, columns = x.shape[2:4]
             if height % 4 or columns % 4:
-                raise ValueError(
+                raise UserError(
                     f"stem 'patch4' needs a height and width divisible by 4, got {height}x{columns}"
                 )
             x = patches(x, (1, 4, 4))
@@ -180,7 +181,7 @@ class VideoResNet(nn.Module):
         elif self.stem in ("r3d", "r3d_pool"):
             x = Conv3D(width, (3, 7, 7), (1, 2, 2), name="stem_conv", **shared)(x)
         else:
-            raise ValueError(
+            raise UserError(
                 f"unknown stem {self.stem!r}: use 'r2plus1d', 'r3d', 'r3d_pool' or 'patch4'"
             )
         x = nn.relu(norm(name="stem_norm")(x, train=train, mask=mask))

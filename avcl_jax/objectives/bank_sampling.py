@@ -17,6 +17,8 @@ import jax.extend
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from avcl_jax.errors import UserError
+
 Modality = Literal["video", "audio"]
 Term = tuple[Modality, Modality]  # of the anchor, of its positives and negatives
 
@@ -51,20 +53,20 @@ class BankSampling:
 
     def __post_init__(self) -> None:
         if self.space not in ("same", "cross", "agreement"):
-            raise ValueError(f"space is {self.space!r}; use 'same', 'cross' or 'agreement'.")
+            raise UserError(f"space is {self.space!r}; use 'same', 'cross' or 'agreement'.")
         if self.sampling not in ("gumbel", "uniform"):
-            raise ValueError(f"sampling is {self.sampling!r}; use 'gumbel' or 'uniform'.")
+            raise UserError(f"sampling is {self.sampling!r}; use 'gumbel' or 'uniform'.")
         for name, count, ranks in (
             ("positive", self.num_positives, self.positive_ranks),
             ("negative", self.num_negatives, self.negative_ranks),
         ):
             if not 0 <= count <= ranks:
-                raise ValueError(
+                raise UserError(
                     f"num_{name}s = {count} cannot be drawn from {name}_ranks = {ranks} ranks; "
                     f"need 0 <= num_{name}s <= {name}_ranks."
                 )
         if self.sampling == "gumbel" and not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}; Gumbel sampling needs > 0.")
+            raise UserError(f"temperature is {self.temperature}; Gumbel sampling needs > 0.")
 
     @property
     def ranks(self) -> int:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from avcl_jax.errors import UserError
 from avcl_jax.objectives.bank_exchange import (
     Anchors,
     BankRows,
@@ -108,18 +109,18 @@ def check_size(size: int, *, global_batch_size: int, shards: int) -> None:
         shards: Devices that the batch and the bank are sharded over.
 
     Raises:
-        ValueError: With what does not fit and sizes that do.
+        UserError: With what does not fit and sizes that do.
     """
     rows = 2 * global_batch_size
     if global_batch_size % shards:
-        raise ValueError(
+        raise UserError(
             f"global batch of {global_batch_size} videos does not divide over {shards} data "
             f"shards; use a multiple of {shards}."
         )
     if size < rows or size % rows:
         lower = size // rows * rows
         fitting = f"{lower} or {lower + rows}" if lower else f"{rows}"
-        raise ValueError(
+        raise UserError(
             f"bank of {size} rows must be a multiple of the {rows} rows (2 views of "
             f"{global_batch_size} videos) that a step inserts; use {fitting}."
         )
@@ -205,7 +206,7 @@ def insert(
         The bank with 2 × videos new rows, without gradient.
 
     Raises:
-        ValueError: If whole batches do not fill the shards evenly.
+        UserError: If whole batches do not fill the shards evenly.
     """
     shards = num_shards(mesh, data_axes)
     check_size(bank.insertion.shape[0], global_batch_size=video.shape[0], shards=shards)
@@ -262,7 +263,7 @@ def redistribute(bank: FeatureBank, *, global_batch_size: int, shards: int) -> F
         shards: Devices along the data axes.
 
     Raises:
-        ValueError: If whole batches do not fill the shards evenly.
+        UserError: If whole batches do not fill the shards evenly.
     """
     size = bank.insertion.shape[0]
     check_size(size, global_batch_size=global_batch_size, shards=shards)
@@ -323,7 +324,7 @@ def sample(
         The sampled rows and masks, sharded like the batch, without gradient.
 
     Raises:
-        ValueError: If the bank or the batch does not divide over the shards, or the bank has fewer
+        UserError: If the bank or the batch does not divide over the shards, or the bank has fewer
             rows than there are ranks.
     """
     shards = num_shards(mesh, data_axes)
@@ -331,12 +332,12 @@ def sample(
     size, dim = bank.video.shape
     videos = source_id.shape[0]
     if size % shards or videos % shards:
-        raise ValueError(
+        raise UserError(
             f"bank of {size} rows and batch of {videos} videos must both divide over {shards} data "
             f"shards; use multiples of {shards}."
         )
     if sampling.ranks > size:
-        raise ValueError(
+        raise UserError(
             f"positive_ranks + negative_ranks = {sampling.ranks} exceed the bank's {size} rows; "
             "enlarge the bank or rank fewer rows."
         )

@@ -11,10 +11,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from avcl_jax.errors import UserError
 from avcl_jax.training.state import TrainState
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A working directory that cannot be continued."""
 
 

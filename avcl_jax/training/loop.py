@@ -19,6 +19,7 @@ from avcl_jax.data.pipeline import check_enough, train_batches
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
 from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.errors import UserError
 from avcl_jax.objectives import feature_bank
 from avcl_jax.training import sharding
 from avcl_jax.training.checkpoint import CheckpointError, Checkpoints, Progress, check_config
@@ -56,7 +57,7 @@ def build(
         `jit_train_step` takes.
 
     Raises:
-        ValueError: if batch, bank and devices do not fit.
+        UserError: if batch, bank and devices do not fit.
     """
     mesh = sharding.create_mesh(config.mesh.fsdp, devices)
     sharding.check_batch(config.global_batch_size, mesh, config.micro_batches)
@@ -122,7 +123,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
         CheckpointError: if the directory belongs to a run of another config or other data.
         NonFiniteError: within one log period of the first value that is not finite.
         RecordError: if more records than `config.data.max_bad_records` cannot be read.
-        ValueError: if the config does not fit data or devices.
+        UserError: if the config does not fit data or devices.
     """
     workdir = epath.Path(workdir)
     spec = experiment.render_spec(config)
@@ -221,7 +222,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
 def _check_health_label(label: str, records: RecordDataset) -> None:
     known = sorted(records.labels)
     if label and label not in known:
-        raise ValueError(
+        raise UserError(
             f"bank.health_label {label!r} is not a label of one class a clip in {records!r}, "
             f"which has {known}: name one of these, or set bank.health_label='' for none"
         )

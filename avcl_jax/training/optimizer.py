@@ -8,6 +8,8 @@ from typing import Any, Literal
 import jax
 import optax
 
+from avcl_jax.errors import UserError
+
 OptimizerName = Literal["adamw", "sgd", "lars"]
 
 
@@ -15,10 +17,10 @@ def warmup_cosine(*, learning_rate: float, warmup_steps: int, steps: int) -> opt
     """Linear warm-up from 0, then cosine to 0 at the last step.
 
     Raises:
-        ValueError: if the warm-up is not shorter than the training.
+        UserError: if the warm-up is not shorter than the training.
     """
     if not 0 <= warmup_steps < steps:
-        raise ValueError(
+        raise UserError(
             f"optimizer.warmup_steps {warmup_steps} must be at least 0 and below steps {steps}"
         )
     return optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, steps)
@@ -36,10 +38,10 @@ def warmup_multistep(
         factor: of every fall.
 
     Raises:
-        ValueError: if milestones do not increase, or begin in the warm-up.
+        UserError: if milestones do not increase, or begin in the warm-up.
     """
     if list(milestones) != sorted(set(milestones)) or min(milestones, default=1) <= warmup_steps:
-        raise ValueError(
+        raise UserError(
             f"milestones at steps {tuple(milestones)} must increase and come after the "
             f"{warmup_steps} steps of warm-up"
         )
@@ -77,7 +79,7 @@ def create_optimizer(
         clip_norm: largest global gradient norm; 0 does not clip.
 
     Raises:
-        ValueError: if the name is unknown.
+        UserError: if the name is unknown.
     """
     if name == "adamw":
         update = optax.adamw(
@@ -97,7 +99,7 @@ def create_optimizer(
             momentum=momentum,
         )
     else:
-        raise ValueError(f"unknown optimizer {name!r}: use 'adamw', 'sgd' or 'lars'")
+        raise UserError(f"unknown optimizer {name!r}: use 'adamw', 'sgd' or 'lars'")
     if clip_norm <= 0:
         return update
     return optax.chain(optax.clip_by_global_norm(clip_norm), update)

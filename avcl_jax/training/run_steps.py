@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from avcl_jax.data.pipeline import to_device_batch
+from avcl_jax.errors import UserError
 from avcl_jax.training.checkpoint import Checkpoints, Progress
 from avcl_jax.training.metric_writer import MetricWriter, format_seconds, peak_memory_gb
 from avcl_jax.training.state import TrainState
@@ -27,7 +28,7 @@ from avcl_jax.training.step import Metrics, merge_metrics
 _STEPS_AHEAD = 2
 
 
-class NonFiniteError(FloatingPointError):
+class NonFiniteError(UserError):
     """A loss, metric or gradient stopped being a number."""
 
 

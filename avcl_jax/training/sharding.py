@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from avcl_jax.errors import UserError
+
 # Splitting small arrays costs more in latency than it saves in memory.
 _MIN_FSDP_ELEMENTS = 2**16
 
@@ -29,11 +31,11 @@ def create_mesh(fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
         devices: all that there are by default; others to compile for machines elsewhere.
 
     Raises:
-        ValueError: if `fsdp` does not divide the number of devices.
+        UserError: if `fsdp` does not divide the number of devices.
     """
     count = jax.device_count() if devices is None else len(devices)
     if fsdp < 1 or count % fsdp:
-        raise ValueError(
+        raise UserError(
             f"mesh.fsdp {fsdp} does not divide the {count} devices: use a divisor of {count}"
         )
     names = ("data", "fsdp") if fsdp > 1 else ("data",)
@@ -60,17 +62,17 @@ def check_batch(global_batch_size: int, mesh: Mesh, micro_batches: int) -> None:
     """Refuses a global batch that does not divide over the devices and its micro-batches.
 
     Raises:
-        ValueError: if it does not.
+        UserError: if it does not.
     """
     if micro_batches < 1:
-        raise ValueError(f"micro_batches {micro_batches} must be at least 1, which is the whole")
+        raise UserError(f"micro_batches {micro_batches} must be at least 1, which is the whole")
     parts = mesh.size * micro_batches
     if global_batch_size % parts:
         lower = max(global_batch_size // parts, 1) * parts
         where = f"{mesh.size} devices"
         if micro_batches > 1:
             where += f" times {micro_batches} micro_batches"
-        raise ValueError(
+        raise UserError(
             f"global_batch_size {global_batch_size} is not divisible by the {where}: "
             f"use a multiple of {parts}, such as {lower}"
         )

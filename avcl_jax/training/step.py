@@ -24,6 +24,7 @@ from avcl_jax.data.augment import (
 )
 from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.spectrogram import log_mel
+from avcl_jax.errors import UserError
 from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.bank_sampling import Modality
 from avcl_jax.objectives.contrastive import contrastive_loss
@@ -68,9 +69,9 @@ class LossSpec:
         """Refuses unknown terms and an objective without any."""
         known = {*CONTRASTIVE_TERMS, *TEMPORAL_TERMS}
         if unknown := sorted(set(self.weights) - known):
-            raise ValueError(f"unknown loss terms {unknown}: the terms are {sorted(known)}")
+            raise UserError(f"unknown loss terms {unknown}: the terms are {sorted(known)}")
         if not any(self.weights.values()):
-            raise ValueError("all loss weights are 0: nothing would be learned")
+            raise UserError("all loss weights are 0: nothing would be learned")
 
     def active(self, terms: Iterable[str]) -> list[str]:
         """Those of `terms` that have a weight."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.tfrecord import RecordError
+from avcl_jax.errors import UserError
 
 
 class UnreadableRecords:
@@ -26,10 +27,10 @@ class UnreadableRecords:
             note: prints a line.
 
         Raises:
-            ValueError: if the budget is negative.
+            UserError: if the budget is negative.
         """
         if budget < 0:
-            raise ValueError(f"data.max_bad_records {budget} must be at least 0")
+            raise UserError(f"data.max_bad_records {budget} must be at least 0")
         self._records = records
         self._budget = budget
         self._note = note

@@ -106,6 +106,8 @@ def read_directory(path: epath.Path) -> Directory:
             )
         found = {feature.name: feature for feature in _walk(features, "", 0, path)}
         splits = tuple(_split(split, info["name"], file_format, path) for split in info["splits"])
+    except PrepareError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise PrepareError(f"{path} is no directory of TFDS: {error!r}") from error
     return Directory(file_format, found, splits)

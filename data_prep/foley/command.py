@@ -13,6 +13,7 @@ from pathlib import Path
 import cv2
 from tqdm import tqdm
 
+from avcl_jax.errors import UserError, one_line
 from data_prep.foley.encode import write_mp4
 from data_prep.foley.null_media import render_null
 from data_prep.foley.picture import render_picture
@@ -26,7 +27,7 @@ MANIFEST_NAME = "manifest.csv"
 COLUMNS = ("path", "split", "id", "source", "label_motion", "label_material")
 
 
-class FoleyError(ValueError):
+class FoleyError(UserError):
     """The request cannot be met; the message says what to do."""
 
 
@@ -63,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
     }
     try:
         print(write_collection(args.out, counts, seed=args.seed, workers=args.workers))
-    except (FoleyError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from avcl_jax.data.decoded import DecodedMedia
+from avcl_jax.errors import UserError
 from avcl_jax.evaluation.transformations import (
     codec,
     cross_modal,
@@ -147,11 +148,11 @@ def transform(
 
     Raises:
         KeyError: if there is no such family or strength.
-        ValueError: if the clip has nothing that the family changes.
+        UserError: if the clip has nothing that the family changes.
     """
     chosen = FAMILIES[family]
     if not applies(family, media):
-        raise ValueError(f"{clip} has no {' or '.join(chosen.changes)}, which {family} changes")
+        raise UserError(f"{clip} has no {' or '.join(chosen.changes)}, which {family} changes")
     change = chosen.strengths[strength]
     # Without the strength: a crop's place is the same at every strength, only its size is not.
     rng = np.random.default_rng([seed, zlib.crc32(family.encode()), zlib.crc32(clip.encode())])

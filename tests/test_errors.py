@@ -1,0 +1,79 @@
+"""Errors of users are one line in every command, bugs keep their traceback."""
+
+from __future__ import annotations
+
+import ast
+import json
+
+import pytest
+
+from tests import raising
+from tests.training import small
+
+# Modules whose checks of shapes and values only a bug can fail: their ValueErrors stay ValueErrors.
+CHECKS_OF_THE_CALLER = {
+    "avcl_jax/data/decode.py",
+    "avcl_jax/data/record_format.py",
+    "avcl_jax/evaluation/linear_classifier.py",
+    "avcl_jax/evaluation/metrics.py",
+    "avcl_jax/evaluation/retrieval.py",
+    "avcl_jax/evaluation/significance.py",
+    "avcl_jax/evaluation/supervised.py",
+    "avcl_jax/evaluation/temporal.py",
+    "avcl_jax/objectives/contrastive.py",
+}
+ONE_LINE = {
+    "user": "loss.temperature -1: must be positive",
+    "record": "shard.tfrecord is damaged: prepare it again",
+    "media": "truncated: clip.mp4 ends early",
+    "protocol": "runs/a was finished with other settings",
+    "prepare": "videos.csv has no column path",
+    "fingerprint": "films.index is not an index",
+    "not finite": "loss is not finite between steps 1 and 2",
+    "no file": "/nonexistent/file: No such file or directory",
+    "no file, from an object store": "gs://bucket/run",
+    "no permission": "/root/run: Permission denied",
+    "full disk": "No space left on device (ENOSPC)",
+    "no locks": "No locks available (ENOLCK)",
+}
+BUGS = {
+    "shapes": "ValueError: operands could not be broadcast",
+    "not in list": "ValueError: ",
+    "closed file": "OSError: ",
+    "text alone": "OSError: unexpected end",
+    "key": "KeyError: 'encoder'",
+}
+
+
+@pytest.fixture(scope="module")
+def outputs() -> dict[str, dict[str, tuple[int, str]]]:
+    return json.loads(small.run([], module="tests.raising").splitlines()[-1])
+
+
+@pytest.mark.parametrize("command", raising.COMMANDS)
+def test_user_errors_are_one_line_and_bugs_keep_their_traceback(outputs, command):
+    assert outputs[command].keys() == ONE_LINE.keys() | BUGS.keys()
+    for error, message in ONE_LINE.items():
+        status, text = outputs[command][error]
+        assert status in (1, 2), (error, text)
+        assert len(text.strip().splitlines()) == 1, text
+        assert "rror: " in text or text.startswith("avcl-fingerprint: "), text
+        # Preparation words errors of the system itself: tests/data_prep/test_prepare.py.
+        if command != "data_prep prepare" or error in ("user", "record", "media", "prepare"):
+            assert message in text
+    for error, message in BUGS.items():
+        status, text = outputs[command][error]
+        assert status == 70, (error, text)
+        assert "Traceback" in text, text
+        assert text.strip().splitlines()[-1].startswith(message), text
+
+
+def test_a_deliberate_error_is_a_user_error_or_stands_in_the_list():
+    found = set()
+    for package in ("avcl_jax", "configs", "data_prep"):
+        for path in sorted((small.ROOT / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                    name = getattr(node.exc.func, "id", "")
+                    found |= {str(path.relative_to(small.ROOT))} if name == "ValueError" else set()
+    assert found == CHECKS_OF_THE_CALLER, "raise avcl_jax.errors.UserError, or add to the list"
