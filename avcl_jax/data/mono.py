@@ -1,0 +1,119 @@
+"""Mixing channels to mono so that nothing cancels and silent channels cost nothing."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import av
+import numpy as np
+
+# A channel with less than this fraction of the energy of the strongest one is silent (-40 dB).
+_SILENT_FRACTION = 1e-4
+# Channels that have nothing to do with each other leave their energies in the mix. Less than this
+# fraction of it: they cancel.
+_CANCELLED_FRACTION = 0.5
+
+
+def choose_weights(
+    energies: np.ndarray, weights: np.ndarray, names: Sequence[str]
+) -> tuple[np.ndarray, dict[str, str]]:
+    """Decides how the channels of a clip are mixed.
+
+    The usual mix stands unless a channel is silent or the mix cancels. Silent channels are left
+    out, as if the file had none of them, so that one dead channel of two does not cost 6 dB. Where
+    the mix of the rest has lost more than half of the channels' energy, as with a right channel
+    that is the inverted left, the strongest channel is taken alone.
+
+    Args:
+      energies: float64 [channels, channels], sums of products of the samples of two channels.
+      weights: float64 [channels] of the usual mix, not negative; their sum is 1.
+      names: Of the channels.
+
+    Returns:
+      Weights of the mix, `weights` itself for the usual one, and what was found, by kind of note.
+    """
+    single = np.diag(energies) * (weights > 0)
+    heard = (single > 0) & (single >= _SILENT_FRACTION * single.max())
+    if not heard.any():
+        return weights, {}
+    silent = [names[int(n)] for n in np.flatnonzero((weights > 0) & ~heard)]
+    mix = weights * heard / (weights * heard).sum() if silent else weights
+    if mix @ energies @ mix < _CANCELLED_FRACTION * (mix**2 @ single):
+        strongest = int(single.argmax())
+        message = f"the mono mix cancels: only the channel {names[strongest]} is taken"
+        return np.eye(len(names))[strongest], {"antiphase": message}
+    if silent:
+        return mix, {"dead_channel": f"silent, and left out of the mono mix: {', '.join(silent)}"}
+    return weights, {}
+
+
+def mix_to_mono(frames: Sequence[Any]) -> tuple[list[Any], dict[str, str]]:
+    """Mixes the frames whose usual mix would lose something; leaves the others alone.
+
+    The decision is one for all frames of one channel layout.
+
+    Args:
+      frames: Decoded `av.AudioFrame`s of one clip.
+
+    Returns:
+      As many frames with their times, mono where they were mixed here; what was found, by kind of
+      note.
+    """
+    energies: dict[str, np.ndarray] = {}
+    for frame, samples in _channels(frames):
+        name = frame.layout.name
+        energies[name] = energies.get(name, 0.0) + samples @ samples.T
+    chosen: dict[str, np.ndarray] = {}
+    notes: dict[str, str] = {}
+    for name, found in energies.items():
+        usual = _usual_weights(name)
+        names = [channel.name for channel in av.AudioLayout(name).channels]
+        mix, noted = choose_weights(found, usual, names)
+        if mix is not usual:
+            chosen[name] = mix
+        notes |= noted
+    if not chosen:
+        return list(frames), notes
+    mixed = {
+        id(frame): _mono_frame(frame, chosen[frame.layout.name] @ samples)
+        for frame, samples in _channels(frames)
+        if frame.layout.name in chosen
+    }
+    return [mixed.get(id(frame), frame) for frame in frames], notes
+
+
+def _channels(frames: Sequence[Any]) -> Iterator[tuple[Any, np.ndarray]]:
+    """Yields the frames of several channels with their samples, float64 [channels, samples]."""
+    converters: dict[str, Any] = {}
+    for frame in frames:
+        count = frame.layout.nb_channels
+        if count < 2:
+            continue
+        converter = converters.setdefault(
+            f"{frame.format.name} {frame.layout.name} {frame.sample_rate}",
+            av.AudioResampler(format="flt", layout=frame.layout, rate=frame.sample_rate),
+        )
+        for packed in converter.resample(frame):
+            yield frame, packed.to_ndarray().reshape(-1, count).T.astype(np.float64)
+
+
+def _mono_frame(frame: Any, samples: np.ndarray) -> Any:
+    mono = av.AudioFrame.from_ndarray(samples.astype(np.float32)[None], "flt", "mono")
+    mono.sample_rate, mono.pts = frame.sample_rate, frame.pts
+    if frame.time_base is not None:
+        mono.time_base = frame.time_base
+    return mono
+
+
+@functools.lru_cache(maxsize=64)
+def _usual_weights(layout: str) -> np.ndarray:
+    """Returns the weights of FFmpeg's mono mix of a channel layout, float64 [channels]."""
+    count = av.AudioLayout(layout).nb_channels
+    resampler = av.AudioResampler(format="flt", layout="mono", rate=8000)
+    frame = av.AudioFrame.from_ndarray(np.eye(count, dtype=np.float32).reshape(1, -1), "flt", layout)
+    frame.sample_rate = 8000
+    (mixed,) = resampler.resample(frame)
+    weights = mixed.to_ndarray()[0].astype(np.float64)
+    return np.asarray(weights / weights.sum())
