@@ -10,6 +10,7 @@ import jax
 from etils import epath
 
 from avcl_jax.errors import UserError
+from avcl_jax.paths import absolute_path
 
 
 def make_demo(directory: epath.PathLike, options: Sequence[str] = ()) -> None:
@@ -22,7 +23,7 @@ def make_demo(directory: epath.PathLike, options: Sequence[str] = ()) -> None:
     Raises:
         UserError: if preparing fails, or many processes would do it at once.
     """
-    directory = epath.Path(directory)
+    directory = absolute_path(directory)
     if (directory / "dataset_info.json").exists():
         return
     command = ["-m", "data_prep", "demo", "--out", str(directory.parent), *options]

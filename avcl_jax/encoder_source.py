@@ -26,6 +26,7 @@ from etils import epath
 
 from avcl_jax import experiment
 from avcl_jax.export import Encoder, ExportError, encoder_variables, load_encoder
+from avcl_jax.paths import absolute_path
 from avcl_jax.training.checkpoint import load_variables, read_progress
 
 MODALITIES = ("video", "audio")
@@ -74,7 +75,7 @@ def open_encoders(path: epath.PathLike) -> EncoderSource:
         ExportError: if it holds neither a run nor an exported encoder, or a damaged one.
         CheckpointError: if it holds a run without a checkpoint.
     """
-    directory = epath.Path(path)
+    directory = absolute_path(path)
     if not directory.is_dir():
         raise ExportError(
             f"there is no directory {directory}: give the workdir of a run, or an exported encoder"
@@ -133,7 +134,7 @@ def load_run(
         ExportError: if `workdir` holds no run.
         CheckpointError: if the run has no checkpoint.
     """
-    directory = epath.Path(workdir)
+    directory = absolute_path(workdir)
     path = directory / "config.json"
     if not (directory / "checkpoints").exists() or not path.exists():
         raise ExportError(
@@ -161,7 +162,7 @@ def source_of_run(
     step: int,
 ) -> EncoderSource:
     """Returns the encoders of a run that `load_run` has loaded."""
-    directory = epath.Path(directory)
+    directory = absolute_path(directory)
     model = experiment.audio_visual_model(config)
     encoders = {}
     for modality, preprocessing in experiment.preprocessings(config).items():

@@ -22,6 +22,7 @@ from avcl_jax.errors import UserError
 from avcl_jax.models import encoders
 from avcl_jax.models.audio_visual import AudioVisualModel
 from avcl_jax.objectives.feature_bank import BankSampling
+from avcl_jax.paths import absolute_path
 
 # These change how a run is executed and watched, not what it computes: a run may go on with others.
 EXECUTION_KEYS = (
@@ -37,6 +38,20 @@ EXECUTION_KEYS = (
     "model.remat",
     "compilation_cache",
 )
+
+
+# Files and folders: used and recorded as absolute paths, so that results can be read from every
+# folder. None of them decides a figure: what lies there does.
+PATH_KEYS = ("checkpoint", "encoder", "data.directory", "data.files", "data.sounds")
+
+
+def with_absolute_paths(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Returns a copy of `config` whose `PATH_KEYS` are absolute; an empty one stays empty."""
+    flat = flatten(config.to_dict())
+    given = {key: flat[key] for key in PATH_KEYS if flat.get(key)}
+    absolute = config.copy_and_resolve_references()
+    absolute.update_from_flattened_dict({k: str(absolute_path(v)) for k, v in given.items()})
+    return absolute
 
 
 def render_spec(config: ml_collections.ConfigDict) -> RenderSpec:

@@ -35,6 +35,7 @@ from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
 from avcl_jax.data.spectrogram import LogMelSpec
 from avcl_jax.errors import UserError
 from avcl_jax.models.encoders import CLASSES
+from avcl_jax.paths import absolute_path
 from avcl_jax.training.checkpoint import load_variables, read_progress
 
 # Raised when an older reader would misread a newer file.
@@ -166,7 +167,7 @@ def export_encoder(
     if name not in CLASSES:
         raise ExportError(f"cannot export a {name}; known encoders: {sorted(CLASSES)}")
     encoder = encoder.clone(remat="none")  # how a run saved memory is not what it learned
-    directory = epath.Path(directory)
+    directory = absolute_path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / _CONFIG).unlink(missing_ok=True)
     flat = {
@@ -210,7 +211,7 @@ def export_run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> di
     Raises:
         UserError: if the run had other settings of model or preprocessing, or no checkpoint.
     """
-    workdir = epath.Path(workdir)
+    workdir = absolute_path(workdir)
     check_run(config, workdir)
     variables, step = load_variables(workdir)
     spec = experiment.render_spec(config)
@@ -265,7 +266,7 @@ def load_encoder(path: epath.PathLike) -> Encoder:
         ExportError: if a file is missing or damaged, the encoder or the format unknown, or the
             weights are not those of the architecture.
     """
-    directory = epath.Path(path)
+    directory = absolute_path(path)
     try:
         config = json.loads((directory / _CONFIG).read_text())
         flat = safetensors.numpy.load((directory / _WEIGHTS).read_bytes())

@@ -35,6 +35,7 @@ from avcl_jax.export import export_encoder, load_encoder
 from avcl_jax.models import encoders, torch_names
 from avcl_jax.models.encoders import Modality
 from avcl_jax.models.torch_names import CODE_BASES, UNUSED_SUFFIX
+from avcl_jax.paths import absolute_path
 
 # Under which training code keeps the state dict of its model.
 _STATE_KEYS = ("model", "state_dict")
@@ -62,7 +63,7 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
         WeightsError: if the file is neither, or holds objects other than arrays and settings.
         FileNotFoundError: if there is none.
     """
-    path = epath.Path(path)
+    path = absolute_path(path)
     if path.suffix == ".safetensors":
         try:
             state = safetensors.numpy.load(path.read_bytes())
@@ -201,7 +202,7 @@ def import_weights(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
         raise UserError("config.checkpoint is missing: the file with the weights")
     modality: Modality = config.modalities
     encoder = getattr(experiment.audio_visual_model(config), f"{modality}_encoder")
-    checkpoint = epath.Path(config.checkpoint)
+    checkpoint = absolute_path(config.checkpoint)
     variables = from_torch(
         read_state_dict(checkpoint),
         code_base=config.code_base,
@@ -209,7 +210,7 @@ def import_weights(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
         modality=modality,
     )
     directory = export_encoder(
-        epath.Path(workdir) / "export" / modality,
+        absolute_path(workdir) / "export" / modality,
         encoder=encoder,
         params=variables,
         preprocessing=experiment.preprocessings(config)[modality],
@@ -241,7 +242,7 @@ def export_weights(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
     state = to_torch(
         encoder.params, code_base=config.code_base, name=name, modality=encoder.modality
     )
-    path = epath.Path(workdir) / f"{config.code_base}.safetensors"
+    path = absolute_path(workdir) / f"{config.code_base}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(safetensors.numpy.save(state))
     print(f"weights {path}", flush=True)

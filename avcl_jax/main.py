@@ -20,6 +20,8 @@ from ml_collections import config_flags
 
 from avcl_jax.demo_data import make_demo
 from avcl_jax.errors import UserError, one_line
+from avcl_jax.experiment import with_absolute_paths
+from avcl_jax.paths import absolute_path
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File under configs/, with `:preset` where it has presets.", lock_config=True
@@ -46,7 +48,7 @@ def _keep_compiled(directory: str) -> None:
     """
     if not directory or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    path = epath.Path(directory).expanduser()
+    path = absolute_path(directory)
     jax.config.update("jax_compilation_cache_dir", str(path))
     # JAX would keep nothing that compiled in under 1 s. A start has few programs: six of the demo.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -101,8 +103,9 @@ def main(argv: Sequence[str]) -> None:
             raise UserError("--config is missing: try --config=configs/pretrain.py")
         if config.task not in _TASKS:
             raise UserError(f"unknown task {config.task!r}: use one of {', '.join(_TASKS)}")
+        config = with_absolute_paths(config)
         _keep_compiled(config.compilation_cache)
-        workdir = epath.Path(_WORKDIR.value or f"runs/{config.name}").absolute()
+        workdir = absolute_path(_WORKDIR.value or f"runs/{config.name}")
         if config.task not in _OF_A_RUN and "data" in config and "make_demo" in config.data:
             _make_demo(config.data)
         _function(config.task)(config, workdir)

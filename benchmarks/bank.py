@@ -14,11 +14,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from avcl_jax.paths import local_path
 from benchmarks.measure import (
     REPEATS,
     Target,
@@ -234,7 +234,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bank", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--json", type=Path, required=True, help="where to write the rows")
+    parser.add_argument("--json", type=local_path, required=True, help="where to write the rows")
     parser.add_argument("--rows", nargs="+", choices=_ROWS, default=list(_ROWS), metavar="NAME")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="of every measurement")
     args = parser.parse_args(arguments)

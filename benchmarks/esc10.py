@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from avcl_jax.paths import local_path
 from benchmarks.measure import Row, Target, print_table, spread, write_json
 
 FOLDS = ("1", "2", "3", "4", "5")
@@ -184,21 +185,23 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.esc10", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--json", type=Path, required=True, help="where to write the rows")
-    parser.add_argument("--records", type=Path, default=Path("data/esc10"))
-    parser.add_argument("--workdir", type=Path, default=Path("runs/esc10"))
+    parser.add_argument("--json", type=local_path, required=True, help="where to write the rows")
+    parser.add_argument("--records", type=local_path, default="data/esc10")
+    parser.add_argument("--workdir", type=local_path, default="runs/esc10")
     parser.add_argument(
         "--seeds", type=int, nargs="*", default=[0, 1, 2], help="none: only what is asked for below"
     )
-    parser.add_argument("--demo", type=Path, help="run of the demo, whose encoder is tested too")
+    parser.add_argument(
+        "--demo", type=local_path, help="run of the demo, whose encoder is tested too"
+    )
     parser.add_argument("--long", type=int, metavar="STEPS", help="one longer run, on fold 1")
     args = parser.parse_args(arguments)
     if not (args.records / "dataset_info.json").exists():
         parser.error(f"{args.records} does not exist: see the first command of this module")
-    workdir, records = args.workdir.absolute(), args.records.absolute()
+    workdir, records = args.workdir, args.records
     rows = folds_rows(workdir, records, args.seeds) if args.seeds else []
     if args.demo:
-        rows.append(demo_row(workdir, records, args.demo.absolute()))
+        rows.append(demo_row(workdir, records, args.demo))
     if args.long:
         rows.append(long_row(workdir, records, steps=args.long, fold=FOLDS[0]))
     write_json(args.json, rows)

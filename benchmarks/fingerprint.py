@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from avcl_jax.paths import local_path
 from benchmarks import footage
 from benchmarks.measure import (
     REPEATS,
@@ -115,17 +116,17 @@ class _Benchmark:
     def real(self) -> dict[str, Any]:
         """Results of the protocol on real videos."""
         for folder in (self._args.media, self._args.sounds):
-            if not Path(folder).is_dir():
+            if not folder.is_dir():
                 raise SkipError(f"there is no {folder}: name the folder by --media and --sounds")
-        folders = {"data.files": self._args.media, "data.sounds": self._args.sounds}
+        folders = {"data.files": str(self._args.media), "data.sounds": str(self._args.sounds)}
         return self._results("real", folders | (_SMALL_REAL if self._args.small else {}))
 
     def _results(self, preset: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         need("faiss")
         args = self._args
-        if not Path(args.encoder).is_dir():
+        if not args.encoder.is_dir():
             raise SkipError(f"there is no {args.encoder}: run `make demo`, or name another")
-        settings = {"encoder": args.encoder, "data.directory": args.records, **settings}
+        settings = {"encoder": str(args.encoder), "data.directory": str(args.records), **settings}
         if args.small:
             settings |= _SMALL
         results = run_child(
@@ -215,7 +216,12 @@ class _Benchmark:
         segments = 2000 if self._args.small else _SEGMENTS
         seconds = run_child(
             "benchmarks.fingerprint_speed:seconds_of_query",
-            {"encoder": self._args.encoder, "clip": clip, "segments": segments, "kind": "auto"},
+            {
+                "encoder": str(self._args.encoder),
+                "clip": clip,
+                "segments": segments,
+                "kind": "auto",
+            },
         )
         return float(np.median(seconds)), {"segments": segments, "seconds": spread(seconds)}
 
@@ -223,10 +229,10 @@ class _Benchmark:
         """Hours of film indexed an hour over hours decoded an hour; the demo's clips beside it."""
         need("faiss")
         args = self._args
-        if not Path(args.media).is_dir():
+        if not args.media.is_dir():
             raise SkipError(f"there is no {args.media}: name a folder of real videos by --media")
         films = footage.make_films(
-            Path(args.media),
+            args.media,
             self._workdir("films"),
             per_video=1 if args.small else _FILMS_PER_VIDEO,
             seconds=1.0 if args.small else _FILM_SECONDS,
@@ -243,7 +249,7 @@ class _Benchmark:
         def measure(only_decode: bool) -> float:
             return run_child(
                 "benchmarks.fingerprint_speed:seconds_of_indexing",
-                {"encoder": self._args.encoder, "files": files, "only_decode": only_decode},
+                {"encoder": str(self._args.encoder), "files": files, "only_decode": only_decode},
             )
 
         sides = {
@@ -257,7 +263,7 @@ class _Benchmark:
         }
 
     def _files(self) -> list[Path]:
-        folder = Path(self._args.clips)
+        folder = self._args.clips
         found = sorted(folder.glob("*.mp4"))
         if not found:
             raise SkipError(f"there are no MP4 files in {folder}: run `make demo`, or give --clips")
@@ -293,16 +299,29 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.fingerprint", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--json", type=Path, required=True, help="where to write the rows")
+    parser.add_argument("--json", type=local_path, required=True, help="where to write the rows")
     parser.add_argument("--rows", nargs="+", choices=_ROWS, default=list(_ROWS), metavar="NAME")
-    parser.add_argument("--encoder", default="runs/demo", help="run or exported encoders")
     parser.add_argument(
-        "--records", default="data/foley_fingerprint/records", help="clips, made if absent"
+        "--encoder", type=local_path, default="runs/demo", help="run or exported encoders"
     )
-    parser.add_argument("--clips", default="data/foley/media/test", help="folder of MP4 files")
-    parser.add_argument("--media", default="../shared/data/media", help="folder of real videos")
-    parser.add_argument("--sounds", default="../shared/data/esc10/audio", help="ESC-10's sounds")
-    parser.add_argument("--workdir", default="runs/fingerprint", help="of the protocol's reports")
+    parser.add_argument(
+        "--records",
+        type=local_path,
+        default="data/foley_fingerprint/records",
+        help="clips, made if absent",
+    )
+    parser.add_argument(
+        "--clips", type=local_path, default="data/foley/media/test", help="folder of MP4 files"
+    )
+    parser.add_argument(
+        "--media", type=local_path, default="../shared/data/media", help="folder of real videos"
+    )
+    parser.add_argument(
+        "--sounds", type=local_path, default="../shared/data/esc10/audio", help="ESC-10's sounds"
+    )
+    parser.add_argument(
+        "--workdir", type=local_path, default="runs/fingerprint", help="of the protocol's reports"
+    )
     parser.add_argument("--repeats", type=int, default=REPEATS, help="of the speed measurements")
     parser.add_argument("--small", action="store_true", help="a smoke test, whose figures are none")
     args = parser.parse_args(arguments)

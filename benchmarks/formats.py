@@ -25,6 +25,7 @@ import simplejpeg
 
 from avcl_jax.data import media
 from avcl_jax.data.views import Timeline, draw_views, frame_indices
+from avcl_jax.paths import local_path
 from benchmarks import footage, rendering
 from benchmarks.baselines.pyav_dataloader import films
 from benchmarks.measure import REPEATS, Row, print_table, run_child, spread, write_json
@@ -207,11 +208,11 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.formats", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--json", type=Path, required=True, help="where to write the rows")
-    parser.add_argument("--data", type=Path, default=Path("data/benchmark"), help="made if absent")
+    parser.add_argument("--json", type=local_path, required=True, help="where to write the rows")
+    parser.add_argument("--data", type=local_path, default="data/benchmark", help="made if absent")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="of every measurement")
     args = parser.parse_args(arguments)
-    folder = footage.make_footage(args.data.resolve())[0]
+    folder = footage.make_footage(args.data)[0]
     found = run_child(
         "benchmarks.formats:compare",
         {"folder": str(folder), "repeats": args.repeats},

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from avcl_jax.paths import local_path
 from benchmarks import footage
 from benchmarks.measure import (
     SkipError,
@@ -230,7 +231,7 @@ def _first_batch(setup: Setup) -> tuple[float, dict[str, Any]]:
         raise SkipError(
             f"no demo data in {setup.demo}: python -m data_prep demo --out data/foley, or --demo"
         )
-    arguments = {"directory": str(setup.demo.resolve())}
+    arguments = {"directory": str(setup.demo)}
     run_child("benchmarks.memory:first_batch", arguments)  # makes the index if it is not there
     found = [run_child("benchmarks.memory:first_batch", arguments) for _ in range(setup.repeats)]
     phases = {phase: spread([result[phase] for result in found]) for phase in found[0]}
@@ -283,10 +284,10 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.input_pipeline", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--json", type=Path, required=True, help="where to write the rows")
+    parser.add_argument("--json", type=local_path, required=True, help="where to write the rows")
     parser.add_argument("--rows", nargs="+", choices=_ROWS, default=list(_ROWS), metavar="NAME")
-    parser.add_argument("--data", type=Path, default=Path("data/benchmark"), help="made if absent")
-    parser.add_argument("--demo", type=Path, default=Path("data/foley/records"))
+    parser.add_argument("--data", type=local_path, default="data/benchmark", help="made if absent")
+    parser.add_argument("--demo", type=local_path, default="data/foley/records")
     parser.add_argument(
         "--setting", type=_setting, metavar="WORKERS,THREADS", help="of the pipeline (best of some)"
     )
@@ -295,7 +296,7 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     if args.repeats < 5:
         print("note: fewer than 5 repeats: good for trying, not for publishing", file=sys.stderr)
-    setup = Setup(args.data.resolve(), args.demo, args.setting, args.batches, args.repeats)
+    setup = Setup(args.data, args.demo, args.setting, args.batches, args.repeats)
     measure_rows(_ROWS, args.rows, setup, args.json)
     return 0
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from avcl_jax.data.records import RecordDataset
+from avcl_jax.paths import local_path
 from benchmarks import footage
 from benchmarks.measure import Row, print_table, write_json
 
@@ -58,16 +59,16 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.jpeg_quality", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--json", type=Path, required=True, help="where to write the rows")
-    parser.add_argument("--media", type=Path, default=Path("data/foley/media"), help="of the demo")
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="of `make demo`")
+    parser.add_argument("--json", type=local_path, required=True, help="where to write the rows")
+    parser.add_argument("--media", type=local_path, default="data/foley/media", help="of the demo")
+    parser.add_argument("--run", type=local_path, default="runs/demo", help="of `make demo`")
     args = parser.parse_args(arguments)
     for path in (args.media / "manifest.csv", args.run / "config.json"):
         if not path.exists():
             parser.error(f"{path} is not there: run `make demo`, or say --media and --run")
     rows = []
     for quality in QUALITIES:
-        found = measure(args.media.resolve(), args.run.resolve(), quality)
+        found = measure(args.media, args.run, quality)
         rows.append(
             Row(f"kilobytes_a_frame_{quality}", found["kilobytes_a_frame"], "kB", None, found)
         )

@@ -14,9 +14,9 @@ import functools
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from avcl_jax.paths import local_path
 from benchmarks.measure import (
     Row,
     Target,
@@ -137,7 +137,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.remat", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--json", type=Path, required=True, help="where to write the rows")
+    parser.add_argument("--json", type=local_path, required=True, help="where to write the rows")
     parser.add_argument("--remat", choices=("norms", "blocks"), default="blocks")
     parser.add_argument("--batch", type=int, default=2, help="clips of a step")
     parser.add_argument("--dtype", default="float32")

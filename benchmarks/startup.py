@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from avcl_jax.paths import local_path
 from benchmarks.measure import REPEATS, Row, Target, print_table, spread, write_json
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +43,7 @@ def seconds_to_first_step(records: Path, cache: Path) -> float:
                 sys.executable,
                 *("-m", "avcl_jax.main", "--config=configs/pretrain.py"),
                 f"--workdir={workdir}/run",
-                f"--config.data.directory={records.absolute()}",
+                f"--config.data.directory={records}",
                 f"--config.compilation_cache={cache}",
                 "--config.log_every=1",
             ],
@@ -84,8 +85,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.startup", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--json", type=Path, required=True, help="where to write the row")
-    parser.add_argument("--demo", type=Path, default=Path("data/foley/records"))
+    parser.add_argument("--json", type=local_path, required=True, help="where to write the row")
+    parser.add_argument("--demo", type=local_path, default="data/foley/records")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="starts after the first one")
     args = parser.parse_args(arguments)
     if not (args.demo / "dataset_info.json").exists():

@@ -12,10 +12,10 @@ import math
 import re
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 from avcl_jax.errors import UserError
+from avcl_jax.paths import local_path
 from benchmarks.measure import (
     ChildError,
     Row,
@@ -253,14 +253,14 @@ def main(words: list[str]) -> int:
         description=(__doc__ or "").partition("\n")[0],
         epilog="Overrides of the preset: --config.model.video.lowering=direct and so on.",
     )
-    parser.add_argument("--json", type=Path, required=True, help="where to write the rows")
+    parser.add_argument("--json", type=local_path, required=True, help="where to write the rows")
     parser.add_argument("--topology", action="append", help=f"repeatable ({' '.join(TOPOLOGIES)})")
     parser.add_argument("--preset", default="kinetics400", help="of configs/pretrain.py")
     parser.add_argument(
         "--batch-per-chip", type=int, default=16, help="videos, of two clips each (%(default)s)"
     )
     parser.add_argument(
-        "--cache", type=Path, default=Path("data/tpu_aot"), help="compiled programs"
+        "--cache", type=local_path, default="data/tpu_aot", help="compiled programs"
     )
     parser.add_argument(
         "--remat",
@@ -274,7 +274,7 @@ def main(words: list[str]) -> int:
             "preset": args.preset,
             "overrides": parse_overrides(rest),
             "videos_per_chip": args.batch_per_chip,
-            "cache": str(args.cache.resolve()),
+            "cache": str(args.cache),
         }
         topologies = args.topology or list(TOPOLOGIES)
         for topology in topologies:

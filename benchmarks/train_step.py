@@ -14,9 +14,9 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
+from avcl_jax.paths import local_path
 from benchmarks.measure import (
     ChildError,
     SkipError,
@@ -207,7 +207,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.train_step", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--json", type=Path, required=True, help="where to write the rows")
+    parser.add_argument("--json", type=local_path, required=True, help="where to write the rows")
     parser.add_argument("--rows", nargs="+", choices=_ROWS, default=list(_ROWS), metavar="NAME")
     parser.add_argument("--batch", type=int, default=2, help="clips of an encoder step")
     parser.add_argument(

@@ -6,10 +6,8 @@ import argparse
 import os
 import re
 
-from etils import epath
-
 from avcl_jax.data.records import FILE_FORMATS
-from avcl_jax.data.tfrecord import is_remote
+from avcl_jax.paths import absolute_path, is_remote
 from data_prep.clip import NOTES, REASONS, ClipOptions
 from data_prep.cut import FORMS, parse_cut
 from data_prep.manifest import PrepareError
@@ -22,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--out",
-        type=epath.Path,
+        type=absolute_path,
         required=True,
         help="directory for the records; may be gs://, s3://",
     )

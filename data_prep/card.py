@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from avcl_jax.data.decode import decode_jpegs
 from avcl_jax.data.records import Record, RecordDataset, split_names
 from avcl_jax.errors import UserError, one_line
+from avcl_jax.paths import absolute_path
 from data_prep.clip import NOTES
 from data_prep.earlier import PREPARATION
 
@@ -28,9 +29,9 @@ _BARS = 24  # characters
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    parser.add_argument("path", type=epath.Path, help="directory of a prepared data set")
+    parser.add_argument("path", type=absolute_path, help="directory of a prepared data set")
     parser.add_argument("--split", help="show only this one")
-    parser.add_argument("--png", type=epath.Path, help="the picture; PATH/card.png if not given")
+    parser.add_argument("--png", type=absolute_path, help="the picture; PATH/card.png if not given")
     parser.add_argument("--rows", type=int, default=8, help="clips in the picture, of each split")
     parser.add_argument("--seed", type=int, default=0, help="decides which clips")
 

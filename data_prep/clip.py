@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from avcl_jax.data.silence import is_silent, peak
 
 from avcl_jax.data import media
 from avcl_jax.data.media import MediaError
 from avcl_jax.data.record_format import Record
+from avcl_jax.data.silence import is_silent, peak
 from data_prep.manifest import Entry
 from data_prep.sources.example_file import open_example
 from data_prep.sources.footage import Footage, JpegFrame

@@ -11,9 +11,9 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 
 from avcl_jax.errors import UserError, one_line
+from avcl_jax.paths import local_path
 from data_prep import arguments, prepare
 from data_prep.collections import folder_or_table
 from data_prep.foley import command as foley
@@ -24,7 +24,7 @@ _NULL_VIDEOS = 60
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the command."""
-    parser.add_argument("--out", type=Path, default=Path("data/foley"), help="for media/, records/")
+    parser.add_argument("--out", type=local_path, default="data/foley", help="for media/, records/")
     parser.add_argument("--train", type=int, default=600, help="training videos")
     parser.add_argument("--test", type=int, default=200, help="test videos")
     parser.add_argument("--null", type=int, default=_NULL_VIDEOS, help="noise videos, twice")

@@ -25,8 +25,8 @@ import simplejpeg
 import tqdm
 from etils import epath
 
-from avcl_jax.data.tfrecord import is_remote
 from avcl_jax.errors import UserError, one_line
+from avcl_jax.paths import is_remote
 from data_prep import earlier as earlier_run
 from data_prep import final_words, publish
 from data_prep.arguments import clip_options

@@ -16,7 +16,8 @@ from typing import Any
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
-from avcl_jax.data.tfrecord import RecordError, is_remote
+from avcl_jax.data.tfrecord import RecordError
+from avcl_jax.paths import is_remote
 
 # One record a chunk, so that reading one decodes one; JPEG frames do not compress further.
 _WRITER_OPTIONS = "group_size:1,uncompressed"

@@ -7,8 +7,13 @@ from typing import Any
 
 import numpy as np
 from av.filter import Graph
-from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc, Interpolation
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import (
+    ColorPrimaries,
+    Colorspace,
+    ColorTrc,
+    Interpolation,
+    VideoReformatter,
+)
 
 from avcl_jax.data.media_error import MediaError
 

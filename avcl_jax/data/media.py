@@ -393,9 +393,7 @@ def decode_audio(
                 heard_seconds += frame.samples / frame.sample_rate
         if not frames:
             return None
-        first_seconds, waveform, notes = lay_out(
-            frames, zero=zero, sample_rate_hz=sample_rate_hz
-        )
+        first_seconds, waveform, notes = lay_out(frames, zero=zero, sample_rate_hz=sample_rate_hz)
     skip = max(0, int(np.ceil((start_seconds - first_seconds) * sample_rate_hz - 1e-6)))
     first_seconds += skip / sample_rate_hz
     waveform = waveform[skip:]

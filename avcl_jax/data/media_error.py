@@ -1,6 +1,7 @@
 """Why a media file cannot be prepared."""
 
 from __future__ import annotations
+
 from avcl_jax.errors import UserError
 
 # Every reason for which a file is not decoded, and what it means. The list is closed:

@@ -112,7 +112,9 @@ def _usual_weights(layout: str) -> np.ndarray:
     """Returns the weights of FFmpeg's mono mix of a channel layout, float64 [channels]."""
     count = av.AudioLayout(layout).nb_channels
     resampler = av.AudioResampler(format="flt", layout="mono", rate=8000)
-    frame = av.AudioFrame.from_ndarray(np.eye(count, dtype=np.float32).reshape(1, -1), "flt", layout)
+    frame = av.AudioFrame.from_ndarray(
+        np.eye(count, dtype=np.float32).reshape(1, -1), "flt", layout
+    )
     frame.sample_rate = 8000
     (mixed,) = resampler.resample(frame)
     weights = mixed.to_ndarray()[0].astype(np.float64)

@@ -13,7 +13,8 @@ from typing import Protocol
 from etils import epath
 
 from avcl_jax.data import array_records, tfrecord
-from avcl_jax.data.tfrecord import RecordError, is_remote
+from avcl_jax.data.tfrecord import RecordError
+from avcl_jax.paths import is_remote
 
 TFRECORD, ARRAY_RECORD = "tfrecord", "array_record"
 # As TFDS names them, in dataset_info.json and in the names of shards.

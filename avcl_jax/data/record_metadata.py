@@ -16,6 +16,7 @@ from etils import epath
 from avcl_jax.data.record_files import TFRECORD
 from avcl_jax.data.record_format import FORMAT_VERSION, LABEL_PREFIX
 from avcl_jax.data.records import ShardInfo
+from avcl_jax.paths import absolute_path
 
 _DESCRIPTION = (
     "Audio-visual clips prepared by avcl_jax's data_prep: JPEG frames with the time of each, mono "
@@ -83,7 +84,7 @@ def write_dataset_metadata(
       splits: For each split, its shards in order.
       file_format: Of the shards, one of `FILE_FORMATS`.
     """
-    directory = epath.Path(directory)
+    directory = absolute_path(directory)
     identity = tfds.core.dataset_info.DatasetIdentity(
         name=name,
         version=tfds.core.Version(FORMAT_VERSION),

@@ -44,7 +44,8 @@ from avcl_jax.data.record_index import (
     save_columns,
     scan_shard,
 )
-from avcl_jax.data.tfrecord import RecordError, is_remote
+from avcl_jax.data.tfrecord import RecordError
+from avcl_jax.paths import absolute_path, is_remote
 
 __all__ = [
     "FILE_FORMATS",
@@ -195,7 +196,7 @@ def split_names(directory: epath.PathLike) -> list[str]:
     Raises:
       RecordError: If it is no finished data set.
     """
-    info = _read_json(epath.Path(directory) / "dataset_info.json")
+    info = _read_json(absolute_path(directory) / "dataset_info.json")
     return [entry["name"] for entry in info["splits"]]
 
 
@@ -229,7 +230,7 @@ class RecordDataset:
           RecordError: If it is not a finished data set of this version, lacks the split, or a
             shard is missing or does not match the metadata.
         """
-        self._directory = epath.Path(directory)
+        self._directory = absolute_path(directory)
         info = _read_json(self._directory / "dataset_info.json")
         features = _read_json(self._directory / "features.json")
         labels = _check_features(features, self._directory)

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 
 import crc32c
 from etils import epath
+
 from avcl_jax.errors import UserError
+from avcl_jax.paths import is_remote
 
 _HEADER = struct.Struct("<QI")  # payload length, masked CRC of the eight length bytes
 _FOOTER = struct.Struct("<I")  # masked CRC of the payload
@@ -93,11 +95,6 @@ def check_frame(
         raise RecordError(f"{where} is damaged (CRC does not match): prepare this data set again")
     if expected_crc is not None and stored_crc != expected_crc:
         raise RecordError(f"{where}: stale index, delete the .index files beside the shards")
-
-
-def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path lies in an object store (gs://, s3://)."""
-    return "://" in os.fspath(path)
 
 
 def read_parts(path: epath.Path, offset: int, sizes: Sequence[int]) -> list[bytes]:

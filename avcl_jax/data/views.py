@@ -18,6 +18,7 @@ import dataclasses
 from typing import Any, Literal
 
 import numpy as np
+
 from avcl_jax.errors import UserError
 
 FORWARD, BACKWARD = 0, 1

@@ -24,6 +24,7 @@ from avcl_jax.evaluation import figures
 from avcl_jax.evaluation.evaluate import PROTOCOL, evaluate
 from avcl_jax.evaluation.page import page, section, table, text
 from avcl_jax.evaluation.written import versions, write_text
+from avcl_jax.paths import absolute_path
 from avcl_jax.training.loop import pretrain
 
 # Raised whenever the same runs would give other figures.
@@ -115,7 +116,7 @@ def ablate(
     Raises:
         UserError: if there is no variant "full", or a variant or a figure does not exist.
     """
-    workdir = epath.Path(workdir)
+    workdir = absolute_path(workdir)
     section_ = config.ablation
     variants, seeds = [name for name, _ in section_.variants], list(section_.seeds)
     if FULL not in variants or not seeds:

@@ -37,6 +37,7 @@ from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.record_features import record_features
 from avcl_jax.evaluation.significance import compare
 from avcl_jax.evaluation.written import Stages
+from avcl_jax.paths import absolute_path
 
 PROTOCOL = Protocol(
     name="audio_classification_folds",
@@ -88,7 +89,7 @@ def run_folds(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dic
     Raises:
         ProtocolError: if the data set lacks the labels, or a record's class or fold is unknown.
     """
-    workdir = epath.Path(workdir)
+    workdir = absolute_path(workdir)
     stages = Stages()
     records = RecordDataset(config.data.directory, config.data.split)
     names = _fold_names(records, config.data.fold_label)

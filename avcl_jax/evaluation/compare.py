@@ -31,6 +31,7 @@ from avcl_jax.evaluation.protocol import (
     read_outcomes,
 )
 from avcl_jax.evaluation.significance import Comparison, compare, holm
+from avcl_jax.paths import absolute_path
 
 # What results.json says of each metric, and is needed here.
 _SAID = {"value", "low", "high", "kind", "inputs", "chosen", "what", "unit"}
@@ -42,7 +43,7 @@ def read_run(workdir: epath.PathLike) -> tuple[dict[str, Any], Outcomes]:
     Raises:
         ProtocolError: if there are none, or they are damaged.
     """
-    path = epath.Path(workdir) / RESULTS
+    path = absolute_path(workdir) / RESULTS
     try:
         results = json.loads(path.read_text())
     except FileNotFoundError:

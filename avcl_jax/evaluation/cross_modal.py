@@ -36,6 +36,7 @@ from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.retrieval import RetrievalScores, retrieval_scores
 from avcl_jax.evaluation.trained_on import check_not_trained_on
 from avcl_jax.evaluation.written import Stages
+from avcl_jax.paths import absolute_path
 
 PROTOCOL = Protocol(
     name="audio_video_retrieval",
@@ -142,7 +143,7 @@ def audio_video_retrieval(
         ProtocolError: if the run trained one modality, or too few records have both.
         ExportError: if `config.encoder` is no run.
     """
-    workdir = epath.Path(workdir)
+    workdir = absolute_path(workdir)
     section = config.features
     check_pairs(len(section.speeds) * section.views_per_speed)
     stages = Stages()

@@ -47,6 +47,7 @@ from avcl_jax.evaluation.trained_on import check_not_trained_on
 from avcl_jax.evaluation.written import Stages
 from avcl_jax.export import check_run
 from avcl_jax.models.audio_visual import AudioVisualModel
+from avcl_jax.paths import absolute_path
 from avcl_jax.training.checkpoint import Checkpoints, load_variables
 
 PROTOCOL = Protocol(
@@ -74,7 +75,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
         ProtocolError: if test records were pretrained on, or the directory holds results of another
             protocol.
     """
-    workdir = epath.Path(workdir)
+    workdir = absolute_path(workdir)
     section = config.evaluation
     check_pairs(len(section.speeds) * section.views_per_speed)
     check_run(config, workdir)

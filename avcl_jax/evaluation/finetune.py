@@ -37,6 +37,7 @@ from avcl_jax.evaluation.recognition import measured, protocol_of
 from avcl_jax.evaluation.trained_on import check_not_trained_on
 from avcl_jax.evaluation.written import Stages
 from avcl_jax.export import Encoder
+from avcl_jax.paths import absolute_path
 
 
 def finetune(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, Any] | None:
@@ -60,7 +61,7 @@ def finetune(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
         SelectionError: if a split does not fit the data set.
         UserError: if settings contradict each other.
     """
-    workdir = epath.Path(workdir)
+    workdir = absolute_path(workdir)
     encoders, own = _opened(config)
     source = encoders.named
     encoder = source.require(config.modality)

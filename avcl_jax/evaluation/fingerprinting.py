@@ -44,6 +44,7 @@ from avcl_jax.evaluation.trained_on import check_not_trained_on
 from avcl_jax.evaluation.transformations import families
 from avcl_jax.evaluation.written import Stages
 from avcl_jax.fingerprint.settings import FingerprintSettings
+from avcl_jax.paths import absolute_path, local_path
 
 # Of what is made of the answers, beside `families.VERSION`: raised when a figure would change.
 # 1: R@5 and µAP take ties at their cut in the worst order too.
@@ -104,7 +105,7 @@ def fingerprinting(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.baselines = tuple(name for name in config.baselines if name not in skipped)
-    protocol_run = ProtocolRun(PROTOCOL, config, epath.Path(workdir), source, data)
+    protocol_run = ProtocolRun(PROTOCOL, config, absolute_path(workdir), source, data)
     if (done := protocol_run.finished()) is not None:
         return done
     # Small products, many a second: threads that wait for each other cost more than they give.
@@ -194,7 +195,7 @@ def clip_sets(
     recorded = roles.pop("references")
     if not data.files:
         return ClipSets(recorded, [], **roles), fingerprints, {}
-    paths = sorted(p for p in Path(data.files).iterdir() if p.is_file())
+    paths = sorted(p for p in local_path(data.files).iterdir() if p.is_file())
     if not paths:
         raise UserError(f"no files in {data.files}")
     segments, unused = segments_of_files(
@@ -204,7 +205,7 @@ def clip_sets(
         max_fps=data.max_fps,
         sample_rate_hz=data.sample_rate_hz,
     )
-    sound_paths = sorted(p for p in Path(data.sounds).iterdir() if p.is_file())
+    sound_paths = sorted(p for p in local_path(data.sounds).iterdir() if p.is_file())
     fingerprints |= {"files": _digest(paths), "sounds": _digest(sound_paths)}
     sounds = sounds_of_files(sound_paths, data.sound_sets, sample_rate_hz=data.sample_rate_hz)
     fillers = [*recorded, *sounds["fillers"]]

@@ -40,6 +40,7 @@ from avcl_jax.evaluation.record_clips import RecordClips
 from avcl_jax.evaluation.record_features import record_features
 from avcl_jax.evaluation.trained_on import check_not_trained_on
 from avcl_jax.evaluation.written import Stages
+from avcl_jax.paths import absolute_path
 
 _SHARED = (
     "The encoder is frozen. Each record gives features.clips clips at each of features.speeds, "
@@ -110,7 +111,7 @@ def run_linear_probe(config: ml_collections.ConfigDict, workdir: epath.PathLike)
         LackingError: if records lack the label or the modality.
         ProtocolError: if labels, records or features do not fit the protocol.
     """
-    workdir = epath.Path(workdir)
+    workdir = absolute_path(workdir)
     stages = Stages()
     names = fold_names(config.encoder, [test for _, test in split_selections(config.data)])
     encoders = open_fold_encoders(config.encoder, names)

@@ -33,6 +33,7 @@ from avcl_jax.evaluation.temporal import TASK_TITLES, TaskScore, score_task, tas
 from avcl_jax.evaluation.trained_on import check_not_trained_on
 from avcl_jax.evaluation.written import Stages
 from avcl_jax.objectives.temporal import TERMS, temporal_targets
+from avcl_jax.paths import absolute_path
 
 PROTOCOL = Protocol(
     name="temporal_tasks",
@@ -118,7 +119,7 @@ def temporal_tasks(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
         ProtocolError: if records lack a modality of the run, or no task is defined.
         UserError: if no view fits any record, or a class of a task never occurs.
     """
-    workdir = epath.Path(workdir)
+    workdir = absolute_path(workdir)
     stages = Stages()
     run = load_for(config)
     data = {"all": run.records.fingerprint}

@@ -32,6 +32,7 @@ from avcl_jax.evaluation.record_features import record_features
 from avcl_jax.evaluation.retrieval import RetrievalScores, nearest, retrieval_scores
 from avcl_jax.evaluation.trained_on import check_not_trained_on
 from avcl_jax.evaluation.written import Stages
+from avcl_jax.paths import absolute_path
 
 PROTOCOL = Protocol(
     name="video_retrieval",
@@ -69,7 +70,7 @@ def video_retrieval(config: ml_collections.ConfigDict, workdir: epath.PathLike) 
         ExportError: if there is no video encoder.
         SelectionError: if the data set lacks the split.
     """
-    workdir = epath.Path(workdir)
+    workdir = absolute_path(workdir)
     stages = Stages()
     source = open_encoders(config.encoder)
     splits = {side: config.data[f"{side}_split"] for side in ("query", "gallery")}

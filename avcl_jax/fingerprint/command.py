@@ -27,6 +27,7 @@ from avcl_jax.fingerprint.files import media_files
 from avcl_jax.fingerprint.index import AddReport, FingerprintIndex
 from avcl_jax.fingerprint.settings import KINDS, FingerprintSettings
 from avcl_jax.fingerprint.verification import verify
+from avcl_jax.paths import local_path
 
 # Commands of their own modules, which have `add_arguments` and `run` and are imported when asked
 # for: their dependencies differ.
@@ -53,11 +54,13 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     def command(name: str, run: Callable[..., int | None], summary: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=summary, description=summary)
         added.set_defaults(run=run)
-        added.add_argument("--index", type=Path, required=True, metavar="DIR", help="the index")
+        added.add_argument(
+            "--index", type=local_path, required=True, metavar="DIR", help="the index"
+        )
         return added
 
     make = command("index", _index, "make an index of media files")
-    make.add_argument("videos", nargs="+", type=Path, help="files, or folders with files")
+    make.add_argument("videos", nargs="+", type=local_path, help="files, or folders with files")
     make.add_argument(
         "--encoder", required=True, metavar="PATH", help="a run, or the encoders it exported"
     )
@@ -81,11 +84,11 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         help="flat is exact, ivfpq small and fast, auto chooses by size (default: %(default)s)",
     )
     add = command("add", _add, "add media files to an index, or renew those that changed")
-    add.add_argument("videos", nargs="+", type=Path, help="files, or folders with files")
+    add.add_argument("videos", nargs="+", type=local_path, help="files, or folders with files")
     remove = command("remove", _remove, "remove media from an index")
-    remove.add_argument("videos", nargs="+", type=Path, help="as they were named when indexed")
+    remove.add_argument("videos", nargs="+", help="as they were named when indexed")
     query = command("query", _query, "find the source of a clip")
-    query.add_argument("clip", type=Path, help="a media file")
+    query.add_argument("clip", type=local_path, help="a media file")
     query.add_argument("--json", action="store_true", help="answer in JSON")
     query.add_argument("--count", type=int, default=5, help="matches shown (default: %(default)s)")
     query.add_argument(
@@ -136,7 +139,7 @@ def _remove(args: argparse.Namespace) -> None:
     index = FingerprintIndex.open(args.index)
     known = {source.name for source in index.sources()}
     # Files are named by their absolute paths, media added from memory by any name.
-    names = [str(p) if str(p) in known else str(p.resolve()) for p in args.videos]
+    names = [name if name in known else str(local_path(name)) for name in args.videos]
     index.remove(names)
     print(f"removed {len(names)}; {_size(index)}")
 

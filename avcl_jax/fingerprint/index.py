@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from avcl_jax.fingerprint.store import (
     read_manifest,
     replace_manifest,
 )
+from avcl_jax.paths import absolute_path, local_path
 
 __all__ = ["AddReport", "FingerprintIndex", "Match", "QueryResult"]
 
@@ -91,7 +93,7 @@ class FingerprintIndex:
         Raises:
             FingerprintError: if there is none, or a file of it is damaged.
         """
-        return cls(Path(directory), None if encoder_path is None else str(encoder_path))
+        return cls(local_path(directory), None if encoder_path is None else str(encoder_path))
 
     def reopened(self) -> FingerprintIndex:
         """Returns the index as it is now: this object if nothing has changed.
@@ -125,12 +127,13 @@ class FingerprintIndex:
             FingerprintError: if the directory holds something.
             ExportError: if there are no encoders.
         """
-        directory = Path(directory)
+        directory = local_path(directory)
+        encoders = os.fspath(absolute_path(encoder_path))
         if directory.exists() and any(directory.iterdir()):
             raise FingerprintError(
                 f"{directory} is not empty: `add` to the index there, or give a new directory"
             )
-        source = open_encoders(encoder_path)
+        source = open_encoders(encoders)
         segmenter = Segmenter(source, settings)
         directory.mkdir(parents=True, exist_ok=True)
         replace_manifest(
@@ -138,10 +141,7 @@ class FingerprintIndex:
             {
                 "format_version": FORMAT_VERSION,
                 "encoder": {
-                    # Absolute, unless it lies in an object store.
-                    "path": str(encoder_path)
-                    if "://" in str(encoder_path)
-                    else str(Path(encoder_path).resolve()),
+                    "path": encoders,
                     "fingerprint": source.fingerprint,
                 },
                 "settings": settings.to_json(),
@@ -152,7 +152,7 @@ class FingerprintIndex:
                 "calibration": {"segments": 0, "by_modalities": {}},
             },
         )
-        return cls(directory, str(encoder_path))
+        return cls(directory, encoders)
 
     @functools.cached_property
     def segmenter(self) -> Segmenter:
@@ -199,7 +199,6 @@ class FingerprintIndex:
 
     def add_files(self, paths: Iterable[Path]) -> AddReport:
         """Adds media files, named by their absolute paths."""
-        resolved = (path.resolve() for path in paths)
         return self._add(
             _Item(
                 str(path),
@@ -207,7 +206,7 @@ class FingerprintIndex:
                 functools.partial(file_sha256, path),
                 functools.partial(self.segmenter.of_file, path),
             )
-            for path in resolved
+            for path in map(local_path, paths)
         )
 
     def remove(self, names: Sequence[str]) -> None:

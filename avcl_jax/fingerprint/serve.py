@@ -15,17 +15,17 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from avcl_jax.fingerprint.error import FingerprintError
 from avcl_jax.fingerprint.index import FingerprintIndex
+from avcl_jax.paths import local_path
 
 _STOP_SECONDS = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of the command."""
-    parser.add_argument("--index", type=Path, required=True, metavar="DIR", help="the index")
+    parser.add_argument("--index", type=local_path, required=True, metavar="DIR", help="the index")
     parser.add_argument(
         "--encoder", metavar="PATH", help="where the encoders are now, if they were moved"
     )

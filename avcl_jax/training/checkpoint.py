@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from avcl_jax.errors import UserError
+from avcl_jax.paths import absolute_path
 from avcl_jax.training.state import TrainState
 
 
@@ -148,7 +149,7 @@ def load_variables(workdir: epath.PathLike) -> tuple[dict[str, Any], int]:
 
 def read_progress(workdir: epath.PathLike, step: int) -> Progress:
     """What the checkpoint of `step` says besides the state."""
-    path = epath.Path(workdir) / "checkpoints" / str(step) / "progress"
+    path = absolute_path(workdir) / "checkpoints" / str(step) / "progress"
     return Progress(**ocp.JsonCheckpointHandler().restore(path))
 
 
@@ -165,7 +166,7 @@ def load_bank(workdir: epath.PathLike) -> dict[str, np.ndarray]:
 
 
 def _load_state(workdir: epath.PathLike) -> tuple[dict[str, Any], int]:
-    directory = epath.Path(workdir) / "checkpoints"
+    directory = absolute_path(workdir) / "checkpoints"
     if not directory.exists():
         raise CheckpointError(f"{workdir} has no checkpoints: pretrain with this --workdir first")
     with ocp.CheckpointManager(directory) as manager:

@@ -21,6 +21,7 @@ from avcl_jax.data.selection import Selection
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.errors import UserError
 from avcl_jax.objectives import feature_bank
+from avcl_jax.paths import absolute_path
 from avcl_jax.training import sharding
 from avcl_jax.training.checkpoint import CheckpointError, Checkpoints, Progress, check_config
 from avcl_jax.training.metric_writer import MetricWriter
@@ -125,7 +126,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
         RecordError: if more records than `config.data.max_bad_records` cannot be read.
         UserError: if the config does not fit data or devices.
     """
-    workdir = epath.Path(workdir)
+    workdir = absolute_path(workdir)
     spec = experiment.render_spec(config)
     mesh, init, step_function = build(config)
     records = RecordDataset(config.data.directory, config.data.split)

@@ -37,6 +37,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from avcl_jax.paths import absolute_path
 from data_prep.collections import youtube
 from data_prep.collections.listed_clips import ListedClip, find_clips
 from data_prep.collections.lists import csv_rows, interval, number_of, table_rows
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes-from",
         metavar="CSV",
-        type=epath.Path,
+        type=absolute_path,
         required=True,
         help="class_labels_indices.csv: the classes, in their order",
     )

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from avcl_jax.paths import absolute_path
 from data_prep.collections.listed_clips import ListedClip, find_clips
 from data_prep.collections.lists import number_of, table_rows
 from data_prep.collections.media_files import MediaFiles
@@ -34,7 +35,9 @@ _FOLDS = {name: number for number, name in enumerate("12345")}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares where the collection is, and what of it to take."""
-    parser.add_argument("folder", metavar="FOLDER", type=epath.Path, help="holds audio/ and meta/")
+    parser.add_argument(
+        "folder", metavar="FOLDER", type=absolute_path, help="holds audio/ and meta/"
+    )
     parser.add_argument("--subset", choices=tuple(_CLASSES), default="esc50", help="what to take")
 
 

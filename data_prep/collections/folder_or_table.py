@@ -15,7 +15,7 @@ import pyarrow.parquet
 from etils import epath
 
 from avcl_jax.data.record_format import LABEL_PREFIX, UNKNOWN_LABEL, ClassNumbers
-from avcl_jax.data.tfrecord import is_remote
+from avcl_jax.paths import absolute_path, is_remote
 from data_prep.collections.lists import open_list, seconds, table_rows
 from data_prep.collections.media_files import MEDIA_SUFFIXES, walk
 from data_prep.manifest import Entry, Manifest, PrepareError, check_manifest
@@ -28,13 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares where the clips are."""
     parser.add_argument(
         "input",
-        type=epath.Path,
+        type=absolute_path,
         help="a folder, searched recursively; or a table: .csv, .jsonl or .parquet with path and "
         "optionally split, id, source, start, end (seconds), label_NAME",
     )
     parser.add_argument("--split", default="train", help="for clips whose table names none")
     parser.add_argument(
-        "--root", type=epath.Path, help="of a table's relative paths (its own folder)"
+        "--root", type=absolute_path, help="of a table's relative paths (its own folder)"
     )
 
 
@@ -186,7 +186,7 @@ def _entry(
     several: Collection[str],
 ) -> Entry:
     path = str(row["path"])
-    absolute = os.fspath(root) if is_remote(root) else os.path.abspath(root)
+    absolute = os.fspath(absolute_path(root))
     start, end = row.get("start", 0.0), row.get("end")
     default_id = path
     if start or end is not None:

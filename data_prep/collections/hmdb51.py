@@ -33,6 +33,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from avcl_jax.data.record_format import UNKNOWN_LABEL
+from avcl_jax.paths import absolute_path
 from data_prep.collections.listed_clips import ListedClip, find_clips
 from data_prep.collections.lists import in_order, lines
 from data_prep.collections.media_files import MediaFiles
@@ -50,13 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder",
         metavar="VIDEOS",
-        type=epath.Path,
+        type=absolute_path,
         help="folder of the clips, searched recursively",
     )
     parser.add_argument(
         "--lists",
         metavar="DIR",
-        type=epath.Path,
+        type=absolute_path,
         required=True,
         help="folder of the official lists",
     )

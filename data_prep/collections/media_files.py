@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 import fsspec
 from etils import epath
 
-from avcl_jax.data.tfrecord import is_remote
+from avcl_jax.paths import absolute_path, is_remote
 from data_prep.manifest import PrepareError
 
 _PICTURE_SUFFIXES = (
@@ -49,7 +49,7 @@ def walk(folder: epath.Path) -> Iterator[tuple[str, list[str]]]:
         return
     seen = set()
     for directory, subdirectories, files in os.walk(
-        os.path.abspath(folder), followlinks=True, onerror=fail
+        absolute_path(folder), followlinks=True, onerror=fail
     ):
         real = os.path.realpath(directory)
         if real in seen:  # a link to a parent

@@ -10,7 +10,6 @@ import argparse
 import os
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -18,7 +17,7 @@ from etils import epath
 from avcl_jax.data.media_error import MediaError
 from avcl_jax.data.record_files import ARRAY_RECORD
 from avcl_jax.data.record_format import to_text
-from avcl_jax.data.tfrecord import is_remote
+from avcl_jax.paths import absolute_path, is_remote, local_path
 from data_prep.collections import example_files
 from data_prep.collections.example_files import Classes, examples, format_of
 from data_prep.example_layout import ExamplePlace, SequenceLayout
@@ -51,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"feature list with the sound, or {_NONE}",
     )
     add("--label", default="class", help=f"name for {_INDEX} and its texts, or {_NONE}")
-    add("--classes", type=Path, help="file with the name of each class, one a line")
+    add("--classes", type=local_path, help="file with the name of each class, one a line")
     example_files.add_arguments(parser)
 
 
@@ -115,9 +114,9 @@ def _parsed(payload: bytes | memoryview) -> Any:
 def _files(text: str, split: str) -> Iterator[tuple[str, epath.Path]]:
     """Yields split and path of the files that one argument names."""
     named = re.fullmatch(r"([A-Za-z0-9_]+)=(.+)", text)
-    if named and not epath.Path(text).exists():
+    if named and not absolute_path(text).exists():
         split, text = named[1], named[2]
-    path = epath.Path(text if is_remote(text) else os.path.abspath(text))
+    path = absolute_path(text)
     if path.is_dir():
         inside = sorted(p for p in path.iterdir() if _SHARD.search(p.name) and not p.is_dir())
     elif "*" in path.name:

@@ -11,7 +11,7 @@ from etils import epath
 
 from avcl_jax.data.media_error import MediaError
 from avcl_jax.data.record_files import ARRAY_RECORD
-from avcl_jax.data.tfrecord import is_remote
+from avcl_jax.paths import absolute_path, is_remote
 from data_prep.collections import example_files
 from data_prep.collections.example_files import Classes, examples
 from data_prep.collections.tfds_features import Directory, Feature, Split, read_directory
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "input",
-        type=epath.Path,
+        type=absolute_path,
         help="directory that holds features.json and dataset_info.json; may be gs://, s3://",
     )
     add("--split", action="append", help="only this split; may be repeated (all)")
@@ -48,12 +48,11 @@ def read(args: argparse.Namespace) -> Manifest:
       PrepareError: If the directory is none of TFDS, or does not say enough.
     """
     example_files.check_arguments(args)
-    path = args.input if is_remote(args.input) else epath.Path(os.path.abspath(args.input))
-    directory = read_directory(path)
+    directory = read_directory(args.input)
     if directory.file_format == ARRAY_RECORD and is_remote(args.input):
         raise PrepareError(f"{args.input}: copy ArrayRecord files to a local disk first")
     layout = _layout(args, directory)
-    splits = _splits(args.split, directory, path)
+    splits = _splits(args.split, directory, args.input)
     labels = _labels(args.label, directory)
     id_feature = _named(directory, args.id_feature, "--id-feature", _is_name)
     source_feature = _named(directory, args.source_feature, "--source-feature", _is_name)

@@ -31,6 +31,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from avcl_jax.paths import absolute_path
 from data_prep.collections import youtube
 from data_prep.collections.listed_clips import ListedClip, find_clips
 from data_prep.collections.lists import csv_rows, in_order, number_of, seconds
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes-from",
         metavar="CSV",
-        type=epath.Path,
+        type=absolute_path,
         help="take the classes from the first column of this list, such as stat.csv, instead",
     )
 

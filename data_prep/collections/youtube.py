@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from etils import epath
+from avcl_jax.paths import absolute_path
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, media: str, lists: str) -> None:
@@ -16,10 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser, *, media: str, lists: str) ->
       lists: Help of the lists.
     """
     parser.add_argument(
-        "folder", metavar=media, type=epath.Path, help="folder of the files, searched recursively"
+        "folder",
+        metavar=media,
+        type=absolute_path,
+        help="folder of the files, searched recursively",
     )
     parser.add_argument(
-        "--lists", metavar="CSV", type=epath.Path, nargs="+", required=True, help=lists
+        "--lists", metavar="CSV", type=absolute_path, nargs="+", required=True, help=lists
     )
     parser.add_argument(
         "--already-cut",

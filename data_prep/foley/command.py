@@ -14,6 +14,7 @@ import cv2
 from tqdm import tqdm
 
 from avcl_jax.errors import UserError, one_line
+from avcl_jax.paths import local_path
 from data_prep.foley.encode import write_mp4
 from data_prep.foley.null_media import render_null
 from data_prep.foley.picture import render_picture
@@ -37,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: Parser of the `foley` subcommand.
     """
-    parser.add_argument("--out", type=Path, required=True, help="folder for media and manifest.csv")
+    parser.add_argument(
+        "--out", type=local_path, required=True, help="folder for media and manifest.csv"
+    )
     parser.add_argument("--train", type=int, default=600, help="training videos")
     parser.add_argument("--test", type=int, default=200, help="test videos")
     parser.add_argument(

@@ -446,9 +446,7 @@ def test_a_mono_mix_does_not_depend_on_frames(tmp_path: Path) -> None:
     samples = (np.stack([A, right]) + rng.normal(0, 100, (2, len(A)))).astype(np.int16)
     sounds = []
     for block in (64, 1000, 48_000):
-        write_channels(
-            tmp_path / "a.mkv", samples, layout="stereo", codec="pcm_s16le", block=block
-        )
+        write_channels(tmp_path / "a.mkv", samples, layout="stereo", codec="pcm_s16le", block=block)
         sounds.append(media.decode_audio(tmp_path / "a.mkv", sample_rate_hz=SOUND_RATE))
     for sound in sounds:
         assert sound is not None

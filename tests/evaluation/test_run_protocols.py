@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
+from avcl_jax.encoder_source import load_run, open_encoders
 from avcl_jax.evaluation.cross_modal import audio_video_retrieval, cross_modal_scores
 from avcl_jax.evaluation.protocol import OUTCOMES, ProtocolError, read_outcomes
 from avcl_jax.evaluation.significance import STATISTICS
@@ -248,3 +250,14 @@ def test_a_task_that_no_record_has_is_left_out_and_half_a_task_refused():
 def test_ratio_weights_units_by_how_often_they_answered():
     counts, totals = np.array([1, 0, 8]), np.array([1, 1, 10])
     assert STATISTICS["ratio"](counts, totals) == 9 / 12
+
+
+@pytest.mark.parametrize("given", ["runs/demo", "~/runs/demo"])
+def test_a_run_is_opened_by_a_path_as_a_person_writes_it(small_run, tmp_path, monkeypatch, given):
+    shutil.copytree(small_run[1], tmp_path / "runs" / "demo")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config, variables, step = load_run(given)
+    assert (config.task, step) == ("pretrain", 0)
+    assert variables["params"]
+    assert open_encoders(given).path == f"{tmp_path}/runs/demo"

@@ -1,0 +1,41 @@
+"""Paths as people give them, turned into paths that every library can use from every folder.
+
+Orbax returns nothing for a relative path, a program started from another folder does not find one,
+and no library expands `~`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from etils import epath
+
+from avcl_jax.errors import UserError
+
+
+class RemotePathError(UserError, argparse.ArgumentTypeError):
+    """A path in an object store where only a local one will do."""
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path lies in an object store (gs://, s3://)."""
+    return "://" in os.fspath(path)
+
+
+def absolute_path(path: epath.PathLike) -> epath.Path:
+    """Returns a local path with `~` expanded, absolute; one in an object store as it is."""
+    text = os.fspath(path)
+    return epath.Path(text if is_remote(text) else os.path.abspath(os.path.expanduser(text)))
+
+
+def local_path(path: epath.PathLike) -> Path:
+    """Returns the absolute path of a local file or folder; the type of command-line arguments.
+
+    Raises:
+        RemotePathError: if the path lies in an object store.
+    """
+    if is_remote(path):
+        raise RemotePathError(f"{path} must be local: copy it to a local disk first")
+    return Path(absolute_path(path))

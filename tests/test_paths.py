@@ -1,0 +1,48 @@
+"""Paths as people give them: relative, below the home directory, with spaces, in object stores."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from avcl_jax import experiment
+from avcl_jax.paths import RemotePathError, absolute_path, local_path
+from configs import fingerprint, pretrain
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with a space in its name, which is the home directory too."""
+    folder = tmp_path / "my films"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("given", ["runs/demo", "~/runs/demo", "./runs/../runs/demo/"])
+def test_local_paths_become_absolute(folder, given):
+    for found in (absolute_path(given), absolute_path(Path(given)), local_path(given)):
+        assert os.fspath(found) == f"{folder}/runs/demo"
+
+
+@pytest.mark.parametrize("given", ["gs://bucket/run", "s3://bucket/a run/{fold}"])
+def test_paths_in_object_stores_stay_as_they_are(folder, given):
+    assert os.fspath(absolute_path(given)) == given
+    assert absolute_path(absolute_path(given)) == absolute_path(given)
+    with pytest.raises(RemotePathError, match="copy it to a local disk"):
+        local_path(given)
+
+
+def test_paths_of_a_config_are_recorded_absolute(folder):
+    config = pretrain.get_config()
+    config.data.directory = "data/my records"
+    assert experiment.with_absolute_paths(config).data.directory == f"{folder}/data/my records"
+    config = fingerprint.get_config()
+    config.encoder = "~/runs/fold{fold}"
+    found = experiment.with_absolute_paths(config)
+    assert (found.encoder, found.data.files) == (f"{folder}/runs/fold{{fold}}", "")
+    config.encoder = "gs://bucket/run"
+    assert experiment.with_absolute_paths(config).encoder == "gs://bucket/run"
