@@ -225,6 +225,12 @@ def _packet_time(packet: Any) -> float | None:
     return None if packet.pts is None else float(packet.pts * packet.time_base)
 
 
+def _rewind(container: Any) -> None:
+    """Seeks to the first packet of all streams."""
+    # Not to the start time: in a transport stream the first key frame lies before its sound.
+    container.seek(min(0, container.start_time or 0), backward=True)
+
+
 def _decoded(
     container: Any, stream: Any, log: Sequence[Any], start_seconds: float
 ) -> Iterator[Any]:
@@ -257,7 +263,12 @@ def _decoded(
         try:
             packet = next(packets, None)
             if packet is None:
-                return
+                if stream.type == "audio" or not sought or np.isfinite(yielded):
+                    return
+                # No key frame followed the place sought: nothing at all was decoded.
+                _rewind(container)
+                packets, sought = container.demux(stream), False
+                continue
             if packet.is_corrupt:
                 _check_log(container, log, where)
                 # FFmpeg calls a packet corrupt that the file does not hold all of, and in
@@ -284,7 +295,7 @@ def _decoded(
             if stream.type == "video" and sought and (frame.is_corrupt or not met):
                 # Not every key frame begins anew: pictures may be damaged, or left out, for seconds
                 # after the place sought. From the beginning they are whole.
-                container.seek(container.start_time or 0, backward=True)
+                _rewind(container)
                 packets, sought, again_until = container.demux(stream), False, yielded
                 break
             if frame.is_corrupt:
