@@ -5,7 +5,8 @@
     encoder = load_encoder("export/video")
     features = encoder(frames, fps)          # uint8 [T, H, W, 3] of any size, length and rate
 
-Preprocessing calls the functions of the training pipeline, so features are those of training.
+Preprocessing calls the functions of the training pipeline. Records are smaller than the files that
+they were made of and coded as JPEG, so features of both differ a little: see docs/encoders.md.
 """
 
 from __future__ import annotations
