@@ -15,6 +15,7 @@ from data_prep.manifest import Entry
 from data_prep.sources.example_file import open_example
 from data_prep.sources.footage import Footage, JpegFrame
 from data_prep.sources.media_file import MediaFootage
+from data_prep.still import is_still
 
 # Kinds of notes on files that are prepared nevertheless. `--reject` takes these names, which are
 # then the reasons. The list is closed.
@@ -22,6 +23,7 @@ NOTES = {
     "antiphase": "the channels cancel in the mono mix: the strongest one is taken alone",
     "dead_channel": "a channel is silent beside the others: it is left out of the mono mix",
     "silent": "nothing on the sound track is louder than -60 dB of full scale",
+    "still": "nothing moves in the video",
 }
 # Reasons that preparation adds to those of avcl_jax.data.media. All lists are closed.
 REASONS = media.REASONS | {
@@ -116,7 +118,8 @@ def prepare_clip(entry: Entry, options: ClipOptions) -> tuple[Record, dict[str, 
         raise MediaError("no_audio", "the file has no sound")
     last = max(picture_end, sound_end)
     if (
-        expected_end is not None
+        stated is not None
+        and expected_end is not None
         and footage.promised
         and last < expected_end - max(_MISSING_SECONDS, _MISSING_SHARE * expected_end)
     ):
@@ -127,6 +130,8 @@ def prepare_clip(entry: Entry, options: ClipOptions) -> tuple[Record, dict[str, 
     notes = dict(sound.notes) if sound is not None and len(waveform) else {}
     if len(waveform) and is_silent(waveform):
         notes["silent"] = f"the loudest of {len(waveform)} samples is {peak(waveform)}"
+    if frames and is_still([frame.data for frame in frames], picture_end - frames[0].seconds):
+        notes["still"] = f"all {len(frames)} frames show the same"
     for kind in options.reject:
         if kind in notes:
             raise MediaError(kind, notes[kind])
@@ -142,6 +147,7 @@ def prepare_clip(entry: Entry, options: ClipOptions) -> tuple[Record, dict[str, 
         height=frames[0].height if frames else 0,
         width=frames[0].width if frames else 0,
         labels=entry.labels,
+        is_still="still" in notes,
     )
     return record, notes
 

@@ -34,6 +34,8 @@ from data_prep.manifest import Entry
 from data_prep.source_files import FileState, local_file, sha256_of, state_of
 
 PREPARED = "prepared"
+# Raised when the same file becomes another record, so that old and new are never mixed.
+_PREPARATION = 2
 # What is rejected for these may pass the next time, though the file is the same.
 MAY_PASS = frozenset({"unreadable", "timeout", "crashed"})
 
@@ -120,7 +122,8 @@ def plan_parts(entries: Sequence[Entry], shard_size: int) -> list[Part]:
 def entry_plan(entry: Entry, options: ClipOptions) -> str:
     """Returns a hash of all that decides picture and sound, but for the content of the file."""
     interval = dataclasses.asdict(entry) | {"path": "", "source_id": "", "labels": {}}
-    versions = [FORMAT_VERSION, av.__version__, simplejpeg.__version__, np.__version__]
+    libraries = [av.__version__, simplejpeg.__version__, np.__version__]
+    versions = [FORMAT_VERSION, _PREPARATION, *libraries]
     text = json.dumps([versions, dataclasses.asdict(options), interval], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

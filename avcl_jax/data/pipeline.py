@@ -204,6 +204,7 @@ def batch_shapes(
     flags = (
         "has_video",
         "has_audio",
+        "video_moves",
         "unreadable",
         *(f"{task}_mask" for task in (*tasks, "order")),
     )

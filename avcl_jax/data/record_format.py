@@ -54,6 +54,7 @@ class Record:
       width: Of every frame; 0 when there is no picture.
       labels: Class number by name of the label, without the prefix, -1 is unknown; a tuple of class
         numbers, perhaps none, for a label of which a clip may have several.
+      is_still: Nothing moves in the video; False in records of releases that did not look.
     """
 
     record_id: str
@@ -67,6 +68,7 @@ class Record:
     height: int
     width: int
     labels: Mapping[str, ClassNumbers]
+    is_still: bool = False
 
     @property
     def has_video(self) -> bool:
@@ -175,6 +177,7 @@ def serialize_record(record: Record) -> bytes:
         ("sample_rate_hz", record.sample_rate_hz),
         ("height", record.height),
         ("width", record.width),
+        ("is_still", int(record.is_still)),
     ):
         feature[name].int64_list.value.append(number)
     for label, numbers in record.labels.items():
@@ -218,6 +221,7 @@ def parse_record(payload: bytes | memoryview, *, where: str, multilabel: Collect
             duration_seconds=float(np.frombuffer(data("duration_seconds"), "<f8")[0]),
             height=number("height"),
             width=number("width"),
+            is_still="is_still" in feature and bool(number("is_still")),
             labels={
                 label: tuple(feature[name].int64_list.value)
                 if label in multilabel

@@ -57,6 +57,7 @@ def record_features(
             "duration_seconds": raw(np.float64),
             "height": tfds.features.Scalar(np.int64),
             "width": tfds.features.Scalar(np.int64),
+            "is_still": tfds.features.Scalar(np.bool_, doc="Nothing moves in the video"),
             **{
                 LABEL_PREFIX + label: label_feature(label, names)
                 for label, names in sorted(class_names.items())

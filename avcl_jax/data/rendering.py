@@ -165,6 +165,7 @@ def render_views(
         "audio_windows" if spec.spectrogram_on_device else "spectrogram": np.stack(sounds),
         "has_video": np.bool_(use.has_video),
         "has_audio": np.bool_(use.has_audio),
+        "video_moves": np.bool_(use.has_video and not record.is_still),
         "video_speed": np.array([clip.speed for clip in video], np.int32),
         "audio_speed": np.array([clip.speed for clip in audio], np.int32),
         "video_direction": np.array([clip.direction for clip in video], np.int32),

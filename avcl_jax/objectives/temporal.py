@@ -58,20 +58,21 @@ def temporal_targets(batch: Mapping[str, Array]) -> dict[str, tuple[Array, Array
     """Labels and masks of every temporal term, both [videos, 2] ([videos] for order_vv, order_aa).
 
     Args:
-        batch: has_video, has_audio, speed_mask, direction_mask, order_mask: bool [videos];
-            video_speed, audio_speed, video_direction, audio_direction: int [videos, 2];
+        batch: has_video, has_audio, video_moves, speed_mask, direction_mask, order_mask: bool
+            [videos]; video_speed, audio_speed, video_direction, audio_direction: int [videos, 2];
             order: int [videos], 0 before, 1 overlapping, 2 after, of view 1 relative to view 2.
 
     Returns:
         Term name → (labels, mask). A term counts where its task is defined for the video and every
-        modality that it reads exists. order_va holds (v1, a2), whose label is the order itself, and
+        modality that it reads exists; the video of a still picture has neither speed nor direction
+        nor order. order_va holds (v1, a2), whose label is the order itself, and
         (v2, a1), whose label is the reverse: 2 − order.
     """
 
     def both_views(mask: Array) -> Array:
         return jnp.broadcast_to(mask[:, None], (*mask.shape, 2))
 
-    has_video, has_audio = batch["has_video"], batch["has_audio"]
+    has_video, has_audio = batch["has_video"] & batch["video_moves"], batch["has_audio"]
     order = batch["order"]
     order_mask = batch["order_mask"]
     return {

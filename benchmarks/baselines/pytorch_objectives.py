@@ -217,7 +217,7 @@ def temporal_losses(
         batch: labels and masks, as the pipeline delivers them.
         present: bool [2, videos].
     """
-    has_video, has_audio = present
+    has_video, has_audio = present[0] & batch["video_moves"], present[1]
     order, order_mask = batch["order"], batch["order_mask"]
     targets = {
         "order_vv": (order, order_mask & has_video),

@@ -115,17 +115,18 @@ def test_tfds_reads_what_we_write(prepared: Path) -> None:
         info.splits["train"].filepaths, sorted(prepared.glob("*-of-00002")), strict=True
     ):
         assert Path(template) == path
-    record = make_record(0)
+    record = dataclasses.replace(make_record(0), is_still=True)
     example = info.features.deserialize_example_np(serialize_record(record))
     np.testing.assert_array_equal(np.stack(example["video"]), decode_jpegs(record.frames))
     np.testing.assert_array_equal(example["frame_seconds"], record.frame_seconds)
     np.testing.assert_array_equal(example["audio"], record.waveform)
     assert example["audio_start_seconds"] == record.audio_start_seconds
     assert example["label_motion"] == -1
+    assert example["is_still"]
 
 
 def test_we_read_what_tfds_serializes() -> None:
-    record = make_record(4)
+    record = dataclasses.replace(make_record(4), is_still=True)
     features = record_features(CLASS_NAMES, ())
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
@@ -141,6 +142,7 @@ def test_we_read_what_tfds_serializes() -> None:
             "duration_seconds": np.float64(record.duration_seconds).tobytes(),
             "height": record.height,
             "width": record.width,
+            "is_still": record.is_still,
             "label_motion": record.labels["motion"],
         }
     )

@@ -18,7 +18,10 @@ import numpy as np
 import pytest
 import simplejpeg
 
+from avcl_jax.data.media import probe
 from avcl_jax.data.record_format import Record
+from avcl_jax.data.records import RecordDataset
+from data_prep.__main__ import main
 from data_prep.clip import ClipOptions, prepare_clip
 from data_prep.manifest import Entry
 from tests.data.synthetic_media import flash_seconds, write_flash_and_click
@@ -306,6 +309,52 @@ def test_kinds_of_time_and_form(tmp_path: Path, case: str) -> None:
         width, height = changes["size"]
         scale = min(1.0, 64 / min(width, height))
         assert (record.height, record.width) == (round(height * scale), round(width * scale))
+
+
+# Container, codecs and options: groups of pictures that a cut begins inside of.
+CUT_FILES = {
+    "a.mp4": ("h264", "aac", B_FRAMES),
+    "b.mkv": ("h264", "mp3", B_FRAMES),
+    "c.webm": ("vp9", "opus", VIDEO["vp9"][1]),
+    "d.mov": ("hevc", "aac", VIDEO["hevc"][1]),
+    "e.avi": ("h264", "mp3", VIDEO["h264"][1]),
+    "f.ts": ("h264", "aac", B_FRAMES),
+    "g.ts": ("h264", "aac", B_FRAMES | {"g": "50"}),
+    "live.mkv": ("h264", "opus", B_FRAMES),  # states no duration
+}
+CUTS = ((0.337, 3.871), (1.0623, 4.39), (1.937, 3.131), (2.71828, None), (3.14159, 99.0))
+
+
+def test_cuts_of_a_table_at_any_fraction_of_a_second(tmp_path: Path) -> None:
+    """What is cut is what a player shows and sounds there, also where no container says its end."""
+    lines = ["path,id,start,end"]
+    for name, (video, audio, options) in CUT_FILES.items():
+        live = {"container_options": {"live": "1"}} if name.startswith("live") else {}
+        write(tmp_path / name, video, audio, options=options, **live)
+        for number, (start, end) in enumerate(CUTS):
+            lines.append(f"{name},{name}-{number},{start},{'' if end is None else end}")
+    assert probe(tmp_path / "live.mkv").duration_seconds is None
+    (tmp_path / "cuts.csv").write_text("\n".join(lines) + "\n")
+    out = tmp_path / "records"
+    assert main(["prepare", str(tmp_path / "cuts.csv"), f"--out={out}", "--workers=1"]) == 0
+    records = RecordDataset(out, "train")
+    assert len(records) == len(lines) - 1
+    for record in records:
+        name, _, number = record.record_id.rpartition("-")
+        start, end = CUTS[int(number)]
+        # A record begins with its first frame: the first that appears at the start or later.
+        begin = np.ceil(start * FPS) / FPS
+        seconds = np.arange(int(start) + 1, min(end or 9, 4.4), 1.0)
+        within = 1 / FPS + 0.001
+        np.testing.assert_allclose(
+            shown_flashes(record), seconds - begin, atol=within, err_msg=record.record_id
+        )
+        np.testing.assert_allclose(
+            heard_clicks(record), seconds - begin, atol=within, err_msg=record.record_id
+        )
+        apart = shown_flashes(record) - heard_clicks(record)
+        assert np.abs(apart).max() < (0.0022 if name != "e.avi" else within), record.record_id
+        assert record.duration_seconds == pytest.approx(min(end or 9, 4.4) - begin, abs=0.06)
 
 
 def boxes(data: bytes | bytearray, kind: bytes) -> list[int]:

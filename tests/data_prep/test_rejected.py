@@ -164,6 +164,9 @@ CASES = {
     "antiphase": Case(lambda d: channels(d / "a.wav", 1, -1), ("--reject=antiphase",)),
     "dead_channel": Case(lambda d: channels(d / "a.wav", 0, 1), ("--reject=silent,dead_channel",)),
     "silent": Case(lambda d: sound_alone(d / "a.wav"), ("--reject=silent",)),
+    "still": Case(
+        lambda d: write(d / "a.mp4", frame_times=TIMES[:9], sound_seconds=0.9), ("--reject=still",)
+    ),
 }
 
 
@@ -245,6 +248,49 @@ def test_a_clip_for_which_memory_is_too_small_is_rejected_and_the_next_prepared(
         "too_large",
         "prepared",
     ]
+
+
+FIVE_HUNDRED = """
+import resource, sys
+from pathlib import Path
+from etils import epath
+from data_prep.clip import ClipOptions
+from data_prep.manifest import Entry
+from data_prep.shards import Job, Part, prepare_part
+
+options = ClipOptions(32, None, 90, 16000, 0.0, 60.0, 16, (), "tfrecord")
+for number in range(10):
+    entries = [
+        Entry(sys.argv[2 + k % (len(sys.argv) - 2)], "train", f"{k}", "", 0.7 * (k % 2), None, {})
+        for k in range(50)
+    ]
+    part = Part(number, "train", tuple(entries))
+    job = Job(part, options, epath.Path(sys.argv[1]), {}, None, None)
+    prepare_part(job, skip={}, begin=lambda number: None)
+    print(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+"""
+
+
+def test_memory_is_flat_over_five_hundred_preparations(tmp_path: Path) -> None:
+    """Whole files and cuts of several containers, and files that are rejected in several ways."""
+    paths = [
+        write(tmp_path / "a.mp4"),
+        write(tmp_path / "b.webm", video_codec="libvpx-vp9", audio_codec="libopus"),
+        write(tmp_path / "c.mkv", audio_codec="libmp3lame"),
+        two_sizes(tmp_path / "d.ts"),
+        edit(write(tmp_path / "e.mp4"), overwrite_middle),
+    ]
+    out = subprocess.run(
+        [sys.executable, "-c", FIVE_HUNDRED, str(tmp_path), *map(str, paths)],
+        cwd=PAGE.parents[2],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    first, *later = map(int, out.split())
+    assert len(later) == 9
+    assert max(later) < 1.05 * first, (first, later)
+    assert json.loads((tmp_path / "train-00009.json").read_text())["num_records"] == 30
 
 
 def test_workers_have_a_limit_on_their_memory(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def example(seed=0):
     batch = {
         "has_video": np.array([1, 1, 1, 0, 1, 1], bool),
         "has_audio": np.array([1, 1, 0, 1, 1, 1], bool),
+        "video_moves": np.ones(VIDEOS, bool),
         "speed_mask": np.array([1, 0, 1, 1, 1, 1], bool),
         "direction_mask": np.array([1, 1, 1, 1, 0, 1], bool),
         "order_mask": np.array([1, 1, 1, 1, 1, 0], bool),
@@ -123,6 +124,16 @@ def test_an_empty_term_is_zero_with_zero_gradient():
         assert (loss == 0) == empty
         assert gradient[term].any() != empty
         assert np.isfinite(metrics["accuracy"])
+
+
+def test_a_still_picture_has_no_temporal_task_and_its_sound_has_all():
+    _, batch = example()
+    for name in ("has_video", "has_audio", "speed_mask", "direction_mask", "order_mask"):
+        batch[name] = np.ones(VIDEOS, bool)
+    batch["video_moves"] = np.arange(VIDEOS) != 2
+    for term, (_, mask) in temporal_targets(batch).items():
+        assert np.asarray(mask)[batch["video_moves"]].all()
+        assert np.asarray(mask)[2].all() == term.endswith(("_audio", "_aa")), term
 
 
 def test_a_model_of_one_modality_has_fewer_terms():

@@ -1,0 +1,160 @@
+"""Still pictures under sound: found at preparation, counted, and not asked what moves."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import simplejpeg
+
+from avcl_jax.data.example_proto import example_class
+from avcl_jax.data.pipeline import train_batches
+from avcl_jax.data.record_format import Record, parse_record, serialize_record
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.usable_records import UsableRecords
+from data_prep.__main__ import main
+from data_prep.still import is_still
+from tests.data.synthetic_media import click_waveform
+from tests.data.test_synchrony import SPEC
+
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "media"
+FRAMES, HEIGHT, WIDTH = 75, 96, 128  # 3 s
+
+
+def photo(seed: int) -> np.ndarray:
+    """Texture of all scales, as a photograph has it."""
+    rng = np.random.default_rng(seed)
+    image = np.zeros((HEIGHT, WIDTH, 3))
+    for cells in (2, 4, 8, 16, 32):
+        block = rng.normal(0, 60 / cells**0.5, (cells, cells, 3))
+        image += np.kron(block, np.ones((HEIGHT // cells, WIDTH // cells, 1)))
+    return np.clip(image + 120, 0, 255).astype(np.uint8)
+
+
+def ball(number: int) -> np.ndarray:
+    """A grey disc of 11 pixels that moves by three quarters of a pixel a frame."""
+    image = photo(0)
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    image[(y - 48) ** 2 + (x - 20 - 0.75 * number) ** 2 < 30] = 110
+    return image
+
+
+def noisy(number: int) -> np.ndarray:
+    noise = np.random.default_rng(number).normal(0, 4, (HEIGHT, WIDTH, 3))
+    return np.clip(photo(1) + noise, 0, 255).astype(np.uint8)
+
+
+# Frame by number, and options of H.264.
+VIDEOS = {
+    "still": (lambda _: photo(0), {"crf": "23"}),
+    "poor": (lambda _: photo(2), {"crf": "28", "g": "12"}),
+    "grain": (noisy, {"crf": "28", "g": "25"}),
+    "black": (lambda _: np.zeros((HEIGHT, WIDTH, 3), np.uint8), {"crf": "23"}),
+    "slideshow": (lambda number: photo(number // 25), {"crf": "23"}),
+    "ball": (ball, {"crf": "28"}),
+}
+STILL = {"still", "poor", "grain", "black"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stills")
+    for name, (image, options) in VIDEOS.items():
+        with av.open(str(folder / f"{name}.mp4"), "w") as container:
+            options = {"preset": "veryfast"} | options
+            video = container.add_stream("libx264", rate=25, options=options)
+            video.height, video.width, video.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+            sound = container.add_stream("aac", rate=48_000, layout="mono")
+            for number in range(FRAMES):
+                frame = av.VideoFrame.from_ndarray(image(number), format="rgb24")
+                container.mux(video.encode(frame))
+            container.mux(video.encode())
+            frame = av.AudioFrame.from_ndarray(click_waveform(3.0), "s16", "mono")
+            frame.sample_rate, frame.pts, frame.time_base = 48_000, 0, Fraction(1, 48_000)
+            container.mux([*sound.encode(frame), *sound.encode()])
+    return folder
+
+
+def test_stills_are_noted_counted_and_masked(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "records"
+    assert main(["prepare", str(folder), f"--out={out}", "--workers=1"]) == 0
+    assert "4 prepared, but still: nothing moves in the video" in capsys.readouterr().out
+    records = RecordDataset(out, "train")
+    assert {Path(record.record_id).stem for record in records if record.is_still} == STILL
+    lines = [json.loads(line) for line in (out / "sources.jsonl").read_text().splitlines()]
+    noted = {
+        Path(line["path"]).stem for line in lines if [n[1] for n in line["notes"]] == ["still"]
+    }
+    assert noted == STILL
+    assert main(["inspect", str(out)]) == 0
+    assert "4 clips still: nothing moves in the video" in capsys.readouterr().out
+    # A still picture has no speed, direction or order, but everything else.
+    batch = next(
+        iter(train_batches(UsableRecords(records, SPEC), SPEC, seed=0, global_batch_size=6))
+    )
+    names = [Path(records.record_ids[i]).stem for i in batch["record_index"]]
+    assert {n for n, moves in zip(names, batch["video_moves"], strict=True) if not moves} == STILL
+    for mask in ("has_video", "has_audio", "speed_mask", "direction_mask", "order_mask"):
+        assert batch[mask].all() or mask in ("speed_mask", "order_mask")
+
+
+def test_stills_are_rejected_where_that_is_asked_for(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["prepare", str(folder), f"--out={tmp_path / 'out'}", "--workers=1"]
+    assert main([*arguments, "--reject=still"]) == 3
+    assert len(RecordDataset(tmp_path / "out", "train")) == 2
+    rejected = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    assert {Path(json.loads(line)["path"]).stem for line in rejected} == STILL
+    assert main([*arguments, "--reject=blurred"]) == 1
+    assert "--reject must be some of silent,still" in capsys.readouterr().err
+
+
+def test_records_of_earlier_releases_lack_the_feature() -> None:
+    record = Record(
+        record_id="a",
+        source_id="a",
+        frames=[simplejpeg.encode_jpeg(photo(0))],
+        frame_seconds=np.zeros(1),
+        waveform=np.empty(0, np.int16),
+        sample_rate_hz=0,
+        audio_start_seconds=0.0,
+        duration_seconds=1.0,
+        height=HEIGHT,
+        width=WIDTH,
+        labels={},
+        is_still=True,
+    )
+    payload = serialize_record(record)
+    assert parse_record(payload, where="here", multilabel=()).is_still
+    example = example_class().FromString(payload)
+    del example.features.feature["is_still"]
+    older = parse_record(example.SerializeToString(), where="here", multilabel=())
+    assert not older.is_still
+    assert list(older.frames) == record.frames
+
+
+def test_what_is_too_short_to_judge_is_not_still() -> None:
+    frame = simplejpeg.encode_jpeg(photo(0))
+    assert is_still([frame] * 3, 0.6)
+    assert not is_still([frame] * 3, 0.4)
+    assert is_still([frame], 3.0)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is absent")
+def test_of_the_real_media_one_is_still(tmp_path: Path) -> None:
+    """A camera whose lens is covered: black, with noise."""
+    chosen = sorted(path for path in REAL.iterdir() if path.stat().st_size < 400_000)
+    table = tmp_path / "table.csv"
+    table.write_text("path,end\n" + "".join(f'"{path}",3\n' for path in chosen))
+    main(["prepare", str(table), f"--out={tmp_path / 'out'}", "--workers=1"])
+    records = RecordDataset(tmp_path / "out", "train")
+    still = [record.record_id for record in records if record.is_still]
+    assert [Path(name).name.partition("#")[0] for name in still] == ["no_duration.webm"]
+    assert len(records) > 8
