@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import threading
 import weakref
 from collections.abc import Mapping
 from multiprocessing import shared_memory, util
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,10 @@ import numpy as np
 # The first byte says whether a block is taken; arrays begin where JAX wants them to.
 _HEADER_BYTES = 64
 _FREE, _TAKEN = 0, 1
+# Where Linux keeps it: a file system that containers limit, by default to 64 MB.
+_FILES = Path("/dev/shm")
+# Batches that training itself refers to: those of steps in flight and the one being sent.
+_IN_TRAINING = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +68,66 @@ class _Block(shared_memory.SharedMemory):
         return np.frombuffer(self.content, dtype, math.prod(shape), _HEADER_BYTES)
 
 
+def most_blocks(workers: int, prefetch: int) -> int:
+    """Number of batches that may lie in shared memory at once.
+
+    Each worker fills as many as are read ahead in the worker, in its queue and behind the queue,
+    and holds one more at both ends of the queue.
+    """
+    return workers * (3 * prefetch + 2) + _IN_TRAINING
+
+
+def check_room(batch_bytes: int, *, workers: int, prefetch: int) -> None:
+    """Refuses worker processes whose batches do not fit into the shared memory of this machine.
+
+    Args:
+        batch_bytes: size of a batch of this host.
+        workers: worker processes, 0 for none.
+        prefetch: batches that each keeps ready.
+
+    Raises:
+        ValueError: if they do not fit, with what to change.
+    """
+    if not workers or not _FILES.is_dir():
+        return
+    needed = batch_bytes * most_blocks(workers, prefetch)
+    system = os.statvfs(_FILES)
+    free = system.f_bavail * system.f_frsize
+    if needed > free:
+        gigabytes = math.ceil(1.1 * needed / 1e9)
+        raise ValueError(
+            f"data.workers={workers} with data.prefetch={prefetch} needs {needed / 1e6:,.0f} MB of "
+            f"shared memory, and {_FILES} has {free / 1e6:,.0f} MB free: start the container with "
+            f"--shm-size={gigabytes}g (docker), or set data.workers=0 to render in threads, or a "
+            "smaller data.prefetch"
+        )
+
+
+def _allocate(block: _Block) -> None:
+    """Allocates the memory of a new block.
+
+    Linux allocates a page when it is first written, and kills the writer by SIGBUS if there is
+    none left.
+
+    Raises:
+        OSError: if there is not enough.
+    """
+    if not _FILES.is_dir():
+        return
+    try:
+        with (_FILES / block.name).open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, block.size)
+    except OSError as error:
+        block.close()
+        block.unlink()
+        raise OSError(
+            error.errno,
+            f"no {block.size / 1e6:,.1f} MB left in {_FILES} for a batch of a worker process "
+            f"({error.strerror}): give the container more (docker run --shm-size), or set "
+            "data.workers=0",
+        ) from error
+
+
 class Blocks:
     """The blocks of this process; there are as many as are ever in use at once."""
 
@@ -84,6 +150,7 @@ class Blocks:
             block = next(free, None)
             if block is None:
                 block = _Block(create=True, size=needed)
+                _allocate(block)
                 self._blocks.append(block)
             block.content[0] = _TAKEN
         return SharedArray(block.name, shape, dtype), block.array(shape, dtype).reshape(shape)

@@ -10,10 +10,12 @@ interrupted run goes on. No test record is read before the last step of training
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from etils import epath
 
 from avcl_jax.data.crop import CropSpec
@@ -21,6 +23,7 @@ from avcl_jax.data.labelled import AudioClipSpec, ClipSpec, LabelledRecords, Vid
 from avcl_jax.data.pipeline import check_enough
 from avcl_jax.data.preprocessing import VideoPreprocessing
 from avcl_jax.data.selection import Selection
+from avcl_jax.data.shared_memory import check_room
 from avcl_jax.data.views import ViewSpec
 from avcl_jax.encoder_source import EncoderSource
 from avcl_jax.errors import UserError
@@ -176,5 +179,11 @@ def folds(
                 f"{both[0]!r}: correct data.train_select, data.test_select or the splits"
             )
         check_enough(train, config.global_batch_size)
+        rows = config.global_batch_size // jax.process_count()
+        check_room(
+            rows * math.prod(spec.shape) * np.dtype(spec.dtype).itemsize,
+            workers=section.workers,
+            prefetch=section.prefetch,
+        )
         splits.append((train, test))
     return splits

@@ -15,9 +15,10 @@ from clu import parameter_overview
 from etils import epath
 
 from avcl_jax import experiment
-from avcl_jax.data.pipeline import check_enough, train_batches
+from avcl_jax.data.pipeline import batch_bytes, check_enough, train_batches
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
+from avcl_jax.data.shared_memory import check_room
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.errors import UserError
 from avcl_jax.objectives import feature_bank
@@ -137,6 +138,11 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
     )
     _check_health_label(config.bank.health_label, records)
     check_enough(source, config.global_batch_size)
+    check_room(
+        batch_bytes(spec, config.global_batch_size // jax.process_count()),
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+    )
     workdir.mkdir(parents=True, exist_ok=True)
     config_json = experiment.to_json(config)
     old_config = workdir / "config.json"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -19,6 +21,8 @@ from absl import flags
 
 from avcl_jax.data import shared_memory
 from avcl_jax.data.shared_memory import Blocks, Receive, SharedArray
+from tests.data.synthetic_records import make_record, write_records
+from tests.training.small import arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -121,8 +125,65 @@ def test_workers_of_grain_use_few_blocks() -> None:
     for value, batch in enumerate(dataset.mp_prefetch(options).map(receive)):
         assert (batch["x"] == value).all()
     assert value == 199
-    # Two read ahead, two in the queue, a few in hands between; not one for each of the 200.
-    assert 1 <= len(receive._blocks) <= 10
+    assert 1 <= len(receive._blocks) <= shared_memory.most_blocks(1, 2)
+
+
+# Each of these has a /dev/shm of its own, of 16 MB; only root may mount one.
+SMALL_SHARED_MEMORY = "mount -t tmpfs -o size=16m tmpfs /dev/shm"
+
+
+def with_little_shared_memory(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs a command of Python where /dev/shm has 16 MB; skips the test where that is forbidden."""
+    unshare = ["unshare", "--mount", "sh", "-c"]
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run(
+            [*unshare, SMALL_SHARED_MEMORY], capture_output=True, check=False
+        ).returncode
+    ):
+        pytest.skip("mounting a small /dev/shm needs root")
+    return subprocess.run(
+        [*unshare, f'{SMALL_SHARED_MEMORY} && exec "$0" "$@"', sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_full_shared_memory_is_an_error_and_not_a_signal() -> None:
+    program = """
+        from avcl_jax.data.shared_memory import Blocks
+        blocks, held = Blocks(), []
+        try:
+            for number in range(5):
+                held.append(blocks.empty((4 << 20,), "uint8"))
+                held[-1][1][...] = 1
+        except OSError as error:
+            print(number, len(blocks), error)
+    """
+    result = with_little_shared_memory(["-c", textwrap.dedent(program)])
+    assert result.stdout.startswith("3 3 [Errno 28] no 4.2 MB left in /dev/shm"), result
+    assert "--shm-size" in result.stdout
+    assert result.stderr == ""
+    assert result.returncode == 0
+
+
+def test_batches_that_do_not_fit_are_refused_before_a_worker_starts(tmp_path) -> None:
+    made = [make_record(number, seconds=5.0, side=24) for number in range(8)]
+    records = write_records(tmp_path / "records", made)
+    options = arguments(records, tmp_path / "run", data__workers=2, crop__image_size=112)
+    result = with_little_shared_memory(["-m", "avcl_jax.main", *options])
+    (line,) = (result.stdout + result.stderr).splitlines()
+    # 8 videos x 2 views x 4 frames x 112 x 112 x 3, and 8 x 2 spectrograms.
+    megabytes = 8 * 2 * (4 * 112 * 112 * 3 + 16 * 16 * 4) * (2 * 14 + 4) / 1e6
+    assert f"data.workers=2 with data.prefetch=4 needs {megabytes:.0f} MB" in line
+    assert "/dev/shm has 17 MB free" in line
+    assert "--shm-size=1g" in line
+    assert "data.workers=0" in line
+    assert result.returncode == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_process_that_ends_with_arrays_in_use_says_nothing() -> None:

@@ -76,9 +76,13 @@ def compilation_cache() -> Path:
 
 
 def start(
-    arguments: list[str], *, devices: int = 1, module: str = "avcl_jax.main"
+    arguments: list[str],
+    *,
+    devices: int = 1,
+    module: str = "avcl_jax.main",
+    own_group: bool = False,
 ) -> subprocess.Popen[str]:
-    """Starts `python -m avcl_jax.main` on virtual CPU devices."""
+    """Starts `python -m avcl_jax.main` on virtual CPU devices, if asked in a process group."""
     environment = os.environ | {
         # Optimising the step's machine code takes longer than running it a few times.
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
@@ -93,6 +97,7 @@ def start(
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        start_new_session=own_group,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 from pathlib import Path
@@ -78,28 +79,56 @@ def test_a_run_leaves_metrics_events_config_and_parameters(whole_run):
     assert "video_encoder" in (whole_run / "parameters.txt").read_text()
 
 
-def test_a_run_killed_by_a_signal_and_started_again_is_bitwise_the_same(
+def test_a_run_killed_by_a_signal_and_resumed_with_two_workers_is_bitwise_the_same(
     records, whole_run, tmp_path
 ):
     workdir = tmp_path / "stopped"
-    process = start(arguments(records, workdir))
-    printed = []
+    assert 1 <= stopped_run(arguments(records, workdir)) < 6
+    run(arguments(records, workdir, data__workers=2))
+    assert_identical(whole_run, workdir, 6)
+    again = run(arguments(records, workdir))
+    assert "already trained to step 6" in again
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_resumes_in_the_middle_of_an_epoch(records, tmp_path):
+    whole, workdir = tmp_path / "whole", tmp_path / "stopped"
+    run(arguments(records, whole, steps=20))
+    steps = [
+        stopped_run(arguments(records, workdir, steps=20, data__workers=workers))
+        for workers in (0, 2)
+    ]
+    assert 1 <= steps[0] < steps[1] < 20
+    run(arguments(records, workdir, steps=20, data__workers=1))
+    assert_identical(whole, workdir, 20)
+
+
+def stopped_run(options: list[str]) -> int:
+    """Starts a run and sends SIGTERM at its first step; returns the step that was saved.
+
+    The signal goes to all processes of the run, as from `timeout` or SLURM; worker processes that
+    it ended left the training process waiting for ever.
+    """
+    process, printed = start(options, own_group=True), []
     for line in process.stdout:
+        if line.startswith("step ") and not any(text.startswith("step ") for text in printed):
+            os.killpg(process.pid, signal.SIGTERM)
         printed.append(line)
-        if line.startswith("step 1/6"):
-            process.send_signal(signal.SIGTERM)
     assert process.wait() == 0, printed
-    assert any("stopped at step" in line for line in printed), printed
-    stopped = max(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
-    assert 1 <= stopped < 6
-    run(arguments(records, workdir))
-    expected, found = saved_state(whole_run, 6), saved_state(workdir, 6)
+    *steps, stopped, trained = printed[1:]
+    assert all(line.startswith("step ") for line in steps), printed
+    assert stopped.startswith("stopped at step ")
+    assert trained.startswith("trained to step ")
+    return int(stopped.split()[3])
+
+
+def assert_identical(left: Path, right: Path, step: int) -> None:
+    """Same loss of every step, and the same bits in every array of a checkpoint."""
+    expected, found = saved_state(left, step), saved_state(right, step)
     assert expected.keys() == found.keys()
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
-    assert losses(workdir) == losses(whole_run)
-    again = run(arguments(records, workdir))
-    assert "already trained to step 6" in again
+    assert losses(left) == losses(right)
 
 
 def assert_agree(left: Path, right: Path, step: int) -> None:
