@@ -150,7 +150,7 @@ def test_notes_are_counted_kept_and_rejected(
     assert f"1 silent: {REASONS['silent']}" in capsys.readouterr().out
     assert list(RecordDataset(out, "train").record_ids) == list(NAMES)
     assert prepare(folder, out, "--reject=loud") == 1
-    assert "--reject must be some of silent" in capsys.readouterr().err
+    assert "--reject must be some of antiphase" in capsys.readouterr().err
 
 
 def test_files_that_come_and_go(

@@ -113,7 +113,7 @@ def test_stills_are_rejected_where_that_is_asked_for(
     rejected = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     assert {Path(json.loads(line)["path"]).stem for line in rejected} == STILL
     assert main([*arguments, "--reject=blurred"]) == 1
-    assert "--reject must be some of silent,still" in capsys.readouterr().err
+    assert "--reject must be some of antiphase,dead_channel,silent,still" in capsys.readouterr().err
 
 
 def test_records_of_earlier_releases_lack_the_feature() -> None:
