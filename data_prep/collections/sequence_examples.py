@@ -26,6 +26,7 @@ from data_prep.sources import sequence_example
 from data_prep.sources.sequence_example import context
 
 _NONE = "none"
+_SOUND = "WAVEFORM/feature/floats"
 _INDEX = "clip/label/index"
 _TEXTS = ("clip/label/string", "clip/label/text")  # MediaSequence, DMVR
 _SOURCES = ("clip/media_id", "clip/data_path", "video/filename")
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--video-feature", default="image/encoded", help=f"feature list with frames, or {_NONE}")
     add(
         "--audio-feature",
-        default="WAVEFORM/feature/floats",
+        default=_SOUND,
         help=f"feature list with the sound, or {_NONE}",
     )
     add("--label", default="class", help=f"name for {_INDEX} and its texts, or {_NONE}")
@@ -75,6 +76,7 @@ def read(args: argparse.Namespace) -> Manifest:
     names_of = [path.name for _, path in files]
     found: list[Entry] = []
     missing: list[Missing] = []
+    lists: set[str] = set()
     for split, path in files:
         short = path.name if names_of.count(path.name) == 1 else os.fspath(path)
         if not path.exists():
@@ -95,12 +97,34 @@ def read(args: argparse.Namespace) -> Manifest:
                 except MediaError as error:
                     raise PrepareError(f"{path}, example {number}: {error.message}") from error
                 _check_says_enough(example, layout, f"{path}, example {number}")
+                lists |= sequence_example.features(example)
             for label in classes.values():
                 label.add(*labels)
             place_of = ExamplePlace(file_format, place, layout)
             where = os.fspath(path)
             found.append(Entry(where, split, record_id, source_id, 0.0, None, {}, place_of))
+    _check_features(layout, lists)
     return check_manifest(example_files.manifest(found, missing, classes))
+
+
+def _check_features(layout: SequenceLayout, features: set[str]) -> None:
+    """Refuses features that no example has: a collection would silently lose its frames or audio.
+
+    Files of which no example can be parsed are not refused here: each is rejected by itself. Video
+    without the usual audio is common, video without the usual frames is a matter of names.
+    """
+    if not features or sequence_example.ENCODED_MEDIA in features:
+        return
+    for option, key in (
+        ("--video-feature", layout.image_key),
+        ("--audio-feature", layout.audio_key),
+    ):
+        usual = key == _SOUND and layout.image_key is not None
+        if key is not None and key not in features and not usual:
+            raise PrepareError(
+                f"no example has the feature list {key}; there are {', '.join(sorted(features))}: "
+                f"name one by {option}, or say {option}={_NONE} to prepare without"
+            )
 
 
 def _parsed(payload: bytes | memoryview) -> Any:

@@ -56,6 +56,12 @@ def _values(feature: Any) -> list[Any]:
     return list(getattr(feature, kind).value) if kind else []
 
 
+def features(example: Any) -> set[str]:
+    """Returns the names of the feature lists that are not empty, and of the encoded media file."""
+    lists = {key for key in example.feature_lists.feature_list if _has(example, key)}
+    return lists | ({ENCODED_MEDIA} if context(example, ENCODED_MEDIA) else set())
+
+
 def _has(example: Any, key: str | None) -> bool:
     """Whether there is a feature list of this name with something in it."""
     lists = example.feature_lists.feature_list
@@ -95,6 +101,13 @@ def footage(
     images, times, interval = _images(example, layout)
     zero = times[0] if len(times) else None
     audio = _audio(example, layout, zero)
+    if zero is None and audio is None:
+        wanted = [key for key in (layout.image_key, layout.audio_key) if key]
+        raise MediaError(
+            "empty",
+            f"none of {', '.join(wanted) or 'its features'} is used or there; the example has "
+            f"{', '.join(sorted(features(example))) or 'no feature lists'}",
+        )
     if zero is None:
         zero = audio.packets[0][0] if audio else 0.0
     if audio is not None:

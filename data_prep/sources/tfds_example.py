@@ -38,7 +38,7 @@ def read_numbers(features: Any, stored: Stored) -> np.ndarray:
         shape = read_numbers(features, Stored(f"{key}/shape", stored.kind, "int64", (-1,))).tolist()
         key = f"{key}/value"
     if key not in features:
-        raise MediaError("bad_example", f"no feature {key!r}")
+        raise _lacks(features, key)
     feature = features[key]
     dtype = np.dtype(stored.dtype)
     try:
@@ -53,6 +53,11 @@ def read_numbers(features: Any, stored: Stored) -> np.ndarray:
         raise MediaError("bad_example", f"feature {key!r}: {error}") from error
 
 
+def _lacks(features: Any, key: str) -> MediaError:
+    there = ", ".join(sorted(features)) or "none"
+    return MediaError("bad_example", f"no feature {key!r}, there are {there}")
+
+
 def read_bytes(features: Any, stored: Stored) -> list[bytes]:
     """Returns a feature of images, files or text.
 
@@ -60,7 +65,7 @@ def read_bytes(features: Any, stored: Stored) -> list[bytes]:
       MediaError: If the example lacks it.
     """
     if stored.key not in features:
-        raise MediaError("bad_example", f"no feature {stored.key!r}")
+        raise _lacks(features, stored.key)
     return list(features[stored.key].bytes_list.value)
 
 

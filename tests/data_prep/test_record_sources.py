@@ -443,7 +443,43 @@ def test_an_example_without_a_feature_is_refused(tmp_path: Path) -> None:
     del example.features.feature["sound"]
     write(shard, example)
     assert run(tmp_path / "out", "tfds", copy, "--fps=10") == 3
-    assert rejected(tmp_path / "out") == {f"{shard.name}#0": ("bad_example", "no feature 'sound'")}
+    ((name, (reason, message)),) = rejected(tmp_path / "out").items()
+    assert (name, reason) == (f"{shard.name}#0", "bad_example")
+    there = ", ".join(sorted(example.features.feature))
+    assert message == f"no feature 'sound', there are {there}"
+
+
+@pytest.mark.parametrize(
+    ("options", "lacking"),
+    [
+        ((), "image/encoded"),
+        (("--video-feature=image/raw",), "image/raw"),
+        (("--video-feature=none", "--audio-feature=audio/floats"), "audio/floats"),
+        (("--video-feature=LEFT/image/encoded", "--audio-feature=audio/floats"), "audio/floats"),
+        (("--video-feature=none",), "WAVEFORM/feature/floats"),
+    ],
+)
+def test_features_of_other_names_are_listed_and_none_is_left_out_silently(
+    tmp_path: Path,
+    expected: dict[str, np.ndarray],
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    lacking: str,
+) -> None:
+    lists = ["LEFT/image/encoded", "sound/floats"]
+    example = sequence(expected, a=[0.5])
+    for old, new in zip(("image/encoded", "WAVEFORM/feature/floats"), lists, strict=True):
+        stored = example.feature_lists.feature_list
+        stored[new].CopyFrom(stored[old])
+        del stored[old]
+    path = write(tmp_path / "a.tfrecord", example)
+    more = ("--fps=10", "--sample-rate-of-source=2000")
+    text = error(capsys, tmp_path / "out", "sequence-examples", path, *more, *options)
+    assert f"no example has the feature list {lacking}; there are {', '.join(lists)}:" in text
+    assert not (tmp_path / "out" / "rejected.jsonl").exists()
+    named = (f"--video-feature={lists[0]}", f"--audio-feature={lists[1]}")
+    assert run(tmp_path / "named", "sequence-examples", path, *more, *named) == 0
+    assert only_record(tmp_path / "named").has_audio
 
 
 def test_compressed_files_and_clashing_labels_are_one_error(

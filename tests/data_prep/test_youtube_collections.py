@@ -163,6 +163,32 @@ def test_vggsound_as_published(tmp_path: Path) -> None:
     assert by_stat.entries[0] == manifest.entries[0]
 
 
+def test_the_two_forms_of_the_vggsound_lists_are_read_alike(tmp_path: Path) -> None:
+    # The published forms differ by 291 rows: docs/data/vggsound.md.
+    rows = [("A", 7, "owl", "train"), ("B", 30, "bell, tolling", "train"), ("C", 0, "owl", "test")]
+    one = write(
+        tmp_path / "vggsound.csv",
+        "".join(f'{video},{at},"{label}",{split}\n' for video, at, label, split in rows)
+        + "D,5,owl,test\n",
+    )
+    pair = [
+        write(
+            tmp_path / f"{split}.csv",
+            "".join(f'{v}_{at:06d}.mp4,"{label}"\n' for v, at, label, s in rows if s == split),
+        )
+        for split in ("train", "test")
+    ]
+    for video, at, _, _ in (*rows, ("D", 5, "", "")):
+        (tmp_path / f"{video}_{at:06d}.mp4").touch()
+    whole = read("vggsound", tmp_path, "--lists", one)
+    halves = read("vggsound", tmp_path, "--lists", *pair)
+    assert whole.class_names == halves.class_names
+    assert [entry for entry in whole.entries if entry.source_id != "D"] == list(halves.entries)
+    assert (len(whole.entries), len(halves.entries)) == (4, 3)
+    with pytest.raises(PrepareError, match=r"train.csv, line 1: the clip 'A_000007' is listed a"):
+        read("vggsound", tmp_path, "--lists", one, *pair)
+
+
 def test_vggsound_layouts(tmp_path: Path) -> None:
     lists = write(
         tmp_path / "vggsound.csv",
