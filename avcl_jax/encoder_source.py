@@ -25,9 +25,9 @@ import numpy as np
 from etils import epath
 
 from avcl_jax import experiment
-from avcl_jax.export import Encoder, ExportError, encoder_variables, load_encoder
+from avcl_jax.export import Encoder, ExportError, encoder_variables, load_encoder, load_run
 from avcl_jax.paths import absolute_path
-from avcl_jax.training.checkpoint import load_variables, read_progress
+from avcl_jax.training.checkpoint import read_progress
 
 MODALITIES = ("video", "audio")
 
@@ -119,42 +119,6 @@ def new_weights(encoder: Encoder, key: jax.Array) -> dict[str, Any]:
     return jax.device_get(dict(init(key, example)))
 
 
-def load_run(
-    workdir: epath.PathLike,
-) -> tuple[ml_collections.ConfigDict, dict[str, Any], int]:
-    """Loads a pretraining run: what is needed for its heads, which an export leaves out.
-
-    Args:
-        workdir: of the run, local or gs://.
-
-    Returns:
-        Config with which it ran, variables of `experiment.audio_visual_model`, step.
-
-    Raises:
-        ExportError: if `workdir` holds no run.
-        CheckpointError: if the run has no checkpoint.
-    """
-    directory = absolute_path(workdir)
-    path = directory / "config.json"
-    if not (directory / "checkpoints").exists() or not path.exists():
-        raise ExportError(
-            f"{directory} holds no pretraining run; an exported encoder will not do here, because "
-            "this needs the heads that were trained with it"
-        )
-    try:
-        config = experiment.from_json(path.read_text())
-        task = config.task
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ExportError(f"{path} is damaged: {error}") from error
-    if task != "pretrain":
-        raise ExportError(
-            f"{directory} holds a run of task {task!r}: give the workdir of a pretraining "
-            "run, or an exported encoder"
-        )
-    variables, step = load_variables(directory)
-    return config, variables, step
-
-
 def source_of_run(
     directory: epath.PathLike,
     config: ml_collections.ConfigDict,
@@ -188,8 +152,13 @@ def heads_digest(variables: Mapping[str, Any]) -> str:
         kind: {name: tree for name, tree in trees.items() if not name.endswith("_encoder")}
         for kind, trees in variables.items()
     }
+    return variables_digest(heads)
+
+
+def variables_digest(variables: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of names, types, shapes and values of a nested dict of arrays."""
     digest = hashlib.sha256()
-    _update(digest, heads)
+    _update(digest, variables)
     return digest.hexdigest()
 
 

@@ -42,8 +42,6 @@ from avcl_jax.training.checkpoint import load_variables, read_progress
 # Raised when an older reader would misread a newer file.
 FORMAT_VERSION = 1
 _CONFIG, _WEIGHTS, _STABLEHLO = "config.json", "model.safetensors", "encoder.stablehlo"
-# What must agree between a run and the config that reads it.
-_RUN_SECTIONS = ("model.", "views.", "crop.", "pixels.", "spectrogram.", "modalities")
 
 
 class ExportError(UserError):
@@ -184,37 +182,58 @@ def export_encoder(
     return directory
 
 
-def check_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Refuses a config whose model or preprocessing is not that of the run in `workdir`.
+def load_run(
+    workdir: epath.PathLike,
+) -> tuple[ml_collections.ConfigDict, dict[str, Any], int]:
+    """Loads a pretraining run with its heads, which an export leaves out.
+
+    Args:
+        workdir: working directory of the run, local or gs://.
+
+    Returns:
+        Config with which it ran, variables of `experiment.audio_visual_model`, step.
 
     Raises:
-        UserError: naming what differs, or that there is no run.
+        ExportError: if `workdir` does not contain a pretraining run.
+        CheckpointError: if the run has no checkpoint.
     """
-    path = workdir / _CONFIG
-    if not path.exists():
-        raise UserError(f"{workdir} holds no run (config.json is missing): pretrain there first")
-    lines = experiment.decisive_differences(path.read_text(), experiment.to_json(config))
-    differing = [line for line in lines if line.startswith(_RUN_SECTIONS)]
-    if differing:
-        raise UserError(f"{workdir} was pretrained with other settings: {'; '.join(differing)}")
+    directory = absolute_path(workdir)
+    path = directory / _CONFIG
+    if not (directory / "checkpoints").exists() or not path.exists():
+        raise ExportError(
+            f"{directory} does not contain a pretraining run: give the workdir of one (an exported "
+            "encoder lacks the heads that were trained with it)"
+        )
+    try:
+        config = experiment.from_json(path.read_text())
+        task = config.task
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ExportError(f"{path} is damaged: {error}") from error
+    if task != "pretrain":
+        raise ExportError(
+            f"{directory} contains a run of task {task!r}: give the workdir of a pretraining run"
+        )
+    variables, step = load_variables(directory)
+    return config, variables, step
 
 
 def export_run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, epath.Path]:
     """Exports the encoders of the newest checkpoint of a run to WORKDIR/export/{video,audio}.
 
     Args:
-        config: as `configs/export.py` returns it; model and preprocessing are those of the run.
-        workdir: of the run, local or gs://.
+        config: not used: model and preprocessing are those of the run's own config.
+        workdir: working directory of the run, local or gs://.
 
     Returns:
         Directory of each modality that the run trained.
 
     Raises:
-        UserError: if the run had other settings of model or preprocessing, or no checkpoint.
+        ExportError: if `workdir` does not contain a pretraining run.
+        CheckpointError: if the run has no checkpoint.
     """
+    del config
     workdir = absolute_path(workdir)
-    check_run(config, workdir)
-    variables, step = load_variables(workdir)
+    config, variables, step = load_run(workdir)
     spec = experiment.render_spec(config)
     model = experiment.audio_visual_model(config)
     run_config = (workdir / "config.json").read_text()

@@ -39,6 +39,8 @@ _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
 
+_A_DAY = 24 * 60 * 60
+
 
 def _keep_compiled(directory: str) -> None:
     """Keeps compiled programs in `directory` for later starts, unless the environment names one.
@@ -76,8 +78,6 @@ _TASKS = {
     "fingerprint": "avcl_jax.evaluation.fingerprinting:fingerprinting",
     "ablation": "avcl_jax.evaluation.ablation:ablate",
 }
-# Their configs are that of a run, which has its data.
-_OF_A_RUN = ("evaluate", "export", "import_weights")
 
 
 def _function(task: str) -> Callable[[ml_collections.ConfigDict, epath.Path], object]:
@@ -94,7 +94,14 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {list(argv[1:])}: flags begin with --")
     if _DISTRIBUTED.value or _COORDINATOR.value:
-        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+        # Process 0 alone ranks, tests and writes; the others wait for it in JAX's shutdown, which
+        # would end all of them after five minutes.
+        jax.distributed.initialize(
+            _COORDINATOR.value,
+            _PROCESSES.value,
+            _PROCESS.value,
+            shutdown_timeout_seconds=_A_DAY,
+        )
     # What the libraries log at this level is about themselves; our own words are printed.
     logging.set_verbosity(logging.ERROR)
     config = _CONFIG.value
@@ -106,7 +113,7 @@ def main(argv: Sequence[str]) -> None:
         config = with_absolute_paths(config)
         _keep_compiled(config.compilation_cache)
         workdir = absolute_path(_WORKDIR.value or f"runs/{config.name}")
-        if config.task not in _OF_A_RUN and "data" in config and "make_demo" in config.data:
+        if "data" in config and "make_demo" in config.data:
             _make_demo(config.data)
         _function(config.task)(config, workdir)
     except (UserError, OSError) as error:

@@ -34,7 +34,7 @@ def measure(media: Path, run: Path, quality: int) -> dict[str, Any]:
         footage.prepare(media / "manifest.csv", records, name="foley", quality=quality)
         workdir = Path(scratch) / "run"
         shutil.copytree(run, workdir)
-        command = [sys.executable, "-m", "avcl_jax.main", "--config=configs/evaluate.py"]
+        command = [sys.executable, "-m", "avcl_jax.main", "--config=configs/evaluate.py:demo"]
         options = {
             "data.directory": records,
             "evaluation.supervised.enabled": False,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ml_collections
 
-from configs import evaluate
+from configs import evaluate, pretrain
 
 _TEMPORAL = ("speed", "direction", "order")
 _TERMS = {
@@ -25,8 +25,11 @@ _TERMS = {
 
 def get_config(preset: str = "demo") -> ml_collections.ConfigDict:
     """The sweep over a pretraining preset; only `demo` has settings that were run."""
-    c = evaluate.get_config(preset)
+    c = pretrain.get_config(preset)
     c.unlock()
+    measured = evaluate.get_config(preset)
+    c.evaluation, c.bootstrap = measured.evaluation, measured.bootstrap
+    c.data.allow_trained_on = measured.data.allow_trained_on
     c.task = "ablation"
     c.name = f"ablation_{preset}"
     if preset == "demo":

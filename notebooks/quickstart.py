@@ -172,8 +172,7 @@ for anchor, scores in zip(anchors, similarity, strict=True):
 # whose motion is most like that of a query.
 
 # %%
-same = [f"--workdir={RUN}", *overrides]
-run("avcl_jax.main", "--config=configs/export.py", *same)
+run("avcl_jax.main", "--config=configs/export.py", f"--workdir={RUN}")
 
 # %%
 from avcl_jax.data.decode import decode_jpegs

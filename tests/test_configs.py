@@ -49,14 +49,15 @@ def test_preset_builds_evaluates_shapes_and_lowers(preset):
     assert "convolution" in lowered.as_text()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("task", [evaluate, export])
-def test_other_tasks_share_the_settings_of_the_run(preset, task):
-    run, other = pretrain.get_config(preset).to_dict(), task.get_config(preset).to_dict()
-    assert other["task"] in ("evaluate", "export")
-    for section in ("views", "crop", "spectrogram", "model", "pixels", "data"):
-        own = {"allow_trained_on"} if section == "data" else set()  # of what is evaluated
-        assert {k: v for k, v in other[section].items() if k not in own} == run[section]
+@pytest.mark.parametrize("preset", ["run", "esc10", *PRESETS])
+def test_what_evaluates_a_run_repeats_none_of_its_settings(preset):
+    config = evaluate.get_config(preset).to_dict()
+    own = {"allow_trained_on"}
+    repeated = pretrain.get_config().to_dict().keys() & config.keys()
+    assert repeated == {"task", "name", "data", "compilation_cache"}
+    assert config["data"].keys() == {"directory", *own}
+    assert config["name"] == ("demo" if preset == "run" else preset)
+    assert set(export.get_config()) == {"task", "name", "compilation_cache"}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tests.training import small
 
 FEW_VIDEOS = ("--train=24", "--test=12", "--null=4", "--workers=2")
 RUN = "runs/demo"
+COPY = "runs/copy"  # of the run: both presets of evaluate.py write into the run's workdir
 HELD = "already holds these results"
 
 
@@ -57,26 +59,27 @@ _ONE_EPOCH = {
     "test.clips": 2,
 }
 _EVALUATED = {
-    "evaluation__views_per_speed": 2,
-    "evaluation__probe__folds": 2,
-    "evaluation__probe__costs": (0.1,),
-    "evaluation__pairs_per_video": 4,
+    "evaluation.views_per_speed": 2,
+    "evaluation.probe.folds": 2,
+    "evaluation.probe.costs": (0.1,),
+    "evaluation.pairs_per_video": 4,
 }
 _SHORT_FITS = {
-    f"evaluation__{network}__{name}": value
-    for network in ("supervised__video", "supervised__audio", "null")
-    for name, value in (("fit__max_epochs", 1), ("fit__decay_epochs", 1), ("fit__batch_size", 8))
+    f"evaluation.{network}.{name}": value
+    for network in ("supervised.video", "supervised.audio", "null")
+    for name, value in (("fit.max_epochs", 1), ("fit.decay_epochs", 1), ("fit.batch_size", 8))
 } | {
-    "evaluation__supervised__video__views": 1,
-    "evaluation__supervised__audio__views": 1,
-    "evaluation__null__train_views": 8,
-    "evaluation__null__test_views": 8,
+    "evaluation.supervised.video.views": 1,
+    "evaluation.supervised.audio.views": 1,
+    "evaluation.null.train_views": 1,
+    "evaluation.null.test_views": 1,
 }
 # By file under configs/, with its preset.
 COMMANDS = {
     "pretrain.py": of_a_run("is already trained to step 4"),
-    "export.py": of_a_run(""),  # takes seconds, and writes the same
-    "evaluate.py": of_a_run(HELD, **_EVALUATED, **_SHORT_FITS),
+    "export.py": Command(workdir=RUN, again="", encoder=False),  # takes seconds, writes the same
+    "evaluate.py": Command({"evaluation.views_per_speed": 2}, workdir=COPY, encoder=False),
+    "evaluate.py:demo": Command(_EVALUATED | _SHORT_FITS, workdir=RUN, encoder=False),
     "retrieval.py": Command({"features.clips": 1}),
     "cross_modal.py": Command({"features.views_per_speed": 2}),
     "temporal.py": Command({"evaluation.pairs_per_video": 4}),
@@ -104,11 +107,7 @@ COMMANDS = {
         ablation__variants=(("full", ()), ("no_va", (("loss.weights.va", 0.0),))),
     ),
 }
-PROTOCOLS = [
-    name
-    for name in COMMANDS
-    if name not in ("pretrain.py", "export.py", "evaluate.py", "ablation.py")
-]
+PROTOCOLS = [name for name, command in COMMANDS.items() if command.encoder]
 # They translate weights that PyTorch code trained, or need official folds, of which there are none
 # here: see tests/test_import_weights.py and tests/evaluation/test_audio_folds.py.
 NOT_OF_THE_DEMO = {"import_weights.py", "export_weights.py", "audio_classification.py"}
@@ -138,7 +137,10 @@ class Demo:
             overrides = small.OVERRIDES | overrides
         if command.encoder:
             overrides["encoder"] = encoder or self.directory / RUN
-        overrides["data.directory"] = self.records
+        if command.encoder or command.of_a_run:
+            overrides["data.directory"] = self.records
+        if command.workdir == COPY and name not in self.said:
+            shutil.copytree(self.ran("pretrain.py"), self.directory / COPY)
         overrides["compilation_cache"] = small.compilation_cache()
         return small.run(
             [
@@ -216,7 +218,7 @@ def test_a_protocol_leaves_figures_with_intervals_and_a_report(demo, name):
 
 @pytest.mark.slow
 def test_the_demos_evaluation_leaves_its_figures_and_report(demo):
-    workdir = demo.ran("evaluate.py")
+    workdir = demo.ran("evaluate.py:demo")
     results = json.loads((workdir / "results.json").read_text())
     assert results["step"] == 4
     assert results["protocol"] == "pretraining_run"

@@ -20,7 +20,7 @@ from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.selection import Selection
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import FORWARD
-from avcl_jax.encoder_source import EncoderSource, heads_digest, load_run, source_of_run
+from avcl_jax.encoder_source import EncoderSource, heads_digest, source_of_run
 from avcl_jax.evaluation.embed import check_pairs, encode_all, feature_function
 from avcl_jax.evaluation.fixed_views import fixed_views
 from avcl_jax.evaluation.parts import in_parts, key_of
@@ -36,6 +36,7 @@ from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.retrieval import RetrievalScores, retrieval_scores
 from avcl_jax.evaluation.trained_on import check_not_trained_on
 from avcl_jax.evaluation.written import Stages
+from avcl_jax.export import load_run
 from avcl_jax.paths import absolute_path
 
 PROTOCOL = Protocol(

@@ -9,7 +9,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from avcl_jax.data.crop import center_crop, random_crop
@@ -17,6 +16,8 @@ from avcl_jax.data.rendering import RenderSpec, describe, render_views
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import Clip, draw_views, feasible_speeds
 from avcl_jax.errors import UserError
+from avcl_jax.evaluation.record_features import padded, rendered_ahead
+from avcl_jax.training import sharding
 from avcl_jax.training.step import prepare_inputs
 
 # What the network looks at; everything else of a rendered record travels with its outputs.
@@ -138,14 +139,15 @@ def encode_all(
 ) -> dict[str, np.ndarray]:
     """Renders records 0 … count − 1 and runs a jitted function over them, a chunk at a time.
 
-    The last chunk is filled up with repetitions of its last record, which are then cut off: every
-    call has one shape and `compute` is compiled once.
+    The next chunks are rendered while the devices compute. The last chunk is filled up with
+    repetitions of its last record, which are then cut off: every call has one shape and `compute`
+    is compiled once.
 
     Args:
         render: arrays of one record, from its position.
         count: number of records.
         compute: maps stacked arrays [chunk, …] to outputs [chunk, …].
-        chunk: records in a call.
+        chunk: records in a call; made a multiple of the devices of this host.
         threads: records rendered at a time.
         describe_inputs: maps the arrays of one record to further outputs, on the host.
 
@@ -153,20 +155,19 @@ def encode_all(
         Outputs [count, …], and all rendered arrays but the network's inputs.
     """
 
+    chunk = -(-chunk // jax.local_device_count()) * jax.local_device_count()
+
     def prepare(position: int) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
         arrays = render(position)
         return arrays, describe_inputs(arrays) if describe_inputs is not None else {}
 
     collected: list[dict[str, np.ndarray]] = []
-    with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, count, chunk):
-            positions = range(start, min(start + chunk, count))
-            rendered, described = zip(*pool.map(prepare, positions), strict=True)
-            real = len(rendered)
-            batch = _stack([*rendered, *[rendered[-1]] * (chunk - real)])
-            outputs = {name: np.asarray(value)[:real] for name, value in compute(batch).items()}
-            outputs |= {name: a[:real] for name, a in batch.items() if name not in INPUTS}
-            collected.append(outputs | _stack(described))
+    for rows in rendered_ahead(prepare, range(count), chunk=chunk, threads=threads):
+        rendered, described = zip(*rows, strict=True)
+        batch = _stack(padded(rendered, chunk))
+        outputs = {name: np.asarray(value)[: len(rows)] for name, value in compute(batch).items()}
+        outputs |= {name: a[: len(rows)] for name, a in batch.items() if name not in INPUTS}
+        collected.append(outputs | _stack(described))
     return {name: np.concatenate([part[name] for part in collected]) for name in collected[0]}
 
 
@@ -217,11 +218,13 @@ def feature_function(
                 described[name] = by_view.reshape(videos, -1)
         return described
 
+    place, placed = _over_devices(networks)
+
     def compute(arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        inputs = {name: jnp.asarray(arrays[name]) for name in _MODEL_INPUTS}
+        inputs = place(arrays)
         return {
             f"{network}/{name}": value
-            for network, variables in networks.items()
+            for network, variables in placed.items()
             for name, value in features(variables, inputs).items()
         }
 
@@ -255,10 +258,27 @@ def logit_function(
             if not name.endswith(("_features", "_embeddings"))
         }
 
+    place, placed = _over_devices(variables)
+
     def compute(arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        return logits(variables, {name: jnp.asarray(arrays[name]) for name in _MODEL_INPUTS})
+        return logits(placed, place(arrays))
 
     return compute
+
+
+def _over_devices(variables: Any) -> tuple[Callable[[Mapping[str, np.ndarray]], Any], Any]:
+    """Returns a function that spreads a batch over the devices of this host, and the variables.
+
+    The variables are copied to every device. A batch is a multiple of the devices, as `encode_all`
+    makes it.
+    """
+    mesh = sharding.create_mesh(1, jax.local_devices())
+    rows = sharding.rows_sharding(mesh)
+
+    def place(arrays: Mapping[str, np.ndarray]) -> Any:
+        return jax.device_put({name: arrays[name] for name in _MODEL_INPUTS}, rows)
+
+    return place, jax.device_put(variables, sharding.replicated(mesh))
 
 
 def _stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import collections
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,43 +12,37 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from avcl_jax import experiment
 from avcl_jax.data.augment import standardize, to_unit_range
-from avcl_jax.data.records import RecordDataset, RecordError
-from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import FORWARD
-from avcl_jax.encoder_source import heads_digest, random_like, source_of_run
-from avcl_jax.errors import UserError
+from avcl_jax.encoder_source import heads_digest, random_like, variables_digest
 from avcl_jax.evaluation.cross_modal import cross_modal_scores
 from avcl_jax.evaluation.embed import (
     MODALITY_INPUTS,
-    check_pairs,
     encode_all,
     feature_function,
     logit_function,
     random_views,
     render_all,
 )
+from avcl_jax.evaluation.evaluated_run import EvaluatedRun, open_run, probe_name
 from avcl_jax.evaluation.fixed_views import fixed_views
-from avcl_jax.evaluation.linear_classifier import check_sources
 from avcl_jax.evaluation.metrics import gap_closed
 from avcl_jax.evaluation.null_control import NullControl, null_control, render_null_views
+from avcl_jax.evaluation.parts import in_parts, key_of
 from avcl_jax.evaluation.probe import ProbeResult, linear_probe, trivial_statistics
 from avcl_jax.evaluation.protocol import Measured, Protocol
 from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.run_outcomes import run_outcomes
 from avcl_jax.evaluation.summary import write_summary
 from avcl_jax.evaluation.supervised import Fit, FitSpec, Prepare, fit_classifier
-from avcl_jax.evaluation.temporal import TaskScore
 from avcl_jax.evaluation.temporal_tasks import score_tasks, task_logits
-from avcl_jax.evaluation.trained_on import check_not_trained_on
 from avcl_jax.evaluation.written import Stages
-from avcl_jax.export import check_run
-from avcl_jax.models.audio_visual import AudioVisualModel
 from avcl_jax.paths import absolute_path
-from avcl_jax.training.checkpoint import Checkpoints, load_variables
+from avcl_jax.training.checkpoint import read_progress
 
 PROTOCOL = Protocol(
     name="pretraining_run",
@@ -62,77 +56,77 @@ _TRIVIAL = ("mean_colour", "position_histogram", "mean_loudness", "mean_log_mel"
 def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     """Evaluates the newest checkpoint of `workdir` and writes results.json and report.html there.
 
+    Processes share the encoding of records; process 0 does the rest.
+
     Args:
         config: as `configs/evaluate.py` returns it.
-        workdir: of the run, local or gs://.
+        workdir: working directory of the run, local or gs://.
 
     Returns:
-        The contents of results.json.
+        The contents of results.json; empty in processes other than the first.
 
     Raises:
-        UserError: if the run had other settings, the data set lacks a label that is probed, or the
-            views of a video do not form pairs.
-        ProtocolError: if test records were pretrained on, or the directory holds results of another
+        ExportError: if `workdir` does not contain a pretraining run.
+        UserError: if settings do not fit the run or its records, as `open_run`.
+        ProtocolError: if test records were pretrained on, or the directory has results of another
             protocol.
     """
     workdir = absolute_path(workdir)
-    section = config.evaluation
-    check_pairs(len(section.speeds) * section.views_per_speed)
-    check_run(config, workdir)
-    variables, step = load_variables(workdir)
-    progress = Checkpoints(workdir, keep=config.keep_checkpoints).restore_progress(step)
     stages = Stages()
-    # Made on the host, whatever training did: numpy and jax.numpy agree to 1e-4 by test.
-    spec = dataclasses.replace(experiment.render_spec(config), spectrogram_on_device=False)
-    model = experiment.audio_visual_model(config)
-    train = UsableRecords(RecordDataset(config.data.directory, section.train_split), spec)
-    test = UsableRecords(RecordDataset(config.data.directory, section.test_split), spec)
-    _check_labels(config, train, test)
-    source = source_of_run(workdir, config, variables, step)
-    data = {"train": train.fingerprint, "test": test.fingerprint}
+    run = open_run(config, workdir)
+    section = run.config.evaluation
     protocol_run = ProtocolRun(
-        PROTOCOL, config, workdir, source, data, heads_digest(variables), in_training=True
+        PROTOCOL,
+        run.config,
+        workdir,
+        run.source,
+        run.data,
+        heads_digest(run.variables),
+        in_training=True,
     )
     if (done := protocol_run.finished()) is not None:
         return done
-    check_not_trained_on(
-        source,
-        test.records,
-        test.indices,
-        allow=config.data.allow_trained_on,
-        what="test records",
-    )
 
-    random = {m: e.params for m, e in random_like(source, config.seed).encoders.items()}
-    networks = {"random": _with_encoders(variables, random), "pretrained": variables}
+    with stages("temporal tasks"):
+        logits = _temporal(run, protocol_run)
+    random = {m: e.params for m, e in random_like(run.source, run.config.seed).encoders.items()}
+    networks = {"random": _with_encoders(run.variables, random), "pretrained": run.variables}
     fits: dict[str, Fit] = {}
-    if section.supervised.enabled and len(section.probes):
+    if section.supervised.enabled and run.train is not None:
         with stages("supervised encoders"):
-            fits = _supervised(config, train, spec)
-        supervised = {modality: fit.encoder_variables for modality, fit in fits.items()}
-        networks["supervised"] = _with_encoders(variables, supervised)
+            fits = _supervised(run, run.train)
+        networks |= _supervised_networks(run, fits)
     with stages("features"):
-        encode = functools.partial(_encode, config, model, networks, spec)
-        train_features = encode(train) if len(section.probes) else {}
-        test_features = encode(test)
-    with stages("probes"):
-        probes, trivial = _probes(
-            config, train.records.class_names, train_features, test_features, networks
+        compute = feature_function(
+            experiment.audio_visual_model(run.config),
+            networks,
+            run.spec,
+            pixel_mean=run.config.pixels.mean,
+            pixel_std=run.config.pixels.std,
         )
+        key = key_of(protocol_run.fingerprint, variables_digest(networks))
+        encode = functools.partial(_encode, run, compute, protocol_run.features / key)
+        train_features = {} if run.train is None else encode("train", run.train)
+        test_features = encode("test", run.test)
+    if jax.process_index():
+        return {}
+    with stages("probes"):
+        probes, trivial = _probes(run, train_features, test_features)
     with stages("retrieval"):
         ranked = cross_modal_scores(test_features, "pretrained", tuple(section.recall_at))
-    with stages("temporal tasks"):
-        scores = _temporal(config, model, variables, test, spec)
-    with stages("null controls"):
-        null = _null(config, spec)
+    with stages("temporal scores"):
+        scores = score_tasks(logits, run.config.seed)
+    null: NullControl | None = None
+    if run.null is not None:
+        with stages("null controls"):
+            null = _null(run, *run.null)
 
     temporal = {name: score.as_results() for name, score in scores.items()}
-    if isinstance(null, NullControl):
+    null_summary: dict[str, Any] = {"skipped": "evaluation.null.train_split names no split"}
+    if null is not None:
         for task, score in null.scores.items():
             temporal[task]["null_accuracy"] = score.accuracy
-        null_summary: dict[str, Any] = {"views": null.views, "train_loss": null.train_loss}
-    else:
-        null_summary = {"skipped": null}
+        null_summary = {"views": null.views, "train_loss": null.train_loss}
     results = {
         "probe": {name: _probe_results(by_network) for name, by_network in probes.items()},
         "trivial": trivial,
@@ -143,53 +137,24 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
             name: {"stopped": f.stopped, "epochs": len(f.losses), "train_loss": f.losses[-1]}
             for name, f in fits.items()
         },
-        "step": step,
-        "train_seconds": round(progress.train_seconds, 1),
+        "step": run.step,
+        "train_seconds": round(read_progress(workdir, run.step).train_seconds, 1),
     }
     costs = {name: {n: probe.cost for n, probe in by.items()} for name, by in probes.items()}
     outcomes, metrics = run_outcomes(
-        test, test_features, probes, ranked, scores, recall_at=tuple(section.recall_at)
+        run.test, test_features, probes, ranked, scores, recall_at=tuple(section.recall_at)
     )
     return write_summary(
         protocol_run,
         Measured(outcomes, metrics, details={"probe_costs": costs}, sections=()),
         results,
         stages=stages,
-        spec=spec,
-        test=test,
+        spec=run.spec,
+        test=run.test,
         train_features=train_features,
         features=test_features,
         confusions={name: by["pretrained"].confusion for name, by in probes.items()},
     )
-
-
-def _check_labels(
-    config: ml_collections.ConfigDict, train: UsableRecords, test: UsableRecords
-) -> None:
-    names = train.records.class_names
-    for label, modality in config.evaluation.probes:
-        if label not in names:
-            raise UserError(
-                f"{config.data.directory} has no label {label!r}, it has {sorted(names)}: "
-                "set evaluation.probes"
-            )
-        if label in train.records.multilabel:
-            raise UserError(
-                f"evaluation.probes asks for {label!r}, of which a clip may have several: linear "
-                "probes want one class a clip"
-            )
-        if config.modalities not in ("audio_visual", modality):
-            raise UserError(
-                f"evaluation.probes asks for {label} from {modality}, but the run trained "
-                f"{config.modalities} only"
-            )
-        known = [
-            records.indices[records.records.labels[label][records.indices] >= 0]
-            for records in (train, test)
-        ]
-        if not len(known[1]):
-            raise UserError(f"no record of {test!r} has a known {label!r}: set evaluation.probes")
-        check_sources(train.records.source_numbers[known[0]], config.evaluation.probe.folds)
 
 
 def _with_encoders(variables: Mapping[str, Any], encoders: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,88 +184,107 @@ def _encoders(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return encoders
 
 
-def _speeds(config: ml_collections.ConfigDict) -> list[int]:
-    """Returns indices of the playback speeds at which features are taken."""
-    return [list(config.views.speeds).index(speed) for speed in config.evaluation.speeds]
-
-
-def _supervised(
-    config: ml_collections.ConfigDict, train: UsableRecords, spec: RenderSpec
-) -> dict[str, Fit]:
-    section = config.evaluation.supervised
+def _supervised(run: EvaluatedRun, train: UsableRecords) -> dict[str, Fit]:
+    """Returns a supervised classifier for each probe, by the probe's name."""
+    config = run.config
     fits = {}
     for label, modality in config.evaluation.probes:
-        fit_section = section[modality]
+        section = config.evaluation.supervised[modality]
         render = functools.partial(
             random_views,
             train,
-            spec=spec,
-            speeds=_speeds(config),
+            spec=run.spec,
+            speeds=run.speeds,
             directions=(FORWARD,),
-            views=fit_section.views,
+            views=section.views,
             seed=config.seed,
             modalities=(modality,),
         )
         arrays = render_all(render, len(train), threads=config.evaluation.threads)
         known = (arrays[f"label_{label}"] >= 0) & arrays[f"has_{modality}"]
         labels = arrays[f"label_{label}"][known]
-        fits[modality] = fit_classifier(
+        fits[probe_name(label, modality)] = fit_classifier(
             _encoders(config)[modality],
             arrays[MODALITY_INPUTS[modality]][known],
-            {label: np.repeat(labels[:, None], fit_section.views, axis=1)},
+            {label: np.repeat(labels[:, None], section.views, axis=1)},
             classes={label: len(train.records.class_names[label])},
             prepare=_prepare(config)[modality],
-            spec=FitSpec(**fit_section.fit),
+            spec=FitSpec(**section.fit),
             seed=config.seed,
         )
     return fits
 
 
-def _encode(
-    config: ml_collections.ConfigDict,
-    model: AudioVisualModel,
-    networks: Mapping[str, Any],
-    spec: RenderSpec,
-    source: UsableRecords,
-) -> dict[str, np.ndarray]:
-    section = config.evaluation
+def _network_of_probes(run: EvaluatedRun) -> dict[str, str]:
+    """Returns the name of the supervised network of each probe.
 
-    def render(position: int) -> dict[str, Any]:
-        return fixed_views(
-            source,
-            position,
-            spec,
-            speeds=_speeds(config),
-            views_per_speed=section.views_per_speed,
-            direction=FORWARD,
-        )
+    The n-th network has the encoders of the n-th probe of each modality, so that probes of
+    different modalities share a forward pass.
+    """
+    names, counts = {}, collections.Counter[str]()
+    for label, modality in run.config.evaluation.probes:
+        names[probe_name(label, modality)] = f"supervised{counts[modality]}"
+        counts[modality] += 1
+    return names
+
+
+def _supervised_networks(run: EvaluatedRun, fits: Mapping[str, Fit]) -> dict[str, Any]:
+    """Returns variables of the joint model with supervised encoders, by the network's name."""
+    encoders: dict[str, dict[str, Any]] = collections.defaultdict(dict)
+    names = _network_of_probes(run)
+    for label, modality in run.config.evaluation.probes:
+        probe = probe_name(label, modality)
+        encoders[names[probe]][modality] = fits[probe].encoder_variables
+    # Processes trained the same, but rounding may differ between them.
+    encoders = multihost_utils.broadcast_one_to_all(jax.device_get(dict(encoders)))
+    return {name: _with_encoders(run.variables, trained) for name, trained in encoders.items()}
+
+
+def _encode(
+    run: EvaluatedRun,
+    compute: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]],
+    directory: epath.Path,
+    role: str,
+    records: UsableRecords,
+) -> dict[str, np.ndarray]:
+    """Returns features, labels and, of the test records, embeddings of the pretrained network."""
+    section, spec = run.config.evaluation, run.spec
 
     def describe(arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         log_mel = arrays["spectrogram"] * spec.log_mel.std + spec.log_mel.mean
         return trivial_statistics(arrays["video"], log_mel, cells=section.position_cells)
 
-    compute = feature_function(
-        model, networks, spec, pixel_mean=config.pixels.mean, pixel_std=config.pixels.std
-    )
-    return encode_all(
-        render,
-        len(source),
-        compute,
-        chunk=section.chunk,
-        threads=section.threads,
-        describe_inputs=describe,
-    )
+    def part(positions: Sequence[int]) -> Mapping[str, np.ndarray]:
+        arrays = encode_all(
+            lambda number: fixed_views(
+                records,
+                positions[number],
+                spec,
+                speeds=run.speeds,
+                views_per_speed=section.views_per_speed,
+                direction=FORWARD,
+            ),
+            len(positions),
+            compute,
+            chunk=section.chunk,
+            threads=section.threads,
+            describe_inputs=describe,
+        )
+        return {
+            name: array
+            for name, array in arrays.items()
+            if not name.endswith("_embeddings")
+            or (role == "test" and name.startswith("pretrained/"))
+        }
+
+    return in_parts(directory / role, len(records), part, rows=section.part_records)
 
 
 def _probes(
-    config: ml_collections.ConfigDict,
-    class_names: Mapping[str, Sequence[str]],
-    train: Mapping[str, np.ndarray],
-    test: Mapping[str, np.ndarray],
-    networks: Mapping[str, Any],
+    run: EvaluatedRun, train: Mapping[str, np.ndarray], test: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, dict[str, ProbeResult]], dict[str, dict[str, float]]]:
     """Returns the probes of every network, and those of trivial statistics, by probe."""
-    section = config.evaluation
+    section = run.config.evaluation
     probes, trivial = {}, {}
     for label, modality in section.probes:
 
@@ -312,13 +296,16 @@ def _probes(
                 test[name][chosen[1]],
                 test[f"label_{label}"][chosen[1]],
                 train_sources=train["source_id"][chosen[0]],
-                classes=len(class_names[label]),
-                seed=config.seed,
+                classes=len(run.test.records.class_names[label]),
+                seed=run.config.seed,
                 **section.probe,
             )
 
-        name = f"{label}_from_{modality}"
-        probes[name] = {n: probe(f"{n}/{modality}_features") for n in networks}
+        name = probe_name(label, modality)
+        networks = {"random": "random", "pretrained": "pretrained"}
+        if section.supervised.enabled:
+            networks["supervised"] = _network_of_probes(run)[name]
+        probes[name] = {n: probe(f"{key}/{modality}_features") for n, key in networks.items()}
         trivial[name] = {statistic: probe(statistic).accuracy for statistic in _TRIVIAL}
     return probes, trivial
 
@@ -333,50 +320,48 @@ def _probe_results(by_network: Mapping[str, ProbeResult]) -> dict[str, float | N
     return results | {"chance": by_network["pretrained"].chance}
 
 
-def _temporal(
-    config: ml_collections.ConfigDict,
-    model: AudioVisualModel,
-    variables: Any,
-    test: UsableRecords,
-    spec: RenderSpec,
-) -> dict[str, TaskScore]:
-    section = config.evaluation
+def _temporal(run: EvaluatedRun, protocol_run: ProtocolRun) -> dict[str, np.ndarray]:
+    """Returns logits and labels of the temporal tasks on pairs of views of the test records."""
+    config, section = run.config, run.config.evaluation
     compute = logit_function(
-        model, variables, spec, pixel_mean=config.pixels.mean, pixel_std=config.pixels.std
+        experiment.audio_visual_model(config),
+        run.variables,
+        run.spec,
+        pixel_mean=config.pixels.mean,
+        pixel_std=config.pixels.std,
     )
-    arrays = task_logits(
-        compute,
-        test,
-        spec,
-        range(len(test)),
-        pairs=section.pairs_per_video,
-        seed=config.seed,
-        chunk=section.chunk,
-        threads=section.threads,
-    )
-    return score_tasks(arrays, config.seed)
 
-
-def _null(config: ml_collections.ConfigDict, spec: RenderSpec) -> NullControl | str:
-    """Returns the null controls, or why there are none."""
-    section = config.evaluation.null
-    if not section.train_split:
-        return "evaluation.null.train_split names no split"
-    rendered = []
-    for number, split in enumerate((section.train_split, section.test_split)):
-        try:
-            records = RecordDataset(config.data.directory, split)
-        except RecordError as error:
-            return str(error)
-        rendered.append(
-            render_null_views(
-                UsableRecords(records, spec),
-                spec,
-                views=(section.train_views, section.test_views)[number],
-                seed=config.seed + number,
-                threads=config.evaluation.threads,
-            )
+    def part(positions: Sequence[int]) -> Mapping[str, np.ndarray]:
+        return task_logits(
+            compute,
+            run.test,
+            run.spec,
+            positions,
+            pairs=section.pairs_per_video,
+            seed=config.seed,
+            chunk=section.chunk,
+            threads=section.threads,
         )
+
+    directory = protocol_run.features / key_of(protocol_run.fingerprint) / "temporal"
+    return in_parts(directory, len(run.test), part, rows=section.part_records)
+
+
+def _null(run: EvaluatedRun, train: UsableRecords, test: UsableRecords) -> NullControl:
+    config, section = run.config, run.config.evaluation.null
+    combinations = 2 * len(config.views.speeds)  # of direction and speed
+    rendered = [
+        render_null_views(
+            records,
+            run.spec,
+            views=views * combinations,
+            seed=config.seed + number,
+            threads=config.evaluation.threads,
+        )
+        for number, (records, views) in enumerate(
+            ((train, section.train_views), (test, section.test_views))
+        )
+    ]
     return null_control(
         *rendered,
         encoders=_encoders(config),

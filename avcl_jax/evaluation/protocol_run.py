@@ -17,6 +17,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import ml_collections
 from etils import epath
 
@@ -81,9 +82,26 @@ class ProtocolRun:
     def finished(self) -> dict[str, Any] | None:
         """Returns the results in `workdir` if they are those of this run, and says so.
 
+        Otherwise makes the directory, before anything is computed that could not be kept.
+
         Raises:
-            ProtocolError: if the directory holds something else that this run would overwrite.
+            ProtocolError: if the directory contains something else that this run would overwrite,
+                or cannot be written.
         """
+        results = self._results()
+        if results is None and jax.process_index() == 0:
+            try:
+                self.workdir.mkdir(parents=True, exist_ok=True)
+                trial = self.workdir / "results.json.trial"
+                trial.write_text("")
+                trial.unlink()
+            except OSError as error:
+                raise ProtocolError(
+                    f"{self.workdir} cannot be written ({error}): choose another --workdir"
+                ) from error
+        return results
+
+    def _results(self) -> dict[str, Any] | None:
         path = self.workdir / RESULTS
         if (self.workdir / "checkpoints").exists() and not (self.in_training or path.exists()):
             raise ProtocolError(

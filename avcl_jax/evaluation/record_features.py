@@ -6,7 +6,7 @@ import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from avcl_jax.training import sharding
 
 ClipPooling = Literal["mean", "mean_max", "bands_mean_max"]
 RecordPooling = Literal["clips", "mean", "mean_max"]
+Row = TypeVar("Row")
 _BATCHES_AHEAD = 2
 
 
@@ -95,8 +96,12 @@ def record_features(
     )
 
     def part(positions: Sequence[int]) -> dict[str, np.ndarray]:
-        batches = _rendered(clips, positions, chunk=compute.rows, threads=spec.threads)
-        features = np.concatenate([compute(batch)[:real] for batch, real in batches])
+        batches = rendered_ahead(
+            clips.__getitem__, positions, chunk=compute.rows, threads=spec.threads
+        )
+        features = np.concatenate(
+            [compute(np.stack(padded(rows, compute.rows)))[: len(rows)] for rows in batches]
+        )
         if not (finite := np.isfinite(features).reshape(len(features), -1).all(axis=1)).all():
             bad = clips.record_ids[positions[int(np.flatnonzero(~finite)[0])]]
             raise ProtocolError(
@@ -152,25 +157,30 @@ def _pooling(encoder: Encoder, kind: ClipPooling) -> Callable[[Any, jax.Array], 
     return pooled
 
 
-def _rendered(
-    clips: RecordClips, positions: Sequence[int], *, chunk: int, threads: int
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields batches [chunk, clips, …] and how many of their rows are real.
+def rendered_ahead(
+    render: Callable[[int], Row], positions: Sequence[int], *, chunk: int, threads: int
+) -> Iterator[list[Row]]:
+    """Yields what is rendered of up to `chunk` records at a time, in order.
 
-    Batches are rendered while the device computes; the last is filled up with repetitions, so that
-    one shape is compiled.
+    Threads render the next records while the device computes.
+
+    Args:
+        render: renders one record, from its position.
+        positions: positions of the records.
+        chunk: records in a batch; the last has what is left.
+        threads: records rendered at a time.
     """
     with ThreadPoolExecutor(threads) as pool:
-        pending: collections.deque[list[Future[np.ndarray]]] = collections.deque()
+        pending: collections.deque[list[Future[Row]]] = collections.deque()
         for start in range(0, len(positions), chunk):
             chosen = positions[start : start + chunk]
-            pending.append([pool.submit(clips.__getitem__, position) for position in chosen])
+            pending.append([pool.submit(render, position) for position in chosen])
             if len(pending) > _BATCHES_AHEAD:
-                yield _batch(pending.popleft(), chunk)
+                yield [future.result() for future in pending.popleft()]
         while pending:
-            yield _batch(pending.popleft(), chunk)
+            yield [future.result() for future in pending.popleft()]
 
 
-def _batch(futures: Sequence[Future[np.ndarray]], chunk: int) -> tuple[np.ndarray, int]:
-    rows = [future.result() for future in futures]
-    return np.stack([*rows, *[rows[-1]] * (chunk - len(rows))]), len(rows)
+def padded(rows: Sequence[Row], chunk: int) -> list[Row]:
+    """Fills a batch up with repetitions of its last row, so that one shape is compiled."""
+    return [*rows, *[rows[-1]] * (chunk - len(rows))]

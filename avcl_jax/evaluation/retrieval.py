@@ -197,6 +197,16 @@ def retrieval_scores(
     )
 
 
+def check_recall_at(recall_at: Sequence[int], *, setting: str) -> None:
+    """Refuses ranks that do not exist.
+
+    Raises:
+        UserError: naming `setting`.
+    """
+    if not all(isinstance(k, int) and k >= 1 for k in recall_at):
+        raise UserError(f"{setting} {tuple(recall_at)} must be whole numbers of at least 1")
+
+
 def chance_recall(
     query_ids: np.ndarray, gallery_ids: np.ndarray, recall_at: Sequence[int]
 ) -> dict[int, float]:

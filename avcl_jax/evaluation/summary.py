@@ -33,6 +33,8 @@ from avcl_jax.evaluation.written import Stages
 from avcl_jax.objectives.temporal import TERMS
 from avcl_jax.training.metric_writer import peak_memory_gb
 
+_FEWEST_SHOWN = 4  # records in a map and among neighbours
+
 
 def write_summary(
     protocol_run: ProtocolRun,
@@ -106,7 +108,7 @@ def _shown(
     exhibits = Exhibits(
         test,
         spec,
-        speed=list(config.views.speeds).index(section.speed),
+        speed=len(config.views.speeds) // 2,  # neither an instant nor all of a video
         stills=section.stills,
     )
     rng = np.random.default_rng(config.seed)
@@ -132,6 +134,8 @@ def _shown(
     planes: list[list[Map]] = []
     for label, modality in config.evaluation.probes:
         known = np.flatnonzero(features[f"has_{modality}"] & (features[f"label_{label}"] >= 0))
+        if len(known) < _FEWEST_SHOWN:
+            continue
         own = features[f"pretrained/{modality}_features"][known]
         labels = features[f"label_{label}"][known]
         chosen = np.sort(rng.choice(len(known), min(section.queries, len(known)), replace=False))
@@ -202,7 +206,8 @@ def _protocol(config: ml_collections.ConfigDict, results: Mapping[str, Any]) -> 
         "exact.",
     ]
     for name, fit in results["supervised"].items():
-        own = e.supervised[name]
+        label, modality = name.rsplit("_from_", 1)
+        own = e.supervised[modality]
         reason = {
             "target": f"the training loss was below {own.fit.loss_target}",
             "plateau": f"the training loss was on a plateau (mean over {own.fit.window} epochs not "
@@ -210,17 +215,17 @@ def _protocol(config: ml_collections.ConfigDict, results: Mapping[str, Any]) -> 
             "max_epochs": "the bound on epochs was met",
         }[fit["stopped"]]
         sentences.append(
-            f"Supervised {name} encoder: same shape, trained from scratch with a linear head on "
-            f"{own.views} random views of each training video for {fit['epochs']} epochs. The "
-            f"learning rate was constant until {reason}, then fell to zero over "
+            f"Supervised {modality} encoder of {label}: same shape, trained from scratch with a "
+            f"linear head on {own.views} random views of each training video for {fit['epochs']} "
+            f"epochs. The learning rate was constant until {reason}, then fell to zero over "
             f"{own.fit.decay_epochs} epochs; final training loss {fit['train_loss']:.3f}. Probed "
             "like the others."
         )
     if "views" in results["null_control"]:
         sentences.append(
             f"Null controls: encoders of the same shape trained on speed and direction of "
-            f"stationary noise ({e.null.train_views} rendered views of each video, all speeds and "
-            f"directions equally often), tested on {results['null_control']['views']} views of "
+            f"stationary noise ({e.null.train_views} rendered views of each video at each speed in "
+            f"each direction), tested on {results['null_control']['views']} views of "
             "other noise."
         )
     return sentences

@@ -119,8 +119,8 @@ class Fit:
 
     @property
     def encoder_variables(self) -> dict[str, Any]:
-        """Parameters and batch statistics of the encoder alone."""
-        return {kind: tree["encoder"] for kind, tree in self.variables.items()}
+        """Parameters of the encoder alone, and its batch statistics where it has any."""
+        return {kind: tree["encoder"] for kind, tree in self.variables.items() if "encoder" in tree}
 
     def predict(self, views: np.ndarray, *, batch_size: int) -> dict[str, np.ndarray]:
         """Returns logits float32 [n, classes] of each label for views [n, ...]."""

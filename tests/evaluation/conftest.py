@@ -19,6 +19,7 @@ from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.training import loop
 from avcl_jax.training.checkpoint import Checkpoints, Progress
 from configs import evaluate as evaluate_config
+from configs import pretrain
 
 RATE, FPS, SIDE, SECONDS = 4000, 16, 16, 3.0
 CLASS_NAMES = {"motion": ["across", "down"], "material": ["low", "high"]}
@@ -93,8 +94,8 @@ def small_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small_config(records):
-    """The task `evaluate` on the small data set with networks of a few hundred weights."""
-    c = evaluate_config.get_config("demo")
+    """Pretraining on the small data set with networks of a few hundred weights."""
+    c = pretrain.get_config("demo")
     c.unlock()
     c.data.directory = str(records)
     c.global_batch_size = 4
@@ -107,6 +108,13 @@ def small_config(records):
     c.model.video.update({"widths": (8,), "depths": (0,)})
     c.model.audio.update({"widths": (8,), "depths": (0,), "patch": (2, 8)})
     c.bank.size = 16
+    return c
+
+
+def small_evaluation():
+    """The task `evaluate` in seconds, for the records and the run that it is given."""
+    c = evaluate_config.get_config("demo")
+    c.unlock()
     e = c.evaluation
     e.update(
         {
@@ -120,7 +128,7 @@ def small_config(records):
         e.supervised[modality].views = 2
         fit = {"batch_size": 8, "max_epochs": 2, "decay_epochs": 1}
         e.supervised[modality].fit.update(fit)
-    e.null.update({"train_views": 6, "test_views": 6})
+    e.null.update({"train_views": 1, "test_views": 1})
     e.null.fit.update({"batch_size": 16, "max_epochs": 1, "decay_epochs": 1})
     e.report.update({"queries": 1, "results": 2, "stills": 2})
     return c
@@ -128,21 +136,26 @@ def small_config(records):
 
 @pytest.fixture(scope="session")
 def small_run(small_records, tmp_path_factory):
-    """An untrained run: a checkpoint of step 0 with its config and one line of metrics."""
+    """An untrained run: its config, its directory, its state."""
     config = small_config(small_records)
-    workdir = epath.Path(tmp_path_factory.mktemp("run"))
-    trained = config.copy_and_resolve_references()
-    trained.task = "pretrain"
-    (workdir / "config.json").write_text(experiment.to_json(trained))
+    workdir = untrained_run(config, small_records, tmp_path_factory.mktemp("run"))
+    _, init, _ = loop.build(config)
+    return config, workdir, init(jax.random.key(0))[0]
+
+
+def untrained_run(config, records, directory):
+    """Writes a checkpoint of step 0 with its config and one line of metrics."""
+    workdir = epath.Path(directory)
+    workdir.mkdir(exist_ok=True)
+    (workdir / "config.json").write_text(experiment.to_json(config))
     metrics = {"step": 4, "split": "train", "va/loss": 2.0, "loss": 3.0, "peak_memory_gb": 99.0}
     (workdir / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
     _, init, _ = loop.build(config)
-    state, _ = init(jax.random.key(0))
     checkpoints = Checkpoints(workdir, keep=1)
-    train = UsableRecords(RecordDataset(small_records, "train"), experiment.render_spec(config))
-    checkpoints.save(state, Progress(0, 12.5, train.fingerprint, 1))
+    train = UsableRecords(RecordDataset(records, "train"), experiment.render_spec(config))
+    checkpoints.save(init(jax.random.key(0))[0], Progress(0, 12.5, train.fingerprint, 1))
     checkpoints.close()
-    return config, workdir, state
+    return workdir
 
 
 def sound_record(name, source, seed, pitch_hz, labels, seconds=1.0):

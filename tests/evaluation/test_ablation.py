@@ -14,7 +14,7 @@ from avcl_jax.evaluation.ablation import Figure, effect, effects, variant_config
 from avcl_jax.evaluation.evaluate import PROTOCOL, evaluate
 from avcl_jax.training.loop import pretrain
 from configs import ablation as ablation_config
-from tests.evaluation.conftest import small_config
+from tests.evaluation.conftest import small_config, small_evaluation
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,7 @@ def _small(records) -> object:
     c = ablation_config.get_config()
     c.unlock()
     c.update(small_config(records))
+    c.evaluation.update(small_evaluation().evaluation)
     c.task, c.data.make_demo, c.compilation_cache = "ablation", False, ""
     c.steps, c.log_every, c.checkpoint_every, c.optimizer.warmup_steps = 2, 1, 1, 0
     c.bank.update({"num_negatives": 4, "negative_ranks": 8, "positive_ranks": 4})

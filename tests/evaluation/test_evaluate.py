@@ -13,37 +13,112 @@ from avcl_jax import experiment
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.evaluation.evaluate import evaluate
 from avcl_jax.evaluation.linear_probe import run_linear_probe
-from avcl_jax.evaluation.protocol import OUTCOMES, read_outcomes
+from avcl_jax.evaluation.protocol import OUTCOMES, ProtocolError, read_outcomes
 from avcl_jax.export import export_run, load_encoder
-from configs import linear_probe
-from tests.evaluation.conftest import small_config
+from avcl_jax.objectives.temporal import TERMS
+from configs import evaluate as evaluate_config
+from configs import export, linear_probe
+from tests.evaluation.conftest import small_config, small_evaluation, untrained_run
 
 
 @pytest.fixture(scope="module")
 def results(small_run):
-    config, workdir, _ = small_run
-    evaluate(config, workdir)
-    return json.loads((workdir / "results.json").read_text())
+    evaluate(small_evaluation(), small_run[1])
+    return json.loads((small_run[1] / "results.json").read_text())
 
 
-def test_views_that_form_no_pairs_are_refused_before_any_work(small_run, tmp_path):
-    config = small_run[0].copy_and_resolve_references()
-    config.evaluation.speeds = (1, 2, 4)
-    with pytest.raises(ValueError, match="3 views of each video do not form pairs"):
-        evaluate(config, tmp_path)  # where no run is, so that only the first check can speak
+# What a person sets, and what is said of it before the first record is read.
+REFUSED = {
+    "3 views of each video do not form pairs": {"evaluation.speeds": (1, 2, 4)},
+    r"speeds \[3\] were not trained, these were: \[1, 2, 4\]": {"evaluation.speeds": (1, 3)},
+    r"recall_at \(0, 5\) must be whole numbers": {"evaluation.recall_at": (0, 5)},
+    "25 folds need as many training sources, got 24": {"evaluation.probe.folds": 25},
+    "no record of .*null_test.* has video and a known 'motion'": {
+        "evaluation.test_split": "null_test"
+    },
+    r"'colour' from video, but .* has the labels \['material', 'motion'\]: set --config": {
+        "evaluation.probes": (("colour", "video"),)
+    },
+    "'motion' from picture: modality must be": {"evaluation.probes": (("motion", "picture"),)},
+    "'motion' from video more than once": {"evaluation.probes": (("motion", "video"),) * 2},
+    r"no split 'validation', it has \[.*test_split": {"evaluation.test_split": "validation"},
+    r"no split 'noise', it has \[.*null.train_split": {"evaluation.null.train_split": "noise"},
+    "24 records .* do not fill a batch of 32: set .*supervised.audio": {
+        "evaluation.supervised.audio.fit.batch_size": 32
+    },
+    "60 views .* do not fill a batch of 99: set .*null": {"evaluation.null.fit.batch_size": 99},
+    "no records at .*nowhere: set --config.data.directory": {"data.directory": "nowhere"},
+    r"cannot select fold=1: .* has the labels": {"evaluation.test_select": "fold=1"},
+}
 
 
-def test_too_few_labelled_videos_are_refused_before_any_work(small_run, tmp_path, monkeypatch):
-    config, workdir, _ = small_run
-    shutil.copytree(workdir, tmp_path / "run")
-    monkeypatch.setattr(RecordDataset, "__getitem__", None)  # no record is read
-    config = config.copy_and_resolve_references()
-    config.evaluation.probe.folds = 25
-    with pytest.raises(ValueError, match="25 folds need as many training sources, got 24"):
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_does_not_fit_is_refused_before_any_work(small_run, tmp_path, monkeypatch, said):
+    shutil.copytree(small_run[1], tmp_path / "run")
+    monkeypatch.setattr(RecordDataset, "__getitem__", None)
+    config = small_evaluation()
+    config.update_from_flattened_dict(REFUSED[said])
+    with pytest.raises(ValueError, match=said) as error:
         evaluate(config, tmp_path / "run")
-    config.evaluation.test_split = "null_test"
-    with pytest.raises(ValueError, match=r"no record of .*null_test.* has a known 'motion'"):
-        evaluate(config, tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+def test_a_directory_without_a_run_or_that_cannot_be_written_is_refused(small_run, tmp_path):
+    with pytest.raises(ValueError, match="does not contain a pretraining run"):
+        evaluate(small_evaluation(), tmp_path)
+    with pytest.raises(ValueError, match="does not contain a pretraining run"):
+        export_run(export.get_config(), tmp_path)
+    shutil.copytree(small_run[1], tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink(missing_ok=True)
+    (tmp_path / "run" / "results.json.trial").mkdir()
+    with pytest.raises(ProtocolError, match=r"run cannot be written .*: choose another --workdir"):
+        evaluate(small_evaluation(), tmp_path / "run")
+
+
+def test_each_probe_of_a_modality_is_bounded_by_its_own_supervised_encoder(
+    small_run, results, tmp_path
+):
+    shutil.copytree(small_run[1], tmp_path / "run")
+    config = small_evaluation()
+    config.evaluation.probes = (("material", "video"), ("motion", "video"), ("material", "audio"))
+    config.evaluation.null.train_split = ""
+    ours = evaluate(config, tmp_path / "run")
+    assert set(ours["supervised"]) == {
+        "material_from_video",
+        "motion_from_video",
+        "material_from_audio",
+    }
+    first, second = (ours["supervised"][f"{name}_from_video"] for name in ("material", "motion"))
+    assert first != second
+    for probe in ("motion_from_video", "material_from_audio"):
+        assert ours["supervised"][probe] == results["supervised"][probe]
+        assert ours["probe"][probe] == results["probe"][probe]
+
+
+def test_an_interrupted_evaluation_resumes_from_its_parts(
+    small_run, results, tmp_path, monkeypatch
+):
+    shutil.copytree(small_run[1], tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    monkeypatch.setattr("avcl_jax.evaluation.evaluate.fixed_views", None)
+    monkeypatch.setattr("avcl_jax.evaluation.evaluate.task_logits", None)
+    config = small_evaluation()
+    config.data.directory = ""  # that of the run
+    again = evaluate(config, tmp_path / "run")
+    assert again["metrics"] == results["metrics"]
+
+
+def test_a_run_of_other_speeds_is_evaluated_by_the_general_preset(small_records, tmp_path):
+    config = small_config(small_records)
+    config.views.speeds = (2, 3)
+    workdir = untrained_run(config, small_records, tmp_path / "run")
+    general = evaluate_config.get_config()
+    general.evaluation.update({"views_per_speed": 2, "pairs_per_video": 4})
+    found = evaluate(general, workdir)
+    assert found["config"]["evaluation"]["speeds"] == [2, 3]
+    assert found["probe"] == {}
+    assert set(found["temporal"]) == set(TERMS)
+    assert found["data"].keys() == {"test"}
 
 
 def test_results_have_every_key_of_the_issue_and_fractions(results):
@@ -93,13 +168,13 @@ def test_material_is_read_where_its_mean_spectrum_gives_it_away(results):
 def test_the_linear_probe_is_one_number_whichever_command_gives_it(
     small_run, small_records, results, tmp_path, preset, probe
 ):
-    run, workdir, _ = small_run
+    workdir = small_run[1]
     config = linear_probe.get_config(preset)
     with config.unlocked():
         config.encoder = str(workdir)
         config.data.update({"directory": str(small_records), "make_demo": False})
         config.features.update({"speeds": (1, 2), "clips": 1})
-        config.probe = run.evaluation.probe
+        config.probe = small_evaluation().evaluation.probe
         config.bootstrap.resamples = 20
     alone = run_linear_probe(config, tmp_path)
     chosen = alone["details"]["splits"][0]["chosen"]
@@ -122,7 +197,7 @@ def test_the_page_shows_the_run(small_run, results):
 
 def test_exported_encoders_compute_what_the_run_computes(small_run):
     config, workdir, state = small_run
-    exported = export_run(config, workdir)
+    exported = export_run(export.get_config(), workdir)
     assert set(exported) == {"video", "audio"}
     encoder = load_encoder(workdir / "export" / "video")
     frames = np.random.default_rng(0).integers(0, 256, size=(8, 16, 16, 3), dtype=np.uint8)
@@ -137,17 +212,3 @@ def test_exported_encoders_compute_what_the_run_computes(small_run):
     expected = apply(variables, jax.numpy.asarray(pixels), train=False)["features"]
     np.testing.assert_allclose(encoder(frames, 16.0), expected, atol=1e-6)
     assert encoder.config["source"]["step"] == 0
-
-
-def test_what_does_not_fit_the_run_is_refused(small_run, small_records):
-    _, workdir, _ = small_run
-    config = small_config(small_records)
-    config.model.video.widths = (16,)
-    with pytest.raises(ValueError, match=r"other settings: model\.video\.widths"):
-        evaluate(config, workdir)
-    config = small_config(small_records)
-    config.evaluation.probes = (("colour", "video"),)
-    with pytest.raises(ValueError, match=r"no label 'colour', it has \['material', 'motion'\]"):
-        evaluate(config, workdir)
-    with pytest.raises(ValueError, match=r"holds no run \(config\.json is missing\)"):
-        evaluate(config, workdir / "elsewhere")

@@ -14,11 +14,12 @@ from avcl_jax.evaluation.probe import ProbeResult
 from avcl_jax.evaluation.protocol import Measured, ProtocolError, estimate, read_outcomes
 from avcl_jax.evaluation.retrieval import RetrievalScores
 from avcl_jax.evaluation.run_outcomes import run_outcomes
+from tests.evaluation.conftest import small_evaluation
 
 
 @pytest.fixture(scope="module")
 def results(small_run):
-    evaluate(*small_run[:2])
+    evaluate(small_evaluation(), small_run[1])
     return json.loads((small_run[1] / "results.json").read_text())
 
 
@@ -123,7 +124,7 @@ def test_the_run_is_compared_with_itself_and_tells_no_difference(small_run, resu
 
 
 def test_records_that_were_pretrained_on_are_no_test(small_run):
-    config = small_run[0].copy_and_resolve_references()
+    config = small_evaluation()
     config.evaluation.test_split = config.evaluation.train_split
     with pytest.raises(ProtocolError, match="test records"):
         evaluate(config, small_run[1])

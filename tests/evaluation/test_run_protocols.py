@@ -104,7 +104,7 @@ def test_audio_video_retrieval_needs_a_run_of_both(
 ):
     config = _cross_modal(small_records, small_run)
     config.encoder = str(tmp_path)
-    with pytest.raises(ExportError, match="needs the heads"):
+    with pytest.raises(ExportError, match="lacks the heads"):
         audio_video_retrieval(config, tmp_path / "w")
     config = _cross_modal(small_records, small_run)
     config.features.speeds = (1, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -68,6 +69,29 @@ def test_it_learns_what_can_be_learned_and_generalises():
     alone = fit.predict(test_views[7:8, 0], batch_size=16)["class"]
     np.testing.assert_allclose(alone[0], logits[7], atol=1e-5)
     assert set(fit.encoder_variables) == {"params", "batch_stats"}
+
+
+class _Plain(nn.Module):
+    """An encoder without batch statistics, as a transformer is."""
+
+    @nn.compact
+    def __call__(self, clips, *, train):
+        del train
+        return {"features": nn.Dense(4)(clips.reshape(len(clips), -1))}
+
+
+def test_an_encoder_without_batch_norm_is_trained_and_handed_over():
+    views, labels = _views(np.random.default_rng(3), 32)
+    fit = fit_classifier(
+        _Plain(),
+        views,
+        {"class": labels},
+        classes={"class": 3},
+        prepare=jnp.asarray,
+        spec=dataclasses.replace(SPEC, max_epochs=1, decay_epochs=1),
+        seed=0,
+    )
+    assert set(fit.encoder_variables) == {"params"}
 
 
 def test_it_stops_on_a_plateau_where_nothing_can_be_learned():

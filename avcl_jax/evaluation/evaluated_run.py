@@ -1,0 +1,208 @@
+"""Run and records that `evaluate` works on, opened and checked before the first slow step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+import numpy as np
+from etils import epath
+
+from avcl_jax import experiment
+from avcl_jax.data.records import RecordDataset, RecordError
+from avcl_jax.data.rendering import RenderSpec
+from avcl_jax.data.selection import Selection
+from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.encoder_source import EncoderSource, source_of_run
+from avcl_jax.errors import UserError
+from avcl_jax.evaluation.embed import check_pairs
+from avcl_jax.evaluation.linear_classifier import check_sources
+from avcl_jax.evaluation.retrieval import check_recall_at
+from avcl_jax.evaluation.trained_on import check_not_trained_on
+from avcl_jax.export import load_run
+from avcl_jax.paths import absolute_path
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluatedRun:
+    """A pretraining run, and records to show to it.
+
+    Attributes:
+        config: the run's own config with the sections of `configs/evaluate.py`.
+        source: encoders of the run.
+        variables: variables of the joint model.
+        step: training step.
+        spec: rendering, spectrograms made on the host.
+        test: test records.
+        train: training records of the probes; None without probes.
+        null: training and test records of noise; None without null controls.
+    """
+
+    config: ml_collections.ConfigDict
+    source: EncoderSource
+    variables: Mapping[str, Any]
+    step: int
+    spec: RenderSpec
+    test: UsableRecords
+    train: UsableRecords | None
+    null: tuple[UsableRecords, UsableRecords] | None
+
+    @property
+    def data(self) -> dict[str, str]:
+        """Fingerprints of the records by role."""
+        train = {} if self.train is None else {"train": self.train.fingerprint}
+        return train | {"test": self.test.fingerprint}
+
+    @property
+    def speeds(self) -> list[int]:
+        """Indices of the playback speeds at which features are computed."""
+        trained = list(self.config.views.speeds)
+        return [trained.index(speed) for speed in self.config.evaluation.speeds]
+
+
+def probe_name(label: str, modality: str) -> str:
+    """Returns the name of a linear probe in results.json."""
+    return f"{label}_from_{modality}"
+
+
+def open_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> EvaluatedRun:
+    """Opens a run and its records, and checks everything that its evaluation will need.
+
+    Args:
+        config: as `configs/evaluate.py` returns it.
+        workdir: working directory of the run.
+
+    Raises:
+        ExportError: if `workdir` does not contain a pretraining run.
+        RecordError: if the data set or a split is not there.
+        UserError: if settings fit neither each other, the run nor the records.
+        ProtocolError: if test records were pretrained on.
+    """
+    section = config.evaluation
+    check_recall_at(section.recall_at, setting="evaluation.recall_at")
+    run, variables, step = load_run(workdir)
+    merged = _with_sections(run, config)
+    check_pairs(len(merged.evaluation.speeds) * section.views_per_speed)
+    # Made on the host, whatever training did: numpy and jax.numpy agree to 1e-4 by test.
+    spec = dataclasses.replace(experiment.render_spec(merged), spectrogram_on_device=False)
+    directory = absolute_path(merged.data.directory)
+    if not directory.exists():
+        raise UserError(
+            f"there are no records at {directory}: set --config.data.directory to the data set of "
+            f"{workdir}"
+        )
+
+    def records(setting: str, split: str, select: str = "") -> UsableRecords:
+        try:
+            dataset = RecordDataset(directory, split)
+        except RecordError as error:
+            raise RecordError(
+                f"{error}: set --config.{setting}, or prepare more media into the data set with "
+                "--split"
+            ) from error
+        return UsableRecords(dataset, spec, Selection.parse(select))
+
+    test = records("evaluation.test_split", section.test_split, section.test_select)
+    train = null = None
+    if len(section.probes):
+        train = records("evaluation.train_split", section.train_split, section.train_select)
+        _check_probes(merged, train, test)
+    if section.null.train_split:
+        null = (
+            records("evaluation.null.train_split", section.null.train_split),
+            records("evaluation.null.test_split", section.null.test_split),
+        )
+        _check_fills_a_batch(
+            "evaluation.null",
+            section.null.fit.batch_size,
+            len(null[0]) * section.null.train_views * 2 * len(merged.views.speeds),
+            f"views of {null[0]!r}",
+        )
+    source = source_of_run(workdir, run, variables, step)
+    check_not_trained_on(
+        source,
+        test.records,
+        test.indices,
+        allow=merged.data.allow_trained_on,
+        what="test records",
+    )
+    return EvaluatedRun(merged, source, variables, step, spec, test, train, null)
+
+
+def _with_sections(
+    run: ml_collections.ConfigDict, config: ml_collections.ConfigDict
+) -> ml_collections.ConfigDict:
+    """Returns the config of a run with what evaluation decides."""
+    merged = run.copy_and_resolve_references()
+    with merged.unlocked():
+        merged.task = config.task
+        merged.evaluation = config.evaluation.copy_and_resolve_references()
+        merged.bootstrap = config.bootstrap
+        merged.data.allow_trained_on = config.data.allow_trained_on
+        if config.data.directory:
+            merged.data.directory = config.data.directory
+        trained, speeds = list(run.views.speeds), list(config.evaluation.speeds)
+        if unknown := [speed for speed in speeds if speed not in trained]:
+            raise UserError(
+                f"evaluation.speeds {unknown} were not trained, these were: {trained}: set "
+                "--config.evaluation.speeds"
+            )
+        merged.evaluation.speeds = tuple(speeds or trained)
+    return merged
+
+
+def _check_probes(
+    config: ml_collections.ConfigDict, train: UsableRecords, test: UsableRecords
+) -> None:
+    section = config.evaluation
+    probes = [tuple(probe) for probe in section.probes]
+    for label, modality in probes:
+        asked = f"evaluation.probes asks for {label!r} from {modality}"
+        if modality not in ("video", "audio"):
+            raise UserError(f"{asked}: modality must be 'video' or 'audio'")
+        if probes.count((label, modality)) > 1:
+            raise UserError(f"{asked} more than once")
+        if config.modalities not in ("audio_visual", modality):
+            raise UserError(f"{asked}, but the run trained {config.modalities} only")
+        for records in (train, test):
+            if label in records.records.multilabel:
+                raise UserError(
+                    f"{asked}, a label of which a record may have several: linear probes need one "
+                    "class per record"
+                )
+            if label not in records.records.class_names:
+                raise UserError(
+                    f"{asked}, but {records!r} has the labels "
+                    f"{sorted(records.records.class_names)}: set --config.evaluation.probes, for "
+                    'none "--config.evaluation.probes=()"'
+                )
+        known = [_labelled(records, label, modality) for records in (train, test)]
+        if not len(known[1]):
+            raise UserError(
+                f"no record of {test!r} has {modality} and a known {label!r}: set "
+                "--config.evaluation.probes"
+            )
+        check_sources(train.records.source_numbers[known[0]], section.probe.folds)
+        if section.supervised.enabled:
+            _check_fills_a_batch(
+                f"evaluation.supervised.{modality}",
+                section.supervised[modality].fit.batch_size,
+                len(known[0]),
+                f"records of {train!r} with {modality} and a known {label!r}",
+            )
+
+
+def _labelled(records: UsableRecords, label: str, modality: str) -> np.ndarray:
+    """Returns positions in the data set of usable records with a modality and a known label."""
+    usable = np.setdiff1d(records.indices, records.lacking((modality,)))
+    return usable[records.records.labels[label][usable] >= 0]
+
+
+def _check_fills_a_batch(setting: str, batch_size: int, items: int, what: str) -> None:
+    if items < batch_size:
+        raise UserError(
+            f"{items} {what} do not fill a batch of {batch_size}: set "
+            f"--config.{setting}.fit.batch_size"
+        )
