@@ -24,25 +24,36 @@ from avcl_jax.models.audio_visual import AudioVisualModel
 from avcl_jax.objectives.feature_bank import BankSampling
 from avcl_jax.paths import absolute_path
 
-# These change how a run is executed and watched, not what it computes: a run may go on with others.
-EXECUTION_KEYS = (
-    "data.directory",
-    "data.workers",
-    "data.threads",
-    "data.prefetch",
-    "data.max_bad_records",
-    "log_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "mesh.fsdp",
-    "model.remat",
-    "compilation_cache",
-)
-
-
 # Files and folders: used and recorded as absolute paths, so that results can be read from every
 # folder. None of them decides a figure: what lies there does.
 PATH_KEYS = ("checkpoint", "encoder", "data.directory", "data.files", "data.sounds")
+
+# Settings that change how and where a run is executed and watched, not what it computes: a run is
+# resumed, and its results are accepted, with others. Data and encoders are identified by their
+# fingerprints, not by where they are.
+EXECUTION_KEYS = frozenset(
+    {
+        "name",
+        *PATH_KEYS,
+        "data.workers",
+        "data.threads",
+        "data.prefetch",
+        "data.max_bad_records",
+        "evaluation.chunk",
+        "evaluation.threads",
+        "evaluation.part_records",
+        "features.chunk",
+        "features.part_records",
+        "test.chunk",
+        "threads",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "mesh.fsdp",
+        "model.remat",
+        "compilation_cache",
+    }
+)
 
 
 def with_absolute_paths(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -15,7 +15,6 @@ import ml_collections
 
 from configs import evaluate, pretrain
 
-_TEMPORAL = ("speed", "direction", "order")
 _TERMS = {
     "speed": ("speed_video", "speed_audio"),
     "direction": ("direction_video", "direction_audio"),
@@ -36,12 +35,41 @@ def get_config(preset: str = "demo") -> ml_collections.ConfigDict:
         demo(c)
     c.ablation = ml_collections.ConfigDict()
     c.ablation.seeds = (0, 1, 2)
-    c.ablation.only = ("",)[:0]  # variants to run here; none given runs all
-    c.ablation.variants = variants(c)
+    c.ablation.only = ()  # variants to run here; () runs all
+    # Those that change nothing of this config, overrides included, are left out.
+    c.ablation.variants = VARIANTS
     c.ablation.figures = FIGURES
     c.lock()
     return c
 
+
+def _without(*terms: str) -> tuple[tuple[str, object], ...]:
+    return tuple((f"loss.weights.{term}", 0.0) for term in terms)
+
+
+# Name of each variant and what it changes: pairs of setting and value.
+VARIANTS: tuple[tuple[str, tuple[tuple[str, object], ...]], ...] = (
+    ("full", ()),
+    ("no_vv", _without("vv")),
+    ("no_va", _without("va")),
+    ("no_aa", _without("aa")),
+    ("no_contrast", _without("vv", "va", "aa")),
+    *((f"no_{task}", _without(*_TERMS[task])) for task in _TERMS),
+    ("no_temporal", _without(*(term for terms in _TERMS.values() for term in terms))),
+    ("no_order_within", _without("order_vv", "order_aa")),
+    ("no_order_across", _without("order_va")),
+    ("no_bank", (("bank.size", 0), ("bank.health_label", ""))),
+    ("no_bank_positives", (("loss.positive_weight", 0.0),)),
+    ("no_bank_negatives", (("bank.num_negatives", 0), ("bank.negative_ranks", 0))),
+    *(
+        (f"bank_space_{space}", (("bank.space", space),))
+        for space in ("same", "cross", "agreement")
+    ),
+    *(
+        (f"audio_transform_{transform}", (("views.audio_transform", transform),))
+        for transform in ("shared", "independent")
+    ),
+)
 
 # (column, where it stands in the results.json of a run, term of the loss without which it says
 # nothing: the head of a task that was not trained is as it was initialised).
@@ -71,35 +99,3 @@ def demo(c: ml_collections.ConfigDict) -> None:
     c.keep_checkpoints = 1
     c.evaluation.supervised.enabled = False
     c.evaluation.null.train_split = ""
-
-
-def variants(
-    c: ml_collections.ConfigDict,
-) -> tuple[tuple[str, tuple[tuple[str, object], ...]], ...]:
-    """Name of each variant and what it changes, pairs of setting and value."""
-    temporal = [term for task in _TEMPORAL for term in _TERMS[task]]
-    other = {"shared": "independent", "independent": "shared"}[c.views.audio_transform]
-    return (
-        ("full", ()),
-        ("no_vv", _without("vv")),
-        ("no_va", _without("va")),
-        ("no_aa", _without("aa")),
-        ("no_contrast", _without("vv", "va", "aa")),
-        *((f"no_{task}", _without(*_TERMS[task])) for task in _TEMPORAL),
-        ("no_temporal", _without(*temporal)),
-        ("no_order_within", _without("order_vv", "order_aa")),
-        ("no_order_across", _without("order_va")),
-        ("no_bank", (("bank.size", 0), ("bank.health_label", ""))),
-        ("no_bank_positives", (("loss.positive_weight", 0.0),)),
-        ("no_bank_negatives", (("bank.num_negatives", 0), ("bank.negative_ranks", 0))),
-        *(
-            (f"bank_space_{space}", (("bank.space", space),))
-            for space in ("same", "cross", "agreement")
-            if space != c.bank.space
-        ),
-        (f"audio_transform_{other}", (("views.audio_transform", other),)),
-    )
-
-
-def _without(*terms: str) -> tuple[tuple[str, object], ...]:
-    return tuple((f"loss.weights.{term}", 0.0) for term in terms)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+
 import jax
 import numpy as np
 import pytest
 
 from avcl_jax import experiment
 from avcl_jax.data.pipeline import batch_shapes
+from avcl_jax.evaluation.protocol_run import ProtocolRun
+from avcl_jax.evaluation.video_retrieval import PROTOCOL
 from avcl_jax.training import loop
 from configs import (
     audio_classification,
@@ -19,7 +23,10 @@ from configs import (
     retrieval,
     temporal,
 )
+from tests.training import small
 
+# Presets that have settings of their own.
+PRESETS_OF = {"fingerprint": ("foley", "real"), "audio_classification": ("esc10",)}
 PRESETS = ("demo", "kinetics400", "kinetics600", "vggsound", "audioset")
 
 
@@ -118,3 +125,33 @@ def test_where_a_run_is_executed_is_no_decisive_difference():
     config.seed = 5
     changed = experiment.decisive_differences(text, experiment.to_json(config))
     assert changed == ["seed: 0 -> 5"]
+
+
+def test_every_setting_of_execution_is_one_in_all_configs():
+    """A key such as `threads` is one of execution wherever it stands."""
+    keys = set()
+    for path in sorted((small.ROOT / "configs").glob("*.py")):
+        module = importlib.import_module(f"configs.{path.stem}")
+        if hasattr(module, "get_config"):
+            for preset in PRESETS_OF.get(path.stem, ("",)):
+                config = module.get_config(*([preset] if preset else []))
+                keys |= experiment.flatten(config.to_dict()).keys()
+    assert keys >= experiment.EXECUTION_KEYS
+    # Names of networks and optimizers and folders of roles are others.
+    names = {key.rpartition(".")[2] for key in experiment.EXECUTION_KEYS} - {"name"}
+    same = {key for key in keys if key.rpartition(".")[2] in names}
+    assert same == experiment.EXECUTION_KEYS - {"name"}
+
+
+def test_results_are_those_of_a_run_with_other_threads_and_chunks(tmp_path):
+    config = retrieval.get_config()
+
+    def fingerprint(config):
+        return ProtocolRun(PROTOCOL, config, tmp_path, encoder=None, data={"test": "a"}).fingerprint
+
+    before = fingerprint(config)
+    config.encoder, config.name, config.data.threads = "runs/moved", "other", 5
+    config.features.chunk, config.features.part_records = 3, 7
+    assert fingerprint(config) == before
+    config.features.clips += 1
+    assert fingerprint(config) != before

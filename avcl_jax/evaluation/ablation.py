@@ -94,6 +94,24 @@ def variant_config(
     return run
 
 
+def variants_of(config: ml_collections.ConfigDict) -> list[str]:
+    """Returns the names of the variants that change something of this config, and "full".
+
+    Raises:
+        UserError: if there is no variant "full" or no seed, or a variant has an unknown setting.
+    """
+    names = [name for name, _ in config.ablation.variants]
+    if FULL not in names or not config.ablation.seeds:
+        raise UserError(f"ablation.variants must hold {FULL!r} and ablation.seeds a seed")
+    full = experiment.to_json(variant_config(config, FULL, 0))
+
+    def changes(name: str) -> bool:
+        variant = experiment.to_json(variant_config(config, name, 0))
+        return bool(experiment.decisive_differences(full, variant))
+
+    return [name for name in names if name == FULL or changes(name)]
+
+
 def ablate(
     config: ml_collections.ConfigDict,
     workdir: epath.PathLike,
@@ -118,9 +136,7 @@ def ablate(
     """
     workdir = absolute_path(workdir)
     section_ = config.ablation
-    variants, seeds = [name for name, _ in section_.variants], list(section_.seeds)
-    if FULL not in variants or not seeds:
-        raise UserError(f"ablation.variants must hold {FULL!r} and ablation.seeds a seed")
+    variants, seeds = variants_of(config), list(section_.seeds)
     unknown = [name for name in section_.only if name not in variants]
     if unknown:
         raise UserError(f"ablation.only names {unknown}, there are {variants}")

@@ -47,7 +47,7 @@ from avcl_jax.training.state import TrainState
 
 _PREDICTIONS = "predictions.npz"
 # Sections that decide what is tested and written, not what is trained.
-_NOT_TRAINING = ("test", "bootstrap", "encoder", "name", "compilation_cache")
+_NOT_TRAINING = ("test", "bootstrap")
 
 
 def run_split(

@@ -67,8 +67,7 @@ class ProtocolRun:
     def fingerprint(self) -> str:
         """Digest of everything that decides the figures; where it is executed does not."""
         settings = experiment.flatten(self.config.to_dict())
-        places = (*experiment.EXECUTION_KEYS, *experiment.PATH_KEYS)
-        kept = {k: v for k, v in settings.items() if k not in places}
+        kept = {k: v for k, v in settings.items() if k not in experiment.EXECUTION_KEYS}
         parts = [self.protocol.name, self.protocol.version, kept, dict(self.data)]
         parts.append(None if self.encoder is None else self.encoder.fingerprint)
         parts.append(self.heads)

@@ -10,16 +10,14 @@ from scipy import stats
 
 from avcl_jax import experiment
 from avcl_jax.evaluation import ablation
-from avcl_jax.evaluation.ablation import Figure, effect, effects, variant_config
+from avcl_jax.evaluation.ablation import Figure, effect, effects, variant_config, variants_of
 from avcl_jax.evaluation.evaluate import PROTOCOL, evaluate
 from avcl_jax.training.loop import pretrain
 from configs import ablation as ablation_config
 from tests.evaluation.conftest import small_config, small_evaluation
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, _ in ablation_config.get_config().ablation.variants]
-)
+@pytest.mark.parametrize("name", variants_of(ablation_config.get_config()))
 def test_every_variant_changes_what_it_says_and_nothing_else(name: str) -> None:
     config = ablation_config.get_config()
     changes = dict(config.ablation.variants)[name]
@@ -27,6 +25,19 @@ def test_every_variant_changes_what_it_says_and_nothing_else(name: str) -> None:
     changed = experiment.differences(full, experiment.to_json(variant_config(config, name, 1)))
     settings = [line.split(":")[0] for line in changed]
     assert sorted(settings) == sorted([key for key, _ in changes] + ["name"] * (name != "full"))
+
+
+def test_variants_follow_overrides_and_those_that_change_nothing_are_left_out() -> None:
+    config = ablation_config.get_config()
+    given = variants_of(config)
+    assert {"bank_space_same", "bank_space_cross", "audio_transform_independent"} <= set(given)
+    assert not {"bank_space_agreement", "audio_transform_shared"} & set(given)
+    config.views.audio_transform, config.bank.space = "independent", "same"
+    other = variants_of(config)
+    assert {"bank_space_agreement", "bank_space_cross", "audio_transform_shared"} <= set(other)
+    assert not {"bank_space_same", "audio_transform_independent"} & set(other)
+    assert len(other) == len(given) == 17
+    assert variant_config(config, "audio_transform_shared", 0).bank.space == "same"
 
 
 def test_a_variant_of_a_setting_that_does_not_exist_is_refused() -> None:
@@ -186,7 +197,9 @@ def test_a_run_is_measured_again_where_settings_or_protocol_are_others(tmp_path)
         return runs.trained
 
     assert trained() == ["full 0", "no_vv 0"]
-    config.data.directory, config.data.threads = "elsewhere", 7  # do not decide a figure
+    # What another machine has its own of does not decide a figure.
+    config.data.directory, config.data.threads = "elsewhere", 7
+    config.evaluation.threads, config.evaluation.chunk = 16, 5
     assert trained() == []
     path = tmp_path / "no_vv/seed0/results.json"
     old = json.loads(path.read_text()) | {"protocol_version": PROTOCOL.version - 1}
