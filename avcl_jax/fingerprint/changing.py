@@ -52,7 +52,7 @@ def commit(
         now = {n for n, source in enumerate(part.sources) if source.name in gone}
         entry["removed"] = sorted({*entry["removed"], *now})
     projections = dict(snapshot.projections)
-    refitted = _needs_fit(manifest, media)
+    refitted = _needs_fit(manifest, projections, media)
     if refitted:
         projections = _fit(manifest, snapshot, media)
         manifest["projection"] = _write_projection(directory, projections)
@@ -106,11 +106,18 @@ def _length(media: Media) -> int:
     return len(next(iter(media[2].values())))
 
 
-def _needs_fit(manifest: Mapping[str, Any], media: Sequence[Media]) -> bool:
+def _needs_fit(
+    manifest: Mapping[str, Any], projections: Mapping[str, Projection], media: Sequence[Media]
+) -> bool:
     new = sum(_length(m) for m in media)
     if not new:
         return False
     if not manifest["projection"]:
+        return True
+    # An index of songs alone meets its first film.
+    if any(
+        p.fitted_to == 0 and any(m[2][name].any() for m in media) for name, p in projections.items()
+    ):
         return True
     fitted = manifest["projection"]["segments"]
     total = new + sum(part["segments"] for part in manifest["parts"])

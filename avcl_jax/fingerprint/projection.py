@@ -41,12 +41,12 @@ def fit_projection(features: np.ndarray, dimensions: int) -> Projection:
     """Fits centre, whitening and principal components.
 
     Args:
-        features: [n, D], n may be small, even 1.
+        features: [n, D], n may be small: 1, or 0 where no medium has this modality yet.
         dimensions: components to keep, at most.
     """
     features = np.asarray(features, np.float64)
-    mean = features.mean(axis=0)
-    covariance = np.cov(features - mean, rowvar=False, bias=True).reshape(2 * mean.shape)
+    mean = features.sum(axis=0) / max(len(features), 1)
+    covariance = (features - mean).T @ (features - mean) / max(len(features), 1)
     # Few segments show few directions: the rest is given the mean variance, and not none.
     weight = len(features) / (len(features) + len(mean))
     average = float(np.trace(covariance)) / len(mean) or 1.0

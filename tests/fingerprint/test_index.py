@@ -226,3 +226,12 @@ def test_the_lock_is_free_after_an_error(copy):
         raise ZeroDivisionError
     with one_writer(copy):
         assert (copy / "writer.lock").read_text()
+
+
+def test_an_index_of_audio_alone_takes_its_first_film(encoders, tmp_path):
+    index = FingerprintIndex.create(tmp_path / "index", encoders, SETTINGS)
+    index.add((f"song {n}", clip(n, video=False)) for n in range(3))
+    assert np.isfinite(index._snapshot.projections["video"].matrix).all()
+    index.add([("film", clip(9))])
+    assert index._snapshot.projections["video"].fitted_to > 0
+    assert index.query(excerpt(clip(9), 1, 4)).matches[0].source == "film"
