@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 
@@ -63,6 +65,7 @@ def decode_media(
     sample_rate_hz: int,
     start_seconds: float = 0.0,
     end_seconds: float | None = None,
+    modalities: Collection[str] = ("video", "audio"),
 ) -> DecodedMedia:
     """Decodes a media file, or an interval of it, into memory.
 
@@ -73,24 +76,19 @@ def decode_media(
         sample_rate_hz: rate to resample the sound to.
         start_seconds: where the interval begins in the file.
         end_seconds: where it ends; None for the file's end.
+        modalities: "video", "audio" or both; what is not wanted is not decoded.
 
     Raises:
-        MediaError: if the file cannot be decoded, or has neither picture nor sound there.
+        MediaError: if the file cannot be decoded, or has nothing of the modalities there.
     """
-    shown = list(
-        decode_frames(
-            path,
-            short_side=short_side,
-            max_fps=max_fps,
-            start_seconds=start_seconds,
-            end_seconds=end_seconds,
-        )
-    )
-    sound = decode_audio(
-        path, sample_rate_hz=sample_rate_hz, start_seconds=start_seconds, end_seconds=end_seconds
-    )
+    interval: dict[str, Any] = {"start_seconds": start_seconds, "end_seconds": end_seconds}
+    shown, sound = [], None
+    if "video" in modalities:
+        shown = list(decode_frames(path, short_side=short_side, max_fps=max_fps, **interval))
+    if "audio" in modalities:
+        sound = decode_audio(path, sample_rate_hz=sample_rate_hz, **interval)
     if not shown and sound is None:
-        raise MediaError("empty", "neither picture nor sound in this interval")
+        raise MediaError("empty", f"no {' and no '.join(modalities)} in this interval")
     ends = []
     if shown:
         gap = shown[-1].seconds - shown[-2].seconds if len(shown) > 1 else 0.0

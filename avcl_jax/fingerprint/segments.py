@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +33,8 @@ from avcl_jax.fingerprint.settings import FingerprintSettings
 _BATCH = 32
 # A segment may reach over the end by this share of its length, as containers round durations.
 _SLACK = 0.05
+# Pictures of one colour, but for the noise of coding: all black leaders are alike.
+_FLAT_DEVIATION = 3.0
 # Seconds decoded at a time: what a long film takes in memory.
 _INTERVAL_SECONDS = 120.0
 
@@ -87,6 +90,7 @@ class Segmenter:
     def decoding(self) -> dict[str, Any]:
         """Arguments of `decode_media`: what is decoded is what the encoders look at."""
         arguments: dict[str, Any] = {"short_side": None, "max_fps": 1.0, "sample_rate_hz": 8000}
+        arguments["modalities"] = tuple(m for m in MODALITIES if m in self.source.encoders)
         video, audio = (self.source.encoders.get(modality) for modality in MODALITIES)
         if video is not None:
             spec = video.preprocess
@@ -253,9 +257,18 @@ def _count(media: DecodedMedia, modality: str, hop: float, span: float) -> int:
 
 
 def _present(media: DecodedMedia, modality: str, starts: np.ndarray, span: float) -> np.ndarray:
-    """Which segments have a modality; silence is no sound."""
+    """Which segments have a modality; silence is no sound, and one colour is no picture."""
     first, last = _extent(media, modality)
     here = (starts >= first - _SLACK * span) & (starts + span <= last + _SLACK * span)
+    if modality == "video" and here.any():
+        flat = np.array(
+            [cv2.meanStdDev(image)[1].max() < _FLAT_DEVIATION for image in media.frames]
+        )
+        shown = np.concatenate([[0], np.cumsum(~flat)])
+        # From the frame that is on screen when the segment begins.
+        before = np.searchsorted(media.frame_seconds, starts + 1e-6, side="right") - 1
+        after = np.searchsorted(media.frame_seconds, starts + span - 1e-6, side="left")
+        here &= shown[after] > shown[np.maximum(before, 0)]
     if modality == "audio":
         rate = media.sample_rate_hz
         for n in np.flatnonzero(here):

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from avcl_jax.data import decoded as decoded_module
 from avcl_jax.encoder_source import open_encoders
 from avcl_jax.fingerprint import segments as segments_module
 from avcl_jax.fingerprint.segments import Segmenter
@@ -79,3 +80,17 @@ def test_a_rate_undoes_a_faster_playback_and_keeps_the_pitch(segmenter):
     steady = dataclasses.replace(media, waveform=tone)
     slow, plain = (segmenter.of_media(steady, rate=r).features["audio"][4] for r in (1.25, 1.0))
     np.testing.assert_allclose(slow, plain, atol=0.05 * np.abs(plain).max())
+
+
+@pytest.mark.parametrize("modality", ["video", "audio"])
+def test_what_no_encoder_takes_is_not_decoded(encoders, tmp_path, monkeypatch, modality):
+    other = {"video": "audio", "audio": "video"}[modality]
+    path = write(tmp_path / "clip.mp4", clip(0, 2.0))
+    segmenter = Segmenter(open_encoders(encoders / modality), SETTINGS)
+
+    def decoded(*_, **__):
+        raise AssertionError(f"{other} is decoded")
+
+    name = {"video": "decode_frames", "audio": "decode_audio"}[other]
+    monkeypatch.setattr(decoded_module, name, decoded)
+    assert segmenter.of_file(path).present[modality].any()
