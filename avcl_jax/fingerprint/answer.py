@@ -1,26 +1,38 @@
-"""What a query answers."""
+"""Result of a query."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Sequence
-
-import numpy as np
 
 from avcl_jax.fingerprint.calibration import THRESHOLD
 from avcl_jax.fingerprint.matching import Alignment
 from avcl_jax.fingerprint.part import SourceRow
+from avcl_jax.fingerprint.scores import Scored, strength
+
+# Intervals with a smaller fraction of the resemblance of the strongest one are chance.
+_WEAKEST_INTERVAL = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """Seconds of the query and the seconds of the reference that they resemble."""
+    """Seconds of the query and the seconds of the reference that they resemble.
+
+    Attributes:
+        query_start: seconds.
+        query_end: seconds.
+        reference_start: seconds.
+        reference_end: seconds.
+        shared_by: number of sources that match here as well as this one, itself included.
+    """
 
     query_start: float
     query_end: float
     reference_start: float
     reference_end: float
+    shared_by: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +42,8 @@ class SegmentScore:
     Attributes:
         query_start: seconds.
         query_end: seconds.
-        video: standard deviations above chance; None without a picture to compare.
-        audio: the same of the sound.
+        video: standard deviations above chance; None without video to compare.
+        audio: the same of the audio.
     """
 
     query_start: float
@@ -50,9 +62,14 @@ class Match:
         offset_seconds: time in the source of the query's beginning.
         rate: seconds of the source per second of the query.
         score: −log10 of the chance that an unrelated query finds as much; no upper bound.
-        accepted: whether that chance is small enough to call it a match.
-        video_score: evidence of the picture, 0 is chance; None where it was not compared.
-        audio_score: the same of the sound.
+        accepted: whether that chance is small enough to call it a match, and the modalities that
+            were required matched.
+        same_file: whether the query is this very file, by its content.
+        matched: modalities that suffice for a match without the other.
+        shared_by: number of sources that match as well, this one included; 1 if it stands out
+            against each other source by a part of the query that only this one matches.
+        video_score: evidence of the video, 0 is chance; None where it was not compared.
+        audio_score: the same of the audio.
         duration_seconds: of the source.
         intervals: where they agree.
         segments: how much they agree all along the query, in order.
@@ -64,11 +81,35 @@ class Match:
     rate: float
     score: float
     accepted: bool
+    same_file: bool
+    matched: tuple[str, ...]
+    shared_by: int
     video_score: float | None
     audio_score: float | None
     duration_seconds: float
     intervals: Sequence[Interval]
     segments: Sequence[SegmentScore]
+
+    @property
+    def what_matched(self) -> str:
+        """Says which modalities match."""
+        if self.same_file:
+            return "the same file"
+        compared = [
+            name
+            for name, score in (("video", self.video_score), ("audio", self.audio_score))
+            if score is not None
+        ]
+        if len(compared) == 1:
+            (other,) = {"video", "audio"} - set(compared)
+            verb = "matches" if self.matched else "does not match"
+            return f"the {compared[0]} {verb}, the {other} was not compared"
+        if len(self.matched) == 1:
+            return f"only the {self.matched[0]} matches"
+        if self.matched:
+            return "video and audio match"
+        together = self.score >= THRESHOLD
+        return f"neither video nor audio matches alone{', together they do' * together}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,42 +128,78 @@ class QueryResult:
 
     @property
     def best(self) -> Match | None:
-        """The best accepted match; None is "no match"."""
-        return self.matches[0] if self.matches and self.matches[0].accepted else None
+        """The best accepted match that is not shared with other sources, None without one."""
+        return next((m for m in self.matches if m.accepted and m.shared_by == 1), None)
+
+    @property
+    def verdict(self) -> str:
+        """Returns "same file", "match", "shared" (by several sources alike) or "no match"."""
+        if self.best is not None:
+            return "same file" if self.best.same_file else "match"
+        return "shared" if any(m.accepted for m in self.matches) else "no match"
 
 
 def make_match(
-    alignment: Alignment, source: SourceRow, score: float, segment_seconds: float
+    scored: Scored,
+    source: SourceRow,
+    segment_seconds: float,
+    *,
+    required: Sequence[str] = (),
+    same_file_from: float | None = None,
 ) -> Match:
-    """Describes an alignment to those who asked.
+    """Describes a scored alignment to those who asked.
 
     Args:
-        alignment: found.
+        scored: the alignment and its scores.
         source: its source.
-        score: calibrated.
         segment_seconds: length of a segment at the reference's pace.
+        required: modalities that have to match.
+        same_file_from: if the query is the source's own file, the second at which it begins.
     """
-    length = segment_seconds / alignment.rate
-    runs: list[list[float]] = []
-    for start in alignment.query_seconds[alignment.agrees].tolist():
-        if runs and start <= runs[-1][1]:
-            runs[-1][1] = start + length
-        else:
-            runs.append([start, start + length])
-    rate, offset = alignment.rate, alignment.offset_seconds
+    alignment = scored.alignment
+    rate, offset, same = alignment.rate, alignment.offset_seconds, same_file_from is not None
+    if same_file_from is not None:
+        rate, offset = 1.0, same_file_from
+    intervals = [
+        Interval(a, b, a * rate + offset, b * rate + offset, count)
+        for a, b, count in _intervals(scored, segment_seconds / alignment.rate)
+    ]
     return Match(
         source=source.name,
         path=source.path,
         offset_seconds=offset,
         rate=rate,
-        score=score,
-        accepted=bool(score >= THRESHOLD),
+        score=scored.score,
+        accepted=same or (scored.score >= THRESHOLD and all(m in scored.matched for m in required)),
+        same_file=same,
+        matched=tuple(alignment.by_modality) if same else scored.matched,
+        shared_by=1 if same else 1 + scored.rivals,
         video_score=alignment.by_modality.get("video"),
         audio_score=alignment.by_modality.get("audio"),
         duration_seconds=source.duration_seconds,
-        intervals=[Interval(a, b, *(np.array([a, b]) * rate + offset).tolist()) for a, b in runs],
-        segments=_segment_scores(alignment, length),
+        intervals=intervals,
+        segments=_segment_scores(alignment, segment_seconds / alignment.rate),
     )
+
+
+def _intervals(scored: Scored, length: float) -> list[tuple[float, float, int]]:
+    """Seconds of the query that agree, and how many sources share them."""
+    alignment = scored.alignment
+    runs: list[tuple[float, float, float, list[int]]] = []
+    resemblance = strength(alignment)
+    for n in alignment.agrees.nonzero()[0].tolist():
+        start, count = float(alignment.query_seconds[n]), int(scored.shared_by[n])
+        if runs and start <= runs[-1][1] and (runs[-1][3][0] == 1) == (count == 1):
+            begin, _, total, counts = runs.pop()
+            runs.append((begin, start + length, total + resemblance[n], [*counts, count]))
+        else:
+            if runs and start < runs[-1][1]:  # segments overlap, intervals do not
+                runs[-1] = (runs[-1][0], start, *runs[-1][2:])
+            runs.append((start, start + length, float(resemblance[n]), [count]))
+    least = _WEAKEST_INTERVAL * max((total for _, _, total, _ in runs), default=0.0)
+    return [
+        (a, b, int(statistics.median_low(counts))) for a, b, total, counts in runs if total >= least
+    ]
 
 
 def _segment_scores(alignment: Alignment, length: float) -> list[SegmentScore]:

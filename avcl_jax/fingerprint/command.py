@@ -21,16 +21,25 @@ from avcl_jax.data.decoded import decode_media
 from avcl_jax.data.media_error import MediaError
 from avcl_jax.encoder_source import MODALITIES
 from avcl_jax.errors import UserError, one_line
-from avcl_jax.fingerprint.answer import Match, QueryResult
+from avcl_jax.fingerprint.answer import Interval, Match, QueryResult
+from avcl_jax.fingerprint.calibration import THRESHOLD
 from avcl_jax.fingerprint.error import FingerprintError
 from avcl_jax.fingerprint.files import media_files
 from avcl_jax.fingerprint.index import AddReport, FingerprintIndex
+from avcl_jax.fingerprint.matching import CANDIDATES
+from avcl_jax.fingerprint.part import file_sha256
 from avcl_jax.fingerprint.settings import KINDS, FingerprintSettings
 from avcl_jax.fingerprint.verification import verify
 from avcl_jax.paths import local_path
 
 # Commands of their own modules, which have `add_arguments` and `run` and are imported when asked
 # for: their dependencies differ.
+_SCORES = (
+    "score: -log10 of the chance that an unrelated clip finds as much in this index; 2 is one in a "
+    f"hundred, 6 one in a million, {THRESHOLD:g} or more is a match. video, audio: evidence of "
+    "each, 0 is chance. Several sources may match, each a part of the clip; sources that match "
+    "equally well, as those with the same logo do, are reported as shared, and none is the match."
+)
 _MODULES = {"serve": ("avcl_jax.fingerprint.serve", "show matches in a web page on this machine")}
 
 
@@ -88,11 +97,17 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     remove = command("remove", _remove, "remove media from an index")
     remove.add_argument("videos", nargs="+", help="as they were named when indexed")
     query = command("query", _query, "find the source of a clip")
+    query.epilog = _SCORES
     query.add_argument("clip", type=local_path, help="a media file")
     query.add_argument("--json", action="store_true", help="answer in JSON")
     query.add_argument("--count", type=int, default=5, help="matches shown (default: %(default)s)")
     query.add_argument(
         "--modality", choices=MODALITIES, help="compare only this one (default: all there are)"
+    )
+    query.add_argument(
+        "--require",
+        choices=(*MODALITIES, "both"),
+        help="accept only sources whose video, audio or both match (default: one is enough)",
     )
     query.add_argument(
         "--start", type=float, default=0.0, help="where in the clip to begin, in seconds"
@@ -151,6 +166,14 @@ def _query(args: argparse.Namespace) -> int:
     if not index.sources():
         raise FingerprintError(f"{args.index} is empty: `add` media to it")
     modalities = (args.modality,) if args.modality else MODALITIES
+    required = MODALITIES if args.require == "both" else (args.require,) if args.require else ()
+    lacking = [m for m in required if m not in modalities or m not in index.modalities]
+    if lacking:
+        raise FingerprintError(
+            f"--require {args.require} needs {lacking[0]}, which is not compared "
+            f"({f'--modality {args.modality}' if args.modality else 'the index has none'}): "
+            "leave one of them out"
+        )
     try:
         media = decode_media(
             args.clip,
@@ -160,14 +183,30 @@ def _query(args: argparse.Namespace) -> int:
         )
     except MediaError as error:
         raise FingerprintError(f"{args.clip} cannot be decoded: {error}") from error
-    result = index.query(media, modalities, args.count)
+    for modality, there in (("video", media.has_video), ("audio", media.has_audio)):
+        if modality in required and not there:
+            raise FingerprintError(f"--require {args.require}: {args.clip} has no {modality}")
+    result = index.query(
+        media,
+        modalities,
+        args.count,
+        required=required,
+        content=file_sha256(args.clip),
+        start_seconds=args.start,
+    )
     if args.json:
         print(json.dumps(to_json(result), indent=1))
         return 0
-    for match in result.matches:
-        if match.accepted:
-            print(_line(match))
-    if result.best is None:
+    accepted = [match for match in result.matches if match.accepted]
+    if result.verdict == "shared":
+        print(f"shared by {_sources(accepted[0].shared_by)}, none of them is the one source:")
+    for match in accepted:
+        print(_line(match))
+        for interval in match.intervals:
+            print(_interval_line(interval))
+    if result.verdict == "shared" and accepted[0].shared_by > len(accepted):
+        print(f"more of them: --count {accepted[0].shared_by}")
+    if not accepted:
         near = f"; nearest, not accepted: {_line(result.matches[0])}" if result.matches else ""
         print(f"no match{near}")
     return 0
@@ -187,6 +226,7 @@ def to_json(result: QueryResult) -> dict[str, object]:
     """Returns what `query --json` prints."""
     best = result.best
     return {
+        "verdict": result.verdict,
         "match": None if best is None else best.source,
         "threshold": result.threshold,
         "query_seconds": result.query_seconds,
@@ -195,12 +235,25 @@ def to_json(result: QueryResult) -> dict[str, object]:
 
 
 def _line(match: Match) -> str:
-    scores = (("picture", match.video_score), ("sound", match.audio_score))
+    scores = (("video", match.video_score), ("audio", match.audio_score))
     shown = ", ".join(f"{name} {score:.1f}" for name, score in scores if score is not None)
     rate = "" if abs(match.rate - 1) < 0.03 else f" at {match.rate:.2f}x"
     return (
-        f"{match.source} from {match.offset_seconds:.2f} s{rate}, score {match.score:.1f} ({shown})"
+        f"{match.source} from {match.offset_seconds:.2f} s{rate}, score {match.score:.1f}: "
+        f"{match.what_matched} ({shown})"
     )
+
+
+def _interval_line(interval: Interval) -> str:
+    shared = f", shared by {_sources(interval.shared_by)}" if interval.shared_by > 1 else ""
+    return (
+        f"  {interval.query_start:.1f} to {interval.query_end:.1f} s of the clip: "
+        f"{interval.reference_start:.1f} to {interval.reference_end:.1f} s of the source{shared}"
+    )
+
+
+def _sources(count: int) -> str:
+    return f"{'at least ' * (count >= CANDIDATES)}{count} sources"
 
 
 def _report(report: AddReport, index: FingerprintIndex) -> int:

@@ -22,6 +22,7 @@ from avcl_jax.fingerprint import calibration, changing, matching
 from avcl_jax.fingerprint.answer import Match, QueryResult, make_match
 from avcl_jax.fingerprint.error import FingerprintError
 from avcl_jax.fingerprint.part import SourceRow, file_sha256, open_part
+from avcl_jax.fingerprint.scores import score_alignments
 from avcl_jax.fingerprint.segments import Segmenter, SegmentFeatures
 from avcl_jax.fingerprint.settings import FingerprintSettings
 from avcl_jax.fingerprint.snapshot import Snapshot
@@ -177,6 +178,11 @@ class FingerprintIndex:
         """Number of segments."""
         return self._snapshot.num_segments
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Modalities that the index compares."""
+        return tuple(self._manifest["dimensions"])
+
     def sources(self) -> list[SourceRow]:
         """Returns what is indexed."""
         return self._snapshot.sources()
@@ -224,7 +230,14 @@ class FingerprintIndex:
             self._calibrate()
 
     def query(
-        self, media: DecodedMedia, modalities: Sequence[str] = MODALITIES, count: int = 10
+        self,
+        media: DecodedMedia,
+        modalities: Sequence[str] = MODALITIES,
+        count: int = 10,
+        *,
+        required: Sequence[str] = (),
+        content: str | None = None,
+        start_seconds: float = 0.0,
     ) -> QueryResult:
         """Finds where a clip may come from.
 
@@ -232,6 +245,9 @@ class FingerprintIndex:
             media: decoded with `segmenter.decoding`.
             modalities: which to compare, of those that encoders and clip have.
             count: matches to return, at most.
+            required: modalities each of which has to match for a source to be accepted.
+            content: SHA-256 of the clip's file, by which an indexed file itself is known.
+            start_seconds: where in that file `media` begins.
 
         Raises:
             FingerprintError: if the clip is shorter than a segment.
@@ -242,7 +258,15 @@ class FingerprintIndex:
                 f"the query lasts {media.duration_seconds:.2f} s, a segment "
                 f"{self.segmenter.shortest_seconds:.2f} s: give a longer clip"
             )
-        return self.match(renderings, media.duration_seconds, modalities, count)
+        numbers = self._snapshot.numbers_of(content) if content is not None else ()
+        return self.match(
+            renderings,
+            media.duration_seconds,
+            modalities,
+            count,
+            required=required,
+            known=[(number, start_seconds) for number in numbers],
+        )
 
     def render(self, media: DecodedMedia) -> list[matching.Rendering]:
         """Encodes a query at every rate; what the encoders do not know of is empty.
@@ -262,6 +286,9 @@ class FingerprintIndex:
         query_seconds: float,
         modalities: Sequence[str] = MODALITIES,
         count: int = 10,
+        *,
+        required: Sequence[str] = (),
+        known: Sequence[tuple[int, float]] = (),
     ) -> QueryResult:
         """Finds where an encoded query may come from.
 
@@ -270,6 +297,8 @@ class FingerprintIndex:
             query_seconds: length of the query.
             modalities: as `query`.
             count: as `query`.
+            required: as `query`.
+            known: as `matching.align`.
         """
         used = [m for m in self._manifest["dimensions"] if m in modalities]
         renderings = [r for r in renderings if len(r.segments)]
@@ -279,23 +308,31 @@ class FingerprintIndex:
         prepared = matching.prepare(
             self._snapshot, renderings, used, hop_seconds=self.settings.hop_seconds
         )
-        found = matching.align(prepared, spans)
-        segments = self.num_segments
+        found = matching.align(prepared, spans, known)
         # What the clip lacks finds nothing, also where it is unrelated.
         heard = [m for m in used if any(r.segments.present[m].any() for r in renderings)]
-        calibrated = self.calibration(heard)
+        scored = score_alignments(
+            found,
+            self.calibration,
+            spans={m: spans[m] for m in heard},
+            query_seconds=query_seconds,
+            segments=self.num_segments,
+        )
+        same = dict(known)
+        scored.sort(key=lambda s: s.alignment.source not in same)
         matches = [
             make_match(
-                alignment,
-                self._snapshot.source(alignment.source),
-                calibrated.score(
-                    alignment.evidence, query_seconds=query_seconds, segments=segments
-                ),
+                s,
+                self._snapshot.source(s.alignment.source),
                 min(spans.values()),
+                required=required,
+                same_file_from=same.get(s.alignment.source),
             )
-            for alignment in found[:count]
+            for s in scored
         ]
-        return QueryResult(matches, query_seconds)
+        # Before higher scores that lack a required modality, or are shared with other sources.
+        matches.sort(key=lambda match: (not match.accepted, match.shared_by > 1))
+        return QueryResult(matches[:count], query_seconds)
 
     @property
     def settings(self) -> FingerprintSettings:

@@ -25,7 +25,7 @@ from avcl_jax.fingerprint.snapshot import Neighbours, Snapshot
 QUERY_DENSITY = 2
 _NEIGHBOURS = 24
 _BIN_SECONDS = 0.5
-_CANDIDATES = 16
+CANDIDATES = 16
 _PLACES = 2
 # Rates between those at which the query was rendered.
 _SLOPES = (0.95, 0.975, 1.0, 1.025, 1.05)
@@ -138,12 +138,16 @@ def prepare(
     return Prepared(queries, hop_seconds, functools.cache(snapshot.vectors_of))
 
 
-def align(prepared: Prepared, spans: Mapping[str, float]) -> list[Alignment]:
+def align(
+    prepared: Prepared, spans: Mapping[str, float], known: Sequence[tuple[int, float]] = ()
+) -> list[Alignment]:
     """Finds where in the library a query may come from.
 
     Args:
         prepared: the query.
         spans: modality -> length of a segment; of the modalities to compare.
+        known: number and offset in seconds of sources that are the query itself, unchanged: they
+            are laid there, whatever was voted for.
 
     Returns:
         The best alignment of each source that was looked at closely, best first.
@@ -159,6 +163,12 @@ def align(prepared: Prepared, spans: Mapping[str, float]) -> list[Alignment]:
         for source, number, place in _candidates(votes):
             found = _look_closely(prepared, queries[number], source, place, spans)
             if found is not None and (source not in best or found.evidence > best[source].evidence):
+                best[source] = found
+        unchanged = [query for query in queries if query.rate == 1.0]
+        for source, offset in known if unchanged else ():
+            place = round(offset / _BIN_SECONDS)
+            found = _look_closely(prepared, unchanged[0], source, place, spans)
+            if found is not None:
                 best[source] = found
     return sorted(best.values(), key=lambda a: -a.evidence)
 
@@ -233,7 +243,7 @@ def _candidates(votes: dict[tuple[int, int, int], float]) -> list[tuple[int, int
         if of_source.get(key[0], 0) < _PLACES:
             of_source[key[0]] = of_source.get(key[0], 0) + 1
             chosen.append(key)
-        if len(of_source) >= _CANDIDATES:
+        if len(of_source) >= CANDIDATES:
             break
     return chosen
 

@@ -72,6 +72,10 @@ class Snapshot:
         """Returns all sources that are not removed."""
         return [self.source(int(n)) for n in np.flatnonzero(self.live)]
 
+    def numbers_of(self, content: str) -> list[int]:
+        """Returns the sources with this SHA-256 that are not removed."""
+        return [n for n in np.flatnonzero(self.live).tolist() if self.source(n).content == content]
+
     def length_of(self, number: int) -> int:
         """Returns the number of segments of a source."""
         part, local = self._locate(number)

@@ -20,7 +20,7 @@ from avcl_jax.data.decoded import decode_media
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.web.preview import convert
 from tests.fingerprint.conftest import SETTINGS
-from tests.fingerprint.synthetic import clip, excerpt, write
+from tests.fingerprint.synthetic import clip, excerpt, joined, write
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,6 +47,8 @@ def make_library(directory: Path, encoders: Path) -> FingerprintIndex:
             write(media / "old film.mkv", clip(1, 14.0)),
             write(media / "sound.wav", clip(2, video=False)),
             *(write(media / f"other {n}.mkv", clip(n)) for n in range(3, 11)),
+            # With a trailer that one of the others is.
+            write(media / "trailer.mkv", joined(clip(3), clip(16))),
         ]
     )
     memory = decode_media(write(directory / "memory.mkv", clip(15)), **index.segmenter.decoding)
@@ -60,6 +62,10 @@ def make_clips(directory: Path) -> Path:
     h264(directory / "film.mp4", excerpt(clip(0, 9.0), 3.0, 7.0))
     write(directory / "old.mkv", excerpt(clip(1, 14.0), 8.0, 12.0))
     write(directory / "sound.wav", excerpt(clip(2, video=False), 0.5, 5.0))
+    h264(directory / "indexed.mp4", clip(0, 9.0))
+    dubbed = dataclasses.replace(clip(4), frames=clip(78).frames)
+    write(directory / "dubbed.mkv", dubbed)
+    write(directory / "trailer.mkv", excerpt(clip(3), 1.0, 5.0))
     h264(directory / "foreign.mp4", clip(77, 4.0))
     write(directory / "memory.mkv", excerpt(clip(15), 1.0, 4.0))
     write(directory / "short.mkv", clip(0, 0.25))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from fractions import Fraction
 from pathlib import Path
 
@@ -46,6 +47,26 @@ def excerpt(media: DecodedMedia, start: float, end: float) -> DecodedMedia:
         0.0,
         end - start,
     )
+
+
+def joined(*parts: DecodedMedia) -> DecodedMedia:
+    """Returns clips one after the other."""
+    starts = np.cumsum([0.0, *(part.duration_seconds for part in parts)])
+    return DecodedMedia(
+        np.concatenate([part.frames for part in parts]),
+        np.concatenate([p.frame_seconds + s for p, s in zip(parts, starts, strict=False)]),
+        np.concatenate([part.waveform for part in parts]),
+        parts[0].sample_rate_hz,
+        0.0,
+        float(starts[-1]),
+    )
+
+
+def leader(seconds: float) -> DecodedMedia:
+    """Returns black video, with the noise of coding, and silence."""
+    media = clip(0, seconds)
+    noise = np.random.default_rng(1).integers(0, 3, media.frames.shape, np.uint8)
+    return dataclasses.replace(media, frames=noise, waveform=np.zeros_like(media.waveform))
 
 
 def write(path: Path, media: DecodedMedia) -> Path:

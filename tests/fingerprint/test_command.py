@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -59,6 +60,36 @@ def test_a_clip_is_found_in_words_and_in_json(films, index, tmp_path, capsys):
     assert first["intervals"][0]["query_start"] < 1
     _, words, _ = run(capsys, "query", query, "--index", index)
     assert words.startswith(f"{films / '1.mp4'} from 1.")
+    assert "s of the clip: " in words.splitlines()[1]
+
+
+def test_an_indexed_file_itself_is_the_same_file(films, index, capsys):
+    for part, offset in (((), 0.0), (("--start", "2.25"), 2.25)):
+        _, out, _ = run(capsys, "query", films / "1.mp4", "--index", index, "--json", *part)
+        answer = json.loads(out)
+        assert (answer["verdict"], answer["match"]) == ("same file", str(films / "1.mp4"))
+        first = answer["matches"][0]
+        assert (first["same_file"], first["offset_seconds"], first["rate"]) == (True, offset, 1.0)
+    _, words, _ = run(capsys, "query", films / "1.mp4", "--index", index)
+    assert ": the same file (" in words.splitlines()[0]
+
+
+def test_a_dubbed_film_is_no_copy_of_the_film(films, index, tmp_path, capsys):
+    dubbed = dataclasses.replace(clip(1), frames=clip(60).frames)
+    query = write(tmp_path / "dubbed.mp4", dubbed)
+    _, words, _ = run(capsys, "query", query, "--index", index)
+    assert words.startswith(str(films / "1.mp4"))
+    assert ": only the audio matches (" in words.splitlines()[0]
+    _, words, _ = run(capsys, "query", query, "--index", index, "--require", "both")
+    assert words.startswith("no match; nearest, not accepted: ")
+
+
+def test_help_says_what_a_score_means(capsys):
+    with pytest.raises(SystemExit):
+        run(capsys, "query", "--help")
+    assert "-log10 of the chance that an unrelated clip" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_a_part_of_a_long_clip_is_asked_for(films, index, capsys):
@@ -111,6 +142,26 @@ def test_errors_are_one_line_that_says_what_to_do(films, index, encoders, tmp_pa
         ("is not empty", "index", films, "--index", index, "--encoder", encoders),
         ("there is no directory", "index", films, "--index", tmp_path / "n", "--encoder", "/x"),
         ("is not in", "remove", text, "--index", index),
+        (
+            "has no video",
+            "query",
+            films / "inner" / "sound.wav",
+            "--index",
+            index,
+            "--require",
+            "both",
+        ),
+        (
+            "needs video, which is not compared",
+            "query",
+            short,
+            "--index",
+            index,
+            "--require",
+            "video",
+            "--modality",
+            "audio",
+        ),
         ("--count 0 shows nothing", "query", short, "--index", index, "--count", 0),
     ):
         status, out, err = run(capsys, *arguments)

@@ -6,9 +6,15 @@ import dataclasses
 
 import numpy as np
 import pytest
+import soxr
 
+from avcl_jax.data.decoded import decode_media
 from avcl_jax.fingerprint.error import FingerprintError
-from tests.fingerprint.synthetic import RATE_HZ, clip, excerpt
+from avcl_jax.fingerprint.index import FingerprintIndex
+from avcl_jax.fingerprint.settings import FingerprintSettings
+from tests.conftest import ROOT
+from tests.fingerprint.conftest import SETTINGS
+from tests.fingerprint.synthetic import RATE_HZ, clip, excerpt, joined, leader
 
 
 def test_an_excerpt_is_found_where_it_was_cut(library):
@@ -87,3 +93,92 @@ def test_spliced_into_other_footage_only_the_part_is_marked(library):
 def test_shorter_than_a_segment_is_said(library):
     with pytest.raises(FingerprintError, match=r"lasts 0\.25 s.*longer"):
         library.query(excerpt(clip(0), 0.0, 0.25))
+
+
+@pytest.fixture(scope="module")
+def channel(library, encoders, tmp_path_factory):
+    """An index in which 15 of 60 sources begin with the same black leader and the same logo."""
+    index = FingerprintIndex.create(tmp_path_factory.mktemp("channel"), encoders, SETTINGS)
+    index.add(
+        [
+            *((f"film {n}", joined(leader(5), clip(200, 3.0), clip(n, 4.0))) for n in range(15)),
+            *((f"other {n}", clip(n, 4.0)) for n in range(300, 345)),
+        ]
+    )
+    return index
+
+
+def test_a_logo_of_fifteen_sources_is_no_single_source(channel):
+    query = joined(leader(5), clip(200, 3.0))
+    result = channel.query(query, count=16)
+    assert result.best is None
+    assert result.verdict == "shared"
+    accepted = [match for match in result.matches if match.accepted]
+    assert {match.source for match in accepted} == {f"film {n}" for n in range(15)}
+    assert {match.shared_by for match in accepted} == {15}
+    for match in accepted:
+        (interval,) = match.intervals
+        assert interval.query_start == pytest.approx(5.0, abs=0.6)
+        assert interval.shared_by == 15
+
+
+def test_with_its_own_part_the_source_is_found_and_the_logo_is_shared(channel):
+    result = channel.query(joined(leader(5), clip(200, 3.0), clip(4, 4.0)))
+    assert result.verdict == "match"
+    assert result.best.source == "film 4"
+    shared, own = result.best.intervals
+    assert (shared.shared_by, own.shared_by) == (15, 1)
+    assert own.query_start == pytest.approx(8.0, abs=1.2)
+
+
+def test_black_and_silence_carry_no_evidence(channel):
+    result = channel.query(leader(5))
+    assert result.matches == []
+
+
+def test_a_film_cut_together_from_three_has_three_sources(channel):
+    query = joined(*(excerpt(clip(n, 4.0), 0, 4) for n in (301, 302, 303)))
+    result = channel.query(query)
+    accepted = {match.source: match for match in result.matches if match.accepted}
+    assert set(accepted) == {"other 301", "other 302", "other 303"}
+    for number, source in enumerate(("other 301", "other 302", "other 303")):
+        match = accepted[source]
+        assert match.shared_by == 1
+        (interval,) = match.intervals
+        assert interval.query_start == pytest.approx(4 * number, abs=0.6)
+        assert interval.query_end == pytest.approx(4 * number + 4, abs=0.6)
+        assert interval.reference_start == pytest.approx(0, abs=0.6)
+        assert interval.reference_end == pytest.approx(4, abs=0.6)
+
+
+def test_audio_of_an_indexed_source_under_other_video_is_said_in_words(library):
+    query = dataclasses.replace(excerpt(clip(7), 1, 5), frames=excerpt(clip(99), 1, 5).frames)
+    match = library.query(query).best
+    assert (match.source, match.matched) == ("clip 7", ("audio",))
+    assert match.what_matched == "only the audio matches"
+    for required, accepted in ((("audio",), True), (("video", "audio"), False)):
+        result = library.query(query, required=required)
+        assert [m.source for m in result.matches if m.accepted] == ["clip 7"] * accepted
+    both = library.query(excerpt(clip(7), 1, 5), required=("video", "audio")).best
+    assert both.what_matched == "video and audio match"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", [1.025, 25 / 24, 1.08])
+def test_audio_played_faster_with_its_pitch_is_found(tmp_path, rate):
+    run, media = ROOT / "runs/demo/export", ROOT / "data/foley/media/test"
+    if not (run.exists() and media.exists()):
+        pytest.skip("needs the demo's encoders and clips: make demo")
+    index = FingerprintIndex.create(tmp_path / "index", run, FingerprintSettings())
+    files = sorted(media.glob("*.mp4"))[:16]
+    index.add_files(files)
+    for path in files[::4]:
+        clip_of_file = decode_media(path, **index.segmenter.decoding)
+        rate_hz = clip_of_file.sample_rate_hz
+        faster = soxr.resample(clip_of_file.waveform, rate_hz * rate, rate_hz)
+        query = dataclasses.replace(
+            clip_of_file, waveform=faster, duration_seconds=len(faster) / rate_hz
+        )
+        match = index.query(query, modalities=("audio",)).best
+        assert match.source == str(path)
+        assert match.rate == pytest.approx(rate, abs=0.05)

@@ -65,7 +65,7 @@ def open_page(chromium, server, request):
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda asked: requests.append(asked.url))
         page.goto(server.address)
-        sync_api.expect(page.locator("#about")).to_contain_text("12 sources")
+        sync_api.expect(page.locator("#about")).to_contain_text("13 sources")
         return page
 
     opened.expected = []
@@ -198,6 +198,27 @@ def test_sound_alone_is_drawn_on_a_phone(open_page, clips):
             return image.data.filter((value, n) => n % 4 === 3 && value > 128).length; }}"""
         assert page.evaluate(inked) > 500
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_same_file_and_only_audio_are_said_in_words(open_page, clips):
+    expect = sync_api.expect
+    page = open_page(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    page.set_input_files("#file", clips / "indexed.mp4")
+    expect(page.locator("#badge")).to_have_text("Same file", timeout=60_000)
+    expect(page.locator("#explanation")).to_contain_text("is the very file")
+    page.set_input_files("#file", clips / "dubbed.mkv")
+    expect(page.locator("#badge")).to_have_text("Match", timeout=60_000)
+    expect(page.locator("#explanation")).to_contain_text("only the audio matches")
+    expect(page.locator("#candidates .parts").first).to_contain_text("only the audio matches")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_what_two_sources_share_has_no_single_source(open_page, clips):
+    page = open_page()
+    drop(page, clips / "trailer.mkv")
+    sync_api.expect(page.locator("#badge")).to_have_text("Shared", timeout=60_000)
+    sync_api.expect(page.locator("#headline")).to_have_text("Shared by 2 sources")
+    sync_api.expect(page.locator("#source-role")).to_have_text("One of 2 sources")
 
 
 def test_no_match_is_said_plainly(open_page, clips):

@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from avcl_jax.fingerprint.answer import Match
+from avcl_jax.fingerprint.matching import CANDIDATES
 from avcl_jax.fingerprint.part import SourceRow
 from avcl_jax.fingerprint.web.desk import Answer, source_id
 from avcl_jax.fingerprint.web.refusal import Refusal
@@ -41,18 +42,20 @@ def describe_answer(
             "name": name,
             "seconds": answer.clip_seconds,
             "compared_seconds": result.query_seconds,
-            "has_video": media.has_video,
-            "has_audio": media.has_audio,
+            "has_video": answer.has_video,
+            "has_audio": answer.has_audio,
             "type": None if clip is None else clip[1],
             "converted_url": f"/clips/{clip[0]}" if clip is not None and clip[0] else None,
             "sound": (
                 spectrogram(media.waveform, media.sample_rate_hz, media.audio_start_seconds)
-                if not media.has_video
+                if not answer.has_video
                 else None
             ),
         },
         "threshold": result.threshold,
-        "match": candidates[0] if result.best is not None else None,
+        "verdict": result.verdict,
+        "at_most": CANDIDATES,
+        "match": None if result.best is None else candidates[result.matches.index(result.best)],
         "candidates": candidates,
     }
 
@@ -73,6 +76,10 @@ def _describe_match(
         "rate": match.rate,
         "score": match.score,
         "accepted": match.accepted,
+        "same_file": match.same_file,
+        "matched": match.matched,
+        "what_matched": match.what_matched,
+        "shared_by": match.shared_by,
         "video_score": match.video_score,
         "audio_score": match.audio_score,
         "intervals": [dataclasses.asdict(interval) for interval in match.intervals],

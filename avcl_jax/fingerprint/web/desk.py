@@ -20,13 +20,13 @@ from avcl_jax.export import ExportError
 from avcl_jax.fingerprint.answer import QueryResult
 from avcl_jax.fingerprint.error import FingerprintError
 from avcl_jax.fingerprint.index import FingerprintIndex
-from avcl_jax.fingerprint.part import SourceRow
+from avcl_jax.fingerprint.matching import CANDIDATES
+from avcl_jax.fingerprint.part import SourceRow, file_sha256
 from avcl_jax.fingerprint.web.media_process import MediaProcess, MediaProcessError
 from avcl_jax.fingerprint.web.refusal import Refusal
 from avcl_jax.training.checkpoint import CheckpointError
 
 Report = Callable[[str], None]
-_CANDIDATES = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +36,16 @@ class Answer:
     Attributes:
         result: of the index.
         media: the clip as it was compared.
+        has_video: whether the clip has video, compared or not.
+        has_audio: whether it has audio.
         clip_seconds: length of all of it, None where its header does not say.
         sources: of the result's matches, by name.
     """
 
     result: QueryResult
     media: DecodedMedia
+    has_video: bool
+    has_audio: bool
     clip_seconds: float | None
     sources: dict[str, SourceRow]
 
@@ -195,13 +199,15 @@ class Desk:
             )
         report("comparing")
         try:
-            result = index.query(media, count=_CANDIDATES)
+            result = index.query(media, count=CANDIDATES, content=file_sha256(path))
         except FingerprintError as error:
             raise Refusal(422, f"{name}: {error}") from error
         known = {row.name: row for row in index.sources()}
         return Answer(
             result,
             media,
+            info.video is not None,
+            info.audio is not None,
             info.duration_seconds,
             {m.source: known[m.source] for m in result.matches},
         )

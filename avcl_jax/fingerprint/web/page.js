@@ -121,41 +121,64 @@ function showAnswer(answer, file) {
   at("invitation").textContent = WAYS[1];
   if (clipAddress) URL.revokeObjectURL(clipAddress);
   clipAddress = URL.createObjectURL(file);
-  const { match, candidates } = answer;
+  const { match } = answer;
+  // All that match, and for comparison a few that do not.
+  const candidates = answer.candidates.filter((c, number) => c.accepted || number < 6);
   const nearest = match ?? candidates[0];
-  at("badge").textContent = match ? "Match" : "No match";
+  const shared = answer.verdict === "shared";
+  at("badge").textContent = { "same file": "Same file", match: "Match", shared: "Shared",
+    "no match": "No match" }[answer.verdict];
   at("badge").className = match ? "badge" : "badge none";
   at("headline").textContent = match ? match.title
-    : `No source found for ${answer.clip.name}`;
+    : shared ? `Shared by ${sources(nearest.shared_by, answer)}`
+      : `No source found for ${answer.clip.name}`;
   at("explanation").textContent = explanation(answer, nearest);
   at("figures").replaceChildren(...(match ? figures(match, answer.threshold) : []));
   at("figures").hidden = !match;
   at("verdict").hidden = false;
+  const accepted = candidates.filter((candidate) => candidate.accepted);
   const shown = candidates.length > (match ? 1 : 0);
   at("others").hidden = !shown;
-  at("others-title").textContent = match ? "All candidates" : "Nearest sources";
+  at("others-title").textContent = accepted.length > 1
+    ? `${plural(accepted.length, "matching source")} of ${plural(candidates.length, "candidate")}`
+    : match ? "All candidates" : "Nearest sources";
   at("others-caption").textContent =
     `A score of ${answer.threshold} or more is a match: at most one unrelated clip in ` +
     `${Math.round(10 ** answer.threshold)} reaches it. Choose one to see it beside the clip.`;
   const top = Math.max(2 * answer.threshold, ...candidates.map((c) => c.score));
   at("candidates").replaceChildren(
     ...candidates.map((candidate) => candidateRow(candidate, answer, top)));
-  if (match) choose(match, answer);
+  if (match || shared) choose(match ?? nearest, answer);
   at("headline").focus();
 }
 
 function explanation(answer, nearest) {
-  const { clip, match, threshold } = answer;
+  const { clip, match, threshold, verdict } = answer;
   const part = clip.seconds > clip.compared_seconds + 1
     ? ` Only its first ${clock(clip.compared_seconds, 0)} of ${clock(clip.seconds, 0)} were compared.`
     : "";
+  if (verdict === "same file") return `${clip.name} is the very file ${match.name}.${part}`;
   if (match) {
-    return `${clip.name} begins at ${clock(match.offset_seconds)} of ${match.name}. ` +
-      `${chance(match.score)} scores as high.${part}`;
+    const others = answer.candidates.filter((c) => c.accepted && c.id !== match.id).length;
+    const more = others ? ` ${plural(others, "other source")} ${others > 1 ? "match" : "matches"} ` +
+      "a part of it, see below." : "";
+    const begins = match.offset_seconds < -0.05
+      ? `${match.name} begins at ${clock(-match.offset_seconds / match.rate)} of ${clip.name}`
+      : `${clip.name} begins at ${clock(match.offset_seconds)} of ${match.name}`;
+    return `${begins}; ${match.what_matched}. ${chance(match.score)} scores as high.${more}${part}`;
+  }
+  if (verdict === "shared") {
+    return `The same footage is in ${sources(nearest.shared_by, answer)}, a logo or a trailer for ` +
+      `example, so that none of them is the one source of ${clip.name}. ` +
+      `Of ${nearest.title}, ${nearest.what_matched}.${part}`;
   }
   if (!nearest) return `No source resembles it at all.${part}`;
   return `No source resembles it more than unrelated clips do. The nearest, ${nearest.title}, ` +
     `scores ${nearest.score.toFixed(1)}; a match needs ${threshold.toFixed(1)}.${part}`;
+}
+
+function sources(count, answer) {
+  return `${count >= answer.at_most ? "at least " : ""}${plural(count, "source")}`;
 }
 
 function figures(match, threshold) {
@@ -169,7 +192,7 @@ function figures(match, threshold) {
   ];
   const evidence = (value, of) => value === null ? ["–", `${of} not compared`]
     : [value.toFixed(1), `evidence of the ${of}; 0 is chance`];
-  entries.push(evidence(match.video_score, "picture"), evidence(match.audio_score, "sound"));
+  entries.push(evidence(match.video_score, "video"), evidence(match.audio_score, "audio"));
   return entries.map(([figure, what]) => element("div", { className: "tile" },
     element("b", { textContent: figure }), element("span", { textContent: what })));
 }
@@ -183,10 +206,21 @@ function candidateRow(candidate, answer, top) {
       textContent: candidate.title }),
     meter,
     element("small", { textContent: `score ${candidate.score.toFixed(1)}` }),
-    element("small", { className: "rate", textContent: `at ${clock(candidate.offset_seconds)}` }));
+    element("small", { className: "rate", textContent: `at ${clock(candidate.offset_seconds)}` }),
+    ...(candidate.accepted ? [element("small", { className: "parts",
+      textContent: parts(candidate, answer) })] : []));
   button.dataset.id = candidate.id;
   button.addEventListener("click", () => choose(candidate, answer));
   return element("li", {}, button);
+}
+
+// What of the clip matches what of a source, in words.
+function parts(candidate, answer) {
+  const where = candidate.intervals.map((interval) =>
+    `${clock(interval.query_start)} to ${clock(interval.query_end)} of the clip is ` +
+    `${clock(interval.reference_start)} to ${clock(interval.reference_end)} of the source` +
+    (interval.shared_by > 1 ? `, shared by ${sources(interval.shared_by, answer)}` : ""));
+  return [candidate.what_matched, ...where].join("; ");
 }
 
 function choose(candidate, answer) {
@@ -197,7 +231,8 @@ function choose(candidate, answer) {
   at("clip-name").textContent = answer.clip.name;
   at("source-name").textContent = candidate.title;
   at("source-name").title = candidate.name;
-  at("source-role").textContent = candidate.accepted ? "Source" : "Not a match";
+  at("source-role").textContent = !candidate.accepted ? "Not a match"
+    : candidate.shared_by > 1 ? `One of ${sources(candidate.shared_by, answer)}` : "Source";
   document.querySelector(".pane.source").classList.toggle("accepted", candidate.accepted);
   timeline.show(answer.clip, candidate, answer.threshold);
   player.show(answer.clip, answer.clip.converted_url ?? clipAddress, candidate);

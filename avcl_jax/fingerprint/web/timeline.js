@@ -37,8 +37,8 @@ export class Timeline {
       ["", axis(from, to, (time) => clock(time, to - from < 20 ? 1 : 0))]);
     const detail = lanes(
       ["Clip", axis(0, this.clip, (time) => clock(time))],
-      ["Picture", this.stripes(match, "video")],
-      ["Sound", this.stripes(match, "audio")],
+      ["Video", this.stripes(match, "video")],
+      ["Audio", this.stripes(match, "audio")],
       ["Source", axis(0, this.clip, (time) => clock(match.offset_seconds + match.rate * time))]);
     this.place.replaceChildren(
       element("h3", { textContent: "Where the clip lies in the source" }), overview,
@@ -135,7 +135,7 @@ function table(match) {
     ...cells.map((textContent) => element(name, { textContent })));
   return element("details", {}, element("summary", { textContent: "All pieces as numbers" }),
     element("div", { className: "scroll" }, element("table", {},
-      row(["clip", "source", "picture", "sound"], "th"),
+      row(["clip", "source", "video", "audio"], "th"),
       ...match.segments.map((segment) => row([
         `${clock(segment.query_start)} – ${clock(segment.query_end)}`,
         clock(match.offset_seconds + match.rate * segment.query_start),

@@ -1,0 +1,179 @@
+"""Scores of alignments: over a whole query or a part of it, by modality, and by what is not shared.
+
+A query may be cut together from several sources, each of which agrees with a part of it only, and
+many sources may have the same logo, jingle or trailer. Both need the evidence of a part of a query.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from avcl_jax.fingerprint.calibration import THRESHOLD, Calibration
+from avcl_jax.fingerprint.matching import Alignment
+
+# Shorter parts of a query are not looked at: there are many, and each proves little.
+_SHORTEST_PART_SECONDS = 3.0
+# Two sources match a part of the query equally well if their similarities, averaged over so many
+# seconds, are at most so far apart. Recodings of the same footage differ by a few per cent, other
+# footage by nearly all.
+_SMOOTHING_SECONDS = 2.0
+_EQUALLY = 0.5
+
+Calibrations = Callable[[Sequence[str]], Calibration]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """An alignment with its scores.
+
+    Attributes:
+        alignment: the alignment.
+        score: −log10 of the chance that an unrelated query finds as much.
+        matched: modalities that reach the threshold without the other.
+        shared_by: int [segments], number of sources that match each segment of the query as well
+            as this one, itself included.
+        rivals: number of other sources that match as well: what they do not match of the query
+            does not suffice for a match with this one; 0 below the threshold.
+    """
+
+    alignment: Alignment
+    score: float
+    matched: tuple[str, ...]
+    shared_by: np.ndarray
+    rivals: int
+
+
+def score_alignments(
+    alignments: Sequence[Alignment],
+    calibrations: Calibrations,
+    *,
+    spans: Mapping[str, float],
+    query_seconds: float,
+    segments: int,
+) -> list[Scored]:
+    """Scores the alignments of one query.
+
+    Args:
+        alignments: one per source.
+        calibrations: modalities -> calibration of their evidence together.
+        spans: modality -> length of a segment in seconds, of the modalities that were compared.
+        query_seconds: length of the query.
+        segments: number of segments in the index.
+
+    Returns:
+        The scores, best first.
+    """
+    together = calibrations(list(spans))
+    found = []
+    for alignment in alignments:
+        whole = np.ones(len(alignment.agrees), bool)
+        parts = _parts(alignment, query_seconds, min(spans.values()))
+        best = _Part(alignment, whole, query_seconds, segments)
+        # Each part is another query that may find something by chance.
+        for inside, seconds in parts:
+            part = _Part(alignment, inside, seconds, segments * len(parts))
+            if part.score(together, spans) > best.score(together, spans):
+                best = part
+        found.append((best.score(together, spans), best))
+    found.sort(key=lambda item: (-item[0], -item[1].alignment.evidence))
+    accepted = [part.alignment for score, part in found if score >= THRESHOLD]
+    scored = []
+    for score, part in found:
+        matched = tuple(
+            m
+            for m in part.alignment.by_segment
+            if part.score(calibrations([m]), {m: spans[m]}) >= THRESHOLD
+        )
+        others = [a for a in accepted if a.source != part.alignment.source]
+        others = others if score >= THRESHOLD else []
+        equal = [_equally_well(part.alignment, other) for other in others]
+        rivals = sum(part.without(e).score(together, spans) < THRESHOLD for e in equal)
+        shared_by = np.ones(len(part.inside), int) + sum(equal, np.zeros(len(part.inside), int))
+        scored.append(Scored(part.alignment, score, matched, shared_by, rivals))
+    return scored
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Part of a query beside a source.
+
+    Attributes:
+        alignment: of the query.
+        inside: bool [segments], those of the part.
+        seconds: length of the part.
+        segments: number of segments in the index, times the number of parts that were tried.
+    """
+
+    alignment: Alignment
+    inside: np.ndarray
+    seconds: float
+    segments: int
+
+    def score(self, calibration: Calibration, spans: Mapping[str, float]) -> float:
+        """Returns the score by the modalities of `spans`."""
+        if self.inside.all():  # as the calibration was fitted
+            whole = [self.alignment.by_modality.get(m, 0.0) for m in spans]
+            evidence = float(np.sqrt(np.square(np.maximum(whole, 0)).sum()))
+        else:
+            evidence = _evidence(self.alignment, self.inside, spans)
+        return calibration.score(evidence, query_seconds=self.seconds, segments=self.segments)
+
+    def without(self, segments: np.ndarray) -> _Part:
+        """Returns the rest of the part."""
+        left = self.inside & ~segments
+        seconds = self.seconds * float(left.sum()) / max(int(self.inside.sum()), 1)
+        return dataclasses.replace(self, inside=left, seconds=seconds)
+
+
+def strength(alignment: Alignment) -> np.ndarray:
+    """Returns how much each segment resembles the source, all modalities together: [segments]."""
+    values = [np.nan_to_num(np.maximum(z, 0)) for z in alignment.by_segment.values()]
+    return np.sqrt(np.square(values).sum(axis=0))
+
+
+def _evidence(alignment: Alignment, inside: np.ndarray, spans: Mapping[str, float]) -> float:
+    """Evidence, as `align` measures it, of some segments of the query."""
+    times = alignment.query_seconds
+    step = float(times[-1] - times[0]) / max(len(times) - 1, 1) * alignment.rate
+    total = 0.0
+    for modality, span in spans.items():
+        values = alignment.by_segment.get(modality, np.full(len(inside), np.nan))
+        some = values[inside & ~np.isnan(values)]
+        if len(some):
+            mean = max(float(some.mean()), 0.0)
+            total += mean**2 * (len(some) * step + span) / span
+    return float(np.sqrt(total))
+
+
+def _parts(
+    alignment: Alignment, query_seconds: float, span_seconds: float
+) -> list[tuple[np.ndarray, float]]:
+    """Halves, quarters and so on of a query, at steps of half their length, as segment masks."""
+    starts = alignment.query_seconds
+    ends = starts + span_seconds / alignment.rate
+    parts = []
+    length = query_seconds / 2
+    while length >= _SHORTEST_PART_SECONDS:
+        for begin in np.arange(0, query_seconds - length + 1e-6, length / 2):
+            inside = (starts >= begin - 1e-6) & (ends <= begin + length + 1e-6)
+            if inside.any():
+                parts.append((inside, length))
+        length /= 2
+    return parts
+
+
+def _equally_well(alignment: Alignment, other: Alignment) -> np.ndarray:
+    """Marks segments that resemble this source and another about equally: bool [segments]."""
+    own = _smoothed(alignment)
+    there = np.interp(alignment.query_seconds, other.query_seconds, _smoothed(other), 0.0, 0.0)
+    return (own > 2.0) & (there >= _EQUALLY * own)
+
+
+def _smoothed(alignment: Alignment) -> np.ndarray:
+    """Strength, averaged over time."""
+    times = alignment.query_seconds
+    near = np.abs(times[:, None] - times) <= _SMOOTHING_SECONDS / 2
+    return (near @ strength(alignment)) / near.sum(axis=1)
