@@ -37,7 +37,7 @@ from avcl_jax.paths import absolute_path
 
 PROTOCOL = Protocol(
     name="temporal_tasks",
-    version=2,
+    version=3,
     title="Temporal tasks on held-out records",
     definition=(
         "Of each record evaluation.pairs_per_video pairs of views are drawn as in training "
@@ -47,7 +47,8 @@ PROTOCOL = Protocol(
         "The heads of the run classify them: speed and direction of each view by its picture and "
         "by its sound, order of a pair by two pictures, two sounds, and picture and sound.",
         "A record on which not all speeds fit is left out of the speed task; a pair of speeds that "
-        "cannot be before, overlapping and after is left out of the order task.",
+        "cannot be before, overlapping and after is left out of the order task; a video in which "
+        "nothing moves is left out of all tasks that look at it.",
         "Of each task an equal number of views of each class is scored, chosen by the seed, so "
         "that chance is one over the number of classes for whatever cannot tell them apart.",
     ),

@@ -211,6 +211,7 @@ def test_temporal_tasks_by_one_command_repeat_and_have_confusion_matrices(
 def _task_arrays(rng, records=40, pairs=6):
     shape = (records, pairs)
     arrays = {f"{task}_mask": np.ones(shape, bool) for task in ("speed", "direction", "order")}
+    arrays["video_moves"] = np.ones(shape, bool)
     arrays |= {f"has_{m}": np.ones(shape, bool) for m in ("video", "audio")}
     arrays["order"] = rng.integers(0, 3, shape).astype(np.int32)
     for modality in ("video", "audio"):
