@@ -1,0 +1,112 @@
+"""The commands and code that the documents show, and how much of them can run here."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+)
+LANGUAGES = ("sh", "python", "csv", "text")
+
+# Commands that are only parsed: pattern -> reason.
+ONLY_PARSED = {
+    r"^make (demo|test)\b": "takes minutes, and is what .ci/run and the README's figures run",
+    r"\bpip install\b|-m venv\b|^\.venv-bench/": "installs packages",
+    r"\b(gs|s3)://": "needs a bucket",
+    r"--runner=": "needs the extra beam: tests/interop runs it",
+    r"pretrain\.py:(kinetics400|kinetics600|vggsound|audioset)": "full size, for accelerators",
+    r"\.py:(ucf101|hmdb51|vggsound|audioset)\b": "full size, on a collection nobody may ship",
+    r"(ablation|audio_classification)\.py|\.py:esc10\b": "trains many networks: "
+    "tests/test_every_command.py and tests/evaluation run these tasks small",
+    r"avcl-fingerprint serve": "never ends: tests/fingerprint/test_serve.py",
+    r"-m benchmarks\.|-m pytest\b": "measures or tests for minutes",
+    r"compare (OUT OTHER|runs/(ucf101|esc10)_scratch)": "compares results of what is only parsed",
+    r"^tar |^mkdir ": "unpacks the archive of an earlier version, for its code",
+    r"^export |^\. ": "changes the shell that it is typed into",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A fenced block.
+
+    Attributes:
+        page: its page, relative to the repository.
+        line: number of its first line.
+        language: tag of its fence.
+        text: between the fences.
+    """
+
+    page: str
+    line: int
+    language: str
+    text: str
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands of a block of shell, each in one line; a loop is its body."""
+        joined = self.text.replace("\\\n", " ").splitlines()
+        lines = [" ".join(line.split()) for line in joined]
+        return [
+            part
+            for line in lines
+            if line and not re.match(r"(for .* do|done)$|#", line)
+            for part in line.split(" && ")
+        ]
+
+
+def blocks() -> Iterator[Block]:
+    """Yields the fenced blocks of all pages."""
+    for page in PAGES:
+        name, inside = str(page.relative_to(ROOT)), None
+        for number, line in enumerate(page.read_text().splitlines(), 1):
+            fence = re.match(r" *```(.*)", line)
+            if inside is None and fence:
+                inside = (number + 1, fence[1], list[str]())
+            elif inside is not None and fence:
+                yield Block(name, inside[0], inside[1], "\n".join(inside[2]) + "\n")
+                inside = None
+            elif inside is not None:
+                inside[2].append(line)
+        assert inside is None, f"{name}: a fence is not closed"
+
+
+def inline_commands() -> Iterator[tuple[str, str]]:
+    """Yields page and text of commands in running text and tables; `…` stands for more of them."""
+    for page in PAGES:
+        prose = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for text in re.findall(r"`([^`]+)`", prose):
+            command = " ".join(text.split())
+            if re.match(r"(python -m|avcl-fingerprint|make) \w", command) and "…" not in command:
+                yield str(page.relative_to(ROOT)), command
+
+
+def protocol_configs() -> list[str]:
+    """Configs that the README's table of protocols names, as `file.py:preset`."""
+    readme = (ROOT / "README.md").read_text()
+    table = readme[readme.index("| | `python -m avcl_jax.main") :].partition("\n\n")[0]
+    configs = []
+    for row in table.splitlines()[2:]:
+        file = ""
+        for name in re.findall(r"`([\w.:]+)`", row):
+            file = name.partition(":")[0] or file
+            configs.append(file + name.removeprefix(file))
+    return configs
+
+
+def reason_not_to_run(command: str) -> str | None:
+    """Why a command is only parsed; None if it is run."""
+    return next((why for pattern, why in ONLY_PARSED.items() if re.search(pattern, command)), None)
+
+
+def words(command: str) -> list[str]:
+    """Splits a command as a shell does, without its comment."""
+    return shlex.split(command, comments=True)

@@ -1,0 +1,138 @@
+"""Every command and all code that the documents show: parsed, and run where it can run here.
+
+Blocks run as they stand, with relative paths, in a copy of the repository that contains a small
+run and, under the names that the pages use, media and lists. A block in a new language, or a
+command that neither parses nor is known, fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import re
+import subprocess
+from unittest import mock
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from avcl_jax import main
+from tests import documented
+from tests.documented import ROOT
+
+BLOCKS = list(documented.blocks())
+COMMANDS = sorted(
+    {
+        (block.page, command)
+        for block in BLOCKS
+        if block.language == "sh"
+        for command in block.commands
+    }
+    | set(documented.inline_commands())
+)
+
+
+class _ParsedError(Exception):
+    """Raised instead of running a command whose arguments were good."""
+
+
+def _parse_main(arguments: list[str]) -> None:
+    """Builds the config with its overrides, as `avcl_jax.main` does."""
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file(
+        "config", lock_config=True, flag_values=values, sys_argv=["main", *arguments]
+    )
+    for flag in flags.FLAGS.flags_by_module_dict()[main.__name__]:
+        if flag.name not in values:
+            values[flag.name] = copy.deepcopy(flag)
+    assert values(["main", *arguments]) == ["main"]
+    assert config.value.task in main._TASKS
+
+
+def _parse_module(module: str, arguments: list[str]) -> None:
+    original = argparse.ArgumentParser.parse_known_args
+
+    def parse(parser: argparse.ArgumentParser, given: list[str], *_: object) -> None:
+        _, unknown = original(parser, given)
+        overrides = [word for word in unknown if word.startswith("--config.")]
+        assert unknown == overrides
+        _parse_main(["--config=configs/pretrain.py", *overrides])
+        raise _ParsedError
+
+    package = importlib.util.find_spec(module).submodule_search_locations
+    command = importlib.import_module(f"{module}.__main__" if package else module)
+    with (
+        mock.patch.object(argparse.ArgumentParser, "parse_known_args", parse),
+        pytest.raises(_ParsedError),
+    ):
+        command.main(arguments)
+
+
+def check_parses(command: str) -> None:
+    """Fails if a command names a module, config, setting or flag that does not exist."""
+    words = documented.words(re.sub(r"\$fold\b", "1", command).removeprefix("PYTHONPATH=. "))
+    words[0] = words[0].removeprefix(".venv-bench/bin/")
+    match words:
+        case ["python", "-m", "avcl_jax.main", *arguments]:
+            _parse_main(arguments)
+        case ["python", "-m", "pytest" | "venv", *_]:
+            pass
+        case ["python", "-m", module] | ["python", "-m", module, "COMMAND" | "prepare"]:
+            assert importlib.util.find_spec(module)  # named, not shown whole
+        case ["python", "-m", module, *arguments]:
+            _parse_module(module, arguments)
+        case ["avcl-fingerprint", *arguments]:
+            _parse_module("avcl_jax.fingerprint.command", arguments)
+        case ["make", target, *_]:
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        case ["pip", "install", *packages]:
+            for name in packages:
+                extra = re.fullmatch(r"avcl-jax\[(.*)\]", name)
+                assert not extra or f'"{extra[1]}": [' in (ROOT / "setup.py").read_text()
+                assert not name.endswith(".txt") or (ROOT / name).exists()
+        case ["python", script]:
+            assert (ROOT / script).exists()
+        case _:
+            subprocess.run(["bash", "-n", "-c", command], check=True)
+            assert documented.reason_not_to_run(command), f"who knows {words[0]}?"
+
+
+def test_every_block_says_its_language() -> None:
+    for block in BLOCKS:
+        assert block.language in documented.LANGUAGES, f"{block.page}:{block.line}"
+    for page in documented.PAGES:
+        indented = re.findall(r"\n\n    (?:python|pip|avcl|make).*", page.read_text())
+        assert not indented, f"{page}: fence these"
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[c[:80] for _, c in COMMANDS])
+def test_a_documented_command_parses(page: str, command: str, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    check_parses(command)
+
+
+@pytest.mark.parametrize("config", documented.protocol_configs())
+def test_a_protocol_of_the_readme_has_a_config(config: str, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    encoder = [] if config == "ablation.py" else ["--config.encoder=RUN"]
+    _parse_main([f"--config=configs/{config}", *encoder, "--workdir=OUT"])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python -m avcl_jax.main --config=configs/pretrain.py --config.stepz=3",
+        "python -m avcl_jax.main --config=configs/retrieval.py:nothing --workdir=OUT",
+        "python -m data_prep prepare VIDEOS/",
+        "avcl-fingerprint query clip.mp4 --indx films.index",
+        "make nothing",
+        "pip install 'avcl-jax[nothing]'",
+        "avcl-nothing clip.mp4",
+    ],
+)
+def test_what_does_not_exist_does_not_parse(command: str, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises((Exception, SystemExit)):  # each fails in its own way
+        check_parses(command)
