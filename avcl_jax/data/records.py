@@ -150,10 +150,14 @@ def shard_name(name: str, split: str, number: int, count: int, file_format: str 
 def _read_json(path: epath.Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        directory = path.parent
+        problem = f"is not a finished data set ({path.name} is missing)"
+        if not directory.is_dir():
+            problem = "is a file, not a directory" if directory.exists() else "does not exist"
         raise RecordError(
-            f"{path.parent} is not a finished data set ({path.name} is missing): "
-            "run `python -m data_prep prepare`, again if it was interrupted"
+            f"{directory} {problem}: give the --out of `python -m data_prep prepare`, and run that "
+            "again if it was interrupted"
         ) from None
     except ValueError as error:
         raise RecordError(f"{path} is damaged ({error}): prepare this data set again") from None

@@ -96,12 +96,25 @@ class UsableRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
         self._parts = {name: values[usable] for name, values in parts.items()}
         self.fingerprint = self._selection.fingerprint_of(records)
         if not len(self.indices):
-            selected = f" {self._selection}" if self._selection.conditions else ""
-            raise UserError(
-                f"none of the {self.num_selected} records{selected} of {records!r} is long enough "
-                f"for a view of {spec.views.clip_seconds:g} s with {spec.views.num_frames} "
-                "pictures; shorten views.clip_seconds or reduce views.num_frames"
-            )
+            raise UserError(self._why_none(timelines))
+
+    def _why_none(self, timelines: Mapping[str, np.ndarray]) -> str:
+        """One line on why no view fits any record, and what to change."""
+        spec, views = self._spec, self._spec.views
+        selected = f" {self._selection}" if self._selection.conditions else ""
+        none = f"none of the {self.num_selected} records{selected} of {self.records!r}"
+        counts = {"video": timelines["num_frames"] > 1, "audio": timelines["num_samples"] > 0}
+        wanted = [name for name in counts if spec.modalities in (name, "audio_visual")]
+        if not any(counts[name].any() for name in wanted):
+            return f"{none} has {' or '.join(wanted)}: set modalities to what the records have"
+        slowest = min(views.speeds)
+        return (
+            f"{none} is long enough for a view of {views.clip_seconds * slowest:g} s "
+            f"(views.clip_seconds={views.clip_seconds:g} at speed {slowest}) with "
+            f"{views.num_frames} frames, the longest lasts "
+            f"{timelines['duration_seconds'].max():.2f} s; reduce views.clip_seconds, "
+            "views.num_frames or the lowest of views.speeds"
+        )
 
     @property
     def num_too_short(self) -> int:

@@ -137,6 +137,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
         records, budget=config.data.max_bad_records, note=functools.partial(print, flush=True)
     )
     _check_health_label(config.bank.health_label, records)
+    _check_modalities(config.modalities, source, config.data.directory)
     check_enough(source, config.global_batch_size)
     check_room(
         batch_bytes(spec, config.global_batch_size // jax.process_count()),
@@ -224,6 +225,19 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
     checkpoints.close()
     writer.close()
     return complete
+
+
+def _check_modalities(modalities: str, source: UsableRecords, directory: str) -> None:
+    """Refuses to train two modalities where all records lack one: nothing would be contrasted."""
+    if modalities != "audio_visual":
+        return
+    for name, other in (("audio", "video"), ("video", "audio")):
+        if len(source.lacking([name])) == source.num_selected:
+            raise UserError(
+                f"modalities='audio_visual', and none of the {source.num_selected} records of "
+                f"{directory} has {name} on which a view fits: set --config.modalities={other} to "
+                f"train on {other} alone"
+            )
 
 
 def _check_health_label(label: str, records: RecordDataset) -> None:

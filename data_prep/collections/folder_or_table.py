@@ -22,6 +22,8 @@ from data_prep.manifest import Entry, Manifest, PrepareError, check_manifest
 
 COLUMNS = ("path", "split", "id", "source", "start", "end")
 TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
+# Tables and lists that people have, and that are neither read nor media.
+_OTHER_TABLES = (".json", ".ods", ".tsv", ".txt", ".xls", ".xlsx")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +62,11 @@ def read_input(path: epath.Path, *, split: str, root: epath.Path | None) -> Mani
         raise PrepareError(f"{path} does not exist: give a folder of media files or a table")
     elif path.suffix.lower() in TABLE_SUFFIXES:
         manifest = _read_table(path, split, root or path.parent)
+    elif path.suffix.lower() in _OTHER_TABLES:
+        raise PrepareError(
+            f"{path} is not media, and not a table that is read here: save it as "
+            f"{', '.join(TABLE_SUFFIXES)} (a CSV has commas and is UTF-8)"
+        )
     else:
         manifest = Manifest((_entry({"path": path.name}, path.parent, split, {}, {}),), {})
     return check_manifest(manifest)
@@ -122,6 +129,10 @@ def _check_columns(where: str, columns: Mapping[str, Any]) -> None:
     for column in columns:
         if column in COLUMNS or (column.startswith(LABEL_PREFIX) and column != LABEL_PREFIX):
             continue
+        if ";" in column or "\t" in column or "\0" in column:
+            raise PrepareError(
+                f"{where}: one column {column!r}: a CSV has commas between columns and is UTF-8"
+            )
         near = difflib.get_close_matches(column, COLUMNS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise PrepareError(
@@ -149,7 +160,8 @@ def _class_names(column: str, values: list[Any], path: epath.Path) -> tuple[str,
 
 def _read_table(path: epath.Path, split: str, root: epath.Path) -> Manifest:
     rows = []
-    for where, row in _rows(path):
+    for where, cells in _rows(path):
+        row = {column.strip(): value for column, value in cells.items()}
         _check_columns(where, row)
         start, end = row.get("start", ""), row.get("end", "")
         row["start"] = 0.0 if start == "" else seconds(where, "start", start)
@@ -178,6 +190,17 @@ def _read_table(path: epath.Path, split: str, root: epath.Path) -> Manifest:
     )
 
 
+def _from_windows(path: str, root: epath.Path) -> str:
+    """Returns a path that was written on Windows with slashes, if the file is there by that name.
+
+    Elsewhere a backslash may be part of a name: such a file comes first.
+    """
+    slashes = path.replace("\\", "/")
+    if not (root / path).exists() and (root / slashes).exists():
+        return slashes
+    return path
+
+
 def _entry(
     row: Mapping[str, Any],
     root: epath.Path,
@@ -186,6 +209,8 @@ def _entry(
     several: Collection[str],
 ) -> Entry:
     path = str(row["path"])
+    if "\\" in path and not is_remote(path):
+        path = _from_windows(path, root)
     absolute = os.fspath(absolute_path(root))
     start, end = row.get("start", 0.0), row.get("end")
     default_id = path

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from data_prep.collections.folder_or_table import read_input
 from data_prep.manifest import PrepareError
@@ -80,6 +81,10 @@ def test_a_folder_is_searched_in_the_order_of_names(tmp_path: Path) -> None:
         ("path,label_x,id\na.mp4,1,i\nb.mp4,2,i\n", "duplicate id 'i': .*a.mp4' and .*b.mp4'"),
         ("path,splitt\na.mp4,train\n", "line 2: unknown column 'splitt'; did you mean 'split'"),
         ("path,id\na.mp4\n", "line 2: not 2 columns"),
+        ("path;label_x\na.mp4;1\n", "one column 'path;label_x': a CSV has commas"),
+        ("path\tlabel_x\na.mp4\t1\n", "one column 'path.tlabel_x': a CSV has commas"),
+        ("\0p\0a\0t\0h\na.mp4\n", "a CSV has commas between columns and is UTF-8"),
+        ("Path\na.mp4\n", "unknown column 'Path'; did you mean 'path'"),
         ("path,id\na.mp4,i,j\n", "line 2: not 2 columns"),
         ("path,start\na.mp4,soon\n", "line 2: start is 'soon', expected seconds"),
         ("path,start\na.mp4,-1\n", "start is '-1'"),
@@ -110,3 +115,30 @@ def test_nothing_to_prepare(tmp_path: Path) -> None:
         read_input(tmp_path, split="train", root=None)
     with pytest.raises(PrepareError, match="absent does not exist"):
         read_input(tmp_path / "absent", split="train", root=None)
+
+
+def test_tables_as_windows_writes_them(tmp_path: Path) -> None:
+    (tmp_path / "My Videos").mkdir()
+    for name in ("My Videos/A One.MP4", r"back\slash.mp4"):
+        (tmp_path / name).touch()
+    table = tmp_path / "Clips.CSV"
+    rows = [" path , label_x", r"My Videos\A One.MP4,a", r"back\slash.mp4,b", r"no\c.mp4,b", ""]
+    table.write_text("\r\n".join(rows), encoding="utf-8-sig", newline="")
+    manifest = read_input(epath.Path(table), split="train", root=None)
+    assert [entry.path for entry in manifest.entries] == [
+        str(tmp_path / name) for name in ("My Videos/A One.MP4", r"back\slash.mp4", r"no\c.mp4")
+    ]
+    assert [entry.record_id for entry in manifest.entries] == [
+        "My Videos/A One.MP4",
+        r"back\slash.mp4",
+        r"no\c.mp4",
+    ]
+    assert manifest.class_names == {"x": ("a", "b")}
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "txt", "xlsx", "JSON"])
+def test_tables_of_other_kinds_are_not_taken_for_media(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"clips.{suffix}"
+    path.write_text("path\na.mp4\n")
+    with pytest.raises(PrepareError, match=r"not media, and not a table .*: save it as .csv"):
+        read_input(epath.Path(path), split="train", root=None)

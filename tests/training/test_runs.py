@@ -265,6 +265,37 @@ def test_mistakes_in_the_config_are_one_clear_error(records, tmp_path, overrides
 
 
 @pytest.mark.parametrize(
+    ("kind", "overrides", "message"),
+    [
+        ("missing", {}, "does not exist: give the --out of `python -m data_prep prepare`"),
+        ("file", {}, "is a file, not a directory: give the --out"),
+        ("empty", {}, "is not a finished data set (dataset_info.json is missing): give the --out"),
+        ("silent", {}, "has audio on which a view fits: set --config.modalities=video"),
+        ("blind", {}, "has video on which a view fits: set --config.modalities=audio"),
+        ("silent", {"modalities": "audio"}, "has audio: set modalities to what the records have"),
+        ("blind", {"modalities": "video"}, "has video: set modalities to what the records have"),
+        ("good", {"views.clip_seconds": 60.0}, "for a view of 60 s (views.clip_seconds=60 at spee"),
+        ("good", {"views.speeds": (32, 64)}, "for a view of 16 s (views.clip_seconds=0.5 at speed"),
+        ("good", {"views.num_frames": 400}, "has video on which a view fits"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_is_one_clear_error(tmp_path, kind, overrides, message):
+    directory = tmp_path / kind
+    if kind == "empty":
+        directory.mkdir()
+    elif kind == "file":
+        directory.write_text("not a directory")
+    elif kind != "missing":
+        has = {"has_audio": kind != "silent", "has_video": kind != "blind"}
+        write_records(directory, [make_record(n, seconds=5.0, side=24, **has) for n in range(8)])
+    workdir = tmp_path / "run"
+    with pytest.raises((ValueError, RecordError), match=re.escape(message)) as caught:
+        pretrain(small_config(directory, **overrides), workdir)
+    assert "\n" not in str(caught.value)
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
     ("argument", "words"),
     [
         ("--config.loss.temprature=0.2", ("temprature", "temperature")),
