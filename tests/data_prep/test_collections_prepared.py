@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ import simplejpeg
 
 from avcl_jax.data import media
 from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.selection import Selection
+from configs import cross_modal, evaluate, pretrain
 from data_prep.__main__ import main
 from tests.data.synthetic_media import write_flash_and_click
 from tests.data_prep.collection_files import SHARED, read, write
@@ -153,3 +156,69 @@ def test_help_says_where_the_lists_come_from(
     assert tables
     assert all(f"\n{table}\n" in text for table in tables)
     assert f"(default: {collection})" in " ".join(text.split())
+
+
+# The commands of docs/data, in the folder of each collection.
+DOCUMENTED = {
+    "kinetics400": ["kinetics . --lists train.csv val.csv"],
+    "kinetics600": ["kinetics . --lists train.csv val.csv"],
+    "vggsound": ["vggsound . --lists vggsound.csv"],
+    "audioset": [
+        "audioset . --lists balanced_train_segments.csv unbalanced_train_segments.csv"
+        " --split train --classes-from class_labels_indices.csv",
+        "audioset . --lists eval_segments.csv --classes-from class_labels_indices.csv",
+    ],
+    "esc10": ["esc50 . --subset esc10 --name esc10"],
+}
+
+
+def _write_collection(folder: Path) -> None:
+    """Writes a second of noise for each row of lists that have the form of the official ones."""
+    kinetics = "label,youtube_id,time_start,time_end,split\n"
+    segments = "# Segments\n# num_ytids=1\n# YTID, start_seconds, end_seconds, positive_labels\n"
+    esc = [f"{n}.wav,{n % 2 + 1},{n // 2},c{n // 2},True,{n},A\n" for n in range(20)]
+    lists = {
+        "train.csv": f"{kinetics}a,kinetrain00,0,10,train\nb,kinetrain11,0,10,train\n",
+        "val.csv": f"{kinetics}a,kineval0000,0,10,val\n",
+        "vggsound.csv": "vggtrain000,0,a,train\nvggtest0000,0,a,test\n",
+        "balanced_train_segments.csv": f'{segments}audbalanced, 0.000, 10.000, "/m/a"\n',
+        "unbalanced_train_segments.csv": f'{segments}audunbalanc, 0.000, 10.000, "/m/a"\n',
+        "eval_segments.csv": f'{segments}audeval0000, 0.000, 10.000, "/m/a"\n',
+        "class_labels_indices.csv": "index,mid,display_name\n0,/m/a,Speech\n",
+        "meta/esc50.csv": "filename,fold,target,category,esc10,src_file,take\n" + "".join(esc),
+    }
+    for name, text in lists.items():
+        write(folder / name, text)
+    kinds = ("kinetrain00", "kinetrain11", "kineval0000", "vggtrain000", "vggtest0000")
+    names = [f"{name}_000000_000010.wav" for name in kinds]
+    names += [f"{name}_0_10.wav" for name in ("audbalanced", "audunbalanc", "audeval0000")]
+    (folder / "audio").mkdir()
+    for name in [*names, *(f"audio/{n}.wav" for n in range(20))]:
+        with wave.open(str(folder / name), "wb") as sound:
+            sound.setnchannels(1)
+            sound.setsampwidth(2)
+            sound.setframerate(16_000)
+            samples = np.random.default_rng(len(name)).integers(-9_000, 9_000, 16_000)
+            sound.writeframes(samples.astype(np.int16).tobytes())
+
+
+@pytest.mark.slow
+def test_presets_name_splits_that_the_documented_commands_make(tmp_path, monkeypatch) -> None:
+    (tmp_path / "media").mkdir()
+    _write_collection(tmp_path / "media")
+    monkeypatch.chdir(tmp_path / "media")
+    for preset, commands in DOCUMENTED.items():
+        out = tmp_path / preset
+        for command in commands:
+            assert prepare(*command.split(), f"--out={out}") == 0
+        splits = [(pretrain.get_config(preset).data.split, "")]
+        section = evaluate.get_config(preset).evaluation
+        splits += [(section[f"{r}_split"], section[f"{r}_select"]) for r in ("train", "test")]
+        if preset != "esc10":
+            config = cross_modal.get_config(preset)
+            splits.append((config.data.split, config.data.select))
+        for split, select in splits:
+            records = RecordDataset(out, split)
+            assert len(Selection.parse(select).positions(records))
+        for label, _ in section.probes:
+            assert label in records.class_names
