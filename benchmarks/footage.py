@@ -264,6 +264,7 @@ def _random_columns(
         "max_frame_gap_seconds": gap,
         "min_frame_gap_seconds": gap,
         "num_samples": np.round(seconds * 16_000).astype(np.int32),
+        "audio_peak": np.full(rows, 1000, np.int32),
         "audio_start_seconds": rng.choice([0.0, 0.021333333, 0.023219955], rows),
         "duration_seconds": seconds,
         "label_take": rng.integers(0, 600, rows, np.int32),

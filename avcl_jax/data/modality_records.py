@@ -17,6 +17,7 @@ from avcl_jax.data.record_format import UNKNOWN_LABEL
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selected_records import SelectedRecords
 from avcl_jax.data.selection import Selection
+from avcl_jax.data.silence import SILENCE_PEAK
 from avcl_jax.errors import UserError
 
 Modality = Literal["video", "audio"]
@@ -134,8 +135,10 @@ def _asked(
     records: RecordDataset, modality: Modality, labels: Sequence[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields what records must have, and which have it."""
-    count = "num_frames" if modality == "video" else "num_samples"
-    yield modality, records.timelines[count] > 0
+    if modality == "video":
+        yield "video", records.timelines["num_frames"] > 0
+    else:
+        yield "audio that is not silent", records.timelines["audio_peak"] > SILENCE_PEAK
     for label in labels:
         yield f"known {label!r}", _classes(records, label) != UNKNOWN_LABEL
 

@@ -230,7 +230,6 @@ def batch_shapes(
     )
     flags = (
         "has_video",
-        "has_audio",
         "video_moves",
         "unreadable",
         *(f"{task}_mask" for task in (*tasks, "order")),
@@ -239,6 +238,7 @@ def batch_shapes(
     return {
         "video": ((rows, 2, *spec.video_shape), np.uint8),
         **sound,
+        "has_audio": ((rows, 2), np.bool_),
         **{name: ((rows,), np.bool_) for name in flags},
         **{name: ((rows,), np.int32) for name in numbers},
         **{

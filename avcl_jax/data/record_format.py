@@ -91,6 +91,7 @@ class RecordTimeline(NamedTuple):
       max_frame_gap_seconds: Longest time between two frames; 0 with fewer than two.
       min_frame_gap_seconds: Shortest time between two frames; 0 with fewer than two.
       num_samples: 0 when there is no sound.
+      audio_peak: Largest magnitude of a sample.
       sample_rate_hz: 0 when there is no sound.
       audio_start_seconds: Time of the first sample.
       duration_seconds: Of the whole record.
@@ -102,6 +103,7 @@ class RecordTimeline(NamedTuple):
     max_frame_gap_seconds: float
     min_frame_gap_seconds: float
     num_samples: int
+    audio_peak: int
     sample_rate_hz: int
     audio_start_seconds: float
     duration_seconds: float

@@ -31,15 +31,18 @@ from avcl_jax.data.record_format import (
     to_bytes,
     to_text,
 )
+from avcl_jax.data.silence import peak
 from avcl_jax.data.tfrecord import RecordError
 
-_VERSION = 2
+_VERSION = 3
 # How zipfile and numpy refuse a file whose CRC is right and which is none of ours.
 _NO_INDEX = (
     *(ValueError, TypeError, KeyError, EOFError, OSError, RuntimeError, MemoryError),
     *(zipfile.BadZipFile, zlib.error, struct.error),
 )
-_TIMELINE_TYPES = {"num_frames": np.int32, "num_samples": np.int32, "sample_rate_hz": np.int32}
+_TIMELINE_TYPES = dict.fromkeys(
+    ("num_frames", "num_samples", "audio_peak", "sample_rate_hz"), np.int32
+)
 
 
 class StringColumn(Sequence[str]):
@@ -101,6 +104,7 @@ def index_row(record: Record, length: int, crc: int) -> IndexRow:
         max_frame_gap_seconds=float(gaps.max(initial=0.0)),
         min_frame_gap_seconds=float(gaps.min()) if len(gaps) else 0.0,
         num_samples=len(record.waveform),
+        audio_peak=peak(record.waveform),
         sample_rate_hz=record.sample_rate_hz,
         audio_start_seconds=record.audio_start_seconds,
         duration_seconds=record.duration_seconds,

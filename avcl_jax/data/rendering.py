@@ -12,6 +12,7 @@ from avcl_jax.data.crop import Crop, CropSpec, crop_frame
 from avcl_jax.data.decode import each_jpeg
 from avcl_jax.data.record_format import Record
 from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.silence import is_silent
 from avcl_jax.data.spectrogram import LogMelSpec, gather_windows, log_mel
 from avcl_jax.data.tfrecord import RecordError
 from avcl_jax.data.views import Clip, Timeline, ViewSpec, frame_indices
@@ -106,8 +107,12 @@ def render_video(
     return out
 
 
-def render_audio(record: Record, clip: Clip, spec: RenderSpec) -> np.ndarray:
-    """Sound of a clip: int16 windows [frames, window], or the log-mel [frames, mels]."""
+def render_audio(record: Record, clip: Clip, spec: RenderSpec) -> tuple[np.ndarray, bool]:
+    """Sound of a clip, int16 windows [frames, window] or the log-mel [frames, mels], and if any.
+
+    All silences are alike, so that a clip in which nothing sounds has no sound: as a positive or a
+    negative, or with a speed to tell, it would teach nonsense.
+    """
     windows = gather_windows(
         record.waveform,
         clip,
@@ -115,7 +120,8 @@ def render_audio(record: Record, clip: Clip, spec: RenderSpec) -> np.ndarray:
         spec.views,
         audio_start_seconds=record.audio_start_seconds,
     )
-    return windows if spec.spectrogram_on_device else log_mel(windows, spec.log_mel)
+    sounds = not is_silent(windows)
+    return (windows if spec.spectrogram_on_device else log_mel(windows, spec.log_mel)), sounds
 
 
 def _empty_audio(spec: RenderSpec) -> np.ndarray:
@@ -146,8 +152,8 @@ def render_views(
 
     Returns:
         `video` uint8 [views, time, height, width, 3], `spectrogram` float32 [views, frames, mels]
-        or `audio_windows` int16 [views, frames, window], `has_video`, `has_audio` bool, and the
-        speeds and directions int32 [views].
+        or `audio_windows` int16 [views, frames, window], `has_video` bool, `has_audio` bool [views],
+        False for silent views too, and the speeds and directions int32 [views].
     """
     if pixels is None:
         pixels = np.empty((len(video), *spec.video_shape), np.uint8)
@@ -159,12 +165,14 @@ def render_views(
     if use.has_audio:
         sounds = [render_audio(record, clip, spec) for clip in audio]
     else:
-        sounds = [_empty_audio(spec) for _ in audio]
+        sounds = [(_empty_audio(spec), False) for _ in audio]
     return {
         "video": pixels,
-        "audio_windows" if spec.spectrogram_on_device else "spectrogram": np.stack(sounds),
+        "audio_windows" if spec.spectrogram_on_device else "spectrogram": np.stack(
+            [sound for sound, _ in sounds]
+        ),
         "has_video": np.bool_(use.has_video),
-        "has_audio": np.bool_(use.has_audio),
+        "has_audio": np.array([heard for _, heard in sounds]),
         "video_moves": np.bool_(use.has_video and not record.is_still),
         "video_speed": np.array([clip.speed for clip in video], np.int32),
         "audio_speed": np.array([clip.speed for clip in audio], np.int32),

@@ -14,6 +14,7 @@ from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.rendering import RenderSpec, UsableRecord
 from avcl_jax.data.selected_records import SelectedRecords
 from avcl_jax.data.selection import Selection
+from avcl_jax.data.silence import SILENCE_PEAK
 from avcl_jax.data.views import Timeline, views_fit
 from avcl_jax.errors import UserError
 
@@ -35,7 +36,7 @@ def _usable_parts(times: Mapping[str, np.ndarray], spec: RenderSpec) -> dict[str
     (video_start, video_end), (audio_start, audio_end) = intervals(times).values()
     both_start, both_end = np.maximum(video_start, audio_start), np.minimum(video_end, audio_end)
     video = np.asarray(times["num_frames"] > 1) & (spec.modalities != "audio")
-    audio = np.asarray(times["num_samples"] > 0) & (spec.modalities != "video")
+    audio = np.asarray(times["audio_peak"] > SILENCE_PEAK) & (spec.modalities != "video")
     wrong = np.flatnonzero(audio & (times["sample_rate_hz"] != spec.log_mel.sample_rate_hz))
     if len(wrong):
         raise UserError(
@@ -120,6 +121,10 @@ class UsableRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
     def num_too_short(self) -> int:
         """Selected records on which no view fits."""
         return self.num_selected - len(self.indices)
+
+    def num_without(self, modality: str) -> int:
+        """Used records without "video", or without "audio" that is not silent."""
+        return int((~self._parts[f"has_{modality}"]).sum())
 
     def lacking(self, modalities: Sequence[str]) -> np.ndarray:
         """Ascending positions in the data set of selected records without a view of all of these.

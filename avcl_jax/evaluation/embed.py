@@ -77,6 +77,8 @@ def random_views(
     height, width = max(record.height, 1), max(record.width, 1)
     crops = [random_crop(rng, height, width, spec.crop) for _ in clips]
     arrays = render_views(record, use, clips, clips, crops, spec)
+    # A record's views are averaged: its sound is missing only where all of it is.
+    arrays["has_audio"] = np.bool_(use.has_audio)
     unwanted = [name for modality, name in MODALITY_INPUTS.items() if modality not in modalities]
     rendered = {name: value for name, value in arrays.items() if name not in unwanted}
     return rendered | describe(index, record, source.records)

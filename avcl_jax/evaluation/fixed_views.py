@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from avcl_jax.data.crop import center_crop
 from avcl_jax.data.modality_records import evenly_spaced
 from avcl_jax.data.rendering import RenderSpec, describe, render_views
@@ -53,4 +55,6 @@ def fixed_views(
         ]
     crop = center_crop(max(record.height, 1), max(record.width, 1))
     arrays = render_views(record, use, clips, clips, [crop] * len(clips), spec)
+    # A record's views are averaged: its sound is missing only where all of it is.
+    arrays["has_audio"] = np.bool_(use.has_audio)
     return arrays | describe(index, record, source.records)

@@ -41,8 +41,8 @@ class AudioVisualModel(nn.Module):
         self,
         video: Float[Array, "videos views time height width 3"] | None,
         spectrogram: Float[Array, "videos views frames mels"] | None,
-        has_video: Bool[Array, " videos"],
-        has_audio: Bool[Array, " videos"],
+        has_video: Bool[Array, "videos *of_video"],
+        has_audio: Bool[Array, "videos *of_audio"],
         *,
         train: bool,
     ) -> dict[str, Array]:
@@ -51,8 +51,8 @@ class AudioVisualModel(nn.Module):
         Args:
             video: clips of both views; not looked at without a video encoder.
             spectrogram: log-mel spectrograms of both views; not looked at without audio encoder.
-            has_video: videos that have a picture.
-            has_audio: videos that have a sound.
+            has_video: videos [videos], or views [videos, 2], that have a picture.
+            has_audio: videos, or views, that have a sound.
             train: normalise by the statistics of the batch and update the running ones.
 
         Returns:
@@ -63,6 +63,10 @@ class AudioVisualModel(nn.Module):
             for (v1, a2) and (v2, a1). Entries of an absent encoder are absent.
         """
         outputs: dict[str, Array] = {}
+        has_video, has_audio = (
+            mask if mask.ndim == 2 else jnp.repeat(mask[:, None], 2, axis=1)
+            for mask in (has_video, has_audio)
+        )
         if self.video_encoder is not None and video is not None:
             outputs |= self._modality("video", self.video_encoder, video, has_video, train)
         if self.audio_encoder is not None and spectrogram is not None:
@@ -70,16 +74,16 @@ class AudioVisualModel(nn.Module):
         v, a = outputs.get("video_features"), outputs.get("audio_features")
         if v is not None:
             head = self._pairwise("order_vv_head")
-            outputs["order_vv"] = head(v[:, 0], v[:, 1], train=train, mask=has_video)
+            outputs["order_vv"] = head(v[:, 0], v[:, 1], train=train, mask=has_video.all(axis=1))
         if a is not None:
             head = self._pairwise("order_aa_head")
-            outputs["order_aa"] = head(a[:, 0], a[:, 1], train=train, mask=has_audio)
+            outputs["order_aa"] = head(a[:, 0], a[:, 1], train=train, mask=has_audio.all(axis=1))
         if v is not None and a is not None:
             head = self._pairwise("order_va_head")
             # (v1, a2) and (v2, a1): the two intervals of one view coincide and carry no order.
             first = v.reshape(-1, v.shape[-1])
             second = a[:, ::-1].reshape(-1, a.shape[-1])
-            mask = jnp.repeat(has_video & has_audio, 2)
+            mask = (has_video & has_audio[:, ::-1]).reshape(-1)
             logits = head(first, second, train=train, mask=mask)
             outputs["order_va"] = logits.reshape(*v.shape[:2], NUM_ORDERS)
         return outputs
@@ -91,7 +95,7 @@ class AudioVisualModel(nn.Module):
         self, name: str, encoder: nn.Module, views: Array, present: Array, train: bool
     ) -> dict[str, Array]:
         # [videos, 2, ...] is reshaped, never concatenated across shards (design section 4).
-        mask = jnp.repeat(present, views.shape[1])
+        mask = present.reshape(-1)
         clips = views.reshape(-1, *views.shape[2:])
         features = encoder(clips, train=train, mask=mask)["features"]
         embeddings = ProjectionHead(

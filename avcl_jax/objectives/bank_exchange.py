@@ -53,7 +53,7 @@ class Anchors(NamedTuple):
 
     Attributes:
         embeddings: Modality → [videos, 2, dim].
-        present: Modality → bool [videos].
+        present: Modality → bool [videos, 2].
         source_id: int [videos].
         anchor_id: int [videos], a number of the video that does not depend on the device count.
     """
@@ -245,9 +245,9 @@ def draw(
         anchors.embeddings[modality].reshape(2 * videos, -1).astype(embeddings[row].dtype)
         for modality, row in pairs
     )
-    anchor_numbers = jnp.stack(
-        [anchors.source_id.astype(jnp.int32), _presence(anchors.present).astype(jnp.int32)], axis=1
-    )
+    # Two bits of each view: one number per video is moved, not two.
+    first, second = _presence(anchors.present).astype(jnp.int32).T
+    anchor_numbers = jnp.stack([anchors.source_id.astype(jnp.int32), first | (second << 2)], axis=1)
 
     merge = merge and shards > 1
     if shards > 1 and not merge:
@@ -256,12 +256,14 @@ def draw(
     if merge:
         queries = tuple(_gather(query, data_axes) for query in queries)
         anchor_numbers = _gather(anchor_numbers, data_axes)
-    anchor_usable = _has_all(anchor_numbers[:, 1], anchor_modalities(sampling, term[0]))
+    both = anchor_numbers[:, 1]
+    anchor_presence = jnp.stack([both & 3, both >> 2], axis=1).ravel()
+    anchor_usable = _has_all(anchor_presence, anchor_modalities(sampling, term[0]))
     scores, ranked = rank(
         queries,
         tuple(embeddings[row] for _, row in pairs),
         jnp.repeat(anchor_numbers[:, 0], 2),
-        jnp.repeat(anchor_usable, 2),
+        anchor_usable,
         numbers[:, 1],
         (numbers[:, 0] >= 0) & _has_all(presence, modalities),
         min(sampling.ranks, numbers.shape[0]),

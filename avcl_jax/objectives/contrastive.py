@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from avcl_jax.objectives.masks import per_view
+
 Kind = Literal["within", "cross"]
 
 # Stands for the logit of an excluded entry. Finite, so that neither values nor gradients rest on
@@ -33,7 +35,7 @@ class _Similarities(NamedTuple):
     bank_positive_mask: Bool[Array, "videos 2 positives"]
     bank_negative: Float[Array, "videos 2 negatives"]
     bank_negative_mask: Bool[Array, "videos 2 negatives"]
-    anchor_mask: Bool[Array, "videos 2"]  # anchors whose own and target modality exist
+    anchor_mask: Bool[Array, "videos 2"]  # anchors that exist and whose partner does
 
 
 def _dot(subscripts: str, a: Array, b: Array) -> Array:
@@ -93,13 +95,16 @@ def _similarities(
             f"anchors and targets must both be [videos, 2, dim]; got {anchors.shape} and "
             f"{targets.shape}."
         )
+    anchor_mask, target_mask = per_view(anchor_mask), per_view(target_mask)
     anchors = _present(anchors, anchor_mask)
     targets = _present(targets, target_mask)
-    partner_of = targets[:, ::-1] if kind == "within" else targets
+    partner_of, partner_mask = targets, target_mask
+    if kind == "within":
+        partner_of, partner_mask = targets[:, ::-1], target_mask[:, ::-1]
     shape = (*anchors.shape[:2], *targets.shape[:2])
     # Of the same source, whether the same record, another cut or a second meeting of it in one
     # global batch: neither negative nor (except the partner) positive.
-    other_source = (source_id[:, None] != source_id[None, :]) & target_mask[None, :]
+    other_source = (source_id[:, None] != source_id[None, :])[..., None] & target_mask[None]
     positive, positive_mask = _bank_similarities(
         "positive", anchors, bank_positives, bank_positive_mask
     )
@@ -109,12 +114,12 @@ def _similarities(
     return _Similarities(
         partner=_dot("ikd,ikd->ik", anchors, partner_of),
         batch=_dot("ikd,jld->ikjl", anchors, targets),
-        batch_mask=jnp.broadcast_to(other_source[:, None, :, None], shape),
+        batch_mask=jnp.broadcast_to(other_source[:, None], shape),
         bank_positive=positive,
         bank_positive_mask=positive_mask,
         bank_negative=negative,
         bank_negative_mask=negative_mask,
-        anchor_mask=jnp.broadcast_to((anchor_mask & target_mask)[:, None], shape[:2]),
+        anchor_mask=anchor_mask & partner_mask,
     )
 
 
@@ -178,8 +183,8 @@ def per_anchor_loss(
     *,
     kind: Kind,
     source_id: Int[Array, " videos"],
-    anchor_mask: Bool[Array, " videos"],
-    target_mask: Bool[Array, " videos"],
+    anchor_mask: Bool[Array, "videos *views"],
+    target_mask: Bool[Array, "videos *views"],
     temperature: float | Float[Array, ""],
     positive_weight: float | Float[Array, ""],
     bank_positives: Float[Array, "videos 2 positives dim"] | None = None,
@@ -215,8 +220,8 @@ def contrastive_loss(
     *,
     kind: Kind,
     source_id: Int[Array, " videos"],
-    anchor_mask: Bool[Array, " videos"],
-    target_mask: Bool[Array, " videos"],
+    anchor_mask: Bool[Array, "videos *views"],
+    target_mask: Bool[Array, "videos *views"],
     temperature: float | Float[Array, ""],
     positive_weight: float | Float[Array, ""],
     bank_positives: Float[Array, "videos 2 positives dim"] | None = None,
@@ -224,7 +229,7 @@ def contrastive_loss(
     bank_negatives: Float[Array, "videos 2 negatives dim"] | None = None,
     bank_negative_mask: Bool[Array, "videos 2 negatives"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Mean of the objective over the anchors whose own and target modality exist.
+    """Mean of the objective over the anchors that exist and whose partner does.
 
     One direction of one term, for the global batch: `vv` and `aa` are "within" with the same array
     as anchors and targets; the term `va` is the mean of "cross" video → audio and audio → video.
@@ -237,8 +242,8 @@ def contrastive_loss(
         kind: What the partner is. "within": the other view; "cross": the same view of the target
             modality.
         source_id: int [videos], equal for records cut from one medium.
-        anchor_mask: bool [videos], whether the anchor modality exists.
-        target_mask: bool [videos], whether the target modality exists.
+        anchor_mask: bool [videos], or [videos, 2] of each view, whether the anchor modality exists.
+        target_mask: bool of the same shape, whether the target modality exists.
         temperature: τ > 0.
         positive_weight: λ in [0, 1], shared equally by an anchor's valid bank positives; if it has
             none, its partner has weight 1.

@@ -29,6 +29,7 @@ from avcl_jax.objectives.bank_exchange import (
     exchange_bytes,
 )
 from avcl_jax.objectives.bank_sampling import BankSampling, Modality, Term
+from avcl_jax.objectives.masks import per_view
 
 __all__ = [
     "BankSample",
@@ -181,8 +182,8 @@ def insert(
     *,
     source_id: Int[Array, " videos"],
     label: Int[Array, " videos"],
-    has_video: Bool[Array, " videos"],
-    has_audio: Bool[Array, " videos"],
+    has_video: Bool[Array, "videos *views"],
+    has_audio: Bool[Array, "videos *views"],
     mesh: Mesh | None,
     data_axes: tuple[str, ...],
 ) -> FeatureBank:
@@ -197,8 +198,8 @@ def insert(
         audio: [videos, 2, dim] audio embeddings.
         source_id: int [videos].
         label: int [videos], −1 unknown.
-        has_video: bool [videos].
-        has_audio: bool [videos].
+        has_video: bool [videos], or [videos, 2] of each view.
+        has_audio: bool of the same shape.
         mesh: The mesh of Auto axes, or None for one device.
         data_axes: Mesh axes that batch and bank are sharded over.
 
@@ -210,6 +211,8 @@ def insert(
     """
     shards = num_shards(mesh, data_axes)
     check_size(bank.insertion.shape[0], global_batch_size=video.shape[0], shards=shards)
+
+    has_video, has_audio = per_view(has_video), per_view(has_audio)
 
     def write(bank, video, audio, source_id, label, has_video, has_audio):
         size = bank.insertion.shape[0]
@@ -223,20 +226,17 @@ def insert(
 
         def embeddings(ring, values, mask):
             # What a missing medium was encoded to is no embedding, and may be NaN.
-            values = jnp.where(mask[:, None, None], values, jnp.zeros((), values.dtype))
+            values = jnp.where(mask[..., None], values, jnp.zeros((), values.dtype))
             return put(ring, values.reshape(rows, -1))
-
-        def per_view(values):
-            return jnp.repeat(values, 2)
 
         number = bank.inserted + shard * rows + jnp.arange(rows, dtype=jnp.int32)
         return FeatureBank(
             video=embeddings(bank.video, video, has_video),
             audio=embeddings(bank.audio, audio, has_audio),
-            source_id=put(bank.source_id, per_view(source_id)),
-            label=put(bank.label, per_view(label)),
-            has_video=put(bank.has_video, per_view(has_video)),
-            has_audio=put(bank.has_audio, per_view(has_audio)),
+            source_id=put(bank.source_id, jnp.repeat(source_id, 2)),
+            label=put(bank.label, jnp.repeat(label, 2)),
+            has_video=put(bank.has_video, has_video.ravel()),
+            has_audio=put(bank.has_audio, has_audio.ravel()),
             insertion=put(bank.insertion, number),
             inserted=bank.inserted + rows * shards,
         )
@@ -284,8 +284,8 @@ def sample(
     *,
     anchors_video: Float[Array, "videos 2 dim"],
     anchors_audio: Float[Array, "videos 2 dim"],
-    has_video: Bool[Array, " videos"],
-    has_audio: Bool[Array, " videos"],
+    has_video: Bool[Array, "videos *views"],
+    has_audio: Bool[Array, "videos *views"],
     source_id: Int[Array, " videos"],
     anchor_id: Int[Array, " videos"],
     active: Bool[Array, ""] | bool,
@@ -307,8 +307,8 @@ def sample(
             insertion number only.
         anchors_video: [videos, 2, dim] video embeddings of the global batch.
         anchors_audio: [videos, 2, dim] audio embeddings.
-        has_video: bool [videos].
-        has_audio: bool [videos].
+        has_video: bool [videos], or [videos, 2] of each view.
+        has_audio: bool of the same shape.
         source_id: int [videos].
         anchor_id: int [videos], a number of the video that does not depend on the device count.
         active: bool scalar; if False (warm-up, bank not yet full) every mask is False.
@@ -365,7 +365,7 @@ def sample(
     )
     anchors = Anchors(
         embeddings={"video": anchors_video, "audio": anchors_audio},
-        present={"video": has_video, "audio": has_audio},
+        present={"video": per_view(has_video), "audio": per_view(has_audio)},
         source_id=source_id,
         anchor_id=anchor_id,
     )

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from avcl_jax.objectives.masks import per_view
+
 TERMS = (
     "speed_video",
     "speed_audio",
@@ -58,8 +60,9 @@ def temporal_targets(batch: Mapping[str, Array]) -> dict[str, tuple[Array, Array
     """Labels and masks of every temporal term, both [videos, 2] ([videos] for order_vv, order_aa).
 
     Args:
-        batch: has_video, has_audio, video_moves, speed_mask, direction_mask, order_mask: bool
-            [videos]; video_speed, audio_speed, video_direction, audio_direction: int [videos, 2];
+        batch: has_video, has_audio: bool [videos], or [videos, 2] of each view; video_moves,
+            speed_mask, direction_mask, order_mask: bool [videos];
+            video_speed, audio_speed, video_direction, audio_direction: int [videos, 2];
             order: int [videos], 0 before, 1 overlapping, 2 after, of view 1 relative to view 2.
 
     Returns:
@@ -68,29 +71,26 @@ def temporal_targets(batch: Mapping[str, Array]) -> dict[str, tuple[Array, Array
         nor order. order_va holds (v1, a2), whose label is the order itself, and
         (v2, a1), whose label is the reverse: 2 − order.
     """
-
-    def both_views(mask: Array) -> Array:
-        return jnp.broadcast_to(mask[:, None], (*mask.shape, 2))
-
-    has_video, has_audio = batch["has_video"] & batch["video_moves"], batch["has_audio"]
+    has_video = per_view(batch["has_video"]) & per_view(batch["video_moves"])
+    has_audio = per_view(batch["has_audio"])
     order = batch["order"]
     order_mask = batch["order_mask"]
     return {
-        "speed_video": (batch["video_speed"], both_views(batch["speed_mask"] & has_video)),
-        "speed_audio": (batch["audio_speed"], both_views(batch["speed_mask"] & has_audio)),
+        "speed_video": (batch["video_speed"], per_view(batch["speed_mask"]) & has_video),
+        "speed_audio": (batch["audio_speed"], per_view(batch["speed_mask"]) & has_audio),
         "direction_video": (
             batch["video_direction"],
-            both_views(batch["direction_mask"] & has_video),
+            per_view(batch["direction_mask"]) & has_video,
         ),
         "direction_audio": (
             batch["audio_direction"],
-            both_views(batch["direction_mask"] & has_audio),
+            per_view(batch["direction_mask"]) & has_audio,
         ),
-        "order_vv": (order, order_mask & has_video),
-        "order_aa": (order, order_mask & has_audio),
+        "order_vv": (order, order_mask & has_video.all(axis=1)),
+        "order_aa": (order, order_mask & has_audio.all(axis=1)),
         "order_va": (
             jnp.stack([order, 2 - order], axis=1),
-            both_views(order_mask & has_video & has_audio),
+            per_view(order_mask) & has_video & has_audio[:, ::-1],
         ),
     }
 

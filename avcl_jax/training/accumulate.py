@@ -111,15 +111,18 @@ def merge_statistics(
     Args:
         old: running statistics by module of the model, before the step.
         updated: the same after it, [parts, ...].
-        present: `video` and `audio`, bool [parts, rows]: which rows of each micro-batch there are.
+        present: `video` and `audio`, bool [parts, rows, 2]: which views of each micro-batch there
+            are.
     """
     merged = {}
     for name, values in updated.items():
         if name == "order_va_head":
-            rows = present["video"] & present["audio"]
+            rows = present["video"] & present["audio"][..., ::-1]
         else:
             rows = present["video" if "video" in name or name == "order_vv_head" else "audio"]
-        count = rows.sum(axis=1).astype(jnp.float32)
+        if name in ("order_vv_head", "order_aa_head"):
+            rows = rows.all(axis=2, keepdims=True)
+        count = rows.sum(axis=(1, 2)).astype(jnp.float32)
         weight = count / jnp.maximum(count.sum(), 1.0)
 
         def average(new: Array, before: Array, weight: Array = weight) -> Array:

@@ -265,9 +265,14 @@ def _announce(
         )
         (workdir / "parameters.txt").write_text(table + "\n")
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    short = f" ({source.num_too_short} too short for a view)" if source.num_too_short else ""
+    found = [f"{source.num_too_short} too short for a view"] if source.num_too_short else []
+    trained = ("video", "audio") if config.modalities == "audio_visual" else ()
+    found += [
+        f"{n} without {modality}" for modality in trained if (n := source.num_without(modality))
+    ]
+    noted = f" ({', '.join(found)})" if found else ""
     writer.note(
-        f"{config.name}: {len(source)} videos{short} from {config.data.directory}, "
+        f"{config.name}: {len(source)} videos{noted} from {config.data.directory}, "
         f"{count / 1e6:.2f} M parameters, {mesh.size} {jax.default_backend()} device(s), "
         f"{jax.process_count()} process(es), batch {config.global_batch_size} x 2 views, "
         f"bank {config.bank.size} rows{_exchange(config, mesh.size)}, "

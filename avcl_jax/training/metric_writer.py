@@ -28,11 +28,18 @@ _SHOWN = {
 
 def _progress(values: Mapping[str, float]) -> str:
     """The metrics of the progress line; what a run does not have is left out, name and all."""
+    lacking = [
+        f"{100 * values[name]:.0f} % of views without {modality}"
+        for modality in ("video", "audio")
+        if values.get(name := f"data/without_{modality}", 0.0) > 0
+    ]
     groups = (
         (title, [f"{label} {values[name]:.2f}" for name, label in shown.items() if name in values])
         for title, shown in _SHOWN.items()
     )
-    return " ".join(title + " ".join(found) for title, found in groups if found)
+    return "  ".join(
+        [" ".join(title + " ".join(found) for title, found in groups if found), *lacking]
+    )
 
 
 def format_seconds(seconds: float) -> str:

@@ -47,7 +47,7 @@ def example_inputs(spec: RenderSpec, videos: int = 2) -> dict[str, jax.ShapeDtyp
             (videos, 2, spec.log_mel.frames, spec.log_mel.mels), jnp.float32
         ),
         "has_video": jax.ShapeDtypeStruct((videos,), jnp.bool_),
-        "has_audio": jax.ShapeDtypeStruct((videos,), jnp.bool_),
+        "has_audio": jax.ShapeDtypeStruct((videos, 2), jnp.bool_),
     }
 
 

@@ -28,6 +28,7 @@ from avcl_jax.errors import UserError
 from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.bank_sampling import Modality
 from avcl_jax.objectives.contrastive import contrastive_loss
+from avcl_jax.objectives.masks import per_view
 from avcl_jax.objectives.temporal import TERMS as TEMPORAL_TERMS
 from avcl_jax.objectives.temporal import temporal_losses
 from avcl_jax.training import accumulate
@@ -152,13 +153,13 @@ def prepare_inputs(
 def _embeddings(
     outputs: Mapping[str, Array], batch: Mapping[str, Array]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Embeddings and presence of both modalities; an absent encoder gives zeros, never present."""
+    """Embeddings, and which views have each modality; without an encoder zeros, never present."""
     present, embeddings = {}, {}
     some = next(value for name, value in outputs.items() if name.endswith("_embeddings"))
     for modality in ("video", "audio"):
         name = f"{modality}_embeddings"
         embeddings[modality] = outputs.get(name, jnp.zeros_like(some))
-        mask = batch[f"has_{modality}"]
+        mask = per_view(batch[f"has_{modality}"])
         present[modality] = mask if name in outputs else jnp.zeros_like(mask)
     return embeddings, present
 
@@ -249,7 +250,7 @@ def _embedding_spread(embeddings: Array, present: Array) -> Array:
     About 1 for embeddings spread over the sphere, 0 for a collapse to one point.
     """
     rows = embeddings.reshape(-1, embeddings.shape[-1])
-    weight = jnp.repeat(present, embeddings.shape[1]).astype(jnp.float32)[:, None]
+    weight = present.reshape(-1, 1).astype(jnp.float32)
     total = jnp.maximum(weight.sum(), 1.0)
     mean = (rows * weight).sum(axis=0, keepdims=True) / total
     variance = (jnp.square(rows - mean) * weight).sum(axis=0) / total
@@ -341,6 +342,8 @@ def make_train_step(
                 data_axes=data_axes(mesh),
             )
         for modality in ("video", "audio"):
+            if f"{modality}_encoder" in grads:
+                metrics[f"data/without_{modality}"] = average(1.0 - present[modality].mean())
             metrics[f"health/{modality}_embedding_std"] = average(
                 _embedding_spread(embeddings[modality], present[modality]),
                 present[modality].any().astype(jnp.float32),

@@ -34,6 +34,11 @@ from benchmarks.baselines.pytorch_objectives import (
 )
 
 
+def _present(batch: Mapping[str, Tensor]) -> Tensor:
+    """Which videos have picture and sound, bool [2, videos]; the demo has no silent views."""
+    return torch.stack([batch["has_video"], batch["has_audio"].all(dim=1)])
+
+
 class PhotometricDraws(NamedTuple):
     """Uniform draws of each clip, [videos, 2]; in [-1, 1], `gray` in [0, 1]."""
 
@@ -171,7 +176,7 @@ class Pretraining:
             complete: no video lacks picture or sound.
             noise: see `step`.
         """
-        present = torch.stack([batch["has_video"], batch["has_audio"]])
+        present = _present(batch)
         masks = None if complete else {"video": present[0], "audio": present[1]}
         with torch.no_grad():
             video, spectrogram = self.inputs(batch)
@@ -198,7 +203,7 @@ class Pretraining:
             The loss and its terms.
         """
         section = self.config.optimizer
-        present = torch.stack([batch["has_video"], batch["has_audio"]])
+        present = _present(batch)
         active = self.bank.full and self.steps >= self.config.bank.warmup_steps
         rows = self.bank.rows if active else None
         total, terms, embeddings = self._losses(batch, rows, bool(present.all()), noise)

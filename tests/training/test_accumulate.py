@@ -65,7 +65,7 @@ def gradient(parts, *, norm=False, has_video=None):
         found, outputs, statistics = accumulate.gradients(
             forward, objective, params, (views, present), parts=parts, mesh=MESH
         )
-        split = {"video": accumulate.split_rows(present, parts, MESH)}
+        split = {"video": accumulate.split_rows(jnp.stack([present] * 2, axis=1), parts, MESH)}
         new = {"video_encoder": statistics.get("batch_stats", {})}
         return found, outputs, accumulate.merge_statistics(old, new, split)["video_encoder"]
 
@@ -105,17 +105,18 @@ def test_statistics_are_updated_once_by_all_present_rows():
 
 
 def test_statistics_stay_where_no_row_is_present():
-    """Also in the head of pairs of modalities, when no video has both."""
-    names = ("video_encoder", "audio_encoder", "order_vv_head", "order_va_head")
+    """Also in the heads of pairs, when no pair has both."""
+    names = ("video_encoder", "audio_encoder", "order_vv_head", "order_aa_head", "order_va_head")
     old = {name: {"mean": jnp.zeros(3)} for name in names}
     new = {name: {"mean": jnp.array([[1.0] * 3, [jnp.nan] * 3])} for name in names}
     present = {
-        "video": jnp.array([[True, True], [False, False]]),
-        "audio": jnp.array([[False, False], [False, False]]),
+        # The second view of the first video has sound, but not its first picture.
+        "video": jnp.array([[[False, True], [True, True]], [[False, False], [False, False]]]),
+        "audio": jnp.array([[[False, True], [False, False]], [[False, False], [False, False]]]),
     }
     merged = accumulate.merge_statistics(old, new, present)
     changed = {name: float(values["mean"][0]) for name, values in merged.items()}
-    assert changed == dict(zip(names, (1.0, 0.0, 1.0, 0.0), strict=True))
+    assert changed == dict(zip(names, (1.0, 1.0, 1.0, 0.0, 0.0), strict=True))
 
 
 @pytest.mark.parametrize(
