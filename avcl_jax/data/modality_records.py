@@ -138,7 +138,7 @@ def _asked(
     if modality == "video":
         yield "video", records.timelines["num_frames"] > 0
     else:
-        yield "audio that is not silent", records.timelines["audio_peak"] > SILENCE_PEAK
+        yield "audio, or only silence", records.timelines["audio_peak"] > SILENCE_PEAK
     for label in labels:
         yield f"known {label!r}", _classes(records, label) != UNKNOWN_LABEL
 

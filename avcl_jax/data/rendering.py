@@ -152,8 +152,8 @@ def render_views(
 
     Returns:
         `video` uint8 [views, time, height, width, 3], `spectrogram` float32 [views, frames, mels]
-        or `audio_windows` int16 [views, frames, window], `has_video` bool, `has_audio` bool [views],
-        False for silent views too, and the speeds and directions int32 [views].
+        or `audio_windows` int16 [views, frames, window], `has_video` bool, `has_audio` bool
+        [views], False for silent views too, and the speeds and directions int32 [views].
     """
     if pixels is None:
         pixels = np.empty((len(video), *spec.video_shape), np.uint8)

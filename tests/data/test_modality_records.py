@@ -95,7 +95,10 @@ def test_pictures_and_sound_last_as_long_as_they_are_there(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"leave_out": False}, "1 of the 4 records .* have no audio, first 'r2': set data.leave"),
+        (
+            {"leave_out": False},
+            "1 of the 4 records .* have no audio, or only silence, first 'r2': set data.leave",
+        ),
         (
             {"modality": "video", "select": "motion=down"},
             "2 of the 2 records .* have no video, first 'r0'$",

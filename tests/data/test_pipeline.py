@@ -47,6 +47,15 @@ def source(tmp_path_factory):
     records[3] = make_record(3, seconds=5.0, has_audio=False)
     records[7] = make_record(7, seconds=5.0, has_video=False)
     records[11] = dataclasses.replace(records[11], source_id="source 10")
+    rng = np.random.default_rng(0)
+    for number, start in (
+        (2, 0),
+        (5, 24_000),
+        (8, 40_000),
+    ):  # silent, but for dither, from there on
+        waveform = records[number].waveform.copy()
+        waveform[start:] = rng.integers(-33, 34, len(waveform) - start)
+        records[number] = dataclasses.replace(records[number], waveform=waveform)
     records.append(make_record(20, seconds=0.3))
     directory = write_records(tmp_path_factory.mktemp("pipeline") / "records", records)
     return UsableRecords(RecordDataset(directory, "train"), SPEC)
@@ -67,6 +76,7 @@ def test_shapes_dtypes_and_masks(source):
     assert len(source) == 20
     assert source.num_too_short == 1
     seen = {}
+    some = 0
     for batch in batches(source, 10):
         assert batch["video"].shape == (8, 2, 8, 32, 32, 3)
         assert batch["video"].dtype == np.uint8
@@ -78,10 +88,15 @@ def test_shapes_dtypes_and_masks(source):
             record = source.records[int(index)]
             seen[record.record_id] = int(batch["source_id"][row])
             assert batch["has_video"][row] == record.has_video
-            assert batch["has_audio"][row] == record.has_audio
             assert batch["video"][row].any() == record.has_video
-            assert batch["spectrogram"][row].any() == record.has_audio
+            silent = record.record_id in ("record 2", "record 3")
+            assert batch["spectrogram"][row].any() != silent
+            assert not (silent and batch["has_audio"][row].any())
+            partly = record.record_id in ("record 5", "record 8")
+            assert batch["has_audio"][row].all() or silent or partly
+            some += partly and len(set(batch["has_audio"][row].tolist())) == 2
             assert batch["label_motion"][row] == record.labels["motion"]
+    assert some > 0  # of two views of one record one is silent and the other is not
     assert seen["record 10"] == seen["record 11"]
     assert len(set(seen.values())) == 19
 
@@ -211,7 +226,11 @@ def test_device_windows_give_the_same_spectrograms(source):
     there = next(iter(train_batches(source, on_device, seed=5, global_batch_size=8)))
     here = batches(source, 1)[0]
     assert there["audio_windows"].dtype == np.int16
-    made = np.where(here["has_audio"][:, None, None, None], log_mel(there["audio_windows"], MEL), 0)
+    peaks = np.abs(there["audio_windows"].astype(int)).max(axis=(2, 3))
+    np.testing.assert_array_equal(there["has_audio"], peaks > 33)
+    np.testing.assert_array_equal(here["has_audio"], peaks > 33)
+    present = here["spectrogram"].any(axis=(2, 3), keepdims=True)  # zeros: there is no track
+    made = np.where(present, log_mel(there["audio_windows"], MEL), 0)
     np.testing.assert_array_equal(made, here["spectrogram"])
 
 
@@ -219,10 +238,12 @@ def test_device_windows_give_the_same_spectrograms(source):
 def test_training_on_one_modality_is_one_line(source, modality):
     spec = dataclasses.replace(SPEC, modalities=modality)
     alone = UsableRecords(source.records, spec)
-    assert len(alone) == 19
+    # One record has no picture; one has no sound and one only silence.
+    assert len(alone) == {"video": 19, "audio": 18}[modality]
     batch = next(iter(train_batches(alone, spec, seed=0, global_batch_size=4)))
     other = {"video": "audio", "audio": "video"}[modality]
-    assert batch[f"has_{modality}"].all()
+    assert batch[f"has_{modality}"].all() or modality == "audio"
+    assert batch[f"has_{modality}"].any()
     assert not batch[f"has_{other}"].any()
 
 

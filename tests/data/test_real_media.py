@@ -49,9 +49,9 @@ def test_every_file_is_in_a_training_batch_or_refused_with_a_reason(tmp_path):
         for row, index in enumerate(batch["record_index"]):
             use = source.usable(int(np.flatnonzero(source.indices == index)[0]))
             assert batch["has_video"][row] == use.has_video
-            assert batch["has_audio"][row] == use.has_audio
-            # Real pictures have contrast. Real sound may be silent, which is not absent: its
-            # log-mel is the floor, and not the zeros that stand for what is missing.
+            assert use.has_audio or not batch["has_audio"][row].any()
+            # Real pictures have contrast. A silent view of a sounding record is the floor of the
+            # log-mel, and not the zeros that stand for what is missing.
             assert (batch["video"][row].std() > 1) == use.has_video
             assert batch["spectrogram"][row].any() == use.has_audio
-    assert batch["has_audio"].sum() >= 10
+    assert batch["has_audio"].any(axis=1).sum() >= 7

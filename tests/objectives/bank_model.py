@@ -19,8 +19,8 @@ def random_batch(rng, videos, dim, sources, missing=0.2):
         "audio": unit(rng, videos, 2, dim),
         "source_id": rng.integers(0, sources, videos).astype(np.int32),
         "label": rng.integers(-1, 3, videos).astype(np.int32),
-        "has_video": rng.random(videos) >= missing,
-        "has_audio": rng.random(videos) >= missing,
+        "has_video": rng.random((videos, 2)) >= missing,
+        "has_audio": rng.random((videos, 2)) >= missing,
     }
 
 
@@ -77,6 +77,7 @@ class BankModel:
             for view in range(2):
                 row = {name: values[i] for name, values in batch.items()}
                 for modality in ("video", "audio"):
+                    row[f"has_{modality}"] = row[f"has_{modality}"][view]
                     row[modality] = row[modality][view] * row[f"has_{modality}"]
                 self.rows.append(row | {"insertion": self.inserted})
                 self.inserted += 1
@@ -95,7 +96,7 @@ class BankModel:
             "cross": [(anchor, other[anchor])],
             "agreement": [("video", "video"), ("audio", "audio")],
         }[sampling.space]
-        if not all(batch[f"has_{own}"][i] for own in [anchor, *(own for own, _ in pairs)]):
+        if not all(batch[f"has_{own}"][i, view] for own in [anchor, *(own for own, _ in pairs)]):
             return [], []
         eligible = [
             row

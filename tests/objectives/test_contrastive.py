@@ -45,16 +45,18 @@ def expected_losses(
     """l_i of every anchor, by loops over the equation of design §2.3; NaN if it does not count."""
     videos = len(anchors)
     losses = np.full((videos, 2), np.nan)
+    if anchor_mask.ndim == 1:
+        anchor_mask, target_mask = (np.stack([m, m], axis=1) for m in (anchor_mask, target_mask))
     for i in range(videos):
-        if not (anchor_mask[i] and target_mask[i]):
-            continue
         for k in range(2):
+            if not (anchor_mask[i, k] and target_mask[i, 1 - k if kind == "within" else k]):
+                continue
             z = anchors[i, k]
             negatives = [
                 targets[j, v]
                 for j in range(videos)
                 for v in range(2)
-                if target_mask[j] and source_id[j] != source_id[i]
+                if target_mask[j, v] and source_id[j] != source_id[i]
             ]
             if bank_negatives is not None:
                 negatives += list(bank_negatives[i, k][bank_negative_mask[i, k]])
@@ -78,18 +80,26 @@ def unit(rng, *shape):
 
 
 def example(
-    seed=0, videos=5, dim=4, positives=3, negatives=4, kind="cross", missing=0.3, temperature=0.1
+    seed=0,
+    videos=5,
+    dim=4,
+    positives=3,
+    negatives=4,
+    kind="cross",
+    missing=0.3,
+    temperature=0.1,
+    views=(),
 ):
     """Random float64 inputs: sources repeat, modalities are missing, bank rows are masked."""
     rng = np.random.default_rng(seed)
     anchors = unit(rng, videos, 2, dim)
-    anchor_mask = rng.random(videos) >= missing
+    anchor_mask = rng.random((videos, *views)) >= missing
     inputs = {
         "anchors": anchors,
         "targets": anchors if kind == "within" else unit(rng, videos, 2, dim),
         "source_id": rng.integers(0, videos, videos),
         "anchor_mask": anchor_mask,
-        "target_mask": anchor_mask if kind == "within" else rng.random(videos) >= missing,
+        "target_mask": anchor_mask if kind == "within" else rng.random((videos, *views)) >= missing,
         "bank_positives": unit(rng, videos, 2, positives, dim),
         "bank_positive_mask": rng.random((videos, 2, positives)) >= missing,
         "bank_negatives": unit(rng, videos, 2, negatives, dim),
@@ -157,8 +167,9 @@ def test_oracle(term, bank):
     missing=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
     temperature=st.sampled_from([0.01, 0.1, 1.0]),
     positive_weight=st.sampled_from([0.0, 0.4, 1.0]),
+    views=st.sampled_from([(), (2,)]),
 )
-def test_equation(seed, kind, rows, missing, temperature, positive_weight):
+def test_equation(seed, kind, rows, missing, temperature, positive_weight, views):
     inputs, kind = example(
         seed,
         kind=kind,
@@ -166,6 +177,7 @@ def test_equation(seed, kind, rows, missing, temperature, positive_weight):
         negatives=rows[1],
         missing=missing,
         temperature=temperature,
+        views=views,
     )
     inputs["positive_weight"] = positive_weight
     expected = expected_losses(**inputs, kind=kind)
