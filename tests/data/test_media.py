@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -15,6 +16,9 @@ import simplejpeg
 from avcl_jax.data import media
 from avcl_jax.data.media import MediaError
 from avcl_jax.data.record_format import Record
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.usable_records import UsableRecords
+from data_prep.__main__ import main as data_prep
 from data_prep.clip import REASONS, ClipOptions, prepare_clip
 from data_prep.manifest import Entry
 from tests.data.synthetic_media import (
@@ -23,6 +27,7 @@ from tests.data.synthetic_media import (
     write_channels,
     write_flash_and_click,
 )
+from tests.data.test_synchrony import SPEC
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "media"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is absent")
@@ -354,6 +359,45 @@ def test_frames_are_dropped_by_their_times(clip: Path) -> None:
 def test_small_pictures_are_not_blown_up(clip: Path) -> None:
     frame = next(media.decode_frames(clip, short_side=128, max_fps=None))
     assert frame.image.shape == (64, 64, 3)
+
+
+def three_seconds(amplitude: float) -> av.AudioFrame:
+    wave = amplitude * np.sin(np.arange(3 * 48_000) * 0.05)
+    frame = av.AudioFrame.from_ndarray(wave.astype(np.float32)[None], "fltp", "mono")
+    frame.sample_rate, frame.pts, frame.time_base = 48_000, 0, Fraction(1, 48_000)
+    return frame
+
+
+def test_a_cover_picture_that_no_flag_tells_is_no_video(tmp_path: Path) -> None:
+    """Many songs have one as a video stream of one frame, as long as it is shown."""
+    path = tmp_path / "song.m4a"
+    with av.open(str(path), "w", format="mp4") as container:
+        sound = container.add_stream("aac", rate=48_000, layout="mono")
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 96, 96, "yuvj420p"
+        image = np.full((96, 96, 3), 90, np.uint8)
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(cover.encode())
+        container.mux([*sound.encode(three_seconds(0.3)), *sound.encode()])
+    record = prepare(path)
+    assert len(record.frames) == 1
+    assert record.duration_seconds == pytest.approx(3.0, abs=0.05)
+    assert np.abs(record.waveform.astype(int)).mean() > 4000
+    out = tmp_path / "records"
+    assert data_prep(["prepare", str(path), f"--out={out}", "--workers=1"]) == 0
+    use = UsableRecords(RecordDataset(out, "train"), SPEC).usable(0)
+    assert (use.has_video, use.has_audio) == (False, True)
+
+
+def test_the_default_of_two_sound_tracks_is_heard(tmp_path: Path) -> None:
+    path = tmp_path / "two.mkv"
+    with av.open(str(path), "w") as container:
+        tracks = [container.add_stream("aac", rate=48_000, layout="mono") for _ in range(2)]
+        tracks[0].disposition = av.stream.Disposition.comment
+        tracks[1].disposition = av.stream.Disposition.default
+        for track, amplitude in zip(tracks, (0.0, 0.3), strict=True):
+            container.mux([*track.encode(three_seconds(amplitude)), *track.encode()])
+    assert np.abs(prepare(path).waveform.astype(int)).mean() > 4000
 
 
 def test_no_picture_and_no_sound_are_told_apart(tmp_path: Path, clip: Path) -> None:
