@@ -22,6 +22,7 @@ from avcl_jax import experiment
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation import figures
 from avcl_jax.evaluation.evaluate import PROTOCOL, evaluate
+from avcl_jax.evaluation.evaluated_run import evaluated_speeds
 from avcl_jax.evaluation.page import page, section, table, text
 from avcl_jax.evaluation.written import versions, write_text
 from avcl_jax.paths import absolute_path
@@ -140,7 +141,15 @@ def ablate(
     unknown = [name for name in section_.only if name not in variants]
     if unknown:
         raise UserError(f"ablation.only names {unknown}, there are {variants}")
+    for what, _, term in section_.figures:
+        if term and not (config.loss.weights.get(term)):
+            raise UserError(
+                f"ablation.figures has {what!r} of the term {term!r}, which {FULL!r} does not "
+                f"train: set ablation.figures, or a weight of {', '.join(config.loss.weights)}"
+            )
     runs = {(v, s): variant_config(config, v, s) for v in variants for s in seeds}
+    for run in runs.values():
+        evaluated_speeds(run.evaluation.speeds, run.views.speeds)
     # Seed by seed, so that a sweep that is stopped has whole comparisons.
     for seed in seeds:
         for variant in section_.only or variants:

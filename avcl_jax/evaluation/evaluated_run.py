@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -143,14 +143,22 @@ def _with_sections(
         merged.data.allow_trained_on = config.data.allow_trained_on
         if config.data.directory:
             merged.data.directory = config.data.directory
-        trained, speeds = list(run.views.speeds), list(config.evaluation.speeds)
-        if unknown := [speed for speed in speeds if speed not in trained]:
-            raise UserError(
-                f"evaluation.speeds {unknown} were not trained, these were: {trained}: set "
-                "--config.evaluation.speeds"
-            )
-        merged.evaluation.speeds = tuple(speeds or trained)
+        merged.evaluation.speeds = evaluated_speeds(config.evaluation.speeds, run.views.speeds)
     return merged
+
+
+def evaluated_speeds(asked: Sequence[int], trained: Sequence[int]) -> tuple[int, ...]:
+    """Returns the playback speeds at which features are computed; () asks for all trained ones.
+
+    Raises:
+        UserError: if one was not trained.
+    """
+    if unknown := [speed for speed in asked if speed not in trained]:
+        raise UserError(
+            f"evaluation.speeds {unknown} were not trained, these were: {list(trained)}: set "
+            "--config.evaluation.speeds"
+        )
+    return tuple(asked or trained)
 
 
 def _check_probes(

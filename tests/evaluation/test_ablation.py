@@ -241,3 +241,20 @@ def test_sweeps_that_make_no_sense_are_refused(tmp_path) -> None:
     config.ablation.variants = config.ablation.variants[1:]
     with pytest.raises(ValueError, match="must hold 'full'"):
         ablation.ablate(config, tmp_path, pretrain=None, evaluate=None)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("loss.weights.order_va", 0.0, "'order_va', which 'full' does not train"),
+        ("ablation.figures", (("motion", "probe.motion", "order"),), "of the term 'order'"),
+        ("views.speeds", (1, 2), r"evaluation.speeds \[4\] were not trained"),
+    ],
+)
+def test_what_a_sweep_needs_at_its_end_is_checked_before_its_first_training(
+    tmp_path, setting, value, said
+) -> None:
+    config = ablation_config.get_config()
+    config.update_from_flattened_dict({setting: value})
+    with pytest.raises(ValueError, match=said):
+        ablation.ablate(config, tmp_path, pretrain=None, evaluate=None)
