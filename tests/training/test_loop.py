@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import re
 
 import jax
+import numpy as np
 import pytest
 
 from avcl_jax import main
@@ -72,3 +75,22 @@ def test_the_environments_cache_goes_before_that_of_the_config(monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
     main._keep_compiled("~/cache")
     assert not updates
+
+
+def test_the_log_says_how_much_lacks_audio(tmp_path):
+    records = [make_record(n, seconds=2.5, side=24, has_audio=n % 2 == 0) for n in range(16)]
+    # A track of silence is not audio either.
+    silent = np.zeros_like(records[0].waveform)
+    records[1] = dataclasses.replace(records[0], record_id="silent", waveform=silent)
+    directory = write_records(tmp_path / "records", records)
+    output = small.run(small.arguments(directory, tmp_path / "run", global_batch_size=8, steps=4))
+    assert "16 videos (8 without audio) from" in output
+    lines = [line for line in output.splitlines() if line.startswith("step ")]
+    lacking = [int(found) for found in re.findall(r"(\d+) % of views without audio", output)]
+    assert len(lines) == 4
+    # Batches of two epochs: half of all rows.
+    assert len(lacking) >= 3
+    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert sum(row["data/without_audio"] for row in metrics) == 4 * 0.5
+    assert all(row["data/without_video"] == 0 for row in metrics)
+    assert "without video" not in output
