@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from etils import epath
 from avcl_jax.errors import UserError
 from avcl_jax.paths import absolute_path
 
+DATA_SET = "foley"
+
 
 def make_demo(directory: epath.PathLike, options: Sequence[str] = ()) -> None:
     """Makes and prepares demo media, unless they are there.
@@ -21,11 +24,24 @@ def make_demo(directory: epath.PathLike, options: Sequence[str] = ()) -> None:
         options: of `python -m data_prep demo`, beside --out.
 
     Raises:
-        UserError: if preparing fails, or many processes would do it at once.
+        UserError: if other records are there, the folder has another name, preparing fails, or many
+            processes would do it at once.
     """
     directory = absolute_path(directory)
-    if (directory / "dataset_info.json").exists():
+    info = directory / "dataset_info.json"
+    if info.exists():
+        name = json.loads(info.read_text())["name"]
+        if name != DATA_SET:
+            raise UserError(
+                f"{directory} holds records of {name!r}, not the demo's: pretrain on your own with "
+                "--config=configs/pretrain.py:records"
+            )
         return
+    if directory.name != "records":
+        raise UserError(
+            f"{directory} does not exist: pretrain on your own records with "
+            "--config=configs/pretrain.py:records, or name a folder `records` for the demo's"
+        )
     command = ["-m", "data_prep", "demo", "--out", str(directory.parent), *options]
     if jax.process_count() > 1:
         raise UserError(f"{directory} does not exist: run `python {' '.join(command)}` first")

@@ -111,6 +111,10 @@ def main(argv: Sequence[str]) -> None:
         if config.task not in _TASKS:
             raise UserError(f"unknown task {config.task!r}: use one of {', '.join(_TASKS)}")
         config = with_absolute_paths(config)
+        if not config.name:
+            if not config.data.directory:
+                raise UserError("data.directory is empty: set --config.data.directory=RECORDS")
+            config.name = epath.Path(config.data.directory).name
         _keep_compiled(config.compilation_cache)
         workdir = absolute_path(_WORKDIR.value or f"runs/{config.name}")
         if "data" in config and "make_demo" in config.data:
@@ -131,7 +135,9 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         SystemExit: with code 1 after that line.
     """
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        getattr(_CONFIG.value, "task", None)  # raises here if the file could not be loaded
+        return rest
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         # The flag for a config file wraps what the file raised into its whole traceback, of which
         # the last line says what is wrong.

@@ -16,8 +16,8 @@ from configs.presets import choose
 
 
 def get_config(preset: str = "demo") -> ml_collections.ConfigDict:
-    """The config of a preset: demo, esc10, kinetics400, kinetics600, vggsound or audioset."""
-    return choose(preset, demo, esc10, kinetics400, kinetics600, vggsound, audioset)
+    """The config of a preset: demo, records, esc10, or one of the full-size data sets."""
+    return choose(preset, demo, records, esc10, kinetics400, kinetics600, vggsound, audioset)
 
 
 def demo() -> ml_collections.ConfigDict:
@@ -141,6 +141,22 @@ def demo() -> ml_collections.ConfigDict:
     c.log_every = 50
     c.checkpoint_every = 500
     c.keep_checkpoints = 2
+    return c
+
+
+def records() -> ml_collections.ConfigDict:
+    """Your own records, at the size of the demo.
+
+    python -m avcl_jax.main --config=configs/pretrain.py:records --config.data.directory=data/mine
+
+    Hardware: as the demo. The run is named after the directory of the records; without --workdir it
+    goes to runs/NAME.
+    """
+    c = demo()
+    c.name = ""
+    c.data.make_demo = False
+    c.data.directory = ""
+    c.bank.health_label = ""
     return c
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from absl.testing import flagsaver
+from etils import epath
 
-from avcl_jax import experiment
+from avcl_jax import experiment, main
 from avcl_jax.data.pipeline import batch_shapes
 from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.video_retrieval import PROTOCOL
@@ -91,6 +95,25 @@ def test_presets_of_protocols_build_under_their_own_names(module, task, presets)
             config["encodr"] = "runs/other"
     with pytest.raises(ValueError, match=f"unknown preset 'imagenet': use one of {presets[0]}"):
         module.get_config("imagenet")
+
+
+def test_a_run_on_own_records_is_named_after_them(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        main, "_function", lambda task: lambda config, workdir: started.append((config, workdir))
+    )
+    monkeypatch.chdir(tmp_path)
+    file = Path(pretrain.__file__)
+    command = ["main", f"--config={file}:records", "--config.data.directory=data/mine"]
+    monkeypatch.setattr(sys, "argv", command)  # where ml_collections looks for overrides
+    with flagsaver.flagsaver():
+        main.parse_flags(command)
+        main.main(["main"])
+    ((config, workdir),) = started
+    assert config.name == "mine"
+    assert workdir == epath.Path(tmp_path / "runs" / "mine")
+    assert not config.data.make_demo
+    assert config.model == pretrain.get_config().model
 
 
 def test_a_misspelt_key_fails():

@@ -30,8 +30,15 @@ def test_absent_data_are_made_with_the_options_and_present_ones_left(
     with pytest.raises(ValueError, match="failed with exit code 3"):
         demo_data.make_demo(records)
     records.mkdir(parents=True)
-    (records / "dataset_info.json").write_text("{}")
+    (records / "dataset_info.json").write_text('{"name": "foley"}')
     demo_data.make_demo(records)
+    (records / "dataset_info.json").write_text('{"name": "clips"}')
+    with pytest.raises(
+        ValueError, match=r"records of 'clips', not the demo's.*pretrain.py:records"
+    ):
+        demo_data.make_demo(records)
+    with pytest.raises(ValueError, match="mine does not exist"):
+        demo_data.make_demo(tmp_path / "mine")
     assert len(commands) == 2
 
 

@@ -262,7 +262,7 @@ def check_enough(source: Sized, global_batch_size: int) -> None:
     if global_batch_size > len(source):
         raise UserError(
             f"global_batch_size {global_batch_size} is larger than the {len(source)} usable "
-            "records: reduce it or prepare more videos"
+            f"records: use at most {len(source)}, or prepare more videos"
         )
 
 

@@ -63,6 +63,11 @@ def build(
     """
     mesh = sharding.create_mesh(config.mesh.fsdp, devices)
     sharding.check_batch(config.global_batch_size, mesh, config.micro_batches)
+    if config.global_batch_size < 2:
+        raise UserError(
+            f"global_batch_size {config.global_batch_size}: a video is contrasted with the other "
+            "videos of its batch; use at least 2"
+        )
     if config.bank.size:
         feature_bank.check_size(
             config.bank.size, global_batch_size=config.global_batch_size, shards=mesh.size

@@ -242,7 +242,9 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused(records, tmp_p
     [
         ({"bank.size": 24}, "must be a multiple of the 16 rows"),
         ({"bank.size": 8}, "must be a multiple of the 16 rows"),
-        ({"global_batch_size": 32, "bank.size": 64}, "larger than the 24 usable records"),
+        ({"global_batch_size": 32, "bank.size": 64}, "24 usable records: use at most 24"),
+        ({"global_batch_size": 1}, "use at least 2"),
+        ({"global_batch_size": 6}, "use 24 or 36"),
         ({"model.video.name": "vit"}, "unknown video encoder 'vit'"),
         ({"data.directory": "/nonexistent"}, "/nonexistent"),
         ({"data.split": "validation"}, "no split 'validation', it has"),
