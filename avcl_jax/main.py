@@ -18,6 +18,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
+from avcl_jax import config_file
 from avcl_jax.demo_data import make_demo
 from avcl_jax.errors import UserError, one_line
 from avcl_jax.experiment import with_absolute_paths
@@ -37,6 +38,9 @@ _DISTRIBUTED = flags.DEFINE_bool(
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+_PRINT_CONFIG = flags.DEFINE_bool(
+    "print_config", False, "Print every setting, with overrides applied, and stop."
+)
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
 
 _A_DAY = 24 * 60 * 60
@@ -110,6 +114,9 @@ def main(argv: Sequence[str]) -> None:
             raise UserError("--config is missing: try --config=configs/pretrain.py")
         if config.task not in _TASKS:
             raise UserError(f"unknown task {config.task!r}: use one of {', '.join(_TASKS)}")
+        if _PRINT_CONFIG.value:
+            print(config_file.as_text(config))
+            return
         config = with_absolute_paths(config)
         if not config.name:
             if not config.data.directory:
@@ -129,23 +136,16 @@ def main(argv: Sequence[str]) -> None:
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line; a mistake in it is one line, not a traceback of the config file.
+    """Parses the command line; a mistake in it is one line.
 
     Raises:
         SystemExit: with code 1 after that line.
     """
     try:
-        rest = flags.FLAGS(argv)
-        getattr(_CONFIG.value, "task", None)  # raises here if the file could not be loaded
-        return rest
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # The flag for a config file wraps what the file raised into its whole traceback, of which
-        # the last line says what is wrong.
-        cause: BaseException = error
-        while cause.args and isinstance(cause.args[0], BaseException):
-            cause = cause.args[0]
-        text = str(cause.args[0] if cause.args else cause)
-        print(f"avcl_jax: error: {text.strip().splitlines()[-1].strip()}", file=sys.stderr)
+        config_file.check_arguments(argv, flags.FLAGS["config"].parser)
+        return flags.FLAGS(argv)
+    except (UserError, flags.Error) as error:
+        print(f"avcl_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from error
 
 

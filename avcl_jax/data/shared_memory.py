@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from avcl_jax.errors import UserError
+
 # The first byte says whether a block is taken; arrays begin where JAX wants them to.
 _HEADER_BYTES = 64
 _FREE, _TAKEN = 0, 1
@@ -86,7 +88,7 @@ def check_room(batch_bytes: int, *, workers: int, prefetch: int) -> None:
         prefetch: batches that each keeps ready.
 
     Raises:
-        ValueError: if they do not fit, with what to change.
+        UserError: if they do not fit, with what to change.
     """
     if not workers or not _FILES.is_dir():
         return
@@ -95,7 +97,7 @@ def check_room(batch_bytes: int, *, workers: int, prefetch: int) -> None:
     free = system.f_bavail * system.f_frsize
     if needed > free:
         gigabytes = math.ceil(1.1 * needed / 1e9)
-        raise ValueError(
+        raise UserError(
             f"data.workers={workers} with data.prefetch={prefetch} needs {needed / 1e6:,.0f} MB of "
             f"shared memory, and {_FILES} has {free / 1e6:,.0f} MB free: start the container with "
             f"--shm-size={gigabytes}g (docker), or set data.workers=0 to render in threads, or a "

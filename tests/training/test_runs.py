@@ -295,21 +295,3 @@ def test_data_that_cannot_be_trained_on_is_one_clear_error(tmp_path, kind, overr
         pretrain(small_config(directory, **overrides), workdir)
     assert "\n" not in str(caught.value)
     assert not workdir.exists()
-
-
-@pytest.mark.parametrize(
-    ("argument", "words"),
-    [
-        ("--config.loss.temprature=0.2", ("temprature", "temperature")),
-        ("--config.optimizer.learning_rat=0.2", ("learning_rat", "learning_rate")),
-        ("--config=configs/pretrain.py:kinetics4000", ("kinetics4000", "kinetics400")),
-        ("--config=configs/pretrian.py", ("pretrian",)),
-    ],
-)
-def test_misspelt_keys_and_presets_name_the_nearest(argument, words, tmp_path):
-    process = start(["--config=configs/pretrain.py", argument, f"--workdir={tmp_path}"])
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0
-    for word in words:
-        assert word in output
-    assert "Traceback" not in output

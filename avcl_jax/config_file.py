@@ -1,0 +1,114 @@
+"""Config file and overrides of a command line, checked before they are used.
+
+`ml_collections` raises KeyErrors of one bare word for unknown settings, and wraps what a config
+file raises into pages of text.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_collections
+
+from avcl_jax import experiment
+from avcl_jax.errors import UserError
+
+_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+class Parser(Protocol):
+    """Parser of the flag for a config file."""
+
+    def parse(self, path: str) -> Any:
+        """Returns the config of FILE or FILE:PRESET."""
+
+
+def check_arguments(argv: Sequence[str], parser: Parser) -> None:
+    """Checks that the config file exists and has every setting that an argument overrides.
+
+    Args:
+        argv: the command line.
+        parser: parser of the flag `--config`.
+
+    Raises:
+        UserError: naming the file or the setting, and those that are nearest to it.
+    """
+    name = _config_name(argv)
+    if name is None:
+        return
+    config = _load(name, parser)
+    for argument in argv:
+        if override := re.match(r"--?(?:no)?config\.([^=]+)", argument):
+            _check_setting(name, config, override[1])
+
+
+def as_text(config: ml_collections.ConfigDict) -> str:
+    """Returns one line per setting: what an override `--config.SETTING=VALUE` changes."""
+    flat = experiment.flatten(config.to_dict())
+    return "\n".join(f"{setting} = {value!r}" for setting, value in flat.items())
+
+
+def _config_name(argv: Sequence[str]) -> str | None:
+    for number, argument in enumerate(argv):
+        if found := re.match(r"--?config=(.*)", argument):
+            return found[1]
+        if argument in ("--config", "-config") and number + 1 < len(argv):
+            return argv[number + 1]
+    return None
+
+
+def _load(name: str, parser: Parser) -> ml_collections.ConfigDict:
+    file, _, preset = name.partition(":")
+    if not Path(file).is_file():
+        known = [str(path.relative_to(_CONFIGS.parent)) for path in sorted(_CONFIGS.glob("*.py"))]
+        near = difflib.get_close_matches(file, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else "see the files in configs/"
+        raise UserError(f"--config={name}: there is no file {file}; {hint}")
+    try:
+        return parser.parse(name)
+    except (UserError, AttributeError, TypeError) as error:
+        # The parser raises the type that the file raised, with a traceback for its message.
+        cause = error.__context__ or error
+        problem = None
+        if isinstance(cause, UserError):
+            problem = str(cause)
+        elif isinstance(cause, AttributeError) and cause.name == "get_config":
+            problem = f"{file} has no get_config, so it is not a config"
+        elif preset and isinstance(cause, TypeError) and "get_config() takes 0" in str(cause):
+            problem = f"{file} has no presets: leave out :{preset}"
+        if problem:
+            raise UserError(f"--config={name}: {problem}") from error
+        raise
+
+
+def _check_setting(name: str, config: ml_collections.ConfigDict, setting: str) -> None:
+    section: Any = config
+    for part in setting.split("."):
+        if not isinstance(section, ml_collections.ConfigDict) or part not in section:
+            near = _nearest(config, setting)
+            raise UserError(
+                f"--config.{setting}: {name} has no such setting; {near} (--print_config lists all)"
+            )
+        section = section[part]
+
+
+def _nearest(config: ml_collections.ConfigDict, setting: str) -> str:
+    """Names the settings that may have been meant."""
+    flat = list(experiment.flatten(config.to_dict()))
+    last = setting.rpartition(".")[2]
+    same = [known for known in flat if known.rpartition(".")[2] == last]
+    near = same or difflib.get_close_matches(setting, flat, n=3, cutoff=0.7)
+    if near:
+        return f"did you mean {' or '.join(near[:3])}?"
+    section: Any = config
+    names = setting.split(".")
+    for part in names[:-1]:
+        if not isinstance(section, ml_collections.ConfigDict) or part not in section:
+            break
+        section = section[part]
+    where = section if isinstance(section, ml_collections.ConfigDict) else config
+    return f"there are {', '.join(sorted(where))}"

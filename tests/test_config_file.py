@@ -1,0 +1,93 @@
+"""Mistakes in a config or its overrides are one line with the nearest names."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from avcl_jax import config_file, main
+from avcl_jax.errors import UserError
+from tests.training import small
+
+PRETRAIN = "--config=configs/pretrain.py"
+
+
+@pytest.fixture(autouse=True)
+def a_new_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(small.ROOT)
+    # ml_collections loads every config into one module, which a process has once.
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+
+
+def check(*arguments: str) -> None:
+    assert main._CONFIG.name == "config"
+    config_file.check_arguments(["main", *arguments], flags.FLAGS["config"].parser)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            [PRETRAIN, "--config.encoder=runs/demo"],
+            "--config.encoder: configs/pretrain.py has no such",
+        ),
+        ([PRETRAIN, "--config.encoder=runs/demo"], "there are bank, checkpoint_every"),
+        ([PRETRAIN, "--config.loss.temprature=1"], "did you mean loss.temperature"),
+        (
+            [PRETRAIN, "--config.temperature=1"],
+            "did you mean bank.temperature or loss.temperature?",
+        ),
+        ([PRETRAIN, "--config.loss.weights.zz=1"], "did you mean loss.weights.vv"),
+        (
+            [PRETRAIN, "--config.steps.more=1"],
+            "--config.steps.more: configs/pretrain.py has no such",
+        ),
+        (["--config", "configs/pretrain.py", "--noconfig.crop.flop"], "did you mean crop.flip?"),
+        ([f"{PRETRAIN}:kinetics4000"], "unknown preset 'kinetics4000': use one of demo, records"),
+        (
+            ["--config=configs/pretrian.py"],
+            "no file configs/pretrian.py; did you mean configs/pretrain",
+        ),
+        (["--config=configs/export.py:demo"], "configs/export.py has no presets: leave out :demo"),
+        (["--config=configs/training.py"], "has no get_config, so it is not a config"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_nearest_names(arguments, message) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        check(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_right_passes() -> None:
+    check()
+    check(PRETRAIN, "--config.steps=3", "--config.loss.weights.vv=0", "--noconfig.crop.flip")
+
+
+def test_a_bug_in_a_config_file_keeps_its_own_error(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def get_config():\n    return undefined\n")
+    with pytest.raises(NameError, match="undefined"):
+        check(f"--config={file}")
+
+
+def test_a_config_is_printed_and_nothing_else_is_done(tmp_path: Path) -> None:
+    arguments = [PRETRAIN, "--config.views.speeds=(1, 3)", "--config.data.directory=somewhere"]
+    printed = small.run(
+        [*arguments, "--print_config", f"--workdir={tmp_path / 'run'}"]
+    ).splitlines()
+    assert "views.speeds = (1, 3)" in printed
+    assert "data.directory = 'somewhere'" in printed
+    assert "loss.weights.vv = 0.5" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_misspelt_setting_stops_the_command_in_one_line() -> None:
+    line = small.run([PRETRAIN, "--config.encoder=runs/demo"], code=1).strip()
+    assert line.startswith(
+        "avcl_jax: error: --config.encoder: configs/pretrain.py has no such setting"
+    )
+    assert "\n" not in line
