@@ -52,6 +52,7 @@ def arguments(records: Path, workdir: Path, **overrides: object) -> list[str]:
         "--config=configs/pretrain.py",
         f"--workdir={workdir}",
         f"--config.data.directory={records}",
+        "--config.data.make_demo=False",
         f"--config.compilation_cache={compilation_cache()}",
         *(f"--config.{name}={value}" for name, value in values.items()),
     ]
