@@ -16,6 +16,21 @@ from avcl_jax.paths import absolute_path
 DATA_SET = "foley"
 
 
+def check_demo(directory: epath.PathLike) -> None:
+    """Refuses records that are not the demo's: a run of the demo's preset goes by its name.
+
+    Raises:
+        UserError: if `directory` contains records of another data set.
+    """
+    info = absolute_path(directory) / "dataset_info.json"
+    name = json.loads(info.read_text())["name"] if info.exists() else DATA_SET
+    if name != DATA_SET:
+        raise UserError(
+            f"{directory} contains records of {name!r}, not the demo's: pretrain on your own with "
+            "--config=configs/pretrain.py:records"
+        )
+
+
 def make_demo(directory: epath.PathLike, options: Sequence[str] = ()) -> None:
     """Makes and prepares demo media, unless they are there.
 
@@ -24,18 +39,11 @@ def make_demo(directory: epath.PathLike, options: Sequence[str] = ()) -> None:
         options: of `python -m data_prep demo`, beside --out.
 
     Raises:
-        UserError: if other records are there, the folder has another name, preparing fails, or many
-            processes would do it at once.
+        UserError: if the folder has another name than records, preparing fails, or many processes
+            would do it at once.
     """
     directory = absolute_path(directory)
-    info = directory / "dataset_info.json"
-    if info.exists():
-        name = json.loads(info.read_text())["name"]
-        if name != DATA_SET:
-            raise UserError(
-                f"{directory} holds records of {name!r}, not the demo's: pretrain on your own with "
-                "--config=configs/pretrain.py:records"
-            )
+    if (directory / "dataset_info.json").exists():
         return
     if directory.name != "records":
         raise UserError(

@@ -19,7 +19,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from avcl_jax import config_file
-from avcl_jax.demo_data import make_demo
+from avcl_jax.demo_data import check_demo, make_demo
 from avcl_jax.errors import UserError, one_line
 from avcl_jax.experiment import with_absolute_paths
 from avcl_jax.paths import absolute_path
@@ -125,6 +125,8 @@ def main(argv: Sequence[str]) -> None:
         _keep_compiled(config.compilation_cache)
         workdir = absolute_path(_WORKDIR.value or f"runs/{config.name}")
         if "data" in config and "make_demo" in config.data:
+            if config.task == "pretrain" and config.data.make_demo:
+                check_demo(config.data.directory)
             _make_demo(config.data)
         _function(config.task)(config, workdir)
     except (UserError, OSError) as error:

@@ -36,7 +36,7 @@ def test_absent_data_are_made_with_the_options_and_present_ones_left(
     with pytest.raises(
         ValueError, match=r"records of 'clips', not the demo's.*pretrain.py:records"
     ):
-        demo_data.make_demo(records)
+        demo_data.check_demo(records)
     with pytest.raises(ValueError, match="mine does not exist"):
         demo_data.make_demo(tmp_path / "mine")
     assert len(commands) == 2

@@ -81,7 +81,7 @@ class ProtocolRun:
     def finished(self) -> dict[str, Any] | None:
         """Returns the results in `workdir` if they are those of this run, and says so.
 
-        Otherwise makes the directory, before anything is computed that could not be kept.
+        Otherwise checks that it can be written, before anything is computed that could not be kept.
 
         Raises:
             ProtocolError: if the directory contains something else that this run would overwrite,
@@ -90,10 +90,13 @@ class ProtocolRun:
         results = self._results()
         if results is None and jax.process_index() == 0:
             try:
+                new = not self.workdir.exists()
                 self.workdir.mkdir(parents=True, exist_ok=True)
                 trial = self.workdir / "results.json.trial"
                 trial.write_text("")
                 trial.unlink()
+                if new:  # what is refused later leaves nothing behind
+                    self.workdir.rmdir()
             except OSError as error:
                 raise ProtocolError(
                     f"{self.workdir} cannot be written ({error}): choose another --workdir"

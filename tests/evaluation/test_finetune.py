@@ -246,7 +246,7 @@ def test_mistakes_are_one_clear_error(records, encoders, tmp_path, overrides, er
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [
-        ({"data.label": "part"}, LackingError, "have no audio, first 'clip 15'"),
+        ({"data.label": "part"}, LackingError, "have no audio, or only silence, first 'clip 15'"),
         ({"test.crops": 3}, ValueError, "sound has neither pictures nor crops"),
         ({"clip.seconds": 0.77}, ValueError, "windows of"),
     ],
@@ -274,7 +274,7 @@ def test_a_directory_of_another_training_is_refused(tuned, records, encoders, tm
 
 def test_a_fine_tuned_run_is_no_encoder(tuned, records):
     config = toy_config(records, tuned[0] / "split1")
-    with pytest.raises(ExportError, match="holds a run of task 'finetune'"):
+    with pytest.raises(ExportError, match="contains a run of task 'finetune'"):
         finetune(config, tuned[0].parent / "other")
 
 
