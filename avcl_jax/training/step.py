@@ -341,9 +341,16 @@ def make_train_step(
                 mesh=mesh if mesh.size > 1 else None,
                 data_axes=data_axes(mesh),
             )
+        views = {name: mask.reshape(len(mask), -1) for name, mask in present.items()}
+        # An unreadable row has nothing in either view, and counts nowhere.
+        readable = views["video"].any(axis=1) | views["audio"].any(axis=1)
         for modality in ("video", "audio"):
             if f"{modality}_encoder" in grads:
-                metrics[f"data/without_{modality}"] = average(1.0 - present[modality].mean())
+                lacking = 1.0 - views[modality].mean(axis=1)
+                metrics[f"data/without_{modality}"] = average(
+                    jnp.sum(lacking, where=readable) / jnp.maximum(readable.sum(), 1),
+                    readable.sum(),
+                )
             metrics[f"health/{modality}_embedding_std"] = average(
                 _embedding_spread(embeddings[modality], present[modality]),
                 present[modality].any().astype(jnp.float32),
