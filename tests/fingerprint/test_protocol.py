@@ -148,7 +148,7 @@ def benchmark_with(
 ) -> benchmark._Benchmark:
     monkeypatch.setattr(benchmark, "run_child", lambda *_: results)
     monkeypatch.setattr(benchmark, "need", lambda _: None)
-    place = str(tmp_path)
+    place = tmp_path
     return benchmark._Benchmark(
         argparse.Namespace(encoder=place, records=place, workdir=place, small=False)
     )
@@ -175,7 +175,7 @@ def test_the_figure_of_indexing_is_that_of_films_with_the_demos_clips_beside_it(
     films = [tmp_path / f"{n}.mp4" for n in range(3)]
     monkeypatch.setattr(benchmark.footage, "make_films", lambda *_, **__: films)
     measured = benchmark_with({}, tmp_path, monkeypatch)
-    measured._args.media, measured._args.clips = str(tmp_path / "media"), str(tmp_path / "clips")
+    measured._args.media, measured._args.clips = tmp_path / "media", tmp_path / "clips"
     measured._args.repeats = 1
 
     def seconds(_: str, arguments: dict[str, Any]) -> float:
@@ -188,7 +188,7 @@ def test_the_figure_of_indexing_is_that_of_films_with_the_demos_clips_beside_it(
     assert (ratio, detail["files"]) == (0.5, 3)
     assert detail["clips_as_the_demos"]["ratio"] == 0.25
     assert detail["clips_as_the_demos"]["files"] == 1
-    measured._args.media = str(tmp_path / "absent")
+    measured._args.media = tmp_path / "absent"
     with pytest.raises(SkipError, match="--media"):
         measured.over_decoding()
 
