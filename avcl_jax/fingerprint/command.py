@@ -25,7 +25,7 @@ from avcl_jax.fingerprint.answer import Interval, Match, QueryResult
 from avcl_jax.fingerprint.calibration import THRESHOLD
 from avcl_jax.fingerprint.error import FingerprintError
 from avcl_jax.fingerprint.files import media_files
-from avcl_jax.fingerprint.index import AddReport, FingerprintIndex
+from avcl_jax.fingerprint.index import NOTHING_TO_COMPARE, AddReport, FingerprintIndex
 from avcl_jax.fingerprint.matching import CANDIDATES
 from avcl_jax.fingerprint.part import file_sha256
 from avcl_jax.fingerprint.settings import KINDS, FingerprintSettings
@@ -207,7 +207,11 @@ def _query(args: argparse.Namespace) -> int:
     if result.verdict == "shared" and accepted[0].shared_by > len(accepted):
         print(f"more of them: --count {accepted[0].shared_by}")
     if not accepted:
-        near = f"; nearest, not accepted: {_line(result.matches[0])}" if result.matches else ""
+        near = (
+            f"; nearest, not accepted: {_line(result.matches[0])}"
+            if result.matches
+            else f": {result.query_seconds:.2f} s {NOTHING_TO_COMPARE}"
+        )
         print(f"no match{near}")
     return 0
 

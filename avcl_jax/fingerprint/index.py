@@ -37,6 +37,7 @@ from avcl_jax.paths import absolute_path, local_path
 
 __all__ = ["AddReport", "FingerprintIndex", "Match", "QueryResult"]
 
+NOTHING_TO_COMPARE = "show one colour and are silent, or lack what the encoders compare"
 # What one `add` holds in memory before it commits; an interrupted one loses no more than this.
 _COMMIT_SEGMENTS = 20_000
 # The calibration is for the size at which it was fitted, and follows it by theory from there.
@@ -392,9 +393,9 @@ class FingerprintIndex:
                     report.failed.append((item.name, str(error)))
                     continue
                 if not any(present.any() for present in found.present.values()):
-                    report.failed.append(
-                        (item.name, f"{found.duration_seconds:.2f} s have no whole segment")
-                    )
+                    short = found.duration_seconds < self.segmenter.shortest_seconds
+                    nothing = "have no whole segment" if short else NOTHING_TO_COMPARE
+                    report.failed.append((item.name, f"{found.duration_seconds:.2f} s {nothing}"))
                     continue
                 if item.name in known:
                     removed.append(item.name)

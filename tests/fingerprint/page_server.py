@@ -62,7 +62,6 @@ def make_clips(directory: Path) -> Path:
     h264(directory / "film.mp4", excerpt(clip(0, 9.0), 3.0, 7.0))
     write(directory / "old.mkv", excerpt(clip(1, 14.0), 8.0, 12.0))
     write(directory / "sound.wav", excerpt(clip(2, video=False), 0.5, 5.0))
-    h264(directory / "indexed.mp4", clip(0, 9.0))
     dubbed = dataclasses.replace(clip(4), frames=clip(78).frames)
     write(directory / "dubbed.mkv", dubbed)
     write(directory / "trailer.mkv", excerpt(clip(3), 1.0, 5.0))

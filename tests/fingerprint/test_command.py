@@ -8,7 +8,7 @@ import json
 import pytest
 
 from avcl_jax.fingerprint.command import main
-from tests.fingerprint.synthetic import clip, excerpt, write
+from tests.fingerprint.synthetic import clip, excerpt, leader, write
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,18 @@ def test_a_dubbed_film_is_no_copy_of_the_film(films, index, tmp_path, capsys):
     assert ": only the audio matches (" in words.splitlines()[0]
     _, words, _ = run(capsys, "query", query, "--index", index, "--require", "both")
     assert words.startswith("no match; nearest, not accepted: ")
+
+
+def test_black_and_silence_are_said(index, encoders, tmp_path, capsys):
+    black = write(tmp_path / "black.mkv", leader(3))
+    _, out, _ = run(capsys, "query", black, "--index", index)
+    assert out.startswith("no match: 3.0")
+    assert "show one colour and are silent" in out
+    made = tmp_path / "made"
+    status, _, err = run(capsys, "index", black, "--index", made, "--encoder", encoders)
+    assert status == 1
+    assert "not indexed, 3.0" in err
+    assert "show one colour and are silent" in err
 
 
 def test_help_says_what_a_score_means(capsys):

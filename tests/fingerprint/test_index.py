@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from avcl_jax.fingerprint.store import one_writer
 from avcl_jax.fingerprint.verification import verify
 from tests.conftest import ROOT
 from tests.fingerprint.conftest import SETTINGS
-from tests.fingerprint.synthetic import clip, excerpt
+from tests.fingerprint.synthetic import clip, excerpt, write
 
 
 @pytest.fixture
@@ -235,3 +236,20 @@ def test_an_index_of_audio_alone_takes_its_first_film(encoders, tmp_path):
     index.add([("film", clip(9))])
     assert index._snapshot.projections["video"].fitted_to > 0
     assert index.query(excerpt(clip(9), 1, 4)).matches[0].source == "film"
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_five_hundred_files(encoders, tmp_path):
+    content = write(tmp_path / "clip.mkv", clip(0, 3.0)).read_bytes()
+    resident = []
+
+    def files():
+        for n in range(500):
+            path = tmp_path / f"{n}.mkv"
+            path.write_bytes(content)
+            resident.append(int(Path("/proc/self/statm").read_text().split()[1]))
+            yield path
+
+    index = FingerprintIndex.create(tmp_path / "index", encoders, SETTINGS)
+    assert len(index.add_files(files()).added) == 500
+    assert resident[-1] < 1.05 * resident[50]

@@ -32,10 +32,14 @@ def clips(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(encoders, tmp_path_factory):
-    library = make_library(tmp_path_factory.mktemp("page"), encoders)
+def page_library(encoders, tmp_path_factory):
+    return make_library(tmp_path_factory.mktemp("page"), encoders)
+
+
+@pytest.fixture(scope="module")
+def server(page_library, tmp_path_factory):
     temporary = tmp_path_factory.mktemp("page_tmp") / "tmp"
-    with running(library.directory, temporary, "--max-upload-mb=2") as process:
+    with running(page_library.directory, temporary, "--max-upload-mb=2") as process:
         yield process
 
 
@@ -200,10 +204,10 @@ def test_sound_alone_is_drawn_on_a_phone(open_page, clips):
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
-def test_same_file_and_only_audio_are_said_in_words(open_page, clips):
+def test_same_file_and_only_audio_are_said_in_words(open_page, page_library, clips):
     expect = sync_api.expect
     page = open_page(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
-    page.set_input_files("#file", clips / "indexed.mp4")
+    page.set_input_files("#file", page_library.directory.parent / "media" / TITLE)
     expect(page.locator("#badge")).to_have_text("Same file", timeout=60_000)
     expect(page.locator("#explanation")).to_contain_text("is the very file")
     page.set_input_files("#file", clips / "dubbed.mkv")
