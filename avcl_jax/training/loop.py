@@ -72,6 +72,12 @@ def build(
         feature_bank.check_size(
             config.bank.size, global_batch_size=config.global_batch_size, shards=mesh.size
         )
+        ranks = experiment.bank_sampling(config).ranks
+        if ranks > config.bank.size:
+            raise UserError(
+                f"bank.positive_ranks + bank.negative_ranks = {ranks} exceed bank.size "
+                f"{config.bank.size}: enlarge the bank or rank fewer rows"
+            )
     spec = experiment.render_spec(config)
     model = experiment.audio_visual_model(config)
     section = config.optimizer
@@ -152,16 +158,17 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
     workdir.mkdir(parents=True, exist_ok=True)
     config_json = experiment.to_json(config)
     old_config = workdir / "config.json"
+    checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
+    saved = checkpoints.latest_step()
     differing = []
-    if old_config.exists():
+    # Before the first checkpoint there is nothing that other settings would continue.
+    if saved is not None and old_config.exists():
         differing = experiment.decisive_differences(old_config.read_text(), config_json)
     check_config(workdir, config_json, differing)
 
     key = jax.random.key(config.seed)
     init_key, step_key = jax.random.split(key)
     state, shardings = init(init_key)
-    checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
-    saved = checkpoints.latest_step()
     progress = Progress(0, 0.0, source.fingerprint, mesh.size)
     if saved is not None:
         progress = checkpoints.restore_progress(saved)

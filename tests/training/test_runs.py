@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import jax
@@ -103,6 +104,26 @@ def test_any_number_of_workers_resumes_in_the_middle_of_an_epoch(records, tmp_pa
     assert_identical(whole, workdir, 20)
 
 
+@pytest.mark.slow
+def test_no_worker_outlives_a_killed_run(records, tmp_path):
+    options = arguments(records, tmp_path / "killed", steps=4000, data__workers=2)
+    process = start(options, own_group=True)
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            process.kill()
+            break
+    process.wait()
+    deadline = time.monotonic() + 20
+    try:
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)  # Raises when no process of the run is left.
+            time.sleep(0.2)
+    except ProcessLookupError:
+        return
+    os.killpg(process.pid, signal.SIGKILL)
+    pytest.fail("worker processes are left 20 s after their training process was killed")
+
+
 def stopped_run(options: list[str]) -> int:
     """Starts a run and sends SIGTERM at its first step; returns the step that was saved.
 
@@ -198,6 +219,14 @@ def test_a_checkpoint_of_another_config_is_refused_with_the_keys(records, whole_
     assert json.loads((whole_run / "config.json").read_text())["seed"] == 0
 
 
+def test_a_start_without_checkpoint_does_not_bind_the_next_one(records, tmp_path):
+    workdir = tmp_path / "corrected"
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps({"seed": 5}))
+    run(arguments(records, workdir, steps=2))
+    assert json.loads((workdir / "config.json").read_text())["seed"] == 0
+
+
 def test_a_run_of_other_data_is_refused(whole_run, tmp_path):
     other = write_records(
         tmp_path / "other", [make_record(n, seconds=5.0, side=24) for n in range(1, 25)]
@@ -242,6 +271,7 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused(records, tmp_p
     [
         ({"bank.size": 24}, "must be a multiple of the 16 rows"),
         ({"bank.size": 8}, "must be a multiple of the 16 rows"),
+        ({"bank.negative_ranks": 40}, "bank.negative_ranks = 44 exceed bank.size 32"),
         ({"global_batch_size": 32, "bank.size": 64}, "24 usable records: use at most 24"),
         ({"global_batch_size": 1}, "use at least 2"),
         ({"global_batch_size": 6}, "use 24 or 36"),
