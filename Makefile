@@ -47,19 +47,20 @@ notebook: $(VENV)/test-ready
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/demo-ready: requirements.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+# The package too, by a link to this folder: its command, and its modules from any folder.
+$(VENV)/demo-ready: requirements.txt setup.py | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .
 	touch $@
 
-$(VENV)/test-ready: requirements-dev.txt requirements-fingerprint.txt requirements.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+$(VENV)/test-ready: requirements-dev.txt requirements-fingerprint.txt requirements.txt setup.py | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -e .
 	touch $@ $(VENV)/demo-ready
 
 $(VENV)-interop/ready: requirements-interop.txt requirements-tpu-aot.txt requirements-dev.txt \
-    requirements-fingerprint.txt requirements.txt
+    requirements-fingerprint.txt requirements.txt setup.py
 	$(PYTHON) -m venv $(VENV)-interop
 	$(VENV)-interop/bin/python -m pip install --quiet --disable-pip-version-check \
-	    -r requirements-dev.txt -r requirements-interop.txt
+	    -r requirements-dev.txt -r requirements-interop.txt -e .
 	touch $@
 
 clean:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# Releases that lack what the code calls: PyAV 19 opens no file with metadata_errors.
+_BELOW = {"av": "19"}
 _LINES = Path(__file__).with_name("requirements.txt").read_text().splitlines()
 
 setup(
@@ -28,6 +30,9 @@ setup(
     # requirements.txt pins what was tested; a library must leave its users room to move.
     entry_points={"console_scripts": ["avcl-fingerprint=avcl_jax.fingerprint.command:main"]},
     install_requires=[
-        re.sub(r"==([\w.]+)", r">=\1", line) for line in _LINES if line and line[0] != "#"
+        re.sub(r"==([\w.]+)", r">=\1", line)
+        + (f",<{below}" if (below := _BELOW.get(line.partition("==")[0])) else "")
+        for line in _LINES
+        if line and line[0] != "#"
     ],
 )

@@ -21,6 +21,7 @@ ONLY_PARSED = {
     r"^make (demo|test)\b": "takes minutes, and is what .ci/run and the README's figures run",
     r"\bpip install\b|-m venv\b|^\.venv-bench/": "installs packages",
     r"\b(gs|s3)://": "needs a bucket",
+    r"esc50 ESC-50/ --out": "the 50 classes are not here, the ten of ESC-10 are",
     r"--runner=": "needs the extra beam: tests/interop runs it",
     r"pretrain\.py:(kinetics400|kinetics600|vggsound|audioset)": "full size, for accelerators",
     r"\.py:(ucf101|hmdb51|vggsound|audioset)\b": "full size, on a collection nobody may ship",
@@ -32,6 +33,11 @@ ONLY_PARSED = {
     r"^tar |^mkdir ": "unpacks the archive of an earlier version, for its code",
     r"^export |^\. ": "changes the shell that it is typed into",
 }
+
+# Names on a page -> names in the folder where its commands run; all others are there as they stand.
+PLACEHOLDERS = {"/data/k600/": "k600/"}
+# Code with these needs PyTorch: tests/test_import_weights.py and tests/interop run the same.
+NEEDS_PYTORCH = ("torchvision",)
 
 
 @dataclasses.dataclass(frozen=True)

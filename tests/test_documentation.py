@@ -11,6 +11,7 @@ import argparse
 import copy
 import importlib
 import re
+import shlex
 import subprocess
 from unittest import mock
 
@@ -21,6 +22,7 @@ from ml_collections import config_flags
 from avcl_jax import main
 from tests import documented
 from tests.documented import ROOT
+from tests.documented_folder import LISTS, SHORTER, Folder
 
 BLOCKS = list(documented.blocks())
 COMMANDS = sorted(
@@ -136,3 +138,52 @@ def test_what_does_not_exist_does_not_parse(command: str, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises((Exception, SystemExit)):  # each fails in its own way
         check_parses(command)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Folder:
+    if not LISTS.exists():
+        pytest.skip(f"no official lists in {LISTS}")
+    pytest.importorskip("faiss", reason="the extra fingerprint is not installed")
+    return Folder(tmp_path_factory.mktemp("documented"))
+
+
+def runnable(block: documented.Block) -> str:
+    """The part of a block that runs here, as a script of bash."""
+    if block.language == "python":
+        return f"python -c {shlex.quote(block.text)}"
+    known = [c for c in block.commands if documented.reason_not_to_run(c) is None]
+    script = "\n".join(known)
+    for name, stands_here in documented.PLACEHOLDERS.items():
+        script = script.replace(name, stands_here)
+    return script
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS}))
+def test_the_blocks_of_a_page_run(folder: Folder, page: str) -> None:
+    for block in BLOCKS:
+        if block.page != page or block.language not in ("sh", "python"):
+            continue
+        if any(name in block.text for name in documented.NEEDS_PYTORCH):
+            continue
+        folder.run(runnable(block))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config", [c for c in documented.protocol_configs() if c in SHORTER and c != "ablation.py"]
+)
+def test_a_protocol_of_the_readme_runs(folder: Folder, config: str) -> None:
+    folder.run(
+        "python -m avcl_jax.main --config.encoder=runs/demo "
+        f"--workdir=out/{config} --config=configs/{config}"
+    )
+    assert (folder.path / "out" / config / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme_prints_sizes_of_features(folder: Folder) -> None:
+    (example,) = (b for b in BLOCKS if b.page == "README.md" and b.language == "python")
+    assert len([line for line in example.text.splitlines() if line.strip()]) <= 15
+    assert folder.run(runnable(example)).splitlines()[-1] == "(12,) (12,)"
