@@ -41,6 +41,7 @@ from avcl_jax.training.checkpoint import load_variables, read_progress
 
 # Raised when an older reader would misread a newer file.
 FORMAT_VERSION = 1
+_BATCH = 16  # clips that are encoded at a time
 _CONFIG, _WEIGHTS, _STABLEHLO = "config.json", "model.safetensors", "encoder.stablehlo"
 
 
@@ -88,7 +89,7 @@ class Encoder:
         *,
         speed: int = 1,
         pooled: bool = True,
-        batch_size: int = 16,
+        batch_size: int = _BATCH,
     ) -> np.ndarray:
         """Encodes raw frames or a raw waveform of any length and rate.
 
@@ -175,7 +176,11 @@ def export_encoder(
     }
     (directory / _WEIGHTS).write_bytes(safetensors.numpy.save(flat))
     config = _describe(encoder, preprocessing, source)
-    config["stablehlo"] = {"inputs": [*sorted(flat), "batch"], "output": "features"}
+    config["stablehlo"] = {
+        "inputs": [*sorted(flat), "batch"],
+        "batch": [_BATCH, *_example_shape(preprocessing)],
+        "output": "features",
+    }
     loaded = _build(config, flat, where=str(directory))
     (directory / _STABLEHLO).write_bytes(_stablehlo(loaded, flat))
     (directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -389,7 +394,11 @@ def _check_weights(
 
 
 def _stablehlo(encoder: Encoder, flat: Mapping[str, np.ndarray]) -> bytes:
-    """Returns features(weights in sorted order, batch of any size) as portable StableHLO."""
+    """Returns features(weights in sorted order, batch of 16 clips) as portable StableHLO.
+
+    A batch of any size would need JAX's own passes before it is compiled, and several platforms an
+    input more that chooses one.
+    """
     names = sorted(flat)
 
     def features(*inputs: Any) -> jax.Array:
@@ -398,11 +407,10 @@ def _stablehlo(encoder: Encoder, flat: Mapping[str, np.ndarray]) -> bytes:
         )
         return encoder.apply(params, inputs[-1])
 
-    (batch,) = jax.export.symbolic_shape("batch")
     dtype = jnp.uint8 if encoder.modality == "video" else jnp.float32
-    example = jax.ShapeDtypeStruct((batch, *_example_shape(encoder.preprocess)), dtype)
+    example = jax.ShapeDtypeStruct((_BATCH, *encoder.input_shape), dtype)
     weights = [jax.ShapeDtypeStruct(flat[name].shape, flat[name].dtype) for name in names]
-    exported = jax.export.export(jax.jit(features), platforms=("cpu", "cuda", "tpu"))(
+    exported = jax.export.export(jax.jit(features, keep_unused=True), platforms=("cpu",))(
         *weights, example
     )
     return exported.mlir_module_serialized

@@ -18,5 +18,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.name = "weights"
     c.encoder = "runs/kinetics400/export/video"  # written by configs/export.py
     c.code_base = "torchvision"  # or "avid", "gdt"
+    c.compilation_cache = ""  # nothing is compiled
     c.lock()
     return c

@@ -27,6 +27,7 @@ ONLY_PARSED = {
     r"\.py:(ucf101|hmdb51|vggsound|audioset)\b": "full size, on a collection nobody may ship",
     r"(ablation|audio_classification)\.py|\.py:esc10\b": "trains many networks: "
     "tests/test_every_command.py and tests/evaluation run these tasks small",
+    r"(import|export)_weights\.py": "needs PyTorch's weights: tests/test_import_weights.py",
     r"avcl-fingerprint serve": "never ends: tests/fingerprint/test_serve.py",
     r"-m benchmarks\.|-m pytest\b": "measures or tests for minutes",
     r"compare (OUT OTHER|runs/(ucf101|esc10)_scratch)": "compares results of what is only parsed",
@@ -35,7 +36,7 @@ ONLY_PARSED = {
 }
 
 # Names on a page -> names in the folder where its commands run; all others are there as they stand.
-PLACEHOLDERS = {"/data/k600/": "k600/"}
+PLACEHOLDERS = {"/data/k600/": "k600/", "=RUN ": "=runs/demo ", "=OUT": "=out/protocol"}
 # Code with these needs PyTorch: tests/test_import_weights.py and tests/interop run the same.
 NEEDS_PYTORCH = ("torchvision",)
 
@@ -95,17 +96,18 @@ def inline_commands() -> Iterator[tuple[str, str]]:
                 yield str(page.relative_to(ROOT)), command
 
 
-def protocol_configs() -> list[str]:
-    """Configs that the README's table of protocols names, as `file.py:preset`."""
+def protocol_commands() -> list[str]:
+    """The commands of the README's table of protocols."""
     readme = (ROOT / "README.md").read_text()
     table = readme[readme.index("| | `python -m avcl_jax.main") :].partition("\n\n")[0]
-    configs = []
+    (command,) = re.findall(r"`(python [^`]*)`", table.splitlines()[0])
+    commands = []
     for row in table.splitlines()[2:]:
         file = ""
         for name in re.findall(r"`([\w.:]+)`", row):
             file = name.partition(":")[0] or file
-            configs.append(file + name.removeprefix(file))
-    return configs
+            commands.append(command.replace("…", file + name.removeprefix(file)))
+    return commands
 
 
 def reason_not_to_run(command: str) -> str | None:
@@ -116,3 +118,10 @@ def reason_not_to_run(command: str) -> str | None:
 def words(command: str) -> list[str]:
     """Splits a command as a shell does, without its comment."""
     return shlex.split(command, comments=True)
+
+
+def as_here(script: str) -> str:
+    """Gives placeholders the names that they have in the folder where commands run."""
+    for name, stands_here in PLACEHOLDERS.items():
+        script = script.replace(name, stands_here)
+    return script

@@ -12,6 +12,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
+from data_prep.foley.encode import write_mp4
 from tests.documented import ROOT
 from tests.test_every_command import COMMANDS, FEW_VIDEOS
 from tests.training import small
@@ -25,6 +28,7 @@ SHORTER = {
     if name not in ("export.py", "evaluate.py")  # which read the run's own config
 }
 SHORTER["pretrain.py"] |= {"global_batch_size": 4, "steps": 2}
+SHORTER["pretrain.py:records"] = SHORTER["pretrain.py"]
 # What commands are called by, and how Python is told of the overrides.
 _PYTHON = """#!{executable}
 import json, os, sys
@@ -111,15 +115,23 @@ class Folder:
         for number, film in enumerate(films[:8]):
             self._copy(film, f"VIDEOS/{number}.mp4", f"FILMS/{number}.mp4")
         self._copy(films[0], "films/old.mp4", "clip.mp4")
-        self._copy(films[1], "more/film.mkv", "VIDEOS/holiday.mp4")
+        self._copy(films[1], "more/film.mkv")
         self._copy(films[2], "new/one.mp4")
-        self._copy(films[3], "evening.mp4")
-        self._copy(films[4], "HELD_OUT/one.mp4", "HELD_OUT/two.mp4", "HELD_OUT/three.mp4")
+        for number, film in enumerate(films[8:14]):
+            self._copy(film, f"HELD_OUT/{number}.mp4")
+        # 13 minutes, of which the page asks for the last three.
+        write_mp4(
+            self.path / "evening.mp4",
+            np.repeat(np.random.default_rng(0).integers(0, 256, (26, 32, 32, 3), np.uint8), 60, 0),
+            np.random.default_rng(0).normal(0, 0.1, 780 * 8000).astype(np.float32),
+            video_fps=2,
+            sample_rate_hz=8000,
+        )
         self._copy(next((LISTS.parent / "esc10/audio").iterdir()), "song.ogg")
         self._write("clips.csv", ["path", *(f"{number}.mp4" for number in range(8))])
         examples = ROOT / "tests/data_prep/testdata"
         for part in ("train", "test"):
-            self._copy(examples / "dmvr.tfrecord-00000-of-00001", f"k600/{part}-00000-of-00001")
+            self._copy(examples / "media_sequence.tfrecord", f"k600/{part}-00000-of-00001")
         shutil.copytree(
             examples / "tiny", self.path.parent / "tensorflow_datasets/ucf101/ucf101_1/2.0.0"
         )
@@ -156,4 +168,7 @@ class Folder:
         for number, name in enumerate(("balanced_train", "unbalanced_train", "eval")):
             row = f'{ids[number]}, 30.000, 40.000, "/m/09x0r,/m/05zppz"'
             self._write(f"{name}_segments.csv", [*comments, row])
-        shutil.copytree(LISTS.parent / "esc10", self.path / "ESC-50")
+        header, *rows = (LISTS.parent / "esc10/meta/esc50.csv").read_text().splitlines()
+        self._write("ESC-50/meta/esc50.csv", [header, *rows[::8]])
+        for name, *_ in csv.reader(rows[::8]):
+            self._copy(LISTS.parent / "esc10/audio" / name, f"ESC-50/audio/{name}")

@@ -7,12 +7,12 @@ import subprocess
 import sys
 
 import jax
-import jax.extend.mlir
+import jax.extend.backend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from jaxlib.mlir import ir
+from jaxlib import _jax
 
 from avcl_jax.data.augment import standardize, to_unit_range
 from avcl_jax.data.crop import apply_crop, center_crop
@@ -177,14 +177,26 @@ def test_the_config_says_what_the_encoder_is(video):
     assert config["source"] == {"step": 7}
 
 
-def test_stablehlo_takes_the_named_inputs(video):
-    config = json.loads((video[2] / "config.json").read_text())
-    module = (video[2] / "encoder.stablehlo").read_bytes()
-    with ir.Context():
-        text = str(jax.extend.mlir.deserialize_portable_artifact(module))
-    assert "tensor<?x4x16x16x3xui8>" in text
-    weights = safetensors.numpy.load((video[2] / "model.safetensors").read_bytes())
-    assert config["stablehlo"]["inputs"] == [*sorted(weights), "batch"]
+@pytest.mark.parametrize("modality", ["video", "audio"])
+def test_stablehlo_computes_the_features_of_the_encoder(modality, request):
+    """By the client that programs in C++ call: bytes of the file, weights by name, a batch."""
+    directory = request.getfixturevalue(modality)[2]
+    encoder = load_encoder(directory)
+    described = encoder.config["stablehlo"]
+    weights = safetensors.numpy.load((directory / "model.safetensors").read_bytes())
+    assert described["inputs"] == [*sorted(weights), "batch"]
+    rng = np.random.default_rng(0)
+    batch = rng.integers(0, 256, described["batch"]).astype(np.uint8)
+    if modality == "audio":
+        batch = rng.normal(size=described["batch"]).astype(np.float32)
+    program = jax.extend.backend.get_backend().compile_and_load(
+        (directory / "encoder.stablehlo").read_bytes(), _jax.DeviceList((jax.devices()[0],))
+    )
+    inputs = [weights[name] for name in described["inputs"][:-1]] + [batch]
+    results = program.execute_sharded([jax.device_put(value) for value in inputs])
+    (features,) = results.disassemble_into_single_device_arrays()[0]
+    expected = jax.jit(encoder.apply)(encoder.params, batch)
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_cannot_be_loaded_says_why(video, tmp_path):
