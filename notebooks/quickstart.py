@@ -26,6 +26,7 @@
 # On a plain Colab runtime this cell clones and installs the project; in a checkout it finds it.
 
 # %%
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -33,13 +34,30 @@ from pathlib import Path
 
 REPOSITORY = os.environ.get("AVCL_JAX_REPOSITORY", "https://github.com/avcl-jax/avcl-jax")
 ROOT = next(
-    (p for p in (Path.cwd(), *Path.cwd().parents) if (p / "avcl_jax" / "main.py").exists()), None
+    (
+        p
+        for p in (Path.cwd(), *Path.cwd().parents, Path.cwd() / "avcl-jax")
+        if (p / "avcl_jax" / "main.py").exists()
+    ),
+    None,
 )
 if ROOT is None:
     subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "avcl-jax"], check=True)
     ROOT = Path.cwd() / "avcl-jax"
     # What Colab's Python already has may be newer than what requirements.txt pins: take ranges.
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", str(ROOT)], check=True)
+# What this kernel imported before keeps its old version, whatever was installed meanwhile.
+stale = [
+    name
+    for name in ("numpy", "scipy", "jax", "jaxlib", "flax", "google.protobuf")
+    if name in sys.modules
+    and sys.modules[name].__version__ != importlib.metadata.version(name.split(".")[-1])
+]
+if stale:
+    raise RuntimeError(
+        f"this kernel has imported an older {', '.join(stale)} than is installed now: restart the "
+        "runtime (Runtime > Restart session), then run this cell again"
+    )
 os.chdir(ROOT)
 sys.path.insert(0, str(ROOT))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import jupytext
@@ -22,12 +24,32 @@ def test_the_notebook_is_generated_from_its_source():
     assert cells(generated) == cells(jupytext.read(SOURCE)), "run `make notebook`"
 
 
+@pytest.mark.parametrize("name", ["numpy", "jax"])
+def test_an_older_package_in_the_kernel_asks_for_a_restart(name):
+    """As in Colab, which has imported its own versions before the first cell runs."""
+    install = next(cell.source for cell in jupytext.read(SOURCE).cells if cell.cell_type == "code")
+    older = f"import sys, types\nsys.modules['{name}'] = m = types.ModuleType('{name}')\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{older}m.__version__ = '0.4.1'\n{install}"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert f"an older {name} than is installed now: restart the runtime" in done.stderr
+
+
 @pytest.mark.slow
-def test_the_notebook_runs(tmp_path, monkeypatch):
+def test_the_notebook_runs_from_another_folder(tmp_path, monkeypatch):
+    # Where a session in Colab is after its restart: beside the clone.
+    elsewhere = tmp_path / "a folder"
+    elsewhere.mkdir()
+    (elsewhere / "avcl-jax").symlink_to(ROOT)
     monkeypatch.setenv("AVCL_JAX_SMALL", "1")
     monkeypatch.setenv("AVCL_JAX_OUT", str(tmp_path))
     notebook = nbformat.read(SOURCE.with_suffix(".ipynb"), as_version=4)
-    resources = {"metadata": {"path": str(ROOT)}}
+    resources = {"metadata": {"path": str(elsewhere)}}
     done = NotebookClient(notebook, timeout=1500, resources=resources).execute()
     outputs = [output for cell in done.cells for output in cell.get("outputs", ())]
     pictures = [o for o in outputs if "image/png" in o.get("data", {})]
