@@ -26,7 +26,8 @@ from avcl_jax.evaluation.transformations import (
 )
 from avcl_jax.evaluation.transformations.timeline import Transformed
 
-VERSION = 1
+# 2: speed_and_pitch.
+VERSION = 2
 STRENGTHS = ("weak", "medium", "strong")
 # What is outside "all families": it shortens the query, and leaves the rest as it is.
 TRUNCATION = "truncation"
@@ -92,6 +93,10 @@ _ALL = (
     _family("video_codec", "codec", _V, codec.video_codec, quality=(30, 36, 43)),
     _family("frame_rate", "temporal", _V, timing.frame_rate, every=(2, 3, 5)),
     _family("speed", "temporal", _VA, timing.speed, percent=(10, 25, 40)),
+    _family(
+        *("speed_and_pitch", "temporal", _VA, timing.speed_and_pitch),
+        rates=((1.025, 25 / 24), (1.08,), (1.25,)),
+    ),
     _family("trim", "temporal", _VA, timing.trim, kept=(0.8, 0.6, 0.4)),
     _family("splice", "temporal", _VA, timing.splice, foreign=(0.25, 0.5, 0.7), needs_other=True),
     _family("audio_noise", "audio", _A, sound.audio_noise, snr_db=(20, 10, 0)),

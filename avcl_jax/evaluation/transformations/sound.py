@@ -86,7 +86,7 @@ def pitch(media: DecodedMedia, rng: np.random.Generator, *, semitones: float) ->
     """
     rate = 2 ** (float(rng.choice([-semitones, semitones])) / 12)
     # Played faster or slower, which moves the pitch, and then brought back to the old tempo.
-    played = soxr.resample(media.waveform, media.sample_rate_hz * rate, media.sample_rate_hz)
+    played = at_speed(media.waveform, media.sample_rate_hz, rate)
     moved = at_tempo(played, media.sample_rate_hz, 1 / rate, samples=len(media.waveform))
     return unmoved(with_sound(media, moved))
 
@@ -110,6 +110,17 @@ def tempo(media: DecodedMedia, rng: np.random.Generator, *, percent: float) -> T
 def either_way(percent: float, rng: np.random.Generator) -> float:
     """Returns a rate that is as many per cent faster or slower than 1."""
     return 1 + float(rng.choice([-percent, percent])) / 100
+
+
+def at_speed(waveform: np.ndarray, sample_rate_hz: int, rate: float) -> np.ndarray:
+    """Returns the sound played `rate` times as fast, its pitch as many times as high.
+
+    Args:
+        waveform: int16 [samples].
+        sample_rate_hz: its rate.
+        rate: above 0.
+    """
+    return soxr.resample(waveform, sample_rate_hz * rate, sample_rate_hz)
 
 
 def at_tempo(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
 
 from avcl_jax.data.decoded import DecodedMedia, no_frames
-from avcl_jax.evaluation.transformations.sound import at_tempo, either_way
+from avcl_jax.evaluation.transformations.sound import at_speed, at_tempo, either_way
 from avcl_jax.evaluation.transformations.timeline import (
     Piece,
     TimeMap,
@@ -42,10 +43,32 @@ def speed(media: DecodedMedia, rng: np.random.Generator, *, percent: float) -> T
         rng: draws faster or slower.
         percent: by how much.
     """
-    rate = either_way(percent, rng)
+    return _played(media, either_way(percent, rng), at_tempo)
+
+
+def speed_and_pitch(
+    media: DecodedMedia, rng: np.random.Generator, *, rates: Sequence[float]
+) -> Transformed:
+    """Plays video and audio faster, and the pitch rises with the speed.
+
+    So films of 24 frames per second reach PAL television at 25, broadcasters save time, and music
+    is published "sped up".
+
+    Args:
+        media: the clip.
+        rng: draws one of the rates.
+        rates: seconds of the clip per second of the copy.
+    """
+    return _played(media, float(rng.choice(rates)), at_speed)
+
+
+def _played(
+    media: DecodedMedia, rate: float, play: Callable[[np.ndarray, int, float], np.ndarray]
+) -> Transformed:
+    """Plays video and audio at a rate, the audio by a function of `sound`."""
     waveform = media.waveform
     if media.has_audio:
-        waveform = at_tempo(waveform, media.sample_rate_hz, rate)
+        waveform = play(waveform, media.sample_rate_hz, rate)
     played = dataclasses.replace(
         media,
         frame_seconds=media.frame_seconds / rate,

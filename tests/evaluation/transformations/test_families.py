@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import cv2
 import numpy as np
 import pytest
@@ -81,7 +83,7 @@ def distortion(family: str, strength: str) -> float:
     if family == "splice":
         (piece,) = result.picture_time.pieces
         return piece.begin_seconds - piece.end_seconds
-    if family in ("speed", "tempo"):
+    if family in ("speed", "speed_and_pitch", "tempo"):
         (piece,) = result.sound_time.pieces
         return abs(np.log(piece.rate))
     if family == "frame_rate":
@@ -106,8 +108,10 @@ def test_only_flips_and_what_happens_to_the_whole_sound_have_one_strength() -> N
     assert set(FAMILIES) - set(GRADED) == {"flip", "audio_removed", "audio_swapped"}
 
 
-# A mirrored, turned, cropped or narrowed picture is not where it was.
-IN_PLACE = [n for n in FAMILIES if n not in ("flip", "rotate", "crop", "pad")]
+# A mirrored, turned, cropped or narrowed picture is not where it was, a higher tone in no band of
+# its own: that has a test of its own below.
+MOVED = ("flip", "rotate", "crop", "pad", "speed_and_pitch")
+IN_PLACE = [n for n in FAMILIES if n not in MOVED]
 
 
 @pytest.mark.parametrize("family", IN_PLACE)
@@ -163,7 +167,7 @@ def test_a_clip_without_what_a_family_changes_is_refused() -> None:
         transform(silent, "pitch", "weak", seed=0, clip="a", other=OTHER)
 
 
-@pytest.mark.parametrize("family", ["speed", "trim", "splice", "truncation"])
+@pytest.mark.parametrize("family", ["speed", "speed_and_pitch", "trim", "splice", "truncation"])
 @pytest.mark.parametrize("lacking", ["video", "audio"])
 def test_changes_of_time_work_on_one_modality(family: str, lacking: str) -> None:
     half = clip(**{lacking: False})
@@ -182,6 +186,38 @@ def test_durations() -> None:
     assert piece.rate in (0.75, 1.25)
     assert made("speed").media.duration_seconds == pytest.approx(SECONDS / piece.rate)
     assert len(made("speed").media.waveform) == round(SECONDS * RATE / piece.rate)
+
+
+@pytest.mark.parametrize(
+    ("strength", "rates"), [("weak", (1.025, 25 / 24)), ("medium", (1.08,)), ("strong", (1.25,))]
+)
+def test_a_copy_played_faster_is_shorter_and_its_tone_higher(
+    strength: str, rates: tuple[float, ...]
+) -> None:
+    times = np.arange(SECONDS * RATE) / RATE
+    # 1 kHz, until a click at 4 s; the video is black until then.
+    wave = np.where(times < 4, 8000 * np.sin(2 * np.pi * 1000 * times), 0)
+    wave[4 * RATE : 4 * RATE + 20] = 30_000
+    media = dataclasses.replace(CLIP, waveform=wave.astype(np.int16))
+    lit = CLIP.frame_seconds >= 4
+    media = dataclasses.replace(media, frames=CLIP.frames * lit[:, None, None, None])
+    met = set()
+    for seed in range(6):
+        result = transform(media, "speed_and_pitch", strength, seed=seed, clip="a", other=None)
+        faster, (piece,) = result.media, result.sound_time.pieces
+        assert result.picture_time == result.sound_time
+        met.add(piece.rate)
+        tone = faster.waveform[: 3 * RATE] * np.hanning(3 * RATE)
+        hertz = np.abs(np.fft.rfft(tone, 8 * len(tone))).argmax() / 24
+        assert hertz == pytest.approx(1000 * piece.rate, abs=0.1)
+        assert len(faster.waveform) == pytest.approx(SECONDS * RATE / piece.rate, abs=1)
+        assert faster.duration_seconds == pytest.approx(SECONDS / piece.rate)
+        click = faster.waveform.argmax() / RATE
+        flash = faster.frame_seconds[faster.frames.max(axis=(1, 2, 3)) > 0][0]
+        assert click == pytest.approx(4 / piece.rate, abs=0.002)
+        assert flash == pytest.approx(4 / piece.rate, abs=1e-9)
+        assert result.sound_time.source_seconds(np.array([flash])) == pytest.approx(4)
+    assert met == set(rates)
 
 
 def test_a_crop_is_a_part_of_the_picture_and_stays_where_it_is() -> None:
