@@ -107,7 +107,6 @@ def small_config(records):
     c.model.update({"embedding_dim": 8, "projection_hidden": 8, "temporal_hidden": 8})
     c.model.video.update({"widths": (8,), "depths": (0,)})
     c.model.audio.update({"widths": (8,), "depths": (0,), "patch": (2, 8)})
-    c.bank.size = 16
     return c
 
 
