@@ -41,15 +41,32 @@ def check_arguments(argv: Sequence[str], parser: Parser) -> None:
     if name is None:
         return
     config = _load(name, parser)
-    for argument in argv:
-        if override := re.match(r"--?(?:no)?config\.([^=]+)", argument):
-            _check_setting(name, config, override[1])
+    for setting in _overrides(argv):
+        _check_setting(name, config, setting)
+
+
+def check_overrides(argv: Sequence[str], config: ml_collections.ConfigDict) -> None:
+    """Checks that the config uses every setting that an argument overrides.
+
+    Args:
+        argv: the command line.
+        config: with its overrides.
+
+    Raises:
+        UserError: naming a setting that is ignored.
+    """
+    experiment.check_used(config, _overrides(argv))
 
 
 def as_text(config: ml_collections.ConfigDict) -> str:
     """Returns one line per setting: what an override `--config.SETTING=VALUE` changes."""
     flat = experiment.flatten(config.to_dict())
     return "\n".join(f"{setting} = {value!r}" for setting, value in flat.items())
+
+
+def _overrides(argv: Sequence[str]) -> list[str]:
+    matches = (re.match(r"--?(?:no)?config\.([^=]+)", argument) for argument in argv)
+    return [override[1] for override in matches if override]
 
 
 def _config_name(argv: Sequence[str]) -> str | None:

@@ -6,6 +6,7 @@ Every function takes the sections of a config by attribute, so that a key that i
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -138,13 +139,31 @@ def audio_encoder(config: ml_collections.ConfigDict) -> nn.Module:
 
 
 def _encoder(modality: encoders.Modality, config: ml_collections.ConfigDict) -> nn.Module:
-    settings = config.model[modality].to_dict()
-    name = settings.pop("name")
+    section = config.model[modality].to_dict()
     return encoders.create_encoder(
         modality,
-        name,
-        settings | {"dtype": jnp.dtype(config.model.dtype), "remat": config.model.remat},
+        section["name"],
+        encoders.config_settings(modality, section)
+        | {"dtype": jnp.dtype(config.model.dtype), "remat": config.model.remat},
     )
+
+
+def check_used(config: ml_collections.ConfigDict, settings: Iterable[str]) -> None:
+    """Checks that none of these settings, which were given explicitly, is ignored.
+
+    Args:
+        config: with them.
+        settings: their names, such as "model.video.resnet.widths".
+
+    Raises:
+        UserError: naming a setting of another encoder than that of `config`.
+    """
+    for setting in settings:
+        for modality in encoders.BY_MODALITY:
+            if setting.startswith(section := f"model.{modality}."):
+                encoders.check_used(
+                    modality, config.model[modality].name, setting.removeprefix(section)
+                )
 
 
 def audio_visual_model(config: ml_collections.ConfigDict) -> AudioVisualModel:

@@ -145,7 +145,10 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     """
     try:
         config_file.check_arguments(argv, flags.FLAGS["config"].parser)
-        return flags.FLAGS(argv)
+        remaining = flags.FLAGS(argv)
+        if _CONFIG.value is not None:
+            config_file.check_overrides(argv, _CONFIG.value)
+        return remaining
     except (UserError, flags.Error) as error:
         print(f"avcl_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from error

@@ -46,28 +46,23 @@ def config_of(preset: str, overrides: Mapping[str, str]) -> ml_collections.Confi
 
     Args:
         preset: its name.
-        overrides: "model.video.lowering" → "direct". Settings of the encoders that the preset
-            leaves at their defaults may be named too: what an encoder does not have it refuses.
+        overrides: "model.video.lowering" → "direct".
 
     Raises:
-        UserError: on a key that does not exist.
+        UserError: on a key that does not exist or that is ignored.
     """
     config = pretrain.get_config(preset)
-    flat = experiment.flatten(config.to_dict())
-    with config.unlocked():
-        for key, text in overrides.items():
-            section, _, name = key.rpartition(".")
-            if key not in flat and section not in ("model.video", "model.audio"):
-                raise UserError(f"configs/pretrain.py:{preset} has no key {key!r}")
-            try:
-                value = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                value = text
-            if key == f"{section}.name" and value != flat.get(key):
-                # Settings of the preset's encoder mean nothing to another one.
-                config.model[section.removeprefix("model.")] = ml_collections.ConfigDict()
-            node = functools.reduce(lambda inner, part: inner[part], section.split("."), config)
-            node[name] = value
+    known = experiment.flatten(config.to_dict())
+    values: dict[str, Any] = {}
+    for key, text in overrides.items():
+        if key not in known:
+            raise UserError(f"configs/pretrain.py:{preset} has no key {key!r}")
+        try:
+            values[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[key] = text
+    config.update_from_flattened_dict(values)
+    experiment.check_used(config, overrides)
     return config
 
 

@@ -10,6 +10,8 @@ that importing does not touch are those of configs/pretrain.py:kinetics400.
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_collections
 
 from avcl_jax.errors import UserError
@@ -46,12 +48,12 @@ def get_config(preset: str = "torchvision,r2plus1d_18") -> ml_collections.Config
             _video(c, code_base, name)
         else:
             c.modalities = "audio"
-            c.model.audio = ml_collections.ConfigDict({"name": name})
+            c.model.audio.name = name
     return c
 
 
 def _video(c: ml_collections.ConfigDict, code_base: str, name: str) -> None:
-    section = {"name": name, "subtract_time_mean": False}
+    section: dict[str, Any] = {"name": name}
     if code_base == "torchvision":  # torchvision.transforms._presets.VideoClassification, 15 fps
         section |= _KINETICS
         c.views.num_frames, c.views.clip_seconds = 16, 16 / 15
@@ -66,4 +68,4 @@ def _video(c: ml_collections.ConfigDict, code_base: str, name: str) -> None:
         section |= _GRAY
         c.views.num_frames, c.views.clip_seconds = 30, 1.0
         c.crop.image_size = 112
-    c.model.video = ml_collections.ConfigDict(section)
+    c.model.video.update(section)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from absl import flags
+from absl.testing import flagsaver
 
 from avcl_jax import config_file, main
 from avcl_jax.errors import UserError
@@ -65,6 +66,34 @@ def test_a_mistake_is_one_line_with_the_nearest_names(arguments, message) -> Non
 def test_what_is_right_passes() -> None:
     check()
     check(PRETRAIN, "--config.steps=3", "--config.loss.weights.vv=0", "--noconfig.crop.flip")
+    check(PRETRAIN, "--config.model.video.resnet.depths=(0, 1, 2)")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--config.model.video.resnet.widths=(1, 2)", "--config.model.video.name=s3d"],
+            "model.video.resnet.widths is a setting of model.video.name=resnet, and "
+            "model.video.name=s3d ignores it",
+        ),
+        (["--config.model.audio.convnet.pool=max"], "model.audio.name=resnet ignores it"),
+        (
+            ["--config.model.video.lowering=direct", "--config.model.video.name=vivit_s"],
+            "model.video.lowering: model.video.name=vivit_s has no such setting",
+        ),
+    ],
+)
+def test_an_override_that_the_encoder_ignores_is_refused(
+    arguments, message, monkeypatch, capsys
+) -> None:
+    command = ["main", PRETRAIN, *arguments]
+    monkeypatch.setattr(sys, "argv", command)  # where ml_collections looks for overrides
+    with flagsaver.flagsaver(), pytest.raises(SystemExit):
+        main.parse_flags(command)
+    line = capsys.readouterr().err.strip()
+    assert message in line
+    assert "\n" not in line
 
 
 def test_a_bug_in_a_config_file_keeps_its_own_error(tmp_path: Path) -> None:

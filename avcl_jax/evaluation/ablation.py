@@ -79,7 +79,7 @@ def variant_config(
         seed: of the run.
 
     Raises:
-        UserError: if the variant changes a setting that does not exist.
+        UserError: if the variant changes a setting that does not exist or that its encoder ignores.
     """
     run = config.copy_and_resolve_references()
     changes = dict(run.ablation.variants)[variant]
@@ -92,6 +92,7 @@ def variant_config(
         run.update_from_flattened_dict(dict(changes))
     except (KeyError, AttributeError, TypeError) as error:
         raise UserError(f"variant {variant!r} cannot be built: {error}") from error
+    experiment.check_used(run, dict(changes))
     return run
 
 

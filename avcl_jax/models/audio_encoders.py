@@ -21,6 +21,7 @@ from avcl_jax.models.layers import (
     Conv2D,
     Pool,
     Remat,
+    check_patch,
     patches,
     pool_features,
     recomputed,
@@ -122,7 +123,12 @@ class AudioResNet(nn.Module):
         x = spectrogram[..., None].astype(self.dtype)
         width = self.widths[0]
         if self.stem == "patch":
-            check_patch(self.patch, x.shape[1:3])
+            check_patch(
+                self.patch,
+                x.shape[1:3],
+                names=("patch", "spectrogram"),
+                settings=("spectrogram.frames", "spectrogram.mels"),
+            )
             x = patches(x, self.patch)
             x = nn.Dense(width, use_bias=False, dtype=self.dtype, name="stem_patch")(x)
         elif self.stem == "resnet":
@@ -201,11 +207,3 @@ class AudioConvNet(nn.Module):
             x = layer(x, width, 3, stride, f"block{block}_1")
             x = layer(x, width, 3, 1, f"block{block}_2")
         return {"features": pool_features(x, self.pool), "map": x}
-
-
-def check_patch(patch: Sequence[int], spectrogram: Sequence[int]) -> None:
-    """Refuses a patch of (frames, mels) that does not divide the spectrogram."""
-    if spectrogram[0] % patch[0] or spectrogram[1] % patch[1]:
-        raise UserError(
-            f"patch {tuple(patch)} must divide the spectrogram's {spectrogram[0]}x{spectrogram[1]}"
-        )

@@ -2,7 +2,8 @@
 
 A general name ("resnet") takes all its settings; a published one ("r2plus1d_18") fixes those that
 make it what was published, and refuses others for them: a network under a published name is that
-network. docs/encoders.md tells sizes and sources.
+network. In a config, settings that a published name may fix are in a section for each general name,
+which published names ignore. docs/encoders.md lists sizes and sources.
 """
 
 from __future__ import annotations
@@ -95,11 +96,11 @@ AUDIO: dict[str, Architecture] = {
     "convnet": Architecture(AudioConvNet),
     "conv_10": Architecture(AudioConvNet, {"widths": _WIDTHS, "pool": "max", **_TORCH_NORM}),
     "transformer": Architecture(AudioTransformer),
-    "ast_s": Architecture(AudioTransformer, _VIT_S),
-    "ast_b": Architecture(AudioTransformer, _VIT_B),
+    "ast_s": Architecture(AudioTransformer, {**_VIT_S, "patch": (16, 16)}),
+    "ast_b": Architecture(AudioTransformer, {**_VIT_B, "patch": (16, 16)}),
 }
 
-BY_MODALITY: dict[str, dict[str, Architecture]] = {"video": VIDEO, "audio": AUDIO}
+BY_MODALITY: dict[Modality, dict[str, Architecture]] = {"video": VIDEO, "audio": AUDIO}
 
 # By which exported encoders name their class.
 CLASSES: dict[str, type[nn.Module]] = {
@@ -122,14 +123,8 @@ def create_encoder(modality: Modality, name: str, settings: Mapping[str, Any]) -
             missing; or that the name is unknown.
     """
     known = BY_MODALITY[modality]
-    if name not in known:
-        raise UserError(f"unknown {modality} encoder {name!r}: use one of {', '.join(known)}")
-    architecture = known[name]
-    fields = {
-        field.name: field
-        for field in dataclasses.fields(architecture.encoder)
-        if field.name not in ("parent", "name")
-    }
+    architecture = _architecture(modality, name)
+    fields = _fields(architecture)
     where = f"the {modality} encoder {name!r}"
     for key in settings:
         if key not in fields:
@@ -150,6 +145,69 @@ def create_encoder(modality: Modality, name: str, settings: Mapping[str, Any]) -
     return architecture.encoder(
         **{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     )
+
+
+def config_settings(modality: Modality, section: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that an encoder takes from its section of a config.
+
+    Args:
+        modality: "video" or "audio".
+        section: `name`, settings for all encoders of the modality that have them, and a section
+            of settings for each general name.
+
+    Raises:
+        UserError: naming a setting that no encoder takes from there.
+    """
+    known, name = BY_MODALITY[modality], section["name"]
+    fields = _fields(_architecture(modality, name))
+    fixed = {key for architecture in known.values() for key in architecture.fixed}
+    shared = {key for architecture in known.values() for key in _fields(architecture)} - fixed
+    given = {key: value for key, value in section.items() if key != "name" and key not in known}
+    for key in given:
+        if key not in shared:
+            raise UserError(
+                f"model.{modality} has no setting {key!r}: it has {', '.join(sorted(shared))} and "
+                f"a section for each of {', '.join(n for n, a in known.items() if not a.fixed)}"
+            )
+    own = section.get(name, {})
+    return {key: value for key, value in given.items() if key in fields} | own
+
+
+def check_used(modality: Modality, name: str, setting: str) -> None:
+    """Checks that an encoder takes a setting from its section of a config.
+
+    Args:
+        modality: "video" or "audio".
+        name: a key of `VIDEO` or `AUDIO`.
+        setting: its name in that section, such as "lowering" or "resnet.widths".
+
+    Raises:
+        UserError: if the encoder ignores it.
+    """
+    where, (owner, _, _) = f"model.{modality}", setting.partition(".")
+    fields = _fields(_architecture(modality, name))
+    if owner == setting and setting not in ("name", *fields):
+        raise UserError(f"{where}.{setting}: {where}.name={name} has no such setting: leave it out")
+    if owner not in (setting, name):
+        raise UserError(
+            f"{where}.{setting} is a setting of {where}.name={owner}, and {where}.name={name} "
+            "ignores it: leave one of them out"
+        )
+
+
+def _architecture(modality: Modality, name: str) -> Architecture:
+    known = BY_MODALITY[modality]
+    if name not in known:
+        raise UserError(f"unknown {modality} encoder {name!r}: use one of {', '.join(known)}")
+    return known[name]
+
+
+def _fields(architecture: Architecture) -> dict[str, dataclasses.Field[Any]]:
+    return {
+        field.name: field
+        for field in dataclasses.fields(architecture.encoder)
+        if field.name not in ("parent", "name")
+    }
 
 
 def published_name(encoder: nn.Module) -> str | None:

@@ -220,6 +220,32 @@ def patches(
     return x.reshape(batch, *cells, math.prod(sizes) * channels)
 
 
+def check_patch(
+    patch: Sequence[int], shape: Sequence[int], *, names: tuple[str, str], settings: Sequence[str]
+) -> None:
+    """Checks that patches fill an input.
+
+    Args:
+        patch: size along each axis.
+        shape: size of the input along each axis.
+        names: of the patch and of the input.
+        settings: setting of the input's size along each axis.
+
+    Raises:
+        UserError: with the settings to change.
+    """
+    misfits = {
+        f"{setting} to a multiple of {size}": None
+        for size, length, setting in zip(patch, shape, settings, strict=True)
+        if length % size
+    }
+    if misfits:
+        raise UserError(
+            f"{names[0]} {tuple(patch)} must divide the {names[1]}'s "
+            f"{'x'.join(str(length) for length in shape)}: set {' and '.join(misfits)}"
+        )
+
+
 def pool_features(
     x: Float[Array, "batch *grid channels"], pool: Pool
 ) -> Float[Array, "batch channels"]:

@@ -21,8 +21,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from avcl_jax.errors import UserError
-from avcl_jax.models.audio_encoders import check_patch
-from avcl_jax.models.layers import Remat, patches, pool_features, prepare_video, run_block
+from avcl_jax.models.layers import (
+    Remat,
+    check_patch,
+    patches,
+    pool_features,
+    prepare_video,
+    run_block,
+)
 
 Attention = Literal["joint", "factorised"]
 
@@ -131,12 +137,12 @@ class VideoTransformer(nn.Module):
         """
         if self.attention not in ("joint", "factorised"):
             raise UserError(f"unknown attention {self.attention!r}: use 'joint' or 'factorised'")
-        grid = video.shape[1:4]
-        if any(length % size for length, size in zip(grid, self.tubelet, strict=True)):
-            raise UserError(
-                f"tubelet {tuple(self.tubelet)} must divide the clip's "
-                f"{'x'.join(str(length) for length in grid)}"
-            )
+        check_patch(
+            self.tubelet,
+            video.shape[1:4],
+            names=("tubelet", "clip"),
+            settings=("num_frames", "image_size", "image_size"),
+        )
         x = prepare_video(
             video,
             channel_mean=self.channel_mean,
@@ -207,7 +213,12 @@ class AudioTransformer(nn.Module):
         Raises:
             UserError: if the patch does not divide the spectrogram.
         """
-        check_patch(self.patch, spectrogram.shape[1:])
+        check_patch(
+            self.patch,
+            spectrogram.shape[1:],
+            names=("patch", "spectrogram"),
+            settings=("spectrogram.frames", "spectrogram.mels"),
+        )
         x = patches(spectrogram[..., None].astype(self.dtype), self.patch)
         x = nn.Dense(self.width, dtype=self.dtype, name="embedding")(x)
         batch, frames, mels, width = x.shape

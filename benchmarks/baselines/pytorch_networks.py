@@ -137,14 +137,16 @@ class VideoEncoder(nn.Module):
 
     def __init__(self, settings: ml_collections.ConfigDict) -> None:
         super().__init__()
-        expected = ("r2plus1d_plain", "patch4", True)
-        if (settings.factorisation, settings.stem, settings.subtract_time_mean) != expected:
+        own = settings.resnet
+        expected = ("resnet", "r2plus1d_plain", "patch4", "basic", "mean", True)
+        given = (settings.name, own.factorisation, own.stem, own.block, own.pool)
+        if (*given, settings.subtract_time_mean) != expected:
             raise ValueError(f"only {expected} is written in PyTorch, not {settings}")
-        widths = settings.widths
+        widths = own.widths
         self.stem_patch = nn.Conv2d(3, widths[0], 4, 4, bias=False)
         self.stem_patch.to(memory_format=torch.channels_last)
         self.stem_norm = BatchNorm(widths[0])
-        self.blocks = _add_stages(self, VideoBlock, widths, settings.depths)
+        self.blocks = _add_stages(self, VideoBlock, widths, own.depths)
 
     def forward(self, video: Tensor, mask: Tensor | None) -> Tensor:
         """Maps pixels [clips, time, height, width, 3] to features [clips, channels]."""
@@ -185,13 +187,14 @@ class AudioEncoder(nn.Module):
 
     def __init__(self, settings: ml_collections.ConfigDict) -> None:
         super().__init__()
-        if settings.stem != "patch":
-            raise ValueError(f"only the stem 'patch' is written in PyTorch, not {settings.stem!r}")
-        widths, patch = settings.widths, tuple(settings.patch)
+        own = settings.resnet
+        if (settings.name, own.stem) != ("resnet", "patch"):
+            raise ValueError(f"only a resnet of stem 'patch' is written in PyTorch, not {settings}")
+        widths, patch = own.widths, tuple(own.patch)
         self.stem_patch = nn.Conv2d(1, widths[0], patch, patch, bias=False)
         self.stem_patch.to(memory_format=torch.channels_last)
         self.stem_norm = BatchNorm(widths[0])
-        self.blocks = _add_stages(self, AudioBlock, widths, settings.depths)
+        self.blocks = _add_stages(self, AudioBlock, widths, own.depths)
 
     def forward(self, spectrogram: Tensor, mask: Tensor | None) -> Tensor:
         """Maps [clips, frames, mels] to features [clips, channels]."""
@@ -238,7 +241,7 @@ class AudioVisualNetwork(nn.Module):
         super().__init__()
         model = config.model
         encoders = {"video": VideoEncoder(model.video), "audio": AudioEncoder(model.audio)}
-        channels = {name: model[name].widths[-1] for name in encoders}
+        channels = {name: model[name].resnet.widths[-1] for name in encoders}
         for name, encoder in encoders.items():
             self.add_module(f"{name}_encoder", encoder)
             for head, hidden, features in (

@@ -105,8 +105,8 @@ def small_config(records):
     c.crop.image_size = 16
     c.spectrogram.update({"sample_rate_hz": 4000, "frames": 10, "mels": 8, "max_hz": 2000.0})
     c.model.update({"embedding_dim": 8, "projection_hidden": 8, "temporal_hidden": 8})
-    c.model.video.update({"widths": (8,), "depths": (0,)})
-    c.model.audio.update({"widths": (8,), "depths": (0,), "patch": (2, 8)})
+    c.model.video.resnet.update({"widths": (8,), "depths": (0,)})
+    c.model.audio.resnet.update({"widths": (8,), "depths": (0,), "patch": (2, 8)})
     return c
 
 

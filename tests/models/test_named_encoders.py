@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from avcl_jax import experiment
+from avcl_jax.data.pipeline import batch_shapes
+from avcl_jax.errors import UserError
 from avcl_jax.models import encoders
 from avcl_jax.models.audio_encoders import AudioConvNet
 from avcl_jax.models.encoders import create_encoder, published_name
@@ -46,7 +48,6 @@ PUBLISHED = {
 
 def make(modality, name, **settings):
     given = {"subtract_time_mean": False} if modality == "video" else {}
-    given |= {"patch": (16, 16)} if name.startswith("ast") else {}
     return create_encoder(modality, name, given | settings)
 
 
@@ -227,6 +228,24 @@ def test_colours_are_standardised_before_anything_else():
         plain.clone(channel_mean=mean).apply(variables, x, train=False)
 
 
+def test_a_general_name_reads_its_own_section_and_a_setting_of_no_encoder_is_refused():
+    config = pretrain.get_config()
+    settings = {"model.video.name": "transformer", "model.video.transformer.depth": 2}
+    config.update_from_flattened_dict(settings)
+    encoder = experiment.video_encoder(config)
+    assert (type(encoder), encoder.depth, encoder.tubelet) == (VideoTransformer, 2, (2, 8, 8))
+    for name in ("inception", "resnet"):
+        config.model.video.name = name
+        assert type(experiment.video_encoder(config)) is encoders.VIDEO[name].encoder
+    for name in ("convnet", "transformer", "resnet"):
+        config.model.audio.name = name
+        assert type(experiment.audio_encoder(config)) is encoders.AUDIO[name].encoder
+    with config.unlocked():
+        config.model.video.widths = (24, 48)  # as runs of older versions have it
+    with pytest.raises(ValueError, match=r"model.video has no setting 'widths': it has channel_"):
+        experiment.video_encoder(config)
+
+
 def test_what_a_name_does_not_allow_is_one_clear_error():
     with pytest.raises(
         ValueError, match=r"unknown video encoder 'r2d2': use one of resnet, r2plus"
@@ -236,8 +255,8 @@ def test_what_a_name_does_not_allow_is_one_clear_error():
         make("video", "r3d_18", stem="r2plus1d")
     with pytest.raises(ValueError, match=r"'vivit_s' has no setting 'lowering': it has atten"):
         make("video", "vivit_s", lowering="auto")
-    with pytest.raises(ValueError, match=r"the audio encoder 'ast_s' needs the setting 'patch'"):
-        create_encoder("audio", "ast_s", {})
+    with pytest.raises(ValueError, match=r"the audio encoder 'convnet' needs the setting 'pool'"):
+        create_encoder("audio", "convnet", {"widths": (4,)})
     with pytest.raises(ValueError, match=r"tubelet \(2, 16, 16\) must divide the clip's 8x40x32"):
         jax.eval_shape(
             functools.partial(make("video", "vivit_s").init, train=False),
@@ -248,10 +267,25 @@ def test_what_a_name_does_not_allow_is_one_clear_error():
         SMALL["s3dg"].init(jax.random.key(0), jnp.zeros((1, 4, 32, 32, 3)), train=False)
 
 
-@pytest.mark.parametrize(("modality", "name"), [("video", "s3dg"), ("audio", "conv_10")])
-def test_a_config_changes_encoder_by_its_name_alone(modality, name):
-    config = pretrain.get_config("kinetics400")
-    config.model[modality].name = name
+# Published patches that do not divide the input of the presets, and what the error proposes.
+DOES_NOT_FIT = {"demo": "48x40: set spectrogram.mels", "kinetics400": "64x40: set spectrogram.mels"}
+
+
+@pytest.mark.parametrize("preset", ["demo", "kinetics400"])
+@pytest.mark.parametrize(("modality", "name"), PUBLISHED)
+def test_a_published_name_is_all_that_a_preset_needs(preset, modality, name):
+    config = pretrain.get_config(preset)
+    config.update_from_flattened_dict({f"model.{modality}.name": name})
     encoder = getattr(experiment.audio_visual_model(config), f"{modality}_encoder")
     assert published_name(encoder) == name
-    assert encoder.dtype == jnp.bfloat16
+    assert encoder.dtype == jnp.dtype(config.model.dtype)
+    shape = batch_shapes(experiment.render_spec(config), 1)["video"][0][1:]
+    if modality == "audio":
+        shape = (1, config.spectrogram.frames, config.spectrogram.mels)
+    init = functools.partial(encoder.init, train=False)
+    if name.startswith("ast"):
+        with pytest.raises(UserError, match=DOES_NOT_FIT[preset]):
+            jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
+        shape = (1, config.spectrogram.frames, 48)
+    shapes = jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
+    assert shapes["params"]
