@@ -53,7 +53,7 @@ def demo() -> ml_collections.ConfigDict:
     c.data.threads = 2
     c.data.prefetch = 4  # batches kept ready
 
-    # 0: as the encoder was trained. Longer clips need an encoder without fixed positions.
+    # 0: as the encoder was trained. Positions of a transformer are interpolated for other sizes.
     c.clip = ml_collections.ConfigDict()
     c.clip.seconds = 3.0  # the encoder saw 0.75, 1.5, 3 and 6 s, as its four speeds
     c.clip.num_frames = 0

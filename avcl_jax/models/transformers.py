@@ -17,6 +17,7 @@ import functools
 from typing import Any, Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -82,11 +83,29 @@ class FeedForward(nn.Module):
         return x + nn.Dense(channels, dtype=self.dtype, name="output")(y)
 
 
+def _positions(module: nn.Module, grid: tuple[int, ...]) -> Array:
+    """Learned positions of a module, interpolated linearly if they are of another grid.
+
+    Args:
+        module: owner of the parameter.
+        grid: (cells along each axis, channels).
+
+    Returns:
+        float32 [1, *grid].
+    """
+    learned = (1, *grid)
+    if module.has_variable("params", "positions"):
+        learned = module.get_variable("params", "positions").shape
+    positions = module.param("positions", _POSITIONS, learned, jnp.float32)
+    # Without antialiasing, as PyTorch's `interpolate`, with which AST and VideoMAE do so.
+    return jax.image.resize(positions, (1, *grid), "linear", antialias=False)
+
+
 class VideoTransformer(nn.Module):
     """Transformer over tubelets of a clip.
 
     ViT-S has width 384, depth 12, 6 heads; ViT-B width 768, depth 12, 12 heads. Positions are
-    learned for the grid of the clips that the encoder is initialised with, and fix it.
+    learned for the clips that the encoder is initialised with, and interpolated for others.
 
     Attributes:
         width: channels of a token.
@@ -151,10 +170,9 @@ class VideoTransformer(nn.Module):
         )
         x = patches(x.astype(self.dtype), self.tubelet)
         x = nn.Dense(self.width, dtype=self.dtype, name="embedding")(x)
+        x = x + _positions(self, x.shape[1:]).astype(self.dtype)
         batch, moments, rows, columns, width = x.shape
         x = x.reshape(batch, moments, rows * columns, width)
-        positions = self.param("positions", _POSITIONS, (1, *x.shape[1:]), jnp.float32)
-        x = x + positions.astype(self.dtype)
         if self.attention == "joint":
             x = x.reshape(batch, 1, -1, width)
         run = functools.partial(run_block, remat=self.remat)
@@ -173,7 +191,7 @@ class VideoTransformer(nn.Module):
 
 
 class AudioTransformer(nn.Module):
-    """Transformer over patches of a spectrogram.
+    """Transformer over patches of a spectrogram; positions as of `VideoTransformer`.
 
     Attributes:
         width: channels of a token.
@@ -221,10 +239,9 @@ class AudioTransformer(nn.Module):
         )
         x = patches(spectrogram[..., None].astype(self.dtype), self.patch)
         x = nn.Dense(self.width, dtype=self.dtype, name="embedding")(x)
+        x = x + _positions(self, x.shape[1:]).astype(self.dtype)
         batch, frames, mels, width = x.shape
         x = x.reshape(batch, frames * mels, width)
-        positions = self.param("positions", _POSITIONS, (1, *x.shape[1:]), jnp.float32)
-        x = x + positions.astype(self.dtype)
         run = functools.partial(run_block, remat=self.remat)
         for layer in range(1, self.depth + 1):
             x = run(SelfAttention(self.heads, self.dtype, name=f"layer{layer}_attention"), x=x)

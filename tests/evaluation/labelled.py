@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
@@ -107,10 +109,11 @@ def write_labelled(directory: Path) -> Path:
     return directory
 
 
-def make_encoders(seed: int = 0) -> dict[str, Encoder]:
+def make_encoders(seed: int = 0, **overrides: object) -> dict[str, Encoder]:
     """Newly drawn encoders of both modalities, a few thousand parameters each."""
     # The demo's encoder sees only what moves; these classes are colours.
-    config = small_config(Path("unused"), **{"model.video.subtract_time_mean": False})
+    moving = {"model.video.subtract_time_mean": False}
+    config = small_config(Path("unused"), **moving | overrides)
     encoders = {}
     modules = {
         "video": experiment.video_encoder(config),
@@ -141,16 +144,22 @@ def _drawn(encoder: Encoder, seed: int) -> dict[str, Any]:
     return dict(jax.tree_util.tree_map_with_path(draw, shapes))
 
 
-def write_encoders(directory: Path, seed: int = 0, **source: object) -> Path:
+def write_encoders(
+    directory: Path,
+    seed: int = 0,
+    overrides: Mapping[str, object] = MappingProxyType({}),
+    **source: object,
+) -> Path:
     """Exports `make_encoders`, without the StableHLO that nothing here runs.
 
     Args:
         directory: where to.
         seed: of the weights.
+        overrides: of their config.
         source: what else they say of where they come from; `data` is what they were trained on.
     """
     with mock.patch.object(export, "_stablehlo", return_value=b""):
-        for modality, encoder in make_encoders(seed).items():
+        for modality, encoder in make_encoders(seed, **overrides).items():
             export.export_encoder(
                 directory / modality,
                 encoder=encoder.module,

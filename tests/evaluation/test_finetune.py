@@ -183,6 +183,23 @@ def test_labels_that_mean_nothing_give_chance(records, encoders, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_transformer_is_fine_tuned_on_clips_longer_than_it_was_trained_on(records, tmp_path):
+    transformer = {"width": 16, "depth": 1, "heads": 2, "attention": "joint"}
+    small = {f"model.video.transformer.{name}": value for name, value in transformer.items()}
+    encoders = write_encoders(
+        tmp_path / "export", overrides={"model.video.name": "transformer", **small}
+    )
+    frames = 2 * open_encoders(encoders).require("video").preprocess.num_frames
+    config = toy_config(records, encoders, **{"clip.num_frames": frames, "epochs": 2.0})
+    results = finetune(config, tmp_path / "longer")
+    assert results["metrics"]["top1"]["value"] >= 0.9
+    variables, _ = load_variables((tmp_path / "longer" / "split1").absolute())
+    positions = variables["params"]["encoder"]["positions"]
+    assert positions.shape[1] == frames // 2 // 2
+    assert np.ptp(positions) > 0
+
+
+@pytest.mark.slow
 def test_sound_is_fine_tuned_by_the_same_code(records, encoders, tmp_path):
     config = toy_config(
         records,

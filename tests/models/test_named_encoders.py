@@ -228,6 +228,36 @@ def test_colours_are_standardised_before_anything_else():
         plain.clone(channel_mean=mean).apply(variables, x, train=False)
 
 
+@pytest.mark.parametrize("longer", [6, 1])
+@pytest.mark.parametrize("name", ["joint", "factorised", "audio transformer"])
+def test_positions_of_another_grid_are_interpolated(name, longer):
+    """As numpy interpolates along each axis between the centres of the patches."""
+    encoder = SMALL[name]
+    x, variables = initial(name)
+    patch = encoder.patch if name.startswith("audio") else encoder.tubelet
+    # Another length in time and, where it grows, another height or number of mels.
+    sizes = [longer * patch[0], x.shape[2] * (1 + (longer > 1)), *x.shape[3:]]
+    x = jax.random.normal(jax.random.key(2), (2, *sizes))
+    positions = np.asarray(variables["params"]["positions"])
+    assert np.ptp(positions) > 0.1
+    expected = positions
+    for axis, size in enumerate(patch, start=1):
+        count, trained = x.shape[axis] // size, positions.shape[axis]
+        centres = (np.arange(count) + 0.5) * trained / count - 0.5
+
+        def interpolate(values, centres=centres, trained=trained):
+            return np.interp(centres, np.arange(trained), values)
+
+        expected = np.apply_along_axis(interpolate, axis, expected)
+    assert expected.shape != positions.shape
+    whole = {"params": variables["params"] | {"positions": jnp.asarray(expected, jnp.float32)}}
+    np.testing.assert_allclose(
+        evaluated(encoder, variables, x)["features"],
+        evaluated(encoder, whole, x)["features"],
+        atol=1e-5,
+    )
+
+
 def test_a_general_name_reads_its_own_section_and_a_setting_of_no_encoder_is_refused():
     config = pretrain.get_config()
     settings = {"model.video.name": "transformer", "model.video.transformer.depth": 2}
