@@ -17,6 +17,7 @@ from avcl_jax.data.records import RecordDataset
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.transformations.families import FAMILIES, applies, transform
 from avcl_jax.evaluation.transformations.timeline import Transformed, excerpt, without_sound
+from avcl_jax.fingerprint.segments import not_empty
 
 # Decoded files that are kept: their segments are needed as references, and for each family.
 _BYTES_IN_MEMORY = 2**30
@@ -147,7 +148,7 @@ def segments_of_files(
         sample_rate_hz: of the sound.
 
     Returns:
-        Segments, and why each file that gives none does not.
+        Segments with something to compare, and why each file or segment that is not used is not.
     """
     segments: list[SourceClip] = []
     unused: dict[str, str] = {}
@@ -166,7 +167,7 @@ def segments_of_files(
 
     def load(path: Path, begin: float) -> DecodedMedia:
         part = excerpt(whole(path), begin, begin + segment_seconds)
-        return part if part.waveform.any() else without_sound(part)
+        return part if "audio" in not_empty(part) else without_sound(part)
 
     for path in paths:
         try:
@@ -183,6 +184,9 @@ def segments_of_files(
         for number in range(count):
             begin = number * segment_seconds
             name = f"{path.name}@{begin:g}s"
+            if not not_empty(excerpt(media, begin, begin + segment_seconds)):
+                unused[name] = "one colour and silent: there is nothing to compare"
+                continue
             segments.append(SourceClip(name, path.name, functools.partial(load, path, begin)))
     return segments, unused
 

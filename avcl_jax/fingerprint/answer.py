@@ -66,7 +66,7 @@ class Match:
             were required matched.
         same_file: whether the query is this very file, by its content.
         matched: modalities that suffice for a match without the other.
-        shared_by: number of sources that match as well, this one included; 1 if it stands out
+        shared_with: names of other sources that match as well; none if this one stands out
             against each other source by a part of the query that only this one matches.
         video_score: evidence of the video, 0 is chance; None where it was not compared.
         audio_score: the same of the audio.
@@ -83,7 +83,7 @@ class Match:
     accepted: bool
     same_file: bool
     matched: tuple[str, ...]
-    shared_by: int
+    shared_with: tuple[str, ...]
     video_score: float | None
     audio_score: float | None
     duration_seconds: float
@@ -119,17 +119,22 @@ class QueryResult:
     Attributes:
         matches: one per source, best first, also those that are not accepted.
         query_seconds: length of the query.
+        required: modalities that had to match.
+        empty: modalities that the query has, with nothing in them to compare: the audio is silent,
+            the video shows one colour.
         threshold: score from which a match is accepted.
     """
 
     matches: Sequence[Match]
     query_seconds: float
+    required: tuple[str, ...] = ()
+    empty: tuple[str, ...] = ()
     threshold: float = THRESHOLD
 
     @property
     def best(self) -> Match | None:
         """The best accepted match that is not shared with other sources, None without one."""
-        return next((m for m in self.matches if m.accepted and m.shared_by == 1), None)
+        return next((m for m in self.matches if m.accepted and not m.shared_with), None)
 
     @property
     def verdict(self) -> str:
@@ -138,12 +143,29 @@ class QueryResult:
             return "same file" if self.best.same_file else "match"
         return "shared" if any(m.accepted for m in self.matches) else "no match"
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of all sources of the query: those that match; of a file itself, its copies."""
+        accepted = [m for m in self.matches if m.accepted]
+        return tuple(m.source for m in accepted if m.same_file or self.verdict != "same file")
+
+    @property
+    def remark(self) -> str:
+        """Says what of the query was empty while the rest was compared; "" if nothing."""
+        if len(self.empty) != 1:
+            return ""
+        (empty,) = self.empty
+        what = {"audio": "the audio is silent", "video": "the video shows one colour"}[empty]
+        (other,) = {"video", "audio"} - {empty}
+        return f"{what}: only the {other} was compared"
+
 
 def make_match(
     scored: Scored,
     source: SourceRow,
     segment_seconds: float,
     *,
+    rivals: Sequence[str],
     required: Sequence[str] = (),
     same_file_from: float | None = None,
 ) -> Match:
@@ -153,6 +175,7 @@ def make_match(
         scored: the alignment and its scores.
         source: its source.
         segment_seconds: length of a segment at the reference's pace.
+        rivals: names of the sources that match as well.
         required: modalities that have to match.
         same_file_from: if the query is the source's own file, the second at which it begins.
     """
@@ -173,7 +196,7 @@ def make_match(
         accepted=same or (scored.score >= THRESHOLD and all(m in scored.matched for m in required)),
         same_file=same,
         matched=tuple(alignment.by_modality) if same else scored.matched,
-        shared_by=1 if same else 1 + scored.rivals,
+        shared_with=() if same else tuple(rivals),
         video_score=alignment.by_modality.get("video"),
         audio_score=alignment.by_modality.get("audio"),
         duration_seconds=source.duration_seconds,

@@ -25,7 +25,12 @@ from avcl_jax.fingerprint.answer import Interval, Match, QueryResult
 from avcl_jax.fingerprint.calibration import THRESHOLD
 from avcl_jax.fingerprint.error import FingerprintError
 from avcl_jax.fingerprint.files import media_files
-from avcl_jax.fingerprint.index import NOTHING_TO_COMPARE, AddReport, FingerprintIndex
+from avcl_jax.fingerprint.index import (
+    NOTHING_TO_COMPARE,
+    REQUIREMENTS,
+    AddReport,
+    FingerprintIndex,
+)
 from avcl_jax.fingerprint.matching import CANDIDATES
 from avcl_jax.fingerprint.part import file_sha256
 from avcl_jax.fingerprint.settings import KINDS, FingerprintSettings
@@ -38,7 +43,7 @@ _SCORES = (
     "score: -log10 of the chance that an unrelated clip finds as much in this index; 2 is one in a "
     f"hundred, 6 one in a million, {THRESHOLD:g} or more is a match. video, audio: evidence of "
     "each, 0 is chance. Several sources may match, each a part of the clip; sources that match "
-    "equally well, as those with the same logo do, are reported as shared, and none is the match."
+    "equally well, as copies of one film or films with the same logo do, are all named as shared."
 )
 _MODULES = {"serve": ("avcl_jax.fingerprint.serve", "show matches in a web page on this machine")}
 
@@ -106,7 +111,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     query.add_argument(
         "--require",
-        choices=(*MODALITIES, "both"),
+        choices=REQUIREMENTS,
         help="accept only sources whose video, audio or both match (default: one is enough)",
     )
     query.add_argument(
@@ -166,14 +171,8 @@ def _query(args: argparse.Namespace) -> int:
     if not index.sources():
         raise FingerprintError(f"{args.index} is empty: `add` media to it")
     modalities = (args.modality,) if args.modality else MODALITIES
-    required = MODALITIES if args.require == "both" else (args.require,) if args.require else ()
-    lacking = [m for m in required if m not in modalities or m not in index.modalities]
-    if lacking:
-        raise FingerprintError(
-            f"--require {args.require} needs {lacking[0]}, which is not compared "
-            f"({f'--modality {args.modality}' if args.modality else 'the index has none'}): "
-            "leave one of them out"
-        )
+    required = REQUIREMENTS[args.require] if args.require else ()
+    index.check_required(required, modalities)
     try:
         media = decode_media(
             args.clip,
@@ -183,29 +182,29 @@ def _query(args: argparse.Namespace) -> int:
         )
     except MediaError as error:
         raise FingerprintError(f"{args.clip} cannot be decoded: {error}") from error
-    for modality, there in (("video", media.has_video), ("audio", media.has_audio)):
-        if modality in required and not there:
-            raise FingerprintError(f"--require {args.require}: {args.clip} has no {modality}")
     result = index.query(
         media,
         modalities,
-        args.count,
+        CANDIDATES,
         required=required,
         content=file_sha256(args.clip),
         start_seconds=args.start,
     )
     if args.json:
-        print(json.dumps(to_json(result), indent=1))
+        print(json.dumps(to_json(result, args.count), indent=1))
         return 0
+    if result.remark:
+        print(result.remark)
     accepted = [match for match in result.matches if match.accepted]
     if result.verdict == "shared":
-        print(f"shared by {_sources(accepted[0].shared_by)}, none of them is the one source:")
-    for match in accepted:
+        sharing = (accepted[0].source, *accepted[0].shared_with)
+        print(f"shared by {_sources(len(sharing))}, which match equally well: {', '.join(sharing)}")
+    for match in accepted[: args.count]:
         print(_line(match))
         for interval in match.intervals:
             print(_interval_line(interval))
-    if result.verdict == "shared" and accepted[0].shared_by > len(accepted):
-        print(f"more of them: --count {accepted[0].shared_by}")
+    if len(accepted) > args.count:
+        print(f"{len(accepted) - args.count} more: --count {len(accepted)}")
     if not accepted:
         near = (
             f"; nearest, not accepted: {_line(result.matches[0])}"
@@ -226,15 +225,17 @@ def _verify(args: argparse.Namespace) -> int:
     return 0
 
 
-def to_json(result: QueryResult) -> dict[str, object]:
-    """Returns what `query --json` prints."""
+def to_json(result: QueryResult, count: int) -> dict[str, object]:
+    """Returns what `query --json` prints, with so many matches at most."""
     best = result.best
     return {
         "verdict": result.verdict,
         "match": None if best is None else best.source,
+        "sources": result.sources,
+        "empty": result.empty,
         "threshold": result.threshold,
         "query_seconds": result.query_seconds,
-        "matches": [dataclasses.asdict(match) for match in result.matches],
+        "matches": [dataclasses.asdict(match) for match in result.matches[:count]],
     }
 
 

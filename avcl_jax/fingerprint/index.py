@@ -23,7 +23,7 @@ from avcl_jax.fingerprint.answer import Match, QueryResult, make_match
 from avcl_jax.fingerprint.error import FingerprintError
 from avcl_jax.fingerprint.part import SourceRow, file_sha256, open_part
 from avcl_jax.fingerprint.scores import score_alignments
-from avcl_jax.fingerprint.segments import Segmenter, SegmentFeatures
+from avcl_jax.fingerprint.segments import Segmenter, SegmentFeatures, not_empty
 from avcl_jax.fingerprint.settings import FingerprintSettings
 from avcl_jax.fingerprint.snapshot import Snapshot
 from avcl_jax.fingerprint.store import (
@@ -37,6 +37,8 @@ from avcl_jax.paths import absolute_path, local_path
 
 __all__ = ["AddReport", "FingerprintIndex", "Match", "QueryResult"]
 
+# What can be required to match.
+REQUIREMENTS = {"video": ("video",), "audio": ("audio",), "both": MODALITIES}
 NOTHING_TO_COMPARE = "show one colour and are silent, or lack what the encoders compare"
 # What one `add` holds in memory before it commits; an interrupted one loses no more than this.
 _COMMIT_SEGMENTS = 20_000
@@ -251,8 +253,14 @@ class FingerprintIndex:
             start_seconds: where in that file `media` begins.
 
         Raises:
-            FingerprintError: if the clip is shorter than a segment.
+            FingerprintError: if the clip is shorter than a segment, or a required modality is
+                missing.
         """
+        self.check_required(required, modalities)
+        there = [m for m, has in (("video", media.has_video), ("audio", media.has_audio)) if has]
+        for modality in required:
+            if modality not in there:
+                raise FingerprintError(f"the query has no {modality}, which is required")
         renderings = self.render(media)
         if not any(len(r.segments) for r in renderings):
             raise FingerprintError(
@@ -260,7 +268,7 @@ class FingerprintIndex:
                 f"{self.segmenter.shortest_seconds:.2f} s: give a longer clip"
             )
         numbers = self._snapshot.numbers_of(content) if content is not None else ()
-        return self.match(
+        result = self.match(
             renderings,
             media.duration_seconds,
             modalities,
@@ -268,6 +276,28 @@ class FingerprintIndex:
             required=required,
             known=[(number, start_seconds) for number in numbers],
         )
+        compared = [m for m in there if m in self.modalities and m in modalities]
+        full = not_empty(media)
+        # Of a query with nothing at all there is no match to remark anything about.
+        empty = [m for m in compared if m not in full] if any(m in full for m in compared) else ()
+        return dataclasses.replace(result, empty=tuple(empty))
+
+    def check_required(self, required: Sequence[str], modalities: Sequence[str]) -> None:
+        """Checks that what has to match is compared.
+
+        Args:
+            required: as `query`.
+            modalities: as `query`.
+
+        Raises:
+            FingerprintError: if it is not.
+        """
+        for what, given in (("indexed", self.modalities), ("compared", modalities)):
+            for modality in required:
+                if modality not in given:
+                    raise FingerprintError(
+                        f"{modality} is required, but only {' and '.join(given)} is {what}"
+                    )
 
     def render(self, media: DecodedMedia) -> list[matching.Rendering]:
         """Encodes a query at every rate; what the encoders do not know of is empty.
@@ -304,7 +334,7 @@ class FingerprintIndex:
         used = [m for m in self._manifest["dimensions"] if m in modalities]
         renderings = [r for r in renderings if len(r.segments)]
         if not self._snapshot.projections or not renderings:
-            return QueryResult([], query_seconds)
+            return QueryResult([], query_seconds, tuple(required))
         spans = {m: self.segmenter.span_seconds(m) for m in used}
         prepared = matching.prepare(
             self._snapshot, renderings, used, hop_seconds=self.settings.hop_seconds
@@ -326,14 +356,15 @@ class FingerprintIndex:
                 s,
                 self._snapshot.source(s.alignment.source),
                 min(spans.values()),
+                rivals=[self._snapshot.source(number).name for number in s.rivals],
                 required=required,
                 same_file_from=same.get(s.alignment.source),
             )
             for s in scored
         ]
         # Before higher scores that lack a required modality, or are shared with other sources.
-        matches.sort(key=lambda match: (not match.accepted, match.shared_by > 1))
-        return QueryResult(matches[:count], query_seconds)
+        matches.sort(key=lambda match: (not match.accepted, bool(match.shared_with)))
+        return QueryResult(matches[:count], query_seconds, tuple(required))
 
     @property
     def settings(self) -> FingerprintSettings:

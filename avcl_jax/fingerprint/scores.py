@@ -35,15 +35,15 @@ class Scored:
         matched: modalities that reach the threshold without the other.
         shared_by: int [segments], number of sources that match each segment of the query as well
             as this one, itself included.
-        rivals: number of other sources that match as well: what they do not match of the query
-            does not suffice for a match with this one; 0 below the threshold.
+        rivals: numbers of other sources that match as well: what they do not match of the query
+            does not suffice for a match with this one; none below the threshold.
     """
 
     alignment: Alignment
     score: float
     matched: tuple[str, ...]
     shared_by: np.ndarray
-    rivals: int
+    rivals: tuple[int, ...]
 
 
 def score_alignments(
@@ -90,7 +90,11 @@ def score_alignments(
         others = [a for a in accepted if a.source != part.alignment.source]
         others = others if score >= THRESHOLD else []
         equal = [_equally_well(part.alignment, other) for other in others]
-        rivals = sum(part.without(e).score(together, spans) < THRESHOLD for e in equal)
+        rivals = tuple(
+            other.source
+            for other, shared in zip(others, equal, strict=True)
+            if part.without(shared).score(together, spans) < THRESHOLD
+        )
         shared_by = np.ones(len(part.inside), int) + sum(equal, np.zeros(len(part.inside), int))
         scored.append(Scored(part.alignment, score, matched, shared_by, rivals))
     return scored

@@ -229,6 +229,16 @@ def _structured(
     return jnp.concatenate(parts, axis=-1)
 
 
+def not_empty(media: DecodedMedia) -> tuple[str, ...]:
+    """Returns the modalities of a medium that are neither silent nor of one colour."""
+    found = []
+    if media.has_video and not _flat(media.frames).all():
+        found.append("video")
+    if media.has_audio and not is_silent(media.waveform):
+        found.append("audio")
+    return tuple(found)
+
+
 def _clip_seconds(encoder: Encoder) -> float:
     preprocess = encoder.preprocess
     if isinstance(preprocess, VideoPreprocessing):
@@ -261,10 +271,7 @@ def _present(media: DecodedMedia, modality: str, starts: np.ndarray, span: float
     first, last = _extent(media, modality)
     here = (starts >= first - _SLACK * span) & (starts + span <= last + _SLACK * span)
     if modality == "video" and here.any():
-        flat = np.array(
-            [cv2.meanStdDev(image)[1].max() < _FLAT_DEVIATION for image in media.frames]
-        )
-        shown = np.concatenate([[0], np.cumsum(~flat)])
+        shown = np.concatenate([[0], np.cumsum(~_flat(media.frames))])
         # From the frame that is on screen when the segment begins.
         before = np.searchsorted(media.frame_seconds, starts + 1e-6, side="right") - 1
         after = np.searchsorted(media.frame_seconds, starts + span - 1e-6, side="left")
@@ -275,6 +282,11 @@ def _present(media: DecodedMedia, modality: str, starts: np.ndarray, span: float
             begin = max(0, round((starts[n] - media.audio_start_seconds) * rate))
             here[n] = not is_silent(media.waveform[begin : begin + round(span * rate)])
     return here
+
+
+def _flat(frames: np.ndarray) -> np.ndarray:
+    """Which frames are of one colour."""
+    return np.array([cv2.meanStdDev(image)[1].max() < _FLAT_DEVIATION for image in frames])
 
 
 def _batches(starts: np.ndarray) -> Iterator[np.ndarray]:

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
+
 from avcl_jax.data.decoded import decode_media
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.web.preview import convert
@@ -64,6 +66,11 @@ def make_clips(directory: Path) -> Path:
     write(directory / "sound.wav", excerpt(clip(2, video=False), 0.5, 5.0))
     dubbed = dataclasses.replace(clip(4), frames=clip(78).frames)
     write(directory / "dubbed.mkv", dubbed)
+    silent = excerpt(clip(4), 1.0, 5.0)
+    write(
+        directory / "silent.mkv",
+        dataclasses.replace(silent, waveform=np.zeros_like(silent.waveform)),
+    )
     write(directory / "trailer.mkv", excerpt(clip(3), 1.0, 5.0))
     h264(directory / "foreign.mp4", clip(77, 4.0))
     write(directory / "memory.mkv", excerpt(clip(15), 1.0, 4.0))
@@ -109,9 +116,11 @@ class Server:
             answer = connection.getresponse()
             return answer.status, answer.headers, answer.read()
 
-    def ask(self, path: Path, name: str | None = None) -> tuple[int, dict[str, Any]]:
+    def ask(
+        self, path: Path, name: str | None = None, options: str = ""
+    ) -> tuple[int, dict[str, Any]]:
         """Asks for the source of a clip."""
-        address = f"/api/query?name={quote(name or path.name)}"
+        address = f"/api/query?name={quote(name or path.name)}{options}"
         status, _, body = self.request(address, path.read_bytes())
         return status, json.loads(body)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from avcl_jax.fingerprint.command import main
@@ -84,6 +85,38 @@ def test_a_dubbed_film_is_no_copy_of_the_film(films, index, tmp_path, capsys):
     assert words.startswith("no match; nearest, not accepted: ")
 
 
+def test_two_copies_of_a_film_are_both_named(films, index, encoders, tmp_path, capsys):
+    copy = tmp_path / "copy of 0.mp4"
+    copy.write_bytes((films / "0.mp4").read_bytes())
+    made = tmp_path / "made"
+    run(capsys, "index", films, copy, "--index", made, "--encoder", encoders)
+    both = [str(films / "0.mp4"), str(copy)]
+    query = write(tmp_path / "query.mp4", excerpt(clip(0), 1, 5))
+    _, words, _ = run(capsys, "query", query, "--index", made, "--count", 1)
+    first, line, *_, more = words.splitlines()
+    assert first.startswith("shared by 2 sources, which match equally well: ")
+    assert all(name in first for name in both)
+    assert line.startswith(tuple(both))
+    assert more == "1 more: --count 2"
+    for clip_path, verdict in ((query, "shared"), (copy, "same file")):
+        _, out, _ = run(capsys, "query", clip_path, "--index", made, "--json")
+        answer = json.loads(out)
+        assert (answer["verdict"], sorted(answer["sources"])) == (verdict, sorted(both))
+
+
+def test_a_silent_copy_is_said_to_be_silent(films, index, tmp_path, capsys):
+    film = excerpt(clip(1), 1, 5)
+    query = write(
+        tmp_path / "q.mp4", dataclasses.replace(film, waveform=np.zeros_like(film.waveform))
+    )
+    _, words, _ = run(capsys, "query", query, "--index", index)
+    first, second, *_ = words.splitlines()
+    assert first == "the audio is silent: only the video was compared"
+    assert second.startswith(str(films / "1.mp4"))
+    _, out, _ = run(capsys, "query", query, "--index", index, "--json")
+    assert json.loads(out)["empty"] == ["audio"]
+
+
 def test_black_and_silence_are_said(index, encoders, tmp_path, capsys):
     black = write(tmp_path / "black.mkv", leader(3))
     _, out, _ = run(capsys, "query", black, "--index", index)
@@ -155,7 +188,7 @@ def test_errors_are_one_line_that_says_what_to_do(films, index, encoders, tmp_pa
         ("there is no directory", "index", films, "--index", tmp_path / "n", "--encoder", "/x"),
         ("is not in", "remove", text, "--index", index),
         (
-            "has no video",
+            "the query has no video, which is required",
             "query",
             films / "inner" / "sound.wav",
             "--index",
@@ -164,7 +197,7 @@ def test_errors_are_one_line_that_says_what_to_do(films, index, encoders, tmp_pa
             "both",
         ),
         (
-            "needs video, which is not compared",
+            "video is required, but only audio is compared",
             "query",
             short,
             "--index",

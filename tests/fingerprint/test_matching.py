@@ -115,7 +115,11 @@ def test_a_logo_of_fifteen_sources_is_no_single_source(channel):
     assert result.verdict == "shared"
     accepted = [match for match in result.matches if match.accepted]
     assert {match.source for match in accepted} == {f"film {n}" for n in range(15)}
-    assert {match.shared_by for match in accepted} == {15}
+    names = {match.source for match in accepted}
+    assert {frozenset(match.shared_with) for match in accepted} == {
+        frozenset(names - {name}) for name in names
+    }
+    assert set(result.sources) == names
     for match in accepted:
         (interval,) = match.intervals
         assert interval.query_start == pytest.approx(5.0, abs=0.6)
@@ -143,7 +147,7 @@ def test_a_film_cut_together_from_three_has_three_sources(channel):
     assert set(accepted) == {"other 301", "other 302", "other 303"}
     for number, source in enumerate(("other 301", "other 302", "other 303")):
         match = accepted[source]
-        assert match.shared_by == 1
+        assert match.shared_with == ()
         (interval,) = match.intervals
         assert interval.query_start == pytest.approx(4 * number, abs=0.6)
         assert interval.query_end == pytest.approx(4 * number + 4, abs=0.6)
@@ -161,6 +165,26 @@ def test_audio_of_an_indexed_source_under_other_video_is_said_in_words(library):
         assert [m.source for m in result.matches if m.accepted] == ["clip 7"] * accepted
     both = library.query(excerpt(clip(7), 1, 5), required=("video", "audio")).best
     assert both.what_matched == "video and audio match"
+
+
+def test_silent_audio_under_a_film_and_one_colour_over_its_audio_are_said(library):
+    film = excerpt(clip(7), 1, 5)
+    silent = dataclasses.replace(film, waveform=np.zeros_like(film.waveform))
+    grey = dataclasses.replace(film, frames=np.full_like(film.frames, 99))
+    for query, empty, said in (
+        (film, (), ""),
+        (silent, ("audio",), "the audio is silent: only the video was compared"),
+        (grey, ("video",), "the video shows one colour: only the audio was compared"),
+        (dataclasses.replace(silent, frames=grey.frames), (), ""),
+        (excerpt(clip(7, video=False), 1, 5), (), ""),
+    ):
+        result = library.query(query)
+        assert (result.empty, result.remark) == (empty, said)
+    assert library.query(silent).best.source == "clip 7"
+    assert library.query(silent, modalities=("audio",)).empty == ()
+    assert library.query(silent, required=("audio",)).best is None
+    with pytest.raises(FingerprintError, match="the query has no video, which is required"):
+        library.query(excerpt(clip(7, video=False), 1, 5), required=("video",))
 
 
 @pytest.mark.slow

@@ -37,6 +37,7 @@ from configs import fingerprint
 from tests.data.synthetic_media import write_flash_and_click
 from tests.data.synthetic_records import make_record
 from tests.evaluation.transformations.clips import clip
+from tests.fingerprint import synthetic
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +262,13 @@ def test_files_are_cut_into_segments_or_named_with_a_reason(tmp_path: Path) -> N
     (tmp_path / "text.mp4").write_text("no film")
     # Its sound ends before the second segment, which has none.
     write_flash_and_click(tmp_path / "quiet.mp4", **{**written, "sound_seconds": 2.5})
+    # In the second segment only dither sounds, or there is nothing at all. A quarter of a second
+    # before, as the coding of sound spreads it.
+    film, black = synthetic.clip(0, 2.75), synthetic.leader(3.25)
+    synthetic.write(tmp_path / "black.mkv", synthetic.joined(film, black))
+    dither = np.arange(len(black.waveform), dtype=np.int16) % 2
+    later = dataclasses.replace(synthetic.clip(1, 3.25), waveform=dither)
+    synthetic.write(tmp_path / "dither.mkv", synthetic.joined(film, later))
     write_flash_and_click(tmp_path / "tiny.mp4", **written, side=8)
     segments, unused = segments_of_files(
         sorted(tmp_path.iterdir()),
@@ -270,13 +278,15 @@ def test_files_are_cut_into_segments_or_named_with_a_reason(tmp_path: Path) -> N
         sample_rate_hz=16_000,
     )
     assert [s.name for s in segments] == [
+        *("black.mkv@0s", "dither.mkv@0s", "dither.mkv@3s"),
         *("long.mp4@0s", "long.mp4@3s"),
         *("quiet.mp4@0s", "quiet.mp4@3s"),
     ]
-    assert {s.video for s in segments} == {"long.mp4", "quiet.mp4"}
-    assert list(unused) == ["text.mp4", "tiny.mp4"]
-    assert [s.load().has_audio for s in segments] == [True, True, True, False]
-    media = segments[1].load()
+    assert {s.video for s in segments} == {"black.mkv", "dither.mkv", "long.mp4", "quiet.mp4"}
+    assert list(unused) == ["black.mkv@3s", "text.mp4", "tiny.mp4"]
+    heard = [s.load().has_audio for s in segments]
+    assert heard == [True, True, False, True, True, True, False]
+    media = segments[4].load()
     assert media.duration_seconds == pytest.approx(3.0, abs=0.11)
     assert media.frames.shape[1:3] == (32, 32)
     white = media.frame_seconds[media.frames.mean(axis=(1, 2, 3)) > 200]

@@ -100,6 +100,28 @@ def test_no_match_is_an_answer(server, clips):
     assert not any(candidate["accepted"] for candidate in answer["candidates"])
 
 
+def test_what_has_to_match_is_chosen_and_what_is_silent_is_said(server, clips):
+    _, answer = server.ask(clips / "dubbed.mkv")
+    assert (answer["required"], answer["sources"]) == ([], [answer["match"]["name"]])
+    assert answer["match"]["what_matched"] == "only the audio matches"
+    for option, found in (("audio", True), ("video", False), ("both", False)):
+        status, answer = server.ask(clips / "dubbed.mkv", options=f"&require={option}")
+        assert status == 200
+        assert (answer["verdict"] == "match", bool(answer["sources"])) == (found, found)
+    assert answer["required"] == ["video", "audio"]
+    _, answer = server.ask(clips / "silent.mkv")
+    assert (answer["verdict"], answer["clip"]["empty"]) == ("match", ["audio"])
+    assert answer["clip"]["remark"] == "the audio is silent: only the video was compared"
+    _, answer = server.ask(clips / "trailer.mkv")
+    assert (answer["verdict"], len(answer["sources"])) == ("shared", 2)
+    for name, option, status, said in (
+        ("sound.wav", "video", 422, "sound.wav: the query has no video, which is required"),
+        ("film.mp4", "taste", 400, "require is video, audio, both or left out, not taste"),
+    ):
+        found, answer = server.ask(clips / name, options=f"&require={option}")
+        assert (found, answer) == (status, {"error": said})
+
+
 def test_what_browsers_do_not_play_is_converted(server, clips, tmp_path):
     _, answer = server.ask(clips / "old.mkv")
     media = answer["match"]["media"]

@@ -220,9 +220,33 @@ def test_same_file_and_only_audio_are_said_in_words(open_page, page_library, cli
 def test_what_two_sources_share_has_no_single_source(open_page, clips):
     page = open_page()
     drop(page, clips / "trailer.mkv")
-    sync_api.expect(page.locator("#badge")).to_have_text("Shared", timeout=60_000)
-    sync_api.expect(page.locator("#headline")).to_have_text("Shared by 2 sources")
+    sync_api.expect(page.locator("#badge")).to_have_text("Shared by 2 sources", timeout=60_000)
+    # Both are named, in the order of their scores.
+    headline = page.locator("#headline").inner_text()
+    assert sorted(headline.split(" and ")) == ["other 3.mkv", "trailer.mkv"]
+    sync_api.expect(page.locator("#explanation")).to_contain_text("is in 2 sources alike")
     sync_api.expect(page.locator("#source-role")).to_have_text("One of 2 sources")
+
+
+@pytest.mark.parametrize("width", [1280, 375])
+def test_what_has_to_match_is_chosen_and_asked_again(open_page, clips, width):
+    expect = sync_api.expect
+    page = open_page(viewport={"width": width, "height": 800})
+    page.set_input_files("#file", clips / "dubbed.mkv")
+    expect(page.locator("#badge")).to_have_text("Match", timeout=60_000)
+    # The same clip again, without choosing it again.
+    page.get_by_label("A match needs").select_option("video and audio")
+    expect(page.locator("#badge")).to_have_text("No match", timeout=60_000)
+    expect(page.locator("#explanation")).to_contain_text(
+        "but a match needs the video and the audio, and only the audio matches."
+    )
+    page.get_by_label("A match needs").select_option("video or audio")
+    expect(page.locator("#badge")).to_have_text("Match", timeout=60_000)
+    page.set_input_files("#file", clips / "silent.mkv")
+    expect(page.locator("#explanation")).to_contain_text(
+        "In silent.mkv, the audio is silent: only the video was compared.", timeout=60_000
+    )
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_no_match_is_said_plainly(open_page, clips):

@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from avcl_jax.fingerprint.index import REQUIREMENTS
 from avcl_jax.fingerprint.web.describe import describe_answer
 from avcl_jax.fingerprint.web.desk import Desk
 from avcl_jax.fingerprint.web.refusal import Refusal
@@ -93,6 +94,7 @@ class Site:
             "max_upload_bytes": self._max_upload_bytes,
             "shortest_seconds": self._desk.shortest_seconds,
             "max_seconds": self._desk.max_seconds,
+            "modalities": self._desk.modalities,
         }
         try:
             sources = self._desk.sources()
@@ -104,7 +106,7 @@ class Site:
         return JSONResponse(status)
 
     async def _query(self, request: Request) -> Response:
-        name = clip_name(request)
+        name, required = clip_name(request), _required(request)
         lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         async with contextlib.AsyncExitStack() as stack:
             before = stack.enter_context(self._desk.place())
@@ -112,7 +114,7 @@ class Site:
                 received(request, self._directory, self._max_upload_bytes)
             )
             # The clip is compared, and then deleted, whether or not somebody still listens.
-            task = asyncio.create_task(self._compare(path, name, lines, stack.pop_all()))
+            task = asyncio.create_task(self._compare(path, name, required, lines, stack.pop_all()))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         lines.put_nowait({"stage": "waiting", "before": before})
@@ -129,6 +131,7 @@ class Site:
         self,
         path: Path,
         name: str,
+        required: tuple[str, ...],
         lines: asyncio.Queue[dict[str, Any] | None],
         stack: contextlib.AsyncExitStack,
     ) -> None:
@@ -144,7 +147,7 @@ class Site:
         }
         try:
             async with stack:
-                answer = await self._desk.ask(path, name, report)
+                answer = await self._desk.ask(path, name, required, report)
                 clip = await self._shelf.of_clip(path, answer.media.duration_seconds)
             types: dict[str, str | Refusal | None] = {}
             for source, row in answer.sources.items():
@@ -196,6 +199,13 @@ class Site:
 async def _written(lines: asyncio.Queue[dict[str, Any] | None]) -> AsyncIterator[bytes]:
     while (line := await lines.get()) is not None:
         yield json.dumps(line, allow_nan=False).encode() + b"\n"
+
+
+def _required(request: Request) -> tuple[str, ...]:
+    name = request.query_params.get("require", "")
+    if name and name not in REQUIREMENTS:
+        raise Refusal(400, f"require is {', '.join(REQUIREMENTS)} or left out, not {name[:100]}")
+    return REQUIREMENTS[name] if name else ()
 
 
 def _interval(request: Request, duration: float) -> tuple[float, float]:

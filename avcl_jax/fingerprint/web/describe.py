@@ -44,6 +44,8 @@ def describe_answer(
             "compared_seconds": result.query_seconds,
             "has_video": answer.has_video,
             "has_audio": answer.has_audio,
+            "empty": result.empty,
+            "remark": result.remark,
             "type": None if clip is None else clip[1],
             "converted_url": f"/clips/{clip[0]}" if clip is not None and clip[0] else None,
             "sound": (
@@ -53,8 +55,10 @@ def describe_answer(
             ),
         },
         "threshold": result.threshold,
+        "required": result.required,
         "verdict": result.verdict,
         "at_most": CANDIDATES,
+        "sources": result.sources,
         "match": None if result.best is None else candidates[result.matches.index(result.best)],
         "candidates": candidates,
     }
@@ -79,7 +83,7 @@ def _describe_match(
         "same_file": match.same_file,
         "matched": match.matched,
         "what_matched": match.what_matched,
-        "shared_by": match.shared_by,
+        "shared_with": match.shared_with,
         "video_score": match.video_score,
         "audio_score": match.audio_score,
         "intervals": [dataclasses.asdict(interval) for interval in match.intervals],

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import numpy as np
 from avcl_jax.data.decoded import DecodedMedia, decode_media
 from avcl_jax.data.media import probe
 from avcl_jax.data.media_error import REASONS, MediaError
+from avcl_jax.encoder_source import MODALITIES
 from avcl_jax.export import ExportError
 from avcl_jax.fingerprint.answer import QueryResult
 from avcl_jax.fingerprint.error import FingerprintError
@@ -121,19 +122,20 @@ class Desk:
         finally:
             self._places -= 1
 
-    async def ask(self, path: Path, name: str, report: Report) -> Answer:
+    async def ask(self, path: Path, name: str, required: Sequence[str], report: Report) -> Answer:
         """Compares a clip.
 
         Args:
             path: of the clip.
             name: what messages call it.
+            required: modalities that have to match.
             report: is told what is being done, from another thread.
 
         Raises:
             Refusal: if the clip or the index cannot be used.
         """
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._worker, self._ask, path, name, report)
+        return await loop.run_in_executor(self._worker, self._ask, path, name, required, report)
 
     def sources(self) -> dict[str, SourceRow]:
         """Returns what is indexed now, by the names that the page uses for it.
@@ -156,6 +158,11 @@ class Desk:
         return self._current().num_segments
 
     @property
+    def modalities(self) -> tuple[str, ...]:
+        """Modalities that the index compares."""
+        return self._index.modalities
+
+    @property
     def sample_rate_hz(self) -> int:
         """At which sound is heard."""
         return int(self._index.segmenter.decoding["sample_rate_hz"])
@@ -168,10 +175,14 @@ class Desk:
                 raise Refusal(500, str(error)) from error
             return self._index
 
-    def _ask(self, path: Path, name: str, report: Report) -> Answer:
+    def _ask(self, path: Path, name: str, required: Sequence[str], report: Report) -> Answer:
         index = self._current()
         if not index.num_segments:
             raise Refusal(409, self.empty_message)
+        try:
+            index.check_required(required, MODALITIES)
+        except FingerprintError as error:
+            raise Refusal(422, str(error)) from error
         try:
             segmenter = index.segmenter
         except (FingerprintError, ExportError, CheckpointError) as error:
@@ -199,7 +210,9 @@ class Desk:
             )
         report("comparing")
         try:
-            result = index.query(media, count=CANDIDATES, content=file_sha256(path))
+            result = index.query(
+                media, count=CANDIDATES, required=required, content=file_sha256(path)
+            )
         except FingerprintError as error:
             raise Refusal(422, f"{name}: {error}") from error
         known = {row.name: row for row in index.sources()}

@@ -10,7 +10,7 @@ const WAYS = matchMedia("(hover: none)").matches ? ["Choose a clip", "Choose ano
 const at = (id) => document.getElementById(id);
 const timeline = new Timeline(at("timeline"), (seconds) => player.seek(seconds));
 const player = new Player((seconds) => timeline.move(seconds));
-let status = null, running = null, clipAddress = null;
+let status = null, running = null, clipAddress = null, last = null;
 
 async function readStatus() {
   try {
@@ -26,6 +26,7 @@ async function readStatus() {
     at("about").textContent = `Looks among ${plural(status.sources, "source")} ` +
       `(${plural(status.segments, "segment")}) in ${status.index}.`;
   }
+  at("needs").hidden = status.modalities.length < 2;
   at("limits").textContent = `Video or sound of ${status.shortest_seconds.toFixed(1)} s or more, ` +
     `up to ${bytes(status.max_upload_bytes)}. ` +
     `The first ${Math.round(status.max_seconds)}\u00a0seconds are compared.`;
@@ -45,6 +46,7 @@ function clear() {
 }
 
 function ask(file) {
+  last = file;
   running?.abort();
   clear();
   if (status && file.size > status.max_upload_bytes) {
@@ -75,7 +77,8 @@ const STAGES = {
 // XMLHttpRequest, because fetch does not tell how much of a body has been sent.
 function send(file) {
   const request = new XMLHttpRequest();
-  request.open("POST", `/api/query?name=${encodeURIComponent(file.name)}`);
+  const require = at("require").value ? `&require=${at("require").value}` : "";
+  request.open("POST", `/api/query?name=${encodeURIComponent(file.name)}${require}`);
   request.setRequestHeader("Content-Type", "application/octet-stream");
   request.setRequestHeader("Accept", "application/x-ndjson");
   request.upload.onprogress = (event) => doing("is being sent …", event.loaded / event.total);
@@ -126,11 +129,11 @@ function showAnswer(answer, file) {
   const candidates = answer.candidates.filter((c, number) => c.accepted || number < 6);
   const nearest = match ?? candidates[0];
   const shared = answer.verdict === "shared";
-  at("badge").textContent = { "same file": "Same file", match: "Match", shared: "Shared",
-    "no match": "No match" }[answer.verdict];
+  at("badge").textContent = { "same file": "Same file", match: "Match", "no match": "No match",
+    shared: shared && `Shared by ${sources(sharing(nearest, answer).length, answer)}` }[answer.verdict];
   at("badge").className = match ? "badge" : "badge none";
   at("headline").textContent = match ? match.title
-    : shared ? `Shared by ${sources(nearest.shared_by, answer)}`
+    : shared ? listed(sharing(nearest, answer).map((c) => c.title))
       : `No source found for ${answer.clip.name}`;
   at("explanation").textContent = explanation(answer, nearest);
   at("figures").replaceChildren(...(match ? figures(match, answer.threshold) : []));
@@ -144,7 +147,9 @@ function showAnswer(answer, file) {
     : match ? "All candidates" : "Nearest sources";
   at("others-caption").textContent =
     `A score of ${answer.threshold} or more is a match: at most one unrelated clip in ` +
-    `${Math.round(10 ** answer.threshold)} reaches it. Choose one to see it beside the clip.`;
+    `${Math.round(10 ** answer.threshold)} reaches it` +
+    (answer.required.length ? `, and its ${answer.required.join(" and ")} must match. ` : ". ") +
+    "Choose one to see it beside the clip.";
   const top = Math.max(2 * answer.threshold, ...candidates.map((c) => c.score));
   at("candidates").replaceChildren(
     ...candidates.map((candidate) => candidateRow(candidate, answer, top)));
@@ -153,11 +158,14 @@ function showAnswer(answer, file) {
 }
 
 function explanation(answer, nearest) {
-  const { clip, match, threshold, verdict } = answer;
-  const part = clip.seconds > clip.compared_seconds + 1
-    ? ` Only its first ${clock(clip.compared_seconds, 0)} of ${clock(clip.seconds, 0)} were compared.`
-    : "";
-  if (verdict === "same file") return `${clip.name} is the very file ${match.name}.${part}`;
+  const { clip, match, required, threshold, verdict } = answer;
+  const part = (clip.remark && ` In ${clip.name}, ${clip.remark}.`) +
+    (clip.seconds > clip.compared_seconds + 1
+      ? ` Only its first ${clock(clip.compared_seconds, 0)} of ${clock(clip.seconds, 0)} were ` +
+        "compared." : "");
+  if (verdict === "same file") {
+    return `${clip.name} is the very file ${listed(answer.sources)}.${part}`;
+  }
   if (match) {
     const others = answer.candidates.filter((c) => c.accepted && c.id !== match.id).length;
     const more = others ? ` ${plural(others, "other source")} ${others > 1 ? "match" : "matches"} ` +
@@ -168,13 +176,27 @@ function explanation(answer, nearest) {
     return `${begins}; ${match.what_matched}. ${chance(match.score)} scores as high.${more}${part}`;
   }
   if (verdict === "shared") {
-    return `The same footage is in ${sources(nearest.shared_by, answer)}, a logo or a trailer for ` +
-      `example, so that none of them is the one source of ${clip.name}. ` +
-      `Of ${nearest.title}, ${nearest.what_matched}.${part}`;
+    return `${clip.name} is in ${sources(sharing(nearest, answer).length, answer)} alike: copies ` +
+      "of one film, or a logo or trailer that they have in common. Nothing in the clip tells from " +
+      `which it was taken. Of ${nearest.title}, ${nearest.what_matched}.${part}`;
   }
   if (!nearest) return `No source resembles it at all.${part}`;
+  if (nearest.score >= threshold) {
+    return `The nearest, ${nearest.title}, scores ${nearest.score.toFixed(1)}, but a match needs ` +
+      `the ${required.join(" and the ")}, and ${nearest.what_matched}.${part}`;
+  }
   return `No source resembles it more than unrelated clips do. The nearest, ${nearest.title}, ` +
     `scores ${nearest.score.toFixed(1)}; a match needs ${threshold.toFixed(1)}.${part}`;
+}
+
+// A candidate and all that match as well.
+function sharing(candidate, answer) {
+  return [candidate, ...answer.candidates.filter((c) => candidate.shared_with.includes(c.name))];
+}
+
+function listed(names) {
+  const shown = names.length > 4 ? [...names.slice(0, 3), `${names.length - 3} more`] : names;
+  return shown.length > 1 ? `${shown.slice(0, -1).join(", ")} and ${shown.at(-1)}` : shown[0];
 }
 
 function sources(count, answer) {
@@ -232,7 +254,8 @@ function choose(candidate, answer) {
   at("source-name").textContent = candidate.title;
   at("source-name").title = candidate.name;
   at("source-role").textContent = !candidate.accepted ? "Not a match"
-    : candidate.shared_by > 1 ? `One of ${sources(candidate.shared_by, answer)}` : "Source";
+    : candidate.shared_with.length ? `One of ${sources(sharing(candidate, answer).length, answer)}`
+      : "Source";
   document.querySelector(".pane.source").classList.toggle("accepted", candidate.accepted);
   timeline.show(answer.clip, candidate, answer.threshold);
   player.show(answer.clip, answer.clip.converted_url ?? clipAddress, candidate);
@@ -241,6 +264,7 @@ function choose(candidate, answer) {
 at("file").addEventListener("change", (event) => {
   if (event.target.files.length) ask(event.target.files[0]);
 });
+at("require").addEventListener("change", () => { if (last) ask(last); });
 // The whole page takes a drop: a clip that misses the box would otherwise replace the page.
 let over = 0;
 addEventListener("dragenter", () => { over += 1; document.body.classList.add("over"); });
