@@ -130,10 +130,10 @@ def test_a_clip_that_takes_too_long_is_refused_and_the_next_found(library, tmp_p
         with pytest.raises(
             Refusal, match=r"film cannot be compared: .* longer than 0\.0001 s"
         ) as no:
-            asyncio.run(desk.ask(film, "film", lambda _: None))
+            asyncio.run(desk.ask(film, "film", (), lambda _: None))
         assert no.value.status == 422
         desk._media._limit_seconds = LONG
-        found = asyncio.run(desk.ask(film, "film", lambda _: None))
+        found = asyncio.run(desk.ask(film, "film", (), lambda _: None))
         assert found.result.best.source == "clip 1"
     finally:
         desk.close()

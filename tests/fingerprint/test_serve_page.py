@@ -243,7 +243,7 @@ def test_what_has_to_match_is_chosen_and_asked_again(open_page, clips, width):
     page.get_by_label("A match needs").select_option("video or audio")
     expect(page.locator("#badge")).to_have_text("Match", timeout=60_000)
     page.set_input_files("#file", clips / "silent.mkv")
-    expect(page.locator("#explanation")).to_contain_text(
+    expect(page.locator("#remark")).to_have_text(
         "In silent.mkv, the audio is silent: only the video was compared.", timeout=60_000
     )
     assert page.evaluate("document.documentElement.scrollWidth") <= width

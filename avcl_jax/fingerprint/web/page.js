@@ -136,6 +136,8 @@ function showAnswer(answer, file) {
     : shared ? listed(sharing(nearest, answer).map((c) => c.title))
       : `No source found for ${answer.clip.name}`;
   at("explanation").textContent = explanation(answer, nearest);
+  at("remark").textContent = `In ${answer.clip.name}, ${answer.clip.remark}.`;
+  at("remark").hidden = !answer.clip.remark;
   at("figures").replaceChildren(...(match ? figures(match, answer.threshold) : []));
   at("figures").hidden = !match;
   at("verdict").hidden = false;
@@ -159,10 +161,9 @@ function showAnswer(answer, file) {
 
 function explanation(answer, nearest) {
   const { clip, match, required, threshold, verdict } = answer;
-  const part = (clip.remark && ` In ${clip.name}, ${clip.remark}.`) +
-    (clip.seconds > clip.compared_seconds + 1
-      ? ` Only its first ${clock(clip.compared_seconds, 0)} of ${clock(clip.seconds, 0)} were ` +
-        "compared." : "");
+  const part = clip.seconds > clip.compared_seconds + 1
+    ? ` Only its first ${clock(clip.compared_seconds, 0)} of ${clock(clip.seconds, 0)} were compared.`
+    : "";
   if (verdict === "same file") {
     return `${clip.name} is the very file ${listed(answer.sources)}.${part}`;
   }
