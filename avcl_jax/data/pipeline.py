@@ -253,17 +253,43 @@ def batch_bytes(spec: RenderSpec, rows: int) -> int:
     return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays)
 
 
-def check_enough(source: Sized, global_batch_size: int) -> None:
-    """Refuses a batch that holds more videos than there are.
+def check_enough(
+    source: Sized,
+    global_batch_size: int,
+    *,
+    multiple: int = 1,
+    least: int = 1,
+    bank_size: int = 0,
+) -> None:
+    """Checks that a batch holds no more videos than there are.
+
+    Args:
+        source: usable records.
+        global_batch_size: videos of a batch.
+        multiple: devices and micro-batches that a batch is divided over.
+        least: videos of the smallest batch.
+        bank_size: rows of the feature bank, a multiple of the two that each video inserts; 0 for
+            none.
 
     Raises:
-        UserError: if it does.
+        UserError: naming the largest batch that fits, or batch and bank.
     """
-    if global_batch_size > len(source):
-        raise UserError(
-            f"global_batch_size {global_batch_size} is larger than the {len(source)} usable "
-            f"records: use at most {len(source)}, or prepare more videos"
-        )
+    count = len(source)
+    if global_batch_size <= count:
+        return
+    problem = f"global_batch_size {global_batch_size} is larger than the {count} usable records"
+    smallest = math.ceil(least / multiple) * multiple
+    sizes = range(smallest, count + 1, multiple)
+    if not sizes:
+        raise UserError(f"{problem}: prepare at least {smallest} videos, the smallest batch")
+    if fitting := [size for size in sizes if bank_size % (2 * size) == 0]:
+        which = f", the largest that fits bank.size {bank_size}" if bank_size else ""
+        advice = f"set global_batch_size={fitting[-1]}{which}"
+    else:
+        rows = 2 * sizes[-1]
+        bank = math.ceil(bank_size / rows) * rows
+        advice = f"set global_batch_size={sizes[-1]} and bank.size={bank}"
+    raise UserError(f"{problem}: {advice}, or prepare more videos")
 
 
 def train_batches(

@@ -178,7 +178,7 @@ def folds(
                 f"{len(both)} records are in training ({train!r}) and in test ({test!r}), first "
                 f"{both[0]!r}: correct data.train_select, data.test_select or the splits"
             )
-        check_enough(train, config.global_batch_size)
+        check_enough(train, config.global_batch_size, multiple=jax.device_count())
         rows = config.global_batch_size // jax.process_count()
         check_room(
             rows * math.prod(spec.shape) * np.dtype(spec.dtype).itemsize,

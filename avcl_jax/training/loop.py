@@ -32,6 +32,8 @@ from avcl_jax.training.state import TrainState, create_state
 from avcl_jax.training.step import LossSpec, jit_train_step, make_train_step
 from avcl_jax.training.unreadable import UnreadableRecords
 
+_LEAST_VIDEOS = 2  # in a batch, as one has no negatives
+
 
 def loss_spec(config: ml_collections.ConfigDict) -> LossSpec:
     """Weights of the objective; terms of a modality that is not trained must have weight 0."""
@@ -63,10 +65,10 @@ def build(
     """
     mesh = sharding.create_mesh(config.mesh.fsdp, devices)
     sharding.check_batch(config.global_batch_size, mesh, config.micro_batches)
-    if config.global_batch_size < 2:
+    if config.global_batch_size < _LEAST_VIDEOS:
         raise UserError(
             f"global_batch_size {config.global_batch_size}: a video is contrasted with the other "
-            "videos of its batch; use at least 2"
+            f"videos of its batch; use at least {_LEAST_VIDEOS}"
         )
     if config.bank.size:
         feature_bank.check_size(
@@ -149,7 +151,13 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
     )
     _check_health_label(config.bank.health_label, records)
     _check_modalities(config.modalities, source, config.data.directory)
-    check_enough(source, config.global_batch_size)
+    check_enough(
+        source,
+        config.global_batch_size,
+        multiple=mesh.size * config.micro_batches,
+        least=_LEAST_VIDEOS,
+        bank_size=config.bank.size,
+    )
     check_room(
         batch_bytes(spec, config.global_batch_size // jax.process_count()),
         workers=config.data.workers,

@@ -249,7 +249,7 @@ def test_sound_is_fine_tuned_by_the_same_code(records, encoders, tmp_path):
             "must name layers of the encoder: some of encoder/",
         ),
         ({"optimizer.schedule": "step"}, ValueError, "must be 'cosine' or 'multistep'"),
-        ({"global_batch_size": 64}, ValueError, "larger than the 48 usable records"),
+        ({"global_batch_size": 64}, ValueError, "larger than the 48 usable records: set"),
     ],
 )
 def test_mistakes_are_one_clear_error(records, encoders, tmp_path, overrides, error, message):

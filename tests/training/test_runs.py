@@ -17,7 +17,13 @@ import pytest
 from avcl_jax.data.records import RecordError
 from avcl_jax.training.loop import pretrain
 from tests.data.synthetic_records import make_record, write_records
-from tests.training.small import arguments, run, run_processes, small_config, start
+from tests.training.small import (
+    arguments,
+    run,
+    run_processes,
+    small_config,
+    start,
+)
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +278,19 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused(records, tmp_p
         ({"bank.size": 24}, "must be a multiple of the 16 rows"),
         ({"bank.size": 8}, "must be a multiple of the 16 rows"),
         ({"bank.negative_ranks": 40}, "bank.negative_ranks = 44 exceed bank.size 32"),
-        ({"global_batch_size": 32, "bank.size": 64}, "24 usable records: use at most 24"),
+        (
+            {"global_batch_size": 32, "bank.size": 64},
+            "24 usable records: set global_batch_size=16, the largest that fits bank.size 64, or",
+        ),
+        (
+            {"global_batch_size": 37, "bank.size": 74},
+            "24 usable records: set global_batch_size=24 and bank.size=96, or prepare more videos",
+        ),
+        (
+            {"global_batch_size": 50, "bank.size": 100, "micro_batches": 25},
+            "24 usable records: prepare at least 25 videos, the smallest batch",
+        ),
+        ({"global_batch_size": 32, "bank.size": 0}, "records: set global_batch_size=24, or prep"),
         ({"global_batch_size": 1}, "use at least 2"),
         ({"global_batch_size": 6}, "use 24 or 36"),
         ({"model.video.name": "vit"}, "unknown video encoder 'vit'"),
@@ -294,6 +312,23 @@ def test_mistakes_in_the_config_are_one_clear_error(records, tmp_path, overrides
         pretrain(config, workdir)
     assert "\n" not in str(caught.value)
     assert not (workdir / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_the_batch_that_is_named_for_three_videos_trains_on_them(tmp_path):
+    directory = tmp_path / "three"
+    write_records(directory, [make_record(n, seconds=8.0, side=64) for n in range(3)])
+    workdir = tmp_path / "run"
+    command = ["--config=configs/pretrain.py:records", f"--config.data.directory={directory}"]
+    line = one_line(run([*command, f"--workdir={workdir}"], code=1))
+    named = re.search(
+        r"3 usable records: set global_batch_size=(2), the largest that fits bank.size (256)", line
+    )
+    assert named, line
+    batch, bank = named.groups()
+    output = run(arguments(directory, workdir, global_batch_size=batch, bank__size=bank, steps=2))
+    assert "demo: 3 videos" in output
+    assert "trained to step 2" in output
 
 
 @pytest.mark.parametrize(
