@@ -11,10 +11,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
@@ -28,9 +24,8 @@ from avcl_jax.data.rendering import RenderSpec, describe, render_views
 from avcl_jax.data.tfrecord import RecordError
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import FORWARD, Clip, draw_views
+from avcl_jax.data.worker_processes import in_workers
 from avcl_jax.errors import UserError
-
-_SMALL_BYTES = 1 << 16
 
 
 def unreadable_row(
@@ -147,26 +142,6 @@ class RenderBatch:
         }
 
 
-def _follow_training(worker: int, workers: int) -> None:
-    """Makes a worker process end when the training process ends, and for no other reason.
-
-    Ctrl-C, `timeout` and SLURM send a signal to all processes of a run. A worker that it ends while
-    sending a batch leaves the training process waiting for the rest of it, for ever. A worker of a
-    training process that was killed would wait likewise, with its shared memory.
-    """
-    del worker, workers
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-    def end() -> None:
-        training = multiprocessing.parent_process()
-        assert training is not None
-        training.join()
-        os._exit(1)
-
-    threading.Thread(target=end, daemon=True).start()
-
-
 class HostSlice(grain.MapDataset):
     """This host's contiguous rows of every global batch, from a given batch on.
 
@@ -248,7 +223,7 @@ def batch_shapes(
 
 
 def batch_bytes(spec: RenderSpec, rows: int) -> int:
-    """Size of a batch of `train_batches` in memory, without labels."""
+    """Returns the size of a batch of `train_batches` in memory, without labels."""
     arrays = batch_shapes(spec, rows).values()
     return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays)
 
@@ -379,16 +354,7 @@ def drawn_batches(
     batches = local.batch(global_batch_size // hosts, drop_remainder=True, batch_fn=render)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     iterable = batches.to_iter_dataset(options)
-    if workers:
-        # Masks and labels travel through the queue: shared memory of their own would cost each of
-        # them a page, two system calls and a name that a killed run leaves behind.
-        small = grain.experimental.DatasetOptions(min_shm_size=_SMALL_BYTES)
-        iterable = grain.experimental.WithOptionsIterDataset(iterable, small)
-        iterable = iterable.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch),
-            worker_init_fn=_follow_training,
-        ).map(shared_memory.Receive())
-    return iterable
+    return in_workers(iterable, workers=workers, prefetch=prefetch) if workers else iterable
 
 
 def to_device_batch(batch: Mapping[str, np.ndarray], sharding: Any) -> dict[str, Any]:
