@@ -106,7 +106,7 @@ class ModalityRecords(SelectedRecords):
 
 
 def intervals(times: Mapping[str, np.ndarray]) -> dict[Modality, tuple[np.ndarray, np.ndarray]]:
-    """Returns when video and audio of records begin and end, in seconds.
+    """Returns start and end of the video and of the audio of records, in seconds.
 
     Args:
         times: [records] of each field of `RecordTimeline`.
@@ -118,6 +118,11 @@ def intervals(times: Mapping[str, np.ndarray]) -> dict[Modality, tuple[np.ndarra
         "video": (times["first_frame_seconds"], np.minimum(until, times["duration_seconds"])),
         "audio": (start, start + times["num_samples"] / np.maximum(times["sample_rate_hz"], 1)),
     }
+
+
+def has_audio(times: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns bool [records], which have audio that is not silent; `times` as for `intervals`."""
+    return np.asarray(times["audio_peak"] > SILENCE_PEAK)
 
 
 def evenly_spaced(first: float, last: float, count: int) -> list[float]:
@@ -138,7 +143,7 @@ def _asked(
     if modality == "video":
         yield "video", records.timelines["num_frames"] > 0
     else:
-        yield "audio, or only silence", records.timelines["audio_peak"] > SILENCE_PEAK
+        yield "audio, or only silence", has_audio(records.timelines)
     for label in labels:
         yield f"known {label!r}", _classes(records, label) != UNKNOWN_LABEL
 

@@ -8,13 +8,12 @@ from typing import Any
 import grain
 import numpy as np
 
-from avcl_jax.data.modality_records import intervals
+from avcl_jax.data.modality_records import has_audio, intervals
 from avcl_jax.data.record_format import Record
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.rendering import RenderSpec, UsableRecord
 from avcl_jax.data.selected_records import SelectedRecords
 from avcl_jax.data.selection import Selection
-from avcl_jax.data.silence import SILENCE_PEAK
 from avcl_jax.data.views import Timeline, views_fit
 from avcl_jax.errors import UserError
 
@@ -36,7 +35,7 @@ def _usable_parts(times: Mapping[str, np.ndarray], spec: RenderSpec) -> dict[str
     (video_start, video_end), (audio_start, audio_end) = intervals(times).values()
     both_start, both_end = np.maximum(video_start, audio_start), np.minimum(video_end, audio_end)
     video = np.asarray(times["num_frames"] > 1) & (spec.modalities != "audio")
-    audio = np.asarray(times["audio_peak"] > SILENCE_PEAK) & (spec.modalities != "video")
+    audio = has_audio(times) & (spec.modalities != "video")
     wrong = np.flatnonzero(audio & (times["sample_rate_hz"] != spec.log_mel.sample_rate_hz))
     if len(wrong):
         raise UserError(
@@ -100,14 +99,15 @@ class UsableRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
             raise UserError(self._why_none(timelines))
 
     def _why_none(self, timelines: Mapping[str, np.ndarray]) -> str:
-        """One line on why no view fits any record, and what to change."""
+        """Returns one line that says why no view fits any record, and what to change."""
         spec, views = self._spec, self._spec.views
         selected = f" {self._selection}" if self._selection.conditions else ""
         none = f"none of the {self.num_selected} records{selected} of {self.records!r}"
-        counts = {"video": timelines["num_frames"] > 1, "audio": timelines["num_samples"] > 0}
-        wanted = [name for name in counts if spec.modalities in (name, "audio_visual")]
-        if not any(counts[name].any() for name in wanted):
-            return f"{none} has {' or '.join(wanted)}: set modalities to what the records have"
+        present = {"video": timelines["num_frames"] > 1, "audio": has_audio(timelines)}
+        wanted = [name for name in present if spec.modalities in (name, "audio_visual")]
+        if not any(present[name].any() for name in wanted):
+            lacking = " or ".join(wanted) + " that is not silent" * ("audio" in wanted)
+            return f"{none} has {lacking}: set modalities to what the records have"
         slowest = min(views.speeds)
         return (
             f"{none} is long enough for a view of {views.clip_seconds * slowest:g} s "
@@ -123,7 +123,7 @@ class UsableRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
         return self.num_selected - len(self.indices)
 
     def num_without(self, modality: str) -> int:
-        """Used records without "video", or without "audio" that is not silent."""
+        """Returns the number of used records without "video", or without audible "audio"."""
         return int((~self._parts[f"has_{modality}"]).sum())
 
     def lacking(self, modalities: Sequence[str]) -> np.ndarray:

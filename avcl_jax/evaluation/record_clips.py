@@ -14,7 +14,7 @@ import numpy as np
 
 from avcl_jax.data.crop import CropSpec, center_crop
 from avcl_jax.data.labelled import VideoClipSpec
-from avcl_jax.data.modality_records import ModalityRecords, evenly_spaced, intervals
+from avcl_jax.data.modality_records import ModalityRecords, evenly_spaced, has_audio, intervals
 from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
 from avcl_jax.data.record_format import Record
 from avcl_jax.data.records import RecordDataset
@@ -106,14 +106,14 @@ class RecordClips(ModalityRecords):
         self._share()
 
     def _share(self) -> None:
-        """Moves clips into the interval that video and audio share, where a clip fits in it.
+        """Moves clips into the interval that video and audio share, if a clip fits into it.
 
-        So the features of an encoder are those of the views that both modalities are shown at.
+        Both modalities are thus encoded at the same times, as in `UsableRecords`.
         """
         times = {name: values[self.indices] for name, values in self.records.timelines.items()}
         starts, ends = zip(*intervals(times).values(), strict=True)
         start, end = np.maximum(*starts), np.minimum(*ends)
-        both = (times["num_frames"] > 1) & (times["num_samples"] > 0)
+        both = (times["num_frames"] > 1) & has_audio(times)
         fits = both & (end - start >= self._views.clip_seconds * min(self._views.speeds) - 1e-6)
         self._start = np.where(fits, start, self._start)
         self._end = np.where(fits, end, self._end)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from avcl_jax.models.heads import PairwiseHead, ProjectionHead, UnitaryHead
+from avcl_jax.objectives.masks import per_view
 
 NUM_DIRECTIONS = 2
 NUM_ORDERS = 3
@@ -51,8 +52,8 @@ class AudioVisualModel(nn.Module):
         Args:
             video: clips of both views; not looked at without a video encoder.
             spectrogram: log-mel spectrograms of both views; not looked at without audio encoder.
-            has_video: videos [videos], or views [videos, 2], that have a picture.
-            has_audio: videos, or views, that have a sound.
+            has_video: bool [videos], or [videos, 2] of each view; False without video.
+            has_audio: the same for audio.
             train: normalise by the statistics of the batch and update the running ones.
 
         Returns:
@@ -63,10 +64,7 @@ class AudioVisualModel(nn.Module):
             for (v1, a2) and (v2, a1). Entries of an absent encoder are absent.
         """
         outputs: dict[str, Array] = {}
-        has_video, has_audio = (
-            mask if mask.ndim == 2 else jnp.repeat(mask[:, None], 2, axis=1)
-            for mask in (has_video, has_audio)
-        )
+        has_video, has_audio = per_view(has_video), per_view(has_audio)
         if self.video_encoder is not None and video is not None:
             outputs |= self._modality("video", self.video_encoder, video, has_video, train)
         if self.audio_encoder is not None and spectrogram is not None:

@@ -153,7 +153,7 @@ def prepare_inputs(
 def _embeddings(
     outputs: Mapping[str, Array], batch: Mapping[str, Array]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Embeddings, and which views have each modality; without an encoder zeros, never present."""
+    """Returns embeddings and masks of views; of a modality without encoder zeros, not present."""
     present, embeddings = {}, {}
     some = next(value for name, value in outputs.items() if name.endswith("_embeddings"))
     for modality in ("video", "audio"):
@@ -341,12 +341,11 @@ def make_train_step(
                 mesh=mesh if mesh.size > 1 else None,
                 data_axes=data_axes(mesh),
             )
-        views = {name: mask.reshape(len(mask), -1) for name, mask in present.items()}
-        # An unreadable row has nothing in either view, and counts nowhere.
-        readable = views["video"].any(axis=1) | views["audio"].any(axis=1)
+        # An unreadable row has neither modality in either view, and is not counted.
+        readable = present["video"].any(axis=1) | present["audio"].any(axis=1)
         for modality in ("video", "audio"):
             if f"{modality}_encoder" in grads:
-                lacking = 1.0 - views[modality].mean(axis=1)
+                lacking = 1.0 - present[modality].mean(axis=1)
                 metrics[f"data/without_{modality}"] = average(
                     jnp.sum(lacking, where=readable) / jnp.maximum(readable.sum(), 1),
                     readable.sum(),

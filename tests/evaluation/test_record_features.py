@@ -54,6 +54,16 @@ def test_clips_are_those_that_the_training_pipeline_renders(
     np.testing.assert_array_equal(_clips(small_records, source, modality)[3], expected)
 
 
+def test_silent_audio_does_not_move_the_clips_of_a_video(small_run, source, tmp_path):
+    record = small_record("test", 3)
+    record = dataclasses.replace(record, waveform=np.zeros(4000, np.int16))  # 1 of 3 s
+    directory = write_records(tmp_path, "silent", CLASS_NAMES, {"test": [record]})
+    spec = dataclasses.replace(experiment.render_spec(small_run[0]), spectrogram_on_device=False)
+    usable = UsableRecords(RecordDataset(directory, "test"), spec)
+    views = fixed_views(usable, 0, spec, speeds=(0, 1), views_per_speed=2, direction=FORWARD)
+    np.testing.assert_array_equal(_clips(directory, source, "video")[0], views["video"])
+
+
 @pytest.mark.parametrize("modality", ["video", "audio"])
 def test_features_do_not_depend_on_batches_and_parts(small_records, source, modality, tmp_path):
     clips = _clips(small_records, source, modality)
