@@ -34,9 +34,8 @@ def check(*arguments: str) -> None:
     [
         (
             [PRETRAIN, "--config.encoder=runs/demo"],
-            "--config.encoder: configs/pretrain.py has no such",
+            "--config.encoder: configs/pretrain.py has no such setting; there are bank, checkp",
         ),
-        ([PRETRAIN, "--config.encoder=runs/demo"], "there are bank, checkpoint_every"),
         ([PRETRAIN, "--config.loss.temprature=1"], "did you mean loss.temperature"),
         (
             [PRETRAIN, "--config.temperature=1"],
@@ -103,20 +102,31 @@ def test_a_bug_in_a_config_file_keeps_its_own_error(tmp_path: Path) -> None:
         check(f"--config={file}")
 
 
-def test_a_config_is_printed_and_nothing_else_is_done(tmp_path: Path) -> None:
+def start(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    command = ["main", *arguments]
+    monkeypatch.setattr(sys, "argv", command)  # where ml_collections looks for overrides
+    with flagsaver.flagsaver():
+        main.main(main.parse_flags(command))
+
+
+def test_a_config_is_printed_and_nothing_else_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [PRETRAIN, "--config.views.speeds=(1, 3)", "--config.data.directory=somewhere"]
-    printed = small.run(
-        [*arguments, "--print_config", f"--workdir={tmp_path / 'run'}"]
-    ).splitlines()
+    start(monkeypatch, *arguments, "--print_config", f"--workdir={tmp_path / 'run'}")
+    printed = capsys.readouterr().out.splitlines()
     assert "views.speeds = (1, 3)" in printed
     assert "data.directory = 'somewhere'" in printed
     assert "loss.weights.vv = 0.5" in printed
     assert not (tmp_path / "run").exists()
 
 
-def test_a_misspelt_setting_stops_the_command_in_one_line() -> None:
-    line = small.run([PRETRAIN, "--config.encoder=runs/demo"], code=1).strip()
-    assert line.startswith(
-        "avcl_jax: error: --config.encoder: configs/pretrain.py has no such setting"
-    )
-    assert "\n" not in line
+def test_a_misspelt_setting_stops_the_command_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        start(monkeypatch, PRETRAIN, "--config.encoder=runs/demo")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("avcl_jax: error: --config.encoder: configs/pretrain.py has no such")
+    assert err.count("\n") == 1

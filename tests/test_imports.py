@@ -1,4 +1,4 @@
-"""Imports: no arrow between rooms that leads back, and light commands that stay light."""
+"""Imports: packages do not import each other in a circle, and light commands stay light."""
 
 from __future__ import annotations
 
@@ -47,11 +47,9 @@ def test_rooms_import_each_other_in_one_direction() -> None:
 
 def test_comparing_runs_imports_neither_charts_nor_media() -> None:
     code = (
-        "import json, sys, time; begin = time.monotonic(); import avcl_jax.evaluation.compare; "
-        "print(json.dumps([time.monotonic() - begin, sorted(sys.modules)]))"
+        "import json, sys; import avcl_jax.evaluation.compare; "
+        "print(json.dumps(sorted(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, modules = json.loads(run.stdout)
-    print(f"imported in {seconds:.2f} s")
     heavy = {"matplotlib", "librosa", "av", "cv2", "jax", "sklearn", "numba"}
-    assert heavy.isdisjoint(modules)
+    assert heavy.isdisjoint(json.loads(run.stdout))

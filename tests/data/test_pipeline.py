@@ -48,12 +48,9 @@ def source(tmp_path_factory):
     records[7] = make_record(7, seconds=5.0, has_video=False)
     records[11] = dataclasses.replace(records[11], source_id="source 10")
     rng = np.random.default_rng(0)
-    for number, start in (
-        (2, 0),
-        (5, 24_000),
-        (8, 40_000),
-    ):  # silent, but for dither, from there on
+    for number, start in ((2, 0), (5, 24_000), (8, 40_000)):
         waveform = records[number].waveform.copy()
+        # Silence with dither from there on.
         waveform[start:] = rng.integers(-33, 34, len(waveform) - start)
         records[number] = dataclasses.replace(records[number], waveform=waveform)
     records.append(make_record(20, seconds=0.3))

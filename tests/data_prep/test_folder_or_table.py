@@ -81,9 +81,9 @@ def test_a_folder_is_searched_in_the_order_of_names(tmp_path: Path) -> None:
         ("path,label_x,id\na.mp4,1,i\nb.mp4,2,i\n", "duplicate id 'i': .*a.mp4' and .*b.mp4'"),
         ("path,splitt\na.mp4,train\n", "line 2: unknown column 'splitt'; did you mean 'split'"),
         ("path,id\na.mp4\n", "line 2: not 2 columns"),
-        ("path;label_x\na.mp4;1\n", "one column 'path;label_x': a CSV has commas"),
-        ("path\tlabel_x\na.mp4\t1\n", "one column 'path.tlabel_x': a CSV has commas"),
-        ("\0p\0a\0t\0h\na.mp4\n", "a CSV has commas between columns and is UTF-8"),
+        ("path;label_x\na.mp4;1\n", "column 'path;label_x' looks like several: save"),
+        ("path\tlabel_x\na.mp4\t1\n", "column 'path.tlabel_x' looks like several: save"),
+        ("\0p\0a\0t\0h\na.mp4\n", "save the table as comma-separated UTF-8"),
         ("Path\na.mp4\n", "unknown column 'Path'; did you mean 'path'"),
         ("path,id\na.mp4,i,j\n", "line 2: not 2 columns"),
         ("path,start\na.mp4,soon\n", "line 2: start is 'soon', expected seconds"),
@@ -140,5 +140,5 @@ def test_tables_as_windows_writes_them(tmp_path: Path) -> None:
 def test_tables_of_other_kinds_are_not_taken_for_media(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"clips.{suffix}"
     path.write_text("path\na.mp4\n")
-    with pytest.raises(PrepareError, match=r"not media, and not a table .*: save it as .csv"):
+    with pytest.raises(PrepareError, match=r"neither media nor a supported table: save it as .csv"):
         read_input(epath.Path(path), split="train", root=None)

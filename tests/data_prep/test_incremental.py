@@ -132,10 +132,10 @@ def test_notes_are_counted_kept_and_rejected(
         notes = [note for line in lines for note in line["notes"] if note[1] == "silent"]
         assert notes == [["bb.wav", "silent", "the loudest of 16000 samples is 33"]]
         assert main(["inspect", str(out)]) == 0
-        assert "note       1 clips silent: nothing on the" in capsys.readouterr().out
+        assert "note       1 silent: no audio sample is" in capsys.readouterr().out
 
     assert prepare(folder, out) == 0
-    assert "1 prepared, but silent: nothing on the" in capsys.readouterr().out
+    assert "1 prepared, but silent: no audio sample is" in capsys.readouterr().out
     check()
     shutil.copy(clips / "5.mp4", folder / "b.mp4")  # its shard is written again
     assert prepare(folder, out) == 0

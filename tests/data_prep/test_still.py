@@ -93,15 +93,15 @@ def test_stills_are_noted_counted_and_masked(
     }
     assert noted == STILL
     assert main(["inspect", str(out)]) == 0
-    assert "4 clips still: nothing moves in the video" in capsys.readouterr().out
+    assert "note       4 still: nothing moves in the video" in capsys.readouterr().out
     # A still picture has no speed, direction or order, but everything else.
     batch = next(
         iter(train_batches(UsableRecords(records, SPEC), SPEC, seed=0, global_batch_size=6))
     )
     names = [Path(records.record_ids[i]).stem for i in batch["record_index"]]
     assert {n for n, moves in zip(names, batch["video_moves"], strict=True) if not moves} == STILL
-    for mask in ("has_video", "has_audio", "speed_mask", "direction_mask", "order_mask"):
-        assert batch[mask].all() or mask in ("speed_mask", "order_mask")
+    for mask in ("has_video", "has_audio", "direction_mask"):
+        assert batch[mask].all()
 
 
 def test_stills_are_rejected_where_that_is_asked_for(

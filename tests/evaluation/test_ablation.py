@@ -239,7 +239,7 @@ def test_sweeps_that_make_no_sense_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"ablation.only names \['no_everything'\], there are"):
         ablation.ablate(config, tmp_path, pretrain=None, evaluate=None)
     config.ablation.variants = config.ablation.variants[1:]
-    with pytest.raises(ValueError, match="must hold 'full'"):
+    with pytest.raises(ValueError, match="must contain 'full'"):
         ablation.ablate(config, tmp_path, pretrain=None, evaluate=None)
 
 
@@ -247,7 +247,7 @@ def test_sweeps_that_make_no_sense_are_refused(tmp_path) -> None:
     ("setting", "value", "said"),
     [
         ("loss.weights.order_va", 0.0, "'order_va', which 'full' does not train"),
-        ("ablation.figures", (("motion", "probe.motion", "order"),), "of the term 'order'"),
+        ("ablation.figures", (("motion", "probe.motion", "order"),), "of the loss term 'order'"),
         ("views.speeds", (1, 2), r"evaluation.speeds \[4\] were not trained"),
     ],
 )

@@ -71,7 +71,7 @@ def test_a_directory_without_a_run_or_that_cannot_be_written_is_refused(small_ru
     shutil.copytree(small_run[1], tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink(missing_ok=True)
     (tmp_path / "run" / "results.json.trial").mkdir()
-    with pytest.raises(ProtocolError, match=r"run cannot be written .*: choose another --workdir"):
+    with pytest.raises(ProtocolError, match=r"run cannot be written to .*: choose another --work"):
         evaluate(small_evaluation(), tmp_path / "run")
 
 

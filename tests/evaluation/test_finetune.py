@@ -246,7 +246,7 @@ def test_sound_is_fine_tuned_by_the_same_code(records, encoders, tmp_path):
         (
             {"freeze": ("encoder/layer9",), "batch_norm": "frozen"},
             FreezeError,
-            "must name layers of the encoder: some of encoder/",
+            "must name layers of the encoder, some of encoder/",
         ),
         ({"optimizer.schedule": "step"}, ValueError, "must be 'cosine' or 'multistep'"),
         ({"global_batch_size": 64}, ValueError, "larger than the 48 usable records: set"),

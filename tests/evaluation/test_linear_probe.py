@@ -173,7 +173,7 @@ def test_what_does_not_fit_is_refused(tagged_records, small_records, small_run, 
     config = _config(tagged_records, small_run, "audioset")
     config.data.update({"label": "tags", "test_select": ("kind=a", "kind=a")})
     config.data.train_select = ("", "kind=a")
-    with pytest.raises(ProtocolError, match="of which mAP over 2 splits is not defined"):
+    with pytest.raises(ProtocolError, match="for which mAP over 2 splits is not defined"):
         run_linear_probe(config, tmp_path)
     config.data.update({"train_select": ("",), "test_select": ("kind=b",), "test_split": "alike"})
     with pytest.raises(ProtocolError, match=r"no class of 'tags' has both .* the test records"):

@@ -9,12 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from avcl_jax.encoder_source import load_run, open_encoders
+from avcl_jax.encoder_source import open_encoders
 from avcl_jax.evaluation.cross_modal import audio_video_retrieval, cross_modal_scores
 from avcl_jax.evaluation.protocol import OUTCOMES, ProtocolError, read_outcomes
 from avcl_jax.evaluation.significance import STATISTICS
 from avcl_jax.evaluation.temporal_tasks import score_tasks, temporal_tasks
-from avcl_jax.export import ExportError
+from avcl_jax.export import ExportError, load_run
 from avcl_jax.objectives.temporal import TERMS
 from avcl_jax.training.checkpoint import Checkpoints, Progress
 from configs import cross_modal as cross_modal_config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -56,10 +57,17 @@ def losses(workdir: Path) -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def whole_run(records, tmp_path_factory) -> Path:
+    """A finished run, in a workdir where one with another seed had ended before a checkpoint."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps({"seed": 5}))
     output = run(arguments(records, workdir))
     assert "step 6/6" in output
     return workdir
+
+
+def test_a_start_without_checkpoint_does_not_bind_the_next_one(whole_run):
+    assert json.loads((whole_run / "config.json").read_text())["seed"] == 0
 
 
 def test_a_run_leaves_metrics_events_config_and_parameters(whole_run):
@@ -225,14 +233,6 @@ def test_a_checkpoint_of_another_config_is_refused_with_the_keys(records, whole_
     assert json.loads((whole_run / "config.json").read_text())["seed"] == 0
 
 
-def test_a_start_without_checkpoint_does_not_bind_the_next_one(records, tmp_path):
-    workdir = tmp_path / "corrected"
-    workdir.mkdir()
-    (workdir / "config.json").write_text(json.dumps({"seed": 5}))
-    run(arguments(records, workdir, steps=2))
-    assert json.loads((workdir / "config.json").read_text())["seed"] == 0
-
-
 def test_a_run_of_other_data_is_refused(whole_run, tmp_path):
     other = write_records(
         tmp_path / "other", [make_record(n, seconds=5.0, side=24) for n in range(1, 25)]
@@ -337,10 +337,11 @@ def test_the_batch_that_is_named_for_three_videos_trains_on_them(tmp_path):
         ("missing", {}, "does not exist: give the --out of `python -m data_prep prepare`"),
         ("file", {}, "is a file, not a directory: give the --out"),
         ("empty", {}, "is not a finished data set (dataset_info.json is missing): give the --out"),
-        ("silent", {}, "has audio on which a view fits: set --config.modalities=video"),
-        ("blind", {}, "has video on which a view fits: set --config.modalities=audio"),
-        ("silent", {"modalities": "audio"}, "has audio: set modalities to what the records have"),
-        ("blind", {"modalities": "video"}, "has video: set modalities to what the records have"),
+        ("no_audio", {}, "has audio on which a view fits: set --config.modalities=video"),
+        ("no_video", {}, "has video on which a view fits: set --config.modalities=audio"),
+        ("no_audio", {"modalities": "audio"}, "has audio that is not silent: set modalities to wh"),
+        ("silent", {"modalities": "audio"}, "has audio that is not silent: set modalities to wha"),
+        ("no_video", {"modalities": "video"}, "has video: set modalities to what the records have"),
         ("good", {"views.clip_seconds": 60.0}, "for a view of 60 s (views.clip_seconds=60 at spee"),
         ("good", {"views.speeds": (32, 64)}, "for a view of 16 s (views.clip_seconds=0.5 at speed"),
         ("good", {"views.num_frames": 400}, "has video on which a view fits"),
@@ -353,8 +354,11 @@ def test_data_that_cannot_be_trained_on_is_one_clear_error(tmp_path, kind, overr
     elif kind == "file":
         directory.write_text("not a directory")
     elif kind != "missing":
-        has = {"has_audio": kind != "silent", "has_video": kind != "blind"}
-        write_records(directory, [make_record(n, seconds=5.0, side=24, **has) for n in range(8)])
+        has = {"has_audio": kind != "no_audio", "has_video": kind != "no_video"}
+        made = [make_record(n, seconds=5.0, side=24, **has) for n in range(8)]
+        if kind == "silent":
+            made = [dataclasses.replace(r, waveform=np.zeros_like(r.waveform)) for r in made]
+        write_records(directory, made)
     workdir = tmp_path / "run"
     with pytest.raises((ValueError, RecordError), match=re.escape(message)) as caught:
         pretrain(small_config(directory, **overrides), workdir)
