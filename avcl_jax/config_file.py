@@ -59,7 +59,7 @@ def check_overrides(argv: Sequence[str], config: ml_collections.ConfigDict) -> N
 
 
 def as_text(config: ml_collections.ConfigDict) -> str:
-    """Returns one line per setting: what an override `--config.SETTING=VALUE` changes."""
+    """Returns one line `SETTING = VALUE` per setting, named as in `--config.SETTING=VALUE`."""
     flat = experiment.flatten(config.to_dict())
     return "\n".join(f"{setting} = {value!r}" for setting, value in flat.items())
 
@@ -106,26 +106,20 @@ def _check_setting(name: str, config: ml_collections.ConfigDict, setting: str) -
     section: Any = config
     for part in setting.split("."):
         if not isinstance(section, ml_collections.ConfigDict) or part not in section:
-            near = _nearest(config, setting)
+            near = _nearest(config, section, setting)
             raise UserError(
                 f"--config.{setting}: {name} has no such setting; {near} (--print_config lists all)"
             )
         section = section[part]
 
 
-def _nearest(config: ml_collections.ConfigDict, setting: str) -> str:
-    """Names the settings that may have been meant."""
+def _nearest(config: ml_collections.ConfigDict, section: Any, setting: str) -> str:
+    """Names settings that may have been meant, or those of the section that lacks it."""
     flat = list(experiment.flatten(config.to_dict()))
     last = setting.rpartition(".")[2]
     same = [known for known in flat if known.rpartition(".")[2] == last]
     near = same or difflib.get_close_matches(setting, flat, n=3, cutoff=0.7)
     if near:
         return f"did you mean {' or '.join(near[:3])}?"
-    section: Any = config
-    names = setting.split(".")
-    for part in names[:-1]:
-        if not isinstance(section, ml_collections.ConfigDict) or part not in section:
-            break
-        section = section[part]
     where = section if isinstance(section, ml_collections.ConfigDict) else config
     return f"there are {', '.join(sorted(where))}"

@@ -17,7 +17,7 @@ DATA_SET = "foley"
 
 
 def check_demo(directory: epath.PathLike) -> None:
-    """Refuses records that are not the demo's: a run of the demo's preset goes by its name.
+    """Refuses records that are not the demo's, as a run of the demo's preset is named after it.
 
     Raises:
         UserError: if `directory` contains records of another data set.
@@ -48,7 +48,8 @@ def make_demo(directory: epath.PathLike, options: Sequence[str] = ()) -> None:
     if directory.name != "records":
         raise UserError(
             f"{directory} does not exist: pretrain on your own records with "
-            "--config=configs/pretrain.py:records, or name a folder `records` for the demo's"
+            "--config=configs/pretrain.py:records, or give a directory named `records`, which the "
+            "demo is then written to"
         )
     command = ["-m", "data_prep", "demo", "--out", str(directory.parent), *options]
     if jax.process_count() > 1:

@@ -1,4 +1,4 @@
-"""Errors that a user can cause and fix; every command prints them as one line.
+"""Errors that a user can cause and fix, which every command prints as one line.
 
 Any other exception is a bug and keeps its traceback.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 
-# Errors of the system that only a wrong call can cause, and no state of the machine.
+# System errors that only a wrong call can cause, never the state of the machine.
 _WRONG_CALLS = frozenset({errno.EBADF, errno.EFAULT, errno.EINVAL, errno.ENOTSOCK, errno.ENOTTY})
 
 

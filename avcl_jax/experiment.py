@@ -25,8 +25,8 @@ from avcl_jax.models.audio_visual import AudioVisualModel
 from avcl_jax.objectives.feature_bank import BankSampling
 from avcl_jax.paths import absolute_path
 
-# Files and folders: used and recorded as absolute paths, so that results can be read from every
-# folder. None of them decides a figure: what lies there does.
+# Files and directories, which are used and recorded as absolute paths so that results can be read
+# from any directory. Results depend on their contents, not on their locations.
 PATH_KEYS = ("checkpoint", "encoder", "data.directory", "data.files", "data.sounds")
 
 # Settings that change how and where a run is executed and watched, not what it computes: a run is

@@ -190,7 +190,7 @@ def export_encoder(
 def load_run(
     workdir: epath.PathLike,
 ) -> tuple[ml_collections.ConfigDict, dict[str, Any], int]:
-    """Loads a pretraining run with its heads, which an export leaves out.
+    """Loads a pretraining run, including the heads, which an export leaves out.
 
     Args:
         workdir: working directory of the run, local or gs://.
@@ -396,8 +396,8 @@ def _check_weights(
 def _stablehlo(encoder: Encoder, flat: Mapping[str, np.ndarray]) -> bytes:
     """Returns features(weights in sorted order, batch of 16 clips) as portable StableHLO.
 
-    A batch of any size would need JAX's own passes before it is compiled, and several platforms an
-    input more that chooses one.
+    A dynamic batch size would need passes that only JAX has, and several platforms an additional
+    input that selects one.
     """
     names = sorted(flat)
 

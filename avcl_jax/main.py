@@ -138,7 +138,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line; a mistake in it is one line.
+    """Parses the command line; a mistake in it is printed as one line.
 
     Raises:
         SystemExit: with code 1 after that line.

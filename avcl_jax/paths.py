@@ -1,6 +1,6 @@
-"""Paths as people give them, turned into paths that every library can use from every folder.
+"""Conversion of paths that users give to paths that every library can use from any directory.
 
-Orbax returns nothing for a relative path, a program started from another folder does not find one,
+Orbax returns nothing for a relative path, a program started in another directory does not find one,
 and no library expands `~`.
 """
 
@@ -20,7 +20,7 @@ class RemotePathError(UserError, argparse.ArgumentTypeError):
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path lies in an object store (gs://, s3://)."""
+    """Returns whether a path is in an object store (gs://, s3://)."""
     return "://" in os.fspath(path)
 
 
@@ -34,7 +34,7 @@ def local_path(path: epath.PathLike) -> Path:
     """Returns the absolute path of a local file or folder; the type of command-line arguments.
 
     Raises:
-        RemotePathError: if the path lies in an object store.
+        RemotePathError: if the path is in an object store.
     """
     if is_remote(path):
         raise RemotePathError(f"{path} must be local: copy it to a local disk first")

@@ -21,6 +21,7 @@ from avcl_jax.data.decoded import DecodedMedia, decode_media, decode_record
 from avcl_jax.data.media import probe
 from avcl_jax.data.media_error import MediaError
 from avcl_jax.export import Encoder, load_encoder
+from avcl_jax.paths import local_path
 from benchmarks.measure import Row, print_table, write_json
 from data_prep.arguments import add_arguments, clip_options
 from data_prep.clip import ClipOptions, prepare_clip
@@ -84,10 +85,10 @@ def measure(
 def summarise(
     modality: str, results: Mapping[str, tuple[np.ndarray, np.ndarray, float | None]]
 ) -> list[Row]:
-    """Makes the rows of a modality from what `measure` returned, by file.
+    """Returns the rows of a modality, from the results of `measure` by file.
 
-    Features that are never negative have a high cosine with any others: the cosine of different
-    files, and that of features less their mean over all files, say how much it means.
+    Features that are never negative have a high cosine similarity with any others. For comparison
+    there are the cosine of different files and that of mean-centred features.
     """
     rows = []
     for path, (first, second, psnr) in results.items():
@@ -118,9 +119,11 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.record_features", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("media", type=Path, help="folder of media files")
-    parser.add_argument("--encoder", type=Path, required=True, help="finished run with an export")
-    parser.add_argument("--json", type=Path, required=True, help="where to write the rows")
+    parser.add_argument("media", type=local_path, help="folder of media files")
+    parser.add_argument(
+        "--encoder", type=local_path, required=True, help="finished run with an export"
+    )
+    parser.add_argument("--json", type=local_path, required=True, help="where to write the rows")
     args = parser.parse_args(arguments)
     defaults = argparse.ArgumentParser()
     add_arguments(defaults)

@@ -4,8 +4,8 @@
     python -m avcl_jax.main --config=configs/evaluate.py:demo --workdir=runs/demo
     python -m avcl_jax.main --config=configs/evaluate.py:vggsound --workdir=gs://bucket/vggsound
 
-Model, views and records are read from RUN/config.json; this file holds only what evaluation
-decides. Writes RUN/results.json and RUN/report.html.
+Model, views and records are read from RUN/config.json; this file has only settings of evaluation.
+Writes RUN/results.json and RUN/report.html.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def run() -> ml_collections.ConfigDict:
     e.test_select = ""
     e.chunk = 16  # records encoded at a time, over all devices of a host
     e.threads = 2  # records rendered at a time
-    e.part_records = 1024  # in a file of RUN/features, from which an interrupted evaluation resumes
+    e.part_records = 1024  # per file of RUN/features; an interrupted evaluation resumes from them
 
     # Features and embeddings: means over views of fixed times and speeds, cropped in the centre.
     e.speeds = ()  # of those that the run trained; () is all of them

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         for dataset in splits:
             print("\n".join(describe(dataset)))
             for kind, count in _notes(args.path, dataset.split).items():
-                print(f"  note       {count} clips {kind}: {NOTES[kind]}")
+                print(f"  note       {count} {kind}: {NOTES[kind]}")
         figure = draw(splits, rows=args.rows, seed=args.seed)
         with png.open("wb") as file:
             figure.savefig(file, format="png", dpi=80)

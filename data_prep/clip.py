@@ -20,9 +20,9 @@ from data_prep.still import is_still
 # Kinds of notes on files that are prepared nevertheless. `--reject` takes these names, which are
 # then the reasons. The list is closed.
 NOTES = {
-    "antiphase": "the channels cancel in the mono mix: the strongest one is taken alone",
+    "antiphase": "the channels cancel in the mono mix: only the strongest one is used",
     "dead_channel": "a channel is silent beside the others: it is left out of the mono mix",
-    "silent": "nothing on the sound track is louder than -60 dB of full scale",
+    "silent": "no audio sample is louder than -60 dB of full scale",
     "still": "nothing moves in the video",
 }
 # Reasons that preparation adds to those of avcl_jax.data.media. All lists are closed.
@@ -79,7 +79,7 @@ def prepare_clip(entry: Entry, options: ClipOptions) -> tuple[Record, dict[str, 
     before that is cut; sound that starts later says so in `audio_start_seconds`.
 
     Returns:
-      The record, and what was found, by kind of note.
+      The record, and messages by kind of note.
 
     Raises:
       MediaError: With one of `REASONS`.
@@ -131,7 +131,7 @@ def prepare_clip(entry: Entry, options: ClipOptions) -> tuple[Record, dict[str, 
     if len(waveform) and is_silent(waveform):
         notes["silent"] = f"the loudest of {len(waveform)} samples is {peak(waveform)}"
     if frames and is_still([frame.data for frame in frames], picture_end - frames[0].seconds):
-        notes["still"] = f"all {len(frames)} frames show the same"
+        notes["still"] = f"all {len(frames)} frames are alike"
     for kind in options.reject:
         if kind in notes:
             raise MediaError(kind, notes[kind])

@@ -1,4 +1,4 @@
-"""Still pictures under sound: clips in which nothing moves but the noise of a codec."""
+"""Detection of still pictures with audio: videos that change by codec noise only."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import simplejpeg
 # those measured, real or of the demo, is 54.
 _CELLS, _LEVELS = 16, 8.0
 _SMALLEST = 4 * _CELLS  # pixels; JPEG is decoded at a fraction of its size down to this
-# In less time real motion is no larger than noise.
+# In a shorter time real motion may be as small as noise.
 _MIN_SECONDS = 0.5
 
 
 def is_still(frames: Sequence[bytes], seconds: float) -> bool:
-    """Whether all frames show what the first one does.
+    """Returns whether all frames show the same picture.
 
-    A slideshow is not still, a black screen is. Frames are read until one differs, so that a video
-    in which something moves takes a few.
+    A slideshow is not still, a black screen is. Frames are read until one differs: for a video in
+    which something moves these are few.
 
     Args:
       frames: JPEG files of one size.

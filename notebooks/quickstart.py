@@ -46,7 +46,7 @@ if ROOT is None:
     ROOT = Path.cwd() / "avcl-jax"
     # What Colab's Python already has may be newer than what requirements.txt pins: take ranges.
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", str(ROOT)], check=True)
-# What this kernel imported before keeps its old version, whatever was installed meanwhile.
+# Packages that this kernel has imported already keep their old version until it restarts.
 stale = [
     name
     for name in ("numpy", "scipy", "jax", "jaxlib", "flax", "google.protobuf")

@@ -76,10 +76,10 @@ def decode_media(
         sample_rate_hz: rate to resample the sound to.
         start_seconds: where the interval begins in the file.
         end_seconds: where it ends; None for the file's end.
-        modalities: "video", "audio" or both; what is not wanted is not decoded.
+        modalities: "video", "audio" or both; others are not decoded.
 
     Raises:
-        MediaError: if the file cannot be decoded, or has nothing of the modalities there.
+        MediaError: if the file cannot be decoded, or has none of the modalities in the interval.
     """
     interval: dict[str, Any] = {"start_seconds": start_seconds, "end_seconds": end_seconds}
     shown, sound = [], None

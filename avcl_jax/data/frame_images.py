@@ -1,4 +1,4 @@
-"""Decoded frames to images: RGB as a player shows it, upright, square pixels, the wanted size."""
+"""Conversion of decoded frames to scaled images: RGB as players show it, upright, square pixels."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _MATRICES = {
 }
 _UNTAGGED = (0, 2, 3)  # RGB, which YUV cannot be; unspecified; reserved
 _HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
-# Scaled first, because a table of colours is looked up for every pixel. HDR10+ has other metadata
-# for every scene, and FFmpeg would compute the table anew, 2 s each time.
+# Scaled first, because a colour table is looked up for every pixel. HDR10+ metadata change with
+# every scene, and FFmpeg would compute the table again, 2 s each time.
 _TONE_MAP = (
     ("sidedata", "mode=delete:type=DYNAMIC_HDR_PLUS"),
     ("scale", "w={width}:h={height}:flags=area"),
@@ -42,13 +42,13 @@ _TONE_MAP = (
 
 
 class FrameImages:
-    """Converts the frames of one stream, which must all be of one size and pixel shape."""
+    """Converts the frames of one stream, which must all have one size and pixel aspect ratio."""
 
     def __init__(self, stream: Any, short_side: int | None):
-        """Takes a video stream, and the height or width to scale down to; None keeps the size."""
+        """Takes a video stream, and the short side to scale down to; None keeps the size."""
         self._decoder = stream.codec_context
         self._short_side = short_side
-        # What the container states holds for the whole file, whatever the stream says inside.
+        # The container's aspect ratio applies to the whole file, whatever the stream says inside.
         self._header_aspect = stream.sample_aspect_ratio
         self._follows_stream = self._header_aspect == self._decoder.sample_aspect_ratio
         # Kept over all frames: setting one up takes twenty times as long as a 64x64 frame.
@@ -60,7 +60,7 @@ class FrameImages:
         """Compares a frame with the first one.
 
         Raises:
-          MediaError: If its size or the shape of its pixels is another.
+          MediaError: If its size or pixel aspect ratio differs.
         """
         aspect = self._decoder.sample_aspect_ratio if self._follows_stream else None
         shape = (frame.width, frame.height, aspect or self._header_aspect or Fraction(1))
@@ -69,7 +69,7 @@ class FrameImages:
             self._size = _stored_size(*shape, self._short_side)
             self._orientation = _orientation(frame)
         elif shape != self._shape:
-            before, after = (f"{w}x{h} (pixel shape {a})" for w, h, a in (self._shape, shape))
+            before, after = (f"{w}x{h} (pixel aspect {a})" for w, h, a in (self._shape, shape))
             raise MediaError(
                 "mixed_sizes", f"frames change from {before} to {after} at {seconds:.2f} s"
             )
@@ -132,7 +132,8 @@ def _matrix(frame: Any, *, is_hdr: bool) -> Colorspace:
         return _MATRICES[frame.colorspace]
     if frame.colorspace not in _UNTAGGED:
         raise MediaError(
-            "unsupported_codec", f"colour matrix {int(frame.colorspace)} of ITU-T H.273 is unknown"
+            "unsupported_codec",
+            f"colour matrix {int(frame.colorspace)} of ITU-T H.273 is not supported",
         )
     if is_hdr:
         return Colorspace.BT2020

@@ -82,7 +82,7 @@ class Sound(NamedTuple):
     Attributes:
       start_seconds: When the first sample sounds.
       waveform: int16 [samples].
-      notes: What was found about its channels, by kind of note (see `mono`).
+      notes: Messages about its channels, by kind of note (see `mono`).
     """
 
     start_seconds: float

@@ -16,7 +16,7 @@ REASONS = {
     "truncated": "the file ends before its header says it should",
     "too_large": "a picture of more than 67 million pixels, or more memory than a worker may use",
     "bad_timestamps": "times of frames or samples are missing, run backwards or leap",
-    "mixed_sizes": "the size of the frames, or the shape of their pixels, changes",
+    "mixed_sizes": "the frame size or the pixel aspect ratio changes",
     "outside": "the requested interval lies outside the file",
 }
 

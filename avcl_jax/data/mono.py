@@ -1,4 +1,4 @@
-"""Mixing channels to mono so that nothing cancels and silent channels cost nothing."""
+"""Mono mix in which channels do not cancel and silent channels do not lower the level."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 
 # A channel with less than this fraction of the energy of the strongest one is silent (-40 dB).
 _SILENT_FRACTION = 1e-4
-# Channels that have nothing to do with each other leave their energies in the mix. Less than this
-# fraction of it: they cancel.
+# In a mix of unrelated channels energies add up. With less than this fraction of their sum, the
+# channels cancel.
 _CANCELLED_FRACTION = 0.5
 
 
@@ -21,18 +21,18 @@ def choose_weights(
 ) -> tuple[np.ndarray, dict[str, str]]:
     """Decides how the channels of a clip are mixed.
 
-    The usual mix stands unless a channel is silent or the mix cancels. Silent channels are left
-    out, as if the file had none of them, so that one dead channel of two does not cost 6 dB. Where
-    the mix of the rest has lost more than half of the channels' energy, as with a right channel
-    that is the inverted left, the strongest channel is taken alone.
+    The usual mix is kept unless a channel is silent or the mix cancels. Silent channels are left
+    out, as if the file did not have them: one dead channel of two does not cost 6 dB. If the mix of
+    the rest has lost more than half of the channels' energy, as with a right channel that is the
+    inverted left, only the strongest channel is used.
 
     Args:
       energies: float64 [channels, channels], sums of products of the samples of two channels.
       weights: float64 [channels] of the usual mix, not negative; their sum is 1.
-      names: Of the channels.
+      names: Names of the channels.
 
     Returns:
-      Weights of the mix, `weights` itself for the usual one, and what was found, by kind of note.
+      Weights of the mix, `weights` itself for the usual one, and messages by kind of note.
     """
     single = np.diag(energies) * (weights > 0)
     heard = (single > 0) & (single >= _SILENT_FRACTION * single.max())
@@ -42,50 +42,50 @@ def choose_weights(
     mix = weights * heard / (weights * heard).sum() if silent else weights
     if mix @ energies @ mix < _CANCELLED_FRACTION * (mix**2 @ single):
         strongest = int(single.argmax())
-        message = f"the mono mix cancels: only the channel {names[strongest]} is taken"
+        message = f"the mono mix cancels: only channel {names[strongest]} is used"
         return np.eye(len(names))[strongest], {"antiphase": message}
     if silent:
-        return mix, {"dead_channel": f"silent, and left out of the mono mix: {', '.join(silent)}"}
+        return mix, {"dead_channel": f"left out of the mono mix as silent: {', '.join(silent)}"}
     return weights, {}
 
 
 def mix_to_mono(frames: Sequence[Any]) -> tuple[list[Any], dict[str, str]]:
-    """Mixes the frames whose usual mix would lose something; leaves the others alone.
+    """Mixes frames whose usual mix would cancel or be too quiet; leaves the others as they are.
 
-    The decision is one for all frames of one channel layout.
+    One decision applies to all frames of one channel layout.
 
     Args:
       frames: Decoded `av.AudioFrame`s of one clip.
 
     Returns:
-      As many frames with their times, mono where they were mixed here; what was found, by kind of
+      As many frames with their times, mono where they were mixed here, and messages by kind of
       note.
     """
     energies: dict[str, np.ndarray] = {}
     for frame, samples in _channels(frames):
         name = frame.layout.name
         energies[name] = energies.get(name, 0.0) + samples @ samples.T
-    chosen: dict[str, np.ndarray] = {}
+    weights: dict[str, np.ndarray] = {}
     notes: dict[str, str] = {}
-    for name, found in energies.items():
+    for name, products in energies.items():
         usual = _usual_weights(name)
         names = [channel.name for channel in av.AudioLayout(name).channels]
-        mix, noted = choose_weights(found, usual, names)
+        mix, messages = choose_weights(products, usual, names)
         if mix is not usual:
-            chosen[name] = mix
-        notes |= noted
-    if not chosen:
+            weights[name] = mix
+        notes |= messages
+    if not weights:
         return list(frames), notes
     mixed = {
-        id(frame): _mono_frame(frame, chosen[frame.layout.name] @ samples)
+        id(frame): _mono_frame(frame, weights[frame.layout.name] @ samples)
         for frame, samples in _channels(frames)
-        if frame.layout.name in chosen
+        if frame.layout.name in weights
     }
     return [mixed.get(id(frame), frame) for frame in frames], notes
 
 
 def _channels(frames: Sequence[Any]) -> Iterator[tuple[Any, np.ndarray]]:
-    """Yields the frames of several channels with their samples, float64 [channels, samples]."""
+    """Yields frames that have several channels with their samples, float64 [channels, samples]."""
     converters: dict[str, Any] = {}
     for frame in frames:
         count = frame.layout.nb_channels

@@ -108,10 +108,13 @@ def render_video(
 
 
 def render_audio(record: Record, clip: Clip, spec: RenderSpec) -> tuple[np.ndarray, bool]:
-    """Sound of a clip, int16 windows [frames, window] or the log-mel [frames, mels], and if any.
+    """Returns the audio of a clip and whether it is audible.
 
-    All silences are alike, so that a clip in which nothing sounds has no sound: as a positive or a
-    negative, or with a speed to tell, it would teach nonsense.
+    A silent clip counts as having no audio: one silence cannot be told from another, so it must be
+    neither a positive nor a negative, nor have a speed or direction.
+
+    Returns:
+        int16 windows [frames, window] or the log-mel [frames, mels], and False for silence.
     """
     windows = gather_windows(
         record.waveform,
@@ -120,8 +123,8 @@ def render_audio(record: Record, clip: Clip, spec: RenderSpec) -> tuple[np.ndarr
         spec.views,
         audio_start_seconds=record.audio_start_seconds,
     )
-    sounds = not is_silent(windows)
-    return (windows if spec.spectrogram_on_device else log_mel(windows, spec.log_mel)), sounds
+    arrays = windows if spec.spectrogram_on_device else log_mel(windows, spec.log_mel)
+    return arrays, not is_silent(windows)
 
 
 def _empty_audio(spec: RenderSpec) -> np.ndarray:
@@ -152,8 +155,9 @@ def render_views(
 
     Returns:
         `video` uint8 [views, time, height, width, 3], `spectrogram` float32 [views, frames, mels]
-        or `audio_windows` int16 [views, frames, window], `has_video` bool, `has_audio` bool
-        [views], False for silent views too, and the speeds and directions int32 [views].
+        or `audio_windows` int16 [views, frames, window], `has_video` and `video_moves` bool,
+        `has_audio` bool [views], False for silent views too, and the speeds and directions int32
+        [views].
     """
     if pixels is None:
         pixels = np.empty((len(video), *spec.video_shape), np.uint8)

@@ -26,9 +26,9 @@ from avcl_jax.errors import UserError
 # The first byte says whether a block is taken; arrays begin where JAX wants them to.
 _HEADER_BYTES = 64
 _FREE, _TAKEN = 0, 1
-# Where Linux keeps it: a file system that containers limit, by default to 64 MB.
+# Linux keeps shared memory in this file system, which containers limit, by default to 64 MB.
 _FILES = Path("/dev/shm")
-# Batches that training itself refers to: those of steps in flight and the one being sent.
+# Batches that the training process refers to: those of steps in flight and the one being sent.
 _IN_TRAINING = 4
 
 
@@ -71,10 +71,10 @@ class _Block(shared_memory.SharedMemory):
 
 
 def most_blocks(workers: int, prefetch: int) -> int:
-    """Number of batches that may lie in shared memory at once.
+    """Returns the largest number of batches that are in shared memory at once.
 
-    Each worker fills as many as are read ahead in the worker, in its queue and behind the queue,
-    and holds one more at both ends of the queue.
+    For each worker: batches read ahead in the worker, in its queue and behind the queue, and one
+    more at each end of the queue.
     """
     return workers * (3 * prefetch + 2) + _IN_TRAINING
 
@@ -84,11 +84,11 @@ def check_room(batch_bytes: int, *, workers: int, prefetch: int) -> None:
 
     Args:
         batch_bytes: size of a batch of this host.
-        workers: worker processes, 0 for none.
-        prefetch: batches that each keeps ready.
+        workers: number of worker processes.
+        prefetch: batches that each worker reads ahead.
 
     Raises:
-        UserError: if they do not fit, with what to change.
+        UserError: if they do not fit, with settings to change.
     """
     if not workers or not _FILES.is_dir():
         return
@@ -108,11 +108,11 @@ def check_room(batch_bytes: int, *, workers: int, prefetch: int) -> None:
 def _allocate(block: _Block) -> None:
     """Allocates the memory of a new block.
 
-    Linux allocates a page when it is first written, and kills the writer by SIGBUS if there is
-    none left.
+    Otherwise Linux would allocate each page at its first write, and kill the writer by SIGBUS if
+    none was left.
 
     Raises:
-        OSError: if there is not enough.
+        OSError: if there is not enough memory.
     """
     if not _FILES.is_dir():
         return

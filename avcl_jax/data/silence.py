@@ -15,5 +15,5 @@ def peak(waveform: np.ndarray) -> int:
 
 
 def is_silent(waveform: np.ndarray) -> bool:
-    """Whether int16 samples of any shape hold nothing to hear."""
+    """Returns whether int16 samples of any shape are silent."""
     return peak(waveform) <= SILENCE_PEAK

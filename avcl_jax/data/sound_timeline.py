@@ -61,7 +61,7 @@ def _segments(frames: Sequence[Any], zero: float) -> Iterator[tuple[float, Seque
 
 
 def _resample(frames: Sequence[Any], sample_rate_hz: int) -> np.ndarray:
-    """Mixes down what has several channels and resamples (libswresample): int16 [samples]."""
+    """Mixes several channels down and resamples (libswresample); returns int16 [samples]."""
     resampler = av.AudioResampler(format="s16", layout="mono", rate=sample_rate_hz)
     parts, position = [], 0
     for frame in frames:
@@ -85,8 +85,7 @@ def lay_out(
       sample_rate_hz: Rate to resample to.
 
     Returns:
-      When the first sample sounds, int16 [samples], and what was found about the channels, by kind
-      of note.
+      Time of the first sample, int16 [samples], and messages about the channels by kind of note.
 
     Raises:
       MediaError: If the time stamps leap.

@@ -97,14 +97,14 @@ def variant_config(
 
 
 def variants_of(config: ml_collections.ConfigDict) -> list[str]:
-    """Returns the names of the variants that change something of this config, and "full".
+    """Returns the names of "full" and of the variants that differ from it in this config.
 
     Raises:
         UserError: if there is no variant "full" or no seed, or a variant has an unknown setting.
     """
     names = [name for name, _ in config.ablation.variants]
     if FULL not in names or not config.ablation.seeds:
-        raise UserError(f"ablation.variants must hold {FULL!r} and ablation.seeds a seed")
+        raise UserError(f"ablation.variants must contain {FULL!r}, and ablation.seeds a seed")
     full = experiment.to_json(variant_config(config, FULL, 0))
 
     def changes(name: str) -> bool:
@@ -142,11 +142,12 @@ def ablate(
     unknown = [name for name in section_.only if name not in variants]
     if unknown:
         raise UserError(f"ablation.only names {unknown}, there are {variants}")
-    for what, _, term in section_.figures:
-        if term and not (config.loss.weights.get(term)):
+    trained = [term for term, weight in config.loss.weights.items() if weight]
+    for name, _, term in section_.figures:
+        if term and term not in trained:
             raise UserError(
-                f"ablation.figures has {what!r} of the term {term!r}, which {FULL!r} does not "
-                f"train: set ablation.figures, or a weight of {', '.join(config.loss.weights)}"
+                f"ablation.figures has {name!r} of the loss term {term!r}, which {FULL!r} does not "
+                f"train; it trains {', '.join(trained)}: set ablation.figures or loss.weights"
             )
     runs = {(v, s): variant_config(config, v, s) for v in variants for s in seeds}
     for run in runs.values():

@@ -1,7 +1,7 @@
 """A classifier on an encoder, and the step that trains all of it, or its head and some layers.
 
-What is trained is decided by names of parameters; the rest takes no part in the gradient and does
-not change by a bit.
+Names of parameters decide which are trained; the others take no part in the gradient and do not
+change by a bit.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def trained_mask(params: Mapping[str, Any], freeze: Sequence[str]) -> Any:
         if not frozen or any(not path.startswith("encoder/") for path in frozen):
             layers = sorted({"/".join(p.split("/")[:2]) for p in paths if p.startswith("encoder/")})
             raise FreezeError(
-                f"freeze {name!r} must name layers of the encoder: some of {', '.join(layers)}"
+                f"freeze {name!r} must name layers of the encoder, some of {', '.join(layers)}"
             )
     trained = [not any(path.startswith(name) for name in freeze) for path in paths]
     if freeze and not any(

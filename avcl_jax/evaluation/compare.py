@@ -193,8 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--resamples",
         type=int,
-        help="resamples of the bootstrap, exchanges of the test; as many as the first run used "
-        "unless given",
+        help="number of resamples of bootstrap and test (default: that of the first run)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of bootstrap and test")
     parser.add_argument(

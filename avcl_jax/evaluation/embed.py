@@ -77,7 +77,7 @@ def random_views(
     height, width = max(record.height, 1), max(record.width, 1)
     crops = [random_crop(rng, height, width, spec.crop) for _ in clips]
     arrays = render_views(record, use, clips, clips, crops, spec)
-    # A record's views are averaged: its sound is missing only where all of it is.
+    # Views of a record are averaged, so that it has audio even if some of them are silent.
     arrays["has_audio"] = np.bool_(use.has_audio)
     unwanted = [name for modality, name in MODALITY_INPUTS.items() if modality not in modalities]
     rendered = {name: value for name, value in arrays.items() if name not in unwanted}
@@ -149,7 +149,7 @@ def encode_all(
         render: arrays of one record, from its position.
         count: number of records.
         compute: maps stacked arrays [chunk, …] to outputs [chunk, …].
-        chunk: records in a call; made a multiple of the devices of this host.
+        chunk: records in a call; rounded up to a multiple of the devices of this host.
         threads: records rendered at a time.
         describe_inputs: maps the arrays of one record to further outputs, on the host.
 
@@ -269,10 +269,9 @@ def logit_function(
 
 
 def _over_devices(variables: Any) -> tuple[Callable[[Mapping[str, np.ndarray]], Any], Any]:
-    """Returns a function that spreads a batch over the devices of this host, and the variables.
+    """Returns a function that splits a batch over the devices of this host, and variables on each.
 
-    The variables are copied to every device. A batch is a multiple of the devices, as `encode_all`
-    makes it.
+    The size of a batch must be a multiple of the number of devices, as in `encode_all`.
     """
     mesh = sharding.create_mesh(1, jax.local_devices())
     rows = sharding.rows_sharding(mesh)

@@ -158,7 +158,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
 
 
 def _with_encoders(variables: Mapping[str, Any], encoders: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns variables of the joint model with the encoders given by modality in their place."""
+    """Returns variables of the joint model with its encoders replaced by those in `encoders`."""
     replaced = {kind: dict(tree) for kind, tree in variables.items()}
     for modality, encoder in encoders.items():
         for kind, tree in encoder.items():
@@ -235,7 +235,7 @@ def _supervised_networks(run: EvaluatedRun, fits: Mapping[str, Fit]) -> dict[str
     for label, modality in run.config.evaluation.probes:
         probe = probe_name(label, modality)
         encoders[names[probe]][modality] = fits[probe].encoder_variables
-    # Processes trained the same, but rounding may differ between them.
+    # Every process trained the same networks, but rounding may differ between them.
     encoders = multihost_utils.broadcast_one_to_all(jax.device_get(dict(encoders)))
     return {name: _with_encoders(run.variables, trained) for name, trained in encoders.items()}
 
@@ -247,7 +247,7 @@ def _encode(
     role: str,
     records: UsableRecords,
 ) -> dict[str, np.ndarray]:
-    """Returns features, labels and, of the test records, embeddings of the pretrained network."""
+    """Returns features and labels, and for test records embeddings of the pretrained network."""
     section, spec = run.config.evaluation, run.spec
 
     def describe(arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Run and records that `evaluate` works on, opened and checked before the first slow step."""
+"""Run and records of an evaluation, opened and checked before the first slow step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from avcl_jax.paths import absolute_path
 
 @dataclasses.dataclass(frozen=True)
 class EvaluatedRun:
-    """A pretraining run, and records to show to it.
+    """A pretraining run and the records that it is evaluated on.
 
     Attributes:
         config: the run's own config with the sections of `configs/evaluate.py`.
@@ -77,7 +77,7 @@ def open_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> Evaluate
     Raises:
         ExportError: if `workdir` does not contain a pretraining run.
         RecordError: if the data set or a split is not there.
-        UserError: if settings fit neither each other, the run nor the records.
+        UserError: if settings contradict each other, the run or the records.
         ProtocolError: if test records were pretrained on.
     """
     section = config.evaluation
@@ -90,7 +90,7 @@ def open_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> Evaluate
     directory = absolute_path(merged.data.directory)
     if not directory.exists():
         raise UserError(
-            f"there are no records at {directory}: set --config.data.directory to the data set of "
+            f"there are no records at {directory}: set --config.data.directory to the records of "
             f"{workdir}"
         )
 
@@ -134,7 +134,7 @@ def open_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> Evaluate
 def _with_sections(
     run: ml_collections.ConfigDict, config: ml_collections.ConfigDict
 ) -> ml_collections.ConfigDict:
-    """Returns the config of a run with what evaluation decides."""
+    """Returns the config of a run with the settings of its evaluation."""
     merged = run.copy_and_resolve_references()
     with merged.unlocked():
         merged.task = config.task
@@ -148,7 +148,7 @@ def _with_sections(
 
 
 def evaluated_speeds(asked: Sequence[int], trained: Sequence[int]) -> tuple[int, ...]:
-    """Returns the playback speeds at which features are computed; () asks for all trained ones.
+    """Returns the playback speeds at which features are computed; () means all trained ones.
 
     Raises:
         UserError: if one was not trained.
@@ -183,8 +183,8 @@ def _check_probes(
             if label not in records.records.class_names:
                 raise UserError(
                     f"{asked}, but {records!r} has the labels "
-                    f"{sorted(records.records.class_names)}: set --config.evaluation.probes, for "
-                    'none "--config.evaluation.probes=()"'
+                    f"{sorted(records.records.class_names)}: set --config.evaluation.probes, or "
+                    '"--config.evaluation.probes=()" for none'
                 )
         known = [_labelled(records, label, modality) for records in (train, test)]
         if not len(known[1]):

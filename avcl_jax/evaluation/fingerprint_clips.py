@@ -122,7 +122,7 @@ def clips_of_records(records: RecordDataset, count: int, first: int) -> list[Sou
     return [
         SourceClip(
             records.record_ids[i],
-            # The index has numbers of sources; their names stand in the records.
+            # The index of the records has only numbers of sources; reading names is slow.
             f"{records.split}/{records.source_numbers[i]:07d}",
             functools.partial(load, i),
         )

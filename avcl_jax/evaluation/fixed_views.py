@@ -55,6 +55,6 @@ def fixed_views(
         ]
     crop = center_crop(max(record.height, 1), max(record.width, 1))
     arrays = render_views(record, use, clips, clips, [crop] * len(clips), spec)
-    # A record's views are averaged: its sound is missing only where all of it is.
+    # Views of a record are averaged, so that it has audio even if some of them are silent.
     arrays["has_audio"] = np.bool_(use.has_audio)
     return arrays | describe(index, record, source.records)

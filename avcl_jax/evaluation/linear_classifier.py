@@ -82,11 +82,11 @@ def fit_probe(
 ) -> LinearProbe:
     """Chooses C by cross-validation over sources and trains on all items.
 
-    Sources are dealt to folds at random, so that two clips of one video never stand on both sides.
+    Sources are assigned to folds at random, so that clips of one video are never on both sides.
     Features are standardised by the items that a classifier is trained on. C is the one with the
-    highest mean score over the held-out folds, the smallest of equally good ones: accuracy, a tie
-    between classes counting as wrong, or mean average precision where an item may have several
-    classes.
+    highest mean score over the held-out folds, the smallest of equally good ones. The score is
+    accuracy, a tie between classes counting as wrong, or mean average precision if an item may have
+    several classes.
 
     Args:
         features: float32 [n, channels].
@@ -117,8 +117,8 @@ def fit_probe(
             reached[fold, number] = _score(classifier.scores(features, rows), targets[rows])
     if np.isnan(reached).all():
         raise UserError(
-            "no class has positive and negative items in one of the held-out folds, so mAP is not "
-            "defined: set fewer folds"
+            "no held-out fold has positive and negative items of any class, so mAP is not defined: "
+            "set probe.folds lower"
         )
     means = np.nanmean(reached, axis=0)
     cost = costs[int(means.argmax())]
@@ -127,7 +127,7 @@ def fit_probe(
 
 
 def check_sources(sources: Sequence[Any] | np.ndarray, folds: int) -> None:
-    """Refuses training items that cannot be dealt to folds.
+    """Refuses training items that cannot be split into folds.
 
     Raises:
         UserError: if there are fewer sources than folds.
@@ -156,14 +156,14 @@ def fit_linear(
     """Standardises features and minimises C · Σ loss + ½ ‖weights‖²; the bias is not penalised.
 
     Args:
-        features: float32 [n, channels]; two copies are held in device memory, split over the
-            devices, none by the host.
+        features: float32 [n, channels]; device memory holds two copies, split over the devices; the
+            host makes none.
         targets: int [n] in [0, classes) for softmax cross-entropy, or bool [n, classes] for the sum
             of the classes' binary cross-entropies, which are then independent of each other.
         classes: number of classes.
         cost: inverse regularisation strength, as scikit-learn's C.
         iterations: largest number of iterations.
-        tolerance: largest entry of the gradient of the mean loss at which it ends.
+        tolerance: iterations end when no entry of the gradient of the mean loss is larger.
 
     Raises:
         ValueError: if shapes do not match, or features are not finite.
@@ -194,7 +194,7 @@ class _Items:
         self._targets = self._placed(targets if targets.ndim == 2 else targets.astype(np.int32))
 
     def _placed(self, values: np.ndarray) -> jax.Array:
-        """Puts rows on the devices without a copy of all; zeros fill up to whole devices."""
+        """Puts rows on the devices without copying all of them; pads to whole devices by zeros."""
         count = len(values)
         padded = -(-count // self._mesh.size) * self._mesh.size
 
@@ -252,8 +252,7 @@ def _moments(features: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.nda
         raise ValueError(f"features {features.shape} are not finite")
     scale = np.sqrt(sum(np.square(features[some] - mean).sum(axis=0) for some in blocks))
     scale /= np.sqrt(len(rows))
-    scale[scale <= 1e-6 * np.abs(mean)] = 1.0  # nothing but rounding
-    scale[scale == 0] = 1.0
+    scale[scale <= 1e-6 * np.abs(mean)] = 1.0  # zero, or nothing but rounding
     return mean.astype(np.float32), scale.astype(np.float32)
 
 
@@ -264,7 +263,7 @@ def _standardise(features: jax.Array, mean: jax.Array, scale: jax.Array) -> jax.
 
 def _loss(parameters: Any, data: Any, decay: jax.Array) -> jax.Array:
     features, targets, weight = data
-    # Accelerators round products of float32 to fewer bits unless told not to.
+    # By default accelerators multiply float32 with reduced precision.
     products = jnp.matmul(features, parameters["weights"], precision="highest")
     logits = products + parameters["bias"][None]
     if targets.ndim == 2:

@@ -47,9 +47,9 @@ _SHARED = (
     "uniformly spaced, the largest centred square; its feature is the mean of the encoder's "
     "output over time, space and clips (features.clip_pooling and features.record_pooling).",
     "Features are standardised by mean and deviation of the training records.",
-    "C is chosen by cross-validation over the sources of the training records (probe.folds folds, "
-    "dealt at random), the smallest of equally good ones. The classifier is then trained on all "
-    "training records. Test records decide nothing.",
+    "C is chosen by cross-validation over the sources of the training records (probe.folds random "
+    "folds), the smallest of equally good ones. The classifier is then trained on all training "
+    "records. Test records decide nothing.",
 )
 SINGLE = Protocol(
     name="linear_probe",
@@ -169,7 +169,7 @@ def run_linear_probe(config: ml_collections.ConfigDict, workdir: epath.PathLike)
 
 
 def _splits(config: ml_collections.ConfigDict, encoders: Sequence[EncoderSource]) -> list[_Split]:
-    """Returns the records of every split; reads none."""
+    """Returns the records of every split, without reading one."""
     section = config.data
     if config.features.record_pooling == "clips":
         raise ProtocolError(
@@ -189,7 +189,7 @@ def _splits(config: ml_collections.ConfigDict, encoders: Sequence[EncoderSource]
     if splits[0].test.targets.ndim == 2:
         if len(splits) > 1:
             raise ProtocolError(
-                f"{section.label!r} may have several classes per record, of which mAP over "
+                f"{section.label!r} may have several classes per record, for which mAP over "
                 f"{len(splits)} splits is not defined: set one data.train_select and test_select"
             )
         for role, side in (("train", splits[0].train), ("test", splits[0].test)):
@@ -228,22 +228,22 @@ def _measured(
     class_names = splits[0].test.clips.records.class_names[config.data.label]
     targets = np.concatenate([split.test.targets for split in splits])
     number = np.repeat(np.arange(len(splits)), [len(split.test.clips) for split in splits])
-    values: dict[str, np.ndarray] = {}
-    figures: dict[str, Metric] = {}
+    outcomes: dict[str, np.ndarray] = {}
+    metrics: dict[str, Metric] = {}
     sections = []
     for name, by_split in scores.items():
         suffix, what = (f"_{name}", f", {name} encoder") if name else ("", "")
         logits = np.concatenate(by_split)
         if targets.ndim == 1:
-            outcomes, metrics = class_scores(logits, targets, number, suffix=suffix, what=what)
+            scored = class_scores(logits, targets, number, suffix=suffix, what=what)
             if not name:
                 predicted = logits.argmax(axis=1)
                 confusion = confusion_matrix(targets, predicted, len(class_names))
                 sections.append(confusion_section(confusion, class_names))
         else:
-            outcomes, metrics = _tag_scores(logits, targets, suffix=suffix, what=what)
-        values |= outcomes
-        figures |= metrics
+            scored = _tag_scores(logits, targets, suffix=suffix, what=what)
+        outcomes |= scored[0]
+        metrics |= scored[1]
     one = len(splits) == 1
     rows = [
         [
@@ -264,9 +264,9 @@ def _measured(
                 for record in split.test.clips.record_ids
             ],
             [source for split in splits for source in split.test.clips.sources],
-            values,
+            outcomes,
         ),
-        figures,
+        metrics,
         details={
             "splits": [
                 {

@@ -28,7 +28,7 @@ def text(value: object) -> str:
 
 
 def in_percent(value: float, digits: int = 0) -> str:
-    """Returns a fraction in per cent without the sign; only 1 itself is written as 100."""
+    """Returns a fraction in % without the sign; only 1 itself is written as 100."""
     written = f"{100 * value:.{digits}f}"
     return in_percent(value, digits + 1) if value < 1 and float(written) == 100 else written
 

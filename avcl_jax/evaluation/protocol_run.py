@@ -49,7 +49,7 @@ class ProtocolRun:
         workdir: of the results, local or gs://; made if needed.
         encoder: what is evaluated; None where there is none (baselines).
         data: fingerprints of the data sets by their role, as RecordDataset gives them.
-        heads: digest of the heads that are measured with the encoder; None where none are.
+        heads: digest of the heads that are measured with the encoder; None without heads.
         in_training: `workdir` is that of the pretraining run which is evaluated, and results of an
             earlier state of it are replaced. Any other protocol keeps away from such a directory,
             and results with other settings are never overwritten.
@@ -81,11 +81,11 @@ class ProtocolRun:
     def finished(self) -> dict[str, Any] | None:
         """Returns the results in `workdir` if they are those of this run, and says so.
 
-        Otherwise checks that it can be written, before anything is computed that could not be kept.
+        Otherwise checks that the directory can be written to, before anything is computed.
 
         Raises:
             ProtocolError: if the directory contains something else that this run would overwrite,
-                or cannot be written.
+                or cannot be written to.
         """
         results = self._results()
         if results is None and jax.process_index() == 0:
@@ -95,11 +95,11 @@ class ProtocolRun:
                 trial = self.workdir / "results.json.trial"
                 trial.write_text("")
                 trial.unlink()
-                if new:  # what is refused later leaves nothing behind
+                if new:  # a run that is refused later leaves nothing behind
                     self.workdir.rmdir()
             except OSError as error:
                 raise ProtocolError(
-                    f"{self.workdir} cannot be written ({error}): choose another --workdir"
+                    f"{self.workdir} cannot be written to ({error}): choose another --workdir"
                 ) from error
         return results
 

@@ -121,14 +121,14 @@ def measured(
 def class_scores(
     scores: np.ndarray, labels: np.ndarray, split: np.ndarray, *, suffix: str = "", what: str = ""
 ) -> tuple[dict[str, np.ndarray], dict[str, Metric]]:
-    """Returns outcomes by record and metrics of one class per record, means over splits.
+    """Returns outcomes of records with one class each, and their metrics as means over splits.
 
     Args:
         scores: float [n, classes].
         labels: int [n].
-        split: int [n], number of the split that a record was tested in.
-        suffix: end of the names of what belongs to one network.
-        what: the same in words.
+        split: int [n], number of the split in which a record was tested.
+        suffix: appended to the names of outcomes and metrics, to tell networks apart.
+        what: appended to the titles of metrics.
     """
     classes, splits = scores.shape[1], len(np.unique(split))
     what += f", mean over {splits} splits" * (splits > 1)

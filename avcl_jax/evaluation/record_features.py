@@ -160,14 +160,14 @@ def _pooling(encoder: Encoder, kind: ClipPooling) -> Callable[[Any, jax.Array], 
 def rendered_ahead(
     render: Callable[[int], Row], positions: Sequence[int], *, chunk: int, threads: int
 ) -> Iterator[list[Row]]:
-    """Yields what is rendered of up to `chunk` records at a time, in order.
+    """Yields rendered records in order, up to `chunk` at a time.
 
     Threads render the next records while the device computes.
 
     Args:
-        render: renders one record, from its position.
+        render: renders the record at a position.
         positions: positions of the records.
-        chunk: records in a batch; the last has what is left.
+        chunk: records in a batch; the last batch may be smaller.
         threads: records rendered at a time.
     """
     with ThreadPoolExecutor(threads) as pool:
@@ -182,5 +182,5 @@ def rendered_ahead(
 
 
 def padded(rows: Sequence[Row], chunk: int) -> list[Row]:
-    """Fills a batch up with repetitions of its last row, so that one shape is compiled."""
+    """Pads a batch with repetitions of its last row, so that only one shape is compiled."""
     return [*rows, *[rows[-1]] * (chunk - len(rows))]

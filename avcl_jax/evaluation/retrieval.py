@@ -198,7 +198,7 @@ def retrieval_scores(
 
 
 def check_recall_at(recall_at: Sequence[int], *, setting: str) -> None:
-    """Refuses ranks that do not exist.
+    """Refuses values of K for R@K that are not positive whole numbers.
 
     Raises:
         UserError: naming `setting`.

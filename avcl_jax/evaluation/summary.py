@@ -33,7 +33,7 @@ from avcl_jax.evaluation.written import Stages
 from avcl_jax.objectives.temporal import TERMS
 from avcl_jax.training.metric_writer import peak_memory_gb
 
-_FEWEST_SHOWN = 4  # records in a map and among neighbours
+_FEWEST_SHOWN = 4  # records; fewer make neither a map nor neighbours
 
 
 def write_summary(

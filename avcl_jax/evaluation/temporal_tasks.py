@@ -48,8 +48,8 @@ PROTOCOL = Protocol(
         "by its sound, order of a pair by two pictures, two sounds, and picture and sound.",
         "A record on which not all speeds fit is left out of the speed task; a pair of speeds that "
         "cannot be before, overlapping and after is left out of the order task; a video in which "
-        "nothing moves is left out of all tasks that look at it, a view in which nothing sounds "
-        "out of all that listen to it.",
+        "nothing moves is left out of all tasks that use video, a silent view out of all that use "
+        "audio.",
         "Of each task an equal number of views of each class is scored, chosen by the seed, so "
         "that chance is one over the number of classes for whatever cannot tell them apart.",
     ),

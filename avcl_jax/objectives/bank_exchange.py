@@ -245,7 +245,7 @@ def draw(
         anchors.embeddings[modality].reshape(2 * videos, -1).astype(embeddings[row].dtype)
         for modality, row in pairs
     )
-    # Two bits of each view: one number per video is moved, not two.
+    # Two bits per view, so that one number per video is exchanged instead of two.
     first, second = _presence(anchors.present).astype(jnp.int32).T
     anchor_numbers = jnp.stack([anchors.source_id.astype(jnp.int32), first | (second << 2)], axis=1)
 

@@ -67,9 +67,9 @@ def temporal_targets(batch: Mapping[str, Array]) -> dict[str, tuple[Array, Array
 
     Returns:
         Term name → (labels, mask). A term counts where its task is defined for the video and every
-        modality that it reads exists; the video of a still picture has neither speed nor direction
-        nor order. order_va holds (v1, a2), whose label is the order itself, and
-        (v2, a1), whose label is the reverse: 2 − order.
+        modality that it reads exists; a video in which nothing moves has no speed, direction or
+        order. order_va contains (v1, a2), whose label is the order itself, and (v2, a1), whose
+        label is the reverse: 2 − order.
     """
     has_video = per_view(batch["has_video"]) & per_view(batch["video_moves"])
     has_audio = per_view(batch["has_audio"])

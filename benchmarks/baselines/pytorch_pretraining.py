@@ -35,7 +35,7 @@ from benchmarks.baselines.pytorch_objectives import (
 
 
 def _present(batch: Mapping[str, Tensor]) -> Tensor:
-    """Which videos have picture and sound, bool [2, videos]; the demo has no silent views."""
+    """Returns which videos have video and audio, bool [2, videos]; the demo has no silent views."""
     return torch.stack([batch["has_video"], batch["has_audio"].all(dim=1)])
 
 

@@ -22,7 +22,7 @@ from data_prep.manifest import Entry, Manifest, PrepareError, check_manifest
 
 COLUMNS = ("path", "split", "id", "source", "start", "end")
 TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
-# Tables and lists that people have, and that are neither read nor media.
+# Common tables and lists that are neither supported nor media.
 _OTHER_TABLES = (".json", ".ods", ".tsv", ".txt", ".xls", ".xlsx")
 
 
@@ -64,8 +64,8 @@ def read_input(path: epath.Path, *, split: str, root: epath.Path | None) -> Mani
         manifest = _read_table(path, split, root or path.parent)
     elif path.suffix.lower() in _OTHER_TABLES:
         raise PrepareError(
-            f"{path} is not media, and not a table that is read here: save it as "
-            f"{', '.join(TABLE_SUFFIXES)} (a CSV has commas and is UTF-8)"
+            f"{path} is neither media nor a supported table: save it as "
+            f"{', '.join(TABLE_SUFFIXES)} (CSV: comma-separated UTF-8)"
         )
     else:
         manifest = Manifest((_entry({"path": path.name}, path.parent, split, {}, {}),), {})
@@ -131,7 +131,8 @@ def _check_columns(where: str, columns: Mapping[str, Any]) -> None:
             continue
         if ";" in column or "\t" in column or "\0" in column:
             raise PrepareError(
-                f"{where}: one column {column!r}: a CSV has commas between columns and is UTF-8"
+                f"{where}: column {column!r} looks like several: save the table as comma-separated "
+                "UTF-8"
             )
         near = difflib.get_close_matches(column, COLUMNS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -191,9 +192,9 @@ def _read_table(path: epath.Path, split: str, root: epath.Path) -> Manifest:
 
 
 def _from_windows(path: str, root: epath.Path) -> str:
-    """Returns a path that was written on Windows with slashes, if the file is there by that name.
+    """Returns a path from Windows with slashes, if that file exists.
 
-    Elsewhere a backslash may be part of a name: such a file comes first.
+    Elsewhere a backslash may be part of a name; such a file is preferred.
     """
     slashes = path.replace("\\", "/")
     if not (root / path).exists() and (root / slashes).exists():

@@ -108,10 +108,10 @@ def read(args: argparse.Namespace) -> Manifest:
 
 
 def _check_features(layout: SequenceLayout, features: set[str]) -> None:
-    """Refuses features that no example has: a collection would silently lose its frames or audio.
+    """Refuses feature lists that no example has: records would silently lack frames or audio.
 
-    Files of which no example can be parsed are not refused here: each is rejected by itself. Video
-    without the usual audio is common, video without the usual frames is a matter of names.
+    If no example can be parsed nothing is refused here: each is rejected on its own. The default
+    audio list may be absent, as most videos have none; other absent lists are usually misnamed.
     """
     if not features or sequence_example.ENCODED_MEDIA in features:
         return
@@ -123,7 +123,7 @@ def _check_features(layout: SequenceLayout, features: set[str]) -> None:
         if key is not None and key not in features and not usual:
             raise PrepareError(
                 f"no example has the feature list {key}; there are {', '.join(sorted(features))}: "
-                f"name one by {option}, or say {option}={_NONE} to prepare without"
+                f"set {option} to one of them, or to {_NONE} to prepare without it"
             )
 
 

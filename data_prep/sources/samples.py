@@ -89,7 +89,7 @@ def mono_sound(
 
 
 def _weights(packets: Sequence[tuple[float, np.ndarray]]) -> tuple[np.ndarray, dict[str, str]]:
-    """Returns how the channels of all packets are mixed, and what was found about them."""
+    """Returns the weights of the channels of all packets, and messages by kind of note."""
     count = max((data.shape[1] for _, data in packets), default=1)
     usual = np.full(count, 1 / count)
     wide = [data.astype(np.float64) for _, data in packets]

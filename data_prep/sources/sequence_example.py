@@ -105,7 +105,7 @@ def footage(
         wanted = [key for key in (layout.image_key, layout.audio_key) if key]
         raise MediaError(
             "empty",
-            f"none of {', '.join(wanted) or 'its features'} is used or there; the example has "
+            f"the example has no {' or '.join(wanted) or 'feature list that is used'}; it has "
             f"{', '.join(sorted(features(example))) or 'no feature lists'}",
         )
     if zero is None:
