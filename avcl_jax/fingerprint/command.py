@@ -103,7 +103,9 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     remove.add_argument("videos", nargs="+", help="as they were named when indexed")
     query = command("query", _query, "find the source of a clip")
     query.epilog = _SCORES
-    query.add_argument("clip", type=local_path, help="a media file")
+    query.add_argument(
+        "clip", type=local_path, help="a media file, ./-NAME for one that begins with a dash"
+    )
     query.add_argument("--json", action="store_true", help="answer in JSON")
     query.add_argument("--count", type=int, default=5, help="matches shown (default: %(default)s)")
     query.add_argument(

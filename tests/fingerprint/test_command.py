@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from avcl_jax.fingerprint.command import main
+from tests.data.synthetic_media import write_stretches
 from tests.fingerprint.synthetic import clip, excerpt, leader, write
 
 
@@ -214,3 +216,38 @@ def test_errors_are_one_line_that_says_what_to_do(films, index, encoders, tmp_pa
         assert out == ""
         assert expected in err
         assert err.count("\n") == 1
+
+
+def test_names_with_dashes_spaces_and_a_tilde_and_videos_of_two_sizes(
+    encoders, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "my films"
+    folder.mkdir()
+    write(folder / "-dash.mp4", clip(0))
+    write(folder / "a film.mp4", clip(1))
+    sizes = folder / "two sizes.ts"
+    write_stretches(sizes, [((96, 64), Fraction(1)), ((64, 128), Fraction(1))], seconds=2.0)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(folder)
+    made = "~/an index"
+    status, out, err = run(capsys, "index", "~/my films", "--index", made, "--encoder", encoders)
+    assert (status, out.split(";")[0]) == (
+        *(1, "added 2, replaced 0, already there 0, not indexed 1"),
+    )
+    change = (
+        "mixed_sizes: frames change from 96x64 (pixel shape 1) to 64x128 (pixel shape 1) at 2.00 s"
+    )
+    assert err == f"{sizes}: not indexed, {change}\n"
+    for name in ("./-dash.mp4", "a film.mp4", "~/my films/a film.mp4"):
+        status, out, _ = run(capsys, "query", name, "--index", made, "--json")
+        answer = json.loads(out)
+        assert (status, answer["verdict"]) == (0, "same file")
+        assert answer["match"] == str(folder / name.rpartition("/")[2])
+    assert run(capsys, "query", "--index", made, "--", "-dash.mp4")[0] == 0
+    status, _, err = run(capsys, "query", "two sizes.ts", "--index", made)
+    assert (status, err) == (2, f"avcl-fingerprint: {sizes} cannot be decoded: {change}\n")
+    for part in (("--max-seconds", 1.5), ("--start", 2.1)):
+        status, out, err = run(capsys, "query", "two sizes.ts", "--index", made, *part)
+        assert (status, err) == (0, ""), part
+        assert out.startswith("no match; nearest")
+    assert run(capsys, "remove", "--index", made, "--", "-dash.mp4")[0] == 0
