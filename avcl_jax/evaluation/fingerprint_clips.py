@@ -98,6 +98,23 @@ class Query:
         )
 
 
+def not_empty_clips(
+    clips: Sequence[SourceClip], unused: dict[str, str]
+) -> Iterator[tuple[str, DecodedMedia]]:
+    """Yields clips with something to compare, by name.
+
+    Args:
+        clips: to decode.
+        unused: takes the names of the others, and why.
+    """
+    for clip in clips:
+        media = clip.load()
+        if not_empty(media):
+            yield clip.name, media
+        else:
+            unused[clip.name] = "silent and of one colour: there is nothing to compare"
+
+
 def clips_of_records(records: RecordDataset, count: int, first: int) -> list[SourceClip]:
     """Returns clips of a prepared data set, in its order.
 
@@ -148,7 +165,7 @@ def segments_of_files(
         sample_rate_hz: of the sound.
 
     Returns:
-        Segments with something to compare, and why each file or segment that is not used is not.
+        Segments, and why each file that gives none does not.
     """
     segments: list[SourceClip] = []
     unused: dict[str, str] = {}
@@ -184,9 +201,6 @@ def segments_of_files(
         for number in range(count):
             begin = number * segment_seconds
             name = f"{path.name}@{begin:g}s"
-            if not not_empty(excerpt(media, begin, begin + segment_seconds)):
-                unused[name] = "one colour and silent: there is nothing to compare"
-                continue
             segments.append(SourceClip(name, path.name, functools.partial(load, path, begin)))
     return segments, unused
 

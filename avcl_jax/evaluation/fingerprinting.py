@@ -6,10 +6,11 @@ on the same queries.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import numpy as np
 import threadpoolctl
 from etils import epath
 
-from avcl_jax.data.decoded import DecodedMedia
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.encoder_source import EncoderSource, open_encoders
 from avcl_jax.errors import UserError
@@ -27,6 +27,7 @@ from avcl_jax.evaluation.fingerprint_clips import (
     SourceClip,
     clips_of_records,
     make_queries,
+    not_empty_clips,
     segments_of_files,
     sounds_of_files,
 )
@@ -123,8 +124,11 @@ def fingerprinting(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
         for searcher in searchers:
             with stages(f"indexing for {', '.join(searcher.methods)}"):
                 searcher.index(
-                    _items([*clips.references, *clips.fillers]), _items(clips.background)
+                    not_empty_clips([*clips.references, *clips.fillers], unused),
+                    not_empty_clips(clips.background, unused),
                 )
+        references = [clip for clip in clips.references if clip.name not in unused]
+        clips = dataclasses.replace(clips, references=references)
         examples = Examples(clips.references)
         with stages("queries"):
             asked = ask(
@@ -151,7 +155,7 @@ def fingerprinting(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
             for role in ("references", "fillers", "distractors", "others", "background")
         },
         "reference_videos": len({clip.video for clip in clips.references}),
-        "unused_files": unused,
+        "unused": unused,
         "skipped_baselines": skipped,
         "transformations_version": families.VERSION,
     }
@@ -162,10 +166,6 @@ def fingerprinting(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
         sections=sections(tables, examples, details),
     )
     return protocol_run.write(measured, stages)
-
-
-def _items(clips: Sequence[SourceClip]) -> Iterator[tuple[str, DecodedMedia]]:
-    return ((clip.name, clip.load()) for clip in clips)
 
 
 def clip_sets(

@@ -14,6 +14,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 import pytest
+import simplejpeg
 from etils import epath
 
 from avcl_jax.data.decoded import DecodedMedia
@@ -21,7 +22,11 @@ from avcl_jax.data.record_metadata import write_dataset_metadata
 from avcl_jax.data.records import RecordDataset, shard_name, write_shard
 from avcl_jax.encoder_source import open_encoders
 from avcl_jax.evaluation import fingerprint_clips
-from avcl_jax.evaluation.fingerprint_clips import clips_of_records, segments_of_files
+from avcl_jax.evaluation.fingerprint_clips import (
+    clips_of_records,
+    not_empty_clips,
+    segments_of_files,
+)
 from avcl_jax.evaluation.fingerprinting import clip_sets, fingerprinting
 from avcl_jax.evaluation.protocol import (
     OUTCOMES,
@@ -44,6 +49,10 @@ from tests.fingerprint import synthetic
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("records")
     made = [make_record(n, seconds=4.0, side=24) for n in range(9)]
+    # A reference that shows and tells nothing ends no run.
+    grey = simplejpeg.encode_jpeg(np.full((24, 24, 3), 90, np.uint8))
+    silence = np.zeros_like(made[1].waveform)
+    made[1] = dataclasses.replace(made[1], frames=[grey] * 64, waveform=silence)
     shards = {"test": [write_shard(directory / shard_name("small", "test", 0, 1), made)]}
     names = {label: [str(n) for n in range(5)] for label in ("motion", "material")}
     write_dataset_metadata(directory, name="small", class_names=names, splits=shards)
@@ -97,7 +106,9 @@ def test_rows_of_the_benchmark_and_the_report_beside_them(
     report = (workdir / "report.html").read_text()
     for words in ("R@1 by family, medium strength", "audio removed", "data:image/jpeg;base64"):
         assert words in report
+    assert list(results["details"]["unused"]) == ["record 1"]
     kept = read_outcomes(workdir / "outcomes.npz")
+    assert "test/0000001" not in kept.sources
     assert set(kept.sources) <= {f"test/{n:07d}" for n in range(6)}
     assert kept.values["findable"].mean() == 0.5
     capsys.readouterr()
@@ -262,8 +273,8 @@ def test_files_are_cut_into_segments_or_named_with_a_reason(tmp_path: Path) -> N
     (tmp_path / "text.mp4").write_text("no film")
     # Its sound ends before the second segment, which has none.
     write_flash_and_click(tmp_path / "quiet.mp4", **{**written, "sound_seconds": 2.5})
-    # In the second segment only dither sounds, or there is nothing at all. A quarter of a second
-    # before, as the coding of sound spreads it.
+    # In the second segment only dither sounds, or there is nothing at all; from a quarter of a
+    # second before it, as the coding of sound spreads it.
     film, black = synthetic.clip(0, 2.75), synthetic.leader(3.25)
     synthetic.write(tmp_path / "black.mkv", synthetic.joined(film, black))
     dither = np.arange(len(black.waveform), dtype=np.int16) % 2
@@ -278,15 +289,18 @@ def test_files_are_cut_into_segments_or_named_with_a_reason(tmp_path: Path) -> N
         sample_rate_hz=16_000,
     )
     assert [s.name for s in segments] == [
-        *("black.mkv@0s", "dither.mkv@0s", "dither.mkv@3s"),
+        *("black.mkv@0s", "black.mkv@3s", "dither.mkv@0s", "dither.mkv@3s"),
         *("long.mp4@0s", "long.mp4@3s"),
         *("quiet.mp4@0s", "quiet.mp4@3s"),
     ]
     assert {s.video for s in segments} == {"black.mkv", "dither.mkv", "long.mp4", "quiet.mp4"}
-    assert list(unused) == ["black.mkv@3s", "text.mp4", "tiny.mp4"]
+    assert list(unused) == ["text.mp4", "tiny.mp4"]
     heard = [s.load().has_audio for s in segments]
-    assert heard == [True, True, False, True, True, True, False]
-    media = segments[4].load()
+    assert heard == [True, False, True, False, True, True, True, False]
+    with_content = [name for name, _ in not_empty_clips(segments, unused)]
+    assert with_content == [s.name for s in segments if s.name != "black.mkv@3s"]
+    assert list(unused) == ["text.mp4", "tiny.mp4", "black.mkv@3s"]
+    media = segments[5].load()
     assert media.duration_seconds == pytest.approx(3.0, abs=0.11)
     assert media.frames.shape[1:3] == (32, 32)
     white = media.frame_seconds[media.frames.mean(axis=(1, 2, 3)) > 200]
