@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -234,10 +235,9 @@ def test_names_with_dashes_spaces_and_a_tilde_and_videos_of_two_sizes(
     assert (status, out.split(";")[0]) == (
         *(1, "added 2, replaced 0, already there 0, not indexed 1"),
     )
-    change = (
-        "mixed_sizes: frames change from 96x64 (pixel shape 1) to 64x128 (pixel shape 1) at 2.00 s"
-    )
-    assert err == f"{sizes}: not indexed, {change}\n"
+    change = r"mixed_sizes: frames change from 96x64 .* to 64x128 .* at 2\.00 s\n"
+    there = re.escape(str(sizes))
+    assert re.fullmatch(f"{there}: not indexed, {change}", err)
     for name in ("./-dash.mp4", "a film.mp4", "~/my films/a film.mp4"):
         status, out, _ = run(capsys, "query", name, "--index", made, "--json")
         answer = json.loads(out)
@@ -245,7 +245,8 @@ def test_names_with_dashes_spaces_and_a_tilde_and_videos_of_two_sizes(
         assert answer["match"] == str(folder / name.rpartition("/")[2])
     assert run(capsys, "query", "--index", made, "--", "-dash.mp4")[0] == 0
     status, _, err = run(capsys, "query", "two sizes.ts", "--index", made)
-    assert (status, err) == (2, f"avcl-fingerprint: {sizes} cannot be decoded: {change}\n")
+    assert status == 2
+    assert re.fullmatch(f"avcl-fingerprint: {there} cannot be decoded: {change}", err)
     for part in (("--max-seconds", 1.5), ("--start", 2.1)):
         status, out, err = run(capsys, "query", "two sizes.ts", "--index", made, *part)
         assert (status, err) == (0, ""), part
