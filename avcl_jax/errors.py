@@ -15,7 +15,7 @@ class UserError(ValueError):
     """A setting, file or command that cannot be used: names it, its value, the problem, the fix."""
 
 
-def one_line(error: UserError | OSError) -> str:
+def one_line(error: Exception) -> str:
     """Returns the message of an error in one line.
 
     Raises:

@@ -150,7 +150,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
             config_file.check_overrides(argv, _CONFIG.value)
         return remaining
     except (UserError, flags.Error) as error:
-        print(f"avcl_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"avcl_jax: error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(1) from error
 
 

@@ -12,7 +12,7 @@ from avcl_jax.fingerprint.matching import Alignment
 from avcl_jax.fingerprint.part import SourceRow
 from avcl_jax.fingerprint.scores import Scored, strength
 
-# Intervals with a smaller fraction of the resemblance of the strongest one are chance.
+# Intervals with a smaller fraction of the resemblance of the strongest interval are due to chance.
 _WEAKEST_INTERVAL = 0.25
 
 
@@ -62,12 +62,12 @@ class Match:
         offset_seconds: time in the source of the query's beginning.
         rate: seconds of the source per second of the query.
         score: −log10 of the chance that an unrelated query finds as much; no upper bound.
-        accepted: whether that chance is small enough to call it a match, and the modalities that
-            were required matched.
-        same_file: whether the query is this very file, by its content.
+        accepted: whether that chance is small enough to call it a match, and all required
+            modalities match.
+        same_file: whether the query has the content of this file.
         matched: modalities that suffice for a match without the other.
-        shared_with: names of other sources that match as well; none if this one stands out
-            against each other source by a part of the query that only this one matches.
+        shared_with: names of other sources that match equally well; none if a part of the query
+            that only this one matches suffices for a match.
         video_score: evidence of the video, 0 is chance; None where it was not compared.
         audio_score: the same of the audio.
         duration_seconds: of the source.
@@ -120,8 +120,8 @@ class QueryResult:
         matches: one per source, best first, also those that are not accepted.
         query_seconds: length of the query.
         required: modalities that had to match.
-        empty: modalities that the query has, with nothing in them to compare: the audio is silent,
-            the video shows one colour.
+        empty: modalities of the query without content to compare: silent audio, or video of one
+            colour.
         threshold: score from which a match is accepted.
     """
 
@@ -145,13 +145,13 @@ class QueryResult:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Names of all sources of the query: those that match; of a file itself, its copies."""
+        """Names of all sources that match; for the same file, only of its copies."""
         accepted = [m for m in self.matches if m.accepted]
         return tuple(m.source for m in accepted if m.same_file or self.verdict != "same file")
 
     @property
     def remark(self) -> str:
-        """Says what of the query was empty while the rest was compared; "" if nothing."""
+        """Says which modality of the query was empty while the other was compared; "" if none."""
         if len(self.empty) != 1:
             return ""
         (empty,) = self.empty
@@ -169,13 +169,13 @@ def make_match(
     required: Sequence[str] = (),
     same_file_from: float | None = None,
 ) -> Match:
-    """Describes a scored alignment to those who asked.
+    """Returns the match that describes a scored alignment.
 
     Args:
         scored: the alignment and its scores.
-        source: its source.
+        source: source of the alignment.
         segment_seconds: length of a segment at the reference's pace.
-        rivals: names of the sources that match as well.
+        rivals: names of the sources that match equally well.
         required: modalities that have to match.
         same_file_from: if the query is the source's own file, the second at which it begins.
     """
@@ -206,7 +206,7 @@ def make_match(
 
 
 def _intervals(scored: Scored, length: float) -> list[tuple[float, float, int]]:
-    """Seconds of the query that agree, and how many sources share them."""
+    """Returns start and end of the intervals of the query that agree, and how many share them."""
     alignment = scored.alignment
     runs: list[tuple[float, float, float, list[int]]] = []
     resemblance = strength(alignment)

@@ -114,7 +114,7 @@ def _needs_fit(
         return False
     if not manifest["projection"]:
         return True
-    # An index of songs alone meets its first film.
+    # The first film is added to an index of songs.
     if any(
         p.fitted_to == 0 and any(m[2][name].any() for m in media) for name, p in projections.items()
     ):

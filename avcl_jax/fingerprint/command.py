@@ -37,14 +37,14 @@ from avcl_jax.fingerprint.settings import KINDS, FingerprintSettings
 from avcl_jax.fingerprint.verification import verify
 from avcl_jax.paths import local_path
 
-# Commands of their own modules, which have `add_arguments` and `run` and are imported when asked
-# for: their dependencies differ.
 _SCORES = (
     "score: -log10 of the chance that an unrelated clip finds as much in this index; 2 is one in a "
     f"hundred, 6 one in a million, {THRESHOLD:g} or more is a match. video, audio: evidence of "
-    "each, 0 is chance. Several sources may match, each a part of the clip; sources that match "
-    "equally well, as copies of one film or films with the same logo do, are all named as shared."
+    "each, 0 is chance. Several sources may match, each a part of the clip. Sources that match "
+    "equally well, such as copies of one film or films with the same logo, are reported as shared."
 )
+# Commands of their own modules, which have `add_arguments` and `run` and are imported when asked
+# for: their dependencies differ.
 _MODULES = {"serve": ("avcl_jax.fingerprint.serve", "show matches in a web page on this machine")}
 
 

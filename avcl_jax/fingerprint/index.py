@@ -37,9 +37,9 @@ from avcl_jax.paths import absolute_path, local_path
 
 __all__ = ["AddReport", "FingerprintIndex", "Match", "QueryResult"]
 
-# What can be required to match.
+# Modalities that can be required to match, by name.
 REQUIREMENTS = {"video": ("video",), "audio": ("audio",), "both": MODALITIES}
-NOTHING_TO_COMPARE = "show one colour and are silent, or lack what the encoders compare"
+NOTHING_TO_COMPARE = "show one colour and are silent, or lack the modalities of the encoders"
 # What one `add` holds in memory before it commits; an interrupted one loses no more than this.
 _COMMIT_SEGMENTS = 20_000
 # The calibration is for the size at which it was fitted, and follows it by theory from there.
@@ -248,9 +248,9 @@ class FingerprintIndex:
             media: decoded with `segmenter.decoding`.
             modalities: which to compare, of those that encoders and clip have.
             count: matches to return, at most.
-            required: modalities each of which has to match for a source to be accepted.
-            content: SHA-256 of the clip's file, by which an indexed file itself is known.
-            start_seconds: where in that file `media` begins.
+            required: modalities that must each match for a source to be accepted.
+            content: SHA-256 of the clip's file, to recognise an indexed file.
+            start_seconds: start of `media` in that file.
 
         Raises:
             FingerprintError: if the clip is shorter than a segment, or a required modality is
@@ -278,19 +278,19 @@ class FingerprintIndex:
         )
         compared = [m for m in there if m in self.modalities and m in modalities]
         full = not_empty(media)
-        # Of a query with nothing at all there is no match to remark anything about.
+        # A query without any content has no match to remark on.
         empty = [m for m in compared if m not in full] if any(m in full for m in compared) else ()
         return dataclasses.replace(result, empty=tuple(empty))
 
     def check_required(self, required: Sequence[str], modalities: Sequence[str]) -> None:
-        """Checks that what has to match is compared.
+        """Checks that the required modalities are compared.
 
         Args:
             required: as `query`.
             modalities: as `query`.
 
         Raises:
-            FingerprintError: if it is not.
+            FingerprintError: if one is not.
         """
         for what, given in (("indexed", self.modalities), ("compared", modalities)):
             for modality in required:
@@ -362,7 +362,7 @@ class FingerprintIndex:
             )
             for s in scored
         ]
-        # Before higher scores that lack a required modality, or are shared with other sources.
+        # Even before higher scores that lack a required modality or are shared with other sources.
         matches.sort(key=lambda match: (not match.accepted, bool(match.shared_with)))
         return QueryResult(matches[:count], query_seconds, tuple(required))
 

@@ -146,8 +146,8 @@ def align(
     Args:
         prepared: the query.
         spans: modality -> length of a segment; of the modalities to compare.
-        known: number and offset in seconds of sources that are the query itself, unchanged: they
-            are laid there, whatever was voted for.
+        known: number and offset in seconds of sources that are the unchanged query; they are
+            aligned there, whatever the votes say.
 
     Returns:
         The best alignment of each source that was looked at closely, best first.

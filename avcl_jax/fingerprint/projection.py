@@ -41,7 +41,7 @@ def fit_projection(features: np.ndarray, dimensions: int) -> Projection:
     """Fits centre, whitening and principal components.
 
     Args:
-        features: [n, D], n may be small: 1, or 0 where no medium has this modality yet.
+        features: [n, D], n may be small: 1, or 0 if no file has this modality yet.
         dimensions: components to keep, at most.
     """
     features = np.asarray(features, np.float64)

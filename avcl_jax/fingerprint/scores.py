@@ -1,6 +1,6 @@
-"""Scores of alignments: over a whole query or a part of it, by modality, and by what is not shared.
+"""Scores of alignments: of a whole query or a part, by modality, and without what sources share.
 
-A query may be cut together from several sources, each of which agrees with a part of it only, and
+A query may be cut together from several sources, each of which agrees with only a part of it, and
 many sources may have the same logo, jingle or trailer. Both need the evidence of a part of a query.
 """
 
@@ -14,11 +14,11 @@ import numpy as np
 from avcl_jax.fingerprint.calibration import THRESHOLD, Calibration
 from avcl_jax.fingerprint.matching import Alignment
 
-# Shorter parts of a query are not looked at: there are many, and each proves little.
+# Shorter parts of a query are not scored: there are many, and each is weak evidence.
 _SHORTEST_PART_SECONDS = 3.0
-# Two sources match a part of the query equally well if their similarities, averaged over so many
-# seconds, are at most so far apart. Recodings of the same footage differ by a few per cent, other
-# footage by nearly all.
+# Two sources match a part of the query equally well if the similarity of one, averaged over these
+# seconds, is at least this fraction of the other's. For recodings of the same footage the fraction
+# is nearly 1, for other footage nearly 0.
 _SMOOTHING_SECONDS = 2.0
 _EQUALLY = 0.5
 
@@ -35,8 +35,8 @@ class Scored:
         matched: modalities that reach the threshold without the other.
         shared_by: int [segments], number of sources that match each segment of the query as well
             as this one, itself included.
-        rivals: numbers of other sources that match as well: what they do not match of the query
-            does not suffice for a match with this one; none below the threshold.
+        rivals: numbers of other sources that match equally well, so that the rest of the query does
+            not suffice for a match with this one; none below the threshold.
     """
 
     alignment: Alignment
@@ -72,7 +72,7 @@ def score_alignments(
         whole = np.ones(len(alignment.agrees), bool)
         parts = _parts(alignment, query_seconds, min(spans.values()))
         best = _Part(alignment, whole, query_seconds, segments)
-        # Each part is another query that may find something by chance.
+        # Each part is another query that may match by chance.
         for inside, seconds in parts:
             part = _Part(alignment, inside, seconds, segments * len(parts))
             if part.score(together, spans) > best.score(together, spans):
@@ -118,7 +118,7 @@ class _Part:
 
     def score(self, calibration: Calibration, spans: Mapping[str, float]) -> float:
         """Returns the score by the modalities of `spans`."""
-        if self.inside.all():  # as the calibration was fitted
+        if self.inside.all():  # as in the fit of the calibration
             whole = [self.alignment.by_modality.get(m, 0.0) for m in spans]
             evidence = float(np.sqrt(np.square(np.maximum(whole, 0)).sum()))
         else:

@@ -33,7 +33,8 @@ from avcl_jax.fingerprint.settings import FingerprintSettings
 _BATCH = 32
 # A segment may reach over the end by this share of its length, as containers round durations.
 _SLACK = 0.05
-# Pictures of one colour, but for the noise of coding: all black leaders are alike.
+# Frames below this standard deviation are of one colour with codec noise: all black leaders are
+# alike.
 _FLAT_DEVIATION = 3.0
 # Seconds decoded at a time: what a long film takes in memory.
 _INTERVAL_SECONDS = 120.0
@@ -230,7 +231,7 @@ def _structured(
 
 
 def not_empty(media: DecodedMedia) -> tuple[str, ...]:
-    """Returns the modalities of a medium that are neither silent nor of one colour."""
+    """Returns the modalities of a clip that are neither silent nor of one colour."""
     found = []
     if media.has_video and not _flat(media.frames).all():
         found.append("video")
@@ -267,7 +268,7 @@ def _count(media: DecodedMedia, modality: str, hop: float, span: float) -> int:
 
 
 def _present(media: DecodedMedia, modality: str, starts: np.ndarray, span: float) -> np.ndarray:
-    """Which segments have a modality; silence is no sound, and one colour is no picture."""
+    """Returns which segments have a modality; silence and frames of one colour do not count."""
     first, last = _extent(media, modality)
     here = (starts >= first - _SLACK * span) & (starts + span <= last + _SLACK * span)
     if modality == "video" and here.any():
@@ -285,7 +286,7 @@ def _present(media: DecodedMedia, modality: str, starts: np.ndarray, span: float
 
 
 def _flat(frames: np.ndarray) -> np.ndarray:
-    """Which frames are of one colour."""
+    """Returns bool [frames], which are of one colour."""
     return np.array([cv2.meanStdDev(image)[1].max() < _FLAT_DEVIATION for image in frames])
 
 

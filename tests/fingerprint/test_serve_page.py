@@ -209,7 +209,7 @@ def test_same_file_and_only_audio_are_said_in_words(open_page, page_library, cli
     page = open_page(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     page.set_input_files("#file", page_library.directory.parent / "media" / TITLE)
     expect(page.locator("#badge")).to_have_text("Same file", timeout=60_000)
-    expect(page.locator("#explanation")).to_contain_text("is the very file")
+    expect(page.locator("#explanation")).to_contain_text("is the same file as")
     page.set_input_files("#file", clips / "dubbed.mkv")
     expect(page.locator("#badge")).to_have_text("Match", timeout=60_000)
     expect(page.locator("#explanation")).to_contain_text("only the audio matches")
@@ -224,7 +224,7 @@ def test_what_two_sources_share_has_no_single_source(open_page, clips):
     # Both are named, in the order of their scores.
     headline = page.locator("#headline").inner_text()
     assert sorted(headline.split(" and ")) == ["other 3.mkv", "trailer.mkv"]
-    sync_api.expect(page.locator("#explanation")).to_contain_text("is in 2 sources alike")
+    sync_api.expect(page.locator("#explanation")).to_contain_text("2 sources match trailer.mkv")
     sync_api.expect(page.locator("#source-role")).to_have_text("One of 2 sources")
 
 

@@ -113,11 +113,11 @@ def either_way(percent: float, rng: np.random.Generator) -> float:
 
 
 def at_speed(waveform: np.ndarray, sample_rate_hz: int, rate: float) -> np.ndarray:
-    """Returns the sound played `rate` times as fast, its pitch as many times as high.
+    """Returns the audio played `rate` times as fast, its pitch raised by the same factor.
 
     Args:
         waveform: int16 [samples].
-        sample_rate_hz: its rate.
+        sample_rate_hz: sample rate of `waveform`.
         rate: above 0.
     """
     return soxr.resample(waveform, sample_rate_hz * rate, sample_rate_hz)

@@ -51,8 +51,8 @@ def speed_and_pitch(
 ) -> Transformed:
     """Plays video and audio faster, and the pitch rises with the speed.
 
-    So films of 24 frames per second reach PAL television at 25, broadcasters save time, and music
-    is published "sped up".
+    Examples are films of 24 frames per second shown at 25 (PAL speed-up), broadcasts that save time
+    and "sped up" music.
 
     Args:
         media: the clip.
@@ -65,7 +65,7 @@ def speed_and_pitch(
 def _played(
     media: DecodedMedia, rate: float, play: Callable[[np.ndarray, int, float], np.ndarray]
 ) -> Transformed:
-    """Plays video and audio at a rate, the audio by a function of `sound`."""
+    """Plays video and audio at a rate; `play` is a function of `sound` for the audio."""
     waveform = media.waveform
     if media.has_audio:
         waveform = play(waveform, media.sample_rate_hz, rate)

@@ -165,7 +165,7 @@ function explanation(answer, nearest) {
     ? ` Only its first ${clock(clip.compared_seconds, 0)} of ${clock(clip.seconds, 0)} were compared.`
     : "";
   if (verdict === "same file") {
-    return `${clip.name} is the very file ${listed(answer.sources)}.${part}`;
+    return `${clip.name} is the same file as ${listed(answer.sources)}.${part}`;
   }
   if (match) {
     const others = answer.candidates.filter((c) => c.accepted && c.id !== match.id).length;
@@ -177,9 +177,9 @@ function explanation(answer, nearest) {
     return `${begins}; ${match.what_matched}. ${chance(match.score)} scores as high.${more}${part}`;
   }
   if (verdict === "shared") {
-    return `${clip.name} is in ${sources(sharing(nearest, answer).length, answer)} alike: copies ` +
-      "of one film, or a logo or trailer that they have in common. Nothing in the clip tells from " +
-      `which it was taken. Of ${nearest.title}, ${nearest.what_matched}.${part}`;
+    return `${sources(sharing(nearest, answer).length, answer)} match ${clip.name} equally well: ` +
+      "copies of one film, or sources with the same logo or trailer. Nothing in the clip tells " +
+      `which one it was taken from. For ${nearest.title}, ${nearest.what_matched}.${part}`;
   }
   if (!nearest) return `No source resembles it at all.${part}`;
   if (nearest.score >= threshold) {
