@@ -7,6 +7,7 @@ file raises into pages of text.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,7 +84,11 @@ def _load(name: str, parser: Parser) -> ml_collections.ConfigDict:
     if not Path(file).is_file():
         known = [str(path.relative_to(_CONFIGS.parent)) for path in sorted(_CONFIGS.glob("*.py"))]
         near = difflib.get_close_matches(file, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else "see the files in configs/"
+        hint = f"see the files in {_CONFIGS}"
+        if file in known:
+            hint = f"from this folder it is {os.path.relpath(_CONFIGS.parent / file)}"
+        elif near:
+            hint = f"did you mean {near[0]}?"
         raise UserError(f"--config={name}: there is no file {file}; {hint}")
     try:
         return parser.parse(name)

@@ -1,6 +1,8 @@
 """Audio-video retrieval, both ways, by the embeddings of a run.
 
     python -m avcl_jax.main --config=configs/cross_modal.py --config.encoder=runs/demo
+    python -m avcl_jax.main --config=configs/cross_modal.py:records --config.encoder=runs/mine \
+        --config.data.directory=data/mine --workdir=runs/mine_cross_modal
     python -m avcl_jax.main --config=configs/cross_modal.py:vggsound \
         --config.encoder=gs://bucket/vggsound --workdir=runs/vggsound_cross_modal
 
@@ -19,13 +21,15 @@ _SPLITS = {"vggsound": "test", "audioset": "eval", "kinetics400": "val", "kineti
 
 
 def get_config(preset: str = "demo") -> ml_collections.ConfigDict:
-    """The config of a preset: demo, vggsound, audioset, kinetics400 or kinetics600.
+    """The config of a preset: demo, records, vggsound, audioset, kinetics400 or kinetics600.
 
-    The demo was run whole (docs/protocols.md); the others share its code and were not run, their
-    data are not here. All records of a split are the gallery, as no official subset exists.
+    Of `records`, which may be any, the directory must be given. The demo was run whole
+    (docs/protocols.md); the data sets share its code and were not run, their data are not here. All
+    records of a split are the gallery, as no official subset exists.
     """
-    if preset != "demo" and preset not in _SPLITS:
-        known = ", ".join(["demo", *_SPLITS])
+    small = ("demo", "records")
+    if preset not in small and preset not in _SPLITS:
+        known = ", ".join([*small, *_SPLITS])
         raise UserError(f"unknown preset {preset!r}: use one of {known}")
     c = protocols.base("audio_video_retrieval", f"{preset}_cross_modal")
     c.data.select = ""  # as avcl_jax/data/selection.py reads it; empty for all records
@@ -35,6 +39,7 @@ def get_config(preset: str = "demo") -> ml_collections.ConfigDict:
     c.features.part_records = 1024
     if preset == "demo":
         protocols.demo_data(c)
+    if preset in small:
         c.data.split = "test"
         c.features.speeds = (1, 2, 4)  # of those that the run trained
         c.features.views_per_speed = 4

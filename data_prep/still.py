@@ -8,11 +8,13 @@ import cv2
 import numpy as np
 import simplejpeg
 
-# A cell is a sixteenth of the frame wide and high. In a still picture H.264 changes its mean by up
-# to 4 of 255 levels (CRF 28, 96 lines) or 6 (CRF 38, 360 lines). The least in a moving video of
-# those measured, real or of the demo, is 54.
-_CELLS, _LEVELS = 16, 8.0
-_SMALLEST = 4 * _CELLS  # pixels; JPEG is decoded at a fraction of its size down to this
+# Cells to the width and height of a frame, and how much the mean of a cell must change, of 255
+# levels. In a still picture H.264 changes cells of 16x16 by up to 4 (CRF 28, 96 lines) or 6 (CRF
+# 38, 360 lines); the least in a moving video of those measured, real or of the demo, is 54. The
+# mouth alone of a person who speaks changes them by 6, but cells of 64x64 by 53; there a still
+# picture, with noise that cells of 16x16 tolerate, changes by up to 36.
+_LEVELS = {16: 8.0, 64: 40.0}
+_SMALLEST = max(_LEVELS)  # pixels; JPEG is decoded at a fraction of its size down to this
 # In a shorter time real motion may be as small as noise.
 _MIN_SECONDS = 0.5
 
@@ -29,13 +31,17 @@ def is_still(frames: Sequence[bytes], seconds: float) -> bool:
     """
     if seconds < _MIN_SECONDS:
         return False
-    first = _cells(frames[0])
-    return all(np.abs(_cells(frame) - first).max() < _LEVELS for frame in frames[1:])
+    first = _means(frames[0])
+    return not any(
+        np.abs(mean - reference).max() >= levels
+        for frame in frames[1:]
+        for mean, reference, levels in zip(_means(frame), first, _LEVELS.values(), strict=True)
+    )
 
 
-def _cells(frame: bytes) -> np.ndarray:
-    """Returns the mean brightness of each cell, float32 [cells, cells]."""
+def _means(frame: bytes) -> list[np.ndarray]:
+    """Returns the mean brightness of the cells of each size, float32 [cells, cells]."""
     grey = simplejpeg.decode_jpeg(
         frame, colorspace="GRAY", min_height=_SMALLEST, min_width=_SMALLEST
-    )
-    return cv2.resize(grey[..., 0].astype(np.float32), (_CELLS,) * 2, interpolation=cv2.INTER_AREA)
+    )[..., 0].astype(np.float32)
+    return [cv2.resize(grey, (cells,) * 2, interpolation=cv2.INTER_AREA) for cells in _LEVELS]

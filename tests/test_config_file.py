@@ -62,6 +62,15 @@ def test_a_mistake_is_one_line_with_the_nearest_names(arguments, message) -> Non
     assert "\n" not in str(caught.value)
 
 
+def test_from_another_folder_the_path_of_the_config_is_named(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "one").mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    with pytest.raises(UserError, match="; from this folder it is ") as e:
+        check(PRETRAIN)
+    named = str(e.value).partition("it is ")[2]
+    assert Path(named).samefile(small.ROOT / "configs" / "pretrain.py")
+
+
 def test_what_is_right_passes() -> None:
     check()
     check(PRETRAIN, "--config.steps=3", "--config.loss.weights.vv=0", "--noconfig.crop.flip")

@@ -75,7 +75,11 @@ def test_what_evaluates_a_run_repeats_none_of_its_settings(preset):
     ("module", "task", "presets"),
     [
         (retrieval, "video_retrieval", ("demo", "ucf101", "hmdb51", "kinetics400")),
-        (cross_modal, "audio_video_retrieval", ("demo", "vggsound", "audioset", "kinetics600")),
+        (
+            cross_modal,
+            "audio_video_retrieval",
+            ("demo", "records", "vggsound", "audioset", "kinetics600"),
+        ),
         (temporal, "temporal_tasks", ("demo", "records")),
         (audio_classification, "audio_classification", ("esc10", "esc50")),
         (

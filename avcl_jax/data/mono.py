@@ -14,6 +14,37 @@ _SILENT_FRACTION = 1e-4
 # In a mix of unrelated channels energies add up. With less than this fraction of their sum, the
 # channels cancel.
 _CANCELLED_FRACTION = 0.5
+# Of the audible seconds. In one of stereo music channels may cancel and still belong together.
+_CANCELLED_SECONDS = 0.05
+
+
+class ChannelEnergies:
+    """Sums of products of the samples of two channels, for each second of a clip."""
+
+    def __init__(self, sample_rate_hz: int):
+        """Starts without samples."""
+        self._rate = sample_rate_hz
+        self._count = 0
+        self._seconds: list[np.ndarray] = []
+
+    def add(self, samples: np.ndarray) -> None:
+        """Adds the samples that follow, float64 [channels, samples]."""
+        for part in np.split(
+            samples, range(-self._count % self._rate, samples.shape[1], self._rate), axis=1
+        ):
+            if self._count % self._rate == 0 and part.shape[1]:
+                self._seconds.append(np.zeros((len(part),) * 2))
+            if part.shape[1]:
+                self._seconds[-1] += part @ part.T
+            self._count += part.shape[1]
+
+    def per_second(self) -> np.ndarray:
+        """Returns float64 [seconds, channels, channels]; a rest is part of the last second."""
+        seconds = np.array(self._seconds)
+        if len(seconds) > 1 and self._count % self._rate:
+            seconds[-2] += seconds[-1]
+            seconds = seconds[:-1]
+        return seconds
 
 
 def choose_weights(
@@ -23,24 +54,28 @@ def choose_weights(
 
     The usual mix is kept unless a channel is silent or the mix cancels. Silent channels are left
     out, as if the file did not have them: one dead channel of two does not cost 6 dB. If the mix of
-    the rest has lost more than half of the channels' energy, as with a right channel that is the
-    inverted left, only the strongest channel is used.
+    the rest has lost more than half of the channels' energy in more than a twentieth of the audible
+    seconds, as with a right channel that is the inverted left, only the strongest channel is used.
 
     Args:
-      energies: float64 [channels, channels], sums of products of the samples of two channels.
+      energies: float64 [seconds, channels, channels] of `ChannelEnergies`, at least one second.
       weights: float64 [channels] of the usual mix, not negative; their sum is 1.
       names: Names of the channels.
 
     Returns:
       Weights of the mix, `weights` itself for the usual one, and messages by kind of note.
     """
-    single = np.diag(energies) * (weights > 0)
+    each = np.einsum("scc->sc", energies) * (weights > 0)
+    single = each.sum(axis=0)
     heard = (single > 0) & (single >= _SILENT_FRACTION * single.max())
     if not heard.any():
         return weights, {}
     silent = [names[int(n)] for n in np.flatnonzero((weights > 0) & ~heard)]
     mix = weights * heard / (weights * heard).sum() if silent else weights
-    if mix @ energies @ mix < _CANCELLED_FRACTION * (mix**2 @ single):
+    separate = each @ mix**2
+    audible = separate >= _SILENT_FRACTION * separate.max()
+    cancels = np.einsum("c,scd,d->s", mix, energies, mix) < _CANCELLED_FRACTION * separate
+    if cancels[audible].mean() > _CANCELLED_SECONDS:
         strongest = int(single.argmax())
         message = f"the mono mix cancels: only channel {names[strongest]} is used"
         return np.eye(len(names))[strongest], {"antiphase": message}
@@ -61,16 +96,18 @@ def mix_to_mono(frames: Sequence[Any]) -> tuple[list[Any], dict[str, str]]:
       As many frames with their times, mono where they were mixed here, and messages by kind of
       note.
     """
-    energies: dict[str, np.ndarray] = {}
+    energies: dict[str, ChannelEnergies] = {}
     for frame, samples in _channels(frames):
-        name = frame.layout.name
-        energies[name] = energies.get(name, 0.0) + samples @ samples.T
+        energies.setdefault(frame.layout.name, ChannelEnergies(frame.sample_rate)).add(samples)
     weights: dict[str, np.ndarray] = {}
     notes: dict[str, str] = {}
     for name, products in energies.items():
         usual = _usual_weights(name)
-        names = [channel.name for channel in av.AudioLayout(name).channels]
-        mix, messages = choose_weights(products, usual, names)
+        names = [
+            str(number) if channel.name == "NONE" else channel.name  # of a file without a layout
+            for number, channel in enumerate(av.AudioLayout(name).channels, start=1)
+        ]
+        mix, messages = choose_weights(products.per_second(), usual, names)
         if mix is not usual:
             weights[name] = mix
         notes |= messages

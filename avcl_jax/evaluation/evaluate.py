@@ -122,7 +122,9 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
             null = _null(run, *run.null)
 
     temporal = {name: score.as_results() for name, score in scores.items()}
-    null_summary: dict[str, Any] = {"skipped": "evaluation.null.train_split names no split"}
+    null_summary: dict[str, Any] = {
+        "skipped": "it needs records of noise, named by --config.evaluation.null.train_split"
+    }
     if null is not None:
         for task, score in null.scores.items():
             temporal[task]["null_accuracy"] = score.accuracy

@@ -23,7 +23,9 @@ STATISTICS: Mapping[str, Callable[..., float]] = {
     # Of the accuracies of three networks on the same items.
     "gap_closed": lambda *correct: metrics.gap_closed(*(float(np.mean(c)) for c in correct)),
     # Right answers over answers, where units give different numbers of them.
-    "ratio": lambda counts, totals: float(np.sum(counts) / np.sum(totals)),
+    "ratio": lambda counts, totals: (
+        float(np.sum(counts) / np.sum(totals)) if np.any(totals) else float("nan")
+    ),
     "mean_average_precision": lambda scores, relevant: _over_classes(
         metrics.average_precision, scores, relevant
     ),

@@ -11,7 +11,7 @@ import numpy as np
 
 from avcl_jax.data.media import Sound
 from avcl_jax.data.media_error import MediaError
-from avcl_jax.data.mono import choose_weights
+from avcl_jax.data.mono import ChannelEnergies, choose_weights
 from avcl_jax.data.sound_timeline import lay_out
 
 _INTEGER_SCALE = 32768.0  # of 16-bit samples, whatever type holds them
@@ -66,7 +66,7 @@ def mono_sound(
     """
     frames = []
     rate = samples.sample_rate_hz
-    weights, notes = _weights(samples.packets)
+    weights, notes = _weights(samples.packets, rate)
     for start, data in samples.packets:
         mixed = _mono(data, samples.full_scale, weights)
         for first in range(0, len(mixed), _PART_SAMPLES):
@@ -88,13 +88,19 @@ def mono_sound(
     return Sound(first_seconds, waveform, notes) if len(waveform) else None
 
 
-def _weights(packets: Sequence[tuple[float, np.ndarray]]) -> tuple[np.ndarray, dict[str, str]]:
+def _weights(
+    packets: Sequence[tuple[float, np.ndarray]], sample_rate_hz: int
+) -> tuple[np.ndarray, dict[str, str]]:
     """Returns the weights of the channels of all packets, and messages by kind of note."""
     count = max((data.shape[1] for _, data in packets), default=1)
     usual = np.full(count, 1 / count)
-    wide = [data.astype(np.float64) for _, data in packets]
-    energies = sum((data.T @ data for data in wide), np.zeros((count, count)))
-    if count == 1 or not np.isfinite(energies).all():  # `_mono` says what is wrong
+    if count == 1:
+        return usual, {}
+    sums = ChannelEnergies(sample_rate_hz)
+    for _, data in packets:
+        sums.add(data.T.astype(np.float64))
+    energies = sums.per_second()
+    if not energies.size or not np.isfinite(energies).all():  # `_mono` says what is wrong
         return usual, {}
     return choose_weights(energies, usual, [str(number + 1) for number in range(count)])
 

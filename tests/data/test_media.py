@@ -499,6 +499,30 @@ def test_a_mono_mix_does_not_depend_on_frames(tmp_path: Path) -> None:
         np.testing.assert_array_equal(sound.waveform, samples[strongest])
 
 
+@pytest.mark.parametrize(
+    ("seconds", "gains", "noted"),
+    [
+        (range(5, 10), (1.0, -1.0), True),
+        (range(9, 10), (1.0, -1.0), True),
+        (range(5, 10), (0.05, -0.05), True),  # quieter than the rest
+        (range(5, 10), (1.0, 0.5), False),
+    ],
+)
+def test_channels_that_cancel_in_a_part_are_not_silent_there(
+    tmp_path: Path, seconds: range, gains: tuple[float, float], noted: bool
+) -> None:
+    samples = np.tile(A, (2, 10))
+    where = slice(seconds.start * SOUND_RATE, seconds.stop * SOUND_RATE)
+    samples[:, where] *= np.array(gains)[:, None]
+    write_channels(tmp_path / "a.wav", samples.astype(np.int16), layout="stereo", codec="pcm_s16le")
+    sound = media.decode_audio(tmp_path / "a.wav", sample_rate_hz=SOUND_RATE)
+    assert sound is not None
+    assert sound.waveform[where].max() >= 0.04 * 9000
+    # A WAV file of two channels has no names for them.
+    found = "the mono mix cancels: only channel 1 is used"
+    assert sound.notes == ({"antiphase": found} if noted else {})
+
+
 def test_a_file_shorter_than_its_header_says_is_truncated(
     clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

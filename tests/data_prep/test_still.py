@@ -147,6 +147,16 @@ def test_what_is_too_short_to_judge_is_not_still() -> None:
     assert is_still([frame], 3.0)
 
 
+def test_a_mouth_that_speaks_in_a_still_picture_moves() -> None:
+    frames = []
+    for height in (4, 8, 14, 8):
+        image = np.kron(photo(1), np.ones((4, 4, 1), np.uint8))
+        image[220 - height // 2 : 220 + height // 2, 306:334] = (60, 20, 20)
+        frames.append(simplejpeg.encode_jpeg(image, quality=90))
+    assert not is_still(frames, 3.0)
+    assert is_still(frames[1::2], 3.0)
+
+
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is absent")
 def test_of_the_real_media_one_is_still(tmp_path: Path) -> None:
     """A camera whose lens is covered: black, with noise."""

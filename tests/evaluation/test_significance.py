@@ -1,5 +1,7 @@
 """Intervals and paired tests: coverage, sources drawn together, exchanges counted by hand."""
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -112,6 +114,10 @@ def test_where_all_units_are_alike_bounds_are_exact_for_their_sources() -> None:
     ):
         interval = bootstrap("ratio", [correct, totals], np.arange(4), resamples=50, seed=0)
         assert interval == pytest.approx((value, low, high))
+    # Resamples of the videos without an answer alone have no ratio; numpy would warn of them.
+    with warnings.catch_warnings(action="error"):
+        few = bootstrap("ratio", [totals[:2] / 3, totals[:2]], np.arange(2), resamples=50, seed=0)
+    assert few == pytest.approx((1 / 3, 1 / 3, 1 / 3))
     # The mean of what is no share has no such bounds.
     assert bootstrap("median", [np.ones(9)], np.arange(9), resamples=9, seed=0) == (1, 1, 1)
     even = bootstrap("mean", [np.array([0.5, 1.5])], np.zeros(2), resamples=9, seed=0)
