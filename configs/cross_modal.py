@@ -23,8 +23,8 @@ _SPLITS = {"vggsound": "test", "audioset": "eval", "kinetics400": "val", "kineti
 def get_config(preset: str = "demo") -> ml_collections.ConfigDict:
     """The config of a preset: demo, records, vggsound, audioset, kinetics400 or kinetics600.
 
-    Of `records`, which may be any, the directory must be given. The demo was run whole
-    (docs/protocols.md); the data sets share its code and were not run, their data are not here. All
+    With `records`, set data.directory to any data set. The demo was run whole (docs/protocols.md);
+    the presets of data sets share its code and were not run, because the data are not here. All
     records of a split are the gallery, as no official subset exists.
     """
     small = ("demo", "records")

@@ -8,11 +8,11 @@ import cv2
 import numpy as np
 import simplejpeg
 
-# Cells to the width and height of a frame, and how much the mean of a cell must change, of 255
-# levels. In a still picture H.264 changes cells of 16x16 by up to 4 (CRF 28, 96 lines) or 6 (CRF
-# 38, 360 lines); the least in a moving video of those measured, real or of the demo, is 54. The
-# mouth alone of a person who speaks changes them by 6, but cells of 64x64 by 53; there a still
-# picture, with noise that cells of 16x16 tolerate, changes by up to 36.
+# Cells per side of a frame -> smallest change of the mean brightness of a cell, in levels of 255,
+# that is motion. In still pictures H.264 changes cells of 16x16 by up to 4 (CRF 28, 96 lines) or 6
+# (CRF 38, 360 lines); in moving videos, real or of the demo, the smallest change measured is 54. If
+# only a mouth moves, cells of 16x16 change by 6, but cells of 64x64 by 53; in a still picture with
+# noise that cells of 16x16 tolerate those change by up to 36.
 _LEVELS = {16: 8.0, 64: 40.0}
 _SMALLEST = max(_LEVELS)  # pixels; JPEG is decoded at a fraction of its size down to this
 # In a shorter time real motion may be as small as noise.
@@ -40,7 +40,7 @@ def is_still(frames: Sequence[bytes], seconds: float) -> bool:
 
 
 def _means(frame: bytes) -> list[np.ndarray]:
-    """Returns the mean brightness of the cells of each size, float32 [cells, cells]."""
+    """Returns the mean brightness of cells of each size, float32 [cells, cells]."""
     grey = simplejpeg.decode_jpeg(
         frame, colorspace="GRAY", min_height=_SMALLEST, min_width=_SMALLEST
     )[..., 0].astype(np.float32)

@@ -14,7 +14,7 @@ _SILENT_FRACTION = 1e-4
 # In a mix of unrelated channels energies add up. With less than this fraction of their sum, the
 # channels cancel.
 _CANCELLED_FRACTION = 0.5
-# Of the audible seconds. In one of stereo music channels may cancel and still belong together.
+# Fraction of the audible seconds that must cancel, because in stereo music single seconds may.
 _CANCELLED_SECONDS = 0.05
 
 
@@ -39,7 +39,7 @@ class ChannelEnergies:
             self._count += part.shape[1]
 
     def per_second(self) -> np.ndarray:
-        """Returns float64 [seconds, channels, channels]; a rest is part of the last second."""
+        """Returns float64 [seconds, channels, channels]; a remainder is added to the last one."""
         seconds = np.array(self._seconds)
         if len(seconds) > 1 and self._count % self._rate:
             seconds[-2] += seconds[-1]
