@@ -1,6 +1,6 @@
-"""Recognition by fine-tuning an encoder on labels (design section 5).
+"""Recognition by fine-tuning an encoder on labels.
 
-    python -m avcl_jax.main --config=configs/finetune.py --workdir=runs/demo_finetune
+    python -m avcl_jax.main --config=configs/finetune.py
     python -m avcl_jax.main --config=configs/finetune.py:ucf101 --config.encoder=runs/k400 \\
         --workdir=runs/ucf101
     python -m avcl_jax.main --config=configs/finetune.py --config.init=random --workdir=runs/scratch
@@ -26,13 +26,13 @@ def get_config(preset: str = "demo") -> ml_collections.ConfigDict:
 def demo() -> ml_collections.ConfigDict:
     """Motion of the demo's videos, from the encoder of `make demo`.
 
-    python -m avcl_jax.main --config=configs/finetune.py --workdir=runs/demo_finetune
+    python -m avcl_jax.main --config=configs/finetune.py
 
     Hardware: 2 CPU cores. Figures: docs/protocols/action_recognition.md.
     """
     c = ml_collections.ConfigDict()
     c.task = "finetune"
-    c.name = "demo"
+    c.name = "demo_finetune"
     c.seed = 0
     # Where splits are tested with an encoder each: 'runs/fold{fold}', the fold of data.test_select.
     c.encoder = "runs/demo"
@@ -107,12 +107,12 @@ def demo() -> ml_collections.ConfigDict:
 def demo_audio() -> ml_collections.ConfigDict:
     """Material of the demo's sounds, from the audio encoder of `make demo`.
 
-    python -m avcl_jax.main --config=configs/finetune.py:demo_audio --workdir=runs/demo_audio
+    python -m avcl_jax.main --config=configs/finetune.py:demo_audio
 
     Hardware and figures: as demo.
     """
     c = demo()
-    c.name = "demo_audio"
+    c.name = "demo_audio_finetune"
     c.modality = "audio"
     c.data.label = "material"
     c.clip.seconds = 0.0
@@ -122,7 +122,7 @@ def demo_audio() -> ml_collections.ConfigDict:
 def _full_size(name: str) -> ml_collections.ConfigDict:
     """What the video benchmarks share: 32 frames of 2 s at 112 pixels, bfloat16."""
     c = demo()
-    c.name = name
+    c.name = f"{name}_finetune"
     c.encoder = "runs/kinetics400"
     c.data.directory = f"data/{name}"
     c.data.label = "class"
@@ -289,7 +289,7 @@ def esc10() -> ml_collections.ConfigDict:
     time. Hardware: 2 CPU cores. Figures: docs/protocols/action_recognition.md.
     """
     c = esc50()
-    c.name = "esc10"
+    c.name = "esc10_finetune"
     c.data.directory = "data/esc10"
     c.data.workers = 0
     c.data.threads = 2

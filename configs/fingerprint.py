@@ -68,7 +68,7 @@ def foley() -> ml_collections.ConfigDict:
     c.bootstrap = ml_collections.ConfigDict()
     c.bootstrap.resamples = 1000
     c.threads = 1  # of the matrix products
-    c.compilation_cache = "~/.cache/avcl_jax"
+    c.compilation_cache = "~/.cache/avcl_jax/xla"
     return c
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import sys
 from pathlib import Path
 
@@ -29,8 +31,6 @@ from configs import (
 )
 from tests.training import small
 
-# Presets that have settings of their own.
-PRESETS_OF = {"fingerprint": ("foley", "real"), "audio_classification": ("esc10",)}
 PRESETS = ("demo", "kinetics400", "kinetics600", "vggsound", "audioset")
 
 
@@ -154,15 +154,51 @@ def test_where_a_run_is_executed_is_no_decisive_difference():
     assert changed == ["seed: 0 -> 5"]
 
 
+@functools.cache
+def all_configs():
+    """Every config of every preset: {"finetune.py:demo": config}."""
+    found = {}
+    for path in sorted((small.ROOT / "configs").glob("*.py")):
+        module = importlib.import_module(f"configs.{path.stem}")
+        if not hasattr(module, "get_config"):
+            continue
+        if not inspect.signature(module.get_config).parameters:
+            found[path.name] = module.get_config()
+            continue
+        with pytest.raises(ValueError, match="use one of") as caught:
+            module.get_config("?")
+        presets = str(caught.value).partition("use one of ")[2]
+        for preset in presets.split(" " if path.stem == "import_weights" else ", "):
+            if (path.stem, preset) != ("ablation", "records"):  # needs labels
+                found[f"{path.name}:{preset}"] = module.get_config(preset)
+    return found
+
+
+def test_no_two_configs_have_the_same_default_workdir():
+    named = {}
+    for file, config in all_configs().items():
+        # These two work on a run where it is; runs on one's own records are named after them.
+        if config.task not in ("evaluate", "export") and config.name:
+            assert config.name not in named, (file, named[config.name])
+            named[config.name] = file
+    assert {
+        "demo": "pretrain.py:demo",
+        "demo_finetune": "finetune.py:demo",
+    }.items() <= named.items()
+
+
+def test_all_configs_share_one_compilation_cache():
+    caches = {config.compilation_cache for config in all_configs().values()}
+    assert caches == {"~/.cache/avcl_jax/xla", ""}
+    without = [file for file, config in all_configs().items() if not config.compilation_cache]
+    assert without == ["export_weights.py"]  # which compiles nothing
+
+
 def test_every_setting_of_execution_is_one_in_all_configs():
     """A key such as `threads` is one of execution wherever it stands."""
     keys = set()
-    for path in sorted((small.ROOT / "configs").glob("*.py")):
-        module = importlib.import_module(f"configs.{path.stem}")
-        if hasattr(module, "get_config"):
-            for preset in PRESETS_OF.get(path.stem, ("",)):
-                config = module.get_config(*([preset] if preset else []))
-                keys |= experiment.flatten(config.to_dict()).keys()
+    for config in all_configs().values():
+        keys |= experiment.flatten(config.to_dict()).keys()
     assert keys >= experiment.EXECUTION_KEYS
     # Names of networks and optimizers and folders of roles are others.
     names = {key.rpartition(".")[2] for key in experiment.EXECUTION_KEYS} - {"name"}

@@ -60,7 +60,7 @@ def protocol_of(config: ml_collections.ConfigDict) -> Protocol:
     return Protocol(
         name="action_recognition" if video else "audio_recognition",
         version=1,
-        title=f"{'Action' if video else 'Audio'} recognition: fine-tuning on {config.name}",
+        title=f"{'Action' if video else 'Audio'} recognition by fine-tuning",
         definition=(
             "The encoder and a linear classifier on its pooled features are trained together. "
             f"{began}",
