@@ -89,8 +89,9 @@ def open_encoders(path: epath.PathLike) -> EncoderSource:
         found = [m for m in MODALITIES if (parent / m / "config.json").exists()]
         if found:
             return _source(directory, {m: load_encoder(parent / m) for m in found})
+    names = sorted(path.name for path in directory.iterdir())
     raise ExportError(
-        f"{directory} holds {sorted(p.name for p in directory.iterdir())}, neither checkpoints nor "
+        f"{directory} holds {', '.join(names) or 'nothing'}, neither checkpoints nor "
         "exported encoders: pretrain there, or export to it"
     )
 

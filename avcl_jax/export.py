@@ -165,7 +165,7 @@ def export_encoder(
     """
     name = type(encoder).__name__
     if name not in CLASSES:
-        raise ExportError(f"cannot export a {name}; known encoders: {sorted(CLASSES)}")
+        raise ExportError(f"cannot export a {name}; known encoders: {', '.join(sorted(CLASSES))}")
     encoder = encoder.clone(remat="none")  # how a run saved memory is not what it learned
     directory = absolute_path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -316,7 +316,7 @@ def _build(config: Mapping[str, Any], flat: Mapping[str, np.ndarray], *, where: 
     arguments = dict(config["encoder"])
     name = arguments.pop("class")
     if name not in CLASSES:
-        raise ExportError(f"{where}: unknown encoder {name!r}; known: {sorted(CLASSES)}")
+        raise ExportError(f"{where}: unknown encoder {name!r}; known: {', '.join(sorted(CLASSES))}")
     arguments["dtype"] = jnp.dtype(arguments["dtype"])
     module = CLASSES[name](**{k: _hashable(v) for k, v in arguments.items()})
     modality = config["modality"]

@@ -87,7 +87,7 @@ def demo() -> ml_collections.ConfigDict:
     c.loss = ml_collections.ConfigDict()
     c.loss.temperature = 0.1
     c.loss.positive_weight = 0.02
-    c.loss.weights = ml_collections.ConfigDict()
+    c.loss.weights = ml_collections.ConfigDict()  # terms of modalities not trained are left out
     c.loss.weights.vv = 0.5
     c.loss.weights.va = 1.0
     c.loss.weights.aa = 0.5
@@ -210,8 +210,6 @@ def esc10() -> ml_collections.ConfigDict:
     c.data.split = "all"
     c.views.speeds = (1, 2, 4)
     c.loss.weights.aa = 1.0
-    for term in ("vv", "va", "speed_video", "direction_video", "order_vv", "order_va"):
-        c.loss.weights[term] = 0.0
     c.bank.warmup_steps = 1200
     c.bank.health_label = ""
     c.checkpoint_every = 1000

@@ -62,7 +62,7 @@ class ModalityRecords(SelectedRecords):
                 rate.
             SelectionError: if the selection does not fit the data set.
         """
-        self.records = records
+        self.records, self.selection = records, selection
         positions = selection.positions(records)
         kept = np.ones(len(positions), bool)
         for what, has in _asked(records, modality, labels):
@@ -71,14 +71,12 @@ class ModalityRecords(SelectedRecords):
                 first = records.record_ids[int(positions[missing][0])]
                 advice = ": set data.leave_out=True to go on without" * (not missing.all())
                 raise LackingError(
-                    f"{int(missing.sum())} of the {len(positions)} records {selection} of "
-                    f"{records!r} have no {what}, first {first!r}{advice}"
+                    f"{int(missing.sum())} of the {len(positions)} records of {self} "
+                    f"have no {what}, first {first!r}{advice}"
                 )
             kept &= ~missing
         if not kept.any():
-            raise LackingError(
-                f"no record {selection} of {records!r} has {modality} and known {', '.join(labels)}"
-            )
+            raise LackingError(f"no record of {self} has {modality} and known {', '.join(labels)}")
         self.indices = positions[kept]
         self.left_out = int((~kept).sum())
         self.fingerprint = selection.fingerprint_of(records)
@@ -86,7 +84,7 @@ class ModalityRecords(SelectedRecords):
         rate = times["sample_rate_hz"]
         if modality == "audio" and (wrong := rate[rate != sample_rate_hz]).size:
             raise LackingError(
-                f"records of {records!r} have sound at {wrong[0]} Hz, the encoder takes "
+                f"records of {self} have sound at {wrong[0]} Hz, the encoder takes "
                 f"{sample_rate_hz} Hz: prepare again with --sample-rate {sample_rate_hz}"
             )
         self._start, self._end = intervals(times)[modality]
@@ -152,7 +150,7 @@ def _classes(records: RecordDataset, label: str) -> np.ndarray:
     if label not in records.labels:
         several = ", of which a record may have several" * (label in records.multilabel)
         raise LackingError(
-            f"{records!r} has the labels {sorted(records.labels)} of one class a record, not "
-            f"{label!r}{several}: set data.label to one of these"
+            f"{records} has the labels {', '.join(sorted(records.labels)) or 'none'} of one class "
+            f"per record, not {label!r}{several}: set data.label to one of these"
         )
     return records.labels[label]

@@ -203,7 +203,9 @@ def parse_record(payload: bytes | memoryview, *, where: str, multilabel: Collect
         feature = example_class().FromString(bytes(payload)).features.feature
         missing = [name for name in FEATURE_KINDS if name not in feature]
         if missing:
-            raise RecordError(f"{where} lacks the features {missing}: not a record of avcl_jax")
+            raise RecordError(
+                f"{where} lacks the features {', '.join(missing)}: not a record of avcl_jax"
+            )
 
         def data(name: str) -> bytes:
             return feature[name].bytes_list.value[0]

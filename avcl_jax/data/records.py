@@ -177,7 +177,7 @@ def _check_features(features: Mapping[str, Any], directory: epath.Path) -> dict[
     for name, (kind, dtype, encoding) in FEATURE_KINDS.items():
         if name not in found:
             raise RecordError(
-                f"{directory} has no feature {name!r}, it has {sorted(found)}: "
+                f"{directory} has no feature {name!r}, it has {', '.join(sorted(found))}: "
                 "not a data set of `python -m data_prep`"
             )
         tensor = found[name].get("tensor", {})
@@ -252,7 +252,9 @@ class RecordDataset:
             )
         splits = {entry["name"]: entry for entry in info["splits"]}
         if split not in splits:
-            raise RecordError(f"{self._directory} has no split {split!r}, it has {sorted(splits)}")
+            raise RecordError(
+                f"{self._directory} has no split {split!r}, it has {', '.join(sorted(splits))}"
+            )
         self.split = split
         self.class_names: dict[str, list[str]] = {}
         for label in labels:
@@ -348,6 +350,10 @@ class RecordDataset:
     def __len__(self) -> int:
         """Returns the number of records."""
         return len(self._places)
+
+    def __str__(self) -> str:
+        """Returns the split and the directory, for messages."""
+        return f"split {self.split!r} of {self._directory}"
 
     def __repr__(self) -> str:
         """Returns a constant description: grain puts it into its checkpoints."""

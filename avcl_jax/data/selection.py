@@ -105,7 +105,7 @@ class Selection:
             chosen &= (known != UNKNOWN_LABEL) & ~inside if condition.negated else inside
         positions = np.flatnonzero(chosen)
         if not len(positions):
-            raise SelectionError(f"none of the {len(records)} records of {records!r} has {self}")
+            raise SelectionError(f"none of the {len(records)} records of {records} has {self}")
         return positions
 
 
@@ -113,15 +113,15 @@ def _numbers(condition: Condition, records: RecordDataset) -> list[int]:
     if condition.label not in records.labels:
         several = ", of which a record may have several" * (condition.label in records.multilabel)
         raise SelectionError(
-            f"cannot select {condition}: {records!r} has the labels {sorted(records.labels)}, not "
-            f"{condition.label!r}{several}"
+            f"cannot select {condition}: {records} has the labels "
+            f"{', '.join(sorted(records.labels)) or 'none'}, not {condition.label!r}{several}"
         )
     names = records.class_names[condition.label]
     for value in condition.values:
         if value not in names:
             shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
             raise SelectionError(
-                f"cannot select {condition}: label {condition.label!r} of {records!r} has no class "
+                f"cannot select {condition}: label {condition.label!r} of {records} has no class "
                 f"{value!r}, it has {shown}"
             )
     return [names.index(value) for value in condition.values]

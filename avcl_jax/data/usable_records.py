@@ -86,23 +86,22 @@ class UsableRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
         """
         self.records = records
         self._spec = spec
-        self._selection = Selection() if selection is None else selection
-        positions = self._selection.positions(records)
+        self.selection = Selection() if selection is None else selection
+        positions = self.selection.positions(records)
         self.num_selected = len(positions)
         timelines = {name: values[positions] for name, values in records.timelines.items()}
         parts = _usable_parts(timelines, spec)
         usable = parts["has_video"] | parts["has_audio"]
         self.indices = positions[usable]
         self._parts = {name: values[usable] for name, values in parts.items()}
-        self.fingerprint = self._selection.fingerprint_of(records)
+        self.fingerprint = self.selection.fingerprint_of(records)
         if not len(self.indices):
             raise UserError(self._why_none(timelines))
 
     def _why_none(self, timelines: Mapping[str, np.ndarray]) -> str:
         """Returns one line that says why no view fits any record, and what to change."""
         spec, views = self._spec, self._spec.views
-        selected = f" {self._selection}" if self._selection.conditions else ""
-        none = f"none of the {self.num_selected} records{selected} of {self.records!r}"
+        none = f"none of the {self.num_selected} records of {self}"
         present = {"video": timelines["num_frames"] > 1, "audio": has_audio(timelines)}
         wanted = [name for name in present if spec.modalities in (name, "audio_visual")]
         if not any(present[name].any() for name in wanted):
@@ -133,7 +132,7 @@ class UsableRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
             modalities: "video", "audio".
         """
         whole = np.logical_and.reduce([self._parts[f"has_{name}"] for name in modalities])
-        return np.setdiff1d(self._selection.positions(self.records), self.indices[whole])
+        return np.setdiff1d(self.selection.positions(self.records), self.indices[whole])
 
     def __getitem__(self, position: int) -> tuple[int, Record, UsableRecord]:
         """(index in the data set, record, what can be used of it)."""
@@ -142,7 +141,7 @@ class UsableRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles what it is made from: workers would receive a million numbers through a pipe."""
-        return UsableRecords, (self.records, self._spec, self._selection)
+        return UsableRecords, (self.records, self._spec, self.selection)
 
     def usable(self, position: int) -> UsableRecord:
         """What can be used of the record at `position`, without reading it."""

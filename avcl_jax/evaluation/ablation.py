@@ -26,7 +26,7 @@ from avcl_jax.evaluation.evaluated_run import evaluated_speeds
 from avcl_jax.evaluation.page import page, section, table, text
 from avcl_jax.evaluation.written import versions, write_text
 from avcl_jax.paths import absolute_path
-from avcl_jax.training.loop import pretrain
+from avcl_jax.training.loop import loss_spec, pretrain
 
 # Raised whenever the same runs would give other figures.
 VERSION = 2
@@ -141,8 +141,10 @@ def ablate(
     variants, seeds = variants_of(config), list(section_.seeds)
     unknown = [name for name in section_.only if name not in variants]
     if unknown:
-        raise UserError(f"ablation.only names {unknown}, there are {variants}")
-    trained = [term for term, weight in config.loss.weights.items() if weight]
+        raise UserError(
+            f"ablation.only names {', '.join(unknown)}, there are {', '.join(variants)}"
+        )
+    trained = [term for term, weight in loss_spec(config).weights.items() if weight]
     for name, _, term in section_.figures:
         if term and term not in trained:
             raise UserError(

@@ -70,8 +70,8 @@ def _fold_names(records: RecordDataset, label: str) -> list[str]:
     """
     if label not in records.class_names:
         raise ProtocolError(
-            f"{records!r} has the labels {sorted(records.class_names)}, not {label!r}: set "
-            "data.fold_label"
+            f"{records} has the labels {', '.join(sorted(records.class_names)) or 'none'}, not "
+            f"{label!r}: set data.fold_label"
         )
     return records.class_names[label]
 

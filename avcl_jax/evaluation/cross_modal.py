@@ -156,7 +156,10 @@ def audio_video_retrieval(
         )
     trained = list(run.config.views.speeds)
     if unknown := [speed for speed in section.speeds if speed not in trained]:
-        raise ProtocolError(f"features.speeds {unknown} were not trained, these were: {trained}")
+        raise ProtocolError(
+            f"features.speeds {', '.join(map(str, unknown))} were not trained, these were: "
+            f"{', '.join(map(str, trained))}"
+        )
     data = {"all": run.records.fingerprint}
     protocol_run = ProtocolRun(PROTOCOL, config, workdir, run.source, data, run.heads)
     if (done := protocol_run.finished()) is not None:
@@ -205,7 +208,7 @@ def audio_video_retrieval(
     with stages("ranking"):
         scores = cross_modal_scores(features, "run", tuple(config.evaluation.recall_at))
     if not scores:
-        raise ProtocolError(f"no record of {run.records!r} has both picture and sound")
+        raise ProtocolError(f"no record of {run.records} has both picture and sound")
     measured = _measured(config, scores, features, run.records)
     return protocol_run.write(measured, stages)
 

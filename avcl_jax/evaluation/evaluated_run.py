@@ -155,7 +155,8 @@ def evaluated_speeds(asked: Sequence[int], trained: Sequence[int]) -> tuple[int,
     """
     if unknown := [speed for speed in asked if speed not in trained]:
         raise UserError(
-            f"evaluation.speeds {unknown} were not trained, these were: {list(trained)}: set "
+            f"evaluation.speeds {', '.join(map(str, unknown))} were not trained, these were: "
+            f"{', '.join(map(str, trained))}: set "
             "--config.evaluation.speeds"
         )
     return tuple(asked or trained)
@@ -182,14 +183,14 @@ def _check_probes(
                 )
             if label not in records.records.class_names:
                 raise UserError(
-                    f"{asked}, but {records!r} has the labels "
-                    f"{sorted(records.records.class_names)}: set --config.evaluation.probes, or "
-                    '"--config.evaluation.probes=()" for none'
+                    f"{asked}, but {records} has the labels "
+                    f"{', '.join(sorted(records.records.class_names)) or 'none'}: set "
+                    '--config.evaluation.probes, or "--config.evaluation.probes=()" for none'
                 )
         known = [_labelled(records, label, modality) for records in (train, test)]
         if not len(known[1]):
             raise UserError(
-                f"no record of {test!r} has {modality} and a known {label!r}: set "
+                f"no record of {test} has {modality} and a known {label!r}: set "
                 "--config.evaluation.probes"
             )
         check_sources(train.records.source_numbers[known[0]], section.probe.folds)
@@ -198,7 +199,7 @@ def _check_probes(
                 f"evaluation.supervised.{modality}",
                 section.supervised[modality].fit.batch_size,
                 len(known[0]),
-                f"records of {train!r} with {modality} and a known {label!r}",
+                f"records of {train} with {modality} and a known {label!r}",
             )
 
 

@@ -175,7 +175,7 @@ def folds(
         ids = set(train.record_ids)
         if both := [name for name in test.record_ids if name in ids]:
             raise UserError(
-                f"{len(both)} records are in training ({train!r}) and in test ({test!r}), first "
+                f"{len(both)} records are in training ({train}) and in test ({test}), first "
                 f"{both[0]!r}: correct data.train_select, data.test_select or the splits"
             )
         check_enough(train, config.global_batch_size, multiple=jax.device_count())

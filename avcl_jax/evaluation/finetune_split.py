@@ -97,7 +97,7 @@ def run_split(
     probabilities = _read_predictions(path, settings)
     if probabilities is None:
         if jax.process_index() == 0:
-            print(f"testing {test!r}", flush=True)
+            print(f"testing {len(test)} records of {test}", flush=True)
         probabilities = predict(
             classifier,
             {"params": state.params, "batch_stats": state.batch_stats},

@@ -158,7 +158,9 @@ def inputs_of(
     kept = dataclasses.asdict(figure) if isinstance(figure, Metric) else figure
     names = [*kept["inputs"], *([] if kept["chosen"] is None else [kept["chosen"]])]
     if missing := [name for name in names if name not in outcomes.values]:
-        raise ProtocolError(f"{kept['what']} needs the outcomes {missing}, which nothing measured")
+        raise ProtocolError(
+            f"{kept['what']} needs the outcomes {', '.join(missing)}, which nothing measured"
+        )
     arrays = [np.asarray(outcomes.values[name]) for name in kept["inputs"]]
     sources = np.array(outcomes.sources)
     if kept["chosen"] is None:

@@ -105,5 +105,5 @@ def check_apart(train: RecordClips, test: RecordClips) -> None:
     if common:
         raise ProtocolError(
             f"{len(common)} {what} are among both the training and the test records of "
-            f"{train.records!r}, for instance {min(common)}: select them apart"
+            f"{train.records}, for instance {min(common)}: select them apart"
         )

@@ -169,7 +169,7 @@ def temporal_tasks(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
     with stages("scores"):
         scores = score_tasks(arrays, config.seed)
     if not scores:
-        raise ProtocolError(f"no temporal task is defined for a record of {run.records!r}")
+        raise ProtocolError(f"no temporal task is defined for a record of {run.records}")
     measured = _measured(scores, run)
     return protocol_run.write(measured, stages)
 

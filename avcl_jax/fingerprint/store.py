@@ -49,7 +49,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             "media again"
         )
     if missing := [key for key in _KEYS if key not in manifest]:
-        raise FingerprintError(f"{path} is damaged, it lacks {missing}: index the media again")
+        raise FingerprintError(
+            f"{path} is damaged, it lacks {', '.join(missing)}: index the media again"
+        )
     return manifest
 
 

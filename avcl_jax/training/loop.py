@@ -36,15 +36,26 @@ _LEAST_VIDEOS = 2  # in a batch, as one has no negatives
 
 
 def loss_spec(config: ml_collections.ConfigDict) -> LossSpec:
-    """Weights of the objective; terms of a modality that is not trained must have weight 0."""
+    """Weights of the objective; terms of a modality that is not trained have weight 0."""
+    trained = "va" if config.modalities == "audio_visual" else config.modalities[0]
+    weights = {
+        term: weight if set(_modalities_of(term)) <= set(trained) else 0.0
+        for term, weight in config.loss.weights.items()
+    }
     return LossSpec(
-        weights=dict(config.loss.weights),
+        weights=weights,
         temperature=config.loss.temperature,
         positive_weight=config.loss.positive_weight,
         bank=experiment.bank_sampling(config) if config.bank.size else None,
         bank_warmup_steps=config.bank.warmup_steps,
         bank_label=config.bank.health_label,
     )
+
+
+def _modalities_of(term: str) -> str:
+    """Initials of the modalities that a term reads: "vv", "order_va" or "speed_video"."""
+    kind = term.rpartition("_")[2]
+    return kind[0] if kind in ("video", "audio") else kind
 
 
 def build(
@@ -264,8 +275,9 @@ def _check_health_label(label: str, records: RecordDataset) -> None:
     known = sorted(records.labels)
     if label and label not in known:
         raise UserError(
-            f"bank.health_label {label!r} is not a label of one class a clip in {records!r}, "
-            f"which has {known}: name one of these, or set bank.health_label='' for none"
+            f"bank.health_label {label!r} is not a label of one class a clip in {records}, "
+            f"which has {', '.join(known) or 'none'}: name one of these, or set "
+            "bank.health_label='' for none"
         )
 
 
@@ -295,9 +307,17 @@ def _announce(
         f"{config.name}: {len(source)} videos{noted} from {config.data.directory}, "
         f"{count / 1e6:.2f} M parameters, {mesh.size} {jax.default_backend()} device(s), "
         f"{jax.process_count()} process(es), batch {config.global_batch_size} x 2 views, "
-        f"bank {config.bank.size} rows{_exchange(config, mesh.size)}, "
+        f"bank {config.bank.size} rows{_never_used(config)}{_exchange(config, mesh.size)}, "
         f"steps {first} to {config.steps}, workdir {workdir}"
     )
+
+
+def _never_used(config: ml_collections.ConfigDict) -> str:
+    """Says so if the run ends before its bank is used."""
+    fills = config.bank.size // (2 * config.global_batch_size)
+    starts = max(config.bank.warmup_steps, fills)
+    unused = config.bank.size and starts >= config.steps
+    return f" (never used: it starts after step {starts})" if unused else ""
 
 
 def _exchange(config: ml_collections.ConfigDict, shards: int) -> str:

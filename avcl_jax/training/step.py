@@ -70,7 +70,9 @@ class LossSpec:
         """Refuses unknown terms and an objective without any."""
         known = {*CONTRASTIVE_TERMS, *TEMPORAL_TERMS}
         if unknown := sorted(set(self.weights) - known):
-            raise UserError(f"unknown loss terms {unknown}: the terms are {sorted(known)}")
+            raise UserError(
+                f"unknown loss terms {', '.join(unknown)}: the terms are {', '.join(sorted(known))}"
+            )
         if not any(self.weights.values()):
             raise UserError("all loss weights are 0: nothing would be learned")
 

@@ -187,7 +187,7 @@ def _splits(names: Sequence[str] | None, directory: Directory, path: epath.Path)
     known = {split.name: split for split in directory.splits}
     for name in names or ():
         if name not in known:
-            raise PrepareError(f"{path} has no split {name!r}, it has {sorted(known)}")
+            raise PrepareError(f"{path} has no split {name!r}, it has {', '.join(sorted(known))}")
     return [known[name] for name in dict.fromkeys(names)] if names else directory.splits
 
 

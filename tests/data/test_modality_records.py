@@ -105,9 +105,9 @@ def test_pictures_and_sound_last_as_long_as_they_are_there(tmp_path):
         ),
         (
             {"labels": ["part"], "select": "motion=across"},
-            "no record motion=across of .* has audio and known part",
+            "no record of .* with motion=across has audio and known part",
         ),
-        ({"labels": ["colour"]}, r"has the labels \['motion', 'part'\] of one class .* 'colour'"),
+        ({"labels": ["colour"]}, r"has the labels motion, part of one class .* 'colour'"),
         ({"rate_hz": 8000}, f"have sound at {RATE} Hz, the encoder takes 8000 Hz"),
     ],
 )

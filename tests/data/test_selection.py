@@ -68,7 +68,7 @@ def test_a_selection_reads_what_it_writes():
         ("motion", "'motion' selects nothing: write LABEL=VALUE"),
         ("motion=", "'motion=' selects nothing"),
         ("motion=a||b", "'motion=a||b' selects nothing"),
-        ("split1=train", "has the labels ['material', 'motion'], not 'split1'"),
+        ("split1=train", "has the labels material, motion, not 'split1'"),
         ("motion=z", "has no class 'z', it has a, b, c, d, e"),
         ("motion=a;material=a;motion=b", "has motion=a;material=a;motion=b"),
     ],

@@ -157,7 +157,7 @@ def test_what_cannot_be_told_is_asked_for(
     )
     assert "'int16' does not state its sample rate: say --sample-rate-of-source" in message
     message = error(capsys, tmp_path, "tfds", tiny, "--fps=10", "--split=valid")
-    assert "no split 'valid', it has ['test', 'train']" in message
+    assert "no split 'valid', it has test, train" in message
     assert "--fps must be above 0" in error(capsys, tmp_path, "tfds", tiny, "--fps=0")
     assert "is no data set of TFDS" in error(capsys, tmp_path, "tfds", DATA)
 

@@ -236,7 +236,7 @@ def test_a_small_sweep_of_real_runs(small_records, tmp_path) -> None:
 def test_sweeps_that_make_no_sense_are_refused(tmp_path) -> None:
     config = ablation_config.get_config()
     config.ablation.only = ("no_everything",)
-    with pytest.raises(ValueError, match=r"ablation.only names \['no_everything'\], there are"):
+    with pytest.raises(ValueError, match=r"ablation.only names no_everything, there are"):
         ablation.ablate(config, tmp_path, pretrain=None, evaluate=None)
     config.ablation.variants = config.ablation.variants[1:]
     with pytest.raises(ValueError, match="must contain 'full'"):
@@ -248,7 +248,7 @@ def test_sweeps_that_make_no_sense_are_refused(tmp_path) -> None:
     [
         ("loss.weights.order_va", 0.0, "'order_va', which 'full' does not train"),
         ("ablation.figures", (("motion", "probe.motion", "order"),), "of the loss term 'order'"),
-        ("views.speeds", (1, 2), r"evaluation.speeds \[4\] were not trained"),
+        ("views.speeds", (1, 2), r"evaluation.speeds 4 were not trained"),
     ],
 )
 def test_what_a_sweep_needs_at_its_end_is_checked_before_its_first_training(

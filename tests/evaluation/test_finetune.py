@@ -225,7 +225,7 @@ def test_sound_is_fine_tuned_by_the_same_code(records, encoders, tmp_path):
         (
             {"data.train_select": ("",), "data.test_select": ("split1=test",)},
             LackingError,
-            "3 of the 96 records  of",
+            "3 of the 96 records of split 'all' of",
         ),
         (
             {"data.train_select": ("split1=test",)},

@@ -326,6 +326,7 @@ def test_the_batch_that_is_named_for_three_videos_trains_on_them(tmp_path):
     batch, bank = named.groups()
     output = run(arguments(directory, workdir, global_batch_size=batch, bank__size=bank, steps=2))
     assert "demo: 3 videos" in output
+    assert "bank 256 rows (never used: it starts after step 64), steps 0 to 2" in output
     assert "trained to step 2" in output
 
 
