@@ -60,9 +60,17 @@ def _keep_compiled(directory: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def _make_demo(data: ml_collections.ConfigDict) -> None:
-    if data.make_demo:
-        make_demo(data.directory, data.demo_options if "demo_options" in data else ())
+def _make_demo(config: ml_collections.ConfigDict) -> None:
+    """Makes the demo's records where the config asks for them, if they are not there."""
+    if "data" not in config or "make_demo" not in config.data or not config.data.make_demo:
+        return
+    data = config.data
+    if config.task == "pretrain":
+        check_demo(data.directory)
+    elif "encoder" in config and not absolute_path(data.directory).exists():
+        # Rendering takes minutes, after which a mistyped encoder would be found missing.
+        importlib.import_module("avcl_jax.encoder_source").open_encoders(config.encoder)
+    make_demo(data.directory, data.demo_options if "demo_options" in data else ())
 
 
 # Task -> module and function of (config, workdir). Imported when asked for: plotting and
@@ -124,10 +132,7 @@ def main(argv: Sequence[str]) -> None:
             config.name = epath.Path(config.data.directory).name
         _keep_compiled(config.compilation_cache)
         workdir = absolute_path(_WORKDIR.value or f"runs/{config.name}")
-        if "data" in config and "make_demo" in config.data:
-            if config.task == "pretrain" and config.data.make_demo:
-                check_demo(config.data.directory)
-            _make_demo(config.data)
+        _make_demo(config)
         _function(config.task)(config, workdir)
     except (UserError, OSError) as error:
         line = one_line(error)

@@ -19,14 +19,24 @@ class RemotePathError(UserError, argparse.ArgumentTypeError):
     """A path in an object store where only a local one will do."""
 
 
+class EmptyPathError(UserError, argparse.ArgumentTypeError):
+    """An empty path, which would silently be the current folder."""
+
+
 def is_remote(path: epath.PathLike) -> bool:
     """Returns whether a path is in an object store (gs://, s3://)."""
     return "://" in os.fspath(path)
 
 
 def absolute_path(path: epath.PathLike) -> epath.Path:
-    """Returns a local path with `~` expanded, absolute; one in an object store as it is."""
+    """Returns a local path with `~` expanded, absolute; one in an object store as it is.
+
+    Raises:
+        EmptyPathError: if the path is empty.
+    """
     text = os.fspath(path)
+    if not text:
+        raise EmptyPathError("a path is empty")
     return epath.Path(text if is_remote(text) else os.path.abspath(os.path.expanduser(text)))
 
 

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl.testing import flagsaver
 
-from avcl_jax import demo_data
+from avcl_jax import demo_data, main
 from avcl_jax.data.records import RecordDataset
 from configs import fingerprint
 
@@ -40,6 +41,31 @@ def test_absent_data_are_made_with_the_options_and_present_ones_left(
     with pytest.raises(ValueError, match="mine does not exist"):
         demo_data.make_demo(tmp_path / "mine")
     assert len(commands) == 2
+
+
+@pytest.mark.parametrize("name", ["cross_modal", "fingerprint", "linear_probe"])
+def test_nothing_is_rendered_for_an_encoder_that_is_absent(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(main, "make_demo", lambda *arguments: made.append(arguments))
+    # ml_collections loads every config into one module, which a process has once.
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    command = [
+        "main",
+        f"--config={Path(fingerprint.__file__).with_name(name)}.py",
+        f"--config.encoder={tmp_path / 'mistyped'}",
+        f"--config.data.directory={tmp_path / 'foley' / 'records'}",
+        "--config.compilation_cache=",
+        f"--workdir={tmp_path / 'out'}",
+    ]
+    monkeypatch.setattr(sys, "argv", command)  # where ml_collections looks for overrides
+    with flagsaver.flagsaver():
+        main.parse_flags(command)
+        with pytest.raises(SystemExit):
+            main.main(["main"])
+    assert f"there is no directory {tmp_path / 'mistyped'}" in capsys.readouterr().err
+    assert not made
 
 
 def test_clips_of_the_fingerprint_preset_are_none_of_the_demos(tmp_path: Path) -> None:

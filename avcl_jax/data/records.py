@@ -234,6 +234,8 @@ class RecordDataset:
           RecordError: If it is not a finished data set of this version, lacks the split, or a
             shard is missing or does not match the metadata.
         """
+        if not os.fspath(directory):
+            raise RecordError("no directory of records is given: set --config.data.directory")
         self._directory = absolute_path(directory)
         info = _read_json(self._directory / "dataset_info.json")
         features = _read_json(self._directory / "features.json")
