@@ -66,6 +66,8 @@ class UsableRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
     Attributes:
         records: the underlying data set.
         num_selected: how many of its records are selected.
+        num_empty: selected records without any modality of the run; silence is not audio.
+        num_too_short: other selected records on which no view fits.
         indices: int64 positions in it that are used.
         fingerprint: that of the data set, and the selection.
     """
@@ -95,16 +97,23 @@ class UsableRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
         self.indices = positions[usable]
         self._parts = {name: values[usable] for name, values in parts.items()}
         self.fingerprint = self.selection.fingerprint_of(records)
+        present = self._present(timelines)
+        self.num_empty = int((~np.logical_or.reduce(list(present.values()))).sum())
+        self.num_too_short = self.num_selected - len(self.indices) - self.num_empty
         if not len(self.indices):
             raise UserError(self._why_none(timelines))
 
+    def _present(self, timelines: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns which records have each modality of the run, bool [records]."""
+        present = {"video": timelines["num_frames"] > 1, "audio": has_audio(timelines)}
+        return {n: p for n, p in present.items() if self._spec.modalities in (n, "audio_visual")}
+
     def _why_none(self, timelines: Mapping[str, np.ndarray]) -> str:
         """Returns one line that says why no view fits any record, and what to change."""
-        spec, views = self._spec, self._spec.views
+        views = self._spec.views
         none = f"none of the {self.num_selected} records of {self}"
-        present = {"video": timelines["num_frames"] > 1, "audio": has_audio(timelines)}
-        wanted = [name for name in present if spec.modalities in (name, "audio_visual")]
-        if not any(present[name].any() for name in wanted):
+        wanted = self._present(timelines)
+        if self.num_empty == self.num_selected:
             lacking = " or ".join(wanted) + " that is not silent" * ("audio" in wanted)
             return f"{none} has {lacking}: set modalities to what the records have"
         slowest = min(views.speeds)
@@ -115,11 +124,6 @@ class UsableRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
             f"{timelines['duration_seconds'].max():.2f} s; reduce views.clip_seconds, "
             "views.num_frames or the lowest of views.speeds"
         )
-
-    @property
-    def num_too_short(self) -> int:
-        """Selected records on which no view fits."""
-        return self.num_selected - len(self.indices)
 
     def num_without(self, modality: str) -> int:
         """Returns the number of used records without "video", or without audible "audio"."""

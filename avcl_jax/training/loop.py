@@ -297,12 +297,15 @@ def _announce(
         )
         (workdir / "parameters.txt").write_text(table + "\n")
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    found = [f"{source.num_too_short} too short for a view"] if source.num_too_short else []
-    trained = ("video", "audio") if config.modalities == "audio_visual" else ()
-    found += [
+    trained = ("video", "audio") if config.modalities == "audio_visual" else (config.modalities,)
+    found = [
         f"{n} without {modality}" for modality in trained if (n := source.num_without(modality))
     ]
-    noted = f" ({', '.join(found)})" if found else ""
+    left_out = {f"without {' and '.join(trained)}": source.num_empty}
+    left_out["too short for a view"] = source.num_too_short
+    reasons = [f"{n} {reason}" for reason, n in left_out.items() if n]
+    found += [f"left out: {', '.join(reasons)}"] if reasons else []
+    noted = f" ({'; '.join(found)})" if found else ""
     writer.note(
         f"{config.name}: {len(source)} videos{noted} from {config.data.directory}, "
         f"{count / 1e6:.2f} M parameters, {mesh.size} {jax.default_backend()} device(s), "

@@ -14,6 +14,7 @@ from avcl_jax.data.crop import Crop, CropSpec, apply_crop, random_crop
 from avcl_jax.data.pipeline import batch_shapes, train_batches
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.rendering import RenderSpec, render_video
+from avcl_jax.data.silence import is_silent
 from avcl_jax.data.spectrogram import LogMelSpec, log_mel
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import BACKWARD, FORWARD, Clip, ViewSpec
@@ -67,6 +68,15 @@ def assert_same(left, right):
     assert left.keys() == right.keys()
     for name in left:
         np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+def test_silent_records_are_not_called_too_short(source):
+    audio = UsableRecords(source.records, dataclasses.replace(SPEC, modalities="audio"))
+    silent = sum(is_silent(record.waveform) for record in source.records)
+    assert silent >= 2
+    assert (audio.num_empty, audio.num_too_short) == (silent, 1)
+    assert len(audio) == 21 - silent - 1
+    assert (source.num_empty, source.num_too_short) == (0, 1)
 
 
 def test_shapes_dtypes_and_masks(source):
