@@ -7,6 +7,7 @@ file raises into pages of text.
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -38,12 +39,16 @@ def check_arguments(argv: Sequence[str], parser: Parser) -> None:
     Raises:
         UserError: naming the file or the setting, and those that are nearest to it.
     """
-    name = _config_name(argv)
-    if name is None:
+    names = _config_names(argv)
+    if not names:
         return
-    config = _load(name, parser)
-    for setting in _overrides(argv):
-        _check_setting(name, config, setting)
+    if len(names) > 1:
+        raise UserError(
+            f"--config is given {len(names)} times, {' and '.join(names)}: give it once"
+        )
+    config = _load(names[0], parser)
+    for setting, value in _overrides(argv).items():
+        _check_setting(names[0], config, setting, value)
 
 
 def check_overrides(argv: Sequence[str], config: ml_collections.ConfigDict) -> None:
@@ -65,18 +70,20 @@ def as_text(config: ml_collections.ConfigDict) -> str:
     return "\n".join(f"{setting} = {value!r}" for setting, value in flat.items())
 
 
-def _overrides(argv: Sequence[str]) -> list[str]:
-    matches = (re.match(r"--?(?:no)?config\.([^=]+)", argument) for argument in argv)
-    return [override[1] for override in matches if override]
+def _overrides(argv: Sequence[str]) -> dict[str, str | None]:
+    """Returns the value of each override; None where it is the next argument, or has none."""
+    matches = (re.match(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", argument) for argument in argv)
+    return {override[1]: override[2] for override in matches if override}
 
 
-def _config_name(argv: Sequence[str]) -> str | None:
-    for number, argument in enumerate(argv):
+def _config_names(argv: Sequence[str]) -> list[str]:
+    names = []
+    for argument, following in itertools.zip_longest(argv, argv[1:]):
         if found := re.match(r"--?config=(.*)", argument):
-            return found[1]
-        if argument in ("--config", "-config") and number + 1 < len(argv):
-            return argv[number + 1]
-    return None
+            names.append(found[1])
+        elif argument in ("--config", "-config") and following is not None:
+            names.append(following)
+    return names
 
 
 def _load(name: str, parser: Parser) -> ml_collections.ConfigDict:
@@ -89,7 +96,7 @@ def _load(name: str, parser: Parser) -> ml_collections.ConfigDict:
             hint = f"from this folder it is {os.path.relpath(_CONFIGS.parent / file)}"
         elif near:
             hint = f"did you mean {near[0]}?"
-        raise UserError(f"--config={name}: there is no file {file}; {hint}")
+        raise UserError(f"--config={name}: there is no file {file or 'in it'}; {hint}")
     try:
         return parser.parse(name)
     except (UserError, AttributeError, TypeError) as error:
@@ -107,7 +114,9 @@ def _load(name: str, parser: Parser) -> ml_collections.ConfigDict:
         raise
 
 
-def _check_setting(name: str, config: ml_collections.ConfigDict, setting: str) -> None:
+def _check_setting(
+    name: str, config: ml_collections.ConfigDict, setting: str, value: str | None
+) -> None:
     section: Any = config
     for part in setting.split("."):
         if not isinstance(section, ml_collections.ConfigDict) or part not in section:
@@ -116,6 +125,12 @@ def _check_setting(name: str, config: ml_collections.ConfigDict, setting: str) -
                 f"--config.{setting}: {name} has no such setting; {near} (--print_config lists all)"
             )
         section = section[part]
+    if isinstance(section, ml_collections.ConfigDict) and value and not value.startswith("{"):
+        first = next(iter(section), "NAME")
+        raise UserError(
+            f"--config.{setting}={value}: {setting} is a section of {', '.join(section)}: "
+            f"override one of these, as --config.{setting}.{first}=VALUE"
+        )
 
 
 def _nearest(config: ml_collections.ConfigDict, section: Any, setting: str) -> str:

@@ -56,6 +56,37 @@ EXECUTION_KEYS = frozenset(
     }
 )
 
+# Counts, at the level where commands read them, and the least that makes sense.
+_LEAST = {
+    "seed": 0,
+    "log_every": 1,
+    "checkpoint_every": 1,
+    "keep_checkpoints": 1,
+    "threads": 1,
+    "data.workers": 0,
+    "data.threads": 1,
+    "data.prefetch": 1,
+    "evaluation.chunk": 1,
+    "evaluation.threads": 1,
+    "evaluation.part_records": 1,
+    "features.chunk": 1,
+    "features.part_records": 1,
+    "test.chunk": 1,
+    "bootstrap.resamples": 1,
+}
+
+
+def check_counts(config: ml_collections.ConfigDict) -> None:
+    """Checks counts whose misuse would show only after compilation or training.
+
+    Raises:
+        UserError: naming the first one that is too small.
+    """
+    flat = flatten(config.to_dict())
+    for key, least in _LEAST.items():
+        if key in flat and flat[key] < least:
+            raise UserError(f"{key} {flat[key]} must be at least {least}")
+
 
 def with_absolute_paths(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Returns a copy of `config` whose `PATH_KEYS` are absolute; an empty one stays empty."""

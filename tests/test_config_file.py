@@ -53,6 +53,15 @@ def check(*arguments: str) -> None:
             "no file configs/pretrian.py; did you mean configs/pretrain",
         ),
         (["--config=configs/export.py:demo"], "configs/export.py has no presets: leave out :demo"),
+        (
+            [PRETRAIN, "--config=configs/export.py"],
+            "--config is given 2 times, configs/pretrain.py",
+        ),
+        (
+            [PRETRAIN, "--config.model.video=s3d"],
+            "model.video is a section of channel_mean, channel_std, dtype, freeze_norm, inception, "
+            "lowering, name",
+        ),
         (["--config=configs/training.py"], "has no get_config, so it is not a config"),
     ],
 )
@@ -75,6 +84,7 @@ def test_what_is_right_passes() -> None:
     check()
     check(PRETRAIN, "--config.steps=3", "--config.loss.weights.vv=0", "--noconfig.crop.flip")
     check(PRETRAIN, "--config.model.video.resnet.depths=(0, 1, 2)")
+    check(PRETRAIN, "--config.model.video={'name': 's3d'}")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from configs import (
     cross_modal,
     evaluate,
     export,
+    finetune,
     linear_probe,
     pretrain,
     retrieval,
@@ -99,6 +100,33 @@ def test_presets_of_protocols_build_under_their_own_names(module, task, presets)
             config["encodr"] = "runs/other"
     with pytest.raises(ValueError, match=f"unknown preset 'imagenet': use one of {presets[0]}"):
         module.get_config("imagenet")
+
+
+@pytest.mark.parametrize(
+    ("module", "setting", "value"),
+    [
+        (pretrain, "seed", -1),
+        (pretrain, "log_every", 0),
+        (pretrain, "checkpoint_every", 0),
+        (pretrain, "keep_checkpoints", 0),
+        (pretrain, "data.workers", -1),
+        (cross_modal, "features.chunk", 0),
+        (temporal, "evaluation.chunk", 0),
+        (finetune, "test.chunk", 0),
+        (evaluate, "bootstrap.resamples", 0),
+    ],
+)
+def test_counts_too_small_are_refused_before_anything_runs(
+    module, setting, value, monkeypatch, capsys
+):
+    monkeypatch.setattr(main, "_function", lambda task: pytest.fail("it ran"))
+    command = ["main", f"--config={module.__file__}", f"--config.{setting}={value}"]
+    monkeypatch.setattr(sys, "argv", command)  # where ml_collections looks for overrides
+    with flagsaver.flagsaver():
+        main.parse_flags(command)
+        with pytest.raises(SystemExit):
+            main.main(["main"])
+    assert f"error: {setting} {value} must be at least" in capsys.readouterr().err
 
 
 def test_a_run_on_own_records_is_named_after_them(tmp_path, monkeypatch):

@@ -50,8 +50,9 @@ class ViewSpec:
     def __post_init__(self) -> None:
         """Refuses settings without meaning."""
         speeds = self.speeds
-        if not speeds or speeds[0] < 1 or list(speeds) != sorted(set(speeds)):
-            raise UserError(f"speeds {speeds} must be increasing and at least 1")
+        whole = all(isinstance(speed, int) for speed in speeds)
+        if not speeds or not whole or speeds[0] < 1 or list(speeds) != sorted(set(speeds)):
+            raise UserError(f"speeds {speeds} must be whole numbers, increasing and at least 1")
         if self.num_frames < 2 or self.clip_seconds <= 0:
             raise UserError(
                 f"num_frames {self.num_frames} must be at least 2 and clip_seconds "
