@@ -59,8 +59,8 @@ def check(*arguments: str) -> None:
         ),
         (
             [PRETRAIN, "--config.model.video=s3d"],
-            "model.video is a section of channel_mean, channel_std, dtype, freeze_norm, inception, "
-            "lowering, name",
+            "model.video is a section of inception, lowering, name, resnet, subtract_time_mean, "
+            "transformer: override one of these, as --config.model.video.inception=VALUE",
         ),
         (["--config=configs/training.py"], "has no get_config, so it is not a config"),
     ],
