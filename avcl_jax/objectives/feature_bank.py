@@ -4,7 +4,8 @@ The bank is device state: `size` rows, each the video and audio embedding of one
 source and presence, sharded over the mesh's data axes. Every shard is a ring that takes only what
 its own devices computed, so inserting moves nothing between devices. Rows carry a running insertion
 number, which names a row independently of where it lies: noise is keyed by it, so the number of
-devices changes neither what the bank holds nor what is sampled.
+devices changes neither what the bank holds nor what is sampled. Before they reach 2³¹ the numbers
+go back by a multiple of the bank's size (`_period`), so that a row's place stays its number's.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class FeatureBank:
         has_video: bool [size].
         has_audio: bool [size].
         insertion: int32 [size] insertion number, −1 while the row is empty.
-        inserted: int32 scalar, rows ever inserted (at most 2³¹ − 1).
+        inserted: int32 scalar, the next row's number: rows ever inserted until the bank is full,
+            from then on in [size, size + `_period`).
     """
 
     video: Any
@@ -165,6 +167,15 @@ def shardings(mesh: Mesh, data_axes: tuple[str, ...]) -> FeatureBank:
     )
 
 
+def _period(size: int) -> int:
+    """Number after which insertion numbers repeat: the largest multiple of `size` below 2³⁰.
+
+    A multiple of the size, so that neither the place of the next row in the ring nor that of a
+    number in `redistribute` changes when numbers start over.
+    """
+    return (2**30 - 1) // size * size
+
+
 def is_full(bank: FeatureBank) -> Bool[Array, ""]:
     """Whether every row has been written."""
     return bank.inserted >= bank.insertion.shape[0]
@@ -189,8 +200,9 @@ def insert(
 ) -> FeatureBank:
     """Writes a batch over the oldest rows, each device its own videos into its own shard.
 
-    The insertion number of view v of video i of the global batch is inserted + 2 i + v. A bank
-    takes batches of one size throughout its life.
+    The insertion number of view v of video i of the global batch is inserted + 2 i + v, which
+    starts over at the bank's size after `_period` rows more. A bank takes batches of one size
+    throughout its life.
 
     Args:
         bank: The bank, rows sharded over `data_axes`.
@@ -230,6 +242,9 @@ def insert(
             return put(ring, values.reshape(rows, -1))
 
         number = bank.inserted + shard * rows + jnp.arange(rows, dtype=jnp.int32)
+        inserted = bank.inserted + rows * shards
+        period = _period(size * shards)
+        inserted = jnp.where(inserted >= size * shards + period, inserted - period, inserted)
         return FeatureBank(
             video=embeddings(bank.video, video, has_video),
             audio=embeddings(bank.audio, audio, has_audio),
@@ -238,7 +253,7 @@ def insert(
             has_video=put(bank.has_video, has_video.ravel()),
             has_audio=put(bank.has_audio, has_audio.ravel()),
             insertion=put(bank.insertion, number),
-            inserted=bank.inserted + rows * shards,
+            inserted=inserted,
         )
 
     if shards > 1:
@@ -417,7 +432,8 @@ def sample_metrics(
     known = drawn.positive_mask & (drawn.positive_label >= 0) & (label >= 0)[:, None, None]
     same = drawn.positive_label == label[:, None, None]
     # In float32 from here on: sums of ages overflow int32.
-    age = (bank.inserted - drawn.positive_insertion).astype(jnp.float32)
+    age = (bank.inserted - drawn.positive_insertion) % _period(bank.insertion.shape[0])
+    age = age.astype(jnp.float32)
     return {
         "bank_fill": (bank.insertion >= 0).mean(),
         "bank_positives": drawn.positive_mask.sum(-1).mean(),

@@ -300,6 +300,46 @@ def test_redistribute_leaves_a_bank_that_lies_right():
         jax.tree.map(np.testing.assert_array_equal, bank, moved)
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_bank_at_the_end_of_its_numbers_behaves_as_any_other(shards):
+    """Insertion numbers start over; rows, order, draws and ages do not show where."""
+    period = (2**30 - 1) // SIZE * SIZE
+    rng = np.random.default_rng(5)
+    far, anchors = filled(5, batches=SIZE // (2 * VIDEOS), missing=0.0)
+    ahead = period - SIZE  # one turn of the ring before the numbers start over
+    near = far.replace(insertion=far.insertion + ahead, inserted=far.inserted + ahead)
+    # So cold that the noise, which depends on the numbers, does not matter.
+    sample = sampler(("video", "audio"), sampling_of(temperature=1e-6))
+    anchors = as_anchors(anchors, np.arange(VIDEOS))
+    seen = []
+    for _ in range(SIZE // VIDEOS):
+        batch = random_batch(rng, VIDEOS, DIM, SOURCES, 0.0)
+        far, near = insert(far, **batch), insert(near, **batch)
+        seen.append(int(near.inserted))
+        drawn, metrics = [], []
+        for bank in (far, near):
+            assert feature_bank.is_full(bank)
+            assert len(np.unique(bank.insertion)) == SIZE
+            found = sample(bank, jax.random.key(0), **anchors, active=True)
+            drawn.append(found)
+            metrics.append(feature_bank.sample_metrics(bank, found, jnp.asarray(batch["label"])))
+        jax.tree.map(np.testing.assert_array_equal, *metrics)
+        assert 1 <= metrics[1]["bank_age_rows"] <= SIZE
+        for name in ("positives", "positive_mask", "negatives", "negative_mask"):
+            np.testing.assert_array_equal(*(getattr(found, name) for found in drawn))
+        moved = [
+            feature_bank.redistribute(bank, global_batch_size=VIDEOS, shards=shards)
+            for bank in (far, near)
+        ]
+        for banks in ((far, near), moved):
+            for name in ("video", "audio", "source_id", "label", "has_video", "has_audio"):
+                np.testing.assert_array_equal(*(getattr(bank, name) for bank in banks))
+            number = [np.asarray(bank.insertion) for bank in banks]
+            np.testing.assert_array_equal((number[1] - number[0] - ahead) % period, 0)
+    assert max(seen) < SIZE + period < 2**31
+    assert SIZE in seen
+
+
 def test_sample_metrics():
     bank, batch = filled(4, batches=7)
     batch["has_video"][:2] = True, False
