@@ -114,11 +114,16 @@ def test_an_override_that_the_encoder_ignores_is_refused(
     assert "\n" not in line
 
 
-def test_a_bug_in_a_config_file_keeps_its_own_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [("undefined", NameError), ("().undefined", AttributeError), ("1 + 'undefined'", TypeError)],
+)
+@pytest.mark.parametrize("preset", ["", ":demo"])
+def test_a_bug_in_a_config_file_keeps_its_own_error(tmp_path, value, error, preset) -> None:
     file = tmp_path / "mine.py"
-    file.write_text("def get_config():\n    return undefined\n")
-    with pytest.raises(NameError, match="undefined"):
-        check(f"--config={file}")
+    file.write_text(f"def get_config(preset=''):\n    return {value}\n")
+    with pytest.raises(error, match="undefined"):
+        check(f"--config={file}{preset}")
 
 
 def start(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:

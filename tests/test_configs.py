@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 from absl.testing import flagsaver
@@ -16,6 +17,7 @@ from etils import epath
 
 from avcl_jax import experiment, main
 from avcl_jax.data.pipeline import batch_shapes
+from avcl_jax.errors import UserError
 from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.video_retrieval import PROTOCOL
 from avcl_jax.training import loop
@@ -129,6 +131,17 @@ def test_counts_too_small_are_refused_before_anything_runs(
     assert f"error: {setting} {value} must be at least" in capsys.readouterr().err
 
 
+def test_no_count_is_refused_that_makes_sense():
+    for key in experiment._LEAST:
+        least = 0 if key in ("seed", "data.workers") else 1
+        section, _, name = key.rpartition(".")
+        config = ml_collections.ConfigDict({section: {name: least}} if section else {name: least})
+        experiment.check_counts(config)
+        config.update_from_flattened_dict({key: least - 1})
+        with pytest.raises(UserError, match=f"{key} {least - 1} must be at least {least}"):
+            experiment.check_counts(config)
+
+
 def test_a_run_on_own_records_is_named_after_them(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(
@@ -169,6 +182,8 @@ def test_json_of_a_config_comes_back_and_differences_name_keys():
         "views.speeds: [1, 2, 4, 8] -> [1, 2]",
     ]
     np.testing.assert_equal(experiment.render_spec(config).views.speeds, (1, 2))
+    assert config.spectrogram.where == "host"
+    assert not experiment.render_spec(config).spectrogram_on_device
 
 
 def test_where_a_run_is_executed_is_no_decisive_difference():

@@ -15,6 +15,7 @@ import simplejpeg
 
 from avcl_jax.data import media
 from avcl_jax.data.media import MediaError
+from avcl_jax.data.mono import ChannelEnergies, choose_weights
 from avcl_jax.data.record_format import Record
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.usable_records import UsableRecords
@@ -521,6 +522,25 @@ def test_channels_that_cancel_in_a_part_are_not_silent_there(
     # A WAV file of two channels has no names for them.
     found = "the mono mix cancels: only channel 1 is used"
     assert sound.notes == ({"antiphase": found} if noted else {})
+
+
+@pytest.mark.parametrize(("samples", "seconds"), [(7, 1), (10, 1), (17, 1), (25, 2)])
+def test_energies_are_of_whole_seconds_whatever_the_blocks(samples: int, seconds: int) -> None:
+    both = np.random.default_rng(0).normal(size=(2, samples))
+    ends = [10 * n for n in range(1, seconds)]
+    expected = [part @ part.T for part in np.split(both, ends, axis=1)]
+    for block in (3, 10, samples):
+        energies = ChannelEnergies(sample_rate_hz=10)
+        for start in range(0, samples, block):
+            energies.add(both[:, start : start + block])
+        np.testing.assert_allclose(energies.per_second(), expected)
+
+
+@pytest.mark.parametrize(("cancelling", "notes"), [(1, []), (2, ["antiphase"])])
+def test_one_second_of_twenty_may_cancel(cancelling: int, notes: list[str]) -> None:
+    energies = np.array([[[1, -1], [-1, 1]]] * cancelling + [[[1, 1], [1, 1]]] * (20 - cancelling))
+    _, messages = choose_weights(energies.astype(float), np.array([0.5, 0.5]), ["left", "right"])
+    assert list(messages) == notes
 
 
 def test_a_file_shorter_than_its_header_says_is_truncated(

@@ -142,7 +142,7 @@ def test_records_of_earlier_releases_lack_the_feature() -> None:
 
 def test_what_is_too_short_to_judge_is_not_still() -> None:
     frame = simplejpeg.encode_jpeg(photo(0))
-    assert is_still([frame] * 3, 0.6)
+    assert is_still([frame] * 3, 0.5)
     assert not is_still([frame] * 3, 0.4)
     assert is_still([frame], 3.0)
 
