@@ -47,7 +47,7 @@ def check(*arguments: str) -> None:
             "--config.steps.more: configs/pretrain.py has no such",
         ),
         (["--config", "configs/pretrain.py", "--noconfig.crop.flop"], "did you mean crop.flip?"),
-        ([f"{PRETRAIN}:kinetics4000"], "unknown preset 'kinetics4000': use one of demo, records"),
+        ([f"{PRETRAIN}:kinetics4000"], "unknown preset 'kinetics4000': use one of demo, abstract"),
         (
             ["--config=configs/pretrian.py"],
             "no file configs/pretrian.py; did you mean configs/pretrain",

@@ -17,6 +17,8 @@ from etils import epath
 
 from avcl_jax import experiment, main
 from avcl_jax.data.pipeline import batch_shapes
+from avcl_jax.data.spectrogram import mel_constants
+from avcl_jax.data.views import MARGIN
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.video_retrieval import PROTOCOL
@@ -63,7 +65,32 @@ def test_preset_builds_evaluates_shapes_and_lowers(preset):
     assert "convolution" in lowered.as_text()
 
 
-@pytest.mark.parametrize("preset", ["run", "esc10", *PRESETS])
+@pytest.mark.parametrize("preset", PRESETS[1:])
+def test_full_size_settings_follow_from_each_other(preset):
+    config = pretrain.get_config(preset)
+    views, optimizer, batch = config.views, config.optimizer, config.global_batch_size
+    spans = [
+        (views.clip_seconds * a, views.clip_seconds * b) for a in views.speeds for b in views.speeds
+    ]
+    room = [sum(pair) + MARGIN * min(pair) for pair in spans]
+    assert [pair for pair, needed in zip(spans, room, strict=True) if needed > 10.0] == [(6.0, 6.0)]
+    # Every band reads something that the others do not.
+    _, filters = mel_constants(experiment.render_spec(config).log_mel)
+    assert np.linalg.matrix_rank(filters) == config.spectrogram.mels == 80
+    assert optimizer.learning_rate == pytest.approx(5e-4 * (batch / 512) ** 0.5)
+    assert config.bank.size == 64 * 2 * batch  # rows of 64 steps, two views a video
+    assert config.bank.warmup_steps == config.steps // 2 > 4 * optimizer.warmup_steps
+
+
+def test_the_preset_by_the_abstract_has_no_contrast_among_sounds():
+    demo, abstract = (
+        experiment.to_json(pretrain.get_config(name)) for name in ("demo", "abstract")
+    )
+    changed = experiment.differences(demo, abstract)
+    assert changed == ["loss.weights.aa: 0.5 -> 0.0", "name: 'demo' -> 'abstract'"]
+
+
+@pytest.mark.parametrize("preset", ["run", "abstract", "esc10", *PRESETS])
 def test_what_evaluates_a_run_repeats_none_of_its_settings(preset):
     config = evaluate.get_config(preset).to_dict()
     own = {"allow_trained_on"}
