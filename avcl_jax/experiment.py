@@ -56,7 +56,7 @@ EXECUTION_KEYS = frozenset(
     }
 )
 
-# Counts, at the level where commands read them, and the least that makes sense.
+# Counts, and the smallest valid value of each.
 _LEAST = {
     "seed": 0,
     "log_every": 1,
@@ -72,12 +72,26 @@ _LEAST = {
     "features.chunk": 1,
     "features.part_records": 1,
     "test.chunk": 1,
+    "test.clips": 1,
+    "test.crops": 1,
+    "probe.folds": 2,
+    "probe.iterations": 1,
+    "evaluation.probe.folds": 2,
+    "evaluation.probe.iterations": 1,
     "bootstrap.resamples": 1,
 }
+# Candidates for a regularisation strength.
+_COSTS = (
+    "probe.costs",
+    "evaluation.probe.costs",
+    "evaluation.costs",
+    "evaluation.classical_costs",
+    "evaluation.classical_linear_costs",
+)
 
 
-def check_counts(config: ml_collections.ConfigDict) -> None:
-    """Checks counts whose misuse would show only after compilation or training.
+def check_numbers(config: ml_collections.ConfigDict) -> None:
+    """Checks numbers whose misuse would show only after compilation or training.
 
     Raises:
         UserError: naming the first one that is too small.
@@ -86,6 +100,9 @@ def check_counts(config: ml_collections.ConfigDict) -> None:
     for key, least in _LEAST.items():
         if key in flat and flat[key] < least:
             raise UserError(f"{key} {flat[key]} must be at least {least}")
+    for key in _COSTS:
+        if key in flat and not (flat[key] and min(flat[key]) > 0):
+            raise UserError(f"{key} {flat[key]} must be positive numbers, one at least")
 
 
 def with_absolute_paths(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

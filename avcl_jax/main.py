@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from avcl_jax import config_file
 from avcl_jax.demo_data import check_demo, make_demo
 from avcl_jax.errors import UserError, one_line
-from avcl_jax.experiment import check_counts, with_absolute_paths
+from avcl_jax.experiment import check_numbers, with_absolute_paths
 from avcl_jax.paths import absolute_path
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -125,7 +125,7 @@ def main(argv: Sequence[str]) -> None:
         if _PRINT_CONFIG.value:
             print(config_file.as_text(config))
             return
-        check_counts(config)
+        check_numbers(config)
         config = with_absolute_paths(config)
         if not config.name:
             if not config.data.directory:

@@ -58,8 +58,8 @@ class ModalityRecords(SelectedRecords):
             leave_out: leave out records that lack one of these, instead of an error.
 
         Raises:
-            LackingError: if a label is missing, records lack something, or have sound at another
-                rate.
+            LackingError: if a label is missing or has one class, records lack something, or have
+                sound at another rate.
             SelectionError: if the selection does not fit the data set.
         """
         self.records, self.selection = records, selection
@@ -91,7 +91,7 @@ class ModalityRecords(SelectedRecords):
 
     def classes_of(self, label: str) -> np.ndarray:
         """Returns the class of each record, int64 [n]."""
-        return _classes(self.records, label)[self.indices].astype(np.int64)
+        return self.records.labels[label][self.indices].astype(np.int64)
 
     def seconds(self, position: int) -> float:
         """Returns how long the modality lasts in a record."""
@@ -143,14 +143,19 @@ def _asked(
     else:
         yield "audio, or only silence", has_audio(records.timelines)
     for label in labels:
-        yield f"known {label!r}", _classes(records, label) != UNKNOWN_LABEL
+        _check_classes(records, label)
+        yield f"known {label!r}", records.labels[label] != UNKNOWN_LABEL
 
 
-def _classes(records: RecordDataset, label: str) -> np.ndarray:
+def _check_classes(records: RecordDataset, label: str) -> None:
     if label not in records.labels:
         several = ", of which a record may have several" * (label in records.multilabel)
         raise LackingError(
             f"{records} has the labels {', '.join(sorted(records.labels)) or 'none'} of one class "
             f"per record, not {label!r}{several}: set data.label to one of these"
         )
-    return records.labels[label]
+    if len(names := records.class_names[label]) < 2:
+        raise LackingError(
+            f"label {label!r} of {records} has only the class {names[0]!r}, two are needed: set "
+            "data.label to another label"
+        )

@@ -15,7 +15,7 @@ from etils import epath
 
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.evaluation.classical_audio import classical_record_features
-from avcl_jax.evaluation.fold_classification import FoldResult, classify_folds
+from avcl_jax.evaluation.fold_classification import FoldResult, check_folds, classify_folds
 from avcl_jax.evaluation.fold_encoders import (
     by_test_fold,
     check_unheard,
@@ -106,6 +106,10 @@ def run_folds(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dic
         labels=[config.data.label, config.data.fold_label],
     )
     indices = clips.indices
+    labels, folds = (
+        clips.classes_of(label) for label in (config.data.label, config.data.fold_label)
+    )
+    check_folds(labels, folds, clips.sources)
     data = {"all": clips.fingerprint}
     protocol_run = ProtocolRun(PROTOCOL, config, workdir, source, data)
     if (done := protocol_run.finished()) is not None:
@@ -145,9 +149,6 @@ def run_folds(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dic
             )
     if jax.process_index():
         return {}
-    labels, folds = (
-        clips.classes_of(label) for label in (config.data.label, config.data.fold_label)
-    )
     sources = clips.sources
     class_names = records.class_names[config.data.label]
 

@@ -27,7 +27,7 @@ from avcl_jax.data.shared_memory import check_room
 from avcl_jax.data.views import ViewSpec
 from avcl_jax.encoder_source import EncoderSource
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.finetune_split import run_split
+from avcl_jax.evaluation.finetune_split import check_split, run_split
 from avcl_jax.evaluation.fold_encoders import (
     FoldEncoders,
     fold_names,
@@ -86,10 +86,13 @@ def finetune(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
             allow=config.data.allow_trained_on,
             what="test records",
         )
+    directories = [workdir / f"split{number}" for number in range(1, len(splits) + 1)]
+    for directory, begin, (train, _) in zip(directories, own, splits, strict=True):
+        check_split(config, directory, begin, train)
     stages = Stages()
     tested = []
     for number, (begin, (train, test)) in enumerate(zip(own, splits, strict=True), 1):
-        fold = run_split(config, workdir / f"split{number}", number, begin, spec, train, test)
+        fold = run_split(config, directories[number - 1], number, begin, spec, train, test)
         if fold is None:
             return None
         tested.append(fold)

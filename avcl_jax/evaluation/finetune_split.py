@@ -50,6 +50,29 @@ _PREDICTIONS = "predictions.npz"
 _NOT_TRAINING = ("test", "bootstrap")
 
 
+def check_split(
+    config: ml_collections.ConfigDict,
+    workdir: epath.Path,
+    source: EncoderSource,
+    train: LabelledRecords,
+) -> None:
+    """Refuses a split whose training could not begin, before another split is trained.
+
+    Args:
+        config: of the run.
+        workdir: of this split.
+        source: encoders to begin with.
+        train: records to train on.
+
+    Raises:
+        CheckpointError: if `workdir` belongs to another training.
+        UserError: if settings contradict each other.
+    """
+    optimizer_of(config, len(train))
+    if (workdir / "config.json").exists():
+        _check_training(config, workdir, source, train)
+
+
 def run_split(
     config: ml_collections.ConfigDict,
     workdir: epath.Path,

@@ -67,12 +67,10 @@ def classify_folds(
         tested: numbers of the folds to test, increasing; None is all of them.
 
     Raises:
-        ProtocolError: if there are fewer than three folds, or a source is in two of them.
+        ProtocolError: as `check_folds`.
     """
+    check_folds(labels, folds, sources)
     names = np.unique(folds)
-    if len(names) < 3:
-        raise ProtocolError(f"nested cross-validation needs three folds, there are {len(names)}")
-    _check_sources(folds, sources)
     costs = sorted(costs)
     tests = range(len(names)) if tested is None else np.searchsorted(names, tested).tolist()
 
@@ -120,7 +118,27 @@ def classify_folds(
     )
 
 
-def _check_sources(folds: np.ndarray, sources: Sequence[str]) -> None:
+def check_folds(labels: np.ndarray, folds: np.ndarray, sources: Sequence[str]) -> None:
+    """Refuses items that `classify_folds` cannot classify.
+
+    Args:
+        labels: int [n].
+        folds: int [n].
+        sources: [n].
+
+    Raises:
+        ProtocolError: if there are fewer than three folds, a source is in two of them, or training
+            without two of them would have one class.
+    """
+    names = np.unique(folds)
+    if len(names) < 3:
+        raise ProtocolError(f"nested cross-validation needs three folds, there are {len(names)}")
+    for pair in itertools.combinations(names, 2):
+        if len(np.unique(labels[~np.isin(folds, pair)])) < 2:
+            raise ProtocolError(
+                f"without folds {pair[0]} and {pair[1]}, numbered from 0, training records have "
+                "fewer than two classes"
+            )
     seen: dict[str, int] = {}
     for fold, source in zip(folds.tolist(), sources, strict=True):
         if seen.setdefault(source, fold) != fold:

@@ -103,11 +103,7 @@ def fit_probe(
         UserError: if there are fewer sources than folds, features are not finite or shapes do not
             match.
     """
-    check_sources(sources, folds)
-    names, first, numbers = np.unique(np.asarray(sources), return_index=True, return_inverse=True)
-    # Numbered by first appearance: the folds do not depend on how sources are called.
-    order = np.argsort(np.argsort(first))
-    held = (np.random.default_rng(seed).permutation(len(names)) % folds)[order[numbers]]
+    held = held_out_folds(targets, sources, folds=folds, seed=seed)
     items = _Items(features, targets, classes, iterations, tolerance)
     costs = sorted(costs)
     reached = np.empty((folds, len(costs)))
@@ -115,15 +111,39 @@ def fit_probe(
         rows = np.flatnonzero(held == fold)
         for number, classifier in enumerate(items.fits(np.flatnonzero(held != fold), costs)):
             reached[fold, number] = _score(classifier.scores(features, rows), targets[rows])
-    if np.isnan(reached).all():
-        raise UserError(
-            "no held-out fold has positive and negative items of any class, so mAP is not defined: "
-            "set probe.folds lower"
-        )
     means = np.nanmean(reached, axis=0)
     cost = costs[int(means.argmax())]
     (classifier,) = items.fits(np.arange(len(features)), [cost])
     return LinearProbe(classifier, cost, dict(zip(costs, means.tolist(), strict=True)))
+
+
+def held_out_folds(
+    targets: np.ndarray, sources: Sequence[Any] | np.ndarray, *, folds: int, seed: int
+) -> np.ndarray:
+    """Assigns items to the folds of `fit_probe`, int [n] in [0, folds).
+
+    Raises:
+        UserError: if there are fewer sources than folds, or no fold has positive and negative items
+            of any class.
+    """
+    check_sources(sources, folds)
+    names, first, numbers = np.unique(np.asarray(sources), return_index=True, return_inverse=True)
+    # Numbered by first appearance: the folds do not depend on how sources are called.
+    order = np.argsort(np.argsort(first))
+    held = (np.random.default_rng(seed).permutation(len(names)) % folds)[order[numbers]]
+    if targets.ndim == 2 and not any(
+        ranked_classes(targets[held == fold]).any() for fold in range(folds)
+    ):
+        raise UserError(
+            "no held-out fold has positive and negative items of any class, so mAP is not defined: "
+            "set probe.folds lower"
+        )
+    return held
+
+
+def ranked_classes(targets: np.ndarray) -> np.ndarray:
+    """Returns bool [classes]: the class has positive and negative items."""
+    return np.logical_and(targets.any(axis=0), ~targets.all(axis=0))
 
 
 def check_sources(sources: Sequence[Any] | np.ndarray, folds: int) -> None:

@@ -17,7 +17,12 @@ from etils import epath
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.encoder_source import EncoderSource, random_like
 from avcl_jax.evaluation.fold_encoders import fold_names, open_fold_encoders, split_selections
-from avcl_jax.evaluation.linear_classifier import LinearProbe, check_sources, fit_probe
+from avcl_jax.evaluation.linear_classifier import (
+    LinearProbe,
+    fit_probe,
+    held_out_folds,
+    ranked_classes,
+)
 from avcl_jax.evaluation.metrics import confusion_matrix
 from avcl_jax.evaluation.page import section, table
 from avcl_jax.evaluation.protocol import (
@@ -30,6 +35,7 @@ from avcl_jax.evaluation.protocol import (
 )
 from avcl_jax.evaluation.protocol_records import (
     check_apart,
+    check_pooled,
     feature_spec,
     open_splits,
     record_clips,
@@ -171,10 +177,7 @@ def run_linear_probe(config: ml_collections.ConfigDict, workdir: epath.PathLike)
 def _splits(config: ml_collections.ConfigDict, encoders: Sequence[EncoderSource]) -> list[_Split]:
     """Returns the records of every split, without reading one."""
     section = config.data
-    if config.features.record_pooling == "clips":
-        raise ProtocolError(
-            "features.record_pooling 'clips' is for folds: use 'mean' or 'mean_max'"
-        )
+    check_pooled(config)
     opened = open_splits(section.directory, section.train_split, section.test_split)
     splits = []
     pairs = split_selections(section)
@@ -184,7 +187,6 @@ def _splits(config: ml_collections.ConfigDict, encoders: Sequence[EncoderSource]
             for role, select in zip(("train", "test"), selections, strict=True)
         )
         check_apart(train.clips, test.clips)
-        check_sources(train.clips.sources, config.probe.folds)
         splits.append(_Split(f"split{number}", encoder, train, test))
     if splits[0].test.targets.ndim == 2:
         if len(splits) > 1:
@@ -193,11 +195,18 @@ def _splits(config: ml_collections.ConfigDict, encoders: Sequence[EncoderSource]
                 f"{len(splits)} splits is not defined: set one data.train_select and test_select"
             )
         for role, side in (("train", splits[0].train), ("test", splits[0].test)):
-            if not _ranked(side.targets).any():
+            if not ranked_classes(side.targets).any():
                 raise ProtocolError(
                     f"no class of {section.label!r} has both positive and negative records among "
                     f"the {role} records, so mAP is not defined: change data.{role}_select"
                 )
+    for split in splits:
+        held_out_folds(
+            split.train.targets,
+            split.train.clips.sources,
+            folds=config.probe.folds,
+            seed=config.seed,
+        )
     return splits
 
 
@@ -212,11 +221,6 @@ def _side(
     if several:
         return _Side(clips, records.class_matrix(label, clips.indices.tolist()))
     return _Side(clips, clips.classes_of(label))
-
-
-def _ranked(targets: np.ndarray) -> np.ndarray:
-    """Returns bool [classes]: the class has positive and negative records."""
-    return np.logical_and(targets.any(axis=0), ~targets.all(axis=0))
 
 
 def _measured(
@@ -302,7 +306,7 @@ def _tag_scores(
 ) -> tuple[dict[str, np.ndarray], dict[str, Metric]]:
     """Returns outcomes and metrics of records that may have several classes."""
     values = {"relevant": targets, f"scores{suffix}": scores.astype(np.float32)}
-    chance = float(targets[:, _ranked(targets)].mean(axis=0).mean())
+    chance = float(targets[:, ranked_classes(targets)].mean(axis=0).mean())
     metrics = {
         f"{key}{suffix}": Metric(
             kind,

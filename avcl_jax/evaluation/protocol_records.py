@@ -28,6 +28,18 @@ def feature_spec(config: ml_collections.ConfigDict) -> FeatureSpec:
     )
 
 
+def check_pooled(config: ml_collections.ConfigDict) -> None:
+    """Refuses features of single clips where a protocol needs one feature per record.
+
+    Raises:
+        ProtocolError: if `features.record_pooling` is "clips".
+    """
+    if config.features.record_pooling == "clips":
+        raise ProtocolError(
+            "features.record_pooling 'clips' is for folds: use 'mean' or 'mean_max'"
+        )
+
+
 def open_splits(directory: epath.PathLike, *names: str) -> dict[str, RecordDataset]:
     """Opens splits of a data set, each once however often it is named.
 

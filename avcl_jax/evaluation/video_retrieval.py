@@ -19,9 +19,11 @@ from avcl_jax.evaluation.protocol import (
     Metric,
     Outcomes,
     Protocol,
+    ProtocolError,
 )
 from avcl_jax.evaluation.protocol_records import (
     check_apart,
+    check_pooled,
     feature_spec,
     open_splits,
     record_clips,
@@ -29,7 +31,12 @@ from avcl_jax.evaluation.protocol_records import (
 from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.record_clips import RecordClips
 from avcl_jax.evaluation.record_features import record_features
-from avcl_jax.evaluation.retrieval import RetrievalScores, nearest, retrieval_scores
+from avcl_jax.evaluation.retrieval import (
+    RetrievalScores,
+    check_recall_at,
+    nearest,
+    retrieval_scores,
+)
 from avcl_jax.evaluation.trained_on import check_not_trained_on
 from avcl_jax.evaluation.written import Stages
 from avcl_jax.paths import absolute_path
@@ -72,6 +79,8 @@ def video_retrieval(config: ml_collections.ConfigDict, workdir: epath.PathLike) 
     """
     workdir = absolute_path(workdir)
     stages = Stages()
+    check_recall_at(config.evaluation.recall_at, setting="evaluation.recall_at")
+    check_pooled(config)
     source = open_encoders(config.encoder)
     splits = {side: config.data[f"{side}_split"] for side in ("query", "gallery")}
     opened = open_splits(config.data.directory, *splits.values())
@@ -82,10 +91,14 @@ def video_retrieval(config: ml_collections.ConfigDict, workdir: epath.PathLike) 
             source,
             "video",
             opened[split],
-            select=config.data[f"{side}_select"].format(split=config.data.official_split),
+            select=config.data[f"{side}_select"].replace(
+                "{split}", str(config.data.official_split)
+            ),
             labels=[config.data.label],
         )
     check_apart(sides["gallery"], sides["query"])
+    ids = {side: clips.classes_of(config.data.label) for side, clips in sides.items()}
+    _check_relevant(ids, sides["gallery"].records.class_names[config.data.label])
     data = {side: clips.fingerprint for side, clips in sides.items()}
     protocol_run = ProtocolRun(PROTOCOL, config, workdir, source, data)
     if (done := protocol_run.finished()) is not None:
@@ -114,7 +127,6 @@ def video_retrieval(config: ml_collections.ConfigDict, workdir: epath.PathLike) 
                 )
     if jax.process_index():
         return {}
-    ids = {side: clips.classes_of(config.data.label) for side, clips in sides.items()}
     with stages("ranking"):
         scores = {
             name: retrieval_scores(
@@ -128,6 +140,17 @@ def video_retrieval(config: ml_collections.ConfigDict, workdir: epath.PathLike) 
         }
     measured = _measured(config, scores, sides, ids, features[""])
     return protocol_run.write(measured, stages)
+
+
+def _check_relevant(ids: dict[str, np.ndarray], classes: list[str]) -> None:
+    """Refuses queries of a class that the gallery lacks: they have nothing to find."""
+    missing = ids["query"][~np.isin(ids["query"], ids["gallery"])]
+    if missing.size:
+        raise ProtocolError(
+            f"{missing.size} queries are of classes that no record of the gallery has, first "
+            f"{classes[int(missing[0])]!r}: correct data.query_select, data.gallery_select or the "
+            "splits"
+        )
 
 
 def _measured(

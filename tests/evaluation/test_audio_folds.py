@@ -198,7 +198,10 @@ def test_one_command_from_a_run_to_results_that_repeat(
     assert len(opened) == 1  # of a large data set that takes seconds
 
 
-def test_what_does_not_fit_is_refused(fold_records, small_run, small_records, tmp_path):
+def test_what_does_not_fit_is_refused_before_any_work(
+    fold_records, small_run, small_records, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(RecordDataset, "__getitem__", None)
     config = _config(fold_records, small_run)
     config.encoder = str(tmp_path / "nothing")
     with pytest.raises(ValueError, match="there is no directory"):
@@ -210,6 +213,29 @@ def test_what_does_not_fit_is_refused(fold_records, small_run, small_records, tm
     config.data.update({"split": "null_test", "fold_label": "motion"})
     with pytest.raises(LackingError, match=r"10 of the 10 .* have no known 'material'"):
         run_folds(config, tmp_path)
+    config.data.update({"split": "test"})
+    with pytest.raises(ProtocolError, match="needs three folds, there are 2"):
+        run_folds(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "classes", "sources"),
+    [
+        ("source 0 is in two folds", [0, 1, 0, 1, 0, 1], "xaxbcd"),
+        ("without folds 0 and 1, .* fewer than two classes", [1, 1, 0, 1, 0, 0], "abcdef"),
+    ],
+)
+def test_folds_that_cannot_be_classified_are_refused_before_any_work(
+    small_run, tmp_path, monkeypatch, said, classes, sources
+):
+    records = [
+        sound_record(f"{n}", source, n, 300, {"class": label, "fold": n // 2})
+        for n, (label, source) in enumerate(zip(classes, sources, strict=True))
+    ]
+    directory = write_records(tmp_path, "few", FOLD_CLASSES, {"all": records})
+    monkeypatch.setattr(RecordDataset, "__getitem__", None)
+    with pytest.raises(ProtocolError, match=said):
+        run_folds(_config(directory, small_run), tmp_path / "w")
 
 
 def test_a_label_of_several_classes_is_refused(small_run, tmp_path):

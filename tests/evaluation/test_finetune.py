@@ -250,6 +250,18 @@ def test_sound_is_fine_tuned_by_the_same_code(records, encoders, tmp_path):
         ),
         ({"optimizer.schedule": "step"}, ValueError, "must be 'cosine' or 'multistep'"),
         ({"global_batch_size": 64}, ValueError, "larger than the 48 usable records: set"),
+        # The second split has fewer records, so that both milestones are one step there.
+        (
+            {
+                "data.train_select": ("split1=train", "split2=test"),
+                "data.test_select": ("split1=test", "split2=train"),
+                "optimizer.schedule": "multistep",
+                "optimizer.warmup_epochs": 0.0,
+                "optimizer.milestones": (1.0, 1.3),
+            },
+            ValueError,
+            "milestones at steps (2, 2) must increase",
+        ),
     ],
 )
 def test_mistakes_are_one_clear_error(records, encoders, tmp_path, overrides, error, message):

@@ -107,7 +107,7 @@ def test_motion_cannot_be_heard(small_records, small_run, tmp_path):
 def tagged_records(tmp_path_factory):
     """Sounds of which a low one is `low`, a loud one `loud`, and all `sound`; some are neither."""
     rng = np.random.default_rng(0)
-    names = {"tags": ["low", "loud", "sound"], "kind": ["a", "b"]}
+    names = {"tags": ["low", "loud", "sound"], "kind": ["a", "b"], "level": ["loud"]}
     splits = {}
     for split, count in (("train", 40), ("eval", 24)):
         splits[split] = []
@@ -119,12 +119,12 @@ def tagged_records(tmp_path_factory):
                 f"{split}{number}",
                 number,
                 300 if low else 1500,
-                {"tags": tags, "kind": 0},
+                {"tags": tags, "kind": 0, "level": 0},
             )
             if not loud:
                 record.waveform[...] = record.waveform // 16
             splits[split].append(record)
-    alike = {"tags": (2,), "kind": 1}
+    alike = {"tags": (2,), "kind": 1, "level": 0}
     splits["alike"] = [sound_record(f"alike{n}", f"alike{n}", n, 500, alike) for n in range(2)]
     directory = tmp_path_factory.mktemp("tagged")
     return write_records(directory, "tagged", names, splits, ["tags"])
@@ -160,7 +160,10 @@ def test_classes_of_records_are_those_that_were_written(tagged_records):
     np.testing.assert_array_equal(records.class_matrix("tags", positions), expected)
 
 
-def test_what_does_not_fit_is_refused(tagged_records, small_records, small_run, tmp_path):
+def test_what_does_not_fit_is_refused_before_any_work(
+    tagged_records, small_records, small_run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(RecordDataset, "__getitem__", None)
     config = _config(small_records, small_run)
     config.data.label = "color"
     with pytest.raises(LackingError, match=r"has the labels material, motion"):
@@ -177,6 +180,15 @@ def test_what_does_not_fit_is_refused(tagged_records, small_records, small_run, 
         run_linear_probe(config, tmp_path)
     config.data.update({"train_select": ("",), "test_select": ("kind=b",), "test_split": "alike"})
     with pytest.raises(ProtocolError, match=r"no class of 'tags' has both .* the test records"):
+        run_linear_probe(config, tmp_path)
+    # Each held-out fold would be one record, of which no class is both positive and negative.
+    config.data.update({"test_select": ("",), "test_split": "eval"})
+    config.probe.folds = 40
+    with pytest.raises(ValueError, match=r"no held-out fold has .* set probe.folds lower"):
+        run_linear_probe(config, tmp_path)
+    config.data.update({"label": "level"})
+    config.probe.folds = 3
+    with pytest.raises(LackingError, match=r"'level' of .* has only the class 'loud'"):
         run_linear_probe(config, tmp_path)
     config = _config(small_records, small_run)
     config.data.test_split = "train"

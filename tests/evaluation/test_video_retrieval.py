@@ -169,9 +169,10 @@ def test_shuffled_labels_give_chance(small_run, tmp_path):
     assert 0.35 < figure["chance"] < 0.65
 
 
-def test_what_does_not_fit_is_refused(
-    small_records, split_records, fold_records, small_run, tmp_path
+def test_what_does_not_fit_is_refused_before_any_work(
+    small_records, split_records, fold_records, small_run, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(RecordDataset, "__getitem__", None)
     config = _config(small_records, small_run)
     config.data.gallery_split = "test"
     with pytest.raises(ProtocolError, match="16 records are among both"):
@@ -188,6 +189,22 @@ def test_what_does_not_fit_is_refused(
     config.data.update({"query_split": "all", "gallery_split": "all"})
     with pytest.raises(LackingError, match="have no video"):
         video_retrieval(config, tmp_path)
+    config = _config(small_records, small_run)
+    config.evaluation.recall_at = (0, 5)
+    with pytest.raises(ValueError, match=r"evaluation.recall_at \(0, 5\) must be whole numbers"):
+        video_retrieval(config, tmp_path / "w")
+    config = _config(small_records, small_run)
+    config.features.record_pooling = "clips"
+    with pytest.raises(ProtocolError, match="record_pooling 'clips' is for folds"):
+        video_retrieval(config, tmp_path / "w")
+    config = _config(small_records, small_run)
+    config.data.gallery_select = "motion=across"
+    with pytest.raises(ProtocolError, match=r"8 queries are of classes .* first 'down'"):
+        video_retrieval(config, tmp_path / "w")
+    config = _split_config(split_records, small_run)
+    config.data.query_select = "split{fold}=test"
+    with pytest.raises(SelectionError, match=r"not 'split\{fold\}'"):
+        video_retrieval(config, tmp_path / "w")
     config = _config(small_records, small_run)
     config.encoder = str(tmp_path)
     with pytest.raises(ExportError, match="neither checkpoints nor exported encoders"):
