@@ -10,7 +10,6 @@ import argparse
 import functools
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from avcl_jax.paths import local_path
 from benchmarks.measure import (
     REPEATS,
     Target,
@@ -28,7 +26,9 @@ from benchmarks.measure import (
     need,
     peak_growth_bytes,
     run_child,
+    run_command,
     spread,
+    writable_path,
 )
 from benchmarks.train_step import ALLOCATOR
 
@@ -234,7 +234,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bank", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--json", type=local_path, required=True, help="where to write the rows")
+    parser.add_argument("--json", type=writable_path, required=True, help="where to write the rows")
     parser.add_argument("--rows", nargs="+", choices=_ROWS, default=list(_ROWS), metavar="NAME")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="of every measurement")
     args = parser.parse_args(arguments)
@@ -244,4 +244,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

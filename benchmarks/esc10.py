@@ -24,7 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from avcl_jax.paths import local_path
-from benchmarks.measure import Row, Target, print_table, spread, write_json
+from benchmarks.measure import (
+    Row,
+    Target,
+    print_table,
+    run_command,
+    spread,
+    writable_path,
+    write_json,
+)
 
 FOLDS = ("1", "2", "3", "4", "5")
 # RBF machine on log-mel statistics of the same files, as the issue that asked for this measured it.
@@ -185,7 +193,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.esc10", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--json", type=local_path, required=True, help="where to write the rows")
+    parser.add_argument("--json", type=writable_path, required=True, help="where to write the rows")
     parser.add_argument("--records", type=local_path, default="data/esc10")
     parser.add_argument("--workdir", type=local_path, default="runs/esc10")
     parser.add_argument(
@@ -211,4 +219,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

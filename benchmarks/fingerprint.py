@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,9 @@ from benchmarks.measure import (
     median_ratio,
     need,
     run_child,
+    run_command,
     spread,
+    writable_path,
 )
 
 _BASELINES = ("image_hash", "chromaprint")
@@ -299,7 +300,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.fingerprint", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--json", type=local_path, required=True, help="where to write the rows")
+    parser.add_argument("--json", type=writable_path, required=True, help="where to write the rows")
     parser.add_argument("--rows", nargs="+", choices=_ROWS, default=list(_ROWS), metavar="NAME")
     parser.add_argument(
         "--encoder", type=local_path, default="runs/demo", help="run or exported encoders"
@@ -331,4 +332,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

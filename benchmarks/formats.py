@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -28,7 +27,16 @@ from avcl_jax.data.views import Timeline, draw_views, frame_indices
 from avcl_jax.paths import local_path
 from benchmarks import footage, rendering
 from benchmarks.baselines.pyav_dataloader import films
-from benchmarks.measure import REPEATS, Row, print_table, run_child, spread, write_json
+from benchmarks.measure import (
+    REPEATS,
+    Row,
+    print_table,
+    run_child,
+    run_command,
+    spread,
+    writable_path,
+    write_json,
+)
 
 _FILMS, _SAMPLES = 16, 48
 Stored = Any
@@ -208,7 +216,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.formats", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--json", type=local_path, required=True, help="where to write the rows")
+    parser.add_argument("--json", type=writable_path, required=True, help="where to write the rows")
     parser.add_argument("--data", type=local_path, default="data/benchmark", help="made if absent")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="of every measurement")
     args = parser.parse_args(arguments)
@@ -227,4 +235,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

@@ -25,7 +25,9 @@ from benchmarks.measure import (
     median_ratio,
     need,
     run_child,
+    run_command,
     spread,
+    writable_path,
 )
 
 _MILLION = 1_000_000
@@ -284,7 +286,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.input_pipeline", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--json", type=local_path, required=True, help="where to write the rows")
+    parser.add_argument("--json", type=writable_path, required=True, help="where to write the rows")
     parser.add_argument("--rows", nargs="+", choices=_ROWS, default=list(_ROWS), metavar="NAME")
     parser.add_argument("--data", type=local_path, default="data/benchmark", help="made if absent")
     parser.add_argument("--demo", type=local_path, default="data/foley/records")
@@ -302,4 +304,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

@@ -18,7 +18,7 @@ from typing import Any
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.paths import local_path
 from benchmarks import footage
-from benchmarks.measure import Row, print_table, write_json
+from benchmarks.measure import Row, print_table, run_command, writable_path, write_json
 
 QUALITIES = (20, 40, 60, 75, 90)
 
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.jpeg_quality", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--json", type=local_path, required=True, help="where to write the rows")
+    parser.add_argument("--json", type=writable_path, required=True, help="where to write the rows")
     parser.add_argument("--media", type=local_path, default="data/foley/media", help="of the demo")
     parser.add_argument("--run", type=local_path, default="runs/demo", help="of `make demo`")
     args = parser.parse_args(arguments)
@@ -80,4 +80,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

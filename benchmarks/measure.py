@@ -7,6 +7,7 @@ fresh process of its own: no caches, heaps or thread pools are inherited from th
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import functools
@@ -17,6 +18,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shlex
 import signal
 import statistics
 import subprocess
@@ -24,7 +26,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
+
+from avcl_jax.errors import UserError, one_line
+from avcl_jax.paths import local_path
 
 REPEATS = 5
 _ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +40,7 @@ _LIBRARIES = (
 
 
 _Subject = TypeVar("_Subject")
+_USER_ERROR = 64  # exit status of a child that ended in a user error
 
 
 class SkipError(Exception):
@@ -171,6 +177,7 @@ def run_child(
 
     Raises:
         ChildError: if it failed.
+        UserError: if it ended in one, or in a system error of a file.
     """
     command = [sys.executable, "-m", "benchmarks.measure", target, json.dumps(arguments)]
     allowed = os.sched_getaffinity(0) if cores is None else set(cores)
@@ -188,6 +195,8 @@ def run_child(
         # Endless pipelines leave worker processes behind, which would burden what comes next.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode == _USER_ERROR:
+        raise UserError(errors.splitlines()[-1])
     if process.returncode:
         raise ChildError(f"{target} failed with status {process.returncode}:\n{errors[-3000:]}")
     return json.loads(output.splitlines()[-1])
@@ -308,6 +317,44 @@ def measure_rows(
     print_table(rows)
 
 
+def run_command(main: Callable[[list[str]], int], arguments: list[str] | None = None) -> NoReturn:
+    """Runs the `main` of a benchmark and exits; an error that a user can fix is one line.
+
+    Args:
+        main: takes the arguments of the command, returns its exit status.
+        arguments: those of the command line by default.
+    """
+    try:
+        status = main(sys.argv[1:] if arguments is None else arguments)
+    except (UserError, OSError, subprocess.CalledProcessError) as error:
+        line = (
+            f"{shlex.join(map(str, error.cmd))} ended with status {error.returncode}"
+            if isinstance(error, subprocess.CalledProcessError)
+            else one_line(error)
+        )
+        print(f"{main.__globals__['__spec__'].name}: error: {line}", file=sys.stderr)
+        status = 1
+    sys.exit(status)
+
+
+def writable_path(text: str) -> Path:
+    """Returns a path, whose directory is made, for argparse; checks that it can be written.
+
+    Raises:
+        argparse.ArgumentTypeError: if it cannot: rows would be lost after they are measured.
+    """
+    path = local_path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        path.open("a").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{one_line(error)}: give another file") from error
+    return path
+
+
 def write_json(path: Path, rows: Sequence[Row]) -> None:
     """Writes rows, each with the machine it was measured on."""
     about = machine()
@@ -317,7 +364,11 @@ def write_json(path: Path, rows: Sequence[Row]) -> None:
 
 def _child(target: str, arguments: str) -> None:
     module, _, function = target.partition(":")
-    result = getattr(importlib.import_module(module), function)(**json.loads(arguments))
+    try:
+        result = getattr(importlib.import_module(module), function)(**json.loads(arguments))
+    except (UserError, OSError) as error:
+        print(one_line(error), file=sys.stderr, flush=True)
+        os._exit(_USER_ERROR)
     print(json.dumps(result), flush=True)
     # Endless pipelines have threads and processes that nobody waits for; some inherit the pipes,
     # which `run_child` reads until they are closed.

@@ -20,9 +20,10 @@ import numpy as np
 from avcl_jax.data.decoded import DecodedMedia, decode_media, decode_record
 from avcl_jax.data.media import probe
 from avcl_jax.data.media_error import MediaError
+from avcl_jax.errors import UserError
 from avcl_jax.export import Encoder, load_encoder
 from avcl_jax.paths import local_path
-from benchmarks.measure import Row, print_table, write_json
+from benchmarks.measure import Row, print_table, run_command, writable_path, write_json
 from data_prep.arguments import add_arguments, clip_options
 from data_prep.clip import ClipOptions, prepare_clip
 from data_prep.manifest import Entry
@@ -123,7 +124,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--encoder", type=local_path, required=True, help="finished run with an export"
     )
-    parser.add_argument("--json", type=local_path, required=True, help="where to write the rows")
+    parser.add_argument("--json", type=writable_path, required=True, help="where to write the rows")
     args = parser.parse_args(arguments)
     defaults = argparse.ArgumentParser()
     add_arguments(defaults)
@@ -136,6 +137,12 @@ def main(arguments: list[str]) -> int:
                 results[modality][path.name] = result
         except MediaError as error:
             print(f"{path.name}: {error}", file=sys.stderr)
+    for name, found in results.items():
+        if len(found) < 2:
+            raise UserError(
+                f"{args.media} has {len(found)} files with {name} that can be prepared, two are "
+                "needed: name another folder"
+            )
     rows = [row for name in encoders for row in summarise(name, results[name])]
     write_json(args.json, rows)
     print_table(rows)
@@ -143,4 +150,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

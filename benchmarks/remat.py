@@ -16,7 +16,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from avcl_jax.paths import local_path
 from benchmarks.measure import (
     Row,
     Target,
@@ -24,7 +23,9 @@ from benchmarks.measure import (
     median_ratio,
     print_table,
     run_child,
+    run_command,
     spread,
+    writable_path,
     write_json,
 )
 
@@ -137,7 +138,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.remat", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--json", type=local_path, required=True, help="where to write the rows")
+    parser.add_argument("--json", type=writable_path, required=True, help="where to write the rows")
     parser.add_argument("--remat", choices=("norms", "blocks"), default="blocks")
     parser.add_argument("--batch", type=int, default=2, help="clips of a step")
     parser.add_argument("--dtype", default="float32")
@@ -150,4 +151,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

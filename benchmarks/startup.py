@@ -19,7 +19,16 @@ import time
 from pathlib import Path
 
 from avcl_jax.paths import local_path
-from benchmarks.measure import REPEATS, Row, Target, print_table, spread, write_json
+from benchmarks.measure import (
+    REPEATS,
+    Row,
+    Target,
+    print_table,
+    run_command,
+    spread,
+    writable_path,
+    write_json,
+)
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -85,7 +94,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.startup", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--json", type=local_path, required=True, help="where to write the row")
+    parser.add_argument("--json", type=writable_path, required=True, help="where to write the row")
     parser.add_argument("--demo", type=local_path, default="data/foley/records")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="starts after the first one")
     args = parser.parse_args(arguments)
@@ -99,4 +108,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

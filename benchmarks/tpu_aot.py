@@ -23,6 +23,8 @@ from benchmarks.measure import (
     Target,
     print_table,
     run_child,
+    run_command,
+    writable_path,
     write_json,
 )
 from benchmarks.tpu_chips import chip_of, exchange_seconds
@@ -253,7 +255,7 @@ def main(words: list[str]) -> int:
         description=(__doc__ or "").partition("\n")[0],
         epilog="Overrides of the preset: --config.model.video.lowering=direct and so on.",
     )
-    parser.add_argument("--json", type=local_path, required=True, help="where to write the rows")
+    parser.add_argument("--json", type=writable_path, required=True, help="where to write the rows")
     parser.add_argument("--topology", action="append", help=f"repeatable ({' '.join(TOPOLOGIES)})")
     parser.add_argument("--preset", default="kinetics400", help="of configs/pretrain.py")
     parser.add_argument(
@@ -302,4 +304,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

@@ -12,11 +12,9 @@ import functools
 import os
 import re
 import statistics
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from avcl_jax.paths import local_path
 from benchmarks.measure import (
     ChildError,
     SkipError,
@@ -27,7 +25,9 @@ from benchmarks.measure import (
     median_ratio,
     need,
     run_child,
+    run_command,
     spread,
+    writable_path,
 )
 
 # For both sides alike: glibc keeps freed memory and takes it in pages of 2 MB. By default it maps a
@@ -207,7 +207,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.train_step", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--json", type=local_path, required=True, help="where to write the rows")
+    parser.add_argument("--json", type=writable_path, required=True, help="where to write the rows")
     parser.add_argument("--rows", nargs="+", choices=_ROWS, default=list(_ROWS), metavar="NAME")
     parser.add_argument("--batch", type=int, default=2, help="clips of an encoder step")
     parser.add_argument(
@@ -222,4 +222,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

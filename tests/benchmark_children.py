@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from avcl_jax.errors import UserError
+
 
 def cores() -> list[int]:
     """The cores that the process may use."""
@@ -13,3 +15,8 @@ def cores() -> list[int]:
 def fail(*, message: str) -> None:
     """Fails."""
     raise ValueError(message)
+
+
+def refuse(*, message: str) -> None:
+    """Ends in an error that a user can fix."""
+    raise UserError(message)

@@ -13,7 +13,18 @@ import numpy as np
 import pytest
 
 from avcl_jax.data.views import BACKWARD, FORWARD, Clip, frame_indices
-from benchmarks import bank, esc10, log_mel, rendering, steps, train_step
+from avcl_jax.errors import UserError
+from benchmarks import (
+    bank,
+    esc10,
+    jpeg_quality,
+    log_mel,
+    record_features,
+    rendering,
+    startup,
+    steps,
+    train_step,
+)
 from benchmarks.baselines import pyav_dataloader
 from benchmarks.formats import FORMATS
 from benchmarks.measure import (
@@ -27,8 +38,11 @@ from benchmarks.measure import (
     peak_growth_bytes,
     print_table,
     run_child,
+    run_command,
     write_json,
 )
+from tests.evaluation.labelled import write_encoders
+from tests.fingerprint import synthetic
 
 
 def test_targets_in_both_directions() -> None:
@@ -70,6 +84,39 @@ def test_children_run_on_their_cores_and_their_failures_are_told() -> None:
     assert run_child("tests.benchmark_children:cores", {}, cores=first) == first
     with pytest.raises(ChildError, match="ValueError: because of this"):
         run_child("tests.benchmark_children:fail", {"message": "because of this"})
+    with pytest.raises(UserError, match=r"^no run at runs/x$"):
+        run_child("tests.benchmark_children:refuse", {"message": "no run at\nruns/x"})
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "said"),
+    [
+        (bank, ["--json=/proc/rows.json"], "argument --json: /proc/rows.json: No such file"),
+        (bank, ["--rows=speed"], "argument --rows: invalid choice: 'speed'"),
+        (startup, ["--demo=absent"], "absent does not exist: python -m data_prep demo"),
+        (esc10, ["--records=absent"], "absent does not exist: see the first command"),
+        (jpeg_quality, ["--run=absent"], "is not there: run `make demo`"),
+        (record_features, ["absent", "--encoder=absent"], "absent/export/video"),
+    ],
+)
+def test_what_a_person_can_mend_is_one_line_and_no_traceback(
+    module: Any,
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run_command(module.main, ["--json=rows.json", *arguments])
+    assert ended.value.code
+    printed = capsys.readouterr().err
+    last = printed.splitlines()[-1]
+    assert f"{module.__name__}: error: " in last
+    assert said in last
+    assert "Traceback" not in printed
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_package_skips_a_row_and_says_what_to_install() -> None:
@@ -169,6 +216,55 @@ def test_neighbours_differ_where_rounding_cannot_have_exchanged_them(tmp_path: P
         for name in found
     }
     assert counts == {"ours": 0, "last": 0, "wrong": 1}
+
+
+def test_features_of_a_record_are_compared_with_those_of_its_own_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    media = tmp_path / "media"
+    media.mkdir()
+    for number in range(3):
+        synthetic.write(media / f"{number}.mp4", synthetic.clip(number, 2.0))
+    (media / "note.mp4").write_text("no film")
+    write_encoders(tmp_path / "run" / "export")
+    kept: dict[str, dict[str, tuple[np.ndarray, np.ndarray, float | None]]] = {}
+    measure = record_features.measure
+
+    def keeping(path: Path, *arguments: Any) -> Any:
+        kept[path.name] = measure(path, *arguments)
+        return kept[path.name]
+
+    monkeypatch.setattr(record_features, "measure", keeping)
+    encoder, rows = f"--encoder={tmp_path / 'run'}", tmp_path / "rows.json"
+    assert record_features.main([str(media), encoder, f"--json={rows}"]) == 0
+    values = {row["name"]: row["value"] for row in json.loads(rows.read_text())}
+    assert sorted(kept) == ["0.mp4", "1.mp4", "2.mp4"]
+
+    def angle(first: np.ndarray, second: np.ndarray) -> float:
+        return float(np.dot(first, second) / np.sqrt(np.dot(first, first) * np.dot(second, second)))
+
+    for modality in ("video", "audio"):
+        of_file, of_record = (
+            [kept[name][modality][side].astype(np.float64) for name in sorted(kept)]
+            for side in (0, 1)
+        )
+        own = [list(map(angle, *pair)) for pair in zip(of_file, of_record, strict=True)]
+        for number, cosines in enumerate(own):
+            assert values[f"{modality} {number}.mp4"] == pytest.approx(np.mean(cosines), abs=1e-5)
+        everything = [cosine for cosines in own for cosine in cosines]
+        assert values[f"{modality}: lowest clip"] == pytest.approx(min(everything), abs=1e-5)
+        assert max(everything) < 1  # a record is not its file
+        # A clip of another file is less like it.
+        wrong = [angle(of_file[n].mean(0), of_record[n - 1].mean(0)) for n in range(3)]
+        assert max(wrong) < min(everything)
+        centre = np.mean([rows.mean(axis=0) for rows in of_file], axis=0)
+        centred = [
+            angle(first - centre, second - centre)
+            for pair in zip(of_file, of_record, strict=True)
+            for first, second in zip(*pair, strict=True)
+        ]
+        name = f"{modality}: less their mean, median clip"
+        assert values[name] == pytest.approx(np.median(centred), abs=1e-4)
 
 
 def test_growth_of_memory_is_that_of_the_call() -> None:
