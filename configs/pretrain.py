@@ -266,17 +266,19 @@ def _full_size(name: str, *, batch: int, steps: int) -> ml_collections.ConfigDic
     c.photometric.contrast = 0.4  # these two as all four relatives
     c.photometric.saturation = 0.4
     c.photometric.hue = 0.2  # as AVID-CMA, CrissCross, BraVe
-    # Inherited: gray_probability 0.2, as CrissCross and BraVe.
+    # Inherited: gray_probability 0.2, as CrissCross and BraVe; flips, as all; pixel mean 0.5 and
+    # deviation 0.25, near GDT's 0.45 and 0.225.
 
     # Windows do not overlap at any speed, so more of them are shorter ones, which separate fewer
     # bands: 24 of 500 samples (31 ms; relatives 7 to 64 ms) carry 80 independent bands, the 250
-    # samples of the demo 66 of 80. Coarser in time than any relative (10 ms): untested.
+    # samples of the demo 66 of 80. Coarser in time than any relative (3 to 10 ms): untested.
     c.spectrogram.frames = 24
     c.spectrogram.mels = 80  # as CrissCross and BraVe
-    # Inherited: 60 to 7,600 Hz, BraVe from 80; mean -7, as CrissCross's -5.37 for windows of 1,024
-    # is -6.80 for 500 (power grows with the window's square); std 3 and floor 1e-6 untested.
+    # Inherited: 16 kHz, as CrissCross; 60 to 7,600 Hz, BraVe from 80; mean -7, as
+    # CrissCross's -5.37 for windows of 1,024 is -6.80 for 500 (power grows with the window's
+    # square); std 3 and floor 1e-6 untested.
     c.spectrogram.where = "device"
-    c.spectral.mask_mels = 12  # 15 % of the bands, as in the demo; GDT 8 %, CrissCross twice 13 %
+    c.spectral.mask_mels = 12  # 15 % of the bands, as in the demo; GDT 8, CrissCross twice 13 %
     # Inherited and untested: equalizer and noise. Relatives scale the volume, by up to 10 or 20 %;
     # here the mean level is kept, because loudness tells temporal order.
 
@@ -292,7 +294,7 @@ def _full_size(name: str, *, batch: int, steps: int) -> ml_collections.ConfigDic
     # tasks 3.7. Contrast among sounds (aa) is ours: `--config.loss.weights.aa=0` trains by the
     # abstract.
     c.loss.positive_weight = 0.1  # untested; AVID-CMA: half, in a loss of its own
-    # Rows of 64 steps, two views a video: 13 % of Kinetics-400 at a time, and not old. Untested.
+    # Rows of 64 steps, two views a video: 7 to 18 % of the videos, and not old. Untested.
     c.bank.size = 128 * batch
     c.bank.dtype = "bfloat16"
     c.bank.num_positives = 8  # untested: these four; AVID-CMA takes all 32 nearest as positives,
@@ -305,8 +307,8 @@ def _full_size(name: str, *, batch: int, steps: int) -> ml_collections.ConfigDic
     # Inherited: space "agreement", AVID-CMA's "consensus"; sampling and its temperature untested.
     c.bank.health_label = ""
 
-    # Relatives with Adam: 1e-4 to 5e-4, at batches of 160 to 2,048. With the square root of the
-    # batch, the rule for adaptive optimizers (Malladi et al. 2022, arXiv 2205.10287). Untested.
+    # Relatives with Adam: 1e-4 to 5e-4, batches of 160 a node to 2,048. With the square root of
+    # the batch, the rule for adaptive optimizers (Malladi et al. 2022, arXiv 2205.10287). Untested.
     c.optimizer.learning_rate = 5e-4 * (batch / 512) ** 0.5
     c.optimizer.warmup_steps = 5_000  # as BraVe; 10 epochs of Kinetics-400, as GDT
     c.optimizer.beta2 = 0.999  # as AVID-CMA, CrissCross; the demo's 0.98 averages but 50 steps
