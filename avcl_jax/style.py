@@ -27,7 +27,8 @@ svg { width: 100%; height: auto; display: block; }
 .tile b { display: block; font-size: 25px; white-space: nowrap;
   line-height: 1.2; letter-spacing: -0.02em; }
 .tile span { color: var(--muted); font-size: 13px; line-height: 1.4; display: block; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 18px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(330px, 100%), 1fr));
+  gap: 18px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 svg + .scroll { margin-top: 20px; }
@@ -53,7 +54,8 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; }
 .stills img, .stage > img { width: 100%; display: block; border-radius: 3px; }
 .stage > img { height: 48px; margin-top: 3px; }
 .unseen { opacity: 0.28; }
-.matrices { display: grid; grid-template-columns: repeat(auto-fit, minmax(330px, 1fr)); gap: 26px; }
+.matrices { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(330px, 100%), 1fr));
+  gap: 26px; }
 .matrix td, .matrix th { border: 0; padding: 0; text-align: center; font-size: 12px; height: 30px;
   min-width: 38px; }
 .matrix th { padding: 0 6px; color: var(--muted); }
@@ -63,5 +65,6 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; }
 details { margin-top: 10px; }
 summary { cursor: pointer; color: var(--accent); }
 pre { overflow-x: auto; font: 12px/1.5 ui-monospace, Menlo, Consolas, monospace; }
+@media (max-width: 600px) { main { padding: 20px 12px 40px; } section { padding: 16px 14px; } }
 footer { color: var(--muted); font-size: 13px; margin-top: 26px; }
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -19,9 +19,8 @@ from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import FORWARD, Clip
 from avcl_jax.evaluation.figures import clip_uri
 from avcl_jax.evaluation.fixed_views import fitting_speed
-from avcl_jax.evaluation.report_content import Curves, Exhibit, Search
+from avcl_jax.evaluation.report_content import Exhibit, Search
 from avcl_jax.evaluation.retrieval import first_relevant_ranks, nearest
-from avcl_jax.evaluation.temporal import TASK_TITLES
 
 # t-SNE of more points takes minutes and shows no more.
 _MAP_POINTS = 2000
@@ -231,63 +230,3 @@ def class_plane(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray) -
     with threadpool_limits(1):
         plane.fit(scaler.transform(train), train_labels)
         return plane.transform(scaler.transform(test))
-
-
-def training_curves(rows: Sequence[Mapping[str, object]]) -> list[Curves]:
-    """Groups the lines of metrics.jsonl into the charts of the report; absent metrics are left out.
-
-    Args:
-        rows: parsed lines, each with `step`.
-    """
-    names = {"vv": "picture–picture", "aa": "sound–sound", "va": "picture–sound"}
-    both = {"vv": "picture–picture", "aa": "sound–sound", "va": "picture→sound"}
-    both["av"] = "sound→picture"
-    temporal = {f"{task}/accuracy": title for task, title in TASK_TITLES.items()}
-    charts = [
-        ("Contrastive loss", "loss", {f"{k}/loss": v for k, v in names.items()}, False, False),
-        ("Temporal tasks on training views", "accuracy", temporal, True, True),
-        (
-            "Partner ranked first in the batch",
-            "share of anchors",
-            {f"{k}/accuracy": v for k, v in both.items()},
-            True,
-            True,
-        ),
-        (
-            "Similarity of picture and sound",
-            "cosine",
-            {
-                "va/positive_similarity": "of one view",
-                "va/negative_similarity": "of two videos",
-                "va/bank_positive_similarity": "bank positives",
-                "va/bank_negative_similarity": "bank negatives",
-            },
-            False,
-            False,
-        ),
-        (
-            "Bank positives with the anchor's label",
-            "share",
-            {f"{k}/bank_label_share": v for k, v in both.items()},
-            True,
-            True,
-        ),
-        (
-            "Spread of the embeddings (0: collapse)",
-            "standard deviation",
-            {f"health/{m}_embedding_std": s for m, s in (("video", "picture"), ("audio", "sound"))},
-            False,
-            True,
-        ),
-    ]
-    found = []
-    for title, ylabel, wanted, fractions, from_zero in charts:
-        series = {}
-        for metric, label in wanted.items():
-            points = [(r["step"], r[metric]) for r in rows if isinstance(r.get(metric), float)]
-            if points:
-                steps, values = np.array(points, dtype=float).T
-                series[label] = (steps, values)
-        if series:
-            found.append(Curves(title, ylabel, series, fractions, from_zero))
-    return found

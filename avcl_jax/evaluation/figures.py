@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from avcl_jax.evaluation.page import in_percent
+from avcl_jax.evaluation.report_content import Series
 
 # Mid-tones that keep a contrast of 3 : 1 to both backgrounds of the page.
 SERIES_COLOURS = (
@@ -36,6 +37,7 @@ SERIES_COLOURS = (
     "#2aa0b4",
     "#87909c",
 )
+_MOST_POINTS = 400  # of a curve
 # Colours that no chart uses, replaced by CSS variables after drawing.
 _INK, _MUTED, _GRID = "#010203", "#040506", "#070809"
 _VARIABLES = {_INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--line)"}
@@ -94,42 +96,78 @@ def _axes(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
 
 
 def line_chart(
-    series: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    series: Series,
     *,
     name: str,
     ylabel: str,
     percent: bool = False,
     from_zero: bool = False,
+    dashed: Series | None = None,
+    last_step: float | None = None,
+    marker: tuple[float, str] | None = None,
 ) -> str:
     """Returns an SVG of curves over the training step, each labelled at its end.
 
     Args:
-        series: label to (steps [n], values [n]).
+        series: curves by label.
         name: unique name of the chart on the page.
         ylabel: what is shown.
         percent: write the axis in per cent.
         from_zero: begin the axis at zero.
+        dashed: curves in the colour of those of the same labels.
+        last_step: end of the axis of steps, which then begins at 0.
+        marker: step of a vertical line, and its label.
     """
     with matplotlib.rc_context(_RC):
-        figure, (axes,) = _axes(1, 5.6, 3.1)
+        figure, (axes,) = _axes(1, 4.3, 2.6)
         ends = []
-        for index, (label, (steps, values)) in enumerate(series.items()):
-            colour = SERIES_COLOURS[index % len(SERIES_COLOURS)]
+        dashed = dashed or {}
+        labels = list(dict.fromkeys([*series, *dashed]))
+        colours = {label: SERIES_COLOURS[n % len(SERIES_COLOURS)] for n, label in enumerate(labels)}
+        for label, (steps, values) in ((k, _thinned(*curve)) for k, curve in series.items()):
             smooth = _rolling_mean(values, max(1, len(values) // 40))
             if len(values) > 40:
-                axes.plot(steps, values, color=colour, alpha=0.22, linewidth=0.8)
-            axes.plot(steps, smooth, color=colour, linewidth=1.7)
+                axes.plot(steps, values, color=colours[label], alpha=0.22, linewidth=0.8)
+            dot = "o" if len(values) == 1 else ""
+            axes.plot(steps, smooth, color=colours[label], linewidth=1.7, marker=dot, markersize=3)
             if len(values):
-                ends.append((label, float(smooth[-1]), colour))
+                ends.append((label, float(smooth[-1]), colours[label]))
+        for label, (steps, values) in ((k, _thinned(*curve)) for k, curve in dashed.items()):
+            smooth = _rolling_mean(values, max(1, len(values) // 40))
+            axes.plot(steps, smooth, color=colours[label], linewidth=1.4, linestyle=(0, (3, 2)))
+        axes.margins(x=0.01)
+        if last_step is not None:
+            axes.set_xlim(0, max(last_step, 1))
         if from_zero:
-            axes.set_ylim(0, max(axes.get_ylim()[1], 1e-6))
+            axes.set_ylim(0, max(1.05 * axes.dataLim.y1, 1e-6))
         _label_ends(axes, ends)
+        if marker is not None:
+            step, label = marker
+            axes.axvline(step, color=_MUTED, linewidth=1.0, linestyle=(0, (1, 2)))
+            axes.annotate(
+                label,
+                xy=(step, 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                color=_MUTED,
+                annotation_clip=False,
+            )
         axes.set_xlabel("training step")
         axes.set_ylabel(ylabel)
         if percent:
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-        axes.margins(x=0.01)
         return _svg(figure, name, f"{ylabel} over training step")
+
+
+def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns means over groups, as many as a chart can show; a long run logs thousands."""
+    starts = np.arange(0, len(values), max(1, -(-len(values) // _MOST_POINTS)))
+    ends = np.append(starts[1:], len(values)) - 1
+    counts = np.diff(np.append(starts, len(values)))
+    return steps[ends], np.add.reduceat(values, starts) / counts if len(values) else values
 
 
 def _rolling_mean(values: np.ndarray, width: int) -> np.ndarray:
@@ -143,7 +181,7 @@ def _rolling_mean(values: np.ndarray, width: int) -> np.ndarray:
 def _label_ends(axes: Axes, ends: list[tuple[str, float, str]]) -> None:
     """Writes each label beside the end of its line, pushed apart where they would overlap."""
     low, high = axes.get_ylim()
-    gap = 0.062 * (high - low)
+    gap = 0.08 * (high - low)
     ends = sorted(ends, key=lambda end: end[1])
     positions: list[float] = []
     for _, value, _ in ends:

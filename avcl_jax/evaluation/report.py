@@ -307,7 +307,12 @@ def _confusion_section(content: ReportContent) -> str:
 
 
 def _curve_section(content: ReportContent) -> str:
-    charts = []
+    ends = [curve[0][-1] for curves in content.curves for curve in curves.series.values()]
+    if not ends:
+        return ""
+    start = content.bank_start
+    marker = None if start is None or start > max(ends) else (start, f"bank from step {start}")
+    charts: dict[bool, list[str]] = {False: [], True: []}
     for number, curves in enumerate(content.curves):
         chart = figures.line_chart(
             curves.series,
@@ -315,16 +320,24 @@ def _curve_section(content: ReportContent) -> str:
             ylabel=curves.ylabel,
             percent=curves.fractions,
             from_zero=curves.from_zero,
+            dashed=curves.dashed,
+            last_step=max(ends),
+            marker=marker,
         )
-        charts.append(f"<div><h3>{text(curves.title)}</h3>{chart}</div>")
-    if not charts:
-        return ""
-    return section(
-        "How training went",
-        "Pale: as logged; strong: mean over a fortieth of the run. A spread of the embeddings near "
-        "zero would be a collapse.",
-        f'<div class="charts">{"".join(charts)}</div>',
+        charts[curves.further].append(f"<div><h3>{text(curves.title)}</h3>{chart}</div>")
+    shown, further = (f'<div class="charts">{"".join(charts[key])}</div>' for key in (False, True))
+    caption = (
+        "Pale: as logged; strong: mean over a fortieth of the run. A spread of the embeddings that "
+        "falls while the similarity of negatives rises is a collapse."
     )
+    if marker is not None:
+        caption += (
+            f" From step {start} on (dotted) anchors had positives and negatives of the feature "
+            "bank. Bank positives say something where more of them than the base rate, dashed, "
+            "share a label with their anchor."
+        )
+    details = f"<details><summary>More metrics</summary>{further}</details>"
+    return section("How training went", caption, shown, details if charts[True] else "")
 
 
 def _run_section(content: ReportContent) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +11,8 @@ import numpy as np
 Modality = Literal["video", "audio"]
 # Title, positions float [n, 2], labels int [n] (-1 unknown) and names of the classes.
 Map = tuple[str, np.ndarray, np.ndarray, Sequence[str]]
+# Label -> (steps [n], values [n]).
+Series = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -60,16 +62,20 @@ class Curves:
     Attributes:
         title: what is shown.
         ylabel: its axis.
-        series: label → (steps [n], values [n]).
-        fractions: values are written in per cent.
+        series: curves by label.
+        fractions: values are written in %.
         from_zero: the axis begins at zero.
+        dashed: curves to compare with those of the same labels.
+        further: shown only on demand.
     """
 
     title: str
     ylabel: str
-    series: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    series: Series
     fractions: bool
     from_zero: bool
+    dashed: Series = field(default_factory=dict)
+    further: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ class ReportContent:
         title: of the page.
         results: the contents of results.json.
         curves: charts of training, in order.
+        bank_start: step from which training used the feature bank; None if it never did.
         searches: retrieval examples by direction, "audio_to_video" and "video_to_audio".
         neighbours: nearest neighbours within one modality.
         maps: see `figures.scatter`; by t-SNE of the pretrained features.
@@ -96,6 +103,7 @@ class ReportContent:
     title: str
     results: Mapping[str, Any]
     curves: Sequence[Curves]
+    bank_start: int | None
     searches: Mapping[str, Sequence[Search]]
     neighbours: Mapping[str, Sequence[Search]]
     maps: Sequence[Map]

@@ -22,15 +22,16 @@ from avcl_jax.evaluation.exhibits import (
     cross_modal_searches,
     embedding_map,
     neighbour_searches,
-    training_curves,
 )
 from avcl_jax.evaluation.protocol import Measured
 from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.report import render_report
 from avcl_jax.evaluation.report_content import Map, Modality, ReportContent, Search
 from avcl_jax.evaluation.temporal import task_classes
+from avcl_jax.evaluation.training_curves import training_curves
 from avcl_jax.evaluation.written import Stages
 from avcl_jax.objectives.temporal import TERMS
+from avcl_jax.training.loop import bank_start
 from avcl_jax.training.metric_writer import peak_memory_gb
 
 _FEWEST_SHOWN = 4  # records; fewer make neither a map nor neighbours
@@ -81,6 +82,7 @@ def write_summary(
                 title=f"What was learned from {config.name}",
                 results=results,
                 curves=training_curves(metrics),
+                bank_start=bank_start(config),
                 probe_confusions={
                     name: (confusion.tolist(), _class_names(test, name))
                     for name, confusion in confusions.items()

@@ -29,7 +29,7 @@ from avcl_jax.training.metric_writer import MetricWriter
 from avcl_jax.training.optimizer import create_optimizer, warmup_cosine
 from avcl_jax.training.run_steps import Pace, run_steps
 from avcl_jax.training.state import TrainState, create_state
-from avcl_jax.training.step import LossSpec, jit_train_step, make_train_step
+from avcl_jax.training.step import CONTRASTIVE_TERMS, LossSpec, jit_train_step, make_train_step
 from avcl_jax.training.unreadable import UnreadableRecords
 
 _LEAST_VIDEOS = 2  # in a batch, as one has no negatives
@@ -37,13 +37,8 @@ _LEAST_VIDEOS = 2  # in a batch, as one has no negatives
 
 def loss_spec(config: ml_collections.ConfigDict) -> LossSpec:
     """Weights of the objective; terms of a modality that is not trained have weight 0."""
-    trained = "va" if config.modalities == "audio_visual" else config.modalities[0]
-    weights = {
-        term: weight if set(_modalities_of(term)) <= set(trained) else 0.0
-        for term, weight in config.loss.weights.items()
-    }
     return LossSpec(
-        weights=weights,
+        weights=_weights(config),
         temperature=config.loss.temperature,
         positive_weight=config.loss.positive_weight,
         bank=experiment.bank_sampling(config) if config.bank.size else None,
@@ -52,10 +47,30 @@ def loss_spec(config: ml_collections.ConfigDict) -> LossSpec:
     )
 
 
+def _weights(config: ml_collections.ConfigDict) -> dict[str, float]:
+    trained = "va" if config.modalities == "audio_visual" else config.modalities[0]
+    return {
+        term: weight if set(_modalities_of(term)) <= set(trained) else 0.0
+        for term, weight in config.loss.weights.items()
+    }
+
+
 def _modalities_of(term: str) -> str:
     """Initials of the modalities that a term reads: "vv", "order_va" or "speed_video"."""
     kind = term.rpartition("_")[2]
     return kind[0] if kind in ("video", "audio") else kind
+
+
+def bank_start(config: ml_collections.ConfigDict) -> int | None:
+    """Step after which the feature bank is used: warm-up is over and the bank is full.
+
+    None where no term of the loss draws from a bank.
+    """
+    weights = _weights(config)
+    if not config.bank.size or not any(weights.get(term) for term in CONTRASTIVE_TERMS):
+        return None
+    fills = config.bank.size // (2 * config.global_batch_size)
+    return max(config.bank.warmup_steps, fills)
 
 
 def build(
@@ -317,10 +332,9 @@ def _announce(
 
 def _never_used(config: ml_collections.ConfigDict) -> str:
     """Says so if the run ends before its bank is used."""
-    fills = config.bank.size // (2 * config.global_batch_size)
-    starts = max(config.bank.warmup_steps, fills)
-    unused = config.bank.size and starts >= config.steps
-    return f" (never used: it starts after step {starts})" if unused else ""
+    start = bank_start(config)
+    unused = start is not None and start >= config.steps
+    return f" (never used: it starts after step {start})" if unused else ""
 
 
 def _exchange(config: ml_collections.ConfigDict, shards: int) -> str:

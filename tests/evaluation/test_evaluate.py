@@ -112,6 +112,7 @@ def test_a_run_of_other_speeds_is_evaluated_by_the_general_preset(small_records,
     config = small_config(small_records)
     config.views.speeds = (2, 3)
     workdir = untrained_run(config, small_records, tmp_path / "run")
+    (workdir / "metrics.jsonl").unlink()
     general = evaluate_config.get_config()
     general.evaluation.update({"views_per_speed": 2, "pairs_per_video": 4})
     found = evaluate(general, workdir)
@@ -119,6 +120,9 @@ def test_a_run_of_other_speeds_is_evaluated_by_the_general_preset(small_records,
     assert found["probe"] == {}
     assert set(found["temporal"]) == set(TERMS)
     assert found["data"].keys() == {"test"}
+    page = (workdir / "report.html").read_text()
+    assert "How training went" not in page
+    assert "What it knows of time" in page
 
 
 def test_results_have_every_key_of_the_issue_and_fractions(results):

@@ -1,4 +1,4 @@
-"""What the report shows of features: planes, neighbours, curves."""
+"""What the report shows of features: planes, neighbours."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from avcl_jax import experiment
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.usable_records import UsableRecords
-from avcl_jax.evaluation.exhibits import Exhibits, class_plane, embedding_map, training_curves
+from avcl_jax.evaluation.exhibits import Exhibits, class_plane, embedding_map
 from tests.evaluation.conftest import small_config
 
 
@@ -51,17 +51,3 @@ def test_the_map_keeps_clusters_together():
     distances = np.linalg.norm(placed[:, None] - placed[None], axis=-1)
     np.fill_diagonal(distances, np.inf)
     assert (labels[distances.argmin(axis=1)] == labels).mean() > 0.95
-
-
-def test_curves_take_what_was_logged_and_leave_out_what_was_not():
-    rows = [
-        {"step": 10, "split": "train", "va/loss": 3.0, "speed_audio/accuracy": 0.3},
-        {"step": 20, "split": "train", "va/loss": "nan", "speed_audio/accuracy": 0.5},
-    ]
-    curves = {chart.title: chart for chart in training_curves(rows)}
-    assert set(curves) == {"Contrastive loss", "Temporal tasks on training views"}
-    steps, values = curves["Contrastive loss"].series["picture–sound"]
-    np.testing.assert_array_equal(steps, [10])
-    np.testing.assert_array_equal(values, [3.0])
-    steps, values = curves["Temporal tasks on training views"].series["speed, sound"]
-    np.testing.assert_array_equal(values, [0.3, 0.5])

@@ -131,6 +131,7 @@ def synthetic_content() -> ReportContent:
                 True,
             ),
         ],
+        bank_start=1000,
         searches={"audio_to_video": searches, "video_to_audio": reverse},
         neighbours={"By the picture": reverse[:1], "By the sound": searches[:1]},
         maps=[

@@ -1,0 +1,112 @@
+"""Charts of training for the report, from the lines of metrics.jsonl."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from avcl_jax.evaluation.report_content import Curves, Series
+from avcl_jax.evaluation.temporal import TASK_TITLES
+
+_TERMS = {
+    "vv": "picture–picture",
+    "aa": "sound–sound",
+    "va": "picture→sound",
+    "av": "sound→picture",
+}
+# Shorter than the titles of other sections: they stand beside curves.
+_TASKS = TASK_TITLES | {
+    "order_vv": "order, pictures",
+    "order_aa": "order, sounds",
+    "order_va": "order, both",
+}
+_MODALITIES = {"video": "picture", "audio": "sound"}
+
+# Charts in their order, before all others: pattern of a chart's key -> title, axis.
+_CHARTS = {
+    r"term/loss": ("Contrastive loss", "loss"),
+    r"task/loss": ("Loss of the temporal tasks", "loss"),
+    r"term/accuracy": ("Partner ranked first in the batch", "fraction of anchors"),
+    r"task/accuracy": ("Temporal tasks on training views", "accuracy"),
+    r"health/embedding_std": ("Spread of the embeddings (0: collapse)", "standard deviation"),
+    r"term/negative_similarity": ("Similarity of negatives (dashed: in the bank)", "cosine"),
+    r"term/positive_similarity": ("Similarity of partners (dashed: bank positives)", "cosine"),
+    r"term/bank_(\w+)_share/(\w+)": (r"Bank \1s with the anchor's \2", "fraction"),
+    r"term/bank_(\w+)_share": (r"Bank positives with the anchor's \1", "fraction"),
+    r"learning_rate": ("Learning rate", ""),
+}
+# Curves drawn dashed in the chart of others: pattern of that chart's key -> key of the dashed ones.
+_DASHED = {
+    r"term/(negative|positive)_similarity": r"term/bank_\1_similarity",
+    r"term/bank_\w+_share/(\w+)": r"term/bank_base_rate/\1",
+}
+
+
+def training_curves(rows: Sequence[Mapping[str, Any]]) -> list[Curves]:
+    """Groups metrics into charts: one per metric, its curves the terms, tasks or modalities.
+
+    Metrics that are not in `_CHARTS` get a chart too, in the order of their names, marked as
+    further ones; speed and memory, whose names have no group, do not.
+
+    Args:
+        rows: parsed lines, each with `step`.
+    """
+    points: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        for name, value in row.items():
+            key, curve = _place(name)
+            if isinstance(value, int | float) and ("/" in key or key == "learning_rate"):
+                points[key][curve].append((float(row["step"]), float(value)))
+    series: dict[str, Series] = {}
+    for key, curves in points.items():
+        # The loss of both directions between picture and sound is one metric.
+        labels = _TERMS | {"va": "picture–sound"} if key == "term/loss" else _TERMS
+        order = [name for name in (*_TERMS, *_TASKS, *_MODALITIES, "") if name in curves]
+        names = labels | _TASKS | _MODALITIES | {"": ""}
+        series[key] = {
+            names[c]: (np.array(curves[c])[:, 0], np.array(curves[c])[:, 1]) for c in order
+        }
+    dashed = {key: other for key in series if (other := _match(key, _DASHED)) in series}
+    described = {key: _match_chart(key) for key in sorted(series) if key not in dashed.values()}
+    return [
+        Curves(
+            title=title,
+            ylabel=ylabel,
+            series=series[key],
+            fractions="share" in key or key.endswith(("accuracy", "fill")),
+            from_zero="similarity" not in key and not key.endswith("loss"),
+            dashed=series[dashed[key]] if key in dashed else {},
+            further=rank == len(_CHARTS),
+        )
+        for key, (rank, title, ylabel) in sorted(described.items(), key=lambda item: item[1][0])
+    ]
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Returns the key of the chart that a metric belongs to, and its curve there."""
+    group, _, rest = name.partition("/")
+    if group in _TERMS:
+        return f"term/{rest}", group
+    if group in _TASKS:
+        return f"task/{rest}", group
+    of_modality = re.fullmatch(r"(\w+)/(video|audio)_(\w+)", name)
+    return (f"{of_modality[1]}/{of_modality[3]}", of_modality[2]) if of_modality else (name, "")
+
+
+def _match(key: str, patterns: Mapping[str, str]) -> str:
+    """Returns what the first pattern that fits stands for, or ""."""
+    found = ((m, text) for p, text in patterns.items() if (m := re.fullmatch(p, key)))
+    return next((m.expand(text) for m, text in found), "")
+
+
+def _match_chart(key: str) -> tuple[int, str, str]:
+    """Returns the rank of a chart, its title and its axis."""
+    for rank, (pattern, (title, ylabel)) in enumerate(_CHARTS.items()):
+        if match := re.fullmatch(pattern, key):
+            return rank, match.expand(title), ylabel
+    words = key.partition("/")[2].replace("/", ": ").replace("_", " ")
+    return len(_CHARTS), words[:1].upper() + words[1:], ""

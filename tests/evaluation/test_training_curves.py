@@ -1,0 +1,149 @@
+"""Curves of training in the report: what was logged is drawn, and where the bank comes in."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+from avcl_jax.evaluation.figures import line_chart
+from avcl_jax.evaluation.report import render_report
+from avcl_jax.evaluation.training_curves import training_curves
+from avcl_jax.style import STYLE
+from avcl_jax.training.loop import bank_start
+from configs import pretrain
+from tests.evaluation.test_report import synthetic_content
+
+
+def _rows(steps: int = 8) -> list[dict]:
+    """Lines of a run whose bank comes in at step 40, one every 10 steps."""
+    rows = []
+    for number in range(1, steps + 1):
+        row = {"step": 10 * number, "split": "train", "learning_rate": 0.001 * number}
+        for term, loss in (("vv", 4.0), ("va", 3.0), ("aa", 2.0)):
+            row[f"{term}/loss"] = loss - 0.1 * number
+        row |= {"speed_video/loss": 1.4, "speed_video/accuracy": 0.3, "order_va/accuracy": 0.4}
+        row |= {"av/accuracy": 0.2, "va/accuracy": 0.1, "steps_per_second": 5.0, "loss": 9.0}
+        row |= {"health/audio_embedding_std": 0.9, "health/video_mean_norm": 0.25}
+        row |= {f"{term}/negative_similarity": 0.05 for term in ("va", "av")}
+        if number > 4:
+            row |= {"va/bank_negative_similarity": 0.5, "va/bank_age_rows": 128.0}
+            row |= {"va/bank_positive_share/speed": 0.4, "va/bank_base_rate/speed": 0.25}
+            row |= {"va/bank_negative_share/motion": 0.3, "aa/bank_label_share": 0.35}
+        rows.append(row)
+    rows[2]["aa/loss"] = "nan"
+    return rows
+
+
+def test_each_metric_has_one_chart_and_absent_ones_none():
+    charts = {chart.title: chart for chart in training_curves(_rows())}
+    assert {title: list(chart.series) for title, chart in charts.items()} == {
+        "Contrastive loss": ["picture–picture", "sound–sound", "picture–sound"],
+        "Loss of the temporal tasks": ["speed, picture"],
+        "Partner ranked first in the batch": ["picture→sound", "sound→picture"],
+        "Temporal tasks on training views": ["speed, picture", "order, both"],
+        "Spread of the embeddings (0: collapse)": ["sound"],
+        "Similarity of negatives (dashed: in the bank)": ["picture→sound", "sound→picture"],
+        "Bank positives with the anchor's speed": ["picture→sound"],
+        "Bank negatives with the anchor's motion": ["picture→sound"],
+        "Bank positives with the anchor's label": ["sound–sound"],
+        "Learning rate": [""],
+        "Mean norm": ["picture"],
+        "Bank age rows": ["picture→sound"],
+    }
+    steps, values = charts["Contrastive loss"].series["sound–sound"]
+    np.testing.assert_array_equal(steps, [10, 20, 40, 50, 60, 70, 80])
+    np.testing.assert_allclose(values, [1.9, 1.8, 1.6, 1.5, 1.4, 1.3, 1.2])
+    assert [t for t, chart in charts.items() if chart.further] == ["Mean norm", "Bank age rows"]
+    base = charts["Bank positives with the anchor's speed"].dashed["picture→sound"]
+    np.testing.assert_array_equal(base, [[50, 60, 70, 80], [0.25] * 4])
+    in_bank = charts["Similarity of negatives (dashed: in the bank)"].dashed["picture→sound"]
+    np.testing.assert_array_equal(in_bank, [[50, 60, 70, 80], [0.5] * 4])
+    assert training_curves([]) == []
+
+
+def _drawn(svg: str) -> dict[str, np.ndarray]:
+    """Reads curves back from an SVG by its ticks: stroke and dashes -> (step, value)."""
+    ticks: dict[str, list[tuple[float, float]]] = {"middle": [], "end": []}
+    for x, y, anchor, label in re.findall(
+        r'<use [^>]*x="([\d.]+)" y="([\d.]+)"[^<]*/>\s*</g>\s*</g>\s*<g>\s*'
+        r"<text [^>]*text-anchor: (middle|end)[^>]*>([\d.]+)",
+        svg,
+    ):
+        ticks[anchor].append((float(x if anchor == "middle" else y), float(label)))
+    (a, b), (c, d) = (np.polyfit(*np.array(ticks[anchor]).T, 1) for anchor in ("middle", "end"))
+    found = {}
+    for path, style in re.findall(r'<path d="([^"]*)" clip-path[^>]*style="([^"]*)"', svg):
+        stroke = re.search(r"stroke: ([^;\"]+)", style)[1]
+        points = np.array(re.findall(r"[ML] ([\d.]+) ([\d.]+)", path), float)
+        if stroke != "var(--line)":
+            key = stroke + (" dashed" if "dasharray" in style else "")
+            found[key] = np.column_stack([a * points[:, 0] + b, c * points[:, 1] + d])
+    return found
+
+
+def test_the_drawing_has_the_numbers_of_the_metrics_and_the_step_of_the_bank():
+    steps = np.arange(10.0, 90, 10)
+    losses, others = 2 + np.cos(steps), 1 + np.sin(steps)
+    svg = line_chart(
+        {"a": (steps, losses), "b": (steps, others)},
+        name="chart",
+        ylabel="loss",
+        dashed={"b": (steps[5:], others[5:] / 2)},
+        last_step=100,
+        marker=(40, "bank from step 40"),
+    )
+    drawn = _drawn(svg)
+    assert set(drawn) == {"#3a86d4", "#d97a1a", "#d97a1a dashed", "var(--muted) dashed"}
+    for stroke, expected in (
+        ("#3a86d4", (steps, losses)),
+        ("#d97a1a", (steps, others)),
+        ("#d97a1a dashed", (steps[5:], others[5:] / 2)),
+    ):
+        np.testing.assert_allclose(drawn[stroke], np.transpose(expected), atol=0.01)
+    np.testing.assert_allclose(drawn["var(--muted) dashed"][:, 0], 40, atol=0.01)
+    assert svg.count(">bank from step 40</text>") == 1
+
+
+def test_a_long_run_is_drawn_with_few_points_and_a_single_line_with_a_dot():
+    steps = np.arange(1.0, 5001)
+    values = np.random.default_rng(0).uniform(1, 2, 5000)
+    svg = line_chart({"a": (steps, values)}, name="long", ylabel="loss")
+    assert svg.count("\nL ") < 1000
+    (curve,) = _drawn(svg).values()
+    np.testing.assert_allclose(curve[-1], [5000, values[-125:].mean()], rtol=0.02)
+    one = line_chart({"a": (steps[:1], values[:1])}, name="one", ylabel="loss")
+    assert len(re.findall("<use [^>]*fill: #3a86d4", one)) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "start"),
+    [
+        ({}, 900),  # of a demo, full after 4 steps
+        ({"bank.warmup_steps": 0}, 4),
+        ({"bank.warmup_steps": 0, "global_batch_size": 4, "bank.size": 512}, 64),
+        ({"bank.size": 0}, None),
+        ({f"loss.weights.{term}": 0.0 for term in ("vv", "va", "aa")}, None),
+        ({"modalities": "audio", "loss.weights.aa": 0.0}, None),
+    ],
+)
+def test_the_bank_comes_in_when_it_is_warm_and_full(changes, start):
+    config = pretrain.get_config("demo")
+    config.update_from_flattened_dict({"bank.warmup_steps": 900, "bank.size": 256} | changes)
+    assert bank_start(config) == start
+
+
+@pytest.mark.parametrize(("start", "marked"), [(80, True), (90, False)])
+def test_the_page_marks_the_bank_in_every_chart_that_reaches_it(start, marked):
+    curves = [training_curves(_rows())[n] for n in (0, -1)]
+    page = render_report(dataclasses.replace(synthetic_content(), curves=curves, bank_start=start))
+    assert page.count(f">bank from step {start}</text>") == marked * len(curves)
+    assert ("of the feature bank" in page) == marked
+    before, _, after = page.partition("<summary>More metrics</summary>")
+    assert ("Bank age rows" in before, "Bank age rows" in after) == (False, True)
+
+
+def test_charts_fit_a_phone():
+    assert not re.search(r"minmax\((3[4-9]\d|[4-9]\d\d)px", STYLE)
