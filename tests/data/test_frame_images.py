@@ -12,10 +12,11 @@ from avcl_jax.data.media import MediaError, decode_frames
 from tests.data.synthetic_media import write_patches, write_stretches
 
 PATCHES = np.array([(200, 30, 30), (30, 200, 30), (30, 30, 200), (128, 128, 128)], np.uint8)
-# Luma weights of red and blue: ITU-R BT.601, BT.709, SMPTE 240M and BT.2020.
+# Luma weights of red and blue: ITU-R BT.601, BT.709, FCC, SMPTE 240M and BT.2020.
 WEIGHTS = {
     "601": (0.299, 0.114),
     "709": (0.2126, 0.0722),
+    "fcc": (0.30, 0.11),
     "240": (0.212, 0.087),
     "2020": (0.2627, 0.0593),
 }
@@ -42,6 +43,8 @@ def shown_patches(path: Path, count: int) -> np.ndarray:
 COLOURS = {
     "tagged BT.601, large": ("601", {"colorspace": 6}, (1280, 720)),
     "tagged BT.709, small": ("709", {"colorspace": 1}, (96, 64)),
+    "tagged FCC": ("fcc", {"colorspace": 4}, (96, 64)),
+    "tagged BT.601 of PAL, large": ("601", {"colorspace": 5}, (1280, 720)),
     "tagged SMPTE 240M": ("240", {"colorspace": 7}, (96, 64)),
     "tagged BT.2020": ("2020", {"colorspace": 9}, (96, 64)),
     "tagged BT.2020, constant luminance": ("2020", {"colorspace": 10}, (96, 64)),

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from avcl_jax.evaluation.linear_classifier import fit_linear, fit_probe
+from avcl_jax.evaluation.linear_classifier import check_sources, fit_linear, fit_probe
 from avcl_jax.evaluation.metrics import gap_closed
 from avcl_jax.evaluation.probe import linear_probe, trivial_statistics
 
@@ -90,6 +90,16 @@ def test_the_chosen_c_is_that_of_scikit_learn_on_the_same_folds():
     assert probe.cost == max(costs, key=lambda cost: (probe.held_out[cost], -cost))
 
 
+def test_channels_without_variance_count_for_nothing():
+    rng = np.random.default_rng(8)
+    features, labels = _gaussians(rng, 60, 6.0)
+    dead = np.concatenate([features, np.zeros((60, 1)), np.full((60, 1), 0.1)], axis=1)
+    fit = {"classes": 3, "cost": 1.0} | FIT
+    expected = fit_linear(features, labels, **fit).scores(features)
+    found = fit_linear(dead, labels, **fit).scores(dead)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
 def test_features_are_not_copied_on_the_host():
     rng = np.random.default_rng(7)
     features = rng.normal(size=(160_000, 32)).astype(np.float32)
@@ -118,6 +128,7 @@ def test_bad_input_says_what_and_which():
     rng = np.random.default_rng(4)
     features, labels = _gaussians(rng, 30, 1.0)
     groups = np.arange(30)
+    check_sources(groups % 3, 3)
     with pytest.raises(ValueError, match="3 folds need as many training sources, got 2"):
         fit_probe(features, labels, groups % 2, **SETTINGS)
     with pytest.raises(ValueError, match=r"features \(30, 10\) are not finite"):

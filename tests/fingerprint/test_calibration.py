@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from avcl_jax.fingerprint import calibration
+from avcl_jax.fingerprint import calibration, scores
 from avcl_jax.fingerprint.calibration import DEFAULT, Calibration
 from avcl_jax.fingerprint.index import FingerprintIndex
+from avcl_jax.fingerprint.matching import Alignment
 from tests.fingerprint.conftest import SETTINGS
 from tests.fingerprint.synthetic import clip
 
@@ -35,6 +36,31 @@ def test_in_a_library_k_times_as_large_a_false_match_is_k_times_as_likely():
     small = KNOWN.score(8.0, query_seconds=2.0, segments=1000)
     large = KNOWN.score(8.0, query_seconds=2.0, segments=10_000)
     assert small - large == pytest.approx(1.0, abs=0.01)
+
+
+def alignment(by_segment: dict[str, np.ndarray], *, rate: float, starts: np.ndarray) -> Alignment:
+    agrees = np.ones(len(starts), bool)
+    return Alignment(0, rate, 0.0, 0.0, {}, starts, agrees, by_segment)
+
+
+@pytest.mark.parametrize("rate", [1.0, 1.25])
+def test_evidence_of_a_part_is_the_mean_over_its_segments_and_grows_with_their_time(rate):
+    by_segment = {"video": np.full(9, 3.0), "audio": np.array([4.0] * 5 + [np.nan] * 4)}
+    query = alignment(by_segment, rate=rate, starts=(1.0 + 0.25 * np.arange(9)) / rate)
+    spans = {"video": 0.5, "audio": 1.0}
+    video, audio = 3.0 * ((9 * 0.25 + 0.5) / 0.5) ** 0.5, 4.0 * (5 * 0.25 + 1.0) ** 0.5
+    everything = scores._evidence(query, np.ones(9, bool), spans)
+    assert everything == pytest.approx(np.hypot(video, audio))
+    silent = scores._evidence(query, np.arange(9) > 6, spans)
+    assert silent == pytest.approx(3.0 * ((2 * 0.25 + 0.5) / 0.5) ** 0.5)
+
+
+def test_parts_are_halves_and_quarters_of_three_seconds_or_more():
+    query = alignment({}, rate=2.0, starts=np.arange(12.0))
+    parts = scores._parts(query, 12.0, span_seconds=2.0)
+    assert [seconds for _, seconds in parts] == [6.0] * 3 + [3.0] * 7
+    assert [int(inside.sum()) for inside, _ in parts] == [6, 6, 6, 3, 2, 3, 2, 3, 2, 3]
+    assert [int(inside.argmax()) for inside, _ in parts] == [0, 3, 6, 0, 2, 3, 5, 6, 8, 9]
 
 
 def test_few_sources_have_the_default(encoders, tmp_path):
