@@ -79,6 +79,10 @@ _LEAST = {
     "evaluation.probe.folds": 2,
     "evaluation.probe.iterations": 1,
     "bootstrap.resamples": 1,
+    "answers": 1,
+    "queries.weak": 0,
+    "queries.medium": 1,
+    "queries.strong": 0,
 }
 # Candidates for a regularisation strength.
 _COSTS = (

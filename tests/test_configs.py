@@ -29,6 +29,7 @@ from configs import (
     evaluate,
     export,
     finetune,
+    fingerprint,
     linear_probe,
     pretrain,
     retrieval,
@@ -144,6 +145,8 @@ def test_presets_of_protocols_build_under_their_own_names(module, task, presets)
         (finetune, "test.chunk", 0),
         (finetune, "test.clips", 0),
         (finetune, "test.crops", 0),
+        (fingerprint, "answers", 0),
+        (fingerprint, "queries.medium", 0),
         (linear_probe, "probe.folds", 1),
         (linear_probe, "probe.iterations", 0),
         (linear_probe, "probe.costs", (0.0, 1.0)),
@@ -167,14 +170,19 @@ def test_numbers_too_small_are_refused_before_anything_runs(
 
 
 def test_no_count_is_refused_that_makes_sense():
+    none_at_all = ("seed", "data.workers", "queries.weak", "queries.strong")
     for key in experiment._LEAST:
-        least = 0 if key in ("seed", "data.workers") else 1
-        section, _, name = key.rpartition(".")
-        config = ml_collections.ConfigDict({section: {name: least}} if section else {name: least})
-        experiment.check_counts(config)
-        config.update_from_flattened_dict({key: least - 1})
-        with pytest.raises(UserError, match=f"{key} {least - 1} must be at least {least}"):
-            experiment.check_counts(config)
+        least = 0 if key in none_at_all else 2 if key.endswith("probe.folds") else 1
+        for value in (least, least - 1):
+            settings = value
+            for name in reversed(key.split(".")):
+                settings = {name: settings}
+            config = ml_collections.ConfigDict(settings)
+            if value == least:
+                experiment.check_numbers(config)
+                continue
+            with pytest.raises(UserError, match=f"{key} {value} must be at least {least}"):
+                experiment.check_numbers(config)
 
 
 def test_a_run_on_own_records_is_named_after_them(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from avcl_jax.evaluation.evaluated_run import evaluated_speeds
 from avcl_jax.evaluation.page import page, section, table, text
 from avcl_jax.evaluation.written import versions, write_text
 from avcl_jax.paths import absolute_path
-from avcl_jax.training.loop import loss_spec, pretrain
+from avcl_jax.training.loop import build, loss_spec, pretrain
 
 # Raised whenever the same runs would give other figures.
 VERSION = 2
@@ -154,6 +154,11 @@ def ablate(
     runs = {(v, s): variant_config(config, v, s) for v in variants for s in seeds}
     for run in runs.values():
         evaluated_speeds(run.evaluation.speeds, run.views.speeds)
+    for variant in variants:
+        try:
+            build(_task(runs[variant, seeds[0]], "pretrain"))
+        except UserError as error:
+            raise UserError(f"variant {variant!r} cannot be trained: {error}") from error
     # Seed by seed, so that a sweep that is stopped has whole comparisons.
     for seed in seeds:
         for variant in section_.only or variants:

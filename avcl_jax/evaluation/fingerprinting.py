@@ -94,6 +94,12 @@ def fingerprinting(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
             baseline is unknown.
     """
     stages = Stages()
+    settings = FingerprintSettings(**config.index.to_dict())
+    if unknown := [name for name in config.families if name not in families.FAMILIES]:
+        raise UserError(
+            f"families has {', '.join(unknown)}, not among {', '.join(families.FAMILIES)}: correct "
+            "the name, or set families=() for all"
+        )
     source = open_encoders(config.encoder)
     for modality in ("video", "audio"):
         source.require(modality)
@@ -117,7 +123,7 @@ def fingerprinting(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
         ours = IndexSearcher(
             Path(directory),
             config.encoder,
-            FingerprintSettings(**config.index.to_dict()),
+            settings,
             answers=asked_for,
         )
         searchers: list[Searcher] = [ours, *baselines]
@@ -198,6 +204,10 @@ def clip_sets(
     paths = sorted(p for p in local_path(data.files).iterdir() if p.is_file())
     if not paths:
         raise UserError(f"no files in {data.files}")
+    sound_paths = sorted(p for p in local_path(data.sounds).iterdir() if p.is_file())
+    fingerprints |= {"files": _digest(paths), "sounds": _digest(sound_paths)}
+    sounds = sounds_of_files(sound_paths, data.sound_sets, sample_rate_hz=data.sample_rate_hz)
+    # Decodes all files, and so comes last.
     segments, unused = segments_of_files(
         paths,
         segment_seconds=data.segment_seconds,
@@ -205,9 +215,6 @@ def clip_sets(
         max_fps=data.max_fps,
         sample_rate_hz=data.sample_rate_hz,
     )
-    sound_paths = sorted(p for p in local_path(data.sounds).iterdir() if p.is_file())
-    fingerprints |= {"files": _digest(paths), "sounds": _digest(sound_paths)}
-    sounds = sounds_of_files(sound_paths, data.sound_sets, sample_rate_hz=data.sample_rate_hz)
     fillers = [*recorded, *sounds["fillers"]]
     for role in ("distractors", "background"):
         roles[role] += sounds[role]

@@ -249,6 +249,11 @@ def test_sweeps_that_make_no_sense_are_refused(tmp_path) -> None:
         ("loss.weights.order_va", 0.0, "'order_va', which 'full' does not train"),
         ("ablation.figures", (("motion", "probe.motion", "order"),), "of the loss term 'order'"),
         ("views.speeds", (1, 2), r"evaluation.speeds 4 were not trained"),
+        (
+            "ablation.variants",
+            (("full", ()), ("large_step", (("optimizer.name", "adam"),))),
+            "variant 'large_step' cannot be trained: unknown optimizer 'adam'",
+        ),
     ],
 )
 def test_what_a_sweep_needs_at_its_end_is_checked_before_its_first_training(

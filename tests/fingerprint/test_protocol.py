@@ -22,6 +22,7 @@ from avcl_jax.data.record_metadata import write_dataset_metadata
 from avcl_jax.data.records import RecordDataset, shard_name, write_shard
 from avcl_jax.encoder_source import open_encoders
 from avcl_jax.evaluation import fingerprint_clips
+from avcl_jax.evaluation import fingerprinting as fingerprinting_module
 from avcl_jax.evaluation.fingerprint_clips import (
     clips_of_records,
     not_empty_clips,
@@ -231,6 +232,32 @@ def test_settings_that_cannot_be_met_are_one_line(encoders: Path, records: Path,
         fingerprint.get_config("foly")
     with pytest.raises(ValueError, match="needs 10"):
         clips_of_records(RecordDataset(records, "test"), 4, first=6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"families": ("flip", "mirror")}, "families has mirror, not among"),
+        ({"index.time_bins": 0}, "time_bins 0 must be at least 1"),
+        ({"data.sounds": "absent"}, "absent"),
+        ({"data.sound_sets.fillers": 9}, "sounds are needed, there are 0"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_decoded(
+    encoders: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides, said
+) -> None:
+    monkeypatch.setattr(fingerprinting_module, "segments_of_files", None)
+    monkeypatch.setattr(RecordDataset, "__getitem__", None)
+    config = fingerprint.get_config("real")
+    config.update_from_flattened_dict(benchmark._SMALL | benchmark._SMALL_REAL)
+    for name in ("films", "sounds"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "films" / "a.mp4").touch()
+    config.encoder, config.data.directory = str(encoders), str(records)
+    config.data.files, config.data.sounds = str(tmp_path / "films"), str(tmp_path / "sounds")
+    config.update_from_flattened_dict(overrides)
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        fingerprinting(config, tmp_path / "w")
 
 
 def test_listing_the_clips_of_records_reads_no_record(records: Path, monkeypatch) -> None:
