@@ -152,7 +152,8 @@ FORMATS: dict[str, Format] = {
 def _draw(seconds: np.ndarray, end: float, number: int) -> list[list[int]]:
     """Indices that the two views of a sample show, ascending and distinct."""
     rng = np.random.default_rng(number)
-    pair = draw_views(rng, Timeline(0.0, end, float(np.diff(seconds).max())), rendering.VIEWS)
+    timeline = Timeline(0.0, end, float(np.diff(seconds).mean()))
+    pair = draw_views(rng, timeline, rendering.VIEWS, seconds)
     return [
         sorted({*frame_indices(clip, seconds, rendering.VIEWS).tolist()}) for clip in pair.video
     ]

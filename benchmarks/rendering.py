@@ -59,7 +59,7 @@ class _FramesOfViews(grain.transforms.RandomMap):
         self, element: tuple[int, Record, UsableRecord], rng: np.random.Generator
     ) -> list[bytes]:
         _, record, use = element
-        pair = draw_views(rng, use.timeline, VIEWS)
+        pair = draw_views(rng, use.timeline, VIEWS, use.frame_seconds(record))
         return [
             record.frames[index]
             for clip in pair.video
@@ -114,7 +114,8 @@ def parts(*, directory: str, repeats: int) -> dict[str, float]:
     known = []
     for number, position in enumerate(positions):
         _, record, use = source[position]
-        pair = draw_views(np.random.default_rng(number), use.timeline, VIEWS)
+        rng = np.random.default_rng(number)
+        pair = draw_views(rng, use.timeline, VIEWS, use.frame_seconds(record))
         known.append((record, pair))
     shown = [
         [record.frames[k] for k in frame_indices(clip, record.frame_seconds, VIEWS).tolist()]

@@ -123,7 +123,7 @@ class RenderBatch:
 
     def _render(self, draw: Draw, pixels: np.ndarray) -> dict[str, Any]:
         index, record, use = self.source[draw.position]
-        pair = draw_views(draw.rng, use.timeline, self.spec.views)
+        pair = draw_views(draw.rng, use.timeline, self.spec.views, use.frame_seconds(record))
         crops = [
             random_crop(draw.rng, max(record.height, 1), max(record.width, 1), self.spec.crop)
             for _ in pair.video

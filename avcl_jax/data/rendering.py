@@ -58,6 +58,10 @@ class UsableRecord:
     has_video: bool
     has_audio: bool
 
+    def frame_seconds(self, record: Record) -> np.ndarray:
+        """Returns the times of the frames that can be shown, float64 [frames or 0]."""
+        return record.frame_seconds if self.has_video else record.frame_seconds[:0]
+
 
 class PictureSpec(Protocol):
     """What rendering pictures has to know."""

@@ -31,7 +31,9 @@ def _usable_parts(times: Mapping[str, np.ndarray], spec: RenderSpec) -> dict[str
     Returns:
         `start`, `end` and `gap` in seconds, `has_video`, `has_audio`; neither where no view fits.
     """
-    gap = times["max_frame_gap_seconds"]
+    # The mean: one lost frame must not make a video slow.
+    shown = times["last_frame_seconds"] - times["first_frame_seconds"]
+    gap = shown / np.maximum(times["num_frames"] - 1, 1)
     (video_start, video_end), (audio_start, audio_end) = intervals(times).values()
     both_start, both_end = np.maximum(video_start, audio_start), np.minimum(video_end, audio_end)
     video = np.asarray(times["num_frames"] > 1) & (spec.modalities != "audio")

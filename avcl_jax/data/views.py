@@ -10,6 +10,10 @@ views are drawn per video. The labels of the temporal tasks follow from the draw
 So a classifier that knows only speeds, directions, frame rate and duration stays at chance. A video
 on which a task is not feasible is masked out of that task rather than given the feasible label:
 a three-second video that fits only 1x and 2x would otherwise teach "short means slow".
+
+A frame that a clip shows twice would tell the speed too. Files of a lower frame rate than the views
+repeat frames alike at every speed (`frame_picks`). Where a few frames are missing, views are placed
+so that they show none twice: the speed is drawn before the place, and stays uniform.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from avcl_jax.data import frame_picks
 from avcl_jax.errors import UserError
 
 FORWARD, BACKWARD = 0, 1
@@ -28,6 +33,11 @@ BEFORE, OVERLAPPING, AFTER = 0, 1, 2
 MARGIN = 0.25
 # Float times are compared with this slack; far below any frame's duration.
 _EPSILON = 1e-6
+# Placements that are tried for two views that show no frame twice. A video is in the speed task if
+# at every speed at most half of the placements of a view show one: then all tries fail for 1 % of
+# the pairs at most, and the speed of the others is uniform within 1 point.
+_TRIES = 16
+_REPEATING_PLACES = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +86,12 @@ class Timeline:
     Attributes:
         start_seconds: where both picture and sound, as far as present, have begun.
         end_seconds: where the first of them ends.
-        max_frame_gap_seconds: longest time between neighbouring source pictures; 0 without picture.
+        frame_gap_seconds: mean time between neighbouring source frames; 0 without video.
     """
 
     start_seconds: float
     end_seconds: float
-    max_frame_gap_seconds: float
+    frame_gap_seconds: float
 
     @property
     def duration_seconds(self) -> float:
@@ -133,12 +143,12 @@ class TooShortError(UserError):
     """A video is shorter than the shortest view."""
 
 
-def views_fit(duration_seconds: Any, max_frame_gap_seconds: Any, spec: ViewSpec) -> np.ndarray:
-    """Whether a view fits and shows no source picture twice, for each speed.
+def views_fit(duration_seconds: Any, frame_gap_seconds: Any, spec: ViewSpec) -> np.ndarray:
+    """Whether views of each speed fit and do not tell it by frames that they show twice.
 
     Args:
         duration_seconds: [...] of the usable part.
-        max_frame_gap_seconds: [...] between neighbouring source pictures.
+        frame_gap_seconds: [...] mean time between neighbouring source frames.
         spec: timing of views.
 
     Returns:
@@ -146,23 +156,42 @@ def views_fit(duration_seconds: Any, max_frame_gap_seconds: Any, spec: ViewSpec)
     """
     speeds = np.array(spec.speeds)
     long_enough = speeds * spec.clip_seconds <= np.asarray(duration_seconds)[..., None] + _EPSILON
-    gap = np.asarray(max_frame_gap_seconds)[..., None]
-    return long_enough & (speeds * spec.frame_seconds >= gap - _EPSILON)
+    gap = np.asarray(frame_gap_seconds)[..., None]
+    alike = gap <= spec.frame_seconds / frame_picks.SLOWEST
+    return long_enough & (alike | (speeds * spec.frame_seconds >= gap - _EPSILON))
 
 
 def feasible_speeds(timeline: Timeline, spec: ViewSpec) -> list[int]:
-    """Indices of the speeds at which a view fits and shows no source picture twice."""
-    fit = views_fit(timeline.duration_seconds, timeline.max_frame_gap_seconds, spec)
+    """Indices of the speeds that `views_fit` allows."""
+    fit = views_fit(timeline.duration_seconds, timeline.frame_gap_seconds, spec)
     return np.flatnonzero(fit).tolist()
 
 
-def draw_views(rng: np.random.Generator, timeline: Timeline, spec: ViewSpec) -> ViewPair:
+def order_fits(first_seconds: Any, second_seconds: Any, duration_seconds: Any) -> np.ndarray:
+    """Whether two intervals can lie before, overlapping and after in a video.
+
+    Args:
+        first_seconds: [...] length of one.
+        second_seconds: [...] length of the other.
+        duration_seconds: [...] of the usable part of the video.
+
+    Returns:
+        bool [...].
+    """
+    gap = MARGIN * np.minimum(first_seconds, second_seconds)
+    return np.asarray(first_seconds + second_seconds + gap <= duration_seconds + _EPSILON)
+
+
+def draw_views(
+    rng: np.random.Generator, timeline: Timeline, spec: ViewSpec, frame_seconds: np.ndarray
+) -> ViewPair:
     """Draws two views of a video with jointly balanced labels.
 
     Args:
         rng: source of all randomness of the draw.
         timeline: usable part of the video.
         spec: what all views have in common.
+        frame_seconds: float64 [source frames], strictly increasing; empty without video.
 
     Returns:
         The two views with labels and masks.
@@ -174,8 +203,8 @@ def draw_views(rng: np.random.Generator, timeline: Timeline, spec: ViewSpec) -> 
     if not speeds:
         raise TooShortError(
             f"no view of {spec.clip_seconds:g} s at {1 / spec.frame_seconds:g} pictures/s fits "
-            f"{timeline.duration_seconds:.3f} s of video whose pictures are up to "
-            f"{timeline.max_frame_gap_seconds:.3f} s apart"
+            f"{timeline.duration_seconds:.3f} s of video whose frames are "
+            f"{timeline.frame_gap_seconds:.3f} s apart"
         )
     video_speed = rng.choice(speeds, size=2)
     video_direction = rng.integers(2, size=2)
@@ -188,17 +217,24 @@ def draw_views(rng: np.random.Generator, timeline: Timeline, spec: ViewSpec) -> 
     audio_spans = spec.clip_seconds * table[audio_speed]
     spans = np.maximum(video_spans, audio_spans)
     gap = MARGIN * spans.min()
-    order_mask = bool(spans.sum() + gap <= timeline.duration_seconds + _EPSILON)
-    if order_mask:
-        order = int(rng.integers(3))
-        # The shorter of picture and sound of each view must overlap when the views do.
-        inner = np.minimum(video_spans, audio_spans)
-        starts = _place(rng, spans, order, gap, timeline, inner)
-    else:
-        order = OVERLAPPING  # Not a label: order_mask is False.
-        slack = np.maximum(timeline.duration_seconds - spans, 0.0)
-        starts = timeline.start_seconds + rng.uniform(size=2) * slack
-    middles = starts + spans / 2
+    order_mask = bool(order_fits(spans[0], spans[1], timeline.duration_seconds))
+    order = int(rng.integers(3)) if order_mask else OVERLAPPING  # No label where the mask is False.
+    # The shorter of picture and sound of each view must overlap when the views do.
+    inner = np.minimum(video_spans, audio_spans)
+    in_speed_task, can_repeat = _speed_task(timeline, spec, frame_seconds)
+    for _ in range(_TRIES if can_repeat else 1):
+        if order_mask:
+            starts = _place(rng, spans, order, gap, timeline, inner)
+        else:
+            slack = np.maximum(timeline.duration_seconds - spans, 0.0)
+            starts = timeline.start_seconds + rng.uniform(size=2) * slack
+        middles = starts + spans / 2
+        repeats = can_repeat and any(
+            _shows_a_frame_twice(Clip(start, speed, FORWARD), frame_seconds, spec)
+            for start, speed in zip(middles - video_spans / 2, video_speed, strict=True)
+        )
+        if not repeats:
+            break
 
     def clips(spans: np.ndarray, speed: np.ndarray, direction: np.ndarray) -> tuple[Clip, Clip]:
         # Sound and picture of a view share their middle: the same interval at the same speed.
@@ -212,10 +248,41 @@ def draw_views(rng: np.random.Generator, timeline: Timeline, spec: ViewSpec) -> 
         video=clips(video_spans, video_speed, video_direction),
         audio=clips(audio_spans, audio_speed, audio_direction),
         order=order,
-        speed_mask=len(speeds) == len(spec.speeds),
+        speed_mask=in_speed_task and not repeats,
         direction_mask=True,
         order_mask=order_mask,
     )
+
+
+def _speed_task(timeline: Timeline, spec: ViewSpec, frame_seconds: np.ndarray) -> tuple[bool, bool]:
+    """Whether a video is in the speed task, and whether its views must be placed for that.
+
+    Both depend on the video alone, never on a draw, or they would favour a speed.
+    """
+    if len(feasible_speeds(timeline, spec)) < len(spec.speeds):
+        return False, False
+    step, num_frames = spec.frame_seconds, spec.num_frames
+    if not frame_picks.has_long_gaps(frame_seconds, step):
+        return True, False
+    chosen = frame_picks.offsets(frame_seconds, num_frames=num_frames, step=step)
+    if chosen is not None:
+        return bool(spec.speeds[-1] * chosen[-1] < len(frame_seconds)), False
+    can = all(
+        frame_picks.repeating(
+            frame_seconds,
+            timeline.start_seconds,
+            timeline.end_seconds - speed * spec.clip_seconds,
+            num_frames=num_frames,
+            step=speed * step,
+        )
+        <= _REPEATING_PLACES
+        for speed in spec.speeds
+    )
+    return can, can
+
+
+def _shows_a_frame_twice(clip: Clip, frame_seconds: np.ndarray, spec: ViewSpec) -> bool:
+    return bool((np.diff(frame_indices(clip, frame_seconds, spec)) == 0).any())
 
 
 def _place(
@@ -250,9 +317,10 @@ def _place(
 
 
 def frame_indices(clip: Clip, frame_seconds: np.ndarray, spec: ViewSpec) -> np.ndarray:
-    """Indices of the source pictures that a clip shows, in playback order.
+    """Indices of the source frames that a clip shows, in playback order.
 
-    The picture shown at a time is the last one that began at or before it, as a player shows it.
+    The frame shown at a time is the last one that began at or before it, as a player shows it;
+    frames of files that are slower than the views are chosen by number: `frame_picks`.
 
     Args:
         clip: interval and playback.
@@ -262,8 +330,14 @@ def frame_indices(clip: Clip, frame_seconds: np.ndarray, spec: ViewSpec) -> np.n
     Returns:
         int64 [num_frames].
     """
-    step = spec.frame_seconds * spec.speeds[clip.speed]
-    times = clip.start_seconds + step * np.arange(spec.num_frames)
-    indices = np.searchsorted(frame_seconds, times + _EPSILON, side="right") - 1
-    indices = np.clip(indices, 0, len(frame_seconds) - 1)
+    speed = spec.speeds[clip.speed]
+    step = spec.frame_seconds
+    times = clip.start_seconds + step * speed * np.arange(spec.num_frames)
+    offsets = frame_picks.offsets(frame_seconds, num_frames=spec.num_frames, step=step)
+    indices = None
+    if offsets is not None:
+        middle = (times[0] + times[-1]) / 2
+        indices = frame_picks.by_number(frame_seconds, offsets, speed, middle)
+    if indices is None:
+        indices = frame_picks.by_time(frame_seconds, times)
     return indices[::-1] if clip.direction == BACKWARD else indices

@@ -41,7 +41,7 @@ from avcl_jax.paths import absolute_path
 
 PROTOCOL = Protocol(
     name="audio_video_retrieval",
-    version=1,
+    version=2,
     title="Audio-video retrieval",
     definition=(
         "Records with picture and sound of at least one view; each is query and gallery item.",

@@ -109,7 +109,7 @@ def drawn_pairs(
     crop = center_crop(max(record.height, 1), max(record.width, 1))
     rows = []
     for _ in range(pairs):
-        pair = draw_views(rng, use.timeline, views)
+        pair = draw_views(rng, use.timeline, views, use.frame_seconds(record))
         arrays = render_views(record, use, pair.video, pair.audio, [crop] * 2, spec)
         arrays |= {
             "order": np.int32(pair.order),

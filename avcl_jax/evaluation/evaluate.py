@@ -46,7 +46,7 @@ from avcl_jax.training.checkpoint import read_progress
 
 PROTOCOL = Protocol(
     name="pretraining_run",
-    version=3,
+    version=4,
     title="What a run has learned",
     definition=(),  # `summary` says it with the numbers of the run
 )

@@ -59,7 +59,7 @@ _SHARED = (
 )
 SINGLE = Protocol(
     name="linear_probe",
-    version=1,
+    version=2,
     title="Linear probe",
     definition=(
         *_SHARED,
@@ -70,7 +70,7 @@ SINGLE = Protocol(
 )
 SEVERAL = Protocol(
     name="linear_probe_tagging",
-    version=1,
+    version=2,
     title="Tagging by a linear probe",
     definition=(
         *_SHARED,

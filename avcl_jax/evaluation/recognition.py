@@ -59,7 +59,7 @@ def protocol_of(config: ml_collections.ConfigDict) -> Protocol:
         shown += f", cropped {where}"
     return Protocol(
         name="action_recognition" if video else "audio_recognition",
-        version=1,
+        version=2 if video else 1,
         title=f"{'Action' if video else 'Audio'} recognition by fine-tuning",
         definition=(
             "The encoder and a linear classifier on its pooled features are trained together. "

@@ -37,7 +37,7 @@ from avcl_jax.paths import absolute_path
 
 PROTOCOL = Protocol(
     name="temporal_tasks",
-    version=3,
+    version=4,
     title="Temporal tasks on held-out records",
     definition=(
         "Of each record evaluation.pairs_per_video pairs of views are drawn as in training "
@@ -46,7 +46,8 @@ PROTOCOL = Protocol(
         "and cropped to the largest centred square, without augmentation.",
         "The heads of the run classify them: speed and direction of each view by its picture and "
         "by its sound, order of a pair by two pictures, two sounds, and picture and sound.",
-        "A record on which not all speeds fit is left out of the speed task; a pair of speeds that "
+        "A record on which not all speeds fit, or whose frame rate is under 0.45 of that of the "
+        "clips or changes too much, is left out of the speed task; a pair of speeds that "
         "cannot be before, overlapping and after is left out of the order task; a video in which "
         "nothing moves is left out of all tasks that use video, a silent view out of all that use "
         "audio.",

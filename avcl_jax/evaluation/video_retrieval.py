@@ -43,7 +43,7 @@ from avcl_jax.paths import absolute_path
 
 PROTOCOL = Protocol(
     name="video_retrieval",
-    version=2,
+    version=3,
     title="Video retrieval",
     definition=(
         "Queries are the test records, the gallery the training records of one official split.",

@@ -64,7 +64,8 @@ class FilmClips:
         """Renders film `key[0]`; `key[1]` numbers the visit and seeds it."""
         index, visit = key
         rng = np.random.default_rng([self._seed, visit])
-        pair = draw_views(rng, self._timelines[index], rendering.VIEWS)
+        # A constant rate, not below that of the views: the times of the frames do not matter.
+        pair = draw_views(rng, self._timelines[index], rendering.VIEWS, np.empty(0))
         size = rendering.CROP.image_size
         video = np.empty((2, rendering.VIEWS.num_frames, size, size, 3), np.uint8)
         sounds = []

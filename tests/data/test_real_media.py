@@ -19,8 +19,8 @@ from data_prep.__main__ import main as data_prep
 MEDIA = Path(__file__).resolve().parents[3] / "shared" / "data" / "media"
 pytestmark = pytest.mark.skipif(not MEDIA.exists(), reason=f"no real media in {MEDIA}")
 
-# A tenth of a second long; the last one shows 10 pictures in its only second, a view shows 12.
-NO_VIEW = {"unordered", "video_90", "video_180", "video_270", "h265_video"}
+# A tenth of a second long.
+NO_VIEW = {"unordered", "video_90", "video_180", "video_270"}
 
 
 def test_every_file_is_in_a_training_batch_or_refused_with_a_reason(tmp_path):
