@@ -221,7 +221,12 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
             bank = jax.jit(redistribute, out_shardings=shardings.bank)(state.bank)
             state = dataclasses.replace(state, bank=bank)
     first = progress.step
-    writer = MetricWriter(workdir, steps=config.steps, first_step=first)
+    writer = MetricWriter(
+        workdir,
+        steps=config.steps,
+        first_step=first,
+        warmup_steps=config.optimizer.warmup_steps,
+    )
     _announce(config, workdir, writer, state, source, mesh, first)
     if first >= config.steps:
         writer.note(f"{workdir} is already trained to step {first}")

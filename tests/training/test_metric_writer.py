@@ -1,0 +1,72 @@
+"""The log: an alarm when the embeddings' spread falls, and no alarm otherwise."""
+
+from __future__ import annotations
+
+import pytest
+
+from avcl_jax.training.metric_writer import MetricWriter
+
+# Spread of the audio and of the video embeddings as the demo logged them when the bank came in and
+# all embeddings moved together.
+RUN_AWAY = {
+    "audio": (0.981, 0.987, 0.989, 0.989, 0.815, 0.726, 0.717, 0.725, 0.729),
+    "video": (0.699, 0.705, 0.734, 0.750, 0.671, 0.595, 0.594, 0.601, 0.606),
+}
+
+
+def _alarms(tmp_path, capsys, *, warmup_steps=0, starts=(0,), **spreads):
+    """Feeds spreads by modality, one log period of 50 steps each, and returns the alarm lines."""
+    for first, last in zip(starts, (*starts[1:], None), strict=True):
+        writer = MetricWriter(
+            tmp_path, steps=2000, first_step=50 * first, warmup_steps=warmup_steps
+        )
+        for number, values in list(enumerate(zip(*spreads.values(), strict=True), start=1))[
+            first:last
+        ]:
+            row = {f"health/{m}_embedding_std": v for m, v in zip(spreads, values, strict=True)}
+            speed = {"steps_per_second": 1.0, "clips_per_second": 1.0, "data_wait_share": 0.0}
+            writer.write(50 * number, row | speed, seconds_left=1.0)
+        writer.close()
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("ALARM")]
+
+
+def test_embeddings_that_run_away_are_reported_once_per_modality(tmp_path, capsys):
+    audio, video = sorted(_alarms(tmp_path, capsys, **RUN_AWAY))
+    assert audio.startswith(
+        "ALARM at step 300: the spread of the audio embeddings (health/audio_embedding_std) fell "
+        "from 0.99 at step 200 to 0.73"
+    )
+    assert "the video embeddings (health/video_embedding_std) fell from 0.75 at step 200" in video
+    assert "negative_similarity" in audio
+    assert "bank" in audio
+
+
+@pytest.mark.parametrize(
+    ("spread", "steps"),
+    [
+        ((0.9, 0.9, 0.6, 0.6, 0.6), [150]),  # a third in one period
+        ((0.9, 0.8, 0.4, 0.2, 0.1, 0.05, 0.02), [150]),  # one fall over many periods
+        ((0.9, 0.5, 0.5, 0.9, 0.9, 0.5, 0.5), [100, 300]),  # two falls
+        ((0.9, 0.5, 0.5, 0.5, 0.3, 0.3), [100, 250]),
+        ((0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5), []),  # slowly
+        ((0.5, 0.6, 0.5, 0.6, 0.9, 0.8), []),  # noise
+        ((0.9, "nan", 0.8), []),
+        ((0.9, 0.5, "nan"), [100]),
+        ((0.0, 0.0, 0.0), []),
+    ],
+)
+def test_only_a_sudden_fall_is_an_alarm_and_only_once(tmp_path, capsys, spread, steps):
+    lines = _alarms(tmp_path, capsys, audio=[float(value) for value in spread])
+    assert [int(line.split()[3].rstrip(":")) for line in lines] == steps
+
+
+def test_warm_up_is_no_alarm(tmp_path, capsys):
+    # The beginning of a healthy demo, whose learning rate rises for 100 steps.
+    spread = (0.570, 0.348, 0.336, 0.345, 0.371, 0.436)
+    assert _alarms(tmp_path, capsys, warmup_steps=100, video=spread) == []
+
+
+@pytest.mark.parametrize("resumed", [5, 6])
+def test_a_resumed_run_compares_with_the_lines_before(tmp_path, capsys, resumed):
+    lines = _alarms(tmp_path, capsys, starts=(0, resumed), audio=RUN_AWAY["audio"])
+    assert [line.split(":")[0] for line in lines] == ["ALARM at step 300"]
