@@ -76,7 +76,7 @@ def demo() -> ml_collections.ConfigDict:
     c.label_smoothing = 0.1
 
     c.optimizer = ml_collections.ConfigDict()
-    c.optimizer.name = "adamw"  # or "sgd", "lars"
+    c.optimizer.name = "adamw"  # or "sgd", with a learning rate of its own: untested here
     c.optimizer.schedule = "cosine"  # or "multistep"
     c.optimizer.learning_rate = 1e-3
     c.optimizer.warmup_epochs = 2.0

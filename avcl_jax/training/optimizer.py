@@ -10,7 +10,7 @@ import optax
 
 from avcl_jax.errors import UserError
 
-OptimizerName = Literal["adamw", "sgd", "lars"]
+OptimizerName = Literal["adamw", "sgd"]
 
 
 def warmup_cosine(*, learning_rate: float, warmup_steps: int, steps: int) -> optax.Schedule:
@@ -68,7 +68,7 @@ def create_optimizer(
     beta2: float,
     clip_norm: float,
 ) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW, SGD with Nesterov momentum, or LARS.
+    """Clipping by global norm, then AdamW, or SGD with Nesterov momentum.
 
     Args:
         name: which.
@@ -90,16 +90,8 @@ def create_optimizer(
             optax.add_decayed_weights(weight_decay, mask=decay_mask),
             optax.sgd(schedule, momentum=momentum, nesterov=True),
         )
-    elif name == "lars":
-        update = optax.lars(
-            schedule,
-            weight_decay=weight_decay,
-            weight_decay_mask=decay_mask,
-            trust_ratio_mask=decay_mask,
-            momentum=momentum,
-        )
     else:
-        raise UserError(f"unknown optimizer {name!r}: use 'adamw', 'sgd' or 'lars'")
+        raise UserError(f"unknown optimizer {name!r}: use 'adamw' or 'sgd'")
     if clip_norm <= 0:
         return update
     return optax.chain(optax.clip_by_global_norm(clip_norm), update)
