@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -49,9 +51,13 @@ CONTRASTIVE_TERMS: Mapping[str, tuple[tuple[Modality, Modality], ...]] = {
 class LossSpec:
     """Weights of the objective.
 
+    Each term is a mean over its examples that count in a batch: anchors, or classifications. In
+    the total it has its weight times the fraction that these are of all its examples in the
+    readable videos of the batch, so that an example weighs the same whatever batch it is in.
+
     Attributes:
-        weights: weight of each term of `CONTRASTIVE_TERMS` and of the temporal terms; a term of
-            weight 0 is not computed.
+        weights: weight of each term of `CONTRASTIVE_TERMS` and of the temporal terms where all its
+            examples count; a term of weight 0 is not computed.
         temperature: of the contrastive terms.
         positive_weight: share of the bank positives, lambda of design section 2.3.
         bank: how bank rows are drawn; None for in-batch terms only.
@@ -88,6 +94,20 @@ class LossSpec:
             for term in self.active(CONTRASTIVE_TERMS)
             for direction in CONTRASTIVE_TERMS[term]
         )
+
+
+class TermLoss(NamedTuple):
+    """One term of the objective in a batch.
+
+    Attributes:
+        value: mean over the examples that count, 0 if there are none.
+        examples: how many count.
+        per_video: examples of a video that has everything.
+    """
+
+    value: Array
+    examples: Array
+    per_video: int
 
 
 def average(value: Array, count: Array | float = 1.0) -> clu_metrics.Average:
@@ -175,15 +195,15 @@ def _contrastive(
     label: Array,
     key: Array,
     mesh: Mesh,
-) -> tuple[dict[str, Array], Metrics]:
+) -> tuple[dict[str, TermLoss], Metrics]:
     """Losses of the active contrastive terms and their metrics."""
-    losses: dict[str, Array] = {}
+    losses: dict[str, TermLoss] = {}
     metrics: Metrics = {}
     for number, term in enumerate(CONTRASTIVE_TERMS):
         if term not in loss_spec.active(CONTRASTIVE_TERMS):
             continue
         directions = CONTRASTIVE_TERMS[term]
-        values = []
+        values, counts = [], []
         for side, (anchor, target) in enumerate(directions):
             rows: dict[str, Array] = {}
             name = term if len(directions) == 1 else f"{anchor[0]}{target[0]}"
@@ -232,6 +252,7 @@ def _contrastive(
                 **rows,
             )
             values.append(value)
+            counts.append(info["anchors"])
             for key_name in ("positive_similarity", "negative_similarity", "accuracy"):
                 metrics[f"{name}/{key_name}"] = average(info[key_name], info["anchors"])
             if rows:
@@ -241,9 +262,51 @@ def _contrastive(
                     metrics[f"{name}/bank_{kind}_similarity"] = average(
                         info[f"bank_{kind}_similarity"], rows[f"bank_{kind}_mask"].sum()
                     )
-        losses[term] = jnp.stack(values).mean()
-        metrics[f"{term}/loss"] = average(losses[term])
+        # Both directions of a pair count or neither does, so this is the mean over all anchors.
+        mean, count = jnp.stack(values).mean(), jnp.stack(counts).sum()
+        losses[term] = TermLoss(mean, count, 2 * len(directions))
     return losses, metrics
+
+
+def total_loss(
+    outputs: Mapping[str, Array],
+    batch: Mapping[str, Array],
+    *,
+    state: TrainState,
+    loss_spec: LossSpec,
+    label: Array,
+    key: Array,
+    mesh: Mesh,
+) -> tuple[Array, tuple[Metrics, dict[str, Array], dict[str, Array]]]:
+    """Sum of the terms by their weights, each example alike: see `LossSpec`.
+
+    Args:
+        outputs: of the model, for the whole batch.
+        batch: as `data.pipeline` delivers it.
+        state: before the step; read are `bank` and `step`.
+        loss_spec: weights and settings.
+        label: int [videos] for the bank's health metrics, −1 unknown.
+        key: JAX random key of the draws from the bank.
+        mesh: devices.
+
+    Returns:
+        The scalar, and metrics, embeddings and masks of the views that have them.
+    """
+    embeddings, present = _embeddings(outputs, batch)
+    losses, metrics = _contrastive(embeddings, present, batch, state, loss_spec, label, key, mesh)
+    for term, (value, info) in temporal_losses(outputs, batch).items():
+        losses[term] = TermLoss(value, info["count"], math.prod(outputs[term].shape[1:-1]))
+        metrics[f"{term}/accuracy"] = average(info["accuracy"], info["count"])
+    # A mean alone would give the one video with sound of a batch the weight of all of another's.
+    readable = jnp.maximum(jnp.sum(~batch["unreadable"]), 1)
+    weighted = []
+    for term, loss in losses.items():
+        metrics[f"{term}/loss"] = average(loss.value, loss.examples)
+        fraction = loss.examples / (loss.per_video * readable)
+        weighted.append(loss_spec.weights[term] * fraction * loss.value)
+    total = jnp.stack(weighted).sum()
+    metrics["loss"] = average(total)
+    return total, (metrics, embeddings, present)
 
 
 def _embedding_spread(embeddings: Array, present: Array) -> Array:
@@ -308,20 +371,15 @@ def make_train_step(
             }
             return seen, mutated["batch_stats"]
 
-        def objective(outputs: Mapping[str, Array]) -> tuple[Array, Any]:
-            embeddings, present = _embeddings(outputs, batch)
-            losses, metrics = _contrastive(
-                embeddings, present, batch, state, loss_spec, label, bank_key, mesh
-            )
-            for term, (value, info) in temporal_losses(outputs, batch).items():
-                losses[term] = value
-                metrics[f"{term}/loss"] = average(value, info["count"])
-                metrics[f"{term}/accuracy"] = average(info["accuracy"], info["count"])
-            weighted = [loss_spec.weights[term] * value for term, value in losses.items()]
-            total = jnp.stack(weighted).sum()
-            metrics["loss"] = average(total)
-            return total, (metrics, embeddings, present)
-
+        objective = functools.partial(
+            total_loss,
+            batch=batch,
+            state=state,
+            loss_spec=loss_spec,
+            label=label,
+            key=bank_key,
+            mesh=mesh,
+        )
         grads, (metrics, embeddings, present), statistics = accumulate.gradients(
             forward, objective, state.params, inputs, parts=micro_batches, mesh=mesh
         )
@@ -343,8 +401,7 @@ def make_train_step(
                 mesh=mesh if mesh.size > 1 else None,
                 data_axes=data_axes(mesh),
             )
-        # An unreadable row has neither modality in either view, and is not counted.
-        readable = present["video"].any(axis=1) | present["audio"].any(axis=1)
+        readable = ~batch["unreadable"]
         for modality in ("video", "audio"):
             if f"{modality}_encoder" in grads:
                 lacking = 1.0 - present[modality].mean(axis=1)

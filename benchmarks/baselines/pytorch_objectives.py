@@ -156,8 +156,8 @@ def contrastive_losses(
     bank: BankRows | None,
     contrast: Contrast,
     noise: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """The terms vv, va and aa.
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The terms vv, va and aa, and the fraction of the videos' anchors that each is the mean of.
 
     Args:
         embeddings: [2, videos, 2, dim] of pictures and sounds.
@@ -204,13 +204,15 @@ def contrastive_losses(
         losses = losses + weight * drawn.sum(-1) / count.clamp(min=1)
     by_direction = torch.where(counted, losses, 0).sum(1) / counted.sum(1).clamp(min=1)
     vv, va, av, aa = by_direction.unbind()
-    return {"vv": vv, "va": (va + av) / 2, "aa": aa}
+    # As many anchors count in both directions of va.
+    of_vv, of_va, _, of_aa = counted.float().mean(1).unbind()
+    return {"vv": (vv, of_vv), "va": ((va + av) / 2, of_va), "aa": (aa, of_aa)}
 
 
 def temporal_losses(
     outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor], present: Tensor
-) -> dict[str, Tensor]:
-    """Cross-entropies of speed, direction and order over the entries that count.
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Cross-entropies of speed, direction and order over what counts, and the fraction that it is.
 
     Args:
         outputs: logits of the seven terms, as `avcl_jax.objectives.temporal`.
@@ -236,5 +238,6 @@ def temporal_losses(
         labels = torch.where(mask, labels, -100).flatten().long()
         logits = outputs[term].flatten(0, -2)
         total = functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
-        losses[term] = total / (labels >= 0).sum().clamp(min=1)
+        count = (labels >= 0).sum()
+        losses[term] = (total / count.clamp(min=1), count / labels.numel())
     return losses

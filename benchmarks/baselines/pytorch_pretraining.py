@@ -187,8 +187,10 @@ class Pretraining:
         )
         terms |= temporal_losses(outputs, batch, present)
         weights = self.config.loss.weights
-        total = torch.stack([weights[term] * value for term, value in terms.items()]).sum()
-        return total, terms, embeddings.detach()
+        # Every record of the demo can be read: fractions are of all rows.
+        weighted = [weights[term] * part * value for term, (value, part) in terms.items()]
+        values = {term: value for term, (value, _) in terms.items()}
+        return torch.stack(weighted).sum(), values, embeddings.detach()
 
     def step(
         self, batch: Mapping[str, Tensor], noise: Tensor | None = None

@@ -66,6 +66,7 @@ def batch(seed: int) -> dict[str, np.ndarray]:
         "spectrogram": rng.normal(size=(VIDEOS, 2, 16, 16)).astype(np.float32),
         "has_video": ~np.isin(rows, [2, 4, 6, 10]),
         "video_moves": rng.random(VIDEOS) < 0.9,
+        "unreadable": np.zeros(VIDEOS, bool),
         "has_audio": ~np.isin(rows, [0, 8, 12, 13])[:, None] & (rng.random((VIDEOS, 2)) < 0.9),
         "order": rng.integers(0, 3, VIDEOS),
         "source_id": rng.permutation(VIDEOS) // 2 + 100 * seed,

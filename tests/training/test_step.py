@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,8 +16,12 @@ from avcl_jax import experiment
 from avcl_jax.data.pipeline import batch_shapes, to_device_batch, train_batches
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.objectives import temporal
+from avcl_jax.objectives.contrastive import contrastive_loss
+from avcl_jax.objectives.masks import per_view
 from avcl_jax.training import loop, sharding
-from avcl_jax.training.step import LossSpec, prepare_inputs
+from avcl_jax.training.state import TrainState
+from avcl_jax.training.step import CONTRASTIVE_TERMS, LossSpec, prepare_inputs, total_loss
 from benchmarks.batches import random_batch
 from configs import pretrain
 from tests.data.synthetic_records import make_record, write_records
@@ -44,7 +50,8 @@ def ran(tmp_path_factory):
     records += [make_record(n, seconds=5.0, side=24, has_video=False) for n in range(10, 18)]
     directory = write_records(tmp_path_factory.mktemp("step") / "records", records, shards=1)
     overrides = {f"loss.weights.{term}": weight for term, weight in WEIGHTS.items()}
-    config = small_config(directory, **overrides, **{"bank.size": 16, "optimizer.name": "sgd"})
+    overrides |= {"bank.size": 16, "optimizer.name": "sgd"}
+    config = small_config(directory, **overrides)
     mesh, init, step = loop.build(config)
     state, _ = init(jax.random.key(0))
     source = UsableRecords(RecordDataset(directory, "train"), experiment.render_spec(config))
@@ -68,7 +75,12 @@ def test_the_loss_is_the_weighted_sum_of_all_terms(ran):
     for values in metrics[:2]:
         terms = {term: float(values[f"{term}/loss"].compute()) for term in WEIGHTS}
         assert all(value > 0 for value in terms.values()), terms
-        total = sum(WEIGHTS[term] * value for term, value in terms.items())
+        total = 0.0
+        for term, value in terms.items():
+            possible = 8 * PER_VIDEO[term] * len(CONTRASTIVE_TERMS.get(term, [()]))
+            fraction = float(values[f"{term}/loss"].count) / possible
+            assert 0 < fraction <= 1
+            total += WEIGHTS[term] * fraction * value
         assert float(values["loss"].compute()) == pytest.approx(total, rel=1e-5)
 
 
@@ -90,7 +102,8 @@ def test_every_parameter_learns(ran):
 def test_a_batch_without_pictures_leaves_the_video_side_alone(ran):
     states, metrics = ran
     for name in ("vv", "va", "speed_video", "direction_video", "order_vv", "order_va"):
-        assert float(metrics[2][f"{name}/loss"].total) == 0.0
+        loss = metrics[2][f"{name}/loss"]
+        assert float(loss.total) == float(loss.count) == 0.0  # does not count in a period's mean
     for state in states:
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
     for name in ("video_encoder", "video_projection", "order_vv_head", "order_va_head"):
@@ -103,6 +116,114 @@ def test_a_batch_without_pictures_leaves_the_video_side_alone(ran):
         strict=True,
     )
     assert any(not np.array_equal(old, new) for old, new in changed)
+
+
+VIDEOS, DIM = 8, 6
+# Anchors of a direction, or classifications, of one video.
+PER_VIDEO = {term: 1 if term in ("order_vv", "order_aa") else 2 for term in WEIGHTS}
+
+
+def outputs_and_batch(seed=0):
+    """Random outputs of a model, and a batch of which the last two rows could not be read."""
+    rng = np.random.default_rng(seed)
+    outputs = {}
+    for modality in ("video", "audio"):
+        values = rng.normal(size=(VIDEOS, 2, DIM))
+        values /= np.linalg.norm(values, axis=-1, keepdims=True)
+        outputs[f"{modality}_embeddings"] = values.astype(np.float32)
+    classes = {"speed": 4, "direction": 2, "order": 3}
+    for term in temporal.TERMS:
+        shape = (VIDEOS, *(2,) * (PER_VIDEO[term] - 1), classes[term.partition("_")[0]])
+        outputs[term] = rng.normal(size=shape).astype(np.float32)
+    readable = np.arange(VIDEOS) < VIDEOS - 2
+    batch = {
+        "source_id": np.arange(VIDEOS, dtype=np.int32),
+        "record_index": np.arange(VIDEOS, dtype=np.int32),
+        "unreadable": ~readable,
+        "order": rng.integers(0, 3, VIDEOS).astype(np.int32),
+        "has_audio": np.stack([readable, readable], axis=1),
+        **dict.fromkeys(("has_video", "video_moves", "speed_mask"), readable),
+        **dict.fromkeys(("direction_mask", "order_mask"), readable),
+    }
+    for modality in ("video", "audio"):
+        for task in ("speed", "direction"):
+            label = rng.integers(0, classes[task], (VIDEOS, 2)).astype(np.int32)
+            batch[f"{modality}_{task}"] = label
+    return jax.tree.map(jnp.asarray, (outputs, batch))
+
+
+@functools.cache
+def gradient_of_the_step():
+    """Gradient of the step's objective by the model's outputs: (outputs, batch) → like outputs."""
+    overrides = {f"loss.weights.{term}": weight for term, weight in WEIGHTS.items()}
+    config = small_config(Path("unused"), **overrides, **{"bank.size": 0})
+    mesh, _, _ = loop.build(config)
+
+    def objective(outputs, batch):
+        return total_loss(
+            outputs,
+            batch,
+            state=TrainState(jnp.zeros((), jnp.int32), *[None] * 5),
+            loss_spec=loop.loss_spec(config),
+            label=jnp.full(VIDEOS, -1),
+            key=jax.random.key(0),
+            mesh=mesh,
+        )[0]
+
+    return jax.jit(jax.grad(objective))
+
+
+@jax.jit
+@jax.grad
+def gradient_of_means(outputs, batch, fractions):
+    """Gradient of the sum of the terms, each the mean over what counts, by weight and fraction."""
+    means = {term: loss for term, (loss, _) in temporal.temporal_losses(outputs, batch).items()}
+    for term, directions in CONTRASTIVE_TERMS.items():
+        values = [
+            contrastive_loss(
+                outputs[f"{anchor}_embeddings"],
+                outputs[f"{target}_embeddings"],
+                kind="within" if anchor == target else "cross",
+                source_id=batch["source_id"],
+                anchor_mask=per_view(batch[f"has_{anchor}"]),
+                target_mask=per_view(batch[f"has_{target}"]),
+                temperature=0.1,
+                positive_weight=0.0,
+            )[0]
+            for anchor, target in directions
+        ]
+        means[term] = jnp.stack(values).mean()
+    return sum(WEIGHTS[term] * fractions[term] * mean for term, mean in means.items())
+
+
+@pytest.mark.parametrize("counted", [2, 5])
+@pytest.mark.parametrize("lacking", ["video", "audio"])
+def test_an_example_weighs_the_same_however_many_others_lack_a_modality(lacking, counted):
+    """The gradient is that of the mean over what counts, times its fraction of what can be read."""
+    outputs, batch = outputs_and_batch()
+    batch[f"has_{lacking}"] = batch[f"has_{lacking}"].at[counted:].set(False)
+    # All terms read both modalities but those of the modality that all readable videos have.
+    whole = "v" if lacking == "audio" else "a"
+    unaffected = {2 * whole, f"order_{2 * whole}"} | {
+        f"{task}_{'video' if whole == 'v' else 'audio'}" for task in ("speed", "direction")
+    }
+    fractions = {term: 1.0 if term in unaffected else counted / 6 for term in WEIGHTS}
+    found = gradient_of_the_step()(outputs, batch)
+    expected = gradient_of_means(outputs, batch, fractions)
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=1e-6, err_msg=name)
+        assert np.abs(values[:counted]).max() > 1e-3
+
+
+def test_what_an_example_teaches_does_not_depend_on_the_others():
+    """Classifications of the one video with sound, and of it among others with sound."""
+    outputs, batch = outputs_and_batch()
+    alone = batch | {"has_audio": batch["has_audio"] & (np.arange(VIDEOS) < 1)[:, None]}
+    found, expected = (gradient_of_the_step()(outputs, b) for b in (alone, batch))
+    for term in temporal.TERMS:
+        np.testing.assert_allclose(found[term][0], expected[term][0], rtol=1e-5, err_msg=term)
+        assert np.abs(found[term][0]).max() > 1e-3
+        assert found[term][1].any() == (term.rpartition("_")[2] in ("video", "vv"))
 
 
 @pytest.mark.parametrize("modality", ["video", "audio"])
