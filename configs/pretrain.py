@@ -126,7 +126,9 @@ def demo() -> ml_collections.ConfigDict:
     c.optimizer.momentum = 0.9
     c.optimizer.beta2 = 0.98
     c.optimizer.clip_norm = 5.0
-    c.optimizer.ema_decay = 0.0  # 0 keeps no average of the parameters
+    # Above 0 the average of parameters and running statistics over about 1 / (1 - ema_decay) steps
+    # is kept, exported and evaluated; untested.
+    c.optimizer.ema_decay = 0.0
 
     training.devices(c)
     c.log_every = 50

@@ -221,6 +221,7 @@ def create_classifier_state(
             batch_stats=variables.get("batch_stats", {}),
             opt_state=optimizer.init(_split(variables["params"], mask)[0]),
             ema_params=None,
+            ema_batch_stats=None,
             bank=None,
         )
 
@@ -275,6 +276,7 @@ def classifier_step(
             batch_stats=statistics,
             opt_state=opt_state,
             ema_params=None,
+            ema_batch_stats=None,
             bank=None,
         )
         metrics = {

@@ -131,7 +131,7 @@ class Checkpoints:
 def load_variables(workdir: epath.PathLike) -> tuple[dict[str, Any], int]:
     """Parameters and statistics of the newest checkpoint, as numpy arrays on the host.
 
-    The average of the parameters is taken where one was kept.
+    The averages of both are taken where they were kept.
 
     Args:
         workdir: of a run.
@@ -143,8 +143,8 @@ def load_variables(workdir: epath.PathLike) -> tuple[dict[str, Any], int]:
         CheckpointError: if there is no checkpoint.
     """
     state, step = _load_state(workdir)
-    params = state["params"] if state["ema_params"] is None else state["ema_params"]
-    return {"params": params, "batch_stats": state["batch_stats"]}, step
+    prefix = "" if state["ema_params"] is None else "ema_"
+    return {name: state[prefix + name] for name in ("params", "batch_stats")}, step
 
 
 def read_progress(workdir: epath.PathLike, step: int) -> Progress:

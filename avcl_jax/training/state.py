@@ -27,6 +27,8 @@ class TrainState:
         batch_stats: running statistics of batch normalisation, float32.
         opt_state: state of the optimizer.
         ema_params: exponential moving average of the parameters, or None.
+        ema_batch_stats: the same average of `batch_stats`, which belong to the raw parameters; or
+            None.
         bank: feature bank, or None.
     """
 
@@ -35,6 +37,7 @@ class TrainState:
     batch_stats: Any
     opt_state: Any
     ema_params: Any
+    ema_batch_stats: Any
     bank: feature_bank.FeatureBank | None
 
 
@@ -79,7 +82,7 @@ def create_state(
         key: JAX random key of the initialisation.
         spec: rendering, for the shapes of the inputs.
         mesh: devices.
-        ema: keep an average of the parameters.
+        ema: keep an average of the parameters and the statistics.
         bank_size: rows of the feature bank; 0 for none.
         bank_dtype: dtype of its embeddings.
         embedding_dim: their dimension.
@@ -90,13 +93,15 @@ def create_state(
 
     def init(key: jax.Array) -> TrainState:
         variables = init_variables(model, example_inputs(spec), key)
-        params = variables["params"]
+        params, batch_stats = variables["params"], variables.get("batch_stats", {})
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            batch_stats=variables.get("batch_stats", {}),
+            batch_stats=batch_stats,
             opt_state=optimizer.init(params),
+            # Copies, for donated buffers must not be shared.
             ema_params=jax.tree.map(jnp.copy, params) if ema else None,
+            ema_batch_stats=jax.tree.map(jnp.copy, batch_stats) if ema else None,
             bank=feature_bank.create(bank_size, embedding_dim, bank_dtype) if bank_size else None,
         )
 
@@ -114,6 +119,7 @@ def state_shardings(shapes: TrainState, mesh: Mesh) -> Any:
         batch_stats=jax.tree.map(lambda _: whole, shapes.batch_stats),
         opt_state=sharding.parameter_shardings(mesh, shapes.opt_state),
         ema_params=sharding.parameter_shardings(mesh, shapes.ema_params),
+        ema_batch_stats=jax.tree.map(lambda _: whole, shapes.ema_batch_stats),
         bank=None
         if shapes.bank is None
         else feature_bank.shardings(mesh, sharding.data_axes(mesh)),

@@ -322,6 +322,22 @@ def _embedding_spread(embeddings: Array, present: Array) -> Array:
     return jnp.sqrt(variance.sum())
 
 
+def average_weight(step: Array, decay: float) -> Array:
+    """Weight of the newest values in the moving average, (1 − d) / (1 − d^(step + 1)).
+
+    Each step then weighs d to the power of its age, over the sum of these: the average that Adam's
+    bias correction yields (Kingma & Ba, ICLR 2015, section 3), without the initialisation, and
+    without state of its own. A decay that rises with the steps, the usual alternative, is another
+    average than `ema_decay` says for as long as it rises.
+
+    Args:
+        step: steps taken before, int32 scalar; at 0 the weight is 1.
+        decay: d in (0, 1).
+    """
+    # 1 − d^(step + 1), without the cancellation that float32 suffers where d is close to 1.
+    return (1.0 - decay) / -jnp.expm1((step + 1) * math.log(decay))
+
+
 def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -342,7 +358,12 @@ def make_train_step(
     merged over a log period; `<term>/loss` is unweighted, `loss` the weighted sum. The model runs
     on `micro_batches` parts of a batch one after the other, the losses on all of it
     (`training.accumulate`).
+
+    Raises:
+        UserError: if `ema_decay` is not in [0, 1).
     """
+    if not 0 <= ema_decay < 1:
+        raise UserError(f"optimizer.ema_decay {ema_decay} must be at least 0 and below 1")
 
     def train_step(
         state: TrainState, batch: Mapping[str, Array], key: Array
@@ -385,9 +406,14 @@ def make_train_step(
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema_params = state.ema_params
+        batch_stats = accumulate.merge_statistics(
+            state.batch_stats, statistics, accumulate.split_rows(present, micro_batches, mesh)
+        )
+        ema_params, ema_batch_stats = state.ema_params, state.ema_batch_stats
         if ema_params is not None:
-            ema_params = optax.incremental_update(params, ema_params, 1.0 - ema_decay)
+            weight = average_weight(state.step, ema_decay)
+            ema_params = optax.incremental_update(params, ema_params, weight)
+            ema_batch_stats = optax.incremental_update(batch_stats, ema_batch_stats, weight)
         bank = state.bank
         if bank is not None:
             bank = feature_bank.insert(
@@ -422,13 +448,10 @@ def make_train_step(
         new_state = TrainState(
             step=state.step + 1,
             params=params,
-            batch_stats=accumulate.merge_statistics(
-                state.batch_stats,
-                statistics,
-                accumulate.split_rows(present, micro_batches, mesh),
-            ),
+            batch_stats=batch_stats,
             opt_state=opt_state,
             ema_params=ema_params,
+            ema_batch_stats=ema_batch_stats,
             bank=bank,
         )
         return new_state, metrics

@@ -295,6 +295,7 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused(records, tmp_p
         ({"data.directory": "/nonexistent"}, "/nonexistent"),
         ({"data.split": "validation"}, "no split 'validation', it has"),
         ({"optimizer.name": "adam"}, "unknown optimizer 'adam': use 'adamw' or 'sgd'"),
+        ({"optimizer.ema_decay": 1.0}, "optimizer.ema_decay 1.0 must be at least 0 and below 1"),
         ({"optimizer.warmup_steps": 6}, "must be at least 0 and below steps 6"),
         ({"mesh.fsdp": 3}, "does not divide the 1 devices"),
         ({"data.max_bad_records": -1}, "data.max_bad_records -1 must be at least 0"),

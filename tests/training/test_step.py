@@ -20,6 +20,7 @@ from avcl_jax.objectives import temporal
 from avcl_jax.objectives.contrastive import contrastive_loss
 from avcl_jax.objectives.masks import per_view
 from avcl_jax.training import loop, sharding
+from avcl_jax.training.checkpoint import Checkpoints, Progress, load_variables
 from avcl_jax.training.state import TrainState
 from avcl_jax.training.step import CONTRASTIVE_TERMS, LossSpec, prepare_inputs, total_loss
 from benchmarks.batches import random_batch
@@ -40,6 +41,7 @@ WEIGHTS = {
     "order_aa": 16.0,
     "order_va": 32.0,
 }
+EMA_DECAY = 0.6
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def ran(tmp_path_factory):
     records += [make_record(n, seconds=5.0, side=24, has_video=False) for n in range(10, 18)]
     directory = write_records(tmp_path_factory.mktemp("step") / "records", records, shards=1)
     overrides = {f"loss.weights.{term}": weight for term, weight in WEIGHTS.items()}
-    overrides |= {"bank.size": 16, "optimizer.name": "sgd"}
+    overrides |= {"bank.size": 16, "optimizer.name": "sgd", "optimizer.ema_decay": EMA_DECAY}
     config = small_config(directory, **overrides)
     mesh, init, step = loop.build(config)
     state, _ = init(jax.random.key(0))
@@ -118,6 +120,37 @@ def test_a_batch_without_pictures_leaves_the_video_side_alone(ran):
     assert any(not np.array_equal(old, new) for old, new in changed)
 
 
+def test_the_average_is_of_the_steps_and_not_of_the_initialisation(ran):
+    """Of parameters and running statistics: a step weighs `ema_decay` to the power of its age."""
+    states, _ = ran
+    for taken in (1, 2, 3):
+        weights = EMA_DECAY ** np.arange(taken)[::-1]
+        weights /= weights.sum()
+        for name in ("params", "batch_stats"):
+            expected = jax.tree.map(
+                lambda *leaves, weights=weights: np.tensordot(weights, np.stack(leaves), 1),
+                *(getattr(state, name) for state in states[1 : taken + 1]),
+            )
+            jax.tree.map(
+                functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+                getattr(states[taken], f"ema_{name}"),
+                expected,
+            )
+    averages, last = (jax.tree.leaves(getattr(states[3], f"{n}batch_stats")) for n in ("ema_", ""))
+    assert max(np.abs(a - b).max() for a, b in zip(averages, last, strict=True)) > 1e-3
+
+
+def test_an_average_is_evaluated_with_its_own_statistics(ran, tmp_path):
+    states, _ = ran
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(states[3], Progress(3, 0.0, "", 1))
+    checkpoints.close()
+    variables, step = load_variables(tmp_path)
+    assert step == 3
+    expected = {"params": states[3].ema_params, "batch_stats": states[3].ema_batch_stats}
+    jax.tree.map(np.testing.assert_array_equal, variables, expected)
+
+
 VIDEOS, DIM = 8, 6
 # Anchors of a direction, or classifications, of one video.
 PER_VIDEO = {term: 1 if term in ("order_vv", "order_aa") else 2 for term in WEIGHTS}
@@ -163,7 +196,7 @@ def gradient_of_the_step():
         return total_loss(
             outputs,
             batch,
-            state=TrainState(jnp.zeros((), jnp.int32), *[None] * 5),
+            state=TrainState(jnp.zeros((), jnp.int32), *[None] * 6),
             loss_spec=loop.loss_spec(config),
             label=jnp.full(VIDEOS, -1),
             key=jax.random.key(0),
