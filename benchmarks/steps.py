@@ -158,7 +158,7 @@ def seconds_of_demo_parts(*, repeats: int) -> dict[str, list[float]]:
 
     from avcl_jax import experiment
     from avcl_jax.training import loop, sharding
-    from avcl_jax.training.step import prepare_inputs
+    from avcl_jax.training.inputs import prepare_inputs
     from benchmarks.batches import random_batch
     from configs import pretrain
 

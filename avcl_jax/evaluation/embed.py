@@ -18,7 +18,7 @@ from avcl_jax.data.views import Clip, draw_views, feasible_speeds
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.record_features import padded, rendered_ahead
 from avcl_jax.training import sharding
-from avcl_jax.training.step import prepare_inputs
+from avcl_jax.training.inputs import prepare_inputs
 
 # What the network looks at; everything else of a rendered record travels with its outputs.
 INPUTS = ("video", "spectrogram", "audio_windows")

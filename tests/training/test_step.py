@@ -21,8 +21,9 @@ from avcl_jax.objectives.contrastive import contrastive_loss
 from avcl_jax.objectives.masks import per_view
 from avcl_jax.training import loop, sharding
 from avcl_jax.training.checkpoint import Checkpoints, Progress, load_variables
+from avcl_jax.training.inputs import prepare_inputs
 from avcl_jax.training.state import TrainState
-from avcl_jax.training.step import CONTRASTIVE_TERMS, LossSpec, prepare_inputs, total_loss
+from avcl_jax.training.step import CONTRASTIVE_TERMS, LossSpec, total_loss
 from benchmarks.batches import random_batch
 from configs import pretrain
 from tests.data.synthetic_records import make_record, write_records
