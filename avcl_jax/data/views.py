@@ -11,9 +11,8 @@ So a classifier that knows only speeds, directions, frame rate and duration stay
 on which a task is not feasible is masked out of that task rather than given the feasible label:
 a three-second video that fits only 1x and 2x would otherwise teach "short means slow".
 
-A frame that a clip shows twice would tell the speed too. Files of a lower frame rate than the views
-repeat frames alike at every speed (`frame_picks`). Where a few frames are missing, views are placed
-so that they show none twice: the speed is drawn before the place, and stays uniform.
+Nor may the choice of source frames tell the speed, by unequal steps or a frame that repeats:
+`frame_picks`.
 """
 
 from __future__ import annotations
@@ -33,11 +32,6 @@ BEFORE, OVERLAPPING, AFTER = 0, 1, 2
 MARGIN = 0.25
 # Float times are compared with this slack; far below any frame's duration.
 _EPSILON = 1e-6
-# Placements that are tried for two views that show no frame twice. A video is in the speed task if
-# at every speed at most half of the placements of a view show one: then all tries fail for 1 % of
-# the pairs at most, and the speed of the others is uniform within 1 point.
-_TRIES = 16
-_REPEATING_PLACES = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +138,7 @@ class TooShortError(UserError):
 
 
 def views_fit(duration_seconds: Any, frame_gap_seconds: Any, spec: ViewSpec) -> np.ndarray:
-    """Whether views of each speed fit and do not tell it by frames that they show twice.
+    """Whether views of each speed fit, and their source frames need not be shown twice.
 
     Args:
         duration_seconds: [...] of the usable part.
@@ -221,20 +215,12 @@ def draw_views(
     order = int(rng.integers(3)) if order_mask else OVERLAPPING  # No label where the mask is False.
     # The shorter of picture and sound of each view must overlap when the views do.
     inner = np.minimum(video_spans, audio_spans)
-    in_speed_task, can_repeat = _speed_task(timeline, spec, frame_seconds)
-    for _ in range(_TRIES if can_repeat else 1):
-        if order_mask:
-            starts = _place(rng, spans, order, gap, timeline, inner)
-        else:
-            slack = np.maximum(timeline.duration_seconds - spans, 0.0)
-            starts = timeline.start_seconds + rng.uniform(size=2) * slack
-        middles = starts + spans / 2
-        repeats = can_repeat and any(
-            _shows_a_frame_twice(Clip(start, speed, FORWARD), frame_seconds, spec)
-            for start, speed in zip(middles - video_spans / 2, video_speed, strict=True)
-        )
-        if not repeats:
-            break
+    if order_mask:
+        starts = _place(rng, spans, order, gap, timeline, inner)
+    else:
+        slack = np.maximum(timeline.duration_seconds - spans, 0.0)
+        starts = timeline.start_seconds + rng.uniform(size=2) * slack
+    middles = starts + spans / 2
 
     def clips(spans: np.ndarray, speed: np.ndarray, direction: np.ndarray) -> tuple[Clip, Clip]:
         # Sound and picture of a view share their middle: the same interval at the same speed.
@@ -248,41 +234,24 @@ def draw_views(
         video=clips(video_spans, video_speed, video_direction),
         audio=clips(audio_spans, audio_speed, audio_direction),
         order=order,
-        speed_mask=in_speed_task and not repeats,
+        speed_mask=_speeds_look_alike(timeline, spec, frame_seconds),
         direction_mask=True,
         order_mask=order_mask,
     )
 
 
-def _speed_task(timeline: Timeline, spec: ViewSpec, frame_seconds: np.ndarray) -> tuple[bool, bool]:
-    """Whether a video is in the speed task, and whether its views must be placed for that.
+def _speeds_look_alike(timeline: Timeline, spec: ViewSpec, frame_seconds: np.ndarray) -> bool:
+    """Whether a video is in the speed task.
 
-    Both depend on the video alone, never on a draw, or they would favour a speed.
+    It depends on the video alone, never on a draw, or it would favour a speed.
     """
     if len(feasible_speeds(timeline, spec)) < len(spec.speeds):
-        return False, False
-    step, num_frames = spec.frame_seconds, spec.num_frames
-    if not frame_picks.has_long_gaps(frame_seconds, step):
-        return True, False
-    chosen = frame_picks.offsets(frame_seconds, num_frames=num_frames, step=step)
-    if chosen is not None:
-        return bool(spec.speeds[-1] * chosen[-1] < len(frame_seconds)), False
-    can = all(
-        frame_picks.repeating(
-            frame_seconds,
-            timeline.start_seconds,
-            timeline.end_seconds - speed * spec.clip_seconds,
-            num_frames=num_frames,
-            step=speed * step,
-        )
-        <= _REPEATING_PLACES
-        for speed in spec.speeds
-    )
-    return can, can
-
-
-def _shows_a_frame_twice(clip: Clip, frame_seconds: np.ndarray, spec: ViewSpec) -> bool:
-    return bool((np.diff(frame_indices(clip, frame_seconds, spec)) == 0).any())
+        return False
+    step = spec.frame_seconds
+    offsets = frame_picks.offsets(frame_seconds, num_frames=spec.num_frames, step=step)
+    if offsets is None:
+        return len(frame_seconds) < 2 or frame_picks.in_step(frame_seconds, step)
+    return bool(spec.speeds[-1] * offsets[-1] < len(frame_seconds))
 
 
 def _place(

@@ -9,6 +9,7 @@ spectrogram are those of the pipeline.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 import os
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from avcl_jax.data.crop import crop_frame, random_crop
-from avcl_jax.data.views import BACKWARD, Clip, Timeline, draw_views
+from avcl_jax.data.views import BACKWARD, FORWARD, Clip, Timeline, draw_views, frame_indices
 from benchmarks import rendering
 from benchmarks.measure import rate
 
@@ -64,7 +65,7 @@ class FilmClips:
         """Renders film `key[0]`; `key[1]` numbers the visit and seeds it."""
         index, visit = key
         rng = np.random.default_rng([self._seed, visit])
-        # A constant rate, not below that of the views: the times of the frames do not matter.
+        # A constant rate, not below that of the views: all videos are in the speed task.
         pair = draw_views(rng, self._timelines[index], rendering.VIEWS, np.empty(0))
         size = rendering.CROP.image_size
         video = np.empty((2, rendering.VIEWS.num_frames, size, size, 3), np.uint8)
@@ -105,9 +106,11 @@ def view_pictures(container: Any, clip: Clip) -> list[np.ndarray]:
         uint8 [height, width, 3] of `SHORT_SIDE`, in playback order.
     """
     stream = container.streams.video[0]
-    step = rendering.VIEWS.frame_seconds * rendering.VIEWS.speeds[clip.speed]
-    times = clip.start_seconds + step * np.arange(rendering.VIEWS.num_frames) + 1e-6
-    container.seek(int(clip.start_seconds / stream.time_base), stream=stream, backward=True)
+    rate = float(stream.average_rate)
+    forward = dataclasses.replace(clip, direction=FORWARD)
+    begins = np.arange(stream.frames) / rate
+    times = begins[frame_indices(forward, begins, rendering.VIEWS)] + 0.5 / rate
+    container.seek(int(times[0] / stream.time_base), stream=stream, backward=True)
     reformatter = VideoReformatter()
     scale = rendering.SHORT_SIDE / min(stream.width, stream.height)
     size = round(stream.width * scale), round(stream.height * scale)
