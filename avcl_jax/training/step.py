@@ -293,9 +293,9 @@ def make_train_step(
     """Builds the function `(state, batch, key) -> (state, metrics)`, for `jit_train_step`.
 
     `key` is the same at every step; the step number is folded in. Metrics are averages to be
-    merged over a log period; `<term>/loss` is unweighted, `loss` the weighted sum. The model runs
-    on `micro_batches` parts of a batch one after the other, the losses on all of it
-    (`training.accumulate`).
+    merged over a log period; `<term>/loss` is the mean over the examples of the period that count,
+    `loss` that of `total_loss`. The model runs on `micro_batches` parts of a batch one after the
+    other, the losses on all of it (`training.accumulate`).
 
     Raises:
         UserError: if `ema_decay` is not in [0, 1).
