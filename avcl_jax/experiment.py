@@ -253,11 +253,16 @@ def bank_sampling(config: ml_collections.ConfigDict) -> BankSampling:
     section = config.bank
     return BankSampling(
         space=section.space,
+        ranking=section.ranking,
+        playbacks=2 * len(config.views.speeds),
         num_positives=section.num_positives,
         num_negatives=section.num_negatives,
-        positive_ranks=section.positive_ranks,
-        negative_ranks=section.negative_ranks,
-        sampling=section.sampling,
+        # A fraction of the bank, so that it means the same at every size.
+        positive_ranks=round(section.positive_window * section.size),
+        negative_candidates=section.negative_candidates,
+        negative_offset=section.negative_offset,
+        positive_sampling=section.positive_sampling,
+        negative_sampling=section.negative_sampling,
         temperature=section.temperature,
     )
 

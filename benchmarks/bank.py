@@ -73,7 +73,10 @@ def seconds_of_ours(*, ranks: int, searches: int, results: str) -> float:
     def rank(queries: Any, rows: Any, source: Any, usable: Any) -> tuple[Any, Any]:
         # No row is of an anchor's own source: the same neighbours as FAISS finds.
         own, present = jnp.full(ANCHORS, -1), jnp.ones(ANCHORS, bool)
-        return bank_sampling.rank((queries,), (rows,), own, present, source, usable, ranks)
+        comparison = bank_sampling.Comparison(
+            [queries], [rows], [], [], own, present, source, usable
+        )
+        return bank_sampling.rank(comparison, ranks)
 
     arguments = jax.device_put((queries, rows, source, np.ones(ROWS, bool)))
     return _timed(lambda: jax.block_until_ready(rank(*arguments)), searches, results)
@@ -159,7 +162,11 @@ def memory_of_sampling() -> dict[str, int]:
     from benchmarks.batches import draw_all
     from configs import pretrain
 
-    spec = loop.loss_spec(pretrain.get_config("kinetics400"))
+    config = pretrain.get_config("kinetics400")
+    config.bank.size = ROWS
+    spec = loop.loss_spec(config)
+    assert spec.bank is not None
+    playbacks = spec.bank.playbacks
     rows, queries = rows_and_queries()
     numbers, present = np.arange(ROWS, dtype=np.int32), np.ones(ROWS, bool)
     bank = jax.device_put(
@@ -167,7 +174,9 @@ def memory_of_sampling() -> dict[str, int]:
             video=rows,
             audio=rows[::-1],
             source_id=numbers,
-            label=numbers,
+            label=numbers[:, None],
+            video_playback=numbers % playbacks,
+            audio_playback=numbers % playbacks,
             has_video=present,
             has_audio=present,
             insertion=numbers,
@@ -187,6 +196,8 @@ def memory_of_sampling() -> dict[str, int]:
             anchors_audio=views,
             has_video=videos >= 0,
             has_audio=videos >= 0,
+            video_playback=jnp.stack([videos, videos], axis=1) % playbacks,
+            audio_playback=jnp.stack([videos, videos], axis=1) % playbacks,
             source_id=-1 - videos,
             anchor_id=videos,
             active=True,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
@@ -25,9 +24,8 @@ def random_batch(config: ml_collections.ConfigDict, *, seed: int = 0) -> dict[st
         numpy arrays as `data.pipeline.train_batches` delivers them.
     """
     rng = np.random.default_rng(seed)
-    label = config.bank.health_label
     rows = config.global_batch_size
-    shapes = batch_shapes(experiment.render_spec(config), rows, [label] if label else [])
+    shapes = batch_shapes(experiment.render_spec(config), rows, config.bank.health_labels)
     kinds = {"speed": len(config.views.speeds), "direction": 2, "order": 3}
     batch: dict[str, Any] = {}
     for name, (shape, dtype) in shapes.items():
@@ -62,12 +60,12 @@ def draw_all(
     return [
         feature_bank.sample(
             bank,
-            jax.random.fold_in(key, number),
+            key,
             anchor_modality=anchor,
             target_modality=target,
             sampling=spec.bank,
             terms=spec.bank_terms,
             **arguments,
         )
-        for number, (anchor, target) in enumerate(spec.bank_terms)
+        for anchor, target in spec.bank_terms
     ]

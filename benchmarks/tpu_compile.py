@@ -80,9 +80,8 @@ def program(config: ml_collections.ConfigDict, devices: Any) -> tuple[Any, tuple
     mesh, init, step = loop.build(config, devices)
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(lambda key: init(key)[0], key)
-    label = config.bank.health_label
     arrays = batch_shapes(
-        experiment.render_spec(config), config.global_batch_size, [label] if label else []
+        experiment.render_spec(config), config.global_batch_size, config.bank.health_labels
     )
     batch = {name: jax.ShapeDtypeStruct(*value) for name, value in arrays.items()}
     return jit_train_step(step, mesh, state_shardings(state, mesh)), (state, batch, key), mesh
@@ -205,6 +204,7 @@ def _exchange(config: ml_collections.ConfigDict, chips: int) -> dict[str, int]:
         size=config.bank.size,
         dim=config.model.embedding_dim,
         dtype=config.bank.dtype,
+        labels=len(config.bank.health_labels),
         global_batch_size=config.global_batch_size,
         shards=chips,
         terms=spec.bank_terms,
@@ -259,11 +259,13 @@ def compile_bank(
     if spec.bank is None:
         raise UserError("bank.size is 0: there is no bank to compile")
     count, dim = config.global_batch_size, config.model.embedding_dim
+    labels = len(config.bank.health_labels)
     numbers = jax.ShapeDtypeStruct((count,), np.int32)
     present = jax.ShapeDtypeStruct((count,), np.bool_)
+    playback = jax.ShapeDtypeStruct((count, 2), np.int32)
     embeddings = jax.ShapeDtypeStruct((count, 2, dim), np.float32)
 
-    def run(bank, key, video, audio, has_video, has_audio, source_id, anchor_id):
+    def run(bank, key, video, audio, has_video, has_audio, playback, source_id, anchor_id):
         drawn = draw_all(
             bank,
             key,
@@ -272,6 +274,8 @@ def compile_bank(
             anchors_audio=audio,
             has_video=has_video,
             has_audio=has_audio,
+            video_playback=playback,
+            audio_playback=playback,
             source_id=source_id,
             anchor_id=anchor_id,
             active=feature_bank.is_full(bank),
@@ -283,7 +287,9 @@ def compile_bank(
             video,
             audio,
             source_id=source_id,
-            label=source_id,
+            label=jnp.repeat(source_id[:, None], labels, axis=1),
+            video_playback=playback,
+            audio_playback=playback,
             has_video=has_video,
             has_audio=has_audio,
             mesh=mesh,
@@ -292,18 +298,22 @@ def compile_bank(
         return after, drawn
 
     bank = jax.eval_shape(
-        lambda: feature_bank.create(config.bank.size, dim, jnp.dtype(config.bank.dtype))
+        lambda: feature_bank.create(
+            config.bank.size, dim, jnp.dtype(config.bank.dtype), labels=labels
+        )
     )
     rows, whole = sharding.rows_sharding(mesh), sharding.replicated(mesh)
     shards = feature_bank.shardings(mesh, axes)
     jitted = jax.jit(
         run,
         donate_argnums=0,
-        in_shardings=(shards, whole, *(rows,) * 6),
+        in_shardings=(shards, whole, *(rows,) * 7),
         out_shardings=(shards, rows),
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    lowered = jitted.lower(bank, key, embeddings, embeddings, present, present, numbers, numbers)
+    lowered = jitted.lower(
+        bank, key, embeddings, embeddings, present, present, playback, numbers, numbers
+    )
     text, facts = compile_cached(lowered, topology, Path(cache))
     return {
         **_figures(text, facts),

@@ -58,9 +58,9 @@ VARIANTS: tuple[tuple[str, tuple[tuple[str, object], ...]], ...] = (
     ("no_temporal", _without(*(term for terms in _TERMS.values() for term in terms))),
     ("no_order_within", _without("order_vv", "order_aa")),
     ("no_order_across", _without("order_va")),
-    ("no_bank", (("bank.size", 0), ("bank.health_label", ""))),
+    ("no_bank", (("bank.size", 0), ("bank.health_labels", ()))),
     ("no_bank_positives", (("loss.positive_weight", 0.0),)),
-    ("no_bank_negatives", (("bank.num_negatives", 0), ("bank.negative_ranks", 0))),
+    ("no_bank_negatives", (("bank.num_negatives", 0),)),
     *(
         (f"bank_space_{space}", (("bank.space", space),))
         for space in ("same", "cross", "agreement")

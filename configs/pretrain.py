@@ -104,19 +104,21 @@ def demo() -> ml_collections.ConfigDict:
     c.loss.weights.order_va = 0.5
 
     c.bank = ml_collections.ConfigDict()
-    # 0 switches the bank off. At this learning rate rows are stale within a few steps, and stale
-    # negatives make all embeddings run away together: 1,024 rows halved their spread.
-    c.bank.size = 256
+    c.bank.size = 256  # rows, two for each video of a batch; 0 switches the bank off
     c.bank.dtype = "float32"
     c.bank.space = "agreement"  # or "same", "cross"
+    c.bank.ranking = "content"  # or "raw", in which the same playback comes first
     c.bank.num_positives = 2
+    c.bank.positive_window = 1 / 32  # fraction of the rows, the most similar, they are drawn from
+    c.bank.positive_sampling = "gumbel"  # or "uniform"
     c.bank.num_negatives = 32
-    c.bank.positive_ranks = 8
-    c.bank.negative_ranks = 192
-    c.bank.sampling = "gumbel"  # or "uniform"
-    c.bank.temperature = 0.1
+    c.bank.negative_candidates = 256  # rows that are chosen at random for all anchors of a step
+    c.bank.negative_offset = 0.125  # fraction of these, the most similar, that an anchor leaves out
+    c.bank.negative_sampling = "uniform"  # or "gumbel"
+    c.bank.temperature = 0.1  # of Gumbel sampling
     c.bank.warmup_steps = 900
-    c.bank.health_label = "material"  # share of bank positives with the anchor's; "" for none
+    # Labels whose agreement with the rows sampled is logged, beside what chance gives.
+    c.bank.health_labels = ("motion", "material")
 
     c.optimizer = ml_collections.ConfigDict()
     # Or "sgd", with other values: 300 steps of the demo (seed 0) reach a loss of 8.3 with learning
@@ -209,7 +211,7 @@ def records() -> ml_collections.ConfigDict:
     c.name = ""
     c.data.make_demo = False
     c.data.directory = ""
-    c.bank.health_label = ""
+    c.bank.health_labels = ()
     return c
 
 
@@ -233,7 +235,7 @@ def esc10() -> ml_collections.ConfigDict:
     c.views.speeds = (1, 2, 4)
     c.loss.weights.aa = 1.0
     c.bank.warmup_steps = 1200
-    c.bank.health_label = ""
+    c.bank.health_labels = ()
     c.checkpoint_every = 1000
     c.keep_checkpoints = 1
     return c
@@ -303,15 +305,18 @@ def _full_size(name: str, *, batch: int, steps: int) -> ml_collections.ConfigDic
     # Rows of 64 steps, two views a video: 7 to 18 % of the videos, and not old. Untested.
     c.bank.size = 128 * batch
     c.bank.dtype = "bfloat16"
-    c.bank.num_positives = 8  # untested: these four; AVID-CMA takes all 32 nearest as positives,
-    c.bank.num_negatives = 256  # and 64 (within) or 1,024 (across) negatives of all other rows
-    c.bank.positive_ranks = 32
-    c.bank.negative_ranks = 1024
+    # Untested: all of these. AVID-CMA takes its 32 nearest as positives, and 64 (within) or 1,024
+    # (across) negatives of all other rows.
+    c.bank.num_positives = 8
+    c.bank.positive_window = 1 / 2048  # 32 of 65,536 rows
+    c.bank.num_negatives = 256
+    c.bank.negative_candidates = 2048
+    c.bank.negative_offset = 0.02  # beyond the 0.25 % of Kinetics-400 that share the class
     # Positives are as good as the features that choose them, and the learning rate is down to 0.54
     # to 0.6 of its peak by then. AVID-CMA: after 30 of 50 epochs, on AudioSet 40 of 80.
     c.bank.warmup_steps = steps // 2
     # Inherited: space "agreement", AVID-CMA's "consensus"; sampling and its temperature untested.
-    c.bank.health_label = ""
+    c.bank.health_labels = ()
 
     # Relatives with Adam: 1e-4 to 5e-4, batches of 160 a node to 2,048. With the square root of
     # the batch, the rule for adaptive optimizers (Malladi et al. 2022, arXiv 2205.10287). Untested.
@@ -338,7 +343,7 @@ def kinetics400() -> ml_collections.ConfigDict:
     has been done with this code, so there is no accuracy to expect yet.
     """
     c = _full_size("kinetics400", batch=512, steps=96_000)
-    c.bank.health_label = "class"
+    c.bank.health_labels = ("class",)
     return c
 
 
@@ -350,7 +355,7 @@ def kinetics600() -> ml_collections.ConfigDict:
     Hardware meant: TPU v5e-64 or 16 GPUs of 80 GB. Verified and not run: as kinetics400.
     """
     c = _full_size("kinetics600", batch=1024, steps=76_500)
-    c.bank.health_label = "class"
+    c.bank.health_labels = ("class",)
     return c
 
 
@@ -363,7 +368,7 @@ def vggsound() -> ml_collections.ConfigDict:
     """
     c = _full_size("vggsound", batch=512, steps=72_000)
     c.loss.weights.va = 1.5  # what is seen is heard here; untested
-    c.bank.health_label = "class"
+    c.bank.health_labels = ("class",)
     return c
 
 

@@ -36,13 +36,12 @@ _CHARTS = {
     r"term/negative_similarity": ("Similarity of negatives (dashed: in the bank)", "cosine"),
     r"term/positive_similarity": ("Similarity of partners (dashed: bank positives)", "cosine"),
     r"term/bank_(\w+)_share/(\w+)": (r"Bank \1s with the anchor's \2", "fraction"),
-    r"term/bank_(\w+)_share": (r"Bank positives with the anchor's \1", "fraction"),
     r"learning_rate": ("Learning rate", ""),
 }
 # Curves drawn dashed in the chart of others: pattern of that chart's key -> key of the dashed ones.
 _DASHED = {
     r"term/(negative|positive)_similarity": r"term/bank_\1_similarity",
-    r"term/bank_\w+_share/(\w+)": r"term/bank_base_rate/\1",
+    r"term/bank_\w+_share/(\w+)": r"bank/base_rate/\1",
 }
 
 
@@ -66,7 +65,8 @@ def training_curves(rows: Sequence[Mapping[str, Any]]) -> list[Curves]:
         # The loss of both directions between picture and sound is one metric.
         labels = _TERMS | {"va": "picture–sound"} if key == "term/loss" else _TERMS
         order = [name for name in (*_TERMS, *_TASKS, *_MODALITIES, "") if name in curves]
-        names = labels | _TASKS | _MODALITIES | {"": ""}
+        names = labels | _TASKS | _MODALITIES
+        names[""] = "by chance" if key.startswith("bank/base_rate/") else ""
         series[key] = {
             names[c]: (np.array(curves[c])[:, 0], np.array(curves[c])[:, 1]) for c in order
         }

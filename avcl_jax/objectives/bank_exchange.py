@@ -1,6 +1,6 @@
 """How the anchors of many devices meet the rows of a sharded feature bank (design §4).
 
-Either every shard ranks all anchors and the candidates are merged, or the bank is gathered:
+Either every shard ranks all anchors and their nearest rows are merged, or the bank is gathered:
 whichever moves fewer bytes, counted by `exchange_bytes` from the shapes alone. All here works on
 arrays; `feature_bank` owns them.
 """
@@ -16,17 +16,24 @@ from jaxtyping import Array
 
 from avcl_jax.objectives.bank_sampling import (
     BankSampling,
+    Comparison,
     Modality,
     Term,
     anchor_modalities,
     bank_modalities,
-    pick,
+    choose_candidates,
+    compare,
+    enough_eligible,
+    pick_negatives,
+    pick_positives,
+    playback_means,
+    playback_sums,
     rank,
     ranking_pairs,
 )
 
-# Insertion number, source and label of a row, in one int32 array.
-_ROW_NUMBERS = 3
+# Numbers of a row before its labels, in one int32 array.
+ROW_NUMBERS = 4
 _INT_BYTES = 4
 # A device asks a shard at once for up to this many times the share of its picks that would be the
 # shard's if picks were spread evenly.
@@ -40,7 +47,8 @@ class BankRows(NamedTuple):
     Attributes:
         embeddings: Modality → [rows, dim].
         present: Modality → bool [rows].
-        numbers: int32 [rows, 3] insertion number (−1 empty), source, label.
+        numbers: int32 [rows, 4 + labels] insertion number (−1 empty), source, playback of the
+            video and of the audio, labels.
     """
 
     embeddings: Mapping[Modality, Array]
@@ -54,12 +62,14 @@ class Anchors(NamedTuple):
     Attributes:
         embeddings: Modality → [videos, 2, dim].
         present: Modality → bool [videos, 2].
+        playback: Modality → int [videos, 2].
         source_id: int [videos].
         anchor_id: int [videos], a number of the video that does not depend on the device count.
     """
 
     embeddings: Mapping[Modality, Array]
     present: Mapping[Modality, Array]
+    playback: Mapping[Modality, Array]
     source_id: Array
     anchor_id: Array
 
@@ -76,6 +86,7 @@ def exchange_bytes(
     size: int,
     dim: int,
     dtype: Any,
+    labels: int,
     global_batch_size: int,
     shards: int,
     terms: Sequence[Term],
@@ -83,10 +94,11 @@ def exchange_bytes(
 ) -> ExchangeBytes:
     """Bytes per device and step, for either way to bring anchors and rows together.
 
-    Merge: every shard ranks all anchors against its own rows, the candidates (similarity and row)
-    travel to the anchor's device, which picks and asks the shards for the embeddings; counted is
-    one round of asking, with room for twice an even share of every shard. Gather: every device
-    receives the modalities of the bank that are read. Both receive the rows' numbers. Counted is
+    Merge: every shard ranks all anchors against its own rows, the nearest (similarity and row)
+    travel to the anchor's device, which picks positives and asks the shards for their embeddings;
+    counted is one round of asking, with room for twice an even share of every shard. All shards
+    together show every device the candidates for negatives. Gather: every device receives the
+    modalities of the bank that are read. Both receive the rows' numbers and presence. Counted is
     the size of every collective's result on one device; what several terms exchange alike is
     counted once, because XLA makes equal collectives one.
 
@@ -94,6 +106,7 @@ def exchange_bytes(
         size: Rows of the bank.
         dim: Numbers in an embedding.
         dtype: Of the bank.
+        labels: Number of labels that a row carries.
         global_batch_size: Videos of a step.
         shards: Devices along the data axes.
         terms: (anchor modality, target modality) of every term that a step samples.
@@ -106,7 +119,7 @@ def exchange_bytes(
         return ExchangeBytes(0, 0)
     anchors = 2 * global_batch_size
     embedding = dim * jnp.dtype(dtype).itemsize
-    numbers = size * _ROW_NUMBERS * _INT_BYTES
+    numbers = size * (ROW_NUMBERS + labels) * _INT_BYTES
     queries = {own for anchor, _ in terms for own, _ in ranking_pairs(sampling, anchor)}
     rankings = {
         (
@@ -116,17 +129,22 @@ def exchange_bytes(
         )
         for term in terms
     }
-    candidates = anchors * min(sampling.ranks, size // shards) * 2 * _INT_BYTES
-    picks = anchors // shards * sampling.samples
+    nearest = anchors * min(sampling.positive_ranks, size // shards) * 2 * _INT_BYTES
+    picks = anchors // shards * sampling.num_positives
     answers = shards * _asked_at_once(picks, shards) * (_INT_BYTES + embedding) + _INT_BYTES
+    averaged = {row for anchor, _ in terms for _, row in ranking_pairs(sampling, anchor)}
+    means = len(averaged) * sampling.playbacks * (dim + 1) * _INT_BYTES
+    modalities = {modality for term in terms for modality in bank_modalities(sampling, term)}
     merge = (
         numbers
+        + size
+        + (means if sampling.ranking == "content" else 0)
         + global_batch_size * 2 * _INT_BYTES
         + len(queries) * anchors * embedding
-        + len(rankings) * candidates
+        + len(rankings) * nearest
         + len(set(terms)) * answers
+        + len(modalities) * sampling.negative_candidates * embedding
     )
-    modalities = {modality for term in terms for modality in bank_modalities(sampling, term)}
     return ExchangeBytes(merge, numbers + size * (1 + len(modalities) * embedding))
 
 
@@ -158,10 +176,10 @@ def _send(values: Array, data_axes: tuple[str, ...]) -> Array:
     return jax.lax.bitcast_convert_type(moved, values.dtype)
 
 
-def _merge_candidates(
+def _merge_nearest(
     scores: Array, rows: Array, ranks: int, data_axes: tuple[str, ...], shards: int
 ) -> tuple[Array, Array]:
-    """Sends every anchor's candidates home and keeps the best: [all anchors, k] → [own, ranks]."""
+    """Sends every anchor's nearest rows home, keeps the best: [all anchors, k] → [own, ranks]."""
     packed = jnp.stack([jax.lax.bitcast_convert_type(scores, jnp.int32), rows], axis=-1)
     received = _send(packed.reshape(shards, -1, *packed.shape[1:]), data_axes)
     received = received.swapaxes(0, 1).reshape(received.shape[1], -1, 2)
@@ -206,80 +224,152 @@ def _fetch(
     return found.reshape(*shape, dim)
 
 
+def _show(embeddings: Array, rows: Array, data_axes: tuple[str, ...]) -> Array:
+    """Embeddings [rows, dim] of rows of any shard, the same ones on every device; bit for bit."""
+    size = embeddings.shape[0]
+    own = rows // size == jax.lax.axis_index(data_axes)
+    mine = jnp.where(own[:, None], embeddings[rows % size], jnp.zeros((), embeddings.dtype))
+    shown = jax.lax.psum(_exchangeable(mine), data_axes)
+    return jax.lax.bitcast_convert_type(shown, embeddings.dtype)
+
+
+def _query(anchors: Anchors, own: Modality, means: Array | None) -> Array:
+    """Embeddings of anchors [views, dim], less the mean of their playback."""
+    embeddings = anchors.embeddings[own]
+    query = embeddings.reshape(-1, embeddings.shape[-1])
+    return query if means is None else query - means[anchors.playback[own].ravel()]
+
+
 def draw(
     rows: BankRows,
     key: Array,
     anchors: Anchors,
     *,
     term: Term,
+    number: int,
     sampling: BankSampling,
     data_axes: tuple[str, ...],
     shards: int,
     merge: bool,
-) -> tuple[Array, Array, Array]:
+) -> tuple[tuple[Array, ...], ...]:
     """Samples rows for the anchors of one device; with several shards, inside `jax.shard_map`.
 
     Args:
         rows: This device's shard of the bank.
-        key: Key of this step and term, the same on every device.
+        key: Key of this step, the same on every device and for every term.
         anchors: This device's videos.
         term: Modality of the anchors, and of the rows to return.
+        number: Of the term; noise differs between terms, candidates do not.
         sampling: Space, ranks, counts and distribution.
         data_axes: Mesh axes that batch and bank are sharded over.
         shards: Devices along these axes.
-        merge: Whether candidates are merged; else the bank is gathered. Irrelevant for one shard.
+        merge: Whether nearest rows are merged; else the bank is gathered. Irrelevant for one shard.
 
     Returns:
-        Embeddings [videos, 2, samples, dim], numbers [videos, 2, samples, 3] as in `BankRows`, and
-        validity [videos, 2, samples]; positives first, then negatives.
+        Of positives and of negatives: embeddings [videos, 2, samples, dim], numbers
+        [videos, 2, samples, :] as in `BankRows`, and validity [videos, 2, samples].
     """
     size = rows.numbers.shape[0]
     videos = anchors.source_id.shape[0]
     pairs = ranking_pairs(sampling, term[0])
     modalities = bank_modalities(sampling, term)
+    merge = merge and shards > 1
     embeddings = {modality: rows.embeddings[modality] for modality in modalities}
-    numbers = rows.numbers
-    presence = _presence(rows.present)
+    numbers, presence = rows.numbers, _presence(rows.present)
+    all_numbers, all_presence = numbers, presence
+    if shards > 1:
+        all_numbers, all_presence = _gather(numbers, data_axes), _gather(presence, data_axes)
+    if shards > 1 and not merge:
+        embeddings = {name: _gather(values, data_axes) for name, values in embeddings.items()}
+        numbers, presence = all_numbers, all_presence
+
+    def usable(numbers: Array, presence: Array, modalities: tuple[Modality, ...]) -> Array:
+        return (numbers[:, 0] >= 0) & _has_all(presence, modalities)
+
+    def playbacks(numbers: Array) -> list[Array]:
+        return [numbers[:, 2 if row == "video" else 3] for _, row in pairs]
+
+    means: list[Array] = []
+    if sampling.ranking == "content":
+        sums = [
+            playback_sums(embeddings[row], playback, usable(numbers, presence, (row,)), sampling)
+            for (_, row), playback in zip(pairs, playbacks(numbers), strict=True)
+        ]
+        means = [playback_means(jax.lax.psum(s, data_axes) if merge else s) for s in sums]
     # In the bank's dtype, so that both sides of a similarity are rounded alike.
-    queries = tuple(
-        anchors.embeddings[modality].reshape(2 * videos, -1).astype(embeddings[row].dtype)
-        for modality, row in pairs
-    )
+    queries = [
+        _query(anchors, own, means[pair] if means and own == row else None).astype(
+            embeddings[row].dtype
+        )
+        for pair, (own, row) in enumerate(pairs)
+    ]
     # Two bits per view, so that one number per video is exchanged instead of two.
     first, second = _presence(anchors.present).astype(jnp.int32).T
     anchor_numbers = jnp.stack([anchors.source_id.astype(jnp.int32), first | (second << 2)], axis=1)
 
-    merge = merge and shards > 1
-    if shards > 1 and not merge:
-        embeddings = {name: _gather(values, data_axes) for name, values in embeddings.items()}
-        numbers, presence = _gather(numbers, data_axes), _gather(presence, data_axes)
+    def comparison(
+        queries: list[Array],
+        anchor_numbers: Array,
+        embeddings: Mapping[Modality, Array],
+        numbers: Array,
+        presence: Array,
+    ) -> Comparison:
+        both = anchor_numbers[:, 1]
+        anchor_presence = jnp.stack([both & 3, both >> 2], axis=1).ravel()
+        return Comparison(
+            queries=queries,
+            embeddings=[embeddings[row] for _, row in pairs],
+            means=means,
+            playbacks=playbacks(numbers),
+            anchor_source=jnp.repeat(anchor_numbers[:, 0], 2),
+            anchor_usable=_has_all(anchor_presence, anchor_modalities(sampling, term[0])),
+            row_source=numbers[:, 1],
+            row_usable=usable(numbers, presence, modalities),
+        )
+
+    ranks = min(sampling.positive_ranks, numbers.shape[0])
     if merge:
-        queries = tuple(_gather(query, data_axes) for query in queries)
-        anchor_numbers = _gather(anchor_numbers, data_axes)
-    both = anchor_numbers[:, 1]
-    anchor_presence = jnp.stack([both & 3, both >> 2], axis=1).ravel()
-    anchor_usable = _has_all(anchor_presence, anchor_modalities(sampling, term[0]))
-    scores, ranked = rank(
-        queries,
-        tuple(embeddings[row] for _, row in pairs),
-        jnp.repeat(anchor_numbers[:, 0], 2),
-        anchor_usable,
-        numbers[:, 1],
-        (numbers[:, 0] >= 0) & _has_all(presence, modalities),
-        min(sampling.ranks, numbers.shape[0]),
-    )
-    if merge:
+        everyone = [_gather(query, data_axes) for query in queries]
+        all_anchors = _gather(anchor_numbers, data_axes)
+        own_rows = comparison(everyone, all_anchors, embeddings, numbers, presence)
+        scores, ranked = rank(own_rows, ranks)
         ranked = ranked + jax.lax.axis_index(data_axes) * size
-        scores, ranked = _merge_candidates(scores, ranked, sampling.ranks, data_axes, shards)
-        numbers = _gather(numbers, data_axes)
+        scores, ranked = _merge_nearest(scores, ranked, sampling.positive_ranks, data_axes, shards)
+    else:
+        all_rows = comparison(queries, anchor_numbers, embeddings, numbers, presence)
+        scores, ranked = rank(all_rows, ranks)
+    chosen = choose_candidates(all_numbers[:, 0], key, sampling)
+    chosen_numbers = all_numbers[chosen]
+    candidates = {
+        name: _show(values, chosen, data_axes) if merge else values[chosen]
+        for name, values in embeddings.items()
+    }
+    likeness = compare(
+        comparison(queries, anchor_numbers, candidates, chosen_numbers, all_presence[chosen])
+    )
+
+    key = jax.random.fold_in(key, number)
     view_id = jnp.repeat(2 * anchors.anchor_id.astype(jnp.uint32), 2)
     view_id = view_id + jnp.tile(jnp.arange(2, dtype=jnp.uint32), videos)
-    position, picked = pick(scores, numbers[ranked], key, view_id, sampling)
-    picks = jnp.take_along_axis(ranked, position, axis=1)
+    enough = enough_eligible(likeness, all_numbers.shape[0], sampling)
+    near_numbers = all_numbers[ranked]
+    position, is_positive = pick_positives(scores, near_numbers, enough, key, view_id, sampling)
+    near_source = jnp.where(scores > -jnp.inf, near_numbers[..., 1], -1)
+    negatives, is_negative = pick_negatives(
+        likeness, chosen_numbers, near_source, key, view_id, sampling
+    )
+    positives = jnp.take_along_axis(ranked, position, axis=1)
     target = embeddings[term[1]]
-    drawn = _fetch(target, picks, picked, data_axes, shards) if merge else target[picks]
+    drawn = (
+        _fetch(target, positives, is_positive, data_axes, shards) if merge else target[positives]
+    )
 
-    def per_view(values):
+    def per_view(values: Array) -> Array:
         return values.reshape(videos, 2, *values.shape[1:])
 
-    return per_view(drawn), per_view(numbers[picks]), per_view(picked)
+    rows_drawn = (drawn, candidates[term[1]][negatives])
+    numbers_drawn = (all_numbers[positives], chosen_numbers[negatives])
+    return tuple(
+        tuple(map(per_view, kind))
+        for kind in zip(rows_drawn, numbers_drawn, (is_positive, is_negative), strict=True)
+    )

@@ -6,6 +6,19 @@ For an anchor z with partner q (weight 1 − λ), bank positives p (sharing λ e
 
 Each positive has a denominator of its own, so positives do not compete with each other. Writing E
 for the log of the sum over negatives, one term is softplus(E − z·p/τ): the stable form used here.
+
+Balanced gradients. Without a bank the objective does not change when all targets move by the same
+vector: the pull on the partner equals the push on the negatives. Bank rows get no gradient, which
+breaks this. Where they hold the share P of the sum over an anchor's negatives, and a positive has
+the softmax probability p, the targets of the batch together are pulled along z by
+
+    (1 − p) P / τ          in the term of the partner,
+    − (1 − p) (1 − P) / τ  in the term of a bank positive.
+
+Summed over a batch this is stronger than what tells embeddings apart, and all of them run away
+together. So values stay as they are, and the gradients of *targets* are balanced: the partner's is
+multiplied by 1 − P, and in the terms of bank positives targets get none. The derivative along a
+shift of all targets is then 0 for every anchor. Gradients of anchors are not changed.
 """
 
 from __future__ import annotations
@@ -26,10 +39,15 @@ _EXCLUDED = -1e30
 
 
 class _Similarities(NamedTuple):
-    """Cosine similarities of every anchor with its positives and negatives, and who counts."""
+    """Cosine similarities of every anchor with its positives and negatives, and who counts.
+
+    What is `held` has the same values, but no gradient with respect to the targets.
+    """
 
     partner: Float[Array, "videos 2"]
+    held_partner: Float[Array, "videos 2"]
     batch: Float[Array, "videos 2 videos 2"]
+    held_batch: Float[Array, "videos 2 videos 2"]
     batch_mask: Bool[Array, "videos 2 videos 2"]  # in-batch negatives
     bank_positive: Float[Array, "videos 2 positives"]
     bank_positive_mask: Bool[Array, "videos 2 positives"]
@@ -111,9 +129,12 @@ def _similarities(
     negative, negative_mask = _bank_similarities(
         "negative", anchors, bank_negatives, bank_negative_mask
     )
+    held_partner_of, held = jax.lax.stop_gradient((partner_of, targets))
     return _Similarities(
         partner=_dot("ikd,ikd->ik", anchors, partner_of),
+        held_partner=_dot("ikd,ikd->ik", anchors, held_partner_of),
         batch=_dot("ikd,jld->ikjl", anchors, targets),
+        held_batch=_dot("ikd,jld->ikjl", anchors, held),
         batch_mask=jnp.broadcast_to(other_source[:, None], shape),
         bank_positive=positive,
         bank_positive_mask=positive_mask,
@@ -133,22 +154,26 @@ def _log_sum_exp(logits: Array, mask: Array, axes: tuple[int, ...]) -> Array:
 def _anchor_losses(
     similarities: _Similarities, temperature: float | Array, positive_weight: float | Array
 ) -> Array:
-    negatives = jnp.logaddexp(
-        _log_sum_exp(similarities.batch / temperature, similarities.batch_mask, (2, 3)),
-        _log_sum_exp(
-            similarities.bank_negative / temperature, similarities.bank_negative_mask, (2,)
-        ),
-    )
-    partner_loss = jax.nn.softplus(negatives - similarities.partner / temperature)
-    valid = similarities.bank_positive_mask
+    s = similarities
+    bank = _log_sum_exp(s.bank_negative / temperature, s.bank_negative_mask, (2,))
+
+    def negatives(batch: Array) -> Array:
+        return jnp.logaddexp(_log_sum_exp(batch / temperature, s.batch_mask, (2, 3)), bank)
+
+    in_partner_term = negatives(s.batch)
+    of_batch = jax.lax.stop_gradient(-jnp.expm1(bank - in_partner_term))  # 1 − P
+    partner = s.held_partner + of_batch * (s.partner - s.held_partner)
+    partner_loss = jax.nn.softplus(in_partner_term - partner / temperature)
+
+    valid = s.bank_positive_mask
     bank_losses = jax.nn.softplus(
-        negatives[..., None] - similarities.bank_positive / temperature
+        negatives(s.held_batch)[..., None] - s.bank_positive / temperature
     ) * valid.astype(partner_loss.dtype)
     count = valid.sum(-1).astype(partner_loss.dtype)
     bank_weight = jnp.where(count > 0, positive_weight, 0.0).astype(partner_loss.dtype)
     loss = (1 - bank_weight) * partner_loss
     loss = loss + bank_weight * bank_losses.sum(-1) / jnp.maximum(count, 1)
-    return jnp.where(similarities.anchor_mask, loss, jnp.zeros((), loss.dtype))
+    return jnp.where(s.anchor_mask, loss, jnp.zeros((), loss.dtype))
 
 
 def _masked_mean(values: Array, mask: Array) -> Array:
@@ -235,6 +260,7 @@ def contrastive_loss(
     as anchors and targets; the term `va` is the mean of "cross" video → audio and audio → video.
     In-batch negatives of an anchor are all embeddings of `targets`, both views, of other sources
     whose target modality exists. Without any negative l = 0. Computed in float32, float64 if given.
+    Gradients of targets are balanced, as the module says.
 
     Args:
         anchors: [videos, 2, dim] L2-normalised embeddings of the anchor modality, any float dtype.

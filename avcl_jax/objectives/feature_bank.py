@@ -37,6 +37,7 @@ __all__ = [
     "BankSampling",
     "ExchangeBytes",
     "FeatureBank",
+    "age",
     "check_size",
     "create",
     "exchange_bytes",
@@ -46,7 +47,6 @@ __all__ = [
     "partition_specs",
     "redistribute",
     "sample",
-    "sample_metrics",
     "shardings",
 ]
 
@@ -61,7 +61,9 @@ class FeatureBank:
         video: [size, dim] video embedding of a view, in the bank's dtype; 0 where there is none.
         audio: [size, dim] audio embedding of the same view.
         source_id: int32 [size] the medium that the view was cut from.
-        label: int32 [size] a label for health metrics only, −1 unknown.
+        label: int32 [size, labels] labels for health metrics only, −1 unknown.
+        video_playback: int32 [size] number of the speed and direction of the video, and
+        audio_playback: int32 [size] of the audio.
         has_video: bool [size].
         has_audio: bool [size].
         insertion: int32 [size] insertion number, −1 while the row is empty.
@@ -73,6 +75,8 @@ class FeatureBank:
     audio: Any
     source_id: Any
     label: Any
+    video_playback: Any
+    audio_playback: Any
     has_video: Any
     has_audio: Any
     insertion: Any
@@ -85,22 +89,19 @@ class BankSample(NamedTuple):
     Attributes:
         positives: [videos, 2, num_positives, dim] embeddings of the target modality.
         positive_mask: bool [videos, 2, num_positives].
+        positive_numbers: int32 [videos, 2, num_positives, 4 + labels] insertion number, source,
+            playback of the video and of the audio, labels.
         negatives: [videos, 2, num_negatives, dim] embeddings of the target modality.
         negative_mask: bool [videos, 2, num_negatives].
-        positive_insertion: int32 [videos, 2, num_positives] insertion numbers.
-        negative_insertion: int32 [videos, 2, num_negatives] insertion numbers.
-        positive_source: int32 [videos, 2, num_positives] source numbers.
-        positive_label: int32 [videos, 2, num_positives] labels, −1 unknown.
+        negative_numbers: int32 [videos, 2, num_negatives, 4 + labels].
     """
 
     positives: Float[Array, "videos 2 positives dim"]
     positive_mask: Bool[Array, "videos 2 positives"]
+    positive_numbers: Int[Array, "videos 2 positives numbers"]
     negatives: Float[Array, "videos 2 negatives dim"]
     negative_mask: Bool[Array, "videos 2 negatives"]
-    positive_insertion: Int[Array, "videos 2 positives"]
-    negative_insertion: Int[Array, "videos 2 negatives"]
-    positive_source: Int[Array, "videos 2 positives"]
-    positive_label: Int[Array, "videos 2 positives"]
+    negative_numbers: Int[Array, "videos 2 negatives numbers"]
 
 
 def check_size(size: int, *, global_batch_size: int, shards: int) -> None:
@@ -129,13 +130,15 @@ def check_size(size: int, *, global_batch_size: int, shards: int) -> None:
         )
 
 
-def create(size: int, dim: int, dtype: Any) -> FeatureBank:
+def create(size: int, dim: int, dtype: Any, *, labels: int) -> FeatureBank:
     """An empty bank of `size` rows of `dim` numbers of `dtype` (bfloat16 halves what is moved)."""
     return FeatureBank(
         video=jnp.zeros((size, dim), dtype),
         audio=jnp.zeros((size, dim), dtype),
         source_id=jnp.full(size, -1, jnp.int32),
-        label=jnp.full(size, -1, jnp.int32),
+        label=jnp.full((size, labels), -1, jnp.int32),
+        video_playback=jnp.zeros(size, jnp.int32),
+        audio_playback=jnp.zeros(size, jnp.int32),
         has_video=jnp.zeros(size, bool),
         has_audio=jnp.zeros(size, bool),
         insertion=jnp.full(size, -1, jnp.int32),
@@ -151,6 +154,8 @@ def partition_specs(data_axes: tuple[str, ...]) -> FeatureBank:
         audio=rows,
         source_id=rows,
         label=rows,
+        video_playback=rows,
+        audio_playback=rows,
         has_video=rows,
         has_audio=rows,
         insertion=rows,
@@ -181,6 +186,11 @@ def is_full(bank: FeatureBank) -> Bool[Array, ""]:
     return bank.inserted >= bank.insertion.shape[0]
 
 
+def age(bank: FeatureBank, insertion: Array) -> Array:
+    """How many rows were inserted since those of the given insertion numbers."""
+    return (bank.inserted - insertion) % _period(bank.insertion.shape[0])
+
+
 def num_shards(mesh: Mesh | None, data_axes: tuple[str, ...]) -> int:
     """Devices along the data axes; 1 without a mesh."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in data_axes)
@@ -192,7 +202,9 @@ def insert(
     audio: Float[Array, "videos 2 dim"],
     *,
     source_id: Int[Array, " videos"],
-    label: Int[Array, " videos"],
+    label: Int[Array, "videos labels"],
+    video_playback: Int[Array, "videos 2"],
+    audio_playback: Int[Array, "videos 2"],
     has_video: Bool[Array, "videos *views"],
     has_audio: Bool[Array, "videos *views"],
     mesh: Mesh | None,
@@ -209,7 +221,9 @@ def insert(
         video: [videos, 2, dim] video embeddings of the global batch, any float dtype.
         audio: [videos, 2, dim] audio embeddings.
         source_id: int [videos].
-        label: int [videos], −1 unknown.
+        label: int [videos, labels], −1 unknown.
+        video_playback: int [videos, 2] number of the speed and direction of each view's video.
+        audio_playback: int [videos, 2] likewise.
         has_video: bool [videos], or [videos, 2] of each view.
         has_audio: bool of the same shape.
         mesh: The mesh of Auto axes, or None for one device.
@@ -226,7 +240,7 @@ def insert(
 
     has_video, has_audio = per_view(has_video), per_view(has_audio)
 
-    def write(bank, video, audio, source_id, label, has_video, has_audio):
+    def write(bank, video, audio, source_id, label, playback, has_video, has_audio):
         size = bank.insertion.shape[0]
         rows = 2 * video.shape[0]
         shard = jax.lax.axis_index(data_axes) if shards > 1 else 0
@@ -249,7 +263,9 @@ def insert(
             video=embeddings(bank.video, video, has_video),
             audio=embeddings(bank.audio, audio, has_audio),
             source_id=put(bank.source_id, jnp.repeat(source_id, 2)),
-            label=put(bank.label, jnp.repeat(label, 2)),
+            label=put(bank.label, jnp.repeat(label, 2, axis=0)),
+            video_playback=put(bank.video_playback, playback[0].ravel()),
+            audio_playback=put(bank.audio_playback, playback[1].ravel()),
             has_video=put(bank.has_video, has_video.ravel()),
             has_audio=put(bank.has_audio, has_audio.ravel()),
             insertion=put(bank.insertion, number),
@@ -259,9 +275,20 @@ def insert(
     if shards > 1:
         videos = PartitionSpec(data_axes)
         specs = partition_specs(data_axes)
-        write = jax.shard_map(write, mesh=mesh, in_specs=(specs, *(videos,) * 6), out_specs=specs)
+        write = jax.shard_map(write, mesh=mesh, in_specs=(specs, *(videos,) * 7), out_specs=specs)
     return write(
-        *jax.lax.stop_gradient((bank, video, audio, source_id, label, has_video, has_audio))
+        *jax.lax.stop_gradient(
+            (
+                bank,
+                video,
+                audio,
+                source_id,
+                label,
+                (video_playback, audio_playback),
+                has_video,
+                has_audio,
+            )
+        )
     )
 
 
@@ -287,7 +314,7 @@ def redistribute(bank: FeatureBank, *, global_batch_size: int, shards: int) -> F
     shard, local_row = jnp.divmod(row, local_rows)
     place = shard * shard_size + (step * local_rows + local_row) % shard_size
     place = jnp.where(bank.insertion >= 0, place, size)
-    empty = create(size, bank.video.shape[1], bank.video.dtype)
+    empty = create(size, bank.video.shape[1], bank.video.dtype, labels=bank.label.shape[1])
     return jax.tree.map(
         lambda old, new: new.at[place].set(old, mode="drop") if new.ndim else old, bank, empty
     )
@@ -301,6 +328,8 @@ def sample(
     anchors_audio: Float[Array, "videos 2 dim"],
     has_video: Bool[Array, "videos *views"],
     has_audio: Bool[Array, "videos *views"],
+    video_playback: Int[Array, "videos 2"],
+    audio_playback: Int[Array, "videos 2"],
     source_id: Int[Array, " videos"],
     anchor_id: Int[Array, " videos"],
     active: Bool[Array, ""] | bool,
@@ -309,7 +338,7 @@ def sample(
     sampling: BankSampling,
     mesh: Mesh | None,
     data_axes: tuple[str, ...],
-    terms: Sequence[Term] | None = None,
+    terms: Sequence[Term],
 ) -> BankSample:
     """Samples bank rows as positives and negatives of every anchor, by similarity (design §2.3).
 
@@ -318,12 +347,14 @@ def sample(
 
     Args:
         bank: The bank, rows sharded over `data_axes`.
-        key: Key of this step and term. Noise depends on it, the anchor id, the view and the row's
-            insertion number only.
+        key: Key of this step, the same for all terms. Noise depends on it, the term, the anchor id,
+            the view and the row's insertion number only.
         anchors_video: [videos, 2, dim] video embeddings of the global batch.
         anchors_audio: [videos, 2, dim] audio embeddings.
         has_video: bool [videos], or [videos, 2] of each view.
         has_audio: bool of the same shape.
+        video_playback: int [videos, 2] number of the speed and direction of each view's video.
+        audio_playback: int [videos, 2] likewise.
         source_id: int [videos].
         anchor_id: int [videos], a number of the video that does not depend on the device count.
         active: bool scalar; if False (warm-up, bank not yet full) every mask is False.
@@ -332,8 +363,8 @@ def sample(
         sampling: Space, ranks, counts and distribution.
         mesh: The mesh of Auto axes, or None for one device.
         data_axes: Mesh axes that batch and bank are sharded over.
-        terms: (anchor modality, target modality) of all terms that the step samples, if there are
-            more: a gathered bank serves all of them, so they choose merge or gather together.
+        terms: (anchor modality, target modality) of all terms that the step samples: they share
+            candidates, and choose merge or gather together.
 
     Returns:
         The sampled rows and masks, sharded like the batch, without gradient.
@@ -351,23 +382,25 @@ def sample(
             f"bank of {size} rows and batch of {videos} videos must both divide over {shards} data "
             f"shards; use multiples of {shards}."
         )
-    if sampling.ranks > size:
+    if max(sampling.positive_ranks, sampling.negative_candidates) > size:
         raise UserError(
-            f"positive_ranks + negative_ranks = {sampling.ranks} exceed the bank's {size} rows; "
-            "enlarge the bank or rank fewer rows."
+            f"positive_ranks = {sampling.positive_ranks} and negative_candidates = "
+            f"{sampling.negative_candidates} must be at most the bank's {size} rows"
         )
     count = exchange_bytes(
         size=size,
         dim=dim,
         dtype=bank.video.dtype,
+        labels=bank.label.shape[1],
         global_batch_size=videos,
         shards=shards,
-        terms=(term,) if terms is None else terms,
+        terms=terms,
         sampling=sampling,
     )
     local = partial(
         draw,
         term=term,
+        number=terms.index(term),
         sampling=sampling,
         data_axes=data_axes,
         shards=shards,
@@ -376,11 +409,21 @@ def sample(
     rows = BankRows(
         embeddings={"video": bank.video, "audio": bank.audio},
         present={"video": bank.has_video, "audio": bank.has_audio},
-        numbers=jnp.stack([bank.insertion, bank.source_id, bank.label], axis=1),
+        numbers=jnp.concatenate(
+            [
+                jnp.stack(
+                    [bank.insertion, bank.source_id, bank.video_playback, bank.audio_playback],
+                    axis=1,
+                ),
+                bank.label,
+            ],
+            axis=1,
+        ),
     )
     anchors = Anchors(
         embeddings={"video": anchors_video, "audio": anchors_audio},
         present={"video": per_view(has_video), "audio": per_view(has_audio)},
+        playback={"video": video_playback, "audio": audio_playback},
         source_id=source_id,
         anchor_id=anchor_id,
     )
@@ -392,53 +435,16 @@ def sample(
             in_specs=(sharded, PartitionSpec(), sharded),
             out_specs=sharded,
         )
-    drawn, numbers, mask = local(jax.lax.stop_gradient(rows), key, jax.lax.stop_gradient(anchors))
-    mask = mask & active
-    drawn = jnp.where(mask[..., None], drawn, jnp.zeros((), drawn.dtype))
-    numbers = jnp.where(mask[..., None], numbers, -1)
-    p = sampling.num_positives
-    return BankSample(
-        positives=drawn[:, :, :p],
-        positive_mask=mask[:, :, :p],
-        negatives=drawn[:, :, p:],
-        negative_mask=mask[:, :, p:],
-        positive_insertion=numbers[:, :, :p, 0],
-        negative_insertion=numbers[:, :, p:, 0],
-        positive_source=numbers[:, :, :p, 1],
-        positive_label=numbers[:, :, :p, 2],
-    )
+    both = local(jax.lax.stop_gradient(rows), key, jax.lax.stop_gradient(anchors))
 
+    def where_valid(drawn: Array, numbers: Array, mask: Array) -> tuple[Array, Array, Array]:
+        mask = mask & active
+        zero = jnp.zeros((), drawn.dtype)
+        return (
+            jnp.where(mask[..., None], drawn, zero),
+            mask,
+            jnp.where(mask[..., None], numbers, -1),
+        )
 
-def sample_metrics(
-    bank: FeatureBank, drawn: BankSample, label: Int[Array, " videos"]
-) -> dict[str, Array]:
-    """Health of a sample: bank age and whether its positives carry the anchor's label.
-
-    Args:
-        bank: The bank sampled from (before this step's insertion).
-        drawn: What `sample` returned.
-        label: int [videos] label of the anchors of the kind that was inserted, −1 unknown.
-
-    Returns:
-        `bank_fill`: share of rows written; `bank_positives`, `bank_negatives`: mean number per
-        anchor; `bank_age_rows`: mean number of rows inserted since the sampled positives were;
-        `bank_label_share`: share of positives with the anchor's label, among those where both are
-        known; `bank_labelled`: how many those are. A mean over nothing is 0.
-    """
-
-    def mean(values, mask):
-        return (values * mask).sum() / jnp.maximum(mask.sum(), 1)
-
-    known = drawn.positive_mask & (drawn.positive_label >= 0) & (label >= 0)[:, None, None]
-    same = drawn.positive_label == label[:, None, None]
-    # In float32 from here on: sums of ages overflow int32.
-    age = (bank.inserted - drawn.positive_insertion) % _period(bank.insertion.shape[0])
-    age = age.astype(jnp.float32)
-    return {
-        "bank_fill": (bank.insertion >= 0).mean(),
-        "bank_positives": drawn.positive_mask.sum(-1).mean(),
-        "bank_negatives": drawn.negative_mask.sum(-1).mean(),
-        "bank_age_rows": mean(age, drawn.positive_mask),
-        "bank_label_share": mean(same.astype(jnp.float32), known),
-        "bank_labelled": known.sum(),
-    }
+    positives, negatives = (where_valid(*kind) for kind in both)
+    return BankSample(*positives, *negatives)

@@ -43,7 +43,7 @@ def loss_spec(config: ml_collections.ConfigDict) -> LossSpec:
         positive_weight=config.loss.positive_weight,
         bank=experiment.bank_sampling(config) if config.bank.size else None,
         bank_warmup_steps=config.bank.warmup_steps,
-        bank_label=config.bank.health_label,
+        bank_labels=tuple(config.bank.health_labels),
     )
 
 
@@ -100,11 +100,12 @@ def build(
         feature_bank.check_size(
             config.bank.size, global_batch_size=config.global_batch_size, shards=mesh.size
         )
-        ranks = experiment.bank_sampling(config).ranks
-        if ranks > config.bank.size:
+        drawn = experiment.bank_sampling(config)
+        if max(drawn.positive_ranks, drawn.negative_candidates) > config.bank.size:
             raise UserError(
-                f"bank.positive_ranks + bank.negative_ranks = {ranks} exceed bank.size "
-                f"{config.bank.size}: enlarge the bank or rank fewer rows"
+                f"bank.negative_candidates {drawn.negative_candidates} must be at most bank.size "
+                f"{config.bank.size}, and bank.positive_window {config.bank.positive_window:g} at "
+                "most 1"
             )
     spec = experiment.render_spec(config)
     model = experiment.audio_visual_model(config)
@@ -131,6 +132,7 @@ def build(
             ema=section.ema_decay > 0,
             bank_size=config.bank.size,
             bank_dtype=jnp.dtype(config.bank.dtype),
+            bank_labels=len(config.bank.health_labels),
             embedding_dim=config.model.embedding_dim,
         )
 
@@ -175,7 +177,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
     unreadable = UnreadableRecords(
         records, budget=config.data.max_bad_records, note=functools.partial(print, flush=True)
     )
-    _check_health_label(config.bank.health_label, records)
+    _check_health_labels(config.bank.health_labels, records)
     _check_modalities(config.modalities, source, config.data.directory)
     check_enough(
         source,
@@ -291,14 +293,15 @@ def _check_modalities(modalities: str, source: UsableRecords, directory: str) ->
             )
 
 
-def _check_health_label(label: str, records: RecordDataset) -> None:
+def _check_health_labels(labels: Sequence[str], records: RecordDataset) -> None:
     known = sorted(records.labels)
-    if label and label not in known:
-        raise UserError(
-            f"bank.health_label {label!r} is not a label of one class a clip in {records}, "
-            f"which has {', '.join(known) or 'none'}: name one of these, or set "
-            "bank.health_label='' for none"
-        )
+    for label in labels:
+        if label not in known:
+            raise UserError(
+                f"bank.health_labels {label!r} is not a label of one class a clip in {records}, "
+                f"which has {', '.join(known) or 'none'}: name some of these, or set "
+                "bank.health_labels='()' for none"
+            )
 
 
 def _announce(
@@ -351,6 +354,7 @@ def _exchange(config: ml_collections.ConfigDict, shards: int) -> str:
         size=config.bank.size,
         dim=config.model.embedding_dim,
         dtype=config.bank.dtype,
+        labels=len(config.bank.health_labels),
         global_batch_size=config.global_batch_size,
         shards=shards,
         terms=spec.bank_terms,

@@ -72,6 +72,7 @@ def create_state(
     ema: bool,
     bank_size: int,
     bank_dtype: Any,
+    bank_labels: int,
     embedding_dim: int,
 ) -> tuple[TrainState, Any]:
     """Creates the state directly in its shardings: no device ever holds more than its share.
@@ -85,6 +86,7 @@ def create_state(
         ema: keep an average of the parameters and the statistics.
         bank_size: rows of the feature bank; 0 for none.
         bank_dtype: dtype of its embeddings.
+        bank_labels: number of labels that its rows carry.
         embedding_dim: their dimension.
 
     Returns:
@@ -102,7 +104,9 @@ def create_state(
             # Copies, for donated buffers must not be shared.
             ema_params=jax.tree.map(jnp.copy, params) if ema else None,
             ema_batch_stats=jax.tree.map(jnp.copy, batch_stats) if ema else None,
-            bank=feature_bank.create(bank_size, embedding_dim, bank_dtype) if bank_size else None,
+            bank=feature_bank.create(bank_size, embedding_dim, bank_dtype, labels=bank_labels)
+            if bank_size
+            else None,
         )
 
     shapes = jax.eval_shape(init, key)

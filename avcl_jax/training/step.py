@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,7 +19,7 @@ from jaxtyping import Array
 from avcl_jax.data.augment import PhotometricSpec, SpectralSpec
 from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.errors import UserError
-from avcl_jax.objectives import feature_bank
+from avcl_jax.objectives import bank_health, feature_bank
 from avcl_jax.objectives.bank_sampling import Modality
 from avcl_jax.objectives.contrastive import contrastive_loss
 from avcl_jax.objectives.masks import per_view
@@ -32,6 +32,7 @@ from avcl_jax.training.state import TrainState
 
 Metrics = dict[str, clu_metrics.Average]
 
+MODALITIES: tuple[Modality, ...] = ("video", "audio")
 # Term -> the directions whose mean it is: (anchor modality, target modality).
 CONTRASTIVE_TERMS: Mapping[str, tuple[tuple[Modality, Modality], ...]] = {
     "vv": (("video", "video"),),
@@ -55,7 +56,7 @@ class LossSpec:
         positive_weight: share of the bank positives, lambda of design section 2.3.
         bank: how bank rows are drawn; None for in-batch terms only.
         bank_warmup_steps: the bank is filled but not used for so many steps.
-        bank_label: name of the label whose agreement with bank positives is reported, or "".
+        bank_labels: names of labels whose agreement with sampled bank rows is reported.
     """
 
     weights: Mapping[str, float]
@@ -63,7 +64,7 @@ class LossSpec:
     positive_weight: float
     bank: feature_bank.BankSampling | None
     bank_warmup_steps: int
-    bank_label: str
+    bank_labels: tuple[str, ...]
 
     def __post_init__(self) -> None:
         """Refuses unknown terms and an objective without any."""
@@ -110,13 +111,29 @@ def average(value: Array, count: Array | float = 1.0) -> clu_metrics.Average:
     return clu_metrics.Average(total=value * count, count=count)
 
 
+def _playback(batch: Mapping[str, Array]) -> dict[Modality, Array]:
+    """Number of the speed and direction of each view, int32 [videos, 2], by modality."""
+    return {
+        modality: 2 * batch[f"{modality}_speed"] + batch[f"{modality}_direction"]
+        for modality in MODALITIES
+    }
+
+
+def _labels(batch: Mapping[str, Array], names: Sequence[str]) -> Array:
+    """Labels of videos, int32 [videos, labels], −1 unknown."""
+    unknown = jnp.full_like(batch["source_id"], -1)
+    columns = [batch.get(f"label_{name}", unknown) for name in names]
+    return jnp.stack(columns, axis=1) if columns else unknown[:, None][:, :0]
+
+
 def _embeddings(
     outputs: Mapping[str, Array], batch: Mapping[str, Array]
-) -> tuple[dict[str, Array], dict[str, Array]]:
+) -> tuple[dict[Modality, Array], dict[Modality, Array]]:
     """Returns embeddings and masks of views; of a modality without encoder zeros, not present."""
-    present, embeddings = {}, {}
+    present: dict[Modality, Array] = {}
+    embeddings: dict[Modality, Array] = {}
     some = next(value for name, value in outputs.items() if name.endswith("_embeddings"))
-    for modality in ("video", "audio"):
+    for modality in MODALITIES:
         name = f"{modality}_embeddings"
         embeddings[modality] = outputs.get(name, jnp.zeros_like(some))
         mask = per_view(batch[f"has_{modality}"])
@@ -125,34 +142,36 @@ def _embeddings(
 
 
 def _contrastive(
-    embeddings: Mapping[str, Array],
-    present: Mapping[str, Array],
+    embeddings: Mapping[Modality, Array],
+    present: Mapping[Modality, Array],
     batch: Mapping[str, Array],
     state: TrainState,
     loss_spec: LossSpec,
-    label: Array,
     key: Array,
     mesh: Mesh,
 ) -> tuple[dict[str, TermLoss], Metrics]:
     """Losses of the active contrastive terms and their metrics."""
+    playback, label = _playback(batch), _labels(batch, loss_spec.bank_labels)
     losses: dict[str, TermLoss] = {}
     metrics: Metrics = {}
-    for number, term in enumerate(CONTRASTIVE_TERMS):
+    for term in CONTRASTIVE_TERMS:
         if term not in loss_spec.active(CONTRASTIVE_TERMS):
             continue
         directions = CONTRASTIVE_TERMS[term]
         values, counts = [], []
-        for side, (anchor, target) in enumerate(directions):
+        for anchor, target in directions:
             rows: dict[str, Array] = {}
             name = term if len(directions) == 1 else f"{anchor[0]}{target[0]}"
             if loss_spec.bank is not None and state.bank is not None:
                 drawn = feature_bank.sample(
                     state.bank,
-                    jax.random.fold_in(key, 2 * number + side),
+                    key,
                     anchors_video=embeddings["video"],
                     anchors_audio=embeddings["audio"],
                     has_video=present["video"],
                     has_audio=present["audio"],
+                    video_playback=playback["video"],
+                    audio_playback=playback["audio"],
                     source_id=batch["source_id"],
                     anchor_id=batch["record_index"],
                     active=feature_bank.is_full(state.bank)
@@ -170,14 +189,15 @@ def _contrastive(
                     "bank_negatives": drawn.negatives,
                     "bank_negative_mask": drawn.negative_mask,
                 }
-                health = feature_bank.sample_metrics(state.bank, drawn, label)
-                used = drawn.positive_mask.sum()
-                metrics[f"{name}/bank_age_rows"] = average(health["bank_age_rows"], used)
-                metrics[f"{name}/bank_label_share"] = average(
-                    health["bank_label_share"], health["bank_labelled"]
+                health = bank_health.sample_metrics(
+                    state.bank,
+                    drawn,
+                    modality=anchor,
+                    playback=playback[anchor],
+                    label=label,
+                    label_names=loss_spec.bank_labels,
                 )
-                metrics["bank/fill"] = average(health["bank_fill"])
-                metrics[f"{name}/bank_positives"] = average(health["bank_positives"])
+                metrics |= {f"{name}/bank_{what}": average(*v) for what, v in health.items()}
             value, info = contrastive_loss(
                 embeddings[anchor],
                 embeddings[target],
@@ -212,10 +232,9 @@ def total_loss(
     *,
     state: TrainState,
     loss_spec: LossSpec,
-    label: Array,
     key: Array,
     mesh: Mesh,
-) -> tuple[Array, tuple[Metrics, dict[str, Array], dict[str, Array]]]:
+) -> tuple[Array, tuple[Metrics, dict[Modality, Array], dict[Modality, Array]]]:
     """Sum of the terms by their weights, each example alike: see `LossSpec`.
 
     Args:
@@ -223,7 +242,6 @@ def total_loss(
         batch: as `data.pipeline` delivers it.
         state: before the step; read are `bank` and `step`.
         loss_spec: weights and settings.
-        label: int [videos] for the bank's health metrics, −1 unknown.
         key: JAX random key of the draws from the bank.
         mesh: devices.
 
@@ -231,7 +249,7 @@ def total_loss(
         The scalar, and metrics, embeddings and masks of the views that have them.
     """
     embeddings, present = _embeddings(outputs, batch)
-    losses, metrics = _contrastive(embeddings, present, batch, state, loss_spec, label, key, mesh)
+    losses, metrics = _contrastive(embeddings, present, batch, state, loss_spec, key, mesh)
     for term, (value, info) in temporal_losses(outputs, batch).items():
         losses[term] = TermLoss(value, info["count"], math.prod(outputs[term].shape[1:-1]))
         metrics[f"{term}/accuracy"] = average(info["accuracy"], info["count"])
@@ -315,8 +333,6 @@ def make_train_step(
             augmentation=augmentation,
             key=augment_key,
         )
-        label = batch.get(f"label_{loss_spec.bank_label}", jnp.full_like(batch["source_id"], -1))
-
         # Outputs that no term looks at would be kept for the whole batch, and passed back as zeros.
         used = loss_spec.active(TEMPORAL_TERMS)
 
@@ -335,7 +351,6 @@ def make_train_step(
             batch=batch,
             state=state,
             loss_spec=loss_spec,
-            label=label,
             key=bank_key,
             mesh=mesh,
         )
@@ -354,19 +369,32 @@ def make_train_step(
             ema_batch_stats = optax.incremental_update(batch_stats, ema_batch_stats, weight)
         bank = state.bank
         if bank is not None:
+            playback, label = _playback(batch), _labels(batch, loss_spec.bank_labels)
+            health = bank_health.bank_metrics(
+                bank,
+                embeddings,
+                present,
+                playback=playback,
+                label=label,
+                label_names=loss_spec.bank_labels,
+                source_id=batch["source_id"],
+            )
+            metrics |= {f"bank/{what}": average(*value) for what, value in health.items()}
             bank = feature_bank.insert(
                 bank,
                 embeddings["video"],
                 embeddings["audio"],
                 source_id=batch["source_id"],
                 label=label,
+                video_playback=playback["video"],
+                audio_playback=playback["audio"],
                 has_video=present["video"],
                 has_audio=present["audio"],
                 mesh=mesh if mesh.size > 1 else None,
                 data_axes=data_axes(mesh),
             )
         readable = ~batch["unreadable"]
-        for modality in ("video", "audio"):
+        for modality in MODALITIES:
             if f"{modality}_encoder" in grads:
                 lacking = 1.0 - present[modality].mean(axis=1)
                 metrics[f"data/without_{modality}"] = average(

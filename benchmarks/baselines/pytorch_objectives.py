@@ -27,11 +27,13 @@ class BankRows(NamedTuple):
         embeddings: [2, size, dim] of picture and sound.
         present: bool [2, size].
         source: int64 [size], -1 while a row is empty.
+        playback: int64 [size], number of the speed and direction.
     """
 
     embeddings: Tensor
     present: Tensor
     source: Tensor
+    playback: Tensor
 
 
 class Bank:
@@ -47,6 +49,7 @@ class Bank:
             torch.zeros(2, size, dim),
             torch.zeros(2, size, dtype=torch.bool),
             torch.full((size,), -1),
+            torch.zeros(size, dtype=torch.int64),
         )
         self.inserted = 0
 
@@ -55,7 +58,7 @@ class Bank:
         """Whether every row has been written."""
         return self.inserted >= len(self.rows.source)
 
-    def insert(self, embeddings: Tensor, present: Tensor, source: Tensor) -> None:
+    def insert(self, embeddings: Tensor, present: Tensor, source: Tensor, playback: Tensor) -> None:
         """Writes [2, videos, 2, dim] over the oldest rows; present [2, videos]."""
         count = 2 * len(source)
         start = self.inserted % len(self.rows.source)
@@ -64,6 +67,7 @@ class Bank:
         self.rows.embeddings[:, ring] = kept.flatten(1, 2)
         self.rows.present[:, ring] = present.repeat_interleave(2, 1)
         self.rows.source[ring] = source.repeat_interleave(2)
+        self.rows.playback[ring] = playback.flatten()
         self.inserted += count
 
 
@@ -74,74 +78,75 @@ class Contrast:
     Attributes:
         temperature: of the terms.
         positive_weight: share of the bank positives.
+        playbacks: number of different playbacks.
         num_positives: drawn from the first `positive_ranks`, one a source.
-        num_negatives: drawn from the next `negative_ranks`.
+        num_negatives: drawn from all others, but for the nearest fraction `negative_offset`.
         positive_ranks: see `num_positives`.
-        negative_ranks: see `num_negatives`.
-        sampling_temperature: of the draw.
+        negative_offset: see `num_negatives`.
+        sampling_temperature: of the draw of positives; that of negatives is uniform.
     """
 
     temperature: float
     positive_weight: float
+    playbacks: int
     num_positives: int
     num_negatives: int
     positive_ranks: int
-    negative_ranks: int
+    negative_offset: float
     sampling_temperature: float
 
 
-def rank(
-    similarities: Tensor, anchor_source: Tensor, anchor_usable: Tensor, bank: BankRows, ranks: int
-) -> tuple[Tensor, Tensor]:
-    """The most similar rows of the bank by agreement: the lesser of both modalities' similarities.
+def agreement(embeddings: Tensor, playback: Tensor, bank: BankRows, contrast: Contrast) -> Tensor:
+    """Scores of the bank's rows: the lesser of both modalities' similarities of content.
 
     Args:
-        similarities: [2, anchors, 2, size] of anchors with rows, by modality of either.
-        anchor_source: [anchors].
-        anchor_usable: bool [anchors], those that have picture and sound.
+        embeddings: [2, anchors, dim] of picture and sound.
+        playback: [anchors].
         bank: the rows.
-        ranks: how many.
+        contrast: settings.
 
     Returns:
-        Scores [anchors, ranks], -inf behind the last eligible one, and positions.
+        [anchors, size], of embeddings less the mean of their playback.
     """
-    agreement = torch.minimum(similarities[0, :, 0], similarities[1, :, 1])
-    usable = (bank.source >= 0) & bank.present.all(0)
-    eligible = usable & anchor_usable[:, None] & (bank.source != anchor_source[:, None])
-    scores, ranked = torch.where(eligible, agreement, -torch.inf).topk(ranks)
-    return scores, ranked
+    chosen = functional.one_hot(bank.playback, contrast.playbacks).T * bank.present[:, None]
+    chosen = chosen.to(embeddings.dtype)
+    means = (chosen @ bank.embeddings) / chosen.sum(-1, keepdim=True).clamp(min=1)
+    queries = embeddings - means[:, playback]
+    rows = bank.embeddings - means[:, bank.playback]
+    return (queries @ rows.transpose(1, 2)).amin(0)
 
 
 def pick(
-    scores: Tensor, ranked: Tensor, noise: Tensor, bank: BankRows, contrast: Contrast
+    scores: Tensor, noise: Tensor, bank: BankRows, contrast: Contrast
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draws among ranked rows by Gumbel top-k, of each source at most one positive.
+    """Draws positives by Gumbel top-k, of each source at most one, and negatives uniformly.
 
     Args:
-        scores: [anchors, ranks] from `rank`.
-        ranked: positions, likewise.
-        noise: [4, anchors, ranks] Gumbel noise of each direction.
+        scores: [anchors, size], -inf where not eligible.
+        noise: [4, anchors, size] Gumbel noise of each direction.
         bank: for the sources.
         contrast: how many.
 
     Returns:
         Positions of positives [4, anchors, num_positives], their validity, and those of negatives.
     """
-    perturbed = scores / contrast.sampling_temperature + noise
-    near = perturbed[..., : contrast.positive_ranks]
-    far = perturbed[..., contrast.positive_ranks :]
-    source = bank.source[ranked[:, : contrast.positive_ranks]]
+    eligible = scores > -torch.inf
+    count = eligible.sum(-1, keepdim=True)
+    near_scores, ranked = scores.topk(contrast.positive_ranks)
+    ranked = ranked.expand(4, -1, -1)
+    near = near_scores / contrast.sampling_temperature + noise.gather(2, ranked)
+    source = torch.where(near_scores > -torch.inf, bank.source[ranked[0]], -1)
     same = source[:, None, :] == source[:, :, None]
     beaten = ((near[..., None, :] > near[..., :, None]) & same).any(-1)
-    near, near_position = torch.where(beaten, -torch.inf, near).topk(contrast.num_positives)
+    few = count < 4 * contrast.positive_ranks
+    near, position = torch.where(beaten | few, -torch.inf, near).topk(contrast.num_positives)
+
+    left_out = (contrast.negative_offset * count).floor().long()
+    threshold = scores.sort(descending=True)[0].gather(1, left_out)
+    is_near = (bank.source[:, None] == source[:, None, :]).any(-1)
+    far = torch.where(eligible & (scores <= threshold) & ~is_near, noise, -torch.inf)
     far, far_position = far.topk(contrast.num_negatives, sorted=False)
-    ranked = ranked.expand(4, -1, -1)
-    return (
-        ranked.gather(2, near_position),
-        near > -torch.inf,
-        ranked.gather(2, far_position + contrast.positive_ranks),
-        far > -torch.inf,
-    )
+    return ranked.gather(2, position), near > -torch.inf, far_position, far > -torch.inf
 
 
 def gumbel(shape: tuple[int, ...]) -> Tensor:
@@ -153,6 +158,7 @@ def contrastive_losses(
     embeddings: Tensor,
     present: Tensor,
     source: Tensor,
+    playback: Tensor,
     bank: BankRows | None,
     contrast: Contrast,
     noise: Tensor | None = None,
@@ -163,6 +169,7 @@ def contrastive_losses(
         embeddings: [2, videos, 2, dim] of pictures and sounds.
         present: bool [2, videos].
         source: [videos].
+        playback: [videos, 2].
         bank: rows to draw from; None while it is not used.
         contrast: settings.
         noise: Gumbel noise [4, anchors, rows of the bank], if not to be drawn here.
@@ -187,17 +194,28 @@ def contrastive_losses(
         # With all rows, which is less work than to fetch those that are drawn for every anchor.
         similarities = (flat @ bank.embeddings.flatten(0, 1).T).reshape(2, anchors, 2, size)
         with torch.no_grad():
-            ranks = contrast.positive_ranks + contrast.negative_ranks
-            scores, ranked = rank(similarities, source, there.all(0), bank, ranks)
+            usable = (bank.source >= 0) & bank.present.all(0)
+            views = flat.reshape(2, anchors, dim)
+            scores = agreement(views, playback.flatten(), bank, contrast)
+            eligible = usable & there.all(0)[:, None] & (bank.source != source[:, None])
+            scores = torch.where(eligible, scores, -torch.inf)
             if noise is None:
                 noise = gumbel((4, *scores.shape))
-            else:
-                noise = noise.gather(2, ranked.expand(4, -1, -1))
-            near, valid, far, far_valid = pick(scores, ranked, noise, bank, contrast)
+            near, valid, far, far_valid = pick(scores, noise, bank, contrast)
         similarities = similarities.transpose(1, 2).flatten(0, 1) / contrast.temperature
         far_logits = torch.where(far_valid, similarities.gather(2, far), _EXCLUDED)
-        log_sum = torch.logaddexp(log_sum, far_logits.logsumexp(-1))
-        drawn = functional.softplus(log_sum[..., None] - similarities.gather(2, near)) * valid
+        of_bank = far_logits.logsumexp(-1)
+        # The balance of gradients: avcl_jax/objectives/contrastive.py.
+        held = flat.detach()
+        batch_held = (flat @ held.T).reshape(2, anchors, 2, anchors).transpose(1, 2).flatten(0, 1)
+        partner_held = batch_held.gather(2, partner_position[..., None])[..., 0]
+        partner_held = partner_held / contrast.temperature
+        held_sum = torch.where(negative, batch_held / contrast.temperature, _EXCLUDED).logsumexp(-1)
+        log_sum = torch.logaddexp(log_sum, of_bank)
+        of_batch = -torch.expm1(of_bank - log_sum).detach()
+        partner = partner_held + of_batch * (partner - partner_held)
+        held_sum = torch.logaddexp(held_sum, of_bank)
+        drawn = functional.softplus(held_sum[..., None] - similarities.gather(2, near)) * valid
         count = valid.sum(-1)
         weight = torch.where(count > 0, contrast.positive_weight, 0.0)
         losses = (1 - weight) * functional.softplus(log_sum - partner)

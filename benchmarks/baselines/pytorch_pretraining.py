@@ -34,6 +34,11 @@ from benchmarks.baselines.pytorch_objectives import (
 )
 
 
+def _playback(batch: Mapping[str, Tensor]) -> Tensor:
+    """Number of the speed and direction of each view."""
+    return 2 * batch["video_speed"].long() + batch["video_direction"].long()
+
+
 def _present(batch: Mapping[str, Tensor]) -> Tensor:
     """Returns which videos have video and audio, bool [2, videos]; the demo has no silent views."""
     return torch.stack([batch["has_video"], batch["has_audio"].all(dim=1)])
@@ -117,8 +122,15 @@ class Pretraining:
     """
 
     def __init__(self, config: ml_collections.ConfigDict, *, compiled: bool) -> None:
-        if config.bank.space != "agreement" or config.bank.sampling != "gumbel":
-            raise ValueError("only bank.space 'agreement' and sampling 'gumbel' are written here")
+        written = {
+            "space": "agreement",
+            "ranking": "content",
+            "positive_sampling": "gumbel",
+            "negative_sampling": "uniform",
+            "negative_candidates": config.bank.size,
+        }
+        if others := [key for key, value in written.items() if config.bank[key] != value]:
+            raise ValueError(f"of the bank only {written} is written here, not {others}")
         if config.photometric.per_frame or config.spectrogram.where != "host":
             raise ValueError(
                 "only augmentation per clip, spectrograms of the host are written here"
@@ -130,10 +142,11 @@ class Pretraining:
         self.contrast = Contrast(
             temperature=config.loss.temperature,
             positive_weight=config.loss.positive_weight,
+            playbacks=2 * len(config.views.speeds),
             num_positives=config.bank.num_positives,
             num_negatives=config.bank.num_negatives,
-            positive_ranks=config.bank.positive_ranks,
-            negative_ranks=config.bank.negative_ranks,
+            positive_ranks=round(config.bank.positive_window * config.bank.size),
+            negative_offset=config.bank.negative_offset,
             sampling_temperature=config.bank.temperature,
         )
         self.optimizer = optimizer(self.network, config.optimizer)
@@ -183,7 +196,13 @@ class Pretraining:
         outputs = self.network(video, spectrogram, masks)
         embeddings = torch.stack([outputs["video_embeddings"], outputs["audio_embeddings"]])
         terms = contrastive_losses(
-            embeddings, present, batch["source_id"], bank, self.contrast, noise
+            embeddings,
+            present,
+            batch["source_id"],
+            _playback(batch),
+            bank,
+            self.contrast,
+            noise,
         )
         terms |= temporal_losses(outputs, batch, present)
         weights = self.config.loss.weights
@@ -215,7 +234,7 @@ class Pretraining:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.steps, section, self.config.steps)
         self.optimizer.step()
-        self.bank.insert(embeddings, present, batch["source_id"])
+        self.bank.insert(embeddings, present, batch["source_id"], _playback(batch))
         self.steps += 1
         return total.detach(), {term: value.detach() for term, value in terms.items()}
 
@@ -280,5 +299,7 @@ def fill_bank(pretraining: Pretraining) -> None:
         embeddings = functional.normalize(
             torch.randn(2, videos, 2, config.model.embedding_dim), dim=-1
         )
-        bank.insert(embeddings, present, bank.inserted + videos + torch.arange(videos))
+        source = bank.inserted + videos + torch.arange(videos)
+        playback = torch.randint(0, pretraining.contrast.playbacks, (videos, 2))
+        bank.insert(embeddings, present, source, playback)
     pretraining.steps = config.bank.warmup_steps

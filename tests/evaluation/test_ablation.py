@@ -106,7 +106,7 @@ def _small(records) -> object:
     c.evaluation.update(small_evaluation().evaluation)
     c.task, c.data.make_demo, c.compilation_cache = "ablation", False, ""
     c.steps, c.log_every, c.checkpoint_every, c.optimizer.warmup_steps = 2, 1, 1, 0
-    c.bank.update({"num_negatives": 4, "negative_ranks": 8, "positive_ranks": 4})
+    c.bank.update({"num_negatives": 4, "negative_candidates": 16})
     c.bank.warmup_steps = 0
     c.evaluation.supervised.enabled = False
     c.evaluation.null.train_split = ""

@@ -56,6 +56,8 @@ def batch_of(config, absent: bool):
     batch = random_batch(config)
     batch["source_id"][1] = batch["source_id"][0]
     batch["record_index"] += 40
+    for what in ("speed", "direction"):  # as the pipeline draws them for "shared"
+        batch[f"audio_{what}"] = batch[f"video_{what}"]
     for number, task in enumerate(("speed", "direction", "order")):
         batch[f"{task}_mask"][number] = False
     if absent:
@@ -69,12 +71,15 @@ def full_bank(config, bank, batch):
     rows = rng.normal(size=(2, size, config.model.embedding_dim)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
     source = rng.integers(0, 60, size).astype(np.int32)
+    playback = rng.integers(0, 2 * len(config.views.speeds), size).astype(np.int32)
     assert np.isin(source, batch["source_id"]).sum() > 10
     return dataclasses.replace(
         bank,
         video=jnp.asarray(rows[0]),
         audio=jnp.asarray(rows[1]),
         source_id=jnp.asarray(source),
+        video_playback=jnp.asarray(playback),
+        audio_playback=jnp.asarray(playback),
         has_video=jnp.asarray(rng.random(size) < 0.97),
         has_audio=jnp.asarray(rng.random(size) < 0.97),
         insertion=jnp.arange(size, dtype=jnp.int32),
@@ -133,9 +138,8 @@ def our_noise(config, batch, step):
     view = jnp.asarray(view + np.tile(np.arange(2, dtype=np.uint32), len(view) // 2))
     insertion = jnp.broadcast_to(jnp.arange(config.bank.size), (len(view), config.bank.size))
     noise = [
-        bank_sampling._gumbel(jax.random.fold_in(key, 2 * number + side), view, insertion)
-        for number, term in enumerate(CONTRASTIVE_TERMS)
-        for side in range(len(CONTRASTIVE_TERMS[term]))
+        bank_sampling._gumbel(jax.random.fold_in(key, number), view, insertion)
+        for number in range(sum(map(len, CONTRASTIVE_TERMS.values())))
     ]
     return torch.from_numpy(np.array(jnp.stack(noise)))
 
@@ -208,6 +212,7 @@ def bank_arrays(bank):
         np.stack([bank.video, bank.audio]),
         np.stack([bank.has_video, bank.has_audio]),
         np.asarray(bank.source_id, np.int64),
+        np.asarray(bank.video_playback, np.int64),
     )
 
 

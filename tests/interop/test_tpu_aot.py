@@ -37,7 +37,7 @@ OVERRIDES = {
     "model.audio.resnet.stem": "resnet",
     "bank.size": "4096",
     "bank.num_negatives": "16",
-    "bank.negative_ranks": "64",
+    "bank.negative_candidates": "256",
 }
 
 

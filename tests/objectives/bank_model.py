@@ -5,6 +5,10 @@ from __future__ import annotations
 import jax
 import numpy as np
 
+PLAYBACKS = 3
+_NAMES = ("insertion", "source_id", "label", "video_playback", "audio_playback")
+_NAMES += ("has_video", "has_audio", "video", "audio")
+
 
 def unit(rng, *shape):
     """Random float32 unit vectors."""
@@ -18,7 +22,9 @@ def random_batch(rng, videos, dim, sources, missing=0.2):
         "video": unit(rng, videos, 2, dim),
         "audio": unit(rng, videos, 2, dim),
         "source_id": rng.integers(0, sources, videos).astype(np.int32),
-        "label": rng.integers(-1, 3, videos).astype(np.int32),
+        "label": rng.integers(-1, 3, (videos, 2)).astype(np.int32),
+        "video_playback": rng.integers(0, PLAYBACKS, (videos, 2)).astype(np.int32),
+        "audio_playback": rng.integers(0, PLAYBACKS, (videos, 2)).astype(np.int32),
         "has_video": rng.random((videos, 2)) >= missing,
         "has_audio": rng.random((videos, 2)) >= missing,
     }
@@ -26,7 +32,8 @@ def random_batch(rng, videos, dim, sources, missing=0.2):
 
 def as_anchors(batch, anchor_id):
     """The same batch as arguments of `sample`."""
-    anchors = {name: batch[name] for name in ("source_id", "has_video", "has_audio")}
+    names = ("source_id", "has_video", "has_audio", "video_playback", "audio_playback")
+    anchors = {name: batch[name] for name in names}
     return anchors | {
         "anchors_video": batch["video"],
         "anchors_audio": batch["audio"],
@@ -38,8 +45,7 @@ def as_set(bank):
     """The rows of a FeatureBank in order of insertion, wherever they lie."""
     order = np.argsort(np.asarray(bank.insertion))
     order = order[np.asarray(bank.insertion)[order] >= 0]
-    names = ("insertion", "source_id", "label", "has_video", "has_audio", "video", "audio")
-    return {name: np.asarray(getattr(bank, name).astype(np.float32))[order] for name in names}
+    return {name: np.asarray(getattr(bank, name).astype(np.float32))[order] for name in _NAMES}
 
 
 def _threefry(key, x, y):
@@ -58,10 +64,13 @@ def _threefry(key, x, y):
     return x
 
 
-def _noise(key, anchor, insertion):
+def _bits(key, anchor, insertion):
     words = np.asarray(jax.random.key_data(key))
-    bits = _threefry(words, np.full_like(insertion, anchor), insertion)
-    return -np.log(-np.log(((bits >> 9) + 0.5) / 2**23))
+    return _threefry(words, np.full(len(insertion), anchor, np.uint32), insertion)
+
+
+def _noise(key, anchor, insertion):
+    return -np.log(-np.log(((_bits(key, anchor, insertion) >> 9) + 0.5) / 2**23))
 
 
 class BankModel:
@@ -78,16 +87,24 @@ class BankModel:
                 row = {name: values[i] for name, values in batch.items()}
                 for modality in ("video", "audio"):
                     row[f"has_{modality}"] = row[f"has_{modality}"][view]
+                    row[f"{modality}_playback"] = row[f"{modality}_playback"][view]
                     row[modality] = row[modality][view] * row[f"has_{modality}"]
                 self.rows.append(row | {"insertion": self.inserted})
                 self.inserted += 1
         self.rows = self.rows[-self.size :]
 
     def as_set(self):
-        names = ("insertion", "source_id", "label", "has_video", "has_audio", "video", "audio")
-        return {name: np.array([row[name] for row in self.rows], np.float32) for name in names}
+        return {name: np.array([row[name] for row in self.rows], np.float32) for name in _NAMES}
 
-    def sample(self, key, batch, anchor_id, i, view, term, sampling):
+    def _mean(self, modality, playback):
+        rows = [
+            row[modality]
+            for row in self.rows
+            if row[f"has_{modality}"] and row[f"{modality}_playback"] == playback
+        ]
+        return np.mean(rows, axis=0) if rows else 0.0
+
+    def sample(self, key, number, batch, anchor_id, i, view, term, sampling):
         """(positives, negatives) of one anchor: insertion numbers, best first."""
         anchor, target = term
         other = {"video": "audio", "audio": "video"}
@@ -98,36 +115,49 @@ class BankModel:
         }[sampling.space]
         if not all(batch[f"has_{own}"][i, view] for own in [anchor, *(own for own, _ in pairs)]):
             return [], []
-        eligible = [
-            row
-            for row in self.rows
-            if row["source_id"] != batch["source_id"][i]
-            and all(row[f"has_{modality}"] for modality in [target, *(row for _, row in pairs)])
-        ]
-        scores = np.array(
-            [
-                min(np.dot(batch[own][i, view], row[modality]) for own, modality in pairs)
-                for row in eligible
-            ]
-        )
-        order = np.argsort(-scores)[: sampling.ranks]
-        insertion = np.array([eligible[r]["insertion"] for r in order], np.int32)
-        noise = _noise(key, 2 * anchor_id + view, insertion)
-        perturbed = noise
-        if sampling.sampling == "gumbel":
-            perturbed = scores[order] / sampling.temperature + noise
 
-        def draw(ranks, count, one_per_source):
+        def score(row):
+            similarities = []
+            for own, modality in pairs:
+                query, vector = batch[own][i, view], row[modality]
+                if sampling.ranking == "content":
+                    if own == modality:
+                        query = query - self._mean(own, batch[f"{own}_playback"][i, view])
+                    vector = vector - self._mean(modality, row[f"{modality}_playback"])
+                similarities.append(np.dot(query, vector))
+            return min(similarities)
+
+        def eligible(row):
+            return row["source_id"] != batch["source_id"][i] and all(
+                row[f"has_{modality}"] for modality in [target, *(row for _, row in pairs)]
+            )
+
+        def draw(rows, kind, count, one_per_source):
+            scores = np.array([score(row) for row in rows])
+            insertion = np.array([row["insertion"] for row in rows], np.int32)
+            noise = _noise(jax.random.fold_in(key, number), 2 * anchor_id + view, insertion)
+            if getattr(sampling, f"{kind}_sampling") == "gumbel":
+                noise = scores / sampling.temperature + noise
             picked, sources = [], set()
-            for r in sorted(ranks, key=lambda r: -perturbed[r]):
-                source = eligible[order[r]]["source_id"]
+            for r in np.argsort(-noise):
+                source = rows[r]["source_id"]
                 if len(picked) < count and not (one_per_source and source in sources):
                     picked.append(int(insertion[r]))
                     sources.add(source)
             return picked
 
-        ranks = range(len(order))
-        return (
-            draw(ranks[: sampling.positive_ranks], sampling.num_positives, True),
-            draw(ranks[sampling.positive_ranks :], sampling.num_negatives, False),
-        )
+        nearest = sorted(filter(eligible, self.rows), key=lambda row: -score(row))
+        nearest = nearest[: sampling.positive_ranks]
+        bits = _bits(key, 2**32 - 1, np.array([row["insertion"] for row in self.rows], np.int32))
+        candidates = [self.rows[r] for r in np.argsort(-bits.astype(np.int64))]
+        candidates = candidates[: sampling.negative_candidates]
+        usable = sorted(filter(eligible, candidates), key=lambda row: -score(row))
+        near = {row["source_id"] for row in nearest}
+        left_out = int(sampling.negative_offset * len(usable))
+        far = [row for row in usable[left_out:] if row["source_id"] not in near]
+        enough = len(usable) / sampling.negative_candidates * self.size
+        if enough < 4 * sampling.positive_ranks:
+            positives = []
+        else:
+            positives = draw(nearest, "positive", sampling.num_positives, True)
+        return positives, draw(far, "negative", sampling.num_negatives, False)

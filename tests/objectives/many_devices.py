@@ -20,7 +20,7 @@ from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.contrastive import contrastive_loss
 from avcl_jax.objectives.feature_bank import BankSampling
 from tests.hlo import collective_bytes
-from tests.objectives.bank_model import as_anchors, random_batch
+from tests.objectives.bank_model import PLAYBACKS, as_anchors, random_batch
 
 VIDEOS, DIM, BATCHES, SOURCES = 16, 8, 7, 60
 TERMS = (("video", "video"), ("video", "audio"), ("audio", "video"))
@@ -34,11 +34,15 @@ LAYOUTS = {"data": ((8,), ("data",)), "data_fsdp": ((4, 2), ("data", "fsdp"))}
 def sampling_of(space):
     return BankSampling(
         space=space,
+        ranking="content",
+        playbacks=PLAYBACKS,
         num_positives=2,
         num_negatives=3,
         positive_ranks=8,
-        negative_ranks=20,
-        sampling="gumbel",
+        negative_candidates=40,
+        negative_offset=0.1,
+        positive_sampling="gumbel",
+        negative_sampling="uniform",
         temperature=0.2,
     )
 
@@ -66,7 +70,7 @@ def sample_all(bank, key, anchors, *, sampling, mesh, axes):
     return [
         feature_bank.sample(
             bank,
-            jax.random.fold_in(key, number),
+            key,
             **anchors,
             active=True,
             anchor_modality=term[0],
@@ -76,7 +80,7 @@ def sample_all(bank, key, anchors, *, sampling, mesh, axes):
             data_axes=axes,
             terms=TERMS,
         )
-        for number, term in enumerate(TERMS)
+        for term in TERMS
     ]
 
 
@@ -108,7 +112,7 @@ def run(layout, exchange, results):
     mesh, axes = mesh_of(layout)
     place_rows, place_bank = layout_of(mesh, axes)
     rng = np.random.default_rng(0)
-    bank = place_bank(feature_bank.create(size, DIM, jnp.bfloat16))
+    bank = place_bank(feature_bank.create(size, DIM, jnp.bfloat16, labels=2))
     insert = jax.jit(partial(feature_bank.insert, mesh=mesh, data_axes=axes), donate_argnums=0)
     batches = [random_batch(rng, VIDEOS, DIM, SOURCES) for _ in range(BATCHES + 1)]
     batches = [{name: place_rows(values) for name, values in batch.items()} for batch in batches]

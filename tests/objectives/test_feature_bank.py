@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avcl_jax.objectives import bank_sampling, feature_bank
+from avcl_jax.objectives import bank_health, bank_sampling, feature_bank
 from avcl_jax.objectives.feature_bank import BankSampling
-from tests.objectives.bank_model import BankModel, as_anchors, as_set, random_batch, unit
+from tests.objectives.bank_model import PLAYBACKS, BankModel, as_anchors, as_set, random_batch, unit
 
 VIDEOS, DIM, SIZE, SOURCES = 4, 6, 40, 12
 ONE_DEVICE = {"mesh": None, "data_axes": ()}
@@ -27,6 +27,7 @@ def sampler(term, sampling):
             feature_bank.sample,
             anchor_modality=term[0],
             target_modality=term[1],
+            terms=TERMS,
             sampling=sampling,
             **ONE_DEVICE,
         )
@@ -35,7 +36,7 @@ def sampler(term, sampling):
 
 def filled(seed, batches, *, missing=0.2, sources=SOURCES, dtype=jnp.float32, size=SIZE):
     rng = np.random.default_rng(seed)
-    bank = feature_bank.create(size, DIM, dtype)
+    bank = feature_bank.create(size, DIM, dtype, labels=2)
     for _ in range(batches):
         bank = insert(bank, **random_batch(rng, VIDEOS, DIM, sources, missing))
     return bank, random_batch(rng, VIDEOS, DIM, sources, missing)
@@ -44,11 +45,15 @@ def filled(seed, batches, *, missing=0.2, sources=SOURCES, dtype=jnp.float32, si
 def sampling_of(space="same", sampling="gumbel", **changes):
     arguments = {
         "space": space,
+        "ranking": "content",
+        "playbacks": PLAYBACKS,
         "num_positives": 3,
         "num_negatives": 4,
-        "positive_ranks": 8,
-        "negative_ranks": 9,
-        "sampling": sampling,
+        "positive_ranks": 5,
+        "negative_candidates": 30,
+        "negative_offset": 0.2,
+        "positive_sampling": sampling,
+        "negative_sampling": sampling,
         "temperature": 0.3,
     }
     return BankSampling(**(arguments | changes))
@@ -58,19 +63,20 @@ def test_a_thousand_random_operations():
     """Contents after every insertion and every sampled row agree with the model in numpy.
 
     That rows of the same source, empty rows and rows lacking a modality are never returned, and
-    that positives are of different sources, is asserted apart from the model.
+    that sources of positives differ and are not among the negatives, is asserted apart from it.
     """
     rng = np.random.default_rng(0)
     configurations = [
         (TERMS[0], sampling_of("same")),
-        (TERMS[1], sampling_of("same", "uniform")),
+        (TERMS[1], sampling_of("same", "uniform", negative_sampling="gumbel")),
         (TERMS[2], sampling_of("cross")),
-        (TERMS[0], sampling_of("cross")),
+        (TERMS[0], sampling_of("cross", ranking="raw", negative_offset=0.0)),
         (TERMS[1], sampling_of("agreement")),
-        (TERMS[3], sampling_of("agreement", "uniform", num_negatives=0, negative_ranks=0)),
+        (TERMS[3], sampling_of("agreement", "uniform", num_negatives=0, ranking="raw")),
+        (TERMS[0], sampling_of("same", num_positives=0, positive_ranks=0)),
     ]
     samplers = [sampler(*configuration) for configuration in configurations]
-    bank, model = feature_bank.create(SIZE, DIM, jnp.float32), BankModel(SIZE)
+    bank, model = feature_bank.create(SIZE, DIM, jnp.float32, labels=2), BankModel(SIZE)
     returned = 0
     for operation in range(1000):
         batch = random_batch(rng, VIDEOS, DIM, SOURCES)
@@ -92,13 +98,17 @@ def test_a_thousand_random_operations():
         rows = {row["insertion"]: row for row in model.rows}
         for i in range(VIDEOS):
             for view in range(2):
-                expected = model.sample(key, batch, anchor_id[i], i, view, term, sampling)
+                number = TERMS.index(term)
+                expected = model.sample(key, number, batch, anchor_id[i], i, view, term, sampling)
+                near = {rows[number]["source_id"] for number in expected[0]}
+                assert not near & {rows[number]["source_id"] for number in expected[1]}
                 for kind, numbers in zip(("positive", "negative"), expected, strict=True):
                     mask = getattr(drawn, f"{kind}_mask")[i, view]
-                    insertion = getattr(drawn, f"{kind}_insertion")[i, view]
+                    held = getattr(drawn, f"{kind}_numbers")[i, view]
+                    insertion = held[:, 0]
                     values = getattr(drawn, f"{kind}s")[i, view]
                     assert insertion[mask].tolist() == numbers
-                    assert (insertion[~mask] == -1).all()
+                    assert (held[~mask] == -1).all()
                     assert not values[~mask].any()
                     picked = [rows[number] for number in insertion[mask]]
                     assert len(set(numbers)) == len(numbers)
@@ -106,12 +116,12 @@ def test_a_thousand_random_operations():
                         assert row["source_id"] != batch["source_id"][i]
                         assert row[f"has_{term[1]}"]
                         np.testing.assert_array_equal(value, row[term[1]])
+                    for row, own in zip(picked, held[mask], strict=True):
+                        playback = [row["video_playback"], row["audio_playback"]]
+                        assert own[1:].tolist() == [row["source_id"], *playback, *row["label"]]
                     if kind == "positive":
                         sources = [row["source_id"] for row in picked]
                         assert len(set(sources)) == len(sources)
-                        assert drawn.positive_source[i, view][mask].tolist() == sources
-                        labels = [row["label"] for row in picked]
-                        assert drawn.positive_label[i, view][mask].tolist() == labels
                     returned += len(numbers)
     assert model.inserted > 10 * SIZE
     assert returned > 5000
@@ -123,7 +133,7 @@ def test_empty_bank_and_inactive_bank_return_nothing(space):
     sample = sampler(("video", "audio"), sampling_of(space))
     anchors = as_anchors(batch, np.arange(VIDEOS))
     assert feature_bank.is_full(bank)
-    empty = feature_bank.create(SIZE, DIM, jnp.float32)
+    empty = feature_bank.create(SIZE, DIM, jnp.float32, labels=2)
     assert not feature_bank.is_full(empty)
     every = jnp.ones(SIZE, bool)
     unwritten = empty.replace(has_video=every, has_audio=every)
@@ -132,7 +142,7 @@ def test_empty_bank_and_inactive_bank_return_nothing(space):
         assert not drawn.positive_mask.any()
         assert not drawn.negative_mask.any()
         assert not drawn.positives.any()
-        assert (drawn.negative_insertion == -1).all()
+        assert (drawn.negative_numbers == -1).all()
     assert sample(bank, jax.random.key(0), **anchors, active=True).positive_mask.any()
 
 
@@ -149,7 +159,7 @@ def test_missing_medium_is_stored_as_zeros():
     batch = random_batch(np.random.default_rng(0), VIDEOS, DIM, SOURCES, missing=0.0)
     batch["video"][1] = np.nan
     batch["has_video"][1] = False
-    bank = insert(feature_bank.create(SIZE, DIM, jnp.float32), **batch)
+    bank = insert(feature_bank.create(SIZE, DIM, jnp.float32, labels=2), **batch)
     assert np.isfinite(bank.video).all()
     assert not bank.video[2:4].any()
     assert bank.audio[2:4].any()
@@ -179,7 +189,7 @@ def one_anchor(scores):
     rows = len(scores)
     video = np.zeros((rows, 2), np.float32)
     video[:, 0] = scores
-    bank = feature_bank.create(rows, 2, jnp.float32).replace(
+    bank = feature_bank.create(rows, 2, jnp.float32, labels=0).replace(
         video=jnp.asarray(video),
         has_video=jnp.ones(rows, bool),
         source_id=jnp.arange(rows, dtype=jnp.int32),
@@ -191,6 +201,8 @@ def one_anchor(scores):
         "anchors_audio": jnp.zeros((1, 2, 2)),
         "has_video": jnp.ones(1, bool),
         "has_audio": jnp.zeros(1, bool),
+        "video_playback": jnp.zeros((1, 2), jnp.int32),
+        "audio_playback": jnp.zeros((1, 2), jnp.int32),
         "source_id": jnp.array([-5], jnp.int32),
         "anchor_id": jnp.array([0], jnp.int32),
         "active": True,
@@ -200,16 +212,18 @@ def one_anchor(scores):
 
 @pytest.mark.parametrize("sampling", ["gumbel", "uniform"])
 def test_frequencies_follow_the_softmax_of_the_similarities(sampling):
-    scores = np.array([0.9, 0.5, 0.7, -0.2, 0.1, 0.3])
+    scores = np.array([0.9, 0.5, 0.7, -0.2, 0.1, 0.3, -0.9, -0.4])
     bank, anchors = one_anchor(scores)
     sample = sampler(
         ("video", "video"),
         sampling_of(
             sampling=sampling,
+            ranking="raw",
             num_positives=1,
             num_negatives=1,
-            positive_ranks=4,
-            negative_ranks=2,
+            positive_ranks=2,
+            negative_candidates=8,
+            negative_offset=0.5,
             temperature=0.5,
         ),
     )
@@ -217,8 +231,8 @@ def test_frequencies_follow_the_softmax_of_the_similarities(sampling):
     keys = jax.random.split(jax.random.key(1), draws)
     drawn = jax.vmap(lambda key: sample(bank, key, **anchors))(keys)
     for rows, got in (
-        ([0, 2, 1, 5], drawn.positive_insertion[:, 0, 0, 0]),
-        ([4, 3], drawn.negative_insertion[:, 0, 1, 0]),
+        ([0, 2], drawn.positive_numbers[:, 0, 0, 0, 0]),
+        ([4, 3, 7, 6], drawn.negative_numbers[:, 0, 1, 0, 0]),
     ):
         weight = np.exp(scores[rows] / 0.5) if sampling == "gumbel" else np.ones(len(rows))
         weight /= weight.sum()
@@ -228,22 +242,89 @@ def test_frequencies_follow_the_softmax_of_the_similarities(sampling):
 
 
 def test_cold_sampling_is_the_ranking():
-    scores = np.linspace(1, -1, 12)[np.random.default_rng(0).permutation(12)]
+    scores = np.linspace(1, -1, 24)[np.random.default_rng(0).permutation(24)]
     bank, anchors = one_anchor(scores)
-    sampling = sampling_of(positive_ranks=5, negative_ranks=6, temperature=1e-4)
+    sampling = sampling_of(negative_candidates=24, negative_offset=0.3, temperature=1e-4)
     drawn = sampler(("video", "video"), sampling)(bank, jax.random.key(0), **anchors)
     ranking = np.argsort(-scores)
-    np.testing.assert_array_equal(drawn.positive_insertion[0, 0], ranking[:3])
-    np.testing.assert_array_equal(drawn.negative_insertion[0, 0], ranking[5:9])
+    np.testing.assert_array_equal(drawn.positive_numbers[0, 0, :, 0], ranking[:3])
+    np.testing.assert_array_equal(drawn.negative_numbers[0, 0, :, 0], ranking[7:11])
+
+
+def test_candidates_are_other_rows_at_every_step_and_the_same_for_all_anchors():
+    bank, anchors = one_anchor(np.linspace(0.5, 0.4, 64))
+    sampling = sampling_of(
+        num_negatives=16,
+        negative_candidates=16,
+        negative_offset=0.0,
+        positive_ranks=1,
+        num_positives=0,
+    )
+    sample = sampler(("video", "video"), sampling)
+    anchors["source_id"] = jnp.array([-5], jnp.int32)
+    seen = set()
+    for step in range(40):
+        drawn = sample(bank, jax.random.key(step), **anchors)
+        chosen = [
+            set(numbers[mask].tolist())
+            for numbers, mask in zip(
+                np.asarray(drawn.negative_numbers)[0, ..., 0],
+                np.asarray(drawn.negative_mask)[0],
+                strict=True,
+            )
+        ]
+        assert chosen[0] == chosen[1]
+        assert 15 <= len(chosen[0]) <= 16  # but for the nearest row's source
+        seen |= chosen[0]
+    assert len(seen) == 63
+
+
+def test_ranking_by_content_finds_it_in_every_playback():
+    """Eight contents in two playbacks that are further apart than contents."""
+    content, playback = np.arange(64) % 8, np.arange(64) // 32
+    video = np.concatenate([np.eye(8)[content], 10 * np.eye(2)[playback]], axis=1)
+    bank = feature_bank.create(64, 10, jnp.float32, labels=0).replace(
+        video=jnp.asarray(video, jnp.float32),
+        has_video=jnp.ones(64, bool),
+        source_id=jnp.arange(64, dtype=jnp.int32),
+        insertion=jnp.arange(64, dtype=jnp.int32),
+        video_playback=jnp.asarray(playback, jnp.int32),
+        inserted=jnp.asarray(64, jnp.int32),
+    )
+    _, anchors = one_anchor(np.zeros(1))
+    anchors |= {
+        "anchors_video": jnp.broadcast_to(jnp.asarray(video[1], jnp.float32), (1, 2, 10)),
+        "anchors_audio": jnp.zeros((1, 2, 10)),
+    }
+    found = {}
+    for ranking in ("raw", "content"):
+        sampling = sampling_of(
+            ranking=ranking, num_positives=8, positive_ranks=8, negative_candidates=64
+        )
+        drawn = sampler(("video", "video"), sampling)(bank, jax.random.key(0), **anchors)
+        rows = np.asarray(drawn.positive_numbers)[0, 0, :, 0]
+        found[ranking] = (content[rows] == 1).sum(), (playback[rows] == 0).sum()
+    assert found == {"raw": (4, 8), "content": (8, 4)}
+
+
+def test_the_nearest_of_a_handful_are_no_positives():
+    """With 16 rows eligible of 64 the first 4 are positives, the first 5 are not."""
+    bank, anchors = one_anchor(np.linspace(0.5, 0.4, 64))
+    bank = bank.replace(has_video=jnp.arange(64) % 4 == 0)
+    for ranks, some in ((4, True), (5, False)):
+        sampling = sampling_of(positive_ranks=ranks, negative_candidates=64)
+        drawn = sampler(("video", "video"), sampling)(bank, jax.random.key(0), **anchors)
+        assert drawn.positive_mask.any() == some
+        assert drawn.negative_mask.all()
 
 
 def test_noise_depends_on_key_anchor_and_view():
     bank, anchors = one_anchor(np.linspace(0.5, 0.4, 32))
-    sample = sampler(("video", "video"), sampling_of(positive_ranks=16, negative_ranks=16))
+    sample = sampler(("video", "video"), sampling_of(negative_candidates=32))
 
     def negatives(key=0, **changes):
         drawn = sample(bank, jax.random.key(key), **(anchors | changes))
-        return drawn.negative_insertion[0].tolist()
+        return drawn.negative_numbers[0, ..., 0].tolist()
 
     first = negatives()
     assert negatives() == first
@@ -251,7 +332,7 @@ def test_noise_depends_on_key_anchor_and_view():
     assert negatives(key=1) != first
     assert negatives(anchor_id=jnp.array([1], jnp.int32)) != first
     keys = (jax.random.fold_in(jax.random.key(0, impl="rbg"), step) for step in range(2))
-    other = [sample(bank, key, **anchors).negative_insertion for key in keys]
+    other = [sample(bank, key, **anchors).negative_numbers for key in keys]
     assert (other[0] != other[1]).any()
 
 
@@ -262,15 +343,17 @@ def test_ranking_in_blocks_keeps_the_order_of_rows_where_similarities_tie(size, 
     rows = np.round(rng.normal(size=(size, 2)) * 4)  # many are alike
     queries = np.round(rng.normal(size=(3, 2)) * 2)
     source, usable = rng.integers(0, 5, size), rng.random(size) < 0.7
-    scores, ranked = bank_sampling.rank(
-        (jnp.asarray(queries, jnp.float32),),
-        (jnp.asarray(rows, jnp.float32),),
-        jnp.arange(3),
-        jnp.array([True, True, False]),
-        jnp.asarray(source),
-        jnp.asarray(usable),
-        ranks,
+    comparison = bank_sampling.Comparison(
+        queries=[jnp.asarray(queries, jnp.float32)],
+        embeddings=[jnp.asarray(rows, jnp.float32)],
+        means=[],
+        playbacks=[],
+        anchor_source=jnp.arange(3),
+        anchor_usable=jnp.array([True, True, False]),
+        row_source=jnp.asarray(source),
+        row_usable=jnp.asarray(usable),
     )
+    scores, ranked = bank_sampling.rank(comparison, ranks)
     for number in range(2):
         similarity = np.where(usable & (source != number), rows @ queries[number], -np.inf)
         order = np.argsort(-similarity, kind="stable")[:ranks]
@@ -308,8 +391,9 @@ def test_a_bank_at_the_end_of_its_numbers_behaves_as_any_other(shards):
     far, anchors = filled(5, batches=SIZE // (2 * VIDEOS), missing=0.0)
     ahead = period - SIZE  # one turn of the ring before the numbers start over
     near = far.replace(insertion=far.insertion + ahead, inserted=far.inserted + ahead)
-    # So cold that the noise, which depends on the numbers, does not matter.
-    sample = sampler(("video", "audio"), sampling_of(temperature=1e-6))
+    # So cold that the noise, which depends on the numbers, does not matter; all are candidates.
+    sampling = sampling_of(temperature=1e-6, negative_candidates=SIZE)
+    sample = sampler(("video", "audio"), sampling)
     anchors = as_anchors(anchors, np.arange(VIDEOS))
     seen = []
     for _ in range(SIZE // VIDEOS):
@@ -322,9 +406,18 @@ def test_a_bank_at_the_end_of_its_numbers_behaves_as_any_other(shards):
             assert len(np.unique(bank.insertion)) == SIZE
             found = sample(bank, jax.random.key(0), **anchors, active=True)
             drawn.append(found)
-            metrics.append(feature_bank.sample_metrics(bank, found, jnp.asarray(batch["label"])))
+            metrics.append(
+                bank_health.sample_metrics(
+                    bank,
+                    found,
+                    modality="video",
+                    playback=jnp.asarray(batch["video_playback"]),
+                    label=jnp.asarray(batch["label"]),
+                    label_names=("motion", "material"),
+                )
+            )
         jax.tree.map(np.testing.assert_array_equal, *metrics)
-        assert 1 <= metrics[1]["bank_age_rows"] <= SIZE
+        assert 1 <= metrics[1]["age_rows"][0] <= SIZE
         for name in ("positives", "positive_mask", "negatives", "negative_mask"):
             np.testing.assert_array_equal(*(getattr(found, name) for found in drawn))
         moved = [
@@ -343,47 +436,117 @@ def test_a_bank_at_the_end_of_its_numbers_behaves_as_any_other(shards):
 def test_sample_metrics():
     bank, batch = filled(4, batches=7)
     batch["has_video"][:2] = True, False
-    batch["label"][:] = 0, 1, 2, -1
+    batch["label"][:, 0] = 0, 1, 2, -1
     drawn = sampler(("video", "audio"), sampling_of())(
         bank, jax.random.key(0), **as_anchors(batch, np.arange(VIDEOS)), active=True
     )
-    metrics = feature_bank.sample_metrics(bank, drawn, jnp.asarray(batch["label"]))
-    mask = np.asarray(drawn.positive_mask)
+    arguments = {
+        "modality": "video",
+        "playback": jnp.asarray(batch["video_playback"]),
+        "label": jnp.asarray(batch["label"]),
+        "label_names": ("motion", "material"),
+    }
+    metrics = bank_health.sample_metrics(bank, drawn, **arguments)
+    nothing = drawn._replace(positive_mask=jnp.zeros_like(drawn.positive_mask))
+    drawn = jax.tree.map(np.asarray, drawn)
+    mask = drawn.positive_mask
     assert mask.any()
     assert not mask.all()
-    ages = 7 * 2 * VIDEOS - np.asarray(drawn.positive_insertion)[mask]
-    np.testing.assert_allclose(metrics["bank_age_rows"], ages.mean(), rtol=1e-6)
+    ages = 7 * 2 * VIDEOS - drawn.positive_numbers[mask][:, 0]
+    np.testing.assert_allclose(metrics["age_rows"], (ages.mean(), mask.sum()), rtol=1e-6)
     assert ages.min() >= 1
     assert ages.max() <= SIZE
-    pairs = [
-        (row, anchor)
-        for row, anchor, valid in zip(
-            np.asarray(drawn.positive_label).ravel(),
-            np.broadcast_to(batch["label"][:, None, None], mask.shape).ravel(),
-            mask.ravel(),
-            strict=True,
+    np.testing.assert_allclose(metrics["positives"][0], mask.sum(-1).mean(), rtol=1e-6)
+    for kind in ("positive", "negative"):
+        mask, numbers = getattr(drawn, f"{kind}_mask"), getattr(drawn, f"{kind}_numbers")
+        agree = {"speed": [], "direction": [], "motion": [], "material": []}
+        for i, view, r in np.argwhere(mask):
+            playback, row = batch["video_playback"][i, view], numbers[i, view, r]
+            agree["speed"].append(playback // 2 == row[2] // 2)
+            agree["direction"].append(playback % 2 == row[2] % 2)
+            for column, name in enumerate(("motion", "material")):
+                own, other = batch["label"][i, column], row[4 + column]
+                if own >= 0 and other >= 0:
+                    agree[name].append(own == other)
+        for name, values in agree.items():
+            expected = np.mean(values), len(values)
+            np.testing.assert_allclose(metrics[f"{kind}_share/{name}"], expected, rtol=1e-6)
+            assert 0 < np.mean(values) < 1
+    metrics = bank_health.sample_metrics(bank, nothing, **arguments)
+    assert metrics["age_rows"] == (0, 0)
+    assert metrics["positive_share/motion"] == (0, 0)
+
+
+def health_of(bank, batch):
+    """`bank_metrics` of a batch in numpy."""
+    batch = {name: jnp.asarray(values) for name, values in batch.items()}
+    media = ("video", "audio")
+    return bank_health.bank_metrics(
+        bank,
+        {modality: batch[modality] for modality in media},
+        {modality: batch[f"has_{modality}"] for modality in media},
+        playback={modality: batch[f"{modality}_playback"] for modality in media},
+        label=batch["label"],
+        label_names=("motion", "material"),
+        source_id=batch["source_id"],
+    )
+
+
+def test_base_rates_count_pairs_of_other_sources():
+    batch = random_batch(np.random.default_rng(0), 12, DIM, SOURCES)
+    batch["label"][:, 0] = 0  # one class: always agrees
+    rates = health_of(feature_bank.create(SIZE, DIM, jnp.float32, labels=2), batch)
+    agree = {"motion": [], "material": [], "speed": [], "direction": []}
+    either = batch["has_video"] | batch["has_audio"]
+    views = [(i, k) for i, k in np.ndindex(12, 2) if either[i, k]]
+    for i, k in views:
+        for j, m in views:
+            if batch["source_id"][i] == batch["source_id"][j]:
+                continue
+            one, other = batch["video_playback"][i, k], batch["video_playback"][j, m]
+            agree["speed"].append(one // 2 == other // 2)
+            agree["direction"].append(one % 2 == other % 2)
+            agree["motion"].append(True)
+            if min(batch["label"][[i, j], 1]) >= 0:
+                agree["material"].append(batch["label"][i, 1] == batch["label"][j, 1])
+    for name, values in agree.items():
+        np.testing.assert_allclose(
+            rates[f"base_rate/{name}"], (np.mean(values), len(values)), rtol=1e-6
         )
-        if valid and row >= 0 and anchor >= 0
-    ]
-    assert metrics["bank_labelled"] == len(pairs) > 0
-    share = np.mean([row == anchor for row, anchor in pairs])
-    np.testing.assert_allclose(metrics["bank_label_share"], share, rtol=1e-6)
-    np.testing.assert_allclose(metrics["bank_positives"], mask.sum(-1).mean(), rtol=1e-6)
-    assert metrics["bank_fill"] == 1
-    nothing = drawn._replace(positive_mask=jnp.zeros_like(drawn.positive_mask))
-    nothing = feature_bank.sample_metrics(bank, nothing, jnp.asarray(batch["label"]))
-    assert nothing["bank_age_rows"] == 0
-    assert nothing["bank_label_share"] == 0
+    assert rates["base_rate/motion"][0] == 1 > rates["base_rate/material"][0] > 0
+    assert rates["fill"][0] == 0
+
+
+def test_row_drift_is_the_cosine_with_rows_of_the_own_source_by_age():
+    rng = np.random.default_rng(0)
+    batches = [random_batch(rng, VIDEOS, DIM, SOURCES) for _ in range(8)]
+    bank, model = feature_bank.create(SIZE, DIM, jnp.float32, labels=2), BankModel(SIZE)
+    for batch in batches[:-1]:
+        bank = insert(bank, **batch)
+        model.insert(batch)
+    batch = batches[-1]
+    found = health_of(bank, batch)
+    cosines = {"newer": [], "older": []}
+    for i, view in np.argwhere(batch["has_audio"]):
+        for row in model.rows:
+            if row["has_audio"] and row["source_id"] == batch["source_id"][i]:
+                half = "older" if model.inserted - row["insertion"] > SIZE // 2 else "newer"
+                cosines[half].append(row["audio"] @ batch["audio"][i, view])
+    for half, values in cosines.items():
+        assert values
+        result = found[f"audio_same_source_similarity/{half}"]
+        np.testing.assert_allclose(result, (np.mean(values), len(values)), rtol=1e-5)
 
 
 def pod_bytes(size, *, shards=256, terms=(("video", "audio"),)):
     sampling = sampling_of(
-        "agreement", num_positives=1, num_negatives=7, positive_ranks=32, negative_ranks=224
+        "agreement", num_positives=1, positive_ranks=256, negative_candidates=2048
     )
     return feature_bank.exchange_bytes(
         size=size,
         dim=128,
         dtype=jnp.bfloat16,
+        labels=1,
         global_batch_size=64 * 256,
         shards=shards,
         terms=terms,
@@ -393,7 +556,7 @@ def pod_bytes(size, *, shards=256, terms=(("video", "audio"),)):
 
 def test_exchange_bytes_on_a_pod():
     """The example of design §4: gathering 65,536 rows is 33 MB, merging 256 candidates is 67 MB."""
-    numbers = 65_536 * 12
+    numbers = 65_536 * 5 * 4
     small = pod_bytes(65_536)
     assert small.gather - numbers - 65_536 == 65_536 * 128 * 2 * 2  # 33.6 MB
     assert small.merge - numbers > 128 * 256 * 256 * 8  # 67.1 MB of candidates alone
@@ -420,16 +583,22 @@ def test_errors_name_what_is_wrong():
         feature_bank.check_size(24, global_batch_size=12, shards=8)
     with pytest.raises(ValueError, match="multiple of the 6 rows"):
         insert(bank, **random_batch(np.random.default_rng(0), 3, DIM, SOURCES))
-    with pytest.raises(ValueError, match="60 exceed the bank's 40 rows"):
-        sampler(("video", "video"), sampling_of(positive_ranks=30, negative_ranks=30))(
+    with pytest.raises(ValueError, match="negative_candidates = 60 must be at most the bank's 40"):
+        sampler(("video", "video"), sampling_of(negative_candidates=60))(
             bank, jax.random.key(0), **as_anchors(batch, np.arange(VIDEOS)), active=True
         )
     with pytest.raises(ValueError, match=r"num_positives = 3 .* drawn from positive_ranks = 2"):
         sampling_of(positive_ranks=2)
     with pytest.raises(ValueError, match="space is 'nearest'"):
         sampling_of("nearest")
-    with pytest.raises(ValueError, match="sampling is 'softmax'"):
-        sampling_of(sampling="softmax")
+    with pytest.raises(ValueError, match="ranking is 'nearest'"):
+        sampling_of(ranking="nearest")
+    with pytest.raises(ValueError, match="negative_sampling is 'softmax'"):
+        sampling_of(negative_sampling="softmax")
+    with pytest.raises(ValueError, match="negative_offset is 1"):
+        sampling_of(negative_offset=1.0)
+    with pytest.raises(ValueError, match="negative_candidates is 0"):
+        sampling_of(num_negatives=0, negative_candidates=0)
     with pytest.raises(ValueError, match="temperature is 0"):
         sampling_of(temperature=0.0)
 

@@ -99,6 +99,7 @@ def test_devices_exchange_what_was_counted_and_the_smaller(results, layout, exch
         size=size,
         dim=DIM,
         dtype=jnp.bfloat16,
+        labels=2,
         global_batch_size=VIDEOS,
         shards=SHARDS,
         terms=TERMS,

@@ -84,7 +84,8 @@ def test_a_run_leaves_metrics_events_config_and_parameters(whole_run):
         "va/positive_similarity",
         "va/negative_similarity",
         "va/bank_age_rows",
-        "va/bank_label_share",
+        "va/bank_positive_share/speed",
+        "bank/base_rate/direction",
         "va/bank_negative_similarity",
         "learning_rate",
         "data_wait_share",
@@ -275,7 +276,10 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused(records, tmp_p
     [
         ({"bank.size": 24}, "must be a multiple of the 16 rows"),
         ({"bank.size": 8}, "must be a multiple of the 16 rows"),
-        ({"bank.negative_ranks": 40}, "bank.negative_ranks = 44 exceed bank.size 32"),
+        (
+            {"bank.negative_candidates": 40},
+            "bank.negative_candidates 40 must be at most bank.size 32",
+        ),
         (
             {"global_batch_size": 32, "bank.size": 64},
             "24 usable records: set global_batch_size=16, the largest that fits bank.size 64, or",

@@ -199,7 +199,6 @@ def gradient_of_the_step():
             batch,
             state=TrainState(jnp.zeros((), jnp.int32), *[None] * 6),
             loss_spec=loop.loss_spec(config),
-            label=jnp.full(VIDEOS, -1),
             key=jax.random.key(0),
             mesh=mesh,
         )[0]
@@ -292,7 +291,7 @@ def test_an_objective_without_terms_or_with_unknown_ones_is_refused():
         "positive_weight": 0.2,
         "bank": None,
         "bank_warmup_steps": 0,
-        "bank_label": "",
+        "bank_labels": (),
     }
     with pytest.raises(ValueError, match="nothing would be learned"):
         LossSpec(weights={"vv": 0.0}, **options)

@@ -1,0 +1,145 @@
+"""Health of a feature bank: whom its samples resemble, how old they are, how far rows drift."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from avcl_jax.objectives.bank_exchange import ROW_NUMBERS
+from avcl_jax.objectives.bank_sampling import Modality
+from avcl_jax.objectives.feature_bank import BankSample, FeatureBank, age
+
+# Videos of a batch whose rows are looked for in the bank to see how far these have drifted.
+_DRIFT_VIDEOS = 8
+
+
+def sample_metrics(
+    bank: FeatureBank,
+    drawn: BankSample,
+    *,
+    modality: Modality,
+    playback: Int[Array, "videos 2"],
+    label: Int[Array, "videos labels"],
+    label_names: Sequence[str],
+) -> dict[str, tuple[Array, Array]]:
+    """Health of a sample: how old its rows are, and how often they are of the anchor's kind.
+
+    Args:
+        bank: The bank sampled from (before this step's insertion).
+        drawn: What `sample` returned.
+        modality: Of the anchors.
+        playback: int [videos, 2] of the anchors.
+        label: int [videos, labels] of the anchors, −1 unknown.
+        label_names: Names of the labels.
+
+    Returns:
+        Means, each with how many values it is of; 0 of none. `positives`: number per anchor;
+        `age_rows`: number of rows inserted since the sampled positives were; `positive_share/NAME`
+        and `negative_share/NAME` of each label, "speed" and "direction": fraction of positives and
+        of negatives that agree with the anchor. Compare with the base rates of `bank_metrics`.
+    """
+
+    def mean(values, mask):
+        count = mask.sum()
+        return jnp.where(mask, values, 0).sum() / jnp.maximum(count, 1), count
+
+    # In float32: sums of ages overflow int32.
+    ages = age(bank, drawn.positive_numbers[..., 0]).astype(jnp.float32)
+    anchors = math.prod(drawn.positive_mask.shape[:2])
+    found = {
+        "positives": (drawn.positive_mask.sum(-1).mean(), jnp.asarray(anchors)),
+        "age_rows": mean(ages, drawn.positive_mask),
+    }
+    kinds = _kinds(playback, jnp.repeat(label[:, None], 2, axis=1), label_names)
+    column = 2 if modality == "video" else 3
+    for name, numbers, mask in (
+        ("positive", drawn.positive_numbers, drawn.positive_mask),
+        ("negative", drawn.negative_numbers, drawn.negative_mask),
+    ):
+        rows = _kinds(numbers[..., column], numbers[..., ROW_NUMBERS:], label_names)
+        for kind, own in kinds.items():
+            known = mask & (rows[kind] >= 0) & (own >= 0)[..., None]
+            same = (rows[kind] == own[..., None]).astype(jnp.float32)
+            found[f"{name}_share/{kind}"] = mean(same, known)
+    return found
+
+
+def _kinds(playback: Array, labels: Array, label_names: Sequence[str]) -> dict[str, Array]:
+    """Numbers by which rows and anchors are compared; playback is 2 speed + direction."""
+    kinds = {name: labels[..., number] for number, name in enumerate(label_names)}
+    return kinds | {"speed": playback // 2, "direction": playback % 2}
+
+
+def _base_rates(
+    kinds: Mapping[str, Array], source_id: Array, present: Array
+) -> dict[str, tuple[Array, Array]]:
+    source, there = jnp.repeat(source_id, 2), present.ravel()
+    pairs = (source[:, None] != source[None]) & there[:, None] & there[None]
+    rates = {}
+    for kind, values in kinds.items():
+        flat = values.ravel()
+        known = pairs & (flat >= 0)[:, None] & (flat >= 0)[None]
+        same = ((flat[:, None] == flat[None]) & known).sum()
+        rates[kind] = same / jnp.maximum(known.sum(), 1), known.sum()
+    return rates
+
+
+def _row_drift(
+    bank: FeatureBank, modality: Modality, embeddings: Array, source_id: Array, present: Array
+) -> dict[str, tuple[Array, Array]]:
+    few = slice(_DRIFT_VIDEOS)
+    rows, there = getattr(bank, modality), getattr(bank, f"has_{modality}")
+    cosine = jnp.einsum("vkd,rd->vkr", embeddings[few].astype(rows.dtype), rows).astype("f4")
+    same = source_id[few, None] == bank.source_id[None]
+    same = same & (there & (bank.insertion >= 0))[None]
+    pairs = same[:, None] & present[few, :, None]
+    old = age(bank, bank.insertion) > bank.insertion.shape[0] // 2
+    found = {}
+    for name, half in (("newer", ~old), ("older", old)):
+        of_half = pairs & half[None, None]
+        count = of_half.sum()
+        found[name] = jnp.where(of_half, cosine, 0).sum() / jnp.maximum(count, 1), count
+    return found
+
+
+def bank_metrics(
+    bank: FeatureBank,
+    embeddings: Mapping[Modality, Float[Array, "videos 2 dim"]],
+    present: Mapping[Modality, Bool[Array, "videos 2"]],
+    *,
+    playback: Mapping[Modality, Int[Array, "videos 2"]],
+    label: Int[Array, "videos labels"],
+    label_names: Sequence[str],
+    source_id: Int[Array, " videos"],
+) -> dict[str, tuple[Array, Array]]:
+    """Health of the bank beside a batch.
+
+    Args:
+        bank: The bank, before this step's insertion.
+        embeddings: By modality, [videos, 2, dim].
+        present: By modality, bool [videos, 2].
+        playback: By modality, int [videos, 2] number of the speed and direction.
+        label: int [videos, labels], −1 unknown.
+        label_names: Names of the labels.
+        source_id: int [videos].
+
+    Returns:
+        Means, each with how many values it is of; 0 of none. `fill`: fraction of rows written;
+        `base_rate/NAME` of each label, "speed" and "direction": fraction of pairs of views of
+        different sources that agree, whoever draws them; `MODALITY_same_source_similarity/HALF`:
+        cosine of views with rows of their source in the "newer" and "older" half of the bank. These
+        are other views of it: compare with the similarity of two views of the batch.
+    """
+    found = {"fill": ((bank.insertion >= 0).mean(), jnp.asarray(1))}
+    either = present["video"] | present["audio"]
+    kinds = _kinds(playback["video"], jnp.repeat(label[:, None], 2, axis=1), label_names)
+    for kind, rate in _base_rates(kinds, source_id, either).items():
+        found[f"base_rate/{kind}"] = rate
+    for modality in embeddings:
+        drift = _row_drift(bank, modality, embeddings[modality], source_id, present[modality])
+        for half, cosine in drift.items():
+            found[f"{modality}_same_source_similarity/{half}"] = cosine
+    return found
