@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from avcl_jax.evaluation import figures
 from avcl_jax.evaluation.page import (
@@ -46,6 +46,7 @@ def render_report(content: ReportContent) -> str:
         _confusion_section(content),
         figures_section(results),
         _curve_section(content),
+        _bank_section(content),
         _run_section(content),
     ]
     return page(title=content.title, body="".join(parts))
@@ -219,23 +220,31 @@ def _retrieval_section(content: ReportContent) -> str:
 def _neighbour_section(content: ReportContent) -> str:
     if not content.neighbours:
         return ""
-    blocks = []
-    for title, searches in content.neighbours.items():
-        blocks.append(f"<h3>{text(title)}</h3>")
-        blocks += [_search_row(search, content.spectrogram_range) for search in searches]
     return section(
         "Nearest neighbours",
         "The test videos that an encoder holds to be most alike, by its features before the "
         "projection, standardised.",
-        *blocks,
+        *_search_blocks(content.neighbours, content.spectrogram_range),
     )
 
 
+def _search_blocks(
+    by_title: Mapping[str, Sequence[Search]], spectrogram_range: tuple[float, float]
+) -> list[str]:
+    blocks = []
+    for title, searches in by_title.items():
+        blocks.append(f"<h3>{text(title)}</h3>")
+        blocks += [_search_row(search, spectrogram_range) for search in searches]
+    return blocks
+
+
 def _search_row(search: Search, spectrogram_range: tuple[float, float]) -> str:
-    cards = [_card(search.query, search.query_modality, "query", "query", spectrogram_range)]
+    asked = "anchor" if search.tags else "query"
+    cards = [_card(search.query, search.query_modality, "query", asked, spectrogram_range)]
     for number, (exhibit, hit) in enumerate(zip(search.found, search.hits, strict=True), start=1):
         kind = "hit" if hit else ""
         tag = f"{number} · same video" if hit else str(number)
+        tag = search.tags[number - 1] if search.tags else tag
         cards.append(_card(exhibit, search.found_modality, kind, tag, spectrogram_range))
     remark = f'<p class="caption">{text(search.remark)}</p>' if search.remark else ""
     return f'<div class="scroll"><div class="row">{"".join(cards)}</div></div>{remark}'
@@ -243,7 +252,7 @@ def _search_row(search: Search, spectrogram_range: tuple[float, float]) -> str:
 
 def _card(
     exhibit: Exhibit,
-    modality: Modality,
+    modality: Modality | Literal["both"],
     kind: str,
     tag: str,
     spectrogram_range: tuple[float, float],
@@ -252,11 +261,11 @@ def _card(
     media = ""
     if len(exhibit.stills):
         stills = "".join(f'<img alt="" src="{figures.picture_uri(s)}">' for s in exhibit.stills)
-        unseen = "" if modality == "video" else " unseen"
+        unseen = " unseen" if modality == "audio" else ""
         media += f'<span class="stills{unseen}">{stills}</span>'
     if len(exhibit.spectrogram):
         uri = figures.spectrogram_uri(exhibit.spectrogram, low=low, high=high)
-        unseen = "" if modality == "audio" else ' class="unseen"'
+        unseen = ' class="unseen"' if modality == "video" else ""
         media += f'<img alt="spectrogram"{unseen} src="{uri}">'
     clip = f'data-clip="{exhibit.clip}" aria-label="play {text(exhibit.name)}"'
     labels = text(exhibit.labels)
@@ -338,6 +347,20 @@ def _curve_section(content: ReportContent) -> str:
         )
     details = f"<details><summary>More metrics</summary>{further}</details>"
     return section("How training went", caption, shown, details if charts[True] else "")
+
+
+def _bank_section(content: ReportContent) -> str:
+    if not content.bank:
+        return ""
+    return section(
+        "What the feature bank gave",
+        "Training videos drawn by the seed, and rows that the bank of the last checkpoint gives "
+        "them: positives in green, negatives from the most to the least similar. Numbers are the "
+        "cosines by which rows are ranked, before any correction for playback: of the pictures, "
+        "then of the sounds. The speed is that of the view whose embedding the bank holds; the "
+        "pictures are of the middle of the video, which may be another interval.",
+        *_search_blocks(content.bank, content.spectrogram_range),
+    )
 
 
 def _run_section(content: ReportContent) -> str:

@@ -43,16 +43,18 @@ class Search:
         query_modality: which side of it the model was given.
         found: the best results, best first.
         found_modality: which side of them was ranked.
-        hits: for each result, whether it is the very video of the query.
+        hits: for each result, whether it is the very video of the query, or a positive.
         remark: one line on where the right one stood.
+        tags: for each result, its description in place of its rank.
     """
 
     query: Exhibit
-    query_modality: Modality
+    query_modality: Modality | Literal["both"]
     found: Sequence[Exhibit]
-    found_modality: Modality
+    found_modality: Modality | Literal["both"]
     hits: Sequence[bool]
     remark: str
+    tags: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class ReportContent:
         bank_start: step from which training used the feature bank; None if it never did.
         searches: retrieval examples by direction, "audio_to_video" and "video_to_audio".
         neighbours: nearest neighbours within one modality.
+        bank: what the feature bank gave to some training videos; {} without one.
         maps: see `figures.scatter`; by t-SNE of the pretrained features.
         planes: see `figures.scatter`; a random beside the pretrained encoder, for each probe, in
             the plane that keeps the classes of the training videos apart.
@@ -106,6 +109,7 @@ class ReportContent:
     bank_start: int | None
     searches: Mapping[str, Sequence[Search]]
     neighbours: Mapping[str, Sequence[Search]]
+    bank: Mapping[str, Sequence[Search]]
     maps: Sequence[Map]
     planes: Sequence[Sequence[Map]]
     probe_confusions: Mapping[str, tuple[Sequence[Sequence[int]], Sequence[str]]]

@@ -16,6 +16,7 @@ from etils import epath
 from avcl_jax import experiment
 from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.evaluation.bank_exhibits import bank_searches
 from avcl_jax.evaluation.exhibits import (
     Exhibits,
     class_plane,
@@ -65,7 +66,8 @@ def write_summary(
     config, workdir = protocol_run.config, protocol_run.workdir
     metrics = _read_metrics(workdir)
     with stages("report"):
-        shown = _shown(config, spec, test, train_features, features)
+        bank = bank_searches(config, workdir, spec, step=sections["step"])
+        shown = _shown(config, spec, test, train_features, features, bank)
     seconds = _preparation_seconds(config.data.directory)
     total = (seconds or 0.0) + sections["train_seconds"] + stages.total
     logged = [r["peak_memory_gb"] for r in metrics if "peak_memory_gb" in r]
@@ -104,6 +106,7 @@ def _shown(
     test: UsableRecords,
     train_features: Mapping[str, np.ndarray],
     features: Mapping[str, np.ndarray],
+    bank: Mapping[str, Sequence[Search]],
 ) -> dict[str, Any]:
     """Returns searches, neighbours and maps for the report."""
     section = config.evaluation.report
@@ -175,12 +178,14 @@ def _shown(
                 for network in ("random", "pretrained")
             ]
         )
-    every = [s for group in (searches, neighbours) for found in group.values() for s in found]
+    groups = (searches, neighbours, bank)
+    every = [s for group in groups for found in group.values() for s in found]
     heard = [s.query.spectrogram.ravel() for s in every if len(s.query.spectrogram)]
     low, high = np.percentile(np.concatenate(heard), (2, 99.8)) if heard else (0.0, 1.0)
     return {
         "searches": searches,
         "neighbours": neighbours,
+        "bank": bank,
         "maps": maps,
         "planes": planes,
         "spectrogram_range": (float(low), float(high)),

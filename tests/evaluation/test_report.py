@@ -133,6 +133,7 @@ def synthetic_content() -> ReportContent:
         ],
         bank_start=1000,
         searches={"audio_to_video": searches, "video_to_audio": reverse},
+        bank={},
         neighbours={"By the picture": reverse[:1], "By the sound": searches[:1]},
         maps=[
             (title, *_islands(rng), CLASSES)
@@ -229,7 +230,7 @@ def test_what_was_not_measured_is_left_out():
     results = {k: v for k, v in content.results.items() if k not in ("retrieval", "probe")}
     results["null_control"] = {"skipped": "the data set has no split null_train"}
     bare = dataclasses.replace(
-        content, results=results, searches={}, neighbours={}, maps=(), planes=(), curves=()
+        content, results=results, searches={}, neighbours={}, bank={}, maps=(), planes=(), curves=()
     )
     page = render_report(bare)
     assert "Finding the other half" not in page

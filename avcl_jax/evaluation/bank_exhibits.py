@@ -1,0 +1,217 @@
+"""Positives and negatives that the feature bank of a run gives to some anchors, for the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+
+from avcl_jax import experiment
+from avcl_jax.data.records import RecordDataset, RecordError
+from avcl_jax.data.rendering import RenderSpec
+from avcl_jax.data.selection import Selection
+from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.evaluation.exhibits import Exhibits
+from avcl_jax.evaluation.report_content import Exhibit, Search
+from avcl_jax.objectives import feature_bank
+from avcl_jax.objectives.bank_sampling import BankSampling, Term, ranking_pairs
+from avcl_jax.objectives.feature_bank import FeatureBank
+from avcl_jax.training.checkpoint import load_bank, read_progress
+from avcl_jax.training.loop import bank_start, loss_spec
+
+_POSITIVES_SHOWN = 2
+# (modality of the anchor, of a row) pairs whose similarities rank the rows -> title.
+_TITLES: Mapping[tuple[Term, ...], str] = {
+    (("video", "video"), ("audio", "audio")): "By picture and sound",
+    (("video", "video"),): "By the picture",
+    (("audio", "audio"),): "By the sound",
+    (("video", "audio"),): "Sounds by the picture",
+    (("audio", "video"),): "Pictures by the sound",
+}
+
+
+def bank_searches(
+    config: ml_collections.ConfigDict, workdir: epath.Path, spec: RenderSpec, *, step: int
+) -> dict[str, list[Search]]:
+    """Samples the bank of a run's newest checkpoint for some of its training videos.
+
+    Args:
+        config: of the run, with the sections of its evaluation.
+        workdir: of the run.
+        spec: rendering, with the spectrogram made on the host.
+        step: of the checkpoint.
+
+    Returns:
+        Title of each way of ranking rows that the run uses to its searches; {} if no bank was used
+        yet, or the records that its rows stand for are no longer there.
+    """
+    start = bank_start(config)
+    if start is None or step <= start:
+        return {}
+    try:
+        records = RecordDataset(config.data.directory, config.data.split)
+    except RecordError:  # Evaluated where only the test records are.
+        return {}
+    source = UsableRecords(records, spec, Selection.parse(config.data.select))
+    if source.fingerprint != read_progress(workdir, step).data_fingerprint:
+        return {}
+    section = config.evaluation.report
+    return sampled(
+        FeatureBank(**load_bank(workdir)),
+        source,
+        Exhibits(source, spec, speed=len(config.views.speeds) // 2, stills=section.stills),
+        sampling=experiment.bank_sampling(config),
+        terms=loss_spec(config).bank_terms,
+        labels=config.bank.health_labels,
+        speeds=config.views.speeds,
+        anchors=section.queries,
+        results=section.results,
+        seed=config.seed,
+    )
+
+
+def sampled(
+    rows: FeatureBank,
+    source: UsableRecords,
+    exhibits: Exhibits,
+    *,
+    sampling: BankSampling,
+    terms: Sequence[Term],
+    labels: Sequence[str],
+    speeds: Sequence[int],
+    anchors: int,
+    results: int,
+    seed: int,
+) -> dict[str, list[Search]]:
+    """Samples a bank for videos that are in it, as they were embedded in training.
+
+    Args:
+        rows: full bank of numpy arrays.
+        source: records that its sources are of.
+        exhibits: shows them.
+        sampling: of the run.
+        terms: (anchor modality, target modality) of all draws in a step.
+        labels: names of the labels of rows.
+        speeds: of playback.
+        anchors: number of videos to sample for.
+        results: rows shown of each, `_POSITIVES_SHOWN` of them positives at most.
+        seed: of the choice of anchors and of the draws.
+
+    Returns:
+        Title to searches; ways of ranking that are alike are shown once.
+    """
+    # Of several records of a source, the first.
+    places = {int(name): place for place, name in reversed(list(enumerate(source.sources)))}
+    row_of = {int(number): row for row, number in enumerate(rows.insertion)}
+    views = jax.tree.map(lambda v: v.reshape(-1, 2, *v.shape[1:]) if v.ndim else v, rows)
+
+    def cosines(anchor: int, row: int, pairs: Sequence[Term]) -> list[float]:
+        return [
+            float(getattr(rows, own)[anchor].astype("f4") @ getattr(rows, other)[row].astype("f4"))
+            for own, other in pairs
+        ]
+
+    def show(row: int) -> Exhibit:
+        exhibit = exhibits.show(places[int(rows.source_id[row])])
+        playback = (rows.video_playback if rows.has_video[row] else rows.audio_playback)[row]
+        played = f"{speeds[playback // 2]}×{' backward' if playback % 2 else ''}"
+        return dataclasses.replace(
+            exhibit, labels=", ".join(filter(None, (exhibit.labels, played)))
+        )
+
+    found: dict[str, list[Search]] = {}
+    for anchor, target in terms:
+        pairs = ranking_pairs(sampling, anchor)
+        whole = np.all([getattr(views, f"has_{own}").all(axis=1) for own, _ in pairs], axis=0)
+        usable = np.flatnonzero(whole & np.isin(rows.source_id[::2], list(places)))
+        if _TITLES[pairs] in found or not len(usable):
+            continue
+        rng = np.random.default_rng(seed)
+        chosen = np.sort(rng.choice(usable, min(anchors, len(usable)), replace=False))
+        sample = functools.partial(
+            feature_bank.sample,
+            active=True,
+            anchor_modality=anchor,
+            target_modality=target,
+            sampling=sampling,
+            mesh=None,
+            data_axes=(),
+            terms=terms,
+        )
+        drawn = jax.jit(sample)(
+            rows,
+            jax.random.key(seed),
+            anchors_video=views.video[chosen],
+            anchors_audio=views.audio[chosen],
+            has_video=views.has_video[chosen],
+            has_audio=views.has_audio[chosen],
+            video_playback=views.video_playback[chosen],
+            audio_playback=views.audio_playback[chosen],
+            source_id=views.source_id[chosen, 0],
+            anchor_id=chosen,
+        )
+        searches = []
+        for number, video in enumerate(chosen.tolist()):
+            query = 2 * video  # row of its first view
+            kinds: dict[str, list[int]] = {}
+            for kind, numbers in (
+                ("positive", drawn.positive_numbers),
+                ("negative", drawn.negative_numbers),
+            ):
+                insertions = np.asarray(numbers)[number, 0, :, 0].tolist()
+                sampled_rows = [row_of[insertion] for insertion in insertions if insertion >= 0]
+                kinds[kind] = sorted(sampled_rows, key=lambda row: -min(cosines(query, row, pairs)))
+            shown = {
+                kind: _spread([r for r in of_kind if int(rows.source_id[r]) in places], count)
+                for (kind, of_kind), count in zip(
+                    kinds.items(), (_POSITIVES_SHOWN, results - _POSITIVES_SHOWN), strict=True
+                )
+            }
+            sides = pairs[0] if len(pairs) == 1 else ("both", "both")
+            searches.append(
+                Search(
+                    query=show(query),
+                    query_modality=sides[0],
+                    found=[show(row) for of_kind in shown.values() for row in of_kind],
+                    found_modality=sides[1],
+                    hits=[kind == "positive" for kind, of_kind in shown.items() for _ in of_kind],
+                    remark=_agreement(rows, query, kinds, labels),
+                    tags=[
+                        f"{kind} {' / '.join(f'{c:.2f}' for c in cosines(query, row, pairs))}"
+                        for kind, of_kind in shown.items()
+                        for row in of_kind
+                    ],
+                )
+            )
+        found[_TITLES[pairs]] = searches
+    return found
+
+
+def _spread(rows: Sequence[int], count: int) -> list[int]:
+    """Returns `count` rows or fewer, the first, the last and some between."""
+    places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
+    return [rows[place] for place in places]
+
+
+def _agreement(
+    rows: FeatureBank, query: int, kinds: Mapping[str, Sequence[int]], labels: Sequence[str]
+) -> str:
+    """Returns how many rows have the labels of the row `query`, and of the bank by chance."""
+    others = np.flatnonzero(rows.source_id != rows.source_id[query])
+    sentences = []
+    for column, label in enumerate(labels):
+        values = rows.label[:, column]
+        if values[query] < 0:
+            continue
+        counts = [
+            f"{int((values[list(of_kind)] == values[query]).sum())} of {len(of_kind)} {kind}s"
+            for kind, of_kind in kinds.items()
+        ]
+        chance = float((values[others] == values[query]).mean())
+        sentences.append(f"{', '.join(counts)} share its {label}, {chance:.0%} of the bank do.")
+    return " ".join(sentences)

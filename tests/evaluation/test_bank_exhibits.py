@@ -1,0 +1,160 @@
+"""Rows of the feature bank in the report: those that the bank gives, of the right videos."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from avcl_jax import experiment
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.evaluation.bank_exhibits import bank_searches
+from avcl_jax.evaluation.report import render_report
+from avcl_jax.objectives.feature_bank import FeatureBank
+from avcl_jax.training.checkpoint import Checkpoints, Progress
+from tests.evaluation.conftest import small_config, small_evaluation
+from tests.evaluation.test_report import synthetic_content
+
+VIDEOS = 16  # the first training records, each with two rows
+KINDS = ("motion", "material")
+
+
+def _bank(records: UsableRecords) -> FeatureBank:
+    """Rows in which videos of one motion look alike and those of one material sound alike."""
+    rng = np.random.default_rng(0)
+    labels = np.stack([records.records.labels[kind][:VIDEOS] for kind in KINDS], axis=1)
+
+    def embeddings(label):
+        rows = np.eye(8)[label].repeat(2, axis=0) + 0.2 * rng.normal(size=(2 * VIDEOS, 8))
+        return jnp.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), jnp.float32)
+
+    playback = jnp.asarray(rng.integers(0, 6, 2 * VIDEOS), jnp.int32)
+    # The ring has turned: the newest rows lie in front.
+    insertion = np.roll(np.arange(2 * VIDEOS), 8).astype(np.int32) + 2 * VIDEOS
+    return FeatureBank(
+        video=embeddings(labels[:, 0]),
+        audio=embeddings(labels[:, 1]),
+        source_id=jnp.asarray(records.records.source_numbers[:VIDEOS].repeat(2)),
+        label=jnp.asarray(labels.repeat(2, axis=0), jnp.int32),
+        video_playback=playback,
+        audio_playback=playback,
+        has_video=jnp.ones(2 * VIDEOS, bool),
+        has_audio=jnp.ones(2 * VIDEOS, bool),
+        insertion=jnp.asarray(insertion),
+        inserted=jnp.asarray(4 * VIDEOS, jnp.int32),
+    )
+
+
+@pytest.fixture(scope="module")
+def run(small_run, small_records, tmp_path_factory):
+    """Config, directory, rendering, records and bank of a run at step 20, whose bank was used."""
+    config = small_config(small_records)
+    config.bank.update({"size": 2 * VIDEOS, "warmup_steps": 10, "health_labels": KINDS})
+    config.bank.update({"num_positives": 2, "positive_window": 0.125, "num_negatives": 6})
+    config.bank.update({"negative_candidates": 2 * VIDEOS, "ranking": "raw"})
+    config.evaluation = small_evaluation().evaluation
+    config.evaluation.report.update({"queries": 3, "results": 5, "stills": 2})
+    spec = dataclasses.replace(experiment.render_spec(config), spectrogram_on_device=False)
+    records = UsableRecords(RecordDataset(small_records, "train"), spec)
+    workdir = tmp_path_factory.mktemp("with_bank")
+    checkpoints = Checkpoints(workdir, keep=1)
+    bank = _bank(records)
+    state = dataclasses.replace(small_run[2], bank=bank)
+    checkpoints.save(state, Progress(20, 1.0, records.fingerprint, 1))
+    checkpoints.close()
+    return config, workdir, spec, records, jax.tree.map(np.asarray, bank)
+
+
+@pytest.fixture(scope="module")
+def agreeing(run):
+    """Searches of that run, which ranks by picture and sound for all its terms alike."""
+    return bank_searches(*run[:3], step=20)
+
+
+@pytest.mark.parametrize(
+    ("space", "term", "pairs"),
+    [
+        ("agreement", "all", {"By picture and sound": (("video", "video"), ("audio", "audio"))}),
+        ("same", "aa", {"By the sound": (("audio", "audio"),)}),
+        ("cross", "vv", {"Sounds by the picture": (("video", "audio"),)}),
+    ],
+)
+def test_anchors_are_shown_with_rows_of_the_bank_and_their_similarity(
+    run, agreeing, space, term, pairs
+):
+    config, workdir, spec, records, bank = run
+    found = agreeing
+    if term != "all":
+        config = config.copy_and_resolve_references()
+        config.bank.space = space
+        config.loss.weights.update({other: 0.0 for other in {"vv", "va", "aa"} - {term}})
+        found = bank_searches(config, workdir, spec, step=20)
+    assert list(found) == list(pairs)
+    source = dict(zip(records.record_ids, map(int, records.sources), strict=True))
+    for title, searches in found.items():
+        assert len({search.query.name for search in searches}) == 3
+        for search in searches:
+            assert search.hits == [True, True, False, False, False]
+            (query,) = np.flatnonzero(bank.source_id == source[search.query.name])[:1]
+            cosines = []
+            for exhibit, tag in zip(search.found, search.tags, strict=True):
+                assert exhibit.name != search.query.name
+                given = [float(number) for number in re.findall(r"-?\d\.\d\d", tag)]
+                rows = np.flatnonzero(bank.source_id == source[exhibit.name])
+                expected = [
+                    [getattr(bank, own)[query] @ getattr(bank, other)[row] for row in rows]
+                    for own, other in pairs[title]
+                ]
+                # One of the two rows of that video.
+                assert (np.abs(np.transpose(expected) - given) <= 0.00501).all(axis=1).any()
+                cosines.append(min(given))
+            assert [tag.split()[0] for tag in search.tags] == ["positive"] * 2 + ["negative"] * 3
+            assert cosines[2:] == sorted(cosines[2:], reverse=True)
+            if space == "same":
+                assert min(cosines[:2]) > max(cosines[2:])
+
+
+def test_the_page_shows_pictures_sounds_playback_and_shared_labels(run, agreeing):
+    _, _, _, records, bank = run
+    page = render_report(dataclasses.replace(synthetic_content(), bank=agreeing, searches={}))
+    _, _, shown = page.partition("What the feature bank gave")
+    shown, _, _ = shown.partition("</section>")
+    assert shown.count("data:image/jpeg;base64,") == 3 * 6 * 2
+    assert shown.count("data:image/png;base64,") == 3 * 6
+    assert shown.count('class="video hit"') == 3 * 2
+    assert shown.count("<b>anchor</b>") == 3
+    assert "unseen" not in shown
+    # Half of the other sources' rows share the motion less the anchor's own: 14 of 30.
+    remarks = re.findall(
+        r"(\d) of 2 positives, (\d) of 6 negatives share its (\w+), (\d+)% of the bank do", shown
+    )
+    assert [remark[2:] for remark in remarks] == [("motion", "47"), ("material", "47")] * 3
+    # Positives by picture and sound share both.
+    assert all(remark[0] == "2" for remark in remarks)
+    (searches,) = agreeing.values()
+    query = searches[0].query
+    row = 2 * records.record_ids.index(query.name)
+    played = int(bank.video_playback[row])
+    labels = [("low", "high")[bank.label[row, 1]], ("across", "down")[bank.label[row, 0]]]
+    back = " backward" if played % 2 else ""
+    assert query.labels == ", ".join([*labels, f"{(1, 2, 4)[played // 2]}×{back}"])
+
+
+def test_without_a_used_bank_or_its_records_nothing_is_shown(run, tmp_path):
+    config, workdir, spec, _, _ = run
+
+    def shown(step=20, **changes):
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(changes)
+        return bank_searches(changed, workdir, spec, step=step)
+
+    assert shown(step=10) == {}
+    assert shown(**{"bank.size": 0}) == {}
+    assert shown(**{"data.split": "validation"}) == {}
+    assert shown(**{"data.directory": str(tmp_path)}) == {}
+    assert shown(**{"data.select": "motion=across"}) == {}
