@@ -17,7 +17,7 @@ from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.selection import Selection
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.evaluation.exhibits import Exhibits
-from avcl_jax.evaluation.report_content import Exhibit, Search
+from avcl_jax.evaluation.report_content import Exhibit, Search, Side
 from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.bank_sampling import BankSampling, Term, ranking_pairs
 from avcl_jax.objectives.feature_bank import FeatureBank
@@ -172,7 +172,7 @@ def sampled(
                     kinds.items(), (_POSITIVES_SHOWN, results - _POSITIVES_SHOWN), strict=True
                 )
             }
-            sides = pairs[0] if len(pairs) == 1 else ("both", "both")
+            sides: tuple[Side, Side] = pairs[0] if len(pairs) == 1 else ("both", "both")
             searches.append(
                 Search(
                     query=show(query),

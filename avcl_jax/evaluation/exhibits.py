@@ -17,7 +17,7 @@ from avcl_jax.data.decode import decode_jpegs
 from avcl_jax.data.rendering import RenderSpec, render_views
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import FORWARD, Clip
-from avcl_jax.evaluation.figures import clip_uri
+from avcl_jax.evaluation.cards import clip_uri
 from avcl_jax.evaluation.fixed_views import fitting_speed
 from avcl_jax.evaluation.report_content import Exhibit, Search
 from avcl_jax.evaluation.retrieval import first_relevant_ranks, nearest

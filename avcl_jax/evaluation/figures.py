@@ -1,4 +1,4 @@
-"""Charts and pictures of the report, as strings that go into the page.
+"""Charts of the report, as strings that go into the page.
 
 Charts are SVG whose inks are CSS variables of the page, so that one drawing is legible on a light
 and on a dark background.
@@ -6,19 +6,13 @@ and on a dark background.
 
 from __future__ import annotations
 
-import base64
 import io
 import re
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from typing import Any
 
-import av
-import cv2
-import librosa
 import matplotlib
 import numpy as np
-import simplejpeg
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -41,10 +35,6 @@ _MOST_POINTS = 400  # of a curve
 # Colours that no chart uses, replaced by CSS variables after drawing.
 _INK, _MUTED, _GRID = "#010203", "#040506", "#070809"
 _VARIABLES = {_INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--line)"}
-# Rates that AAC knows, of those in use. FFmpeg's own resampling on the way into the encoder ends
-# in time stamps that its muxer refuses.
-_AAC_RATES = (8000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
-
 _RC: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",
@@ -334,61 +324,3 @@ def scatter(
                 columnspacing=1.0,
             )
         return _svg(figure, name, "maps: " + ", ".join(panel[0] for panel in panels))
-
-
-def picture_uri(picture: np.ndarray) -> str:
-    """Returns a JPEG data URI of a uint8 [H, W, 3] picture."""
-    data = simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(data).decode("ascii")
-
-
-def spectrogram_uri(spectrogram: np.ndarray, *, low: float, high: float) -> str:
-    """Returns a PNG data URI of a log-mel spectrogram, time to the right and low pitch below.
-
-    Args:
-        spectrogram: float [F, M].
-        low: value drawn darkest.
-        high: value drawn brightest.
-    """
-    scaled = np.clip((spectrogram - low) / max(high - low, 1e-9), 0.0, 1.0)
-    colours = matplotlib.colormaps["magma"](scaled.T[::-1], bytes=True)[..., 2::-1]
-    _, data = cv2.imencode(".png", np.ascontiguousarray(colours))
-    return "data:image/png;base64," + base64.b64encode(data.tobytes()).decode("ascii")
-
-
-def clip_uri(frames: np.ndarray, *, fps: float, waveform: np.ndarray, sample_rate_hz: int) -> str:
-    """Returns an MP4 data URI (H.264 and AAC) of a short clip, so that the page can play it.
-
-    Args:
-        frames: uint8 [T, H, W, 3], even height and width; empty for sound alone.
-        fps: frames per second.
-        waveform: int16 [samples]; empty for a silent clip.
-        sample_rate_hz: its rate.
-    """
-    if len(waveform) and sample_rate_hz not in _AAC_RATES:
-        sound = librosa.resample(
-            waveform.astype(np.float32), orig_sr=sample_rate_hz, target_sr=16_000
-        )
-        waveform, sample_rate_hz = np.clip(sound, -32768, 32767).astype(np.int16), 16_000
-    stream = io.BytesIO()
-    with av.open(stream, "w", format="mp4") as container:
-        if len(frames):
-            video = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-            video.height, video.width = frames.shape[1:3]
-            video.pix_fmt = "yuv420p"
-            video.options = {"crf": "26", "preset": "veryfast", "threads": "1"}
-        if len(waveform):
-            audio = container.add_stream("aac", rate=sample_rate_hz, layout="mono")
-            audio.bit_rate = 32_000
-        if len(frames):
-            for frame in frames:
-                for packet in video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
-                    container.mux(packet)
-            for packet in video.encode():
-                container.mux(packet)
-        if len(waveform):
-            samples = av.AudioFrame.from_ndarray(waveform[None], format="s16", layout="mono")
-            samples.sample_rate = sample_rate_hz
-            for packet in [*audio.encode(samples), *audio.encode()]:
-                container.mux(packet)
-    return "data:video/mp4;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

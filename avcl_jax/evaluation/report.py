@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 from avcl_jax.evaluation import figures
+from avcl_jax.evaluation.cards import search_blocks, search_row
 from avcl_jax.evaluation.page import (
     definitions,
     matrix,
@@ -18,7 +19,7 @@ from avcl_jax.evaluation.page import (
     tiles,
 )
 from avcl_jax.evaluation.protocol_run import figures_section
-from avcl_jax.evaluation.report_content import Exhibit, Modality, ReportContent, Search
+from avcl_jax.evaluation.report_content import ReportContent
 from avcl_jax.evaluation.temporal import TASK_TITLES
 
 BLUE, GREEN, GREY = (figures.SERIES_COLOURS[index] for index in (0, 2, 7))
@@ -207,7 +208,7 @@ def _retrieval_section(content: ReportContent) -> str:
             f"<h3>Asked with the {'sound' if query == 'audio' else 'picture'}, "
             f"ranked by the {'sound' if target == 'audio' else 'picture'}</h3>"
         )
-        blocks += [_search_row(search, content.spectrogram_range) for search in searches]
+        blocks += [search_row(search, content.spectrogram_range) for search in searches]
     return section(
         "Finding the other half of a video",
         "The query is one half of a test video; the other halves of all test videos are ranked by "
@@ -224,56 +225,7 @@ def _neighbour_section(content: ReportContent) -> str:
         "Nearest neighbours",
         "The test videos that an encoder holds to be most alike, by its features before the "
         "projection, standardised.",
-        *_search_blocks(content.neighbours, content.spectrogram_range),
-    )
-
-
-def _search_blocks(
-    by_title: Mapping[str, Sequence[Search]], spectrogram_range: tuple[float, float]
-) -> list[str]:
-    blocks = []
-    for title, searches in by_title.items():
-        blocks.append(f"<h3>{text(title)}</h3>")
-        blocks += [_search_row(search, spectrogram_range) for search in searches]
-    return blocks
-
-
-def _search_row(search: Search, spectrogram_range: tuple[float, float]) -> str:
-    asked = "anchor" if search.tags else "query"
-    cards = [_card(search.query, search.query_modality, "query", asked, spectrogram_range)]
-    for number, (exhibit, hit) in enumerate(zip(search.found, search.hits, strict=True), start=1):
-        kind = "hit" if hit else ""
-        tag = f"{number} · same video" if hit else str(number)
-        tag = search.tags[number - 1] if search.tags else tag
-        cards.append(_card(exhibit, search.found_modality, kind, tag, spectrogram_range))
-    remark = f'<p class="caption">{text(search.remark)}</p>' if search.remark else ""
-    return f'<div class="scroll"><div class="row">{"".join(cards)}</div></div>{remark}'
-
-
-def _card(
-    exhibit: Exhibit,
-    modality: Modality | Literal["both"],
-    kind: str,
-    tag: str,
-    spectrogram_range: tuple[float, float],
-) -> str:
-    low, high = spectrogram_range
-    media = ""
-    if len(exhibit.stills):
-        stills = "".join(f'<img alt="" src="{figures.picture_uri(s)}">' for s in exhibit.stills)
-        unseen = " unseen" if modality == "audio" else ""
-        media += f'<span class="stills{unseen}">{stills}</span>'
-    if len(exhibit.spectrogram):
-        uri = figures.spectrogram_uri(exhibit.spectrogram, low=low, high=high)
-        unseen = ' class="unseen"' if modality == "video" else ""
-        media += f'<img alt="spectrogram"{unseen} src="{uri}">'
-    clip = f'data-clip="{exhibit.clip}" aria-label="play {text(exhibit.name)}"'
-    labels = text(exhibit.labels)
-    return (
-        f'<div class="video {kind}">'
-        f'<span class="tag"><b>{text(tag)}</b> {text(exhibit.name)}</span>'
-        f'<button class="stage" {clip if exhibit.clip else "disabled"}>{media}</button>'
-        f'<span class="tag" title="{labels}">{labels}</span></div>'
+        *search_blocks(content.neighbours, content.spectrogram_range),
     )
 
 
@@ -359,7 +311,7 @@ def _bank_section(content: ReportContent) -> str:
         "cosines by which rows are ranked, before any correction for playback: of the pictures, "
         "then of the sounds. The speed is that of the view whose embedding the bank holds; the "
         "pictures are of the middle of the video, which may be another interval.",
-        *_search_blocks(content.bank, content.spectrogram_range),
+        *search_blocks(content.bank, content.spectrogram_range),
     )
 
 

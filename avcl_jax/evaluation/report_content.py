@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 Modality = Literal["video", "audio"]
+Side = Modality | Literal["both"]
 # Title, positions float [n, 2], labels int [n] (-1 unknown) and names of the classes.
 Map = tuple[str, np.ndarray, np.ndarray, Sequence[str]]
 # Label -> (steps [n], values [n]).
@@ -49,9 +50,9 @@ class Search:
     """
 
     query: Exhibit
-    query_modality: Modality | Literal["both"]
+    query_modality: Side
     found: Sequence[Exhibit]
-    found_modality: Modality | Literal["both"]
+    found_modality: Side
     hits: Sequence[bool]
     remark: str
     tags: Sequence[str] = ()

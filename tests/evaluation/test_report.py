@@ -13,7 +13,8 @@ import av
 import numpy as np
 import pytest
 
-from avcl_jax.evaluation.figures import clip_uri, line_chart
+from avcl_jax.evaluation.cards import clip_uri
+from avcl_jax.evaluation.figures import line_chart
 from avcl_jax.evaluation.page import in_percent
 from avcl_jax.evaluation.report import render_report
 from avcl_jax.evaluation.report_content import Curves, Exhibit, ReportContent, Search
