@@ -104,7 +104,7 @@ def line_chart(
         ylabel: what is shown.
         percent: write the axis in per cent.
         from_zero: begin the axis at zero.
-        dashed: curves in the colour of those of the same labels.
+        dashed: curves in the colour of those of the same labels; others are labelled.
         last_step: end of the axis of steps, which then begins at 0.
         marker: step of a vertical line, and its label.
     """
@@ -112,8 +112,7 @@ def line_chart(
         figure, (axes,) = _axes(1, 4.3, 2.6)
         ends = []
         dashed = dashed or {}
-        labels = list(dict.fromkeys([*series, *dashed]))
-        colours = {label: SERIES_COLOURS[n % len(SERIES_COLOURS)] for n, label in enumerate(labels)}
+        colours = {label: SERIES_COLOURS[n % len(SERIES_COLOURS)] for n, label in enumerate(series)}
         for label, (steps, values) in ((k, _thinned(*curve)) for k, curve in series.items()):
             smooth = _rolling_mean(values, max(1, len(values) // 40))
             if len(values) > 40:
@@ -124,7 +123,10 @@ def line_chart(
                 ends.append((label, float(smooth[-1]), colours[label]))
         for label, (steps, values) in ((k, _thinned(*curve)) for k, curve in dashed.items()):
             smooth = _rolling_mean(values, max(1, len(values) // 40))
-            axes.plot(steps, smooth, color=colours[label], linewidth=1.4, linestyle=(0, (3, 2)))
+            colour = colours.get(label, _MUTED)
+            axes.plot(steps, smooth, color=colour, linewidth=1.4, linestyle=(0, (3, 2)))
+            if label not in series:
+                ends.append((label, float(smooth[-1]), colour))
         axes.margins(x=0.01)
         if last_step is not None:
             axes.set_xlim(0, max(last_step, 1))

@@ -68,7 +68,7 @@ class Curves:
         series: curves by label.
         fractions: values are written in %.
         from_zero: the axis begins at zero.
-        dashed: curves to compare with those of the same labels.
+        dashed: curves to compare with those of the same labels, or with all.
         further: shown only on demand.
     """
 

@@ -36,12 +36,17 @@ _CHARTS = {
     r"term/negative_similarity": ("Similarity of negatives (dashed: in the bank)", "cosine"),
     r"term/positive_similarity": ("Similarity of partners (dashed: bank positives)", "cosine"),
     r"term/bank_(\w+)_share/(\w+)": (r"Bank \1s with the anchor's \2", "fraction"),
+    r"bank/same_source_similarity/newer": (
+        "Similarity with rows of the same video (dashed: older half)",
+        "cosine",
+    ),
     r"learning_rate": ("Learning rate", ""),
 }
 # Curves drawn dashed in the chart of others: pattern of that chart's key -> key of the dashed ones.
 _DASHED = {
     r"term/(negative|positive)_similarity": r"term/bank_\1_similarity",
     r"term/bank_\w+_share/(\w+)": r"bank/base_rate/\1",
+    r"bank/same_source_similarity/newer": "bank/same_source_similarity/older",
 }
 
 
@@ -93,7 +98,7 @@ def _place(name: str) -> tuple[str, str]:
         return f"term/{rest}", group
     if group in _TASKS:
         return f"task/{rest}", group
-    of_modality = re.fullmatch(r"(\w+)/(video|audio)_(\w+)", name)
+    of_modality = re.fullmatch(r"(\w+)/(video|audio)_(.+)", name)
     return (f"{of_modality[1]}/{of_modality[3]}", of_modality[2]) if of_modality else (name, "")
 
 

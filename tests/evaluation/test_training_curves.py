@@ -32,6 +32,7 @@ def _rows(steps: int = 8) -> list[dict]:
             row |= {"va/bank_negative_similarity": 0.5, "va/bank_age_rows": 128.0}
             row |= {"va/bank_positive_share/speed": 0.4, "bank/base_rate/speed": 0.25}
             row |= {"va/bank_negative_share/motion": 0.3}
+            row |= {f"bank/audio_same_source_similarity/{age}": 0.8 for age in ("newer", "older")}
         rows.append(row)
     rows[2]["aa/loss"] = "nan"
     return rows
@@ -48,6 +49,7 @@ def test_each_metric_has_one_chart_and_absent_ones_none():
         "Similarity of negatives (dashed: in the bank)": ["picture→sound", "sound→picture"],
         "Bank positives with the anchor's speed": ["picture→sound"],
         "Bank negatives with the anchor's motion": ["picture→sound"],
+        "Similarity with rows of the same video (dashed: older half)": ["sound"],
         "Learning rate": [""],
         "Mean norm": ["picture"],
         "Bank age rows": ["picture→sound"],
@@ -78,7 +80,9 @@ def _drawn(svg: str) -> dict[str, np.ndarray]:
         stroke = re.search(r"stroke: ([^;\"]+)", style)[1]
         points = np.array(re.findall(r"[ML] ([\d.]+) ([\d.]+)", path), float)
         if stroke != "var(--line)":
-            key = stroke + (" dashed" if "dasharray" in style else "")
+            dashes = re.search(r"stroke-dasharray: ([\d.,]+)", style)
+            kind = "" if dashes is None else " dotted" if dashes[1] == "1,2" else " dashed"
+            key = stroke + kind
             found[key] = np.column_stack([a * points[:, 0] + b, c * points[:, 1] + d])
     return found
 
@@ -90,20 +94,22 @@ def test_the_drawing_has_the_numbers_of_the_metrics_and_the_step_of_the_bank():
         {"a": (steps, losses), "b": (steps, others)},
         name="chart",
         ylabel="loss",
-        dashed={"b": (steps[5:], others[5:] / 2)},
+        dashed={"b": (steps[5:], others[5:] / 2), "by chance": (steps, steps / 50)},
         last_step=100,
         marker=(40, "bank from step 40"),
     )
     drawn = _drawn(svg)
-    assert set(drawn) == {"#3a86d4", "#d97a1a", "#d97a1a dashed", "var(--muted) dashed"}
+    np.testing.assert_allclose(drawn.pop("var(--muted) dotted")[:, 0], 40, atol=0.01)
+    assert len(drawn) == 4
     for stroke, expected in (
         ("#3a86d4", (steps, losses)),
         ("#d97a1a", (steps, others)),
         ("#d97a1a dashed", (steps[5:], others[5:] / 2)),
+        ("var(--muted) dashed", (steps, steps / 50)),
     ):
         np.testing.assert_allclose(drawn[stroke], np.transpose(expected), atol=0.01)
-    np.testing.assert_allclose(drawn["var(--muted) dashed"][:, 0], 40, atol=0.01)
-    assert svg.count(">bank from step 40</text>") == 1
+    for label, count in (("bank from step 40", 1), ("a", 1), ("b", 1), ("by chance", 1)):
+        assert svg.count(f">{label}</text>") == count
 
 
 def test_a_long_run_is_drawn_with_few_points_and_a_single_line_with_a_dot():
