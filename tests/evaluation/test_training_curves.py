@@ -49,7 +49,7 @@ def test_each_metric_has_one_chart_and_absent_ones_none():
         "Similarity of negatives (dashed: in the bank)": ["picture→sound", "sound→picture"],
         "Bank positives with the anchor's speed": ["picture→sound"],
         "Bank negatives with the anchor's motion": ["picture→sound"],
-        "Similarity with rows of the same video (dashed: older half)": ["sound"],
+        "Rows of the anchor's video (dashed: older half)": ["sound"],
         "Learning rate": [""],
         "Mean norm": ["picture"],
         "Bank age rows": ["picture→sound"],
