@@ -19,12 +19,11 @@ from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.evaluation.exhibits import Exhibits
 from avcl_jax.evaluation.report_content import Exhibit, Search, Side
 from avcl_jax.objectives import feature_bank
-from avcl_jax.objectives.bank_sampling import BankSampling, Term, ranking_pairs
+from avcl_jax.objectives.bank_sampling import Term, ranking_pairs
 from avcl_jax.objectives.feature_bank import FeatureBank
 from avcl_jax.training.checkpoint import load_bank, read_progress
 from avcl_jax.training.loop import bank_start, loss_spec
 
-_POSITIVES_SHOWN = 2
 # (modality of the anchor, of a row) pairs whose similarities rank the rows -> title.
 _TITLES: Mapping[tuple[Term, ...], str] = {
     (("video", "video"), ("audio", "audio")): "By picture and sound",
@@ -38,7 +37,7 @@ _TITLES: Mapping[tuple[Term, ...], str] = {
 def bank_searches(
     config: ml_collections.ConfigDict, workdir: epath.Path, spec: RenderSpec, *, step: int
 ) -> dict[str, list[Search]]:
-    """Samples the bank of a run's newest checkpoint for some of its training videos.
+    """Samples the bank of a run's newest checkpoint for videos in it, as it embedded them.
 
     Args:
         config: of the run, with the sections of its evaluation.
@@ -60,68 +59,46 @@ def bank_searches(
     source = UsableRecords(records, spec, Selection.parse(config.data.select))
     if source.fingerprint != read_progress(workdir, step).data_fingerprint:
         return {}
-    section = config.evaluation.report
-    return sampled(
-        FeatureBank(**load_bank(workdir)),
-        source,
-        Exhibits(source, spec, speed=len(config.views.speeds) // 2, stills=section.stills),
-        sampling=experiment.bank_sampling(config),
-        terms=loss_spec(config).bank_terms,
-        labels=config.bank.health_labels,
-        speeds=config.views.speeds,
-        anchors=section.queries,
-        results=section.results,
-        seed=config.seed,
-    )
-
-
-def sampled(
-    rows: FeatureBank,
-    source: UsableRecords,
-    exhibits: Exhibits,
-    *,
-    sampling: BankSampling,
-    terms: Sequence[Term],
-    labels: Sequence[str],
-    speeds: Sequence[int],
-    anchors: int,
-    results: int,
-    seed: int,
-) -> dict[str, list[Search]]:
-    """Samples a bank for videos that are in it, as they were embedded in training.
-
-    Args:
-        rows: full bank of numpy arrays.
-        source: records that its sources are of.
-        exhibits: shows them.
-        sampling: of the run.
-        terms: (anchor modality, target modality) of all draws in a step.
-        labels: names of the labels of rows.
-        speeds: of playback.
-        anchors: number of videos to sample for.
-        results: rows shown of each, `_POSITIVES_SHOWN` of them positives at most.
-        seed: of the choice of anchors and of the draws.
-
-    Returns:
-        Title to searches; ways of ranking that are alike are shown once.
-    """
+    section, speeds = config.evaluation.report, config.views.speeds
+    exhibits = Exhibits(source, spec, speed=len(speeds) // 2, stills=section.stills)
+    sampling, terms = experiment.bank_sampling(config), loss_spec(config).bank_terms
+    rows = FeatureBank(**load_bank(workdir))
+    views = jax.tree.map(lambda v: v.reshape(-1, 2, *v.shape[1:]) if v.ndim else v, rows)
+    row_of = {int(number): row for row, number in enumerate(rows.insertion)}
     # Of several records of a source, the first.
     places = {int(name): place for place, name in reversed(list(enumerate(source.sources)))}
-    row_of = {int(number): row for row, number in enumerate(rows.insertion)}
-    views = jax.tree.map(lambda v: v.reshape(-1, 2, *v.shape[1:]) if v.ndim else v, rows)
-
-    def cosines(anchor: int, row: int, pairs: Sequence[Term]) -> list[float]:
-        return [
-            float(getattr(rows, own)[anchor].astype("f4") @ getattr(rows, other)[row].astype("f4"))
-            for own, other in pairs
-        ]
 
     def show(row: int) -> Exhibit:
         exhibit = exhibits.show(places[int(rows.source_id[row])])
         playback = (rows.video_playback if rows.has_video[row] else rows.audio_playback)[row]
         played = f"{speeds[playback // 2]}×{' backward' if playback % 2 else ''}"
-        return dataclasses.replace(
-            exhibit, labels=", ".join(filter(None, (exhibit.labels, played)))
+        labels = ", ".join(filter(None, (exhibit.labels, played)))
+        return dataclasses.replace(exhibit, labels=labels)
+
+    def search(query: int, drawn: Mapping[str, Sequence[int]], pairs: tuple[Term, ...]) -> Search:
+        def cosines(row: int) -> list[float]:
+            both = ((getattr(rows, own)[query], getattr(rows, other)[row]) for own, other in pairs)
+            return [float(a.astype("f4") @ b.astype("f4")) for a, b in both]
+
+        kinds = {
+            kind: sorted((row_of[n] for n in numbers if n >= 0), key=lambda row: -min(cosines(row)))
+            for kind, numbers in drawn.items()
+        }
+        counts = {"positive": section.results // 2, "negative": -(-section.results // 2)}
+        shown = [
+            (kind, row)
+            for kind, of_kind in kinds.items()
+            for row in _spread([r for r in of_kind if rows.source_id[r] in places], counts[kind])
+        ]
+        sides: tuple[Side, Side] = pairs[0] if len(pairs) == 1 else ("both", "both")
+        return Search(
+            query=show(query),
+            query_modality=sides[0],
+            found=[show(row) for _, row in shown],
+            found_modality=sides[1],
+            hits=[kind == "positive" for kind, _ in shown],
+            remark=_agreement(rows, query, kinds, config.bank.health_labels),
+            tags=[f"{kind} {' / '.join(f'{c:.2f}' for c in cosines(r))}" for kind, r in shown],
         )
 
     found: dict[str, list[Search]] = {}
@@ -131,8 +108,8 @@ def sampled(
         usable = np.flatnonzero(whole & np.isin(rows.source_id[::2], list(places)))
         if _TITLES[pairs] in found or not len(usable):
             continue
-        rng = np.random.default_rng(seed)
-        chosen = np.sort(rng.choice(usable, min(anchors, len(usable)), replace=False))
+        rng = np.random.default_rng(config.seed)
+        chosen = np.sort(rng.choice(usable, min(section.queries, len(usable)), replace=False))
         sample = functools.partial(
             feature_bank.sample,
             active=True,
@@ -145,7 +122,7 @@ def sampled(
         )
         drawn = jax.jit(sample)(
             rows,
-            jax.random.key(seed),
+            jax.random.key(config.seed),
             anchors_video=views.video[chosen],
             anchors_audio=views.audio[chosen],
             has_video=views.has_video[chosen],
@@ -155,40 +132,15 @@ def sampled(
             source_id=views.source_id[chosen, 0],
             anchor_id=chosen,
         )
-        searches = []
-        for number, video in enumerate(chosen.tolist()):
-            query = 2 * video  # row of its first view
-            kinds: dict[str, list[int]] = {}
-            for kind, numbers in (
-                ("positive", drawn.positive_numbers),
-                ("negative", drawn.negative_numbers),
-            ):
-                insertions = np.asarray(numbers)[number, 0, :, 0].tolist()
-                sampled_rows = [row_of[insertion] for insertion in insertions if insertion >= 0]
-                kinds[kind] = sorted(sampled_rows, key=lambda row: -min(cosines(query, row, pairs)))
-            shown = {
-                kind: _spread([r for r in of_kind if int(rows.source_id[r]) in places], count)
-                for (kind, of_kind), count in zip(
-                    kinds.items(), (_POSITIVES_SHOWN, results - _POSITIVES_SHOWN), strict=True
-                )
-            }
-            sides: tuple[Side, Side] = pairs[0] if len(pairs) == 1 else ("both", "both")
-            searches.append(
-                Search(
-                    query=show(query),
-                    query_modality=sides[0],
-                    found=[show(row) for of_kind in shown.values() for row in of_kind],
-                    found_modality=sides[1],
-                    hits=[kind == "positive" for kind, of_kind in shown.items() for _ in of_kind],
-                    remark=_agreement(rows, query, kinds, labels),
-                    tags=[
-                        f"{kind} {' / '.join(f'{c:.2f}' for c in cosines(query, row, pairs))}"
-                        for kind, of_kind in shown.items()
-                        for row in of_kind
-                    ],
-                )
-            )
-        found[_TITLES[pairs]] = searches
+        # Insertion numbers of the rows given to the first view of each video.
+        positives, negatives = (
+            np.asarray(numbers)[:, 0, :, 0].tolist()
+            for numbers in (drawn.positive_numbers, drawn.negative_numbers)
+        )
+        found[_TITLES[pairs]] = [
+            search(2 * video, {"positive": near, "negative": far}, pairs)
+            for video, near, far in zip(chosen.tolist(), positives, negatives, strict=True)
+        ]
     return found
 
 

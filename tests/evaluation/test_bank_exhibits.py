@@ -153,6 +153,8 @@ def test_without_a_used_bank_or_its_records_nothing_is_shown(run, tmp_path):
         changed.update_from_flattened_dict(changes)
         return bank_searches(changed, workdir, spec, step=step)
 
+    (searches,) = shown(**{"evaluation.report.results": 1}).values()
+    assert [len(search.found) for search in searches] == [1, 1, 1]
     assert shown(step=10) == {}
     assert shown(**{"bank.size": 0}) == {}
     assert shown(**{"data.split": "validation"}) == {}
