@@ -16,6 +16,7 @@ from avcl_jax.data.views import BACKWARD, FORWARD, Clip, frame_indices
 from avcl_jax.errors import UserError
 from benchmarks import (
     bank,
+    bank_ranking,
     esc10,
     jpeg_quality,
     log_mel,
@@ -41,6 +42,7 @@ from benchmarks.measure import (
     run_command,
     write_json,
 )
+from configs import pretrain
 from tests.evaluation.labelled import write_encoders
 from tests.fingerprint import synthetic
 
@@ -265,6 +267,35 @@ def test_features_of_a_record_are_compared_with_those_of_its_own_file(
         ]
         name = f"{modality}: less their mean, median clip"
         assert values[name] == pytest.approx(np.median(centred), abs=1e-4)
+
+
+def test_nearest_rows_of_a_bank_are_compared_with_their_anchors() -> None:
+    """Eight contents in two playbacks that are further apart than contents, two rows a source."""
+    content, playback = np.arange(64) % 8, np.arange(64) // 32
+    video = np.concatenate([np.eye(8)[content], 10 * np.eye(2)[playback]], axis=1)
+    bank = {
+        "video": video,
+        "source_id": np.arange(64),
+        "insertion": np.arange(64),
+        "has_video": np.ones(64, bool),
+        "video_playback": playback,
+        "label": content[:, None],
+    }
+    config = pretrain.get_config("demo")
+    config.bank.update({"space": "same", "size": 64, "positive_window": 3 / 64})
+    config.bank.negative_candidates = 64
+    found = bank_ranking.agreement(bank, ["content"], config)
+    assert found["raw"] == {"content": 1, "speed": 1, "direction": 1}
+    assert found["playback"] == found["raw"]
+    assert found["content"]["content"] == 1
+    assert found["content"]["direction"] < 1
+    assert found["all rows"]["content"] == pytest.approx(7 / 63)
+    assert found["all rows"]["direction"] == pytest.approx(31 / 63)
+    config.bank.positive_window = 7 / 64
+    found = bank_ranking.agreement(bank, ["content"], config)
+    assert found["raw"] == {"content": pytest.approx(3 / 7), "speed": 1, "direction": 1}
+    assert found["content"]["content"] == 1
+    assert found["content"]["direction"] == pytest.approx(3 / 7)
 
 
 def test_growth_of_memory_is_that_of_the_call() -> None:

@@ -1,0 +1,104 @@
+"""By what the feature bank's nearest rows resemble an anchor, for each way to rank them.
+
+    python -m benchmarks.bank_ranking runs/demo runs/seed1 runs/seed2 --json F
+
+Every row of a run's bank is an anchor once. Counted is the fraction of its nearest rows of other
+sources (the run's `bank.positive_window`) that have its speed, direction and labels, and of all.
+"raw" and "content" rank as `bank.ranking` does, "playback" among rows of the anchor's playback.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from avcl_jax import experiment
+from avcl_jax.export import load_run
+from avcl_jax.objectives.bank_sampling import Term, ranking_pairs
+from avcl_jax.paths import absolute_path
+from avcl_jax.training.checkpoint import load_bank
+from benchmarks.measure import Row, print_table, run_command, writable_path, write_json
+
+RANKINGS = ("raw", "content", "playback")
+
+
+def similarities(bank: dict[str, np.ndarray], pairs: Sequence[Term], ranking: str) -> np.ndarray:
+    """Similarity [rows, rows] of anchors and rows, −inf where a row is not eligible.
+
+    Args:
+        bank: arrays by the names of a FeatureBank's fields.
+        pairs: modalities of anchor and row whose similarities are compared, the least counts.
+        ranking: one of `RANKINGS`.
+    """
+    eligible = bank["source_id"][:, None] != bank["source_id"][None]
+    found = []
+    for own, row in pairs:
+        query, rows = (bank[m].astype(np.float64) for m in (own, row))
+        there = bank[f"has_{row}"] & (bank["insertion"] >= 0)
+        eligible &= bank[f"has_{own}"][:, None] & there[None]
+        playback = bank[f"{own}_playback"][:, None] == bank[f"{row}_playback"][None]
+        if ranking == "playback":
+            eligible &= playback
+        if ranking == "content":
+            numbers = bank[f"{row}_playback"]
+            of_playback = (numbers[:, None] == numbers[None]) & there[None]
+            mean = of_playback @ rows / np.maximum(of_playback.sum(axis=1, keepdims=True), 1)
+            rows = rows - mean
+            query = query - mean if own == row else query
+        found.append(query @ rows.T)
+    return np.where(eligible, np.min(found, axis=0), -np.inf)
+
+
+def agreement(
+    bank: dict[str, np.ndarray], names: Sequence[str], config: ml_collections.ConfigDict
+) -> dict[str, dict[str, float]]:
+    """Fraction of the nearest rows that agree with their anchor: ranking → kind → fraction."""
+    sampling = experiment.bank_sampling(config)
+    pairs = ranking_pairs(sampling, "video")
+    kinds = {name: bank["label"][:, k] for k, name in enumerate(names)}
+    playback = bank[f"{pairs[0][1]}_playback"]
+    kinds |= {"speed": playback // 2, "direction": playback % 2}
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for ranking in RANKINGS:
+        scores = similarities(bank, pairs, ranking)
+        order = np.argsort(-scores, axis=1)[:, : sampling.positive_ranks]
+        counts = np.take_along_axis(scores, order, axis=1) > -np.inf
+        for kind, values in kinds.items():
+            found[ranking][kind] = float((values[order] == values[:, None])[counts].mean())
+    eligible = similarities(bank, pairs, "raw") > -np.inf
+    for kind, values in kinds.items():
+        found["all rows"][kind] = float((values[:, None] == values[None])[eligible].mean())
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bank_ranking", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("runs", nargs="+", type=absolute_path, help="workdirs, one for each seed")
+    parser.add_argument("--json", type=writable_path, required=True, help="where to write the rows")
+    args = parser.parse_args(arguments)
+    values: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for run in args.runs:
+        config, _, _ = load_run(run)
+        found: Any = agreement(load_bank(run), config.bank.health_labels, config)
+        for ranking, fractions in found.items():
+            for kind, fraction in fractions.items():
+                values[kind, ranking].append(fraction)
+    rows = [
+        Row(f"{kind}_{ranking.replace(' ', '_')}", float(np.mean(v)), "share", None, {"runs": v})
+        for (kind, ranking), v in sorted(values.items())
+    ]
+    write_json(args.json, rows)
+    print_table(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
