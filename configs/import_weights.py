@@ -54,11 +54,11 @@ def get_config(preset: str = "torchvision,r2plus1d_18") -> ml_collections.Config
 
 def _video(c: ml_collections.ConfigDict, code_base: str, name: str) -> None:
     section: dict[str, Any] = {"name": name}
+    c.spectrogram.frames = 1  # no sound is read, but a clip must have whole windows
     if code_base == "torchvision":  # torchvision.transforms._presets.VideoClassification, 15 fps
         section |= _KINETICS
         c.views.num_frames, c.views.clip_seconds = 16, 16 / 15
-        # No sound is read, but windows of a clip must be whole: 400 samples in this interval.
-        c.spectrogram.sample_rate_hz = 24_000
+        c.spectrogram.sample_rate_hz = 24_000  # 25,600 samples in this interval
         c.crop.image_size = 224 if name == "s3d" else 112
     elif code_base == "avid":  # its configs/main/avid/kinetics/Cross-N1024.yaml
         section |= _IMAGENET

@@ -32,6 +32,9 @@ Term = tuple[Modality, Modality]  # of the anchor, of its positives and negative
 # Similarities of anchors × bank rows are computed in tiles of at most this many float32 values
 # (32 MiB), so that a bank of a million rows fits beside the activations.
 _TILE_ELEMENTS = 2**23
+# Rows are summed by playback in blocks of so many where these divide the bank: the masks of a
+# million rows at once would take 64 MiB a modality.
+_SUMMED_ROWS = 2**16
 # The nearest of a handful need not be alike: an anchor has positives only if so many times
 # `positive_ranks` rows are eligible, as estimated from the candidates.
 _ELIGIBLE_PER_POSITIVE_RANK = 4
@@ -146,12 +149,24 @@ def playback_sums(
     embeddings: Array, playback: Array, usable: Array, sampling: BankSampling
 ) -> Array:
     """Sums of the usable rows of each playback, with their number: [playbacks, dim + 1]."""
-    chosen = (playback[None] == jnp.arange(sampling.playbacks)[:, None]) & usable[None]
-    rows = jnp.concatenate([embeddings, jnp.ones((len(playback), 1), embeddings.dtype)], axis=1)
-    highest = jax.lax.Precision.HIGHEST
-    return jnp.matmul(
-        chosen.astype(rows.dtype), rows, precision=highest, preferred_element_type="f4"
-    )
+
+    def of_block(block: tuple[Array, Array, Array]) -> Array:
+        rows, number, counted = block
+        chosen = (number[None] == jnp.arange(sampling.playbacks)[:, None]) & counted[None]
+        sums = jnp.matmul(
+            chosen.astype(rows.dtype),
+            rows,
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type="f4",
+        )
+        return jnp.concatenate([sums, chosen.sum(axis=1, keepdims=True, dtype="f4")], axis=1)
+
+    rows = (embeddings, playback, usable)
+    block = math.gcd(len(playback), _SUMMED_ROWS)
+    if block < _SUMMED_ROWS:
+        return of_block(rows)
+    blocks = jax.tree.map(lambda values: values.reshape(-1, block, *values.shape[1:]), rows)
+    return jax.lax.map(of_block, blocks).sum(axis=0)
 
 
 def playback_means(sums: Array) -> Array:
@@ -299,15 +314,18 @@ def pick_positives(
     if sampling.positive_sampling == "gumbel":
         near = scores / sampling.temperature + near
     near = jnp.where(scores > -jnp.inf, near, -jnp.inf)
-    # One per source, sampled without replacement, is the best perturbed row of every source.
-    earlier = jnp.arange(near.shape[1])
-    better = (near[:, None, :] > near[:, :, None]) | (
-        (near[:, None, :] == near[:, :, None]) & (earlier[None, None, :] < earlier[None, :, None])
-    )
-    beaten = (better & (source[:, None, :] == source[:, :, None])).any(-1)
-    near = jnp.where(beaten | ~enough[:, None], -jnp.inf, near)
-    value, position = jax.lax.top_k(near, sampling.num_positives)
-    return position, value > -jnp.inf
+    near = jnp.where(enough[:, None], near, -jnp.inf)
+    # One per source, sampled without replacement: the best, then the best of all other sources, …
+    values, positions = [], []
+    for _ in range(sampling.num_positives):
+        best = jnp.argmax(near, axis=1, keepdims=True)
+        values.append(jnp.take_along_axis(near, best, axis=1))
+        positions.append(best)
+        same = source == jnp.take_along_axis(source, best, axis=1)
+        near = jnp.where(same, -jnp.inf, near)
+    if not values:
+        return jnp.zeros((len(scores), 0), jnp.int32), jnp.zeros((len(scores), 0), bool)
+    return jnp.concatenate(positions, axis=1), jnp.concatenate(values, axis=1) > -jnp.inf
 
 
 def pick_negatives(
@@ -336,7 +354,12 @@ def pick_negatives(
     far = _gumbel(key, anchor, insertion)
     if sampling.negative_sampling == "gumbel":
         far = scores / sampling.temperature + far
-    is_near = (row_numbers[None, :, 1, None] == near_source[:, None, :]).any(-1)
+    # One rank after the other: of a million rows all at once would take 256 MiB.
+    is_near, _ = jax.lax.scan(
+        lambda found, near: (found | (row_numbers[None, :, 1] == near[:, None]), None),
+        scores > jnp.inf,
+        near_source.T,
+    )
     far = jnp.where(eligible & (scores <= threshold) & ~is_near, far, -jnp.inf)
     value, position = jax.lax.top_k(far, sampling.num_negatives)
     return position, value > -jnp.inf

@@ -370,9 +370,11 @@ def test_tiles_change_nothing(monkeypatch):
         bank, jax.random.key(0), **anchors, active=True
     )
     monkeypatch.setattr(bank_sampling, "_TILE_ELEMENTS", 3 * SIZE)  # 8 anchors in 3 tiles
+    monkeypatch.setattr(bank_sampling, "_SUMMED_ROWS", 8)
     tiled = sampler.__wrapped__(("video", "audio"), sampling_of("agreement"))(
         bank, jax.random.key(0), **anchors, active=True
     )
+    assert whole.positive_mask.any()
     jax.tree.map(np.testing.assert_array_equal, whole, tiled)
 
 
