@@ -214,8 +214,7 @@ def _contrastive(
             for key_name in ("positive_similarity", "negative_similarity", "accuracy"):
                 metrics[f"{name}/{key_name}"] = average(info[key_name], info["anchors"])
             if rows:
-                # Bank negatives less alike than those of the batch are stale: the embeddings run
-                # away from their own past together, and their spread falls.
+                # Bank negatives less alike than those of the batch are stale.
                 for kind in ("positive", "negative"):
                     metrics[f"{name}/bank_{kind}_similarity"] = average(
                         info[f"bank_{kind}_similarity"], rows[f"bank_{kind}_mask"].sum()
@@ -268,7 +267,8 @@ def total_loss(
 def _embedding_spread(embeddings: Array, present: Array) -> Array:
     """Standard deviation of the coordinates over the batch, times sqrt(dim).
 
-    About 1 for embeddings spread over the sphere, 0 for a collapse to one point.
+    About 1 for embeddings spread over the sphere, 0 for a collapse to one point. Embeddings have
+    length 1, so the norm of their mean is sqrt(1 - spread²).
     """
     rows = embeddings.reshape(-1, embeddings.shape[-1])
     weight = present.reshape(-1, 1).astype(jnp.float32)
