@@ -249,10 +249,21 @@ def preprocessings(
 
 
 def bank_sampling(config: ml_collections.ConfigDict) -> BankSampling:
-    """How bank rows are ranked and drawn."""
-    section = config.bank
+    """How bank rows are ranked and drawn.
+
+    Raises:
+        UserError: if rows are to be ranked across modalities, and one alone is trained.
+    """
+    section, space = config.bank, config.bank.space
+    if config.modalities != "audio_visual":
+        if space == "cross":
+            raise UserError(
+                f"bank.space 'cross' compares video with audio, and modalities="
+                f"{config.modalities}: use 'same'"
+            )
+        space = "same"  # the agreement of one modality
     return BankSampling(
-        space=section.space,
+        space=space,
         ranking=section.ranking,
         playbacks=2 * len(config.views.speeds),
         num_positives=section.num_positives,

@@ -106,7 +106,7 @@ def demo() -> ml_collections.ConfigDict:
     c.bank = ml_collections.ConfigDict()
     c.bank.size = 256  # rows, two for each video of a batch; 0 switches the bank off
     c.bank.dtype = "float32"
-    c.bank.space = "agreement"  # or "same", "cross"
+    c.bank.space = "agreement"  # or "same" (which it is with one modality), "cross"
     c.bank.ranking = "content"  # or "raw", in which the same playback comes first
     c.bank.num_positives = 2
     c.bank.positive_window = 1 / 32  # fraction of the rows, the most similar, they are drawn from

@@ -272,6 +272,13 @@ def test_terms_of_a_modality_that_is_not_trained_are_left_out(modality):
     terms = {2 * letter, f"speed_{modality}", f"direction_{modality}", f"order_{2 * letter}"}
     groups = {name.partition("/")[0] for name in metrics if "/" in name}
     assert groups == terms | {"bank", "data", "health"}
+    # The agreement of both modalities would leave every anchor without rows.
+    spec = loop.loss_spec(config).bank
+    assert (config.bank.space, spec.space) == ("agreement", "same")
+    config.bank.space = "cross"
+    with pytest.raises(ValueError, match=f"compares video with audio, and modalities={modality}"):
+        loop.loss_spec(config)
+    config.bank.space = "same"
     config.loss.weights.update(dict.fromkeys(terms, 0.0))
     with pytest.raises(ValueError, match="all loss weights are 0"):
         loop.loss_spec(config)
