@@ -1,14 +1,14 @@
-"""Which rows of a feature bank an anchor gets (design §2.3): ranking, noise, picking.
+"""Ranking of a feature bank's rows by similarity to an anchor, and sampling from them.
 
-Positives are drawn from the rows that are most similar to the anchor, without replacement and one
-per source. Negatives are drawn from candidates, rows chosen at random for the whole step, of which
-every anchor leaves out those nearest to it, and every source that stands among the first ranks: the
-rows next to the positives are those most likely to show the same. All here works on arrays of one
-device; `bank_exchange` brings anchors and rows of many devices together.
+Positives are drawn without replacement from the rows that are most similar to the anchor, at most
+one per source. Negatives are drawn from candidates: rows chosen at random once per step, for all
+anchors. Each anchor leaves out the nearest candidates and every source among its first ranks, as
+rows next to the positives are the likeliest to show the same content. Functions work on arrays of
+one device; `bank_exchange` connects anchors and rows of several devices.
 
-Embeddings of one speed and direction are alike, whatever they show. Ranking by content subtracts
-from a row the mean of the bank's rows that are played back in the same way, and from an anchor of
-the same modality likewise.
+Embeddings of equal playback (speed and direction) are alike whatever they show. Ranking by content
+subtracts from each row the mean of the bank's rows of its playback and, where anchor and row have
+the same modality, from the anchor the mean of its own.
 """
 
 from __future__ import annotations
@@ -32,36 +32,40 @@ Term = tuple[Modality, Modality]  # of the anchor, of its positives and negative
 # Similarities of anchors × bank rows are computed in tiles of at most this many float32 values
 # (32 MiB), so that a bank of a million rows fits beside the activations.
 _TILE_ELEMENTS = 2**23
-# Rows are summed by playback in blocks of so many where these divide the bank: the masks of a
-# million rows at once would take 64 MiB a modality.
+# Rows are summed by playback in blocks of this size where it divides the bank: masks of a million
+# rows at once would take 64 MiB per modality.
 _SUMMED_ROWS = 2**16
-# The nearest of a handful need not be alike: an anchor has positives only if so many times
-# `positive_ranks` rows are eligible, as estimated from the candidates.
+# The nearest of few rows need not be similar: an anchor has positives only if at least this many
+# times `positive_ranks` rows are eligible, as estimated from the candidates.
 _ELIGIBLE_PER_POSITIVE_RANK = 4
-# Noise of candidates is keyed by this in the place of an anchor's number, which no anchor has.
+# Keys the choice of candidates in place of an anchor's number; no anchor has it.
 _NO_ANCHOR = 2**32 - 1
 
 
 @dataclass(frozen=True)
 class BankSampling:
-    """How bank rows become the positives and negatives of an anchor.
+    """Settings of ranking and sampling.
 
     Attributes:
-        space: Similarity that ranks the rows. "same": the anchor with the bank's rows of the
-            anchor's own modality; "cross": the anchor with the bank's rows of the other modality;
-            "agreement": min of the video-video and the audio-audio similarity of the two views.
-        ranking: "raw": by that similarity; "content": by that of embeddings from which the mean of
-            their playback (speed and direction) in the bank was subtracted.
-        playbacks: Number of different playbacks; rows carry numbers below it.
-        num_positives: Sampled per anchor from the most similar rows, at most one per source.
-        num_negatives: Sampled per anchor from the candidates.
-        positive_ranks: How many of the most similar rows positives are drawn from.
-        negative_candidates: How many rows of the bank are candidates in a step.
-        negative_offset: Fraction of an anchor's candidates, the most similar, that is left out.
-        positive_sampling: "gumbel": Gumbel top-k of similarity / temperature; "uniform": all ranks
-            alike.
-        negative_sampling: Likewise.
-        temperature: Of Gumbel sampling, in units of similarity.
+        space: Similarity that ranks the rows. "same": of anchor and row in the anchor's modality;
+            "cross": of the anchor and the row's other modality; "agreement": minimum of the
+            video-video and the audio-audio similarity.
+        ranking: "raw": by the similarity of embeddings; "content": by that of embeddings minus the
+            mean of their playback in the bank.
+        playbacks: Number of playbacks; those of rows are in [0, playbacks).
+        num_positives: Positives per anchor, at most one per source.
+        num_negatives: Negatives per anchor.
+        positive_ranks: Number of most similar rows that positives are drawn from.
+        negative_candidates: Number of candidates per step.
+        negative_offset: Fraction of an anchor's eligible candidates, the most similar, that is left
+            out.
+        positive_sampling: "gumbel": Gumbel top-k of similarity / temperature; "uniform": equal
+            probabilities.
+        negative_sampling: As `positive_sampling`.
+        temperature: Temperature of Gumbel sampling, in units of similarity.
+
+    Raises:
+        UserError: On an unknown name or a number out of range.
     """
 
     space: str
@@ -81,10 +85,10 @@ class BankSampling:
             raise UserError(f"space is {self.space!r}; use 'same', 'cross' or 'agreement'.")
         if self.ranking not in ("raw", "content"):
             raise UserError(f"ranking is {self.ranking!r}; use 'raw' or 'content'.")
-        drawn = {"positive": self.positive_sampling, "negative": self.negative_sampling}
-        for name, sampling in drawn.items():
-            if sampling not in ("gumbel", "uniform"):
-                raise UserError(f"{name}_sampling is {sampling!r}; use 'gumbel' or 'uniform'.")
+        distributions = {"positive": self.positive_sampling, "negative": self.negative_sampling}
+        for kind, distribution in distributions.items():
+            if distribution not in ("gumbel", "uniform"):
+                raise UserError(f"{kind}_sampling is {distribution!r}; use 'gumbel' or 'uniform'.")
         if not 0 <= self.negative_offset < 1:
             raise UserError(f"negative_offset is {self.negative_offset}; need 0 <= it < 1.")
         for kind, number, rows, of in (
@@ -98,15 +102,10 @@ class BankSampling:
                 )
         if self.negative_candidates < 1:
             raise UserError(
-                "negative_candidates is 0; at least 1 tells how many rows are eligible."
+                "negative_candidates is 0; use at least 1, they tell how many rows are eligible."
             )
-        if "gumbel" in drawn.values() and not self.temperature > 0:
+        if "gumbel" in distributions.values() and not self.temperature > 0:
             raise UserError(f"temperature is {self.temperature}; Gumbel sampling needs > 0.")
-
-    @property
-    def samples(self) -> int:
-        """Rows that are returned per anchor."""
-        return self.num_positives + self.num_negatives
 
 
 def ranking_pairs(sampling: BankSampling, anchor: Modality) -> tuple[Term, ...]:
@@ -118,7 +117,7 @@ def ranking_pairs(sampling: BankSampling, anchor: Modality) -> tuple[Term, ...]:
 
 
 def bank_modalities(sampling: BankSampling, term: Term) -> tuple[Modality, ...]:
-    """Bank modalities that ranking and returning read, each once."""
+    """Modalities of the bank that ranking and returned rows read, each once."""
     anchor, target = term
     return tuple(dict.fromkeys([*(row for _, row in ranking_pairs(sampling, anchor)), target]))
 
@@ -129,7 +128,7 @@ def anchor_modalities(sampling: BankSampling, anchor: Modality) -> tuple[Modalit
 
 
 def _top_k(values: Array, k: int) -> tuple[Array, Array]:
-    """`jax.lax.top_k` of [rows], ties in its order too, that sorts about 2 √(rows · k) values."""
+    """Equals `jax.lax.top_k` of [rows], also in ties, but sorts only about 2 √(rows · k) values."""
     size = values.shape[0]
     if not k:
         return values[:0], jnp.zeros(0, jnp.int32)
@@ -148,7 +147,17 @@ def _top_k(values: Array, k: int) -> tuple[Array, Array]:
 def playback_sums(
     embeddings: Array, playback: Array, usable: Array, sampling: BankSampling
 ) -> Array:
-    """Sums of the usable rows of each playback, with their number: [playbacks, dim + 1]."""
+    """Sums the usable rows of each playback.
+
+    Args:
+        embeddings: [rows, dim].
+        playback: int [rows].
+        usable: bool [rows].
+        sampling: For the number of playbacks.
+
+    Returns:
+        float32 [playbacks, dim + 1]; the last column is the number of rows.
+    """
 
     def of_block(block: tuple[Array, Array, Array]) -> Array:
         rows, number, counted = block
@@ -170,55 +179,29 @@ def playback_sums(
 
 
 def playback_means(sums: Array) -> Array:
-    """Means [playbacks, dim] from the sums of `playback_sums`; 0 of a playback without rows."""
+    """Means [playbacks, dim] from `playback_sums`; 0 for a playback without rows."""
     return sums[:, :-1] / jnp.maximum(sums[:, -1:], 1)
 
 
 def _lookup(values: Array, number: Array) -> Array:
-    """`values[number]` of a few values: comparisons are fused, and a TPU's gather is slow."""
+    """Equals `values[number]`, for few values: comparisons are fused, a TPU's gather is slow."""
     chosen = (jnp.where(number == k, value, 0) for k, value in enumerate(values))
     return reduce(jnp.add, chosen)
 
 
-def similarities(
-    queries: Sequence[Array],
-    embeddings: Sequence[Array],
-    means: Sequence[Array],
-    playbacks: Sequence[Array],
-) -> Array:
-    """Similarity [rows] of an anchor with every row, the least over pairs of modalities.
-
-    Args:
-        queries: [dim] of the anchor, for each pair.
-        embeddings: [rows, dim].
-        means: [playbacks, dim] to subtract from rows of each playback; or none.
-        playbacks: int [rows].
-    """
-    # HIGHEST is free for a bfloat16 bank; a float32 bank is ranked as what it holds.
-    highest: Any = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": "f4"}
-    found = [
-        jnp.einsum("d,rd->r", query, rows, **highest)
-        for query, rows in zip(queries, embeddings, strict=True)
-    ]
-    for number, mean in enumerate(means):
-        query = queries[number].astype(jnp.float32)
-        mean = jnp.einsum("d,pd->p", query, mean, **highest)
-        found[number] -= _lookup(mean, playbacks[number])
-    return reduce(jnp.minimum, found)
-
-
 class Comparison(NamedTuple):
-    """Anchors and the rows that they are compared with.
+    """Anchors and the rows to compare them with, for each pair of `ranking_pairs`.
 
     Attributes:
-        queries: [anchors, dim] embeddings of the anchors, for each pair of modalities.
-        embeddings: [rows, dim].
-        means: [playbacks, dim] to subtract from rows of each playback; or none.
-        playbacks: int [rows].
+        queries: [anchors, dim] embeddings of the anchors, for each pair.
+        embeddings: [rows, dim], for each pair.
+        means: [playbacks, dim] to subtract from rows of each playback, for each pair; empty for raw
+            similarities.
+        playbacks: int [rows], for each pair.
         anchor_source: int [anchors].
-        anchor_usable: bool [anchors], whether all that is compared exists.
+        anchor_usable: bool [anchors], the anchor has all modalities that are read.
         row_source: int [rows].
-        row_usable: bool [rows].
+        row_usable: bool [rows], likewise.
     """
 
     queries: Sequence[Array]
@@ -232,30 +215,34 @@ class Comparison(NamedTuple):
 
 
 def compare(c: Comparison) -> Array:
-    """Similarities [anchors, rows], the least over pairs of modalities; −inf where not eligible."""
+    """Similarities [anchors, rows], the minimum over pairs; −inf where a row is not eligible."""
     return _by_anchor(c, lambda similarity: similarity)
 
 
 def rank(c: Comparison, ranks: int) -> tuple[Array, Array]:
-    """The `ranks` most similar eligible rows of every anchor, −inf behind the last eligible one."""
+    """Similarities and positions [anchors, ranks] of the most similar rows, in descending order.
+
+    The similarity is −inf behind the last eligible row.
+    """
     return _by_anchor(c, lambda similarity: _top_k(similarity, ranks))
 
 
 def _by_anchor(c: Comparison, reduced: Callable[[Array], Any]) -> Any:
+    """Applies `reduced` to the similarities [rows] of every anchor, in tiles."""
     # HIGHEST is free for a bfloat16 bank; a float32 bank is ranked as what it holds.
     highest: Any = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": "f4"}
 
     def one(anchor):
         *queries, source, usable = anchor
-        found = [
+        similarities = [
             jnp.einsum("d,rd->r", query, rows, **highest)
             for query, rows in zip(queries, c.embeddings, strict=True)
         ]
         for pair, means in enumerate(c.means):
             by_playback = jnp.einsum("d,pd->p", queries[pair].astype("f4"), means, **highest)
-            found[pair] -= _lookup(by_playback, c.playbacks[pair])
+            similarities[pair] -= _lookup(by_playback, c.playbacks[pair])
         eligible = c.row_usable & usable & (c.row_source != source)
-        return reduced(jnp.where(eligible, reduce(jnp.minimum, found), -jnp.inf))
+        return reduced(jnp.where(eligible, reduce(jnp.minimum, similarities), -jnp.inf))
 
     anchors = (*c.queries, c.anchor_source, c.anchor_usable)
     tile = max(1, _TILE_ELEMENTS // c.row_source.shape[0])
@@ -265,7 +252,7 @@ def _by_anchor(c: Comparison, reduced: Callable[[Array], Any]) -> Any:
 
 
 def _random_bits(key: Array, anchor: Array, insertion: Array) -> Array:
-    """32 bits [anchors, rows] that depend on (key, anchor, insertion number) alone."""
+    """Random 32 bits [anchors, rows] that depend on (key, anchor, insertion number) alone."""
     # One Threefry block per pair, counting (anchor, insertion). `jax.random` under vmap needs three
     # (two fold_in, one draw), and draws of an "rbg" key would depend on the batch's shape.
     counter = jnp.stack([jnp.broadcast_to(anchor[:, None], insertion.shape), insertion])
@@ -282,9 +269,9 @@ def _gumbel(key: Array, anchor: Array, insertion: Array) -> Array:
 
 
 def choose_candidates(insertion: Array, key: Array, sampling: BankSampling) -> Array:
-    """Rows [candidates] that are candidates in the step of `key`, written ones first.
+    """Chooses candidates, written rows first: int [candidates] positions of rows.
 
-    Depends on the key and the rows' insertion numbers [rows] alone, not on where they lie.
+    The choice depends on the step's key and the insertion numbers [rows] alone, not on positions.
     """
     bits = _random_bits(key, jnp.full(1, _NO_ANCHOR, jnp.uint32), insertion[None])[0]
     order = jnp.where(insertion >= 0, (bits >> 1).astype(jnp.int32), -1)
@@ -299,30 +286,29 @@ def pick_positives(
     anchor: Array,
     sampling: BankSampling,
 ) -> tuple[Array, Array]:
-    """Positions [anchors, num_positives] among the first ranks, and their validity.
+    """Draws positives: positions [anchors, num_positives] among the first ranks, and validity.
 
     Args:
-        scores: [anchors, ranks] similarities, −inf of no row.
-        row_numbers: int [anchors, ranks, numbers] insertion number and source first.
-        enough: bool [anchors], whether so many rows are eligible that the first are alike.
-        key: Of the step and term.
+        scores: [anchors, ranks] similarities, −inf where there is no row.
+        row_numbers: int [anchors, ranks, numbers], as in `bank_exchange.BankRows`.
+        enough: bool [anchors] from `enough_eligible`; other anchors get no positives.
+        key: Key of the step and term.
         anchor: int [anchors] number of each anchor.
-        sampling: Counts and distribution.
+        sampling: Count, distribution and temperature.
     """
     insertion, source = row_numbers[..., 0], row_numbers[..., 1]
-    near = _gumbel(key, anchor, insertion)
+    perturbed = _gumbel(key, anchor, insertion)
     if sampling.positive_sampling == "gumbel":
-        near = scores / sampling.temperature + near
-    near = jnp.where(scores > -jnp.inf, near, -jnp.inf)
-    near = jnp.where(enough[:, None], near, -jnp.inf)
-    # One per source, sampled without replacement: the best, then the best of all other sources, …
+        perturbed = scores / sampling.temperature + perturbed
+    perturbed = jnp.where((scores > -jnp.inf) & enough[:, None], perturbed, -jnp.inf)
+    # One per source, without replacement: the best, then the best of all other sources, …
     values, positions = [], []
     for _ in range(sampling.num_positives):
-        best = jnp.argmax(near, axis=1, keepdims=True)
-        values.append(jnp.take_along_axis(near, best, axis=1))
+        best = jnp.argmax(perturbed, axis=1, keepdims=True)
+        values.append(jnp.take_along_axis(perturbed, best, axis=1))
         positions.append(best)
         same = source == jnp.take_along_axis(source, best, axis=1)
-        near = jnp.where(same, -jnp.inf, near)
+        perturbed = jnp.where(same, -jnp.inf, perturbed)
     if not values:
         return jnp.zeros((len(scores), 0), jnp.int32), jnp.zeros((len(scores), 0), bool)
     return jnp.concatenate(positions, axis=1), jnp.concatenate(values, axis=1) > -jnp.inf
@@ -336,36 +322,44 @@ def pick_negatives(
     anchor: Array,
     sampling: BankSampling,
 ) -> tuple[Array, Array]:
-    """Positions [anchors, num_negatives] among the candidates, and their validity.
+    """Draws negatives: positions [anchors, num_negatives] among the candidates, and validity.
 
     Args:
         scores: [anchors, candidates] similarities, −inf where not eligible.
-        row_numbers: int [candidates, numbers] insertion number and source first.
-        near_source: int [anchors, ranks] sources that stand in the first ranks, −1 of no row.
-        key: Of the step and term.
+        row_numbers: int [candidates, numbers], as in `bank_exchange.BankRows`.
+        near_source: int [anchors, ranks] sources of the first ranks, −1 where there is no row.
+        key: Key of the step and term.
         anchor: int [anchors] number of each anchor.
-        sampling: Counts and distribution.
+        sampling: Count, offset, distribution and temperature.
     """
     eligible = scores > -jnp.inf
     left_out = jnp.floor(sampling.negative_offset * eligible.sum(-1, keepdims=True))
-    nearest_first = -jnp.sort(-scores, axis=-1)
-    threshold = jnp.take_along_axis(nearest_first, left_out.astype(jnp.int32), axis=1)
+    descending = -jnp.sort(-scores, axis=-1)
+    threshold = jnp.take_along_axis(descending, left_out.astype(jnp.int32), axis=1)
     insertion = jnp.broadcast_to(row_numbers[:, 0], scores.shape)
-    far = _gumbel(key, anchor, insertion)
+    perturbed = _gumbel(key, anchor, insertion)
     if sampling.negative_sampling == "gumbel":
-        far = scores / sampling.temperature + far
-    # One rank after the other: of a million rows all at once would take 256 MiB.
-    is_near, _ = jax.lax.scan(
-        lambda found, near: (found | (row_numbers[None, :, 1] == near[:, None]), None),
+        perturbed = scores / sampling.temperature + perturbed
+    # Rank by rank: for a bank of a million rows, comparing with all ranks at once takes 256 MiB.
+    # `scores > inf` is False everywhere and varies over devices as the result does.
+    near, _ = jax.lax.scan(
+        lambda near, source: (near | (row_numbers[None, :, 1] == source[:, None]), None),
         scores > jnp.inf,
         near_source.T,
     )
-    far = jnp.where(eligible & (scores <= threshold) & ~is_near, far, -jnp.inf)
-    value, position = jax.lax.top_k(far, sampling.num_negatives)
+    perturbed = jnp.where(eligible & (scores <= threshold) & ~near, perturbed, -jnp.inf)
+    value, position = jax.lax.top_k(perturbed, sampling.num_negatives)
     return position, value > -jnp.inf
 
 
 def enough_eligible(scores: Array, rows: int, sampling: BankSampling) -> Array:
-    """Whether enough of the bank's rows are eligible, estimated from candidates' `scores`."""
+    """Tests whether enough rows are eligible for positives: bool [anchors].
+
+    Args:
+        scores: [anchors, candidates] similarities, −inf where not eligible; their fraction is the
+            estimate.
+        rows: Rows of the bank.
+        sampling: For the number of ranks.
+    """
     eligible = (scores > -jnp.inf).mean(-1) * rows
     return eligible >= _ELIGIBLE_PER_POSITIVE_RANK * sampling.positive_ranks
