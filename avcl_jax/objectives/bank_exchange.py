@@ -1,8 +1,8 @@
-"""How the anchors of many devices meet the rows of a sharded feature bank (design §4).
+"""Exchange of anchors and rows between the devices that share a feature bank.
 
 Either every shard ranks all anchors and their nearest rows are merged, or the bank is gathered:
-whichever moves fewer bytes, counted by `exchange_bytes` from the shapes alone. All here works on
-arrays; `feature_bank` owns them.
+whichever moves fewer bytes, as `exchange_bytes` counts them from the shapes alone. Functions work
+on arrays; `feature_bank` owns them.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from avcl_jax.objectives.bank_sampling import (
     ranking_pairs,
 )
 
-# Numbers of a row before its labels, in one int32 array.
+# Columns of `BankRows.numbers` before the labels, and those of the playback.
 ROW_NUMBERS = 4
+PLAYBACK_COLUMN: Mapping[Modality, int] = {"video": 2, "audio": 3}
 _INT_BYTES = 4
-# A device asks a shard at once for up to this many times the share of its picks that would be the
-# shard's if picks were spread evenly.
+# In one round a device requests from a shard up to this many times the rows that it would request
+# if its picks were spread evenly.
 _SLACK = 2
 _SAME_WIDTH = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
@@ -64,7 +65,7 @@ class Anchors(NamedTuple):
         present: Modality → bool [videos, 2].
         playback: Modality → int [videos, 2].
         source_id: int [videos].
-        anchor_id: int [videos], a number of the video that does not depend on the device count.
+        anchor_id: int [videos] number of the video, independent of the number of devices.
     """
 
     embeddings: Mapping[Modality, Array]
@@ -75,7 +76,7 @@ class Anchors(NamedTuple):
 
 
 class ExchangeBytes(NamedTuple):
-    """Bytes that the bank's exchange makes a device receive in one step, its own share counted."""
+    """Bytes that a device receives in one step from the bank's exchange, its own part included."""
 
     merge: int
     gather: int
@@ -92,22 +93,23 @@ def exchange_bytes(
     terms: Sequence[Term],
     sampling: BankSampling,
 ) -> ExchangeBytes:
-    """Bytes per device and step, for either way to bring anchors and rows together.
+    """Counts bytes per device and step, for both ways of exchange.
 
-    Merge: every shard ranks all anchors against its own rows, the nearest (similarity and row)
-    travel to the anchor's device, which picks positives and asks the shards for their embeddings;
-    counted is one round of asking, with room for twice an even share of every shard. All shards
-    together show every device the candidates for negatives. Gather: every device receives the
-    modalities of the bank that are read. Both receive the rows' numbers and presence. Counted is
-    the size of every collective's result on one device; what several terms exchange alike is
-    counted once, because XLA makes equal collectives one.
+    Merge: every shard ranks all anchors against its own rows; the nearest (similarity and row) are
+    sent to the anchor's device, which picks positives and requests their embeddings from the
+    shards. One round of requests counts, with room for twice the rows of an even spread. Every
+    device also receives the candidates for negatives. Gather: every device receives the modalities
+    of the bank that are read. Both: every device receives the rows' numbers and presence.
+
+    The size of every collective's result on one device counts; equal collectives of several terms
+    count once, because XLA merges them.
 
     Args:
         size: Rows of the bank.
-        dim: Numbers in an embedding.
-        dtype: Of the bank.
-        labels: Number of labels that a row carries.
-        global_batch_size: Videos of a step.
+        dim: Size of an embedding.
+        dtype: Dtype of the bank.
+        labels: Labels per row.
+        global_batch_size: Videos per step.
         shards: Devices along the data axes.
         terms: (anchor modality, target modality) of every term that a step samples.
         sampling: Ranks and samples per anchor.
@@ -149,7 +151,7 @@ def exchange_bytes(
 
 
 def _presence(present: Mapping[Modality, Array]) -> Array:
-    """One bit per modality: the same array for every term, whatever modalities the term needs."""
+    """One bit per modality, so that all terms exchange the same array."""
     return present["video"].astype(jnp.uint8) | (present["audio"].astype(jnp.uint8) << 1)
 
 
@@ -165,13 +167,13 @@ def _exchangeable(values: Array) -> Array:
 
 
 def _gather(values: Array, data_axes: tuple[str, ...]) -> Array:
-    """[rows, ...] of every shard, one after another; bit for bit."""
+    """Concatenates [rows, ...] of all shards, bit for bit."""
     moved = jax.lax.all_gather(_exchangeable(values), data_axes, tiled=True)
     return jax.lax.bitcast_convert_type(moved, values.dtype)
 
 
 def _send(values: Array, data_axes: tuple[str, ...]) -> Array:
-    """[to shard, ...] → [from shard, ...]; bit for bit."""
+    """Sends [to shard, ...], receives [from shard, ...], bit for bit."""
     moved = jax.lax.all_to_all(_exchangeable(values), data_axes, split_axis=0, concat_axis=0)
     return jax.lax.bitcast_convert_type(moved, values.dtype)
 
@@ -179,7 +181,7 @@ def _send(values: Array, data_axes: tuple[str, ...]) -> Array:
 def _merge_nearest(
     scores: Array, rows: Array, ranks: int, data_axes: tuple[str, ...], shards: int
 ) -> tuple[Array, Array]:
-    """Sends every anchor's nearest rows home, keeps the best: [all anchors, k] → [own, ranks]."""
+    """Exchanges nearest rows, keeps the best of own anchors: [all anchors, k] → [own, ranks]."""
     packed = jnp.stack([jax.lax.bitcast_convert_type(scores, jnp.int32), rows], axis=-1)
     received = _send(packed.reshape(shards, -1, *packed.shape[1:]), data_axes)
     received = received.swapaxes(0, 1).reshape(received.shape[1], -1, 2)
@@ -190,20 +192,20 @@ def _merge_nearest(
 
 
 def _asked_at_once(picks: int, shards: int) -> int:
-    """Rows that a device asks of every shard in one round of `_fetch`."""
+    """Rows that a device requests from every shard in one round of `_fetch`."""
     return min(picks, -(-_SLACK * picks // shards))
 
 
 def _fetch(
     embeddings: Array, rows: Array, wanted: Array, data_axes: tuple[str, ...], shards: int
 ) -> Array:
-    """Embeddings of the wanted ones of rows of any shard; anything where not wanted."""
+    """Embeddings of `rows`, which may be on any shard; undefined where not `wanted`."""
     size, dim = embeddings.shape
     shape, rows = rows.shape, rows.ravel()
     owner = jnp.where(wanted.ravel(), rows // size, shards)
     order = jnp.argsort(owner)
     start = jnp.searchsorted(owner[order], jnp.arange(shards + 1))
-    # The how manieth of its owner's rows each one is.
+    # Index of each row among the rows of its owner.
     place = jnp.argsort(order) - start[owner]
     at_once = _asked_at_once(rows.size, shards)
     most = jax.lax.pmax(jnp.diff(start).max(), data_axes)
@@ -217,24 +219,24 @@ def _fetch(
         answers = answers.at[owner, column].get(mode="clip")
         return jnp.where(now[:, None], answers, found)
 
-    # Shapes are static, so the tables have room for twice an even share. Rows lie on shards at
-    # random: more than one round is next to never needed, and none is when nothing is wanted.
+    # Shapes are static, so the tables have room for twice the rows of an even spread. Rows are on
+    # random shards: more than one round is hardly ever needed, and none if nothing is wanted.
     found = jax.lax.pcast(jnp.zeros((rows.size, dim), embeddings.dtype), data_axes, to="varying")
     found = jax.lax.fori_loop(0, -(-most // at_once), ask, found)
     return found.reshape(*shape, dim)
 
 
-def _show(embeddings: Array, rows: Array, data_axes: tuple[str, ...]) -> Array:
-    """Embeddings [rows, dim] of rows of any shard, the same ones on every device; bit for bit."""
+def _broadcast(embeddings: Array, rows: Array, data_axes: tuple[str, ...]) -> Array:
+    """Embeddings [rows, dim] of rows on any shard, equal on every device, bit for bit."""
     size = embeddings.shape[0]
     own = rows // size == jax.lax.axis_index(data_axes)
     mine = jnp.where(own[:, None], embeddings[rows % size], jnp.zeros((), embeddings.dtype))
-    shown = jax.lax.psum(_exchangeable(mine), data_axes)
-    return jax.lax.bitcast_convert_type(shown, embeddings.dtype)
+    total = jax.lax.psum(_exchangeable(mine), data_axes)
+    return jax.lax.bitcast_convert_type(total, embeddings.dtype)
 
 
 def _query(anchors: Anchors, own: Modality, means: Array | None) -> Array:
-    """Embeddings of anchors [views, dim], less the mean of their playback."""
+    """Embeddings of anchors [views, dim], minus the mean of their playback unless None."""
     embeddings = anchors.embeddings[own]
     query = embeddings.reshape(-1, embeddings.shape[-1])
     return query if means is None else query - means[anchors.playback[own].ravel()]
@@ -259,14 +261,14 @@ def draw(
         key: Key of this step, the same on every device and for every term.
         anchors: This device's videos.
         term: Modality of the anchors, and of the rows to return.
-        number: Of the term; noise differs between terms, candidates do not.
+        number: Number of the term; noise differs between terms, candidates do not.
         sampling: Space, ranks, counts and distribution.
         data_axes: Mesh axes that batch and bank are sharded over.
         shards: Devices along these axes.
-        merge: Whether nearest rows are merged; else the bank is gathered. Irrelevant for one shard.
+        merge: Merge nearest rows instead of gathering the bank; ignored for one shard.
 
     Returns:
-        Of positives and of negatives: embeddings [videos, 2, samples, dim], numbers
+        For positives and for negatives: embeddings [videos, 2, samples, dim], numbers
         [videos, 2, samples, :] as in `BankRows`, and validity [videos, 2, samples].
     """
     size = rows.numbers.shape[0]
@@ -287,7 +289,7 @@ def draw(
         return (numbers[:, 0] >= 0) & _has_all(presence, modalities)
 
     def playbacks(numbers: Array) -> list[Array]:
-        return [numbers[:, 2 if row == "video" else 3] for _, row in pairs]
+        return [numbers[:, PLAYBACK_COLUMN[row]] for _, row in pairs]
 
     means: list[Array] = []
     if sampling.ranking == "content":
@@ -303,7 +305,7 @@ def draw(
         )
         for pair, (own, row) in enumerate(pairs)
     ]
-    # Two bits per view, so that one number per video is exchanged instead of two.
+    # Two bits per view, so that one number per video is exchanged.
     first, second = _presence(anchors.present).astype(jnp.int32).T
     anchor_numbers = jnp.stack([anchors.source_id.astype(jnp.int32), first | (second << 2)], axis=1)
 
@@ -341,22 +343,22 @@ def draw(
     chosen = choose_candidates(all_numbers[:, 0], key, sampling)
     chosen_numbers = all_numbers[chosen]
     candidates = {
-        name: _show(values, chosen, data_axes) if merge else values[chosen]
+        name: _broadcast(values, chosen, data_axes) if merge else values[chosen]
         for name, values in embeddings.items()
     }
-    likeness = compare(
+    similarities = compare(
         comparison(queries, anchor_numbers, candidates, chosen_numbers, all_presence[chosen])
     )
 
     key = jax.random.fold_in(key, number)
     view_id = jnp.repeat(2 * anchors.anchor_id.astype(jnp.uint32), 2)
     view_id = view_id + jnp.tile(jnp.arange(2, dtype=jnp.uint32), videos)
-    enough = enough_eligible(likeness, all_numbers.shape[0], sampling)
+    enough = enough_eligible(similarities, all_numbers.shape[0], sampling)
     near_numbers = all_numbers[ranked]
     position, is_positive = pick_positives(scores, near_numbers, enough, key, view_id, sampling)
     near_source = jnp.where(scores > -jnp.inf, near_numbers[..., 1], -1)
     negatives, is_negative = pick_negatives(
-        likeness, chosen_numbers, near_source, key, view_id, sampling
+        similarities, chosen_numbers, near_source, key, view_id, sampling
     )
     positives = jnp.take_along_axis(ranked, position, axis=1)
     target = embeddings[term[1]]

@@ -1,4 +1,4 @@
-"""Health of a feature bank: whom its samples resemble, how old they are, how far rows drift."""
+"""Health metrics of a feature bank: agreement and age of its samples, drift of its rows."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from avcl_jax.objectives.bank_exchange import ROW_NUMBERS
+from avcl_jax.objectives.bank_exchange import PLAYBACK_COLUMN, ROW_NUMBERS
 from avcl_jax.objectives.bank_sampling import Modality
 from avcl_jax.objectives.feature_bank import BankSample, FeatureBank, age
 
-# Videos of a batch whose rows are looked for in the bank to see how far these have drifted.
+# Videos of a batch whose rows in the bank measure the drift.
 _DRIFT_VIDEOS = 8
 
 
@@ -25,21 +25,21 @@ def sample_metrics(
     label: Int[Array, "videos labels"],
     label_names: Sequence[str],
 ) -> dict[str, tuple[Array, Array]]:
-    """Health of a sample: how old its rows are, and how often they are of the anchor's kind.
+    """Age of the sampled rows, and agreement of their labels and playback with the anchor.
 
     Args:
-        bank: The bank sampled from (before this step's insertion).
-        drawn: What `sample` returned.
-        modality: Of the anchors.
+        bank: The bank, before this step's insertion.
+        drawn: Result of `feature_bank.sample`.
+        modality: Modality of the anchors.
         playback: int [videos, 2] of the anchors.
         label: int [videos, labels] of the anchors, −1 unknown.
         label_names: Names of the labels.
 
     Returns:
-        Means, each with how many values it is of; 0 of none. `positives`: number per anchor;
-        `age_rows`: number of rows inserted since the sampled positives were; `positive_share/NAME`
-        and `negative_share/NAME` of each label, "speed" and "direction": fraction of positives and
-        of negatives that agree with the anchor. Compare with the base rates of `bank_metrics`.
+        Metric → (mean, number of values); the mean over nothing is 0. `positives`: positives per
+        anchor; `age_rows`: rows inserted since the sampled positives; `positive_share/NAME` and
+        `negative_share/NAME` for each label, "speed" and "direction": fraction of positives and of
+        negatives that agree with the anchor. Compare with the base rates of `bank_metrics`.
     """
 
     def mean(values, mask):
@@ -54,7 +54,7 @@ def sample_metrics(
         "age_rows": mean(ages, drawn.positive_mask),
     }
     kinds = _kinds(playback, jnp.repeat(label[:, None], 2, axis=1), label_names)
-    column = 2 if modality == "video" else 3
+    column = PLAYBACK_COLUMN[modality]
     for name, numbers, mask in (
         ("positive", drawn.positive_numbers, drawn.positive_mask),
         ("negative", drawn.negative_numbers, drawn.negative_mask),
@@ -68,7 +68,7 @@ def sample_metrics(
 
 
 def _kinds(playback: Array, labels: Array, label_names: Sequence[str]) -> dict[str, Array]:
-    """Numbers by which rows and anchors are compared; playback is 2 speed + direction."""
+    """Numbers in which rows and anchors are compared; playback is 2 · speed + direction."""
     kinds = {name: labels[..., number] for number, name in enumerate(label_names)}
     return kinds | {"speed": playback // 2, "direction": playback % 2}
 
@@ -115,23 +115,23 @@ def bank_metrics(
     label_names: Sequence[str],
     source_id: Int[Array, " videos"],
 ) -> dict[str, tuple[Array, Array]]:
-    """Health of the bank beside a batch.
+    """Fill of the bank, base rates of agreement in a batch, and drift of rows.
 
     Args:
         bank: The bank, before this step's insertion.
         embeddings: By modality, [videos, 2, dim].
         present: By modality, bool [videos, 2].
-        playback: By modality, int [videos, 2] number of the speed and direction.
+        playback: By modality, int [videos, 2].
         label: int [videos, labels], −1 unknown.
         label_names: Names of the labels.
         source_id: int [videos].
 
     Returns:
-        Means, each with how many values it is of; 0 of none. `fill`: fraction of rows written;
-        `base_rate/NAME` of each label, "speed" and "direction": fraction of pairs of views of
-        different sources that agree, whoever draws them; `MODALITY_same_source_similarity/HALF`:
-        cosine of views with rows of their source in the "newer" and "older" half of the bank. These
-        are other views of it: compare with the similarity of two views of the batch.
+        Metric → (mean, number of values); the mean over nothing is 0. `fill`: fraction of rows
+        written; `base_rate/NAME` for each label, "speed" and "direction": fraction of pairs of
+        views of different sources that agree; `MODALITY_same_source_similarity/HALF`: cosine of
+        views with rows of their source in the "newer" and the "older" half of the bank. These rows
+        are other views: compare with the similarity of two views of the batch.
     """
     found = {"fill": ((bank.insertion >= 0).mean(), jnp.asarray(1))}
     either = present["video"] | present["audio"]

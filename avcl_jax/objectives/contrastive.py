@@ -1,24 +1,25 @@
-"""Contrastive objective with sample-dependent positives and negatives (design §2.3).
+"""Contrastive objective with sample-dependent positives and negatives.
 
 For an anchor z with partner q (weight 1 − λ), bank positives p (sharing λ equally) and negatives n:
 
     l(z) = − Σ_p ω_p · log( e^{z·p/τ} / ( e^{z·p/τ} + Σ_n e^{z·n/τ} ) ),   Σ_p ω_p = 1
 
-Each positive has a denominator of its own, so positives do not compete with each other. Writing E
-for the log of the sum over negatives, one term is softplus(E − z·p/τ): the stable form used here.
+Each positive has its own denominator, so positives do not compete with each other. With E the
+logarithm of the sum over negatives, one term is softplus(E − z·p/τ): the stable form used here.
 
 Balanced gradients. Without a bank the objective does not change when all targets move by the same
 vector: the pull on the partner equals the push on the negatives. Bank rows get no gradient, which
-breaks this. Where they hold the share P of the sum over an anchor's negatives, and a positive has
-the softmax probability p, the targets of the batch together are pulled along z by
+breaks this. If they make up the fraction P of the sum over an anchor's negatives, and a positive
+has the softmax probability p, the targets of the batch together are pulled along z by
 
-    (1 − p) P / τ          in the term of the partner,
+    (1 − p) P / τ          in the partner's term,
     − (1 − p) (1 − P) / τ  in the term of a bank positive.
 
-Summed over a batch this is stronger than what tells embeddings apart, and all of them run away
-together. So values stay as they are, and the gradients of *targets* are balanced: the partner's is
-multiplied by 1 − P, and in the terms of bank positives targets get none. The derivative along a
-shift of all targets is then 0 for every anchor. Gradients of anchors are not changed.
+Summed over a batch this is stronger than the forces that separate embeddings, and all of them run
+away together. Therefore the loss keeps its value, and the gradients of *targets* are balanced: the
+partner's is multiplied by 1 − P, and targets get none from the terms of bank positives. The
+derivative along a shift of all targets is then 0 for every anchor. Gradients of anchors do not
+change. Derivation and effect: docs/balanced_gradients.md.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ _EXCLUDED = -1e30
 
 
 class _Similarities(NamedTuple):
-    """Cosine similarities of every anchor with its positives and negatives, and who counts.
+    """Cosine similarities of every anchor with its positives and negatives, and their masks.
 
-    What is `held` has the same values, but no gradient with respect to the targets.
+    `held_` similarities have the same values, but no gradient with respect to the targets.
     """
 
     partner: Float[Array, "videos 2"]
@@ -184,7 +185,7 @@ def _masked_mean(values: Array, mask: Array) -> Array:
 def _metrics(s: _Similarities) -> dict[str, Array]:
     counted = s.anchor_mask
     negatives = s.batch_mask & counted[..., None, None]
-    ranked = counted & s.batch_mask.any((2, 3))  # first among nobody is no achievement
+    ranked = counted & s.batch_mask.any((2, 3))  # Rank 1 without negatives does not count.
     hardest = jnp.where(s.batch_mask, s.batch, -jnp.inf).max((2, 3), initial=-jnp.inf)
     # Strictly first: when all embeddings are one point, accuracy is 0 and shows the collapse.
     first = (s.partner > hardest).astype(s.partner.dtype)
@@ -217,12 +218,12 @@ def per_anchor_loss(
     bank_negatives: Float[Array, "videos 2 negatives dim"] | None = None,
     bank_negative_mask: Bool[Array, "videos 2 negatives"] | None = None,
 ) -> tuple[Float[Array, "videos 2"], Bool[Array, "videos 2"]]:
-    """Returns l_i of every anchor, whose mean is `contrastive_loss`.
+    """Loss l(z) of every anchor; `contrastive_loss` is its mean.
 
     Args: as `contrastive_loss`.
 
     Returns:
-        The losses [videos, 2], 0 where the anchor does not count, and which anchors count.
+        The losses [videos, 2], 0 where the anchor does not count, and the mask of those that do.
     """
     similarities = _similarities(
         anchors,
@@ -260,30 +261,30 @@ def contrastive_loss(
     as anchors and targets; the term `va` is the mean of "cross" video → audio and audio → video.
     In-batch negatives of an anchor are all embeddings of `targets`, both views, of other sources
     whose target modality exists. Without any negative l = 0. Computed in float32, float64 if given.
-    Gradients of targets are balanced, as the module says.
+    Gradients of targets are balanced, see the module.
 
     Args:
         anchors: [videos, 2, dim] L2-normalised embeddings of the anchor modality, any float dtype.
         targets: [videos, 2, dim] L2-normalised embeddings of the target modality.
-        kind: What the partner is. "within": the other view; "cross": the same view of the target
+        kind: Partner of an anchor. "within": the other view; "cross": the same view of the target
             modality.
-        source_id: int [videos], equal for records cut from one medium.
-        anchor_mask: bool [videos], or [videos, 2] of each view, whether the anchor modality exists.
-        target_mask: bool of the same shape, whether the target modality exists.
+        source_id: int [videos], equal for records cut from one file.
+        anchor_mask: bool [videos], or [videos, 2] of each view: the anchor modality exists.
+        target_mask: bool of the same shape: the target modality exists.
         temperature: τ > 0.
         positive_weight: λ in [0, 1], shared equally by an anchor's valid bank positives; if it has
             none, its partner has weight 1.
-        bank_positives: [videos, 2, positives, dim] rows of the target modality; never get gradient.
+        bank_positives: [videos, 2, positives, dim] rows of the target modality, without gradient.
         bank_positive_mask: bool [videos, 2, positives].
-        bank_negatives: [videos, 2, negatives, dim] rows of the target modality; never get gradient.
+        bank_negatives: [videos, 2, negatives, dim] rows of the target modality, without gradient.
         bank_negative_mask: bool [videos, 2, negatives].
 
     Returns:
         The scalar loss, 0 (with zero gradient) if no anchor counts, and metrics: the mean
         similarities `positive_similarity` (partner), `negative_similarity` (in-batch),
-        `bank_positive_similarity` and `bank_negative_similarity`; `accuracy`, how often the partner
-        ranks strictly first among the in-batch negatives; `anchors`, how many count. A mean over
-        nothing is 0.
+        `bank_positive_similarity` and `bank_negative_similarity`; `accuracy`, the fraction of
+        anchors whose partner ranks strictly first among the in-batch negatives; `anchors`, the
+        number of anchors that count. A mean over nothing is 0.
 
     Raises:
         ValueError: On shapes that do not fit, an unknown kind, or bank rows without their mask.

@@ -1,11 +1,11 @@
-"""Feature bank: a sharded ring of past embeddings, sampled per anchor (design §2.3, §4).
+"""Feature bank: a sharded ring of past embeddings, sampled per anchor.
 
 The bank is device state: `size` rows, each the video and audio embedding of one view with its
-source and presence, sharded over the mesh's data axes. Every shard is a ring that takes only what
-its own devices computed, so inserting moves nothing between devices. Rows carry a running insertion
-number, which names a row independently of where it lies: noise is keyed by it, so the number of
-devices changes neither what the bank holds nor what is sampled. Before they reach 2³¹ the numbers
-go back by a multiple of the bank's size (`_period`), so that a row's place stays its number's.
+source and presence, sharded over the mesh's data axes. Every shard is a ring of the embeddings that
+its own device computed, so inserting moves nothing between devices. Rows have a running insertion
+number, which identifies a row wherever it is stored: noise is keyed by it, so the number of devices
+changes neither the bank's contents nor the samples. Before they reach 2³¹ the numbers are reduced
+by a multiple of the bank's size (`_period`), which keeps the places of rows.
 """
 
 from __future__ import annotations
@@ -22,20 +22,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from avcl_jax.errors import UserError
-from avcl_jax.objectives.bank_exchange import (
-    Anchors,
-    BankRows,
-    ExchangeBytes,
-    draw,
-    exchange_bytes,
-)
+from avcl_jax.objectives.bank_exchange import Anchors, BankRows, draw, exchange_bytes
 from avcl_jax.objectives.bank_sampling import BankSampling, Modality, Term
 from avcl_jax.objectives.masks import per_view
 
 __all__ = [
     "BankSample",
     "BankSampling",
-    "ExchangeBytes",
     "FeatureBank",
     "age",
     "check_size",
@@ -55,15 +48,15 @@ __all__ = [
 class FeatureBank:
     """Rows of past embeddings; a pytree, saved and restored with the training state.
 
-    The fields are arrays, or whatever a tree map puts in their place (shardings, shapes).
+    The fields are arrays, or the shapes or shardings of arrays.
 
     Attributes:
         video: [size, dim] video embedding of a view, in the bank's dtype; 0 where there is none.
         audio: [size, dim] audio embedding of the same view.
-        source_id: int32 [size] the medium that the view was cut from.
-        label: int32 [size, labels] labels for health metrics only, −1 unknown.
-        video_playback: int32 [size] number of the speed and direction of the video, and
-        audio_playback: int32 [size] of the audio.
+        source_id: int32 [size] source of the view.
+        label: int32 [size, labels] labels, for health metrics only; −1 unknown.
+        video_playback: int32 [size] number of the video's speed and direction.
+        audio_playback: int32 [size] number of the audio's speed and direction.
         has_video: bool [size].
         has_audio: bool [size].
         insertion: int32 [size] insertion number, −1 while the row is empty.
@@ -84,13 +77,12 @@ class FeatureBank:
 
 
 class BankSample(NamedTuple):
-    """Rows sampled for each anchor; where a mask is not set the row is 0 and its numbers −1.
+    """Rows sampled for each anchor; where a mask is not set, the row is 0 and its numbers are −1.
 
     Attributes:
         positives: [videos, 2, num_positives, dim] embeddings of the target modality.
         positive_mask: bool [videos, 2, num_positives].
-        positive_numbers: int32 [videos, 2, num_positives, 4 + labels] insertion number, source,
-            playback of the video and of the audio, labels.
+        positive_numbers: int32 [videos, 2, num_positives, 4 + labels], as in `BankRows`.
         negatives: [videos, 2, num_negatives, dim] embeddings of the target modality.
         negative_mask: bool [videos, 2, num_negatives].
         negative_numbers: int32 [videos, 2, num_negatives, 4 + labels].
@@ -173,21 +165,21 @@ def shardings(mesh: Mesh, data_axes: tuple[str, ...]) -> FeatureBank:
 
 
 def _period(size: int) -> int:
-    """Number after which insertion numbers repeat: the largest multiple of `size` below 2³⁰.
+    """Period of insertion numbers: the largest multiple of `size` below 2³⁰.
 
-    A multiple of the size, so that neither the place of the next row in the ring nor that of a
-    number in `redistribute` changes when numbers start over.
+    As a multiple of the size it changes neither the place of the next row in the ring nor the
+    places in `redistribute` when numbers start over.
     """
     return (2**30 - 1) // size * size
 
 
 def is_full(bank: FeatureBank) -> Bool[Array, ""]:
-    """Whether every row has been written."""
+    """Tests whether every row has been written."""
     return bank.inserted >= bank.insertion.shape[0]
 
 
 def age(bank: FeatureBank, insertion: Array) -> Array:
-    """How many rows were inserted since those of the given insertion numbers."""
+    """Number of rows inserted since those of the given insertion numbers."""
     return (bank.inserted - insertion) % _period(bank.insertion.shape[0])
 
 
@@ -223,7 +215,7 @@ def insert(
         source_id: int [videos].
         label: int [videos, labels], −1 unknown.
         video_playback: int [videos, 2] number of the speed and direction of each view's video.
-        audio_playback: int [videos, 2] likewise.
+        audio_playback: int [videos, 2] of each view's audio.
         has_video: bool [videos], or [videos, 2] of each view.
         has_audio: bool of the same shape.
         mesh: The mesh of Auto axes, or None for one device.
@@ -251,7 +243,7 @@ def insert(
             return jax.lax.dynamic_update_slice_in_dim(ring, values, start, axis=0)
 
         def embeddings(ring, values, mask):
-            # What a missing medium was encoded to is no embedding, and may be NaN.
+            # The encoder's output for a missing modality may be NaN.
             values = jnp.where(mask[..., None], values, jnp.zeros((), values.dtype))
             return put(ring, values.reshape(rows, -1))
 
@@ -340,7 +332,7 @@ def sample(
     data_axes: tuple[str, ...],
     terms: Sequence[Term],
 ) -> BankSample:
-    """Samples bank rows as positives and negatives of every anchor, by similarity (design §2.3).
+    """Samples bank rows as positives and negatives of every anchor, by similarity.
 
     Never returned: empty rows, rows of the anchor's source, rows that lack the target modality or
     one that the similarity space reads. An anchor that lacks its own or such a modality gets none.
@@ -354,9 +346,9 @@ def sample(
         has_video: bool [videos], or [videos, 2] of each view.
         has_audio: bool of the same shape.
         video_playback: int [videos, 2] number of the speed and direction of each view's video.
-        audio_playback: int [videos, 2] likewise.
+        audio_playback: int [videos, 2] of each view's audio.
         source_id: int [videos].
-        anchor_id: int [videos], a number of the video that does not depend on the device count.
+        anchor_id: int [videos] number of the video, independent of the number of devices.
         active: bool scalar; if False (warm-up, bank not yet full) every mask is False.
         anchor_modality: "video" or "audio".
         target_modality: Modality of the rows returned.
@@ -371,7 +363,7 @@ def sample(
 
     Raises:
         UserError: If the bank or the batch does not divide over the shards, or the bank has fewer
-            rows than there are ranks.
+            rows than ranks or candidates.
     """
     shards = num_shards(mesh, data_axes)
     term = (anchor_modality, target_modality)
@@ -385,7 +377,7 @@ def sample(
     if max(sampling.positive_ranks, sampling.negative_candidates) > size:
         raise UserError(
             f"positive_ranks = {sampling.positive_ranks} and negative_candidates = "
-            f"{sampling.negative_candidates} must be at most the bank's {size} rows"
+            f"{sampling.negative_candidates} must be at most the bank's {size} rows."
         )
     count = exchange_bytes(
         size=size,

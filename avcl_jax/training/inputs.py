@@ -1,4 +1,4 @@
-"""Batches of the data pipeline to inputs of the model, on the device."""
+"""Inputs of the model from batches of the data pipeline, on the device."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ def prepare_inputs(
     augmentation: tuple[PhotometricSpec, SpectralSpec] | None,
     key: Array | None,
 ) -> dict[str, Array]:
-    """A batch of the pipeline to inputs of the model, on the device.
+    """Computes spectrograms where they are the device's task, augments, standardises frames.
 
     Args:
         batch: as `data.pipeline` delivers it.
         spec: rendering.
-        pixel_mean: subtracted from pixels in [0, 1].
-        pixel_std: pixels are divided by it.
-        augmentation: of pictures and of spectrograms; None for evaluation.
-        key: JAX random key of the augmentation.
+        pixel_mean: mean of pixels in [0, 1].
+        pixel_std: standard deviation of pixels in [0, 1].
+        augmentation: of frames and of spectrograms; None for evaluation.
+        key: JAX random key of the augmentation; may be None without it.
 
     Returns:
-        `video`, `spectrogram`, `has_video`, `has_audio`.
+        `video` float32 [videos, 2, num_frames, size, size, 3], `spectrogram` float32
+        [videos, 2, frames, mels], and `has_video` and `has_audio` as in the batch.
     """
     if spec.spectrogram_on_device:
         spectrogram = log_mel(batch["audio_windows"], spec.log_mel, jnp)
@@ -51,24 +52,24 @@ def prepare_inputs(
         video_key, audio_key = jax.random.split(key)
         spectrogram = spectral(audio_key, spectrogram, augmentation[1])
 
-    def pictures(video: Array) -> Array:
+    def frames(video: Array) -> Array:
         video = to_unit_range(video)
         if augmentation is not None:
             video = photometric(video_key, video, augmentation[0])
         return standardize(video, pixel_mean, pixel_std)
 
-    def pictures_once(video: Array) -> Array:
-        # XLA's CPU compiler would compute all this once more inside of each operation that reads
-        # it, and drops `optimization_barrier`. It does not look into a condition.
+    def frames_once(video: Array) -> Array:
+        # XLA's CPU compiler would repeat this computation in each operation that reads it, and
+        # drops `optimization_barrier`. It does not fuse across a condition.
         return jax.lax.cond(
             batch["has_video"].any(),
-            pictures,
+            frames,
             lambda video: jnp.zeros(video.shape, jnp.float32),
             video,
         )
 
     return {
-        "video": jax.lax.platform_dependent(batch["video"], cpu=pictures_once, default=pictures),
+        "video": jax.lax.platform_dependent(batch["video"], cpu=frames_once, default=frames),
         "spectrogram": spectrogram,
         "has_video": batch["has_video"],
         "has_audio": batch["has_audio"],

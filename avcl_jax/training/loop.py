@@ -76,11 +76,11 @@ def bank_start(config: ml_collections.ConfigDict) -> int | None:
 def build(
     config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
 ) -> tuple[Any, Callable[[jax.Array], tuple[TrainState, Any]], Callable[..., Any]]:
-    """Mesh, initialisation and train step of a config; reads no data.
+    """Builds mesh, initialisation and train step of a config; reads no data.
 
     Args:
         config: as `configs/pretrain.py` returns it.
-        devices: all that there are by default; others to compile for machines elsewhere.
+        devices: all available ones by default; others to compile for other machines.
 
     Returns:
         The mesh, a function from a random key to (state, its shardings), and the train step, which
@@ -100,12 +100,12 @@ def build(
         feature_bank.check_size(
             config.bank.size, global_batch_size=config.global_batch_size, shards=mesh.size
         )
-        drawn = experiment.bank_sampling(config)
-        if max(drawn.positive_ranks, drawn.negative_candidates) > config.bank.size:
+        sampling = experiment.bank_sampling(config)
+        if max(sampling.positive_ranks, sampling.negative_candidates) > config.bank.size:
             raise UserError(
-                f"bank.negative_candidates {drawn.negative_candidates} must be at most bank.size "
-                f"{config.bank.size}, and bank.positive_window {config.bank.positive_window:g} at "
-                "most 1"
+                f"bank.negative_candidates {sampling.negative_candidates} must be at most "
+                f"bank.size {config.bank.size}, and bank.positive_window "
+                f"{config.bank.positive_window:g} at most 1"
             )
     spec = experiment.render_spec(config)
     model = experiment.audio_visual_model(config)
@@ -211,7 +211,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
         if progress.data_fingerprint != source.fingerprint:
             raise CheckpointError(
                 f"{workdir} was trained on records {progress.data_fingerprint}, "
-                f"{config.data.directory} now holds {source.fingerprint}: choose another --workdir"
+                f"{config.data.directory} contains {source.fingerprint}: choose another --workdir"
             )
         state = checkpoints.restore(saved, state)
         if state.bank is not None and progress.devices != mesh.size:
@@ -339,14 +339,14 @@ def _announce(
 
 
 def _never_used(config: ml_collections.ConfigDict) -> str:
-    """Says so if the run ends before its bank is used."""
+    """Returns a remark if the run ends before its bank is used, else ""."""
     start = bank_start(config)
     unused = start is not None and start >= config.steps
     return f" (never used: it starts after step {start})" if unused else ""
 
 
 def _exchange(config: ml_collections.ConfigDict, shards: int) -> str:
-    """What the two ways to rank the bank over devices would move, and which one is taken."""
+    """Returns a remark on the bytes that either way of exchange would move, and the choice."""
     spec = loss_spec(config)
     if shards == 1 or spec.bank is None or not spec.bank_terms:
         return ""
@@ -362,6 +362,6 @@ def _exchange(config: ml_collections.ConfigDict, shards: int) -> str:
     )
     chosen = "merged" if count.merge < count.gather else "gathered"
     return (
-        f" ({chosen}: merging candidates would move {count.merge / 1e6:.1f} MB per device and "
+        f" ({chosen}: merging nearest rows would move {count.merge / 1e6:.1f} MB per device and "
         f"step, gathering the bank {count.gather / 1e6:.1f} MB)"
     )

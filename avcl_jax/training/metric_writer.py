@@ -13,12 +13,12 @@ import jax
 from etils import epath
 from tensorboardX import SummaryWriter
 
-# A fall of the spread by this fraction within so many log periods is an alarm. Embeddings that ran
-# away together as a bank came in lost 18 % in one period of 50 steps and 27 % in two; those of
-# healthy runs, 2 % at most once the learning rate had risen.
+# A fall of the spread by this fraction within this number of log periods is an alarm. Embeddings
+# that ran away together when a bank was switched on lost 18 % in one period of 50 steps and 27 % in
+# two; those of healthy runs lose 2 % at most after the warm-up of the learning rate.
 _FALL, _COMPARED = 0.2, 2
 
-# What the progress line shows, by group; everything is in metrics.jsonl.
+# Metrics of the progress line by group; metrics.jsonl has all.
 _SHOWN = {
     "": {"loss": "loss", "accuracy": "accuracy", "vv/loss": "vv", "va/loss": "va", "aa/loss": "aa"},
     "speed ": {"speed_video/accuracy": "v", "speed_audio/accuracy": "a"},
@@ -33,7 +33,7 @@ _SHOWN = {
 
 
 def _progress(values: Mapping[str, float]) -> str:
-    """The metrics of the progress line; what a run does not have is left out, name and all."""
+    """Formats the metrics of the progress line, without those that a run does not have."""
     lacking = [
         f"{100 * values[name]:.0f} % of views without {modality}"
         for modality in ("video", "audio")
@@ -49,10 +49,10 @@ def _progress(values: Mapping[str, float]) -> str:
 
 
 def _alarms(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Alarm lines of the last row: embeddings whose spread begins to fall.
+    """Yields an alarm for each modality whose embeddings' spread has fallen by the last row.
 
     Args:
-        rows: lines of metrics.jsonl, up to the last one.
+        rows: parsed lines of metrics.jsonl.
     """
 
     def fallen(spread: Sequence[tuple[float, int]]) -> bool:
@@ -70,8 +70,8 @@ def _alarms(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield (
             f"ALARM at step {step}: the spread of the {modality} embeddings ({name}) fell from "
             f"{old:.2f} at step {old_step} to {new:.2f}. If */negative_similarity in metrics.jsonl "
-            "rises too, all embeddings move together: if the feature bank has just "
-            "come in, look at its settings (bank.size=0 trains without it), otherwise lower "
+            "rises too, all embeddings move together: if the feature bank has just been switched "
+            "on, check its settings (bank.size=0 trains without it), otherwise lower "
             "optimizer.learning_rate"
         )
 
@@ -94,14 +94,14 @@ class MetricWriter:
     """Writes from the first process only; elsewhere every call does nothing."""
 
     def __init__(self, workdir: epath.Path, *, steps: int, first_step: int, warmup_steps: int = 0):
-        """Opens the files and forgets lines beyond the step from which the run goes on.
+        """Opens the files and drops lines after the step from which the run resumes.
 
         Args:
-            workdir: of the run.
-            steps: of the whole run.
-            first_step: at which this start begins.
-            warmup_steps: steps in which a falling spread of embeddings is not an alarm: random
-                encoders lose it while the learning rate rises.
+            workdir: workdir of the run.
+            steps: steps of the whole run.
+            first_step: step from which the run resumes, or 0.
+            warmup_steps: steps without alarms: the spread of random encoders falls while the
+                learning rate rises.
         """
         self._steps = steps
         self._warmup_steps = warmup_steps
@@ -119,7 +119,7 @@ class MetricWriter:
         self._events = SummaryWriter(str(workdir / "events"), purge_step=first_step + 1)
 
     def _flush(self) -> None:
-        # Object stores cannot append, so the file (one line a log period) is written whole.
+        # Object stores cannot append, so the file (one line per log period) is written whole.
         temporary = self._path.with_name("metrics.jsonl.writing")
         temporary.write_text("\n".join(self._lines) + "\n" if self._lines else "")
         temporary.replace(self._path)

@@ -1,4 +1,4 @@
-"""Everything that training changes, and how it comes into being, sharded from the start."""
+"""Training state: its contents, creation and shardings."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ class TrainState:
         batch_stats: running statistics of batch normalisation, float32.
         opt_state: state of the optimizer.
         ema_params: exponential moving average of the parameters, or None.
-        ema_batch_stats: the same average of `batch_stats`, which belong to the raw parameters; or
-            None.
+        ema_batch_stats: the same average of `batch_stats`, for use with `ema_params`; or None.
         bank: feature bank, or None.
     """
 
@@ -86,7 +85,7 @@ def create_state(
         ema: keep an average of the parameters and the statistics.
         bank_size: rows of the feature bank; 0 for none.
         bank_dtype: dtype of its embeddings.
-        bank_labels: number of labels that its rows carry.
+        bank_labels: labels per row.
         embedding_dim: their dimension.
 
     Returns:
@@ -101,7 +100,7 @@ def create_state(
             params=params,
             batch_stats=batch_stats,
             opt_state=optimizer.init(params),
-            # Copies, for donated buffers must not be shared.
+            # Copies, because donated buffers must not be shared.
             ema_params=jax.tree.map(jnp.copy, params) if ema else None,
             ema_batch_stats=jax.tree.map(jnp.copy, batch_stats) if ema else None,
             bank=feature_bank.create(bank_size, embedding_dim, bank_dtype, labels=bank_labels)

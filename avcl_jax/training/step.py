@@ -45,18 +45,18 @@ CONTRASTIVE_TERMS: Mapping[str, tuple[tuple[Modality, Modality], ...]] = {
 class LossSpec:
     """Weights of the objective.
 
-    Each term is a mean over its examples that count in a batch: anchors, or classifications. In
-    the total it has its weight times the fraction that these are of all its examples in the
-    readable videos of the batch, so that an example weighs the same whatever batch it is in.
+    Each term is a mean over those of its examples (anchors or classifications) that count in a
+    batch. In the total, its weight is multiplied by their fraction of all its examples in the
+    readable videos of the batch, so that an example has the same weight in every batch.
 
     Attributes:
-        weights: weight of each term of `CONTRASTIVE_TERMS` and of the temporal terms where all its
+        weights: weight of each term of `CONTRASTIVE_TERMS` and of the temporal terms if all its
             examples count; a term of weight 0 is not computed.
         temperature: of the contrastive terms.
-        positive_weight: share of the bank positives, lambda of design section 2.3.
-        bank: how bank rows are drawn; None for in-batch terms only.
-        bank_warmup_steps: the bank is filled but not used for so many steps.
-        bank_labels: names of labels whose agreement with sampled bank rows is reported.
+        positive_weight: weight of the bank positives, λ in `objectives.contrastive`.
+        bank: settings of sampling from the bank; None for in-batch terms only.
+        bank_warmup_steps: steps in which the bank is filled but not used.
+        bank_labels: names of labels whose agreement with sampled bank rows is logged.
     """
 
     weights: Mapping[str, float]
@@ -96,7 +96,7 @@ class TermLoss(NamedTuple):
     Attributes:
         value: mean over the examples that count, 0 if there are none.
         examples: how many count.
-        per_video: examples of a video that has everything.
+        per_video: examples of a video for which all count.
     """
 
     value: Array
@@ -105,7 +105,7 @@ class TermLoss(NamedTuple):
 
 
 def average(value: Array, count: Array | float = 1.0) -> clu_metrics.Average:
-    """A mean that weighs `count` when it is merged with those of other steps."""
+    """A mean with weight `count` for merging with those of other steps."""
     count = jnp.asarray(count, jnp.float32)
     value = jnp.where(count > 0, value.astype(jnp.float32), 0.0)
     return clu_metrics.Average(total=value * count, count=count)
@@ -129,7 +129,7 @@ def _labels(batch: Mapping[str, Array], names: Sequence[str]) -> Array:
 def _embeddings(
     outputs: Mapping[str, Array], batch: Mapping[str, Array]
 ) -> tuple[dict[Modality, Array], dict[Modality, Array]]:
-    """Returns embeddings and masks of views; of a modality without encoder zeros, not present."""
+    """Returns embeddings and masks of views; zeros and False for a modality without encoder."""
     present: dict[Modality, Array] = {}
     embeddings: dict[Modality, Array] = {}
     some = next(value for name, value in outputs.items() if name.endswith("_embeddings"))
@@ -197,7 +197,9 @@ def _contrastive(
                     label=label,
                     label_names=loss_spec.bank_labels,
                 )
-                metrics |= {f"{name}/bank_{what}": average(*v) for what, v in health.items()}
+                metrics |= {
+                    f"{name}/bank_{metric}": average(*value) for metric, value in health.items()
+                }
             value, info = contrastive_loss(
                 embeddings[anchor],
                 embeddings[target],
@@ -211,10 +213,9 @@ def _contrastive(
             )
             values.append(value)
             counts.append(info["anchors"])
-            for key_name in ("positive_similarity", "negative_similarity", "accuracy"):
-                metrics[f"{name}/{key_name}"] = average(info[key_name], info["anchors"])
+            for metric in ("positive_similarity", "negative_similarity", "accuracy"):
+                metrics[f"{name}/{metric}"] = average(info[metric], info["anchors"])
             if rows:
-                # Bank negatives less alike than those of the batch are stale.
                 for kind in ("positive", "negative"):
                     metrics[f"{name}/bank_{kind}_similarity"] = average(
                         info[f"bank_{kind}_similarity"], rows[f"bank_{kind}_mask"].sum()
@@ -234,25 +235,25 @@ def total_loss(
     key: Array,
     mesh: Mesh,
 ) -> tuple[Array, tuple[Metrics, dict[Modality, Array], dict[Modality, Array]]]:
-    """Sum of the terms by their weights, each example alike: see `LossSpec`.
+    """Weighted sum of the terms, as in `LossSpec`.
 
     Args:
-        outputs: of the model, for the whole batch.
+        outputs: outputs of the model for the whole batch.
         batch: as `data.pipeline` delivers it.
-        state: before the step; read are `bank` and `step`.
+        state: state before the step, for its `bank` and `step`.
         loss_spec: weights and settings.
         key: JAX random key of the draws from the bank.
         mesh: devices.
 
     Returns:
-        The scalar, and metrics, embeddings and masks of the views that have them.
+        The scalar, and metrics, embeddings of views and their masks.
     """
     embeddings, present = _embeddings(outputs, batch)
     losses, metrics = _contrastive(embeddings, present, batch, state, loss_spec, key, mesh)
     for term, (value, info) in temporal_losses(outputs, batch).items():
         losses[term] = TermLoss(value, info["count"], math.prod(outputs[term].shape[1:-1]))
         metrics[f"{term}/accuracy"] = average(info["accuracy"], info["count"])
-    # A mean alone would give the one video with sound of a batch the weight of all of another's.
+    # Means alone would give the only video with audio in a batch the weight of a whole batch.
     readable = jnp.maximum(jnp.sum(~batch["unreadable"]), 1)
     weighted = []
     for term, loss in losses.items():
@@ -281,16 +282,14 @@ def _embedding_spread(embeddings: Array, present: Array) -> Array:
 def average_weight(step: Array, decay: float) -> Array:
     """Weight of the newest values in the moving average, (1 − d) / (1 − d^(step + 1)).
 
-    Each step then weighs d to the power of its age, over the sum of these: the average that Adam's
-    bias correction yields (Kingma & Ba, ICLR 2015, section 3), without the initialisation, and
-    without state of its own. A decay that rises with the steps, the usual alternative, is another
-    average than `ema_decay` says for as long as it rises.
+    The weight of each step is then proportional to d to the power of its age: the bias-corrected
+    average of Adam (Kingma & Ba, ICLR 2015, section 3), which excludes the initialisation.
 
     Args:
-        step: steps taken before, int32 scalar; at 0 the weight is 1.
+        step: int32 scalar, previous steps; at 0 the weight is 1.
         decay: d in (0, 1).
     """
-    # 1 − d^(step + 1), without the cancellation that float32 suffers where d is close to 1.
+    # `expm1` avoids the cancellation in 1 − d^(step + 1) if d is close to 1.
     return (1.0 - decay) / -jnp.expm1((step + 1) * math.log(decay))
 
 
@@ -310,10 +309,10 @@ def make_train_step(
 ) -> Callable[[TrainState, Mapping[str, Array], Array], tuple[TrainState, Metrics]]:
     """Builds the function `(state, batch, key) -> (state, metrics)`, for `jit_train_step`.
 
-    `key` is the same at every step; the step number is folded in. Metrics are averages to be
-    merged over a log period; `<term>/loss` is the mean over the examples of the period that count,
-    `loss` that of `total_loss`. The model runs on `micro_batches` parts of a batch one after the
-    other, the losses on all of it (`training.accumulate`).
+    `key` is the same at every step; the step number is folded in. Metrics are averages to merge
+    over a log period: `<term>/loss` over the examples that count, `loss` over the steps. The model
+    runs on `micro_batches` parts of a batch in turn, the losses on the whole batch
+    (`training.accumulate`).
 
     Raises:
         UserError: if `ema_decay` is not in [0, 1).
@@ -333,18 +332,18 @@ def make_train_step(
             augmentation=augmentation,
             key=augment_key,
         )
-        # Outputs that no term looks at would be kept for the whole batch, and passed back as zeros.
+        # Outputs that no term reads would take memory for the whole batch.
         used = loss_spec.active(TEMPORAL_TERMS)
 
         def forward(params: Any, inputs: Any) -> tuple[dict[str, Array], Any]:
             variables = {"params": params, "batch_stats": state.batch_stats}
             outputs, mutated = model.apply(variables, **inputs, train=True, mutable=["batch_stats"])
-            seen = {
+            outputs = {
                 name: value
                 for name, value in outputs.items()
                 if name.endswith("_embeddings") or name in used
             }
-            return seen, mutated["batch_stats"]
+            return outputs, mutated["batch_stats"]
 
         objective = functools.partial(
             total_loss,
@@ -379,7 +378,7 @@ def make_train_step(
                 label_names=loss_spec.bank_labels,
                 source_id=batch["source_id"],
             )
-            metrics |= {f"bank/{what}": average(*value) for what, value in health.items()}
+            metrics |= {f"bank/{metric}": average(*value) for metric, value in health.items()}
             bank = feature_bank.insert(
                 bank,
                 embeddings["video"],
