@@ -249,10 +249,10 @@ def preprocessings(
 
 
 def bank_sampling(config: ml_collections.ConfigDict) -> BankSampling:
-    """How bank rows are ranked and drawn.
+    """Settings of ranking and sampling the bank's rows.
 
     Raises:
-        UserError: if rows are to be ranked across modalities, and one alone is trained.
+        UserError: if rows are to be ranked across modalities and only one is trained.
     """
     section, space = config.bank, config.bank.space
     if config.modalities != "audio_visual":
@@ -261,7 +261,7 @@ def bank_sampling(config: ml_collections.ConfigDict) -> BankSampling:
                 f"bank.space 'cross' compares video with audio, and modalities="
                 f"{config.modalities}: use 'same'"
             )
-        space = "same"  # the agreement of one modality
+        space = "same"  # Agreement of one modality.
     return BankSampling(
         space=space,
         ranking=section.ranking,

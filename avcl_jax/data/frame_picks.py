@@ -1,44 +1,45 @@
 """Choice of the source frames that a clip shows.
 
-Chosen by time, as a player shows them, frames tell the playback speed. A file slower than the clip
-repeats frames at low speed. A file of 25 or 30 frames per second in a clip of 16 steps by 1 and 2
-frames in turn at speed 1, and nearly evenly at speed 8: of a texture that drifts steadily, at
-whatever velocity, mean frame differences told 99 % of 4 speeds. So only files whose rate is a
-multiple of the clip's are shown by time. Frames of others are chosen by number: at playback speed s
-the clip shows the frames
+Chosen by time, as a player shows them, frames can reveal the playback speed. A file of a lower rate
+than the clip repeats frames at low speeds. From a file of 25 or 30 frames per second, a clip of 16
+frames per second takes steps of 1 and 2 frames at speed 1 and nearly equal ones at speed 8: of a
+texture that drifts steadily at any velocity, mean frame differences reveal 4 speeds in 99 % of
+clips. Therefore frames are chosen by time only if the file's rate is a multiple of the clip's.
+Otherwise they are chosen by number: at playback speed s, the clip of K frames shows the frames
 
-    m + s · b_k,   b_k = the multiple of 1 (of 1/2 and odd, for an even K) nearest to
+    m + s · b_k,   b_k = the integer (for even K, the half of an odd integer) nearest to
                    (k − (K − 1) / 2) · step / gap,   k = 0 … K − 1,
 
 where m is the frame number nearest to the middle of the clip, `step` the time between two frames
-of a clip at speed 1 and `gap` the mean time between two frames of the file. The steps from frame to
-frame are those of speed 1 times s, and equal read from either end, for b_{K−1−k} = −b_k.
+of a clip at speed 1 and `gap` the mean time between two frames of the file. Steps between frames
+are s times those at speed 1, and equal in both directions, because b_{K−1−k} = −b_k.
 
-A repetition at speed s lasts s · step of the source, so that equal repetitions at every speed and
-frames within a fixed time of the source exclude each other. What holds is, in seconds of playback
-(source seconds / s), that a frame is shown within `gap` of its time, at every speed.
+A frame repeated at speed s stays for s · step of the source's time. So frames cannot both repeat
+alike at every speed and be within a fixed time of the source. They are within `gap` of their times
+in playback time (source time / s), at every speed.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-# Slower files are shown by time, and only at speeds at which they repeat no frame.
-SLOWEST = 0.45  # of the frame rate of a clip
-# Files whose rate is this near to a multiple of that of the clip are shown by time.
+# Fraction of the clip's frame rate. Files of a lower rate are shown by time, and only at speeds at
+# which no frame repeats.
+SLOWEST = 0.45
+# Relative deviation from a multiple of the clip's rate up to which frames are chosen by time.
 _IN_STEP = 0.001
-# Files that deviate from a constant rate by more than a frame in more of their clips are not
-# chosen by number: a number does not tell a time there.
+# Largest fraction of a file's clips that may deviate from a constant rate by more than a frame:
+# beyond it, frame numbers are no measure of time.
 _UNEVEN_CLIPS = 0.2
-_EPSILON = 1e-6  # of float times; far below any frame's duration
+_EPSILON = 1e-6  # seconds, for rounded times
 
 
 def by_time(frame_seconds: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Numbers of the frames on screen: the last that began at or before each time.
+    """Numbers of the last frames that began at or before each time.
 
     Args:
         frame_seconds: float64 [source frames], strictly increasing.
-        times: [...].
+        times: [...] seconds.
 
     Returns:
         int64 [...].
@@ -48,10 +49,10 @@ def by_time(frame_seconds: np.ndarray, times: np.ndarray) -> np.ndarray:
 
 
 def in_step(frame_seconds: np.ndarray, step: float) -> bool:
-    """Whether clips chosen by time step evenly at every speed.
+    """Tests whether frames chosen by time have equal steps at every speed.
 
     Args:
-        frame_seconds: float64 [source frames, at least 2], strictly increasing.
+        frame_seconds: float64 [source frames], at least 2, strictly increasing.
         step: seconds between two frames of a clip at speed 1.
     """
     gaps = np.diff(frame_seconds)
@@ -61,7 +62,7 @@ def in_step(frame_seconds: np.ndarray, step: float) -> bool:
 
 
 def offsets(frame_seconds: np.ndarray, *, num_frames: int, step: float) -> np.ndarray | None:
-    """Frame numbers of a clip at speed 1, relative to the first, where chosen by number.
+    """Frame numbers of a clip at speed 1 relative to its first, if chosen by number.
 
     Args:
         frame_seconds: float64 [source frames], strictly increasing.
@@ -69,7 +70,7 @@ def offsets(frame_seconds: np.ndarray, *, num_frames: int, step: float) -> np.nd
         step: seconds between two of them at speed 1.
 
     Returns:
-        int64 [num_frames] b_k − b_0; None for a file whose frames are chosen by time.
+        int64 [num_frames] b_k − b_0; None if the file's frames are chosen by time.
     """
     if len(frame_seconds) < 2 or in_step(frame_seconds, step):
         return None
@@ -79,7 +80,7 @@ def offsets(frame_seconds: np.ndarray, *, num_frames: int, step: float) -> np.nd
         return None
     length = round(num_frames * step / gap)
     spans = frame_seconds[length:] - frame_seconds[:-length]
-    uneven = np.abs(spans - length * gap) > 1.1 * gap  # one frame; time stamps may be rounded
+    uneven = np.abs(spans - length * gap) > 1.1 * gap  # a frame and rounding
     if not len(spans) or uneven.mean() > _UNEVEN_CLIPS:
         return None
     even = 0.5 if num_frames % 2 == 0 else 0.0
@@ -91,13 +92,13 @@ def offsets(frame_seconds: np.ndarray, *, num_frames: int, step: float) -> np.nd
 def by_number(
     frame_seconds: np.ndarray, first_offsets: np.ndarray, speed: int, middle: float
 ) -> np.ndarray | None:
-    """Numbers of the frames that a clip shows, chosen by number.
+    """Numbers of the frames that a clip shows, if chosen by number.
 
     Args:
         frame_seconds: float64 [source frames], strictly increasing.
-        first_offsets: of `offsets`.
+        first_offsets: int64 [num_frames], from `offsets`.
         speed: playback speed.
-        middle: seconds, between the times of the first and of the last frame of the clip.
+        middle: seconds, mean of the times of the first and the last frame of the clip.
 
     Returns:
         int64 [num_frames]; None if the file has too few frames.

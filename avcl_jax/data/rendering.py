@@ -59,7 +59,7 @@ class UsableRecord:
     has_audio: bool
 
     def frame_seconds(self, record: Record) -> np.ndarray:
-        """Returns the times of the frames that can be shown, float64 [frames or 0]."""
+        """Returns the times of the source frames, float64 [frames]; empty without video."""
         return record.frame_seconds if self.has_video else record.frame_seconds[:0]
 
 

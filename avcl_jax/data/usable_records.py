@@ -31,7 +31,7 @@ def _usable_parts(times: Mapping[str, np.ndarray], spec: RenderSpec) -> dict[str
     Returns:
         `start`, `end` and `gap` in seconds, `has_video`, `has_audio`; neither where no view fits.
     """
-    # The mean: one lost frame must not make a video slow.
+    # The mean, because one lost frame must not take a video out of tasks.
     shown = times["last_frame_seconds"] - times["first_frame_seconds"]
     gap = shown / np.maximum(times["num_frames"] - 1, 1)
     (video_start, video_end), (audio_start, audio_end) = intervals(times).values()

@@ -1,7 +1,7 @@
-"""Views: which seconds of a video are shown, how fast, and in which direction.
+"""Views: intervals of a video with a playback speed and a direction.
 
-A view is an interval of the video's own timeline and a playback transform (design section 2.1). Two
-views are drawn per video. The labels of the temporal tasks follow from the draw:
+A view is an interval of the video's own timeline and a playback transform. Two views are drawn per
+video. The labels of the temporal tasks follow from the draw:
 
 * speed and direction are drawn uniformly and independently of everything else;
 * the relation of the two intervals (before, overlapping, after) is drawn uniformly whenever the
@@ -11,8 +11,7 @@ So a classifier that knows only speeds, directions, frame rate and duration stay
 on which a task is not feasible is masked out of that task rather than given the feasible label:
 a three-second video that fits only 1x and 2x would otherwise teach "short means slow".
 
-Nor may the choice of source frames tell the speed, by unequal steps or a frame that repeats:
-`frame_picks`.
+`frame_picks` prevents source frames from revealing the speed by unequal steps or repeated frames.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from avcl_jax.errors import UserError
 FORWARD, BACKWARD = 0, 1
 BEFORE, OVERLAPPING, AFTER = 0, 1, 2
 
-# Before and after need a gap, overlapping an overlap, of this share of the shorter interval.
+# Before and after need a gap, overlapping an overlap, of this fraction of the shorter interval.
 MARGIN = 0.25
 # Float times are compared with this slack; far below any frame's duration.
 _EPSILON = 1e-6
@@ -39,11 +38,11 @@ class ViewSpec:
     """What every view of a data set has in common.
 
     Attributes:
-        num_frames: pictures in a clip.
+        num_frames: frames of a clip.
         clip_seconds: length of the interval that a clip covers at speed 1.
         speeds: playback speeds, increasing, the first 1.
-        audio_transform: "shared", sound has the picture's speed and direction; "independent", the
-            sound has its own, on an interval around the same middle.
+        audio_transform: "shared": audio has the video's speed and direction; "independent": audio
+            has its own, on an interval around the same middle.
     """
 
     num_frames: int
@@ -69,7 +68,7 @@ class ViewSpec:
 
     @property
     def frame_seconds(self) -> float:
-        """Time between two pictures of a clip at speed 1."""
+        """Time between two frames of a clip at speed 1."""
         return self.clip_seconds / self.num_frames
 
 
@@ -78,7 +77,7 @@ class Timeline:
     """The part of a video's timeline from which views may be drawn.
 
     Attributes:
-        start_seconds: where both picture and sound, as far as present, have begun.
+        start_seconds: where both video and audio, as far as present, have begun.
         end_seconds: where the first of them ends.
         frame_gap_seconds: mean time between neighbouring source frames; 0 without video.
     """
@@ -117,8 +116,8 @@ class ViewPair:
     """Two views of one video and what is true of them.
 
     Attributes:
-        video: the picture of view 1 and of view 2.
-        audio: the sound of view 1 and of view 2.
+        video: video of view 1 and of view 2.
+        audio: audio of view 1 and of view 2.
         order: `BEFORE`, `OVERLAPPING` or `AFTER`: where view 1 lies relative to view 2.
         speed_mask: the speed task is defined for this video.
         direction_mask: the direction task is defined for this video.
@@ -138,10 +137,13 @@ class TooShortError(UserError):
 
 
 def views_fit(duration_seconds: Any, frame_gap_seconds: Any, spec: ViewSpec) -> np.ndarray:
-    """Whether views of each speed fit, and their source frames need not be shown twice.
+    """Tests whether views of each speed are feasible.
+
+    They are if they fit into the video and repeat no source frame, or repeat frames alike at every
+    speed (`frame_picks`).
 
     Args:
-        duration_seconds: [...] of the usable part.
+        duration_seconds: [...] duration of the usable part.
         frame_gap_seconds: [...] mean time between neighbouring source frames.
         spec: timing of views.
 
@@ -162,12 +164,12 @@ def feasible_speeds(timeline: Timeline, spec: ViewSpec) -> list[int]:
 
 
 def order_fits(first_seconds: Any, second_seconds: Any, duration_seconds: Any) -> np.ndarray:
-    """Whether two intervals can lie before, overlapping and after in a video.
+    """Tests whether two intervals can be before, overlapping and after in a video.
 
     Args:
         first_seconds: [...] length of one.
         second_seconds: [...] length of the other.
-        duration_seconds: [...] of the usable part of the video.
+        duration_seconds: [...] duration of the usable part.
 
     Returns:
         bool [...].
@@ -196,7 +198,7 @@ def draw_views(
     speeds = feasible_speeds(timeline, spec)
     if not speeds:
         raise TooShortError(
-            f"no view of {spec.clip_seconds:g} s at {1 / spec.frame_seconds:g} pictures/s fits "
+            f"no view of {spec.clip_seconds:g} s at {1 / spec.frame_seconds:g} frames/s fits into "
             f"{timeline.duration_seconds:.3f} s of video whose frames are "
             f"{timeline.frame_gap_seconds:.3f} s apart"
         )
@@ -213,7 +215,7 @@ def draw_views(
     gap = MARGIN * spans.min()
     order_mask = bool(order_fits(spans[0], spans[1], timeline.duration_seconds))
     order = int(rng.integers(3)) if order_mask else OVERLAPPING  # No label where the mask is False.
-    # The shorter of picture and sound of each view must overlap when the views do.
+    # The shorter of video and audio of each view must overlap when the views do.
     inner = np.minimum(video_spans, audio_spans)
     if order_mask:
         starts = _place(rng, spans, order, gap, timeline, inner)
@@ -223,7 +225,7 @@ def draw_views(
     middles = starts + spans / 2
 
     def clips(spans: np.ndarray, speed: np.ndarray, direction: np.ndarray) -> tuple[Clip, Clip]:
-        # Sound and picture of a view share their middle: the same interval at the same speed.
+        # Audio and video of a view share their middle: the same interval at the same speed.
         first, second = (
             Clip(float(middles[k] - spans[k] / 2), int(speed[k]), int(direction[k]))
             for k in range(2)
@@ -241,10 +243,7 @@ def draw_views(
 
 
 def _speeds_look_alike(timeline: Timeline, spec: ViewSpec, frame_seconds: np.ndarray) -> bool:
-    """Whether a video is in the speed task.
-
-    It depends on the video alone, never on a draw, or it would favour a speed.
-    """
+    """Tests whether a video is in the speed task, independently of any draw."""
     if len(feasible_speeds(timeline, spec)) < len(spec.speeds):
         return False
     step = spec.frame_seconds
@@ -288,8 +287,8 @@ def _place(
 def frame_indices(clip: Clip, frame_seconds: np.ndarray, spec: ViewSpec) -> np.ndarray:
     """Indices of the source frames that a clip shows, in playback order.
 
-    The frame shown at a time is the last one that began at or before it, as a player shows it;
-    frames of files that are slower than the views are chosen by number: `frame_picks`.
+    Frames are chosen by time, as a player shows them, if the file's rate is a multiple of the
+    clip's, otherwise by number: see `frame_picks`.
 
     Args:
         clip: interval and playback.

@@ -332,7 +332,7 @@ def test_settings_tell_on_how_many_pairs_of_speeds_order_is_defined():
 
 
 def test_too_short_is_one_clear_error():
-    with pytest.raises(TooShortError, match=r"0\.75 s at 16 pictures/s fits 0\.500 s"):
+    with pytest.raises(TooShortError, match=r"0\.75 s at 16 frames/s fits into 0\.500 s"):
         draw_views(np.random.default_rng(0), Timeline(0.0, 0.5, 1 / 16), SHARED, np.arange(8) / 16)
     with pytest.raises(ValueError, match="increasing"):
         dataclasses.replace(SHARED, speeds=(2, 1))
