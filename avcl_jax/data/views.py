@@ -243,7 +243,10 @@ def draw_views(
 
 
 def _speeds_look_alike(timeline: Timeline, spec: ViewSpec, frame_seconds: np.ndarray) -> bool:
-    """Tests whether a video is in the speed task, independently of any draw."""
+    """Tests whether a video is in the speed task.
+
+    It depends on the video alone: if a draw decided, the task would favour some speeds.
+    """
     if len(feasible_speeds(timeline, spec)) < len(spec.speeds):
         return False
     step = spec.frame_seconds

@@ -1,4 +1,4 @@
-"""Positives and negatives that the feature bank of a run gives to some anchors, for the report."""
+"""Positives and negatives of some anchors from the feature bank of a run, for the report."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ _TITLES: Mapping[tuple[Term, ...], str] = {
 def bank_searches(
     config: ml_collections.ConfigDict, workdir: epath.Path, spec: RenderSpec, *, step: int
 ) -> dict[str, list[Search]]:
-    """Samples the bank of a run's newest checkpoint for videos in it, as it embedded them.
+    """Samples the bank of a run's newest checkpoint for anchors that are rows of the bank.
 
     Args:
-        config: of the run, with the sections of its evaluation.
-        workdir: of the run.
+        config: config of the run, with the sections of its evaluation.
+        workdir: workdir of the run.
         spec: rendering, with the spectrogram made on the host.
-        step: of the checkpoint.
+        step: step of the checkpoint.
 
     Returns:
-        Title of each way of ranking rows that the run uses to its searches; {} if no bank was used
-        yet, or the records that its rows stand for are no longer there.
+        Title of each ranking that the run uses → its searches; {} if the run has not used a bank
+        yet, or the records of its rows are missing.
     """
     start = bank_start(config)
     if start is None or step <= start:
@@ -65,7 +65,7 @@ def bank_searches(
     rows = FeatureBank(**load_bank(workdir))
     views = jax.tree.map(lambda v: v.reshape(-1, 2, *v.shape[1:]) if v.ndim else v, rows)
     row_of = {int(number): row for row, number in enumerate(rows.insertion)}
-    # Of several records of a source, the first.
+    # The first record of each source.
     places = {int(name): place for place, name in reversed(list(enumerate(source.sources)))}
 
     def show(row: int) -> Exhibit:
@@ -85,7 +85,7 @@ def bank_searches(
             for kind, numbers in drawn.items()
         }
         counts = {"positive": section.results // 2, "negative": -(-section.results // 2)}
-        shown = [
+        selected = [
             (kind, row)
             for kind, of_kind in kinds.items()
             for row in _spread([r for r in of_kind if rows.source_id[r] in places], counts[kind])
@@ -94,22 +94,22 @@ def bank_searches(
         return Search(
             query=show(query),
             query_modality=sides[0],
-            found=[show(row) for _, row in shown],
+            found=[show(row) for _, row in selected],
             found_modality=sides[1],
-            hits=[kind == "positive" for kind, _ in shown],
+            hits=[kind == "positive" for kind, _ in selected],
             remark=_agreement(rows, query, kinds, config.bank.health_labels),
-            tags=[f"{kind} {' / '.join(f'{c:.2f}' for c in cosines(r))}" for kind, r in shown],
+            tags=[f"{kind} {' / '.join(f'{c:.2f}' for c in cosines(r))}" for kind, r in selected],
         )
 
-    found: dict[str, list[Search]] = {}
+    searches: dict[str, list[Search]] = {}
     for anchor, target in terms:
         pairs = ranking_pairs(sampling, anchor)
-        whole = np.all([getattr(views, f"has_{own}").all(axis=1) for own, _ in pairs], axis=0)
-        usable = np.flatnonzero(whole & np.isin(rows.source_id[::2], list(places)))
-        if _TITLES[pairs] in found or not len(usable):
+        present = np.all([getattr(views, f"has_{own}").all(axis=1) for own, _ in pairs], axis=0)
+        usable = np.flatnonzero(present & np.isin(rows.source_id[::2], list(places)))
+        if _TITLES[pairs] in searches or not len(usable):
             continue
         rng = np.random.default_rng(config.seed)
-        chosen = np.sort(rng.choice(usable, min(section.queries, len(usable)), replace=False))
+        videos = np.sort(rng.choice(usable, min(section.queries, len(usable)), replace=False))
         sample = functools.partial(
             feature_bank.sample,
             active=True,
@@ -123,29 +123,29 @@ def bank_searches(
         drawn = jax.jit(sample)(
             rows,
             jax.random.key(config.seed),
-            anchors_video=views.video[chosen],
-            anchors_audio=views.audio[chosen],
-            has_video=views.has_video[chosen],
-            has_audio=views.has_audio[chosen],
-            video_playback=views.video_playback[chosen],
-            audio_playback=views.audio_playback[chosen],
-            source_id=views.source_id[chosen, 0],
-            anchor_id=chosen,
+            anchors_video=views.video[videos],
+            anchors_audio=views.audio[videos],
+            has_video=views.has_video[videos],
+            has_audio=views.has_audio[videos],
+            video_playback=views.video_playback[videos],
+            audio_playback=views.audio_playback[videos],
+            source_id=views.source_id[videos, 0],
+            anchor_id=videos,
         )
-        # Insertion numbers of the rows given to the first view of each video.
+        # Insertion numbers of the rows drawn for the first view of each video.
         positives, negatives = (
             np.asarray(numbers)[:, 0, :, 0].tolist()
             for numbers in (drawn.positive_numbers, drawn.negative_numbers)
         )
-        found[_TITLES[pairs]] = [
+        searches[_TITLES[pairs]] = [
             search(2 * video, {"positive": near, "negative": far}, pairs)
-            for video, near, far in zip(chosen.tolist(), positives, negatives, strict=True)
+            for video, near, far in zip(videos.tolist(), positives, negatives, strict=True)
         ]
-    return found
+    return searches
 
 
 def _spread(rows: Sequence[int], count: int) -> list[int]:
-    """Returns `count` rows or fewer, the first, the last and some between."""
+    """Returns at most `count` rows, evenly spaced from the first to the last."""
     places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
     return [rows[place] for place in places]
 
@@ -153,7 +153,7 @@ def _spread(rows: Sequence[int], count: int) -> list[int]:
 def _agreement(
     rows: FeatureBank, query: int, kinds: Mapping[str, Sequence[int]], labels: Sequence[str]
 ) -> str:
-    """Returns how many rows have the labels of the row `query`, and of the bank by chance."""
+    """Describes how many of the rows share labels with the row `query`, beside the base rate."""
     others = np.flatnonzero(rows.source_id != rows.source_id[query])
     sentences = []
     for column, label in enumerate(labels):

@@ -17,18 +17,18 @@ import simplejpeg
 from avcl_jax.evaluation.page import text
 from avcl_jax.evaluation.report_content import Exhibit, Search, Side
 
-# Rates that AAC knows, of those in use. FFmpeg's own resampling on the way into the encoder ends
-# in time stamps that its muxer refuses.
+# Sample rates in use that AAC supports. FFmpeg's resampling before its encoder yields time stamps
+# that its muxer refuses.
 _AAC_RATES = (8000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
 
 
 def search_blocks(
     by_title: Mapping[str, Sequence[Search]], spectrogram_range: tuple[float, float]
 ) -> list[str]:
-    """Returns a heading for each title, and its searches.
+    """Returns the HTML of titled searches: for each title a heading and its rows of cards.
 
     Args:
-        by_title: searches.
+        by_title: title → searches.
         spectrogram_range: values drawn darkest and brightest.
     """
     blocks = []
@@ -39,9 +39,9 @@ def search_blocks(
 
 
 def search_row(search: Search, spectrogram_range: tuple[float, float]) -> str:
-    """Returns a query beside what was found for it; `spectrogram_range` as above."""
-    asked = "anchor" if search.tags else "query"
-    cards = [_card(search.query, search.query_modality, "query", asked, spectrogram_range)]
+    """Returns the HTML of a query and its results; `spectrogram_range` as in `search_blocks`."""
+    query_tag = "anchor" if search.tags else "query"
+    cards = [_card(search.query, search.query_modality, "query", query_tag, spectrogram_range)]
     for number, (exhibit, hit) in enumerate(zip(search.found, search.hits, strict=True), start=1):
         kind = "hit" if hit else ""
         tag = f"{number} · same video" if hit else str(number)
@@ -102,16 +102,16 @@ def clip_uri(frames: np.ndarray, *, fps: float, waveform: np.ndarray, sample_rat
     """Returns an MP4 data URI (H.264 and AAC) of a short clip, so that the page can play it.
 
     Args:
-        frames: uint8 [T, H, W, 3], even height and width; empty for sound alone.
+        frames: uint8 [T, H, W, 3], even height and width; empty for audio alone.
         fps: frames per second.
         waveform: int16 [samples]; empty for a silent clip.
-        sample_rate_hz: its rate.
+        sample_rate_hz: sample rate of the waveform.
     """
     if len(waveform) and sample_rate_hz not in _AAC_RATES:
-        sound = librosa.resample(
+        resampled = librosa.resample(
             waveform.astype(np.float32), orig_sr=sample_rate_hz, target_sr=16_000
         )
-        waveform, sample_rate_hz = np.clip(sound, -32768, 32767).astype(np.int16), 16_000
+        waveform, sample_rate_hz = np.clip(resampled, -32768, 32767).astype(np.int16), 16_000
     stream = io.BytesIO()
     with av.open(stream, "w", format="mp4") as container:
         if len(frames):

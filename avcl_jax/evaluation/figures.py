@@ -102,9 +102,9 @@ def line_chart(
         series: curves by label.
         name: unique name of the chart on the page.
         ylabel: what is shown.
-        percent: write the axis in per cent.
+        percent: label the axis in %.
         from_zero: begin the axis at zero.
-        dashed: curves in the colour of those of the same labels; others are labelled.
+        dashed: curves by label, in the colour of the curve of the same label; others are labelled.
         last_step: end of the axis of steps, which then begins at 0.
         marker: step of a vertical line, and its label.
     """
@@ -155,7 +155,7 @@ def line_chart(
 
 
 def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns means over groups, as many as a chart can show; a long run logs thousands."""
+    """Returns means over at most `_MOST_POINTS` groups: a long run logs thousands of values."""
     starts = np.arange(0, len(values), max(1, -(-len(values) // _MOST_POINTS)))
     ends = np.append(starts[1:], len(values)) - 1
     counts = np.diff(np.append(starts, len(values)))

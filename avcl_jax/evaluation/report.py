@@ -294,7 +294,7 @@ def _curve_section(content: ReportContent) -> str:
     if marker is not None:
         caption += (
             f" From step {start} on (dotted) anchors had positives and negatives of the feature "
-            "bank. Bank positives say something where more of them than the base rate, dashed, "
+            "bank. Its positives are informative where more of them than the base rate (dashed) "
             "share a label with their anchor."
         )
     details = f"<details><summary>More metrics</summary>{further}</details>"
@@ -305,12 +305,12 @@ def _bank_section(content: ReportContent) -> str:
     if not content.bank:
         return ""
     return section(
-        "What the feature bank gave",
-        "Training videos drawn by the seed, and rows that the bank of the last checkpoint gives "
-        "them: positives in green, negatives from the most to the least similar. Numbers are the "
-        "cosines by which rows are ranked, before any correction for playback: of the pictures, "
-        "then of the sounds. The speed is that of the view whose embedding the bank holds; the "
-        "pictures are of the middle of the video, which may be another interval.",
+        "Samples from the feature bank",
+        "Random training videos, and rows that the bank of the last checkpoint returns for them: "
+        "positives in green, negatives from the most to the least similar. Numbers are the cosines "
+        "that rank the rows, before any correction for playback: of the pictures, then of the "
+        "sounds. The speed is that of the view whose embedding is in the bank; the pictures are "
+        "of the middle of the video, which may be another interval.",
         *search_blocks(content.bank, content.spectrogram_range),
     )
 

@@ -44,9 +44,9 @@ class Search:
         query_modality: which side of it the model was given.
         found: the best results, best first.
         found_modality: which side of them was ranked.
-        hits: for each result, whether it is the very video of the query, or a positive.
+        hits: for each result, True if it is the video of the query, or a positive.
         remark: one line on where the right one stood.
-        tags: for each result, its description in place of its rank.
+        tags: for each result, a description to show instead of its rank.
     """
 
     query: Exhibit
@@ -68,7 +68,7 @@ class Curves:
         series: curves by label.
         fractions: values are written in %.
         from_zero: the axis begins at zero.
-        dashed: curves to compare with those of the same labels, or with all.
+        dashed: curves by label, to compare with those of the same label, or with all.
         further: shown only on demand.
     """
 
@@ -92,7 +92,7 @@ class ReportContent:
         bank_start: step from which training used the feature bank; None if it never did.
         searches: retrieval examples by direction, "audio_to_video" and "video_to_audio".
         neighbours: nearest neighbours within one modality.
-        bank: what the feature bank gave to some training videos; {} without one.
+        bank: positives and negatives from the feature bank by title; {} without a bank.
         maps: see `figures.scatter`; by t-SNE of the pretrained features.
         planes: see `figures.scatter`; a random beside the pretrained encoder, for each probe, in
             the plane that keeps the classes of the training videos apart.

@@ -18,7 +18,7 @@ _TERMS = {
     "va": "picture→sound",
     "av": "sound→picture",
 }
-# Shorter than the titles of other sections: they stand beside curves.
+# Shorter than the titles elsewhere, to fit beside curves.
 _TASKS = TASK_TITLES | {
     "order_vv": "order, pictures",
     "order_aa": "order, sounds",
@@ -26,7 +26,7 @@ _TASKS = TASK_TITLES | {
 }
 _MODALITIES = {"video": "picture", "audio": "sound"}
 
-# Charts in their order, before all others: pattern of a chart's key -> title, axis.
+# Charts in their order: pattern of a chart's key -> title, label of the axis.
 _CHARTS = {
     r"term/loss": ("Contrastive loss", "loss"),
     r"task/loss": ("Loss of the temporal tasks", "loss"),
@@ -43,7 +43,7 @@ _CHARTS = {
     ),
     r"learning_rate": ("Learning rate", ""),
 }
-# Curves drawn dashed in the chart of others: pattern of that chart's key -> key of the dashed ones.
+# Dashed curves: pattern of the key of the chart that they are drawn in -> their own key.
 _DASHED = {
     r"term/(negative|positive)_similarity": r"term/bank_\1_similarity",
     r"term/bank_\w+_share/(\w+)": r"bank/base_rate/\1",
@@ -52,10 +52,10 @@ _DASHED = {
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]]) -> list[Curves]:
-    """Groups metrics into charts: one per metric, its curves the terms, tasks or modalities.
+    """Groups metrics into charts, with one curve per term, task or modality.
 
-    Metrics that are not in `_CHARTS` get a chart too, in the order of their names, marked as
-    further ones; speed and memory, whose names have no group, do not.
+    Other metrics than those of `_CHARTS` follow in the order of their names, marked as further
+    ones, except metrics whose names have no group, such as speed and memory.
 
     Args:
         rows: parsed lines, each with `step`.
@@ -68,7 +68,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]]) -> list[Curves]:
                 points[key][curve].append((float(row["step"]), float(value)))
     series: dict[str, Series] = {}
     for key, curves in points.items():
-        # The loss of both directions between picture and sound is one metric.
+        # Both directions between video and audio have one loss.
         labels = _TERMS | {"va": "picture–sound"} if key == "term/loss" else _TERMS
         order = [name for name in (*_TERMS, *_TASKS, *_MODALITIES, "") if name in curves]
         names = labels | _TASKS | _MODALITIES
@@ -104,9 +104,9 @@ def _place(name: str) -> tuple[str, str]:
 
 
 def _match(key: str, patterns: Mapping[str, str]) -> str:
-    """Returns what the first pattern that fits stands for, or ""."""
-    found = ((m, text) for p, text in patterns.items() if (m := re.fullmatch(p, key)))
-    return next((m.expand(text) for m, text in found), "")
+    """Returns the replacement of the first pattern that matches, or ""."""
+    matches = ((m, text) for p, text in patterns.items() if (m := re.fullmatch(p, key)))
+    return next((m.expand(text) for m, text in matches), "")
 
 
 def _match_chart(key: str) -> tuple[int, str, str]:

@@ -122,7 +122,7 @@ def test_anchors_are_shown_with_rows_of_the_bank_and_their_similarity(
 def test_the_page_shows_pictures_sounds_playback_and_shared_labels(run, agreeing):
     _, _, _, records, bank = run
     page = render_report(dataclasses.replace(synthetic_content(), bank=agreeing, searches={}))
-    _, _, shown = page.partition("What the feature bank gave")
+    _, _, shown = page.partition("Samples from the feature bank")
     shown, _, _ = shown.partition("</section>")
     assert shown.count("data:image/jpeg;base64,") == 3 * 6 * 2
     assert shown.count("data:image/png;base64,") == 3 * 6
