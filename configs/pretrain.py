@@ -36,9 +36,9 @@ def demo() -> ml_collections.ConfigDict:
     c.seed = 0
     c.steps = 1500
     c.global_batch_size = 32
-    # Above 1 the networks see the batch in so many parts, the losses see it whole: for contrastive
-    # batches larger than memory, at the price of one more forward. Batch normalisation is then over
-    # a part: docs/large_batches.md.
+    # Above 1, the networks process the batch in this many parts and the losses the whole: for
+    # contrastive batches larger than memory, with one more forward pass. Batch normalisation is
+    # then over a part: docs/large_batches.md.
     c.micro_batches = 1
     c.modalities = "audio_visual"  # or "video", "audio"
 
@@ -89,8 +89,9 @@ def demo() -> ml_collections.ConfigDict:
     c.loss = ml_collections.ConfigDict()
     c.loss.temperature = 0.1
     c.loss.positive_weight = 0.02
-    # Terms of modalities not trained are left out. In a batch a term has its weight times the
-    # fraction of its examples that count: of order, 0.80 here, for some pairs of speeds have none.
+    # Terms of modalities that are not trained are left out. In a batch, the weight of a term is
+    # multiplied by the fraction of its examples that count: for order 0.80 here, because some pairs
+    # of speeds have no order.
     c.loss.weights = ml_collections.ConfigDict()
     c.loss.weights.vv = 0.5
     c.loss.weights.va = 1.0
@@ -104,20 +105,20 @@ def demo() -> ml_collections.ConfigDict:
     c.loss.weights.order_va = 0.5
 
     c.bank = ml_collections.ConfigDict()
-    c.bank.size = 256  # rows, two for each video of a batch; 0 switches the bank off
+    c.bank.size = 256  # rows, two per video; 0 switches the bank off
     c.bank.dtype = "float32"
-    c.bank.space = "agreement"  # or "same" (which it is with one modality), "cross"
-    c.bank.ranking = "content"  # or "raw", in which the same playback comes first
+    c.bank.space = "agreement"  # or "same" (equal with one modality), "cross"
+    c.bank.ranking = "content"  # or "raw", which ranks rows of the same playback first
     c.bank.num_positives = 2
-    c.bank.positive_window = 1 / 32  # fraction of the rows, the most similar, they are drawn from
+    c.bank.positive_window = 1 / 32  # nearest fraction of the rows that positives are drawn from
     c.bank.positive_sampling = "gumbel"  # or "uniform"
     c.bank.num_negatives = 32
-    c.bank.negative_candidates = 256  # rows that are chosen at random for all anchors of a step
-    c.bank.negative_offset = 0.125  # fraction of these, the most similar, that an anchor leaves out
+    c.bank.negative_candidates = 256  # rows chosen at random once per step, for all anchors
+    c.bank.negative_offset = 0.125  # nearest fraction of them that each anchor leaves out
     c.bank.negative_sampling = "uniform"  # or "gumbel"
     c.bank.temperature = 0.1  # of Gumbel sampling
     c.bank.warmup_steps = 900
-    # Labels whose agreement with the rows sampled is logged, beside what chance gives.
+    # Labels whose agreement between anchors and sampled rows is logged, beside the base rate.
     c.bank.health_labels = ("motion", "material")
 
     c.optimizer = ml_collections.ConfigDict()
@@ -130,8 +131,8 @@ def demo() -> ml_collections.ConfigDict:
     c.optimizer.momentum = 0.9
     c.optimizer.beta2 = 0.98
     c.optimizer.clip_norm = 5.0
-    # Above 0 the average of parameters and running statistics over about 1 / (1 - ema_decay) steps
-    # is kept, exported and evaluated; untested.
+    # Above 0, the average of parameters and running statistics over about 1 / (1 - ema_decay) steps
+    # is kept, exported and evaluated: untested.
     c.optimizer.ema_decay = 0.0
 
     training.devices(c)
@@ -186,12 +187,12 @@ def _encoders(model: ml_collections.ConfigDict) -> None:
 
 
 def abstract() -> ml_collections.ConfigDict:
-    """The demo with the contrast that the paper's abstract names: video-video and video-audio.
+    """The demo with the contrastive terms of the paper's abstract: video-video and video-audio.
 
     python -m avcl_jax.main --config=configs/pretrain.py:abstract
 
-    Hardware: as the demo. The demo's third term, audio-audio, is ours. For other presets
-    `--config.loss.weights.aa=0` is the same.
+    Hardware: as the demo. The demo's third term, audio-audio, is ours; in other presets,
+    `--config.loss.weights.aa=0` switches it off.
     """
     c = demo()
     c.name = "abstract"
@@ -242,10 +243,10 @@ def esc10() -> ml_collections.ConfigDict:
 
 
 def _full_size(name: str, *, batch: int, steps: int) -> ml_collections.ConfigDict:
-    """What all full-size presets share: R(2+1)D-18, audio ResNet, 16 x 112^2, bfloat16.
+    """Settings shared by the full-size presets: R(2+1)D-18, audio ResNet, 16 x 112^2, bfloat16.
 
-    No run of this size has been done. Beside each scientific value stands its reason, or "untested"
-    if there is none; what AVID-CMA, GDT, CrissCross and BraVe use, with file and line, is in
+    No run of this size has been done. Each scientific value has its reason beside it, or "untested"
+    without one. The values of AVID-CMA, GDT, CrissCross and BraVe, with file and line, are in
     docs/reproduction.md, "Settings beside those of relatives".
     """
     c = demo()
@@ -258,16 +259,16 @@ def _full_size(name: str, *, batch: int, steps: int) -> ml_collections.ConfigDic
     c.data.threads = 1
     c.data.prefetch = 2
 
-    c.views.num_frames = 16  # as BraVe; the input for which R(2+1)D-18's cost is published
+    c.views.num_frames = 16  # as BraVe; R(2+1)D-18's FLOPs are published for this input
     # At 0.75 s two views of a 10 s video fit in every order for all pairs of speeds but (8, 8), at
-    # 1.0 s for 11 of 16. Neighbouring frames are 47 ms apart at speed 1, so sources slower than
-    # 21.3 frames/s have no speed task. Relatives: 0.5 to 1.3 s of video, 1 to 10 s of sound.
+    # 1.0 s for 11 of 16. Clips have 21.3 frames/s; videos under 0.45 of that (9.6) have no speed
+    # task. Relatives: 0.5 to 1.3 s of video, 1 to 10 s of audio.
     c.views.clip_seconds = 0.75
     # Inherited and untested: speeds (1, 2, 4, 8); one playback for video and audio. No relative
     # varies the speed.
     c.crop.image_size = 112  # as GDT and CrissCross
-    # As BraVe. The smallest crop of a 128-pixel record is 70 pixels wide and enlarged 1.6 times;
-    # the 0.08 of AVID-CMA and CrissCross, 36 pixels, needs larger records (--short-side).
+    # As BraVe. The smallest crop of a 128-pixel record is 70 pixels wide, enlarged 1.6 times; the
+    # 0.08 of AVID-CMA and CrissCross, 36 pixels, requires larger records (--short-side).
     c.crop.min_area = 0.3
     c.crop.quarter_turns = False  # real cameras have an upright
     c.photometric.brightness = 0.125  # added, as BraVe's; the others multiply by 0.6 to 1.4
@@ -277,9 +278,9 @@ def _full_size(name: str, *, batch: int, steps: int) -> ml_collections.ConfigDic
     # Inherited: gray_probability 0.2, as CrissCross and BraVe; flips, as all; pixel mean 0.5 and
     # deviation 0.25, near GDT's 0.45 and 0.225.
 
-    # Windows do not overlap at any speed, so more of them are shorter ones, which separate fewer
-    # bands: 24 of 500 samples (31 ms; relatives 7 to 64 ms) carry 80 independent bands, the 250
-    # samples of the demo 66 of 80. Coarser in time than any relative (3 to 10 ms): untested.
+    # Windows do not overlap at any speed, so more windows are shorter and resolve fewer bands: 24
+    # of 500 samples (31 ms; relatives 7 to 64 ms) resolve 80 independent bands, the demo's 250
+    # samples 66 of 80. The step in time is larger than any relative's (3 to 10 ms): untested.
     c.spectrogram.frames = 24
     c.spectrogram.mels = 80  # as CrissCross and BraVe
     # Inherited: 16 kHz, as CrissCross; 60 to 7,600 Hz, BraVe from 80; mean -7, as
@@ -287,8 +288,8 @@ def _full_size(name: str, *, batch: int, steps: int) -> ml_collections.ConfigDic
     # square); std 3 and floor 1e-6 untested.
     c.spectrogram.where = "device"
     c.spectral.mask_mels = 12  # 15 % of the bands, as in the demo; GDT 8, CrissCross twice 13 %
-    # Inherited and untested: equalizer and noise. Relatives scale the volume, by up to 10 or 20 %;
-    # here the mean level is kept, because loudness tells temporal order.
+    # Inherited and untested: equalizer and noise. Relatives scale the volume by up to 10 or 20 %;
+    # here the mean level is kept, because loudness is evidence of temporal order.
 
     c.model.dtype = "bfloat16"
     c.model.projection_hidden = 512  # as AVID-CMA and GDT; inherited embedding_dim 128, as AVID-CMA
@@ -298,35 +299,37 @@ def _full_size(name: str, *, batch: int, steps: int) -> ml_collections.ConfigDic
     c.model.audio.name = "resnet_9"
 
     # Inherited and untested: temperature 0.1 (AVID-CMA, GDT: 0.07) and weights. At the start,
-    # where every loss is the logarithm of its choices, contrast is 13.9 of the total and temporal
-    # tasks at most 3.7. Contrast among sounds (aa) is ours: `--config.loss.weights.aa=0` trains by
-    # the abstract.
+    # when every loss is the logarithm of its number of choices, contrastive terms are 13.9 of the
+    # total and temporal tasks at most 3.7. The audio-audio term is ours:
+    # `--config.loss.weights.aa=0` trains by the abstract.
     c.loss.positive_weight = 0.1  # untested; AVID-CMA: half, in a loss of its own
-    # Rows of 64 steps, two views a video: 7 to 18 % of the videos, and not old. Untested.
+    # Rows of the last 64 steps, 7 to 18 % of the videos. Untested.
     c.bank.size = 128 * batch
     c.bank.dtype = "bfloat16"
-    # Untested: all of these. AVID-CMA takes its 32 nearest as positives, and 64 (within) or 1,024
-    # (across) negatives of all other rows.
+    # The next five are untested. AVID-CMA uses the 32 nearest rows as positives, and 64 (within) or
+    # 1,024 (across) of all others as negatives.
     c.bank.num_positives = 8
     c.bank.positive_window = 1 / 2048  # 32 of 65,536 rows
     c.bank.num_negatives = 256
     c.bank.negative_candidates = 2048
-    c.bank.negative_offset = 0.02  # beyond the 0.25 % of Kinetics-400 that share the class
-    # Positives are as good as the features that choose them, and the learning rate is down to 0.54
-    # to 0.6 of its peak by then. AVID-CMA: after 30 of 50 epochs, on AudioSet 40 of 80.
+    c.bank.negative_offset = 0.02  # above the 0.25 % of Kinetics-400 that share a class
+    # Positives are as good as the features that select them; the learning rate is then at 0.54 to
+    # 0.6 of its peak. AVID-CMA: after 30 of 50 epochs, on AudioSet 40 of 80.
     c.bank.warmup_steps = steps // 2
-    # Inherited: space "agreement", AVID-CMA's "consensus"; sampling and its temperature untested.
+    # Inherited: space "agreement", AVID-CMA's "consensus". Inherited and untested: ranking,
+    # distributions, temperature.
     c.bank.health_labels = ()
 
-    # Relatives with Adam: 1e-4 to 5e-4, batches of 160 a node to 2,048. With the square root of
-    # the batch, the rule for adaptive optimizers (Malladi et al. 2022, arXiv 2205.10287). Untested.
+    # Relatives with Adam: 1e-4 to 5e-4 for batches of 160 per node to 2,048. Scaled with the square
+    # root of the batch, the rule for adaptive optimizers (Malladi et al. 2022, arXiv 2205.10287).
+    # Untested.
     c.optimizer.learning_rate = 5e-4 * (batch / 512) ** 0.5
     c.optimizer.warmup_steps = 5_000  # as BraVe; 10 epochs of Kinetics-400, as GDT
-    c.optimizer.beta2 = 0.999  # as AVID-CMA, CrissCross; the demo's 0.98 averages but 50 steps
-    # Inherited: momentum 0.9, as all; weight_decay 0.1, untested, decoupled: it forgets within
-    # 20,000 steps (docs/reproduction.md on the relatives' L2); clip_norm 5, untested, no relative
-    # clips; ema_decay 0, as all: the cosine ends at 0, so an average over the last 1,000 steps, at
-    # under 0.2 % of the peak rate, would be the last parameters.
+    c.optimizer.beta2 = 0.999  # as AVID-CMA, CrissCross; the demo's 0.98 averages over 50 steps
+    # Inherited: momentum 0.9, as all; weight_decay 0.1, decoupled, untested, with a time constant of
+    # at most 20,000 steps at the peak rate (docs/reproduction.md has the relatives' L2); clip_norm
+    # 5, untested, no relative clips; ema_decay 0, as all: the cosine ends at 0, so an average over
+    # the last 1,000 steps, at under 0.2 % of the peak rate, would equal the last parameters.
     c.log_every = 100
     c.checkpoint_every = 2_000
     c.keep_checkpoints = 3
@@ -360,20 +363,20 @@ def kinetics600() -> ml_collections.ConfigDict:
 
 
 def vggsound() -> ml_collections.ConfigDict:
-    """VGG-Sound, 184,000 training clips of 10 s whose sound belongs to the picture, 200 epochs.
+    """VGG-Sound, 184,000 training clips of 10 s whose audio source is visible, 200 epochs.
 
     python -m avcl_jax.main --config=configs/pretrain.py:vggsound --workdir=gs://bucket/vggsound
 
     Hardware meant: TPU v5e-32 or 8 GPUs of 80 GB. Verified and not run: as kinetics400.
     """
     c = _full_size("vggsound", batch=512, steps=72_000)
-    c.loss.weights.va = 1.5  # what is seen is heard here; untested
+    c.loss.weights.va = 1.5  # because audio sources are visible; untested
     c.bank.health_labels = ("class",)
     return c
 
 
 def audioset() -> ml_collections.ConfigDict:
-    """AudioSet, about 1.9 million clips of 10 s, 50 epochs; several labels a clip.
+    """AudioSet, about 1.9 million clips of 10 s, 50 epochs; several labels per clip.
 
     python -m avcl_jax.main --config=configs/pretrain.py:audioset --workdir=gs://bucket/audioset
 
