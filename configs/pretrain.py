@@ -326,7 +326,7 @@ def _full_size(name: str, *, batch: int, steps: int) -> ml_collections.ConfigDic
     c.optimizer.learning_rate = 5e-4 * (batch / 512) ** 0.5
     c.optimizer.warmup_steps = 5_000  # as BraVe; 10 epochs of Kinetics-400, as GDT
     c.optimizer.beta2 = 0.999  # as AVID-CMA, CrissCross; the demo's 0.98 averages over 50 steps
-    # Inherited: momentum 0.9, as all; weight_decay 0.1, decoupled, untested, with a time constant of
+    # Inherited: momentum 0.9, as all; weight_decay 0.1, decoupled, untested: its time constant is
     # at most 20,000 steps at the peak rate (docs/reproduction.md has the relatives' L2); clip_norm
     # 5, untested, no relative clips; ema_decay 0, as all: the cosine ends at 0, so an average over
     # the last 1,000 steps, at under 0.2 % of the peak rate, would equal the last parameters.
