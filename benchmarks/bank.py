@@ -1,7 +1,9 @@
-"""How fast the feature bank ranks a million rows on a CPU: `python -m benchmarks.bank --json F`.
+"""Time and memory of ranking a million rows of the feature bank on a CPU.
 
-The baseline is FAISS's exact index, `IndexFlatIP`, as it comes and tuned; every measurement is a
-process of its own, the sides take turns. Rows are described in docs/performance.md.
+    python -m benchmarks.bank --json F
+
+The baseline is FAISS's exact index, `IndexFlatIP`, by default and tuned. Every measurement is a
+process of its own, and the sides take turns. Rows are described in docs/performance.md.
 """
 
 from __future__ import annotations

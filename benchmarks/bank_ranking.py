@@ -1,10 +1,10 @@
-"""By what the feature bank's nearest rows resemble an anchor, for each way to rank them.
+"""Agreement of the feature bank's nearest rows with their anchors, for each ranking.
 
     python -m benchmarks.bank_ranking runs/demo runs/seed1 runs/seed2 --json F
 
-Every row of a run's bank is an anchor once. Counted is the fraction of its nearest rows of other
-sources (the run's `bank.positive_window`) that have its speed, direction and labels, and of all.
-"raw" and "content" rank as `bank.ranking` does, "playback" among rows of the anchor's playback.
+Every row of a run's bank is an anchor once. A figure is the fraction of its nearest rows of other
+sources (the run's `bank.positive_window`), or of all rows, that have its speed, direction or label.
+"raw" and "content" are those of `bank.ranking`; "playback" only ranks rows of equal playback.
 """
 
 from __future__ import annotations
@@ -32,48 +32,57 @@ def similarities(bank: dict[str, np.ndarray], pairs: Sequence[Term], ranking: st
 
     Args:
         bank: arrays by the names of a FeatureBank's fields.
-        pairs: modalities of anchor and row whose similarities are compared, the least counts.
+        pairs: modalities of anchor and row, over whose similarities the minimum is taken.
         ranking: one of `RANKINGS`.
     """
     eligible = bank["source_id"][:, None] != bank["source_id"][None]
-    found = []
+    by_pair = []
     for own, row in pairs:
         query, rows = (bank[m].astype(np.float64) for m in (own, row))
-        there = bank[f"has_{row}"] & (bank["insertion"] >= 0)
-        eligible &= bank[f"has_{own}"][:, None] & there[None]
+        present = bank[f"has_{row}"] & (bank["insertion"] >= 0)
+        eligible &= bank[f"has_{own}"][:, None] & present[None]
         playback = bank[f"{own}_playback"][:, None] == bank[f"{row}_playback"][None]
         if ranking == "playback":
             eligible &= playback
         if ranking == "content":
             numbers = bank[f"{row}_playback"]
-            of_playback = (numbers[:, None] == numbers[None]) & there[None]
+            of_playback = (numbers[:, None] == numbers[None]) & present[None]
             mean = of_playback @ rows / np.maximum(of_playback.sum(axis=1, keepdims=True), 1)
             rows = rows - mean
             query = query - mean if own == row else query
-        found.append(query @ rows.T)
-    return np.where(eligible, np.min(found, axis=0), -np.inf)
+        by_pair.append(query @ rows.T)
+    return np.where(eligible, np.min(by_pair, axis=0), -np.inf)
 
 
 def agreement(
     bank: dict[str, np.ndarray], names: Sequence[str], config: ml_collections.ConfigDict
 ) -> dict[str, dict[str, float]]:
-    """Fraction of the nearest rows that agree with their anchor: ranking → kind → fraction."""
+    """Fraction of the nearest rows that agree with their anchor.
+
+    Args:
+        bank: arrays by the names of a FeatureBank's fields.
+        names: names of the labels.
+        config: config of the run.
+
+    Returns:
+        Ranking, or "all rows" → label, "speed" or "direction" → fraction.
+    """
     sampling = experiment.bank_sampling(config)
     pairs = ranking_pairs(sampling, "video")
     kinds = {name: bank["label"][:, k] for k, name in enumerate(names)}
     playback = bank[f"{pairs[0][1]}_playback"]
     kinds |= {"speed": playback // 2, "direction": playback % 2}
-    found: dict[str, dict[str, float]] = defaultdict(dict)
+    fractions: dict[str, dict[str, float]] = defaultdict(dict)
     for ranking in RANKINGS:
         scores = similarities(bank, pairs, ranking)
         order = np.argsort(-scores, axis=1)[:, : sampling.positive_ranks]
         counts = np.take_along_axis(scores, order, axis=1) > -np.inf
         for kind, values in kinds.items():
-            found[ranking][kind] = float((values[order] == values[:, None])[counts].mean())
+            fractions[ranking][kind] = float((values[order] == values[:, None])[counts].mean())
     eligible = similarities(bank, pairs, "raw") > -np.inf
     for kind, values in kinds.items():
-        found["all rows"][kind] = float((values[:, None] == values[None])[eligible].mean())
-    return found
+        fractions["all rows"][kind] = float((values[:, None] == values[None])[eligible].mean())
+    return fractions
 
 
 def main(arguments: list[str]) -> int:
@@ -87,8 +96,8 @@ def main(arguments: list[str]) -> int:
     values: dict[tuple[str, str], list[float]] = defaultdict(list)
     for run in args.runs:
         config, _, _ = load_run(run)
-        found: Any = agreement(load_bank(run), config.bank.health_labels, config)
-        for ranking, fractions in found.items():
+        by_ranking: Any = agreement(load_bank(run), config.bank.health_labels, config)
+        for ranking, fractions in by_ranking.items():
             for kind, fraction in fractions.items():
                 values[kind, ranking].append(fraction)
     rows = [

@@ -101,7 +101,7 @@ def test_children_run_on_their_cores_and_their_failures_are_told() -> None:
         (record_features, ["absent", "--encoder=absent"], "absent/export/video"),
     ],
 )
-def test_what_a_person_can_mend_is_one_line_and_no_traceback(
+def test_user_errors_are_one_line_without_traceback(
     module: Any,
     arguments: list[str],
     said: str,
@@ -220,7 +220,7 @@ def test_neighbours_differ_where_rounding_cannot_have_exchanged_them(tmp_path: P
     assert counts == {"ours": 0, "last": 0, "wrong": 1}
 
 
-def test_features_of_a_record_are_compared_with_those_of_its_own_file(
+def test_features_of_a_record_are_compared_with_those_of_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     media = tmp_path / "media"
@@ -270,7 +270,7 @@ def test_features_of_a_record_are_compared_with_those_of_its_own_file(
 
 
 def test_nearest_rows_of_a_bank_are_compared_with_their_anchors() -> None:
-    """Eight contents in two playbacks that are further apart than contents, two rows a source."""
+    """Eight contents in two playbacks, which are further apart than contents."""
     content, playback = np.arange(64) % 8, np.arange(64) // 32
     video = np.concatenate([np.eye(8)[content], 10 * np.eye(2)[playback]], axis=1)
     bank = {

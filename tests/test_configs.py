@@ -75,7 +75,7 @@ def test_full_size_settings_follow_from_each_other(preset):
     ]
     room = [sum(pair) + MARGIN * min(pair) for pair in spans]
     assert [pair for pair, needed in zip(spans, room, strict=True) if needed > 10.0] == [(6.0, 6.0)]
-    # Every band reads something that the others do not.
+    # All bands are linearly independent.
     _, filters = mel_constants(experiment.render_spec(config).log_mel)
     assert np.linalg.matrix_rank(filters) == config.spectrogram.mels == 80
     assert optimizer.learning_rate == pytest.approx(5e-4 * (batch / 512) ** 0.5)
@@ -83,7 +83,7 @@ def test_full_size_settings_follow_from_each_other(preset):
     assert config.bank.warmup_steps == config.steps // 2 > 4 * optimizer.warmup_steps
 
 
-def test_the_preset_by_the_abstract_has_no_contrast_among_sounds():
+def test_the_abstract_preset_is_the_demo_without_audio_audio_contrast():
     demo, abstract = (
         experiment.to_json(pretrain.get_config(name)) for name in ("demo", "abstract")
     )
@@ -169,7 +169,7 @@ def test_numbers_too_small_are_refused_before_anything_runs(
     assert f"error: {setting} {value} must be " in capsys.readouterr().err
 
 
-def test_no_count_is_refused_that_makes_sense():
+def test_the_smallest_valid_counts_are_accepted():
     none_at_all = ("seed", "data.workers", "queries.weak", "queries.strong")
     for key in experiment._LEAST:
         least = 0 if key in none_at_all else 2 if key.endswith("probe.folds") else 1

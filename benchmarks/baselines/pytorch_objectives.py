@@ -24,7 +24,7 @@ class BankRows(NamedTuple):
     """Past embeddings.
 
     Attributes:
-        embeddings: [2, size, dim] of picture and sound.
+        embeddings: [2, size, dim] of video and audio.
         present: bool [2, size].
         source: int64 [size], -1 while a row is empty.
         playback: int64 [size], number of the speed and direction.
@@ -55,7 +55,7 @@ class Bank:
 
     @property
     def full(self) -> bool:
-        """Whether every row has been written."""
+        """True if every row has been written."""
         return self.inserted >= len(self.rows.source)
 
     def insert(self, embeddings: Tensor, present: Tensor, source: Tensor, playback: Tensor) -> None:
@@ -77,10 +77,10 @@ class Contrast:
 
     Attributes:
         temperature: of the terms.
-        positive_weight: share of the bank positives.
-        playbacks: number of different playbacks.
-        num_positives: drawn from the first `positive_ranks`, one a source.
-        num_negatives: drawn from all others, but for the nearest fraction `negative_offset`.
+        positive_weight: weight of the bank positives.
+        playbacks: number of playbacks.
+        num_positives: drawn from the first `positive_ranks`, one per source.
+        num_negatives: drawn from all rows except the nearest fraction `negative_offset`.
         positive_ranks: see `num_positives`.
         negative_offset: see `num_negatives`.
         sampling_temperature: of the draw of positives; that of negatives is uniform.
@@ -97,16 +97,16 @@ class Contrast:
 
 
 def agreement(embeddings: Tensor, playback: Tensor, bank: BankRows, contrast: Contrast) -> Tensor:
-    """Scores of the bank's rows: the lesser of both modalities' similarities of content.
+    """Minimum over both modalities of the similarities of anchors and rows by content.
 
     Args:
-        embeddings: [2, anchors, dim] of picture and sound.
+        embeddings: [2, anchors, dim] of video and audio.
         playback: [anchors].
         bank: the rows.
         contrast: settings.
 
     Returns:
-        [anchors, size], of embeddings less the mean of their playback.
+        [anchors, size], of embeddings minus the mean of their playback.
     """
     chosen = functional.one_hot(bank.playback, contrast.playbacks).T * bank.present[:, None]
     chosen = chosen.to(embeddings.dtype)
@@ -119,13 +119,13 @@ def agreement(embeddings: Tensor, playback: Tensor, bank: BankRows, contrast: Co
 def pick(
     scores: Tensor, noise: Tensor, bank: BankRows, contrast: Contrast
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draws positives by Gumbel top-k, of each source at most one, and negatives uniformly.
+    """Draws positives by Gumbel top-k, at most one per source, and negatives uniformly.
 
     Args:
         scores: [anchors, size], -inf where not eligible.
         noise: [4, anchors, size] Gumbel noise of each direction.
-        bank: for the sources.
-        contrast: how many.
+        bank: rows, for their sources.
+        contrast: settings.
 
     Returns:
         Positions of positives [4, anchors, num_positives], their validity, and those of negatives.
@@ -163,10 +163,10 @@ def contrastive_losses(
     contrast: Contrast,
     noise: Tensor | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """The terms vv, va and aa, and the fraction of the videos' anchors that each is the mean of.
+    """Terms vv, va and aa, each the mean over the anchors that count, and their fraction.
 
     Args:
-        embeddings: [2, videos, 2, dim] of pictures and sounds.
+        embeddings: [2, videos, 2, dim] of video and audio.
         present: bool [2, videos].
         source: [videos].
         playback: [videos, 2].
@@ -191,7 +191,7 @@ def contrastive_losses(
         losses = functional.softplus(log_sum - partner)
     else:
         size = len(bank.source)
-        # With all rows, which is less work than to fetch those that are drawn for every anchor.
+        # Of all rows: less work than fetching each anchor's samples.
         similarities = (flat @ bank.embeddings.flatten(0, 1).T).reshape(2, anchors, 2, size)
         with torch.no_grad():
             usable = (bank.source >= 0) & bank.present.all(0)
@@ -230,7 +230,7 @@ def contrastive_losses(
 def temporal_losses(
     outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor], present: Tensor
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Cross-entropies of speed, direction and order over what counts, and the fraction that it is.
+    """Cross-entropies of the temporal terms over the examples that count, and their fraction.
 
     Args:
         outputs: logits of the seven terms, as `avcl_jax.objectives.temporal`.

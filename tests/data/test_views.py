@@ -1,4 +1,4 @@
-"""Views: true labels, balanced labels, and nothing else that tells them."""
+"""Views: true and balanced labels, and no other cue that reveals them."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ ODD = dataclasses.replace(SHARED, num_frames=11, clip_seconds=0.6875)
 
 
 @pytest.mark.parametrize("name", ALMOST)
-def test_lost_frames_take_no_speed_out_of_the_speed_task(name):
+def test_videos_with_lost_frames_stay_in_the_speed_task(name):
     """The draw is that of the file without the loss, and no view shows a frame twice."""
     times, whole = ALMOST[name], constant(30 if name.startswith("30") else 16)
     assert np.diff(times).max() > SHARED.frame_seconds
@@ -251,7 +251,7 @@ def test_a_file_on_which_speeds_would_differ_is_never_in_the_speed_task(times):
 
 @pytest.mark.parametrize("spec", [SHARED, LONG, ODD], ids=["12", "16", "11 frames"])
 @pytest.mark.parametrize("name", SLOW | FAST)
-def test_frames_step_alike_at_every_speed_and_in_both_directions(name, spec):
+def test_steps_between_frames_are_alike_at_every_speed_and_in_both_directions(name, spec):
     times = (SLOW | FAST)[name]
     timeline = timeline_of(times)
     tolerance = 1.0 if name.endswith("fps") else 2.0
@@ -278,8 +278,8 @@ def test_frames_step_alike_at_every_speed_and_in_both_directions(name, spec):
 
 
 @pytest.mark.parametrize("files", [SLOW, FAST], ids=["slow", "fast"])
-def test_steps_between_frames_tell_neither_speed_nor_direction(files):
-    """Null control: what was counted on half of the clips guesses the others at chance."""
+def test_steps_between_frames_reveal_neither_speed_nor_direction(files):
+    """Null control: statistics of half of the clips predict the others at chance."""
 
     def guessed(indices_of, label: str) -> float:
         counts = collections.defaultdict(collections.Counter)
@@ -312,7 +312,7 @@ def test_steps_between_frames_tell_neither_speed_nor_direction(files):
 
 
 @pytest.mark.parametrize("fps", [16, 32, 48])
-def test_files_of_a_multiple_of_the_rate_of_the_views_are_shown_by_time(fps):
+def test_frames_of_a_multiple_of_the_clip_rate_are_chosen_by_time(fps):
     times = constant(fps)
     for speed in range(4):
         for start in np.random.default_rng(speed).uniform(0, 10 - 6, 50).tolist():
@@ -323,7 +323,7 @@ def test_files_of_a_multiple_of_the_rate_of_the_views_are_shown_by_time(fps):
             )
 
 
-def test_settings_tell_on_how_many_pairs_of_speeds_order_is_defined():
+def test_the_settings_page_states_for_how_many_pairs_of_speeds_order_is_defined():
     page = (Path(__file__).parents[2] / "docs" / "settings.md").read_text()
     for clip_seconds, undefined in ((0.5, 0), (0.75, 1), (0.769, 1), (0.77, 3), (1.0, 5)):
         spans = clip_seconds * np.array([1, 2, 4, 8])

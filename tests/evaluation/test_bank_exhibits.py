@@ -1,4 +1,4 @@
-"""Rows of the feature bank in the report: those that the bank gives, of the right videos."""
+"""Samples from the feature bank in the report."""
 
 from __future__ import annotations
 

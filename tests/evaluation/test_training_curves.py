@@ -1,4 +1,4 @@
-"""Curves of training in the report: what was logged is drawn, and where the bank comes in."""
+"""Curves of training in the report, with the step from which the bank is used."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.evaluation.test_report import synthetic_content
 
 
 def _rows(steps: int = 8) -> list[dict]:
-    """Lines of a run whose bank comes in at step 40, one every 10 steps."""
+    """Lines of a run whose bank is used from step 40, one every 10 steps."""
     rows = []
     for number in range(1, steps + 1):
         row = {"step": 10 * number, "split": "train", "learning_rate": 0.001 * number}
@@ -87,7 +87,7 @@ def _drawn(svg: str) -> dict[str, np.ndarray]:
     return found
 
 
-def test_the_drawing_has_the_numbers_of_the_metrics_and_the_step_of_the_bank():
+def test_curves_are_drawn_at_their_values_with_the_step_of_the_bank():
     steps = np.arange(10.0, 90, 10)
     losses, others = 2 + np.cos(steps), 1 + np.sin(steps)
     svg = line_chart(
@@ -134,7 +134,7 @@ def test_a_long_run_is_drawn_with_few_points_and_a_single_line_with_a_dot():
         ({"modalities": "audio", "loss.weights.aa": 0.0}, None),
     ],
 )
-def test_the_bank_comes_in_when_it_is_warm_and_full(changes, start):
+def test_the_bank_is_used_after_warm_up_and_when_full(changes, start):
     config = pretrain.get_config("demo")
     config.update_from_flattened_dict({"bank.warmup_steps": 900, "bank.size": 256} | changes)
     assert bank_start(config) == start

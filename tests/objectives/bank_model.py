@@ -1,4 +1,4 @@
-"""The feature bank in numpy, row by row: what `feature_bank` must hold and may return."""
+"""Reference implementation of the feature bank in numpy, row by row."""
 
 from __future__ import annotations
 

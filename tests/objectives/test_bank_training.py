@@ -1,4 +1,4 @@
-"""Training with a feature bank: what its use does to the embeddings."""
+"""Effect of the feature bank on the embeddings in training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OPTIMIZER = optax.adam(3e-3)
 
 
 def encode(params, features):
-    """A small network for each modality: unit embeddings [videos, 2, dim]."""
+    """Unit embeddings [videos, 2, dim] of a small network."""
     hidden = jax.nn.relu(features @ params["hidden"])
     embeddings = hidden @ params["out"]
     return embeddings / jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
@@ -102,7 +102,7 @@ def train_step(params, optimizer, bank, batch, key, *, use):
 
 
 def trained(*, bank_from, steps=200):
-    """Similarity of negatives and spreads at the end, means over the last 20 steps."""
+    """Similarity of negatives, and spreads by modality: means over the last 20 steps."""
     rng = np.random.default_rng(0)
     content = rng.normal(size=(SOURCES, 12))
     mixing = {modality: rng.normal(size=(12, FEATURES)) for modality in ("video", "audio")}
@@ -134,7 +134,7 @@ def trained(*, bank_from, steps=200):
 
 
 def test_switching_the_bank_on_does_not_drag_the_embeddings_along():
-    """With gradients as they come, negatives end at a similarity of 0.6, spreads at 0.6."""
+    """Without balanced gradients, negatives reach a similarity of 0.6, spreads fall to 0.6."""
     without, spread_without = trained(bank_from=200)
     negatives, spread = trained(bank_from=60)
     assert abs(without) < 0.2

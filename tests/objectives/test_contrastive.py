@@ -42,7 +42,7 @@ def expected_losses(
     bank_negatives=None,
     bank_negative_mask=None,
 ):
-    """l_i of every anchor, by loops over the equation of design §2.3; NaN if it does not count."""
+    """l(z) of every anchor, by loops over the module's equation; NaN if it does not count."""
     videos = len(anchors)
     losses = np.full((videos, 2), np.nan)
     if anchor_mask.ndim == 1:
@@ -231,10 +231,10 @@ def expected_gradients(
     bank_negatives,
     bank_negative_mask,
 ):
-    """Gradients of the mean with respect to anchors and targets, by loops over the derivatives.
+    """Balanced gradients of the mean with respect to anchors and targets, by loops.
 
-    In the partner's term the partner gets what the batch's negatives are given, no more; in the
-    terms of bank positives targets get nothing.
+    In the partner's term, the partner's gradient is minus the sum of those of the batch's
+    negatives; in the terms of bank positives, targets get none.
     """
     by_anchor, by_target = np.zeros_like(anchors), np.zeros_like(targets)
     if anchor_mask.ndim == 1:
@@ -278,8 +278,8 @@ def expected_gradients(
 
 @pytest.mark.parametrize("kind", ["within", "cross"])
 @pytest.mark.parametrize("rows", [(0, 0), (3, 0), (0, 4), (3, 4)])
-def test_gradients_against_their_derivation(kind, rows):
-    """And nothing pulls all targets together: the derivative along a shift of them is 0."""
+def test_gradients_are_balanced(kind, rows):
+    """The derivative along a shift of all targets is 0."""
     inputs, _ = example(3, kind=kind, positives=rows[0], negatives=rows[1], views=(2,))
     by_anchor, by_target = expected_gradients(**inputs, kind=kind)
     with jax.enable_x64(True):
@@ -294,7 +294,7 @@ def test_gradients_against_their_derivation(kind, rows):
 @pytest.mark.parametrize("kind", ["within", "cross"])
 @pytest.mark.parametrize("bank", [False, True])
 def test_gradient_of_anchors_against_finite_differences(kind, bank):
-    """Without a bank that of targets too."""
+    """Without a bank, of targets too."""
     inputs, _ = example(seed=3, kind=kind)
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):

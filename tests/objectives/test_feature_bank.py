@@ -1,4 +1,4 @@
-"""The feature bank on one device: against a model row by row, and its sampling in distribution."""
+"""The feature bank on one device: against a reference in numpy, and distributions of its draws."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def sampling_of(space="same", sampling="gumbel", **changes):
 
 
 def test_a_thousand_random_operations():
-    """Contents after every insertion and every sampled row agree with the model in numpy.
+    """Contents after insertions and all sampled rows agree with the reference in numpy.
 
-    That rows of the same source, empty rows and rows lacking a modality are never returned, and
-    that sources of positives differ and are not among the negatives, is asserted apart from it.
+    Asserted separately: rows of the same source, empty rows and rows that lack a modality are never
+    returned; sources of positives differ, and are not among the negatives.
     """
     rng = np.random.default_rng(0)
     configurations = [
@@ -155,7 +155,7 @@ def test_only_own_source_in_the_bank_returns_nothing():
     assert not drawn.negative_mask.any()
 
 
-def test_missing_medium_is_stored_as_zeros():
+def test_a_missing_modality_is_stored_as_zeros():
     batch = random_batch(np.random.default_rng(0), VIDEOS, DIM, SOURCES, missing=0.0)
     batch["video"][1] = np.nan
     batch["has_video"][1] = False
@@ -185,7 +185,7 @@ def test_bank_keeps_its_dtype_and_blocks_gradient():
 
 
 def one_anchor(scores):
-    """A bank whose rows have the given similarities to every anchor, each row its own source."""
+    """A bank whose rows have the given similarities to every anchor, and different sources."""
     rows = len(scores)
     video = np.zeros((rows, 2), np.float32)
     video[:, 0] = scores
@@ -251,7 +251,7 @@ def test_cold_sampling_is_the_ranking():
     np.testing.assert_array_equal(drawn.negative_numbers[0, 0, :, 0], ranking[7:11])
 
 
-def test_candidates_are_other_rows_at_every_step_and_the_same_for_all_anchors():
+def test_candidates_differ_between_steps_and_are_equal_for_all_anchors():
     bank, anchors = one_anchor(np.linspace(0.5, 0.4, 64))
     sampling = sampling_of(
         num_negatives=16,
@@ -274,13 +274,13 @@ def test_candidates_are_other_rows_at_every_step_and_the_same_for_all_anchors():
             )
         ]
         assert chosen[0] == chosen[1]
-        assert 15 <= len(chosen[0]) <= 16  # but for the nearest row's source
+        assert 15 <= len(chosen[0]) <= 16  # The nearest row's source is left out.
         seen |= chosen[0]
     assert len(seen) == 63
 
 
-def test_ranking_by_content_finds_it_in_every_playback():
-    """Eight contents in two playbacks that are further apart than contents."""
+def test_ranking_by_content_finds_equal_content_of_any_playback():
+    """Eight contents in two playbacks, which are further apart than contents."""
     content, playback = np.arange(64) % 8, np.arange(64) // 32
     video = np.concatenate([np.eye(8)[content], 10 * np.eye(2)[playback]], axis=1)
     bank = feature_bank.create(64, 10, jnp.float32, labels=0).replace(
@@ -307,8 +307,8 @@ def test_ranking_by_content_finds_it_in_every_playback():
     assert found == {"raw": (4, 8), "content": (8, 4)}
 
 
-def test_the_nearest_of_a_handful_are_no_positives():
-    """With 16 rows eligible of 64 the first 4 are positives, the first 5 are not."""
+def test_too_few_eligible_rows_give_no_positives():
+    """16 eligible rows of 64 suffice for 4 ranks, not for 5."""
     bank, anchors = one_anchor(np.linspace(0.5, 0.4, 64))
     bank = bank.replace(has_video=jnp.arange(64) % 4 == 0)
     for ranks, some in ((4, True), (5, False)):
@@ -378,7 +378,7 @@ def test_tiles_change_nothing(monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, whole, tiled)
 
 
-def test_redistribute_leaves_a_bank_that_lies_right():
+def test_redistribute_keeps_a_bank_of_the_same_layout():
     for batches in (0, 3, 7):
         bank, _ = filled(0, batches=batches)
         moved = feature_bank.redistribute(bank, global_batch_size=VIDEOS, shards=1)
@@ -386,14 +386,14 @@ def test_redistribute_leaves_a_bank_that_lies_right():
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_a_bank_at_the_end_of_its_numbers_behaves_as_any_other(shards):
-    """Insertion numbers start over; rows, order, draws and ages do not show where."""
+def test_restarting_insertion_numbers_changes_no_draw(shards):
+    """Rows, their order, draws and ages are those of a bank whose numbers do not start over."""
     period = (2**30 - 1) // SIZE * SIZE
     rng = np.random.default_rng(5)
     far, anchors = filled(5, batches=SIZE // (2 * VIDEOS), missing=0.0)
     ahead = period - SIZE  # one turn of the ring before the numbers start over
     near = far.replace(insertion=far.insertion + ahead, inserted=far.inserted + ahead)
-    # So cold that the noise, which depends on the numbers, does not matter; all are candidates.
+    # Noise and candidates depend on the numbers: no noise, and all rows are candidates.
     sampling = sampling_of(temperature=1e-6, negative_candidates=SIZE)
     sample = sampler(("video", "audio"), sampling)
     anchors = as_anchors(anchors, np.arange(VIDEOS))
@@ -557,17 +557,17 @@ def pod_bytes(size, *, shards=256, terms=(("video", "audio"),)):
 
 
 def test_exchange_bytes_on_a_pod():
-    """The example of design §4: gathering 65,536 rows is 33 MB, merging 256 candidates is 67 MB."""
+    """Gathering 65,536 rows is 33 MB, merging 256 nearest rows per anchor 67 MB."""
     numbers = 65_536 * 5 * 4
     small = pod_bytes(65_536)
     assert small.gather - numbers - 65_536 == 65_536 * 128 * 2 * 2  # 33.6 MB
-    assert small.merge - numbers > 128 * 256 * 256 * 8  # 67.1 MB of candidates alone
+    assert small.merge - numbers > 128 * 256 * 256 * 8  # 67.1 MB of nearest rows alone
     million = pod_bytes(2**20)
     assert million.merge < million.gather
     assert pod_bytes(65_536, shards=1) == (0, 0)
 
 
-def test_exchange_bytes_counts_what_terms_share_once():
+def test_equal_collectives_of_terms_count_once():
     terms = [("video", "video"), ("video", "audio"), ("audio", "video")]
     alone = [pod_bytes(65_536, terms=[term]) for term in terms]
     together = pod_bytes(65_536, terms=terms)
@@ -606,7 +606,7 @@ def test_errors_name_what_is_wrong():
 
 
 def test_unit_vectors_are_separated():
-    """The model's comparisons rest on this: no two similarities closer than float32 resolves."""
+    """The reference requires that float32 resolves the differences of all similarities."""
     rng = np.random.default_rng(0)
     similarities = np.sort(unit(rng, SIZE, DIM) @ unit(rng, 1, DIM)[0])
     assert np.diff(similarities).min() > 1e-6

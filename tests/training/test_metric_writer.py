@@ -1,4 +1,4 @@
-"""The log: an alarm when the embeddings' spread falls, and no alarm otherwise."""
+"""Alarms of the log when the embeddings' spread falls."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_only_a_sudden_fall_is_an_alarm_and_only_once(tmp_path, capsys, spread, 
     assert [int(line.split()[3].rstrip(":")) for line in lines] == steps
 
 
-def test_warm_up_is_no_alarm(tmp_path, capsys):
+def test_a_fall_during_warm_up_is_no_alarm(tmp_path, capsys):
     # The beginning of a healthy demo, whose learning rate rises for 100 steps.
     spread = (0.570, 0.348, 0.336, 0.345, 0.371, 0.436)
     assert _alarms(tmp_path, capsys, warmup_steps=100, video=spread) == []

@@ -121,8 +121,8 @@ def test_a_batch_without_pictures_leaves_the_video_side_alone(ran):
     assert any(not np.array_equal(old, new) for old, new in changed)
 
 
-def test_the_average_is_of_the_steps_and_not_of_the_initialisation(ran):
-    """Of parameters and running statistics: a step weighs `ema_decay` to the power of its age."""
+def test_the_moving_average_excludes_the_initialisation(ran):
+    """The weight of a step is `ema_decay` to the power of its age, for statistics too."""
     states, _ = ran
     for taken in (1, 2, 3):
         weights = EMA_DECAY ** np.arange(taken)[::-1]
@@ -141,7 +141,7 @@ def test_the_average_is_of_the_steps_and_not_of_the_initialisation(ran):
     assert max(np.abs(a - b).max() for a, b in zip(averages, last, strict=True)) > 1e-3
 
 
-def test_an_average_is_evaluated_with_its_own_statistics(ran, tmp_path):
+def test_averaged_parameters_are_loaded_with_averaged_statistics(ran, tmp_path):
     states, _ = ran
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(states[3], Progress(3, 0.0, "", 1))
@@ -232,10 +232,10 @@ def gradient_of_means(outputs, batch, fractions):
 @pytest.mark.parametrize("counted", [2, 5])
 @pytest.mark.parametrize("lacking", ["video", "audio"])
 def test_an_example_weighs_the_same_however_many_others_lack_a_modality(lacking, counted):
-    """The gradient is that of the mean over what counts, times its fraction of what can be read."""
+    """The gradient is that of the mean over counted examples, times their fraction."""
     outputs, batch = outputs_and_batch()
     batch[f"has_{lacking}"] = batch[f"has_{lacking}"].at[counted:].set(False)
-    # All terms read both modalities but those of the modality that all readable videos have.
+    # Terms of the modality that all readable videos have do not change.
     whole = "v" if lacking == "audio" else "a"
     unaffected = {2 * whole, f"order_{2 * whole}"} | {
         f"{task}_{'video' if whole == 'v' else 'audio'}" for task in ("speed", "direction")
@@ -248,8 +248,8 @@ def test_an_example_weighs_the_same_however_many_others_lack_a_modality(lacking,
         assert np.abs(values[:counted]).max() > 1e-3
 
 
-def test_what_an_example_teaches_does_not_depend_on_the_others():
-    """Classifications of the one video with sound, and of it among others with sound."""
+def test_the_gradient_of_an_example_does_not_depend_on_others():
+    """Classifications of a video, with audio in no other video and in all others."""
     outputs, batch = outputs_and_batch()
     alone = batch | {"has_audio": batch["has_audio"] & (np.arange(VIDEOS) < 1)[:, None]}
     found, expected = (gradient_of_the_step()(outputs, b) for b in (alone, batch))
