@@ -1,7 +1,7 @@
 """Photometric and spectral augmentation on the device, inside the jitted step.
 
 Constant within a clip by default: a hue or an equaliser that changes from frame to frame would be a
-clock (design section 2.1). Varying the photometric one per frame is an option.
+clock. Varying the photometric one per frame is an option.
 """
 
 from __future__ import annotations

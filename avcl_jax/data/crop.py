@@ -1,6 +1,6 @@
 """Spatial augmentation on the host: one crop for all frames of a clip.
 
-A crop that moved from frame to frame would be a clock (design section 2.1).
+A crop that moved from frame to frame would be a clock.
 """
 
 from __future__ import annotations

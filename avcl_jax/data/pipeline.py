@@ -1,4 +1,4 @@
-"""Records to global batches of rendered views (design section 3).
+"""Records to global batches of rendered views.
 
 The chain is: positions, global shuffle, repeat, a generator for each, take this host's rows of each
 global batch, render the batch. Everything random is a pure function of (seed, position in the

@@ -4,7 +4,7 @@ One definition for numpy and jax.numpy, equal to librosa's (HTK off, Slaney norm
 
 The window of a frame has the length of the hop at speed 1. Faster playback keeps the window and
 lengthens the hop, so pitch does not change and no two frames of any speed share a sample. This is
-the rendering whose null control passes (design section 2.1): overlapping windows, and averages over
+the rendering whose null control passes: overlapping windows, and averages over
 the skipped time, tell the speed of stationary noise.
 """
 

@@ -1,4 +1,4 @@
-"""Fingerprinting protocol (design section 5): is the source of a transformed clip found?
+"""Fingerprinting protocol: is the source of a transformed clip found?
 
 Ours is measured fused and by each modality alone, beside methods that people would use otherwise,
 on the same queries.

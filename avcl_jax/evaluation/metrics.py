@@ -47,10 +47,10 @@ def class_mean(values: np.ndarray, labels: np.ndarray) -> float:
 
 
 def gap_closed(random: float, pretrained: float, supervised: float) -> float:
-    """Returns the share of the way from random to supervised that pretraining went.
+    """Returns the fraction of the gap between random and supervised that pretraining closes.
 
-    (pretrained − random) / (supervised − random), as design section 5 and the issue define it; NaN
-    where supervision gains nothing over a random encoder: the ratio then says nothing.
+    (pretrained − random) / (supervised − random); NaN if supervision gains nothing over a random
+    encoder.
     """
     if supervised <= random:
         return float("nan")

@@ -2,7 +2,7 @@
 
 Stationary noise, filmed or recorded, looks and sounds the same at every speed and in both
 directions. A network that is trained and tested on rendered views of it and leaves chance has found
-a trace of the rendering, and then the accuracies on real videos prove nothing (design section 2.1).
+a trace of the rendering, and then the accuracies on real videos prove nothing.
 """
 
 from __future__ import annotations

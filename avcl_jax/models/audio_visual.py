@@ -16,7 +16,7 @@ NUM_ORDERS = 3
 
 
 class AudioVisualModel(nn.Module):
-    """Video encoder, audio encoder and all heads of the method (design section 2.2).
+    """Video encoder, audio encoder and all heads of the method.
 
     Attributes:
         video_encoder: module mapping clips to a dict with `features`, or None for audio only.
@@ -92,7 +92,7 @@ class AudioVisualModel(nn.Module):
     def _modality(
         self, name: str, encoder: nn.Module, views: Array, present: Array, train: bool
     ) -> dict[str, Array]:
-        # [videos, 2, ...] is reshaped, never concatenated across shards (design section 4).
+        # [videos, 2, ...] is reshaped, never concatenated across shards.
         mask = present.reshape(-1)
         clips = views.reshape(-1, *views.shape[2:])
         features = encoder(clips, train=train, mask=mask)["features"]

@@ -1,7 +1,7 @@
 """Convolution as the platform at hand computes it fast; the same function everywhere.
 
 An accelerator gets the convolution as it is. XLA's CPU backend has no fast 3-D kernel, so there a
-kernel of one frame or of one pixel becomes a 2-D convolution (design section 4); and its gradient
+kernel of one frame or of one pixel becomes a 2-D convolution; and its gradient
 of a kernel is several times slower than the same sum as matrix products. This is the one place
 that chooses; docs/performance.md has the figures.
 """

@@ -14,8 +14,8 @@ from avcl_jax.models.layers import BatchNorm
 class MultilayerPerceptron(nn.Module):
     """Dense, batch normalisation, ReLU, Dense.
 
-    The normalisation is not decoration: with plain MLP heads and the feature bank on, embeddings
-    collapsed silently in the spike (design section 8).
+    Without the normalisation, embeddings collapsed in trials with a feature bank (whose gradients
+    were not yet balanced, see `objectives.contrastive`).
 
     Attributes:
         hidden: width of the hidden layer.

@@ -121,7 +121,7 @@ class BatchNorm(nn.Module):
 
     Under `jit` with a sharded batch the mean is taken over all devices by construction, that is,
     this is synchronised batch normalisation. A row whose modality is missing enters neither the
-    statistics of the batch nor the running ones (design section 2.4).
+    statistics of the batch nor the running ones.
 
     Attributes:
         momentum: weight of the old running statistics.
@@ -197,7 +197,7 @@ def patches(
     """Cuts an array into patches that do not overlap, one row of values each.
 
     A patch and a dense layer are a strided convolution, which XLA's CPU backend does many times
-    slower (design section 8).
+    slower.
 
     Args:
         x: any number of axes between batch and channels.

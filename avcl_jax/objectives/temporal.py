@@ -1,4 +1,4 @@
-"""Temporal self-supervision: speed, direction and order as masked classification (design §2.1-2.2).
+"""Temporal self-supervision: speed, direction and order as masked classification.
 
 Speed and direction are read from one feature per view and modality; order from two features, either
 of one modality (vv, aa) or of both (va, the pairs (v1, a2) and (v2, a1)).

@@ -1,6 +1,6 @@
 """The mesh, and where each array of the state and of a batch lives on it.
 
-Everything is written for the global batch under one `jax.jit` (design section 4): rows of a batch
+Everything is written for the global batch under one `jax.jit`: rows of a batch
 are split over all data axes, parameters are replicated or split by the FSDP rule, rows of the
 feature bank are split over all data axes.
 """
@@ -24,7 +24,7 @@ def create_mesh(fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over devices with axis `data`, and `fsdp` where it is larger than 1.
 
     Axes are of type Auto: `jax.make_mesh` defaults to Explicit, under which the gather of the bank
-    raises (design section 4).
+    raises.
 
     Args:
         fsdp: devices over which parameters are split.

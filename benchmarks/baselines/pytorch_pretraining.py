@@ -35,7 +35,7 @@ from benchmarks.baselines.pytorch_objectives import (
 
 
 def _playback(batch: Mapping[str, Tensor]) -> Tensor:
-    """Number of the speed and direction of each view."""
+    """Returns the number of the speed and direction of each view, int64 [videos, 2]."""
     return 2 * batch["video_speed"].long() + batch["video_direction"].long()
 
 
@@ -122,18 +122,18 @@ class Pretraining:
     """
 
     def __init__(self, config: ml_collections.ConfigDict, *, compiled: bool) -> None:
-        written = {
+        implemented = {
             "space": "agreement",
             "ranking": "content",
             "positive_sampling": "gumbel",
             "negative_sampling": "uniform",
             "negative_candidates": config.bank.size,
         }
-        if others := [key for key, value in written.items() if config.bank[key] != value]:
-            raise ValueError(f"of the bank only {written} is written here, not {others}")
+        if others := [key for key, value in implemented.items() if config.bank[key] != value]:
+            raise ValueError(f"of the bank only {implemented} is implemented here: set {others}")
         if config.photometric.per_frame or config.spectrogram.where != "host":
             raise ValueError(
-                "only augmentation per clip, spectrograms of the host are written here"
+                "only augmentation per clip and spectrograms of the host are implemented here"
             )
         self.config = config
         self.network = AudioVisualNetwork(config)
@@ -206,7 +206,7 @@ class Pretraining:
         )
         terms |= temporal_losses(outputs, batch, present)
         weights = self.config.loss.weights
-        # Every record of the demo can be read: fractions are of all rows.
+        # Fractions are of all rows, because every record of the demo is readable.
         weighted = [weights[term] * part * value for term, (value, part) in terms.items()]
         values = {term: value for term, (value, _) in terms.items()}
         return torch.stack(weighted).sum(), values, embeddings.detach()

@@ -1,7 +1,8 @@
-"""Media in which nothing can be known: stationary noise for the null controls of design §2.1.
+"""Media of stationary noise for the null controls.
 
-Frames are independent noise or one still picture, the sound is stationary noise; so speed and
-direction of a rendered view cannot be told, unless decoding, resizing or rendering gives them away.
+Frames are independent noise or one still image, and audio is stationary noise, so speed and
+direction of a rendered view cannot be recognised unless decoding, resizing or rendering reveals
+them.
 """
 
 from __future__ import annotations
