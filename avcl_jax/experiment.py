@@ -278,6 +278,11 @@ def bank_sampling(config: ml_collections.ConfigDict) -> BankSampling:
     )
 
 
+def bank_labels(config: ml_collections.ConfigDict) -> int:
+    """Number of labels that bank rows carry: at least 1, as orbax saves no array without values."""
+    return max(len(config.bank.health_labels), 1)
+
+
 def to_json(config: ml_collections.ConfigDict) -> str:
     """The config as sorted JSON; tuples become lists."""
     return json.dumps(config.to_dict(), indent=2, sort_keys=True)

@@ -204,7 +204,7 @@ def _exchange(config: ml_collections.ConfigDict, chips: int) -> dict[str, int]:
         size=config.bank.size,
         dim=config.model.embedding_dim,
         dtype=config.bank.dtype,
-        labels=len(config.bank.health_labels),
+        labels=experiment.bank_labels(config),
         global_batch_size=config.global_batch_size,
         shards=chips,
         terms=spec.bank_terms,
@@ -259,7 +259,7 @@ def compile_bank(
     if spec.bank is None:
         raise UserError("bank.size is 0: there is no bank to compile")
     count, dim = config.global_batch_size, config.model.embedding_dim
-    labels = len(config.bank.health_labels)
+    labels = experiment.bank_labels(config)
     numbers = jax.ShapeDtypeStruct((count,), np.int32)
     present = jax.ShapeDtypeStruct((count,), np.bool_)
     playback = jax.ShapeDtypeStruct((count, 2), np.int32)

@@ -132,7 +132,7 @@ def build(
             ema=section.ema_decay > 0,
             bank_size=config.bank.size,
             bank_dtype=jnp.dtype(config.bank.dtype),
-            bank_labels=len(config.bank.health_labels),
+            bank_labels=experiment.bank_labels(config),
             embedding_dim=config.model.embedding_dim,
         )
 
@@ -354,7 +354,7 @@ def _exchange(config: ml_collections.ConfigDict, shards: int) -> str:
         size=config.bank.size,
         dim=config.model.embedding_dim,
         dtype=config.bank.dtype,
-        labels=len(config.bank.health_labels),
+        labels=experiment.bank_labels(config),
         global_batch_size=config.global_batch_size,
         shards=shards,
         terms=spec.bank_terms,

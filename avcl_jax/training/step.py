@@ -120,10 +120,10 @@ def _playback(batch: Mapping[str, Array]) -> dict[Modality, Array]:
 
 
 def _labels(batch: Mapping[str, Array], names: Sequence[str]) -> Array:
-    """Labels of videos, int32 [videos, labels], −1 unknown."""
+    """Labels of videos, int32 [videos, labels], −1 unknown; one column without names."""
     unknown = jnp.full_like(batch["source_id"], -1)
     columns = [batch.get(f"label_{name}", unknown) for name in names]
-    return jnp.stack(columns, axis=1) if columns else unknown[:, None][:, :0]
+    return jnp.stack(columns or [unknown], axis=1)
 
 
 def _embeddings(

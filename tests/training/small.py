@@ -39,6 +39,7 @@ OVERRIDES = {
     "bank.positive_window": 0.125,
     "bank.negative_candidates": 16,
     "bank.warmup_steps": 1,
+    "bank.health_labels": (),
     "optimizer.warmup_steps": 1,
     "log_every": 1,
     "checkpoint_every": 3,
