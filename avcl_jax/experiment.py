@@ -269,7 +269,7 @@ def bank_sampling(config: ml_collections.ConfigDict) -> BankSampling:
         num_positives=section.num_positives,
         num_negatives=section.num_negatives,
         # A fraction of the bank, so that it means the same at every size.
-        positive_ranks=round(section.positive_window * section.size),
+        positive_ranks=max(round(section.positive_window * section.size), section.num_positives),
         negative_candidates=section.negative_candidates,
         negative_offset=section.negative_offset,
         positive_sampling=section.positive_sampling,
