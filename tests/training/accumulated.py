@@ -29,6 +29,7 @@ OVERRIDES = {
     "global_batch_size": VIDEOS,
     "bank.size": 2 * VIDEOS,
     "bank.warmup_steps": 0,
+    "bank.positive_window": 0.0625,
     "optimizer.name": "sgd",
     "optimizer.momentum": 0.0,
     "optimizer.weight_decay": 0.0,
@@ -92,7 +93,8 @@ def initial(shapes: TrainState) -> TrainState:
         return (values * (1 if leaf.ndim == 1 else scale)).astype(leaf.dtype)
 
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    bank = feature_bank.create(*shapes.bank.video.shape, shapes.bank.video.dtype, labels=2)
+    shape, dtype = shapes.bank.video.shape, shapes.bank.video.dtype
+    bank = feature_bank.create(*shape, dtype, labels=shapes.bank.label.shape[1])
     params, statistics = (jax.tree.map(draw, t) for t in (shapes.params, shapes.batch_stats))
     return dataclasses.replace(zeros, params=params, batch_stats=statistics, bank=bank)
 
