@@ -183,8 +183,9 @@ def _merge_nearest(
 ) -> tuple[Array, Array]:
     """Exchanges nearest rows, keeps the best of own anchors: [all anchors, k] → [own, ranks]."""
     packed = jnp.stack([jax.lax.bitcast_convert_type(scores, jnp.int32), rows], axis=-1)
-    received = _send(packed.reshape(shards, -1, *packed.shape[1:]), data_axes)
-    received = received.swapaxes(0, 1).reshape(received.shape[1], -1, 2)
+    anchors, nearest = scores.shape[0] // shards, scores.shape[1]  # `nearest` may be 0
+    received = _send(packed.reshape(shards, anchors, nearest, 2), data_axes)
+    received = received.swapaxes(0, 1).reshape(anchors, shards * nearest, 2)
     best, position = jax.lax.top_k(
         jax.lax.bitcast_convert_type(received[..., 0], jnp.float32), ranks
     )

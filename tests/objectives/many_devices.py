@@ -131,6 +131,12 @@ def run(layout, exchange, results):
     loss, gradient = jax.jit(loss_and_gradient)(batch, drawn[1])
 
     name = f"{layout}/{exchange}"
+    unranked = dataclasses.replace(sampling_of(space), num_positives=0, positive_ranks=0)
+    shapes = jax.eval_shape(
+        partial(sample_all, sampling=unranked, mesh=mesh, axes=axes), bank, key, anchors
+    )
+    for field in ("positives", "negatives"):
+        results[f"{name}/unranked/{field}"] = np.array(getattr(shapes[0], field).shape)
     for field, values in vars(bank).items():
         values = values.astype(jnp.float32) if values.dtype == jnp.bfloat16 else values
         results[f"{name}/bank/{field}"] = np.asarray(values)

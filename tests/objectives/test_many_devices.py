@@ -74,6 +74,14 @@ def test_same_rows_are_sampled(results, layout, exchange):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("exchange", EXCHANGES)
+def test_negatives_need_no_ranks_of_positives(results, layout, exchange):
+    shapes = fields(results, f"{layout}/{exchange}/unranked/")
+    assert tuple(shapes["positives"]) == (VIDEOS, 2, 0, DIM)
+    assert tuple(shapes["negatives"]) == (VIDEOS, 2, 3, DIM)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("exchange", EXCHANGES)
 def test_same_loss_and_gradient(results, layout, exchange):
     for name in ("loss", "gradient"):
         one, many = results[f"one/{exchange}/{name}"], results[f"{layout}/{exchange}/{name}"]
