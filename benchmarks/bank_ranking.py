@@ -68,7 +68,7 @@ def agreement(
         Ranking, or "all rows" → label, "speed" or "direction" → fraction.
     """
     sampling = experiment.bank_sampling(config)
-    pairs = ranking_pairs(sampling, "video")
+    pairs = ranking_pairs(sampling, "audio" if config.modalities == "audio" else "video")
     kinds = {name: bank["label"][:, k] for k, name in enumerate(names)}
     playback = bank[f"{pairs[0][1]}_playback"]
     kinds |= {"speed": playback // 2, "direction": playback % 2}

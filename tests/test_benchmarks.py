@@ -291,6 +291,13 @@ def test_nearest_rows_of_a_bank_are_compared_with_their_anchors() -> None:
     assert found["content"]["direction"] < 1
     assert found["all rows"]["content"] == pytest.approx(7 / 63)
     assert found["all rows"]["direction"] == pytest.approx(31 / 63)
+    # A run of sound alone has no rows of video.
+    of_audio = {name.replace("video", "audio"): values for name, values in bank.items()}
+    config.modalities = "audio"
+    without = {"video": 0 * video, "has_video": ~bank["has_video"]}
+    heard = bank_ranking.agreement(bank | of_audio | without, ["content"], config)
+    assert heard["raw"] == {"content": 1, "speed": 1, "direction": 1}
+    config.modalities = "audio_visual"
     config.bank.positive_window = 7 / 64
     found = bank_ranking.agreement(bank, ["content"], config)
     assert found["raw"] == {"content": pytest.approx(3 / 7), "speed": 1, "direction": 1}
