@@ -47,7 +47,7 @@ def bank_searches(
 
     Returns:
         Title of each ranking that the run uses → its searches; {} if the run has not used a bank
-        yet, or the records of its rows are missing.
+        yet, an older version wrote it, or the records of its rows are missing.
     """
     start = bank_start(config)
     if start is None or step <= start:
@@ -59,10 +59,13 @@ def bank_searches(
     source = UsableRecords(records, spec, Selection.parse(config.data.select))
     if source.fingerprint != read_progress(workdir, step).data_fingerprint:
         return {}
+    fields = load_bank(workdir)
+    if fields.keys() != {field.name for field in dataclasses.fields(FeatureBank)}:
+        return {}
     section, speeds = config.evaluation.report, config.views.speeds
     exhibits = Exhibits(source, spec, speed=len(speeds) // 2, stills=section.stills)
     sampling, terms = experiment.bank_sampling(config), loss_spec(config).bank_terms
-    rows = FeatureBank(**load_bank(workdir))
+    rows = FeatureBank(**fields)
     views = jax.tree.map(lambda v: v.reshape(-1, 2, *v.shape[1:]) if v.ndim else v, rows)
     row_of = {int(number): row for row, number in enumerate(rows.insertion)}
     # The first record of each source.

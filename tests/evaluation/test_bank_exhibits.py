@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,11 @@ import pytest
 from avcl_jax import experiment
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.evaluation import bank_exhibits
 from avcl_jax.evaluation.bank_exhibits import bank_searches
 from avcl_jax.evaluation.report import render_report
 from avcl_jax.objectives.feature_bank import FeatureBank
-from avcl_jax.training.checkpoint import Checkpoints, Progress
+from avcl_jax.training.checkpoint import Checkpoints, Progress, load_bank
 from tests.evaluation.conftest import small_config, small_evaluation
 from tests.evaluation.test_report import synthetic_content
 
@@ -160,3 +162,8 @@ def test_without_a_used_bank_or_its_records_nothing_is_shown(run, tmp_path):
     assert shown(**{"data.split": "validation"}) == {}
     assert shown(**{"data.directory": str(tmp_path)}) == {}
     assert shown(**{"data.select": "motion=across"}) == {}
+    # An older version's bank did not have these columns.
+    fields = load_bank(workdir)
+    del fields["video_playback"], fields["audio_playback"]
+    with mock.patch.object(bank_exhibits, "load_bank", return_value=fields):
+        assert shown() == {}
