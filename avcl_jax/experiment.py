@@ -22,7 +22,7 @@ from avcl_jax.data.views import ViewSpec
 from avcl_jax.errors import UserError
 from avcl_jax.models import encoders
 from avcl_jax.models.audio_visual import AudioVisualModel
-from avcl_jax.objectives.feature_bank import BankSampling
+from avcl_jax.objectives.bank_sampling import ELIGIBLE_PER_POSITIVE_RANK, BankSampling
 from avcl_jax.paths import absolute_path
 
 # Files and directories, which are used and recorded as absolute paths so that results can be read
@@ -249,10 +249,11 @@ def preprocessings(
 
 
 def bank_sampling(config: ml_collections.ConfigDict) -> BankSampling:
-    """Settings of ranking and sampling the bank's rows.
+    """How bank rows are ranked and drawn.
 
     Raises:
-        UserError: if rows are to be ranked across modalities and only one is trained.
+        UserError: if rows are to be ranked across modalities, and one alone is trained, or if no
+            anchor could get positives.
     """
     section, space = config.bank, config.bank.space
     if config.modalities != "audio_visual":
@@ -261,15 +262,22 @@ def bank_sampling(config: ml_collections.ConfigDict) -> BankSampling:
                 f"bank.space 'cross' compares video with audio, and modalities="
                 f"{config.modalities}: use 'same'"
             )
-        space = "same"  # Agreement of one modality.
+        space = "same"  # the agreement of one modality
+    # A fraction of the bank, so that it means the same at every size.
+    ranks = max(round(section.positive_window * section.size), section.num_positives)
+    if section.num_positives and ELIGIBLE_PER_POSITIVE_RANK * ranks > section.size:
+        raise UserError(
+            f"bank.size {section.size} must be at least {ELIGIBLE_PER_POSITIVE_RANK} times the "
+            f"{ranks} rows that positives are drawn from, or no anchor gets any: lower "
+            "bank.positive_window or bank.num_positives"
+        )
     return BankSampling(
         space=space,
         ranking=section.ranking,
         playbacks=2 * len(config.views.speeds),
         num_positives=section.num_positives,
         num_negatives=section.num_negatives,
-        # A fraction of the bank, so that it means the same at every size.
-        positive_ranks=max(round(section.positive_window * section.size), section.num_positives),
+        positive_ranks=ranks,
         negative_candidates=section.negative_candidates,
         negative_offset=section.negative_offset,
         positive_sampling=section.positive_sampling,

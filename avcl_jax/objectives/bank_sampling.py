@@ -37,7 +37,7 @@ _TILE_ELEMENTS = 2**23
 _SUMMED_ROWS = 2**16
 # The nearest of few rows need not be similar: an anchor has positives only if at least this many
 # times `positive_ranks` rows are eligible, as estimated from the candidates.
-_ELIGIBLE_PER_POSITIVE_RANK = 4
+ELIGIBLE_PER_POSITIVE_RANK = 4
 # Keys the choice of candidates in place of an anchor's number; no anchor has it.
 _NO_ANCHOR = 2**32 - 1
 
@@ -362,4 +362,4 @@ def enough_eligible(scores: Array, rows: int, sampling: BankSampling) -> Array:
         sampling: For the number of ranks.
     """
     eligible = (scores > -jnp.inf).mean(-1) * rows
-    return eligible >= _ELIGIBLE_PER_POSITIVE_RANK * sampling.positive_ranks
+    return eligible >= ELIGIBLE_PER_POSITIVE_RANK * sampling.positive_ranks

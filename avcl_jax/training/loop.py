@@ -101,12 +101,13 @@ def build(
             config.bank.size, global_batch_size=config.global_batch_size, shards=mesh.size
         )
         sampling = experiment.bank_sampling(config)
-        if max(sampling.positive_ranks, sampling.negative_candidates) > config.bank.size:
+        if sampling.negative_candidates > config.bank.size:
             raise UserError(
                 f"bank.negative_candidates {sampling.negative_candidates} must be at most "
-                f"bank.size {config.bank.size}, and bank.positive_window "
-                f"{config.bank.positive_window:g} at most 1"
+                f"bank.size {config.bank.size}"
             )
+        if config.bank.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"bank.dtype {config.bank.dtype!r} must be 'float32' or 'bfloat16'")
     spec = experiment.render_spec(config)
     model = experiment.audio_visual_model(config)
     section = config.optimizer

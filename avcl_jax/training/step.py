@@ -67,7 +67,7 @@ class LossSpec:
     bank_labels: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        """Refuses unknown terms and an objective without any."""
+        """Refuses unknown terms, an objective without any, and numbers out of range."""
         known = {*CONTRASTIVE_TERMS, *TEMPORAL_TERMS}
         if unknown := sorted(set(self.weights) - known):
             raise UserError(
@@ -75,6 +75,10 @@ class LossSpec:
             )
         if not any(self.weights.values()):
             raise UserError("all loss weights are 0: nothing would be learned")
+        if not 0 <= self.positive_weight <= 1:
+            raise UserError(f"loss.positive_weight {self.positive_weight} must be from 0 to 1")
+        if not self.temperature > 0:
+            raise UserError(f"loss.temperature {self.temperature} must be positive")
 
     def active(self, terms: Iterable[str]) -> list[str]:
         """Those of `terms` that have a weight."""

@@ -281,6 +281,13 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused(records, tmp_p
             "bank.negative_candidates 40 must be at most bank.size 32",
         ),
         (
+            {"bank.positive_window": 0.5},
+            "bank.size 32 must be at least 4 times the 16 rows that positives are drawn from",
+        ),
+        ({"bank.dtype": "int8"}, "bank.dtype 'int8' must be 'float32' or 'bfloat16'"),
+        ({"loss.positive_weight": 1.5}, "loss.positive_weight 1.5 must be from 0 to 1"),
+        ({"loss.temperature": 0.0}, "loss.temperature 0.0 must be positive"),
+        (
             {"global_batch_size": 32, "bank.size": 64},
             "24 usable records: set global_batch_size=16, the largest that fits bank.size 64, or",
         ),
