@@ -232,8 +232,11 @@ def _broadcast(embeddings: Array, rows: Array, data_axes: tuple[str, ...]) -> Ar
     size = embeddings.shape[0]
     own = rows // size == jax.lax.axis_index(data_axes)
     mine = jnp.where(own[:, None], embeddings[rows % size], jnp.zeros((), embeddings.dtype))
-    total = jax.lax.psum(_exchangeable(mine), data_axes)
-    return jax.lax.bitcast_convert_type(total, embeddings.dtype)
+    # Whole words: a TPU widens each 16-bit integer of a sum to 32 bits.
+    per_word = 4 // embeddings.dtype.itemsize
+    words = mine if per_word == 1 else mine.reshape(len(rows), -1, per_word)
+    total = jax.lax.psum(jax.lax.bitcast_convert_type(words, jnp.uint32), data_axes)
+    return jax.lax.bitcast_convert_type(total, embeddings.dtype).reshape(mine.shape)
 
 
 def _query(anchors: Anchors, own: Modality, means: Array | None) -> Array:
