@@ -29,7 +29,7 @@ SLOWEST = 0.45
 # Relative deviation from a multiple of the clip's rate up to which frames are chosen by time.
 _IN_STEP = 0.001
 # Largest fraction of a file's clips that may deviate from a constant rate by more than a frame:
-# beyond it, frame numbers are no measure of time.
+# beyond it, frame numbers do not measure time.
 _UNEVEN_CLIPS = 0.2
 _EPSILON = 1e-6  # seconds, for rounded times
 

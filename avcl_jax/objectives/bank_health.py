@@ -42,16 +42,12 @@ def sample_metrics(
         negatives that agree with the anchor. Compare with the base rates of `bank_metrics`.
     """
 
-    def mean(values, mask):
-        count = mask.sum()
-        return jnp.where(mask, values, 0).sum() / jnp.maximum(count, 1), count
-
     # In float32: sums of ages overflow int32.
     ages = age(bank, drawn.positive_numbers[..., 0]).astype(jnp.float32)
     anchors = math.prod(drawn.positive_mask.shape[:2])
     found = {
         "positives": (drawn.positive_mask.sum(-1).mean(), jnp.asarray(anchors)),
-        "age_rows": mean(ages, drawn.positive_mask),
+        "age_rows": _mean(ages, drawn.positive_mask),
     }
     kinds = _kinds(playback, jnp.repeat(label[:, None], 2, axis=1), label_names)
     column = PLAYBACK_COLUMN[modality]
@@ -63,8 +59,14 @@ def sample_metrics(
         for kind, own in kinds.items():
             known = mask & (rows[kind] >= 0) & (own >= 0)[..., None]
             same = (rows[kind] == own[..., None]).astype(jnp.float32)
-            found[f"{name}_share/{kind}"] = mean(same, known)
+            found[f"{name}_share/{kind}"] = _mean(same, known)
     return found
+
+
+def _mean(values: Array, mask: Array) -> tuple[Array, Array]:
+    """Mean over the mask, 0 over nothing, and the number of values."""
+    count = mask.sum()
+    return jnp.where(mask, values, 0).sum() / jnp.maximum(count, 1), count
 
 
 def _kinds(playback: Array, labels: Array, label_names: Sequence[str]) -> dict[str, Array]:
@@ -82,8 +84,7 @@ def _base_rates(
     for kind, values in kinds.items():
         flat = values.ravel()
         known = pairs & (flat >= 0)[:, None] & (flat >= 0)[None]
-        same = ((flat[:, None] == flat[None]) & known).sum()
-        rates[kind] = same / jnp.maximum(known.sum(), 1), known.sum()
+        rates[kind] = _mean((flat[:, None] == flat[None]).astype(jnp.float32), known)
     return rates
 
 
@@ -97,12 +98,8 @@ def _row_drift(
     same = same & (there & (bank.insertion >= 0))[None]
     pairs = same[:, None] & present[few, :, None]
     old = age(bank, bank.insertion) > bank.insertion.shape[0] // 2
-    found = {}
-    for name, half in (("newer", ~old), ("older", old)):
-        of_half = pairs & half[None, None]
-        count = of_half.sum()
-        found[name] = jnp.where(of_half, cosine, 0).sum() / jnp.maximum(count, 1), count
-    return found
+    halves = {"newer": ~old, "older": old}
+    return {name: _mean(cosine, pairs & half[None, None]) for name, half in halves.items()}
 
 
 def bank_metrics(
