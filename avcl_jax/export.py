@@ -202,6 +202,20 @@ def load_run(
         ExportError: if `workdir` does not contain a pretraining run.
         CheckpointError: if the run has no checkpoint.
     """
+    config = config_of_run(workdir)
+    variables, step = load_variables(absolute_path(workdir))
+    return config, variables, step
+
+
+def config_of_run(workdir: epath.PathLike) -> ml_collections.ConfigDict:
+    """Reads the config with which a pretraining run ran; reads no checkpoint.
+
+    Args:
+        workdir: working directory of the run, local or gs://.
+
+    Raises:
+        ExportError: if `workdir` does not contain a pretraining run.
+    """
     directory = absolute_path(workdir)
     path = directory / _CONFIG
     if not (directory / "checkpoints").exists() or not path.exists():
@@ -218,8 +232,7 @@ def load_run(
         raise ExportError(
             f"{directory} contains a run of task {task!r}: give the workdir of a pretraining run"
         )
-    variables, step = load_variables(directory)
-    return config, variables, step
+    return config
 
 
 def export_run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, epath.Path]:

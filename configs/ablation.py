@@ -38,9 +38,17 @@ def get_config(preset: str = "demo") -> ml_collections.ConfigDict:
     c.ablation.only = ()  # variants to run here; () runs all
     # Those that change nothing of this config, overrides included, are left out.
     c.ablation.variants = VARIANTS
-    c.ablation.figures = FIGURES
+    probes = {f"{label}_from_{modality}" for label, modality in c.evaluation.probes}
+    c.ablation.figures = tuple(
+        figure for figure in FIGURES if _probe_of(figure[1]) in {None, *probes}
+    )
     c.lock()
     return c
+
+
+def _probe_of(path: str) -> str | None:
+    kind, name, _ = path.split(".")
+    return name if kind == "probe" else None
 
 
 def _without(*terms: str) -> tuple[tuple[str, object], ...]:

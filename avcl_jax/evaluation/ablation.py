@@ -22,11 +22,13 @@ from avcl_jax import experiment
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation import figures
 from avcl_jax.evaluation.evaluate import PROTOCOL, evaluate
-from avcl_jax.evaluation.evaluated_run import evaluated_speeds
+from avcl_jax.evaluation.evaluated_run import open_evaluation_records, probe_name
 from avcl_jax.evaluation.page import page, section, table, text
+from avcl_jax.evaluation.trained_on import count_trained_on
 from avcl_jax.evaluation.written import versions, write_text
 from avcl_jax.paths import absolute_path
 from avcl_jax.training.loop import build, loss_spec, pretrain
+from avcl_jax.training.trained_records import open_records
 
 # Raised whenever the same runs would give other figures.
 VERSION = 2
@@ -90,7 +92,8 @@ def variant_config(
     run.seed = seed
     try:
         run.update_from_flattened_dict(dict(changes))
-    except (KeyError, AttributeError, TypeError) as error:
+        experiment.check_numbers(run)
+    except (KeyError, AttributeError, TypeError, UserError) as error:
         raise UserError(f"variant {variant!r} cannot be built: {error}") from error
     experiment.check_used(run, dict(changes))
     return run
@@ -134,7 +137,8 @@ def ablate(
         left variants to other machines that have not finished them.
 
     Raises:
-        UserError: if there is no variant "full", or a variant or a figure does not exist.
+        UserError: if there is no variant "full", or a variant or a figure does not exist; if a
+            variant could not be trained or evaluated, before the first training.
     """
     workdir = absolute_path(workdir)
     section_ = config.ablation
@@ -152,13 +156,16 @@ def ablate(
                 f"train; it trains {', '.join(trained)}: set ablation.figures or loss.weights"
             )
     runs = {(v, s): variant_config(config, v, s) for v in variants for s in seeds}
-    for run in runs.values():
-        evaluated_speeds(run.evaluation.speeds, run.views.speeds)
-    for variant in variants:
-        try:
-            build(_task(runs[variant, seeds[0]], "pretrain"))
-        except UserError as error:
-            raise UserError(f"variant {variant!r} cannot be trained: {error}") from error
+    for variant in section_.only or variants:
+        # Seeds decide nothing of this. Runs that are measured need no records any more.
+        left = [
+            seed
+            for seed in seeds
+            if _results(runs[variant, seed], _directory(workdir, variant, seed)) is None
+        ]
+        if left:
+            _check_run(variant, runs[variant, left[0]], _directory(workdir, variant, left[0]))
+    _check_measured(section_.figures, runs[FULL, seeds[0]].evaluation)
     # Seed by seed, so that a sweep that is stopped has whole comparisons.
     for seed in seeds:
         for variant in section_.only or variants:
@@ -179,6 +186,48 @@ def ablate(
     whole = {key: results for key, results in found.items() if results is not None}
     _check_same_data(whole)
     return _write(config, workdir, whole, variants, seeds)
+
+
+def _check_measured(
+    shown: Sequence[tuple[str, str, str]], evaluation: ml_collections.ConfigDict
+) -> None:
+    """Refuses figures of probes and of R@K that the evaluation does not measure."""
+    probes = [probe_name(*probe) for probe in evaluation.probes]
+    recalls = [f"r{k}" for k in evaluation.recall_at]
+    for name, path, _ in shown:
+        kind, *keys = path.split(".")
+        if kind == "probe" and not set(keys) & set(probes):
+            setting, measured = "probes", probes
+        elif kind == "retrieval" and keys[-1][1:].isdigit() and keys[-1] not in recalls:
+            setting, measured = "recall_at", recalls
+        else:
+            continue
+        raise UserError(
+            f"ablation.figures has {name!r} at {path}, which variant {FULL!r} does not measure; it "
+            f"measures {', '.join(measured) or 'none'}: set ablation.figures or "
+            f"evaluation.{setting}"
+        )
+
+
+def _check_run(variant: str, run: ml_collections.ConfigDict, directory: epath.Path) -> None:
+    """Refuses a run that could not be trained, or not be evaluated after its training."""
+    training = _task(run, "pretrain")
+    try:
+        mesh, _, _ = build(training)
+        trained_on = open_records(training, mesh)
+    except UserError as error:
+        raise UserError(f"variant {variant!r} cannot be trained: {error}") from error
+    try:
+        test = open_evaluation_records(training, _task(run, "evaluate"), directory).test
+    except UserError as error:
+        raise UserError(f"variant {variant!r} cannot be evaluated: {error}") from error
+    met = count_trained_on(trained_on.fingerprint, test.records, test.indices)
+    if met and not run.data.allow_trained_on:
+        raise UserError(
+            f"variant {variant!r} would be pretrained, without labels, on {met} of its "
+            f"{len(test)} test records: set data.select, evaluation.test_split or "
+            "data.allow_trained_on=True"
+        )
 
 
 def _directory(workdir: epath.Path, variant: str, seed: int) -> epath.Path:

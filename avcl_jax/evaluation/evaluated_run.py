@@ -21,19 +21,16 @@ from avcl_jax.evaluation.embed import check_pairs
 from avcl_jax.evaluation.linear_classifier import check_sources
 from avcl_jax.evaluation.retrieval import check_recall_at
 from avcl_jax.evaluation.trained_on import check_not_trained_on
-from avcl_jax.export import load_run
+from avcl_jax.export import config_of_run, load_run
 from avcl_jax.paths import absolute_path
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluatedRun:
-    """A pretraining run and the records that it is evaluated on.
+class EvaluationRecords:
+    """The records that a pretraining run is evaluated on.
 
     Attributes:
         config: the run's own config with the sections of `configs/evaluate.py`.
-        source: encoders of the run.
-        variables: variables of the joint model.
-        step: training step.
         spec: rendering, spectrograms made on the host.
         test: test records.
         train: training records of the probes; None without probes.
@@ -41,9 +38,6 @@ class EvaluatedRun:
     """
 
     config: ml_collections.ConfigDict
-    source: EncoderSource
-    variables: Mapping[str, Any]
-    step: int
     spec: RenderSpec
     test: UsableRecords
     train: UsableRecords | None
@@ -60,6 +54,21 @@ class EvaluatedRun:
         """Indices of the playback speeds at which features are computed."""
         trained = list(self.config.views.speeds)
         return [trained.index(speed) for speed in self.config.evaluation.speeds]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluatedRun(EvaluationRecords):
+    """A pretraining run and the records that it is evaluated on.
+
+    Attributes:
+        source: encoders of the run.
+        variables: variables of the joint model.
+        step: training step.
+    """
+
+    source: EncoderSource
+    variables: Mapping[str, Any]
+    step: int
 
 
 def probe_name(label: str, modality: str) -> str:
@@ -80,9 +89,36 @@ def open_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> Evaluate
         UserError: if settings contradict each other, the run or the records.
         ProtocolError: if test records were pretrained on.
     """
+    # Settings are checked before the weights, of which a large run has gigabytes.
+    records = open_evaluation_records(config_of_run(workdir), config, workdir)
+    run, variables, step = load_run(workdir)
+    source = source_of_run(workdir, run, variables, step)
+    check_not_trained_on(
+        source,
+        records.test.records,
+        records.test.indices,
+        allow=records.config.data.allow_trained_on,
+        what="test records",
+    )
+    return EvaluatedRun(**vars(records), source=source, variables=variables, step=step)
+
+
+def open_evaluation_records(
+    run: ml_collections.ConfigDict, config: ml_collections.ConfigDict, workdir: epath.Path
+) -> EvaluationRecords:
+    """Opens the records of an evaluation, and checks its settings; needs no trained weights.
+
+    Args:
+        run: config of the pretraining run.
+        config: as `configs/evaluate.py` returns it.
+        workdir: working directory of the run, which may not exist yet.
+
+    Raises:
+        RecordError: if the data set or a split is not there.
+        UserError: if settings contradict each other, the run or the records.
+    """
     section = config.evaluation
     check_recall_at(section.recall_at, setting="evaluation.recall_at")
-    run, variables, step = load_run(workdir)
     merged = _with_sections(run, config)
     check_pairs(len(merged.evaluation.speeds) * section.views_per_speed)
     # Made on the host, whatever training did: numpy and jax.numpy agree to 1e-4 by test.
@@ -120,15 +156,7 @@ def open_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> Evaluate
             len(null[0]) * section.null.train_views * 2 * len(merged.views.speeds),
             f"views of {null[0]!r}",
         )
-    source = source_of_run(workdir, run, variables, step)
-    check_not_trained_on(
-        source,
-        test.records,
-        test.indices,
-        allow=merged.data.allow_trained_on,
-        what="test records",
-    )
-    return EvaluatedRun(merged, source, variables, step, spec, test, train, null)
+    return EvaluationRecords(merged, spec, test, train, null)
 
 
 def _with_sections(
@@ -143,11 +171,11 @@ def _with_sections(
         merged.data.allow_trained_on = config.data.allow_trained_on
         if config.data.directory:
             merged.data.directory = config.data.directory
-        merged.evaluation.speeds = evaluated_speeds(config.evaluation.speeds, run.views.speeds)
+        merged.evaluation.speeds = _evaluated_speeds(config.evaluation.speeds, run.views.speeds)
     return merged
 
 
-def evaluated_speeds(asked: Sequence[int], trained: Sequence[int]) -> tuple[int, ...]:
+def _evaluated_speeds(asked: Sequence[int], trained: Sequence[int]) -> tuple[int, ...]:
     """Returns the playback speeds at which features are computed; () means all trained ones.
 
     Raises:

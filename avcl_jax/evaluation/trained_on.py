@@ -10,6 +10,20 @@ from avcl_jax.encoder_source import EncoderSource
 from avcl_jax.evaluation.protocol import ProtocolError
 
 
+def count_trained_on(trained_on: str, records: RecordDataset, positions: np.ndarray) -> int:
+    """Returns the number of records that were pretrained on.
+
+    Args:
+        trained_on: fingerprint of the records of the pretraining, with their selection.
+        records: data set of the test.
+        positions: int [n] of the test records in it.
+    """
+    if not trained_on.startswith(records.fingerprint):
+        return 0
+    met = Selection.parse(trained_on.removeprefix(records.fingerprint)).positions(records)
+    return len(np.intersect1d(met, positions))
+
+
 def check_not_trained_on(
     source: EncoderSource, records: RecordDataset, positions: np.ndarray, *, allow: bool, what: str
 ) -> None:
@@ -28,11 +42,7 @@ def check_not_trained_on(
     Raises:
         ProtocolError: with their number.
     """
-    trained_on = source.trained_on or ""
-    if not trained_on.startswith(records.fingerprint):
-        return
-    met = Selection.parse(trained_on.removeprefix(records.fingerprint)).positions(records)
-    both = len(np.intersect1d(met, positions))
+    both = count_trained_on(source.trained_on or "", records, positions)
     if not both:
         return
     said = f"{source.path} was pretrained, without labels, on {both} of the {len(positions)} {what}"

@@ -15,9 +15,7 @@ from clu import parameter_overview
 from etils import epath
 
 from avcl_jax import experiment
-from avcl_jax.data.pipeline import batch_bytes, check_enough, train_batches
-from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.selection import Selection
+from avcl_jax.data.pipeline import batch_bytes, train_batches
 from avcl_jax.data.shared_memory import check_room
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.errors import UserError
@@ -30,9 +28,8 @@ from avcl_jax.training.optimizer import create_optimizer, warmup_cosine
 from avcl_jax.training.run_steps import Pace, run_steps
 from avcl_jax.training.state import TrainState, create_state
 from avcl_jax.training.step import CONTRASTIVE_TERMS, LossSpec, jit_train_step, make_train_step
+from avcl_jax.training.trained_records import LEAST_VIDEOS, open_records
 from avcl_jax.training.unreadable import UnreadableRecords
-
-_LEAST_VIDEOS = 2  # in a batch, as one has no negatives
 
 
 def loss_spec(config: ml_collections.ConfigDict) -> LossSpec:
@@ -91,10 +88,10 @@ def build(
     """
     mesh = sharding.create_mesh(config.mesh.fsdp, devices)
     sharding.check_batch(config.global_batch_size, mesh, config.micro_batches)
-    if config.global_batch_size < _LEAST_VIDEOS:
+    if config.global_batch_size < LEAST_VIDEOS:
         raise UserError(
             f"global_batch_size {config.global_batch_size}: a video is contrasted with the other "
-            f"videos of its batch; use at least {_LEAST_VIDEOS}"
+            f"videos of its batch; use at least {LEAST_VIDEOS}"
         )
     if config.bank.size:
         feature_bank.check_size(
@@ -172,20 +169,12 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
     workdir = absolute_path(workdir)
     spec = experiment.render_spec(config)
     mesh, init, step_function = build(config)
-    records = RecordDataset(config.data.directory, config.data.split)
-    source = UsableRecords(records, spec, Selection.parse(config.data.select))
+    source = open_records(config, mesh)
     # Every process says what it met, for each sees other records.
     unreadable = UnreadableRecords(
-        records, budget=config.data.max_bad_records, note=functools.partial(print, flush=True)
-    )
-    _check_health_labels(config.bank.health_labels, records)
-    _check_modalities(config.modalities, source, config.data.directory)
-    check_enough(
-        source,
-        config.global_batch_size,
-        multiple=mesh.size * config.micro_batches,
-        least=_LEAST_VIDEOS,
-        bank_size=config.bank.size,
+        source.records,
+        budget=config.data.max_bad_records,
+        note=functools.partial(print, flush=True),
     )
     check_room(
         batch_bytes(spec, config.global_batch_size // jax.process_count()),
@@ -279,30 +268,6 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
     checkpoints.close()
     writer.close()
     return complete
-
-
-def _check_modalities(modalities: str, source: UsableRecords, directory: str) -> None:
-    """Refuses to train two modalities where all records lack one: nothing would be contrasted."""
-    if modalities != "audio_visual":
-        return
-    for name, other in (("audio", "video"), ("video", "audio")):
-        if len(source.lacking([name])) == source.num_selected:
-            raise UserError(
-                f"modalities='audio_visual', and none of the {source.num_selected} records of "
-                f"{directory} has {name} on which a view fits: set --config.modalities={other} to "
-                f"train on {other} alone"
-            )
-
-
-def _check_health_labels(labels: Sequence[str], records: RecordDataset) -> None:
-    known = sorted(records.labels)
-    for label in labels:
-        if label not in known:
-            raise UserError(
-                f"bank.health_labels {label!r} is not a label of one class a clip in {records}, "
-                f"which has {', '.join(known) or 'none'}: name some of these, or set "
-                "bank.health_labels='()' for none"
-            )
 
 
 def _announce(

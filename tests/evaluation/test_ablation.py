@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from avcl_jax import experiment
+from avcl_jax.errors import UserError
 from avcl_jax.evaluation import ablation
 from avcl_jax.evaluation.ablation import Figure, effect, effects, variant_config, variants_of
 from avcl_jax.evaluation.evaluate import PROTOCOL, evaluate
@@ -98,8 +99,8 @@ def test_every_figure_names_a_term_of_the_loss_or_none() -> None:
         assert (term in path.split(".")) == path.startswith("temporal.")
 
 
-def _small(records) -> object:
-    """The sweep over two variants on the tiny data set of `small_records`."""
+def _small(records, *variants: str) -> object:
+    """The sweep over these variants on the tiny data set of `small_records`."""
     c = ablation_config.get_config()
     c.unlock()
     c.update(small_config(records))
@@ -111,10 +112,14 @@ def _small(records) -> object:
     c.evaluation.supervised.enabled = False
     c.evaluation.null.train_split = ""
     c.ablation.seeds = (0, 1)
-    chosen = ("full", "no_bank_negatives")
-    c.ablation.variants = tuple(v for v in c.ablation.variants if v[0] in chosen)
+    c.ablation.variants = tuple(v for v in c.ablation.variants if v[0] in variants)
     c.lock()
     return c
+
+
+def _variant(*changes: tuple[str, object]) -> dict[str, object]:
+    """Overrides for a sweep over "full" and a variant "other"."""
+    return {"ablation.variants": (("full", ()), ("other", changes))}
 
 
 class _Runs:
@@ -140,7 +145,7 @@ class _Runs:
         results = {
             "protocol": PROTOCOL.name,
             "protocol_version": PROTOCOL.version,
-            "probe": {"motion": score},
+            "probe": {"motion_from_video": {"pretrained": score}},
             "train_seconds": 1.0,
             "data": self.data,
             "config": json.loads(experiment.to_json(run)),
@@ -148,11 +153,12 @@ class _Runs:
         (directory / "results.json").write_text(json.dumps(results))
 
 
-def test_a_sweep_that_is_stopped_goes_on_and_writes_one_table(tmp_path) -> None:
-    config = ablation_config.get_config()
-    config.ablation.variants = config.ablation.variants[:2]
-    config.ablation.figures = (("motion", "probe.motion", ""),)
-    config.ablation.seeds = (0, 1)
+_MOTION = (("motion", "probe.motion_from_video.pretrained", ""),)
+
+
+def test_a_sweep_that_is_stopped_goes_on_and_writes_one_table(small_records, tmp_path) -> None:
+    config = _small(small_records, "full", "no_vv")
+    config.ablation.figures = _MOTION
     runs = _Runs(stop_at=3)
 
     def sweep() -> dict | None:
@@ -180,16 +186,16 @@ def test_a_sweep_that_is_stopped_goes_on_and_writes_one_table(tmp_path) -> None:
     assert report.count("<svg") == 1
 
 
-def _two_runs() -> object:
-    config = ablation_config.get_config()
-    config.ablation.variants = config.ablation.variants[:2]
-    config.ablation.figures = (("motion", "probe.motion", ""),)
-    config.ablation.seeds = (0,)
+def _two_runs(records) -> object:
+    config = _small(records, "full", "no_vv")
+    config.ablation.figures, config.ablation.seeds = _MOTION, (0,)
     return config
 
 
-def test_a_run_is_measured_again_where_settings_or_protocol_are_others(tmp_path) -> None:
-    config, runs = _two_runs(), _Runs(stop_at=9)
+def test_a_run_is_measured_again_where_settings_or_protocol_are_others(
+    small_records, tmp_path
+) -> None:
+    config, runs = _two_runs(small_records), _Runs(stop_at=9)
 
     def trained() -> list[str]:
         runs.trained = []
@@ -198,9 +204,11 @@ def test_a_run_is_measured_again_where_settings_or_protocol_are_others(tmp_path)
 
     assert trained() == ["full 0", "no_vv 0"]
     # What another machine has its own of does not decide a figure.
+    # The records of runs that are measured are not needed.
     config.data.directory, config.data.threads = "elsewhere", 7
     config.evaluation.threads, config.evaluation.chunk = 16, 5
     assert trained() == []
+    config.data.directory = str(small_records)
     path = tmp_path / "no_vv/seed0/results.json"
     old = json.loads(path.read_text()) | {"protocol_version": PROTOCOL.version - 1}
     path.write_text(json.dumps(old))
@@ -209,8 +217,8 @@ def test_a_run_is_measured_again_where_settings_or_protocol_are_others(tmp_path)
     assert trained() == ["full 0", "no_vv 0"]
 
 
-def test_runs_on_other_data_make_no_table(tmp_path) -> None:
-    config, runs = _two_runs(), _Runs(stop_at=9)
+def test_runs_on_other_data_make_no_table(small_records, tmp_path) -> None:
+    config, runs = _two_runs(small_records), _Runs(stop_at=9)
     config.ablation.only = ("full",)
     ablation.ablate(config, tmp_path, pretrain=runs.pretrain, evaluate=runs.evaluate)
     config.ablation.only = ()
@@ -222,7 +230,7 @@ def test_runs_on_other_data_make_no_table(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_a_small_sweep_of_real_runs(small_records, tmp_path) -> None:
-    config = _small(small_records)
+    config = _small(small_records, "full", "no_bank_negatives")
     results = ablation.ablate(config, tmp_path, pretrain=pretrain, evaluate=evaluate)
     found = results["effects"]["motion, picture"]
     assert found["full"]["difference"] == 0
@@ -244,22 +252,52 @@ def test_sweeps_that_make_no_sense_are_refused(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "value", "said"),
+    ("overrides", "said"),
     [
-        ("loss.weights.order_va", 0.0, "'order_va', which 'full' does not train"),
-        ("ablation.figures", (("motion", "probe.motion", "order"),), "of the loss term 'order'"),
-        ("views.speeds", (1, 2), r"evaluation.speeds 4 were not trained"),
+        ({"loss.weights.order_va": 0.0}, "'order_va', which 'full' does not train"),
         (
-            "ablation.variants",
-            (("full", ()), ("large_step", (("optimizer.name", "adam"),))),
-            "variant 'large_step' cannot be trained: unknown optimizer 'adam'",
+            {"ablation.figures": (("motion", "probe.motion", "order"),)},
+            "of the loss term 'order'",
+        ),
+        (
+            {"evaluation.probes": (("motion", "video"),)},
+            r"probe.material_from_audio.pretrained, which variant 'full' does not measure",
+        ),
+        ({"evaluation.recall_at": (1, 10)}, r"audio_to_video.r5, which variant 'full' does not"),
+        ({"views.speeds": (1, 2), "evaluation.speeds": (4,)}, "evaluation.speeds 4 were not tr"),
+        (_variant(("optimizer.name", "adam")), "'other' cannot be trained: unknown optimizer"),
+        (_variant(("data.select", "motion=up")), "'other' cannot be trained: cannot select"),
+        (_variant(("data.split", "val")), "'other' cannot be trained: .* 'val'"),
+        (_variant(("global_batch_size", 64)), "'other' cannot be trained: .*24 usable records"),
+        (_variant(("log_every", 0)), "'other' cannot be built: log_every 0 must be at least 1"),
+        (_variant(("evaluation.test_split", "val")), "'other' cannot be evaluated: .* 'val'"),
+        (
+            {"evaluation.probes": (("colour", "video"),)},
+            "'full' cannot be evaluated: evaluation.probes asks for 'colour'",
+        ),
+        ({"evaluation.recall_at": (0, 5)}, r"evaluation.recall_at \(0, 5\) must be whole"),
+        ({"evaluation.test_select": "motion"}, "'full' cannot be evaluated: 'motion' selects"),
+        ({"evaluation.null.train_split": "noise"}, "evaluated: .* 'noise'"),
+        ({"evaluation.views_per_speed": 3, "evaluation.speeds": (1,)}, "do not form pairs"),
+        (
+            {"evaluation.test_split": "train"},
+            "'full' would be pretrained, without labels, on 24 of its 24 test records",
         ),
     ],
 )
 def test_what_a_sweep_needs_at_its_end_is_checked_before_its_first_training(
-    tmp_path, setting, value, said
+    small_records, tmp_path, overrides, said
 ) -> None:
-    config = ablation_config.get_config()
-    config.update_from_flattened_dict({setting: value})
-    with pytest.raises(ValueError, match=said):
+    config = _small(small_records, "full")
+    config.update_from_flattened_dict(overrides)
+    with pytest.raises(UserError, match=said):
         ablation.ablate(config, tmp_path, pretrain=None, evaluate=None)
+
+
+@pytest.mark.parametrize("preset", ["demo", "kinetics400"])
+def test_figures_of_a_preset_are_measured_by_its_evaluation(preset) -> None:
+    config = ablation_config.get_config(preset)
+    probes = {f"{label}_from_{modality}" for label, modality in config.evaluation.probes}
+    paths = [path.split(".") for _, path, _ in config.ablation.figures]
+    assert {path[1] for path in paths if path[0] == "probe"} == probes
+    assert ["retrieval", "audio_to_video", "r5"] in paths

@@ -56,6 +56,7 @@ REFUSED = {
 def test_what_does_not_fit_is_refused_before_any_work(small_run, tmp_path, monkeypatch, said):
     shutil.copytree(small_run[1], tmp_path / "run")
     monkeypatch.setattr(RecordDataset, "__getitem__", None)
+    monkeypatch.setattr("avcl_jax.evaluation.evaluated_run.load_run", None)  # reads the weights
     config = small_evaluation()
     config.update_from_flattened_dict(REFUSED[said])
     with pytest.raises(ValueError, match=said) as error:
