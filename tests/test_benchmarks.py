@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import av
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from avcl_jax import experiment
 from avcl_jax.data.views import BACKWARD, FORWARD, Clip, frame_indices
 from avcl_jax.errors import UserError
+from avcl_jax.objectives import feature_bank
 from benchmarks import (
     bank,
+    bank_benefit,
     bank_ranking,
     esc10,
     jpeg_quality,
@@ -303,6 +308,63 @@ def test_nearest_rows_of_a_bank_are_compared_with_their_anchors() -> None:
     assert found["raw"] == {"content": pytest.approx(3 / 7), "speed": 1, "direction": 1}
     assert found["content"]["content"] == 1
     assert found["content"]["direction"] == pytest.approx(3 / 7)
+
+
+def test_positives_of_an_oracle_have_the_given_purity() -> None:
+    config = pretrain.get_config("demo")
+    config.bank.update({"size": 256, "num_positives": 4, "num_negatives": 64})
+    sampling = experiment.bank_sampling(config)
+    rng = np.random.default_rng(0)
+    classes = rng.integers(0, 8, 160)  # of sources, of which the bank has 0 to 127
+    bank_ = feature_bank.create(256, 4, jnp.float32, labels=1)
+    both = {"has_video": jnp.ones(32, bool), "has_audio": jnp.ones(32, bool)}
+    for batch in range(4):
+        sources = np.arange(32 * batch, 32 * batch + 32)
+        embeddings = jnp.asarray(np.broadcast_to(sources[:, None, None], (32, 2, 4)), jnp.float32)
+        bank_ = feature_bank.insert(
+            bank_,
+            embeddings,
+            -embeddings,
+            source_id=jnp.asarray(sources),
+            label=jnp.asarray(classes[sources, None]),
+            video_playback=jnp.zeros((32, 2), int),
+            audio_playback=jnp.zeros((32, 2), int),
+            **both,
+            mesh=None,
+            data_axes=(),
+        )
+    sources = np.arange(112, 144)  # half of them are in the bank
+    draw = bank_benefit.oracle(classes, 0.6, feature_bank.sample)
+    anchors = jnp.asarray(rng.normal(size=(32, 2, 4)), jnp.float32)
+    settings = {
+        "anchors_video": anchors,
+        "anchors_audio": anchors,
+        "source_id": jnp.asarray(sources),
+        "anchor_id": jnp.asarray(sources),
+        "video_playback": jnp.zeros((32, 2), int),
+        "audio_playback": jnp.zeros((32, 2), int),
+        **both,
+        "anchor_modality": "video",
+        "target_modality": "audio",
+        "sampling": sampling,
+        "mesh": None,
+        "data_axes": (),
+        "terms": (("video", "audio"),),
+    }
+    drawn = [draw(bank_, jax.random.key(k), active=True, **settings) for k in range(12)]
+    numbers = np.stack([d.positive_numbers for d in drawn])
+    own = np.broadcast_to(sources[:, None, None], numbers.shape[:-1])
+    assert np.stack([d.positive_mask for d in drawn]).all()
+    same = numbers[..., 4] == classes[own]
+    # 3,072 positives: three standard errors are 0.027.
+    assert same.mean() == pytest.approx(0.6, abs=0.027)
+    assert (numbers[..., 1] != own).all()
+    np.testing.assert_array_equal(np.stack([d.positives for d in drawn])[..., 0], -numbers[..., 1])
+    negatives = np.stack([d.negative_numbers for d in drawn])[..., 1]
+    mask = np.stack([d.negative_mask for d in drawn])
+    assert mask.mean() > 0.8
+    assert not ((negatives[..., None] == numbers[..., None, :, 1]).any(-1) & mask).any()
+    assert not draw(bank_, jax.random.key(0), active=False, **settings).positive_mask.any()
 
 
 def test_growth_of_memory_is_that_of_the_call() -> None:
