@@ -201,7 +201,15 @@ def import_weights(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
     if not config.checkpoint:
         raise UserError("config.checkpoint is missing: the file with the weights")
     modality: Modality = config.modalities
+    if modality not in encoders.BY_MODALITY:
+        raise UserError(
+            f"modalities {modality!r} must be 'video' or 'audio': weights of one encoder are "
+            "imported"
+        )
+    # Names and settings are checked before the weights are read.
     encoder = getattr(experiment.audio_visual_model(config), f"{modality}_encoder")
+    preprocessing = experiment.preprocessings(config)[modality]
+    _table(config.code_base, config.model[modality].name, modality)
     checkpoint = absolute_path(config.checkpoint)
     variables = from_torch(
         read_state_dict(checkpoint),
@@ -213,7 +221,7 @@ def import_weights(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
         absolute_path(workdir) / "export" / modality,
         encoder=encoder,
         params=variables,
-        preprocessing=experiment.preprocessings(config)[modality],
+        preprocessing=preprocessing,
         source={
             "checkpoint": checkpoint.name,
             "checkpoint_sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
@@ -232,6 +240,7 @@ def export_weights(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
         ExportError: if the directory holds no encoder.
         WeightsError: if the code base has no such encoder.
     """
+    _code_base(config.code_base)
     encoder = load_encoder(config.encoder)
     name = encoders.published_name(encoder.module)
     if name is None:
@@ -253,9 +262,7 @@ def _table(
     code_base: str, name: str, modality: Modality
 ) -> tuple[torch_names.CodeBase, nn.Module, list[torch_names.NamedArray]]:
     """Returns the code base, a bare encoder of that name, and its arrays under both names."""
-    if code_base not in CODE_BASES:
-        raise WeightsError(f"unknown code base {code_base!r}: use one of {', '.join(CODE_BASES)}")
-    names = CODE_BASES[code_base]
+    names = _code_base(code_base)
     if name not in names.tables or name not in encoders.BY_MODALITY[modality]:
         raise WeightsError(
             f"{code_base} has no {modality} encoder {name!r}: it has {_tables(code_base)}"
@@ -263,6 +270,12 @@ def _table(
     settings = {"subtract_time_mean": False} if modality == "video" else {}
     encoder = encoders.create_encoder(modality, name, settings)
     return names, encoder, torch_names.named_arrays(names, name, modality, encoder)
+
+
+def _code_base(name: str) -> torch_names.CodeBase:
+    if name not in CODE_BASES:
+        raise WeightsError(f"unknown code base {name!r}: use one of {', '.join(CODE_BASES)}")
+    return CODE_BASES[name]
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import safetensors.numpy
 
 from avcl_jax import experiment
 from avcl_jax.data.preprocessing import VideoPreprocessing
+from avcl_jax.errors import UserError
 from avcl_jax.export import export_encoder, load_encoder
 from avcl_jax.import_weights import (
     WeightsError,
@@ -170,6 +171,40 @@ def test_only_published_networks_have_names_elsewhere(tmp_path):
     config = export_config.get_config()
     config.encoder = str(tmp_path)
     with pytest.raises(WeightsError, match="holds a VideoResNet that is no published network"):
+        export_weights(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"checkpoint": ""}, "config.checkpoint is missing"),
+        ({"modalities": "audio_visual"}, "modalities 'audio_visual' must be 'video' or 'audio'"),
+        ({"modalities": "vidoe"}, "modalities 'vidoe' must be 'video' or 'audio'"),
+        (
+            {"modalities": "video", "model.video.name": "resnet"},
+            "avid has no video encoder 'resnet': it has r2plus1d_18_avid",
+        ),
+        ({"code_base": "timm"}, "unknown code base 'timm': use one of torchvision"),
+        ({"model.audio.name": "conv_11"}, "unknown audio encoder 'conv_11': use one of resnet"),
+        ({"model.audio.name": "resnet_9"}, "avid has no audio encoder 'resnet_9'"),
+        ({"spectrogram.max_hz": 9e9}, "Hz must increase and end at or below"),
+    ],
+)
+def test_settings_of_an_import_are_checked_before_its_checkpoint_is_read(
+    tmp_path, monkeypatch, overrides, said
+):
+    monkeypatch.setattr("avcl_jax.import_weights.read_state_dict", None)
+    config = import_config.get_config("avid,conv_10")
+    config.update_from_flattened_dict({"checkpoint": "weights.pth"} | overrides)
+    with pytest.raises(UserError, match=said):
+        import_weights(config, tmp_path)
+
+
+def test_the_code_base_of_an_export_is_checked_before_the_encoder_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("avcl_jax.import_weights.load_encoder", None)
+    config = export_config.get_config()
+    config.code_base = "timm"
+    with pytest.raises(UserError, match="unknown code base 'timm': use one of torchvision"):
         export_weights(config, tmp_path)
 
 

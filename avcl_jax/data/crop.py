@@ -11,6 +11,8 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
+from avcl_jax.errors import UserError
+
 # One thread per worker: grain has the parallelism, and OpenCV's pool would oversubscribe the cores.
 cv2.setNumThreads(0)
 # Down to this, two pixels of the source cover what one shows, and averaging areas takes five times
@@ -39,6 +41,11 @@ class CropSpec:
     min_area: float
     flip: bool
     quarter_turns: bool
+
+    def __post_init__(self) -> None:
+        """Refuses an area that no crop can have."""
+        if not 0 < self.min_area <= 1:
+            raise UserError(f"crop.min_area {self.min_area} must be above 0 and at most 1")
 
 
 @dataclasses.dataclass(frozen=True)

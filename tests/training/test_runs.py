@@ -313,6 +313,8 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused(records, tmp_p
         ({"modalities": "both"}, "modalities 'both' must be"),
         ({"spectrogram.where": "gpu"}, "'gpu' must be 'host' or 'device'"),
         ({"spectrogram.frames": 17}, "choose frames or clip_seconds"),
+        ({"crop.min_area": 1.5}, "crop.min_area 1.5 must be above 0 and at most 1"),
+        ({"crop.min_area": 0.0}, "crop.min_area 0.0 must be above 0 and at most 1"),
     ],
 )
 def test_mistakes_in_the_config_are_one_clear_error(records, tmp_path, overrides, message):
