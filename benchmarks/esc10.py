@@ -4,11 +4,14 @@
     python -m benchmarks.esc10 --records data/esc10 --workdir runs/esc10 --json esc10.json
     python -m benchmarks.esc10 --records data/esc10 --workdir runs/esc10 --json esc10.json \\
         --demo runs/demo --long 20000
+    python -m benchmarks.esc10 --records data/esc10 --workdir runs/no_bank --json no_bank.json \\
+        --config.bank.size=0
 
 For every seed and official fold a run of `configs/pretrain.py:esc10` on the other four folds, then
 `configs/audio_classification.py:esc10` on all of them: every file is tested by an encoder and a
 classifier that never met it. Beside it a random encoder and classical features on the same files.
-What is finished is not run again, so the command may be stopped and given again.
+What is finished is not run again, so the command may be stopped and given again. `--config.NAME`
+changes a setting of every pretraining run.
 """
 
 from __future__ import annotations
@@ -89,16 +92,20 @@ def _minutes(workdir: Path) -> float:
     return seconds[-1] / 60
 
 
-def folds_rows(workdir: Path, records: Path, seeds: Sequence[int]) -> list[Row]:
+def folds_rows(
+    workdir: Path, records: Path, seeds: Sequence[int], *, options: Sequence[str] = ()
+) -> list[Row]:
     """Pretrains for every fold and seed, and classifies.
 
     Args:
         workdir: of all runs.
         records: prepared ESC-10.
         seeds: of pretraining.
+        options: changed settings of pretraining, --config.NAME=VALUE.
     """
     for seed, fold in itertools.product(seeds, FOLDS):
-        pretrain(workdir / f"seed{seed}/fold{fold}", records, fold=fold, seed=seed, options=())
+        run = workdir / f"seed{seed}/fold{fold}"
+        pretrain(run, records, fold=fold, seed=seed, options=options)
     results = [
         classify(
             workdir / f"seed{seed}/classified",
@@ -127,6 +134,7 @@ def folds_rows(workdir: Path, records: Path, seeds: Sequence[int]) -> list[Row]:
         "by_fold": [found["details"]["by_fold"]["encoder"]["fold_accuracy"] for found in results],
         "random": randoms,
         "classical": classical,
+        "options": list(options),
     }
     return [
         Row(
@@ -203,11 +211,13 @@ def main(arguments: list[str]) -> int:
         "--demo", type=local_path, help="run of the demo, whose encoder is tested too"
     )
     parser.add_argument("--long", type=int, metavar="STEPS", help="one longer run, on fold 1")
-    args = parser.parse_args(arguments)
+    args, options = parser.parse_known_args(arguments)
+    if unknown := [option for option in options if not option.startswith("--config.")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if not (args.records / "dataset_info.json").exists():
         parser.error(f"{args.records} does not exist: see the first command of this module")
     workdir, records = args.workdir, args.records
-    rows = folds_rows(workdir, records, args.seeds) if args.seeds else []
+    rows = folds_rows(workdir, records, args.seeds, options=options) if args.seeds else []
     if args.demo:
         rows.append(demo_row(workdir, records, args.demo))
     if args.long:
