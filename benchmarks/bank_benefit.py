@@ -139,6 +139,9 @@ def config_of(
             ("material", "audio"),
         )
     )
+    # 50 classes under seven costs and five folds would take longer than the training.
+    c.evaluation.probe.costs = (1e-3, 1e-2, 1e-1)
+    c.evaluation.probe.folds = 3
     c.evaluation.speeds = (1, 2)
     c.evaluation.pairs_per_video = 4
     c.ablation.seeds = tuple(seeds)
