@@ -98,8 +98,9 @@ def exchange_bytes(
     Merge: every shard ranks all anchors against its own rows; the nearest (similarity and row) are
     sent to the anchor's device, which picks positives and requests their embeddings from the
     shards. One round of requests counts, with room for twice the rows of an even spread. Every
-    device also receives the candidates for negatives. Gather: every device receives the modalities
-    of the bank that are read. Both: every device receives the rows' numbers and presence.
+    device also receives the candidates for negatives, in whole words. Gather: every device receives
+    the modalities of the bank that are read. Both: every device receives the rows' numbers and
+    presence.
 
     The size of every collective's result on one device counts; equal collectives of several terms
     count once, because XLA merges them.
@@ -121,6 +122,7 @@ def exchange_bytes(
         return ExchangeBytes(0, 0)
     anchors = 2 * global_batch_size
     embedding = dim * jnp.dtype(dtype).itemsize
+    words = -(-embedding // _INT_BYTES) * _INT_BYTES
     numbers = size * (ROW_NUMBERS + labels) * _INT_BYTES
     queries = {own for anchor, _ in terms for own, _ in ranking_pairs(sampling, anchor)}
     rankings = {
@@ -145,7 +147,7 @@ def exchange_bytes(
         + len(queries) * anchors * embedding
         + len(rankings) * nearest
         + len(set(terms)) * answers
-        + len(modalities) * sampling.negative_candidates * embedding
+        + len(modalities) * sampling.negative_candidates * words
     )
     return ExchangeBytes(merge, numbers + size * (1 + len(modalities) * embedding))
 
@@ -229,14 +231,15 @@ def _fetch(
 
 def _broadcast(embeddings: Array, rows: Array, data_axes: tuple[str, ...]) -> Array:
     """Embeddings [rows, dim] of rows on any shard, equal on every device, bit for bit."""
-    size = embeddings.shape[0]
+    size, dim = embeddings.shape
     own = rows // size == jax.lax.axis_index(data_axes)
     mine = jnp.where(own[:, None], embeddings[rows % size], jnp.zeros((), embeddings.dtype))
     # Whole words: a TPU widens each 16-bit integer of a sum to 32 bits.
-    per_word = 4 // embeddings.dtype.itemsize
+    per_word = _INT_BYTES // embeddings.dtype.itemsize
+    mine = jnp.pad(mine, ((0, 0), (0, -dim % per_word)))
     words = mine if per_word == 1 else mine.reshape(len(rows), -1, per_word)
     total = jax.lax.psum(jax.lax.bitcast_convert_type(words, jnp.uint32), data_axes)
-    return jax.lax.bitcast_convert_type(total, embeddings.dtype).reshape(mine.shape)
+    return jax.lax.bitcast_convert_type(total, embeddings.dtype).reshape(mine.shape)[:, :dim]
 
 
 def _query(anchors: Anchors, own: Modality, means: Array | None) -> Array:

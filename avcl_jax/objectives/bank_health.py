@@ -12,6 +12,8 @@ from avcl_jax.objectives.bank_exchange import PLAYBACK_COLUMN, ROW_NUMBERS
 from avcl_jax.objectives.bank_sampling import Modality
 from avcl_jax.objectives.feature_bank import BankSample, FeatureBank, age
 
+# Kinds of agreement that every bank has, beside its labels.
+PLAYBACK_KINDS = ("speed", "direction")
 # Videos of a batch whose rows in the bank measure the drift.
 _DRIFT_VIDEOS = 8
 
@@ -72,7 +74,7 @@ def _mean(values: Array, mask: Array) -> tuple[Array, Array]:
 def _kinds(playback: Array, labels: Array, label_names: Sequence[str]) -> dict[str, Array]:
     """Numbers in which rows and anchors are compared; playback is 2 · speed + direction."""
     kinds = {name: labels[..., number] for number, name in enumerate(label_names)}
-    return kinds | {"speed": playback // 2, "direction": playback % 2}
+    return kinds | dict(zip(PLAYBACK_KINDS, (playback // 2, playback % 2), strict=True))
 
 
 def _base_rates(

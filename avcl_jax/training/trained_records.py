@@ -13,6 +13,7 @@ from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.errors import UserError
+from avcl_jax.objectives.bank_health import PLAYBACK_KINDS
 
 LEAST_VIDEOS = 2  # in a batch, as one has no negatives
 
@@ -59,6 +60,11 @@ def _check_modalities(modalities: str, source: UsableRecords, directory: str) ->
 def _check_health_labels(labels: Sequence[str], records: RecordDataset) -> None:
     known = sorted(records.labels)
     for label in labels:
+        if label in PLAYBACK_KINDS:
+            raise UserError(
+                f"bank.health_labels {label!r} would share its metrics with the {label} of "
+                "playback: leave it out, or prepare the records with another name for the label"
+            )
         if label not in known:
             raise UserError(
                 f"bank.health_labels {label!r} is not a label of one class a clip in {records}, "

@@ -62,6 +62,6 @@ def write_records(
         write_shard(directory / shard_name("made", split, number, shards), part)
         for number, part in enumerate(parts)
     ]
-    names = {label: list("abcde") for label in ("motion", "material")}
+    names = {label: list("abcde") for label in records[0].labels}
     write_dataset_metadata(directory, name="made", class_names=names, splits={split: infos})
     return directory

@@ -22,11 +22,16 @@ from avcl_jax.objectives.feature_bank import BankSampling
 from tests.hlo import collective_bytes
 from tests.objectives.bank_model import PLAYBACKS, as_anchors, random_batch
 
-VIDEOS, DIM, BATCHES, SOURCES = 16, 8, 7, 60
+VIDEOS, BATCHES, SOURCES = 16, 7, 60
 TERMS = (("video", "video"), ("video", "audio"), ("audio", "video"))
-# (rows of the bank, space): a small bank is gathered, a large one makes candidates cheaper. A shard
-# that holds all rows is asked for more of them than fit into one round.
-EXCHANGES = {"gather": (160, "agreement"), "merge": (3200, "same"), "crowded": (3200, "same")}
+# (rows of the bank, size of an embedding, space): a small bank is gathered, a large one makes
+# candidates cheaper. A shard that holds all rows is asked for more of them than fit into one round.
+# Embeddings of an odd size do not fill whole words.
+EXCHANGES = {
+    "gather": (160, 7, "agreement"),
+    "merge": (3200, 8, "same"),
+    "crowded": (3200, 7, "same"),
+}
 CROWDED_SHARD, SHARDS = 3, 8
 LAYOUTS = {"data": ((8,), ("data",)), "data_fsdp": ((4, 2), ("data", "fsdp"))}
 
@@ -108,13 +113,13 @@ def loss_and_gradient(batch, drawn):
 
 def run(layout, exchange, results):
     """Fills a bank, samples it, and counts bytes."""
-    size, space = EXCHANGES[exchange]
+    size, dim, space = EXCHANGES[exchange]
     mesh, axes = mesh_of(layout)
     place_rows, place_bank = layout_of(mesh, axes)
     rng = np.random.default_rng(0)
-    bank = place_bank(feature_bank.create(size, DIM, jnp.bfloat16, labels=2))
+    bank = place_bank(feature_bank.create(size, dim, jnp.bfloat16, labels=2))
     insert = jax.jit(partial(feature_bank.insert, mesh=mesh, data_axes=axes), donate_argnums=0)
-    batches = [random_batch(rng, VIDEOS, DIM, SOURCES) for _ in range(BATCHES + 1)]
+    batches = [random_batch(rng, VIDEOS, dim, SOURCES) for _ in range(BATCHES + 1)]
     batches = [{name: place_rows(values) for name, values in batch.items()} for batch in batches]
     for batch in batches[:-1]:
         bank = insert(bank, **batch)

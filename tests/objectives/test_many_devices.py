@@ -10,7 +10,6 @@ from avcl_jax.objectives import feature_bank
 from tests.hlo import collective_bytes
 from tests.objectives.many_devices import (
     BATCHES,
-    DIM,
     EXCHANGES,
     LAYOUTS,
     SHARDS,
@@ -76,8 +75,9 @@ def test_same_rows_are_sampled(results, layout, exchange):
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_negatives_need_no_ranks_of_positives(results, layout, exchange):
     shapes = fields(results, f"{layout}/{exchange}/unranked/")
-    assert tuple(shapes["positives"]) == (VIDEOS, 2, 0, DIM)
-    assert tuple(shapes["negatives"]) == (VIDEOS, 2, 3, DIM)
+    dim = EXCHANGES[exchange][1]
+    assert tuple(shapes["positives"]) == (VIDEOS, 2, 0, dim)
+    assert tuple(shapes["negatives"]) == (VIDEOS, 2, 3, dim)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -102,10 +102,10 @@ def test_redistributed_bank_lies_as_if_eight_devices_had_inserted_it(results, ex
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_devices_exchange_what_was_counted_and_the_smaller(results, layout, exchange):
-    size, space = EXCHANGES[exchange]
+    size, dim, space = EXCHANGES[exchange]
     counted = feature_bank.exchange_bytes(
         size=size,
-        dim=DIM,
+        dim=dim,
         dtype=jnp.bfloat16,
         labels=2,
         global_batch_size=VIDEOS,

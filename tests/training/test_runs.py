@@ -358,6 +358,8 @@ def test_the_batch_that_is_named_for_three_videos_trains_on_them(tmp_path):
         ("good", {"views.clip_seconds": 60.0}, "for a view of 60 s (views.clip_seconds=60 at spee"),
         ("good", {"views.speeds": (32, 64)}, "for a view of 16 s (views.clip_seconds=0.5 at speed"),
         ("good", {"views.num_frames": 400}, "has video on which a view fits"),
+        ("good", {"bank.health_labels": ("colour",)}, "bank.health_labels 'colour' is not a label"),
+        ("speed", {"bank.health_labels": ("speed",)}, "bank.health_labels 'speed' would share its"),
     ],
 )
 def test_data_that_cannot_be_trained_on_is_one_clear_error(tmp_path, kind, overrides, message):
@@ -369,6 +371,8 @@ def test_data_that_cannot_be_trained_on_is_one_clear_error(tmp_path, kind, overr
     elif kind != "missing":
         has = {"has_audio": kind != "no_audio", "has_video": kind != "no_video"}
         made = [make_record(n, seconds=5.0, side=24, **has) for n in range(8)]
+        if kind == "speed":
+            made = [dataclasses.replace(r, labels={"speed": n % 5}) for n, r in enumerate(made)]
         if kind == "silent":
             made = [dataclasses.replace(r, waveform=np.zeros_like(r.waveform)) for r in made]
         write_records(directory, made)
