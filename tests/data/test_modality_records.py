@@ -10,6 +10,7 @@ import pytest
 from avcl_jax.data.modality_records import LackingError, ModalityRecords, evenly_spaced
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
+from avcl_jax.data.silence import is_silent, peak
 from tests.evaluation.conftest import RATE, small_record, sound_record, write_records
 
 NAMES = {"motion": ["down", "across"], "part": ["a", "b"]}
@@ -35,6 +36,19 @@ def dataset(tmp_path_factory):
     directory = tmp_path_factory.mktemp("modality")
     write_records(directory, "toy", NAMES, {"all": records})
     return RecordDataset(directory, "all")
+
+
+def test_silence_is_up_to_a_peak_of_33_of_either_sign():
+    for samples, loudest in (
+        ([], 0),
+        ([0, 0], 0),
+        ([5, 9], 9),
+        ([-7, -3], 7),
+        ([3, -32768], 32768),
+    ):
+        assert peak(np.array(samples, np.int16)) == loudest
+    for sample, silent in ((33, True), (-33, True), (34, False), (-34, False)):
+        assert is_silent(np.array([[0, sample]], np.int16)) is silent
 
 
 def _records(dataset, *, select="", modality="audio", labels=(), leave_out=True, rate_hz=RATE):

@@ -12,6 +12,7 @@ import pytest
 from avcl_jax import experiment
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.evaluation.evaluate import evaluate
+from avcl_jax.evaluation.evaluated_run import open_run
 from avcl_jax.evaluation.linear_probe import run_linear_probe
 from avcl_jax.evaluation.protocol import OUTCOMES, ProtocolError, read_outcomes
 from avcl_jax.export import export_run, load_encoder
@@ -62,6 +63,23 @@ def test_what_does_not_fit_is_refused_before_any_work(small_run, tmp_path, monke
     with pytest.raises(ValueError, match=said) as error:
         evaluate(config, tmp_path / "run")
     assert "\n" not in str(error.value)
+
+
+def test_records_that_fill_one_batch_suffice_for_bounds_and_null_controls(small_run):
+    config = small_evaluation()
+    for modality in ("video", "audio"):
+        config.evaluation.supervised[modality].fit.batch_size = 24
+    config.evaluation.null.fit.batch_size = 60
+    run = open_run(config, small_run[1])
+    assert (len(run.train), len(run.test), len(run.null[0]), len(run.null[1])) == (24, 16, 10, 10)
+    assert set(run.data) == {"train", "test"}
+    assert run.speeds == [0, 1]
+    config.evaluation.probes, config.evaluation.null.train_split = (), ""
+    config.evaluation.speeds = ()
+    config.evaluation.views_per_speed = 2
+    run = open_run(config, small_run[1])
+    assert (run.train, run.null, set(run.data)) == (None, None, {"test"})
+    assert run.speeds == [0, 1, 2]
 
 
 def test_a_directory_without_a_run_or_that_cannot_be_written_is_refused(small_run, tmp_path):

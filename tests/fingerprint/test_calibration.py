@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -61,6 +63,68 @@ def test_parts_are_halves_and_quarters_of_three_seconds_or_more():
     assert [seconds for _, seconds in parts] == [6.0] * 3 + [3.0] * 7
     assert [int(inside.sum()) for inside, _ in parts] == [6, 6, 6, 3, 2, 3, 2, 3, 2, 3]
     assert [int(inside.argmax()) for inside, _ in parts] == [0, 3, 6, 0, 2, 3, 5, 6, 8, 9]
+
+
+def constant(source: int, value: float, whole: float, *, seconds: float = 12.0) -> Alignment:
+    """An alignment of one strength all along a query, by segments of 0.5 s."""
+    starts = np.arange(0.0, seconds, 0.5)
+    alike = alignment({"video": np.full(len(starts), value)}, rate=1.0, starts=starts)
+    return dataclasses.replace(alike, source=source, by_modality={"video": whole, "audio": -1.0})
+
+
+def test_sources_match_equally_well_by_their_strength_averaged_over_two_seconds():
+    single = alignment({"video": np.eye(5)[2] * 6}, rate=1.0, starts=np.arange(5.0))
+    assert scores._smoothed(single).tolist() == [0, 2, 2, 2, 0]
+    mixed = alignment(
+        {"video": np.array([3.0, -1.0]), "audio": np.array([4.0, np.nan])},
+        rate=1.0,
+        starts=np.arange(2.0),
+    )
+    assert scores.strength(mixed).tolist() == [5, 0]
+    own = constant(0, 4.0, 9.0, seconds=2.0)
+    for other, equally in ((2.0, True), (1.9, False)):
+        assert (scores._equally_well(own, constant(1, other, 9.0)) == equally).all()
+    weak = constant(0, 2.0, 9.0)
+    assert not scores._equally_well(weak, weak).any()
+    # Where the other source has no segment it resembles nothing.
+    assert scores._equally_well(constant(0, 4.0, 9.0), own).tolist() == [True] * 4 + [False] * 20
+
+
+def test_the_score_of_a_whole_query_is_of_its_evidence_and_of_a_part_of_its_segments():
+    query = constant(0, 3.0, 8.0)
+    whole = scores._Part(query, np.ones(24, bool), 12.0, 1000)
+    spans = {"video": 0.5, "audio": 0.5}
+    assert whole.score(KNOWN, spans) == KNOWN.score(8.0, query_seconds=12.0, segments=1000)
+    rest = whole.without(np.arange(24) < 18)
+    assert (rest.inside.sum(), rest.seconds) == (6, 3.0)
+    evidence = 3.0 * ((6 * 0.5 + 0.5) / 0.5) ** 0.5
+    expected = KNOWN.score(evidence, query_seconds=3.0, segments=1000)
+    assert rest.score(KNOWN, spans) == pytest.approx(expected)
+
+
+def test_sources_that_share_the_only_part_are_rivals_and_a_part_counts_as_one_of_many_queries():
+    first, second = constant(0, 5.0, 12.0), constant(1, 5.0, 0.0)
+    half = np.where(second.query_seconds < 6, 0.0, 5.0)
+    second = dataclasses.replace(second, by_segment={"video": half})
+    alone = scores.score_alignments(
+        [constant(2, 0.0, 3.0), second, first],
+        lambda modalities: KNOWN,
+        spans={"video": 0.5},
+        query_seconds=12.0,
+        segments=1000,
+    )
+    assert [found.alignment.source for found in alone] == [1, 0, 2]
+    by_source = {found.alignment.source: found for found in alone}
+    # Ten halves and quarters are tried.
+    evidence = 5.0 * ((12 * 0.5 + 0.5) / 0.5) ** 0.5
+    assert by_source[1].score == pytest.approx(
+        KNOWN.score(evidence, query_seconds=6.0, segments=10_000)
+    )
+    assert by_source[1].rivals == (0,)
+    assert by_source[0].rivals == ()  # its first half suffices
+    assert by_source[0].shared_by.tolist() == [1] * 12 + [2] * 12
+    assert (by_source[2].rivals, by_source[2].matched) == ((), ())
+    assert by_source[0].matched == ("video",)
 
 
 def test_few_sources_have_the_default(encoders, tmp_path):
