@@ -92,7 +92,7 @@ run("data_prep", "demo", f"--out={DATA}", f"--train={VIDEOS}", "--test=40", "--n
 # %% [markdown]
 # ## What the network sees
 # Two views of one video: each an interval of its timeline, played at 1, 2, 4 or 8 times the speed,
-# forward or backward. The spectrogram covers exactly the seconds of the pictures above it.
+# forward or backward. The spectrogram covers exactly the seconds of the frames above it.
 
 # %%
 import matplotlib.pyplot as plt
@@ -158,31 +158,23 @@ plt.show()
 
 # %% [markdown]
 # ## What the bank returns
-# For each anchor the bank offers past videos as further positives, ranked by how well picture *and*
-# sound agree. Their labels are never used in training; here they show how sensible the choice is.
+# For each anchor the feature bank offers past videos as further positives: those most similar in
+# video *and* audio, less what all views of their speed and direction have in common. Labels are not
+# used in training; here they show how sensible the positives are. "2× backward" is how the view in
+# the bank was played.
 
 # %%
-from avcl_jax.training.checkpoint import load_bank
+from avcl_jax.evaluation.bank_exhibits import bank_searches
+from avcl_jax.export import config_of_run
+from configs import evaluate
 
-bank = load_bank(RUN)
-anchors = np.flatnonzero(bank["insertion"] >= bank["inserted"] - 16)[::4]
-names = train.records.class_names
-similarity = np.minimum(
-    bank["video"][anchors] @ bank["video"].T, bank["audio"][anchors] @ bank["audio"].T
-)
-similarity[bank["source_id"][anchors][:, None] == bank["source_id"][None]] = -1
-first_record = {int(s): i for i, s in reversed(list(enumerate(train.records.source_numbers)))}
-
-
-def describe(row: int) -> str:
-    """Motion and material of the video behind a row of the bank."""
-    labels = train.records[first_record[int(bank["source_id"][row])]].labels
-    return " ".join(names[label][labels[label]] for label in ("motion", "material"))
-
-
-for anchor, scores in zip(anchors, similarity, strict=True):
-    best = np.argsort(-scores)[:4]
-    print(f"{describe(anchor):20s} <- " + ", ".join(describe(row) for row in best))
+trained = config_of_run(RUN)
+trained.evaluation = evaluate.get_config().evaluation
+for searches in bank_searches(trained, RUN, spec, step=STEPS).values():
+    for search in searches:
+        hits = zip(search.found, search.hits, strict=True)
+        positives = "; ".join(row.labels for row, positive in hits if positive)
+        print(f"{search.query.labels:32s} <- {positives}")
 
 # %% [markdown]
 # ## Embed and retrieve
@@ -204,6 +196,7 @@ features -= features.mean(axis=0)
 features /= np.linalg.norm(features, axis=1, keepdims=True)
 scores = features @ features.T
 np.fill_diagonal(scores, -1)
+names = test.class_names
 figure, axes = plt.subplots(4, 4, figsize=(11, 6), layout="constrained")
 for query, row in enumerate(axes):
     shown = [query, *np.argsort(-scores[query])[:3]]
