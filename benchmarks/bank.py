@@ -161,53 +161,28 @@ def memory_of_sampling() -> dict[str, int]:
 
     from avcl_jax.objectives import feature_bank
     from avcl_jax.training import loop
-    from benchmarks.batches import draw_all
+    from benchmarks.batches import complete_views, draw_all
     from configs import pretrain
 
     config = pretrain.get_config("kinetics400")
     config.bank.size = ROWS
     spec = loop.loss_spec(config)
     assert spec.bank is not None
-    playbacks = spec.bank.playbacks
+    options = {"playbacks": spec.bank.playbacks, "labels": 1}
     rows, queries = rows_and_queries()
-    numbers, present = np.arange(ROWS, dtype=np.int32), np.ones(ROWS, bool)
-    bank = jax.device_put(
-        feature_bank.FeatureBank(
-            video=rows,
-            audio=rows[::-1],
-            source_id=numbers,
-            label=numbers[:, None],
-            video_playback=numbers % playbacks,
-            audio_playback=numbers % playbacks,
-            has_video=present,
-            has_audio=present,
-            insertion=numbers,
-            inserted=np.int32(ROWS),
-        )
+    by_video: Any = {"video": rows.reshape(-1, 2, DIM), "audio": rows[::-1].reshape(-1, 2, DIM)}
+    empty = feature_bank.create(ROWS, DIM, jnp.float32, labels=1)
+    bank = feature_bank.insert(empty, complete_views(by_video, np.arange(ROWS // 2), **options))
+    del rows, by_video, empty
+    embeddings = jnp.asarray(queries).reshape(-1, 2, DIM)
+    anchors = complete_views(
+        dict.fromkeys(("video", "audio"), embeddings), -1 - np.arange(len(embeddings)), **options
     )
-    del rows
-    views = jnp.asarray(queries).reshape(-1, 2, DIM)
-    videos = jnp.arange(len(views), dtype=jnp.int32)
 
-    def draw(bank: Any, views: Any, videos: Any, key: Any) -> list[Any]:
-        return draw_all(
-            bank,
-            key,
-            spec,
-            anchors_video=views,
-            anchors_audio=views,
-            has_video=videos >= 0,
-            has_audio=videos >= 0,
-            video_playback=jnp.stack([videos, videos], axis=1) % playbacks,
-            audio_playback=jnp.stack([videos, videos], axis=1) % playbacks,
-            source_id=-1 - videos,
-            anchor_id=videos,
-            active=True,
-            mesh=None,
-            data_axes=(),
-        )
+    def draw(bank: Any, views: Any, key: Any) -> list[Any]:
+        return draw_all(bank, key, views, spec)
 
-    arguments = (bank, views, videos, jax.random.key(0))
+    arguments = (bank, anchors, jax.random.key(0))
     compiled = jax.jit(draw).lower(*arguments).compile()
     memory = compiled.memory_analysis()
     assert memory is not None

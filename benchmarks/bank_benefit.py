@@ -29,6 +29,9 @@ from etils import epath
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.evaluation.ablation import FULL, ablate
 from avcl_jax.objectives import feature_bank
+from avcl_jax.objectives.bank_rows import Drawn
+from avcl_jax.objectives.bank_sampling import Term
+from avcl_jax.objectives.views import Views
 from avcl_jax.paths import local_path
 from avcl_jax.training import loop
 from benchmarks.measure import run_command
@@ -167,36 +170,32 @@ def oracle(
     classes = jnp.asarray(labels)
 
     def sample(
-        bank: feature_bank.FeatureBank, key: jax.Array, **settings: Any
+        bank: feature_bank.FeatureBank,
+        key: jax.Array,
+        views: Views,
+        *,
+        term: Term,
+        terms: Sequence[Term],
+        active: Any,
+        **settings: Any,
     ) -> feature_bank.BankSample:
-        drawn = draw(bank, key, **settings)
-        own, target = settings["source_id"], settings["target_modality"]
-        term = (settings["anchor_modality"], target)
-        key = jax.random.fold_in(key, 1000 + settings["terms"].index(term))
+        drawn = draw(bank, key, views, term=term, terms=terms, active=active, **settings)
+        numbers, own = bank.rows.numbers, views.source_id
+        key = jax.random.fold_in(key, 1000 + terms.index(term))
         coin_key, noise_key = jax.random.split(key)
-        shape = drawn.positive_mask.shape
-        eligible = getattr(bank, f"has_{target}") & (bank.insertion >= 0)
-        eligible = eligible[None] & (bank.source_id[None] != own[:, None])
-        same = classes[bank.source_id][None] == classes[own][:, None]
+        shape = drawn.positives.mask.shape
+        eligible = bank.rows.usable(term[1])[None] & (numbers.source_id[None] != own[:, None])
+        same = classes[numbers.source_id][None] == classes[own][:, None]
         wanted = jax.random.bernoulli(coin_key, purity, shape)[..., None]
         allowed = eligible[:, None, None] & (same[:, None, None] == wanted)
-        noise = jax.random.uniform(noise_key, (*shape, bank.source_id.shape[0]))
+        noise = jax.random.uniform(noise_key, (*shape, bank.size))
         chosen = jnp.where(allowed, noise, -1).argmax(-1)
-        mask = allowed.any(-1) & settings["active"]
-        columns = (bank.insertion, bank.source_id, bank.video_playback, bank.audio_playback)
-        numbers = jnp.concatenate([jnp.stack(columns, 1), bank.label], 1)
-        rows = jnp.where(mask[..., None], getattr(bank, target)[chosen], 0)
-        numbers = jnp.where(mask[..., None], numbers[chosen], -1)
-        clash = drawn.negative_numbers[..., None, 1] == numbers[..., None, :, 1]
-        negative_mask = drawn.negative_mask & ~clash.any(-1)
-        return drawn._replace(
-            positives=rows,
-            positive_mask=mask,
-            positive_numbers=numbers,
-            negatives=jnp.where(negative_mask[..., None], drawn.negatives, 0),
-            negative_mask=negative_mask,
-            negative_numbers=jnp.where(negative_mask[..., None], drawn.negative_numbers, -1),
-        )
+        positives = Drawn(
+            bank.rows.embeddings[term[1]][chosen], allowed.any(-1), numbers[chosen]
+        ).where(active)
+        sources = positives.numbers.source_id[..., None, :]
+        clash = drawn.negatives.numbers.source_id[..., None] == sources
+        return feature_bank.BankSample(positives, drawn.negatives.where(~clash.any(-1)))
 
     return sample
 
@@ -220,7 +219,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.Path) -> bool:
 
 
 def purity_table(workdir: Path, seeds: Sequence[int]) -> str:
-    """In per cent, how often sampled rows share the anchor's class, and the health of embeddings.
+    """Fraction of sampled rows with the anchor's class in %, and the health of embeddings.
 
     Means over the last fifth of each run's lines of metrics.jsonl, over terms, and over seeds.
     """

@@ -19,6 +19,7 @@ import numpy as np
 
 from avcl_jax import experiment
 from avcl_jax.export import load_run
+from avcl_jax.objectives.bank_rows import BankRows
 from avcl_jax.objectives.bank_sampling import Term, ranking_pairs
 from avcl_jax.paths import absolute_path
 from avcl_jax.training.checkpoint import load_bank
@@ -27,26 +28,25 @@ from benchmarks.measure import Row, print_table, run_command, writable_path, wri
 RANKINGS = ("raw", "content", "playback")
 
 
-def similarities(bank: dict[str, np.ndarray], pairs: Sequence[Term], ranking: str) -> np.ndarray:
+def similarities(bank: BankRows, pairs: Sequence[Term], ranking: str) -> np.ndarray:
     """Similarity [rows, rows] of anchors and rows, −inf where a row is not eligible.
 
     Args:
-        bank: arrays by the names of a FeatureBank's fields.
+        bank: rows of a bank, numpy arrays.
         pairs: modalities of anchor and row, over whose similarities the minimum is taken.
         ranking: one of `RANKINGS`.
     """
-    eligible = bank["source_id"][:, None] != bank["source_id"][None]
+    numbers = bank.numbers
+    eligible = numbers.source_id[:, None] != numbers.source_id[None]
     by_pair = []
     for own, row in pairs:
-        query, rows = (bank[m].astype(np.float64) for m in (own, row))
-        present = bank[f"has_{row}"] & (bank["insertion"] >= 0)
-        eligible &= bank[f"has_{own}"][:, None] & present[None]
-        playback = bank[f"{own}_playback"][:, None] == bank[f"{row}_playback"][None]
+        query, rows = (bank.embeddings[m].astype(np.float64) for m in (own, row))
+        present, playback = bank.usable(row), numbers.playback(row)
+        eligible &= bank.usable(own)[:, None] & present[None]
         if ranking == "playback":
-            eligible &= playback
+            eligible &= numbers.playback(own)[:, None] == playback[None]
         if ranking == "content":
-            numbers = bank[f"{row}_playback"]
-            of_playback = (numbers[:, None] == numbers[None]) & present[None]
+            of_playback = (playback[:, None] == playback[None]) & present[None]
             mean = of_playback @ rows / np.maximum(of_playback.sum(axis=1, keepdims=True), 1)
             rows = rows - mean
             query = query - mean if own == row else query
@@ -55,12 +55,12 @@ def similarities(bank: dict[str, np.ndarray], pairs: Sequence[Term], ranking: st
 
 
 def agreement(
-    bank: dict[str, np.ndarray], names: Sequence[str], config: ml_collections.ConfigDict
+    bank: BankRows, names: Sequence[str], config: ml_collections.ConfigDict
 ) -> dict[str, dict[str, float]]:
     """Fraction of the nearest rows that agree with their anchor.
 
     Args:
-        bank: arrays by the names of a FeatureBank's fields.
+        bank: rows of a bank, numpy arrays.
         names: names of the labels.
         config: config of the run.
 
@@ -69,8 +69,8 @@ def agreement(
     """
     sampling = experiment.bank_sampling(config)
     pairs = ranking_pairs(sampling, "audio" if config.modalities == "audio" else "video")
-    kinds = {name: bank["label"][:, k] for k, name in enumerate(names)}
-    playback = bank[f"{pairs[0][1]}_playback"]
+    kinds = {name: bank.numbers.label[:, k] for k, name in enumerate(names)}
+    playback = bank.numbers.playback(pairs[0][1])
     kinds |= {"speed": playback // 2, "direction": playback % 2}
     fractions: dict[str, dict[str, float]] = defaultdict(dict)
     for ranking in RANKINGS:
@@ -96,7 +96,7 @@ def main(arguments: list[str]) -> int:
     values: dict[tuple[str, str], list[float]] = defaultdict(list)
     for run in args.runs:
         config, _, _ = load_run(run)
-        by_ranking: Any = agreement(load_bank(run), config.bank.health_labels, config)
+        by_ranking: Any = agreement(load_bank(run).rows, config.bank.health_labels, config)
         for ranking, fractions in by_ranking.items():
             for kind, fraction in fractions.items():
                 values[kind, ranking].append(fraction)

@@ -1,20 +1,24 @@
-"""What benchmarks of the training step feed it: a batch without data, all draws from the bank."""
+"""Inputs of benchmarks of the training step: a random batch, a full bank, all draws from it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
 from avcl_jax import experiment
 from avcl_jax.data.pipeline import batch_shapes
 from avcl_jax.objectives import feature_bank
-from avcl_jax.training.step import LossSpec
+from avcl_jax.objectives.views import MODALITIES, Modality, Views
+from avcl_jax.training.objective import LossSpec
 
 
 def random_batch(config: ml_collections.ConfigDict, *, seed: int = 0) -> dict[str, Any]:
-    """A batch of noise and random labels, in which every video has picture, sound and every task.
+    """A batch of noise and random labels, in which every video has video, audio and every task.
 
     Args:
         config: as `configs/pretrain.py` returns it.
@@ -45,27 +49,56 @@ def random_batch(config: ml_collections.ConfigDict, *, seed: int = 0) -> dict[st
     return batch
 
 
+def complete_views(
+    embeddings: Mapping[Modality, Any], source_id: Any, *, playbacks: int, labels: int
+) -> Views:
+    """Views that all have video and audio; playback and labels follow from the source.
+
+    Args:
+        embeddings: modality → [videos, 2, dim].
+        source_id: int [videos].
+        playbacks: number of playbacks.
+        labels: number of labels.
+    """
+    both = jnp.stack([source_id, source_id], axis=1)
+    return Views(
+        embeddings=embeddings,
+        present=dict.fromkeys(MODALITIES, jnp.ones_like(both, bool)),
+        playback=dict.fromkeys(MODALITIES, both % playbacks),
+        label=jnp.repeat(source_id[:, None], labels, axis=1),
+        source_id=source_id,
+        record_index=source_id,
+    )
+
+
 def draw_all(
-    bank: feature_bank.FeatureBank, key: Any, spec: LossSpec, **arguments: Any
+    bank: feature_bank.FeatureBank,
+    key: Any,
+    views: Views,
+    spec: LossSpec,
+    *,
+    mesh: Mesh | None = None,
 ) -> list[feature_bank.BankSample]:
     """The rows that a step draws for all of its terms.
 
     Args:
-        bank: feature bank.
+        bank: full feature bank.
         key: of the step.
+        views: the batch.
         spec: terms and sampling; with a bank.
-        **arguments: of `feature_bank.sample`, the same for all terms.
+        mesh: devices; None for one.
     """
     assert spec.bank is not None
     return [
         feature_bank.sample(
             bank,
             key,
-            anchor_modality=anchor,
-            target_modality=target,
-            sampling=spec.bank,
+            views,
+            term=term,
             terms=spec.bank_terms,
-            **arguments,
+            sampling=spec.bank,
+            active=feature_bank.is_full(bank),
+            mesh=mesh,
         )
-        for anchor, target in spec.bank_terms
+        for term in spec.bank_terms
     ]

@@ -106,9 +106,11 @@ def seconds_of_demo_steps(*, steps: int) -> list[float]:
     import jax
     import numpy as np
 
+    from avcl_jax import experiment
+    from avcl_jax.objectives import feature_bank
     from avcl_jax.training import loop, sharding
     from avcl_jax.training.step import jit_train_step
-    from benchmarks.batches import random_batch
+    from benchmarks.batches import complete_views, random_batch
     from configs import pretrain
 
     config = pretrain.get_config("demo")
@@ -117,19 +119,16 @@ def seconds_of_demo_steps(*, steps: int) -> list[float]:
     state, shardings = init(key)
     # Full, of other videos, and past its warm-up: its rows are drawn from the first step on.
     size, rng = config.bank.size, np.random.default_rng(1)
-    rows = rng.normal(size=(2, size, config.model.embedding_dim)).astype(np.float32)
+    rows = rng.normal(size=(2, size // 2, 2, config.model.embedding_dim)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
-    empty: Any = state.bank
-    bank = dataclasses.replace(
-        empty,
-        video=rows[0],
-        audio=rows[1],
-        source_id=config.global_batch_size + np.arange(size, dtype=np.int32) // 2,
-        has_video=np.ones(size, bool),
-        has_audio=np.ones(size, bool),
-        insertion=np.arange(size, dtype=np.int32),
-        inserted=np.int32(size),
+    videos = complete_views(
+        {"video": rows[0], "audio": rows[1]},
+        config.global_batch_size + np.arange(size // 2),
+        playbacks=2 * len(config.views.speeds),
+        labels=experiment.bank_labels(config),
     )
+    assert state.bank is not None
+    bank = feature_bank.insert(state.bank, videos)
     step_number = np.int32(config.bank.warmup_steps)
     state = jax.device_put(dataclasses.replace(state, bank=bank, step=step_number), shardings)
     step = jit_train_step(step_function, mesh, shardings)

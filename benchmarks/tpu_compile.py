@@ -21,18 +21,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from jax.experimental import topologies
 
 from avcl_jax import experiment
 from avcl_jax.data.pipeline import batch_shapes
 from avcl_jax.errors import UserError
 from avcl_jax.objectives import feature_bank
+from avcl_jax.objectives.views import MODALITIES
 from avcl_jax.training import loop, sharding
 from avcl_jax.training.state import state_shardings
 from avcl_jax.training.step import jit_train_step
 from benchmarks import hlo_costs
-from benchmarks.batches import draw_all
+from benchmarks.batches import complete_views, draw_all
 from benchmarks.measure import version
 from benchmarks.model_flops import matrix_flops
 from configs import pretrain
@@ -254,66 +254,35 @@ def compile_bank(
     with config.unlocked():
         config.global_batch_size = videos_per_chip * len(devices)
     mesh = sharding.create_mesh(config.mesh.fsdp, devices)
-    axes = sharding.data_axes(mesh)
     spec = loop.loss_spec(config)
     if spec.bank is None:
         raise UserError("bank.size is 0: there is no bank to compile")
     count, dim = config.global_batch_size, config.model.embedding_dim
-    labels = experiment.bank_labels(config)
-    numbers = jax.ShapeDtypeStruct((count,), np.int32)
-    present = jax.ShapeDtypeStruct((count,), np.bool_)
-    playback = jax.ShapeDtypeStruct((count, 2), np.int32)
-    embeddings = jax.ShapeDtypeStruct((count, 2, dim), np.float32)
+    playbacks, labels = spec.bank.playbacks, experiment.bank_labels(config)
 
-    def run(bank, key, video, audio, has_video, has_audio, playback, source_id, anchor_id):
-        drawn = draw_all(
-            bank,
-            key,
-            spec,
-            anchors_video=video,
-            anchors_audio=audio,
-            has_video=has_video,
-            has_audio=has_audio,
-            video_playback=playback,
-            audio_playback=playback,
-            source_id=source_id,
-            anchor_id=anchor_id,
-            active=feature_bank.is_full(bank),
-            mesh=mesh,
-            data_axes=axes,
+    def arguments() -> Any:
+        dtype = jnp.dtype(config.bank.dtype)
+        embeddings = dict.fromkeys(MODALITIES, jnp.zeros((count, 2, dim)))
+        numbers = jnp.zeros(count, jnp.int32)
+        return (
+            feature_bank.create(config.bank.size, dim, dtype, labels=labels),
+            jax.random.key(0),
+            complete_views(embeddings, numbers, playbacks=playbacks, labels=labels),
         )
-        after = feature_bank.insert(
-            bank,
-            video,
-            audio,
-            source_id=source_id,
-            label=jnp.repeat(source_id[:, None], labels, axis=1),
-            video_playback=playback,
-            audio_playback=playback,
-            has_video=has_video,
-            has_audio=has_audio,
-            mesh=mesh,
-            data_axes=axes,
-        )
-        return after, drawn
 
-    bank = jax.eval_shape(
-        lambda: feature_bank.create(
-            config.bank.size, dim, jnp.dtype(config.bank.dtype), labels=labels
-        )
-    )
+    def run(bank: Any, key: Any, views: Any) -> Any:
+        drawn = draw_all(bank, key, views, spec, mesh=mesh)
+        return feature_bank.insert(bank, views, mesh=mesh), drawn
+
     rows, whole = sharding.rows_sharding(mesh), sharding.replicated(mesh)
-    shards = feature_bank.shardings(mesh, axes)
+    shards = feature_bank.shardings(mesh)
     jitted = jax.jit(
         run,
         donate_argnums=0,
-        in_shardings=(shards, whole, *(rows,) * 7),
+        in_shardings=(shards, whole, rows),
         out_shardings=(shards, rows),
     )
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    lowered = jitted.lower(
-        bank, key, embeddings, embeddings, present, present, playback, numbers, numbers
-    )
+    lowered = jitted.lower(*jax.eval_shape(arguments))
     text, facts = compile_cached(lowered, topology, Path(cache))
     return {
         **_figures(text, facts),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 from pathlib import Path
@@ -18,6 +19,7 @@ from avcl_jax import experiment
 from avcl_jax.data.views import BACKWARD, FORWARD, Clip, frame_indices
 from avcl_jax.errors import UserError
 from avcl_jax.objectives import feature_bank
+from avcl_jax.objectives.bank_rows import BankRows, RowNumbers
 from benchmarks import (
     bank,
     bank_benefit,
@@ -32,6 +34,7 @@ from benchmarks import (
     train_step,
 )
 from benchmarks.baselines import pyav_dataloader
+from benchmarks.batches import complete_views
 from benchmarks.formats import FORMATS
 from benchmarks.measure import (
     ChildError,
@@ -278,14 +281,12 @@ def test_nearest_rows_of_a_bank_are_compared_with_their_anchors() -> None:
     """Eight contents in two playbacks, which are further apart than contents."""
     content, playback = np.arange(64) % 8, np.arange(64) // 32
     video = np.concatenate([np.eye(8)[content], 10 * np.eye(2)[playback]], axis=1)
-    bank = {
-        "video": video,
-        "source_id": np.arange(64),
-        "insertion": np.arange(64),
-        "has_video": np.ones(64, bool),
-        "video_playback": playback,
-        "label": content[:, None],
-    }
+    number = np.arange(64)
+    bank = BankRows(
+        embeddings={"video": video},
+        presence=np.full(64, 1, np.uint8),
+        numbers=RowNumbers(np.stack([number, number, playback, playback, content], axis=1)),
+    )
     config = pretrain.get_config("demo")
     config.bank.update({"space": "same", "size": 64, "positive_window": 3 / 64})
     config.bank.negative_candidates = 64
@@ -296,11 +297,10 @@ def test_nearest_rows_of_a_bank_are_compared_with_their_anchors() -> None:
     assert found["content"]["direction"] < 1
     assert found["all rows"]["content"] == pytest.approx(7 / 63)
     assert found["all rows"]["direction"] == pytest.approx(31 / 63)
-    # A run of sound alone has no rows of video.
-    of_audio = {name.replace("video", "audio"): values for name, values in bank.items()}
+    # A run on audio alone has no rows of video.
     config.modalities = "audio"
-    without = {"video": 0 * video, "has_video": ~bank["has_video"]}
-    heard = bank_ranking.agreement(bank | of_audio | without, ["content"], config)
+    of_audio = BankRows({"audio": video, "video": 0 * video}, 2 * bank.presence, bank.numbers)
+    heard = bank_ranking.agreement(of_audio, ["content"], config)
     assert heard["raw"] == {"content": 1, "speed": 1, "direction": 1}
     config.modalities = "audio_visual"
     config.bank.positive_window = 7 / 64
@@ -317,54 +317,42 @@ def test_positives_of_an_oracle_have_the_given_purity() -> None:
     rng = np.random.default_rng(0)
     classes = rng.integers(0, 8, 160)  # of sources, of which the bank has 0 to 127
     bank_ = feature_bank.create(256, 4, jnp.float32, labels=1)
-    both = {"has_video": jnp.ones(32, bool), "has_audio": jnp.ones(32, bool)}
+
+    def views(video, sources):
+        embeddings = {"video": jnp.asarray(video, jnp.float32)}
+        embeddings["audio"] = -embeddings["video"]
+        made = complete_views(embeddings, jnp.asarray(sources), playbacks=1, labels=1)
+        return made._replace(label=jnp.asarray(classes[sources, None]))
+
     for batch in range(4):
         sources = np.arange(32 * batch, 32 * batch + 32)
-        embeddings = jnp.asarray(np.broadcast_to(sources[:, None, None], (32, 2, 4)), jnp.float32)
-        bank_ = feature_bank.insert(
-            bank_,
-            embeddings,
-            -embeddings,
-            source_id=jnp.asarray(sources),
-            label=jnp.asarray(classes[sources, None]),
-            video_playback=jnp.zeros((32, 2), int),
-            audio_playback=jnp.zeros((32, 2), int),
-            **both,
-            mesh=None,
-            data_axes=(),
-        )
+        video = np.broadcast_to(sources[:, None, None], (32, 2, 4))
+        bank_ = feature_bank.insert(bank_, views(video, sources))
     sources = np.arange(112, 144)  # half of them are in the bank
-    draw = bank_benefit.oracle(classes, 0.6, feature_bank.sample)
-    anchors = jnp.asarray(rng.normal(size=(32, 2, 4)), jnp.float32)
-    settings = {
-        "anchors_video": anchors,
-        "anchors_audio": anchors,
-        "source_id": jnp.asarray(sources),
-        "anchor_id": jnp.asarray(sources),
-        "video_playback": jnp.zeros((32, 2), int),
-        "audio_playback": jnp.zeros((32, 2), int),
-        **both,
-        "anchor_modality": "video",
-        "target_modality": "audio",
-        "sampling": sampling,
-        "mesh": None,
-        "data_axes": (),
-        "terms": (("video", "audio"),),
-    }
-    drawn = [draw(bank_, jax.random.key(k), active=True, **settings) for k in range(12)]
-    numbers = np.stack([d.positive_numbers for d in drawn])
-    own = np.broadcast_to(sources[:, None, None], numbers.shape[:-1])
-    assert np.stack([d.positive_mask for d in drawn]).all()
-    same = numbers[..., 4] == classes[own]
+    anchors = views(rng.normal(size=(32, 2, 4)), sources)
+    term = ("video", "audio")
+    draw = functools.partial(
+        bank_benefit.oracle(classes, 0.6, feature_bank.sample),
+        bank_,
+        views=anchors,
+        term=term,
+        terms=(term,),
+        sampling=sampling,
+    )
+    drawn = [draw(jax.random.key(k), active=True) for k in range(12)]
+    positives, negatives = jax.tree.map(lambda *values: np.stack(values), *drawn)
+    own = np.broadcast_to(sources[:, None, None], positives.mask.shape)
+    assert positives.mask.all()
+    same = positives.numbers.label[..., 0] == classes[own]
     # 3,072 positives: three standard errors are 0.027.
     assert same.mean() == pytest.approx(0.6, abs=0.027)
-    assert (numbers[..., 1] != own).all()
-    np.testing.assert_array_equal(np.stack([d.positives for d in drawn])[..., 0], -numbers[..., 1])
-    negatives = np.stack([d.negative_numbers for d in drawn])[..., 1]
-    mask = np.stack([d.negative_mask for d in drawn])
-    assert mask.mean() > 0.8
-    assert not ((negatives[..., None] == numbers[..., None, :, 1]).any(-1) & mask).any()
-    assert not draw(bank_, jax.random.key(0), active=False, **settings).positive_mask.any()
+    source = positives.numbers.source_id
+    assert (source != own).all()
+    np.testing.assert_array_equal(positives.embeddings[..., 0], -source)
+    assert negatives.mask.mean() > 0.8
+    clash = negatives.numbers.source_id[..., None] == source[..., None, :]
+    assert not (clash.any(-1) & negatives.mask).any()
+    assert not draw(jax.random.key(0), active=False).positives.mask.any()
 
 
 def test_growth_of_memory_is_that_of_the_call() -> None:

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
@@ -19,23 +20,23 @@ from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.evaluation.exhibits import Exhibits
 from avcl_jax.evaluation.report_content import Exhibit, Search, Side
 from avcl_jax.objectives import feature_bank
+from avcl_jax.objectives.bank_rows import RowNumbers, views_of
 from avcl_jax.objectives.bank_sampling import Term, ranking_pairs
-from avcl_jax.objectives.feature_bank import FeatureBank
-from avcl_jax.training.checkpoint import load_bank, read_progress
+from avcl_jax.training.checkpoint import CheckpointError, load_bank, read_progress
 from avcl_jax.training.loop import bank_start, loss_spec
 
 # (modality of the anchor, of a row) pairs whose similarities rank the rows -> title.
 _TITLES: Mapping[tuple[Term, ...], str] = {
-    (("video", "video"), ("audio", "audio")): "By picture and sound",
-    (("video", "video"),): "By the picture",
-    (("audio", "audio"),): "By the sound",
-    (("video", "audio"),): "Sounds by the picture",
-    (("audio", "video"),): "Pictures by the sound",
+    (("video", "video"), ("audio", "audio")): "By video and audio",
+    (("video", "video"),): "By video",
+    (("audio", "audio"),): "By audio",
+    (("video", "audio"),): "Audio by video",
+    (("audio", "video"),): "Video by audio",
 }
 
 
 def bank_searches(
-    config: ml_collections.ConfigDict, workdir: epath.Path, spec: RenderSpec, *, step: int
+    config: ml_collections.ConfigDict, workdir: epath.PathLike, spec: RenderSpec, *, step: int
 ) -> dict[str, list[Search]]:
     """Samples the bank of a run's newest checkpoint for anchors that are rows of the bank.
 
@@ -47,7 +48,7 @@ def bank_searches(
 
     Returns:
         Title of each ranking that the run uses → its searches; {} if the run has not used a bank
-        yet, an older version wrote it, or the records of its rows are missing.
+        yet, another version wrote it, or the records of its rows are missing.
     """
     start = bank_start(config)
     if start is None or step <= start:
@@ -59,28 +60,30 @@ def bank_searches(
     source = UsableRecords(records, spec, Selection.parse(config.data.select))
     if source.fingerprint != read_progress(workdir, step).data_fingerprint:
         return {}
-    fields = load_bank(workdir)
-    if fields.keys() != {field.name for field in dataclasses.fields(FeatureBank)}:
+    try:
+        bank = load_bank(workdir)
+    except CheckpointError:
         return {}
     section, speeds = config.evaluation.report, config.views.speeds
     exhibits = Exhibits(source, spec, speed=len(speeds) // 2, stills=section.stills)
     sampling, terms = experiment.bank_sampling(config), loss_spec(config).bank_terms
-    rows = FeatureBank(**fields)
-    views = jax.tree.map(lambda v: v.reshape(-1, 2, *v.shape[1:]) if v.ndim else v, rows)
-    row_of = {int(number): row for row, number in enumerate(rows.insertion)}
+    rows, numbers = bank.rows, bank.rows.numbers
+    views = jax.tree.map(lambda values: values.reshape(-1, 2, *values.shape[1:]), rows)
+    row_of = {int(number): row for row, number in enumerate(numbers.insertion)}
     # The first record of each source.
     places = {int(name): place for place, name in reversed(list(enumerate(source.sources)))}
 
     def show(row: int) -> Exhibit:
-        exhibit = exhibits.show(places[int(rows.source_id[row])])
-        playback = (rows.video_playback if rows.has_video[row] else rows.audio_playback)[row]
+        exhibit = exhibits.show(places[int(numbers.source_id[row])])
+        playback = numbers.playback("video" if rows.usable("video")[row] else "audio")[row]
         played = f"{speeds[playback // 2]}×{' backward' if playback % 2 else ''}"
         labels = ", ".join(filter(None, (exhibit.labels, played)))
         return dataclasses.replace(exhibit, labels=labels)
 
     def search(query: int, drawn: Mapping[str, Sequence[int]], pairs: tuple[Term, ...]) -> Search:
         def cosines(row: int) -> list[float]:
-            both = ((getattr(rows, own)[query], getattr(rows, other)[row]) for own, other in pairs)
+            z = rows.embeddings
+            both = ((z[own][query], z[other][row]) for own, other in pairs)
             return [float(a.astype("f4") @ b.astype("f4")) for a, b in both]
 
         kinds = {
@@ -91,7 +94,7 @@ def bank_searches(
         selected = [
             (kind, row)
             for kind, of_kind in kinds.items()
-            for row in _spread([r for r in of_kind if rows.source_id[r] in places], counts[kind])
+            for row in _spread([r for r in of_kind if numbers.source_id[r] in places], counts[kind])
         ]
         sides: tuple[Side, Side] = pairs[0] if len(pairs) == 1 else ("both", "both")
         return Search(
@@ -100,46 +103,27 @@ def bank_searches(
             found=[show(row) for _, row in selected],
             found_modality=sides[1],
             hits=[kind == "positive" for kind, _ in selected],
-            remark=_agreement(rows, query, kinds, config.bank.health_labels),
+            remark=_agreement(numbers, query, kinds, config.bank.health_labels),
             tags=[f"{kind} {' / '.join(f'{c:.2f}' for c in cosines(r))}" for kind, r in selected],
         )
 
     searches: dict[str, list[Search]] = {}
     for anchor, target in terms:
         pairs = ranking_pairs(sampling, anchor)
-        present = np.all([getattr(views, f"has_{own}").all(axis=1) for own, _ in pairs], axis=0)
-        usable = np.flatnonzero(present & np.isin(rows.source_id[::2], list(places)))
+        usable = views.usable(*(own for own, _ in pairs)).all(axis=1)
+        usable = np.flatnonzero(usable & np.isin(numbers.source_id[::2], list(places)))
         if _TITLES[pairs] in searches or not len(usable):
             continue
         rng = np.random.default_rng(config.seed)
         videos = np.sort(rng.choice(usable, min(section.queries, len(usable)), replace=False))
         sample = functools.partial(
-            feature_bank.sample,
-            active=True,
-            anchor_modality=anchor,
-            target_modality=target,
-            sampling=sampling,
-            mesh=None,
-            data_axes=(),
-            terms=terms,
+            feature_bank.sample, term=(anchor, target), terms=terms, sampling=sampling, active=True
         )
-        drawn = jax.jit(sample)(
-            rows,
-            jax.random.key(config.seed),
-            anchors_video=views.video[videos],
-            anchors_audio=views.audio[videos],
-            has_video=views.has_video[videos],
-            has_audio=views.has_audio[videos],
-            video_playback=views.video_playback[videos],
-            audio_playback=views.audio_playback[videos],
-            source_id=views.source_id[videos, 0],
-            anchor_id=videos,
-        )
+        anchors = jax.tree.map(lambda values, videos=videos: values[videos], views)
+        batch = views_of(anchors, record_index=jnp.asarray(videos))
+        drawn = jax.jit(sample)(bank, jax.random.key(config.seed), batch)
         # Insertion numbers of the rows drawn for the first view of each video.
-        positives, negatives = (
-            np.asarray(numbers)[:, 0, :, 0].tolist()
-            for numbers in (drawn.positive_numbers, drawn.negative_numbers)
-        )
+        positives, negatives = (np.asarray(d.numbers.insertion)[:, 0].tolist() for d in drawn)
         searches[_TITLES[pairs]] = [
             search(2 * video, {"positive": near, "negative": far}, pairs)
             for video, near, far in zip(videos.tolist(), positives, negatives, strict=True)
@@ -154,7 +138,7 @@ def _spread(rows: Sequence[int], count: int) -> list[int]:
 
 
 def _agreement(
-    rows: FeatureBank, query: int, kinds: Mapping[str, Sequence[int]], labels: Sequence[str]
+    rows: RowNumbers, query: int, kinds: Mapping[str, Sequence[int]], labels: Sequence[str]
 ) -> str:
     """Describes how many of the rows share labels with the row `query`, beside the base rate."""
     others = np.flatnonzero(rows.source_id != rows.source_id[query])

@@ -31,9 +31,9 @@ from avcl_jax.data.preprocessing import VideoPreprocessing
 from avcl_jax.data.spectrogram import log_mel
 from avcl_jax.errors import UserError
 from avcl_jax.export import Encoder
+from avcl_jax.training.metrics import Metrics, average
 from avcl_jax.training.sharding import replicated, rows_sharding
 from avcl_jax.training.state import TrainState, state_shardings
-from avcl_jax.training.step import Metrics, average
 
 Augmentation = tuple[PhotometricSpec, SpectralSpec]
 
@@ -48,7 +48,7 @@ class ClipClassifier(nn.Module):
     Attributes:
         encoder: module returning a dict with `features`.
         classes: number of classes.
-        dropout: share of features set to zero in training.
+        dropout: fraction of features set to zero in training.
         train_statistics: the encoder's batch normalisation uses and updates the statistics of the
             batch in training; otherwise it stays in evaluation mode.
     """
@@ -74,7 +74,7 @@ class Inputs:
     Attributes:
         spec: clips.
         preprocess: that of the encoder; says how pixels are standardised.
-        augmentation: of pictures and of spectrograms, in training.
+        augmentation: of video and of spectrograms, in training.
     """
 
     spec: ClipSpec
@@ -85,7 +85,7 @@ class Inputs:
         """Returns float32 pixels [batch, time, size, size, 3] or log-mel [batch, frames, mels].
 
         Args:
-            clips: uint8 pictures or int16 windows.
+            clips: uint8 frames or int16 windows.
             key: of the augmentation; None for none.
         """
         pictures, sound = self.augmentation
@@ -242,8 +242,8 @@ def classifier_step(
 ) -> Callable[[TrainState, Mapping[str, Array], Array], tuple[TrainState, Metrics]]:
     """Returns the jitted step `(state, batch, key) -> (state, metrics)`; the state is donated.
 
-    The loss is cross-entropy with a share `label_smoothing` spread over all classes. `key` is the
-    same at every step; the step number is folded in.
+    The loss is cross-entropy with a fraction `label_smoothing` spread over all classes. `key` is
+    the same at every step; the step number is folded in.
     """
 
     def step(state: TrainState, batch: Any, key: Array) -> tuple[TrainState, Metrics]:

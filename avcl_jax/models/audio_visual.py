@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from avcl_jax.models.heads import PairwiseHead, ProjectionHead, UnitaryHead
-from avcl_jax.objectives.masks import per_view
+from avcl_jax.objectives.views import per_view
 
 NUM_DIRECTIONS = 2
 NUM_ORDERS = 3

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend
@@ -25,8 +25,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from avcl_jax.errors import UserError
+from avcl_jax.objectives.bank_rows import RowNumbers
+from avcl_jax.objectives.views import Modality
 
-Modality = Literal["video", "audio"]
 Term = tuple[Modality, Modality]  # of the anchor, of its positives and negatives
 
 # Similarities of anchors × bank rows are computed in tiles of at most this many float32 values
@@ -280,7 +281,7 @@ def choose_candidates(insertion: Array, key: Array, sampling: BankSampling) -> A
 
 def pick_positives(
     scores: Array,
-    row_numbers: Array,
+    rows: RowNumbers,
     enough: Array,
     key: Array,
     anchor: Array,
@@ -290,14 +291,13 @@ def pick_positives(
 
     Args:
         scores: [anchors, ranks] similarities, −inf where there is no row.
-        row_numbers: int [anchors, ranks, numbers], as in `bank_exchange.BankRows`.
+        rows: Numbers of the rows [anchors, ranks].
         enough: bool [anchors] from `enough_eligible`; other anchors get no positives.
         key: Key of the step and term.
         anchor: int [anchors] number of each anchor.
         sampling: Count, distribution and temperature.
     """
-    insertion, source = row_numbers[..., 0], row_numbers[..., 1]
-    perturbed = _gumbel(key, anchor, insertion)
+    perturbed = _gumbel(key, anchor, rows.insertion)
     if sampling.positive_sampling == "gumbel":
         perturbed = scores / sampling.temperature + perturbed
     perturbed = jnp.where((scores > -jnp.inf) & enough[:, None], perturbed, -jnp.inf)
@@ -307,7 +307,7 @@ def pick_positives(
         best = jnp.argmax(perturbed, axis=1, keepdims=True)
         values.append(jnp.take_along_axis(perturbed, best, axis=1))
         positions.append(best)
-        same = source == jnp.take_along_axis(source, best, axis=1)
+        same = rows.source_id == jnp.take_along_axis(rows.source_id, best, axis=1)
         perturbed = jnp.where(same, -jnp.inf, perturbed)
     if not values:
         return jnp.zeros((len(scores), 0), jnp.int32), jnp.zeros((len(scores), 0), bool)
@@ -316,7 +316,7 @@ def pick_positives(
 
 def pick_negatives(
     scores: Array,
-    row_numbers: Array,
+    rows: RowNumbers,
     near_source: Array,
     key: Array,
     anchor: Array,
@@ -326,7 +326,7 @@ def pick_negatives(
 
     Args:
         scores: [anchors, candidates] similarities, −inf where not eligible.
-        row_numbers: int [candidates, numbers], as in `bank_exchange.BankRows`.
+        rows: Numbers of the candidates.
         near_source: int [anchors, ranks] sources of the first ranks, −1 where there is no row.
         key: Key of the step and term.
         anchor: int [anchors] number of each anchor.
@@ -336,14 +336,13 @@ def pick_negatives(
     left_out = jnp.floor(sampling.negative_offset * eligible.sum(-1, keepdims=True))
     descending = -jnp.sort(-scores, axis=-1)
     threshold = jnp.take_along_axis(descending, left_out.astype(jnp.int32), axis=1)
-    insertion = jnp.broadcast_to(row_numbers[:, 0], scores.shape)
-    perturbed = _gumbel(key, anchor, insertion)
+    perturbed = _gumbel(key, anchor, jnp.broadcast_to(rows.insertion, scores.shape))
     if sampling.negative_sampling == "gumbel":
         perturbed = scores / sampling.temperature + perturbed
     # Rank by rank: for a bank of a million rows, comparing with all ranks at once takes 256 MiB.
     # `scores > inf` is False everywhere and varies over devices as the result does.
     near, _ = jax.lax.scan(
-        lambda near, source: (near | (row_numbers[None, :, 1] == source[:, None]), None),
+        lambda near, source: (near | (rows.source_id[None] == source[:, None]), None),
         scores > jnp.inf,
         near_source.T,
     )

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from avcl_jax.objectives.masks import per_view
+from avcl_jax.objectives.views import per_view
 
 Kind = Literal["within", "cross"]
 

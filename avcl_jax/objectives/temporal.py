@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from avcl_jax.objectives.masks import per_view
+from avcl_jax.objectives.views import per_view
 
 TERMS = (
     "speed_video",
@@ -43,7 +43,7 @@ def classification_loss(
         `count`, how many entries count.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    # A masked entry comes from a medium that does not exist: whatever it holds, even NaN, must
+    # A masked entry comes from a modality that is missing: whatever it holds, even NaN, must
     # neither reach the loss nor its gradient.
     logits = jnp.where(mask[..., None], logits, jnp.zeros((), logits.dtype))
     labels = jnp.where(mask, labels, jnp.zeros((), labels.dtype))

@@ -6,12 +6,15 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+import flax.serialization
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from avcl_jax.errors import UserError
+from avcl_jax.objectives import feature_bank
+from avcl_jax.objectives.feature_bank import FeatureBank
 from avcl_jax.paths import absolute_path
 from avcl_jax.training.state import TrainState
 
@@ -153,16 +156,23 @@ def read_progress(workdir: epath.PathLike, step: int) -> Progress:
     return Progress(**ocp.JsonCheckpointHandler().restore(path))
 
 
-def load_bank(workdir: epath.PathLike) -> dict[str, np.ndarray]:
-    """Feature bank of the newest checkpoint as numpy arrays, by name of its fields.
+def load_bank(workdir: epath.PathLike) -> FeatureBank:
+    """Feature bank of the newest checkpoint, of numpy arrays.
 
     Raises:
-        CheckpointError: if there is no checkpoint, or the run kept no bank.
+        CheckpointError: if there is no checkpoint, the run kept no bank, or another version of this
+            project wrote it.
     """
     state, _ = _load_state(workdir)
     if state["bank"] is None:
         raise CheckpointError(f"the run in {workdir} has no feature bank: bank.size was 0")
-    return state["bank"]
+    like = feature_bank.create(0, 0, np.float32, labels=0)
+    try:
+        return flax.serialization.from_state_dict(like, state["bank"])
+    except ValueError as error:
+        raise CheckpointError(
+            f"the feature bank in {workdir} has another format ({error}): pretrain again"
+        ) from error
 
 
 def _load_state(workdir: epath.PathLike) -> tuple[dict[str, Any], int]:

@@ -24,10 +24,11 @@ from avcl_jax.paths import absolute_path
 from avcl_jax.training import sharding
 from avcl_jax.training.checkpoint import CheckpointError, Checkpoints, Progress, check_config
 from avcl_jax.training.metric_writer import MetricWriter
+from avcl_jax.training.objective import CONTRASTIVE_TERMS, LossSpec
 from avcl_jax.training.optimizer import create_optimizer, warmup_cosine
 from avcl_jax.training.run_steps import Pace, run_steps
 from avcl_jax.training.state import TrainState, create_state
-from avcl_jax.training.step import CONTRASTIVE_TERMS, LossSpec, jit_train_step, make_train_step
+from avcl_jax.training.step import jit_train_step, make_train_step
 from avcl_jax.training.trained_records import LEAST_VIDEOS, open_records
 from avcl_jax.training.unreadable import UnreadableRecords
 

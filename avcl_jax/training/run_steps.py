@@ -21,8 +21,8 @@ from avcl_jax.data.pipeline import to_device_batch
 from avcl_jax.errors import UserError
 from avcl_jax.training.checkpoint import Checkpoints, Progress
 from avcl_jax.training.metric_writer import MetricWriter, format_seconds, peak_memory_gb
+from avcl_jax.training.metrics import Metrics, merge_metrics
 from avcl_jax.training.state import TrainState
-from avcl_jax.training.step import Metrics, merge_metrics
 
 # Steps dispatched ahead of the device. More would only queue batches in memory.
 _STEPS_AHEAD = 2

@@ -74,7 +74,7 @@ def create_state(
     bank_labels: int,
     embedding_dim: int,
 ) -> tuple[TrainState, Any]:
-    """Creates the state directly in its shardings: no device ever holds more than its share.
+    """Creates the state directly in its shardings: no device ever holds more than its part.
 
     Args:
         model: `AudioVisualModel`.
@@ -123,7 +123,5 @@ def state_shardings(shapes: TrainState, mesh: Mesh) -> Any:
         opt_state=sharding.parameter_shardings(mesh, shapes.opt_state),
         ema_params=sharding.parameter_shardings(mesh, shapes.ema_params),
         ema_batch_stats=jax.tree.map(lambda _: whole, shapes.ema_batch_stats),
-        bank=None
-        if shapes.bank is None
-        else feature_bank.shardings(mesh, sharding.data_axes(mesh)),
+        bank=None if shapes.bank is None else feature_bank.shardings(mesh),
     )

@@ -14,11 +14,12 @@ import pytest
 from avcl_jax import experiment
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.usable_records import UsableRecords
-from avcl_jax.evaluation import bank_exhibits
 from avcl_jax.evaluation.bank_exhibits import bank_searches
 from avcl_jax.evaluation.report import render_report
+from avcl_jax.objectives.bank_rows import BankRows, RowNumbers
 from avcl_jax.objectives.feature_bank import FeatureBank
-from avcl_jax.training.checkpoint import Checkpoints, Progress, load_bank
+from avcl_jax.training import checkpoint
+from avcl_jax.training.checkpoint import Checkpoints, Progress
 from tests.evaluation.conftest import small_config, small_evaluation
 from tests.evaluation.test_report import synthetic_content
 
@@ -35,21 +36,17 @@ def _bank(records: UsableRecords) -> FeatureBank:
         rows = np.eye(8)[label].repeat(2, axis=0) + 0.2 * rng.normal(size=(2 * VIDEOS, 8))
         return jnp.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), jnp.float32)
 
-    playback = jnp.asarray(rng.integers(0, 6, 2 * VIDEOS), jnp.int32)
+    playback = rng.integers(0, 6, 2 * VIDEOS)
     # The ring has turned: the newest rows lie in front.
-    insertion = np.roll(np.arange(2 * VIDEOS), 8).astype(np.int32) + 2 * VIDEOS
-    return FeatureBank(
-        video=embeddings(labels[:, 0]),
-        audio=embeddings(labels[:, 1]),
-        source_id=jnp.asarray(records.records.source_numbers[:VIDEOS].repeat(2)),
-        label=jnp.asarray(labels.repeat(2, axis=0), jnp.int32),
-        video_playback=playback,
-        audio_playback=playback,
-        has_video=jnp.ones(2 * VIDEOS, bool),
-        has_audio=jnp.ones(2 * VIDEOS, bool),
-        insertion=jnp.asarray(insertion),
-        inserted=jnp.asarray(4 * VIDEOS, jnp.int32),
+    insertion = np.roll(np.arange(2 * VIDEOS), 8) + 2 * VIDEOS
+    columns = [insertion, records.records.source_numbers[:VIDEOS].repeat(2), playback, playback]
+    columns = np.concatenate([np.stack(columns, axis=1), labels.repeat(2, axis=0)], axis=1)
+    rows = BankRows(
+        embeddings={"video": embeddings(labels[:, 0]), "audio": embeddings(labels[:, 1])},
+        presence=jnp.full(2 * VIDEOS, 3, jnp.uint8),
+        numbers=RowNumbers(jnp.asarray(columns, jnp.int32)),
     )
+    return FeatureBank(rows, jnp.asarray(4 * VIDEOS, jnp.int32))
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +71,16 @@ def run(small_run, small_records, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def agreeing(run):
-    """Searches of that run, which ranks by picture and sound for all its terms alike."""
+    """Searches of that run, which ranks by video and audio for all its terms alike."""
     return bank_searches(*run[:3], step=20)
 
 
 @pytest.mark.parametrize(
     ("space", "term", "pairs"),
     [
-        ("agreement", "all", {"By picture and sound": (("video", "video"), ("audio", "audio"))}),
-        ("same", "aa", {"By the sound": (("audio", "audio"),)}),
-        ("cross", "vv", {"Sounds by the picture": (("video", "audio"),)}),
+        ("agreement", "all", {"By video and audio": (("video", "video"), ("audio", "audio"))}),
+        ("same", "aa", {"By audio": (("audio", "audio"),)}),
+        ("cross", "vv", {"Audio by video": (("video", "audio"),)}),
     ],
 )
 def test_anchors_are_shown_with_rows_of_the_bank_and_their_similarity(
@@ -102,15 +99,16 @@ def test_anchors_are_shown_with_rows_of_the_bank_and_their_similarity(
         assert len({search.query.name for search in searches}) == 3
         for search in searches:
             assert search.hits == [True, True, False, False, False]
-            (query,) = np.flatnonzero(bank.source_id == source[search.query.name])[:1]
+            sources = bank.rows.numbers.source_id
+            (query,) = np.flatnonzero(sources == source[search.query.name])[:1]
             cosines = []
             for exhibit, tag in zip(search.found, search.tags, strict=True):
                 assert exhibit.name != search.query.name
                 given = [float(number) for number in re.findall(r"-?\d\.\d\d", tag)]
-                rows = np.flatnonzero(bank.source_id == source[exhibit.name])
+                rows = np.flatnonzero(sources == source[exhibit.name])
+                z = bank.rows.embeddings
                 expected = [
-                    [getattr(bank, own)[query] @ getattr(bank, other)[row] for row in rows]
-                    for own, other in pairs[title]
+                    [z[own][query] @ z[other][row] for row in rows] for own, other in pairs[title]
                 ]
                 # One of the two rows of that video.
                 assert (np.abs(np.transpose(expected) - given) <= 0.00501).all(axis=1).any()
@@ -121,7 +119,7 @@ def test_anchors_are_shown_with_rows_of_the_bank_and_their_similarity(
                 assert min(cosines[:2]) > max(cosines[2:])
 
 
-def test_the_page_shows_pictures_sounds_playback_and_shared_labels(run, agreeing):
+def test_the_page_shows_stills_spectrograms_playback_and_shared_labels(run, agreeing):
     _, _, _, records, bank = run
     page = render_report(dataclasses.replace(synthetic_content(), bank=agreeing, searches={}))
     _, _, shown = page.partition("Samples from the feature bank")
@@ -136,13 +134,15 @@ def test_the_page_shows_pictures_sounds_playback_and_shared_labels(run, agreeing
         r"(\d) of 2 positives, (\d) of 6 negatives share its (\w+), (\d+)% of the bank do", shown
     )
     assert [remark[2:] for remark in remarks] == [("motion", "47"), ("material", "47")] * 3
-    # Positives by picture and sound share both.
+    # Positives by video and audio share both.
     assert all(remark[0] == "2" for remark in remarks)
     (searches,) = agreeing.values()
     query = searches[0].query
     row = 2 * records.record_ids.index(query.name)
-    played = int(bank.video_playback[row])
-    labels = [("low", "high")[bank.label[row, 1]], ("across", "down")[bank.label[row, 0]]]
+    numbers = bank.rows.numbers[row]
+    played = int(numbers.playback("video"))
+    motion, material = numbers.label
+    labels = [("low", "high")[material], ("across", "down")[motion]]
     back = " backward" if played % 2 else ""
     assert query.labels == ", ".join([*labels, f"{(1, 2, 4)[played // 2]}×{back}"])
 
@@ -162,8 +162,7 @@ def test_without_a_used_bank_or_its_records_nothing_is_shown(run, tmp_path):
     assert shown(**{"data.split": "validation"}) == {}
     assert shown(**{"data.directory": str(tmp_path)}) == {}
     assert shown(**{"data.select": "motion=across"}) == {}
-    # An older version's bank did not have these columns.
-    fields = load_bank(workdir)
-    del fields["video_playback"], fields["audio_playback"]
-    with mock.patch.object(bank_exhibits, "load_bank", return_value=fields):
+    # An older version's bank had other fields.
+    older = {"bank": {"video": np.zeros((32, 8)), "inserted": 32}}
+    with mock.patch.object(checkpoint, "_load_state", return_value=(older, 20)):
         assert shown() == {}

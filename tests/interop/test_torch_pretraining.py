@@ -14,9 +14,12 @@ from flax.traverse_util import flatten_dict
 from avcl_jax import experiment
 from avcl_jax.data import augment
 from avcl_jax.objectives import bank_sampling
+from avcl_jax.objectives.bank_rows import BankRows, RowNumbers, has_all, presence_bits
+from avcl_jax.objectives.feature_bank import FeatureBank
+from avcl_jax.objectives.views import MODALITIES
 from avcl_jax.training import loop
+from avcl_jax.training.objective import CONTRASTIVE_TERMS
 from avcl_jax.training.optimizer import create_optimizer, warmup_cosine
-from avcl_jax.training.step import CONTRASTIVE_TERMS
 from benchmarks.batches import random_batch
 from configs import pretrain
 
@@ -66,25 +69,22 @@ def batch_of(config, absent: bool):
 
 
 def full_bank(config, bank, batch):
-    """A bank of random rows, some of the sources of the batch, some without a medium."""
+    """A bank of random rows, some of the sources of the batch, some without a modality."""
     size, rng = config.bank.size, np.random.default_rng(1)
     rows = rng.normal(size=(2, size, config.model.embedding_dim)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
     source = rng.integers(0, 60, size).astype(np.int32)
     playback = rng.integers(0, 2 * len(config.views.speeds), size).astype(np.int32)
     assert np.isin(source, batch["source_id"]).sum() > 10
-    return dataclasses.replace(
-        bank,
-        video=jnp.asarray(rows[0]),
-        audio=jnp.asarray(rows[1]),
-        source_id=jnp.asarray(source),
-        video_playback=jnp.asarray(playback),
-        audio_playback=jnp.asarray(playback),
-        has_video=jnp.asarray(rng.random(size) < 0.97),
-        has_audio=jnp.asarray(rng.random(size) < 0.97),
-        insertion=jnp.arange(size, dtype=jnp.int32),
-        inserted=jnp.asarray(size, jnp.int32),
+    present = {modality: jnp.asarray(rng.random(size) < 0.97) for modality in MODALITIES}
+    columns = np.asarray(bank.rows.numbers.columns).copy()
+    columns[:, :4] = np.stack([np.arange(size), source, playback, playback], axis=1)
+    rows = BankRows(
+        embeddings={"video": jnp.asarray(rows[0]), "audio": jnp.asarray(rows[1])},
+        presence=presence_bits(present),
+        numbers=RowNumbers(jnp.asarray(columns)),
     )
+    return FeatureBank(rows, jnp.asarray(size, jnp.int32))
 
 
 def randomised(tree, seed: int, *, positive: bool = False):
@@ -209,10 +209,10 @@ def test_a_step(absent, compiled):
 def bank_arrays(bank):
     """Our bank as PyTorch's rows."""
     return (
-        np.stack([bank.video, bank.audio]),
-        np.stack([bank.has_video, bank.has_audio]),
-        np.asarray(bank.source_id, np.int64),
-        np.asarray(bank.video_playback, np.int64),
+        np.stack([bank.rows.embeddings[modality] for modality in MODALITIES]),
+        np.stack([has_all(bank.rows.presence, (modality,)) for modality in MODALITIES]),
+        np.asarray(bank.rows.numbers.source_id, np.int64),
+        np.asarray(bank.rows.numbers.playback("video"), np.int64),
     )
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax
 import numpy as np
 
+from avcl_jax.objectives.bank_rows import has_all
+from avcl_jax.objectives.views import MODALITIES, Views
+
 PLAYBACKS = 3
-_NAMES = ("insertion", "source_id", "label", "video_playback", "audio_playback")
-_NAMES += ("has_video", "has_audio", "video", "audio")
 
 
 def unit(rng, *shape):
@@ -17,35 +18,30 @@ def unit(rng, *shape):
 
 
 def random_batch(rng, videos, dim, sources, missing=0.2):
-    """Arguments of `insert`, as numpy arrays."""
-    return {
-        "video": unit(rng, videos, 2, dim),
-        "audio": unit(rng, videos, 2, dim),
-        "source_id": rng.integers(0, sources, videos).astype(np.int32),
-        "label": rng.integers(-1, 3, (videos, 2)).astype(np.int32),
-        "video_playback": rng.integers(0, PLAYBACKS, (videos, 2)).astype(np.int32),
-        "audio_playback": rng.integers(0, PLAYBACKS, (videos, 2)).astype(np.int32),
-        "has_video": rng.random((videos, 2)) >= missing,
-        "has_audio": rng.random((videos, 2)) >= missing,
+    """Views of a batch, as numpy arrays."""
+    embeddings = {modality: unit(rng, videos, 2, dim) for modality in MODALITIES}
+    source_id = rng.integers(0, sources, videos).astype(np.int32)
+    label = rng.integers(-1, 3, (videos, 2)).astype(np.int32)
+    playback = {
+        modality: rng.integers(0, PLAYBACKS, (videos, 2)).astype(np.int32)
+        for modality in MODALITIES
     }
-
-
-def as_anchors(batch, anchor_id):
-    """The same batch as arguments of `sample`."""
-    names = ("source_id", "has_video", "has_audio", "video_playback", "audio_playback")
-    anchors = {name: batch[name] for name in names}
-    return anchors | {
-        "anchors_video": batch["video"],
-        "anchors_audio": batch["audio"],
-        "anchor_id": np.asarray(anchor_id, np.int32),
-    }
+    present = {modality: rng.random((videos, 2)) >= missing for modality in MODALITIES}
+    number = np.arange(videos, dtype=np.int32)
+    return Views(embeddings, present, playback, label, source_id, number)
 
 
 def as_set(bank):
     """The rows of a FeatureBank in order of insertion, wherever they lie."""
-    order = np.argsort(np.asarray(bank.insertion))
-    order = order[np.asarray(bank.insertion)[order] >= 0]
-    return {name: np.asarray(getattr(bank, name).astype(np.float32))[order] for name in _NAMES}
+    numbers = bank.rows.numbers
+    order = np.argsort(np.asarray(numbers.insertion))
+    order = order[np.asarray(numbers.insertion)[order] >= 0]
+    values = {name: getattr(numbers, name) for name in ("insertion", "source_id", "label")}
+    for modality in MODALITIES:
+        values[modality] = bank.rows.embeddings[modality]
+        values[f"has_{modality}"] = has_all(bank.rows.presence, (modality,))
+        values[f"{modality}_playback"] = numbers.playback(modality)
+    return {name: np.asarray(column.astype(np.float32))[order] for name, column in values.items()}
 
 
 def _threefry(key, x, y):
@@ -82,19 +78,19 @@ class BankModel:
         self.inserted = 0
 
     def insert(self, batch):
-        for i in range(len(batch["source_id"])):
-            for view in range(2):
-                row = {name: values[i] for name, values in batch.items()}
-                for modality in ("video", "audio"):
-                    row[f"has_{modality}"] = row[f"has_{modality}"][view]
-                    row[f"{modality}_playback"] = row[f"{modality}_playback"][view]
-                    row[modality] = row[modality][view] * row[f"has_{modality}"]
-                self.rows.append(row | {"insertion": self.inserted})
-                self.inserted += 1
+        for i, view in np.ndindex(len(batch.source_id), 2):
+            row = {"source_id": batch.source_id[i], "label": batch.label[i]}
+            for modality in MODALITIES:
+                row[f"has_{modality}"] = batch.present[modality][i, view]
+                row[f"{modality}_playback"] = batch.playback[modality][i, view]
+                row[modality] = batch.embeddings[modality][i, view] * row[f"has_{modality}"]
+            self.rows.append(row | {"insertion": self.inserted})
+            self.inserted += 1
         self.rows = self.rows[-self.size :]
 
     def as_set(self):
-        return {name: np.array([row[name] for row in self.rows], np.float32) for name in _NAMES}
+        names = self.rows[0] if self.rows else ()
+        return {name: np.array([row[name] for row in self.rows], np.float32) for name in names}
 
     def _mean(self, modality, playback):
         rows = [
@@ -104,7 +100,7 @@ class BankModel:
         ]
         return np.mean(rows, axis=0) if rows else 0.0
 
-    def sample(self, key, number, batch, anchor_id, i, view, term, sampling):
+    def sample(self, key, number, batch, i, view, term, sampling):
         """(positives, negatives) of one anchor: insertion numbers, best first."""
         anchor, target = term
         other = {"video": "audio", "audio": "video"}
@@ -113,29 +109,30 @@ class BankModel:
             "cross": [(anchor, other[anchor])],
             "agreement": [("video", "video"), ("audio", "audio")],
         }[sampling.space]
-        if not all(batch[f"has_{own}"][i, view] for own in [anchor, *(own for own, _ in pairs)]):
+        if not all(batch.present[own][i, view] for own in [anchor, *(own for own, _ in pairs)]):
             return [], []
 
         def score(row):
             similarities = []
             for own, modality in pairs:
-                query, vector = batch[own][i, view], row[modality]
+                query, vector = batch.embeddings[own][i, view], row[modality]
                 if sampling.ranking == "content":
                     if own == modality:
-                        query = query - self._mean(own, batch[f"{own}_playback"][i, view])
+                        query = query - self._mean(own, batch.playback[own][i, view])
                     vector = vector - self._mean(modality, row[f"{modality}_playback"])
                 similarities.append(np.dot(query, vector))
             return min(similarities)
 
         def eligible(row):
-            return row["source_id"] != batch["source_id"][i] and all(
+            return row["source_id"] != batch.source_id[i] and all(
                 row[f"has_{modality}"] for modality in [target, *(row for _, row in pairs)]
             )
 
         def draw(rows, kind, count, one_per_source):
             scores = np.array([score(row) for row in rows])
             insertion = np.array([row["insertion"] for row in rows], np.int32)
-            noise = _noise(jax.random.fold_in(key, number), 2 * anchor_id + view, insertion)
+            anchor_id = 2 * batch.record_index[i] + view
+            noise = _noise(jax.random.fold_in(key, number), anchor_id, insertion)
             if getattr(sampling, f"{kind}_sampling") == "gumbel":
                 noise = scores / sampling.temperature + noise
             picked, sources = [], set()

@@ -17,10 +17,11 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from avcl_jax.objectives import feature_bank
+from avcl_jax.objectives.bank_rows import RowNumbers
 from avcl_jax.objectives.contrastive import contrastive_loss
 from avcl_jax.objectives.feature_bank import BankSampling
 from tests.hlo import collective_bytes
-from tests.objectives.bank_model import PLAYBACKS, as_anchors, random_batch
+from tests.objectives.bank_model import PLAYBACKS, random_batch
 
 VIDEOS, BATCHES, SOURCES = 16, 7, 60
 TERMS = (("video", "video"), ("video", "audio"), ("audio", "video"))
@@ -54,39 +55,26 @@ def sampling_of(space):
 
 def mesh_of(layout):
     if layout == "one":
-        return None, ()
+        return None
     shape, names = LAYOUTS[layout]
-    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names)), names
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))
 
 
-def layout_of(mesh, axes):
+def layout_of(mesh):
     """Functions that place rows, and the bank, on the layout's devices."""
     if mesh is None:
-        return jnp.asarray, lambda bank: bank
-    rows = NamedSharding(mesh, PartitionSpec(axes))
+        return partial(jax.tree.map, jnp.asarray), lambda bank: bank
+    rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     return (
         lambda values: jax.device_put(values, rows),
-        lambda bank: jax.device_put(bank, feature_bank.shardings(mesh, axes)),
+        lambda bank: jax.device_put(bank, feature_bank.shardings(mesh)),
     )
 
 
-def sample_all(bank, key, anchors, *, sampling, mesh, axes):
+def sample_all(bank, key, views, *, sampling, mesh):
     """The rows of all terms of a step."""
-    return [
-        feature_bank.sample(
-            bank,
-            key,
-            **anchors,
-            active=True,
-            anchor_modality=term[0],
-            target_modality=term[1],
-            sampling=sampling,
-            mesh=mesh,
-            data_axes=axes,
-            terms=TERMS,
-        )
-        for term in TERMS
-    ]
+    options = {"terms": TERMS, "sampling": sampling, "active": True, "mesh": mesh}
+    return [feature_bank.sample(bank, key, views, term=term, **options) for term in TERMS]
 
 
 def loss_and_gradient(batch, drawn):
@@ -97,80 +85,81 @@ def loss_and_gradient(batch, drawn):
             video,
             audio,
             kind="cross",
-            source_id=batch["source_id"],
-            anchor_mask=batch["has_video"],
-            target_mask=batch["has_audio"],
+            source_id=batch.source_id,
+            anchor_mask=batch.present["video"],
+            target_mask=batch.present["audio"],
             temperature=0.1,
             positive_weight=0.4,
-            bank_positives=drawn.positives,
-            bank_positive_mask=drawn.positive_mask,
-            bank_negatives=drawn.negatives,
-            bank_negative_mask=drawn.negative_mask,
+            bank_positives=drawn.positives.embeddings,
+            bank_positive_mask=drawn.positives.mask,
+            bank_negatives=drawn.negatives.embeddings,
+            bank_negative_mask=drawn.negatives.mask,
         )[0]
 
-    return jax.value_and_grad(loss, argnums=(0, 1))(batch["video"], batch["audio"])
+    return jax.value_and_grad(loss, argnums=(0, 1))(
+        batch.embeddings["video"], batch.embeddings["audio"]
+    )
+
+
+def record(results, name, tree):
+    """Adds the arrays of a tree, as float32 instead of bfloat16."""
+    for path, values in jax.tree_util.tree_leaves_with_path(tree):
+        values = values.astype(jnp.float32) if values.dtype == jnp.bfloat16 else values
+        results[name + jax.tree_util.keystr(path, simple=True, separator="/")] = np.asarray(values)
 
 
 def run(layout, exchange, results):
     """Fills a bank, samples it, and counts bytes."""
     size, dim, space = EXCHANGES[exchange]
-    mesh, axes = mesh_of(layout)
-    place_rows, place_bank = layout_of(mesh, axes)
+    mesh = mesh_of(layout)
+    place_rows, place_bank = layout_of(mesh)
     rng = np.random.default_rng(0)
     bank = place_bank(feature_bank.create(size, dim, jnp.bfloat16, labels=2))
-    insert = jax.jit(partial(feature_bank.insert, mesh=mesh, data_axes=axes), donate_argnums=0)
+    insert = jax.jit(partial(feature_bank.insert, mesh=mesh), donate_argnums=0)
     batches = [random_batch(rng, VIDEOS, dim, SOURCES) for _ in range(BATCHES + 1)]
-    batches = [{name: place_rows(values) for name, values in batch.items()} for batch in batches]
-    for batch in batches[:-1]:
-        bank = insert(bank, **batch)
+    *before, batch = [
+        place_rows(batch._replace(record_index=batch.record_index + 100)) for batch in batches
+    ]
+    for other in before:
+        bank = insert(bank, other)
     if exchange == "crowded":
-        shard = bank.insertion % (2 * VIDEOS) // (2 * VIDEOS // SHARDS)
-        kept = jnp.where(shard == CROWDED_SHARD, bank.insertion, -1)
-        bank = dataclasses.replace(bank, insertion=kept)
-    batch, key = batches[-1], jax.random.key(5)
-    anchors = as_anchors(batch, np.arange(100, 100 + VIDEOS))
-    anchors["anchor_id"] = place_rows(anchors["anchor_id"])
-    sample = jax.jit(partial(sample_all, sampling=sampling_of(space), mesh=mesh, axes=axes))
-    compiled = sample.lower(bank, key, anchors).compile()
-    drawn = compiled(bank, key, anchors)
+        insertion, columns = bank.rows.numbers.insertion, bank.rows.numbers.columns
+        shard = insertion % (2 * VIDEOS) // (2 * VIDEOS // SHARDS)
+        kept = columns.at[:, 0].set(jnp.where(shard == CROWDED_SHARD, insertion, -1))
+        bank = bank.replace(rows=bank.rows.replace(numbers=RowNumbers(kept)))
+    key = jax.random.key(5)
+    sample = jax.jit(partial(sample_all, sampling=sampling_of(space), mesh=mesh))
+    compiled = sample.lower(bank, key, batch).compile()
+    drawn = compiled(bank, key, batch)
     loss, gradient = jax.jit(loss_and_gradient)(batch, drawn[1])
 
     name = f"{layout}/{exchange}"
     unranked = dataclasses.replace(sampling_of(space), num_positives=0, positive_ranks=0)
-    shapes = jax.eval_shape(
-        partial(sample_all, sampling=unranked, mesh=mesh, axes=axes), bank, key, anchors
-    )
-    for field in ("positives", "negatives"):
-        results[f"{name}/unranked/{field}"] = np.array(getattr(shapes[0], field).shape)
-    for field, values in vars(bank).items():
-        values = values.astype(jnp.float32) if values.dtype == jnp.bfloat16 else values
-        results[f"{name}/bank/{field}"] = np.asarray(values)
-    for number, term in enumerate(drawn):
-        for field, values in term._asdict().items():
-            values = values.astype(jnp.float32) if values.dtype == jnp.bfloat16 else values
-            results[f"{name}/drawn/{number}/{field}"] = np.asarray(values)
+    shapes = jax.eval_shape(partial(sample_all, sampling=unranked, mesh=mesh), bank, key, batch)
+    for field, kind in shapes[0]._asdict().items():
+        results[f"{name}/unranked/{field}"] = np.array(kind.embeddings.shape)
+    record(results, f"{name}/bank/", bank)
+    record(results, f"{name}/drawn/", drawn)
     results[f"{name}/loss"] = np.asarray(loss)
     results[f"{name}/gradient"] = np.stack(gradient)
     if mesh is not None:
         count = collective_bytes(compiled.as_text())
         results[f"{name}/sample_bytes"] = np.array(count.total())
         results[f"{name}/all_to_all_bytes"] = np.array(count["all-to-all"])
-        text = insert.lower(bank, **batch).compile().as_text()
+        text = insert.lower(bank, batch).compile().as_text()
         results[f"{name}/insert_bytes"] = np.array(collective_bytes(text).total())
     if layout == "one":
         moved = jax.jit(
             partial(feature_bank.redistribute, global_batch_size=VIDEOS, shards=SHARDS),
-            out_shardings=feature_bank.shardings(*mesh_of("data")),
+            out_shardings=feature_bank.shardings(mesh_of("data")),
         )(bank)
-        for field, values in vars(moved).items():
-            values = values.astype(jnp.float32) if values.dtype == jnp.bfloat16 else values
-            results[f"moved/{exchange}/bank/{field}"] = np.asarray(values)
+        record(results, f"moved/{exchange}/bank/", moved)
 
 
 def large_batch(results):
     """Compiles, without running, the loss of 1,024 videos: what one device keeps and receives."""
-    mesh, axes = mesh_of("data")
-    rows = NamedSharding(mesh, PartitionSpec(axes))
+    mesh = mesh_of("data")
+    rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
     def rows_of(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct((1024, *shape), dtype, sharding=rows)

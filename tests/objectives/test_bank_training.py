@@ -11,6 +11,7 @@ import optax
 
 from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.contrastive import contrastive_loss
+from avcl_jax.objectives.views import MODALITIES, Views
 
 VIDEOS, SOURCES, FEATURES, DIM, SIZE = 32, 600, 48, 32, 256
 TERMS = (("video", "video"), ("video", "audio"), ("audio", "video"), ("audio", "audio"))
@@ -40,63 +41,43 @@ def encode(params, features):
 @partial(jax.jit, static_argnames="use")
 def train_step(params, optimizer, bank, batch, key, *, use):
     present = jnp.ones((VIDEOS, 2), bool)
-    source = {"source_id": batch["source_id"]}
-    playback = jnp.zeros((VIDEOS, 2), jnp.int32)
-    rows = source | {"video_playback": playback, "audio_playback": playback}
 
     def objective(params):
-        z = {modality: encode(params[modality], batch[modality]) for modality in params}
+        views = Views(
+            embeddings={name: encode(params[name], batch[name]) for name in params},
+            present=dict.fromkeys(MODALITIES, present),
+            playback=dict.fromkeys(MODALITIES, jnp.zeros((VIDEOS, 2), jnp.int32)),
+            label=jnp.zeros((VIDEOS, 0), jnp.int32),
+            source_id=batch["source_id"],
+            record_index=batch["source_id"],
+        )
         total = 0.0
         for anchor, target in TERMS:
-            drawn = feature_bank.sample(
-                bank,
-                key,
-                **rows,
-                anchors_video=z["video"],
-                anchors_audio=z["audio"],
-                has_video=present,
-                has_audio=present,
-                anchor_id=batch["source_id"],
-                active=use,
-                anchor_modality=anchor,
-                target_modality=target,
-                terms=TERMS,
-                sampling=SAMPLING,
-                mesh=None,
-                data_axes=(),
-            )
+            options = {"term": (anchor, target), "terms": TERMS, "sampling": SAMPLING}
+            drawn = feature_bank.sample(bank, key, views, active=use, **options)
             loss, metrics = contrastive_loss(
-                z[anchor],
-                z[target],
+                views.embeddings[anchor],
+                views.embeddings[target],
                 kind="within" if anchor == target else "cross",
-                **source,
+                source_id=views.source_id,
                 anchor_mask=present,
                 target_mask=present,
                 temperature=0.1,
                 positive_weight=0.1,
-                bank_positives=drawn.positives,
-                bank_positive_mask=drawn.positive_mask,
-                bank_negatives=drawn.negatives,
-                bank_negative_mask=drawn.negative_mask,
+                bank_positives=drawn.positives.embeddings,
+                bank_positive_mask=drawn.positives.mask,
+                bank_negatives=drawn.negatives.embeddings,
+                bank_negative_mask=drawn.negatives.mask,
             )
             total += loss
             if (anchor, target) == ("video", "audio"):
                 negatives = metrics["negative_similarity"]
-        return total, (z, negatives)
+        return total, (views, negatives)
 
-    gradient, (z, negatives) = jax.grad(objective, has_aux=True)(params)
+    gradient, (views, negatives) = jax.grad(objective, has_aux=True)(params)
     updates, optimizer = OPTIMIZER.update(gradient, optimizer)
-    bank = feature_bank.insert(
-        bank,
-        z["video"],
-        z["audio"],
-        **rows,
-        label=jnp.zeros((VIDEOS, 0), jnp.int32),
-        has_video=present,
-        has_audio=present,
-        mesh=None,
-        data_axes=(),
-    )
+    bank = feature_bank.insert(bank, views)
+    z = views.embeddings
     spread = {m: jnp.sqrt(x.reshape(-1, DIM).var(axis=0).sum()) for m, x in z.items()}
     return optax.apply_updates(params, updates), optimizer, bank, (negatives, spread)
 

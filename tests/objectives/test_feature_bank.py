@@ -10,35 +10,35 @@ import numpy as np
 import pytest
 
 from avcl_jax.objectives import bank_health, bank_sampling, feature_bank
+from avcl_jax.objectives.bank_rows import BankRows, RowNumbers
 from avcl_jax.objectives.feature_bank import BankSampling
-from tests.objectives.bank_model import PLAYBACKS, BankModel, as_anchors, as_set, random_batch, unit
+from avcl_jax.objectives.views import MODALITIES, Views
+from tests.objectives.bank_model import PLAYBACKS, BankModel, as_set, random_batch, unit
 
 VIDEOS, DIM, SIZE, SOURCES = 4, 6, 40, 12
-ONE_DEVICE = {"mesh": None, "data_axes": ()}
 TERMS = [("video", "video"), ("video", "audio"), ("audio", "video"), ("audio", "audio")]
 
-insert = jax.jit(partial(feature_bank.insert, **ONE_DEVICE))
+insert = jax.jit(feature_bank.insert)
+
+
+LABELS = ("motion", "material")
+
+
+def on_device(batch):
+    return jax.tree.map(jnp.asarray, batch)
 
 
 @cache
 def sampler(term, sampling):
-    return jax.jit(
-        partial(
-            feature_bank.sample,
-            anchor_modality=term[0],
-            target_modality=term[1],
-            terms=TERMS,
-            sampling=sampling,
-            **ONE_DEVICE,
-        )
-    )
+    options = {"term": term, "terms": TERMS, "sampling": sampling, "active": True}
+    return jax.jit(partial(feature_bank.sample, **options))
 
 
 def filled(seed, batches, *, missing=0.2, sources=SOURCES, dtype=jnp.float32, size=SIZE):
     rng = np.random.default_rng(seed)
     bank = feature_bank.create(size, DIM, dtype, labels=2)
     for _ in range(batches):
-        bank = insert(bank, **random_batch(rng, VIDEOS, DIM, sources, missing))
+        bank = insert(bank, random_batch(rng, VIDEOS, DIM, sources, missing))
     return bank, random_batch(rng, VIDEOS, DIM, sources, missing)
 
 
@@ -81,7 +81,7 @@ def test_a_thousand_random_operations():
     for operation in range(1000):
         batch = random_batch(rng, VIDEOS, DIM, SOURCES)
         if rng.random() < 0.5:
-            bank = insert(bank, **batch)
+            bank = insert(bank, batch)
             model.insert(batch)
             assert bank.inserted == model.inserted
             if operation % 10 == 0:
@@ -91,35 +91,35 @@ def test_a_thousand_random_operations():
             continue
         choice = rng.integers(len(samplers))
         term, sampling = configurations[choice]
-        anchor_id = rng.integers(0, 2**20, VIDEOS)
+        batch = batch._replace(record_index=rng.integers(0, 2**20, VIDEOS).astype(np.int32))
         key = jax.random.key(operation)
-        drawn = samplers[choice](bank, key, **as_anchors(batch, anchor_id), active=True)
+        drawn = samplers[choice](bank, key, batch)
         drawn = jax.tree.map(np.asarray, drawn)
         rows = {row["insertion"]: row for row in model.rows}
         for i in range(VIDEOS):
             for view in range(2):
                 number = TERMS.index(term)
-                expected = model.sample(key, number, batch, anchor_id[i], i, view, term, sampling)
+                expected = model.sample(key, number, batch, i, view, term, sampling)
                 near = {rows[number]["source_id"] for number in expected[0]}
                 assert not near & {rows[number]["source_id"] for number in expected[1]}
-                for kind, numbers in zip(("positive", "negative"), expected, strict=True):
-                    mask = getattr(drawn, f"{kind}_mask")[i, view]
-                    held = getattr(drawn, f"{kind}_numbers")[i, view]
-                    insertion = held[:, 0]
-                    values = getattr(drawn, f"{kind}s")[i, view]
+                for kind, numbers in zip(("positives", "negatives"), expected, strict=True):
+                    values, mask, held = jax.tree.map(
+                        lambda values, i=i, view=view: values[i, view], getattr(drawn, kind)
+                    )
+                    insertion, held = held.insertion, held.columns
                     assert insertion[mask].tolist() == numbers
                     assert (held[~mask] == -1).all()
                     assert not values[~mask].any()
                     picked = [rows[number] for number in insertion[mask]]
                     assert len(set(numbers)) == len(numbers)
                     for row, value in zip(picked, values[mask], strict=True):
-                        assert row["source_id"] != batch["source_id"][i]
+                        assert row["source_id"] != batch.source_id[i]
                         assert row[f"has_{term[1]}"]
                         np.testing.assert_array_equal(value, row[term[1]])
                     for row, own in zip(picked, held[mask], strict=True):
                         playback = [row["video_playback"], row["audio_playback"]]
                         assert own[1:].tolist() == [row["source_id"], *playback, *row["label"]]
-                    if kind == "positive":
+                    if kind == "positives":
                         sources = [row["source_id"] for row in picked]
                         assert len(set(sources)) == len(sources)
                     returned += len(numbers)
@@ -131,83 +131,85 @@ def test_a_thousand_random_operations():
 def test_empty_bank_and_inactive_bank_return_nothing(space):
     bank, batch = filled(0, batches=SIZE // (2 * VIDEOS))
     sample = sampler(("video", "audio"), sampling_of(space))
-    anchors = as_anchors(batch, np.arange(VIDEOS))
     assert feature_bank.is_full(bank)
     empty = feature_bank.create(SIZE, DIM, jnp.float32, labels=2)
     assert not feature_bank.is_full(empty)
-    every = jnp.ones(SIZE, bool)
-    unwritten = empty.replace(has_video=every, has_audio=every)
+    rows = empty.rows.replace(presence=jnp.full(SIZE, 3, jnp.uint8))
+    unwritten = empty.replace(rows=rows)
     for some, active in ((empty, True), (unwritten, True), (bank, False)):
-        drawn = sample(some, jax.random.key(0), **anchors, active=active)
-        assert not drawn.positive_mask.any()
-        assert not drawn.negative_mask.any()
-        assert not drawn.positives.any()
-        assert (drawn.negative_numbers == -1).all()
-    assert sample(bank, jax.random.key(0), **anchors, active=True).positive_mask.any()
+        drawn = sample(some, jax.random.key(0), batch, active=active)
+        assert not drawn.positives.mask.any()
+        assert not drawn.negatives.mask.any()
+        assert not drawn.positives.embeddings.any()
+        assert (drawn.negatives.numbers.columns == -1).all()
+    assert sample(bank, jax.random.key(0), batch).positives.mask.any()
 
 
 def test_only_own_source_in_the_bank_returns_nothing():
     bank, batch = filled(1, batches=5, sources=1, missing=0.0)
-    drawn = sampler(("video", "video"), sampling_of())(
-        bank, jax.random.key(0), **as_anchors(batch, np.arange(VIDEOS)), active=True
-    )
-    assert not drawn.positive_mask.any()
-    assert not drawn.negative_mask.any()
+    drawn = sampler(("video", "video"), sampling_of())(bank, jax.random.key(0), batch)
+    assert not drawn.positives.mask.any()
+    assert not drawn.negatives.mask.any()
 
 
 def test_a_missing_modality_is_stored_as_zeros():
     batch = random_batch(np.random.default_rng(0), VIDEOS, DIM, SOURCES, missing=0.0)
-    batch["video"][1] = np.nan
-    batch["has_video"][1] = False
-    bank = insert(feature_bank.create(SIZE, DIM, jnp.float32, labels=2), **batch)
-    assert np.isfinite(bank.video).all()
-    assert not bank.video[2:4].any()
-    assert bank.audio[2:4].any()
+    batch.embeddings["video"][1] = np.nan
+    batch.present["video"][1] = False
+    bank = insert(feature_bank.create(SIZE, DIM, jnp.float32, labels=2), batch)
+    assert np.isfinite(bank.rows.embeddings["video"]).all()
+    assert not bank.rows.embeddings["video"][2:4].any()
+    assert bank.rows.embeddings["audio"][2:4].any()
 
 
 def test_bank_keeps_its_dtype_and_blocks_gradient():
     bank, batch = filled(0, batches=6, dtype=jnp.bfloat16, missing=0.0)
-    assert bank.video.dtype == jnp.bfloat16
-    anchors = as_anchors(batch, np.arange(VIDEOS))
+    assert bank.rows.embeddings["video"].dtype == jnp.bfloat16
     sample = sampler(("video", "audio"), sampling_of())
-    assert sample(bank, jax.random.key(0), **anchors, active=True).positives.dtype == jnp.bfloat16
+    drawn = sample(bank, jax.random.key(0), batch)
+    assert drawn.positives.embeddings.dtype == jnp.bfloat16
 
-    def total(video, audio, held):
-        changed = anchors | {"anchors_video": video, "anchors_audio": audio}
-        some = bank.replace(audio=held)
-        drawn = sample(some, jax.random.key(0), **changed, active=True)
-        inserted = insert(some, **(batch | {"video": video, "audio": audio}))
-        leaves = (drawn.positives, drawn.negatives, inserted.video, inserted.audio)
+    def total(embeddings, held):
+        changed = batch._replace(embeddings=embeddings)
+        some = bank.replace(rows=bank.rows.replace(embeddings=held))
+        drawn = sample(some, jax.random.key(0), changed)
+        inserted = insert(some, changed).rows.embeddings
+        leaves = (drawn.positives.embeddings, drawn.negatives.embeddings, *inserted.values())
         return sum(leaf.astype(jnp.float32).sum() for leaf in leaves)
 
-    gradient = jax.grad(total, argnums=(0, 1, 2))(batch["video"], batch["audio"], bank.audio)
-    assert not any(leaf.any() for leaf in gradient)
+    gradient = jax.grad(total, argnums=(0, 1))(batch.embeddings, bank.rows.embeddings)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
 
 
-def one_anchor(scores):
-    """A bank whose rows have the given similarities to every anchor, and different sources."""
-    rows = len(scores)
-    video = np.zeros((rows, 2), np.float32)
-    video[:, 0] = scores
-    bank = feature_bank.create(rows, 2, jnp.float32, labels=0).replace(
-        video=jnp.asarray(video),
-        has_video=jnp.ones(rows, bool),
-        source_id=jnp.arange(rows, dtype=jnp.int32),
-        insertion=jnp.arange(rows, dtype=jnp.int32),
-        inserted=jnp.asarray(rows, jnp.int32),
+def bank_and_anchor(rows, anchor, *, playback=0, present=True):
+    """A full bank of videos without audio, each row of a source of its own, and one anchor."""
+    size, dim = np.shape(rows)
+    numbers = np.zeros((size, 4), np.int32)
+    numbers[:, :2] = np.arange(size)[:, None]
+    numbers[:, 2] = playback
+    bank = feature_bank.FeatureBank(
+        rows=BankRows(
+            embeddings={"video": jnp.asarray(rows, jnp.float32), "audio": jnp.zeros((size, dim))},
+            presence=jnp.broadcast_to(jnp.asarray(present, jnp.uint8), size),
+            numbers=RowNumbers(jnp.asarray(numbers)),
+        ),
+        inserted=jnp.asarray(size, jnp.int32),
     )
-    anchors = {
-        "anchors_video": jnp.broadcast_to(jnp.array([1.0, 0.0]), (1, 2, 2)),
-        "anchors_audio": jnp.zeros((1, 2, 2)),
-        "has_video": jnp.ones(1, bool),
-        "has_audio": jnp.zeros(1, bool),
-        "video_playback": jnp.zeros((1, 2), jnp.int32),
-        "audio_playback": jnp.zeros((1, 2), jnp.int32),
-        "source_id": jnp.array([-5], jnp.int32),
-        "anchor_id": jnp.array([0], jnp.int32),
-        "active": True,
-    }
-    return bank, anchors
+    video = jnp.broadcast_to(jnp.asarray(anchor, jnp.float32), (1, 2, dim))
+    views = Views(
+        embeddings={"video": video, "audio": 0 * video},
+        present={"video": jnp.ones((1, 2), bool), "audio": jnp.zeros((1, 2), bool)},
+        playback={modality: jnp.zeros((1, 2), jnp.int32) for modality in MODALITIES},
+        label=jnp.zeros((1, 0), jnp.int32),
+        source_id=jnp.array([-5], jnp.int32),
+        record_index=jnp.array([0], jnp.int32),
+    )
+    return bank, views
+
+
+def one_anchor(scores, **rows):
+    """The same, with the given similarities of the rows to every anchor."""
+    return bank_and_anchor(np.stack([scores, np.zeros(len(scores))], axis=1), [1, 0], **rows)
 
 
 @pytest.mark.parametrize("sampling", ["gumbel", "uniform"])
@@ -229,10 +231,10 @@ def test_frequencies_follow_the_softmax_of_the_similarities(sampling):
     )
     draws = 4000
     keys = jax.random.split(jax.random.key(1), draws)
-    drawn = jax.vmap(lambda key: sample(bank, key, **anchors))(keys)
+    drawn = jax.vmap(lambda key: sample(bank, key, anchors))(keys)
     for rows, got in (
-        ([0, 2], drawn.positive_numbers[:, 0, 0, 0, 0]),
-        ([4, 3, 7, 6], drawn.negative_numbers[:, 0, 1, 0, 0]),
+        ([0, 2], drawn.positives.numbers.insertion[:, 0, 0, 0]),
+        ([4, 3, 7, 6], drawn.negatives.numbers.insertion[:, 0, 1, 0]),
     ):
         weight = np.exp(scores[rows] / 0.5) if sampling == "gumbel" else np.ones(len(rows))
         weight /= weight.sum()
@@ -245,10 +247,10 @@ def test_cold_sampling_is_the_ranking():
     scores = np.linspace(1, -1, 24)[np.random.default_rng(0).permutation(24)]
     bank, anchors = one_anchor(scores)
     sampling = sampling_of(negative_candidates=24, negative_offset=0.3, temperature=1e-4)
-    drawn = sampler(("video", "video"), sampling)(bank, jax.random.key(0), **anchors)
+    drawn = sampler(("video", "video"), sampling)(bank, jax.random.key(0), anchors)
     ranking = np.argsort(-scores)
-    np.testing.assert_array_equal(drawn.positive_numbers[0, 0, :, 0], ranking[:3])
-    np.testing.assert_array_equal(drawn.negative_numbers[0, 0, :, 0], ranking[7:11])
+    np.testing.assert_array_equal(drawn.positives.numbers.insertion[0, 0], ranking[:3])
+    np.testing.assert_array_equal(drawn.negatives.numbers.insertion[0, 0], ranking[7:11])
 
 
 def test_candidates_differ_between_steps_and_are_equal_for_all_anchors():
@@ -261,15 +263,14 @@ def test_candidates_differ_between_steps_and_are_equal_for_all_anchors():
         num_positives=0,
     )
     sample = sampler(("video", "video"), sampling)
-    anchors["source_id"] = jnp.array([-5], jnp.int32)
     seen = set()
     for step in range(40):
-        drawn = sample(bank, jax.random.key(step), **anchors)
+        drawn = sample(bank, jax.random.key(step), anchors)
         chosen = [
             set(numbers[mask].tolist())
             for numbers, mask in zip(
-                np.asarray(drawn.negative_numbers)[0, ..., 0],
-                np.asarray(drawn.negative_mask)[0],
+                np.asarray(drawn.negatives.numbers.insertion)[0],
+                np.asarray(drawn.negatives.mask)[0],
                 strict=True,
             )
         ]
@@ -283,39 +284,26 @@ def test_ranking_by_content_finds_equal_content_of_any_playback():
     """Eight contents in two playbacks, which are further apart than contents."""
     content, playback = np.arange(64) % 8, np.arange(64) // 32
     video = np.concatenate([np.eye(8)[content], 10 * np.eye(2)[playback]], axis=1)
-    bank = feature_bank.create(64, 10, jnp.float32, labels=0).replace(
-        video=jnp.asarray(video, jnp.float32),
-        has_video=jnp.ones(64, bool),
-        source_id=jnp.arange(64, dtype=jnp.int32),
-        insertion=jnp.arange(64, dtype=jnp.int32),
-        video_playback=jnp.asarray(playback, jnp.int32),
-        inserted=jnp.asarray(64, jnp.int32),
-    )
-    _, anchors = one_anchor(np.zeros(1))
-    anchors |= {
-        "anchors_video": jnp.broadcast_to(jnp.asarray(video[1], jnp.float32), (1, 2, 10)),
-        "anchors_audio": jnp.zeros((1, 2, 10)),
-    }
+    bank, anchors = bank_and_anchor(video, video[1], playback=playback)
     found = {}
     for ranking in ("raw", "content"):
         sampling = sampling_of(
             ranking=ranking, num_positives=8, positive_ranks=8, negative_candidates=64
         )
-        drawn = sampler(("video", "video"), sampling)(bank, jax.random.key(0), **anchors)
-        rows = np.asarray(drawn.positive_numbers)[0, 0, :, 0]
+        drawn = sampler(("video", "video"), sampling)(bank, jax.random.key(0), anchors)
+        rows = np.asarray(drawn.positives.numbers.insertion)[0, 0]
         found[ranking] = (content[rows] == 1).sum(), (playback[rows] == 0).sum()
     assert found == {"raw": (4, 8), "content": (8, 4)}
 
 
 def test_too_few_eligible_rows_give_no_positives():
     """16 eligible rows of 64 suffice for 4 ranks, not for 5."""
-    bank, anchors = one_anchor(np.linspace(0.5, 0.4, 64))
-    bank = bank.replace(has_video=jnp.arange(64) % 4 == 0)
+    bank, anchors = one_anchor(np.linspace(0.5, 0.4, 64), present=np.arange(64) % 4 == 0)
     for ranks, some in ((4, True), (5, False)):
         sampling = sampling_of(positive_ranks=ranks, negative_candidates=64)
-        drawn = sampler(("video", "video"), sampling)(bank, jax.random.key(0), **anchors)
-        assert drawn.positive_mask.any() == some
-        assert drawn.negative_mask.all()
+        drawn = sampler(("video", "video"), sampling)(bank, jax.random.key(0), anchors)
+        assert drawn.positives.mask.any() == some
+        assert drawn.negatives.mask.all()
 
 
 def test_noise_depends_on_key_anchor_and_view():
@@ -323,16 +311,16 @@ def test_noise_depends_on_key_anchor_and_view():
     sample = sampler(("video", "video"), sampling_of(negative_candidates=32))
 
     def negatives(key=0, **changes):
-        drawn = sample(bank, jax.random.key(key), **(anchors | changes))
-        return drawn.negative_numbers[0, ..., 0].tolist()
+        drawn = sample(bank, jax.random.key(key), anchors._replace(**changes))
+        return drawn.negatives.numbers.insertion[0].tolist()
 
     first = negatives()
     assert negatives() == first
     assert first[0] != first[1]  # the two views, equal but for their number
     assert negatives(key=1) != first
-    assert negatives(anchor_id=jnp.array([1], jnp.int32)) != first
+    assert negatives(record_index=jnp.array([1], jnp.int32)) != first
     keys = (jax.random.fold_in(jax.random.key(0, impl="rbg"), step) for step in range(2))
-    other = [sample(bank, key, **anchors).negative_numbers for key in keys]
+    other = [sample(bank, key, anchors).negatives.numbers.columns for key in keys]
     assert (other[0] != other[1]).any()
 
 
@@ -365,16 +353,13 @@ def test_ranking_in_blocks_keeps_the_order_of_rows_where_similarities_tie(size, 
 
 def test_tiles_change_nothing(monkeypatch):
     bank, batch = filled(3, batches=5)
-    anchors = as_anchors(batch, np.arange(VIDEOS))
-    whole = sampler(("video", "audio"), sampling_of("agreement"))(
-        bank, jax.random.key(0), **anchors, active=True
-    )
+    whole = sampler(("video", "audio"), sampling_of("agreement"))(bank, jax.random.key(0), batch)
     monkeypatch.setattr(bank_sampling, "_TILE_ELEMENTS", 3 * SIZE)  # 8 anchors in 3 tiles
     monkeypatch.setattr(bank_sampling, "_SUMMED_ROWS", 8)
     tiled = sampler.__wrapped__(("video", "audio"), sampling_of("agreement"))(
-        bank, jax.random.key(0), **anchors, active=True
+        bank, jax.random.key(0), batch
     )
-    assert whole.positive_mask.any()
+    assert whole.positives.mask.any()
     jax.tree.map(np.testing.assert_array_equal, whole, tiled)
 
 
@@ -392,44 +377,43 @@ def test_restarting_insertion_numbers_changes_no_draw(shards):
     rng = np.random.default_rng(5)
     far, anchors = filled(5, batches=SIZE // (2 * VIDEOS), missing=0.0)
     ahead = period - SIZE  # one turn of the ring before the numbers start over
-    near = far.replace(insertion=far.insertion + ahead, inserted=far.inserted + ahead)
+    numbers = RowNumbers(far.rows.numbers.columns.at[:, 0].add(ahead))
+    near = far.replace(rows=far.rows.replace(numbers=numbers), inserted=far.inserted + ahead)
     # Noise and candidates depend on the numbers: no noise, and all rows are candidates.
     sampling = sampling_of(temperature=1e-6, negative_candidates=SIZE)
     sample = sampler(("video", "audio"), sampling)
-    anchors = as_anchors(anchors, np.arange(VIDEOS))
     seen = []
     for _ in range(SIZE // VIDEOS):
         batch = random_batch(rng, VIDEOS, DIM, SOURCES, 0.0)
-        far, near = insert(far, **batch), insert(near, **batch)
+        far, near = insert(far, batch), insert(near, batch)
         seen.append(int(near.inserted))
         drawn, metrics = [], []
         for bank in (far, near):
             assert feature_bank.is_full(bank)
-            assert len(np.unique(bank.insertion)) == SIZE
-            found = sample(bank, jax.random.key(0), **anchors, active=True)
+            assert len(np.unique(bank.rows.numbers.insertion)) == SIZE
+            found = sample(bank, jax.random.key(0), anchors)
             drawn.append(found)
             metrics.append(
                 bank_health.sample_metrics(
-                    bank,
-                    found,
-                    modality="video",
-                    playback=jnp.asarray(batch["video_playback"]),
-                    label=jnp.asarray(batch["label"]),
-                    label_names=("motion", "material"),
+                    bank, found, on_device(batch), modality="video", label_names=LABELS
                 )
             )
         jax.tree.map(np.testing.assert_array_equal, *metrics)
         assert 1 <= metrics[1]["age_rows"][0] <= SIZE
-        for name in ("positives", "positive_mask", "negatives", "negative_mask"):
-            np.testing.assert_array_equal(*(getattr(found, name) for found in drawn))
+        for kinds in zip(*drawn, strict=True):
+            np.testing.assert_array_equal(*(kind.embeddings for kind in kinds))
+            np.testing.assert_array_equal(*(kind.mask for kind in kinds))
         moved = [
             feature_bank.redistribute(bank, global_batch_size=VIDEOS, shards=shards)
             for bank in (far, near)
         ]
         for banks in ((far, near), moved):
-            for name in ("video", "audio", "source_id", "label", "has_video", "has_audio"):
-                np.testing.assert_array_equal(*(getattr(bank, name) for bank in banks))
-            number = [np.asarray(bank.insertion) for bank in banks]
+            number = [np.asarray(bank.rows.numbers.insertion) for bank in banks]
+            rows = [
+                (bank.rows.embeddings, bank.rows.presence, bank.rows.numbers.columns[:, 1:])
+                for bank in banks
+            ]
+            jax.tree.map(np.testing.assert_array_equal, *rows)
             np.testing.assert_array_equal((number[1] - number[0] - ahead) % period, 0)
     assert max(seen) < SIZE + period < 2**31
     assert SIZE in seen
@@ -437,80 +421,62 @@ def test_restarting_insertion_numbers_changes_no_draw(shards):
 
 def test_sample_metrics():
     bank, batch = filled(4, batches=7)
-    batch["has_video"][:2] = True, False
-    batch["label"][:, 0] = 0, 1, 2, -1
-    drawn = sampler(("video", "audio"), sampling_of())(
-        bank, jax.random.key(0), **as_anchors(batch, np.arange(VIDEOS)), active=True
-    )
-    arguments = {
-        "modality": "video",
-        "playback": jnp.asarray(batch["video_playback"]),
-        "label": jnp.asarray(batch["label"]),
-        "label_names": ("motion", "material"),
-    }
-    metrics = bank_health.sample_metrics(bank, drawn, **arguments)
-    nothing = drawn._replace(positive_mask=jnp.zeros_like(drawn.positive_mask))
+    batch.present["video"][:2] = [[True], [False]]
+    batch.label[:, 0] = 0, 1, 2, -1
+    drawn = sampler(("video", "audio"), sampling_of())(bank, jax.random.key(0), batch)
+    views, options = on_device(batch), {"modality": "video", "label_names": LABELS}
+    metrics = bank_health.sample_metrics(bank, drawn, views, **options)
+    none = drawn.positives._replace(mask=jnp.zeros_like(drawn.positives.mask))
+    without = bank_health.sample_metrics(bank, drawn._replace(positives=none), views, **options)
     drawn = jax.tree.map(np.asarray, drawn)
-    mask = drawn.positive_mask
+    mask = drawn.positives.mask
     assert mask.any()
     assert not mask.all()
-    ages = 7 * 2 * VIDEOS - drawn.positive_numbers[mask][:, 0]
+    ages = 7 * 2 * VIDEOS - drawn.positives.numbers.insertion[mask]
     np.testing.assert_allclose(metrics["age_rows"], (ages.mean(), mask.sum()), rtol=1e-6)
     assert ages.min() >= 1
     assert ages.max() <= SIZE
     np.testing.assert_allclose(metrics["positives"][0], mask.sum(-1).mean(), rtol=1e-6)
-    for kind in ("positive", "negative"):
-        mask, numbers = getattr(drawn, f"{kind}_mask"), getattr(drawn, f"{kind}_numbers")
+    for kind, (_, mask, numbers) in zip(("positive", "negative"), drawn, strict=True):
         agree = {"speed": [], "direction": [], "motion": [], "material": []}
         for i, view, r in np.argwhere(mask):
-            playback, row = batch["video_playback"][i, view], numbers[i, view, r]
-            agree["speed"].append(playback // 2 == row[2] // 2)
-            agree["direction"].append(playback % 2 == row[2] % 2)
-            for column, name in enumerate(("motion", "material")):
-                own, other = batch["label"][i, column], row[4 + column]
+            row = numbers[i, view, r]
+            playback, played = batch.playback["video"][i, view], row.playback("video")
+            agree["speed"].append(playback // 2 == played // 2)
+            agree["direction"].append(playback % 2 == played % 2)
+            for name, own, other in zip(LABELS, batch.label[i], row.label, strict=True):
                 if own >= 0 and other >= 0:
                     agree[name].append(own == other)
         for name, values in agree.items():
             expected = np.mean(values), len(values)
             np.testing.assert_allclose(metrics[f"{kind}_share/{name}"], expected, rtol=1e-6)
             assert 0 < np.mean(values) < 1
-    metrics = bank_health.sample_metrics(bank, nothing, **arguments)
-    assert metrics["age_rows"] == (0, 0)
-    assert metrics["positive_share/motion"] == (0, 0)
+    assert without["age_rows"] == (0, 0)
+    assert without["positive_share/motion"] == (0, 0)
 
 
 def health_of(bank, batch):
     """`bank_metrics` of a batch in numpy."""
-    batch = {name: jnp.asarray(values) for name, values in batch.items()}
-    media = ("video", "audio")
-    return bank_health.bank_metrics(
-        bank,
-        {modality: batch[modality] for modality in media},
-        {modality: batch[f"has_{modality}"] for modality in media},
-        playback={modality: batch[f"{modality}_playback"] for modality in media},
-        label=batch["label"],
-        label_names=("motion", "material"),
-        source_id=batch["source_id"],
-    )
+    return bank_health.bank_metrics(bank, on_device(batch), label_names=LABELS)
 
 
 def test_base_rates_count_pairs_of_other_sources():
     batch = random_batch(np.random.default_rng(0), 12, DIM, SOURCES)
-    batch["label"][:, 0] = 0  # one class: always agrees
+    batch.label[:, 0] = 0  # one class: always agrees
     rates = health_of(feature_bank.create(SIZE, DIM, jnp.float32, labels=2), batch)
     agree = {"motion": [], "material": [], "speed": [], "direction": []}
-    either = batch["has_video"] | batch["has_audio"]
+    either = batch.present["video"] | batch.present["audio"]
     views = [(i, k) for i, k in np.ndindex(12, 2) if either[i, k]]
     for i, k in views:
         for j, m in views:
-            if batch["source_id"][i] == batch["source_id"][j]:
+            if batch.source_id[i] == batch.source_id[j]:
                 continue
-            one, other = batch["video_playback"][i, k], batch["video_playback"][j, m]
+            one, other = batch.playback["video"][i, k], batch.playback["video"][j, m]
             agree["speed"].append(one // 2 == other // 2)
             agree["direction"].append(one % 2 == other % 2)
             agree["motion"].append(True)
-            if min(batch["label"][[i, j], 1]) >= 0:
-                agree["material"].append(batch["label"][i, 1] == batch["label"][j, 1])
+            if min(batch.label[[i, j], 1]) >= 0:
+                agree["material"].append(batch.label[i, 1] == batch.label[j, 1])
     for name, values in agree.items():
         np.testing.assert_allclose(
             rates[f"base_rate/{name}"], (np.mean(values), len(values)), rtol=1e-6
@@ -524,16 +490,16 @@ def test_row_drift_is_the_cosine_with_rows_of_the_own_source_by_age():
     batches = [random_batch(rng, VIDEOS, DIM, SOURCES) for _ in range(8)]
     bank, model = feature_bank.create(SIZE, DIM, jnp.float32, labels=2), BankModel(SIZE)
     for batch in batches[:-1]:
-        bank = insert(bank, **batch)
+        bank = insert(bank, batch)
         model.insert(batch)
     batch = batches[-1]
     found = health_of(bank, batch)
     cosines = {"newer": [], "older": []}
-    for i, view in np.argwhere(batch["has_audio"]):
+    for i, view in np.argwhere(batch.present["audio"]):
         for row in model.rows:
-            if row["has_audio"] and row["source_id"] == batch["source_id"][i]:
+            if row["has_audio"] and row["source_id"] == batch.source_id[i]:
                 half = "older" if model.inserted - row["insertion"] > SIZE // 2 else "newer"
-                cosines[half].append(row["audio"] @ batch["audio"][i, view])
+                cosines[half].append(row["audio"] @ batch.embeddings["audio"][i, view])
     for half, values in cosines.items():
         assert values
         result = found[f"audio_same_source_similarity/{half}"]
@@ -584,10 +550,10 @@ def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match="batch of 12 videos does not divide over 8 data shards"):
         feature_bank.check_size(24, global_batch_size=12, shards=8)
     with pytest.raises(ValueError, match="multiple of the 6 rows"):
-        insert(bank, **random_batch(np.random.default_rng(0), 3, DIM, SOURCES))
+        insert(bank, random_batch(np.random.default_rng(0), 3, DIM, SOURCES))
     with pytest.raises(ValueError, match="negative_candidates = 60 must be at most the bank's 40"):
         sampler(("video", "video"), sampling_of(negative_candidates=60))(
-            bank, jax.random.key(0), **as_anchors(batch, np.arange(VIDEOS)), active=True
+            bank, jax.random.key(0), batch
         )
     with pytest.raises(ValueError, match=r"num_positives = 3 .* drawn from positive_ranks = 2"):
         sampling_of(positive_ranks=2)

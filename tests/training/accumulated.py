@@ -93,8 +93,7 @@ def initial(shapes: TrainState) -> TrainState:
         return (values * (1 if leaf.ndim == 1 else scale)).astype(leaf.dtype)
 
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    shape, dtype = shapes.bank.video.shape, shapes.bank.video.dtype
-    bank = feature_bank.create(*shape, dtype, labels=shapes.bank.label.shape[1])
+    bank = feature_bank.empty_like(shapes.bank)
     params, statistics = (jax.tree.map(draw, t) for t in (shapes.params, shapes.batch_stats))
     return dataclasses.replace(zeros, params=params, batch_stats=statistics, bank=bank)
 

@@ -175,7 +175,8 @@ def assert_agree(left: Path, right: Path, step: int) -> None:
     for name in one:
         if "params" in name or "batch_stats" in name:
             np.testing.assert_allclose(many[name], one[name], atol=1e-5, err_msg=name)
-    order = [np.argsort(state["['bank']['insertion']"]) for state in (one, many)]
+    numbers = "['bank']['rows']['numbers']['columns']"  # the insertion number first
+    order = [np.argsort(state[numbers][:, 0]) for state in (one, many)]
     for name in one:
         if name.startswith("['bank']") and one[name].ndim:
             np.testing.assert_allclose(

@@ -18,12 +18,12 @@ from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.objectives import temporal
 from avcl_jax.objectives.contrastive import contrastive_loss
-from avcl_jax.objectives.masks import per_view
+from avcl_jax.objectives.views import per_view
 from avcl_jax.training import loop, sharding
 from avcl_jax.training.checkpoint import Checkpoints, Progress, load_variables
 from avcl_jax.training.inputs import prepare_inputs
+from avcl_jax.training.objective import CONTRASTIVE_TERMS, LossSpec, total_loss
 from avcl_jax.training.state import TrainState
-from avcl_jax.training.step import CONTRASTIVE_TERMS, LossSpec, total_loss
 from benchmarks.batches import random_batch
 from configs import pretrain
 from tests.data.synthetic_records import make_record, write_records
@@ -49,7 +49,7 @@ EMA_DECAY = 0.6
 def ran(tmp_path_factory):
     """States before and after each of three steps, with their metrics."""
     records = [make_record(n, seconds=5.0, side=24) for n in range(10)]
-    # From the third batch on no video has a picture.
+    # From the third batch on no file has video.
     records += [make_record(n, seconds=5.0, side=24, has_video=False) for n in range(10, 18)]
     directory = write_records(tmp_path_factory.mktemp("step") / "records", records, shards=1)
     overrides = {f"loss.weights.{term}": weight for term, weight in WEIGHTS.items()}
@@ -102,7 +102,7 @@ def test_every_parameter_learns(ran):
     assert not any("head" in name or "projection" in name for name in still), still
 
 
-def test_a_batch_without_pictures_leaves_the_video_side_alone(ran):
+def test_a_batch_without_video_leaves_the_video_side_alone(ran):
     states, metrics = ran
     for name in ("vv", "va", "speed_video", "direction_video", "order_vv", "order_va"):
         loss = metrics[2][f"{name}/loss"]
@@ -306,7 +306,7 @@ def test_an_objective_without_terms_or_with_unknown_ones_is_refused():
         LossSpec(weights={"speed": 1.0}, **options)
 
 
-def test_pictures_are_augmented_once_however_many_operations_read_them():
+def test_frames_are_augmented_once_however_many_operations_read_them():
     config = pretrain.get_config("demo")
     spec = experiment.render_spec(config)
 

@@ -190,11 +190,11 @@ def test_the_bank_never_returns_an_unreadable_row(bad, damaged_batch):
     state, _ = init(jax.random.key(0))
     batch = to_device_batch(damaged_batch, sharding.rows_sharding(mesh))
     state, _ = jax.jit(step)(state, batch, jax.random.key(1))
-    bank = jax.device_get(state.bank)
+    rows = jax.device_get(state.bank.rows)
     lost = set(damaged_batch["source_id"][damaged_batch["unreadable"]].tolist())
-    present = bank.has_video | bank.has_audio
+    present = rows.presence > 0
     assert present.sum() == 2 * 9
-    assert not lost & set(np.asarray(bank.source_id)[present].tolist())
+    assert not lost & set(rows.numbers.source_id[present].tolist())
 
 
 def test_the_budget_counts_records_and_not_rows(bad):

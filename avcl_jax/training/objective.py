@@ -1,0 +1,231 @@
+"""Objective of a batch: the contrastive and the temporal terms, weighted."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from avcl_jax.errors import UserError
+from avcl_jax.objectives import bank_health, feature_bank
+from avcl_jax.objectives.bank_sampling import Term
+from avcl_jax.objectives.contrastive import contrastive_loss
+from avcl_jax.objectives.temporal import TERMS as TEMPORAL_TERMS
+from avcl_jax.objectives.temporal import temporal_losses
+from avcl_jax.objectives.views import MODALITIES, Modality, Views, per_view
+from avcl_jax.training.metrics import Metrics, average
+from avcl_jax.training.state import TrainState
+
+# Term -> the directions whose mean it is: (anchor modality, target modality).
+CONTRASTIVE_TERMS: Mapping[str, tuple[Term, ...]] = {
+    "vv": (("video", "video"),),
+    "va": (("video", "audio"), ("audio", "video")),
+    "aa": (("audio", "audio"),),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSpec:
+    """Weights of the objective.
+
+    Each term is a mean over those of its examples (anchors or classifications) that count in a
+    batch. In the total, its weight is multiplied by their fraction of all its examples in the
+    readable videos of the batch, so that an example has the same weight in every batch.
+
+    Attributes:
+        weights: weight of each term of `CONTRASTIVE_TERMS` and of the temporal terms if all its
+            examples count; a term of weight 0 is not computed.
+        temperature: of the contrastive terms.
+        positive_weight: weight of the bank positives, λ in `objectives.contrastive`.
+        bank: settings of sampling from the bank; None for in-batch terms only.
+        bank_warmup_steps: steps in which the bank is filled but not used.
+        bank_labels: names of labels whose agreement with sampled bank rows is logged.
+    """
+
+    weights: Mapping[str, float]
+    temperature: float
+    positive_weight: float
+    bank: feature_bank.BankSampling | None
+    bank_warmup_steps: int
+    bank_labels: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Refuses unknown terms, an objective without any, and numbers out of range."""
+        known = {*CONTRASTIVE_TERMS, *TEMPORAL_TERMS}
+        if unknown := sorted(set(self.weights) - known):
+            raise UserError(
+                f"unknown loss terms {', '.join(unknown)}: the terms are {', '.join(sorted(known))}"
+            )
+        if not any(self.weights.values()):
+            raise UserError("all loss weights are 0: nothing would be learned")
+        if not 0 <= self.positive_weight <= 1:
+            raise UserError(f"loss.positive_weight {self.positive_weight} must be from 0 to 1")
+        if not self.temperature > 0:
+            raise UserError(f"loss.temperature {self.temperature} must be positive")
+
+    def active(self, terms: Iterable[str]) -> list[str]:
+        """Those of `terms` that have a weight."""
+        return [term for term in terms if self.weights.get(term, 0.0) != 0.0]
+
+    @property
+    def bank_terms(self) -> tuple[Term, ...]:
+        """Directions of all active contrastive terms, each a draw from the bank in a step."""
+        return tuple(
+            direction
+            for term in self.active(CONTRASTIVE_TERMS)
+            for direction in CONTRASTIVE_TERMS[term]
+        )
+
+
+class TermLoss(NamedTuple):
+    """One term of the objective in a batch.
+
+    Attributes:
+        value: mean over the examples that count, 0 if there are none.
+        examples: how many count.
+        per_video: examples of a video for which all count.
+    """
+
+    value: Array
+    examples: Array
+    per_video: int
+
+
+def _views(
+    outputs: Mapping[str, Array], batch: Mapping[str, Array], label_names: Iterable[str]
+) -> Views:
+    """Views of a batch; a modality without encoder is present in none.
+
+    Args:
+        outputs: outputs of the model.
+        batch: as `data.pipeline` delivers it.
+        label_names: names of the labels to add; without any, one column of unknown ones.
+    """
+    some = next(value for name, value in outputs.items() if name.endswith("_embeddings"))
+    embeddings: dict[Modality, Array] = {}
+    present: dict[Modality, Array] = {}
+    for modality in MODALITIES:
+        name = f"{modality}_embeddings"
+        embeddings[modality] = outputs.get(name, jnp.zeros_like(some))
+        mask = per_view(batch[f"has_{modality}"])
+        present[modality] = mask if name in outputs else jnp.zeros_like(mask)
+    unknown = jnp.full_like(batch["source_id"], -1)
+    labels = [batch.get(f"label_{name}", unknown) for name in label_names]
+    return Views(
+        embeddings=embeddings,
+        present=present,
+        playback={m: 2 * batch[f"{m}_speed"] + batch[f"{m}_direction"] for m in MODALITIES},
+        label=jnp.stack(labels or [unknown], axis=1),
+        source_id=batch["source_id"],
+        record_index=batch["record_index"],
+    )
+
+
+def _bank_rows(
+    views: Views, term: Term, state: TrainState, loss_spec: LossSpec, key: Array, mesh: Mesh
+) -> tuple[dict[str, Array], Metrics]:
+    """Rows drawn from the bank, as arguments of `contrastive_loss`, and their metrics."""
+    bank = state.bank
+    if loss_spec.bank is None or bank is None:
+        return {}, {}
+    sample = feature_bank.sample(
+        bank,
+        key,
+        views,
+        term=term,
+        terms=loss_spec.bank_terms,
+        sampling=loss_spec.bank,
+        active=feature_bank.is_full(bank) & (state.step >= loss_spec.bank_warmup_steps),
+        mesh=mesh,
+    )
+    health = bank_health.sample_metrics(
+        bank, sample, views, modality=term[0], label_names=loss_spec.bank_labels
+    )
+    rows = {
+        "bank_positives": sample.positives.embeddings,
+        "bank_positive_mask": sample.positives.mask,
+        "bank_negatives": sample.negatives.embeddings,
+        "bank_negative_mask": sample.negatives.mask,
+    }
+    return rows, {f"bank_{name}": average(*value) for name, value in health.items()}
+
+
+def _direction_loss(
+    views: Views, term: Term, rows: Mapping[str, Array], loss_spec: LossSpec
+) -> tuple[Array, Array, Metrics]:
+    """Loss of one direction of a contrastive term, number of anchors that count, and metrics."""
+    anchor, target = term
+    loss, info = contrastive_loss(
+        views.embeddings[anchor],
+        views.embeddings[target],
+        kind="within" if anchor == target else "cross",
+        source_id=views.source_id,
+        anchor_mask=views.present[anchor],
+        target_mask=views.present[target],
+        temperature=loss_spec.temperature,
+        positive_weight=loss_spec.positive_weight,
+        **rows,
+    )
+    names = ("positive_similarity", "negative_similarity", "accuracy")
+    counts = dict.fromkeys(names, info["anchors"])
+    if rows:
+        for kind in ("positive", "negative"):
+            counts[f"bank_{kind}_similarity"] = rows[f"bank_{kind}_mask"].sum()
+    return loss, info["anchors"], {n: average(info[n], count) for n, count in counts.items()}
+
+
+def total_loss(
+    outputs: Mapping[str, Array],
+    batch: Mapping[str, Array],
+    *,
+    state: TrainState,
+    loss_spec: LossSpec,
+    key: Array,
+    mesh: Mesh,
+) -> tuple[Array, tuple[Metrics, Views]]:
+    """Weighted sum of the terms, as in `LossSpec`.
+
+    Args:
+        outputs: outputs of the model for the whole batch.
+        batch: as `data.pipeline` delivers it.
+        state: state before the step, for its `bank` and `step`.
+        loss_spec: weights and settings.
+        key: JAX random key of the draws from the bank.
+        mesh: devices.
+
+    Returns:
+        The scalar, and metrics and the views of the batch.
+    """
+    views = _views(outputs, batch, loss_spec.bank_labels)
+    losses: dict[str, TermLoss] = {}
+    metrics: Metrics = {}
+    for term in loss_spec.active(CONTRASTIVE_TERMS):
+        values, counts = [], []
+        for direction in CONTRASTIVE_TERMS[term]:
+            rows, health = _bank_rows(views, direction, state, loss_spec, key, mesh)
+            value, count, info = _direction_loss(views, direction, rows, loss_spec)
+            values.append(value)
+            counts.append(count)
+            name = "".join(modality[0] for modality in direction)
+            metrics |= {f"{name}/{metric}": mean for metric, mean in (health | info).items()}
+        # Both directions of a pair count or neither does, so this is the mean over all anchors.
+        mean, count = jnp.stack(values).mean(), jnp.stack(counts).sum()
+        losses[term] = TermLoss(mean, count, 2 * len(values))
+    for term, (value, info) in temporal_losses(outputs, batch).items():
+        losses[term] = TermLoss(value, info["count"], math.prod(outputs[term].shape[1:-1]))
+        metrics[f"{term}/accuracy"] = average(info["accuracy"], info["count"])
+    # Means alone would give the only video with audio in a batch the weight of a whole batch.
+    readable = jnp.maximum(jnp.sum(~batch["unreadable"]), 1)
+    weighted = []
+    for term, loss in losses.items():
+        metrics[f"{term}/loss"] = average(loss.value, loss.examples)
+        fraction = loss.examples / (loss.per_video * readable)
+        weighted.append(loss_spec.weights[term] * fraction * loss.value)
+    total = jnp.stack(weighted).sum()
+    metrics["loss"] = average(total)
+    return total, (metrics, views)
