@@ -74,6 +74,7 @@ def test_records_that_fill_one_batch_suffice_for_bounds_and_null_controls(small_
     assert (len(run.train), len(run.test), len(run.null[0]), len(run.null[1])) == (24, 16, 10, 10)
     assert set(run.data) == {"train", "test"}
     assert run.speeds == [0, 1]
+    assert not run.spec.spectrogram_on_device  # wherever training made spectrograms
     config.evaluation.probes, config.evaluation.null.train_split = (), ""
     config.evaluation.speeds = ()
     config.evaluation.views_per_speed = 2

@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 
 from avcl_jax.fingerprint import calibration, scores
-from avcl_jax.fingerprint.calibration import DEFAULT, Calibration
+from avcl_jax.fingerprint.calibration import DEFAULT, THRESHOLD, Calibration
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.matching import Alignment
 from tests.fingerprint.conftest import SETTINGS
@@ -95,6 +95,12 @@ def test_the_score_of_a_whole_query_is_of_its_evidence_and_of_a_part_of_its_segm
     whole = scores._Part(query, np.ones(24, bool), 12.0, 1000)
     spans = {"video": 0.5, "audio": 0.5}
     assert whole.score(KNOWN, spans) == KNOWN.score(8.0, query_seconds=12.0, segments=1000)
+    video_only = dataclasses.replace(query, by_modality={"video": 8.0})
+    other = dataclasses.replace(whole, alignment=video_only)
+    assert other.score(KNOWN, spans) == whole.score(KNOWN, spans)
+    one = dataclasses.replace(whole, inside=np.arange(24) == 3, seconds=0.5)
+    assert one.without(np.zeros(24, bool)).seconds == 0.5
+    assert one.without(one.inside).seconds == 0.0
     rest = whole.without(np.arange(24) < 18)
     assert (rest.inside.sum(), rest.seconds) == (6, 3.0)
     evidence = 3.0 * ((6 * 0.5 + 0.5) / 0.5) ** 0.5
@@ -125,6 +131,23 @@ def test_sources_that_share_the_only_part_are_rivals_and_a_part_counts_as_one_of
     assert by_source[0].shared_by.tolist() == [1] * 12 + [2] * 12
     assert (by_source[2].rivals, by_source[2].matched) == ((), ())
     assert by_source[0].matched == ("video",)
+
+
+def test_a_score_at_the_threshold_is_a_match_of_the_whole_and_of_each_modality():
+    class Limit:
+        def score(self, evidence, **_):
+            return THRESHOLD
+
+    found = scores.score_alignments(
+        [constant(number, 5.0, 8.0, seconds=2.0) for number in range(2)],
+        lambda modalities: Limit(),
+        spans={"video": 0.5},
+        query_seconds=2.0,
+        segments=1000,
+    )
+    for one in found:
+        assert (one.score, one.matched, one.rivals) == (THRESHOLD, ("video",), ())
+        assert one.shared_by.tolist() == [2] * 4
 
 
 def test_few_sources_have_the_default(encoders, tmp_path):
