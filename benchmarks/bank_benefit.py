@@ -29,7 +29,7 @@ from etils import epath
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.evaluation.ablation import FULL, ablate
 from avcl_jax.objectives import feature_bank
-from avcl_jax.objectives.bank_rows import Drawn
+from avcl_jax.objectives.bank_rows import DrawnRows
 from avcl_jax.objectives.bank_sampling import Term
 from avcl_jax.objectives.views import Views
 from avcl_jax.paths import local_path
@@ -190,7 +190,7 @@ def oracle(
         allowed = eligible[:, None, None] & (same[:, None, None] == wanted)
         noise = jax.random.uniform(noise_key, (*shape, bank.size))
         chosen = jnp.where(allowed, noise, -1).argmax(-1)
-        positives = Drawn(
+        positives = DrawnRows(
             bank.rows.embeddings[term[1]][chosen], allowed.any(-1), numbers[chosen]
         ).where(active)
         sources = positives.numbers.source_id[..., None, :]

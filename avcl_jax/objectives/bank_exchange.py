@@ -19,7 +19,7 @@ from avcl_jax.objectives.bank_rows import (
     FIXED_COLUMNS,
     BankRows,
     BankSample,
-    Drawn,
+    DrawnRows,
     has_all,
     presence_bits,
 )
@@ -266,12 +266,11 @@ def draw(
     pairs, modalities = ranking_pairs(sampling, term[0]), bank_modalities(sampling, term)
     embeddings = {name: rows.embeddings[name] for name in modalities}
     rows = BankRows(embeddings, rows.presence, rows.numbers)
-    if not merge:
+    if not merge:  # Every device searches the whole bank.
         rows, axes = _gather(rows, axes), ()
-    numbers, presence = _gather((rows.numbers, rows.presence), axes)  # of the whole bank
+    all_numbers, all_presence = _gather((rows.numbers, rows.presence), axes)
     means = _playback_means(rows, pairs, sampling, axes)
     queries = _queries(anchors, pairs, means, rows)
-    videos = len(anchors.source_id)
     # Two bits per view, so that one number per video is exchanged.
     first, second = presence_bits(anchors.present).astype(jnp.int32).T
     anchor_numbers = jnp.stack([anchors.source_id.astype(jnp.int32), first | (second << 2)], axis=1)
@@ -296,30 +295,30 @@ def draw(
     if axes:
         ranked = ranked + jax.lax.axis_index(axes) * size
         scores, ranked = _merge_nearest(scores, ranked, sampling.positive_ranks, axes)
-    chosen = choose_candidates(numbers.insertion, key, sampling)
+    places = choose_candidates(all_numbers.insertion, key, sampling)
     candidates = BankRows(
-        {name: _broadcast(values, chosen, axes) for name, values in rows.embeddings.items()},
-        presence[chosen],
-        numbers[chosen],
+        {name: _broadcast(values, places, axes) for name, values in rows.embeddings.items()},
+        all_presence[places],
+        all_numbers[places],
     )
     similarities = compare(comparison(queries, anchor_numbers, candidates))
 
     key = jax.random.fold_in(key, number)
+    videos = len(anchors.record_index)
     view_id = jnp.repeat(2 * anchors.record_index.astype(jnp.uint32), 2)
     view_id = view_id + jnp.tile(jnp.arange(2, dtype=jnp.uint32), videos)
-    enough = enough_eligible(similarities, presence.shape[0], sampling)
-    near = numbers[ranked]
+    enough = enough_eligible(similarities, all_presence.shape[0], sampling)
+    near = all_numbers[ranked]
     position, is_positive = pick_positives(scores, near, enough, key, view_id, sampling)
     near_source = jnp.where(scores > -jnp.inf, near.source_id, -1)
     negatives, is_negative = pick_negatives(
         similarities, candidates.numbers, near_source, key, view_id, sampling
     )
     positives = jnp.take_along_axis(ranked, position, axis=1)
-    fetched = _fetch(rows.embeddings[term[1]], positives, is_positive, axes)
+    near_embeddings = _fetch(rows.embeddings[term[1]], positives, is_positive, axes)
+    far_embeddings = candidates.embeddings[term[1]][negatives]
     sample = BankSample(
-        Drawn(fetched, is_positive, numbers[positives]),
-        Drawn(
-            candidates.embeddings[term[1]][negatives], is_negative, candidates.numbers[negatives]
-        ),
+        DrawnRows(near_embeddings, is_positive, all_numbers[positives]),
+        DrawnRows(far_embeddings, is_negative, candidates.numbers[negatives]),
     )
     return jax.tree.map(lambda values: values.reshape(videos, 2, *values.shape[1:]), sample)

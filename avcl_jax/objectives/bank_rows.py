@@ -57,7 +57,7 @@ class BankRows:
     Attributes:
         embeddings: modality → [rows, dim], 0 where it is missing.
         presence: uint8 [rows], see `presence_bits`.
-        numbers: of every row.
+        numbers: `RowNumbers` of [rows].
     """
 
     embeddings: Any
@@ -91,23 +91,19 @@ def empty_rows(size: int, dim: int, dtype: Any, *, labels: int) -> BankRows:
 
 def rows_of(views: Views, insertion: Array) -> BankRows:
     """Rows of all views, both of the first video first, with insertion numbers int [rows]."""
-    embeddings = {}
-    for name, values in views.embeddings.items():
+
+    def embeddings(modality: Modality) -> Array:
         # The encoder's output for a missing modality may be NaN.
-        there = views.present[name][..., None]
-        embeddings[name] = jnp.where(there, values, jnp.zeros((), values.dtype)).reshape(
-            insertion.size, -1
-        )
-    columns = [insertion, jnp.repeat(views.source_id, 2)]
-    columns += [views.playback[name].ravel() for name in MODALITIES]
+        values, mask = views.embeddings[modality], views.present[modality]
+        values = jnp.where(mask[..., None], values, jnp.zeros((), values.dtype))
+        return values.reshape(-1, values.shape[-1])
+
+    playback = [views.playback[name].ravel() for name in MODALITIES]
+    columns = jnp.stack([insertion, jnp.repeat(views.source_id, 2), *playback], axis=1)
     return BankRows(
-        embeddings=embeddings,
+        embeddings={name: embeddings(name) for name in MODALITIES},
         presence=presence_bits(views.present).ravel(),
-        numbers=RowNumbers(
-            jnp.concatenate(
-                [jnp.stack(columns, axis=1), jnp.repeat(views.label, 2, axis=0)], axis=1
-            )
-        ),
+        numbers=RowNumbers(jnp.concatenate([columns, jnp.repeat(views.label, 2, axis=0)], axis=1)),
     )
 
 
@@ -124,7 +120,7 @@ def views_of(rows: BankRows, record_index: Array) -> Views:
     )
 
 
-class Drawn(NamedTuple):
+class DrawnRows(NamedTuple):
     """Rows sampled for each anchor; where the mask is not set, a row is 0 and its numbers are −1.
 
     Attributes:
@@ -137,11 +133,11 @@ class Drawn(NamedTuple):
     mask: Bool[Array, "videos 2 rows"]
     numbers: RowNumbers
 
-    def where(self, mask: Any) -> Drawn:
+    def where(self, mask: Any) -> DrawnRows:
         """Keeps the rows for which `mask` is set, too."""
         mask = self.mask & mask
         zero = jnp.zeros((), self.embeddings.dtype)
-        return Drawn(
+        return DrawnRows(
             embeddings=jnp.where(mask[..., None], self.embeddings, zero),
             mask=mask,
             numbers=RowNumbers(jnp.where(mask[..., None], self.numbers.columns, -1)),
@@ -151,5 +147,5 @@ class Drawn(NamedTuple):
 class BankSample(NamedTuple):
     """Positives and negatives of each anchor."""
 
-    positives: Drawn
-    negatives: Drawn
+    positives: DrawnRows
+    negatives: DrawnRows

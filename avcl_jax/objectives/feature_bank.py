@@ -1,11 +1,13 @@
 """Feature bank: a sharded ring of past embeddings, sampled per anchor.
 
-The bank is device state: `size` rows, each the video and audio embedding of one view with its
-source and presence, sharded over the mesh's data axes. Every shard is a ring of the embeddings that
-its own device computed, so inserting moves nothing between devices. Rows have a running insertion
-number, which identifies a row wherever it is stored: noise is keyed by it, so the number of devices
-changes neither the bank's contents nor the samples. Before they reach 2³¹ the numbers are reduced
-by a multiple of the bank's size (`_period`), which keeps the places of rows.
+The bank is device state: `size` rows (`bank_rows`), each the video and audio embedding of one view
+with its presence and its numbers, sharded over all axes of the mesh. Every shard is a ring of the
+embeddings that its own device computed, so inserting the views of a batch (`views`) moves nothing
+between devices. To sample it, `bank_exchange` brings anchors and rows together, and `bank_sampling`
+ranks and draws. Rows have a running insertion number, which identifies a row wherever it is stored:
+noise is keyed by it, so the number of devices changes neither the bank's contents nor the samples.
+Before they reach 2³¹ the numbers are reduced by a multiple of the bank's size (`_period`), which
+keeps the places of rows.
 """
 
 from __future__ import annotations
@@ -213,12 +215,11 @@ def redistribute(bank: FeatureBank, *, global_batch_size: int, shards: int) -> F
     shard, local_row = jnp.divmod(row, local_rows)
     place = shard * shard_size + (step * local_rows + local_row) % shard_size
     place = jnp.where(insertion >= 0, place, size)
-    rows = jax.tree.map(
-        lambda empty, row: empty.at[place].set(row, mode="drop"),
-        empty_like(bank).rows,
-        bank.rows,
-    )
-    return FeatureBank(rows, bank.inserted)
+
+    def put(empty: Array, rows: Array) -> Array:
+        return empty.at[place].set(rows, mode="drop")
+
+    return FeatureBank(jax.tree.map(put, empty_like(bank).rows, bank.rows), bank.inserted)
 
 
 def sample(
