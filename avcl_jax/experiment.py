@@ -303,7 +303,7 @@ def bank_sampling(config: ml_collections.ConfigDict) -> BankSampling:
 
 
 def bank_labels(config: ml_collections.ConfigDict) -> int:
-    """Number of labels that bank rows carry: at least 1, as orbax saves no array without values."""
+    """Number of labels of a bank row; without health labels 1, which is unknown."""
     return max(len(config.bank.health_labels), 1)
 
 
