@@ -76,7 +76,7 @@ def seconds_of_ours(*, ranks: int, searches: int, results: str) -> float:
         # No row is of an anchor's own source: the same neighbours as FAISS finds.
         own, present = jnp.full(ANCHORS, -1), jnp.ones(ANCHORS, bool)
         comparison = bank_sampling.Comparison(
-            [queries], [rows], [], [], own, present, source, usable
+            [queries], [rows], [], [], [], own, present, source, usable
         )
         return bank_sampling.rank(comparison, ranks)
 

@@ -49,7 +49,8 @@ def similarities(bank: BankRows, pairs: Sequence[Term], ranking: str) -> np.ndar
             of_playback = (playback[:, None] == playback[None]) & present[None]
             mean = of_playback @ rows / np.maximum(of_playback.sum(axis=1, keepdims=True), 1)
             rows = rows - mean
-            query = query - mean if own == row else query
+            rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-3)
+            query = rows if own == row else query
         by_pair.append(query @ rows.T)
     return np.where(eligible, np.min(by_pair, axis=0), -np.inf)
 

@@ -32,6 +32,7 @@ from avcl_jax.objectives.bank_sampling import (
     choose_candidates,
     compare,
     enough_eligible,
+    inverse_lengths,
     pick_negatives,
     pick_positives,
     playback_means,
@@ -229,12 +230,13 @@ def _playback_means(
 def _queries(
     anchors: Views, pairs: Sequence[Term], means: Sequence[Array], rows: BankRows
 ) -> list[Array]:
-    """Embeddings of anchors [views, dim] for each pair, in the dtype of the bank."""
+    """Unit vectors of anchors [views, dim] for each pair, in the dtype of the bank."""
     queries = []
     for pair, (own, row) in enumerate(pairs):
         query = anchors.embeddings[own].reshape(-1, anchors.embeddings[own].shape[-1])
         if means and own == row:
             query = query - means[pair][anchors.playback[own].ravel()]
+            query = query / jnp.maximum(jnp.linalg.norm(query, axis=1, keepdims=True), 1e-3)
         # In the bank's dtype, so that both sides of a similarity are rounded alike.
         queries.append(query.astype(rows.embeddings[row].dtype))
     return queries
@@ -282,6 +284,10 @@ def draw(
             queries=queries,
             embeddings=[rows.embeddings[row] for _, row in pairs],
             means=means,
+            inverse_lengths=[
+                inverse_lengths(rows.embeddings[row], rows.numbers.playback(row), mean)
+                for (_, row), mean in zip(pairs, means, strict=False)  # none for raw similarities
+            ],
             playbacks=[rows.numbers.playback(row) for _, row in pairs],
             anchor_source=jnp.repeat(anchor_numbers[:, 0], 2),
             anchor_usable=has_all(anchor_presence, anchor_modalities(sampling, term[0])),

@@ -8,7 +8,9 @@ one device; `bank_exchange` connects anchors and rows of several devices.
 
 Embeddings of equal playback (speed and direction) are alike whatever they show. Ranking by content
 subtracts from each row the mean of the bank's rows of its playback and, where anchor and row have
-the same modality, from the anchor the mean of its own.
+the same modality, from the anchor the mean of its own. What is left is compared by its cosine: by
+its dot product the rows furthest from the mean would be near to every anchor, and their pull, to
+which no gradient of targets answers, would drive video and audio embeddings apart.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ _SUMMED_ROWS = 2**16
 # The nearest of few rows need not be similar: an anchor has positives only if at least this many
 # times `positive_ranks` rows are eligible, as estimated from the candidates.
 ELIGIBLE_PER_POSITIVE_RANK = 4
+# HIGHEST is free for a bfloat16 bank; a float32 bank is ranked as what it holds.
+_HIGHEST: Any = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": "f4"}
 # Keys the choice of candidates in place of an anchor's number; no anchor has it.
 _NO_ANCHOR = 2**32 - 1
 
@@ -51,8 +55,8 @@ class BankSampling:
         space: Similarity that ranks the rows. "same": of anchor and row in the anchor's modality;
             "cross": of the anchor and the row's other modality; "agreement": minimum of the
             video-video and the audio-audio similarity.
-        ranking: "raw": by the similarity of embeddings; "content": by that of embeddings minus the
-            mean of their playback in the bank.
+        ranking: "raw": by the cosine of embeddings; "content": by the cosine of their differences
+            from the mean of their playback in the bank.
         playbacks: Number of playbacks; those of rows are in [0, playbacks).
         num_positives: Positives per anchor, at most one per source.
         num_negatives: Negatives per anchor.
@@ -190,6 +194,23 @@ def _lookup(values: Array, number: Array) -> Array:
     return reduce(jnp.add, chosen)
 
 
+def inverse_lengths(embeddings: Array, playback: Array, means: Array) -> Array:
+    """1 / |row − mean of its playback|, float32 [rows]; 0 for a row that equals the mean.
+
+    Args:
+        embeddings: [rows, dim].
+        playback: int [rows].
+        means: float32 [playbacks, dim].
+    """
+    # |r|² − 2 r·m + |m|²: the rows minus their means would take float32 [rows, dim].
+    squared = jnp.einsum("rd,rd->r", embeddings, embeddings, **_HIGHEST)
+    by_playback = jnp.einsum("pd,rd->pr", means, embeddings.astype("f4"), **_HIGHEST)
+    squared = squared - 2 * _lookup(by_playback, playback)
+    squared = squared + _lookup(jnp.square(means).sum(axis=1), playback)
+    # Below the rounding of the sum nothing is known of the direction.
+    return jnp.where(squared > 1e-6, jax.lax.rsqrt(jnp.maximum(squared, 1e-6)), 0.0)
+
+
 class Comparison(NamedTuple):
     """Anchors and the rows to compare them with, for each pair of `ranking_pairs`.
 
@@ -198,6 +219,7 @@ class Comparison(NamedTuple):
         embeddings: [rows, dim], for each pair.
         means: [playbacks, dim] to subtract from rows of each playback, for each pair; empty for raw
             similarities.
+        inverse_lengths: float32 [rows] of `inverse_lengths`, for each pair; empty likewise.
         playbacks: int [rows], for each pair.
         anchor_source: int [anchors].
         anchor_usable: bool [anchors], the anchor has all modalities that are read.
@@ -208,6 +230,7 @@ class Comparison(NamedTuple):
     queries: Sequence[Array]
     embeddings: Sequence[Array]
     means: Sequence[Array]
+    inverse_lengths: Sequence[Array]
     playbacks: Sequence[Array]
     anchor_source: Array
     anchor_usable: Array
@@ -230,18 +253,17 @@ def rank(c: Comparison, ranks: int) -> tuple[Array, Array]:
 
 def _by_anchor(c: Comparison, reduced: Callable[[Array], Any]) -> Any:
     """Applies `reduced` to the similarities [rows] of every anchor, in tiles."""
-    # HIGHEST is free for a bfloat16 bank; a float32 bank is ranked as what it holds.
-    highest: Any = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": "f4"}
 
     def one(anchor):
         *queries, source, usable = anchor
         similarities = [
-            jnp.einsum("d,rd->r", query, rows, **highest)
+            jnp.einsum("d,rd->r", query, rows, **_HIGHEST)
             for query, rows in zip(queries, c.embeddings, strict=True)
         ]
         for pair, means in enumerate(c.means):
-            by_playback = jnp.einsum("d,pd->p", queries[pair].astype("f4"), means, **highest)
-            similarities[pair] -= _lookup(by_playback, c.playbacks[pair])
+            by_playback = jnp.einsum("d,pd->p", queries[pair].astype("f4"), means, **_HIGHEST)
+            centred = similarities[pair] - _lookup(by_playback, c.playbacks[pair])
+            similarities[pair] = centred * c.inverse_lengths[pair]
         eligible = c.row_usable & usable & (c.row_source != source)
         return reduced(jnp.where(eligible, reduce(jnp.minimum, similarities), -jnp.inf))
 

@@ -119,7 +119,10 @@ class BankModel:
                 if sampling.ranking == "content":
                     if own == modality:
                         query = query - self._mean(own, batch.playback[own][i, view])
+                        query = query / np.linalg.norm(query)
                     vector = vector - self._mean(modality, row[f"{modality}_playback"])
+                    length = np.linalg.norm(vector)
+                    vector = vector / length if length > 1e-3 else 0 * vector
                 similarities.append(np.dot(query, vector))
             return min(similarities)
 

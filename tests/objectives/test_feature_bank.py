@@ -246,7 +246,9 @@ def test_frequencies_follow_the_softmax_of_the_similarities(sampling):
 def test_cold_sampling_is_the_ranking():
     scores = np.linspace(1, -1, 24)[np.random.default_rng(0).permutation(24)]
     bank, anchors = one_anchor(scores)
-    sampling = sampling_of(negative_candidates=24, negative_offset=0.3, temperature=1e-4)
+    sampling = sampling_of(
+        ranking="raw", negative_candidates=24, negative_offset=0.3, temperature=1e-4
+    )
     drawn = sampler(("video", "video"), sampling)(bank, jax.random.key(0), anchors)
     ranking = np.argsort(-scores)
     np.testing.assert_array_equal(drawn.positives.numbers.insertion[0, 0], ranking[:3])
@@ -296,6 +298,20 @@ def test_ranking_by_content_finds_equal_content_of_any_playback():
     assert found == {"raw": (4, 8), "content": (8, 4)}
 
 
+def test_rows_far_from_the_mean_are_not_near_to_every_anchor():
+    """Half of the rows lie five times as far from the mean, at 60 degrees to the others."""
+    near, far = np.eye(3)[0], 5 * np.array([0.5, 0.75**0.5, 0])
+    differences = np.repeat([near, -near, far, -far], 16, axis=0)
+    mean = np.array([0, 0, 1.0])
+    bank, anchors = bank_and_anchor(mean + differences, mean + near, playback=np.zeros(64, int))
+    sampling = sampling_of(
+        ranking="content", num_positives=8, positive_ranks=8, negative_candidates=64
+    )
+    drawn = sampler(("video", "video"), sampling)(bank, jax.random.key(0), anchors)
+    rows = np.asarray(drawn.positives.numbers.insertion)[0, 0]
+    assert (rows < 16).all()
+
+
 def test_too_few_eligible_rows_give_no_positives():
     """16 eligible rows of 64 suffice for 4 ranks, not for 5."""
     bank, anchors = one_anchor(np.linspace(0.5, 0.4, 64), present=np.arange(64) % 4 == 0)
@@ -335,6 +351,7 @@ def test_ranking_in_blocks_keeps_the_order_of_rows_where_similarities_tie(size, 
         queries=[jnp.asarray(queries, jnp.float32)],
         embeddings=[jnp.asarray(rows, jnp.float32)],
         means=[],
+        inverse_lengths=[],
         playbacks=[],
         anchor_source=jnp.arange(3),
         anchor_usable=jnp.array([True, True, False]),
