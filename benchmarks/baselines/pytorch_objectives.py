@@ -106,13 +106,13 @@ def agreement(embeddings: Tensor, playback: Tensor, bank: BankRows, contrast: Co
         contrast: settings.
 
     Returns:
-        [anchors, size], of embeddings minus the mean of their playback.
+        [anchors, size], cosines of embeddings minus the mean of their playback.
     """
     chosen = functional.one_hot(bank.playback, contrast.playbacks).T * bank.present[:, None]
     chosen = chosen.to(embeddings.dtype)
     means = (chosen @ bank.embeddings) / chosen.sum(-1, keepdim=True).clamp(min=1)
-    queries = embeddings - means[:, playback]
-    rows = bank.embeddings - means[:, bank.playback]
+    queries = functional.normalize(embeddings - means[:, playback], dim=-1)
+    rows = functional.normalize(bank.embeddings - means[:, bank.playback], dim=-1)
     return (queries @ rows.transpose(1, 2)).amin(0)
 
 
