@@ -43,7 +43,7 @@ from data_prep.foley.scene import RADIUS_PX, draw_scene
 
 CLASS = "scene"
 SPLITS = {"train": 4000, "probe": 600, "test": 400}
-PURITIES = (0.2, 0.35, 0.6, 1.0)
+PURITIES = (0.02, 0.2, 0.35, 0.6, 1.0)  # 0.02 is that of rows at random
 WEIGHTS = (0.02, 0.2, 0.5)
 
 _BANK = {"size": 1024, "health_labels": ("motion", "material", CLASS)}
