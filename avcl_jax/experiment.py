@@ -265,10 +265,10 @@ def preprocessings(
 
 
 def bank_sampling(config: ml_collections.ConfigDict) -> BankSampling:
-    """How bank rows are ranked and drawn.
+    """Settings of ranking and sampling the bank's rows.
 
     Raises:
-        UserError: if rows are to be ranked across modalities, and one alone is trained, or if no
+        UserError: if rows are to be ranked across modalities and only one is trained, or if no
             anchor could get positives.
     """
     section, space = config.bank, config.bank.space

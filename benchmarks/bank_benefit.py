@@ -1,4 +1,4 @@
-"""What the feature bank is worth: draws of today and positives of a known purity, beside no bank.
+"""Benefit of the feature bank: its draws and positives of known purity, compared with no bank.
 
     python -m benchmarks.bank_benefit --data data/scenes --workdir runs/bank_benefit
     python -m benchmarks.bank_benefit --data data/scenes --workdir runs/bank_benefit --only oracle
@@ -133,14 +133,11 @@ def config_of(
     c.bank.warmup_steps = steps // 3
     c.bank.positive_window = 1 / 64
     c.evaluation.train_split = "probe"
-    c.evaluation.probes = tuple(
-        (label, modality)
-        for label, modality in (
-            (CLASS, "video"),
-            (CLASS, "audio"),
-            ("motion", "video"),
-            ("material", "audio"),
-        )
+    c.evaluation.probes = (
+        (CLASS, "video"),
+        (CLASS, "audio"),
+        ("motion", "video"),
+        ("material", "audio"),
     )
     # 50 classes under seven costs and five folds would take longer than the training.
     c.evaluation.probe.costs = (1e-3, 1e-2, 1e-1)

@@ -137,8 +137,8 @@ def ablate(
         left variants to other machines that have not finished them.
 
     Raises:
-        UserError: if there is no variant "full", or a variant or a figure does not exist; if a
-            variant could not be trained or evaluated, before the first training.
+        UserError: before the first training, if there is no variant "full", if a variant or a
+            figure does not exist, or if a variant cannot be trained or evaluated.
     """
     workdir = absolute_path(workdir)
     section_ = config.ablation

@@ -35,9 +35,9 @@ Term = tuple[Modality, Modality]  # of the anchor, of its positives and negative
 # Similarities of anchors × bank rows are computed in tiles of at most this many float32 values
 # (32 MiB), so that a bank of a million rows fits beside the activations.
 _TILE_ELEMENTS = 2**23
-# Rows are summed by playback in blocks of this size where it divides the bank: masks of a million
-# rows at once would take 64 MiB per modality.
-_SUMMED_ROWS = 2**16
+# Sums by playback and lengths are computed in blocks of this many rows where it divides the bank:
+# masks of a million rows at once would take 64 MiB per modality, their products with means 32 MiB.
+_BLOCK_ROWS = 2**16
 # The nearest of few rows need not be similar: an anchor has positives only if at least this many
 # times `positive_ranks` rows are eligible, as estimated from the candidates.
 ELIGIBLE_PER_POSITIVE_RANK = 4
@@ -175,12 +175,16 @@ def playback_sums(
         )
         return jnp.concatenate([sums, chosen.sum(axis=1, keepdims=True, dtype="f4")], axis=1)
 
-    rows = (embeddings, playback, usable)
-    block = math.gcd(len(playback), _SUMMED_ROWS)
-    if block < _SUMMED_ROWS:
-        return of_block(rows)
+    return _by_block(of_block, (embeddings, playback, usable)).sum(axis=0)
+
+
+def _by_block(function: Callable[[Any], Array], rows: tuple[Array, ...]) -> Array:
+    """Applies `function` to blocks of rows: [blocks, ...]; the whole is one block if none fits."""
+    block = math.gcd(len(rows[0]), _BLOCK_ROWS)
+    if block < _BLOCK_ROWS:
+        return function(rows)[None]
     blocks = jax.tree.map(lambda values: values.reshape(-1, block, *values.shape[1:]), rows)
-    return jax.lax.map(of_block, blocks).sum(axis=0)
+    return jax.lax.map(function, blocks)
 
 
 def playback_means(sums: Array) -> Array:
@@ -203,12 +207,17 @@ def inverse_lengths(embeddings: Array, playback: Array, means: Array) -> Array:
         means: float32 [playbacks, dim].
     """
     # |r|² − 2 r·m + |m|²: the rows minus their means would take float32 [rows, dim].
-    squared = jnp.einsum("rd,rd->r", embeddings, embeddings, **_HIGHEST)
-    by_playback = jnp.einsum("pd,rd->pr", means, embeddings.astype("f4"), **_HIGHEST)
-    squared = squared - 2 * _lookup(by_playback, playback)
-    squared = squared + _lookup(jnp.square(means).sum(axis=1), playback)
-    # Below the rounding of the sum nothing is known of the direction.
-    return jnp.where(squared > 1e-6, jax.lax.rsqrt(jnp.maximum(squared, 1e-6)), 0.0)
+    squared_means = jnp.square(means).sum(axis=1)
+
+    def of_block(block: tuple[Array, Array]) -> Array:
+        rows, number = block
+        squared = jnp.einsum("rd,rd->r", rows, rows, **_HIGHEST)
+        by_playback = jnp.einsum("pd,rd->pr", means, rows.astype("f4"), **_HIGHEST)
+        squared = squared - 2 * _lookup(by_playback, number) + _lookup(squared_means, number)
+        # Below the rounding of the sum nothing is known of the direction.
+        return jnp.where(squared > 1e-6, jax.lax.rsqrt(jnp.maximum(squared, 1e-6)), 0.0)
+
+    return _by_block(of_block, (embeddings, playback)).ravel()
 
 
 class Comparison(NamedTuple):

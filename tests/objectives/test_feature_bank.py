@@ -372,7 +372,7 @@ def test_tiles_change_nothing(monkeypatch):
     bank, batch = filled(3, batches=5)
     whole = sampler(("video", "audio"), sampling_of("agreement"))(bank, jax.random.key(0), batch)
     monkeypatch.setattr(bank_sampling, "_TILE_ELEMENTS", 3 * SIZE)  # 8 anchors in 3 tiles
-    monkeypatch.setattr(bank_sampling, "_SUMMED_ROWS", 8)
+    monkeypatch.setattr(bank_sampling, "_BLOCK_ROWS", 8)
     tiled = sampler.__wrapped__(("video", "audio"), sampling_of("agreement"))(
         bank, jax.random.key(0), batch
     )
