@@ -36,8 +36,7 @@ from avcl_jax.paths import local_path
 from avcl_jax.training import loop
 from benchmarks.measure import run_command
 from configs import ablation
-from data_prep import arguments, prepare
-from data_prep.collections import folder_or_table
+from data_prep.demo import prepare_rendered
 from data_prep.foley import command as foley
 from data_prep.foley.scene import RADIUS_PX, draw_scene
 
@@ -106,15 +105,8 @@ def make_data(out: Path, *, seed: int = 0, workers: int = 2) -> Path:
             if split == "train" and number >= SPLITS["train"]:
                 row["split"] = "probe"
             lines.writerow(row)
-    parser = argparse.ArgumentParser()
-    folder_or_table.add_arguments(parser)
-    arguments.add_arguments(parser)
     records = out / "records"
-    options = [str(table), f"--out={records}", "--name=scenes", "--short-side=64"]
-    status = prepare.run(
-        parser.parse_args([*options, f"--workers={workers}"]), folder_or_table.read
-    )
-    if status:
+    if status := prepare_rendered(table, records, name="scenes", workers=workers):
         raise SystemExit(status)
     return records
 
@@ -253,7 +245,7 @@ def purity_table(workdir: Path, seeds: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments_: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bank_benefit", description=(__doc__ or "").partition("\n")[0]
@@ -263,7 +255,7 @@ def main(arguments_: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=750)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="*", default=[], help="beginnings of variants' names")
-    args = parser.parse_args(arguments_)
+    args = parser.parse_args(arguments)
     chosen = [name for name in VARIANTS if name.startswith(tuple(args.only or [""]))]
     records = make_data(args.data)
     config = config_of(records, steps=args.steps, seeds=args.seeds, variants=chosen)

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
 from avcl_jax.errors import UserError, one_line
 from avcl_jax.paths import local_path
@@ -48,13 +49,25 @@ def run(args: argparse.Namespace) -> int:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     media_seconds = time.monotonic() - begin
-    parser = argparse.ArgumentParser()
-    folder_or_table.add_arguments(parser)
-    arguments.add_arguments(parser)
-    options = [f"--out={records}", "--name=foley", "--short-side=64", f"--workers={args.workers}"]
-    status = prepare.run(parser.parse_args([str(manifest), *options]), folder_or_table.read)
+    status = prepare_rendered(manifest, records, name="foley", workers=args.workers)
     times = args.out / "seconds.json"
     if status == 0 and not times.exists():  # The first time made them; later ones only looked.
         seconds = {"media": media_seconds, "records": time.monotonic() - begin - media_seconds}
         times.write_text(json.dumps(seconds) + "\n")
     return status
+
+
+def prepare_rendered(table: Path, records: Path, *, name: str, workers: int) -> int:
+    """Prepares rendered videos with the settings of the demo; returns the exit status.
+
+    Args:
+        table: lists the media.
+        records: folder to write.
+        name: of the data set.
+        workers: processes.
+    """
+    parser = argparse.ArgumentParser()
+    folder_or_table.add_arguments(parser)
+    arguments.add_arguments(parser)
+    options = [f"--out={records}", f"--name={name}", "--short-side=64", f"--workers={workers}"]
+    return prepare.run(parser.parse_args([str(table), *options]), folder_or_table.read)
