@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -16,11 +17,15 @@ import numpy as np
 import pytest
 
 from avcl_jax import experiment
+from avcl_jax.data import rendering as data_rendering
+from avcl_jax.data.augment import SpectralSpec
 from avcl_jax.data.views import BACKWARD, FORWARD, Clip, frame_indices
 from avcl_jax.errors import UserError
 from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.bank_rows import BankRows, RowNumbers
+from avcl_jax.training import inputs
 from benchmarks import (
+    audio_settings,
     bank,
     bank_benefit,
     bank_ranking,
@@ -51,6 +56,7 @@ from benchmarks.measure import (
     write_json,
 )
 from configs import pretrain
+from tests.data.synthetic_records import make_record
 from tests.evaluation.labelled import write_encoders
 from tests.fingerprint import synthetic
 
@@ -353,6 +359,50 @@ def test_positives_of_an_oracle_have_the_given_purity() -> None:
     clash = negatives.numbers.source_id[..., None] == source[..., None, :]
     assert not (clash.any(-1) & negatives.mask).any()
     assert not draw(jax.random.key(0), active=False).positives.mask.any()
+
+
+def test_variants_of_level_change_what_they_say() -> None:
+    rng = np.random.default_rng(0)
+    spec = experiment.render_spec(pretrain.get_config("esc10"))
+    sound = (rng.integers(-900, 900, 80_000) + 100).astype(np.int16)
+    quiet = dataclasses.replace(make_record(0, seconds=5.0, has_video=False), waveform=sound)
+    loud = dataclasses.replace(quiet, waveform=(5 * quiet.waveform).astype(np.int16))
+
+    def spectrogram(record: Any, name: str) -> np.ndarray:
+        with audio_settings.rendered_as(audio_settings.VARIANTS[name]):
+            return data_rendering.render_audio(record, Clip(1.0, 1, BACKWARD), spec)[0]
+
+    usual = spectrogram(quiet, "full")
+    assert spectrogram(loud, "full").mean() - usual.mean() > 0.5
+    equal = spectrogram(quiet, "files_of_equal_power")
+    np.testing.assert_allclose(spectrogram(loud, "files_of_equal_power"), equal, atol=1e-3)
+    powers = np.exp(equal * spec.log_mel.std + spec.log_mel.mean)
+    raised = np.exp(usual * spec.log_mel.std + spec.log_mel.mean)
+    middle = slice(10, 30)  # bands that neither the constant nor the floor reaches
+    gain = (0.1 * 32768 / quiet.waveform.std()) ** 2
+    np.testing.assert_allclose(powers[:, middle], gain * raised[:, middle], rtol=0.05)
+    removed = spectrogram(quiet, "level_of_views_removed")
+    np.testing.assert_allclose(removed, usual - usual.mean(), atol=1e-5)
+    assert spectrogram(quiet, "mean_removed_floor_1e-8")[:, 0].mean() < usual[:, 0].mean()
+
+
+def test_random_gain_moves_whole_views_up_to_its_range() -> None:
+    strength = SpectralSpec(equalizer=0.0, equalizer_knots=5, mask_mels=0, noise=0.0)
+    with audio_settings.rendered_as(audio_settings.VARIANTS["gain_6_db"]):
+        moved = inputs.spectral(jax.random.key(0), jnp.zeros((500, 2, 3, 4)), strength)
+    by_view = np.asarray(moved).reshape(1000, 12)
+    assert (np.ptp(by_view, axis=1) == 0).all()
+    decibels = by_view[:, 0] * pretrain.demo().spectrogram.std * 10 / np.log(10)
+    assert (abs(decibels) <= 6).all()
+    assert decibels.std() == pytest.approx(12 / np.sqrt(12), rel=0.05)
+
+
+def test_the_other_view_is_found_where_it_alone_is_nearest() -> None:
+    first = np.array([[0.0], [10.0], [20.0], [30.0]])
+    second = np.array([[1.0], [9.0], [26.0], [25.0]])
+    # The third is nearer to the fourth's; the fourth is as near to both.
+    assert audio_settings.other_view(first, second) == 0.5
+    assert audio_settings.other_view(first[:3], np.zeros((3, 1))) == 0.0
 
 
 def test_growth_of_memory_is_that_of_the_call() -> None:

@@ -1,0 +1,289 @@
+"""Settings of the spectrogram and of level, compared on ESC-10 by inner validation.
+
+    python -m data_prep esc50 ../shared/data/esc10 --subset esc10 --name esc10 --out data/esc10
+    python -m benchmarks.audio_settings --records data/esc10 --noise data/foley/records \\
+        --workdir runs/audio_settings
+
+Fold 1 is never touched. Each of the folds 2 to 5 is tested by a run of `configs/pretrain.py:esc10`,
+of half its length, on the other three; the probe's labels are of the same three. Two controls: the
+speed and direction of stationary noise (records of the demo, `make demo`), which nothing can know,
+and how often the mean level of a view alone finds the other view of its file.
+Writes WORKDIR/audio_settings.md: differences to the preset, fold by fold, with intervals by
+Student's t. What is finished is not run again, so the command may be stopped and given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+
+from avcl_jax import experiment
+from avcl_jax.data import rendering
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.selection import Selection
+from avcl_jax.data.silence import is_silent
+from avcl_jax.data.spectrogram import gather_windows, log_mel
+from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.data.views import FORWARD
+from avcl_jax.evaluation.ablation import FULL, Figure, as_table, effects
+from avcl_jax.evaluation.embed import encode_all, feature_function
+from avcl_jax.evaluation.evaluate import evaluate
+from avcl_jax.evaluation.fixed_views import fixed_views
+from avcl_jax.evaluation.null_control import null_control, render_null_views
+from avcl_jax.evaluation.supervised import FitSpec
+from avcl_jax.export import load_run
+from avcl_jax.paths import local_path
+from avcl_jax.training import inputs, loop
+from benchmarks.measure import run_command
+from configs import evaluate as evaluate_config
+from configs import pretrain as pretrain_config
+
+FOLDS = (2, 3, 4, 5)
+_NATS_PER_DB = np.log(10) / 10
+
+# Waveform int16 and windows of it, to windows in [-1, 1].
+Scale = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+class Variant(NamedTuple):
+    """What is changed of the preset.
+
+    Attributes:
+        settings: of the config.
+        scale: of the windows of a clip.
+        level: whether the mean of a view's log-mel stays.
+        gain_db: largest random gain of a view in training.
+    """
+
+    settings: Mapping[str, Any] = {}
+    scale: Scale | None = None
+    level: bool = True
+    gain_db: float = 0.0
+
+
+def without_mean(waveform: np.ndarray, windows: np.ndarray) -> np.ndarray:
+    """Windows less the mean of the file."""
+    return (windows - waveform.mean(dtype=np.float64)).astype(np.float32) / 32768
+
+
+def of_equal_power(waveform: np.ndarray, windows: np.ndarray) -> np.ndarray:
+    """Windows less the mean of the file, as if its mean power were -20 dB of full scale."""
+    deviation = max(waveform.std(dtype=np.float64), 1.0)
+    return without_mean(waveform, windows) * np.float32(0.1 * 32768 / deviation)
+
+
+# The window has clip_seconds / frames: 15.6 ms in the preset.
+VARIANTS: Mapping[str, Variant] = {
+    FULL: Variant(),
+    "window_31_ms": Variant({"spectrogram.frames": 24}),
+    "window_31_ms_80_bands": Variant({"spectrogram.frames": 24, "spectrogram.mels": 80}),
+    "80_bands": Variant({"spectrogram.mels": 80}),
+    "clip_0.5_s": Variant({"views.clip_seconds": 0.5, "spectrogram.frames": 32}),
+    "clip_1.0_s": Variant({"views.clip_seconds": 1.0, "spectrogram.frames": 64}),
+    "gain_6_db": Variant(gain_db=6.0),
+    "gain_12_db": Variant(gain_db=12.0),
+    "level_of_views_removed": Variant(level=False),
+    "files_of_equal_power": Variant(scale=of_equal_power),
+    "mean_removed_floor_1e-8": Variant({"spectrogram.floor": 1e-8}, scale=without_mean),
+}
+FIGURES = (
+    Figure("class", ("probe", "class_from_audio", "pretrained"), ""),
+    Figure("speed", ("temporal", "speed_audio", "accuracy"), ""),
+    Figure("direction", ("temporal", "direction_audio", "accuracy"), ""),
+    Figure("order", ("temporal", "order_aa", "accuracy"), ""),
+    Figure("R@1 of the other view", ("controls", "other_view"), ""),
+    Figure("the same by level alone", ("controls", "other_view_by_level"), ""),
+    Figure("speed of noise", ("controls", "speed_audio"), ""),
+    Figure("direction of noise", ("controls", "direction_audio"), ""),
+)
+
+
+@contextlib.contextmanager
+def rendered_as(variant: Variant) -> Iterator[None]:
+    """What the config cannot say of a variant, while the context is open."""
+
+    def render_audio(record: Any, clip: Any, spec: rendering.RenderSpec) -> tuple[np.ndarray, bool]:
+        start = record.audio_start_seconds
+        windows = gather_windows(
+            record.waveform, clip, spec.log_mel, spec.views, audio_start_seconds=start
+        )
+        heard = not is_silent(windows)
+        scaled = variant.scale(record.waveform, windows) if variant.scale else windows
+        spectrogram = log_mel(scaled, spec.log_mel)
+        if not variant.level:
+            spectrogram = spectrogram - spectrogram.mean()
+        return spectrogram, heard
+
+    original = inputs.spectral
+
+    def spectral(key: jax.Array, spectrogram: jax.Array, spec: Any) -> jax.Array:
+        changed = original(key, spectrogram, spec)
+        gain = jax.random.uniform(jax.random.fold_in(key, 1), changed.shape[:2], minval=-1.0)
+        strength = variant.gain_db * _NATS_PER_DB / pretrain_config.demo().spectrogram.std
+        return changed + strength * gain[..., None, None]
+
+    with contextlib.ExitStack() as patches:
+        if variant.scale or not variant.level:
+            patches.enter_context(mock.patch.object(rendering, "render_audio", render_audio))
+        if variant.gain_db:
+            patches.enter_context(mock.patch.object(inputs, "spectral", spectral))
+        yield
+
+
+def configs_of(
+    variant: Variant, records: Path, fold: int, steps: int
+) -> tuple[ml_collections.ConfigDict, ml_collections.ConfigDict]:
+    """The configs of a run and of its evaluation; the fold's number is the seed, too."""
+    c = pretrain_config.get_config("esc10")
+    c.steps = c.checkpoint_every = steps
+    c.bank.warmup_steps = round(c.bank.warmup_steps * steps / 2000)
+    c.data.directory = str(records)
+    c.data.select = f"fold!=1;fold!={fold}"
+    c.seed = fold
+    c.update_from_flattened_dict(dict(variant.settings))
+    e = evaluate_config.get_config("esc10")
+    e.evaluation.train_select, e.evaluation.test_select = c.data.select, f"fold={fold}"
+    return c, e
+
+
+def other_view(first: np.ndarray, second: np.ndarray) -> float:
+    """R@1 of the other view: [files, channels] of each, by Euclidean distance; ties do not count.
+
+    Args:
+        first: of one view of each file.
+        second: of the other, in the same order.
+    """
+    distances = np.linalg.norm(first[:, None] - second[None], axis=-1)
+    own = np.diagonal(distances)
+    return float(np.mean((distances <= own[:, None]).sum(axis=1) == 1))
+
+
+def other_view_scores(workdir: Path, records: UsableRecords, spec: Any) -> dict[str, float]:
+    """R@1 of the last view of a file by its first, by the embedding and by the mean log-mel."""
+    config, variables, _ = load_run(epath.Path(workdir))
+    compute = feature_function(
+        experiment.audio_visual_model(config),
+        {"run": variables},
+        spec,
+        pixel_mean=config.pixels.mean,
+        pixel_std=config.pixels.std,
+    )
+    render = functools.partial(
+        fixed_views, records, spec=spec, speeds=(0,), views_per_speed=2, direction=FORWARD
+    )
+
+    def level(arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        return {"level": arrays["spectrogram"].mean(axis=(-2, -1))}
+
+    arrays = encode_all(render, len(records), compute, chunk=16, threads=1, describe_inputs=level)
+    embeddings = arrays["run/audio_embeddings"].reshape(len(records), 2, -1)
+    levels = arrays["level"][..., None]
+    return {
+        "other_view": other_view(embeddings[:, 0], embeddings[:, 1]),
+        "other_view_by_level": other_view(levels[:, 0], levels[:, 1]),
+    }
+
+
+def null_scores(config: ml_collections.ConfigDict, noise: Path, spec: Any) -> dict[str, float]:
+    """Accuracy of a network that is trained on speed and direction of noise, on other noise."""
+    combinations = 2 * len(config.views.speeds)
+    section = evaluate_config.get_config("demo").evaluation.null
+    views = {"null_train": section.train_views, "null_test": section.test_views}
+    rendered = [
+        render_null_views(
+            UsableRecords(RecordDataset(noise, split), spec),
+            spec,
+            views=number * combinations,
+            seed=config.seed + (split == "null_test"),
+            threads=1,
+        )
+        for split, number in views.items()
+    ]
+    found = null_control(
+        *rendered,
+        encoders={"audio": experiment.audio_encoder(config)},
+        prepare={"audio": jnp.asarray},
+        num_speeds=len(config.views.speeds),
+        spec=FitSpec(**section.fit),
+        seed=config.seed,
+    )
+    return {name: score.accuracy for name, score in found.scores.items()}
+
+
+def measure(
+    variant: Variant, workdir: Path, records: Path, noise: Path, *, fold: int, steps: int
+) -> dict[str, Any]:
+    """Trains and tests one variant on one fold, or finds that it is done.
+
+    Args:
+        variant: what is changed.
+        workdir: of this run.
+        records: prepared ESC-10.
+        noise: records of the demo.
+        fold: that is tested, of FOLDS.
+        steps: of training.
+    """
+    done = workdir / "controls.json"
+    config, evaluation = configs_of(variant, records, fold, steps)
+    if not done.exists():
+        spec = experiment.render_spec(config)
+        with rendered_as(variant):
+            if not loop.pretrain(config, epath.Path(workdir)):
+                raise SystemExit(0)
+            evaluate(evaluation, epath.Path(workdir))
+            selected = Selection.parse(evaluation.evaluation.test_select)
+            tested = UsableRecords(RecordDataset(records, config.data.split), spec, selected)
+            controls = other_view_scores(workdir, tested, spec) | null_scores(config, noise, spec)
+        done.write_text(json.dumps(controls))
+    results = json.loads((workdir / "results.json").read_text())
+    return results | {"controls": json.loads(done.read_text())}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.audio_settings", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--records", type=local_path, default="data/esc10")
+    parser.add_argument("--noise", type=local_path, default="data/foley/records")
+    parser.add_argument("--workdir", type=local_path, default="runs/audio_settings")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--folds", type=int, nargs="+", choices=FOLDS, default=FOLDS)
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    args = parser.parse_args(arguments)
+    for path in (args.records, args.noise):
+        if not (path / "dataset_info.json").exists():
+            parser.error(f"{path} does not exist: see the first lines of this module")
+    names = [name for name in VARIANTS if name in {FULL, *args.only}]
+    found = {
+        (name, fold): measure(
+            VARIANTS[name],
+            args.workdir / name / f"fold{fold}",
+            args.records,
+            args.noise,
+            fold=fold,
+            steps=args.steps,
+        )
+        for fold in args.folds
+        for name in names
+    }
+    table = as_table(effects(found, FIGURES, names, args.folds), names)
+    (args.workdir / "audio_settings.md").write_text(table + "\n")
+    print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
