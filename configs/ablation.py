@@ -79,20 +79,20 @@ VARIANTS: tuple[tuple[str, tuple[tuple[str, object], ...]], ...] = (
     ),
 )
 
-# (column, where it stands in the results.json of a run, term of the loss without which it says
-# nothing: the head of a task that was not trained is as it was initialised).
+# (column, path of the metric in the results.json of a run, term of the loss without which it is
+# not defined: the head of a task that was not trained is as it was initialised).
 FIGURES = (
-    ("motion, picture", "probe.motion_from_video.pretrained", ""),
-    ("material, sound", "probe.material_from_audio.pretrained", ""),
-    ("R@5 sound → picture", "retrieval.audio_to_video.r5", ""),
-    ("R@5 picture → sound", "retrieval.video_to_audio.r5", ""),
-    ("speed, picture", "temporal.speed_video.accuracy", "speed_video"),
-    ("speed, sound", "temporal.speed_audio.accuracy", "speed_audio"),
-    ("direction, picture", "temporal.direction_video.accuracy", "direction_video"),
-    ("direction, sound", "temporal.direction_audio.accuracy", "direction_audio"),
-    ("order, two pictures", "temporal.order_vv.accuracy", "order_vv"),
-    ("order, two sounds", "temporal.order_aa.accuracy", "order_aa"),
-    ("order, picture and sound", "temporal.order_va.accuracy", "order_va"),
+    ("motion, video", "probe.motion_from_video.pretrained", ""),
+    ("material, audio", "probe.material_from_audio.pretrained", ""),
+    ("R@5 audio → video", "retrieval.audio_to_video.r5", ""),
+    ("R@5 video → audio", "retrieval.video_to_audio.r5", ""),
+    ("speed, video", "temporal.speed_video.accuracy", "speed_video"),
+    ("speed, audio", "temporal.speed_audio.accuracy", "speed_audio"),
+    ("direction, video", "temporal.direction_video.accuracy", "direction_video"),
+    ("direction, audio", "temporal.direction_audio.accuracy", "direction_audio"),
+    ("order, vv", "temporal.order_vv.accuracy", "order_vv"),
+    ("order, aa", "temporal.order_aa.accuracy", "order_aa"),
+    ("order, va", "temporal.order_va.accuracy", "order_va"),
 )
 
 
