@@ -242,7 +242,7 @@ def audio_visual_model(config: ml_collections.ConfigDict) -> AudioVisualModel:
         embedding_dim=config.model.embedding_dim,
         projection_hidden=config.model.projection_hidden,
         temporal_hidden=config.model.temporal_hidden,
-        num_speeds=len(config.views.speeds),
+        speeds=tuple(config.views.speeds),
         dtype=jnp.dtype(config.model.dtype),
     )
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import ml_collections
 
+from avcl_jax.objectives.temporal import TASKS
 from configs import evaluate, pretrain
 
-_TERMS = {
-    "speed": ("speed_video", "speed_audio"),
-    "direction": ("direction_video", "direction_audio"),
-    "order": ("order_vv", "order_aa", "order_va"),
+# Kind of task → names of its tasks.
+_TASKS = {
+    kind: tuple(name for name, task in TASKS.items() if task.kind == kind)
+    for kind in dict.fromkeys(task.kind for task in TASKS.values())
 }
 
 
@@ -62,8 +63,8 @@ VARIANTS: tuple[tuple[str, tuple[tuple[str, object], ...]], ...] = (
     ("no_va", _without("va")),
     ("no_aa", _without("aa")),
     ("no_contrast", _without("vv", "va", "aa")),
-    *((f"no_{task}", _without(*_TERMS[task])) for task in _TERMS),
-    ("no_temporal", _without(*(term for terms in _TERMS.values() for term in terms))),
+    *((f"no_{kind}", _without(*tasks)) for kind, tasks in _TASKS.items()),
+    ("no_temporal", _without(*TASKS)),
     ("no_order_within", _without("order_vv", "order_aa")),
     ("no_order_across", _without("order_va")),
     ("no_bank", (("bank.size", 0), ("bank.health_labels", ()))),
@@ -86,13 +87,7 @@ FIGURES = (
     ("material, audio", "probe.material_from_audio.pretrained", ""),
     ("R@5 audio → video", "retrieval.audio_to_video.r5", ""),
     ("R@5 video → audio", "retrieval.video_to_audio.r5", ""),
-    ("speed, video", "temporal.speed_video.accuracy", "speed_video"),
-    ("speed, audio", "temporal.speed_audio.accuracy", "speed_audio"),
-    ("direction, video", "temporal.direction_video.accuracy", "direction_video"),
-    ("direction, audio", "temporal.direction_audio.accuracy", "direction_audio"),
-    ("order, vv", "temporal.order_vv.accuracy", "order_vv"),
-    ("order, aa", "temporal.order_aa.accuracy", "order_aa"),
-    ("order, va", "temporal.order_va.accuracy", "order_va"),
+    *((task.title, f"temporal.{name}.accuracy", name) for name, task in TASKS.items()),
 )
 
 

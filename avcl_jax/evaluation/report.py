@@ -20,7 +20,7 @@ from avcl_jax.evaluation.page import (
 )
 from avcl_jax.evaluation.protocol_run import figures_section
 from avcl_jax.evaluation.report_content import ReportContent
-from avcl_jax.evaluation.temporal import TASK_TITLES
+from avcl_jax.objectives.temporal import TASKS
 
 BLUE, GREEN, GREY = (figures.SERIES_COLOURS[index] for index in (0, 2, 7))
 # The null controls must not tell speed or direction further than this from chance.
@@ -91,7 +91,7 @@ def _headline(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     for task in ("speed_audio", "direction_video"):
         scores = results.get("temporal", {}).get(task)
         if scores:
-            what = f"{TASK_TITLES[task]} (chance {percent(scores['chance'])})"
+            what = f"{TASKS[task].title} (chance {percent(scores['chance'])})"
             entries.append((percent(scores["accuracy"]), what))
     return entries
 
@@ -159,11 +159,11 @@ def _temporal_section(content: ReportContent) -> str:
             bars["null control: stationary noise"] = null
             if abs(null - scores["chance"]) > NULL_TOLERANCE:
                 warnings.append(
-                    f'<p class="note">{text(TASK_TITLES[task])}: on noise, where nothing can be '
+                    f'<p class="note">{text(TASKS[task].title)}: on noise, where nothing can be '
                     f"known, a network reaches {percent(null, 1)} (chance "
                     f"{percent(scores['chance'])}). The rendering leaks the label.</p>"
                 )
-        label = TASK_TITLES[task].replace(", ", ",\n").replace(" and", "\nand")
+        label = TASKS[task].title.replace(", ", ",\n")
         groups[label] = bars
         chances[label] = scores["chance"]
     skipped = results.get("null_control", {}).get("skipped")
@@ -254,7 +254,7 @@ def _confusion_section(content: ReportContent) -> str:
         for probe, (confusion, classes) in content.probe_confusions.items()
     ]
     blocks += [
-        matrix(TASK_TITLES[task], scores["confusion"], content.task_classes[task])
+        matrix(TASKS[task].title, scores["confusion"], content.task_classes[task])
         for task, scores in content.results.get("temporal", {}).items()
     ]
     if not blocks:

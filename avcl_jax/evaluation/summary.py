@@ -28,10 +28,9 @@ from avcl_jax.evaluation.protocol import Measured
 from avcl_jax.evaluation.protocol_run import ProtocolRun
 from avcl_jax.evaluation.report import render_report
 from avcl_jax.evaluation.report_content import Map, Modality, ReportContent, Search
-from avcl_jax.evaluation.temporal import task_classes
 from avcl_jax.evaluation.training_curves import training_curves
 from avcl_jax.evaluation.written import Stages
-from avcl_jax.objectives.temporal import TERMS
+from avcl_jax.objectives.temporal import TASKS
 from avcl_jax.training.loop import bank_start
 from avcl_jax.training.metric_writer import peak_memory_gb
 
@@ -89,7 +88,7 @@ def write_summary(
                     name: (confusion.tolist(), _class_names(test, name))
                     for name, confusion in confusions.items()
                 },
-                task_classes={task: task_classes(task, config.views.speeds) for task in TERMS},
+                task_classes={task: TASKS[task].classes(config.views.speeds) for task in TASKS},
                 protocol=_protocol(config, results),
                 run=_run(config, workdir, results, test),
                 config=experiment.to_json(config),

@@ -1,38 +1,13 @@
-"""Temporal tasks: their names, accuracy against an exact chance level, and confusion."""
+"""Temporal tasks: accuracy against an exact chance level, and confusion."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.metrics import confusion_matrix
-
-TASK_TITLES = {
-    "speed_video": "speed, picture",
-    "speed_audio": "speed, sound",
-    "direction_video": "direction, picture",
-    "direction_audio": "direction, sound",
-    "order_vv": "order, two pictures",
-    "order_aa": "order, two sounds",
-    "order_va": "order, picture and sound",
-}
-
-
-def task_classes(task: str, speeds: Sequence[int]) -> list[str]:
-    """Returns the names of the classes of a task of `TASK_TITLES`.
-
-    Args:
-        task: name.
-        speeds: of playback, that the run trained.
-    """
-    return {
-        "speed": [f"{speed}×" for speed in speeds],
-        "direction": ["forward", "backward"],
-        "order": ["before", "overlapping", "after"],
-    }[task.split("_")[0]]
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,10 @@ from avcl_jax.evaluation.protocol import (
     ProtocolError,
 )
 from avcl_jax.evaluation.protocol_run import ProtocolRun
-from avcl_jax.evaluation.temporal import TASK_TITLES, TaskScore, score_task, task_classes
+from avcl_jax.evaluation.temporal import TaskScore, score_task
 from avcl_jax.evaluation.trained_on import check_not_trained_on
 from avcl_jax.evaluation.written import Stages
-from avcl_jax.objectives.temporal import TERMS, temporal_targets
+from avcl_jax.objectives.temporal import TASKS, temporal_targets
 from avcl_jax.paths import absolute_path
 
 PROTOCOL = Protocol(
@@ -95,7 +95,7 @@ def score_tasks(arrays: Mapping[str, np.ndarray], seed: int) -> dict[str, TaskSc
     Raises:
         UserError: if only some classes of a task ever occur.
     """
-    names = [name for name in TERMS if name in arrays]
+    names = [name for name in TASKS if name in arrays]
     rows = {name: value.reshape(-1, *value.shape[2:]) for name, value in arrays.items()}
     targets = temporal_targets({k: jnp.asarray(v) for k, v in rows.items() if k not in names})
     scores = {}
@@ -193,7 +193,7 @@ def task_outcomes(
         metrics[name] = Metric(
             "ratio",
             (f"correct_{name}", f"scored_{name}"),
-            TASK_TITLES[name],
+            TASKS[name].title,
             chance=score.chance,
             headline=True,
         )
@@ -204,7 +204,7 @@ def _measured(scores: Mapping[str, TaskScore], run: LoadedRun) -> Measured:
     records, trained = run.records, tuple(run.config.views.speeds)
     values, metrics = task_outcomes(scores, len(records))
     matrices = "".join(
-        matrix(TASK_TITLES[name], score.confusion.tolist(), task_classes(name, trained))
+        matrix(TASKS[name].title, score.confusion.tolist(), TASKS[name].classes(trained))
         for name, score in scores.items()
     )
     return Measured(

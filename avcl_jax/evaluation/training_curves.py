@@ -10,21 +10,16 @@ from typing import Any
 import numpy as np
 
 from avcl_jax.evaluation.report_content import Curves, Series
-from avcl_jax.evaluation.temporal import TASK_TITLES
+from avcl_jax.objectives.temporal import TASKS
 
 _TERMS = {
-    "vv": "picture–picture",
-    "aa": "sound–sound",
-    "va": "picture→sound",
-    "av": "sound→picture",
+    "vv": "video–video",
+    "aa": "audio–audio",
+    "va": "video→audio",
+    "av": "audio→video",
 }
-# Shorter than the titles elsewhere, to fit beside curves.
-_TASKS = TASK_TITLES | {
-    "order_vv": "order, pictures",
-    "order_aa": "order, sounds",
-    "order_va": "order, both",
-}
-_MODALITIES = {"video": "picture", "audio": "sound"}
+_TASKS = {name: task.title for name, task in TASKS.items()}
+_MODALITIES = {"video": "video", "audio": "audio"}
 
 # Charts in their order: pattern of a chart's key -> title, label of the axis.
 _CHARTS = {
@@ -69,7 +64,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]]) -> list[Curves]:
     series: dict[str, Series] = {}
     for key, curves in points.items():
         # Both directions between video and audio have one loss.
-        labels = _TERMS | {"va": "picture–sound"} if key == "term/loss" else _TERMS
+        labels = _TERMS | {"va": "video–audio"} if key == "term/loss" else _TERMS
         order = [name for name in (*_TERMS, *_TASKS, *_MODALITIES, "") if name in curves]
         names = labels | _TASKS | _MODALITIES
         names[""] = "by chance" if key.startswith("bank/base_rate/") else ""

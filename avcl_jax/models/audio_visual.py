@@ -1,18 +1,17 @@
-"""The model that is trained: two encoders, two projections, seven temporal heads."""
+"""The model that is trained: two encoders, two projections, a head per temporal task."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from avcl_jax.models.heads import PairwiseHead, ProjectionHead, UnitaryHead
-from avcl_jax.objectives.views import per_view
-
-NUM_DIRECTIONS = 2
-NUM_ORDERS = 3
+from avcl_jax.models.heads import ProjectionHead, TemporalHead
+from avcl_jax.objectives.temporal import TASKS
+from avcl_jax.objectives.views import Modality, per_view
 
 
 class AudioVisualModel(nn.Module):
@@ -25,7 +24,7 @@ class AudioVisualModel(nn.Module):
         embedding_dim: dimension of the embeddings.
         projection_hidden: hidden width of the projection heads.
         temporal_hidden: hidden width of the temporal heads.
-        num_speeds: number of playback speeds.
+        speeds: playback speeds.
         dtype: compute dtype of the heads.
     """
 
@@ -34,7 +33,7 @@ class AudioVisualModel(nn.Module):
     embedding_dim: int
     projection_hidden: int
     temporal_hidden: int
-    num_speeds: int
+    speeds: Sequence[int]
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -58,57 +57,45 @@ class AudioVisualModel(nn.Module):
 
         Returns:
             float32 arrays `video_features`, `audio_features` [videos, 2, channels],
-            `video_embeddings`, `audio_embeddings` [videos, 2, embedding_dim] of unit norm; logits
-            `speed_video`, `speed_audio` [videos, 2, speeds], `direction_video`, `direction_audio`
-            [videos, 2, 2], `order_vv`, `order_aa` [videos, 3], and `order_va` [videos, 2, 3]
-            for (v1, a2) and (v2, a1). Entries of an absent encoder are absent.
+            `video_embeddings`, `audio_embeddings` [videos, 2, embedding_dim] of unit norm, and
+            logits of every task of `objectives.temporal.TASKS` by its name, [videos, 2, classes],
+            or [videos, classes] within a modality. Entries of an absent encoder are absent.
         """
-        outputs: dict[str, Array] = {}
-        has_video, has_audio = per_view(has_video), per_view(has_audio)
-        if self.video_encoder is not None and video is not None:
-            outputs |= self._modality("video", self.video_encoder, video, has_video, train)
-        if self.audio_encoder is not None and spectrogram is not None:
-            outputs |= self._modality("audio", self.audio_encoder, spectrogram, has_audio, train)
-        v, a = outputs.get("video_features"), outputs.get("audio_features")
-        if v is not None:
-            head = self._pairwise("order_vv_head")
-            outputs["order_vv"] = head(v[:, 0], v[:, 1], train=train, mask=has_video.all(axis=1))
-        if a is not None:
-            head = self._pairwise("order_aa_head")
-            outputs["order_aa"] = head(a[:, 0], a[:, 1], train=train, mask=has_audio.all(axis=1))
-        if v is not None and a is not None:
-            head = self._pairwise("order_va_head")
-            # (v1, a2) and (v2, a1): the two intervals of one view coincide and carry no order.
-            first = v.reshape(-1, v.shape[-1])
-            second = a[:, ::-1].reshape(-1, a.shape[-1])
-            mask = (has_video & has_audio[:, ::-1]).reshape(-1)
-            logits = head(first, second, train=train, mask=mask)
-            outputs["order_va"] = logits.reshape(*v.shape[:2], NUM_ORDERS)
-        return outputs
-
-    def _pairwise(self, name: str) -> PairwiseHead:
-        return PairwiseHead(self.temporal_hidden, NUM_ORDERS, self.dtype, name=name)
-
-    def _modality(
-        self, name: str, encoder: nn.Module, views: Array, present: Array, train: bool
-    ) -> dict[str, Array]:
-        # [videos, 2, ...] is reshaped, never concatenated across shards.
-        mask = present.reshape(-1)
-        clips = views.reshape(-1, *views.shape[2:])
-        features = encoder(clips, train=train, mask=mask)["features"]
-        embeddings = ProjectionHead(
-            self.projection_hidden, self.embedding_dim, self.dtype, name=f"{name}_projection"
-        )(features, train=train, mask=mask)
-        speed = UnitaryHead(
-            self.temporal_hidden, self.num_speeds, self.dtype, name=f"speed_{name}_head"
-        )(features, train=train, mask=mask)
-        direction = UnitaryHead(
-            self.temporal_hidden, NUM_DIRECTIONS, self.dtype, name=f"direction_{name}_head"
-        )(features, train=train, mask=mask)
-        outputs = {
-            f"{name}_features": features,
-            f"{name}_embeddings": embeddings,
-            f"speed_{name}": speed,
-            f"direction_{name}": direction,
+        encoders: dict[Modality, tuple[nn.Module | None, Any, Array]] = {
+            "video": (self.video_encoder, video, per_view(has_video)),
+            "audio": (self.audio_encoder, spectrogram, per_view(has_audio)),
         }
-        return {key: value.reshape(*views.shape[:2], -1) for key, value in outputs.items()}
+        outputs: dict[str, Array] = {}
+        features: dict[Modality, Array] = {}
+        present: dict[Modality, Array] = {}
+        for modality, (encoder, views, mask) in encoders.items():
+            if encoder is None or views is None:
+                continue
+            # [videos, 2, ...] is reshaped, never concatenated across shards.
+            rows, flat = mask.reshape(-1), views.reshape(-1, *views.shape[2:])
+            encoded = encoder(flat, train=train, mask=rows)["features"]
+            projection = ProjectionHead(
+                self.projection_hidden,
+                self.embedding_dim,
+                self.dtype,
+                name=f"{modality}_projection",
+            )
+            embeddings = projection(encoded, train=train, mask=rows)
+            features[modality] = encoded.reshape(*views.shape[:2], -1)
+            present[modality] = mask
+            outputs[f"{modality}_features"] = features[modality]
+            outputs[f"{modality}_embeddings"] = embeddings.reshape(*views.shape[:2], -1)
+        for name, task in TASKS.items():
+            if not features.keys() >= set(task.reads):
+                continue
+            head = TemporalHead(
+                self.temporal_hidden,
+                len(task.classes(self.speeds)),
+                self.dtype,
+                name=f"{name}_head",
+            )
+            mask = task.present(present)
+            inputs = [x.reshape(-1, x.shape[-1]) for x in task.inputs(features)]
+            logits = head(*inputs, train=train, mask=mask.reshape(-1))
+            outputs[name] = logits.reshape(*mask.shape, -1)
+        return outputs

@@ -72,8 +72,8 @@ class ProjectionHead(nn.Module):
         return normalize(mlp(x, train=train, mask=mask))
 
 
-class UnitaryHead(nn.Module):
-    """Classifies one feature: playback speed, playback direction.
+class TemporalHead(nn.Module):
+    """Classifies one feature, or an ordered pair of features.
 
     Attributes:
         hidden: width of the hidden layer.
@@ -88,38 +88,10 @@ class UnitaryHead(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "batch channels"],
-        *,
+        *features: Float[Array, "batch _"],
         train: bool,
         mask: Bool[Array, " batch"] | None,
     ) -> Float[Array, "batch classes"]:
         """Returns float32 logits."""
         mlp = MultilayerPerceptron(self.hidden, self.classes, self.dtype, name="mlp")
-        return mlp(x, train=train, mask=mask)
-
-
-class PairwiseHead(nn.Module):
-    """Classifies an ordered pair of features: temporal order of two intervals.
-
-    Attributes:
-        hidden: width of the hidden layer.
-        classes: number of classes.
-        dtype: compute dtype.
-    """
-
-    hidden: int
-    classes: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self,
-        first: Float[Array, "batch channels1"],
-        second: Float[Array, "batch channels2"],
-        *,
-        train: bool,
-        mask: Bool[Array, " batch"] | None,
-    ) -> Float[Array, "batch classes"]:
-        """Returns float32 logits for the order of `first` and `second`."""
-        mlp = MultilayerPerceptron(self.hidden, self.classes, self.dtype, name="mlp")
-        return mlp(jnp.concatenate([first, second], axis=-1), train=train, mask=mask)
+        return mlp(jnp.concatenate(features, axis=-1), train=train, mask=mask)

@@ -1,28 +1,115 @@
 """Temporal self-supervision: speed, direction and order as masked classification.
 
-Speed and direction are read from one feature per view and modality; order from two features, either
-of one modality (vv, aa) or of both (va, the pairs (v1, a2) and (v2, a1)).
+`TASKS` defines every task once: heads of the model, masks, terms of the loss, metrics and titles
+follow from it. A new task is a `Task` there and a weight in the config, and a label in `data.views`
+if it needs a new draw.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from avcl_jax.objectives.views import per_view
+from avcl_jax.objectives.views import MODALITIES, Modality, per_view
 
-TERMS = (
-    "speed_video",
-    "speed_audio",
-    "direction_video",
-    "direction_audio",
-    "order_vv",
-    "order_aa",
-    "order_va",
-)
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Classification of one view, or of a pair of the two views of a video.
+
+    Pairs within a modality are (view 1, view 2), one per video. Pairs across modalities are
+    (v1, a2) and (v2, a1): the two intervals of one view coincide and have no order.
+
+    Attributes:
+        kind: "speed", "direction" or "order"; tasks of one kind are shown together.
+        reads: modalities of the features; one for single views, two for pairs.
+        classes: function from the trained speeds to the names of the classes.
+        defined: name of the batch's mask, bool [videos], of videos for which the task is defined.
+        labels: function from a batch to int labels, [videos, 2], or [videos] within a modality.
+    """
+
+    kind: str
+    reads: tuple[Modality, ...]
+    classes: Callable[[Sequence[int]], list[str]]
+    defined: str
+    labels: Callable[[Mapping[str, Array]], Array]
+
+    @property
+    def name(self) -> str:
+        """Name of the task's logits, term and metrics: "speed_video", "order_va"."""
+        initials = "".join(modality[0] for modality in self.reads)
+        return f"{self.kind}_{initials if len(self.reads) == 2 else self.reads[0]}"
+
+    @property
+    def title(self) -> str:
+        """Title for tables and charts."""
+        return f"{self.kind}, {'-'.join(self.reads)}"
+
+    @property
+    def within(self) -> bool:
+        """Whether the task reads both views of one modality."""
+        return len(self.reads) == 2 and self.reads[0] == self.reads[1]
+
+    def inputs(self, by_modality: Mapping[Modality, Array]) -> tuple[Array, ...]:
+        """Arrays [videos, 2, ...] of each modality, arranged so that item i of all is one example.
+
+        Returns:
+            One or two arrays [videos, 2, ...], or [videos, ...] within a modality.
+        """
+        first, *rest = (by_modality[modality] for modality in self.reads)
+        if not rest:
+            return (first,)
+        if self.within:
+            return first[:, 0], first[:, 1]
+        return first, rest[0][:, ::-1]
+
+    def present(self, by_modality: Mapping[Modality, Array]) -> Array:
+        """Mask of examples all of whose inputs exist, from masks [videos, 2] of each modality."""
+        first, *rest = self.inputs(by_modality)
+        return first & rest[0] if rest else first
+
+
+def _speeds(speeds: Sequence[int]) -> list[str]:
+    return [f"{speed}×" for speed in speeds]
+
+
+def _directions(_: Sequence[int]) -> list[str]:
+    return ["forward", "backward"]
+
+
+def _orders(_: Sequence[int]) -> list[str]:
+    return ["before", "overlapping", "after"]
+
+
+def _order(batch: Mapping[str, Array]) -> Array:
+    return batch["order"]
+
+
+def _order_across(batch: Mapping[str, Array]) -> Array:
+    """Labels of (v1, a2), the order itself, and of (v2, a1), the reverse."""
+    return jnp.stack([batch["order"], 2 - batch["order"]], axis=1)
+
+
+def _label(name: str) -> Callable[[Mapping[str, Array]], Array]:
+    return lambda batch: batch[name]
+
+
+TASKS: Mapping[str, Task] = {
+    task.name: task
+    for task in (
+        *(Task("speed", (m,), _speeds, "speed_mask", _label(f"{m}_speed")) for m in MODALITIES),
+        *(
+            Task("direction", (m,), _directions, "direction_mask", _label(f"{m}_direction"))
+            for m in MODALITIES
+        ),
+        *(Task("order", (m, m), _orders, "order_mask", _order) for m in MODALITIES),
+        Task("order", ("video", "audio"), _orders, "order_mask", _order_across),
+    )
+}
 
 
 def classification_loss(
@@ -57,7 +144,7 @@ def classification_loss(
 
 
 def temporal_targets(batch: Mapping[str, Array]) -> dict[str, tuple[Array, Array]]:
-    """Labels and masks of every temporal term, both [videos, 2] ([videos] for order_vv, order_aa).
+    """Labels and masks of every task, both [videos, 2], or [videos] within a modality.
 
     Args:
         batch: has_video, has_audio: bool [videos], or [videos, 2] of each view; video_moves,
@@ -66,52 +153,42 @@ def temporal_targets(batch: Mapping[str, Array]) -> dict[str, tuple[Array, Array
             order: int [videos], 0 before, 1 overlapping, 2 after, of view 1 relative to view 2.
 
     Returns:
-        Term name → (labels, mask). A term counts where its task is defined for the video and every
+        Name → (labels, mask). An example counts where its task is defined for the video and every
         modality that it reads exists; a video in which nothing moves has no speed, direction or
-        order. order_va contains (v1, a2), whose label is the order itself, and (v2, a1), whose
-        label is the reverse: 2 − order.
+        order.
     """
-    has_video = per_view(batch["has_video"]) & per_view(batch["video_moves"])
-    has_audio = per_view(batch["has_audio"])
-    order = batch["order"]
-    order_mask = batch["order_mask"]
-    return {
-        "speed_video": (batch["video_speed"], per_view(batch["speed_mask"]) & has_video),
-        "speed_audio": (batch["audio_speed"], per_view(batch["speed_mask"]) & has_audio),
-        "direction_video": (
-            batch["video_direction"],
-            per_view(batch["direction_mask"]) & has_video,
-        ),
-        "direction_audio": (
-            batch["audio_direction"],
-            per_view(batch["direction_mask"]) & has_audio,
-        ),
-        "order_vv": (order, order_mask & has_video.all(axis=1)),
-        "order_aa": (order, order_mask & has_audio.all(axis=1)),
-        "order_va": (
-            jnp.stack([order, 2 - order], axis=1),
-            per_view(order_mask) & has_video & has_audio[:, ::-1],
-        ),
+    present: dict[Modality, Array] = {
+        "video": per_view(batch["has_video"]) & per_view(batch["video_moves"]),
+        "audio": per_view(batch["has_audio"]),
     }
+    targets = {}
+    for name, task in TASKS.items():
+        mask = task.present(present)
+        defined = batch[task.defined]
+        targets[name] = (
+            task.labels(batch),
+            mask & (per_view(defined) if mask.ndim == 2 else defined),
+        )
+    return targets
 
 
 def temporal_losses(
     outputs: Mapping[str, Array], batch: Mapping[str, Array]
 ) -> dict[str, tuple[Array, dict[str, Array]]]:
-    """Loss and metrics of every temporal term for which there are logits.
+    """Loss and metrics of every task for which there are logits.
 
     Args:
-        outputs: What the model returns; read are the entries named in `TERMS`: logits
-            [videos, 2, classes], or [videos, 3] for order_vv and order_aa. A term that is left out
-            (a model of one modality) is not computed.
+        outputs: Outputs of the model; read are the entries named in `TASKS`: logits
+            [videos, 2, classes], or [videos, classes] within a modality. A missing task (of a model
+            of one modality) is not computed.
         batch: As `temporal_targets`.
 
     Returns:
-        Term name → (scalar loss, {"accuracy", "count"}), in the order of `TERMS`.
+        Name → (scalar loss, {"accuracy", "count"}), in the order of `TASKS`.
     """
     targets = temporal_targets(batch)
     return {
         name: classification_loss(outputs[name], *targets[name])
-        for name in TERMS
+        for name in TASKS
         if name in outputs
     }

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from avcl_jax.objectives.temporal import TASKS
+from avcl_jax.objectives.views import MODALITIES, Modality
 from avcl_jax.training.sharding import data_axes
 
 # (parameters, inputs) -> (outputs that the loss sees, updated statistics of normalisation).
@@ -99,7 +101,7 @@ def gradients(
 
 
 def merge_statistics(
-    old: Mapping[str, Any], updated: Mapping[str, Any], present: Mapping[str, Array]
+    old: Mapping[str, Any], updated: Mapping[str, Any], present: Mapping[Modality, Array]
 ) -> dict[str, Any]:
     """One update of the running statistics from those that the micro-batches lead to.
 
@@ -109,20 +111,19 @@ def merge_statistics(
     present in the whole batch keeps its old statistics.
 
     Args:
-        old: running statistics by module of the model, before the step.
+        old: running statistics by module of `AudioVisualModel`, before the step.
         updated: the same after it, [parts, ...].
         present: `video` and `audio`, bool [parts, rows, 2]: which views of each micro-batch there
             are.
     """
     merged = {}
     for name, values in updated.items():
-        if name == "order_va_head":
-            rows = present["video"] & present["audio"][..., ::-1]
-        else:
-            rows = present["video" if "video" in name or name == "order_vv_head" else "audio"]
-        if name in ("order_vv_head", "order_aa_head"):
-            rows = rows.all(axis=2, keepdims=True)
-        count = rows.sum(axis=(1, 2)).astype(jnp.float32)
+        if task := TASKS.get(name.removesuffix("_head")):
+            rows = jax.vmap(task.present)(present)
+        else:  # "video_encoder", "audio_projection"
+            (modality,) = (m for m in MODALITIES if name.startswith(f"{m}_"))
+            rows = present[modality]
+        count = rows.reshape(len(rows), -1).sum(axis=1).astype(jnp.float32)
         weight = count / jnp.maximum(count.sum(), 1.0)
 
         def average(new: Array, before: Array, weight: Array = weight) -> Array:

@@ -20,6 +20,7 @@ from avcl_jax.data.shared_memory import check_room
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.errors import UserError
 from avcl_jax.objectives import feature_bank
+from avcl_jax.objectives.temporal import TASKS
 from avcl_jax.paths import absolute_path
 from avcl_jax.training import sharding
 from avcl_jax.training.checkpoint import CheckpointError, Checkpoints, Progress, check_config
@@ -46,17 +47,16 @@ def loss_spec(config: ml_collections.ConfigDict) -> LossSpec:
 
 
 def _weights(config: ml_collections.ConfigDict) -> dict[str, float]:
-    trained = "va" if config.modalities == "audio_visual" else config.modalities[0]
+    trained = ("video", "audio") if config.modalities == "audio_visual" else (config.modalities,)
+    reads = {
+        term: {m for direction in both for m in direction}
+        for term, both in CONTRASTIVE_TERMS.items()
+    }
+    reads |= {name: set(task.reads) for name, task in TASKS.items()}
     return {
-        term: weight if set(_modalities_of(term)) <= set(trained) else 0.0
+        term: weight if reads.get(term, set()) <= set(trained) else 0.0
         for term, weight in config.loss.weights.items()
     }
-
-
-def _modalities_of(term: str) -> str:
-    """Initials of the modalities that a term reads: "vv", "order_va" or "speed_video"."""
-    kind = term.rpartition("_")[2]
-    return kind[0] if kind in ("video", "audio") else kind
 
 
 def bank_start(config: ml_collections.ConfigDict) -> int | None:

@@ -13,6 +13,8 @@ import jax
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from avcl_jax.objectives.temporal import TASKS
+
 # A fall of the spread by this fraction within this number of log periods is an alarm. Embeddings
 # that ran away together when a bank was switched on lost 18 % in one period of 50 steps and 27 % in
 # two; those of healthy runs lose 2 % at most after the warm-up of the learning rate.
@@ -21,12 +23,13 @@ _FALL, _COMPARED = 0.2, 2
 # Metrics of the progress line by group; metrics.jsonl has all.
 _SHOWN = {
     "": {"loss": "loss", "accuracy": "accuracy", "vv/loss": "vv", "va/loss": "va", "aa/loss": "aa"},
-    "speed ": {"speed_video/accuracy": "v", "speed_audio/accuracy": "a"},
-    "dir ": {"direction_video/accuracy": "v", "direction_audio/accuracy": "a"},
-    "order ": {
-        "order_vv/accuracy": "vv",
-        "order_aa/accuracy": "aa",
-        "order_va/accuracy": "va",
+    **{
+        f"{kind} ": {
+            f"{name}/accuracy": "".join(modality[0] for modality in task.reads)
+            for name, task in TASKS.items()
+            if task.kind == kind
+        }
+        for kind in dict.fromkeys(task.kind for task in TASKS.values())
     },
     "std ": {"health/video_embedding_std": "v", "health/audio_embedding_std": "a"},
 }

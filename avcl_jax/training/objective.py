@@ -15,8 +15,7 @@ from avcl_jax.errors import UserError
 from avcl_jax.objectives import bank_health, feature_bank
 from avcl_jax.objectives.bank_sampling import Term
 from avcl_jax.objectives.contrastive import contrastive_loss
-from avcl_jax.objectives.temporal import TERMS as TEMPORAL_TERMS
-from avcl_jax.objectives.temporal import temporal_losses
+from avcl_jax.objectives.temporal import TASKS, temporal_losses
 from avcl_jax.objectives.views import MODALITIES, Modality, Views, per_view
 from avcl_jax.training.metrics import Metrics, average
 from avcl_jax.training.state import TrainState
@@ -38,7 +37,7 @@ class LossSpec:
     readable videos of the batch, so that an example has the same weight in every batch.
 
     Attributes:
-        weights: weight of each term of `CONTRASTIVE_TERMS` and of the temporal terms if all its
+        weights: weight of each term of `CONTRASTIVE_TERMS` and of the temporal `TASKS` if all its
             examples count; a term of weight 0 is not computed.
         temperature: of the contrastive terms.
         positive_weight: weight of the bank positives, λ in `objectives.contrastive`.
@@ -56,7 +55,7 @@ class LossSpec:
 
     def __post_init__(self) -> None:
         """Refuses unknown terms, an objective without any, and numbers out of range."""
-        known = {*CONTRASTIVE_TERMS, *TEMPORAL_TERMS}
+        known = {*CONTRASTIVE_TERMS, *TASKS}
         if unknown := sorted(set(self.weights) - known):
             raise UserError(
                 f"unknown loss terms {', '.join(unknown)}: the terms are {', '.join(sorted(known))}"

@@ -18,7 +18,7 @@ from avcl_jax.data.augment import PhotometricSpec, SpectralSpec
 from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.errors import UserError
 from avcl_jax.objectives import bank_health, feature_bank
-from avcl_jax.objectives.temporal import TERMS as TEMPORAL_TERMS
+from avcl_jax.objectives.temporal import TASKS
 from avcl_jax.objectives.views import Views
 from avcl_jax.training import accumulate
 from avcl_jax.training.inputs import prepare_inputs
@@ -112,7 +112,7 @@ def make_train_step(
             key=augment_key,
         )
         # Outputs that no term reads would take memory for the whole batch.
-        used = loss_spec.active(TEMPORAL_TERMS)
+        used = loss_spec.active(TASKS)
 
         def forward(params: Any, inputs: Any) -> tuple[dict[str, Array], Any]:
             variables = {"params": params, "batch_stats": state.batch_stats}

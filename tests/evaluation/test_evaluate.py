@@ -16,7 +16,7 @@ from avcl_jax.evaluation.evaluated_run import open_run
 from avcl_jax.evaluation.linear_probe import run_linear_probe
 from avcl_jax.evaluation.protocol import OUTCOMES, ProtocolError, read_outcomes
 from avcl_jax.export import export_run, load_encoder
-from avcl_jax.objectives.temporal import TERMS
+from avcl_jax.objectives.temporal import TASKS
 from configs import evaluate as evaluate_config
 from configs import export, linear_probe
 from tests.evaluation.conftest import small_config, small_evaluation, untrained_run
@@ -138,7 +138,7 @@ def test_a_run_of_other_speeds_is_evaluated_by_the_general_preset(small_records,
     found = evaluate(general, workdir)
     assert found["config"]["evaluation"]["speeds"] == [2, 3]
     assert found["probe"] == {}
-    assert set(found["temporal"]) == set(TERMS)
+    assert set(found["temporal"]) == set(TASKS)
     assert found["data"].keys() == {"test"}
     page = (workdir / "report.html").read_text()
     assert "How training went" not in page

@@ -222,7 +222,7 @@ def test_charts_are_well_formed_and_take_the_inks_of_the_page(page):
 
 def test_a_leaking_null_control_is_called_out(page):
     assert page.count("The rendering leaks the label") == 1
-    assert "direction, sound: on noise" in page
+    assert "direction, audio: on noise" in page
     assert "57.0\u00a0%" in page
 
 

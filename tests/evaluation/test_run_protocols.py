@@ -15,7 +15,7 @@ from avcl_jax.evaluation.protocol import OUTCOMES, ProtocolError, read_outcomes
 from avcl_jax.evaluation.significance import STATISTICS
 from avcl_jax.evaluation.temporal_tasks import score_tasks, temporal_tasks
 from avcl_jax.export import ExportError, load_run
-from avcl_jax.objectives.temporal import TERMS
+from avcl_jax.objectives.temporal import TASKS
 from avcl_jax.training.checkpoint import Checkpoints, Progress
 from configs import cross_modal as cross_modal_config
 from configs import temporal as temporal_config
@@ -198,14 +198,14 @@ def test_temporal_tasks_by_one_command_repeat_and_have_confusion_matrices(
     second = temporal_tasks(config, tmp_path / "b")
     assert first["metrics"] == second["metrics"]
     assert first["details"] == second["details"]
-    assert set(first["metrics"]) == set(TERMS)
+    assert set(first["metrics"]) == set(TASKS)
     for name, figure in first["metrics"].items():
         confusion = np.array(first["details"]["confusion"][name])
         assert len(set(confusion.sum(axis=1))) == 1  # every class equally often
         assert figure["value"] == pytest.approx(np.trace(confusion) / confusion.sum())
         assert figure["chance"] == pytest.approx(1 / len(confusion))
         assert figure["low"] <= figure["value"] <= figure["high"]
-    assert "order, picture and sound" in (tmp_path / "a" / "report.html").read_text()
+    assert "order, video-audio" in (tmp_path / "a" / "report.html").read_text()
 
 
 def _task_arrays(rng, records=40, pairs=6):

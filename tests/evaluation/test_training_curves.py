@@ -41,26 +41,26 @@ def _rows(steps: int = 8) -> list[dict]:
 def test_each_metric_has_one_chart_and_absent_ones_none():
     charts = {chart.title: chart for chart in training_curves(_rows())}
     assert {title: list(chart.series) for title, chart in charts.items()} == {
-        "Contrastive loss": ["picture–picture", "sound–sound", "picture–sound"],
-        "Loss of the temporal tasks": ["speed, picture"],
-        "Partner ranked first in the batch": ["picture→sound", "sound→picture"],
-        "Temporal tasks on training views": ["speed, picture", "order, both"],
-        "Spread of the embeddings (0: collapse)": ["sound"],
-        "Similarity of negatives (dashed: in the bank)": ["picture→sound", "sound→picture"],
-        "Bank positives with the anchor's speed": ["picture→sound"],
-        "Bank negatives with the anchor's motion": ["picture→sound"],
-        "Rows of the anchor's video (dashed: older half)": ["sound"],
+        "Contrastive loss": ["video–video", "audio–audio", "video–audio"],
+        "Loss of the temporal tasks": ["speed, video"],
+        "Partner ranked first in the batch": ["video→audio", "audio→video"],
+        "Temporal tasks on training views": ["speed, video", "order, video-audio"],
+        "Spread of the embeddings (0: collapse)": ["audio"],
+        "Similarity of negatives (dashed: in the bank)": ["video→audio", "audio→video"],
+        "Bank positives with the anchor's speed": ["video→audio"],
+        "Bank negatives with the anchor's motion": ["video→audio"],
+        "Rows of the anchor's video (dashed: older half)": ["audio"],
         "Learning rate": [""],
-        "Mean norm": ["picture"],
-        "Bank age rows": ["picture→sound"],
+        "Mean norm": ["video"],
+        "Bank age rows": ["video→audio"],
     }
-    steps, values = charts["Contrastive loss"].series["sound–sound"]
+    steps, values = charts["Contrastive loss"].series["audio–audio"]
     np.testing.assert_array_equal(steps, [10, 20, 40, 50, 60, 70, 80])
     np.testing.assert_allclose(values, [1.9, 1.8, 1.6, 1.5, 1.4, 1.3, 1.2])
     assert [t for t, chart in charts.items() if chart.further] == ["Mean norm", "Bank age rows"]
     base = charts["Bank positives with the anchor's speed"].dashed["by chance"]
     np.testing.assert_array_equal(base, [[50, 60, 70, 80], [0.25] * 4])
-    in_bank = charts["Similarity of negatives (dashed: in the bank)"].dashed["picture→sound"]
+    in_bank = charts["Similarity of negatives (dashed: in the bank)"].dashed["video→audio"]
     np.testing.assert_array_equal(in_bank, [[50, 60, 70, 80], [0.5] * 4])
     assert training_curves([]) == []
 

@@ -18,7 +18,7 @@ from avcl_jax.models.video_encoders import VideoResNet
 
 SMALL_VIDEO = VideoResNet((8, 12), (1, 1), "r2plus1d_plain", "patch4", True)
 SMALL_AUDIO = AudioResNet((8, 12), (1, 1), "patch", (2, 4))
-MODEL = AudioVisualModel(SMALL_VIDEO, SMALL_AUDIO, 16, 20, 24, 4)
+MODEL = AudioVisualModel(SMALL_VIDEO, SMALL_AUDIO, 16, 20, 24, (1, 2, 4, 8))
 
 
 def test_middle_channels_follow_the_published_rule():

@@ -74,13 +74,13 @@ def expected(term, outputs, batch):
 
 
 @pytest.mark.parametrize("by_view", [False, True])
-@pytest.mark.parametrize("term", temporal.TERMS)
+@pytest.mark.parametrize("term", temporal.TASKS)
 def test_terms_against_loops(term, by_view):
     outputs, batch = example()
     if by_view:
         batch["has_audio"] = batch["has_audio"][:, None] & np.array([[1, 0], [1, 1]] * 3, bool)
     losses = temporal_losses(outputs, batch)
-    assert tuple(losses) == tuple(sorted(temporal.TERMS))
+    assert tuple(losses) == tuple(sorted(temporal.TASKS))
     loss, metrics = losses[term]
     entropy, accuracy, count = expected(term, outputs, batch)
     np.testing.assert_allclose(loss, entropy, rtol=1e-5)
@@ -91,7 +91,7 @@ def test_terms_against_loops(term, by_view):
 
 def test_every_term_gives_gradient_to_its_logits_only():
     outputs, batch = example()
-    for term in temporal.TERMS:
+    for term in temporal.TASKS:
         gradient = jax.jit(jax.grad(lambda o, term=term: temporal_losses(o, batch)[term][0]))(
             outputs
         )
@@ -108,13 +108,13 @@ def test_whatever_a_masked_entry_holds():
     for name in ("video_speed", "audio_speed"):
         batch[name][~batch["speed_mask"]] = -1
     losses = temporal_losses(outputs, batch)
-    for term in temporal.TERMS:
+    for term in temporal.TASKS:
         np.testing.assert_allclose(losses[term][0], clean[term][0], rtol=1e-6)
         assert losses[term][1]["accuracy"] == clean[term][1]["accuracy"]
     gradient = jax.jit(
         jax.grad(lambda o: sum(loss for loss, _ in temporal_losses(o, batch).values()))
     )(outputs)
-    for term in temporal.TERMS:
+    for term in temporal.TASKS:
         assert np.isfinite(gradient[term]).all()
 
 
@@ -125,7 +125,7 @@ def test_an_empty_term_is_zero_with_zero_gradient():
     gradient = jax.jit(
         jax.grad(lambda o: sum(loss for loss, _ in temporal_losses(o, batch).values()))
     )(outputs)
-    for term in temporal.TERMS:
+    for term in temporal.TASKS:
         loss, metrics = losses[term]
         empty = term not in ("direction_video", "order_vv")
         assert (metrics["count"] == 0) == empty

@@ -51,7 +51,7 @@ def frozen_model(config) -> AudioVisualModel:
     model = _MODEL(config)
     fields = ("video_encoder", "audio_encoder", "embedding_dim", "projection_hidden")
     return FrozenNorms(
-        **{name: getattr(model, name) for name in (*fields, "temporal_hidden", "num_speeds")}
+        **{name: getattr(model, name) for name in (*fields, "temporal_hidden", "speeds")}
     )
 
 

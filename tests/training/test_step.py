@@ -166,7 +166,7 @@ def outputs_and_batch(seed=0):
         values /= np.linalg.norm(values, axis=-1, keepdims=True)
         outputs[f"{modality}_embeddings"] = values.astype(np.float32)
     classes = {"speed": 4, "direction": 2, "order": 3}
-    for term in temporal.TERMS:
+    for term in temporal.TASKS:
         shape = (VIDEOS, *(2,) * (PER_VIDEO[term] - 1), classes[term.partition("_")[0]])
         outputs[term] = rng.normal(size=shape).astype(np.float32)
     readable = np.arange(VIDEOS) < VIDEOS - 2
@@ -253,7 +253,7 @@ def test_the_gradient_of_an_example_does_not_depend_on_others():
     outputs, batch = outputs_and_batch()
     alone = batch | {"has_audio": batch["has_audio"] & (np.arange(VIDEOS) < 1)[:, None]}
     found, expected = (gradient_of_the_step()(outputs, b) for b in (alone, batch))
-    for term in temporal.TERMS:
+    for term in temporal.TASKS:
         np.testing.assert_allclose(found[term][0], expected[term][0], rtol=1e-5, err_msg=term)
         assert np.abs(found[term][0]).max() > 1e-3
         assert found[term][1].any() == (term.rpartition("_")[2] in ("video", "vv"))
