@@ -56,7 +56,7 @@ def check_overrides(argv: Sequence[str], config: ml_collections.ConfigDict) -> N
 
     Args:
         argv: the command line.
-        config: with its overrides.
+        config: config with its overrides.
 
     Raises:
         UserError: naming a setting that is ignored.

@@ -35,8 +35,8 @@ def make_demo(directory: epath.PathLike, options: Sequence[str] = ()) -> None:
     """Makes and prepares demo media, unless they are there.
 
     Args:
-        directory: of the records; the media go beside it.
-        options: of `python -m data_prep demo`, beside --out.
+        directory: directory of the records; the media go next to it.
+        options: options of `python -m data_prep demo` besides --out.
 
     Raises:
         UserError: if the folder has another name than records, preparing fails, or many processes

@@ -2,8 +2,8 @@
 
 Everything that uses trained encoders names them by one path:
 
-- the workdir of a pretraining run, of which the newest checkpoint counts;
-- a directory that holds `video` or `audio` or both as `configs/export.py` and
+- the workdir of a pretraining run, for its newest checkpoint;
+- a directory that contains `video` or `audio` or both as `configs/export.py` and
   `configs/import_weights.py` write them, or the workdir above it;
 - the directory of one exported encoder.
 """
@@ -37,7 +37,7 @@ class EncoderSource:
     """Encoders, and what identifies them.
 
     Attributes:
-        path: where they came from.
+        path: path they were read from.
         encoders: modality -> encoder; a run of one modality has one.
         fingerprint: SHA-256 over names, shapes and values of the weights and over architecture and
             preprocessing: equal for a checkpoint and its export.
@@ -72,8 +72,8 @@ def open_encoders(path: epath.PathLike) -> EncoderSource:
         path: local or gs://.
 
     Raises:
-        ExportError: if it holds neither a run nor an exported encoder, or a damaged one.
-        CheckpointError: if it holds a run without a checkpoint.
+        ExportError: if it contains neither a run nor an exported encoder, or a damaged one.
+        CheckpointError: if it contains a run without a checkpoint.
     """
     directory = absolute_path(path)
     if not directory.is_dir():
@@ -91,7 +91,7 @@ def open_encoders(path: epath.PathLike) -> EncoderSource:
             return _source(directory, {m: load_encoder(parent / m) for m in found})
     names = sorted(path.name for path in directory.iterdir())
     raise ExportError(
-        f"{directory} holds {', '.join(names) or 'nothing'}, neither checkpoints nor "
+        f"{directory} contains {', '.join(names) or 'nothing'}, neither checkpoints nor "
         "exported encoders: pretrain there, or export to it"
     )
 
@@ -101,7 +101,7 @@ def random_like(source: EncoderSource, seed: int) -> EncoderSource:
 
     Args:
         source: whose architecture.
-        seed: of the draw.
+        seed: seed of the weights.
     """
     encoders = {}
     for number, (modality, encoder) in enumerate(source.encoders.items()):
@@ -114,7 +114,7 @@ def random_like(source: EncoderSource, seed: int) -> EncoderSource:
 
 
 def new_weights(encoder: Encoder, key: jax.Array) -> dict[str, Any]:
-    """Draws the weights of an encoder anew, as training would begin."""
+    """Draws new initial weights for an encoder."""
     example = jnp.zeros((1, *encoder.input_shape), jnp.float32)
     init = jax.jit(functools.partial(encoder.module.init, train=False))
     return jax.device_get(dict(init(key, example)))
@@ -180,7 +180,7 @@ def _source(directory: epath.Path, encoders: Mapping[str, Encoder]) -> EncoderSo
         _update(digest, encoder.params)
 
     def common(key: str) -> Any:
-        """What all say; imported weights, and exports of earlier versions, say nothing."""
+        """The value that all encoders agree on; None for imported weights and older exports."""
         said = {encoder.config["source"].get(key) for encoder in encoders.values()}
         return said.pop() if len(said) == 1 else None
 

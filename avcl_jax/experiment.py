@@ -220,7 +220,7 @@ def check_used(config: ml_collections.ConfigDict, settings: Iterable[str]) -> No
     """Checks that none of these settings, which were given explicitly, is ignored.
 
     Args:
-        config: with them.
+        config: config with these settings.
         settings: their names, such as "model.video.resnet.widths".
 
     Raises:
@@ -250,7 +250,7 @@ def audio_visual_model(config: ml_collections.ConfigDict) -> AudioVisualModel:
 def preprocessings(
     config: ml_collections.ConfigDict,
 ) -> dict[str, VideoPreprocessing | AudioPreprocessing]:
-    """What turns raw media into the inputs of the video and of the audio encoder."""
+    """Preprocessing of raw media for the video and the audio encoder."""
     spec = render_spec(config)
     return {
         "video": VideoPreprocessing(
@@ -327,7 +327,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: str, new: str) -> list[str]:
-    """What differs between two configs in JSON, one line a key: `key: old -> new`."""
+    """Differences between two configs in JSON, one line per key: `key: old -> new`."""
     before, after = flatten(json.loads(old)), flatten(json.loads(new))
     missing = "(absent)"
     return [
@@ -338,5 +338,5 @@ def differences(old: str, new: str) -> list[str]:
 
 
 def decisive_differences(old: str, new: str) -> list[str]:
-    """Those of `differences` that change what is computed, not only how it is executed."""
+    """Entries of `differences` that change results, not only how they are computed."""
     return [line for line in differences(old, new) if line.split(":")[0] not in EXECUTION_KEYS]

@@ -58,7 +58,7 @@ class Encoder:
         params: nested dict of arrays, `params` and, where it has any, `batch_stats`.
         preprocess: (frames, fps) or (waveform, sample_rate_hz) to a batch of clips.
         config: all of config.json: architecture, preprocessing, source run.
-        module: the Linen module, for those who go on training it.
+        module: the Linen module, for further training.
     """
 
     modality: Literal["video", "audio"]
@@ -71,7 +71,7 @@ class Encoder:
         """Encodes a batch of clips; pure, so it can be jitted, differentiated and vmapped.
 
         Args:
-            params: as `self.params`.
+            params: variables, such as `self.params`.
             batch: what `preprocess` returns: uint8 [B, T, H, W, 3] or float32 [B, frames, mels].
             pooled: average over time and space.
 
@@ -95,7 +95,7 @@ class Encoder:
 
         Args:
             media: uint8 [T, H, W, 3], or int16 or float [samples].
-            rate: pictures or samples per second.
+            rate: frames or samples per second.
             speed: see `preprocess`.
             pooled: see `apply`.
             batch_size: clips encoded at a time; the last batch is padded, so one shape is compiled.
@@ -151,11 +151,11 @@ def export_encoder(
     The directory is complete when config.json is there.
 
     Args:
-        directory: where to; made if needed, an older export in it is replaced.
-        encoder: of one of the classes of `avcl_jax.models.encoders`.
+        directory: output directory, made if needed; an older export in it is replaced.
+        encoder: encoder of a class of `avcl_jax.models.encoders`.
         params: nested dict with `params` and, where it has any, `batch_stats` of the encoder alone.
         preprocessing: what belongs to it.
-        source: where it comes from, JSON: config fingerprint, step, versions.
+        source: origin, JSON: config fingerprint, step, versions.
 
     Returns:
         The directory.
@@ -311,8 +311,8 @@ def load_encoder(path: epath.PathLike) -> Encoder:
     except FileNotFoundError as error:
         found = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
         raise ExportError(
-            f"{directory} is no exported encoder, it lacks {epath.Path(error.filename).name}; it "
-            f"holds {found}. Give the directory of one encoder, for instance export/video"
+            f"{directory} is not an exported encoder: it lacks {epath.Path(error.filename).name} "
+            f"and contains {found}. Give the directory of one encoder, for instance export/video"
         ) from error
     except json.JSONDecodeError as error:
         raise ExportError(f"{directory / _CONFIG} is damaged: {error}; export again") from error

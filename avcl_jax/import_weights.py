@@ -6,7 +6,7 @@
         --config.encoder=runs/demo/export/video --workdir=runs/demo
 
 The first writes WORKDIR/export/video (or audio), which `avcl_jax.export.load_encoder` reads; the
-second WORKDIR/torchvision.safetensors, which `load_state_dict` takes. What belongs to what is in
+second WORKDIR/torchvision.safetensors, which `load_state_dict` takes. The tables of names are in
 `avcl_jax.models.torch_names`; nothing is guessed, and nothing is left over in silence.
 """
 
@@ -60,7 +60,7 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
         Arrays by name, without the prefix of `nn.DataParallel`.
 
     Raises:
-        WeightsError: if the file is neither, or holds objects other than arrays and settings.
+        WeightsError: if the file is neither, or contains objects other than arrays and settings.
         FileNotFoundError: if there is none.
     """
     path = absolute_path(path)
@@ -68,7 +68,7 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
         try:
             state = safetensors.numpy.load(path.read_bytes())
         except safetensors.SafetensorError as error:
-            raise WeightsError(f"{path} is no safetensors file: {error}") from error
+            raise WeightsError(f"{path} is not a safetensors file: {error}") from error
     else:
         state = _read_with_torch(path)
     if all(name.startswith(_PARALLEL_PREFIX) for name in state):
@@ -85,7 +85,7 @@ def _read_with_torch(path: epath.Path) -> dict[str, np.ndarray]:
             "safetensors"
         ) from error
     try:
-        # Training code of the field keeps its arguments beside its weights.
+        # Training code often saves its arguments together with its weights.
         with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -96,12 +96,12 @@ def _read_with_torch(path: epath.Path) -> dict[str, np.ndarray]:
             loaded = loaded[key]
             break
     if not isinstance(loaded, Mapping) or not loaded:
-        raise WeightsError(f"{path} holds a {type(loaded).__name__}, not a state dict")
+        raise WeightsError(f"{path} contains a {type(loaded).__name__}, not a state dict")
     other = [name for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
     if other:
         raise WeightsError(
-            f"{path} holds no state dict, neither by itself nor under "
-            f"{' or '.join(_STATE_KEYS)}: {_some(other)} are no arrays"
+            f"{path} contains no state dict, neither at the top nor under "
+            f"{' or '.join(_STATE_KEYS)}: {_some(other)} are not arrays"
         )
     return {
         name: (value.float() if value.is_floating_point() else value).numpy()
@@ -124,7 +124,7 @@ def from_torch(
         Nested float32 `params` and `batch_stats`.
 
     Raises:
-        WeightsError: naming what is missing, left over, or of another shape.
+        WeightsError: naming arrays that are missing, left over, or of another shape.
     """
     names, encoder, arrays = _table(code_base, name, modality)
     given = dict(state)
@@ -165,7 +165,7 @@ def to_torch(
 
     Args:
         variables: nested `params` and `batch_stats` of the encoder alone.
-        code_base: in whose names, a key of `CODE_BASES`.
+        code_base: key of `CODE_BASES`, whose names are used.
         name: our name of the encoder.
         modality: "video" or "audio".
 
@@ -237,7 +237,7 @@ def export_weights(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
     """Writes the exported encoder `config.encoder` to WORKDIR/CODE_BASE.safetensors.
 
     Raises:
-        ExportError: if the directory holds no encoder.
+        ExportError: if the directory contains no encoder.
         WeightsError: if the code base has no such encoder.
     """
     _code_base(config.code_base)
@@ -245,7 +245,7 @@ def export_weights(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
     name = encoders.published_name(encoder.module)
     if name is None:
         raise WeightsError(
-            f"{config.encoder} holds a {type(encoder.module).__name__} that is no published "
+            f"{config.encoder} contains a {type(encoder.module).__name__} that is not a published "
             "network: only those have layers with names elsewhere (docs/encoders.md)"
         )
     state = to_torch(
@@ -289,7 +289,7 @@ def _shapes(encoder: nn.Module, modality: Modality) -> dict[str, tuple[int, ...]
 
 
 def _is_counter_of(key: str, theirs: Iterable[str]) -> bool:
-    """Whether `key` counts the batches of a normalisation that the table names."""
+    """True if `key` counts the batches of a normalisation that the table names."""
     owner = key.removesuffix(UNUSED_SUFFIX)
     return owner != key and f"{owner}.running_mean" in theirs
 

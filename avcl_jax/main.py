@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs the task of the config.
 
     Raises:
-        SystemExit: with code 1 after one line about a mistake that a person can mend.
+        SystemExit: with code 1 after one line about a user error.
     """
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {list(argv[1:])}: flags begin with --")

@@ -200,7 +200,7 @@ def test_stablehlo_computes_the_features_of_the_encoder(modality, request):
 
 
 def test_what_cannot_be_loaded_says_why(video, tmp_path):
-    with pytest.raises(ExportError, match=r"lacks config\.json.*holds \[\]"):
+    with pytest.raises(ExportError, match=r"lacks config\.json.*contains \[\]"):
         load_encoder(tmp_path)
 
     def damaged(change) -> None:

@@ -117,7 +117,7 @@ def test_safetensors_are_read_without_the_prefix_of_data_parallel(tmp_path):
     assert state.keys() == {"a.weight", "b"}
     np.testing.assert_array_equal(state["a.weight"], array)
     path.write_bytes(b"no tensors")
-    with pytest.raises(WeightsError, match=r"weights\.safetensors is no safetensors file"):
+    with pytest.raises(WeightsError, match=r"weights\.safetensors is not a safetensors file"):
         read_state_dict(path)
 
 
@@ -170,7 +170,7 @@ def test_only_published_networks_have_names_elsewhere(tmp_path):
     )
     config = export_config.get_config()
     config.encoder = str(tmp_path)
-    with pytest.raises(WeightsError, match="holds a VideoResNet that is no published network"):
+    with pytest.raises(WeightsError, match="contains a VideoResNet that is not a published"):
         export_weights(config, tmp_path)
 
 

@@ -100,7 +100,7 @@ class AudioResNet(nn.Module):
         Args:
             spectrogram: log-mel, about zero mean and unit scale.
             train: normalise by the statistics of the batch and update the running ones.
-            mask: rows whose sound is present; the others do not enter the statistics.
+            mask: rows with audio; the others do not enter the statistics.
 
         Returns:
             `features` float32 [batch, widths[-1]], the mean over frames and mels, and `map`

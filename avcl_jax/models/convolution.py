@@ -1,6 +1,6 @@
-"""Convolution as the platform at hand computes it fast; the same function everywhere.
+"""Convolution, lowered to the form that is fast on the platform; equal results everywhere.
 
-An accelerator gets the convolution as it is. XLA's CPU backend has no fast 3-D kernel, so there a
+An accelerator gets the convolution unchanged. XLA's CPU backend has no fast 3-D kernel, so there a
 kernel of one frame or of one pixel becomes a 2-D convolution; and its gradient
 of a kernel is several times slower than the same sum as matrix products. This is the one place
 that chooses; docs/performance.md has the figures.
@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 Lowering = Literal["auto", "direct", "folded"]
 
-# Measured: a matrix product over so many rows is faster in parts.
+# Measured: a matrix product over at least this many rows is faster in parts.
 _SPLIT_ROWS, _PARTS = 2**15, 8
 _FEW_CHANNELS = 4
 
@@ -97,7 +97,7 @@ def _kernel_gradient(
     margins = [(size - 1) // 2 for size in window]
     taps = list(np.ndindex(*window))
     if strides == (1,) * len(window) and features < channels:
-        # What is shifted is copied: rather the smaller one, the other way.
+        # A shift copies its array, so the smaller array is shifted, in the opposite direction.
         products = [_product(x, _shifted(dy, np.subtract(margins, tap))) for tap in taps]
         return jnp.stack(products).reshape(shape)
     padded = jnp.pad(x, [(0, 0), *((margin, margin) for margin in margins), (0, 0)])

@@ -18,7 +18,7 @@ from avcl_jax.models.convolution import Lowering, convolve
 Pool = Literal["mean", "max"]
 Remat = Literal["none", "norms", "blocks"]
 
-# By which rematerialisation finds what is dear to compute again.
+# Names of values that rematerialisation keeps, because they are expensive to compute.
 CONVOLVED = "convolved"
 
 _INITIALIZER = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
@@ -30,7 +30,7 @@ def recomputed(
     """A part of a network whose insides the backward pass computes again, to keep less of them.
 
     Args:
-        function: from a module, whose parameters keep their names, and its input to its output. It
+        function: maps a module, whose parameters keep their names, and its input to its output. It
             has to use the module that it is given: one from outside would update its statistics
             in both passes.
         remat: "none" keeps all that the gradient needs; "norms" keeps what convolutions return and
@@ -129,7 +129,7 @@ class BatchNorm(nn.Module):
         dtype: dtype of the output.
         zero_scale: initialise the scale with 0, so that a residual branch starts as identity.
         frozen: normalise by the running statistics in training too, and leave them as they are.
-            Scale and shift go on learning.
+            Scale and shift remain trainable.
     """
 
     momentum: float = 0.9
@@ -165,14 +165,14 @@ def prepare_video(
     channel_std: Sequence[float] | None,
     subtract_time_mean: bool,
 ) -> Float[Array, "batch time height width 3"]:
-    """What every video encoder may do to pixels before its first layer.
+    """Prepares pixels for the first layer of a video encoder.
 
     Args:
         video: pixels.
         channel_mean: subtracted from red, green and blue, then divided by `channel_std`; for
             weights from elsewhere, whose pixels arrive in [0, 1]. None leaves them.
         channel_std: see `channel_mean`; both or neither.
-        subtract_time_mean: subtract the clip's mean picture, so that what moves is what is seen.
+        subtract_time_mean: subtract the clip's mean frame, which leaves what moves.
 
     Raises:
         UserError: if only one of mean and standard deviation is given.
@@ -201,7 +201,7 @@ def patches(
 
     Args:
         x: any number of axes between batch and channels.
-        sizes: of a patch along each of these axes; they divide the array.
+        sizes: size of a patch along each of these axes; they divide the array.
 
     Returns:
         [batch, cells along each axis, product of sizes x channels].
@@ -228,11 +228,11 @@ def check_patch(
     Args:
         patch: size along each axis.
         shape: size of the input along each axis.
-        names: of the patch and of the input.
+        names: name of the patch and of the input.
         settings: setting of the input's size along each axis.
 
     Raises:
-        UserError: with the settings to change.
+        UserError: naming the settings to change.
     """
     misfits = {
         f"{setting} to a multiple of {size}": None

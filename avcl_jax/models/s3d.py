@@ -73,7 +73,7 @@ class SeparableConv(nn.Module):
     Attributes:
         features: output channels of both.
         size: k.
-        stride: in time and space.
+        stride: stride in time and space.
         shared: what `ConvNorm` takes besides: lowering, norm, dtype.
     """
 

@@ -1,4 +1,4 @@
-"""What PyTorch code calls the layers of our encoders: one table for each published code base.
+"""Names of our encoders' layers in PyTorch code: one table per published code base.
 
 A table is a list of rows (our module, their module, kind of layer). It covers every parameter and
 statistic of the encoder, so what a table does not name is left over, and refused by name.
@@ -178,12 +178,12 @@ def _blocks(depths: Any) -> Iterator[tuple[int, int, str]]:
 
 @dataclasses.dataclass(frozen=True)
 class CodeBase:
-    """How one published code base names the arrays of its checkpoints.
+    """Names of the arrays in the checkpoints of one published code base.
 
     Attributes:
-        tables: by our name of the encoder, what makes its rows.
-        prefixes: by modality, what stands before the names of its encoder.
-        unused: prefixes of what is no part of that encoder: classifiers, projections, and the
+        tables: our name of the encoder → function that makes its rows.
+        prefixes: modality → prefix of the names of its encoder.
+        unused: prefixes of arrays that the encoder does not have: classifiers, projections, and the
             encoder of the other modality.
         mels_first: its spectrograms are [mels, frames] instead of [frames, mels].
     """
@@ -240,7 +240,7 @@ class NamedArray:
     Attributes:
         ours: path in our variables, for instance "params/stem_norm/norm/scale".
         theirs: name in the state dict.
-        kind: of the layer.
+        kind: kind of the layer.
     """
 
     ours: str

@@ -68,7 +68,7 @@ class SpatioTemporalConv(nn.Module):
 
 
 class _Block(nn.Module):
-    """What the residual blocks share.
+    """Settings and convolutions that the residual blocks share.
 
     Attributes:
         features: channels of the block's convolutions.

@@ -58,12 +58,12 @@ class VideoResNet(nn.Module):
     Attributes:
         widths: channels of each stage; all but the first halve time and space.
         depths: residual blocks in each stage.
-        factorisation: of the convolutions, see `SpatioTemporalConv`; "mc3" is "r3d" in the first
-            stage and "spatial" in the others, which then keep time as it is.
+        factorisation: form of the convolutions, see `SpatioTemporalConv`; "mc3" is "r3d" in the
+            first stage and "spatial" in the others, which do not change the number of frames.
         stem: "r2plus1d" (1x7x7 stride 2, then 3x1x1), "r3d" (3x7x7 stride 2), "r3d_pool" (the same
             and a 1x3x3 max-pool of stride 2), or "patch4" (each 4x4 patch of each frame through one
             dense layer; many times cheaper on a CPU).
-        subtract_time_mean: subtract the clip's mean picture, so that what moves is what is seen.
+        subtract_time_mean: subtract the clip's mean frame, which leaves what moves.
         block: "basic", "bottleneck" (four times the channels come out), "norm_after_sum" (AVID).
         pool: "mean" or "max" over time and space.
         norm_momentum: weight of the old running statistics (PyTorch's momentum is 1 minus it).
@@ -105,7 +105,7 @@ class VideoResNet(nn.Module):
         Args:
             video: pixels, about zero mean and unit scale; in [0, 1] with `channel_mean`.
             train: normalise by the statistics of the batch and update the running ones.
-            mask: rows whose picture is present; the others do not enter the statistics.
+            mask: rows with video; the others do not enter the statistics.
 
         Returns:
             `features` float32 [batch, channels], pooled over time and space, and `map`
@@ -170,8 +170,8 @@ class VideoResNet(nn.Module):
             x = patches(x, (1, 4, 4))
             x = nn.Dense(width, use_bias=False, dtype=self.dtype, name="stem_patch")(x)
             if self.subtract_time_mean:
-                # As good as of the pixels, because the layer is linear and sees single pictures.
-                # There, XLA would compute the augmentation once more for the mean.
+                # Equals the mean of the pixels, as the layer is linear and sees single frames.
+                # On pixels, XLA would compute the augmentation once more for the mean.
                 x = x - x.mean(axis=1, keepdims=True)
         elif self.stem == "r2plus1d":
             middle = STEM_MIDDLE_CHANNELS

@@ -11,7 +11,7 @@ from avcl_jax.objectives.bank_rows import BankSample
 from avcl_jax.objectives.feature_bank import FeatureBank, age
 from avcl_jax.objectives.views import Modality, Views
 
-# Kinds of agreement that every bank has, beside its labels.
+# Kinds of agreement that every bank has, besides its labels.
 PLAYBACK_KINDS = ("speed", "direction")
 # Videos of a batch whose rows in the bank measure the drift.
 _DRIFT_VIDEOS = 8

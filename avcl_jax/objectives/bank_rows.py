@@ -126,7 +126,7 @@ class DrawnRows(NamedTuple):
     Attributes:
         embeddings: [videos, 2, rows, dim] of the target modality.
         mask: bool [videos, 2, rows].
-        numbers: of [videos, 2, rows].
+        numbers: numbers of the rows, [videos, 2, rows].
     """
 
     embeddings: Float[Array, "videos 2 rows dim"]

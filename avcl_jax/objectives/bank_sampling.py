@@ -8,7 +8,7 @@ one device; `bank_exchange` connects anchors and rows of several devices.
 
 Embeddings of equal playback (speed and direction) are alike whatever they show. Ranking by content
 subtracts from each row the mean of the bank's rows of its playback and, where anchor and row have
-the same modality, from the anchor the mean of its own. What is left is compared by its cosine: by
+the same modality, from the anchor the mean of its own. The differences are compared by cosine: by
 its dot product the rows furthest from the mean would be near to every anchor, and their pull, to
 which no gradient of targets answers, would drive video and audio embeddings apart.
 """
@@ -33,7 +33,7 @@ from avcl_jax.objectives.views import Modality
 Term = tuple[Modality, Modality]  # of the anchor, of its positives and negatives
 
 # Similarities of anchors × bank rows are computed in tiles of at most this many float32 values
-# (32 MiB), so that a bank of a million rows fits beside the activations.
+# (32 MiB), so that a bank of a million rows fits in memory with the activations.
 _TILE_ELEMENTS = 2**23
 # Sums by playback and lengths are computed in blocks of this many rows where it divides the bank:
 # masks of a million rows at once would take 64 MiB per modality, their products with means 32 MiB.
@@ -41,7 +41,7 @@ _BLOCK_ROWS = 2**16
 # The nearest of few rows need not be similar: an anchor has positives only if at least this many
 # times `positive_ranks` rows are eligible, as estimated from the candidates.
 ELIGIBLE_PER_POSITIVE_RANK = 4
-# HIGHEST is free for a bfloat16 bank; a float32 bank is ranked as what it holds.
+# HIGHEST is free for a bfloat16 bank; a float32 bank is ranked in float32.
 _HIGHEST: Any = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": "f4"}
 # Keys the choice of candidates in place of an anchor's number; no anchor has it.
 _NO_ANCHOR = 2**32 - 1
@@ -107,7 +107,8 @@ class BankSampling:
                 )
         if self.negative_candidates < 1:
             raise UserError(
-                "negative_candidates is 0; use at least 1, they tell how many rows are eligible."
+                "negative_candidates is 0; use at least 1, from which the number of eligible "
+                "rows is estimated."
             )
         if "gumbel" in distributions.values() and not self.temperature > 0:
             raise UserError(f"temperature is {self.temperature}; Gumbel sampling needs > 0.")

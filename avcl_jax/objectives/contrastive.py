@@ -64,7 +64,7 @@ def _dot(subscripts: str, a: Array, b: Array) -> Array:
 
 
 def _present(values: Array, mask: Array) -> Array:
-    """Casts to at least float32 and zeroes what is missing: its gradient is then 0, never NaN."""
+    """Casts to at least float32 and zeroes missing rows: their gradient is then 0, never NaN."""
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     mask = mask.reshape(mask.shape + (1,) * (values.ndim - mask.ndim))
     return jnp.where(mask, values, jnp.zeros((), values.dtype))
@@ -220,7 +220,7 @@ def per_anchor_loss(
 ) -> tuple[Float[Array, "videos 2"], Bool[Array, "videos 2"]]:
     """Loss l(z) of every anchor; `contrastive_loss` is its mean.
 
-    Args: as `contrastive_loss`.
+    Args are those of `contrastive_loss`.
 
     Returns:
         The losses [videos, 2], 0 where the anchor does not count, and the mask of those that do.

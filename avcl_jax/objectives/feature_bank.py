@@ -98,7 +98,7 @@ def check_size(size: int, *, global_batch_size: int, shards: int) -> None:
 
 
 def create(size: int, dim: int, dtype: Any, *, labels: int) -> FeatureBank:
-    """An empty bank of `size` rows of `dim` numbers of `dtype` (bfloat16 halves what is moved)."""
+    """An empty bank of `size` rows of `dim` numbers of `dtype` (bfloat16 halves the traffic)."""
     return FeatureBank(empty_rows(size, dim, dtype, labels=labels), jnp.zeros((), jnp.int32))
 
 

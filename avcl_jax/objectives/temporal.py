@@ -51,7 +51,7 @@ class Task:
 
     @property
     def within(self) -> bool:
-        """Whether the task reads both views of one modality."""
+        """True if the task reads both views of one modality."""
         return len(self.reads) == 2 and self.reads[0] == self.reads[1]
 
     def inputs(self, by_modality: Mapping[Modality, Array]) -> tuple[Array, ...]:
@@ -130,8 +130,8 @@ def classification_loss(
         `count`, how many entries count.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    # A masked entry comes from a modality that is missing: whatever it holds, even NaN, must
-    # neither reach the loss nor its gradient.
+    # A masked entry comes from a missing modality: its value, even NaN, must reach neither
+    # the loss nor its gradient.
     logits = jnp.where(mask[..., None], logits, jnp.zeros((), logits.dtype))
     labels = jnp.where(mask, labels, jnp.zeros((), labels.dtype))
     log_probabilities = jax.nn.log_softmax(logits)

@@ -16,9 +16,9 @@ class Views(NamedTuple):
     """Two views of each video of a global batch, or of one device's part of it.
 
     Attributes:
-        embeddings: by modality, [videos, 2, dim], any float dtype.
-        present: by modality, bool [videos, 2].
-        playback: by modality, int [videos, 2], number of the view's speed and direction.
+        embeddings: modality → [videos, 2, dim], any float dtype.
+        present: modality → bool [videos, 2].
+        playback: modality → int [videos, 2], number of the view's speed and direction.
         label: int [videos, labels], −1 unknown; for health metrics only.
         source_id: int [videos], equal for records cut from one file.
         record_index: int [videos], number of the video, independent of the number of devices.

@@ -71,7 +71,7 @@ def gradients(
         mesh: devices that the batch is split over.
 
     Returns:
-        Gradient by the parameters, what `objective` returned beside the loss, and the updated
+        Gradient by the parameters, the second value that `objective` returned, and the updated
         statistics that each micro-batch leads to from the same old ones, [parts, ...].
     """
     if parts == 1:

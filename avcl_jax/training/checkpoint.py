@@ -20,17 +20,17 @@ from avcl_jax.training.state import TrainState
 
 
 class CheckpointError(UserError):
-    """A working directory that cannot be continued."""
+    """A workdir from which no run can resume."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a checkpoint says besides the state.
+    """Progress of a run, saved with the state.
 
     Attributes:
         step: steps taken; the next batch is the one of this number, which is the data's position.
         train_seconds: time spent in training so far, over all starts.
-        data_fingerprint: of the records; a position means nothing in other data.
+        data_fingerprint: fingerprint of the records; a position means nothing in other data.
         devices: number of devices over which the bank's rows were laid out.
     """
 
@@ -41,21 +41,21 @@ class Progress:
 
 
 def check_config(workdir: epath.Path, config_json: str, differing: Iterable[str]) -> None:
-    """Writes the config beside the run, or refuses to continue a run of another config.
+    """Writes the config into the workdir, or refuses to resume a run of another config.
 
     Args:
-        workdir: of the run.
+        workdir: workdir of the run.
         config_json: config of this start.
-        differing: what differs from the config already there, one line a key, as
-            `experiment.decisive_differences` returns it.
+        differing: differences to the config already there, one line per key, from
+            `experiment.decisive_differences`.
 
     Raises:
-        CheckpointError: naming what differs.
+        CheckpointError: naming the differences.
     """
     path = workdir / "config.json"
     if lines := list(differing):
         raise CheckpointError(
-            f"{workdir} holds a run of another config; choose another --workdir, or undo: "
+            f"{workdir} contains a run of another config: choose another --workdir, or undo "
             + "; ".join(lines)
         )
     if jax.process_index() == 0:
@@ -99,7 +99,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def restore_progress(self, step: int) -> Progress:
-        """Reads what a checkpoint says besides the state."""
+        """Progress in the checkpoint of `step`."""
         restored = self._manager.restore(
             step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
         )
@@ -123,7 +123,7 @@ class Checkpoints:
         return restored["state"]
 
     def reached_preemption(self, step: int) -> bool:
-        """Whether the cluster has announced that this job will be stopped."""
+        """True if the cluster has announced that it will stop this job."""
         return self._manager.reached_preemption(step)
 
     def close(self) -> None:
@@ -137,7 +137,7 @@ def load_variables(workdir: epath.PathLike) -> tuple[dict[str, Any], int]:
     The averages of both are taken where they were kept.
 
     Args:
-        workdir: of a run.
+        workdir: workdir of a run.
 
     Returns:
         ({"params", "batch_stats"}, step).
@@ -151,7 +151,7 @@ def load_variables(workdir: epath.PathLike) -> tuple[dict[str, Any], int]:
 
 
 def read_progress(workdir: epath.PathLike, step: int) -> Progress:
-    """What the checkpoint of `step` says besides the state."""
+    """Progress in the checkpoint of `step`."""
     path = absolute_path(workdir) / "checkpoints" / str(step) / "progress"
     return Progress(**ocp.JsonCheckpointHandler().restore(path))
 

@@ -32,11 +32,11 @@ def prepare_inputs(
     """Computes spectrograms where they are the device's task, augments, standardises frames.
 
     Args:
-        batch: as `data.pipeline` delivers it.
+        batch: batch of `data.pipeline`.
         spec: rendering.
         pixel_mean: mean of pixels in [0, 1].
         pixel_std: standard deviation of pixels in [0, 1].
-        augmentation: of frames and of spectrograms; None for evaluation.
+        augmentation: settings for frames and for spectrograms; None for evaluation.
         key: JAX random key of the augmentation; may be None without it.
 
     Returns:

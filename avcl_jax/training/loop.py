@@ -77,7 +77,7 @@ def build(
     """Builds mesh, initialisation and train step of a config; reads no data.
 
     Args:
-        config: as `configs/pretrain.py` returns it.
+        config: config of `configs/pretrain.py`.
         devices: all available ones by default; others to compile for other machines.
 
     Returns:
@@ -155,7 +155,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
     """Trains from the newest checkpoint of `workdir`, or from the beginning, to `config.steps`.
 
     Args:
-        config: as `configs/pretrain.py` returns it.
+        config: config of `configs/pretrain.py`.
         workdir: local or `gs://`.
 
     Returns:
@@ -280,7 +280,7 @@ def _announce(
     mesh: Any,
     first: int,
 ) -> None:
-    """Says what is about to run, and writes the table of parameters beside the run."""
+    """Prints a summary of the run, and writes the table of parameters into the workdir."""
     if jax.process_index() == 0:
         table = parameter_overview.get_parameter_overview(
             state.params, include_stats=False, max_lines=None

@@ -39,7 +39,7 @@ class LossSpec:
     Attributes:
         weights: weight of each term of `CONTRASTIVE_TERMS` and of the temporal `TASKS` if all its
             examples count; a term of weight 0 is not computed.
-        temperature: of the contrastive terms.
+        temperature: temperature of the contrastive terms.
         positive_weight: weight of the bank positives, λ in `objectives.contrastive`.
         bank: settings of sampling from the bank; None for in-batch terms only.
         bank_warmup_steps: steps in which the bank is filled but not used.
@@ -68,7 +68,7 @@ class LossSpec:
             raise UserError(f"loss.temperature {self.temperature} must be positive")
 
     def active(self, terms: Iterable[str]) -> list[str]:
-        """Those of `terms` that have a weight."""
+        """Terms among `terms` with a weight."""
         return [term for term in terms if self.weights.get(term, 0.0) != 0.0]
 
     @property
@@ -102,7 +102,7 @@ def _views(
 
     Args:
         outputs: outputs of the model.
-        batch: as `data.pipeline` delivers it.
+        batch: batch of `data.pipeline`.
         label_names: names of the labels to add; without any, one column of unknown ones.
     """
     some = next(value for name, value in outputs.items() if name.endswith("_embeddings"))
@@ -191,7 +191,7 @@ def total_loss(
 
     Args:
         outputs: outputs of the model for the whole batch.
-        batch: as `data.pipeline` delivers it.
+        batch: batch of `data.pipeline`.
         state: state before the step, for its `bank` and `step`.
         loss_spec: weights and settings.
         key: JAX random key of the draws from the bank.

@@ -35,7 +35,7 @@ def warmup_multistep(
         learning_rate: after the warm-up.
         warmup_steps: may be 0.
         milestones: steps, increasing, none within the warm-up.
-        factor: of every fall.
+        factor: factor at each milestone.
 
     Raises:
         UserError: if milestones do not increase, or begin in the warm-up.
@@ -71,9 +71,9 @@ def create_optimizer(
     """Clipping by global norm, then AdamW, or SGD with Nesterov momentum.
 
     Args:
-        name: which.
+        name: name of the optimizer.
         schedule: learning rate by step.
-        weight_decay: of kernels only; decoupled for AdamW.
+        weight_decay: decay of kernels only; decoupled for AdamW.
         momentum: first-moment decay (AdamW's beta 1).
         beta2: second-moment decay of AdamW.
         clip_norm: largest global gradient norm; 0 does not clip.

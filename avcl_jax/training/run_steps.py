@@ -1,6 +1,6 @@
 """The loop that every training runs: take a batch, step, log one step late, save, stop on a signal.
 
-It knows nothing of what is trained. Pretraining (`training.loop`) and fine-tuning
+It does not depend on the model. Pretraining (`training.loop`) and fine-tuning
 (`evaluation.finetune`) build state, step and batches, and hand them over.
 """
 
@@ -34,10 +34,10 @@ class NonFiniteError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """How long to train, and how often to say and to keep how far it has come.
+    """Length of a training, and how often it logs and saves.
 
     Attributes:
-        steps: of the whole run.
+        steps: steps of the whole run.
         log_every: steps between lines of metrics.
         checkpoint_every: steps between checkpoints; the last step is always kept.
         clips_per_step: clips of the global batch, for the speed that is logged.
@@ -114,9 +114,9 @@ def run_steps(
         batches: local rows, from the first step to be taken.
         rows: sharding of a batch.
         pace: how long.
-        progress: where the run stands, with the fingerprint that its checkpoints carry.
-        checkpoints: where to save.
-        writer: where metrics go.
+        progress: progress of the run, with the fingerprint for its checkpoints.
+        checkpoints: checkpoints of the run.
+        writer: writer of metrics.
         also: further values of a log line.
 
     Returns:
@@ -187,7 +187,7 @@ def run_steps(
             if stopping and not last_step:
                 writer.note(
                     f"stopped at step {step} by {stop.received or 'preemption'} after saving; "
-                    "the same command goes on from here"
+                    "the same command resumes from here"
                 )
                 break
     writer.note(f"trained to step {step} in {format_seconds(before + time.perf_counter() - start)}")

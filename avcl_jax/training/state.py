@@ -74,7 +74,7 @@ def create_state(
     bank_labels: int,
     embedding_dim: int,
 ) -> tuple[TrainState, Any]:
-    """Creates the state directly in its shardings: no device ever holds more than its part.
+    """Creates the state directly in its shardings: no device ever allocates more than its part.
 
     Args:
         model: `AudioVisualModel`.

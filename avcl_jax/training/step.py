@@ -176,9 +176,9 @@ def jit_train_step(
     """Jits a train step for the mesh; the state that goes in is donated to the one that comes out.
 
     Args:
-        step: from `make_train_step`.
+        step: function of `make_train_step`.
         mesh: devices.
-        shardings: of the state.
+        shardings: shardings of the state.
     """
     rows, whole = rows_sharding(mesh), replicated(mesh)
     return jax.jit(

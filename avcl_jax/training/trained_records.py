@@ -22,7 +22,7 @@ def open_records(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
     """Opens the records that a config trains on, and checks that it can train on them.
 
     Args:
-        config: as `configs/pretrain.py` returns it.
+        config: config of `configs/pretrain.py`.
         mesh: mesh of `build`.
 
     Raises:
@@ -67,7 +67,7 @@ def _check_health_labels(labels: Sequence[str], records: RecordDataset) -> None:
             )
         if label not in known:
             raise UserError(
-                f"bank.health_labels {label!r} is not a label of one class a clip in {records}, "
-                f"which has {', '.join(known) or 'none'}: name some of these, or set "
+                f"bank.health_labels {label!r} is not a label with one class per clip in "
+                f"{records}, which has {', '.join(known) or 'none'}: name some of these, or set "
                 "bank.health_labels='()' for none"
             )

@@ -57,7 +57,7 @@ class UnreadableRecords:
                 raise RecordError(
                     f"{name} cannot be read, and is number {self.count} of such records where "
                     f"data.max_bad_records allows {self._budget}: prepare this data set again, or "
-                    "set data.max_bad_records=0 to see what is wrong with the first"
+                    "set data.max_bad_records=0 for the first error in full"
                 )
             self._note(
                 f"{name} cannot be read and is left out: {self.count} of at most {self._budget} "
