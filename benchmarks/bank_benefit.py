@@ -83,7 +83,7 @@ FIGURES = (
     ("R@5 video → audio", "retrieval.video_to_audio.r5", ""),
     ("speed, video", "temporal.speed_video.accuracy", "speed_video"),
     ("speed, audio", "temporal.speed_audio.accuracy", "speed_audio"),
-    ("order, video and audio", "temporal.order_va.accuracy", "order_va"),
+    ("order, va", "temporal.order_va.accuracy", "order_va"),
 )
 
 
