@@ -24,9 +24,9 @@ from avcl_jax.errors import UserError
 from avcl_jax.export import Encoder, load_encoder
 from avcl_jax.paths import local_path
 from benchmarks.measure import Row, print_table, run_command, writable_path, write_json
-from data_prep.arguments import add_arguments, clip_options
 from data_prep.clip import ClipOptions, prepare_clip
 from data_prep.manifest import Entry
+from data_prep.prepare import add_arguments, clip_options
 
 SECONDS = 10.0
 

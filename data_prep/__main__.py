@@ -1,6 +1,6 @@
 """`python -m data_prep COMMAND`: collections of media to records, and the demo's media files.
 
-Nothing is downloaded: each collection's `--help` says where its lists come from.
+Nothing is downloaded: each collection's `--help` names the source of its lists.
 """
 
 from __future__ import annotations
@@ -9,98 +9,79 @@ import argparse
 import importlib
 import sys
 import textwrap
-from types import ModuleType
 
-# Commands that list clips, which `prepare` then prepares: their modules have `add_arguments` and
-# `read`.
-_COLLECTIONS = {
-    "prepare": ("folder_or_table", "a folder of media files, or a table that lists them"),
-    "kinetics": ("kinetics", "Kinetics-400, -600, -700 by their official lists"),
-    "vggsound": ("vggsound", "VGG-Sound by its official lists"),
-    "audioset": ("audioset", "AudioSet by its official lists"),
-    "ucf101": ("ucf101", "UCF101 by its official lists"),
-    "hmdb51": ("hmdb51", "HMDB51 by its official lists"),
-    "esc50": ("esc50", "ESC-50 or ESC-10"),
-    "tfds": ("tfds", "a data set of TensorFlow Datasets (TFRecord or ArrayRecord)"),
-    "sequence-examples": ("sequence_examples", "SequenceExamples of MediaSequence or DMVR"),
-}
-# Commands that do something else: their modules have `add_arguments` and `run`.
-_OTHERS = {
-    "inspect": ("card", "show what a prepared data set holds"),
-    "foley": ("foley", "write the demo's media files"),
+from avcl_jax.errors import UserError, one_line
+
+# Modules of data_prep.collections have `add_arguments`, and `read`, which lists the clips to
+# prepare; the others have `add_arguments` and `run`.
+_COMMANDS = {
+    "prepare": ("collections.folder_or_table", "a folder of media files, or a table of them"),
+    "kinetics": ("collections.kinetics", "Kinetics-400, -600, -700 by their official lists"),
+    "vggsound": ("collections.vggsound", "VGG-Sound by its official lists"),
+    "audioset": ("collections.audioset", "AudioSet by its official lists"),
+    "ucf101": ("collections.ucf101", "UCF101 by its official lists"),
+    "hmdb51": ("collections.hmdb51", "HMDB51 by its official lists"),
+    "esc50": ("collections.esc50", "ESC-50 or ESC-10"),
+    "tfds": ("collections.tfds", "a data set of TensorFlow Datasets (TFRecord or ArrayRecord)"),
+    "sequence-examples": (
+        "collections.sequence_examples",
+        "SequenceExamples of MediaSequence or DMVR",
+    ),
+    "inspect": ("card", "show the content of a prepared data set"),
+    "foley": ("foley.command", "write the demo's media files"),
     "demo": ("demo", "the demo's media files and their records"),
 }
 
 
 class _Help(argparse.HelpFormatter):
-    """Shows defaults that say something, keeps paragraphs, and leaves indented ones as they are."""
+    """Prints defaults that are not empty, keeps paragraphs, and leaves indented ones unchanged."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
         silent = ("", False, argparse.SUPPRESS)
-        shown = isinstance(action.default, (str, int, float)) and action.default not in silent
-        return f"{text} (default: %(default)s)" if shown and action.option_strings else text
+        visible = isinstance(action.default, (str, int, float)) and action.default not in silent
+        return f"{text} (default: %(default)s)" if visible and action.option_strings else text
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        paragraphs = []
-        for paragraph in text.strip().split("\n\n"):
-            if not paragraph.startswith(" "):
-                paragraph = textwrap.fill(
-                    " ".join(paragraph.split()),
-                    width,
-                    break_long_words=False,
-                    break_on_hyphens=False,
-                )
-            paragraphs.append(textwrap.indent(paragraph, indent))
-        return "\n\n".join(paragraphs)
+        filled = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
+        return "\n\n".join(
+            textwrap.indent(
+                paragraph
+                if paragraph.startswith(" ")
+                else filled.fill(" ".join(paragraph.split())),
+                indent,
+            )
+            for paragraph in text.strip().split("\n\n")
+        )
 
 
 def main(arguments: list[str]) -> int:
-    """Runs one command; returns the exit status."""
+    """Runs one command; returns the exit status, 1 after a line that states the error."""
     parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, summary) in (_COLLECTIONS | _OTHERS).items():
+    for name, (module_name, summary) in _COMMANDS.items():
         command = commands.add_parser(
-            name,
-            help=summary,
-            description=summary,
-            formatter_class=_Help,
+            name, help=summary, description=summary, formatter_class=_Help
         )
         # Only the command that runs is imported: their dependencies differ.
-        if arguments and arguments[0] == name:
-            _declare(name, command)
-    return _run(parser.parse_args(arguments))
+        if not arguments or arguments[0] != name:
+            continue
+        module = importlib.import_module(f"data_prep.{module_name}")
+        module.add_arguments(command)
+        if hasattr(module, "read"):
+            from data_prep import prepare
 
-
-def _collection(name: str) -> ModuleType:
-    return importlib.import_module(f"data_prep.collections.{_COLLECTIONS[name][0]}")
-
-
-def _other(name: str) -> ModuleType:
-    return importlib.import_module(f"data_prep.{_OTHERS[name][0]}")
-
-
-def _declare(name: str, parser: argparse.ArgumentParser) -> None:
-    if name in _OTHERS:
-        _other(name).add_arguments(parser)
-        return
-    from data_prep import arguments
-
-    collection = _collection(name)
-    parser.description = collection.__doc__
-    collection.add_arguments(parser)
-    arguments.add_arguments(parser)
-    # What `prepare` prepares has no name of its own.
-    if name != "prepare":
-        parser.set_defaults(name=name.replace("-", "_"))
-
-
-def _run(args: argparse.Namespace) -> int:
-    if args.command in _OTHERS:
-        return _other(args.command).run(args) or 0
-    from data_prep import prepare
-
-    return prepare.run(args, _collection(args.command).read)
+            command.description = module.__doc__
+            prepare.add_arguments(command)
+            # Files of the command `prepare` have no name of their own.
+            if name != "prepare":
+                command.set_defaults(name=name.replace("-", "_"))
+    args = parser.parse_args(arguments)
+    try:
+        return prepare.run(args, module.read) if hasattr(module, "read") else module.run(args)
+    except (UserError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

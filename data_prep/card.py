@@ -1,10 +1,9 @@
-"""`python -m data_prep inspect PATH`: a card of a prepared data set, in text and as a picture."""
+"""`python -m data_prep inspect PATH`: a card of a prepared data set, as text and as an image."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,54 +15,48 @@ from matplotlib.figure import Figure
 
 from avcl_jax.data.decode import decode_jpegs
 from avcl_jax.data.records import Record, RecordDataset, split_names
-from avcl_jax.errors import UserError, one_line
 from avcl_jax.paths import absolute_path
 from data_prep.clip import NOTES
 from data_prep.earlier import PREPARATION
 
 _MOST_CLASSES = 20
 _STILLS = 4
-_BLUE, _ORANGE, _GREY = "#3a86d4", "#d97a1a", "#87909c"
+_BLUE, _ORANGE = "#3a86d4", "#d97a1a"
 _BARS = 24  # characters
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument("path", type=absolute_path, help="directory of a prepared data set")
-    parser.add_argument("--split", help="show only this one")
-    parser.add_argument("--png", type=absolute_path, help="the picture; PATH/card.png if not given")
-    parser.add_argument("--rows", type=int, default=8, help="clips in the picture, of each split")
-    parser.add_argument("--seed", type=int, default=0, help="decides which clips")
+    parser.add_argument("--split", help="only this split")
+    parser.add_argument("--png", type=absolute_path, help="the image; PATH/card.png if not given")
+    parser.add_argument("--rows", type=int, default=8, help="clips in the image, of each split")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of clips")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the card and writes the picture; returns the exit status."""
+    """Prints the card and writes the image; returns the exit status."""
     png = args.png or args.path / "card.png"
-    try:
-        names = [args.split] if args.split else split_names(args.path)
-        splits = [RecordDataset(args.path, name) for name in names]
-        for dataset in splits:
-            print("\n".join(describe(dataset)))
-            for kind, count in _notes(args.path, dataset.split).items():
-                print(f"  note       {count} {kind}: {NOTES[kind]}")
-        figure = draw(splits, rows=args.rows, seed=args.seed)
-        with png.open("wb") as file:
-            figure.savefig(file, format="png", dpi=80)
-    except (UserError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    print(f"picture {png}")
+    names = [args.split] if args.split else split_names(args.path)
+    splits = [RecordDataset(args.path, name) for name in names]
+    for dataset in splits:
+        print("\n".join(describe(dataset)))
+        for kind, count in _notes(args.path, dataset.split).items():
+            print(f"  note       {count} {kind}: {NOTES[kind]}")
+    figure = draw(splits, rows=args.rows, seed=args.seed)
+    with png.open("wb") as file:
+        figure.savefig(file, format="png", dpi=80)
+    print(f"image {png}")
     return 0
 
 
 def _notes(directory: epath.Path, split: str) -> Mapping[str, int]:
-    """Returns how many clips of a split have each kind of note, as preparation counted them."""
+    """Returns the numbers of clips of a split with each kind of note, as preparation counted."""
     path = directory / PREPARATION
     if not path.exists():  # written by another program
         return {}
     # Earlier releases counted none.
-    counts: Mapping[str, int] = json.loads(path.read_text())["splits"][split].get("notes", {})
-    return counts
+    return json.loads(path.read_text())["splits"][split].get("notes", {})
 
 
 def _class_counts(dataset: RecordDataset, label: str) -> tuple[list[tuple[str, int]], int]:
@@ -78,39 +71,33 @@ def _range(values: np.ndarray, unit: str) -> str:
     """Returns "smallest / middle / largest unit"."""
     if not len(values):
         return "none"
-    found = (values.min(), np.median(values), values.max())
-    return " / ".join(f"{value:.4g}" for value in found) + f" {unit}"
-
-
-def _rates(dataset: RecordDataset) -> np.ndarray:
-    """Returns mean pictures a second of each clip that has at least two."""
-    times = dataset.timelines
-    several = times["num_frames"] > 1
-    span = (times["last_frame_seconds"] - times["first_frame_seconds"])[several]
-    return (times["num_frames"][several] - 1) / span
+    quantiles = (values.min(), np.median(values), values.max())
+    return " / ".join(f"{value:.4g}" for value in quantiles) + f" {unit}"
 
 
 def describe(dataset: RecordDataset) -> list[str]:
     """Returns the lines of one split's card."""
-    times = dataset.timelines
-    video, audio = times["num_frames"] > 0, times["num_samples"] > 0
-    sources = len(np.unique(dataset.source_numbers))
-    rates = sorted(set(times["sample_rate_hz"][audio].tolist()))
+    times, seconds = dataset.timelines, dataset.timelines["duration_seconds"]
+    frames, audio = times["num_frames"], times["num_samples"] > 0
+    several = frames > 1
+    span = (times["last_frame_seconds"] - times["first_frame_seconds"])[several]
+    fps = _range((frames[several] - 1) / span, "frames per second")
+    rates = ", ".join(map(str, sorted(set(times["sample_rate_hz"][audio].tolist())))) or "no"
+    per_hour = dataset.num_bytes / seconds.sum() * 3600 / 1e6
     lines = [
-        f"{dataset.fingerprint}",
-        f"  clips      {len(dataset)}, of {sources} sources",
-        f"  hours      {times['duration_seconds'].sum() / 3600:.2f}",
-        f"  bytes      {dataset.num_bytes / 1e6:.1f} MB, "
-        f"{dataset.num_bytes / times['duration_seconds'].sum() * 3600 / 1e6:.0f} MB an hour",
-        f"  picture    {int(video.sum())} clips; {_range(_rates(dataset), 'a second')}",
-        f"  sound      {int(audio.sum())} clips; {', '.join(map(str, rates)) or 'no'} Hz",
-        f"  length     {_range(times['duration_seconds'], 's')}  (smallest / middle / largest)",
+        dataset.fingerprint,
+        f"  clips      {len(dataset)}, of {len(np.unique(dataset.source_numbers))} sources",
+        f"  hours      {seconds.sum() / 3600:.2f}",
+        f"  bytes      {dataset.num_bytes / 1e6:.1f} MB, {per_hour:.0f} MB per hour",
+        f"  video      {int((frames > 0).sum())} clips; {fps}",
+        f"  audio      {int(audio.sum())} clips; {rates} Hz",
+        f"  length     {_range(seconds, 's')}  (smallest / middle / largest)",
     ]
     for label in sorted(dataset.class_names):
         counts, unlabelled = _class_counts(dataset, label)
-        several = ", several a clip" if label in dataset.multilabel else ""
+        many = ", several per clip" if label in dataset.multilabel else ""
         unknown = f", {unlabelled} clips without" if unlabelled else ""
-        lines.append(f"  label      {label}: {len(counts)} classes{several}{unknown}")
+        lines.append(f"  label      {label}: {len(counts)} classes{many}{unknown}")
         most = max(counts[0][1], 1) if counts else 1
         for name, count in counts[:_MOST_CLASSES]:
             lines.append(f"    {name[:30]:<30}{count:>9}  {'█' * round(_BARS * count / most)}")
@@ -129,8 +116,8 @@ def _draw_lengths(axes: Axes, dataset: RecordDataset) -> None:
 
 def _draw_classes(axes: Axes, dataset: RecordDataset, label: str) -> None:
     counts, _ = _class_counts(dataset, label)
-    shown = counts[:_MOST_CLASSES][::-1]
-    axes.barh([name[:24] for name, _ in shown], [count for _, count in shown], color=_ORANGE)
+    bars = counts[:_MOST_CLASSES][::-1]
+    axes.barh([name[:24] for name, _ in bars], [count for _, count in bars], color=_ORANGE)
     more = f" ({_MOST_CLASSES} of {len(counts)})" if len(counts) > _MOST_CLASSES else ""
     axes.set_title(f"{label}{more}", loc="left", fontsize=10)
     axes.tick_params(axis="y", labelsize=7)
@@ -138,18 +125,21 @@ def _draw_classes(axes: Axes, dataset: RecordDataset, label: str) -> None:
 
 
 def _draw_clip(axes: Sequence[Axes], record: Record, dataset: RecordDataset) -> None:
-    """Draws stills and the spectrogram of a clip into one row."""
+    """Draws frames and the spectrogram of a clip into one row."""
+
+    def caption(place: Axes, text: str) -> None:
+        place.set_xlabel(text, fontsize=7, labelpad=2)
+
     for one in axes:
         one.set_xticks([])
         one.set_yticks([])
         one.set_facecolor("#eeeeee")
-    chosen = np.linspace(0, len(record.frames) - 1, _STILLS).round().astype(int)
-    for place, number in enumerate(chosen if record.has_video else ()):
-        axes[place].imshow(decode_jpegs([record.frames[number]])[0])
-        axes[place].set_xlabel(f"{record.frame_seconds[number]:.2f} s", fontsize=7, labelpad=2)
+    numbers = np.linspace(0, len(record.frames) - 1, _STILLS).round().astype(int)
+    for place, number in zip(axes, numbers if record.has_video else (), strict=False):
+        place.imshow(decode_jpegs([record.frames[number]])[0])
+        caption(place, f"{record.frame_seconds[number]:.2f} s")
     if not record.has_video:
-        axes[0].set_xlabel("no picture", fontsize=7, labelpad=2)
-    sound = axes[-1]
+        caption(axes[0], "no video")
     if record.has_audio:
         power = librosa.feature.melspectrogram(
             y=record.waveform / np.float32(32768),
@@ -158,7 +148,7 @@ def _draw_clip(axes: Sequence[Axes], record: Record, dataset: RecordDataset) -> 
             n_mels=64,
         )
         end = record.audio_start_seconds + len(record.waveform) / record.sample_rate_hz
-        sound.imshow(
+        axes[-1].imshow(
             librosa.power_to_db(power, ref=1.0, top_db=None),
             origin="lower",
             aspect="auto",
@@ -167,40 +157,30 @@ def _draw_clip(axes: Sequence[Axes], record: Record, dataset: RecordDataset) -> 
             vmax=20,
             extent=(record.audio_start_seconds, end, 0, 1),
         )
-        sound.set_xlim(0, record.duration_seconds)
-        sound.set_xlabel(f"0 to {record.duration_seconds:.2f} s", fontsize=7, labelpad=2)
-    else:
-        sound.set_xlabel("no sound", fontsize=7, labelpad=2)
-    named = [
+        axes[-1].set_xlim(0, record.duration_seconds)
+    caption(axes[-1], f"0 to {record.duration_seconds:.2f} s" if record.has_audio else "no audio")
+    names = [
         f"{label}: {dataset.class_names[label][number]}"
-        for label, numbers in record.labels.items()
-        for number in (numbers if isinstance(numbers, tuple) else (numbers,))
+        for label, classes in record.labels.items()
+        for number in (classes if isinstance(classes, tuple) else (classes,))
         if number >= 0
     ]
-    title = "   ".join([record.record_id.encode("unicode_escape").decode(), *named])
+    title = "   ".join([record.record_id.encode("unicode_escape").decode(), *names])
     axes[0].set_title(title[:110].replace("$", r"\$"), loc="left", fontsize=8)
 
 
 def draw(splits: Sequence[RecordDataset], *, rows: int, seed: int) -> Figure:
-    """Draws lengths, classes, and a contact sheet of clips drawn by the seed.
-
-    Args:
-      splits: Of one data set.
-      rows: Clips of each.
-      seed: Decides which.
-    """
-    labels = sorted(splits[0].class_names)
-    heads = len(splits)
+    """Draws lengths, classes, and `rows` random clips of each split of a data set."""
+    labels = sorted(splits[0].class_names)[:3]
     sheets = [min(rows, len(dataset)) for dataset in splits]
-    figure = Figure(figsize=(12, 2.6 * heads + 1.45 * sum(sheets)), layout="constrained")
-    parts: Any = figure.subfigures(
-        2 * heads, 1, height_ratios=[x for n in sheets for x in (2.6, max(1.45 * n, 0.1))]
-    )
+    figure = Figure(figsize=(12, 2.6 * len(splits) + 1.45 * sum(sheets)), layout="constrained")
+    heights = [height for n in sheets for height in (2.6, max(1.45 * n, 0.1))]
+    parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
     for number, dataset in enumerate(splits):
-        axes = parts[2 * number].subplots(1, 1 + len(labels[:3]), squeeze=False)[0]
+        axes = parts[2 * number].subplots(1, 1 + len(labels), squeeze=False)[0]
         _draw_lengths(axes[0], dataset)
-        for place, label in enumerate(labels[:3], start=1):
-            _draw_classes(axes[place], dataset, label)
+        for place, label in zip(axes[1:], labels, strict=True):
+            _draw_classes(place, dataset, label)
         grid = parts[2 * number + 1].subplots(
             sheets[number], _STILLS + 1, squeeze=False, width_ratios=[1] * _STILLS + [2]
         )

@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
+import simplejpeg
 
 from avcl_jax.data import media
 from avcl_jax.data.media import MediaError
 from avcl_jax.data.record_format import Record
 from avcl_jax.data.silence import is_silent, peak
+from data_prep.examples import open_example
+from data_prep.footage import Footage, JpegFrame, open_media
 from data_prep.manifest import Entry
-from data_prep.sources.example_file import open_example
-from data_prep.sources.footage import Footage, JpegFrame
-from data_prep.sources.media_file import MediaFootage
-from data_prep.still import is_still
 
 # Kinds of notes on files that are prepared nevertheless. `--reject` takes these names, which are
 # then the reasons. The list is closed.
@@ -38,45 +38,41 @@ REASONS = media.REASONS | {
     "crashed": "the decoder crashed",
     **{kind: f"{meaning}, and --reject names it" for kind, meaning in NOTES.items()},
 }
-_MISSING_SECONDS, _MISSING_SHARE = 0.5, 0.02
+_MISSING_SECONDS, _MISSING_FRACTION = 0.5, 0.02
+
+# Cells per side of a frame -> smallest change of the mean brightness of a cell, in levels of 255,
+# that is motion. In still videos H.264 changes cells of 16x16 by up to 4 (CRF 28, 96 lines) or 6
+# (CRF 38, 360 lines); in moving videos, real or of the demo, the smallest change measured is 54. If
+# only a mouth moves, cells of 16x16 change by 6, but cells of 64x64 by 53; in a still video with
+# noise that cells of 16x16 tolerate those change by up to 36.
+_LEVELS = {16: 8.0, 64: 40.0}
+_SMALLEST = max(_LEVELS)  # pixels; JPEG is decoded at a fraction of its size down to this
+# In a shorter time real motion may be as small as noise.
+_MIN_STILL_SECONDS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipOptions:
-    """How clips are prepared.
+    """Settings that decide the content of a record; clips outside the limits are rejected."""
 
-    Attributes:
-      short_side: Height or width of the frames, whichever is shorter; smaller ones stay.
-      max_fps: Faster pictures lose frames; None keeps all.
-      quality: Of the JPEG frames, 1 to 100.
-      sample_rate_hz: Of the sound.
-      min_seconds: Shorter clips are rejected.
-      max_seconds: Longer clips are rejected.
-      min_side: Smaller pictures are rejected.
-      require: Some of "video", "audio": clips without are rejected.
-      file_format: Of the shards that the records go to, one of `FILE_FORMATS`.
-      cut: How long videos are cut, as `data_prep.cut` reads it; "" for not at all.
-      reject: Some of `NOTES`: clips with such a note are rejected.
-    """
-
-    short_side: int
-    max_fps: float | None
-    quality: int
+    short_side: int  # pixels; larger frames are scaled down to this height or width
+    max_fps: float | None  # frames of faster videos are dropped; None keeps all
+    quality: int  # of JPEG, 1 to 100
     sample_rate_hz: int
     min_seconds: float
     max_seconds: float
-    min_side: int
-    require: tuple[str, ...]
-    file_format: str
-    cut: str = ""
-    reject: tuple[str, ...] = ()
+    min_side: int  # pixels
+    require: tuple[str, ...]  # some of "video", "audio"
+    file_format: str  # of the shards, one of FILE_FORMATS
+    cut: str = ""  # as `data_prep.cut` parses it
+    reject: tuple[str, ...] = ()  # some of NOTES
 
 
 def prepare_clip(entry: Entry, options: ClipOptions) -> tuple[Record, dict[str, str]]:
     """Decodes, scales and encodes one clip.
 
-    Time 0 of the record is its first frame's, or where it starts when there is no picture. Sound
-    before that is cut; sound that starts later says so in `audio_start_seconds`.
+    Time 0 of the record is its first frame, or the start of the clip without video. Audio before
+    that is cut; for audio that starts later the record has `audio_start_seconds`.
 
     Returns:
       The record, and messages by kind of note.
@@ -93,44 +89,40 @@ def prepare_clip(entry: Entry, options: ClipOptions) -> tuple[Record, dict[str, 
     if expected_end is not None:
         _check_not_longer(expected_end - start, options)
     frames = _frames(footage, entry, options)
-    picture_end = _picture_end(frames, entry)
-    sound = footage.sound(
-        sample_rate_hz=options.sample_rate_hz,
-        # Of a file that does not say how long it is, no more than decides that it is too long.
-        until_seconds=start + options.max_seconds + 2 * _MISSING_SECONDS,
-    )
-    if not frames and sound is None:
+    video_end = _video_end(frames, entry)
+    rate = options.sample_rate_hz
+    # If the file does not state its length, no more than decides that it is too long.
+    audio = footage.audio(rate, start + options.max_seconds + 2 * _MISSING_SECONDS)
+    if not frames and audio is None:
         raise MediaError("outside" if start or end else "empty", "neither picture nor sound here")
-    zero = frames[0].seconds if frames else max(start, sound.start_seconds if sound else 0.0)
-    waveform, audio_start = np.empty(0, np.int16), 0.0
-    sound_end = -np.inf
-    if sound is not None:
-        rate = options.sample_rate_hz
-        sound_end = sound.start_seconds + len(sound.waveform) / rate
-        _check_not_longer(sound_end - start - _MISSING_SECONDS, options)
+    zero = frames[0].seconds if frames else max(start, audio.start_seconds if audio else 0.0)
+    waveform, audio_start, audio_end = np.empty(0, np.int16), 0.0, -np.inf
+    if audio is not None:
+        audio_end = audio.start_seconds + len(audio.waveform) / rate
+        _check_not_longer(audio_end - start - _MISSING_SECONDS, options)
         # Samples that belong before the first frame; less than a thousandth of one does not.
-        skip = max(0, int(np.ceil((zero - sound.start_seconds) * rate - 1e-3)))
-        waveform = sound.waveform[skip:]
-        audio_start = max(0.0, round(sound.start_seconds + skip / rate - zero, 9))
+        skip = max(0, int(np.ceil((zero - audio.start_seconds) * rate - 1e-3)))
+        waveform = audio.waveform[skip:]
+        audio_start = max(0.0, round(audio.start_seconds + skip / rate - zero, 9))
     if not frames and "video" in options.require:
         raise MediaError("no_video", "the file has no picture")
     if not len(waveform) and "audio" in options.require:
         raise MediaError("no_audio", "the file has no sound")
-    last = max(picture_end, sound_end)
+    last = max(video_end, audio_end)
     if (
         stated is not None
         and expected_end is not None
         and footage.promised
-        and last < expected_end - max(_MISSING_SECONDS, _MISSING_SHARE * expected_end)
+        and last < expected_end - max(_MISSING_SECONDS, _MISSING_FRACTION * expected_end)
     ):
         raise MediaError("truncated", f"ends at {last:.2f} s, its header says {expected_end:.2f} s")
     duration = float(last - zero)
     if duration < options.min_seconds or duration <= 0:
         raise MediaError("too_short", f"{duration:.2f} s, at least {options.min_seconds:g} wanted")
-    notes = dict(sound.notes) if sound is not None and len(waveform) else {}
+    notes = dict(audio.notes) if audio is not None and len(waveform) else {}
     if len(waveform) and is_silent(waveform):
         notes["silent"] = f"the loudest of {len(waveform)} samples is {peak(waveform)}"
-    if frames and is_still([frame.data for frame in frames], picture_end - frames[0].seconds):
+    if frames and is_still([frame.data for frame in frames], video_end - frames[0].seconds):
         notes["still"] = f"all {len(frames)} frames are alike"
     for kind in options.reject:
         if kind in notes:
@@ -141,7 +133,7 @@ def prepare_clip(entry: Entry, options: ClipOptions) -> tuple[Record, dict[str, 
         frames=[frame.data for frame in frames],
         frame_seconds=np.round(np.array([f.seconds for f in frames], np.float64) - zero, 9),
         waveform=waveform,
-        sample_rate_hz=options.sample_rate_hz if len(waveform) else 0,
+        sample_rate_hz=rate if len(waveform) else 0,
         audio_start_seconds=audio_start if len(waveform) else 0.0,
         duration_seconds=round(duration, 9),
         height=frames[0].height if frames else 0,
@@ -153,14 +145,11 @@ def prepare_clip(entry: Entry, options: ClipOptions) -> tuple[Record, dict[str, 
 
 
 def open_footage(entry: Entry) -> Footage:
-    """Opens what an entry names.
-
-    Raises:
-      MediaError: If it cannot be read.
-    """
+    """Opens the media file or the example of an entry; raises MediaError if it cannot be read."""
+    interval = (entry.start_seconds, entry.end_seconds)
     if entry.example is None:
-        return MediaFootage(entry.path, entry.start_seconds, entry.end_seconds)
-    return open_example(entry.path, entry.example, entry.start_seconds, entry.end_seconds)
+        return open_media(entry.path, *interval)
+    return open_example(entry.path, entry.example, *interval)
 
 
 def _check_not_longer(seconds: float, options: ClipOptions) -> None:
@@ -174,9 +163,7 @@ def _check_not_longer(seconds: float, options: ClipOptions) -> None:
 
 def _frames(footage: Footage, entry: Entry, options: ClipOptions) -> list[JpegFrame]:
     frames: list[JpegFrame] = []
-    for frame in footage.frames(
-        short_side=options.short_side, max_fps=options.max_fps, quality=options.quality
-    ):
+    for frame in footage.frames(options.short_side, options.max_fps, options.quality):
         side = min(frame.height, frame.width)
         if not frames and side < min(options.min_side, options.short_side):
             raise MediaError("too_small", f"the picture has {frame.width}x{frame.height} pixels")
@@ -185,8 +172,8 @@ def _frames(footage: Footage, entry: Entry, options: ClipOptions) -> list[JpegFr
     return frames
 
 
-def _picture_end(frames: Sequence[JpegFrame], entry: Entry) -> float:
-    """Returns when the last frame ends, -inf without any."""
+def _video_end(frames: Sequence[JpegFrame], entry: Entry) -> float:
+    """Returns the end of the last frame in seconds, -inf without any."""
     if not frames:
         return -np.inf
     last = frames[-1].duration_seconds
@@ -195,3 +182,31 @@ def _picture_end(frames: Sequence[JpegFrame], entry: Entry) -> float:
         last = float(np.median(gaps)) if len(gaps) else 0.04
     end = frames[-1].seconds + last
     return end if entry.end_seconds is None else min(end, entry.end_seconds)
+
+
+def is_still(frames: Sequence[bytes], seconds: float) -> bool:
+    """Returns whether all frames show the same image, but for codec noise.
+
+    A slideshow is not still, a black screen is. Frames are read until one differs: for a video in
+    which something moves these are few.
+
+    Args:
+      frames: JPEG files of one size.
+      seconds: Length of the video; less than half a second is never still.
+    """
+    if seconds < _MIN_STILL_SECONDS:
+        return False
+    first = _means(frames[0])
+    return not any(
+        np.abs(mean - reference).max() >= levels
+        for frame in frames[1:]
+        for mean, reference, levels in zip(_means(frame), first, _LEVELS.values(), strict=True)
+    )
+
+
+def _means(frame: bytes) -> list[np.ndarray]:
+    """Returns the mean brightness of cells of each size, float32 [cells, cells]."""
+    grey = simplejpeg.decode_jpeg(
+        frame, colorspace="GRAY", min_height=_SMALLEST, min_width=_SMALLEST
+    )[..., 0].astype(np.float32)
+    return [cv2.resize(grey, (cells,) * 2, interpolation=cv2.INTER_AREA) for cells in _LEVELS]

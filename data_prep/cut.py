@@ -1,4 +1,4 @@
-"""Long videos to clips: of a fixed length, overlapping if wanted, or free of scene changes."""
+"""Cutting of videos into clips: of a fixed length, overlapping or not, or scene by scene."""
 
 from __future__ import annotations
 
@@ -16,32 +16,22 @@ from data_prep.manifest import Entry, PrepareError
 
 FORMS = "SECONDS, SECONDS/STEP, scenes or scenes:SECONDS"
 _NUMBER = r"\d+(?:\.\d+)?"
-# Scenes are looked for in small pictures: their content changes, not their detail.
-_SCENE_SIDE = 64
-_SCENE_QUALITY = 95
-# A rest that rounding makes is no clip.
+# Scenes are detected in small frames: their content changes, not their detail.
+_SCENE_SIDE, _SCENE_QUALITY = 64, 95
+# A remainder made by rounding is not a clip.
 _SLACK_SECONDS = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """How a video is cut.
+    """Intervals to cut a video into."""
 
-    Attributes:
-      seconds: Length of a clip; at most this for scenes; None for whole scenes.
-      step_seconds: From the start of one clip to the start of the next; None for scenes.
-    """
-
-    seconds: float | None
-    step_seconds: float | None
+    seconds: float | None  # length of a clip; of scenes at most this, None for whole scenes
+    step_seconds: float | None  # from the start of a clip to that of the next; None for scenes
 
 
 def parse_cut(text: str) -> Cut:
-    """Reads `--cut`.
-
-    Raises:
-      PrepareError: If it makes no sense, or needs PySceneDetect and that is not installed.
-    """
+    """Parses `--cut`; raises PrepareError if it is wrong, or PySceneDetect is not installed."""
     found = re.fullmatch(rf"({_NUMBER})(?:/({_NUMBER}))?", text)
     if found:
         seconds = float(found[1])
@@ -57,15 +47,10 @@ def parse_cut(text: str) -> Cut:
 
 
 def pieces(entry: Entry, cut: Cut, *, min_seconds: float) -> list[Entry]:
-    """Cuts one entry.
+    """Cuts one entry into clips.
 
-    A rest shorter than a clip is left out, as are scenes shorter than `min_seconds`; a video that
-    is shorter than one clip is one clip.
-
-    Args:
-      entry: A video, or a part of one.
-      cut: How.
-      min_seconds: Shorter scenes are left out.
+    A remainder shorter than a clip is left out, as are scenes shorter than `min_seconds`; a video
+    shorter than one clip is one clip.
 
     Raises:
       MediaError: If the video cannot be read.
@@ -100,24 +85,23 @@ def pieces(entry: Entry, cut: Cut, *, min_seconds: float) -> list[Entry]:
 def _split(start: float, end: float, seconds: float | None) -> list[tuple[float, float]]:
     """Cuts a scene into equal parts that are no longer than `seconds`."""
     count = 1 if seconds is None else max(1, math.ceil((end - start - _SLACK_SECONDS) / seconds))
-    edges = np.linspace(start, end, count + 1).round(6).tolist()
-    return list(itertools.pairwise(edges))
+    return list(itertools.pairwise(np.linspace(start, end, count + 1).round(6).tolist()))
 
 
 def _end_seconds(entry: Entry) -> float:
-    """Returns where an entry ends, reading the whole file where its header does not say."""
+    """Returns the end of an entry, decoding the whole file if its header does not state it."""
     footage = open_footage(entry)
     stated = footage.stated_seconds
     if stated is None:
         ends = [
             frame.seconds + frame.duration_seconds
-            for frame in footage.frames(short_side=16, max_fps=None, quality=_SCENE_QUALITY)
+            for frame in footage.frames(16, None, _SCENE_QUALITY)
         ]
-        sound = footage.sound(sample_rate_hz=8000)
-        if sound is not None:
-            ends.append(sound.start_seconds + len(sound.waveform) / 8000)
+        audio = footage.audio(8000)
+        if audio is not None:
+            ends.append(audio.start_seconds + len(audio.waveform) / 8000)
         stated = max(ends, default=0.0)
-    return min(stated, stated if entry.end_seconds is None else entry.end_seconds)
+    return stated if entry.end_seconds is None else min(stated, entry.end_seconds)
 
 
 def _scenes(entry: Entry) -> list[tuple[float, float]]:
@@ -130,9 +114,7 @@ def _scenes(entry: Entry) -> list[tuple[float, float]]:
     changes: list[int] = []
     end = 0.0
     # The detector counts frames, whatever their times are.
-    for frame in open_footage(entry).frames(
-        short_side=_SCENE_SIDE, max_fps=None, quality=_SCENE_QUALITY
-    ):
+    for frame in open_footage(entry).frames(_SCENE_SIDE, None, _SCENE_QUALITY):
         times.append(frame.seconds)
         end = frame.seconds + frame.duration_seconds
         image = simplejpeg.decode_jpeg(frame.data, colorspace="BGR")

@@ -1,103 +1,103 @@
-"""What is to be prepared: the clips of a collection, their labels, and what it lacks."""
+"""The clips of a collection to prepare, their labels, and the clips that are missing."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from avcl_jax.data.record_format import ClassNumbers
 from avcl_jax.errors import UserError
-from data_prep.example_layout import ExamplePlace
+
+_NAME = re.compile(r"[A-Za-z0-9_]+")
 
 
 class PrepareError(UserError):
-    """Preparation cannot start or go on; the message says what, which, and what to do."""
+    """Preparation cannot start or continue; the message has the value and the fix."""
+
+
+def check_options(*checks: tuple[object, str, str]) -> None:
+    """Raises PrepareError for the first (is valid, option, allowed values) that is not valid."""
+    for valid, option, allowed in checks:
+        if not valid:
+            raise PrepareError(f"{option} must be {allowed}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExamplePlace:
+    """One example of a record file."""
+
+    file_format: str
+    place: int  # byte offset (TFRecord) or number (ArrayRecord)
+    layout: Any  # `parse` and `read` of the collection read its example
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One clip to prepare.
+    """One clip to prepare."""
 
-    Attributes:
-      path: Media file, or the record file that holds `example`.
-      split: Split the record goes to.
-      record_id: Unique within the data set.
-      source_id: What the clip is cut from.
-      start_seconds: Where it starts in the file.
-      end_seconds: Where it ends; None for the file's end.
-      labels: Class number by label, -1 is unknown; all class numbers, perhaps none, for a label
-        of which a clip may have several.
-      example: Where in a record file the clip is; None for a media file.
-    """
-
-    path: str
+    path: str  # media file, or the record file that contains `example`
     split: str
-    record_id: str
-    source_id: str
+    record_id: str  # unique within the data set
+    source_id: str  # recording that the clip is cut from
     start_seconds: float
-    end_seconds: float | None
-    labels: Mapping[str, ClassNumbers]
+    end_seconds: float | None  # None: the end of the file
+    labels: Mapping[str, ClassNumbers]  # -1 is unknown; a tuple where a clip may have several
     example: ExamplePlace | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Missing:
-    """One clip that a collection's lists name and that is not there.
-
-    Attributes:
-      record_id: As the record would have been called.
-      split: Split it would have gone to.
-      expected: The usual name of its file.
-    """
+    """One listed clip without a file."""
 
     record_id: str
     split: str
-    expected: str
+    expected: str  # usual name of the file
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
     """All clips, in the order of their records.
 
-    Attributes:
-      entries: At least one.
-      class_names: Names of the classes, for each label.
-      multilabel: Labels of which a clip may have several.
-      missing: Clips that the lists name but the folder lacks, such as videos taken down.
-      ignored: Files in the folder that nothing asked for.
-    """
-
-    entries: tuple[Entry, ...]
-    class_names: Mapping[str, tuple[str, ...]]
-    multilabel: frozenset[str] = frozenset()
-    missing: tuple[Missing, ...] = ()
-    ignored: int = 0
-
-
-def check_manifest(manifest: Manifest) -> Manifest:
-    """Returns the manifest.
-
     Raises:
       PrepareError: If two entries have one id, the name of a split or a label cannot be part of a
         file name, or the name of a class cannot be a line of a file.
     """
-    for label, names in manifest.class_names.items():
-        if not re.fullmatch(r"[A-Za-z0-9_]+", label):
-            raise PrepareError(f"label {label!r}: use letters, digits, underscores in its name")
-        for name in names:
-            if [name] != name.splitlines() or not name.strip():
-                raise PrepareError(f"class {name!r} of label {label!r}: its name must be one line")
-    first: dict[str, Entry] = {}
-    for entry in manifest.entries:
-        if not re.fullmatch(r"[A-Za-z0-9_]+", entry.split):
-            raise PrepareError(
-                f"split {entry.split!r} of {entry.record_id!r}: use letters, digits, underscores"
-            )
-        other = first.setdefault(entry.record_id, entry)
-        if other is not entry:
-            raise PrepareError(
-                f"duplicate id {entry.record_id!r}: {other.path!r} and {entry.path!r}; give each "
-                "row of the manifest its own id"
-            )
-    return manifest
+
+    entries: tuple[Entry, ...]
+    class_names: Mapping[str, tuple[str, ...]]
+    multilabel: frozenset[str] = frozenset()  # labels that may have several classes per clip
+    missing: tuple[Missing, ...] = ()
+    ignored: int = 0  # files in the folder that no list names
+
+    def __post_init__(self) -> None:
+        for label, names in self.class_names.items():
+            if not _NAME.fullmatch(label):
+                raise PrepareError(f"label {label!r}: use letters, digits, underscores in its name")
+            for name in names:
+                if [name] != name.splitlines() or not name.strip():
+                    raise PrepareError(
+                        f"class {name!r} of label {label!r}: its name must be one line"
+                    )
+        first: dict[str, Entry] = {}
+        for entry in self.entries:
+            if not _NAME.fullmatch(entry.split):
+                raise PrepareError(
+                    f"split {entry.split!r} of {entry.record_id!r}: use letters, digits, "
+                    "underscores"
+                )
+            other = first.setdefault(entry.record_id, entry)
+            if other is not entry:
+                raise PrepareError(
+                    f"duplicate id {entry.record_id!r}: {other.path!r} and {entry.path!r}; give "
+                    "each row of the manifest its own id"
+                )
+
+
+def by_split(items: Iterable[Any]) -> dict[str, list[Any]]:
+    """Returns the entries, or what else has a `split`, of each split, in their order."""
+    splits: dict[str, list[Any]] = {}
+    for item in items:
+        splits.setdefault(item.split, []).append(item)
+    return splits

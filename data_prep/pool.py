@@ -1,4 +1,4 @@
-"""Worker processes that prepare parts, and what happens when one dies or hangs."""
+"""Workers that prepare parts: local processes that may crash or hang, or Apache Beam."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from etils import epath
 
 from avcl_jax.data.tfrecord import RecordError
 from data_prep.manifest import Entry, PrepareError
-from data_prep.shards import Job, prepare_part
+from data_prep.shards import Part, prepare_part, remove_temporary
 
-# A decoder that meets a bug ends with one of these. Any other signal comes from outside: SIGKILL
-# for instance when memory runs out, and then the file is not to blame.
+# Signals that end a decoder with a bug. Any other signal comes from outside: SIGKILL for instance
+# when memory runs out, and then the file is not to blame.
 _CRASHES = frozenset(
     {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSYS}
 )
-# Address space of a worker, of which Python and FFmpeg take one gigabyte and 8K films four more. A
+# Address space of a worker: Python and FFmpeg take one gigabyte of it, 8K videos four more. A
 # damaged index of half a megabyte was seen to make FFmpeg take 0.9 GB.
 _WORKER_BYTES = 8 << 30
-_KEPT = "finished shards are kept: run the same command again to go on"
+# Nothing is inherited: a fork of a process with threads may hang in the child.
+_CONTEXT = multiprocessing.get_context("spawn")
+_KEPT = "finished shards are kept: run the same command again to resume"
 
 
 def describe_os_error(error: OSError, directory: epath.PathLike) -> str:
@@ -36,66 +38,68 @@ def describe_os_error(error: OSError, directory: epath.PathLike) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         what = "the disk is full: free some space"
     else:
-        # Without a name it is what was being written.
+        # Without a name it is the file being written.
         ours = str(error.filename or directory).startswith(str(directory))
         what = f"cannot {'write' if ours else 'read'}: {error.strerror or error}"
     return f"{what} ({error.filename or directory}); {_KEPT}"
 
 
 @dataclasses.dataclass
-class _Task:
-    job: Job
-    skip: dict[int, tuple[str, str]]
-
-
-@dataclasses.dataclass
 class _Worker:
     process: Any
     connection: Connection
-    task: _Task | None
-    current: int  # number of the entry being prepared
-    since: float  # when it began
+    part: Part
+    current: int = -1  # number of the entry being prepared
+    since: float = 0.0  # when it began
+
+    def end(self) -> None:
+        """Asks, waits, then kills: a decoder that hangs in C never sees the request."""
+        with contextlib.suppress(OSError):
+            self.connection.close()
+        self.process.terminate()
+        self.process.join(2.0)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        remove_temporary(self.part.directory, self.process.pid)
 
 
 def _work(connection: Connection) -> None:
-    """Runs in the worker: does one job after another until told None, or the parent is gone."""
-    try:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError, EOFError):
-            _serve(connection)
-    finally:
-        # It ends anyway: told to meanwhile, Python would print where in its last steps it was.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _serve(connection: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    """Runs in the worker: prepares one part after another until told None, or the parent ends."""
 
     def stop(number: int, frame: object) -> None:
         raise SystemExit(128 + number)  # an exception, so that temporary files go
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, stop)
-    resource.setrlimit(
-        resource.RLIMIT_AS, (_WORKER_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1])
-    )
-    while (task := connection.recv()) is not None:
-        try:
-            prepare_part(
-                task.job, skip=task.skip, begin=lambda number: connection.send(("begin", number))
-            )
-        except (BrokenPipeError, ConnectionResetError):
-            raise
-        except OSError as error:
-            connection.send(("failed", describe_os_error(error, task.job.directory)))
-            return
-        except RecordError as error:
-            connection.send(("failed", f"{error}, or use --overwrite"))
-            return
-        except MemoryError:
-            connection.send(("failed", f"out of memory: use fewer --workers; {_KEPT}"))
-            return
-        connection.send(("finished", len(task.job.part.entries)))
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (_WORKER_BYTES, most))
+    try:
+        while (part := connection.recv()) is not None:
+            connection.send(_attempt(part, connection))
+    except (BrokenPipeError, ConnectionResetError, EOFError):
+        pass  # the parent is gone
+    finally:
+        # It ends anyway: interrupted meanwhile, Python would print a traceback of its last steps.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def _attempt(part: Part, connection: Connection) -> tuple[str, Any]:
+    """Prepares a part; returns "finished" and its clips, or "failed" and the reason."""
+    try:
+        prepare_part(part, lambda number: connection.send(("begin", number)))
+    except (BrokenPipeError, ConnectionResetError):
+        raise
+    except OSError as error:
+        return "failed", describe_os_error(error, part.directory)
+    except RecordError as error:
+        return "failed", f"{error}, or use --overwrite"
+    except MemoryError:
+        return "failed", f"out of memory: use fewer --workers; {_KEPT}"
+    return "finished", len(part.entries)
+
+
+@dataclasses.dataclass
 class Pool:
     """Prepares parts in worker processes.
 
@@ -103,60 +107,43 @@ class Pool:
     worker that is killed from outside, or that cannot write, ends the whole preparation.
     """
 
-    def __init__(
-        self, *, workers: int, timeout_seconds: float, progress: Callable[[Entry, int], None]
-    ):
-        """Starts nothing yet.
+    workers: int  # processes
+    timeout_seconds: float  # for one clip
+    # Called with each finished clip and 1, and with -1 if it has to be done again.
+    progress: Callable[[Entry, int], None]
+    _workers: list[_Worker] = dataclasses.field(default_factory=list)
 
-        Args:
-          workers: Processes, at least 1.
-          timeout_seconds: For one clip.
-          progress: Called with each clip that was just finished and 1; with -1 if it has to be
-            done again.
-        """
-        self._timeout_seconds = timeout_seconds
-        self._progress = progress
-        self._num_workers = workers
-        self._workers: list[_Worker] = []
-        # Nothing is inherited: a fork of a process with threads may hang in the child.
-        self._context = multiprocessing.get_context("spawn")
-
-    def run(self, jobs: Sequence[Job]) -> None:
-        """Does all jobs.
-
-        Raises:
-          PrepareError: If a worker is killed or cannot write.
-        """
-        tasks = deque(_Task(job, {}) for job in jobs)
+    def run(self, parts: Sequence[Part]) -> None:
+        """Prepares all parts; raises PrepareError if a worker is killed or cannot write."""
+        waiting = deque(parts)
         try:
-            for _ in range(min(self._num_workers, len(tasks))):
-                self._start(tasks.popleft())
+            for _ in range(min(self.workers, len(waiting))):
+                self._start(waiting.popleft())
             while self._workers:
-                ready = wait(
-                    [w.connection for w in self._workers], timeout=min(1.0, self._timeout_seconds)
-                )
+                connections = [worker.connection for worker in self._workers]
+                ready = wait(connections, timeout=min(1.0, self.timeout_seconds))
                 for worker in [w for w in self._workers if w.connection in ready]:
-                    self._receive(worker, tasks)
-                for worker in list(self._workers):
-                    self._check_time(worker)
+                    self._receive(worker, waiting)
+                late = time.monotonic() - self.timeout_seconds
+                for worker in [w for w in self._workers if w.current >= 0 and w.since < late]:
+                    message = f"not finished after {self.timeout_seconds:g} s"
+                    self._restart(worker, "timeout", message)
         finally:
-            self._stop()
+            for worker in self._workers:
+                worker.process.terminate()
+            for worker in self._workers:
+                worker.end()
+            self._workers.clear()
 
-    def _start(self, task: _Task) -> None:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_work, args=(theirs,), daemon=True)
+    def _start(self, part: Part) -> None:
+        ours, theirs = _CONTEXT.Pipe()
+        process = _CONTEXT.Process(target=_work, args=(theirs,), daemon=True)
         process.start()
         theirs.close()  # so that the worker's death closes the pipe
-        ours.send(task)
-        self._workers.append(_Worker(process, ours, task, -1, time.monotonic()))
+        ours.send(part)
+        self._workers.append(_Worker(process, ours, part))
 
-    def _finished(self, worker: _Worker, last: int) -> None:
-        """Counts the clips from the one that was begun last up to `last`."""
-        assert worker.task is not None
-        for number in range(max(worker.current, 0), last):
-            self._progress(worker.task.job.part.entries[number], 1)
-
-    def _receive(self, worker: _Worker, tasks: deque[_Task]) -> None:
+    def _receive(self, worker: _Worker, waiting: deque[Part]) -> None:
         try:
             kind, value = worker.connection.recv()
         except (EOFError, ConnectionResetError):
@@ -164,71 +151,72 @@ class Pool:
             return
         if kind == "failed":
             raise PrepareError(value)
-        self._finished(worker, value)
-        if kind == "begin":
-            worker.current, worker.since = value, time.monotonic()
-            return
-        worker.current, worker.since = -1, time.monotonic()
-        worker.task = tasks.popleft() if tasks else None
-        worker.connection.send(worker.task)
-        if worker.task is None:
-            worker.process.join()
-            worker.connection.close()
-            self._workers.remove(worker)
-
-    def _check_time(self, worker: _Worker) -> None:
-        if worker.current >= 0 and time.monotonic() - worker.since > self._timeout_seconds:
-            self._restart(worker, "timeout", f"not finished after {self._timeout_seconds:g} s")
+        for number in range(max(worker.current, 0), value):
+            self.progress(worker.part.entries[number], 1)
+        worker.current, worker.since = value if kind == "begin" else -1, time.monotonic()
+        if kind == "finished":
+            worker.connection.send(waiting[0] if waiting else None)
+            if waiting:
+                worker.part = waiting.popleft()
+            else:
+                worker.process.join()
+                worker.connection.close()
+                self._workers.remove(worker)
 
     def _died(self, worker: _Worker) -> None:
         worker.process.join()
         code = worker.process.exitcode
         if worker.current >= 0 and -code in _CRASHES:
-            name = signal.Signals(-code).name
-            self._restart(worker, "crashed", f"the decoder ended with {name}")
+            message = f"the decoder ended with {signal.Signals(-code).name}"
+            self._restart(worker, "crashed", message)
             return
         what = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-        doing = ""
-        if worker.task is not None and worker.current >= 0:
-            doing = f" while preparing {worker.task.job.part.entries[worker.current].path!r}"
-        hint = ""
-        if code == -signal.SIGKILL:
-            hint = "if memory ran out, use fewer --workers; "
-        raise PrepareError(f"a worker {what}{doing}; {hint}{_KEPT}")
+        if worker.current >= 0:
+            what += f" while preparing {worker.part.entries[worker.current].path!r}"
+        hint = "if memory ran out, use fewer --workers; " if code == -signal.SIGKILL else ""
+        raise PrepareError(f"a worker {what}; {hint}{_KEPT}")
 
     def _restart(self, worker: _Worker, reason: str, message: str) -> None:
         """Ends a worker and starts its part again, without the clip that it was at."""
-        task = worker.task
-        assert task is not None
-        task.skip[worker.current] = (reason, message)
-        for entry in task.job.part.entries[: worker.current]:  # they are counted again
-            self._progress(entry, -1)
         self._workers.remove(worker)
-        _end(worker)
-        _remove_temporary(worker)
-        self._start(task)
-
-    def _stop(self) -> None:
-        for worker in self._workers:
-            worker.process.terminate()
-        for worker in self._workers:
-            _end(worker)
-            _remove_temporary(worker)
-        self._workers.clear()
+        worker.end()
+        for entry in worker.part.entries[: worker.current]:  # they are counted again
+            self.progress(entry, -1)
+        skip = {**worker.part.skip, worker.current: (reason, message)}
+        self._start(dataclasses.replace(worker.part, skip=skip))
 
 
-def _remove_temporary(worker: _Worker) -> None:
-    if worker.task is not None:
-        for path in list(worker.task.job.directory.glob(f"*.{worker.process.pid}.tmp")):
-            path.unlink(missing_ok=True)
+def run_on_beam(
+    parts: Sequence[Part], *, runner: str, options: Sequence[str], timeout_seconds: float
+) -> None:
+    """Prepares all parts on Apache Beam, in a directory that all workers see.
+
+    Each part is one element of the pipeline, and runs in a `Pool` of one process: a clip whose
+    decoder crashes or hangs is rejected as on one machine, and the shards are the same bytes.
+
+    Raises PrepareError if Beam is not installed, does not know the runner, or the pipeline fails.
+    """
+    try:
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as error:
+        raise PrepareError(
+            f"--runner={runner} needs Apache Beam: pip install 'avcl-jax[beam]'"
+        ) from error
+    flags = [f"--runner={runner}", *(f"--{option}" for option in options)]
+    try:
+        with beam.Pipeline(options=PipelineOptions(flags)) as pipeline:
+            elements: Any = pipeline | "Parts" >> beam.Create(list(parts))
+            # Else a runner may fuse all parts onto the worker that lists them.
+            spread = elements | "Spread" >> beam.Reshuffle()
+            spread | "Prepare" >> beam.Map(_prepare_on_beam, timeout_seconds)
+    except Exception as error:  # runners raise what they like
+        # They wrap errors into pages of text.
+        last = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise PrepareError(f"the Beam pipeline failed: {last}") from error
 
 
-def _end(worker: _Worker) -> None:
-    """Asks, waits, then kills: a decoder that hangs in C never sees the request."""
-    with contextlib.suppress(OSError):
-        worker.connection.close()
-    worker.process.terminate()
-    worker.process.join(2.0)
-    if worker.process.is_alive():
-        worker.process.kill()
-        worker.process.join()
+def _prepare_on_beam(part: Part, timeout_seconds: float) -> int:
+    """Runs on a worker of the runner; returns the number of clips."""
+    Pool(workers=1, timeout_seconds=timeout_seconds, progress=lambda entry, count: None).run([part])
+    return len(part.entries)

@@ -1,66 +1,127 @@
-"""Clips of a manifest to a data set of records: what all commands that prepare have in common.
+"""Preparation of a data set of records: arguments and run of all commands that list clips.
 
-Exit status: 0 all clips prepared; 1 nothing usable was written, one line says why; 3 the data set
-is complete but some files were rejected (`rejected.jsonl` lists them; `--allow-rejected` makes it
-0); 130 interrupted. After 1 and 130 the same command goes on where it stopped. When files have
-changed, were added or removed, the same command prepares those and keeps the rest.
+Exit status: 0 all clips prepared; 1 nothing usable was written, one line states the reason; 3 the
+data set is complete but some files were rejected (`rejected.jsonl` lists them; `--allow-rejected`
+makes it 0); 130 interrupted. After 1 and 130 the same command resumes. When files have changed,
+were added or removed, the same command prepares those and keeps the rest.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import fcntl
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-import av
-import simplejpeg
 import tqdm
 from etils import epath
 
-from avcl_jax.errors import UserError, one_line
-from avcl_jax.paths import is_remote
-from data_prep import earlier as earlier_run
-from data_prep import final_words, publish
-from data_prep.arguments import clip_options
-from data_prep.earlier import Earlier
-from data_prep.manifest import Entry, Manifest, PrepareError
-from data_prep.pool import Pool, describe_os_error
-from data_prep.shards import Job, Part, may_pass, plan_parts, read_report
-from data_prep.source_files import Duplicate, find_duplicates, state_of
+from avcl_jax.data.records import FILE_FORMATS
+from avcl_jax.errors import one_line
+from avcl_jax.paths import absolute_path, is_remote
+from data_prep import publish
+from data_prep.clip import NOTES, REASONS, ClipOptions
+from data_prep.cut import FORMS, parse_cut
+from data_prep.earlier import SOURCES, Earlier, nothing, read_earlier
+from data_prep.manifest import Entry, Manifest, PrepareError, by_split, check_options
+from data_prep.pool import Pool, describe_os_error, run_on_beam
+from data_prep.shards import Finished, Part, may_pass, plan_parts, read_finished, remove_temporary
+from data_prep.source_files import find_duplicates, state_of
 
-EXIT_FAILED, EXIT_REJECTED, EXIT_INTERRUPTED = 1, 3, 130
+EXIT_REJECTED, EXIT_INTERRUPTED = 3, 130
+_BEAM_RUNNERS = "DirectRunner, DataflowRunner, FlinkRunner, SparkRunner"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments shared by all commands that prepare."""
+    reasons = "; ".join(f"{reason}: {meaning}" for reason, meaning in REASONS.items())
+    parser.epilog = "\n\n".join(filter(None, (parser.epilog, f"Reasons for rejecting: {reasons}")))
+    add = parser.add_argument
+    formats: dict[str, Any] = {"choices": FILE_FORMATS, "default": FILE_FORMATS[0]}
+    add("--out", type=absolute_path, required=True, help="directory, or gs://, s3://")
+    add("--name", default="clips", help="name of the data set: part of the file names")
+    add("--limit", metavar="N", type=int, help="prepare only the first clips of each split")
+    add("--dry-run", action="store_true", help="print what would be prepared, and stop")
+    add("--file-format", **formats, help="TFDS opens array_record without TensorFlow")
+    add = parser.add_argument_group("clips").add_argument
+    some: dict[str, Any] = {
+        "type": lambda text: tuple(sorted(filter(None, text.split(",")))),
+        "default": "",
+    }
+    seconds: dict[str, Any] = {"metavar": "SECONDS", "type": float}
+    add("--short-side", metavar="PIXELS", type=int, default=128, help="shorter side of the frames")
+    add("--max-fps", metavar="RATE", type=float, help="drop frames of faster videos")
+    add("--sample-rate", metavar="HZ", type=int, default=16000, help="sample rate of the audio")
+    add("--quality", metavar="Q", type=int, default=90, help="quality of the JPEG frames, 1 to 100")
+    add("--min-seconds", **seconds, default=0.0, help="reject shorter clips")
+    add("--max-seconds", **seconds, default=600.0, help="reject longer clips")
+    add("--min-side", metavar="PIXELS", type=int, default=16, help="reject smaller frames")
+    add("--require", **some, metavar="video,audio", help="reject clips without these")
+    add("--reject", **some, metavar=",".join(NOTES), help="reject clips with such a note")
+    add("--cut", default="", metavar="FORM", help=f"cut videos into clips: {FORMS}")
+    add("--deduplicate", action="store_true", help="leave out clips of the same content as others")
+    add("--overwrite", action="store_true", help="prepare everything again")
+    add("--allow-rejected", action="store_true", help="exit status 0 despite rejected files")
+    add = parser.add_argument_group("work").add_argument
+    options: dict[str, Any] = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
+    add("--workers", metavar="N", type=int, default=os.cpu_count() or 1, help="processes")
+    add("--shard-size", metavar="N", type=int, default=64, help="clips per shard, the unit of work")
+    add("--timeout-seconds", **seconds, default=900.0, help="limit for one clip")
+    add("--runner", default="local", help=f"local, or of Apache Beam (extra beam): {_BEAM_RUNNERS}")
+    add("--beam-option", **options, help="for the Beam runner, as project=p; may be repeated")
+
+
+def clip_options(args: argparse.Namespace) -> ClipOptions:
+    """Checks all arguments, and returns those that decide the content of a record.
+
+    Raises:
+      PrepareError: If one is out of range.
+    """
+    local = args.file_format != "array_record" or not is_remote(args.out)
+    check_options(
+        (re.fullmatch(r"[a-z][a-z0-9_]*", args.name), "--name", "a-z, 0-9 and _, a letter first"),
+        ({*args.require} <= {"video", "audio"}, "--require", "video, audio or video,audio"),
+        ({*args.reject} <= {*NOTES}, "--reject", f"some of {','.join(NOTES)}, with commas between"),
+        (1 <= args.quality <= 100, "--quality", "1 to 100"),
+        (args.short_side >= 1, "--short-side", "at least 1"),
+        (args.max_fps is None or args.max_fps > 0, "--max-fps", "above 0"),
+        (args.sample_rate >= 1000, "--sample-rate", "at least 1000"),
+        (args.workers >= 1, "--workers", "at least 1"),
+        (args.shard_size >= 1, "--shard-size", "at least 1"),
+        (args.limit is None or args.limit >= 1, "--limit", "at least 1"),
+        (args.timeout_seconds > 0, "--timeout-seconds", "above 0"),
+        (local, "--out", "a local directory for --file-format array_record (copy it afterwards)"),
+        (all("=" in option for option in args.beam_option), "--beam-option", "NAME=VALUE"),
+    )
+    if args.cut:
+        parse_cut(args.cut)
+    values = {**vars(args), "sample_rate_hz": args.sample_rate}
+    fields = dataclasses.fields(ClipOptions)
+    return ClipOptions(**{field.name: values[field.name] for field in fields})
 
 
 def run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest]) -> int:
-    """Runs a command; returns the exit status and prints one line for what goes wrong.
+    """Runs a command, for clips that the function `read` of its collection lists.
 
-    Args:
-      args: Of `data_prep.arguments`, and of the collection.
-      read: The collection's clips.
+    Returns the exit status; raises PrepareError if nothing usable was written.
     """
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _run(args, read)
-    except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return EXIT_FAILED
     except OSError as error:
         one_line(error)  # raises it again if it is a bug
-        print(f"error: {describe_os_error(error, args.out)}", file=sys.stderr)
-        return EXIT_FAILED
+        raise PrepareError(describe_os_error(error, args.out)) from error
     except KeyboardInterrupt:
-        print(
-            "interrupted: finished shards are kept, run the same command again to go on",
-            file=sys.stderr,
-        )
+        kept = "finished shards are kept, run the same command again to resume"
+        print(f"interrupted: {kept}", file=sys.stderr)
         return EXIT_INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -72,9 +133,13 @@ def _interrupt(number: int, frame: object) -> None:
 
 def _run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest]) -> int:
     begin = time.monotonic()
-    options = clip_options(args)
-    out = args.out
-    manifest = _limit(read(args), args.limit)
+    options, out = clip_options(args), args.out
+    manifest = read(args)
+    if args.limit is not None:
+        of_splits = by_split(manifest.entries).values()
+        first = {entry.record_id for entries in of_splits for entry in entries[: args.limit]}
+        entries = tuple(entry for entry in manifest.entries if entry.record_id in first)
+        manifest = dataclasses.replace(manifest, entries=entries)
     if not manifest.entries:
         raise PrepareError(
             f"none of the {len(manifest.missing)} listed clips is there; the first looked for was "
@@ -83,86 +148,60 @@ def _run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest
             else "there is nothing to prepare"
         )
     if args.dry_run:
-        final_words.print_plan(out, manifest)
+        _print_plan(out, manifest)
         return 0
-    manifest, duplicates = _deduplicate(manifest, drop=args.deduplicate)
-    parts = plan_parts(manifest.entries, args.shard_size)
+    duplicates = find_duplicates(manifest.entries)
+    if args.deduplicate:
+        entries = tuple(e for n, e in enumerate(manifest.entries) if n not in duplicates)
+        manifest = dataclasses.replace(manifest, entries=entries)
+    incomplete = out / publish.INCOMPLETE
+    parts = plan_parts(manifest.entries, args.shard_size, options, incomplete)
+    splits = list(by_split(manifest.entries))
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
         publish.finish_publication(out)
-        earlier = _earlier(args, out)
-        changes = earlier_run.compare(earlier, parts, options, overwrite=args.overwrite)
-        splits = list(dict.fromkeys(part.split for part in parts))
-        if earlier is not None and not args.overwrite:
-            earlier_run.check_belongs(
-                earlier,
-                changes,
-                splits,
-                manifest,
-                name=args.name,
-                file_format=options.file_format,
+        try:
+            earlier = read_earlier(out)
+        except PrepareError:
+            if not args.overwrite:
+                raise
+            earlier = nothing(out)
+        if not args.overwrite:
+            known, changes = earlier.compare(parts)
+            earlier.check_accepts(
+                manifest, changes, name=args.name, file_format=options.file_format
             )
-            if changes.none:
+            if not any(changes[kind] for kind in ("changed", "new", "gone", "rearranged")):
                 print(f"{out} is up to date: {', '.join(splits)}")
-                return _status({s: earlier.preparation["splits"][s] for s in splits}, args)
-            if set(splits) & set(earlier.lines):
-                print(f"{out}: {changes}")
-        incomplete = out / publish.INCOMPLETE
+                return _status([earlier.preparation["splits"][split] for split in splits], args)
+            if earlier.splits.intersection(splits):
+                kinds = ("unchanged", "changed", "new", "gone")
+                print(f"{out}: {', '.join(f'{changes[kind]} {kind}' for kind in kinds)}")
+            parts = [earlier.add_to(part, known) for part in parts]
         incomplete.mkdir(exist_ok=True)
-        for path in list(incomplete.glob("*.tmp")):  # of a run that was killed
-            path.unlink()
-        jobs = earlier_run.jobs(parts, options, incomplete, earlier, changes)
-        reports = _prepare(args, jobs)
-        _check_any(out, reports)
-        preparation = _preparation(args, manifest, earlier, parts, reports, options, begin)
+        remove_temporary(incomplete)  # of a run that was killed
+        finished = _prepare(args, parts, earlier)
+        seconds = time.monotonic() - begin
+        preparation = publish.describe(args.name, options, manifest, finished, earlier, seconds)
         publish.publish(
             out,
-            name=args.name,
+            finished,
+            preparation,
             manifest=manifest,
-            duplicates=duplicates,
-            parts=list(zip(parts, reports, strict=True)),
-            preparation=preparation,
+            duplicates=duplicates.values(),
             earlier=earlier,
         )
-    prepared = {split: preparation["splits"][split] for split in splits}
-    final_words.print_table(
-        out,
-        prepared,
-        manifest,
-        duplicates,
-        dropped=args.deduplicate,
-        seconds=time.monotonic() - begin,
-    )
-    return _status(prepared, args)
-
-
-def _limit(manifest: Manifest, limit: int | None) -> Manifest:
-    """Returns the first `limit` clips of each split."""
-    if limit is None:
-        return manifest
-    counts: collections.Counter[str] = collections.Counter()
-    chosen = []
-    for entry in manifest.entries:
-        if counts[entry.split] < limit:
-            counts[entry.split] += 1
-            chosen.append(entry)
-    return dataclasses.replace(manifest, entries=tuple(chosen))
-
-
-def _deduplicate(manifest: Manifest, *, drop: bool) -> tuple[Manifest, list[Duplicate]]:
-    """Finds clips of the same content, and leaves out all but the first if asked to."""
-    found = find_duplicates(manifest.entries)
-    if drop:
-        kept = tuple(e for number, e in enumerate(manifest.entries) if number not in found)
-        manifest = dataclasses.replace(manifest, entries=kept)
-    return manifest, list(found.values())
+    counts = {split: preparation["splits"][split] for split in splits}
+    _print_table(out, counts, manifest, len(duplicates), dropped=args.deduplicate)
+    print(f"{out}: {time.monotonic() - begin:.1f} s")
+    return _status(counts.values(), args)
 
 
 @contextlib.contextmanager
 def _locked(out: epath.Path) -> Iterator[None]:
-    """Keeps a second preparation out of the same directory; the lock dies with the process.
+    """Keeps a second preparation out of the same directory; the lock ends with the process.
 
-    Object stores have no locks: there it is for the user to run one preparation at a time.
+    Object stores have no locks: there, users have to run one preparation at a time.
     """
     if is_remote(out):
         yield
@@ -179,138 +218,121 @@ def _locked(out: epath.Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _earlier(args: argparse.Namespace, out: epath.Path) -> Earlier | None:
-    """Returns what is already in `out`, None if that does not count."""
-    try:
-        return earlier_run.read_earlier(out)
-    except PrepareError:
-        if args.overwrite:
-            return None
-        raise
+def _prepare(args: argparse.Namespace, parts: Sequence[Part], earlier: Earlier) -> list[Finished]:
+    """Prepares the parts that are not finished; returns the results of all."""
+    results = [_find_finished(part, earlier) for part in parts]
+    waiting = [part for part, finished in zip(parts, results, strict=True) if finished is None]
+    entries = [entry for part in parts for entry in part.entries]
+    states = {path: state_of(path) for path in dict.fromkeys(entry.path for entry in entries)}
+    clips_of = Counter(entry.path for entry in entries)
 
-
-def _prepare(args: argparse.Namespace, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """Does the jobs that are not done; returns the reports of all."""
-    todo = [job for job in jobs if not _finished(job)]
-    entries = [entry for job in jobs for entry in job.part.entries]
-    sizes = {path: state_of(path) for path in dict.fromkeys(entry.path for entry in entries)}
-    shares = collections.Counter(entry.path for entry in entries)
-
-    def weight(entry: Entry) -> float:
+    def weigh(entry: Entry) -> float:
         """Returns the bytes of a clip; those of one file share them."""
-        size = sizes[entry.path]
-        return size.bytes / shares[entry.path] if size else 0.0
+        state = states[entry.path]
+        return state.bytes / clips_of[entry.path] if state else 0.0
 
-    waiting = [entry for job in todo for entry in job.part.entries]
-    total = sum(map(weight, entries))
-    done = total - sum(map(weight, waiting))
-    finished = len(entries) - len(waiting)
+    total = sum(map(weigh, entries))
+    done = total - sum(weigh(entry) for part in waiting for entry in part.entries)
+    count = len(entries) - sum(len(part.entries) for part in waiting)
     # disable=None: no bar where nobody looks at one, such as in a log file.
     with tqdm.tqdm(
         total=round(total), initial=round(done), unit="B", unit_scale=True, disable=None
     ) as bar:
 
-        def progress(entry: Entry, count: int) -> None:
-            nonlocal finished
-            finished += count
-            bar.set_description(f"{finished}/{len(entries)} clips", refresh=False)
-            bar.update(count * weight(entry))
+        def progress(entry: Entry, change: int) -> None:
+            nonlocal count
+            count += change
+            bar.set_description(f"{count}/{len(entries)} clips", refresh=False)
+            bar.update(change * weigh(entry))
 
+        timeout = args.timeout_seconds
         if args.runner == "local":
-            Pool(workers=args.workers, timeout_seconds=args.timeout_seconds, progress=progress).run(
-                todo
-            )
+            Pool(workers=args.workers, timeout_seconds=timeout, progress=progress).run(waiting)
         else:
-            # Beam takes seconds to import, and is an extra.
-            from data_prep.beam import run_on_beam
-
             run_on_beam(
-                todo,
-                runner=args.runner,
-                options=args.beam_option,
-                timeout_seconds=args.timeout_seconds,
+                waiting, runner=args.runner, options=args.beam_option, timeout_seconds=timeout
             )
-    reports = []
-    for job in jobs:
-        report = read_report(job)
-        if report is None:
-            raise PrepareError(
-                f"the shard {job.shard_path} or a file of it changed meanwhile: run again"
-            )
-        reports.append(report)
-    return reports
+    complete = []
+    for part, finished in zip(parts, results, strict=True):
+        if not (finished := finished or read_finished(part)):
+            raise PrepareError(f"the shard {part.shard} or a file of it changed: run again")
+        complete.append(finished)
+    if not any(finished.size[0] for finished in complete):
+        rejected = publish.rejections(publish.all_lines(complete))
+        publish.write_lines(args.out / publish.REJECTED, rejected)
+        first = rejected[0]
+        raise PrepareError(
+            f"none of {len(rejected)} clips could be prepared, {args.out}/rejected.jsonl says why; "
+            f"the first is {first['path']!r}: {first['reason']}: {first['message']}"
+        )
+    return complete
 
 
-def _finished(job: Job) -> bool:
-    """Whether an interrupted run did a job. What nobody could read may be readable now."""
-    report = read_report(job)
-    return report is not None and not any(
-        may_pass(line, {"unreadable"}) for line in report["lines"]
-    )
+def _find_finished(part: Part, earlier: Earlier) -> Finished | None:
+    """Returns the result of a part from the earlier data set, or from an interrupted run."""
+    finished = earlier.finished(part) or read_finished(part)
+    # Unreadable files may be readable now.
+    if finished and any(may_pass(line, {"unreadable"}) for line in finished.lines):
+        return None
+    return finished
 
 
-def _check_any(out: epath.Path, reports: Sequence[Mapping[str, Any]]) -> None:
-    """Raises PrepareError, and lists the reasons, when nothing could be prepared."""
-    if any(report["num_records"] for report in reports):
-        return
-    rejected = [
-        clip for report in reports for line in report["lines"] for clip in publish.rejections(line)
-    ]
-    publish.write_lines(out / publish.REJECTED, rejected)
-    first = rejected[0]
-    raise PrepareError(
-        f"none of {len(rejected)} clips could be prepared, {out}/rejected.jsonl says why; "
-        f"the first is {first['path']!r}: {first['reason']}: {first['message']}"
-    )
-
-
-def _preparation(
-    args: argparse.Namespace,
-    manifest: Manifest,
-    earlier: Earlier | None,
-    parts: Sequence[Part],
-    reports: Sequence[Mapping[str, Any]],
-    options: Any,
-    begin: float,
-) -> dict[str, Any]:
-    """Returns what preparation.json says."""
-    prepared: dict[str, list[Mapping[str, Any]]] = {}
-    for part, report in zip(parts, reports, strict=True):
-        prepared.setdefault(part.split, []).append(report)
-    splits = dict(earlier.preparation["splits"]) if earlier else {}
-    splits |= {split: _counts(chosen) for split, chosen in prepared.items()}
-    spent = earlier.preparation["seconds"] if earlier and len(splits) > len(prepared) else 0.0
-    return {
-        "name": args.name,
-        "seconds": round(spent + time.monotonic() - begin, 3),
-        "splits": splits,
-        "class_names": {label: list(names) for label, names in manifest.class_names.items()},
-        "multilabel": sorted(manifest.multilabel),
-        "options": vars(options),
-        "ignored_files": manifest.ignored,
-        "versions": {"av": av.__version__, "simplejpeg": simplejpeg.__version__},
-    }
-
-
-def _counts(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns what is known of a split."""
-    lines = [line for report in reports for line in report["lines"]]
-    rejected = collections.Counter(
-        clip["reason"] for line in lines for clip in publish.rejections(line)
-    )
-    notes = collections.Counter(kind for line in lines for _, kind, _ in line["notes"])
-    return {
-        "records": sum(report["num_records"] for report in reports),
-        "no_picture": sum(report["no_picture"] for report in reports),
-        "no_sound": sum(report["no_sound"] for report in reports),
-        "hours": round(sum(report["seconds"] for report in reports) / 3600, 4),
-        "bytes": sum(report["num_bytes"] for report in reports),
-        "source_bytes": sum({line["path"]: line["bytes"] or 0 for line in lines}.values()),
-        "rejected": dict(sorted(rejected.items())),
-        "notes": dict(sorted(notes.items())),
-    }
-
-
-def _status(splits: Mapping[str, Mapping[str, Any]], args: argparse.Namespace) -> int:
-    rejected = any(counts["rejected"] for counts in splits.values())
+def _status(splits: Collection[Mapping[str, Any]], args: argparse.Namespace) -> int:
+    rejected = any(counts["rejected"] for counts in splits)
     return EXIT_REJECTED if rejected and not args.allow_rejected else 0
+
+
+def _print_plan(out: epath.Path, manifest: Manifest) -> None:
+    """Prints what a run would prepare."""
+    clips = Counter(entry.split for entry in manifest.entries)
+    missing = Counter(clip.split for clip in manifest.missing)
+    print(f"{'split':<12}{'clips':>9}{'missing':>9}")
+    for split in clips | missing:
+        print(f"{split:<12}{clips[split]:>9}{missing[split]:>9}")
+    for label, names in manifest.class_names.items():
+        several = ", several a clip" if label in manifest.multilabel else ""
+        print(f"  label {label}: {len(names)} classes{several}")
+    print(f"nothing was written to {out} (--dry-run)")
+
+
+def _print_table(
+    out: epath.Path,
+    splits: Mapping[str, Mapping[str, Any]],
+    manifest: Manifest,
+    num_duplicates: int,
+    *,
+    dropped: bool,
+) -> None:
+    """Prints counts of each split that was prepared, and the reasons for what was not."""
+    columns = ("records", "rejected", "no audio", "no video", "hours", "MB", "source MB")
+    print(f"{'split':<12}" + "".join(f"{name:>10}" for name in columns))
+    for split, counts in splits.items():
+        print(
+            f"{split:<12}{counts['records']:>10}{sum(counts['rejected'].values()):>10}"
+            f"{counts['no_sound']:>10}{counts['no_picture']:>10}{counts['hours']:>10.2f}"
+            f"{counts['bytes'] / 1e6:>10.1f}{counts['source_bytes'] / 1e6:>10.1f}"
+        )
+    for key, prefix, meanings, place in (
+        ("rejected", "", REASONS, f"{out}/{publish.REJECTED}"),
+        ("notes", "prepared, but ", NOTES, f"notes in {out}/{SOURCES}"),
+    ):
+        total: Counter[str] = Counter()
+        for counts in splits.values():
+            total.update(counts[key])
+        for kind, number in total.most_common():
+            print(f"  {number} {prefix}{kind}: {meanings[kind]}")
+        if total:
+            print(f"  each file and what was found: {place}")
+    if manifest.missing:
+        listed = len(manifest.missing) + len(manifest.entries)
+        print(
+            f"  {len(manifest.missing)} of {listed} listed clips are not there: "
+            f"{out}/{publish.MISSING}"
+        )
+    if num_duplicates:
+        what = "were left out" if dropped else "are there; --deduplicate leaves them out"
+        print(
+            f"  {num_duplicates} exact duplicates of other clips {what}: {out}/{publish.DUPLICATES}"
+        )
+    if manifest.ignored:
+        print(f"  {manifest.ignored} files ignored: nothing asked for them")

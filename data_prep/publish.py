@@ -1,19 +1,25 @@
-"""Finished parts to a data set: final names, metadata, reports."""
+"""Publication of finished parts: final names, metadata, and lists of sources and rejections."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import av
+import numpy as np
+import simplejpeg
 from etils import epath
 
-from avcl_jax.data.record_index import index_path, load_columns, merge, save_columns
+from avcl_jax.data.record_index import index_path, merge, save_columns
 from avcl_jax.data.records import FILE_FORMATS, ShardInfo, shard_name
+from data_prep.clip import ClipOptions
 from data_prep.earlier import PREPARATION, SOURCES, Earlier
-from data_prep.manifest import Manifest
-from data_prep.shards import PREPARED, Part, write_text
-from data_prep.source_files import Duplicate
+from data_prep.manifest import Manifest, by_split
+from data_prep.shards import PREPARED, Finished, Line, replacing, write_text
 
 INCOMPLETE = ".incomplete"
 REJECTED, MISSING, DUPLICATES = "rejected.jsonl", "missing.jsonl", "duplicates.jsonl"
@@ -21,111 +27,136 @@ _LISTS = (SOURCES, REJECTED, MISSING, DUPLICATES)
 _JOURNAL = "publish.json"
 
 
-def publish(
-    out: epath.Path,
-    *,
-    name: str,
-    manifest: Manifest,
-    duplicates: Sequence[Duplicate],
-    parts: Sequence[tuple[Part, Mapping[str, Any]]],
-    preparation: Mapping[str, Any],
-    earlier: Earlier | None,
-) -> None:
-    """Moves finished parts to their names and writes the metadata.
-
-    What is to be done is written down first: a publication that is interrupted is finished by
-    `finish_publication` at the next start.
-
-    Args:
-      out: Directory of the data set.
-      name: Of the data set.
-      manifest: Labels, and what is missing.
-      duplicates: Clips of the same content.
-      parts: With their reports, in order.
-      preparation: Content of preparation.json; its splits are those of `parts` and those that
-        stay.
-      earlier: What is already there; None if nothing of it stays.
-    """
-    incomplete = out / INCOMPLETE
-    prepared = {part.split for part, _ in parts}
-    kept = set(earlier.shards) - prepared if earlier else set()
-    chosen: dict[str, list[tuple[Part, Mapping[str, Any]]]] = {}
-    for part, report in parts:
-        if report["num_records"]:
-            chosen.setdefault(part.split, []).append((part, report))
-    file_format = preparation["options"]["file_format"]
-    moves = []
-    shards = {split: [list(info) for info in earlier.shards[split]] for split in kept if earlier}
-    for split, with_records in chosen.items():
-        shards[split] = [[r["num_records"], r["num_bytes"]] for _, r in with_records]
-        for number, (part, _) in enumerate(with_records):
-            final = shard_name(name, split, number, len(with_records), file_format)
-            moves.append((part.path(incomplete, file_format).name, final))
-        columns = [load_columns(part.path(incomplete, "columns")) for part, _ in with_records]
-        if all(found is not None for found in columns):  # else the first reader makes it
-            final = index_path(out, name, split).name
-            save_columns(incomplete / final, merge([found for found in columns if found]))
-            moves.append((final, final))
-    lines = [line for _, report in parts for line in report["lines"]]
-    for split in sorted(kept):
-        lines += earlier.lines.get(split, []) if earlier else []
-    _write_lists(incomplete, out, lines, manifest, duplicates, kept)
-    moves += [(listed, listed) for listed in _LISTS if (incomplete / listed).exists()]
-    journal = {
-        "name": name,
-        "class_names": {label: list(names) for label, names in manifest.class_names.items()},
-        "multilabel": sorted(manifest.multilabel),
-        "splits": shards,
-        "moves": moves,
-        "preparation": preparation,
-    }
-    write_text(incomplete / _JOURNAL, json.dumps(journal))
-    finish_publication(out)
+def all_lines(parts: Collection[Finished]) -> list[Line]:
+    """Returns the lines of all parts."""
+    return [line for part in parts for line in part.lines]
 
 
-def rejections(line: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns the lines of rejected.jsonl from what is written down about an entry."""
+def rejections(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """Returns the lines of rejected.jsonl."""
     return [
-        {
-            "path": line["path"],
-            "id": clip,
-            "split": line["split"],
-            "reason": outcome,
-            "message": message,
-        }
-        for clip, outcome, message in line["clips"]
+        {"path": line["path"], "id": clip, "split": line["split"], "reason": outcome, "message": m}
+        for line in lines
+        for clip, outcome, m in line["clips"]
         if outcome != PREPARED
     ]
 
 
-def _write_lists(
-    incomplete: epath.Path,
-    out: epath.Path,
-    lines: Sequence[Mapping[str, Any]],
+def describe(
+    name: str,
+    options: ClipOptions,
     manifest: Manifest,
-    duplicates: Sequence[Duplicate],
-    kept: set[str],
+    parts: Sequence[Finished],
+    earlier: Earlier,
+    seconds: float,
+) -> dict[str, Any]:
+    """Returns the content of preparation.json: settings, and counts of each split.
+
+    Splits of the earlier data set that `parts` do not prepare stay.
+    """
+    prepared = by_split(parts)
+    counts = {split: _counts(of_split) for split, of_split in prepared.items()}
+    splits = earlier.preparation["splits"] | counts
+    spent = earlier.preparation["seconds"] if len(splits) > len(prepared) else 0.0
+    return {
+        "name": name,
+        "seconds": round(spent + seconds, 3),
+        "splits": splits,
+        "class_names": {label: list(names) for label, names in manifest.class_names.items()},
+        "multilabel": sorted(manifest.multilabel),
+        "options": vars(options),
+        "ignored_files": manifest.ignored,
+        "versions": {"av": av.__version__, "simplejpeg": simplejpeg.__version__},
+    }
+
+
+def _counts(parts: Sequence[Finished]) -> dict[str, Any]:
+    lines = all_lines(parts)
+    rejected = Counter(clip["reason"] for clip in rejections(lines))
+    notes = Counter(kind for line in lines for _, kind, _ in line["notes"])
+    length, frames, samples, seconds = (
+        np.concatenate([finished.columns[name] for finished in parts])
+        for name in ("length", "num_frames", "num_samples", "duration_seconds")
+    )
+    return {
+        "records": len(length),
+        "no_picture": int((frames == 0).sum()),
+        "no_sound": int((samples == 0).sum()),
+        "hours": round(float(seconds.sum()) / 3600, 4),
+        "bytes": int(length.sum()),
+        "source_bytes": sum({line["path"]: line["bytes"] or 0 for line in lines}.values()),
+        "rejected": dict(sorted(rejected.items())),
+        "notes": dict(sorted(notes.items())),
+    }
+
+
+def publish(
+    out: epath.Path,
+    parts: Sequence[Finished],
+    preparation: Mapping[str, Any],
+    *,
+    manifest: Manifest,
+    duplicates: Collection[Mapping[str, str]],
+    earlier: Earlier,
 ) -> None:
-    """Writes the lists for people and for the next run; of splits that stay, what was there."""
+    """Moves finished parts to their names and writes the metadata.
 
-    def stays(listed: str) -> list[dict[str, Any]]:
-        return [line for line in read_lines(out / listed) if line["split"] in kept]
-
-    write_lines(incomplete / SOURCES, lines)
-    rejected = [rejected for line in lines for rejected in rejections(line)]
-    write_lines(incomplete / REJECTED, rejected)
+    The moves are first written to a journal: a publication that is interrupted is finished by
+    `finish_publication` at the next start. Splits of the earlier data set that `parts` do not
+    prepare stay.
+    """
+    incomplete = out / INCOMPLETE
+    name, file_format = preparation["name"], preparation["options"]["file_format"]
+    lines, moves = all_lines(parts), []
+    shards: dict[str, Sequence[tuple[int, int]]] = {}
+    for split in sorted(earlier.shards.keys() - by_split(parts).keys()):
+        shards[split] = earlier.shards[split]
+        lines += earlier.lines(split)
+    kept = set(shards)
+    with_records = [finished for finished in parts if finished.size[0]]
+    with ThreadPoolExecutor() as threads:  # copies in an object store take a while each
+        list(threads.map(lambda finished: _link(finished.shard, incomplete), with_records))
+    for split, of_split in by_split(with_records).items():
+        shards[split] = [finished.size for finished in of_split]
+        for number, finished in enumerate(of_split):
+            final = shard_name(name, split, number, len(of_split), file_format)
+            moves.append((finished.shard.name, final))
+        index = index_path(incomplete, name, split)
+        save_columns(index, merge([finished.columns for finished in of_split]))
+        moves.append((index.name, index.name))
     missing = [
         {"id": clip.record_id, "split": clip.split, "expected": clip.expected}
         for clip in manifest.missing
     ]
-    write_lines(incomplete / MISSING, [*missing, *stays(MISSING)])
-    write_lines(
-        incomplete / DUPLICATES, [*(vars(found) for found in duplicates), *stays(DUPLICATES)]
-    )
+    for listed, rows in (
+        (SOURCES, lines),
+        (REJECTED, rejections(lines)),
+        (MISSING, missing + _lines_of(out / MISSING, kept)),
+        (DUPLICATES, [*duplicates, *_lines_of(out / DUPLICATES, kept)]),
+    ):
+        write_lines(incomplete / listed, rows)
+        if rows:
+            moves.append((listed, listed))
+    journal = {"splits": shards, "moves": moves, "preparation": preparation}
+    write_text(incomplete / _JOURNAL, json.dumps(journal))
+    finish_publication(out)
+
+
+def _link(shard: epath.Path, directory: epath.Path) -> None:
+    """Makes a shard appear in a directory, copied only where links are impossible."""
+    target = directory / shard.name
+    if shard == target:
+        return
+    target.unlink(missing_ok=True)
+    try:
+        os.link(shard, target)
+    except OSError:  # an object store, or a file system without links
+        with replacing(target) as temporary:
+            shard.copy(temporary, overwrite=True)
 
 
 def finish_publication(out: epath.Path) -> None:
-    """Carries out what a journal in `out` says, if there is one; safe to repeat."""
+    """Executes the journal in `out`, if there is one; safe to repeat."""
     incomplete = out / INCOMPLETE
     if not (incomplete / _JOURNAL).exists():
         return
@@ -133,16 +164,15 @@ def finish_publication(out: epath.Path) -> None:
     # TFDS takes seconds to import, and only this needs it.
     from avcl_jax.data.record_metadata import write_dataset_metadata
 
-    # Without this file the directory is no data set, so that nobody reads a half-replaced one.
+    preparation = journal["preparation"]
+    name, file_format = preparation["name"], preparation["options"]["file_format"]
+    # Without this file the directory is not a data set, so that nobody reads a half-replaced one.
     (out / "dataset_info.json").unlink(missing_ok=True)
-    file_format = journal["preparation"]["options"]["file_format"]
     wanted = {target for _, target in journal["moves"]}
     for split, shards in journal["splits"].items():
-        wanted.add(index_path(out, journal["name"], split).name)
-        wanted |= {
-            shard_name(journal["name"], split, number, len(shards), file_format)
-            for number in range(len(shards))
-        }
+        wanted.add(index_path(out, name, split).name)
+        for number in range(len(shards)):
+            wanted.add(shard_name(name, split, number, len(shards), file_format))
     shards_there = [path for kind in FILE_FORMATS for path in out.glob(f"*.{kind}-*")]
     for path in [*shards_there, *out.glob("*.index"), *(out / listed for listed in _LISTS)]:
         if path.name not in wanted:
@@ -150,15 +180,15 @@ def finish_publication(out: epath.Path) -> None:
     for source, target in journal["moves"]:
         if (incomplete / source).exists():  # else it was moved before the interruption
             (incomplete / source).replace(out / target)
-    write_text(out / PREPARATION, json.dumps(journal["preparation"], indent=2) + "\n")
+    write_text(out / PREPARATION, json.dumps(preparation, indent=2) + "\n")
     write_dataset_metadata(
         out,
-        name=journal["name"],
-        class_names=journal["class_names"],
-        multilabel=journal["multilabel"],
+        name=name,
+        class_names=preparation["class_names"],
+        multilabel=preparation["multilabel"],
         splits={
-            split: [ShardInfo(*info) for info in shards]
-            for split, shards in journal["splits"].items()
+            split: [ShardInfo(*size) for size in sizes]
+            for split, sizes in journal["splits"].items()
         },
         file_format=file_format,
     )
@@ -166,15 +196,16 @@ def finish_publication(out: epath.Path) -> None:
 
 
 def write_lines(path: epath.Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Writes one JSON object a line, or removes the file when there is nothing to say."""
+    """Writes one JSON object per line, or removes the file if there are none."""
     if lines:
         write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     else:
         path.unlink(missing_ok=True)
 
 
-def read_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """Returns what `write_lines` wrote; nothing if there is no such file."""
+def _lines_of(path: epath.Path, splits: Collection[str]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [
+        line for line in map(json.loads, path.read_text().splitlines()) if line["split"] in splits
+    ]

@@ -1,4 +1,4 @@
-"""The files that clips come from: what they were when they were read, and which are the same."""
+"""Source files of clips: size, time and content, local copies, and exact duplicates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import hashlib
 import os
 import stat
 import tempfile
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -19,8 +19,7 @@ from avcl_jax.data.media_error import MediaError
 from avcl_jax.paths import is_remote
 from data_prep.manifest import Entry
 
-_BLOCK_BYTES = 1 << 20
-# Fields of an entry that, with its file's content, decide what is seen and heard.
+# Fields of an entry that decide its video and audio, together with the content of its file.
 _INTERVAL = [
     field.name
     for field in dataclasses.fields(Entry)
@@ -29,20 +28,14 @@ _INTERVAL = [
 
 
 class FileState(NamedTuple):
-    """A file as a directory lists it.
-
-    Attributes:
-      bytes: Its size.
-      mtime_ns: When it was changed; 0 if nobody knows. Copying changes this, and not what is in
-        it.
-    """
+    """Size in bytes and time of the last change, 0 if unknown; copying changes only the time."""
 
     bytes: int
     mtime_ns: int
 
 
 def state_of(path: str) -> FileState | None:
-    """Returns the state of a local file or of one in an object store; None if there is none."""
+    """Returns the state of a local or remote file; None if there is none."""
     try:
         if is_remote(path):
             found = epath.Path(path).stat()
@@ -55,28 +48,23 @@ def state_of(path: str) -> FileState | None:
 
 
 @functools.lru_cache(maxsize=256)  # many clips are cut from one file
-def _sha256(path: str, state: FileState) -> str:
-    digest = hashlib.sha256()
-    with epath.Path(path).open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def sha256_of(path: str) -> str | None:
-    """Returns the SHA-256 of a file's content; None if it cannot be read."""
-    state = state_of(path)
+def sha256_of(path: str, state: FileState | None) -> str | None:
+    """Returns the SHA-256 of a file's content in a state; None if it cannot be read."""
     if state is None:
         return None
+    digest = hashlib.sha256()
     try:
-        return _sha256(path, state)
+        with epath.Path(path).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     except OSError:
         return None
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
 def local_file(path: str) -> Iterator[str]:
-    """Yields a local path of a file: its own, or of a copy that goes afterwards.
+    """Yields a local path of a file: its own, or that of a temporary copy.
 
     Raises:
       MediaError: If a remote file cannot be copied.
@@ -95,53 +83,26 @@ def local_file(path: str) -> Iterator[str]:
         yield copy
 
 
-@dataclasses.dataclass(frozen=True)
-class Duplicate:
-    """A clip whose file, byte by byte, and interval are those of an earlier one.
-
-    Attributes:
-      path: Its file.
-      id: Its record id.
-      split: Its split.
-      duplicate_of: Record id of the first such clip.
-      duplicate_split: Split of that.
-    """
-
-    path: str
-    id: str
-    split: str
-    duplicate_of: str
-    duplicate_split: str
-
-
-def find_duplicates(entries: Sequence[Entry]) -> dict[int, Duplicate]:
-    """Finds clips of the same content; only files of the same size are read.
-
-    Args:
-      entries: All clips.
+def find_duplicates(entries: Sequence[Entry]) -> dict[int, dict[str, str]]:
+    """Finds clips of the same file content and interval; only files of equal size are read.
 
     Returns:
-      By number of the entry; the first of each kind is not in it.
+      By number of the entry, except for the first of its kind: its line of duplicates.jsonl.
     """
-    same_size: dict[int, set[str]] = defaultdict(set)
     states = {path: state_of(path) for path in dict.fromkeys(entry.path for entry in entries)}
-    for path, state in states.items():
-        if state is not None:
-            same_size[state.bytes].add(path)
-    content: dict[str, str | None] = {}
-    for path, state in states.items():
-        if state is not None and len(same_size[state.bytes]) > 1:
-            content[path] = sha256_of(path)
-    found: dict[int, Duplicate] = {}
+    sizes = Counter(state.bytes for state in states.values() if state)
+    content = {
+        path: sha256_of(path, state)
+        for path, state in states.items()
+        if state and sizes[state.bytes] > 1
+    }
+    duplicates: dict[int, dict[str, str]] = {}
     first: dict[object, Entry] = {}
     for number, entry in enumerate(entries):
-        shown = (
-            content.get(entry.path) or entry.path,
-            *(getattr(entry, name) for name in _INTERVAL),
-        )
-        other = first.setdefault(shown, entry)
+        interval = [getattr(entry, name) for name in _INTERVAL]
+        other = first.setdefault((content.get(entry.path) or entry.path, *interval), entry)
         if other is not entry:
-            found[number] = Duplicate(
-                entry.path, entry.record_id, entry.split, other.record_id, other.split
-            )
-    return found
+            line = {"path": entry.path, "id": entry.record_id, "split": entry.split}
+            original = {"duplicate_of": other.record_id, "duplicate_split": other.split}
+            duplicates[number] = line | original
+    return duplicates

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from avcl_jax.data.spectrogram import LogMelSpec, log_mel
-from data_prep.foley.picture import render_picture
+from data_prep.foley.audio import render_audio
 from data_prep.foley.scene import (
     MATERIALS,
     MOTIONS,
@@ -20,7 +20,7 @@ from data_prep.foley.scene import (
     classes_of,
     draw_scene,
 )
-from data_prep.foley.sound import render_sound
+from data_prep.foley.video import render_video
 
 START_SECONDS, SECONDS = 1.0, 1.75
 FRAMES = 14
@@ -47,9 +47,9 @@ def draw(path: Path) -> None:
     for row, pair in enumerate(pairs):
         scene = draw_scene(0, "train", first[pair])
         begin = int(START_SECONDS * VIDEO_FPS)
-        frames = render_picture(scene)[begin : begin + 2 * FRAMES : 2]
+        frames = render_video(scene)[begin : begin + 2 * FRAMES : 2]
         start = int(START_SECONDS * SAMPLE_RATE_HZ)
-        windows = render_sound(scene)[start : start + SPEC.frames * SPEC.window]
+        windows = render_audio(scene)[start : start + SPEC.frames * SPEC.window]
         mel = log_mel(windows.reshape(SPEC.frames, SPEC.window), SPEC)
         above, below = axes[2 * row], axes[2 * row + 1]
         above.imshow(np.concatenate(list(frames), axis=1), interpolation="bicubic", aspect="auto")

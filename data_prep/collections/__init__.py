@@ -1,1 +1,1 @@
-"""How collections are listed: each module reads one kind of list into a manifest."""
+"""Collections: each module reads one kind of list into a manifest."""

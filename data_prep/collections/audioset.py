@@ -1,4 +1,4 @@
-"""AudioSet: 10 s of YouTube videos, each with several of 527 sound classes.
+"""AudioSet: 10 s of YouTube videos, each with several of 527 audio classes.
 
 Nothing is downloaded. The official lists come from https://research.google.com/audioset/download.html
 
@@ -10,7 +10,7 @@ Nothing is downloaded. The official lists come from https://research.google.com/
 --lists takes the segments (lines of YTID, start_seconds, end_seconds, "mid,mid"); --classes-from
 takes class_labels_indices.csv (index,mid,display_name).
 
-Files, sound or video, are found by name, in any folder below MEDIA and with any suffix of media
+Files, audio or video, are found by name, in any folder below MEDIA and with any suffix of media
 files. Used whole, as they are clips already:
 
   ID_000030_000040.mp4     six digits
@@ -20,8 +20,8 @@ files. Used whole, as they are clips already:
   YID.wav                  PANNs (audioset_tagging_cnn)
   id_ID.m4a                Fast-Audioset-Download
 
-and ID.mp4 is the whole video, cut from start to end, or a clip with --already-cut. Where sound and
-video lie side by side under one name, the video is taken.
+and ID.mp4 is the whole video, cut from start to end, or a clip with --already-cut. Where audio and
+video have one name, the video is taken.
 
 The split is the list's name: balanced_train, unbalanced_train or eval; --split gives all lists
 another one, such as train. The label "class" has the display names of the ontology in the order of
@@ -37,44 +37,48 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from avcl_jax.paths import absolute_path
-from data_prep.collections import youtube
-from data_prep.collections.listed_clips import ListedClip, find_clips
+from data_prep.collections import listed_clips
 from data_prep.collections.lists import csv_rows, interval, number_of, table_rows
-from data_prep.collections.media_files import MediaFiles
 from data_prep.manifest import Manifest, PrepareError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares where the files and the lists are."""
-    youtube.add_arguments(parser, media="MEDIA", lists="official lists: ..._segments.csv")
-    parser.add_argument(
-        "--classes-from",
-        metavar="CSV",
-        type=absolute_path,
+    """Declares the folder of the files and the lists."""
+    listed_clips.add_youtube_arguments(
+        parser,
+        media="MEDIA",
+        lists="official lists: ..._segments.csv",
+        classes="class_labels_indices.csv: the classes, in their order",
         required=True,
-        help="class_labels_indices.csv: the classes, in their order",
     )
-    parser.add_argument("--split", help="of all lists, instead of one by each list's name")
+    parser.add_argument("--split", help="split of all lists, instead of one by each list's name")
 
 
 def read(args: argparse.Namespace) -> Manifest:
-    """Reads the lists and finds their clips.
-
-    Raises:
-      PrepareError: If a list is wrong, or the folder cannot be searched.
-    """
+    """Reads the lists and finds their clips; raises PrepareError for a wrong list."""
     numbers, names = _classes(args.classes_from)
-    clips = (
-        clip
-        for path in args.lists
-        for clip in _clips(
-            path, args.split or _split(path), numbers, args.classes_from, args.already_cut
-        )
-    )
-    return find_clips(
-        clips, MediaFiles(args.folder), class_names={"class": names}, multilabel=("class",)
-    )
+
+    def clips() -> Iterator[listed_clips.ListedClip]:
+        for path in args.lists:
+            split = args.split or _split(path)
+            for where, (video, first, last, mids) in csv_rows(path, columns=(4,)):
+                times = interval(where, first, last)
+                if not video:
+                    raise PrepareError(f"{where}: no YTID")
+                classes = {
+                    number_of(where, mid, numbers, args.classes_from) for mid in mids.split(",")
+                }
+                yield listed_clips.youtube_clip(
+                    where,
+                    video,
+                    times,
+                    split,
+                    {"class": tuple(sorted(classes))},
+                    already_cut=args.already_cut,
+                    more_names=(f"Y{video}", f"id_{video}"),
+                )
+
+    return listed_clips.find_clips(clips(), args.folder, {"class": names}, multilabel=("class",))
 
 
 def _classes(path: epath.Path) -> tuple[dict[str, int], tuple[str, ...]]:
@@ -101,30 +105,3 @@ def _split(path: epath.Path) -> str:
             "eval...): give --split"
         )
     return named[0]
-
-
-def _clips(
-    path: epath.Path,
-    split: str,
-    numbers: dict[str, int],
-    classes_from: epath.Path,
-    already_cut: bool,
-) -> Iterator[ListedClip]:
-    for where, (video, first, last, mids) in csv_rows(path, columns=(4,)):
-        start, end = interval(where, first, last)
-        if not video:
-            raise PrepareError(f"{where}: no YTID")
-        classes = {number_of(where, mid, numbers, classes_from) for mid in mids.split(",")}
-        names = youtube.clip_names(video, start, end)
-        yield ListedClip(
-            where=where,
-            record_id=names[0],
-            source_id=video,
-            split=split,
-            labels={"class": tuple(sorted(classes))},
-            expected=f"{names[0]}.mp4",
-            clip_names=(*names, f"Y{video}", f"id_{video}", *([video] if already_cut else [])),
-            film_names=(video,),
-            start_seconds=start,
-            end_seconds=end,
-        )

@@ -1,4 +1,4 @@
-"""ESC-50 and ESC-10: 5 s of environmental sound, one class per clip, five official folds.
+"""ESC-50 and ESC-10: 5 s of environmental audio, one class per clip, five official folds.
 
 Nothing is downloaded. The collection comes from https://github.com/karolpiczak/ESC-50
 
@@ -11,7 +11,7 @@ FOLDER is that repository, or has its layout:
 --subset esc10 takes the 400 clips of the ten classes that make up ESC-10.
 
 Every clip becomes one record of the split "all". Its labels are "class" (in the order of target;
-those of ESC-10 are numbered anew, 0 to 9, in the same order) and "fold" (1 to 5). source_id is the
+those of ESC-10 are numbered 0 to 9, in the same order) and "fold" (1 to 5). source_id is the
 Freesound recording src_file: several clips can be cut from one, always within one fold.
 """
 
@@ -23,9 +23,8 @@ from collections.abc import Sequence
 from etils import epath
 
 from avcl_jax.paths import absolute_path
-from data_prep.collections.listed_clips import ListedClip, find_clips
+from data_prep.collections import listed_clips
 from data_prep.collections.lists import number_of, table_rows
-from data_prep.collections.media_files import MediaFiles
 from data_prep.manifest import Manifest, PrepareError
 
 _COLUMNS = ("filename", "fold", "target", "category", "esc10", "src_file")
@@ -34,19 +33,14 @@ _FOLDS = {name: number for number, name in enumerate("12345")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares where the collection is, and what of it to take."""
-    parser.add_argument(
-        "folder", metavar="FOLDER", type=absolute_path, help="holds audio/ and meta/"
-    )
-    parser.add_argument("--subset", choices=tuple(_CLASSES), default="esc50", help="what to take")
+    """Declares the folder of the collection, and its subset."""
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", type=absolute_path, help="folder with audio/ and meta/")
+    add("--subset", choices=tuple(_CLASSES), default="esc50", help="clips to take")
 
 
 def read(args: argparse.Namespace) -> Manifest:
-    """Reads the list and finds its clips.
-
-    Raises:
-      PrepareError: If the list is wrong, or the folder cannot be searched.
-    """
+    """Reads the list and finds its clips; raises PrepareError for a wrong list."""
     path = args.folder / "meta" / "esc50.csv"
     rows = []
     for where, row in table_rows(path, required=_COLUMNS):
@@ -55,27 +49,17 @@ def read(args: argparse.Namespace) -> Manifest:
         if args.subset == "esc50" or row["esc10"] == "True":
             rows.append((where, row))
     names = _class_names(path, rows, args.subset)
-    numbers = {name: number for number, name in enumerate(names)}
-    clips = (
-        ListedClip(
-            where=where,
-            record_id=epath.Path(row["filename"]).stem,
-            source_id=row["src_file"],
-            split="all",
-            labels={
-                "class": numbers[row["category"]],
-                "fold": number_of(where, row["fold"], _FOLDS, "1 to 5"),
-            },
-            expected=row["filename"],
-            clip_names=(epath.Path(row["filename"]).stem,),
+
+    def clip(where: str, row: dict[str, str]) -> listed_clips.ListedClip:
+        name = epath.Path(row["filename"]).stem
+        fold = number_of(where, row["fold"], _FOLDS, "1 to 5")
+        labels = {"class": names.index(row["category"]), "fold": fold}
+        return listed_clips.ListedClip(
+            where, name, row["src_file"], "all", labels, row["filename"], (name,)
         )
-        for where, row in rows
-    )
-    return find_clips(
-        clips,
-        MediaFiles(args.folder / "audio"),
-        class_names={"class": names, "fold": tuple(_FOLDS)},
-    )
+
+    class_names = {"class": names, "fold": tuple(_FOLDS)}
+    return listed_clips.find_clips((clip(*row) for row in rows), args.folder / "audio", class_names)
 
 
 def _class_names(
@@ -86,10 +70,10 @@ def _class_names(
     for where, row in rows:
         if not row["target"].isdecimal():
             raise PrepareError(f"{where}: target is {row['target']!r}, expected a number")
-        if by_target.setdefault(int(row["target"]), row["category"]) != row["category"]:
+        before = by_target.setdefault(int(row["target"]), row["category"])
+        if before != row["category"]:
             raise PrepareError(
-                f"{where}: target {row['target']} is {row['category']!r}, "
-                f"and {by_target[int(row['target'])]!r} before"
+                f"{where}: target {row['target']} is {row['category']!r}, and {before!r} before"
             )
     names = tuple(by_target[target] for target in sorted(by_target))
     if len(set(names)) != _CLASSES[subset]:

@@ -1,63 +1,168 @@
-"""The examples of record files in order, and the options that all kinds of examples share."""
+"""Examples of record files in order, their options and their classes."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
 from avcl_jax.data import array_records, tfrecord
-from avcl_jax.data.record_files import ARRAY_RECORD, TFRECORD
+from avcl_jax.data.media_error import MediaError
+from avcl_jax.data.record_files import ARRAY_RECORD
 from avcl_jax.data.record_format import UNKNOWN_LABEL, ClassNumbers
 from avcl_jax.data.tfrecord import RecordError
-from data_prep.manifest import Entry, Manifest, Missing, PrepareError
+from avcl_jax.paths import is_remote
+from data_prep.manifest import (
+    Entry,
+    ExamplePlace,
+    Manifest,
+    Missing,
+    PrepareError,
+    check_options,
+)
 
+# Numbers, and names, of the classes of an example.
+ExampleClasses = tuple[Sequence[int], Sequence[str]]
+NONE = "none"  # of a feature that is not wanted
 _GZIP = b"\x1f\x8b"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares what examples do not say of themselves."""
+    """Declares properties that examples do not state themselves."""
     add = parser.add_argument
-    add("--fps", type=float, help="frames a second, where the examples do not say when each is")
-    add("--sample-rate-of-source", type=int, help="in Hz, where the examples do not say it")
-    add(
-        "--full-scale",
-        type=float,
-        help="value of the loudest sample (1 for floats, 32768 for integers)",
-    )
+    add("--fps", type=float, help="frames per second, where the examples have no times")
+    add("--sample-rate-of-source", type=int, help="in Hz, where the examples do not state it")
+    full_scale = "value of the loudest sample (1 for floats, 32768 for integers)"
+    add("--full-scale", type=float, help=full_scale)
     add("--id-feature", help="feature that names the record (the shard's name and a number)")
-    add("--source-feature", help="feature that names what the clip was cut from")
+    add("--source-feature", help="feature that names the recording that the clip was cut from")
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raises PrepareError if one makes no sense."""
-    checks = (
-        (args.fps is None or args.fps > 0, "--fps must be above 0"),
-        (
-            args.sample_rate_of_source is None or args.sample_rate_of_source > 0,
-            "--sample-rate-of-source must be above 0",
-        ),
-        (args.full_scale is None or args.full_scale > 0, "--full-scale must be above 0"),
+    """Raises PrepareError if one is out of range."""
+    rate = args.sample_rate_of_source
+    check_options(
+        (args.fps is None or args.fps > 0, "--fps", "above 0"),
+        (rate is None or rate > 0, "--sample-rate-of-source", "above 0"),
+        (args.full_scale is None or args.full_scale > 0, "--full-scale", "above 0"),
     )
-    for good, message in checks:
-        if not good:
-            raise PrepareError(message)
 
 
-def examples(path: epath.Path, file_format: str) -> Iterator[tuple[int, bytes | memoryview | None]]:
-    """Yields the place and the payload of each example; no payload where the file is damaged.
+class Listing:
+    """Entries of the examples of record files, with labels whose numbers are known only at the end.
 
-    What is damaged is listed so that preparation rejects it with its reason. After damage to a
-    length in a TFRecord file nothing more can be found.
-
-    Raises:
-      PrepareError: If the file is compressed as a whole.
+    Attributes:
+      entries: Also those of damaged examples: preparation rejects them with a reason.
+      missing: Examples whose files are not there.
+      classes: By label, numbers and names of the classes of each example.
     """
-    read = _array_record if file_format == ARRAY_RECORD else _tfrecord
-    return read(path)
+
+    def __init__(self, layout: Any, class_names: Mapping[str, Sequence[str] | None]):
+        """Takes the features to read, and the names of the classes of each label, if known."""
+        self._layout = layout
+        self._class_names = class_names
+        self.entries: list[Entry] = []
+        self.missing: list[Missing] = []
+        self.classes: dict[str, list[ExampleClasses]] = {label: [] for label in class_names}
+
+    def add_file(
+        self,
+        path: epath.Path,
+        name: str,
+        split: str,
+        file_format: str,
+        describe: Callable[[Any], tuple[str, str]],
+    ) -> int:
+        """Adds the examples of a file; returns their number.
+
+        After damage to a length in a TFRecord file nothing more can be found.
+
+        Args:
+          path: Record file.
+          name: Its name, for the ids of examples without.
+          split: Split of the records.
+          file_format: Format of the file.
+          describe: Returns id and source of a parsed example, "" for none; None is a damaged one.
+
+        Raises:
+          PrepareError: If the file is remote or compressed as a whole, or `describe` raises.
+        """
+        if file_format == ARRAY_RECORD and is_remote(path):
+            raise PrepareError(f"{path}: copy ArrayRecord files to a local disk first")
+        first = len(self.entries)
+        payloads = _array_record(path) if file_format == ARRAY_RECORD else _tfrecord(path)
+        for number, (place, payload) in enumerate(payloads):
+            try:
+                example = None if payload is None else self._layout.parse(payload)
+            except MediaError:
+                example = None
+            try:
+                record_id, source_id = describe(example)
+            except MediaError as error:
+                raise PrepareError(f"{path}, example {number}: {error.message}") from error
+            record_id = record_id or f"{name}#{number}"
+            ids = (split, record_id, source_id or record_id)
+            place_of = ExamplePlace(file_format, place, self._layout)
+            self.entries.append(Entry(os.fspath(path), *ids, 0.0, None, {}, place_of))
+        return len(self.entries) - first
+
+    def manifest(self, several: Collection[str] = ()) -> Manifest:
+        """Returns the clips with their labels; those of `several` may have many classes per clip.
+
+        Labels without classes are left out; nested features lose their slashes, which TFDS would
+        nest.
+        """
+        class_names: dict[str, tuple[str, ...]] = {}
+        multilabel = set()
+        labels: list[dict[str, ClassNumbers]] = [{} for _ in self.entries]
+        for label, classes in self.classes.items():
+            names = _names(label, classes, self._class_names[label])
+            if not names:
+                continue
+            name = label.replace("/", "_")
+            class_names[name] = names
+            if label in several or any(max(map(len, both)) > 1 for both in classes):
+                multilabel.add(name)
+            number_of = {text: number for number, text in enumerate(names)}
+            for of_example, (numbers, texts) in zip(labels, classes, strict=True):
+                found = [*numbers] or [number_of[text] for text in texts]
+                unknown = UNKNOWN_LABEL if not found else found[0]
+                of_example[name] = tuple(sorted({*found})) if name in multilabel else unknown
+        entries = (
+            dataclasses.replace(entry, labels=of_example)
+            for entry, of_example in zip(self.entries, labels, strict=True)
+        )
+        return Manifest(tuple(entries), class_names, frozenset(multilabel), tuple(self.missing))
+
+
+def _names(
+    label: str, classes: Sequence[ExampleClasses], fixed: Sequence[str] | None
+) -> tuple[str, ...]:
+    """Returns the names of all classes in the order of their numbers; may raise PrepareError."""
+    by_number: dict[int, str] = {}
+    for numbers, texts in classes:
+        for number, text in zip(numbers, texts, strict=False) if len(numbers) == len(texts) else ():
+            if by_number.setdefault(number, text) != text:
+                raise PrepareError(
+                    f"class {number} of {label} is {by_number[number]!r} in one example and "
+                    f"{text!r} in another: give --classes, or one of these sets alone"
+                )
+    highest = max((number for numbers, _ in classes for number in numbers), default=-1)
+    texts_alone = {text for numbers, texts in classes if not numbers for text in texts}
+    names = tuple(fixed or ())
+    if fixed is None:
+        names = tuple(by_number.get(number, str(number)) for number in range(highest + 1))
+        names = (*names, *sorted(texts_alone - set(names)))
+    unknown = [*map(repr, sorted(texts_alone - set(names))), str(highest)][0]
+    if texts_alone - set(names) or highest >= len(names):
+        raise PrepareError(f"class {unknown} of {label} is not among the names given")
+    if len(set(names)) < len(names) or any("\n" in name or "\r" in name for name in names):
+        raise PrepareError(f"{label}: two classes of one name, or a line break in one")
+    return names
 
 
 def _array_record(path: epath.Path) -> Iterator[tuple[int, bytes | None]]:
@@ -81,11 +186,10 @@ def _tfrecord(path: epath.Path) -> Iterator[tuple[int, memoryview | None]]:
             if offset == 0 and header.startswith(_GZIP):
                 raise PrepareError(f"{path} is compressed: decompress it first (gzip -d)")
             try:
-                length = tfrecord.payload_length(header, where=where)
+                end = offset + tfrecord.payload_length(header, where=where)
             except RecordError:
-                yield offset, None
-                return
-            end = offset + length + tfrecord.OVERHEAD_BYTES
+                end = size
+            end += tfrecord.OVERHEAD_BYTES
             if end > size:
                 yield offset, None
                 return
@@ -95,102 +199,3 @@ def _tfrecord(path: epath.Path) -> Iterator[tuple[int, memoryview | None]]:
             except RecordError:
                 yield offset, None
             offset = end
-
-
-def format_of(path: epath.Path) -> str:
-    """Returns the format that a file's name tells."""
-    return ARRAY_RECORD if re.search(r"array_?record", path.name, re.IGNORECASE) else TFRECORD
-
-
-class Classes:
-    """Numbers and names of the classes of one label, found example by example."""
-
-    def __init__(self, label: str, names: Sequence[str] | None):
-        """Takes the names if they are known beforehand."""
-        self._label = label
-        self._fixed = None if names is None else tuple(names)
-        self._found: dict[int, str] = {}
-        self._texts: set[str] = set()
-        self._highest = -1
-        self._seen: list[tuple[Sequence[int], Sequence[str]]] = []
-        self.several = False
-
-    def add(self, numbers: Sequence[int], texts: Sequence[str]) -> None:
-        """Takes the class numbers, or names, or both, of the next example.
-
-        Raises:
-          PrepareError: If a number stands for two names.
-        """
-        self._seen.append((tuple(numbers), () if numbers else tuple(texts)))
-        self._texts.update(() if numbers else texts)
-        self._highest = max(self._highest, *numbers, -1)
-        self.several |= max(len(numbers), len(texts)) > 1
-        if len(numbers) != len(texts):
-            return
-        for number, text in zip(numbers, texts, strict=True):
-            if self._found.setdefault(number, text) != text:
-                raise PrepareError(
-                    f"class {number} of {self._label} is {self._found[number]!r} in one example "
-                    f"and {text!r} in another: give --classes, or one of these sets alone"
-                )
-
-    def names(self) -> tuple[str, ...]:
-        """Returns the names in the order of their numbers.
-
-        Raises:
-          PrepareError: If an example has a class that is not among the names.
-        """
-        if self._fixed is not None:
-            names = self._fixed
-        elif self._highest >= 0:
-            names = tuple(self._found.get(n, str(n)) for n in range(self._highest + 1))
-            if self._texts - set(names):
-                names = (*names, *sorted(self._texts - set(names)))
-        else:
-            names = tuple(sorted(self._texts))
-        unknown = sorted(self._texts - set(names))
-        if unknown or self._highest >= len(names):
-            what = repr(unknown[0]) if unknown else str(self._highest)
-            raise PrepareError(f"class {what} of {self._label} is not among the names given")
-        if len(set(names)) < len(names) or any("\n" in name or "\r" in name for name in names):
-            raise PrepareError(f"{self._label}: two classes of one name, or a line break in one")
-        return names
-
-    def numbers(self) -> Iterator[ClassNumbers]:
-        """Yields the class numbers of each example, in the order in which they were added."""
-        number_of = {name: number for number, name in enumerate(self.names())}
-        for numbers, texts in self._seen:
-            found = [*numbers, *(number_of[text] for text in texts)]
-            if self.several:
-                yield tuple(sorted({number for number in found if number >= 0}))
-            else:
-                yield found[0] if found else UNKNOWN_LABEL
-
-
-def class_columns(
-    classes: Mapping[str, Classes],
-) -> tuple[dict[str, tuple[str, ...]], frozenset[str], Iterable[dict[str, ClassNumbers]]]:
-    """Returns names, the labels of which a clip may have several, and each example's labels.
-
-    Labels without classes are left out; nested features lose their slashes, which TFDS would nest.
-    """
-    used = {label.replace("/", "_"): found for label, found in classes.items() if found.names()}
-    columns = {label: found.numbers() for label, found in used.items()}
-    rows = (
-        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
-    )
-    several = frozenset(label for label, found in used.items() if found.several)
-    return {label: found.names() for label, found in used.items()}, several, rows
-
-
-def manifest(
-    found: Sequence[Entry], missing: Sequence[Missing], classes: Mapping[str, Classes]
-) -> Manifest:
-    """Returns the clips with their labels, whose numbers are known only now."""
-    names, several, rows = class_columns(classes)
-    if names:
-        found = [
-            dataclasses.replace(entry, labels=labels)
-            for entry, labels in zip(found, rows, strict=True)
-        ]
-    return Manifest(tuple(found), names, several, tuple(missing))

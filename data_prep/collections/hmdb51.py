@@ -32,43 +32,20 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from avcl_jax.data.record_format import UNKNOWN_LABEL
-from avcl_jax.paths import absolute_path
-from data_prep.collections.listed_clips import ListedClip, find_clips
+from data_prep.collections import listed_clips
 from data_prep.collections.lists import in_order, lines
-from data_prep.collections.media_files import MediaFiles
 from data_prep.manifest import Manifest, PrepareError
 
 _CLASSES = 51
-_SPLITS = ("split1", "split2", "split3")
 _PARTS = ("unused", "train", "test")
 # Visible body, camera motion, people, viewpoint, quality, number.
 _DETAILS = re.compile(r"(.+)_[fhlu]_[cn]m_np\d+_(?:ba|fr|le|ri)_(?:bad|goo|med)_\d+")
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares where the clips and the lists are."""
-    parser.add_argument(
-        "folder",
-        metavar="VIDEOS",
-        type=absolute_path,
-        help="folder of the clips, searched recursively",
-    )
-    parser.add_argument(
-        "--lists",
-        metavar="DIR",
-        type=absolute_path,
-        required=True,
-        help="folder of the official lists",
-    )
+add_arguments = listed_clips.add_official_arguments
 
 
 def read(args: argparse.Namespace) -> Manifest:
-    """Reads the lists and finds their clips.
-
-    Raises:
-      PrepareError: If a list is wrong, or the folder cannot be searched.
-    """
+    """Reads the lists and finds their videos; raises PrepareError for a wrong list."""
     suffix = "_test_split1.txt"
     names = [path.name.removesuffix(suffix) for path in args.lists.glob(f"*{suffix}")]
     if len(names) != _CLASSES:
@@ -76,42 +53,17 @@ def read(args: argparse.Namespace) -> Manifest:
             f"{args.lists} has {len(names)} lists CLASS{suffix}, expected {_CLASSES}"
         )
     numbers = in_order(names)
-    videos: dict[str, str] = {}
-    labels: dict[str, dict[str, int]] = {}
-    for action, number in numbers.items():
-        for split_number, split in enumerate(_SPLITS, start=1):
-            path = args.lists / f"{action}_test_split{split_number}.txt"
-            for where, video, part in _videos(path):
-                videos.setdefault(video, where)
-                known = labels.setdefault(
-                    video, {"class": number} | dict.fromkeys(_SPLITS, UNKNOWN_LABEL)
-                )
-                if known[split] != UNKNOWN_LABEL or known["class"] != number:
-                    raise PrepareError(
-                        f"{where}: {video!r} comes twice in {split}, or is of two classes"
-                    )
-                known[split] = part
-    clips = (
-        ListedClip(
-            where=where,
-            record_id=video,
-            source_id=_source(where, video),
-            split="all",
-            labels=labels[video],
-            expected=f"{video}.avi",
-            clip_names=(video,),
-        )
-        for video, where in videos.items()
+    rows = (
+        (where, split, video, _source(where, video), number, part)
+        for action, number in numbers.items()
+        for split_number, split in enumerate(listed_clips.SPLITS, start=1)
+        for where, video, part in _videos(args.lists / f"{action}_test_split{split_number}.txt")
     )
-    return find_clips(
-        clips,
-        MediaFiles(args.folder),
-        class_names={"class": tuple(numbers)} | dict.fromkeys(_SPLITS, _PARTS),
-    )
+    return listed_clips.find_videos(rows, args.folder, tuple(numbers), _PARTS)
 
 
 def _videos(path: epath.Path) -> Iterator[tuple[str, str, int]]:
-    """Yields where a clip stands, its name and its part of the split."""
+    """Yields place in the list, video and part of the split."""
     for where, line in lines(path):
         parts = re.fullmatch(r"(\S+)\.avi ([012])", line)
         if parts is None:
@@ -123,6 +75,6 @@ def _source(where: str, video: str) -> str:
     parts = _DETAILS.fullmatch(video)
     if parts is None:
         raise PrepareError(
-            f"{where}: {video!r} is no name of HMDB51, FILM_ACTION_f_cm_np1_fr_med_0"
+            f"{where}: {video!r} is not a name of HMDB51, FILM_ACTION_f_cm_np1_fr_med_0"
         )
     return parts[1]

@@ -1,40 +1,107 @@
 """Record files of tf.train.SequenceExample, as MediaSequence and DMVR write them.
 
-That is what users of MMV and Scenic have: `image/encoded`, `WAVEFORM/feature/floats`,
-`clip/label/index` and so on, in TFRecord or ArrayRecord files.
+Users of MMV and Scenic have them: `image/encoded`, `WAVEFORM/feature/floats`, `clip/label/index`
+and so on, in TFRecord or ArrayRecord files.
+
+The key names are those of mediapipe/util/sequence/media_sequence.py, dmvr/modalities.py and
+dmvr/examples/generate_from_file.py. Times are microseconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 
+from avcl_jax.data.example_proto import DecodeError, sequence_example_class
 from avcl_jax.data.media_error import MediaError
-from avcl_jax.data.record_files import ARRAY_RECORD
+from avcl_jax.data.record_files import ARRAY_RECORD, TFRECORD
 from avcl_jax.data.record_format import to_text
-from avcl_jax.paths import absolute_path, is_remote, local_path
+from avcl_jax.paths import absolute_path, local_path
 from data_prep.collections import example_files
-from data_prep.collections.example_files import Classes, examples, format_of
-from data_prep.example_layout import ExamplePlace, SequenceLayout
-from data_prep.manifest import Entry, Manifest, Missing, PrepareError, check_manifest
-from data_prep.sources import sequence_example
-from data_prep.sources.sequence_example import context
+from data_prep.collections.example_files import NONE, ExampleClasses, Listing
+from data_prep.examples import Example, Samples
+from data_prep.manifest import Manifest, Missing, PrepareError
 
-_NONE = "none"
-_SOUND = "WAVEFORM/feature/floats"
+_ENCODED_MEDIA = "clip/encoded_media_bytes"
+_MICROSECONDS = 1e-6
+_AUDIO = "WAVEFORM/feature/floats"
 _INDEX = "clip/label/index"
 _TEXTS = ("clip/label/string", "clip/label/text")  # MediaSequence, DMVR
 _SOURCES = ("clip/media_id", "clip/data_path", "video/filename")
+_ARRAY_RECORD = re.compile(r"array_?record", re.IGNORECASE)
 _SHARD = re.compile(r"tf_?record|array_?record|-\d{5}-of-\d{5}", re.IGNORECASE)
 
 
+class _Sequence(NamedTuple):
+    """Features of a tf.train.SequenceExample by name."""
+
+    context: Mapping[str, list[Any]]  # values
+    lists: Mapping[str, Sequence[Any]]  # steps, at least one
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the feature lists, and of the encoded media file."""
+        return {*self.lists, *([_ENCODED_MEDIA] if self.context.get(_ENCODED_MEDIA) else [])}
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceLayout:
+    """Feature lists to read from a tf.train.SequenceExample."""
+
+    image_key: str | None  # times and rate are read from the features next to it
+    audio_key: str | None  # as are times, rate and channels
+    fps: float | None  # where the example has no times
+    sample_rate_hz: int | None  # where the example states none
+    full_scale: float | None  # value of the loudest sample; None for 1
+
+    def parse(self, payload: bytes | memoryview) -> _Sequence:
+        """Returns the features of a serialized tf.train.SequenceExample; may raise MediaError."""
+        try:
+            example = sequence_example_class().FromString(bytes(payload))
+        except DecodeError as error:
+            raise MediaError("bad_example", f"no tf.train.SequenceExample: {error}") from error
+        context, lists = example.context.feature, example.feature_lists.feature_list
+        return _Sequence(
+            {key: _values(feature) for key, feature in context.items()},
+            {key: steps.feature for key, steps in lists.items() if steps.feature},
+        )
+
+    def read(self, payload: bytes | memoryview) -> Example | bytes:
+        """Returns the content of a serialized tf.train.SequenceExample; may raise MediaError.
+
+        Time zero is the first frame; audio without times of its own starts with it.
+        """
+        example = self.parse(payload)
+        media = example.context.get(_ENCODED_MEDIA)
+        if media and not {self.image_key, self.audio_key} & example.lists.keys():
+            return media[0]
+        images, times, interval = _images(example, self)
+        zero = times[0] if len(times) else None
+        audio = _audio(example, self, zero)
+        if zero is None and audio is None:
+            wanted = [key for key in (self.image_key, self.audio_key) if key]
+            raise MediaError(
+                "empty",
+                f"the example has no {' or '.join(wanted) or 'feature list that is used'}; it has "
+                f"{', '.join(sorted(example.names)) or 'no feature lists'}",
+            )
+        if zero is None:
+            zero = audio.packets[0][0] if audio else 0.0
+        if audio is not None:
+            packets = [(start - zero, data) for start, data in audio.packets]
+            audio = dataclasses.replace(audio, packets=packets)
+        return Example(images, times - zero, interval, audio)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the files and what their examples do not say."""
+    """Declares the files, and properties that their examples do not state."""
     add = parser.add_argument
     add(
         "input",
@@ -43,15 +110,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="record file, folder of them, or pattern with *; names with array_record in them are "
         "ArrayRecord files, all others TFRecord",
     )
-    add("--split", default="train", help="for paths that name none")
-    add("--video-feature", default="image/encoded", help=f"feature list with frames, or {_NONE}")
-    add(
-        "--audio-feature",
-        default=_SOUND,
-        help=f"feature list with the sound, or {_NONE}",
-    )
-    add("--label", default="class", help=f"name for {_INDEX} and its texts, or {_NONE}")
-    add("--classes", type=local_path, help="file with the name of each class, one a line")
+    add("--split", default="train", help="split of paths that name none")
+    add("--video-feature", default="image/encoded", help=f"feature list with frames, or {NONE}")
+    add("--audio-feature", default=_AUDIO, help=f"feature list with the audio, or {NONE}")
+    add("--label", default="class", help=f"name for {_INDEX} and its texts, or {NONE}")
+    add("--classes", type=local_path, help="file with the name of one class per line")
     example_files.add_arguments(parser)
 
 
@@ -59,52 +122,47 @@ def read(args: argparse.Namespace) -> Manifest:
     """Lists the examples of all files, reading all of them for labels and ids.
 
     Raises:
-      PrepareError: If there are none, or they do not say enough.
+      PrepareError: If there are none, or they do not state enough.
     """
     example_files.check_arguments(args)
-    layout = SequenceLayout(
-        image_key=None if args.video_feature == _NONE else args.video_feature,
-        audio_key=None if args.audio_feature == _NONE else args.audio_feature,
-        fps=args.fps,
-        sample_rate_hz=args.sample_rate_of_source,
-        full_scale=args.full_scale,
+    video, audio = (
+        None if key == NONE else key for key in (args.video_feature, args.audio_feature)
     )
+    layout = SequenceLayout(video, audio, args.fps, args.sample_rate_of_source, args.full_scale)
     names = args.classes.read_text(encoding="utf-8").splitlines() if args.classes else None
-    classes = {} if args.label == _NONE else {args.label: Classes(args.label, names)}
-    files = [found for text in args.input for found in _files(text, args.split)]
+    class_names = {} if args.label == NONE else {args.label: names}
+    files = [file for text in args.input for file in _files(text, args.split)]
     # Shards of two splits may have one name.
     names_of = [path.name for _, path in files]
-    found: list[Entry] = []
-    missing: list[Missing] = []
-    lists: set[str] = set()
+    listing, lists = Listing(layout, class_names), set()
+
+    def describe(example: _Sequence | None) -> tuple[str, str]:
+        for classes in listing.classes.values():
+            classes.append(_labels(example) if example is not None else ((), ()))
+        if example is None:
+            return "", ""
+        if needs := _needs(example, layout):
+            raise MediaError(
+                "bad_example",
+                f"states neither times nor rates: say {' and '.join(needs)} (DMVR's "
+                "generate_from_file.py writes 10 frames and 48000 samples per second, and states "
+                "neither in its files)",
+            )
+        lists.update(example.names)
+        source = args.source_feature or next((k for k in _SOURCES if example.context.get(k)), None)
+        id_and_source = {"--id-feature": args.id_feature, "--source-feature": source}
+        record_id, source_id = (_name(example, *option) for option in id_and_source.items())
+        return record_id, source_id
+
     for split, path in files:
         short = path.name if names_of.count(path.name) == 1 else os.fspath(path)
-        if not path.exists():
-            missing.append(Missing(short, split, os.fspath(path)))
-            continue
-        file_format = format_of(path)
-        if file_format == ARRAY_RECORD and is_remote(path):
-            raise PrepareError(f"{path}: copy ArrayRecord files to a local disk first")
-        for number, (place, payload) in enumerate(examples(path, file_format)):
-            record_id = source_id = f"{short}#{number}"
-            labels: tuple[Sequence[int], Sequence[str]] = ((), ())
-            example = None if payload is None else _parsed(payload)
-            if example is not None:
-                try:
-                    record_id = _text(example, args.id_feature, "--id-feature") or record_id
-                    source_id = _source(example, args.source_feature) or record_id
-                    labels = _labels(example)
-                except MediaError as error:
-                    raise PrepareError(f"{path}, example {number}: {error.message}") from error
-                _check_says_enough(example, layout, f"{path}, example {number}")
-                lists |= sequence_example.features(example)
-            for label in classes.values():
-                label.add(*labels)
-            place_of = ExamplePlace(file_format, place, layout)
-            where = os.fspath(path)
-            found.append(Entry(where, split, record_id, source_id, 0.0, None, {}, place_of))
+        if path.exists():
+            file_format = ARRAY_RECORD if _ARRAY_RECORD.search(path.name) else TFRECORD
+            listing.add_file(path, short, split, file_format, describe)
+        else:
+            listing.missing.append(Missing(short, split, os.fspath(path)))
     _check_features(layout, lists)
-    return check_manifest(example_files.manifest(found, missing, classes))
+    return listing.manifest()
 
 
 def _check_features(layout: SequenceLayout, features: set[str]) -> None:
@@ -113,26 +171,16 @@ def _check_features(layout: SequenceLayout, features: set[str]) -> None:
     If no example can be parsed nothing is refused here: each is rejected on its own. The default
     audio list may be absent, as most videos have none; other absent lists are usually misnamed.
     """
-    if not features or sequence_example.ENCODED_MEDIA in features:
+    if not features or _ENCODED_MEDIA in features:
         return
-    for option, key in (
-        ("--video-feature", layout.image_key),
-        ("--audio-feature", layout.audio_key),
-    ):
-        usual = key == _SOUND and layout.image_key is not None
+    keys = {"--video-feature": layout.image_key, "--audio-feature": layout.audio_key}
+    for option, key in keys.items():
+        usual = key == _AUDIO and layout.image_key is not None
         if key is not None and key not in features and not usual:
             raise PrepareError(
                 f"no example has the feature list {key}; there are {', '.join(sorted(features))}: "
-                f"set {option} to one of them, or to {_NONE} to prepare without it"
+                f"set {option} to one of them, or to {NONE} to prepare without it"
             )
-
-
-def _parsed(payload: bytes | memoryview) -> Any:
-    """Returns an example; None where preparation will reject it."""
-    try:
-        return sequence_example.parse(payload)
-    except MediaError:
-        return None
 
 
 def _files(text: str, split: str) -> Iterator[tuple[str, epath.Path]]:
@@ -156,31 +204,22 @@ def _files(text: str, split: str) -> Iterator[tuple[str, epath.Path]]:
         yield split, file
 
 
-def _text(example: Any, key: str | None, option: str) -> str | None:
-    """Returns a context feature as a name; None without a key."""
+def _name(example: _Sequence, option: str, key: str | None) -> str:
+    """Returns a context feature as a name; "" without a key."""
     if key is None:
-        return None
-    found = context(example, key)
+        return ""
+    found = example.context.get(key)
     if not found:
+        there = ", ".join(sorted(example.context)) or "none"
         raise MediaError(
-            "bad_example",
-            f"{option}={key}: there is no such context feature, there are "
-            f"{', '.join(sorted(example.context.feature)) or 'none'}",
+            "bad_example", f"{option}={key}: there is no such context feature, there are {there}"
         )
     return to_text(found[0]) if isinstance(found[0], bytes) else str(found[0])
 
 
-def _source(example: Any, key: str | None) -> str | None:
-    """Returns what the clip was cut from, so far as the example says."""
-    if key is not None:
-        return _text(example, key, "--source-feature")
-    known = next((key for key in _SOURCES if context(example, key)), None)
-    return _text(example, known, "--source-feature")
-
-
-def _labels(example: Any) -> tuple[Sequence[int], Sequence[str]]:
-    numbers = context(example, _INDEX)
-    texts = next((found for key in _TEXTS if (found := context(example, key))), [])
+def _labels(example: _Sequence) -> ExampleClasses:
+    numbers = example.context.get(_INDEX, [])
+    texts = next((found for key in _TEXTS if (found := example.context.get(key))), [])
     if not all(isinstance(number, int) for number in numbers):
         raise MediaError("bad_example", f"{_INDEX} is not of integers")
     if not all(isinstance(text, bytes) for text in texts):
@@ -188,11 +227,78 @@ def _labels(example: Any) -> tuple[Sequence[int], Sequence[str]]:
     return [number for number in numbers if number >= 0], [to_text(text) for text in texts]
 
 
-def _check_says_enough(example: Any, layout: SequenceLayout, where: str) -> None:
-    missing = sequence_example.needs(example, layout)
-    if missing:
-        raise PrepareError(
-            f"{where} states neither times nor rates: say {' and '.join(missing)} (DMVR's "
-            "generate_from_file.py writes 10 frames and 48000 samples a second, and says so "
-            "nowhere in its files)"
-        )
+def _beside(key: str, name: str) -> str:
+    """Returns the key of a feature next to another: `image/timestamp` for `image/encoded`."""
+    return f"{key.rpartition('/')[0]}/{name}"
+
+
+def _values(feature: Any) -> list[Any]:
+    kind = feature.WhichOneof("kind")
+    return list(getattr(feature, kind).value) if kind else []
+
+
+def _needs(example: _Sequence, layout: SequenceLayout) -> list[str]:
+    """Returns the options that must be given because the example does not state them."""
+    missing = []
+    image, audio = layout.image_key or "", layout.audio_key or ""
+    if image in example.lists and not layout.fps:
+        rate = example.context.get(_beside(image, "frame_rate"))
+        missing += [] if rate or example.lists.get(_beside(image, "timestamp")) else ["--fps"]
+    if audio in example.lists and not layout.sample_rate_hz:
+        known = example.context.get(_beside(audio, "sample_rate"))
+        missing += [] if known else ["--sample-rate-of-source"]
+    return missing
+
+
+def _number(example: _Sequence, key: str) -> float:
+    """Returns a context feature that is a positive number; 0 if there is none."""
+    found = example.context.get(key)
+    if not found:
+        return 0.0
+    if isinstance(found[0], bytes) or not np.isfinite(found[0]) or found[0] <= 0:
+        raise MediaError("bad_example", f"{key} is {found[0]!r}")
+    return float(found[0])
+
+
+def _single(example: _Sequence, key: str, kind: type) -> list[Any]:
+    """Returns the only value of each step of a feature list."""
+    found = [_values(step) for step in example.lists.get(key, ())]
+    if any(len(values) != 1 or not isinstance(values[0], kind) for values in found):
+        raise MediaError("bad_example", f"a step of {key} does not hold one value of its type")
+    return [values[0] for values in found]
+
+
+def _images(example: _Sequence, layout: SequenceLayout) -> tuple[list[bytes], np.ndarray, float]:
+    """Returns encoded images, their times in seconds, and the interval if that is known."""
+    key = layout.image_key or ""
+    images = _single(example, key, bytes)
+    if not images:
+        return [], np.empty(0), 0.0
+    stamps = _single(example, _beside(key, "timestamp"), int)
+    if stamps:
+        return images, np.array(stamps, np.float64) * _MICROSECONDS, 0.0
+    fps = _number(example, _beside(key, "frame_rate")) or layout.fps
+    if not fps:
+        raise MediaError("bad_timestamps", "the frames have neither times nor a rate: say --fps")
+    return images, np.arange(len(images)) / fps, 1 / fps
+
+
+def _audio(example: _Sequence, layout: SequenceLayout, zero: float | None) -> Samples | None:
+    key = layout.audio_key or ""
+    if key not in example.lists:
+        return None
+    rate = _number(example, _beside(key, "sample_rate")) or layout.sample_rate_hz
+    if not rate or rate != round(rate):
+        raise MediaError("bad_example", f"the sound's rate is {rate}: say --sample-rate-of-source")
+    channels = round(_number(example, _beside(key, "num_channels")) or 1)
+    stamps = [time * _MICROSECONDS for time in _single(example, _beside(key, "timestamp"), int)]
+    data = [np.array(step.float_list.value, np.float32) for step in example.lists[key]]
+    if any(len(values) % channels for values in data):
+        raise MediaError("bad_example", f"{key} is not a multiple of {channels} channels")
+    data = [values.reshape(-1, channels) for values in data]
+    if not stamps:
+        data, stamps = [np.concatenate(data)], [zero or 0.0]
+    if len(stamps) != len(data):
+        raise MediaError("bad_timestamps", f"{len(data)} packets of sound, {len(stamps)} times")
+    packets = [(start, values) for start, values in zip(stamps, data, strict=True) if len(values)]
+    return Samples(packets, round(rate), layout.full_scale) if packets else None

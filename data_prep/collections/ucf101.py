@@ -28,75 +28,29 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from avcl_jax.data.record_format import UNKNOWN_LABEL
-from avcl_jax.paths import absolute_path
-from data_prep.collections.listed_clips import ListedClip, find_clips
+from data_prep.collections import listed_clips
 from data_prep.collections.lists import lines, number_of
-from data_prep.collections.media_files import MediaFiles
 from data_prep.manifest import Manifest, PrepareError
 
 _CLASSES = 101
-_SPLITS = ("split1", "split2", "split3")
 _PARTS = ("train", "test")
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares where the videos and the lists are."""
-    parser.add_argument(
-        "folder",
-        metavar="VIDEOS",
-        type=absolute_path,
-        help="folder of the videos, searched recursively",
-    )
-    parser.add_argument(
-        "--lists",
-        metavar="DIR",
-        type=absolute_path,
-        required=True,
-        help="folder of the official lists",
-    )
+add_arguments = listed_clips.add_official_arguments
 
 
 def read(args: argparse.Namespace) -> Manifest:
-    """Reads the lists and finds their videos.
-
-    Raises:
-      PrepareError: If a list is wrong, or the folder cannot be searched.
-    """
+    """Reads the lists and finds their videos; raises PrepareError for a wrong list."""
     class_list = args.lists / "classInd.txt"
     numbers = _classes(class_list)
-    videos: dict[str, str] = {}
-    labels: dict[str, dict[str, int]] = {}
-    for split_number, split in enumerate(_SPLITS, start=1):
-        for part_number, part in enumerate(_PARTS):
-            path = args.lists / f"{part}list{split_number:02d}.txt"
-            for where, video, number in _videos(path, part, numbers, class_list):
-                videos.setdefault(video, where)
-                known = labels.setdefault(
-                    video, {"class": number} | dict.fromkeys(_SPLITS, UNKNOWN_LABEL)
-                )
-                if known[split] != UNKNOWN_LABEL or known["class"] != number:
-                    raise PrepareError(
-                        f"{where}: {video!r} comes twice in {split}, or is of two classes"
-                    )
-                known[split] = part_number
-    clips = (
-        ListedClip(
-            where=where,
-            record_id=video,
-            source_id=video.rpartition("_")[0],
-            split="all",
-            labels=labels[video],
-            expected=f"{video}.avi",
-            clip_names=(video,),
+    rows = (
+        (where, split, video, video.rpartition("_")[0], number, part_number)
+        for split_number, split in enumerate(listed_clips.SPLITS, start=1)
+        for part_number, part in enumerate(_PARTS)
+        for where, video, number in _videos(
+            args.lists / f"{part}list{split_number:02d}.txt", part, numbers, class_list
         )
-        for video, where in videos.items()
     )
-    return find_clips(
-        clips,
-        MediaFiles(args.folder, ignore_case=True),
-        class_names={"class": tuple(numbers)} | dict.fromkeys(_SPLITS, _PARTS),
-    )
+    return listed_clips.find_videos(rows, args.folder, tuple(numbers), _PARTS, ignore_case=True)
 
 
 def _classes(path: epath.Path) -> dict[str, int]:
@@ -113,7 +67,7 @@ def _classes(path: epath.Path) -> dict[str, int]:
 def _videos(
     path: epath.Path, part: str, numbers: dict[str, int], class_list: epath.Path
 ) -> Iterator[tuple[str, str, int]]:
-    """Yields where a video stands, its name and its class."""
+    """Yields place in the list, video and class."""
     for where, line in lines(path):
         # Training lists repeat the class as a number from 1, test lists do not.
         pattern = r"(\w+)/(v_\w+_g\d+_c\d+)\.avi" + (r" (\d+)" if part == "train" else "")

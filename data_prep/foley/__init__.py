@@ -1,5 +1,1 @@
-"""Foley: a seeded generator of small videos whose sounds and pictures belong together."""
-
-from data_prep.foley.command import FoleyError, add_arguments, run
-
-__all__ = ["FoleyError", "add_arguments", "run"]
+"""Foley: a seeded generator of small videos whose audio belongs to their frames."""

@@ -1,4 +1,4 @@
-"""The five materials: what pitch and loudness do after a contact.
+"""Five materials: curves of pitch and loudness after a contact.
 
     bar     steady partials
     gong    every partial a close pair, so that it beats
@@ -6,9 +6,9 @@
     drum    partials that glide down
     rattle  a train of irregular micro-impacts instead of one
 
-Each video draws the rates of its own object. `sound.py` renders this micro-structure to be heard,
-and `picture.py` draws it in the ring that spreads from a contact: as wide as the pitch is low, as
-bright as the sound is loud. So a contact binds the two, and nothing still gives the material away.
+Each video draws the rates of its own object. `audio.py` renders this micro-structure to be heard,
+and `video.py` draws it in the ring that spreads from a contact: as wide as the pitch is low, as
+bright as the tone is loud. So a contact binds the two, and nothing still gives the material away.
 """
 
 from __future__ import annotations
@@ -31,16 +31,10 @@ MICRO_IMPACT_DECAY_SECONDS = (0.016, 0.026)
 def draw_response(
     rng: np.random.Generator, material: str, decay_seconds: float
 ) -> tuple[Curve, Curve]:
-    """Draws how one object answers every contact.
+    """Draws octaves and amplitude of an object over the seconds after every contact.
 
-    Args:
-        rng: Source of the object's rates.
-        material: Key of `MATERIALS`.
-        decay_seconds: Time constant of the sound's decay, common to all materials.
-
-    Returns:
-        Octaves and amplitude over the seconds after a contact. The octaves' mean, weighted by the
-        decaying energy, is zero: a glide does not show in the mean spectrum.
+    The octaves' mean, weighted by the decaying energy, is zero: a glide does not show in the mean
+    spectrum. The decay, of time constant `decay_seconds`, is common to all materials.
     """
     return MATERIALS[material](rng, decay_seconds)
 

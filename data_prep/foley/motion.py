@@ -1,7 +1,7 @@
-"""The five motions: paths in the square [-1, 1]² and the contacts that follow from them.
+"""Five motions: paths in the square [-1, 1]² and the contacts that follow from them.
 
 All motions draw their rate of contacts from one distribution and lose amplitude in the same way;
-what tells them apart is the dynamics. Each starts at a random phase.
+only the dynamics differ. Each starts at a random phase.
 """
 
 from __future__ import annotations
@@ -17,21 +17,13 @@ MIN_CONTACT_GAP_SECONDS = 0.16
 
 @dataclass(frozen=True)
 class Track:
-    """A path and its contacts, in unit coordinates.
+    """A path and its contacts, in unit coordinates."""
 
-    Attributes:
-        seconds: float64 [K] times, `PATH_RATE_HZ` a second.
-        position: float64 [K, 2].
-        contact_seconds: float64 [C], increasing.
-        contact_strength: float64 [C] relative impact speed.
-        contact_position: float64 [C, 2].
-    """
-
-    seconds: np.ndarray
-    position: np.ndarray
-    contact_seconds: np.ndarray
-    contact_strength: np.ndarray
-    contact_position: np.ndarray
+    seconds: np.ndarray  # float64 [K], `PATH_RATE_HZ` per second
+    position: np.ndarray  # float64 [K, 2]
+    contact_seconds: np.ndarray  # float64 [C], increasing
+    contact_strength: np.ndarray  # float64 [C], relative impact speed
+    contact_position: np.ndarray  # float64 [C, 2]
 
 
 def simulate(
@@ -42,17 +34,9 @@ def simulate(
     end_seconds: float,
     energy_seconds: float,
 ) -> Track:
-    """Simulate one motion.
+    """Simulates one of `MOTIONS` over an interval that begins before the file.
 
-    Args:
-        rng: Source of the rate, phase and shape of the motion.
-        name: Key of `MOTIONS`.
-        start_seconds: First time of the path, before the file's own start.
-        end_seconds: Last time of the path.
-        energy_seconds: Time constant of the energy's decay, which the amplitude follows.
-
-    Returns:
-        The path and its contacts.
+    The amplitude follows the energy, whose decay has the time constant `energy_seconds`.
     """
     count = int(np.ceil((end_seconds - start_seconds) * PATH_RATE_HZ)) + 1
     seconds = start_seconds + np.arange(count) / PATH_RATE_HZ
@@ -60,11 +44,7 @@ def simulate(
     amplitude = np.exp(-np.maximum(seconds, 0) / energy_seconds) ** 0.2
     position, contact_seconds, strength = MOTIONS[name](rng, seconds, contacts_per_second)
     # The whole motion wanders, slowly and alike in reverse: places do not draw its path.
-    wander = rng.uniform(0.1, 0.4, size=2) * np.sin(
-        2 * np.pi * rng.uniform(0.06, 0.16, size=2) * seconds[:, None]
-        + rng.uniform(0, 2 * np.pi, size=2)
-    )
-    position = position * amplitude[:, None] + wander
+    position = position * amplitude[:, None] + sway(rng, seconds, (0.1, 0.4), (0.06, 0.16))
     strength = strength * rng.uniform(0.65, 1.1, size=len(strength))
     keep = np.diff(contact_seconds, prepend=-np.inf) > MIN_CONTACT_GAP_SECONDS
     keep &= (contact_seconds > start_seconds) & (contact_seconds < end_seconds)
@@ -73,21 +53,32 @@ def simulate(
     return Track(seconds, position, contact_seconds, strength, np.stack(place, axis=-1))
 
 
+def sway(
+    rng: np.random.Generator,
+    seconds: np.ndarray,
+    size: tuple[float, float],
+    rate_hz: tuple[float, float],
+) -> np.ndarray:
+    """Draws a slow swing along both axes, [seconds, 2], with size and rate from two ranges."""
+    swing, rate = rng.uniform(*size, size=2), rng.uniform(*rate_hz, size=2)
+    return swing * np.sin(2 * np.pi * rate * seconds[:, None] + rng.uniform(0, 2 * np.pi, size=2))
+
+
 def _beats(rng: np.random.Generator, seconds: np.ndarray, rate: float, spread: float) -> np.ndarray:
-    """Contact times around the path's time span, with intervals jittered by a factor 1 ± spread."""
+    """Draws contact times around the path's time span, intervals jittered by 1 ± spread."""
     count = int((seconds[-1] - seconds[0]) * rate / (1 - spread)) + 6
     intervals = rng.uniform(1 - spread, 1 + spread, size=count) / rate
     return seconds[0] - rng.uniform(1, 2) / rate + np.concatenate([[0.0], np.cumsum(intervals)])
 
 
 def _phase(seconds: np.ndarray, beats: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Index of the beat before each time, and how far towards the next it is, in [0, 1)."""
+    """Returns the beat before each time, and the phase towards the next, in [0, 1)."""
     before = np.searchsorted(beats, seconds, side="right") - 1
     return before, (seconds - beats[before]) / (beats[before + 1] - beats[before])
 
 
 def _triangle(phase: np.ndarray) -> np.ndarray:
-    """Triangle wave in [-1, 1]; it turns at whole numbers."""
+    """Returns a triangle wave in [-1, 1] that turns at whole numbers."""
     return 1 - 2 * np.abs(np.mod(phase, 2.0) - 1)
 
 
@@ -123,7 +114,7 @@ def _ricochet(rng, seconds, rate):
 
 
 def _orbit(rng, seconds, rate):
-    """Turns around a centre at constant angular speed, with two contacts a turn."""
+    """Turns around a centre at constant angular speed, with two contacts per turn."""
     turns = rng.uniform(0, 1) + (seconds - seconds[0]) * rate / 2
     ratio = rng.uniform(0.75, 1.0)
     position = np.stack([np.cos(2 * np.pi * turns), ratio * np.sin(2 * np.pi * turns)], axis=-1)

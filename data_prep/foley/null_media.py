@@ -13,26 +13,23 @@ from scipy import fft
 
 from data_prep.foley.scene import SAMPLE_RATE_HZ, SIZE, SPLITS, VIDEO_FPS
 
-PICTURES = ("white", "coloured", "still")
-SOUNDS = ("white", "pink")
+VIDEOS = ("white", "coloured", "still")
+AUDIO = ("white", "pink")
 
 
 def render_null(seed: int, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Render one noise video; kinds of picture and of sound take turns by index.
+    """Renders one noise video of the split null_train or null_test.
 
-    Args:
-        seed: Seed of the collection.
-        split: `null_train` or `null_test`.
-        index: Number of the video within its split.
+    Kinds of video and of audio take turns by index.
 
     Returns:
         uint8 [frames, 64, 64, 3] and float32 [samples], of equal length in seconds.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, SPLITS.index(split), index]))
     num_frames = int(rng.integers(8 * VIDEO_FPS, 10 * VIDEO_FPS + 1))
-    picture = PICTURES[index % len(PICTURES)]
-    sound = SOUNDS[index // len(PICTURES) % len(SOUNDS)]
-    return _frames(rng, num_frames, picture), _sound(rng, num_frames, sound)
+    video = VIDEOS[index % len(VIDEOS)]
+    audio = AUDIO[index // len(VIDEOS) % len(AUDIO)]
+    return _frames(rng, num_frames, video), _sound(rng, num_frames, audio)
 
 
 def _frames(rng: np.random.Generator, num_frames: int, kind: str) -> np.ndarray:
@@ -51,7 +48,7 @@ def _frames(rng: np.random.Generator, num_frames: int, kind: str) -> np.ndarray:
 
 def _sound(rng: np.random.Generator, num_frames: int, kind: str) -> np.ndarray:
     samples = num_frames * SAMPLE_RATE_HZ // VIDEO_FPS
-    # Filtered on a longer stretch, of which the middle is kept: no edge, no wrap-around.
+    # Filtered on a longer stretch and cut to its middle: no edge, no wrap-around.
     margin = SAMPLE_RATE_HZ
     spectrum = fft.rfft(rng.standard_normal(samples + 2 * margin))
     if kind == "pink":

@@ -180,7 +180,7 @@ def test_hmdb51_flat_converted_and_missing(tmp_path: Path) -> None:
     [
         ("a_f_cm_np1_fr_med_0.avi 3\n", "split1.txt, line 1: .* is not of the form NAME.avi and 0"),
         ("a_f_cm_np1_fr_med_0.avi\n", "split1.txt, line 1: .* is not of the form"),
-        ("a.avi 1\n", "split1.txt, line 1: 'a' is no name of HMDB51"),
+        ("a.avi 1\n", "split1.txt, line 1: 'a' is not a name of HMDB51"),
         (2 * "a_f_cm_np1_fr_med_0.avi 1\n", "line 2: 'a_f_cm_np1_fr_med_0' comes twice in split1"),
         ("A_film!_act_01_f_cm_np1_fr_med_1.avi 1\n", "line .: 'A_film!_act_01_f.* comes twice in"),
     ],

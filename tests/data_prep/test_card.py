@@ -43,10 +43,10 @@ def test_counts_are_those_of_the_records(prepared: Path) -> None:
     text = "\n".join(describe(RecordDataset(prepared, "train")))
     assert "clips      4, of 2 sources" in text
     # Frames at 0, 1/3 and 0.7 s: two intervals in 0.7 s.
-    assert "picture    3 clips; 2.857 / 2.857 / 2.857 a second" in text
-    assert "sound      3 clips; 16000 Hz" in text
+    assert "video      3 clips; 2.857 / 2.857 / 2.857 frames per second" in text
+    assert "audio      3 clips; 16000 Hz" in text
     assert "length     1.1 / 1.1 / 1.1 s" in text
-    assert "label      sound: 3 classes, several a clip, 1 clips without" in text
+    assert "label      sound: 3 classes, several per clip, 1 clips without" in text
     assert "label      motion: 2 classes, 1 clips without" in text
     histogram = [line.split()[:2] for line in text.splitlines() if line.startswith("    ")]
     assert histogram == [["y", "2"], ["x", "1"], ["c", "3"], ["a", "1"], ["b", "0"]]
@@ -59,7 +59,7 @@ def test_the_picture_shows_the_stills(prepared: Path, capsys: pytest.CaptureFixt
     for path in ("one.png", "two.png"):
         assert main(["inspect", str(prepared), "--rows=4", f"--png={prepared / path}"]) == 0
         pictures.append(cv2.imread(str(prepared / path)))
-    assert "picture" in capsys.readouterr().out
+    assert "image" in capsys.readouterr().out
     np.testing.assert_array_equal(*pictures)
     assert pictures[0].shape[1] == 960
     # A frame of random colours has thousands of them, a chart few.

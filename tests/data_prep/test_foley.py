@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import collections
 import csv
 import dataclasses
@@ -17,11 +16,11 @@ from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from data_prep import foley
+from data_prep.__main__ import main
 from data_prep.foley import command
+from data_prep.foley.audio import render_audio
 from data_prep.foley.material import draw_response
 from data_prep.foley.null_media import render_null
-from data_prep.foley.picture import marks, render_picture
 from data_prep.foley.scene import (
     DECAY_SECONDS,
     MATERIALS,
@@ -32,7 +31,7 @@ from data_prep.foley.scene import (
     classes_of,
     draw_scene,
 )
-from data_prep.foley.sound import render_sound
+from data_prep.foley.video import marks, render_video
 
 COUNTS = {"train": 3, "test": 2, "null_train": 3, "null_test": 1}
 
@@ -63,7 +62,7 @@ def test_two_workers_write_the_same_files(collection: Path, tmp_path: Path) -> N
 
 def test_another_seed_split_or_index_is_another_video() -> None:
     waves = [
-        render_sound(draw_scene(*key))[:SAMPLE_RATE_HZ]
+        render_audio(draw_scene(*key))[:SAMPLE_RATE_HZ]
         for key in ((0, "train", 0), (1, "train", 0), (0, "test", 0), (0, "train", 1))
     ]
     correlation = np.abs(np.corrcoef(waves) - np.eye(len(waves)))
@@ -98,7 +97,7 @@ def test_codecs_keep_picture_and_sound(collection: Path) -> None:
     for split, index in (("train", 0), ("test", 1)):
         scene = draw_scene(3, split, index)
         frames, sound = _decode(collection / f"{split}/{split}_{index:05d}.mp4")
-        drawn, rendered = render_picture(scene), render_sound(scene)
+        drawn, rendered = render_video(scene), render_audio(scene)
         error = np.mean((frames.astype(float) - drawn) ** 2)
         assert 10 * np.log10(255**2 / error) > 30
         middle = slice(SAMPLE_RATE_HZ, 7 * SAMPLE_RATE_HZ)
@@ -130,7 +129,7 @@ def test_contacts_are_where_the_object_is_and_where_sound_starts() -> None:
         scene = draw_scene(0, "train", index)
         assert np.all(np.diff(scene.contact_seconds) > 0.15)
         np.testing.assert_allclose(scene.place(scene.contact_seconds), scene.contact_place)
-        sound = render_sound(scene)
+        sound = render_audio(scene)
         for time in scene.contact_seconds:
             at = round(time * SAMPLE_RATE_HZ)
             if 400 < at < len(sound) - 400:
@@ -192,7 +191,7 @@ def test_size_binds_pitch_and_energy_binds_loudness() -> None:
         scene = draw_scene(0, "test", index)
         times = np.array([0.0, scene.duration_seconds])
         slopes.append(np.diff(np.log(scene.pitch_hz(times))) / np.diff(np.log(scene.radius(times))))
-        sound = render_sound(scene)
+        sound = render_audio(scene)
         third = len(sound) // 3
         quieter.append(np.log(sound[-third:].std() / sound[:third].std()))
     np.testing.assert_allclose(slopes, -1.0)
@@ -230,7 +229,7 @@ def test_trivial_statistics_do_not_tell_the_classes() -> None:
     materials = [s.material for s in scenes]
     spectra, loudness = [], []
     for scene in scenes:
-        sound = render_sound(scene)
+        sound = render_audio(scene)
         blocks = sound[: len(sound) // 250 * 250].reshape(-1, 250)
         power = np.abs(np.fft.rfft(blocks * np.hanning(250), 256)) ** 2
         bands = np.log(np.add.reduceat(power, np.geomspace(1, 120, 24).astype(int), axis=1) + 1e-6)
@@ -244,7 +243,7 @@ def test_trivial_statistics_do_not_tell_the_classes() -> None:
     ]
     assert _probe(leaking, materials) > 0.4
 
-    colours = [render_picture(scene).mean(axis=(0, 1, 2)) for scene in scenes[:75]]
+    colours = [render_video(scene).mean(axis=(0, 1, 2)) for scene in scenes[:75]]
     assert _probe(colours, motions[:75]) < 0.4
 
 
@@ -327,11 +326,8 @@ def test_a_failing_disk_leaves_no_half_file(
 
 
 def test_command_reports_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    parser = argparse.ArgumentParser()
-    foley.add_arguments(parser)
-
     def status(*arguments: str) -> int:
-        return foley.run(parser.parse_args(["--out", str(tmp_path / "m"), *arguments]))
+        return main(["foley", "--out", str(tmp_path / "m"), *arguments])
 
     assert status("--train=1", "--test=0", "--workers=1") == 0
     assert capsys.readouterr().out.strip().endswith("manifest.csv")

@@ -14,11 +14,11 @@ import pytest
 from etils import epath
 
 from avcl_jax.data.records import RecordDataset
-from data_prep import shards
+from data_prep import publish, shards
 from data_prep.__main__ import main
 from data_prep.clip import REASONS
 from data_prep.collections.folder_or_table import read_input
-from data_prep.earlier import compare, jobs, read_earlier
+from data_prep.earlier import read_earlier
 from data_prep.shards import plan_parts, prepare_part
 from data_prep.source_files import find_duplicates
 from tests.data.synthetic_media import write_flash_and_click
@@ -100,6 +100,27 @@ def test_a_changed_file_is_prepared_again_and_the_others_are_kept(
     assert after[shard(0)] == before[shard(0)]
     assert after[shard(1)] != before[shard(1)]
     assert after[shard(2)] == before[shard(2)]
+    assert prepare(folder, tmp_path / "straight") == 0
+    assert files(out) == files(tmp_path / "straight")
+
+
+def test_an_interrupted_update_resumes(
+    folder: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert prepare(folder, out) == 0
+    before = inodes(out)
+    shutil.copy(clips / "5.mp4", folder / "c.mp4")
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "publish", interrupt)
+        assert prepare(folder, out) == 130
+    inode = (out / publish.INCOMPLETE / "train-00001.tfrecord").stat().st_ino
+    assert prepare(folder, out) == 0
+    assert inodes(out) == before | {shard(1): inode}
     assert prepare(folder, tmp_path / "straight") == 0
     assert files(out) == files(tmp_path / "straight")
 
@@ -195,20 +216,21 @@ def test_other_labels_need_no_decoding(
     table.write_text("path,label_x,source\na.mp4,dog,s\nb.mp4,cat,s\nc.mp4,,t\n")
     assert prepare(table, out) == 0
     table.write_text("path,label_x,source\nb.mp4,ant,s\na.mp4,dog,u\nc.mp4,cat,t\n")
-    parts = plan_parts(read_input(table, split="train", root=None).entries, 2)
-    earlier = read_earlier(epath.Path(out))
     options = shards.ClipOptions(128, None, 90, 16000, 0.0, 600.0, 16, (), "tfrecord")
-    changes = compare(earlier, parts, options, overwrite=False)
-    assert len(changes.known) == 3
-    assert not changes.none
+    entries = read_input(table, split="train", root=None).entries
+    parts = plan_parts(entries, 2, options, epath.Path(tmp_path / "again"))
+    earlier = read_earlier(epath.Path(out))
+    known, changes = earlier.compare(parts)
+    assert len(known) == changes["unchanged"] == 3
+    assert changes["rearranged"]
 
     def refuse(*_: object) -> None:
         raise AssertionError("a clip was decoded")
 
     monkeypatch.setattr(shards, "prepare_clip", refuse)
     (tmp_path / "again").mkdir()
-    for job in jobs(parts, options, epath.Path(tmp_path / "again"), earlier, changes):
-        prepare_part(job, skip={}, begin=lambda number: None)
+    for part in parts:
+        prepare_part(earlier.add_to(part, known), begin=lambda number: None)
     monkeypatch.undo()
     assert prepare(table, out) == 0
     dataset = RecordDataset(out, "train")
@@ -253,7 +275,7 @@ def test_the_same_file_is_a_duplicate_only_over_the_same_interval(folder: Path) 
     later = dataclasses.replace(entry, record_id="later", start_seconds=0.5)
     found = find_duplicates([entry, later, again])
     assert list(found) == [2]
-    assert (found[2].duplicate_of, found[2].split) == (entry.record_id, "test")
+    assert (found[2]["duplicate_of"], found[2]["split"]) == (entry.record_id, "test")
 
 
 def test_limit_and_dry_run(
@@ -275,14 +297,7 @@ def test_an_interrupted_part_leaves_nothing(
 ) -> None:
     entries = read_input(folder, split="train", root=None).entries
     options = shards.ClipOptions(128, None, 90, 16000, 0.0, 600.0, 16, (), "tfrecord")
-    (part,) = plan_parts(entries, 9)
-    (job,) = jobs(
-        [part],
-        options,
-        epath.Path(tmp_path / "parts"),
-        None,
-        compare(None, [part], options, overwrite=False),
-    )
+    (part,) = plan_parts(entries, 9, options, epath.Path(tmp_path / "parts"))
     (tmp_path / "parts").mkdir()
     prepare_clip, calls = shards.prepare_clip, []
 
@@ -294,5 +309,5 @@ def test_an_interrupted_part_leaves_nothing(
 
     monkeypatch.setattr(shards, "prepare_clip", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        prepare_part(job, skip={}, begin=lambda number: None)
+        prepare_part(part, begin=lambda number: None)
     assert list((tmp_path / "parts").iterdir()) == []

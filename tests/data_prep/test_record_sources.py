@@ -19,7 +19,7 @@ from avcl_jax.data.record_format import Record
 from avcl_jax.data.records import RecordDataset
 from data_prep.__main__ import main
 from data_prep.clip import REASONS
-from data_prep.sources.samples import Samples, mono_sound
+from data_prep.examples import Samples, mix_to_mono
 
 DATA = Path(__file__).parent / "testdata"
 RATE, FRAMES, TIMES = 2000, 5, [0.0, 0.1, 0.2, 0.3, 0.4]
@@ -159,7 +159,7 @@ def test_what_cannot_be_told_is_asked_for(
     message = error(capsys, tmp_path, "tfds", tiny, "--fps=10", "--split=valid")
     assert "no split 'valid', it has test, train" in message
     assert "--fps must be above 0" in error(capsys, tmp_path, "tfds", tiny, "--fps=0")
-    assert "is no data set of TFDS" in error(capsys, tmp_path, "tfds", DATA)
+    assert "is not a data set of TFDS" in error(capsys, tmp_path, "tfds", DATA)
 
 
 def edited(tmp_path: Path, source: str, edit: object) -> Path:
@@ -225,7 +225,7 @@ def test_dmvr_is_asked_for_its_rates(
     tmp_path: Path, expected: dict[str, np.ndarray], capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = error(capsys, tmp_path, "sequence-examples", DATA / DMVR)
-    assert "example 0 states neither times nor rates: say --fps and --sample-rate-of-" in message
+    assert "example 0: states neither times nor rates: say --fps and --sample-rate-of-" in message
     rates = ("--fps=10", "--sample-rate-of-source=2000")
     assert run(tmp_path, "sequence-examples", f"test={DATA / DMVR}", *rates) == 0
     dataset = RecordDataset(tmp_path, "test")
@@ -557,8 +557,8 @@ def test_only_a_changed_shard_is_prepared_again(
 
 
 def test_an_entry_names_all_that_decides_its_record(tmp_path: Path) -> None:
-    from data_prep.example_layout import ExamplePlace, SequenceLayout
-    from data_prep.manifest import Entry
+    from data_prep.collections.sequence_examples import SequenceLayout
+    from data_prep.manifest import Entry, ExamplePlace
     from data_prep.shards import entry_plan
     from tests.data.test_media import OPTIONS
 
@@ -584,7 +584,7 @@ def test_channels_of_an_example_never_cancel(dtype: type) -> None:
     ):
         data = (full * np.stack(factors, axis=1)).astype(dtype)
         samples = Samples([(0.0, data[:1000]), (0.5, data[1000:])], RATE, None)
-        sound = mono_sound(samples, sample_rate_hz=RATE, start_seconds=0.0, end_seconds=None)
+        sound = mix_to_mono(samples, sample_rate_hz=RATE, start_seconds=0.0, end_seconds=None)
         assert sound is not None
         assert list(sound.notes) == ([kind] if kind else [])
         np.testing.assert_allclose(sound.waveform, 9000 * expected, atol=1.5)

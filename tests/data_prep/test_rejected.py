@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from avcl_jax.data.media import MediaError, decode_frames
+from avcl_jax.data.record_index import load_columns
 from data_prep.__main__ import main
 from data_prep.clip import NOTES, REASONS
 from tests.data.synthetic_media import write_channels, write_flash_and_click, write_stretches
@@ -221,14 +222,14 @@ from pathlib import Path
 from etils import epath
 from data_prep.clip import ClipOptions
 from data_prep.manifest import Entry
-from data_prep.shards import Job, Part, prepare_part
+from data_prep.shards import Part, prepare_part
 
 options = ClipOptions(32, None, 90, 16000, 0.0, 60.0, 16, (), "tfrecord")
 entries = tuple(Entry(p, "train", p, p, 0.0, None, {}) for p in sys.argv[2:])
-job = Job(Part(0, "train", entries), options, epath.Path(sys.argv[1]), {}, None, None)
+part = Part(0, "train", entries, options, epath.Path(sys.argv[1]))
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (150 << 20),) * 2)
-prepare_part(job, skip={}, begin=lambda number: None)
+prepare_part(part, begin=lambda number: None)
 """
 
 
@@ -242,12 +243,12 @@ def test_a_clip_for_which_memory_is_too_small_is_rejected_and_the_next_prepared(
         cwd=PAGE.parents[2],
         check=True,
     )
-    report = json.loads((tmp_path / "train-00000.json").read_text())
-    assert report["num_records"] == 1
-    assert [reason for line in report["lines"] for _, reason, _ in line["clips"]] == [
+    lines = json.loads((tmp_path / "train-00000.json").read_text())
+    assert [outcome for line in lines for _, outcome, _ in line["clips"]] == [
         "too_large",
         "prepared",
     ]
+    assert len(load_columns(tmp_path / "train-00000.columns")["length"]) == 1
 
 
 FIVE_HUNDRED = """
@@ -256,7 +257,7 @@ from pathlib import Path
 from etils import epath
 from data_prep.clip import ClipOptions
 from data_prep.manifest import Entry
-from data_prep.shards import Job, Part, prepare_part
+from data_prep.shards import Part, prepare_part
 
 options = ClipOptions(32, None, 90, 16000, 0.0, 60.0, 16, (), "tfrecord")
 for number in range(10):
@@ -264,9 +265,8 @@ for number in range(10):
         Entry(sys.argv[2 + k % (len(sys.argv) - 2)], "train", f"{k}", "", 0.7 * (k % 2), None, {})
         for k in range(50)
     ]
-    part = Part(number, "train", tuple(entries))
-    job = Job(part, options, epath.Path(sys.argv[1]), {}, None, None)
-    prepare_part(job, skip={}, begin=lambda number: None)
+    part = Part(number, "train", tuple(entries), options, epath.Path(sys.argv[1]))
+    prepare_part(part, begin=lambda number: None)
     print(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
 """
 
@@ -290,7 +290,7 @@ def test_memory_is_flat_over_five_hundred_preparations(tmp_path: Path) -> None:
     first, *later = map(int, out.split())
     assert len(later) == 9
     assert max(later) < 1.05 * first, (first, later)
-    assert json.loads((tmp_path / "train-00009.json").read_text())["num_records"] == 30
+    assert len(load_columns(tmp_path / "train-00009.columns")["length"]) == 30
 
 
 def test_workers_have_a_limit_on_their_memory(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from avcl_jax.data.record_format import Record, parse_record, serialize_record
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.usable_records import UsableRecords
 from data_prep.__main__ import main
-from data_prep.still import is_still
+from data_prep.clip import is_still
 from tests.data.synthetic_media import click_waveform
 from tests.data.test_synchrony import SPEC
 

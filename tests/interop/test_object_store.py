@@ -126,19 +126,19 @@ def test_record_files_in_a_store_are_read_in_place(
         raise AssertionError(f"a copy of {path}")
 
     monkeypatch.setattr(shards, "local_file", refuse)
-    jobs = []
+    parts: list[shards.Part] = []
     monkeypatch.setattr(
-        "data_prep.prepare.Pool.run", lambda pool, todo: jobs.extend(todo) or run_here(todo)
+        "data_prep.prepare.Pool.run", lambda pool, todo: parts.extend(todo) or run_here(todo)
     )
     for out, source in (("remote", f"{bucket}/tiny"), ("local", str(tiny))):
         assert main(["tfds", source, f"--out={tmp_path / out}", "--fps=10"]) == 0
-    assert len(jobs) == 4
+    assert len(parts) == 4
     for split in ("train", "test"):
         remote, local = (RecordDataset(tmp_path / out, split) for out in ("remote", "local"))
         assert remote.fingerprint == local.fingerprint
 
 
-def run_here(jobs: list[shards.Job]) -> None:
+def run_here(parts: list[shards.Part]) -> None:
     """Prepares parts in this process, where functions can be replaced."""
-    for job in jobs:
-        shards.prepare_part(job, skip={}, begin=lambda *_: None)
+    for part in parts:
+        shards.prepare_part(part, begin=lambda *_: None)

@@ -1,11 +1,11 @@
-"""The sound of a scene: every contact by modal synthesis, sliding noise, room, hum, background.
+"""Audio of a scene: every contact by modal synthesis, sliding noise, room, hum, background.
 
-The material is the micro-structure of a contact's sound (`material.py`). Partials, decay, knock,
+The material is the micro-structure of a contact's tone (`material.py`). Partials, decay, knock,
 pitch, equaliser, room and background come from the same distributions for every material, and a
 glide is placed so that its energy-weighted mean pitch is that of a steady tone: mean spectrum and
-loudness do not give the material away. Vibrato, tremolo and tonal sounds in the background put
-glides and beats into the sound of *every* material, or a random network would hear it: what a
-material owns is the trend after a contact. (Without them a random encoder's probe reached 95 %
+loudness do not give the material away. Vibrato, tremolo and tones in the background put
+glides and beats into the audio of *every* material, or a random network would recognise it: only
+the trend after a contact is the material's own. (Without them a random encoder's probe reached 95 %
 where it now stays near 50 %.)
 """
 
@@ -30,16 +30,9 @@ BACKGROUND_TONES = 0.2
 BACKGROUND_NOISE_DECIBELS = (-46.0, -33.0)
 
 
-def render_sound(scene: Scene) -> np.ndarray:
-    """Render the sound of a scene.
-
-    Args:
-        scene: What happens when.
-
-    Returns:
-        float32 [samples] in (-1, 1) at `SAMPLE_RATE_HZ`, exactly as long as the video.
-    """
-    rng = np.random.default_rng(scene.sound_seed)
+def render_audio(scene: Scene) -> np.ndarray:
+    """Renders float32 [samples] in (-1, 1) at `SAMPLE_RATE_HZ`, exactly as long as the video."""
+    rng = np.random.default_rng(scene.audio_seed)
     samples = scene.num_frames * SAMPLE_RATE_HZ // VIDEO_FPS
     lead = int(-scene.path_seconds[0] * SAMPLE_RATE_HZ)
     body = np.zeros(lead + samples + int((CONTACT_SECONDS + 0.5) * SAMPLE_RATE_HZ), np.float32)
@@ -55,7 +48,7 @@ def render_sound(scene: Scene) -> np.ndarray:
 
 
 def _contacts(rng: np.random.Generator, scene: Scene) -> np.ndarray:
-    """Sounds [contacts, samples], each at the pitch and energy of its moment."""
+    """Returns tones [contacts, samples], each at the pitch and energy of its moment."""
     u = np.arange(int(CONTACT_SECONDS * SAMPLE_RATE_HZ), dtype=np.float32) / SAMPLE_RATE_HZ
     decay = scene.decay_seconds
     partials = int(rng.integers(4, 6))
@@ -76,32 +69,31 @@ def _contacts(rng: np.random.Generator, scene: Scene) -> np.ndarray:
     pitch = scene.pitch_hz(scene.contact_seconds) * 2 ** (rng.normal(0, 0.35, size=count) / 12)
     warped = (np.cumsum(2**octaves) / SAMPLE_RATE_HZ).astype(np.float32)
     angle = 2 * np.pi * (pitch[:, None] * ratios).astype(np.float32)[..., None] * warped
-    sound = np.sin(angle + rng.uniform(0, 2 * np.pi, size=(partials, 1)).astype(np.float32))
+    tones = np.sin(angle + rng.uniform(0, 2 * np.pi, size=(partials, 1)).astype(np.float32))
     energy = scene.energy(scene.contact_seconds)
     # A harder impact excites the upper partials more: energy can be heard whatever the gain.
     tilt = ratios ** (-0.9 * (1 - np.minimum(energy, 1.2)[:, None]))
     # A partial that would glide past half the sample rate would come back gliding the other way.
     tilt *= np.clip((HIGHEST_PARTIAL_HZ - pitch[:, None] * ratios) / 800, 0, 1)
-    sound = np.einsum("cpu,pu,cp->cu", sound, envelope, (weights * tilt).astype(np.float32))
+    tones = np.einsum("cpu,pu,cp->cu", tones, envelope, (weights * tilt).astype(np.float32))
 
     knock = np.exp(-u[:800] / rng.uniform(0.002, 0.006)) * rng.uniform(0.2, 0.6)
-    sound[:, :800] += knock * rng.standard_normal((count, 800), dtype=np.float32)
-    sound *= np.minimum(u / 0.001, 1) * np.minimum((CONTACT_SECONDS - u) / 0.1, 1)
-    return sound * (energy * scene.contact_strength).astype(np.float32)[:, None]
+    tones[:, :800] += knock * rng.standard_normal((count, 800), dtype=np.float32)
+    tones *= np.minimum(u / 0.001, 1) * np.minimum((CONTACT_SECONDS - u) / 0.1, 1)
+    return tones * (energy * scene.contact_strength).astype(np.float32)[:, None]
 
 
 def _vibrato_and_tremolo(rng: np.random.Generator, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Octaves [samples] and amplitude [samples] of a modulation that any material may have."""
-    vibrato = rng.uniform(*VIBRATO_OCTAVES) * np.sin(
-        2 * np.pi * (rng.uniform(4, 9) * u + rng.uniform())
-    )
+    """Draws octaves [samples] and amplitude [samples] of a modulation common to all materials."""
+    octaves = rng.uniform(*VIBRATO_OCTAVES)
+    vibrato = octaves * np.sin(2 * np.pi * (rng.uniform(4, 9) * u + rng.uniform()))
     depth = rng.uniform(*TREMOLO_DEPTH)
     swell = 0.5 + 0.5 * np.cos(2 * np.pi * (rng.uniform(3, 6) * u + rng.uniform()))
     return vibrato, (1 - depth * swell).astype(np.float32)
 
 
 def _sliding(rng: np.random.Generator, scene: Scene, seconds: np.ndarray) -> np.ndarray:
-    """Rolling noise [samples] whose loudness follows speed and energy."""
+    """Returns rolling noise [samples] whose loudness follows speed and energy."""
     speed = np.interp(seconds, scene.path_seconds, scene.speed())
     noise = rng.standard_normal(len(seconds), dtype=np.float32)
     noise[1:] += 0.7 * noise[:-1]
@@ -110,7 +102,7 @@ def _sliding(rng: np.random.Generator, scene: Scene, seconds: np.ndarray) -> np.
 
 
 def _noise_and_hum(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Stationary background [samples]."""
+    """Draws the stationary background [samples]."""
     seconds = np.arange(800) / SAMPLE_RATE_HZ  # a whole number of cycles of 60 Hz and of 100 Hz
     hum = np.zeros(len(seconds))
     mains = rng.choice([60.0, 100.0])
@@ -123,7 +115,7 @@ def _noise_and_hum(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def _tones(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Tones [samples] that swell and fade, steady, gliding or beating, alike when reversed."""
+    """Draws tones [samples] that swell and fade, steady, gliding or beating, alike reversed."""
     track = np.zeros(count, np.float32)
     start = int(rng.exponential(0.7) * SAMPLE_RATE_HZ)
     while start + (length := int(rng.uniform(0.4, 1.2) * SAMPLE_RATE_HZ)) <= count:
@@ -144,7 +136,7 @@ def _tones(rng: np.random.Generator, count: int) -> np.ndarray:
 def _room_and_equaliser(
     rng: np.random.Generator, body: np.ndarray, background: np.ndarray
 ) -> np.ndarray:
-    """Object through a random room, then everything through one random equaliser, [samples]."""
+    """Returns the object in a random room, and all through one random equaliser, [samples]."""
     length = fft.next_fast_len(len(body) + int(ROOM_SECONDS * SAMPLE_RATE_HZ), real=True)
     tail = np.arange(int(ROOM_SECONDS * SAMPLE_RATE_HZ), dtype=np.float32) / SAMPLE_RATE_HZ
     room = rng.standard_normal(len(tail), dtype=np.float32)

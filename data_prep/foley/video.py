@@ -1,4 +1,4 @@
-"""The picture of a scene: a glowing object with a comet trail and fading marks over clutter.
+"""Video of a scene: a glowing object with a comet trail and fading marks over clutter.
 
 Hue, texture, shape, clutter, distractors and the camera's jitter are random and bound to nothing.
 Trail and marks last about as long as a frame at eight times the speed (0.5 s), so that the arrow of
@@ -13,10 +13,11 @@ import colorsys
 import cv2
 import numpy as np
 
+from data_prep.foley.motion import sway
 from data_prep.foley.scene import SIZE, VIDEO_FPS, Scene
 
 TRAIL_SECONDS = 0.4
-MARK_OVER_DECAY = 1.2  # a mark glows a little longer than the contact sounds
+MARK_OVER_DECAY = 1.2  # a mark glows a little longer than the tone of its contact
 RING_GROWTH_SECONDS = 0.12
 SUBSTEPS = 6
 SPRITE = 48
@@ -28,16 +29,9 @@ Layer = tuple[np.ndarray, np.ndarray]
 _GRID = np.arange(SIZE, dtype=np.float32)
 
 
-def render_picture(scene: Scene) -> np.ndarray:
-    """Render the frames of a scene.
-
-    Args:
-        scene: What happens when.
-
-    Returns:
-        uint8 [frames, 64, 64, 3] RGB; frame j shows the scene at time j / `VIDEO_FPS`.
-    """
-    rng = np.random.default_rng(scene.picture_seed)
+def render_video(scene: Scene) -> np.ndarray:
+    """Renders uint8 [frames, 64, 64, 3] RGB; frame j is at time j / `VIDEO_FPS`."""
+    rng = np.random.default_rng(scene.video_seed)
     seconds = np.arange(scene.num_frames) / VIDEO_FPS
     energy = scene.energy(seconds).astype(np.float32)
     hue = rng.uniform()
@@ -72,65 +66,60 @@ def _colour(hue: float, saturation: float, value: float) -> np.ndarray:
 
 
 def _backdrop(rng: np.random.Generator, hue: float) -> np.ndarray:
-    """A dim random texture with random polygons and discs, [64, 64, 3] in [0, 1]."""
+    """Draws a dim texture with polygons and discs, [64, 64, 3] in [0, 1]."""
     base = _colour(hue + rng.uniform(0.25, 0.75), rng.uniform(0.3, 0.8), rng.uniform(0.12, 0.4))
-    picture = np.ones((SIZE * 4, SIZE * 4, 3), np.float32) * base
+    canvas = np.ones((SIZE * 4, SIZE * 4, 3), np.float32) * base
     for cells, strength in ((3, 0.25), (9, 0.12)):
-        texture = rng.standard_normal((cells, cells, 3)).astype(np.float32)
-        picture *= 1 + strength * cv2.resize(
-            texture, (SIZE * 4,) * 2, interpolation=cv2.INTER_CUBIC
-        )
+        coarse = rng.standard_normal((cells, cells, 3)).astype(np.float32)
+        texture = cv2.resize(coarse, (SIZE * 4,) * 2, interpolation=cv2.INTER_CUBIC)
+        canvas *= 1 + strength * texture
     for _ in range(rng.integers(3, 8)):
         colour = _colour(rng.uniform(), rng.uniform(0.2, 0.8), rng.uniform(0.1, 0.5)).tolist()
         centre = rng.uniform(0, SIZE * 4, size=2)
         if rng.uniform() < 0.4:
-            cv2.circle(
-                picture, tuple(centre.astype(int).tolist()), int(rng.uniform(10, 34)), colour, -1
-            )
+            x, y = centre.astype(int).tolist()
+            cv2.circle(canvas, (x, y), int(rng.uniform(10, 34)), colour, -1)
         else:
             around = np.sort(rng.uniform(0, 2 * np.pi, size=rng.integers(3, 6)))
             far = rng.uniform(12, 48, size=len(around))[:, None]
             corners = centre + far * np.stack([np.cos(around), np.sin(around)], axis=-1)
-            cv2.fillPoly(picture, [corners.astype(np.int32)], colour)
-    return np.clip(cv2.resize(picture, (SIZE, SIZE), interpolation=cv2.INTER_AREA), 0.02, 0.75)
+            cv2.fillPoly(canvas, [corners.astype(np.int32)], colour)
+    return np.clip(cv2.resize(canvas, (SIZE, SIZE), interpolation=cv2.INTER_AREA), 0.02, 0.75)
 
 
 def _distractors(rng: np.random.Generator, seconds: np.ndarray) -> list[Layer]:
-    """Silent discs that drift on slow reversible curves, without trail."""
+    """Draws silent discs that drift on slow reversible curves, without trail."""
     layers = []
     for _ in range(rng.integers(1, 5)):
         rate = rng.uniform(0.05, 0.3, size=2)
         phase = rng.uniform(0, 2 * np.pi, size=2)
         swing = rng.uniform(4, 18, size=2)
-        place = rng.uniform(8, SIZE - 8, size=2) + swing * np.sin(
-            2 * np.pi * rate * seconds[:, None] + phase
-        )
-        blob = _blobs(place, np.full(len(seconds), rng.uniform(1.5, 3.5)))
+        centre = rng.uniform(8, SIZE - 8, size=2)
+        place = centre + swing * np.sin(2 * np.pi * rate * seconds[:, None] + phase)
+        x, y = _blobs(place, np.full(len(seconds), rng.uniform(1.5, 3.5)))
         colour = _colour(rng.uniform(), rng.uniform(0.3, 0.9), rng.uniform(0.4, 0.9))
+        blob = y[:, :, None] * x[:, None, :]
         layers.append((np.float32(rng.uniform(0.4, 0.8)) * blob, colour))
     return layers
 
 
-def _blobs(place: np.ndarray, sigma: np.ndarray) -> np.ndarray:
-    """Gaussian blobs [N, 64, 64] with peak 1 at `place` [N, 2]."""
+def _blobs(place: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns Gaussian blobs with peak 1 at `place` [N, 2]: factors x and y, both [N, 64]."""
     scale = (1 / (2 * sigma**2)).astype(np.float32)[:, None]
     x = np.exp(-scale * (_GRID - place[:, :1].astype(np.float32)) ** 2)
     y = np.exp(-scale * (_GRID - place[:, 1:].astype(np.float32)) ** 2)
-    return y[:, :, None] * x[:, None, :]
+    return x, y
 
 
 def _trail(scene: Scene) -> np.ndarray:
-    """Opacity [frames, 64, 64] of the comet trail: where the object was, fading exponentially."""
+    """Returns the opacity [frames, 64, 64] of the comet trail, which fades exponentially."""
     fine = 1 / (VIDEO_FPS * SUBSTEPS)
     lead = 16 * SUBSTEPS
     count = lead + scene.num_frames * SUBSTEPS
     # The last substep of a frame is the frame's own time.
     seconds = (np.arange(count) - lead - SUBSTEPS + 1) * fine
-    place, sigma = scene.place(seconds), 0.55 * scene.radius(seconds)
-    scale = (1 / (2 * sigma**2)).astype(np.float32)[:, None]
     fade = np.exp(-np.arange(SUBSTEPS)[::-1] * fine / TRAIL_SECONDS).astype(np.float32)
-    x = np.exp(-scale * (_GRID - place[:, :1].astype(np.float32)) ** 2)
-    y = np.exp(-scale * (_GRID - place[:, 1:].astype(np.float32)) ** 2)
+    x, y = _blobs(scene.place(seconds), 0.55 * scene.radius(seconds))
     x, y = x.reshape(-1, SUBSTEPS, SIZE), y.reshape(-1, SUBSTEPS, SIZE)
     fresh = np.max(y[..., :, None] * (x * fade[:, None])[..., None, :], axis=1)
     trail = np.empty((scene.num_frames, SIZE, SIZE), np.float32)
@@ -144,15 +133,10 @@ def _trail(scene: Scene) -> np.ndarray:
 
 
 def marks(scene: Scene) -> np.ndarray:
-    """Opacity [frames, 64, 64] of contact marks: a flash, and a ring that grows and fades.
+    """Returns the opacity of contact marks, float32 [frames, 64, 64] in [0, 1].
 
-    The ring shows the contact's sound: it is wide where the pitch is low, bright where it is loud.
-
-    Args:
-        scene: What happens when.
-
-    Returns:
-        float32 in [0, 1], one layer a frame.
+    A flash, and a ring that grows and fades. The ring shows the contact's tone: it is wide where
+    the pitch is low, bright where it is loud.
     """
     glow = MARK_OVER_DECAY * scene.decay_seconds
     shutter = np.linspace(0, 1 / VIDEO_FPS, 8)
@@ -175,16 +159,15 @@ def marks(scene: Scene) -> np.ndarray:
         loud = gain * scene.amplitude(np.maximum(ages[:, None] - shutter, 0)).mean(axis=1)
         light = (0.7 * np.exp(-ages / glow) * loud).astype(np.float32)[:, None, None]
         ring = np.exp(-(((away - grown[:, None, None]) / 1.3) ** 2))
-        flash = (
-            np.exp(-((away / np.float32(size * 1.5)) ** 2)) * np.exp(-ages / 0.08)[:, None, None]
-        )
+        spot, fading = np.exp(-((away / np.float32(size * 1.5)) ** 2)), np.exp(-ages / 0.08)
+        flash = spot * fading[:, None, None]
         opacity = np.float32(0.25 + 0.75 * strength)
         drawn[first : first + len(ages)] += opacity * (light * ring + flash)
     return np.minimum(drawn, 1.0)
 
 
 def _sprite(rng: np.random.Generator, hue: float) -> np.ndarray:
-    """A shaded, textured body of random shape, [48, 48, 4] float32 RGBA, radius 18 pixels."""
+    """Draws a shaded, textured body, [48, 48, 4] float32 RGBA, radius 18 pixels."""
     y, x = (np.mgrid[:SPRITE, :SPRITE].astype(np.float32) - (SPRITE - 1) / 2) / 18
     angle, away = np.arctan2(y, x), np.hypot(x, y)
     lobes = rng.integers(3, 7)
@@ -203,7 +186,7 @@ def _sprite(rng: np.random.Generator, hue: float) -> np.ndarray:
 
 
 def _paste(frame, sprite, place, radius, angle_degrees):
-    """Blend the sprite into one frame, in place."""
+    """Blends the sprite into one frame, in place."""
     middle = (SPRITE - 1) / 2
     matrix = cv2.getRotationMatrix2D((middle, middle), angle_degrees, radius / 18)
     matrix[:, 2] += place - middle
@@ -213,16 +196,11 @@ def _paste(frame, sprite, place, radius, angle_degrees):
 
 
 def _shake(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Camera offsets [count, 2] in pixels: jitter on a slow sway, both alike when reversed."""
-    sway = rng.uniform(0.5, 1.5, size=2) * np.sin(
-        2 * np.pi * rng.uniform(0.05, 0.15, size=2) * np.arange(count)[:, None] / VIDEO_FPS
-        + rng.uniform(0, 2 * np.pi, size=2)
-    )
-    return sway + 0.25 * rng.standard_normal((count, 2))
+    """Draws camera offsets [count, 2] in pixels: jitter on a slow sway, alike when reversed."""
+    slow = sway(rng, np.arange(count) / VIDEO_FPS, (0.5, 1.5), (0.05, 0.15))
+    return slow + 0.25 * rng.standard_normal((count, 2))
 
 
 def _shift(frame: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    matrix = np.array([[1, 0, offset[0]], [0, 1, offset[1]]])
-    return cv2.warpAffine(
-        frame, matrix, (SIZE, SIZE), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101
-    )
+    matrix, border = np.array([[1, 0, offset[0]], [0, 1, offset[1]]]), cv2.BORDER_REFLECT_101
+    return cv2.warpAffine(frame, matrix, (SIZE, SIZE), flags=cv2.INTER_LINEAR, borderMode=border)
