@@ -26,9 +26,9 @@ def seconds_of_query(encoder: str, clip: str, segments: int, kind: str) -> list[
         kind: of `FingerprintSettings`.
     """
     from avcl_jax.data.decoded import decode_media
-    from avcl_jax.fingerprint import changing
+    from avcl_jax.fingerprint.database import SourceRow, transaction
     from avcl_jax.fingerprint.index import FingerprintIndex
-    from avcl_jax.fingerprint.part import SourceRow
+    from avcl_jax.fingerprint.segments import SegmentFeatures
     from avcl_jax.fingerprint.settings import FingerprintSettings
 
     with tempfile.TemporaryDirectory() as directory:
@@ -37,20 +37,20 @@ def seconds_of_query(encoder: str, clip: str, segments: int, kind: str) -> list[
         decoding = index.segmenter.decoding
         real = index.segmenter.of_file(clip)
         rng = np.random.default_rng(0)
-        media: list[changing.Media] = []
         per = _SEGMENTS_PER_SOURCE
-        for number in range(segments // per):
-            mixed = {}
-            for modality, features in real.features.items():
-                known = features[real.present[modality]]
-                one, other = known[rng.integers(len(known), size=(2, per))]
-                share = rng.uniform(size=(per, 1))
-                noise = known.std() * rng.standard_normal(one.shape)
-                mixed[modality] = (share * one + (1 - share) * other + noise).astype(np.float32)
-            present = {modality: np.ones(per, bool) for modality in mixed}
-            row = SourceRow(f"source {number}", str(number), per * settings.hop_seconds, None)
-            media.append((row, mixed, present))
-        changing.commit(index.directory, index._manifest, index._snapshot, media, [])
+        seconds_per_source = per * settings.hop_seconds
+        with transaction(index.directory, write=True) as stored:
+            for number in range(segments // per):
+                mixed = {}
+                for modality, features in real.features.items():
+                    known = features[real.present[modality]]
+                    one, other = known[rng.integers(len(known), size=(2, per))]
+                    share = rng.uniform(size=(per, 1))
+                    noise = known.std() * rng.standard_normal(one.shape)
+                    mixed[modality] = (share * one + (1 - share) * other + noise).astype(np.float32)
+                present = {modality: np.ones(per, bool) for modality in mixed}
+                row = SourceRow(f"source {number}", str(number), seconds_per_source, None)
+                stored.insert(row, SegmentFeatures(mixed, present, seconds_per_source))
         index = FingerprintIndex.open(index.directory)
         assert index.num_segments == segments
         seconds = []

@@ -276,7 +276,7 @@ def test_an_index_of_the_demo_is_made_asked_changed_and_verified(demo):
         return small.run([*arguments, index], module="avcl_jax.fingerprint")
 
     encoder = f"--encoder={demo.ran('pretrain.py')}"
-    assert "holds 2 media" in fingerprint("index", first, second, encoder)
+    assert "contains 2 media" in fingerprint("index", first, second, encoder)
     assert "added 1, replaced 0, already there 2" in fingerprint("add", first, second, added)
     answer = json.loads(fingerprint("query", added, "--json"))
     assert answer["matches"][0]["source"] == added
@@ -284,4 +284,4 @@ def test_an_index_of_the_demo_is_made_asked_changed_and_verified(demo):
     assert "removed 1" in fingerprint("remove", added)
     answer = json.loads(fingerprint("query", added, "--json"))
     assert added not in [match["source"] for match in answer["matches"]]
-    assert fingerprint("verify").startswith("sound: ")
+    assert fingerprint("verify").startswith("intact: ")

@@ -8,8 +8,8 @@ import statistics
 from collections.abc import Sequence
 
 from avcl_jax.fingerprint.calibration import THRESHOLD
+from avcl_jax.fingerprint.database import SourceRow
 from avcl_jax.fingerprint.matching import Alignment
-from avcl_jax.fingerprint.part import SourceRow
 from avcl_jax.fingerprint.scores import Scored, strength
 
 # Intervals with a smaller fraction of the resemblance of the strongest interval are due to chance.
@@ -37,7 +37,7 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class SegmentScore:
-    """How much a piece of the query resembles the source at its place.
+    """Similarity of a part of the query to the source at its time.
 
     Attributes:
         query_start: seconds.
@@ -58,7 +58,7 @@ class Match:
 
     Attributes:
         source: name in the index.
-        path: of its file; None where it was added from memory.
+        path: path of its file; None if it was added from memory.
         offset_seconds: time in the source of the query's beginning.
         rate: seconds of the source per second of the query.
         score: −log10 of the chance that an unrelated query finds as much; no upper bound.
@@ -70,9 +70,9 @@ class Match:
             that only this one matches suffices for a match.
         video_score: evidence of the video, 0 is chance; None where it was not compared.
         audio_score: the same of the audio.
-        duration_seconds: of the source.
-        intervals: where they agree.
-        segments: how much they agree all along the query, in order.
+        duration_seconds: length of the source.
+        intervals: intervals that agree.
+        segments: similarity all along the query, in order.
     """
 
     source: str

@@ -1,11 +1,11 @@
-"""Evidence to a score that means something: how rarely an unrelated query finds as much.
+"""Evidence to a score: how rarely an unrelated query finds as much.
 
 The best evidence that an unrelated query finds anywhere in the library is a maximum over many
 places, so it follows a Gumbel distribution, whose location grows with the logarithm of the number
-of places. It is fitted to queries cut out of the library itself, each of which may find anything
-but its own source: what is most like the references, and so the hardest there is to tell from them.
-Such an excerpt stands for one rendering of a query; a query has one for each rate and for each
-place between two segments, all as good as independent of each other.
+of places. It is fitted to excerpts of the library itself, which may match anything but their own
+source: no unrelated query resembles the references more. An excerpt is one rendering of a query; a
+query has one for each rate and for each offset between two segments, nearly independent of each
+other.
 
 score = −log10 of the chance that an unrelated query finds more: 2 is one in a hundred.
 """
@@ -15,23 +15,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from avcl_jax.fingerprint.library import Library
 from avcl_jax.fingerprint.matching import QUERY_DENSITY, Rendering, align, prepare
 from avcl_jax.fingerprint.segments import SegmentFeatures
-from avcl_jax.fingerprint.snapshot import Snapshot
 
-# Promised are false matches of at most one unrelated query in a hundred, a score of 2. The scale is
-# fitted by the quartiles of 32 queries, of which the standard error is about a fifth: half a point
-# more keeps the promise also where the scale is so much larger than fitted.
+# At most one unrelated query in a hundred may match, a score of 2. The scale is fitted to the
+# quartiles of 32 queries, with a standard error of about a fifth: half a point more keeps to the
+# limit also where the scale is larger than fitted by that much.
 THRESHOLD = 2.5
 # Fewer sources say nothing about unrelated queries.
 MIN_SOURCES = 12
 _QUERIES = 32
 _LENGTHS_SECONDS = (1.5, 3.0, 6.0, 12.0)
-# The default counts as so many queries beside those that were made.
+# Weight of the default, as a number of queries.
 _PRIOR_QUERIES = 8
 
 
@@ -40,10 +39,10 @@ class Calibration:
     """Gumbel distribution of the best evidence of unrelated queries.
 
     Attributes:
-        location: of the distribution for a query of one second.
-        growth: of the location with the natural logarithm of the query's seconds.
-        scale: of the distribution.
-        segments: of the library that it was fitted to.
+        location: location for a query of one second.
+        growth: growth of the location with the natural logarithm of the query's seconds.
+        scale: scale.
+        segments: number of segments of the library to which it was fitted.
     """
 
     location: float
@@ -55,9 +54,9 @@ class Calibration:
         """Returns −log10 of the chance that an unrelated query finds such evidence.
 
         Args:
-            evidence: of an alignment.
+            evidence: evidence of an alignment.
             query_seconds: length of the query.
-            segments: of the library now.
+            segments: number of segments of the library.
         """
         places = math.log(max(segments, 1) / max(self.segments, 1))
         location = self.location + self.growth * math.log(max(query_seconds, 0.5))
@@ -67,22 +66,18 @@ class Calibration:
         # Twice the exponential overflows below; there the chance is 1.
         return -math.log10(-math.expm1(-math.exp(-max(surprise, -6.0))))
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns the fields."""
-        return dataclasses.asdict(self)
 
-
-# Of the demo's encoders on the demo's clips: what an index has until it holds enough sources.
+# Fitted to the demo's encoders on the demo's clips; for an index with too few sources.
 DEFAULT = Calibration(location=6.5, growth=1.8, scale=1.3, segments=6760)
 
 
 def name_of(modalities: Iterable[str]) -> str:
-    """Returns under which name `fit` gives the distribution of these modalities together."""
+    """Returns the key under which `fit` returns the distribution of these modalities together."""
     return "+".join(sorted(modalities))
 
 
 def fit(
-    snapshot: Snapshot,
+    library: Library,
     *,
     hop_seconds: float,
     spans: Mapping[str, float],
@@ -91,13 +86,13 @@ def fit(
     """Fits the distributions to queries made of the library's own sources.
 
     Median and quartiles are fitted, so that a quarter of the sources may have a double in the
-    library, as two cuts of one film are.
+    library, such as two cuts of one film.
 
     Args:
-        snapshot: the library.
-        hop_seconds: of its segments.
+        library: library to search.
+        hop_seconds: time from one segment to the next.
         spans: modality -> length of a segment, of all modalities of the library.
-        num_rates: at which a query is rendered.
+        num_rates: number of rates at which a query is rendered.
 
     Returns:
         The distribution of all modalities together and of each alone, by `name_of`; `DEFAULT`
@@ -106,17 +101,17 @@ def fit(
     chosen = {name_of(used): used for used in [tuple(sorted(spans)), *((m,) for m in spans)]}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in chosen}
     rng = np.random.default_rng(0)
-    numbers = np.flatnonzero(snapshot.live)
-    if len(numbers) < MIN_SOURCES:
+    count = len(library.sources)
+    if count < MIN_SOURCES:
         return dict.fromkeys(chosen, DEFAULT)
-    drawn = rng.choice(numbers, min(_QUERIES, len(numbers)), replace=False)
+    drawn = rng.choice(count, min(_QUERIES, count), replace=False)
     for n, number in enumerate(drawn.tolist()):
         seconds = _LENGTHS_SECONDS[n % len(_LENGTHS_SECONDS)]
         span = max(spans.values())
-        segments = _excerpt(snapshot, number, list(spans), seconds, hop_seconds, span, rng)
+        segments = _excerpt(library, number, list(spans), seconds, hop_seconds, span, rng)
         # One search serves every choice of modalities: most of the work of adding short media.
-        prepared = prepare(
-            snapshot,
+        queries = prepare(
+            library,
             [Rendering(1.0, _between(segments))],
             list(spans),
             hop_seconds=hop_seconds,
@@ -124,11 +119,12 @@ def fit(
         )
         for name, used in chosen.items():
             if all(segments.present[m].any() for m in used):
-                best = align(prepared, {m: spans[m] for m in used})
+                own = {m: spans[m] for m in used}
+                best = align(library, queries, own, hop_seconds=hop_seconds)
                 evidence = best[0].evidence if best else 0.0
                 found[name].append((math.log(segments.duration_seconds), evidence))
     return {
-        name: _distribution(np.array(pairs), num_rates, snapshot.num_segments)
+        name: _distribution(np.array(pairs), num_rates, library.num_segments)
         if len(pairs) >= MIN_SOURCES
         else DEFAULT
         for name, pairs in found.items()
@@ -136,7 +132,7 @@ def fit(
 
 
 def _distribution(found: np.ndarray, num_rates: int, segments: int) -> Calibration:
-    """The distribution of evidence [queries, 1], which grows with the log seconds [queries, 0]."""
+    """Fits evidence [queries, 1], which grows with the logarithm of the seconds [queries, 0]."""
     seconds, evidence = found.T
     growth = max(0.0, _slope(seconds, evidence))
     rest = evidence - growth * seconds
@@ -154,7 +150,7 @@ def _distribution(found: np.ndarray, num_rates: int, segments: int) -> Calibrati
 
 
 def _excerpt(
-    snapshot: Snapshot,
+    library: Library,
     number: int,
     modalities: Sequence[str],
     seconds: float,
@@ -162,13 +158,13 @@ def _excerpt(
     span: float,
     rng: np.random.Generator,
 ) -> SegmentFeatures:
-    """Cuts so many seconds, or what there is, out of a source's segments."""
+    """Cuts these seconds, or as many as there are, out of a source's segments."""
     wanted = max(1, round((seconds - span) / hop) + 1)
-    total = snapshot.length_of(number)
+    total = int(library.lengths[number])
     first = int(rng.integers(max(total - wanted, 0) + 1))
-    both = {m: snapshot.features_of(m, number, first, first + wanted) for m in modalities}
+    both = {m: library.vectors_of(m, number, first, first + wanted) for m in modalities}
     return SegmentFeatures(
-        {m: features for m, (features, _) in both.items()},
+        {m: vectors for m, (vectors, _) in both.items()},
         {m: present for m, (_, present) in both.items()},
         (min(wanted, total) - 1) * hop + span,
     )

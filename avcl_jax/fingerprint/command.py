@@ -1,17 +1,16 @@
 """`avcl-fingerprint COMMAND`: makes, changes, checks and searches an index of media.
 
-Exit status: 0; 1 where a medium could not be indexed or an index is not sound; 2 where nothing was
-done because something is missing or wrong.
+Exit status: 0; 1 if a file could not be indexed or an index is damaged; 2 if nothing was done
+because an argument, a file or a package is missing or wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from absl import logging
@@ -21,20 +20,19 @@ from avcl_jax.data.decoded import decode_media
 from avcl_jax.data.media_error import MediaError
 from avcl_jax.encoder_source import MODALITIES
 from avcl_jax.errors import UserError, one_line
+from avcl_jax.fingerprint import serve
 from avcl_jax.fingerprint.answer import Interval, Match, QueryResult
 from avcl_jax.fingerprint.calibration import THRESHOLD
 from avcl_jax.fingerprint.error import FingerprintError
-from avcl_jax.fingerprint.files import media_files
 from avcl_jax.fingerprint.index import (
     NOTHING_TO_COMPARE,
     REQUIREMENTS,
-    AddReport,
     FingerprintIndex,
+    file_sha256,
 )
+from avcl_jax.fingerprint.library import verify
 from avcl_jax.fingerprint.matching import CANDIDATES
-from avcl_jax.fingerprint.part import file_sha256
 from avcl_jax.fingerprint.settings import KINDS, FingerprintSettings
-from avcl_jax.fingerprint.verification import verify
 from avcl_jax.paths import local_path
 
 _SCORES = (
@@ -43,16 +41,20 @@ _SCORES = (
     "each, 0 is chance. Several sources may match, each a part of the clip. Sources that match "
     "equally well, such as copies of one film or films with the same logo, are reported as shared."
 )
-# Commands of their own modules, which have `add_arguments` and `run` and are imported when asked
-# for: their dependencies differ.
-_MODULES = {"serve": ("avcl_jax.fingerprint.serve", "show matches in a web page on this machine")}
+# In folders, where notes and images lie beside the films; a file that is named is always tried.
+_SUFFIXES = frozenset(
+    (
+        *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts"),
+        *(".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv", ".aac", ".aif", ".aiff", ".flac", ".m4a"),
+        *(".mka", ".mp3", ".oga", ".ogg", ".opus", ".wav", ".weba", ".wma"),
+    )
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    args = _parser(arguments).parse_args(arguments)
-    # What the libraries log at this level is about themselves.
+    args = _parser().parse_args(arguments)
+    # Warnings of the libraries concern only themselves.
     logging.set_verbosity(logging.ERROR)
     try:
         return args.run(args) or 0
@@ -61,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="avcl-fingerprint", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -89,7 +91,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         "--hop-seconds",
         type=float,
         default=defaults.hop_seconds,
-        help="from one segment to the next (default: %(default)s)",
+        help="seconds from one segment to the next (default: %(default)s)",
     )
     make.add_argument(
         "--kind",
@@ -97,7 +99,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         default=defaults.kind,
         help="flat is exact, ivfpq small and fast, auto chooses by size (default: %(default)s)",
     )
-    add = command("add", _add, "add media files to an index, or renew those that changed")
+    add = command("add", _add, "add media files to an index, or replace those that changed")
     add.add_argument("videos", nargs="+", type=local_path, help="files, or folders with files")
     remove = command("remove", _remove, "remove media from an index")
     remove.add_argument("videos", nargs="+", help="as they were named when indexed")
@@ -109,7 +111,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     query.add_argument("--json", action="store_true", help="answer in JSON")
     query.add_argument("--count", type=int, default=5, help="matches shown (default: %(default)s)")
     query.add_argument(
-        "--modality", choices=MODALITIES, help="compare only this one (default: all there are)"
+        "--modality", choices=MODALITIES, help="compare only this one (default: both)"
     )
     query.add_argument(
         "--require",
@@ -117,44 +119,64 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         help="accept only sources whose video, audio or both match (default: one is enough)",
     )
     query.add_argument(
-        "--start", type=float, default=0.0, help="where in the clip to begin, in seconds"
+        "--start",
+        type=float,
+        default=0.0,
+        help="second of the clip at which to begin (default: %(default)s)",
     )
     query.add_argument(
         "--max-seconds",
         type=float,
         default=120.0,
-        help="how much of it is compared; all of that is held in memory (default: %(default)s)",
+        help="seconds of it that are compared, all in memory (default: %(default)s)",
     )
     command("verify", _verify, "check the files of an index")
-    for opened in (add, query):
+    served = command("serve", serve.run, "show matches in a web page on this machine")
+    serve.add_arguments(served)
+    for opened in (add, query, served):
         opened.add_argument(
             "--encoder", metavar="PATH", help="where the encoders are now, if they were moved"
         )
-    for name, (module, summary) in _MODULES.items():
-        added = commands.add_parser(name, help=summary, description=summary)
-        if arguments and arguments[0] == name:
-            imported = importlib.import_module(module)
-            imported.add_arguments(added)
-            added.set_defaults(run=imported.run)
     return parser
 
 
 def _index(args: argparse.Namespace) -> int:
     settings = FingerprintSettings(speed=args.speed, hop_seconds=args.hop_seconds, kind=args.kind)
-    files = list(media_files(args.videos))  # before anything is made
-    index = FingerprintIndex.create(args.index, args.encoder, settings)
-    return _report(index.add_files(_counted(files)), index)
-
-
-def _counted(files: Sequence[Path]) -> Iterable[Path]:
-    """The files, with a bar of how many are done where somebody looks."""
-    return tqdm(files, unit="file", disable=None)
+    files = list(_media_files(args.videos))  # before anything is made
+    return _add_files(FingerprintIndex.create(args.index, args.encoder, settings), files)
 
 
 def _add(args: argparse.Namespace) -> int:
-    files = list(media_files(args.videos))
-    index = FingerprintIndex.open(args.index, args.encoder)
-    return _report(index.add_files(_counted(files)), index)
+    files = list(_media_files(args.videos))
+    return _add_files(FingerprintIndex.open(args.index, args.encoder), files)
+
+
+def _media_files(paths: Iterable[Path]) -> Iterator[Path]:
+    """Yields the files that are named, and those in folders, at any depth, by name."""
+    for path in paths:
+        if path.is_dir():
+            every = (p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+            files = sorted(every)
+            if not files:
+                raise FingerprintError(f"the folder {path} has no media file")
+            yield from files
+        elif path.exists():
+            yield path
+        else:
+            raise FingerprintError(f"{path} does not exist")
+
+
+def _add_files(index: FingerprintIndex, files: Sequence[Path]) -> int:
+    report = index.add_files(tqdm(files, unit="file", disable=None))
+    for name in report.replaced:
+        print(f"{name}: its content changed, replaced")
+    for name, reason in report.failed:
+        print(f"{name}: not indexed, {reason}", file=sys.stderr)
+    print(
+        f"added {len(report.added)}, replaced {len(report.replaced)}, already there "
+        f"{len(report.skipped)}, not indexed {len(report.failed)}; {_size(index)}"
+    )
+    return 1 if report.failed else 0
 
 
 def _remove(args: argparse.Namespace) -> None:
@@ -223,12 +245,12 @@ def _verify(args: argparse.Namespace) -> int:
         print(problem, file=sys.stderr)
     if problems:
         return 1
-    print(f"sound: {_size(FingerprintIndex.open(args.index))}")
+    print(f"intact: {_size(FingerprintIndex.open(args.index))}")
     return 0
 
 
 def to_json(result: QueryResult, count: int) -> dict[str, object]:
-    """Returns what `query --json` prints, with so many matches at most."""
+    """Returns the answer of `query --json`, with at most `count` matches."""
     best = result.best
     return {
         "verdict": result.verdict,
@@ -263,17 +285,5 @@ def _sources(count: int) -> str:
     return f"{'at least ' * (count >= CANDIDATES)}{count} sources"
 
 
-def _report(report: AddReport, index: FingerprintIndex) -> int:
-    for name in report.replaced:
-        print(f"{name}: its content changed, replaced")
-    for name, reason in report.failed:
-        print(f"{name}: not indexed, {reason}", file=sys.stderr)
-    print(
-        f"added {len(report.added)}, replaced {len(report.replaced)}, already there "
-        f"{len(report.skipped)}, not indexed {len(report.failed)}; {_size(index)}"
-    )
-    return 1 if report.failed else 0
-
-
 def _size(index: FingerprintIndex) -> str:
-    return f"{index.directory} holds {len(index.sources())} media, {index.num_segments} segments"
+    return f"{index.directory} contains {len(index.sources())} media, {index.num_segments} segments"

@@ -1,4 +1,4 @@
-"""What goes wrong with a fingerprint index, as one line for whoever ran the command."""
+"""Errors of a fingerprint index that a user can fix."""
 
 from __future__ import annotations
 

@@ -7,32 +7,25 @@ result = index.query(decode_media("clip.mp4", **index.segmenter.decoding))
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from avcl_jax.data.decoded import DecodedMedia
 from avcl_jax.data.media_error import MediaError
 from avcl_jax.encoder_source import MODALITIES, open_encoders
-from avcl_jax.fingerprint import calibration, changing, matching
+from avcl_jax.fingerprint import calibration, database, library, matching
 from avcl_jax.fingerprint.answer import Match, QueryResult, make_match
+from avcl_jax.fingerprint.database import SourceRow, transaction
 from avcl_jax.fingerprint.error import FingerprintError
-from avcl_jax.fingerprint.part import SourceRow, file_sha256, open_part
 from avcl_jax.fingerprint.scores import score_alignments
-from avcl_jax.fingerprint.segments import Segmenter, SegmentFeatures, not_empty
+from avcl_jax.fingerprint.segments import Segmenter, not_empty
 from avcl_jax.fingerprint.settings import FingerprintSettings
-from avcl_jax.fingerprint.snapshot import Snapshot
-from avcl_jax.fingerprint.store import (
-    FORMAT_VERSION,
-    delete_leftovers,
-    one_writer,
-    read_manifest,
-    replace_manifest,
-)
 from avcl_jax.paths import absolute_path, local_path
 
 __all__ = ["AddReport", "FingerprintIndex", "Match", "QueryResult"]
@@ -40,23 +33,21 @@ __all__ = ["AddReport", "FingerprintIndex", "Match", "QueryResult"]
 # Modalities that can be required to match, by name.
 REQUIREMENTS = {"video": ("video",), "audio": ("audio",), "both": MODALITIES}
 NOTHING_TO_COMPARE = "show one colour and are silent, or lack the modalities of the encoders"
-# What one `add` holds in memory before it commits; an interrupted one loses no more than this.
-_COMMIT_SEGMENTS = 20_000
+# Segments that `add` stores before it brings the cache up to date, or this fraction of the index.
+_UPDATE_SEGMENTS, _UPDATE_FRACTION = 20_000, 0.25
 # The calibration is for the size at which it was fitted, and follows it by theory from there.
 _CALIBRATED_WITHIN = 1.5
-# A reader that meets a commit finds old parts gone: it reads the manifest again, so many times.
-_OPENING_ATTEMPTS = 5
 
 
 @dataclasses.dataclass
 class AddReport:
-    """What became of the media that were to be added.
+    """Names of media to add, by what became of them.
 
     Attributes:
-        added: names.
-        skipped: names that the index holds with this very content.
-        replaced: names that it held with another content.
-        failed: name and reason of each that cannot be decoded or has no segment.
+        added: new names.
+        skipped: names that the index has with the same content.
+        replaced: names that it had with another content.
+        failed: names of media that cannot be decoded or have no segment, with the reasons.
     """
 
     added: list[str] = dataclasses.field(default_factory=list)
@@ -65,24 +56,15 @@ class AddReport:
     failed: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Item:
-    """A medium to add, whose segments are computed only if its content is new."""
-
-    name: str
-    path: str | None
-    content: Callable[[], str]
-    segments: Callable[[], SegmentFeatures]
-
-
 class FingerprintIndex:
-    """An index as it was when it was opened, or last changed through this object."""
+    """An index in the state in which it was opened, or last changed by this object."""
 
     def __init__(self, directory: Path, encoder_path: str | None):
         """Opens; see `open`."""
         self.directory = directory
         self._encoder_path = encoder_path
-        self._load()
+        library.faiss()
+        self._stored, self._library = library.load(directory)
 
     @classmethod
     def open(
@@ -91,11 +73,11 @@ class FingerprintIndex:
         """Opens an index.
 
         Args:
-            directory: of the index.
-            encoder_path: where its encoders are now; None for where they were when it was made.
+            directory: directory of the index.
+            encoder_path: path of the encoders, if they were moved since the index was made.
 
         Raises:
-            FingerprintError: if there is none, or a file of it is damaged.
+            FingerprintError: if there is no index, or it is damaged.
         """
         return cls(local_path(directory), None if encoder_path is None else str(encoder_path))
 
@@ -106,14 +88,15 @@ class FingerprintIndex:
         that a query that runs meanwhile ends on what it began with.
 
         Raises:
-            FingerprintError: as `open`.
+            FingerprintError: the errors of `open`.
         """
-        if read_manifest(self.directory) == self._manifest:
-            return self
-        now = FingerprintIndex(self.directory, self._encoder_path)
-        same = all(now._manifest[key] == self._manifest[key] for key in ("encoder", "settings"))
-        if same and "segmenter" in self.__dict__:
-            now.segmenter = self.segmenter
+        with transaction(self.directory) as stored:
+            if stored.settings()["generation"] == self._stored["generation"]:
+                return self
+        now = copy.copy(self)
+        now._load()
+        if any(now._stored[key] != self._stored[key] for key in ("encoder", "settings")):
+            now.__dict__.pop("segmenter", None)
         return now
 
     @classmethod
@@ -124,13 +107,14 @@ class FingerprintIndex:
 
         Args:
             directory: new or empty.
-            encoder_path: as `open_encoders` takes it.
-            settings: of this index for ever.
+            encoder_path: run or exported encoders, as `open_encoders` takes them.
+            settings: settings, which cannot be changed later.
 
         Raises:
-            FingerprintError: if the directory holds something.
+            FingerprintError: if the directory is not empty.
             ExportError: if there are no encoders.
         """
+        library.faiss()  # before the first slow step
         directory = local_path(directory)
         encoders = os.fspath(absolute_path(encoder_path))
         if directory.exists() and any(directory.iterdir()):
@@ -140,19 +124,12 @@ class FingerprintIndex:
         source = open_encoders(encoders)
         segmenter = Segmenter(source, settings)
         directory.mkdir(parents=True, exist_ok=True)
-        replace_manifest(
+        database.create(
             directory,
             {
-                "format_version": FORMAT_VERSION,
-                "encoder": {
-                    "path": encoders,
-                    "fingerprint": source.fingerprint,
-                },
+                "encoder": {"path": encoders, "fingerprint": source.fingerprint},
                 "settings": settings.to_json(),
                 "dimensions": segmenter.dimensions,
-                "projection": None,
-                "parts": [],
-                "next_part": 1,
                 "calibration": {"segments": 0, "by_modalities": {}},
             },
         )
@@ -166,7 +143,7 @@ class FingerprintIndex:
             FingerprintError: if the encoders are not those that made the index.
             ExportError: if they are not there.
         """
-        expected = self._manifest["encoder"]
+        expected = self._stored["encoder"]
         source = open_encoders(self._encoder_path or expected["path"])
         if source.fingerprint != expected["fingerprint"]:
             raise FingerprintError(
@@ -179,44 +156,56 @@ class FingerprintIndex:
     @property
     def num_segments(self) -> int:
         """Number of segments."""
-        return self._snapshot.num_segments
+        return self._library.num_segments
 
     @property
     def modalities(self) -> tuple[str, ...]:
         """Modalities that the index compares."""
-        return tuple(self._manifest["dimensions"])
+        return tuple(self._stored["dimensions"])
 
     def sources(self) -> list[SourceRow]:
-        """Returns what is indexed."""
-        return self._snapshot.sources()
-
-    def add(self, items: Iterable[tuple[str, DecodedMedia]]) -> AddReport:
-        """Adds media in memory.
-
-        Args:
-            items: name and medium, decoded with `segmenter.decoding`.
-        """
-        return self._add(
-            _Item(
-                name,
-                None,
-                functools.partial(_content_of, media),
-                functools.partial(self.segmenter.of_media, media),
-            )
-            for name, media in items
-        )
+        """Returns the indexed media."""
+        return list(self._library.sources)
 
     def add_files(self, paths: Iterable[Path]) -> AddReport:
         """Adds media files, named by their absolute paths."""
-        return self._add(
-            _Item(
-                str(path),
-                str(path),
-                functools.partial(file_sha256, path),
-                functools.partial(self.segmenter.of_file, path),
-            )
-            for path in map(local_path, paths)
-        )
+        return self.add((str(path), path) for path in map(local_path, paths))
+
+    def add(self, items: Iterable[tuple[str, Path | DecodedMedia]]) -> AddReport:
+        """Adds media, each in a transaction of its own, in place of others of the same names.
+
+        Args:
+            items: name, and file or medium in memory, decoded with `segmenter.decoding`.
+        """
+        report = AddReport()
+        new_segments = 0
+        for name, media in items:
+            try:
+                content = file_sha256(media) if isinstance(media, Path) else _sha256(media)
+                with transaction(self.directory) as stored:
+                    if stored.content_of(name) == content:
+                        report.skipped.append(name)
+                        continue
+                segments = self.segmenter.of(media)
+            except (MediaError, OSError) as error:
+                report.failed.append((name, str(error)))
+                continue
+            if not any(present.any() for present in segments.present.values()):
+                short = segments.duration_seconds < self.segmenter.shortest_seconds
+                nothing = "have no whole segment" if short else NOTHING_TO_COMPARE
+                report.failed.append((name, f"{segments.duration_seconds:.2f} s {nothing}"))
+                continue
+            with transaction(self.directory, write=True) as stored:
+                known = stored.content_of(name) is not None
+                path = str(media) if isinstance(media, Path) else None
+                stored.insert(SourceRow(name, content, segments.duration_seconds, path), segments)
+            (report.replaced if known else report.added).append(name)
+            new_segments += len(segments)
+            if new_segments >= max(_UPDATE_SEGMENTS, _UPDATE_FRACTION * self.num_segments):
+                self._update()
+                new_segments = 0
+        self._update()
+        return report
 
     def remove(self, names: Sequence[str]) -> None:
         """Removes media by name.
@@ -224,13 +213,11 @@ class FingerprintIndex:
         Raises:
             FingerprintError: if one is not in the index; then none is removed.
         """
-        with self._writing():
-            known = {source.name for source in self.sources()}
-            unknown = [name for name in names if name not in known]
-            if unknown:
-                raise FingerprintError(f"{unknown[0]} is not in {self.directory}")
-            self._commit([], list(names))
-            self._calibrate()
+        with transaction(self.directory, write=True) as stored:
+            for name in names:
+                if not stored.delete(name):
+                    raise FingerprintError(f"{name} is not in {self.directory}")
+        self._update()
 
     def query(
         self,
@@ -246,7 +233,7 @@ class FingerprintIndex:
 
         Args:
             media: decoded with `segmenter.decoding`.
-            modalities: which to compare, of those that encoders and clip have.
+            modalities: modalities to compare, if encoders and clip have them.
             count: matches to return, at most.
             required: modalities that must each match for a source to be accepted.
             content: SHA-256 of the clip's file, to recognise an indexed file.
@@ -267,14 +254,14 @@ class FingerprintIndex:
                 f"the query lasts {media.duration_seconds:.2f} s, a segment "
                 f"{self.segmenter.shortest_seconds:.2f} s: give a longer clip"
             )
-        numbers = self._snapshot.numbers_of(content) if content is not None else ()
+        same = [n for n, s in enumerate(self._library.sources) if s.content == content]
         result = self.match(
             renderings,
             media.duration_seconds,
             modalities,
             count,
             required=required,
-            known=[(number, start_seconds) for number in numbers],
+            known=[(number, start_seconds) for number in same],
         )
         compared = [m for m in there if m in self.modalities and m in modalities]
         full = not_empty(media)
@@ -286,8 +273,8 @@ class FingerprintIndex:
         """Checks that the required modalities are compared.
 
         Args:
-            required: as `query`.
-            modalities: as `query`.
+            required: required modalities.
+            modalities: modalities to compare.
 
         Raises:
             FingerprintError: if one is not.
@@ -300,7 +287,7 @@ class FingerprintIndex:
                     )
 
     def render(self, media: DecodedMedia) -> list[matching.Rendering]:
-        """Encodes a query at every rate; what the encoders do not know of is empty.
+        """Encodes a query at every rate, for the modalities that have an encoder.
 
         Args:
             media: decoded with `segmenter.decoding`.
@@ -324,23 +311,25 @@ class FingerprintIndex:
         """Finds where an encoded query may come from.
 
         Args:
-            renderings: of the query, by this index or another with its encoders and settings.
+            renderings: query, encoded by this index or one with its encoders and settings.
             query_seconds: length of the query.
-            modalities: as `query`.
-            count: as `query`.
-            required: as `query`.
-            known: as `matching.align`.
+            modalities: modalities to compare.
+            count: number of matches to return, at most.
+            required: required modalities.
+            known: number of a source and offset in seconds, see `matching.align`.
         """
-        used = [m for m in self._manifest["dimensions"] if m in modalities]
+        used = [m for m in self._stored["dimensions"] if m in modalities]
         renderings = [r for r in renderings if len(r.segments)]
-        if not self._snapshot.projections or not renderings:
+        if not self._library.vectors or not renderings:
             return QueryResult([], query_seconds, tuple(required))
         spans = {m: self.segmenter.span_seconds(m) for m in used}
-        prepared = matching.prepare(
-            self._snapshot, renderings, used, hop_seconds=self.settings.hop_seconds
-        )
-        found = matching.align(prepared, spans, known)
-        # What the clip lacks finds nothing, also where it is unrelated.
+        vectors = [
+            dataclasses.replace(r, segments=self._library.project(r.segments)) for r in renderings
+        ]
+        hop = self.settings.hop_seconds
+        queries = matching.prepare(self._library, vectors, used, hop_seconds=hop)
+        found = matching.align(self._library, queries, spans, hop_seconds=hop, known=known)
+        # A modality that the clip lacks has no evidence, which would count as unrelated.
         heard = [m for m in used if any(r.segments.present[m].any() for r in renderings)]
         scored = score_alignments(
             found,
@@ -354,9 +343,9 @@ class FingerprintIndex:
         matches = [
             make_match(
                 s,
-                self._snapshot.source(s.alignment.source),
+                self._library.sources[s.alignment.source],
                 min(spans.values()),
-                rivals=[self._snapshot.source(number).name for number in s.rivals],
+                rivals=[self._library.sources[number].name for number in s.rivals],
                 required=required,
                 same_file_from=same.get(s.alignment.source),
             )
@@ -369,108 +358,55 @@ class FingerprintIndex:
     @property
     def settings(self) -> FingerprintSettings:
         """Settings with which the index was made."""
-        return FingerprintSettings.from_json(self._manifest["settings"])
+        return FingerprintSettings.from_json(self._stored["settings"])
 
     def calibration(self, modalities: Sequence[str]) -> calibration.Calibration:
-        """Returns how evidence of these modalities becomes a score here."""
-        fitted = self._manifest["calibration"]["by_modalities"]
+        """Returns the calibration of evidence of these modalities together."""
+        fitted = self._stored["calibration"]["by_modalities"]
         fields = fitted.get(calibration.name_of(modalities))
         return calibration.Calibration(**fields) if fields else calibration.DEFAULT
 
     def _load(self) -> None:
-        for attempt in range(_OPENING_ATTEMPTS):
-            manifest = read_manifest(self.directory)
-            modalities = list(manifest["dimensions"])
-            try:
-                projections = changing.load_projections(self.directory, manifest)
-                parts = [
-                    open_part(self.directory / part["name"], modalities)
-                    for part in manifest["parts"]
-                ]
-            except FileNotFoundError as error:
-                if attempt == _OPENING_ATTEMPTS - 1:
-                    raise FingerprintError(
-                        f"{error.filename} is missing: index the media again"
-                    ) from error
-                continue
-            self._manifest = manifest
-            removed = [part["removed"] for part in manifest["parts"]]
-            self._snapshot = Snapshot(parts, removed, projections)
-            return
+        self._stored, self._library = library.load(self.directory, self._library)
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Holds the index for writing, as the last writer left it."""
-        with one_writer(self.directory):
-            delete_leftovers(self.directory)
+    def _update(self) -> None:
+        """Brings projections, calibration and cache up to date with the media."""
+        while True:
             self._load()
-            yield
-            delete_leftovers(self.directory)
+            calibrated = self._calibrated()
+            if self._library.is_stored and calibrated == self._stored["calibration"]:
+                break
+            with transaction(self.directory, write=True) as stored:
+                # Otherwise another process has changed the index meanwhile.
+                if stored.settings()["generation"] == self._stored["generation"]:
+                    vectors = self._library.vectors
+                    stored.write_projections({m: v.projection for m, v in vectors.items()})
+                    stored.write_settings({"calibration": calibrated})
+        self._library.save(self.directory, self._stored["generation"])
 
-    def _add(self, items: Iterable[_Item]) -> AddReport:
-        report = AddReport()
-        with self._writing():
-            pending: list[changing.Media] = []
-            removed: list[str] = []
-            known = {source.name: source.content for source in self.sources()}
-            for item in items:
-                try:
-                    content = item.content()
-                    if known.get(item.name) == content:
-                        report.skipped.append(item.name)
-                        continue
-                    found = item.segments()
-                except (MediaError, OSError) as error:
-                    report.failed.append((item.name, str(error)))
-                    continue
-                if not any(present.any() for present in found.present.values()):
-                    short = found.duration_seconds < self.segmenter.shortest_seconds
-                    nothing = "have no whole segment" if short else NOTHING_TO_COMPARE
-                    report.failed.append((item.name, f"{found.duration_seconds:.2f} s {nothing}"))
-                    continue
-                if item.name in known:
-                    removed.append(item.name)
-                    report.replaced.append(item.name)
-                else:
-                    report.added.append(item.name)
-                known[item.name] = content
-                pending = [media for media in pending if media[0].name != item.name]
-                row = SourceRow(item.name, content, found.duration_seconds, item.path)
-                pending.append((row, found.features, found.present))
-                if (
-                    sum(len(present[next(iter(present))]) for _, _, present in pending)
-                    >= _COMMIT_SEGMENTS
-                ):
-                    self._commit(pending, removed)
-                    pending, removed = [], []
-            if pending:
-                self._commit(pending, removed)
-            self._calibrate()
-        return report
-
-    def _commit(self, media: list[changing.Media], removed: list[str]) -> None:
-        changing.commit(self.directory, self._manifest, self._snapshot, media, removed)
-        self._load()
-
-    def _calibrate(self) -> None:
-        """Fits what scores mean anew, if the index has changed much since."""
-        last = self._manifest["calibration"]["segments"]
+    def _calibrated(self) -> dict[str, Any]:
+        """Returns the calibrations, fitted again if the index has changed much since."""
+        last = self._stored["calibration"]["segments"]
         now = self.num_segments
         if last / _CALIBRATED_WITHIN < now < last * _CALIBRATED_WITHIN:
-            return
+            return self._stored["calibration"]
         fitted = calibration.fit(
-            self._snapshot,
+            self._library,
             hop_seconds=self.settings.hop_seconds,
-            spans={m: self.segmenter.span_seconds(m) for m in self._manifest["dimensions"]},
+            spans={m: self.segmenter.span_seconds(m) for m in self._stored["dimensions"]},
             num_rates=len(self.settings.rates),
         )
-        by_modalities = {name: found.to_json() for name, found in fitted.items()}
-        calibrated = {"segments": now, "by_modalities": by_modalities}
-        replace_manifest(self.directory, {**self._manifest, "calibration": calibrated})
-        self._load()
+        by_modalities = {name: dataclasses.asdict(found) for name, found in fitted.items()}
+        return {"segments": now, "by_modalities": by_modalities}
 
 
-def _content_of(media: DecodedMedia) -> str:
+def file_sha256(path: Path) -> str:
+    """Returns the hexadecimal SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256(media: DecodedMedia) -> str:
     digest = hashlib.sha256()
     for array in (media.frames, media.frame_seconds, media.waveform):
         digest.update(f"{array.shape} {array.dtype}".encode())

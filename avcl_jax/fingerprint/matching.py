@@ -1,11 +1,11 @@
-"""Query segments to sources: votes for consistent offsets, then a close look at the best.
+"""Query segments to sources: votes for consistent offsets, then an alignment of the best.
 
-1. Each query segment's nearest reference segments vote for a source and an offset, in bins. The
-   query was rendered at several playback rates, each of which votes for itself.
-2. The sources with most votes are aligned closely: along lines of consistent rate and offset, the
+1. The nearest reference segments of each query segment vote for a source and an offset, in bins.
+   The query is rendered at several playback rates, each with its own votes.
+2. The sources with most votes are aligned along lines of consistent rate and offset, by the
    similarity of every query segment to the reference segment of its time, measured against the
-   similarity to unrelated segments (the cohort). Both modalities share the line, and evidence for
-   it adds up; a modality that is missing, wrong or exchanged adds nothing, and takes nothing away.
+   similarity to unrelated segments (the cohort). Both modalities share the line, and their evidence
+   adds up; a modality that is missing, wrong or exchanged adds nothing and takes nothing away.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import threadpoolctl
 
+from avcl_jax.fingerprint.library import Library, Neighbours
 from avcl_jax.fingerprint.segments import SegmentFeatures
-from avcl_jax.fingerprint.snapshot import Neighbours, Snapshot
 
 # Query segments are denser than reference segments, so that some fall near the latter's times.
 QUERY_DENSITY = 2
@@ -31,19 +31,19 @@ _PLACES = 2
 _SLOPES = (0.95, 0.975, 1.0, 1.025, 1.05)
 _TIE = 0.01
 _REACH_SECONDS = 0.75
-# Disagreement beyond this counts no more: a part of a query may be of something else.
+# Lower similarity counts as this: a part of a query may come from another source.
 _WORST = -1.0
-# Segments of a library from which a search is work for more than one thread.
+# Segments of a library from which a search is enough work for several threads.
 _THREADS_FROM = 50_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Rendering:
-    """A query as it is played at one rate.
+    """A query played at one rate.
 
     Attributes:
         rate: seconds of reference per second of query.
-        segments: of the query so played.
+        segments: segments with features, or for `prepare` with vectors.
     """
 
     rate: float
@@ -52,18 +52,18 @@ class Rendering:
 
 @dataclasses.dataclass(frozen=True)
 class Alignment:
-    """A query laid onto a source.
+    """A query aligned with a source.
 
     Attributes:
         source: number of the source.
         rate: seconds of reference per second of query.
         offset_seconds: reference time of the query's beginning.
-        evidence: fused, 0 is chance; see `calibration` for what it means.
-        by_modality: the same of each modality that was compared.
-        query_seconds: float64 [segments] beginning of each query segment.
-        agrees: bool [segments] whether it resembles the reference at its place.
-        by_segment: modality -> float64 [segments], how much it resembles it, in standard deviations
-            above chance; NaN where the query has no such segment.
+        evidence: evidence of all modalities, 0 is chance; `calibration` makes it a score.
+        by_modality: evidence of each modality that was compared.
+        query_seconds: float64 [segments], beginning of each query segment.
+        agrees: bool [segments], those that resemble the reference at their time.
+        by_segment: modality -> float64 [segments], similarity in standard deviations above chance;
+            NaN where the query has no such segment.
     """
 
     source: int
@@ -77,17 +77,17 @@ class Alignment:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Query:
-    """A rendering as vectors.
+class Query:
+    """A rendering beside a library.
 
     Attributes:
-        rate: of the rendering.
+        rate: seconds of reference per second of query.
         seconds: float64 [segments], beginnings at this rate.
         vectors: modality -> float32 [segments, d], zeros where missing.
         present: modality -> bool [segments].
-        mean: modality -> float32 [segments], of the similarity to the cohort.
-        scale: modality -> float32 [segments], its standard deviation.
-        neighbours: modality -> nearest reference segments of the segments that are present.
+        mean: modality -> float32 [segments], mean similarity to the cohort.
+        scale: modality -> float32 [segments], standard deviation of that similarity.
+        neighbours: modality -> nearest reference segments of the present segments.
     """
 
     rate: float
@@ -99,75 +99,66 @@ class _Query:
     neighbours: Mapping[str, Neighbours]
 
 
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A query laid beside a library: what is the same for each choice of modalities to compare.
-
-    Attributes:
-        queries: of each rendering.
-        hop_seconds: of the reference segments.
-        windows: `Snapshot.vectors_of` that remembers what it gave.
-    """
-
-    queries: Sequence[_Query]
-    hop_seconds: float
-    windows: Callable[[str, int, int, int], tuple[np.ndarray, np.ndarray]]
-
-
 def prepare(
-    snapshot: Snapshot,
+    library: Library,
     renderings: Sequence[Rendering],
     modalities: Sequence[str],
     *,
     hop_seconds: float,
     exclude: int | None = None,
-) -> Prepared:
-    """Finds the nearest reference segments of a query.
+) -> list[Query]:
+    """Finds the nearest reference segments of each rendering of a query.
 
     Args:
-        snapshot: the library.
-        renderings: of the query, the segments `hop_seconds` / `QUERY_DENSITY` apart.
-        modalities: all that will be compared.
-        hop_seconds: of the reference segments.
-        exclude: number of a source that is not looked at.
+        library: library to search.
+        renderings: vectors of the query, the segments `hop_seconds` / `QUERY_DENSITY` apart.
+        modalities: modalities that will be compared.
+        hop_seconds: time from one reference segment to the next.
+        exclude: number of a source to leave out.
     """
     step = hop_seconds / QUERY_DENSITY
-    small = snapshot.num_segments < _THREADS_FROM
+    small = library.num_segments < _THREADS_FROM
     with _thread_pools().limit(limits=1) if small else contextlib.nullcontext():
-        queries = [_prepare(snapshot, r, step, modalities, exclude) for r in renderings]
-    return Prepared(queries, hop_seconds, functools.cache(snapshot.vectors_of))
+        return [_prepare(library, r, step, modalities, exclude) for r in renderings]
 
 
 def align(
-    prepared: Prepared, spans: Mapping[str, float], known: Sequence[tuple[int, float]] = ()
+    library: Library,
+    queries: Sequence[Query],
+    spans: Mapping[str, float],
+    *,
+    hop_seconds: float,
+    known: Sequence[tuple[int, float]] = (),
 ) -> list[Alignment]:
     """Finds where in the library a query may come from.
 
     Args:
-        prepared: the query.
+        library: library that was searched.
+        queries: renderings of the query, from `prepare`.
         spans: modality -> length of a segment; of the modalities to compare.
+        hop_seconds: time from one reference segment to the next.
         known: number and offset in seconds of sources that are the unchanged query; they are
-            aligned there, whatever the votes say.
+            aligned there, whatever the votes.
 
     Returns:
-        The best alignment of each source that was looked at closely, best first.
+        The best alignment of each source that was aligned, best first.
     """
-    queries = [q for q in prepared.queries if any(q.present[m].any() for m in spans)]
+    queries = [q for q in queries if any(q.present[m].any() for m in spans)]
     votes: dict[tuple[int, int, int], float] = {}
     for number, query in enumerate(queries):
         for modality in spans:
-            _vote(query, number, modality, prepared.hop_seconds, votes)
+            _vote(query, number, modality, hop_seconds, votes)
     best: dict[int, Alignment] = {}
-    # Matrices so small that a second thread only waits: twenty times slower on a busy machine.
+    # The matrices are so small that a second thread only waits: 20 times slower on a busy machine.
     with _thread_pools().limit(limits=1, user_api="blas"):
         for source, number, place in _candidates(votes):
-            found = _look_closely(prepared, queries[number], source, place, spans)
+            found = _align(library, queries[number], source, place, spans, hop_seconds)
             if found is not None and (source not in best or found.evidence > best[source].evidence):
                 best[source] = found
         unchanged = [query for query in queries if query.rate == 1.0]
         for source, offset in known if unchanged else ():
             place = round(offset / _BIN_SECONDS)
-            found = _look_closely(prepared, unchanged[0], source, place, spans)
+            found = _align(library, unchanged[0], source, place, spans, hop_seconds)
             if found is not None:
                 best[source] = found
     return sorted(best.values(), key=lambda a: -a.evidence)
@@ -179,39 +170,38 @@ def _thread_pools() -> threadpoolctl.ThreadpoolController:
 
 
 def _prepare(
-    snapshot: Snapshot,
+    library: Library,
     rendering: Rendering,
     hop: float,
     modalities: Sequence[str],
     exclude: int | None,
-) -> _Query:
+) -> Query:
     segments = rendering.segments
     vectors, present, mean, scale, neighbours = {}, {}, {}, {}, {}
     for modality in modalities:
         present[modality] = here = segments.present[modality]
-        vectors[modality] = snapshot.projections[modality](segments.features[modality])
-        vectors[modality][~here] = 0
-        chance = vectors[modality] @ snapshot.cohort[modality].T
-        # With a cohort of none or one there is no telling what is usual.
+        vectors[modality] = segments.features[modality]
+        chance = vectors[modality] @ library.vectors[modality].cohort.T
+        # A cohort of none or one has no spread.
         known = chance.shape[1] > 1
         mean[modality] = chance.mean(axis=1) if known else np.zeros(len(here), np.float32)
         spread = chance.std(axis=1) if known else np.zeros(len(here), np.float32)
         scale[modality] = np.maximum(spread, vectors[modality].shape[1] ** -0.5)
-        neighbours[modality] = snapshot.search(
+        neighbours[modality] = library.search(
             modality, vectors[modality][here], _NEIGHBOURS, exclude
         )
     seconds = hop * np.arange(len(segments))
-    return _Query(rendering.rate, seconds, vectors, present, mean, scale, neighbours)
+    return Query(rendering.rate, seconds, vectors, present, mean, scale, neighbours)
 
 
 def _vote(
-    query: _Query,
+    query: Query,
     number: int,
     modality: str,
     hop: float,
     votes: dict[tuple[int, int, int], float],
 ) -> None:
-    """Adds, per segment, its best neighbour in each bin: (source, rendering, offset bin)."""
+    """Adds per segment the best neighbour in each bin: (source, rendering, offset bin)."""
     here = np.flatnonzero(query.present[modality])
     if not len(here):
         return
@@ -229,14 +219,14 @@ def _vote(
             if source < 0 or weight <= 0 or (source, place) in seen:
                 continue
             seen.add((source, place))
-            # Neighbouring bins share: a drifting offset crosses their border.
-            for shift, share in ((0, 1.0), (-1, 0.5), (1, 0.5)):
+            # Neighbouring bins get half, because a drifting offset crosses their border.
+            for shift, fraction in ((0, 1.0), (-1, 0.5), (1, 0.5)):
                 key = (source, number, place + shift)
-                votes[key] = votes.get(key, 0.0) + share * weight / len(here)
+                votes[key] = votes.get(key, 0.0) + fraction * weight / len(here)
 
 
 def _candidates(votes: dict[tuple[int, int, int], float]) -> list[tuple[int, int, int]]:
-    """The best places, a few of each source, so that none crowds out the others."""
+    """Returns the bins with most votes, few per source, so that none crowds out the others."""
     chosen: list[tuple[int, int, int]] = []
     of_source: dict[int, int] = {}
     for key, _ in sorted(votes.items(), key=lambda item: (-item[1], item[0])):
@@ -248,15 +238,15 @@ def _candidates(votes: dict[tuple[int, int, int], float]) -> list[tuple[int, int
     return chosen
 
 
-def _look_closely(
-    prepared: Prepared,
-    query: _Query,
+def _align(
+    library: Library,
+    query: Query,
     source: int,
     place: int,
     spans: Mapping[str, float],
+    hop: float,
 ) -> Alignment | None:
-    """Best line near a bin."""
-    hop = prepared.hop_seconds
+    """Finds the best line near a bin of offsets."""
     step = hop / QUERY_DENSITY
     near = place * _BIN_SECONDS + np.arange(-_REACH_SECONDS, _REACH_SECONDS + step / 2, step)
     slopes = np.array(_SLOPES)
@@ -272,7 +262,7 @@ def _look_closely(
         if not query.present[modality].any():
             continue
         first = max(0, int(index.min()))
-        window, here = prepared.windows(modality, source, first, int(index.max()) + 1)
+        window, here = library.vectors_of(modality, source, first, int(index.max()) + 1)
         if not len(window):
             continue
         similarity = query.vectors[modality] @ window.T
@@ -292,7 +282,7 @@ def _look_closely(
     if not evidence:
         return None
     fused = np.sqrt(sum(np.maximum(e, 0) ** 2 for e in evidence.values()))
-    # Short clips meet the same segments along several slopes: of these, 1 is the likeliest.
+    # Short clips meet the same segments along several slopes; a slope of 1 is the likeliest.
     likely = fused * np.where(slopes == 1, 1, 1 - _TIE)[:, None]
     slope, offset = np.unravel_index(int(np.argmax(likely)), fused.shape)
     rate = query.rate * slopes[slope]

@@ -8,6 +8,7 @@ directions are weighted alike, but for those in which the references hardly vary
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 import threadpoolctl
@@ -29,6 +30,11 @@ class Projection:
     mean: np.ndarray
     matrix: np.ndarray
     fitted_to: int
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Projection:
+        """Returns the projection whose fields are stored as arrays."""
+        return cls(arrays["mean"], arrays["matrix"], int(arrays["fitted_to"]))
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """Returns float32 [n, d] of length one for features [n, D]."""

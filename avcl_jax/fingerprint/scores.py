@@ -1,6 +1,6 @@
 """Scores of alignments: of a whole query or a part, by modality, and without what sources share.
 
-A query may be cut together from several sources, each of which agrees with only a part of it, and
+A query may be cut together from several sources, which agree with a part of it each, and
 many sources may have the same logo, jingle or trailer. Both need the evidence of a part of a query.
 """
 
@@ -105,7 +105,7 @@ class _Part:
     """Part of a query beside a source.
 
     Attributes:
-        alignment: of the query.
+        alignment: alignment of the query.
         inside: bool [segments], those of the part.
         seconds: length of the part.
         segments: number of segments in the index, times the number of parts that were tried.

@@ -1,8 +1,7 @@
 """Media to overlapping segments, and each segment to one feature vector per modality.
 
-A segment is one clip as the encoder takes it, at a whole playback speed: the encoder's own
-preprocessing, at places that the index chooses. Segment k of a medium begins at k · hop seconds of
-its timeline, so that a segment's number is its time.
+A segment is one clip with the encoder's own preprocessing, at a whole playback speed. Segment k of
+a medium begins at k · hop seconds of its timeline, so that a segment's number is its time.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -31,12 +31,12 @@ from avcl_jax.export import Encoder
 from avcl_jax.fingerprint.settings import FingerprintSettings
 
 _BATCH = 32
-# A segment may reach over the end by this share of its length, as containers round durations.
+# A segment may reach over the end by this fraction of its length, as containers round durations.
 _SLACK = 0.05
-# Frames below this standard deviation are of one colour with codec noise: all black leaders are
+# Frames below this standard deviation have one colour with codec noise: all black leaders are
 # alike.
 _FLAT_DEVIATION = 3.0
-# Seconds decoded at a time: what a long film takes in memory.
+# Seconds decoded at a time, which bounds the memory for a long film.
 _INTERVAL_SECONDS = 120.0
 
 
@@ -45,10 +45,9 @@ class SegmentFeatures:
     """Features of the segments of one medium.
 
     Attributes:
-        features: modality -> float32 [segments, D]; rows of missing segments are zeros and mean
-            nothing.
+        features: modality -> float32 [segments, D], zeros where the segment is missing.
         present: modality -> bool [segments].
-        duration_seconds: of the medium.
+        duration_seconds: length of the medium.
     """
 
     features: Mapping[str, np.ndarray]
@@ -89,14 +88,14 @@ class Segmenter:
 
     @property
     def decoding(self) -> dict[str, Any]:
-        """Arguments of `decode_media`: what is decoded is what the encoders look at."""
+        """Arguments of `decode_media`, by which only what the encoders use is decoded."""
         arguments: dict[str, Any] = {"short_side": None, "max_fps": 1.0, "sample_rate_hz": 8000}
         arguments["modalities"] = tuple(m for m in MODALITIES if m in self.source.encoders)
         video, audio = (self.source.encoders.get(modality) for modality in MODALITIES)
         if video is not None:
             spec = video.preprocess
             assert isinstance(spec, VideoPreprocessing)
-            # Twice the rate of the clip's pictures: each is at most half a step out of its time.
+            # Twice the rate of the clip's frames: each is at most half a step from its time.
             arguments["max_fps"] = 2 * spec.num_frames / spec.clip_seconds
             arguments["short_side"] = spec.image_size
         if audio is not None:
@@ -104,8 +103,17 @@ class Segmenter:
             arguments["sample_rate_hz"] = audio.preprocess.log_mel.sample_rate_hz
         return arguments
 
+    def compile(self) -> None:
+        """Compiles the encoders, so that the first media need not wait for it."""
+        for modality, encoder in self.source.encoders.items():
+            _structured(*self._fixed(modality), encoder.params, self._empty(modality))
+
+    def of(self, media: Path | DecodedMedia) -> SegmentFeatures:
+        """Encodes a file, or a medium in memory."""
+        return self.of_file(media) if isinstance(media, Path) else self.of_media(media)
+
     def of_file(self, path: Source) -> SegmentFeatures:
-        """Decodes and encodes a file of any length, some minutes at a time.
+        """Decodes and encodes a file of any length, two minutes at a time.
 
         Raises:
             MediaError: if it cannot be decoded.
@@ -143,11 +151,11 @@ class Segmenter:
         """Encodes a medium in memory.
 
         Args:
-            media: picture or sound or both.
-            count: of segments, the first; None for as many as there are.
-            hop_seconds: another than that of the settings.
+            media: video or audio or both.
+            count: number of segments, from the first; None for all.
+            hop_seconds: time from one segment to the next; None for that of the settings.
             rate: seconds that each second of the medium lasts on the timeline of the segments;
-                above 1 is slower. The pitch of the sound stays.
+                above 1 is slower. The pitch of the audio stays.
         """
         hop = (hop_seconds or self.settings.hop_seconds) / rate
         spans = {m: self.span_seconds(m) / rate for m in self.source.encoders}
@@ -159,16 +167,16 @@ class Segmenter:
             here = _present(media, modality, starts, span)
             found = np.zeros((count, self.dimensions[modality]), np.float32)
             if here.any():
-                cut = self._pictures if modality == "video" else self._sounds
+                cut = self._video_clips if modality == "video" else self._audio_clips
                 clips = cut(media, starts[here], rate)
                 found[here] = np.concatenate(list(self._encoded(modality, clips)))
             features[modality], present[modality] = found, here
         return SegmentFeatures(features, present, media.duration_seconds * rate)
 
-    def _pictures(
+    def _video_clips(
         self, media: DecodedMedia, starts: np.ndarray, rate: float
     ) -> Iterator[np.ndarray]:
-        """Yields what the encoder takes, up to a batch at a time."""
+        """Yields batches of the video encoder's input."""
         spec = self.source.encoders["video"].preprocess
         assert isinstance(spec, VideoPreprocessing)
         crop = center_crop(*media.frames.shape[1:3])
@@ -176,12 +184,14 @@ class Segmenter:
         step = self.span_seconds("video") / spec.num_frames / rate
         for some in _batches(starts):
             times = some[:, None] + step * np.arange(spec.num_frames)
-            # What a player shows then: the last picture that began before.
+            # As a player: the last frame that began before.
             shown = np.searchsorted(media.frame_seconds, times + 1e-6, side="right") - 1
             yield images[np.maximum(shown, 0)]
 
-    def _sounds(self, media: DecodedMedia, starts: np.ndarray, rate: float) -> Iterator[np.ndarray]:
-        """Yields what the encoder takes, up to a batch at a time."""
+    def _audio_clips(
+        self, media: DecodedMedia, starts: np.ndarray, rate: float
+    ) -> Iterator[np.ndarray]:
+        """Yields batches of the audio encoder's input."""
         preprocess = self.source.encoders["audio"].preprocess
         assert isinstance(preprocess, AudioPreprocessing)
         spec = preprocess.log_mel
@@ -204,7 +214,7 @@ class Segmenter:
             yield np.asarray(encoded)[: len(batch)]
 
     def _fixed(self, modality: str) -> tuple[Any, ...]:
-        """What a network is compiled for."""
+        """Static arguments of `_structured`."""
         encoder = self.source.encoders[modality]
         return encoder.modality, encoder.module, encoder.preprocess, self.settings.time_bins
 
@@ -214,7 +224,7 @@ class Segmenter:
         return np.zeros((_BATCH, *encoder.input_shape), dtype)
 
 
-# Compiled once for a process, however many indexes it opens.
+# Compiled once per process, however many indexes it opens.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _structured(
     modality: Any, module: Any, preprocess: Any, time_bins: int, params: Any, batch: Any
@@ -231,7 +241,7 @@ def _structured(
 
 
 def not_empty(media: DecodedMedia) -> tuple[str, ...]:
-    """Returns the modalities of a clip that are neither silent nor of one colour."""
+    """Returns the modalities of a clip that are neither silent nor frames of one colour."""
     found = []
     if media.has_video and not _flat(media.frames).all():
         found.append("video")
@@ -248,7 +258,7 @@ def _clip_seconds(encoder: Encoder) -> float:
 
 
 def _extent(media: DecodedMedia, modality: str) -> tuple[float, float]:
-    """When a modality begins and ends; an empty interval without it."""
+    """Returns when a modality begins and ends; an empty interval without it."""
     if modality == "audio":
         if not media.has_audio:
             return np.inf, -np.inf
@@ -261,14 +271,14 @@ def _extent(media: DecodedMedia, modality: str) -> tuple[float, float]:
 
 
 def _count(media: DecodedMedia, modality: str, hop: float, span: float) -> int:
-    """Number of segments that begin before a modality ends."""
+    """Returns the number of segments that begin before a modality ends."""
     first, last = _extent(media, modality)
     room = last - span * (1 - _SLACK)
     return 0 if room < first else int(room / hop + 1e-6) + 1
 
 
 def _present(media: DecodedMedia, modality: str, starts: np.ndarray, span: float) -> np.ndarray:
-    """Returns which segments have a modality; silence and frames of one colour do not count."""
+    """Returns bool [segments], those with a modality; silence and one colour do not count."""
     first, last = _extent(media, modality)
     here = (starts >= first - _SLACK * span) & (starts + span <= last + _SLACK * span)
     if modality == "video" and here.any():
@@ -286,7 +296,7 @@ def _present(media: DecodedMedia, modality: str, starts: np.ndarray, span: float
 
 
 def _flat(frames: np.ndarray) -> np.ndarray:
-    """Returns bool [frames], which are of one colour."""
+    """Returns bool [frames], those of one colour."""
     return np.array([cv2.meanStdDev(image)[1].max() < _FLAT_DEVIATION for image in frames])
 
 

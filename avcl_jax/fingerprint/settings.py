@@ -13,17 +13,17 @@ KINDS: tuple[Kind, ...] = ("auto", "flat", "ivfpq")
 
 @dataclasses.dataclass(frozen=True)
 class FingerprintSettings:
-    """How media become segments and segments become vectors; docs/fingerprint.md has the measures.
+    """Settings of segments and vectors; docs/fingerprint.md has the measurements.
 
     Attributes:
         speed: seconds of media per second of the encoder's clip; a whole number.
-        hop_seconds: from the start of one segment to that of the next.
+        hop_seconds: time from the start of one segment to that of the next.
         time_bins: parts of a segment whose features are kept apart, at most as many as the
             encoder's map has places in time.
-        dimensions: of the stored vectors, at most.
+        dimensions: length of the vectors, at most.
         rates: playback rates at which a query is tried: seconds of reference per second of query.
-        kind: of the FAISS index: "flat" compares with every vector, "ivfpq" with those in the
-            nearest cells, compressed; "auto" takes flat for parts of less than 200,000 segments.
+        kind: kind of the FAISS index: "flat" compares with every vector, "ivfpq" with those in the
+            nearest cells, compressed; "auto" is flat below 200,000 segments.
     """
 
     speed: int = 1

@@ -1,8 +1,7 @@
 """A writer that dies: `python -m tests.fingerprint.killed_writer INDEX` prints one line per death.
 
-Each time a new process takes the lock, adds a medium and removes another, and kills itself at one
-of the moments at which Python opens, renames, makes or deletes a file, or is about to run a line of
-what replaces the manifest.
+Each time a new process adds one medium and removes another, and kills itself before some line of
+the modules that write.
 """
 
 from __future__ import annotations
@@ -12,97 +11,78 @@ import os
 import signal
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from avcl_jax.fingerprint import changing
-from avcl_jax.fingerprint.part import SourceRow, open_part
-from avcl_jax.fingerprint.snapshot import Snapshot
-from avcl_jax.fingerprint.store import (
-    FORMAT_VERSION,
-    delete_leftovers,
-    one_writer,
-    read_manifest,
-    replace_manifest,
-)
-from avcl_jax.fingerprint.verification import verify
+from avcl_jax.data.decoded import DecodedMedia, no_frames
+from avcl_jax.fingerprint import database, index, library
+from avcl_jax.fingerprint.index import FingerprintIndex
+from avcl_jax.fingerprint.segments import SegmentFeatures
 
-_WATCHED = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}
+_WATCHED = {module.__file__ for module in (database, index, library)}
+_DEATHS = 60
 
 
-def medium(name: str, segments: int) -> changing.Media:
-    rng = np.random.default_rng(len(name))
-    features = {"video": rng.normal(size=(segments, 6)).astype(np.float32)}
-    return SourceRow(name, name, 1.0, None), features, {"video": np.ones(segments, bool)}
+class Segmenter:
+    """Gives each medium eight segments of its own."""
+
+    def of(self, media: DecodedMedia) -> SegmentFeatures:
+        features = np.random.default_rng(int(media.waveform[0])).normal(size=(8, 6))
+        present = {"video": np.ones(8, bool)}
+        return SegmentFeatures({"video": features.astype(np.float32)}, present, 2.0)
+
+    def span_seconds(self, _: str) -> float:
+        return 0.5
 
 
 def change(directory: Path, new: str, gone: list[str]) -> None:
-    with one_writer(directory):
-        delete_leftovers(directory)
-        manifest, snapshot = load(directory)
-        changing.commit(directory, manifest, snapshot, [medium(new, 8)], gone)
-        delete_leftovers(directory)
+    opened = FingerprintIndex.open(directory)
+    opened.__dict__["segmenter"] = Segmenter()
+    audio = np.full(9, len(new), np.int16)
+    opened.add([(new, DecodedMedia(no_frames(), np.empty(0), audio, 8000, 0.0, 2.0))])
+    if gone:
+        opened.remove(gone)
 
 
-def load(directory: Path):
-    manifest = read_manifest(directory)
-    parts = [open_part(directory / part["name"], ["video"]) for part in manifest["parts"]]
-    removed = [part["removed"] for part in manifest["parts"]]
-    return manifest, Snapshot(parts, removed, changing.load_projections(directory, manifest))
+def die_at(moment: int | None) -> Callable[[], int]:
+    """Kills this process before a line; returns how many lines were run, where it is None."""
+    count = 0
+
+    def entered(frame: types.FrameType, event: str, _: object) -> object:
+        nonlocal count
+        if frame.f_code.co_filename not in _WATCHED:
+            return None
+        if event == "line":
+            count += 1
+            if count == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return entered
+
+    sys.settrace(entered)
+    return lambda: count
 
 
 def names(directory: Path) -> list[str]:
-    return sorted(source.name for source in load(directory)[1].sources())
-
-
-def die_at(moment: int) -> None:
-    """Kills this process at the n-th touch of a file, or line of what replaces the manifest."""
-    count = 0
-
-    def tick() -> None:
-        nonlocal count
-        count += 1
-        if count == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def touched(event: str, _: object) -> None:
-        if event in _WATCHED:
-            tick()
-
-    def entered(frame: types.FrameType, event: str, _: object) -> object:
-        # With the lines of pathlib: a file is open and empty before it is written.
-        callers = {frame.f_code, frame.f_back.f_code if frame.f_back else None}
-        if event == "line" and replace_manifest.__code__ in callers:
-            tick()
-        return entered
-
-    sys.addaudithook(touched)
-    sys.settrace(entered)
+    return sorted(source.name for source in FingerprintIndex.open(directory).sources())
 
 
 def main(directory: Path) -> None:
-    settings = {"dimensions": 4, "kind": "flat"}
     directory.mkdir()
-    replace_manifest(
-        directory,
-        {
-            "format_version": FORMAT_VERSION,
-            "settings": settings,
-            "dimensions": {"video": 6},
-            "projection": None,
-            "parts": [],
-            "next_part": 1,
-            "encoder": {"path": "", "fingerprint": ""},
-            "calibration": {"segments": 0, "by_modalities": {}},
-        },
-    )
+    settings = {
+        "encoder": {"path": "", "fingerprint": ""},
+        "settings": {"rates": [1.0], "dimensions": 4, "hop_seconds": 0.25, "kind": "flat"},
+        "dimensions": {"video": 6},
+        "calibration": {"segments": 0, "by_modalities": {}},
+    }
+    database.create(directory, settings)
     change(directory, "first", [])
     change(directory, "old", [])
-    moment = 0
-    survived = False
-    while not survived:
-        moment += 1
+    count = die_at(None)
+    change(directory, "new", ["old"])
+    sys.settrace(None)
+    for moment in np.unique(np.linspace(1, count() + 100, _DEATHS).astype(int)).tolist():
         before = names(directory)
         new = f"new {moment}"
         gone = [name for name in before if name != "first"]
@@ -112,33 +92,16 @@ def main(directory: Path) -> None:
             change(directory, new, gone)
             os._exit(0)
         survived = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        left = len(list(directory.iterdir()))
-        print(
-            json.dumps(
-                {
-                    "before": before,
-                    "intended": sorted(["first", new]),
-                    "after": names(directory),
-                    "problems": verify(directory),
-                    "left": left,
-                    "survived": survived,
-                }
-            ),
-            flush=True,
-        )
-        if not survived:
-            change(directory, f"next {moment}", [n for n in names(directory) if n != "first"])
-            print(
-                json.dumps(
-                    {
-                        "next": names(directory),
-                        "problems": verify(directory),
-                        "files": sorted(p.name for p in directory.iterdir()),
-                        "named": [part["name"] for part in read_manifest(directory)["parts"]],
-                    }
-                ),
-                flush=True,
-            )
+        line = {
+            "states": [before, sorted([*before, new]), ["first", new]],
+            "after": names(directory),
+            "problems": library.verify(directory),
+            "survived": survived,
+        }
+        change(directory, f"next {moment}", [n for n in names(directory) if n != "first"])
+        line["next"] = names(directory) == ["first", f"next {moment}"]
+        line["files"] = sorted(path.name.partition("-")[0] for path in directory.iterdir())
+        print(json.dumps(line | {"problems": line["problems"] + library.verify(directory)}))
 
 
 if __name__ == "__main__":

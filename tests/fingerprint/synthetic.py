@@ -15,6 +15,11 @@ from avcl_jax.data.decoded import DecodedMedia, no_frames
 FPS, RATE_HZ, SIDE = 16, 8000, 24
 
 
+def bytes_taken(count: int) -> int:
+    """Takes this much address space, of which nothing is touched."""
+    return len(bytes(count))
+
+
 def clip(seed: int, seconds: float = 6.0, *, video: bool = True, audio: bool = True):
     """Returns slowly changing noise, of which no two moments are alike, as DecodedMedia."""
     rng = np.random.default_rng(seed)

@@ -9,8 +9,8 @@ import pytest
 
 from avcl_jax.fingerprint.answer import QueryResult, SegmentScore, make_match
 from avcl_jax.fingerprint.calibration import THRESHOLD
+from avcl_jax.fingerprint.database import SourceRow
 from avcl_jax.fingerprint.matching import Alignment
-from avcl_jax.fingerprint.part import SourceRow
 from avcl_jax.fingerprint.scores import Scored
 
 SOURCE = SourceRow("clip", "digest", 60.0, "clip.mp4")

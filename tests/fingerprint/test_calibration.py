@@ -159,12 +159,12 @@ def test_few_sources_have_the_default(encoders, tmp_path):
 def test_a_modality_is_fitted_as_if_the_other_were_not_there(library):
     spans = {"video": 0.5, "audio": 0.5}
     both = calibration.fit(
-        library._snapshot, hop_seconds=SETTINGS.hop_seconds, spans=spans, num_rates=3
+        library._library, hop_seconds=SETTINGS.hop_seconds, spans=spans, num_rates=3
     )
     assert set(both) == {"audio+video", "video", "audio"}
     for modality in spans:
         alone = calibration.fit(
-            library._snapshot,
+            library._library,
             hop_seconds=SETTINGS.hop_seconds,
             spans={modality: 0.5},
             num_rates=3,
@@ -179,7 +179,7 @@ def test_doubles_in_the_library_hardly_move_what_is_unrelated(library, encoders,
     doubled.add((f"double of {n}", clip(n)) for n in range(2))
     plain, other = (
         calibration.fit(
-            index._snapshot,
+            index._library,
             hop_seconds=SETTINGS.hop_seconds,
             spans={"video": 0.5, "audio": 0.5},
             num_rates=1,

@@ -171,7 +171,7 @@ def test_remove_verify_and_an_empty_index(films, encoders, tmp_path, capsys):
     assert run(capsys, "index", one, "--index", made, "--encoder", encoders)[0] == 0
     assert run(capsys, "verify", "--index", made)[:2] == (
         0,
-        f"sound: {made} holds 1 media, 23 segments\n",
+        f"intact: {made} contains 1 media, 23 segments\n",
     )
     assert run(capsys, "remove", one, "--index", made)[0] == 0
     status, _, err = run(capsys, "query", one, "--index", made)

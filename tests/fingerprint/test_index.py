@@ -1,22 +1,24 @@
-"""An index on disk: what is added, replaced, removed; who may write; what is damaged or foreign."""
+"""An index on disk: what is added, replaced and removed; other processes; damage and full disks."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
-import subprocess
+import sqlite3
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from avcl_jax.fingerprint import ann
+from avcl_jax.fingerprint import database, library
+from avcl_jax.fingerprint.database import transaction
 from avcl_jax.fingerprint.error import FingerprintError
 from avcl_jax.fingerprint.index import FingerprintIndex
+from avcl_jax.fingerprint.library import Vectors, verify
 from avcl_jax.fingerprint.projection import fit_projection
-from avcl_jax.fingerprint.store import one_writer
-from avcl_jax.fingerprint.verification import verify
-from tests.conftest import ROOT
 from tests.fingerprint.conftest import SETTINGS
 from tests.fingerprint.synthetic import clip, excerpt, write
 
@@ -49,40 +51,20 @@ def test_of_two_media_of_one_name_the_last_stays(copy):
 
 def test_scores_are_fitted_anew_when_most_is_removed(copy):
     index = FingerprintIndex.open(copy)
-    assert index._manifest["calibration"]["segments"] == index.num_segments
+    assert index._stored["calibration"]["segments"] == index.num_segments
     index.remove([f"clip {n}" for n in range(12)])
-    assert index._manifest["calibration"]["segments"] == index.num_segments
+    assert index._stored["calibration"]["segments"] == index.num_segments
 
 
-def test_what_others_put_beside_the_parts_stays(copy):
-    (copy / "part-of-my-films").mkdir()
-    (copy / "part-999999").mkdir()
-    FingerprintIndex.open(copy).remove(["clip 0"])
-    assert (copy / "part-of-my-films").exists()
-    assert not (copy / "part-999999").exists()
-
-
-def test_a_manifest_that_lacks_something_is_damaged(copy):
-    (copy / "manifest.json").write_text('{"format_version": 1}')
-    with pytest.raises(FingerprintError, match=r"manifest.json is damaged, it lacks settings"):
-        FingerprintIndex.open(copy)
+def test_an_index_of_the_former_format_is_one_clear_line(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"format_version": 1}')
+    with pytest.raises(FingerprintError, match="format of a former version: index the media again"):
+        FingerprintIndex.open(tmp_path)
 
 
 def test_faiss_that_is_missing_is_not_damage(copy, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(FingerprintError, match="FAISS is not installed"):
-        FingerprintIndex.open(copy)
-
-
-def test_a_file_that_a_writer_deletes_meanwhile_is_missing_not_damaged(copy, monkeypatch):
-    read = ann.read
-
-    def deleted(path):
-        path.unlink()
-        return read(path)
-
-    monkeypatch.setattr(ann, "read", deleted)
-    with pytest.raises(FingerprintError, match=r"\.faiss is missing: index the media again"):
         FingerprintIndex.open(copy)
 
 
@@ -95,9 +77,8 @@ def test_removed_is_not_found_and_the_rest_is(copy):
     assert index.query(excerpt(clip(1), 1, 4)).best is None
     assert index.query(excerpt(clip(2), 1, 4)).best.source == "clip 2"
     assert verify(copy) == []
-    index.remove([f"clip {n}" for n in range(2, 16)])  # most: the part is written anew
+    index.remove([f"clip {n}" for n in range(2, 16)])
     assert [source.name for source in index.sources()] == ["clip 0"]
-    assert len(list(copy.glob("part-*"))) == 1
     assert index.query(excerpt(clip(0), 1, 4)).matches[0].source == "clip 0"
     index.remove(["clip 0"])
     assert index.query(clip(0)).matches == []
@@ -107,7 +88,6 @@ def test_one_by_one_becomes_the_same_as_all_at_once(encoders, tmp_path, library)
     index = FingerprintIndex.create(tmp_path / "index", encoders, SETTINGS)
     for n in range(16):
         index.add([(f"clip {n}", clip(n))])
-    assert len(list(index.directory.glob("part-*"))) <= 5
     for n in (0, 9, 15):
         query = excerpt(clip(n), 1, 4)
         one, all_at_once = index.query(query).best, library.query(query).best
@@ -115,25 +95,78 @@ def test_one_by_one_becomes_the_same_as_all_at_once(encoders, tmp_path, library)
         assert one.offset_seconds == pytest.approx(all_at_once.offset_seconds, abs=0.2)
 
 
-def test_a_second_writer_is_told_of_the_first(copy):
-    script = (
-        "import sys; from pathlib import Path; from avcl_jax.fingerprint.store import one_writer\n"
-        "with one_writer(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", script, str(copy)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as holder:
-        assert holder.stdout.readline() == "held\n"
-        index = FingerprintIndex.open(copy)  # reading is free
-        with pytest.raises(FingerprintError, match=f"written by process {holder.pid} "):
+def test_two_processes_add_at_once_and_readers_see_what_is_there(copy):
+    other = FingerprintIndex.open(copy)
+    reports = []
+
+    def items():
+        yield "first", clip(20)
+        reader = FingerprintIndex.open(copy)
+        assert reader.query(excerpt(clip(20), 1, 4)).best.source == "first"
+        reports.append(other.add([("first", clip(20)), ("second", clip(21))]))
+        other.remove(["clip 0"])
+        yield "second", clip(21)
+        yield "third", clip(22)
+
+    report = FingerprintIndex.open(copy).add(items())
+    assert (report.added, report.skipped) == (["first", "third"], ["second"])
+    assert (reports[0].added, reports[0].skipped) == (["second"], ["first"])
+    index = FingerprintIndex.open(copy)
+    assert len(index.sources()) == 18
+    for name, n in (("first", 20), ("second", 21), ("third", 22)):
+        assert index.query(excerpt(clip(n), 1, 4)).best.source == name
+    assert verify(copy) == []
+
+
+def test_a_writer_that_holds_the_index_is_waited_for_and_reading_is_free(copy, monkeypatch):
+    monkeypatch.setattr(database, "_WAIT_SECONDS", 0.05)
+    index = FingerprintIndex.open(copy)
+    with contextlib.suppress(ZeroDivisionError), transaction(copy, write=True) as stored:
+        stored.delete("clip 0")
+        assert len(FingerprintIndex.open(copy).sources()) == 16
+        with pytest.raises(FingerprintError, match=r"index\.sqlite: .*wait until that process has"):
+            index.remove(["clip 1"])
+        raise ZeroDivisionError
+    index.remove(["clip 1"])
+    assert [s.name for s in FingerprintIndex.open(copy).sources()][:2] == ["clip 0", "clip 2"]
+
+
+def test_a_full_disk_leaves_the_index_as_it_was(copy, monkeypatch):
+    connect = database._connect
+
+    def full(*arguments):
+        connection = connect(*arguments)
+        connection.execute("PRAGMA max_page_count = 1")  # as many as there are
+        return connection
+
+    index = FingerprintIndex.open(copy)
+    monkeypatch.setattr(database, "_connect", full)
+    with pytest.raises(FingerprintError, match=r"index\.sqlite: .*full.*free some space"):
+        index.add([("new", clip(50))])
+    monkeypatch.undo()
+    assert len(FingerprintIndex.open(copy).sources()) == 16
+    assert verify(copy) == []
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_an_index_that_cannot_be_written_is_read(copy, cached):
+    with tempfile.TemporaryDirectory() as parent, contextlib.ExitStack() as stack:
+        os.chmod(parent, 0o755)
+        directory = shutil.copytree(copy, Path(parent) / "index")
+        if not cached:
+            shutil.rmtree(next(directory.glob("cache-*")))
+        stack.callback(os.chmod, directory, 0o755)
+        (directory / "index.sqlite").chmod(0o444)
+        directory.chmod(0o555)
+        if os.geteuid() == 0:  # to whom everything is allowed
+            os.seteuid(65534)
+            stack.callback(os.seteuid, 0)
+        index = FingerprintIndex.open(directory)
+        assert len(index.sources()) == 16
+        assert verify(directory) == []
+        with pytest.raises(FingerprintError, match="check the permissions"):
             index.remove(["clip 0"])
-        holder.kill()
-        holder.wait()
-    index.remove(["clip 0"])  # the lock of the dead is no lock
+        assert len(list(directory.iterdir())) == 1 + cached
 
 
 def test_a_reader_keeps_what_it_opened_while_it_is_replaced(copy):
@@ -150,34 +183,59 @@ def test_other_encoders_are_refused(copy, other_encoders):
     assert len(index.sources()) == 16
 
 
-FILES = ["manifest.json", "sources.parquet", "segments.parquet", "video.npy", "audio.faiss", "npz"]
-
-
-@pytest.mark.parametrize("damage", ["cut", "missing", "garbage"])
-@pytest.mark.parametrize("name", FILES)
-def test_each_damaged_file_is_named(copy, name, damage):
-    (path,) = [p for p in copy.rglob("*") if p.name.endswith(name)]
+@pytest.mark.parametrize("damage", ["cut", "missing", "garbage", "empty"])
+def test_a_damaged_database_is_named(copy, damage):
+    path = copy / "index.sqlite"
+    half = path.stat().st_size // 2
     if damage == "missing":
         path.unlink()
-    elif damage == "cut":
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     else:
-        path.write_bytes(b"garbage" * 100)
-    no_manifest = name == "manifest.json" and damage == "missing"
-    named = str(copy) if no_manifest else path.name if path.parent == copy else path.parent.name
-    with pytest.raises(FingerprintError, match=named) as error:
+        contents = {"cut": path.read_bytes()[:half], "garbage": b"garbage" * 1000, "empty": b""}
+        path.write_bytes(contents[damage])
+    with pytest.raises(FingerprintError, match=r"no fingerprint index|index the media again") as e:
         FingerprintIndex.open(copy)
-    assert "\n" not in str(error.value)
-    if name != "manifest.json":
-        assert any(path.name in problem for problem in verify(copy))
+    assert str(copy) in str(e.value)
+    assert "\n" not in str(e.value)
 
 
-def test_one_wrong_byte_is_found_by_verify(copy):
-    (path,) = copy.rglob("video.npy")
-    content = bytearray(path.read_bytes())
-    content[-7] ^= 1
-    path.write_bytes(bytes(content))
-    assert verify(copy) == [f"{path} is damaged: its checksum is not the one of the manifest"]
+@pytest.mark.parametrize("damage", ["cut", "missing", "garbage", "whole directory"])
+@pytest.mark.parametrize("name", ["video.npy", "audio.npz"])
+def test_a_damaged_cache_is_computed_again(copy, library, name, damage):
+    path = next(copy.glob("cache-*")) / name
+    content = path.read_bytes()
+    if damage == "whole directory":
+        shutil.rmtree(path.parent)
+    elif damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"garbage" * 100)
+    index = FingerprintIndex.open(copy)
+    query = excerpt(clip(5), 1, 4)
+    assert index.query(query) == library.query(query)
+    assert verify(copy) == []
+    index.remove(["clip 0"])
+    assert next(copy.glob("cache-*/video.npy")).stat().st_size > 0.8 * len(content)
+
+
+@pytest.mark.parametrize("column", ["arrays", "path"])
+def test_one_wrong_byte_is_found_by_verify(copy, column):
+    with contextlib.closing(sqlite3.connect(copy / "index.sqlite")) as connection, connection:
+        ((blob,),) = connection.execute("SELECT arrays FROM media WHERE name = 'clip 3'")
+        value = blob[:-999] + bytes([blob[-999] ^ 1]) + blob[-998:] if column == "arrays" else "x"
+        connection.execute(f"UPDATE media SET {column} = ? WHERE name = 'clip 3'", (value,))
+    (problem,) = verify(copy)
+    assert problem.startswith(f"{copy / 'index.sqlite'} (clip 3): the file is damaged")
+    shutil.rmtree(next(copy.glob("cache-*")))
+    with pytest.raises(FingerprintError, match=r"\(clip 3\): the file is damaged"):
+        FingerprintIndex.open(copy)
+
+
+def test_a_cache_of_other_vectors_is_found_by_verify(copy):
+    path = next(copy.glob("cache-*/audio.npy"))
+    vectors = np.load(path)
+    vectors[7, 3] += 0.1
+    np.save(path, vectors)
+    assert verify(copy) == [f"{path.parent} does not agree with index.sqlite: delete it"]
 
 
 def test_an_index_is_not_made_over_something(copy, encoders):
@@ -185,28 +243,57 @@ def test_an_index_is_not_made_over_something(copy, encoders):
         FingerprintIndex.create(copy, encoders, SETTINGS)
 
 
-def test_nothing_that_others_put_there_is_deleted(copy):
+def test_only_caches_are_deleted_from_the_directory(copy):
     (copy / "notes.txt").write_text("mine")
-    (copy / "part-999999").mkdir()
+    (copy / "cache-of-my-films").mkdir()
+    (copy / "cache-0123456789abcdef").mkdir()
+    (copy / "cache-0123456789abcdef.killed").mkdir()
     FingerprintIndex.open(copy).remove(["clip 0"])
-    assert (copy / "notes.txt").read_text() == "mine"
-    assert not (copy / "part-999999").exists()
+    left = sorted(path.name for path in copy.iterdir())
+    assert left.pop(0).startswith("cache-")
+    assert left == ["cache-of-my-films", "index.sqlite", "notes.txt"]
 
 
-def test_compressed_cells_find_what_flat_finds():
-    rng = np.random.default_rng(0)
-    centres = rng.normal(size=(40, 32))
-    vectors = centres[rng.integers(40, size=4000)] + 0.3 * rng.normal(size=(4000, 32))
-    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-    queries = vectors[:200] + 0.01 * rng.normal(size=(200, 32)).astype(np.float32)
-    kept = np.arange(4000) % 5 != 0
-    flat, cells = ann.build(vectors, "flat"), ann.build(vectors, "ivfpq")
-    for keep in (None, kept):
-        best = np.argmax(np.where(True if keep is None else keep, queries @ vectors.T, -9), axis=1)
-        np.testing.assert_array_equal(ann.search(flat, queries, 1, keep)[1][:, 0], best)
-        found = ann.search(cells, queries, 10, keep)[1]
-        assert np.mean((found == best[:, None]).any(axis=1)) > 0.9
-        assert keep is None or keep[found[found >= 0]].all()
+def blobs(count: int, seed: int) -> np.ndarray:
+    centres = np.random.default_rng(0).normal(size=(40, 32))
+    rng = np.random.default_rng(seed)
+    vectors = centres[rng.integers(40, size=count)] + 0.3 * rng.normal(size=(count, 32))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_compressed_cells_find_what_flat_finds_and_follow_changes():
+    values = blobs(4000, 1)
+    labels = (np.arange(4000) // 100 + 1 << 32) + np.arange(4000) % 100
+    vectors = Vectors(fit_projection(values, 32), labels, values)
+    one = np.ones(40, int)
+    sources = [None] * 40
+
+    def found(of: Vectors, exclude: int | None = None) -> np.ndarray:
+        ids = np.unique(of.labels >> 32)
+        queries = values[50:3950] + 0.01 * np.random.default_rng(0).normal(size=(3900, 32))
+        near = library.Library(sources, ids, one, {"video": of}).search(
+            "video", queries, 10, exclude
+        )
+        return np.where(near.source < 0, -1, (ids[near.source] << 32) + near.segment)
+
+    cells = vectors.with_cells("ivfpq", None)
+    assert cells.learned_from == 4000
+    assert vectors.with_cells("flat", None).cells is vectors.with_cells("auto", None).cells is None
+    np.testing.assert_array_equal(found(vectors)[:, 0], labels[50:3950])
+    assert np.mean((found(cells) == labels[50:3950, None]).any(axis=1)) > 0.9
+    for of in (vectors, cells):
+        assert not (found(of, exclude=7) >> 32 == 8).any()
+    # Without the first thousand, with a thousand others: the same cells.
+    changed = Vectors(
+        vectors.projection,
+        np.concatenate([labels[1000:], labels[:1000] + (40 << 32)]),
+        np.concatenate([values[1000:], blobs(1000, 2)]),
+    )
+    updated = changed.with_cells("ivfpq", cells)
+    assert (updated.learned_from, updated.cells.ntotal, cells.cells.ntotal) == (4000, 4000, 4000)
+    assert set(np.unique(found(updated) >> 32)) == set(range(11, 51))
+    few = Vectors(vectors.projection, labels[:1500], values[:1500])
+    assert few.with_cells("ivfpq", cells).learned_from == 1500
 
 
 def test_the_projection_whitens_what_it_was_fitted_to():
@@ -222,19 +309,12 @@ def test_the_projection_whitens_what_it_was_fitted_to():
     assert np.isfinite(fit_projection(features[:1], 4)(features)).all()
 
 
-def test_the_lock_is_free_after_an_error(copy):
-    with pytest.raises(ZeroDivisionError), one_writer(copy):
-        raise ZeroDivisionError
-    with one_writer(copy):
-        assert (copy / "writer.lock").read_text()
-
-
 def test_an_index_of_audio_alone_takes_its_first_film(encoders, tmp_path):
     index = FingerprintIndex.create(tmp_path / "index", encoders, SETTINGS)
     index.add((f"song {n}", clip(n, video=False)) for n in range(3))
-    assert np.isfinite(index._snapshot.projections["video"].matrix).all()
+    assert np.isfinite(index._library.vectors["video"].projection.matrix).all()
     index.add([("film", clip(9))])
-    assert index._snapshot.projections["video"].fitted_to > 0
+    assert index._library.vectors["video"].projection.fitted_to > 0
     assert index.query(excerpt(clip(9), 1, 4)).matches[0].source == "film"
 
 

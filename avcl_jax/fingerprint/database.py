@@ -1,0 +1,290 @@
+"""The SQLite file of an index: its settings, its projections, and its media with their features.
+
+Each change is one transaction, so that after a kill the index is as it was before the change or as
+it was to be. Readers see the state in which they began to read (WAL).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import secrets
+import sqlite3
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from avcl_jax.fingerprint.error import FingerprintError
+from avcl_jax.fingerprint.projection import Projection
+from avcl_jax.fingerprint.segments import SegmentFeatures
+
+DATABASE, FORMAT_VERSION = "index.sqlite", 2
+_FORMER_MANIFEST = "manifest.json"  # of format 1
+# Transactions last milliseconds: a longer wait means that a writer hangs.
+_WAIT_SECONDS = 30.0
+_SCHEMA = (
+    "CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    "CREATE TABLE projections (modality TEXT PRIMARY KEY, arrays BLOB NOT NULL)",
+    # AUTOINCREMENT: an id is never given twice, so that it stands for one content.
+    "CREATE TABLE media (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, "
+    "content TEXT NOT NULL, duration_seconds REAL NOT NULL, path TEXT, segments INTEGER NOT NULL, "
+    "checksum INTEGER NOT NULL, arrays BLOB NOT NULL)",
+    f"PRAGMA user_version = {FORMAT_VERSION}",
+)
+_DAMAGED = "the file is damaged: index the media again"
+_NO_ACCESS = "it cannot be opened or written: check the permissions of the file and its folder"
+_NO_LOCKS = "its disk fails, or does not lock files: keep the index on a local disk"
+_REASONS = {
+    sqlite3.SQLITE_BUSY: "another process is changing it: wait until that process has ended",
+    sqlite3.SQLITE_FULL: "the disk is full: free some space",
+    **dict.fromkeys((sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB), _DAMAGED),
+    **dict.fromkeys(
+        (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM), _NO_ACCESS
+    ),
+    **dict.fromkeys((sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PROTOCOL), _NO_LOCKS),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceRow:
+    """An indexed medium.
+
+    Attributes:
+        name: unique in the index.
+        content: SHA-256 of the file, or of the arrays of a medium in memory.
+        duration_seconds: length.
+        path: path of the file; None for a medium in memory.
+    """
+
+    name: str
+    content: str
+    duration_seconds: float
+    path: str | None
+
+
+_PRESENT = "_present"
+_COLUMNS = ", ".join(field.name for field in dataclasses.fields(SourceRow))
+
+
+class Transaction:
+    """An open index, as it is in one transaction."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection):
+        """Takes an open connection; see `transaction`."""
+        self._path = path
+        self._connection = connection
+
+    def settings(self) -> dict[str, Any]:
+        """Reads the settings, and `generation`, a random name that each change replaces.
+
+        Raises:
+            FingerprintError: if they are damaged.
+        """
+        rows = self._connection.execute("SELECT key, value FROM settings")
+        with self._intact():
+            return {key: json.loads(value) for key, value in rows}
+
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        """Replaces some settings."""
+        rows = [(key, json.dumps(value)) for key, value in settings.items()]
+        self._connection.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", rows)
+
+    def projections(self) -> dict[str, Projection]:
+        """Reads the projection of each modality; none before they were fitted.
+
+        Raises:
+            FingerprintError: if one is damaged.
+        """
+        rows = self._connection.execute("SELECT modality, arrays FROM projections").fetchall()
+        with self._intact():
+            return {modality: Projection.from_arrays(_unpack(blob)) for modality, blob in rows}
+
+    def write_projections(self, projections: Mapping[str, Projection]) -> None:
+        """Replaces the projections."""
+        rows = [(m, _pack(dataclasses.asdict(p))) for m, p in projections.items()]
+        self._connection.executemany("INSERT OR REPLACE INTO projections VALUES (?, ?)", rows)
+
+    def media(self) -> list[tuple[int, int, SourceRow]]:
+        """Reads the id, the number of segments and the description of each medium, by id."""
+        rows = self._connection.execute(f"SELECT id, segments, {_COLUMNS} FROM media ORDER BY id")
+        return [(id_, segments, SourceRow(*row)) for id_, segments, *row in rows]
+
+    def content_of(self, name: str) -> str | None:
+        """Reads the SHA-256 of the medium of this name; None if there is none."""
+        row = self._connection.execute("SELECT content FROM media WHERE name = ?", (name,))
+        return next((content for (content,) in row), None)
+
+    def features_of(self, id_: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Reads the segments of a medium.
+
+        Returns:
+            By modality, float16 [present segments, D] and bool [segments], which are present.
+
+        Raises:
+            FingerprintError: if they are damaged.
+        """
+        query = f"SELECT checksum, arrays, segments, {_COLUMNS} FROM media WHERE id = ?"
+        ((checksum, blob, *row),) = self._connection.execute(query, (id_,))
+        with self._intact(f" ({row[1]})"):
+            arrays = _unpack(blob)
+            features = {m: a for m, a in arrays.items() if not m.endswith(_PRESENT)}
+            present = {m: arrays[m + _PRESENT] for m in features}
+            if checksum != _checksum(row, blob):
+                raise FingerprintError("the checksum is that of other values")
+            return features, present
+
+    def insert(self, row: SourceRow, segments: SegmentFeatures) -> None:
+        """Adds a medium, in place of one of the same name."""
+        self.delete(row.name)
+        features = {m: f[segments.present[m]] for m, f in segments.features.items()}
+        blob = _pack(
+            {m: f.astype(np.float16) for m, f in features.items()}
+            | {m + _PRESENT: here for m, here in segments.present.items()}
+        )
+        values = len(segments), row.name, row.content, float(row.duration_seconds), row.path
+        self._connection.execute(
+            f"INSERT INTO media (segments, {_COLUMNS}, checksum, arrays) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (*values, _checksum(values, blob), blob),
+        )
+
+    def delete(self, name: str) -> bool:
+        """Removes a medium; returns whether there was one of this name."""
+        return self._connection.execute("DELETE FROM media WHERE name = ?", (name,)).rowcount > 0
+
+    def problems(self) -> list[str]:
+        """Checks the file, and every value with a checksum; returns one line per problem."""
+        rows = self._connection.execute("PRAGMA integrity_check").fetchall()
+        problems = [f"{self._path} is damaged: {line}" for (line,) in rows if line != "ok"]
+        if problems:
+            return problems
+        checks: list[Callable[[], object]] = [self.settings, self.projections]
+        checks += [functools.partial(self.features_of, id_) for id_, _, _ in self.media()]
+        for check in checks:
+            try:
+                check()
+            except FingerprintError as error:
+                problems.append(str(error))
+        return problems
+
+    @contextlib.contextmanager
+    def _intact(self, where: str = "") -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise FingerprintError(f"{self._path}{where}: {_DAMAGED}") from error
+
+
+@contextlib.contextmanager
+def transaction(directory: Path, *, write: bool = False) -> Iterator[Transaction]:
+    """Opens an index for one transaction, which an exception rolls back.
+
+    Raises:
+        FingerprintError: if there is no index, or it cannot be read or written.
+    """
+    path = directory / DATABASE
+    if not path.exists():
+        if (directory / _FORMER_MANIFEST).exists():
+            raise FingerprintError(
+                f"{directory} has the format of a former version: index the media again"
+            )
+        raise FingerprintError(
+            f"there is no fingerprint index in {directory}: make one with "
+            f"`avcl-fingerprint index VIDEOS --index {directory} --encoder PATH`"
+        )
+    with _explained(path), contextlib.closing(_open(path)) as connection:
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version != FORMAT_VERSION:
+            raise FingerprintError(
+                f"{path} has format {version}, this version reads {FORMAT_VERSION}: index the "
+                "media again"
+            )
+        connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+        opened = Transaction(path, connection)
+        yield opened
+        if write:
+            opened.write_settings({"generation": _new_name()})
+        connection.execute("COMMIT")
+
+
+def create(directory: Path, settings: dict[str, Any]) -> None:
+    """Makes an empty index.
+
+    Args:
+        directory: existing, without an index.
+        settings: values that JSON can represent.
+
+    Raises:
+        FingerprintError: if the file cannot be written.
+    """
+    path = directory / DATABASE
+    with _explained(path), contextlib.closing(_connect(path, "rwc")) as connection:
+        connection.execute("PRAGMA auto_vacuum = FULL")  # a removed medium takes no space
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("BEGIN")
+        for statement in _SCHEMA:
+            connection.execute(statement)
+        Transaction(path, connection).write_settings(settings | {"generation": _new_name()})
+        connection.execute("COMMIT")
+
+
+def _new_name() -> str:
+    return secrets.token_hex(8)
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    connection = _connect(path, "rw")
+    try:
+        connection.execute("SELECT 1 FROM sqlite_master").fetchone()
+    except sqlite3.OperationalError as error:
+        connection.close()
+        wal = path.with_name(path.name + "-wal")
+        # Only a folder that can be written takes the files that WAL needs beside the database.
+        # Without changes that wait in one, the database can be read as it is.
+        if _code(error) not in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) or wal.exists():
+            raise
+        return _connect(path, "ro&immutable=1")
+    return connection
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    address = f"{path.absolute().as_uri()}?mode={mode}"
+    return sqlite3.connect(address, _WAIT_SECONDS, isolation_level=None, uri=True)
+
+
+def _code(error: sqlite3.Error) -> int:
+    # Errors of the module itself have none. Without the details of an extended code.
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        reason = _REASONS.get(_code(error))
+        if reason is None:
+            raise
+        raise FingerprintError(f"{path}: {error}; {reason}") from error
+
+
+def _pack(arrays: Mapping[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def _unpack(blob: bytes) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(blob)) as arrays:
+        return dict(arrays)
+
+
+def _checksum(row: Sequence[Any], blob: bytes) -> int:
+    return zlib.crc32(blob, zlib.crc32(repr(tuple(row)).encode()))

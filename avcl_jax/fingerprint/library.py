@@ -1,0 +1,382 @@
+"""The vectors of an index in memory, as they were when it was opened, and the search among them.
+
+They are computed from the database and kept beside it in `cache-GENERATION`. The cache of another
+generation gives what has not changed since; a missing or damaged one is computed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import re
+import shutil
+import tempfile
+import types
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from avcl_jax.fingerprint.database import DATABASE, SourceRow, Transaction, transaction
+from avcl_jax.fingerprint.error import FingerprintError
+from avcl_jax.fingerprint.projection import Projection, fit_projection
+from avcl_jax.fingerprint.segments import SegmentFeatures
+
+# From here on vectors are compressed and searched in cells; a flat search of this size takes 100 MB
+# and, for the queries of a ten-second clip, about a second on two cores.
+IVFPQ_FROM = 200_000
+_PROBES, _CODE_BYTES = 32, 32
+# Cells are learned again when the number of vectors has changed by this factor.
+_LEARNED_WITHIN = 2
+# The projection is fitted again at every growth by this factor, until it was fitted to enough: an
+# index to which films are added one by one ends up as one made of them all.
+_FIT_GROWTH, _FIT_ENOUGH = 4, 50_000
+_COHORT = 512
+_CACHE = re.compile(r"cache-[0-9a-f]{16}(\.\w+)?")
+# The label of a segment is the id of its source, followed by its number in these bits.
+_NUMBER_BITS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Neighbours:
+    """Nearest reference segments of query segments; source −1 where there are fewer.
+
+    Attributes:
+        similarity: float32 [queries, k], best first.
+        source: int64 [queries, k], number of the source.
+        segment: int64 [queries, k], number of the segment in its source.
+    """
+
+    similarity: np.ndarray
+    source: np.ndarray
+    segment: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Vectors:
+    """Segments of all sources that have a modality, in the order of their labels.
+
+    Attributes:
+        projection: projection that made the vectors.
+        labels: int64 [segments].
+        values: float32 [segments, d].
+        cells: FAISS index of the compressed vectors in cells; None if all are compared.
+        learned_from: number of vectors from which the cells were learned.
+    """
+
+    projection: Projection
+    labels: np.ndarray
+    values: np.ndarray
+    cells: Any = None
+    learned_from: int = 0
+
+    @functools.cached_property
+    def searcher(self) -> Any:
+        """FAISS index of the vectors by their labels."""
+        if self.cells is not None:
+            return self.cells
+        flat = faiss().IndexIDMap2(faiss().IndexFlatIP(self.values.shape[1]))
+        flat.add_with_ids(np.ascontiguousarray(self.values), self.labels)
+        return flat
+
+    @functools.cached_property
+    def cohort(self) -> np.ndarray:
+        """Vectors of segments all over the library: what any query may resemble by chance."""
+        count = len(self.values)
+        return self.values[np.linspace(0, count - 1, min(_COHORT, count)).astype(int)]
+
+    def with_cells(self, kind: str, former: Vectors | None) -> Vectors:
+        """Returns these vectors in cells, if there are enough: those of `former` where they fit."""
+        count, width = self.values.shape
+        # Cells and codebooks cannot be learned from fewer than 256 vectors.
+        if kind == "flat" or count < (IVFPQ_FROM if kind == "auto" else 256):
+            return self
+        learned = former.learned_from if former is not None else 0
+        if former is not None and learned / _LEARNED_WITHIN < count < learned * _LEARNED_WITHIN:
+            cells = faiss().clone_index(former.cells)  # others may search the former ones
+            cells.remove_ids(np.setdiff1d(former.labels, self.labels))
+            new = ~np.isin(self.labels, former.labels)
+            cells.add_with_ids(self.values[new], self.labels[new])
+            return dataclasses.replace(self, cells=cells, learned_from=learned)
+        code = next(n for n in range(min(_CODE_BYTES, width), 0, -1) if width % n == 0)
+        number = max(1, min(4096, count // 64))
+        quantiser, metric = faiss().IndexFlatIP(width), faiss().METRIC_INNER_PRODUCT
+        cells = faiss().IndexIVFPQ(quantiser, width, number, code, 8, metric)
+        cells.cp.seed = 1
+        cells.train(self.values[:: max(1, count // 400_000)])
+        cells.nprobe = _PROBES
+        cells.add_with_ids(self.values, self.labels)
+        return dataclasses.replace(self, cells=cells, learned_from=count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """Sources, numbered in the order of their ids, and their vectors.
+
+    Attributes:
+        sources: indexed media.
+        ids: int64 [sources], ascending.
+        lengths: int64 [sources], numbers of segments.
+        vectors: modality -> vectors; none in an index that never had media.
+        is_stored: whether the database has the projections of the vectors.
+    """
+
+    sources: Sequence[SourceRow]
+    ids: np.ndarray
+    lengths: np.ndarray
+    vectors: Mapping[str, Vectors]
+    is_stored: bool = True
+
+    @property
+    def num_segments(self) -> int:
+        """Number of segments."""
+        return int(self.lengths.sum())
+
+    def project(self, segments: SegmentFeatures) -> SegmentFeatures:
+        """Returns segments with vectors, zeros where missing, in place of their features."""
+        vectors = {}
+        for modality, own in self.vectors.items():
+            vectors[modality] = own.projection(segments.features[modality])
+            vectors[modality][~segments.present[modality]] = 0
+        return dataclasses.replace(segments, features=vectors)
+
+    def vectors_of(
+        self, modality: str, number: int, first: int, end: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns segments of a source from `first` up to `end`, as far as it has them.
+
+        Returns:
+            float32 [segments, d], zeros where missing; bool [segments].
+        """
+        vectors, start = self.vectors[modality], int(self.ids[number]) << _NUMBER_BITS
+        count = max(min(end, int(self.lengths[number])) - first, 0)
+        rows = slice(*np.searchsorted(vectors.labels, start + first + np.array([0, count])))
+        places = vectors.labels[rows] - start - first
+        found = np.zeros((count, vectors.values.shape[1]), np.float32)
+        present = np.zeros(count, bool)
+        found[places], present[places] = vectors.values[rows], True
+        return found, present
+
+    def search(
+        self, modality: str, queries: np.ndarray, count: int, exclude: int | None = None
+    ) -> Neighbours:
+        """Finds the nearest segments.
+
+        Args:
+            modality: modality to compare.
+            queries: float32 [n, d], projected.
+            count: neighbours of each.
+            exclude: number of a source that is not to be found.
+        """
+        searcher, parameters = self.vectors[modality].searcher, None
+        if exclude is not None:
+            id_ = int(self.ids[exclude])
+            same = faiss().IDSelectorRange(id_ << _NUMBER_BITS, (id_ + 1) << _NUMBER_BITS)
+            others = faiss().IDSelectorNot(same)
+            parameters = (
+                faiss().SearchParametersIVF(sel=others, nprobe=_PROBES)
+                if isinstance(searcher, faiss().IndexIVF)
+                else faiss().SearchParameters(sel=others)
+            )
+        queries = np.ascontiguousarray(queries, np.float32)
+        similarity, labels = searcher.search(queries, count, params=parameters)
+        missing = labels < 0
+        return Neighbours(
+            np.where(missing, -np.inf, similarity),
+            np.where(missing, -1, np.searchsorted(self.ids, labels >> _NUMBER_BITS)),
+            np.where(missing, -1, labels & ((1 << _NUMBER_BITS) - 1)),
+        )
+
+    def save(self, directory: Path, generation: str) -> None:
+        """Writes the cache of a generation, and deletes those of others.
+
+        Where there is no room, or the folder cannot be written, there is none afterwards, and
+        readers compute what it would contain.
+        """
+        place = directory / f"cache-{generation}"
+        with contextlib.suppress(OSError):
+            new = Path(tempfile.mkdtemp(prefix=f"{place.name}.", dir=directory))
+            with contextlib.suppress(OSError):
+                self._write(new)
+                new.rename(place)
+            for path in directory.iterdir():
+                if _CACHE.fullmatch(path.name) and path != place:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def _write(self, directory: Path) -> None:
+        for modality, vectors in self.vectors.items():
+            arrays: dict[str, Any] = {
+                "ids": self.ids,
+                "lengths": self.lengths,
+                "labels": vectors.labels,
+            }
+            arrays |= dataclasses.asdict(vectors.projection)
+            if vectors.cells is not None:
+                arrays["cells"] = faiss().serialize_index(vectors.cells)
+                arrays["learned_from"] = vectors.learned_from
+            np.savez(directory / f"{modality}.npz", **arrays)
+            np.save(directory / f"{modality}.npy", vectors.values)
+        for path in [*directory.iterdir(), directory]:
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+
+def load(directory: Path, former: Library | None = None) -> tuple[dict[str, Any], Library]:
+    """Reads an index.
+
+    Args:
+        directory: directory of the index.
+        former: earlier state of the index, whose unchanged parts are used again.
+
+    Returns:
+        Its settings, and its library.
+
+    Raises:
+        FingerprintError: if there is no index, or it is damaged.
+    """
+    with transaction(directory) as stored:
+        settings = stored.settings()
+        if former is None:
+            places = [directory / f"cache-{settings['generation']}"]
+            places += [path for path in directory.iterdir() if _CACHE.fullmatch(path.name)]
+            former = next(filter(None, map(_read_cache, places)), None)
+        return settings, _build(stored, settings, former)
+
+
+def verify(directory: Path) -> list[str]:
+    """Checks the database, and that the cache agrees with it.
+
+    Returns:
+        One line per problem.
+
+    Raises:
+        FingerprintError: if there is no index, or it cannot be read.
+    """
+    with transaction(directory) as stored:
+        if problems := stored.problems():
+            return problems
+        settings = stored.settings()
+        place = directory / f"cache-{settings['generation']}"
+        cache, library = _read_cache(place), _build(stored, settings, None)
+    if cache is None or cache.vectors.keys() != library.vectors.keys():
+        return []  # it is computed again when the index is opened
+    agree = np.array_equal(cache.ids, library.ids) and all(
+        np.array_equal(cache.vectors[m].labels, vectors.labels)
+        and np.allclose(cache.vectors[m].values, vectors.values, atol=1e-4)
+        and cache.vectors[m].searcher.ntotal == len(vectors.labels)
+        for m, vectors in library.vectors.items()
+    )
+    return [] if agree else [f"{place} does not agree with {DATABASE}: delete it"]
+
+
+def faiss() -> types.ModuleType:
+    """Imports FAISS, which only fingerprints need.
+
+    Raises:
+        FingerprintError: if it is not installed.
+    """
+    try:
+        import faiss as module
+    except ImportError as error:
+        raise FingerprintError(
+            "FAISS is not installed: pip install -r requirements-fingerprint.txt"
+        ) from error
+    return module
+
+
+def _build(stored: Transaction, settings: Mapping[str, Any], former: Library | None) -> Library:
+    media, projections = stored.media(), stored.projections()
+    kind, total = settings["settings"]["kind"], sum(count for _, count, _ in media)
+    fitted = max((p.fitted_to for p in projections.values()), default=0)
+    grown = fitted < _FIT_ENOUGH and total >= _FIT_GROWTH * max(fitted, 1)
+    if not media or (projections and not grown):
+        library = _assemble(stored, media, projections, kind, former)
+        # Otherwise the first film was added to an index of songs.
+        if all(v.projection.fitted_to or not len(v.labels) for v in library.vectors.values()):
+            return library
+    rng = np.random.default_rng(0)
+    features = [stored.features_of(id_)[0] for id_, _, _ in media]
+    for modality, width in settings["dimensions"].items():
+        rows = np.concatenate([np.zeros((0, width), np.float32), *(f[modality] for f in features)])
+        if len(rows) > _FIT_ENOUGH:
+            rows = rows[rng.choice(len(rows), _FIT_ENOUGH, replace=False)]
+        projections[modality] = fit_projection(rows, settings["settings"]["dimensions"])
+    library = _assemble(stored, media, projections, kind, None)
+    return dataclasses.replace(library, is_stored=False)
+
+
+def _assemble(
+    stored: Transaction,
+    media: Sequence[tuple[int, int, SourceRow]],
+    projections: Mapping[str, Projection],
+    kind: str,
+    former: Library | None,
+) -> Library:
+    """Computes the vectors of all media that `former` does not have by the same projections."""
+    if former is not None:
+        made_by = {m: v.projection for m, v in former.vectors.items()}
+        former = former if _equal(made_by, projections) else None
+    ids, lengths = np.array([row[:2] for row in media], np.int64).reshape(-1, 2).T
+    sources = [row for _, _, row in media]
+    if former is not None and np.array_equal(former.ids, ids):
+        return dataclasses.replace(former, sources=sources, is_stored=True)
+    known = set() if former is None else set(former.ids.tolist())
+    labels: dict[str, list[np.ndarray]] = {m: [] for m in projections}
+    values: dict[str, list[np.ndarray]] = {
+        m: [np.zeros((0, p.matrix.shape[1]), np.float32)] for m, p in projections.items()
+    }
+    if former is not None:
+        for modality, vectors in former.vectors.items():
+            kept = np.isin(vectors.labels >> _NUMBER_BITS, ids)
+            labels[modality].append(vectors.labels[kept])
+            values[modality].append(vectors.values[kept])
+    for id_ in ids.tolist():
+        if id_ not in known:
+            features, present = stored.features_of(id_)
+            for modality, projection in projections.items():
+                labels[modality].append((id_ << _NUMBER_BITS) + np.flatnonzero(present[modality]))
+                values[modality].append(projection(features[modality]))
+    made = {}
+    for modality, projection in projections.items():
+        joined = np.concatenate(labels[modality])
+        order = np.argsort(joined)
+        vectors = Vectors(projection, joined[order], np.concatenate(values[modality])[order])
+        before = None if former is None else former.vectors[modality]
+        made[modality] = vectors.with_cells(kind, before)
+    return Library(sources, ids, lengths, made)
+
+
+def _equal(one: Mapping[str, Projection], other: Mapping[str, Projection]) -> bool:
+    return one.keys() == other.keys() and all(
+        np.array_equal(p.mean, other[m].mean) and np.array_equal(p.matrix, other[m].matrix)
+        for m, p in one.items()
+    )
+
+
+def _read_cache(directory: Path) -> Library | None:
+    """Reads a cache, without sources, which the database has; None if it is missing or damaged."""
+    vectors: dict[str, Vectors] = {}
+    ids = lengths = np.zeros(0, np.int64)
+    try:
+        for path in sorted(directory.glob("*.npz")):
+            # Opened here, because numpy leaves a file open that it cannot read.
+            with path.open("rb") as file, np.load(file) as loaded:
+                arrays = dict(loaded)
+            ids, lengths = arrays["ids"], arrays["lengths"]
+            vectors[path.stem] = Vectors(
+                Projection.from_arrays(arrays),
+                arrays["labels"],
+                np.load(path.with_suffix(".npy"), mmap_mode="r"),
+                faiss().deserialize_index(arrays["cells"]) if "cells" in arrays else None,
+                int(arrays.get("learned_from", 0)),
+            )
+    # The last is FAISS's error for everything.
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, RuntimeError):
+        return None
+    complete = all(len(v.labels) == len(v.values) for v in vectors.values())
+    return Library((), ids, lengths, vectors) if vectors and complete else None

@@ -1,0 +1,122 @@
+"""Rendering and encoding of whole splits: complete, in order, padded, repeatable."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from avcl_jax.data.crop import CropSpec
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.rendering import RenderSpec
+from avcl_jax.data.spectrogram import LogMelSpec
+from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.data.views import BACKWARD, FORWARD, ViewSpec
+from avcl_jax.evaluation.embed import as_pairs, drawn_pairs, encode_all, random_views, render_all
+from avcl_jax.evaluation.fixed_views import fixed_views
+
+SPEC = RenderSpec(
+    views=ViewSpec(num_frames=4, clip_seconds=0.25, speeds=(1, 2, 4), audio_transform="shared"),
+    log_mel=LogMelSpec(
+        sample_rate_hz=4000,
+        frames=10,
+        mels=8,
+        clip_seconds=0.25,
+        min_hz=50.0,
+        max_hz=2000.0,
+        floor=1e-6,
+        mean=-6.0,
+        std=3.0,
+    ),
+    crop=CropSpec(image_size=16, min_area=0.8, flip=True, quarter_turns=False),
+    spectrogram_on_device=False,
+    modalities="audio_visual",
+)
+
+
+@pytest.fixture(scope="module")
+def source(small_records):
+    return UsableRecords(RecordDataset(small_records, "test"), SPEC)
+
+
+def _fixed(source, position):
+    return fixed_views(source, position, SPEC, speeds=(0, 2), views_per_speed=2, direction=FORWARD)
+
+
+@pytest.mark.parametrize(("chunk", "threads"), [(5, 1), (16, 3), (64, 2)])
+def test_every_record_is_encoded_once_in_order_and_in_one_shape(source, chunk, threads):
+    shapes = []
+
+    def compute(arrays):
+        shapes.append(arrays["video"].shape)
+        return {"brightness": arrays["video"].mean(axis=(1, 2, 3, 4, 5))}
+
+    found = encode_all(
+        lambda position: _fixed(source, position),
+        len(source),
+        compute,
+        chunk=chunk,
+        threads=threads,
+    )
+    assert set(shapes) == {(chunk, 4, 4, 16, 16, 3)}
+    assert len(shapes) == -(-len(source) // chunk)
+    np.testing.assert_array_equal(found["record_index"], np.arange(16))
+    expected = [_fixed(source, position)["video"].mean() for position in range(16)]
+    np.testing.assert_allclose(found["brightness"], expected)
+    assert "video" not in found
+    assert found["label_motion"].shape == (16,)
+
+
+def test_random_views_are_balanced_and_a_function_of_seed_and_position(source):
+    def render(position, seed=3):
+        return random_views(
+            source,
+            position,
+            SPEC,
+            speeds=(0, 1, 2),
+            directions=(FORWARD, BACKWARD),
+            views=12,
+            seed=seed,
+        )
+
+    arrays = render_all(render, len(source), threads=3)
+    for row in range(len(source)):
+        pairs = list(zip(arrays["video_speed"][row], arrays["video_direction"][row], strict=True))
+        assert all(pairs.count((s, d)) == 2 for s in range(3) for d in range(2))
+    np.testing.assert_array_equal(arrays["audio_speed"], arrays["video_speed"])
+    np.testing.assert_array_equal(arrays["video"][7], render(7)["video"])
+    assert (render(7)["video"] != render(7, seed=4)["video"]).any()
+
+
+def test_drawn_pairs_have_the_arrays_of_a_training_batch(source):
+    arrays = drawn_pairs(source, 2, SPEC, pairs=5, seed=0)
+    assert arrays["video"].shape == (5, 2, 4, 16, 16, 3)
+    assert arrays["spectrogram"].shape == (5, 2, 10, 8)
+    assert arrays["has_audio"].shape == (5, 2)
+    for name in ("has_video", "order", "speed_mask", "order_mask", "record_index"):
+        assert arrays[name].shape == (5,)
+    again = drawn_pairs(source, 2, SPEC, pairs=5, seed=0)
+    np.testing.assert_array_equal(arrays["video"], again["video"])
+    assert (arrays["video"] != drawn_pairs(source, 2, SPEC, pairs=5, seed=1)["video"]).any()
+
+
+def test_pairs_are_the_same_views_whatever_transform_of_sound_a_run_was_trained_with(source):
+    views = dataclasses.replace(SPEC.views, audio_transform="independent")
+    other = dataclasses.replace(SPEC, views=views)
+    for position in range(4):
+        first = drawn_pairs(source, position, SPEC, pairs=6, seed=0)
+        second = drawn_pairs(source, position, other, pairs=6, seed=0)
+        for name, value in first.items():
+            np.testing.assert_array_equal(value, second[name], err_msg=name)
+
+
+def test_views_form_pairs_of_one_video(source):
+    arrays = render_all(lambda position: _fixed(source, position), 3, threads=1)
+    pairs = as_pairs(arrays)
+    assert pairs["video"].shape == (6, 2, 4, 16, 16, 3)
+    np.testing.assert_array_equal(pairs["video"][3], arrays["video"][1, 2:])
+    assert pairs["has_audio"].shape == (6,)
+    odd = {name: value[:, :3] if value.ndim > 1 else value for name, value in arrays.items()}
+    with pytest.raises(ValueError, match="3 views of each video do not form pairs"):
+        as_pairs(odd)

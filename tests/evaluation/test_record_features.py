@@ -1,0 +1,181 @@
+"""Features of records: of what training renders, in whatever batches and parts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from avcl_jax import experiment
+from avcl_jax.data.modality_records import LackingError
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.selection import Selection
+from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.data.views import FORWARD
+from avcl_jax.encoder_source import open_encoders
+from avcl_jax.evaluation.fixed_views import fixed_views
+from avcl_jax.evaluation.parts import in_parts
+from avcl_jax.evaluation.protocol import ProtocolError
+from avcl_jax.evaluation.record_clips import ClipTimes, RecordClips
+from avcl_jax.evaluation.record_features import FeatureSpec, record_features
+from tests.evaluation.conftest import CLASS_NAMES, small_record, sound_record, write_records
+
+MEAN = FeatureSpec("mean", "mean", chunk=5, threads=2, part_records=7)
+
+
+@pytest.fixture(scope="module")
+def source(small_run):
+    return open_encoders(small_run[1])
+
+
+def _clips(directory, source, modality, *, split="test", speeds=(1, 2), clips=2, **options):
+    return RecordClips(
+        RecordDataset(directory, split),
+        Selection.parse(options.get("select", "")),
+        source.require(modality).preprocess,
+        ClipTimes(speeds, clips),
+        leave_out=options.get("leave_out", False),
+    )
+
+
+@pytest.mark.parametrize(("modality", "array"), [("video", "video"), ("audio", "spectrogram")])
+def test_clips_are_those_that_the_training_pipeline_renders(
+    small_run, small_records, source, modality, array
+):
+    config = small_run[0].copy_and_resolve_references()
+    config.unlock()
+    config.views.speeds = (1, 2)  # sound lasts longer than picture: clips are where both are
+    spec = dataclasses.replace(experiment.render_spec(config), spectrogram_on_device=False)
+    usable = UsableRecords(RecordDataset(small_records, "test"), spec)
+    expected = fixed_views(usable, 3, spec, speeds=(0, 1), views_per_speed=2, direction=FORWARD)[
+        array
+    ]
+    np.testing.assert_array_equal(_clips(small_records, source, modality)[3], expected)
+
+
+def test_silent_audio_does_not_move_the_clips_of_a_video(small_run, source, tmp_path):
+    record = small_record("test", 3)
+    record = dataclasses.replace(record, waveform=np.zeros(4000, np.int16))  # 1 of 3 s
+    directory = write_records(tmp_path, "silent", CLASS_NAMES, {"test": [record]})
+    spec = dataclasses.replace(experiment.render_spec(small_run[0]), spectrogram_on_device=False)
+    usable = UsableRecords(RecordDataset(directory, "test"), spec)
+    views = fixed_views(usable, 0, spec, speeds=(0, 1), views_per_speed=2, direction=FORWARD)
+    np.testing.assert_array_equal(_clips(directory, source, "video")[0], views["video"])
+
+
+@pytest.mark.parametrize("modality", ["video", "audio"])
+def test_features_do_not_depend_on_batches_and_parts(small_records, source, modality, tmp_path):
+    clips = _clips(small_records, source, modality)
+    found = record_features(
+        source.require(modality), clips, MEAN, fingerprint="a", directory=tmp_path
+    )
+    encoder = source.require(modality)
+    each = [np.asarray(encoder.apply(encoder.params, clips[n])) for n in range(len(clips))]
+    np.testing.assert_allclose(found, [rows.mean(axis=0) for rows in each], atol=1e-5)
+    by_clip = dataclasses.replace(MEAN, record_pooling="clips", chunk=16)
+    rows = record_features(encoder, clips, by_clip, fingerprint="a", directory=tmp_path)
+    np.testing.assert_allclose(rows, each, atol=1e-5)
+    largest = dataclasses.replace(MEAN, record_pooling="mean_max")
+    both = record_features(encoder, clips, largest, fingerprint="a", directory=tmp_path)
+    expected = [np.concatenate([rows.mean(axis=0), rows.max(axis=0)]) for rows in each]
+    np.testing.assert_allclose(both, expected, atol=1e-5)
+
+
+def test_pooling_of_maps(small_records, source, tmp_path):
+    encoder = source.require("audio")
+    clips = _clips(small_records, source, "audio", clips=1, speeds=(1,), select="motion=down")
+    maps = np.asarray(encoder.apply(encoder.params, clips[0], pooled=False))[0]
+    expected = {
+        "mean_max": maps.mean(axis=1),
+        "bands_mean_max": maps.reshape(len(maps), -1),
+    }
+    for kind, over_time in expected.items():
+        spec = dataclasses.replace(MEAN, clip_pooling=kind)
+        found = record_features(encoder, clips, spec, fingerprint="a", directory=tmp_path)[0]
+        wanted = np.concatenate([over_time.mean(axis=0), over_time.max(axis=0)])
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    video = _clips(small_records, source, "video")
+    with pytest.raises(ProtocolError, match="'bands_mean_max' is for sound"):
+        record_features(source.require("video"), video, spec, fingerprint="a", directory=tmp_path)
+
+
+def test_an_interrupted_computation_goes_on_with_the_parts_that_are_there(tmp_path):
+    asked = []
+
+    def compute(positions):
+        asked.extend(positions)
+        if 6 in positions and asked.count(6) == 1:
+            raise KeyboardInterrupt
+        return {"square": np.array(positions) ** 2}
+
+    with pytest.raises(KeyboardInterrupt):
+        in_parts(tmp_path, 8, compute, rows=3)
+    assert asked == list(range(8))
+    found = in_parts(tmp_path, 8, compute, rows=3)
+    other = in_parts(tmp_path, 8, lambda rows: {"square": np.array(rows) ** 2}, rows=4)
+    np.testing.assert_array_equal(other["square"], found["square"])
+    np.testing.assert_array_equal(found["square"], np.arange(8) ** 2)
+    assert asked == [*range(8), 6, 7]
+    (tmp_path / "rows-0000003-0000006.npz").write_bytes(b"half")
+    with pytest.raises(ProtocolError, match=r"rows-0000003-0000006\.npz is damaged"):
+        in_parts(tmp_path, 8, compute, rows=3)
+
+
+def test_other_weights_and_clips_never_use_the_parts_of_others(small_records, source, tmp_path):
+    encoder = source.require("audio")
+    clips = _clips(small_records, source, "audio", select="motion=down")
+    record_features(encoder, clips, MEAN, fingerprint="a", directory=tmp_path)
+    others = _clips(small_records, source, "audio", select="motion=across")
+    record_features(encoder, others, MEAN, fingerprint="a", directory=tmp_path)
+    record_features(encoder, clips, MEAN, fingerprint="b", directory=tmp_path)
+    slower = _clips(small_records, source, "audio", select="motion=down", speeds=(1,))
+    record_features(encoder, slower, MEAN, fingerprint="a", directory=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_what_is_shorter_than_a_clip_is_shown_and_then_silent(fold_records, source):
+    clips = _clips(fold_records, source, "audio", split="all")
+    short = clips.record_ids.index("0-0-0")  # 0.2 s; a clip is 0.25 s at speed 1
+    rendered = clips[short]
+    np.testing.assert_array_equal(rendered, np.broadcast_to(rendered[0], rendered.shape))
+    silence = (np.log(1e-6) + 7.0) / 3.0
+    np.testing.assert_allclose(rendered[:, -1], silence, atol=1e-5)
+    assert (rendered[:, 0] > silence + 0.5).any()
+    long = clips[clips.record_ids.index("0-0-1")]
+    assert not np.array_equal(long[0], long[2])  # the second speed fits here
+
+
+def test_a_missing_modality_is_refused_or_left_out(source, tmp_path, fold_records):
+    with pytest.raises(
+        LackingError, match=r"48 of the 48 records .* have no video, first '0-0-0'$"
+    ):
+        _clips(fold_records, source, "video", split="all")
+    silent = dataclasses.replace(
+        small_record("test", 0),
+        record_id="silent",
+        waveform=np.empty(0, np.int16),
+        sample_rate_hz=0,
+    )
+    heard = sound_record("heard", "h", 0, 300, {"motion": 0, "material": 0})
+    mixed = write_records(tmp_path, "mixed", CLASS_NAMES, {"test": [silent, heard]})
+    with pytest.raises(LackingError, match=r"1 of the 2 .* 'silent': set data.leave_out=True"):
+        _clips(mixed, source, "audio")
+    clips = _clips(mixed, source, "audio", leave_out=True)
+    assert (clips.record_ids, clips.left_out) == (["heard"], 1)
+
+
+def test_sound_at_another_rate_is_refused(source, tmp_path):
+    record = sound_record("a", "a", 0, 300, {"motion": 0, "material": 0})
+    other = dataclasses.replace(record, sample_rate_hz=8000, duration_seconds=0.5)
+    directory = write_records(tmp_path, "other", CLASS_NAMES, {"test": [other]})
+    with pytest.raises(LackingError, match="at 8000 Hz, the encoder takes 4000 Hz: prepare again"):
+        _clips(directory, source, "audio")
+
+
+def test_clips_that_make_no_sense_are_refused():
+    for speeds, clips in (((), 1), ((1,), 0), ((0.5,), 1)):
+        with pytest.raises(ProtocolError, match="whole numbers of at least 1"):
+            ClipTimes(speeds, clips)
+    with pytest.raises(ProtocolError, match="clip_pooling 'median' must be one of mean"):
+        dataclasses.replace(MEAN, clip_pooling="median")

@@ -1,0 +1,132 @@
+"""The process that decodes media of strangers may hang, crash or eat memory: only it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytest.importorskip("faiss", reason="the extra fingerprint is not installed")
+pytest.importorskip("starlette", reason="the extra fingerprint is not installed")
+
+from avcl_jax.data.decoded import decode_media
+from avcl_jax.fingerprint.web.decoder import Decoder, DecoderError
+from avcl_jax.fingerprint.web.preview import PreviewCache
+from tests.fingerprint.page_server import ROOT
+from tests.fingerprint.synthetic import bytes_taken, clip, write
+
+# Hours in C, in which no handler of Python runs.
+HANG = (sum, range(10**12))
+LONG = 600.0
+
+
+@pytest.fixture
+def decoder():
+    made = Decoder(LONG)
+    yield made
+    made.close()
+
+
+def run(decoder, *call, **options):
+    return asyncio.run(decoder.run(*call, **options))
+
+
+def test_one_process_does_all_calls_and_hands_on_errors_of_media(decoder, tmp_path):
+    first = run(decoder, os.getpid)
+    assert first != os.getpid()
+    options = {"short_side": None, "max_fps": None, "sample_rate_hz": 8000}
+    with pytest.raises(DecoderError, match=r"^no such file .*none does not exist"):
+        run(decoder, decode_media, tmp_path / "none", **options)
+    assert run(decoder, os.getpid) == first
+
+
+def test_a_call_that_hangs_is_ended_and_the_next_made(decoder):
+    first = run(decoder, os.getpid)
+    decoder._limit_seconds = 0.2
+    with pytest.raises(DecoderError, match=r"longer than 0\.2 s, the --max-decode-seconds"):
+        run(decoder, *HANG)
+    decoder._limit_seconds = LONG
+    assert run(decoder, os.getpid) != first
+
+
+def test_a_crash_is_said_and_the_next_call_made(decoder):
+    for _ in range(2):
+        with pytest.raises(DecoderError, match="it made the decoder crash"):
+            run(decoder, signal.raise_signal, signal.SIGSEGV)
+    assert run(decoder, abs, -3) == 3
+
+
+def test_one_that_ended_between_two_calls_is_replaced(decoder):
+    first = run(decoder, os.getpid)
+    os.kill(first, signal.SIGKILL)
+    while not decoder._executor._broken:
+        time.sleep(0.01)
+    assert run(decoder, os.getpid) != first
+
+
+def test_memory_has_an_end(decoder):
+    assert run(decoder, bytes_taken, 1 << 30) == 1 << 30
+    with pytest.raises(DecoderError, match="it needs more than 8 GB of memory"):
+        run(decoder, bytes_taken, 9 << 30)
+    assert run(decoder, abs, -3) == 3
+
+
+def test_a_mistake_of_ours_is_no_mistake_of_the_clip(decoder):
+    with pytest.raises(ValueError, match="math domain error"):
+        run(decoder, math.sqrt, -1)
+
+
+def test_closing_ends_a_call(decoder):
+    async def close_during_a_call():
+        call = asyncio.ensure_future(decoder.run(*HANG))
+        await asyncio.sleep(0.1)
+        decoder.close()
+        await call
+
+    with pytest.raises(DecoderError, match="crash"):
+        asyncio.run(close_during_a_call())
+
+
+@pytest.mark.parametrize("function", ["abs, -3", "sum, range(10**12)"])
+def test_it_outlives_a_killed_server_for_the_limit_at_most(function):
+    code = f"""
+import asyncio, os
+from avcl_jax.fingerprint.web.decoder import Decoder
+
+async def main():
+    decoder = Decoder(0.2)
+    await decoder.run(os.getpid)
+    call = asyncio.ensure_future(decoder.run({function}))
+    await asyncio.sleep(0.05)
+    print("called", flush=True)
+    os._exit(0)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+    # It returns when no process has the pipe any more.
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "called\n"
+    assert "Traceback" not in done.stderr
+
+
+def test_a_conversion_that_takes_too_long_leaves_nothing(tmp_path, decoder):
+    film = write(tmp_path / "film.mkv", clip(1))
+    (tmp_path / "cache").mkdir()
+    cache = PreviewCache(tmp_path / "cache", decoder)
+    run(decoder, os.getpid)
+    decoder._limit_seconds = 1e-4
+    assert asyncio.run(cache.convert_clip(film, 5.0)) == (None, None)
+    assert not list((tmp_path / "cache").iterdir())
+    decoder._limit_seconds = LONG
+    kind, name = asyncio.run(cache.convert_clip(film, 5.0))
+    assert kind == "video/mp4"
+    assert cache.get(name).stat().st_size
