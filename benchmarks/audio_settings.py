@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -38,12 +37,9 @@ from avcl_jax.data.spectrogram import gather_windows, log_mel
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import FORWARD
 from avcl_jax.evaluation.ablation import FULL, Figure, as_table, effects
-from avcl_jax.evaluation.embed import encode_all, feature_function
 from avcl_jax.evaluation.evaluate import evaluate
-from avcl_jax.evaluation.fixed_views import fixed_views
-from avcl_jax.evaluation.null_control import null_control, render_null_views
-from avcl_jax.evaluation.supervised import FitSpec
-from avcl_jax.export import load_run
+from avcl_jax.evaluation.supervised import FitSpec, null_control, render_null_views
+from avcl_jax.evaluation.views import PretrainedRun, fixed_views, view_map
 from avcl_jax.paths import local_path
 from avcl_jax.training import inputs, loop
 from benchmarks.measure import run_command
@@ -172,22 +168,16 @@ def other_view(first: np.ndarray, second: np.ndarray) -> float:
 
 def other_view_scores(workdir: Path, records: UsableRecords, spec: Any) -> dict[str, float]:
     """R@1 of the last view of a file by its first, by the embedding and by the mean log-mel."""
-    config, variables, _ = load_run(epath.Path(workdir))
-    compute = feature_function(
-        experiment.audio_visual_model(config),
-        {"run": variables},
-        spec,
-        pixel_mean=config.pixels.mean,
-        pixel_std=config.pixels.std,
-    )
-    render = functools.partial(
-        fixed_views, records, spec=spec, speeds=(0,), views_per_speed=2, direction=FORWARD
-    )
+    run = PretrainedRun.load(epath.Path(workdir))
+    compute = view_map(run, {"run": run.variables}, chunk=16, threads=1)
 
-    def level(arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        return {"level": arrays["spectrogram"].mean(axis=(-2, -1))}
+    def render(position: int) -> dict[str, Any]:
+        arrays = fixed_views(
+            records, position, spec, speeds=(0,), views_per_speed=2, direction=FORWARD
+        )
+        return arrays | {"level": arrays["spectrogram"].mean(axis=(-2, -1))}
 
-    arrays = encode_all(render, len(records), compute, chunk=16, threads=1, describe_inputs=level)
+    arrays = compute(render, range(len(records)))
     embeddings = arrays["run/audio_embeddings"].reshape(len(records), 2, -1)
     levels = arrays["level"][..., None]
     return {

@@ -64,16 +64,16 @@ def protocol_results(preset: str, settings: Mapping[str, Any], workdir: str) -> 
         workdir: of the results.
     """
     from avcl_jax.demo_data import make_demo
+    from avcl_jax.errors import UserError
     from avcl_jax.evaluation.fingerprinting import fingerprinting
-    from avcl_jax.evaluation.protocol import ProtocolError
     from configs import fingerprint
 
     config = fingerprint.get_config(preset)
     config.update_from_flattened_dict(settings)
     make_demo(config.data.directory, config.data.demo_options)
     try:
-        return fingerprinting(config, workdir)
-    except ProtocolError as error:  # results of something else are there: for a person to decide
+        return fingerprinting(config, workdir) or {}
+    except UserError as error:  # results of something else are there: for a person to decide
         return {"refused": str(error)}
 
 
@@ -89,7 +89,7 @@ def difference_of_recalls(
         seed: of the draws.
     """
     from avcl_jax.evaluation.protocol import OUTCOMES, read_outcomes
-    from avcl_jax.evaluation.significance import compare
+    from avcl_jax.evaluation.statistics import compare
 
     outcomes = read_outcomes(epath.Path(workdir) / OUTCOMES)
     chosen = outcomes.values["medium_findable"]

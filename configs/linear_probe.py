@@ -106,8 +106,9 @@ def kinetics400() -> ml_collections.ConfigDict:
 def vggsound() -> ml_collections.ConfigDict:
     """VGG-Sound, 309 classes: 183,730 training and 15,446 test clips as published.
 
-    Memory: the features once on the host and twice over the devices, 0.4 GB each for 183,730 clips
-    at 512 channels. Verified here: the code, on small data; not run at this size.
+    Memory: the features of the trained and of the random encoder on the host and one of them twice
+    over the devices, 0.4 GB each for 183,730 clips at 512 channels. Verified here: the code, on
+    small data; not run at this size.
     """
     return _base("vggsound", "audio")
 

@@ -33,7 +33,7 @@ def base(task: str, name: str) -> ml_collections.ConfigDict:
 
 
 def linear_probe() -> ml_collections.ConfigDict:
-    """Settings of the linear probe, `evaluation.linear_classifier.fit_probe`."""
+    """Settings of the linear probe, `evaluation.linear.fit_probe`."""
     p = ml_collections.ConfigDict()
     p.costs = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # candidates for C
     p.folds = 5  # of the training sources, by which C is chosen
@@ -56,7 +56,7 @@ def features(
     Args:
         speeds: of playback.
         clips: at each speed, uniformly spaced.
-        clip_pooling: of an encoder's output: see `evaluation.record_features.FeatureSpec`.
+        clip_pooling: of an encoder's output: see `evaluation.features.FeatureSpec`.
         record_pooling: of the clips of a record: "mean", "mean_max", or "clips" for none.
         chunk: records encoded at a time, over all devices of a host.
     """

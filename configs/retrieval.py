@@ -37,7 +37,7 @@ def _base(name: str) -> ml_collections.ConfigDict:
     c.evaluation = ml_collections.ConfigDict()
     c.evaluation.recall_at = (1, 5, 10, 20, 50)
     c.baselines = ml_collections.ConfigDict()
-    c.baselines.random = False  # decodes every video a second time
+    c.baselines.random = False  # an encoder of the same shape that was never trained
     return c
 
 

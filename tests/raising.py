@@ -21,7 +21,6 @@ from avcl_jax.data.media_error import MediaError
 from avcl_jax.data.tfrecord import RecordError
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation import compare
-from avcl_jax.evaluation.protocol import ProtocolError
 from avcl_jax.fingerprint import command
 from avcl_jax.fingerprint.error import FingerprintError
 from avcl_jax.training.run_steps import NonFiniteError
@@ -43,7 +42,6 @@ ERRORS: dict[str, Callable[[], object]] = {
     "user": _raise(UserError("loss.temperature -1:\n  must be positive")),
     "record": _raise(RecordError("shard.tfrecord is damaged: prepare it again")),
     "media": _raise(MediaError("truncated", "clip.mp4 ends early")),
-    "protocol": _raise(ProtocolError("runs/a was finished with other settings")),
     "prepare": _raise(PrepareError("videos.csv has no column path")),
     "fingerprint": _raise(FingerprintError("films.index is not an index")),
     "not finite": _raise(NonFiniteError("loss is not finite between steps 1 and 2")),

@@ -19,9 +19,10 @@ from avcl_jax import experiment, main
 from avcl_jax.data.pipeline import batch_shapes
 from avcl_jax.data.spectrogram import mel_constants
 from avcl_jax.data.views import MARGIN
+from avcl_jax.encoder_source import EncoderSource
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.protocol_run import ProtocolRun
-from avcl_jax.evaluation.video_retrieval import PROTOCOL
+from avcl_jax.evaluation.driver import ProtocolRun
+from avcl_jax.evaluation.retrieval import VIDEO_RETRIEVAL
 from avcl_jax.training import loop
 from configs import (
     audio_classification,
@@ -306,7 +307,8 @@ def test_results_are_those_of_a_run_with_other_threads_and_chunks(tmp_path):
     config = retrieval.get_config()
 
     def fingerprint(config):
-        return ProtocolRun(PROTOCOL, config, tmp_path, encoder=None, data={"test": "a"}).fingerprint
+        encoder = EncoderSource("runs/demo", {}, "12ab", 7, None)
+        return ProtocolRun(VIDEO_RETRIEVAL, config, tmp_path, encoder, {"test": "a"}).fingerprint
 
     before = fingerprint(config)
     config.encoder, config.name, config.data.threads = "runs/moved", "other", 5

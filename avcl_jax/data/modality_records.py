@@ -2,7 +2,7 @@
 
 Benchmarks contain clips of half a second, and none of them may be left out: a clip that is longer
 than its record starts with it, the last picture then stays, and silence follows the sound. This is
-what `data.labelled` (fine-tuning) and `evaluation.record_clips` (frozen features) are made of;
+what `data.labelled` (fine-tuning) and `evaluation.features` (frozen features) are made of;
 `data.usable_records` has the records of pretraining, on which whole views must fit.
 """
 

@@ -2,7 +2,7 @@
 
     python -m avcl_jax.main --config=configs/ablation.py --workdir=runs/ablation
 
-Every variant and seed is a pretraining run of its own under WORKDIR/VARIANT/seedN, which goes on
+Every variant and seed is a pretraining run of its own under WORKDIR/VARIANT/seedN, which resumes
 where it was stopped, evaluated as `configs/evaluate.py` does it. Several machines may share the
 work: each runs some of the variants (`--config.ablation.only=...`) on one WORKDIR.
 """
@@ -23,9 +23,9 @@ from avcl_jax.errors import UserError
 from avcl_jax.evaluation import figures
 from avcl_jax.evaluation.evaluate import PROTOCOL, evaluate
 from avcl_jax.evaluation.evaluated_run import open_evaluation_records, probe_name
-from avcl_jax.evaluation.page import page, section, table, text
-from avcl_jax.evaluation.trained_on import count_trained_on
-from avcl_jax.evaluation.written import versions, write_text
+from avcl_jax.evaluation.page import as_text, page, section, table, text
+from avcl_jax.evaluation.protocol import finite, versions, write_text
+from avcl_jax.evaluation.splits import count_trained_on
 from avcl_jax.paths import absolute_path
 from avcl_jax.training.loop import build, loss_spec, pretrain
 from avcl_jax.training.trained_records import open_records
@@ -42,9 +42,9 @@ class Figure(NamedTuple):
     """One figure of a run.
 
     Attributes:
-        what: for people.
+        what: title.
         path: keys that lead to it in results.json.
-        term: of the loss, without which the figure says nothing; "" where there is none.
+        term: loss term without which the metric is meaningless; "" if there is none.
     """
 
     what: str
@@ -53,10 +53,10 @@ class Figure(NamedTuple):
 
 
 class Effect(NamedTuple):
-    """What leaving a part out did to one figure.
+    """Effect of leaving a part out on one metric.
 
     Attributes:
-        values: of the variant, by seed.
+        values: values of the variant, by seed.
         mean: over seeds.
         difference: mean over seeds of the variant minus the whole method with the same seed.
         low: lower end of the interval of the difference, Student's t over the seeds; -inf with one.
@@ -76,9 +76,7 @@ def variant_config(
     """The config of one run: that of the sweep with what the variant changes.
 
     Args:
-        config: as `configs/ablation.py` returns it.
         variant: a name of `config.ablation.variants`.
-        seed: of the run.
 
     Raises:
         UserError: if the variant changes a setting that does not exist or that its encoder ignores.
@@ -124,11 +122,9 @@ def ablate(
     pretrain: Callable[[ml_collections.ConfigDict, epath.Path], bool] = pretrain,
     evaluate: Callable[[ml_collections.ConfigDict, epath.Path], object] = evaluate,
 ) -> dict[str, Any] | None:
-    """Runs what is missing of a sweep, and writes results.json, ablation.md and report.html.
+    """Runs the missing part of a sweep, and writes results.json, ablation.md and report.html.
 
     Args:
-        config: as `configs/ablation.py` returns it.
-        workdir: of the sweep, local or gs://.
         pretrain: trains a run to its end and returns whether it got there.
         evaluate: writes results.json of a trained run.
 
@@ -271,8 +267,8 @@ def effect(values: Sequence[float], full: Sequence[float]) -> Effect:
     """Compares the seeds of a variant with the same seeds of the whole method.
 
     Args:
-        values: of the variant, by seed.
-        full: of the whole method, by seed.
+        values: values of the variant, by seed.
+        full: values of the whole method, by seed.
     """
     differences = np.subtract(values, full)
     mean = float(differences.mean())
@@ -293,13 +289,12 @@ def effects(
     variants: Sequence[str],
     seeds: Sequence[int],
 ) -> dict[str, dict[str, Effect | None]]:
-    """What every variant did to every figure.
+    """Returns the effect of every variant on every metric.
 
     Args:
         results: results.json of each (variant, seed).
         shown: the figures.
         variants: names, "full" among them.
-        seeds: of each variant.
 
     Returns:
         By figure, by variant; None where a variant does not have it, or was not trained for it
@@ -357,7 +352,7 @@ def _write(
         "sweep": config.name,
         "seeds": seeds,
         "effects": {
-            what: {v: None if e is None else _finite(e) for v, e in by_variant.items()}
+            what: {v: None if e is None else _as_json(e) for v, e in by_variant.items()}
             for what, by_variant in compared.items()
         },
         "train_seconds": {v: [found[v, seed]["train_seconds"] for seed in seeds] for v in variants},
@@ -372,12 +367,8 @@ def _write(
     return results
 
 
-def _finite(found: Effect) -> dict[str, Any]:
-    """Returns an effect as JSON, in which no bound is null."""
-    bounds = {
-        k: v if np.isfinite(v) else None for k, v in (("low", found.low), ("high", found.high))
-    }
-    return found._asdict() | bounds
+def _as_json(found: Effect) -> dict[str, Any]:
+    return found._asdict() | {"low": finite(found.low), "high": finite(found.high)}
 
 
 def as_table(compared: Mapping[str, Mapping[str, Effect | None]], variants: Sequence[str]) -> str:
@@ -397,9 +388,12 @@ def _cell(found: Effect | None, variant: str) -> str:
     if found is None:
         return "–"
     if variant == FULL:
-        low, high = min(found.values), max(found.values)
-        return f"{100 * found.mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-    difference = f"{round(100 * found.difference, 1) + 0.0:+.1f}"  # no minus before 0.0
+        mean, low, high = (
+            as_text(value).removesuffix(" %")
+            for value in (found.mean, min(found.values), max(found.values))
+        )
+        return f"{mean} ({low} to {high})"
+    difference = as_text(found.difference, signed=True)
     if not np.isfinite(found.low):
         return difference
     # Student's interval is symmetric.

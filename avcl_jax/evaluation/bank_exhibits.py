@@ -17,8 +17,7 @@ from avcl_jax.data.records import RecordDataset, RecordError
 from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.selection import Selection
 from avcl_jax.data.usable_records import UsableRecords
-from avcl_jax.evaluation.exhibits import Exhibits
-from avcl_jax.evaluation.report_content import Exhibit, Search, Side
+from avcl_jax.evaluation.exhibits import Exhibit, Exhibits, Search, Side
 from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.bank_rows import RowNumbers, views_of
 from avcl_jax.objectives.bank_sampling import Term, ranking_pairs

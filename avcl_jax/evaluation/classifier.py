@@ -38,10 +38,6 @@ from avcl_jax.training.state import TrainState, state_shardings
 Augmentation = tuple[PhotometricSpec, SpectralSpec]
 
 
-class FreezeError(UserError):
-    """Names that freeze nothing, or frozen layers whose statistics would go on moving."""
-
-
 class ClipClassifier(nn.Module):
     """An encoder, dropout of its features, a linear layer.
 
@@ -73,8 +69,8 @@ class Inputs:
 
     Attributes:
         spec: clips.
-        preprocess: that of the encoder; says how pixels are standardised.
-        augmentation: of video and of spectrograms, in training.
+        preprocess: preprocessing of the encoder, which standardises pixels.
+        augmentation: augmentation of video and of spectrograms, in training.
     """
 
     spec: ClipSpec
@@ -86,32 +82,34 @@ class Inputs:
 
         Args:
             clips: uint8 frames or int16 windows.
-            key: of the augmentation; None for none.
+            key: random key of the augmentation; None for none.
         """
-        pictures, sound = self.augmentation
+        of_video, of_audio = self.augmentation
         # The augmentation draws for each view; a clip is a video's only one.
         if isinstance(self.spec, AudioClipSpec):
-            heard = log_mel(clips, self.spec.log_mel, jnp)
-            return heard if key is None else spectral(key, heard[:, None], sound)[:, 0]
+            spectrogram = log_mel(clips, self.spec.log_mel, jnp)
+            if key is None:
+                return spectrogram
+            return spectral(key, spectrogram[:, None], of_audio)[:, 0]
         assert isinstance(self.preprocess, VideoPreprocessing)
-        shown = to_unit_range(clips)
+        pixels = to_unit_range(clips)
         if key is not None:
-            shown = photometric(key, shown[:, None], pictures)[:, 0]
-        return standardize(shown, self.preprocess.mean, self.preprocess.std)
+            pixels = photometric(key, pixels[:, None], of_video)[:, 0]
+        return standardize(pixels, self.preprocess.mean, self.preprocess.std)
 
 
 def trained_mask(params: Mapping[str, Any], freeze: Sequence[str]) -> Any:
-    """Which parameters are trained.
+    """Returns the mask of the trained parameters.
 
     Args:
-        params: of the classifier.
+        params: parameters of the classifier.
         freeze: beginnings of paths such as "encoder/stem".
 
     Returns:
         A tree like `params` of bool, False where frozen.
 
     Raises:
-        FreezeError: if a name freezes nothing, or the head or the whole encoder is frozen.
+        UserError: if a name freezes nothing, or the head or the whole encoder is frozen.
     """
     paths = [
         "/".join(key.key for key in path)
@@ -121,14 +119,14 @@ def trained_mask(params: Mapping[str, Any], freeze: Sequence[str]) -> Any:
         frozen = [path for path in paths if path.startswith(name)]
         if not frozen or any(not path.startswith("encoder/") for path in frozen):
             layers = sorted({"/".join(p.split("/")[:2]) for p in paths if p.startswith("encoder/")})
-            raise FreezeError(
+            raise UserError(
                 f"freeze {name!r} must name layers of the encoder, some of {', '.join(layers)}"
             )
     trained = [not any(path.startswith(name) for name in freeze) for path in paths]
     if freeze and not any(
         used and path.startswith("encoder/") for used, path in zip(trained, paths, strict=True)
     ):
-        raise FreezeError(
+        raise UserError(
             f"freeze {tuple(freeze)} leaves no layer of the encoder to train: use "
             "configs/linear_probe.py, which probes a frozen encoder"
         )
@@ -181,23 +179,19 @@ def create_classifier_state(
     """Draws the head, takes the encoder's weights as they are, and shards everything.
 
     Args:
-        classifier: as `ClipClassifier`.
-        optimizer: of the trained parameters.
-        encoder: whose weights.
-        input_shape: of one clip.
+        input_shape: shape of one clip.
         freeze: see `trained_mask`.
-        key: of the head.
-        mesh: devices.
+        key: random key of the head.
 
     Returns:
         The state, its shardings, and the mask of the trained parameters.
 
     Raises:
         UserError: if the encoder does not take clips of this shape.
-        FreezeError: see `trained_mask`.
+        UserError: see `trained_mask`.
     """
     if freeze and classifier.train_statistics:
-        raise FreezeError(
+        raise UserError(
             f"freeze {tuple(freeze)} leaves the running statistics of frozen layers moving: set "
             "batch_norm='frozen'"
         )
@@ -297,18 +291,18 @@ def classifier_step(
 
 
 def mean_softmax(
-    classifier: ClipClassifier, inputs: Inputs, *, mesh: Mesh
-) -> Callable[[Mapping[str, Any], Array], Array]:
-    """Returns a jitted function from variables and clips [records, clips, ...] to probabilities.
+    classifier: ClipClassifier, inputs: Inputs
+) -> Callable[[Any, Mapping[str, Array]], dict[str, Array]]:
+    """Returns a function from variables and `clips` [records, clips, ...] to `probabilities`.
 
-    Each clip's softmax, averaged over the clips of a record: float32 [records, classes], whole on
-    every device.
+    Each clip's softmax, averaged over the clips of a record: float32 [records, classes].
     """
 
-    def probabilities(variables: Mapping[str, Any], clips: Array) -> Array:
+    def probabilities(variables: Any, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        clips = arrays["clips"]
         records, count = clips.shape[:2]
         flat = inputs(clips.reshape(-1, *clips.shape[2:]), None)
         logits: Any = classifier.apply(variables, flat, train=False)
-        return jax.nn.softmax(logits).reshape(records, count, -1).mean(axis=1)
+        return {"probabilities": jax.nn.softmax(logits).reshape(records, count, -1).mean(axis=1)}
 
-    return jax.jit(probabilities, out_shardings=replicated(mesh))
+    return probabilities

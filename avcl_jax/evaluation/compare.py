@@ -21,16 +21,15 @@ import numpy as np
 from etils import epath
 
 from avcl_jax.errors import UserError, one_line
+from avcl_jax.evaluation.page import as_text
 from avcl_jax.evaluation.protocol import (
     OUTCOMES,
     RESULTS,
     Outcomes,
-    ProtocolError,
-    in_unit,
     inputs_of,
     read_outcomes,
 )
-from avcl_jax.evaluation.significance import Comparison, compare, holm
+from avcl_jax.evaluation.statistics import Comparison, compare, holm
 from avcl_jax.paths import absolute_path
 
 # What results.json says of each metric, and is needed here.
@@ -41,21 +40,21 @@ def read_run(workdir: epath.PathLike) -> tuple[dict[str, Any], Outcomes]:
     """Reads the results and outcomes of a protocol.
 
     Raises:
-        ProtocolError: if there are none, or they are damaged.
+        UserError: if there are none, or they are damaged.
     """
     path = absolute_path(workdir) / RESULTS
     try:
         results = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ProtocolError(f"{workdir} holds no {RESULTS}: run a protocol with it") from None
+        raise UserError(f"{workdir} holds no {RESULTS}: run a protocol with it") from None
     except ValueError as error:
-        raise ProtocolError(f"{path} is damaged ({error}): run the protocol again") from error
+        raise UserError(f"{path} is damaged ({error}): run the protocol again") from error
     if "metrics" not in results:
-        raise ProtocolError(
-            f"{path} is no result of a protocol (a sweep of configs/ablation.py compares its own)"
+        raise UserError(
+            f"{path} is not the result of a protocol: compare sweeps by configs/ablation.py"
         )
     if any(not figure.keys() >= _SAID for figure in results["metrics"].values()):
-        raise ProtocolError(f"{path} was written by another version of avcl-jax: run it again")
+        raise UserError(f"{path} was written by another version of avcl-jax: run it again")
     return results, read_outcomes(path.with_name(OUTCOMES))
 
 
@@ -69,9 +68,8 @@ def compare_runs(
     """Compares every run with the first.
 
     Args:
-        runs: as `read_run` gives them, at least two.
-        resamples: of the bootstrap, and exchanges of the test.
-        seed: of both.
+        runs: results of `read_run`, at least two.
+        resamples: number of resamples of the bootstrap, and of exchanges of the test.
         other_data: compare although fingerprints of data differ; units must be the same still.
 
     Returns:
@@ -79,14 +77,14 @@ def compare_runs(
         p-values corrected for their number.
 
     Raises:
-        ProtocolError: if they are not of one protocol and version, or not over the same units or
+        UserError: if they are not of one protocol and version, or not over the same units or
             data.
     """
     results, outcomes = zip(*runs, strict=True)
     for other, found in zip(results[1:], outcomes[1:], strict=True):
         for key in ("protocol", "protocol_version"):
             if other[key] != results[0][key]:
-                raise ProtocolError(
+                raise UserError(
                     f"runs of {results[0]['protocol']} version {results[0]['protocol_version']} "
                     f"and {other['protocol']} version {other['protocol_version']} have no figure "
                     "in common"
@@ -94,13 +92,13 @@ def compare_runs(
         if not other_data and (roles := _differing_data(results[0], other)):
             role = roles[0]
             one, two = (run["data"].get(role, "none") for run in (results[0], other))
-            raise ProtocolError(
+            raise UserError(
                 f"runs are over other data, {role} is {one} in one and {two} in another: compare "
                 "runs on the same, or set --other-data if that is what you want to compare"
             )
         different = set(found.units) ^ set(outcomes[0].units)
         if different:
-            raise ProtocolError(
+            raise UserError(
                 f"runs are over different units, {len(different)} are in one only, for instance "
                 f"{min(different)}: compare runs on the same data"
             )
@@ -110,7 +108,7 @@ def compare_runs(
         if not all(name in other["metrics"] for other in results):
             continue
         if len({_chosen(figure, found) for found in paired}) > 1:
-            raise ProtocolError(
+            raise UserError(
                 f"runs are over different units in {figure['what']}: compare runs on the same data"
             )
         (ours, sources), *others = (inputs_of(figure, found) for found in paired)
@@ -165,22 +163,18 @@ def as_table(
         for number, (name, result) in enumerate(zip(names, results, strict=True)):
             figure = result["metrics"][metric]
             unit = figure["unit"]
-            cells = [figure["what"] if not number else "", name, in_unit(figure["value"], unit)]
-            cells.append(f"{in_unit(figure['low'], unit)} … {in_unit(figure['high'], unit)}")
+            cells = [figure["what"] if not number else "", name, as_text(figure["value"], unit)]
+            cells.append(f"{as_text(figure['low'], unit)} … {as_text(figure['high'], unit)}")
             if number:
-                value, low, high = pairs[number - 1].difference
-                cells.append(
-                    f"{_signed(value, unit)} ({_signed(low, unit)} … {_signed(high, unit)})"
+                change, low, high = (
+                    as_text(value, unit, signed=True) for value in pairs[number - 1].difference
                 )
+                cells.append(f"{change} ({low} … {high})")
                 cells.append(f"{pairs[number - 1].p_value:.3g}")
             else:
                 cells += ["", ""]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _signed(value: float, unit: str) -> str:
-    return f"{100 * value:+.1f}" if unit == "share" else f"{value:+.3g}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -202,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         if len(parsed.runs) < 2:
-            raise ProtocolError(f"one run ({parsed.runs[0]}) has nothing to be compared with")
+            raise UserError(f"compare needs at least two runs, got {parsed.runs[0]}")
         runs = [read_run(run) for run in parsed.runs]
         resamples = parsed.resamples or runs[0][0]["config"]["bootstrap"]["resamples"]
         compared = compare_runs(

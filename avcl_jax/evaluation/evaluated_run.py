@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import ml_collections
 import numpy as np
@@ -15,13 +14,11 @@ from avcl_jax.data.records import RecordDataset, RecordError
 from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.selection import Selection
 from avcl_jax.data.usable_records import UsableRecords
-from avcl_jax.encoder_source import EncoderSource, source_of_run
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.embed import check_pairs
-from avcl_jax.evaluation.linear_classifier import check_sources
+from avcl_jax.evaluation.linear import check_sources
 from avcl_jax.evaluation.retrieval import check_recall_at
-from avcl_jax.evaluation.trained_on import check_not_trained_on
-from avcl_jax.export import config_of_run, load_run
+from avcl_jax.evaluation.views import PretrainedRun, check_pairs
+from avcl_jax.export import config_of_run
 from avcl_jax.paths import absolute_path
 
 
@@ -44,31 +41,10 @@ class EvaluationRecords:
     null: tuple[UsableRecords, UsableRecords] | None
 
     @property
-    def data(self) -> dict[str, str]:
-        """Fingerprints of the records by role."""
-        train = {} if self.train is None else {"train": self.train.fingerprint}
-        return train | {"test": self.test.fingerprint}
-
-    @property
     def speeds(self) -> list[int]:
         """Indices of the playback speeds at which features are computed."""
         trained = list(self.config.views.speeds)
         return [trained.index(speed) for speed in self.config.evaluation.speeds]
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluatedRun(EvaluationRecords):
-    """A pretraining run and the records that it is evaluated on.
-
-    Attributes:
-        source: encoders of the run.
-        variables: variables of the joint model.
-        step: training step.
-    """
-
-    source: EncoderSource
-    variables: Mapping[str, Any]
-    step: int
 
 
 def probe_name(label: str, modality: str) -> str:
@@ -76,31 +52,19 @@ def probe_name(label: str, modality: str) -> str:
     return f"{label}_from_{modality}"
 
 
-def open_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> EvaluatedRun:
+def open_evaluated_run(
+    config: ml_collections.ConfigDict, workdir: epath.Path
+) -> tuple[PretrainedRun, EvaluationRecords]:
     """Opens a run and its records, and checks everything that its evaluation will need.
-
-    Args:
-        config: as `configs/evaluate.py` returns it.
-        workdir: working directory of the run.
 
     Raises:
         ExportError: if `workdir` does not contain a pretraining run.
-        RecordError: if the data set or a split is not there.
+        RecordError: if the data set or a split is missing.
         UserError: if settings contradict each other, the run or the records.
-        ProtocolError: if test records were pretrained on.
     """
-    # Settings are checked before the weights, of which a large run has gigabytes.
+    # Settings are checked before the weights are read: gigabytes of a large run.
     records = open_evaluation_records(config_of_run(workdir), config, workdir)
-    run, variables, step = load_run(workdir)
-    source = source_of_run(workdir, run, variables, step)
-    check_not_trained_on(
-        source,
-        records.test.records,
-        records.test.indices,
-        allow=records.config.data.allow_trained_on,
-        what="test records",
-    )
-    return EvaluatedRun(**vars(records), source=source, variables=variables, step=step)
+    return PretrainedRun.load(workdir, records.config), records
 
 
 def open_evaluation_records(
@@ -110,7 +74,6 @@ def open_evaluation_records(
 
     Args:
         run: config of the pretraining run.
-        config: as `configs/evaluate.py` returns it.
         workdir: working directory of the run, which may not exist yet.
 
     Raises:
@@ -206,7 +169,7 @@ def _check_probes(
         for records in (train, test):
             if label in records.records.multilabel:
                 raise UserError(
-                    f"{asked}, a label of which a record may have several: linear probes need one "
+                    f"{asked}, but a record may have several classes of it: linear probes need one "
                     "class per record"
                 )
             if label not in records.records.class_names:

@@ -1,12 +1,21 @@
-"""Videos, searches and maps for the report, made from records and features."""
+"""Videos in the report: records as cards that play, searches among them, and maps of features."""
 
 from __future__ import annotations
 
+import base64
 import functools
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
+import av
+import cv2
+import librosa
+import matplotlib
 import numpy as np
+import simplejpeg
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.manifold import TSNE
 from sklearn.preprocessing import StandardScaler
@@ -17,13 +26,60 @@ from avcl_jax.data.decode import decode_jpegs
 from avcl_jax.data.rendering import RenderSpec, render_views
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import FORWARD, Clip
-from avcl_jax.evaluation.cards import clip_uri
-from avcl_jax.evaluation.fixed_views import fitting_speed
-from avcl_jax.evaluation.report_content import Exhibit, Search
+from avcl_jax.evaluation.page import text
 from avcl_jax.evaluation.retrieval import first_relevant_ranks, nearest
+from avcl_jax.evaluation.views import fitting_speed
+
+Modality = Literal["video", "audio"]
+Side = Modality | Literal["both"]
 
 # t-SNE of more points takes minutes and shows no more.
 _MAP_POINTS = 2000
+# Sample rates in use that AAC supports. FFmpeg's resampling before its encoder yields time stamps
+# that its muxer refuses.
+_AAC_RATES = (8000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """One record as the page shows it.
+
+    Attributes:
+        name: id of the record.
+        labels: its known labels, as text.
+        stills: uint8 [K, H, W, 3] at uniform times over the interval; empty without video.
+        spectrogram: float [F, M] log-mel over the same interval; empty without audio.
+        clip: data URI of the playable interval, or "".
+    """
+
+    name: str
+    labels: str
+    stills: np.ndarray
+    spectrogram: np.ndarray
+    clip: str = ""
+
+
+@dataclass(frozen=True)
+class Search:
+    """A query and its results.
+
+    Attributes:
+        query: record of the query.
+        query_modality: modality that the model was given.
+        found: the best results, best first.
+        found_modality: modality of the results that was ranked.
+        hits: True, by result, if it is the record of the query, or a positive.
+        remark: one line below the results.
+        tags: descriptions to show instead of the ranks of the results.
+    """
+
+    query: Exhibit
+    query_modality: Side
+    found: Sequence[Exhibit]
+    found_modality: Side
+    hits: Sequence[bool]
+    remark: str
+    tags: Sequence[str] = ()
 
 
 class Exhibits:
@@ -33,11 +89,10 @@ class Exhibits:
         """Prepares to show records.
 
         Args:
-            source: usable records.
             spec: rendering, with the spectrogram made on the host.
             speed: index into `spec.views.speeds`; the interval shown is that of such a view, or of
                 one at the nearest speed that fits the record.
-            stills: pictures of the interval.
+            stills: number of frames of the interval.
         """
         self._source = source
         self._spec = spec
@@ -108,19 +163,16 @@ def cross_modal_searches(
     """Searches for the other half of some videos.
 
     Args:
-        exhibits: shows records.
         queries: float [n, D] embeddings of one modality.
         gallery: float [n, D] embeddings of the other one, of the same videos.
         positions: int [n] of those videos in the source.
-        query_modality: that of `queries`.
-        found_modality: that of `gallery`.
+        query_modality: modality of `queries`.
+        found_modality: modality of `gallery`.
         chosen: rows to ask with.
-        results: how many are shown.
     """
     ids = np.arange(len(gallery))
     ranks = first_relevant_ranks(queries, gallery, query_ids=ids, gallery_ids=ids)
     found = nearest(queries[list(chosen)], gallery, k=results)
-    what = {"video": "picture", "audio": "sound"}[found_modality]
     return [
         Search(
             query=exhibits.show(int(positions[row])),
@@ -128,7 +180,7 @@ def cross_modal_searches(
             found=[exhibits.show(int(positions[index])) for index in indices],
             found_modality=found_modality,
             hits=[bool(index == row) for index in indices],
-            remark=f"The right {what} is number {ranks[row]} of {len(gallery)}.",
+            remark=f"The right {found_modality} is number {ranks[row]} of {len(gallery)}.",
         )
         for row, indices in zip(chosen, found, strict=True)
     ]
@@ -148,11 +200,10 @@ def neighbour_searches(
     """Finds the nearest neighbours of some videos, and how often neighbours share a label.
 
     Args:
-        exhibits: shows records.
         features: float [n, C] of one modality.
         labels: int [n], all known.
         positions: int [n] of those videos in the source.
-        modality: that of `features`.
+        modality: modality of `features`.
         label: its name.
         chosen: rows to ask with.
         results: neighbours of each.
@@ -172,9 +223,8 @@ def neighbour_searches(
     shares = labels[others] == labels[:, None]
     counts = np.bincount(labels)
     chance = float((counts * (counts - 1)).sum() / (len(labels) * (len(labels) - 1)))
-    what = {"video": "picture", "audio": "sound"}[modality]
     title = (
-        f"By the {what}: {100 * shares.mean():.0f} % of the {others.shape[1]} nearest neighbours "
+        f"By {modality}: {100 * shares.mean():.0f} % of the {others.shape[1]} nearest neighbours "
         f"share the {label} (chance {100 * chance:.0f} %)"
     )
     return title, [
@@ -195,7 +245,6 @@ def embedding_map(features: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.nd
 
     Args:
         features: float [n, C].
-        seed: of t-SNE, and of the choice of points where there are too many.
 
     Returns:
         The rows that are placed, and float [points, 2].
@@ -230,3 +279,117 @@ def class_plane(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray) -
     with threadpool_limits(1):
         plane.fit(scaler.transform(train), train_labels)
         return plane.transform(scaler.transform(test))
+
+
+def search_blocks(
+    by_title: Mapping[str, Sequence[Search]], spectrogram_range: tuple[float, float]
+) -> list[str]:
+    """Returns the HTML of titled searches: for each title a heading and its rows of cards.
+
+    Args:
+        by_title: title → searches.
+        spectrogram_range: values drawn darkest and brightest.
+    """
+    blocks = []
+    for title, searches in by_title.items():
+        blocks.append(f"<h3>{text(title)}</h3>")
+        blocks += [search_row(search, spectrogram_range) for search in searches]
+    return blocks
+
+
+def search_row(search: Search, spectrogram_range: tuple[float, float]) -> str:
+    """Returns the HTML of a query and its results; `spectrogram_range` as in `search_blocks`."""
+    query_tag = "anchor" if search.tags else "query"
+    cards = [_card(search.query, search.query_modality, "query", query_tag, spectrogram_range)]
+    for number, (exhibit, hit) in enumerate(zip(search.found, search.hits, strict=True), start=1):
+        kind = "hit" if hit else ""
+        tag = f"{number} · same video" if hit else str(number)
+        tag = search.tags[number - 1] if search.tags else tag
+        cards.append(_card(exhibit, search.found_modality, kind, tag, spectrogram_range))
+    remark = f'<p class="caption">{text(search.remark)}</p>' if search.remark else ""
+    return f'<div class="scroll"><div class="row">{"".join(cards)}</div></div>{remark}'
+
+
+def _card(
+    exhibit: Exhibit,
+    modality: Side,
+    kind: str,
+    tag: str,
+    spectrogram_range: tuple[float, float],
+) -> str:
+    low, high = spectrogram_range
+    media = ""
+    if len(exhibit.stills):
+        stills = "".join(f'<img alt="" src="{frame_uri(s)}">' for s in exhibit.stills)
+        unseen = " unseen" if modality == "audio" else ""
+        media += f'<span class="stills{unseen}">{stills}</span>'
+    if len(exhibit.spectrogram):
+        uri = spectrogram_uri(exhibit.spectrogram, low=low, high=high)
+        unseen = ' class="unseen"' if modality == "video" else ""
+        media += f'<img alt="spectrogram"{unseen} src="{uri}">'
+    clip = f'data-clip="{exhibit.clip}" aria-label="play {text(exhibit.name)}"'
+    labels = text(exhibit.labels)
+    return (
+        f'<div class="video {kind}">'
+        f'<span class="tag"><b>{text(tag)}</b> {text(exhibit.name)}</span>'
+        f'<button class="stage" {clip if exhibit.clip else "disabled"}>{media}</button>'
+        f'<span class="tag" title="{labels}">{labels}</span></div>'
+    )
+
+
+def frame_uri(frame: np.ndarray) -> str:
+    """Returns a JPEG data URI of a uint8 [H, W, 3] frame."""
+    data = simplejpeg.encode_jpeg(np.ascontiguousarray(frame), quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode("ascii")
+
+
+def spectrogram_uri(spectrogram: np.ndarray, *, low: float, high: float) -> str:
+    """Returns a PNG data URI of a log-mel spectrogram, time to the right and low pitch below.
+
+    Args:
+        spectrogram: float [F, M].
+        low: value drawn darkest.
+        high: value drawn brightest.
+    """
+    scaled = np.clip((spectrogram - low) / max(high - low, 1e-9), 0.0, 1.0)
+    colours = matplotlib.colormaps["magma"](scaled.T[::-1], bytes=True)[..., 2::-1]
+    _, data = cv2.imencode(".png", np.ascontiguousarray(colours))
+    return "data:image/png;base64," + base64.b64encode(data.tobytes()).decode("ascii")
+
+
+def clip_uri(frames: np.ndarray, *, fps: float, waveform: np.ndarray, sample_rate_hz: int) -> str:
+    """Returns an MP4 data URI (H.264 and AAC) of a short clip, so that the page can play it.
+
+    Args:
+        frames: uint8 [T, H, W, 3], even height and width; empty for audio alone.
+        fps: frames per second.
+        waveform: int16 [samples]; empty for a silent clip.
+        sample_rate_hz: sample rate of the waveform.
+    """
+    if len(waveform) and sample_rate_hz not in _AAC_RATES:
+        resampled = librosa.resample(
+            waveform.astype(np.float32), orig_sr=sample_rate_hz, target_sr=16_000
+        )
+        waveform, sample_rate_hz = np.clip(resampled, -32768, 32767).astype(np.int16), 16_000
+    stream = io.BytesIO()
+    with av.open(stream, "w", format="mp4") as container:
+        if len(frames):
+            video = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+            video.height, video.width = frames.shape[1:3]
+            video.pix_fmt = "yuv420p"
+            video.options = {"crf": "26", "preset": "veryfast", "threads": "1"}
+        if len(waveform):
+            audio = container.add_stream("aac", rate=sample_rate_hz, layout="mono")
+            audio.bit_rate = 32_000
+        if len(frames):
+            for frame in frames:
+                for packet in video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
+                    container.mux(packet)
+            for packet in video.encode():
+                container.mux(packet)
+        if len(waveform):
+            samples = av.AudioFrame.from_ndarray(waveform[None], format="s16", layout="mono")
+            samples.sample_rate = sample_rate_hz
+            for packet in [*audio.encode(samples), *audio.encode()]:
+                container.mux(packet)
+    return "data:video/mp4;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

@@ -17,8 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from avcl_jax.evaluation.page import in_percent
-from avcl_jax.evaluation.report_content import Series
+from avcl_jax.evaluation.page import as_text
+
+# Curves: label -> (steps [n], values [n]).
+Series = Mapping[str, tuple[np.ndarray, np.ndarray]]
+# Title, positions float [n, 2], labels int [n] (-1 unknown) and names of the classes.
+Map = tuple[str, np.ndarray, np.ndarray, Sequence[str]]
 
 # Mid-tones that keep a contrast of 3 : 1 to both backgrounds of the page.
 SERIES_COLOURS = (
@@ -101,7 +105,7 @@ def line_chart(
     Args:
         series: curves by label.
         name: unique name of the chart on the page.
-        ylabel: what is shown.
+        ylabel: title of the axis.
         percent: label the axis in %.
         from_zero: begin the axis at zero.
         dashed: curves by label, in the colour of the curve of the same label; others are labelled.
@@ -204,7 +208,7 @@ def bar_chart(
     references: Mapping[str, float],
     reference_label: str,
 ) -> str:
-    """Returns an SVG of grouped bars of fractions, every bar with its value in per cent.
+    """Returns an SVG of grouped bars of fractions, every bar with its value in %.
 
     Args:
         groups: group to (series to value in [0, 1]).
@@ -221,7 +225,7 @@ def bar_chart(
             centres = left + np.arange(len(bars))
             for centre, (label, value) in zip(centres, bars.items(), strict=True):
                 axes.bar(centre, value, width=0.86, color=colours[label])
-                shown = in_percent(value)
+                shown = as_text(value, digits=0).removesuffix(" %")
                 axes.text(centre, value + 0.015, shown, ha="center", va="bottom")
             if group in references:
                 axes.hlines(
@@ -292,14 +296,11 @@ def forest(
         return _svg(figure, name, "changes: " + ", ".join(panels))
 
 
-def scatter(
-    panels: Sequence[tuple[str, np.ndarray, np.ndarray, Sequence[str]]], *, name: str
-) -> str:
+def scatter(panels: Sequence[Map], *, name: str) -> str:
     """Returns an SVG of 2-D maps side by side, points coloured by class.
 
     Args:
-        panels: of each map its title, positions float [n, 2], labels int [n] (-1 unknown) and
-            names of the classes.
+        panels: maps, from left to right.
         name: unique name of the chart on the page.
     """
     with matplotlib.rc_context({**_RC, "axes.grid": False, "axes.spines.left": False}):

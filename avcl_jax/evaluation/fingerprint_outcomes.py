@@ -10,7 +10,7 @@ import numpy as np
 
 from avcl_jax.evaluation.fingerprint_clips import Query
 from avcl_jax.evaluation.fingerprint_search import Answer, Searcher
-from avcl_jax.evaluation.significance import STATISTICS, Interval, bootstrap
+from avcl_jax.evaluation.statistics import STATISTICS, Interval, bootstrap
 from avcl_jax.evaluation.transformations.families import FAMILIES, STRENGTHS, TRUNCATION
 
 # The mean over families: truncated queries are a row of their own.

@@ -10,11 +10,11 @@ import numpy as np
 import scipy.signal
 
 from avcl_jax.data.decoded import DecodedMedia
-from avcl_jax.evaluation.cards import picture_uri, spectrogram_uri
+from avcl_jax.evaluation.exhibits import frame_uri, spectrogram_uri
 from avcl_jax.evaluation.figures import SERIES_COLOURS, bar_chart
 from avcl_jax.evaluation.fingerprint_clips import Query, SourceClip
 from avcl_jax.evaluation.fingerprint_search import Answer
-from avcl_jax.evaluation.page import in_percent, percent, section, table, text
+from avcl_jax.evaluation.page import as_text, section, table, text
 from avcl_jax.evaluation.transformations.families import FAMILIES, STRENGTHS
 
 _STILL_SIDE = 160
@@ -69,7 +69,7 @@ def _still(media: DecodedMedia, seconds: float) -> str:
     factor = _STILL_SIDE / max(frame.shape[:2])
     way = cv2.INTER_AREA if factor < 1 else cv2.INTER_NEAREST
     shown = cv2.resize(frame, None, fx=factor, fy=factor, interpolation=way)
-    return f'<img src="{picture_uri(shown)}" alt="a frame">'
+    return f'<img src="{frame_uri(shown)}" alt="a frame">'
 
 
 def _sound(media: DecodedMedia) -> str:
@@ -172,7 +172,7 @@ def _strengths(fused: Mapping[str, Mapping[str, Mapping[str, Any]]], rows: Seque
     return table(
         ["R@1", *STRENGTHS],
         [
-            [_name(name), *(percent(fused[s].get(name, {}).get("r1")) for s in STRENGTHS)]
+            [_name(name), *(as_text(fused[s].get(name, {}).get("r1"), digits=0) for s in STRENGTHS)]
             for name in rows
         ],
     )
@@ -196,7 +196,7 @@ def _precisions(fused: Mapping[str, Mapping[str, Any]], rows: Sequence[str]) -> 
         [
             [
                 _name(name),
-                *(percent(fused[name].get(c)) for c in columns.values()),
+                *(as_text(fused[name].get(c), digits=0) for c in columns.values()),
                 *(_with_interval(fused[name], c, digits=1) for c in at_threshold.values()),
             ]
             for name in rows
@@ -205,8 +205,10 @@ def _precisions(fused: Mapping[str, Mapping[str, Any]], rows: Sequence[str]) -> 
 
 
 def _with_interval(figures: Mapping[str, Any], name: str, digits: int = 0) -> str:
-    low, high = (in_percent(figures[f"{name}_{bound}"], digits) for bound in ("low", "high"))
-    return f"{percent(figures[name], digits)} ({low}–{high})"
+    value, low, high = (
+        as_text(figures[key], digits=digits) for key in (name, f"{name}_low", f"{name}_high")
+    )
+    return f"{value} ({low.removesuffix(' %')}–{high.removesuffix(' %')})"
 
 
 def _name(family: str) -> str:

@@ -22,6 +22,7 @@ from etils import epath
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.encoder_source import EncoderSource, open_encoders
 from avcl_jax.errors import UserError
+from avcl_jax.evaluation.driver import Context, run_protocol
 from avcl_jax.evaluation.fingerprint_clips import (
     ClipSets,
     SourceClip,
@@ -40,12 +41,10 @@ from avcl_jax.evaluation.protocol import (
     Outcomes,
     Protocol,
 )
-from avcl_jax.evaluation.protocol_run import ProtocolRun
-from avcl_jax.evaluation.trained_on import check_not_trained_on
+from avcl_jax.evaluation.splits import check_not_trained_on
 from avcl_jax.evaluation.transformations import families
-from avcl_jax.evaluation.written import Stages
 from avcl_jax.fingerprint.settings import FingerprintSettings
-from avcl_jax.paths import absolute_path, local_path
+from avcl_jax.paths import local_path
 
 # Of what is made of the answers, beside `families.VERSION`: raised when a figure would change.
 # 1: R@5 and µAP take ties at their cut in the worst order too.
@@ -79,21 +78,15 @@ PROTOCOL = Protocol(
 _OURS = ("fused", "video", "audio")
 
 
-def fingerprinting(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
-    """Runs the protocol and writes its results.
-
-    Args:
-        config: of `configs/fingerprint.py`.
-        workdir: of the results.
-
-    Returns:
-        The contents of results.json.
+def fingerprinting(
+    config: ml_collections.ConfigDict, workdir: epath.PathLike
+) -> dict[str, Any] | None:
+    """Runs the protocol by `configs/fingerprint.py`; returns as `run_protocol`.
 
     Raises:
         UserError: if there are not enough clips, the encoders were pretrained on some, or a
             baseline is unknown.
     """
-    stages = Stages()
     settings = FingerprintSettings(**config.index.to_dict())
     if unknown := [name for name in config.families if name not in families.FAMILIES]:
         raise UserError(
@@ -112,9 +105,24 @@ def fingerprinting(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.baselines = tuple(name for name in config.baselines if name not in skipped)
-    protocol_run = ProtocolRun(PROTOCOL, config, absolute_path(workdir), source, data)
-    if (done := protocol_run.finished()) is not None:
-        return done
+    return run_protocol(
+        PROTOCOL,
+        config,
+        workdir,
+        (),
+        compute=lambda _: (settings, clips, baselines, unused, skipped),
+        measure=_measure,
+        encoder=source,
+        data=data,
+    )
+
+
+def _measure(
+    context: Context,
+    prepared: tuple[FingerprintSettings, ClipSets, list[Searcher], dict[str, str], dict[str, str]],
+) -> Measured:
+    config, (settings, clips, baselines, unused, skipped) = context.config, prepared
+    asked_for = config.answers + 1
     # Small products, many a second: threads that wait for each other cost more than they give.
     with (
         tempfile.TemporaryDirectory() as directory,
@@ -128,7 +136,7 @@ def fingerprinting(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
         )
         searchers: list[Searcher] = [ours, *baselines]
         for searcher in searchers:
-            with stages(f"indexing for {', '.join(searcher.methods)}"):
+            with context.stages(f"indexing for {', '.join(searcher.methods)}"):
                 searcher.index(
                     not_empty_clips([*clips.references, *clips.fillers], unused),
                     not_empty_clips(clips.background, unused),
@@ -136,7 +144,7 @@ def fingerprinting(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
         references = [clip for clip in clips.references if clip.name not in unused]
         clips = dataclasses.replace(clips, references=references)
         examples = Examples(clips.references)
-        with stages("queries"):
+        with context.stages("queries"):
             asked = ask(
                 make_queries(
                     clips,
@@ -165,13 +173,12 @@ def fingerprinting(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
         "skipped_baselines": skipped,
         "transformations_version": families.VERSION,
     }
-    measured = Measured(
+    return Measured(
         outcomes=outcomes(asked),
         metrics=metrics(asked),
         details=details,
         sections=sections(tables, examples, details),
     )
-    return protocol_run.write(measured, stages)
 
 
 def clip_sets(
@@ -185,7 +192,7 @@ def clip_sets(
         source: the encoders, which must not know the records.
 
     Raises:
-        ProtocolError: if they were pretrained on some.
+        UserError: if they were pretrained on some.
         UserError: if there are not enough clips.
     """
     records = RecordDataset(data.directory, data.split)

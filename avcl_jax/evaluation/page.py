@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
+
+from avcl_jax.evaluation.protocol import Measured, Protocol
 from avcl_jax.style import STYLE
 
 # A click plays the clip in place of its stills; another click brings the stills back.
@@ -27,15 +32,27 @@ def text(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
-def in_percent(value: float, digits: int = 0) -> str:
-    """Returns a fraction in % without the sign; only 1 itself is written as 100."""
+def as_text(
+    value: float | None, unit: str = "share", *, digits: int = 1, signed: bool = False
+) -> str:
+    """Returns a metric as people read it: a share in %, a dash where it is not defined.
+
+    Args:
+        value: None if it is not defined.
+        unit: "share" or "number".
+        digits: decimals of a share; only 1 itself is written as 100 %.
+        signed: a difference: with its sign, and shares in points.
+    """
+    if value is None:
+        return "–"
+    if unit != "share":
+        return f"{value:{'+' if signed else ''}.3g}"
+    if signed:
+        return f"{round(100 * value, digits) + 0.0:+.{digits}f}"  # no minus before 0.0
     written = f"{100 * value:.{digits}f}"
-    return in_percent(value, digits + 1) if value < 1 and float(written) == 100 else written
-
-
-def percent(value: float | None, digits: int = 0) -> str:
-    """Returns a fraction written in per cent, or a dash where there is none."""
-    return "–" if value is None else f"{in_percent(value, digits)}\u00a0%"
+    if value < 1 and float(written) == 100:
+        return as_text(value, digits=digits + 1)
+    return f"{written} %"
 
 
 def page(*, title: str, body: str) -> str:
@@ -49,7 +66,7 @@ def page(*, title: str, body: str) -> str:
 
 
 def section(title: str, caption: str, *content: str) -> str:
-    """Returns a titled section; `caption` says in a sentence what is to be seen (HTML)."""
+    """Returns a titled section; `caption` is one or a few sentences of HTML."""
     return (
         f'<section><h2>{text(title)}</h2><p class="caption">{caption}</p>'
         f"{''.join(content)}</section>"
@@ -74,11 +91,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def matrix(title: str, confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
-    """Returns a confusion matrix; a cell is the share of its true class (row) in per cent."""
+def matrix(title: str, confusion: np.ndarray, classes: Sequence[str]) -> str:
+    """Returns a confusion matrix; a cell is the fraction of its true class (row) in %."""
     head = "<tr><th></th>" + "".join(f"<th>{text(name)}</th>" for name in classes) + "</tr>"
     rows = []
-    for name, counts in zip(classes, confusion, strict=True):
+    for name, counts in zip(classes, confusion.tolist(), strict=True):
         total = max(sum(counts), 1)
         cells = "".join(
             f'<td style="background: rgba(var(--heat), {0.05 + 0.75 * count / total:.3f})" '
@@ -92,6 +109,12 @@ def matrix(title: str, confusion: Sequence[Sequence[int]], classes: Sequence[str
     )
 
 
+def matrices(confusions: Mapping[str, tuple[np.ndarray, Sequence[str]]]) -> str:
+    """Returns confusion matrices side by side: title → (int [classes, classes], class names)."""
+    shown = (matrix(title, counts, names) for title, (counts, names) in confusions.items())
+    return f'<div class="matrices">{"".join(shown)}</div>'
+
+
 def definitions(entries: Mapping[str, object]) -> str:
     """Returns a two-column table of names and values."""
     rows = "".join(
@@ -99,3 +122,68 @@ def definitions(entries: Mapping[str, object]) -> str:
         for name, value in entries.items()
     )
     return f'<div class="scroll"><table>{rows}</table></div>'
+
+
+def metric_texts(metric: Mapping[str, Any]) -> list[str]:
+    """Returns value, bounds and chance of a metric of results.json as text."""
+    return [as_text(metric[key], metric["unit"]) for key in ("value", "low", "high", "chance")]
+
+
+def protocol_page(protocol: Protocol, measured: Measured, results: Mapping[str, Any]) -> str:
+    """Returns the report of any protocol.
+
+    Args:
+        protocol: definition.
+        measured: sections, and texts of their own for some protocols.
+        results: contents of results.json.
+    """
+    metrics = results["metrics"]
+    headline = [
+        (as_text(metrics[name]["value"], metric.unit), metric.what)
+        for name, metric in measured.metrics.items()
+        if metric.headline
+    ]
+    rows = [
+        [metric["what"], value, f"{low} … {high}", chance]
+        for metric in metrics.values()
+        for value, low, high, chance in [metric_texts(metric)]
+    ]
+    about = {
+        "protocol": f"{protocol.name}, version {protocol.version}",
+        "encoder": results["encoder"]["path"],
+        "encoder fingerprint": results["encoder"]["fingerprint"],
+        **{f"data: {role}": value for role, value in results["data"].items()},
+        "units": f"{results['units']} of {results['sources']} sources",
+        "seed": results["seed"],
+        "took": f"{results['seconds']} s",
+        **measured.about,
+    }
+    steps = "".join(f"<li>{text(s)}</li>" for s in (*protocol.definition, *measured.definition))
+    title = measured.title or protocol.title
+
+    def details(name: str, content: object) -> str:
+        shown = text(json.dumps(content, indent=2))
+        return f"<details><summary>{name}</summary><pre>{shown}</pre></details>"
+
+    parts = [
+        f"<h1>{text(title)}</h1>",
+        f'<p class="lead">{measured.lead}</p>' if measured.lead else "",
+        tiles(headline if measured.tiles is None else measured.tiles),
+        *measured.sections,
+        section(
+            "Metrics",
+            f"With 95 % intervals from {results['config']['bootstrap']['resamples']} bootstrap "
+            "resamples of the sources: they cover other videos of this kind, not another training.",
+            table(["", "value", "interval", "chance"], rows),
+        ),
+        section(
+            "Run",
+            "Everything needed to run it again.",
+            definitions(about),
+            f"<details open><summary>Protocol</summary><ul>{steps}</ul></details>",
+            details("Configuration", results["config"]),
+            details("Versions", results["versions"]),
+            details("All results", {k: v for k, v in results.items() if k != "config"}),
+        ),
+    ]
+    return page(title=title, body="".join(parts))

@@ -1,4 +1,4 @@
-"""What a protocol is, and what it measures: outcomes by unit, and metrics that come out of them.
+"""Protocols and their results: outcomes by unit, and metrics of these outcomes.
 
 A unit is a video, a query, a pair of views. `outcomes.npz` keeps what each metric was computed
 from, unit by unit, so that `avcl_jax.evaluation.compare` can test two runs on the same units.
@@ -7,34 +7,46 @@ from, unit by unit, so that `avcl_jax.evaluation.compare` can test two runs on t
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import io
-from collections.abc import Mapping, Sequence
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.page import percent
-from avcl_jax.evaluation.significance import Interval, bootstrap
-from avcl_jax.evaluation.written import write_bytes
+from avcl_jax.evaluation.statistics import Interval, bootstrap
 
 RESULTS, OUTCOMES, REPORT = "results.json", "outcomes.npz", "report.html"
 
-
-class ProtocolError(UserError):
-    """A protocol that cannot be run as asked, or results that cannot be read."""
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "librosa",
+    "av",
+    "numpy",
+    "scikit-learn",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """Which protocol this is.
+    """Identity and definition of a protocol.
 
     Attributes:
-        name: for instance "video_retrieval".
-        version: raised whenever the same encoder and data would get another figure.
-        title: for people.
-        definition: how the figures are made, sentence by sentence: enough to do it again.
+        name: name in results.json.
+        version: version, raised whenever the same encoder and data would get other metrics.
+        title: title of the report.
+        definition: sentences that define the metrics, enough to compute them again.
     """
 
     name: str
@@ -45,14 +57,14 @@ class Protocol:
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """How one figure comes out of the outcomes.
+    """Definition of one metric by outcomes.
 
     Attributes:
         kind: a key of `significance.STATISTICS`.
         inputs: names of the arrays of `Outcomes.values` that it takes.
-        what: for people, for instance "R@5".
-        unit: "share", shown in per cent, or "number".
-        chance: what an encoder that knows nothing gets, where that is known.
+        what: title, such as "R@5".
+        unit: "share", shown in %, or "number".
+        chance: value of an encoder that knows nothing, if known.
         headline: shown large in the report.
         chosen: name of the array, bool [units], of the units that it is about; None is all.
     """
@@ -68,10 +80,10 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True)
 class Outcomes:
-    """What was measured on each unit.
+    """Measured values of every unit.
 
     Attributes:
-        units: names, unique: record ids, or what else was asked.
+        units: unique names: record ids, or names of queries.
         sources: name of the video each belongs to; units of one source are resampled together.
         values: arrays [units, …] by name.
     """
@@ -83,35 +95,47 @@ class Outcomes:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """All that a protocol hands over.
+    """Results of a protocol.
 
     Attributes:
-        outcomes: by unit.
-        metrics: by name; the names are the keys of results.json.
+        outcomes: values by unit.
+        metrics: metrics by name; the names are the keys of results.json.
         details: further results, JSON.
-        sections: HTML of the report, made by `evaluation.page`.
+        sections: HTML sections of the report, made by `evaluation.page`.
+        view: further keys of results.json, next to those of every protocol.
+        title: title of the report; that of the protocol if empty.
+        lead: first paragraph of the report, HTML.
+        tiles: large numbers of the report with their descriptions; headline metrics if None.
+        definition: sentences of the definition that depend on the run.
+        about: further facts about the run, for the report.
     """
 
     outcomes: Outcomes
     metrics: Mapping[str, Metric]
     details: Mapping[str, Any]
     sections: Sequence[str]
+    view: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    title: str = ""
+    lead: str = ""
+    tiles: Sequence[tuple[str, str]] | None = None
+    definition: Sequence[str] = ()
+    about: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
 def write_outcomes(path: epath.Path, outcomes: Outcomes) -> None:
     """Writes outcomes.npz, whole or not at all.
 
     Raises:
-        ProtocolError: if units are not unique, or arrays are of other lengths.
+        UserError: if units are not unique, or arrays are of other lengths.
     """
     count = len(outcomes.units)
     if len(set(outcomes.units)) != count:
-        raise ProtocolError(f"{count} units have only {len(set(outcomes.units))} names")
+        raise UserError(f"{count} units have only {len(set(outcomes.units))} names")
     lengths = {name: len(values) for name, values in outcomes.values.items()}
     lengths["sources"] = len(outcomes.sources)
     wrong = {name: length for name, length in lengths.items() if length != count}
     if wrong:
-        raise ProtocolError(f"there are {count} units, but {wrong}")
+        raise UserError(f"there are {count} units, but {wrong}")
     arrays: dict[str, Any] = {
         "units": np.array(outcomes.units, dtype=np.str_),
         "sources": np.array(outcomes.sources, dtype=np.str_),
@@ -126,7 +150,7 @@ def read_outcomes(path: epath.PathLike) -> Outcomes:
     """Reads what `write_outcomes` wrote.
 
     Raises:
-        ProtocolError: if it is missing or damaged.
+        UserError: if it is missing or damaged.
     """
     path = epath.Path(path)
     try:
@@ -138,9 +162,9 @@ def read_outcomes(path: epath.PathLike) -> Outcomes:
             }
             return Outcomes(arrays["units"].tolist(), arrays["sources"].tolist(), values)
     except FileNotFoundError:
-        raise ProtocolError(f"{path} is missing: run the protocol again") from None
+        raise UserError(f"{path} is missing: run the protocol again") from None
     except (ValueError, KeyError, OSError) as error:
-        raise ProtocolError(f"{path} is damaged ({error}): run the protocol again") from error
+        raise UserError(f"{path} is damaged ({error}): run the protocol again") from error
 
 
 def inputs_of(
@@ -150,15 +174,14 @@ def inputs_of(
 
     Args:
         figure: a metric, or what results.json says of it.
-        outcomes: of the run.
 
     Raises:
-        ProtocolError: if nothing measured one of the arrays.
+        UserError: if nothing measured one of the arrays.
     """
     kept = dataclasses.asdict(figure) if isinstance(figure, Metric) else figure
     names = [*kept["inputs"], *([] if kept["chosen"] is None else [kept["chosen"]])]
     if missing := [name for name in names if name not in outcomes.values]:
-        raise ProtocolError(
+        raise UserError(
             f"{kept['what']} needs the outcomes {', '.join(missing)}, which nothing measured"
         )
     arrays = [np.asarray(outcomes.values[name]) for name in kept["inputs"]]
@@ -172,13 +195,8 @@ def inputs_of(
 def estimate(measured: Measured, *, resamples: int, seed: int) -> dict[str, dict[str, Any]]:
     """Returns what results.json says of every metric: value, interval, and how to get them.
 
-    Args:
-        measured: by the protocol.
-        resamples: of the bootstrap over sources.
-        seed: of its draws.
-
     Raises:
-        ProtocolError: if a metric needs outcomes that nothing measured.
+        UserError: if a metric needs outcomes that nothing measured.
     """
     figures = {}
     for name, metric in measured.metrics.items():
@@ -188,8 +206,8 @@ def estimate(measured: Measured, *, resamples: int, seed: int) -> dict[str, dict
             if len(sources)
             else Interval(np.nan, np.nan, np.nan)  # no unit is chosen for it
         )
-        figures[name] = {key: _finite(value) for key, value in interval._asdict().items()} | {
-            "chance": None if metric.chance is None else _finite(metric.chance),
+        figures[name] = {key: finite(value) for key, value in interval._asdict().items()} | {
+            "chance": None if metric.chance is None else finite(metric.chance),
             "kind": metric.kind,
             "inputs": list(metric.inputs),
             "chosen": metric.chosen,
@@ -199,13 +217,47 @@ def estimate(measured: Measured, *, resamples: int, seed: int) -> dict[str, dict
     return figures
 
 
-def _finite(value: float) -> float | None:
-    """Returns None for what is not defined: JSON has no other word for it."""
+def finite(value: float) -> float | None:
+    """Maps NaN and infinity to None: JSON has neither."""
     return value if np.isfinite(value) else None
 
 
-def in_unit(value: float | None, unit: str) -> str:
-    """Returns a figure as people read it: a share in per cent, a dash where it is not defined."""
-    if value is None:
-        return "–"
-    return percent(value, 1).replace("\u00a0", " ") if unit == "share" else f"{value:.3g}"
+class Stages:
+    """Prints and records the duration of each stage."""
+
+    def __init__(self) -> None:
+        """Starts the clock."""
+        self.seconds: dict[str, float] = {}
+        self._began = time.monotonic()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Times one part."""
+        began = time.monotonic()
+        print(f"evaluation: {name} …", end="", flush=True)
+        yield
+        self.seconds[name] = round(time.monotonic() - began, 1)
+        print(f" {self.seconds[name]:.0f} s", flush=True)
+
+    @property
+    def total(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._began
+
+
+def write_text(path: epath.Path, content: str) -> None:
+    """Writes a file, whole or not at all."""
+    write_bytes(path, content.encode())
+
+
+def write_bytes(path: epath.Path, content: bytes) -> None:
+    """Writes a file, whole or not at all."""
+    temporary = path.with_name(path.name + ".writing")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that decide the numbers."""
+    found = {"python": platform.python_version(), "platform": sys.platform}
+    return found | {name: importlib.metadata.version(name) for name in _PACKAGES}

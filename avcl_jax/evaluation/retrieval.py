@@ -1,19 +1,82 @@
-"""Nearest neighbours and retrieval scores, with worst-case tie order.
+"""Retrieval by nearest neighbours, and its two protocols.
 
-One definition serves instance retrieval (the audio of a video finds its picture: every identity is
-unique) and class retrieval (a UCF101 test clip finds training clips of its class): an item of the
-gallery is *relevant* to a query when their identities are equal.
+One definition serves class retrieval (a test video finds training videos of its class) and instance
+retrieval (audio finds the video of its record, and video the audio): an item of the gallery is
+*relevant* to a query when their identities are equal. Of equal similarities the irrelevant item
+counts first.
+
+    python -m avcl_jax.main --config=configs/retrieval.py:ucf101 --config.encoder=RUN
+    python -m avcl_jax.main --config=configs/cross_modal.py:vggsound --config.encoder=RUN
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import ml_collections
 import numpy as np
+from etils import epath
+from sklearn.neighbors import NearestNeighbors
 
+from avcl_jax.data.modality_records import Modality
 from avcl_jax.errors import UserError
+from avcl_jax.evaluation.batched import cache_key
+from avcl_jax.evaluation.driver import Context, run_protocol
+from avcl_jax.evaluation.features import RecordClips, record_features
+from avcl_jax.evaluation.page import section, table
+from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol
+from avcl_jax.evaluation.splits import (
+    Trial,
+    datasets,
+    feature_spec,
+    open_splits,
+    split_encoders,
+)
+from avcl_jax.evaluation.views import check_pairs, open_run, view_features, view_map
+
+VIDEO_RETRIEVAL = Protocol(
+    name="video_retrieval",
+    version=3,
+    title="Video retrieval",
+    definition=(
+        "Queries are the test records, the gallery the training records of one official split.",
+        "The encoder is frozen; features are its output before any projection head, averaged over "
+        "time and space of a clip.",
+        "Each video gives features.clips clips at features.speeds, uniformly spaced from its first "
+        "possible start to its last, the largest centred square; its feature is their mean "
+        "(features.clip_pooling and features.record_pooling say if another).",
+        "A video that is shorter than a clip is shown once, its last frame then stays. None is "
+        "left out.",
+        "Features are scaled to unit length and compared by cosine. No whitening, no centring.",
+        "R@k is the fraction of queries with a video of their class among the k most similar; an "
+        "item of another class within 1e-6 of the similarity counts first.",
+    ),
+)
+AUDIO_VIDEO_RETRIEVAL = Protocol(
+    name="audio_video_retrieval",
+    version=2,
+    title="Audio-video retrieval",
+    definition=(
+        "Records with video and audio of at least one view; each is query and gallery item.",
+        "Each record gives features.views_per_speed views at each of features.speeds, forward, "
+        "uniformly spaced over the time that video and audio share, the largest centred square; "
+        "video and audio of a view are of the same interval.",
+        "Embeddings are the outputs of the projection heads, of unit length; those of all views "
+        "are concatenated, so that the similarity of two records is the mean cosine of their views "
+        "of the same place in the order.",
+        "The one relevant item is the other half of the same record. R@k is the fraction of "
+        "queries that have it among the k most similar, median rank is counted from 1; another "
+        "item within 1e-6 of its similarity counts first.",
+    ),
+)
+DIRECTIONS: Mapping[str, tuple[Modality, Modality]] = {
+    "audio_to_video": ("audio", "video"),
+    "video_to_audio": ("video", "audio"),
+}
+_SHOWN = 5  # queries in the report, each with this many results
 
 # Two similarities of unit float32 vectors that differ by less than this are tied. A blocked matrix
 # product returns the last bits of equal vectors differently, and a collapsed encoder must not gain
@@ -21,41 +84,45 @@ from avcl_jax.errors import UserError
 TIE_TOLERANCE = 1e-6
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class RetrievalScores:
-    """What a ranking of a gallery is worth.
+    """Ranks of the first relevant items in a gallery.
 
     Attributes:
-        recall: share of queries with a relevant item within the first k, by k.
-        chance: the same share for a random order of the gallery, by k.
-        median_rank: median over queries of the rank of the first relevant item, counted from 1.
-        chance_median_rank: the same for a random order and one relevant item of each query,
-            (gallery + 1) / 2.
-        queries: number of queries.
-        gallery: number of items they are ranked over.
-        ranks: int64 [queries], that of the first relevant item.
+        ranks: int64 [queries], counted from 1.
+        gallery: number of items.
+        chance: R@k of a random order of the gallery, by k.
     """
 
-    recall: dict[int, float]
-    chance: dict[int, float]
-    median_rank: float
-    chance_median_rank: float
-    queries: int
-    gallery: int
     ranks: np.ndarray
+    gallery: int
+    chance: dict[int, float]
 
-    def as_results(self) -> dict[str, float | int]:
-        """Returns the flat mapping that results.json stores; `chance` is that of R@1."""
-        results: dict[str, float | int] = {}
-        for k, value in self.recall.items():
-            results[f"r{k}"] = value
-            results[f"chance_r{k}"] = self.chance[k]
-        results["median_rank"] = self.median_rank
-        results["chance_median_rank"] = self.chance_median_rank
-        results["chance"] = self.chance[1]
-        results["queries"] = self.queries
-        results["gallery"] = self.gallery
-        return results
+    def recall(self, k: int) -> float:
+        """Returns R@k, the fraction of queries with a relevant item within the first k."""
+        return float(np.mean(self.ranks <= k))
+
+    def outcomes(
+        self, suffix: str, key: str, what: str
+    ) -> tuple[dict[str, np.ndarray], dict[str, Metric]]:
+        """Returns outcomes by query, and the metrics R@k.
+
+        Args:
+            suffix: appended to the names of outcomes.
+            key: name of the metrics, with {} for "r5" and so on.
+            what: appended to the titles of metrics.
+        """
+        values, metrics = {f"rank{suffix}": self.ranks}, {}
+        for k, chance in self.chance.items():
+            values[f"hit{k}{suffix}"] = (self.ranks <= k).astype(np.float64)
+            metrics[key.format(f"r{k}")] = Metric(
+                "mean",
+                (f"hit{k}{suffix}",),
+                f"R@{k}, {what}" if what else f"R@{k}",
+                chance=chance,
+                headline=k in (1, 5),
+            )
+        return values, metrics
 
 
 def normalise(vectors: np.ndarray) -> np.ndarray:
@@ -99,7 +166,6 @@ def first_relevant_ranks(
         gallery: float [g, D].
         query_ids: int [q], identity of each query.
         gallery_ids: int [g], identity of each item.
-        chunk: queries compared at a time.
         gallery_chunk: items compared at a time. Beside the vectors themselves, memory is bounded
             to 10 bytes times both: 170 MB, however many there are. Every similarity is computed
             twice, first to find the best relevant one and then to count what stands before it.
@@ -164,37 +230,24 @@ def retrieval_scores(
     recall_at: Sequence[int],
     chunk: int = 1024,
 ) -> RetrievalScores:
-    """Ranks the gallery for every query and scores the order.
+    """Ranks the gallery for every query.
 
     Args:
         queries: float [q, D].
         gallery: float [g, D].
         query_ids: int [q], identity of each query.
         gallery_ids: int [g], identity of each item.
-        recall_at: the k of R@k; 1 is always added, and a k above the size of the gallery is left
-            out.
-        chunk: queries compared at a time.
-
-    Returns:
-        Scores over all queries.
+        recall_at: the k of R@k; 1 is always added, and a k above the size of the gallery left out.
 
     Raises:
-        ValueError: as `first_relevant_ranks`.
+        UserError: if a query has no relevant item.
     """
     ranks = first_relevant_ranks(
         queries, gallery, query_ids=query_ids, gallery_ids=gallery_ids, chunk=chunk
     )
     size = len(gallery)
     ks = sorted({1, *(k for k in recall_at if k <= size)})
-    return RetrievalScores(
-        recall={k: float(np.mean(ranks <= k)) for k in ks},
-        chance=chance_recall(query_ids, gallery_ids, ks),
-        median_rank=float(np.median(ranks)),
-        chance_median_rank=(size + 1) / 2,
-        queries=len(ranks),
-        gallery=size,
-        ranks=ranks,
-    )
+    return RetrievalScores(ranks, size, chance_recall(query_ids, gallery_ids, ks))
 
 
 def check_recall_at(recall_at: Sequence[int], *, setting: str) -> None:
@@ -231,37 +284,239 @@ def _chance_of_hit(relevant: np.ndarray, size: int, k: int) -> np.ndarray:
     return 1.0 - miss.prod(axis=1)
 
 
-def nearest(
-    queries: np.ndarray,
-    gallery: np.ndarray,
-    *,
-    k: int,
-    chunk: int = 1024,
-    gallery_chunk: int = 16_384,
-) -> np.ndarray:
-    """Returns int64 [q, min(k, g)], the most similar items of each query, most similar first.
+def nearest(queries: np.ndarray, gallery: np.ndarray, *, k: int) -> np.ndarray:
+    """Returns int64 [q, min(k, g)], the items of the highest cosine to each query, best first.
 
     Args:
         queries: float [q, D].
         gallery: float [g, D].
-        k: how many; of equally similar ones the first.
-        chunk: queries compared at a time.
-        gallery_chunk: items compared at a time.
+        k: number of items.
     """
-    queries, gallery = normalise(queries), normalise(gallery)
-    k = min(k, len(gallery))
-    found = np.empty((len(queries), k), dtype=np.int64)
-    for start in range(0, len(queries), chunk):
-        rows = queries[start : start + chunk]
-        best = np.empty((len(rows), 0), np.float32)
-        items = np.empty((len(rows), 0), np.int64)
-        for first in range(0, len(gallery), gallery_chunk):
-            part = gallery[first : first + gallery_chunk]
-            numbers = np.broadcast_to(np.arange(first, first + len(part)), (len(rows), len(part)))
-            best = np.concatenate([best, rows @ part.T], axis=1)
-            items = np.concatenate([items, numbers], axis=1)
-            order = np.argsort(-best, axis=1, kind="stable")[:, :k]
-            best = np.take_along_axis(best, order, axis=1)
-            items = np.take_along_axis(items, order, axis=1)
-        found[start : start + chunk] = items
-    return found
+    model = NearestNeighbors(metric="cosine", algorithm="brute").fit(normalise(gallery))
+    count = min(k, len(gallery))
+    return model.kneighbors(normalise(queries), n_neighbors=count, return_distance=False)
+
+
+def video_retrieval(
+    config: ml_collections.ConfigDict, workdir: epath.PathLike
+) -> dict[str, Any] | None:
+    """Runs video retrieval by `configs/retrieval.py`; returns as `run_protocol`.
+
+    Raises:
+        UserError: if encoder, records and protocol do not fit.
+    """
+    check_recall_at(config.evaluation.recall_at, setting="evaluation.recall_at")
+    spec, data = feature_spec(config), config.data
+
+    def side(name: str) -> tuple[str, str]:
+        select = data[f"{name}_select"].replace("{split}", str(data.official_split))
+        return data[f"{name}_split"], select
+
+    sides = {"split": (side("gallery"), side("query"))}
+    (split,) = open_splits(
+        datasets(data.directory),
+        sides,
+        split_encoders(config.encoder, {"split": sides["split"][1][1]}, "video"),
+        lambda source, records, selection: RecordClips(
+            records,
+            selection,
+            source.require("video").preprocess,
+            spec,
+            labels=[data.label],
+            leave_out=data.leave_out,
+        ),
+    )
+    gallery, queries = split.train, split.test
+    classes = queries.records.class_names[data.label]
+    ids, gallery_ids = (records.classes_of(data.label) for records in (queries, gallery))
+    if (missing := ids[~np.isin(ids, gallery_ids)]).size:
+        raise UserError(
+            f"{missing.size} queries are of classes that no record of the gallery has, first "
+            f"{classes[int(missing[0])]!r}: correct data.query_select, data.gallery_select or the "
+            "splits"
+        )
+
+    def compute(context: Context) -> dict[str, dict[str, np.ndarray]]:
+        networks = {"": split.encoder} | context.random()
+        with context.stages("features"):
+            return {
+                side: record_features(networks, clips, spec, directory=context.directory)
+                for side, clips in (("query", queries), ("gallery", gallery))
+            }
+
+    def measure(context: Context, features: dict[str, dict[str, np.ndarray]]) -> Measured:
+        values: dict[str, np.ndarray] = {}
+        metrics: dict[str, Metric] = {}
+        with context.stages("ranking"):
+            for name in features["query"]:
+                scores = retrieval_scores(
+                    features["query"][name],
+                    features["gallery"][name],
+                    query_ids=ids,
+                    gallery_ids=gallery_ids,
+                    recall_at=tuple(config.evaluation.recall_at),
+                )
+                suffix = f"_{name}" if name else ""
+                what = f"{name} encoder" if name else ""
+                found = scores.outcomes(suffix, "{}" + suffix, what)
+                values |= found[0]
+                metrics |= found[1]
+        rows = np.linspace(0, len(queries) - 1, _SHOWN).astype(int)
+        items = nearest(features["query"][""][rows], features["gallery"][""], k=_SHOWN)
+        shown = [
+            [
+                _described(queries, int(row), ids, classes),
+                *(_described(gallery, int(item), gallery_ids, classes) for item in found_items),
+            ]
+            for row, found_items in zip(rows, items, strict=True)
+        ]
+        return Measured(
+            Outcomes(queries.record_ids, queries.sources, values),
+            metrics,
+            details={
+                "queries": len(queries),
+                "gallery": len(gallery),
+                "left_out": {"query": queries.left_out, "gallery": gallery.left_out},
+                "r1_by_class": {
+                    classes[label]: float((values["rank"][ids == label] <= 1).mean())
+                    for label in np.unique(ids).tolist()
+                },
+            },
+            sections=[
+                section(
+                    "Nearest neighbours",
+                    "Some queries and their results, most similar first.",
+                    table(["query", *(f"{n + 1}" for n in range(items.shape[1]))], shown),
+                )
+            ],
+        )
+
+    return run_protocol(VIDEO_RETRIEVAL, config, workdir, [split], compute=compute, measure=measure)
+
+
+def _described(clips: RecordClips, row: int, ids: np.ndarray, classes: Sequence[str]) -> str:
+    return f"{clips.record_ids[row]} ({classes[int(ids[row])]})"
+
+
+def cross_modal_scores(
+    features: Mapping[str, np.ndarray], network: str, recall_at: Sequence[int]
+) -> dict[str, RetrievalScores]:
+    """Ranks the other halves of all records, in both directions.
+
+    Args:
+        features: outputs of `views.FixedViews`.
+        network: name of the network whose embeddings are compared.
+        recall_at: the k of R@k.
+
+    Returns:
+        By the names of `DIRECTIONS`; nothing if the network or the records lack a modality.
+    """
+    both = features["has_video"] & features["has_audio"]
+    names = {m: f"{network}/{m}_embeddings" for m in ("video", "audio")}
+    if not both.any() or any(name not in features for name in names.values()):
+        return {}
+    ids = features["record_index"][both]
+    return {
+        direction: retrieval_scores(
+            features[names[query]][both],
+            features[names[target]][both],
+            query_ids=ids,
+            gallery_ids=ids,
+            recall_at=recall_at,
+        )
+        for direction, (query, target) in DIRECTIONS.items()
+    }
+
+
+def rank_outcomes(
+    scores: Mapping[str, RetrievalScores],
+) -> tuple[dict[str, np.ndarray], dict[str, Metric]]:
+    """Returns outcomes [ranked records] of both directions, and their metrics."""
+    values: dict[str, np.ndarray] = {}
+    metrics: dict[str, Metric] = {}
+    for direction, found in scores.items():
+        what = direction.replace("_to_", " → ")
+        of_direction = found.outcomes(f"_{direction}", f"{direction}_{{}}", what)
+        values |= of_direction[0]
+        metrics |= of_direction[1]
+        metrics[f"{direction}_median_rank"] = Metric(
+            "median",
+            (f"rank_{direction}",),
+            f"median rank, {what}",
+            unit="number",
+            chance=(found.gallery + 1) / 2,
+        )
+    return values, metrics
+
+
+def audio_video_retrieval(
+    config: ml_collections.ConfigDict, workdir: epath.PathLike
+) -> dict[str, Any] | None:
+    """Runs audio-video retrieval by `configs/cross_modal.py`; returns as `run_protocol`.
+
+    Raises:
+        ExportError: if `config.encoder` is not a run.
+        UserError: if the run trained one modality, or no record has both.
+    """
+    settings = config.features
+    check_pairs(len(settings.speeds) * settings.views_per_speed)
+    run, records = open_run(config)
+    if run.config.modalities != "audio_visual":
+        raise UserError(
+            f"{config.encoder} was trained on {run.config.modalities} alone: audio-video retrieval "
+            "needs a run of both"
+        )
+    trained = list(run.config.views.speeds)
+    if unknown := [speed for speed in settings.speeds if speed not in trained]:
+        raise UserError(
+            f"features.speeds {', '.join(map(str, unknown))} were not trained, these were: "
+            f"{', '.join(map(str, trained))}"
+        )
+
+    def compute(context: Context) -> dict[str, np.ndarray]:
+        key = cache_key(run.source.fingerprint, run.heads, records.fingerprint, settings.to_dict())
+        with context.stages("embeddings"):
+            return view_features(
+                view_map(run, {"run": run.variables}, settings.chunk, config.data.threads),
+                records,
+                run.spec,
+                speeds=[trained.index(speed) for speed in settings.speeds],
+                views_per_speed=settings.views_per_speed,
+                directory=context.directory / key,
+                part_records=settings.part_records,
+            )
+
+    def measure(context: Context, features: dict[str, np.ndarray]) -> Measured:
+        with context.stages("ranking"):
+            scores = cross_modal_scores(features, "run", tuple(config.evaluation.recall_at))
+        if not scores:
+            raise UserError(f"no record of {records} has both video and audio")
+        values, metrics = rank_outcomes(scores)
+        both = np.flatnonzero(features["has_video"] & features["has_audio"])
+        names, sources = records.record_ids, records.sources
+        return Measured(
+            Outcomes([names[row] for row in both], [sources[row] for row in both], values),
+            metrics,
+            details={
+                "gallery": len(both),
+                "left_out": records.num_selected - len(both),
+                # Spread over records: 0 if all embeddings have become the same.
+                "embedding_std": {
+                    f"{modality}_embeddings": float(
+                        features[f"run/{modality}_embeddings"][both].std(axis=0).mean()
+                    )
+                    for modality in ("video", "audio")
+                },
+            },
+            sections=[],
+        )
+
+    return run_protocol(
+        AUDIO_VIDEO_RETRIEVAL,
+        config,
+        workdir,
+        [Trial("all", run.source, records)],
+        compute=compute,
+        measure=measure,
+        heads=run.heads,
+    )

@@ -1,25 +1,69 @@
-"""Temporal tasks: accuracy against an exact chance level, and confusion."""
+"""Temporal tasks on held-out records: speed, direction and order, by the heads of a run.
+
+python -m avcl_jax.main --config=configs/temporal.py --config.encoder=RUN
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import ml_collections
 import numpy as np
+from etils import epath
 
+from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.metrics import confusion_matrix
+from avcl_jax.evaluation.batched import batched_map, cache_key, in_parts
+from avcl_jax.evaluation.driver import Context, run_protocol
+from avcl_jax.evaluation.page import matrices, section
+from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol
+from avcl_jax.evaluation.splits import Trial
+from avcl_jax.evaluation.statistics import confusion_matrix
+from avcl_jax.evaluation.views import (
+    MODEL_INPUTS,
+    PretrainedRun,
+    drawn_pairs,
+    logit_function,
+    open_run,
+)
+from avcl_jax.objectives.temporal import TASKS, temporal_targets
+
+PROTOCOL = Protocol(
+    name="temporal_tasks",
+    version=4,
+    title="Temporal tasks on held-out records",
+    definition=(
+        "Of each record evaluation.pairs_per_video pairs of views are drawn as in training "
+        "(speeds, directions and order jointly balanced; the same for the same seed and record), "
+        "audio and video at one speed and in one direction however the run was trained, "
+        "and cropped to the largest centred square, without augmentation.",
+        "The heads of the run classify them: speed and direction of each view by its video and by "
+        "its audio, order of a pair by two videos, two audios, and video and audio.",
+        "A record on which not all speeds fit, or whose frame rate is under 0.45 of that of the "
+        "clips or changes too much, is left out of the speed task; a pair of speeds that "
+        "cannot be before, overlapping and after is left out of the order task; a video in which "
+        "nothing moves is left out of all tasks that use video, a silent view out of all that use "
+        "audio.",
+        "Of each task an equal number of views of each class is scored, chosen by the seed, so "
+        "that chance is one over the number of classes for whatever cannot tell them apart.",
+    ),
+)
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """How well one temporal task is solved on held-out views.
+    """Score of one temporal task on held-out views.
 
     Attributes:
-        accuracy: share of views (or pairs of views) classified rightly.
+        accuracy: fraction of views (or pairs of views) classified correctly.
         chance: 1 / number of classes, exact because every class is scored equally often.
         confusion: int [classes, classes], rows true, columns predicted; every row has the same sum.
         scored: bool [...], the views that were scored: an equal number of each class.
-        correct: bool [...], which of these are classified rightly.
+        correct: bool [...], those of them classified correctly.
     """
 
     accuracy: float
@@ -27,14 +71,6 @@ class TaskScore:
     confusion: np.ndarray
     scored: np.ndarray
     correct: np.ndarray
-
-    def as_results(self) -> dict[str, float | list[list[int]]]:
-        """Returns the mapping that results.json stores."""
-        return {
-            "accuracy": self.accuracy,
-            "chance": self.chance,
-            "confusion": self.confusion.tolist(),
-        }
 
 
 def balanced_subset(labels: np.ndarray, mask: np.ndarray, *, classes: int, seed: int) -> np.ndarray:
@@ -47,8 +83,6 @@ def balanced_subset(labels: np.ndarray, mask: np.ndarray, *, classes: int, seed:
     Args:
         labels: int [n] in [0, classes).
         mask: bool [n], items the task is defined for.
-        classes: number of classes.
-        seed: of the choice.
 
     Raises:
         UserError: if a class never occurs under the mask.
@@ -75,7 +109,6 @@ def score_task(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray, *, seed
         logits: float [..., K].
         labels: int [...] in [0, K).
         mask: bool [...], where the task is defined.
-        seed: of the choice of the views that balance the classes.
 
     Raises:
         ValueError: if shapes do not match, a logit under the mask is not finite, or a class is
@@ -101,4 +134,151 @@ def score_task(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray, *, seed
         confusion=confusion_matrix(truth, predicted, classes),
         scored=chosen.reshape(shape),
         correct=correct.reshape(shape),
+    )
+
+
+def task_logits(
+    run: PretrainedRun,
+    records: UsableRecords,
+    directory: epath.PathLike,
+    *,
+    pairs: int,
+    seed: int,
+    chunk: int,
+    threads: int,
+    part_records: int,
+) -> dict[str, np.ndarray]:
+    """Returns logits and labels of pairs of views of records, [records, pairs, …] each.
+
+    Args:
+        run: run, whose heads are applied.
+        pairs: pairs of views of each record.
+    """
+    compute = batched_map(
+        logit_function(run.config, run.spec),
+        {"run": run.variables},
+        inputs=MODEL_INPUTS,
+        chunk=chunk,
+        threads=threads,
+    )
+
+    def part(positions: Sequence[int]) -> dict[str, np.ndarray]:
+        arrays = compute(
+            lambda position: drawn_pairs(records, position, run.spec, pairs=pairs, seed=seed),
+            positions,
+        )
+        return {name.removeprefix("run/"): array for name, array in arrays.items()}
+
+    return in_parts(directory, len(records), part, rows=part_records)
+
+
+def score_tasks(arrays: Mapping[str, np.ndarray], seed: int) -> dict[str, TaskScore]:
+    """Scores every task that is defined for a view; `seed` chooses the views that balance.
+
+    Raises:
+        UserError: if only some classes of a task ever occur.
+    """
+    names = [name for name in TASKS if name in arrays]
+    rows = {name: value.reshape(-1, *value.shape[2:]) for name, value in arrays.items()}
+    targets = temporal_targets({k: jnp.asarray(v) for k, v in rows.items() if k not in names})
+    scores = {}
+    for name in names:
+        labels, mask = jax.device_get(targets[name])
+        if not mask.any():
+            continue  # for no record: video or audio is missing or too short
+        scores[name] = score_task(rows[name], labels, mask, seed=seed)
+    return scores
+
+
+def task_outcomes(
+    scores: Mapping[str, TaskScore], count: int
+) -> tuple[dict[str, np.ndarray], dict[str, Metric]]:
+    """Returns outcomes [records] of every task, and its metric.
+
+    Args:
+        scores: scores of `score_tasks`.
+        count: number of records.
+    """
+    values: dict[str, np.ndarray] = {}
+    metrics = {}
+    for name, score in scores.items():
+        # A record counts as often as its views were scored; records are resampled whole.
+        values[f"correct_{name}"] = score.correct.reshape(count, -1).sum(axis=1)
+        values[f"scored_{name}"] = score.scored.reshape(count, -1).sum(axis=1)
+        metrics[name] = Metric(
+            "ratio",
+            (f"correct_{name}", f"scored_{name}"),
+            TASKS[name].title,
+            chance=score.chance,
+            headline=True,
+        )
+    return values, metrics
+
+
+def temporal_tasks(
+    config: ml_collections.ConfigDict, workdir: epath.PathLike
+) -> dict[str, Any] | None:
+    """Runs the protocol by `configs/temporal.py`; returns as `run_protocol`.
+
+    Raises:
+        ExportError: if `config.encoder` is not a run.
+        UserError: if records lack a modality of the run, no view fits any record, no task is
+            defined, or a class of a task never occurs.
+    """
+    run, records = open_run(config)
+    settings = config.evaluation
+
+    def compute(context: Context) -> dict[str, np.ndarray]:
+        pairs, seed = settings.pairs_per_video, config.seed
+        key = cache_key(run.source.fingerprint, run.heads, records.fingerprint, pairs, seed)
+        with context.stages("views"):
+            return task_logits(
+                run,
+                records,
+                context.directory / key,
+                pairs=pairs,
+                seed=seed,
+                chunk=settings.chunk,
+                threads=config.data.threads,
+                part_records=settings.part_records,
+            )
+
+    def measure(context: Context, arrays: dict[str, np.ndarray]) -> Measured:
+        with context.stages("scores"):
+            scores = score_tasks(arrays, config.seed)
+        if not scores:
+            raise UserError(f"no temporal task is defined for a record of {records}")
+        values, metrics = task_outcomes(scores, len(records))
+        speeds = tuple(run.config.views.speeds)
+        confusions = {
+            TASKS[name].title: (score.confusion, TASKS[name].classes(speeds))
+            for name, score in scores.items()
+        }
+        lacking = len(records.lacking(tuple(run.source.encoders)))
+        return Measured(
+            Outcomes(records.record_ids, records.sources, values),
+            metrics,
+            details={
+                "confusion": {name: score.confusion.tolist() for name, score in scores.items()},
+                "views_scored": {name: int(score.scored.sum()) for name, score in scores.items()},
+                "too_short": records.num_too_short,
+                "incomplete": lacking - records.num_too_short,
+            },
+            sections=[
+                section(
+                    "Confusion",
+                    "Rows are true classes, columns predicted ones, in % of the row.",
+                    matrices(confusions),
+                )
+            ],
+        )
+
+    return run_protocol(
+        PROTOCOL,
+        config,
+        workdir,
+        [Trial("all", run.source, records)],
+        compute=compute,
+        measure=measure,
+        heads=run.heads,
     )

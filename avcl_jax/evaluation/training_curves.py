@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from avcl_jax.evaluation.report_content import Curves, Series
+from avcl_jax.evaluation.figures import Series
 from avcl_jax.objectives.temporal import TASKS
 
 _TERMS = {
@@ -44,6 +45,29 @@ _DASHED = {
     r"term/bank_\w+_share/(\w+)": r"bank/base_rate/\1",
     r"bank/same_source_similarity/newer": "bank/same_source_similarity/older",
 }
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One chart of training.
+
+    Attributes:
+        title: title of the chart.
+        ylabel: its axis.
+        series: curves by label.
+        fractions: values are written in %.
+        from_zero: the axis begins at zero.
+        dashed: curves by label, to compare with those of the same label, or with all.
+        further: shown only on demand.
+    """
+
+    title: str
+    ylabel: str
+    series: Series
+    fractions: bool
+    from_zero: bool
+    dashed: Series = field(default_factory=dict)
+    further: bool = False
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]]) -> list[Curves]:

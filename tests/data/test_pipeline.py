@@ -18,7 +18,7 @@ from avcl_jax.data.silence import is_silent
 from avcl_jax.data.spectrogram import LogMelSpec, log_mel
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import BACKWARD, FORWARD, Clip, ViewSpec
-from avcl_jax.evaluation.fixed_views import fixed_views
+from avcl_jax.evaluation.views import fixed_views
 from tests.data.synthetic_records import make_record, write_records
 
 VIEWS = ViewSpec(num_frames=8, clip_seconds=0.5, speeds=(1, 2, 4, 8), audio_transform="shared")

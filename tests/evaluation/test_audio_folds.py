@@ -12,11 +12,10 @@ from sklearn.svm import SVC, LinearSVC
 
 from avcl_jax.data.modality_records import LackingError
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.evaluation import fold_classification
-from avcl_jax.evaluation.audio_folds import run_folds
-from avcl_jax.evaluation.classical_audio import classical_features
-from avcl_jax.evaluation.fold_classification import classify_folds
-from avcl_jax.evaluation.protocol import ProtocolError
+from avcl_jax.errors import UserError
+from avcl_jax.evaluation import audio_folds
+from avcl_jax.evaluation.audio_folds import audio_classification, check_folds, classify_folds
+from avcl_jax.evaluation.features import classical_features
 from configs import audio_classification as config_file
 from tests.evaluation.conftest import FOLD_CLASSES, sound_record, write_records
 
@@ -31,7 +30,8 @@ def _items(rng, *, per_class=8, clips=3, classes=3, folds=4, separation=0.0):
 
 def _classify(features, labels, folds, sources, **settings):
     settings = {"kernel": "linear", "costs": (0.01, 1.0), "classes": 3} | settings
-    return classify_folds(features, labels, folds, sources, **settings)
+    check_folds(labels, folds, sources)
+    return classify_folds([features] * len(np.unique(folds)), labels, folds, **settings)
 
 
 @pytest.mark.parametrize("kernel", ["linear", "rbf"])
@@ -67,20 +67,21 @@ def test_shuffled_labels_give_chance():
     assert _classify(features, rng.permutation(labels), folds, sources).correct.mean() < 0.47
 
 
-def test_testing_one_fold_gives_its_result_without_the_training_for_the_others(monkeypatch):
+def test_each_fold_is_classified_by_the_features_of_its_own_encoder(monkeypatch):
     features, labels, folds, sources = _items(np.random.default_rng(4), separation=0.7)
-    whole = _classify(features, labels, folds, sources)
-    trained = []
-    machine = fold_classification._machine
-    monkeypatch.setattr(
-        fold_classification, "_machine", lambda *a: trained.append(a) or machine(*a)
-    )
-    alone = _classify(features, labels, folds, sources, tested=[2])
-    assert len(trained) == 3 * 2 + 1  # without fold 2 and one other at two costs, then without 2
-    mine = folds == 2
-    np.testing.assert_array_equal(alone.correct[mine], whole.correct[mine])
-    assert np.isnan(alone.correct[~mine]).all()
-    assert (alone.costs, alone.inner_accuracy) == ([whole.costs[2]], [whole.inner_accuracy[2]])
+    other = features[..., ::-1] * np.arange(1, 6)
+    trained, machine = [], audio_folds._machine
+    monkeypatch.setattr(audio_folds, "_machine", lambda *a: trained.append(a) or machine(*a))
+    one, two = (_classify(values, labels, folds, sources) for values in (features, other))
+    # Each pair of folds is left out once for two costs, then each fold once.
+    assert len(trained) == 2 * (6 * 2 + 4)
+    settings = {"kernel": "linear", "costs": (0.01, 1.0), "classes": 3}
+    mixed = classify_folds([features, other, features, other], labels, folds, **settings)
+    for fold, whole in enumerate((one, two, one, two)):
+        rows = folds == fold
+        np.testing.assert_array_equal(mixed.predicted[rows], whole.predicted[rows])
+        assert mixed.costs[fold] == whole.costs[fold]
+        assert mixed.inner_accuracy[fold] == whole.inner_accuracy[fold]
 
 
 def test_the_test_fold_decides_nothing():
@@ -108,10 +109,9 @@ def test_the_cost_is_the_best_of_the_training_folds():
         inside = folds != fold
         alone = [
             classify_folds(
-                features[inside],
+                [features[inside]] * 3,
                 labels[inside],
                 folds[inside],
-                np.array(sources)[inside].tolist(),
                 classes=3,
                 kernel="linear",
                 costs=(cost,),
@@ -125,9 +125,9 @@ def test_the_cost_is_the_best_of_the_training_folds():
 
 def test_a_recording_in_two_folds_and_too_few_folds_are_refused():
     features, labels, folds, sources = _items(np.random.default_rng(5))
-    with pytest.raises(ProtocolError, match="source 0 is in two folds"):
+    with pytest.raises(UserError, match="source 0 is in two folds"):
         _classify(features, labels, folds, [*sources[:-1], "0"])
-    with pytest.raises(ProtocolError, match="needs three folds, there are 2"):
+    with pytest.raises(UserError, match="needs three folds, there are 2"):
         _classify(features, labels, folds % 2, sources)
 
 
@@ -164,8 +164,8 @@ def test_one_command_from_a_run_to_results_that_repeat(
     fold_records, small_run, tmp_path, capsys, monkeypatch
 ):
     config = _config(fold_records, small_run)
-    first = run_folds(config, tmp_path / "a")
-    second = run_folds(config, tmp_path / "b")
+    first = audio_classification(config, tmp_path / "a")
+    second = audio_classification(config, tmp_path / "b")
     for key in ("metrics", "details", "fingerprint"):
         assert first[key] == second[key]
     # Pitch tells these classes: features of the log-mel spectrum must find it.
@@ -193,7 +193,7 @@ def test_one_command_from_a_run_to_results_that_repeat(
         init(self, *arguments)
 
     monkeypatch.setattr(RecordDataset, "__init__", opening)
-    run_folds(config, tmp_path / "a")
+    audio_classification(config, tmp_path / "a")
     assert "already holds these results" in capsys.readouterr().out
     assert len(opened) == 1  # of a large data set that takes seconds
 
@@ -205,17 +205,17 @@ def test_what_does_not_fit_is_refused_before_any_work(
     config = _config(fold_records, small_run)
     config.encoder = str(tmp_path / "nothing")
     with pytest.raises(ValueError, match="there is no directory"):
-        run_folds(config, tmp_path)
+        audio_classification(config, tmp_path)
     config = _config(fold_records, small_run)
     config.data.update({"directory": str(small_records), "split": "test", "label": "material"})
-    with pytest.raises(ProtocolError, match=r"material, motion, not 'fold'"):
-        run_folds(config, tmp_path)
+    with pytest.raises(UserError, match=r"material, motion, not 'fold'"):
+        audio_classification(config, tmp_path)
     config.data.update({"split": "null_test", "fold_label": "motion"})
     with pytest.raises(LackingError, match=r"10 of the 10 .* have no known 'material'"):
-        run_folds(config, tmp_path)
+        audio_classification(config, tmp_path)
     config.data.update({"split": "test"})
-    with pytest.raises(ProtocolError, match="needs three folds, there are 2"):
-        run_folds(config, tmp_path)
+    with pytest.raises(UserError, match="needs three folds, there are 2"):
+        audio_classification(config, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -234,8 +234,8 @@ def test_folds_that_cannot_be_classified_are_refused_before_any_work(
     ]
     directory = write_records(tmp_path, "few", FOLD_CLASSES, {"all": records})
     monkeypatch.setattr(RecordDataset, "__getitem__", None)
-    with pytest.raises(ProtocolError, match=said):
-        run_folds(_config(directory, small_run), tmp_path / "w")
+    with pytest.raises(UserError, match=said):
+        audio_classification(_config(directory, small_run), tmp_path / "w")
 
 
 def test_a_label_of_several_classes_is_refused(small_run, tmp_path):
@@ -243,4 +243,4 @@ def test_a_label_of_several_classes_is_refused(small_run, tmp_path):
     record = sound_record("a", "a", 0, 300, labels)
     directory = write_records(tmp_path, "several", FOLD_CLASSES, {"all": [record]}, ["class"])
     with pytest.raises(LackingError, match="'class', of which a record may have several"):
-        run_folds(_config(directory, small_run), tmp_path)
+        audio_classification(_config(directory, small_run), tmp_path)

@@ -15,13 +15,12 @@ from avcl_jax import experiment
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.evaluation.bank_exhibits import bank_searches
-from avcl_jax.evaluation.report import render_report
 from avcl_jax.objectives.bank_rows import BankRows, RowNumbers
 from avcl_jax.objectives.feature_bank import FeatureBank
 from avcl_jax.training import checkpoint
 from avcl_jax.training.checkpoint import Checkpoints, Progress
 from tests.evaluation.conftest import small_config, small_evaluation
-from tests.evaluation.test_report import synthetic_content
+from tests.evaluation.test_report import render, synthetic_content
 
 VIDEOS = 16  # the first training records, each with two rows
 KINDS = ("motion", "material")
@@ -121,7 +120,7 @@ def test_anchors_are_shown_with_rows_of_the_bank_and_their_similarity(
 
 def test_the_page_shows_stills_spectrograms_playback_and_shared_labels(run, agreeing):
     _, _, _, records, bank = run
-    page = render_report(dataclasses.replace(synthetic_content(), bank=agreeing, searches={}))
+    page = render(dataclasses.replace(synthetic_content(), bank=agreeing, searches={}))
     _, _, shown = page.partition("Samples from the feature bank")
     shown, _, _ = shown.partition("</section>")
     assert shown.count("data:image/jpeg;base64,") == 3 * 6 * 2

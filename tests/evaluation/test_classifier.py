@@ -11,21 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
 from avcl_jax import experiment
 from avcl_jax.data.labelled import LabelledRecords, fixed_clips
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
+from avcl_jax.errors import UserError
 from avcl_jax.evaluation.classifier import (
     ClipClassifier,
-    FreezeError,
     Inputs,
     create_classifier_state,
     scale_updates,
     trained_mask,
 )
-from avcl_jax.evaluation.finetune import clip_spec
-from avcl_jax.evaluation.finetune_split import predict
+from avcl_jax.evaluation.finetune import clip_spec, predict
 from avcl_jax.models.encoders import create_encoder
 from avcl_jax.training.sharding import create_mesh
 from tests.evaluation.labelled import make_encoders, toy_config, write_labelled
@@ -68,7 +68,7 @@ def test_the_prediction_is_the_mean_softmax_over_ten_clips(tmp_path):
         crops=1,
         chunk=5,  # 24 records do not fill it
         threads=1,
-        mesh=create_mesh(1),
+        directory=epath.Path(tmp_path / "predictions"),
     )
     assert found.shape == (24, 3)
     encode = jax.jit(encoder.apply)
@@ -105,10 +105,10 @@ def test_names_say_which_layers_are_frozen():
         "stem_norm": {"scale": False},
         "layer": {"kernel": True},
     }
-    with pytest.raises(FreezeError, match="leaves no layer of the encoder to train"):
+    with pytest.raises(UserError, match="leaves no layer of the encoder to train"):
         trained_mask(params, ("encoder/stem", "encoder/layer"))
     for wrong in ("layer", "head", ""):
-        with pytest.raises(FreezeError, match=re.escape(f"freeze {wrong!r} must name layers")):
+        with pytest.raises(UserError, match=re.escape(f"freeze {wrong!r} must name layers")):
             trained_mask(params, (wrong,))
 
 

@@ -11,10 +11,11 @@ import pytest
 
 from avcl_jax import experiment
 from avcl_jax.data.records import RecordDataset
+from avcl_jax.errors import UserError
+from avcl_jax.evaluation.classification import run_linear_probe
 from avcl_jax.evaluation.evaluate import evaluate
-from avcl_jax.evaluation.evaluated_run import open_run
-from avcl_jax.evaluation.linear_probe import run_linear_probe
-from avcl_jax.evaluation.protocol import OUTCOMES, ProtocolError, read_outcomes
+from avcl_jax.evaluation.evaluated_run import open_evaluated_run
+from avcl_jax.evaluation.protocol import OUTCOMES, read_outcomes
 from avcl_jax.export import export_run, load_encoder
 from avcl_jax.objectives.temporal import TASKS
 from configs import evaluate as evaluate_config
@@ -57,7 +58,7 @@ REFUSED = {
 def test_what_does_not_fit_is_refused_before_any_work(small_run, tmp_path, monkeypatch, said):
     shutil.copytree(small_run[1], tmp_path / "run")
     monkeypatch.setattr(RecordDataset, "__getitem__", None)
-    monkeypatch.setattr("avcl_jax.evaluation.evaluated_run.load_run", None)  # reads the weights
+    monkeypatch.setattr("avcl_jax.evaluation.views.load_run", None)  # reads the weights
     config = small_evaluation()
     config.update_from_flattened_dict(REFUSED[said])
     with pytest.raises(ValueError, match=said) as error:
@@ -70,17 +71,17 @@ def test_records_that_fill_one_batch_suffice_for_bounds_and_null_controls(small_
     for modality in ("video", "audio"):
         config.evaluation.supervised[modality].fit.batch_size = 24
     config.evaluation.null.fit.batch_size = 60
-    run = open_run(config, small_run[1])
-    assert (len(run.train), len(run.test), len(run.null[0]), len(run.null[1])) == (24, 16, 10, 10)
-    assert set(run.data) == {"train", "test"}
-    assert run.speeds == [0, 1]
+    run, found = open_evaluated_run(config, small_run[1])
+    lengths = (len(records) for records in (found.train, found.test, *found.null))
+    assert tuple(lengths) == (24, 16, 10, 10)
+    assert found.speeds == [0, 1]
     assert not run.spec.spectrogram_on_device  # wherever training made spectrograms
     config.evaluation.probes, config.evaluation.null.train_split = (), ""
     config.evaluation.speeds = ()
     config.evaluation.views_per_speed = 2
-    run = open_run(config, small_run[1])
-    assert (run.train, run.null, set(run.data)) == (None, None, {"test"})
-    assert run.speeds == [0, 1, 2]
+    _, found = open_evaluated_run(config, small_run[1])
+    assert (found.train, found.null) == (None, None)
+    assert found.speeds == [0, 1, 2]
 
 
 def test_a_directory_without_a_run_or_that_cannot_be_written_is_refused(small_run, tmp_path):
@@ -91,7 +92,7 @@ def test_a_directory_without_a_run_or_that_cannot_be_written_is_refused(small_ru
     shutil.copytree(small_run[1], tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink(missing_ok=True)
     (tmp_path / "run" / "results.json.trial").mkdir()
-    with pytest.raises(ProtocolError, match=r"run cannot be written to .*: choose another --work"):
+    with pytest.raises(UserError, match=r"run cannot be written to .*: choose another --work"):
         evaluate(small_evaluation(), tmp_path / "run")
 
 
@@ -120,8 +121,8 @@ def test_an_interrupted_evaluation_resumes_from_its_parts(
 ):
     shutil.copytree(small_run[1], tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
-    monkeypatch.setattr("avcl_jax.evaluation.evaluate.fixed_views", None)
-    monkeypatch.setattr("avcl_jax.evaluation.evaluate.task_logits", None)
+    monkeypatch.setattr("avcl_jax.evaluation.views.fixed_views", None)
+    monkeypatch.setattr("avcl_jax.evaluation.temporal.drawn_pairs", None)
     config = small_evaluation()
     config.data.directory = ""  # that of the run
     again = evaluate(config, tmp_path / "run")
@@ -141,8 +142,8 @@ def test_a_run_of_other_speeds_is_evaluated_by_the_general_preset(small_records,
     assert set(found["temporal"]) == set(TASKS)
     assert found["data"].keys() == {"test"}
     page = (workdir / "report.html").read_text()
-    assert "How training went" not in page
-    assert "What it knows of time" in page
+    assert "<h2>Training</h2>" not in page
+    assert "Temporal tasks" in page
 
 
 def test_results_have_every_key_of_the_issue_and_fractions(results):
@@ -214,7 +215,7 @@ def test_the_page_shows_the_run(small_run, results):
     for text in ("What was learned from demo", "Finding the other half", "Nearest neighbours"):
         assert text in page
     assert page.count("data:image/jpeg;base64,") == 2 * 4 * 3
-    assert "picture–sound" in page
+    assert "video–audio" in page
     assert "Playback speed (1×, 2×, 4×)," in page
     assert not [path.name for path in small_run[1].iterdir() if path.name.endswith(".writing")]
 

@@ -16,10 +16,10 @@ from avcl_jax.data.modality_records import LackingError
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection, SelectionError
 from avcl_jax.encoder_source import open_encoders
-from avcl_jax.evaluation import finetune_split
-from avcl_jax.evaluation.classifier import FreezeError
-from avcl_jax.evaluation.finetune import clip_spec, finetune, folds
-from avcl_jax.evaluation.protocol import ProtocolError, read_outcomes
+from avcl_jax.errors import UserError
+from avcl_jax.evaluation import finetune as finetune_module
+from avcl_jax.evaluation.finetune import clip_spec, finetune, labelled_splits, training_batches
+from avcl_jax.evaluation.protocol import read_outcomes
 from avcl_jax.export import ExportError
 from avcl_jax.training.checkpoint import CheckpointError, load_variables
 from avcl_jax.training.run_steps import NonFiniteError
@@ -44,7 +44,7 @@ def tuned(records, encoders, tmp_path_factory):
     """(workdir, results, records read before the test) of a whole fine-tuning."""
     workdir = tmp_path_factory.mktemp("tuned") / "run"
     read, before = [], []
-    getitem, predict = RecordDataset.__getitem__, finetune_split.predict
+    getitem, predict = RecordDataset.__getitem__, finetune_module.predict
 
     def reading(self, index):
         read.append(int(index))
@@ -56,7 +56,7 @@ def tuned(records, encoders, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RecordDataset, "__getitem__", reading)
-        patch.setattr(finetune_split, "predict", predicting)
+        patch.setattr(finetune_module, "predict", predicting)
         results = finetune(toy_config(records, encoders), workdir)
     return workdir, results, before
 
@@ -79,19 +79,17 @@ def test_it_learns_classes_that_are_plain(tuned):
 
 def test_results_are_those_of_the_saved_softmax(tuned, records):
     workdir, results, _ = tuned
-    with np.load(workdir / "split1" / "predictions.npz") as saved:
-        probabilities, names, classes = (saved[n] for n in ("probabilities", "records", "classes"))
+    outcomes = read_outcomes(workdir / "outcomes.npz")
+    probabilities = outcomes.values["probabilities"]
     data = RecordDataset(records, "all")
     tested = sorted(in_split(records, "test"))
     truth = data.labels["class"][tested]
-    assert names.tolist() == [data.record_ids[i] for i in tested]
-    np.testing.assert_array_equal(classes, truth)
+    np.testing.assert_array_equal(outcomes.values["label"], truth)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, rtol=1e-5)
     hits = probabilities.argmax(axis=1) == truth
     assert results["metrics"]["top1"]["value"] == pytest.approx(hits.mean())
     by_class = [hits[truth == kind].mean() for kind in range(3)]
     assert results["metrics"]["mean_class_accuracy"]["value"] == pytest.approx(np.mean(by_class))
-    outcomes = read_outcomes(workdir / "outcomes.npz")
     assert outcomes.units == [f"split1/{data.record_ids[i]}" for i in tested]
     assert np.asarray(results["details"]["confusion"]).sum() == len(tested)
 
@@ -103,10 +101,8 @@ def test_no_test_record_is_read_before_the_last_step(tuned, records):
 
 def test_training_batches_hold_every_training_record_and_no_other(tuned, records, encoders):
     config = toy_config(records, encoders)
-    source = open_encoders(encoders)
-    spec = clip_spec(config, source.require("video"))
-    ((train, _),) = folds(config, spec)
-    batches = finetune_split.training_batches(config, 1, spec, train, 0)
+    (split,), spec = labelled_splits(config)
+    batches = training_batches(config, 1, spec, split.train, 0)
     drawn = np.concatenate([next(batches)["record_index"] for _ in range(8)])
     assert set(drawn.tolist()) == in_split(records, "train")
     assert not set(drawn.tolist()) & in_split(records, "test")
@@ -131,7 +127,7 @@ def test_an_interrupted_training_goes_on_bitwise(tuned, records, encoders, tmp_p
     steps = sorted(int(p.name) for p in (workdir / "split1" / "checkpoints").glob("[0-9]*"))
     assert steps == [9, 18]
     shutil.rmtree(workdir / "split1" / "checkpoints" / "18")  # as if killed before
-    (workdir / "split1" / "predictions.npz").unlink()
+    shutil.rmtree(workdir / "split1" / "predictions")
     (workdir / "results.json").unlink()
     again = finetune(toy_config(records, encoders), workdir)
     assert "steps 9 to 18" in capsys.readouterr().out
@@ -230,22 +226,22 @@ def test_sound_is_fine_tuned_by_the_same_code(records, encoders, tmp_path):
         (
             {"data.train_select": ("split1=test",)},
             ValueError,
-            "are in training",
+            "are among both the training records",
         ),
         ({"data.test_select": ("split1=test", "split2=test")}, ValueError, "same splits"),
         ({"encoder": "/nonexistent"}, ExportError, "there is no directory /nonexistent"),
         ({"init": "imagenet"}, ValueError, "must be 'pretrained' or 'random'"),
         ({"modality": "both"}, ValueError, "must be 'video' or 'audio'"),
         ({"batch_norm": "off"}, ValueError, "must be 'train' or 'frozen'"),
-        ({"freeze": ("encoder/stem",)}, FreezeError, "set batch_norm='frozen'"),
+        ({"freeze": ("encoder/stem",)}, UserError, "set batch_norm='frozen'"),
         (
             {"freeze": ("encoder",), "batch_norm": "frozen"},
-            FreezeError,
+            UserError,
             "leaves no layer of the encoder to train: use configs/linear_probe.py",
         ),
         (
             {"freeze": ("encoder/layer9",), "batch_norm": "frozen"},
-            FreezeError,
+            UserError,
             "must name layers of the encoder, some of encoder/",
         ),
         ({"optimizer.schedule": "step"}, ValueError, "must be 'cosine' or 'multistep'"),
@@ -276,7 +272,7 @@ def test_mistakes_are_one_clear_error(records, encoders, tmp_path, overrides, er
     ("overrides", "error", "message"),
     [
         ({"data.label": "part"}, LackingError, "have no audio, or only silence, first 'clip 15'"),
-        ({"test.crops": 3}, ValueError, "sound has neither pictures nor crops"),
+        ({"test.crops": 3}, ValueError, "audio has neither frames nor crops"),
         ({"clip.seconds": 0.77}, ValueError, "windows of"),
     ],
 )
@@ -289,7 +285,7 @@ def test_mistakes_about_sound(records, encoders, tmp_path, overrides, error, mes
 
 def test_a_directory_of_another_training_is_refused(tuned, records, encoders, tmp_path):
     config = toy_config(records, encoders, **{"label_smoothing": 0.3})
-    with pytest.raises(ProtocolError, match="results of this protocol with another encoder"):
+    with pytest.raises(UserError, match="results of this protocol with another encoder"):
         finetune(config, tuned[0])
     # The same before there are results.
     workdir = shutil.copytree(tuned[0], tmp_path / "unfinished")
@@ -373,8 +369,7 @@ def assert_agree(left: Path, right: Path) -> None:
     for workdir in (left, right):
         rows = (workdir / "split1" / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(row)["loss"] for row in rows])
-        with np.load(workdir / "split1" / "predictions.npz") as saved:
-            probabilities.append(saved["probabilities"])
+        probabilities.append(read_outcomes(workdir / "outcomes.npz").values["probabilities"])
         assert (workdir / "results.json").exists()
     assert len(losses[0]) == 6
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)

@@ -10,8 +10,8 @@ import pytest
 
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.encoder_source import open_encoders
+from avcl_jax.errors import UserError
 from avcl_jax.evaluation.finetune import finetune
-from avcl_jax.evaluation.protocol import ProtocolError
 from avcl_jax.training.checkpoint import load_variables
 from tests.evaluation.labelled import toy_config, write_encoders, write_labelled
 
@@ -84,7 +84,7 @@ def test_an_encoder_that_met_the_test_of_its_split_is_refused(
         (encoders.parent / f"other{fold}").unlink(missing_ok=True)
         (encoders.parent / f"other{fold}").symlink_to(encoders.parent / f"fold{other}")
     config = toy_config(records, encoders.parent / encoder, **SPLITS)
-    with pytest.raises(ProtocolError, match=message):
+    with pytest.raises(UserError, match=message):
         finetune(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -100,8 +100,6 @@ def test_a_random_encoder_is_the_same_for_all_splits(records, encoders, tmp_path
 @pytest.mark.parametrize("test", ["split1!=test", "split1=test|train", "split1=test;class=red", ""])
 def test_a_selection_of_no_one_fold_names_no_encoder(records, encoders, tmp_path, test):
     config = toy_config(records, encoders, **{"data.test_select": (test,)})
-    with pytest.raises(
-        ProtocolError, match=r"is not one fold, as {fold} in encoder needs"
-    ) as error:
+    with pytest.raises(UserError, match=r"is not one fold, as {fold} in encoder needs") as error:
         finetune(config, tmp_path / "run")
     assert "\n" not in str(error.value)

@@ -17,9 +17,7 @@ from avcl_jax.evaluation.classifier import (
     create_classifier_state,
     trained_mask,
 )
-from avcl_jax.evaluation.finetune import clip_spec
-from avcl_jax.evaluation.finetune_split import input_shape, optimizer_of
-from avcl_jax.evaluation.recognition import protocol_of
+from avcl_jax.evaluation.finetune import clip_spec, input_shape, optimizer_of, protocol_of
 from avcl_jax.export import Encoder
 from avcl_jax.training.sharding import create_mesh
 from avcl_jax.training.state import state_shardings

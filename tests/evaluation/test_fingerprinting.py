@@ -21,7 +21,7 @@ from avcl_jax.evaluation.fingerprint_outcomes import (
 from avcl_jax.evaluation.fingerprint_search import Answer, Ranking, background_score
 from avcl_jax.evaluation.fingerprinting import load_baselines, metrics, outcomes
 from avcl_jax.evaluation.protocol import inputs_of
-from avcl_jax.evaluation.significance import STATISTICS
+from avcl_jax.evaluation.statistics import STATISTICS
 from avcl_jax.evaluation.transformations.families import FAMILIES
 from tests.evaluation.transformations.clips import clip
 

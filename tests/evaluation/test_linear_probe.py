@@ -13,9 +13,10 @@ from sklearn.preprocessing import StandardScaler
 
 from avcl_jax.data.modality_records import LackingError
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.evaluation.linear_classifier import fit_linear
-from avcl_jax.evaluation.linear_probe import run_linear_probe
-from avcl_jax.evaluation.protocol import OUTCOMES, ProtocolError, read_outcomes
+from avcl_jax.errors import UserError
+from avcl_jax.evaluation.classification import run_linear_probe
+from avcl_jax.evaluation.linear import fit_linear
+from avcl_jax.evaluation.protocol import OUTCOMES, read_outcomes
 from configs import linear_probe as config_file
 from tests.evaluation.conftest import sound_record, write_records
 
@@ -176,10 +177,10 @@ def test_what_does_not_fit_is_refused_before_any_work(
     config = _config(tagged_records, small_run, "audioset")
     config.data.update({"label": "tags", "test_select": ("kind=a", "kind=a")})
     config.data.train_select = ("", "kind=a")
-    with pytest.raises(ProtocolError, match="for which mAP over 2 splits is not defined"):
+    with pytest.raises(UserError, match="for which mAP over 2 splits is not defined"):
         run_linear_probe(config, tmp_path)
     config.data.update({"train_select": ("",), "test_select": ("kind=b",), "test_split": "alike"})
-    with pytest.raises(ProtocolError, match=r"no class of 'tags' has both .* the test records"):
+    with pytest.raises(UserError, match=r"no class of 'tags' has both .* the test records"):
         run_linear_probe(config, tmp_path)
     # Each held-out fold would be one record, of which no class is both positive and negative.
     config.data.update({"test_select": ("",), "test_split": "eval"})
@@ -192,9 +193,9 @@ def test_what_does_not_fit_is_refused_before_any_work(
         run_linear_probe(config, tmp_path)
     config = _config(small_records, small_run)
     config.data.test_split = "train"
-    with pytest.raises(ProtocolError, match="24 records are among both the training and the test"):
+    with pytest.raises(UserError, match="24 records are among both the training"):
         run_linear_probe(config, tmp_path)
     config = _config(small_records, small_run)
     config.features.record_pooling = "clips"
-    with pytest.raises(ProtocolError, match="'clips' is for folds"):
+    with pytest.raises(UserError, match="'clips' is for folds"):
         run_linear_probe(config, tmp_path)

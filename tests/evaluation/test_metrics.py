@@ -11,7 +11,7 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
-from avcl_jax.evaluation.metrics import (
+from avcl_jax.evaluation.statistics import (
     average_precision,
     class_mean,
     d_prime,

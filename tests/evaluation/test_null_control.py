@@ -8,10 +8,9 @@ import pytest
 
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.usable_records import UsableRecords
-from avcl_jax.evaluation.null_control import null_control, render_null_views
-from avcl_jax.evaluation.supervised import FitSpec
+from avcl_jax.evaluation.supervised import FitSpec, null_control, render_null_views
 from avcl_jax.models.audio_encoders import AudioResNet
-from tests.evaluation.test_embed import SPEC
+from tests.evaluation.test_views import SPEC
 
 FIT = FitSpec(
     batch_size=64,
@@ -58,7 +57,8 @@ def test_the_shipped_rendering_of_sound_is_at_chance_on_noise(rendered):
         assert control.scores[task].chance == pytest.approx(chance)
         assert abs(control.scores[task].accuracy - chance) < 0.05
         # Five points are more than three standard errors, or the control would prove nothing.
-        assert 3 * control.standard_error(task) < 0.05
+        error = np.sqrt(chance * (1 - chance) / control.scores[task].confusion.sum())
+        assert 3 * error < 0.05
     assert control.views == 10 * VIEWS
 
 

@@ -10,9 +10,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from avcl_jax.evaluation.linear_classifier import check_sources, fit_linear, fit_probe
-from avcl_jax.evaluation.metrics import gap_closed
-from avcl_jax.evaluation.probe import linear_probe, trivial_statistics
+from avcl_jax.evaluation.evaluate import trivial_statistics
+from avcl_jax.evaluation.linear import check_sources, fit_linear, fit_probe, linear_probe
+from avcl_jax.evaluation.statistics import gap_closed
 
 FIT = {"iterations": 300, "tolerance": 1e-6}
 SETTINGS = {"costs": (1e-3, 1e-1, 10.0), "folds": 3, "seed": 0, "classes": 3} | FIT

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -10,20 +11,21 @@ import pytest
 from etils import epath
 
 from avcl_jax.encoder_source import EncoderSource
+from avcl_jax.errors import UserError
 from avcl_jax.evaluation import compare
+from avcl_jax.evaluation.driver import Context, ProtocolRun, run_protocol
 from avcl_jax.evaluation.protocol import (
     Measured,
     Metric,
     Outcomes,
     Protocol,
-    ProtocolError,
+    Stages,
     read_outcomes,
 )
-from avcl_jax.evaluation.protocol_run import ProtocolRun
-from avcl_jax.evaluation.significance import bootstrap
-from avcl_jax.evaluation.written import Stages
+from avcl_jax.evaluation.statistics import bootstrap
 
 PROTOCOL = Protocol("toy", 1, "A toy & its <figures>", ["Add them up."])
+ENCODER = EncoderSource("runs/toy", {}, "12ab", 7, None)
 METRICS = {
     "accuracy": Metric("mean", ["correct"], "accuracy", chance=0.5, headline=True),
     "median_rank": Metric("median", ["rank"], "median rank", unit="number"),
@@ -52,7 +54,7 @@ def _measured(correct: np.ndarray, order: np.ndarray | None = None) -> Measured:
 def _run(
     workdir: Path, data: str = "toy-test-1", protocol: Protocol = PROTOCOL, **settings: object
 ) -> ProtocolRun:
-    return ProtocolRun(protocol, _config(**settings), epath.Path(workdir), None, {"test": data})
+    return ProtocolRun(protocol, _config(**settings), epath.Path(workdir), ENCODER, {"test": data})
 
 
 def _write(workdir: Path, correct: np.ndarray, order: np.ndarray | None = None) -> dict:
@@ -92,7 +94,7 @@ def test_finished_results_are_found_unless_something_that_counts_changed(tmp_pat
         _run(tmp_path, "toy-test-2"),
         _run(tmp_path, protocol=dataclasses.replace(PROTOCOL, version=2)),
     ):
-        with pytest.raises(ProtocolError, match="another encoder, other data, other settings or"):
+        with pytest.raises(UserError, match="another encoder, other data, other settings or"):
             changed.finished()
     (tmp_path / "report.html").unlink()
     assert _run(tmp_path).finished() is None
@@ -106,21 +108,55 @@ def test_results_of_another_encoder_are_not_these(tmp_path: Path) -> None:
     results = run("a1", "runs/a").write(_measured(np.ones(4)), Stages())
     assert results["encoder"] == {"path": "runs/a", "fingerprint": "a1", "step": 1, "heads": None}
     assert run("a1", "runs/moved").finished() == results
-    for other in (run("b2", "runs/a"), _run(tmp_path)):
-        with pytest.raises(ProtocolError, match="with another encoder"):
-            other.finished()
+    with pytest.raises(UserError, match="with another encoder"):
+        run("b2", "runs/a").finished()
 
 
-def test_parts_of_another_version_are_computed_anew(tmp_path: Path) -> None:
-    newer = dataclasses.replace(PROTOCOL, version=2)
-    assert _run(tmp_path).features != _run(tmp_path, protocol=newer).features
+def _run_protocol(workdir: Path, protocol: Protocol = PROTOCOL, **given: Any) -> Any:
+    given = {"compute": lambda _: 7, "measure": lambda *_: _measured(np.ones(4))} | given
+    data = {"test": "toy-test-1"}
+    config = _config()
+    return run_protocol(protocol, config, workdir, (), encoder=ENCODER, data=data, **given)
+
+
+def test_a_protocol_is_computed_then_measured_and_not_again(tmp_path: Path) -> None:
+    directories, measured = [], []
+
+    def compute(context: Context) -> int:
+        directories.append(context.directory)
+        return 7
+
+    def measure(context: Context, computed: int) -> Measured:
+        measured.append(computed)
+        return _measured(np.ones(4))
+
+    for name, protocol in (("a", PROTOCOL), ("b", dataclasses.replace(PROTOCOL, version=2))):
+        functions = {"compute": compute, "measure": measure}
+        results = _run_protocol(tmp_path / name, protocol, **functions)
+        assert _run_protocol(tmp_path / name, protocol, **functions) == results
+    assert measured == [7, 7]
+    # Another version does not take the parts of this one.
+    assert [path.name for path in directories] == ["toy-1", "toy-2"]
+
+
+def test_other_processes_compute_but_neither_measure_nor_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    assert _run_protocol(tmp_path / "w", measure=None) == {}
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_signal_while_computing_leaves_no_results(tmp_path: Path) -> None:
+    assert _run_protocol(tmp_path, compute=lambda _: None, measure=None) is None
+    assert not (tmp_path / "results.json").exists()
 
 
 def test_the_evaluation_of_a_run_replaces_an_older_one(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     run = dataclasses.replace(_run(tmp_path), in_training=True)
     assert run.finished() is None
-    results = run.write(_measured(np.ones(4)), Stages(), sections={"step": 7})
+    results = run.write(dataclasses.replace(_measured(np.ones(4)), view={"step": 7}), Stages())
     assert results["step"] == 7
     assert run.finished() == results
     assert dataclasses.replace(_run(tmp_path, seed=1), in_training=True).finished() is None
@@ -128,16 +164,16 @@ def test_the_evaluation_of_a_run_replaces_an_older_one(tmp_path: Path) -> None:
 
 def test_a_directory_with_something_else_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(ProtocolError, match="is the workdir of a training run"):
+    with pytest.raises(UserError, match="is the workdir of a training run"):
         _run(tmp_path / "run").finished()
     _write(tmp_path / "toy", np.ones(4))
     other = Protocol("other", 1, "Other", [])
     for in_training in (False, True):
         run = dataclasses.replace(_run(tmp_path / "toy", protocol=other), in_training=in_training)
-        with pytest.raises(ProtocolError, match="holds the results of toy: choose another"):
+        with pytest.raises(UserError, match="holds the results of toy: choose another"):
             run.finished()
     (tmp_path / "toy" / "results.json").write_text('{"probe": {}}')
-    with pytest.raises(ProtocolError, match="holds the results of another program"):
+    with pytest.raises(UserError, match="holds the results of another program"):
         _run(tmp_path / "toy").finished()
     assert _run(tmp_path / "none").finished() is None
     # Protocols that train leave checkpoints of their own beside their results.
@@ -204,7 +240,7 @@ def test_a_metric_of_what_nothing_measured_is_refused_and_nothing_written(tmp_pa
     measured = Measured(
         Outcomes(["a"], ["s"], {}), {"accuracy": Metric("mean", ["correct"], "accuracy")}, {}, []
     )
-    with pytest.raises(ProtocolError, match=r"accuracy needs the outcomes correct, which"):
+    with pytest.raises(UserError, match=r"accuracy needs the outcomes correct, which"):
         _run(tmp_path).write(measured, Stages())
     assert not list(tmp_path.iterdir())
 
@@ -223,7 +259,7 @@ def test_a_metric_of_what_nothing_measured_is_refused_and_nothing_written(tmp_pa
 def test_outcomes_that_contradict_themselves_are_refused(
     tmp_path: Path, outcomes: Outcomes, message: str
 ) -> None:
-    with pytest.raises(ProtocolError, match=message):
+    with pytest.raises(UserError, match=message):
         _run(tmp_path).write(Measured(outcomes, {}, {}, []), Stages())
     assert not list(tmp_path.iterdir())
 
@@ -268,7 +304,7 @@ def test_runs_that_cannot_be_compared_say_why(
     _write(tmp_path / "b", np.ones(6))
     (tmp_path / "empty").mkdir()
     for runs, message in [
-        (["a"], "has nothing to be compared with"),
+        (["a"], "compare needs at least two runs"),
         (["a", "b"], "2 are in one only, for instance video 4"),
         (["a", "empty"], "holds no results.json: run a protocol with it"),
     ]:
@@ -290,7 +326,7 @@ def test_runs_that_cannot_be_compared_say_why(
     del results["metrics"]
     (tmp_path / "c" / "results.json").write_text(json.dumps(results))
     assert compare.main([str(tmp_path / "a"), str(tmp_path / "c")]) == 1
-    assert "is no result of a protocol" in capsys.readouterr().err
+    assert "is not the result of a protocol" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from avcl_jax.data.selected_records import SelectedRecords
+from avcl_jax.errors import UserError
 from avcl_jax.evaluation.compare import compare_runs, read_run
-from avcl_jax.evaluation.evaluate import evaluate
-from avcl_jax.evaluation.probe import ProbeResult
-from avcl_jax.evaluation.protocol import Measured, ProtocolError, estimate, read_outcomes
+from avcl_jax.evaluation.evaluate import evaluate, run_outcomes
+from avcl_jax.evaluation.linear import ProbeResult
+from avcl_jax.evaluation.protocol import Measured, estimate, read_outcomes
 from avcl_jax.evaluation.retrieval import RetrievalScores
-from avcl_jax.evaluation.run_outcomes import run_outcomes
 from tests.evaluation.conftest import small_evaluation
 
 
@@ -51,7 +51,7 @@ def _probe(known, correct, chance=0.25):
 
 def _figures(probes, ranked):
     features = {"has_video": HAS_VIDEO, "has_audio": HAS_AUDIO}
-    outcomes, metrics = run_outcomes(_Five(), features, probes, ranked, {}, recall_at=(1,))
+    outcomes, metrics = run_outcomes(_Five(), features, probes, ranked, {})
     found = estimate(Measured(outcomes, metrics, details={}, sections=()), resamples=50, seed=0)
     return outcomes, {name: (figure["value"], figure["chance"]) for name, figure in found.items()}
 
@@ -81,7 +81,7 @@ def test_a_probe_is_about_the_records_that_have_its_modality_and_a_label():
 
 
 def test_retrieval_is_about_the_records_of_both_modalities():
-    ranked = RetrievalScores({1: 2 / 3}, {1: 1 / 3}, 1.0, 2.0, 3, 3, np.array([1, 3, 1]))
+    ranked = RetrievalScores(np.array([1, 3, 1]), 3, {1: 1 / 3})
     outcomes, figures = _figures({}, {"audio_to_video": ranked})
     np.testing.assert_array_equal(outcomes.values["hit1_audio_to_video"], [0, 0, 1, 0, 1])
     assert figures["audio_to_video_r1"] == pytest.approx((2 / 3, 1 / 3))
@@ -126,5 +126,5 @@ def test_the_run_is_compared_with_itself_and_tells_no_difference(small_run, resu
 def test_records_that_were_pretrained_on_are_no_test(small_run):
     config = small_evaluation()
     config.evaluation.test_split = config.evaluation.train_split
-    with pytest.raises(ProtocolError, match="test records"):
+    with pytest.raises(UserError, match="test records"):
         evaluate(config, small_run[1])

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from avcl_jax.encoder_source import open_encoders
-from avcl_jax.evaluation.cross_modal import audio_video_retrieval, cross_modal_scores
-from avcl_jax.evaluation.protocol import OUTCOMES, ProtocolError, read_outcomes
-from avcl_jax.evaluation.significance import STATISTICS
-from avcl_jax.evaluation.temporal_tasks import score_tasks, temporal_tasks
+from avcl_jax.errors import UserError
+from avcl_jax.evaluation.protocol import OUTCOMES, read_outcomes
+from avcl_jax.evaluation.retrieval import audio_video_retrieval, cross_modal_scores
+from avcl_jax.evaluation.statistics import STATISTICS
+from avcl_jax.evaluation.temporal import score_tasks, temporal_tasks
 from avcl_jax.export import ExportError, load_run
 from avcl_jax.objectives.temporal import TASKS
 from avcl_jax.training.checkpoint import Checkpoints, Progress
@@ -51,17 +52,16 @@ def test_perfect_random_and_collapsed_embeddings_find_what_they_should():
     rng = np.random.default_rng(0)
     eye = np.eye(40)
     for scores in cross_modal_scores(_features(eye, eye), "x", (1, 5)).values():
-        assert scores.recall == {1: 1.0, 5: 1.0}
-        assert scores.median_rank == 1
+        assert (scores.ranks == 1).all()
     random = _features(rng.normal(size=(40, 8)), rng.normal(size=(40, 8)))
     for scores in cross_modal_scores(random, "x", (1, 5)).values():
-        assert scores.recall[5] < 0.4
-        assert 10 < scores.median_rank < 31
+        assert scores.recall(5) < 0.4
+        assert 10 < np.median(scores.ranks) < 31
     for scores in cross_modal_scores(
         _features(np.ones((40, 3)), np.ones((40, 3))), "x", ()
     ).values():
-        assert scores.recall == {1: 0.0}
-        assert scores.median_rank == 40
+        assert scores.recall(1) == 0.0
+        assert (scores.ranks == 40).all()
 
 
 def test_halves_of_other_records_are_found_at_chance():
@@ -69,7 +69,7 @@ def test_halves_of_other_records_are_found_at_chance():
     video = rng.normal(size=(200, 8))
     scores = cross_modal_scores(_features(video, video[rng.permutation(200)]), "x", (1, 10))
     for found in scores.values():
-        assert found.recall[10] < 0.15
+        assert found.recall(10) < 0.15
         assert found.chance[10] == pytest.approx(0.05)
 
 
@@ -77,7 +77,7 @@ def test_a_record_without_sound_is_neither_query_nor_item():
     features = _features(np.eye(6), np.eye(6))
     features["has_audio"][2] = False
     scores = cross_modal_scores(features, "x", (1,))
-    assert scores["audio_to_video"].gallery == scores["video_to_audio"].queries == 5
+    assert scores["audio_to_video"].gallery == len(scores["video_to_audio"].ranks) == 5
     features["has_audio"][:] = False
     assert cross_modal_scores(features, "x", (1,)) == {}
 
@@ -108,14 +108,14 @@ def test_audio_video_retrieval_needs_a_run_of_both(
         audio_video_retrieval(config, tmp_path / "w")
     config = _cross_modal(small_records, small_run)
     config.features.speeds = (1, 3)
-    with pytest.raises(ProtocolError, match=r"speeds 3 were not trained"):
+    with pytest.raises(UserError, match=r"speeds 3 were not trained"):
         audio_video_retrieval(config, tmp_path / "w")
     config.features.update({"speeds": (1,), "views_per_speed": 3})
     with pytest.raises(ValueError, match="do not form pairs"):
         audio_video_retrieval(config, tmp_path / "w")
     config = _cross_modal(fold_records, small_run)
     config.data.update({"split": "all", "leave_out": True})
-    with pytest.raises(ProtocolError, match=r"no record of .* has both picture and sound"):
+    with pytest.raises(UserError, match=r"no record of .* has both video and audio"):
         audio_video_retrieval(config, tmp_path / "w")
 
 
@@ -139,7 +139,7 @@ def test_a_run_of_other_heads_is_another_run(small_records, small_run, tmp_path,
     checkpoints.close()
     (tmp_path / "run" / "config.json").write_text((encoders / "config.json").read_text())
     config.encoder = str(tmp_path / "run")
-    with pytest.raises(ProtocolError, match="holds results of this protocol with another encoder"):
+    with pytest.raises(UserError, match="holds results of this protocol with another encoder"):
         protocol(config, tmp_path / "out")
     (tmp_path / "out" / "results.json").unlink()  # the parts of the first run are still there
     second = protocol(config, tmp_path / "out")
@@ -175,7 +175,7 @@ def test_a_record_without_sound_stops_unless_left_out(mixed_records, small_run, 
         config = _prepare(temporal_config.get_config("demo"), mixed_records, small_run)
         config.evaluation.pairs_per_video = 6
     with pytest.raises(
-        ProtocolError, match=r"2 of the 5 records .* lack video or audio .* first 'silent': set"
+        UserError, match=r"2 of the 5 records .* lack video or audio .* first 'silent': set"
     ) as error:
         protocol(config, tmp_path / "w")
     assert "\n" not in str(error.value)

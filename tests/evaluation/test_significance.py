@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 
-from avcl_jax.evaluation.significance import STATISTICS, bootstrap, compare, holm
+from avcl_jax.evaluation.statistics import STATISTICS, bootstrap, compare, holm
 
 
 def test_the_interval_of_a_mean_covers_it_as_often_as_it_says() -> None:

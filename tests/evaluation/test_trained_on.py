@@ -7,17 +7,16 @@ import shutil
 import pytest
 
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.evaluation.cross_modal import audio_video_retrieval
+from avcl_jax.errors import UserError
+from avcl_jax.evaluation.classification import run_linear_probe
 from avcl_jax.evaluation.finetune import finetune
-from avcl_jax.evaluation.linear_probe import run_linear_probe
-from avcl_jax.evaluation.protocol import ProtocolError
-from avcl_jax.evaluation.temporal_tasks import temporal_tasks
-from avcl_jax.evaluation.trained_on import check_not_trained_on
-from avcl_jax.evaluation.video_retrieval import video_retrieval
+from avcl_jax.evaluation.retrieval import audio_video_retrieval, video_retrieval
+from avcl_jax.evaluation.splits import check_not_trained_on
+from avcl_jax.evaluation.temporal import temporal_tasks
 from avcl_jax.training.checkpoint import Checkpoints, Progress
 from configs import cross_modal, linear_probe, retrieval, temporal
 from configs import finetune as finetune_config
-from tests.evaluation.test_fold_encoders import _Records, _source
+from tests.evaluation.test_splits import _Records, _source
 
 PROTOCOLS = {
     "retrieval": (retrieval, video_retrieval),
@@ -54,7 +53,7 @@ def test_a_run_on_its_own_test_records_is_refused(name, run_on_test, small_recor
             c.features.update({"speeds": (1, 2), "views_per_speed": 1})
         elif name == "finetune":
             c.update({"clip": {"seconds": 0.0}, "global_batch_size": 4})
-    with pytest.raises(ProtocolError, match=r"was pretrained, without labels, on \d+ of the"):
+    with pytest.raises(UserError, match=r"was pretrained, without labels, on \d+ of the"):
         protocol(c, tmp_path / "out")
     assert not (tmp_path / "out" / "results.json").exists()
 

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 from avcl_jax.evaluation.figures import line_chart
-from avcl_jax.evaluation.report import render_report
 from avcl_jax.evaluation.training_curves import training_curves
 from avcl_jax.style import STYLE
 from avcl_jax.training.loop import bank_start
 from configs import pretrain
-from tests.evaluation.test_report import synthetic_content
+from tests.evaluation.test_report import render, synthetic_content
 
 
 def _rows(steps: int = 8) -> list[dict]:
@@ -143,7 +142,7 @@ def test_the_bank_is_used_after_warm_up_and_when_full(changes, start):
 @pytest.mark.parametrize(("start", "marked"), [(80, True), (90, False)])
 def test_the_page_marks_the_bank_in_every_chart_that_reaches_it(start, marked):
     curves = [training_curves(_rows())[n] for n in (0, -1)]
-    page = render_report(dataclasses.replace(synthetic_content(), curves=curves, bank_start=start))
+    page = render(dataclasses.replace(synthetic_content(), curves=curves, bank_start=start))
     assert page.count(f">bank from step {start}</text>") == marked * len(curves)
     assert ("of the feature bank" in page) == marked
     before, _, after = page.partition("<summary>More metrics</summary>")

@@ -21,6 +21,7 @@ from avcl_jax.data.decoded import DecodedMedia
 from avcl_jax.data.record_metadata import write_dataset_metadata
 from avcl_jax.data.records import RecordDataset, shard_name, write_shard
 from avcl_jax.encoder_source import open_encoders
+from avcl_jax.errors import UserError
 from avcl_jax.evaluation import fingerprint_clips
 from avcl_jax.evaluation import fingerprinting as fingerprinting_module
 from avcl_jax.evaluation.fingerprint_clips import (
@@ -32,7 +33,6 @@ from avcl_jax.evaluation.fingerprinting import clip_sets, fingerprinting
 from avcl_jax.evaluation.protocol import (
     OUTCOMES,
     Outcomes,
-    ProtocolError,
     read_outcomes,
     write_outcomes,
 )
@@ -139,7 +139,7 @@ def test_results_without_a_baseline_are_not_those_with_it(
         module, "Searcher", lambda answers: asked_for.append(answers), raising=False
     )
     monkeypatch.setitem(sys.modules, "late_baseline", module)
-    with pytest.raises(ProtocolError, match="other settings"):
+    with pytest.raises(UserError, match="other settings"):
         fingerprinting(config, tmp_path)
     assert asked_for == [config.answers + 1]  # or a tie at the cut would not be seen
 
@@ -149,7 +149,7 @@ def test_encoders_that_met_a_clip_of_any_role_are_refused(encoders: Path, record
     source = open_encoders(encoders)
     met = RecordDataset(records, "test").fingerprint
     trained = dataclasses.replace(source, trained_on=met)
-    with pytest.raises(ProtocolError, match="pretrained, without labels, on 9 of the 9 clips"):
+    with pytest.raises(UserError, match="pretrained, without labels, on 9 of the 9 clips"):
         clip_sets(config.data, trained)
     clips, _, _ = clip_sets(config.data, source)
     clips.check()

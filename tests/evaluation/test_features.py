@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,15 +14,14 @@ from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import FORWARD
-from avcl_jax.encoder_source import open_encoders
-from avcl_jax.evaluation.fixed_views import fixed_views
-from avcl_jax.evaluation.parts import in_parts
-from avcl_jax.evaluation.protocol import ProtocolError
-from avcl_jax.evaluation.record_clips import ClipTimes, RecordClips
-from avcl_jax.evaluation.record_features import FeatureSpec, record_features
+from avcl_jax.encoder_source import open_encoders, random_like
+from avcl_jax.errors import UserError
+from avcl_jax.evaluation.batched import in_parts
+from avcl_jax.evaluation.features import FeatureSpec, RecordClips, record_features
+from avcl_jax.evaluation.views import fixed_views
 from tests.evaluation.conftest import CLASS_NAMES, small_record, sound_record, write_records
 
-MEAN = FeatureSpec("mean", "mean", chunk=5, threads=2, part_records=7)
+MEAN = FeatureSpec((1, 2), 2, "mean", "mean", chunk=5, threads=2, part_records=7)
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +34,13 @@ def _clips(directory, source, modality, *, split="test", speeds=(1, 2), clips=2,
         RecordDataset(directory, split),
         Selection.parse(options.get("select", "")),
         source.require(modality).preprocess,
-        ClipTimes(speeds, clips),
+        dataclasses.replace(MEAN, speeds=speeds, clips=clips),
         leave_out=options.get("leave_out", False),
     )
+
+
+def _features(source, clips, spec, directory):
+    return record_features({"x": source}, clips, spec, directory=directory)["x"]
 
 
 @pytest.mark.parametrize(("modality", "array"), [("video", "video"), ("audio", "spectrogram")])
@@ -67,17 +71,15 @@ def test_silent_audio_does_not_move_the_clips_of_a_video(small_run, source, tmp_
 @pytest.mark.parametrize("modality", ["video", "audio"])
 def test_features_do_not_depend_on_batches_and_parts(small_records, source, modality, tmp_path):
     clips = _clips(small_records, source, modality)
-    found = record_features(
-        source.require(modality), clips, MEAN, fingerprint="a", directory=tmp_path
-    )
+    found = _features(source, clips, MEAN, tmp_path)
     encoder = source.require(modality)
     each = [np.asarray(encoder.apply(encoder.params, clips[n])) for n in range(len(clips))]
     np.testing.assert_allclose(found, [rows.mean(axis=0) for rows in each], atol=1e-5)
     by_clip = dataclasses.replace(MEAN, record_pooling="clips", chunk=16)
-    rows = record_features(encoder, clips, by_clip, fingerprint="a", directory=tmp_path)
+    rows = _features(source, clips, by_clip, tmp_path)
     np.testing.assert_allclose(rows, each, atol=1e-5)
     largest = dataclasses.replace(MEAN, record_pooling="mean_max")
-    both = record_features(encoder, clips, largest, fingerprint="a", directory=tmp_path)
+    both = _features(source, clips, largest, tmp_path)
     expected = [np.concatenate([rows.mean(axis=0), rows.max(axis=0)]) for rows in each]
     np.testing.assert_allclose(both, expected, atol=1e-5)
 
@@ -92,12 +94,12 @@ def test_pooling_of_maps(small_records, source, tmp_path):
     }
     for kind, over_time in expected.items():
         spec = dataclasses.replace(MEAN, clip_pooling=kind)
-        found = record_features(encoder, clips, spec, fingerprint="a", directory=tmp_path)[0]
+        found = _features(source, clips, spec, tmp_path)[0]
         wanted = np.concatenate([over_time.mean(axis=0), over_time.max(axis=0)])
         np.testing.assert_allclose(found, wanted, atol=1e-5)
     video = _clips(small_records, source, "video")
-    with pytest.raises(ProtocolError, match="'bands_mean_max' is for sound"):
-        record_features(source.require("video"), video, spec, fingerprint="a", directory=tmp_path)
+    with pytest.raises(UserError, match="'bands_mean_max' is for audio"):
+        _features(source, video, spec, tmp_path)
 
 
 def test_an_interrupted_computation_goes_on_with_the_parts_that_are_there(tmp_path):
@@ -118,20 +120,48 @@ def test_an_interrupted_computation_goes_on_with_the_parts_that_are_there(tmp_pa
     np.testing.assert_array_equal(found["square"], np.arange(8) ** 2)
     assert asked == [*range(8), 6, 7]
     (tmp_path / "rows-0000003-0000006.npz").write_bytes(b"half")
-    with pytest.raises(ProtocolError, match=r"rows-0000003-0000006\.npz is damaged"):
+    with pytest.raises(UserError, match=r"rows-0000003-0000006\.npz is damaged"):
         in_parts(tmp_path, 8, compute, rows=3)
 
 
 def test_other_weights_and_clips_never_use_the_parts_of_others(small_records, source, tmp_path):
-    encoder = source.require("audio")
     clips = _clips(small_records, source, "audio", select="motion=down")
-    record_features(encoder, clips, MEAN, fingerprint="a", directory=tmp_path)
     others = _clips(small_records, source, "audio", select="motion=across")
-    record_features(encoder, others, MEAN, fingerprint="a", directory=tmp_path)
-    record_features(encoder, clips, MEAN, fingerprint="b", directory=tmp_path)
     slower = _clips(small_records, source, "audio", select="motion=down", speeds=(1,))
-    record_features(encoder, slower, MEAN, fingerprint="a", directory=tmp_path)
+    for network, records in (
+        (source, clips),
+        (source, others),
+        (dataclasses.replace(source, fingerprint="b"), clips),
+        (source, slower),
+    ):
+        _features(network, records, MEAN, tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_several_networks_encode_records_that_are_rendered_once(
+    small_records, source, tmp_path, monkeypatch
+):
+    clips = _clips(small_records, source, "audio")
+    networks = {"trained": source, "random": random_like(source, 0)}
+    apart = {name: _features(network, clips, MEAN, tmp_path) for name, network in networks.items()}
+    read, getitem = [], RecordDataset.__getitem__
+    monkeypatch.setattr(
+        RecordDataset, "__getitem__", lambda self, n: read.append(int(n)) or getitem(self, n)
+    )
+    together = record_features(networks, clips, MEAN, directory=tmp_path)
+    assert sorted(read) == list(range(len(clips)))
+    for name in networks:
+        np.testing.assert_array_equal(together[name], apart[name])
+    assert (together["trained"] != together["random"]).any()
+
+
+def test_features_that_are_not_finite_are_refused(small_records, source, tmp_path):
+    encoder = source.require("audio")
+    broken = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), dict(encoder.params))
+    encoders = {"audio": dataclasses.replace(encoder, params=broken)}
+    clips = _clips(small_records, source, "audio")
+    with pytest.raises(UserError, match="16 records have features that are not finite, first"):
+        _features(dataclasses.replace(source, encoders=encoders), clips, MEAN, tmp_path)
 
 
 def test_what_is_shorter_than_a_clip_is_shown_and_then_silent(fold_records, source):
@@ -175,7 +205,7 @@ def test_sound_at_another_rate_is_refused(source, tmp_path):
 
 def test_clips_that_make_no_sense_are_refused():
     for speeds, clips in (((), 1), ((1,), 0), ((0.5,), 1)):
-        with pytest.raises(ProtocolError, match="whole numbers of at least 1"):
-            ClipTimes(speeds, clips)
-    with pytest.raises(ProtocolError, match="clip_pooling 'median' must be one of mean"):
+        with pytest.raises(UserError, match="whole numbers of at least 1"):
+            dataclasses.replace(MEAN, speeds=speeds, clips=clips)
+    with pytest.raises(UserError, match="clip_pooling 'median' must be one of mean"):
         dataclasses.replace(MEAN, clip_pooling="median")

@@ -18,12 +18,11 @@ import numpy as np
 import optax
 
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.metrics import top_k_hits
-from avcl_jax.evaluation.significance import STATISTICS
+from avcl_jax.evaluation.statistics import STATISTICS, confusion_matrix, top_k_hits
 from avcl_jax.training import sharding
 
 _MEMORY = 10  # pairs of steps and gradients that L-BFGS keeps
-_BLOCK = 8192  # rows of which the host makes a copy at a time
+_BLOCK = 8192  # rows that the host copies at a time
 
 
 @dataclass(frozen=True)
@@ -90,14 +89,11 @@ def fit_probe(
 
     Args:
         features: float32 [n, channels].
-        targets: as `fit_linear`.
+        targets: targets of `fit_linear`.
         sources: source of each item, [n].
-        classes: number of classes.
         costs: candidates for C.
         folds: number of folds.
-        iterations: largest number of iterations of a training.
-        tolerance: as `fit_linear`.
-        seed: seed of the assignment to folds.
+        tolerance: tolerance of `fit_linear`.
 
     Raises:
         UserError: if there are fewer sources than folds, features are not finite or shapes do not
@@ -115,6 +111,75 @@ def fit_probe(
     cost = costs[int(means.argmax())]
     (classifier,) = items.fits(np.arange(len(features)), [cost])
     return LinearProbe(classifier, cost, dict(zip(costs, means.tolist(), strict=True)))
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Result of a linear probe.
+
+    Attributes:
+        accuracy: fraction of test items classified correctly; a tie counts as wrong.
+        chance: 1 / number of classes.
+        cost: C chosen on the training items.
+        confusion: int [classes, classes], rows true, columns predicted.
+        known: bool [m], test items that have a label.
+        correct: float64 [known items], 1 where classified correctly.
+    """
+
+    accuracy: float
+    chance: float
+    cost: float
+    confusion: np.ndarray
+    known: np.ndarray
+    correct: np.ndarray
+
+
+def linear_probe(
+    train_features: np.ndarray,
+    train_labels: np.ndarray,
+    test_features: np.ndarray,
+    test_labels: np.ndarray,
+    *,
+    train_sources: np.ndarray,
+    classes: int,
+    **settings: Any,
+) -> ProbeResult:
+    """Classifies test items by `fit_probe` of the training items; negative labels are left out.
+
+    The test items are looked at once, by the classifier with the chosen C.
+
+    Args:
+        train_features: float [n, C].
+        train_labels: int [n].
+        test_features: float [m, C].
+        test_labels: int [m].
+        train_sources: int [n], source of each training item.
+
+    Raises:
+        UserError: if `fit_probe` raises it, or if a split has no labelled item.
+    """
+    train_known, known = np.asarray(train_labels) >= 0, np.asarray(test_labels) >= 0
+    for name, labelled in (("training", train_known), ("test", known)):
+        if not labelled.any():
+            raise UserError(f"no {name} item has a label")
+    probe = fit_probe(
+        train_features[train_known],
+        train_labels[train_known],
+        train_sources[train_known],
+        classes=classes,
+        **settings,
+    )
+    scores = probe.classifier.scores(test_features, np.flatnonzero(known))
+    labels = test_labels[known]
+    correct = top_k_hits(scores, labels, 1)
+    return ProbeResult(
+        accuracy=float(correct.mean()),
+        chance=1.0 / classes,
+        cost=probe.cost,
+        confusion=confusion_matrix(labels, scores.argmax(axis=1), classes),
+        known=known,
+        correct=correct,
+    )
 
 
 def held_out_folds(
@@ -180,9 +245,7 @@ def fit_linear(
             host makes none.
         targets: int [n] in [0, classes) for softmax cross-entropy, or bool [n, classes] for the sum
             of the classes' binary cross-entropies, which are then independent of each other.
-        classes: number of classes.
         cost: inverse regularisation strength, as scikit-learn's C.
-        iterations: largest number of iterations.
         tolerance: iterations end when no entry of the gradient of the mean loss is larger.
 
     Raises:
@@ -194,7 +257,7 @@ def fit_linear(
 
 
 class _Items:
-    """Features and targets in device memory, of which classifiers take some rows."""
+    """Features and targets in device memory; classifiers are trained on some of their rows."""
 
     def __init__(
         self,

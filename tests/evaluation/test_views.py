@@ -13,8 +13,8 @@ from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.spectrogram import LogMelSpec
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import BACKWARD, FORWARD, ViewSpec
-from avcl_jax.evaluation.embed import as_pairs, drawn_pairs, encode_all, random_views, render_all
-from avcl_jax.evaluation.fixed_views import fixed_views
+from avcl_jax.evaluation.batched import batched_map, render_all
+from avcl_jax.evaluation.views import as_pairs, drawn_pairs, fixed_views, random_views
 
 SPEC = RenderSpec(
     views=ViewSpec(num_frames=4, clip_seconds=0.25, speeds=(1, 2, 4), audio_transform="shared"),
@@ -48,22 +48,21 @@ def _fixed(source, position):
 def test_every_record_is_encoded_once_in_order_and_in_one_shape(source, chunk, threads):
     shapes = []
 
-    def compute(arrays):
+    def compute(factor, arrays):
         shapes.append(arrays["video"].shape)
-        return {"brightness": arrays["video"].mean(axis=(1, 2, 3, 4, 5))}
+        return {
+            "brightness": factor * arrays["video"].astype(np.float32).mean(axis=(1, 2, 3, 4, 5))
+        }
 
-    found = encode_all(
-        lambda position: _fixed(source, position),
-        len(source),
-        compute,
-        chunk=chunk,
-        threads=threads,
+    encode = batched_map(
+        compute, {"one": 1.0, "two": 2.0}, inputs=("video",), chunk=chunk, threads=threads
     )
-    assert set(shapes) == {(chunk, 4, 4, 16, 16, 3)}
-    assert len(shapes) == -(-len(source) // chunk)
+    found = encode(lambda position: _fixed(source, position), range(len(source)))
+    assert shapes == [(chunk, 4, 4, 16, 16, 3)]  # traced once
     np.testing.assert_array_equal(found["record_index"], np.arange(16))
     expected = [_fixed(source, position)["video"].mean() for position in range(16)]
-    np.testing.assert_allclose(found["brightness"], expected)
+    np.testing.assert_allclose(found["one/brightness"], expected, rtol=1e-5)
+    np.testing.assert_allclose(found["two/brightness"], 2 * found["one/brightness"])
     assert "video" not in found
     assert found["label_motion"].shape == (16,)
 
@@ -80,7 +79,7 @@ def test_random_views_are_balanced_and_a_function_of_seed_and_position(source):
             seed=seed,
         )
 
-    arrays = render_all(render, len(source), threads=3)
+    arrays = render_all(render, range(len(source)), threads=3)
     for row in range(len(source)):
         pairs = list(zip(arrays["video_speed"][row], arrays["video_direction"][row], strict=True))
         assert all(pairs.count((s, d)) == 2 for s in range(3) for d in range(2))
@@ -112,7 +111,7 @@ def test_pairs_are_the_same_views_whatever_transform_of_sound_a_run_was_trained_
 
 
 def test_views_form_pairs_of_one_video(source):
-    arrays = render_all(lambda position: _fixed(source, position), 3, threads=1)
+    arrays = render_all(lambda position: _fixed(source, position), range(3), threads=1)
     pairs = as_pairs(arrays)
     assert pairs["video"].shape == (6, 2, 4, 16, 16, 3)
     np.testing.assert_array_equal(pairs["video"][3], arrays["video"][1, 2:])

@@ -1,0 +1,278 @@
+"""The protocol driver: checks, runs a protocol in all processes, writes its results.
+
+A protocol is a definition (`PROTOCOL`), a `compute` that runs in all processes, which share its
+records, and a `measure` that runs in process 0 and turns what was computed into `Measured`. Every
+protocol writes into its workdir:
+
+- results.json: protocol and version, config, fingerprints of encoder and data, versions of the
+  libraries, and each metric with its bootstrap interval over sources;
+- outcomes.npz: values that the metrics were computed from (`evaluation.protocol`);
+- report.html: the same for people, with the protocol's own sections.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import ml_collections
+from etils import epath
+
+from avcl_jax import experiment
+from avcl_jax.encoder_source import EncoderSource, random_like
+from avcl_jax.errors import UserError
+from avcl_jax.evaluation.page import metric_texts, protocol_page
+from avcl_jax.evaluation.protocol import (
+    OUTCOMES,
+    REPORT,
+    RESULTS,
+    Measured,
+    Protocol,
+    Stages,
+    estimate,
+    versions,
+    write_outcomes,
+    write_text,
+)
+from avcl_jax.evaluation.splits import Split, Trial, check_not_trained_on
+from avcl_jax.paths import absolute_path
+from avcl_jax.training.metric_writer import peak_memory_gb
+
+Computed = TypeVar("Computed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """A protocol's surroundings.
+
+    Attributes:
+        config: config of the protocol.
+        workdir: output directory.
+        directory: cache of long computations; another version of the protocol has another.
+        encoder: encoder that the results name; of several, all of them as one.
+        stages: clock.
+        fingerprint: digest of everything that decides the metrics.
+    """
+
+    config: ml_collections.ConfigDict
+    workdir: epath.Path
+    directory: epath.Path
+    encoder: EncoderSource
+    stages: Stages
+    fingerprint: str
+
+    def random(self) -> dict[str, EncoderSource]:
+        """Returns {"random": encoders with newly drawn weights}, or {} if the config has none."""
+        if not self.config.baselines.random:
+            return {}
+        return {"random": random_like(self.encoder, self.config.seed)}
+
+
+def run_protocol(
+    protocol: Protocol,
+    config: ml_collections.ConfigDict,
+    workdir: epath.PathLike,
+    splits: Sequence[Trial[Any]],
+    *,
+    compute: Callable[[Context], Computed | None],
+    measure: Callable[[Context, Computed], Measured],
+    encoder: EncoderSource | None = None,
+    data: Mapping[str, str] | None = None,
+    heads: str | None = None,
+    in_training: bool = False,
+) -> dict[str, Any] | None:
+    """Runs a protocol, unless its results exist, and writes its results.
+
+    Args:
+        protocol: definition.
+        config: config of the protocol; also read here: `bootstrap.resamples`, `seed` and
+            `data.allow_trained_on`.
+        workdir: output directory, local or gs://; made if needed.
+        splits: records and encoders.
+        compute: long computations, in all processes; None if a signal stopped them.
+        measure: metrics and report of what was computed, in process 0.
+        encoder: encoder that the results name; None for that of the splits.
+        data: fingerprints of the records by role; None for those of the splits.
+        heads: digest of the heads that are measured with the encoder; None without heads.
+        in_training: `workdir` is that of the evaluated pretraining run, where results of an
+            earlier checkpoint are replaced. Any other protocol refuses such a directory, and never
+            overwrites results of other settings.
+
+    Returns:
+        The contents of results.json; empty in processes other than the first, None if a signal
+        stopped `compute`.
+
+    Raises:
+        UserError: if an encoder was pretrained on its test records, or the directory has results of
+            something else, or cannot be written to.
+    """
+    stages, directory = Stages(), absolute_path(workdir)
+    if encoder is None:
+        encoder = combined(config.encoder if "encoder" in config else "", splits)
+    if data is None:
+        sides = {
+            "train": [s.train for s in splits if isinstance(s, Split)],
+            "test": [s.test for s in splits],
+        }
+        data = {
+            role: "; ".join(dict.fromkeys(records.fingerprint for records in several))
+            for role, several in sides.items()
+            if several
+        }
+    run = ProtocolRun(protocol, config, directory, encoder, data, heads, in_training)
+    if (done := run.finished()) is not None:
+        return done
+    for split in splits:
+        check_not_trained_on(
+            split.encoder,
+            split.test.records,
+            split.test.indices,
+            allow=config.data.allow_trained_on,
+            what=f"test records of {split.test}",
+        )
+    cache = directory / "features" / f"{protocol.name}-{protocol.version}"
+    context = Context(config, directory, cache, encoder, stages, run.fingerprint)
+    computed = compute(context)
+    if computed is None:
+        return None
+    if jax.process_index():
+        return {}
+    return run.write(measure(context, computed), stages)
+
+
+def combined(path: str, splits: Sequence[Trial[Any]]) -> EncoderSource:
+    """Returns the encoder of all splits; several as one, with a fingerprint of them all."""
+    sources = {split.encoder.fingerprint: split.encoder for split in splits}
+    first = splits[0].encoder
+    if len(sources) == 1:
+        return first
+    steps = {source.step for source in sources.values()}
+    return dataclasses.replace(
+        first,
+        path=path,
+        fingerprint=hashlib.sha256(" ".join(sources).encode()).hexdigest(),
+        step=steps.pop() if len(steps) == 1 else None,
+        trained_on=None,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ProtocolRun:
+    """One run of a protocol: its identity, and its files."""
+
+    protocol: Protocol
+    config: ml_collections.ConfigDict
+    workdir: epath.Path
+    encoder: EncoderSource
+    data: Mapping[str, str]
+    heads: str | None = None
+    in_training: bool = False
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Digest of everything that decides the metrics; settings of execution do not."""
+        settings = experiment.flatten(self.config.to_dict())
+        kept = {k: v for k, v in settings.items() if k not in experiment.EXECUTION_KEYS}
+        parts = [self.protocol.name, self.protocol.version, kept, dict(self.data)]
+        parts += [self.encoder.fingerprint, self.heads]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()
+
+    def finished(self) -> dict[str, Any] | None:
+        """Returns the results in the workdir if they are those of this run, and prints so.
+
+        Otherwise checks that the directory can be written to, before anything is computed.
+        """
+        results = self._results()
+        if results is None and jax.process_index() == 0:
+            try:
+                new = not self.workdir.exists()
+                self.workdir.mkdir(parents=True, exist_ok=True)
+                trial = self.workdir / "results.json.trial"
+                trial.write_text("")
+                trial.unlink()
+                if new:  # a run that is refused later leaves nothing behind
+                    self.workdir.rmdir()
+            except OSError as error:
+                raise UserError(
+                    f"{self.workdir} cannot be written to ({error}): choose another --workdir"
+                ) from error
+        return results
+
+    def _results(self) -> dict[str, Any] | None:
+        path = self.workdir / RESULTS
+        if (self.workdir / "checkpoints").exists() and not (self.in_training or path.exists()):
+            raise UserError(
+                f"{self.workdir} is the workdir of a training run: choose another --workdir"
+            )
+        if not path.exists():
+            return None
+        results = json.loads(path.read_text())
+        if results.get("protocol") != self.protocol.name:
+            raise UserError(
+                f"{self.workdir} holds the results of "
+                f"{results.get('protocol', 'another program')}: choose another --workdir"
+            )
+        if results["fingerprint"] != self.fingerprint:
+            if self.in_training:
+                return None
+            raise UserError(
+                f"{self.workdir} holds results of this protocol with another encoder, other data, "
+                "other settings or another version of it: choose another --workdir, or delete them"
+            )
+        if not all((self.workdir / name).exists() for name in (OUTCOMES, REPORT)):
+            return None
+        print(f"{self.workdir} already holds these results")
+        self._print_paths()
+        return results
+
+    def _print_paths(self) -> None:
+        print(f"report  {self.workdir / REPORT}\nresults {self.workdir / RESULTS}", flush=True)
+
+    def write(self, measured: Measured, stages: Stages) -> dict[str, Any]:
+        """Writes all files, prints the metrics, and returns results.json.
+
+        Raises:
+            UserError: if metrics and outcomes do not fit; nothing is then written.
+        """
+        config = self.config
+        metrics = estimate(measured, resamples=config.bootstrap.resamples, seed=config.seed)
+        results = {
+            "protocol": self.protocol.name,
+            "protocol_version": self.protocol.version,
+            "metrics": metrics,
+            "details": dict(measured.details),
+            "units": len(measured.outcomes.units),
+            "sources": len(set(measured.outcomes.sources)),
+            "encoder": {
+                "path": self.encoder.path,
+                "fingerprint": self.encoder.fingerprint,
+                "step": self.encoder.step,
+                "heads": self.heads,
+            },
+            "data": dict(self.data),
+            "fingerprint": self.fingerprint,
+            "seed": config.seed,
+            "seconds": round(stages.total, 1),
+            "stages": stages.seconds,
+            "peak_memory_gb": round(peak_memory_gb(), 3),
+            "versions": versions(),
+            "config": json.loads(experiment.to_json(config)),
+            **measured.view,
+        }
+        report = protocol_page(self.protocol, measured, results)
+        written = json.dumps(results, indent=2, allow_nan=False)  # may raise: before any file
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        write_outcomes(self.workdir / OUTCOMES, measured.outcomes)
+        write_text(self.workdir / REPORT, report)
+        write_text(self.workdir / RESULTS, written + "\n")
+        for metric in metrics.values():
+            value, low, high, chance = metric_texts(metric)
+            known = "" if metric["chance"] is None else f", chance {chance}"
+            print(f"{metric['what']:40s} {value} (95 %: {low} to {high}{known})")
+        self._print_paths()
+        return results

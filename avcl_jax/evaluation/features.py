@@ -1,0 +1,352 @@
+"""Features of selected records: clips at fixed times, encoded and pooled, and classical statistics.
+
+Every selected record counts, however short it is: see `data.modality_records`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import librosa
+import numpy as np
+from etils import epath
+
+from avcl_jax.data.crop import CropSpec, center_crop
+from avcl_jax.data.labelled import VideoClipSpec
+from avcl_jax.data.modality_records import (
+    Modality,
+    ModalityRecords,
+    evenly_spaced,
+    has_audio,
+    intervals,
+)
+from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
+from avcl_jax.data.record_format import Record
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.rendering import render_video
+from avcl_jax.data.selection import Selection
+from avcl_jax.data.spectrogram import gather_windows, log_mel
+from avcl_jax.data.tfrecord import RecordError
+from avcl_jax.data.views import FORWARD, Clip, ViewSpec
+from avcl_jax.encoder_source import EncoderSource
+from avcl_jax.errors import UserError
+from avcl_jax.evaluation.batched import batched_map, cache_key, in_parts, render_all
+from avcl_jax.export import Encoder
+
+MFCC_COEFFICIENTS = 20
+MEL_BANDS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSpec:
+    """Clips of a record, and pooling of an encoder's outputs for them.
+
+    Attributes:
+        speeds: playback speeds; one that is too fast for a record is replaced by the fastest of
+            these that fits it, or by the slowest.
+        clips: clips at each speed, uniformly spaced from the first possible start to the last; a
+            single one is in the middle.
+        clip_pooling: "mean" is the encoder's own average over time and space; "mean_max" mean and
+            maximum over time of the average over space (of a spectrogram: over bands),
+            concatenated; "bands_mean_max" the same for every band of a spectrogram by itself.
+        record_pooling: "clips" keeps a feature of each clip, "mean" and "mean_max" pool over the
+            clips of a record.
+        chunk: records encoded at a time, over all devices of a host.
+        part_records: records per part of the cache.
+        threads: records rendered at a time.
+    """
+
+    speeds: tuple[int, ...]
+    clips: int
+    clip_pooling: Literal["mean", "mean_max", "bands_mean_max"]
+    record_pooling: Literal["clips", "mean", "mean_max"]
+    chunk: int
+    part_records: int
+    threads: int
+
+    def __post_init__(self) -> None:
+        """Refuses values without a meaning.
+
+        Raises:
+            UserError: naming the setting.
+        """
+        if not self.speeds or self.clips < 1 or any(s < 1 or s != int(s) for s in self.speeds):
+            raise UserError(
+                f"features.speeds {self.speeds} must be whole numbers of at least 1, and "
+                f"features.clips {self.clips} at least 1"
+            )
+        for name, known in (
+            ("clip_pooling", ("mean", "mean_max", "bands_mean_max")),
+            ("record_pooling", ("clips", "mean", "mean_max")),
+        ):
+            if getattr(self, name) not in known:
+                raise UserError(
+                    f"features.{name} {getattr(self, name)!r} must be one of {', '.join(known)}"
+                )
+
+
+class RecordClips(ModalityRecords):
+    """Random access to the clips of each selected record.
+
+    Attributes:
+        modality: modality of the encoder.
+    """
+
+    def __init__(
+        self,
+        records: RecordDataset,
+        selection: Selection,
+        preprocessing: VideoPreprocessing | AudioPreprocessing,
+        spec: FeatureSpec,
+        *,
+        labels: Sequence[str] = (),
+        leave_out: bool,
+    ):
+        """Looks at timelines, which reads no record.
+
+        Args:
+            spec: speeds and number of clips.
+            labels: labels of one class per record, that must be known.
+            leave_out: leave out records without this modality or a label, instead of an error.
+
+        Raises:
+            LackingError: if records lack the modality or a label, or have audio at another rate.
+            SelectionError: if the selection does not fit the data set.
+        """
+        self._preprocessing, self._features = preprocessing, spec
+        self.modality: Modality = (
+            "video" if isinstance(preprocessing, VideoPreprocessing) else "audio"
+        )
+        if isinstance(preprocessing, VideoPreprocessing):
+            views = ViewSpec(
+                preprocessing.num_frames, preprocessing.clip_seconds, spec.speeds, "shared"
+            )
+            crop = CropSpec(preprocessing.image_size, min_area=1.0, flip=False, quarter_turns=False)
+            self._spec = VideoClipSpec(views, crop)
+            rate_hz = None
+        else:
+            mel = preprocessing.log_mel
+            views = ViewSpec(mel.frames, mel.clip_seconds, spec.speeds, "shared")
+            rate_hz = mel.sample_rate_hz
+        self._views = views
+        super().__init__(
+            records,
+            selection,
+            self.modality,
+            sample_rate_hz=rate_hz,
+            labels=labels,
+            leave_out=leave_out,
+        )
+        self._share()
+
+    def _share(self) -> None:
+        """Moves clips into the interval that video and audio share, if a clip fits into it.
+
+        Both modalities are thus encoded at the same times, as in `UsableRecords`.
+        """
+        times = {name: values[self.indices] for name, values in self.records.timelines.items()}
+        starts, ends = zip(*intervals(times).values(), strict=True)
+        start, end = np.maximum(*starts), np.minimum(*ends)
+        both = (times["num_frames"] > 1) & has_audio(times)
+        fits = both & (end - start >= self._views.clip_seconds * min(self._views.speeds) - 1e-6)
+        self._start = np.where(fits, start, self._start)
+        self._end = np.where(fits, end, self._end)
+
+    @property
+    def identity(self) -> list[Any]:
+        """Everything that decides the clips, as JSON; `fingerprint` lacks the skipped records."""
+        kept = hashlib.sha256(self.indices.tobytes()).hexdigest()
+        spec = self._features
+        return [dataclasses.asdict(self._preprocessing), list(spec.speeds), spec.clips, kept]
+
+    def __getitem__(self, position: int) -> np.ndarray:
+        """Renders the clips of one record, all of one speed after those of another.
+
+        Returns:
+            uint8 [clips, time, size, size, 3], or standardised float32 [clips, frames, mels].
+
+        Raises:
+            RecordError: if the record cannot be read, with its name and shard.
+        """
+        index = int(self.indices[position])
+        record = self.records[index]
+        try:
+            return self._render(record, self._clips(position))
+        except RecordError as error:
+            raise RecordError(f"{self.records.shard_of(index)}, {error}") from error
+
+    def _clips(self, position: int) -> list[Clip]:
+        clips = []
+        for number in range(len(self._features.speeds)):
+            speed = self._fitting(number, self.seconds(position))
+            span = self._views.clip_seconds * self._views.speeds[speed]
+            starts = evenly_spaced(*self.starts(position, span), self._features.clips)
+            clips += [Clip(start, speed, FORWARD) for start in starts]
+        return clips
+
+    def _fitting(self, wanted: int, seconds: float) -> int:
+        """Returns the index of the speed to use where the one at `wanted` is asked for."""
+        speeds = self._views.speeds
+        fitting = [n for n, s in enumerate(speeds) if s * self._views.clip_seconds <= seconds]
+        if wanted in fitting or not fitting:
+            return wanted if fitting else 0
+        return max(fitting)
+
+    def _render(self, record: Record, clips: list[Clip]) -> np.ndarray:
+        if self.modality == "video":
+            crop = center_crop(record.height, record.width)
+            return np.stack([render_video(record, clip, crop, self._spec) for clip in clips])
+        assert isinstance(self._preprocessing, AudioPreprocessing)
+        mel = self._preprocessing.log_mel
+        windows = [
+            gather_windows(
+                record.waveform,
+                clip,
+                mel,
+                self._views,
+                audio_start_seconds=record.audio_start_seconds,
+            )
+            for clip in clips
+        ]
+        return np.asarray(log_mel(np.stack(windows), mel))
+
+
+def record_features(
+    networks: Mapping[str, EncoderSource],
+    clips: RecordClips,
+    spec: FeatureSpec,
+    *,
+    directory: epath.PathLike,
+) -> dict[str, np.ndarray]:
+    """Returns features of all records of `clips` by several encoders; each record is rendered once.
+
+    Every host computes its parts on its own devices; existing parts in `directory` are reused.
+
+    Args:
+        networks: encoders of one architecture and preprocessing, by name.
+        clips: clips of the selected records.
+        spec: pooling and batches.
+        directory: directory of the cache: that of the version of a protocol.
+
+    Returns:
+        By network float32 [records, C], or [records, clips, C] with record_pooling "clips"; in
+        process 0 only, elsewhere empty.
+
+    Raises:
+        UserError: if a feature is not finite, or pooling and modality do not fit.
+    """
+    encoders = {name: network.require(clips.modality) for name, network in networks.items()}
+    pool = _pooling(next(iter(encoders.values())), spec.clip_pooling)
+
+    def features(params: Any, arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        batch = arrays["clips"]
+        flat = batch.reshape(-1, *batch.shape[2:])
+        by_clip = pool(params, flat).reshape(*batch.shape[:2], -1)
+        if spec.record_pooling == "clips":
+            return {"features": by_clip}
+        pooled = [by_clip.mean(axis=1)]
+        if spec.record_pooling == "mean_max":
+            pooled.append(by_clip.max(axis=1))
+        return {"features": jnp.concatenate(pooled, axis=-1)}
+
+    key = cache_key(
+        {name: network.fingerprint for name, network in networks.items()},
+        clips.modality,
+        clips.fingerprint,
+        clips.identity,
+        spec.clip_pooling,
+        spec.record_pooling,
+    )
+    compute = batched_map(
+        features,
+        {name: dict(encoder.params) for name, encoder in encoders.items()},
+        inputs=("clips",),
+        chunk=spec.chunk,
+        threads=spec.threads,
+    )
+    arrays = in_parts(
+        epath.Path(directory) / key,
+        len(clips),
+        functools.partial(compute, lambda position: {"clips": clips[position]}),
+        rows=spec.part_records,
+    )
+    found = {name: arrays[f"{name}/features"] for name in networks} if arrays else {}
+    for values in found.values():
+        if not (finite := np.isfinite(values).reshape(len(values), -1).all(axis=1)).all():
+            bad = clips.record_ids[int(np.flatnonzero(~finite)[0])]
+            raise UserError(
+                f"{int((~finite).sum())} records have features that are not finite, first {bad!r}"
+            )
+    return found
+
+
+def _pooling(encoder: Encoder, kind: str) -> Callable[[Any, jax.Array], jax.Array]:
+    if kind == "mean":
+        return encoder.apply
+    if kind == "bands_mean_max" and encoder.modality != "audio":
+        raise UserError("features.clip_pooling 'bands_mean_max' is for audio: use 'mean_max'")
+
+    def pooled(params: Any, batch: jax.Array) -> jax.Array:
+        maps = encoder.apply(params, batch, pooled=False)
+        if kind == "mean_max":
+            over_time = maps.mean(axis=tuple(range(2, maps.ndim - 1)))
+        else:
+            over_time = maps.reshape(*maps.shape[:2], -1)
+        return jnp.concatenate([over_time.mean(axis=1), over_time.max(axis=1)], axis=-1)
+
+    return pooled
+
+
+def classical_features(waveform: np.ndarray, sample_rate_hz: int) -> Mapping[str, np.ndarray]:
+    """Returns features of whole audio from before neural networks: a baseline of encoders.
+
+    Definitions are those of librosa's defaults: windows of 2,048 samples every 512, 128 mel bands,
+    decibels.
+
+    Args:
+        waveform: int16 [samples].
+        sample_rate_hz: its rate.
+
+    Returns:
+        "mfcc" float32 [80] and "log_mel" [512]: mean, standard deviation, minimum and maximum over
+        time of each coefficient and band.
+    """
+    samples = librosa.util.buf_to_float(waveform, n_bytes=2)
+    power = librosa.feature.melspectrogram(y=samples, sr=sample_rate_hz, n_mels=MEL_BANDS)
+    decibels = librosa.power_to_db(power)
+    mfcc = librosa.feature.mfcc(S=decibels, n_mfcc=MFCC_COEFFICIENTS)
+    return {"mfcc": _statistics(mfcc), "log_mel": _statistics(decibels)}
+
+
+def _statistics(values: np.ndarray) -> np.ndarray:
+    # Minimum and maximum too: on ESC-10 they are worth 3 points to the log-mel baseline.
+    parts = [values.mean(axis=1), values.std(axis=1), values.min(axis=1), values.max(axis=1)]
+    return np.concatenate(parts).astype(np.float32)
+
+
+def classical_record_features(
+    clips: RecordClips, *, threads: int, part_records: int, directory: epath.PathLike
+) -> dict[str, np.ndarray]:
+    """Returns `classical_features` of the records of `clips`, [records, C] of each; in process 0.
+
+    Args:
+        clips: selected records.
+    """
+
+    def features(position: int) -> Mapping[str, np.ndarray]:
+        record = clips.records[int(clips.indices[position])]
+        return classical_features(record.waveform, record.sample_rate_hz)
+
+    key = cache_key("classical", clips.records.fingerprint, clips.indices.tolist())
+    return in_parts(
+        epath.Path(directory) / key,
+        len(clips),
+        lambda positions: render_all(features, positions, threads=threads),
+        rows=part_records,
+    )

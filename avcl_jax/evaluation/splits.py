@@ -1,0 +1,254 @@
+"""Splits of a protocol: training and test records and the encoder of each, opened and checked.
+
+A fold is a split: it trains on `fold!=1` and tests on `fold=1`, by an encoder of its own where the
+path of the encoders has `{fold}` in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import ml_collections
+import numpy as np
+from etils import epath
+
+from avcl_jax import experiment
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.selected_records import SelectedRecords
+from avcl_jax.data.selection import Condition, Selection
+from avcl_jax.encoder_source import EncoderSource, open_encoders
+from avcl_jax.errors import UserError
+from avcl_jax.evaluation.features import FeatureSpec
+
+# Stands in `config.encoder` for the name of the test fold.
+FOLD = "{fold}"
+
+Records = TypeVar("Records", bound=SelectedRecords)
+Side = tuple[str, str]  # split of the data set, and selection of its records
+OpenDataset = Callable[[str], RecordDataset]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial(Generic[Records]):
+    """Test records, and the encoder that is measured with them.
+
+    Attributes:
+        name: "split1", or the name of a fold.
+        encoder: encoder, which must not have been pretrained on the test records.
+        test: test records.
+    """
+
+    name: str
+    encoder: EncoderSource
+    test: Records
+
+
+@dataclasses.dataclass(frozen=True)
+class Split(Trial[Records]):
+    """Test records with training records.
+
+    Attributes:
+        train: training records.
+    """
+
+    train: Records
+
+
+def datasets(directory: epath.PathLike) -> OpenDataset:
+    """Returns a function that opens a split of a data set, once however often it is named."""
+    return functools.cache(functools.partial(RecordDataset, directory))
+
+
+def split_encoders(path: str, tests: Mapping[str, str], modality: str) -> dict[str, EncoderSource]:
+    """Opens the encoder of every split.
+
+    Args:
+        path: path of encoders, with `{fold}` for the name of the test fold where each split has an
+            encoder of its own.
+        tests: selection of the test records by name of the split.
+        modality: modality that is needed.
+
+    Raises:
+        ExportError: if an encoder is missing or lacks the modality.
+        UserError: if a selection is not of one fold, as `{fold}` needs, or encoders differ in more
+            than weights.
+    """
+    paths = {
+        name: path.replace(FOLD, _fold_of(test)) if FOLD in path else path
+        for name, test in tests.items()
+    }
+    sources = {path: open_encoders(path) for path in dict.fromkeys(paths.values())}
+    _check_alike(list(sources.values()))
+    for source in sources.values():
+        source.require(modality)
+    return {name: sources[path] for name, path in paths.items()}
+
+
+def open_splits(
+    dataset: OpenDataset,
+    sides: Mapping[str, tuple[Side, Side]],
+    encoders: Mapping[str, EncoderSource],
+    open_records: Callable[[EncoderSource, RecordDataset, Selection], Records],
+    *,
+    shared_sources: bool = False,
+) -> list[Split[Records]]:
+    """Opens the records of every split; reads no record.
+
+    Args:
+        dataset: opens a split of the data set.
+        sides: training and test side by name of the split.
+        encoders: encoder by name of the split.
+        open_records: opens selected records for an encoder.
+        shared_sources: accept training and test records of one source.
+
+    Raises:
+        RecordError: if there is no such split of the data set.
+        SelectionError: if a selection does not fit the data set.
+        UserError: if training and test records of a split share a record or a source.
+    """
+    first = next(iter(encoders.values()))
+
+    @functools.cache
+    def opened(split: str, select: str) -> Records:
+        return open_records(first, dataset(split), Selection.parse(select))
+
+    splits = [
+        Split(name, encoders[name], opened(*test), opened(*train))
+        for name, (train, test) in sides.items()
+    ]
+    for split in splits:
+        _check_apart(split, shared_sources)
+    return splits
+
+
+def numbered_sides(data: ml_collections.ConfigDict) -> dict[str, tuple[Side, Side]]:
+    """Returns the sides of the splits split1, split2, … of a config.
+
+    Args:
+        data: section with `train_split`, `test_split`, and as many of `train_select` as of
+            `test_select`.
+
+    Raises:
+        UserError: if there are not as many of one as of the other.
+    """
+    if len(data.train_select) != len(data.test_select) or not data.train_select:
+        raise UserError(
+            f"data.train_select {data.train_select} and data.test_select {data.test_select} "
+            "must name the same splits, one after the other"
+        )
+    pairs = zip(data.train_select, data.test_select, strict=True)
+    return {
+        f"split{number}": ((data.train_split, train), (data.test_split, test))
+        for number, (train, test) in enumerate(pairs, 1)
+    }
+
+
+def _fold_of(test: str) -> str:
+    """Returns the name of the fold that a selection of test records is.
+
+    A fold is a class of one label (`fold=3` is "3"), or each has a label of its own whose name
+    ends with its number (`split1=test` is "1").
+    """
+    match Selection.parse(test).conditions:
+        case [Condition(label=label, values=[value], negated=False)]:
+            number = re.search(r"\d+$", label)
+            return number.group() if number else value
+    raise UserError(
+        f"data.test_select {test!r} is not one fold, as {FOLD} in encoder needs: select it by one "
+        "class of one label, as 'fold=3' or 'split1=test', or name one encoder for all"
+    )
+
+
+def _check_alike(sources: Sequence[EncoderSource]) -> None:
+    """Refuses encoders that differ in more than weights: clips are rendered once for all."""
+    first = sources[0]
+    for other in sources[1:]:
+        if different := experiment.differences(_architecture(first), _architecture(other)):
+            raise UserError(
+                f"{first.path} and {other.path} are encoders of one protocol, but differ in "
+                f"{'; '.join(different)}: pretrain them with the same settings"
+            )
+
+
+def _architecture(source: EncoderSource) -> str:
+    return json.dumps(
+        {
+            modality: {key: encoder.config[key] for key in ("encoder", "preprocessing")}
+            for modality, encoder in source.encoders.items()
+        }
+    )
+
+
+def _check_apart(split: Split[Any], shared_sources: bool) -> None:
+    """Refuses a test record, or if that can be told its source, among the training records."""
+    train, test = split.train, split.test
+    common, what = set(train.record_ids) & set(test.record_ids), "records"
+    alike = train.records.fingerprint == test.records.fingerprint  # numbers name sources there
+    if not (common or shared_sources) and alike:
+        common, what = set(train.sources) & set(test.sources), "sources"
+    if common:
+        raise UserError(
+            f"{len(common)} {what} are among both the training records ({train}) and the test "
+            f"records ({test}), for instance {min(common)!r}: select them apart"
+        )
+
+
+def count_trained_on(trained_on: str, records: RecordDataset, positions: np.ndarray) -> int:
+    """Returns the number of records that were pretrained on.
+
+    Args:
+        trained_on: fingerprint of the records of the pretraining, with their selection.
+        records: data set of the test.
+        positions: int [n], test records in it.
+    """
+    if not trained_on.startswith(records.fingerprint):
+        return 0
+    met = Selection.parse(trained_on.removeprefix(records.fingerprint)).positions(records)
+    return len(np.intersect1d(met, positions))
+
+
+def check_not_trained_on(
+    source: EncoderSource, records: RecordDataset, positions: np.ndarray, *, allow: bool, what: str
+) -> None:
+    """Refuses an encoder that was pretrained on records that it is tested on.
+
+    Only what a run says of its own data can be checked: an encoder of another data set or of
+    another preparation of it, and imported weights, pass.
+
+    Args:
+        source: the encoder.
+        records: data set of the test.
+        positions: int [n], test records in it.
+        allow: print it instead.
+        what: name of these records in the message.
+
+    Raises:
+        UserError: with their number.
+    """
+    both = count_trained_on(source.trained_on or "", records, positions)
+    if not both:
+        return
+    said = f"{source.path} was pretrained, without labels, on {both} of the {len(positions)} {what}"
+    if not allow:
+        raise UserError(
+            f"{said}: pretrain without them (data.select), or set data.allow_trained_on=True"
+        )
+    print(f"{said}: its figure is not that of an encoder that never met them", flush=True)
+
+
+def feature_spec(config: ml_collections.ConfigDict, *, by_clip: bool = False) -> FeatureSpec:
+    """Returns the section `features` of a config.
+
+    Raises:
+        UserError: if a value has no meaning, or features of single clips are asked for although
+            `by_clip` is False.
+    """
+    spec = FeatureSpec(**config.features, threads=config.data.threads)
+    if spec.record_pooling == "clips" and not by_clip:
+        raise UserError("features.record_pooling 'clips' is for folds: use 'mean' or 'mean_max'")
+    return spec

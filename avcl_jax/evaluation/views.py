@@ -1,0 +1,374 @@
+"""Views of records as training renders them, and the outputs of a run's model for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+
+from avcl_jax import experiment
+from avcl_jax.data.crop import center_crop, random_crop
+from avcl_jax.data.modality_records import evenly_spaced
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.rendering import RenderSpec, describe, render_views
+from avcl_jax.data.selection import Selection
+from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.data.views import FORWARD, Clip, Timeline, ViewSpec, draw_views, feasible_speeds
+from avcl_jax.encoder_source import EncoderSource, heads_digest, source_of_run
+from avcl_jax.errors import UserError
+from avcl_jax.evaluation.batched import Arrays, Render, batched_map, in_parts, stack
+from avcl_jax.export import load_run
+from avcl_jax.training.inputs import prepare_inputs
+
+MODALITY_INPUTS = {"video": "video", "audio": "spectrogram"}
+MODEL_INPUTS = ("video", "spectrogram", "has_video", "has_audio")
+
+# Maps the variables of the joint model and stacked arrays of records to outputs of each record.
+Apply = Callable[[Any, Mapping[str, Any]], dict[str, jax.Array]]
+# Maps `render` and positions to outputs and other arrays of the records, as `batched_map`.
+RecordMap = Callable[[Render, Sequence[int]], dict[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainedRun:
+    """A pretraining run with its heads.
+
+    Attributes:
+        config: config of the run.
+        source: its encoders.
+        variables: variables of the joint model.
+        step: training step of the checkpoint.
+    """
+
+    config: ml_collections.ConfigDict
+    source: EncoderSource
+    variables: Mapping[str, Any]
+    step: int
+
+    @classmethod
+    def load(
+        cls, path: epath.PathLike, config: ml_collections.ConfigDict | None = None
+    ) -> PretrainedRun:
+        """Loads the newest checkpoint of the run at `path`; `config` instead of its own, if given.
+
+        Raises:
+            ExportError: if `path` is not a run.
+        """
+        own, variables, step = load_run(path)
+        return cls(config or own, source_of_run(path, own, variables, step), variables, step)
+
+    @property
+    def spec(self) -> RenderSpec:
+        """Rendering, with spectrograms on the host, which agree with the device's to 1e-4."""
+        return dataclasses.replace(experiment.render_spec(self.config), spectrogram_on_device=False)
+
+    @functools.cached_property
+    def heads(self) -> str:
+        """Digest of the projection and temporal heads."""
+        return heads_digest(self.variables)
+
+
+def open_run(config: ml_collections.ConfigDict) -> tuple[PretrainedRun, UsableRecords]:
+    """Loads the run and opens the records that a protocol's config names.
+
+    Raises:
+        ExportError: if `config.encoder` is not a run.
+        SelectionError: if the selection does not fit the data set.
+        UserError: if records lack a modality of the run, or no view fits any record.
+    """
+    run, data = PretrainedRun.load(config.encoder), config.data
+    dataset = RecordDataset(data.directory, data.split)
+    records = UsableRecords(dataset, run.spec, Selection.parse(data.select))
+    modalities = tuple(run.source.encoders)
+    lacking = records.lacking(modalities)
+    if len(lacking) and not data.leave_out:
+        raise UserError(
+            f"{len(lacking)} of the {records.num_selected} records of {records.fingerprint} lack "
+            f"{' or '.join(modalities)} or are too short for a view, first "
+            f"{dataset.record_ids[int(lacking[0])]!r}: set data.leave_out=True to skip them"
+        )
+    return run, records
+
+
+def fitting_speed(timeline: Timeline, wanted: int, views: ViewSpec) -> int:
+    """Returns the index of the feasible speed that is nearest to the one at `wanted`."""
+    feasible = feasible_speeds(timeline, views)
+    return min(feasible, key=lambda speed: abs(speed - wanted))
+
+
+def fixed_views(
+    source: UsableRecords,
+    position: int,
+    spec: RenderSpec,
+    *,
+    speeds: Sequence[int],
+    views_per_speed: int,
+    direction: int,
+) -> dict[str, Any]:
+    """Uniformly spaced centre-crop views of one record, for evaluation.
+
+    Args:
+        speeds: indices into `spec.views.speeds`; one that is too fast for the record falls back
+            to the fastest that fits.
+        views_per_speed: clips at each speed, from the first possible start to the last.
+        direction: `FORWARD` or `BACKWARD`.
+
+    Returns:
+        As `render_views`, plus `describe`, with len(speeds) * views_per_speed views.
+    """
+    index, record, use = source[position]
+    clips = []
+    for speed in (fitting_speed(use.timeline, wanted, spec.views) for wanted in speeds):
+        span = spec.views.clip_seconds * spec.views.speeds[speed]
+        slack = max(use.timeline.duration_seconds - span, 0.0)
+        first = use.timeline.start_seconds
+        clips += [
+            Clip(start, speed, direction)
+            for start in evenly_spaced(first, first + slack, views_per_speed)
+        ]
+    crop = center_crop(max(record.height, 1), max(record.width, 1))
+    arrays = render_views(record, use, clips, clips, [crop] * len(clips), spec)
+    # Views of a record are averaged, so that it has audio even if some of them are silent.
+    arrays["has_audio"] = np.bool_(use.has_audio)
+    return arrays | describe(index, record, source.records)
+
+
+def random_views(
+    source: UsableRecords,
+    position: int,
+    spec: RenderSpec,
+    *,
+    speeds: Sequence[int],
+    directions: Sequence[int],
+    views: int,
+    seed: int,
+    modalities: Sequence[str] = ("video", "audio"),
+) -> dict[str, Any]:
+    """Renders views of one record at random times and crops, speeds and directions in turn.
+
+    The combinations of speed and direction take turns, so that `views` divisible by their number
+    gives each equally often: labels are balanced exactly, record by record.
+
+    Args:
+        speeds: indices into `spec.views.speeds`; those too fast for the record are left out.
+        directions: some of `FORWARD` and `BACKWARD`.
+        modalities: modalities that are rendered; the input of the other one is left out.
+
+    Returns:
+        As `render_views` and `describe`, with `views` views.
+    """
+    index, record, use = source[position]
+    use = dataclasses.replace(
+        use,
+        has_video=use.has_video and "video" in modalities,
+        has_audio=use.has_audio and "audio" in modalities,
+    )
+    rng = np.random.default_rng(np.random.SeedSequence([seed, position]))
+    feasible = feasible_speeds(use.timeline, spec.views)
+    usable = [speed for speed in speeds if speed in feasible] or feasible[:1]
+    combinations = [(speed, direction) for speed in usable for direction in directions]
+    clips = []
+    for number in range(views):
+        speed, direction = combinations[number % len(combinations)]
+        span = spec.views.clip_seconds * spec.views.speeds[speed]
+        slack = max(use.timeline.duration_seconds - span, 0.0)
+        start = use.timeline.start_seconds + slack * rng.uniform()
+        clips.append(Clip(float(start), speed, direction))
+    height, width = max(record.height, 1), max(record.width, 1)
+    crops = [random_crop(rng, height, width, spec.crop) for _ in clips]
+    arrays = render_views(record, use, clips, clips, crops, spec)
+    # Views of a record are averaged, so that it has audio even if some of them are silent.
+    arrays["has_audio"] = np.bool_(use.has_audio)
+    unwanted = [name for modality, name in MODALITY_INPUTS.items() if modality not in modalities]
+    rendered = {name: value for name, value in arrays.items() if name not in unwanted}
+    return rendered | describe(index, record, source.records)
+
+
+def drawn_pairs(
+    source: UsableRecords, position: int, spec: RenderSpec, *, pairs: int, seed: int
+) -> dict[str, Any]:
+    """Renders pairs of views of one record, drawn as in training but cropped in the centre.
+
+    Video and audio of a view are of one playback also where `spec` has an independent audio
+    transform: two runs are shown the same views. With a transform of their own, intervals that do
+    not overlap lie further apart, and order is easier to tell.
+
+    Returns:
+        The arrays of a training batch with `pairs` rows, all of this record.
+    """
+    index, record, use = source[position]
+    rng = np.random.default_rng(np.random.SeedSequence([seed, position]))
+    views = dataclasses.replace(spec.views, audio_transform="shared")
+    crop = center_crop(max(record.height, 1), max(record.width, 1))
+    rows = []
+    for _ in range(pairs):
+        pair = draw_views(rng, use.timeline, views, use.frame_seconds(record))
+        arrays = render_views(record, use, pair.video, pair.audio, [crop] * 2, spec)
+        arrays |= {
+            "order": np.int32(pair.order),
+            "speed_mask": np.bool_(pair.speed_mask),
+            "direction_mask": np.bool_(pair.direction_mask),
+            "order_mask": np.bool_(pair.order_mask),
+        }
+        rows.append(arrays | describe(index, record, source.records))
+    return stack(rows)
+
+
+def view_map(
+    run: PretrainedRun, networks: Mapping[str, Any], chunk: int, threads: int
+) -> RecordMap:
+    """Returns the map of records to features and embeddings of networks of the run's shape.
+
+    Args:
+        run: run whose model is applied.
+        networks: variables by name of the network.
+    """
+    function = feature_function(run.config, run.spec)
+    return batched_map(function, networks, inputs=MODEL_INPUTS, chunk=chunk, threads=threads)
+
+
+def view_features(
+    compute: RecordMap,
+    records: UsableRecords,
+    spec: RenderSpec,
+    *,
+    speeds: Sequence[int],
+    views_per_speed: int,
+    directory: epath.PathLike,
+    part_records: int,
+    describe_views: Callable[[Arrays], Arrays] | None = None,
+    keep: Callable[[str], bool] | None = None,
+) -> dict[str, np.ndarray]:
+    """Returns features and embeddings of the `fixed_views` of records, in parts.
+
+    Args:
+        compute: map of `view_map`.
+        speeds: indices into `spec.views.speeds`.
+        views_per_speed: views at each speed.
+        describe_views: further arrays of a record from its rendered views.
+        keep: names of the arrays that are stored and returned; None keeps all.
+
+    Returns:
+        Arrays [records, …] in process 0, nothing elsewhere.
+    """
+
+    def render(position: int) -> dict[str, Any]:
+        arrays = fixed_views(
+            records,
+            position,
+            spec,
+            speeds=speeds,
+            views_per_speed=views_per_speed,
+            direction=FORWARD,
+        )
+        return arrays | dict(describe_views(arrays) if describe_views else {})
+
+    def part(positions: Sequence[int]) -> dict[str, np.ndarray]:
+        arrays = compute(render, positions)
+        return {name: array for name, array in arrays.items() if keep is None or keep(name)}
+
+    return in_parts(directory, len(records), part, rows=part_records)
+
+
+def feature_function(config: ml_collections.ConfigDict, spec: RenderSpec) -> Apply:
+    """Returns a function from stacked `fixed_views` to features and embeddings, for `batched_map`.
+
+    Args:
+        spec: rendering, with the spectrogram made on the host.
+
+    Returns:
+        A pure function to float32 [videos, channels] arrays `video_features`, `audio_features`,
+        `video_embeddings` and `audio_embeddings`. Features are means over the views. Embeddings of
+        all views are concatenated, so that the cosine of two videos is the mean similarity of their
+        views of the same times: video and audio share when something happens, which a mean over
+        views would drop.
+    """
+    outputs_of = _model_function(config, spec)
+
+    def features(variables: Any, arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
+        videos = arrays["has_video"].shape[0]
+        found = {}
+        for name, value in outputs_of(variables, as_pairs(arrays)).items():
+            by_view = value.reshape(videos, -1, value.shape[-1])
+            if name.endswith("_features"):
+                found[name] = by_view.mean(axis=1)
+            elif name.endswith("_embeddings"):
+                found[name] = by_view.reshape(videos, -1)
+        return found
+
+    return features
+
+
+def logit_function(config: ml_collections.ConfigDict, spec: RenderSpec) -> Apply:
+    """Returns a function from stacked `drawn_pairs` to logits of all temporal tasks.
+
+    The arrays of the result are [videos, pairs, …], named as the outputs of the joint model.
+    """
+    outputs_of = _model_function(config, spec)
+
+    def logits(variables: Any, arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
+        videos, pairs = arrays["has_video"].shape
+        flat = {name: value.reshape(-1, *value.shape[2:]) for name, value in arrays.items()}
+        return {
+            name: value.reshape(videos, pairs, *value.shape[1:])
+            for name, value in outputs_of(variables, flat).items()
+            if not name.endswith(("_features", "_embeddings"))
+        }
+
+    return logits
+
+
+def _model_function(config: ml_collections.ConfigDict, spec: RenderSpec) -> Apply:
+    """Returns a function from pairs of views, as training batches have them, to all outputs."""
+    model: Any = experiment.audio_visual_model(config)
+
+    def outputs(variables: Any, pairs: Mapping[str, Any]) -> dict[str, jax.Array]:
+        inputs: Any = prepare_inputs(
+            pairs,
+            spec,
+            pixel_mean=config.pixels.mean,
+            pixel_std=config.pixels.std,
+            augmentation=None,
+            key=None,
+        )
+        return model.apply(variables, **inputs, train=False)
+
+    return outputs
+
+
+def check_pairs(views: int) -> None:
+    """Refuses a number of views that leaves one without a partner in the joint model.
+
+    Raises:
+        UserError: if the number is odd.
+    """
+    if views % 2:
+        raise UserError(
+            f"{views} views of each video do not form pairs: choose evaluation speeds and "
+            "views_per_speed so that their product is even"
+        )
+
+
+def as_pairs(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Regroups `[videos, views, …]` into the pairs `[videos · views / 2, 2, …]` of the joint model.
+
+    Args:
+        arrays: `video`, `spectrogram` [videos, views, …] and `has_video`, `has_audio` [videos].
+
+    Raises:
+        UserError: if the number of views is odd.
+    """
+    views = arrays["video"].shape[1]
+    check_pairs(views)
+    return {
+        "video": arrays["video"].reshape(-1, 2, *arrays["video"].shape[2:]),
+        "spectrogram": arrays["spectrogram"].reshape(-1, 2, *arrays["spectrogram"].shape[2:]),
+        "has_video": arrays["has_video"].repeat(views // 2),
+        "has_audio": arrays["has_audio"].repeat(views // 2),
+    }
