@@ -21,19 +21,19 @@ from data_prep.manifest import Entry
 # then the reasons. The list is closed.
 NOTES = {
     "antiphase": "the channels cancel in the mono mix: only the strongest one is used",
-    "dead_channel": "a channel is silent beside the others: it is left out of the mono mix",
+    "dead_channel": "a channel is silent next to the others: it is left out of the mono mix",
     "silent": "no audio sample is louder than -60 dB of full scale",
     "still": "nothing moves in the video",
 }
 # Reasons that preparation adds to those of avcl_jax.data.media. All lists are closed.
 REASONS = media.REASONS | {
-    "no_video": "no picture, and --require asks for one",
-    "no_audio": "no sound, and --require asks for it",
+    "no_video": "no video, and --require asks for it",
+    "no_audio": "no audio, and --require asks for it",
     "too_short": "shorter than --min-seconds",
     "too_long": "longer than --max-seconds",
-    "too_small": "the picture's shorter side is below --min-side",
-    "bad_example": "an example of a record file that lacks what it was to hold",
-    "bad_samples": "sound samples that are no numbers, or far beyond full scale",
+    "too_small": "the frames' shorter side is below --min-side",
+    "bad_example": "an example of a record file that lacks a feature, or has another type",
+    "bad_samples": "audio samples that are not numbers, or far beyond full scale",
     "timeout": "took longer than --timeout-seconds",
     "crashed": "the decoder crashed",
     **{kind: f"{meaning}, and --reject names it" for kind, meaning in NOTES.items()},
@@ -94,7 +94,7 @@ def prepare_clip(entry: Entry, options: ClipOptions) -> tuple[Record, dict[str, 
     # If the file does not state its length, no more than decides that it is too long.
     audio = footage.audio(rate, start + options.max_seconds + 2 * _MISSING_SECONDS)
     if not frames and audio is None:
-        raise MediaError("outside" if start or end else "empty", "neither picture nor sound here")
+        raise MediaError("outside" if start or end else "empty", "neither video nor audio here")
     zero = frames[0].seconds if frames else max(start, audio.start_seconds if audio else 0.0)
     waveform, audio_start, audio_end = np.empty(0, np.int16), 0.0, -np.inf
     if audio is not None:
@@ -105,9 +105,9 @@ def prepare_clip(entry: Entry, options: ClipOptions) -> tuple[Record, dict[str, 
         waveform = audio.waveform[skip:]
         audio_start = max(0.0, round(audio.start_seconds + skip / rate - zero, 9))
     if not frames and "video" in options.require:
-        raise MediaError("no_video", "the file has no picture")
+        raise MediaError("no_video", "the file has no video")
     if not len(waveform) and "audio" in options.require:
-        raise MediaError("no_audio", "the file has no sound")
+        raise MediaError("no_audio", "the file has no audio")
     last = max(video_end, audio_end)
     if (
         stated is not None
@@ -118,7 +118,7 @@ def prepare_clip(entry: Entry, options: ClipOptions) -> tuple[Record, dict[str, 
         raise MediaError("truncated", f"ends at {last:.2f} s, its header says {expected_end:.2f} s")
     duration = float(last - zero)
     if duration < options.min_seconds or duration <= 0:
-        raise MediaError("too_short", f"{duration:.2f} s, at least {options.min_seconds:g} wanted")
+        raise MediaError("too_short", f"{duration:.2f} s, at least {options.min_seconds:g} s")
     notes = dict(audio.notes) if audio is not None and len(waveform) else {}
     if len(waveform) and is_silent(waveform):
         notes["silent"] = f"the loudest of {len(waveform)} samples is {peak(waveform)}"
@@ -166,7 +166,7 @@ def _frames(footage: Footage, entry: Entry, options: ClipOptions) -> list[JpegFr
     for frame in footage.frames(options.short_side, options.max_fps, options.quality):
         side = min(frame.height, frame.width)
         if not frames and side < min(options.min_side, options.short_side):
-            raise MediaError("too_small", f"the picture has {frame.width}x{frame.height} pixels")
+            raise MediaError("too_small", f"the frames have {frame.width}x{frame.height} pixels")
         _check_not_longer(frame.seconds - entry.start_seconds, options)
         frames.append(frame)
     return frames

@@ -122,10 +122,10 @@ def _decode(data: bytes) -> tuple[np.ndarray, bool]:
         if data.startswith(_JPEG) and simplejpeg.decode_jpeg_header(data)[2] in _PASSED_ON:
             return simplejpeg.decode_jpeg(data, colorspace="RGB"), True
     except ValueError as error:
-        raise MediaError("damaged", f"a frame is no whole JPEG file: {error}") from error
+        raise MediaError("damaged", f"a frame is not a whole JPEG file: {error}") from error
     # OpenCV reads PNG, BMP, WebP, and JPEG for print.
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
     if pixels is None:
-        raise MediaError("damaged", f"a frame of {len(data)} bytes is no whole image file")
+        raise MediaError("damaged", f"a frame of {len(data)} bytes is not a whole image file")
     return pixels, False

@@ -66,7 +66,7 @@ class SequenceLayout:
         try:
             example = sequence_example_class().FromString(bytes(payload))
         except DecodeError as error:
-            raise MediaError("bad_example", f"no tf.train.SequenceExample: {error}") from error
+            raise MediaError("bad_example", f"not a tf.train.SequenceExample: {error}") from error
         context, lists = example.context.feature, example.feature_lists.feature_list
         return _Sequence(
             {key: _values(feature) for key, feature in context.items()},
@@ -264,7 +264,7 @@ def _single(example: _Sequence, key: str, kind: type) -> list[Any]:
     """Returns the only value of each step of a feature list."""
     found = [_values(step) for step in example.lists.get(key, ())]
     if any(len(values) != 1 or not isinstance(values[0], kind) for values in found):
-        raise MediaError("bad_example", f"a step of {key} does not hold one value of its type")
+        raise MediaError("bad_example", f"a step of {key} does not have one value of its type")
     return [values[0] for values in found]
 
 
@@ -279,7 +279,7 @@ def _images(example: _Sequence, layout: SequenceLayout) -> tuple[list[bytes], np
         return images, np.array(stamps, np.float64) * _MICROSECONDS, 0.0
     fps = _number(example, _beside(key, "frame_rate")) or layout.fps
     if not fps:
-        raise MediaError("bad_timestamps", "the frames have neither times nor a rate: say --fps")
+        raise MediaError("bad_timestamps", "the frames have neither times nor a rate: set --fps")
     return images, np.arange(len(images)) / fps, 1 / fps
 
 
@@ -289,7 +289,7 @@ def _audio(example: _Sequence, layout: SequenceLayout, zero: float | None) -> Sa
         return None
     rate = _number(example, _beside(key, "sample_rate")) or layout.sample_rate_hz
     if not rate or rate != round(rate):
-        raise MediaError("bad_example", f"the sound's rate is {rate}: say --sample-rate-of-source")
+        raise MediaError("bad_example", f"the audio's rate is {rate}: set --sample-rate-of-source")
     channels = round(_number(example, _beside(key, "num_channels")) or 1)
     stamps = [time * _MICROSECONDS for time in _single(example, _beside(key, "timestamp"), int)]
     data = [np.array(step.float_list.value, np.float32) for step in example.lists[key]]
@@ -299,6 +299,6 @@ def _audio(example: _Sequence, layout: SequenceLayout, zero: float | None) -> Sa
     if not stamps:
         data, stamps = [np.concatenate(data)], [zero or 0.0]
     if len(stamps) != len(data):
-        raise MediaError("bad_timestamps", f"{len(data)} packets of sound, {len(stamps)} times")
+        raise MediaError("bad_timestamps", f"{len(data)} packets of audio, {len(stamps)} times")
     packets = [(start, values) for start, values in zip(stamps, data, strict=True) if len(values)]
     return Samples(packets, round(rate), layout.full_scale) if packets else None

@@ -250,7 +250,7 @@ class TfdsLayout:
         try:
             return example_class().FromString(bytes(payload)).features.feature
         except DecodeError as error:
-            raise MediaError("bad_example", f"no tf.train.Example: {error}") from error
+            raise MediaError("bad_example", f"not a tf.train.Example: {error}") from error
 
     def read(self, payload: bytes | memoryview) -> Example:
         """Returns the content of a serialized tf.train.Example; may raise MediaError."""
