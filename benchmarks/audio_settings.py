@@ -36,7 +36,7 @@ from avcl_jax.data.silence import is_silent
 from avcl_jax.data.spectrogram import gather_windows, log_mel
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import FORWARD
-from avcl_jax.evaluation.ablation import FULL, Figure, as_table, effects
+from avcl_jax.evaluation.ablation import FULL, Column, as_table, effects
 from avcl_jax.evaluation.evaluate import evaluate
 from avcl_jax.evaluation.supervised import FitSpec, null_control, render_null_views
 from avcl_jax.evaluation.views import PretrainedRun, fixed_views, view_map
@@ -95,14 +95,14 @@ VARIANTS: Mapping[str, Variant] = {
     "mean_removed_floor_1e-8": Variant({"spectrogram.floor": 1e-8}, scale=without_mean),
 }
 FIGURES = (
-    Figure("class", ("probe", "class_from_audio", "pretrained"), ""),
-    Figure("speed", ("temporal", "speed_audio", "accuracy"), ""),
-    Figure("direction", ("temporal", "direction_audio", "accuracy"), ""),
-    Figure("order", ("temporal", "order_aa", "accuracy"), ""),
-    Figure("R@1 of the other view", ("controls", "other_view"), ""),
-    Figure("the same by level alone", ("controls", "other_view_by_level"), ""),
-    Figure("speed of noise", ("controls", "speed_audio"), ""),
-    Figure("direction of noise", ("controls", "direction_audio"), ""),
+    Column("class", ("probe", "class_from_audio", "pretrained"), ""),
+    Column("speed", ("temporal", "speed_audio", "accuracy"), ""),
+    Column("direction", ("temporal", "direction_audio", "accuracy"), ""),
+    Column("order", ("temporal", "order_aa", "accuracy"), ""),
+    Column("R@1 of the other view", ("controls", "other_view"), ""),
+    Column("the same by level alone", ("controls", "other_view_by_level"), ""),
+    Column("speed of noise", ("controls", "speed_audio"), ""),
+    Column("direction of noise", ("controls", "direction_audio"), ""),
 )
 
 

@@ -20,7 +20,7 @@ from scipy import stats
 
 from avcl_jax import experiment
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation import figures
+from avcl_jax.evaluation import charts
 from avcl_jax.evaluation.evaluate import PROTOCOL, evaluate
 from avcl_jax.evaluation.evaluated_run import open_evaluation_records, probe_name
 from avcl_jax.evaluation.page import as_text, page, section, table, text
@@ -30,7 +30,7 @@ from avcl_jax.paths import absolute_path
 from avcl_jax.training.loop import build, loss_spec, pretrain
 from avcl_jax.training.trained_records import open_records
 
-# Raised whenever the same runs would give other figures.
+# Raised whenever the same runs would give other metrics.
 VERSION = 2
 # The variant that the others are compared with.
 FULL = "full"
@@ -38,8 +38,8 @@ FULL = "full"
 CONFIDENCE = 0.95
 
 
-class Figure(NamedTuple):
-    """One figure of a run.
+class Column(NamedTuple):
+    """One metric of a run, a column of the table.
 
     Attributes:
         what: title.
@@ -134,7 +134,7 @@ def ablate(
 
     Raises:
         UserError: before the first training, if there is no variant "full", if a variant or a
-            figure does not exist, or if a variant cannot be trained or evaluated.
+            metric does not exist, or if a variant cannot be trained or evaluated.
     """
     workdir = absolute_path(workdir)
     section_ = config.ablation
@@ -187,7 +187,7 @@ def ablate(
 def _check_measured(
     shown: Sequence[tuple[str, str, str]], evaluation: ml_collections.ConfigDict
 ) -> None:
-    """Refuses figures of probes and of R@K that the evaluation does not measure."""
+    """Refuses metrics of probes and R@K that the evaluation does not measure."""
     probes = [probe_name(*probe) for probe in evaluation.probes]
     recalls = [f"r{k}" for k in evaluation.recall_at]
     for name, path, _ in shown:
@@ -285,7 +285,7 @@ def effect(values: Sequence[float], full: Sequence[float]) -> Effect:
 
 def effects(
     results: Mapping[tuple[str, int], Mapping[str, Any]],
-    shown: Sequence[Figure],
+    shown: Sequence[Column],
     variants: Sequence[str],
     seeds: Sequence[int],
 ) -> dict[str, dict[str, Effect | None]]:
@@ -293,41 +293,41 @@ def effects(
 
     Args:
         results: results.json of each (variant, seed).
-        shown: the figures.
+        shown: columns of the table.
         variants: names, "full" among them.
 
     Returns:
-        By figure, by variant; None where a variant does not have it, or was not trained for it
+        By column and variant; None where a variant does not have it, or was not trained for it
         (retrieval without an objective across modalities still says something, the head of a
         temporal task that was left out does not).
 
     Raises:
-        UserError: if the whole method lacks a figure.
+        UserError: if the whole method lacks a metric.
     """
 
-    def value(variant: str, seed: int, figure: Figure) -> float | None:
+    def value(variant: str, seed: int, column: Column) -> float | None:
         node: Any = results[variant, seed]
-        if figure.term and not node["config"]["loss"]["weights"][figure.term]:
+        if column.term and not node["config"]["loss"]["weights"][column.term]:
             return None
-        for key in figure.path:
+        for key in column.path:
             if key not in node:
                 return None
             node = node[key]
         return float(node)
 
     compared: dict[str, dict[str, Effect | None]] = {}
-    for figure in shown:
-        full = [value(FULL, seed, figure) for seed in seeds]
+    for column in shown:
+        full = [value(FULL, seed, column) for seed in seeds]
         if None in full:
             raise UserError(
-                f"runs of {FULL!r} have no {'.'.join(figure.path)}, or are not trained for it: "
+                f"runs of {FULL!r} have no {'.'.join(column.path)}, or are not trained for it: "
                 "correct ablation.figures"
             )
-        compared[figure.what] = {}
+        compared[column.what] = {}
         for variant in variants:
-            values = [value(variant, seed, figure) for seed in seeds]
+            values = [value(variant, seed, column) for seed in seeds]
             known = [v for v in values if v is not None]
-            compared[figure.what][variant] = (
+            compared[column.what][variant] = (
                 effect(known, [f for f in full if f is not None])
                 if len(known) == len(seeds)
                 else None
@@ -343,7 +343,7 @@ def _write(
     seeds: Sequence[int],
 ) -> dict[str, Any]:
     shown = [
-        Figure(what, tuple(path.split(".")), term) for what, path, term in config.ablation.figures
+        Column(what, tuple(path.split(".")), term) for what, path, term in config.ablation.figures
     ]
     compared = effects(found, shown, variants, seeds)
     results = {
@@ -374,7 +374,7 @@ def _as_json(found: Effect) -> dict[str, Any]:
 def as_table(compared: Mapping[str, Mapping[str, Effect | None]], variants: Sequence[str]) -> str:
     """The effects in Markdown, in points.
 
-    The whole method has its figures and their range over seeds, the others the difference to it
+    The whole method has its metrics and their range over seeds, the others the difference to it
     and half the width of its interval.
     """
     lines = [f"| | {' | '.join(compared)} |", "|---" * (len(compared) + 1) + "|"]
@@ -430,7 +430,7 @@ def _report(
         section(
             "Change when a part is left out",
             "In points. Dots are seeds, bars their 95 % interval; left of zero the part helped.",
-            figures.forest(
+            charts.forest(
                 {
                     what: {v: (e.difference, e.low, e.high) for v, e in by.items()}
                     for what, by in panels.items()
@@ -446,7 +446,7 @@ def _report(
                 },
             ),
         ),
-        section("Figures", text(intervals), table(["", *compared], rows)),
+        section("Metrics", text(intervals), table(["", *compared], rows)),
         section("Variants", "What each changes.", table(["", "settings"], changes)),
         section(
             "Configuration",

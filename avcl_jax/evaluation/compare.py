@@ -53,7 +53,7 @@ def read_run(workdir: epath.PathLike) -> tuple[dict[str, Any], Outcomes]:
         raise UserError(
             f"{path} is not the result of a protocol: compare sweeps by configs/ablation.py"
         )
-    if any(not figure.keys() >= _SAID for figure in results["metrics"].values()):
+    if any(not metric.keys() >= _SAID for metric in results["metrics"].values()):
         raise UserError(f"{path} was written by another version of avcl-jax: run it again")
     return results, read_outcomes(path.with_name(OUTCOMES))
 
@@ -86,7 +86,7 @@ def compare_runs(
             if other[key] != results[0][key]:
                 raise UserError(
                     f"runs of {results[0]['protocol']} version {results[0]['protocol_version']} "
-                    f"and {other['protocol']} version {other['protocol_version']} have no figure "
+                    f"and {other['protocol']} version {other['protocol_version']} have no metric "
                     "in common"
                 )
         if not other_data and (roles := _differing_data(results[0], other)):
@@ -104,16 +104,16 @@ def compare_runs(
             )
     paired = [_in_order_of(outcomes[0].units, found) for found in outcomes]
     compared = {}
-    for name, figure in results[0]["metrics"].items():
+    for name, metric in results[0]["metrics"].items():
         if not all(name in other["metrics"] for other in results):
             continue
-        if len({_chosen(figure, found) for found in paired}) > 1:
+        if len({_chosen(metric, found) for found in paired}) > 1:
             raise UserError(
-                f"runs are over different units in {figure['what']}: compare runs on the same data"
+                f"runs are over different units in {metric['what']}: compare runs on the same data"
             )
-        (ours, sources), *others = (inputs_of(figure, found) for found in paired)
+        (ours, sources), *others = (inputs_of(metric, found) for found in paired)
         pairs = [
-            compare(figure["kind"], ours, theirs, sources, resamples=resamples, seed=seed)
+            compare(metric["kind"], ours, theirs, sources, resamples=resamples, seed=seed)
             for theirs, _ in others
         ]
         corrected = holm([pair.p_value for pair in pairs])
@@ -134,9 +134,9 @@ def _in_order_of(units: Sequence[str], outcomes: Outcomes) -> Outcomes:
     )
 
 
-def _chosen(figure: Mapping[str, Any], outcomes: Outcomes) -> bytes:
-    """Returns which units a figure is about, to be compared."""
-    chosen = figure["chosen"]
+def _chosen(metric: Mapping[str, Any], outcomes: Outcomes) -> bytes:
+    """Returns the mask of the units of a metric, to be compared."""
+    chosen = metric["chosen"]
     return b"" if chosen is None else np.asarray(outcomes.values[chosen], bool).tobytes()
 
 
@@ -156,15 +156,15 @@ def as_table(
 ) -> str:
     """Returns the comparison as a table in Markdown, a row for each metric and run."""
     lines = [
-        "| metric | run | figure | 95 % interval | difference to the first | p |",
+        "| metric | run | value | 95 % interval | difference to the first | p |",
         "|---|---|---|---|---|---|",
     ]
-    for metric, pairs in compared.items():
+    for key, pairs in compared.items():
         for number, (name, result) in enumerate(zip(names, results, strict=True)):
-            figure = result["metrics"][metric]
-            unit = figure["unit"]
-            cells = [figure["what"] if not number else "", name, as_text(figure["value"], unit)]
-            cells.append(f"{as_text(figure['low'], unit)} … {as_text(figure['high'], unit)}")
+            metric = result["metrics"][key]
+            unit = metric["unit"]
+            cells = [metric["what"] if not number else "", name, as_text(metric["value"], unit)]
+            cells.append(f"{as_text(metric['low'], unit)} … {as_text(metric['high'], unit)}")
             if number:
                 change, low, high = (
                     as_text(value, unit, signed=True) for value in pairs[number - 1].difference

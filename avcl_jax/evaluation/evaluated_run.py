@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import ml_collections
 import numpy as np
 from etils import epath
 
-from avcl_jax import experiment
 from avcl_jax.data.records import RecordDataset, RecordError
-from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.selection import Selection
 from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.linear import check_sources
 from avcl_jax.evaluation.retrieval import check_recall_at
-from avcl_jax.evaluation.views import PretrainedRun, check_pairs
+from avcl_jax.evaluation.views import (
+    PretrainedRun,
+    check_pairs,
+    host_render_spec,
+    speed_indices,
+)
 from avcl_jax.export import config_of_run
 from avcl_jax.paths import absolute_path
 
@@ -28,14 +30,12 @@ class EvaluationRecords:
 
     Attributes:
         config: the run's own config with the sections of `configs/evaluate.py`.
-        spec: rendering, spectrograms made on the host.
         test: test records.
         train: training records of the probes; None without probes.
         null: training and test records of noise; None without null controls.
     """
 
     config: ml_collections.ConfigDict
-    spec: RenderSpec
     test: UsableRecords
     train: UsableRecords | None
     null: tuple[UsableRecords, UsableRecords] | None
@@ -43,8 +43,9 @@ class EvaluationRecords:
     @property
     def speeds(self) -> list[int]:
         """Indices of the playback speeds at which features are computed."""
-        trained = list(self.config.views.speeds)
-        return [trained.index(speed) for speed in self.config.evaluation.speeds]
+        return speed_indices(
+            self.config.evaluation.speeds, self.config.views.speeds, setting="evaluation.speeds"
+        )
 
 
 def probe_name(label: str, modality: str) -> str:
@@ -84,8 +85,7 @@ def open_evaluation_records(
     check_recall_at(section.recall_at, setting="evaluation.recall_at")
     merged = _with_sections(run, config)
     check_pairs(len(merged.evaluation.speeds) * section.views_per_speed)
-    # Made on the host, whatever training did: numpy and jax.numpy agree to 1e-4 by test.
-    spec = dataclasses.replace(experiment.render_spec(merged), spectrogram_on_device=False)
+    spec = host_render_spec(merged)
     directory = absolute_path(merged.data.directory)
     if not directory.exists():
         raise UserError(
@@ -119,7 +119,7 @@ def open_evaluation_records(
             len(null[0]) * section.null.train_views * 2 * len(merged.views.speeds),
             f"views of {null[0]!r}",
         )
-    return EvaluationRecords(merged, spec, test, train, null)
+    return EvaluationRecords(merged, test, train, null)
 
 
 def _with_sections(
@@ -134,23 +134,10 @@ def _with_sections(
         merged.data.allow_trained_on = config.data.allow_trained_on
         if config.data.directory:
             merged.data.directory = config.data.directory
-        merged.evaluation.speeds = _evaluated_speeds(config.evaluation.speeds, run.views.speeds)
+        asked, trained = tuple(config.evaluation.speeds), tuple(run.views.speeds)
+        speed_indices(asked, trained, setting="evaluation.speeds")
+        merged.evaluation.speeds = asked or trained
     return merged
-
-
-def _evaluated_speeds(asked: Sequence[int], trained: Sequence[int]) -> tuple[int, ...]:
-    """Returns the playback speeds at which features are computed; () means all trained ones.
-
-    Raises:
-        UserError: if one was not trained.
-    """
-    if unknown := [speed for speed in asked if speed not in trained]:
-        raise UserError(
-            f"evaluation.speeds {', '.join(map(str, unknown))} were not trained, these were: "
-            f"{', '.join(map(str, trained))}: set "
-            "--config.evaluation.speeds"
-        )
-    return tuple(asked or trained)
 
 
 def _check_probes(

@@ -40,6 +40,7 @@ from avcl_jax.data.views import ViewSpec
 from avcl_jax.encoder_source import random_like
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.batched import batched_map, cache_key, in_parts
+from avcl_jax.evaluation.charts import line_chart
 from avcl_jax.evaluation.classification import (
     MATRIX_CLASSES,
     class_scores,
@@ -55,7 +56,6 @@ from avcl_jax.evaluation.classifier import (
     scale_updates,
 )
 from avcl_jax.evaluation.driver import Context, run_protocol
-from avcl_jax.evaluation.figures import line_chart
 from avcl_jax.evaluation.page import as_text, section, table
 from avcl_jax.evaluation.protocol import Measured, Outcomes, Protocol
 from avcl_jax.evaluation.splits import (

@@ -74,10 +74,10 @@ def section(title: str, caption: str, *content: str) -> str:
 
 
 def tiles(entries: Sequence[tuple[str, str]]) -> str:
-    """Returns a row of figures: (figure, what it is)."""
+    """Returns a row of large values, each with its description."""
     cells = "".join(
-        f'<div class="tile"><b>{text(figure)}</b><span>{text(what)}</span></div>'
-        for figure, what in entries
+        f'<div class="tile"><b>{text(value)}</b><span>{text(what)}</span></div>'
+        for value, what in entries
     )
     return f'<div class="tiles">{cells}</div>'
 

@@ -168,17 +168,17 @@ def read_outcomes(path: epath.PathLike) -> Outcomes:
 
 
 def inputs_of(
-    figure: Metric | Mapping[str, Any], outcomes: Outcomes
+    metric: Metric | Mapping[str, Any], outcomes: Outcomes
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Returns the arrays that a metric takes, and the sources of its units.
 
     Args:
-        figure: a metric, or what results.json says of it.
+        metric: a metric, or its entry in results.json.
 
     Raises:
         UserError: if nothing measured one of the arrays.
     """
-    kept = dataclasses.asdict(figure) if isinstance(figure, Metric) else figure
+    kept = dataclasses.asdict(metric) if isinstance(metric, Metric) else metric
     names = [*kept["inputs"], *([] if kept["chosen"] is None else [kept["chosen"]])]
     if missing := [name for name in names if name not in outcomes.values]:
         raise UserError(
@@ -198,7 +198,7 @@ def estimate(measured: Measured, *, resamples: int, seed: int) -> dict[str, dict
     Raises:
         UserError: if a metric needs outcomes that nothing measured.
     """
-    figures = {}
+    metrics = {}
     for name, metric in measured.metrics.items():
         inputs, sources = inputs_of(metric, measured.outcomes)
         interval = (
@@ -206,7 +206,7 @@ def estimate(measured: Measured, *, resamples: int, seed: int) -> dict[str, dict
             if len(sources)
             else Interval(np.nan, np.nan, np.nan)  # no unit is chosen for it
         )
-        figures[name] = {key: finite(value) for key, value in interval._asdict().items()} | {
+        metrics[name] = {key: finite(value) for key, value in interval._asdict().items()} | {
             "chance": None if metric.chance is None else finite(metric.chance),
             "kind": metric.kind,
             "inputs": list(metric.inputs),
@@ -214,7 +214,7 @@ def estimate(measured: Measured, *, resamples: int, seed: int) -> dict[str, dict
             "what": metric.what,
             "unit": metric.unit,
         }
-    return figures
+    return metrics
 
 
 def finite(value: float) -> float | None:

@@ -35,7 +35,13 @@ from avcl_jax.evaluation.splits import (
     open_splits,
     split_encoders,
 )
-from avcl_jax.evaluation.views import check_pairs, open_run, view_features, view_map
+from avcl_jax.evaluation.views import (
+    check_pairs,
+    open_run,
+    speed_indices,
+    view_features,
+    view_map,
+)
 
 VIDEO_RETRIEVAL = Protocol(
     name="video_retrieval",
@@ -466,12 +472,7 @@ def audio_video_retrieval(
             f"{config.encoder} was trained on {run.config.modalities} alone: audio-video retrieval "
             "needs a run of both"
         )
-    trained = list(run.config.views.speeds)
-    if unknown := [speed for speed in settings.speeds if speed not in trained]:
-        raise UserError(
-            f"features.speeds {', '.join(map(str, unknown))} were not trained, these were: "
-            f"{', '.join(map(str, trained))}"
-        )
+    speeds = speed_indices(settings.speeds, run.config.views.speeds, setting="features.speeds")
 
     def compute(context: Context) -> dict[str, np.ndarray]:
         key = cache_key(run.source.fingerprint, run.heads, records.fingerprint, settings.to_dict())
@@ -480,7 +481,7 @@ def audio_video_retrieval(
                 view_map(run, {"run": run.variables}, settings.chunk, config.data.threads),
                 records,
                 run.spec,
-                speeds=[trained.index(speed) for speed in settings.speeds],
+                speeds=speeds,
                 views_per_speed=settings.views_per_speed,
                 directory=context.directory / key,
                 part_records=settings.part_records,

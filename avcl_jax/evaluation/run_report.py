@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from avcl_jax.evaluation import figures
+from avcl_jax.evaluation import charts
 from avcl_jax.evaluation.bank_exhibits import bank_searches
 from avcl_jax.evaluation.evaluated_run import EvaluationRecords
 from avcl_jax.evaluation.exhibits import (
@@ -35,7 +35,7 @@ from avcl_jax.training.checkpoint import read_progress
 from avcl_jax.training.loop import bank_start
 from avcl_jax.training.metric_writer import peak_memory_gb
 
-BLUE, GREEN, GREY = (figures.SERIES_COLOURS[index] for index in (0, 2, 7))
+BLUE, GREEN, GREY = (charts.SERIES_COLOURS[index] for index in (0, 2, 7))
 # The null controls must not tell speed or direction further than this from chance.
 NULL_TOLERANCE = 0.05
 _FEWEST_SHOWN = 4  # records; fewer make neither a map nor neighbours
@@ -52,8 +52,8 @@ class RunContent:
         searches: retrieval examples by direction, "audio_to_video" and "video_to_audio".
         neighbours: nearest neighbours within one modality, by title.
         bank: positives and negatives from the feature bank by title; {} without a bank.
-        maps: see `figures.scatter`; by t-SNE of the pretrained features.
-        planes: see `figures.scatter`; random beside pretrained encoder, for each probe, in the
+        maps: see `charts.scatter`; by t-SNE of the pretrained features.
+        planes: see `charts.scatter`; random beside pretrained encoder, for each probe, in the
             plane that separates the classes of the training videos.
         probe_confusions: probe → (confusion of the pretrained encoder, class names).
         task_classes: temporal task → names of its classes.
@@ -65,8 +65,8 @@ class RunContent:
     searches: Mapping[str, Sequence[Search]]
     neighbours: Mapping[str, Sequence[Search]]
     bank: Mapping[str, Sequence[Search]]
-    maps: Sequence[figures.Map]
-    planes: Sequence[Sequence[figures.Map]]
+    maps: Sequence[charts.Map]
+    planes: Sequence[Sequence[charts.Map]]
     probe_confusions: Mapping[str, tuple[np.ndarray, Sequence[str]]]
     task_classes: Mapping[str, Sequence[str]]
 
@@ -183,8 +183,8 @@ def _examples(
                 results=settings.results,
             )
     neighbours: dict[str, Sequence[Search]] = {}
-    maps: list[figures.Map] = []
-    planes: list[list[figures.Map]] = []
+    maps: list[charts.Map] = []
+    planes: list[list[charts.Map]] = []
     for label, modality in config.evaluation.probes:
         known = np.flatnonzero(test[f"has_{modality}"] & (test[f"label_{label}"] >= 0))
         if len(known) < _FEWEST_SHOWN:
@@ -367,7 +367,7 @@ def _probe_section(view: Mapping[str, Any]) -> str:
         [_probe_title(probe), *(as_text(values.get(name), digits=0) for name in statistics)]
         for probe, values in view.get("trivial", {}).items()
     ]
-    chart = figures.bar_chart(
+    chart = charts.bar_chart(
         groups,
         name="probes",
         colours={
@@ -416,7 +416,7 @@ def _temporal_section(content: RunContent) -> str:
     skipped = view.get("null_control", {}).get("skipped")
     if skipped:
         warnings.append(f'<p class="note">No null control: {text(skipped)}</p>')
-    chart = figures.bar_chart(
+    chart = charts.bar_chart(
         groups,
         name="temporal",
         colours={"held-out views": BLUE, "null control: stationary noise": GREY},
@@ -478,7 +478,7 @@ def _map_section(content: RunContent) -> str:
     if not content.maps:
         return ""
     planes = [
-        figures.scatter(plane, name=f"plane{number}") for number, plane in enumerate(content.planes)
+        charts.scatter(plane, name=f"plane{number}") for number, plane in enumerate(content.planes)
     ]
     caption = "Each point is one test video, its colour a label that pretraining never saw."
     if planes:
@@ -489,7 +489,7 @@ def _map_section(content: RunContent) -> str:
         )
         planes.append("<h3>Without any label: t-SNE of the pretrained features</h3>")
     return section(
-        "Map of the test videos", caption, *planes, figures.scatter(content.maps, name="maps")
+        "Map of the test videos", caption, *planes, charts.scatter(content.maps, name="maps")
     )
 
 
@@ -518,9 +518,9 @@ def _curve_section(content: RunContent) -> str:
         return ""
     start = content.bank_start
     marker = None if start is None or start > max(ends) else (start, f"bank from step {start}")
-    charts: dict[bool, list[str]] = {False: [], True: []}
+    drawn: dict[bool, list[str]] = {False: [], True: []}
     for number, curves in enumerate(content.curves):
-        chart = figures.line_chart(
+        chart = charts.line_chart(
             curves.series,
             name=f"curve{number}",
             ylabel=curves.ylabel,
@@ -530,8 +530,8 @@ def _curve_section(content: RunContent) -> str:
             last_step=max(ends),
             marker=marker,
         )
-        charts[curves.further].append(f"<div><h3>{text(curves.title)}</h3>{chart}</div>")
-    shown, further = (f'<div class="charts">{"".join(charts[key])}</div>' for key in (False, True))
+        drawn[curves.further].append(f"<div><h3>{text(curves.title)}</h3>{chart}</div>")
+    shown, further = (f'<div class="charts">{"".join(drawn[key])}</div>' for key in (False, True))
     caption = (
         "Pale: as logged; strong: mean over a fortieth of the run. A spread of the embeddings that "
         "falls while the similarity of negatives rises is a collapse."
@@ -543,7 +543,7 @@ def _curve_section(content: RunContent) -> str:
             "share a label with their anchor."
         )
     details = f"<details><summary>More metrics</summary>{further}</details>"
-    return section("Training", caption, shown, details if charts[True] else "")
+    return section("Training", caption, shown, details if drawn[True] else "")
 
 
 def _bank_section(content: RunContent) -> str:

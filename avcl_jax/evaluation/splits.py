@@ -238,7 +238,7 @@ def check_not_trained_on(
         raise UserError(
             f"{said}: pretrain without them (data.select), or set data.allow_trained_on=True"
         )
-    print(f"{said}: its figure is not that of an encoder that never met them", flush=True)
+    print(f"{said}: its metrics are not those of an encoder that never met them", flush=True)
 
 
 def feature_spec(config: ml_collections.ConfigDict, *, by_clip: bool = False) -> FeatureSpec:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from avcl_jax.evaluation.figures import Series
+from avcl_jax.evaluation.charts import Series
 from avcl_jax.objectives.temporal import TASKS
 
 _TERMS = {

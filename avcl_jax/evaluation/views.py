@@ -65,13 +65,32 @@ class PretrainedRun:
 
     @property
     def spec(self) -> RenderSpec:
-        """Rendering, with spectrograms on the host, which agree with the device's to 1e-4."""
-        return dataclasses.replace(experiment.render_spec(self.config), spectrogram_on_device=False)
+        """Rendering of its views, with spectrograms on the host."""
+        return host_render_spec(self.config)
 
     @functools.cached_property
     def heads(self) -> str:
         """Digest of the projection and temporal heads."""
         return heads_digest(self.variables)
+
+
+def host_render_spec(config: ml_collections.ConfigDict) -> RenderSpec:
+    """Returns a run's rendering with spectrograms on the host, which agree to 1e-4 by test."""
+    return dataclasses.replace(experiment.render_spec(config), spectrogram_on_device=False)
+
+
+def speed_indices(asked: Sequence[int], trained: Sequence[int], *, setting: str) -> list[int]:
+    """Returns the indices of playback speeds among the trained ones.
+
+    Raises:
+        UserError: naming `setting`, if one was not trained.
+    """
+    if unknown := [speed for speed in asked if speed not in trained]:
+        raise UserError(
+            f"{setting} {', '.join(map(str, unknown))} were not trained, these were: "
+            f"{', '.join(map(str, trained))}: set --config.{setting}"
+        )
+    return [list(trained).index(speed) for speed in asked]
 
 
 def open_run(config: ml_collections.ConfigDict) -> tuple[PretrainedRun, UsableRecords]:

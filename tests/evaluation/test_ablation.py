@@ -11,7 +11,7 @@ from scipy import stats
 from avcl_jax import experiment
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation import ablation
-from avcl_jax.evaluation.ablation import Figure, effect, effects, variant_config, variants_of
+from avcl_jax.evaluation.ablation import Column, effect, effects, variant_config, variants_of
 from avcl_jax.evaluation.evaluate import PROTOCOL, evaluate
 from avcl_jax.training.loop import pretrain
 from configs import ablation as ablation_config
@@ -67,11 +67,11 @@ def test_a_figure_that_a_variant_lacks_is_left_out_and_one_that_all_lack_refused
     results = {("full", 0): whole, ("full", 1): whole, ("silent", 0): {"retrieval": {}}}
     results["silent", 1] = {"retrieval": {}}
     path = ("retrieval", "audio_to_video", "r5")
-    found = effects(results, [Figure("R@5", path, "")], ["full", "silent"], [0, 1])
+    found = effects(results, [Column("R@5", path, "")], ["full", "silent"], [0, 1])
     assert found["R@5"]["full"].mean == 0.3
     assert found["R@5"]["silent"] is None
     with pytest.raises(ValueError, match=r"no retrieval\.audio_to_video\.r1"):
-        effects(results, [Figure("R@1", (*path[:2], "r1"), "")], ["full"], [0, 1])
+        effects(results, [Column("R@1", (*path[:2], "r1"), "")], ["full"], [0, 1])
 
 
 def test_a_task_that_was_not_trained_has_no_figure() -> None:
@@ -82,7 +82,7 @@ def test_a_task_that_was_not_trained_has_no_figure() -> None:
         }
 
     results = {("full", 0): run(1.0), ("no_speed", 0): run(0.0), ("half_speed", 0): run(0.5)}
-    speed = Figure("speed", ("temporal", "speed", "accuracy"), "speed_video")
+    speed = Column("speed", ("temporal", "speed", "accuracy"), "speed_video")
     found = effects(results, [speed], ["full", "no_speed", "half_speed"], [0])
     assert found["speed"]["no_speed"] is None
     assert found["speed"]["half_speed"].mean == 0.2

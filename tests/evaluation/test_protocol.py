@@ -318,7 +318,7 @@ def test_runs_that_cannot_be_compared_say_why(
     (tmp_path / "c" / "results.json").write_text(json.dumps(results | {"protocol_version": 2}))
     (tmp_path / "c" / "outcomes.npz").write_bytes((tmp_path / "a" / "outcomes.npz").read_bytes())
     assert compare.main([str(tmp_path / "a"), str(tmp_path / "c")]) == 1
-    assert "toy version 1 and toy version 2 have no figure in common" in capsys.readouterr().err
+    assert "toy version 1 and toy version 2 have no metric in common" in capsys.readouterr().err
     del results["metrics"]["accuracy"]["chosen"]
     (tmp_path / "c" / "results.json").write_text(json.dumps(results))
     assert compare.main([str(tmp_path / "a"), str(tmp_path / "c")]) == 1

@@ -13,8 +13,8 @@ import av
 import numpy as np
 import pytest
 
+from avcl_jax.evaluation.charts import line_chart
 from avcl_jax.evaluation.exhibits import Exhibit, Search, clip_uri
-from avcl_jax.evaluation.figures import line_chart
 from avcl_jax.evaluation.page import as_text, page
 from avcl_jax.evaluation.run_report import RunContent, lead, run_sections
 from avcl_jax.evaluation.training_curves import Curves

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from avcl_jax.evaluation.figures import line_chart
+from avcl_jax.evaluation.charts import line_chart
 from avcl_jax.evaluation.training_curves import training_curves
 from avcl_jax.style import STYLE
 from avcl_jax.training.loop import bank_start
