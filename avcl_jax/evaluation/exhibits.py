@@ -100,6 +100,19 @@ class Exhibits:
         self._stills = stills
         self.show = functools.cache(self._show)
 
+    def search(
+        self,
+        query: int,
+        found: Sequence[int] | np.ndarray,
+        modalities: tuple[Modality, Modality],
+        *,
+        hits: Sequence[bool],
+        remark: str,
+    ) -> Search:
+        """Shows a query and its results; `modalities` are those that the model was given."""
+        results = [self.show(int(position)) for position in found]
+        return Search(self.show(int(query)), modalities[0], results, modalities[1], hits, remark)
+
     def _show(self, position: int) -> Exhibit:
         """Returns the middle of the record at `position`."""
         _, record, use = self._source[position]
@@ -155,8 +168,7 @@ def cross_modal_searches(
     gallery: np.ndarray,
     positions: np.ndarray,
     *,
-    query_modality: Literal["video", "audio"],
-    found_modality: Literal["video", "audio"],
+    modalities: tuple[Modality, Modality],
     chosen: Sequence[int],
     results: int,
 ) -> list[Search]:
@@ -166,23 +178,19 @@ def cross_modal_searches(
         queries: float [n, D] embeddings of one modality.
         gallery: float [n, D] embeddings of the other one, of the same videos.
         positions: int [n] of those videos in the source.
-        query_modality: modality of `queries`.
-        found_modality: modality of `gallery`.
-        chosen: rows to ask with.
+        modalities: modality of `queries`, and of `gallery`.
+        chosen: rows of the queries.
     """
     ids = np.arange(len(gallery))
     ranks = first_relevant_ranks(queries, gallery, query_ids=ids, gallery_ids=ids)
     found = nearest(queries[list(chosen)], gallery, k=results)
     return [
-        Search(
-            query=exhibits.show(int(positions[row])),
-            query_modality=query_modality,
-            found=[exhibits.show(int(positions[index])) for index in indices],
-            found_modality=found_modality,
-            hits=[bool(index == row) for index in indices],
-            remark=f"The right {found_modality} is number {ranks[row]} of {len(gallery)}.",
+        exhibits.search(
+            *(positions[row], positions[items], modalities),
+            hits=(items == row).tolist(),
+            remark=f"The right {modalities[1]} is number {ranks[row]} of {len(gallery)}.",
         )
-        for row, indices in zip(chosen, found, strict=True)
+        for row, items in zip(chosen, found, strict=True)
     ]
 
 
@@ -192,7 +200,7 @@ def neighbour_searches(
     labels: np.ndarray,
     positions: np.ndarray,
     *,
-    modality: Literal["video", "audio"],
+    modality: Modality,
     label: str,
     chosen: Sequence[int],
     results: int,
@@ -204,37 +212,34 @@ def neighbour_searches(
         labels: int [n], all known.
         positions: int [n] of those videos in the source.
         modality: modality of `features`.
-        label: its name.
-        chosen: rows to ask with.
+        label: name of the label.
+        chosen: rows of the queries.
         results: neighbours of each.
 
     Returns:
         A title that gives the share over all videos and its chance level, and the searches.
     """
     scaled = StandardScaler().fit_transform(features)
-    indices = nearest(scaled, scaled, k=results + 1)
     # A video is its own nearest neighbour, but twins may tie with it.
     others = np.array(
         [
-            [index for index in row if index != own][:results]
-            for own, row in zip(range(len(indices)), indices, strict=True)
+            [item for item in items if item != own][:results]
+            for own, items in enumerate(nearest(scaled, scaled, k=results + 1))
         ]
     )
     shares = labels[others] == labels[:, None]
     counts = np.bincount(labels)
     chance = float((counts * (counts - 1)).sum() / (len(labels) * (len(labels) - 1)))
+    count = others.shape[1]
     title = (
-        f"By {modality}: {100 * shares.mean():.0f} % of the {others.shape[1]} nearest neighbours "
-        f"share the {label} (chance {100 * chance:.0f} %)"
+        f"By {modality}: {100 * shares.mean():.0f} % of the {count} nearest neighbours share the "
+        f"{label} (chance {100 * chance:.0f} %)"
     )
     return title, [
-        Search(
-            query=exhibits.show(int(positions[row])),
-            query_modality=modality,
-            found=[exhibits.show(int(positions[index])) for index in others[row]],
-            found_modality=modality,
-            hits=[False] * others.shape[1],
-            remark=f"{int(shares[row].sum())} of {others.shape[1]} share its {label}.",
+        exhibits.search(
+            *(positions[row], positions[others[row]], (modality, modality)),
+            hits=[False] * count,
+            remark=f"{int(shares[row].sum())} of {count} share its {label}.",
         )
         for row in chosen
     ]
@@ -293,12 +298,11 @@ def search_blocks(
     blocks = []
     for title, searches in by_title.items():
         blocks.append(f"<h3>{text(title)}</h3>")
-        blocks += [search_row(search, spectrogram_range) for search in searches]
+        blocks += [_row(search, spectrogram_range) for search in searches]
     return blocks
 
 
-def search_row(search: Search, spectrogram_range: tuple[float, float]) -> str:
-    """Returns the HTML of a query and its results; `spectrogram_range` as in `search_blocks`."""
+def _row(search: Search, spectrogram_range: tuple[float, float]) -> str:
     query_tag = "anchor" if search.tags else "query"
     cards = [_card(search.query, search.query_modality, "query", query_tag, spectrogram_range)]
     for number, (exhibit, hit) in enumerate(zip(search.found, search.hits, strict=True), start=1):

@@ -177,8 +177,7 @@ def _examples(
                 embeddings[query],
                 embeddings[found],
                 both,
-                query_modality=query,
-                found_modality=found,
+                modalities=(query, found),
                 chosen=chosen,
                 results=settings.results,
             )
