@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from avcl_jax.data.augment import PhotometricSpec, SpectralSpec
-from avcl_jax.data.crop import CropSpec
+from avcl_jax.data.images import CropSpec
 from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
 from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.spectrogram import LogMelSpec

@@ -30,11 +30,10 @@ from etils import epath
 
 from avcl_jax import experiment
 from avcl_jax.data import rendering
+from avcl_jax.data.record_format import is_silent
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.selection import Selection
-from avcl_jax.data.silence import is_silent
+from avcl_jax.data.selection import Selection, UsableRecords
 from avcl_jax.data.spectrogram import gather_windows, log_mel
-from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import FORWARD
 from avcl_jax.evaluation.ablation import FULL, Column, as_table, effects
 from avcl_jax.evaluation.evaluate import evaluate

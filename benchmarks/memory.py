@@ -58,7 +58,7 @@ def first_batch(*, directory: str) -> dict[str, float]:
     from avcl_jax import experiment
     from avcl_jax.data.pipeline import train_batches
     from avcl_jax.data.records import RecordDataset
-    from avcl_jax.data.usable_records import UsableRecords
+    from avcl_jax.data.selection import UsableRecords
     from configs import pretrain
 
     imported = measure.seconds_since_start()

@@ -17,13 +17,12 @@ import grain
 import numpy as np
 from absl import flags
 
-from avcl_jax.data.crop import CropSpec, crop_frame, random_crop
-from avcl_jax.data.decode import each_jpeg
+from avcl_jax.data.images import CropSpec, crop_frame, each_jpeg, random_crop
 from avcl_jax.data.pipeline import Draw, RenderBatch, train_batches
 from avcl_jax.data.records import Record, RecordDataset
 from avcl_jax.data.rendering import RenderSpec, UsableRecord, render_audio
+from avcl_jax.data.selection import UsableRecords
 from avcl_jax.data.spectrogram import LogMelSpec
-from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import ViewSpec, draw_views, frame_indices
 from benchmarks.measure import rate
 

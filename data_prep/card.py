@@ -13,7 +13,7 @@ from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from avcl_jax.data.decode import decode_jpegs
+from avcl_jax.data.images import decode_jpegs
 from avcl_jax.data.records import Record, RecordDataset, split_names
 from avcl_jax.paths import absolute_path
 from data_prep.clip import NOTES

@@ -14,11 +14,9 @@ from av.video.reformatter import VideoReformatter
 from etils import epath
 
 from avcl_jax.data import media, record_files
-from avcl_jax.data.media import RateLimit, Sound
-from avcl_jax.data.media_error import MediaError
-from avcl_jax.data.mono import ChannelEnergies, choose_weights
-from avcl_jax.data.sound_timeline import lay_out
-from avcl_jax.data.tfrecord import RecordError
+from avcl_jax.data.media import MediaError, RateLimit, Sound
+from avcl_jax.data.mono import ChannelEnergies, choose_weights, lay_out
+from avcl_jax.data.record_files import RecordError
 from data_prep.footage import Footage, JpegFrame, encode_still, open_media
 from data_prep.manifest import ExamplePlace
 

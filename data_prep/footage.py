@@ -14,8 +14,7 @@ import simplejpeg
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from avcl_jax.data import media
-from avcl_jax.data.media import Sound
-from avcl_jax.data.media_error import MediaError
+from avcl_jax.data.media import MediaError, Sound
 
 _JPEG, _PASSED_ON = b"\xff\xd8\xff", ("YCbCr", "RGB", "Gray")
 # Containers that state their duration. In the others FFmpeg guesses it from the bit rate.

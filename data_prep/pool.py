@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from avcl_jax.data.tfrecord import RecordError
+from avcl_jax.data.record_files import RecordError
 from data_prep.manifest import Entry, PrepareError
 from data_prep.shards import Part, prepare_part, remove_temporary
 

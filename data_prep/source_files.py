@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from avcl_jax.data.media_error import MediaError
+from avcl_jax.data.media import MediaError
 from avcl_jax.paths import is_remote
 from data_prep.manifest import Entry
 

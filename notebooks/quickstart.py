@@ -101,7 +101,7 @@ import numpy as np
 from avcl_jax import experiment
 from avcl_jax.data.pipeline import train_batches
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.data.selection import UsableRecords
 from configs import pretrain
 
 config = pretrain.get_config()
@@ -185,7 +185,7 @@ for searches in bank_searches(trained, RUN, spec, step=STEPS).values():
 run("avcl_jax.main", "--config=configs/export.py", f"--workdir={RUN}")
 
 # %%
-from avcl_jax.data.decode import decode_jpegs
+from avcl_jax.data.images import decode_jpegs
 from avcl_jax.export import load_encoder
 
 encoder = load_encoder(RUN / "export" / "video")

@@ -17,8 +17,8 @@ import numpy as np
 from absl import app
 
 from avcl_jax import main
-from avcl_jax.data.media_error import MediaError
-from avcl_jax.data.tfrecord import RecordError
+from avcl_jax.data.media import MediaError
+from avcl_jax.data.record_files import RecordError
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation import compare
 from avcl_jax.fingerprint import command

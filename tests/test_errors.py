@@ -12,7 +12,7 @@ from tests.training import small
 
 # Modules whose checks of shapes and values only a bug can fail: their ValueErrors stay ValueErrors.
 CHECKS_OF_THE_CALLER = {
-    "avcl_jax/data/decode.py",
+    "avcl_jax/data/images.py",
     "avcl_jax/data/record_format.py",
     "avcl_jax/evaluation/linear.py",
     "avcl_jax/evaluation/retrieval.py",

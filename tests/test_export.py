@@ -15,15 +15,14 @@ import safetensors.numpy
 from jaxlib import _jax
 
 from avcl_jax.data.augment import standardize, to_unit_range
-from avcl_jax.data.crop import apply_crop, center_crop
+from avcl_jax.data.images import apply_crop, center_crop
 from avcl_jax.data.preprocessing import (
     AudioPreprocessing,
     PreprocessingError,
     VideoPreprocessing,
-    clip_starts,
 )
 from avcl_jax.data.spectrogram import LogMelSpec, gather_windows, log_mel
-from avcl_jax.data.views import FORWARD, Clip, ViewSpec, frame_indices
+from avcl_jax.data.views import FORWARD, Clip, ViewSpec, clip_times, frame_indices
 from avcl_jax.export import ExportError, export_encoder, load_encoder
 from avcl_jax.models.audio_encoders import AudioResNet
 from avcl_jax.models.video_encoders import VideoResNet
@@ -138,7 +137,7 @@ def test_apply_is_pure_and_can_be_differentiated(video):
 
 @pytest.mark.parametrize(("seconds", "clips"), [(0.1, 1), (0.5, 1), (0.75, 2), (2.0, 4), (2.2, 5)])
 def test_clips_cover_media_of_any_length_and_rate(seconds, clips):
-    starts = clip_starts(seconds, 0.5)
+    starts = clip_times(0.0, seconds, 0.5)
     assert len(starts) == clips
     assert starts[0] == 0.0
     assert starts[-1] + 0.5 == pytest.approx(max(seconds, 0.5))

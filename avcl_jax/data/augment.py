@@ -22,7 +22,7 @@ class PhotometricSpec:
         contrast: largest relative change of contrast.
         saturation: largest relative change of saturation.
         hue: largest rotation of the hue, in turns; 0.5 reaches every hue.
-        gray_probability: share of clips turned grey.
+        gray_probability: fraction of clips turned grey.
         per_frame: draw for each frame instead of each clip.
     """
 
@@ -41,13 +41,7 @@ def photometric(
 ) -> Float[Array, "videos views time height width 3"]:
     """Changes brightness, contrast, saturation and hue of clips at random, inside the jitted step.
 
-    Args:
-        key: JAX random key of this step.
-        video: pixels in [0, 1].
-        spec: strength.
-
-    Returns:
-        Pixels, not clipped: the encoder's input has no bounds to respect.
+    Takes pixels in [0, 1]. The result is not clipped: the encoder's input has no bounds to respect.
     """
     videos, views, time = video.shape[:3]
     shape = (videos, views, time if spec.per_frame else 1, 1, 1, 1)
@@ -100,16 +94,11 @@ def spectral(
     spectrogram: Float[Array, "videos views frames mels"],
     spec: SpectralSpec,
 ) -> Float[Array, "videos views frames mels"]:
-    """Equalises, masks and adds noise at random, each view on its own.
+    """Equalises, masks and adds noise to standardised log-mel at random, each view on its own.
 
-    What room, microphone and background do to a sound is alike in both views of a video and tells
-    them from other videos; without this, contrast between views learns little else. The mean gain
-    is kept, because loudness tells temporal order.
-
-    Args:
-        key: JAX random key of this step.
-        spectrogram: standardised log-mel.
-        spec: strength.
+    Room, microphone and background change audio alike in both views of a video, and tell it from
+    other videos: without this, contrast between views learns little else. The mean gain is kept,
+    because loudness tells temporal order.
     """
     videos, views, _, mels = spectrogram.shape
     keys = jax.random.split(key, 4)

@@ -1,4 +1,4 @@
-"""A whole clip in memory: what is cut into segments, transformed, and fingerprinted."""
+"""Whole clips in memory: cut into segments, transformed, and fingerprinted."""
 
 from __future__ import annotations
 
@@ -8,23 +8,22 @@ from typing import Any
 
 import numpy as np
 
-from avcl_jax.data.decode import decode_jpegs
-from avcl_jax.data.media import Source, decode_audio, decode_frames
-from avcl_jax.data.media_error import MediaError
+from avcl_jax.data.images import decode_jpegs
+from avcl_jax.data.media import MediaError, Source, decode_audio, decode_frames
 from avcl_jax.data.record_format import Record
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodedMedia:
-    """Pictures and mono sound of one clip on one timeline, whose zero is the clip's start.
+    """Video and mono audio of one clip on one timeline, whose zero is the clip's start.
 
     Attributes:
-        frames: uint8 [frames, height, width, 3], RGB, upright; [0, 0, 0, 3] without a picture.
+        frames: uint8 [frames, height, width, 3], RGB, upright; [0, 0, 0, 3] without video.
         frame_seconds: float64 [frames], strictly increasing, when each frame appears.
-        waveform: int16 [samples]; empty without sound.
-        sample_rate_hz: of `waveform`; 0 without sound.
-        audio_start_seconds: when `waveform[0]` sounds.
-        duration_seconds: when the last frame ends or the last sample sounds, whichever is later.
+        waveform: int16 [samples]; empty without audio.
+        sample_rate_hz: rate of `waveform`; 0 without audio.
+        audio_start_seconds: time of `waveform[0]`.
+        duration_seconds: end of the last frame or of the last sample, whichever is later.
     """
 
     frames: np.ndarray
@@ -36,24 +35,24 @@ class DecodedMedia:
 
     @property
     def has_video(self) -> bool:
-        """Whether there are pictures."""
+        """True if there are frames."""
         return len(self.frames) > 0
 
     @property
     def has_audio(self) -> bool:
-        """Whether there is sound."""
+        """True if there are samples."""
         return len(self.waveform) > 0
 
     @property
     def fps(self) -> float:
-        """Mean rate of the pictures; 0 with fewer than two."""
+        """Mean rate of the frames; 0 with fewer than two."""
         if len(self.frames) < 2:
             return 0.0
         return (len(self.frames) - 1) / float(self.frame_seconds[-1] - self.frame_seconds[0])
 
 
 def no_frames() -> np.ndarray:
-    """The pictures of a clip that has none."""
+    """Returns the frames of a clip without video."""
     return np.empty((0, 0, 0, 3), np.uint8)
 
 
@@ -67,40 +66,40 @@ def decode_media(
     end_seconds: float | None = None,
     modalities: Collection[str] = ("video", "audio"),
 ) -> DecodedMedia:
-    """Decodes a media file, or an interval of it, into memory.
+    """Decodes a media file, or an interval of it, into memory: see `media.decode_frames`.
 
     Args:
         path: local file, or a file's content.
-        short_side: height or width to scale down to, whichever is shorter; None for as it is.
-        max_fps: frames are dropped to this rate on average; None keeps all.
-        sample_rate_hz: rate to resample the sound to.
-        start_seconds: where the interval begins in the file.
-        end_seconds: where it ends; None for the file's end.
+        short_side: height or width to scale down to, whichever is shorter; None keeps the size.
+        max_fps: average rate to which frames are dropped; None keeps all.
+        sample_rate_hz: rate to resample the audio to.
+        start_seconds: start of the interval in the file.
+        end_seconds: its end; None for the file's end.
         modalities: "video", "audio" or both; others are not decoded.
 
     Raises:
         MediaError: if the file cannot be decoded, or has none of the modalities in the interval.
     """
     interval: dict[str, Any] = {"start_seconds": start_seconds, "end_seconds": end_seconds}
-    shown, sound = [], None
+    frames, audio = [], None
     if "video" in modalities:
-        shown = list(decode_frames(path, short_side=short_side, max_fps=max_fps, **interval))
+        frames = list(decode_frames(path, short_side=short_side, max_fps=max_fps, **interval))
     if "audio" in modalities:
-        sound = decode_audio(path, sample_rate_hz=sample_rate_hz, **interval)
-    if not shown and sound is None:
+        audio = decode_audio(path, sample_rate_hz=sample_rate_hz, **interval)
+    if not frames and audio is None:
         raise MediaError("empty", f"no {' and no '.join(modalities)} in this interval")
     ends = []
-    if shown:
-        gap = shown[-1].seconds - shown[-2].seconds if len(shown) > 1 else 0.0
-        ends.append(shown[-1].seconds + (shown[-1].duration_seconds or gap))
-    if sound is not None:
-        ends.append(sound.start_seconds + len(sound.waveform) / sample_rate_hz)
+    if frames:
+        gap = frames[-1].seconds - frames[-2].seconds if len(frames) > 1 else 0.0
+        ends.append(frames[-1].seconds + (frames[-1].duration_seconds or gap))
+    if audio is not None:
+        ends.append(audio.start_seconds + len(audio.waveform) / sample_rate_hz)
     return DecodedMedia(
-        frames=np.stack([frame.image for frame in shown]) if shown else no_frames(),
-        frame_seconds=np.array([frame.seconds for frame in shown]) - start_seconds,
-        waveform=np.empty(0, np.int16) if sound is None else sound.waveform,
-        sample_rate_hz=0 if sound is None else sample_rate_hz,
-        audio_start_seconds=0.0 if sound is None else sound.start_seconds - start_seconds,
+        frames=np.stack([frame.image for frame in frames]) if frames else no_frames(),
+        frame_seconds=np.array([frame.seconds for frame in frames]) - start_seconds,
+        waveform=np.empty(0, np.int16) if audio is None else audio.waveform,
+        sample_rate_hz=0 if audio is None else sample_rate_hz,
+        audio_start_seconds=0.0 if audio is None else audio.start_seconds - start_seconds,
         duration_seconds=max(ends) - start_seconds,
     )
 
@@ -109,7 +108,7 @@ def decode_record(record: Record) -> DecodedMedia:
     """Decodes a prepared record into memory.
 
     Raises:
-        ValueError: if a frame is no JPEG.
+        ValueError: if a frame is not a JPEG.
     """
     return DecodedMedia(
         frames=decode_jpegs(record.frames) if record.has_video else no_frames(),

@@ -9,85 +9,69 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
+from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory, text_format
 
-# What parsing raises for bytes that are no such message.
+# Raised when parsing bytes of another message.
 DecodeError = message.DecodeError
 
-_FIELD = descriptor_pb2.FieldDescriptorProto
+
+def _field(name: str, number: int, kind: str, *options: str) -> str:
+    """Returns a field of a scalar type, or of the message type `kind`, as text."""
+    kind = f"type: {kind}" if kind.startswith("TYPE") else f'type_name: ".tensorflow.{kind}"'
+    return f'field {{ name: "{name}" number: {number} {kind} {" ".join(options)} }}'
 
 
-def _add(to: Any, name: str, number: int, kind: int, **options: Any) -> None:
-    options.setdefault("label", _FIELD.LABEL_OPTIONAL)
-    to.field.add(name=name, number=number, type=kind, **options)
+def _message(name: str, *content: str) -> str:
+    return f'message_type {{ name: "{name}" {" ".join(content)} }}'
 
 
-def _add_map(to: Any, name: str, entry_name: str, value: str) -> None:
-    """Adds `map<string, value>` as field 1, as protoc spells it."""
-    entry = to.nested_type.add(name=entry_name)
-    entry.options.map_entry = True
-    _add(entry, "key", 1, _FIELD.TYPE_STRING)
-    _add(entry, "value", 2, _FIELD.TYPE_MESSAGE, type_name=f".tensorflow.{value}")
-    _add(
-        to,
-        name,
-        1,
-        _FIELD.TYPE_MESSAGE,
-        type_name=f".tensorflow.{to.name}.{entry_name}",
-        label=_FIELD.LABEL_REPEATED,
+def _map_message(name: str, field: str, value: str) -> str:
+    """Returns a message with `map<string, value>` as field 1, as protoc spells it."""
+    entry = f"{value}Entry"
+    fields = _field("key", 1, "TYPE_STRING") + _field("value", 2, value)
+    nested = f'nested_type {{ name: "{entry}" options {{ map_entry: true }} {fields} }}'
+    return _message(name, nested, _field(field, 1, f"{name}.{entry}", _REPEATED))
+
+
+_REPEATED, _ONEOF = "label: LABEL_REPEATED", "oneof_index: 0"
+_FILE = " ".join(
+    (
+        'name: "avcl_jax/example.proto" package: "tensorflow" syntax: "proto3"',
+        _message("BytesList", _field("value", 1, "TYPE_BYTES", _REPEATED)),
+        _message("FloatList", _field("value", 1, "TYPE_FLOAT", _REPEATED)),
+        _message("Int64List", _field("value", 1, "TYPE_INT64", _REPEATED)),
+        _message(
+            "Feature",
+            'oneof_decl { name: "kind" }',
+            _field("bytes_list", 1, "BytesList", _ONEOF),
+            _field("float_list", 2, "FloatList", _ONEOF),
+            _field("int64_list", 3, "Int64List", _ONEOF),
+        ),
+        _map_message("Features", "feature", "Feature"),
+        _message("FeatureList", _field("feature", 1, "Feature", _REPEATED)),
+        _map_message("FeatureLists", "feature_list", "FeatureList"),
+        _message("Example", _field("features", 1, "Features")),
+        _message(
+            "SequenceExample",
+            _field("context", 1, "Features"),
+            _field("feature_lists", 2, "FeatureLists"),
+        ),
     )
+)
 
 
 @functools.cache
-def _pool() -> descriptor_pool.DescriptorPool:
-    file = descriptor_pb2.FileDescriptorProto(
-        name="avcl_jax/example.proto", package="tensorflow", syntax="proto3"
-    )
-    lists = ("BytesList", "FloatList", "Int64List")
-    for name, kind in zip(
-        lists, (_FIELD.TYPE_BYTES, _FIELD.TYPE_FLOAT, _FIELD.TYPE_INT64), strict=True
-    ):
-        _add(file.message_type.add(name=name), "value", 1, kind, label=_FIELD.LABEL_REPEATED)
-    feature = file.message_type.add(name="Feature")
-    feature.oneof_decl.add(name="kind")
-    for number, name in enumerate(lists, start=1):
-        _add(
-            feature,
-            name.replace("List", "_list").lower(),
-            number,
-            _FIELD.TYPE_MESSAGE,
-            type_name=f".tensorflow.{name}",
-            oneof_index=0,
-        )
-    _add_map(file.message_type.add(name="Features"), "feature", "FeatureEntry", "Feature")
-    _add(
-        file.message_type.add(name="FeatureList"),
-        "feature",
-        1,
-        _FIELD.TYPE_MESSAGE,
-        type_name=".tensorflow.Feature",
-        label=_FIELD.LABEL_REPEATED,
-    )
-    feature_lists = file.message_type.add(name="FeatureLists")
-    _add_map(feature_lists, "feature_list", "FeatureListEntry", "FeatureList")
-    example = file.message_type.add(name="Example")
-    _add(example, "features", 1, _FIELD.TYPE_MESSAGE, type_name=".tensorflow.Features")
-    sequence = file.message_type.add(name="SequenceExample")
-    _add(sequence, "context", 1, _FIELD.TYPE_MESSAGE, type_name=".tensorflow.Features")
-    _add(sequence, "feature_lists", 2, _FIELD.TYPE_MESSAGE, type_name=".tensorflow.FeatureLists")
+def _class(name: str) -> Any:
     pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return pool
+    pool.Add(text_format.Parse(_FILE, descriptor_pb2.FileDescriptorProto()))
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"tensorflow.{name}"))
 
 
-@functools.cache
 def example_class() -> Any:
     """Returns the message class tf.train.Example."""
-    return message_factory.GetMessageClass(_pool().FindMessageTypeByName("tensorflow.Example"))
+    return _class("Example")
 
 
-@functools.cache
 def sequence_example_class() -> Any:
     """Returns the message class tf.train.SequenceExample."""
-    found = _pool().FindMessageTypeByName("tensorflow.SequenceExample")
-    return message_factory.GetMessageClass(found)
+    return _class("SequenceExample")

@@ -15,7 +15,7 @@ from av.video.reformatter import (
     VideoReformatter,
 )
 
-from avcl_jax.data.media_error import MediaError
+from avcl_jax.data.media_streams import MediaError
 
 # Matrix coefficients (ITU-T H.273) that FFmpeg converts; constant luminance as its neighbour.
 _MATRICES = {
@@ -60,7 +60,7 @@ class FrameImages:
         """Compares a frame with the first one.
 
         Raises:
-          MediaError: If its size or pixel aspect ratio differs.
+            MediaError: if its size or pixel aspect ratio differs.
         """
         aspect = self._decoder.sample_aspect_ratio if self._follows_stream else None
         shape = (frame.width, frame.height, aspect or self._header_aspect or Fraction(1))

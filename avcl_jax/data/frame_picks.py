@@ -35,14 +35,11 @@ _EPSILON = 1e-6  # seconds, for rounded times
 
 
 def by_time(frame_seconds: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Numbers of the last frames that began at or before each time.
+    """Returns the numbers of the last frames that began at or before each time, int64 [...].
 
     Args:
         frame_seconds: float64 [source frames], strictly increasing.
         times: [...] seconds.
-
-    Returns:
-        int64 [...].
     """
     numbers = np.searchsorted(frame_seconds, times + _EPSILON, side="right") - 1
     return np.clip(numbers, 0, len(frame_seconds) - 1)
@@ -62,15 +59,14 @@ def in_step(frame_seconds: np.ndarray, step: float) -> bool:
 
 
 def offsets(frame_seconds: np.ndarray, *, num_frames: int, step: float) -> np.ndarray | None:
-    """Frame numbers of a clip at speed 1 relative to its first, if chosen by number.
+    """Returns frame numbers of a clip at speed 1 relative to its first, int64 [num_frames].
+
+    These are b_k − b_0; None if the file's frames are chosen by time.
 
     Args:
         frame_seconds: float64 [source frames], strictly increasing.
         num_frames: frames of a clip.
         step: seconds between two of them at speed 1.
-
-    Returns:
-        int64 [num_frames] b_k − b_0; None if the file's frames are chosen by time.
     """
     if len(frame_seconds) < 2 or in_step(frame_seconds, step):
         return None
@@ -92,16 +88,13 @@ def offsets(frame_seconds: np.ndarray, *, num_frames: int, step: float) -> np.nd
 def by_number(
     frame_seconds: np.ndarray, first_offsets: np.ndarray, speed: int, middle: float
 ) -> np.ndarray | None:
-    """Numbers of the frames that a clip shows, if chosen by number.
+    """Returns the numbers of the frames of a clip, int64 [num_frames]; None if there are too few.
 
     Args:
         frame_seconds: float64 [source frames], strictly increasing.
         first_offsets: int64 [num_frames], from `offsets`.
         speed: playback speed.
-        middle: seconds, mean of the times of the first and the last frame of the clip.
-
-    Returns:
-        int64 [num_frames]; None if the file has too few frames.
+        middle: mean of the times of the first and the last frame of the clip, seconds.
     """
     numbers = speed * first_offsets
     free = len(frame_seconds) - 1 - numbers[-1]

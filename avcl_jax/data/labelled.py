@@ -1,43 +1,38 @@
 """Clips of labelled records, for training and testing classifiers.
 
-Unlike a view of pretraining (`data.views`), a clip may be longer than its record and may show a
-picture twice: see `data.modality_records`.
+Unlike a view of pretraining (`views`), a clip may be longer than its record and may show a frame
+twice: see `selection.ModalityRecords`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
-from avcl_jax.data import shared_memory
-from avcl_jax.data.crop import Crop, CropSpec, center_crop, random_crop
-from avcl_jax.data.modality_records import Modality, ModalityRecords, evenly_spaced
+from avcl_jax.data.images import CropSpec, crops_along, random_crop
 from avcl_jax.data.pipeline import Draw
 from avcl_jax.data.record_format import Record
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.rendering import render_video
-from avcl_jax.data.selection import Selection
+from avcl_jax.data.selection import Modality, ModalityRecords, Selection
 from avcl_jax.data.spectrogram import LogMelSpec, gather_windows
-from avcl_jax.data.tfrecord import RecordError
-from avcl_jax.data.views import FORWARD, Clip, ViewSpec
+from avcl_jax.data.views import FORWARD, Clip, ViewSpec, clip_times
+from avcl_jax.data.workers import empty_batch
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoClipSpec:
-    """Clips of pictures.
-
-    Attributes:
-        views: timing; one speed.
-        crop: spatial crop.
-    """
+    """Video clips: timing, of one speed, and spatial crop."""
 
     views: ViewSpec
     crop: CropSpec
+    dtype = "uint8"
+    modality: Modality = dataclasses.field(default="video", init=False)
+    sample_rate_hz: None = dataclasses.field(default=None, init=False)
 
     @property
     def video_shape(self) -> tuple[int, int, int, int]:
@@ -49,14 +44,10 @@ class VideoClipSpec:
         """Shape of a clip."""
         return self.video_shape
 
-    dtype = "uint8"
-    modality: Modality = dataclasses.field(default="video", init=False)
-    sample_rate_hz: None = dataclasses.field(default=None, init=False)
-
     def random(
         self, record: Record, start_seconds: float, rng: np.random.Generator, out: np.ndarray
     ) -> None:
-        """Renders into uint8 [time, size, size, 3], cropped and mirrored alike in all pictures."""
+        """Renders into uint8 [time, size, size, 3], cropped and mirrored alike in all frames."""
         crop = random_crop(rng, record.height, record.width, self.crop)
         render_video(record, Clip(start_seconds, 0, FORWARD), crop, self, out)
 
@@ -71,13 +62,11 @@ class VideoClipSpec:
 
 @dataclasses.dataclass(frozen=True)
 class AudioClipSpec:
-    """Clips of sound: windows of samples, whose log-mel is computed on the device.
-
-    Attributes:
-        log_mel: definition of the spectrogram.
-    """
+    """Audio clips: windows of samples, whose log-mel is computed on the device."""
 
     log_mel: LogMelSpec
+    dtype = "int16"
+    modality: Modality = dataclasses.field(default="audio", init=False)
 
     @property
     def views(self) -> ViewSpec:
@@ -86,16 +75,13 @@ class AudioClipSpec:
 
     @property
     def sample_rate_hz(self) -> int:
-        """That the sound must have."""
+        """Required rate of audio."""
         return self.log_mel.sample_rate_hz
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of a clip: [frames, window]."""
         return self.log_mel.frames, self.log_mel.window
-
-    dtype = "int16"
-    modality: Modality = dataclasses.field(default="audio", init=False)
 
     def random(
         self, record: Record, start_seconds: float, rng: np.random.Generator, out: np.ndarray
@@ -104,14 +90,11 @@ class AudioClipSpec:
         (out[...],) = self.fixed(record, start_seconds, 1)
 
     def fixed(self, record: Record, start_seconds: float, crops: int) -> list[np.ndarray]:
-        """Returns one clip int16 [frames, window]; sound has no crops."""
+        """Returns one clip int16 [frames, window]; audio has no crops."""
+        clip, start = Clip(start_seconds, 0, FORWARD), record.audio_start_seconds
         return [
             gather_windows(
-                record.waveform,
-                Clip(start_seconds, 0, FORWARD),
-                self.log_mel,
-                self.views,
-                audio_start_seconds=record.audio_start_seconds,
+                record.waveform, clip, self.log_mel, self.views, audio_start_seconds=start
             )
         ]
 
@@ -119,23 +102,8 @@ class AudioClipSpec:
 ClipSpec = VideoClipSpec | AudioClipSpec
 
 
-def crops_along(height: int, width: int, crops: int) -> list[Crop]:
-    """The largest squares at equal distances along the longer side; one is in the middle."""
-    if crops == 1:
-        return [center_crop(height, width)]
-    size = min(height, width)
-    tops = np.linspace(0, height - size, crops).round().astype(int)
-    lefts = np.linspace(0, width - size, crops).round().astype(int)
-    return [Crop(int(t), int(left), size, False) for t, left in zip(tops, lefts, strict=True)]
-
-
 class LabelledRecords(ModalityRecords, grain.sources.RandomAccessDataSource):
-    """The selected records of a data set that have a class and the modality.
-
-    Attributes:
-        classes: int64 [n], the class of each.
-        class_names: of the label.
-    """
+    """Selected records that have a class (`classes` int64 [n]) and the modality."""
 
     def __init__(
         self,
@@ -145,18 +113,11 @@ class LabelledRecords(ModalityRecords, grain.sources.RandomAccessDataSource):
         spec: ClipSpec,
         leave_out: bool,
     ):
-        """Looks at labels and timelines, which reads no record.
-
-        Args:
-            records: data set.
-            selection: which of its records.
-            label: name of a label of one class a record.
-            spec: clips; their modality must be there.
-            leave_out: leave out records that lack the class or the modality, instead of an error.
+        """Looks at labels and timelines, which reads no record; arguments as for `ModalityRecords`.
 
         Raises:
-            LackingError: if the label is missing, or records lack class or modality.
-            SelectionError: if the selection does not fit the data set.
+            SelectionError: if the selection does not fit the data set, the label is missing, or
+                records lack class or modality and `leave_out` is False.
         """
         super().__init__(
             records,
@@ -177,19 +138,12 @@ class LabelledRecords(ModalityRecords, grain.sources.RandomAccessDataSource):
         """Pickles what it is made from: workers would receive a million numbers through a pipe."""
         return LabelledRecords, self._arguments
 
-    def __repr__(self) -> str:
-        """Constant description: grain puts it into its checkpoints."""
-        return f"LabelledRecords({self.fingerprint}, {len(self)})"
-
 
 @dataclasses.dataclass(frozen=True)
 class RenderRandomClips:
-    """Renders one clip of every drawn record, at a random time, straight into the batch.
+    """Renders one clip per drawn record, at a random time, straight into the batch.
 
-    Attributes:
-        source: records.
-        spec: clips.
-        shared: clips are a `SharedArray`, to be received by another process.
+    If `shared`, clips are a `SharedArray`, to be received by another process.
     """
 
     source: LabelledRecords
@@ -203,12 +157,13 @@ class RenderRandomClips:
             RecordError: if one cannot be read, with its name and shard.
         """
         shape = (len(draws), *self.spec.shape)
-        sent, clips = shared_memory.empty_batch(shape, self.spec.dtype, shared=self.shared)
+        sent, clips = empty_batch(shape, self.spec.dtype, shared=self.shared)
+        span = self.spec.views.clip_seconds
         for draw, out in zip(draws, clips, strict=True):
-            first, last = self.source.starts(draw.position, self.spec.views.clip_seconds)
+            first, last = clip_times(*self.source.interval(draw.position), span, 2)
             start = float(draw.rng.uniform(first, last))
-            record = self.source[draw.position]
-            with _naming_shard(self.source, draw.position):
+            record, index = self.source[draw.position], int(self.source.indices[draw.position])
+            with self.source.records.naming_shard(index):
                 self.spec.random(record, start, draw.rng, out)
         positions = [draw.position for draw in draws]
         return {
@@ -221,14 +176,11 @@ class RenderRandomClips:
 def fixed_clips(
     source: LabelledRecords, position: int, spec: ClipSpec, *, clips: int, crops: int
 ) -> np.ndarray:
-    """Renders clips at equal distances from the first possible start to the last.
+    """Renders clips of the record at `position`, at equal distances from first to last start.
 
     Args:
-        source: records.
-        position: which one.
-        spec: clips.
         clips: number of times.
-        crops: of each; 1 is the centre, more stand along the longer side.
+        crops: number of crops at each time; one is centred, more lie along the longer side.
 
     Returns:
         [clips * crops, ...].
@@ -236,17 +188,7 @@ def fixed_clips(
     Raises:
         RecordError: if the record cannot be read, with its name and shard.
     """
-    starts = evenly_spaced(*source.starts(position, spec.views.clip_seconds), clips)
+    starts = clip_times(*source.interval(position), spec.views.clip_seconds, clips)
     record = source[position]
-    with _naming_shard(source, position):
+    with source.records.naming_shard(int(source.indices[position])):
         return np.stack([clip for start in starts for clip in spec.fixed(record, start, crops)])
-
-
-@contextlib.contextmanager
-def _naming_shard(source: LabelledRecords, position: int) -> Iterator[None]:
-    """Adds the shard to what is said of a record that cannot be decoded."""
-    try:
-        yield
-    except RecordError as error:
-        shard = source.records.shard_of(int(source.indices[position]))
-        raise RecordError(f"{shard}, {error}") from error

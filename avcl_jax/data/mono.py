@@ -1,13 +1,19 @@
-"""Mono mix in which channels do not cancel and silent channels do not lower the level."""
+"""Decoded audio frames to one mono waveform whose sample index tells the time.
+
+In the mono mix, channels do not cancel and silent channels do not lower the level.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any
 
 import av
 import numpy as np
+
+from avcl_jax.data.media_streams import MediaError
 
 # A channel with less than this fraction of the energy of the strongest one is silent (-40 dB).
 _SILENT_FRACTION = 1e-4
@@ -16,6 +22,88 @@ _SILENT_FRACTION = 1e-4
 _CANCELLED_FRACTION = 0.5
 # Fraction of the audible seconds that must cancel, because in stereo music single seconds may.
 _CANCELLED_SECONDS = 0.05
+_JITTER_SECONDS = 0.008  # millisecond time bases and, median filtered, Vorbis stay below
+_MEDIAN_FRAMES = 9  # one wrong time stamp among nine moves nothing
+_MAX_BACK_SECONDS = 0.5
+_MAX_SILENCE_SECONDS = 60.0
+
+
+def lay_out(
+    frames: Sequence[Any], *, zero: float, sample_rate_hz: int
+) -> tuple[float, np.ndarray, dict[str, str]]:
+    """Mixes down, resamples, and puts audio where its time stamps say, silence elsewhere.
+
+    Args:
+        frames: decoded `av.AudioFrame`s in order, one or more; their times are overwritten.
+        zero: presentation time in seconds that becomes time 0.
+        sample_rate_hz: rate to resample to.
+
+    Returns:
+        Time of the first sample, int16 [samples], and messages about the channels by kind of note.
+
+    Raises:
+        MediaError: if the time stamps leap.
+    """
+    frames, notes = _mix(frames)
+    pieces = [
+        (start, _resample(segment, sample_rate_hz)) for start, segment in _segments(frames, zero)
+    ]
+    first_seconds = round(pieces[0][0], 9)  # no femtoseconds from adding up frame lengths
+    places = [round((start - first_seconds) * sample_rate_hz) for start, _ in pieces]
+    ends = [at + len(piece) for at, (_, piece) in zip(places, pieces, strict=True)]
+    waveform = np.zeros(max(ends), np.int16)
+    for at, (_, piece) in zip(places, pieces, strict=True):
+        begin = max(0, at)
+        waveform[begin : begin + len(piece)] = piece[: len(waveform) - begin]
+    return first_seconds, waveform, notes
+
+
+def _segments(frames: Sequence[Any], zero: float) -> Iterator[tuple[float, Sequence[Any]]]:
+    """Cuts decoded audio where its times leave the sample count, or its format changes.
+
+    Time stamps jitter, by a millisecond in Matroska and by ten for single Vorbis frames, without a
+    sample being missing; so the deviation of times from the running sample count is median
+    filtered, and only a lasting change is a gap or an overlap. Yields start in seconds and frames
+    of segments.
+    """
+    lengths = np.array([frame.samples / frame.sample_rate for frame in frames])
+    counted = np.concatenate([[0.0], np.cumsum(lengths)[:-1]])
+    deviation = np.empty(len(frames))
+    previous = 0.0
+    for number, frame in enumerate(frames):
+        # Without a time stamp a frame follows the one before it.
+        previous = previous if frame.time is None else frame.time - zero - counted[number]
+        deviation[number] = previous
+    leaps = np.diff(deviation)
+    if np.any(leaps < -_MAX_BACK_SECONDS) or np.any(leaps > _MAX_SILENCE_SECONDS):
+        raise MediaError("bad_timestamps", f"the audio leaps by {np.abs(leaps).max():.1f} s")
+    smooth = []
+    for number in range(len(frames)):
+        # Narrower at both ends, and always symmetric: a step is found where it is.
+        half = min(_MEDIAN_FRAMES // 2, number, len(frames) - 1 - number)
+        smooth.append(float(np.median(deviation[number - half : number + half + 1])))
+    formats = [(frame.sample_rate, frame.layout.name, frame.format.name) for frame in frames]
+    first = 0
+    for number in range(1, len(frames) + 1):
+        alike = number < len(frames) and formats[number] == formats[first]
+        if alike and abs(smooth[number] - smooth[first]) <= _JITTER_SECONDS:
+            continue
+        yield counted[first] + float(np.median(deviation[first:number])), frames[first:number]
+        first = number
+
+
+def _resample(frames: Sequence[Any], sample_rate_hz: int) -> np.ndarray:
+    """Mixes several channels down and resamples (libswresample); returns int16 [samples]."""
+    resampler = av.AudioResampler(format="s16", layout="mono", rate=sample_rate_hz)
+    parts, position = [], 0
+    for frame in frames:
+        # Gapless inside a segment, however its time stamps jitter.
+        frame.time_base = Fraction(1, frame.sample_rate)
+        frame.pts = position
+        position += frame.samples
+        parts += [out.to_ndarray()[0] for out in resampler.resample(frame)]
+    parts += [out.to_ndarray()[0] for out in resampler.resample(None)]
+    return np.concatenate(parts) if parts else np.empty(0, np.int16)
 
 
 class ChannelEnergies:
@@ -58,12 +146,12 @@ def choose_weights(
     seconds, as with a right channel that is the inverted left, only the strongest channel is used.
 
     Args:
-      energies: float64 [seconds, channels, channels] of `ChannelEnergies`, at least one second.
-      weights: float64 [channels] of the usual mix, not negative; their sum is 1.
-      names: Names of the channels.
+        energies: float64 [seconds, channels, channels] of `ChannelEnergies`, at least one second.
+        weights: float64 [channels] of the usual mix, not negative; their sum is 1.
+        names: names of the channels.
 
     Returns:
-      Weights of the mix, `weights` itself for the usual one, and messages by kind of note.
+        Weights of the mix, `weights` itself for the usual one, and messages by kind of note.
     """
     each = np.einsum("scc->sc", energies) * (weights > 0)
     single = each.sum(axis=0)
@@ -84,17 +172,11 @@ def choose_weights(
     return weights, {}
 
 
-def mix_to_mono(frames: Sequence[Any]) -> tuple[list[Any], dict[str, str]]:
+def _mix(frames: Sequence[Any]) -> tuple[list[Any], dict[str, str]]:
     """Mixes frames whose usual mix would cancel or be too quiet; leaves the others as they are.
 
-    One decision applies to all frames of one channel layout.
-
-    Args:
-      frames: Decoded `av.AudioFrame`s of one clip.
-
-    Returns:
-      As many frames with their times, mono where they were mixed here, and messages by kind of
-      note.
+    One decision applies to all frames of one channel layout. Returns the frames with their times,
+    and messages by kind of note.
     """
     energies: dict[str, ChannelEnergies] = {}
     for frame, samples in _channels(frames):

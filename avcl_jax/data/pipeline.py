@@ -1,6 +1,6 @@
 """Records to global batches of rendered views.
 
-The chain is: positions, global shuffle, repeat, a generator for each, take this host's rows of each
+The chain is: positions, global shuffle, repeat, a generator for each, this host's rows of each
 global batch, render the batch. Everything random is a pure function of (seed, position in the
 order), and hosts are sliced last, so batches do not depend on the number of workers or of hosts,
 and the position of the pipeline is the number of steps taken.
@@ -17,58 +17,18 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from avcl_jax.data import shared_memory
-from avcl_jax.data.crop import center_crop, random_crop
+from avcl_jax.data.images import center_crop, random_crop
 from avcl_jax.data.record_format import UNKNOWN_LABEL, Record
+from avcl_jax.data.records import RecordError
 from avcl_jax.data.rendering import RenderSpec, describe, render_views
-from avcl_jax.data.tfrecord import RecordError
-from avcl_jax.data.usable_records import UsableRecords
-from avcl_jax.data.views import FORWARD, Clip, draw_views
-from avcl_jax.data.worker_processes import in_workers
+from avcl_jax.data.selection import UsableRecords
+from avcl_jax.data.views import BEFORE, FORWARD, MASKS, Clip, ViewPair, draw_views
+from avcl_jax.data.workers import empty_batch, in_workers
 from avcl_jax.errors import UserError
 
 
-def unreadable_row(
-    source: UsableRecords, position: int, spec: RenderSpec, pixels: np.ndarray
-) -> dict[str, Any]:
-    """A row for a record that cannot be read: neither picture nor sound, no task, no label.
-
-    Args:
-        source: usable records.
-        position: which one.
-        spec: rendering.
-        pixels: where its picture is to be.
-
-    Returns:
-        The arrays of a row of a training batch, with `unreadable` set.
-    """
-    records, index = source.records, int(source.indices[position])
-    nothing = Record(
-        record_id=records.record_ids[index],
-        source_id="",
-        frames=(),
-        frame_seconds=np.empty(0),
-        waveform=np.empty(0, np.int16),
-        sample_rate_hz=0,
-        audio_start_seconds=0.0,
-        duration_seconds=0.0,
-        height=0,
-        width=0,
-        labels={
-            label: () if label in records.multilabel else UNKNOWN_LABEL
-            for label in records.class_names
-        },
-    )
-    use = dataclasses.replace(source.usable(position), has_video=False, has_audio=False)
-    clips = [Clip(0.0, 0, FORWARD)] * 2
-    arrays = render_views(nothing, use, clips, clips, [center_crop(1, 1)] * 2, spec, pixels)
-    masks = dict.fromkeys(("speed_mask", "direction_mask", "order_mask"), np.bool_(False))
-    other = {"order": np.int32(0), "unreadable": np.bool_(True)}
-    return arrays | masks | other | describe(index, nothing, records)
-
-
 class Draw(NamedTuple):
-    """A record to show, and what decides how."""
+    """Position of a record, and the generator of everything that is drawn for it."""
 
     position: int
     rng: np.random.Generator
@@ -86,14 +46,13 @@ class _KeepGenerator(grain.transforms.RandomMap):
 class RenderBatch:
     """Reads records, draws two views of each and renders them, straight into the batch.
 
-    One array for the pictures of all: arrays of single videos, filled and then copied into a
-    batch, cost twice the memory, and page faults that took as long as a third of the decoding.
+    One array for the video of all: arrays of single videos, filled and then copied into a batch,
+    cost twice the memory, and page faults that took as long as a third of the decoding.
 
     Attributes:
-        source: usable records.
-        spec: rendering.
-        skip_unreadable: a record that cannot be read becomes an `unreadable_row`, not an error.
-        shared: the pictures are a `SharedArray`, to be received by another process.
+        skip_unreadable: a record that cannot be read becomes a row without video, audio, tasks and
+            labels, in which `unreadable` is set, not an error.
+        shared: the video is a `SharedArray`, to be received by another process.
     """
 
     source: UsableRecords
@@ -102,13 +61,13 @@ class RenderBatch:
     shared: bool
 
     def __call__(self, draws: Sequence[Draw]) -> dict[str, Any]:
-        """Returns the arrays of `render_views`, labels, masks and numbers of all, stacked.
+        """Returns the arrays of `batch_shapes`, one row per draw.
 
         Raises:
-            RecordError: if one cannot be read, with its name and shard.
+            RecordError: if a record cannot be read, with its name and shard.
         """
         shape = (len(draws), 2, *self.spec.video_shape)
-        sent, video = shared_memory.empty_batch(shape, np.uint8, shared=self.shared)
+        sent, video = empty_batch(shape, np.uint8, shared=self.shared)
         rows = [self._row(draw, pixels) for draw, pixels in zip(draws, video, strict=True)]
         names = [name for name in rows[0] if name != "video"]
         return {"video": sent} | {name: np.stack([row[name] for row in rows]) for name in names}
@@ -119,27 +78,43 @@ class RenderBatch:
         except RecordError:
             if not self.skip_unreadable:
                 raise
-            return unreadable_row(self.source, draw.position, self.spec, pixels)
+            return self._unreadable(draw.position, pixels)
 
     def _render(self, draw: Draw, pixels: np.ndarray) -> dict[str, Any]:
         index, record, use = self.source[draw.position]
         pair = draw_views(draw.rng, use.timeline, self.spec.views, use.frame_seconds(record))
-        crops = [
-            random_crop(draw.rng, max(record.height, 1), max(record.width, 1), self.spec.crop)
-            for _ in pair.video
-        ]
-        try:
+        height, width = max(record.height, 1), max(record.width, 1)
+        crops = [random_crop(draw.rng, height, width, self.spec.crop) for _ in pair.video]
+        with self.source.records.naming_shard(index):
             arrays = render_views(record, use, pair.video, pair.audio, crops, self.spec, pixels)
-        except RecordError as error:
-            raise RecordError(f"{self.source.records.shard_of(index)}, {error}") from error
-        return arrays | {
-            "order": np.int32(pair.order),
-            "speed_mask": np.bool_(pair.speed_mask),
-            "direction_mask": np.bool_(pair.direction_mask),
-            "order_mask": np.bool_(pair.order_mask),
-            "unreadable": np.bool_(False),
-            **describe(index, record, self.source.records),
-        }
+        arrays |= pair.labels() | {"unreadable": np.bool_(False)}
+        return arrays | describe(index, record, self.source.records)
+
+    def _unreadable(self, position: int, pixels: np.ndarray) -> dict[str, Any]:
+        """Returns the row of a record that cannot be read: no video, audio, task or label."""
+        records, index = self.source.records, int(self.source.indices[position])
+        empty = Record(
+            record_id=records.record_ids[index],
+            source_id="",
+            frames=(),
+            frame_seconds=np.empty(0),
+            waveform=np.empty(0, np.int16),
+            sample_rate_hz=0,
+            audio_start_seconds=0.0,
+            duration_seconds=0.0,
+            height=0,
+            width=0,
+            labels={
+                label: () if label in records.multilabel else UNKNOWN_LABEL
+                for label in records.class_names
+            },
+        )
+        use = dataclasses.replace(self.source.usable(position), has_video=False, has_audio=False)
+        clips = (Clip(0.0, 0, FORWARD),) * 2
+        pair = ViewPair(clips, clips, BEFORE, False, False, False)
+        arrays = render_views(empty, use, clips, clips, [center_crop(1, 1)] * 2, self.spec, pixels)
+        arrays |= pair.labels() | {"unreadable": np.bool_(True)}
+        return arrays | describe(index, empty, records)
 
 
 class HostSlice(grain.MapDataset):
@@ -168,57 +143,39 @@ class HostSlice(grain.MapDataset):
         self._first = first
 
     def __len__(self) -> int:
-        """Rows that this host will see."""
+        """Number of rows of this host."""
         return (len(self._parent) // self._global - self._first) * self._local
 
     def __getitem__(self, index: int | slice) -> Any:
-        """Row `index`, or a slice of rows."""
+        """Returns row `index`, or a slice of rows."""
         if isinstance(index, slice):
             return self.slice(index)
         batch, row = divmod(index, self._local)
         return self._parent[(self._first + batch) * self._global + self._host * self._local + row]
 
     def __str__(self) -> str:
-        """Constant description."""
+        """Returns a constant description."""
         return f"HostSlice({self._host}, {self._local} of {self._global}, from {self._first})"
 
 
 def batch_shapes(
     spec: RenderSpec, rows: int, labels: Sequence[str] = ()
 ) -> dict[str, tuple[tuple[int, ...], type]]:
-    """Shapes and dtypes of a batch of `train_batches`, without any data.
+    """Returns name -> (shape, numpy dtype) of a batch of `train_batches`, without any data.
 
-    Args:
-        spec: rendering.
-        rows: videos.
-        labels: names of labels of one class a clip.
-
-    Returns:
-        Name -> (shape, numpy dtype).
+    `labels` are names of labels of one class per record.
     """
-    mel = spec.log_mel
-    tasks = ("speed", "direction")
-    sound: dict[str, tuple[tuple[int, ...], type]] = (
-        {"audio_windows": ((rows, 2, mel.frames, mel.window), np.int16)}
-        if spec.spectrogram_on_device
-        else {"spectrogram": ((rows, 2, mel.frames, mel.mels), np.float32)}
-    )
-    flags = (
-        "has_video",
-        "video_moves",
-        "unreadable",
-        *(f"{task}_mask" for task in (*tasks, "order")),
-    )
+    audio, audio_shape, audio_dtype = spec.audio_array()
+    flags = ("has_video", "video_moves", "unreadable", *MASKS)
     numbers = ("order", "source_id", "record_index", *(f"label_{name}" for name in labels))
+    playback = [f"{kind}_{task}" for kind in ("video", "audio") for task in ("speed", "direction")]
     return {
         "video": ((rows, 2, *spec.video_shape), np.uint8),
-        **sound,
+        audio: ((rows, 2, *audio_shape), audio_dtype),
         "has_audio": ((rows, 2), np.bool_),
         **{name: ((rows,), np.bool_) for name in flags},
         **{name: ((rows,), np.int32) for name in numbers},
-        **{
-            f"{kind}_{task}": ((rows, 2), np.int32) for kind in ("video", "audio") for task in tasks
-        },
+        **{name: ((rows, 2), np.int32) for name in playback},
     }
 
 
@@ -236,12 +193,12 @@ def check_enough(
     least: int = 1,
     bank_size: int = 0,
 ) -> None:
-    """Checks that a batch holds no more videos than there are.
+    """Checks that there are as many records as videos in a batch.
 
     Args:
         source: usable records.
         global_batch_size: videos of a batch.
-        multiple: devices and micro-batches that a batch is divided over.
+        multiple: number of devices and micro-batches that a batch is divided over.
         least: videos of the smallest batch.
         bank_size: rows of the feature bank, a multiple of the two that each video inserts; 0 for
             none.
@@ -258,18 +215,41 @@ def check_enough(
     if not sizes:
         raise UserError(f"{problem}: prepare at least {smallest} videos, the smallest batch")
     if fitting := [size for size in sizes if bank_size % (2 * size) == 0]:
-        which = f", the largest that fits bank.size {bank_size}" if bank_size else ""
-        advice = f"set global_batch_size={fitting[-1]}{which}"
+        bank = f", the largest that fits bank_size {bank_size}" if bank_size else ""
+        advice = f"set global_batch_size={fitting[-1]}{bank}"
     else:
         rows = 2 * sizes[-1]
-        bank = math.ceil(bank_size / rows) * rows
-        advice = f"set global_batch_size={sizes[-1]} and bank.size={bank}"
+        fitting_bank = math.ceil(bank_size / rows) * rows
+        advice = f"set global_batch_size={sizes[-1]} and bank_size={fitting_bank}"
     raise UserError(f"{problem}: {advice}, or prepare more videos")
 
 
 def train_batches(
     source: UsableRecords,
     spec: RenderSpec,
+    *,
+    global_batch_size: int,
+    workers: int = 0,
+    skip_unreadable: bool = False,
+    **options: Any,
+) -> grain.IterDataset:
+    """Returns endless batches of rendered random views, as `batch_shapes` describes them.
+
+    A record that cannot be read is an error when its batch is taken, unless `skip_unreadable`: see
+    `RenderBatch`. Other arguments are those of `drawn_batches`.
+
+    Raises:
+        UserError: if a batch contains more videos than there are records, or does not divide.
+    """
+    check_enough(source, global_batch_size)
+    render = RenderBatch(source, spec, skip_unreadable, shared=workers > 0)
+    options |= {"global_batch_size": global_batch_size, "workers": workers}
+    return drawn_batches(len(source), render, **options)
+
+
+def drawn_batches(
+    count: int,
+    render: Callable[[Sequence[Draw]], dict[str, Any]],
     *,
     seed: int,
     global_batch_size: int,
@@ -279,58 +259,14 @@ def train_batches(
     workers: int = 0,
     threads: int = 2,
     prefetch: int = 4,
-    skip_unreadable: bool = False,
 ) -> grain.IterDataset:
-    """Endless batches of rendered random views.
+    """Returns endless batches of records in random order, a function of the seed alone.
 
     Args:
-        source: usable records.
-        spec: rendering.
-        skip_unreadable: a record that cannot be read becomes an `unreadable_row`, and is otherwise
-            an error when its batch is taken.
-        seed: as the other arguments: see `drawn_batches`.
-
-    Returns:
-        Dataset of dicts of arrays with `global_batch_size / hosts` rows.
-
-    Raises:
-        UserError: if a batch holds more videos than there are records, or does not divide.
-    """
-    check_enough(source, global_batch_size)
-    return drawn_batches(
-        len(source),
-        RenderBatch(source, spec, skip_unreadable, shared=workers > 0),
-        seed=seed,
-        global_batch_size=global_batch_size,
-        host=host,
-        hosts=hosts,
-        first_step=first_step,
-        workers=workers,
-        threads=threads,
-        prefetch=prefetch,
-    )
-
-
-def drawn_batches(
-    count: int,
-    render: Callable[[Sequence[Draw]], dict[str, Any]],
-    *,
-    seed: int,
-    global_batch_size: int,
-    host: int,
-    hosts: int,
-    first_step: int,
-    workers: int,
-    threads: int,
-    prefetch: int,
-) -> grain.IterDataset:
-    """Endless batches of records in random order, drawn and rendered as a function of the seed.
-
-    Args:
-        count: records; every one is drawn once before one is drawn again.
-        render: makes the arrays of a batch, one row a draw; called in worker processes if there
+        count: number of records; every one is drawn once before one is drawn again.
+        render: makes the arrays of a batch, one row per draw; called in worker processes if there
             are any, and may then return a `SharedArray` for each large array.
-        seed: of the order and of every draw.
+        seed: seed of the order and of every draw.
         global_batch_size: records in a batch over all hosts.
         host: number of this process.
         hosts: number of processes.
@@ -358,15 +294,7 @@ def drawn_batches(
 
 
 def to_device_batch(batch: Mapping[str, np.ndarray], sharding: Any) -> dict[str, Any]:
-    """This host's rows of a batch as global arrays.
-
-    Args:
-        batch: local rows.
-        sharding: JAX sharding of the leading dimension.
-
-    Returns:
-        Global `jax.Array`s.
-    """
+    """Returns this host's rows of a batch as global `jax.Array`s, sharded as `sharding` says."""
     import jax  # Not at the top: worker processes render without JAX.
 
     return {

@@ -1,7 +1,7 @@
 """Raw media of any length and rate to clips, by the functions of the training pipeline.
 
-What an exported encoder carries with it (`avcl_jax.export`): frames or a waveform as a user has
-them become the arrays that the encoder was trained on.
+An exported encoder carries these (`avcl_jax.export`): frames or a waveform as a user has them
+become the arrays that the encoder was trained on.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import librosa
 import numpy as np
 
 from avcl_jax.data.augment import standardize, to_unit_range
-from avcl_jax.data.crop import apply_crop, center_crop
+from avcl_jax.data.images import apply_crop, center_crop
 from avcl_jax.data.spectrogram import LogMelSpec, gather_windows, log_mel
-from avcl_jax.data.views import FORWARD, Clip, ViewSpec, frame_indices
+from avcl_jax.data.views import FORWARD, Clip, ViewSpec, clip_times, frame_indices
 from avcl_jax.errors import UserError
 
 
@@ -28,14 +28,9 @@ class PreprocessingError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class VideoPreprocessing:
-    """How pictures become clips.
+    """Frames to square clips of `num_frames` that cover `clip_seconds` at speed 1.
 
-    Attributes:
-        num_frames: pictures in a clip.
-        clip_seconds: interval that a clip covers at speed 1.
-        image_size: height and width of a clip.
-        mean: subtracted from pixels in [0, 1].
-        std: pixels are divided by it.
+    `mean` is subtracted from pixels in [0, 1], which are then divided by `std`.
     """
 
     num_frames: int
@@ -72,9 +67,9 @@ class VideoPreprocessing:
         times = np.arange(len(frames)) / fps
         crop = center_crop(*frames.shape[1:3])
         clips = []
-        for start in clip_starts(len(frames) / fps, self.clip_seconds * speed):
-            shown = frame_indices(Clip(start, 0, FORWARD), times, spec)
-            clips.append(apply_crop(frames[shown], crop, self.image_size))
+        for start in clip_times(0.0, len(frames) / fps, self.clip_seconds * speed):
+            indices = frame_indices(Clip(start, 0, FORWARD), times, spec)
+            clips.append(apply_crop(frames[indices], crop, self.image_size))
         return np.stack(clips)
 
     def standardise(self, batch: Any) -> jax.Array:
@@ -84,11 +79,7 @@ class VideoPreprocessing:
 
 @dataclasses.dataclass(frozen=True)
 class AudioPreprocessing:
-    """How a waveform becomes log-mel spectrograms.
-
-    Attributes:
-        log_mel: definition of the spectrogram.
-    """
+    """Waveforms to log-mel spectrograms, defined by `log_mel`."""
 
     log_mel: LogMelSpec
 
@@ -98,10 +89,9 @@ class AudioPreprocessing:
         """Cuts a waveform into spectrograms that together cover it.
 
         Args:
-            waveform: mono [samples], int16, or float in [−1, 1]. Silence follows one that is
-                shorter than a clip.
+            waveform: mono [samples], int16, or float in [−1, 1]. Silence follows a short one.
             sample_rate_hz: its rate; another than the encoder's is resampled (soxr, high quality).
-            speed: seconds of sound per second of clip; windows are skipped, pitch stays.
+            speed: seconds of audio per second of clip; windows are skipped, pitch stays.
 
         Returns:
             float32 [clips, frames, mels].
@@ -131,27 +121,17 @@ class AudioPreprocessing:
                 target_sr=spec.sample_rate_hz,
                 res_type="soxr_hq",
             )
-        span = spec.clip_seconds * speed
         views = ViewSpec(spec.frames, spec.clip_seconds, (speed,), "shared")
+        seconds = len(waveform) / spec.sample_rate_hz
         windows = [
             gather_windows(waveform, Clip(s, 0, FORWARD), spec, views, audio_start_seconds=0.0)
-            for s in clip_starts(len(waveform) / spec.sample_rate_hz, span)
+            for s in clip_times(0.0, seconds, spec.clip_seconds * speed)
         ]
         return log_mel(np.stack(windows), spec)
 
     def standardise(self, batch: Any) -> jax.Array:
         """Returns the spectrograms as they are: `log_mel` has standardised them."""
         return jnp.asarray(batch, jnp.float32)
-
-
-def clip_starts(duration_seconds: float, span_seconds: float) -> list[float]:
-    """Returns when each of the evenly spaced clips begins that together cover a medium.
-
-    Depends on nothing but the two durations, so the clips of a picture and of its sound coincide.
-    A rest of less than a twentieth of a clip, as containers round durations, makes no further clip.
-    """
-    count = max(1, math.ceil(duration_seconds / span_seconds - 0.05))
-    return np.linspace(0.0, max(duration_seconds - span_seconds, 0.0), count).tolist()
 
 
 def _check_rates(rate: float, name: str, speed: int) -> None:

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from avcl_jax.data.example_proto import DecodeError, example_class
-from avcl_jax.data.tfrecord import RecordError
+from avcl_jax.data.record_files import RecordError
 
-# Written as the data set's version. Raise the first number when old readers would read nonsense.
+# Version of the data set. Raise the first number when old readers would read nonsense.
 FORMAT_VERSION = "1.0.0"
 LABEL_PREFIX = "label_"
 UNKNOWN_LABEL = -1
 _MAX_PIXELS = 1 << 26  # of a frame, as for media files
-# One class, or all classes of a label of which a clip may have several.
+# One class, or all classes of a label that allows several per record.
 ClassNumbers = int | tuple[int, ...]
 
-# Fixed features: what features.json must say of each, (pythonClassName's last part, dtype,
-# encoding). Waveform and times are stored as raw bytes: 160,000 varints for each record would
-# take longer to parse than its frames to decode, and tf.train.Example has no float64.
+# Fixed features, each with its entry in features.json (last part of pythonClassName, dtype,
+# encoding). Waveform and times are stored as raw bytes: 160,000 varints per record would take
+# longer to parse than its frames to decode, and tf.train.Example has no float64.
 FEATURE_KINDS: Mapping[str, tuple[str, str | None, str | None]] = {
     "id": ("Text", None, None),
     "source": ("Text", None, None),
@@ -41,20 +40,20 @@ class Record:
     """One prepared clip.
 
     Attributes:
-      record_id: Name of the record, unique within its data set.
-      source_id: What it was cut from; records of one source are never each other's negatives.
-      frames: JPEG files, upright, all of one size; empty when there is no picture.
-      frame_seconds: float64 [frames], strictly increasing, when each frame appears. Time 0 is the
-        clip's start, which is its first frame where it has a picture.
-      waveform: int16 [samples], mono; empty when there is no sound.
-      sample_rate_hz: Rate of `waveform`; 0 when there is no sound.
-      audio_start_seconds: Time of `waveform[0]`, never negative.
-      duration_seconds: When the last frame ends or the last sample sounds, whichever is later.
-      height: Of every frame; 0 when there is no picture.
-      width: Of every frame; 0 when there is no picture.
-      labels: Class number by name of the label, without the prefix, -1 is unknown; a tuple of class
-        numbers, perhaps none, for a label of which a clip may have several.
-      is_still: Nothing moves in the video; False in records of releases that did not look.
+        record_id: name of the record, unique within its data set.
+        source_id: name of its source; records of one source are never each other's negatives.
+        frames: JPEG files, upright, all of one size; empty without video.
+        frame_seconds: float64 [frames], strictly increasing, when each frame appears. Time 0 is
+            the clip's start, which is its first frame where it has video.
+        waveform: int16 [samples], mono; empty without audio.
+        sample_rate_hz: rate of `waveform`; 0 without audio.
+        audio_start_seconds: time of `waveform[0]`, never negative.
+        duration_seconds: end of the last frame or of the last sample, whichever is later.
+        height: height of every frame; 0 without video.
+        width: width of every frame; 0 without video.
+        labels: class number by name of the label, without the prefix, -1 is unknown; a tuple of
+            class numbers, perhaps none, for a label that allows several per record.
+        is_still: nothing moves in the video; False in records of releases that did not look.
     """
 
     record_id: str
@@ -72,48 +71,42 @@ class Record:
 
     @property
     def has_video(self) -> bool:
-        """Whether there is at least one frame."""
+        """True if there is at least one frame."""
         return len(self.frames) > 0
 
     @property
     def has_audio(self) -> bool:
-        """Whether there is at least one sample."""
+        """True if there is at least one sample."""
         return len(self.waveform) > 0
 
 
-class RecordTimeline(NamedTuple):
-    """What the index knows of a record without reading it.
+# Lengths and times of a record in the index, with their dtypes: zeros for a missing modality, the
+# longest and shortest time between two frames, the largest magnitude of a sample.
+TIMELINE: Mapping[str, type] = {
+    "num_frames": np.int32,
+    "first_frame_seconds": np.float64,
+    "last_frame_seconds": np.float64,
+    "max_frame_gap_seconds": np.float64,
+    "min_frame_gap_seconds": np.float64,
+    "num_samples": np.int32,
+    "audio_peak": np.int32,
+    "sample_rate_hz": np.int32,
+    "audio_start_seconds": np.float64,
+    "duration_seconds": np.float64,
+}
+# Digital silence and dither peak at or below this, -60 dB of full scale: all silences are alike.
+SILENCE_PEAK = 33
 
-    Attributes:
-      num_frames: 0 when there is no picture.
-      first_frame_seconds: When the first frame appears; 0 when there is none.
-      last_frame_seconds: When the last frame appears.
-      max_frame_gap_seconds: Longest time between two frames; 0 with fewer than two.
-      min_frame_gap_seconds: Shortest time between two frames; 0 with fewer than two.
-      num_samples: 0 when there is no sound.
-      audio_peak: Largest magnitude of a sample.
-      sample_rate_hz: 0 when there is no sound.
-      audio_start_seconds: Time of the first sample.
-      duration_seconds: Of the whole record.
-    """
 
-    num_frames: int
-    first_frame_seconds: float
-    last_frame_seconds: float
-    max_frame_gap_seconds: float
-    min_frame_gap_seconds: float
-    num_samples: int
-    audio_peak: int
-    sample_rate_hz: int
-    audio_start_seconds: float
-    duration_seconds: float
+def peak(waveform: np.ndarray) -> int:
+    """Returns the largest magnitude of int16 samples of any shape; 0 without samples."""
+    # Not by np.abs, which leaves -32,768 negative.
+    return max(int(waveform.max(initial=0)), -int(waveform.min(initial=0)))
 
-    @property
-    def audio_end_seconds(self) -> float:
-        """When the last sample has sounded; the start when there is none."""
-        if not self.num_samples:
-            return self.audio_start_seconds
-        return self.audio_start_seconds + self.num_samples / self.sample_rate_hz
+
+def is_silent(waveform: np.ndarray) -> bool:
+    """Returns whether int16 samples of any shape are silent."""
+    return peak(waveform) <= SILENCE_PEAK
 
 
 def to_bytes(text: str) -> bytes:
@@ -143,11 +136,11 @@ def _problem(record: Record) -> str | None:
     if not 0 <= record.audio_start_seconds < np.inf:
         return f"audio_start_seconds must be 0 or more, got {record.audio_start_seconds}"
     if not (record.has_video or record.has_audio):
-        return "neither picture nor sound"
+        return "neither video nor audio"
     if not 0 < record.duration_seconds < np.inf:
         return f"duration_seconds must be positive, got {record.duration_seconds}"
     if not (min(height, width) >= int(record.has_video) and height * width <= _MAX_PIXELS):
-        return f"a picture cannot have {height}x{width} pixels"
+        return f"a frame cannot have {height}x{width} pixels"
     for label, value in record.labels.items():
         numbers, lowest = (value, 0) if isinstance(value, tuple) else ((value,), UNKNOWN_LABEL)
         if not all(lowest <= number < 1 << 31 for number in numbers):
@@ -159,7 +152,7 @@ def serialize_record(record: Record) -> bytes:
     """Returns `record` as a serialized tf.train.Example, always the same bytes.
 
     Raises:
-      ValueError: If the record contradicts itself.
+        ValueError: if the record contradicts itself.
     """
     if problem := _problem(record):
         raise ValueError(f"record {record.record_id!r}: {problem}")
@@ -191,13 +184,11 @@ def serialize_record(record: Record) -> bytes:
 def parse_record(payload: bytes | memoryview, *, where: str, multilabel: Collection[str]) -> Record:
     """Reads a serialized tf.train.Example that `serialize_record` wrote.
 
-    Args:
-      payload: The example.
-      where: Its name for error messages.
-      multilabel: Labels of which a clip may have several: the bytes do not tell.
+    The bytes do not tell which labels allow several classes per record: `multilabel` does. `where`
+    names the record in error messages.
 
     Raises:
-      RecordError: If it is something else, or contradicts itself.
+        RecordError: if it is something else, or contradicts itself.
     """
     try:
         feature = example_class().FromString(bytes(payload)).features.feature
@@ -237,7 +228,7 @@ def parse_record(payload: bytes | memoryview, *, where: str, multilabel: Collect
         )
     except RecordError:
         raise
-    # ValueError: bytes that are no whole number of values.
+    # ValueError: bytes that are not a whole number of values.
     except (DecodeError, IndexError, ValueError) as error:
         raise RecordError(f"{where} is not a record of avcl_jax: {error}") from error
     if problem := _problem(record):
@@ -249,7 +240,7 @@ def check_labels(record: Record, class_names: Mapping[str, Sequence[str]], *, wh
     """Compares the labels of a record with those of its data set.
 
     Raises:
-      RecordError: If a label is missing, or a class that it names.
+        RecordError: if a label is missing, or a class that it names.
     """
     for label, names in class_names.items():
         value = record.labels.get(label, len(names))

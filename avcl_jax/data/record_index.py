@@ -1,6 +1,6 @@
-"""What is known of a split without reading its records: the index that makes them random access.
+"""Index of a split: its records' lengths, CRCs, times and labels, so that access is random.
 
-One file for each split, `NAME-SPLIT.index`: arrays of one value a record, compressed by numpy. A
+One file per split, `NAME-SPLIT.index`: arrays of one value per record, compressed by numpy. A
 million records take tens of megabytes and about a second to load (benchmarks/input_pipeline.py),
 where one JSON file for each of ten thousand shards took minutes.
 """
@@ -8,54 +8,53 @@ where one JSON file for each of ten thousand shards took minutes.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import os
 import struct
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import crc32c
 import numpy as np
 from etils import epath
 
 from avcl_jax.data import record_files
+from avcl_jax.data.record_files import RecordError
 from avcl_jax.data.record_format import (
     LABEL_PREFIX,
+    TIMELINE,
+    ClassNumbers,
     Record,
-    RecordTimeline,
     check_labels,
     parse_record,
+    peak,
     to_bytes,
     to_text,
 )
-from avcl_jax.data.silence import peak
-from avcl_jax.data.tfrecord import RecordError
 
 _VERSION = 3
-# How zipfile and numpy refuse a file whose CRC is right and which is none of ours.
+# Errors of zipfile and numpy for a file of ours in name only, although its CRC is right.
 _NO_INDEX = (
     *(ValueError, TypeError, KeyError, EOFError, OSError, RuntimeError, MemoryError),
     *(zipfile.BadZipFile, zlib.error, struct.error),
 )
-_TIMELINE_TYPES = dict.fromkeys(
-    ("num_frames", "num_samples", "audio_peak", "sample_rate_hz"), np.int32
-)
 
 
 class StringColumn(Sequence[str]):
-    """Many short strings in two arrays: Python objects would take five times the memory."""
+    """Many short strings in two arrays: Python objects would take five times the memory.
+
+    `text` uint8 [bytes] are all strings one after another, `ends` int64 [len] the end of each.
+    """
 
     def __init__(self, text: np.ndarray, ends: np.ndarray):
-        """Takes uint8 [bytes], all strings one after another, and int64 [len], where each ends."""
-        self.text = text
-        self.ends = ends
+        """Takes both arrays; see the class."""
+        self.text, self.ends = text, ends
 
     @classmethod
     def of(cls, strings: Sequence[str]) -> StringColumn:
-        """Packs strings, which may hold undecodable bytes of file names (surrogates)."""
+        """Packs strings, which may contain undecodable bytes of file names (surrogates)."""
         encoded = [to_bytes(string) for string in strings]
         ends = np.cumsum([len(data) for data in encoded], dtype=np.int64)
         return cls(np.frombuffer(b"".join(encoded), np.uint8), ends)
@@ -65,7 +64,7 @@ class StringColumn(Sequence[str]):
         return len(self.ends)
 
     def __getitem__(self, index: Any) -> Any:
-        """One string, or a list of those of a slice."""
+        """Returns one string, or a list of those of a slice."""
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         index = range(len(self))[index]
@@ -73,43 +72,35 @@ class StringColumn(Sequence[str]):
         return to_text(self.text[begin : int(self.ends[index])].tobytes())
 
 
-@dataclasses.dataclass(frozen=True)
-class IndexRow:
-    """What the index keeps of one record.
-
-    Attributes:
-      record_id: Its name.
-      source_id: What it was cut from.
-      length: Bytes of its payload.
-      crc: Masked CRC of its payload.
-      timeline: Lengths and times.
-      labels: Class numbers.
-    """
+class IndexRow(NamedTuple):
+    """Entry of one record: `length` and masked `crc` of its payload, `timeline` as `TIMELINE`."""
 
     record_id: str
     source_id: str
     length: int
     crc: int
-    timeline: RecordTimeline
-    labels: Mapping[str, int | tuple[int, ...]]
+    timeline: tuple[float, ...]
+    labels: Mapping[str, ClassNumbers]
 
 
-def index_row(record: Record, length: int, crc: int) -> IndexRow:
-    """Returns the row of a record whose payload has `length` bytes and the masked CRC `crc`."""
-    gaps = np.diff(record.frame_seconds)
-    timeline = RecordTimeline(
-        num_frames=len(record.frames),
-        first_frame_seconds=float(record.frame_seconds[0]) if record.has_video else 0.0,
-        last_frame_seconds=float(record.frame_seconds[-1]) if record.has_video else 0.0,
-        max_frame_gap_seconds=float(gaps.max(initial=0.0)),
-        min_frame_gap_seconds=float(gaps.min()) if len(gaps) else 0.0,
-        num_samples=len(record.waveform),
-        audio_peak=peak(record.waveform),
-        sample_rate_hz=record.sample_rate_hz,
-        audio_start_seconds=record.audio_start_seconds,
-        duration_seconds=record.duration_seconds,
+def index_row(record: Record, payload: bytes | memoryview) -> IndexRow:
+    """Returns the entry of a record that is stored as `payload`."""
+    seconds = record.frame_seconds
+    gaps = np.diff(seconds)
+    timeline = (
+        len(record.frames),
+        float(seconds[0]) if record.has_video else 0.0,
+        float(seconds[-1]) if record.has_video else 0.0,
+        float(gaps.max(initial=0.0)),
+        float(gaps.min()) if len(gaps) else 0.0,
+        len(record.waveform),
+        peak(record.waveform),
+        record.sample_rate_hz,
+        record.audio_start_seconds,
+        record.duration_seconds,
     )
-    return IndexRow(record.record_id, record.source_id, length, crc, timeline, dict(record.labels))
+    crc = record_files.masked_crc(payload)
+    return IndexRow(record.record_id, record.source_id, len(payload), crc, timeline, record.labels)
 
 
 def _label_columns(rows: Sequence[IndexRow]) -> Iterator[tuple[str, np.ndarray]]:
@@ -131,9 +122,8 @@ def columns_of(rows: Sequence[IndexRow]) -> dict[str, np.ndarray]:
         "length": np.array([row.length for row in rows], np.int64),
         "crc": np.array([row.crc for row in rows], np.uint32),
     }
-    for name in RecordTimeline._fields:
-        dtype = _TIMELINE_TYPES.get(name, np.float64)
-        columns[name] = np.array([getattr(row.timeline, name) for row in rows], dtype)
+    for number, (name, dtype) in enumerate(TIMELINE.items()):
+        columns[name] = np.array([row.timeline[number] for row in rows], dtype)
     for name in ("record_id", "source_id"):
         strings = StringColumn.of([getattr(row, name) for row in rows])
         columns[name] = strings.text
@@ -152,11 +142,11 @@ def merge(shards: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     columns["shard_length"] = np.array([len(shard["length"]) for shard in shards], np.int64)
     ends = np.cumsum(columns["source_id_length"], dtype=np.int64)
     numbers: dict[bytes, int] = {}
-    text, begin, found = columns["source_id"].tobytes(), 0, []
+    text, begin, sources = columns["source_id"].tobytes(), 0, []
     for end in ends.tolist():
-        found.append(numbers.setdefault(text[begin:end], len(numbers)))
+        sources.append(numbers.setdefault(text[begin:end], len(numbers)))
         begin = end
-    columns["source_number"] = np.array(found, np.int32)
+    columns["source_number"] = np.array(sources, np.int32)
     return columns
 
 
@@ -164,19 +154,19 @@ def shard_columns(columns: Mapping[str, np.ndarray], number: int) -> dict[str, n
     """Returns the columns of shard `number` from those of its split: undoes `merge`."""
     ends = np.cumsum(columns["shard_length"])
     records = slice(int(ends[number] - columns["shard_length"][number]), int(ends[number]))
-    chosen = {}
+    shard = {}
     for name, values in columns.items():
+        if name in ("shard_length", "source_number"):
+            continue
         counts = columns.get(f"{name}_length")  # of strings
         if name.startswith("values_"):
             counts = columns[f"counts_{name.removeprefix('values_')}"]
-        if name in ("shard_length", "source_number"):
-            continue
         if counts is None:
-            chosen[name] = values[records]
+            shard[name] = values[records]
         else:
             first = int(counts[: records.start].sum())
-            chosen[name] = values[first : first + int(counts[records].sum())]
-    return chosen
+            shard[name] = values[first : first + int(counts[records].sum())]
+    return shard
 
 
 def save_columns(path: epath.PathLike, columns: Mapping[str, np.ndarray]) -> None:
@@ -197,14 +187,10 @@ def save_columns(path: epath.PathLike, columns: Mapping[str, np.ndarray]) -> Non
 
 
 def load_columns(path: epath.PathLike, *, without: Sequence[str] = ()) -> dict[str, Any] | None:
-    """Reads what `save_columns` wrote.
-
-    Args:
-      path: The file.
-      without: Columns that are not needed.
+    """Reads what `save_columns` wrote, except the columns `without`.
 
     Returns:
-      The columns; None if the file is missing, damaged or of another version.
+        The columns; None if the file is missing, damaged or of another version.
     """
     path = epath.Path(path)
     if not path.exists():
@@ -223,7 +209,7 @@ def load_columns(path: epath.PathLike, *, without: Sequence[str] = ()) -> dict[s
 
 
 def index_path(directory: epath.PathLike, name: str, split: str) -> epath.Path:
-    """Returns where the index of a split lies."""
+    """Returns the path of the index of a split."""
     return epath.Path(directory) / f"{name}-{split}.index"
 
 
@@ -236,14 +222,14 @@ def scan_shard(
     """Makes the columns of a shard from its records, reading all of it.
 
     Raises:
-      RecordError: If the shard is missing, damaged or no shard of ours.
+        RecordError: if the shard is missing, damaged or not a shard of ours.
     """
     if not shard.exists():
         raise RecordError(f"{shard} is missing: prepare this data set again or copy all of it")
     rows: list[IndexRow] = []
-    for place, payload, crc in record_files.scan(shard, file_format):
+    for place, payload in record_files.scan(shard, file_format):
         where = f"{shard}, record {len(rows)} at {place}"
         record = parse_record(payload, where=where, multilabel=multilabel)
         check_labels(record, class_names, where=where)
-        rows.append(index_row(record, len(payload), crc))
+        rows.append(index_row(record, payload))
     return columns_of(rows)

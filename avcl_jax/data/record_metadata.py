@@ -27,14 +27,10 @@ _DESCRIPTION = (
 def record_features(
     class_names: Mapping[str, Sequence[str]], multilabel: Collection[str]
 ) -> tfds.features.FeaturesDict:
-    """Returns the TFDS features of a record.
+    """Returns the TFDS features of a record, whose labels have these `class_names` and no prefix.
 
     `tfds.features.Video` and `Audio` need TensorFlow when they are constructed. A video is stored
     as the sequence of images that `Video` is, and a waveform as the tensor that `Audio` is.
-
-    Args:
-      class_names: Names of the classes, for each label (without the prefix `label_`).
-      multilabel: Labels of which a clip may have several.
     """
 
     def raw(dtype: type, *shape: int | None) -> tfds.features.Tensor:
@@ -78,12 +74,12 @@ def write_dataset_metadata(
     """Writes features.json, dataset_info.json and the class names, dataset_info.json last.
 
     Args:
-      directory: Where the shards of all splits lie.
-      name: First part of the shards' names; lower case, digits and underscores.
-      class_names: Names of the classes, for each label.
-      multilabel: Labels of which a clip may have several.
-      splits: For each split, its shards in order.
-      file_format: Of the shards, one of `FILE_FORMATS`.
+        directory: directory of the shards of all splits.
+        name: first part of the shards' names; lower case, digits and underscores.
+        class_names: names of the classes, for each label.
+        multilabel: labels that allow several classes per record.
+        splits: shards of each split, in order.
+        file_format: format of the shards.
     """
     directory = absolute_path(directory)
     identity = tfds.core.dataset_info.DatasetIdentity(

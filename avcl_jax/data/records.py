@@ -3,8 +3,8 @@
 A prepared directory is what TensorFlow Datasets writes (`features.json`, `dataset_info.json`,
 `NAME-SPLIT.tfrecord-00000-of-00010`), so TensorFlow users open it with
 `tfds.builder_from_directory(directory).as_dataset(split=...)`. Shards may be ArrayRecord files
-instead, which `as_data_source(split=...)` opens without TensorFlow. Metadata are written by
-`avcl_jax.data.record_metadata`; this module writes shards and reads everything.
+instead, which `as_data_source(split=...)` opens without TensorFlow. `record_metadata` writes the
+metadata; this module writes shards and reads everything.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import crc32c
 import numpy as np
 from etils import epath
 
-from avcl_jax.data import record_files, tfrecord
-from avcl_jax.data.record_files import FILE_FORMATS, TFRECORD, FileWriter
+from avcl_jax.data import record_files
+from avcl_jax.data.record_files import FILE_FORMATS, OVERHEAD_BYTES, TFRECORD, RecordError
 from avcl_jax.data.record_format import (
     FEATURE_KINDS,
     FORMAT_VERSION,
     LABEL_PREFIX,
+    TIMELINE,
     UNKNOWN_LABEL,
     Record,
-    RecordTimeline,
     check_labels,
     parse_record,
     serialize_record,
@@ -44,26 +44,11 @@ from avcl_jax.data.record_index import (
     save_columns,
     scan_shard,
 )
-from avcl_jax.data.tfrecord import RecordError
 from avcl_jax.paths import absolute_path, is_remote
-
-__all__ = [
-    "FILE_FORMATS",
-    "FORMAT_VERSION",
-    "UNKNOWN_LABEL",
-    "Record",
-    "RecordDataset",
-    "RecordError",
-    "RecordTimeline",
-    "RecordWriter",
-    "ShardInfo",
-    "shard_name",
-    "write_shard",
-]
 
 
 class ShardInfo(NamedTuple):
-    """What dataset_info.json says of a shard: records, and bytes of their payloads."""
+    """Entry of a shard in dataset_info.json: records, and bytes of their payloads."""
 
     num_records: int
     num_bytes: int
@@ -78,72 +63,67 @@ class RecordWriter:
 
     def __init__(self, path: epath.PathLike, file_format: str = TFRECORD):
         """Opens a temporary file beside `path`, of one of `FILE_FORMATS`."""
+        self._path = epath.Path(path)
+        self._temporary = self._path.parent / f"{self._path.name}.{os.getpid()}.tmp"
+        self._sink = record_files.create(self._temporary, file_format)
         self._rows: list[IndexRow] = []
-        self._file = FileWriter(path, file_format)
 
     def write(self, record: Record) -> None:
         """Appends one record.
 
-        Raises:
-          ValueError: If the record contradicts itself.
-          OSError: If it cannot be written, for instance because the disk is full.
+        Raises ValueError if it contradicts itself, OSError if it cannot be written.
         """
         payload = serialize_record(record)
-        crc = self._file.write(payload)
-        self._rows.append(index_row(record, len(payload), crc))
+        self._sink.write(payload)
+        self._rows.append(index_row(record, payload))
 
     def finish(self) -> ShardInfo:
-        """Gives the shard its name and says what is in it."""
-        self._file.finish()
+        """Gives the shard its name; returns its entry."""
+        self._sink.close()
+        self._temporary.replace(self._path)
+        return self.info()
+
+    def info(self) -> ShardInfo:
+        """Returns the entry of the records written so far."""
         return ShardInfo(len(self._rows), sum(row.length for row in self._rows))
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Returns what the index keeps of the records written so far."""
+        """Returns the index of the records written so far."""
         return columns_of(self._rows)
 
     def abandon(self) -> None:
-        """Removes what was written."""
-        self._file.abandon()
+        """Removes what was written, unless it is finished."""
+        self._sink.abandon()
+        self._temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> RecordWriter:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is None:
-            self.finish()
-        else:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
             self.abandon()
 
 
 def write_shard(
     path: epath.PathLike, records: Iterable[Record], file_format: str = TFRECORD
 ) -> ShardInfo:
-    """Writes `records` to one file, all or nothing.
-
-    Args:
-      path: `DIRECTORY/` and what `shard_name` returns.
-      records: In the order in which they will be numbered.
-      file_format: One of `FILE_FORMATS`.
-
-    Returns:
-      Numbers of records and bytes, for the data set's metadata.
+    """Writes `records`, in this order, to `DIRECTORY/` and `shard_name`, all or nothing.
 
     Raises:
-      ValueError: If a record contradicts itself.
-      OSError: If the file cannot be written.
+        ValueError: if a record contradicts itself.
+        OSError: if the file cannot be written.
     """
-    writer = RecordWriter(path, file_format)
-    try:
+    with RecordWriter(path, file_format) as writer:
         for record in records:
             writer.write(record)
-        return writer.finish()
-    except BaseException:
-        writer.abandon()
-        raise
+    return writer.info()
 
 
 def shard_name(name: str, split: str, number: int, count: int, file_format: str = TFRECORD) -> str:
-    """Returns the file name TFDS gives to shard `number` of `count`."""
+    """Returns the file name that TFDS gives to shard `number` of `count`."""
     return f"{name}-{split}.{file_format}-{number:05d}-of-{count:05d}"
 
 
@@ -163,50 +143,38 @@ def _read_json(path: epath.Path) -> Any:
         raise RecordError(f"{path} is damaged ({error}): prepare this data set again") from None
 
 
-def _check_features(features: Mapping[str, Any], directory: epath.Path) -> dict[str, bool]:
-    """Compares features.json with what this code reads.
-
-    Returns:
-      For the name of each label, whether a clip may have several.
-    """
-    found = features.get("featuresDict", {}).get("features", {})
+def _read_labels(directory: epath.Path) -> dict[str, bool]:
+    """Checks features.json; returns for each label whether a record may have several classes."""
+    features = _read_json(directory / "features.json").get("featuresDict", {}).get("features", {})
 
     def kind_of(name: str) -> str:
-        return found[name].get("pythonClassName", "").rpartition(".")[2]
+        return features[name].get("pythonClassName", "").rpartition(".")[2]
 
-    for name, (kind, dtype, encoding) in FEATURE_KINDS.items():
-        if name not in found:
+    for name, expected in FEATURE_KINDS.items():
+        if name not in features:
             raise RecordError(
-                f"{directory} has no feature {name!r}, it has {', '.join(sorted(found))}: "
+                f"{directory} has no feature {name!r}, it has {', '.join(sorted(features))}: "
                 "not a data set of `python -m data_prep`"
             )
-        tensor = found[name].get("tensor", {})
+        tensor = features[name].get("tensor", {})
         actual = (kind_of(name), tensor.get("dtype"), tensor.get("encoding"))
-        if actual != (kind, dtype, encoding):
+        if actual != expected:
             raise RecordError(
-                f"{directory}: feature {name!r} is {actual}, expected {(kind, dtype, encoding)}: "
+                f"{directory}: feature {name!r} is {actual}, expected {expected}: "
                 "not a data set of `python -m data_prep`"
             )
-    return {
-        name.removeprefix(LABEL_PREFIX): kind_of(name) == "Sequence"
-        for name in sorted(found)
-        if name.startswith(LABEL_PREFIX)
-    }
+    labels = [name for name in sorted(features) if name.startswith(LABEL_PREFIX)]
+    return {name.removeprefix(LABEL_PREFIX): kind_of(name) == "Sequence" for name in labels}
 
 
 def split_names(directory: epath.PathLike) -> list[str]:
     """Returns the splits of a prepared directory.
 
     Raises:
-      RecordError: If it is no finished data set.
+        RecordError: if it is not a finished data set.
     """
     info = _read_json(absolute_path(directory) / "dataset_info.json")
     return [entry["name"] for entry in info["splits"]]
-
-
-def _begins(lengths: np.ndarray) -> np.ndarray:
-    """Returns where each record would begin, and the last end, were all shards one TFRecord."""
-    return np.concatenate([[0], np.cumsum(lengths + tfrecord.OVERHEAD_BYTES)])
 
 
 class RecordDataset:
@@ -217,33 +185,31 @@ class RecordDataset:
     Instances are picklable (a copy opens the directory again) and may be read from many threads.
 
     Attributes:
-      class_names: Names of the classes, for each label.
-      multilabel: Labels of which a record may have several.
-      record_ids: Names of the records.
-      labels: int32 [len] class numbers, -1 unknown, for each label that is not in `multilabel`.
-      timelines: [len] of each field of `RecordTimeline`.
-      source_numbers: int32 [len], the same number for records of one source.
-      fingerprint: Changes when any record, or their order, does.
-      file_format: Of the shards, one of `FILE_FORMATS`.
+        class_names: names of the classes, for each label.
+        multilabel: labels that allow several classes per record.
+        record_ids: names of the records.
+        labels: int32 [len] class numbers, -1 unknown, for each label that is not in `multilabel`.
+        timelines: [len] of each field of `TIMELINE`.
+        source_numbers: int32 [len], the same number for records of one source.
+        fingerprint: text that changes when any record, or their order, does.
+        file_format: format of the shards, one of `FILE_FORMATS`.
     """
 
     def __init__(self, directory: epath.PathLike, split: str):
         """Opens `split` of `directory`, a local path or gs://.
 
         Raises:
-          RecordError: If it is not a finished data set of this version, lacks the split, or a
-            shard is missing or does not match the metadata.
+            RecordError: if it is not a finished data set of this version, lacks the split, or a
+                shard is missing or does not match the metadata.
         """
         if not os.fspath(directory):
-            raise RecordError("no directory of records is given: set --config.data.directory")
-        self._directory = absolute_path(directory)
+            raise RecordError("no directory of records is given: set directory to a prepared one")
+        self._directory, self.split = absolute_path(directory), split
         info = _read_json(self._directory / "dataset_info.json")
-        features = _read_json(self._directory / "features.json")
-        labels = _check_features(features, self._directory)
-        version = info.get("version")
-        if version != FORMAT_VERSION:
+        labels = _read_labels(self._directory)
+        if (version := info.get("version")) != FORMAT_VERSION:
             raise RecordError(
-                f"{self._directory} holds records of version {version}, this code reads "
+                f"{self._directory} has records of version {version}, this code reads "
                 f"{FORMAT_VERSION}: prepare the media again with this release"
             )
         self.file_format = info.get("fileFormat", TFRECORD)
@@ -257,7 +223,6 @@ class RecordDataset:
             raise RecordError(
                 f"{self._directory} has no split {split!r}, it has {', '.join(sorted(splits))}"
             )
-        self.split = split
         self.class_names: dict[str, list[str]] = {}
         for label in labels:
             path = self._directory / f"{LABEL_PREFIX}{label}.labels.txt"
@@ -276,12 +241,11 @@ class RecordDataset:
         columns = self._load_index(index_path(self._directory, info["name"], split), lengths)
         self._lengths, self._crcs = columns["length"], columns["crc"]
         self._first = np.concatenate([[0], np.cumsum(lengths)])
-        # Of each record in its shard: its byte offset, or its number.
+        # Place of each record in its shard: its number, or its byte offset.
+        begins = np.arange(sum(lengths) + 1)
         if self.file_format == TFRECORD:
             begins = _begins(self._lengths)
-            self._places = begins[:-1] - np.repeat(begins[self._first[:-1]], lengths)
-        else:
-            self._places = np.arange(sum(lengths)) - np.repeat(self._first[:-1], lengths)
+        self._places = begins[:-1] - np.repeat(begins[self._first[:-1]], lengths)
         self.record_ids = StringColumn(
             columns["record_id"], np.cumsum(columns["record_id_length"], dtype=np.int64)
         )
@@ -292,7 +256,7 @@ class RecordDataset:
             label: (columns[f"counts_{label}"], columns[f"values_{label}"])
             for label in self.multilabel
         }
-        self.timelines = {name: columns[name] for name in RecordTimeline._fields}
+        self.timelines = {name: columns[name] for name in TIMELINE}
         self.source_numbers = columns["source_number"]
         digest = crc32c.crc32c(self._lengths.tobytes(), crc32c.crc32c(self._crcs.tobytes()))
         self.fingerprint = f"{info['name']}-{split}-{FORMAT_VERSION}-{len(self)}-{digest:08x}"
@@ -306,10 +270,9 @@ class RecordDataset:
         shards = []
         for shard, length in zip(self._shards, lengths, strict=True):
             shards.append(scan_shard(shard, self.file_format, self.class_names, self.multilabel))
-            found = len(shards[-1]["length"])
-            if found != length:
+            if (count := len(shards[-1]["length"])) != length:
                 raise RecordError(
-                    f"{shard} holds {found} records where dataset_info.json says {length}: "
+                    f"{shard} has {count} records where dataset_info.json says {length}: "
                     "prepare this data set again"
                 )
         columns = merge(shards)
@@ -318,17 +281,17 @@ class RecordDataset:
         return columns
 
     def _fits(self, columns: Mapping[str, np.ndarray], lengths: Sequence[int]) -> bool:
-        """Whether an index belongs to the shards, as far as their sizes tell.
+        """Tests whether an index belongs to the shards, as far as their sizes tell.
 
         The sizes of files in an object store take a request each and are not looked at, and those
-        of ArrayRecord files tell nothing; the CRC of every record, which the index also holds,
+        of ArrayRecord files tell nothing; the CRC of every record, which the index also contains,
         catches at reading what this cannot see.
         """
         single = {LABEL_PREFIX + label for label in set(self.class_names) - self.multilabel}
-        one_a_record = {*RecordTimeline._fields, "length", "crc", "source_number", *single}
-        if not one_a_record | {"shard_length", "record_id", "record_id_length"} <= set(columns):
+        per_record = {*TIMELINE, "length", "crc", "source_number", *single}
+        if not per_record | {"shard_length", "record_id", "record_id_length"} <= set(columns):
             return False
-        if {columns[name].shape for name in one_a_record} != {(sum(lengths),)}:
+        if {columns[name].shape for name in per_record} != {(sum(lengths),)}:
             return False
         if columns["shard_length"].tolist() != list(lengths) or columns["length"].min() < 0:
             return False
@@ -364,16 +327,15 @@ class RecordDataset:
     def __getitem__(self, index: int) -> Record:
         """Reads one record; frames stay JPEG.
 
-        Raises:
-          IndexError: If `index` is out of range.
-          RecordError: If its bytes are damaged, truncated or not what the index describes.
+        Raises RecordError if its bytes are damaged, truncated or not those that the index
+        describes.
         """
         index = int(index)
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         shard = self.shard_of(index)
         where = f"{shard}, record {self.record_ids[index]!r}"
-        payload = record_files.read_known(
+        payload = record_files.read(
             shard,
             self.file_format,
             int(self._places[index]),
@@ -386,8 +348,16 @@ class RecordDataset:
         return record
 
     def shard_of(self, index: int) -> epath.Path:
-        """Returns the shard in which a record lies."""
+        """Returns the shard that contains a record."""
         return self._shards[int(np.searchsorted(self._first, index, side="right")) - 1]
+
+    @contextlib.contextmanager
+    def naming_shard(self, index: int) -> Iterator[None]:
+        """Adds the shard of a record to the error of what decodes it inside the block."""
+        try:
+            yield
+        except RecordError as error:
+            raise RecordError(f"{self.shard_of(index)}, {error}") from error
 
     @property
     def num_bytes(self) -> int:
@@ -395,10 +365,8 @@ class RecordDataset:
         return int(self._lengths.sum())
 
     def class_numbers(self, label: str) -> tuple[np.ndarray, int]:
-        """Returns the known classes of all records, several of one perhaps, and records without.
-
-        Raises:
-          KeyError: If there is no such label.
+        """Returns the known classes of all records, several of one perhaps, and the number of
+        records without; raises KeyError if there is no such label.
         """
         if label in self.multilabel:
             counts, values = self._several[label]
@@ -407,10 +375,8 @@ class RecordDataset:
         return self.labels[label][known], int((~known).sum())
 
     def class_matrix(self, label: str, positions: Sequence[int]) -> np.ndarray:
-        """Returns bool [positions, classes], which classes each of the records has.
-
-        Raises:
-          KeyError: If there is no such label of which a record may have several.
+        """Returns bool [positions, classes], which classes of a label in `multilabel` records have;
+        raises KeyError for another label.
         """
         counts, values = self._several[label]
         ends = np.cumsum(counts)
@@ -419,8 +385,7 @@ class RecordDataset:
             matrix[row, values[ends[position] - counts[position] : ends[position]]] = True
         return matrix
 
-    def timeline(self, index: int) -> RecordTimeline:
-        """Returns lengths and times of one record without reading it."""
-        return RecordTimeline(
-            **{name: column[index].item() for name, column in self.timelines.items()}
-        )
+
+def _begins(lengths: np.ndarray) -> np.ndarray:
+    """Returns where each record would begin, and the last end, were all shards one TFRecord."""
+    return np.concatenate([[0], np.cumsum(lengths + OVERHEAD_BYTES)])

@@ -1,4 +1,4 @@
-"""Intervals of a record to arrays: pictures, spectrograms, masks and labels."""
+"""Clips of a record to arrays: video, spectrograms, masks and labels."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from avcl_jax.data.crop import Crop, CropSpec, crop_frame
-from avcl_jax.data.decode import each_jpeg
-from avcl_jax.data.record_format import Record
-from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.silence import is_silent
+from avcl_jax.data.images import Crop, CropSpec, crop_frame, each_jpeg
+from avcl_jax.data.record_format import Record, is_silent
+from avcl_jax.data.records import RecordDataset, RecordError
 from avcl_jax.data.spectrogram import LogMelSpec, gather_windows, log_mel
-from avcl_jax.data.tfrecord import RecordError
 from avcl_jax.data.views import Clip, Timeline, ViewSpec, frame_indices
 
 Modalities = Literal["audio_visual", "video", "audio"]
+
+
+class VideoSpec(Protocol):
+    """Specification that `render_video` needs: timing, and shape [time, height, width, 3]."""
+
+    @property
+    def views(self) -> ViewSpec: ...
+
+    @property
+    def video_shape(self) -> tuple[int, int, int, int]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +32,6 @@ class RenderSpec:
     """Everything that turns an interval of a record into arrays.
 
     Attributes:
-        views: timing of views.
-        log_mel: definition of the spectrogram.
-        crop: spatial crop.
         spectrogram_on_device: deliver `audio_windows` and leave the log-mel to the jitted step.
         modalities: "audio_visual", or train on "video" or "audio" alone.
     """
@@ -40,19 +44,20 @@ class RenderSpec:
 
     @property
     def video_shape(self) -> tuple[int, int, int, int]:
-        """Shape of the picture of a view: [time, height, width, 3]."""
+        """Shape of the video of a view: [time, height, width, 3]."""
         return self.views.num_frames, self.crop.image_size, self.crop.image_size, 3
+
+    def audio_array(self) -> tuple[str, tuple[int, int], type]:
+        """Returns name, shape and dtype of the audio of a view, on the host."""
+        mel = self.log_mel
+        if self.spectrogram_on_device:
+            return "audio_windows", (mel.frames, mel.window), np.int16
+        return "spectrogram", (mel.frames, mel.mels), np.float32
 
 
 @dataclasses.dataclass(frozen=True)
 class UsableRecord:
-    """Which modalities of a record can be shown, and when.
-
-    Attributes:
-        timeline: where views may be drawn.
-        has_video: the picture can be shown.
-        has_audio: the sound can be heard.
-    """
+    """Usable part of a record: its timeline for views, and whether it has video and audio."""
 
     timeline: Timeline
     has_video: bool
@@ -63,29 +68,10 @@ class UsableRecord:
         return record.frame_seconds if self.has_video else record.frame_seconds[:0]
 
 
-class PictureSpec(Protocol):
-    """What rendering pictures has to know."""
-
-    @property
-    def views(self) -> ViewSpec:
-        """Timing of a clip."""
-
-    @property
-    def video_shape(self) -> tuple[int, int, int, int]:
-        """Shape of its pictures: [time, height, width, 3]."""
-
-
 def render_video(
-    record: Record, clip: Clip, crop: Crop, spec: PictureSpec, out: np.ndarray | None = None
+    record: Record, clip: Clip, crop: Crop, spec: VideoSpec, out: np.ndarray | None = None
 ) -> np.ndarray:
     """Decodes only the frames of a clip, and crops each into its place.
-
-    Args:
-        record: source.
-        clip: interval and playback.
-        crop: spatial crop.
-        spec: rendering.
-        out: where to render; None for a new array.
 
     Returns:
         uint8 [num_frames, image_size, image_size, 3], `out` if it was given.
@@ -96,7 +82,7 @@ def render_video(
     if out is None:
         out = np.empty(spec.video_shape, np.uint8)
     shown = frame_indices(clip, record.frame_seconds, spec.views).tolist()
-    # Slow pictures show a frame more than once, one after the other: it is decoded once.
+    # Slow video shows a frame more than once, one after the other: it is decoded once.
     new = [n for n, index in enumerate(shown) if n == 0 or index != shown[n - 1]]
     try:
         images = each_jpeg([record.frames[shown[n]] for n in new], (record.height, record.width))
@@ -112,29 +98,17 @@ def render_video(
 
 
 def render_audio(record: Record, clip: Clip, spec: RenderSpec) -> tuple[np.ndarray, bool]:
-    """Returns the audio of a clip and whether it is audible.
+    """Returns the audio of a clip as int16 windows or as log-mel, and whether it is audible.
 
     A silent clip counts as having no audio: one silence cannot be told from another, so it must be
     neither a positive nor a negative, nor have a speed or direction.
-
-    Returns:
-        int16 windows [frames, window] or the log-mel [frames, mels], and False for silence.
     """
+    start = record.audio_start_seconds
     windows = gather_windows(
-        record.waveform,
-        clip,
-        spec.log_mel,
-        spec.views,
-        audio_start_seconds=record.audio_start_seconds,
+        record.waveform, clip, spec.log_mel, spec.views, audio_start_seconds=start
     )
     arrays = windows if spec.spectrogram_on_device else log_mel(windows, spec.log_mel)
     return arrays, not is_silent(windows)
-
-
-def _empty_audio(spec: RenderSpec) -> np.ndarray:
-    width = spec.log_mel.window if spec.spectrogram_on_device else spec.log_mel.mels
-    dtype = np.int16 if spec.spectrogram_on_device else np.float32
-    return np.zeros((spec.log_mel.frames, width), dtype)
 
 
 def render_views(
@@ -150,12 +124,12 @@ def render_views(
 
     Args:
         record: source.
-        use: which of its modalities can be shown.
-        video: picture of each view.
-        audio: sound of each view.
+        use: its usable modalities.
+        video: video of each view.
+        audio: audio of each view.
         crops: spatial crop of each view.
         spec: rendering.
-        pixels: where to render `video`; None for a new array.
+        pixels: array to render `video` into; None for a new one.
 
     Returns:
         `video` uint8 [views, time, height, width, 3], `spectrogram` float32 [views, frames, mels]
@@ -170,17 +144,16 @@ def render_views(
             render_video(record, clip, crop, spec, out)
     else:
         pixels[...] = 0
+    name, shape, dtype = spec.audio_array()
     if use.has_audio:
-        sounds = [render_audio(record, clip, spec) for clip in audio]
+        rendered = [render_audio(record, clip, spec) for clip in audio]
     else:
-        sounds = [(_empty_audio(spec), False) for _ in audio]
+        rendered = [(np.zeros(shape, dtype), False) for _ in audio]
     return {
         "video": pixels,
-        "audio_windows" if spec.spectrogram_on_device else "spectrogram": np.stack(
-            [sound for sound, _ in sounds]
-        ),
+        name: np.stack([array for array, _ in rendered]),
         "has_video": np.bool_(use.has_video),
-        "has_audio": np.array([heard for _, heard in sounds]),
+        "has_audio": np.array([audible for _, audible in rendered]),
         "video_moves": np.bool_(use.has_video and not record.is_still),
         "video_speed": np.array([clip.speed for clip in video], np.int32),
         "audio_speed": np.array([clip.speed for clip in audio], np.int32),
@@ -190,11 +163,10 @@ def render_views(
 
 
 def describe(index: int, record: Record, records: RecordDataset) -> dict[str, Any]:
-    """Numbers that travel with a record into the batch: source, index and labels.
+    """Returns the numbers that travel with a record into the batch.
 
-    Returns:
-        `source_id`, `record_index` int32; `label_NAME` int32 class, -1 unknown, or for a label of
-        which a record may have several bool [classes].
+    `source_id`, `record_index` int32; `label_NAME` int32 class, -1 unknown, or bool [classes] for a
+    label that allows several per record.
     """
     fields: dict[str, Any] = {
         "source_id": np.int32(records.source_numbers[index]),

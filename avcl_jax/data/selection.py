@@ -1,7 +1,12 @@
-"""Records chosen by their labels: the training and test lists of a benchmark in one prepared split.
+"""Choice of records: by label, by modality, or because views fit on them.
 
-UCF101 and HMDB51 keep their three official splits as labels `split1`, `split2` and `split3`, ESC-50
-its folds as label `fold`. `split1=train`, `fold!=3` or `fold=1|2` says which records are meant.
+`Selection` chooses by label: UCF101 and HMDB51 keep their three official splits as labels `split1`,
+`split2` and `split3`, ESC-50 its folds as label `fold`, so `split1=train`, `fold!=3` or `fold=1|2`
+is the training or test list of a benchmark in one prepared split.
+
+`UsableRecords` are the selected records of pretraining, on which whole views must fit.
+`ModalityRecords` are those of benchmarks, where no short clip may be left out: a clip that is
+longer than its record starts with it, its last frame then stays, and silence follows the audio.
 """
 
 from __future__ import annotations
@@ -9,34 +14,33 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import grain
 import numpy as np
 
-from avcl_jax.data.record_format import UNKNOWN_LABEL
+from avcl_jax.data.record_format import SILENCE_PEAK, UNKNOWN_LABEL, Record
 from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.rendering import RenderSpec, UsableRecord
+from avcl_jax.data.views import Timeline, views_fit
 from avcl_jax.errors import UserError
+
+Modality = Literal["video", "audio"]
 
 
 class SelectionError(UserError):
-    """A selection that says nothing, or that nothing in a data set fits."""
+    """A selection that cannot be read, or records that lack its labels or a modality."""
 
 
 class Condition(NamedTuple):
-    """What is demanded of one label.
-
-    Attributes:
-        label: name of a label of one class a record.
-        values: names of classes.
-        negated: any other known class is demanded, instead of one of these.
-    """
+    """Demand on a label of one class per record: one of `values`, or if `negated` another class."""
 
     label: str
     values: tuple[str, ...]
     negated: bool
 
     def __str__(self) -> str:
-        """As `Selection.parse` reads it."""
+        """Returns the text that `Selection.parse` reads."""
         return f"{self.label}{'!=' if self.negated else '='}{'|'.join(self.values)}"
 
 
@@ -44,9 +48,7 @@ class Condition(NamedTuple):
 class Selection:
     """Records that meet all conditions; without a condition, all records.
 
-    Attributes:
-        conditions: what is demanded. A record whose label is unknown meets none on that label, not
-            even a negated one.
+    A record whose label is unknown meets no condition on that label, not even a negated one.
     """
 
     conditions: tuple[Condition, ...] = ()
@@ -55,36 +57,23 @@ class Selection:
     def parse(cls, text: str) -> Selection:
         """Reads `LABEL=VALUE`, `LABEL=VALUE|VALUE` or `LABEL!=VALUE`, several joined by `;`.
 
-        Args:
-            text: the selection; empty for all records.
-
         Raises:
             SelectionError: if it is written otherwise.
         """
         conditions = []
         for part in text.split(";") if text.strip() else []:
-            found = re.fullmatch(r"\s*([^=!\s]+)\s*(!?=)(.+)", part)
-            values = [value.strip() for value in found.group(3).split("|")] if found else []
-            if found is None or not all(values):
+            match = re.fullmatch(r"\s*([^=!\s]+)\s*(!?=)(.+)", part)
+            values = [value.strip() for value in match.group(3).split("|")] if match else []
+            if match is None or not all(values):
                 raise SelectionError(
                     f"{part.strip()!r} selects nothing: write LABEL=VALUE, LABEL=VALUE|VALUE or "
                     "LABEL!=VALUE, several joined by ';'"
                 )
-            conditions.append(Condition(found.group(1), tuple(values), found.group(2) == "!="))
+            conditions.append(Condition(match.group(1), tuple(values), match.group(2) == "!="))
         return cls(tuple(conditions))
 
-    @classmethod
-    def of(cls, wanted: Mapping[str, str | Sequence[str]]) -> Selection:
-        """The records whose labels have these values: `{"split1": "train"}`."""
-        return cls(
-            tuple(
-                Condition(label, (values,) if isinstance(values, str) else tuple(values), False)
-                for label, values in wanted.items()
-            )
-        )
-
     def __str__(self) -> str:
-        """As `parse` reads it."""
+        """Returns the text that `parse` reads."""
         return ";".join(map(str, self.conditions))
 
     def fingerprint_of(self, records: RecordDataset) -> str:
@@ -97,31 +86,289 @@ class Selection:
         Raises:
             SelectionError: if `records` lacks a label or a class, or nothing is selected.
         """
-        chosen = np.ones(len(records), bool)
+        mask = np.ones(len(records), bool)
         for condition in self.conditions:
-            numbers = _numbers(condition, records)
-            known = records.labels[condition.label]
-            inside = np.isin(known, numbers)
-            chosen &= (known != UNKNOWN_LABEL) & ~inside if condition.negated else inside
-        positions = np.flatnonzero(chosen)
-        if not len(positions):
+            problem = f"cannot select {condition}: "
+            names = _class_names(records, condition.label, problem)
+            for value in condition.values:
+                if value not in names:
+                    raise SelectionError(
+                        f"{problem}label {condition.label!r} of {records} has no class {value!r}, "
+                        f"it has {', '.join(names[:8])}" + ", ..." * (len(names) > 8)
+                    )
+            classes = records.labels[condition.label]
+            inside = np.isin(classes, [names.index(value) for value in condition.values])
+            mask &= (classes != UNKNOWN_LABEL) & ~inside if condition.negated else inside
+        if not mask.any():
             raise SelectionError(f"none of the {len(records)} records of {records} has {self}")
-        return positions
+        return np.flatnonzero(mask)
 
 
-def _numbers(condition: Condition, records: RecordDataset) -> list[int]:
-    if condition.label not in records.labels:
-        several = ", of which a record may have several" * (condition.label in records.multilabel)
+def _class_names(records: RecordDataset, label: str, problem: str = "") -> list[str]:
+    if label not in records.labels:
+        several = ", which allows several" * (label in records.multilabel)
         raise SelectionError(
-            f"cannot select {condition}: {records} has the labels "
-            f"{', '.join(sorted(records.labels)) or 'none'}, not {condition.label!r}{several}"
+            f"{problem}{records} has the labels {', '.join(sorted(records.labels)) or 'none'} of "
+            f"one class per record, not {label!r}{several}: choose one of these"
         )
-    names = records.class_names[condition.label]
-    for value in condition.values:
-        if value not in names:
-            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return records.class_names[label]
+
+
+def intervals(times: Mapping[str, np.ndarray]) -> dict[Modality, tuple[np.ndarray, np.ndarray]]:
+    """Returns start and end of the video and of the audio of records, in seconds.
+
+    Args:
+        times: [records] of each field of `TIMELINE`.
+    """
+    # The last frame stays until the next would have come.
+    until = times["last_frame_seconds"] + times["max_frame_gap_seconds"]
+    start = times["audio_start_seconds"]
+    return {
+        "video": (times["first_frame_seconds"], np.minimum(until, times["duration_seconds"])),
+        "audio": (start, start + times["num_samples"] / np.maximum(times["sample_rate_hz"], 1)),
+    }
+
+
+def has_audio(times: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns bool [records], which have audio that is not silent; `times` as for `intervals`."""
+    return np.asarray(times["audio_peak"] > SILENCE_PEAK)
+
+
+class SelectedRecords:
+    """Some records of a data set.
+
+    `indices` int64 [n] are their positions in it, ascending; `fingerprint` is that of the data set
+    and the selection.
+    """
+
+    def __init__(self, records: RecordDataset, selection: Selection):
+        """Starts with all selected records; reads no record.
+
+        Raises:
+            SelectionError: if the selection does not fit the data set.
+        """
+        self.records, self.selection = records, selection
+        self.indices = selection.positions(records)
+        self.fingerprint = selection.fingerprint_of(records)
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return len(self.indices)
+
+    def __str__(self) -> str:
+        """Returns data set and selection, for messages."""
+        return f"{self.records}" + f" with {self.selection}" * bool(self.selection.conditions)
+
+    def __repr__(self) -> str:
+        """Returns a constant description: grain puts it into its checkpoints."""
+        return f"{type(self).__name__}({self.fingerprint}, {len(self)})"
+
+    @property
+    def record_ids(self) -> list[str]:
+        """Names of the records."""
+        return [self.records.record_ids[int(index)] for index in self.indices]
+
+    @property
+    def sources(self) -> list[str]:
+        """Name of the source of each record."""
+        return [str(number) for number in self.records.source_numbers[self.indices].tolist()]
+
+    def _timelines(self) -> dict[str, np.ndarray]:
+        return {name: values[self.indices] for name, values in self.records.timelines.items()}
+
+
+class ModalityRecords(SelectedRecords):
+    """The selected records of a data set that have a modality, and the labels that are needed.
+
+    Attributes:
+        left_out: number of selected records that lack the modality or a label.
+    """
+
+    def __init__(
+        self,
+        records: RecordDataset,
+        selection: Selection,
+        modality: Modality,
+        *,
+        sample_rate_hz: int | None,
+        labels: Sequence[str],
+        leave_out: bool,
+    ):
+        """Looks at labels and timelines, which reads no record.
+
+        Args:
+            records: data set.
+            selection: demands on their labels.
+            modality: required modality.
+            sample_rate_hz: required rate of audio; None for video.
+            labels: labels of one class per record that must be known.
+            leave_out: leave out records that lack one of these, instead of an error.
+
+        Raises:
+            SelectionError: if the selection does not fit the data set, a label is missing or has
+                one class, records lack something, or have audio at another rate.
+        """
+        super().__init__(records, selection)
+        times = self._timelines()
+        if modality == "video":
+            required = {"video": times["num_frames"] > 0}
+        else:
+            required = {"audio, or only silence": has_audio(times)}
+        for label in labels:
+            if len(names := _class_names(records, label)) < 2:
+                raise SelectionError(
+                    f"label {label!r} of {records} has only the class {names[0]!r}, two are "
+                    "needed: choose another label"
+                )
+            known = records.labels[label][self.indices] != UNKNOWN_LABEL
+            required[f"known {label!r}"] = known
+        for name, mask in required.items():
+            if not mask.any() or not (mask.all() or leave_out):
+                first = records.record_ids[int(self.indices[~mask][0])]
+                advice = ": set leave_out=True to skip them" * bool(mask.any())
+                raise SelectionError(
+                    f"{int((~mask).sum())} of the {len(mask)} records of {self} "
+                    f"have no {name}, first {first!r}{advice}"
+                )
+        mask = np.logical_and.reduce(list(required.values()))
+        if not mask.any():
             raise SelectionError(
-                f"cannot select {condition}: label {condition.label!r} of {records} has no class "
-                f"{value!r}, it has {shown}"
+                f"no record of {self} has {modality} and known {', '.join(labels)}"
             )
-    return [names.index(value) for value in condition.values]
+        self.indices, self.left_out = self.indices[mask], int((~mask).sum())
+        times = self._timelines()
+        rates = times["sample_rate_hz"]
+        if modality == "audio" and (wrong := rates[rates != sample_rate_hz]).size:
+            raise SelectionError(
+                f"records of {self} have audio at {wrong[0]} Hz, the encoder takes "
+                f"{sample_rate_hz} Hz: prepare again with --sample-rate {sample_rate_hz}"
+            )
+        self._start, self._end = intervals(times)[modality]
+
+    def classes_of(self, label: str) -> np.ndarray:
+        """Returns the class of each record, int64 [n]."""
+        return self.records.labels[label][self.indices].astype(np.int64)
+
+    def interval(self, position: int) -> tuple[float, float]:
+        """Returns start and end of the modality in a record, seconds."""
+        return float(self._start[position]), float(self._end[position])
+
+
+class UsableRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
+    """The records of a data set on which a view fits, and the usable part of each.
+
+    Views are drawn where video and audio both exist. When that is too short for a view, the video
+    alone is used, then the audio alone.
+
+    Attributes:
+        num_selected: number of selected records.
+        num_empty: selected records without any modality of the run; silence is not audio.
+        num_too_short: other selected records on which no view fits.
+    """
+
+    def __init__(
+        self, records: RecordDataset, spec: RenderSpec, selection: Selection | None = None
+    ):
+        """Looks at the timelines of the selected records; reads no record.
+
+        Raises:
+            UserError: if no view fits any record, or audio has another rate than the spectrogram.
+            SelectionError: if the selection does not fit the data set.
+        """
+        super().__init__(records, Selection() if selection is None else selection)
+        self._spec = spec
+        self.num_selected = len(self.indices)
+        times = self._timelines()
+        video = np.asarray(times["num_frames"] > 1) & (spec.modalities != "audio")
+        audio = has_audio(times) & (spec.modalities != "video")
+        self._parts = _usable_parts(times, video, audio, spec)
+        usable = self._parts["has_video"] | self._parts["has_audio"]
+        self.num_empty = int((~(video | audio)).sum())
+        self.num_too_short = int((~usable).sum()) - self.num_empty
+        if not usable.any():
+            raise UserError(self._why_none(times["duration_seconds"].max()))
+        self.indices = self.indices[usable]
+        self._parts = {name: values[usable] for name, values in self._parts.items()}
+
+    def _why_none(self, longest_seconds: float) -> str:
+        """Returns one line that says why no view fits any record, and what to change."""
+        views = self._spec.views
+        none = f"none of the {self.num_selected} records of {self}"
+        if self.num_empty == self.num_selected:
+            wanted = [n for n in ("video", "audio") if self._spec.modalities in (n, "audio_visual")]
+            lacking = " or ".join(wanted) + " that is not silent" * ("audio" in wanted)
+            return f"{none} has {lacking}: set modalities to what the records have"
+        slowest = min(views.speeds)
+        return (
+            f"{none} is long enough for a view of {views.clip_seconds * slowest:g} s "
+            f"(clip_seconds={views.clip_seconds:g} at speed {slowest}) with {views.num_frames} "
+            f"frames, the longest lasts {longest_seconds:.2f} s; reduce clip_seconds, num_frames "
+            "or the lowest of the speeds of views"
+        )
+
+    def num_without(self, modality: str) -> int:
+        """Returns the number of used records without "video", or without audible "audio"."""
+        return int((~self._parts[f"has_{modality}"]).sum())
+
+    def lacking(self, modalities: Sequence[str]) -> np.ndarray:
+        """Returns int64, the ascending positions in the data set of selected records without a view
+        of all of these modalities ("video", "audio").
+        """
+        whole = np.logical_and.reduce([self._parts[f"has_{name}"] for name in modalities])
+        return np.setdiff1d(self.selection.positions(self.records), self.indices[whole])
+
+    def __getitem__(self, position: int) -> tuple[int, Record, UsableRecord]:
+        """Reads one record; returns its position in the data set, the record, its usable part."""
+        index = int(self.indices[position])
+        return index, self.records[index], self.usable(position)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles what it is made from: workers would receive a million numbers through a pipe."""
+        return UsableRecords, (self.records, self._spec, self.selection)
+
+    def usable(self, position: int) -> UsableRecord:
+        """Returns the usable part of the record at `position`, without reading it."""
+        start, end, gap, video, audio = (
+            self._parts[name][position].item()
+            for name in ("start", "end", "gap", "has_video", "has_audio")
+        )
+        return UsableRecord(Timeline(start, end, gap), video, audio)
+
+
+def _usable_parts(
+    times: Mapping[str, np.ndarray], video: np.ndarray, audio: np.ndarray, spec: RenderSpec
+) -> dict[str, np.ndarray]:
+    """Decides which part of each record can be used, given which have video and audio.
+
+    Returns `start`, `end` and `gap` in seconds, `has_video`, `has_audio`; neither where no view
+    fits.
+    """
+    wrong = times["sample_rate_hz"][
+        audio & (times["sample_rate_hz"] != spec.log_mel.sample_rate_hz)
+    ]
+    if len(wrong):
+        raise UserError(
+            f"records have audio at {wrong[0]} Hz, the spectrogram is defined at "
+            f"{spec.log_mel.sample_rate_hz} Hz: change the sample_rate_hz of the spectrogram, or "
+            "prepare again with --sample-rate"
+        )
+    # The mean, because one lost frame must not take a video out of tasks.
+    shown = times["last_frame_seconds"] - times["first_frame_seconds"]
+    gap = shown / np.maximum(times["num_frames"] - 1, 1)
+    (video_start, video_end), (audio_start, audio_end) = intervals(times).values()
+    both_start, both_end = np.maximum(video_start, audio_start), np.minimum(video_end, audio_end)
+
+    def fits(start: np.ndarray, end: np.ndarray, frame_gap: np.ndarray) -> np.ndarray:
+        return np.asarray(views_fit(end - start, frame_gap, spec.views).any(axis=-1))
+
+    use_both = video & audio & fits(both_start, both_end, gap)
+    use_video = ~use_both & video & fits(video_start, video_end, gap)
+    use_audio = ~use_both & ~use_video & audio & fits(audio_start, audio_end, 0.0 * gap)
+    uses = [use_both, use_video, use_audio]
+    return {
+        "start": np.select(uses, [both_start, video_start, audio_start]),
+        "end": np.select(uses, [both_end, video_end, audio_end]),
+        "gap": np.select(uses, [gap, gap, 0.0 * gap]),
+        "has_video": use_both | use_video,
+        "has_audio": use_both | use_audio,
+    }

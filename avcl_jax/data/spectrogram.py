@@ -4,8 +4,8 @@ One definition for numpy and jax.numpy, equal to librosa's (HTK off, Slaney norm
 
 The window of a frame has the length of the hop at speed 1. Faster playback keeps the window and
 lengthens the hop, so pitch does not change and no two frames of any speed share a sample. This is
-the rendering whose null control passes: overlapping windows, and averages over
-the skipped time, tell the speed of stationary noise.
+the rendering whose null control passes: overlapping windows, and averages over the skipped time,
+tell the speed of stationary noise.
 """
 
 from __future__ import annotations
@@ -30,10 +30,8 @@ class LogMelSpec:
     Attributes:
         sample_rate_hz: rate of the waveform.
         frames: frames of a clip at every speed.
-        mels: mel bands.
+        mels: mel bands, between `min_hz` and `max_hz`.
         clip_seconds: interval that a clip covers at speed 1; with `frames` it sets the window.
-        min_hz: lower edge of the lowest band.
-        max_hz: upper edge of the highest band.
         floor: power added before the logarithm; full scale is 1.
         mean: subtracted from log-mel values.
         std: log-mel values are divided by it.
@@ -50,7 +48,7 @@ class LogMelSpec:
     std: float
 
     def __post_init__(self) -> None:
-        """Refuses windows that are no whole number of samples, and bands above Nyquist."""
+        """Refuses windows that are not a whole number of samples, and bands above Nyquist."""
         window = self.sample_rate_hz * self.clip_seconds / self.frames
         if abs(window - round(window)) > 1e-6 or window < 2:
             raise UserError(
@@ -71,7 +69,7 @@ class LogMelSpec:
 
 @functools.lru_cache(maxsize=16)
 def mel_constants(spec: LogMelSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Hann window [window] and mel filters [mels, bins], float32."""
+    """Returns the Hann window [window] and the mel filters [mels, bins], float32."""
     hann = librosa.filters.get_window("hann", spec.window, fftbins=True).astype(np.float32)
     filters = librosa.filters.mel(
         sr=spec.sample_rate_hz,
@@ -91,14 +89,10 @@ def gather_windows(
     *,
     audio_start_seconds: float,
 ) -> np.ndarray:
-    """Cuts the windows of a clip out of a waveform.
+    """Cuts the windows of a clip out of a waveform, int16 or float [samples].
 
-    Args:
-        waveform: int16 or float [samples].
-        clip: interval and playback; backward reverses the samples, not only the frames.
-        spec: definition of the spectrogram.
-        views: what all views have in common.
-        audio_start_seconds: time of the waveform's first sample on the video's timeline.
+    Backward playback reverses the samples, not only the frames. `audio_start_seconds` is the time
+    of the waveform's first sample on the video's timeline.
 
     Returns:
         [frames, window], dtype of the waveform; silent beyond its ends.
@@ -121,7 +115,7 @@ def samples_at(waveform: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 
 def log_mel(windows: Any, spec: LogMelSpec, xp: Any = np) -> Any:
-    """Standardised natural logarithm of mel power.
+    """Computes the standardised natural logarithm of mel power, float32 [..., frames, mels].
 
     log(mel(|rfft(hann * x)|^2) + floor), minus `spec.mean`, over `spec.std`.
 
@@ -129,9 +123,6 @@ def log_mel(windows: Any, spec: LogMelSpec, xp: Any = np) -> Any:
         windows: [..., frames, window] int16, or float in [-1, 1].
         spec: definition of the spectrogram.
         xp: `numpy` or `jax.numpy`; with the latter the function may be traced.
-
-    Returns:
-        float32 [..., frames, mels].
     """
     hann, filters = mel_constants(spec)
     if xp.issubdtype(windows.dtype, xp.integer):

@@ -1,7 +1,6 @@
 """Views: intervals of a video with a playback speed and a direction.
 
-A view is an interval of the video's own timeline and a playback transform. Two views are drawn per
-video. The labels of the temporal tasks follow from the draw:
+Two views are drawn per video. The labels of the temporal tasks follow from the draw:
 
 * speed and direction are drawn uniformly and independently of everything else;
 * the relation of the two intervals (before, overlapping, after) is drawn uniformly whenever the
@@ -17,6 +16,7 @@ a three-second video that fits only 1x and 2x would otherwise teach "short means
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -35,12 +35,10 @@ _EPSILON = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class ViewSpec:
-    """What every view of a data set has in common.
+    """Timing of all views: clips of `num_frames` that cover `clip_seconds` at speed 1.
 
     Attributes:
-        num_frames: frames of a clip.
-        clip_seconds: length of the interval that a clip covers at speed 1.
-        speeds: playback speeds, increasing, the first 1.
+        speeds: playback speeds, increasing.
         audio_transform: "shared": audio has the video's speed and direction; "independent": audio
             has its own, on an interval around the same middle.
     """
@@ -74,12 +72,9 @@ class ViewSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """The part of a video's timeline from which views may be drawn.
+    """Part of a video's timeline in which both video and audio, as far as present, exist.
 
-    Attributes:
-        start_seconds: where both video and audio, as far as present, have begun.
-        end_seconds: where the first of them ends.
-        frame_gap_seconds: mean time between neighbouring source frames; 0 without video.
+    `frame_gap_seconds` is the mean time between neighbouring source frames; 0 without video.
     """
 
     start_seconds: float
@@ -94,34 +89,22 @@ class Timeline:
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """One modality of one view: an interval and its playback.
+    """One modality of one view: start of the interval on the video's timeline, and playback.
 
-    Attributes:
-        start_seconds: beginning of the interval on the video's timeline.
-        speed: index into `ViewSpec.speeds`.
-        direction: `FORWARD` or `BACKWARD`.
+    `speed` is an index into `ViewSpec.speeds`, `direction` is `FORWARD` or `BACKWARD`.
     """
 
     start_seconds: float
     speed: int
     direction: int
 
-    def span_seconds(self, spec: ViewSpec) -> float:
-        """Length of the interval on the video's timeline."""
-        return spec.clip_seconds * spec.speeds[self.speed]
-
 
 @dataclasses.dataclass(frozen=True)
 class ViewPair:
-    """Two views of one video and what is true of them.
+    """Two views of one video and their labels.
 
-    Attributes:
-        video: video of view 1 and of view 2.
-        audio: audio of view 1 and of view 2.
-        order: `BEFORE`, `OVERLAPPING` or `AFTER`: where view 1 lies relative to view 2.
-        speed_mask: the speed task is defined for this video.
-        direction_mask: the direction task is defined for this video.
-        order_mask: the order task is defined for this video and this pair of speeds.
+    `order` is the place of view 1 relative to view 2: `BEFORE`, `OVERLAPPING` or `AFTER`. The masks
+    tell whether a task is defined for this video, and order for this pair of speeds.
     """
 
     video: tuple[Clip, Clip]
@@ -131,13 +114,42 @@ class ViewPair:
     direction_mask: bool
     order_mask: bool
 
+    def labels(self) -> dict[str, Any]:
+        """Returns `order` int32 and the masks bool, as a row of a training batch has them."""
+        masks = {name: np.bool_(getattr(self, name)) for name in MASKS}
+        return {"order": np.int32(self.order), **masks}
+
+
+# Names of the masks of a `ViewPair` and of a batch, one per temporal task.
+MASKS = ("speed_mask", "direction_mask", "order_mask")
+
 
 class TooShortError(UserError):
     """A video is shorter than the shortest view."""
 
 
+def clip_times(start: float, end: float, span: float, count: int | None = None) -> list[float]:
+    """Returns the starts of clips of `span` at equal distances inside an interval (seconds).
+
+    A clip that is longer than the interval starts with it.
+
+    Args:
+        start: start of the interval.
+        end: its end.
+        span: length of a clip.
+        count: number of clips; a single one lies in the middle. None for the fewest that together
+            cover the interval, from its start on; a rest of less than a twentieth of a clip, as
+            containers round durations, adds no clip.
+    """
+    last = max(start, end - span)
+    if count == 1:
+        return [(start + last) / 2]
+    covering = max(1, math.ceil((end - start) / span - 0.05))
+    return np.linspace(start, last, count or covering).tolist()
+
+
 def views_fit(duration_seconds: Any, frame_gap_seconds: Any, spec: ViewSpec) -> np.ndarray:
-    """Tests whether views of each speed are feasible.
+    """Tests whether views of each speed are feasible: bool [..., speeds].
 
     They are if they fit into the video and repeat no source frame, or repeat frames alike at every
     speed (`frame_picks`).
@@ -146,9 +158,6 @@ def views_fit(duration_seconds: Any, frame_gap_seconds: Any, spec: ViewSpec) -> 
         duration_seconds: [...] duration of the usable part.
         frame_gap_seconds: [...] mean time between neighbouring source frames.
         spec: timing of views.
-
-    Returns:
-        bool [..., speeds].
     """
     speeds = np.array(spec.speeds)
     long_enough = speeds * spec.clip_seconds <= np.asarray(duration_seconds)[..., None] + _EPSILON
@@ -158,21 +167,16 @@ def views_fit(duration_seconds: Any, frame_gap_seconds: Any, spec: ViewSpec) -> 
 
 
 def feasible_speeds(timeline: Timeline, spec: ViewSpec) -> list[int]:
-    """Indices of the speeds that `views_fit` allows."""
+    """Returns the indices of the speeds that `views_fit` allows."""
     fit = views_fit(timeline.duration_seconds, timeline.frame_gap_seconds, spec)
     return np.flatnonzero(fit).tolist()
 
 
 def order_fits(first_seconds: Any, second_seconds: Any, duration_seconds: Any) -> np.ndarray:
-    """Tests whether two intervals can be before, overlapping and after in a video.
-
-    Args:
-        first_seconds: [...] length of one.
-        second_seconds: [...] length of the other.
-        duration_seconds: [...] duration of the usable part.
+    """Tests whether intervals of two lengths can be before, overlapping and after in a video.
 
     Returns:
-        bool [...].
+        bool [...], from arguments [...].
     """
     gap = MARGIN * np.minimum(first_seconds, second_seconds)
     return np.asarray(first_seconds + second_seconds + gap <= duration_seconds + _EPSILON)
@@ -186,11 +190,8 @@ def draw_views(
     Args:
         rng: source of all randomness of the draw.
         timeline: usable part of the video.
-        spec: what all views have in common.
+        spec: timing of views.
         frame_seconds: float64 [source frames], strictly increasing; empty without video.
-
-    Returns:
-        The two views with labels and masks.
 
     Raises:
         TooShortError: if not even the slowest feasible view fits.
@@ -212,13 +213,11 @@ def draw_views(
     video_spans = spec.clip_seconds * table[video_speed]
     audio_spans = spec.clip_seconds * table[audio_speed]
     spans = np.maximum(video_spans, audio_spans)
-    gap = MARGIN * spans.min()
     order_mask = bool(order_fits(spans[0], spans[1], timeline.duration_seconds))
     order = int(rng.integers(3)) if order_mask else OVERLAPPING  # No label where the mask is False.
-    # The shorter of video and audio of each view must overlap when the views do.
-    inner = np.minimum(video_spans, audio_spans)
     if order_mask:
-        starts = _place(rng, spans, order, gap, timeline, inner)
+        # The shorter of video and audio of each view must overlap when the views do.
+        starts = _place(rng, spans, order, timeline, np.minimum(video_spans, audio_spans))
     else:
         slack = np.maximum(timeline.duration_seconds - spans, 0.0)
         starts = timeline.start_seconds + rng.uniform(size=2) * slack
@@ -260,14 +259,13 @@ def _place(
     rng: np.random.Generator,
     spans: np.ndarray,
     order: int,
-    gap: float,
     timeline: Timeline,
     inner: np.ndarray,
 ) -> np.ndarray:
     """Starts of two intervals of the given spans in the given relation, drawn uniformly."""
     duration = timeline.duration_seconds
     if order == OVERLAPPING:
-        # Two intervals overlap by their margin when their middles are no further apart than this.
+        # Two intervals overlap by their margin when their middles are not further apart than this.
         reach = inner.sum() / 2 - MARGIN * inner.min()
         half = spans / 2
         # The first middle anywhere inside the video from where a second one is within reach.
@@ -278,6 +276,7 @@ def _place(
         starts = np.array([first, second]) - half
     else:
         # Uniform over all placements in this order: split the free time at two uniform points.
+        gap = MARGIN * spans.min()
         free = max(duration - spans.sum() - gap, 0.0)
         before, until = np.sort(rng.uniform(0.0, free, size=2))
         left, right = (0, 1) if order == BEFORE else (1, 0)
@@ -288,18 +287,11 @@ def _place(
 
 
 def frame_indices(clip: Clip, frame_seconds: np.ndarray, spec: ViewSpec) -> np.ndarray:
-    """Indices of the source frames that a clip shows, in playback order.
+    """Returns int64 [num_frames], indices of the source frames of a clip in playback order.
 
     Frames are chosen by time, as a player shows them, if the file's rate is a multiple of the
-    clip's, otherwise by number: see `frame_picks`.
-
-    Args:
-        clip: interval and playback.
-        frame_seconds: float64 [source frames], strictly increasing, on the video's timeline.
-        spec: what all views have in common.
-
-    Returns:
-        int64 [num_frames].
+    clip's, otherwise by number: see `frame_picks`. `frame_seconds` is float64 [source frames],
+    strictly increasing, on the video's timeline.
     """
     speed = spec.speeds[clip.speed]
     step = spec.frame_seconds

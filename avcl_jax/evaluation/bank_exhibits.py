@@ -15,8 +15,7 @@ from etils import epath
 from avcl_jax import experiment
 from avcl_jax.data.records import RecordDataset, RecordError
 from avcl_jax.data.rendering import RenderSpec
-from avcl_jax.data.selection import Selection
-from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.data.selection import Selection, UsableRecords
 from avcl_jax.evaluation.exhibits import Exhibit, Exhibits, Search, Side
 from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.bank_rows import RowNumbers, views_of

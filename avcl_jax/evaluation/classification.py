@@ -158,7 +158,7 @@ def run_linear_probe(
 
     Raises:
         ExportError: if there is no encoder of the modality.
-        LackingError: if records lack the label or the modality.
+        SelectionError: if records lack the label or the modality.
         UserError: if labels, records or features do not fit the protocol.
     """
     spec, data = feature_spec(config), config.data

@@ -20,8 +20,7 @@ from jax.experimental import multihost_utils
 
 from avcl_jax import experiment
 from avcl_jax.data.augment import standardize, to_unit_range
-from avcl_jax.data.selected_records import SelectedRecords
-from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.data.selection import SelectedRecords, UsableRecords
 from avcl_jax.data.views import FORWARD
 from avcl_jax.encoder_source import random_like, variables_digest
 from avcl_jax.evaluation.batched import cache_key, render_all

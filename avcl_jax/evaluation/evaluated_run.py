@@ -9,8 +9,7 @@ import numpy as np
 from etils import epath
 
 from avcl_jax.data.records import RecordDataset, RecordError
-from avcl_jax.data.selection import Selection
-from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.data.selection import Selection, UsableRecords
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.linear import check_sources
 from avcl_jax.evaluation.retrieval import check_recall_at

@@ -21,10 +21,9 @@ from sklearn.manifold import TSNE
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from avcl_jax.data.crop import center_crop
-from avcl_jax.data.decode import decode_jpegs
+from avcl_jax.data.images import center_crop, decode_jpegs
 from avcl_jax.data.rendering import RenderSpec, render_views
-from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.data.selection import UsableRecords
 from avcl_jax.data.views import FORWARD, Clip
 from avcl_jax.evaluation.page import text
 from avcl_jax.evaluation.retrieval import first_relevant_ranks, nearest

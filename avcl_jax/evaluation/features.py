@@ -17,23 +17,21 @@ import librosa
 import numpy as np
 from etils import epath
 
-from avcl_jax.data.crop import CropSpec, center_crop
+from avcl_jax.data.images import CropSpec, center_crop
 from avcl_jax.data.labelled import VideoClipSpec
-from avcl_jax.data.modality_records import (
-    Modality,
-    ModalityRecords,
-    evenly_spaced,
-    has_audio,
-    intervals,
-)
 from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
 from avcl_jax.data.record_format import Record
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.rendering import render_video
-from avcl_jax.data.selection import Selection
+from avcl_jax.data.selection import (
+    Modality,
+    ModalityRecords,
+    Selection,
+    has_audio,
+    intervals,
+)
 from avcl_jax.data.spectrogram import gather_windows, log_mel
-from avcl_jax.data.tfrecord import RecordError
-from avcl_jax.data.views import FORWARD, Clip, ViewSpec
+from avcl_jax.data.views import FORWARD, Clip, ViewSpec, clip_times
 from avcl_jax.encoder_source import EncoderSource
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.batched import batched_map, cache_key, in_parts, render_all
@@ -116,7 +114,7 @@ class RecordClips(ModalityRecords):
             leave_out: leave out records without this modality or a label, instead of an error.
 
         Raises:
-            LackingError: if records lack the modality or a label, or have audio at another rate.
+            SelectionError: if records lack the modality or a label, or have audio at another rate.
             SelectionError: if the selection does not fit the data set.
         """
         self._preprocessing, self._features = preprocessing, spec
@@ -176,18 +174,17 @@ class RecordClips(ModalityRecords):
         """
         index = int(self.indices[position])
         record = self.records[index]
-        try:
+        with self.records.naming_shard(index):
             return self._render(record, self._clips(position))
-        except RecordError as error:
-            raise RecordError(f"{self.records.shard_of(index)}, {error}") from error
 
     def _clips(self, position: int) -> list[Clip]:
         clips = []
+        start, end = self.interval(position)
         for number in range(len(self._features.speeds)):
-            speed = self._fitting(number, self.seconds(position))
+            speed = self._fitting(number, end - start)
             span = self._views.clip_seconds * self._views.speeds[speed]
-            starts = evenly_spaced(*self.starts(position, span), self._features.clips)
-            clips += [Clip(start, speed, FORWARD) for start in starts]
+            times = clip_times(start, end, span, self._features.clips)
+            clips += [Clip(time, speed, FORWARD) for time in times]
         return clips
 
     def _fitting(self, wanted: int, seconds: float) -> int:

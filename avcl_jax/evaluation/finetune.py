@@ -24,7 +24,7 @@ import optax
 from etils import epath
 
 from avcl_jax import experiment
-from avcl_jax.data.crop import CropSpec
+from avcl_jax.data.images import CropSpec
 from avcl_jax.data.labelled import (
     AudioClipSpec,
     ClipSpec,
@@ -35,8 +35,8 @@ from avcl_jax.data.labelled import (
 )
 from avcl_jax.data.pipeline import check_enough, drawn_batches
 from avcl_jax.data.preprocessing import VideoPreprocessing
-from avcl_jax.data.shared_memory import check_room
 from avcl_jax.data.views import ViewSpec
+from avcl_jax.data.workers import check_room
 from avcl_jax.encoder_source import random_like
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.batched import batched_map, cache_key, in_parts
@@ -89,7 +89,7 @@ def finetune(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
     Raises:
         ExportError: if `config.encoder` contains no encoder of the modality.
         CheckpointError: if a split's directory belongs to another training.
-        LackingError: if records lack the class or the modality.
+        SelectionError: if records lack the class or the modality.
         NonFiniteError: if the loss stops being a number.
         UserError: if settings contradict each other or the records.
     """

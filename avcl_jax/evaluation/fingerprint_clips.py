@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from avcl_jax.data.decoded import DecodedMedia, decode_media, decode_record
-from avcl_jax.data.media_error import MediaError
+from avcl_jax.data.media import MediaError
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.transformations.families import FAMILIES, applies, transform

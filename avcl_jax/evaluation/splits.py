@@ -19,8 +19,7 @@ from etils import epath
 
 from avcl_jax import experiment
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.selected_records import SelectedRecords
-from avcl_jax.data.selection import Condition, Selection
+from avcl_jax.data.selection import Condition, SelectedRecords, Selection
 from avcl_jax.encoder_source import EncoderSource, open_encoders
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.features import FeatureSpec

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from avcl_jax.data.rendering import RenderSpec
-from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.data.selection import UsableRecords
 from avcl_jax.data.views import BACKWARD, FORWARD
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.batched import batched_map, render_all

@@ -13,13 +13,19 @@ import numpy as np
 from etils import epath
 
 from avcl_jax import experiment
-from avcl_jax.data.crop import center_crop, random_crop
-from avcl_jax.data.modality_records import evenly_spaced
+from avcl_jax.data.images import center_crop, random_crop
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.rendering import RenderSpec, describe, render_views
-from avcl_jax.data.selection import Selection
-from avcl_jax.data.usable_records import UsableRecords
-from avcl_jax.data.views import FORWARD, Clip, Timeline, ViewSpec, draw_views, feasible_speeds
+from avcl_jax.data.selection import Selection, UsableRecords
+from avcl_jax.data.views import (
+    FORWARD,
+    Clip,
+    Timeline,
+    ViewSpec,
+    clip_times,
+    draw_views,
+    feasible_speeds,
+)
 from avcl_jax.encoder_source import EncoderSource, heads_digest, source_of_run
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.batched import Arrays, Render, batched_map, in_parts, stack
@@ -145,12 +151,10 @@ def fixed_views(
     clips = []
     for speed in (fitting_speed(use.timeline, wanted, spec.views) for wanted in speeds):
         span = spec.views.clip_seconds * spec.views.speeds[speed]
-        slack = max(use.timeline.duration_seconds - span, 0.0)
-        first = use.timeline.start_seconds
-        clips += [
-            Clip(start, speed, direction)
-            for start in evenly_spaced(first, first + slack, views_per_speed)
-        ]
+        starts = clip_times(
+            use.timeline.start_seconds, use.timeline.end_seconds, span, views_per_speed
+        )
+        clips += [Clip(start, speed, direction) for start in starts]
     crop = center_crop(max(record.height, 1), max(record.width, 1))
     arrays = render_views(record, use, clips, clips, [crop] * len(clips), spec)
     # Views of a record are averaged, so that it has audio even if some of them are silent.
@@ -229,13 +233,7 @@ def drawn_pairs(
     for _ in range(pairs):
         pair = draw_views(rng, use.timeline, views, use.frame_seconds(record))
         arrays = render_views(record, use, pair.video, pair.audio, [crop] * 2, spec)
-        arrays |= {
-            "order": np.int32(pair.order),
-            "speed_mask": np.bool_(pair.speed_mask),
-            "direction_mask": np.bool_(pair.direction_mask),
-            "order_mask": np.bool_(pair.order_mask),
-        }
-        rows.append(arrays | describe(index, record, source.records))
+        rows.append(arrays | pair.labels() | describe(index, record, source.records))
     return stack(rows)
 
 

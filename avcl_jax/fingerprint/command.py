@@ -17,7 +17,7 @@ from absl import logging
 from tqdm import tqdm
 
 from avcl_jax.data.decoded import decode_media
-from avcl_jax.data.media_error import MediaError
+from avcl_jax.data.media import MediaError
 from avcl_jax.encoder_source import MODALITIES
 from avcl_jax.errors import UserError, one_line
 from avcl_jax.fingerprint import serve

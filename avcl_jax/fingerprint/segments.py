@@ -19,12 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 import soxr
 
-from avcl_jax.data.crop import apply_crop, center_crop
 from avcl_jax.data.decoded import DecodedMedia, decode_media
-from avcl_jax.data.media import Source
-from avcl_jax.data.media_error import MediaError
+from avcl_jax.data.images import apply_crop, center_crop
+from avcl_jax.data.media import MediaError, Source
 from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
-from avcl_jax.data.silence import is_silent
+from avcl_jax.data.record_format import is_silent
 from avcl_jax.data.spectrogram import log_mel, samples_at
 from avcl_jax.encoder_source import MODALITIES, EncoderSource
 from avcl_jax.export import Encoder

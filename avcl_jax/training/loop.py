@@ -16,8 +16,8 @@ from etils import epath
 
 from avcl_jax import experiment
 from avcl_jax.data.pipeline import batch_bytes, train_batches
-from avcl_jax.data.shared_memory import check_room
-from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.data.selection import UsableRecords
+from avcl_jax.data.workers import check_room
 from avcl_jax.errors import UserError
 from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.temporal import TASKS

@@ -10,8 +10,7 @@ import ml_collections
 from avcl_jax import experiment
 from avcl_jax.data.pipeline import check_enough
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.selection import Selection
-from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.data.selection import Selection, UsableRecords
 from avcl_jax.errors import UserError
 from avcl_jax.objectives.bank_health import PLAYBACK_KINDS
 

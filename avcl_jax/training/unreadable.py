@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from avcl_jax.data.record_files import RecordError
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.tfrecord import RecordError
 from avcl_jax.errors import UserError
 
 

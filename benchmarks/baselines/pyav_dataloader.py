@@ -22,7 +22,7 @@ import librosa
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from avcl_jax.data.crop import crop_frame, random_crop
+from avcl_jax.data.images import crop_frame, random_crop
 from avcl_jax.data.views import BACKWARD, FORWARD, Clip, Timeline, draw_views, frame_indices
 from benchmarks import rendering
 from benchmarks.measure import rate
@@ -141,7 +141,7 @@ def view_sound(container: Any, clip: Clip) -> np.ndarray:
     """
     stream = container.streams.audio[0]
     hz = rendering.LOG_MEL.sample_rate_hz
-    span = clip.span_seconds(rendering.VIEWS)
+    span = rendering.VIEWS.clip_seconds * rendering.VIEWS.speeds[clip.speed]
     first = max(0.0, clip.start_seconds - _AUDIO_MARGIN_SECONDS)
     container.seek(int(first / stream.time_base), stream=stream, backward=True)
     resampler = av.AudioResampler(format="flt", layout="mono", rate=hz)

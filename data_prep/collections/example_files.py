@@ -10,11 +10,10 @@ from typing import Any
 
 from etils import epath
 
-from avcl_jax.data import array_records, tfrecord
-from avcl_jax.data.media_error import MediaError
-from avcl_jax.data.record_files import ARRAY_RECORD
+from avcl_jax.data import record_files
+from avcl_jax.data.media import MediaError
+from avcl_jax.data.record_files import ARRAY_RECORD, RecordError
 from avcl_jax.data.record_format import UNKNOWN_LABEL, ClassNumbers
-from avcl_jax.data.tfrecord import RecordError
 from avcl_jax.paths import is_remote
 from data_prep.manifest import (
     Entry,
@@ -165,15 +164,15 @@ def _names(
     return names
 
 
-def _array_record(path: epath.Path) -> Iterator[tuple[int, bytes | None]]:
+def _array_record(path: epath.Path) -> Iterator[tuple[int, bytes | memoryview | None]]:
     try:
-        count = array_records.count(path)
+        count = record_files.count_array_records(path)
     except RecordError:
         yield 0, None
         return
     for number in range(count):
         try:
-            yield number, array_records.read(path, number, where=str(path))
+            yield number, record_files.read(path, ARRAY_RECORD, number, where=str(path))
         except RecordError:
             yield number, None
 
@@ -182,20 +181,20 @@ def _tfrecord(path: epath.Path) -> Iterator[tuple[int, memoryview | None]]:
     size = path.stat().length
     offset, where = 0, str(path)
     with path.open("rb") as file:
-        while header := file.read(tfrecord.HEADER_BYTES):
+        while header := file.read(record_files.HEADER_BYTES):
             if offset == 0 and header.startswith(_GZIP):
                 raise PrepareError(f"{path} is compressed: decompress it first (gzip -d)")
             try:
-                end = offset + tfrecord.payload_length(header, where=where)
+                end = offset + record_files.payload_length(header, where=where)
             except RecordError:
                 end = size
-            end += tfrecord.OVERHEAD_BYTES
+            end += record_files.OVERHEAD_BYTES
             if end > size:
                 yield offset, None
                 return
             framed = header + file.read(end - offset - len(header))
             try:
-                yield offset, tfrecord.unframe_payload(framed, expected_crc=None, where=where)
+                yield offset, record_files.unframe_payload(framed, expected_crc=None, where=where)
             except RecordError:
                 yield offset, None
             offset = end

@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 
 from avcl_jax.data.example_proto import DecodeError, sequence_example_class
-from avcl_jax.data.media_error import MediaError
+from avcl_jax.data.media import MediaError
 from avcl_jax.data.record_files import ARRAY_RECORD, TFRECORD
 from avcl_jax.data.record_format import to_text
 from avcl_jax.paths import absolute_path, local_path

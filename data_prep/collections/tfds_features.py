@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from avcl_jax.data.example_proto import DecodeError, example_class
-from avcl_jax.data.media_error import MediaError
+from avcl_jax.data.media import MediaError
 from avcl_jax.data.record_files import FILE_FORMATS
 from avcl_jax.data.record_format import to_text
 from data_prep.examples import Example, Samples

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from avcl_jax.data import tfrecord
+from avcl_jax.data import record_files
+from avcl_jax.data.record_files import RecordError
 from avcl_jax.data.record_format import Record, parse_record, serialize_record
 from avcl_jax.data.record_index import scan_shard
-from avcl_jax.data.tfrecord import RecordError
 from tests.data.synthetic_records import make_record
 
 MEGABYTES = 48
@@ -166,7 +166,7 @@ def mutate_frame(framed: bytes, rng: np.random.Generator) -> bytes:
     kind = rng.integers(3)
     if kind == 0:
         length = struct.pack("<Q", _ABSURD_LENGTHS[int(rng.integers(len(_ABSURD_LENGTHS)))])
-        return length + struct.pack("<I", tfrecord.masked_crc(length)) + framed[12:]
+        return length + struct.pack("<I", record_files.masked_crc(length)) + framed[12:]
     return (_flip, _cut)[int(kind) - 1](framed, rng)
 
 
@@ -180,7 +180,7 @@ def read(framed: bytes, path: Path) -> str:
     except RecordError as error:
         outcomes.append("contradicts" if "contradicts" in str(error) else "refused")
     try:
-        payload = tfrecord.unframe_payload(framed, expected_crc=None, where="x")
+        payload = record_files.unframe_payload(framed, expected_crc=None, where="x")
         record = parse_record(payload, where="x", multilabel=())
         serialize_record(record)  # which checks it
         outcomes.append("record")
@@ -210,9 +210,9 @@ def main(number: int, seed: int) -> None:
             which = n // 3 % len(records)
             if n % 3:
                 payload = mutate_payload(records[which], payloads[which], rng)
-                kind, framed = "content", tfrecord.frame_payload(payload)
+                kind, framed = "content", record_files.frame_payload(payload)
             else:
-                framed = mutate_frame(tfrecord.frame_payload(payloads[which]), rng)
+                framed = mutate_frame(record_files.frame_payload(payloads[which]), rng)
                 kind = "frame"
             counts[f"{kind} {read(framed, path)}"] += 1
     print(json.dumps(counts))

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 
-from avcl_jax.data import array_records
-from avcl_jax.data.decode import decode_jpegs
+from avcl_jax.data import record_files
+from avcl_jax.data.images import decode_jpegs
 from avcl_jax.data.record_metadata import write_dataset_metadata
 from avcl_jax.data.records import (
     Record,
@@ -131,7 +132,7 @@ def test_a_truncated_file_is_one_error(tmp_path: Path, cut: int) -> None:
     read_all(tmp_path)
     os.truncate(shard, shard.stat().st_size - cut)
     for _ in range(2):  # the second time without an index
-        with pytest.raises(RecordError, match="truncated, damaged or no ArrayRecord file"):
+        with pytest.raises(RecordError, match="truncated, damaged or not an ArrayRecord file"):
             read_all(tmp_path)
         (tmp_path / "demo-train.index").unlink(missing_ok=True)
 
@@ -144,7 +145,7 @@ def test_another_file_of_the_name_is_a_stale_index(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="stale index"):
         dataset[1]
     write_shard(shard, [make_record(0)], FORMAT)
-    with pytest.raises(RecordError, match="holds 1 records only"):
+    with pytest.raises(RecordError, match="has 1 records only"):
         dataset[1]
     shard.unlink()
     with pytest.raises(RecordError, match="is missing"):
@@ -179,7 +180,7 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path) -> None:
     assert caught.value.errno == errno.EFBIG
     assert not list(tmp_path.iterdir())
     with pytest.raises(FileNotFoundError):
-        array_records.Writer(tmp_path / "none" / "x.array_record")
+        record_files.create(epath.Path(tmp_path / "none" / "x.array_record"), FORMAT)
 
 
 def test_the_command_writes_it_and_the_same_bytes_again(

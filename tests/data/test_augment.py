@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from avcl_jax.data.augment import SpectralSpec, spectral
-from avcl_jax.data.crop import Crop, CropSpec, apply_crop, random_crop
+from avcl_jax.data.images import Crop, CropSpec, apply_crop, random_crop
 
 OFF = SpectralSpec(equalizer=0.0, equalizer_knots=5, mask_mels=0, noise=0.0)
 

@@ -1,4 +1,4 @@
-"""Whatever is in a record's file: a record, or our own error, at no more memory than its size."""
+"""Any content of a record's file: a record, or our own error, at no more memory than its size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import crc32c
 import numpy as np
 import pytest
 
-from avcl_jax.data import tfrecord
+from avcl_jax.data import record_files
 from avcl_jax.data.records import RecordDataset, RecordError
 from tests.data.synthetic_records import make_record, write_records
 
@@ -57,7 +57,7 @@ def test_a_length_beyond_the_file_with_a_true_crc_is_truncation(
     shard = next(directory.glob("*.tfrecord-*"))
     data = shard.read_bytes()
     header = struct.pack("<Q", length)
-    shard.write_bytes(header + struct.pack("<I", tfrecord.masked_crc(header)) + data[12:])
+    shard.write_bytes(header + struct.pack("<I", record_files.masked_crc(header)) + data[12:])
     for index in directory.glob("*.index"):
         index.unlink()
     with pytest.raises(RecordError, match="is truncated: prepare this data set again"):

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from avcl_jax.data.crop import Crop, CropSpec
+from avcl_jax.data.images import Crop, CropSpec, crops_along
 from avcl_jax.data.labelled import (
     AudioClipSpec,
     LabelledRecords,
     RenderRandomClips,
     VideoClipSpec,
-    crops_along,
     fixed_clips,
 )
 from avcl_jax.data.pipeline import drawn_batches

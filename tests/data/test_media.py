@@ -18,7 +18,7 @@ from avcl_jax.data.media import MediaError
 from avcl_jax.data.mono import ChannelEnergies, choose_weights
 from avcl_jax.data.record_format import Record
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.data.selection import UsableRecords
 from data_prep.__main__ import main as data_prep
 from data_prep.clip import REASONS, ClipOptions, prepare_clip
 from data_prep.manifest import Entry

@@ -10,13 +10,13 @@ import pytest
 from absl import flags
 
 from avcl_jax.data.augment import PhotometricSpec, photometric
-from avcl_jax.data.crop import Crop, CropSpec, apply_crop, random_crop
+from avcl_jax.data.images import Crop, CropSpec, apply_crop, random_crop
 from avcl_jax.data.pipeline import batch_shapes, train_batches
+from avcl_jax.data.record_format import is_silent
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.rendering import RenderSpec, render_video
-from avcl_jax.data.silence import is_silent
+from avcl_jax.data.selection import UsableRecords
 from avcl_jax.data.spectrogram import LogMelSpec, log_mel
-from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import BACKWARD, FORWARD, Clip, ViewSpec
 from avcl_jax.evaluation.views import fixed_views
 from tests.data.synthetic_records import make_record, write_records
@@ -266,7 +266,7 @@ def test_what_does_not_fit_is_one_clear_error(source, tmp_path):
     with pytest.raises(ValueError, match="larger than the 20 usable records"):
         train_batches(source, SPEC, seed=0, global_batch_size=21)
     wrong = dataclasses.replace(SPEC, log_mel=dataclasses.replace(MEL, sample_rate_hz=32_000))
-    with pytest.raises(ValueError, match="sound at 16000 Hz, the spectrogram is defined at 32000"):
+    with pytest.raises(ValueError, match="audio at 16000 Hz, the spectrogram is defined at 32000"):
         UsableRecords(source.records, wrong)
     short = write_records(tmp_path / "short", [make_record(n, seconds=0.3) for n in range(2)])
     with pytest.raises(ValueError, match="none of the 2 records"):

@@ -12,7 +12,7 @@ import pytest
 from avcl_jax import experiment
 from avcl_jax.data.pipeline import train_batches
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.data.selection import UsableRecords
 from configs import pretrain
 from data_prep.__main__ import main as data_prep
 

@@ -11,14 +11,15 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import simplejpeg
 from etils import epath
 
-from avcl_jax.data import records, tfrecord
-from avcl_jax.data.decode import decode_jpegs
+from avcl_jax.data import record_files, records
+from avcl_jax.data.images import decode_jpegs
 from avcl_jax.data.record_format import parse_record, serialize_record
 from avcl_jax.data.record_index import index_path
 from avcl_jax.data.record_metadata import record_features, write_dataset_metadata
@@ -90,14 +91,13 @@ def test_round_trip_is_exact_with_and_without_each_modality(prepared: Path) -> N
     expected = [make_record(0), make_record(1, video=False), make_record(2, audio=False)]
     for number, record in enumerate(expected):
         assert_same(dataset[number], record)
-        timeline = dataset.timeline(number)
-        assert timeline.num_frames == len(record.frames)
-        assert timeline.num_samples == len(record.waveform)
-        assert timeline.duration_seconds == 1.1
+        assert dataset.timelines["num_frames"][number] == len(record.frames)
+        assert dataset.timelines["num_samples"][number] == len(record.waveform)
+        assert dataset.timelines["duration_seconds"][number] == 1.1
         assert dataset.labels["motion"][number] == record.labels["motion"]
-    assert dataset.timeline(0).max_frame_gap_seconds == pytest.approx(0.7 - 1 / 3)
-    assert dataset.timeline(0).min_frame_gap_seconds == pytest.approx(1 / 3)
-    assert dataset.timeline(0).audio_end_seconds == pytest.approx(1 / 7 + 40 / 16000)
+    assert dataset.timelines["max_frame_gap_seconds"][0] == pytest.approx(0.7 - 1 / 3)
+    assert dataset.timelines["min_frame_gap_seconds"][0] == pytest.approx(1 / 3)
+    assert dataset.timelines["audio_start_seconds"][0] == pytest.approx(1 / 7)
     assert dataset.source_numbers.tolist() == [0, 0, 1]
     assert dataset.class_names == CLASS_NAMES
     with pytest.raises(IndexError):
@@ -152,7 +152,7 @@ def test_we_read_what_tfds_serializes() -> None:
 def test_a_crc_of_the_tfrecord_format() -> None:
     # The published test vector of CRC-32C for 32 zero bytes, masked as TFRecord does.
     crc = 0x8A9136AA
-    assert tfrecord.masked_crc(bytes(32)) == (
+    assert record_files.masked_crc(bytes(32)) == (
         ((crc >> 15 | crc << 17) & 0xFFFFFFFF) + 0xA282EAD8
     ) % (1 << 32)
 
@@ -201,7 +201,7 @@ def test_a_missing_shard_or_record_is_one_error(prepared: Path) -> None:
     shard = prepared / shard_name("demo", "train", 0, 2)
     other = shard.read_bytes()
     write_shard(shard, [make_record(0)])
-    with pytest.raises(RecordError, match=r"holds 1 records where dataset_info.json says 2"):
+    with pytest.raises(RecordError, match=r"has 1 records where dataset_info.json says 2"):
         RecordDataset(prepared, "train")
     shard.write_bytes(other)
     shard.unlink()
@@ -238,7 +238,8 @@ def test_every_flipped_bit_of_an_index_is_detected_or_changes_nothing(tmp_path: 
         dataset = RecordDataset(tmp_path, "train")
         assert dataset.fingerprint == expected.fingerprint
         assert list(dataset.record_ids) == list(expected.record_ids)
-        assert dataset.timeline(1) == expected.timeline(1)
+        for name, values in expected.timelines.items():
+            np.testing.assert_array_equal(dataset.timelines[name], values)
 
 
 def test_a_shard_replaced_by_one_of_the_same_size_is_a_stale_index(tmp_path: Path) -> None:
@@ -404,7 +405,7 @@ def test_decoding_jpegs() -> None:
 
 
 class ObjectStorePath:
-    """Stands for a path that only etils can open (gs://), where os.pread does not work."""
+    """Stands for a path that only etils can open (gs://)."""
 
     def __init__(self, content: bytes):
         self.content = content
@@ -416,15 +417,20 @@ class ObjectStorePath:
         assert mode == "rb"
         return io.BytesIO(self.content)
 
+    def stat(self) -> SimpleNamespace:
+        return SimpleNamespace(length=len(self.content))
+
 
 def test_reading_through_etils_where_there_is_no_local_file(tmp_path: Path) -> None:
-    content = bytes(range(256)) * 8
+    payloads = [bytes(range(256)) * 8, b"", b"x"]
+    content = b"".join(map(record_files.frame_payload, payloads))
     (tmp_path / "x").write_bytes(content)
-    for offset, size in ((0, 16), (100, 300), (2000, 500), (5000, 10)):
-        expected = content[offset : offset + size]
-        for path in (epath.Path(tmp_path / "x"), ObjectStorePath(content)):
-            assert tfrecord.read_parts(path, offset, (size,)) == [expected]
-            assert tfrecord.read_parts(path, offset, (1, size)) == [
-                content[offset : offset + 1],
-                content[offset + 1 : offset + 1 + size],
-            ]
+    for path in (epath.Path(tmp_path / "x"), ObjectStorePath(content)):
+        scanned = list(record_files.scan(path, "tfrecord"))
+        assert [bytes(payload) for _, payload in scanned] == payloads
+        for (place, _), payload in zip(scanned, payloads, strict=True):
+            crc = record_files.masked_crc(payload)
+            for known in ({}, {"length": len(payload), "crc": crc}):
+                assert record_files.read(path, "tfrecord", place, where="x", **known) == payload
+        with pytest.raises(RecordError, match="x is truncated"):
+            record_files.read(path, "tfrecord", scanned[2][0], where="x", length=9, crc=0)

@@ -98,7 +98,7 @@ def test_pitch_does_not_change_with_speed():
 
 
 def noise_accuracy(render, kind, seed=0, clips=1600):
-    """How well four statistics of spectrograms of stationary noise tell the speed (chance 1/4)."""
+    """Accuracy of four statistics of spectrograms of stationary noise on speed (chance 1/4)."""
     rng = np.random.default_rng(seed)
     spectrum = np.fft.rfft(rng.normal(size=clips * 2048 * 4))
     if kind == "pink":

@@ -10,12 +10,12 @@ import av
 import numpy as np
 import pytest
 
-from avcl_jax.data.crop import CropSpec
+from avcl_jax.data.images import CropSpec
 from avcl_jax.data.pipeline import train_batches
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.rendering import RenderSpec
+from avcl_jax.data.selection import UsableRecords
 from avcl_jax.data.spectrogram import LogMelSpec
-from avcl_jax.data.usable_records import UsableRecords
 from avcl_jax.data.views import ViewSpec
 from data_prep.__main__ import main as data_prep
 

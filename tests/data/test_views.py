@@ -50,11 +50,11 @@ def draws(collection: str, spec: ViewSpec, number: int = DRAWS):
 
 
 def interval(clip: Clip, spec: ViewSpec) -> tuple[float, float]:
-    return clip.start_seconds, clip.start_seconds + clip.span_seconds(spec)
+    return clip.start_seconds, clip.start_seconds + spec.clip_seconds * spec.speeds[clip.speed]
 
 
 def relation(first: Clip, second: Clip, spec: ViewSpec) -> int | None:
-    """What the two rendered intervals say; None if they keep no margin."""
+    """Order of the two rendered intervals; None if they keep no margin."""
     (a, b), (c, d) = interval(first, spec), interval(second, spec)
     margin = MARGIN * min(b - a, d - c) - 1e-6
     if c - b >= margin:

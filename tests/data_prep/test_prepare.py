@@ -93,7 +93,7 @@ def test_a_folder_of_hostile_names(
     assert all(len(dataset[n].frames) == len(TIMES) for n in range(6))
     # AAC pads the sound to whole packets of 1,024 samples.
     assert all(
-        dataset.timeline(n).duration_seconds == pytest.approx(1.5, abs=0.022) for n in range(6)
+        dataset.timelines["duration_seconds"][n] == pytest.approx(1.5, abs=0.022) for n in range(6)
     )
     assert len(list((tmp_path / "out").glob("*-of-00003"))) == 3
     table = capsys.readouterr().out

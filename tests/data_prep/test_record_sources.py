@@ -12,8 +12,9 @@ import cv2
 import numpy as np
 import pytest
 import simplejpeg
+from etils import epath
 
-from avcl_jax.data import record_files, tfrecord
+from avcl_jax.data import record_files
 from avcl_jax.data.example_proto import example_class, sequence_example_class
 from avcl_jax.data.record_format import Record
 from avcl_jax.data.records import RecordDataset
@@ -262,7 +263,7 @@ def sequence(expected: dict[str, np.ndarray], **floats: object) -> object:
 
 
 def write(path: Path, *examples: object) -> Path:
-    path.write_bytes(b"".join(tfrecord.frame_payload(e.SerializeToString()) for e in examples))
+    path.write_bytes(b"".join(record_files.frame_payload(e.SerializeToString()) for e in examples))
     return path
 
 
@@ -376,10 +377,10 @@ def test_each_example_is_refused_for_its_own_reason(
 def test_damage_to_a_file_costs_only_what_it_hit(
     tmp_path: Path, expected: dict[str, np.ndarray], where: str
 ) -> None:
-    parts = [tfrecord.frame_payload(sequence(expected).SerializeToString()) for _ in range(3)]
+    parts = [record_files.frame_payload(sequence(expected).SerializeToString()) for _ in range(3)]
     data = bytearray(b"".join(parts))
     if where == "garbage":
-        data[len(parts[0]) : 2 * len(parts[0])] = tfrecord.frame_payload(b"\xff" * 9)
+        data[len(parts[0]) : 2 * len(parts[0])] = record_files.frame_payload(b"\xff" * 9)
     elif where == "end":
         del data[-10:]
     else:
@@ -396,10 +397,10 @@ def test_damage_to_a_file_costs_only_what_it_hit(
 
 def test_array_record_of_sequence_examples(tmp_path: Path, expected: dict[str, np.ndarray]) -> None:
     path = tmp_path / "a.array_record"
-    writer = record_files.FileWriter(path, "array_record")
+    writer = record_files.create(epath.Path(path), "array_record")
     for values in ([0.5], [0.25], [0.125]):
         writer.write(sequence(expected, a=values).SerializeToString())
-    writer.finish()
+    writer.close()
     rates = ("--fps=10", "--sample-rate-of-source=2000")
     assert run(tmp_path / "good", "sequence-examples", tmp_path, *rates) == 0
     dataset = RecordDataset(tmp_path / "good", "train")
@@ -421,8 +422,8 @@ def test_missing_shards_and_examples_are_listed(tmp_path: Path) -> None:
     shutil.copytree(DATA / "tiny", copy)
     (copy / "tiny-test.tfrecord-00000-of-00001").unlink()
     shard = copy / "tiny-train.tfrecord-00000-of-00001"
-    first = next(iter(tfrecord.scan(tfrecord.epath.Path(shard))))[1]
-    shard.write_bytes(shard.read_bytes()[: len(first) + tfrecord.OVERHEAD_BYTES])
+    first = next(iter(record_files.scan(epath.Path(shard), "tfrecord")))[1]
+    shard.write_bytes(shard.read_bytes()[: len(first) + record_files.OVERHEAD_BYTES])
     assert run(tmp_path / "out", "tfds", copy, "--fps=10") == 0
     assert len(RecordDataset(tmp_path / "out", "train")) == 1
     lines = map(json.loads, (tmp_path / "out" / "missing.jsonl").read_text().splitlines())
@@ -438,7 +439,7 @@ def test_an_example_without_a_feature_is_refused(tmp_path: Path) -> None:
     shutil.copytree(DATA / "tiny", copy)
     shard = copy / "tiny-test.tfrecord-00000-of-00001"
     train = copy / "tiny-train.tfrecord-00000-of-00001"
-    payloads = [payload for _, payload, _ in tfrecord.scan(tfrecord.epath.Path(train))]
+    payloads = [payload for _, payload in record_files.scan(epath.Path(train), "tfrecord")]
     example = example_class().FromString(bytes(payloads[0]))
     del example.features.feature["sound"]
     write(shard, example)

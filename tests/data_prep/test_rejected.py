@@ -183,7 +183,7 @@ def test_a_picture_that_leaps_back_is_seen_without_sound(tmp_path: Path) -> None
         options={"g": "5"},
     )
     edit(path, last_cluster_at_zero)
-    with pytest.raises(MediaError, match="bad_timestamps: the picture leaps back"):
+    with pytest.raises(MediaError, match="bad_timestamps: the video leaps back"):
         list(decode_frames(path, short_side=None, max_fps=None))
 
 

@@ -15,7 +15,7 @@ from avcl_jax.data.example_proto import example_class
 from avcl_jax.data.pipeline import train_batches
 from avcl_jax.data.record_format import Record, parse_record, serialize_record
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.data.selection import UsableRecords
 from data_prep.__main__ import main
 from data_prep.clip import is_still
 from tests.data.synthetic_media import click_waveform

@@ -15,7 +15,7 @@ from etils import epath
 from avcl_jax import experiment
 from avcl_jax.data.record_metadata import write_dataset_metadata
 from avcl_jax.data.records import Record, RecordDataset, shard_name, write_shard
-from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.data.selection import UsableRecords
 from avcl_jax.training import loop
 from avcl_jax.training.checkpoint import Checkpoints, Progress
 from configs import evaluate as evaluate_config

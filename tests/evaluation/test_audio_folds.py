@@ -10,8 +10,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 
-from avcl_jax.data.modality_records import LackingError
 from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.selection import SelectionError
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation import audio_folds
 from avcl_jax.evaluation.audio_folds import audio_classification, check_folds, classify_folds
@@ -211,7 +211,7 @@ def test_what_does_not_fit_is_refused_before_any_work(
     with pytest.raises(UserError, match=r"material, motion, not 'fold'"):
         audio_classification(config, tmp_path)
     config.data.update({"split": "null_test", "fold_label": "motion"})
-    with pytest.raises(LackingError, match=r"10 of the 10 .* have no known 'material'"):
+    with pytest.raises(SelectionError, match=r"10 of the 10 .* have no known 'material'"):
         audio_classification(config, tmp_path)
     config.data.update({"split": "test"})
     with pytest.raises(UserError, match="needs three folds, there are 2"):
@@ -242,5 +242,5 @@ def test_a_label_of_several_classes_is_refused(small_run, tmp_path):
     labels = {"class": (0, 1), "fold": 0}
     record = sound_record("a", "a", 0, 300, labels)
     directory = write_records(tmp_path, "several", FOLD_CLASSES, {"all": [record]}, ["class"])
-    with pytest.raises(LackingError, match="'class', of which a record may have several"):
+    with pytest.raises(SelectionError, match="'class', which allows several"):
         audio_classification(_config(directory, small_run), tmp_path)

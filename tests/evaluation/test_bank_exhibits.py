@@ -13,7 +13,7 @@ import pytest
 
 from avcl_jax import experiment
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.data.selection import UsableRecords
 from avcl_jax.evaluation.bank_exhibits import bank_searches
 from avcl_jax.objectives.bank_rows import BankRows, RowNumbers
 from avcl_jax.objectives.feature_bank import FeatureBank

@@ -9,7 +9,7 @@ import pytest
 
 from avcl_jax import experiment
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.data.selection import UsableRecords
 from avcl_jax.evaluation.exhibits import Exhibits, class_plane, embedding_map
 from tests.evaluation.conftest import small_config
 

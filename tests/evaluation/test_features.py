@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 
 from avcl_jax import experiment
-from avcl_jax.data.modality_records import LackingError
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.selection import Selection
-from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.data.selection import Selection, SelectionError, UsableRecords
 from avcl_jax.data.views import FORWARD
 from avcl_jax.encoder_source import open_encoders, random_like
 from avcl_jax.errors import UserError
@@ -178,7 +176,7 @@ def test_what_is_shorter_than_a_clip_is_shown_and_then_silent(fold_records, sour
 
 def test_a_missing_modality_is_refused_or_left_out(source, tmp_path, fold_records):
     with pytest.raises(
-        LackingError, match=r"48 of the 48 records .* have no video, first '0-0-0'$"
+        SelectionError, match=r"48 of the 48 records .* have no video, first '0-0-0'$"
     ):
         _clips(fold_records, source, "video", split="all")
     silent = dataclasses.replace(
@@ -189,7 +187,7 @@ def test_a_missing_modality_is_refused_or_left_out(source, tmp_path, fold_record
     )
     heard = sound_record("heard", "h", 0, 300, {"motion": 0, "material": 0})
     mixed = write_records(tmp_path, "mixed", CLASS_NAMES, {"test": [silent, heard]})
-    with pytest.raises(LackingError, match=r"1 of the 2 .* 'silent': set data.leave_out=True"):
+    with pytest.raises(SelectionError, match=r"1 of the 2 .* 'silent': set leave_out=True"):
         _clips(mixed, source, "audio")
     clips = _clips(mixed, source, "audio", leave_out=True)
     assert (clips.record_ids, clips.left_out) == (["heard"], 1)
@@ -199,7 +197,7 @@ def test_sound_at_another_rate_is_refused(source, tmp_path):
     record = sound_record("a", "a", 0, 300, {"motion": 0, "material": 0})
     other = dataclasses.replace(record, sample_rate_hz=8000, duration_seconds=0.5)
     directory = write_records(tmp_path, "other", CLASS_NAMES, {"test": [other]})
-    with pytest.raises(LackingError, match="at 8000 Hz, the encoder takes 4000 Hz: prepare again"):
+    with pytest.raises(SelectionError, match="at 8000 Hz, the encoder takes 4000 Hz: prepare"):
         _clips(directory, source, "audio")
 
 

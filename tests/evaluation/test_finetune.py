@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from avcl_jax.data.labelled import LabelledRecords
-from avcl_jax.data.modality_records import LackingError
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection, SelectionError
 from avcl_jax.encoder_source import open_encoders
@@ -217,10 +216,10 @@ def test_sound_is_fine_tuned_by_the_same_code(records, encoders, tmp_path):
     [
         ({"data.train_select": ("split3=train",)}, SelectionError, "not 'split3'"),
         ({"data.train_select": ("split1=trian",)}, SelectionError, "has no class 'trian'"),
-        ({"data.label": "motion"}, LackingError, "not 'motion': set data.label to one"),
+        ({"data.label": "motion"}, SelectionError, "not 'motion': choose one of these"),
         (
             {"data.train_select": ("",), "data.test_select": ("split1=test",)},
-            LackingError,
+            SelectionError,
             "3 of the 96 records of split 'all' of",
         ),
         (
@@ -271,7 +270,7 @@ def test_mistakes_are_one_clear_error(records, encoders, tmp_path, overrides, er
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [
-        ({"data.label": "part"}, LackingError, "have no audio, or only silence, first 'clip 15'"),
+        ({"data.label": "part"}, SelectionError, "have no audio, or only silence, first 'clip 15'"),
         ({"test.crops": 3}, ValueError, "audio has neither frames nor crops"),
         ({"clip.seconds": 0.77}, ValueError, "windows of"),
     ],

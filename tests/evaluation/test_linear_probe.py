@@ -11,8 +11,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-from avcl_jax.data.modality_records import LackingError
 from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.selection import SelectionError
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.classification import run_linear_probe
 from avcl_jax.evaluation.linear import fit_linear
@@ -167,7 +167,7 @@ def test_what_does_not_fit_is_refused_before_any_work(
     monkeypatch.setattr(RecordDataset, "__getitem__", None)
     config = _config(small_records, small_run)
     config.data.label = "color"
-    with pytest.raises(LackingError, match=r"has the labels material, motion"):
+    with pytest.raises(SelectionError, match=r"has the labels material, motion"):
         run_linear_probe(config, tmp_path)
     config = _config(small_records, small_run)
     config.probe.folds = 25
@@ -189,7 +189,7 @@ def test_what_does_not_fit_is_refused_before_any_work(
         run_linear_probe(config, tmp_path)
     config.data.update({"label": "level"})
     config.probe.folds = 3
-    with pytest.raises(LackingError, match=r"'level' of .* has only the class 'loud'"):
+    with pytest.raises(SelectionError, match=r"'level' of .* has only the class 'loud'"):
         run_linear_probe(config, tmp_path)
     config = _config(small_records, small_run)
     config.data.test_split = "train"

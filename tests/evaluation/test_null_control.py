@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.data.selection import UsableRecords
 from avcl_jax.evaluation.supervised import FitSpec, null_control, render_null_views
 from avcl_jax.models.audio_encoders import AudioResNet
 from tests.evaluation.test_views import SPEC

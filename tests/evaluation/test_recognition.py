@@ -36,7 +36,7 @@ def make_splits(records, directory, classes=None):
     splits, probabilities = [], {}
     for number in (1, 2):
         train, test = (
-            LabelledRecords(data, Selection.of({f"split{number}": part}), "class", spec, False)
+            LabelledRecords(data, Selection.parse(f"split{number}={part}"), "class", spec, False)
             for part in ("train", "test")
         )
         if classes is not None:

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from avcl_jax.data.selected_records import SelectedRecords
+from avcl_jax.data.selection import SelectedRecords
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.compare import compare_runs, read_run
 from avcl_jax.evaluation.evaluate import evaluate, run_outcomes
@@ -28,6 +28,9 @@ class _Five(SelectedRecords):
 
     record_ids = ("picture", "sound", "both0", "both1", "both2")
     sources = ("s0", "s1", "s2", "s3", "s3")
+
+    def __init__(self):
+        self.indices = np.arange(5)
 
     def __len__(self):
         return 5

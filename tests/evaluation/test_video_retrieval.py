@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
-from avcl_jax.data.decode import decode_jpegs
-from avcl_jax.data.modality_records import LackingError
+from avcl_jax.data.images import decode_jpegs
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import SelectionError
 from avcl_jax.encoder_source import open_encoders
@@ -176,11 +175,11 @@ def test_what_does_not_fit_is_refused_before_any_work(
         video_retrieval(config, tmp_path)
     config = _config(small_records, small_run)
     config.data.label = "colour"
-    with pytest.raises(LackingError, match="not 'colour'"):
+    with pytest.raises(SelectionError, match="not 'colour'"):
         video_retrieval(config, tmp_path)
     config = _config(fold_records, small_run)
     config.data.update({"query_split": "all", "gallery_split": "all"})
-    with pytest.raises(LackingError, match="have no video"):
+    with pytest.raises(SelectionError, match="have no video"):
         video_retrieval(config, tmp_path)
     config = _config(small_records, small_run)
     config.evaluation.recall_at = (0, 5)

@@ -7,7 +7,7 @@ from pathlib import Path
 import av
 import pytest
 
-from avcl_jax.data.media_error import MediaError
+from avcl_jax.data.media import MediaError
 from avcl_jax.fingerprint.web.preview import convert, playable_type
 
 MEDIA = Path(__file__).resolve().parents[3] / "shared" / "data" / "media"

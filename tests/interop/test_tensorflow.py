@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from avcl_jax.data.decode import decode_jpegs
+from avcl_jax.data.images import decode_jpegs
 from avcl_jax.data.record_metadata import write_dataset_metadata
 from avcl_jax.data.records import FILE_FORMATS, Record, RecordDataset, shard_name, write_shard
 from data_prep.__main__ import main

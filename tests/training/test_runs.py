@@ -290,11 +290,11 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused(records, tmp_p
         ({"loss.temperature": 0.0}, "loss.temperature 0.0 must be positive"),
         (
             {"global_batch_size": 32, "bank.size": 64},
-            "24 usable records: set global_batch_size=16, the largest that fits bank.size 64, or",
+            "24 usable records: set global_batch_size=16, the largest that fits bank_size 64, or",
         ),
         (
             {"global_batch_size": 37, "bank.size": 74},
-            "24 usable records: set global_batch_size=24 and bank.size=96, or prepare more videos",
+            "24 usable records: set global_batch_size=24 and bank_size=96, or prepare more videos",
         ),
         (
             {"global_batch_size": 50, "bank.size": 100, "micro_batches": 25},
@@ -335,7 +335,7 @@ def test_the_batch_that_is_named_for_three_videos_trains_on_them(tmp_path):
     command = ["--config=configs/pretrain.py:records", f"--config.data.directory={directory}"]
     line = one_line(run([*command, f"--workdir={workdir}"], code=1))
     named = re.search(
-        r"3 usable records: set global_batch_size=(2), the largest that fits bank.size (256)", line
+        r"3 usable records: set global_batch_size=(2), the largest that fits bank_size (256)", line
     )
     assert named, line
     batch, bank = named.groups()

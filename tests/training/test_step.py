@@ -15,7 +15,7 @@ import pytest
 from avcl_jax import experiment
 from avcl_jax.data.pipeline import batch_shapes, to_device_batch, train_batches
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.data.selection import UsableRecords
 from avcl_jax.objectives import temporal
 from avcl_jax.objectives.contrastive import contrastive_loss
 from avcl_jax.objectives.views import per_view

@@ -15,7 +15,7 @@ from absl import flags
 from avcl_jax import experiment
 from avcl_jax.data.pipeline import to_device_batch, train_batches
 from avcl_jax.data.records import RecordDataset, RecordError
-from avcl_jax.data.usable_records import UsableRecords
+from avcl_jax.data.selection import UsableRecords
 from avcl_jax.training import loop, sharding
 from avcl_jax.training.unreadable import UnreadableRecords
 from tests.data.synthetic_records import make_record, write_records

@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, ParamSpec, TypeVar
 
-from avcl_jax.data.media_error import REASONS, MediaError
+from avcl_jax.data.media import REASONS, MediaError
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")

@@ -18,8 +18,7 @@ import librosa
 import numpy as np
 from starlette.exceptions import HTTPException
 
-from avcl_jax.data.media import decode_audio, decode_frames, probe
-from avcl_jax.data.media_error import MediaError
+from avcl_jax.data.media import MediaError, decode_audio, decode_frames, probe
 from avcl_jax.fingerprint.database import SourceRow
 from avcl_jax.fingerprint.web.decoder import Decoder, DecoderError
 

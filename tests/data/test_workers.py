@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from absl import flags
 
-from avcl_jax.data import shared_memory
-from avcl_jax.data.shared_memory import Blocks, Receive, SharedArray
+from avcl_jax.data import workers
+from avcl_jax.data.workers import Blocks, Receive, SharedArray
 from tests.data.synthetic_records import make_record, write_records
 from tests.training.small import arguments
 
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def blocks() -> Iterator[Blocks]:
     made = Blocks()
     yield made
-    shared_memory._unlink(made._blocks)
+    workers._unlink(made._blocks)
 
 
 def fill(blocks: Blocks, value: int, size: int = 1000) -> SharedArray:
@@ -88,7 +88,7 @@ def test_arrays_outlive_whoever_received_and_sent_them() -> None:
 
 
 def send(connection: Connection) -> None:
-    sent, array = shared_memory.empty((100,), "int32")
+    sent, array = workers.empty_batch((100,), "int32", shared=True)
     array[...] = 1
     connection.send(sent)
     connection.recv()
@@ -106,13 +106,13 @@ def test_nothing_stays_behind_whether_it_was_received_or_not() -> None:
         process.join()
         assert process.exitcode == 0
         with pytest.raises(FileNotFoundError):
-            shared_memory._Block(sent.block)
+            workers._Block(sent.block)
         assert array is None or (array == 1).all()
 
 
 class Number(grain.transforms.Map):
     def map(self, element: int) -> dict[str, SharedArray]:
-        sent, array = shared_memory.empty((1000,), "int32")
+        sent, array = workers.empty_batch((1000,), "int32", shared=True)
         array[...] = element
         return {"x": sent}
 
@@ -125,7 +125,7 @@ def test_workers_of_grain_use_few_blocks() -> None:
     for value, batch in enumerate(dataset.mp_prefetch(options).map(receive)):
         assert (batch["x"] == value).all()
     assert value == 199
-    assert 1 <= len(receive._blocks) <= shared_memory.most_blocks(1, 2)
+    assert 1 <= len(receive._blocks) <= workers.most_blocks(1, 2)
 
 
 # Each of these has a /dev/shm of its own, of 16 MB; only root may mount one.
@@ -154,7 +154,7 @@ def with_little_shared_memory(command: list[str]) -> subprocess.CompletedProcess
 
 def test_full_shared_memory_is_an_error_and_not_a_signal() -> None:
     program = """
-        from avcl_jax.data.shared_memory import Blocks
+        from avcl_jax.data.workers import Blocks
         blocks, held = Blocks(), []
         try:
             for number in range(5):
@@ -178,17 +178,17 @@ def test_batches_that_do_not_fit_are_refused_before_a_worker_starts(tmp_path) ->
     (line,) = (result.stdout + result.stderr).splitlines()
     # 8 videos x 2 views x 4 frames x 112 x 112 x 3, and 8 x 2 spectrograms.
     megabytes = 8 * 2 * (4 * 112 * 112 * 3 + 16 * 16 * 4) * (2 * 14 + 4) / 1e6
-    assert f"data.workers=2 with data.prefetch=4 needs {megabytes:.0f} MB" in line
+    assert f"workers=2 with prefetch=4 need {megabytes:.0f} MB" in line
     assert "/dev/shm has 17 MB free" in line
     assert "--shm-size=1g" in line
-    assert "data.workers=0" in line
+    assert "workers=0" in line
     assert result.returncode == 1
     assert not (tmp_path / "run").exists()
 
 
 def test_a_process_that_ends_with_arrays_in_use_says_nothing() -> None:
     program = """
-        from avcl_jax.data.shared_memory import Blocks, Receive
+        from avcl_jax.data.workers import Blocks, Receive
         blocks, receive = Blocks(), Receive()
         held = [receive({"x": blocks.empty((1000,), "int32")[0]})["x"] for _ in range(3)]
         unsent = blocks.empty((1000,), "int32")
