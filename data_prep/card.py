@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import librosa
 import numpy as np
-from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -41,22 +40,15 @@ def run(args: argparse.Namespace) -> int:
     splits = [RecordDataset(args.path, name) for name in names]
     for dataset in splits:
         print("\n".join(describe(dataset)))
-        for kind, count in _notes(args.path, dataset.split).items():
-            print(f"  note       {count} {kind}: {NOTES[kind]}")
+        if (path := args.path / PREPARATION).exists():  # else written by another program
+            counts = json.loads(path.read_text())["splits"][dataset.split]
+            for kind, count in counts.get("notes", {}).items():  # earlier releases have none
+                print(f"  note       {count} {kind}: {NOTES[kind]}")
     figure = draw(splits, rows=args.rows, seed=args.seed)
     with png.open("wb") as file:
         figure.savefig(file, format="png", dpi=80)
     print(f"image {png}")
     return 0
-
-
-def _notes(directory: epath.Path, split: str) -> Mapping[str, int]:
-    """Returns the numbers of clips of a split with each kind of note, as preparation counted."""
-    path = directory / PREPARATION
-    if not path.exists():  # written by another program
-        return {}
-    # Earlier releases counted none.
-    return json.loads(path.read_text())["splits"][split].get("notes", {})
 
 
 def _class_counts(dataset: RecordDataset, label: str) -> tuple[list[tuple[str, int]], int]:

@@ -109,7 +109,7 @@ class Earlier:
         return Finished(part.split, lines, columns, self.directory / shard)
 
     def check_accepts(
-        self, manifest: Manifest, counts: Counter[str], *, name: str, file_format: str
+        self, manifest: Manifest, counts: Counter[str], name: str, file_format: str
     ) -> None:
         """Raises PrepareError if the clips of a manifest do not belong to the data set."""
         out, splits = self.directory, {entry.split for entry in manifest.entries}

@@ -85,14 +85,15 @@ def open_example(path: str, place: ExamplePlace, start: float, end: float | None
     content = place.layout.read(payload)
     if isinstance(content, bytes):
         return open_media(content, start, end)
-    decode = media.decode_audio if isinstance(content.audio, bytes) else _mono_or_none
+    audio = content.audio
+    decode: Any = media.decode_audio if isinstance(audio, bytes) else mix_to_mono
     return Footage(
         start,
         end,
         stated_seconds=content.end_seconds,
         promised=False,
         frames=functools.partial(_frames, content, start, end),
-        decode_audio=functools.partial(decode, content.audio),
+        decode_audio=lambda **interval: None if audio is None else decode(audio, **interval),
     )
 
 
@@ -127,10 +128,6 @@ def _frames(
             )
         size = (height, width)
         yield JpegFrame(seconds, content.image_duration_seconds, height, width, data)
-
-
-def _mono_or_none(samples: Samples | None, **interval: Any) -> Sound | None:
-    return None if samples is None else mix_to_mono(samples, **interval)
 
 
 def mix_to_mono(

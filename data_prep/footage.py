@@ -88,8 +88,7 @@ def encode_still(
 
     Args:
       image: Encoded file, or uint8 [height, width, 1 or 3].
-      short_side: Setting of `ClipOptions`.
-      quality: Setting of `ClipOptions`.
+      short_side: As in `ClipOptions`, like `quality`.
       reformatter: Kept over all frames: making one takes twenty times as long as a 64x64 frame.
 
     Raises:

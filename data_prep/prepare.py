@@ -28,8 +28,7 @@ from avcl_jax.data.records import FILE_FORMATS
 from avcl_jax.errors import one_line
 from avcl_jax.paths import absolute_path, is_remote
 from data_prep import publish
-from data_prep.clip import NOTES, REASONS, ClipOptions
-from data_prep.cut import FORMS, parse_cut
+from data_prep.clip import FORMS, NOTES, REASONS, ClipOptions, parse_cut
 from data_prep.earlier import SOURCES, Earlier, nothing, read_earlier
 from data_prep.manifest import Entry, Manifest, PrepareError, by_split, check_options
 from data_prep.pool import Pool, describe_os_error, run_on_beam
@@ -168,9 +167,7 @@ def _run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest
             earlier = nothing(out)
         if not args.overwrite:
             known, changes = earlier.compare(parts)
-            earlier.check_accepts(
-                manifest, changes, name=args.name, file_format=options.file_format
-            )
+            earlier.check_accepts(manifest, changes, args.name, options.file_format)
             if not any(changes[kind] for kind in ("changed", "new", "gone", "rearranged")):
                 print(f"{out} is up to date: {', '.join(splits)}")
                 return _status([earlier.preparation["splits"][split] for split in splits], args)
@@ -183,14 +180,7 @@ def _run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest
         finished = _prepare(args, parts, earlier)
         seconds = time.monotonic() - begin
         preparation = publish.describe(args.name, options, manifest, finished, earlier, seconds)
-        publish.publish(
-            out,
-            finished,
-            preparation,
-            manifest=manifest,
-            duplicates=duplicates.values(),
-            earlier=earlier,
-        )
+        publish.publish(out, finished, preparation, manifest, duplicates.values(), earlier)
     counts = {split: preparation["splits"][split] for split in splits}
     _print_table(out, counts, manifest, len(duplicates), dropped=args.deduplicate)
     print(f"{out}: {time.monotonic() - begin:.1f} s")
@@ -290,7 +280,7 @@ def _print_plan(out: epath.Path, manifest: Manifest) -> None:
     for split in clips | missing:
         print(f"{split:<12}{clips[split]:>9}{missing[split]:>9}")
     for label, names in manifest.class_names.items():
-        several = ", several a clip" if label in manifest.multilabel else ""
+        several = ", several per clip" if label in manifest.multilabel else ""
         print(f"  label {label}: {len(names)} classes{several}")
     print(f"nothing was written to {out} (--dry-run)")
 

@@ -94,7 +94,6 @@ def publish(
     out: epath.Path,
     parts: Sequence[Finished],
     preparation: Mapping[str, Any],
-    *,
     manifest: Manifest,
     duplicates: Collection[Mapping[str, str]],
     earlier: Earlier,

@@ -24,8 +24,7 @@ from etils import epath
 from avcl_jax.data.media import MediaError
 from avcl_jax.data.record_index import load_columns, save_columns
 from avcl_jax.data.records import FORMAT_VERSION, Record, RecordDataset, RecordWriter
-from data_prep.clip import ClipOptions, prepare_clip
-from data_prep.cut import parse_cut, pieces
+from data_prep.clip import ClipOptions, parse_cut, pieces, prepare_clip
 from data_prep.manifest import Entry, by_split
 from data_prep.source_files import FileState, local_file, sha256_of, state_of
 

@@ -76,16 +76,11 @@ class Listing:
         file_format: str,
         describe: Callable[[Any], tuple[str, str]],
     ) -> int:
-        """Adds the examples of a file; returns their number.
+        """Adds the examples of a record file; returns their number.
 
-        After damage to a length in a TFRecord file nothing more can be found.
-
-        Args:
-          path: Record file.
-          name: Its name, for the ids of examples without.
-          split: Split of the records.
-          file_format: Format of the file.
-          describe: Returns id and source of a parsed example, "" for none; None is a damaged one.
+        Examples without id are named by `name` and their number. `describe` returns id and source
+        of a parsed example, "" for none; a damaged example is None. After damage to a length in a
+        TFRecord file nothing more can be found.
 
         Raises:
           PrepareError: If the file is remote or compressed as a whole, or `describe` raises.
@@ -156,9 +151,10 @@ def _names(
     if fixed is None:
         names = tuple(by_number.get(number, str(number)) for number in range(highest + 1))
         names = (*names, *sorted(texts_alone - set(names)))
-    unknown = [*map(repr, sorted(texts_alone - set(names))), str(highest)][0]
-    if texts_alone - set(names) or highest >= len(names):
-        raise PrepareError(f"class {unknown} of {label} is not among the names given")
+    unknown = sorted(texts_alone - set(names))
+    if unknown or highest >= len(names):
+        what = repr(unknown[0]) if unknown else highest
+        raise PrepareError(f"class {what} of {label} is not among the names given")
     if len(set(names)) < len(names) or any("\n" in name or "\r" in name for name in names):
         raise PrepareError(f"{label}: two classes of one name, or a line break in one")
     return names

@@ -184,18 +184,9 @@ def youtube_clip(
     """
     names = clip_names(video, *interval)
     record_id = record_id or names[0]
-    return ListedClip(
-        where=where,
-        record_id=record_id,
-        source_id=video,
-        split=split,
-        labels=labels,
-        expected=f"{record_id}.mp4",
-        clip_names=(*names, *more_names, *([video] if already_cut else [])),
-        video_names=(video,),
-        start_seconds=interval[0],
-        end_seconds=interval[1],
-    )
+    names = (*names, *more_names, *([video] if already_cut else []))
+    described = (where, record_id, video, split, labels, f"{record_id}.mp4")
+    return ListedClip(*described, names, (video,), *interval)
 
 
 def clip_names(video: str, start: float, end: float) -> tuple[str, ...]:
@@ -244,10 +235,7 @@ def find_videos(
       folder: Folder of the videos.
       classes: Names of the classes.
       parts: Names of the parts, such as train and test.
-      ignore_case: Whether names of files may differ in case.
-
-    Raises:
-      PrepareError: If a video is listed twice in one split, or with two classes.
+      ignore_case: True if names of files may differ in case.
     """
     clips: dict[str, ListedClip] = {}
     labels: dict[str, dict[str, int]] = {}

@@ -103,13 +103,9 @@ class SequenceLayout:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the files, and properties that their examples do not state."""
     add = parser.add_argument
-    add(
-        "input",
-        nargs="+",
-        metavar="[SPLIT=]PATH",
-        help="record file, folder of them, or pattern with *; names with array_record in them are "
-        "ArrayRecord files, all others TFRecord",
-    )
+    paths = "record file, folder of them, or pattern with *"
+    formats = "names with array_record in them are ArrayRecord files, all others TFRecord"
+    add("input", nargs="+", metavar="[SPLIT=]PATH", help=f"{paths}; {formats}")
     add("--split", default="train", help="split of paths that name none")
     add("--video-feature", default="image/encoded", help=f"feature list with frames, or {NONE}")
     add("--audio-feature", default=_AUDIO, help=f"feature list with the audio, or {NONE}")
@@ -125,9 +121,8 @@ def read(args: argparse.Namespace) -> Manifest:
       PrepareError: If there are none, or they do not state enough.
     """
     example_files.check_arguments(args)
-    video, audio = (
-        None if key == NONE else key for key in (args.video_feature, args.audio_feature)
-    )
+    keys = (args.video_feature, args.audio_feature)
+    video, audio = (None if key == NONE else key for key in keys)
     layout = SequenceLayout(video, audio, args.fps, args.sample_rate_of_source, args.full_scale)
     names = args.classes.read_text(encoding="utf-8").splitlines() if args.classes else None
     class_names = {} if args.label == NONE else {args.label: names}

@@ -90,14 +90,9 @@ def _named(
     fits: Callable[[Feature], bool],
     typical: str = "",
 ) -> Feature | None:
-    """Returns the feature that an option names; without, the only one that it can be, or None.
+    """Returns the feature `name` that an option names, if it fits.
 
-    Args:
-      directory: Features to choose from.
-      name: Value of the option.
-      option: Name of the option.
-      fits: Tests a feature.
-      typical: Kind of feature that is taken without the option; "" for none.
+    Without the option, returns the only feature that fits, those of the kind `typical` first.
     """
     candidates = [feature for feature in directory.features.values() if fits(feature)]
     if name is not None and name != NONE:

@@ -18,12 +18,9 @@ AUDIO = ("white", "pink")
 
 
 def render_null(seed: int, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Renders one noise video of the split null_train or null_test.
+    """Renders one noise video, uint8 [frames, 64, 64, 3] and float32 [samples] of equal length.
 
     Kinds of video and of audio take turns by index.
-
-    Returns:
-        uint8 [frames, 64, 64, 3] and float32 [samples], of equal length in seconds.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, SPLITS.index(split), index]))
     num_frames = int(rng.integers(8 * VIDEO_FPS, 10 * VIDEO_FPS + 1))

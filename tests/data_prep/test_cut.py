@@ -10,7 +10,7 @@ import pytest
 
 from avcl_jax.data.records import RecordDataset
 from data_prep.__main__ import main
-from data_prep.cut import Cut, parse_cut, pieces
+from data_prep.clip import Cut, parse_cut, pieces
 from data_prep.manifest import Entry, PrepareError
 from tests.data.synthetic_media import write_flash_and_click
 

@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 
-from data_prep.cut import parse_cut, pieces
+from data_prep.clip import parse_cut, pieces
 from data_prep.manifest import Entry
 
 pytestmark = pytest.mark.interop
