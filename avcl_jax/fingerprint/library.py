@@ -192,12 +192,14 @@ class Library:
         )
 
     def save(self, directory: Path, generation: str) -> None:
-        """Writes the cache of a generation, and deletes those of others.
+        """Writes the cache of a generation, unless it is there, and deletes those of others.
 
         Where there is no room, or the folder cannot be written, there is none afterwards, and
         readers compute what it would contain.
         """
         place = directory / f"cache-{generation}"
+        if _read_cache(place) is not None:
+            return
         with contextlib.suppress(OSError):
             new = Path(tempfile.mkdtemp(prefix=f"{place.name}.", dir=directory))
             with contextlib.suppress(OSError):

@@ -39,6 +39,10 @@ def test_added_again_is_skipped_and_changed_content_replaced(copy):
     assert reopened.query(excerpt(clip(44), 1, 4)).best.source == "clip 4"
     assert reopened.query(excerpt(clip(4), 1, 4)).best is None
     assert verify(copy) == []
+    (cache,) = copy.glob("cache-*")
+    written = cache.stat().st_ino
+    assert index.add([("clip 3", clip(3))]).skipped == ["clip 3"]
+    assert [path.stat().st_ino for path in copy.glob("cache-*")] == [written]
 
 
 def test_of_two_media_of_one_name_the_last_stays(copy):

@@ -196,8 +196,8 @@ def test_sound_alone_is_drawn_on_a_phone(open_page, clips):
     sync_api.expect(page.locator("#headline")).to_have_text("sound.wav", timeout=60_000)
     wait(page, "loaded")
     for name in ("clip", "source"):
-        sync_api.expect(page.locator(f"#{name}-sound")).to_be_visible()
-        inked = f"""() => {{ const canvas = document.getElementById("{name}-sound");
+        sync_api.expect(page.locator(f"#{name}-spectrogram")).to_be_visible()
+        inked = f"""() => {{ const canvas = document.getElementById("{name}-spectrogram");
             const image = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
             return image.data.filter((value, n) => n % 4 === 3 && value > 128).length; }}"""
         assert page.evaluate(inked) > 500

@@ -37,11 +37,11 @@ export class Player {
     this.match = match;
     this.seconds = clip.compared_seconds;
     this.start = 0;
-    this.sounds = { clip: clip.spectrogram, source: null };
+    this.spectrograms = { clip: clip.spectrogram, source: null };
     at("seek").max = this.seconds;
     for (const name of ["clip", "source"]) {
       at(`${name}-absent`).hidden = true;
-      at(`${name}-sound`).hidden = true;
+      at(`${name}-spectrogram`).hidden = true;
       this[name].closest(".screen").classList.remove("heard");
     }
     at("pair").classList.remove("stacked");
@@ -83,22 +83,22 @@ export class Player {
     at(`${name}-absent`).hidden = true;
     this.shape();
     this.place(name);
-    // The only sign that there is no picture.
+    // The only sign that there is no video.
     if (this[name].videoWidth) return;
     if (name === "source") {
       const answer = await fetch(this.match.media.spectrogram_url);
       if (round !== this.round || !answer.ok) return;
-      this.sounds.source = await answer.json();
+      this.spectrograms.source = await answer.json();
     }
-    if (!this.sounds[name]) return;
+    if (!this.spectrograms[name]) return;
     this[name].closest(".screen").classList.add("heard");
-    at(`${name}-sound`).hidden = false;
-    const both = !at("clip-sound").hidden && !at("source-sound").hidden;
+    at(`${name}-spectrogram`).hidden = false;
+    const both = !at("clip-spectrogram").hidden && !at("source-spectrogram").hidden;
     at("pair").classList.toggle("stacked", both);
     this.draw();
   }
 
-  // Both screens have the shape of the wider picture, so that the two can be compared.
+  // Both screens have the shape of the wider video, so that the two can be compared.
   shape() {
     const shapes = [this.clip, this.source].filter((element) => element.videoWidth)
       .map((element) => element.videoWidth / element.videoHeight);
@@ -111,8 +111,8 @@ export class Player {
     const reaches = { clip: [0, this.seconds],
       source: [this.map(0) + this.start, this.map(this.seconds) + this.start] };
     for (const name of ["clip", "source"]) {
-      if (this.sounds[name] && !at(`${name}-sound`).hidden) {
-        drawSpectrogram(at(`${name}-sound`), this.sounds[name], ...reaches[name],
+      if (this.spectrograms[name] && !at(`${name}-spectrogram`).hidden) {
+        drawSpectrogram(at(`${name}-spectrogram`), this.spectrograms[name], ...reaches[name],
           name === "clip" ? "--accent" : "--good");
       }
     }
@@ -215,7 +215,7 @@ export class Player {
       `${clock(time)} of the clip, ${clock(there)} of the source`);
     for (const name of ["clip", "source"]) {
       const needle = this[name].closest(".screen").querySelector(".needle");
-      needle.hidden = at(`${name}-sound`).hidden;
+      needle.hidden = at(`${name}-spectrogram`).hidden;
       needle.style.left = `${(100 * time) / this.seconds}%`;
     }
     this.moved(time);

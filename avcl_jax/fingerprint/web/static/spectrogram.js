@@ -1,8 +1,8 @@
 // Spectrogram: pitch upwards, time to the right, loudness as ink.
 
-export function drawSpectrogram(canvas, sound, from, to, ink) {
-  const bytes = Uint8Array.from(atob(sound.data), (letter) => letter.charCodeAt(0));
-  const { columns, rows } = sound;
+export function drawSpectrogram(canvas, spectrogram, from, to, ink) {
+  const bytes = Uint8Array.from(atob(spectrogram.data), (letter) => letter.charCodeAt(0));
+  const { columns, rows } = spectrogram;
   const style = getComputedStyle(document.documentElement);
   canvas.width = columns;
   canvas.height = rows;
@@ -14,7 +14,7 @@ export function drawSpectrogram(canvas, sound, from, to, ink) {
   for (let x = 0; x < columns; x += 1) {
     // Only what lies beside the other one, so that equal places stand above each other.
     const seconds = from + ((x + 0.5) / columns) * (to - from);
-    const column = Math.floor(((seconds - sound.start_seconds) / sound.seconds) * columns);
+    const column = Math.floor(((seconds - spectrogram.start_seconds) / spectrogram.seconds) * columns);
     for (let y = 0; y < rows; y += 1) {
       const loudness = column < 0 || column >= columns ? 0 : bytes[column * rows + rows - 1 - y];
       image.data.set([red, green, blue, loudness], 4 * (y * columns + x));
