@@ -98,14 +98,14 @@ def fit(
         The distribution of all modalities together and of each alone, by `name_of`; `DEFAULT`
         where there are too few sources with these modalities.
     """
-    chosen = {name_of(used): used for used in [tuple(sorted(spans)), *((m,) for m in spans)]}
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in chosen}
+    sets = {name_of(used): used for used in [tuple(sorted(spans)), *((m,) for m in spans)]}
+    points: dict[str, list[tuple[float, float]]] = {name: [] for name in sets}
     rng = np.random.default_rng(0)
     count = len(library.sources)
     if count < MIN_SOURCES:
-        return dict.fromkeys(chosen, DEFAULT)
-    drawn = rng.choice(count, min(_QUERIES, count), replace=False)
-    for n, number in enumerate(drawn.tolist()):
+        return dict.fromkeys(sets, DEFAULT)
+    numbers = rng.choice(count, min(_QUERIES, count), replace=False)
+    for n, number in enumerate(numbers.tolist()):
         seconds = _LENGTHS_SECONDS[n % len(_LENGTHS_SECONDS)]
         span = max(spans.values())
         segments = _excerpt(library, number, list(spans), seconds, hop_seconds, span, rng)
@@ -117,23 +117,23 @@ def fit(
             hop_seconds=hop_seconds,
             exclude=number,
         )
-        for name, used in chosen.items():
+        for name, used in sets.items():
             if all(segments.present[m].any() for m in used):
                 own = {m: spans[m] for m in used}
                 best = align(library, queries, own, hop_seconds=hop_seconds)
                 evidence = best[0].evidence if best else 0.0
-                found[name].append((math.log(segments.duration_seconds), evidence))
+                points[name].append((math.log(segments.duration_seconds), evidence))
     return {
-        name: _distribution(np.array(pairs), num_rates, library.num_segments)
-        if len(pairs) >= MIN_SOURCES
+        name: _distribution(np.array(own_points), num_rates, library.num_segments)
+        if len(own_points) >= MIN_SOURCES
         else DEFAULT
-        for name, pairs in found.items()
+        for name, own_points in points.items()
     }
 
 
-def _distribution(found: np.ndarray, num_rates: int, segments: int) -> Calibration:
+def _distribution(points: np.ndarray, num_rates: int, segments: int) -> Calibration:
     """Fits evidence [queries, 1], which grows with the logarithm of the seconds [queries, 0]."""
-    seconds, evidence = found.T
+    seconds, evidence = points.T
     growth = max(0.0, _slope(seconds, evidence))
     rest = evidence - growth * seconds
     low, middle, high = np.quantile(rest, (0.25, 0.5, 0.75))

@@ -244,9 +244,9 @@ class FingerprintIndex:
                 missing.
         """
         self.check_required(required, modalities)
-        there = [m for m, has in (("video", media.has_video), ("audio", media.has_audio)) if has]
+        available = ["video"] * media.has_video + ["audio"] * media.has_audio
         for modality in required:
-            if modality not in there:
+            if modality not in available:
                 raise FingerprintError(f"the query has no {modality}, which is required")
         renderings = self.render(media)
         if not any(len(r.segments) for r in renderings):
@@ -263,10 +263,11 @@ class FingerprintIndex:
             required=required,
             known=[(number, start_seconds) for number in same],
         )
-        compared = [m for m in there if m in self.modalities and m in modalities]
-        full = not_empty(media)
+        compared = [m for m in available if m in self.modalities and m in modalities]
+        with_content = not_empty(media)
+        empty = [m for m in compared if m not in with_content]
         # A query without any content has no match to remark on.
-        empty = [m for m in compared if m not in full] if any(m in full for m in compared) else ()
+        empty = empty if len(empty) < len(compared) else []
         return dataclasses.replace(result, empty=tuple(empty))
 
     def check_required(self, required: Sequence[str], modalities: Sequence[str]) -> None:
@@ -328,13 +329,13 @@ class FingerprintIndex:
         ]
         hop = self.settings.hop_seconds
         queries = matching.prepare(self._library, vectors, used, hop_seconds=hop)
-        found = matching.align(self._library, queries, spans, hop_seconds=hop, known=known)
+        alignments = matching.align(self._library, queries, spans, hop_seconds=hop, known=known)
         # A modality that the clip lacks has no evidence, which would count as unrelated.
-        heard = [m for m in used if any(r.segments.present[m].any() for r in renderings)]
+        compared = [m for m in used if any(r.segments.present[m].any() for r in renderings)]
         scored = score_alignments(
-            found,
+            alignments,
             self.calibration,
-            spans={m: spans[m] for m in heard},
+            spans={m: spans[m] for m in compared},
             query_seconds=query_seconds,
             segments=self.num_segments,
         )

@@ -1,7 +1,7 @@
 """Scores of alignments: of a whole query or a part, by modality, and without what sources share.
 
-A query may be cut together from several sources, which agree with a part of it each, and
-many sources may have the same logo, jingle or trailer. Both need the evidence of a part of a query.
+A query may be cut together from several sources, which agree with a part of it each, and many
+sources may have the same logo, jingle or trailer. Both need the evidence of a part of a query.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def score_alignments(
         The scores, best first.
     """
     together = calibrations(list(spans))
-    found = []
+    best_parts = []
     for alignment in alignments:
         whole = np.ones(len(alignment.agrees), bool)
         parts = _parts(alignment, query_seconds, min(spans.values()))
@@ -77,11 +77,11 @@ def score_alignments(
             part = _Part(alignment, inside, seconds, segments * len(parts))
             if part.score(together, spans) > best.score(together, spans):
                 best = part
-        found.append((best.score(together, spans), best))
-    found.sort(key=lambda item: (-item[0], -item[1].alignment.evidence))
-    accepted = [part.alignment for score, part in found if score >= THRESHOLD]
+        best_parts.append((best.score(together, spans), best))
+    best_parts.sort(key=lambda item: (-item[0], -item[1].alignment.evidence))
+    accepted = [part.alignment for score, part in best_parts if score >= THRESHOLD]
     scored = []
-    for score, part in found:
+    for score, part in best_parts:
         matched = tuple(
             m
             for m in part.alignment.by_segment

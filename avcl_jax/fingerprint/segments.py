@@ -164,12 +164,12 @@ class Segmenter:
         features, present = {}, {}
         for modality, span in spans.items():
             here = _present(media, modality, starts, span)
-            found = np.zeros((count, self.dimensions[modality]), np.float32)
+            values = np.zeros((count, self.dimensions[modality]), np.float32)
             if here.any():
                 cut = self._video_clips if modality == "video" else self._audio_clips
                 clips = cut(media, starts[here], rate)
-                found[here] = np.concatenate(list(self._encoded(modality, clips)))
-            features[modality], present[modality] = found, here
+                values[here] = np.concatenate(list(self._encoded(modality, clips)))
+            features[modality], present[modality] = values, here
         return SegmentFeatures(features, present, media.duration_seconds * rate)
 
     def _video_clips(
@@ -184,8 +184,8 @@ class Segmenter:
         for some in _batches(starts):
             times = some[:, None] + step * np.arange(spec.num_frames)
             # As a player: the last frame that began before.
-            shown = np.searchsorted(media.frame_seconds, times + 1e-6, side="right") - 1
-            yield images[np.maximum(shown, 0)]
+            numbers = np.searchsorted(media.frame_seconds, times + 1e-6, side="right") - 1
+            yield images[np.maximum(numbers, 0)]
 
     def _audio_clips(
         self, media: DecodedMedia, starts: np.ndarray, rate: float
@@ -241,12 +241,9 @@ def _structured(
 
 def not_empty(media: DecodedMedia) -> tuple[str, ...]:
     """Returns the modalities of a clip that are neither silent nor frames of one colour."""
-    found = []
-    if media.has_video and not _flat(media.frames).all():
-        found.append("video")
-    if media.has_audio and not is_silent(media.waveform):
-        found.append("audio")
-    return tuple(found)
+    video = media.has_video and not _flat(media.frames).all()
+    audio = media.has_audio and not is_silent(media.waveform)
+    return ("video",) * video + ("audio",) * audio
 
 
 def _clip_seconds(encoder: Encoder) -> float:
