@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from avcl_jax.data.media import MediaError
 from avcl_jax.fingerprint.error import FingerprintError
 from avcl_jax.fingerprint.projection import Projection
 from avcl_jax.fingerprint.segments import SegmentFeatures
@@ -29,6 +30,7 @@ DATABASE, FORMAT_VERSION = "index.sqlite", 2
 _FORMER_MANIFEST = "manifest.json"  # of format 1
 # Transactions last milliseconds: a longer wait means that a writer hangs.
 _WAIT_SECONDS = 30.0
+_MAX_BYTES = 1_000_000_000  # of one value in SQLite
 _SCHEMA = (
     "CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     "CREATE TABLE projections (modality TEXT PRIMARY KEY, arrays BLOB NOT NULL)",
@@ -141,13 +143,23 @@ class Transaction:
             return features, present
 
     def insert(self, row: SourceRow, segments: SegmentFeatures) -> None:
-        """Adds a medium, in place of one of the same name."""
+        """Adds a medium, in place of one of the same name.
+
+        Raises:
+            MediaError: if its features do not fit into one value.
+        """
         self.delete(row.name)
         features = {m: f[segments.present[m]] for m, f in segments.features.items()}
         blob = _pack(
             {m: f.astype(np.float16) for m, f in features.items()}
             | {m + _PRESENT: here for m, here in segments.present.items()}
         )
+        if len(blob) > _MAX_BYTES:
+            raise MediaError(
+                "too_large",
+                f"the features take {len(blob) >> 20} MB, at most {_MAX_BYTES >> 20} MB are "
+                "stored: cut it into shorter files",
+            )
         values = len(segments), row.name, row.content, float(row.duration_seconds), row.path
         self._connection.execute(
             f"INSERT INTO media (segments, {_COLUMNS}, checksum, arrays) "

@@ -187,18 +187,19 @@ class FingerprintIndex:
                         report.skipped.append(name)
                         continue
                 segments = self.segmenter.of(media)
+                seconds = segments.duration_seconds
+                if not any(present.any() for present in segments.present.values()):
+                    short = seconds < self.segmenter.shortest_seconds
+                    nothing = "have no whole segment" if short else NOTHING_TO_COMPARE
+                    report.failed.append((name, f"{seconds:.2f} s {nothing}"))
+                    continue
+                path = str(media) if isinstance(media, Path) else None
+                with transaction(self.directory, write=True) as stored:
+                    known = stored.content_of(name) is not None
+                    stored.insert(SourceRow(name, content, seconds, path), segments)
             except (MediaError, OSError) as error:
                 report.failed.append((name, str(error)))
                 continue
-            if not any(present.any() for present in segments.present.values()):
-                short = segments.duration_seconds < self.segmenter.shortest_seconds
-                nothing = "have no whole segment" if short else NOTHING_TO_COMPARE
-                report.failed.append((name, f"{segments.duration_seconds:.2f} s {nothing}"))
-                continue
-            with transaction(self.directory, write=True) as stored:
-                known = stored.content_of(name) is not None
-                path = str(media) if isinstance(media, Path) else None
-                stored.insert(SourceRow(name, content, segments.duration_seconds, path), segments)
             (report.replaced if known else report.added).append(name)
             new_segments += len(segments)
             if new_segments >= max(_UPDATE_SEGMENTS, _UPDATE_FRACTION * self.num_segments):

@@ -152,6 +152,16 @@ def test_a_full_disk_leaves_the_index_as_it_was(copy, monkeypatch):
     assert verify(copy) == []
 
 
+def test_a_medium_with_too_many_features_is_listed_and_the_rest_added(copy, monkeypatch):
+    monkeypatch.setattr(database, "_MAX_BYTES", 9000)
+    index = FingerprintIndex.open(copy)
+    report = index.add([("clip 1", clip(1, 60.0)), ("short", clip(50, 2.0))])
+    ((name, reason),) = report.failed
+    assert (name, report.added, report.replaced) == ("clip 1", ["short"], [])
+    assert reason.startswith("too_large: the features take 0 MB, at most 0 MB are stored: cut it")
+    assert index.query(excerpt(clip(1), 1, 4)).best.source == "clip 1"  # as before
+
+
 @pytest.mark.parametrize("cached", [True, False])
 def test_an_index_that_cannot_be_written_is_read(copy, cached):
     with tempfile.TemporaryDirectory() as parent, contextlib.ExitStack() as stack:
