@@ -153,15 +153,14 @@ def mix_to_mono(
             frame.time_base = Fraction(1, rate)
             frame.pts = round(start * rate) + first
             frames.append(frame)
-    if not frames:
-        return None
-    first_seconds, waveform, _ = lay_out(frames, zero=0.0, sample_rate_hz=sample_rate_hz)
-    skip = max(0, int(np.ceil((start_seconds - first_seconds) * sample_rate_hz - 1e-6)))
-    first_seconds += skip / sample_rate_hz
-    waveform = waveform[skip:]
-    if end_seconds is not None:
-        waveform = waveform[: max(0, round((end_seconds - first_seconds) * sample_rate_hz))]
-    return Sound(first_seconds, waveform, notes) if len(waveform) else None
+    audio = lay_out(
+        frames,
+        zero=0.0,
+        sample_rate_hz=sample_rate_hz,
+        start_seconds=start_seconds,
+        end_seconds=end_seconds,
+    )
+    return audio and audio._replace(notes=notes)
 
 
 def _weights(

@@ -102,7 +102,7 @@ class CropSpec:
     def __post_init__(self) -> None:
         """Refuses an area that no crop can have."""
         if not 0 < self.min_area <= 1:
-            raise UserError(f"crop: min_area {self.min_area} must be above 0 and at most 1")
+            raise UserError(f"min_area {self.min_area} must be above 0 and at most 1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ All times are seconds on the *file's* timeline, whose zero is where a player sta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from avcl_jax.data.media_streams import (
     stream_frames,
     zero_seconds,
 )
-from avcl_jax.data.mono import lay_out
+from avcl_jax.data.mono import Sound, lay_out
 
 __all__ = [
     "REASONS",
@@ -64,17 +64,6 @@ class Frame(NamedTuple):
     seconds: float
     duration_seconds: float
     image: np.ndarray
-
-
-class Sound(NamedTuple):
-    """Mono audio, int16 [samples]; silence where the file has none.
-
-    `notes` are messages about its channels, by kind of note (see `mono`).
-    """
-
-    start_seconds: float
-    waveform: np.ndarray
-    notes: Mapping[str, str]
 
 
 class RateLimit:
@@ -204,12 +193,10 @@ def decode_audio(
             if frame.samples:
                 frames.append(frame)
                 decoded_seconds += frame.samples / frame.sample_rate
-        if not frames:
-            return None
-        first_seconds, waveform, notes = lay_out(frames, zero=zero, sample_rate_hz=sample_rate_hz)
-    skip = max(0, int(np.ceil((start_seconds - first_seconds) * sample_rate_hz - 1e-6)))
-    first_seconds += skip / sample_rate_hz
-    waveform = waveform[skip:]
-    if end_seconds is not None:
-        waveform = waveform[: max(0, round((end_seconds - first_seconds) * sample_rate_hz))]
-    return Sound(first_seconds, waveform, notes) if len(waveform) else None
+        return lay_out(
+            frames,
+            zero=zero,
+            sample_rate_hz=sample_rate_hz,
+            start_seconds=start_seconds,
+            end_seconds=end_seconds,
+        )

@@ -6,9 +6,9 @@ In the mono mix, channels do not cancel and silent channels do not lower the lev
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -28,22 +28,42 @@ _MAX_BACK_SECONDS = 0.5
 _MAX_SILENCE_SECONDS = 60.0
 
 
+class Sound(NamedTuple):
+    """Mono audio, int16 [samples]; silence where the file has none.
+
+    `notes` are messages about its channels, by kind of note (see `choose_weights`).
+    """
+
+    start_seconds: float
+    waveform: np.ndarray
+    notes: Mapping[str, str]
+
+
 def lay_out(
-    frames: Sequence[Any], *, zero: float, sample_rate_hz: int
-) -> tuple[float, np.ndarray, dict[str, str]]:
+    frames: Sequence[Any],
+    *,
+    zero: float,
+    sample_rate_hz: int,
+    start_seconds: float,
+    end_seconds: float | None,
+) -> Sound | None:
     """Mixes down, resamples, and puts audio where its time stamps say, silence elsewhere.
 
     Args:
-        frames: decoded `av.AudioFrame`s in order, one or more; their times are overwritten.
+        frames: decoded `av.AudioFrame`s in order; their times are overwritten.
         zero: presentation time in seconds that becomes time 0.
         sample_rate_hz: rate to resample to.
+        start_seconds: earliest time of a sample.
+        end_seconds: samples from this time on are left out; None for all.
 
     Returns:
-        Time of the first sample, int16 [samples], and messages about the channels by kind of note.
+        The audio; None when there is none in this interval.
 
     Raises:
         MediaError: if the time stamps leap.
     """
+    if not frames:
+        return None
     frames, notes = _mix(frames)
     pieces = [
         (start, _resample(segment, sample_rate_hz)) for start, segment in _segments(frames, zero)
@@ -55,7 +75,12 @@ def lay_out(
     for at, (_, piece) in zip(places, pieces, strict=True):
         begin = max(0, at)
         waveform[begin : begin + len(piece)] = piece[: len(waveform) - begin]
-    return first_seconds, waveform, notes
+    skip = max(0, int(np.ceil((start_seconds - first_seconds) * sample_rate_hz - 1e-6)))
+    first_seconds += skip / sample_rate_hz
+    waveform = waveform[skip:]
+    if end_seconds is not None:
+        waveform = waveform[: max(0, round((end_seconds - first_seconds) * sample_rate_hz))]
+    return Sound(first_seconds, waveform, notes) if len(waveform) else None
 
 
 def _segments(frames: Sequence[Any], zero: float) -> Iterator[tuple[float, Sequence[Any]]]:

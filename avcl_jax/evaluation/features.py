@@ -114,8 +114,8 @@ class RecordClips(ModalityRecords):
             leave_out: leave out records without this modality or a label, instead of an error.
 
         Raises:
-            SelectionError: if records lack the modality or a label, or have audio at another rate.
-            SelectionError: if the selection does not fit the data set.
+            SelectionError: if the selection does not fit the data set, or records lack the
+                modality or a label, or have audio at another rate.
         """
         self._preprocessing, self._features = preprocessing, spec
         self.modality: Modality = (

@@ -314,8 +314,8 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused(records, tmp_p
         ({"modalities": "both"}, "modalities 'both' must be"),
         ({"spectrogram.where": "gpu"}, "'gpu' must be 'host' or 'device'"),
         ({"spectrogram.frames": 17}, "choose frames or clip_seconds"),
-        ({"crop.min_area": 1.5}, "crop.min_area 1.5 must be above 0 and at most 1"),
-        ({"crop.min_area": 0.0}, "crop.min_area 0.0 must be above 0 and at most 1"),
+        ({"crop.min_area": 1.5}, "min_area 1.5 must be above 0 and at most 1"),
+        ({"crop.min_area": 0.0}, "min_area 0.0 must be above 0 and at most 1"),
     ],
 )
 def test_mistakes_in_the_config_are_one_clear_error(records, tmp_path, overrides, message):
@@ -356,8 +356,8 @@ def test_the_batch_that_is_named_for_three_videos_trains_on_them(tmp_path):
         ("no_audio", {"modalities": "audio"}, "has audio that is not silent: set modalities to wh"),
         ("silent", {"modalities": "audio"}, "has audio that is not silent: set modalities to wha"),
         ("no_video", {"modalities": "video"}, "has video: set modalities to what the records have"),
-        ("good", {"views.clip_seconds": 60.0}, "for a view of 60 s (views.clip_seconds=60 at spee"),
-        ("good", {"views.speeds": (32, 64)}, "for a view of 16 s (views.clip_seconds=0.5 at speed"),
+        ("good", {"views.clip_seconds": 60.0}, "for a view of 60 s (clip_seconds=60 at speed"),
+        ("good", {"views.speeds": (32, 64)}, "for a view of 16 s (clip_seconds=0.5 at speed"),
         ("good", {"views.num_frames": 400}, "has video on which a view fits"),
         ("good", {"bank.health_labels": ("colour",)}, "bank.health_labels 'colour' is not a label"),
         ("speed", {"bank.health_labels": ("speed",)}, "bank.health_labels 'speed' would share its"),
