@@ -23,11 +23,9 @@ from avcl_jax.evaluation.page import as_text, matrix, section, table
 from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol
 from avcl_jax.evaluation.splits import (
     Split,
-    datasets,
     feature_spec,
     numbered_sides,
     open_splits,
-    split_encoders,
 )
 from avcl_jax.evaluation.statistics import confusion_matrix, top_k_hits
 
@@ -162,8 +160,6 @@ def run_linear_probe(
         UserError: if labels, records or features do not fit the protocol.
     """
     spec, data = feature_spec(config), config.data
-    sides = numbered_sides(data)
-    tests = {name: test for name, (_, (_, test)) in sides.items()}
 
     def clips(source: EncoderSource, records: RecordDataset, selection: Selection) -> RecordClips:
         labels = [] if data.label in records.multilabel else [data.label]
@@ -176,8 +172,9 @@ def run_linear_probe(
             leave_out=data.leave_out,
         )
 
-    encoders = split_encoders(config.encoder, tests, config.modality)
-    splits = open_splits(datasets(data.directory), sides, encoders, clips)
+    splits = open_splits(
+        data.directory, config.encoder, config.modality, numbered_sides(data), clips
+    )
     targets = {s.name: [_targets(side, data.label) for side in (s.train, s.test)] for s in splits}
     several = targets[splits[0].name][1].ndim == 2
     if several:

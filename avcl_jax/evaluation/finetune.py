@@ -35,9 +35,11 @@ from avcl_jax.data.labelled import (
 )
 from avcl_jax.data.pipeline import check_enough, drawn_batches
 from avcl_jax.data.preprocessing import VideoPreprocessing
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.selection import Selection
 from avcl_jax.data.views import ViewSpec
 from avcl_jax.data.workers import check_room
-from avcl_jax.encoder_source import random_like
+from avcl_jax.encoder_source import EncoderSource, random_like
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.batched import batched_map, cache_key, in_parts
 from avcl_jax.evaluation.charts import line_chart
@@ -58,13 +60,7 @@ from avcl_jax.evaluation.classifier import (
 from avcl_jax.evaluation.driver import Context, run_protocol
 from avcl_jax.evaluation.page import as_text, section, table
 from avcl_jax.evaluation.protocol import Measured, Outcomes, Protocol
-from avcl_jax.evaluation.splits import (
-    Split,
-    datasets,
-    numbered_sides,
-    open_splits,
-    split_encoders,
-)
+from avcl_jax.evaluation.splits import Split, numbered_sides, open_splits
 from avcl_jax.evaluation.statistics import class_mean, confusion_matrix, top_k_hits
 from avcl_jax.export import Encoder
 from avcl_jax.training import sharding
@@ -169,25 +165,28 @@ def labelled_splits(
         raise UserError(f"modality {config.modality!r} must be 'video' or 'audio'")
     if config.init not in ("pretrained", "random"):
         raise UserError(f"init {config.init!r} must be 'pretrained' or 'random'")
-    data, sides = config.data, numbered_sides(config.data)
-    tests = {name: test for name, (_, (_, test)) in sides.items()}
-    encoders = split_encoders(config.encoder, tests, config.modality)
-    first = next(iter(encoders.values()))
+    data = config.data
+
+    def labelled(
+        source: EncoderSource, records: RecordDataset, selection: Selection
+    ) -> LabelledRecords:
+        spec = clip_spec(config, source.require(config.modality))
+        return LabelledRecords(records, selection, data.label, spec, data.leave_out)
+
+    splits = open_splits(
+        data.directory,
+        config.encoder,
+        config.modality,
+        numbered_sides(data),
+        labelled,
+        shared_sources=True,
+    )
+    first = splits[0].encoder
     spec = clip_spec(config, first.require(config.modality))
     if config.init == "random":
         drawn = random_like(first, config.seed)
-        encoders = dict.fromkeys(
-            encoders, dataclasses.replace(drawn, path=f"random like {config.encoder}")
-        )
-    splits = open_splits(
-        datasets(data.directory),
-        sides,
-        encoders,
-        lambda _, records, selection: LabelledRecords(
-            records, selection, data.label, spec, data.leave_out
-        ),
-        shared_sources=True,
-    )
+        drawn = dataclasses.replace(drawn, path=f"random like {config.encoder}")
+        splits = [dataclasses.replace(split, encoder=drawn) for split in splits]
     for split in splits:
         check_enough(split.train, config.global_batch_size, multiple=jax.device_count())
     rows = config.global_batch_size // jax.process_count()

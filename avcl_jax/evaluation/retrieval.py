@@ -30,10 +30,8 @@ from avcl_jax.evaluation.page import section, table
 from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol
 from avcl_jax.evaluation.splits import (
     Trial,
-    datasets,
     feature_spec,
     open_splits,
-    split_encoders,
 )
 from avcl_jax.evaluation.views import (
     check_pairs,
@@ -318,11 +316,11 @@ def video_retrieval(
         select = data[f"{name}_select"].replace("{split}", str(data.official_split))
         return data[f"{name}_split"], select
 
-    sides = {"split": (side("gallery"), side("query"))}
     (split,) = open_splits(
-        datasets(data.directory),
-        sides,
-        split_encoders(config.encoder, {"split": sides["split"][1][1]}, "video"),
+        data.directory,
+        config.encoder,
+        "video",
+        {"split": (side("gallery"), side("query"))},
         lambda source, records, selection: RecordClips(
             records,
             selection,

@@ -29,7 +29,6 @@ FOLD = "{fold}"
 
 Records = TypeVar("Records", bound=SelectedRecords)
 Side = tuple[str, str]  # split of the data set, and selection of its records
-OpenDataset = Callable[[str], RecordDataset]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +57,6 @@ class Split(Trial[Records]):
     train: Records
 
 
-def datasets(directory: epath.PathLike) -> OpenDataset:
-    """Returns a function that opens a split of a data set, once however often it is named."""
-    return functools.cache(functools.partial(RecordDataset, directory))
-
-
 def split_encoders(path: str, tests: Mapping[str, str], modality: str) -> dict[str, EncoderSource]:
     """Opens the encoder of every split.
 
@@ -89,28 +83,35 @@ def split_encoders(path: str, tests: Mapping[str, str], modality: str) -> dict[s
 
 
 def open_splits(
-    dataset: OpenDataset,
+    directory: epath.PathLike,
+    path: str,
+    modality: str,
     sides: Mapping[str, tuple[Side, Side]],
-    encoders: Mapping[str, EncoderSource],
     open_records: Callable[[EncoderSource, RecordDataset, Selection], Records],
     *,
     shared_sources: bool = False,
 ) -> list[Split[Records]]:
-    """Opens the records of every split; reads no record.
+    """Opens the records and the encoder of every split; reads no record.
 
     Args:
-        dataset: opens a split of the data set.
+        directory: prepared data set.
+        path: path of the encoders, as `split_encoders` takes it.
+        modality: modality of the encoders that is needed.
         sides: training and test side by name of the split.
-        encoders: encoder by name of the split.
         open_records: opens selected records for an encoder.
         shared_sources: accept training and test records of one source.
 
     Raises:
-        RecordError: if there is no such split of the data set.
+        ExportError: if an encoder is missing or lacks the modality.
+        RecordError: if there is no such data set or split.
         SelectionError: if a selection does not fit the data set.
         UserError: if training and test records of a split share a record or a source.
     """
+    encoders = split_encoders(
+        path, {name: test for name, (_, (_, test)) in sides.items()}, modality
+    )
     first = next(iter(encoders.values()))
+    dataset = functools.cache(functools.partial(RecordDataset, directory))
 
     @functools.cache
     def opened(split: str, select: str) -> Records:

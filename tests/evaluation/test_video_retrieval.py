@@ -178,7 +178,7 @@ def test_what_does_not_fit_is_refused_before_any_work(
     with pytest.raises(SelectionError, match="not 'colour'"):
         video_retrieval(config, tmp_path)
     config = _config(fold_records, small_run)
-    config.data.update({"query_split": "all", "gallery_split": "all"})
+    config.data.update({"query_split": "all", "gallery_split": "all", "label": "class"})
     with pytest.raises(SelectionError, match="have no video"):
         video_retrieval(config, tmp_path)
     config = _config(small_records, small_run)
