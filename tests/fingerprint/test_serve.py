@@ -156,7 +156,7 @@ def test_sound_alone_has_a_picture(server, clips):
 @pytest.mark.parametrize(
     ("name", "status", "parts"),
     [
-        ("notes.mp4", 422, ["notes.mp4 cannot be compared: not a film", "Give another file"]),
+        ("notes.mp4", 422, ["notes.mp4 cannot be compared: not a video", "Give another file"]),
         ("cut.mkv", 422, ["cut.mkv cannot be compared", "Give another file"]),
         ("short.mkv", 422, ["short.mkv lasts 0.", "found 0.", "give a longer one"]),
         ("empty.mp4", 400, ["empty.mp4 is empty, 0 bytes", "choose another file"]),

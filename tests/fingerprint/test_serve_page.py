@@ -265,7 +265,7 @@ def test_what_cannot_be_compared_is_said_and_the_next_clip_is(open_page, clips, 
     page = open_page()
     error = page.locator("#error")
     drop(page, clips / "notes.mp4")
-    sync_api.expect(error).to_contain_text("notes.mp4 cannot be compared: not a film")
+    sync_api.expect(error).to_contain_text("notes.mp4 cannot be compared: not a video")
     huge = tmp_path / "huge.mp4"
     with huge.open("wb") as file:
         file.truncate(2 << 30)  # a hole, which takes no place
