@@ -41,7 +41,7 @@ def test_an_empty_path_is_not_the_current_folder(folder):
     for resolve in (absolute_path, local_path):
         with pytest.raises(EmptyPathError, match="a path is empty"):
             resolve("")
-    with pytest.raises(RecordError, match=r"set --config\.data\.directory"):
+    with pytest.raises(RecordError, match=r"set data\.directory"):
         RecordDataset("", "train")
     assert os.fspath(absolute_path(".")) == str(folder)
 

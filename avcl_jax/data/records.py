@@ -203,7 +203,9 @@ class RecordDataset:
                 shard is missing or does not match the metadata.
         """
         if not os.fspath(directory):
-            raise RecordError("no directory of records is given: set directory to a prepared one")
+            raise RecordError(
+                "the directory of records is empty: set data.directory to a prepared data set"
+            )
         self._directory, self.split = absolute_path(directory), split
         info = _read_json(self._directory / "dataset_info.json")
         labels = _read_labels(self._directory)
