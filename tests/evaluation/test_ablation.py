@@ -232,7 +232,7 @@ def test_runs_on_other_data_make_no_table(small_records, tmp_path) -> None:
 def test_a_small_sweep_of_real_runs(small_records, tmp_path) -> None:
     config = _small(small_records, "full", "no_bank_negatives")
     results = ablation.ablate(config, tmp_path, pretrain=pretrain, evaluate=evaluate)
-    found = results["effects"]["motion, picture"]
+    found = results["effects"]["motion, video"]
     assert found["full"]["difference"] == 0
     assert min(found["no_bank_negatives"]["values"]) >= 0
     assert max(found["no_bank_negatives"]["values"]) <= 1
