@@ -273,7 +273,7 @@ def test_checkpoints_of_training_are_read_and_nothing_in_them_is_run(tmp_path):
         assert state.keys() == {"a.weight", "b"}
         assert state["a.weight"].dtype == np.float32
     torch.save({"epoch": 3, "network": model}, path)
-    with pytest.raises(WeightsError, match=r"no state dict.*: epoch, network are no arrays"):
+    with pytest.raises(WeightsError, match=r"no state dict.*: epoch, network are not arrays"):
         read_state_dict(path)
     torch.save([1, 2], path)
     with pytest.raises(WeightsError, match="holds a list, not a state dict"):
