@@ -276,7 +276,7 @@ def test_checkpoints_of_training_are_read_and_nothing_in_them_is_run(tmp_path):
     with pytest.raises(WeightsError, match=r"no state dict.*: epoch, network are not arrays"):
         read_state_dict(path)
     torch.save([1, 2], path)
-    with pytest.raises(WeightsError, match="holds a list, not a state dict"):
+    with pytest.raises(WeightsError, match="contains a list, not a state dict"):
         read_state_dict(path)
 
     class Malicious:
