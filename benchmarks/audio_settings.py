@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
@@ -36,8 +35,7 @@ from avcl_jax.data.selection import Selection, UsableRecords
 from avcl_jax.data.spectrogram import gather_windows, log_mel
 from avcl_jax.data.views import FORWARD
 from avcl_jax.evaluation.ablation import FULL, Column, as_table, effects
-from avcl_jax.evaluation.evaluate import evaluate
-from avcl_jax.evaluation.supervised import FitSpec, null_control, render_null_views
+from avcl_jax.evaluation.evaluate import evaluate, noise_control
 from avcl_jax.evaluation.views import PretrainedRun, fixed_views, view_map
 from avcl_jax.paths import local_path
 from avcl_jax.training import inputs, loop
@@ -187,27 +185,12 @@ def other_view_scores(workdir: Path, records: UsableRecords, spec: Any) -> dict[
 
 def null_scores(config: ml_collections.ConfigDict, noise: Path, spec: Any) -> dict[str, float]:
     """Accuracy of a network that is trained on speed and direction of noise, on other noise."""
-    combinations = 2 * len(config.views.speeds)
     section = evaluate_config.get_config("demo").evaluation.null
-    views = {"null_train": section.train_views, "null_test": section.test_views}
-    rendered = [
-        render_null_views(
-            UsableRecords(RecordDataset(noise, split), spec),
-            spec,
-            views=number * combinations,
-            seed=config.seed + (split == "null_test"),
-            threads=1,
-        )
-        for split, number in views.items()
-    ]
-    found = null_control(
-        *rendered,
-        encoders={"audio": experiment.audio_encoder(config)},
-        prepare={"audio": jnp.asarray},
-        num_speeds=len(config.views.speeds),
-        spec=FitSpec(**section.fit),
-        seed=config.seed,
+    train, test = (
+        UsableRecords(RecordDataset(noise, split), spec)
+        for split in (section.train_split, section.test_split)
     )
+    found = noise_control(config, section, spec, train, test, threads=1)
     return {name: score.accuracy for name, score in found.scores.items()}
 
 

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from avcl_jax import experiment
 from avcl_jax.data.augment import standardize, to_unit_range
+from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.selection import SelectedRecords, UsableRecords
 from avcl_jax.data.views import FORWARD
 from avcl_jax.encoder_source import random_like, variables_digest
@@ -172,7 +173,10 @@ def _measure(
     null: NullControl | None = None
     if records.null is not None:
         with stages("null controls"):
-            null = _null(run, *records.null)
+            section = run.config.evaluation
+            null = noise_control(
+                run.config, section.null, run.spec, *records.null, threads=section.threads
+            )
     view = _view(run, computed.fits, probes, trivial, ranked, scores, null)
     with stages("report"):
         report = run_report(
@@ -370,16 +374,33 @@ def _probes(
     return probes, trivial
 
 
-def _null(run: PretrainedRun, train: UsableRecords, test: UsableRecords) -> NullControl:
-    config, section = run.config, run.config.evaluation.null
+def noise_control(
+    config: ml_collections.ConfigDict,
+    section: ml_collections.ConfigDict,
+    spec: RenderSpec,
+    train: UsableRecords,
+    test: UsableRecords,
+    *,
+    threads: int,
+) -> NullControl:
+    """Runs the null controls of a rendering on records of stationary noise.
+
+    Args:
+        config: config of a pretraining run.
+        section: settings, `evaluation.null` of `configs/evaluate.py`.
+        spec: rendering under test.
+        train: records that the networks are trained on.
+        test: records that they are tested on.
+        threads: records rendered at a time.
+    """
     combinations = 2 * len(config.views.speeds)  # of direction and speed
     rendered = [
         render_null_views(
             records,
-            run.spec,
+            spec,
             views=views * combinations,
             seed=config.seed + number,
-            threads=config.evaluation.threads,
+            threads=threads,
         )
         for number, (records, views) in enumerate(
             ((train, section.train_views), (test, section.test_views))
