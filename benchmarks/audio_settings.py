@@ -151,26 +151,25 @@ def configs_of(
     return c, e
 
 
-def other_view(first: np.ndarray, second: np.ndarray) -> float:
-    """R@1 of the other view: [files, channels] of each, by Euclidean distance; ties do not count.
+def finds_other_view(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Bool [files]: the file's other view alone is nearest, by Euclidean distance.
 
     Args:
-        first: of one view of each file.
-        second: of the other, in the same order.
+        first: One view of each file [files, channels].
+        second: The other views, in the same order.
     """
     distances = np.linalg.norm(first[:, None] - second[None], axis=-1)
-    own = np.diagonal(distances)
-    return float(np.mean((distances <= own[:, None]).sum(axis=1) == 1))
+    return (distances <= np.diagonal(distances)[:, None]).sum(axis=1) == 1
 
 
-def other_view_scores(workdir: Path, records: UsableRecords, spec: Any) -> dict[str, float]:
-    """R@1 of the last view of a file by its first, by the embedding and by the mean log-mel."""
+def other_view_hits(workdir: Path, records: UsableRecords) -> dict[str, np.ndarray]:
+    """Bool [files]: the first view finds the last, by the embedding and by the mean log-mel."""
     run = PretrainedRun.load(epath.Path(workdir))
     compute = view_map(run, {"run": run.variables}, chunk=16, threads=1)
 
     def render(position: int) -> dict[str, Any]:
         arrays = fixed_views(
-            records, position, spec, speeds=(0,), views_per_speed=2, direction=FORWARD
+            records, position, run.spec, speeds=(0,), views_per_speed=2, direction=FORWARD
         )
         return arrays | {"level": arrays["spectrogram"].mean(axis=(-2, -1))}
 
@@ -178,8 +177,8 @@ def other_view_scores(workdir: Path, records: UsableRecords, spec: Any) -> dict[
     embeddings = arrays["run/audio_embeddings"].reshape(len(records), 2, -1)
     levels = arrays["level"][..., None]
     return {
-        "other_view": other_view(embeddings[:, 0], embeddings[:, 1]),
-        "other_view_by_level": other_view(levels[:, 0], levels[:, 1]),
+        "other_view": finds_other_view(embeddings[:, 0], embeddings[:, 1]),
+        "other_view_by_level": finds_other_view(levels[:, 0], levels[:, 1]),
     }
 
 
@@ -217,7 +216,9 @@ def measure(
             evaluate(evaluation, epath.Path(workdir))
             selected = Selection.parse(evaluation.evaluation.test_select)
             tested = UsableRecords(RecordDataset(records, config.data.split), spec, selected)
-            controls = other_view_scores(workdir, tested, spec) | null_scores(config, noise, spec)
+            hits = other_view_hits(workdir, tested)
+            controls = {name: float(found.mean()) for name, found in hits.items()}
+            controls |= null_scores(config, noise, spec)
         done.write_text(json.dumps(controls))
     results = json.loads((workdir / "results.json").read_text())
     return results | {"controls": json.loads(done.read_text())}

@@ -10,6 +10,8 @@
 For every seed and official fold a run of `configs/pretrain.py:esc10` on the other four folds, then
 `configs/audio_classification.py:esc10` on all of them: every file is tested by an encoder and a
 classifier that never met it. Beside it a random encoder and classical features on the same files.
+With every file as a class of its own: how often the first view of a file that the encoder never met
+finds the last one among those of all 400 files, by the embedding and by the mean level alone.
 What is finished is not run again, so the command may be stopped and given again. `--config.NAME`
 changes a setting of every pretraining run.
 """
@@ -26,7 +28,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.selection import Selection, UsableRecords
+from avcl_jax.evaluation.views import PretrainedRun
 from avcl_jax.paths import local_path
+from benchmarks.audio_settings import other_view_hits
 from benchmarks.measure import (
     Row,
     Target,
@@ -36,6 +44,7 @@ from benchmarks.measure import (
     writable_path,
     write_json,
 )
+from configs import pretrain as pretrain_config
 
 FOLDS = ("1", "2", "3", "4", "5")
 # Accuracy of an RBF machine on log-mel statistics of the same files.
@@ -166,6 +175,26 @@ def demo_row(workdir: Path, records: Path, demo: Path) -> Row:
     return Row("esc10_demo_encoder", figure["value"], "share", None, detail)
 
 
+def own_file_row(workdir: Path, records: Path, seeds: Sequence[int]) -> Row:
+    """R@1 of the other view of the same file among those of all files, for files never met."""
+    dataset = RecordDataset(records, pretrain_config.get_config("esc10").data.split)
+    by_seed: dict[str, list[float]] = {}
+    chance = 0.0
+    for seed in seeds:
+        hits: dict[str, list[np.ndarray]] = {}
+        for fold in FOLDS:
+            run = workdir / f"seed{seed}/fold{fold}"
+            usable = UsableRecords(dataset, PretrainedRun.load(run).spec)
+            chance = 1 / len(usable)
+            tested = np.isin(usable.indices, Selection.parse(f"fold={fold}").positions(dataset))
+            for name, found in other_view_hits(run, usable).items():
+                hits.setdefault(name, []).append(found[tested])
+        for name, parts in hits.items():
+            by_seed.setdefault(name, []).append(float(np.concatenate(parts).mean()))
+    detail = by_seed | {"chance": chance}
+    return Row("esc10_own_file", statistics.mean(by_seed["other_view"]), "share", None, detail)
+
+
 def long_row(workdir: Path, records: Path, *, steps: int, fold: str) -> Row:
     """One longer pretraining, tested on its fold alone, beside the usual one of the same seed."""
     longer = (
@@ -217,7 +246,10 @@ def main(arguments: list[str]) -> int:
     if not (args.records / "dataset_info.json").exists():
         parser.error(f"{args.records} does not exist: see the first command of this module")
     workdir, records = args.workdir, args.records
-    rows = folds_rows(workdir, records, args.seeds, options=options) if args.seeds else []
+    rows = []
+    if args.seeds:
+        rows += folds_rows(workdir, records, args.seeds, options=options)
+        rows.append(own_file_row(workdir, records, args.seeds))
     if args.demo:
         rows.append(demo_row(workdir, records, args.demo))
     if args.long:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import os
+import types
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import pytest
 from avcl_jax import experiment
 from avcl_jax.data import rendering as data_rendering
 from avcl_jax.data.augment import SpectralSpec
+from avcl_jax.data.record_metadata import write_dataset_metadata
+from avcl_jax.data.records import shard_name, write_shard
 from avcl_jax.data.views import BACKWARD, FORWARD, Clip, frame_indices
 from avcl_jax.errors import UserError
 from avcl_jax.objectives import feature_bank
@@ -401,8 +404,8 @@ def test_the_other_view_is_found_where_it_alone_is_nearest() -> None:
     first = np.array([[0.0], [10.0], [20.0], [30.0]])
     second = np.array([[1.0], [9.0], [26.0], [25.0]])
     # The third is nearer to the fourth's; the fourth is as near to both.
-    assert audio_settings.other_view(first, second) == 0.5
-    assert audio_settings.other_view(first[:3], np.zeros((3, 1))) == 0.0
+    assert audio_settings.finds_other_view(first, second).tolist() == [True, True, False, False]
+    assert not audio_settings.finds_other_view(first[:3], np.zeros((3, 1))).any()
 
 
 def test_growth_of_memory_is_that_of_the_call() -> None:
@@ -535,6 +538,30 @@ def test_each_fold_of_esc_has_an_encoder_that_did_not_hear_it(
     # The setting is that of pretraining alone.
     assert {settings.get("steps") for config, _, settings in commands.given} == {"50", None}
     assert rows["esc10_pretraining_minutes"].value == pytest.approx(50 / 60)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_file_is_looked_for_by_the_encoder_that_did_not_hear_it(
+    own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"fold": list(esc10.FOLDS)}
+    records = [
+        dataclasses.replace(make_record(n, seconds=5.0, has_video=False), labels={"fold": n % 5})
+        for n in range(15)
+    ]
+    shard = write_shard(tmp_path / shard_name("esc10", "all", 0, 1), records)
+    write_dataset_metadata(tmp_path, name="esc10", class_names=names, splits={"all": [shard]})
+
+    def hits(run: Path, usable: Any) -> dict[str, np.ndarray]:
+        folds = np.array([usable[n][1].labels["fold"] for n in range(len(usable))])
+        return {"other_view": (folds == esc10.FOLDS.index(run.name.removeprefix("fold"))) == own}
+
+    spec = experiment.render_spec(pretrain.get_config("esc10"))
+    monkeypatch.setattr(esc10.PretrainedRun, "load", lambda run: types.SimpleNamespace(spec=spec))
+    monkeypatch.setattr(esc10, "other_view_hits", hits)
+    row = esc10.own_file_row(tmp_path / "runs", tmp_path, [0, 1])
+    assert row.value == own
+    assert row.detail == {"other_view": [own, own], "chance": pytest.approx(1 / 15)}
 
 
 def test_a_longer_run_on_esc_is_tested_on_its_fold_alone_beside_the_usual_one(
