@@ -1,4 +1,4 @@
-"""Conversion of paths that users give to paths that every library can use from any directory.
+"""Paths that users give, as every library can use them, and files written whole or not at all.
 
 Orbax returns nothing for a relative path, a program started in another directory does not find one,
 and no library expands `~`.
@@ -49,3 +49,10 @@ def local_path(path: epath.PathLike) -> Path:
     if is_remote(path):
         raise RemotePathError(f"{path} must be local: copy it to a local disk first")
     return Path(absolute_path(path))
+
+
+def write_bytes(path: epath.Path, content: bytes) -> None:
+    """Writes a file, whole or not at all."""
+    temporary = path.with_name(path.name + ".writing")
+    temporary.write_bytes(content)
+    temporary.replace(path)

@@ -23,8 +23,8 @@ ROOMS = (
     *(
         f"avcl_jax/{name}.py"
         for name in (
-            *("config_file", "demo_data", "encoder_source", "errors", "experiment", "export"),
-            *("import_weights", "main", "paths", "style"),
+            *("batched", "config_file", "demo_data", "encoder_source", "errors"),
+            *("experiment", "export", "import_weights", "main", "paths", "style"),
         )
     ),
     # The fingerprinting protocol still has words of its own.

@@ -19,12 +19,12 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from avcl_jax import experiment
+from avcl_jax.batched import cache_key, render_all
 from avcl_jax.data.augment import standardize, to_unit_range
 from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.selection import SelectedRecords, UsableRecords
 from avcl_jax.data.views import FORWARD
 from avcl_jax.encoder_source import random_like, variables_digest
-from avcl_jax.evaluation.batched import cache_key, render_all
 from avcl_jax.evaluation.driver import Context, run_protocol
 from avcl_jax.evaluation.evaluated_run import (
     EvaluationRecords,

@@ -17,6 +17,7 @@ import librosa
 import numpy as np
 from etils import epath
 
+from avcl_jax.batched import batched_map, cache_key, in_parts, render_all
 from avcl_jax.data.images import CropSpec, center_crop
 from avcl_jax.data.labelled import VideoClipSpec
 from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
@@ -34,7 +35,6 @@ from avcl_jax.data.spectrogram import gather_windows, log_mel
 from avcl_jax.data.views import FORWARD, Clip, ViewSpec, clip_times
 from avcl_jax.encoder_source import EncoderSource
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.batched import batched_map, cache_key, in_parts, render_all
 from avcl_jax.export import Encoder
 
 MFCC_COEFFICIENTS = 20

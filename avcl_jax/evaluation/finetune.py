@@ -24,6 +24,7 @@ import optax
 from etils import epath
 
 from avcl_jax import experiment
+from avcl_jax.batched import batched_map, cache_key, in_parts
 from avcl_jax.data.images import CropSpec
 from avcl_jax.data.labelled import (
     AudioClipSpec,
@@ -41,7 +42,6 @@ from avcl_jax.data.views import ViewSpec
 from avcl_jax.data.workers import check_room
 from avcl_jax.encoder_source import EncoderSource, random_like
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.batched import batched_map, cache_key, in_parts
 from avcl_jax.evaluation.charts import line_chart
 from avcl_jax.evaluation.classification import (
     MATRIX_CLASSES,

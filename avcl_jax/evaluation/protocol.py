@@ -21,6 +21,7 @@ from etils import epath
 
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.statistics import Interval, bootstrap
+from avcl_jax.paths import write_bytes
 
 RESULTS, OUTCOMES, REPORT = "results.json", "outcomes.npz", "report.html"
 
@@ -248,13 +249,6 @@ class Stages:
 def write_text(path: epath.Path, content: str) -> None:
     """Writes a file, whole or not at all."""
     write_bytes(path, content.encode())
-
-
-def write_bytes(path: epath.Path, content: bytes) -> None:
-    """Writes a file, whole or not at all."""
-    temporary = path.with_name(path.name + ".writing")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 def versions() -> dict[str, str]:

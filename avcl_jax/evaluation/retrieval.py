@@ -21,9 +21,9 @@ import numpy as np
 from etils import epath
 from sklearn.neighbors import NearestNeighbors
 
+from avcl_jax.batched import cache_key
 from avcl_jax.data.selection import Modality
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.batched import cache_key
 from avcl_jax.evaluation.driver import Context, run_protocol
 from avcl_jax.evaluation.features import RecordClips, record_features
 from avcl_jax.evaluation.page import section, table

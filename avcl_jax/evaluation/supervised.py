@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from avcl_jax.batched import batched_map, render_all
 from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.data.views import BACKWARD, FORWARD
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.batched import batched_map, render_all
 from avcl_jax.evaluation.temporal import TaskScore, score_task
 from avcl_jax.evaluation.views import MODALITY_INPUTS, random_views
 

@@ -15,9 +15,9 @@ import ml_collections
 import numpy as np
 from etils import epath
 
+from avcl_jax.batched import batched_map, cache_key, in_parts
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.batched import batched_map, cache_key, in_parts
 from avcl_jax.evaluation.driver import Context, run_protocol
 from avcl_jax.evaluation.page import matrices, section
 from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol

@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from avcl_jax import experiment
+from avcl_jax.batched import Arrays, Render, batched_map, in_parts, stack
 from avcl_jax.data.images import center_crop, random_crop
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.rendering import RenderSpec, describe, render_views
@@ -28,7 +29,6 @@ from avcl_jax.data.views import (
 )
 from avcl_jax.encoder_source import EncoderSource, heads_digest, source_of_run
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.batched import Arrays, Render, batched_map, in_parts, stack
 from avcl_jax.export import load_run
 from avcl_jax.training.inputs import prepare_inputs
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from avcl_jax import experiment
+from avcl_jax.batched import in_parts
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection, SelectionError, UsableRecords
 from avcl_jax.data.views import FORWARD
 from avcl_jax.encoder_source import open_encoders, random_like
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.batched import in_parts
 from avcl_jax.evaluation.features import FeatureSpec, RecordClips, record_features
 from avcl_jax.evaluation.views import fixed_views
 from tests.evaluation.conftest import CLASS_NAMES, small_record, sound_record, write_records

@@ -7,13 +7,13 @@ import dataclasses
 import numpy as np
 import pytest
 
+from avcl_jax.batched import batched_map, render_all
 from avcl_jax.data.images import CropSpec
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.data.spectrogram import LogMelSpec
 from avcl_jax.data.views import BACKWARD, FORWARD, ViewSpec
-from avcl_jax.evaluation.batched import batched_map, render_all
 from avcl_jax.evaluation.views import as_pairs, drawn_pairs, fixed_views, random_views
 
 SPEC = RenderSpec(

@@ -22,7 +22,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.protocol import write_bytes
+from avcl_jax.paths import write_bytes
 from avcl_jax.training import sharding
 
 Arrays = Mapping[str, np.ndarray]
