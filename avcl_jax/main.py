@@ -87,7 +87,7 @@ _TASKS = {
     "linear_probe": "avcl_jax.evaluation.classification:run_linear_probe",
     "audio_classification": "avcl_jax.evaluation.audio_folds:audio_classification",
     "temporal_tasks": "avcl_jax.evaluation.temporal:temporal_tasks",
-    "fingerprint": "avcl_jax.evaluation.fingerprinting:fingerprinting",
+    "fingerprint": "avcl_jax.fingerprint.benchmark.protocol:fingerprinting",
     "ablation": "avcl_jax.evaluation.ablation:ablate",
 }
 

@@ -1,6 +1,6 @@
 """Fingerprinting against what people would use: `python -m benchmarks.fingerprint --json F`.
 
-Retrieval is measured by the protocol of avcl_jax/evaluation/fingerprinting.py, ours and the
+Retrieval is measured by the protocol of avcl_jax/fingerprint/benchmark/protocol.py, ours and the
 baselines on the same queries; its reports stay in --workdir, and a run whose results are there is
 not repeated. The speed rows measure every value in a process of its own. Needs a trained encoder
 (`make demo`), `pip install -r benchmarks/requirements.txt`, and libchromaprint for one baseline.
@@ -65,7 +65,7 @@ def protocol_results(preset: str, settings: Mapping[str, Any], workdir: str) -> 
     """
     from avcl_jax.demo_data import make_demo
     from avcl_jax.errors import UserError
-    from avcl_jax.evaluation.fingerprinting import fingerprinting
+    from avcl_jax.fingerprint.benchmark.protocol import fingerprinting
     from configs import fingerprint
 
     config = fingerprint.get_config(preset)

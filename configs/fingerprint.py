@@ -54,16 +54,13 @@ def foley() -> ml_collections.ConfigDict:
     c.queries.weak = 3
     c.queries.medium = 12
     c.queries.strong = 3
-    c.families = ()  # () is all of avcl_jax/evaluation/transformations/families.py
+    c.families = ()  # () is all of avcl_jax/fingerprint/benchmark/families.py
     c.answers = 5  # to each query, that precision and µAP are over
     c.tolerance_seconds = 1.0
 
     # How the index is made: avcl_jax/fingerprint/settings.py says what each means.
     c.index = ml_collections.ConfigDict(dataclasses.asdict(FingerprintSettings()))
-    c.baselines = (
-        "benchmarks.baselines.image_hash:ImageHashSearcher",
-        "benchmarks.baselines.chromaprint:ChromaprintSearcher",
-    )
+    c.baselines = ("image_hash", "chromaprint")
 
     c.bootstrap = ml_collections.ConfigDict()
     c.bootstrap.resamples = 1000

@@ -15,7 +15,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     "avcl_jax/data",
-    "avcl_jax/fingerprint",
+    "avcl_jax/evaluation",
+    *(
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "avcl_jax" / "fingerprint").rglob("*.py"))
+        # The fingerprinting protocol still has words of its own.
+        if path.parent.name != "benchmark"
+    ),
     "avcl_jax/models",
     "avcl_jax/objectives",
     "avcl_jax/training",
@@ -26,12 +32,6 @@ ROOMS = (
             *("batched", "config_file", "demo_data", "encoder_source", "errors"),
             *("experiment", "export", "import_weights", "main", "paths", "style"),
         )
-    ),
-    # The fingerprinting protocol still has words of its own.
-    *(
-        str(path.relative_to(ROOT))
-        for path in sorted((ROOT / "avcl_jax" / "evaluation").glob("*.py"))
-        if not path.name.startswith("fingerprint")
     ),
 )
 # A docstring begins with a verb or a noun.

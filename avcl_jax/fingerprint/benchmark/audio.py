@@ -9,7 +9,7 @@ import scipy.signal
 import soxr
 
 from avcl_jax.data.decoded import DecodedMedia
-from avcl_jax.evaluation.transformations.timeline import (
+from avcl_jax.fingerprint.benchmark.timeline import (
     Piece,
     TimeMap,
     Transformed,

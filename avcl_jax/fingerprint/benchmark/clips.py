@@ -15,8 +15,8 @@ from avcl_jax.data.decoded import DecodedMedia, decode_media, decode_record
 from avcl_jax.data.media import MediaError
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.transformations.families import FAMILIES, applies, transform
-from avcl_jax.evaluation.transformations.timeline import Transformed, excerpt, without_sound
+from avcl_jax.fingerprint.benchmark.families import FAMILIES, applies, transform
+from avcl_jax.fingerprint.benchmark.timeline import Transformed, excerpt, without_sound
 from avcl_jax.fingerprint.segments import not_empty
 
 # Decoded files that are kept: their segments are needed as references, and for each family.

@@ -7,7 +7,6 @@ import dataclasses
 import importlib
 import json
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +21,29 @@ from avcl_jax.data.record_metadata import write_dataset_metadata
 from avcl_jax.data.records import RecordDataset, shard_name, write_shard
 from avcl_jax.encoder_source import open_encoders
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation import fingerprint_clips
-from avcl_jax.evaluation import fingerprinting as fingerprinting_module
-from avcl_jax.evaluation.fingerprint_clips import (
-    clips_of_records,
-    not_empty_clips,
-    segments_of_files,
-)
-from avcl_jax.evaluation.fingerprinting import clip_sets, fingerprinting
 from avcl_jax.evaluation.protocol import (
     OUTCOMES,
     Outcomes,
     read_outcomes,
     write_outcomes,
 )
+from avcl_jax.fingerprint.benchmark import clips as benchmark_clips
+from avcl_jax.fingerprint.benchmark import protocol
+from avcl_jax.fingerprint.benchmark.baselines import BASELINES
+from avcl_jax.fingerprint.benchmark.clips import (
+    clips_of_records,
+    not_empty_clips,
+    segments_of_files,
+)
+from avcl_jax.fingerprint.benchmark.protocol import clip_sets, fingerprinting
 from avcl_jax.fingerprint.settings import FingerprintSettings
 from benchmarks import fingerprint as benchmark
 from benchmarks.measure import SkipError
 from configs import fingerprint
 from tests.data.synthetic_media import write_flash_and_click
 from tests.data.synthetic_records import make_record
-from tests.evaluation.transformations.clips import clip
 from tests.fingerprint import synthetic
+from tests.fingerprint.benchmark.clips import clip
 
 
 @pytest.fixture(scope="module")
@@ -129,16 +129,13 @@ def test_results_without_a_baseline_are_not_those_with_it(
 ) -> None:
     config = small_config(encoders, records)
     config.families = ("flip",)
-    config.baselines = ("late_baseline:Searcher",)
+    config.baselines = ("image_hash",)
+    monkeypatch.setitem(sys.modules, "imagehash", None)
     results = fingerprinting(config, tmp_path)
-    assert list(results["details"]["skipped_baselines"]) == ["late_baseline:Searcher"]
+    assert list(results["details"]["skipped_baselines"]) == ["image_hash"]
     assert fingerprinting(config, tmp_path) == results
-    module = types.ModuleType("late_baseline")
     asked_for: list[int] = []
-    monkeypatch.setattr(
-        module, "Searcher", lambda answers: asked_for.append(answers), raising=False
-    )
-    monkeypatch.setitem(sys.modules, "late_baseline", module)
+    monkeypatch.setitem(BASELINES, "image_hash", lambda answers: asked_for.append(answers))
     with pytest.raises(UserError, match="other settings"):
         fingerprinting(config, tmp_path)
     assert asked_for == [config.answers + 1]  # or a tie at the cut would not be seen
@@ -238,6 +235,7 @@ def test_settings_that_cannot_be_met_are_one_line(encoders: Path, records: Path,
     ("overrides", "said"),
     [
         ({"families": ("flip", "mirror")}, "families has mirror, not among"),
+        ({"baselines": ("image_hush",)}, "baselines has image_hush, not among"),
         ({"index.time_bins": 0}, "time_bins 0 must be at least 1"),
         ({"data.sounds": "absent"}, "absent"),
         ({"data.sound_sets.fillers": 9}, "sounds are needed, there are 0"),
@@ -246,7 +244,7 @@ def test_settings_that_cannot_be_met_are_one_line(encoders: Path, records: Path,
 def test_settings_are_checked_before_anything_is_decoded(
     encoders: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides, said
 ) -> None:
-    monkeypatch.setattr(fingerprinting_module, "segments_of_files", None)
+    monkeypatch.setattr(protocol, "segments_of_files", None)
     monkeypatch.setattr(RecordDataset, "__getitem__", None)
     config = fingerprint.get_config("real")
     config.update_from_flattened_dict(benchmark._SMALL | benchmark._SMALL_REAL)
@@ -276,13 +274,13 @@ def test_decoded_files_are_kept_up_to_a_number_of_bytes(tmp_path: Path, monkeypa
         decoded.append(path.name)
         return clip(0)
 
-    monkeypatch.setattr(fingerprint_clips, "decode_media", decode)
+    monkeypatch.setattr(benchmark_clips, "decode_media", decode)
     paths = [tmp_path / name for name in "ab"]
     settings = {"segment_seconds": 2.0, "short_side": 32, "max_fps": 10.0, "sample_rate_hz": 8000}
     size = clip(0).frames.nbytes + clip(0).waveform.nbytes
     for room, expected in ((3 * size, "ab"), (size + 1, "ababa"), (1, "ababa")):
         decoded.clear()
-        monkeypatch.setattr(fingerprint_clips, "_BYTES_IN_MEMORY", room)
+        monkeypatch.setattr(benchmark_clips, "_BYTES_IN_MEMORY", room)
         segments, _ = segments_of_files(paths, **settings)
         for segment in (*segments, segments[0]):  # one file after the other, then back
             segment.load()
@@ -338,7 +336,4 @@ def test_files_are_cut_into_segments_or_named_with_a_reason(tmp_path: Path) -> N
 def test_presets_name_settings_of_the_index_and_baselines_that_exist(preset: str) -> None:
     config = fingerprint.get_config(preset)
     assert FingerprintSettings(**config.index.to_dict()) == FingerprintSettings()
-    for name in config.baselines:
-        module, _, attribute = name.partition(":")
-        path = Path(benchmark.__file__).parents[1] / (module.replace(".", "/") + ".py")
-        assert f"class {attribute}:" in path.read_text()
+    assert set(config.baselines) == set(BASELINES)

@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 
 from avcl_jax.data.decoded import DecodedMedia, no_frames
-from avcl_jax.evaluation.transformations.sound import at_speed, at_tempo, either_way
-from avcl_jax.evaluation.transformations.timeline import (
+from avcl_jax.fingerprint.benchmark.audio import at_speed, at_tempo, either_way
+from avcl_jax.fingerprint.benchmark.timeline import (
     Piece,
     TimeMap,
     Transformed,

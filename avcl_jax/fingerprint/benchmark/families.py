@@ -15,16 +15,16 @@ import numpy as np
 
 from avcl_jax.data.decoded import DecodedMedia
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.transformations import (
+from avcl_jax.fingerprint.benchmark import (
+    audio,
     codec,
     cross_modal,
     geometry,
     overlay,
     photometry,
-    sound,
     timing,
 )
-from avcl_jax.evaluation.transformations.timeline import Transformed
+from avcl_jax.fingerprint.benchmark.timeline import Transformed
 
 # 2: speed_and_pitch.
 VERSION = 2
@@ -99,14 +99,14 @@ _ALL = (
     ),
     _family("trim", "temporal", _VA, timing.trim, kept=(0.8, 0.6, 0.4)),
     _family("splice", "temporal", _VA, timing.splice, foreign=(0.25, 0.5, 0.7), needs_other=True),
-    _family("audio_noise", "audio", _A, sound.audio_noise, snr_db=(20, 10, 0)),
+    _family("audio_noise", "audio", _A, audio.audio_noise, snr_db=(20, 10, 0)),
     _family(
-        *("audio_filter", "audio", _A, sound.audio_filter),
+        *("audio_filter", "audio", _A, audio.audio_filter),
         low_hz=(150, 300, 500),
         high_hz=(6000, 3400, 2000),
     ),
-    _family("pitch", "audio", _A, sound.pitch, semitones=(0.5, 1, 2)),
-    _family("tempo", "audio", _A, sound.tempo, percent=(5, 12, 25)),
+    _family("pitch", "audio", _A, audio.pitch, semitones=(0.5, 1, 2)),
+    _family("tempo", "audio", _A, audio.tempo, percent=(5, 12, 25)),
     _family(
         *("audio_codec", "audio", _A, codec.audio_codec),
         codec=("aac", "libmp3lame", "libopus"),
@@ -114,7 +114,7 @@ _ALL = (
         kilobits=(32, 16, 6),
     ),
     _family(
-        *("reverberation", "audio", _A, sound.reverberation),
+        *("reverberation", "audio", _A, audio.reverberation),
         decay_seconds=(0.3, 0.8, 2.0),
         direct_db=(6, 0, -6),
     ),

@@ -12,7 +12,7 @@ import numpy as np
 
 from avcl_jax.data.decoded import DecodedMedia
 from avcl_jax.data.media import decode_audio, decode_frames
-from avcl_jax.evaluation.transformations.timeline import (
+from avcl_jax.fingerprint.benchmark.timeline import (
     Transformed,
     resampled,
     unmoved,

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from avcl_jax.data.decoded import DecodedMedia
-from avcl_jax.evaluation.transformations.timeline import Transformed, unmoved
+from avcl_jax.fingerprint.benchmark.timeline import Transformed, unmoved
 
 _SMALLEST_SIDE = 16  # pixels: a smaller picture shows nothing
 

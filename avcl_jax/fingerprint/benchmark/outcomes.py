@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from avcl_jax.evaluation.fingerprint_clips import Query
-from avcl_jax.evaluation.fingerprint_search import Answer, Searcher
 from avcl_jax.evaluation.statistics import STATISTICS, Interval, bootstrap
-from avcl_jax.evaluation.transformations.families import FAMILIES, STRENGTHS, TRUNCATION
+from avcl_jax.fingerprint.benchmark.clips import Query
+from avcl_jax.fingerprint.benchmark.families import FAMILIES, STRENGTHS, TRUNCATION
+from avcl_jax.fingerprint.benchmark.searchers import Answer, Searcher
 
 # The mean over families: truncated queries are a row of their own.
 IN_MEAN = tuple(name for name in FAMILIES if name != TRUNCATION)

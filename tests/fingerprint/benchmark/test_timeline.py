@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from avcl_jax.evaluation.transformations import sound, timing
-from avcl_jax.evaluation.transformations.families import transform
-from avcl_jax.evaluation.transformations.timeline import Piece, TimeMap, excerpt
-from tests.evaluation.transformations.clips import RATE, SECONDS, clip
+from avcl_jax.fingerprint.benchmark import audio, timing
+from avcl_jax.fingerprint.benchmark.families import transform
+from avcl_jax.fingerprint.benchmark.timeline import Piece, TimeMap, excerpt
+from tests.fingerprint.benchmark.clips import RATE, SECONDS, clip
 
 CLIP, OTHER = clip(0), clip(5)
 
@@ -87,7 +87,7 @@ def test_another_speed_keeps_the_pitch_and_moves_the_clicks(rate: float) -> None
     tone = np.sin(2 * np.pi * 440 * np.arange(SECONDS * RATE) / RATE)
     tone *= np.arange(len(tone)) % RATE < RATE // 2  # half a second on, half a second off
     waveform = (8000 * tone).astype(np.int16)
-    played = sound.at_tempo(waveform, RATE, rate)
+    played = audio.at_tempo(waveform, RATE, rate)
     assert len(played) == round(len(waveform) / rate)
     spectrum = np.abs(np.fft.rfft(played.astype(float)))
     assert np.argmax(spectrum) / len(played) * RATE == pytest.approx(440, abs=5)
@@ -101,7 +101,7 @@ def test_another_speed_keeps_the_pitch_and_moves_the_clicks(rate: float) -> None
 def test_pitch_moves_by_semitones(semitones: float) -> None:
     tone = 8000 * np.sin(2 * np.pi * 440 * np.arange(SECONDS * RATE) / RATE)
     media = dataclasses.replace(CLIP, waveform=tone.astype(np.int16))
-    moved = sound.pitch(media, np.random.default_rng(0), semitones=semitones).media.waveform
+    moved = audio.pitch(media, np.random.default_rng(0), semitones=semitones).media.waveform
     assert len(moved) == len(tone)
     found = np.argmax(np.abs(np.fft.rfft(moved.astype(float)))) / len(moved) * RATE
     shift = 12 * np.log2(found / 440)
@@ -110,7 +110,7 @@ def test_pitch_moves_by_semitones(semitones: float) -> None:
 
 def test_noise_has_the_energy_asked_for() -> None:
     quiet = dataclasses.replace(CLIP, waveform=(CLIP.waveform // 4).astype(np.int16))
-    noisy = sound.audio_noise(quiet, np.random.default_rng(0), snr_db=10).media.waveform
+    noisy = audio.audio_noise(quiet, np.random.default_rng(0), snr_db=10).media.waveform
     added = noisy.astype(float) - quiet.waveform
     ratio = np.mean(quiet.waveform.astype(float) ** 2) / np.mean(added**2)
     assert 10 * np.log10(ratio) == pytest.approx(10, abs=0.1)
@@ -119,7 +119,7 @@ def test_noise_has_the_energy_asked_for() -> None:
 def test_a_filter_keeps_its_band_only() -> None:
     noise = 3000 * np.random.default_rng(0).standard_normal(SECONDS * RATE)
     media = dataclasses.replace(CLIP, waveform=noise.astype(np.int16))
-    heard = sound.audio_filter(media, np.random.default_rng(0), low_hz=500, high_hz=2000)
+    heard = audio.audio_filter(media, np.random.default_rng(0), low_hz=500, high_hz=2000)
     power = np.abs(np.fft.rfft(heard.media.waveform.astype(float))) ** 2
     hertz = np.fft.rfftfreq(len(heard.media.waveform), 1 / RATE)
     inside = power[(hertz > 600) & (hertz < 1800)].mean()
@@ -131,7 +131,7 @@ def test_a_room_goes_on_after_the_sound() -> None:
     burst[:800] = 8000
     media = dataclasses.replace(CLIP, waveform=burst.astype(np.int16))
     rng = np.random.default_rng(0)
-    heard = sound.reverberation(media, rng, decay_seconds=0.8, direct_db=0).media.waveform
+    heard = audio.reverberation(media, rng, decay_seconds=0.8, direct_db=0).media.waveform
     energy = [np.mean(heard[round(t * RATE) :][:800].astype(float) ** 2) for t in (0.1, 0.5, 1.2)]
     # 60 dB in 0.8 s are 30 dB in 0.4 s.
     assert 10 * np.log10(energy[0] / energy[1]) == pytest.approx(30, abs=4)

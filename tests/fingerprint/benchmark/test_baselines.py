@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from avcl_jax.data.decoded import DecodedMedia
-from benchmarks.baselines.aligned_codes import AlignedCodes
-from tests.evaluation.transformations.clips import FPS, RATE, SECONDS, clip
+from avcl_jax.fingerprint.benchmark.baselines import AlignedCodes, Chromaprint, ImageHash
+from tests.fingerprint.benchmark.clips import FPS, RATE, SECONDS, clip
 
 STEP_SECONDS = 0.25
 
@@ -78,8 +78,8 @@ def indexed(searcher):
 
 
 def test_image_hash_finds_a_brighter_mirrored_piece_and_not_by_sound():
-    module = pytest.importorskip("benchmarks.baselines.image_hash", exc_type=ImportError)
-    searcher = indexed(module.ImageHashSearcher(answers=2))
+    pytest.importorskip("imagehash")
+    searcher = indexed(ImageHash(answers=2))
     query = cut(clip(3), 2.0, 5.0)
     changed = np.clip(query.frames[:, :, ::-1].astype(int) + 20, 0, 255).astype(np.uint8)
     ranking = searcher.query(dataclasses.replace(query, frames=changed))["image_hash"]
@@ -91,16 +91,16 @@ def test_image_hash_finds_a_brighter_mirrored_piece_and_not_by_sound():
 
 
 def test_even_pictures_resemble_nothing_not_even_each_other():
-    module = pytest.importorskip("benchmarks.baselines.image_hash", exc_type=ImportError)
-    searcher = module.ImageHashSearcher(answers=2)
+    pytest.importorskip("imagehash")
+    searcher = ImageHash(answers=2)
     black = dataclasses.replace(clip(1), frames=np.zeros_like(clip(1).frames))
     searcher.index(iter([("clip 2", clip(2)), ("black", black)]), iter([]))
     assert searcher.query(black)["image_hash"].answers[0].score < 0.3
 
 
 def test_chromaprint_finds_a_quieter_piece_and_not_by_the_picture():
-    module = pytest.importorskip("benchmarks.baselines.chromaprint", exc_type=ImportError)
-    searcher = indexed(module.ChromaprintSearcher(answers=2))
+    pytest.importorskip("chromaprint", exc_type=ImportError)
+    searcher = indexed(Chromaprint(answers=2))
     query = cut(clip(2), 1.0, SECONDS)
     quiet = dataclasses.replace(query, waveform=(query.waveform * 0.3).astype(np.int16))
     answer = searcher.query(quiet)["chromaprint"].answers[0]

@@ -12,10 +12,10 @@ import scipy.signal
 from avcl_jax.data.decoded import DecodedMedia
 from avcl_jax.evaluation.charts import SERIES_COLOURS, bar_chart
 from avcl_jax.evaluation.exhibits import frame_uri, spectrogram_uri
-from avcl_jax.evaluation.fingerprint_clips import Query, SourceClip
-from avcl_jax.evaluation.fingerprint_search import Answer
 from avcl_jax.evaluation.page import as_text, section, table, text
-from avcl_jax.evaluation.transformations.families import FAMILIES, STRENGTHS
+from avcl_jax.fingerprint.benchmark.clips import Query, SourceClip
+from avcl_jax.fingerprint.benchmark.families import FAMILIES, STRENGTHS
+from avcl_jax.fingerprint.benchmark.searchers import Answer
 
 _STILL_SIDE = 160
 _WINDOW = 512

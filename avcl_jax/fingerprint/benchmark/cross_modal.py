@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 
 from avcl_jax.data.decoded import DecodedMedia
-from avcl_jax.evaluation.transformations.timeline import TimeMap, Transformed, without_sound
-from avcl_jax.evaluation.transformations.timing import as_footage_of
+from avcl_jax.fingerprint.benchmark.timeline import TimeMap, Transformed, without_sound
+from avcl_jax.fingerprint.benchmark.timing import as_footage_of
 
 
 def audio_removed(media: DecodedMedia, rng: np.random.Generator) -> Transformed:

@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 
 from avcl_jax.data.decoded import DecodedMedia
-from avcl_jax.evaluation.transformations.geometry import of_frames
-from avcl_jax.evaluation.transformations.timeline import Transformed
+from avcl_jax.fingerprint.benchmark.geometry import of_frames
+from avcl_jax.fingerprint.benchmark.timeline import Transformed
 
 _TEXTS = ("WATCH THIS!", "you will not believe it", "part 2 of 3", "LIVE", "follow for more")
 _FONT = cv2.FONT_HERSHEY_SIMPLEX

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from avcl_jax.data.decoded import DecodedMedia
-from avcl_jax.evaluation.transformations.families import (
+from avcl_jax.fingerprint.benchmark.families import (
     FAMILIES,
     STRENGTHS,
     applies,
     transform,
 )
-from avcl_jax.evaluation.transformations.timeline import Transformed
-from tests.evaluation.transformations.clips import FPS, HEIGHT, RATE, SECONDS, WIDTH, clip, log_mel
+from avcl_jax.fingerprint.benchmark.timeline import Transformed
+from tests.fingerprint.benchmark.clips import FPS, HEIGHT, RATE, SECONDS, WIDTH, clip, log_mel
 
 CLIP, OTHER = clip(0), clip(5)
 PICTURE = [n for n, f in FAMILIES.items() if f.changes == ("video",)]

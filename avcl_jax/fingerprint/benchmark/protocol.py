@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,16 @@ from avcl_jax.data.records import RecordDataset
 from avcl_jax.encoder_source import EncoderSource, open_encoders
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.driver import Context, run_protocol
-from avcl_jax.evaluation.fingerprint_clips import (
+from avcl_jax.evaluation.protocol import (
+    Measured,
+    Metric,
+    Outcomes,
+    Protocol,
+)
+from avcl_jax.evaluation.splits import check_not_trained_on
+from avcl_jax.fingerprint.benchmark import families
+from avcl_jax.fingerprint.benchmark.baselines import BASELINES
+from avcl_jax.fingerprint.benchmark.clips import (
     ClipSets,
     SourceClip,
     clips_of_records,
@@ -32,17 +40,9 @@ from avcl_jax.evaluation.fingerprint_clips import (
     segments_of_files,
     sounds_of_files,
 )
-from avcl_jax.evaluation.fingerprint_outcomes import Asked, ask, error_ratio, table_of
-from avcl_jax.evaluation.fingerprint_report import Examples, sections
-from avcl_jax.evaluation.fingerprint_search import IndexSearcher, Searcher
-from avcl_jax.evaluation.protocol import (
-    Measured,
-    Metric,
-    Outcomes,
-    Protocol,
-)
-from avcl_jax.evaluation.splits import check_not_trained_on
-from avcl_jax.evaluation.transformations import families
+from avcl_jax.fingerprint.benchmark.outcomes import Asked, ask, error_ratio, table_of
+from avcl_jax.fingerprint.benchmark.report import Examples, sections
+from avcl_jax.fingerprint.benchmark.searchers import IndexSearcher, Searcher
 from avcl_jax.fingerprint.settings import FingerprintSettings
 from avcl_jax.paths import local_path
 
@@ -57,8 +57,8 @@ PROTOCOL = Protocol(
     definition=(
         "References are clean clips. Every family of transformations asks for some of them, chosen "
         "at random, each beside a distractor: a clip that is not indexed, transformed alike.",
-        "Strengths and seeds are fixed in avcl_jax/evaluation/transformations. A clip that lacks "
-        "what a family changes is not asked for in that family.",
+        "Strengths and seeds are fixed in avcl_jax/fingerprint/benchmark/families.py. A clip that "
+        "lacks what a family changes is not asked for in that family.",
         "R@k: share of the queries whose source is scored above all but k − 1 other answers; "
         "answers of equal score count as if the wrong ones came first. A method that cannot "
         "answer, for instance by sound about a clip without sound, has not found the source.",
@@ -92,6 +92,10 @@ def fingerprinting(
         raise UserError(
             f"families has {', '.join(unknown)}, not among {', '.join(families.FAMILIES)}: correct "
             "the name, or set families=() for all"
+        )
+    if unknown := [name for name in config.baselines if name not in BASELINES]:
+        raise UserError(
+            f"baselines has {', '.join(unknown)}, not among {', '.join(BASELINES)}: correct it"
         )
     source = open_encoders(config.encoder)
     for modality in ("video", "audio"):
@@ -239,15 +243,14 @@ def load_baselines(names: Sequence[str], *, answers: int) -> tuple[list[Searcher
     """Returns the baselines that can run here, and why the others cannot.
 
     Args:
-        names: MODULE:CLASS of each, for instance of `benchmarks.baselines`.
-        answers: that each returns, at most.
+        names: keys of `BASELINES`.
+        answers: largest number of answers to a query.
     """
     found: list[Searcher] = []
     skipped: dict[str, str] = {}
     for name in names:
-        module, _, attribute = name.partition(":")
         try:
-            found.append(getattr(importlib.import_module(module), attribute)(answers=answers))
+            found.append(BASELINES[name](answers=answers))
         except ImportError as error:
             skipped[name] = f"{error}: pip install -r benchmarks/requirements.txt"
             print(f"{name} is left out: {skipped[name]}", flush=True)
