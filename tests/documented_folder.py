@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.foley.encode import write_mp4
+from avcl_jax.data.encode import write_mp4
 from tests.documented import ROOT
 from tests.test_every_command import COMMANDS, FEW_VIDEOS
 from tests.training import small
@@ -120,12 +120,15 @@ class Folder:
         for number, film in enumerate(films[8:14]):
             self._copy(film, f"HELD_OUT/{number}.mp4")
         # 13 minutes, of which the page asks for the last three.
+        scenes = np.random.default_rng(0).integers(0, 256, (26, 32, 32, 3), np.uint8)
         write_mp4(
             self.path / "evening.mp4",
-            np.repeat(np.random.default_rng(0).integers(0, 256, (26, 32, 32, 3), np.uint8), 60, 0),
+            ((number / 2, scenes[number // 60]) for number in range(26 * 60)),
             np.random.default_rng(0).normal(0, 0.1, 780 * 8000).astype(np.float32),
-            video_fps=2,
+            fps=2,
             sample_rate_hz=8000,
+            audio_bits_per_second=96_000,
+            video_options={"preset": "veryfast", "threads": "1"},
         )
         self._copy(next((LISTS.parent / "esc10/audio").iterdir()), "song.ogg")
         self._write("clips.csv", ["path", *(f"{number}.mp4" for number in range(8))])

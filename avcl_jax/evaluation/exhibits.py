@@ -7,13 +7,9 @@ import functools
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Literal
 
-import av
-import cv2
 import librosa
-import matplotlib
 import numpy as np
 import simplejpeg
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -21,6 +17,7 @@ from sklearn.manifold import TSNE
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
+from avcl_jax.data.encode import spectrogram_image, write_mp4
 from avcl_jax.data.images import center_crop, decode_jpegs
 from avcl_jax.data.rendering import RenderSpec, render_views
 from avcl_jax.data.selection import UsableRecords
@@ -347,17 +344,9 @@ def frame_uri(frame: np.ndarray) -> str:
 
 
 def spectrogram_uri(spectrogram: np.ndarray, *, low: float, high: float) -> str:
-    """Returns a PNG data URI of a log-mel spectrogram, time to the right and low pitch below.
-
-    Args:
-        spectrogram: float [F, M].
-        low: value drawn darkest.
-        high: value drawn brightest.
-    """
-    scaled = np.clip((spectrogram - low) / max(high - low, 1e-9), 0.0, 1.0)
-    colours = matplotlib.colormaps["magma"](scaled.T[::-1], bytes=True)[..., 2::-1]
-    _, data = cv2.imencode(".png", np.ascontiguousarray(colours))
-    return "data:image/png;base64," + base64.b64encode(data.tobytes()).decode("ascii")
+    """Returns the data URI of a `spectrogram_image`."""
+    data = spectrogram_image(spectrogram, low=low, high=high)
+    return "data:image/png;base64," + base64.b64encode(data).decode("ascii")
 
 
 def clip_uri(frames: np.ndarray, *, fps: float, waveform: np.ndarray, sample_rate_hz: int) -> str:
@@ -375,24 +364,13 @@ def clip_uri(frames: np.ndarray, *, fps: float, waveform: np.ndarray, sample_rat
         )
         waveform, sample_rate_hz = np.clip(resampled, -32768, 32767).astype(np.int16), 16_000
     stream = io.BytesIO()
-    with av.open(stream, "w", format="mp4") as container:
-        if len(frames):
-            video = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-            video.height, video.width = frames.shape[1:3]
-            video.pix_fmt = "yuv420p"
-            video.options = {"crf": "26", "preset": "veryfast", "threads": "1"}
-        if len(waveform):
-            audio = container.add_stream("aac", rate=sample_rate_hz, layout="mono")
-            audio.bit_rate = 32_000
-        if len(frames):
-            for frame in frames:
-                for packet in video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
-                    container.mux(packet)
-            for packet in video.encode():
-                container.mux(packet)
-        if len(waveform):
-            samples = av.AudioFrame.from_ndarray(waveform[None], format="s16", layout="mono")
-            samples.sample_rate = sample_rate_hz
-            for packet in [*audio.encode(samples), *audio.encode()]:
-                container.mux(packet)
+    write_mp4(
+        stream,
+        ((number / fps, frame) for number, frame in enumerate(frames)),
+        waveform,
+        fps=fps,
+        sample_rate_hz=sample_rate_hz,
+        audio_bits_per_second=32_000,
+        video_options={"crf": "26", "preset": "veryfast", "threads": "1"},
+    )
     return "data:video/mp4;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

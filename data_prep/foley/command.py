@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 
 import cv2
+import numpy as np
 from tqdm import tqdm
 
+from avcl_jax.data.encode import write_mp4
 from avcl_jax.errors import UserError
 from avcl_jax.paths import local_path
 from data_prep.foley.audio import render_audio
-from data_prep.foley.encode import write_mp4
 from data_prep.foley.null_media import render_null
 from data_prep.foley.scene import SAMPLE_RATE_HZ, VIDEO_FPS, classes_of, draw_scene
 from data_prep.foley.video import render_video
@@ -26,6 +27,11 @@ from data_prep.shards import write_text
 GENERATOR_VERSION = 5
 RECIPE_NAME = "foley.json"
 MANIFEST_NAME = "manifest.csv"
+# Every frame is an intra frame at one quantiser, and audio has neither noise substitution nor
+# temporal noise shaping: groups of frames, a rate control that settles or B frames would be a cue
+# for speed, direction or order that is not in the scene.
+_X264_OPTIONS = {"preset": "veryfast", "qp": "16", "g": "1", "x264-params": "threads=1"}
+_AAC_OPTIONS = {"aac_coder": "fast", "aac_pns": "0", "aac_tns": "0"}
 COLUMNS = ("path", "split", "id", "source", "label_motion", "label_material")
 
 
@@ -108,8 +114,27 @@ def _write_one(task: tuple[Path, int, str, int]) -> None:
     else:
         scene = draw_scene(seed, split, index)
         frames, waveform = render_video(scene), render_audio(scene)
-    path = out / _relative(split, index)
-    write_mp4(path, frames, waveform, video_fps=VIDEO_FPS, sample_rate_hz=SAMPLE_RATE_HZ)
+    write_video(out / _relative(split, index), frames, waveform)
+
+
+def write_video(path: Path, frames: np.ndarray, waveform: np.ndarray) -> None:
+    """Writes a file of the demo; it gets its name only when complete.
+
+    Args:
+        frames: uint8 [frames, height, width, 3] RGB.
+        waveform: float32 [samples] in [-1, 1].
+    """
+    planes = (cv2.cvtColor(rgb, cv2.COLOR_RGB2YUV_I420) for rgb in frames)
+    write_mp4(
+        path,
+        ((number / VIDEO_FPS, image) for number, image in enumerate(planes)),
+        waveform,
+        fps=VIDEO_FPS,
+        sample_rate_hz=SAMPLE_RATE_HZ,
+        audio_bits_per_second=96_000,
+        video_options=_X264_OPTIONS,
+        audio_options=_AAC_OPTIONS,
+    )
 
 
 def _check_recipe(out: Path, seed: int) -> None:

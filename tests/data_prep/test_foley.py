@@ -315,12 +315,10 @@ def test_a_failing_disk_leaves_no_half_file(
 
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="No space"):
-        command.write_mp4(
+        command.write_video(
             tmp_path / "a.mp4",
             np.zeros((4, 64, 64, 3), np.uint8),
             np.zeros(4000, np.float32),
-            video_fps=16,
-            sample_rate_hz=16_000,
         )
     assert list(tmp_path.iterdir()) == []
 
