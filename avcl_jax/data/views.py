@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -170,6 +171,38 @@ def feasible_speeds(timeline: Timeline, spec: ViewSpec) -> list[int]:
     """Returns the indices of the speeds that `views_fit` allows."""
     fit = views_fit(timeline.duration_seconds, timeline.frame_gap_seconds, spec)
     return np.flatnonzero(fit).tolist()
+
+
+def fitting_speed(timeline: Timeline, wanted: int, spec: ViewSpec) -> int:
+    """Returns the index of the feasible speed nearest to the one at `wanted`; 0 if none is."""
+    return min(feasible_speeds(timeline, spec) or [0], key=lambda speed: abs(speed - wanted))
+
+
+def fixed_clips(
+    timeline: Timeline,
+    spec: ViewSpec,
+    speeds: Sequence[int],
+    count: int,
+    direction: int = FORWARD,
+) -> list[Clip]:
+    """Returns `count` clips at each speed, at equal distances from first to last start.
+
+    A speed that is too fast for the timeline is replaced by the fastest that fits, or if none does
+    by the slowest, and the clip then starts with the timeline.
+
+    Args:
+        timeline: usable part of the video.
+        spec: timing of views.
+        speeds: indices into `spec.speeds`.
+        count: clips at each speed.
+        direction: `FORWARD` or `BACKWARD`.
+    """
+    clips = []
+    for speed in (fitting_speed(timeline, wanted, spec) for wanted in speeds):
+        span = spec.clip_seconds * spec.speeds[speed]
+        starts = clip_times(timeline.start_seconds, timeline.end_seconds, span, count)
+        clips += [Clip(start, speed, direction) for start in starts]
+    return clips
 
 
 def order_fits(first_seconds: Any, second_seconds: Any, duration_seconds: Any) -> np.ndarray:

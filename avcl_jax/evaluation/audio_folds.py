@@ -17,11 +17,12 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 from threadpoolctl import threadpool_limits
 
+from avcl_jax.data.clips import ClipRecords
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.driver import Context, run_protocol
-from avcl_jax.evaluation.features import RecordClips, classical_record_features, record_features
+from avcl_jax.evaluation.features import classical_record_features, open_clips, record_features
 from avcl_jax.evaluation.page import as_text, matrix, section, table
 from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol
 from avcl_jax.evaluation.splits import Split, feature_spec, split_encoders
@@ -209,11 +210,12 @@ def audio_classification(
     )
     first = next(iter(encoders.values()))
 
-    def selected(select: str) -> RecordClips:
-        return RecordClips(
+    def selected(select: str) -> ClipRecords:
+        return open_clips(
+            first,
+            "audio",
             records,
             Selection.parse(select),
-            first.require("audio").preprocess,
             spec,
             labels=[data.label, data.fold_label],
             leave_out=data.leave_out,
@@ -307,7 +309,7 @@ def _fold_names(records: RecordDataset, label: str) -> list[str]:
 def _measured(
     config: ml_collections.ConfigDict,
     results: Mapping[str, FoldResult],
-    clips: RecordClips,
+    clips: ClipRecords,
     labels: np.ndarray,
     folds: np.ndarray,
     class_names: Sequence[str],

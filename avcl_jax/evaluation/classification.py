@@ -12,12 +12,13 @@ import ml_collections
 import numpy as np
 from etils import epath
 
+from avcl_jax.data.clips import ClipRecords
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
 from avcl_jax.encoder_source import EncoderSource
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.driver import Context, run_protocol
-from avcl_jax.evaluation.features import RecordClips, record_features
+from avcl_jax.evaluation.features import open_clips, record_features
 from avcl_jax.evaluation.linear import LinearProbe, fit_probe, held_out_folds, ranked_classes
 from avcl_jax.evaluation.page import as_text, matrix, section, table
 from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol
@@ -161,12 +162,13 @@ def run_linear_probe(
     """
     spec, data = feature_spec(config), config.data
 
-    def clips(source: EncoderSource, records: RecordDataset, selection: Selection) -> RecordClips:
+    def clips(source: EncoderSource, records: RecordDataset, selection: Selection) -> ClipRecords:
         labels = [] if data.label in records.multilabel else [data.label]
-        return RecordClips(
+        return open_clips(
+            source,
+            config.modality,
             records,
             selection,
-            source.require(config.modality).preprocess,
             spec,
             labels=labels,
             leave_out=data.leave_out,
@@ -222,7 +224,7 @@ def run_linear_probe(
     return run_protocol(protocol, config, workdir, splits, compute=compute, measure=measure)
 
 
-def _targets(clips: RecordClips, label: str) -> np.ndarray:
+def _targets(clips: ClipRecords, label: str) -> np.ndarray:
     """Returns the class of each record, int [n], or bool [n, classes] of several."""
     if label in clips.records.multilabel:
         return clips.records.class_matrix(label, clips.indices.tolist())
@@ -248,7 +250,7 @@ def _check_tags(
 
 
 def _measured(
-    splits: Sequence[Split[RecordClips]],
+    splits: Sequence[Split[ClipRecords]],
     label: str,
     tested: Sequence[np.ndarray],
     scores: Mapping[str, Sequence[np.ndarray]],

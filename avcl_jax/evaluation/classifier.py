@@ -26,7 +26,7 @@ from avcl_jax.data.augment import (
     standardize,
     to_unit_range,
 )
-from avcl_jax.data.labelled import AudioClipSpec, ClipSpec
+from avcl_jax.data.clips import AudioClipSpec, ClipSpec
 from avcl_jax.data.preprocessing import VideoPreprocessing
 from avcl_jax.data.spectrogram import log_mel
 from avcl_jax.errors import UserError

@@ -21,10 +21,9 @@ from avcl_jax.data.encode import spectrogram_image, write_mp4
 from avcl_jax.data.images import center_crop, decode_jpegs
 from avcl_jax.data.rendering import RenderSpec, render_views
 from avcl_jax.data.selection import UsableRecords
-from avcl_jax.data.views import FORWARD, Clip
+from avcl_jax.data.views import FORWARD, Clip, fitting_speed
 from avcl_jax.evaluation.page import text
 from avcl_jax.evaluation.retrieval import first_relevant_ranks, nearest
-from avcl_jax.evaluation.views import fitting_speed
 
 Modality = Literal["video", "audio"]
 Side = Modality | Literal["both"]

@@ -1,13 +1,12 @@
 """Features of selected records: clips at fixed times, encoded and pooled, and classical statistics.
 
-Every selected record counts, however short it is: see `data.modality_records`.
+Every selected record counts, however short it is: see `data.clips`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -18,21 +17,13 @@ import numpy as np
 from etils import epath
 
 from avcl_jax.batched import batched_map, cache_key, in_parts, render_all
-from avcl_jax.data.images import CropSpec, center_crop
-from avcl_jax.data.labelled import VideoClipSpec
-from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
-from avcl_jax.data.record_format import Record
+from avcl_jax.data.clips import AudioClipSpec, ClipRecords, VideoClipSpec
+from avcl_jax.data.images import CropSpec
+from avcl_jax.data.preprocessing import VideoPreprocessing
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.rendering import render_video
-from avcl_jax.data.selection import (
-    Modality,
-    ModalityRecords,
-    Selection,
-    has_audio,
-    intervals,
-)
-from avcl_jax.data.spectrogram import gather_windows, log_mel
-from avcl_jax.data.views import FORWARD, Clip, ViewSpec, clip_times
+from avcl_jax.data.selection import Modality, Selection
+from avcl_jax.data.spectrogram import log_mel
+from avcl_jax.data.views import ViewSpec
 from avcl_jax.encoder_source import EncoderSource
 from avcl_jax.errors import UserError
 from avcl_jax.export import Encoder
@@ -89,134 +80,56 @@ class FeatureSpec:
                 )
 
 
-class RecordClips(ModalityRecords):
-    """Random access to the clips of each selected record.
+def open_clips(
+    source: EncoderSource,
+    modality: Modality,
+    records: RecordDataset,
+    selection: Selection,
+    spec: FeatureSpec,
+    *,
+    labels: Sequence[str] = (),
+    leave_out: bool,
+) -> ClipRecords:
+    """Opens selected records with the clips that an encoder takes; reads no record.
 
-    Attributes:
-        modality: modality of the encoder.
+    Args:
+        labels: labels of one class per record, that must be known.
+        leave_out: leave out records without the modality or a label, instead of an error.
+
+    Raises:
+        ExportError: if the encoder lacks the modality.
+        SelectionError: if the selection does not fit the data set, or records lack the modality or
+            a label, or have audio at another rate.
     """
-
-    def __init__(
-        self,
-        records: RecordDataset,
-        selection: Selection,
-        preprocessing: VideoPreprocessing | AudioPreprocessing,
-        spec: FeatureSpec,
-        *,
-        labels: Sequence[str] = (),
-        leave_out: bool,
-    ):
-        """Looks at timelines, which reads no record.
-
-        Args:
-            spec: speeds and number of clips.
-            labels: labels of one class per record, that must be known.
-            leave_out: leave out records without this modality or a label, instead of an error.
-
-        Raises:
-            SelectionError: if the selection does not fit the data set, or records lack the
-                modality or a label, or have audio at another rate.
-        """
-        self._preprocessing, self._features = preprocessing, spec
-        self.modality: Modality = (
-            "video" if isinstance(preprocessing, VideoPreprocessing) else "audio"
+    preprocess = source.require(modality).preprocess
+    clips: VideoClipSpec | AudioClipSpec
+    if isinstance(preprocess, VideoPreprocessing):
+        clips = VideoClipSpec(
+            ViewSpec(preprocess.num_frames, preprocess.clip_seconds, spec.speeds, "shared"),
+            CropSpec(preprocess.image_size, min_area=1.0, flip=False, quarter_turns=False),
         )
-        if isinstance(preprocessing, VideoPreprocessing):
-            views = ViewSpec(
-                preprocessing.num_frames, preprocessing.clip_seconds, spec.speeds, "shared"
-            )
-            crop = CropSpec(preprocessing.image_size, min_area=1.0, flip=False, quarter_turns=False)
-            self._spec = VideoClipSpec(views, crop)
-            rate_hz = None
-        else:
-            mel = preprocessing.log_mel
-            views = ViewSpec(mel.frames, mel.clip_seconds, spec.speeds, "shared")
-            rate_hz = mel.sample_rate_hz
-        self._views = views
-        super().__init__(
-            records,
-            selection,
-            self.modality,
-            sample_rate_hz=rate_hz,
-            labels=labels,
-            leave_out=leave_out,
-        )
-        self._share()
+    else:
+        clips = AudioClipSpec(preprocess.log_mel, spec.speeds)
+    return ClipRecords(records, selection, clips, labels, leave_out, shared_interval=True)
 
-    def _share(self) -> None:
-        """Moves clips into the interval that video and audio share, if a clip fits into it.
 
-        Both modalities are thus encoded at the same times, as in `UsableRecords`.
-        """
-        times = {name: values[self.indices] for name, values in self.records.timelines.items()}
-        starts, ends = zip(*intervals(times).values(), strict=True)
-        start, end = np.maximum(*starts), np.minimum(*ends)
-        both = (times["num_frames"] > 1) & has_audio(times)
-        fits = both & (end - start >= self._views.clip_seconds * min(self._views.speeds) - 1e-6)
-        self._start = np.where(fits, start, self._start)
-        self._end = np.where(fits, end, self._end)
+def rendered_clips(records: ClipRecords, position: int, count: int) -> np.ndarray:
+    """Renders the clips of one record for an encoder.
 
-    @property
-    def identity(self) -> list[Any]:
-        """Everything that decides the clips, as JSON; `fingerprint` lacks the skipped records."""
-        kept = hashlib.sha256(self.indices.tobytes()).hexdigest()
-        spec = self._features
-        return [dataclasses.asdict(self._preprocessing), list(spec.speeds), spec.clips, kept]
+    Args:
+        count: clips at each speed.
 
-    def __getitem__(self, position: int) -> np.ndarray:
-        """Renders the clips of one record, all of one speed after those of another.
-
-        Returns:
-            uint8 [clips, time, size, size, 3], or standardised float32 [clips, frames, mels].
-
-        Raises:
-            RecordError: if the record cannot be read, with its name and shard.
-        """
-        index = int(self.indices[position])
-        record = self.records[index]
-        with self.records.naming_shard(index):
-            return self._render(record, self._clips(position))
-
-    def _clips(self, position: int) -> list[Clip]:
-        clips = []
-        start, end = self.interval(position)
-        for number in range(len(self._features.speeds)):
-            speed = self._fitting(number, end - start)
-            span = self._views.clip_seconds * self._views.speeds[speed]
-            times = clip_times(start, end, span, self._features.clips)
-            clips += [Clip(time, speed, FORWARD) for time in times]
-        return clips
-
-    def _fitting(self, wanted: int, seconds: float) -> int:
-        """Returns the index of the speed to use where the one at `wanted` is asked for."""
-        speeds = self._views.speeds
-        fitting = [n for n, s in enumerate(speeds) if s * self._views.clip_seconds <= seconds]
-        if wanted in fitting or not fitting:
-            return wanted if fitting else 0
-        return max(fitting)
-
-    def _render(self, record: Record, clips: list[Clip]) -> np.ndarray:
-        if self.modality == "video":
-            crop = center_crop(record.height, record.width)
-            return np.stack([render_video(record, clip, crop, self._spec) for clip in clips])
-        assert isinstance(self._preprocessing, AudioPreprocessing)
-        mel = self._preprocessing.log_mel
-        windows = [
-            gather_windows(
-                record.waveform,
-                clip,
-                mel,
-                self._views,
-                audio_start_seconds=record.audio_start_seconds,
-            )
-            for clip in clips
-        ]
-        return np.asarray(log_mel(np.stack(windows), mel))
+    Returns:
+        uint8 [clips, time, size, size, 3], or standardised float32 [clips, frames, mels].
+    """
+    clips = records.fixed(position, clips=count)
+    spec = records.spec
+    return log_mel(clips, spec.log_mel) if isinstance(spec, AudioClipSpec) else clips
 
 
 def record_features(
     networks: Mapping[str, EncoderSource],
-    clips: RecordClips,
+    clips: ClipRecords,
     spec: FeatureSpec,
     *,
     directory: epath.PathLike,
@@ -238,7 +151,7 @@ def record_features(
     Raises:
         UserError: if a feature is not finite, or pooling and modality do not fit.
     """
-    encoders = {name: network.require(clips.modality) for name, network in networks.items()}
+    encoders = {name: network.require(clips.spec.modality) for name, network in networks.items()}
     pool = _pooling(next(iter(encoders.values())), spec.clip_pooling)
 
     def features(params: Any, arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -254,9 +167,10 @@ def record_features(
 
     key = cache_key(
         {name: network.fingerprint for name, network in networks.items()},
-        clips.modality,
         clips.fingerprint,
-        clips.identity,
+        clips.indices.tolist(),  # without those that lack the modality or a label
+        dataclasses.asdict(clips.spec),
+        spec.clips,
         spec.clip_pooling,
         spec.record_pooling,
     )
@@ -270,7 +184,7 @@ def record_features(
     arrays = in_parts(
         epath.Path(directory) / key,
         len(clips),
-        functools.partial(compute, lambda position: {"clips": clips[position]}),
+        functools.partial(compute, lambda row: {"clips": rendered_clips(clips, row, spec.clips)}),
         rows=spec.part_records,
     )
     found = {name: arrays[f"{name}/features"] for name in networks} if arrays else {}
@@ -328,7 +242,7 @@ def _statistics(values: np.ndarray) -> np.ndarray:
 
 
 def classical_record_features(
-    clips: RecordClips, *, threads: int, part_records: int, directory: epath.PathLike
+    clips: ClipRecords, *, threads: int, part_records: int, directory: epath.PathLike
 ) -> dict[str, np.ndarray]:
     """Returns `classical_features` of the records of `clips`, [records, C] of each; in process 0.
 
@@ -337,7 +251,7 @@ def classical_record_features(
     """
 
     def features(position: int) -> Mapping[str, np.ndarray]:
-        record = clips.records[int(clips.indices[position])]
+        record = clips[position]
         return classical_features(record.waveform, record.sample_rate_hz)
 
     key = cache_key("classical", clips.records.fingerprint, clips.indices.tolist())

@@ -25,15 +25,14 @@ from etils import epath
 
 from avcl_jax import experiment
 from avcl_jax.batched import batched_map, cache_key, in_parts
-from avcl_jax.data.images import CropSpec
-from avcl_jax.data.labelled import (
+from avcl_jax.data.clips import (
     AudioClipSpec,
+    ClipRecords,
     ClipSpec,
-    LabelledRecords,
     RenderRandomClips,
     VideoClipSpec,
-    fixed_clips,
 )
+from avcl_jax.data.images import CropSpec
 from avcl_jax.data.pipeline import check_enough, drawn_batches
 from avcl_jax.data.preprocessing import VideoPreprocessing
 from avcl_jax.data.records import RecordDataset
@@ -74,7 +73,7 @@ from avcl_jax.training.state import TrainState
 _NOT_TRAINING = ("test", "bootstrap")
 _PART_RECORDS = 1024  # per file of the tested probabilities
 
-LabelledSplit = Split[LabelledRecords]
+LabelledSplit = Split[ClipRecords]
 
 
 def finetune(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, Any] | None:
@@ -169,9 +168,9 @@ def labelled_splits(
 
     def labelled(
         source: EncoderSource, records: RecordDataset, selection: Selection
-    ) -> LabelledRecords:
+    ) -> ClipRecords:
         spec = clip_spec(config, source.require(config.modality))
-        return LabelledRecords(records, selection, data.label, spec, data.leave_out)
+        return ClipRecords(records, selection, spec, (data.label,), data.leave_out)
 
     splits = open_splits(
         data.directory,
@@ -217,7 +216,7 @@ def run_split(
     encoder = split.encoder.require(config.modality)
     classifier = ClipClassifier(
         encoder=encoder.module.clone(dtype=jnp.dtype(config.model.dtype), remat=config.model.remat),
-        classes=len(split.test.class_names),
+        classes=len(split.test.records.class_names[config.data.label]),
         dropout=config.head.dropout,
         train_statistics=_trains_statistics(config),
     )
@@ -329,7 +328,7 @@ def _trained(
     leaves = zip(jax.tree.leaves(state.params), jax.tree.leaves(mask), strict=True)
     trained = sum(leaf.size for leaf, used in leaves if used)
     writer.note(
-        f"{config.name}, {workdir.name}: {len(train)} records of {len(train.class_names)} classes, "
+        f"{config.name}, {workdir.name}: {len(train)} records of {classifier.classes} classes, "
         f"{trained / 1e6:.3f} M trained parameters, batch {config.global_batch_size}, steps "
         f"{progress.step} to {steps}"
     )
@@ -346,7 +345,7 @@ def _trained(
     state, complete = run_steps(
         state,
         lambda state, batch: step(state, batch, step_key),
-        training_batches(config, number, inputs.spec, train, progress.step),
+        training_batches(config, number, train, progress.step),
         rows=sharding.rows_sharding(mesh),
         pace=Pace(steps, config.log_every, config.checkpoint_every, config.global_batch_size),
         progress=progress,
@@ -362,8 +361,7 @@ def _trained(
 def training_batches(
     config: ml_collections.ConfigDict,
     number: int,
-    spec: ClipSpec,
-    train: LabelledRecords,
+    train: ClipRecords,
     first_step: int,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields local rows of random clips of `train` without end, from a step on."""
@@ -372,7 +370,7 @@ def training_batches(
     return iter(
         drawn_batches(
             len(train),
-            RenderRandomClips(train, spec, shared=section.workers > 0),
+            RenderRandomClips(train, section.label, shared=section.workers > 0),
             seed=seed,
             global_batch_size=config.global_batch_size,
             host=jax.process_index(),
@@ -413,7 +411,7 @@ def predict(
     classifier: ClipClassifier,
     variables: Any,
     inputs: Inputs,
-    source: LabelledRecords,
+    source: ClipRecords,
     *,
     clips: int,
     crops: int,
@@ -439,7 +437,7 @@ def predict(
         chunk=chunk,
         threads=threads,
     )
-    render = functools.partial(fixed_clips, source, spec=inputs.spec, clips=clips, crops=crops)
+    render = functools.partial(source.fixed, clips=clips, crops=crops)
     arrays = in_parts(
         directory / cache_key(clips, crops, source.fingerprint),
         len(source),
@@ -493,8 +491,9 @@ def measured(
         probabilities: float32 [test records, classes] by split.
         workdir: directory with that of each split, which has metrics.jsonl of its training.
     """
-    class_names = splits[0].test.class_names
-    labels = np.concatenate([split.test.classes for split in splits])
+    label = config.data.label
+    class_names = splits[0].test.records.class_names[label]
+    labels = np.concatenate([split.test.classes_of(label) for split in splits])
     scores = np.concatenate([probabilities[split.name] for split in splits])
     number = np.repeat(np.arange(len(splits)), [len(split.test) for split in splits])
     values, metrics = class_scores(scores, labels, number)
@@ -508,7 +507,8 @@ def measured(
         for split in splits
     }
     by_split = [
-        _described(split, probabilities[split.name], curves[split.name][-1]) for split in splits
+        _described(split, label, probabilities[split.name], curves[split.name][-1])
+        for split in splits
     ]
     details: dict[str, Any] = {
         "init": config.init,
@@ -534,11 +534,11 @@ def measured(
 
 
 def _described(
-    split: LabelledSplit, probabilities: np.ndarray, last: Mapping[str, Any]
+    split: LabelledSplit, label: str, probabilities: np.ndarray, last: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Returns a split as JSON; `last` is the last line of its metrics."""
     train, test = split.train, split.test
-    hits = top_k_hits(probabilities, test.classes, 1)
+    hits = top_k_hits(probabilities, test.classes_of(label), 1)
     # Numbers of sources are those of one split of the data set.
     alike = train.records.split == test.records.split
     return described(split) | {
@@ -546,7 +546,7 @@ def _described(
         "test": test.fingerprint,
         "sources_in_both": len({*train.sources} & {*test.sources}) if alike else None,
         "top1": float(hits.mean()),
-        "mean_class_accuracy": class_mean(hits, test.classes),
+        "mean_class_accuracy": class_mean(hits, test.classes_of(label)),
         "steps": last["step"],
         "train_seconds": round(last["train_seconds"], 1),
         "train_loss": last["loss"],

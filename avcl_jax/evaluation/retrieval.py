@@ -22,10 +22,11 @@ from etils import epath
 from sklearn.neighbors import NearestNeighbors
 
 from avcl_jax.batched import cache_key
+from avcl_jax.data.clips import ClipRecords
 from avcl_jax.data.selection import Modality
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.driver import Context, run_protocol
-from avcl_jax.evaluation.features import RecordClips, record_features
+from avcl_jax.evaluation.features import open_clips, record_features
 from avcl_jax.evaluation.page import section, table
 from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol
 from avcl_jax.evaluation.splits import (
@@ -321,10 +322,11 @@ def video_retrieval(
         config.encoder,
         "video",
         {"split": (side("gallery"), side("query"))},
-        lambda source, records, selection: RecordClips(
+        lambda source, records, selection: open_clips(
+            source,
+            "video",
             records,
             selection,
-            source.require("video").preprocess,
             spec,
             labels=[data.label],
             leave_out=data.leave_out,
@@ -398,7 +400,7 @@ def video_retrieval(
     return run_protocol(VIDEO_RETRIEVAL, config, workdir, [split], compute=compute, measure=measure)
 
 
-def _described(clips: RecordClips, row: int, ids: np.ndarray, classes: Sequence[str]) -> str:
+def _described(clips: ClipRecords, row: int, ids: np.ndarray, classes: Sequence[str]) -> str:
     return f"{clips.record_ids[row]} ({classes[int(ids[row])]})"
 
 

@@ -21,11 +21,9 @@ from avcl_jax.data.selection import Selection, UsableRecords
 from avcl_jax.data.views import (
     FORWARD,
     Clip,
-    Timeline,
-    ViewSpec,
-    clip_times,
     draw_views,
     feasible_speeds,
+    fixed_clips,
 )
 from avcl_jax.encoder_source import EncoderSource, heads_digest, source_of_run
 from avcl_jax.errors import UserError
@@ -121,12 +119,6 @@ def open_run(config: ml_collections.ConfigDict) -> tuple[PretrainedRun, UsableRe
     return run, records
 
 
-def fitting_speed(timeline: Timeline, wanted: int, views: ViewSpec) -> int:
-    """Returns the index of the feasible speed that is nearest to the one at `wanted`."""
-    feasible = feasible_speeds(timeline, views)
-    return min(feasible, key=lambda speed: abs(speed - wanted))
-
-
 def fixed_views(
     source: UsableRecords,
     position: int,
@@ -148,13 +140,7 @@ def fixed_views(
         As `render_views`, plus `describe`, with len(speeds) * views_per_speed views.
     """
     index, record, use = source[position]
-    clips = []
-    for speed in (fitting_speed(use.timeline, wanted, spec.views) for wanted in speeds):
-        span = spec.views.clip_seconds * spec.views.speeds[speed]
-        starts = clip_times(
-            use.timeline.start_seconds, use.timeline.end_seconds, span, views_per_speed
-        )
-        clips += [Clip(start, speed, direction) for start in starts]
+    clips = fixed_clips(use.timeline, spec.views, speeds, views_per_speed, direction)
     crop = center_crop(max(record.height, 1), max(record.width, 1))
     arrays = render_views(record, use, clips, clips, [crop] * len(clips), spec)
     # Views of a record are averaged, so that it has audio even if some of them are silent.

@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 
 from avcl_jax import experiment
-from avcl_jax.data.labelled import LabelledRecords, fixed_clips
+from avcl_jax.data.clips import ClipRecords
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
 from avcl_jax.errors import UserError
@@ -46,8 +46,8 @@ def test_the_prediction_is_the_mean_softmax_over_ten_clips(tmp_path):
         encoder.preprocess,
         (experiment.photometric_spec(config), experiment.spectral_spec(config)),
     )
-    source = LabelledRecords(
-        RecordDataset(records, "all"), Selection.parse("split1=unused"), "shuffled", spec, False
+    source = ClipRecords(
+        RecordDataset(records, "all"), Selection.parse("split1=unused"), spec, ("shuffled",)
     )
     classifier = ClipClassifier(encoder.module, 3, 0.5, True)
     rng = np.random.default_rng(0)
@@ -73,7 +73,7 @@ def test_the_prediction_is_the_mean_softmax_over_ten_clips(tmp_path):
     assert found.shape == (24, 3)
     encode = jax.jit(encoder.apply)
     for position in (0, 1, 23):
-        clips = fixed_clips(source, position, spec, clips=10, crops=1)
+        clips = source.fixed(position, clips=10)
         features = np.asarray(encode(encoder.params, clips))
         assert features.shape == (10, 12)
         by_hand = softmax(features @ head["kernel"] + head["bias"]).mean(axis=0)

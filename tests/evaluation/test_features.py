@@ -15,7 +15,7 @@ from avcl_jax.data.selection import Selection, SelectionError, UsableRecords
 from avcl_jax.data.views import FORWARD
 from avcl_jax.encoder_source import open_encoders, random_like
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.features import FeatureSpec, RecordClips, record_features
+from avcl_jax.evaluation.features import FeatureSpec, open_clips, record_features, rendered_clips
 from avcl_jax.evaluation.views import fixed_views
 from tests.evaluation.conftest import CLASS_NAMES, small_record, sound_record, write_records
 
@@ -27,14 +27,19 @@ def source(small_run):
     return open_encoders(small_run[1])
 
 
-def _clips(directory, source, modality, *, split="test", speeds=(1, 2), clips=2, **options):
-    return RecordClips(
+def _clips(directory, source, modality, *, split="test", speeds=(1, 2), **options):
+    return open_clips(
+        source,
+        modality,
         RecordDataset(directory, split),
         Selection.parse(options.get("select", "")),
-        source.require(modality).preprocess,
-        dataclasses.replace(MEAN, speeds=speeds, clips=clips),
+        dataclasses.replace(MEAN, speeds=speeds),
         leave_out=options.get("leave_out", False),
     )
+
+
+def _render(clips, position, count=2):
+    return rendered_clips(clips, position, count)
 
 
 def _features(source, clips, spec, directory):
@@ -53,7 +58,7 @@ def test_clips_are_those_that_the_training_pipeline_renders(
     expected = fixed_views(usable, 3, spec, speeds=(0, 1), views_per_speed=2, direction=FORWARD)[
         array
     ]
-    np.testing.assert_array_equal(_clips(small_records, source, modality)[3], expected)
+    np.testing.assert_array_equal(_render(_clips(small_records, source, modality), 3), expected)
 
 
 def test_silent_audio_does_not_move_the_clips_of_a_video(small_run, source, tmp_path):
@@ -63,7 +68,7 @@ def test_silent_audio_does_not_move_the_clips_of_a_video(small_run, source, tmp_
     spec = dataclasses.replace(experiment.render_spec(small_run[0]), spectrogram_on_device=False)
     usable = UsableRecords(RecordDataset(directory, "test"), spec)
     views = fixed_views(usable, 0, spec, speeds=(0, 1), views_per_speed=2, direction=FORWARD)
-    np.testing.assert_array_equal(_clips(directory, source, "video")[0], views["video"])
+    np.testing.assert_array_equal(_render(_clips(directory, source, "video"), 0), views["video"])
 
 
 @pytest.mark.parametrize("modality", ["video", "audio"])
@@ -71,7 +76,7 @@ def test_features_do_not_depend_on_batches_and_parts(small_records, source, moda
     clips = _clips(small_records, source, modality)
     found = _features(source, clips, MEAN, tmp_path)
     encoder = source.require(modality)
-    each = [np.asarray(encoder.apply(encoder.params, clips[n])) for n in range(len(clips))]
+    each = [np.asarray(encoder.apply(encoder.params, _render(clips, n))) for n in range(len(clips))]
     np.testing.assert_allclose(found, [rows.mean(axis=0) for rows in each], atol=1e-5)
     by_clip = dataclasses.replace(MEAN, record_pooling="clips", chunk=16)
     rows = _features(source, clips, by_clip, tmp_path)
@@ -84,14 +89,14 @@ def test_features_do_not_depend_on_batches_and_parts(small_records, source, moda
 
 def test_pooling_of_maps(small_records, source, tmp_path):
     encoder = source.require("audio")
-    clips = _clips(small_records, source, "audio", clips=1, speeds=(1,), select="motion=down")
-    maps = np.asarray(encoder.apply(encoder.params, clips[0], pooled=False))[0]
+    clips = _clips(small_records, source, "audio", speeds=(1,), select="motion=down")
+    maps = np.asarray(encoder.apply(encoder.params, _render(clips, 0, 1), pooled=False))[0]
     expected = {
         "mean_max": maps.mean(axis=1),
         "bands_mean_max": maps.reshape(len(maps), -1),
     }
     for kind, over_time in expected.items():
-        spec = dataclasses.replace(MEAN, clip_pooling=kind)
+        spec = dataclasses.replace(MEAN, clips=1, clip_pooling=kind)
         found = _features(source, clips, spec, tmp_path)[0]
         wanted = np.concatenate([over_time.mean(axis=0), over_time.max(axis=0)])
         np.testing.assert_allclose(found, wanted, atol=1e-5)
@@ -165,12 +170,12 @@ def test_features_that_are_not_finite_are_refused(small_records, source, tmp_pat
 def test_what_is_shorter_than_a_clip_is_shown_and_then_silent(fold_records, source):
     clips = _clips(fold_records, source, "audio", split="all")
     short = clips.record_ids.index("0-0-0")  # 0.2 s; a clip is 0.25 s at speed 1
-    rendered = clips[short]
+    rendered = _render(clips, short)
     np.testing.assert_array_equal(rendered, np.broadcast_to(rendered[0], rendered.shape))
     silence = (np.log(1e-6) + 7.0) / 3.0
     np.testing.assert_allclose(rendered[:, -1], silence, atol=1e-5)
     assert (rendered[:, 0] > silence + 0.5).any()
-    long = clips[clips.record_ids.index("0-0-1")]
+    long = _render(clips, clips.record_ids.index("0-0-1"))
     assert not np.array_equal(long[0], long[2])  # the second speed fits here
 
 

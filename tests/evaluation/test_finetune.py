@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from avcl_jax.data.labelled import LabelledRecords
+from avcl_jax.data.clips import ClipRecords
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection, SelectionError
 from avcl_jax.encoder_source import open_encoders
@@ -100,8 +100,8 @@ def test_no_test_record_is_read_before_the_last_step(tuned, records):
 
 def test_training_batches_hold_every_training_record_and_no_other(tuned, records, encoders):
     config = toy_config(records, encoders)
-    (split,), spec = labelled_splits(config)
-    batches = training_batches(config, 1, spec, split.train, 0)
+    (split,), _ = labelled_splits(config)
+    batches = training_batches(config, 1, split.train, 0)
     drawn = np.concatenate([next(batches)["record_index"] for _ in range(8)])
     assert set(drawn.tolist()) == in_split(records, "train")
     assert not set(drawn.tolist()) & in_split(records, "test")
@@ -307,11 +307,11 @@ def test_records_without_class_or_sound_can_be_left_out(records, encoders):
     audio = clip_spec(
         toy_config(records, encoders, preset="demo_audio"), open_encoders(encoders).require("audio")
     )
-    source = LabelledRecords(data, Selection(), "class", audio, True)
+    source = ClipRecords(data, Selection(), audio, ("class",), True)
     lacking = [i for i in range(COUNT) if i % 32 == 7 or i % 16 == 15]
     assert sorted(set(range(COUNT)) - set(source.indices.tolist())) == lacking
     assert source.left_out == len(lacking)
-    assert (source.classes == source.indices % 3).all()
+    assert (source.classes_of("class") == source.indices % 3).all()
 
 
 @pytest.mark.slow

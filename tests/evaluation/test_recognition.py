@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
-from avcl_jax.data.labelled import LabelledRecords, VideoClipSpec
+from avcl_jax.data.clips import ClipRecords, VideoClipSpec
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
 from avcl_jax.encoder_source import EncoderSource
@@ -32,23 +32,25 @@ def make_splits(records, directory, classes=None):
     """Two splits, their probabilities and a directory with lines of their training."""
     spec = object.__new__(VideoClipSpec)  # no clip is rendered
     data = RecordDataset(records, "all")
+    if classes is not None:
+        data.class_names = data.class_names | {"class": classes}
     rng = np.random.default_rng(0)
     splits, probabilities = [], {}
     for number in (1, 2):
         train, test = (
-            LabelledRecords(data, Selection.parse(f"split{number}={part}"), "class", spec, False)
+            ClipRecords(data, Selection.parse(f"split{number}={part}"), spec, ("class",))
             for part in ("train", "test")
         )
-        if classes is not None:
-            test.class_names = classes
         name = f"split{number}"
         rows = [
             {"step": s, "loss": 1 / s, "accuracy": 0.1 * s, "train_seconds": s} for s in (1, 2, 3)
         ]
         (directory / name).mkdir()
         (directory / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        logits = rng.normal(size=(len(test), len(test.class_names)))
-        logits[np.arange(len(test)), test.classes] += number  # the second split is easier
+        logits = rng.normal(size=(len(test), len(data.class_names["class"])))
+        logits[np.arange(len(test)), test.classes_of("class")] += (
+            number  # the second split is easier
+        )
         splits.append(Split(name, ENCODER, test, train))
         probabilities[name] = np.exp(logits)
     return splits, probabilities
@@ -62,7 +64,7 @@ def test_metrics_are_means_over_splits(records, tmp_path):
         protocol_of(config), config, epath.Path(tmp_path / "out"), ENCODER, {"train": "a"}
     )
     results = run.write(measured(config, splits, probabilities, epath.Path(tmp_path)), Stages())
-    truth = {split.name: split.test.classes for split in splits}
+    truth = {split.name: split.test.classes_of("class") for split in splits}
     predicted = {name: values.argmax(axis=1) for name, values in probabilities.items()}
     top1 = [np.mean(predicted[name] == truth[name]) for name in truth]
     balanced = [balanced_accuracy_score(truth[name], predicted[name]) for name in truth]
@@ -86,7 +88,7 @@ def test_top_5_is_that_of_scikit_learn(records, tmp_path):
     hits, number = found.outcomes.values["top5"], found.outcomes.values["split"]
     for place, split in enumerate(splits):
         expected = top_k_accuracy_score(
-            split.test.classes, probabilities[split.name], k=5, labels=np.arange(40)
+            split.test.classes_of("class"), probabilities[split.name], k=5, labels=np.arange(40)
         )
         assert hits[number == place].mean() == pytest.approx(expected)
     assert found.metrics["top5"].chance == pytest.approx(5 / 40)

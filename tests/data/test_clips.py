@@ -1,4 +1,4 @@
-"""Clips of labelled records: which times and crops, and what happens at the ends."""
+"""Clips of selected records: which times and crops, and what happens at the ends."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from avcl_jax.data.images import Crop, CropSpec, crops_along
-from avcl_jax.data.labelled import (
+from avcl_jax.data.clips import (
     AudioClipSpec,
-    LabelledRecords,
+    ClipRecords,
     RenderRandomClips,
     VideoClipSpec,
-    fixed_clips,
 )
+from avcl_jax.data.images import Crop, CropSpec, crops_along
 from avcl_jax.data.pipeline import drawn_batches
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
 from avcl_jax.data.spectrogram import LogMelSpec
-from avcl_jax.data.views import ViewSpec
+from avcl_jax.data.views import FORWARD, Clip, ViewSpec
 from tests.data.synthetic_records import make_record, write_records
 
 FPS, COUNT = 10.0, 30
@@ -50,8 +49,8 @@ def records(tmp_path_factory):
     return RecordDataset(write_records(tmp_path_factory.mktemp("l") / "r", made, shards=1), "train")
 
 
-def labelled(records, spec) -> LabelledRecords:
-    return LabelledRecords(records, Selection(), "motion", spec, False)
+def clips_of(records, spec) -> ClipRecords:
+    return ClipRecords(records, Selection(), spec, ("motion",))
 
 
 def shown(clips: np.ndarray) -> list[list[int]]:
@@ -60,25 +59,25 @@ def shown(clips: np.ndarray) -> list[list[int]]:
 
 
 def test_fixed_clips_lie_at_equal_distances_from_the_first_to_the_last(records):
-    clips = fixed_clips(labelled(records, VIDEO), 0, VIDEO, clips=6, crops=1)
+    clips = clips_of(records, VIDEO).fixed(0, clips=6, crops=1)
     assert shown(clips) == [[n, n + 1, n + 2, n + 3, n + 4] for n in (0, 5, 10, 15, 20, 25)]
-    (middle,) = fixed_clips(labelled(records, VIDEO), 0, VIDEO, clips=1, crops=1)
+    (middle,) = clips_of(records, VIDEO).fixed(0, clips=1, crops=1)
     assert shown(middle[None])[0][0] in (12, 13)
 
 
 def test_the_last_picture_of_a_short_record_stays(records):
-    clips = fixed_clips(labelled(records, VIDEO), 1, VIDEO, clips=2, crops=1)
+    clips = clips_of(records, VIDEO).fixed(1, clips=2, crops=1)
     assert shown(clips) == [[0, 1, 2, 2, 2]] * 2
 
 
 def test_sound_lies_where_the_pictures_do_and_silence_follows(records):
-    source = labelled(records, AUDIO)
-    clips = fixed_clips(source, 0, AUDIO, clips=6, crops=1)
+    source = clips_of(records, AUDIO)
+    clips = source.fixed(0, clips=6, crops=1)
     assert clips.shape == (6, 10, 800)
     assert clips.reshape(6, -1)[:, 0].tolist() == [
         np.int16(n * 8000 + 1).item() for n in range(4)
     ] + [np.int64(n * 8000 + 1).astype(np.int16).item() for n in (4, 5)]
-    short = fixed_clips(source, 1, AUDIO, clips=1, crops=1).ravel()
+    short = source.fixed(1, clips=1, crops=1).ravel()
     np.testing.assert_array_equal(short, [*range(1, 4801), *[0] * 3200])
 
 
@@ -89,16 +88,16 @@ def test_crops_stand_along_the_longer_side():
 
 
 def test_ten_times_three_crops_are_clip_by_clip(records):
-    clips = fixed_clips(labelled(records, VIDEO), 0, VIDEO, clips=2, crops=3)
+    clips = clips_of(records, VIDEO).fixed(0, clips=2, crops=3)
     assert [row[0] for row in shown(clips)] == [0, 0, 0, 25, 25, 25]
 
 
 def batches(records, seed, first_step=0, workers=0):
-    source = labelled(records, VIDEO)
+    source = clips_of(records, VIDEO)
     return iter(
         drawn_batches(
             len(source),
-            RenderRandomClips(source, VIDEO, shared=workers > 0),
+            RenderRandomClips(source, "motion", shared=workers > 0),
             seed=seed,
             global_batch_size=2,
             host=0,
@@ -136,7 +135,7 @@ def test_a_crop_is_the_same_in_all_pictures_of_a_clip():
     rng = np.random.default_rng(0)
     clips = np.empty((4, *VIDEO.shape), np.uint8)
     for clip in clips:
-        VIDEO.random(still, 0.0, rng, clip)
+        VIDEO.random(still, Clip(0.0, 0, FORWARD), rng, clip)
         assert (clip == clip[:1]).all()
     small = [cv2.resize(clip[0], (4, 4)).astype(int) for clip in clips]
     assert any(np.abs(small[0] - other).max() > 5 for other in small[1:])

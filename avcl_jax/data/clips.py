@@ -1,0 +1,202 @@
+"""Clips of selected records, of one modality, at fixed or random times.
+
+Unlike a view of pretraining (`views`), a clip may be longer than its record and may show a frame
+twice: the last frame stays, silence follows the audio.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import grain
+import numpy as np
+
+from avcl_jax.data.images import CropSpec, crops_along, random_crop
+from avcl_jax.data.pipeline import Draw
+from avcl_jax.data.record_format import Record
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.rendering import render_video
+from avcl_jax.data.selection import Modality, ModalityRecords, Selection, has_audio, intervals
+from avcl_jax.data.spectrogram import LogMelSpec, gather_windows
+from avcl_jax.data.views import FORWARD, Clip, Timeline, ViewSpec, clip_times, fixed_clips
+from avcl_jax.data.workers import empty_batch
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoClipSpec:
+    """Video clips: timing and spatial crop."""
+
+    views: ViewSpec
+    crop: CropSpec
+    modality: ClassVar[Modality] = "video"
+    dtype: ClassVar[str] = "uint8"
+    sample_rate_hz: ClassVar[None] = None
+
+    @property
+    def video_shape(self) -> tuple[int, int, int, int]:
+        """Shape of a clip: [time, height, width, 3]."""
+        return self.views.num_frames, self.crop.image_size, self.crop.image_size, 3
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a clip."""
+        return self.video_shape
+
+    def random(self, record: Record, clip: Clip, rng: np.random.Generator, out: np.ndarray) -> None:
+        """Renders into uint8 [time, size, size, 3], cropped and mirrored alike in all frames."""
+        crop = random_crop(rng, record.height, record.width, self.crop)
+        render_video(record, clip, crop, self, out)
+
+    def fixed(self, record: Record, clip: Clip, crops: int) -> list[np.ndarray]:
+        """Returns `crops` clips uint8 [time, size, size, 3] of one time."""
+        places = crops_along(record.height, record.width, crops)
+        return [render_video(record, clip, crop, self) for crop in places]
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioClipSpec:
+    """Audio clips: windows of samples, for the spectrogram `log_mel`."""
+
+    log_mel: LogMelSpec
+    speeds: tuple[int, ...] = (1,)
+    modality: ClassVar[Modality] = "audio"
+    dtype: ClassVar[str] = "int16"
+
+    @property
+    def views(self) -> ViewSpec:
+        """Timing of a clip."""
+        return ViewSpec(self.log_mel.frames, self.log_mel.clip_seconds, self.speeds, "shared")
+
+    @property
+    def sample_rate_hz(self) -> int:
+        """Required rate of audio."""
+        return self.log_mel.sample_rate_hz
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a clip: [frames, window]."""
+        return self.log_mel.frames, self.log_mel.window
+
+    def random(self, record: Record, clip: Clip, rng: np.random.Generator, out: np.ndarray) -> None:
+        """Renders into int16 [frames, window]; nothing but the time is drawn."""
+        (out[...],) = self.fixed(record, clip, 1)
+
+    def fixed(self, record: Record, clip: Clip, crops: int) -> list[np.ndarray]:
+        """Returns one clip int16 [frames, window]; audio has no crops."""
+        start = record.audio_start_seconds
+        windows = gather_windows(
+            record.waveform, clip, self.log_mel, self.views, audio_start_seconds=start
+        )
+        return [windows]
+
+
+ClipSpec = VideoClipSpec | AudioClipSpec
+
+
+class ClipRecords(ModalityRecords, grain.sources.RandomAccessDataSource):
+    """Random access to selected records that have a modality, and to their clips."""
+
+    def __init__(
+        self,
+        records: RecordDataset,
+        selection: Selection,
+        spec: ClipSpec,
+        labels: Sequence[str] = (),
+        leave_out: bool = False,
+        shared_interval: bool = False,
+    ):
+        """Looks at labels and timelines, which reads no record; arguments as for `ModalityRecords`.
+
+        Args:
+            spec: clips.
+            shared_interval: place clips in the interval that video and audio share if one fits
+                into it, so that both modalities are seen at the same times, as in `UsableRecords`.
+
+        Raises:
+            SelectionError: if the selection does not fit the data set, or records lack the
+                modality or a label, or have audio at another rate, and `leave_out` is False.
+        """
+        super().__init__(
+            records,
+            selection,
+            spec.modality,
+            sample_rate_hz=spec.sample_rate_hz,
+            labels=labels,
+            leave_out=leave_out,
+        )
+        self.spec = spec
+        self._arguments = (records, selection, spec, labels, leave_out, shared_interval)
+        if shared_interval:
+            self._share_interval()
+
+    def _share_interval(self) -> None:
+        views, times = self.spec.views, self._timelines()
+        starts, ends = zip(*intervals(times).values(), strict=True)
+        start, end = np.maximum(*starts), np.minimum(*ends)
+        both = (times["num_frames"] > 1) & has_audio(times)
+        fits = both & (end - start >= views.clip_seconds * min(views.speeds) - 1e-6)
+        self._start = np.where(fits, start, self._start)
+        self._end = np.where(fits, end, self._end)
+
+    def __getitem__(self, position: int) -> Record:
+        """Reads one record."""
+        return self.records[int(self.indices[position])]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles what it is made from: workers would receive a million numbers through a pipe."""
+        return ClipRecords, self._arguments
+
+    def fixed(self, position: int, *, clips: int, crops: int = 1) -> np.ndarray:
+        """Renders clips of a record at equal distances from first to last start, at every speed.
+
+        Args:
+            position: place of the record.
+            clips: number of times at each speed.
+            crops: number of crops at each time; one is centred, more lie along the longer side.
+
+        Returns:
+            [speeds * clips * crops, ...], all of one speed after those of another.
+
+        Raises:
+            RecordError: if the record cannot be read, with its name and shard.
+        """
+        views, record = self.spec.views, self[position]
+        timeline = Timeline(*self.interval(position), frame_gap_seconds=0.0)
+        times = fixed_clips(timeline, views, range(len(views.speeds)), clips)
+        with self.records.naming_shard(int(self.indices[position])):
+            return np.stack([c for time in times for c in self.spec.fixed(record, time, crops)])
+
+
+@dataclasses.dataclass(frozen=True)
+class RenderRandomClips:
+    """Renders one clip per drawn record, at a random time, straight into the batch.
+
+    If `shared`, clips are a `SharedArray`, to be received by another process.
+    """
+
+    source: ClipRecords
+    label: str
+    shared: bool
+
+    def __call__(self, draws: Sequence[Draw]) -> dict[str, Any]:
+        """Returns `clips` [rows, ...], `label` and `record_index` int32 [rows].
+
+        Raises:
+            RecordError: if one cannot be read, with its name and shard.
+        """
+        source, spec = self.source, self.source.spec
+        sent, clips = empty_batch((len(draws), *spec.shape), spec.dtype, shared=self.shared)
+        for draw, out in zip(draws, clips, strict=True):
+            first, last = clip_times(*source.interval(draw.position), spec.views.clip_seconds, 2)
+            clip = Clip(float(draw.rng.uniform(first, last)), 0, FORWARD)
+            record = source[draw.position]
+            with source.records.naming_shard(int(source.indices[draw.position])):
+                spec.random(record, clip, draw.rng, out)
+        rows = source.indices[[draw.position for draw in draws]]
+        return {
+            "clips": sent,
+            "label": source.records.labels[self.label][rows].astype(np.int32),
+            "record_index": rows.astype(np.int32),
+        }
