@@ -104,9 +104,8 @@ _LEAST = {
 _COSTS = (
     "probe.costs",
     "evaluation.probe.costs",
-    "evaluation.costs",
-    "evaluation.classical_costs",
-    "evaluation.classical_linear_costs",
+    "baselines.classical_costs",
+    "baselines.classical_linear_costs",
 )
 
 

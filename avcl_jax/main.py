@@ -85,7 +85,6 @@ _TASKS = {
     "video_retrieval": "avcl_jax.evaluation.retrieval:video_retrieval",
     "audio_video_retrieval": "avcl_jax.evaluation.retrieval:audio_video_retrieval",
     "linear_probe": "avcl_jax.evaluation.classification:run_linear_probe",
-    "audio_classification": "avcl_jax.evaluation.audio_folds:audio_classification",
     "temporal_tasks": "avcl_jax.evaluation.temporal:temporal_tasks",
     "fingerprint": "avcl_jax.fingerprint.benchmark.protocol:fingerprinting",
     "ablation": "avcl_jax.evaluation.ablation:ablate",

@@ -8,7 +8,7 @@
         --config.bank.size=0
 
 For every seed and official fold a run of `configs/pretrain.py:esc10` on the other four folds, then
-`configs/audio_classification.py:esc10` on all of them: every file is tested by an encoder and a
+`configs/linear_probe.py:esc10` on all of them: every file is tested by an encoder and a
 classifier that never met it. Beside it a random encoder and classical features on the same files.
 With every file as a class of its own: how often the first view of a file that the encoder never met
 finds the last one among those of all 400 files, by the embedding and by the mean level alone.
@@ -72,7 +72,7 @@ def classify(
 ) -> dict[str, Any]:
     """Runs the protocol for an encoder, or one for each fold, and returns its results."""
     _main(
-        "configs/audio_classification.py:esc10",
+        "configs/linear_probe.py:esc10",
         workdir,
         f"--config.data.directory={records}",
         f"--config.encoder={encoder}",
@@ -88,8 +88,12 @@ def _main(config: str, workdir: Path, *options: str) -> None:
     subprocess.run([*command, *options], check=True)
 
 
-def _accuracy(results: Mapping[str, Any], name: str = "accuracy") -> float:
+def _accuracy(results: Mapping[str, Any], name: str = "top1") -> float:
     return results["metrics"][name]["value"]
+
+
+def _by_fold(results: Mapping[str, Any]) -> list[float]:
+    return [split["chosen"]["encoder"]["top1"] for split in results["details"]["splits"]]
 
 
 def _minutes(workdir: Path) -> float:
@@ -125,10 +129,10 @@ def folds_rows(
         for seed in seeds
     ]
     accuracies = [_accuracy(found) for found in results]
-    randoms = [_accuracy(found, "accuracy_random") for found in results]
+    randoms = [_accuracy(found, "top1_random") for found in results]
     gains = [a - b for a, b in zip(accuracies, randoms, strict=True)]
     classical = {
-        name: _accuracy(results[0], f"accuracy_{name}")
+        name: _accuracy(results[0], f"top1_{name}")
         for name in ("mfcc_rbf", "log_mel_rbf", "log_mel_linear")
     }
     minutes = [
@@ -138,9 +142,9 @@ def folds_rows(
     detail = {
         "by_seed": accuracies,
         "intervals": [
-            [found["metrics"]["accuracy"][end] for end in ("low", "high")] for found in results
+            [found["metrics"]["top1"][end] for end in ("low", "high")] for found in results
         ],
-        "by_fold": [found["details"]["by_fold"]["encoder"]["fold_accuracy"] for found in results],
+        "by_fold": [_by_fold(found) for found in results],
         "random": randoms,
         "classical": classical,
         "options": list(options),
@@ -170,7 +174,7 @@ def folds_rows(
 def demo_row(workdir: Path, records: Path, demo: Path) -> Row:
     """The audio encoder of the demo, which heard rendered sounds only."""
     found = classify(workdir / "demo", records, encoder=str(demo), seed=0)
-    figure = found["metrics"]["accuracy"]
+    figure = found["metrics"]["top1"]
     detail = {"interval": [figure["low"], figure["high"]], "encoder": found["encoder"]}
     return Row("esc10_demo_encoder", figure["value"], "share", None, detail)
 
@@ -214,7 +218,7 @@ def long_row(workdir: Path, records: Path, *, steps: int, fold: str) -> Row:
             seed=0,
             options=("--config.data.allow_trained_on=True",),
         )
-        return found["details"]["by_fold"]["encoder"]["fold_accuracy"][place]
+        return _by_fold(found)[place]
 
     run = workdir / f"long{steps}/fold{fold}"
     accuracy = tested(run, workdir / f"long{steps}/classified", longer)

@@ -35,6 +35,7 @@ def base(task: str, name: str) -> ml_collections.ConfigDict:
 def linear_probe() -> ml_collections.ConfigDict:
     """Settings of the linear probe, `evaluation.linear.fit_probe`."""
     p = ml_collections.ConfigDict()
+    p.classifier = "logistic"  # or "svm": a linear support vector machine
     p.costs = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # candidates for C
     p.folds = 5  # of the training sources, by which C is chosen
     p.iterations = 500

@@ -25,7 +25,6 @@ from avcl_jax.evaluation.driver import ProtocolRun
 from avcl_jax.evaluation.retrieval import VIDEO_RETRIEVAL
 from avcl_jax.training import loop
 from configs import (
-    audio_classification,
     cross_modal,
     evaluate,
     export,
@@ -114,11 +113,19 @@ def test_what_evaluates_a_run_repeats_none_of_its_settings(preset):
             ("demo", "records", "vggsound", "audioset", "kinetics600"),
         ),
         (temporal, "temporal_tasks", ("demo", "records")),
-        (audio_classification, "audio_classification", ("esc10", "esc50")),
         (
             linear_probe,
             "linear_probe",
-            ("demo", "demo_audio", "ucf101", "hmdb51", "kinetics400", "vggsound", "audioset"),
+            (
+                "demo",
+                "demo_audio",
+                "ucf101",
+                "hmdb51",
+                "kinetics400",
+                "vggsound",
+                "audioset",
+                "esc10",
+            ),
         ),
     ],
 )
@@ -163,7 +170,7 @@ def test_presets_of_protocols_build_under_their_own_names(module, task, presets)
         (pretrain, "mesh.fsdp", 0),
         (import_weights, "spectrogram.mels", -1),
         (evaluate, "evaluation.probe.costs", ()),
-        (audio_classification, "evaluation.classical_costs", (-1.0,)),
+        (linear_probe, "baselines.classical_costs", (-1.0,)),
         (evaluate, "bootstrap.resamples", 0),
     ],
 )

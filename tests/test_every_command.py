@@ -108,9 +108,8 @@ COMMANDS = {
     ),
 }
 PROTOCOLS = [name for name, command in COMMANDS.items() if command.encoder]
-# They translate weights that PyTorch code trained, or need official folds, of which there are none
-# here: see tests/test_import_weights.py and tests/evaluation/test_audio_folds.py.
-NOT_OF_THE_DEMO = {"import_weights.py", "export_weights.py", "audio_classification.py"}
+# They translate weights that PyTorch code trained: see tests/test_import_weights.py.
+NOT_OF_THE_DEMO = {"import_weights.py", "export_weights.py"}
 
 
 @dataclasses.dataclass

@@ -6,6 +6,7 @@ twice: the last frame stays, silence follows the audio.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -132,13 +133,19 @@ class ClipRecords(ModalityRecords, grain.sources.RandomAccessDataSource):
             self._share_interval()
 
     def _share_interval(self) -> None:
-        views, times = self.spec.views, self._timelines()
+        views, times = self.spec.views, self.records.timelines
         starts, ends = zip(*intervals(times).values(), strict=True)
         start, end = np.maximum(*starts), np.minimum(*ends)
         both = (times["num_frames"] > 1) & has_audio(times)
         fits = both & (end - start >= views.clip_seconds * min(views.speeds) - 1e-6)
         self._start = np.where(fits, start, self._start)
         self._end = np.where(fits, end, self._end)
+
+    def joined(self, others: Sequence[ClipRecords]) -> ClipRecords:
+        """Returns the records of these and of others of the same data set, each once."""
+        together = copy.copy(self)
+        together.indices = np.unique(np.concatenate([some.indices for some in (self, *others)]))
+        return together
 
     def __getitem__(self, position: int) -> Record:
         """Reads one record."""

@@ -243,7 +243,7 @@ class ModalityRecords(SelectedRecords):
                 f"records of {self} have audio at {wrong[0]} Hz, the encoder takes "
                 f"{sample_rate_hz} Hz: prepare again with --sample-rate {sample_rate_hz}"
             )
-        self._start, self._end = intervals(times)[modality]
+        self._start, self._end = intervals(records.timelines)[modality]
 
     def classes_of(self, label: str) -> np.ndarray:
         """Returns the class of each record, int64 [n]."""
@@ -251,7 +251,8 @@ class ModalityRecords(SelectedRecords):
 
     def interval(self, position: int) -> tuple[float, float]:
         """Returns start and end of the modality in a record, seconds."""
-        return float(self._start[position]), float(self._end[position])
+        index = self.indices[position]
+        return float(self._start[index]), float(self._end[index])
 
 
 class UsableRecords(SelectedRecords, grain.sources.RandomAccessDataSource):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -129,29 +130,30 @@ def rendered_clips(records: ClipRecords, position: int, count: int) -> np.ndarra
 
 def record_features(
     networks: Mapping[str, EncoderSource],
-    clips: ClipRecords,
+    sides: Sequence[ClipRecords],
     spec: FeatureSpec,
     *,
     directory: epath.PathLike,
-) -> dict[str, np.ndarray]:
-    """Returns features of all records of `clips` by several encoders; each record is rendered once.
+) -> list[dict[str, np.ndarray]]:
+    """Returns features by several encoders; each record is rendered and encoded once.
 
     Every host computes its parts on its own devices; existing parts in `directory` are reused.
 
     Args:
         networks: encoders of one architecture and preprocessing, by name.
-        clips: clips of the selected records.
+        sides: selected records, for instance those of training and test of several splits.
         spec: pooling and batches.
         directory: directory of the cache: that of the version of a protocol.
 
     Returns:
-        By network float32 [records, C], or [records, clips, C] with record_pooling "clips"; in
-        process 0 only, elsewhere empty.
+        For each side, by network, float32 [records, C], or [records, clips, C] with record_pooling
+        "clips"; in process 0 only, elsewhere empty.
 
     Raises:
         UserError: if a feature is not finite, or pooling and modality do not fit.
     """
-    encoders = {name: network.require(clips.spec.modality) for name, network in networks.items()}
+    modality = sides[0].spec.modality
+    encoders = {name: network.require(modality) for name, network in networks.items()}
     pool = _pooling(next(iter(encoders.values())), spec.clip_pooling)
 
     def features(params: Any, arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -165,15 +167,6 @@ def record_features(
             pooled.append(by_clip.max(axis=1))
         return {"features": jnp.concatenate(pooled, axis=-1)}
 
-    key = cache_key(
-        {name: network.fingerprint for name, network in networks.items()},
-        clips.fingerprint,
-        clips.indices.tolist(),  # without those that lack the modality or a label
-        dataclasses.asdict(clips.spec),
-        spec.clips,
-        spec.clip_pooling,
-        spec.record_pooling,
-    )
     compute = batched_map(
         features,
         {name: dict(encoder.params) for name, encoder in encoders.items()},
@@ -181,20 +174,56 @@ def record_features(
         chunk=spec.chunk,
         threads=spec.threads,
     )
-    arrays = in_parts(
-        epath.Path(directory) / key,
-        len(clips),
-        functools.partial(compute, lambda row: {"clips": rendered_clips(clips, row, spec.clips)}),
-        rows=spec.part_records,
+    identity = (
+        {name: network.fingerprint for name, network in networks.items()},
+        dataclasses.asdict(sides[0].spec),
+        (spec.clips, spec.clip_pooling, spec.record_pooling),
     )
-    found = {name: arrays[f"{name}/features"] for name in networks} if arrays else {}
-    for values in found.values():
-        if not (finite := np.isfinite(values).reshape(len(values), -1).all(axis=1)).all():
-            bad = clips.record_ids[int(np.flatnonzero(~finite)[0])]
-            raise UserError(
-                f"{int((~finite).sum())} records have features that are not finite, first {bad!r}"
-            )
-    return found
+
+    def encode(clips: ClipRecords) -> dict[str, np.ndarray]:
+        arrays = in_parts(
+            epath.Path(directory) / cache_key(*identity, *_identity(clips)),
+            len(clips),
+            functools.partial(
+                compute, lambda row: {"clips": rendered_clips(clips, row, spec.clips)}
+            ),
+            rows=spec.part_records,
+        )
+        found = {name: arrays[f"{name}/features"] for name in networks} if arrays else {}
+        for values in found.values():
+            finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+            if not finite.all():
+                bad = clips.record_ids[int(np.flatnonzero(~finite)[0])]
+                raise UserError(
+                    f"{int((~finite).sum())} records have features that are not finite, first "
+                    f"{bad!r}"
+                )
+        return found
+
+    return _by_side(encode, sides)
+
+
+def _identity(clips: ClipRecords) -> tuple[str, str]:
+    """Returns what identifies the data set and the records of it, those left out excluded."""
+    return clips.records.fingerprint, hashlib.sha256(clips.indices.tobytes()).hexdigest()
+
+
+def _by_side(
+    compute: Callable[[ClipRecords], dict[str, np.ndarray]], sides: Sequence[ClipRecords]
+) -> list[dict[str, np.ndarray]]:
+    """Computes arrays of the records of all sides of a data set, and returns the rows of each."""
+    of_data_set: dict[str, list[ClipRecords]] = {}
+    for side in sides:
+        of_data_set.setdefault(side.records.fingerprint, []).append(side)
+    rows: dict[int, dict[str, np.ndarray]] = {}
+    for first, *others in of_data_set.values():
+        together = first.joined(others)
+        arrays = compute(together)
+        for side in (first, *others):
+            chosen = np.searchsorted(together.indices, side.indices)
+            whole = len(side) == len(together)  # without a copy of gigabytes
+            rows[id(side)] = {n: a if whole else a[chosen] for n, a in arrays.items()}
+    return [rows[id(side)] for side in sides]
 
 
 def _pooling(encoder: Encoder, kind: str) -> Callable[[Any, jax.Array], jax.Array]:
@@ -242,22 +271,23 @@ def _statistics(values: np.ndarray) -> np.ndarray:
 
 
 def classical_record_features(
-    clips: ClipRecords, *, threads: int, part_records: int, directory: epath.PathLike
-) -> dict[str, np.ndarray]:
-    """Returns `classical_features` of the records of `clips`, [records, C] of each; in process 0.
+    sides: Sequence[ClipRecords], spec: FeatureSpec, *, directory: epath.PathLike
+) -> list[dict[str, np.ndarray]]:
+    """Returns `classical_features` of the records of each side, [records, C] of each; in process 0.
 
-    Args:
-        clips: selected records.
+    Takes the arguments of `record_features`.
     """
 
-    def features(position: int) -> Mapping[str, np.ndarray]:
+    def features(clips: ClipRecords, position: int) -> Mapping[str, np.ndarray]:
         record = clips[position]
         return classical_features(record.waveform, record.sample_rate_hz)
 
-    key = cache_key("classical", clips.records.fingerprint, clips.indices.tolist())
-    return in_parts(
-        epath.Path(directory) / key,
-        len(clips),
-        lambda positions: render_all(features, positions, threads=threads),
-        rows=part_records,
-    )
+    def compute(clips: ClipRecords) -> dict[str, np.ndarray]:
+        return in_parts(
+            epath.Path(directory) / cache_key("classical", *_identity(clips)),
+            len(clips),
+            functools.partial(render_all, functools.partial(features, clips), threads=spec.threads),
+            rows=spec.part_records,
+        )
+
+    return _by_side(compute, sides)

@@ -47,6 +47,7 @@ from avcl_jax.evaluation.classification import (
     class_scores,
     confusion_section,
     described,
+    split_outcomes,
 )
 from avcl_jax.evaluation.classifier import (
     ClipClassifier,
@@ -58,7 +59,7 @@ from avcl_jax.evaluation.classifier import (
 )
 from avcl_jax.evaluation.driver import Context, run_protocol
 from avcl_jax.evaluation.page import as_text, section, table
-from avcl_jax.evaluation.protocol import Measured, Outcomes, Protocol
+from avcl_jax.evaluation.protocol import Measured, Protocol
 from avcl_jax.evaluation.splits import Split, numbered_sides, open_splits
 from avcl_jax.evaluation.statistics import class_mean, confusion_matrix, top_k_hits
 from avcl_jax.export import Encoder
@@ -496,7 +497,7 @@ def measured(
     labels = np.concatenate([split.test.classes_of(label) for split in splits])
     scores = np.concatenate([probabilities[split.name] for split in splits])
     number = np.repeat(np.arange(len(splits)), [len(split.test) for split in splits])
-    values, metrics = class_scores(scores, labels, number)
+    values, metrics = class_scores(scores, labels, split=number)
     values |= {"predicted": scores.argmax(axis=1), "probabilities": scores}
     confusion = confusion_matrix(labels, values["predicted"], len(class_names))
     curves = {
@@ -518,11 +519,7 @@ def measured(
     if len(class_names) <= MATRIX_CLASSES:
         details["confusion"] = confusion.tolist()
     return Measured(
-        outcomes=Outcomes(
-            [f"{split.name}/{record}" for split in splits for record in split.test.record_ids],
-            [source for split in splits for source in split.test.sources],
-            values,
-        ),
+        outcomes=split_outcomes(splits, values),
         metrics=metrics,
         details=details,
         sections=[

@@ -1,21 +1,27 @@
-"""The linear probe: standardised features, logistic regression, C from cross-validation by source.
+"""Linear classifiers of frozen features, and the choice of their C by held-out groups of items.
 
 Logistic regression of any number of items: full-batch L-BFGS, items sharded over devices. The
 objective is scikit-learn's, which is convex, so that the solution does not depend on the solver: a
 test compares the two. At 180,000 clips of 512 features and 309 classes an iteration is 0.2 TFLOP;
-scikit-learn takes minutes per C on a laptop, an accelerator seconds.
+scikit-learn takes minutes per C on a laptop, an accelerator seconds. Support vector machines, as is
+usual for ESC, are scikit-learn's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC, LinearSVC
+from threadpoolctl import threadpool_limits
 
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.statistics import STATISTICS, confusion_matrix, top_k_hits
@@ -24,32 +30,12 @@ from avcl_jax.training import sharding
 _MEMORY = 10  # pairs of steps and gradients that L-BFGS keeps
 _BLOCK = 8192  # rows that the host copies at a time
 
+# "rbf" is a baseline of classical features, and not linear.
+Kind = Literal["logistic", "svm", "rbf"]
 
-@dataclass(frozen=True)
-class LinearClassifier:
-    """Standardisation and weights.
 
-    Attributes:
-        mean: float32 [C], subtracted from features.
-        scale: float32 [C], features are divided by it.
-        weights: float32 [C, classes].
-        bias: float32 [classes].
-    """
-
-    mean: np.ndarray
-    scale: np.ndarray
-    weights: np.ndarray
-    bias: np.ndarray
-
-    def scores(self, features: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
-        """Returns logits float32 [n, classes] of the features at `rows` (int [n]; None is all)."""
-        rows = np.arange(len(features)) if rows is None else rows
-        return np.concatenate(
-            [
-                ((features[some] - self.mean) / self.scale) @ self.weights + self.bias
-                for some in _blocks(rows)
-            ]
-        )
+# Maps features [m, channels] and rows, int [n], to logits or decision values [n, classes].
+_Scores = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -57,60 +43,81 @@ class LinearProbe:
     """A classifier and the choice of its C.
 
     Attributes:
-        classifier: trained on all items.
+        classifier: scores of the classifier that was trained on all items.
         cost: inverse regularisation strength C.
-        held_out: C -> mean score over the held-out folds.
+        held_out: C -> mean score over the held-out groups.
     """
 
-    classifier: LinearClassifier
+    classifier: _Scores
     cost: float
     held_out: Mapping[float, float]
+
+    def scores(self, features: np.ndarray) -> np.ndarray:
+        """Returns scores [n, classes] of features [n, channels], or their mean over clips of
+        features [n, clips, channels].
+        """
+        flat = features.reshape(-1, features.shape[-1])
+        scores = self.classifier(flat, np.arange(len(flat)))
+        return _over_clips(scores, len(flat) // len(features))
 
 
 def fit_probe(
     features: np.ndarray,
     targets: np.ndarray,
-    sources: Sequence[Any] | np.ndarray,
+    groups: np.ndarray,
     *,
     classes: int,
     costs: Sequence[float],
-    folds: int,
+    classifier: Kind,
     iterations: int,
     tolerance: float,
-    seed: int,
 ) -> LinearProbe:
-    """Chooses C by cross-validation over sources and trains on all items.
+    """Chooses C by holding out each group of items in turn, and trains on all items.
 
-    Sources are assigned to folds at random, so that clips of one video are never on both sides.
     Features are standardised by the items that a classifier is trained on. C is the one with the
-    highest mean score over the held-out folds, the smallest of equally good ones. The score is
+    highest mean score over the held-out groups, the smallest of equally good ones. The score is
     accuracy, a tie between classes counting as wrong, or mean average precision if an item may have
     several classes.
 
     Args:
-        features: float32 [n, channels].
-        targets: targets of `fit_linear`.
-        sources: source of each item, [n].
+        features: float32 [n, channels], or [n, clips, channels]: then each clip is an example, and
+            an item gets the mean score of its clips.
+        targets: int [n], or bool [n, classes] for several classes per item.
+        groups: int [n], as `held_out_groups` makes them, or the official fold of each item.
         costs: candidates for C.
-        folds: number of folds.
-        tolerance: tolerance of `fit_linear`.
+        classifier: "logistic" regression, "svm" (liblinear: one class against the rest, squared
+            hinge loss, L2), or "rbf" (libsvm, gamma 1 / (channels · variance)).
+        iterations: most iterations of logistic regression.
+        tolerance: its iterations end when no entry of the gradient of the mean loss is larger.
 
     Raises:
-        UserError: if there are fewer sources than folds, features are not finite or shapes do not
-            match.
+        ValueError: if features are not finite or shapes do not match.
     """
-    held = held_out_folds(targets, sources, folds=folds, seed=seed)
-    items = _Items(features, targets, classes, iterations, tolerance)
-    costs = sorted(costs)
-    reached = np.empty((folds, len(costs)))
-    for fold in range(folds):
-        rows = np.flatnonzero(held == fold)
-        for number, classifier in enumerate(items.fits(np.flatnonzero(held != fold), costs)):
-            reached[fold, number] = _score(classifier.scores(features, rows), targets[rows])
+    clips = features.shape[1] if features.ndim == 3 else 1
+    flat, answers = features.reshape(-1, features.shape[-1]), targets.repeat(clips, axis=0)
+
+    def examples(rows: np.ndarray) -> np.ndarray:
+        return np.asarray(rows[:, None] * clips + np.arange(clips)).ravel()
+
+    if classifier == "logistic":
+        fits = _LogisticItems(flat, answers, classes, iterations, tolerance).fits
+    else:
+        fits = functools.partial(_machines, flat, answers, classes, classifier)
+    costs, names = sorted(costs), np.unique(groups)
+    reached = np.empty((len(names), len(costs)))
+    for place, group in enumerate(names):
+        rows = np.flatnonzero(groups == group)
+        for number, fit in enumerate(fits(examples(np.flatnonzero(groups != group)), costs)):
+            scores = _over_clips(fit(flat, examples(rows)), clips)
+            reached[place, number] = _score(scores, targets[rows])
     means = np.nanmean(reached, axis=0)
     cost = costs[int(means.argmax())]
-    (classifier,) = items.fits(np.arange(len(features)), [cost])
-    return LinearProbe(classifier, cost, dict(zip(costs, means.tolist(), strict=True)))
+    (fit,) = fits(np.arange(len(flat)), [cost])
+    return LinearProbe(fit, cost, dict(zip(costs, means.tolist(), strict=True)))
+
+
+def _over_clips(scores: np.ndarray, clips: int) -> np.ndarray:
+    return scores if clips == 1 else scores.reshape(-1, clips, scores.shape[-1]).mean(axis=1)
 
 
 @dataclass(frozen=True)
@@ -142,54 +149,50 @@ def linear_probe(
     *,
     train_sources: np.ndarray,
     classes: int,
+    folds: int,
+    seed: int,
     **settings: Any,
 ) -> ProbeResult:
     """Classifies test items by `fit_probe` of the training items; negative labels are left out.
 
-    The test items are looked at once, by the classifier with the chosen C.
-
     Args:
-        train_features: float [n, C].
+        train_features: float [n, channels].
         train_labels: int [n].
-        test_features: float [m, C].
+        test_features: float [m, channels].
         test_labels: int [m].
         train_sources: int [n], source of each training item.
+        folds: number of groups of sources.
+        settings: further arguments of `fit_probe`.
 
     Raises:
-        UserError: if `fit_probe` raises it, or if a split has no labelled item.
+        UserError: if there are fewer sources than folds, or a split has no labelled item.
     """
     train_known, known = np.asarray(train_labels) >= 0, np.asarray(test_labels) >= 0
     for name, labelled in (("training", train_known), ("test", known)):
         if not labelled.any():
             raise UserError(f"no {name} item has a label")
+    targets, sources = train_labels[train_known], train_sources[train_known]
     probe = fit_probe(
         train_features[train_known],
-        train_labels[train_known],
-        train_sources[train_known],
+        targets,
+        held_out_groups(targets, sources, folds=folds, seed=seed),
         classes=classes,
         **settings,
     )
-    scores = probe.classifier.scores(test_features, np.flatnonzero(known))
-    labels = test_labels[known]
+    scores, labels = probe.scores(test_features[known]), test_labels[known]
     correct = top_k_hits(scores, labels, 1)
-    return ProbeResult(
-        accuracy=float(correct.mean()),
-        chance=1.0 / classes,
-        cost=probe.cost,
-        confusion=confusion_matrix(labels, scores.argmax(axis=1), classes),
-        known=known,
-        correct=correct,
-    )
+    confusion = confusion_matrix(labels, scores.argmax(axis=1), classes)
+    return ProbeResult(float(correct.mean()), 1 / classes, probe.cost, confusion, known, correct)
 
 
-def held_out_folds(
+def held_out_groups(
     targets: np.ndarray, sources: Sequence[Any] | np.ndarray, *, folds: int, seed: int
 ) -> np.ndarray:
-    """Assigns items to the folds of `fit_probe`, int [n] in [0, folds).
+    """Assigns the sources of items to random folds, so that clips of one video are held out
+    together: int [n] in [0, folds).
 
     Raises:
-        UserError: if there are fewer sources than folds, or no fold has positive and negative items
-            of any class.
+        UserError: if there are fewer sources than folds, or `check_groups` refuses the folds.
     """
     check_sources(sources, folds)
     names, first, numbers = np.unique(np.asarray(sources), return_index=True, return_inverse=True)
@@ -229,35 +232,47 @@ def _score(scores: np.ndarray, targets: np.ndarray) -> float:
     return float(top_k_hits(scores, targets, 1).mean())
 
 
-def fit_linear(
+def _machines(
     features: np.ndarray,
     targets: np.ndarray,
-    *,
     classes: int,
-    cost: float,
-    iterations: int,
-    tolerance: float,
-) -> LinearClassifier:
-    """Standardises features and minimises C · Σ loss + ½ ‖weights‖²; the bias is not penalised.
+    kind: Kind,
+    rows: np.ndarray,
+    costs: Sequence[float],
+) -> list[_Scores]:
+    """Trains support vector machines on the examples at `rows`, one for each C."""
 
-    Args:
-        features: float32 [n, channels]; device memory holds two copies, split over the devices; the
-            host makes none.
-        targets: int [n] in [0, classes) for softmax cross-entropy, or bool [n, classes] for the sum
-            of the classes' binary cross-entropies, which are then independent of each other.
-        cost: inverse regularisation strength, as scikit-learn's C.
-        tolerance: iterations end when no entry of the gradient of the mean loss is larger.
+    def train(cost: float) -> Pipeline:
+        if kind == "svm":
+            # The primal problem: the dual does not converge in thousands of passes at large C.
+            machine: Any = LinearSVC(C=cost, dual=False)
+        else:
+            machine = SVC(C=cost, kernel="rbf", gamma="scale", decision_function_shape="ovr")
+        known = features[rows].astype(np.float64)
+        return make_pipeline(StandardScaler(), machine).fit(known, targets[rows])
 
-    Raises:
-        ValueError: if shapes do not match, or features are not finite.
+    def decide(machine: Pipeline, features: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        values = machine.decision_function(features[rows].astype(np.float64))
+        if values.ndim == 1:
+            values = np.stack([-values, values], axis=1)
+        # A class that training did not have is never chosen.
+        decisions = np.full((len(values), classes), values.min() - 1.0)
+        decisions[:, machine.classes_] = values
+        return decisions
+
+    # More than one thread of BLAS costs more than it saves on matrices of this size.
+    with threadpool_limits(1):
+        return [functools.partial(decide, train(cost)) for cost in costs]
+
+
+class _LogisticItems:
+    """Features and targets in device memory: classifiers are trained on some of their rows.
+
+    The objective is C · Σ loss + ½ ‖weights‖²; the bias is not penalised. The loss is softmax
+    cross-entropy, or the sum of the classes' binary cross-entropies, which are then independent of
+    each other. Device memory holds two copies of the features, split over the devices; the host
+    makes none.
     """
-    items = _Items(features, targets, classes, iterations, tolerance)
-    (classifier,) = items.fits(np.arange(len(features)), [cost])
-    return classifier
-
-
-class _Items:
-    """Features and targets in device memory; classifiers are trained on some of their rows."""
 
     def __init__(
         self,
@@ -290,7 +305,7 @@ class _Items:
         rows = sharding.rows_sharding(self._mesh)
         return jax.make_array_from_callback((padded, *values.shape[1:]), rows, shard)
 
-    def fits(self, rows: np.ndarray, costs: Sequence[float]) -> list[LinearClassifier]:
+    def fits(self, rows: np.ndarray, costs: Sequence[float]) -> list[_Scores]:
         """Trains on the items at `rows`, int [n], once for each C."""
         mean, scale = _moments(self._host, rows)
         weight = np.zeros(len(self._host), np.float32)
@@ -305,7 +320,7 @@ class _Items:
             "weights": jnp.zeros((self._host.shape[1], self._classes), jnp.float32),
             "bias": jnp.zeros(self._classes, jnp.float32),
         }
-        classifiers = []
+        classifiers: list[_Scores] = []
         for cost in costs:
             found = _minimise(
                 jax.device_put(start, whole),
@@ -315,8 +330,21 @@ class _Items:
                 iterations=self._iterations,
             )
             weights, bias = (np.asarray(found[name]) for name in ("weights", "bias"))
-            classifiers.append(LinearClassifier(mean, scale, weights, bias))
+            classifiers.append(functools.partial(_logits, mean, scale, weights, bias))
         return classifiers
+
+
+def _logits(
+    mean: np.ndarray,
+    scale: np.ndarray,
+    weights: np.ndarray,
+    bias: np.ndarray,
+    features: np.ndarray,
+    rows: np.ndarray,
+) -> np.ndarray:
+    """Returns logits float32 [n, classes] of the features at `rows`."""
+    blocks = _blocks(rows)
+    return np.concatenate([((features[b] - mean) / scale) @ weights + bias for b in blocks])
 
 
 def _blocks(rows: np.ndarray) -> list[np.ndarray]:

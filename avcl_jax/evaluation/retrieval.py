@@ -342,22 +342,20 @@ def video_retrieval(
             "splits"
         )
 
-    def compute(context: Context) -> dict[str, dict[str, np.ndarray]]:
+    def compute(context: Context) -> list[dict[str, np.ndarray]]:
         networks = {"": split.encoder} | context.random()
         with context.stages("features"):
-            return {
-                side: record_features(networks, clips, spec, directory=context.directory)
-                for side, clips in (("query", queries), ("gallery", gallery))
-            }
+            return record_features(networks, [queries, gallery], spec, directory=context.directory)
 
-    def measure(context: Context, features: dict[str, dict[str, np.ndarray]]) -> Measured:
+    def measure(context: Context, features: list[dict[str, np.ndarray]]) -> Measured:
+        of_queries, of_gallery = features
         values: dict[str, np.ndarray] = {}
         metrics: dict[str, Metric] = {}
         with context.stages("ranking"):
-            for name in features["query"]:
+            for name in of_queries:
                 scores = retrieval_scores(
-                    features["query"][name],
-                    features["gallery"][name],
+                    of_queries[name],
+                    of_gallery[name],
                     query_ids=ids,
                     gallery_ids=gallery_ids,
                     recall_at=tuple(config.evaluation.recall_at),
@@ -368,7 +366,7 @@ def video_retrieval(
                 values |= found[0]
                 metrics |= found[1]
         rows = np.linspace(0, len(queries) - 1, _SHOWN).astype(int)
-        items = nearest(features["query"][""][rows], features["gallery"][""], k=_SHOWN)
+        items = nearest(of_queries[""][rows], of_gallery[""], k=_SHOWN)
         shown = [
             [
                 _described(queries, int(row), ids, classes),

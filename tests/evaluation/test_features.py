@@ -15,7 +15,13 @@ from avcl_jax.data.selection import Selection, SelectionError, UsableRecords
 from avcl_jax.data.views import FORWARD
 from avcl_jax.encoder_source import open_encoders, random_like
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.features import FeatureSpec, open_clips, record_features, rendered_clips
+from avcl_jax.evaluation.features import (
+    FeatureSpec,
+    classical_features,
+    open_clips,
+    record_features,
+    rendered_clips,
+)
 from avcl_jax.evaluation.views import fixed_views
 from tests.evaluation.conftest import CLASS_NAMES, small_record, sound_record, write_records
 
@@ -43,7 +49,7 @@ def _render(clips, position, count=2):
 
 
 def _features(source, clips, spec, directory):
-    return record_features({"x": source}, clips, spec, directory=directory)["x"]
+    return record_features({"x": source}, [clips], spec, directory=directory)[0]["x"]
 
 
 @pytest.mark.parametrize(("modality", "array"), [("video", "video"), ("audio", "spectrogram")])
@@ -151,11 +157,25 @@ def test_several_networks_encode_records_that_are_rendered_once(
     monkeypatch.setattr(
         RecordDataset, "__getitem__", lambda self, n: read.append(int(n)) or getitem(self, n)
     )
-    together = record_features(networks, clips, MEAN, directory=tmp_path)
+    (together,) = record_features(networks, [clips], MEAN, directory=tmp_path)
     assert sorted(read) == list(range(len(clips)))
     for name in networks:
         np.testing.assert_array_equal(together[name], apart[name])
     assert (together["trained"] != together["random"]).any()
+
+
+def test_a_record_of_several_sides_is_rendered_once(small_records, source, tmp_path, monkeypatch):
+    selections = ("motion=down", "material=high", "motion=across")
+    sides = [_clips(small_records, source, "audio", select=select) for select in selections]
+    alone = [_features(source, side, MEAN, tmp_path) for side in sides]
+    read, getitem = [], RecordDataset.__getitem__
+    monkeypatch.setattr(
+        RecordDataset, "__getitem__", lambda self, n: read.append(int(n)) or getitem(self, n)
+    )
+    together = record_features({"x": source}, sides, MEAN, directory=tmp_path)
+    assert sorted(read) == list(range(16))
+    for side, expected in zip(together, alone, strict=True):
+        np.testing.assert_allclose(side["x"], expected, atol=1e-6)
 
 
 def test_features_that_are_not_finite_are_refused(small_records, source, tmp_path):
@@ -212,3 +232,17 @@ def test_clips_that_make_no_sense_are_refused():
             dataclasses.replace(MEAN, speeds=speeds, clips=clips)
     with pytest.raises(UserError, match="clip_pooling 'median' must be one of mean"):
         dataclasses.replace(MEAN, clip_pooling="median")
+
+
+def test_classical_features_tell_pitch_and_change():
+    time = np.arange(8000) / 8000
+    low = (9000 * np.sin(2 * np.pi * 300 * time)).astype(np.int16)
+    high = (9000 * np.sin(2 * np.pi * 3000 * time)).astype(np.int16)
+    steady, above = (classical_features(w, 8000) for w in (low, high))
+    assert steady["log_mel"].shape == (512,)
+    assert steady["mfcc"].shape == (80,)
+    assert steady["log_mel"][:128].argmax() < above["log_mel"][:128].argmax()
+    noise = np.random.default_rng(0).normal(0, 3000, size=8000).astype(np.int16)
+    gated = np.concatenate([noise[:4000], noise[4000:] // 100])
+    even, changing = (classical_features(w, 8000)["log_mel"][128:256] for w in (noise, gated))
+    assert changing.mean() > 2 * even.mean()

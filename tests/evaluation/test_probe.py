@@ -9,13 +9,20 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC, LinearSVC
 
 from avcl_jax.evaluation.evaluate import trivial_statistics
-from avcl_jax.evaluation.linear import check_sources, fit_linear, fit_probe, linear_probe
+from avcl_jax.evaluation.linear import check_sources, fit_probe, held_out_groups, linear_probe
 from avcl_jax.evaluation.statistics import gap_closed
 
-FIT = {"iterations": 300, "tolerance": 1e-6}
-SETTINGS = {"costs": (1e-3, 1e-1, 10.0), "folds": 3, "seed": 0, "classes": 3} | FIT
+FIT = {"classifier": "logistic", "classes": 3, "iterations": 300, "tolerance": 1e-6}
+SETTINGS = {"costs": (1e-3, 1e-1, 10.0), "folds": 3, "seed": 0} | FIT
+
+
+def _probe(features, targets, sources, *, folds=3, **settings):
+    """A probe whose C is chosen by folds of sources; the only C if one is given."""
+    groups = held_out_groups(targets, sources, folds=folds, seed=0)
+    return fit_probe(features, targets, groups, **FIT | {"costs": SETTINGS["costs"]} | settings)
 
 
 def _gaussians(rng: np.random.Generator, items: int, distance: float):
@@ -55,8 +62,8 @@ def test_clips_of_one_source_stay_in_one_fold():
     signatures = rng.normal(size=(30, 40))[sources] * 3.0
     features = signatures + 0.1 * rng.normal(size=(240, 40))
     labels = (np.arange(30) % 3)[sources]
-    whole = fit_probe(features, labels, sources, **SETTINGS)
-    torn = fit_probe(features, labels, np.arange(240), **SETTINGS)
+    whole = _probe(features, labels, sources)
+    torn = _probe(features, labels, np.arange(240))
     assert max(torn.held_out.values()) > 0.95
     assert max(whole.held_out.values()) < 0.7
 
@@ -66,7 +73,7 @@ def test_folds_do_not_depend_on_the_names_of_sources():
     features, labels = _gaussians(rng, 120, 6.0)
     numbers = np.repeat(np.arange(40), 3)
     probes = [
-        fit_probe(features, labels, sources, **SETTINGS)
+        _probe(features, labels, sources)
         for sources in (numbers, [str(number) for number in numbers], 7 - numbers)
     ]
     assert probes[0].held_out == probes[1].held_out == probes[2].held_out
@@ -76,7 +83,7 @@ def test_the_chosen_c_is_that_of_scikit_learn_on_the_same_folds():
     rng = np.random.default_rng(6)
     features, labels = _gaussians(rng, 90, 12.0)
     costs = (1e-4, 1e-2, 1.0)
-    probe = fit_probe(features, labels, np.arange(90), **SETTINGS | {"costs": costs})
+    probe = _probe(features, labels, np.arange(90), costs=costs)
     fold = np.random.default_rng(0).permutation(90) % 3
     for cost in costs:
         model = make_pipeline(StandardScaler(), LogisticRegression(C=cost, tol=1e-8, max_iter=999))
@@ -90,13 +97,62 @@ def test_the_chosen_c_is_that_of_scikit_learn_on_the_same_folds():
     assert probe.cost == max(costs, key=lambda cost: (probe.held_out[cost], -cost))
 
 
+def _folded(rng, *, per_class=8, separation=0.0):
+    """Features [n, 3 clips, 5 channels] of three classes in four folds, labels and folds."""
+    labels = np.tile(np.repeat(np.arange(3), per_class), 4)
+    folds = np.repeat(np.arange(4), 3 * per_class)
+    centres = separation * rng.normal(size=(3, 5))
+    return centres[labels][:, None] + rng.normal(size=(len(labels), 3, 5)), labels, folds
+
+
+@pytest.mark.parametrize("kind", ["svm", "rbf"])
+def test_a_machine_is_that_of_scikit_learn_fold_by_fold(kind):
+    features, labels, folds = _folded(np.random.default_rng(0), separation=0.7)
+    features[folds == 1] = 3 * features[folds == 1] + 2  # to standardise by it would be noticed
+    costs = (1e-3, 0.1)
+    probe = fit_probe(features, labels, folds, **FIT | {"classifier": kind, "costs": costs})
+
+    def decisions(train, test, cost):
+        machine = SVC(C=cost) if kind == "rbf" else LinearSVC(C=cost, dual=False)
+        model = make_pipeline(StandardScaler(), machine)
+        model.fit(features[train].reshape(-1, 5), labels[train].repeat(3))
+        return model.decision_function(features[test].reshape(-1, 5)).reshape(-1, 3, 3).mean(axis=1)
+
+    for cost in costs:
+        held = [
+            (decisions(folds != n, folds == n, cost).argmax(axis=1) == labels[folds == n]).mean()
+            for n in range(4)
+        ]
+        assert probe.held_out[cost] == pytest.approx(np.mean(held))
+    assert probe.cost == max(costs, key=lambda cost: (probe.held_out[cost], -cost))
+    everything = np.ones(len(labels), bool)
+    np.testing.assert_allclose(
+        probe.scores(features), decisions(everything, everything, probe.cost), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("kind", ["logistic", "svm"])
+def test_perfect_noisy_and_collapsed_clips_give_known_scores(kind):
+    settings = FIT | {"classifier": kind, "costs": (0.1,)}
+    features, labels, folds = _folded(np.random.default_rng(1), per_class=12)
+    perfect = np.eye(3)[labels][:, None].repeat(3, axis=1)
+    score = [
+        fit_probe(values, labels, folds, **settings).held_out[0.1]
+        for values in (perfect, features, np.ones_like(features))
+    ]
+    assert score[0] == 1.0
+    assert 0.2 < score[1] < 0.47
+    assert score[2] <= 1 / 3
+
+
 def test_channels_without_variance_count_for_nothing():
     rng = np.random.default_rng(8)
     features, labels = _gaussians(rng, 60, 6.0)
     dead = np.concatenate([features, np.zeros((60, 1)), np.full((60, 1), 0.1)], axis=1)
-    fit = {"classes": 3, "cost": 1.0} | FIT
-    expected = fit_linear(features, labels, **fit).scores(features)
-    found = fit_linear(dead, labels, **fit).scores(dead)
+    expected, found = (
+        _probe(values, labels, np.arange(60), costs=(1.0,)).scores(values)
+        for values in (features, dead)
+    )
     np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
@@ -105,8 +161,9 @@ def test_features_are_not_copied_on_the_host():
     features = rng.normal(size=(160_000, 32)).astype(np.float32)
     labels = rng.integers(0, 3, len(features))
     tracemalloc.start()
-    classifier = fit_linear(features, labels, classes=3, cost=1.0, iterations=1, tolerance=1.0)
-    classifier.scores(features)
+    groups = np.arange(len(features)) % 2
+    settings = FIT | {"costs": (1.0,), "iterations": 1, "tolerance": 1.0}
+    fit_probe(features, labels, groups, **settings).scores(features)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < features.nbytes
@@ -130,9 +187,9 @@ def test_bad_input_says_what_and_which():
     groups = np.arange(30)
     check_sources(groups % 3, 3)
     with pytest.raises(ValueError, match="3 folds need as many training sources, got 2"):
-        fit_probe(features, labels, groups % 2, **SETTINGS)
+        _probe(features, labels, groups % 2)
     with pytest.raises(ValueError, match=r"features \(30, 10\) are not finite"):
-        fit_probe(features * np.nan, labels, groups, **SETTINGS)
+        _probe(features * np.nan, labels, groups)
     with pytest.raises(ValueError, match="no test item has a label"):
         linear_probe(features, labels, features, np.full(30, -1), train_sources=groups, **SETTINGS)
 
