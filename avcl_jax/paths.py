@@ -7,12 +7,17 @@ and no library expands `~`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from etils import epath
 
 from avcl_jax.errors import UserError
+
+AnyPath = TypeVar("AnyPath", Path, epath.Path)
 
 
 class RemotePathError(UserError, argparse.ArgumentTypeError):
@@ -51,8 +56,22 @@ def local_path(path: epath.PathLike) -> Path:
     return Path(absolute_path(path))
 
 
+@contextlib.contextmanager
+def replacing(path: AnyPath) -> Iterator[AnyPath]:
+    """Yields a temporary path whose file gets the name `path` at the end, unless there is an error.
+
+    The name ends in `.tmp`, for whoever cleans up after processes that were killed.
+    """
+    temporary = path.parent / f"{path.name}.{os.getpid()}.tmp"
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def write_bytes(path: epath.Path, content: bytes) -> None:
     """Writes a file, whole or not at all."""
-    temporary = path.with_name(path.name + ".writing")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)

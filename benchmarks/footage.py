@@ -20,8 +20,8 @@ import numpy as np
 
 from avcl_jax.data import media
 from avcl_jax.data.record_index import index_path, load_columns, merge, save_columns
-from avcl_jax.data.record_metadata import write_dataset_metadata
-from avcl_jax.data.records import ShardInfo, shard_name
+from avcl_jax.data.record_writer import write_dataset_metadata
+from avcl_jax.data.records import shard_name
 from benchmarks.measure import SkipError
 
 CLIPS, CLIP_SECONDS, SOURCE_SIDE, AUDIO_HZ = 64, 10.0, 256, 44_100
@@ -209,7 +209,7 @@ def link_records(records: Path, out: Path, *, count: int, real_checksums: bool =
         # A file system allows some 65,000 links to a file.
         os.link(shards[original], out / shard_name(NAME, "train", number, total))
         length = int(stored["shard_length"][original])
-        infos.append(ShardInfo(length, shards[original].stat().st_size))
+        infos.append((length, shards[original].stat().st_size))
     rng = np.random.default_rng(0)
     columns = {
         name: np.tile(values, copies)

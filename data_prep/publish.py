@@ -15,11 +15,13 @@ import simplejpeg
 from etils import epath
 
 from avcl_jax.data.record_index import index_path, merge, save_columns
-from avcl_jax.data.records import FILE_FORMATS, ShardInfo, shard_name
+from avcl_jax.data.record_writer import write_dataset_metadata
+from avcl_jax.data.records import FILE_FORMATS, shard_name
+from avcl_jax.paths import replacing
 from data_prep.clip import ClipOptions
 from data_prep.earlier import PREPARATION, SOURCES, Earlier
 from data_prep.manifest import Manifest, by_split
-from data_prep.shards import PREPARED, Finished, Line, replacing, write_text
+from data_prep.shards import PREPARED, Finished, Line, write_text
 
 INCOMPLETE = ".incomplete"
 REJECTED, MISSING, DUPLICATES = "rejected.jsonl", "missing.jsonl", "duplicates.jsonl"
@@ -160,9 +162,6 @@ def finish_publication(out: epath.Path) -> None:
     if not (incomplete / _JOURNAL).exists():
         return
     journal = json.loads((incomplete / _JOURNAL).read_text())
-    # TFDS takes seconds to import, and only this needs it.
-    from avcl_jax.data.record_metadata import write_dataset_metadata
-
     preparation = journal["preparation"]
     name, file_format = preparation["name"], preparation["options"]["file_format"]
     # Without this file the directory is not a data set, so that nobody reads a half-replaced one.
@@ -185,10 +184,7 @@ def finish_publication(out: epath.Path) -> None:
         name=name,
         class_names=preparation["class_names"],
         multilabel=preparation["multilabel"],
-        splits={
-            split: [ShardInfo(*size) for size in sizes]
-            for split, sizes in journal["splits"].items()
-        },
+        splits=journal["splits"],
         file_format=file_format,
     )
     incomplete.rmtree()

@@ -11,10 +11,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import av
 import numpy as np
@@ -22,8 +21,11 @@ import simplejpeg
 from etils import epath
 
 from avcl_jax.data.media import MediaError
+from avcl_jax.data.record_format import FORMAT_VERSION, Record
 from avcl_jax.data.record_index import load_columns, save_columns
-from avcl_jax.data.records import FORMAT_VERSION, Record, RecordDataset, RecordWriter
+from avcl_jax.data.record_writer import RecordWriter
+from avcl_jax.data.records import RecordDataset
+from avcl_jax.paths import replacing
 from data_prep.clip import ClipOptions, parse_cut, pieces, prepare_clip
 from data_prep.manifest import Entry, by_split
 from data_prep.source_files import FileState, local_file, sha256_of, state_of
@@ -34,7 +36,6 @@ _PREPARATION = 2
 # Clips that are rejected for these reasons may pass the next time, though the file is the same.
 MAY_PASS = frozenset({"unreadable", "timeout", "crashed"})
 
-AnyPath = TypeVar("AnyPath", Path, epath.Path)
 # Facts about an entry: its file, hashes of its plan and description, the outcomes of its clips.
 Line = Mapping[str, Any]
 
@@ -232,28 +233,13 @@ def _prepare(part: Part, number: int, line: Line, begin: Callable[[int], None]) 
         outcomes.append([entry.record_id, error.reason, error.message])
 
 
-@contextlib.contextmanager
-def replacing(path: AnyPath) -> Iterator[AnyPath]:
-    """Yields a temporary path whose file gets the name `path` at the end, unless there is an error.
-
-    `remove_temporary` removes the files of processes that were killed.
-    """
-    temporary = path.parent / f"{path.name}.{os.getpid()}.tmp"
-    try:
-        yield temporary
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def remove_temporary(directory: epath.Path, pid: int | None = None) -> None:
     """Removes files that a process, or any, has left half-written."""
     for path in list(directory.glob("*.tmp" if pid is None else f"*.{pid}.tmp")):
         path.unlink(missing_ok=True)
 
 
-def write_text(path: AnyPath, text: str) -> None:
+def write_text(path: Path | epath.Path, text: str) -> None:
     """Writes a file all at once: a temporary file, then a rename."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -14,7 +14,7 @@ import functools
 import os
 import struct
 from collections.abc import Iterator
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import crc32c
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -29,7 +29,6 @@ FILE_FORMATS = (TFRECORD, ARRAY_RECORD)
 
 _HEADER = struct.Struct("<QI")  # payload length, masked CRC of the eight length bytes
 _FOOTER = struct.Struct("<I")  # masked CRC of the payload
-HEADER_BYTES = _HEADER.size
 OVERHEAD_BYTES = _HEADER.size + _FOOTER.size
 
 # One record per chunk, so that reading one decodes one; JPEG frames do not compress further.
@@ -40,6 +39,7 @@ _OPEN_READERS = 256  # opening one costs as much as reading a record
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.ENOENT, errno.EROFS)
 
 _STALE = "stale index, delete the .index files beside the shards"
+_AGAIN = "prepare this data set again"
 
 
 class RecordError(UserError):
@@ -52,51 +52,37 @@ def masked_crc(data: bytes | memoryview) -> int:
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-class Sink(Protocol):
-    """File of payloads that is being written."""
+class TFRecordSink:
+    """TFRecord file that is being written."""
 
-    def write(self, payload: bytes) -> None:
-        """Appends a payload; raises OSError if it cannot be written, at the latest in `close`."""
-
-    def close(self) -> None:
-        """Completes the file and puts it on the disk; raises OSError if it cannot be written."""
-
-    def abandon(self) -> None:
-        """Closes the file, whatever is in it."""
-
-
-def create(path: epath.Path, file_format: str) -> Sink:
-    """Creates a file of one of `FILE_FORMATS`.
-
-    Raises OSError if it cannot be written, RecordError for an ArrayRecord file in an object store.
-    """
-    if file_format != ARRAY_RECORD:
-        return _TFRecordSink(path)
-    if is_remote(path):
-        raise RecordError(f"{path}: ArrayRecord files are written to local disks only")
-    return _ArrayRecordSink(path)
-
-
-class _TFRecordSink:
     def __init__(self, path: epath.Path):
+        """Creates the file; raises OSError if it cannot be written."""
         self._file = path.open("wb")
 
     def write(self, payload: bytes) -> None:
+        """Appends a payload; raises OSError if it cannot be written, at the latest in `close`."""
         self._file.write(frame_payload(payload))
 
     def close(self) -> None:
+        """Completes the file and puts it on the disk; raises OSError if it cannot be written."""
         self._file.flush()
         with contextlib.suppress(AttributeError, OSError):  # object stores have no descriptor
             os.fsync(self._file.fileno())
         self._file.close()
 
     def abandon(self) -> None:
+        """Closes the file, whatever it contains."""
         with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
             self._file.close()
 
 
-class _ArrayRecordSink:
+class ArrayRecordSink:
+    """ArrayRecord file that is being written; methods as of `TFRecordSink`."""
+
     def __init__(self, path: epath.Path):
+        """Creates the file; raises OSError if it cannot be, RecordError in an object store."""
+        if is_remote(path):
+            raise RecordError(f"{path}: ArrayRecord files are written to local disks only")
         self._path = os.fspath(path)
         with _system_errors(self._path):
             self._writer = ArrayRecordWriter(self._path, _WRITER_OPTIONS)
@@ -137,15 +123,15 @@ def read(
     where: str,
     length: int | None = None,
     crc: int | None = None,
-) -> bytes | memoryview:
+) -> bytes:
     """Reads the payload at `place`.
 
     The file is opened for every call (TFRecord): that is thread-safe and picklable, needs no bound
     on open files with thousands of shards, and costs microseconds beside the decoding that follows.
 
     Args:
-        path: file of one of `FILE_FORMATS`.
-        file_format: its format.
+        path: file.
+        file_format: one of `FILE_FORMATS`.
         place: place of the record.
         where: name of the record for error messages.
         length: bytes of the payload by the index; None without an index.
@@ -162,27 +148,47 @@ def read(
         return payload
     with path.open("rb") as file:
         file.seek(place)
-        room = path.stat().length - place if length is None else None
-        return _read_tfrecord(file, where, room=room, length=length, crc=crc)
+        room = size_of(path) - place if length is None else None
+        stated = _stated_length(file, where, room=room)
+        if length not in (None, stated):
+            raise RecordError(f"{where}: {_STALE}")
+        return _read_payload(file, where, stated, crc)
 
 
-def scan(path: epath.Path, file_format: str) -> Iterator[tuple[int, bytes | memoryview]]:
+def scan(path: epath.Path, file_format: str) -> Iterator[tuple[int, bytes | RecordError]]:
     """Yields place and payload of all records of a file, in order.
 
+    A damaged record yields its error instead. After damage to a length in a TFRecord file nothing
+    more can be found.
+
     Raises:
-        RecordError: if the file is truncated or damaged.
+        RecordError: if a TFRecord file is missing.
     """
     if file_format == ARRAY_RECORD:
-        for number in range(count_array_records(path)):
-            yield number, _read_array_record(path, number, f"{path}, record {number}")
+        yield from _scan_array_record(path)
         return
-    size, offset = path.stat().length, 0
+    size, offset = size_of(path), 0
     with path.open("rb") as file:
         while offset < size:
             where = f"{path}, record at byte {offset}"
-            payload = _read_tfrecord(file, where, room=size - offset)
-            yield offset, payload
-            offset += OVERHEAD_BYTES + len(payload)
+            try:
+                length = _stated_length(file, where, room=size - offset)
+            except RecordError as error:
+                yield offset, error
+                return
+            try:
+                yield offset, _read_payload(file, where, length)
+            except RecordError as error:
+                yield offset, error
+            offset += OVERHEAD_BYTES + length
+
+
+def size_of(path: epath.Path) -> int:
+    """Returns the bytes of a file; raises RecordError if it is missing."""
+    try:
+        return int(path.stat().length) if is_remote(path) else os.stat(path).st_size
+    except FileNotFoundError:
+        raise RecordError(f"{path} is missing: {_AGAIN} or copy all of it") from None
 
 
 def frame_payload(payload: bytes) -> bytes:
@@ -193,105 +199,66 @@ def frame_payload(payload: bytes) -> bytes:
     )
 
 
-def unframe_payload(framed: bytes, *, expected_crc: int | None, where: str) -> memoryview:
-    """Checks one framed TFRecord and returns its payload, a view into `framed`.
+def _stated_length(file: BinaryIO, where: str, *, room: int | None) -> int:
+    """Reads the header of a TFRecord; returns the length of its payload.
 
-    Args:
-        expected_crc: masked CRC of the payload by the index; None to trust the footer.
-        where: name of the record for error messages.
-
-    Raises:
-        RecordError: if the record is truncated, damaged, or not the one the index describes.
-    """
-    view = memoryview(framed)
-    parts = view[:HEADER_BYTES], view[HEADER_BYTES : -_FOOTER.size], view[-_FOOTER.size :]
-    if len(framed) < OVERHEAD_BYTES:
-        raise RecordError(f"{where} is truncated: prepare this data set again")
-    _check_frame(*parts, expected_crc=expected_crc, where=where)
-    return parts[1]
-
-
-def _check_frame(
-    header: bytes | memoryview,
-    payload: bytes | memoryview,
-    footer: bytes | memoryview,
-    *,
-    expected_crc: int | None,
-    where: str,
-) -> None:
-    length = payload_length(header, where=where, indexed=expected_crc is not None)
-    if len(footer) < _FOOTER.size:
-        raise RecordError(f"{where} is truncated: prepare this data set again")
-    (crc,) = _FOOTER.unpack(footer)
-    if length == len(payload) and masked_crc(payload) != crc:
-        raise RecordError(f"{where} is damaged (CRC does not match): prepare this data set again")
-    if length != len(payload) or (expected_crc is not None and crc != expected_crc):
-        raise RecordError(f"{where}: {_STALE}")
-
-
-def payload_length(header: bytes | memoryview, *, where: str, indexed: bool = False) -> int:
-    """Returns the length that the header of a framed record states.
-
-    If `indexed`, an index, which may be stale, says that a record begins here.
+    `room` is the rest of the file; None if an index, which may be stale, says that a record begins
+    here.
 
     Raises:
-        RecordError: if it is truncated or damaged: nothing after it can be found then.
+        RecordError: if it is truncated or damaged.
     """
-    if len(header) < HEADER_BYTES:
-        raise RecordError(f"{where} is truncated: prepare this data set again")
+    header = file.read(_HEADER.size)
+    if len(header) < _HEADER.size:
+        raise RecordError(f"{where} is truncated: {_AGAIN}")
     length, length_crc = _HEADER.unpack(header)
     if masked_crc(header[:8]) != length_crc:
         raise RecordError(
             f"{where} is damaged or its index is stale (the CRC of its length does not match): "
             "delete the .index files beside the shards, and if this persists prepare again"
-            if indexed
-            else f"{where} is damaged (CRC does not match): prepare this data set again"
+            if room is None
+            else f"{where} is damaged (CRC does not match): {_AGAIN}"
         )
+    # Before memory is reserved for it: a length may be wrong and have a CRC that fits.
+    if room is not None and length > room - OVERHEAD_BYTES:
+        raise RecordError(f"{where} is truncated: {_AGAIN}")
     return int(length)
 
 
-def _read_tfrecord(
-    file: BinaryIO,
-    where: str,
-    *,
-    room: int | None,
-    length: int | None = None,
-    crc: int | None = None,
-) -> bytes:
-    """Reads the record that begins here, `length` bytes by the index, at most `room` without one.
-
-    In parts: megabytes of payload are not copied again to get at them.
-    """
-    header = file.read(HEADER_BYTES)
-    if length is None:
-        length = payload_length(header, where=where)
-        # Before memory is reserved for it: a length may be wrong and have a CRC that fits.
-        if room is None or length > room - OVERHEAD_BYTES:
-            raise RecordError(f"{where} is truncated: prepare this data set again")
+def _read_payload(file: BinaryIO, where: str, length: int, crc: int | None = None) -> bytes:
+    """Reads what follows the header of a TFRecord; `crc` is that of the index."""
     payload, footer = file.read(length), file.read(_FOOTER.size)
-    _check_frame(header, payload, footer, expected_crc=crc, where=where)
+    if len(footer) < _FOOTER.size:
+        raise RecordError(f"{where} is truncated: {_AGAIN}")
+    (stated,) = _FOOTER.unpack(footer)
+    if masked_crc(payload) != stated:
+        raise RecordError(f"{where} is damaged (CRC does not match): {_AGAIN}")
+    if crc not in (None, stated):
+        raise RecordError(f"{where}: {_STALE}")
     return payload
 
 
-def count_array_records(path: epath.PathLike) -> int:
-    """Returns the number of records of an ArrayRecord file.
+def _scan_array_record(path: epath.Path) -> Iterator[tuple[int, bytes | RecordError]]:
+    try:
+        count = _reader(path).num_records()
+    except RecordError as error:
+        yield 0, error
+        return
+    for number in range(count):
+        try:
+            yield number, _read_array_record(path, number, f"{path}, record {number}")
+        except RecordError as error:
+            yield number, error
 
-    Raises:
-        RecordError: if there is no such file, or it is not an ArrayRecord file.
-    """
-    return int(_reader(path).num_records())
 
-
-def _read_array_record(path: epath.PathLike, number: int, where: str) -> bytes:
+def _read_array_record(path: epath.Path, number: int, where: str) -> bytes:
     reader = _reader(path)
     if not 0 <= number < reader.num_records():
         raise RecordError(f"{where}: {path} has {reader.num_records()} records only")
     try:
         return bytes(reader.read([number])[0])
     except RuntimeError as error:
-        raise RecordError(
-            f"{where} is damaged ({_short(error)}): prepare this data set again"
-        ) from error
+        raise RecordError(f"{where} is damaged ({_short(error)}): {_AGAIN}") from error
 
 
 def _reader(path: epath.PathLike) -> Any:
@@ -302,14 +269,10 @@ def _reader(path: epath.PathLike) -> Any:
         status = os.stat(path)
         return _open_reader(os.fspath(path), (status.st_ino, status.st_size, status.st_mtime_ns))
     except FileNotFoundError:
-        raise RecordError(
-            f"{path} is missing: prepare this data set again or copy all of it"
-        ) from None
+        raise RecordError(f"{path} is missing: {_AGAIN} or copy all of it") from None
     except RuntimeError as error:
-        raise RecordError(
-            f"{path} is truncated, damaged or not an ArrayRecord file ({_short(error)}): prepare "
-            "this data set again"
-        ) from error
+        problem = f"is truncated, damaged or not an ArrayRecord file ({_short(error)})"
+        raise RecordError(f"{path} {problem}: {_AGAIN}") from error
 
 
 @functools.lru_cache(maxsize=_OPEN_READERS)

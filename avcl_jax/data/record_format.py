@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory, text_format
 
-from avcl_jax.data.example_proto import DecodeError, example_class
 from avcl_jax.data.record_files import RecordError
 
 # Version of the data set. Raise the first number when old readers would read nonsense.
@@ -17,22 +19,39 @@ UNKNOWN_LABEL = -1
 _MAX_PIXELS = 1 << 26  # of a frame, as for media files
 # One class, or all classes of a label that allows several per record.
 ClassNumbers = int | tuple[int, ...]
+# Raised when parsing bytes of another message.
+DecodeError = message.DecodeError
 
-# Fixed features, each with its entry in features.json (last part of pythonClassName, dtype,
-# encoding). Waveform and times are stored as raw bytes: 160,000 varints per record would take
-# longer to parse than its frames to decode, and tf.train.Example has no float64.
-FEATURE_KINDS: Mapping[str, tuple[str, str | None, str | None]] = {
-    "id": ("Text", None, None),
-    "source": ("Text", None, None),
-    "video": ("Sequence", None, None),
-    "frame_seconds": ("Tensor", "float64", "bytes"),
-    "audio": ("Tensor", "int16", "bytes"),
-    "sample_rate_hz": ("Scalar", "int64", "none"),
-    "audio_start_seconds": ("Tensor", "float64", "bytes"),
-    "duration_seconds": ("Tensor", "float64", "bytes"),
-    "height": ("Scalar", "int64", "none"),
-    "width": ("Scalar", "int64", "none"),
+
+class Feature(NamedTuple):
+    """Feature of a record: attribute of `Record`; kind, dtype and encoding in features.json."""
+
+    attribute: str
+    kind: str
+    dtype: str | None = None
+    encoding: str | None = None
+
+
+# Waveform and times are stored as raw bytes: 160,000 varints per record would take longer to parse
+# than its frames to decode, and tf.train.Example has no float64.
+FEATURES: Mapping[str, Feature] = {
+    "id": Feature("record_id", "Text"),
+    "source": Feature("source_id", "Text"),
+    "video": Feature("frames", "Sequence"),
+    "frame_seconds": Feature("frame_seconds", "Tensor", "float64", "bytes"),
+    "audio": Feature("waveform", "Tensor", "int16", "bytes"),
+    "sample_rate_hz": Feature("sample_rate_hz", "Scalar", "int64", "none"),
+    "audio_start_seconds": Feature("audio_start_seconds", "Tensor", "float64", "bytes"),
+    "duration_seconds": Feature("duration_seconds", "Tensor", "float64", "bytes"),
+    "height": Feature("height", "Scalar", "int64", "none"),
+    "width": Feature("width", "Scalar", "int64", "none"),
+    "is_still": Feature("is_still", "Scalar", "bool", "none"),
 }
+
+
+def lacking(features: Collection[str]) -> list[str]:
+    """Returns the features of a record that are not there; earlier releases had no `is_still`."""
+    return [name for name in FEATURES if name not in features and name != "is_still"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +167,63 @@ def _problem(record: Record) -> str | None:
     return None
 
 
+def _field(name: str, number: int, kind: str, *options: str) -> str:
+    """Returns a field of a scalar type, or of the message type `kind`, as text."""
+    kind = f"type: {kind}" if kind.startswith("TYPE") else f'type_name: ".tensorflow.{kind}"'
+    return f'field {{ name: "{name}" number: {number} {kind} {" ".join(options)} }}'
+
+
+def _message(name: str, *content: str) -> str:
+    return f'message_type {{ name: "{name}" {" ".join(content)} }}'
+
+
+def _map_message(name: str, field: str, value: str) -> str:
+    """Returns a message with `map<string, value>` as field 1, as protoc spells it."""
+    entry = f"{value}Entry"
+    fields = _field("key", 1, "TYPE_STRING") + _field("value", 2, value)
+    nested = f'nested_type {{ name: "{entry}" options {{ map_entry: true }} {fields} }}'
+    return _message(name, nested, _field(field, 1, f"{name}.{entry}", _REPEATED))
+
+
+_REPEATED, _ONEOF = "label: LABEL_REPEATED", "oneof_index: 0"
+_FILE = " ".join(
+    (
+        'name: "avcl_jax/example.proto" package: "tensorflow" syntax: "proto3"',
+        _message("BytesList", _field("value", 1, "TYPE_BYTES", _REPEATED)),
+        _message("FloatList", _field("value", 1, "TYPE_FLOAT", _REPEATED)),
+        _message("Int64List", _field("value", 1, "TYPE_INT64", _REPEATED)),
+        _message(
+            "Feature",
+            'oneof_decl { name: "kind" }',
+            _field("bytes_list", 1, "BytesList", _ONEOF),
+            _field("float_list", 2, "FloatList", _ONEOF),
+            _field("int64_list", 3, "Int64List", _ONEOF),
+        ),
+        _map_message("Features", "feature", "Feature"),
+        _message("FeatureList", _field("feature", 1, "Feature", _REPEATED)),
+        _map_message("FeatureLists", "feature_list", "FeatureList"),
+        _message("Example", _field("features", 1, "Features")),
+        _message(
+            "SequenceExample",
+            _field("context", 1, "Features"),
+            _field("feature_lists", 2, "FeatureLists"),
+        ),
+    )
+)
+
+
+@functools.cache
+def message_class(name: str) -> Any:
+    """Returns the message class tf.train.Example or tf.train.SequenceExample, by its last name.
+
+    Descriptors are in a private pool: TensorFlow and TFDS register the same names in the default
+    one, and importing TFDS takes a second in every worker.
+    """
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(text_format.Parse(_FILE, descriptor_pb2.FileDescriptorProto()))
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"tensorflow.{name}"))
+
+
 def serialize_record(record: Record) -> bytes:
     """Returns `record` as a serialized tf.train.Example, always the same bytes.
 
@@ -156,29 +232,37 @@ def serialize_record(record: Record) -> bytes:
     """
     if problem := _problem(record):
         raise ValueError(f"record {record.record_id!r}: {problem}")
-    example = example_class()()
-    feature = example.features.feature
-    for name, data in (
-        ("id", to_bytes(record.record_id)),
-        ("source", to_bytes(record.source_id)),
-        ("frame_seconds", record.frame_seconds.astype("<f8").tobytes()),
-        ("audio", record.waveform.astype("<i2").tobytes()),
-        ("audio_start_seconds", np.float64(record.audio_start_seconds).astype("<f8").tobytes()),
-        ("duration_seconds", np.float64(record.duration_seconds).astype("<f8").tobytes()),
-    ):
-        feature[name].bytes_list.value.append(data)
-    feature["video"].bytes_list.value.extend(record.frames)
-    for name, number in (
-        ("sample_rate_hz", record.sample_rate_hz),
-        ("height", record.height),
-        ("width", record.width),
-        ("is_still", int(record.is_still)),
-    ):
-        feature[name].int64_list.value.append(number)
+    example = message_class("Example")()
+    stored = example.features.feature
+    for name, (attribute, kind, dtype, _) in FEATURES.items():
+        value = getattr(record, attribute)
+        if kind == "Text":
+            stored[name].bytes_list.value.append(to_bytes(value))
+        elif kind == "Sequence":
+            stored[name].bytes_list.value.extend(value)
+        elif kind == "Scalar":
+            stored[name].int64_list.value.append(int(value))
+        else:
+            data = np.asarray(value, np.dtype(dtype).newbyteorder("<")).tobytes()
+            stored[name].bytes_list.value.append(data)
     for label, numbers in record.labels.items():
         listed = numbers if isinstance(numbers, tuple) else (numbers,)
-        feature[LABEL_PREFIX + label].int64_list.value.extend(listed)
+        stored[LABEL_PREFIX + label].int64_list.value.extend(listed)
     return example.SerializeToString(deterministic=True)
+
+
+def _attribute(stored: Any, feature: Feature) -> Any:
+    """Returns the attribute of a record from its tf.train.Feature."""
+    if feature.kind == "Sequence":
+        return stored.bytes_list.value  # Not a tuple of all frames, where a view needs a few.
+    if feature.kind == "Scalar":
+        number = stored.int64_list.value[0]
+        return bool(number) if feature.dtype == "bool" else number
+    data = stored.bytes_list.value[0]
+    if feature.kind == "Text":
+        return to_text(data)
+    values = np.frombuffer(data, np.dtype(feature.dtype).newbyteorder("<"))
+    return values if feature.attribute in ("frame_seconds", "waveform") else float(values[0])
 
 
 def parse_record(payload: bytes | memoryview, *, where: str, multilabel: Collection[str]) -> Record:
@@ -191,43 +275,16 @@ def parse_record(payload: bytes | memoryview, *, where: str, multilabel: Collect
         RecordError: if it is something else, or contradicts itself.
     """
     try:
-        feature = example_class().FromString(bytes(payload)).features.feature
-        missing = [name for name in FEATURE_KINDS if name not in feature]
-        if missing:
-            raise RecordError(
-                f"{where} lacks the features {', '.join(missing)}: not a record of avcl_jax"
-            )
-
-        def data(name: str) -> bytes:
-            return feature[name].bytes_list.value[0]
-
-        def number(name: str) -> int:
-            return feature[name].int64_list.value[0]
-
-        record = Record(
-            record_id=to_text(data("id")),
-            source_id=to_text(data("source")),
-            # Not a tuple: that would copy all frames, where a view needs a few.
-            frames=feature["video"].bytes_list.value,
-            frame_seconds=np.frombuffer(data("frame_seconds"), "<f8"),
-            waveform=np.frombuffer(data("audio"), "<i2"),
-            sample_rate_hz=number("sample_rate_hz"),
-            audio_start_seconds=float(np.frombuffer(data("audio_start_seconds"), "<f8")[0]),
-            duration_seconds=float(np.frombuffer(data("duration_seconds"), "<f8")[0]),
-            height=number("height"),
-            width=number("width"),
-            is_still="is_still" in feature and bool(number("is_still")),
-            labels={
-                label: tuple(feature[name].int64_list.value)
-                if label in multilabel
-                else number(name)
-                for name in sorted(feature)
-                if name.startswith(LABEL_PREFIX)
-                for label in [name.removeprefix(LABEL_PREFIX)]
-            },
-        )
-    except RecordError:
-        raise
+        stored = message_class("Example").FromString(bytes(payload)).features.feature
+        if missing := lacking(stored):
+            raise ValueError(f"lacks the features {', '.join(missing)}")
+        labels: dict[str, ClassNumbers] = {}
+        for name in sorted(stored):
+            if name.startswith(LABEL_PREFIX):
+                label, numbers = name.removeprefix(LABEL_PREFIX), stored[name].int64_list.value
+                labels[label] = tuple(numbers) if label in multilabel else numbers[0]
+        fixed = {f.attribute: _attribute(stored[n], f) for n, f in FEATURES.items() if n in stored}
+        record = Record(**fixed, labels=labels)
     # ValueError: bytes that are not a whole number of values.
     except (DecodeError, IndexError, ValueError) as error:
         raise RecordError(f"{where} is not a record of avcl_jax: {error}") from error

@@ -7,9 +7,7 @@ where one JSON file for each of ten thousand shards took minutes.
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 import struct
 import zipfile
 import zlib
@@ -33,6 +31,7 @@ from avcl_jax.data.record_format import (
     to_bytes,
     to_text,
 )
+from avcl_jax.paths import replacing
 
 _VERSION = 3
 # Errors of zipfile and numpy for a file of ours in name only, although its CRC is right.
@@ -170,20 +169,13 @@ def shard_columns(columns: Mapping[str, np.ndarray], number: int) -> dict[str, n
 
 
 def save_columns(path: epath.PathLike, columns: Mapping[str, np.ndarray]) -> None:
-    """Writes columns to one file, all at once: a temporary file, then a rename."""
-    path = epath.Path(path)
+    """Writes columns to one file, all at once."""
     buffer = io.BytesIO()
     arrays: dict[str, Any] = {"version": np.int32(_VERSION), **columns}
     np.savez_compressed(buffer, **arrays)
     buffer.write(crc32c.crc32c(buffer.getvalue()).to_bytes(4, "little"))
-    temporary = path.parent / f"{path.name}.{os.getpid()}.tmp"
-    try:
+    with replacing(epath.Path(path)) as temporary:
         temporary.write_bytes(buffer.getvalue())
-        temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def load_columns(path: epath.PathLike, *, without: Sequence[str] = ()) -> dict[str, Any] | None:
@@ -224,10 +216,10 @@ def scan_shard(
     Raises:
         RecordError: if the shard is missing, damaged or not a shard of ours.
     """
-    if not shard.exists():
-        raise RecordError(f"{shard} is missing: prepare this data set again or copy all of it")
     rows: list[IndexRow] = []
     for place, payload in record_files.scan(shard, file_format):
+        if isinstance(payload, RecordError):
+            raise payload
         where = f"{shard}, record {len(rows)} at {place}"
         record = parse_record(payload, where=where, multilabel=multilabel)
         check_labels(record, class_names, where=where)

@@ -1,10 +1,9 @@
-"""Prepared data sets: shards of records, written and read without TensorFlow.
+"""Prepared data sets: shards of records, read without TensorFlow.
 
 A prepared directory is what TensorFlow Datasets writes (`features.json`, `dataset_info.json`,
 `NAME-SPLIT.tfrecord-00000-of-00010`), so TensorFlow users open it with
 `tfds.builder_from_directory(directory).as_dataset(split=...)`. Shards may be ArrayRecord files
-instead, which `as_data_source(split=...)` opens without TensorFlow. `record_metadata` writes the
-metadata; this module writes shards and reads everything.
+instead, which `as_data_source(split=...)` opens without TensorFlow. `record_writer` writes both.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import crc32c
 import numpy as np
@@ -23,103 +22,25 @@ from etils import epath
 from avcl_jax.data import record_files
 from avcl_jax.data.record_files import FILE_FORMATS, OVERHEAD_BYTES, TFRECORD, RecordError
 from avcl_jax.data.record_format import (
-    FEATURE_KINDS,
+    FEATURES,
     FORMAT_VERSION,
     LABEL_PREFIX,
     TIMELINE,
     UNKNOWN_LABEL,
     Record,
     check_labels,
+    lacking,
     parse_record,
-    serialize_record,
 )
 from avcl_jax.data.record_index import (
-    IndexRow,
     StringColumn,
-    columns_of,
     index_path,
-    index_row,
     load_columns,
     merge,
     save_columns,
     scan_shard,
 )
 from avcl_jax.paths import absolute_path, is_remote
-
-
-class ShardInfo(NamedTuple):
-    """Entry of a shard in dataset_info.json: records, and bytes of their payloads."""
-
-    num_records: int
-    num_bytes: int
-
-
-class RecordWriter:
-    """Writes one shard; nothing appears under its name before it is complete.
-
-    Use as a context manager: leaving it normally finishes the shard, leaving it by an exception
-    removes what was written.
-    """
-
-    def __init__(self, path: epath.PathLike, file_format: str = TFRECORD):
-        """Opens a temporary file beside `path`, of one of `FILE_FORMATS`."""
-        self._path = epath.Path(path)
-        self._temporary = self._path.parent / f"{self._path.name}.{os.getpid()}.tmp"
-        self._sink = record_files.create(self._temporary, file_format)
-        self._rows: list[IndexRow] = []
-
-    def write(self, record: Record) -> None:
-        """Appends one record.
-
-        Raises ValueError if it contradicts itself, OSError if it cannot be written.
-        """
-        payload = serialize_record(record)
-        self._sink.write(payload)
-        self._rows.append(index_row(record, payload))
-
-    def finish(self) -> ShardInfo:
-        """Gives the shard its name; returns its entry."""
-        self._sink.close()
-        self._temporary.replace(self._path)
-        return self.info()
-
-    def info(self) -> ShardInfo:
-        """Returns the entry of the records written so far."""
-        return ShardInfo(len(self._rows), sum(row.length for row in self._rows))
-
-    def columns(self) -> dict[str, np.ndarray]:
-        """Returns the index of the records written so far."""
-        return columns_of(self._rows)
-
-    def abandon(self) -> None:
-        """Removes what was written, unless it is finished."""
-        self._sink.abandon()
-        self._temporary.unlink(missing_ok=True)
-
-    def __enter__(self) -> RecordWriter:
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        try:
-            if kind is None:
-                self.finish()
-        finally:
-            self.abandon()
-
-
-def write_shard(
-    path: epath.PathLike, records: Iterable[Record], file_format: str = TFRECORD
-) -> ShardInfo:
-    """Writes `records`, in this order, to `DIRECTORY/` and `shard_name`, all or nothing.
-
-    Raises:
-        ValueError: if a record contradicts itself.
-        OSError: if the file cannot be written.
-    """
-    with RecordWriter(path, file_format) as writer:
-        for record in records:
-            writer.write(record)
-    return writer.info()
 
 
 def shard_name(name: str, split: str, number: int, count: int, file_format: str = TFRECORD) -> str:
@@ -150,19 +71,16 @@ def _read_labels(directory: epath.Path) -> dict[str, bool]:
     def kind_of(name: str) -> str:
         return features[name].get("pythonClassName", "").rpartition(".")[2]
 
-    for name, expected in FEATURE_KINDS.items():
-        if name not in features:
-            raise RecordError(
-                f"{directory} has no feature {name!r}, it has {', '.join(sorted(features))}: "
-                "not a data set of `python -m data_prep`"
-            )
+    problems = [f"no feature {name!r}" for name in lacking(features)]
+    for name in [name for name in FEATURES if name in features]:
         tensor = features[name].get("tensor", {})
         actual = (kind_of(name), tensor.get("dtype"), tensor.get("encoding"))
-        if actual != expected:
-            raise RecordError(
-                f"{directory}: feature {name!r} is {actual}, expected {expected}: "
-                "not a data set of `python -m data_prep`"
-            )
+        if actual != FEATURES[name][1:]:
+            problems.append(f"feature {name!r} is {actual}, expected {FEATURES[name][1:]}")
+    if problems:
+        raise RecordError(
+            f"{directory}: {', '.join(problems)}: not a data set of `python -m data_prep`"
+        )
     labels = [name for name in sorted(features) if name.startswith(LABEL_PREFIX)]
     return {name.removeprefix(LABEL_PREFIX): kind_of(name) == "Sequence" for name in labels}
 
@@ -301,13 +219,8 @@ class RecordDataset:
             return True
         expected = np.diff(_begins(columns["length"])[np.cumsum([0, *lengths])])
         for shard, size in zip(self._shards, expected.tolist(), strict=True):
-            try:
-                if os.stat(shard).st_size != size and self.file_format == TFRECORD:
-                    return False
-            except FileNotFoundError:
-                raise RecordError(
-                    f"{shard} is missing: prepare this data set again or copy all of it"
-                ) from None
+            if record_files.size_of(shard) != size and self.file_format == TFRECORD:
+                return False
         return True
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -87,11 +87,15 @@ class Listing:
         """
         if file_format == ARRAY_RECORD and is_remote(path):
             raise PrepareError(f"{path}: copy ArrayRecord files to a local disk first")
+        with path.open("rb") as file:
+            if file.read(len(_GZIP)) == _GZIP:
+                raise PrepareError(f"{path} is compressed: decompress it first (gzip -d)")
         first = len(self.entries)
-        payloads = _array_record(path) if file_format == ARRAY_RECORD else _tfrecord(path)
-        for number, (place, payload) in enumerate(payloads):
+        for number, (place, payload) in enumerate(record_files.scan(path, file_format)):
             try:
-                example = None if payload is None else self._layout.parse(payload)
+                example = None
+                if not isinstance(payload, RecordError):
+                    example = self._layout.parse(payload)
             except MediaError:
                 example = None
             try:
@@ -158,39 +162,3 @@ def _names(
     if len(set(names)) < len(names) or any("\n" in name or "\r" in name for name in names):
         raise PrepareError(f"{label}: two classes of one name, or a line break in one")
     return names
-
-
-def _array_record(path: epath.Path) -> Iterator[tuple[int, bytes | memoryview | None]]:
-    try:
-        count = record_files.count_array_records(path)
-    except RecordError:
-        yield 0, None
-        return
-    for number in range(count):
-        try:
-            yield number, record_files.read(path, ARRAY_RECORD, number, where=str(path))
-        except RecordError:
-            yield number, None
-
-
-def _tfrecord(path: epath.Path) -> Iterator[tuple[int, memoryview | None]]:
-    size = path.stat().length
-    offset, where = 0, str(path)
-    with path.open("rb") as file:
-        while header := file.read(record_files.HEADER_BYTES):
-            if offset == 0 and header.startswith(_GZIP):
-                raise PrepareError(f"{path} is compressed: decompress it first (gzip -d)")
-            try:
-                end = offset + record_files.payload_length(header, where=where)
-            except RecordError:
-                end = size
-            end += record_files.OVERHEAD_BYTES
-            if end > size:
-                yield offset, None
-                return
-            framed = header + file.read(end - offset - len(header))
-            try:
-                yield offset, record_files.unframe_payload(framed, expected_crc=None, where=where)
-            except RecordError:
-                yield offset, None
-            offset = end

@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from avcl_jax.data.example_proto import DecodeError, sequence_example_class
 from avcl_jax.data.media import MediaError
 from avcl_jax.data.record_files import ARRAY_RECORD, TFRECORD
-from avcl_jax.data.record_format import to_text
+from avcl_jax.data.record_format import DecodeError, message_class, to_text
 from avcl_jax.paths import absolute_path, local_path
 from data_prep.collections import example_files
 from data_prep.collections.example_files import NONE, ExampleClasses, Listing
@@ -64,7 +63,7 @@ class SequenceLayout:
     def parse(self, payload: bytes | memoryview) -> _Sequence:
         """Returns the features of a serialized tf.train.SequenceExample; may raise MediaError."""
         try:
-            example = sequence_example_class().FromString(bytes(payload))
+            example = message_class("SequenceExample").FromString(bytes(payload))
         except DecodeError as error:
             raise MediaError("bad_example", f"not a tf.train.SequenceExample: {error}") from error
         context, lists = example.context.feature, example.feature_lists.feature_list

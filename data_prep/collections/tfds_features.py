@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from avcl_jax.data.example_proto import DecodeError, example_class
 from avcl_jax.data.media import MediaError
 from avcl_jax.data.record_files import FILE_FORMATS
-from avcl_jax.data.record_format import to_text
+from avcl_jax.data.record_format import DecodeError, message_class, to_text
 from data_prep.examples import Example, Samples
 from data_prep.manifest import PrepareError
 
@@ -248,7 +247,7 @@ class TfdsLayout:
     def parse(self, payload: bytes | memoryview) -> Any:
         """Returns the features of a serialized tf.train.Example by name; may raise MediaError."""
         try:
-            return example_class().FromString(bytes(payload)).features.feature
+            return message_class("Example").FromString(bytes(payload)).features.feature
         except DecodeError as error:
             raise MediaError("bad_example", f"not a tf.train.Example: {error}") from error
 

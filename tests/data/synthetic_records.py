@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
 
-from avcl_jax.data.record_metadata import write_dataset_metadata
-from avcl_jax.data.records import Record, shard_name, write_shard
+from avcl_jax.data.record_writer import RecordWriter, write_dataset_metadata
+from avcl_jax.data.records import Record, shard_name
 
 SAMPLE_RATE_HZ = 16_000
 
@@ -50,6 +51,17 @@ def make_record(
         width=side * has_video,
         labels={"motion": number % 5, "material": number // 5 % 5},
     )
+
+
+def write_shard(
+    path: Path, records: Iterable[Record], file_format: str = "tfrecord"
+) -> tuple[int, int]:
+    """Writes a shard; returns the number of its records and the bytes of their payloads."""
+    with RecordWriter(path, file_format) as writer:
+        for record in records:
+            writer.write(record)
+    lengths = writer.columns()["length"]
+    return len(lengths), int(lengths.sum())
 
 
 def write_records(

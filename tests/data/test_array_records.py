@@ -17,16 +17,15 @@ from etils import epath
 
 from avcl_jax.data import record_files
 from avcl_jax.data.images import decode_jpegs
-from avcl_jax.data.record_metadata import write_dataset_metadata
+from avcl_jax.data.record_writer import RecordWriter, write_dataset_metadata
 from avcl_jax.data.records import (
     Record,
     RecordDataset,
     RecordError,
-    RecordWriter,
     shard_name,
-    write_shard,
 )
 from data_prep.__main__ import main
+from tests.data.synthetic_records import write_shard
 from tests.data.test_records import CLASS_NAMES, assert_same, make_record
 
 FORMAT = "array_record"
@@ -180,7 +179,7 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path) -> None:
     assert caught.value.errno == errno.EFBIG
     assert not list(tmp_path.iterdir())
     with pytest.raises(FileNotFoundError):
-        record_files.create(epath.Path(tmp_path / "none" / "x.array_record"), FORMAT)
+        record_files.ArrayRecordSink(epath.Path(tmp_path / "none" / "x.array_record"))
 
 
 def test_the_command_writes_it_and_the_same_bytes_again(

@@ -22,15 +22,14 @@ from avcl_jax.data import record_files, records
 from avcl_jax.data.images import decode_jpegs
 from avcl_jax.data.record_format import parse_record, serialize_record
 from avcl_jax.data.record_index import index_path
-from avcl_jax.data.record_metadata import record_features, write_dataset_metadata
+from avcl_jax.data.record_writer import RecordWriter, record_features, write_dataset_metadata
 from avcl_jax.data.records import (
     Record,
     RecordDataset,
     RecordError,
-    RecordWriter,
     shard_name,
-    write_shard,
 )
+from tests.data.synthetic_records import write_shard
 
 CLASS_NAMES = {"motion": ["fall", "roll"]}
 
@@ -432,5 +431,5 @@ def test_reading_through_etils_where_there_is_no_local_file(tmp_path: Path) -> N
             crc = record_files.masked_crc(payload)
             for known in ({}, {"length": len(payload), "crc": crc}):
                 assert record_files.read(path, "tfrecord", place, where="x", **known) == payload
-        with pytest.raises(RecordError, match="x is truncated"):
+        with pytest.raises(RecordError, match="x: stale index"):
             record_files.read(path, "tfrecord", scanned[2][0], where="x", length=9, crc=0)

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from avcl_jax.data.record_metadata import write_dataset_metadata
-from avcl_jax.data.records import Record, RecordDataset, shard_name, write_shard
+from avcl_jax.data.record_writer import write_dataset_metadata
+from avcl_jax.data.records import Record, RecordDataset, shard_name
 from data_prep.__main__ import main
 from data_prep.card import describe
+from tests.data.synthetic_records import write_shard
 from tests.data.test_records import make_record
 
 

@@ -15,8 +15,7 @@ import simplejpeg
 from etils import epath
 
 from avcl_jax.data import record_files
-from avcl_jax.data.example_proto import example_class, sequence_example_class
-from avcl_jax.data.record_format import Record
+from avcl_jax.data.record_format import Record, message_class
 from avcl_jax.data.records import RecordDataset
 from data_prep.__main__ import main
 from data_prep.clip import REASONS
@@ -253,7 +252,7 @@ def test_integers_read_as_floats_are_refused(tmp_path: Path) -> None:
 
 
 def sequence(expected: dict[str, np.ndarray], **floats: object) -> object:
-    example = sequence_example_class()()
+    example = message_class("SequenceExample")()
     lists = example.feature_lists.feature_list
     for frame in jpegs(expected, 0):
         lists["image/encoded"].feature.add().bytes_list.value.append(frame)
@@ -358,7 +357,7 @@ def spoiled(expected: dict[str, np.ndarray]) -> dict[str, object]:
         "mixed_sizes": sizes,
         "bad_timestamps": back,
         "bad_example": kind,
-        "empty": sequence_example_class()(),
+        "empty": message_class("SequenceExample")(),
     }
 
 
@@ -440,7 +439,7 @@ def test_an_example_without_a_feature_is_refused(tmp_path: Path) -> None:
     shard = copy / "tiny-test.tfrecord-00000-of-00001"
     train = copy / "tiny-train.tfrecord-00000-of-00001"
     payloads = [payload for _, payload in record_files.scan(epath.Path(train), "tfrecord")]
-    example = example_class().FromString(bytes(payloads[0]))
+    example = message_class("Example").FromString(bytes(payloads[0]))
     del example.features.feature["sound"]
     write(shard, example)
     assert run(tmp_path / "out", "tfds", copy, "--fps=10") == 3
@@ -529,7 +528,7 @@ def test_encoded_media_inside_an_example(tmp_path: Path) -> None:
         sound_seconds=1.5,
         side=32,
     )
-    example = sequence_example_class()()
+    example = message_class("SequenceExample")()
     content = (tmp_path / "a.mp4").read_bytes()
     example.context.feature["clip/encoded_media_bytes"].bytes_list.value.append(content)
     path = write(tmp_path / "a.tfrecord", example)

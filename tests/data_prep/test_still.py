@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from avcl_jax.data.example_proto import example_class
 from avcl_jax.data.pipeline import train_batches
-from avcl_jax.data.record_format import Record, parse_record, serialize_record
+from avcl_jax.data.record_format import Record, message_class, parse_record, serialize_record
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import UsableRecords
 from data_prep.__main__ import main
@@ -133,7 +132,7 @@ def test_records_of_earlier_releases_lack_the_feature() -> None:
     )
     payload = serialize_record(record)
     assert parse_record(payload, where="here", multilabel=()).is_still
-    example = example_class().FromString(payload)
+    example = message_class("Example").FromString(payload)
     del example.features.feature["is_still"]
     older = parse_record(example.SerializeToString(), where="here", multilabel=())
     assert not older.is_still

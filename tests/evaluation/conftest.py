@@ -13,13 +13,14 @@ import simplejpeg
 from etils import epath
 
 from avcl_jax import experiment
-from avcl_jax.data.record_metadata import write_dataset_metadata
-from avcl_jax.data.records import Record, RecordDataset, shard_name, write_shard
+from avcl_jax.data.record_writer import write_dataset_metadata
+from avcl_jax.data.records import Record, RecordDataset, shard_name
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.training import loop
 from avcl_jax.training.checkpoint import Checkpoints, Progress
 from configs import evaluate as evaluate_config
 from configs import pretrain
+from tests.data.synthetic_records import write_shard
 
 RATE, FPS, SIDE, SECONDS = 4000, 16, 16, 3.0
 CLASS_NAMES = {"motion": ["across", "down"], "material": ["low", "high"]}

@@ -17,10 +17,11 @@ import numpy as np
 import simplejpeg
 
 from avcl_jax import experiment, export
-from avcl_jax.data.record_metadata import write_dataset_metadata
-from avcl_jax.data.records import Record, shard_name, write_shard
+from avcl_jax.data.record_writer import write_dataset_metadata
+from avcl_jax.data.records import Record, shard_name
 from avcl_jax.export import Encoder
 from configs import finetune
+from tests.data.synthetic_records import write_shard
 from tests.training.small import small_config
 
 COUNT, FPS, RATE_HZ, SIDE, SECONDS = 96, 16, 16_000, 24, 1.0

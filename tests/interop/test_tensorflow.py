@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from avcl_jax.data.images import decode_jpegs
-from avcl_jax.data.record_metadata import write_dataset_metadata
-from avcl_jax.data.records import FILE_FORMATS, Record, RecordDataset, shard_name, write_shard
+from avcl_jax.data.record_writer import write_dataset_metadata
+from avcl_jax.data.records import FILE_FORMATS, Record, RecordDataset, shard_name
 from data_prep.__main__ import main
+from tests.data.synthetic_records import write_shard
 from tests.data.test_records import make_record
 
 pytestmark = pytest.mark.interop

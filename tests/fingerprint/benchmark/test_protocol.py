@@ -17,8 +17,8 @@ import simplejpeg
 from etils import epath
 
 from avcl_jax.data.decoded import DecodedMedia
-from avcl_jax.data.record_metadata import write_dataset_metadata
-from avcl_jax.data.records import RecordDataset, shard_name, write_shard
+from avcl_jax.data.record_writer import write_dataset_metadata
+from avcl_jax.data.records import RecordDataset, shard_name
 from avcl_jax.encoder_source import open_encoders
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.protocol import (
@@ -41,7 +41,7 @@ from benchmarks import fingerprint as benchmark
 from benchmarks.measure import SkipError
 from configs import fingerprint
 from tests.data.synthetic_media import write_flash_and_click
-from tests.data.synthetic_records import make_record
+from tests.data.synthetic_records import make_record, write_shard
 from tests.fingerprint import synthetic
 from tests.fingerprint.benchmark.clips import clip
 

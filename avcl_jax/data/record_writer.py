@@ -1,0 +1,156 @@
+"""Prepared data sets, written without TensorFlow: shards, and metadata by TensorFlow Datasets.
+
+TFDS needs TensorFlow to write TFRecords but not to write metadata. Importing it takes a second or
+two, which the workers that write shards do not have to wait for.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from avcl_jax.data.record_files import ARRAY_RECORD, TFRECORD, ArrayRecordSink, TFRecordSink
+from avcl_jax.data.record_format import FORMAT_VERSION, LABEL_PREFIX, Record, serialize_record
+from avcl_jax.data.record_index import IndexRow, columns_of, index_row
+from avcl_jax.paths import absolute_path, replacing
+
+_DESCRIPTION = (
+    "Audio-visual clips prepared by avcl_jax's data_prep: JPEG frames with the time of each, mono "
+    "PCM, and labels (-1 is unknown). All times are seconds on the clip's own timeline."
+)
+
+
+class RecordWriter:
+    """Context manager that writes one shard; a file appears under its name only when complete.
+
+    An exception inside the block removes what was written.
+    """
+
+    def __init__(self, path: epath.PathLike, file_format: str = TFRECORD):
+        """Opens a temporary file beside `path`, of one of `FILE_FORMATS`."""
+        self._path = epath.Path(path)
+        self._temporary = self._path.parent / f"{self._path.name}.{os.getpid()}.tmp"
+        sink = ArrayRecordSink if file_format == ARRAY_RECORD else TFRecordSink
+        self._sink: ArrayRecordSink | TFRecordSink = sink(self._temporary)
+        self._rows: list[IndexRow] = []
+
+    def write(self, record: Record) -> None:
+        """Appends one record.
+
+        Raises ValueError if it contradicts itself, OSError if it cannot be written.
+        """
+        payload = serialize_record(record)
+        self._sink.write(payload)
+        self._rows.append(index_row(record, payload))
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Returns the index of the records written so far."""
+        return columns_of(self._rows)
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            if kind is None:
+                self._sink.close()
+                self._temporary.replace(self._path)
+        finally:
+            self._sink.abandon()
+            self._temporary.unlink(missing_ok=True)
+
+
+def record_features(class_names: Mapping[str, Sequence[str]], multilabel: Collection[str]) -> Any:
+    """Returns the TFDS `FeaturesDict` of a record, whose labels have these `class_names`.
+
+    `tfds.features.Video` and `Audio` need TensorFlow when they are constructed. A video is stored
+    as the sequence of images that `Video` is, and a waveform as the tensor that `Audio` is.
+    """
+    from tensorflow_datasets import features
+
+    def raw(dtype: type, *shape: int | None) -> features.Tensor:
+        return features.Tensor(shape=shape, dtype=dtype, encoding="bytes")
+
+    frame = features.Image(shape=(None, None, 3), encoding_format="jpeg")
+    labels = {
+        LABEL_PREFIX + label: features.ClassLabel(names=list(names))
+        for label, names in sorted(class_names.items())
+    }
+    labels |= {
+        name: features.Sequence(label)
+        for name, label in labels.items()
+        if name.removeprefix(LABEL_PREFIX) in multilabel
+    }
+    return features.FeaturesDict(
+        {
+            "id": features.Text(doc="Name of the record, unique in its data set"),
+            "source": features.Text(doc="What the clip was cut from"),
+            "video": features.Sequence(frame, doc="Upright frames; none: no picture"),
+            "frame_seconds": raw(np.float64, None),
+            "audio": raw(np.int16, None),
+            "sample_rate_hz": features.Scalar(np.int64),
+            "audio_start_seconds": raw(np.float64),
+            "duration_seconds": raw(np.float64),
+            "height": features.Scalar(np.int64),
+            "width": features.Scalar(np.int64),
+            "is_still": features.Scalar(np.bool_, doc="Nothing moves in the video"),
+            **labels,
+        }
+    )
+
+
+def write_dataset_metadata(
+    directory: epath.PathLike,
+    *,
+    name: str,
+    class_names: Mapping[str, Sequence[str]],
+    multilabel: Collection[str] = (),
+    splits: Mapping[str, Sequence[tuple[int, int]]],
+    file_format: str = TFRECORD,
+) -> None:
+    """Writes features.json, dataset_info.json and the class names, dataset_info.json last.
+
+    Args:
+        directory: directory of the shards of all splits.
+        name: first part of the shards' names; lower case, digits and underscores.
+        class_names: names of the classes, for each label.
+        multilabel: labels that allow several classes per record.
+        splits: number of records, and bytes of their payloads, of each shard of each split.
+        file_format: format of the shards.
+    """
+    import tensorflow_datasets as tfds
+
+    directory = absolute_path(directory)
+    identity = tfds.core.dataset_info.DatasetIdentity(
+        name=name,
+        version=tfds.core.Version(FORMAT_VERSION),
+        data_dir=str(directory),
+        module_name="data_prep",
+    )
+    features = record_features(class_names, multilabel)
+    info = tfds.core.DatasetInfo(builder=identity, description=_DESCRIPTION, features=features)
+    info.set_file_format(file_format)
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=directory, dataset_name=name, filetype_suffix=file_format
+    )
+    entries = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=[num_records for num_records, _ in shards],
+            num_bytes=sum(num_bytes for _, num_bytes in shards),
+            filename_template=template.replace(split=split),
+        )
+        for split, shards in sorted(splits.items())
+    ]
+    info.set_splits(tfds.core.splits.SplitDict(entries))
+    with tempfile.TemporaryDirectory() as scratch:
+        info.write_to_directory(scratch)
+        written = sorted(epath.Path(scratch).iterdir(), key=lambda p: p.name == "dataset_info.json")
+        for source in written:
+            with replacing(directory / source.name) as temporary:
+                temporary.write_bytes(source.read_bytes())
