@@ -265,17 +265,24 @@ def _attribute(stored: Any, feature: Feature) -> Any:
     return values if feature.attribute in ("frame_seconds", "waveform") else float(values[0])
 
 
-def parse_record(payload: bytes | memoryview, *, where: str, multilabel: Collection[str]) -> Record:
+def parse_record(
+    payload: bytes,
+    class_names: Mapping[str, Sequence[str]],
+    multilabel: Collection[str],
+    *,
+    where: str,
+) -> Record:
     """Reads a serialized tf.train.Example that `serialize_record` wrote.
 
     The bytes do not tell which labels allow several classes per record: `multilabel` does. `where`
     names the record in error messages.
 
     Raises:
-        RecordError: if it is something else, or contradicts itself.
+        RecordError: if it is something else, contradicts itself, or has other labels or classes
+            than those of `class_names`.
     """
     try:
-        stored = message_class("Example").FromString(bytes(payload)).features.feature
+        stored = message_class("Example").FromString(payload).features.feature
         if missing := lacking(stored):
             raise ValueError(f"lacks the features {', '.join(missing)}")
         labels: dict[str, ClassNumbers] = {}
@@ -290,15 +297,6 @@ def parse_record(payload: bytes | memoryview, *, where: str, multilabel: Collect
         raise RecordError(f"{where} is not a record of avcl_jax: {error}") from error
     if problem := _problem(record):
         raise RecordError(f"{where} contradicts itself: {problem}; prepare this data set again")
-    return record
-
-
-def check_labels(record: Record, class_names: Mapping[str, Sequence[str]], *, where: str) -> None:
-    """Compares the labels of a record with those of its data set.
-
-    Raises:
-        RecordError: if a label is missing, or a class that it names.
-    """
     for label, names in class_names.items():
         value = record.labels.get(label, len(names))
         if max(value if isinstance(value, tuple) else (value,), default=0) >= len(names):
@@ -306,3 +304,4 @@ def check_labels(record: Record, class_names: Mapping[str, Sequence[str]], *, wh
                 f"{where} has none of the {len(names)} classes of label {label!r}: "
                 "prepare this data set again"
             )
+    return record

@@ -8,11 +8,12 @@ where one JSON file for each of ten thousand shards took minutes.
 from __future__ import annotations
 
 import io
+import itertools
 import struct
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import crc32c
 import numpy as np
@@ -23,9 +24,7 @@ from avcl_jax.data.record_files import RecordError
 from avcl_jax.data.record_format import (
     LABEL_PREFIX,
     TIMELINE,
-    ClassNumbers,
     Record,
-    check_labels,
     parse_record,
     peak,
     to_bytes,
@@ -42,92 +41,68 @@ _NO_INDEX = (
 
 
 class StringColumn(Sequence[str]):
-    """Many short strings in two arrays: Python objects would take five times the memory.
+    """Many short strings in two arrays: Python objects would take five times the memory."""
 
-    `text` uint8 [bytes] are all strings one after another, `ends` int64 [len] the end of each.
-    """
-
-    def __init__(self, text: np.ndarray, ends: np.ndarray):
-        """Takes both arrays; see the class."""
-        self.text, self.ends = text, ends
-
-    @classmethod
-    def of(cls, strings: Sequence[str]) -> StringColumn:
-        """Packs strings, which may contain undecodable bytes of file names (surrogates)."""
-        encoded = [to_bytes(string) for string in strings]
-        ends = np.cumsum([len(data) for data in encoded], dtype=np.int64)
-        return cls(np.frombuffer(b"".join(encoded), np.uint8), ends)
+    def __init__(self, text: np.ndarray, lengths: np.ndarray):
+        """Takes uint8 [bytes], all strings one after another, and the bytes of each, [len]."""
+        self._text, self._ends = text, np.cumsum(lengths, dtype=np.int64)
 
     def __len__(self) -> int:
         """Number of strings."""
-        return len(self.ends)
+        return len(self._ends)
 
     def __getitem__(self, index: Any) -> Any:
         """Returns one string, or a list of those of a slice."""
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         index = range(len(self))[index]
-        begin = int(self.ends[index - 1]) if index else 0
-        return to_text(self.text[begin : int(self.ends[index])].tobytes())
+        begin = int(self._ends[index - 1]) if index else 0
+        return to_text(self._text[begin : int(self._ends[index])].tobytes())
 
 
-class IndexRow(NamedTuple):
-    """Entry of one record: `length` and masked `crc` of its payload, `timeline` as `TIMELINE`."""
-
-    record_id: str
-    source_id: str
-    length: int
-    crc: int
-    timeline: tuple[float, ...]
-    labels: Mapping[str, ClassNumbers]
-
-
-def index_row(record: Record, payload: bytes | memoryview) -> IndexRow:
-    """Returns the entry of a record that is stored as `payload`."""
-    seconds = record.frame_seconds
-    gaps = np.diff(seconds)
-    timeline = (
-        len(record.frames),
-        float(seconds[0]) if record.has_video else 0.0,
-        float(seconds[-1]) if record.has_video else 0.0,
-        float(gaps.max(initial=0.0)),
-        float(gaps.min()) if len(gaps) else 0.0,
-        len(record.waveform),
-        peak(record.waveform),
-        record.sample_rate_hz,
-        record.audio_start_seconds,
-        record.duration_seconds,
-    )
-    crc = record_files.masked_crc(payload)
-    return IndexRow(record.record_id, record.source_id, len(payload), crc, timeline, record.labels)
-
-
-def _label_columns(rows: Sequence[IndexRow]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields a column for each label; of several labels a clip their counts and their values."""
-    for label in rows[0].labels if rows else ():
-        values = [row.labels[label] for row in rows]
-        several = [value for value in values if isinstance(value, tuple)]
-        if several:
-            yield f"counts_{label}", np.array([len(numbers) for numbers in several], np.int32)
-            flat = [number for numbers in several for number in numbers]
-            yield f"values_{label}", np.array(flat, np.int32)
-        else:
-            yield LABEL_PREFIX + label, np.array(values, np.int32)
-
-
-def columns_of(rows: Sequence[IndexRow]) -> dict[str, np.ndarray]:
-    """Returns the rows of one shard as arrays."""
-    columns: dict[str, np.ndarray] = {
-        "length": np.array([row.length for row in rows], np.int64),
-        "crc": np.array([row.crc for row in rows], np.uint32),
+def index_row(record: Record, payload: bytes) -> dict[str, Any]:
+    """Returns the entry of a record that is stored as `payload`: a value for each column."""
+    seconds, gaps = record.frame_seconds, np.diff(record.frame_seconds)
+    return {
+        "record_id": record.record_id,
+        "source_id": record.source_id,
+        "labels": record.labels,
+        "length": len(payload),
+        "crc": record_files.masked_crc(payload),
+        "num_frames": len(record.frames),
+        "first_frame_seconds": seconds[0] if record.has_video else 0.0,
+        "last_frame_seconds": seconds[-1] if record.has_video else 0.0,
+        "max_frame_gap_seconds": gaps.max(initial=0.0),
+        "min_frame_gap_seconds": gaps.min() if len(gaps) else 0.0,
+        "num_samples": len(record.waveform),
+        "audio_peak": peak(record.waveform),
+        "sample_rate_hz": record.sample_rate_hz,
+        "audio_start_seconds": record.audio_start_seconds,
+        "duration_seconds": record.duration_seconds,
     }
-    for number, (name, dtype) in enumerate(TIMELINE.items()):
-        columns[name] = np.array([row.timeline[number] for row in rows], dtype)
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Returns the rows of one shard as arrays.
+
+    A string has a column of text and one of lengths, a label with several classes per record one
+    of counts and one of values.
+    """
+    dtypes = {"length": np.int64, "crc": np.uint32, **TIMELINE}
+    columns: dict[str, Any] = {
+        name: np.array([row[name] for row in rows], dtype) for name, dtype in dtypes.items()
+    }
     for name in ("record_id", "source_id"):
-        strings = StringColumn.of([getattr(row, name) for row in rows])
-        columns[name] = strings.text
-        columns[f"{name}_length"] = np.diff(strings.ends, prepend=0).astype(np.int32)
-    columns.update(_label_columns(rows))
+        encoded = [to_bytes(row[name]) for row in rows]
+        columns[name] = np.frombuffer(b"".join(encoded), np.uint8)
+        columns[f"{name}_length"] = np.array([len(data) for data in encoded], np.int32)
+    for label in rows[0]["labels"] if rows else ():
+        values = [row["labels"][label] for row in rows]
+        if isinstance(values[0], tuple):
+            columns[f"counts_{label}"] = np.array([len(numbers) for numbers in values], np.int32)
+            columns[f"values_{label}"] = np.array(list(itertools.chain(*values)), np.int32)
+        else:
+            columns[LABEL_PREFIX + label] = np.array(values, np.int32)
     return columns
 
 
@@ -216,12 +191,11 @@ def scan_shard(
     Raises:
         RecordError: if the shard is missing, damaged or not a shard of ours.
     """
-    rows: list[IndexRow] = []
+    rows: list[dict[str, Any]] = []
     for place, payload in record_files.scan(shard, file_format):
         if isinstance(payload, RecordError):
             raise payload
         where = f"{shard}, record {len(rows)} at {place}"
-        record = parse_record(payload, where=where, multilabel=multilabel)
-        check_labels(record, class_names, where=where)
+        record = parse_record(payload, class_names, multilabel, where=where)
         rows.append(index_row(record, payload))
     return columns_of(rows)

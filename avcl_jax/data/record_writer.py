@@ -16,7 +16,7 @@ from etils import epath
 
 from avcl_jax.data.record_files import ARRAY_RECORD, TFRECORD, ArrayRecordSink, TFRecordSink
 from avcl_jax.data.record_format import FORMAT_VERSION, LABEL_PREFIX, Record, serialize_record
-from avcl_jax.data.record_index import IndexRow, columns_of, index_row
+from avcl_jax.data.record_index import columns_of, index_row
 from avcl_jax.paths import absolute_path, replacing
 
 _DESCRIPTION = (
@@ -37,7 +37,7 @@ class RecordWriter:
         self._temporary = self._path.parent / f"{self._path.name}.{os.getpid()}.tmp"
         sink = ArrayRecordSink if file_format == ARRAY_RECORD else TFRecordSink
         self._sink: ArrayRecordSink | TFRecordSink = sink(self._temporary)
-        self._rows: list[IndexRow] = []
+        self._rows: list[dict[str, Any]] = []
 
     def write(self, record: Record) -> None:
         """Appends one record.

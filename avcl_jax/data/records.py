@@ -28,7 +28,6 @@ from avcl_jax.data.record_format import (
     TIMELINE,
     UNKNOWN_LABEL,
     Record,
-    check_labels,
     lacking,
     parse_record,
 )
@@ -166,9 +165,7 @@ class RecordDataset:
         if self.file_format == TFRECORD:
             begins = _begins(self._lengths)
         self._places = begins[:-1] - np.repeat(begins[self._first[:-1]], lengths)
-        self.record_ids = StringColumn(
-            columns["record_id"], np.cumsum(columns["record_id_length"], dtype=np.int64)
-        )
+        self.record_ids = StringColumn(columns["record_id"], columns["record_id_length"])
         self.labels = {
             label: columns[LABEL_PREFIX + label] for label, several in labels.items() if not several
         }
@@ -258,9 +255,7 @@ class RecordDataset:
             crc=int(self._crcs[index]),
             where=where,
         )
-        record = parse_record(payload, where=where, multilabel=self.multilabel)
-        check_labels(record, self.class_names, where=where)
-        return record
+        return parse_record(payload, self.class_names, self.multilabel, where=where)
 
     def shard_of(self, index: int) -> epath.Path:
         """Returns the shard that contains a record."""

@@ -181,7 +181,7 @@ def read(framed: bytes, path: Path) -> str:
         outcomes.append("contradicts" if "contradicts" in str(error) else "refused")
     try:
         payload = record_files.read(epath.Path(path), "tfrecord", 0, where="x")
-        record = parse_record(payload, where="x", multilabel=())
+        record = parse_record(payload, {}, (), where="x")
         serialize_record(record)  # which checks it
         outcomes.append("record")
     except RecordError as error:

@@ -145,7 +145,7 @@ def test_we_read_what_tfds_serializes() -> None:
             "label_motion": record.labels["motion"],
         }
     )
-    assert_same(parse_record(payload, where="tfds", multilabel=()), record)
+    assert_same(parse_record(payload, CLASS_NAMES, (), where="tfds"), record)
 
 
 def test_a_crc_of_the_tfrecord_format() -> None:

@@ -131,10 +131,10 @@ def test_records_of_earlier_releases_lack_the_feature() -> None:
         is_still=True,
     )
     payload = serialize_record(record)
-    assert parse_record(payload, where="here", multilabel=()).is_still
+    assert parse_record(payload, {}, (), where="here").is_still
     example = message_class("Example").FromString(payload)
     del example.features.feature["is_still"]
-    older = parse_record(example.SerializeToString(), where="here", multilabel=())
+    older = parse_record(example.SerializeToString(), {}, (), where="here")
     assert not older.is_still
     assert list(older.frames) == record.frames
 
