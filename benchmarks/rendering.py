@@ -20,10 +20,10 @@ from absl import flags
 from avcl_jax.data.images import CropSpec, crop_frame, each_jpeg, random_crop
 from avcl_jax.data.pipeline import Draw, RenderBatch, train_batches
 from avcl_jax.data.records import Record, RecordDataset
-from avcl_jax.data.rendering import RenderSpec, UsableRecord, render_audio
+from avcl_jax.data.rendering import RenderSpec, render_audio
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.data.spectrogram import LogMelSpec
-from avcl_jax.data.views import ViewSpec, draw_views, frame_indices
+from avcl_jax.data.views import Timeline, ViewSpec, draw_views, frame_indices
 from benchmarks.measure import rate
 
 SHORT_SIDE = 128
@@ -55,10 +55,10 @@ class _FramesOfViews(grain.transforms.RandomMap):
     """The JPEG frames that `RenderRandomViews` decodes, given the same random numbers."""
 
     def random_map(
-        self, element: tuple[int, Record, UsableRecord], rng: np.random.Generator
+        self, element: tuple[int, Record, Timeline], rng: np.random.Generator
     ) -> list[bytes]:
         _, record, use = element
-        pair = draw_views(rng, use.timeline, VIEWS, use.frame_seconds(record))
+        pair = draw_views(rng, use, VIEWS, record.frame_seconds)
         return [
             record.frames[index]
             for clip in pair.video
@@ -114,7 +114,7 @@ def parts(*, directory: str, repeats: int) -> dict[str, float]:
     for number, position in enumerate(positions):
         _, record, use = source[position]
         rng = np.random.default_rng(number)
-        pair = draw_views(rng, use.timeline, VIEWS, use.frame_seconds(record))
+        pair = draw_views(rng, use, VIEWS, record.frame_seconds)
         known.append((record, pair))
     shown = [
         [record.frames[k] for k in frame_indices(clip, record.frame_seconds, VIEWS).tolist()]

@@ -82,7 +82,7 @@ class RenderBatch:
 
     def _render(self, draw: Draw, pixels: np.ndarray) -> dict[str, Any]:
         index, record, use = self.source[draw.position]
-        pair = draw_views(draw.rng, use.timeline, self.spec.views, use.frame_seconds(record))
+        pair = draw_views(draw.rng, use, self.spec.views, record.frame_seconds)
         height, width = max(record.height, 1), max(record.width, 1)
         crops = [random_crop(draw.rng, height, width, self.spec.crop) for _ in pair.video]
         with self.source.records.naming_shard(index):

@@ -44,7 +44,7 @@ class VideoPreprocessing:
 
         Args:
             frames: uint8 [T, H, W, 3], RGB, upright.
-            fps: frames per second; `frame_picks` chooses those that a clip shows.
+            fps: frames per second; `views.frame_indices` chooses those that a clip shows.
             speed: seconds of video per second of clip; training saw the configured speeds.
 
         Returns:

@@ -55,19 +55,6 @@ class RenderSpec:
         return "spectrogram", (mel.frames, mel.mels), np.float32
 
 
-@dataclasses.dataclass(frozen=True)
-class UsableRecord:
-    """Usable part of a record: its timeline for views, and whether it has video and audio."""
-
-    timeline: Timeline
-    has_video: bool
-    has_audio: bool
-
-    def frame_seconds(self, record: Record) -> np.ndarray:
-        """Returns the times of the source frames, float64 [frames]; empty without video."""
-        return record.frame_seconds if self.has_video else record.frame_seconds[:0]
-
-
 def render_video(
     record: Record, clip: Clip, crop: Crop, spec: VideoSpec, out: np.ndarray | None = None
 ) -> np.ndarray:
@@ -113,23 +100,15 @@ def render_audio(record: Record, clip: Clip, spec: RenderSpec) -> tuple[np.ndarr
 
 def render_views(
     record: Record,
-    use: UsableRecord,
+    use: Timeline,
     video: Sequence[Clip],
     audio: Sequence[Clip],
     crops: Sequence[Crop],
     spec: RenderSpec,
     pixels: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Renders the given clips of a record; a missing modality is zeros.
-
-    Args:
-        record: source.
-        use: its usable modalities.
-        video: video of each view.
-        audio: audio of each view.
-        crops: spatial crop of each view.
-        spec: rendering.
-        pixels: array to render `video` into; None for a new one.
+    """Renders clips of a record, a video, an audio and a crop for each view; `pixels` is an array
+    to render `video` into. A modality that is missing from the usable part is zeros.
 
     Returns:
         `video` uint8 [views, time, height, width, 3], `spectrogram` float32 [views, frames, mels]

@@ -21,8 +21,8 @@ import numpy as np
 
 from avcl_jax.data.record_format import SILENCE_PEAK, UNKNOWN_LABEL, Record
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.rendering import RenderSpec, UsableRecord
-from avcl_jax.data.views import Timeline, views_fit
+from avcl_jax.data.rendering import RenderSpec
+from avcl_jax.data.views import Timeline, ViewSpec, views_fit
 from avcl_jax.errors import UserError
 
 Modality = Literal["video", "audio"]
@@ -115,10 +115,9 @@ def _class_names(records: RecordDataset, label: str, problem: str = "") -> list[
 
 
 def intervals(times: Mapping[str, np.ndarray]) -> dict[Modality, tuple[np.ndarray, np.ndarray]]:
-    """Returns start and end of the video and of the audio of records, in seconds.
+    """Returns start and end of the video and of the audio of records, in seconds [records].
 
-    Args:
-        times: [records] of each field of `TIMELINE`.
+    `times` has [records] of each field of `TIMELINE`.
     """
     # The last frame stays until the next would have come.
     until = times["last_frame_seconds"] + times["max_frame_gap_seconds"]
@@ -176,6 +175,14 @@ class SelectedRecords:
     def _timelines(self) -> dict[str, np.ndarray]:
         return {name: values[self.indices] for name, values in self.records.timelines.items()}
 
+    def _check_rate(self, rates: np.ndarray, sample_rate_hz: int | None) -> None:
+        if (wrong := rates[rates != sample_rate_hz]).size:
+            raise SelectionError(
+                f"records of {self} have audio at {wrong[0]} Hz, the spectrogram is defined at "
+                f"{sample_rate_hz} Hz: change its sample_rate_hz, or prepare again with "
+                f"--sample-rate {sample_rate_hz}"
+            )
+
 
 class ModalityRecords(SelectedRecords):
     """The selected records of a data set that have a modality, and the labels that are needed.
@@ -197,9 +204,6 @@ class ModalityRecords(SelectedRecords):
         """Looks at labels and timelines, which reads no record.
 
         Args:
-            records: data set.
-            selection: demands on their labels.
-            modality: required modality.
             sample_rate_hz: required rate of audio; None for video.
             labels: labels of one class per record that must be known.
             leave_out: leave out records that lack one of these, instead of an error.
@@ -237,12 +241,8 @@ class ModalityRecords(SelectedRecords):
             )
         self.indices, self.left_out = self.indices[mask], int((~mask).sum())
         times = self._timelines()
-        rates = times["sample_rate_hz"]
-        if modality == "audio" and (wrong := rates[rates != sample_rate_hz]).size:
-            raise SelectionError(
-                f"records of {self} have audio at {wrong[0]} Hz, the encoder takes "
-                f"{sample_rate_hz} Hz: prepare again with --sample-rate {sample_rate_hz}"
-            )
+        if modality == "audio":
+            self._check_rate(times["sample_rate_hz"], sample_rate_hz)
         self._start, self._end = intervals(records.timelines)[modality]
 
     def classes_of(self, label: str) -> np.ndarray:
@@ -273,8 +273,8 @@ class UsableRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
         """Looks at the timelines of the selected records; reads no record.
 
         Raises:
-            UserError: if no view fits any record, or audio has another rate than the spectrogram.
-            SelectionError: if the selection does not fit the data set.
+            SelectionError: if the selection does not fit the data set, no view fits any record, or
+                audio has another rate than the spectrogram.
         """
         super().__init__(records, Selection() if selection is None else selection)
         self._spec = spec
@@ -282,12 +282,13 @@ class UsableRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
         times = self._timelines()
         video = np.asarray(times["num_frames"] > 1) & (spec.modalities != "audio")
         audio = has_audio(times) & (spec.modalities != "video")
-        self._parts = _usable_parts(times, video, audio, spec)
+        self._check_rate(times["sample_rate_hz"][audio], spec.log_mel.sample_rate_hz)
+        self._parts = _usable_parts(times, video, audio, spec.views)
         usable = self._parts["has_video"] | self._parts["has_audio"]
         self.num_empty = int((~(video | audio)).sum())
         self.num_too_short = int((~usable).sum()) - self.num_empty
         if not usable.any():
-            raise UserError(self._why_none(times["duration_seconds"].max()))
+            raise SelectionError(self._why_none(times["duration_seconds"].max()))
         self.indices = self.indices[usable]
         self._parts = {name: values[usable] for name, values in self._parts.items()}
 
@@ -318,7 +319,7 @@ class UsableRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
         whole = np.logical_and.reduce([self._parts[f"has_{name}"] for name in modalities])
         return np.setdiff1d(self.selection.positions(self.records), self.indices[whole])
 
-    def __getitem__(self, position: int) -> tuple[int, Record, UsableRecord]:
+    def __getitem__(self, position: int) -> tuple[int, Record, Timeline]:
         """Reads one record; returns its position in the data set, the record, its usable part."""
         index = int(self.indices[position])
         return index, self.records[index], self.usable(position)
@@ -327,32 +328,18 @@ class UsableRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
         """Pickles what it is made from: workers would receive a million numbers through a pipe."""
         return UsableRecords, (self.records, self._spec, self.selection)
 
-    def usable(self, position: int) -> UsableRecord:
+    def usable(self, position: int) -> Timeline:
         """Returns the usable part of the record at `position`, without reading it."""
-        start, end, gap, video, audio = (
-            self._parts[name][position].item()
-            for name in ("start", "end", "gap", "has_video", "has_audio")
-        )
-        return UsableRecord(Timeline(start, end, gap), video, audio)
+        return Timeline(**{name: part[position].item() for name, part in self._parts.items()})
 
 
 def _usable_parts(
-    times: Mapping[str, np.ndarray], video: np.ndarray, audio: np.ndarray, spec: RenderSpec
+    times: Mapping[str, np.ndarray], video: np.ndarray, audio: np.ndarray, views: ViewSpec
 ) -> dict[str, np.ndarray]:
     """Decides which part of each record can be used, given which have video and audio.
 
-    Returns `start`, `end` and `gap` in seconds, `has_video`, `has_audio`; neither where no view
-    fits.
+    Returns the fields of `Timeline`; neither video nor audio where no view fits.
     """
-    wrong = times["sample_rate_hz"][
-        audio & (times["sample_rate_hz"] != spec.log_mel.sample_rate_hz)
-    ]
-    if len(wrong):
-        raise UserError(
-            f"records have audio at {wrong[0]} Hz, the spectrogram is defined at "
-            f"{spec.log_mel.sample_rate_hz} Hz: change the sample_rate_hz of the spectrogram, or "
-            "prepare again with --sample-rate"
-        )
     # The mean, because one lost frame must not take a video out of tasks.
     shown = times["last_frame_seconds"] - times["first_frame_seconds"]
     gap = shown / np.maximum(times["num_frames"] - 1, 1)
@@ -360,16 +347,16 @@ def _usable_parts(
     both_start, both_end = np.maximum(video_start, audio_start), np.minimum(video_end, audio_end)
 
     def fits(start: np.ndarray, end: np.ndarray, frame_gap: np.ndarray) -> np.ndarray:
-        return np.asarray(views_fit(end - start, frame_gap, spec.views).any(axis=-1))
+        return np.asarray(views_fit(end - start, frame_gap, views).any(axis=-1))
 
     use_both = video & audio & fits(both_start, both_end, gap)
     use_video = ~use_both & video & fits(video_start, video_end, gap)
     use_audio = ~use_both & ~use_video & audio & fits(audio_start, audio_end, 0.0 * gap)
     uses = [use_both, use_video, use_audio]
     return {
-        "start": np.select(uses, [both_start, video_start, audio_start]),
-        "end": np.select(uses, [both_end, video_end, audio_end]),
-        "gap": np.select(uses, [gap, gap, 0.0 * gap]),
+        "start_seconds": np.select(uses, [both_start, video_start, audio_start]),
+        "end_seconds": np.select(uses, [both_end, video_end, audio_end]),
+        "frame_gap_seconds": np.select(uses, [gap, gap, 0.0 * gap]),
         "has_video": use_both | use_video,
         "has_audio": use_both | use_audio,
     }

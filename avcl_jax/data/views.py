@@ -1,4 +1,4 @@
-"""Views: intervals of a video with a playback speed and a direction.
+"""Views: intervals of a video with a playback speed and a direction, and the frames they show.
 
 Two views are drawn per video. The labels of the temporal tasks follow from the draw:
 
@@ -10,7 +10,23 @@ So a classifier that knows only speeds, directions, frame rate and duration stay
 on which a task is not feasible is masked out of that task rather than given the feasible label:
 a three-second video that fits only 1x and 2x would otherwise teach "short means slow".
 
-`frame_picks` prevents source frames from revealing the speed by unequal steps or repeated frames.
+Chosen by time, as a player shows them, source frames can reveal the speed. A file of a lower rate
+than the clip repeats frames at low speeds. From a file of 25 or 30 frames per second, a clip of 16
+frames per second takes steps of 1 and 2 frames at speed 1 and nearly equal ones at speed 8: of a
+texture that drifts steadily at any velocity, mean frame differences reveal 4 speeds in 99 % of
+clips. Therefore frames are chosen by time only if the file's rate is a multiple of the clip's.
+Otherwise they are chosen by number: at playback speed s, the clip of K frames shows the frames
+
+    m + s · b_k,   b_k = the integer (for even K, the half of an odd integer) nearest to
+                   (k − (K − 1) / 2) · step / gap,   k = 0 … K − 1,
+
+where m is the frame number nearest to the middle of the clip, `step` the time between two frames
+of a clip at speed 1 and `gap` the mean time between two frames of the file. Steps between frames
+are s times those at speed 1, and equal in both directions, because b_{K−1−k} = −b_k.
+
+A frame repeated at speed s stays for s · step of the source's time. So frames cannot both repeat
+alike at every speed and be within a fixed time of the source. They are within `gap` of their times
+in playback time (source time / s), at every speed.
 """
 
 from __future__ import annotations
@@ -22,7 +38,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from avcl_jax.data import frame_picks
 from avcl_jax.errors import UserError
 
 FORWARD, BACKWARD = 0, 1
@@ -32,6 +47,14 @@ BEFORE, OVERLAPPING, AFTER = 0, 1, 2
 MARGIN = 0.25
 # Float times are compared with this slack; far below any frame's duration.
 _EPSILON = 1e-6
+# Fraction of the clip's frame rate. Files of a lower rate are shown by time, and only at speeds at
+# which no frame repeats.
+_SLOWEST = 0.45
+# Relative deviation from a multiple of the clip's rate up to which frames are chosen by time.
+_IN_STEP = 0.001
+# Largest fraction of a file's clips that may deviate from a constant rate by more than a frame:
+# beyond it, frame numbers do not measure time.
+_UNEVEN_CLIPS = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +96,7 @@ class ViewSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """Part of a video's timeline in which both video and audio, as far as present, exist.
+    """Usable part of a record, in which both video and audio, as far as present, exist.
 
     `frame_gap_seconds` is the mean time between neighbouring source frames; 0 without video.
     """
@@ -81,6 +104,8 @@ class Timeline:
     start_seconds: float
     end_seconds: float
     frame_gap_seconds: float
+    has_video: bool = True
+    has_audio: bool = True
 
     @property
     def duration_seconds(self) -> float:
@@ -125,22 +150,12 @@ class ViewPair:
 MASKS = ("speed_mask", "direction_mask", "order_mask")
 
 
-class TooShortError(UserError):
-    """A video is shorter than the shortest view."""
-
-
 def clip_times(start: float, end: float, span: float, count: int | None = None) -> list[float]:
-    """Returns the starts of clips of `span` at equal distances inside an interval (seconds).
+    """Returns starts of `count` clips of `span` at equal distances in an interval, in seconds.
 
-    A clip that is longer than the interval starts with it.
-
-    Args:
-        start: start of the interval.
-        end: its end.
-        span: length of a clip.
-        count: number of clips; a single one lies in the middle. None for the fewest that together
-            cover the interval, from its start on; a rest of less than a twentieth of a clip, as
-            containers round durations, adds no clip.
+    A single clip lies in the middle; one that is longer than the interval starts with it. Without
+    `count` the fewest clips cover the interval, from its start on; a rest of less than a twentieth
+    of a clip, as containers round durations, adds none.
     """
     last = max(start, end - span)
     if count == 1:
@@ -152,18 +167,14 @@ def clip_times(start: float, end: float, span: float, count: int | None = None) 
 def views_fit(duration_seconds: Any, frame_gap_seconds: Any, spec: ViewSpec) -> np.ndarray:
     """Tests whether views of each speed are feasible: bool [..., speeds].
 
-    They are if they fit into the video and repeat no source frame, or repeat frames alike at every
-    speed (`frame_picks`).
-
-    Args:
-        duration_seconds: [...] duration of the usable part.
-        frame_gap_seconds: [...] mean time between neighbouring source frames.
-        spec: timing of views.
+    They are if they fit into the usable part, of `duration_seconds` [...], and repeat no source
+    frame, or repeat frames alike at every speed. `frame_gap_seconds` [...] is the mean time between
+    neighbouring source frames.
     """
     speeds = np.array(spec.speeds)
     long_enough = speeds * spec.clip_seconds <= np.asarray(duration_seconds)[..., None] + _EPSILON
     gap = np.asarray(frame_gap_seconds)[..., None]
-    alike = gap <= spec.frame_seconds / frame_picks.SLOWEST
+    alike = gap <= spec.frame_seconds / _SLOWEST
     return long_enough & (alike | (speeds * spec.frame_seconds >= gap - _EPSILON))
 
 
@@ -206,11 +217,7 @@ def fixed_clips(
 
 
 def order_fits(first_seconds: Any, second_seconds: Any, duration_seconds: Any) -> np.ndarray:
-    """Tests whether intervals of two lengths can be before, overlapping and after in a video.
-
-    Returns:
-        bool [...], from arguments [...].
-    """
+    """Tests whether intervals of two lengths [...] can be in any order in a video: bool [...]."""
     gap = MARGIN * np.minimum(first_seconds, second_seconds)
     return np.asarray(first_seconds + second_seconds + gap <= duration_seconds + _EPSILON)
 
@@ -218,20 +225,16 @@ def order_fits(first_seconds: Any, second_seconds: Any, duration_seconds: Any) -
 def draw_views(
     rng: np.random.Generator, timeline: Timeline, spec: ViewSpec, frame_seconds: np.ndarray
 ) -> ViewPair:
-    """Draws two views of a video with jointly balanced labels.
+    """Draws two views of a record with jointly balanced labels.
 
-    Args:
-        rng: source of all randomness of the draw.
-        timeline: usable part of the video.
-        spec: timing of views.
-        frame_seconds: float64 [source frames], strictly increasing; empty without video.
+    `frame_seconds` are the times of its frames, float64 [source frames], strictly increasing.
 
     Raises:
-        TooShortError: if not even the slowest feasible view fits.
+        UserError: if not even the slowest feasible view fits.
     """
     speeds = feasible_speeds(timeline, spec)
     if not speeds:
-        raise TooShortError(
+        raise UserError(
             f"no view of {spec.clip_seconds:g} s at {1 / spec.frame_seconds:g} frames/s fits into "
             f"{timeline.duration_seconds:.3f} s of video whose frames are "
             f"{timeline.frame_gap_seconds:.3f} s apart"
@@ -281,10 +284,11 @@ def _speeds_look_alike(timeline: Timeline, spec: ViewSpec, frame_seconds: np.nda
     """
     if len(feasible_speeds(timeline, spec)) < len(spec.speeds):
         return False
-    step = spec.frame_seconds
-    offsets = frame_picks.offsets(frame_seconds, num_frames=spec.num_frames, step=step)
+    if not timeline.has_video or len(frame_seconds) < 2:
+        return True
+    offsets = _frame_offsets(frame_seconds, spec)
     if offsets is None:
-        return len(frame_seconds) < 2 or frame_picks.in_step(frame_seconds, step)
+        return _in_step(frame_seconds, spec)
     return bool(spec.speeds[-1] * offsets[-1] < len(frame_seconds))
 
 
@@ -322,18 +326,47 @@ def _place(
 def frame_indices(clip: Clip, frame_seconds: np.ndarray, spec: ViewSpec) -> np.ndarray:
     """Returns int64 [num_frames], indices of the source frames of a clip in playback order.
 
-    Frames are chosen by time, as a player shows them, if the file's rate is a multiple of the
-    clip's, otherwise by number: see `frame_picks`. `frame_seconds` is float64 [source frames],
-    strictly increasing, on the video's timeline.
+    `frame_seconds` is float64 [source frames], strictly increasing, on the video's timeline.
     """
-    speed = spec.speeds[clip.speed]
-    step = spec.frame_seconds
-    times = clip.start_seconds + step * speed * np.arange(spec.num_frames)
-    offsets = frame_picks.offsets(frame_seconds, num_frames=spec.num_frames, step=step)
-    indices = None
-    if offsets is not None:
-        middle = (times[0] + times[-1]) / 2
-        indices = frame_picks.by_number(frame_seconds, offsets, speed, middle)
-    if indices is None:
-        indices = frame_picks.by_time(frame_seconds, times)
+    count, speed = len(frame_seconds), spec.speeds[clip.speed]
+    times = clip.start_seconds + spec.frame_seconds * speed * np.arange(spec.num_frames)
+    offsets = _frame_offsets(frame_seconds, spec)
+    if offsets is not None and (free := count - 1 - speed * offsets[-1]) >= 0:
+        middle = np.interp((times[0] + times[-1]) / 2, frame_seconds, np.arange(count))
+        first = np.clip(np.rint(middle - speed * offsets[-1] / 2), 0, free)
+        indices = speed * offsets + first.astype(np.int64)
+    else:
+        # The last frames that began at or before each time.
+        begun = np.searchsorted(frame_seconds, times + _EPSILON, side="right")
+        indices = np.clip(begun - 1, 0, count - 1)
     return indices[::-1] if clip.direction == BACKWARD else indices
+
+
+def _in_step(frame_seconds: np.ndarray, spec: ViewSpec) -> bool:
+    """Tests whether frames chosen by time, of at least 2, have equal steps at every speed."""
+    gaps = np.diff(frame_seconds)
+    ratio = spec.frame_seconds / gaps.mean()
+    whole = ratio > 1 - _IN_STEP and abs(ratio - round(ratio)) < _IN_STEP
+    return bool(whole and gaps.max() <= spec.frame_seconds + _EPSILON)
+
+
+def _frame_offsets(frame_seconds: np.ndarray, spec: ViewSpec) -> np.ndarray | None:
+    """Returns frame numbers of a clip at speed 1 relative to its first, int64 [num_frames].
+
+    These are b_k − b_0; None if the file's frames are chosen by time.
+    """
+    step = spec.frame_seconds
+    if len(frame_seconds) < 2 or _in_step(frame_seconds, spec):
+        return None
+    gap = float(frame_seconds[-1] - frame_seconds[0]) / (len(frame_seconds) - 1)
+    if gap > step / _SLOWEST:
+        return None
+    length = round(spec.num_frames * step / gap)
+    spans = frame_seconds[length:] - frame_seconds[:-length]
+    uneven = np.abs(spans - length * gap) > 1.1 * gap  # a frame and rounding
+    if not len(spans) or uneven.mean() > _UNEVEN_CLIPS:
+        return None
+    even = 0.5 if spec.num_frames % 2 == 0 else 0.0
+    x = (np.arange(spec.num_frames) - (spec.num_frames - 1) / 2) * step / gap
+    nearest = np.sign(x) * (np.floor(np.abs(x) + 0.5 - even) + even)
+    return np.rint(nearest - nearest[0]).astype(np.int64)

@@ -112,10 +112,10 @@ class Exhibits:
         """Returns the middle of the record at `position`."""
         _, record, use = self._source[position]
         spec = self._spec
-        speed = fitting_speed(use.timeline, self._speed, spec.views)
+        speed = fitting_speed(use, self._speed, spec.views)
         span = spec.views.clip_seconds * spec.views.speeds[speed]
-        slack = max(use.timeline.duration_seconds - span, 0.0)
-        clip = Clip(use.timeline.start_seconds + slack / 2, speed, FORWARD)
+        slack = max(use.duration_seconds - span, 0.0)
+        clip = Clip(use.start_seconds + slack / 2, speed, FORWARD)
         crop = center_crop(max(record.height, 1), max(record.width, 1))
         arrays = render_views(record, use, [clip], [clip], [crop], spec)
         shown = np.linspace(0, spec.views.num_frames - 1, self._stills).round().astype(int)

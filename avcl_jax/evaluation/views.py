@@ -140,7 +140,7 @@ def fixed_views(
         As `render_views`, plus `describe`, with len(speeds) * views_per_speed views.
     """
     index, record, use = source[position]
-    clips = fixed_clips(use.timeline, spec.views, speeds, views_per_speed, direction)
+    clips = fixed_clips(use, spec.views, speeds, views_per_speed, direction)
     crop = center_crop(max(record.height, 1), max(record.width, 1))
     arrays = render_views(record, use, clips, clips, [crop] * len(clips), spec)
     # Views of a record are averaged, so that it has audio even if some of them are silent.
@@ -179,15 +179,15 @@ def random_views(
         has_audio=use.has_audio and "audio" in modalities,
     )
     rng = np.random.default_rng(np.random.SeedSequence([seed, position]))
-    feasible = feasible_speeds(use.timeline, spec.views)
+    feasible = feasible_speeds(use, spec.views)
     usable = [speed for speed in speeds if speed in feasible] or feasible[:1]
     combinations = [(speed, direction) for speed in usable for direction in directions]
     clips = []
     for number in range(views):
         speed, direction = combinations[number % len(combinations)]
         span = spec.views.clip_seconds * spec.views.speeds[speed]
-        slack = max(use.timeline.duration_seconds - span, 0.0)
-        start = use.timeline.start_seconds + slack * rng.uniform()
+        slack = max(use.duration_seconds - span, 0.0)
+        start = use.start_seconds + slack * rng.uniform()
         clips.append(Clip(float(start), speed, direction))
     height, width = max(record.height, 1), max(record.width, 1)
     crops = [random_crop(rng, height, width, spec.crop) for _ in clips]
@@ -217,7 +217,7 @@ def drawn_pairs(
     crop = center_crop(max(record.height, 1), max(record.width, 1))
     rows = []
     for _ in range(pairs):
-        pair = draw_views(rng, use.timeline, views, use.frame_seconds(record))
+        pair = draw_views(rng, use, views, record.frame_seconds)
         arrays = render_views(record, use, pair.video, pair.audio, [crop] * 2, spec)
         rows.append(arrays | pair.labels() | describe(index, record, source.records))
     return stack(rows)

@@ -205,7 +205,7 @@ def test_pictures_and_sound_last_as_long_as_they_are_there(tmp_path):
             "no record of .* with motion=across has audio and known part",
         ),
         ({"labels": ["colour"]}, r"has the labels motion, part of one class .* 'colour'"),
-        ({"rate_hz": 8000}, f"have audio at {RATE} Hz, the encoder takes 8000 Hz"),
+        ({"rate_hz": 8000}, f"have audio at {RATE} Hz, the spectrogram is defined at 8000 Hz"),
     ],
 )
 def test_what_is_missing_is_named(dataset, settings, message):

@@ -222,7 +222,9 @@ def test_sound_at_another_rate_is_refused(source, tmp_path):
     record = sound_record("a", "a", 0, 300, {"motion": 0, "material": 0})
     other = dataclasses.replace(record, sample_rate_hz=8000, duration_seconds=0.5)
     directory = write_records(tmp_path, "other", CLASS_NAMES, {"test": [other]})
-    with pytest.raises(SelectionError, match="at 8000 Hz, the encoder takes 4000 Hz: prepare"):
+    with pytest.raises(
+        SelectionError, match="at 8000 Hz, the spectrogram is defined at 4000 Hz: change"
+    ):
         _clips(directory, source, "audio")
 
 
