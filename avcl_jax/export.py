@@ -104,7 +104,7 @@ class Encoder:
             float32 [clips, …] as `apply` returns.
 
         Raises:
-            PreprocessingError: if media are of a shape, type or rate that cannot be taken.
+            UserError: if media are of a shape, type or rate that cannot be taken.
         """
         clips = self.preprocess(media, rate, speed=speed)
         features = []

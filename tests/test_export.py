@@ -18,11 +18,11 @@ from avcl_jax.data.augment import standardize, to_unit_range
 from avcl_jax.data.images import apply_crop, center_crop
 from avcl_jax.data.preprocessing import (
     AudioPreprocessing,
-    PreprocessingError,
     VideoPreprocessing,
 )
 from avcl_jax.data.spectrogram import LogMelSpec, gather_windows, log_mel
 from avcl_jax.data.views import FORWARD, Clip, ViewSpec, clip_times, frame_indices
+from avcl_jax.errors import UserError
 from avcl_jax.export import ExportError, export_encoder, load_encoder
 from avcl_jax.models.audio_encoders import AudioResNet
 from avcl_jax.models.video_encoders import VideoResNet
@@ -228,17 +228,17 @@ def test_what_cannot_be_loaded_says_why(video, tmp_path):
 
 
 def test_media_that_cannot_be_taken_say_why():
-    with pytest.raises(PreprocessingError, match=r"\[T, H, W, 3\].*\(5, 3, 8, 8\)"):
+    with pytest.raises(UserError, match=r"\[T, H, W, 3\].*\(5, 3, 8, 8\)"):
         VIDEO(np.zeros((5, 3, 8, 8), np.uint8), 25.0)
-    with pytest.raises(PreprocessingError, match="uint8 in 0 … 255, got float32"):
+    with pytest.raises(UserError, match="uint8 in 0 … 255, got float32"):
         VIDEO(np.zeros((5, 8, 8, 3), np.float32), 25.0)
-    with pytest.raises(PreprocessingError, match="fps must be positive, got 0"):
+    with pytest.raises(UserError, match="fps must be positive, got 0"):
         VIDEO(np.zeros((5, 8, 8, 3), np.uint8), 0)
-    with pytest.raises(PreprocessingError, match=r"mono waveform.*\(2, 100\)"):
+    with pytest.raises(UserError, match=r"mono waveform.*\(2, 100\)"):
         AUDIO(np.zeros((2, 100), np.float32), 8000)
-    with pytest.raises(PreprocessingError, match="int16 or float"):
+    with pytest.raises(UserError, match="int16 or float"):
         AUDIO(np.zeros(100, np.int32), 8000)
-    with pytest.raises(PreprocessingError, match=r"whole number of at least 1, got 0\.5"):
+    with pytest.raises(UserError, match=r"whole number of at least 1, got 0\.5"):
         AUDIO(np.zeros(100, np.int16), 8000, speed=0.5)
 
 

@@ -18,11 +18,11 @@ import grain
 import numpy as np
 
 from avcl_jax.data.images import center_crop, random_crop
-from avcl_jax.data.record_format import UNKNOWN_LABEL, Record
+from avcl_jax.data.record_format import UNKNOWN_LABEL, ClassNumbers, Record
 from avcl_jax.data.records import RecordError
 from avcl_jax.data.rendering import RenderSpec, describe, render_views
 from avcl_jax.data.selection import UsableRecords
-from avcl_jax.data.views import BEFORE, FORWARD, MASKS, Clip, ViewPair, draw_views
+from avcl_jax.data.views import BEFORE, FORWARD, MASKS, Clip, Timeline, ViewPair, draw_views
 from avcl_jax.data.workers import empty_batch, in_workers
 from avcl_jax.errors import UserError
 
@@ -46,8 +46,8 @@ class _KeepGenerator(grain.transforms.RandomMap):
 class RenderBatch:
     """Reads records, draws two views of each and renders them, straight into the batch.
 
-    One array for the video of all: arrays of single videos, filled and then copied into a batch,
-    cost twice the memory, and page faults that took as long as a third of the decoding.
+    Arrays of single videos, copied into a batch, would cost twice the memory, and page faults that
+    took as long as a third of the decoding.
 
     Attributes:
         skip_unreadable: a record that cannot be read becomes a row without video, audio, tasks and
@@ -93,23 +93,12 @@ class RenderBatch:
     def _unreadable(self, position: int, pixels: np.ndarray) -> dict[str, Any]:
         """Returns the row of a record that cannot be read: no video, audio, task or label."""
         records, index = self.source.records, int(self.source.indices[position])
-        empty = Record(
-            record_id=records.record_ids[index],
-            source_id="",
-            frames=(),
-            frame_seconds=np.empty(0),
-            waveform=np.empty(0, np.int16),
-            sample_rate_hz=0,
-            audio_start_seconds=0.0,
-            duration_seconds=0.0,
-            height=0,
-            width=0,
-            labels={
-                label: () if label in records.multilabel else UNKNOWN_LABEL
-                for label in records.class_names
-            },
-        )
-        use = dataclasses.replace(self.source.usable(position), has_video=False, has_audio=False)
+        labels: dict[str, ClassNumbers] = {
+            label: () if label in records.multilabel else UNKNOWN_LABEL
+            for label in records.class_names
+        }
+        empty = Record(records.record_ids[index], "", labels=labels)
+        use = Timeline(0.0, 0.0, 0.0, has_video=False, has_audio=False)
         clips = (Clip(0.0, 0, FORWARD),) * 2
         pair = ViewPair(clips, clips, BEFORE, False, False, False)
         arrays = render_views(empty, use, clips, clips, [center_crop(1, 1)] * 2, self.spec, pixels)
@@ -127,20 +116,10 @@ class HostSlice(grain.MapDataset):
     def __init__(
         self, parent: grain.MapDataset, *, global_batch_size: int, host: int, hosts: int, first: int
     ):
-        """Slices `parent` for `host` of `hosts`, starting at global batch `first`.
-
-        Raises:
-            UserError: if the global batch does not divide over the hosts.
-        """
+        """Slices `parent` for `host` of `hosts`, starting at global batch `first`."""
         super().__init__(parent)
-        if global_batch_size % hosts:
-            raise UserError(
-                f"global_batch_size {global_batch_size} is not divisible by the {hosts} processes"
-            )
-        self._global = global_batch_size
-        self._local = global_batch_size // hosts
-        self._host = host
-        self._first = first
+        self._global, self._local = global_batch_size, global_batch_size // hosts
+        self._host, self._first = host, first
 
     def __len__(self) -> int:
         """Number of rows of this host."""
@@ -193,15 +172,12 @@ def check_enough(
     least: int = 1,
     bank_size: int = 0,
 ) -> None:
-    """Checks that there are as many records as videos in a batch.
+    """Checks that there are as many usable records as videos in a batch.
 
     Args:
-        source: usable records.
-        global_batch_size: videos of a batch.
         multiple: number of devices and micro-batches that a batch is divided over.
         least: videos of the smallest batch.
-        bank_size: rows of the feature bank, a multiple of the two that each video inserts; 0 for
-            none.
+        bank_size: rows of the feature bank, two per video inserted; 0 for none.
 
     Raises:
         UserError: naming the largest batch that fits, or batch and bank.
@@ -260,27 +236,26 @@ def drawn_batches(
     threads: int = 2,
     prefetch: int = 4,
 ) -> grain.IterDataset:
-    """Returns endless batches of records in random order, a function of the seed alone.
+    """Returns endless batches of `count` records in random order, a function of the seed alone.
+
+    Every record is drawn once before one is drawn again. A batch is what `render` returns for
+    `global_batch_size / hosts` draws.
 
     Args:
-        count: number of records; every one is drawn once before one is drawn again.
         render: makes the arrays of a batch, one row per draw; called in worker processes if there
             are any, and may then return a `SharedArray` for each large array.
-        seed: seed of the order and of every draw.
-        global_batch_size: records in a batch over all hosts.
-        host: number of this process.
-        hosts: number of processes.
         first_step: batches to skip; a resumed run gets the batch that would have come.
         workers: worker processes; 0 renders in threads of this process.
         threads: reading threads (of each worker).
         prefetch: batches kept ready (by each worker).
 
-    Returns:
-        Dataset of what `render` returns for `global_batch_size / hosts` draws.
-
     Raises:
         UserError: if the batch does not divide over the hosts.
     """
+    if global_batch_size % hosts:
+        raise UserError(
+            f"global_batch_size {global_batch_size} is not divisible by the {hosts} processes"
+        )
     dataset = (
         grain.MapDataset.range(count).seed(seed).shuffle().repeat().random_map(_KeepGenerator())
     )

@@ -22,10 +22,6 @@ from avcl_jax.data.views import FORWARD, Clip, ViewSpec, clip_times, frame_indic
 from avcl_jax.errors import UserError
 
 
-class PreprocessingError(UserError):
-    """Media of a shape, type or rate that preprocessing cannot take."""
-
-
 @dataclasses.dataclass(frozen=True)
 class VideoPreprocessing:
     """Frames to square clips of `num_frames` that cover `clip_seconds` at speed 1.
@@ -51,17 +47,13 @@ class VideoPreprocessing:
             uint8 [clips, num_frames, image_size, image_size, 3]; the largest centred square.
 
         Raises:
-            PreprocessingError: if frames have another shape or dtype, or a rate is not positive.
+            UserError: if frames have another shape or dtype, or a rate is not positive.
         """
         frames = np.asarray(frames)
         if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
-            raise PreprocessingError(
-                f"expected frames [T, H, W, 3] (RGB), got shape {frames.shape}"
-            )
+            raise UserError(f"expected frames [T, H, W, 3] (RGB), got shape {frames.shape}")
         if frames.dtype != np.uint8:
-            raise PreprocessingError(
-                f"expected frames of dtype uint8 in 0 … 255, got {frames.dtype}"
-            )
+            raise UserError(f"expected frames of dtype uint8 in 0 … 255, got {frames.dtype}")
         _check_rates(fps, "fps", speed)
         spec = ViewSpec(self.num_frames, self.clip_seconds, (speed,), "shared")
         times = np.arange(len(frames)) / fps
@@ -97,19 +89,17 @@ class AudioPreprocessing:
             float32 [clips, frames, mels].
 
         Raises:
-            PreprocessingError: if the waveform has another shape or dtype, or a rate is not
+            UserError: if the waveform has another shape or dtype, or a rate is not
                 positive.
         """
         waveform = np.asarray(waveform)
         if waveform.ndim != 1 or not waveform.size:
-            raise PreprocessingError(
+            raise UserError(
                 f"expected a mono waveform [samples], got shape {waveform.shape}; "
                 "mix the channels first (avcl_jax.data.media.decode_audio reads a file as mono)"
             )
         if waveform.dtype != np.int16 and not np.issubdtype(waveform.dtype, np.floating):
-            raise PreprocessingError(
-                f"expected int16 or float in [-1, 1], got dtype {waveform.dtype}"
-            )
+            raise UserError(f"expected int16 or float in [-1, 1], got dtype {waveform.dtype}")
         _check_rates(sample_rate_hz, "sample_rate_hz", speed)
         spec = self.log_mel
         if sample_rate_hz != spec.sample_rate_hz:
@@ -136,6 +126,6 @@ class AudioPreprocessing:
 
 def _check_rates(rate: float, name: str, speed: int) -> None:
     if not rate > 0 or not math.isfinite(rate):
-        raise PreprocessingError(f"{name} must be positive, got {rate}")
+        raise UserError(f"{name} must be positive, got {rate}")
     if speed != int(speed) or speed < 1:
-        raise PreprocessingError(f"speed must be a whole number of at least 1, got {speed}")
+        raise UserError(f"speed must be a whole number of at least 1, got {speed}")

@@ -77,15 +77,15 @@ class Record:
 
     record_id: str
     source_id: str
-    frames: Sequence[bytes]
-    frame_seconds: np.ndarray
-    waveform: np.ndarray
-    sample_rate_hz: int
-    audio_start_seconds: float
-    duration_seconds: float
-    height: int
-    width: int
-    labels: Mapping[str, ClassNumbers]
+    frames: Sequence[bytes] = ()
+    frame_seconds: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))
+    waveform: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int16))
+    sample_rate_hz: int = 0
+    audio_start_seconds: float = 0.0
+    duration_seconds: float = 0.0
+    height: int = 0
+    width: int = 0
+    labels: Mapping[str, ClassNumbers] = dataclasses.field(default_factory=dict)
     is_still: bool = False
 
     @property

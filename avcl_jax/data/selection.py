@@ -76,10 +76,6 @@ class Selection:
         """Returns the text that `parse` reads."""
         return ";".join(map(str, self.conditions))
 
-    def fingerprint_of(self, records: RecordDataset) -> str:
-        """Returns the fingerprint of the data set, followed by the selection where there is one."""
-        return f"{records.fingerprint} {self}" if self.conditions else records.fingerprint
-
     def positions(self, records: RecordDataset) -> np.ndarray:
         """Returns int64, the ascending positions of the selected records; reads no record.
 
@@ -136,8 +132,8 @@ def has_audio(times: Mapping[str, np.ndarray]) -> np.ndarray:
 class SelectedRecords:
     """Some records of a data set.
 
-    `indices` int64 [n] are their positions in it, ascending; `fingerprint` is that of the data set
-    and the selection.
+    `indices` int64 [n] are their positions in it, ascending; `fingerprint` is that of the data set,
+    followed by the selection where there is one.
     """
 
     def __init__(self, records: RecordDataset, selection: Selection):
@@ -148,7 +144,7 @@ class SelectedRecords:
         """
         self.records, self.selection = records, selection
         self.indices = selection.positions(records)
-        self.fingerprint = selection.fingerprint_of(records)
+        self.fingerprint = f"{records.fingerprint} {selection}".rstrip()
 
     def __len__(self) -> int:
         """Number of records."""
