@@ -15,7 +15,7 @@ from etils import epath
 
 from avcl_jax.data import media, record_files
 from avcl_jax.data.media import MediaError, RateLimit, Sound
-from avcl_jax.data.mono import ChannelEnergies, choose_weights, lay_out
+from avcl_jax.data.mono import channel_energies, choose_weights, lay_out
 from avcl_jax.data.record_files import RecordError
 from data_prep.footage import Footage, JpegFrame, encode_still, open_media
 from data_prep.manifest import ExamplePlace
@@ -171,10 +171,8 @@ def _weights(
     usual = np.full(count, 1 / count)
     if count == 1:
         return usual, {}
-    sums = ChannelEnergies(sample_rate_hz)
-    for _, data in packets:
-        sums.add(data.T.astype(np.float64))
-    energies = sums.per_second()
+    parts = (data.T.astype(np.float64) for _, data in packets)
+    energies = channel_energies(parts, sample_rate_hz)
     if not energies.size or not np.isfinite(energies).all():  # `_mono` raises the error
         return usual, {}
     return choose_weights(energies, usual, [str(number + 1) for number in range(count)])

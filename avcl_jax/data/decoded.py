@@ -66,16 +66,9 @@ def decode_media(
     end_seconds: float | None = None,
     modalities: Collection[str] = ("video", "audio"),
 ) -> DecodedMedia:
-    """Decodes a media file, or an interval of it, into memory: see `media.decode_frames`.
+    """Decodes some modalities of a media file, or of an interval of it, into memory.
 
-    Args:
-        path: local file, or a file's content.
-        short_side: height or width to scale down to, whichever is shorter; None keeps the size.
-        max_fps: average rate to which frames are dropped; None keeps all.
-        sample_rate_hz: rate to resample the audio to.
-        start_seconds: start of the interval in the file.
-        end_seconds: its end; None for the file's end.
-        modalities: "video", "audio" or both; others are not decoded.
+    Arguments are those of `media.decode_frames` and `media.decode_audio`.
 
     Raises:
         MediaError: if the file cannot be decoded, or has none of the modalities in the interval.

@@ -28,13 +28,12 @@ _ROTATIONS = {  # by quarter turns, counter-clockwise
 
 
 def each_jpeg(frames: Sequence[bytes], size: tuple[int, int] | None = None) -> Iterator[np.ndarray]:
-    """Decodes JPEG frames of one size one after another, all into the same memory.
+    """Decodes JPEG frames of one size, grey or RGB, one after another into the same memory.
 
     libjpeg-turbo (simplejpeg) without its fast DCT and fast upsampling: pixels are the same on
     every machine and library build.
 
     Args:
-        frames: JPEG files of one height and width; grey ones become RGB.
         size: required height and width; None for those of the first frame.
 
     Yields:
@@ -48,9 +47,9 @@ def each_jpeg(frames: Sequence[bytes], size: tuple[int, int] | None = None) -> I
     for number, frame in enumerate(frames):
         try:
             if image is None:
-                height, width, *_ = simplejpeg.decode_jpeg_header(frame)
-                size = size or (height, width)
-                _check_size((height, width), size)
+                first = simplejpeg.decode_jpeg_header(frame)[:2]
+                size = size or first
+                _check_size(first, size)
                 image = np.empty((*size, 3), np.uint8)
             _decode_into(image, frame)
         except ValueError as error:

@@ -113,15 +113,13 @@ def decode_frames(
     """Decodes the video, upright and with square pixels, at its own times.
 
     Args:
-        path: local file, or a file's content.
         short_side: height or width to scale down to, whichever is shorter; never scales up.
         max_fps: average rate to which frames are dropped, by their times; None keeps all.
-        start_seconds: earliest time of a frame.
         end_seconds: frames that appear at this time or later are left out; None for all.
 
     Yields:
-        Frames in the order of display, at strictly increasing times. None, without an error, when
-        the file has no video. An alpha channel is ignored.
+        Frames in the order of display, at strictly increasing times; none when the file has no
+        video. An alpha channel is ignored.
 
     Raises:
         MediaError: if the file or the wanted part of its video cannot be decoded completely.
@@ -164,14 +162,8 @@ def decode_audio(
 ) -> Sound | None:
     """Decodes the audio to mono (see `mono`), so that a sample's index tells its time.
 
-    Args:
-        path: local file, or a file's content.
-        sample_rate_hz: rate to resample to.
-        start_seconds: earliest time of a sample.
-        end_seconds: samples from this time on are left out; None for all.
-
-    Returns:
-        The audio, with gaps filled by silence; None when the file has none in this interval.
+    Returns the audio from `start_seconds` until before `end_seconds`, with gaps filled by silence;
+    None when the file has none there.
 
     Raises:
         MediaError: if the file or the wanted part of its audio cannot be decoded completely.

@@ -6,7 +6,7 @@ In the mono mix, channels do not cancel and silent channels do not lower the lev
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -52,12 +52,10 @@ def lay_out(
     Args:
         frames: decoded `av.AudioFrame`s in order; their times are overwritten.
         zero: presentation time in seconds that becomes time 0.
-        sample_rate_hz: rate to resample to.
-        start_seconds: earliest time of a sample.
         end_seconds: samples from this time on are left out; None for all.
 
     Returns:
-        The audio; None when there is none in this interval.
+        The audio; None without samples in this interval.
 
     Raises:
         MediaError: if the time stamps leap.
@@ -131,33 +129,27 @@ def _resample(frames: Sequence[Any], sample_rate_hz: int) -> np.ndarray:
     return np.concatenate(parts) if parts else np.empty(0, np.int16)
 
 
-class ChannelEnergies:
-    """Sums of products of the samples of two channels, for each second of a clip."""
+def channel_energies(parts: Iterable[np.ndarray], sample_rate_hz: int) -> np.ndarray:
+    """Sums products of the samples of two channels, for each second of a clip.
 
-    def __init__(self, sample_rate_hz: int):
-        """Starts without samples."""
-        self._rate = sample_rate_hz
-        self._count = 0
-        self._seconds: list[np.ndarray] = []
-
-    def add(self, samples: np.ndarray) -> None:
-        """Adds the samples that follow, float64 [channels, samples]."""
-        for part in np.split(
-            samples, range(-self._count % self._rate, samples.shape[1], self._rate), axis=1
-        ):
-            if self._count % self._rate == 0 and part.shape[1]:
-                self._seconds.append(np.zeros((len(part),) * 2))
-            if part.shape[1]:
-                self._seconds[-1] += part @ part.T
-            self._count += part.shape[1]
-
-    def per_second(self) -> np.ndarray:
-        """Returns float64 [seconds, channels, channels]; a remainder is added to the last one."""
-        seconds = np.array(self._seconds)
-        if len(seconds) > 1 and self._count % self._rate:
-            seconds[-2] += seconds[-1]
-            seconds = seconds[:-1]
-        return seconds
+    `parts` are its samples in order, float64 [channels, samples]. Returns float64 [seconds,
+    channels, channels]; a remainder is added to the last second.
+    """
+    seconds: list[np.ndarray] = []
+    count = 0
+    for samples in parts:
+        borders = range(-count % sample_rate_hz, samples.shape[1], sample_rate_hz)
+        for part in np.split(samples, borders, axis=1):
+            if not part.shape[1]:
+                continue
+            if count % sample_rate_hz == 0:
+                seconds.append(np.zeros((len(part),) * 2))
+            seconds[-1] += part @ part.T
+            count += part.shape[1]
+    if len(seconds) > 1 and count % sample_rate_hz:
+        remainder = seconds.pop()
+        seconds[-1] += remainder
+    return np.array(seconds)
 
 
 def choose_weights(
@@ -171,7 +163,7 @@ def choose_weights(
     seconds, as with a right channel that is the inverted left, only the strongest channel is used.
 
     Args:
-        energies: float64 [seconds, channels, channels] of `ChannelEnergies`, at least one second.
+        energies: float64 [seconds, channels, channels], at least one second.
         weights: float64 [channels] of the usual mix, not negative; their sum is 1.
         names: names of the channels.
 
@@ -203,18 +195,19 @@ def _mix(frames: Sequence[Any]) -> tuple[list[Any], dict[str, str]]:
     One decision applies to all frames of one channel layout. Returns the frames with their times,
     and messages by kind of note.
     """
-    energies: dict[str, ChannelEnergies] = {}
-    for frame, samples in _channels(frames):
-        energies.setdefault(frame.layout.name, ChannelEnergies(frame.sample_rate)).add(samples)
     weights: dict[str, np.ndarray] = {}
     notes: dict[str, str] = {}
-    for name, products in energies.items():
+    several = [frame for frame in frames if frame.layout.nb_channels > 1]
+    for name in dict.fromkeys(frame.layout.name for frame in several):
+        alike = [frame for frame in several if frame.layout.name == name]
+        parts = (samples for _, samples in _channels(alike))
         usual = _usual_weights(name)
         names = [
             str(number) if channel.name == "NONE" else channel.name  # of a file without a layout
             for number, channel in enumerate(av.AudioLayout(name).channels, start=1)
         ]
-        mix, messages = choose_weights(products.per_second(), usual, names)
+        energies = channel_energies(parts, alike[0].sample_rate)
+        mix, messages = choose_weights(energies, usual, names)
         if mix is not usual:
             weights[name] = mix
         notes |= messages
@@ -222,25 +215,22 @@ def _mix(frames: Sequence[Any]) -> tuple[list[Any], dict[str, str]]:
         return list(frames), notes
     mixed = {
         id(frame): _mono_frame(frame, weights[frame.layout.name] @ samples)
-        for frame, samples in _channels(frames)
-        if frame.layout.name in weights
+        for frame, samples in _channels([f for f in several if f.layout.name in weights])
     }
     return [mixed.get(id(frame), frame) for frame in frames], notes
 
 
 def _channels(frames: Sequence[Any]) -> Iterator[tuple[Any, np.ndarray]]:
-    """Yields frames that have several channels with their samples, float64 [channels, samples]."""
+    """Yields frames with their samples, float64 [channels, samples]."""
     converters: dict[str, Any] = {}
     for frame in frames:
-        count = frame.layout.nb_channels
-        if count < 2:
-            continue
         converter = converters.setdefault(
             f"{frame.format.name} {frame.layout.name} {frame.sample_rate}",
             av.AudioResampler(format="flt", layout=frame.layout, rate=frame.sample_rate),
         )
         for packed in converter.resample(frame):
-            yield frame, packed.to_ndarray().reshape(-1, count).T.astype(np.float64)
+            samples = packed.to_ndarray().reshape(-1, frame.layout.nb_channels)
+            yield frame, samples.T.astype(np.float64)
 
 
 def _mono_frame(frame: Any, samples: np.ndarray) -> Any:
