@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-import textwrap
 
 from avcl_jax.errors import UserError, one_line
 
@@ -33,26 +32,14 @@ _COMMANDS = {
 }
 
 
-class _Help(argparse.HelpFormatter):
-    """Prints defaults that are not empty, keeps paragraphs, and leaves indented ones unchanged."""
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Prints defaults that are not empty, and leaves descriptions as they are."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
         silent = ("", False, argparse.SUPPRESS)
         visible = isinstance(action.default, (str, int, float)) and action.default not in silent
         return f"{text} (default: %(default)s)" if visible and action.option_strings else text
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        filled = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
-        return "\n\n".join(
-            textwrap.indent(
-                paragraph
-                if paragraph.startswith(" ")
-                else filled.fill(" ".join(paragraph.split())),
-                indent,
-            )
-            for paragraph in text.strip().split("\n\n")
-        )
 
 
 def main(arguments: list[str]) -> int:

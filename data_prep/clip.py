@@ -301,12 +301,8 @@ def _scenes(entry: Entry) -> list[tuple[float, float]]:
 def is_still(frames: Sequence[bytes], seconds: float) -> bool:
     """Returns whether all frames show the same image, but for codec noise.
 
-    A slideshow is not still, a black screen is. Frames are read until one differs: for a video in
-    which something moves these are few.
-
-    Args:
-      frames: JPEG files of one size.
-      seconds: Length of the video; less than half a second is never still.
+    A slideshow is not still, a black screen is, and less than half a second never is. Frames, JPEG
+    files of one size, are read until one differs: where something moves these are few.
     """
     if seconds < _MIN_STILL_SECONDS:
         return False

@@ -165,7 +165,7 @@ def read_earlier(out: epath.Path) -> Earlier:
         for line in map(json.loads, (out / SOURCES).read_text().splitlines()):
             split, first = line["split"], records[line["split"]]
             records[split] += sum(outcome == shards.PREPARED for _, outcome, _ in line["clips"])
-            known[split, line["id"]] = Known(line, tuple(range(first, records[split])))
+            known[split, line["id"]] = Known(line, range(first, records[split]))
     except (FileNotFoundError, ValueError) as error:
         raise PrepareError(
             f"{out} holds a data set that was not prepared by data_prep: use another --out"

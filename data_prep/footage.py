@@ -83,13 +83,10 @@ def encode_still(
 ) -> tuple[int, int, bytes]:
     """Converts a single image to a frame of a record: height, width and JPEG file.
 
-    JPEG files that are small enough are passed on unchanged, so that they lose nothing; others are
-    decoded, scaled by the filter that videos are scaled with, and encoded.
-
-    Args:
-      image: Encoded file, or uint8 [height, width, 1 or 3].
-      short_side: As in `ClipOptions`, like `quality`.
-      reformatter: Kept over all frames: making one takes twenty times as long as a 64x64 frame.
+    An image is an encoded file, or uint8 [height, width, 1 or 3]. JPEG files that are small enough
+    are passed on unchanged, so that they lose nothing; others are decoded, scaled by the filter
+    that videos are scaled with, and encoded. Making the reformatter, kept over all frames, takes
+    twenty times as long as a 64x64 frame.
 
     Raises:
       MediaError: If it cannot be decoded.

@@ -41,8 +41,8 @@ _BEAM_RUNNERS = "DirectRunner, DataflowRunner, FlinkRunner, SparkRunner"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments shared by all commands that prepare."""
-    reasons = "; ".join(f"{reason}: {meaning}" for reason, meaning in REASONS.items())
-    parser.epilog = "\n\n".join(filter(None, (parser.epilog, f"Reasons for rejecting: {reasons}")))
+    reasons = "".join(f"\n  {reason}: {meaning}" for reason, meaning in REASONS.items())
+    parser.epilog = f"reasons for rejecting:{reasons}"
     add = parser.add_argument
     formats: dict[str, Any] = {"choices": FILE_FORMATS, "default": FILE_FORMATS[0]}
     add("--out", type=absolute_path, required=True, help="directory, or gs://, s3://")

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -40,12 +41,11 @@ MAY_PASS = frozenset({"unreadable", "timeout", "crashed"})
 Line = Mapping[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Known:
+class Known(NamedTuple):
     """Line of an entry that still holds, and the numbers of its records in the earlier data set."""
 
     line: Line
-    records: tuple[int, ...]
+    records: Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,9 +155,7 @@ def read_finished(part: Part) -> Finished | None:
 def prepare_part(part: Part, begin: Callable[[int], None]) -> None:
     """Writes the shard and the columns of a part, then its lines; all or nothing.
 
-    Args:
-      part: The part.
-      begin: Called with the number of each entry before its file is read.
+    Calls `begin` with the number of each entry before its file is read.
 
     Raises:
       OSError: If the results cannot be written, or an earlier record cannot be read.
@@ -165,19 +163,15 @@ def prepare_part(part: Part, begin: Callable[[int], None]) -> None:
     """
     part.path("json").unlink(missing_ok=True)
     lines: list[Line] = []
-    earlier = None
-    if any(known.records for known in part.known.values()):
-        assert part.earlier is not None
-        earlier = RecordDataset(part.earlier, part.split)
+    earlier = functools.cache(lambda: RecordDataset(part.earlier or "", part.split))
     with RecordWriter(part.shard, part.options.file_format) as writer:
         for number, entry in enumerate(part.entries):
             begin(number)
             if (known := part.known.get(number)) is not None:
                 lines.append({**known.line, "description": description(entry)})
                 today: dict[str, Any] = {"source_id": entry.source_id, "labels": entry.labels}
-                for record_number in known.records:
-                    assert earlier is not None
-                    writer.write(dataclasses.replace(earlier[record_number], **today))
+                for index in known.records:
+                    writer.write(dataclasses.replace(earlier()[index], **today))
                 continue
             lines.append(_line(entry, part.options))
             for record in _prepare(part, number, lines[-1], begin):

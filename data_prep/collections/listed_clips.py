@@ -230,12 +230,8 @@ def find_videos(
 ) -> Manifest:
     """Returns one clip per video, of the split "all", with its class and its part of each split.
 
-    Args:
-      rows: Place in the lists, split, video, source, number of the class, number of the part.
-      folder: Folder of the videos.
-      classes: Names of the classes.
-      parts: Names of the parts, such as train and test.
-      ignore_case: True if names of files may differ in case.
+    Rows have the place in the lists, split, video, source, number of the class, number of the part;
+    parts are, for instance, train and test.
     """
     clips: dict[str, ListedClip] = {}
     labels: dict[str, dict[str, int]] = {}
