@@ -20,8 +20,8 @@ import pytest
 from avcl_jax import experiment
 from avcl_jax.data import rendering as data_rendering
 from avcl_jax.data.augment import SpectralSpec
-from avcl_jax.data.record_metadata import write_dataset_metadata
-from avcl_jax.data.records import shard_name, write_shard
+from avcl_jax.data.record_writer import write_dataset_metadata
+from avcl_jax.data.records import shard_name
 from avcl_jax.data.views import BACKWARD, FORWARD, Clip, frame_indices
 from avcl_jax.errors import UserError
 from avcl_jax.objectives import feature_bank
@@ -59,7 +59,7 @@ from benchmarks.measure import (
     write_json,
 )
 from configs import pretrain
-from tests.data.synthetic_records import make_record
+from tests.data.synthetic_records import make_record, write_shard
 from tests.evaluation.labelled import write_encoders
 from tests.fingerprint import synthetic
 

@@ -54,13 +54,11 @@ class MediaError(UserError):
     """A file that cannot be decoded: `reason`, a key of `REASONS`, and a `message` with details."""
 
     def __init__(self, reason: str, message: str):
-        """Keeps both; see the class."""
         super().__init__(reason, message)  # both as args: errors cross process borders
         self.reason = reason
         self.message = message
 
     def __str__(self) -> str:
-        """Returns `reason: message`."""
         return f"{self.reason}: {self.message}"
 
 

@@ -116,24 +116,20 @@ class HostSlice(grain.MapDataset):
     def __init__(
         self, parent: grain.MapDataset, *, global_batch_size: int, host: int, hosts: int, first: int
     ):
-        """Slices `parent` for `host` of `hosts`, starting at global batch `first`."""
         super().__init__(parent)
         self._global, self._local = global_batch_size, global_batch_size // hosts
         self._host, self._first = host, first
 
     def __len__(self) -> int:
-        """Number of rows of this host."""
         return (len(self._parent) // self._global - self._first) * self._local
 
     def __getitem__(self, index: int | slice) -> Any:
-        """Returns row `index`, or a slice of rows."""
         if isinstance(index, slice):
             return self.slice(index)
         batch, row = divmod(index, self._local)
         return self._parent[(self._first + batch) * self._global + self._host * self._local + row]
 
     def __str__(self) -> str:
-        """Returns a constant description."""
         return f"HostSlice({self._host}, {self._local} of {self._global}, from {self._first})"
 
 

@@ -48,7 +48,6 @@ class StringColumn(Sequence[str]):
         self._text, self._ends = text, np.cumsum(lengths, dtype=np.int64)
 
     def __len__(self) -> int:
-        """Number of strings."""
         return len(self._ends)
 
     def __getitem__(self, index: Any) -> Any:

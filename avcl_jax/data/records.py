@@ -225,11 +225,9 @@ class RecordDataset:
         return RecordDataset, (self._directory, self.split)
 
     def __len__(self) -> int:
-        """Returns the number of records."""
         return len(self._places)
 
     def __str__(self) -> str:
-        """Returns the split and the directory, for messages."""
         return f"split {self.split!r} of {self._directory}"
 
     def __repr__(self) -> str:

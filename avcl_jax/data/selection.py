@@ -147,11 +147,9 @@ class SelectedRecords:
         self.fingerprint = f"{records.fingerprint} {selection}".rstrip()
 
     def __len__(self) -> int:
-        """Number of records."""
         return len(self.indices)
 
     def __str__(self) -> str:
-        """Returns data set and selection, for messages."""
         return f"{self.records}" + f" with {self.selection}" * bool(self.selection.conditions)
 
     def __repr__(self) -> str:

@@ -9,7 +9,7 @@ byte, when the last array on it is gone.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 import math
 import multiprocessing
 import os
@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Mapping
 from multiprocessing import shared_memory, util
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -104,8 +104,7 @@ def check_room(batch_bytes: int, *, workers: int, prefetch: int) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class SharedArray:
+class SharedArray(NamedTuple):
     """Array as it travels between processes: name of its block, shape and dtype."""
 
     block: str
@@ -136,11 +135,7 @@ class _Block(shared_memory.SharedMemory):
         return np.frombuffer(self.content, dtype, math.prod(shape), _HEADER_BYTES)
 
     def allocate(self) -> None:
-        """Allocates the memory: Linux would do so page by page, and kill a writer who gets none.
-
-        Raises:
-            OSError: if there is not enough memory.
-        """
+        """Allocates the memory: Linux would do so page by page, and kill a writer who gets none."""
         if not _FILES.is_dir():
             return
         try:
@@ -161,14 +156,12 @@ class Blocks:
     """Blocks of this process; as many as are ever in use at once."""
 
     def __init__(self) -> None:
-        """Starts without blocks."""
         self._blocks: list[_Block] = []
         self._lock = threading.Lock()
         # Blocks that were sent but not received have a name that somebody must remove.
         util.Finalize(self, _unlink, args=(self._blocks,), exitpriority=10)
 
     def __len__(self) -> int:
-        """Number of blocks."""
         return len(self._blocks)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> tuple[SharedArray, np.ndarray]:
@@ -190,7 +183,8 @@ def _unlink(blocks: list[_Block]) -> None:
         block.unlink()
 
 
-_OF_THIS_PROCESS: list[Blocks] = []
+# Those of this process, made when they are first needed.
+_own_blocks = functools.cache(Blocks)
 
 
 def empty_batch(
@@ -200,16 +194,13 @@ def empty_batch(
     if not shared:
         array = np.empty(shape, dtype)
         return array, array
-    if not _OF_THIS_PROCESS:
-        _OF_THIS_PROCESS.append(Blocks())
-    return _OF_THIS_PROCESS[0].empty(shape, np.dtype(dtype).name)
+    return _own_blocks().empty(shape, np.dtype(dtype).name)
 
 
 class Receive:
     """Makes arrays of what workers send; they are the workers' memory, not copies of it."""
 
     def __init__(self) -> None:
-        """Starts without blocks."""
         self._blocks: dict[str, _Block] = {}
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
