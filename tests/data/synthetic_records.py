@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
+from avcl_jax.data.record_format import serialize_record
 from avcl_jax.data.record_writer import RecordWriter, write_dataset_metadata
 from avcl_jax.data.records import Record, shard_name
 
@@ -57,11 +58,12 @@ def write_shard(
     path: Path, records: Iterable[Record], file_format: str = "tfrecord"
 ) -> tuple[int, int]:
     """Writes a shard; returns the number of its records and the bytes of their payloads."""
+    lengths = []
     with RecordWriter(path, file_format) as writer:
         for record in records:
             writer.write(record)
-    lengths = writer.columns()["length"]
-    return len(lengths), int(lengths.sum())
+            lengths.append(len(serialize_record(record)))
+    return len(lengths), sum(lengths)
 
 
 def write_records(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
-import pickle
 import resource
 import signal
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,69 +16,27 @@ from etils import epath
 
 from avcl_jax.data import record_files
 from avcl_jax.data.images import decode_jpegs
-from avcl_jax.data.record_writer import RecordWriter, write_dataset_metadata
 from avcl_jax.data.records import (
     Record,
     RecordDataset,
     RecordError,
-    shard_name,
 )
 from data_prep.__main__ import main
 from tests.data.synthetic_records import write_shard
-from tests.data.test_records import CLASS_NAMES, assert_same, make_record
+from tests.data.test_records import SHARDS, assert_same, make_record, write_dataset
 
 FORMAT = "array_record"
 
 
-def write_dataset(directory: Path, shards: list[list[Record]]) -> list[Path]:
-    paths = [
-        directory / shard_name("demo", "train", number, len(shards), FORMAT)
-        for number in range(len(shards))
-    ]
-    infos = [write_shard(path, shard, FORMAT) for path, shard in zip(paths, shards, strict=True)]
-    write_dataset_metadata(
-        directory,
-        name="demo",
-        class_names=CLASS_NAMES,
-        splits={"train": infos},
-        file_format=FORMAT,
-    )
-    return paths
-
-
-@pytest.fixture
-def made() -> list[list[Record]]:
-    return [[make_record(0), make_record(1, video=False)], [make_record(2, audio=False)]]
-
-
-def test_round_trip_with_and_without_an_index(tmp_path: Path, made: list[list[Record]]) -> None:
-    paths = write_dataset(tmp_path, made)
-    assert paths[0].name == "demo-train.array_record-00000-of-00002"
-    expected = [record for shard in made for record in shard]
-    prints = set()
-    for _ in range(2):
-        dataset = RecordDataset(tmp_path, "train")
-        assert dataset.file_format == FORMAT
-        for number, record in enumerate(expected):
-            assert_same(dataset[number], record)
-        assert_same(pickle.loads(pickle.dumps(dataset))[2], expected[2])
-        prints.add(dataset.fingerprint)
-    assert len(prints) == 1
-    with ThreadPoolExecutor(8) as pool:
-        for number, record in zip(
-            [0, 1, 2] * 50, pool.map(dataset.__getitem__, [0, 1, 2] * 50), strict=True
-        ):
-            assert_same(record, expected[number])
-
-
-def test_tfds_opens_it_as_a_data_source(tmp_path: Path, made: list[list[Record]]) -> None:
+def test_tfds_opens_it_as_a_data_source(tmp_path: Path) -> None:
     # Where the default tests run there is no TensorFlow.
     import tensorflow_datasets as tfds
 
-    write_dataset(tmp_path, made)
+    paths = write_dataset(tmp_path, SHARDS, FORMAT)
+    assert paths[0].name == "demo-train.array_record-00000-of-00002"
     source = tfds.builder_from_directory(tmp_path).as_data_source(split="train")
     assert len(source) == 3
-    for example, record in zip(source, [r for shard in made for r in shard], strict=True):
+    for example, record in zip(source, itertools.chain(*SHARDS), strict=True):
         assert example["source"] == record.source_id.encode()
         assert example["label_motion"] == record.labels["motion"]
         np.testing.assert_array_equal(example["audio"], record.waveform)
@@ -101,7 +58,7 @@ def read_all(directory: Path) -> list[Record]:
 @pytest.mark.parametrize("with_index", [True, False])
 def test_a_flipped_byte_is_detected_or_changes_nothing(tmp_path: Path, with_index: bool) -> None:
     expected = [make_record(0), make_record(1, video=False)]
-    (shard,) = write_dataset(tmp_path, [expected])
+    (shard,) = write_dataset(tmp_path, [expected], FORMAT)
     read_all(tmp_path)
     index = tmp_path / "demo-train.index"
     good, good_index = shard.read_bytes(), index.read_bytes()
@@ -127,7 +84,7 @@ def test_a_flipped_byte_is_detected_or_changes_nothing(tmp_path: Path, with_inde
 
 @pytest.mark.parametrize("cut", [1, 100, 70_000, 131_000, 131_072])
 def test_a_truncated_file_is_one_error(tmp_path: Path, cut: int) -> None:
-    (shard,) = write_dataset(tmp_path, [[make_record(0)]])
+    (shard,) = write_dataset(tmp_path, [[make_record(0)]], FORMAT)
     read_all(tmp_path)
     os.truncate(shard, shard.stat().st_size - cut)
     for _ in range(2):  # the second time without an index
@@ -137,7 +94,7 @@ def test_a_truncated_file_is_one_error(tmp_path: Path, cut: int) -> None:
 
 
 def test_another_file_of_the_name_is_a_stale_index(tmp_path: Path) -> None:
-    (shard,) = write_dataset(tmp_path, [[make_record(0), make_record(2)]])
+    (shard,) = write_dataset(tmp_path, [[make_record(0), make_record(2)]], FORMAT)
     dataset = RecordDataset(tmp_path, "train")
     assert_same(dataset[1], make_record(2))
     write_shard(shard, [make_record(0), make_record(5)], FORMAT)
@@ -149,16 +106,6 @@ def test_another_file_of_the_name_is_a_stale_index(tmp_path: Path) -> None:
     shard.unlink()
     with pytest.raises(RecordError, match="is missing"):
         dataset[1]
-
-
-def test_a_record_that_is_not_written_leaves_no_file(tmp_path: Path) -> None:
-    # What is written before the error is the point, hence several statements.
-    path = tmp_path / "x.array_record"
-    with pytest.raises(RuntimeError), RecordWriter(path, FORMAT) as writer:  # noqa: PT012
-        writer.write(make_record(0))
-        assert not path.exists()
-        raise RuntimeError
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

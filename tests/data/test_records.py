@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 import pickle
@@ -55,20 +56,29 @@ def make_record(number: int, *, video: bool = True, audio: bool = True, side: in
     )
 
 
-def write_dataset(directory: Path, shards: list[list[Record]], split: str = "train") -> None:
-    infos = [
-        write_shard(directory / shard_name("demo", split, number, len(shards)), shard)
-        for number, shard in enumerate(shards)
-    ]
-    write_dataset_metadata(directory, name="demo", class_names=CLASS_NAMES, splits={split: infos})
+def write_dataset(
+    directory: Path, shards: list[list[Record]], file_format: str = "tfrecord"
+) -> list[Path]:
+    """Writes the split "train"; returns the paths of its shards."""
+    count = len(shards)
+    paths = [directory / shard_name("demo", "train", n, count, file_format) for n in range(count)]
+    written = [write_shard(*each, file_format) for each in zip(paths, shards, strict=True)]
+    write_dataset_metadata(
+        directory,
+        name="demo",
+        class_names=CLASS_NAMES,
+        splits={"train": written},
+        file_format=file_format,
+    )
+    return paths
+
+
+SHARDS = [[make_record(0), make_record(1, video=False)], [make_record(2, audio=False)]]
 
 
 @pytest.fixture
 def prepared(tmp_path: Path) -> Path:
-    write_dataset(
-        tmp_path,
-        [[make_record(0), make_record(1, video=False)], [make_record(2, audio=False)]],
-    )
+    write_dataset(tmp_path, SHARDS)
     return tmp_path
 
 
@@ -84,11 +94,19 @@ def assert_same(left: Record, right: Record) -> None:
             assert a == b, name
 
 
-def test_round_trip_is_exact_with_and_without_each_modality(prepared: Path) -> None:
-    dataset = RecordDataset(prepared, "train")
-    assert len(dataset) == 3
-    expected = [make_record(0), make_record(1, video=False), make_record(2, audio=False)]
-    for number, record in enumerate(expected):
+@pytest.mark.parametrize("with_index", [True, False])
+@pytest.mark.parametrize("file_format", record_files.FILE_FORMATS)
+def test_round_trip_is_exact_with_and_without_each_modality(
+    tmp_path: Path, file_format: str, with_index: bool
+) -> None:
+    write_dataset(tmp_path, SHARDS, file_format)
+    fingerprint = RecordDataset(tmp_path, "train").fingerprint
+    if not with_index:
+        index_path(tmp_path, "demo", "train").unlink()
+    dataset = RecordDataset(tmp_path, "train")
+    assert (len(dataset), dataset.file_format) == (3, file_format)
+    assert dataset.fingerprint == fingerprint
+    for number, record in enumerate(itertools.chain(*SHARDS)):
         assert_same(dataset[number], record)
         assert dataset.timelines["num_frames"][number] == len(record.frames)
         assert dataset.timelines["num_samples"][number] == len(record.waveform)
@@ -360,17 +378,20 @@ def test_a_contradictory_record_is_not_written(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_shard_appears_only_when_complete(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file_format", record_files.FILE_FORMATS)
+def test_a_shard_appears_only_when_complete(tmp_path: Path, file_format: str) -> None:
     # What is written before the error is the point, hence several statements.
-    with pytest.raises(RuntimeError), RecordWriter(tmp_path / "x.tfrecord") as writer:  # noqa: PT012
+    with pytest.raises(RuntimeError), RecordWriter(tmp_path / "x", file_format) as writer:  # noqa: PT012
         writer.write(make_record(0))
-        assert not (tmp_path / "x.tfrecord").exists()
+        assert not (tmp_path / "x").exists()
         raise RuntimeError
     assert not list(tmp_path.iterdir())
 
 
-def test_reading_from_threads_and_after_pickling(prepared: Path) -> None:
-    dataset = pickle.loads(pickle.dumps(RecordDataset(prepared, "train")))
+@pytest.mark.parametrize("file_format", record_files.FILE_FORMATS)
+def test_reading_from_threads_and_after_pickling(tmp_path: Path, file_format: str) -> None:
+    write_dataset(tmp_path, SHARDS, file_format)
+    dataset = pickle.loads(pickle.dumps(RecordDataset(tmp_path, "train")))
     with ThreadPoolExecutor(4) as pool:
         ids = list(pool.map(lambda n: dataset[n % 3].record_id, range(60)))
     assert ids == [make_record(n % 3).record_id for n in range(60)]

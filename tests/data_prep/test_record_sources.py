@@ -396,7 +396,7 @@ def test_damage_to_a_file_costs_only_what_it_hit(
 
 def test_array_record_of_sequence_examples(tmp_path: Path, expected: dict[str, np.ndarray]) -> None:
     path = tmp_path / "a.array_record"
-    writer = record_files.create(epath.Path(path), "array_record")
+    writer = record_files.ArrayRecordSink(epath.Path(path))
     for values in ([0.5], [0.25], [0.125]):
         writer.write(sequence(expected, a=values).SerializeToString())
     writer.close()
