@@ -30,7 +30,7 @@ from avcl_jax.data.record_format import (
     to_bytes,
     to_text,
 )
-from avcl_jax.paths import replacing
+from avcl_jax.paths import write_bytes
 
 _VERSION = 3
 # Errors of zipfile and numpy for a file of ours in name only, although its CRC is right.
@@ -148,8 +148,7 @@ def save_columns(path: epath.PathLike, columns: Mapping[str, np.ndarray]) -> Non
     arrays: dict[str, Any] = {"version": np.int32(_VERSION), **columns}
     np.savez_compressed(buffer, **arrays)
     buffer.write(crc32c.crc32c(buffer.getvalue()).to_bytes(4, "little"))
-    with replacing(epath.Path(path)) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+    write_bytes(epath.Path(path), buffer.getvalue())
 
 
 def load_columns(path: epath.PathLike, *, without: Sequence[str] = ()) -> dict[str, Any] | None:

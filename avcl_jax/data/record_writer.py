@@ -17,7 +17,7 @@ from etils import epath
 from avcl_jax.data.record_files import ARRAY_RECORD, TFRECORD, ArrayRecordSink, TFRecordSink
 from avcl_jax.data.record_format import FORMAT_VERSION, LABEL_PREFIX, Record, serialize_record
 from avcl_jax.data.record_index import columns_of, index_row
-from avcl_jax.paths import absolute_path, replacing
+from avcl_jax.paths import absolute_path, write_bytes
 
 _DESCRIPTION = (
     "Audio-visual clips prepared by avcl_jax's data_prep: JPEG frames with the time of each, mono "
@@ -152,5 +152,4 @@ def write_dataset_metadata(
         info.write_to_directory(scratch)
         written = sorted(epath.Path(scratch).iterdir(), key=lambda p: p.name == "dataset_info.json")
         for source in written:
-            with replacing(directory / source.name) as temporary:
-                temporary.write_bytes(source.read_bytes())
+            write_bytes(directory / source.name, source.read_bytes())

@@ -217,7 +217,7 @@ def test_the_page_shows_the_run(small_run, results):
     assert page.count("data:image/jpeg;base64,") == 2 * 4 * 3
     assert "video–audio" in page
     assert "Playback speed (1×, 2×, 4×)," in page
-    assert not [path.name for path in small_run[1].iterdir() if path.name.endswith(".writing")]
+    assert not [path.name for path in small_run[1].iterdir() if path.name.endswith(".tmp")]
 
 
 def test_exported_encoders_compute_what_the_run_computes(small_run):

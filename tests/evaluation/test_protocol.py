@@ -82,7 +82,7 @@ def test_results_hold_all_that_identifies_the_run(
         assert shown in report
     assert report.count('class="tile"') == 1  # of the one headline
     assert "75.0 % (95 %:" in capsys.readouterr().out
-    assert not list(tmp_path.glob("*.writing"))
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_finished_results_are_found_unless_something_that_counts_changed(tmp_path: Path) -> None:
