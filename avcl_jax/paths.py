@@ -71,7 +71,7 @@ def replacing(path: AnyPath) -> Iterator[AnyPath]:
         raise
 
 
-def write_bytes(path: epath.Path, content: bytes) -> None:
+def write_bytes(path: Path | epath.Path, content: bytes) -> None:
     """Writes a file, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)

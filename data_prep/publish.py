@@ -17,11 +17,11 @@ from etils import epath
 from avcl_jax.data.record_index import index_path, merge, save_columns
 from avcl_jax.data.record_writer import write_dataset_metadata
 from avcl_jax.data.records import FILE_FORMATS, shard_name
-from avcl_jax.paths import replacing
+from avcl_jax.paths import replacing, write_bytes
 from data_prep.clip import ClipOptions
 from data_prep.earlier import PREPARATION, SOURCES, Earlier
 from data_prep.manifest import Manifest, by_split
-from data_prep.shards import PREPARED, Finished, Line, write_text
+from data_prep.shards import PREPARED, Finished, Line
 
 INCOMPLETE = ".incomplete"
 REJECTED, MISSING, DUPLICATES = "rejected.jsonl", "missing.jsonl", "duplicates.jsonl"
@@ -139,7 +139,7 @@ def publish(
         if rows:
             moves.append((listed, listed))
     journal = {"splits": shards, "moves": moves, "preparation": preparation}
-    write_text(incomplete / _JOURNAL, json.dumps(journal))
+    write_bytes(incomplete / _JOURNAL, json.dumps(journal).encode())
     finish_publication(out)
 
 
@@ -178,7 +178,7 @@ def finish_publication(out: epath.Path) -> None:
     for source, target in journal["moves"]:
         if (incomplete / source).exists():  # else it was moved before the interruption
             (incomplete / source).replace(out / target)
-    write_text(out / PREPARATION, json.dumps(preparation, indent=2) + "\n")
+    write_bytes(out / PREPARATION, (json.dumps(preparation, indent=2) + "\n").encode())
     write_dataset_metadata(
         out,
         name=name,
@@ -193,7 +193,7 @@ def finish_publication(out: epath.Path) -> None:
 def write_lines(path: epath.Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Writes one JSON object per line, or removes the file if there are none."""
     if lines:
-        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_bytes(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     else:
         path.unlink(missing_ok=True)
 

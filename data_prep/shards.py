@@ -13,7 +13,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import av
@@ -26,7 +25,7 @@ from avcl_jax.data.record_format import FORMAT_VERSION, Record
 from avcl_jax.data.record_index import load_columns, save_columns
 from avcl_jax.data.record_writer import RecordWriter
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.paths import replacing
+from avcl_jax.paths import write_bytes
 from data_prep.clip import ClipOptions, parse_cut, pieces, prepare_clip
 from data_prep.manifest import Entry, by_split
 from data_prep.source_files import FileState, local_file, sha256_of, state_of
@@ -177,7 +176,7 @@ def prepare_part(part: Part, begin: Callable[[int], None]) -> None:
             for record in _prepare(part, number, lines[-1], begin):
                 writer.write(record)
     save_columns(part.path("columns"), writer.columns())
-    write_text(part.path("json"), json.dumps(lines))
+    write_bytes(part.path("json"), json.dumps(lines).encode())
 
 
 def _line(entry: Entry, options: ClipOptions) -> dict[str, Any]:
@@ -231,9 +230,3 @@ def remove_temporary(directory: epath.Path, pid: int | None = None) -> None:
     """Removes files that a process, or any, has left half-written."""
     for path in list(directory.glob("*.tmp" if pid is None else f"*.{pid}.tmp")):
         path.unlink(missing_ok=True)
-
-
-def write_text(path: Path | epath.Path, text: str) -> None:
-    """Writes a file all at once: a temporary file, then a rename."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

@@ -16,12 +16,11 @@ from tqdm import tqdm
 
 from avcl_jax.data.encode import write_mp4
 from avcl_jax.errors import UserError
-from avcl_jax.paths import local_path
+from avcl_jax.paths import local_path, write_bytes
 from data_prep.foley.audio import render_audio
 from data_prep.foley.null_media import render_null
 from data_prep.foley.scene import SAMPLE_RATE_HZ, VIDEO_FPS, classes_of, draw_scene
 from data_prep.foley.video import render_video
-from data_prep.shards import write_text
 
 # Rises with every change of the files, so that old ones are not taken for new ones.
 GENERATOR_VERSION = 5
@@ -141,7 +140,7 @@ def _check_recipe(out: Path, seed: int) -> None:
     recipe = {"generator": "foley", "version": GENERATOR_VERSION, "seed": seed}
     path = out / RECIPE_NAME
     if not path.exists():
-        write_text(path, json.dumps(recipe) + "\n")
+        write_bytes(path, (json.dumps(recipe) + "\n").encode())
     elif (found := json.loads(path.read_text())) != recipe:
         raise UserError(
             f"foley: {out} holds the files of {found}, not of {recipe}: "
@@ -158,5 +157,5 @@ def _write_manifest(out: Path, items: list[tuple[str, int]], seed: int) -> Path:
         labels = ("", "") if split.startswith("null") else classes_of(seed, split, index)
         rows.writerow((_relative(split, index), split, name, name, *labels))
     path = out / MANIFEST_NAME
-    write_text(path, text.getvalue())
+    write_bytes(path, text.getvalue().encode())
     return path
