@@ -224,8 +224,7 @@ def pieces(entry: Entry, cut: Cut, *, min_seconds: float) -> list[Entry]:
     A remainder shorter than a clip is left out, as are scenes shorter than `min_seconds`; a video
     shorter than one clip is one clip.
 
-    Raises:
-      MediaError: If the video cannot be read.
+    Raises MediaError if the video cannot be read.
     """
     if cut.step_seconds is None:
         intervals = [

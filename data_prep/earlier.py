@@ -143,8 +143,7 @@ def nothing(out: epath.Path) -> Earlier:
 def read_earlier(out: epath.Path) -> Earlier:
     """Reads the metadata of a finished data set, empty if `out` has none.
 
-    Raises:
-      PrepareError: If `out` has a data set of another version, or of another program.
+    Raises PrepareError if `out` has a data set of another version, or of another program.
     """
     info_path = out / "dataset_info.json"
     if not info_path.exists():

@@ -68,8 +68,7 @@ class Example:
 def open_example(path: str, place: ExamplePlace, start: float, end: float | None) -> Footage:
     """Returns an interval of the clip in an example, on the example's own timeline.
 
-    Raises:
-      MediaError: If the file cannot be read there, or the example does not fit its layout.
+    Raises MediaError if the file cannot be read there, or the example does not fit its layout.
     """
     try:
         payload = record_files.read(
@@ -137,8 +136,7 @@ def mix_to_mono(
 
     16-bit mono at `sample_rate_hz` is not changed. Returns None if the interval has no audio.
 
-    Raises:
-      MediaError: If the numbers are not samples, or their times leap.
+    Raises MediaError if the numbers are not samples, or their times leap.
     """
     rate = samples.sample_rate_hz
     weights, notes = _weights(samples.packets, rate)

@@ -88,8 +88,7 @@ def encode_still(
     that videos are scaled with, and encoded. Making the reformatter, kept over all frames, takes
     twenty times as long as a 64x64 frame.
 
-    Raises:
-      MediaError: If it cannot be decoded.
+    Raises MediaError if it cannot be decoded.
     """
     if isinstance(image, np.ndarray):
         pixels, is_good = np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image, False

@@ -60,9 +60,8 @@ class Missing:
 class Manifest:
     """All clips, in the order of their records.
 
-    Raises:
-      PrepareError: If two entries have one id, the name of a split or a label cannot be part of a
-        file name, or the name of a class cannot be a line of a file.
+    Raises PrepareError if two entries have one id, the name of a split or a label cannot be part of
+    a file name, or the name of a class cannot be a line of a file.
     """
 
     entries: tuple[Entry, ...]

@@ -81,8 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def clip_options(args: argparse.Namespace) -> ClipOptions:
     """Checks all arguments, and returns those that decide the content of a record.
 
-    Raises:
-      PrepareError: If one is out of range.
+    Raises PrepareError if one is out of range.
     """
     local = args.file_format != "array_record" or not is_remote(args.out)
     check_options(

@@ -156,9 +156,8 @@ def prepare_part(part: Part, begin: Callable[[int], None]) -> None:
 
     Calls `begin` with the number of each entry before its file is read.
 
-    Raises:
-      OSError: If the results cannot be written, or an earlier record cannot be read.
-      RecordError: If an earlier record is damaged.
+    Raises OSError if the results cannot be written or an earlier record cannot be read, RecordError
+    if that is damaged.
     """
     part.path("json").unlink(missing_ok=True)
     lines: list[Line] = []

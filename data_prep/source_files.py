@@ -66,8 +66,7 @@ def sha256_of(path: str, state: FileState | None) -> str | None:
 def local_file(path: str) -> Iterator[str]:
     """Yields a local path of a file: its own, or that of a temporary copy.
 
-    Raises:
-      MediaError: If a remote file cannot be copied.
+    Raises MediaError if a remote file cannot be copied.
     """
     if not is_remote(path):
         yield path

@@ -82,8 +82,7 @@ class Listing:
         of a parsed example, "" for none; a damaged example is None. After damage to a length in a
         TFRecord file nothing more can be found.
 
-        Raises:
-          PrepareError: If the file is remote or compressed as a whole, or `describe` raises.
+        Raises PrepareError if the file is remote or compressed as a whole, or `describe` raises.
         """
         if file_format == ARRAY_RECORD and is_remote(path):
             raise PrepareError(f"{path}: copy ArrayRecord files to a local disk first")

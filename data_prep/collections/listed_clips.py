@@ -111,8 +111,7 @@ def find_clips(
 ) -> Manifest:
     """Returns the clips that have files, in the order of the lists, and those that do not.
 
-    Raises:
-      PrepareError: If a clip is listed twice, or nothing is listed.
+    Raises PrepareError if a clip is listed twice, or nothing is listed.
     """
     entries: list[Entry] = []
     missing: list[Missing] = []

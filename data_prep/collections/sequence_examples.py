@@ -116,8 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def read(args: argparse.Namespace) -> Manifest:
     """Lists the examples of all files, reading all of them for labels and ids.
 
-    Raises:
-      PrepareError: If there are none, or they do not state enough.
+    Raises PrepareError if there are none, or they do not state enough.
     """
     example_files.check_arguments(args)
     keys = (args.video_feature, args.audio_feature)

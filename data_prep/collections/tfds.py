@@ -38,8 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def read(args: argparse.Namespace) -> Manifest:
     """Lists the examples of a directory, reading all of it for ids and labels.
 
-    Raises:
-      PrepareError: If it is not a directory of TFDS, or does not state enough.
+    Raises PrepareError if it is not a directory of TFDS, or does not state enough.
     """
     example_files.check_arguments(args)
     directory = read_directory(args.input)

@@ -96,8 +96,7 @@ class Directory:
 def read_directory(path: epath.Path) -> Directory:
     """Reads features.json and dataset_info.json.
 
-    Raises:
-      PrepareError: If it is not such a directory, or of a format that is not supported.
+    Raises PrepareError if it is not such a directory, or of a format that is not supported.
     """
     info = _read_json(path / "dataset_info.json")
     features = _read_json(path / "features.json")

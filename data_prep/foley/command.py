@@ -68,9 +68,8 @@ def write_requested(args: argparse.Namespace, out: Path) -> Path:
 def write_collection(out: Path, counts: dict[str, int], *, seed: int, workers: int) -> Path:
     """Writes the media that are not there yet, then the manifest; returns its path.
 
-    Raises:
-        UserError: A count is out of range, or the folder has another seed's files.
-        OSError: A file could not be written.
+    Raises UserError if a count is out of range or the folder has another seed's files, OSError if a
+    file cannot be written.
     """
     if workers < 1 or seed < 0 or min(counts.values()) < 0 or not sum(counts.values()):
         raise UserError(
