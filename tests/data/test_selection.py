@@ -13,7 +13,7 @@ from avcl_jax import experiment
 from avcl_jax.data.record_format import is_silent, peak
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import ModalityRecords, Selection, SelectionError, UsableRecords
-from avcl_jax.data.views import clip_times
+from avcl_jax.data.views import ViewSpec, clip_times
 from configs import pretrain
 from tests.data.synthetic_records import make_record, write_records
 from tests.evaluation.conftest import RATE, small_record, sound_record
@@ -96,6 +96,35 @@ def test_usable_records_of_a_selection_are_the_same_records(records):
         assert use == everything.usable(everything.indices.tolist().index(index))
     again = pickle.loads(pickle.dumps(some))  # as a worker process receives it
     np.testing.assert_array_equal(again.indices, some.indices)
+
+
+def test_the_usable_part_is_what_video_and_audio_share_or_else_one_of_them(tmp_path):
+    film = make_record(0, seconds=4.0, side=16)  # 64 frames, the last of which stays until 4 s
+    made = [
+        film,
+        dataclasses.replace(film, waveform=film.waveform[:32_000], audio_start_seconds=1.0),
+        # They share less than a view.
+        dataclasses.replace(film, audio_start_seconds=3.75, duration_seconds=7.75),
+        # One frame does not move, silence cannot be told from another.
+        dataclasses.replace(film, frames=film.frames[:1], frame_seconds=film.frame_seconds[:1]),
+        dataclasses.replace(film, waveform=np.full(64_000, 33, np.int16)),
+        dataclasses.replace(film, waveform=np.full(64_000, 34, np.int16)),
+    ]
+    dataset = RecordDataset(write_records(tmp_path / "r", made, shards=1), "train")
+    views = ViewSpec(num_frames=8, clip_seconds=0.5, speeds=(1, 2), audio_transform="shared")
+    spec = dataclasses.replace(experiment.render_spec(pretrain.get_config()), views=views)
+    assert [dataclasses.astuple(UsableRecords(dataset, spec).usable(n)) for n in range(6)] == [
+        (0.0, 4.0, 1 / 16, True, True),
+        (1.0, 3.0, 1 / 16, True, True),
+        (0.0, 4.0, 1 / 16, True, False),
+        (0.0, 4.0, 0.0, False, True),
+        (0.0, 4.0, 1 / 16, True, False),
+        (0.0, 4.0, 1 / 16, True, True),
+    ]
+    heard = UsableRecords(dataset, dataclasses.replace(spec, modalities="audio"))
+    assert dataclasses.astuple(heard.usable(1)) == (1.0, 3.0, 0.0, False, True)
+    assert (heard.num_empty, heard.num_without("video"), heard.num_without("audio")) == (1, 5, 0)
+    assert UsableRecords(dataset, spec).lacking(("video", "audio")).tolist() == [2, 3, 4]
 
 
 NAMES = {"motion": ["down", "across"], "part": ["a", "b"]}
