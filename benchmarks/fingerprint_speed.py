@@ -25,7 +25,7 @@ def seconds_of_query(encoder: str, clip: str, segments: int, kind: str) -> list[
         segments: of the index.
         kind: of `FingerprintSettings`.
     """
-    from avcl_jax.data.decoded import decode_media
+    from avcl_jax.data.media import decode_media
     from avcl_jax.fingerprint.database import SourceRow, transaction
     from avcl_jax.fingerprint.index import FingerprintIndex
     from avcl_jax.fingerprint.segments import SegmentFeatures
@@ -66,7 +66,7 @@ def seconds_of_indexing(encoder: str, files: list[str], only_decode: bool) -> fl
 
     The first file is done once before, so that compiling is not counted.
     """
-    from avcl_jax.data.decoded import decode_media
+    from avcl_jax.data.media import decode_media
     from avcl_jax.fingerprint.index import FingerprintIndex
     from avcl_jax.fingerprint.settings import FingerprintSettings
 

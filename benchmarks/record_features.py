@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from avcl_jax.data.decoded import DecodedMedia, decode_media, decode_record
-from avcl_jax.data.media import MediaError, probe
+from avcl_jax.data.media import DecodedMedia, MediaError, decode_media, decode_record, probe
 from avcl_jax.errors import UserError
 from avcl_jax.export import Encoder, load_encoder
 from avcl_jax.paths import local_path

@@ -16,8 +16,7 @@ from pathlib import Path
 from absl import logging
 from tqdm import tqdm
 
-from avcl_jax.data.decoded import decode_media
-from avcl_jax.data.media import MediaError
+from avcl_jax.data.media import MediaError, decode_media
 from avcl_jax.encoder_source import MODALITIES
 from avcl_jax.errors import UserError, one_line
 from avcl_jax.fingerprint import serve

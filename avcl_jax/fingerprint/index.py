@@ -16,8 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from avcl_jax.data.decoded import DecodedMedia
-from avcl_jax.data.media import MediaError
+from avcl_jax.data.media import DecodedMedia, MediaError
 from avcl_jax.encoder_source import MODALITIES, open_encoders
 from avcl_jax.fingerprint import calibration, database, library, matching
 from avcl_jax.fingerprint.answer import Match, QueryResult, make_match

@@ -19,9 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import soxr
 
-from avcl_jax.data.decoded import DecodedMedia, decode_media
 from avcl_jax.data.images import apply_crop, center_crop
-from avcl_jax.data.media import MediaError, Source
+from avcl_jax.data.media import DecodedMedia, MediaError, Source, decode_media
 from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
 from avcl_jax.data.record_format import is_silent
 from avcl_jax.data.spectrogram import log_mel, samples_at

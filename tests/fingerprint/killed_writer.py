@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from avcl_jax.data.decoded import DecodedMedia, no_frames
+from avcl_jax.data.media import DecodedMedia, no_frames
 from avcl_jax.fingerprint import database, index, library
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.segments import SegmentFeatures

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from avcl_jax.data.decoded import decode_media
+from avcl_jax.data.media import decode_media
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.web.preview import convert
 from tests.fingerprint.conftest import SETTINGS

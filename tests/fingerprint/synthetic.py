@@ -10,7 +10,7 @@ import av
 import numpy as np
 import scipy.ndimage
 
-from avcl_jax.data.decoded import DecodedMedia, no_frames
+from avcl_jax.data.media import DecodedMedia, no_frames
 
 FPS, RATE_HZ, SIDE = 16, 8000, 24
 

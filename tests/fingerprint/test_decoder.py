@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("faiss", reason="the extra fingerprint is not installed")
 pytest.importorskip("starlette", reason="the extra fingerprint is not installed")
 
-from avcl_jax.data.decoded import decode_media
+from avcl_jax.data.media import decode_media
 from avcl_jax.fingerprint.web.decoder import Decoder, DecoderError
 from avcl_jax.fingerprint.web.preview import PreviewCache
 from tests.fingerprint.page_server import ROOT

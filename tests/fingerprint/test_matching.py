@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soxr
 
-from avcl_jax.data.decoded import decode_media
+from avcl_jax.data.media import decode_media
 from avcl_jax.fingerprint.error import FingerprintError
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.settings import FingerprintSettings

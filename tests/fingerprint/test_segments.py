@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from avcl_jax.data import decoded as decoded_module
+from avcl_jax.data import media as media_module
 from avcl_jax.encoder_source import open_encoders
 from avcl_jax.fingerprint import segments as segments_module
 from avcl_jax.fingerprint.segments import Segmenter
@@ -92,5 +92,5 @@ def test_what_no_encoder_takes_is_not_decoded(encoders, tmp_path, monkeypatch, m
         raise AssertionError(f"{other} is decoded")
 
     name = {"video": "decode_frames", "audio": "decode_audio"}[other]
-    monkeypatch.setattr(decoded_module, name, decoded)
+    monkeypatch.setattr(media_module, name, decoded)
     assert segmenter.of_file(path).present[modality].any()

@@ -8,7 +8,7 @@ import numpy as np
 import scipy.signal
 import soxr
 
-from avcl_jax.data.decoded import DecodedMedia
+from avcl_jax.data.media import DecodedMedia
 from avcl_jax.fingerprint.benchmark.timeline import (
     Piece,
     TimeMap,

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from avcl_jax.data.decoded import DecodedMedia
+from avcl_jax.data.media import DecodedMedia
 from avcl_jax.fingerprint.benchmark.searchers import Answer, Items, Ranking, background_score
 
 _RATES = (1.0, 0.8, 0.9, 1.125, 1.25)

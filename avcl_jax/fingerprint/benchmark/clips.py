@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from avcl_jax.data.decoded import DecodedMedia, decode_media, decode_record
-from avcl_jax.data.media import MediaError
+from avcl_jax.data.media import DecodedMedia, MediaError, decode_media, decode_record
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.errors import UserError
 from avcl_jax.fingerprint.benchmark.families import FAMILIES, applies, transform

@@ -10,8 +10,7 @@ import av
 import cv2
 import numpy as np
 
-from avcl_jax.data.decoded import DecodedMedia
-from avcl_jax.data.media import decode_audio, decode_frames
+from avcl_jax.data.media import DecodedMedia, decode_audio, decode_frames
 from avcl_jax.fingerprint.benchmark.timeline import (
     Transformed,
     resampled,

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from avcl_jax.data.decoded import DecodedMedia
+from avcl_jax.data.media import DecodedMedia
 from avcl_jax.fingerprint.benchmark.timeline import TimeMap, Transformed, without_sound
 from avcl_jax.fingerprint.benchmark.timing import as_footage_of
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from avcl_jax.data.decoded import DecodedMedia
+from avcl_jax.data.media import DecodedMedia
 from avcl_jax.fingerprint.benchmark.timeline import Transformed, unmoved
 
 _SMALLEST_SIDE = 16  # pixels: a smaller picture shows nothing

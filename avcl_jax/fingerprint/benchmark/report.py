@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import scipy.signal
 
-from avcl_jax.data.decoded import DecodedMedia
+from avcl_jax.data.media import DecodedMedia
 from avcl_jax.evaluation.charts import SERIES_COLOURS, bar_chart
 from avcl_jax.evaluation.exhibits import frame_uri, spectrogram_uri
 from avcl_jax.evaluation.page import as_text, section, table, text

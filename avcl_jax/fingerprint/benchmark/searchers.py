@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from avcl_jax.data.decoded import DecodedMedia
+from avcl_jax.data.media import DecodedMedia
 from avcl_jax.errors import UserError
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.settings import FingerprintSettings

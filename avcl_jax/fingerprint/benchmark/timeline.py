@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import soxr
 
-from avcl_jax.data.decoded import DecodedMedia, no_frames
+from avcl_jax.data.media import DecodedMedia, no_frames
 
 _INT16 = np.iinfo(np.int16)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import cv2
 import numpy as np
 
-from avcl_jax.data.decoded import DecodedMedia, no_frames
+from avcl_jax.data.media import DecodedMedia, no_frames
 from avcl_jax.fingerprint.benchmark.audio import at_speed, at_tempo, either_way
 from avcl_jax.fingerprint.benchmark.timeline import (
     Piece,

@@ -22,8 +22,7 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from avcl_jax.data.decoded import decode_media
-from avcl_jax.data.media import decode_audio, probe
+from avcl_jax.data.media import decode_audio, decode_media, probe
 from avcl_jax.errors import UserError
 from avcl_jax.fingerprint.answer import Match
 from avcl_jax.fingerprint.database import SourceRow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from avcl_jax.data.decoded import DecodedMedia
+from avcl_jax.data.media import DecodedMedia
 
 FPS, RATE, SECONDS = 8, 16_000, 6
 HEIGHT, WIDTH = 48, 64

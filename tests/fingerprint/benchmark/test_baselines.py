@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from avcl_jax.data.decoded import DecodedMedia
+from avcl_jax.data.media import DecodedMedia
 from avcl_jax.fingerprint.benchmark.baselines import AlignedCodes, Chromaprint, ImageHash
 from tests.fingerprint.benchmark.clips import FPS, RATE, SECONDS, clip
 

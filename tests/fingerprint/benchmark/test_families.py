@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from avcl_jax.data.decoded import DecodedMedia
+from avcl_jax.data.media import DecodedMedia
 from avcl_jax.fingerprint.benchmark.families import (
     FAMILIES,
     STRENGTHS,

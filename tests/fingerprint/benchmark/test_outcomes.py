@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from avcl_jax.data.decoded import DecodedMedia
+from avcl_jax.data.media import DecodedMedia
 from avcl_jax.evaluation.protocol import inputs_of
 from avcl_jax.evaluation.statistics import STATISTICS
 from avcl_jax.fingerprint.benchmark.clips import ClipSets, SourceClip, make_queries

@@ -16,7 +16,7 @@ import pytest
 import simplejpeg
 from etils import epath
 
-from avcl_jax.data.decoded import DecodedMedia
+from avcl_jax.data.media import DecodedMedia
 from avcl_jax.data.record_writer import write_dataset_metadata
 from avcl_jax.data.records import RecordDataset, shard_name
 from avcl_jax.encoder_source import open_encoders
