@@ -36,24 +36,23 @@ class VideoClipSpec:
     sample_rate_hz: ClassVar[None] = None
 
     @property
-    def video_shape(self) -> tuple[int, int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Shape of a clip: [time, height, width, 3]."""
         return self.views.num_frames, self.crop.image_size, self.crop.image_size, 3
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of a clip."""
-        return self.video_shape
 
     def random(self, record: Record, clip: Clip, rng: np.random.Generator, out: np.ndarray) -> None:
         """Renders into uint8 [time, size, size, 3], cropped and mirrored alike in all frames."""
         crop = random_crop(rng, record.height, record.width, self.crop)
-        render_video(record, clip, crop, self, out)
+        render_video(record, clip, crop, self.views, out)
 
     def fixed(self, record: Record, clip: Clip, crops: int) -> list[np.ndarray]:
         """Returns `crops` clips uint8 [time, size, size, 3] of one time."""
         places = crops_along(record.height, record.width, crops)
-        return [render_video(record, clip, crop, self) for crop in places]
+        outs = np.empty((crops, *self.shape), np.uint8)
+        return [
+            render_video(record, clip, crop, self.views, out)
+            for crop, out in zip(places, outs, strict=True)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)

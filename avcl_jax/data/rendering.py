@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,16 +15,6 @@ from avcl_jax.data.spectrogram import LogMelSpec, gather_windows, log_mel
 from avcl_jax.data.views import Clip, Timeline, ViewSpec, frame_indices
 
 Modalities = Literal["audio_visual", "video", "audio"]
-
-
-class VideoSpec(Protocol):
-    """Specification that `render_video` needs: timing, and shape [time, height, width, 3]."""
-
-    @property
-    def views(self) -> ViewSpec: ...
-
-    @property
-    def video_shape(self) -> tuple[int, int, int, int]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,19 +46,17 @@ class RenderSpec:
 
 
 def render_video(
-    record: Record, clip: Clip, crop: Crop, spec: VideoSpec, out: np.ndarray | None = None
+    record: Record, clip: Clip, crop: Crop, views: ViewSpec, out: np.ndarray
 ) -> np.ndarray:
     """Decodes only the frames of a clip, and crops each into its place.
 
     Returns:
-        uint8 [num_frames, image_size, image_size, 3], `out` if it was given.
+        `out`, uint8 [num_frames, image_size, image_size, 3].
 
     Raises:
         RecordError: if a frame cannot be decoded, or is not of the record's size.
     """
-    if out is None:
-        out = np.empty(spec.video_shape, np.uint8)
-    shown = frame_indices(clip, record.frame_seconds, spec.views).tolist()
+    shown = frame_indices(clip, record.frame_seconds, views).tolist()
     # Slow video shows a frame more than once, one after the other: it is decoded once.
     new = [n for n, index in enumerate(shown) if n == 0 or index != shown[n - 1]]
     try:
@@ -120,7 +108,7 @@ def render_views(
         pixels = np.empty((len(video), *spec.video_shape), np.uint8)
     if use.has_video:
         for clip, crop, out in zip(video, crops, pixels, strict=True):
-            render_video(record, clip, crop, spec, out)
+            render_video(record, clip, crop, spec.views, out)
     else:
         pixels[...] = 0
     name, shape, dtype = spec.audio_array()
