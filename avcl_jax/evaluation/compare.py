@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 
 from avcl_jax.errors import UserError, one_line
-from avcl_jax.evaluation.page import as_text
+from avcl_jax.evaluation.page import as_text, metric_texts
 from avcl_jax.evaluation.protocol import (
     OUTCOMES,
     RESULTS,
@@ -32,8 +32,8 @@ from avcl_jax.evaluation.protocol import (
 from avcl_jax.evaluation.statistics import Comparison, compare, holm
 from avcl_jax.paths import absolute_path
 
-# What results.json says of each metric, and is needed here.
-_SAID = {"value", "low", "high", "kind", "inputs", "chosen", "what", "unit"}
+# Keys of a metric in results.json that are needed here.
+_KEYS = {"value", "low", "high", "kind", "inputs", "chosen", "what", "unit", "chance"}
 
 
 def read_run(workdir: epath.PathLike) -> tuple[dict[str, Any], Outcomes]:
@@ -53,7 +53,7 @@ def read_run(workdir: epath.PathLike) -> tuple[dict[str, Any], Outcomes]:
         raise UserError(
             f"{path} is not the result of a protocol: compare sweeps by configs/ablation.py"
         )
-    if any(not metric.keys() >= _SAID for metric in results["metrics"].values()):
+    if any(not metric.keys() >= _KEYS for metric in results["metrics"].values()):
         raise UserError(f"{path} was written by another version of avcl-jax: run it again")
     return results, read_outcomes(path.with_name(OUTCOMES))
 
@@ -107,7 +107,8 @@ def compare_runs(
     for name, metric in results[0]["metrics"].items():
         if not all(name in other["metrics"] for other in results):
             continue
-        if len({_chosen(metric, found) for found in paired}) > 1:
+        masks = [found.values[metric["chosen"]] for found in paired if metric["chosen"]]
+        if any((mask != masks[0]).any() for mask in masks):
             raise UserError(
                 f"runs are over different units in {metric['what']}: compare runs on the same data"
             )
@@ -127,17 +128,8 @@ def _in_order_of(units: Sequence[str], outcomes: Outcomes) -> Outcomes:
     """Returns the outcomes with their units in the order of `units`."""
     place = {unit: number for number, unit in enumerate(outcomes.units)}
     rows = np.array([place[unit] for unit in units])
-    return Outcomes(
-        units,
-        [outcomes.sources[row] for row in rows],
-        {name: values[rows] for name, values in outcomes.values.items()},
-    )
-
-
-def _chosen(metric: Mapping[str, Any], outcomes: Outcomes) -> bytes:
-    """Returns the mask of the units of a metric, to be compared."""
-    chosen = metric["chosen"]
-    return b"" if chosen is None else np.asarray(outcomes.values[chosen], bool).tobytes()
+    values = {name: array[rows] for name, array in outcomes.values.items()}
+    return Outcomes(units, [outcomes.sources[row] for row in rows], values)
 
 
 def _differing_data(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
@@ -154,25 +146,22 @@ def as_table(
     results: Sequence[Mapping[str, Any]],
     compared: Mapping[str, Sequence[Comparison]],
 ) -> str:
-    """Returns the comparison as a table in Markdown, a row for each metric and run."""
+    """Returns the comparison as a table in Markdown, one row per metric and run."""
     lines = [
         "| metric | run | value | 95 % interval | difference to the first | p |",
         "|---|---|---|---|---|---|",
     ]
     for key, pairs in compared.items():
-        for number, (name, result) in enumerate(zip(names, results, strict=True)):
+        for name, result, pair in zip(names, results, [None, *pairs], strict=True):
             metric = result["metrics"][key]
-            unit = metric["unit"]
-            cells = [metric["what"] if not number else "", name, as_text(metric["value"], unit)]
-            cells.append(f"{as_text(metric['low'], unit)} … {as_text(metric['high'], unit)}")
-            if number:
-                change, low, high = (
-                    as_text(value, unit, signed=True) for value in pairs[number - 1].difference
-                )
-                cells.append(f"{change} ({low} … {high})")
-                cells.append(f"{pairs[number - 1].p_value:.3g}")
-            else:
-                cells += ["", ""]
+            value, low, high, _ = metric_texts(metric)
+            cells = [metric["what"] if pair is None else "", name, value, f"{low} … {high}", "", ""]
+            if pair is not None:
+                change = [as_text(bound, metric["unit"], signed=True) for bound in pair.difference]
+                cells[4:] = [
+                    f"{change[0]} ({change[1]} … {change[2]})",
+                    as_text(pair.p_value, "number"),
+                ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

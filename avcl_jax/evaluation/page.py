@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,12 +39,12 @@ def as_text(
     """Returns a metric as people read it: a share in %, a dash where it is not defined.
 
     Args:
-        value: None if it is not defined.
+        value: None or NaN if it is not defined.
         unit: "share" or "number".
         digits: decimals of a share; only 1 itself is written as 100 %.
         signed: a difference: with its sign, and shares in points.
     """
-    if value is None:
+    if value is None or math.isnan(value):
         return "–"
     if unit != "share":
         return f"{value:{'+' if signed else ''}.3g}"

@@ -26,7 +26,16 @@ def label_ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: if shapes do not match, a label is not a class, or a score is not finite.
     """
-    scores, labels = _check(scores, labels)
+    scores, labels = np.asarray(scores), np.asarray(labels)
+    if scores.ndim != 2 or labels.shape != scores.shape[:1]:
+        raise ValueError(f"scores {scores.shape} and labels {labels.shape} do not match")
+    classes = scores.shape[1]
+    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+        raise ValueError(
+            f"labels reach from {labels.min()} to {labels.max()}, there are {classes} classes"
+        )
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{int((~np.isfinite(scores)).sum())} scores are not finite")
     own = scores[np.arange(len(labels)), labels][:, None]
     return (scores >= own).sum(axis=1)
 
@@ -48,8 +57,7 @@ def class_mean(values: np.ndarray, labels: np.ndarray) -> float:
 
     Classes without an item are left out.
     """
-    present = np.unique(labels)
-    return float(np.mean([np.mean(values[labels == label]) for label in present]))
+    return float(np.mean([np.mean(values[labels == label]) for label in np.unique(labels)]))
 
 
 def gap_closed(random: float, pretrained: float, supervised: float) -> float:
@@ -68,10 +76,7 @@ def average_precision(scores: np.ndarray, relevant: np.ndarray) -> float:
 
     Args:
         scores: float [n].
-        relevant: bool [n].
-
-    Returns:
-        nan if nothing is relevant.
+        relevant: bool [n]; NaN is returned if nothing is.
     """
     scores, relevant = np.asarray(scores), np.asarray(relevant, bool)
     if not relevant.any():
@@ -88,10 +93,7 @@ def roc_auc(scores: np.ndarray, relevant: np.ndarray) -> float:
 
     Args:
         scores: float [n].
-        relevant: bool [n].
-
-    Returns:
-        nan if all or none are relevant.
+        relevant: bool [n]; NaN is returned if all are or none.
     """
     relevant = np.asarray(relevant, bool)
     positives, negatives = int(relevant.sum()), int((~relevant).sum())
@@ -153,20 +155,6 @@ def recall_at_precision(
     last_of_tie = np.append(np.diff(confidences[order]) != 0, True) if len(found) else found > 0
     passing = found[last_of_tie & (reached >= precision)]
     return float(passing.max() / findable) if len(passing) else 0.0
-
-
-def _check(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    scores, labels = np.asarray(scores), np.asarray(labels)
-    if scores.ndim != 2 or labels.shape != scores.shape[:1]:
-        raise ValueError(f"scores {scores.shape} and labels {labels.shape} do not match")
-    if len(labels) and not 0 <= labels.min() <= labels.max() < scores.shape[1]:
-        raise ValueError(
-            f"labels reach from {labels.min()} to {labels.max()}, there are {scores.shape[1]} "
-            "classes"
-        )
-    if not np.isfinite(scores).all():
-        raise ValueError(f"{int((~np.isfinite(scores)).sum())} scores are not finite")
-    return scores, labels
 
 
 # Statistics by name; each maps arrays by unit, [n, …], to a scalar.
@@ -234,7 +222,7 @@ class Comparison(NamedTuple):
     """Difference of two runs on the same units.
 
     Attributes:
-        difference: second run minus the first, with its interval.
+        difference: second run minus the first, with its interval; NaN if one is not defined.
         p_value: two-sided, of the hypothesis that it does not matter which run is which.
     """
 
@@ -309,6 +297,8 @@ def compare(
     _, numbers = np.unique(np.asarray(sources), return_inverse=True)
     statistic = STATISTICS[kind]
     observed = statistic(*second) - statistic(*first)
+    if np.isnan(observed):
+        return Comparison(Interval(observed, observed, observed), observed)
     drawn = _resampled(kind, second, groups, resamples, np.random.default_rng(seed)) - _resampled(
         kind, first, groups, resamples, np.random.default_rng(seed)
     )
@@ -316,23 +306,25 @@ def compare(
     rng = np.random.default_rng([seed, 1])
     extreme = 0
     for _ in range(resamples):
-        exchanged = rng.random(len(groups)) < 0.5
-        swapped = exchanged[numbers]
-        ours = [_choose(swapped, a, b) for a, b in zip(first, second, strict=True)]
-        theirs = [_choose(swapped, b, a) for a, b in zip(first, second, strict=True)]
+        swapped = (rng.random(len(groups)) < 0.5)[numbers]
+        # Units first, so that arrays of any shape are exchanged unit by unit.
+        pairs = [
+            (np.where(swapped, b.T, a.T).T, np.where(swapped, a.T, b.T).T)
+            for a, b in zip(first, second, strict=True)
+        ]
+        ours, theirs = zip(*pairs, strict=True)
         # A hair of tolerance: the observed exchange itself must count as extreme.
         extreme += abs(statistic(*theirs) - statistic(*ours)) >= abs(observed) - 1e-12
     return Comparison(Interval(observed, low, high), (1 + extreme) / (1 + resamples))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Returns p-values corrected for being several (Holm 1979), in the order given."""
-    order = np.argsort(p_values)
-    corrected = np.empty(len(p_values))
-    largest = 0.0
-    for place, index in enumerate(order):
-        largest = max(largest, (len(p_values) - place) * p_values[index])
-        corrected[index] = min(1.0, largest)
+    """Returns p-values corrected for being several (Holm 1979), in the order given; NaN stays."""
+    values = np.asarray(p_values)
+    order = np.argsort(values)  # NaN last
+    factors = np.count_nonzero(~np.isnan(values)) - np.arange(len(values))
+    corrected = np.empty(len(values))
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(factors * values[order]))
     return corrected.tolist()
 
 
@@ -349,10 +341,6 @@ def _bounds(drawn: np.ndarray, confidence: float) -> tuple[float, float]:
     tail = (1 - confidence) / 2
     low, high = np.quantile(defined, (tail, 1 - tail))
     return float(low), float(high)
-
-
-def _choose(swapped: np.ndarray, kept: np.ndarray, other: np.ndarray) -> np.ndarray:
-    return np.where(swapped.reshape(-1, *[1] * (kept.ndim - 1)), other, kept)
 
 
 def _groups(kind: str, inputs: Sequence[np.ndarray], sources: np.ndarray) -> list[np.ndarray]:

@@ -141,3 +141,18 @@ def test_bad_input_is_named() -> None:
         bootstrap("mode", [np.zeros(2)], np.arange(2), resamples=1, seed=0)
     with pytest.raises(ValueError, match=r"one length above 0, got \[2, 3\]"):
         bootstrap("mean", [np.zeros(2)], np.arange(3), resamples=1, seed=0)
+
+
+def test_a_metric_that_is_not_defined_in_a_run_has_neither_difference_nor_p_value():
+    ones, halves = np.ones(6), np.array([0.0, 1.0] * 3)
+    pair = compare(
+        "gap_closed",
+        [halves, ones, ones],
+        [ones, halves, ones],  # supervision gains nothing over random
+        np.arange(6),
+        resamples=20,
+        seed=0,
+    )
+    assert np.isnan([*pair.difference, pair.p_value]).all()
+    corrected = holm([0.03, float("nan"), 0.02])
+    np.testing.assert_allclose(corrected, [0.04, np.nan, 0.04])
