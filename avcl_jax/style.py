@@ -19,7 +19,10 @@ p { margin: 0 0 12px; max-width: 78ch; }
 .caption { color: var(--muted); }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 12px;
   padding: 24px 26px; margin-top: 22px; }
+figure { margin: 0; }
 svg { width: 100%; height: auto; display: block; }
+figure svg { fill: currentColor; }
+figure svg text { font-family: var(--font) !important; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 14px;
   margin-top: 22px; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 12px;

@@ -92,14 +92,14 @@ VARIANTS: Mapping[str, Variant] = {
     "mean_removed_floor_1e-8": Variant({"spectrogram.floor": 1e-8}, scale=without_mean),
 }
 FIGURES = (
-    Column("class", ("probe", "class_from_audio", "pretrained"), ""),
-    Column("speed", ("temporal", "speed_audio", "accuracy"), ""),
-    Column("direction", ("temporal", "direction_audio", "accuracy"), ""),
-    Column("order", ("temporal", "order_aa", "accuracy"), ""),
-    Column("R@1 of the other view", ("controls", "other_view"), ""),
-    Column("the same by level alone", ("controls", "other_view_by_level"), ""),
-    Column("speed of noise", ("controls", "speed_audio"), ""),
-    Column("direction of noise", ("controls", "direction_audio"), ""),
+    Column("class", "probe.class_from_audio.pretrained", ""),
+    Column("speed", "temporal.speed_audio.accuracy", ""),
+    Column("direction", "temporal.direction_audio.accuracy", ""),
+    Column("order", "temporal.order_aa.accuracy", ""),
+    Column("R@1 of the other view", "controls.other_view", ""),
+    Column("the same by level alone", "controls.other_view_by_level", ""),
+    Column("speed of noise", "controls.speed_audio", ""),
+    Column("direction of noise", "controls.direction_audio", ""),
 )
 
 

@@ -164,17 +164,16 @@ plt.show()
 # the bank was played.
 
 # %%
-from avcl_jax.evaluation.bank_exhibits import bank_searches
+from avcl_jax.evaluation.bank_exhibits import bank_searches, open_bank
 from avcl_jax.export import config_of_run
 from configs import evaluate
 
 trained = config_of_run(RUN)
 trained.evaluation = evaluate.get_config().evaluation
-for searches in bank_searches(trained, RUN, spec, step=STEPS).values():
+for searches in bank_searches(trained, *open_bank(trained, RUN, spec, step=STEPS)).values():
     for search in searches:
-        hits = zip(search.found, search.hits, strict=True)
-        positives = "; ".join(row.labels for row, positive in hits if positive)
-        print(f"{search.query.labels:32s} <- {positives}")
+        positives = "; ".join(row.labels for row in search.rows if row.kind == "positive")
+        print(f"{search.rows[0].labels:32s} <- {positives}")
 
 # %% [markdown]
 # ## Embed and retrieve

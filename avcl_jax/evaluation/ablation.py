@@ -23,8 +23,8 @@ from avcl_jax.errors import UserError
 from avcl_jax.evaluation import charts
 from avcl_jax.evaluation.evaluate import PROTOCOL, evaluate
 from avcl_jax.evaluation.evaluated_run import open_evaluation_records, probe_name
-from avcl_jax.evaluation.page import as_text, page, section, table, text
-from avcl_jax.evaluation.protocol import finite, versions, write_text
+from avcl_jax.evaluation.page import as_text, definitions, page, section, table, text
+from avcl_jax.evaluation.protocol import REPORT, RESULTS, finite, versions, write_text
 from avcl_jax.evaluation.splits import count_trained_on
 from avcl_jax.paths import absolute_path
 from avcl_jax.training.loop import build, loss_spec, pretrain
@@ -42,13 +42,13 @@ class Column(NamedTuple):
     """One metric of a run, a column of the table.
 
     Attributes:
-        what: title.
-        path: keys that lead to it in results.json.
+        title: title of the column.
+        path: keys that lead to it in results.json, with dots.
         term: loss term without which the metric is meaningless; "" if there is none.
     """
 
-    what: str
-    path: tuple[str, ...]
+    title: str
+    path: str
     term: str
 
 
@@ -57,7 +57,7 @@ class Effect(NamedTuple):
 
     Attributes:
         values: values of the variant, by seed.
-        mean: over seeds.
+        mean: mean over seeds.
         difference: mean over seeds of the variant minus the whole method with the same seed.
         low: lower end of the interval of the difference, Student's t over the seeds; -inf with one.
         high: upper end.
@@ -70,30 +70,31 @@ class Effect(NamedTuple):
     high: float
 
 
+# Metric -> variant -> effect; None where the variant does not have the metric.
+Effects = Mapping[str, Mapping[str, Effect | None]]
+
+
 def variant_config(
     config: ml_collections.ConfigDict, variant: str, seed: int
 ) -> ml_collections.ConfigDict:
-    """The config of one run: that of the sweep with what the variant changes.
-
-    Args:
-        variant: a name of `config.ablation.variants`.
+    """Returns the config of one run: that of the sweep with what the variant changes.
 
     Raises:
         UserError: if the variant changes a setting that does not exist or that its encoder ignores.
     """
     run = config.copy_and_resolve_references()
-    changes = dict(run.ablation.variants)[variant]
+    changes = dict(dict(run.ablation.variants)[variant])
     with run.unlocked():
         del run.ablation
     run.lock()
     run.name = f"{config.name} {variant}"
     run.seed = seed
     try:
-        run.update_from_flattened_dict(dict(changes))
+        run.update_from_flattened_dict(changes)
         experiment.check_numbers(run)
     except (KeyError, AttributeError, TypeError, UserError) as error:
         raise UserError(f"variant {variant!r} cannot be built: {error}") from error
-    experiment.check_used(run, dict(changes))
+    experiment.check_used(run, changes)
     return run
 
 
@@ -137,71 +138,55 @@ def ablate(
             metric does not exist, or if a variant cannot be trained or evaluated.
     """
     workdir = absolute_path(workdir)
-    section_ = config.ablation
-    variants, seeds = variants_of(config), list(section_.seeds)
-    unknown = [name for name in section_.only if name not in variants]
-    if unknown:
+    variants, seeds = variants_of(config), list(config.ablation.seeds)
+    ours = list(config.ablation.only) or variants
+    if unknown := [name for name in ours if name not in variants]:
         raise UserError(
             f"ablation.only names {', '.join(unknown)}, there are {', '.join(variants)}"
         )
-    trained = [term for term, weight in loss_spec(config).weights.items() if weight]
-    for name, _, term in section_.figures:
-        if term and term not in trained:
-            raise UserError(
-                f"ablation.figures has {name!r} of the loss term {term!r}, which {FULL!r} does not "
-                f"train; it trains {', '.join(trained)}: set ablation.figures or loss.weights"
-            )
-    runs = {(v, s): variant_config(config, v, s) for v in variants for s in seeds}
-    for variant in section_.only or variants:
+    runs = {(v, s): variant_config(config, v, s) for s in seeds for v in variants}
+    directories = {(v, s): workdir / v / f"seed{s}" for v, s in runs}
+    left = [key for key in runs if key[0] in ours and not _results(runs[key], directories[key])]
+    for variant in ours:
         # Seeds decide nothing of this. Runs that are measured need no records any more.
-        left = [
-            seed
-            for seed in seeds
-            if _results(runs[variant, seed], _directory(workdir, variant, seed)) is None
-        ]
-        if left:
-            _check_run(variant, runs[variant, left[0]], _directory(workdir, variant, left[0]))
-    _check_measured(section_.figures, runs[FULL, seeds[0]].evaluation)
+        if key := next((key for key in left if key[0] == variant), None):
+            _check_run(variant, runs[key], directories[key])
+    _check_metrics(config)
     # Seed by seed, so that a sweep that is stopped has whole comparisons.
-    for seed in seeds:
-        for variant in section_.only or variants:
-            directory = _directory(workdir, variant, seed)
-            run = runs[variant, seed]
-            if _results(run, directory) is not None:
-                print(f"ablation: {variant}, seed {seed} is measured", flush=True)
-                continue
-            print(f"\nablation: {variant}, seed {seed}: {directory}", flush=True)
-            if not pretrain(_task(run, "pretrain"), directory):
-                return None
-            evaluate(_task(run, "evaluate"), directory)
-    found = {key: _results(run, _directory(workdir, *key)) for key, run in runs.items()}
-    missing = [f"{v} seed {s}" for (v, s), results in found.items() if results is None]
-    if missing:
+    for key in left:
+        print(f"\nablation: {key[0]}, seed {key[1]}: {directories[key]}", flush=True)
+        if not pretrain(_task(runs[key], "pretrain"), directories[key]):
+            return None
+        evaluate(_task(runs[key], "evaluate"), directories[key])
+    measured = {key: _results(run, directories[key]) for key, run in runs.items()}
+    found = {key: results for key, results in measured.items() if results}
+    if missing := [f"{v} seed {s}" for v, s in runs if (v, s) not in found]:
         print(f"ablation: {len(missing)} runs are not finished yet, first {missing[0]}", flush=True)
         return None
-    whole = {key: results for key, results in found.items() if results is not None}
-    _check_same_data(whole)
-    return _write(config, workdir, whole, variants, seeds)
+    _check_same_data(found)
+    return _write(config, workdir, found, variants, seeds)
 
 
-def _check_measured(
-    shown: Sequence[tuple[str, str, str]], evaluation: ml_collections.ConfigDict
-) -> None:
-    """Refuses metrics of probes and R@K that the evaluation does not measure."""
-    probes = [probe_name(*probe) for probe in evaluation.probes]
-    recalls = [f"r{k}" for k in evaluation.recall_at]
-    for name, path, _ in shown:
-        kind, *keys = path.split(".")
-        if kind == "probe" and not set(keys) & set(probes):
-            setting, measured = "probes", probes
-        elif kind == "retrieval" and keys[-1][1:].isdigit() and keys[-1] not in recalls:
-            setting, measured = "recall_at", recalls
+def _check_metrics(config: ml_collections.ConfigDict) -> None:
+    """Refuses metrics that the whole method does not train or measure."""
+    trained = [term for term, weight in loss_spec(config).weights.items() if weight]
+    probes = [probe_name(*probe) for probe in config.evaluation.probes]
+    recalls = [f"r{k}" for k in config.evaluation.recall_at]
+    for title, path, term in config.ablation.figures:
+        kind, key, last = path.split(".", 2)
+        if term and term not in trained:
+            verb, setting, known = "train", "loss.weights", trained
+        elif kind == "probe" and key not in probes:
+            verb, setting, known = "measure", "evaluation.probes", probes
+        elif kind == "retrieval" and last[1:].isdigit() and last not in recalls:
+            verb, setting, known = "measure", "evaluation.recall_at", recalls
         else:
             continue
+        of_term = f" of the loss term {term!r}" if term else ""
         raise UserError(
-            f"ablation.figures has {name!r} at {path}, which variant {FULL!r} does not measure; it "
-            f"measures {', '.join(measured) or 'none'}: set ablation.figures or "
-            f"evaluation.{setting}"
+            f"ablation.figures has {title!r} at {path}{of_term}, which "
+            f"variant {FULL!r} does not {verb}; it {verb}s {', '.join(known) or 'none'}: set "
+            f"ablation.figures or {setting}"
         )
 
 
@@ -226,10 +211,6 @@ def _check_run(variant: str, run: ml_collections.ConfigDict, directory: epath.Pa
         )
 
 
-def _directory(workdir: epath.Path, variant: str, seed: int) -> epath.Path:
-    return workdir / variant / f"seed{seed}"
-
-
 def _task(run: ml_collections.ConfigDict, task: str) -> ml_collections.ConfigDict:
     config = run.copy_and_resolve_references()
     with config.unlocked():
@@ -240,8 +221,8 @@ def _task(run: ml_collections.ConfigDict, task: str) -> ml_collections.ConfigDic
 
 
 def _results(run: ml_collections.ConfigDict, directory: epath.Path) -> dict[str, Any] | None:
-    """Returns the results of a run if they are there, of this protocol and with these settings."""
-    path = directory / "results.json"
+    """Returns the results of a run if they exist, of this protocol and with these settings."""
+    path = directory / RESULTS
     if not path.exists():
         return None
     results = json.loads(path.read_text())
@@ -264,19 +245,13 @@ def _check_same_data(found: Mapping[tuple[str, int], Mapping[str, Any]]) -> None
 
 
 def effect(values: Sequence[float], full: Sequence[float]) -> Effect:
-    """Compares the seeds of a variant with the same seeds of the whole method.
-
-    Args:
-        values: values of the variant, by seed.
-        full: values of the whole method, by seed.
-    """
+    """Compares the seeds of a variant, [seeds], with the same seeds of the whole method."""
     differences = np.subtract(values, full)
     mean = float(differences.mean())
-    if len(differences) < 2:
-        low, high = -np.inf, np.inf
-    elif not differences.std():
+    low, high = -np.inf, np.inf
+    if len(differences) > 1 and not differences.std():
         low = high = mean
-    else:
+    elif len(differences) > 1:
         low, high = stats.t.interval(
             CONFIDENCE, len(differences) - 1, loc=mean, scale=stats.sem(differences)
         )
@@ -285,7 +260,7 @@ def effect(values: Sequence[float], full: Sequence[float]) -> Effect:
 
 def effects(
     results: Mapping[tuple[str, int], Mapping[str, Any]],
-    shown: Sequence[Column],
+    columns: Sequence[Column],
     variants: Sequence[str],
     seeds: Sequence[int],
 ) -> dict[str, dict[str, Effect | None]]:
@@ -293,7 +268,7 @@ def effects(
 
     Args:
         results: results.json of each (variant, seed).
-        shown: columns of the table.
+        columns: columns of the table.
         variants: names, "full" among them.
 
     Returns:
@@ -305,33 +280,32 @@ def effects(
         UserError: if the whole method lacks a metric.
     """
 
-    def value(variant: str, seed: int, column: Column) -> float | None:
-        node: Any = results[variant, seed]
-        if column.term and not node["config"]["loss"]["weights"][column.term]:
-            return None
-        for key in column.path:
-            if key not in node:
+    def values(variant: str, column: Column) -> list[float] | None:
+        found = []
+        for seed in seeds:
+            node: Any = results[variant, seed]
+            if column.term and not node["config"]["loss"]["weights"][column.term]:
                 return None
-            node = node[key]
-        return float(node)
+            for key in column.path.split("."):
+                if key not in node:
+                    return None
+                node = node[key]
+            found.append(float(node))
+        return found
 
     compared: dict[str, dict[str, Effect | None]] = {}
-    for column in shown:
-        full = [value(FULL, seed, column) for seed in seeds]
-        if None in full:
+    for column in columns:
+        full = values(FULL, column)
+        if full is None:
             raise UserError(
-                f"runs of {FULL!r} have no {'.'.join(column.path)}, or are not trained for it: "
+                f"runs of {FULL!r} have no {column.path}, or are not trained for it: "
                 "correct ablation.figures"
             )
-        compared[column.what] = {}
-        for variant in variants:
-            values = [value(variant, seed, column) for seed in seeds]
-            known = [v for v in values if v is not None]
-            compared[column.what][variant] = (
-                effect(known, [f for f in full if f is not None])
-                if len(known) == len(seeds)
-                else None
-            )
+        by_variant = {variant: values(variant, column) for variant in variants}
+        compared[column.title] = {
+            variant: None if known is None else effect(known, full)
+            for variant, known in by_variant.items()
+        }
     return compared
 
 
@@ -342,17 +316,18 @@ def _write(
     variants: Sequence[str],
     seeds: Sequence[int],
 ) -> dict[str, Any]:
-    shown = [
-        Column(what, tuple(path.split(".")), term) for what, path, term in config.ablation.figures
-    ]
-    compared = effects(found, shown, variants, seeds)
+    columns = [Column(*column) for column in config.ablation.figures]
+    compared = effects(found, columns, variants, seeds)
     results = {
         "protocol": "ablation",
         "protocol_version": VERSION,
         "sweep": config.name,
         "seeds": seeds,
         "effects": {
-            what: {v: None if e is None else _as_json(e) for v, e in by_variant.items()}
+            what: {
+                v: e and {**e._asdict(), "low": finite(e.low), "high": finite(e.high)}
+                for v, e in by_variant.items()
+            }
             for what, by_variant in compared.items()
         },
         "train_seconds": {v: [found[v, seed]["train_seconds"] for seed in seeds] for v in variants},
@@ -361,27 +336,27 @@ def _write(
     }
     markdown = as_table(compared, variants)
     write_text(workdir / "ablation.md", markdown + "\n")
-    write_text(workdir / "report.html", _report(config, compared, variants, seeds))
-    write_text(workdir / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
-    print(f"\n{markdown}\n\nreport  {workdir / 'report.html'}", flush=True)
+    write_text(workdir / REPORT, _report(config, compared, variants, seeds))
+    write_text(workdir / RESULTS, json.dumps(results, indent=2, allow_nan=False) + "\n")
+    print(f"\n{markdown}\n\nreport  {workdir / REPORT}", flush=True)
     return results
 
 
-def _as_json(found: Effect) -> dict[str, Any]:
-    return found._asdict() | {"low": finite(found.low), "high": finite(found.high)}
-
-
-def as_table(compared: Mapping[str, Mapping[str, Effect | None]], variants: Sequence[str]) -> str:
-    """The effects in Markdown, in points.
+def as_table(compared: Effects, variants: Sequence[str]) -> str:
+    """Returns the effects in Markdown, in points.
 
     The whole method has its metrics and their range over seeds, the others the difference to it
     and half the width of its interval.
     """
-    lines = [f"| | {' | '.join(compared)} |", "|---" * (len(compared) + 1) + "|"]
-    for variant in variants:
-        cells = [_cell(by_variant[variant], variant) for by_variant in compared.values()]
-        lines.append(f"| {variant.replace('_', ' ')} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    lines = [["", *compared], ["---"] * (len(compared) + 1), *_rows(compared, variants)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _rows(compared: Effects, variants: Sequence[str]) -> list[list[str]]:
+    return [
+        [v.replace("_", " "), *(_cell(by_variant[v], v) for by_variant in compared.values())]
+        for v in variants
+    ]
 
 
 def _cell(found: Effect | None, variant: str) -> str:
@@ -402,56 +377,51 @@ def _cell(found: Effect | None, variant: str) -> str:
 
 def _report(
     config: ml_collections.ConfigDict,
-    compared: Mapping[str, Mapping[str, Effect | None]],
+    compared: Effects,
     variants: Sequence[str],
     seeds: Sequence[int],
 ) -> str:
-    others = [v for v in variants if v != FULL]
-    rows = [[v.replace("_", " "), *(_cell(by[v], v) for by in compared.values())] for v in variants]
     panels = {
-        what: {v.replace("_", " "): found for v in others if (found := by[v]) is not None}
-        for what, by in compared.items()
+        what: {
+            v.replace("_", " "): (
+                e.difference,
+                e.low,
+                e.high,
+                np.subtract(e.values, full.values).tolist(),
+            )
+            for v, e in by_variant.items()
+            if v != FULL and e is not None
+        }
+        for what, by_variant in compared.items()
+        if (full := by_variant[FULL]) is not None
     }
-    changes = [
-        [v.replace("_", " "), "; ".join(f"{setting} = {value}" for setting, value in what)]
-        for v, what in config.ablation.variants
-        if v != FULL
-    ]
-    intervals = (
-        "In points. Differences are to the whole method with the same seed; ± is half of the "
-        f"interval by Student's t over {len(seeds)} seeds, for one comparison at a time. With "
-        f"{sum(map(len, panels.values()))} comparisons some exclude zero by chance alone, and with "
-        "so few seeds an interval that includes zero does not show that a part is useless. Seeds "
-        "change the training, the videos stay the same. A dash: the variant was not trained for "
-        "that task."
-    )
-    body = [
-        "<h1>What each part of the method does</h1>",
-        section(
+    changes = {
+        name.replace("_", " "): "; ".join(f"{setting} = {value}" for setting, value in settings)
+        for name, settings in config.ablation.variants
+        if name in variants
+    }
+    return page(
+        title="Ablations",
+        body="<h1>Effect of each part of the method</h1>"
+        + section(
             "Change when a part is left out",
             "In points. Dots are seeds, bars their 95 % interval; left of zero the part helped.",
-            charts.forest(
-                {
-                    what: {v: (e.difference, e.low, e.high) for v, e in by.items()}
-                    for what, by in panels.items()
-                },
-                name="ablation",
-                dots={
-                    what: {
-                        v: np.subtract(e.values, full.values).tolist()
-                        for v, e in panels[what].items()
-                    }
-                    for what, by in compared.items()
-                    if (full := by[FULL]) is not None
-                },
-            ),
-        ),
-        section("Metrics", text(intervals), table(["", *compared], rows)),
-        section("Variants", "What each changes.", table(["", "settings"], changes)),
-        section(
+            charts.interval_chart(panels, name="ablation"),
+        )
+        + section(
+            "Metrics",
+            "In points. Differences are to the whole method with the same seed; ± is half of the "
+            f"interval by Student's t over {len(seeds)} seeds, for one comparison at a time. With "
+            f"{sum(map(len, panels.values()))} comparisons some exclude zero by chance alone, and "
+            "with so few seeds an interval that includes zero does not show that a part is "
+            "useless. Seeds change the training, the videos stay the same. A dash: the variant was "
+            "not trained for that task.",
+            table(["", *compared], _rows(compared, variants)),
+        )
+        + section("Variants", "Settings that each changes.", definitions(changes))
+        + section(
             "Configuration",
             f"Seeds {', '.join(map(str, seeds))}.",
             f"<pre>{text(experiment.to_json(config))}</pre>",
         ),
-    ]
-    return page(title="Ablations", body="".join(body))
+    )

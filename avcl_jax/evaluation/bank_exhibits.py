@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +16,17 @@ from etils import epath
 from avcl_jax import experiment
 from avcl_jax.data.records import RecordDataset, RecordError
 from avcl_jax.data.rendering import RenderSpec
-from avcl_jax.data.selection import Selection, UsableRecords
-from avcl_jax.evaluation.exhibits import Exhibit, Exhibits, Search, Side
+from avcl_jax.data.selection import Modality, Selection, UsableRecords
+from avcl_jax.evaluation.exhibits import Exhibits, labels_of, row
+from avcl_jax.evaluation.page import as_text, section, text
 from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.bank_rows import RowNumbers, views_of
 from avcl_jax.objectives.bank_sampling import Term, ranking_pairs
+from avcl_jax.objectives.feature_bank import FeatureBank
 from avcl_jax.training.checkpoint import CheckpointError, load_bank, read_progress
 from avcl_jax.training.loop import bank_start, loss_spec
 
+Side = Modality | Literal["both"]
 # (modality of the anchor, of a row) pairs whose similarities rank the rows -> title.
 _TITLES: Mapping[tuple[Term, ...], str] = {
     (("video", "video"), ("audio", "audio")): "By video and audio",
@@ -33,37 +37,75 @@ _TITLES: Mapping[tuple[Term, ...], str] = {
 }
 
 
-def bank_searches(
+class BankRow(NamedTuple):
+    """A row of the bank, as an anchor or as a sample.
+
+    Attributes:
+        position: position of its record in the records.
+        labels: labels of the record, and the playback of the view.
+        kind: "anchor", "positive" or "negative".
+        cosines: similarities to the anchor by which rows are ranked.
+    """
+
+    position: int
+    labels: str
+    kind: str
+    cosines: Sequence[float] = ()
+
+
+class BankSearch(NamedTuple):
+    """An anchor and samples of the bank for it.
+
+    Attributes:
+        rows: the anchor, positives from the most to the least similar, then negatives.
+        modalities: modality of the anchor, and of the samples.
+        remark: how many of all samples share labels with the anchor.
+    """
+
+    rows: Sequence[BankRow]
+    modalities: tuple[Side, Side]
+    remark: str
+
+
+def open_bank(
     config: ml_collections.ConfigDict, workdir: epath.PathLike, spec: RenderSpec, *, step: int
-) -> dict[str, list[Search]]:
-    """Samples the bank of a run's newest checkpoint for anchors that are rows of the bank.
+) -> tuple[UsableRecords, FeatureBank] | None:
+    """Opens the bank of a run's newest checkpoint, and the records of its rows.
 
     Args:
-        config: config of the run, with the sections of its evaluation.
-        workdir: workdir of the run.
+        config: config of the run.
         spec: rendering, with the spectrogram made on the host.
         step: step of the checkpoint.
 
     Returns:
-        Title of each ranking that the run uses → its searches; {} if the run has not used a bank
-        yet, another version wrote it, or the records of its rows are missing.
+        None if the run has not used a bank yet, another version wrote it, or the records are
+        missing, for instance where a run is evaluated with its test records alone.
     """
     start = bank_start(config)
     if start is None or step <= start:
-        return {}
-    try:
+        return None
+    with contextlib.suppress(RecordError, CheckpointError):
         records = RecordDataset(config.data.directory, config.data.split)
-    except RecordError:  # Evaluated where only the test records are.
-        return {}
-    source = UsableRecords(records, spec, Selection.parse(config.data.select))
-    if source.fingerprint != read_progress(workdir, step).data_fingerprint:
-        return {}
-    try:
-        bank = load_bank(workdir)
-    except CheckpointError:
-        return {}
+        source = UsableRecords(records, spec, Selection.parse(config.data.select))
+        if source.fingerprint == read_progress(workdir, step).data_fingerprint:
+            return source, load_bank(workdir)
+    return None
+
+
+def bank_searches(
+    config: ml_collections.ConfigDict, source: UsableRecords, bank: FeatureBank
+) -> dict[str, list[BankSearch]]:
+    """Samples the bank for anchors that are rows of the bank.
+
+    Args:
+        config: config of the run, with the sections of its evaluation.
+        source: records of the rows.
+        bank: feature bank.
+
+    Returns:
+        Title of each ranking that the run uses -> its searches.
+    """
     section, speeds = config.evaluation.report, config.views.speeds
-    exhibits = Exhibits(source, spec, speed=len(speeds) // 2, stills=section.stills)
     sampling, terms = experiment.bank_sampling(config), loss_spec(config).bank_terms
     rows, numbers = bank.rows, bank.rows.numbers
     views = jax.tree.map(lambda values: values.reshape(-1, 2, *values.shape[1:]), rows)
@@ -71,17 +113,17 @@ def bank_searches(
     # The first record of each source.
     places = {int(name): place for place, name in reversed(list(enumerate(source.sources)))}
 
-    def show(row: int) -> Exhibit:
-        exhibit = exhibits.show(places[int(numbers.source_id[row])])
+    def describe(row: int, kind: str, cosines: Sequence[float] = ()) -> BankRow:
+        position = places[int(numbers.source_id[row])]
         playback = numbers.playback("video" if rows.usable("video")[row] else "audio")[row]
         played = f"{speeds[playback // 2]}×{' backward' if playback % 2 else ''}"
-        labels = ", ".join(filter(None, (exhibit.labels, played)))
-        return dataclasses.replace(exhibit, labels=labels)
+        labels = labels_of(source[position][1], source.records.class_names)
+        return BankRow(position, ", ".join(filter(None, (labels, played))), kind, cosines)
 
-    def search(query: int, drawn: Mapping[str, Sequence[int]], pairs: tuple[Term, ...]) -> Search:
+    def search(anchor: int, drawn: Mapping[str, Any], pairs: tuple[Term, ...]) -> BankSearch:
         def cosines(row: int) -> list[float]:
             z = rows.embeddings
-            both = ((z[own][query], z[other][row]) for own, other in pairs)
+            both = ((z[own][anchor], z[other][row]) for own, other in pairs)
             return [float(a.astype("f4") @ b.astype("f4")) for a, b in both]
 
         kinds = {
@@ -89,23 +131,16 @@ def bank_searches(
             for kind, numbers in drawn.items()
         }
         counts = {"positive": section.results // 2, "negative": -(-section.results // 2)}
-        selected = [
-            (kind, row)
-            for kind, of_kind in kinds.items()
-            for row in _spread([r for r in of_kind if numbers.source_id[r] in places], counts[kind])
-        ]
+        found = [describe(anchor, "anchor")]
+        for kind, of_kind in kinds.items():
+            known = [row for row in of_kind if numbers.source_id[row] in places]
+            found += [describe(row, kind, cosines(row)) for row in _spread(known, counts[kind])]
         sides: tuple[Side, Side] = pairs[0] if len(pairs) == 1 else ("both", "both")
-        return Search(
-            query=show(query),
-            query_modality=sides[0],
-            found=[show(row) for _, row in selected],
-            found_modality=sides[1],
-            hits=[kind == "positive" for kind, _ in selected],
-            remark=_agreement(numbers, query, kinds, config.bank.health_labels),
-            tags=[f"{kind} {' / '.join(f'{c:.2f}' for c in cosines(r))}" for kind, r in selected],
+        return BankSearch(
+            found, sides, _agreement(numbers, anchor, kinds, config.bank.health_labels)
         )
 
-    searches: dict[str, list[Search]] = {}
+    searches: dict[str, list[BankSearch]] = {}
     for anchor, target in terms:
         pairs = ranking_pairs(sampling, anchor)
         usable = views.usable(*(own for own, _ in pairs)).all(axis=1)
@@ -129,6 +164,36 @@ def bank_searches(
     return searches
 
 
+def bank_section(exhibits: Exhibits, searches: Mapping[str, Sequence[BankSearch]]) -> str:
+    """Returns the section of the report with the searches of `bank_searches`."""
+    blocks = []
+    for title, of_title in searches.items():
+        blocks.append(f"<h3>{text(title)}</h3>")
+        for rows, modalities, remark in of_title:
+            cards = []
+            for found in rows:
+                anchor = found.kind == "anchor"
+                cards.append(
+                    exhibits.card(
+                        found.position,
+                        f"{found.kind} {' / '.join(f'{c:.2f}' for c in found.cosines)}",
+                        given=modalities[not anchor],
+                        kind={"anchor": "query", "positive": "hit"}.get(found.kind, ""),
+                        labels=found.labels,
+                    )
+                )
+            blocks.append(row(cards, remark))
+    return section(
+        "Samples from the feature bank",
+        "Random training videos, and rows that the bank of the last checkpoint returns for them: "
+        "positives in green, negatives from the most to the least similar. Numbers are the cosines "
+        "that rank the rows, before any correction for playback: of video, then of audio. The "
+        "speed is that of the view whose embedding is in the bank; the frames are of the middle of "
+        "the video, which may be another interval.",
+        *blocks,
+    )
+
+
 def _spread(rows: Sequence[int], count: int) -> list[int]:
     """Returns at most `count` rows, evenly spaced from the first to the last."""
     places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
@@ -150,5 +215,7 @@ def _agreement(
             for kind, of_kind in kinds.items()
         ]
         chance = float((values[others] == values[query]).mean())
-        sentences.append(f"{', '.join(counts)} share its {label}, {chance:.0%} of the bank do.")
+        sentences.append(
+            f"{', '.join(counts)} share its {label}, {as_text(chance, digits=0)} of the bank do."
+        )
     return " ".join(sentences)

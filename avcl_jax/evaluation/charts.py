@@ -1,7 +1,7 @@
-"""Charts of the report, as strings that go into the page.
+"""Charts of the report as inline SVG.
 
-Charts are SVG whose inks are CSS variables of the page, so that one drawing is legible on a light
-and on a dark background.
+Black text takes the colour of the page's text by its style sheet; everything else is drawn in
+mid-tones, so that one drawing is legible on a light and on a dark background.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Patch
 
-from avcl_jax.evaluation.page import as_text
+from avcl_jax.evaluation.page import as_text, text
 
 # Curves: label -> (steps [n], values [n]).
 Series = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -35,18 +35,14 @@ SERIES_COLOURS = (
     "#2aa0b4",
     "#87909c",
 )
+_GREY = "#74808d"  # 4 : 1 to both
 _MOST_POINTS = 400  # of a curve
-# Colours that no chart uses, replaced by CSS variables after drawing.
-_INK, _MUTED, _GRID = "#010203", "#040506", "#070809"
-_VARIABLES = {_INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--line)"}
-_RC: dict[Any, Any] = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",
     "font.size": 9.0,
-    "text.color": _INK,
-    "axes.labelcolor": _MUTED,
-    "axes.edgecolor": _GRID,
-    "axes.titlecolor": _INK,
+    "text.color": "black",
+    "axes.edgecolor": _GREY,
+    "axes.labelcolor": _GREY,
     "axes.titlesize": 10.0,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
@@ -54,41 +50,35 @@ _RC: dict[Any, Any] = {
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
+    "axes.linewidth": 0.5,
+    "grid.color": _GREY,
+    "grid.alpha": 0.3,
+    "grid.linewidth": 0.6,
+    "xtick.color": _GREY,
+    "ytick.color": _GREY,
     "legend.frameon": False,
-    "legend.labelcolor": _INK,
 }
+
+
+def _subplots(
+    lines: int, columns: int, width: float, height: float, **shared: Any
+) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(lines, columns, squeeze=False, **shared).ravel())
 
 
 def _svg(figure: Figure, name: str, description: str) -> str:
     stream = io.StringIO()
-    # The salt keeps element ids apart between charts of one page, and equal between two runs.
-    with matplotlib.rc_context({**_RC, "svg.hashsalt": name}):
+    # The salt keeps ids of markers apart between charts of one page, and equal between two runs.
+    with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    text = stream.getvalue()
-    text = text[text.index("<svg") :]
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, variable)
-    text = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", text)
-    used = set(re.findall(r"#([\w.-]+)", text))
-    text = re.sub(r' id="([^"]*)"', lambda id: id.group(0) if id.group(1) in used else "", text)
-    return re.sub(
-        r'<svg [^>]*viewBox="([^"]+)"[^>]*>',
-        rf'<svg viewBox="\1" role="img" aria-label="{description}" '
-        'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">',
-        text,
-        count=1,
-    )
+    svg = stream.getvalue()
+    # Groups have the same names in all charts.
+    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg[svg.index("<svg") :])
+    return f'<figure role="img" aria-label="{text(description)}">{svg}</figure>'
 
 
-def _axes(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, list(np.atleast_1d(figure.subplots(1, count)).ravel())
-
-
+@matplotlib.rc_context(_STYLE)
 def line_chart(
     series: Series,
     *,
@@ -100,7 +90,7 @@ def line_chart(
     last_step: float | None = None,
     marker: tuple[float, str] | None = None,
 ) -> str:
-    """Returns an SVG of curves over the training step, each labelled at its end.
+    """Returns an SVG of curves over the training step.
 
     Args:
         series: curves by label.
@@ -108,54 +98,41 @@ def line_chart(
         ylabel: title of the axis.
         percent: label the axis in %.
         from_zero: begin the axis at zero.
-        dashed: curves by label, in the colour of the curve of the same label; others are labelled.
+        dashed: curves by label, in the colour of the curve of the same label.
         last_step: end of the axis of steps, which then begins at 0.
         marker: step of a vertical line, and its label.
     """
-    with matplotlib.rc_context(_RC):
-        figure, (axes,) = _axes(1, 4.3, 2.6)
-        ends = []
-        dashed = dashed or {}
-        colours = {label: SERIES_COLOURS[n % len(SERIES_COLOURS)] for n, label in enumerate(series)}
-        for label, (steps, values) in ((k, _thinned(*curve)) for k, curve in series.items()):
-            smooth = _rolling_mean(values, max(1, len(values) // 40))
-            if len(values) > 40:
-                axes.plot(steps, values, color=colours[label], alpha=0.22, linewidth=0.8)
-            dot = "o" if len(values) == 1 else ""
-            axes.plot(steps, smooth, color=colours[label], linewidth=1.7, marker=dot, markersize=3)
-            if len(values):
-                ends.append((label, float(smooth[-1]), colours[label]))
-        for label, (steps, values) in ((k, _thinned(*curve)) for k, curve in dashed.items()):
-            smooth = _rolling_mean(values, max(1, len(values) // 40))
-            colour = colours.get(label, _MUTED)
-            axes.plot(steps, smooth, color=colour, linewidth=1.4, linestyle=(0, (3, 2)))
-            if label not in series:
-                ends.append((label, float(smooth[-1]), colour))
-        axes.margins(x=0.01)
-        if last_step is not None:
-            axes.set_xlim(0, max(last_step, 1))
-        if from_zero:
-            axes.set_ylim(0, max(1.05 * axes.dataLim.y1, 1e-6))
-        _label_ends(axes, ends)
-        if marker is not None:
-            step, label = marker
-            axes.axvline(step, color=_MUTED, linewidth=1.0, linestyle=(0, (1, 2)))
-            axes.annotate(
-                label,
-                xy=(step, 1.0),
-                xycoords=("data", "axes fraction"),
-                xytext=(0, 2),
-                textcoords="offset points",
-                ha="center",
-                va="bottom",
-                color=_MUTED,
-                annotation_clip=False,
-            )
-        axes.set_xlabel("training step")
-        axes.set_ylabel(ylabel)
-        if percent:
-            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-        return _svg(figure, name, f"{ylabel} over training step")
+    figure, (axes,) = _subplots(1, 1, 4.3, 2.9)
+    colours = dict(zip(series, SERIES_COLOURS * 9, strict=False))
+    for label, curve in series.items():
+        steps, values = _thinned(*curve)
+        smooth = _rolling_mean(values, max(1, len(values) // 40))
+        if len(values) > 40:
+            axes.plot(steps, values, color=colours[label], alpha=0.22, linewidth=0.8)
+        dot = "o" if len(values) == 1 else ""
+        style: dict[str, Any] = {"color": colours[label], "marker": dot, "markersize": 3}
+        axes.plot(steps, smooth, label=label, linewidth=1.7, **style)
+    for label, curve in (dashed or {}).items():
+        steps, values = _thinned(*curve)
+        smooth = _rolling_mean(values, max(1, len(values) // 40))
+        style = {"color": colours.get(label, _GREY), "linestyle": (0, (3, 2))}
+        axes.plot(steps, smooth, label="" if label in colours else label, linewidth=1.4, **style)
+    axes.margins(x=0.01)
+    if last_step is not None:
+        axes.set_xlim(0, max(last_step, 1))
+    if from_zero:
+        axes.set_ylim(0, max(1.05 * axes.dataLim.y1, 1e-6))
+    if marker is not None:
+        axes.axvline(marker[0], color=_GREY, linewidth=1.0, linestyle=(0, (1, 2)))
+        top = axes.get_xaxis_transform()
+        axes.text(marker[0], 1.02, marker[1], ha="center", color=_GREY, transform=top)
+    axes.set_xlabel("training step")
+    axes.set_ylabel(ylabel)
+    if percent:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    if any(axes.get_legend_handles_labels()[1]):
+        figure.legend(loc="outside lower left", ncols=3, handlelength=1.2, fontsize=8)
+    return _svg(figure, name, f"{ylabel} over training step")
 
 
 def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -174,32 +151,7 @@ def _rolling_mean(values: np.ndarray, width: int) -> np.ndarray:
     return (total[stop] - total[start]) / (stop - start)
 
 
-def _label_ends(axes: Axes, ends: list[tuple[str, float, str]]) -> None:
-    """Writes each label beside the end of its line, pushed apart where they would overlap."""
-    low, high = axes.get_ylim()
-    gap = 0.08 * (high - low)
-    ends = sorted(ends, key=lambda end: end[1])
-    positions: list[float] = []
-    for _, value, _ in ends:
-        positions.append(max(value, positions[-1] + gap) if positions else value)
-    ceiling = high
-    for index in reversed(range(len(positions))):
-        positions[index] = min(positions[index], ceiling)
-        ceiling = positions[index] - gap
-    for (label, _, colour), position in zip(ends, positions, strict=True):
-        axes.annotate(
-            label,
-            xy=(1.0, position),
-            xycoords=("axes fraction", "data"),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-            annotation_clip=False,
-        )
-    axes.set_ylim(low, high)
-
-
+@matplotlib.rc_context(_STYLE)
 def bar_chart(
     groups: Mapping[str, Mapping[str, float]],
     *,
@@ -211,91 +163,73 @@ def bar_chart(
     """Returns an SVG of grouped bars of fractions, every bar with its value in %.
 
     Args:
-        groups: group to (series to value in [0, 1]).
+        groups: group -> series -> value in [0, 1].
         name: unique name of the chart on the page.
-        colours: series to its colour, in the order of the legend.
-        references: group to a dashed line across it, for instance chance.
-        reference_label: what those lines are.
+        colours: colour of each series, in the order of the legend.
+        references: group -> dashed line across it, for instance chance.
+        reference_label: text of those lines in the legend.
     """
-    labels = [label for label in colours if any(label in bars for bars in groups.values())]
-    with matplotlib.rc_context(_RC):
-        figure, (axes,) = _axes(1, 9.0, 3.2)
-        left, ticks = 0.0, []
-        for group, bars in groups.items():
-            centres = left + np.arange(len(bars))
-            for centre, (label, value) in zip(centres, bars.items(), strict=True):
-                axes.bar(centre, value, width=0.86, color=colours[label])
-                shown = as_text(value, digits=0).removesuffix(" %")
-                axes.text(centre, value + 0.015, shown, ha="center", va="bottom")
-            if group in references:
-                axes.hlines(
-                    references[group],
-                    centres[0] - 0.55,
-                    centres[-1] + 0.55,
-                    color=_INK,
-                    linewidth=1.1,
-                    linestyle=(0, (4, 3)),
-                )
-            ticks.append((float(centres.mean()), group))
-            left = centres[-1] + 2.0
-        for label in labels:
-            axes.bar(0, 0, color=colours[label], label=label)
-        axes.plot([], [], color=_INK, linewidth=1.1, linestyle=(0, (4, 3)), label=reference_label)
-        axes.set_xticks([centre for centre, _ in ticks], [group for _, group in ticks])
-        axes.tick_params(axis="x", length=0, labelcolor=_INK)
-        axes.set_ylim(0, 1.09)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-        figure.legend(loc="outside upper left", ncols=len(labels) + 1, handlelength=1.2)
-        return _svg(figure, name, "bars: " + ", ".join(groups))
+    figure, (axes,) = _subplots(1, 1, 9.0, 3.2)
+    dash: dict[str, Any] = {"color": _GREY, "linewidth": 1.2, "linestyle": (0, (4, 3))}
+    left, ticks = 0.0, []
+    for group, bars in groups.items():
+        places = left + np.arange(len(bars))
+        drawn = axes.bar(places, list(bars.values()), 0.86, color=[colours[key] for key in bars])
+        values = [as_text(value, digits=0).removesuffix(" %") for value in bars.values()]
+        axes.bar_label(drawn, values, padding=1)
+        if group in references:
+            axes.hlines(references[group], places[0] - 0.55, places[-1] + 0.55, **dash)
+        ticks.append(float(places.mean()))
+        left = places[-1] + 2.0
+    axes.set_xticks(ticks, list(groups))
+    axes.tick_params(axis="x", length=0, labelcolor="black")
+    axes.set_ylim(0, 1.09)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    present = {series for bars in groups.values() for series in bars}
+    entries: list[Any] = [Patch(color=c, label=s) for s, c in colours.items() if s in present]
+    entries += axes.plot([], [], label=reference_label, **dash) if references else []
+    figure.legend(handles=entries, loc="outside upper left", ncols=5, handlelength=1.2)
+    return _svg(figure, name, "bars: " + ", ".join(groups))
 
 
-def forest(
-    panels: Mapping[str, Mapping[str, tuple[float, float, float]]],
-    *,
-    name: str,
-    dots: Mapping[str, Mapping[str, Sequence[float]]],
+@matplotlib.rc_context(_STYLE | {"axes.grid.axis": "x"})
+def interval_chart(
+    panels: Mapping[str, Mapping[str, tuple[float, float, float, Sequence[float]]]], *, name: str
 ) -> str:
-    """Returns an SVG of changes with their intervals: a panel a figure, a row a change.
+    """Returns an SVG of changes with their intervals: one panel per metric, one row per change.
 
     Args:
-        panels: panel to (row to (change, low, high)) as fractions, drawn in points; infinite
-            bounds draw no interval.
+        panels: panel -> row -> change, its bounds (infinite ones are not drawn), and the changes
+            that it is the mean of; fractions, drawn in points.
         name: unique name of the chart on the page.
-        dots: panel to (row to the single changes that it is the mean of).
     """
     rows = list(dict.fromkeys(row for by_row in panels.values() for row in by_row))
-    columns = 3
-    lines = -(-len(panels) // columns)
-    with matplotlib.rc_context({**_RC, "axes.grid.axis": "x"}):
-        figure = Figure(
-            figsize=(11.5, lines * (0.7 + 0.2 * len(rows))),
-            layout=ConstrainedLayoutEngine(h_pad=0.12),
+    lines = -(-len(panels) // 3)
+    figure, grid = _subplots(lines, 3, 11.5, lines * (0.7 + 0.2 * len(rows)), sharey=True)
+    for axes, (title, by_row) in zip(grid, panels.items(), strict=False):
+        axes.axvline(0, color=_GREY, linewidth=1.0)
+        for row, (change, low, high, single) in by_row.items():
+            place = rows.index(row)
+            colour = SERIES_COLOURS[0 if low > 0 or high < 0 else 7]
+            if np.isfinite(high - low):
+                axes.hlines(place, 100 * low, 100 * high, color=colour, linewidth=2.2)
+            axes.scatter(100 * np.array(single), [place] * len(single), s=9, color=colour)
+            axes.scatter(100 * change, place, s=40, marker="|", color=_GREY, zorder=4)
+        axes.set_title(title)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.tick_params(axis="y", length=0, labelcolor="black")
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        # Wide intervals of few seeds would squeeze everything else into a line.
+        reach = max(
+            1.0, *(100 * abs(value) for _, _, _, single in by_row.values() for value in single)
         )
-        grid = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
-        for axes, (title, by_row) in zip(grid, panels.items(), strict=False):
-            axes.axvline(0, color=_INK, linewidth=1.0)
-            for row, (change, low, high) in by_row.items():
-                place = rows.index(row)
-                clear = low > 0 or high < 0
-                colour = SERIES_COLOURS[0] if clear else SERIES_COLOURS[7]
-                if np.isfinite([low, high]).all():
-                    axes.hlines(place, 100 * low, 100 * high, color=colour, linewidth=2.2)
-                seeds = 100 * np.asarray(dots[title][row])
-                axes.scatter(seeds, np.full(len(seeds), place), s=9, color=colour, zorder=3)
-                axes.scatter(100 * change, place, s=30, marker="|", color=_INK, zorder=4)
-            axes.set_title(title)
-            axes.set_yticks(range(len(rows)), rows)
-            axes.tick_params(axis="y", length=0, labelcolor=_INK)
-            axes.set_ylim(len(rows) - 0.5, -0.5)
-            # Wide intervals of few seeds would squeeze everything else into a line.
-            shown = [abs(v) for by in (dots[title],) for values in by.values() for v in values]
-            reach = 100 * max([*shown, 0.01]) * 1.6
-            axes.set_xlim(-reach, reach)
-        for axes in grid[len(panels) :]:
-            axes.remove()
-        return _svg(figure, name, "changes: " + ", ".join(panels))
+        axes.set_xlim(-1.6 * reach, 1.6 * reach)
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    return _svg(figure, name, "changes: " + ", ".join(panels))
 
 
+@matplotlib.rc_context(_STYLE | {"axes.grid": False, "axes.spines.left": False})
 def scatter(panels: Sequence[Map], *, name: str) -> str:
     """Returns an SVG of 2-D maps side by side, points coloured by class.
 
@@ -303,27 +237,19 @@ def scatter(panels: Sequence[Map], *, name: str) -> str:
         panels: maps, from left to right.
         name: unique name of the chart on the page.
     """
-    with matplotlib.rc_context({**_RC, "axes.grid": False, "axes.spines.left": False}):
-        figure, all_axes = _axes(len(panels), 4.7 * len(panels), 4.4)
-        for axes, (title, positions, labels, classes) in zip(all_axes, panels, strict=True):
-            for index, label in enumerate(classes):
-                chosen = positions[labels == index]
-                colour = SERIES_COLOURS[index % len(SERIES_COLOURS)]
-                axes.scatter(
-                    chosen[:, 0], chosen[:, 1], s=22, color=colour, alpha=0.85, label=label
-                )
-            unknown = positions[labels < 0]
-            if len(unknown):
-                axes.scatter(unknown[:, 0], unknown[:, 1], s=22, color=_GRID, label="unknown")
-            axes.set_title(title)
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.spines["bottom"].set_visible(False)
-            axes.legend(
-                loc="upper center",
-                bbox_to_anchor=(0.5, 0.0),
-                ncols=min(3, len(classes)),
-                handletextpad=0.1,
-                columnspacing=1.0,
+    figure, grid = _subplots(1, len(panels), 4.7 * len(panels), 4.4)
+    for axes, (title, positions, labels, classes) in zip(grid, panels, strict=True):
+        shown = dict(zip(classes, SERIES_COLOURS * len(classes), strict=False))
+        if (labels < 0).any():
+            shown["unknown"] = "#b3bac2"
+        for number, (label, colour) in enumerate(shown.items()):
+            rows = labels == number if number < len(classes) else labels < 0
+            axes.scatter(
+                positions[rows, 0], positions[rows, 1], s=22, color=colour, alpha=0.85, label=label
             )
-        return _svg(figure, name, "maps: " + ", ".join(panel[0] for panel in panels))
+        axes.set_title(title)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines["bottom"].set_visible(False)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3, handletextpad=0.1)
+    return _svg(figure, name, "maps: " + ", ".join(panel[0] for panel in panels))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,31 +22,33 @@ from avcl_jax import experiment
 from avcl_jax.batched import cache_key, render_all
 from avcl_jax.data.augment import standardize, to_unit_range
 from avcl_jax.data.rendering import RenderSpec
-from avcl_jax.data.selection import SelectedRecords, UsableRecords
+from avcl_jax.data.selection import UsableRecords
 from avcl_jax.data.views import FORWARD
 from avcl_jax.encoder_source import random_like, variables_digest
 from avcl_jax.evaluation.driver import Context, run_protocol
-from avcl_jax.evaluation.evaluated_run import (
-    EvaluationRecords,
-    open_evaluated_run,
-    probe_name,
+from avcl_jax.evaluation.evaluated_run import EvaluationRecords, open_evaluated_run, probe_name
+from avcl_jax.evaluation.linear import fit_probe, held_out_groups
+from avcl_jax.evaluation.protocol import (
+    Measured,
+    Metric,
+    Outcomes,
+    Protocol,
+    merge,
+    point_values,
 )
-from avcl_jax.evaluation.linear import ProbeResult, linear_probe
-from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol, finite
-from avcl_jax.evaluation.retrieval import RetrievalScores, cross_modal_scores, rank_outcomes
+from avcl_jax.evaluation.retrieval import DIRECTIONS, measure_cross_modal
 from avcl_jax.evaluation.run_report import run_report, seconds_of_run
 from avcl_jax.evaluation.splits import Split, Trial
-from avcl_jax.evaluation.statistics import gap_closed
+from avcl_jax.evaluation.statistics import confusion_matrix, top_k_hits
 from avcl_jax.evaluation.supervised import (
     Fit,
     FitSpec,
     NullControl,
-    Prepare,
     fit_classifier,
     null_control,
     render_null_views,
 )
-from avcl_jax.evaluation.temporal import TaskScore, score_tasks, task_logits, task_outcomes
+from avcl_jax.evaluation.temporal import measure_tasks, task_logits
 from avcl_jax.evaluation.views import (
     MODALITY_INPUTS,
     PretrainedRun,
@@ -60,7 +62,25 @@ PROTOCOL = Protocol(
     name="pretraining_run",
     version=4,
     title="What a run has learned",
-    definition=(),  # `run_report` has it with the numbers of the run
+    definition=(
+        "Features are the encoder's output before the projection, means over "
+        "evaluation.views_per_speed uniformly spaced centre-crop views at each of "
+        "evaluation.speeds; embeddings are the projection's output for the same views, one after "
+        "another.",
+        "Probes: features standardised by the training videos, multinomial logistic regression, C "
+        "chosen by cross-validation of the training videos alone, one look at the test videos.",
+        "Supervised encoders: same shape, trained from scratch with a linear head on random views "
+        "of the training videos by evaluation.supervised, and probed like the others. The learning "
+        "rate is constant until the training loss is below its target or on a plateau, then falls "
+        "to zero.",
+        "Retrieval: all test videos with video and audio, by the cosine of embeddings, that is, "
+        "the mean similarity of views of the same times; a tie counts against the correct one.",
+        "Temporal tasks: evaluation.pairs_per_video pairs of views of each test video, drawn as in "
+        "training, cropped in the centre; an equal number of each class is scored, so chance is "
+        "exact.",
+        "Null controls: encoders of the same shape trained on speed and direction of stationary "
+        "noise, by evaluation.null, and tested on other noise.",
+    ),
 )
 _TRIVIAL = ("mean_colour", "position_histogram", "mean_loudness", "mean_log_mel")
 # Networks that are probed, in the order of the arguments of `gap_closed`.
@@ -129,7 +149,10 @@ def _compute(run: PretrainedRun, records: EvaluationRecords, context: Context) -
     fits: dict[str, Fit] = {}
     if section.supervised.enabled and records.train is not None:
         with context.stages("supervised encoders"):
-            fits = _supervised(run, records, records.train)
+            fits = {
+                probe_name(*probe): _supervised(run, records, records.train, *probe)
+                for probe in section.probes
+            }
         networks |= _supervised_networks(run, fits)
     with context.stages("features"):
         directory = context.directory / cache_key(context.fingerprint, variables_digest(networks))
@@ -164,20 +187,27 @@ def _measure(
     run: PretrainedRun, records: EvaluationRecords, context: Context, computed: _Computed
 ) -> Measured:
     config, section, stages = run.config, run.config.evaluation, context.stages
+    test, features = records.test, computed.test
     with stages("probes"):
-        probes, trivial = _probes(run.config, records.test, computed.train, computed.test)
+        probes = {
+            probe_name(*probe): measure_probe(config, test, computed.train, features, *probe)
+            for probe in section.probes
+        }
     with stages("retrieval"):
-        ranked = cross_modal_scores(computed.test, "pretrained", tuple(section.recall_at))
+        ranks = measure_cross_modal(test, features, "pretrained", tuple(section.recall_at))
     with stages("temporal scores"):
-        scores = score_tasks(computed.logits, config.seed)
+        tasks = measure_tasks(run, test, computed.logits, config.seed)
     null: NullControl | None = None
     if records.null is not None:
         with stages("null controls"):
-            section = run.config.evaluation
             null = noise_control(
-                run.config, section.null, run.spec, *records.null, threads=section.threads
+                config, section.null, run.spec, *records.null, threads=section.threads
             )
-    view = _view(run, computed.fits, probes, trivial, ranked, scores, null)
+    by_mask = {f"known_{name}": probe for name, probe in probes.items()}
+    outcomes, metrics = merge(
+        test.record_ids, test.sources, {**by_mask, "has_both": ranks, "": tasks}
+    )
+    view = _view(run, Measured(outcomes, metrics), probes, tasks, computed.fits, null)
     with stages("report"):
         report = run_report(
             run,
@@ -185,15 +215,14 @@ def _measure(
             context.workdir,
             view,
             train=computed.train,
-            test=computed.test,
-            confusions={name: by["pretrained"].confusion for name, by in probes.items()},
+            test=features,
+            probes=probes,
+            tasks=tasks,
         )
-    costs = {name: {n: probe.cost for n, probe in by.items()} for name, by in probes.items()}
-    outcomes, metrics = run_outcomes(records.test, computed.test, probes, ranked, scores)
     return Measured(
         outcomes,
         metrics,
-        details={"probe_costs": costs},
+        details={"probe_costs": {name: probe.details["costs"] for name, probe in probes.items()}},
         view=view | seconds_of_run(run, context.workdir, stages.total),
         **report,
     )
@@ -201,21 +230,30 @@ def _measure(
 
 def _view(
     run: PretrainedRun,
+    measured: Measured,
+    probes: Mapping[str, Measured],
+    tasks: Measured,
     fits: Mapping[str, Fit],
-    probes: Mapping[str, Mapping[str, ProbeResult]],
-    trivial: Mapping[str, Mapping[str, float]],
-    ranked: Mapping[str, RetrievalScores],
-    scores: Mapping[str, TaskScore],
     null: NullControl | None,
 ) -> dict[str, Any]:
     """Returns the metrics under the keys of a run's results.json: `probe`, `retrieval`, …"""
-    temporal: dict[str, dict[str, Any]] = {
-        task: {
-            "accuracy": score.accuracy,
-            "chance": score.chance,
-            "confusion": score.confusion.tolist(),
-        }
-        for task, score in scores.items()
+    values, metrics = point_values(measured), measured.metrics
+    kinds = (*_NETWORKS, "gap_closed")
+    retrieval: dict[str, dict[str, Any]] = {}
+    for name in metrics:
+        direction, _, key = name.rpartition("_r")
+        if direction in DIRECTIONS:
+            retrieval.setdefault(direction, {})[f"r{key}"] = values[name]
+            retrieval[direction][f"chance_r{key}"] = metrics[name].chance
+    for direction, of_direction in retrieval.items():
+        rank = f"{direction}_median_rank"
+        of_direction |= {"median_rank": values[rank], "chance_median_rank": metrics[rank].chance}
+        of_direction["chance"] = of_direction["chance_r1"]
+        gallery = int(measured.outcomes.values["has_both"].sum())
+        of_direction |= {"queries": gallery, "gallery": gallery}
+    temporal = {
+        task: {"accuracy": values[task], "chance": metrics[task].chance, "confusion": confusion}
+        for task, confusion in tasks.details["confusion"].items()
     }
     null_summary: dict[str, Any] = {
         "skipped": "it needs records of noise, named by --config.evaluation.null.train_split"
@@ -225,20 +263,13 @@ def _view(
             temporal[task]["null_accuracy"] = score.accuracy
         null_summary = {"views": null.views, "train_loss": null.train_loss}
     return {
-        "probe": {name: _probe_view(by_network) for name, by_network in probes.items()},
-        "trivial": trivial,
-        "retrieval": {
-            direction: {
-                **{f"r{k}": found.recall(k) for k in found.chance},
-                **{f"chance_r{k}": chance for k, chance in found.chance.items()},
-                "median_rank": float(np.median(found.ranks)),
-                "chance_median_rank": (found.gallery + 1) / 2,
-                "chance": found.chance[1],
-                "queries": len(found.ranks),
-                "gallery": found.gallery,
-            }
-            for direction, found in ranked.items()
+        "probe": {
+            name: {k: values[f"{name}_{k}"] for k in kinds if f"{name}_{k}" in values}
+            | {"chance": metrics[f"{name}_pretrained"].chance}
+            for name in probes
         },
+        "trivial": {name: probe.details["trivial"] for name, probe in probes.items()},
+        "retrieval": retrieval,
         "temporal": temporal,
         "null_control": null_summary,
         "supervised": {
@@ -247,13 +278,6 @@ def _view(
         },
         "step": run.step,
     }
-
-
-def _probe_view(by_network: Mapping[str, ProbeResult]) -> dict[str, float | None]:
-    view: dict[str, float | None] = {name: probe.accuracy for name, probe in by_network.items()}
-    if "supervised" in by_network:
-        view["gap_closed"] = finite(gap_closed(*(by_network[n].accuracy for n in _NETWORKS)))
-    return view | {"chance": by_network["pretrained"].chance}
 
 
 def _with_encoders(variables: Mapping[str, Any], encoders: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,113 +289,143 @@ def _with_encoders(variables: Mapping[str, Any], encoders: Mapping[str, Any]) ->
     return replaced
 
 
-def _pixels(video: Any, *, mean: float, std: float) -> jax.Array:
-    return standardize(to_unit_range(video), mean, std)
-
-
-def _prepare(config: ml_collections.ConfigDict) -> dict[str, Prepare]:
-    pixels = functools.partial(_pixels, mean=config.pixels.mean, std=config.pixels.std)
-    return {"video": pixels, "audio": jnp.asarray}
+def _prepare(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    mean, std = config.pixels.mean, config.pixels.std
+    return {
+        "video": lambda video: standardize(to_unit_range(video), mean, std),
+        "audio": jnp.asarray,
+    }
 
 
 def _encoders(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    encoders: dict[str, Any] = {}
-    if config.modalities != "audio":
-        encoders["video"] = experiment.video_encoder(config)
-    if config.modalities != "video":
-        encoders["audio"] = experiment.audio_encoder(config)
-    return encoders
+    makers = {"video": experiment.video_encoder, "audio": experiment.audio_encoder}
+    trained = ("video", "audio") if config.modalities == "audio_visual" else (config.modalities,)
+    return {modality: makers[modality](config) for modality in trained}
 
 
 def _supervised(
-    run: PretrainedRun, records: EvaluationRecords, train: UsableRecords
-) -> dict[str, Fit]:
-    """Returns a supervised classifier for each probe, by the probe's name."""
-    config = run.config
-    fits = {}
-    for label, modality in config.evaluation.probes:
-        section = config.evaluation.supervised[modality]
-        render = functools.partial(
-            random_views,
-            train,
-            spec=run.spec,
-            speeds=records.speeds,
-            directions=(FORWARD,),
-            views=section.views,
-            seed=config.seed,
-            modalities=(modality,),
-        )
-        arrays = render_all(render, range(len(train)), threads=config.evaluation.threads)
-        known = (arrays[f"label_{label}"] >= 0) & arrays[f"has_{modality}"]
-        labels = arrays[f"label_{label}"][known]
-        fits[probe_name(label, modality)] = fit_classifier(
-            _encoders(config)[modality],
-            arrays[MODALITY_INPUTS[modality]][known],
-            {label: np.repeat(labels[:, None], section.views, axis=1)},
-            classes={label: len(train.records.class_names[label])},
-            prepare=_prepare(config)[modality],
-            spec=FitSpec(**section.fit),
-            seed=config.seed,
-        )
-    return fits
+    run: PretrainedRun,
+    records: EvaluationRecords,
+    train: UsableRecords,
+    label: str,
+    modality: str,
+) -> Fit:
+    """Trains the supervised classifier of a probe."""
+    config, section = run.config, run.config.evaluation.supervised[modality]
+    render = functools.partial(
+        random_views,
+        train,
+        spec=run.spec,
+        speeds=records.speeds,
+        directions=(FORWARD,),
+        views=section.views,
+        seed=config.seed,
+        modalities=(modality,),
+    )
+    arrays = render_all(render, range(len(train)), threads=config.evaluation.threads)
+    known = (arrays[f"label_{label}"] >= 0) & arrays[f"has_{modality}"]
+    labels = arrays[f"label_{label}"][known]
+    return fit_classifier(
+        _encoders(config)[modality],
+        arrays[MODALITY_INPUTS[modality]][known],
+        {label: np.repeat(labels[:, None], section.views, axis=1)},
+        classes={label: len(train.records.class_names[label])},
+        prepare=_prepare(config)[modality],
+        spec=FitSpec(**section.fit),
+        seed=config.seed,
+    )
 
 
-def _network_of_probes(config: ml_collections.ConfigDict) -> dict[str, str]:
-    """Returns the name of the supervised network of each probe.
+def _network_of(probes: Sequence[tuple[str, str]], label: str, modality: str) -> str:
+    """Returns the name of the network with the supervised encoder of a probe.
 
     The n-th network has the encoders of the n-th probe of each modality, so that probes of
     different modalities share a forward pass.
     """
-    names, counts = {}, collections.Counter[str]()
-    for label, modality in config.evaluation.probes:
-        names[probe_name(label, modality)] = f"supervised{counts[modality]}"
-        counts[modality] += 1
-    return names
+    return f"supervised{[each for each, of in probes if of == modality].index(label)}"
 
 
 def _supervised_networks(run: PretrainedRun, fits: Mapping[str, Fit]) -> dict[str, Any]:
     """Returns variables of the joint model with supervised encoders, by the network's name."""
+    probes = run.config.evaluation.probes
     encoders: dict[str, dict[str, Any]] = collections.defaultdict(dict)
-    names = _network_of_probes(run.config)
-    for label, modality in run.config.evaluation.probes:
-        probe = probe_name(label, modality)
-        encoders[names[probe]][modality] = fits[probe].encoder_variables
+    for label, modality in probes:
+        fit = fits[probe_name(label, modality)]
+        encoders[_network_of(probes, label, modality)][modality] = fit.encoder_variables
     # Every process trained the same networks, but rounding may differ between them.
     encoders = multihost_utils.broadcast_one_to_all(jax.device_get(dict(encoders)))
     return {name: _with_encoders(run.variables, trained) for name, trained in encoders.items()}
 
 
-def _probes(
+def measure_probe(
     config: ml_collections.ConfigDict,
     records: UsableRecords,
     train: Mapping[str, np.ndarray],
     test: Mapping[str, np.ndarray],
-) -> tuple[dict[str, dict[str, ProbeResult]], dict[str, dict[str, float]]]:
-    """Returns the probes of every network, and those of trivial statistics, by probe."""
-    section = config.evaluation
-    probes, trivial = {}, {}
-    for label, modality in section.probes:
+    label: str,
+    modality: str,
+) -> Measured:
+    """Probes every network, and trivial statistics, for a label.
 
-        def probe(name: str, modality: str = modality, label: str = label) -> ProbeResult:
-            chosen = [split[f"has_{modality}"] for split in (train, test)]
-            return linear_probe(
-                train[name][chosen[0]],
-                train[f"label_{label}"][chosen[0]],
-                test[name][chosen[1]],
-                test[f"label_{label}"][chosen[1]],
-                train_sources=train["source_id"][chosen[0]],
-                classes=len(records.records.class_names[label]),
-                seed=config.seed,
-                **section.probe,
-            )
+    Args:
+        config: config of the run with the sections of its evaluation.
+        records: test records.
+        train: outputs of `view_features` for the training records.
+        test: the same for the test records.
+    """
+    section, name = config.evaluation, probe_name(label, modality)
+    title, classes = name.replace("_", " "), len(records.records.class_names[label])
+    rows = [
+        np.flatnonzero(side[f"has_{modality}"] & (side[f"label_{label}"] >= 0))
+        for side in (train, test)
+    ]
+    targets, labels = (
+        side[f"label_{label}"][r] for side, r in zip((train, test), rows, strict=True)
+    )
+    settings = section.probe.to_dict()
+    folds = settings.pop("folds")
+    groups = held_out_groups(targets, train["source_id"][rows[0]], folds=folds, seed=config.seed)
 
-        name = probe_name(label, modality)
-        networks = {"random": "random", "pretrained": "pretrained"}
-        if section.supervised.enabled:
-            networks["supervised"] = _network_of_probes(config)[name]
-        probes[name] = {n: probe(f"{key}/{modality}_features") for n, key in networks.items()}
-        trivial[name] = {statistic: probe(statistic).accuracy for statistic in _TRIVIAL}
-    return probes, trivial
+    def probe(features: str) -> tuple[float, np.ndarray]:
+        """Returns C, and scores of the test records."""
+        found = fit_probe(train[features][rows[0]], targets, groups, classes=classes, **settings)
+        return found.cost, found.scores(test[features][rows[1]])
+
+    networks = {"random": "random", "pretrained": "pretrained"}
+    if section.supervised.enabled:
+        networks["supervised"] = _network_of(section.probes, label, modality)
+    probes = {n: probe(f"{key}/{modality}_features") for n, key in networks.items()}
+    metrics = {
+        f"{name}_{network}": Metric(
+            "mean",
+            (f"correct_{name}_{network}",),
+            f"{title}, {network} encoder",
+            chance=1 / classes,
+        )
+        for network in probes
+    }
+    if section.supervised.enabled:
+        inputs = [f"correct_{name}_{network}" for network in _NETWORKS]
+        metrics[f"{name}_gap_closed"] = Metric(
+            "gap_closed", inputs, f"{title}, gap closed", headline=True
+        )
+    predicted = probes["pretrained"][1].argmax(axis=1)
+    return Measured(
+        Outcomes(
+            [records.record_ids[row] for row in rows[1]],
+            [records.sources[row] for row in rows[1]],
+            {
+                f"correct_{name}_{n}": top_k_hits(scores, labels, 1)
+                for n, (_, scores) in probes.items()
+            },
+        ),
+        metrics,
+        details={
+            "confusion": confusion_matrix(labels, predicted, classes),
+            "costs": {network: cost for network, (cost, _) in probes.items()},
+            "trivial": {s: float(top_k_hits(probe(s)[1], labels, 1).mean()) for s in _TRIVIAL},
+        },
+    )
 
 
 def noise_control(
@@ -414,68 +468,6 @@ def noise_control(
         spec=FitSpec(**section.fit),
         seed=config.seed,
     )
-
-
-def run_outcomes(
-    test: SelectedRecords,
-    features: Mapping[str, np.ndarray],
-    probes: Mapping[str, Mapping[str, ProbeResult]],
-    ranked: Mapping[str, RetrievalScores],
-    temporal: Mapping[str, TaskScore],
-) -> tuple[Outcomes, dict[str, Metric]]:
-    """Returns outcomes by test record, and the metrics of probes, retrieval and temporal tasks.
-
-    Args:
-        test: test records.
-        features: outputs of `view_features` for them.
-        probes: probes by LABEL_from_MODALITY and network.
-        ranked: ranks by direction.
-        temporal: scores by task.
-    """
-    values: dict[str, np.ndarray] = {}
-    metrics: dict[str, Metric] = {}
-    for probe, by_network in probes.items():
-        shown = features[f"has_{probe.rsplit('_from_', 1)[1]}"]
-        for network, result in by_network.items():
-            known = np.zeros(len(test), bool)
-            known[shown] = result.known
-            values[f"known_{probe}"] = known
-            name = f"{probe}_{network}"
-            values[f"correct_{name}"] = _of_all(result.correct, known)
-            metrics[name] = Metric(
-                "mean",
-                (f"correct_{name}",),
-                f"{probe.replace('_', ' ')}, {network} encoder",
-                chance=result.chance,
-                chosen=f"known_{probe}",
-            )
-        if all(network in by_network for network in _NETWORKS):
-            metrics[f"{probe}_gap_closed"] = Metric(
-                "gap_closed",
-                [f"correct_{probe}_{network}" for network in _NETWORKS],
-                f"{probe.replace('_', ' ')}, gap closed",
-                headline=True,
-                chosen=f"known_{probe}",
-            )
-    if ranked:
-        both = features["has_video"] & features["has_audio"]
-        values["has_both"] = both
-        of_ranked, rank_metrics = rank_outcomes(ranked)
-        values |= {name: _of_all(array, both) for name, array in of_ranked.items()}
-        metrics |= {
-            name: dataclasses.replace(metric, chosen="has_both")
-            for name, metric in rank_metrics.items()
-        }
-    of_tasks, task_metrics = task_outcomes(temporal, len(test))
-    outcomes = Outcomes(test.record_ids, test.sources, values | of_tasks)
-    return outcomes, metrics | task_metrics
-
-
-def _of_all(values: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """Scatters the values of some records into zeros; the others are masked by `chosen`."""
-    whole = np.zeros(len(where), values.dtype)
-    whole[where] = values
-    return whole
 
 
 def trivial_statistics(

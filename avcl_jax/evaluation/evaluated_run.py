@@ -42,9 +42,8 @@ class EvaluationRecords:
     @property
     def speeds(self) -> list[int]:
         """Indices of the playback speeds at which features are computed."""
-        return speed_indices(
-            self.config.evaluation.speeds, self.config.views.speeds, setting="evaluation.speeds"
-        )
+        asked, trained = self.config.evaluation.speeds, self.config.views.speeds
+        return speed_indices(asked, trained, setting="evaluation.speeds")
 
 
 def probe_name(label: str, modality: str) -> str:
@@ -77,7 +76,7 @@ def open_evaluation_records(
         workdir: working directory of the run, which may not exist yet.
 
     Raises:
-        RecordError: if the data set or a split is not there.
+        RecordError: if the data set or a split is missing.
         UserError: if settings contradict each other, the run or the records.
     """
     section = config.evaluation
@@ -112,12 +111,8 @@ def open_evaluation_records(
             records("evaluation.null.train_split", section.null.train_split),
             records("evaluation.null.test_split", section.null.test_split),
         )
-        _check_fills_a_batch(
-            "evaluation.null",
-            section.null.fit.batch_size,
-            len(null[0]) * section.null.train_views * 2 * len(merged.views.speeds),
-            f"views of {null[0]!r}",
-        )
+        views = len(null[0]) * section.null.train_views * 2 * len(merged.views.speeds)
+        _check_fills_a_batch("null", section.null.fit, views, f"views of {null[0]!r}")
     return EvaluationRecords(merged, test, train, null)
 
 
@@ -164,20 +159,15 @@ def _check_probes(
                     f"{', '.join(sorted(records.records.class_names)) or 'none'}: set "
                     '--config.evaluation.probes, or "--config.evaluation.probes=()" for none'
                 )
-        known = [_labelled(records, label, modality) for records in (train, test)]
-        if not len(known[1]):
-            raise UserError(
-                f"no record of {test} has {modality} and a known {label!r}: set "
-                "--config.evaluation.probes"
-            )
-        check_sources(train.records.source_numbers[known[0]], section.probe.folds)
+        train_rows, test_rows = (_labelled(records, label, modality) for records in (train, test))
+        what = f"with {modality} and a known {label!r}"
+        if not len(test_rows):
+            raise UserError(f"no record of {test} {what}: set --config.evaluation.probes")
+        check_sources(train.records.source_numbers[train_rows], section.probe.folds)
         if section.supervised.enabled:
-            _check_fills_a_batch(
-                f"evaluation.supervised.{modality}",
-                section.supervised[modality].fit.batch_size,
-                len(known[0]),
-                f"records of {train} with {modality} and a known {label!r}",
-            )
+            fit = section.supervised[modality].fit
+            records_of = f"records of {train} {what}"
+            _check_fills_a_batch(f"supervised.{modality}", fit, len(train_rows), records_of)
 
 
 def _labelled(records: UsableRecords, label: str, modality: str) -> np.ndarray:
@@ -186,9 +176,11 @@ def _labelled(records: UsableRecords, label: str, modality: str) -> np.ndarray:
     return usable[records.records.labels[label][usable] >= 0]
 
 
-def _check_fills_a_batch(setting: str, batch_size: int, items: int, what: str) -> None:
-    if items < batch_size:
+def _check_fills_a_batch(
+    section: str, fit: ml_collections.ConfigDict, items: int, what: str
+) -> None:
+    if items < fit.batch_size:
         raise UserError(
-            f"{items} {what} do not fill a batch of {batch_size}: set "
-            f"--config.{setting}.fit.batch_size"
+            f"{items} {what} do not fill a batch of {fit.batch_size}: set "
+            f"--config.evaluation.{section}.fit.batch_size"
         )

@@ -24,7 +24,7 @@ from sklearn.svm import SVC, LinearSVC
 from threadpoolctl import threadpool_limits
 
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.statistics import STATISTICS, confusion_matrix, top_k_hits
+from avcl_jax.evaluation.statistics import STATISTICS, top_k_hits
 from avcl_jax.training import sharding
 
 _MEMORY = 10  # pairs of steps and gradients that L-BFGS keeps
@@ -118,71 +118,6 @@ def fit_probe(
 
 def _over_clips(scores: np.ndarray, clips: int) -> np.ndarray:
     return scores if clips == 1 else scores.reshape(-1, clips, scores.shape[-1]).mean(axis=1)
-
-
-@dataclass(frozen=True)
-class ProbeResult:
-    """Result of a linear probe.
-
-    Attributes:
-        accuracy: fraction of test items classified correctly; a tie counts as wrong.
-        chance: 1 / number of classes.
-        cost: C chosen on the training items.
-        confusion: int [classes, classes], rows true, columns predicted.
-        known: bool [m], test items that have a label.
-        correct: float64 [known items], 1 where classified correctly.
-    """
-
-    accuracy: float
-    chance: float
-    cost: float
-    confusion: np.ndarray
-    known: np.ndarray
-    correct: np.ndarray
-
-
-def linear_probe(
-    train_features: np.ndarray,
-    train_labels: np.ndarray,
-    test_features: np.ndarray,
-    test_labels: np.ndarray,
-    *,
-    train_sources: np.ndarray,
-    classes: int,
-    folds: int,
-    seed: int,
-    **settings: Any,
-) -> ProbeResult:
-    """Classifies test items by `fit_probe` of the training items; negative labels are left out.
-
-    Args:
-        train_features: float [n, channels].
-        train_labels: int [n].
-        test_features: float [m, channels].
-        test_labels: int [m].
-        train_sources: int [n], source of each training item.
-        folds: number of groups of sources.
-        settings: further arguments of `fit_probe`.
-
-    Raises:
-        UserError: if there are fewer sources than folds, or a split has no labelled item.
-    """
-    train_known, known = np.asarray(train_labels) >= 0, np.asarray(test_labels) >= 0
-    for name, labelled in (("training", train_known), ("test", known)):
-        if not labelled.any():
-            raise UserError(f"no {name} item has a label")
-    targets, sources = train_labels[train_known], train_sources[train_known]
-    probe = fit_probe(
-        train_features[train_known],
-        targets,
-        held_out_groups(targets, sources, folds=folds, seed=seed),
-        classes=classes,
-        **settings,
-    )
-    scores, labels = probe.scores(test_features[known]), test_labels[known]
-    correct = top_k_hits(scores, labels, 1)
-    confusion = confusion_matrix(labels, scores.argmax(axis=1), classes)
-    return ProbeResult(float(correct.mean()), 1 / classes, probe.cost, confusion, known, correct)
 
 
 def held_out_groups(

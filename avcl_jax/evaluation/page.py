@@ -159,7 +159,7 @@ def protocol_page(protocol: Protocol, measured: Measured, results: Mapping[str, 
         "took": f"{results['seconds']} s",
         **measured.about,
     }
-    steps = "".join(f"<li>{text(s)}</li>" for s in (*protocol.definition, *measured.definition))
+    steps = "".join(f"<li>{text(s)}</li>" for s in protocol.definition)
     title = measured.title or protocol.title
 
     def details(name: str, content: object) -> str:
@@ -169,7 +169,7 @@ def protocol_page(protocol: Protocol, measured: Measured, results: Mapping[str, 
     parts = [
         f"<h1>{text(title)}</h1>",
         f'<p class="lead">{measured.lead}</p>' if measured.lead else "",
-        tiles(headline if measured.tiles is None else measured.tiles),
+        tiles(headline),
         *measured.sections,
         section(
             "Metrics",

@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.statistics import Interval, bootstrap
+from avcl_jax.evaluation.statistics import STATISTICS, Interval, bootstrap
 from avcl_jax.paths import write_bytes
 
 RESULTS, OUTCOMES, REPORT = "results.json", "outcomes.npz", "report.html"
@@ -106,20 +106,16 @@ class Measured:
         view: further keys of results.json, next to those of every protocol.
         title: title of the report; that of the protocol if empty.
         lead: first paragraph of the report, HTML.
-        tiles: large numbers of the report with their descriptions; headline metrics if None.
-        definition: sentences of the definition that depend on the run.
         about: further facts about the run, for the report.
     """
 
     outcomes: Outcomes
     metrics: Mapping[str, Metric]
-    details: Mapping[str, Any]
-    sections: Sequence[str]
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sections: Sequence[str] = ()
     view: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     title: str = ""
     lead: str = ""
-    tiles: Sequence[tuple[str, str]] | None = None
-    definition: Sequence[str] = ()
     about: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
@@ -191,6 +187,37 @@ def inputs_of(
         return arrays, sources
     chosen = np.asarray(outcomes.values[kept["chosen"]], bool)
     return [array[chosen] for array in arrays], sources[chosen]
+
+
+def merge(
+    units: Sequence[str], sources: Sequence[str], parts: Mapping[str, Measured]
+) -> tuple[Outcomes, dict[str, Metric]]:
+    """Merges results whose units are some of `units`, each; their metrics stay metrics of those.
+
+    Args:
+        parts: results by the name of the mask of their units, "" for results of all units.
+    """
+    place = {unit: number for number, unit in enumerate(units)}
+    values: dict[str, np.ndarray] = {}
+    metrics: dict[str, Metric] = {}
+    for mask, part in parts.items():
+        rows = np.array([place[unit] for unit in part.outcomes.units], int)
+        if mask and part.metrics:
+            values[mask] = np.isin(np.arange(len(units)), rows)
+        for name, array in part.outcomes.values.items():
+            values[name] = np.zeros((len(units), *array.shape[1:]), array.dtype)
+            values[name][rows] = array
+        for name, metric in part.metrics.items():
+            metrics[name] = dataclasses.replace(metric, chosen=mask or None)
+    return Outcomes(units, sources, values), metrics
+
+
+def point_values(measured: Measured) -> dict[str, float | None]:
+    """Returns the value of every metric, without an interval; None where it is not defined."""
+    return {
+        name: finite(STATISTICS[metric.kind](*inputs_of(metric, measured.outcomes)[0]))
+        for name, metric in measured.metrics.items()
+    }
 
 
 def estimate(measured: Measured, *, resamples: int, seed: int) -> dict[str, dict[str, Any]]:

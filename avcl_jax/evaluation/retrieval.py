@@ -23,7 +23,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from avcl_jax.batched import cache_key
 from avcl_jax.data.clips import ClipRecords
-from avcl_jax.data.selection import Modality
+from avcl_jax.data.selection import Modality, UsableRecords
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.driver import Context, run_protocol
 from avcl_jax.evaluation.features import open_clips, record_features
@@ -432,12 +432,23 @@ def cross_modal_scores(
     }
 
 
-def rank_outcomes(
-    scores: Mapping[str, RetrievalScores],
-) -> tuple[dict[str, np.ndarray], dict[str, Metric]]:
-    """Returns outcomes [ranked records] of both directions, and their metrics."""
+def measure_cross_modal(
+    records: UsableRecords,
+    features: Mapping[str, np.ndarray],
+    network: str,
+    recall_at: Sequence[int],
+) -> Measured:
+    """Returns outcomes by ranked record, and the metrics of both directions.
+
+    Args:
+        records: records, in the order of `features`.
+        features: outputs of `views.view_features`.
+        network: name of the network whose embeddings are compared.
+        recall_at: the k of R@k.
+    """
     values: dict[str, np.ndarray] = {}
     metrics: dict[str, Metric] = {}
+    scores = cross_modal_scores(features, network, recall_at)
     for direction, found in scores.items():
         what = direction.replace("_to_", " → ")
         of_direction = found.outcomes(f"_{direction}", f"{direction}_{{}}", what)
@@ -450,7 +461,24 @@ def rank_outcomes(
             unit="number",
             chance=(found.gallery + 1) / 2,
         )
-    return values, metrics
+    both = np.flatnonzero(features["has_video"] & features["has_audio"] & bool(scores))
+    names, sources = records.record_ids, records.sources
+    return Measured(
+        Outcomes([names[row] for row in both], [sources[row] for row in both], values),
+        metrics,
+        details={
+            "gallery": len(both),
+            "left_out": records.num_selected - len(both),
+            # Spread over records: 0 if all embeddings have become the same.
+            "embedding_std": {
+                f"{modality}_embeddings": float(
+                    features[f"{network}/{modality}_embeddings"][both].std(axis=0).mean()
+                )
+                for modality in ("video", "audio")
+                if scores
+            },
+        },
+    )
 
 
 def audio_video_retrieval(
@@ -487,28 +515,12 @@ def audio_video_retrieval(
 
     def measure(context: Context, features: dict[str, np.ndarray]) -> Measured:
         with context.stages("ranking"):
-            scores = cross_modal_scores(features, "run", tuple(config.evaluation.recall_at))
-        if not scores:
+            measured = measure_cross_modal(
+                records, features, "run", tuple(config.evaluation.recall_at)
+            )
+        if not measured.metrics:
             raise UserError(f"no record of {records} has both video and audio")
-        values, metrics = rank_outcomes(scores)
-        both = np.flatnonzero(features["has_video"] & features["has_audio"])
-        names, sources = records.record_ids, records.sources
-        return Measured(
-            Outcomes([names[row] for row in both], [sources[row] for row in both], values),
-            metrics,
-            details={
-                "gallery": len(both),
-                "left_out": records.num_selected - len(both),
-                # Spread over records: 0 if all embeddings have become the same.
-                "embedding_std": {
-                    f"{modality}_embeddings": float(
-                        features[f"run/{modality}_embeddings"][both].std(axis=0).mean()
-                    )
-                    for modality in ("video", "audio")
-                },
-            },
-            sections=[],
-        )
+        return measured
 
     return run_protocol(
         AUDIO_VIDEO_RETRIEVAL,

@@ -52,6 +52,7 @@ PROTOCOL = Protocol(
         "that chance is one over the number of classes for whatever cannot tell them apart.",
     ),
 )
+_ROWS = "Rows are true classes, columns predicted ones, in % of the row."
 
 
 @dataclass(frozen=True)
@@ -59,18 +60,24 @@ class TaskScore:
     """Score of one temporal task on held-out views.
 
     Attributes:
-        accuracy: fraction of views (or pairs of views) classified correctly.
-        chance: 1 / number of classes, exact because every class is scored equally often.
         confusion: int [classes, classes], rows true, columns predicted; every row has the same sum.
-        scored: bool [...], the views that were scored: an equal number of each class.
-        correct: bool [...], those of them classified correctly.
+        scored: bool [views], the views that were scored: an equal number of each class.
+        correct: bool [views], those of them classified correctly.
     """
 
-    accuracy: float
-    chance: float
     confusion: np.ndarray
     scored: np.ndarray
     correct: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of views (or pairs of views) classified correctly."""
+        return float(self.correct.sum() / self.scored.sum())
+
+    @property
+    def chance(self) -> float:
+        """1 / number of classes, exact because every class is scored equally often."""
+        return 1.0 / len(self.confusion)
 
 
 def balanced_subset(labels: np.ndarray, mask: np.ndarray, *, classes: int, seed: int) -> np.ndarray:
@@ -87,19 +94,15 @@ def balanced_subset(labels: np.ndarray, mask: np.ndarray, *, classes: int, seed:
     Raises:
         UserError: if a class never occurs under the mask.
     """
-    labels, mask = np.asarray(labels), np.asarray(mask, dtype=bool)
     members = [np.flatnonzero(mask & (labels == c)) for c in range(classes)]
-    size = min(len(m) for m in members)
-    if size == 0:
-        counts = [len(m) for m in members]
+    counts = [len(member) for member in members]
+    if not min(counts):
         raise UserError(
             f"cannot balance {classes} classes: the held-out views hold {counts} of them"
         )
     rng = np.random.default_rng(seed)
-    chosen = np.zeros(len(labels), dtype=bool)
-    for member in members:
-        chosen[rng.choice(member, size, replace=False)] = True
-    return chosen
+    drawn = [rng.choice(member, min(counts), replace=False) for member in members]
+    return np.isin(np.arange(len(labels)), np.concatenate(drawn))
 
 
 def score_task(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray, *, seed: int) -> TaskScore:
@@ -111,8 +114,8 @@ def score_task(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray, *, seed
         mask: bool [...], where the task is defined.
 
     Raises:
-        ValueError: if shapes do not match, a logit under the mask is not finite, or a class is
-            missing.
+        ValueError: if shapes do not match, or a logit under the mask is not finite.
+        UserError: if a class is missing.
     """
     logits, labels, mask = np.asarray(logits), np.asarray(labels), np.asarray(mask, dtype=bool)
     classes = logits.shape[-1]
@@ -120,21 +123,12 @@ def score_task(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray, *, seed
         raise ValueError(
             f"logits {logits.shape}, labels {labels.shape} and mask {mask.shape} do not match"
         )
-    shape = labels.shape
-    logits, labels, mask = logits.reshape(-1, classes), labels.reshape(-1), mask.reshape(-1)
     if not np.isfinite(logits[mask]).all():
         raise ValueError("a logit of a masked-in view is not finite")
-    chosen = balanced_subset(labels, mask, classes=classes, seed=seed)
-    truth, predicted = labels[chosen], logits[chosen].argmax(axis=-1)
-    correct = np.zeros(len(labels), bool)
-    correct[chosen] = truth == predicted
-    return TaskScore(
-        accuracy=float(np.mean(truth == predicted)),
-        chance=1.0 / classes,
-        confusion=confusion_matrix(truth, predicted, classes),
-        scored=chosen.reshape(shape),
-        correct=correct.reshape(shape),
-    )
+    labels, predicted = labels.reshape(-1), logits.reshape(-1, classes).argmax(axis=-1)
+    scored = balanced_subset(labels, mask.reshape(-1), classes=classes, seed=seed)
+    confusion = confusion_matrix(labels[scored], predicted[scored], classes)
+    return TaskScore(confusion, scored, scored & (predicted == labels))
 
 
 def task_logits(
@@ -190,29 +184,52 @@ def score_tasks(arrays: Mapping[str, np.ndarray], seed: int) -> dict[str, TaskSc
     return scores
 
 
-def task_outcomes(
-    scores: Mapping[str, TaskScore], count: int
-) -> tuple[dict[str, np.ndarray], dict[str, Metric]]:
-    """Returns outcomes [records] of every task, and its metric.
+def measure_tasks(
+    run: PretrainedRun, records: UsableRecords, arrays: Mapping[str, np.ndarray], seed: int
+) -> Measured:
+    """Returns outcomes by record and the metric of every task that is defined for a view.
 
     Args:
-        scores: scores of `score_tasks`.
-        count: number of records.
+        arrays: outputs of `task_logits` for the records.
+        seed: seed that chooses the views that balance the classes.
+
+    Raises:
+        UserError: if only some classes of a task ever occur.
     """
+    scores, count = score_tasks(arrays, seed), len(records)
     values: dict[str, np.ndarray] = {}
-    metrics = {}
     for name, score in scores.items():
         # A record counts as often as its views were scored; records are resampled whole.
         values[f"correct_{name}"] = score.correct.reshape(count, -1).sum(axis=1)
         values[f"scored_{name}"] = score.scored.reshape(count, -1).sum(axis=1)
-        metrics[name] = Metric(
-            "ratio",
-            (f"correct_{name}", f"scored_{name}"),
-            TASKS[name].title,
-            chance=score.chance,
-            headline=True,
-        )
-    return values, metrics
+    lacking = len(records.lacking(tuple(run.source.encoders)))
+    speeds = tuple(run.config.views.speeds)
+    confusions = {
+        TASKS[name].title: (score.confusion, TASKS[name].classes(speeds))
+        for name, score in scores.items()
+    }
+    return Measured(
+        Outcomes(records.record_ids, records.sources, values),
+        {
+            name: Metric(
+                "ratio",
+                (f"correct_{name}", f"scored_{name}"),
+                TASKS[name].title,
+                chance=score.chance,
+                headline=True,
+            )
+            for name, score in scores.items()
+        },
+        details={
+            "confusion": {name: score.confusion.tolist() for name, score in scores.items()},
+            "views_scored": {name: int(score.scored.sum()) for name, score in scores.items()},
+            "too_short": records.num_too_short,
+            "incomplete": lacking - records.num_too_short,
+        },
+        sections=[section("Confusion of the temporal tasks", _ROWS, matrices(confusions))]
+        if scores
+        else [],
+    )
 
 
 def temporal_tasks(
@@ -245,33 +262,10 @@ def temporal_tasks(
 
     def measure(context: Context, arrays: dict[str, np.ndarray]) -> Measured:
         with context.stages("scores"):
-            scores = score_tasks(arrays, config.seed)
-        if not scores:
+            measured = measure_tasks(run, records, arrays, config.seed)
+        if not measured.metrics:
             raise UserError(f"no temporal task is defined for a record of {records}")
-        values, metrics = task_outcomes(scores, len(records))
-        speeds = tuple(run.config.views.speeds)
-        confusions = {
-            TASKS[name].title: (score.confusion, TASKS[name].classes(speeds))
-            for name, score in scores.items()
-        }
-        lacking = len(records.lacking(tuple(run.source.encoders)))
-        return Measured(
-            Outcomes(records.record_ids, records.sources, values),
-            metrics,
-            details={
-                "confusion": {name: score.confusion.tolist() for name, score in scores.items()},
-                "views_scored": {name: int(score.scored.sum()) for name, score in scores.items()},
-                "too_short": records.num_too_short,
-                "incomplete": lacking - records.num_too_short,
-            },
-            sections=[
-                section(
-                    "Confusion",
-                    "Rows are true classes, columns predicted ones, in % of the row.",
-                    matrices(confusions),
-                )
-            ],
-        )
+        return measured
 
     return run_protocol(
         PROTOCOL,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from avcl_jax.evaluation.charts import Series
+from avcl_jax.evaluation.charts import Series, line_chart
+from avcl_jax.evaluation.page import section, text
 from avcl_jax.objectives.temporal import TASKS
 
 _TERMS = {
@@ -47,30 +47,7 @@ _DASHED = {
 }
 
 
-@dataclass(frozen=True)
-class Curves:
-    """One chart of training.
-
-    Attributes:
-        title: title of the chart.
-        ylabel: its axis.
-        series: curves by label.
-        fractions: values are written in %.
-        from_zero: the axis begins at zero.
-        dashed: curves by label, to compare with those of the same label, or with all.
-        further: shown only on demand.
-    """
-
-    title: str
-    ylabel: str
-    series: Series
-    fractions: bool
-    from_zero: bool
-    dashed: Series = field(default_factory=dict)
-    further: bool = False
-
-
-def training_curves(rows: Sequence[Mapping[str, Any]]) -> list[Curves]:
+def training_charts(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool, dict[str, Any]]]:
     """Groups metrics into charts, with one curve per term, task or modality.
 
     Other metrics than those of `_CHARTS` follow in the order of their names, marked as further
@@ -78,6 +55,9 @@ def training_curves(rows: Sequence[Mapping[str, Any]]) -> list[Curves]:
 
     Args:
         rows: parsed lines, each with `step`.
+
+    Returns:
+        Title, whether it is a further one, and arguments of `line_chart`.
     """
     points: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -92,23 +72,57 @@ def training_curves(rows: Sequence[Mapping[str, Any]]) -> list[Curves]:
         order = [name for name in (*_TERMS, *_TASKS, *_MODALITIES, "") if name in curves]
         names = labels | _TASKS | _MODALITIES
         names[""] = "by chance" if key.startswith("bank/base_rate/") else ""
-        series[key] = {
-            names[c]: (np.array(curves[c])[:, 0], np.array(curves[c])[:, 1]) for c in order
-        }
+        series[key] = {names[c]: tuple(np.array(curves[c]).T) for c in order}
     dashed = {key: other for key in series if (other := _match(key, _DASHED)) in series}
     described = {key: _match_chart(key) for key in sorted(series) if key not in dashed.values()}
     return [
-        Curves(
-            title=title,
-            ylabel=ylabel,
-            series=series[key],
-            fractions="share" in key or key.endswith(("accuracy", "fill")),
-            from_zero="similarity" not in key and not key.endswith("loss"),
-            dashed=series[dashed[key]] if key in dashed else {},
-            further=rank == len(_CHARTS),
+        (
+            title,
+            rank == len(_CHARTS),
+            {
+                "series": series[key],
+                "ylabel": ylabel,
+                "percent": "share" in key or key.endswith(("accuracy", "fill")),
+                "from_zero": "similarity" not in key and not key.endswith("loss"),
+                "dashed": series[dashed[key]] if key in dashed else {},
+            },
         )
         for key, (rank, title, ylabel) in sorted(described.items(), key=lambda item: item[1][0])
     ]
+
+
+def training_section(rows: Sequence[Mapping[str, Any]], bank_start: int | None) -> str:
+    """Returns the section of the report with all charts; "" without any metric.
+
+    Args:
+        rows: parsed lines of metrics.jsonl.
+        bank_start: step from which training used the feature bank; None if it never did.
+    """
+    charts = training_charts(rows)
+    if not charts:
+        return ""
+    last = max(row["step"] for row in rows)
+    marker = None
+    if bank_start is not None and bank_start <= last:
+        marker = (bank_start, f"bank from step {bank_start}")
+    html: dict[bool, str] = {False: "", True: ""}
+    for number, (title, further, chart) in enumerate(charts):
+        svg = line_chart(**chart, name=f"curve{number}", last_step=last, marker=marker)
+        html[further] += f"<div><h3>{text(title)}</h3>{svg}</div>"
+    caption = (
+        "Pale: as logged; strong: mean over a fortieth of the run. A spread of the embeddings that "
+        "falls while the similarity of negatives rises is a collapse."
+    )
+    if marker:
+        caption += (
+            f" From step {bank_start} on (dotted) anchors had positives and negatives of the "
+            "feature bank. Its positives are informative where more of them than the base rate "
+            "(dashed) share a label with their anchor."
+        )
+    charts_of = {key: f'<div class="charts">{part}</div>' for key, part in html.items() if part}
+    more = "".join(charts_of[key] for key in charts_of if key)
+    details = f"<details><summary>More metrics</summary>{more}</details>" if more else ""
+    return section("Training", caption, charts_of.get(False, ""), details)
 
 
 def _place(name: str) -> tuple[str, str]:

@@ -66,12 +66,12 @@ def test_a_figure_that_a_variant_lacks_is_left_out_and_one_that_all_lack_refused
     whole = {"retrieval": {"audio_to_video": {"r5": 0.3}}}
     results = {("full", 0): whole, ("full", 1): whole, ("silent", 0): {"retrieval": {}}}
     results["silent", 1] = {"retrieval": {}}
-    path = ("retrieval", "audio_to_video", "r5")
+    path = "retrieval.audio_to_video.r5"
     found = effects(results, [Column("R@5", path, "")], ["full", "silent"], [0, 1])
     assert found["R@5"]["full"].mean == 0.3
     assert found["R@5"]["silent"] is None
     with pytest.raises(ValueError, match=r"no retrieval\.audio_to_video\.r1"):
-        effects(results, [Column("R@1", (*path[:2], "r1"), "")], ["full"], [0, 1])
+        effects(results, [Column("R@1", "retrieval.audio_to_video.r1", "")], ["full"], [0, 1])
 
 
 def test_a_task_that_was_not_trained_has_no_figure() -> None:
@@ -82,7 +82,7 @@ def test_a_task_that_was_not_trained_has_no_figure() -> None:
         }
 
     results = {("full", 0): run(1.0), ("no_speed", 0): run(0.0), ("half_speed", 0): run(0.5)}
-    speed = Column("speed", ("temporal", "speed", "accuracy"), "speed_video")
+    speed = Column("speed", "temporal.speed.accuracy", "speed_video")
     found = effects(results, [speed], ["full", "no_speed", "half_speed"], [0])
     assert found["speed"]["no_speed"] is None
     assert found["speed"]["half_speed"].mean == 0.2
@@ -254,9 +254,9 @@ def test_sweeps_that_make_no_sense_are_refused(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ({"loss.weights.order_va": 0.0}, "'order_va', which 'full' does not train"),
+        ({"loss.weights.order_va": 0.0}, "'order_va', which variant 'full' does not train"),
         (
-            {"ablation.figures": (("motion", "probe.motion", "order"),)},
+            {"ablation.figures": (("motion", "probe.motion_from_video.random", "order"),)},
             "of the loss term 'order'",
         ),
         (

@@ -14,13 +14,13 @@ import pytest
 from avcl_jax import experiment
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import UsableRecords
-from avcl_jax.evaluation.bank_exhibits import bank_searches
+from avcl_jax.evaluation.bank_exhibits import bank_searches, bank_section, open_bank
+from avcl_jax.evaluation.exhibits import Exhibits
 from avcl_jax.objectives.bank_rows import BankRows, RowNumbers
 from avcl_jax.objectives.feature_bank import FeatureBank
 from avcl_jax.training import checkpoint
 from avcl_jax.training.checkpoint import Checkpoints, Progress
 from tests.evaluation.conftest import small_config, small_evaluation
-from tests.evaluation.test_report import render, synthetic_content
 
 VIDEOS = 16  # the first training records, each with two rows
 KINDS = ("motion", "material")
@@ -71,7 +71,8 @@ def run(small_run, small_records, tmp_path_factory):
 @pytest.fixture(scope="module")
 def agreeing(run):
     """Searches of that run, which ranks by video and audio for all its terms alike."""
-    return bank_searches(*run[:3], step=20)
+    config, workdir, spec, _, _ = run
+    return bank_searches(config, *open_bank(config, workdir, spec, step=20))
 
 
 @pytest.mark.parametrize(
@@ -85,83 +86,79 @@ def agreeing(run):
 def test_anchors_are_shown_with_rows_of_the_bank_and_their_similarity(
     run, agreeing, space, term, pairs
 ):
-    config, workdir, spec, records, bank = run
+    config, _, _, records, bank = run
     found = agreeing
     if term != "all":
         config = config.copy_and_resolve_references()
         config.bank.space = space
         config.loss.weights.update({other: 0.0 for other in {"vv", "va", "aa"} - {term}})
-        found = bank_searches(config, workdir, spec, step=20)
+        found = bank_searches(config, records, bank)
     assert list(found) == list(pairs)
-    source = dict(zip(records.record_ids, map(int, records.sources), strict=True))
+    sources = bank.rows.numbers.source_id
     for title, searches in found.items():
-        assert len({search.query.name for search in searches}) == 3
+        assert len({search.rows[0].position for search in searches}) == 3
         for search in searches:
-            assert search.hits == [True, True, False, False, False]
-            sources = bank.rows.numbers.source_id
-            (query,) = np.flatnonzero(sources == source[search.query.name])[:1]
-            cosines = []
-            for exhibit, tag in zip(search.found, search.tags, strict=True):
-                assert exhibit.name != search.query.name
-                given = [float(number) for number in re.findall(r"-?\d\.\d\d", tag)]
-                rows = np.flatnonzero(sources == source[exhibit.name])
+            anchor, *samples = search.rows
+            kinds = ["anchor", *["positive"] * 2, *["negative"] * 3]
+            assert [row.kind for row in search.rows] == kinds
+            (query,) = np.flatnonzero(sources == int(records.sources[anchor.position]))[:1]
+            for sample in samples:
+                assert sample.position != anchor.position
+                rows = np.flatnonzero(sources == int(records.sources[sample.position]))
                 z = bank.rows.embeddings
                 expected = [
                     [z[own][query] @ z[other][row] for row in rows] for own, other in pairs[title]
                 ]
                 # One of the two rows of that video.
-                assert (np.abs(np.transpose(expected) - given) <= 0.00501).all(axis=1).any()
-                cosines.append(min(given))
-            assert [tag.split()[0] for tag in search.tags] == ["positive"] * 2 + ["negative"] * 3
+                near = np.abs(np.transpose(expected) - sample.cosines) <= 1e-5
+                assert near.all(axis=1).any()
+            cosines = [min(sample.cosines) for sample in samples]
             assert cosines[2:] == sorted(cosines[2:], reverse=True)
             if space == "same":
                 assert min(cosines[:2]) > max(cosines[2:])
 
 
-def test_the_page_shows_stills_spectrograms_playback_and_shared_labels(run, agreeing):
-    _, _, _, records, bank = run
-    page = render(dataclasses.replace(synthetic_content(), bank=agreeing, searches={}))
-    _, _, shown = page.partition("Samples from the feature bank")
-    shown, _, _ = shown.partition("</section>")
+def test_the_section_shows_stills_spectrograms_playback_and_shared_labels(run, agreeing):
+    _, _, spec, records, bank = run
+    shown = bank_section(Exhibits(records, spec, speed=1, stills=2), agreeing)
     assert shown.count("data:image/jpeg;base64,") == 3 * 6 * 2
     assert shown.count("data:image/png;base64,") == 3 * 6
     assert shown.count('class="video hit"') == 3 * 2
-    assert shown.count("<b>anchor</b>") == 3
+    assert shown.count("<b>anchor </b>") == 3
+    assert len(re.findall(r"<b>positive -?\d\.\d\d / -?\d\.\d\d</b>", shown)) == 6
     assert "unseen" not in shown
     # Half of the other sources' rows share the motion less the anchor's own: 14 of 30.
     remarks = re.findall(
-        r"(\d) of 2 positives, (\d) of 6 negatives share its (\w+), (\d+)% of the bank do", shown
+        r"(\d) of 2 positives, (\d) of 6 negatives share its (\w+), (\d+) % of the bank do", shown
     )
     assert [remark[2:] for remark in remarks] == [("motion", "47"), ("material", "47")] * 3
     # Positives by video and audio share both.
     assert all(remark[0] == "2" for remark in remarks)
     (searches,) = agreeing.values()
-    query = searches[0].query
-    row = 2 * records.record_ids.index(query.name)
-    numbers = bank.rows.numbers[row]
+    anchor = searches[0].rows[0]
+    numbers = bank.rows.numbers[2 * anchor.position]
     played = int(numbers.playback("video"))
     motion, material = numbers.label
     labels = [("low", "high")[material], ("across", "down")[motion]]
     back = " backward" if played % 2 else ""
-    assert query.labels == ", ".join([*labels, f"{(1, 2, 4)[played // 2]}×{back}"])
+    assert anchor.labels == ", ".join([*labels, f"{(1, 2, 4)[played // 2]}×{back}"])
 
 
-def test_without_a_used_bank_or_its_records_nothing_is_shown(run, tmp_path):
+def test_a_bank_that_is_not_used_or_without_its_records_is_not_opened(run, tmp_path):
     config, workdir, spec, _, _ = run
 
-    def shown(step=20, **changes):
+    def opened(step=20, **changes):
         changed = config.copy_and_resolve_references()
         changed.update_from_flattened_dict(changes)
-        return bank_searches(changed, workdir, spec, step=step)
+        return open_bank(changed, workdir, spec, step=step)
 
-    (searches,) = shown(**{"evaluation.report.results": 1}).values()
-    assert [len(search.found) for search in searches] == [1, 1, 1]
-    assert shown(step=10) == {}
-    assert shown(**{"bank.size": 0}) == {}
-    assert shown(**{"data.split": "validation"}) == {}
-    assert shown(**{"data.directory": str(tmp_path)}) == {}
-    assert shown(**{"data.select": "motion=across"}) == {}
+    assert opened() is not None
+    assert opened(step=10) is None
+    assert opened(**{"bank.size": 0}) is None
+    assert opened(**{"data.split": "validation"}) is None
+    assert opened(**{"data.directory": str(tmp_path)}) is None
+    assert opened(**{"data.select": "motion=across"}) is None
     # An older version's bank had other fields.
     older = {"bank": {"video": np.zeros((32, 8)), "inserted": 32}}
     with mock.patch.object(checkpoint, "_load_state", return_value=(older, 20)):
-        assert shown() == {}
+        assert opened() is None

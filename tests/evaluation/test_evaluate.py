@@ -13,6 +13,7 @@ from avcl_jax import experiment
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.classification import run_linear_probe
+from avcl_jax.evaluation.compare import compare_runs, read_run
 from avcl_jax.evaluation.evaluate import evaluate
 from avcl_jax.evaluation.evaluated_run import open_evaluated_run
 from avcl_jax.evaluation.protocol import OUTCOMES, read_outcomes
@@ -35,7 +36,7 @@ REFUSED = {
     r"speeds 3 were not trained, these were: 1, 2, 4": {"evaluation.speeds": (1, 3)},
     r"recall_at \(0, 5\) must be whole numbers": {"evaluation.recall_at": (0, 5)},
     "25 folds need as many training sources, got 24": {"evaluation.probe.folds": 25},
-    "no record of .*null_test.* has video and a known 'motion'": {
+    "no record of .*null_test.* with video and a known 'motion'": {
         "evaluation.test_split": "null_test"
     },
     r"'colour' from video, but .* has the labels material, motion: set --config": {
@@ -237,3 +238,45 @@ def test_exported_encoders_compute_what_the_run_computes(small_run):
     expected = apply(variables, jax.numpy.asarray(pixels), train=False)["features"]
     np.testing.assert_allclose(encoder(frames, 16.0), expected, atol=1e-6)
     assert encoder.config["source"]["step"] == 0
+
+
+def test_the_promised_keys_are_a_view_of_the_metrics(results):
+    metrics = {name: figure["value"] for name, figure in results["metrics"].items()}
+    expected = {}
+    for probe, scores in results["probe"].items():
+        expected |= {
+            f"{probe}_{name}": scores[name]
+            for name in ("random", "pretrained", "supervised", "gap_closed")
+        }
+    for direction, scores in results["retrieval"].items():
+        ks = [k for k in (1, 5, 10, 20, 50) if f"r{k}" in scores]
+        expected |= {f"{direction}_r{k}": scores[f"r{k}"] for k in ks}
+        expected[f"{direction}_median_rank"] = scores["median_rank"]
+    expected |= {task: scores["accuracy"] for task, scores in results["temporal"].items()}
+    assert metrics == pytest.approx(expected, nan_ok=False)
+    for figure in results["metrics"].values():
+        if figure["value"] is not None:
+            assert figure["low"] <= figure["value"] <= figure["high"]
+
+
+def test_outcomes_are_by_test_record(small_run, results):
+    outcomes = read_outcomes(small_run[1] / "outcomes.npz")
+    assert len(outcomes.units) == results["units"] == 16
+    confusion = np.array(results["temporal"]["speed_audio"]["confusion"])
+    assert outcomes.values["scored_speed_audio"].sum() == confusion.sum()
+    assert outcomes.values["correct_speed_audio"].sum() == np.trace(confusion)
+
+
+def test_the_run_is_compared_with_itself_and_tells_no_difference(small_run, results):
+    run = read_run(small_run[1])
+    compared = compare_runs([run, run], resamples=20, seed=0, other_data=False)
+    defined = {name for name, f in results["metrics"].items() if f["value"] is not None}
+    assert defined <= set(compared)
+    assert all(compared[name][0].difference.value == 0 for name in defined)
+
+
+def test_records_that_were_pretrained_on_are_no_test(small_run):
+    config = small_evaluation()
+    config.evaluation.test_split = config.evaluation.train_split
+    with pytest.raises(UserError, match="test records"):
+        evaluate(config, small_run[1])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tracemalloc
+import types
 
+import ml_collections
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -11,18 +13,21 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 
-from avcl_jax.evaluation.evaluate import trivial_statistics
-from avcl_jax.evaluation.linear import check_sources, fit_probe, held_out_groups, linear_probe
+from avcl_jax.evaluation.evaluate import measure_probe, trivial_statistics
+from avcl_jax.evaluation.linear import check_sources, fit_probe, held_out_groups
+from avcl_jax.evaluation.protocol import point_values
 from avcl_jax.evaluation.statistics import gap_closed
+from configs import evaluate as evaluate_config
 
 FIT = {"classifier": "logistic", "classes": 3, "iterations": 300, "tolerance": 1e-6}
-SETTINGS = {"costs": (1e-3, 1e-1, 10.0), "folds": 3, "seed": 0} | FIT
+COSTS = (1e-3, 1e-1, 10.0)
+STATISTICS = ("mean_colour", "position_histogram", "mean_loudness", "mean_log_mel")
 
 
 def _probe(features, targets, sources, *, folds=3, **settings):
     """A probe whose C is chosen by folds of sources; the only C if one is given."""
     groups = held_out_groups(targets, sources, folds=folds, seed=0)
-    return fit_probe(features, targets, groups, **FIT | {"costs": SETTINGS["costs"]} | settings)
+    return fit_probe(features, targets, groups, **FIT | {"costs": COSTS} | settings)
 
 
 def _gaussians(rng: np.random.Generator, items: int, distance: float):
@@ -36,22 +41,8 @@ def test_separable_classes_are_found_and_noise_is_not():
     rng = np.random.default_rng(0)
     for distance, low, high in ((60.0, 0.97, 1.0), (0.0, 0.2, 0.47)):
         train, test = _gaussians(rng, 240, distance), _gaussians(rng, 150, distance)
-        result = linear_probe(*train, *test, train_sources=np.arange(240), **SETTINGS)
-        assert low <= result.accuracy <= high
-        assert result.chance == pytest.approx(1 / 3)
-        assert result.confusion.sum() == 150
-        assert np.trace(result.confusion) / 150 == pytest.approx(result.accuracy)
-
-
-def test_the_cost_does_not_depend_on_the_test_items():
-    rng = np.random.default_rng(1)
-    train, test = _gaussians(rng, 120, 6.0), _gaussians(rng, 90, 6.0)
-    groups = np.arange(120)
-    first = linear_probe(*train, *test, train_sources=groups, **SETTINGS)
-    shuffled = (test[0] * 7.0 - 3.0, rng.permutation(test[1]))
-    second = linear_probe(*train, *shuffled, train_sources=groups, **SETTINGS)
-    assert first.cost == second.cost
-    assert first.accuracy != second.accuracy
+        predicted = _probe(*train, np.arange(240)).scores(test[0]).argmax(axis=1)
+        assert low <= (predicted == test[1]).mean() <= high
 
 
 def test_clips_of_one_source_stay_in_one_fold():
@@ -169,16 +160,40 @@ def test_features_are_not_copied_on_the_host():
     assert peak < features.nbytes
 
 
-def test_unknown_labels_are_left_out():
+def test_a_probe_of_a_run_is_about_the_records_with_its_modality_and_a_label():
     rng = np.random.default_rng(3)
-    features, labels = _gaussians(rng, 120, 60.0)
-    test_features, test_labels = _gaussians(rng, 60, 60.0)
-    labels[:30], test_labels[:15] = -1, -1
-    features[:30] = np.nan
-    result = linear_probe(
-        features, labels, test_features, test_labels, train_sources=np.arange(120), **SETTINGS
+
+    def side(items):
+        features, labels = _gaussians(rng, items, 60.0)
+        labels[:15] = -1
+        has_audio = np.arange(items) >= 10  # of which 5 have no label
+        features[~has_audio | (labels < 0)] = np.nan
+        arrays = {"label_class": labels, "has_audio": has_audio, "source_id": np.arange(items)}
+        names = ("pretrained/audio_features", "random/audio_features", *STATISTICS)
+        noise = np.where(np.isnan(features), np.nan, rng.normal(size=features.shape))
+        return arrays | dict.fromkeys(names, noise) | {names[0]: features}
+
+    config = ml_collections.ConfigDict({"seed": 0})
+    config.evaluation = evaluate_config.get_config().evaluation
+    config.evaluation.probe.update({"folds": 3, "costs": (0.1,)})
+    test = side(60)
+    records = types.SimpleNamespace(
+        records=types.SimpleNamespace(class_names={"class": ["a", "b", "c"]}),
+        record_ids=[f"record {n}" for n in range(60)],
+        sources=[f"source {n // 2}" for n in range(60)],
     )
-    assert result.confusion.sum() == 45
+    measured = measure_probe(config, records, side(120), test, "class", "audio")
+    assert measured.outcomes.units == records.record_ids[15:]
+    assert measured.outcomes.sources == records.sources[15:]
+    assert set(measured.metrics) == {"class_from_audio_random", "class_from_audio_pretrained"}
+    values = point_values(measured)
+    assert values["class_from_audio_pretrained"] >= 0.95
+    assert values["class_from_audio_random"] < 0.6
+    assert measured.metrics["class_from_audio_random"].chance == pytest.approx(1 / 3)
+    confusion = measured.details["confusion"]
+    np.testing.assert_array_equal(confusion.sum(axis=1), np.bincount(test["label_class"][15:]))
+    assert np.trace(confusion) / 45 == pytest.approx(values["class_from_audio_pretrained"])
+    assert measured.details["costs"] == {"random": 0.1, "pretrained": 0.1}
 
 
 def test_bad_input_says_what_and_which():
@@ -190,8 +205,6 @@ def test_bad_input_says_what_and_which():
         _probe(features, labels, groups % 2)
     with pytest.raises(ValueError, match=r"features \(30, 10\) are not finite"):
         _probe(features * np.nan, labels, groups)
-    with pytest.raises(ValueError, match="no test item has a label"):
-        linear_probe(features, labels, features, np.full(30, -1), train_sources=groups, **SETTINGS)
 
 
 def test_gap_closed():

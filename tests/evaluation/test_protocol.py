@@ -20,6 +20,8 @@ from avcl_jax.evaluation.protocol import (
     Outcomes,
     Protocol,
     Stages,
+    merge,
+    point_values,
     read_outcomes,
 )
 from avcl_jax.evaluation.statistics import bootstrap
@@ -192,8 +194,6 @@ def test_a_metric_is_about_the_units_that_are_chosen_for_it(tmp_path: Path) -> N
             {"correct": correct, "known": chosen},
         ),
         {"accuracy": Metric("mean", ["correct"], "accuracy", chosen="known")},
-        {},
-        [],
     )
     figure = _run(tmp_path).write(measured, Stages())["metrics"]["accuracy"]
     assert figure["value"] == 0.5
@@ -206,6 +206,30 @@ def test_a_metric_is_about_the_units_that_are_chosen_for_it(tmp_path: Path) -> N
     assert (figure["low"], figure["high"]) == (alone.low, alone.high)
 
 
+def test_results_of_some_units_are_merged_and_stay_results_of_those() -> None:
+    units, sources = list("abcde"), ["s", "s", "t", "t", "u"]
+    correct = {"random": [0.0, 1.0, 0.0], "pretrained": [1.0, 1.0, 0.0], "supervised": [1.0] * 3}
+    probe = Measured(
+        Outcomes(list("dab"), ["t", "s", "s"], {k: np.array(v) for k, v in correct.items()}),
+        {
+            "pretrained": Metric("mean", ("pretrained",), "pretrained", chance=0.25),
+            "gap": Metric("gap_closed", tuple(correct), "gap closed"),
+        },
+    )
+    tasks = Measured(
+        Outcomes(units, sources, {"right": np.array([1, 0, 2, 0, 1])}),
+        {"right": Metric("median", ("right",), "right")},
+    )
+    none = Measured(Outcomes([], [], {}), {})
+    outcomes, metrics = merge(units, sources, {"known": probe, "has_both": none, "": tasks})
+    np.testing.assert_array_equal(outcomes.values["known"], [1, 1, 0, 1, 0])
+    np.testing.assert_array_equal(outcomes.values["pretrained"], [1, 0, 0, 1, 0])
+    assert (metrics["gap"].chosen, metrics["right"].chosen) == ("known", None)
+    assert outcomes.values.keys() == {*correct, "known", "right"}
+    values = point_values(Measured(outcomes, metrics))
+    assert values == pytest.approx({"pretrained": 2 / 3, "gap": 0.5, "right": 1.0})
+
+
 def test_a_figure_that_is_not_defined_is_null_and_shown_as_a_dash(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,8 +237,6 @@ def test_a_figure_that_is_not_defined_is_null_and_shown_as_a_dash(
     measured = Measured(
         Outcomes(list("abcd"), list("abcd"), values),
         {"gap": Metric("gap_closed", list(values), "gap closed")},
-        {},
-        [],
     )
     figure = _run(tmp_path).write(measured, Stages())["metrics"]["gap"]
     assert figure["value"] is figure["low"] is figure["high"] is None
@@ -238,7 +260,7 @@ def test_details_that_json_cannot_write_leave_nothing_behind(tmp_path: Path) -> 
 
 def test_a_metric_of_what_nothing_measured_is_refused_and_nothing_written(tmp_path: Path) -> None:
     measured = Measured(
-        Outcomes(["a"], ["s"], {}), {"accuracy": Metric("mean", ["correct"], "accuracy")}, {}, []
+        Outcomes(["a"], ["s"], {}), {"accuracy": Metric("mean", ["correct"], "accuracy")}
     )
     with pytest.raises(UserError, match=r"accuracy needs the outcomes correct, which"):
         _run(tmp_path).write(measured, Stages())
@@ -260,7 +282,7 @@ def test_outcomes_that_contradict_themselves_are_refused(
     tmp_path: Path, outcomes: Outcomes, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        _run(tmp_path).write(Measured(outcomes, {}, {}, []), Stages())
+        _run(tmp_path).write(Measured(outcomes, {}), Stages())
     assert not list(tmp_path.iterdir())
 
 

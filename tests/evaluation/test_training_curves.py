@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 
 import numpy as np
 import pytest
 
 from avcl_jax.evaluation.charts import line_chart
-from avcl_jax.evaluation.training_curves import training_curves
+from avcl_jax.evaluation.training_curves import training_charts, training_section
 from avcl_jax.style import STYLE
 from avcl_jax.training.loop import bank_start
 from configs import pretrain
-from tests.evaluation.test_report import render, synthetic_content
 
 
 def _rows(steps: int = 8) -> list[dict]:
@@ -38,8 +36,8 @@ def _rows(steps: int = 8) -> list[dict]:
 
 
 def test_each_metric_has_one_chart_and_absent_ones_none():
-    charts = {chart.title: chart for chart in training_curves(_rows())}
-    assert {title: list(chart.series) for title, chart in charts.items()} == {
+    charts = {title: (further, chart) for title, further, chart in training_charts(_rows())}
+    assert {title: list(chart["series"]) for title, (_, chart) in charts.items()} == {
         "Contrastive loss": ["video–video", "audio–audio", "video–audio"],
         "Loss of the temporal tasks": ["speed, video"],
         "Partner ranked first in the batch": ["video→audio", "audio→video"],
@@ -53,15 +51,16 @@ def test_each_metric_has_one_chart_and_absent_ones_none():
         "Mean norm": ["video"],
         "Bank age rows": ["video→audio"],
     }
-    steps, values = charts["Contrastive loss"].series["audio–audio"]
+    steps, values = charts["Contrastive loss"][1]["series"]["audio–audio"]
     np.testing.assert_array_equal(steps, [10, 20, 40, 50, 60, 70, 80])
     np.testing.assert_allclose(values, [1.9, 1.8, 1.6, 1.5, 1.4, 1.3, 1.2])
-    assert [t for t, chart in charts.items() if chart.further] == ["Mean norm", "Bank age rows"]
-    base = charts["Bank positives with the anchor's speed"].dashed["by chance"]
+    assert [t for t, (further, _) in charts.items() if further] == ["Mean norm", "Bank age rows"]
+    base = charts["Bank positives with the anchor's speed"][1]["dashed"]["by chance"]
     np.testing.assert_array_equal(base, [[50, 60, 70, 80], [0.25] * 4])
-    in_bank = charts["Similarity of negatives (dashed: in the bank)"].dashed["video→audio"]
-    np.testing.assert_array_equal(in_bank, [[50, 60, 70, 80], [0.5] * 4])
-    assert training_curves([]) == []
+    negatives = charts["Similarity of negatives (dashed: in the bank)"][1]
+    np.testing.assert_array_equal(negatives["dashed"]["video→audio"], [[50, 60, 70, 80], [0.5] * 4])
+    assert training_charts([]) == []
+    assert training_section([], None) == ""
 
 
 def _drawn(svg: str) -> dict[str, np.ndarray]:
@@ -78,7 +77,7 @@ def _drawn(svg: str) -> dict[str, np.ndarray]:
     for path, style in re.findall(r'<path d="([^"]*)" clip-path[^>]*style="([^"]*)"', svg):
         stroke = re.search(r"stroke: ([^;\"]+)", style)[1]
         points = np.array(re.findall(r"[ML] ([\d.]+) ([\d.]+)", path), float)
-        if stroke != "var(--line)":
+        if "stroke-opacity: 0.3" not in style:  # a line of the grid
             dashes = re.search(r"stroke-dasharray: ([\d.,]+)", style)
             kind = "" if dashes is None else " dotted" if dashes[1] == "1,2" else " dashed"
             key = stroke + kind
@@ -98,13 +97,13 @@ def test_curves_are_drawn_at_their_values_with_the_step_of_the_bank():
         marker=(40, "bank from step 40"),
     )
     drawn = _drawn(svg)
-    np.testing.assert_allclose(drawn.pop("var(--muted) dotted")[:, 0], 40, atol=0.01)
+    np.testing.assert_allclose(drawn.pop("#74808d dotted")[:, 0], 40, atol=0.01)
     assert len(drawn) == 4
     for stroke, expected in (
         ("#3a86d4", (steps, losses)),
         ("#d97a1a", (steps, others)),
         ("#d97a1a dashed", (steps[5:], others[5:] / 2)),
-        ("var(--muted) dashed", (steps, steps / 50)),
+        ("#74808d dashed", (steps, steps / 50)),
     ):
         np.testing.assert_allclose(drawn[stroke], np.transpose(expected), atol=0.01)
     for label, count in (("bank from step 40", 1), ("a", 1), ("b", 1), ("by chance", 1)):
@@ -119,7 +118,7 @@ def test_a_long_run_is_drawn_with_few_points_and_a_single_line_with_a_dot():
     (curve,) = _drawn(svg).values()
     np.testing.assert_allclose(curve[-1], [5000, values[-125:].mean()], rtol=0.02)
     one = line_chart({"a": (steps[:1], values[:1])}, name="one", ylabel="loss")
-    assert len(re.findall("<use [^>]*fill: #3a86d4", one)) == 1
+    assert len(re.findall("<use [^>]*fill: #3a86d4", one)) == 2  # and in the legend
 
 
 @pytest.mark.parametrize(
@@ -139,13 +138,14 @@ def test_the_bank_is_used_after_warm_up_and_when_full(changes, start):
     assert bank_start(config) == start
 
 
-@pytest.mark.parametrize(("start", "marked"), [(80, True), (90, False)])
-def test_the_page_marks_the_bank_in_every_chart_that_reaches_it(start, marked):
-    curves = [training_curves(_rows())[n] for n in (0, -1)]
-    page = render(dataclasses.replace(synthetic_content(), curves=curves, bank_start=start))
-    assert page.count(f">bank from step {start}</text>") == marked * len(curves)
-    assert ("of the feature bank" in page) == marked
-    before, _, after = page.partition("<summary>More metrics</summary>")
+@pytest.mark.parametrize(("start", "marked"), [(80, True), (90, False), (None, False)])
+def test_the_section_marks_the_bank_in_every_chart_of_a_run_that_reaches_it(start, marked):
+    html = training_section(_rows(), start)
+    assert (
+        html.count(f">bank from step {start}</text>") == marked * html.count("<svg") == marked * 12
+    )
+    assert ("of the feature bank" in html) == marked
+    before, _, after = html.partition("<summary>More metrics</summary>")
     assert ("Bank age rows" in before, "Bank age rows" in after) == (False, True)
 
 
