@@ -22,7 +22,7 @@ from avcl_jax.data.record_files import RecordError
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation import compare
 from avcl_jax.fingerprint import command
-from avcl_jax.fingerprint.error import FingerprintError
+from avcl_jax.fingerprint.settings import FingerprintError
 from avcl_jax.training.run_steps import NonFiniteError
 from data_prep import __main__ as data_prep
 from data_prep import card, demo

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from avcl_jax.encoder_source import MODALITIES
 from avcl_jax.fingerprint.calibration import THRESHOLD
 from avcl_jax.fingerprint.database import SourceRow
-from avcl_jax.fingerprint.matching import Alignment
 from avcl_jax.fingerprint.scores import Scored, strength
 
 # Intervals with a smaller fraction of the resemblance of the strongest interval are due to chance.
@@ -18,15 +18,7 @@ _WEAKEST_INTERVAL = 0.25
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """Seconds of the query and the seconds of the reference that they resemble.
-
-    Attributes:
-        query_start: seconds.
-        query_end: seconds.
-        reference_start: seconds.
-        reference_end: seconds.
-        shared_by: number of sources that match here as well as this one, itself included.
-    """
+    """Seconds of the query and of the reference that agree, and how many sources match there."""
 
     query_start: float
     query_end: float
@@ -37,13 +29,9 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class SegmentScore:
-    """Similarity of a part of the query to the source at its time.
+    """Similarity of seconds of the query to the source, in standard deviations above chance.
 
-    Attributes:
-        query_start: seconds.
-        query_end: seconds.
-        video: standard deviations above chance; None without video to compare.
-        audio: the same of the audio.
+    It is None for a modality that the query lacks there.
     """
 
     query_start: float
@@ -95,15 +83,10 @@ class Match:
         """Says which modalities match."""
         if self.same_file:
             return "the same file"
-        compared = [
-            name
-            for name, score in (("video", self.video_score), ("audio", self.audio_score))
-            if score is not None
-        ]
-        if len(compared) == 1:
-            (other,) = {"video", "audio"} - set(compared)
+        if self.video_score is None or self.audio_score is None:
+            compared, other = MODALITIES if self.audio_score is None else MODALITIES[::-1]
             verb = "matches" if self.matched else "does not match"
-            return f"the {compared[0]} {verb}, the {other} was not compared"
+            return f"the {compared} {verb}, the {other} was not compared"
         if len(self.matched) == 1:
             return f"only the {self.matched[0]} matches"
         if self.matched:
@@ -120,8 +103,8 @@ class QueryResult:
         matches: one per source, best first, also those that are not accepted.
         query_seconds: length of the query.
         required: modalities that had to match.
-        empty: modalities of the query without content to compare: silent audio, or video of one
-            colour.
+        empty: modality of the query without content to compare (silent audio, or video of one
+            colour), beside one that was compared.
         threshold: score from which a match is accepted.
     """
 
@@ -152,40 +135,39 @@ class QueryResult:
     @property
     def remark(self) -> str:
         """Says which modality of the query was empty while the other was compared; "" if none."""
-        if len(self.empty) != 1:
-            return ""
-        (empty,) = self.empty
-        what = {"audio": "the audio is silent", "video": "the video shows one colour"}[empty]
-        (other,) = {"video", "audio"} - {empty}
-        return f"{what}: only the {other} was compared"
+        remarks = {
+            "audio": "the audio is silent: only the video was compared",
+            "video": "the video shows one colour: only the audio was compared",
+        }
+        return "".join(remarks[modality] for modality in self.empty)
 
 
 def make_match(
     scored: Scored,
-    source: SourceRow,
+    sources: Sequence[SourceRow],
     segment_seconds: float,
     *,
-    rivals: Sequence[str],
-    required: Sequence[str] = (),
-    same_file_from: float | None = None,
+    required: Sequence[str],
+    known: Mapping[int, float],
 ) -> Match:
     """Returns the match that describes a scored alignment.
 
     Args:
         scored: the alignment and its scores.
-        source: source of the alignment.
+        sources: all sources, by number.
         segment_seconds: length of a segment at the reference's pace.
-        rivals: names of the sources that match equally well.
         required: modalities that have to match.
-        same_file_from: if the query is the source's own file, the second at which it begins.
+        known: number of each source whose file is the query -> second at which the query begins.
     """
-    alignment = scored.alignment
-    rate, offset, same = alignment.rate, alignment.offset_seconds, same_file_from is not None
-    if same_file_from is not None:
-        rate, offset = 1.0, same_file_from
-    intervals = [
-        Interval(a, b, a * rate + offset, b * rate + offset, count)
-        for a, b, count in _intervals(scored, segment_seconds / alignment.rate)
+    alignment, length = scored.alignment, segment_seconds / scored.alignment.rate
+    source, same = sources[alignment.source], alignment.source in known
+    rate = 1.0 if same else alignment.rate
+    offset = known.get(alignment.source, alignment.offset_seconds)
+    columns = [
+        [None if math.isnan(value) else value for value in alignment.by_segment[m].tolist()]
+        if m in alignment.by_segment
+        else [None] * len(alignment.query_seconds)
+        for m in MODALITIES
     ]
     return Match(
         source=source.name,
@@ -193,15 +175,21 @@ def make_match(
         offset_seconds=offset,
         rate=rate,
         score=scored.score,
-        accepted=same or (scored.score >= THRESHOLD and all(m in scored.matched for m in required)),
+        accepted=same or (scored.score >= THRESHOLD and set(required) <= set(scored.matched)),
         same_file=same,
         matched=tuple(alignment.by_modality) if same else scored.matched,
-        shared_with=() if same else tuple(rivals),
+        shared_with=() if same else tuple(sources[number].name for number in scored.rivals),
         video_score=alignment.by_modality.get("video"),
         audio_score=alignment.by_modality.get("audio"),
         duration_seconds=source.duration_seconds,
-        intervals=intervals,
-        segments=_segment_scores(alignment, segment_seconds / alignment.rate),
+        intervals=[
+            Interval(a, b, a * rate + offset, b * rate + offset, count)
+            for a, b, count in _intervals(scored, length)
+        ],
+        segments=[
+            SegmentScore(start, start + length, video, audio)
+            for start, video, audio in zip(alignment.query_seconds.tolist(), *columns, strict=True)
+        ],
     )
 
 
@@ -222,18 +210,4 @@ def _intervals(scored: Scored, length: float) -> list[tuple[float, float, int]]:
     least = _WEAKEST_INTERVAL * max((total for _, _, total, _ in runs), default=0.0)
     return [
         (a, b, int(statistics.median_low(counts))) for a, b, total, counts in runs if total >= least
-    ]
-
-
-def _segment_scores(alignment: Alignment, length: float) -> list[SegmentScore]:
-    starts = alignment.query_seconds.tolist()
-    columns = {
-        modality: [None if math.isnan(value) else value for value in values.tolist()]
-        for modality, values in alignment.by_segment.items()
-    }
-    nothing = [None] * len(starts)
-    video, audio = columns.get("video", nothing), columns.get("audio", nothing)
-    return [
-        SegmentScore(start, start + length, v, a)
-        for start, v, a in zip(starts, video, audio, strict=True)
     ]

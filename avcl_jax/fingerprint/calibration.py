@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from avcl_jax.fingerprint.library import Library
-from avcl_jax.fingerprint.matching import QUERY_DENSITY, Rendering, align, prepare
+from avcl_jax.fingerprint.matching import QUERY_DENSITY, align, prepare
 from avcl_jax.fingerprint.segments import SegmentFeatures
 
 # At most one unrelated query in a hundred may match, a score of 2. The scale is fitted to the
@@ -53,10 +53,7 @@ class Calibration:
     def score(self, evidence: float, *, query_seconds: float, segments: int) -> float:
         """Returns −log10 of the chance that an unrelated query finds such evidence.
 
-        Args:
-            evidence: evidence of an alignment.
-            query_seconds: length of the query.
-            segments: number of segments of the library.
+        `segments` is the number in the library.
         """
         places = math.log(max(segments, 1) / max(self.segments, 1))
         location = self.location + self.growth * math.log(max(query_seconds, 0.5))
@@ -76,13 +73,7 @@ def name_of(modalities: Iterable[str]) -> str:
     return "+".join(sorted(modalities))
 
 
-def fit(
-    library: Library,
-    *,
-    hop_seconds: float,
-    spans: Mapping[str, float],
-    num_rates: int,
-) -> dict[str, Calibration]:
+def fit(library: Library, spans: Mapping[str, float]) -> dict[str, Calibration]:
     """Fits the distributions to queries made of the library's own sources.
 
     Median and quartiles are fitted, so that a quarter of the sources may have a double in the
@@ -90,93 +81,75 @@ def fit(
 
     Args:
         library: library to search.
-        hop_seconds: time from one segment to the next.
         spans: modality -> length of a segment, of all modalities of the library.
-        num_rates: number of rates at which a query is rendered.
 
     Returns:
         The distribution of all modalities together and of each alone, by `name_of`; `DEFAULT`
         where there are too few sources with these modalities.
     """
-    sets = {name_of(used): used for used in [tuple(sorted(spans)), *((m,) for m in spans)]}
-    points: dict[str, list[tuple[float, float]]] = {name: [] for name in sets}
-    rng = np.random.default_rng(0)
+    sets = {name_of(used): {m: spans[m] for m in used} for used in [spans, *((m,) for m in spans)]}
     count = len(library.sources)
     if count < MIN_SOURCES:
         return dict.fromkeys(sets, DEFAULT)
+    points: dict[str, list[tuple[float, float]]] = {name: [] for name in sets}
+    rng = np.random.default_rng(0)
     numbers = rng.choice(count, min(_QUERIES, count), replace=False)
     for n, number in enumerate(numbers.tolist()):
         seconds = _LENGTHS_SECONDS[n % len(_LENGTHS_SECONDS)]
-        span = max(spans.values())
-        segments = _excerpt(library, number, list(spans), seconds, hop_seconds, span, rng)
+        query = _excerpt(library, number, seconds, spans, rng)
         # One search serves every choice of modalities: most of the work of adding short media.
-        queries = prepare(
-            library,
-            [Rendering(1.0, _between(segments))],
-            list(spans),
-            hop_seconds=hop_seconds,
-            exclude=number,
-        )
-        for name, used in sets.items():
-            if all(segments.present[m].any() for m in used):
-                own = {m: spans[m] for m in used}
-                best = align(library, queries, own, hop_seconds=hop_seconds)
-                evidence = best[0].evidence if best else 0.0
-                points[name].append((math.log(segments.duration_seconds), evidence))
+        queries = prepare(library, [query], list(spans), exclude=number)
+        for name, own in sets.items():
+            if all(query.present[m].any() for m in own):
+                best = align(library, queries, own)
+                evidence = best[0].evidence(own) if best else 0.0
+                points[name].append((math.log(query.duration_seconds), evidence))
     return {
-        name: _distribution(np.array(own_points), num_rates, library.num_segments)
+        name: _distribution(np.array(own_points), library)
         if len(own_points) >= MIN_SOURCES
         else DEFAULT
         for name, own_points in points.items()
     }
 
 
-def _distribution(points: np.ndarray, num_rates: int, segments: int) -> Calibration:
+def _distribution(points: np.ndarray, library: Library) -> Calibration:
     """Fits evidence [queries, 1], which grows with the logarithm of the seconds [queries, 0]."""
     seconds, evidence = points.T
     growth = max(0.0, _slope(seconds, evidence))
-    rest = evidence - growth * seconds
-    low, middle, high = np.quantile(rest, (0.25, 0.5, 0.75))
+    low, middle, high = np.quantile(evidence - growth * seconds, (0.25, 0.5, 0.75))
     # Of the unit Gumbel: quartiles are 1.5725 apart, the median is at 0.3665.
     weight = len(evidence) / (len(evidence) + _PRIOR_QUERIES)
     scale = weight * float(high - low) / 1.5725 + (1 - weight) * DEFAULT.scale
-    renderings_of_a_query = num_rates * QUERY_DENSITY
+    renderings_of_a_query = len(library.settings.rates) * QUERY_DENSITY
     return Calibration(
         location=float(middle) - 0.3665 * scale + scale * math.log(renderings_of_a_query),
         growth=growth,
         scale=scale,
-        segments=segments,
+        segments=library.num_segments,
     )
 
 
 def _excerpt(
     library: Library,
     number: int,
-    modalities: Sequence[str],
     seconds: float,
-    hop: float,
-    span: float,
+    spans: Mapping[str, float],
     rng: np.random.Generator,
 ) -> SegmentFeatures:
-    """Cuts these seconds, or as many as there are, out of a source's segments."""
+    """Cuts these seconds, or as many as there are, out of a source's segments.
+
+    Each segment is repeated where a query has others between it and the next.
+    """
+    hop, span = library.settings.hop_seconds, max(spans.values())
     wanted = max(1, round((seconds - span) / hop) + 1)
     total = int(library.lengths[number])
     first = int(rng.integers(max(total - wanted, 0) + 1))
-    both = {m: library.vectors_of(m, number, first, first + wanted) for m in modalities}
-    return SegmentFeatures(
-        {m: vectors for m, (vectors, _) in both.items()},
-        {m: present for m, (_, present) in both.items()},
-        (min(wanted, total) - 1) * hop + span,
-    )
-
-
-def _between(segments: SegmentFeatures) -> SegmentFeatures:
-    """Repeats each segment where a query has others between it and the next."""
-    return SegmentFeatures(
-        {m: np.repeat(f, QUERY_DENSITY, axis=0) for m, f in segments.features.items()},
-        {m: np.repeat(p, QUERY_DENSITY) for m, p in segments.present.items()},
-        segments.duration_seconds,
-    )
+    features, present = {}, {}
+    for modality in spans:
+        vectors, here = library.vectors_of(modality, number, first, first + wanted)
+        features[modality] = np.repeat(vectors, QUERY_DENSITY, axis=0)
+        present[modality] = np.repeat(here, QUERY_DENSITY)
+    return SegmentFeatures(features, present, (min(wanted, total) - 1) * hop + span)
 
 
 def _slope(x: np.ndarray, y: np.ndarray) -> float:

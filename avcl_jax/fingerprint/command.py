@@ -22,7 +22,6 @@ from avcl_jax.errors import UserError, one_line
 from avcl_jax.fingerprint import serve
 from avcl_jax.fingerprint.answer import Interval, Match, QueryResult
 from avcl_jax.fingerprint.calibration import THRESHOLD
-from avcl_jax.fingerprint.error import FingerprintError
 from avcl_jax.fingerprint.index import (
     NOTHING_TO_COMPARE,
     REQUIREMENTS,
@@ -31,7 +30,7 @@ from avcl_jax.fingerprint.index import (
 )
 from avcl_jax.fingerprint.library import verify
 from avcl_jax.fingerprint.matching import CANDIDATES
-from avcl_jax.fingerprint.settings import KINDS, FingerprintSettings
+from avcl_jax.fingerprint.settings import KINDS, FingerprintError, FingerprintSettings
 from avcl_jax.paths import local_path
 
 _SCORES = (

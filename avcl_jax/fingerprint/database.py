@@ -17,14 +17,14 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from avcl_jax.data.media import MediaError
-from avcl_jax.fingerprint.error import FingerprintError
 from avcl_jax.fingerprint.projection import Projection
 from avcl_jax.fingerprint.segments import SegmentFeatures
+from avcl_jax.fingerprint.settings import FingerprintError
 
 DATABASE, FORMAT_VERSION = "index.sqlite", 2
 _FORMER_MANIFEST = "manifest.json"  # of format 1
@@ -54,8 +54,7 @@ _REASONS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class SourceRow:
+class SourceRow(NamedTuple):
     """An indexed medium.
 
     Attributes:
@@ -72,7 +71,7 @@ class SourceRow:
 
 
 _PRESENT = "_present"
-_COLUMNS = ", ".join(field.name for field in dataclasses.fields(SourceRow))
+_COLUMNS = ", ".join(SourceRow._fields)
 
 
 class Transaction:
@@ -142,13 +141,13 @@ class Transaction:
                 raise FingerprintError("the checksum is that of other values")
             return features, present
 
-    def insert(self, row: SourceRow, segments: SegmentFeatures) -> None:
-        """Adds a medium, in place of one of the same name.
+    def insert(self, row: SourceRow, segments: SegmentFeatures) -> bool:
+        """Adds a medium, in place of one of the same name; returns whether there was one.
 
         Raises:
             MediaError: if its features do not fit into one value.
         """
-        self.delete(row.name)
+        replaces = self.delete(row.name)
         features = {m: f[segments.present[m]] for m, f in segments.features.items()}
         blob = _pack(
             {m: f.astype(np.float16) for m, f in features.items()}
@@ -166,6 +165,7 @@ class Transaction:
             "VALUES (?, ?, ?, ?, ?, ?, ?)",
             (*values, _checksum(values, blob), blob),
         )
+        return replaces
 
     def delete(self, name: str) -> bool:
         """Removes a medium; returns whether there was one of this name."""

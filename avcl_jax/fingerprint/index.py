@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,9 @@ from avcl_jax.encoder_source import MODALITIES, open_encoders
 from avcl_jax.fingerprint import calibration, database, library, matching
 from avcl_jax.fingerprint.answer import Match, QueryResult, make_match
 from avcl_jax.fingerprint.database import SourceRow, transaction
-from avcl_jax.fingerprint.error import FingerprintError
 from avcl_jax.fingerprint.scores import score_alignments
-from avcl_jax.fingerprint.segments import Segmenter, not_empty
-from avcl_jax.fingerprint.settings import FingerprintSettings
+from avcl_jax.fingerprint.segments import Segmenter, SegmentFeatures, not_empty
+from avcl_jax.fingerprint.settings import FingerprintError, FingerprintSettings
 from avcl_jax.paths import absolute_path, local_path
 
 __all__ = ["AddReport", "FingerprintIndex", "Match", "QueryResult"]
@@ -63,7 +62,7 @@ class FingerprintIndex:
         self.directory = directory
         self._encoder_path = encoder_path
         library.faiss()
-        self._stored, self._library = library.load(directory)
+        self._library = library.load(directory)
 
     @classmethod
     def open(
@@ -89,12 +88,13 @@ class FingerprintIndex:
         Raises:
             FingerprintError: the errors of `open`.
         """
-        with transaction(self.directory) as stored:
-            if stored.settings()["generation"] == self._stored["generation"]:
+        before = self._library.stored
+        with transaction(self.directory) as opened:
+            if opened.settings()["generation"] == before["generation"]:
                 return self
         now = copy.copy(self)
         now._load()
-        if any(now._stored[key] != self._stored[key] for key in ("encoder", "settings")):
+        if any(now._library.stored[key] != before[key] for key in ("encoder", "settings")):
             now.__dict__.pop("segmenter", None)
         return now
 
@@ -121,14 +121,14 @@ class FingerprintIndex:
                 f"{directory} is not empty: `add` to the index there, or give a new directory"
             )
         source = open_encoders(encoders)
-        segmenter = Segmenter(source, settings)
+        dimensions = Segmenter(source, settings).dimensions
         directory.mkdir(parents=True, exist_ok=True)
         database.create(
             directory,
             {
                 "encoder": {"path": encoders, "fingerprint": source.fingerprint},
-                "settings": settings.to_json(),
-                "dimensions": segmenter.dimensions,
+                "settings": dataclasses.asdict(settings),
+                "dimensions": dimensions,
                 "calibration": {"segments": 0, "by_modalities": {}},
             },
         )
@@ -142,7 +142,7 @@ class FingerprintIndex:
             FingerprintError: if the encoders are not those that made the index.
             ExportError: if they are not there.
         """
-        expected = self._stored["encoder"]
+        expected = self._library.stored["encoder"]
         source = open_encoders(self._encoder_path or expected["path"])
         if source.fingerprint != expected["fingerprint"]:
             raise FingerprintError(
@@ -153,6 +153,11 @@ class FingerprintIndex:
         return Segmenter(source, self.settings)
 
     @property
+    def settings(self) -> FingerprintSettings:
+        """Settings with which the index was made."""
+        return self._library.settings
+
+    @property
     def num_segments(self) -> int:
         """Number of segments."""
         return self._library.num_segments
@@ -160,7 +165,7 @@ class FingerprintIndex:
     @property
     def modalities(self) -> tuple[str, ...]:
         """Modalities that the index compares."""
-        return tuple(self._stored["dimensions"])
+        return tuple(self._library.stored["dimensions"])
 
     def sources(self) -> list[SourceRow]:
         """Returns the indexed media."""
@@ -181,8 +186,8 @@ class FingerprintIndex:
         for name, media in items:
             try:
                 content = file_sha256(media) if isinstance(media, Path) else _sha256(media)
-                with transaction(self.directory) as stored:
-                    if stored.content_of(name) == content:
+                with transaction(self.directory) as opened:
+                    if opened.content_of(name) == content:
                         report.skipped.append(name)
                         continue
                 segments = self.segmenter.of(media)
@@ -193,13 +198,12 @@ class FingerprintIndex:
                     report.failed.append((name, f"{seconds:.2f} s {nothing}"))
                     continue
                 path = str(media) if isinstance(media, Path) else None
-                with transaction(self.directory, write=True) as stored:
-                    known = stored.content_of(name) is not None
-                    stored.insert(SourceRow(name, content, seconds, path), segments)
+                with transaction(self.directory, write=True) as opened:
+                    replaces = opened.insert(SourceRow(name, content, seconds, path), segments)
             except (MediaError, OSError) as error:
                 report.failed.append((name, str(error)))
                 continue
-            (report.replaced if known else report.added).append(name)
+            (report.replaced if replaces else report.added).append(name)
             new_segments += len(segments)
             if new_segments >= max(_UPDATE_SEGMENTS, _UPDATE_FRACTION * self.num_segments):
                 self._update()
@@ -213,9 +217,9 @@ class FingerprintIndex:
         Raises:
             FingerprintError: if one is not in the index; then none is removed.
         """
-        with transaction(self.directory, write=True) as stored:
+        with transaction(self.directory, write=True) as opened:
             for name in names:
-                if not stored.delete(name):
+                if not opened.delete(name):
                     raise FingerprintError(f"{name} is not in {self.directory}")
         self._update()
 
@@ -249,7 +253,7 @@ class FingerprintIndex:
             if modality not in available:
                 raise FingerprintError(f"the query has no {modality}, which is required")
         renderings = self.render(media)
-        if not any(len(r.segments) for r in renderings):
+        if not any(map(len, renderings)):
             raise FingerprintError(
                 f"the query lasts {media.duration_seconds:.2f} s, a segment "
                 f"{self.segmenter.shortest_seconds:.2f} s: give a longer clip"
@@ -261,21 +265,15 @@ class FingerprintIndex:
             modalities,
             count,
             required=required,
-            known=[(number, start_seconds) for number in same],
+            known=dict.fromkeys(same, start_seconds),
         )
-        compared = [m for m in available if m in self.modalities and m in modalities]
-        with_content = not_empty(media)
-        empty = [m for m in compared if m not in with_content]
+        compared = {m for m in available if m in self.modalities and m in modalities}
+        empty = compared - set(not_empty(media))
         # A query without any content has no match to remark on.
-        empty = empty if len(empty) < len(compared) else []
-        return dataclasses.replace(result, empty=tuple(empty))
+        return dataclasses.replace(result, empty=tuple(empty if empty < compared else ()))
 
     def check_required(self, required: Sequence[str], modalities: Sequence[str]) -> None:
-        """Checks that the required modalities are compared.
-
-        Args:
-            required: required modalities.
-            modalities: modalities to compare.
+        """Checks that the required modalities are indexed and among those to compare.
 
         Raises:
             FingerprintError: if one is not.
@@ -287,115 +285,94 @@ class FingerprintIndex:
                         f"{modality} is required, but only {' and '.join(given)} is {what}"
                     )
 
-    def render(self, media: DecodedMedia) -> list[matching.Rendering]:
-        """Encodes a query at every rate, for the modalities that have an encoder.
-
-        Args:
-            media: decoded with `segmenter.decoding`.
-        """
+    def render(self, media: DecodedMedia) -> list[SegmentFeatures]:
+        """Encodes a query, decoded with `segmenter.decoding`, at every rate."""
         hop = self.settings.hop_seconds / matching.QUERY_DENSITY
         return [
-            matching.Rendering(rate, self.segmenter.of_media(media, hop_seconds=hop, rate=rate))
+            self.segmenter.of_media(media, hop_seconds=hop, rate=rate)
             for rate in self.settings.rates
         ]
 
     def match(
         self,
-        renderings: Sequence[matching.Rendering],
+        renderings: Sequence[SegmentFeatures],
         query_seconds: float,
         modalities: Sequence[str] = MODALITIES,
         count: int = 10,
         *,
         required: Sequence[str] = (),
-        known: Sequence[tuple[int, float]] = (),
+        known: Mapping[int, float] | None = None,
     ) -> QueryResult:
-        """Finds where an encoded query may come from.
+        """Finds where a query may come from.
 
         Args:
-            renderings: query, encoded by this index or one with its encoders and settings.
+            renderings: query, from `render` of this index or one with its encoders and settings.
             query_seconds: length of the query.
-            modalities: modalities to compare.
-            count: number of matches to return, at most.
-            required: required modalities.
-            known: number of a source and offset in seconds, see `matching.align`.
+            modalities: see `query`.
+            count: see `query`.
+            required: see `query`.
+            known: see `matching.align`.
         """
-        used = [m for m in self._stored["dimensions"] if m in modalities]
-        renderings = [r for r in renderings if len(r.segments)]
+        known = known or {}
+        renderings = [self._library.project(r) for r in renderings if len(r)]
         if not self._library.vectors or not renderings:
             return QueryResult([], query_seconds, tuple(required))
-        spans = {m: self.segmenter.span_seconds(m) for m in used}
-        vectors = [
-            dataclasses.replace(r, segments=self._library.project(r.segments)) for r in renderings
-        ]
-        hop = self.settings.hop_seconds
-        queries = matching.prepare(self._library, vectors, used, hop_seconds=hop)
-        alignments = matching.align(self._library, queries, spans, hop_seconds=hop, known=known)
-        # A modality that the clip lacks has no evidence, which would count as unrelated.
-        compared = [m for m in used if any(r.segments.present[m].any() for r in renderings)]
+        spans = {m: self.segmenter.span_seconds(m) for m in self.modalities if m in modalities}
+        queries = matching.prepare(self._library, renderings, list(spans))
+        alignments = matching.align(self._library, queries, spans, known=known)
         scored = score_alignments(
             alignments,
             self.calibration,
-            spans={m: spans[m] for m in compared},
+            # A modality that the clip lacks has no evidence, which would count as unrelated.
+            spans={m: s for m, s in spans.items() if any(r.present[m].any() for r in renderings)},
             query_seconds=query_seconds,
             segments=self.num_segments,
         )
-        same = dict(known)
-        scored.sort(key=lambda s: s.alignment.source not in same)
         matches = [
             make_match(
                 s,
-                self._library.sources[s.alignment.source],
+                self._library.sources,
                 min(spans.values()),
-                rivals=[self._library.sources[number].name for number in s.rivals],
                 required=required,
-                same_file_from=same.get(s.alignment.source),
+                known=known,
             )
             for s in scored
         ]
         # Even before higher scores that lack a required modality or are shared with other sources.
-        matches.sort(key=lambda match: (not match.accepted, bool(match.shared_with)))
+        matches.sort(key=lambda m: (not m.accepted, bool(m.shared_with), not m.same_file))
         return QueryResult(matches[:count], query_seconds, tuple(required))
-
-    @property
-    def settings(self) -> FingerprintSettings:
-        """Settings with which the index was made."""
-        return FingerprintSettings.from_json(self._stored["settings"])
 
     def calibration(self, modalities: Sequence[str]) -> calibration.Calibration:
         """Returns the calibration of evidence of these modalities together."""
-        fitted = self._stored["calibration"]["by_modalities"]
+        fitted = self._library.stored["calibration"]["by_modalities"]
         fields = fitted.get(calibration.name_of(modalities))
         return calibration.Calibration(**fields) if fields else calibration.DEFAULT
 
     def _load(self) -> None:
-        self._stored, self._library = library.load(self.directory, self._library)
+        self._library = library.load(self.directory, self._library)
 
     def _update(self) -> None:
         """Brings projections, calibration and cache up to date with the media."""
         while True:
             self._load()
-            calibrated = self._calibrated()
-            if self._library.is_stored and calibrated == self._stored["calibration"]:
+            stored, calibrated = self._library.stored, self._calibrated()
+            if self._library.is_stored and calibrated == stored["calibration"]:
                 break
-            with transaction(self.directory, write=True) as stored:
+            with transaction(self.directory, write=True) as opened:
                 # Otherwise another process has changed the index meanwhile.
-                if stored.settings()["generation"] == self._stored["generation"]:
+                if opened.settings()["generation"] == stored["generation"]:
                     vectors = self._library.vectors
-                    stored.write_projections({m: v.projection for m, v in vectors.items()})
-                    stored.write_settings({"calibration": calibrated})
-        self._library.save(self.directory, self._stored["generation"])
+                    opened.write_projections({m: v.projection for m, v in vectors.items()})
+                    opened.write_settings({"calibration": calibrated})
+        self._library.save(self.directory)
 
     def _calibrated(self) -> dict[str, Any]:
         """Returns the calibrations, fitted again if the index has changed much since."""
-        last = self._stored["calibration"]["segments"]
-        now = self.num_segments
-        if last / _CALIBRATED_WITHIN < now < last * _CALIBRATED_WITHIN:
-            return self._stored["calibration"]
+        before, now = self._library.stored["calibration"], self.num_segments
+        if before["segments"] / _CALIBRATED_WITHIN < now < before["segments"] * _CALIBRATED_WITHIN:
+            return before
         fitted = calibration.fit(
-            self._library,
-            hop_seconds=self.settings.hop_seconds,
-            spans={m: self.segmenter.span_seconds(m) for m in self._stored["dimensions"]},
-            num_rates=len(self.settings.rates),
+            self._library, {m: self.segmenter.span_seconds(m) for m in self.modalities}
         )
         by_modalities = {name: dataclasses.asdict(found) for name, found in fitted.items()}
         return {"segments": now, "by_modalities": by_modalities}

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from avcl_jax.fingerprint.database import DATABASE, SourceRow, Transaction, transaction
-from avcl_jax.fingerprint.error import FingerprintError
 from avcl_jax.fingerprint.projection import Projection, fit_projection
 from avcl_jax.fingerprint.segments import SegmentFeatures
+from avcl_jax.fingerprint.settings import FingerprintError, FingerprintSettings
 
 # From here on vectors are compressed and searched in cells; a flat search of this size takes 100 MB
 # and, for the queries of a ten-second clip, about a second on two cores.
@@ -39,21 +39,6 @@ _COHORT = 512
 _CACHE = re.compile(r"cache-[0-9a-f]{16}(\.\w+)?")
 # The label of a segment is the id of its source, followed by its number in these bits.
 _NUMBER_BITS = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class Neighbours:
-    """Nearest reference segments of query segments; source −1 where there are fewer.
-
-    Attributes:
-        similarity: float32 [queries, k], best first.
-        source: int64 [queries, k], number of the source.
-        segment: int64 [queries, k], number of the segment in its source.
-    """
-
-    similarity: np.ndarray
-    source: np.ndarray
-    segment: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +80,7 @@ class Vectors:
         # Cells and codebooks cannot be learned from fewer than 256 vectors.
         if kind == "flat" or count < (IVFPQ_FROM if kind == "auto" else 256):
             return self
-        learned = former.learned_from if former is not None else 0
+        learned = 0 if former is None else former.learned_from
         if former is not None and learned / _LEARNED_WITHIN < count < learned * _LEARNED_WITHIN:
             cells = faiss().clone_index(former.cells)  # others may search the former ones
             cells.remove_ids(np.setdiff1d(former.labels, self.labels))
@@ -118,6 +103,7 @@ class Library:
     """Sources, numbered in the order of their ids, and their vectors.
 
     Attributes:
+        stored: `Transaction.settings`.
         sources: indexed media.
         ids: int64 [sources], ascending.
         lengths: int64 [sources], numbers of segments.
@@ -125,11 +111,17 @@ class Library:
         is_stored: whether the database has the projections of the vectors.
     """
 
+    stored: Mapping[str, Any]
     sources: Sequence[SourceRow]
     ids: np.ndarray
     lengths: np.ndarray
     vectors: Mapping[str, Vectors]
     is_stored: bool = True
+
+    @functools.cached_property
+    def settings(self) -> FingerprintSettings:
+        """Settings with which the index was made."""
+        return FingerprintSettings.from_json(self.stored["settings"])
 
     @property
     def num_segments(self) -> int:
@@ -156,14 +148,14 @@ class Library:
         count = max(min(end, int(self.lengths[number])) - first, 0)
         rows = slice(*np.searchsorted(vectors.labels, start + first + np.array([0, count])))
         places = vectors.labels[rows] - start - first
-        found = np.zeros((count, vectors.values.shape[1]), np.float32)
+        values = np.zeros((count, vectors.values.shape[1]), np.float32)
         present = np.zeros(count, bool)
-        found[places], present[places] = vectors.values[rows], True
-        return found, present
+        values[places], present[places] = vectors.values[rows], True
+        return values, present
 
     def search(
         self, modality: str, queries: np.ndarray, count: int, exclude: int | None = None
-    ) -> Neighbours:
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Finds the nearest segments.
 
         Args:
@@ -171,6 +163,10 @@ class Library:
             queries: float32 [n, d], projected.
             count: neighbours of each.
             exclude: number of a source that is not to be found.
+
+        Returns:
+            Similarity, float32 [n, count], best first; number of the source, −1 where there are
+            fewer; and number of the segment in its source, both int64 [n, count].
         """
         searcher, parameters = self.vectors[modality].searcher, None
         if exclude is not None:
@@ -185,19 +181,19 @@ class Library:
         queries = np.ascontiguousarray(queries, np.float32)
         similarity, labels = searcher.search(queries, count, params=parameters)
         missing = labels < 0
-        return Neighbours(
+        return (
             np.where(missing, -np.inf, similarity),
             np.where(missing, -1, np.searchsorted(self.ids, labels >> _NUMBER_BITS)),
             np.where(missing, -1, labels & ((1 << _NUMBER_BITS) - 1)),
         )
 
-    def save(self, directory: Path, generation: str) -> None:
-        """Writes the cache of a generation, unless it is there, and deletes those of others.
+    def save(self, directory: Path) -> None:
+        """Writes the cache of this generation, unless it is there, and deletes those of others.
 
         Where there is no room, or the folder cannot be written, there is none afterwards, and
         readers compute what it would contain.
         """
-        place = directory / f"cache-{generation}"
+        place = _cache_of(directory, self.stored)
         if _read_cache(place) is not None:
             return
         with contextlib.suppress(OSError):
@@ -211,12 +207,8 @@ class Library:
 
     def _write(self, directory: Path) -> None:
         for modality, vectors in self.vectors.items():
-            arrays: dict[str, Any] = {
-                "ids": self.ids,
-                "lengths": self.lengths,
-                "labels": vectors.labels,
-            }
-            arrays |= dataclasses.asdict(vectors.projection)
+            arrays: dict[str, Any] = dataclasses.asdict(vectors.projection)
+            arrays |= {"ids": self.ids, "lengths": self.lengths, "labels": vectors.labels}
             if vectors.cells is not None:
                 arrays["cells"] = faiss().serialize_index(vectors.cells)
                 arrays["learned_from"] = vectors.learned_from
@@ -228,26 +220,23 @@ class Library:
             os.close(descriptor)
 
 
-def load(directory: Path, former: Library | None = None) -> tuple[dict[str, Any], Library]:
+def load(directory: Path, former: Library | None = None) -> Library:
     """Reads an index.
 
     Args:
         directory: directory of the index.
         former: earlier state of the index, whose unchanged parts are used again.
 
-    Returns:
-        Its settings, and its library.
-
     Raises:
         FingerprintError: if there is no index, or it is damaged.
     """
-    with transaction(directory) as stored:
-        settings = stored.settings()
+    with transaction(directory) as opened:
+        stored = opened.settings()
         if former is None:
-            places = [directory / f"cache-{settings['generation']}"]
+            places = [_cache_of(directory, stored)]
             places += [path for path in directory.iterdir() if _CACHE.fullmatch(path.name)]
             former = next(filter(None, map(_read_cache, places)), None)
-        return settings, _build(stored, settings, former)
+        return _build(opened, stored, former)
 
 
 def verify(directory: Path) -> list[str]:
@@ -259,12 +248,12 @@ def verify(directory: Path) -> list[str]:
     Raises:
         FingerprintError: if there is no index, or it cannot be read.
     """
-    with transaction(directory) as stored:
-        if problems := stored.problems():
+    with transaction(directory) as opened:
+        if problems := opened.problems():
             return problems
-        settings = stored.settings()
-        place = directory / f"cache-{settings['generation']}"
-        cache, library = _read_cache(place), _build(stored, settings, None)
+        library = _build(opened, opened.settings(), None)
+        place = _cache_of(directory, library.stored)
+        cache = _read_cache(place)
     if cache is None or cache.vectors.keys() != library.vectors.keys():
         return []  # it is computed again when the index is opened
     agree = np.array_equal(cache.ids, library.ids) and all(
@@ -291,73 +280,70 @@ def faiss() -> types.ModuleType:
     return module
 
 
-def _build(stored: Transaction, settings: Mapping[str, Any], former: Library | None) -> Library:
-    media, projections = stored.media(), stored.projections()
-    kind, total = settings["settings"]["kind"], sum(count for _, count, _ in media)
+def _build(opened: Transaction, stored: Mapping[str, Any], former: Library | None) -> Library:
+    """Computes the vectors of all media, but for those that `former` has by the same projections.
+
+    The projections are fitted if there are none yet, or the index has grown much since.
+    """
+    media, projections = opened.media(), opened.projections()
+    total = sum(count for _, count, _ in media)
     fitted = max((p.fitted_to for p in projections.values()), default=0)
     grown = fitted < _FIT_ENOUGH and total >= _FIT_GROWTH * max(fitted, 1)
     if not media or (projections and not grown):
-        library = _assemble(stored, media, projections, kind, former)
+        library = _assemble(opened, stored, projections, former)
         # Otherwise the first film was added to an index of songs.
         if all(v.projection.fitted_to or not len(v.labels) for v in library.vectors.values()):
             return library
     rng = np.random.default_rng(0)
-    features = [stored.features_of(id_)[0] for id_, _, _ in media]
-    for modality, width in settings["dimensions"].items():
+    features = [opened.features_of(id_)[0] for id_, _, _ in media]
+    for modality, width in stored["dimensions"].items():
         rows = np.concatenate([np.zeros((0, width), np.float32), *(f[modality] for f in features)])
         if len(rows) > _FIT_ENOUGH:
             rows = rows[rng.choice(len(rows), _FIT_ENOUGH, replace=False)]
-        projections[modality] = fit_projection(rows, settings["settings"]["dimensions"])
-    library = _assemble(stored, media, projections, kind, None)
+        projections[modality] = fit_projection(rows, stored["settings"]["dimensions"])
+    library = _assemble(opened, stored, projections, None)
     return dataclasses.replace(library, is_stored=False)
 
 
 def _assemble(
-    stored: Transaction,
-    media: Sequence[tuple[int, int, SourceRow]],
+    opened: Transaction,
+    stored: Mapping[str, Any],
     projections: Mapping[str, Projection],
-    kind: str,
     former: Library | None,
 ) -> Library:
     """Computes the vectors of all media that `former` does not have by the same projections."""
-    if former is not None:
-        made_by = {m: v.projection for m, v in former.vectors.items()}
-        former = former if _equal(made_by, projections) else None
+    media = opened.media()
     ids, lengths = np.array([row[:2] for row in media], np.int64).reshape(-1, 2).T
-    sources = [row for _, _, row in media]
-    if former is not None and np.array_equal(former.ids, ids):
-        return dataclasses.replace(former, sources=sources, is_stored=True)
-    known = set() if former is None else set(former.ids.tolist())
+    library = Library(stored, [row for _, _, row in media], ids, lengths, {})
+    known = {} if former is None else former.vectors
+    if former is None or {m: v.projection for m, v in known.items()} != projections:
+        former, known = None, {}
+    elif np.array_equal(former.ids, ids):
+        return dataclasses.replace(library, vectors=known)
     labels: dict[str, list[np.ndarray]] = {m: [] for m in projections}
     values: dict[str, list[np.ndarray]] = {
         m: [np.zeros((0, p.matrix.shape[1]), np.float32)] for m, p in projections.items()
     }
-    if former is not None:
-        for modality, vectors in former.vectors.items():
-            kept = np.isin(vectors.labels >> _NUMBER_BITS, ids)
-            labels[modality].append(vectors.labels[kept])
-            values[modality].append(vectors.values[kept])
-    for id_ in ids.tolist():
-        if id_ not in known:
-            features, present = stored.features_of(id_)
-            for modality, projection in projections.items():
-                labels[modality].append((id_ << _NUMBER_BITS) + np.flatnonzero(present[modality]))
-                values[modality].append(projection(features[modality]))
+    for modality, vectors in known.items():
+        kept = np.isin(vectors.labels >> _NUMBER_BITS, ids)
+        labels[modality].append(vectors.labels[kept])
+        values[modality].append(vectors.values[kept])
+    for id_ in (ids if former is None else np.setdiff1d(ids, former.ids)).tolist():
+        features, present = opened.features_of(id_)
+        for modality, projection in projections.items():
+            labels[modality].append((id_ << _NUMBER_BITS) + np.flatnonzero(present[modality]))
+            values[modality].append(projection(features[modality]))
     made = {}
     for modality, projection in projections.items():
         joined = np.concatenate(labels[modality])
         order = np.argsort(joined)
         vectors = Vectors(projection, joined[order], np.concatenate(values[modality])[order])
-        before = None if former is None else former.vectors[modality]
-        made[modality] = vectors.with_cells(kind, before)
-    return Library(sources, ids, lengths, made)
+        made[modality] = vectors.with_cells(library.settings.kind, known.get(modality))
+    return dataclasses.replace(library, vectors=made)
 
 
-def _equal(one: Mapping[str, Projection], other: Mapping[str, Projection]) -> bool:
-    return one.keys() == other.keys() and all(
-        np.array_equal(p.mean, other[m].mean) and np.array_equal(p.matrix, other[m].matrix)
-        for m, p in one.items()
-    )
+def _cache_of(directory: Path, stored: Mapping[str, Any]) -> Path:
+    return directory / f"cache-{stored['generation']}"
 
 
 def _read_cache(directory: Path) -> Library | None:
@@ -381,4 +367,4 @@ def _read_cache(directory: Path) -> Library | None:
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, RuntimeError):
         return None
     complete = all(len(v.labels) == len(v.values) for v in vectors.values())
-    return Library((), ids, lengths, vectors) if vectors and complete else None
+    return Library({}, (), ids, lengths, vectors) if vectors and complete else None

@@ -17,7 +17,7 @@ import threadpoolctl
 _SHRINKAGE = 0.01
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Projection:
     """A linear map fitted to reference features.
 
@@ -35,6 +35,13 @@ class Projection:
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Projection:
         """Returns the projection whose fields are stored as arrays."""
         return cls(arrays["mean"], arrays["matrix"], int(arrays["fitted_to"]))
+
+    def __eq__(self, other: object) -> bool:
+        """Compares the fields."""
+        return isinstance(other, Projection) and all(
+            np.array_equal(getattr(self, f.name), getattr(other, f.name))
+            for f in dataclasses.fields(self)
+        )
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """Returns float32 [n, d] of length one for features [n, D]."""

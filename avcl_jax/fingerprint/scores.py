@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from avcl_jax.fingerprint.calibration import THRESHOLD, Calibration
-from avcl_jax.fingerprint.matching import Alignment
+from avcl_jax.fingerprint.matching import Alignment, fuse
 
 # Shorter parts of a query are not scored: there are many, and each is weak evidence.
 _SHORTEST_PART_SECONDS = 3.0
@@ -21,8 +21,6 @@ _SHORTEST_PART_SECONDS = 3.0
 # is nearly 1, for other footage nearly 0.
 _SMOOTHING_SECONDS = 2.0
 _EQUALLY = 0.5
-
-Calibrations = Callable[[Sequence[str]], Calibration]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Scored:
 
 def score_alignments(
     alignments: Sequence[Alignment],
-    calibrations: Calibrations,
+    calibrations: Callable[[Sequence[str]], Calibration],
     *,
     spans: Mapping[str, float],
     query_seconds: float,
@@ -67,36 +65,36 @@ def score_alignments(
         The scores, best first.
     """
     together = calibrations(list(spans))
+
+    def score_of(part: _Part) -> float:
+        return part.score(together, spans)
+
     best_parts = []
     for alignment in alignments:
-        whole = np.ones(len(alignment.agrees), bool)
+        whole = _Part(alignment, np.ones(len(alignment.agrees), bool), query_seconds, segments)
         parts = _parts(alignment, query_seconds, min(spans.values()))
-        best = _Part(alignment, whole, query_seconds, segments)
         # Each part is another query that may match by chance.
-        for inside, seconds in parts:
-            part = _Part(alignment, inside, seconds, segments * len(parts))
-            if part.score(together, spans) > best.score(together, spans):
-                best = part
-        best_parts.append((best.score(together, spans), best))
-    best_parts.sort(key=lambda item: (-item[0], -item[1].alignment.evidence))
-    accepted = [part.alignment for score, part in best_parts if score >= THRESHOLD]
+        tried = [_Part(alignment, *part, segments * len(parts)) for part in parts]
+        best_parts.append(max([whole, *tried], key=score_of))
+    best_parts.sort(key=lambda part: (-score_of(part), -part.alignment.evidence(spans)))
+    accepted = [part.alignment for part in best_parts if score_of(part) >= THRESHOLD]
     scored = []
-    for score, part in best_parts:
-        matched = tuple(
+    for part in best_parts:
+        score = score_of(part)
+        matched = [
             m
             for m in part.alignment.by_segment
             if part.score(calibrations([m]), {m: spans[m]}) >= THRESHOLD
-        )
-        others = [a for a in accepted if a.source != part.alignment.source]
-        others = others if score >= THRESHOLD else []
+        ]
+        others = [a for a in accepted if a is not part.alignment and score >= THRESHOLD]
         equal = [_equally_well(part.alignment, other) for other in others]
-        rivals = tuple(
+        shared_by = 1 + sum(equal, np.zeros(len(part.inside), int))
+        rivals = [
             other.source
             for other, shared in zip(others, equal, strict=True)
-            if part.without(shared).score(together, spans) < THRESHOLD
-        )
-        shared_by = np.ones(len(part.inside), int) + sum(equal, np.zeros(len(part.inside), int))
-        scored.append(Scored(part.alignment, score, matched, shared_by, rivals))
+            if score_of(part.without(shared)) < THRESHOLD
+        ]
+        scored.append(Scored(part.alignment, score, tuple(matched), shared_by, tuple(rivals)))
     return scored
 
 
@@ -118,11 +116,12 @@ class _Part:
 
     def score(self, calibration: Calibration, spans: Mapping[str, float]) -> float:
         """Returns the score by the modalities of `spans`."""
-        if self.inside.all():  # as in the fit of the calibration
-            whole = [self.alignment.by_modality.get(m, 0.0) for m in spans]
-            evidence = float(np.sqrt(np.square(np.maximum(whole, 0)).sum()))
-        else:
-            evidence = _evidence(self.alignment, self.inside, spans)
+        # The evidence of the whole is that to which the calibration was fitted.
+        evidence = (
+            self.alignment.evidence(spans)
+            if self.inside.all()
+            else _evidence(self.alignment, self.inside, spans)
+        )
         return calibration.score(evidence, query_seconds=self.seconds, segments=self.segments)
 
     def without(self, segments: np.ndarray) -> _Part:
@@ -134,8 +133,7 @@ class _Part:
 
 def strength(alignment: Alignment) -> np.ndarray:
     """Returns how much each segment resembles the source, all modalities together: [segments]."""
-    values = [np.nan_to_num(np.maximum(z, 0)) for z in alignment.by_segment.values()]
-    return np.sqrt(np.square(values).sum(axis=0))
+    return fuse([np.nan_to_num(values) for values in alignment.by_segment.values()])
 
 
 def _evidence(alignment: Alignment, inside: np.ndarray, spans: Mapping[str, float]) -> float:
@@ -147,8 +145,7 @@ def _evidence(alignment: Alignment, inside: np.ndarray, spans: Mapping[str, floa
         values = alignment.by_segment.get(modality, np.full(len(inside), np.nan))
         some = values[inside & ~np.isnan(values)]
         if len(some):
-            mean = max(float(some.mean()), 0.0)
-            total += mean**2 * (len(some) * step + span) / span
+            total += max(float(some.mean()), 0.0) ** 2 * (len(some) * step + span) / span
     return float(np.sqrt(total))
 
 

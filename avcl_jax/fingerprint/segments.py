@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import soxr
 
+from avcl_jax.batched import batched_map
 from avcl_jax.data.images import apply_crop, center_crop
 from avcl_jax.data.media import DecodedMedia, MediaError, Source, decode_media
 from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
@@ -28,7 +29,7 @@ from avcl_jax.encoder_source import MODALITIES, EncoderSource
 from avcl_jax.export import Encoder
 from avcl_jax.fingerprint.settings import FingerprintSettings
 
-_BATCH = 32
+_BATCH, _THREADS = 32, 2
 # A segment may reach over the end by this fraction of its length, as containers round durations.
 _SLACK = 0.05
 # Frames below this standard deviation have one colour with codec noise: all black leaders are
@@ -40,17 +41,19 @@ _INTERVAL_SECONDS = 120.0
 
 @dataclasses.dataclass(frozen=True)
 class SegmentFeatures:
-    """Features of the segments of one medium.
+    """Features of the segments of one medium, or the vectors that were made of them.
 
     Attributes:
         features: modality -> float32 [segments, D], zeros where the segment is missing.
         present: modality -> bool [segments].
         duration_seconds: length of the medium.
+        rate: seconds of the segments' timeline per second of the medium.
     """
 
     features: Mapping[str, np.ndarray]
     present: Mapping[str, np.ndarray]
     duration_seconds: float
+    rate: float = 1.0
 
     def __len__(self) -> int:
         """Number of segments."""
@@ -58,26 +61,38 @@ class SegmentFeatures:
 
 
 class Segmenter:
-    """Cuts media into segments and encodes them."""
+    """Cuts media into segments and encodes them on all local devices.
+
+    Attributes:
+        dimensions: modality -> length of a feature vector.
+    """
 
     def __init__(self, source: EncoderSource, settings: FingerprintSettings):
         """Takes encoders of one or both modalities, and the settings of an index."""
         self.source = source
         self.settings = settings
-        self.dimensions = {
-            modality: int(
-                jax.eval_shape(
-                    functools.partial(_structured, *self._fixed(modality)),
-                    encoder.params,
-                    self._empty(modality),
-                ).shape[1]
+        self.dimensions: dict[str, int] = {}
+        self._encode = {}
+        for name, encoder in source.encoders.items():
+            structured = _structured(
+                encoder.modality, encoder.module, encoder.preprocess, settings.time_bins
             )
-            for modality, encoder in source.encoders.items()
-        }
+            example = {"clips": self._empty(name)[None]}
+            shapes = jax.eval_shape(structured, encoder.params, example)
+            self.dimensions[name] = shapes["features"].shape[1]
+            self._encode[name] = batched_map(
+                structured,
+                {"encoder": encoder.params},
+                inputs=("clips",),
+                chunk=_BATCH,
+                threads=_THREADS,
+            )
 
     def span_seconds(self, modality: str) -> float:
         """Length of a segment."""
-        return _clip_seconds(self.source.encoders[modality]) * self.settings.speed
+        spec = self.source.encoders[modality].preprocess
+        spec_seconds = spec.log_mel if isinstance(spec, AudioPreprocessing) else spec
+        return spec_seconds.clip_seconds * self.settings.speed
 
     @property
     def shortest_seconds(self) -> float:
@@ -88,23 +103,21 @@ class Segmenter:
     def decoding(self) -> dict[str, Any]:
         """Arguments of `decode_media`, by which only what the encoders use is decoded."""
         arguments: dict[str, Any] = {"short_side": None, "max_fps": 1.0, "sample_rate_hz": 8000}
-        arguments["modalities"] = tuple(m for m in MODALITIES if m in self.source.encoders)
-        video, audio = (self.source.encoders.get(modality) for modality in MODALITIES)
-        if video is not None:
-            spec = video.preprocess
-            assert isinstance(spec, VideoPreprocessing)
-            # Twice the rate of the clip's frames: each is at most half a step from its time.
-            arguments["max_fps"] = 2 * spec.num_frames / spec.clip_seconds
-            arguments["short_side"] = spec.image_size
-        if audio is not None:
-            assert isinstance(audio.preprocess, AudioPreprocessing)
-            arguments["sample_rate_hz"] = audio.preprocess.log_mel.sample_rate_hz
+        arguments["modalities"] = tuple(m for m in MODALITIES if m in self.dimensions)
+        for encoder in self.source.encoders.values():
+            spec = encoder.preprocess
+            if isinstance(spec, AudioPreprocessing):
+                arguments["sample_rate_hz"] = spec.log_mel.sample_rate_hz
+            else:
+                # Twice the rate of the clip's frames: each is at most half a step from its time.
+                arguments["max_fps"] = 2 * spec.num_frames / spec.clip_seconds
+                arguments["short_side"] = spec.image_size
         return arguments
 
     def compile(self) -> None:
         """Compiles the encoders, so that the first media need not wait for it."""
-        for modality, encoder in self.source.encoders.items():
-            _structured(*self._fixed(modality), encoder.params, self._empty(modality))
+        for modality in self.source.encoders:
+            self._encoded(modality, {0.0: self._empty(modality)}.__getitem__, np.zeros(1))
 
     def of(self, media: Path | DecodedMedia) -> SegmentFeatures:
         """Encodes a file, or a medium in memory."""
@@ -136,7 +149,11 @@ class Segmenter:
             if last:
                 break
             start += step
-        return _joined(parts, step * (len(parts) - 1) + parts[-1].duration_seconds)
+        return SegmentFeatures(
+            {m: np.concatenate([part.features[m] for part in parts]) for m in self.dimensions},
+            {m: np.concatenate([part.present[m] for part in parts]) for m in self.dimensions},
+            step * (len(parts) - 1) + parts[-1].duration_seconds,
+        )
 
     def of_media(
         self,
@@ -156,86 +173,87 @@ class Segmenter:
                 above 1 is slower. The pitch of the audio stays.
         """
         hop = (hop_seconds or self.settings.hop_seconds) / rate
-        spans = {m: self.span_seconds(m) / rate for m in self.source.encoders}
+        spans = {m: self.span_seconds(m) / rate for m in self.dimensions}
         if count is None:
-            count = max(_count(media, modality, hop, span) for modality, span in spans.items())
+            # Segments that begin before a modality ends.
+            counts = [0]
+            for modality, (begin, end) in _extents(media).items():
+                room = end - (1 - _SLACK) * spans.get(modality, np.inf)
+                counts += [int(room / hop + 1e-6) + 1] if room >= begin else []
+            count = max(counts)
         starts = hop * np.arange(count)
         features, present = {}, {}
         for modality, span in spans.items():
-            here = _present(media, modality, starts, span)
-            values = np.zeros((count, self.dimensions[modality]), np.float32)
+            here = present[modality] = _present(media, modality, starts, span)
+            features[modality] = np.zeros((count, self.dimensions[modality]), np.float32)
             if here.any():
-                cut = self._video_clips if modality == "video" else self._audio_clips
-                clips = cut(media, starts[here], rate)
-                values[here] = np.concatenate(list(self._encoded(modality, clips)))
-            features[modality], present[modality] = values, here
-        return SegmentFeatures(features, present, media.duration_seconds * rate)
+                cut = self._cutter(modality, media, rate)
+                features[modality][here] = self._encoded(modality, cut, starts[here])
+        return SegmentFeatures(features, present, media.duration_seconds * rate, rate)
 
-    def _video_clips(
-        self, media: DecodedMedia, starts: np.ndarray, rate: float
-    ) -> Iterator[np.ndarray]:
-        """Yields batches of the video encoder's input."""
-        spec = self.source.encoders["video"].preprocess
-        assert isinstance(spec, VideoPreprocessing)
-        crop = center_crop(*media.frames.shape[1:3])
-        images = apply_crop(media.frames, crop, spec.image_size)
-        step = self.span_seconds("video") / spec.num_frames / rate
-        for some in _batches(starts):
-            times = some[:, None] + step * np.arange(spec.num_frames)
-            # As a player: the last frame that began before.
-            numbers = np.searchsorted(media.frame_seconds, times + 1e-6, side="right") - 1
-            yield images[np.maximum(numbers, 0)]
+    def _encoded(
+        self, modality: str, cut: Callable[[float], np.ndarray], starts: np.ndarray
+    ) -> np.ndarray:
+        """Returns the features [starts, D] of clips that threads cut while devices encode."""
+        encode = self._encode[modality]
+        outputs = encode(lambda number: {"clips": cut(starts[number])}, range(len(starts)))
+        return outputs["encoder/features"]
 
-    def _audio_clips(
-        self, media: DecodedMedia, starts: np.ndarray, rate: float
-    ) -> Iterator[np.ndarray]:
-        """Yields batches of the audio encoder's input."""
-        preprocess = self.source.encoders["audio"].preprocess
-        assert isinstance(preprocess, AudioPreprocessing)
+    def _empty(self, modality: str) -> np.ndarray:
+        shape = self.source.encoders[modality].input_shape
+        return np.zeros(shape, np.uint8 if modality == "video" else np.float32)
+
+    def _cutter(
+        self, modality: str, media: DecodedMedia, rate: float
+    ) -> Callable[[float], np.ndarray]:
+        """Returns a function from the start of a segment to the clip that its encoder takes."""
+        preprocess = self.source.encoders[modality].preprocess
+        if isinstance(preprocess, VideoPreprocessing):
+            crop = center_crop(*media.frames.shape[1:3])
+            images = apply_crop(media.frames, crop, preprocess.image_size)
+            count = preprocess.num_frames
+            times = self.span_seconds(modality) / count / rate * np.arange(count)
+
+            def cut(start: float) -> np.ndarray:
+                # As a player: the last frame that began before.
+                numbers = np.searchsorted(media.frame_seconds, start + times + 1e-6, side="right")
+                return images[np.maximum(numbers - 1, 0)]
+
+            return cut
         spec = preprocess.log_mel
         waveform = media.waveform
         if media.sample_rate_hz != spec.sample_rate_hz:
             waveform = soxr.resample(waveform, media.sample_rate_hz, spec.sample_rate_hz)
         # As `gather_windows`: the windows keep their length and so their pitch, at every tempo.
-        hops = spec.window * self.settings.speed / rate * np.arange(spec.frames)
-        for some in _batches(starts):
-            begins = np.round((some - media.audio_start_seconds) * spec.sample_rate_hz)
-            places = (begins[:, None] + np.round(hops)).astype(int)[:, :, None]
-            yield log_mel(samples_at(waveform, places + np.arange(spec.window)), spec)
+        hops = np.round(spec.window * self.settings.speed / rate * np.arange(spec.frames))
 
-    def _encoded(self, modality: str, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        params = self.source.encoders[modality].params
-        for batch in batches:
-            full = self._empty(modality)
-            full[: len(batch)] = batch
-            encoded = _structured(*self._fixed(modality), params, full)
-            yield np.asarray(encoded)[: len(batch)]
+        def cut_audio(start: float) -> np.ndarray:
+            begin = np.round((start - media.audio_start_seconds) * spec.sample_rate_hz)
+            places = (begin + hops).astype(int)[:, None] + np.arange(spec.window)
+            return log_mel(samples_at(waveform, places), spec)
 
-    def _fixed(self, modality: str) -> tuple[Any, ...]:
-        """Static arguments of `_structured`."""
-        encoder = self.source.encoders[modality]
-        return encoder.modality, encoder.module, encoder.preprocess, self.settings.time_bins
-
-    def _empty(self, modality: str) -> np.ndarray:
-        encoder = self.source.encoders[modality]
-        dtype = np.uint8 if modality == "video" else np.float32
-        return np.zeros((_BATCH, *encoder.input_shape), dtype)
+        return cut_audio
 
 
-# Compiled once per process, however many indexes it opens.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _structured(
-    modality: Any, module: Any, preprocess: Any, time_bins: int, params: Any, batch: Any
-) -> jax.Array:
-    """Features averaged over space or frequency and over each part of time: [B, bins · C]."""
+# Cached, because a function is compiled once per process, however many indexes are opened.
+@functools.cache
+def _structured(modality: Any, module: Any, preprocess: Any, time_bins: int) -> Any:
+    """Returns the features averaged over space or frequency and over each part of time.
+
+    They are [B, bins · C], a function of the parameters of an encoder and of clips.
+    """
     encoder = Encoder(modality, {}, preprocess, {}, module)
-    maps = encoder.apply(params, batch, pooled=False)
-    places = maps.shape[1]
-    maps = maps.mean(axis=tuple(range(2, maps.ndim - 1)))
-    bins = min(time_bins, places)
-    edges = np.linspace(0, places, bins + 1).round().astype(int)
-    parts = [maps[:, a:b].mean(axis=1) for a, b in itertools.pairwise(edges)]
-    return jnp.concatenate(parts, axis=-1)
+
+    def structured(params: Any, arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
+        maps = encoder.apply(params, arrays["clips"], pooled=False)
+        places = maps.shape[1]
+        maps = maps.mean(axis=tuple(range(2, maps.ndim - 1)))
+        bins = min(time_bins, places)
+        edges = np.linspace(0, places, bins + 1).round().astype(int)
+        parts = [maps[:, a:b].mean(axis=1) for a, b in itertools.pairwise(edges)]
+        return {"features": jnp.concatenate(parts, axis=-1)}
+
+    return structured
 
 
 def not_empty(media: DecodedMedia) -> tuple[str, ...]:
@@ -245,43 +263,28 @@ def not_empty(media: DecodedMedia) -> tuple[str, ...]:
     return ("video",) * video + ("audio",) * audio
 
 
-def _clip_seconds(encoder: Encoder) -> float:
-    preprocess = encoder.preprocess
-    if isinstance(preprocess, VideoPreprocessing):
-        return preprocess.clip_seconds
-    return preprocess.log_mel.clip_seconds
-
-
-def _extent(media: DecodedMedia, modality: str) -> tuple[float, float]:
-    """Returns when a modality begins and ends; an empty interval without it."""
-    if modality == "audio":
-        if not media.has_audio:
-            return np.inf, -np.inf
+def _extents(media: DecodedMedia) -> dict[str, tuple[float, float]]:
+    """Returns when each modality of a medium begins and ends."""
+    extents = {}
+    if media.has_video:
+        step = 1 / media.fps if media.fps else 0.0
+        extents["video"] = float(media.frame_seconds[0]), float(media.frame_seconds[-1]) + step
+    if media.has_audio:
         start = media.audio_start_seconds
-        return start, start + len(media.waveform) / media.sample_rate_hz
-    if not media.has_video:
-        return np.inf, -np.inf
-    step = 1 / media.fps if media.fps else 0.0
-    return float(media.frame_seconds[0]), float(media.frame_seconds[-1]) + step
-
-
-def _count(media: DecodedMedia, modality: str, hop: float, span: float) -> int:
-    """Returns the number of segments that begin before a modality ends."""
-    first, last = _extent(media, modality)
-    room = last - span * (1 - _SLACK)
-    return 0 if room < first else int(room / hop + 1e-6) + 1
+        extents["audio"] = start, start + len(media.waveform) / media.sample_rate_hz
+    return extents
 
 
 def _present(media: DecodedMedia, modality: str, starts: np.ndarray, span: float) -> np.ndarray:
     """Returns bool [segments], those with a modality; silence and one colour do not count."""
-    first, last = _extent(media, modality)
+    first, last = _extents(media).get(modality, (np.inf, -np.inf))
     here = (starts >= first - _SLACK * span) & (starts + span <= last + _SLACK * span)
     if modality == "video" and here.any():
-        shown = np.concatenate([[0], np.cumsum(~_flat(media.frames))])
+        varied = np.concatenate([[0], np.cumsum(~_flat(media.frames))])
         # From the frame that is on screen when the segment begins.
         before = np.searchsorted(media.frame_seconds, starts + 1e-6, side="right") - 1
         after = np.searchsorted(media.frame_seconds, starts + span - 1e-6, side="left")
-        here &= shown[after] > shown[np.maximum(before, 0)]
+        here &= varied[after] > varied[np.maximum(before, 0)]
     if modality == "audio":
         rate = media.sample_rate_hz
         for n in np.flatnonzero(here):
@@ -293,17 +296,3 @@ def _present(media: DecodedMedia, modality: str, starts: np.ndarray, span: float
 def _flat(frames: np.ndarray) -> np.ndarray:
     """Returns bool [frames], those of one colour."""
     return np.array([cv2.meanStdDev(image)[1].max() < _FLAT_DEVIATION for image in frames])
-
-
-def _batches(starts: np.ndarray) -> Iterator[np.ndarray]:
-    for n in range(0, len(starts), _BATCH):
-        yield starts[n : n + _BATCH]
-
-
-def _joined(parts: list[SegmentFeatures], duration_seconds: float) -> SegmentFeatures:
-    modalities = parts[0].present
-    return SegmentFeatures(
-        {m: np.concatenate([part.features[m] for part in parts]) for m in modalities},
-        {m: np.concatenate([part.present[m] for part in parts]) for m in modalities},
-        duration_seconds,
-    )

@@ -18,8 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from avcl_jax.fingerprint.error import FingerprintError
 from avcl_jax.fingerprint.index import FingerprintIndex
+from avcl_jax.fingerprint.settings import FingerprintError
 
 _STOP_SECONDS = 2
 

@@ -1,14 +1,18 @@
-"""Settings of an index: fixed when it is made, stored in it, equal for references and queries."""
+"""Settings of an index, fixed when it is made and equal for references and queries, and errors."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any, Literal
 
-from avcl_jax.fingerprint.error import FingerprintError
+from avcl_jax.errors import UserError
 
 Kind = Literal["auto", "flat", "ivfpq"]
 KINDS: tuple[Kind, ...] = ("auto", "flat", "ivfpq")
+
+
+class FingerprintError(UserError):
+    """An index or a query cannot be used; the message names the thing, its value and the fix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +53,7 @@ class FingerprintSettings:
         if self.kind not in KINDS:
             raise FingerprintError(f"kind {self.kind!r} is none of {', '.join(KINDS)}")
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns what `from_json` reads."""
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> FingerprintSettings:
-        """Returns the settings that `to_json` described."""
+        """Returns the settings that JSON made of `dataclasses.asdict`."""
         return cls(**{**fields, "rates": tuple(fields["rates"])})

@@ -7,13 +7,16 @@ import dataclasses
 import numpy as np
 import pytest
 
-from avcl_jax.fingerprint.answer import QueryResult, SegmentScore, make_match
+from avcl_jax.fingerprint.answer import Match, QueryResult, SegmentScore, make_match
 from avcl_jax.fingerprint.calibration import THRESHOLD
 from avcl_jax.fingerprint.database import SourceRow
 from avcl_jax.fingerprint.matching import Alignment
 from avcl_jax.fingerprint.scores import Scored
 
-SOURCE = SourceRow("clip", "digest", 60.0, "clip.mp4")
+SOURCES = [
+    SourceRow("clip", "digest", 60.0, "clip.mp4"),
+    SourceRow("other", "another digest", 9.0, None),
+]
 
 
 def scored(
@@ -24,24 +27,28 @@ def scored(
     agrees: list[bool] | None = None,
     shared_by: list[int] | None = None,
     score: float = THRESHOLD,
+    rivals: tuple[int, ...] = (),
 ) -> Scored:
     values = np.array(strengths)
     alignment = Alignment(
         source=0,
         rate=rate,
         offset_seconds=5.0,
-        evidence=0.0,
         by_modality={"video": 1.5},
         query_seconds=np.array(starts),
         agrees=np.ones(len(values), bool) if agrees is None else np.array(agrees),
         by_segment={"video": values},
     )
     shared = np.ones(len(values), int) if shared_by is None else np.array(shared_by)
-    return Scored(alignment, score, ("video",), shared, ())
+    return Scored(alignment, score, ("video",), shared, rivals)
+
+
+def match_of(found: Scored, required=(), known=None) -> Match:
+    return make_match(found, SOURCES, 1.0, required=required, known=known or {})
 
 
 def intervals(found: Scored) -> list[tuple[float, float, int]]:
-    match = make_match(found, SOURCE, 1.0, rivals=())
+    match = match_of(found)
     return [(i.query_start, i.query_end, i.shared_by) for i in match.intervals]
 
 
@@ -63,7 +70,7 @@ def test_an_interval_of_less_than_a_quarter_of_the_strongest_is_chance() -> None
 
 
 def test_places_in_the_reference_follow_the_rate_and_segments_without_video_have_no_score() -> None:
-    match = make_match(scored([0, 1], [4.0, np.nan], rate=2.0), SOURCE, 1.0, rivals=("other",))
+    match = match_of(scored([0, 1], [4.0, np.nan], rate=2.0, rivals=(1,)))
     (interval, _) = (*match.intervals, None)
     assert (interval.query_start, interval.query_end) == (0, 0.5)
     assert (interval.reference_start, interval.reference_end) == (5, 6)
@@ -82,16 +89,16 @@ def test_places_in_the_reference_follow_the_rate_and_segments_without_video_have
     ],
 )
 def test_a_match_needs_the_threshold_and_every_required_modality(score, required, accepted) -> None:
-    found = scored([0, 1], [4, 4], score=score)
-    assert make_match(found, SOURCE, 1.0, rivals=(), required=required).accepted is accepted
+    found = scored([0, 1], [4, 4], score=score, rivals=(1,))
+    assert match_of(found, required).accepted is accepted
     # The file itself needs neither, lies where it was found, and is shared with nobody.
-    same = make_match(found, SOURCE, 1.0, rivals=("x",), required=required, same_file_from=7.0)
+    same = match_of(found, required, {0: 7.0})
     assert (same.accepted, same.same_file, same.shared_with) == (True, True, ())
     assert (same.offset_seconds, same.rate, same.what_matched) == (7.0, 1.0, "the same file")
 
 
 def test_the_verdict_is_of_the_best_match_that_nobody_shares() -> None:
-    match = make_match(scored([0, 1], [4, 4]), SOURCE, 1.0, rivals=())
+    match = match_of(scored([0, 1], [4, 4]))
     shared = dataclasses.replace(match, source="shared", shared_with=("clip",))
     weak = dataclasses.replace(match, source="weak", accepted=False)
     same = dataclasses.replace(match, source="same", same_file=True)
@@ -108,7 +115,7 @@ def test_the_verdict_is_of_the_best_match_that_nobody_shares() -> None:
 
 
 def test_the_modalities_that_match_are_said_in_words() -> None:
-    video = make_match(scored([0, 1], [4, 4]), SOURCE, 1.0, rivals=())
+    video = match_of(scored([0, 1], [4, 4]))
     both = dataclasses.replace(video, audio_score=0.5)
     neither = dataclasses.replace(both, matched=())
     said = {

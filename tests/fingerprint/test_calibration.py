@@ -42,7 +42,7 @@ def test_in_a_library_k_times_as_large_a_false_match_is_k_times_as_likely():
 
 def alignment(by_segment: dict[str, np.ndarray], *, rate: float, starts: np.ndarray) -> Alignment:
     agrees = np.ones(len(starts), bool)
-    return Alignment(0, rate, 0.0, 0.0, {}, starts, agrees, by_segment)
+    return Alignment(0, rate, 0.0, {}, starts, agrees, by_segment)
 
 
 @pytest.mark.parametrize("rate", [1.0, 1.25])
@@ -119,7 +119,8 @@ def test_sources_that_share_the_only_part_are_rivals_and_a_part_counts_as_one_of
         query_seconds=12.0,
         segments=1000,
     )
-    assert [found.alignment.source for found in alone] == [1, 0, 2]
+    # Of equal scores the one with more evidence for the whole query comes first.
+    assert [found.alignment.source for found in alone] == [0, 1, 2]
     by_source = {found.alignment.source: found for found in alone}
     # Ten halves and quarters are tried.
     evidence = 5.0 * ((12 * 0.5 + 0.5) / 0.5) ** 0.5
@@ -158,19 +159,52 @@ def test_few_sources_have_the_default(encoders, tmp_path):
 
 def test_a_modality_is_fitted_as_if_the_other_were_not_there(library):
     spans = {"video": 0.5, "audio": 0.5}
-    both = calibration.fit(
-        library._library, hop_seconds=SETTINGS.hop_seconds, spans=spans, num_rates=3
-    )
+    both = calibration.fit(library._library, spans)
     assert set(both) == {"audio+video", "video", "audio"}
     for modality in spans:
-        alone = calibration.fit(
-            library._library,
-            hop_seconds=SETTINGS.hop_seconds,
-            spans={modality: 0.5},
-            num_rates=3,
-        )
+        alone = calibration.fit(library._library, {modality: 0.5})
         assert alone == {modality: both[modality]}
     assert len({found.location for found in both.values()}) == 3
+
+
+@pytest.mark.parametrize(("seconds", "count"), [(0.4, 1), (1.5, 5), (3.0, 11), (60.0, 23)])
+def test_an_excerpt_lasts_the_seconds_that_are_asked_as_far_as_the_source_has_them(
+    library, seconds, count
+):
+    rng = np.random.default_rng(0)
+    spans = {"video": 0.5, "audio": 0.5}
+    excerpt = calibration._excerpt(library._library, 3, seconds, spans, rng)
+    assert len(excerpt) == 2 * count  # each twice: a query has segments at half a hop
+    assert excerpt.duration_seconds == pytest.approx(0.25 * (count - 1) + 0.5)
+    vectors, present = library._library.vectors_of("video", 3, 0, 99)
+    for modality in spans:
+        np.testing.assert_array_equal(
+            excerpt.features[modality][::2], excerpt.features[modality][1::2]
+        )
+        assert excerpt.present[modality].all()
+    places = [int(np.argmax(vectors @ row)) for row in excerpt.features["video"][::2]]
+    assert places == list(range(places[0], places[0] + count))
+    assert present.sum() == 23
+
+
+def test_a_distribution_is_fitted_to_quartiles_and_to_the_growth_with_the_length(library):
+    seconds = np.tile(np.log([1.5, 3.0, 6.0, 12.0]), 500)
+    gumbel = scipy.stats.gumbel_r.rvs(4.0, 0.8, len(seconds), random_state=0)
+    fitted = calibration._distribution(
+        np.stack([seconds, gumbel + 1.5 * seconds], axis=1), library._library
+    )
+    # A query is tried as two renderings, between the segments, at each of three rates.
+    assert fitted.location == pytest.approx(4.0 + 0.8 * np.log(6), abs=0.2)
+    assert fitted.growth == pytest.approx(1.5, abs=0.1)
+    assert fitted.scale == pytest.approx(0.8, abs=0.05)
+    assert fitted.segments == library.num_segments
+    shrinking = calibration._distribution(
+        np.stack([seconds, gumbel - 1.5 * seconds], axis=1), library._library
+    )
+    assert shrinking.growth == 0.0
+    # Of eight queries, half the weight is the default's.
+    alike = calibration._distribution(np.array([[1.0, 4.0]] * 8), library._library)
+    assert alike.scale == DEFAULT.scale / 2
 
 
 def test_doubles_in_the_library_hardly_move_what_is_unrelated(library, encoders, tmp_path):
@@ -178,12 +212,7 @@ def test_doubles_in_the_library_hardly_move_what_is_unrelated(library, encoders,
     doubled.add((f"clip {n}", clip(n)) for n in range(16))
     doubled.add((f"double of {n}", clip(n)) for n in range(2))
     plain, other = (
-        calibration.fit(
-            index._library,
-            hop_seconds=SETTINGS.hop_seconds,
-            spans={"video": 0.5, "audio": 0.5},
-            num_rates=1,
-        )["audio+video"]
+        calibration.fit(index._library, {"video": 0.5, "audio": 0.5})["audio+video"]
         for index in (library, doubled)
     )
     assert plain != DEFAULT

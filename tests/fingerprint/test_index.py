@@ -15,10 +15,10 @@ import pytest
 
 from avcl_jax.fingerprint import database, library
 from avcl_jax.fingerprint.database import transaction
-from avcl_jax.fingerprint.error import FingerprintError
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.library import Vectors, verify
 from avcl_jax.fingerprint.projection import fit_projection
+from avcl_jax.fingerprint.settings import FingerprintError
 from tests.fingerprint.conftest import SETTINGS
 from tests.fingerprint.synthetic import clip, excerpt, write
 
@@ -55,9 +55,9 @@ def test_of_two_media_of_one_name_the_last_stays(copy):
 
 def test_scores_are_fitted_anew_when_most_is_removed(copy):
     index = FingerprintIndex.open(copy)
-    assert index._stored["calibration"]["segments"] == index.num_segments
+    assert index._library.stored["calibration"]["segments"] == index.num_segments
     index.remove([f"clip {n}" for n in range(12)])
-    assert index._stored["calibration"]["segments"] == index.num_segments
+    assert index._library.stored["calibration"]["segments"] == index.num_segments
 
 
 def test_an_index_of_the_former_format_is_one_clear_line(tmp_path):
@@ -285,10 +285,10 @@ def test_compressed_cells_find_what_flat_finds_and_follow_changes():
     def found(of: Vectors, exclude: int | None = None) -> np.ndarray:
         ids = np.unique(of.labels >> 32)
         queries = values[50:3950] + 0.01 * np.random.default_rng(0).normal(size=(3900, 32))
-        near = library.Library(sources, ids, one, {"video": of}).search(
+        _, source, segment = library.Library({}, sources, ids, one, {"video": of}).search(
             "video", queries, 10, exclude
         )
-        return np.where(near.source < 0, -1, (ids[near.source] << 32) + near.segment)
+        return np.where(source < 0, -1, (ids[source] << 32) + segment)
 
     cells = vectors.with_cells("ivfpq", None)
     assert cells.learned_from == 4000

@@ -9,9 +9,9 @@ import pytest
 import soxr
 
 from avcl_jax.data.media import decode_media
-from avcl_jax.fingerprint.error import FingerprintError
+from avcl_jax.fingerprint import matching
 from avcl_jax.fingerprint.index import FingerprintIndex
-from avcl_jax.fingerprint.settings import FingerprintSettings
+from avcl_jax.fingerprint.settings import FingerprintError, FingerprintSettings
 from tests.conftest import ROOT
 from tests.fingerprint.conftest import SETTINGS
 from tests.fingerprint.synthetic import RATE_HZ, clip, excerpt, joined, leader
@@ -88,6 +88,39 @@ def test_spliced_into_other_footage_only_the_part_is_marked(library):
     longest = max(match.intervals, key=lambda i: i.query_end - i.query_start)
     assert longest.query_start == pytest.approx(2.0, abs=0.6)
     assert longest.query_end == pytest.approx(5.0, abs=0.6)
+
+
+def test_votes_of_a_segment_count_once_per_bin_and_half_in_the_bins_beside_it():
+    channel = matching._Channel(
+        vectors=np.zeros((3, 4), np.float32),
+        present=np.array([True, False, True]),
+        mean=np.array([0.1, 0.0, 0.2], np.float32),
+        scale=np.array([0.1, 1.0, 0.2], np.float32),
+        neighbours=(
+            np.array([[0.9, 0.8, 0.5, -np.inf], [0.6, 0.4, 0.2, 0.1]]),
+            np.array([[7, 7, 8, -1], [7, 8, 7, 7]]),
+            np.array([[8, 9, 40, -1], [12, 8, 0, 0]]),
+        ),
+    )
+    query = matching.Query(1.0, np.array([0.0, 0.25, 0.5]), {"video": channel})
+    votes = {(9, 0, 0): 3.0}
+    matching._vote(query, 5, "video", 0.25, votes)
+    # The first segment finds source 7 at 2.0 s, bin 4, and again in this bin, and the third at
+    # 2.5 s, bin 5. Similarity at or below chance, and missing neighbours, do not vote.
+    assert votes == pytest.approx(
+        {(9, 0, 0): 3.0}
+        | {(7, 5, place): vote for place, vote in ((3, 2.0), (4, 4.5), (5, 3.0), (6, 0.5))}
+        | {(8, 5, place): vote for place, vote in ((19, 1.0), (20, 2.0), (21, 1.0))}
+        | {(8, 5, place): vote for place, vote in ((2, 0.25), (3, 0.5), (4, 0.25))},
+    )
+
+
+def test_few_bins_per_source_become_candidates():
+    votes = {(0, 0, place): 100.0 - place for place in range(9)}
+    votes |= {(source, 1, 4): float(source) for source in range(1, 30)}
+    bins = matching._candidates(votes)
+    assert bins[:3] == [(0, 0, 0), (0, 0, 1), (29, 1, 4)]
+    assert [source for source, _, _ in bins[2:]] == list(range(29, 14, -1))
 
 
 def test_shorter_than_a_segment_is_said(library):

@@ -26,9 +26,9 @@ from avcl_jax.data.media import decode_audio, decode_media, probe
 from avcl_jax.errors import UserError
 from avcl_jax.fingerprint.answer import Match
 from avcl_jax.fingerprint.database import SourceRow
-from avcl_jax.fingerprint.error import FingerprintError
 from avcl_jax.fingerprint.index import REQUIREMENTS, FingerprintIndex, file_sha256
 from avcl_jax.fingerprint.matching import CANDIDATES
+from avcl_jax.fingerprint.settings import FingerprintError
 from avcl_jax.fingerprint.web import preview
 from avcl_jax.fingerprint.web.decoder import Decoder, DecoderError
 from avcl_jax.fingerprint.web.requests import SameOriginMiddleware, clip_name, uploaded
