@@ -302,6 +302,10 @@ def test_several_labels_a_clip(tmp_path: Path) -> None:
         assert [dataset[n].labels["sound"] for n in range(3)] == sets
         assert list(dataset.labels) == ["motion"]
         assert dataset.labels["motion"].tolist() == [0, 1, 2]
+        matrix = dataset.class_matrix("sound", [2, 0])
+        np.testing.assert_array_equal(matrix, [[False, True, False], [True, False, True]])
+        numbers, without = dataset.class_numbers("sound")
+        assert (numbers.tolist(), without) == ([0, 2, 1], 1)
     import tensorflow_datasets as tfds
 
     feature = tfds.builder_from_directory(tmp_path).info.features["label_sound"]
@@ -354,6 +358,18 @@ def test_other_versions_features_and_splits_are_refused(prepared: Path) -> None:
     features.write_text(good)
     edit_json(prepared / "dataset_info.json", lambda c: c.update(version="0.9.0"))
     with pytest.raises(RecordError, match=r"records of version 0.9.0, this code reads 1"):
+        RecordDataset(prepared, "train")
+    edit_json(prepared / "dataset_info.json", lambda c: c.update(version="1.0.0"))
+    names = prepared / "label_motion.labels.txt"
+    names.rename(prepared / "elsewhere")
+    with pytest.raises(RecordError, match=r"label_motion\.labels\.txt is missing"):
+        RecordDataset(prepared, "train")
+    (prepared / "elsewhere").rename(names)
+    edit_json(prepared / "dataset_info.json", lambda c: c["splits"][0].update(shardLengths=["0"]))
+    with pytest.raises(RecordError, match="split 'train' has no records"):
+        RecordDataset(prepared, "train")
+    edit_json(prepared / "dataset_info.json", lambda c: c.update(fileFormat="riegeli"))
+    with pytest.raises(RecordError, match="'riegeli', this code reads tfrecord and array_record"):
         RecordDataset(prepared, "train")
     (prepared / "dataset_info.json").unlink()
     with pytest.raises(RecordError, match="not a finished data set"):

@@ -109,22 +109,24 @@ def test_the_usable_part_is_what_video_and_audio_share_or_else_one_of_them(tmp_p
         dataclasses.replace(film, frames=film.frames[:1], frame_seconds=film.frame_seconds[:1]),
         dataclasses.replace(film, waveform=np.full(64_000, 33, np.int16)),
         dataclasses.replace(film, waveform=np.full(64_000, 34, np.int16)),
+        make_record(1, seconds=4.0, side=16, fps=1.0),  # frames that repeat would tell the speed
     ]
     dataset = RecordDataset(write_records(tmp_path / "r", made, shards=1), "train")
     views = ViewSpec(num_frames=8, clip_seconds=0.5, speeds=(1, 2), audio_transform="shared")
     spec = dataclasses.replace(experiment.render_spec(pretrain.get_config()), views=views)
-    assert [dataclasses.astuple(UsableRecords(dataset, spec).usable(n)) for n in range(6)] == [
+    assert [dataclasses.astuple(UsableRecords(dataset, spec).usable(n)) for n in range(7)] == [
         (0.0, 4.0, 1 / 16, True, True),
         (1.0, 3.0, 1 / 16, True, True),
         (0.0, 4.0, 1 / 16, True, False),
         (0.0, 4.0, 0.0, False, True),
         (0.0, 4.0, 1 / 16, True, False),
         (0.0, 4.0, 1 / 16, True, True),
+        (0.0, 4.0, 0.0, False, True),
     ]
     heard = UsableRecords(dataset, dataclasses.replace(spec, modalities="audio"))
     assert dataclasses.astuple(heard.usable(1)) == (1.0, 3.0, 0.0, False, True)
-    assert (heard.num_empty, heard.num_without("video"), heard.num_without("audio")) == (1, 5, 0)
-    assert UsableRecords(dataset, spec).lacking(("video", "audio")).tolist() == [2, 3, 4]
+    assert (heard.num_empty, heard.num_without("video"), heard.num_without("audio")) == (1, 6, 0)
+    assert UsableRecords(dataset, spec).lacking(("video", "audio")).tolist() == [2, 3, 4, 6]
 
 
 NAMES = {"motion": ["down", "across"], "part": ["a", "b"]}

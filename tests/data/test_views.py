@@ -369,6 +369,29 @@ def test_a_speed_fits_up_to_the_length_and_the_frame_rate_of_a_video():
     np.testing.assert_array_equal(views_fit(6.0, slowest + 1e-9, SHARED), [0, 0, 1, 1])
 
 
+@pytest.mark.parametrize("fps", [16, 30])
+def test_clips_at_the_ends_of_a_file_show_its_first_and_last_frames(fps):
+    times = constant(fps)  # 16 fps by time, 30 fps by number
+    for speed in range(4):
+        span = SHARED.frame_seconds * SHARED.speeds[speed] * 11
+        first = frame_indices(Clip(-0.2, speed, FORWARD), times, SHARED)
+        last = frame_indices(Clip(float(times[-1]) - span + 0.2, speed, FORWARD), times, SHARED)
+        assert (first[0], last[-1]) == (0, len(times) - 1)
+    # At 8x, the last of 12 frames is 168 frames of 30 fps behind the first.
+    clip, enough = Clip(0.0, 3, FORWARD), constant(30)[:169]
+    assert set(np.diff(frame_indices(clip, enough, SHARED)) % 8) == {0}
+    assert set(np.diff(frame_indices(clip, enough[:-1], SHARED)) % 8) != {0}
+
+
+def test_without_video_only_the_length_decides_whether_speed_is_defined():
+    uneven = np.cumsum(np.random.default_rng(0).exponential(0.07, 140))
+    for seconds, defined in ((6.0, True), (5.9, False)):
+        heard = Timeline(0.0, seconds, 0.0, has_video=False)
+        for frame_seconds in (uneven, np.empty(0)):
+            pair = draw_views(np.random.default_rng(0), heard, SHARED, frame_seconds)
+            assert pair.speed_mask is defined
+
+
 def test_order_is_defined_if_the_intervals_and_a_gap_fit():
     # A quarter of the shorter one is between them.
     assert order_fits(1.0, 2.0, 3.25)
