@@ -99,13 +99,6 @@ def describe(dataset: RecordDataset) -> list[str]:
     return lines
 
 
-def _draw_lengths(axes: Axes, dataset: RecordDataset) -> None:
-    axes.hist(dataset.timelines["duration_seconds"], bins=30, color=_BLUE)
-    axes.set_title(f"{dataset.split}: {len(dataset)} clips", loc="left", fontsize=10)
-    axes.set_xlabel("seconds")
-    axes.set_ylabel("clips")
-
-
 def _draw_classes(axes: Axes, dataset: RecordDataset, label: str) -> None:
     counts, _ = _class_counts(dataset, label)
     bars = counts[:_MOST_CLASSES][::-1]
@@ -170,7 +163,10 @@ def draw(splits: Sequence[RecordDataset], *, rows: int, seed: int) -> Figure:
     parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
     for number, dataset in enumerate(splits):
         axes = parts[2 * number].subplots(1, 1 + len(labels), squeeze=False)[0]
-        _draw_lengths(axes[0], dataset)
+        axes[0].hist(dataset.timelines["duration_seconds"], bins=30, color=_BLUE)
+        axes[0].set_title(f"{dataset.split}: {len(dataset)} clips", loc="left", fontsize=10)
+        axes[0].set_xlabel("seconds")
+        axes[0].set_ylabel("clips")
         for place, label in zip(axes[1:], labels, strict=True):
             _draw_classes(place, dataset, label)
         grid = parts[2 * number + 1].subplots(

@@ -84,11 +84,7 @@ def prepare_clip(entry: Entry, options: ClipOptions) -> tuple[Record, dict[str, 
     Time 0 of the record is its first frame, or the start of the clip without video. Audio before
     that is cut; for audio that starts later the record has `audio_start_seconds`.
 
-    Returns:
-      The record, and messages by kind of note.
-
-    Raises:
-      MediaError: With one of `REASONS`.
+    Returns the record, and messages by kind of note; raises MediaError with one of `REASONS`.
     """
     footage = open_footage(entry)
     start, end = entry.start_seconds, entry.end_seconds

@@ -12,7 +12,6 @@ import os
 import time
 from pathlib import Path
 
-from avcl_jax.paths import local_path
 from data_prep import prepare
 from data_prep.collections import folder_or_table
 from data_prep.foley import command as foley
@@ -23,8 +22,8 @@ _NULL_VIDEOS = 60
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the command."""
-    parser.add_argument("--out", type=local_path, default="data/foley", help="for media/, records/")
-    foley.add_counts(parser, null=_NULL_VIDEOS, workers=os.cpu_count() or 1)
+    workers = os.cpu_count() or 1
+    foley.add_arguments(parser, out="data/foley", null=_NULL_VIDEOS, workers=workers)
 
 
 def run(args: argparse.Namespace) -> int:

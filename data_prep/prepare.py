@@ -111,7 +111,7 @@ def run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest]
 
     Returns the exit status; raises PrepareError if nothing usable was written.
     """
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return _run(args, read)
     except OSError as error:
@@ -123,10 +123,6 @@ def run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest]
         return EXIT_INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import os
@@ -18,13 +17,6 @@ from etils import epath
 from avcl_jax.data.media import MediaError
 from avcl_jax.paths import is_remote
 from data_prep.manifest import Entry
-
-# Fields of an entry that decide its video and audio, together with the content of its file.
-_INTERVAL = [
-    field.name
-    for field in dataclasses.fields(Entry)
-    if field.name not in ("path", "record_id", "source_id", "split", "labels")
-]
 
 
 class FileState(NamedTuple):
@@ -85,8 +77,7 @@ def local_file(path: str) -> Iterator[str]:
 def find_duplicates(entries: Sequence[Entry]) -> dict[int, dict[str, str]]:
     """Finds clips of the same file content and interval; only files of equal size are read.
 
-    Returns:
-      By number of the entry, except for the first of its kind: its line of duplicates.jsonl.
+    Returns lines of duplicates.jsonl by number of the entry, none for the first of its kind.
     """
     states = {path: state_of(path) for path in dict.fromkeys(entry.path for entry in entries)}
     sizes = Counter(state.bytes for state in states.values() if state)
@@ -98,7 +89,8 @@ def find_duplicates(entries: Sequence[Entry]) -> dict[int, dict[str, str]]:
     duplicates: dict[int, dict[str, str]] = {}
     first: dict[object, Entry] = {}
     for number, entry in enumerate(entries):
-        interval = [getattr(entry, name) for name in _INTERVAL]
+        # What decides its video and audio.
+        interval = (entry.start_seconds, entry.end_seconds, entry.example)
         other = first.setdefault((content.get(entry.path) or entry.path, *interval), entry)
         if other is not entry:
             line = {"path": entry.path, "id": entry.record_id, "split": entry.split}

@@ -24,6 +24,7 @@ the class -1, unknown. The column split gives train, val or test. source_id is t
 from __future__ import annotations
 
 import argparse
+import functools
 
 from avcl_jax.data.record_format import UNKNOWN_LABEL
 from data_prep.collections import listed_clips
@@ -34,14 +35,12 @@ _COLUMNS = ("youtube_id", "time_start", "time_end", "split")
 _SPLITS = {"validate": "val", "validation": "val"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the folder of the videos and the lists."""
-    listed_clips.add_youtube_arguments(
-        parser,
-        media="VIDEOS",
-        lists="official lists, such as train.csv val.csv test.csv",
-        classes="take the classes from this list instead, so that splits prepared apart agree",
-    )
+add_arguments = functools.partial(
+    listed_clips.add_youtube_arguments,
+    media="VIDEOS",
+    lists="official lists, such as train.csv val.csv test.csv",
+    classes="take the classes from this list instead, so that splits prepared apart agree",
+)
 
 
 def read(args: argparse.Namespace) -> Manifest:

@@ -36,11 +36,8 @@ MEDIA_SUFFIXES = (*_VIDEO_SUFFIXES, *_AUDIO_SUFFIXES)
 def walk(folder: epath.Path) -> Iterator[tuple[str, list[str]]]:
     """Searches a local or remote folder; hidden files are left out, circles of links are safe.
 
-    Yields:
-      Absolute path of a folder, and names of its files.
-
-    Raises:
-      PrepareError: If one cannot be listed: its files would otherwise be missing silently.
+    Yields absolute path of a folder, and names of its files. Raises PrepareError if one cannot be
+    listed: its files would otherwise be missing silently.
     """
 
     def fail(error: OSError) -> None:

@@ -25,6 +25,7 @@ source_id is the YouTube id.
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 from collections.abc import Iterator
 
@@ -37,14 +38,12 @@ from data_prep.manifest import Manifest, PrepareError
 _CLIP_SECONDS = 10
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the folder of the videos and the lists."""
-    listed_clips.add_youtube_arguments(
-        parser,
-        media="VIDEOS",
-        lists="official lists: vggsound.csv, or train.csv and test.csv",
-        classes="take the classes from the first column of this list, such as stat.csv, instead",
-    )
+add_arguments = functools.partial(
+    listed_clips.add_youtube_arguments,
+    media="VIDEOS",
+    lists="official lists: vggsound.csv, or train.csv and test.csv",
+    classes="take the classes from the first column of this list, such as stat.csv, instead",
+)
 
 
 def read(args: argparse.Namespace) -> Manifest:

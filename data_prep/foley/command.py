@@ -34,16 +34,12 @@ _AAC_OPTIONS = {"aac_coder": "fast", "aac_pns": "0", "aac_tns": "0"}
 COLUMNS = ("path", "split", "id", "source", "label_motion", "label_material")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the options of the command."""
-    out = "folder for media and manifest.csv"
-    parser.add_argument("--out", type=local_path, required=True, help=out)
-    add_counts(parser, null=0, workers=2)
-
-
-def add_counts(parser: argparse.ArgumentParser, *, null: int, workers: int) -> None:
-    """Declares the options that decide the files, with two defaults."""
+def add_arguments(
+    parser: argparse.ArgumentParser, *, out: str | None = None, null: int = 0, workers: int = 2
+) -> None:
+    """Declares the options of the command, with some defaults."""
     add = parser.add_argument
+    add("--out", type=local_path, default=out, required=out is None, help="folder for the files")
     noise = "noise videos in each of null_train and null_test, for the null controls"
     add("--train", type=int, default=600, help="training videos")
     add("--test", type=int, default=200, help="test videos")
@@ -59,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def write_requested(args: argparse.Namespace, out: Path) -> Path:
-    """Writes the videos that the options of `add_counts` name; returns their manifest."""
+    """Writes the videos that the options name into a folder; returns their manifest."""
     counts = {"train": args.train, "test": args.test}
     counts |= {"null_train": args.null, "null_test": args.null}
     return write_collection(out, counts, seed=args.seed, workers=args.workers)

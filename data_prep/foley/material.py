@@ -39,17 +39,9 @@ def draw_response(
     return MATERIALS[material](rng, decay_seconds)
 
 
-def _level(seconds: np.ndarray) -> np.ndarray:
-    return np.zeros_like(seconds)
-
-
-def _even(seconds: np.ndarray) -> np.ndarray:
-    return np.ones_like(seconds)
-
-
 def _bar(rng: np.random.Generator, decay_seconds: float) -> tuple[Curve, Curve]:
     del rng, decay_seconds
-    return _level, _even
+    return np.zeros_like, np.ones_like
 
 
 def _gong(rng: np.random.Generator, decay_seconds: float) -> tuple[Curve, Curve]:
@@ -60,7 +52,7 @@ def _gong(rng: np.random.Generator, decay_seconds: float) -> tuple[Curve, Curve]
         power = np.cos(np.pi * (beats_hz * seconds + phase)) ** 2
         return np.sqrt(BEAT_FLOOR**2 + (1 - BEAT_FLOOR**2) * power)
 
-    return _level, amplitude
+    return np.zeros_like, amplitude
 
 
 def _glide(sign: int) -> Callable[[np.random.Generator, float], tuple[Curve, Curve]]:
@@ -72,7 +64,7 @@ def _glide(sign: int) -> Callable[[np.random.Generator, float], tuple[Curve, Cur
         def octaves(seconds: np.ndarray) -> np.ndarray:
             return sign * per_second * (np.minimum(seconds, GLIDE_SECONDS) - mean)
 
-        return octaves, _even
+        return octaves, np.ones_like
 
     return draw
 
@@ -87,7 +79,7 @@ def _rattle(rng: np.random.Generator, decay_seconds: float) -> tuple[Curve, Curv
         last = times[np.maximum(np.searchsorted(times, seconds, side="right") - 1, 0)]
         return np.exp(-(seconds - last) / decay)
 
-    return _level, amplitude
+    return np.zeros_like, amplitude
 
 
 MATERIALS: dict[str, Callable[[np.random.Generator, float], tuple[Curve, Curve]]] = {
