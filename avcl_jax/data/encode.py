@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any, BinaryIO
 import av
 import cv2
 import numpy as np
+
+from avcl_jax.paths import replacing
 
 _CLOCK_HZ = 90_000  # of frames that are not evenly spaced
 
@@ -93,12 +94,8 @@ def _whole(file: Path | BinaryIO) -> Iterator[Any]:
     if not isinstance(file, Path):
         yield file
         return
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        yield str(partial)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(file) as temporary:
+        yield str(temporary)
 
 
 def _samples(waveform: np.ndarray, sample_rate_hz: int) -> av.AudioFrame:

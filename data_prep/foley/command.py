@@ -112,11 +112,9 @@ def _write_one(task: tuple[Path, int, str, int]) -> None:
 
 
 def write_video(path: Path, frames: np.ndarray, waveform: np.ndarray) -> None:
-    """Writes a file of the demo; it gets its name only when complete.
+    """Writes a file of the demo from uint8 [frames, height, width, 3] and float32 [samples].
 
-    Args:
-        frames: uint8 [frames, height, width, 3] RGB.
-        waveform: float32 [samples] in [-1, 1].
+    It gets its name only when complete.
     """
     planes = (cv2.cvtColor(rgb, cv2.COLOR_RGB2YUV_I420) for rgb in frames)
     write_mp4(
