@@ -111,10 +111,7 @@ def _class_names(records: RecordDataset, label: str, problem: str = "") -> list[
 
 
 def intervals(times: Mapping[str, np.ndarray]) -> dict[Modality, tuple[np.ndarray, np.ndarray]]:
-    """Returns start and end of the video and of the audio of records, in seconds [records].
-
-    `times` has [records] of each field of `TIMELINE`.
-    """
+    """Returns start and end of video and audio, seconds [records], by the fields of `TIMELINE`."""
     # The last frame stays until the next would have come.
     until = times["last_frame_seconds"] + times["max_frame_gap_seconds"]
     start = times["audio_start_seconds"]
@@ -307,9 +304,7 @@ class UsableRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
         return int((~self._parts[f"has_{modality}"]).sum())
 
     def lacking(self, modalities: Sequence[str]) -> np.ndarray:
-        """Returns int64, the ascending positions in the data set of selected records without a view
-        of all of these modalities ("video", "audio").
-        """
+        """Returns positions in the data set, int64, of records without a view of all modalities."""
         whole = np.logical_and.reduce([self._parts[f"has_{name}"] for name in modalities])
         return np.setdiff1d(self.selection.positions(self.records), self.indices[whole])
 

@@ -198,15 +198,8 @@ def fixed_clips(
 ) -> list[Clip]:
     """Returns `count` clips at each speed, at equal distances from first to last start.
 
-    A speed that is too fast for the timeline is replaced by the fastest that fits, or if none does
-    by the slowest, and the clip then starts with the timeline.
-
-    Args:
-        timeline: usable part of the video.
-        spec: timing of views.
-        speeds: indices into `spec.speeds`.
-        count: clips at each speed.
-        direction: `FORWARD` or `BACKWARD`.
+    Speeds are indices into `spec.speeds`. One that is too fast for the timeline is replaced by the
+    fastest that fits, or if none does by the slowest, and the clip then starts with the timeline.
     """
     clips = []
     for speed in (fitting_speed(timeline, wanted, spec) for wanted in speeds):
@@ -267,14 +260,10 @@ def draw_views(
         )
         return first, second
 
-    return ViewPair(
-        video=clips(video_spans, video_speed, video_direction),
-        audio=clips(audio_spans, audio_speed, audio_direction),
-        order=order,
-        speed_mask=_speeds_look_alike(timeline, spec, frame_seconds),
-        direction_mask=True,
-        order_mask=order_mask,
-    )
+    video = clips(video_spans, video_speed, video_direction)
+    audio = clips(audio_spans, audio_speed, audio_direction)
+    speed_mask = _speeds_look_alike(timeline, spec, frame_seconds)
+    return ViewPair(video, audio, order, speed_mask, direction_mask=True, order_mask=order_mask)
 
 
 def _speeds_look_alike(timeline: Timeline, spec: ViewSpec, frame_seconds: np.ndarray) -> bool:
