@@ -73,37 +73,31 @@ class RenderBatch:
         return {"video": sent} | {name: np.stack([row[name] for row in rows]) for name in names}
 
     def _row(self, draw: Draw, pixels: np.ndarray) -> dict[str, Any]:
+        """Renders two views of a record; the row of one that may be skipped is empty."""
+        records, index = self.source.records, int(self.source.indices[draw.position])
+        unreadable = False
         try:
-            return self._render(draw, pixels)
+            _, record, use = self.source[draw.position]
+            pair = draw_views(draw.rng, use, self.spec.views, record.frame_seconds)
+            size = max(record.height, 1), max(record.width, 1)
+            crops = [random_crop(draw.rng, *size, self.spec.crop) for _ in pair.video]
+            with records.naming_shard(index):
+                arrays = render_views(record, use, pair.video, pair.audio, crops, self.spec, pixels)
         except RecordError:
             if not self.skip_unreadable:
                 raise
-            return self._unreadable(draw.position, pixels)
-
-    def _render(self, draw: Draw, pixels: np.ndarray) -> dict[str, Any]:
-        index, record, use = self.source[draw.position]
-        pair = draw_views(draw.rng, use, self.spec.views, record.frame_seconds)
-        height, width = max(record.height, 1), max(record.width, 1)
-        crops = [random_crop(draw.rng, height, width, self.spec.crop) for _ in pair.video]
-        with self.source.records.naming_shard(index):
-            arrays = render_views(record, use, pair.video, pair.audio, crops, self.spec, pixels)
-        arrays |= pair.labels() | {"unreadable": np.bool_(False)}
-        return arrays | describe(index, record, self.source.records)
-
-    def _unreadable(self, position: int, pixels: np.ndarray) -> dict[str, Any]:
-        """Returns the row of a record that cannot be read: no video, audio, task or label."""
-        records, index = self.source.records, int(self.source.indices[position])
-        labels: dict[str, ClassNumbers] = {
-            label: () if label in records.multilabel else UNKNOWN_LABEL
-            for label in records.class_names
-        }
-        empty = Record(records.record_ids[index], "", labels=labels)
-        use = Timeline(0.0, 0.0, 0.0, has_video=False, has_audio=False)
-        clips = (Clip(0.0, 0, FORWARD),) * 2
-        pair = ViewPair(clips, clips, BEFORE, False, False, False)
-        arrays = render_views(empty, use, clips, clips, [center_crop(1, 1)] * 2, self.spec, pixels)
-        arrays |= pair.labels() | {"unreadable": np.bool_(True)}
-        return arrays | describe(index, empty, records)
+            unreadable = True
+            labels: dict[str, ClassNumbers] = {
+                label: () if label in records.multilabel else UNKNOWN_LABEL
+                for label in records.class_names
+            }
+            record = Record(records.record_ids[index], "", labels=labels)
+            use = Timeline(0.0, 0.0, 0.0, has_video=False, has_audio=False)
+            clips, crops = (Clip(0.0, 0, FORWARD),) * 2, [center_crop(1, 1)] * 2
+            pair = ViewPair(clips, clips, BEFORE, False, False, False)
+            arrays = render_views(record, use, clips, clips, crops, self.spec, pixels)
+        arrays |= pair.labels() | {"unreadable": np.bool_(unreadable)}
+        return arrays | describe(index, record, records)
 
 
 class HostSlice(grain.MapDataset):
