@@ -8,7 +8,23 @@ from pathlib import Path
 
 import av
 import numpy as np
+import simplejpeg
 
+from avcl_jax.data.record_format import Record
+from data_prep.clip import ClipOptions
+from data_prep.manifest import Entry
+
+OPTIONS = ClipOptions(
+    short_side=64,
+    max_fps=None,
+    quality=90,
+    sample_rate_hz=16000,
+    min_seconds=0.0,
+    max_seconds=60.0,
+    min_side=16,
+    require=(),
+    file_format="tfrecord",
+)
 SOUND_RATE = 48_000
 SOUND_BLOCK = 960
 CLICK_SECONDS = 0.01
@@ -17,6 +33,24 @@ CLICK_SECONDS = 0.01
 def flash_seconds(times: Sequence[float]) -> list[float]:
     """Returns the times of the frames that are white: the first at or after each full second."""
     return [next(t for t in times if t >= second - 1e-9) for second in range(1, int(times[-1]) + 1)]
+
+
+def entry(path: Path, start: float = 0.0, end: float | None = None) -> Entry:
+    return Entry(str(path), "train", path.name, path.name, start, end, {})
+
+
+def shown_flashes(record: Record) -> np.ndarray:
+    """Returns the times of the frames that are white in their lower right quarter."""
+    frames = [simplejpeg.decode_jpeg(frame) for frame in record.frames]
+    bright = [f[f.shape[0] // 2 :, f.shape[1] // 2 :].mean() > 128 for f in frames]
+    return record.frame_seconds[np.flatnonzero(bright)]
+
+
+def heard_clicks(record: Record) -> np.ndarray:
+    """Returns the times at which bursts begin."""
+    loud = np.flatnonzero(np.abs(record.waveform.astype(int)) > 3000)
+    starts = loud[np.diff(loud, prepend=-99999) > 1600]
+    return record.audio_start_seconds + starts / record.sample_rate_hz
 
 
 def click_waveform(seconds: float, offset_seconds: float = 0.0) -> np.ndarray:

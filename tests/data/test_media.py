@@ -21,10 +21,13 @@ from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import UsableRecords
 from data_prep.__main__ import main as data_prep
 from data_prep.clip import REASONS, ClipOptions, prepare_clip
-from data_prep.manifest import Entry
 from tests.data.synthetic_media import (
+    OPTIONS,
     SOUND_RATE,
+    entry,
     flash_seconds,
+    heard_clicks,
+    shown_flashes,
     write_channels,
     write_flash_and_click,
 )
@@ -32,18 +35,6 @@ from tests.data.test_synchrony import SPEC
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "media"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is absent")
-
-OPTIONS = ClipOptions(
-    short_side=64,
-    max_fps=None,
-    quality=90,
-    sample_rate_hz=16000,
-    min_seconds=0.0,
-    max_seconds=60.0,
-    min_side=16,
-    require=(),
-    file_format="tfrecord",
-)
 
 # By hand, from packet counts, headers and the table in ../shared/data/README.md: frames, height
 # and width when displayed (rotation and pixel shape applied), when the last frame ends, and the
@@ -72,10 +63,6 @@ FACTS = {
 REFUSED = {"-video-with-dash-.mp4": "too_small", "corrupted.mp4": "damaged"}
 # Counter-clockwise quarter turns from the stored picture to the upright one.
 TURNS = {"video_90.mov": -1, "video_180.mov": 2, "video_270.mov": 1}
-
-
-def entry(path: Path, start: float = 0.0, end: float | None = None) -> Entry:
-    return Entry(str(path), "train", path.name, path.name, start, end, {})
 
 
 def prepare(path: Path, start: float = 0.0, end: float | None = None) -> Record:
@@ -205,17 +192,6 @@ SYNCHRONY = {
 }
 
 
-def click_seconds(record: Record) -> list[float]:
-    loud = np.flatnonzero(np.abs(record.waveform.astype(int)) > 3000)
-    starts = loud[np.diff(loud, prepend=-99999) > 1600]
-    return [record.audio_start_seconds + float(s) / record.sample_rate_hz for s in starts]
-
-
-def shown_flashes(record: Record) -> list[float]:
-    bright = [simplejpeg.decode_jpeg(f)[32:, 32:].mean() > 128 for f in record.frames]
-    return [float(t) for t, on in zip(record.frame_seconds, bright, strict=True) if on]
-
-
 @pytest.mark.parametrize("case", sorted(SYNCHRONY))
 def test_flash_and_click_stay_together(tmp_path: Path, case: str) -> None:
     name, arguments = SYNCHRONY[case]
@@ -233,7 +209,7 @@ def test_flash_and_click_stay_together(tmp_path: Path, case: str) -> None:
         if arguments.get("sound_offset_seconds", 0) <= second
     ]
     np.testing.assert_allclose(shown_flashes(record), true_flashes, atol=0.0011)
-    np.testing.assert_allclose(click_seconds(record), true_clicks, atol=0.002)
+    np.testing.assert_allclose(heard_clicks(record), true_clicks, atol=0.002)
 
 
 def test_a_gap_in_the_sound_is_silence(tmp_path: Path) -> None:
@@ -295,7 +271,7 @@ def test_an_interval_is_what_the_whole_holds_there(tmp_path: Path, name: str) ->
     assert len(part.frames) in (37, 38)
     assert part.frames == whole.frames[first : first + len(part.frames)]
     assert part.duration_seconds == pytest.approx(1.5, abs=0.03)
-    np.testing.assert_allclose(click_seconds(part), [0.0, 1.0], atol=0.002)
+    np.testing.assert_allclose(heard_clicks(part), [0.0, 1.0], atol=0.002)
     shift = round((2.0 + part.audio_start_seconds - whole.audio_start_seconds) * 16000)
     # Sample times agree to a fraction of a sample, so what is compared is below 2 kHz.
     ours, theirs = (

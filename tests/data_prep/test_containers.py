@@ -22,22 +22,17 @@ from avcl_jax.data.media import probe
 from avcl_jax.data.record_format import Record
 from avcl_jax.data.records import RecordDataset
 from data_prep.__main__ import main
-from data_prep.clip import ClipOptions, prepare_clip
-from data_prep.manifest import Entry
-from tests.data.synthetic_media import flash_seconds, write_flash_and_click
+from data_prep.clip import prepare_clip
+from tests.data.synthetic_media import (
+    OPTIONS,
+    entry,
+    flash_seconds,
+    heard_clicks,
+    shown_flashes,
+    write_flash_and_click,
+)
 
 FPS = 25
-OPTIONS = ClipOptions(
-    short_side=64,
-    max_fps=None,
-    quality=90,
-    sample_rate_hz=16000,
-    min_seconds=0.0,
-    max_seconds=60.0,
-    min_side=16,
-    require=("audio", "video"),
-    file_format="tfrecord",
-)
 # Encoders at their fastest, on one thread.
 VIDEO: dict[str, tuple[str, dict[str, str]]] = {
     "h264": ("libx264", {"preset": "ultrafast", "threads": "1"}),
@@ -110,20 +105,8 @@ def write(path: Path, video: str, audio: str | None, **changes: Any) -> None:
 
 
 def prepare(path: Path, **changes: Any) -> Record:
-    options = dataclasses.replace(OPTIONS, **changes)
-    return prepare_clip(Entry(str(path), "train", "x", "x", 0.0, None, {}), options)[0]
-
-
-def shown_flashes(record: Record) -> np.ndarray:
-    pictures = [simplejpeg.decode_jpeg(frame) for frame in record.frames]
-    bright = [p[p.shape[0] // 2 :, p.shape[1] // 2 :].mean() > 128 for p in pictures]
-    return record.frame_seconds[np.flatnonzero(bright)]
-
-
-def heard_clicks(record: Record) -> np.ndarray:
-    loud = np.flatnonzero(np.abs(record.waveform.astype(int)) > 3000)
-    starts = loud[np.diff(loud, prepend=-99999) > 1600]
-    return record.audio_start_seconds + starts / record.sample_rate_hz
+    options = dataclasses.replace(OPTIONS, **{"require": ("audio", "video"), **changes})
+    return prepare_clip(entry(path), options)[0]
 
 
 def assert_in_time(
