@@ -69,7 +69,7 @@ def _make_demo(config: ml_collections.ConfigDict) -> None:
         check_demo(data.directory)
     elif "encoder" in config and not absolute_path(data.directory).exists():
         # Rendering takes minutes, after which a mistyped encoder would be found missing.
-        importlib.import_module("avcl_jax.encoder_source").open_encoders(config.encoder)
+        importlib.import_module("avcl_jax.export.runs").open_encoders(config.encoder)
     make_demo(data.directory, data.demo_options if "demo_options" in data else ())
 
 
@@ -78,9 +78,9 @@ def _make_demo(config: ml_collections.ConfigDict) -> None:
 _TASKS = {
     "pretrain": "avcl_jax.training.loop:pretrain",
     "evaluate": "avcl_jax.evaluation.evaluate:evaluate",
-    "export": "avcl_jax.export:export_run",
-    "import_weights": "avcl_jax.import_weights:import_weights",
-    "export_weights": "avcl_jax.import_weights:export_weights",
+    "export": "avcl_jax.export.runs:export_run",
+    "import_weights": "avcl_jax.export.torch_weights:import_weights",
+    "export_weights": "avcl_jax.export.torch_weights:export_weights",
     "finetune": "avcl_jax.evaluation.finetune:finetune",
     "video_retrieval": "avcl_jax.evaluation.retrieval:video_retrieval",
     "audio_video_retrieval": "avcl_jax.evaluation.retrieval:audio_video_retrieval",

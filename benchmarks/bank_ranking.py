@@ -18,7 +18,7 @@ import ml_collections
 import numpy as np
 
 from avcl_jax import experiment
-from avcl_jax.export import load_run
+from avcl_jax.export.runs import load_run
 from avcl_jax.objectives.bank_rows import BankRows
 from avcl_jax.objectives.bank_sampling import Term, ranking_pairs
 from avcl_jax.paths import absolute_path

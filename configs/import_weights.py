@@ -15,8 +15,8 @@ from typing import Any
 import ml_collections
 
 from avcl_jax.errors import UserError
+from avcl_jax.export.torch_names import CODE_BASES
 from avcl_jax.models import encoders
-from avcl_jax.models.torch_names import CODE_BASES
 from configs import pretrain
 
 _IMAGENET = {"channel_mean": (0.485, 0.456, 0.406), "channel_std": (0.229, 0.224, 0.225)}

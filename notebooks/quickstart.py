@@ -165,7 +165,7 @@ plt.show()
 
 # %%
 from avcl_jax.evaluation.bank_exhibits import bank_searches, open_bank
-from avcl_jax.export import config_of_run
+from avcl_jax.export.runs import config_of_run
 from configs import evaluate
 
 trained = config_of_run(RUN)

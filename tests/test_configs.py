@@ -19,10 +19,10 @@ from avcl_jax import experiment, main
 from avcl_jax.data.pipeline import batch_shapes
 from avcl_jax.data.spectrogram import mel_constants
 from avcl_jax.data.views import MARGIN
-from avcl_jax.encoder_source import EncoderSource
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.driver import ProtocolRun
 from avcl_jax.evaluation.retrieval import VIDEO_RETRIEVAL
+from avcl_jax.export.runs import EncoderSource
 from avcl_jax.training import loop
 from configs import (
     cross_modal,

@@ -25,7 +25,7 @@ from avcl_jax.data.views import FORWARD, Clip, ViewSpec, clip_times, frame_indic
 from avcl_jax.errors import UserError
 from avcl_jax.export import ExportError, export_encoder, load_encoder
 from avcl_jax.models.audio_encoders import AudioResNet
-from avcl_jax.models.video_encoders import VideoResNet
+from avcl_jax.models.video_resnet import VideoResNet
 
 VIDEO = VideoPreprocessing(num_frames=4, clip_seconds=0.5, image_size=16, mean=0.45, std=0.3)
 LOG_MEL = LogMelSpec(

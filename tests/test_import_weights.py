@@ -16,8 +16,8 @@ from avcl_jax import experiment
 from avcl_jax.data.preprocessing import VideoPreprocessing
 from avcl_jax.errors import UserError
 from avcl_jax.export import export_encoder, load_encoder
-from avcl_jax.import_weights import (
-    WeightsError,
+from avcl_jax.export.torch_names import kernel_from_torch, kernel_to_torch
+from avcl_jax.export.torch_weights import (
     export_weights,
     from_torch,
     import_weights,
@@ -25,8 +25,7 @@ from avcl_jax.import_weights import (
     to_torch,
 )
 from avcl_jax.models.encoders import create_encoder
-from avcl_jax.models.torch_names import kernel_from_torch, kernel_to_torch
-from avcl_jax.models.video_encoders import VideoResNet
+from avcl_jax.models.video_resnet import VideoResNet
 from configs import export_weights as export_config
 from configs import import_weights as import_config
 from tests.training import small
@@ -75,23 +74,23 @@ def test_what_is_missing_left_over_or_of_another_shape_is_named():
 
     load()
     state["audio_model.block2.conv1.wieght"] = state.pop("audio_model.block2.conv1.weight")
-    with pytest.raises(WeightsError, match=r"conv1\.weight missing; .*conv1\.wieght left over"):
+    with pytest.raises(UserError, match=r"conv1\.weight missing; .*conv1\.wieght left over"):
         load()
     state["audio_model.block2.conv1.weight"] = state.pop("audio_model.block2.conv1.wieght")
     state["audio_model.block9.bn1.num_batches_tracked"] = np.zeros((), np.int64)
-    with pytest.raises(WeightsError, match=r"block9\.bn1\.num_batches_tracked left over"):
+    with pytest.raises(UserError, match=r"block9\.bn1\.num_batches_tracked left over"):
         load()
     del state["audio_model.block9.bn1.num_batches_tracked"]
     state["audio_model.block1.conv1.weight"] = np.zeros((64, 32, 3, 3), np.float32)
     with pytest.raises(
-        WeightsError, match=r"block1\.conv1\.weight is \(3, 3, 32, 64\).*has \(3, 3, 64, 64\)"
+        UserError, match=r"block1\.conv1\.weight is \(3, 3, 32, 64\).*has \(3, 3, 64, 64\)"
     ):
         load()
-    with pytest.raises(WeightsError, match=r"not the weights of gdt's resnet_9: .* missing"):
+    with pytest.raises(UserError, match=r"not the weights of gdt's resnet_9: .* missing"):
         from_torch(state, code_base="gdt", name="resnet_9", modality="audio")
-    with pytest.raises(WeightsError, match="avid has no audio encoder 'resnet_9': it has r2plus1d"):
+    with pytest.raises(UserError, match="avid has no audio encoder 'resnet_9': it has r2plus1d"):
         from_torch(state, code_base="avid", name="resnet_9", modality="audio")
-    with pytest.raises(WeightsError, match="unknown code base 'timm': use one of torchvision"):
+    with pytest.raises(UserError, match="unknown code base 'timm': use one of torchvision"):
         from_torch(state, code_base="timm", name="conv_10", modality="audio")
 
 
@@ -117,7 +116,7 @@ def test_safetensors_are_read_without_the_prefix_of_data_parallel(tmp_path):
     assert state.keys() == {"a.weight", "b"}
     np.testing.assert_array_equal(state["a.weight"], array)
     path.write_bytes(b"no tensors")
-    with pytest.raises(WeightsError, match=r"weights\.safetensors is not a safetensors file"):
+    with pytest.raises(UserError, match=r"weights\.safetensors is not a safetensors file"):
         read_state_dict(path)
 
 
@@ -155,7 +154,7 @@ def test_import_and_export_are_inverse_through_files(tmp_path):
 
 
 def test_only_published_networks_have_names_elsewhere(tmp_path):
-    encoder = VideoResNet((4, 6), (0, 1), "r3d", "patch4", False)
+    encoder = VideoResNet((4, 6), (0, 1), "r3d", "patch4", subtract_time_mean=False)
     example = jnp.zeros((1, 4, 16, 16, 3))
     shapes = jax.eval_shape(
         functools.partial(encoder.init, train=False), jax.random.key(0), example
@@ -170,7 +169,7 @@ def test_only_published_networks_have_names_elsewhere(tmp_path):
     )
     config = export_config.get_config()
     config.encoder = str(tmp_path)
-    with pytest.raises(WeightsError, match="contains a VideoResNet that is not a published"):
+    with pytest.raises(UserError, match="contains a VideoResNet that is not a published"):
         export_weights(config, tmp_path)
 
 
@@ -193,7 +192,7 @@ def test_only_published_networks_have_names_elsewhere(tmp_path):
 def test_settings_of_an_import_are_checked_before_its_checkpoint_is_read(
     tmp_path, monkeypatch, overrides, said
 ):
-    monkeypatch.setattr("avcl_jax.import_weights.read_state_dict", None)
+    monkeypatch.setattr("avcl_jax.export.torch_weights.read_state_dict", None)
     config = import_config.get_config("avid,conv_10")
     config.update_from_flattened_dict({"checkpoint": "weights.pth"} | overrides)
     with pytest.raises(UserError, match=said):
@@ -201,7 +200,7 @@ def test_settings_of_an_import_are_checked_before_its_checkpoint_is_read(
 
 
 def test_the_code_base_of_an_export_is_checked_before_the_encoder_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("avcl_jax.import_weights.load_encoder", None)
+    monkeypatch.setattr("avcl_jax.export.torch_weights.load_encoder", None)
     config = export_config.get_config()
     config.code_base = "timm"
     with pytest.raises(UserError, match="unknown code base 'timm': use one of torchvision"):

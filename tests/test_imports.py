@@ -63,3 +63,9 @@ def test_comparing_runs_imports_neither_charts_nor_media() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"matplotlib", "librosa", "av", "cv2", "jax", "sklearn", "numba"}
     assert heavy.isdisjoint(json.loads(run.stdout))
+
+
+def test_a_program_that_may_load_an_encoder_starts_without_jax() -> None:
+    code = "import json, sys; import avcl_jax.export; print(json.dumps(sorted(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"jax", "flax", "orbax", "librosa"}.isdisjoint(json.loads(run.stdout))

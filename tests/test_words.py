@@ -22,6 +22,7 @@ ROOMS = (
         # The fingerprinting protocol still has words of its own.
         if path.parent.name != "benchmark"
     ),
+    "avcl_jax/export",
     "avcl_jax/models",
     "avcl_jax/objectives",
     "avcl_jax/training",
@@ -29,8 +30,8 @@ ROOMS = (
     *(
         f"avcl_jax/{name}.py"
         for name in (
-            *("batched", "config_file", "demo_data", "encoder_source", "errors"),
-            *("experiment", "export", "import_weights", "main", "paths", "style"),
+            *("batched", "config_file", "demo_data", "errors", "experiment", "main", "paths"),
+            "style",
         )
     ),
 )

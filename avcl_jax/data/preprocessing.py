@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,18 @@ class VideoPreprocessing:
     `mean` is subtracted from pixels in [0, 1], which are then divided by `std`.
     """
 
+    modality: ClassVar[Literal["video"]] = "video"
+
     num_frames: int
     clip_seconds: float
     image_size: int
     mean: float
     std: float
+
+    @property
+    def clip_shape(self) -> tuple[int, ...]:
+        """Shape of one clip, [time, height, width, 3]."""
+        return (self.num_frames, self.image_size, self.image_size, 3)
 
     def __call__(self, frames: np.ndarray, fps: float, *, speed: int = 1) -> np.ndarray:
         """Cuts a video into clips that together cover it.
@@ -73,7 +80,14 @@ class VideoPreprocessing:
 class AudioPreprocessing:
     """Waveforms to log-mel spectrograms, defined by `log_mel`."""
 
+    modality: ClassVar[Literal["audio"]] = "audio"
+
     log_mel: LogMelSpec
+
+    @property
+    def clip_shape(self) -> tuple[int, ...]:
+        """Shape of one clip, [frames, mels]."""
+        return (self.log_mel.frames, self.log_mel.mels)
 
     def __call__(
         self, waveform: np.ndarray, sample_rate_hz: float, *, speed: int = 1

@@ -16,7 +16,6 @@ from etils import epath
 from avcl_jax.data.clips import ClipRecords
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
-from avcl_jax.encoder_source import EncoderSource
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.driver import Context, run_protocol
 from avcl_jax.evaluation.features import (
@@ -40,6 +39,7 @@ from avcl_jax.evaluation.splits import (
     open_splits,
 )
 from avcl_jax.evaluation.statistics import compare, confusion_matrix, top_k_hits
+from avcl_jax.export.runs import EncoderSource
 
 # A matrix of more classes than this cannot be read on a page; the most confused pairs are listed.
 MATRIX_CLASSES = 25

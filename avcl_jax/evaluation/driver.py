@@ -24,7 +24,6 @@ import ml_collections
 from etils import epath
 
 from avcl_jax import experiment
-from avcl_jax.encoder_source import EncoderSource, random_like
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.page import metric_texts, protocol_page
 from avcl_jax.evaluation.protocol import (
@@ -40,6 +39,7 @@ from avcl_jax.evaluation.protocol import (
     write_text,
 )
 from avcl_jax.evaluation.splits import Split, Trial, check_not_trained_on
+from avcl_jax.export.runs import EncoderSource, random_like
 from avcl_jax.paths import absolute_path
 from avcl_jax.training.metric_writer import peak_memory_gb
 

@@ -24,7 +24,6 @@ from avcl_jax.data.augment import standardize, to_unit_range
 from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.data.views import FORWARD
-from avcl_jax.encoder_source import random_like, variables_digest
 from avcl_jax.evaluation.driver import Context, run_protocol
 from avcl_jax.evaluation.evaluated_run import EvaluationRecords, open_evaluated_run, probe_name
 from avcl_jax.evaluation.linear import fit_probe, held_out_groups
@@ -56,6 +55,7 @@ from avcl_jax.evaluation.views import (
     view_features,
     view_map,
 )
+from avcl_jax.export.runs import random_like, variables_digest
 from avcl_jax.paths import absolute_path
 
 PROTOCOL = Protocol(

@@ -19,7 +19,7 @@ from avcl_jax.evaluation.views import (
     host_render_spec,
     speed_indices,
 )
-from avcl_jax.export import config_of_run
+from avcl_jax.export.runs import config_of_run
 from avcl_jax.paths import absolute_path
 
 

@@ -25,9 +25,9 @@ from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Modality, Selection
 from avcl_jax.data.spectrogram import log_mel
 from avcl_jax.data.views import ViewSpec
-from avcl_jax.encoder_source import EncoderSource
 from avcl_jax.errors import UserError
 from avcl_jax.export import Encoder
+from avcl_jax.export.runs import EncoderSource
 
 MFCC_COEFFICIENTS = 20
 MEL_BANDS = 128

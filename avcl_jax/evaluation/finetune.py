@@ -39,7 +39,6 @@ from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
 from avcl_jax.data.views import ViewSpec
 from avcl_jax.data.workers import check_room
-from avcl_jax.encoder_source import EncoderSource, random_like
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.charts import line_chart
 from avcl_jax.evaluation.classification import (
@@ -63,6 +62,7 @@ from avcl_jax.evaluation.protocol import Measured, Protocol
 from avcl_jax.evaluation.splits import Split, numbered_sides, open_splits
 from avcl_jax.evaluation.statistics import class_mean, confusion_matrix, top_k_hits
 from avcl_jax.export import Encoder
+from avcl_jax.export.runs import EncoderSource, random_like
 from avcl_jax.training import sharding
 from avcl_jax.training.checkpoint import Checkpoints, Progress, check_config
 from avcl_jax.training.metric_writer import MetricWriter

@@ -20,9 +20,9 @@ from etils import epath
 from avcl_jax import experiment
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Condition, SelectedRecords, Selection
-from avcl_jax.encoder_source import EncoderSource, open_encoders
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.features import FeatureSpec
+from avcl_jax.export.runs import EncoderSource, open_encoders
 
 # Stands in `config.encoder` for the name of the test fold.
 FOLD = "{fold}"

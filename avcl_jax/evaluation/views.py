@@ -25,9 +25,8 @@ from avcl_jax.data.views import (
     feasible_speeds,
     fixed_clips,
 )
-from avcl_jax.encoder_source import EncoderSource, heads_digest, source_of_run
 from avcl_jax.errors import UserError
-from avcl_jax.export import load_run
+from avcl_jax.export.runs import EncoderSource, heads_digest, load_run, source_of_run
 from avcl_jax.training.inputs import prepare_inputs
 
 MODALITY_INPUTS = {"video": "video", "audio": "spectrogram"}

@@ -17,8 +17,8 @@ from absl import logging
 from tqdm import tqdm
 
 from avcl_jax.data.media import MediaError, decode_media
-from avcl_jax.encoder_source import MODALITIES
 from avcl_jax.errors import UserError, one_line
+from avcl_jax.export.runs import MODALITIES
 from avcl_jax.fingerprint import serve
 from avcl_jax.fingerprint.answer import Interval, Match, QueryResult
 from avcl_jax.fingerprint.calibration import THRESHOLD

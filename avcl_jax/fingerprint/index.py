@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from avcl_jax.data.media import DecodedMedia, MediaError
-from avcl_jax.encoder_source import MODALITIES, open_encoders
+from avcl_jax.export.runs import MODALITIES, open_encoders
 from avcl_jax.fingerprint import calibration, database, library, matching
 from avcl_jax.fingerprint.answer import Match, QueryResult, make_match
 from avcl_jax.fingerprint.database import SourceRow, transaction

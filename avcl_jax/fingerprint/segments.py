@@ -25,8 +25,8 @@ from avcl_jax.data.media import DecodedMedia, MediaError, Source, decode_media
 from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
 from avcl_jax.data.record_format import is_silent
 from avcl_jax.data.spectrogram import log_mel, samples_at
-from avcl_jax.encoder_source import MODALITIES, EncoderSource
 from avcl_jax.export import Encoder
+from avcl_jax.export.runs import MODALITIES, EncoderSource
 from avcl_jax.fingerprint.settings import FingerprintSettings
 
 _BATCH, _THREADS = 32, 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +12,23 @@ from jaxtyping import Array, Bool, Float
 from avcl_jax.models.heads import ProjectionHead, TemporalHead
 from avcl_jax.objectives.temporal import TASKS
 from avcl_jax.objectives.views import Modality, per_view
+
+
+def module_rows(present: Mapping[Modality, Array]) -> dict[str, Array]:
+    """Rows that enter the statistics of each module of `AudioVisualModel`, by its name.
+
+    Args:
+        present: modality → bool [videos, 2], the view exists.
+
+    Returns:
+        bool [videos, 2], or [videos] for the heads of pairs within a modality.
+    """
+    heads = {f"{name}_head": task.present(present) for name, task in TASKS.items()}
+    return heads | {
+        f"{modality}_{part}": mask
+        for modality, mask in present.items()
+        for part in ("encoder", "projection")
+    }
 
 
 class AudioVisualModel(nn.Module):

@@ -4,23 +4,64 @@ A general name ("resnet") takes all its settings; a published one ("r2plus1d_18"
 make it what was published, and refuses others for them: a network under a published name is that
 network. In a config, settings that a published name may fix are in a section for each general name,
 which published names ignore. docs/encoders.md lists sizes and sources.
+
+A new class of encoders is a file with a subclass of `layers.EncoderModule` that keeps the contract
+of `Encoder`, and a row here.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import flax.linen as nn
+from jaxtyping import Array, Bool
 
 from avcl_jax.errors import UserError
 from avcl_jax.models.audio_encoders import AudioConvNet, AudioResNet
+from avcl_jax.models.layers import Remat
 from avcl_jax.models.s3d import S3D
 from avcl_jax.models.transformers import AudioTransformer, VideoTransformer
-from avcl_jax.models.video_encoders import VideoResNet
+from avcl_jax.models.video_resnet import VideoResNet
 
 Modality = Literal["video", "audio"]
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Contract of an encoder class, which training, fine-tuning and export rely on.
+
+    It is a Linen module. Its fields are its settings, by name in a config and in the config.json of
+    an export: numbers, strings, booleans and tuples of them. Names of parameters do not depend on
+    settings that change only how it is computed (`remat`, `dtype`, `lowering`).
+
+    Attributes:
+        dtype: compute dtype; parameters, statistics and features are float32.
+        remat: parts whose activations the backward pass computes again, see `layers.recomputed`.
+    """
+
+    dtype: Any
+    remat: Remat
+
+    def __call__(
+        self, clips: Array, /, *, train: bool, mask: Bool[Array, " batch"] | None = None
+    ) -> dict[str, Array]:
+        """Encodes a batch of clips.
+
+        Args:
+            clips: video [batch, time, height, width, 3] of about zero mean and unit scale, or in
+                [0, 1] with `channel_mean`; or log-mel spectrograms [batch, frames, mels] likewise.
+                A video encoder subtracts the mean frame first if `subtract_time_mean`.
+            train: normalise by the statistics of the batch and update the running ones, unless
+                `freeze_norm`.
+            mask: rows whose modality is present; the others do not enter the statistics, and no row
+                changes the output of another.
+
+        Returns:
+            `map` [batch, *grid, channels], and `features` float32 [batch, channels], pooled over
+            its grid.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +73,7 @@ class Architecture:
         fixed: settings that belong to the name.
     """
 
-    encoder: type[nn.Module]
+    encoder: Callable[..., Encoder]
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -103,7 +144,7 @@ AUDIO: dict[str, Architecture] = {
 BY_MODALITY: dict[Modality, dict[str, Architecture]] = {"video": VIDEO, "audio": AUDIO}
 
 # By which exported encoders name their class.
-CLASSES: dict[str, type[nn.Module]] = {
+CLASSES: dict[str, Any] = {
     architecture.encoder.__name__: architecture.encoder
     for architectures in BY_MODALITY.values()
     for architecture in architectures.values()
@@ -142,9 +183,8 @@ def create_encoder(modality: Modality, name: str, settings: Mapping[str, Any]) -
     ]
     if missing:
         raise UserError(f"{where} needs the setting {missing[0]!r}")
-    return architecture.encoder(
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    )
+    encoder: Any = architecture.encoder
+    return encoder(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 
 def config_settings(modality: Modality, section: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,11 +243,9 @@ def _architecture(modality: Modality, name: str) -> Architecture:
 
 
 def _fields(architecture: Architecture) -> dict[str, dataclasses.Field[Any]]:
-    return {
-        field.name: field
-        for field in dataclasses.fields(architecture.encoder)
-        if field.name not in ("parent", "name")
-    }
+    encoder: Any = architecture.encoder
+    fields = dataclasses.fields(encoder)
+    return {field.name: field for field in fields if field.name not in ("parent", "name")}
 
 
 def published_name(encoder: nn.Module) -> str | None:

@@ -1,7 +1,8 @@
-"""Convolution, normalisation, patches and pooling shared by all encoders."""
+"""Layers shared by all encoders, and the settings and steps that their classes have in common."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -51,68 +52,110 @@ def recomputed(
     return nn.remat(function, policy=policies[remat])
 
 
-def run_block(block: nn.Module, remat: str, x: Array, **arguments: Any) -> Array:
-    """Calls a block of a network; see `recomputed` for `remat`."""
-    return recomputed(lambda block, x: block(x, **arguments), remat)(block, x)
+class EncoderModule(nn.Module, kw_only=True):
+    """Settings of every encoder; see `encoders.Encoder` for the contract.
+
+    Attributes:
+        remat: see `recomputed`.
+        dtype: compute dtype; parameters and statistics are float32.
+    """
+
+    remat: Remat = "none"
+    dtype: Any = jnp.float32
+
+    def run(self, block: nn.Module, x: Array, **arguments: Any) -> Array:
+        """Calls a block of the network, rematerialised as `remat` says."""
+        return recomputed(lambda block, x: block(x, **arguments), self.remat)(block, x)
 
 
-class Conv3D(nn.Module):
-    """A 3-D convolution without bias whose kernel may be lowered as a 2-D one.
+class NormEncoder(EncoderModule, kw_only=True):
+    """Settings of encoders with batch normalisation.
 
-    A kernel of shape (1, h, w) or (t, 1, 1) is the same function as a 2-D convolution over frames
-    or over flattened pixels; `models.convolution` chooses. The parameters are the same for all
-    forms.
+    Attributes:
+        norm_momentum: weight of the old running statistics (PyTorch's momentum is 1 minus it).
+        norm_epsilon: added to the variance.
+        freeze_norm: see `BatchNorm.frozen`.
+    """
+
+    norm_momentum: float = 0.9
+    norm_epsilon: float = 1e-5
+    freeze_norm: bool = False
+
+    @property
+    def norm(self) -> functools.partial[BatchNorm]:
+        """Makes a `BatchNorm` with these settings."""
+        return functools.partial(
+            BatchNorm,
+            momentum=self.norm_momentum,
+            epsilon=self.norm_epsilon,
+            frozen=self.freeze_norm,
+            dtype=self.dtype,
+        )
+
+
+class VideoEncoder(EncoderModule, kw_only=True):
+    """Settings of video encoders, and the preparation of their pixels.
+
+    Attributes:
+        subtract_time_mean: subtract the clip's mean frame, which leaves what moves.
+        channel_mean: subtracted from red, green and blue, then divided by `channel_std`; for
+            weights from elsewhere, whose pixels arrive in [0, 1]. None leaves them.
+        channel_std: see `channel_mean`; both or neither.
+    """
+
+    subtract_time_mean: bool
+    channel_mean: tuple[float, ...] | None = None
+    channel_std: tuple[float, ...] | None = None
+
+    def prepare(
+        self, video: Float[Array, "batch time height width 3"], *, subtract_time_mean: bool
+    ) -> Float[Array, "batch time height width 3"]:
+        """Prepares pixels for the first layer.
+
+        Raises:
+            UserError: if only one of mean and standard deviation is set.
+        """
+        mean, std = self.channel_mean, self.channel_std
+        if mean is not None and std is not None:
+            shape = (1,) * (video.ndim - 1) + (-1,)
+            video = (video - jnp.array(mean).reshape(shape)) / jnp.array(std).reshape(shape)
+        elif mean is not None or std is not None:
+            raise UserError(
+                f"channel_mean {mean} and channel_std {std} come together or not at all"
+            )
+        if subtract_time_mean:
+            video = video - video.mean(axis=1, keepdims=True)
+        return video.astype(self.dtype)
+
+
+class Conv(nn.Module):
+    """A 2-D or 3-D convolution without bias, padded by (kernel - 1) // 2 as in PyTorch's encoders.
+
+    A 3-D kernel of shape (1, h, w) or (t, 1, 1) is the same function as a 2-D convolution over
+    frames or over flattened pixels; `models.convolution` chooses. The parameters are the same for
+    all forms.
 
     Attributes:
         features: output channels.
-        kernel_size: (time, height, width).
-        strides: (time, height, width).
-        lowering: "auto", "direct" (3-D) or "folded" (2-D where the kernel allows it).
+        kernel_size: (time, height, width), or (frames, mels).
+        strides: along the same axes.
+        lowering: "auto", "direct" (as it is) or "folded" (2-D where the kernel allows it).
         dtype: compute dtype; parameters are float32.
     """
 
     features: int
-    kernel_size: tuple[int, int, int]
-    strides: tuple[int, int, int]
+    kernel_size: tuple[int, ...]
+    strides: tuple[int, ...]
     lowering: Lowering = "auto"
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch time height width channels"]
-    ) -> Float[Array, "batch time2 height2 width2 features"]:
-        """Convolves with symmetric padding of (kernel - 1) // 2, as PyTorch's encoders do."""
+    def __call__(self, x: Float[Array, "batch *space channels"]) -> Array:
+        """Convolves to [batch, *space / strides, features]."""
         kernel = self.param(
             "kernel", _INITIALIZER, (*self.kernel_size, x.shape[-1], self.features), jnp.float32
         ).astype(self.dtype)
         y = convolve(x.astype(self.dtype), kernel, self.strides, self.lowering)
-        return checkpoint_name(y, CONVOLVED)
-
-
-class Conv2D(nn.Module):
-    """A 2-D convolution without bias, padded by (kernel - 1) // 2 on both sides.
-
-    Attributes:
-        features: output channels.
-        kernel_size: (frames, mels).
-        strides: (frames, mels).
-        dtype: compute dtype; parameters are float32.
-    """
-
-    features: int
-    kernel_size: tuple[int, int]
-    strides: tuple[int, int]
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch frames mels channels"]
-    ) -> Float[Array, "batch frames2 mels2 features"]:
-        """Convolves `x`."""
-        kernel = self.param(
-            "kernel", _INITIALIZER, (*self.kernel_size, x.shape[-1], self.features), jnp.float32
-        ).astype(self.dtype)
-        y = convolve(x.astype(self.dtype), kernel, self.strides)
         return checkpoint_name(y, CONVOLVED)
 
 
@@ -158,41 +201,12 @@ class BatchNorm(nn.Module):
         )(x, mask=mask if by_batch else None)
 
 
-def prepare_video(
-    video: Float[Array, "batch time height width 3"],
-    *,
-    channel_mean: Sequence[float] | None,
-    channel_std: Sequence[float] | None,
-    subtract_time_mean: bool,
-) -> Float[Array, "batch time height width 3"]:
-    """Prepares pixels for the first layer of a video encoder.
-
-    Args:
-        video: pixels.
-        channel_mean: subtracted from red, green and blue, then divided by `channel_std`; for
-            weights from elsewhere, whose pixels arrive in [0, 1]. None leaves them.
-        channel_std: see `channel_mean`; both or neither.
-        subtract_time_mean: subtract the clip's mean frame, which leaves what moves.
-
-    Raises:
-        UserError: if only one of mean and standard deviation is given.
-    """
-    if (channel_mean is None) != (channel_std is None):
-        raise UserError(
-            f"channel_mean {channel_mean} and channel_std {channel_std} come together or not at all"
-        )
-    if channel_mean is not None:
-        shape = (1,) * (video.ndim - 1) + (-1,)
-        video = (video - jnp.array(channel_mean).reshape(shape)) / jnp.array(channel_std).reshape(
-            shape
-        )
-    if subtract_time_mean:
-        video = video - video.mean(axis=1, keepdims=True)
-    return video
-
-
 def patches(
-    x: Float[Array, "batch *grid channels"], sizes: Sequence[int]
+    x: Float[Array, "batch *grid channels"],
+    sizes: Sequence[int],
+    *,
+    names: tuple[str, str],
+    settings: Sequence[str],
 ) -> Float[Array, "batch *cells values"]:
     """Cuts an array into patches that do not overlap, one row of values each.
 
@@ -201,59 +215,51 @@ def patches(
 
     Args:
         x: any number of axes between batch and channels.
-        sizes: size of a patch along each of these axes; they divide the array.
+        sizes: size of a patch along each of these axes.
+        names: name of the patch and of the array, for the error.
+        settings: setting of the array's size along each axis, likewise.
 
     Returns:
         [batch, cells along each axis, product of sizes x channels].
-    """
-    batch, *grid, channels = x.shape
-    cells = [length // size for length, size in zip(grid, sizes, strict=True)]
-    split = [n for pair in zip(cells, sizes, strict=True) for n in pair]
-    axes = len(grid)
-    order = (
-        0,
-        *(1 + 2 * axis for axis in range(axes)),
-        *(2 + 2 * axis for axis in range(axes)),
-        1 + 2 * axes,
-    )
-    x = x.reshape(batch, *split, channels).transpose(order)
-    return x.reshape(batch, *cells, math.prod(sizes) * channels)
-
-
-def check_patch(
-    patch: Sequence[int], shape: Sequence[int], *, names: tuple[str, str], settings: Sequence[str]
-) -> None:
-    """Checks that patches fill an input.
-
-    Args:
-        patch: size along each axis.
-        shape: size of the input along each axis.
-        names: name of the patch and of the input.
-        settings: setting of the input's size along each axis.
 
     Raises:
-        UserError: naming the settings to change.
+        UserError: naming the settings to change, if patches do not fill the array.
     """
+    batch, *grid, channels = x.shape
     misfits = {
         f"{setting} to a multiple of {size}": None
-        for size, length, setting in zip(patch, shape, settings, strict=True)
+        for size, length, setting in zip(sizes, grid, settings, strict=True)
         if length % size
     }
     if misfits:
         raise UserError(
-            f"{names[0]} {tuple(patch)} must divide the {names[1]}'s "
-            f"{'x'.join(str(length) for length in shape)}: set {' and '.join(misfits)}"
+            f"{names[0]} {tuple(sizes)} must divide the {names[1]}'s "
+            f"{'x'.join(str(length) for length in grid)}: set {' and '.join(misfits)}"
         )
+    cells = [length // size for length, size in zip(grid, sizes, strict=True)]
+    split = [n for pair in zip(cells, sizes, strict=True) for n in pair]
+    axes = len(grid)
+    order = (0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)
+    x = x.reshape(batch, *split, channels).transpose(order)
+    return x.reshape(batch, *cells, math.prod(sizes) * channels)
 
 
-def pool_features(
-    x: Float[Array, "batch *grid channels"], pool: Pool
-) -> Float[Array, "batch channels"]:
-    """Reduces a feature map to one float32 feature a row: the mean, or the maximum as AVID does."""
+def encoded(x: Float[Array, "batch *grid channels"], pool: Pool = "mean") -> dict[str, Array]:
+    """Result of an encoder: the map `x`, and its mean or maximum as float32 features."""
     axes = tuple(range(1, x.ndim - 1))
-    x = x.astype(jnp.float32)
+    values = x.astype(jnp.float32)
     if pool == "mean":
-        return x.mean(axis=axes)
+        return {"features": values.mean(axis=axes), "map": x}
     if pool == "max":
-        return x.max(axis=axes)
+        return {"features": values.max(axis=axes), "map": x}
     raise UserError(f"unknown pool {pool!r}: use 'mean' or 'max'")
+
+
+def check_stages(widths: Sequence[int], depths: Sequence[int]) -> None:
+    """Checks that every stage of a residual network has a width and a depth.
+
+    Raises:
+        UserError: if the numbers of both differ.
+    """
+    if len(widths) != len(depths):
+        raise UserError(f"widths {tuple(widths)} and depths {tuple(depths)} must be equally long")

@@ -15,18 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from avcl_jax.errors import UserError
-from avcl_jax.models.layers import (
-    BatchNorm,
-    Conv3D,
-    Lowering,
-    Remat,
-    pool_features,
-    prepare_video,
-    run_block,
-)
+from avcl_jax.models.layers import Conv, Lowering, NormEncoder, VideoEncoder, encoded
 
 # Channels of the branches 1x1x1; 1x1x1 then 3x3x3; 1x1x1 then 3x3x3; max-pool then 1x1x1.
-MIXED: dict[str, tuple[int, int, int, int, int, int]] = {
+MIXED: dict[str, tuple[int, ...]] = {
     "mixed_3b": (64, 96, 128, 16, 32, 32),
     "mixed_3c": (128, 128, 192, 32, 96, 64),
     "mixed_4b": (192, 96, 208, 16, 48, 64),
@@ -46,24 +38,20 @@ class ConvNorm(nn.Module):
         features: output channels.
         kernel_size: (time, height, width).
         strides: (time, height, width).
-        lowering: see `Conv3D`.
+        conv: makes a `Conv`.
         norm: makes a `BatchNorm`.
-        dtype: compute dtype.
     """
 
     features: int
     kernel_size: tuple[int, int, int]
     strides: tuple[int, int, int]
-    lowering: Lowering
+    conv: Any
     norm: Any
-    dtype: Any
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None) -> Array:
         """Maps [batch, time, height, width, channels] to [.., features]."""
-        x = Conv3D(
-            self.features, self.kernel_size, self.strides, self.lowering, self.dtype, name="conv"
-        )(x)
+        x = self.conv(self.features, self.kernel_size, self.strides, name="conv")(x)
         return nn.relu(self.norm(name="norm")(x, train=train, mask=mask))
 
 
@@ -74,20 +62,22 @@ class SeparableConv(nn.Module):
         features: output channels of both.
         size: k.
         stride: stride in time and space.
-        shared: what `ConvNorm` takes besides: lowering, norm, dtype.
+        conv: makes a `Conv`.
+        norm: makes a `BatchNorm`.
     """
 
     features: int
     size: int
     stride: int
-    shared: Any
+    conv: Any
+    norm: Any
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None) -> Array:
         """Maps [batch, time, height, width, channels] to [.., features]."""
-        n, s = self.size, self.stride
-        spatial = ConvNorm(self.features, (1, n, n), (1, s, s), *self.shared, name="spatial")
-        temporal = ConvNorm(self.features, (n, 1, 1), (s, 1, 1), *self.shared, name="temporal")
+        n, s, makers = self.size, self.stride, (self.conv, self.norm)
+        spatial = ConvNorm(self.features, (1, n, n), (1, s, s), *makers, name="spatial")
+        temporal = ConvNorm(self.features, (n, 1, 1), (s, 1, 1), *makers, name="temporal")
         return temporal(spatial(x, train=train, mask=mask), train=train, mask=mask)
 
 
@@ -113,23 +103,28 @@ class MixedBlock(nn.Module):
     Attributes:
         channels: see `MIXED`.
         gating: gate every branch.
-        shared: what `ConvNorm` takes besides: lowering, norm, dtype.
+        conv: makes a `Conv`.
+        norm: makes a `BatchNorm`.
+        dtype: compute dtype.
     """
 
-    channels: tuple[int, int, int, int, int, int]
+    channels: tuple[int, ...]
     gating: bool
-    shared: Any
+    conv: Any
+    norm: Any
+    dtype: Any
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None) -> Array:
         """Maps [batch, time, height, width, channels] to the same grid."""
 
         def pointwise(x: Array, features: int, name: str) -> Array:
-            layer = ConvNorm(features, (1, 1, 1), (1, 1, 1), *self.shared, name=name)
+            layer = ConvNorm(features, (1, 1, 1), (1, 1, 1), self.conv, self.norm, name=name)
             return layer(x, train=train, mask=mask)
 
         def separable(x: Array, features: int, name: str) -> Array:
-            return SeparableConv(features, 3, 1, self.shared, name=name)(x, train=train, mask=mask)
+            layer = SeparableConv(features, 3, 1, self.conv, self.norm, name=name)
+            return layer(x, train=train, mask=mask)
 
         b0, b1_reduced, b1, b2_reduced, b2, b3 = self.channels
         pooled = nn.max_pool(x, (3, 3, 3), (1, 1, 1), padding=((1, 1),) * 3)
@@ -140,41 +135,27 @@ class MixedBlock(nn.Module):
             pointwise(pooled, b3, "branch3"),
         ]
         if self.gating:
-            dtype = self.shared[-1]
             branches = [
-                SelfGating(dtype, name=f"gating{n}")(branch) for n, branch in enumerate(branches)
+                SelfGating(self.dtype, name=f"gating{n}")(branch)
+                for n, branch in enumerate(branches)
             ]
         return jnp.concatenate(branches, axis=-1)
 
 
-class S3D(nn.Module):
+class S3D(VideoEncoder, NormEncoder, kw_only=True):
     """S3D, and with gating S3D-G, over video clips.
 
     Attributes:
         width: multiplies the published channels, 1 for the published network.
         gating: the feature gating of S3D-G.
-        subtract_time_mean: see `prepare_video`.
-        norm_momentum: weight of the old running statistics (PyTorch's momentum is 1 minus it).
-        norm_epsilon: added to the variance.
-        freeze_norm: see `BatchNorm.frozen`.
-        channel_mean: see `prepare_video`.
-        channel_std: see `prepare_video`.
-        lowering: see `Conv3D`.
-        remat: see `recomputed`.
-        dtype: compute dtype; parameters and statistics are float32.
+        lowering: see `Conv`.
     """
 
     width: float
     gating: bool
-    subtract_time_mean: bool
     norm_momentum: float = 0.999
     norm_epsilon: float = 1e-3
-    freeze_norm: bool = False
-    channel_mean: tuple[float, ...] | None = None
-    channel_std: tuple[float, ...] | None = None
     lowering: Lowering = "auto"
-    remat: Remat = "none"
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
@@ -184,7 +165,7 @@ class S3D(nn.Module):
         train: bool,
         mask: Bool[Array, " batch"] | None = None,
     ) -> dict[str, Array]:
-        """Encodes clips; arguments and results as of `VideoResNet`.
+        """Encodes clips, see `encoders.Encoder`.
 
         torchvision's classifier averages windows of 2 frames instead of all, which is the same for
         clips of up to 16 frames.
@@ -197,29 +178,17 @@ class S3D(nn.Module):
                 f"S3D needs clips of at least 8 frames of 32x32, got {video.shape[1]} of "
                 f"{video.shape[2]}x{video.shape[3]}"
             )
-        norm = functools.partial(
-            BatchNorm,
-            momentum=self.norm_momentum,
-            epsilon=self.norm_epsilon,
-            frozen=self.freeze_norm,
-            dtype=self.dtype,
-        )
-        shared = (self.lowering, norm, self.dtype)
+        makers = functools.partial(Conv, lowering=self.lowering, dtype=self.dtype), self.norm
+        run = functools.partial(self.run, train=train, mask=mask)
 
         def wide(channels: int) -> int:
             return max(1, round(self.width * channels))
 
-        x = prepare_video(
-            video,
-            channel_mean=self.channel_mean,
-            channel_std=self.channel_std,
-            subtract_time_mean=self.subtract_time_mean,
-        ).astype(self.dtype)
-        run = functools.partial(run_block, remat=self.remat, train=train, mask=mask)
-        x = run(SeparableConv(wide(64), 7, 2, shared, name="conv_1a"), x=x)
+        x = self.prepare(video, subtract_time_mean=self.subtract_time_mean)
+        x = run(SeparableConv(wide(64), 7, 2, *makers, name="conv_1a"), x)
         x = _pool_space(x)
-        x = run(ConvNorm(wide(64), (1, 1, 1), (1, 1, 1), *shared, name="conv_2b"), x=x)
-        x = run(SeparableConv(wide(192), 3, 1, shared, name="conv_2c"), x=x)
+        x = run(ConvNorm(wide(64), (1, 1, 1), (1, 1, 1), *makers, name="conv_2b"), x)
+        x = run(SeparableConv(wide(192), 3, 1, *makers, name="conv_2c"), x)
         if self.gating:
             x = SelfGating(self.dtype, name="gating_2c")(x)
         x = _pool_space(x)
@@ -228,10 +197,9 @@ class S3D(nn.Module):
                 x = nn.max_pool(x, (3, 3, 3), (2, 2, 2), padding=((1, 1),) * 3)
             elif name == "mixed_5b":
                 x = nn.max_pool(x, (2, 2, 2), (2, 2, 2))
-            b0, b1_reduced, b1, b2_reduced, b2, b3 = (wide(n) for n in channels)
-            channels = (b0, b1_reduced, b1, b2_reduced, b2, b3)
-            x = run(MixedBlock(channels, self.gating, shared, name=name), x=x)
-        return {"features": pool_features(x, "mean"), "map": x}
+            channels = tuple(wide(n) for n in channels)
+            x = run(MixedBlock(channels, self.gating, *makers, self.dtype, name=name), x)
+        return encoded(x)
 
 
 def _pool_space(x: Array) -> Array:

@@ -13,7 +13,7 @@ row needs no mask.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -22,14 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from avcl_jax.errors import UserError
-from avcl_jax.models.layers import (
-    Remat,
-    check_patch,
-    patches,
-    pool_features,
-    prepare_video,
-    run_block,
-)
+from avcl_jax.models.layers import EncoderModule, VideoEncoder, encoded, patches
 
 Attention = Literal["joint", "factorised"]
 
@@ -101,36 +94,49 @@ def _positions(module: nn.Module, grid: tuple[int, ...]) -> Array:
     return jax.image.resize(positions, (1, *grid), "linear", antialias=False)
 
 
-class VideoTransformer(nn.Module):
-    """Transformer over tubelets of a clip.
+class Transformer(EncoderModule):
+    """Transformer over patches of an array, each a token.
 
     ViT-S has width 384, depth 12, 6 heads; ViT-B width 768, depth 12, 12 heads. Positions are
-    learned for the clips that the encoder is initialised with, and interpolated for others.
+    learned for the inputs that the encoder is initialised with, and interpolated for others.
 
     Attributes:
         width: channels of a token.
         depth: number of layers.
         heads: heads of each attention.
-        tubelet: (time, height, width) of the pixels of a token.
-        attention: "joint" over all tokens, or "factorised": first over the tokens of one moment,
-            then over the moments of one place, in every layer.
-        subtract_time_mean: see `prepare_video`.
-        channel_mean: see `prepare_video`.
-        channel_std: see `prepare_video`.
-        remat: see `recomputed`.
-        dtype: compute dtype; parameters are float32.
     """
 
     width: int
     depth: int
     heads: int
+
+    def _tokens(self, x: Array, sizes: Sequence[int], **named: Any) -> Array:
+        """Tokens [batch, *cells, width] of patches of `sizes`, with their positions."""
+        x = patches(x, sizes, **named)
+        x = nn.Dense(self.width, dtype=self.dtype, name="embedding")(x)
+        return x + _positions(self, x.shape[1:]).astype(self.dtype)
+
+    def _attend(self, x: Array, name: str) -> Array:
+        return self.run(SelfAttention(self.heads, self.dtype, name=name), x)
+
+    def _feed_forward(self, x: Array, name: str) -> Array:
+        return self.run(FeedForward(self.dtype, name=name), x)
+
+    def _normalise(self, x: Array) -> Array:
+        return nn.LayerNorm(epsilon=_EPSILON, dtype=self.dtype, name="norm")(x)
+
+
+class VideoTransformer(Transformer, VideoEncoder):
+    """Transformer over tubelets of a clip.
+
+    Attributes:
+        tubelet: (time, height, width) of the pixels of a token.
+        attention: "joint" over all tokens, or "factorised": first over the tokens of one moment,
+            then over the moments of one place, in every layer.
+    """
+
     tubelet: tuple[int, int, int]
     attention: Attention
-    subtract_time_mean: bool
-    channel_mean: tuple[float, ...] | None = None
-    channel_std: tuple[float, ...] | None = None
-    remat: Remat = "none"
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
@@ -140,74 +146,41 @@ class VideoTransformer(nn.Module):
         train: bool,
         mask: Bool[Array, " batch"] | None = None,
     ) -> dict[str, Array]:
-        """Encodes clips.
-
-        Args:
-            video: pixels, about zero mean and unit scale; in [0, 1] with `channel_mean`.
-            train: without effect: nothing here differs in training.
-            mask: without effect: no row touches another.
-
-        Returns:
-            `features` float32 [batch, width], the mean over tokens, and `map` [batch, time',
-            height', width', width], the normalised tokens before it.
+        """Encodes clips, see `encoders.Encoder`; the map is the normalised tokens.
 
         Raises:
             UserError: if the tubelet does not divide the clip, or `attention` is unknown.
         """
         if self.attention not in ("joint", "factorised"):
             raise UserError(f"unknown attention {self.attention!r}: use 'joint' or 'factorised'")
-        check_patch(
+        x = self._tokens(
+            self.prepare(video, subtract_time_mean=self.subtract_time_mean),
             self.tubelet,
-            video.shape[1:4],
             names=("tubelet", "clip"),
             settings=("num_frames", "image_size", "image_size"),
         )
-        x = prepare_video(
-            video,
-            channel_mean=self.channel_mean,
-            channel_std=self.channel_std,
-            subtract_time_mean=self.subtract_time_mean,
-        )
-        x = patches(x.astype(self.dtype), self.tubelet)
-        x = nn.Dense(self.width, dtype=self.dtype, name="embedding")(x)
-        x = x + _positions(self, x.shape[1:]).astype(self.dtype)
-        batch, moments, rows, columns, width = x.shape
+        batch, moments, rows, columns, width = shape = x.shape
         x = x.reshape(batch, moments, rows * columns, width)
         if self.attention == "joint":
             x = x.reshape(batch, 1, -1, width)
-        run = functools.partial(run_block, remat=self.remat)
         for layer in range(1, self.depth + 1):
             if self.attention == "factorised":
-                x = run(SelfAttention(self.heads, self.dtype, name=f"layer{layer}_space"), x=x)
-                x = x.swapaxes(1, 2)
-                x = run(SelfAttention(self.heads, self.dtype, name=f"layer{layer}_time"), x=x)
-                x = x.swapaxes(1, 2)
+                x = self._attend(x, f"layer{layer}_space").swapaxes(1, 2)
+                x = self._attend(x, f"layer{layer}_time").swapaxes(1, 2)
             else:
-                x = run(SelfAttention(self.heads, self.dtype, name=f"layer{layer}_attention"), x=x)
-            x = run(FeedForward(self.dtype, name=f"layer{layer}_mlp"), x=x)
-        x = nn.LayerNorm(epsilon=_EPSILON, dtype=self.dtype, name="norm")(x)
-        x = x.reshape(batch, moments, rows, columns, width)
-        return {"features": pool_features(x, "mean"), "map": x}
+                x = self._attend(x, f"layer{layer}_attention")
+            x = self._feed_forward(x, f"layer{layer}_mlp")
+        return encoded(self._normalise(x).reshape(shape))
 
 
-class AudioTransformer(nn.Module):
-    """Transformer over patches of a spectrogram; positions as of `VideoTransformer`.
+class AudioTransformer(Transformer):
+    """Transformer over patches of a spectrogram.
 
     Attributes:
-        width: channels of a token.
-        depth: number of layers.
-        heads: heads of each attention.
         patch: (frames, mels) of a token.
-        remat: see `recomputed`.
-        dtype: compute dtype; parameters are float32.
     """
 
-    width: int
-    depth: int
-    heads: int
     patch: tuple[int, int]
-    remat: Remat = "none"
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
@@ -217,35 +190,20 @@ class AudioTransformer(nn.Module):
         train: bool,
         mask: Bool[Array, " batch"] | None = None,
     ) -> dict[str, Array]:
-        """Encodes spectrograms.
-
-        Args:
-            spectrogram: log-mel, about zero mean and unit scale.
-            train: without effect: nothing here differs in training.
-            mask: without effect: no row touches another.
-
-        Returns:
-            `features` float32 [batch, width], the mean over tokens, and `map` [batch, frames',
-            mels', width], the normalised tokens before it.
+        """Encodes spectrograms, see `encoders.Encoder`; the map is the normalised tokens.
 
         Raises:
             UserError: if the patch does not divide the spectrogram.
         """
-        check_patch(
+        x = self._tokens(
+            spectrogram[..., None].astype(self.dtype),
             self.patch,
-            spectrogram.shape[1:],
             names=("patch", "spectrogram"),
             settings=("spectrogram.frames", "spectrogram.mels"),
         )
-        x = patches(spectrogram[..., None].astype(self.dtype), self.patch)
-        x = nn.Dense(self.width, dtype=self.dtype, name="embedding")(x)
-        x = x + _positions(self, x.shape[1:]).astype(self.dtype)
-        batch, frames, mels, width = x.shape
-        x = x.reshape(batch, frames * mels, width)
-        run = functools.partial(run_block, remat=self.remat)
+        shape = x.shape
+        x = x.reshape(shape[0], -1, shape[-1])
         for layer in range(1, self.depth + 1):
-            x = run(SelfAttention(self.heads, self.dtype, name=f"layer{layer}_attention"), x=x)
-            x = run(FeedForward(self.dtype, name=f"layer{layer}_mlp"), x=x)
-        x = nn.LayerNorm(epsilon=_EPSILON, dtype=self.dtype, name="norm")(x)
-        x = x.reshape(batch, frames, mels, width)
-        return {"features": pool_features(x, "mean"), "map": x}
+            x = self._attend(x, f"layer{layer}_attention")
+            x = self._feed_forward(x, f"layer{layer}_mlp")
+        return encoded(self._normalise(x).reshape(shape))

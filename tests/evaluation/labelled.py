@@ -16,10 +16,10 @@ import ml_collections
 import numpy as np
 import simplejpeg
 
-from avcl_jax import experiment, export
+from avcl_jax import experiment
 from avcl_jax.data.record_writer import write_dataset_metadata
 from avcl_jax.data.records import Record, shard_name
-from avcl_jax.export import Encoder
+from avcl_jax.export import Encoder, export_encoder
 from configs import finetune
 from tests.data.synthetic_records import write_shard
 from tests.training.small import small_config
@@ -159,9 +159,9 @@ def write_encoders(
         overrides: of their config.
         source: what else they say of where they come from; `data` is what they were trained on.
     """
-    with mock.patch.object(export, "_stablehlo", return_value=b""):
+    with mock.patch("avcl_jax.export.encoder._stablehlo", return_value=b""):
         for modality, encoder in make_encoders(seed, **overrides).items():
-            export.export_encoder(
+            export_encoder(
                 directory / modality,
                 encoder=encoder.module,
                 params=encoder.params,

@@ -17,7 +17,8 @@ from avcl_jax.evaluation.compare import compare_runs, read_run
 from avcl_jax.evaluation.evaluate import evaluate
 from avcl_jax.evaluation.evaluated_run import open_evaluated_run
 from avcl_jax.evaluation.protocol import OUTCOMES, read_outcomes
-from avcl_jax.export import export_run, load_encoder
+from avcl_jax.export import load_encoder
+from avcl_jax.export.runs import export_run
 from avcl_jax.objectives.temporal import TASKS
 from configs import evaluate as evaluate_config
 from configs import export, linear_probe

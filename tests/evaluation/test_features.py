@@ -13,7 +13,6 @@ from avcl_jax.batched import in_parts
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection, SelectionError, UsableRecords
 from avcl_jax.data.views import FORWARD
-from avcl_jax.encoder_source import open_encoders, random_like
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.features import (
     FeatureSpec,
@@ -23,6 +22,7 @@ from avcl_jax.evaluation.features import (
     rendered_clips,
 )
 from avcl_jax.evaluation.views import fixed_views
+from avcl_jax.export.runs import open_encoders, random_like
 from tests.evaluation.conftest import CLASS_NAMES, small_record, sound_record, write_records
 
 MEAN = FeatureSpec((1, 2), 2, "mean", "mean", chunk=5, threads=2, part_records=7)

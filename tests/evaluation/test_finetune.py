@@ -14,12 +14,12 @@ import pytest
 from avcl_jax.data.clips import ClipRecords
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection, SelectionError
-from avcl_jax.encoder_source import open_encoders
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation import finetune as finetune_module
 from avcl_jax.evaluation.finetune import clip_spec, finetune, labelled_splits, training_batches
 from avcl_jax.evaluation.protocol import read_outcomes
 from avcl_jax.export import ExportError
+from avcl_jax.export.runs import open_encoders
 from avcl_jax.training.checkpoint import CheckpointError, load_variables
 from avcl_jax.training.run_steps import NonFiniteError
 from tests.evaluation.labelled import COUNT, NAMES, toy_config, write_encoders, write_labelled

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.encoder_source import open_encoders
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.finetune import finetune
+from avcl_jax.export.runs import open_encoders
 from avcl_jax.training.checkpoint import load_variables
 from tests.evaluation.labelled import toy_config, write_encoders, write_labelled
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from etils import epath
 
-from avcl_jax.encoder_source import EncoderSource
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation import compare
 from avcl_jax.evaluation.driver import Context, ProtocolRun, run_protocol
@@ -25,6 +24,7 @@ from avcl_jax.evaluation.protocol import (
     read_outcomes,
 )
 from avcl_jax.evaluation.statistics import bootstrap
+from avcl_jax.export.runs import EncoderSource
 
 PROTOCOL = Protocol("toy", 1, "A toy & its <figures>", ["Add them up."])
 ENCODER = EncoderSource("runs/toy", {}, "12ab", 7, None)

@@ -12,11 +12,11 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from avcl_jax.data.clips import ClipRecords, VideoClipSpec
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
-from avcl_jax.encoder_source import EncoderSource
 from avcl_jax.evaluation.driver import ProtocolRun
 from avcl_jax.evaluation.finetune import measured, protocol_of
 from avcl_jax.evaluation.protocol import Stages
 from avcl_jax.evaluation.splits import Split
+from avcl_jax.export.runs import EncoderSource
 from tests.evaluation.labelled import toy_config, write_labelled
 
 

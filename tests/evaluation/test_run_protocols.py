@@ -9,13 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from avcl_jax.encoder_source import open_encoders
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.protocol import OUTCOMES, read_outcomes
 from avcl_jax.evaluation.retrieval import audio_video_retrieval, cross_modal_scores
 from avcl_jax.evaluation.statistics import STATISTICS
 from avcl_jax.evaluation.temporal import score_tasks, temporal_tasks
-from avcl_jax.export import ExportError, load_run
+from avcl_jax.export import ExportError
+from avcl_jax.export.runs import load_run, open_encoders
 from avcl_jax.objectives.temporal import TASKS
 from avcl_jax.training.checkpoint import Checkpoints, Progress
 from configs import cross_modal as cross_modal_config

@@ -10,11 +10,11 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from avcl_jax.encoder_source import EncoderSource, open_encoders, random_like
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation import driver, splits
 from avcl_jax.evaluation.splits import Trial, check_not_trained_on, split_encoders
 from avcl_jax.export import ExportError
+from avcl_jax.export.runs import EncoderSource, open_encoders, random_like
 from avcl_jax.training.checkpoint import Checkpoints, Progress
 from tests.evaluation.labelled import write_encoders
 

@@ -11,11 +11,11 @@ from sklearn.neighbors import NearestNeighbors
 from avcl_jax.data.images import decode_jpegs
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import SelectionError
-from avcl_jax.encoder_source import open_encoders
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.protocol import OUTCOMES, read_outcomes
 from avcl_jax.evaluation.retrieval import first_relevant_ranks, normalise, video_retrieval
 from avcl_jax.export import ExportError
+from avcl_jax.export.runs import open_encoders
 from configs import retrieval as config_file
 from tests.evaluation.conftest import CLASS_NAMES, small_record, write_records
 

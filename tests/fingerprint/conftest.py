@@ -12,7 +12,7 @@ from avcl_jax.export import export_encoder
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.settings import FingerprintSettings
 from avcl_jax.models.audio_encoders import AudioResNet
-from avcl_jax.models.video_encoders import VideoResNet
+from avcl_jax.models.video_resnet import VideoResNet
 from tests.fingerprint.synthetic import RATE_HZ, clip
 
 VIDEO = VideoPreprocessing(num_frames=8, clip_seconds=0.5, image_size=16, mean=0.5, std=0.25)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from avcl_jax.data import media as media_module
-from avcl_jax.encoder_source import open_encoders
+from avcl_jax.export.runs import open_encoders
 from avcl_jax.fingerprint import segments as segments_module
 from avcl_jax.fingerprint.segments import Segmenter
 from avcl_jax.fingerprint.settings import FingerprintSettings

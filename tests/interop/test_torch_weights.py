@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from avcl_jax.import_weights import WeightsError, from_torch, read_state_dict, to_torch
-from avcl_jax.models import torch_names
+from avcl_jax.errors import UserError
+from avcl_jax.export import torch_names
+from avcl_jax.export.torch_weights import from_torch, read_state_dict, to_torch
 from avcl_jax.models.encoders import create_encoder
-from avcl_jax.models.layers import BatchNorm, Conv2D, Conv3D
+from avcl_jax.models.layers import BatchNorm, Conv
 from tests.test_import_weights import state_dict
 
 pytestmark = pytest.mark.torch
@@ -106,7 +107,7 @@ def test_every_layer_agrees_with_torchvision(name):
             variables,
             x,
             train=False,
-            capture_intermediates=lambda module, _: isinstance(module, BatchNorm | Conv2D | Conv3D),
+            capture_intermediates=lambda module, _: isinstance(module, BatchNorm | Conv),
             mutable=["intermediates"],
         )
     )(variables, clip.numpy())
@@ -273,10 +274,10 @@ def test_checkpoints_of_training_are_read_and_nothing_in_them_is_run(tmp_path):
         assert state.keys() == {"a.weight", "b"}
         assert state["a.weight"].dtype == np.float32
     torch.save({"epoch": 3, "network": model}, path)
-    with pytest.raises(WeightsError, match=r"no state dict.*: epoch, network are not arrays"):
+    with pytest.raises(UserError, match=r"no state dict.*: epoch, network are not arrays"):
         read_state_dict(path)
     torch.save([1, 2], path)
-    with pytest.raises(WeightsError, match="contains a list, not a state dict"):
+    with pytest.raises(UserError, match="contains a list, not a state dict"):
         read_state_dict(path)
 
     class Malicious:
@@ -284,12 +285,12 @@ def test_checkpoints_of_training_are_read_and_nothing_in_them_is_run(tmp_path):
             return (open, (str(tmp_path / "ran"), "w"))
 
     torch.save({"model": {"a": torch.zeros(1)}, "args": Malicious()}, path)
-    with pytest.raises(WeightsError, match="cannot be read as weights only"):
+    with pytest.raises(UserError, match="cannot be read as weights only"):
         read_state_dict(path)
     path.write_bytes(pickle.dumps(Malicious(), protocol=2))
-    with pytest.raises(WeightsError, match="cannot be read as weights only"):
+    with pytest.raises(UserError, match="cannot be read as weights only"):
         read_state_dict(path)
     assert not (tmp_path / "ran").exists()
     path.write_bytes(b"")
-    with pytest.raises(WeightsError, match="cannot be read as weights only"):
+    with pytest.raises(UserError, match="cannot be read as weights only"):
         read_state_dict(path)

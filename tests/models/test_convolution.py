@@ -9,7 +9,7 @@ import pytest
 import scipy.signal
 
 from avcl_jax.models.convolution import convolve
-from avcl_jax.models.layers import Conv3D
+from avcl_jax.models.layers import Conv
 
 # Shape of the input, of the kernel, strides: those of the encoders in small.
 CASES = {
@@ -108,7 +108,7 @@ def test_nothing_is_left_to_choose_when_it_runs():
 
 def test_the_layer_passes_its_lowering_on():
     x, _, strides = arrays("spatial")
-    layer = Conv3D(7, (1, 3, 3), strides, "direct")
+    layer = Conv(7, (1, 3, 3), strides, "direct")
     variables = layer.init(jax.random.key(1), x)
     text = jax.jit(layer.apply).lower(variables, x).as_text()
     assert "b, 0, 1, 2, f" in text

@@ -13,10 +13,9 @@ from avcl_jax.models.audio_encoders import AudioResNet
 from avcl_jax.models.audio_visual import AudioVisualModel
 from avcl_jax.models.heads import normalize
 from avcl_jax.models.layers import BatchNorm
-from avcl_jax.models.video_blocks import middle_channels
-from avcl_jax.models.video_encoders import VideoResNet
+from avcl_jax.models.video_resnet import VideoResNet, middle_channels
 
-SMALL_VIDEO = VideoResNet((8, 12), (1, 1), "r2plus1d_plain", "patch4", True)
+SMALL_VIDEO = VideoResNet((8, 12), (1, 1), "r2plus1d_plain", "patch4", subtract_time_mean=True)
 SMALL_AUDIO = AudioResNet((8, 12), (1, 1), "patch", (2, 4))
 MODEL = AudioVisualModel(SMALL_VIDEO, SMALL_AUDIO, 16, 20, 24, (1, 2, 4, 8))
 
@@ -131,7 +130,9 @@ def test_normalize_is_finite_at_zero():
 
 def test_what_does_not_fit_is_one_clear_error():
     clip = jnp.zeros((1, 4, 18, 16, 3))
-    with pytest.raises(ValueError, match="divisible by 4, got 18x16"):
+    with pytest.raises(
+        ValueError, match=r"stem 'patch4' \(1, 4, 4\) must divide .* 4x18x16: set i"
+    ):
         SMALL_VIDEO.init(jax.random.key(0), clip, train=False)
     with pytest.raises(ValueError, match=r"patch \(2, 4\) must divide the spectrogram's 8x15"):
         SMALL_AUDIO.init(jax.random.key(0), jnp.zeros((1, 8, 15)), train=False)

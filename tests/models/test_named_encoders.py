@@ -17,7 +17,7 @@ from avcl_jax.models.audio_encoders import AudioConvNet
 from avcl_jax.models.encoders import create_encoder, published_name
 from avcl_jax.models.s3d import S3D
 from avcl_jax.models.transformers import AudioTransformer, VideoTransformer
-from avcl_jax.models.video_encoders import VideoResNet
+from avcl_jax.models.video_resnet import VideoResNet
 from configs import pretrain
 
 # Running a network once takes less time than optimising its machine code.
@@ -77,14 +77,22 @@ def test_published_encoder_has_its_size_and_its_name(modality, name):
 
 
 SMALL = {
-    "bottleneck": VideoResNet((4, 6), (1, 1), "r2plus1d", "r2plus1d", True, block="bottleneck"),
-    "mc3": VideoResNet((4, 6), (1, 1), "mc3", "r3d", False),
-    "avid": VideoResNet(
-        (4, 6), (1, 1), "r2plus1d_plain", "r3d_pool", False, block="norm_after_sum", pool="max"
+    "bottleneck": VideoResNet(
+        (4, 6), (1, 1), "r2plus1d", "r2plus1d", block="bottleneck", subtract_time_mean=True
     ),
-    "s3dg": S3D(0.05, True, False),
-    "factorised": VideoTransformer(8, 1, 2, (2, 8, 8), "factorised", True),
-    "joint": VideoTransformer(8, 1, 2, (2, 8, 8), "joint", False),
+    "mc3": VideoResNet((4, 6), (1, 1), "mc3", "r3d", subtract_time_mean=False),
+    "avid": VideoResNet(
+        widths=(4, 6),
+        depths=(1, 1),
+        factorisation="r2plus1d_plain",
+        stem="r3d_pool",
+        block="norm_after_sum",
+        pool="max",
+        subtract_time_mean=False,
+    ),
+    "s3dg": S3D(width=0.05, gating=True, subtract_time_mean=False),
+    "factorised": VideoTransformer(8, 1, 2, (2, 8, 8), "factorised", subtract_time_mean=True),
+    "joint": VideoTransformer(8, 1, 2, (2, 8, 8), "joint", subtract_time_mean=False),
     "convnet": AudioConvNet((4, 6), "max"),
     "audio transformer": AudioTransformer(8, 1, 2, (4, 8)),
 }
@@ -136,6 +144,8 @@ def test_rows_are_independent_and_missing_ones_are_not_counted(name):
     mask = jnp.array([True, True, False, True])
     out, stats = trained(SMALL[name], variables, x, mask)
     other, other_stats = trained(SMALL[name], variables, x.at[2].multiply(30.0), mask)
+    assert isinstance(SMALL[name], encoders.Encoder)
+    assert out.keys() == {"features", "map"}
     features = np.asarray(out["features"])
     assert features.dtype == np.float32
     assert np.ptp(features[np.asarray(mask)], axis=0).max() > 1e-3

@@ -11,11 +11,11 @@ import pytest
 
 from avcl_jax.models import encoders
 from avcl_jax.models.audio_encoders import AudioResNet
-from avcl_jax.models.video_encoders import VideoResNet
+from avcl_jax.models.video_resnet import VideoResNet
 from tests.models import test_named_encoders as named
 
 SMALL = named.SMALL | {
-    "r2plus1d": VideoResNet((4, 6), (1, 1), "r2plus1d", "r2plus1d", False),
+    "r2plus1d": VideoResNet((4, 6), (1, 1), "r2plus1d", "r2plus1d", subtract_time_mean=False),
     "audio resnet": AudioResNet((4, 6), (1, 1), "resnet"),
 }
 # Compiled twice each, so that only one of each kind of code is always run.

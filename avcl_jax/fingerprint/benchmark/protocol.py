@@ -19,7 +19,6 @@ import threadpoolctl
 from etils import epath
 
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.encoder_source import EncoderSource, open_encoders
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.driver import Context, run_protocol
 from avcl_jax.evaluation.protocol import (
@@ -29,6 +28,7 @@ from avcl_jax.evaluation.protocol import (
     Protocol,
 )
 from avcl_jax.evaluation.splits import check_not_trained_on
+from avcl_jax.export.runs import EncoderSource, open_encoders
 from avcl_jax.fingerprint.benchmark import families
 from avcl_jax.fingerprint.benchmark.baselines import BASELINES
 from avcl_jax.fingerprint.benchmark.clips import (

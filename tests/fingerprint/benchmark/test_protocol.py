@@ -19,7 +19,6 @@ from etils import epath
 from avcl_jax.data.media import DecodedMedia
 from avcl_jax.data.record_writer import write_dataset_metadata
 from avcl_jax.data.records import RecordDataset, shard_name
-from avcl_jax.encoder_source import open_encoders
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.protocol import (
     OUTCOMES,
@@ -27,6 +26,7 @@ from avcl_jax.evaluation.protocol import (
     read_outcomes,
     write_outcomes,
 )
+from avcl_jax.export.runs import open_encoders
 from avcl_jax.fingerprint.benchmark import clips as benchmark_clips
 from avcl_jax.fingerprint.benchmark import protocol
 from avcl_jax.fingerprint.benchmark.baselines import BASELINES

@@ -7,22 +7,18 @@
 
 The first writes WORKDIR/export/video (or audio), which `avcl_jax.export.load_encoder` reads; the
 second WORKDIR/torchvision.safetensors, which `load_state_dict` takes. The tables of names are in
-`avcl_jax.models.torch_names`; nothing is guessed, and nothing is left over in silence.
+`avcl_jax.export.torch_names`; nothing is guessed, and nothing is left over in silence.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import pickle
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import flax.traverse_util
-import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import safetensors
@@ -31,10 +27,17 @@ from etils import epath
 
 from avcl_jax import experiment
 from avcl_jax.errors import UserError
-from avcl_jax.export import export_encoder, load_encoder
-from avcl_jax.models import encoders, torch_names
+from avcl_jax.export import torch_names
+from avcl_jax.export.encoder import (
+    export_encoder,
+    flatten,
+    load_encoder,
+    unflatten,
+    variable_shapes,
+)
+from avcl_jax.export.torch_names import CODE_BASES, UNUSED_SUFFIX
+from avcl_jax.models import encoders
 from avcl_jax.models.encoders import Modality
-from avcl_jax.models.torch_names import CODE_BASES, UNUSED_SUFFIX
 from avcl_jax.paths import absolute_path
 
 # Under which training code keeps the state dict of its model.
@@ -42,11 +45,7 @@ _STATE_KEYS = ("model", "state_dict")
 # What `nn.DataParallel` and its distributed sibling put before every name.
 _PARALLEL_PREFIX = "module."
 # Parameters of convolutional encoders do not depend on it; it only has to be large enough.
-_EXAMPLES = {"video": (1, 8, 32, 32, 3), "audio": (1, 64, 64)}
-
-
-class WeightsError(UserError):
-    """Weights that are not those of the encoder, or that cannot be read."""
+_EXAMPLES = {"video": (8, 32, 32, 3), "audio": (64, 64)}
 
 
 def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
@@ -60,7 +59,7 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
         Arrays by name, without the prefix of `nn.DataParallel`.
 
     Raises:
-        WeightsError: if the file is neither, or contains objects other than arrays and settings.
+        UserError: if the file is neither, or contains objects other than arrays and settings.
         FileNotFoundError: if there is none.
     """
     path = absolute_path(path)
@@ -68,7 +67,7 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
         try:
             state = safetensors.numpy.load(path.read_bytes())
         except safetensors.SafetensorError as error:
-            raise WeightsError(f"{path} is not a safetensors file: {error}") from error
+            raise UserError(f"{path} is not a safetensors file: {error}") from error
     else:
         state = _read_with_torch(path)
     if all(name.startswith(_PARALLEL_PREFIX) for name in state):
@@ -80,7 +79,7 @@ def _read_with_torch(path: epath.Path) -> dict[str, np.ndarray]:
     try:
         import torch
     except ModuleNotFoundError as error:
-        raise WeightsError(
+        raise UserError(
             f"{path} needs PyTorch to be read: `pip install torch`, or save its state dict as "
             "safetensors"
         ) from error
@@ -90,16 +89,16 @@ def _read_with_torch(path: epath.Path) -> dict[str, np.ndarray]:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsError(f"{path} cannot be read as weights only: {reason}") from error
+        raise UserError(f"{path} cannot be read as weights only: {reason}") from error
     for key in _STATE_KEYS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
             break
     if not isinstance(loaded, Mapping) or not loaded:
-        raise WeightsError(f"{path} contains a {type(loaded).__name__}, not a state dict")
+        raise UserError(f"{path} contains a {type(loaded).__name__}, not a state dict")
     other = [name for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
     if other:
-        raise WeightsError(
+        raise UserError(
             f"{path} contains no state dict, neither at the top nor under "
             f"{' or '.join(_STATE_KEYS)}: {_some(other)} are not arrays"
         )
@@ -124,7 +123,7 @@ def from_torch(
         Nested float32 `params` and `batch_stats`.
 
     Raises:
-        WeightsError: naming arrays that are missing, left over, or of another shape.
+        UserError: naming arrays that are missing, left over, or of another shape.
     """
     names, encoder, arrays = _table(code_base, name, modality)
     given = dict(state)
@@ -137,7 +136,7 @@ def from_torch(
         if not key.startswith(unused) and not _is_counter_of(key, theirs)
     )
     if missing or left:
-        raise WeightsError(
+        raise UserError(
             f"not the weights of {code_base}'s {name}:"
             + (f" {_some(missing)} missing;" if missing else "")
             + (f" {_some(left)} left over;" if left else "")
@@ -149,13 +148,14 @@ def from_torch(
         if array.kind == "conv":
             value = torch_names.kernel_from_torch(value, mels_first=names.mels_first)
         flat[array.ours] = value
+    shapes = variable_shapes(encoder, _EXAMPLES[modality])
     for array in arrays:
-        expected, actual = _shapes(encoder, modality)[array.ours], flat[array.ours].shape
+        expected, actual = shapes[array.ours], flat[array.ours].shape
         if actual != expected:
-            raise WeightsError(
+            raise UserError(
                 f"{array.theirs} is {actual} in our order of axes, {name} has {expected}"
             )
-    return flax.traverse_util.unflatten_dict(flat, sep="/")
+    return unflatten(flat)
 
 
 def to_torch(
@@ -173,13 +173,13 @@ def to_torch(
         float32 arrays by PyTorch's names.
 
     Raises:
-        WeightsError: if that code base has no such encoder, or the variables are not its.
+        UserError: if that code base has no such encoder, or the variables are not its.
     """
     names, _, arrays = _table(code_base, name, modality)
-    flat = flax.traverse_util.flatten_dict(dict(variables), sep="/")
+    flat = flatten(variables)
     ours = {array.ours for array in arrays}
     if flat.keys() != ours:
-        raise WeightsError(
+        raise UserError(
             f"not the variables of {name}: {_some(sorted(flat.keys() ^ ours))} on one side only"
         )
     state = {}
@@ -195,8 +195,7 @@ def import_weights(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
     """Writes WORKDIR/export/MODALITY from `config.checkpoint`, as configs/import_weights.py says.
 
     Raises:
-        WeightsError: if the checkpoint is not one of the encoder.
-        UserError: if the config does not fit.
+        UserError: if the config does not fit, or the checkpoint is not one of the encoder.
     """
     if not config.checkpoint:
         raise UserError("config.checkpoint is missing: the file with the weights")
@@ -238,13 +237,13 @@ def export_weights(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
 
     Raises:
         ExportError: if the directory contains no encoder.
-        WeightsError: if the code base has no such encoder.
+        UserError: if the code base has no such encoder.
     """
     _code_base(config.code_base)
     encoder = load_encoder(config.encoder)
     name = encoders.published_name(encoder.module)
     if name is None:
-        raise WeightsError(
+        raise UserError(
             f"{config.encoder} contains a {type(encoder.module).__name__} that is not a published "
             "network: only those have layers with names elsewhere (docs/encoders.md)"
         )
@@ -264,7 +263,7 @@ def _table(
     """Returns the code base, a bare encoder of that name, and its arrays under both names."""
     names = _code_base(code_base)
     if name not in names.tables or name not in encoders.BY_MODALITY[modality]:
-        raise WeightsError(
+        raise UserError(
             f"{code_base} has no {modality} encoder {name!r}: it has {_tables(code_base)}"
         )
     settings = {"subtract_time_mean": False} if modality == "video" else {}
@@ -274,18 +273,8 @@ def _table(
 
 def _code_base(name: str) -> torch_names.CodeBase:
     if name not in CODE_BASES:
-        raise WeightsError(f"unknown code base {name!r}: use one of {', '.join(CODE_BASES)}")
+        raise UserError(f"unknown code base {name!r}: use one of {', '.join(CODE_BASES)}")
     return CODE_BASES[name]
-
-
-@functools.cache
-def _shapes(encoder: nn.Module, modality: Modality) -> dict[str, tuple[int, ...]]:
-    example = jax.ShapeDtypeStruct(_EXAMPLES[modality], jnp.float32)
-    shapes = jax.eval_shape(
-        functools.partial(encoder.init, train=False), jax.random.key(0), example
-    )
-    flat = flax.traverse_util.flatten_dict(dict(shapes), sep="/")
-    return {key: value.shape for key, value in flat.items()}
 
 
 def _is_counter_of(key: str, theirs: Iterable[str]) -> bool:

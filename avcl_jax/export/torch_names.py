@@ -17,7 +17,7 @@ import numpy as np
 from avcl_jax.models.audio_encoders import AudioConvNet, AudioResNet
 from avcl_jax.models.encoders import Modality
 from avcl_jax.models.s3d import MIXED, S3D
-from avcl_jax.models.video_encoders import VideoResNet
+from avcl_jax.models.video_resnet import VideoResNet
 
 Kind = Literal["conv", "norm"]
 Row = tuple[str, str, Kind]

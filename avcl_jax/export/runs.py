@@ -1,0 +1,271 @@
+"""Encoders by where they are: a run, its export, or weights imported from PyTorch.
+
+Everything that uses trained encoders names them by one path:
+
+- the workdir of a pretraining run, for its newest checkpoint;
+- a directory that contains `video` or `audio` or both as `configs/export.py` and
+  `configs/import_weights.py` write them, or the workdir above it;
+- the directory of one exported encoder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+
+from avcl_jax import experiment
+from avcl_jax.export.encoder import Encoder, ExportError, export_encoder, flatten, load_encoder
+from avcl_jax.paths import absolute_path
+from avcl_jax.training.checkpoint import load_variables, read_progress
+
+MODALITIES = ("video", "audio")
+
+
+def load_run(
+    workdir: epath.PathLike,
+) -> tuple[ml_collections.ConfigDict, dict[str, Any], int]:
+    """Loads a pretraining run, including the heads, which an export leaves out.
+
+    Args:
+        workdir: working directory of the run, local or gs://.
+
+    Returns:
+        Config with which it ran, variables of `experiment.audio_visual_model`, step.
+
+    Raises:
+        ExportError: if `workdir` does not contain a pretraining run.
+        CheckpointError: if the run has no checkpoint.
+    """
+    config = config_of_run(workdir)
+    variables, step = load_variables(absolute_path(workdir))
+    return config, variables, step
+
+
+def config_of_run(workdir: epath.PathLike) -> ml_collections.ConfigDict:
+    """Reads the config with which a pretraining run ran; reads no checkpoint.
+
+    Raises:
+        ExportError: if `workdir` does not contain a pretraining run.
+    """
+    directory = absolute_path(workdir)
+    path = directory / "config.json"
+    if not (directory / "checkpoints").exists() or not path.exists():
+        raise ExportError(
+            f"{directory} does not contain a pretraining run: give the workdir of one (an exported "
+            "encoder lacks the heads that were trained with it)"
+        )
+    try:
+        config = experiment.from_json(path.read_text())
+        task = config.task
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ExportError(f"{path} is damaged: {error}") from error
+    if task != "pretrain":
+        raise ExportError(
+            f"{directory} contains a run of task {task!r}: give the workdir of a pretraining run"
+        )
+    return config
+
+
+def export_run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, epath.Path]:
+    """Exports the encoders of the newest checkpoint of a run to WORKDIR/export/{video,audio}.
+
+    Args:
+        config: not used: model and preprocessing are those of the run's own config.
+        workdir: working directory of the run, local or gs://.
+
+    Returns:
+        Directory of each modality that the run trained.
+
+    Raises:
+        ExportError: if `workdir` does not contain a pretraining run.
+        CheckpointError: if the run has no checkpoint.
+    """
+    del config
+    workdir = absolute_path(workdir)
+    config, variables, step = load_run(workdir)
+    run_config = (workdir / "config.json").read_text()
+    origin = {
+        "seed": config.seed,
+        "trained_speeds": list(experiment.render_spec(config).views.speeds),
+        "config_sha256": hashlib.sha256(run_config.encode()).hexdigest(),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")},
+    }
+    exported = {}
+    for modality, encoder in _encoders_of_run(workdir, config, variables, step).items():
+        exported[modality] = export_encoder(
+            workdir / "export" / modality,
+            encoder=encoder.module,
+            params=encoder.params,
+            preprocessing=encoder.preprocess,
+            source=encoder.config["source"] | origin,
+        )
+        print(f"encoder {exported[modality]}", flush=True)
+    return exported
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderSource:
+    """Encoders, and what identifies them.
+
+    Attributes:
+        path: path they were read from.
+        encoders: modality -> encoder; a run of one modality has one.
+        fingerprint: SHA-256 over names, shapes and values of the weights and over architecture and
+            preprocessing: equal for a checkpoint and its export.
+        step: training step, None where it is unknown (imported weights).
+        trained_on: fingerprint of the records that it was pretrained on, with their selection; None
+            where it is unknown.
+    """
+
+    path: str
+    encoders: Mapping[str, Encoder]
+    fingerprint: str
+    step: int | None
+    trained_on: str | None
+
+    def require(self, modality: str) -> Encoder:
+        """Returns the encoder of `modality`.
+
+        Raises:
+            ExportError: if there is none.
+        """
+        if modality not in self.encoders:
+            raise ExportError(
+                f"{self.path} has no {modality} encoder, only {' and '.join(self.encoders)}"
+            )
+        return self.encoders[modality]
+
+
+def open_encoders(path: epath.PathLike) -> EncoderSource:
+    """Loads the encoders that `path` names, as the module says.
+
+    Args:
+        path: local or gs://.
+
+    Raises:
+        ExportError: if it contains neither a run nor an exported encoder, or a damaged one.
+        CheckpointError: if it contains a run without a checkpoint.
+    """
+    directory = absolute_path(path)
+    if not directory.is_dir():
+        raise ExportError(
+            f"there is no directory {directory}: give the workdir of a run, or an exported encoder"
+        )
+    if (directory / "checkpoints").exists():
+        return source_of_run(directory, *load_run(directory))
+    if (directory / "config.json").exists():
+        encoder = load_encoder(directory)
+        return _source(str(directory), {encoder.modality: encoder})
+    for parent in (directory, directory / "export"):
+        found = [m for m in MODALITIES if (parent / m / "config.json").exists()]
+        if found:
+            return _source(str(directory), {m: load_encoder(parent / m) for m in found})
+    names = sorted(path.name for path in directory.iterdir())
+    raise ExportError(
+        f"{directory} contains {', '.join(names) or 'nothing'}, neither checkpoints nor "
+        "exported encoders: pretrain there, or export to it"
+    )
+
+
+def source_of_run(
+    directory: epath.PathLike,
+    config: ml_collections.ConfigDict,
+    variables: Mapping[str, Any],
+    step: int,
+) -> EncoderSource:
+    """Encoders of a run that `load_run` has loaded."""
+    directory = absolute_path(directory)
+    return _source(str(directory), _encoders_of_run(directory, config, variables, step))
+
+
+def _encoders_of_run(
+    directory: epath.Path,
+    config: ml_collections.ConfigDict,
+    variables: Mapping[str, Any],
+    step: int,
+) -> dict[str, Encoder]:
+    model = experiment.audio_visual_model(config)
+    source = {
+        "workdir": str(directory),
+        "name": config.name,
+        "step": step,
+        "data": read_progress(directory, step).data_fingerprint,
+    }
+    encoders = {}
+    for modality, preprocessing in experiment.preprocessings(config).items():
+        module = getattr(model, name := f"{modality}_encoder")
+        if module is not None:
+            # A transformer has no statistics, and then no `batch_stats`.
+            own = {kind: tree[name] for kind, tree in variables.items() if name in tree}
+            module = module.clone(remat="none")
+            encoders[modality] = Encoder.of_module(module, own, preprocessing, source=source)
+    return encoders
+
+
+def random_like(source: EncoderSource, seed: int) -> EncoderSource:
+    """Encoders of the same architecture and preprocessing with newly drawn weights.
+
+    Args:
+        source: encoders to imitate.
+        seed: seed of the weights.
+    """
+    encoders = {}
+    for number, (modality, encoder) in enumerate(source.encoders.items()):
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        example = jnp.zeros((1, *encoder.input_shape), jnp.float32)
+        init = jax.jit(functools.partial(encoder.module.init, train=False))
+        params = jax.device_get(dict(init(key, example)))
+        encoders[modality] = dataclasses.replace(encoder, params=params)
+    renewed = _source(f"random like {source.path}", encoders)
+    return dataclasses.replace(renewed, step=None, trained_on=None)
+
+
+def heads_digest(variables: Mapping[str, Any]) -> str:
+    """SHA-256 of names, types, shapes and values of a run's projection and temporal heads."""
+    heads = {
+        kind: {name: tree for name, tree in trees.items() if not name.endswith("_encoder")}
+        for kind, trees in variables.items()
+    }
+    return variables_digest(heads)
+
+
+def variables_digest(variables: Mapping[str, Any]) -> str:
+    """SHA-256 of names, types, shapes and values of a nested dict of arrays."""
+    digest = hashlib.sha256()
+    _update(digest, variables)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, variables: Mapping[str, Any]) -> None:
+    for name, value in sorted(flatten(variables).items()):
+        array = np.ascontiguousarray(value)
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+
+
+def _source(path: str, encoders: Mapping[str, Encoder]) -> EncoderSource:
+    digest = hashlib.sha256()
+    for modality, encoder in sorted(encoders.items()):
+        described = {k: encoder.config[k] for k in ("encoder", "preprocessing")}
+        digest.update(f"{modality} {json.dumps(described, sort_keys=True)}".encode())
+        _update(digest, encoder.params)
+
+    def common(key: str) -> Any:
+        """The value that all encoders agree on; None for imported weights and older exports."""
+        values = {encoder.config["source"].get(key) for encoder in encoders.values()}
+        return values.pop() if len(values) == 1 else None
+
+    return EncoderSource(path, dict(encoders), digest.hexdigest(), common("step"), common("data"))
