@@ -62,11 +62,12 @@ def _timed(search: Callable[[], tuple[Any, Any]], searches: int, results: str) -
 
 
 def seconds_of_ours(*, ranks: int, searches: int, results: str) -> float:
-    """Seconds of `bank_sampling.rank`."""
+    """Seconds of `bank_ranking.rank`."""
     import jax
     import jax.numpy as jnp
 
-    from avcl_jax.objectives import bank_sampling
+    from avcl_jax.objectives import bank_ranking
+    from avcl_jax.objectives.bank_rows import BankRows, RowNumbers
 
     rows, queries = rows_and_queries()
     source = np.arange(ROWS, dtype=np.int32)
@@ -75,10 +76,10 @@ def seconds_of_ours(*, ranks: int, searches: int, results: str) -> float:
     def rank(queries: Any, rows: Any, source: Any, usable: Any) -> tuple[Any, Any]:
         # No row is of an anchor's own source: the same neighbours as FAISS finds.
         own, present = jnp.full(ANCHORS, -1), jnp.ones(ANCHORS, bool)
-        comparison = bank_sampling.Comparison(
-            [queries], [rows], [], [], [], own, present, source, usable
-        )
-        return bank_sampling.rank(comparison, ranks)
+        anchors = bank_ranking.Anchors([queries], own, present)
+        numbers = RowNumbers(jnp.repeat(source[:, None], 4, axis=1))
+        bank = BankRows({"video": rows}, None, numbers)
+        return bank_ranking.rank(anchors, bank, usable, ranks, pairs=[("video", "video")], means=[])
 
     arguments = jax.device_put((queries, rows, source, np.ones(ROWS, bool)))
     return _timed(lambda: jax.block_until_ready(rank(*arguments)), searches, results)

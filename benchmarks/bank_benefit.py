@@ -29,9 +29,8 @@ from etils import epath
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.evaluation.ablation import FULL, ablate
 from avcl_jax.objectives import feature_bank
-from avcl_jax.objectives.bank_rows import DrawnRows
-from avcl_jax.objectives.bank_sampling import Term
-from avcl_jax.objectives.views import Views
+from avcl_jax.objectives.bank_rows import BankSample, DrawnRows
+from avcl_jax.objectives.views import Term, Views
 from avcl_jax.paths import local_path
 from avcl_jax.training import loop
 from benchmarks.measure import run_command
@@ -150,8 +149,8 @@ def config_of(
 
 
 def oracle(
-    labels: np.ndarray, purity: float, draw: Callable[..., feature_bank.BankSample]
-) -> Callable[..., feature_bank.BankSample]:
+    labels: np.ndarray, purity: float, draw: Callable[..., BankSample]
+) -> Callable[..., BankSample]:
     """`feature_bank.sample` with positives by label: the anchor's class in a fraction `purity`.
 
     Every positive is a random row of the anchor's class, or of another class. Negatives are those
@@ -173,7 +172,7 @@ def oracle(
         terms: Sequence[Term],
         active: Any,
         **settings: Any,
-    ) -> feature_bank.BankSample:
+    ) -> BankSample:
         drawn = draw(bank, key, views, term=term, terms=terms, active=active, **settings)
         numbers, own = bank.rows.numbers, views.source_id
         key = jax.random.fold_in(key, 1000 + terms.index(term))
@@ -190,7 +189,7 @@ def oracle(
         ).where(active)
         sources = positives.numbers.source_id[..., None, :]
         clash = drawn.negatives.numbers.source_id[..., None] == sources
-        return feature_bank.BankSample(positives, drawn.negatives.where(~clash.any(-1)))
+        return BankSample(positives, drawn.negatives.where(~clash.any(-1)))
 
     return sample
 

@@ -20,7 +20,7 @@ import numpy as np
 from avcl_jax import experiment
 from avcl_jax.export.runs import load_run
 from avcl_jax.objectives.bank_rows import BankRows
-from avcl_jax.objectives.bank_sampling import Term, ranking_pairs
+from avcl_jax.objectives.views import Term
 from avcl_jax.paths import absolute_path
 from avcl_jax.training.checkpoint import load_bank
 from benchmarks.measure import Row, print_table, run_command, writable_path, write_json
@@ -69,7 +69,7 @@ def agreement(
         Ranking, or "all rows" → label, "speed" or "direction" → fraction.
     """
     sampling = experiment.bank_sampling(config)
-    pairs = ranking_pairs(sampling, "audio" if config.modalities == "audio" else "video")
+    pairs = sampling.pairs("audio" if config.modalities == "audio" else "video")
     kinds = {name: bank.numbers.label[:, k] for k, name in enumerate(names)}
     playback = bank.numbers.playback(pairs[0][1])
     kinds |= {"speed": playback // 2, "direction": playback % 2}

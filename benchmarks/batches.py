@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from avcl_jax import experiment
 from avcl_jax.data.pipeline import batch_shapes
 from avcl_jax.objectives import feature_bank
+from avcl_jax.objectives.bank_rows import BankSample
 from avcl_jax.objectives.views import MODALITIES, Modality, Views
 from avcl_jax.training.objective import LossSpec
 
@@ -78,7 +79,7 @@ def draw_all(
     spec: LossSpec,
     *,
     mesh: Mesh | None = None,
-) -> list[feature_bank.BankSample]:
+) -> list[BankSample]:
     """The rows that a step draws for all of its terms.
 
     Args:

@@ -27,6 +27,7 @@ from avcl_jax import experiment
 from avcl_jax.data.pipeline import batch_shapes
 from avcl_jax.errors import UserError
 from avcl_jax.objectives import feature_bank
+from avcl_jax.objectives.bank_exchange import exchange_bytes
 from avcl_jax.objectives.views import MODALITIES
 from avcl_jax.training import loop, sharding
 from avcl_jax.training.state import state_shardings
@@ -200,7 +201,7 @@ def _exchange(config: ml_collections.ConfigDict, chips: int) -> dict[str, int]:
     spec = loop.loss_spec(config)
     if spec.bank is None:
         return {"merge": 0, "gather": 0}
-    return feature_bank.exchange_bytes(
+    return exchange_bytes(
         size=config.bank.size,
         dim=config.model.embedding_dim,
         dtype=config.bank.dtype,

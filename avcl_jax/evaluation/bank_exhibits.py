@@ -21,8 +21,8 @@ from avcl_jax.evaluation.exhibits import Exhibits, labels_of, row
 from avcl_jax.evaluation.page import as_text, section, text
 from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.bank_rows import RowNumbers, views_of
-from avcl_jax.objectives.bank_sampling import Term, ranking_pairs
 from avcl_jax.objectives.feature_bank import FeatureBank
+from avcl_jax.objectives.views import Term
 from avcl_jax.training.checkpoint import CheckpointError, load_bank, read_progress
 from avcl_jax.training.loop import bank_start, loss_spec
 
@@ -142,7 +142,7 @@ def bank_searches(
 
     searches: dict[str, list[BankSearch]] = {}
     for anchor, target in terms:
-        pairs = ranking_pairs(sampling, anchor)
+        pairs = sampling.pairs(anchor)
         usable = views.usable(*(own for own, _ in pairs)).all(axis=1)
         usable = np.flatnonzero(usable & np.isin(numbers.source_id[::2], list(places)))
         if _TITLES[pairs] in searches or not len(usable):

@@ -41,7 +41,7 @@ from avcl_jax.evaluation.protocol import (
 from avcl_jax.evaluation.splits import Split, Trial, check_not_trained_on
 from avcl_jax.export.runs import EncoderSource, random_like
 from avcl_jax.paths import absolute_path
-from avcl_jax.training.metric_writer import peak_memory_gb
+from avcl_jax.training.metrics import peak_memory_gb
 
 Computed = TypeVar("Computed")
 

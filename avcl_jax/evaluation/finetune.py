@@ -65,7 +65,7 @@ from avcl_jax.export import Encoder
 from avcl_jax.export.runs import EncoderSource, random_like
 from avcl_jax.training import sharding
 from avcl_jax.training.checkpoint import Checkpoints, Progress, check_config
-from avcl_jax.training.metric_writer import MetricWriter
+from avcl_jax.training.metrics import MetricWriter
 from avcl_jax.training.optimizer import create_optimizer, warmup_cosine, warmup_multistep
 from avcl_jax.training.run_steps import Pace, run_steps
 from avcl_jax.training.state import TrainState

@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from avcl_jax.encoder_source import MODALITIES
+from avcl_jax.export.runs import MODALITIES
 from avcl_jax.fingerprint.calibration import THRESHOLD
 from avcl_jax.fingerprint.database import SourceRow
 from avcl_jax.fingerprint.scores import Scored, strength

@@ -1,9 +1,9 @@
 """Exchange of anchors and rows between the devices that share a feature bank.
 
 Either every shard ranks all anchors and their nearest rows are merged, or the bank is gathered:
-whichever moves fewer bytes, as `exchange_bytes` counts them from the shapes alone. Functions work
-on arrays; `feature_bank` owns them. `axes` are the mesh axes over which the bank is sharded; if
-there are none, one device has the whole bank, and nothing is exchanged.
+whichever moves fewer bytes, as `exchange_bytes` counts them from the shapes alone. `axes` are the
+mesh axes over which the bank is sharded; if there are none, one device has the whole bank, and
+nothing is exchanged.
 """
 
 from __future__ import annotations
@@ -15,32 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from avcl_jax.objectives.bank_rows import (
-    FIXED_COLUMNS,
-    BankRows,
-    BankSample,
-    DrawnRows,
-    has_all,
-    presence_bits,
-)
-from avcl_jax.objectives.bank_sampling import (
-    BankSampling,
-    Comparison,
-    Term,
-    anchor_modalities,
-    bank_modalities,
-    choose_candidates,
-    compare,
-    enough_eligible,
-    inverse_lengths,
-    pick_negatives,
-    pick_positives,
-    playback_means,
-    playback_sums,
-    rank,
-    ranking_pairs,
-)
-from avcl_jax.objectives.views import Views
+from avcl_jax.objectives.bank_rows import FIXED_COLUMNS
+from avcl_jax.objectives.bank_sampling import BankSampling
+from avcl_jax.objectives.views import Term
 
 _INT_BYTES = 4
 # In one round a device requests from a shard up to this many times the rows that it would request
@@ -98,21 +75,21 @@ def exchange_bytes(
     embedding = dim * jnp.dtype(dtype).itemsize
     words = -(-embedding // _INT_BYTES) * _INT_BYTES
     numbers = size * (FIXED_COLUMNS + labels) * _INT_BYTES
-    queries = {own for anchor, _ in terms for own, _ in ranking_pairs(sampling, anchor)}
+    queries = {own for anchor, _ in terms for own, _ in sampling.pairs(anchor)}
     rankings = {
         (
-            ranking_pairs(sampling, term[0]),
-            frozenset(bank_modalities(sampling, term)),
-            frozenset(anchor_modalities(sampling, term[0])),
+            sampling.pairs(term[0]),
+            frozenset(sampling.row_modalities(term)),
+            frozenset(sampling.anchor_modalities(term[0])),
         )
         for term in terms
     }
     nearest = anchors * min(sampling.positive_ranks, size // shards) * 2 * _INT_BYTES
     picks = anchors // shards * sampling.num_positives
     answers = shards * _asked_at_once(picks, shards) * (_INT_BYTES + embedding) + _INT_BYTES
-    averaged = {row for anchor, _ in terms for _, row in ranking_pairs(sampling, anchor)}
+    averaged = {row for anchor, _ in terms for _, row in sampling.pairs(anchor)}
     means = len(averaged) * sampling.playbacks * (dim + 1) * _INT_BYTES
-    modalities = {modality for term in terms for modality in bank_modalities(sampling, term)}
+    modalities = {modality for term in terms for modality in sampling.row_modalities(term)}
     merge = (
         numbers
         + size
@@ -132,14 +109,14 @@ def _exchangeable(values: Array) -> Array:
     return jax.lax.bitcast_convert_type(values, _SAME_WIDTH[values.dtype.itemsize])
 
 
-def _gather(tree: Any, axes: tuple[str, ...]) -> Any:
+def gather(tree: Any, axes: tuple[str, ...]) -> Any:
     """Concatenates the arrays [rows, ...] of all shards, bit for bit."""
 
-    def gather(values: Array) -> Array:
+    def whole(values: Array) -> Array:
         moved = jax.lax.all_gather(_exchangeable(values), axes, tiled=True)
         return jax.lax.bitcast_convert_type(moved, values.dtype)
 
-    return jax.tree.map(gather, tree) if axes else tree
+    return jax.tree.map(whole, tree) if axes else tree
 
 
 def _send(values: Array, axes: tuple[str, ...]) -> Array:
@@ -148,7 +125,7 @@ def _send(values: Array, axes: tuple[str, ...]) -> Array:
     return jax.lax.bitcast_convert_type(moved, values.dtype)
 
 
-def _merge_nearest(
+def merge_nearest(
     scores: Array, rows: Array, ranks: int, axes: tuple[str, ...]
 ) -> tuple[Array, Array]:
     """Exchanges nearest rows, keeps the best of own anchors: [all anchors, k] → [own, ranks]."""
@@ -164,11 +141,11 @@ def _merge_nearest(
 
 
 def _asked_at_once(picks: int, shards: int) -> int:
-    """Rows that a device requests from every shard in one round of `_fetch`."""
+    """Rows that a device requests from every shard in one round of `fetch`."""
     return min(picks, -(-_SLACK * picks // shards))
 
 
-def _fetch(embeddings: Array, rows: Array, wanted: Array, axes: tuple[str, ...]) -> Array:
+def fetch(embeddings: Array, rows: Array, wanted: Array, axes: tuple[str, ...]) -> Array:
     """Embeddings of `rows`, which may be on any shard; undefined where not `wanted`."""
     if not axes:
         return embeddings[rows]
@@ -199,7 +176,7 @@ def _fetch(embeddings: Array, rows: Array, wanted: Array, axes: tuple[str, ...])
     return found.reshape(*shape, dim)
 
 
-def _broadcast(embeddings: Array, rows: Array, axes: tuple[str, ...]) -> Array:
+def broadcast(embeddings: Array, rows: Array, axes: tuple[str, ...]) -> Array:
     """Embeddings [rows, dim] of rows on any shard, equal on every device, bit for bit."""
     if not axes:
         return embeddings[rows]
@@ -212,119 +189,3 @@ def _broadcast(embeddings: Array, rows: Array, axes: tuple[str, ...]) -> Array:
     words = mine if per_word == 1 else mine.reshape(len(rows), -1, per_word)
     total = jax.lax.psum(jax.lax.bitcast_convert_type(words, jnp.uint32), axes)
     return jax.lax.bitcast_convert_type(total, embeddings.dtype).reshape(mine.shape)[:, :dim]
-
-
-def _playback_means(
-    rows: BankRows, pairs: Sequence[Term], sampling: BankSampling, axes: tuple[str, ...]
-) -> list[Array]:
-    """Means [playbacks, dim] over the whole bank for each pair; none for raw similarities."""
-    if sampling.ranking == "raw":
-        return []
-    sums = [
-        playback_sums(rows.embeddings[row], rows.numbers.playback(row), rows.usable(row), sampling)
-        for _, row in pairs
-    ]
-    return [playback_means(jax.lax.psum(total, axes) if axes else total) for total in sums]
-
-
-def _queries(
-    anchors: Views, pairs: Sequence[Term], means: Sequence[Array], rows: BankRows
-) -> list[Array]:
-    """Unit vectors of anchors [views, dim] for each pair, in the dtype of the bank."""
-    queries = []
-    for pair, (own, row) in enumerate(pairs):
-        query = anchors.embeddings[own].reshape(-1, anchors.embeddings[own].shape[-1])
-        if means and own == row:
-            query = query - means[pair][anchors.playback[own].ravel()]
-            query = query / jnp.maximum(jnp.linalg.norm(query, axis=1, keepdims=True), 1e-3)
-        # In the bank's dtype, so that both sides of a similarity are rounded alike.
-        queries.append(query.astype(rows.embeddings[row].dtype))
-    return queries
-
-
-def draw(
-    rows: BankRows,
-    key: Array,
-    anchors: Views,
-    *,
-    term: Term,
-    number: int,
-    sampling: BankSampling,
-    axes: tuple[str, ...],
-    merge: bool,
-) -> BankSample:
-    """Samples rows for the anchors of one device; with several, inside `jax.shard_map`.
-
-    Args:
-        rows: This device's shard of the bank.
-        key: Key of this step, the same on every device and for every term.
-        anchors: This device's videos.
-        term: Modality of the anchors, and of the rows to return.
-        number: Number of the term; noise differs between terms, candidates do not.
-        sampling: Space, ranks, counts and distribution.
-        axes: Mesh axes that batch and bank are sharded over.
-        merge: Merge nearest rows instead of gathering the bank.
-    """
-    pairs, modalities = ranking_pairs(sampling, term[0]), bank_modalities(sampling, term)
-    embeddings = {name: rows.embeddings[name] for name in modalities}
-    rows = BankRows(embeddings, rows.presence, rows.numbers)
-    if not merge:  # Every device searches the whole bank.
-        rows, axes = _gather(rows, axes), ()
-    all_numbers, all_presence = _gather((rows.numbers, rows.presence), axes)
-    means = _playback_means(rows, pairs, sampling, axes)
-    queries = _queries(anchors, pairs, means, rows)
-    # Two bits per view, so that one number per video is exchanged.
-    first, second = presence_bits(anchors.present).astype(jnp.int32).T
-    anchor_numbers = jnp.stack([anchors.source_id.astype(jnp.int32), first | (second << 2)], axis=1)
-
-    def comparison(queries: list[Array], anchor_numbers: Array, rows: BankRows) -> Comparison:
-        both = anchor_numbers[:, 1]
-        anchor_presence = jnp.stack([both & 3, both >> 2], axis=1).ravel()
-        return Comparison(
-            queries=queries,
-            embeddings=[rows.embeddings[row] for _, row in pairs],
-            means=means,
-            inverse_lengths=[
-                inverse_lengths(rows.embeddings[row], rows.numbers.playback(row), mean)
-                for (_, row), mean in zip(pairs, means, strict=False)  # none for raw similarities
-            ],
-            playbacks=[rows.numbers.playback(row) for _, row in pairs],
-            anchor_source=jnp.repeat(anchor_numbers[:, 0], 2),
-            anchor_usable=has_all(anchor_presence, anchor_modalities(sampling, term[0])),
-            row_source=rows.numbers.source_id,
-            row_usable=rows.usable(*modalities),
-        )
-
-    size = rows.presence.shape[0]
-    everyone = _gather(queries, axes), _gather(anchor_numbers, axes)
-    scores, ranked = rank(comparison(*everyone, rows), min(sampling.positive_ranks, size))
-    if axes:
-        ranked = ranked + jax.lax.axis_index(axes) * size
-        scores, ranked = _merge_nearest(scores, ranked, sampling.positive_ranks, axes)
-    places = choose_candidates(all_numbers.insertion, key, sampling)
-    candidates = BankRows(
-        {name: _broadcast(values, places, axes) for name, values in rows.embeddings.items()},
-        all_presence[places],
-        all_numbers[places],
-    )
-    similarities = compare(comparison(queries, anchor_numbers, candidates))
-
-    key = jax.random.fold_in(key, number)
-    videos = len(anchors.record_index)
-    view_id = jnp.repeat(2 * anchors.record_index.astype(jnp.uint32), 2)
-    view_id = view_id + jnp.tile(jnp.arange(2, dtype=jnp.uint32), videos)
-    enough = enough_eligible(similarities, all_presence.shape[0], sampling)
-    near = all_numbers[ranked]
-    position, is_positive = pick_positives(scores, near, enough, key, view_id, sampling)
-    near_source = jnp.where(scores > -jnp.inf, near.source_id, -1)
-    negatives, is_negative = pick_negatives(
-        similarities, candidates.numbers, near_source, key, view_id, sampling
-    )
-    positives = jnp.take_along_axis(ranked, position, axis=1)
-    near_embeddings = _fetch(rows.embeddings[term[1]], positives, is_positive, axes)
-    far_embeddings = candidates.embeddings[term[1]][negatives]
-    sample = BankSample(
-        DrawnRows(near_embeddings, is_positive, all_numbers[positives]),
-        DrawnRows(far_embeddings, is_negative, candidates.numbers[negatives]),
-    )
-    return jax.tree.map(lambda values: values.reshape(videos, 2, *values.shape[1:]), sample)

@@ -1,25 +1,15 @@
-"""Ranking of a feature bank's rows by similarity to an anchor, and sampling from them.
+"""Settings of a feature bank's positives and negatives, and their draws.
 
 Positives are drawn without replacement from the rows that are most similar to the anchor, at most
 one per source. Negatives are drawn from candidates: rows chosen at random once per step, for all
 anchors. Each anchor leaves out the nearest candidates and every source among its first ranks, as
 rows next to the positives are the likeliest to show the same content. Functions work on arrays of
-one device; `bank_exchange` connects anchors and rows of several devices.
-
-Embeddings of equal playback (speed and direction) are alike whatever they show. Ranking by content
-subtracts from each row the mean of the bank's rows of its playback and, where anchor and row have
-the same modality, from the anchor the mean of its own. The differences are compared by cosine: by
-its dot product the rows furthest from the mean would be near to every anchor, and their pull, to
-which no gradient of targets answers, would drive video and audio embeddings apart.
+one device.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from typing import Any, NamedTuple
 
 import jax
 import jax.extend
@@ -28,21 +18,11 @@ from jaxtyping import Array
 
 from avcl_jax.errors import UserError
 from avcl_jax.objectives.bank_rows import RowNumbers
-from avcl_jax.objectives.views import Modality
+from avcl_jax.objectives.views import Modality, Term
 
-Term = tuple[Modality, Modality]  # of the anchor, of its positives and negatives
-
-# Similarities of anchors × bank rows are computed in tiles of at most this many float32 values
-# (32 MiB), so that a bank of a million rows fits in memory with the activations.
-_TILE_ELEMENTS = 2**23
-# Sums by playback and lengths are computed in blocks of this many rows where it divides the bank:
-# masks of a million rows at once would take 64 MiB per modality, their products with means 32 MiB.
-_BLOCK_ROWS = 2**16
 # The nearest of few rows need not be similar: an anchor has positives only if at least this many
 # times `positive_ranks` rows are eligible, as estimated from the candidates.
 ELIGIBLE_PER_POSITIVE_RANK = 4
-# HIGHEST is free for a bfloat16 bank; a float32 bank is ranked in float32.
-_HIGHEST: Any = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": "f4"}
 # Keys the choice of candidates in place of an anchor's number; no anchor has it.
 _NO_ANCHOR = 2**32 - 1
 
@@ -113,175 +93,21 @@ class BankSampling:
         if "gumbel" in distributions.values() and not self.temperature > 0:
             raise UserError(f"temperature is {self.temperature}; Gumbel sampling needs > 0.")
 
+    def pairs(self, anchor: Modality) -> tuple[Term, ...]:
+        """(modality of the anchor, modality of the row) pairs whose similarities rank the rows."""
+        if self.space == "agreement":
+            return (("video", "video"), ("audio", "audio"))
+        other: Modality = "audio" if anchor == "video" else "video"
+        return ((anchor, anchor if self.space == "same" else other),)
 
-def ranking_pairs(sampling: BankSampling, anchor: Modality) -> tuple[Term, ...]:
-    """(modality of the anchor, modality of the bank row) pairs whose similarities rank the rows."""
-    if sampling.space == "agreement":
-        return (("video", "video"), ("audio", "audio"))
-    other: Modality = "audio" if anchor == "video" else "video"
-    return ((anchor, anchor if sampling.space == "same" else other),)
+    def row_modalities(self, term: Term) -> tuple[Modality, ...]:
+        """Modalities of the bank that ranking and returned rows read, each once."""
+        anchor, target = term
+        return tuple(dict.fromkeys([*(row for _, row in self.pairs(anchor)), target]))
 
-
-def bank_modalities(sampling: BankSampling, term: Term) -> tuple[Modality, ...]:
-    """Modalities of the bank that ranking and returned rows read, each once."""
-    anchor, target = term
-    return tuple(dict.fromkeys([*(row for _, row in ranking_pairs(sampling, anchor)), target]))
-
-
-def anchor_modalities(sampling: BankSampling, anchor: Modality) -> tuple[Modality, ...]:
-    """Modalities that an anchor must have, each once."""
-    return tuple(dict.fromkeys([anchor, *(own for own, _ in ranking_pairs(sampling, anchor))]))
-
-
-def _top_k(values: Array, k: int) -> tuple[Array, Array]:
-    """Equals `jax.lax.top_k` of [rows], also in ties, but sorts only about 2 √(rows · k) values."""
-    size = values.shape[0]
-    if not k:
-        return values[:0], jnp.zeros(0, jnp.int32)
-    block = 2 ** round(math.log2(size / k) / 2)
-    if block < 4 or size % block:
-        best, rows = jax.lax.top_k(values, k)
-        return best, rows
-    blocks = values.reshape(-1, block)
-    # The k largest values lie in the k blocks with the largest maxima. In ascending order of the
-    # blocks, equal values stay in order of their rows.
-    chosen = jnp.sort(jax.lax.top_k(blocks.max(axis=1), k)[1])
-    best, position = jax.lax.top_k(blocks[chosen].ravel(), k)
-    return best, chosen[position // block] * block + position % block
-
-
-def playback_sums(
-    embeddings: Array, playback: Array, usable: Array, sampling: BankSampling
-) -> Array:
-    """Sums the usable rows of each playback.
-
-    Args:
-        embeddings: [rows, dim].
-        playback: int [rows].
-        usable: bool [rows].
-        sampling: For the number of playbacks.
-
-    Returns:
-        float32 [playbacks, dim + 1]; the last column is the number of rows.
-    """
-
-    def of_block(block: tuple[Array, Array, Array]) -> Array:
-        rows, number, counted = block
-        chosen = (number[None] == jnp.arange(sampling.playbacks)[:, None]) & counted[None]
-        sums = jnp.matmul(
-            chosen.astype(rows.dtype),
-            rows,
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type="f4",
-        )
-        return jnp.concatenate([sums, chosen.sum(axis=1, keepdims=True, dtype="f4")], axis=1)
-
-    return _by_block(of_block, (embeddings, playback, usable)).sum(axis=0)
-
-
-def _by_block(function: Callable[[Any], Array], rows: tuple[Array, ...]) -> Array:
-    """Applies `function` to blocks of rows: [blocks, ...]; the whole is one block if none fits."""
-    block = math.gcd(len(rows[0]), _BLOCK_ROWS)
-    if block < _BLOCK_ROWS:
-        return function(rows)[None]
-    blocks = jax.tree.map(lambda values: values.reshape(-1, block, *values.shape[1:]), rows)
-    return jax.lax.map(function, blocks)
-
-
-def playback_means(sums: Array) -> Array:
-    """Means [playbacks, dim] from `playback_sums`; 0 for a playback without rows."""
-    return sums[:, :-1] / jnp.maximum(sums[:, -1:], 1)
-
-
-def _lookup(values: Array, number: Array) -> Array:
-    """Equals `values[number]`, for few values: comparisons are fused, a TPU's gather is slow."""
-    chosen = (jnp.where(number == k, value, 0) for k, value in enumerate(values))
-    return reduce(jnp.add, chosen)
-
-
-def inverse_lengths(embeddings: Array, playback: Array, means: Array) -> Array:
-    """1 / |row − mean of its playback|, float32 [rows]; 0 for a row that equals the mean.
-
-    Args:
-        embeddings: [rows, dim].
-        playback: int [rows].
-        means: float32 [playbacks, dim].
-    """
-    # |r|² − 2 r·m + |m|²: the rows minus their means would take float32 [rows, dim].
-    squared_means = jnp.square(means).sum(axis=1)
-
-    def of_block(block: tuple[Array, Array]) -> Array:
-        rows, number = block
-        squared = jnp.einsum("rd,rd->r", rows, rows, **_HIGHEST)
-        by_playback = jnp.einsum("pd,rd->pr", means, rows.astype("f4"), **_HIGHEST)
-        squared = squared - 2 * _lookup(by_playback, number) + _lookup(squared_means, number)
-        # Below the rounding of the sum nothing is known of the direction.
-        return jnp.where(squared > 1e-6, jax.lax.rsqrt(jnp.maximum(squared, 1e-6)), 0.0)
-
-    return _by_block(of_block, (embeddings, playback)).ravel()
-
-
-class Comparison(NamedTuple):
-    """Anchors and the rows to compare them with, for each pair of `ranking_pairs`.
-
-    Attributes:
-        queries: [anchors, dim] embeddings of the anchors, for each pair.
-        embeddings: [rows, dim], for each pair.
-        means: [playbacks, dim] to subtract from rows of each playback, for each pair; empty for raw
-            similarities.
-        inverse_lengths: float32 [rows] of `inverse_lengths`, for each pair; empty likewise.
-        playbacks: int [rows], for each pair.
-        anchor_source: int [anchors].
-        anchor_usable: bool [anchors], the anchor has all modalities that are read.
-        row_source: int [rows].
-        row_usable: bool [rows], likewise.
-    """
-
-    queries: Sequence[Array]
-    embeddings: Sequence[Array]
-    means: Sequence[Array]
-    inverse_lengths: Sequence[Array]
-    playbacks: Sequence[Array]
-    anchor_source: Array
-    anchor_usable: Array
-    row_source: Array
-    row_usable: Array
-
-
-def compare(c: Comparison) -> Array:
-    """Similarities [anchors, rows], the minimum over pairs; −inf where a row is not eligible."""
-    return _by_anchor(c, lambda similarity: similarity)
-
-
-def rank(c: Comparison, ranks: int) -> tuple[Array, Array]:
-    """Similarities and positions [anchors, ranks] of the most similar rows, in descending order.
-
-    The similarity is −inf behind the last eligible row.
-    """
-    return _by_anchor(c, lambda similarity: _top_k(similarity, ranks))
-
-
-def _by_anchor(c: Comparison, reduced: Callable[[Array], Any]) -> Any:
-    """Applies `reduced` to the similarities [rows] of every anchor, in tiles."""
-
-    def one(anchor):
-        *queries, source, usable = anchor
-        similarities = [
-            jnp.einsum("d,rd->r", query, rows, **_HIGHEST)
-            for query, rows in zip(queries, c.embeddings, strict=True)
-        ]
-        for pair, means in enumerate(c.means):
-            by_playback = jnp.einsum("d,pd->p", queries[pair].astype("f4"), means, **_HIGHEST)
-            centred = similarities[pair] - _lookup(by_playback, c.playbacks[pair])
-            similarities[pair] = centred * c.inverse_lengths[pair]
-        eligible = c.row_usable & usable & (c.row_source != source)
-        return reduced(jnp.where(eligible, reduce(jnp.minimum, similarities), -jnp.inf))
-
-    anchors = (*c.queries, c.anchor_source, c.anchor_usable)
-    tile = max(1, _TILE_ELEMENTS // c.row_source.shape[0])
-    if c.anchor_source.shape[0] <= tile:
-        return jax.vmap(one)(anchors)
-    return jax.lax.map(one, anchors, batch_size=tile)
+    def anchor_modalities(self, anchor: Modality) -> tuple[Modality, ...]:
+        """Modalities that an anchor must have, each once."""
+        return tuple(dict.fromkeys([anchor, *(own for own, _ in self.pairs(anchor))]))
 
 
 def _random_bits(key: Array, anchor: Array, insertion: Array) -> Array:

@@ -24,7 +24,7 @@ change. Derivation and effect: docs/balanced_gradients.md.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,24 +37,6 @@ Kind = Literal["within", "cross"]
 # Stands for the logit of an excluded entry. Finite, so that neither values nor gradients rest on
 # how a library treats −inf − (−inf); softplus(−1e30 − z·p/τ) and its gradient are 0 in float32.
 _EXCLUDED = -1e30
-
-
-class _Similarities(NamedTuple):
-    """Cosine similarities of every anchor with its positives and negatives, and their masks.
-
-    `held_` similarities have the same values, but no gradient with respect to the targets.
-    """
-
-    partner: Float[Array, "videos 2"]
-    held_partner: Float[Array, "videos 2"]
-    batch: Float[Array, "videos 2 videos 2"]
-    held_batch: Float[Array, "videos 2 videos 2"]
-    batch_mask: Bool[Array, "videos 2 videos 2"]  # in-batch negatives
-    bank_positive: Float[Array, "videos 2 positives"]
-    bank_positive_mask: Bool[Array, "videos 2 positives"]
-    bank_negative: Float[Array, "videos 2 negatives"]
-    bank_negative_mask: Bool[Array, "videos 2 negatives"]
-    anchor_mask: Bool[Array, "videos 2"]  # anchors that exist and whose partner does
 
 
 def _dot(subscripts: str, a: Array, b: Array) -> Array:
@@ -94,57 +76,6 @@ def _bank_similarities(
     return _dot("ikd,ikpd->ikp", anchors, _present(jax.lax.stop_gradient(rows), mask)), mask
 
 
-def _similarities(
-    anchors: Array,
-    targets: Array,
-    *,
-    kind: Kind,
-    source_id: Array,
-    anchor_mask: Array,
-    target_mask: Array,
-    bank_positives: Array | None,
-    bank_positive_mask: Array | None,
-    bank_negatives: Array | None,
-    bank_negative_mask: Array | None,
-) -> _Similarities:
-    if kind not in ("within", "cross"):
-        raise ValueError(f"kind is {kind!r}; it must be 'within' or 'cross'.")
-    if anchors.ndim != 3 or anchors.shape[1] != 2 or anchors.shape != targets.shape:
-        raise ValueError(
-            f"anchors and targets must both be [videos, 2, dim]; got {anchors.shape} and "
-            f"{targets.shape}."
-        )
-    anchor_mask, target_mask = per_view(anchor_mask), per_view(target_mask)
-    anchors = _present(anchors, anchor_mask)
-    targets = _present(targets, target_mask)
-    partner_of, partner_mask = targets, target_mask
-    if kind == "within":
-        partner_of, partner_mask = targets[:, ::-1], target_mask[:, ::-1]
-    shape = (*anchors.shape[:2], *targets.shape[:2])
-    # Of the same source, whether the same record, another cut or a second meeting of it in one
-    # global batch: neither negative nor (except the partner) positive.
-    other_source = (source_id[:, None] != source_id[None, :])[..., None] & target_mask[None]
-    positive, positive_mask = _bank_similarities(
-        "positive", anchors, bank_positives, bank_positive_mask
-    )
-    negative, negative_mask = _bank_similarities(
-        "negative", anchors, bank_negatives, bank_negative_mask
-    )
-    held_partner_of, held = jax.lax.stop_gradient((partner_of, targets))
-    return _Similarities(
-        partner=_dot("ikd,ikd->ik", anchors, partner_of),
-        held_partner=_dot("ikd,ikd->ik", anchors, held_partner_of),
-        batch=_dot("ikd,jld->ikjl", anchors, targets),
-        held_batch=_dot("ikd,jld->ikjl", anchors, held),
-        batch_mask=jnp.broadcast_to(other_source[:, None], shape),
-        bank_positive=positive,
-        bank_positive_mask=positive_mask,
-        bank_negative=negative,
-        bank_negative_mask=negative_mask,
-        anchor_mask=anchor_mask & partner_mask,
-    )
-
-
 def _log_sum_exp(logits: Array, mask: Array, axes: tuple[int, ...]) -> Array:
     excluded = jnp.asarray(_EXCLUDED, logits.dtype)
     if any(logits.shape[axis] == 0 for axis in axes):
@@ -152,92 +83,9 @@ def _log_sum_exp(logits: Array, mask: Array, axes: tuple[int, ...]) -> Array:
     return jax.nn.logsumexp(jnp.where(mask, logits, excluded), axis=axes)
 
 
-def _anchor_losses(
-    similarities: _Similarities, temperature: float | Array, positive_weight: float | Array
-) -> Array:
-    s = similarities
-    bank = _log_sum_exp(s.bank_negative / temperature, s.bank_negative_mask, (2,))
-
-    def negatives(batch: Array) -> Array:
-        return jnp.logaddexp(_log_sum_exp(batch / temperature, s.batch_mask, (2, 3)), bank)
-
-    in_partner_term = negatives(s.batch)
-    of_batch = jax.lax.stop_gradient(-jnp.expm1(bank - in_partner_term))  # 1 − P
-    partner = s.held_partner + of_batch * (s.partner - s.held_partner)
-    partner_loss = jax.nn.softplus(in_partner_term - partner / temperature)
-
-    valid = s.bank_positive_mask
-    bank_losses = jax.nn.softplus(
-        negatives(s.held_batch)[..., None] - s.bank_positive / temperature
-    ) * valid.astype(partner_loss.dtype)
-    count = valid.sum(-1).astype(partner_loss.dtype)
-    bank_weight = jnp.where(count > 0, positive_weight, 0.0).astype(partner_loss.dtype)
-    loss = (1 - bank_weight) * partner_loss
-    loss = loss + bank_weight * bank_losses.sum(-1) / jnp.maximum(count, 1)
-    return jnp.where(s.anchor_mask, loss, jnp.zeros((), loss.dtype))
-
-
 def _masked_mean(values: Array, mask: Array) -> Array:
     total = jnp.where(mask, values, jnp.zeros((), values.dtype)).sum()
     return total / jnp.maximum(mask.sum(), 1).astype(values.dtype)
-
-
-def _metrics(s: _Similarities) -> dict[str, Array]:
-    counted = s.anchor_mask
-    negatives = s.batch_mask & counted[..., None, None]
-    ranked = counted & s.batch_mask.any((2, 3))  # Rank 1 without negatives does not count.
-    hardest = jnp.where(s.batch_mask, s.batch, -jnp.inf).max((2, 3), initial=-jnp.inf)
-    # Strictly first: when all embeddings are one point, accuracy is 0 and shows the collapse.
-    first = (s.partner > hardest).astype(s.partner.dtype)
-    return {
-        "positive_similarity": _masked_mean(s.partner, counted),
-        "negative_similarity": _masked_mean(s.batch, negatives),
-        "bank_positive_similarity": _masked_mean(
-            s.bank_positive, s.bank_positive_mask & counted[..., None]
-        ),
-        "bank_negative_similarity": _masked_mean(
-            s.bank_negative, s.bank_negative_mask & counted[..., None]
-        ),
-        "accuracy": _masked_mean(first, ranked),
-        "anchors": counted.sum(),
-    }
-
-
-def per_anchor_loss(
-    anchors: Float[Array, "videos 2 dim"],
-    targets: Float[Array, "videos 2 dim"],
-    *,
-    kind: Kind,
-    source_id: Int[Array, " videos"],
-    anchor_mask: Bool[Array, "videos *views"],
-    target_mask: Bool[Array, "videos *views"],
-    temperature: float | Float[Array, ""],
-    positive_weight: float | Float[Array, ""],
-    bank_positives: Float[Array, "videos 2 positives dim"] | None = None,
-    bank_positive_mask: Bool[Array, "videos 2 positives"] | None = None,
-    bank_negatives: Float[Array, "videos 2 negatives dim"] | None = None,
-    bank_negative_mask: Bool[Array, "videos 2 negatives"] | None = None,
-) -> tuple[Float[Array, "videos 2"], Bool[Array, "videos 2"]]:
-    """Loss l(z) of every anchor; `contrastive_loss` is its mean.
-
-    Args are those of `contrastive_loss`.
-
-    Returns:
-        The losses [videos, 2], 0 where the anchor does not count, and the mask of those that do.
-    """
-    similarities = _similarities(
-        anchors,
-        targets,
-        kind=kind,
-        source_id=source_id,
-        anchor_mask=anchor_mask,
-        target_mask=target_mask,
-        bank_positives=bank_positives,
-        bank_positive_mask=bank_positive_mask,
-        bank_negatives=bank_negatives,
-        bank_negative_mask=bank_negative_mask,
-    )
-    return _anchor_losses(similarities, temperature, positive_weight), similarities.anchor_mask
 
 
 def contrastive_loss(
@@ -289,18 +137,66 @@ def contrastive_loss(
     Raises:
         ValueError: On shapes that do not fit, an unknown kind, or bank rows without their mask.
     """
-    similarities = _similarities(
-        anchors,
-        targets,
-        kind=kind,
-        source_id=source_id,
-        anchor_mask=anchor_mask,
-        target_mask=target_mask,
-        bank_positives=bank_positives,
-        bank_positive_mask=bank_positive_mask,
-        bank_negatives=bank_negatives,
-        bank_negative_mask=bank_negative_mask,
+    if kind not in ("within", "cross"):
+        raise ValueError(f"kind is {kind!r}; it must be 'within' or 'cross'.")
+    if anchors.ndim != 3 or anchors.shape[1] != 2 or anchors.shape != targets.shape:
+        raise ValueError(
+            f"anchors and targets must both be [videos, 2, dim]; got {anchors.shape} and "
+            f"{targets.shape}."
+        )
+    anchor_mask, target_mask = per_view(anchor_mask), per_view(target_mask)
+    anchors = _present(anchors, anchor_mask)
+    targets = _present(targets, target_mask)
+    partners, partner_mask = targets, target_mask
+    if kind == "within":
+        partners, partner_mask = targets[:, ::-1], target_mask[:, ::-1]
+    counted = anchor_mask & partner_mask
+    # Of the same source, whether the same record, another cut or a second meeting of it in one
+    # global batch: neither negative nor (except the partner) positive.
+    other_source = (source_id[:, None] != source_id[None, :])[..., None] & target_mask[None]
+    is_negative = jnp.broadcast_to(other_source[:, None], (*counted.shape, *counted.shape))
+    held_partners, held_targets = jax.lax.stop_gradient((partners, targets))
+    # Similarities of anchors; those with held targets have the same values, but no gradient with
+    # respect to the targets.
+    partner = _dot("ikd,ikd->ik", anchors, partners)
+    held_partner = _dot("ikd,ikd->ik", anchors, held_partners)
+    batch = _dot("ikd,jld->ikjl", anchors, targets)
+    held_batch = _dot("ikd,jld->ikjl", anchors, held_targets)
+    bank_positive, is_bank_positive = _bank_similarities(
+        "positive", anchors, bank_positives, bank_positive_mask
     )
-    losses = _anchor_losses(similarities, temperature, positive_weight)
-    metrics = jax.lax.stop_gradient(_metrics(similarities))
-    return _masked_mean(losses, similarities.anchor_mask), metrics
+    bank_negative, is_bank_negative = _bank_similarities(
+        "negative", anchors, bank_negatives, bank_negative_mask
+    )
+
+    of_bank = _log_sum_exp(bank_negative / temperature, is_bank_negative, (2,))
+
+    def negatives(batch: Array) -> Array:
+        return jnp.logaddexp(_log_sum_exp(batch / temperature, is_negative, (2, 3)), of_bank)
+
+    in_partner_term = negatives(batch)
+    of_batch = jax.lax.stop_gradient(-jnp.expm1(of_bank - in_partner_term))  # 1 − P
+    balanced = held_partner + of_batch * (partner - held_partner)
+    partner_loss = jax.nn.softplus(in_partner_term - balanced / temperature)
+    bank_losses = jax.nn.softplus(
+        negatives(held_batch)[..., None] - bank_positive / temperature
+    ) * is_bank_positive.astype(partner_loss.dtype)
+    count = is_bank_positive.sum(-1).astype(partner_loss.dtype)
+    bank_weight = jnp.where(count > 0, positive_weight, 0.0).astype(partner_loss.dtype)
+    losses = (1 - bank_weight) * partner_loss
+    losses = losses + bank_weight * bank_losses.sum(-1) / jnp.maximum(count, 1)
+
+    ranked = counted & is_negative.any((2, 3))  # Rank 1 without negatives does not count.
+    hardest = jnp.where(is_negative, batch, -jnp.inf).max((2, 3), initial=-jnp.inf)
+    # Strictly first: when all embeddings are one point, accuracy is 0 and shows the collapse.
+    first = (partner > hardest).astype(partner.dtype)
+    of_counted = counted[..., None]
+    metrics = {
+        "positive_similarity": _masked_mean(partner, counted),
+        "negative_similarity": _masked_mean(batch, is_negative & of_counted[..., None]),
+        "bank_positive_similarity": _masked_mean(bank_positive, is_bank_positive & of_counted),
+        "bank_negative_similarity": _masked_mean(bank_negative, is_bank_negative & of_counted),
+        "accuracy": _masked_mean(first, ranked),
+        "anchors": counted.sum(),
+    }
+    return _masked_mean(losses, counted), jax.lax.stop_gradient(metrics)

@@ -3,11 +3,11 @@
 The bank is device state: `size` rows (`bank_rows`), each the video and audio embedding of one view
 with its presence and its numbers, sharded over all axes of the mesh. Every shard is a ring of the
 embeddings that its own device computed, so inserting the views of a batch (`views`) moves nothing
-between devices. To sample it, `bank_exchange` brings anchors and rows together, and `bank_sampling`
-ranks and draws. Rows have a running insertion number, which identifies a row wherever it is stored:
-noise is keyed by it, so the number of devices changes neither the bank's contents nor the samples.
-Before they reach 2³¹ the numbers are reduced by a multiple of the bank's size (`_period`), which
-keeps the places of rows.
+between devices. To sample it, anchors and rows are brought together (`bank_exchange`), ranked
+(`bank_ranking`) and drawn (`bank_sampling`). Rows have a running insertion number, which identifies
+a row wherever it is stored: noise is keyed by it, so the number of devices changes neither the
+bank's contents nor the samples. Before they reach 2³¹ the numbers are reduced by a multiple of the
+bank's size (`_period`), which keeps the places of rows.
 """
 
 from __future__ import annotations
@@ -23,31 +23,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool
 
 from avcl_jax.errors import UserError
-from avcl_jax.objectives.bank_exchange import draw, exchange_bytes
+from avcl_jax.objectives import bank_exchange, bank_ranking, bank_sampling
 from avcl_jax.objectives.bank_rows import (
     FIXED_COLUMNS,
+    BankRows,
     BankSample,
+    DrawnRows,
     empty_rows,
+    has_all,
+    presence_bits,
     rows_of,
 )
-from avcl_jax.objectives.bank_sampling import BankSampling, Term
-from avcl_jax.objectives.views import Views
-
-__all__ = [
-    "BankSample",
-    "BankSampling",
-    "FeatureBank",
-    "age",
-    "check_size",
-    "create",
-    "empty_like",
-    "exchange_bytes",
-    "insert",
-    "is_full",
-    "redistribute",
-    "sample",
-    "shardings",
-]
+from avcl_jax.objectives.bank_sampling import BankSampling
+from avcl_jax.objectives.views import Term, Views
 
 
 @flax.struct.dataclass
@@ -254,22 +242,16 @@ def sample(
         The sampled rows and masks, sharded like the batch, without gradient.
 
     Raises:
-        UserError: If the bank or the batch does not divide over the shards, or the bank has fewer
-            rows than ranks or candidates.
+        UserError: If the bank has fewer rows than ranks or candidates.
     """
     axes, shards = _axes(mesh)
     videos = len(views.source_id)
-    if bank.size % shards or videos % shards:
-        raise UserError(
-            f"bank of {bank.size} rows and batch of {videos} videos must both divide over {shards} "
-            f"data shards; use multiples of {shards}."
-        )
     if max(sampling.positive_ranks, sampling.negative_candidates) > bank.size:
         raise UserError(
             f"positive_ranks = {sampling.positive_ranks} and negative_candidates = "
             f"{sampling.negative_candidates} must be at most the bank's {bank.size} rows."
         )
-    count = exchange_bytes(
+    count = bank_exchange.exchange_bytes(
         **_shape(bank),
         global_batch_size=videos,
         shards=shards,
@@ -277,7 +259,7 @@ def sample(
         sampling=sampling,
     )
     local = partial(
-        draw,
+        _draw,
         term=term,
         number=terms.index(term),
         sampling=sampling,
@@ -289,3 +271,96 @@ def sample(
         local = jax.shard_map(local, mesh=mesh, in_specs=(rows, whole, rows), out_specs=rows)
     drawn = local(jax.lax.stop_gradient(bank.rows), key, jax.lax.stop_gradient(views))
     return BankSample(*(kind.where(active) for kind in drawn))
+
+
+def _draw(
+    rows: BankRows,
+    key: Array,
+    views: Views,
+    *,
+    term: Term,
+    number: int,
+    sampling: BankSampling,
+    axes: tuple[str, ...],
+    merge: bool,
+) -> BankSample:
+    """Samples rows for the anchors of one device; with several, inside `jax.shard_map`.
+
+    Args:
+        rows: This device's shard of the bank.
+        key: Key of this step, the same on every device and for every term.
+        views: This device's videos.
+        term: Modality of the anchors, and of the rows to return.
+        number: Number of the term; noise differs between terms, candidates do not.
+        sampling: Space, ranks, counts and distribution.
+        axes: Mesh axes that batch and bank are sharded over.
+        merge: Merge nearest rows instead of gathering the bank.
+    """
+    pairs, modalities = sampling.pairs(term[0]), sampling.row_modalities(term)
+    embeddings = {name: rows.embeddings[name] for name in modalities}
+    rows = BankRows(embeddings, rows.presence, rows.numbers)
+    if not merge:  # Every device searches the whole bank.
+        rows, axes = bank_exchange.gather(rows, axes), ()
+    all_numbers, all_presence = bank_exchange.gather((rows.numbers, rows.presence), axes)
+    means = []
+    if sampling.ranking == "content":
+        sums = [bank_ranking.playback_sums(rows, row, sampling.playbacks) for _, row in pairs]
+        means = [
+            bank_ranking.playback_means(jax.lax.psum(total, axes) if axes else total)
+            for total in sums
+        ]
+    queries = bank_ranking.queries_of(views, rows, pairs=pairs, means=means)
+    # Two bits per view, so that one number per video is exchanged.
+    first, second = presence_bits(views.present).astype(jnp.int32).T
+    numbers = jnp.stack([views.source_id.astype(jnp.int32), first | (second << 2)], axis=1)
+
+    def anchors(queries: list[Array], numbers: Array) -> bank_ranking.Anchors:
+        both = numbers[:, 1]
+        presence = jnp.stack([both & 3, both >> 2], axis=1).ravel()
+        usable = has_all(presence, sampling.anchor_modalities(term[0]))
+        return bank_ranking.Anchors(queries, jnp.repeat(numbers[:, 0], 2), usable)
+
+    size = rows.presence.shape[0]
+    ranks = min(sampling.positive_ranks, size)
+    everyone = anchors(bank_exchange.gather(queries, axes), bank_exchange.gather(numbers, axes))
+    scores, ranked = bank_ranking.rank(
+        everyone, rows, rows.usable(*modalities), ranks, pairs=pairs, means=means
+    )
+    if axes:
+        ranked = ranked + jax.lax.axis_index(axes) * size
+        scores, ranked = bank_exchange.merge_nearest(scores, ranked, sampling.positive_ranks, axes)
+    places = bank_sampling.choose_candidates(all_numbers.insertion, key, sampling)
+    candidates = BankRows(
+        {
+            name: bank_exchange.broadcast(values, places, axes)
+            for name, values in rows.embeddings.items()
+        },
+        all_presence[places],
+        all_numbers[places],
+    )
+    usable = candidates.usable(*modalities)
+    similarities = bank_ranking.compare(
+        anchors(queries, numbers), candidates, usable, pairs=pairs, means=means
+    )
+
+    key = jax.random.fold_in(key, number)
+    videos = len(views.record_index)
+    view_id = jnp.repeat(2 * views.record_index.astype(jnp.uint32), 2)
+    view_id = view_id + jnp.tile(jnp.arange(2, dtype=jnp.uint32), videos)
+    enough = bank_sampling.enough_eligible(similarities, all_presence.shape[0], sampling)
+    near = all_numbers[ranked]
+    position, is_positive = bank_sampling.pick_positives(
+        scores, near, enough, key, view_id, sampling
+    )
+    near_source = jnp.where(scores > -jnp.inf, near.source_id, -1)
+    negatives, is_negative = bank_sampling.pick_negatives(
+        similarities, candidates.numbers, near_source, key, view_id, sampling
+    )
+    positives = jnp.take_along_axis(ranked, position, axis=1)
+    near_embeddings = bank_exchange.fetch(rows.embeddings[term[1]], positives, is_positive, axes)
+    far_embeddings = candidates.embeddings[term[1]][negatives]
+    sample = BankSample(
+        DrawnRows(near_embeddings, is_positive, all_numbers[positives]),
+        DrawnRows(far_embeddings, is_negative, candidates.numbers[negatives]),
+    )
+    return jax.tree.map(lambda values: values.reshape(videos, 2, *values.shape[1:]), sample)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 Modality = Literal["video", "audio"]
 MODALITIES: tuple[Modality, ...] = ("video", "audio")
+Term = tuple[Modality, Modality]  # of the anchor, of its positives and negatives
 
 
 class Views(NamedTuple):

@@ -18,8 +18,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from avcl_jax.objectives.temporal import TASKS
-from avcl_jax.objectives.views import MODALITIES, Modality
 from avcl_jax.training.sharding import data_axes
 
 # (parameters, inputs) -> (outputs that the loss sees, updated statistics of normalisation).
@@ -101,7 +99,7 @@ def gradients(
 
 
 def merge_statistics(
-    old: Mapping[str, Any], updated: Mapping[str, Any], present: Mapping[Modality, Array]
+    old: Mapping[str, Any], updated: Mapping[str, Any], rows: Mapping[str, Array]
 ) -> dict[str, Any]:
     """One update of the running statistics from those that the micro-batches lead to.
 
@@ -111,19 +109,13 @@ def merge_statistics(
     present in the whole batch keeps its old statistics.
 
     Args:
-        old: running statistics by module of `AudioVisualModel`, before the step.
+        old: running statistics by module of the model, before the step.
         updated: the same after it, [parts, ...].
-        present: `video` and `audio`, bool [parts, rows, 2]: which views of each micro-batch there
-            are.
+        rows: bool [parts, ...] by module: which rows of each micro-batch entered them.
     """
     merged = {}
     for name, values in updated.items():
-        if task := TASKS.get(name.removesuffix("_head")):
-            rows = jax.vmap(task.present)(present)
-        else:  # "video_encoder", "audio_projection"
-            (modality,) = (m for m in MODALITIES if name.startswith(f"{m}_"))
-            rows = present[modality]
-        count = rows.reshape(len(rows), -1).sum(axis=1).astype(jnp.float32)
+        count = rows[name].reshape(len(rows[name]), -1).sum(axis=1).astype(jnp.float32)
         weight = count / jnp.maximum(count.sum(), 1.0)
 
         def average(new: Array, before: Array, weight: Array = weight) -> Array:

@@ -20,24 +20,33 @@ from avcl_jax.data.selection import UsableRecords
 from avcl_jax.data.workers import check_room
 from avcl_jax.errors import UserError
 from avcl_jax.objectives import feature_bank
+from avcl_jax.objectives.bank_exchange import exchange_bytes
 from avcl_jax.objectives.temporal import TASKS
+from avcl_jax.objectives.views import MODALITIES
 from avcl_jax.paths import absolute_path
 from avcl_jax.training import sharding
 from avcl_jax.training.checkpoint import CheckpointError, Checkpoints, Progress, check_config
-from avcl_jax.training.metric_writer import MetricWriter
+from avcl_jax.training.inputs import prepare_inputs
+from avcl_jax.training.metrics import MetricWriter
 from avcl_jax.training.objective import CONTRASTIVE_TERMS, LossSpec
 from avcl_jax.training.optimizer import create_optimizer, warmup_cosine
 from avcl_jax.training.run_steps import Pace, run_steps
 from avcl_jax.training.state import TrainState, create_state
 from avcl_jax.training.step import jit_train_step, make_train_step
-from avcl_jax.training.trained_records import LEAST_VIDEOS, open_records
-from avcl_jax.training.unreadable import UnreadableRecords
+from avcl_jax.training.trained_records import LEAST_VIDEOS, UnreadableRecords, open_records
 
 
 def loss_spec(config: ml_collections.ConfigDict) -> LossSpec:
     """Weights of the objective; terms of a modality that is not trained have weight 0."""
+    reads: dict[str, set[str]] = {name: set(task.reads) for name, task in TASKS.items()}
+    # Both directions of a contrastive term read the same modalities.
+    reads |= {name: set(directions[0]) for name, directions in CONTRASTIVE_TERMS.items()}
+    trained = set(trained_modalities(config))
     return LossSpec(
-        weights=_weights(config),
+        weights={
+            term: weight if reads.get(term, set()) <= trained else 0.0
+            for term, weight in config.loss.weights.items()
+        },
         temperature=config.loss.temperature,
         positive_weight=config.loss.positive_weight,
         bank=experiment.bank_sampling(config) if config.bank.size else None,
@@ -46,17 +55,9 @@ def loss_spec(config: ml_collections.ConfigDict) -> LossSpec:
     )
 
 
-def _weights(config: ml_collections.ConfigDict) -> dict[str, float]:
-    trained = ("video", "audio") if config.modalities == "audio_visual" else (config.modalities,)
-    reads = {
-        term: {m for direction in both for m in direction}
-        for term, both in CONTRASTIVE_TERMS.items()
-    }
-    reads |= {name: set(task.reads) for name, task in TASKS.items()}
-    return {
-        term: weight if reads.get(term, set()) <= set(trained) else 0.0
-        for term, weight in config.loss.weights.items()
-    }
+def trained_modalities(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """Modalities whose encoders a config trains."""
+    return MODALITIES if config.modalities == "audio_visual" else (config.modalities,)
 
 
 def bank_start(config: ml_collections.ConfigDict) -> int | None:
@@ -64,8 +65,7 @@ def bank_start(config: ml_collections.ConfigDict) -> int | None:
 
     None where no term of the loss draws from a bank.
     """
-    weights = _weights(config)
-    if not config.bank.size or not any(weights.get(term) for term in CONTRASTIVE_TERMS):
+    if not config.bank.size or not loss_spec(config).bank_terms:
         return None
     fills = config.bank.size // (2 * config.global_batch_size)
     return max(config.bank.warmup_steps, fills)
@@ -121,6 +121,14 @@ def build(
         clip_norm=section.clip_norm,
     )
 
+    empty_bank = functools.partial(
+        feature_bank.create,
+        config.bank.size,
+        config.model.embedding_dim,
+        jnp.dtype(config.bank.dtype),
+        labels=experiment.bank_labels(config),
+    )
+
     def init(key: jax.Array) -> tuple[TrainState, Any]:
         return create_state(
             model,
@@ -129,10 +137,7 @@ def build(
             spec=spec,
             mesh=mesh,
             ema=section.ema_decay > 0,
-            bank_size=config.bank.size,
-            bank_dtype=jnp.dtype(config.bank.dtype),
-            bank_labels=experiment.bank_labels(config),
-            embedding_dim=config.model.embedding_dim,
+            bank=empty_bank if config.bank.size else None,
         )
 
     step = make_train_step(
@@ -140,10 +145,13 @@ def build(
         optimizer,
         schedule=schedule,
         loss_spec=loss_spec(config),
-        render=spec,
-        augmentation=(experiment.photometric_spec(config), experiment.spectral_spec(config)),
-        pixel_mean=config.pixels.mean,
-        pixel_std=config.pixels.std,
+        prepare=functools.partial(
+            prepare_inputs,
+            spec=spec,
+            pixel_mean=config.pixels.mean,
+            pixel_std=config.pixels.std,
+            augmentation=(experiment.photometric_spec(config), experiment.spectral_spec(config)),
+        ),
         ema_decay=section.ema_decay,
         micro_batches=config.micro_batches,
         mesh=mesh,
@@ -287,15 +295,15 @@ def _announce(
         )
         (workdir / "parameters.txt").write_text(table + "\n")
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    trained = ("video", "audio") if config.modalities == "audio_visual" else (config.modalities,)
-    found = [
+    trained = trained_modalities(config)
+    remarks = [
         f"{n} without {modality}" for modality in trained if (n := source.num_without(modality))
     ]
     left_out = {f"without {' and '.join(trained)}": source.num_empty}
     left_out["too short for a view"] = source.num_too_short
     reasons = [f"{n} {reason}" for reason, n in left_out.items() if n]
-    found += [f"left out: {', '.join(reasons)}"] if reasons else []
-    noted = f" ({'; '.join(found)})" if found else ""
+    remarks += [f"left out: {', '.join(reasons)}"] if reasons else []
+    noted = f" ({'; '.join(remarks)})" if remarks else ""
     writer.note(
         f"{config.name}: {len(source)} videos{noted} from {config.data.directory}, "
         f"{count / 1e6:.2f} M parameters, {mesh.size} {jax.default_backend()} device(s), "
@@ -317,7 +325,7 @@ def _exchange(config: ml_collections.ConfigDict, shards: int) -> str:
     spec = loss_spec(config)
     if shards == 1 or spec.bank is None or not spec.bank_terms:
         return ""
-    count = feature_bank.exchange_bytes(
+    count = exchange_bytes(
         size=config.bank.size,
         dim=config.model.embedding_dim,
         dtype=config.bank.dtype,

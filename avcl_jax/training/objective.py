@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -13,10 +12,10 @@ from jaxtyping import Array
 
 from avcl_jax.errors import UserError
 from avcl_jax.objectives import bank_health, feature_bank
-from avcl_jax.objectives.bank_sampling import Term
+from avcl_jax.objectives.bank_sampling import BankSampling
 from avcl_jax.objectives.contrastive import contrastive_loss
 from avcl_jax.objectives.temporal import TASKS, temporal_losses
-from avcl_jax.objectives.views import MODALITIES, Modality, Views, per_view
+from avcl_jax.objectives.views import MODALITIES, Modality, Term, Views, per_view
 from avcl_jax.training.metrics import Metrics, average
 from avcl_jax.training.state import TrainState
 
@@ -49,7 +48,7 @@ class LossSpec:
     weights: Mapping[str, float]
     temperature: float
     positive_weight: float
-    bank: feature_bank.BankSampling | None
+    bank: BankSampling | None
     bank_warmup_steps: int
     bank_labels: tuple[str, ...]
 
@@ -79,20 +78,6 @@ class LossSpec:
             for term in self.active(CONTRASTIVE_TERMS)
             for direction in CONTRASTIVE_TERMS[term]
         )
-
-
-class TermLoss(NamedTuple):
-    """One term of the objective in a batch.
-
-    Attributes:
-        value: mean over the examples that count, 0 if there are none.
-        examples: how many count.
-        per_video: examples of a video for which all count.
-    """
-
-    value: Array
-    examples: Array
-    per_video: int
 
 
 def _views(
@@ -125,40 +110,34 @@ def _views(
     )
 
 
-def _bank_rows(
+def _direction(
     views: Views, term: Term, state: TrainState, loss_spec: LossSpec, key: Array, mesh: Mesh
-) -> tuple[dict[str, Array], Metrics]:
-    """Rows drawn from the bank, as arguments of `contrastive_loss`, and their metrics."""
-    bank = state.bank
-    if loss_spec.bank is None or bank is None:
-        return {}, {}
-    sample = feature_bank.sample(
-        bank,
-        key,
-        views,
-        term=term,
-        terms=loss_spec.bank_terms,
-        sampling=loss_spec.bank,
-        active=feature_bank.is_full(bank) & (state.step >= loss_spec.bank_warmup_steps),
-        mesh=mesh,
-    )
-    health = bank_health.sample_metrics(
-        bank, sample, views, modality=term[0], label_names=loss_spec.bank_labels
-    )
-    rows = {
-        "bank_positives": sample.positives.embeddings,
-        "bank_positive_mask": sample.positives.mask,
-        "bank_negatives": sample.negatives.embeddings,
-        "bank_negative_mask": sample.negatives.mask,
-    }
-    return rows, {f"bank_{name}": average(*value) for name, value in health.items()}
-
-
-def _direction_loss(
-    views: Views, term: Term, rows: Mapping[str, Array], loss_spec: LossSpec
 ) -> tuple[Array, Array, Metrics]:
     """Loss of one direction of a contrastive term, number of anchors that count, and metrics."""
     anchor, target = term
+    rows: dict[str, Array] = {}
+    metrics: Metrics = {}
+    if loss_spec.bank is not None and state.bank is not None:
+        sample = feature_bank.sample(
+            state.bank,
+            key,
+            views,
+            term=term,
+            terms=loss_spec.bank_terms,
+            sampling=loss_spec.bank,
+            active=feature_bank.is_full(state.bank) & (state.step >= loss_spec.bank_warmup_steps),
+            mesh=mesh,
+        )
+        health = bank_health.sample_metrics(
+            state.bank, sample, views, modality=anchor, label_names=loss_spec.bank_labels
+        )
+        metrics |= {f"bank_{name}": average(*value) for name, value in health.items()}
+        rows = {
+            "bank_positives": sample.positives.embeddings,
+            "bank_positive_mask": sample.positives.mask,
+            "bank_negatives": sample.negatives.embeddings,
+            "bank_negative_mask": sample.negatives.mask,
+        }
     loss, info = contrastive_loss(
         views.embeddings[anchor],
         views.embeddings[target],
@@ -175,7 +154,8 @@ def _direction_loss(
     if rows:
         for kind in ("positive", "negative"):
             counts[f"bank_{kind}_similarity"] = rows[f"bank_{kind}_mask"].sum()
-    return loss, info["anchors"], {n: average(info[n], count) for n, count in counts.items()}
+    metrics |= {name: average(info[name], count) for name, count in counts.items()}
+    return loss, info["anchors"], metrics
 
 
 def total_loss(
@@ -201,30 +181,28 @@ def total_loss(
         The scalar, and metrics and the views of the batch.
     """
     views = _views(outputs, batch, loss_spec.bank_labels)
-    losses: dict[str, TermLoss] = {}
+    # Term -> mean over the examples that count, how many count, and examples of a whole video.
+    losses: dict[str, tuple[Array, Array, int]] = {}
     metrics: Metrics = {}
     for term in loss_spec.active(CONTRASTIVE_TERMS):
         values, counts = [], []
         for direction in CONTRASTIVE_TERMS[term]:
-            rows, health = _bank_rows(views, direction, state, loss_spec, key, mesh)
-            value, count, info = _direction_loss(views, direction, rows, loss_spec)
+            value, count, info = _direction(views, direction, state, loss_spec, key, mesh)
             values.append(value)
             counts.append(count)
             name = "".join(modality[0] for modality in direction)
-            metrics |= {f"{name}/{metric}": mean for metric, mean in (health | info).items()}
+            metrics |= {f"{name}/{metric}": mean for metric, mean in info.items()}
         # Both directions of a pair count or neither does, so this is the mean over all anchors.
-        mean, count = jnp.stack(values).mean(), jnp.stack(counts).sum()
-        losses[term] = TermLoss(mean, count, 2 * len(values))
+        losses[term] = jnp.stack(values).mean(), jnp.stack(counts).sum(), 2 * len(values)
     for term, (value, info) in temporal_losses(outputs, batch).items():
-        losses[term] = TermLoss(value, info["count"], math.prod(outputs[term].shape[1:-1]))
+        losses[term] = value, info["count"], math.prod(outputs[term].shape[1:-1])
         metrics[f"{term}/accuracy"] = average(info["accuracy"], info["count"])
     # Means alone would give the only video with audio in a batch the weight of a whole batch.
     readable = jnp.maximum(jnp.sum(~batch["unreadable"]), 1)
     weighted = []
-    for term, loss in losses.items():
-        metrics[f"{term}/loss"] = average(loss.value, loss.examples)
-        fraction = loss.examples / (loss.per_video * readable)
-        weighted.append(loss_spec.weights[term] * fraction * loss.value)
+    for term, (value, count, per_video) in losses.items():
+        metrics[f"{term}/loss"] = average(value, count)
+        weighted.append(loss_spec.weights[term] * (count / (per_video * readable)) * value)
     total = jnp.stack(weighted).sum()
     metrics["loss"] = average(total)
     return total, (metrics, views)

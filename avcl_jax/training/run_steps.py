@@ -20,8 +20,13 @@ import numpy as np
 from avcl_jax.data.pipeline import to_device_batch
 from avcl_jax.errors import UserError
 from avcl_jax.training.checkpoint import Checkpoints, Progress
-from avcl_jax.training.metric_writer import MetricWriter, format_seconds, peak_memory_gb
-from avcl_jax.training.metrics import Metrics, merge_metrics
+from avcl_jax.training.metrics import (
+    Metrics,
+    MetricWriter,
+    format_seconds,
+    merge_metrics,
+    peak_memory_gb,
+)
 from avcl_jax.training.state import TrainState
 
 # Steps dispatched ahead of the device. More would only queue batches in memory.

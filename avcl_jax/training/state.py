@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -53,14 +53,6 @@ def example_inputs(spec: RenderSpec, videos: int = 2) -> dict[str, jax.ShapeDtyp
     }
 
 
-def init_variables(
-    model: nn.Module, inputs: Mapping[str, jax.ShapeDtypeStruct], key: jax.Array
-) -> Any:
-    """Parameters and statistics of `model` from zeros of the given shapes."""
-    zeros: Any = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in inputs.items()}
-    return model.init(key, **zeros, train=False)
-
-
 def create_state(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -69,10 +61,7 @@ def create_state(
     spec: RenderSpec,
     mesh: Mesh,
     ema: bool,
-    bank_size: int,
-    bank_dtype: Any,
-    bank_labels: int,
-    embedding_dim: int,
+    bank: Callable[[], feature_bank.FeatureBank] | None,
 ) -> tuple[TrainState, Any]:
     """Creates the state directly in its shardings: no device ever allocates more than its part.
 
@@ -83,17 +72,15 @@ def create_state(
         spec: rendering, for the shapes of the inputs.
         mesh: devices.
         ema: keep an average of the parameters and the statistics.
-        bank_size: rows of the feature bank; 0 for none.
-        bank_dtype: dtype of its embeddings.
-        bank_labels: labels per row.
-        embedding_dim: their dimension.
+        bank: makes an empty feature bank; None to train without.
 
     Returns:
         The state and its shardings.
     """
 
     def init(key: jax.Array) -> TrainState:
-        variables = init_variables(model, example_inputs(spec), key)
+        inputs: Any = {k: jnp.zeros(x.shape, x.dtype) for k, x in example_inputs(spec).items()}
+        variables = model.init(key, **inputs, train=False)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -103,9 +90,7 @@ def create_state(
             # Copies, because donated buffers must not be shared.
             ema_params=jax.tree.map(jnp.copy, params) if ema else None,
             ema_batch_stats=jax.tree.map(jnp.copy, batch_stats) if ema else None,
-            bank=feature_bank.create(bank_size, embedding_dim, bank_dtype, labels=bank_labels)
-            if bank_size
-            else None,
+            bank=None if bank is None else bank(),
         )
 
     shapes = jax.eval_shape(init, key)

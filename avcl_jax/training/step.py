@@ -14,14 +14,12 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from avcl_jax.data.augment import PhotometricSpec, SpectralSpec
-from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.errors import UserError
+from avcl_jax.models.audio_visual import module_rows
 from avcl_jax.objectives import bank_health, feature_bank
 from avcl_jax.objectives.temporal import TASKS
 from avcl_jax.objectives.views import Views
 from avcl_jax.training import accumulate
-from avcl_jax.training.inputs import prepare_inputs
 from avcl_jax.training.metrics import Metrics, average
 from avcl_jax.training.objective import LossSpec, total_loss
 from avcl_jax.training.sharding import replicated, rows_sharding
@@ -78,10 +76,7 @@ def make_train_step(
     *,
     schedule: optax.Schedule,
     loss_spec: LossSpec,
-    render: RenderSpec,
-    augmentation: tuple[PhotometricSpec, SpectralSpec],
-    pixel_mean: float,
-    pixel_std: float,
+    prepare: Callable[..., dict[str, Array]],
     ema_decay: float,
     micro_batches: int,
     mesh: Mesh,
@@ -91,7 +86,7 @@ def make_train_step(
     `key` is the same at every step; the step number is folded in. Metrics are averages to merge
     over a log period: `<term>/loss` over the examples that count, `loss` over the steps. The model
     runs on `micro_batches` parts of a batch in turn, the losses on the whole batch
-    (`training.accumulate`).
+    (`training.accumulate`). `prepare` makes its inputs of a batch and a `key`.
 
     Raises:
         UserError: if `ema_decay` is not in [0, 1).
@@ -103,14 +98,7 @@ def make_train_step(
         state: TrainState, batch: Mapping[str, Array], key: Array
     ) -> tuple[TrainState, Metrics]:
         augment_key, bank_key = jax.random.split(jax.random.fold_in(key, state.step))
-        inputs: Any = prepare_inputs(
-            batch,
-            render,
-            pixel_mean=pixel_mean,
-            pixel_std=pixel_std,
-            augmentation=augmentation,
-            key=augment_key,
-        )
+        inputs = prepare(batch, key=augment_key)
         # Outputs that no term reads would take memory for the whole batch.
         used = loss_spec.active(TASKS)
 
@@ -138,7 +126,8 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         present = accumulate.split_rows(views.present, micro_batches, mesh)
-        batch_stats = accumulate.merge_statistics(state.batch_stats, statistics, present)
+        rows = jax.vmap(module_rows)(present)
+        batch_stats = accumulate.merge_statistics(state.batch_stats, statistics, rows)
         ema_params, ema_batch_stats = state.ema_params, state.ema_batch_stats
         if ema_params is not None:
             weight = average_weight(state.step, ema_decay)

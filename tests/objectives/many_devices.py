@@ -18,8 +18,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.bank_rows import RowNumbers
+from avcl_jax.objectives.bank_sampling import BankSampling
 from avcl_jax.objectives.contrastive import contrastive_loss
-from avcl_jax.objectives.feature_bank import BankSampling
 from tests.hlo import collective_bytes
 from tests.objectives.bank_model import PLAYBACKS, random_batch
 

@@ -10,12 +10,13 @@ import numpy as np
 import optax
 
 from avcl_jax.objectives import feature_bank
+from avcl_jax.objectives.bank_sampling import BankSampling
 from avcl_jax.objectives.contrastive import contrastive_loss
 from avcl_jax.objectives.views import MODALITIES, Views
 
 VIDEOS, SOURCES, FEATURES, DIM, SIZE = 32, 600, 48, 32, 256
 TERMS = (("video", "video"), ("video", "audio"), ("audio", "video"), ("audio", "audio"))
-SAMPLING = feature_bank.BankSampling(
+SAMPLING = BankSampling(
     space="agreement",
     ranking="content",
     playbacks=1,

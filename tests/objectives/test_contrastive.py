@@ -14,10 +14,23 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from avcl_jax.objectives import contrastive
+from avcl_jax.objectives.views import per_view
 
 # Compiled as one: op by op, each of the fifty operations would be compiled on its own.
 contrastive_loss = jax.jit(contrastive.contrastive_loss, static_argnames="kind")
-per_anchor_loss = jax.jit(contrastive.per_anchor_loss, static_argnames="kind")
+
+
+@partial(jax.jit, static_argnames="kind")
+def per_anchor_loss(*, anchor_mask, target_mask, **inputs):
+    """Loss of every anchor alone, and the mask of those that count."""
+    mask = per_view(anchor_mask)
+    inputs["target_mask"] = per_view(target_mask)
+    alone = jnp.eye(mask.size, dtype=bool).reshape(-1, *mask.shape) & mask[None]
+    loss, metrics = jax.vmap(lambda one: contrastive.contrastive_loss(anchor_mask=one, **inputs))(
+        alone
+    )
+    return loss.reshape(mask.shape), metrics["anchors"].reshape(mask.shape) == 1
+
 
 ORACLE = Path(__file__).parent / "testdata" / "contrastive_oracle.npz"
 TERMS = {

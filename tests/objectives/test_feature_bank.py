@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avcl_jax.objectives import bank_health, bank_sampling, feature_bank
+from avcl_jax.objectives import bank_health, bank_ranking, feature_bank
+from avcl_jax.objectives.bank_exchange import exchange_bytes
 from avcl_jax.objectives.bank_rows import BankRows, RowNumbers
-from avcl_jax.objectives.feature_bank import BankSampling
+from avcl_jax.objectives.bank_sampling import BankSampling
 from avcl_jax.objectives.views import MODALITIES, Views
 from tests.objectives.bank_model import PLAYBACKS, BankModel, as_set, random_batch, unit
 
@@ -347,18 +348,18 @@ def test_ranking_in_blocks_keeps_the_order_of_rows_where_similarities_tie(size, 
     rows = np.round(rng.normal(size=(size, 2)) * 4)  # many are alike
     queries = np.round(rng.normal(size=(3, 2)) * 2)
     source, usable = rng.integers(0, 5, size), rng.random(size) < 0.7
-    comparison = bank_sampling.Comparison(
-        queries=[jnp.asarray(queries, jnp.float32)],
-        embeddings=[jnp.asarray(rows, jnp.float32)],
+    bank, _ = bank_and_anchor(rows, np.zeros(2))
+    numbers = bank.rows.numbers.columns.at[:, 1].set(source)
+    scores, ranked = bank_ranking.rank(
+        bank_ranking.Anchors(
+            [jnp.asarray(queries, jnp.float32)], jnp.arange(3), jnp.array([True, True, False])
+        ),
+        bank.rows.replace(numbers=RowNumbers(numbers)),
+        jnp.asarray(usable),
+        ranks,
+        pairs=[("video", "video")],
         means=[],
-        inverse_lengths=[],
-        playbacks=[],
-        anchor_source=jnp.arange(3),
-        anchor_usable=jnp.array([True, True, False]),
-        row_source=jnp.asarray(source),
-        row_usable=jnp.asarray(usable),
     )
-    scores, ranked = bank_sampling.rank(comparison, ranks)
     for number in range(2):
         similarity = np.where(usable & (source != number), rows @ queries[number], -np.inf)
         order = np.argsort(-similarity, kind="stable")[:ranks]
@@ -371,8 +372,8 @@ def test_ranking_in_blocks_keeps_the_order_of_rows_where_similarities_tie(size, 
 def test_tiles_change_nothing(monkeypatch):
     bank, batch = filled(3, batches=5)
     whole = sampler(("video", "audio"), sampling_of("agreement"))(bank, jax.random.key(0), batch)
-    monkeypatch.setattr(bank_sampling, "_TILE_ELEMENTS", 3 * SIZE)  # 8 anchors in 3 tiles
-    monkeypatch.setattr(bank_sampling, "_BLOCK_ROWS", 8)
+    monkeypatch.setattr(bank_ranking, "_TILE_ELEMENTS", 3 * SIZE)  # 8 anchors in 3 tiles
+    monkeypatch.setattr(bank_ranking, "_BLOCK_ROWS", 8)
     tiled = sampler.__wrapped__(("video", "audio"), sampling_of("agreement"))(
         bank, jax.random.key(0), batch
     )
@@ -527,7 +528,7 @@ def pod_bytes(size, *, shards=256, terms=(("video", "audio"),)):
     sampling = sampling_of(
         "agreement", num_positives=1, positive_ranks=256, negative_candidates=2048
     )
-    return feature_bank.exchange_bytes(
+    return exchange_bytes(
         size=size,
         dim=128,
         dtype=jnp.bfloat16,

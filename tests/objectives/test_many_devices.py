@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avcl_jax.objectives import feature_bank
+from avcl_jax.objectives.bank_exchange import exchange_bytes
 from tests.hlo import collective_bytes
 from tests.objectives.many_devices import (
     BATCHES,
@@ -105,7 +105,7 @@ def test_redistributed_bank_lies_as_if_eight_devices_had_inserted_it(results, ex
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_devices_exchange_what_was_counted_and_the_smaller(results, layout, exchange):
     size, dim, space = EXCHANGES[exchange]
-    counted = feature_bank.exchange_bytes(
+    counted = exchange_bytes(
         size=size,
         dim=dim,
         dtype=jnp.bfloat16,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from avcl_jax.models.audio_visual import module_rows
 from avcl_jax.models.layers import BatchNorm
 from avcl_jax.objectives.contrastive import contrastive_loss
 from avcl_jax.training import accumulate, loop, sharding
@@ -65,7 +66,7 @@ def gradient(parts, *, norm=False, has_video=None):
         found, outputs, statistics = accumulate.gradients(
             forward, objective, params, (views, present), parts=parts, mesh=MESH
         )
-        split = {"video": accumulate.split_rows(jnp.stack([present] * 2, axis=1), parts, MESH)}
+        split = {"video_encoder": accumulate.split_rows(present, parts, MESH)}
         new = {"video_encoder": statistics.get("batch_stats", {})}
         return found, outputs, accumulate.merge_statistics(old, new, split)["video_encoder"]
 
@@ -114,7 +115,7 @@ def test_statistics_stay_where_no_row_is_present():
         "video": jnp.array([[[False, True], [True, True]], [[False, False], [False, False]]]),
         "audio": jnp.array([[[False, True], [False, False]], [[False, False], [False, False]]]),
     }
-    merged = accumulate.merge_statistics(old, new, present)
+    merged = accumulate.merge_statistics(old, new, jax.vmap(module_rows)(present))
     changed = {name: float(values["mean"][0]) for name, values in merged.items()}
     assert changed == dict(zip(names, (1.0, 1.0, 1.0, 0.0, 0.0), strict=True))
 

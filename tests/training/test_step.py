@@ -121,6 +121,18 @@ def test_a_batch_without_video_leaves_the_video_side_alone(ran):
     assert any(not np.array_equal(old, new) for old, new in changed)
 
 
+def test_gradient_norms_are_of_the_whole_and_of_each_encoder(ran):
+    _, metrics = ran
+    for number, values in enumerate(metrics):
+        norms = {
+            name: float(values[f"health/{name}gradient_norm"].compute())
+            for name in ("", "video_encoder_", "audio_encoder_")
+        }
+        assert norms[""] > np.hypot(norms["video_encoder_"], norms["audio_encoder_"])
+        assert norms["audio_encoder_"] > 0
+        assert (norms["video_encoder_"] > 0) == (number < 2)  # the third batch has no video
+
+
 def test_the_moving_average_excludes_the_initialisation(ran):
     """The weight of a step is `ema_decay` to the power of its age, for statistics too."""
     states, _ = ran

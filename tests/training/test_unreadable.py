@@ -17,7 +17,7 @@ from avcl_jax.data.pipeline import to_device_batch, train_batches
 from avcl_jax.data.records import RecordDataset, RecordError
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.training import loop, sharding
-from avcl_jax.training.unreadable import UnreadableRecords
+from avcl_jax.training.trained_records import UnreadableRecords
 from tests.data.synthetic_records import make_record, write_records
 from tests.training.small import arguments, run, small_config
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from avcl_jax.training.metric_writer import MetricWriter
+from avcl_jax.training.metrics import MetricWriter
 
 # Spread of the audio and of the video embeddings as the demo logged them when the bank came in and
 # all embeddings moved together.
