@@ -15,7 +15,7 @@ from etils import epath
 from avcl_jax.errors import UserError
 from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.feature_bank import FeatureBank
-from avcl_jax.paths import absolute_path
+from avcl_jax.paths import absolute_path, write_bytes
 from avcl_jax.training.state import TrainState
 
 
@@ -41,27 +41,24 @@ class Progress:
 
 
 def check_config(workdir: epath.Path, config_json: str, differing: Iterable[str]) -> None:
-    """Writes the config into the workdir, or refuses to resume a run of another config.
+    """Writes the config of this start into the workdir, or refuses to resume a run of another.
 
     Args:
         workdir: workdir of the run.
-        config_json: config of this start.
+        config_json: text of config.json.
         differing: differences to the config already there, one line per key, from
             `experiment.decisive_differences`.
 
     Raises:
         CheckpointError: naming the differences.
     """
-    path = workdir / "config.json"
     if lines := list(differing):
         raise CheckpointError(
             f"{workdir} contains a run of another config: choose another --workdir, or undo "
             + "; ".join(lines)
         )
     if jax.process_index() == 0:
-        temporary = workdir / "config.json.writing"
-        temporary.write_text(config_json)
-        temporary.replace(path)
+        write_bytes(workdir / "config.json", config_json.encode())
 
 
 class Checkpoints:
@@ -132,12 +129,9 @@ class Checkpoints:
 
 
 def load_variables(workdir: epath.PathLike) -> tuple[dict[str, Any], int]:
-    """Parameters and statistics of the newest checkpoint, as numpy arrays on the host.
+    """Parameters and statistics of the newest checkpoint of a run, as numpy arrays on the host.
 
     The averages of both are taken where they were kept.
-
-    Args:
-        workdir: workdir of a run.
 
     Returns:
         ({"params", "batch_stats"}, step).

@@ -20,6 +20,7 @@ from jaxtyping import Array
 from tensorboardX import SummaryWriter
 
 from avcl_jax.objectives.temporal import TASKS
+from avcl_jax.paths import write_bytes
 
 Metrics = dict[str, clu_metrics.Average]
 
@@ -120,7 +121,7 @@ class MetricWriter:
         """Opens the files and drops lines after the step from which the run resumes.
 
         Args:
-            workdir: workdir of the run.
+            workdir: workdir of the run, for metrics.jsonl and events.
             steps: steps of the whole run.
             first_step: step from which the run resumes, or 0.
             warmup_steps: steps without alarms: the spread of random encoders falls while the
@@ -143,9 +144,7 @@ class MetricWriter:
 
     def _flush(self) -> None:
         # Object stores cannot append, so the file (one line per log period) is written whole.
-        temporary = self._path.with_name("metrics.jsonl.writing")
-        temporary.write_text("\n".join(self._lines) + "\n" if self._lines else "")
-        temporary.replace(self._path)
+        write_bytes(self._path, "".join(f"{line}\n" for line in self._lines).encode())
 
     def write(self, step: int, values: Mapping[str, float], *, seconds_left: float) -> None:
         """Writes the averages of a log period.

@@ -71,7 +71,7 @@ def create_optimizer(
     """Clipping by global norm, then AdamW, or SGD with Nesterov momentum.
 
     Args:
-        name: name of the optimizer.
+        name: "adamw" or "sgd".
         schedule: learning rate by step.
         weight_decay: decay of kernels only; decoupled for AdamW.
         momentum: first-moment decay (AdamW's beta 1).

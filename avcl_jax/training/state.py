@@ -67,10 +67,10 @@ def create_state(
 
     Args:
         model: `AudioVisualModel`.
-        optimizer: optax transformation.
+        optimizer: its optimizer.
         key: JAX random key of the initialisation.
         spec: rendering, for the shapes of the inputs.
-        mesh: devices.
+        mesh: mesh of `sharding.create_mesh`.
         ema: keep an average of the parameters and the statistics.
         bank: makes an empty feature bank; None to train without.
 

@@ -162,12 +162,9 @@ def make_train_step(
 def jit_train_step(
     step: Callable[..., tuple[TrainState, Metrics]], mesh: Mesh, shardings: Any
 ) -> Any:
-    """Jits a train step for the mesh; the state that goes in is donated to the one that comes out.
+    """Jits a step of `make_train_step`; the old state is donated to the new one.
 
-    Args:
-        step: function of `make_train_step`.
-        mesh: devices.
-        shardings: shardings of the state.
+    `shardings` are those of the state.
     """
     rows, whole = rows_sharding(mesh), replicated(mesh)
     return jax.jit(

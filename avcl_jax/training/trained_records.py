@@ -20,11 +20,7 @@ LEAST_VIDEOS = 2  # in a batch, as one has no negatives
 
 
 def open_records(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> UsableRecords:
-    """Opens the records that a config trains on, and checks that it can train on them.
-
-    Args:
-        config: config of `configs/pretrain.py`.
-        mesh: mesh of `build`.
+    """Opens the records that a pretraining config trains on, and checks that it can.
 
     Raises:
         RecordError: if the data set or the split does not exist.
@@ -86,7 +82,7 @@ class UnreadableRecords:
 
         Args:
             records: data set.
-            budget: how many are left out; one more is an error.
+            budget: number that may be left out; one more is an error.
             note: prints a line.
 
         Raises:

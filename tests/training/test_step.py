@@ -17,6 +17,7 @@ from avcl_jax.data.pipeline import batch_shapes, to_device_batch, train_batches
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.objectives import temporal
+from avcl_jax.objectives.bank_rows import has_all
 from avcl_jax.objectives.contrastive import contrastive_loss
 from avcl_jax.objectives.views import per_view
 from avcl_jax.training import loop, sharding
@@ -131,6 +132,25 @@ def test_gradient_norms_are_of_the_whole_and_of_each_encoder(ran):
         assert norms[""] > np.hypot(norms["video_encoder_"], norms["audio_encoder_"])
         assert norms["audio_encoder_"] > 0
         assert (norms["video_encoder_"] > 0) == (number < 2)  # the third batch has no video
+
+
+def test_health_is_that_of_the_embeddings_and_parameters_of_the_step(ran):
+    """The bank has as many rows as a step inserts, so after a step it contains its embeddings."""
+    states, metrics = ran
+    for values, state in zip(metrics, states[1:], strict=True):
+        rows = state.bank.rows
+        for modality in ("video", "audio"):
+            present = np.asarray(has_all(rows.presence, (modality,)))
+            if present.any():
+                spread = np.sqrt(rows.embeddings[modality][present].var(axis=0).sum())
+                found = values[f"health/{modality}_embedding_std"].compute()
+                np.testing.assert_allclose(found, spread, rtol=1e-4)
+            lacking = values[f"data/without_{modality}"].compute()
+            np.testing.assert_allclose(lacking, 1 - present.mean(), atol=1e-6)
+        norm = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(state.params)))
+        np.testing.assert_allclose(values["health/parameter_norm"].compute(), norm, rtol=1e-5)
+    assert float(metrics[0]["learning_rate"].compute()) == 0  # warm-up
+    assert float(metrics[1]["learning_rate"].compute()) > 0
 
 
 def test_the_moving_average_excludes_the_initialisation(ran):
