@@ -81,7 +81,7 @@ class AudioResNet(NormEncoder):
         train: bool,
         mask: Bool[Array, " batch"] | None = None,
     ) -> dict[str, Array]:
-        """Encodes spectrograms, see `encoders.Encoder`.
+        """Encodes spectrograms, see `encoders.EncoderContract`.
 
         Raises:
             UserError: if the patch does not divide the spectrogram, or depths and widths differ.
@@ -135,7 +135,7 @@ class AudioConvNet(NormEncoder):
         train: bool,
         mask: Bool[Array, " batch"] | None = None,
     ) -> dict[str, Array]:
-        """Encodes spectrograms, see `encoders.Encoder`."""
+        """Encodes spectrograms, see `encoders.EncoderContract`."""
 
         def layer(x: Array, width: int, size: int, stride: int, name: str) -> Array:
             kernel, strides = (size, size), (stride, stride)

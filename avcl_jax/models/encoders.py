@@ -6,7 +6,7 @@ network. In a config, settings that a published name may fix are in a section fo
 which published names ignore. docs/encoders.md lists sizes and sources.
 
 A new class of encoders is a file with a subclass of `layers.EncoderModule` that keeps the contract
-of `Encoder`, and a row here.
+of `EncoderContract`, and a row here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Modality = Literal["video", "audio"]
 
 
 @runtime_checkable
-class Encoder(Protocol):
+class EncoderContract(Protocol):
     """Contract of an encoder class, which training, fine-tuning and export rely on.
 
     It is a Linen module. Its fields are its settings, by name in a config and in the config.json of
@@ -73,7 +73,7 @@ class Architecture:
         fixed: settings that belong to the name.
     """
 
-    encoder: Callable[..., Encoder]
+    encoder: Callable[..., EncoderContract]
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -53,7 +53,7 @@ def recomputed(
 
 
 class EncoderModule(nn.Module, kw_only=True):
-    """Settings of every encoder; see `encoders.Encoder` for the contract.
+    """Settings of every encoder; see `encoders.EncoderContract` for the contract.
 
     Attributes:
         remat: see `recomputed`.

@@ -165,7 +165,7 @@ class S3D(VideoEncoder, NormEncoder, kw_only=True):
         train: bool,
         mask: Bool[Array, " batch"] | None = None,
     ) -> dict[str, Array]:
-        """Encodes clips, see `encoders.Encoder`.
+        """Encodes clips, see `encoders.EncoderContract`.
 
         torchvision's classifier averages windows of 2 frames instead of all, which is the same for
         clips of up to 16 frames.

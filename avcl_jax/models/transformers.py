@@ -146,7 +146,7 @@ class VideoTransformer(Transformer, VideoEncoder):
         train: bool,
         mask: Bool[Array, " batch"] | None = None,
     ) -> dict[str, Array]:
-        """Encodes clips, see `encoders.Encoder`; the map is the normalised tokens.
+        """Encodes clips, see `encoders.EncoderContract`; the map is the normalised tokens.
 
         Raises:
             UserError: if the tubelet does not divide the clip, or `attention` is unknown.
@@ -190,7 +190,7 @@ class AudioTransformer(Transformer):
         train: bool,
         mask: Bool[Array, " batch"] | None = None,
     ) -> dict[str, Array]:
-        """Encodes spectrograms, see `encoders.Encoder`; the map is the normalised tokens.
+        """Encodes spectrograms, see `encoders.EncoderContract`; the map is the normalised tokens.
 
         Raises:
             UserError: if the patch does not divide the spectrogram.

@@ -189,7 +189,7 @@ class VideoResNet(VideoEncoder, NormEncoder):
         train: bool,
         mask: Bool[Array, " batch"] | None = None,
     ) -> dict[str, Array]:
-        """Encodes clips, see `encoders.Encoder`.
+        """Encodes clips, see `encoders.EncoderContract`.
 
         Channels are the last width, four times that with bottlenecks.
 

@@ -144,7 +144,7 @@ def test_rows_are_independent_and_missing_ones_are_not_counted(name):
     mask = jnp.array([True, True, False, True])
     out, stats = trained(SMALL[name], variables, x, mask)
     other, other_stats = trained(SMALL[name], variables, x.at[2].multiply(30.0), mask)
-    assert isinstance(SMALL[name], encoders.Encoder)
+    assert isinstance(SMALL[name], encoders.EncoderContract)
     assert out.keys() == {"features", "map"}
     features = np.asarray(out["features"])
     assert features.dtype == np.float32
