@@ -36,19 +36,12 @@ _PRIOR_QUERIES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """Gumbel distribution of the best evidence of unrelated queries.
+    """Gumbel distribution of the best evidence of unrelated queries."""
 
-    Attributes:
-        location: location for a query of one second.
-        growth: growth of the location with the natural logarithm of the query's seconds.
-        scale: scale.
-        segments: number of segments of the library to which it was fitted.
-    """
-
-    location: float
-    growth: float
+    location: float  # for a query of one second
+    growth: float  # of the location with the natural logarithm of the query's seconds
     scale: float
-    segments: int
+    segments: int  # of the library to which it was fitted
 
     def score(self, evidence: float, *, query_seconds: float, segments: int) -> float:
         """Returns −log10 of the chance that an unrelated query finds such evidence.

@@ -75,70 +75,62 @@ _COLUMNS = ", ".join(SourceRow._fields)
 
 
 class Transaction:
-    """An open index, as it is in one transaction."""
+    """An open index, as it is in one transaction.
+
+    Reading raises a FingerprintError where the file is damaged.
+    """
 
     def __init__(self, path: Path, connection: sqlite3.Connection):
         """Takes an open connection; see `transaction`."""
         self._path = path
-        self._connection = connection
+        self._execute = connection.execute
+        self._many = connection.executemany
 
     def settings(self) -> dict[str, Any]:
-        """Reads the settings, and `generation`, a random name that each change replaces.
-
-        Raises:
-            FingerprintError: if they are damaged.
-        """
-        rows = self._connection.execute("SELECT key, value FROM settings")
+        """Reads the settings, and `generation`, a random name that each change replaces."""
         with self._intact():
-            return {key: json.loads(value) for key, value in rows}
+            return {k: json.loads(v) for k, v in self._execute("SELECT key, value FROM settings")}
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Replaces some settings."""
         rows = [(key, json.dumps(value)) for key, value in settings.items()]
-        self._connection.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", rows)
+        self._many("INSERT OR REPLACE INTO settings VALUES (?, ?)", rows)
 
     def projections(self) -> dict[str, Projection]:
-        """Reads the projection of each modality; none before they were fitted.
-
-        Raises:
-            FingerprintError: if one is damaged.
-        """
-        rows = self._connection.execute("SELECT modality, arrays FROM projections").fetchall()
+        """Reads the projection of each modality; none before they were fitted."""
+        rows = self._execute("SELECT modality, arrays FROM projections").fetchall()
         with self._intact():
             return {modality: Projection.from_arrays(_unpack(blob)) for modality, blob in rows}
 
     def write_projections(self, projections: Mapping[str, Projection]) -> None:
         """Replaces the projections."""
         rows = [(m, _pack(dataclasses.asdict(p))) for m, p in projections.items()]
-        self._connection.executemany("INSERT OR REPLACE INTO projections VALUES (?, ?)", rows)
+        self._many("INSERT OR REPLACE INTO projections VALUES (?, ?)", rows)
 
     def media(self) -> list[tuple[int, int, SourceRow]]:
         """Reads the id, the number of segments and the description of each medium, by id."""
-        rows = self._connection.execute(f"SELECT id, segments, {_COLUMNS} FROM media ORDER BY id")
+        rows = self._execute(f"SELECT id, segments, {_COLUMNS} FROM media ORDER BY id")
         return [(id_, segments, SourceRow(*row)) for id_, segments, *row in rows]
 
     def content_of(self, name: str) -> str | None:
         """Reads the SHA-256 of the medium of this name; None if there is none."""
-        row = self._connection.execute("SELECT content FROM media WHERE name = ?", (name,))
-        return next((content for (content,) in row), None)
+        row = self._execute("SELECT content FROM media WHERE name = ?", (name,)).fetchone()
+        return row and row[0]
 
     def features_of(self, id_: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Reads the segments of a medium.
 
         Returns:
             By modality, float16 [present segments, D] and bool [segments], which are present.
-
-        Raises:
-            FingerprintError: if they are damaged.
         """
         query = f"SELECT checksum, arrays, segments, {_COLUMNS} FROM media WHERE id = ?"
-        ((checksum, blob, *row),) = self._connection.execute(query, (id_,))
+        ((checksum, blob, *row),) = self._execute(query, (id_,))
         with self._intact(f" ({row[1]})"):
             arrays = _unpack(blob)
             features = {m: a for m, a in arrays.items() if not m.endswith(_PRESENT)}
             present = {m: arrays[m + _PRESENT] for m in features}
             if checksum != _checksum(row, blob):
-                raise FingerprintError("the checksum is that of other values")
+                raise ValueError("the checksum is that of other values")
             return features, present
 
     def insert(self, row: SourceRow, segments: SegmentFeatures) -> bool:
@@ -147,36 +139,36 @@ class Transaction:
         Raises:
             MediaError: if its features do not fit into one value.
         """
-        replaces = self.delete(row.name)
-        features = {m: f[segments.present[m]] for m, f in segments.features.items()}
-        blob = _pack(
-            {m: f.astype(np.float16) for m, f in features.items()}
-            | {m + _PRESENT: here for m, here in segments.present.items()}
-        )
+        arrays = {m + _PRESENT: here for m, here in segments.present.items()}
+        for modality, features in segments.features.items():
+            arrays[modality] = features[segments.present[modality]].astype(np.float16)
+        blob = _pack(arrays)
         if len(blob) > _MAX_BYTES:
             raise MediaError(
                 "too_large",
                 f"the features take {len(blob) >> 20} MB, at most {_MAX_BYTES >> 20} MB are "
                 "stored: cut it into shorter files",
             )
+        replaces = self.delete(row.name)
         values = len(segments), row.name, row.content, float(row.duration_seconds), row.path
-        self._connection.execute(
-            f"INSERT INTO media (segments, {_COLUMNS}, checksum, arrays) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+        columns = f"segments, {_COLUMNS}, checksum, arrays"
+        marks = ", ".join("?" * 7)
+        self._execute(
+            f"INSERT INTO media ({columns}) VALUES ({marks})",
             (*values, _checksum(values, blob), blob),
         )
         return replaces
 
     def delete(self, name: str) -> bool:
         """Removes a medium; returns whether there was one of this name."""
-        return self._connection.execute("DELETE FROM media WHERE name = ?", (name,)).rowcount > 0
+        return self._execute("DELETE FROM media WHERE name = ?", (name,)).rowcount > 0
 
     def problems(self) -> list[str]:
         """Checks the file, and every value with a checksum; returns one line per problem."""
-        rows = self._connection.execute("PRAGMA integrity_check").fetchall()
-        problems = [f"{self._path} is damaged: {line}" for (line,) in rows if line != "ok"]
-        if problems:
-            return problems
+        lines = [line for (line,) in self._execute("PRAGMA integrity_check") if line != "ok"]
+        if lines:
+            return [f"{self._path} is damaged: {line}" for line in lines]
+        problems = []
         checks: list[Callable[[], object]] = [self.settings, self.projections]
         checks += [functools.partial(self.features_of, id_) for id_, _, _ in self.media()]
         for check in checks:
@@ -222,16 +214,12 @@ def transaction(directory: Path, *, write: bool = False) -> Iterator[Transaction
         opened = Transaction(path, connection)
         yield opened
         if write:
-            opened.write_settings({"generation": _new_name()})
+            opened.write_settings(_generation())
         connection.execute("COMMIT")
 
 
 def create(directory: Path, settings: dict[str, Any]) -> None:
-    """Makes an empty index.
-
-    Args:
-        directory: existing, without an index.
-        settings: values that JSON can represent.
+    """Makes an empty index in an existing directory.
 
     Raises:
         FingerprintError: if the file cannot be written.
@@ -243,12 +231,12 @@ def create(directory: Path, settings: dict[str, Any]) -> None:
         connection.execute("BEGIN")
         for statement in _SCHEMA:
             connection.execute(statement)
-        Transaction(path, connection).write_settings(settings | {"generation": _new_name()})
+        Transaction(path, connection).write_settings(settings | _generation())
         connection.execute("COMMIT")
 
 
-def _new_name() -> str:
-    return secrets.token_hex(8)
+def _generation() -> dict[str, str]:
+    return {"generation": secrets.token_hex(8)}
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -41,11 +41,8 @@ _CALIBRATED_WITHIN = 1.5
 class AddReport:
     """Names of media to add, by what became of them.
 
-    Attributes:
-        added: new names.
-        skipped: names that the index has with the same content.
-        replaced: names that it had with another content.
-        failed: names of media that cannot be decoded or have no segment, with the reasons.
+    The index already has the content of the skipped, and had another content of the replaced;
+    `failed` has the reason why a medium cannot be decoded or has no segment.
     """
 
     added: list[str] = dataclasses.field(default_factory=list)
@@ -68,11 +65,7 @@ class FingerprintIndex:
     def open(
         cls, directory: str | Path, encoder_path: str | Path | None = None
     ) -> FingerprintIndex:
-        """Opens an index.
-
-        Args:
-            directory: directory of the index.
-            encoder_path: path of the encoders, if they were moved since the index was made.
+        """Opens an index; `encoder_path` is where the encoders are now, if they were moved.
 
         Raises:
             FingerprintError: if there is no index, or it is damaged.
@@ -107,7 +100,7 @@ class FingerprintIndex:
         Args:
             directory: new or empty.
             encoder_path: run or exported encoders, as `open_encoders` takes them.
-            settings: settings, which cannot be changed later.
+            settings: cannot be changed later.
 
         Raises:
             FingerprintError: if the directory is not empty.
@@ -303,15 +296,15 @@ class FingerprintIndex:
         required: Sequence[str] = (),
         known: Mapping[int, float] | None = None,
     ) -> QueryResult:
-        """Finds where a query may come from.
+        """Finds where a query may come from, as `query` does.
 
         Args:
             renderings: query, from `render` of this index or one with its encoders and settings.
             query_seconds: length of the query.
-            modalities: see `query`.
-            count: see `query`.
-            required: see `query`.
-            known: see `matching.align`.
+            modalities: modalities to compare.
+            count: matches to return, at most.
+            required: modalities that must each match.
+            known: second of each source, by number, at which the query begins if it is its file.
         """
         known = known or {}
         renderings = [self._library.project(r) for r in renderings if len(r)]
@@ -328,16 +321,8 @@ class FingerprintIndex:
             query_seconds=query_seconds,
             segments=self.num_segments,
         )
-        matches = [
-            make_match(
-                s,
-                self._library.sources,
-                min(spans.values()),
-                required=required,
-                known=known,
-            )
-            for s in scored
-        ]
+        sources, shortest = self._library.sources, min(spans.values(), default=0.0)
+        matches = [make_match(s, sources, shortest, required=required, known=known) for s in scored]
         # Even before higher scores that lack a required modality or are shared with other sources.
         matches.sort(key=lambda m: (not m.accepted, bool(m.shared_with), not m.same_file))
         return QueryResult(matches[:count], query_seconds, tuple(required))

@@ -46,9 +46,8 @@ class Vectors:
     """Segments of all sources that have a modality, in the order of their labels.
 
     Attributes:
-        projection: projection that made the vectors.
         labels: int64 [segments].
-        values: float32 [segments, d].
+        values: float32 [segments, d], made by the projection.
         cells: FAISS index of the compressed vectors in cells; None if all are compared.
         learned_from: number of vectors from which the cells were learned.
     """
@@ -141,8 +140,7 @@ class Library:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns segments of a source from `first` up to `end`, as far as it has them.
 
-        Returns:
-            float32 [segments, d], zeros where missing; bool [segments].
+        They are float32 [segments, d], zeros where missing, and bool [segments].
         """
         vectors, start = self.vectors[modality], int(self.ids[number]) << _NUMBER_BITS
         count = max(min(end, int(self.lengths[number])) - first, 0)
@@ -156,13 +154,7 @@ class Library:
     def search(
         self, modality: str, queries: np.ndarray, count: int, exclude: int | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Finds the nearest segments.
-
-        Args:
-            modality: modality to compare.
-            queries: float32 [n, d], projected.
-            count: neighbours of each.
-            exclude: number of a source that is not to be found.
+        """Finds the `count` nearest segments of each query, float32 [n, d], but not of one source.
 
         Returns:
             Similarity, float32 [n, count], best first; number of the source, −1 where there are
@@ -221,11 +213,7 @@ class Library:
 
 
 def load(directory: Path, former: Library | None = None) -> Library:
-    """Reads an index.
-
-    Args:
-        directory: directory of the index.
-        former: earlier state of the index, whose unchanged parts are used again.
+    """Reads an index; unchanged parts of `former`, an earlier state, are used again.
 
     Raises:
         FingerprintError: if there is no index, or it is damaged.
@@ -240,10 +228,7 @@ def load(directory: Path, former: Library | None = None) -> Library:
 
 
 def verify(directory: Path) -> list[str]:
-    """Checks the database, and that the cache agrees with it.
-
-    Returns:
-        One line per problem.
+    """Checks the database, and that the cache agrees with it; returns one line per problem.
 
     Raises:
         FingerprintError: if there is no index, or it cannot be read.

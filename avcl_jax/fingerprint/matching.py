@@ -73,21 +73,13 @@ def fuse(values: Sequence[Any]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Channel:
-    """One modality of a query beside a library.
+    """One modality of a query beside a library."""
 
-    Attributes:
-        vectors: float32 [segments, d], zeros where missing.
-        present: bool [segments].
-        mean: float32 [segments], mean similarity to the cohort.
-        scale: float32 [segments], standard deviation of that similarity.
-        neighbours: `Library.search` of the present segments.
-    """
-
-    vectors: np.ndarray
-    present: np.ndarray
-    mean: np.ndarray
-    scale: np.ndarray
-    neighbours: tuple[np.ndarray, np.ndarray, np.ndarray]
+    vectors: np.ndarray  # float32 [segments, d], zeros where missing
+    present: np.ndarray  # bool [segments]
+    mean: np.ndarray  # float32 [segments], of the similarity to the cohort
+    scale: np.ndarray  # float32 [segments], its standard deviation
+    neighbours: tuple[np.ndarray, np.ndarray, np.ndarray]  # of the present segments
 
     def surprise(self, similarity: np.ndarray, rows: Any = slice(None)) -> np.ndarray:
         """Returns similarity [rows, n] in standard deviations above that to the cohort."""
@@ -114,7 +106,7 @@ def prepare(
 
     Args:
         library: library to search.
-        renderings: vectors of the query, `QUERY_DENSITY` segments per hop.
+        renderings: vectors of the query (`Library.project`), `QUERY_DENSITY` segments per hop.
         modalities: modalities that will be compared.
         exclude: number of a source to leave out.
     """
@@ -142,8 +134,8 @@ def align(
 
     Args:
         library: library that was searched.
-        queries: renderings of the query, from `prepare`.
-        spans: modality -> length of a segment; of the modalities to compare.
+        queries: renderings of the query (`prepare`).
+        spans: modality -> length of a segment, of the modalities to compare.
         known: number -> offset in seconds of sources that are the unchanged query; they are
             aligned there, whatever the votes.
 

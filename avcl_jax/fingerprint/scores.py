@@ -28,7 +28,6 @@ class Scored:
     """An alignment with its scores.
 
     Attributes:
-        alignment: the alignment.
         score: −log10 of the chance that an unrelated query finds as much.
         matched: modalities that reach the threshold without the other.
         shared_by: int [segments], number of sources that match each segment of the query as well
@@ -52,17 +51,14 @@ def score_alignments(
     query_seconds: float,
     segments: int,
 ) -> list[Scored]:
-    """Scores the alignments of one query.
+    """Scores the alignments of one query, one per source; returns the best first.
 
     Args:
-        alignments: one per source.
+        alignments: result of `align`.
         calibrations: modalities -> calibration of their evidence together.
-        spans: modality -> length of a segment in seconds, of the modalities that were compared.
+        spans: modality -> length of a segment, of the modalities that were compared.
         query_seconds: length of the query.
         segments: number of segments in the index.
-
-    Returns:
-        The scores, best first.
     """
     together = calibrations(list(spans))
 
@@ -100,19 +96,12 @@ def score_alignments(
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """Part of a query beside a source.
+    """Part of a query beside a source."""
 
-    Attributes:
-        alignment: alignment of the query.
-        inside: bool [segments], those of the part.
-        seconds: length of the part.
-        segments: number of segments in the index, times the number of parts that were tried.
-    """
-
-    alignment: Alignment
-    inside: np.ndarray
+    alignment: Alignment  # of the whole query
+    inside: np.ndarray  # bool [segments], those of the part
     seconds: float
-    segments: int
+    segments: int  # of the index, times the number of parts that were tried
 
     def score(self, calibration: Calibration, spans: Mapping[str, float]) -> float:
         """Returns the score by the modalities of `spans`."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
 from avcl_jax.data.spectrogram import LogMelSpec
 from avcl_jax.export import export_encoder
+from avcl_jax.fingerprint.database import SourceRow
 from avcl_jax.fingerprint.index import FingerprintIndex
+from avcl_jax.fingerprint.library import Library, Vectors
+from avcl_jax.fingerprint.projection import fit_projection
 from avcl_jax.fingerprint.settings import FingerprintSettings
 from avcl_jax.models.audio_encoders import AudioResNet
 from avcl_jax.models.video_resnet import VideoResNet
@@ -64,3 +68,16 @@ def library(encoders, tmp_path_factory):
     index = FingerprintIndex.create(tmp_path_factory.mktemp("library"), encoders, SETTINGS)
     index.add((f"clip {n}", clip(n)) for n in range(16))
     return index
+
+
+@pytest.fixture(scope="session")
+def references():
+    """A library of two sources of 40 unrelated segments each; the first lacks its segment 16."""
+    values = np.random.default_rng(0).normal(size=(80, 64)).astype(np.float32)
+    values /= np.linalg.norm(values, axis=1, keepdims=True)
+    labels = np.concatenate([(1 << 32) + np.arange(40), (2 << 32) + np.arange(40)])
+    kept = np.arange(80) != 16
+    vectors = Vectors(fit_projection(values, 64), labels[kept], values[kept])
+    stored = {"settings": {"rates": [1.0, 0.8, 1.25], "hop_seconds": 0.5}}
+    sources = [SourceRow(name, name, 20.5, None) for name in ("first", "second")]
+    return Library(stored, sources, np.array([1, 2]), np.array([40, 40]), {"video": vectors})

@@ -115,6 +115,78 @@ def test_votes_of_a_segment_count_once_per_bin_and_half_in_the_bins_beside_it():
     )
 
 
+OFFSET = 6.0
+
+
+def query_along(
+    references, slope: float, offset: float, *, rate: float = 1.0, count: int = 21
+) -> matching.Query:
+    """A query whose segments are the reference's along a line that turns about its middle."""
+    seconds = 0.25 * np.arange(count)
+    middle = seconds[-1] / 2
+    index = (middle + slope * (seconds - middle) + offset) / references.settings.hop_seconds
+    window, here = references.vectors_of("video", 0, 0, 40)
+    window[~here] = 0.0
+    number = np.round(index).astype(int)
+    inside = (number >= 0) & (number < 40) & (np.abs(index - number) < 0.26)
+    vectors = np.where(inside[:, None], window[np.clip(number, 0, 39)], 0.0).astype(np.float32)
+    zeros = np.zeros(count, np.float32)
+    channel = matching._Channel(vectors, np.ones(count, bool), zeros, zeros + 0.1, ())
+    return matching.Query(rate, seconds, {"video": channel})
+
+
+def test_a_line_is_found_within_its_reach_with_the_evidence_of_its_segments(references):
+    query = query_along(references, 1.0, OFFSET, rate=0.8)
+    channel = query.channels["video"]
+    channel.vectors[0] *= -1  # as unlike as can be
+    channel.present[2] = False
+    for place in (11, 12, 13):
+        found = matching._align(references, query, 0, place, {"video": 1.0})
+        assert (found.source, found.offset_seconds, found.rate) == (0, OFFSET, 0.8)
+        # Segments between two of the reference are left out; the reference lacks that at 8 s.
+        np.testing.assert_allclose(found.query_seconds, 0.5 * np.arange(11) / 0.8)
+        expected = [-1.0, np.nan, 10, 10, 0, 10, 10, 10, 10, 10, 10]
+        np.testing.assert_allclose(found.by_segment["video"], expected, rtol=1e-5)
+        assert found.agrees.tolist() == [False, False, True, True, False, *[True] * 6]
+        # Of ten segments; 20 at a quarter of a second, the last of them as long as the span.
+        evidence = 79 / 10 * np.sqrt(20 * 0.25 + 1.0)
+        assert found.by_modality["video"] == pytest.approx(evidence, rel=1e-5)
+        assert found.evidence(["video", "audio"]) == found.by_modality["video"]
+    other = matching._align(references, query, 1, 12, {"video": 1.0})
+    assert other.by_modality["video"] < 0.2 * evidence
+    channel.present[:] = False
+    assert matching._align(references, query, 0, 12, {"video": 1.0}) is None
+
+
+@pytest.mark.parametrize("slope", [0.95, 0.975, 1.025, 1.05])
+def test_lines_of_other_rates_turn_about_the_middle_of_the_query(references, slope):
+    query = query_along(references, slope, 2.0, count=61)  # 15 s
+    found = matching._align(references, query, 0, 4, {"video": 1.0})
+    assert found.rate == slope
+    assert found.offset_seconds == pytest.approx(7.5 * (1 - slope) + 2.0)
+    assert found.by_segment["video"].max() == pytest.approx(10, rel=1e-5)
+
+
+@pytest.mark.parametrize(("offset", "outside"), [(-1.0, slice(None, 2)), (17.0, slice(-5, None))])
+def test_a_query_that_reaches_over_the_source_has_no_evidence_there(references, offset, outside):
+    query = query_along(references, 1.0, offset)
+    place = round(offset / 0.5)
+    found = matching._align(references, query, 0, place, {"video": 1.0})
+    assert found.offset_seconds == offset
+    expected = np.full(11, 10.0)
+    expected[outside] = 0.0
+    np.testing.assert_allclose(found.by_segment["video"], expected, rtol=1e-5)
+    evidence = expected.sum() / 11 * np.sqrt(21 * 0.25 + 1.0)
+    assert found.by_modality["video"] == pytest.approx(evidence, rel=1e-5)
+    assert matching._align(references, query, 0, 200, {"video": 1.0}) is None
+
+
+def test_modalities_share_a_line_and_their_evidence_is_added_at_a_right_angle():
+    assert matching.fuse([3.0, 4.0]) == 5.0
+    assert matching.fuse([3.0, -4.0]) == 3.0
+    assert matching.fuse([np.array([3.0, 0.0]), np.array([4.0, -1.0])]).tolist() == [5.0, 0.0]
+
+
 def test_few_bins_per_source_become_candidates():
     votes = {(0, 0, place): 100.0 - place for place in range(9)}
     votes |= {(source, 1, 4): float(source) for source in range(1, 30)}
