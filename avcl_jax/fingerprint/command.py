@@ -20,7 +20,7 @@ from avcl_jax.data.media import MediaError, decode_media
 from avcl_jax.errors import UserError, one_line
 from avcl_jax.export.runs import MODALITIES
 from avcl_jax.fingerprint import serve
-from avcl_jax.fingerprint.answer import Interval, Match, QueryResult
+from avcl_jax.fingerprint.answer import Match, QueryResult
 from avcl_jax.fingerprint.calibration import THRESHOLD
 from avcl_jax.fingerprint.index import (
     NOTHING_TO_COMPARE,
@@ -40,12 +40,10 @@ _SCORES = (
     "equally well, such as copies of one film or films with the same logo, are reported as shared."
 )
 # In folders, where notes and images lie beside the films; a file that is named is always tried.
-_SUFFIXES = frozenset(
-    (
-        *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts"),
-        *(".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv", ".aac", ".aif", ".aiff", ".flac", ".m4a"),
-        *(".mka", ".mp3", ".oga", ".ogg", ".opus", ".wav", ".weba", ".wma"),
-    )
+_SUFFIXES = (
+    *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts"),
+    *(".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv", ".aac", ".aif", ".aiff", ".flac", ".m4a"),
+    *(".mka", ".mp3", ".oga", ".ogg", ".opus", ".wav", ".weba", ".wma"),
 )
 
 
@@ -74,40 +72,23 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     make = command("index", _index, "make an index of media files")
-    make.add_argument("videos", nargs="+", type=local_path, help="files, or folders with files")
+    add = command("add", _add, "add media files to an index, or replace those that changed")
+    remove = command("remove", _remove, "remove media from an index")
+    query = command("query", _query, "find the source of a clip")
+    command("verify", _verify, "check the files of an index")
+    served = command("serve", serve.run, "show matches in a web page on this machine")
+    files, default = "files, or folders with files", FingerprintSettings()
+    make.add_argument("videos", nargs="+", type=local_path, help=files)
     make.add_argument(
         "--encoder", required=True, metavar="PATH", help="a run, or the encoders it exported"
     )
-    defaults = FingerprintSettings()
-    make.add_argument(
-        "--speed",
-        type=int,
-        default=defaults.speed,
-        help="seconds of a segment per second of the encoder's clip (default: %(default)s)",
-    )
-    make.add_argument(
-        "--hop-seconds",
-        type=float,
-        default=defaults.hop_seconds,
-        help="seconds from one segment to the next (default: %(default)s)",
-    )
-    make.add_argument(
-        "--kind",
-        choices=KINDS,
-        default=defaults.kind,
-        help="flat is exact, ivfpq small and fast, auto chooses by size (default: %(default)s)",
-    )
-    add = command("add", _add, "add media files to an index, or replace those that changed")
-    add.add_argument("videos", nargs="+", type=local_path, help="files, or folders with files")
-    remove = command("remove", _remove, "remove media from an index")
+    add.add_argument("videos", nargs="+", type=local_path, help=files)
     remove.add_argument("videos", nargs="+", help="as they were named when indexed")
-    query = command("query", _query, "find the source of a clip")
     query.epilog = _SCORES
     query.add_argument(
         "clip", type=local_path, help="a media file, ./-NAME for one that begins with a dash"
     )
     query.add_argument("--json", action="store_true", help="answer in JSON")
-    query.add_argument("--count", type=int, default=5, help="matches shown (default: %(default)s)")
     query.add_argument(
         "--modality", choices=MODALITIES, help="compare only this one (default: both)"
     )
@@ -116,25 +97,24 @@ def _parser() -> argparse.ArgumentParser:
         choices=REQUIREMENTS,
         help="accept only sources whose video, audio or both match (default: one is enough)",
     )
-    query.add_argument(
-        "--start",
-        type=float,
-        default=0.0,
-        help="second of the clip at which to begin (default: %(default)s)",
-    )
-    query.add_argument(
-        "--max-seconds",
-        type=float,
-        default=120.0,
-        help="seconds of it that are compared, all in memory (default: %(default)s)",
-    )
-    command("verify", _verify, "check the files of an index")
-    served = command("serve", serve.run, "show matches in a web page on this machine")
-    serve.add_arguments(served)
     for opened in (add, query, served):
         opened.add_argument(
             "--encoder", metavar="PATH", help="where the encoders are now, if they were moved"
         )
+    kinds = "flat is exact, ivfpq small and fast, auto chooses by size"
+    make.add_argument(
+        "--kind", choices=KINDS, default=default.kind, help=f"{kinds} (default: %(default)s)"
+    )
+    for target, name, value, text in (
+        (make, "--speed", default.speed, "seconds of a segment per second of the encoder's clip"),
+        (make, "--hop-seconds", default.hop_seconds, "seconds from one segment to the next"),
+        (query, "--count", 5, "matches shown"),
+        (query, "--start", 0.0, "second of the clip at which to begin"),
+        (query, "--max-seconds", 120.0, "seconds of it that are compared, all in memory"),
+        *((served, *option) for option in serve.OPTIONS),
+    ):
+        text = f"{text} (default: %(default)s)"
+        target.add_argument(name, type=type(value), default=value, help=text)
     return parser
 
 
@@ -186,7 +166,7 @@ def _remove(args: argparse.Namespace) -> None:
     print(f"removed {len(names)}; {_size(index)}")
 
 
-def _query(args: argparse.Namespace) -> int:
+def _query(args: argparse.Namespace) -> None:
     index = FingerprintIndex.open(args.index, args.encoder)
     if args.count < 1:
         raise FingerprintError(f"--count {args.count} shows nothing: give 1 or more")
@@ -213,28 +193,9 @@ def _query(args: argparse.Namespace) -> int:
         start_seconds=args.start,
     )
     if args.json:
-        print(json.dumps(to_json(result, args.count), indent=1))
-        return 0
-    if result.remark:
-        print(result.remark)
-    accepted = [match for match in result.matches if match.accepted]
-    if result.verdict == "shared":
-        sharing = (accepted[0].source, *accepted[0].shared_with)
-        print(f"shared by {_sources(len(sharing))}, which match equally well: {', '.join(sharing)}")
-    for match in accepted[: args.count]:
-        print(_line(match))
-        for interval in match.intervals:
-            print(_interval_line(interval))
-    if len(accepted) > args.count:
-        print(f"{len(accepted) - args.count} more: --count {len(accepted)}")
-    if not accepted:
-        near = (
-            f"; nearest, not accepted: {_line(result.matches[0])}"
-            if result.matches
-            else f": {result.query_seconds:.2f} s {NOTHING_TO_COMPARE}"
-        )
-        print(f"no match{near}")
-    return 0
+        print(json.dumps(_to_json(result, args.count), indent=1))
+    else:
+        print("\n".join(_to_lines(result, args.count)))
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -247,8 +208,7 @@ def _verify(args: argparse.Namespace) -> int:
     return 0
 
 
-def to_json(result: QueryResult, count: int) -> dict[str, object]:
-    """Returns the answer of `query --json`, with at most `count` matches."""
+def _to_json(result: QueryResult, count: int) -> dict[str, object]:
     best = result.best
     return {
         "verdict": result.verdict,
@@ -261,6 +221,29 @@ def to_json(result: QueryResult, count: int) -> dict[str, object]:
     }
 
 
+def _to_lines(result: QueryResult, count: int) -> Iterator[str]:
+    if result.remark:
+        yield result.remark
+    accepted = [match for match in result.matches if match.accepted]
+    if result.verdict == "shared":
+        sharing = (accepted[0].source, *accepted[0].shared_with)
+        yield f"shared by {_sources(len(sharing))}, which match equally well: {', '.join(sharing)}"
+    for match in accepted[:count]:
+        yield _line(match)
+        for i in match.intervals:
+            shared = f", shared by {_sources(i.shared_by)}" if i.shared_by > 1 else ""
+            yield (
+                f"  {i.query_start:.1f} to {i.query_end:.1f} s of the clip: "
+                f"{i.reference_start:.1f} to {i.reference_end:.1f} s of the source{shared}"
+            )
+    if len(accepted) > count:
+        yield f"{len(accepted) - count} more: --count {len(accepted)}"
+    if not accepted and result.matches:
+        yield f"no match; nearest, not accepted: {_line(result.matches[0])}"
+    elif not accepted:
+        yield f"no match: {result.query_seconds:.2f} s {NOTHING_TO_COMPARE}"
+
+
 def _line(match: Match) -> str:
     scores = (("video", match.video_score), ("audio", match.audio_score))
     shown = ", ".join(f"{name} {score:.1f}" for name, score in scores if score is not None)
@@ -268,14 +251,6 @@ def _line(match: Match) -> str:
     return (
         f"{match.source} from {match.offset_seconds:.2f} s{rate}, score {match.score:.1f}: "
         f"{match.what_matched} ({shown})"
-    )
-
-
-def _interval_line(interval: Interval) -> str:
-    shared = f", shared by {_sources(interval.shared_by)}" if interval.shared_by > 1 else ""
-    return (
-        f"  {interval.query_start:.1f} to {interval.query_end:.1f} s of the clip: "
-        f"{interval.reference_start:.1f} to {interval.reference_end:.1f} s of the source{shared}"
     )
 
 

@@ -24,22 +24,15 @@ from avcl_jax.fingerprint.settings import FingerprintError
 _STOP_SECONDS = 2
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the arguments of the command, beside `--index` and `--encoder`."""
-    for name, kind, default, what in (
-        ("--host", str, "127.0.0.1", "address to listen at; any other lets other machines in"),
-        ("--port", int, 8021, "port to listen at, 0 for a free one"),
-        ("--max-upload-mb", float, 200.0, "larger clips are refused unread"),
-        ("--max-seconds", float, 120.0, "seconds of a clip that are compared, from its beginning"),
-        (
-            "--max-decode-seconds",
-            float,
-            120.0,
-            "seconds to decode or convert a clip",
-        ),
-        ("--max-waiting", int, 4, "clips that may wait while one is compared"),
-    ):
-        parser.add_argument(name, type=kind, default=default, help=f"{what} (default: {default})")
+# Beside `--index` and `--encoder`: name, default, and text of the help.
+OPTIONS = (
+    ("--host", "127.0.0.1", "address to listen at; any other lets other machines in"),
+    ("--port", 8021, "port to listen at, 0 for a free one"),
+    ("--max-upload-mb", 200.0, "larger clips are refused unread"),
+    ("--max-seconds", 120.0, "seconds of a clip that are compared, from its beginning"),
+    ("--max-decode-seconds", 120.0, "seconds to decode or convert a clip"),
+    ("--max-waiting", 4, "clips that may wait while one is compared"),
+)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -70,14 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         listener = stack.enter_context(_listen(arguments.host, arguments.port))
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="avcl-fingerprint-"))
         index = FingerprintIndex.open(arguments.index, arguments.encoder)
-        app = FingerprintApp(
-            index,
-            directory=Path(directory),
-            max_upload_bytes=int(arguments.max_upload_mb * (1 << 20)),
-            max_seconds=arguments.max_seconds,
-            max_decode_seconds=arguments.max_decode_seconds,
-            max_waiting=arguments.max_waiting,
-        )
+        app = FingerprintApp(index, Path(directory), arguments)
         host, port = listener.getsockname()[:2]
         if not ipaddress.ip_address(host).is_loopback:
             print(

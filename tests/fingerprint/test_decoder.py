@@ -16,6 +16,7 @@ pytest.importorskip("faiss", reason="the extra fingerprint is not installed")
 pytest.importorskip("starlette", reason="the extra fingerprint is not installed")
 
 from avcl_jax.data.media import decode_media
+from avcl_jax.fingerprint.web import preview
 from avcl_jax.fingerprint.web.decoder import Decoder, DecoderError
 from avcl_jax.fingerprint.web.preview import PreviewCache
 from tests.fingerprint.page_server import ROOT
@@ -27,8 +28,8 @@ LONG = 600.0
 
 
 @pytest.fixture
-def decoder():
-    made = Decoder(LONG)
+def decoder(tmp_path):
+    made = Decoder(LONG, tmp_path)
     yield made
     made.close()
 
@@ -94,18 +95,23 @@ def test_closing_ends_a_call(decoder):
 
 
 @pytest.mark.parametrize("function", ["abs, -3", "sum, range(10**12)"])
-def test_it_outlives_a_killed_server_for_the_limit_at_most(function):
+def test_it_outlives_a_killed_server_for_the_limit_at_most(function, tmp_path):
+    directory = tmp_path / "uploads"
+    directory.mkdir()
+    (directory / "clip.mp4").touch()
     code = f"""
-import asyncio, os
+import asyncio, os, signal
+from pathlib import Path
 from avcl_jax.fingerprint.web.decoder import Decoder
 
 async def main():
-    decoder = Decoder(0.2)
-    await decoder.run(os.getpid)
+    decoders = [Decoder(0.2, Path({str(directory)!r})) for _ in range(2)]
+    for decoder in decoders:
+        await decoder.run(os.getpid)
     call = asyncio.ensure_future(decoder.run({function}))
     await asyncio.sleep(0.05)
     print("called", flush=True)
-    os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
     asyncio.run(main())
@@ -116,6 +122,8 @@ if __name__ == "__main__":
     )
     assert done.stdout == "called\n"
     assert "Traceback" not in done.stderr
+    # The other process, which does not hang, deletes what the server has left.
+    assert not directory.exists()
 
 
 def test_a_conversion_that_takes_too_long_leaves_nothing(tmp_path, decoder):
@@ -124,9 +132,26 @@ def test_a_conversion_that_takes_too_long_leaves_nothing(tmp_path, decoder):
     cache = PreviewCache(tmp_path / "cache", decoder)
     run(decoder, os.getpid)
     decoder._limit_seconds = 1e-4
-    assert asyncio.run(cache.convert_clip(film, 5.0)) == (None, None)
+    with pytest.raises(DecoderError, match="takes longer than"):
+        asyncio.run(cache.convert("film", film, 0.0, 5.0))
     assert not list((tmp_path / "cache").iterdir())
     decoder._limit_seconds = LONG
-    kind, name = asyncio.run(cache.convert_clip(film, 5.0))
-    assert kind == "video/mp4"
-    assert cache.get(name).stat().st_size
+    converted = asyncio.run(cache.convert("film", film, 0.0, 5.0))
+    assert converted.stat().st_size
+    assert cache.get("film") == converted
+    assert cache.get("another") is None
+
+
+def test_the_oldest_conversion_makes_room(tmp_path, decoder, monkeypatch):
+    film = write(tmp_path / "film.mkv", clip(1, 1.0))
+    (tmp_path / "cache").mkdir()
+    cache = PreviewCache(tmp_path / "cache", decoder)
+    monkeypatch.setattr(preview, "_KEPT", 2)
+
+    async def convert(*names):
+        return [await cache.convert(name, film, 0.0, 1.0) for name in names]
+
+    first, second, again, third = asyncio.run(convert("1", "2", "1", "3"))
+    assert again == first
+    assert [cache.get(name) for name in "123"] == [first, None, third]
+    assert [path.exists() for path in (first, second, third)] == [True, False, True]

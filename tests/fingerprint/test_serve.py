@@ -272,6 +272,16 @@ def test_the_line_has_an_end(server, clips):
     assert server.ask(film)[0] == 200
 
 
+def test_a_page_that_is_closed_gives_its_place_to_others(server, clips):
+    film = clips / "film.mp4"
+    for _ in range(3):  # more than may wait
+        with holding_a_place(server, film) as (connection, body):
+            connection.send(body)
+            assert json.loads(connection.getresponse().readline())["stage"] == "waiting"
+        server.wait_until_no_upload_is_left()
+    assert server.ask(film)[1]["match"]["title"] == "film <b>.mp4"
+
+
 def test_sources_are_served_by_id_with_ranges(server, clips, page_library):
     _, answer = server.ask(clips / "film.mp4")
     address = answer["match"]["media"]["url"]

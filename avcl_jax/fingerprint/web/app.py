@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
+import secrets
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import Any
@@ -28,7 +30,6 @@ from avcl_jax.fingerprint.answer import Match
 from avcl_jax.fingerprint.database import SourceRow
 from avcl_jax.fingerprint.index import REQUIREMENTS, FingerprintIndex, file_sha256
 from avcl_jax.fingerprint.matching import CANDIDATES
-from avcl_jax.fingerprint.settings import FingerprintError
 from avcl_jax.fingerprint.web import preview
 from avcl_jax.fingerprint.web.decoder import Decoder, DecoderError
 from avcl_jax.fingerprint.web.requests import SameOriginMiddleware, clip_name, uploaded
@@ -37,53 +38,39 @@ from avcl_jax.style import STYLE
 _STREAM = "application/x-ndjson"
 # Seconds that are converted before and after the part of a source that matches.
 _MARGIN_SECONDS = 5.0
-_UNREAD = {"Connection": "close"}  # of a request whose body is not read to its end
-Lines = asyncio.Queue[dict[str, Any]]
 
 
 class FingerprintApp:
     """Endpoints that compare clips with an index, which may change meanwhile, and show sources."""
 
-    def __init__(
-        self,
-        index: FingerprintIndex,
-        *,
-        directory: Path,
-        max_upload_bytes: int,
-        max_seconds: float,
-        max_decode_seconds: float,
-        max_waiting: int,
-    ):
-        """Takes an opened index.
+    def __init__(self, index: FingerprintIndex, directory: Path, options: argparse.Namespace):
+        """Takes an opened index, whose encoders are loaded here: wrong ones are refused at once.
 
         Args:
-            index: index whose encoders are loaded here, so that wrong ones are refused at once.
+            index: index to search.
             directory: existing directory for uploads and conversions.
-            max_upload_bytes: length of a clip.
-            max_seconds: seconds of a clip that are compared, from its beginning.
-            max_decode_seconds: seconds that decoding or converting a clip may take.
-            max_waiting: clips that may wait while one is compared.
+            options: arguments of `serve`.
         """
         self._index = index
         self._directory = directory
-        self._max_upload_bytes = max_upload_bytes
-        self._max_seconds = max_seconds
-        self._max_waiting = max_waiting
+        self._options = options
+        self._max_upload_bytes = int(options.max_upload_mb * (1 << 20))
         self._shortest_seconds = index.segmenter.shortest_seconds
-        self._waiting = 0
+        self._present = 0  # clips that are received, wait, or are compared
         self._turn = asyncio.Lock()  # two comparisons at once would only take twice the memory
         self._thread = ThreadPoolExecutor(1, "fingerprint-query")
         self._thread.submit(index.segmenter.compile)
-        self._clips, self._shown = Decoder(max_decode_seconds), Decoder(max_decode_seconds)
+        self._clips, self._shown = (
+            Decoder(options.max_decode_seconds, directory) for _ in range(2)
+        )
         self._previews = preview.PreviewCache(directory, self._shown)
-        self._tasks: set[asyncio.Task[None]] = set()
 
     def starlette(self, hosts: Collection[str]) -> Starlette:
         """Returns the application, which answers under these names and under any address."""
         static = StaticFiles(packages=[("avcl_jax.fingerprint.web", "static")], html=True)
         return Starlette(
             routes=[
-                Route("/style.css", self._style),
+                Route("/style.css", lambda _: Response(STYLE, media_type="text/css")),
                 Route("/api/status", self._status),
                 Route("/api/query", self._query, methods=["POST"]),
                 Route("/media/{id}", self._media),
@@ -105,10 +92,8 @@ class FingerprintApp:
             decoder.close()
 
     def _current(self) -> FingerprintIndex:
-        try:
+        with _refused(500):
             self._index = self._index.reopened()
-        except FingerprintError as error:
-            raise HTTPException(500, str(error)) from error
         return self._index
 
     def _source(self, request: Request) -> SourceRow:
@@ -117,17 +102,13 @@ class FingerprintApp:
             raise HTTPException(404, "the index has no such source now: ask again")
         return row
 
-    async def _style(self, _: Request) -> Response:
-        return Response(STYLE, media_type="text/css")
-
     async def _status(self, _: Request) -> Response:
-        status = {
+        status: dict[str, Any] = {
             "index": str(self._index.directory),
             "max_upload_bytes": self._max_upload_bytes,
             "shortest_seconds": self._shortest_seconds,
-            "max_seconds": self._max_seconds,
+            "max_seconds": self._options.max_seconds,
             "modalities": self._index.modalities,
-            "error": None,
         }
         try:
             index = self._current()
@@ -139,84 +120,66 @@ class FingerprintApp:
         return JSONResponse(status)
 
     async def _query(self, request: Request) -> Response:
-        lines: Lines = asyncio.Queue()
-        # The clip is compared, and then deleted, whether or not somebody still listens.
-        task = asyncio.create_task(self._answer(request, lines))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        line = await lines.get()
-        if _STREAM in request.headers.get("accept", "") and "error" not in line:
+        lines = self._compare(request)
+        # The first line comes after the upload, whose errors have their own status.
+        line = await anext(lines)
+        if _STREAM in request.headers.get("accept", ""):
             return StreamingResponse(_json_lines(line, lines), media_type=_STREAM)
-        while "stage" in line:
-            line = await lines.get()
-        if "error" in line:
-            return JSONResponse({"error": line["error"]}, line["status"], _UNREAD)
+        async for line in lines:  # noqa: B007
+            pass
         return JSONResponse(line["answer"])
 
-    async def _answer(self, request: Request, lines: Lines) -> None:
-        """Receives a clip and compares it; the last line has the answer, or an error."""
-        name, begin = clip_name(request), time.monotonic()
-        last: dict[str, Any] = {"error": f"the server failed at {name}: see its log", "status": 500}
-        self._waiting += 1
+    async def _compare(self, request: Request) -> AsyncIterator[dict[str, Any]]:
+        """Yields the stages of a query, and the answer at the end."""
+        name, begin, before = clip_name(request), time.monotonic(), self._present
+        if before > self._options.max_waiting:
+            raise HTTPException(
+                503,
+                f"{before} clips are being compared or wait, no more are taken: try again in a "
+                "minute",
+            )
+        required = _required(request)
+        self._present += 1
         try:
-            if self._waiting > 1 + self._max_waiting:
-                raise HTTPException(
-                    503,
-                    f"{self._waiting - 1} clips are being compared or wait, no more are taken: try "
-                    "again in a minute",
-                )
-            before, required = self._waiting - 1, _required(request)
             async with uploaded(request, self._directory, self._max_upload_bytes) as path:
-                lines.put_nowait({"stage": "waiting", "before": before})
-                answer = await self._compare(path, name, required, lines)
-            last = {"answer": answer | {"elapsed_seconds": round(time.monotonic() - begin, 3)}}
-        except HTTPException as exception:
-            last = {"error": exception.detail, "status": exception.status_code}
-        finally:  # also after an error of ours, which the log of the server then has
-            self._waiting -= 1
-            lines.put_nowait(last)
-
-    async def _compare(
-        self, path: Path, name: str, required: tuple[str, ...], lines: Lines
-    ) -> dict[str, Any]:
-        async with self._turn:
-            index = self._current()
-            if not index.num_segments:
-                raise HTTPException(409, _empty(index))
-            try:
-                segmenter = index.segmenter
-            except UserError as error:
-                raise HTTPException(500, str(error)) from error
-            lines.put_nowait({"stage": "decoding"})
-            try:
-                info = await self._clips.run(probe, path)
-                options = {"end_seconds": self._max_seconds, **segmenter.decoding}
-                media = await self._clips.run(decode_media, path, **options)
-            except DecoderError as error:
-                # The message must not contain the place of the upload.
-                reason = str(error).replace(str(path), name)
-                message = f"{name} cannot be compared: {reason}. Give another file"
-                raise HTTPException(422, message) from error
-            if media.duration_seconds < segmenter.shortest_seconds:
-                raise HTTPException(
-                    422,
-                    f"{name} lasts {media.duration_seconds:.2f} s, the shortest clip that can be "
-                    f"found {segmenter.shortest_seconds:.2f} s: give a longer one",
-                )
-            lines.put_nowait({"stage": "comparing"})
-            content = file_sha256(path)
-            options = {"count": CANDIDATES, "required": required, "content": content}
-            query = functools.partial(index.query, media, **options)
-            try:
-                result = await asyncio.get_running_loop().run_in_executor(self._thread, query)
-            except FingerprintError as error:
-                raise HTTPException(422, f"{name}: {error}") from error
-        rows = {row.name: row for row in index.sources()}
-        found = [
-            await self._candidate(match, rows[match.source], result.query_seconds)
-            for match in result.matches
-        ]
-        kind, converted = await self._previews.convert_clip(path, result.query_seconds)
+                yield {"stage": "waiting", "before": before}
+                async with self._turn:
+                    index = self._current()
+                    if not index.num_segments:
+                        raise HTTPException(409, _empty(index))
+                    with _refused(500):
+                        segmenter = index.segmenter
+                    yield {"stage": "decoding"}
+                    options = {"end_seconds": self._options.max_seconds, **segmenter.decoding}
+                    try:
+                        info = await self._clips.run(probe, path)
+                        media = await self._clips.run(decode_media, path, **options)
+                    except DecoderError as error:
+                        # The message must not contain the place of the upload.
+                        reason = str(error).replace(str(path), name)
+                        message = f"{name} cannot be compared: {reason}. Give another file"
+                        raise HTTPException(422, message) from error
+                    if media.duration_seconds < segmenter.shortest_seconds:
+                        raise HTTPException(
+                            422,
+                            f"{name} lasts {media.duration_seconds:.2f} s, the shortest clip that "
+                            f"can be found {segmenter.shortest_seconds:.2f} s: give a longer one",
+                        )
+                    yield {"stage": "comparing"}
+                    options = {"required": required, "content": file_sha256(path)}
+                    query = functools.partial(index.query, media, count=CANDIDATES, **options)
+                    with _refused(422, f"{name}: "):
+                        result = await asyncio.get_running_loop().run_in_executor(
+                            self._thread, query
+                        )
+                rows = {row.name: row for row in index.sources()}
+                candidates = [
+                    await self._candidate(match, rows[match.source], result.query_seconds)
+                    for match in result.matches
+                ]
+                kind, converted = await self._playable(path, result.query_seconds)
+        finally:
+            self._present -= 1
         audio = media.waveform, media.sample_rate_hz, media.audio_start_seconds
         clip = {
             "name": name,
@@ -230,22 +193,41 @@ class FingerprintApp:
             "converted_url": converted and f"/clips/{converted}",
             "spectrogram": None if info.video is not None else preview.spectrogram(*audio),
         }
-        return {
+        answer = {
             "clip": clip,
             "threshold": result.threshold,
             "required": required,
             "verdict": result.verdict,
             "at_most": CANDIDATES,
             "sources": result.sources,
-            "match": None if result.best is None else found[result.matches.index(result.best)],
-            "candidates": found,
+            "match": None if result.best is None else candidates[result.matches.index(result.best)],
+            "candidates": candidates,
+            "elapsed_seconds": round(time.monotonic() - begin, 3),
         }
+        yield {"answer": answer}
+
+    async def _playable(self, path: Path, seconds: float) -> tuple[str | None, str | None]:
+        """Converts a clip if browsers do not play it.
+
+        Returns:
+            Media type, None where it cannot be shown; name of the conversion, None where none is
+            needed.
+        """
+        # The clip was compared, so that only its rest is damaged: the match stands without it.
+        with contextlib.suppress(DecoderError):
+            kind = await self._shown.run(preview.playable_type, path)
+            if kind is not None:
+                return kind, None
+            name = secrets.token_urlsafe(18)
+            await self._previews.convert(name, path, 0.0, seconds)
+            return "video/mp4", name
+        return None, None
 
     async def _candidate(self, match: Match, row: SourceRow, seconds: float) -> dict[str, Any]:
         """A match as the page shows it: with what plays beside the clip."""
         error = kind = None
         try:
-            with preview.source_file(row) as path:
+            with _file_of(row) as path:
                 kind = await self._shown.run(preview.playable_type, path)
         except HTTPException as exception:
             error = exception.detail
@@ -266,30 +248,34 @@ class FingerprintApp:
 
     async def _media(self, request: Request) -> Response:
         row = self._source(request)
-        with preview.source_file(row) as path:
+        with _file_of(row) as path:
             kind = await self._shown.run(preview.playable_type, path)
         if kind is None:
             raise HTTPException(415, f"browsers do not play {row.name}: ask for its /preview")
         return FileResponse(path, media_type=kind)
 
     async def _preview(self, request: Request) -> Response:
-        row, parameters = self._source(request), request.path_params
-        path = await self._previews.convert_source(row, parameters["start"], parameters["end"])
-        return FileResponse(path, media_type="video/mp4")
+        row, start, end = self._source(request), *_interval(request)
+        with _file_of(row) as path:
+            name = f"{row.content[:24]}-{start:.1f}-{end:.1f}"
+            converted = await self._previews.convert(name, path, start, end)
+        return FileResponse(converted, media_type="video/mp4")
 
     async def _spectrogram(self, request: Request) -> Response:
-        row, start = self._source(request), request.path_params["start"]
-        end = min(request.path_params["end"], start + preview.MAX_SECONDS)
+        row, start, end = self._source(request), *_interval(request)
         rate = self._index.segmenter.decoding["sample_rate_hz"]
-        interval = {"start_seconds": start, "end_seconds": end}
-        with preview.source_file(row) as path:
+        interval = {"start_seconds": start, "end_seconds": min(end, start + preview.MAX_SECONDS)}
+        with _file_of(row) as path:
             audio = await self._shown.run(decode_audio, path, sample_rate_hz=rate, **interval)
         if audio is None:
             raise HTTPException(422, f"{row.name} has no audio from {start:.1f} to {end:.1f} s")
         return JSONResponse(preview.spectrogram(audio.waveform, rate, audio.start_seconds))
 
     async def _clip(self, request: Request) -> Response:
-        return FileResponse(self._previews.get(request.path_params["name"]), media_type="video/mp4")
+        path = self._previews.get(request.path_params["name"])
+        if path is None:
+            raise HTTPException(404, "this clip is no longer kept: drop it again")
+        return FileResponse(path, media_type="video/mp4")
 
 
 def _id(row: SourceRow) -> str:
@@ -300,6 +286,24 @@ def _id(row: SourceRow) -> str:
 @functools.lru_cache(1)  # a film that plays asks many times
 def _by_id(index: FingerprintIndex) -> dict[str, SourceRow]:
     return {_id(row): row for row in index.sources()}
+
+
+@contextlib.contextmanager
+def _file_of(row: SourceRow) -> Iterator[Path]:
+    """Opens a block that decodes the file of a source."""
+    if row.path is None:
+        raise HTTPException(404, f"{row.name} was indexed from memory: there is no file to show")
+    path = Path(row.path)
+    if not path.is_file():
+        raise HTTPException(
+            404, f"{path} is not there any more: put it back, or index it where it is now"
+        )
+    with _refused(422, f"{row.name} cannot be shown: "):
+        yield path
+
+
+def _interval(request: Request) -> tuple[float, float]:
+    return request.path_params["start"], request.path_params["end"]
 
 
 def _required(request: Request) -> tuple[str, ...]:
@@ -317,13 +321,28 @@ def _empty(index: FingerprintIndex) -> str:
     )
 
 
-async def _json_lines(line: dict[str, Any], lines: Lines) -> AsyncIterator[bytes]:
+@contextlib.contextmanager
+def _refused(status: int, beginning: str = "") -> Iterator[None]:
+    """Answers an error that a user can fix with a status."""
+    try:
+        yield
+    except UserError as error:
+        raise HTTPException(status, f"{beginning}{error}") from error
+
+
+async def _json_lines(
+    line: dict[str, Any], lines: AsyncIterator[dict[str, Any]]
+) -> AsyncIterator[bytes]:
     yield json.dumps(line).encode() + b"\n"
-    while "stage" in line:
-        line = await lines.get()
-        yield json.dumps(line, allow_nan=False).encode() + b"\n"
+    try:
+        async for line in lines:
+            yield json.dumps(line, allow_nan=False).encode() + b"\n"
+    except HTTPException as error:
+        yield json.dumps({"error": error.detail, "status": error.status_code}).encode() + b"\n"
 
 
-async def _error(_: Request, exception: Exception) -> Response:
+async def _error(request: Request, exception: Exception) -> Response:
     assert isinstance(exception, HTTPException)
-    return JSONResponse({"error": exception.detail}, exception.status_code)
+    # The body of a refused upload is not read to its end.
+    headers = {"Connection": "close"} if request.method == "POST" else None
+    return JSONResponse({"error": exception.detail}, exception.status_code, headers)

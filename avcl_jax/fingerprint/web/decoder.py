@@ -11,15 +11,18 @@ import functools
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from avcl_jax.data.media import REASONS, MediaError
+from avcl_jax.errors import UserError
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -28,20 +31,22 @@ _T = TypeVar("_T")
 _BYTES = 8 << 30
 
 
-class DecoderError(Exception):
+class DecoderError(UserError):
     """A file that could not be decoded; the message gives the reason."""
 
 
 class Decoder:
     """Calls functions in one process, one after the other, and replaces it when it ended."""
 
-    def __init__(self, limit_seconds: float):
+    def __init__(self, limit_seconds: float, directory: Path):
         """Starts the process.
 
         Args:
             limit_seconds: seconds that one call may take.
+            directory: temporary directory, which the process deletes if the server is killed.
         """
         self._limit_seconds = limit_seconds
+        self._directory = directory
         self._turn = asyncio.Lock()
         self._closed = False
         self._start()
@@ -52,8 +57,11 @@ class Decoder:
         Raises:
             DecoderError: if it raises a MediaError, or took too much time or memory, or crashed.
         """
+        call = functools.partial(_limited, self._limit_seconds, function, args, kwargs)
         # Also after the caller has gone, the process is busy until the call has ended.
-        return await asyncio.shield(asyncio.ensure_future(self._run(function, args, kwargs)))
+        task = asyncio.ensure_future(self._run(call))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # not logged
+        return await asyncio.shield(task)
 
     def close(self) -> None:
         """Ends the processes of all decoders, also during a call."""
@@ -65,12 +73,12 @@ class Decoder:
     def _start(self) -> None:
         # Spawned: a fork of a process with threads may hang in the child.
         context = multiprocessing.get_context("spawn")
-        self._executor = ProcessPoolExecutor(1, context, initializer=_prepare)
+        arguments = (self._directory,)
+        self._executor = ProcessPoolExecutor(1, context, _prepare, arguments)
         self._executor.submit(os.getpid)
 
-    async def _run(self, function: Callable[..., _T], args: Any, kwargs: Any) -> _T:
+    async def _run(self, call: Callable[[], _T]) -> _T:
         async with self._turn:
-            call = functools.partial(_limited, self._limit_seconds, function, args, kwargs)
             try:
                 future = self._executor.submit(call)
             except BrokenProcessPool:  # it ended between two calls
@@ -94,19 +102,20 @@ class Decoder:
                 ) from error
 
 
-def _prepare() -> None:
+def _prepare(directory: Path) -> None:
     """Runs in the process before any call."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is the server's to handle
     # The system's own way to end a process works also where a decoder hangs in C.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_AS, (_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    threading.Thread(target=_end_with_server, daemon=True).start()
+    threading.Thread(target=_end_with_server, args=(directory,), daemon=True).start()
 
 
-def _end_with_server() -> None:
+def _end_with_server(directory: Path) -> None:
     server = multiprocessing.parent_process()
     assert server is not None
     server.join()
+    shutil.rmtree(directory, ignore_errors=True)  # a killed server has not
     os._exit(0)
 
 

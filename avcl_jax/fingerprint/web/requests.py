@@ -59,26 +59,29 @@ class SameOriginMiddleware:
 
     def _problem(self, scope: Scope) -> str | None:
         headers = Headers(scope=scope)
-        host, origin = headers.get("host", ""), headers.get("origin")
-        with contextlib.suppress(ValueError):
+        host = headers.get("host", "")
+        try:
             name = urlsplit(f"//{host}").hostname or ""
             if name not in self._hosts:
                 ipaddress.ip_address(name)
-            if scope["method"] not in ("GET", "HEAD") and origin not in (None, f"http://{host}"):
-                return f"a page of {str(origin)[:100]!r} asks: only this server's own page may"
-            site = headers.get("sec-fetch-site")
-            if scope["path"] != "/" and site in ("cross-site", "same-site"):
-                return "another site's page asks: only this server's own page may"
-            return None
-        return (
-            f"Host {host[:100]!r} is not this server: open it by its address, http://127.0.0.1 "
-            "with its port, or by localhost"
-        )
+        except ValueError:
+            return (
+                f"Host {host[:100]!r} is not this server: open it by its address, http://127.0.0.1 "
+                "with its port, or by localhost"
+            )
+        writes = scope["method"] not in ("GET", "HEAD")
+        foreign = writes and headers.get("origin") not in (None, f"http://{host}")
+        linked = headers.get("sec-fetch-site") in ("cross-site", "same-site")
+        if foreign or (linked and scope["path"] != "/"):
+            return "another site's page asks: only this server's own page may"
+        return None
 
 
 @contextlib.asynccontextmanager
 async def uploaded(request: Request, directory: Path, limit: int) -> AsyncIterator[Path]:
     """Writes the body of a request to a file that exists as long as the block lasts.
+
+    Starlette's forms have no limit for a file, and write it whole before they tell its length.
 
     Args:
         request: request whose body is the clip, as it is.
@@ -96,12 +99,13 @@ async def uploaded(request: Request, directory: Path, limit: int) -> AsyncIterat
     try:
         with tempfile.NamedTemporaryFile(dir=directory, prefix="clip-", suffix=suffix) as file:
             chunks = request.stream()
-            async with asyncio.timeout(_IDLE_SECONDS) as patience:
-                while size <= limit and (chunk := await anext(chunks, b"")):
-                    file.write(chunk)
-                    size = max(announced, file.tell())
-                    now = asyncio.get_running_loop().time()
-                    patience.reschedule(now + _IDLE_SECONDS)
+            while size <= limit:
+                async with asyncio.timeout(_IDLE_SECONDS):
+                    chunk = await anext(chunks, b"")
+                if not chunk:
+                    break
+                file.write(chunk)
+                size = max(announced, file.tell())
             file.flush()
             if size > limit:
                 raise HTTPException(
