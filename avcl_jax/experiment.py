@@ -5,6 +5,7 @@ Every function takes the sections of a config by attribute, so that a key that i
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -25,88 +26,27 @@ from avcl_jax.models.audio_visual import AudioVisualModel
 from avcl_jax.objectives.bank_sampling import ELIGIBLE_PER_POSITIVE_RANK, BankSampling
 from avcl_jax.paths import absolute_path
 
+# Task of pretraining, by which its runs are recognised.
+PRETRAIN = "avcl_jax.training.loop:pretrain"
+
 # Files and directories, which are used and recorded as absolute paths so that results can be read
 # from any directory. Results depend on their contents, not on their locations.
 PATH_KEYS = ("checkpoint", "encoder", "data.directory", "data.files", "data.sounds")
 
-# Settings that change how and where a run is executed and watched, not what it computes: a run is
-# resumed, and its results are accepted, with others. Data and encoders are identified by their
-# fingerprints, not by where they are.
-EXECUTION_KEYS = frozenset(
-    {
-        "name",
-        *PATH_KEYS,
-        "data.workers",
-        "data.threads",
-        "data.prefetch",
-        "data.max_bad_records",
-        "evaluation.chunk",
-        "evaluation.threads",
-        "evaluation.part_records",
-        "features.chunk",
-        "features.part_records",
-        "test.chunk",
-        "threads",
-        "log_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "mesh.fsdp",
-        "model.remat",
-        "compilation_cache",
-    }
+# Counts by the last part of their key, and the smallest valid value of each.
+_LEAST = {"seed": 0, "workers": 0, "weak": 0, "strong": 0, "folds": 2} | dict.fromkeys(
+    (
+        *("threads", "prefetch", "chunk", "part_records", "fsdp"),
+        *("log_every", "checkpoint_every", "keep_checkpoints"),
+        *("crop.image_size", "sample_rate_hz", "frames", "mels"),
+        *("embedding_dim", "projection_hidden", "temporal_hidden", "iterations"),
+        *("clips", "crops", "views", "train_views", "test_views", "pairs_per_video"),
+        *("position_cells", "resamples", "answers", "medium"),
+    ),
+    1,
 )
-
-# Counts, and the smallest valid value of each.
-_LEAST = {
-    "seed": 0,
-    "log_every": 1,
-    "checkpoint_every": 1,
-    "keep_checkpoints": 1,
-    "threads": 1,
-    "mesh.fsdp": 1,
-    "crop.image_size": 1,
-    "spectrogram.sample_rate_hz": 1,
-    "spectrogram.frames": 1,
-    "spectrogram.mels": 1,
-    "model.embedding_dim": 1,
-    "model.projection_hidden": 1,
-    "model.temporal_hidden": 1,
-    "data.workers": 0,
-    "data.threads": 1,
-    "data.prefetch": 1,
-    "evaluation.chunk": 1,
-    "evaluation.threads": 1,
-    "evaluation.part_records": 1,
-    "features.chunk": 1,
-    "features.part_records": 1,
-    "features.views_per_speed": 1,
-    "test.chunk": 1,
-    "test.clips": 1,
-    "test.crops": 1,
-    "probe.folds": 2,
-    "probe.iterations": 1,
-    "evaluation.views_per_speed": 1,
-    "evaluation.pairs_per_video": 1,
-    "evaluation.position_cells": 1,
-    "evaluation.supervised.video.views": 1,
-    "evaluation.supervised.audio.views": 1,
-    "evaluation.null.train_views": 1,
-    "evaluation.null.test_views": 1,
-    "evaluation.probe.folds": 2,
-    "evaluation.probe.iterations": 1,
-    "bootstrap.resamples": 1,
-    "answers": 1,
-    "queries.weak": 0,
-    "queries.medium": 1,
-    "queries.strong": 0,
-}
 # Candidates for a regularisation strength.
-_COSTS = (
-    "probe.costs",
-    "evaluation.probe.costs",
-    "baselines.classical_costs",
-    "baselines.classical_linear_costs",
-)
+_COSTS = ("costs", "classical_costs", "classical_linear_costs")
 
 
 def check_numbers(config: ml_collections.ConfigDict) -> None:
@@ -115,13 +55,31 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
     Raises:
         UserError: naming the first one that is too small.
     """
-    flat = flatten(config.to_dict())
-    for key, least in _LEAST.items():
-        if key in flat and flat[key] < least:
-            raise UserError(f"{key} {flat[key]} must be at least {least}")
-    for key in _COSTS:
-        if key in flat and not (flat[key] and min(flat[key]) > 0):
-            raise UserError(f"{key} {flat[key]} must be positive numbers, one at least")
+    for key, value in flatten(config.to_dict()).items():
+        name = key.rpartition(".")[2]
+        least = _LEAST.get(name, _LEAST.get(key))
+        if least is not None and value < least:
+            raise UserError(f"{key} {value} must be at least {least}")
+        if name in _COSTS and not (value and min(value) > 0):
+            raise UserError(f"{key} {value} must be positive numbers, one at least")
+
+
+def check_records(config: ml_collections.ConfigDict) -> None:
+    """Refuses a config whose records are not there, before the first slow step.
+
+    Raises:
+        UserError: with the command or page that makes them.
+    """
+    if "data" not in config or "prepare" not in config.data:
+        return
+    data = config.data
+    if not data.directory:
+        raise UserError("data.directory is empty: set --config.data.directory=RECORDS")
+    if not absolute_path(data.directory).exists():
+        raise UserError(
+            f"there are no records at {data.directory}: prepare them ({data.prepare}), or set "
+            "--config.data.directory=RECORDS"
+        )
 
 
 def with_absolute_paths(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -142,30 +100,11 @@ def render_spec(config: ml_collections.ConfigDict) -> RenderSpec:
         raise UserError(
             f"modalities {config.modalities!r} must be 'audio_visual', 'video' or 'audio'"
         )
+    log_mel = {name: value for name, value in mel.items() if name != "where"}
     return RenderSpec(
-        views=ViewSpec(
-            num_frames=views.num_frames,
-            clip_seconds=views.clip_seconds,
-            speeds=tuple(views.speeds),
-            audio_transform=views.audio_transform,
-        ),
-        log_mel=LogMelSpec(
-            sample_rate_hz=mel.sample_rate_hz,
-            frames=mel.frames,
-            mels=mel.mels,
-            clip_seconds=views.clip_seconds,
-            min_hz=mel.min_hz,
-            max_hz=mel.max_hz,
-            floor=mel.floor,
-            mean=mel.mean,
-            std=mel.std,
-        ),
-        crop=CropSpec(
-            image_size=crop.image_size,
-            min_area=crop.min_area,
-            flip=crop.flip,
-            quarter_turns=crop.quarter_turns,
-        ),
+        views=ViewSpec(**{**views, "speeds": tuple(views.speeds)}),
+        log_mel=LogMelSpec(clip_seconds=views.clip_seconds, **log_mel),
+        crop=CropSpec(**crop),
         spectrogram_on_device=mel.where == "device",
         modalities=config.modalities,
     )
@@ -173,26 +112,12 @@ def render_spec(config: ml_collections.ConfigDict) -> RenderSpec:
 
 def photometric_spec(config: ml_collections.ConfigDict) -> PhotometricSpec:
     """Strength of the photometric augmentation."""
-    section = config.photometric
-    return PhotometricSpec(
-        brightness=section.brightness,
-        contrast=section.contrast,
-        saturation=section.saturation,
-        hue=section.hue,
-        gray_probability=section.gray_probability,
-        per_frame=section.per_frame,
-    )
+    return PhotometricSpec(**config.photometric)
 
 
 def spectral_spec(config: ml_collections.ConfigDict) -> SpectralSpec:
     """Strength of the augmentation of spectrograms."""
-    section = config.spectral
-    return SpectralSpec(
-        equalizer=section.equalizer,
-        equalizer_knots=section.equalizer_knots,
-        mask_mels=section.mask_mels,
-        noise=section.noise,
-    )
+    return SpectralSpec(**config.spectral)
 
 
 def video_encoder(config: ml_collections.ConfigDict) -> nn.Module:
@@ -211,7 +136,7 @@ def _encoder(modality: encoders.Modality, config: ml_collections.ConfigDict) -> 
         modality,
         section["name"],
         encoders.config_settings(modality, section)
-        | {"dtype": jnp.dtype(config.model.dtype), "remat": config.model.remat},
+        | {"dtype": jnp.dtype(config.model.dtype), "remat": config.execution.remat},
     )
 
 
@@ -286,19 +211,9 @@ def bank_sampling(config: ml_collections.ConfigDict) -> BankSampling:
             f"{ranks} rows that positives are drawn from, or no anchor gets any: lower "
             "bank.positive_window or bank.num_positives"
         )
-    return BankSampling(
-        space=space,
-        ranking=section.ranking,
-        playbacks=2 * len(config.views.speeds),
-        num_positives=section.num_positives,
-        num_negatives=section.num_negatives,
-        positive_ranks=ranks,
-        negative_candidates=section.negative_candidates,
-        negative_offset=section.negative_offset,
-        positive_sampling=section.positive_sampling,
-        negative_sampling=section.negative_sampling,
-        temperature=section.temperature,
-    )
+    derived = {"space": space, "playbacks": 2 * len(config.views.speeds), "positive_ranks": ranks}
+    names = {field.name for field in dataclasses.fields(BankSampling)} - derived.keys()
+    return BankSampling(**derived, **{name: section[name] for name in names})
 
 
 def bank_labels(config: ml_collections.ConfigDict) -> int:
@@ -312,8 +227,17 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 
 
 def from_json(text: str) -> ml_collections.ConfigDict:
-    """The config that `to_json` wrote."""
-    return ml_collections.ConfigDict(json.loads(text))
+    """Returns the config that `to_json` wrote.
+
+    Raises:
+        ValueError: if another version wrote it, whose settings have other names, or it is not JSON.
+    """
+    config = ml_collections.ConfigDict(json.loads(text))
+    if "execution" not in config:
+        raise ValueError(
+            "an older version of avcl_jax wrote it, with settings of other names: use that version"
+        )
+    return config
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -325,8 +249,18 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def is_decisive(key: str) -> bool:
+    """Returns whether the setting of this flattened key decides results.
+
+    The section `execution`, names and `PATH_KEYS` do not: data and encoders are identified by
+    their fingerprints. A run is resumed, and its results are accepted, with other values of these.
+    """
+    names = ("task", "name", "data.prepare", *PATH_KEYS)
+    return not key.startswith("execution.") and key not in names
+
+
 def differences(old: str, new: str) -> list[str]:
-    """Differences between two configs in JSON, one line per key: `key: old -> new`."""
+    """Describes differences between two configs in JSON, one line per key: `key: old -> new`."""
     before, after = flatten(json.loads(old)), flatten(json.loads(new))
     missing = "(absent)"
     return [
@@ -337,5 +271,5 @@ def differences(old: str, new: str) -> list[str]:
 
 
 def decisive_differences(old: str, new: str) -> list[str]:
-    """Entries of `differences` that change results, not only how they are computed."""
-    return [line for line in differences(old, new) if line.split(":")[0] not in EXECUTION_KEYS]
+    """Returns those `differences` that decide results."""
+    return [line for line in differences(old, new) if is_decisive(line.split(":")[0])]

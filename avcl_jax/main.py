@@ -1,7 +1,7 @@
 """Command line: `python -m avcl_jax.main --config=configs/pretrain.py --workdir=runs/demo`.
 
-`config.task` decides what runs: a key of `_TASKS`. Media are prepared before, by
-`python -m data_prep`.
+`config.task` is the function that runs, `module:function` of (config, workdir). Media are prepared
+before, by `python -m data_prep`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from etils import epath
 from ml_collections import config_flags
 
 from avcl_jax import config_file
-from avcl_jax.demo_data import check_demo, make_demo
 from avcl_jax.errors import UserError, one_line
-from avcl_jax.experiment import check_numbers, with_absolute_paths
+from avcl_jax.experiment import check_numbers, check_records, with_absolute_paths
 from avcl_jax.paths import absolute_path
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -60,40 +59,22 @@ def _keep_compiled(directory: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def _make_demo(config: ml_collections.ConfigDict) -> None:
-    """Makes the demo's records where the config asks for them, if they are not there."""
-    if "data" not in config or "make_demo" not in config.data or not config.data.make_demo:
-        return
-    data = config.data
-    if config.task == "pretrain":
-        check_demo(data.directory)
-    elif "encoder" in config and not absolute_path(data.directory).exists():
-        # Rendering takes minutes, after which a mistyped encoder would be found missing.
-        importlib.import_module("avcl_jax.export.runs").open_encoders(config.encoder)
-    make_demo(data.directory, data.demo_options if "demo_options" in data else ())
-
-
-# Task -> module and function of (config, workdir). Imported when asked for: plotting and
-# scikit-learn are not loaded by a pod that trains.
-_TASKS = {
-    "pretrain": "avcl_jax.training.loop:pretrain",
-    "evaluate": "avcl_jax.evaluation.evaluate:evaluate",
-    "export": "avcl_jax.export.runs:export_run",
-    "import_weights": "avcl_jax.export.torch_weights:import_weights",
-    "export_weights": "avcl_jax.export.torch_weights:export_weights",
-    "finetune": "avcl_jax.evaluation.finetune:finetune",
-    "video_retrieval": "avcl_jax.evaluation.retrieval:video_retrieval",
-    "audio_video_retrieval": "avcl_jax.evaluation.retrieval:audio_video_retrieval",
-    "linear_probe": "avcl_jax.evaluation.classification:run_linear_probe",
-    "temporal_tasks": "avcl_jax.evaluation.temporal:temporal_tasks",
-    "fingerprint": "avcl_jax.fingerprint.benchmark.protocol:fingerprinting",
-    "ablation": "avcl_jax.evaluation.ablation:ablate",
-}
-
-
 def _function(task: str) -> Callable[[ml_collections.ConfigDict, epath.Path], object]:
-    module, _, name = _TASKS[task].partition(":")
-    return getattr(importlib.import_module(module), name)
+    """Imports the function of a task, `module:function`.
+
+    Raises:
+        UserError: if there is no such module or function.
+    """
+    module, _, name = task.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):  # a package that the task needs
+            raise
+        function = None
+    if not callable(function):
+        raise UserError(f"task {task!r}: there is no such function; give MODULE:FUNCTION")
+    return function
 
 
 def main(argv: Sequence[str]) -> None:
@@ -119,21 +100,18 @@ def main(argv: Sequence[str]) -> None:
     try:
         if config is None:
             raise UserError("--config is missing: try --config=configs/pretrain.py")
-        if config.task not in _TASKS:
-            raise UserError(f"unknown task {config.task!r}: use one of {', '.join(_TASKS)}")
         if _PRINT_CONFIG.value:
             print(config_file.as_text(config))
             return
+        function = _function(config.task)
         check_numbers(config)
         config = with_absolute_paths(config)
+        check_records(config)
         if not config.name:
-            if not config.data.directory:
-                raise UserError("data.directory is empty: set --config.data.directory=RECORDS")
             config.name = epath.Path(config.data.directory).name
-        _keep_compiled(config.compilation_cache)
+        _keep_compiled(config.execution.compilation_cache)
         workdir = absolute_path(_WORKDIR.value or f"runs/{config.name}")
-        _make_demo(config)
-        _function(config.task)(config, workdir)
+        function(config, workdir)
     except (UserError, OSError) as error:
         line = one_line(error)
         if _DEBUG.value:

@@ -140,7 +140,7 @@ def configs_of(
 ) -> tuple[ml_collections.ConfigDict, ml_collections.ConfigDict]:
     """The configs of a run and of its evaluation; the fold's number is the seed, too."""
     c = pretrain_config.get_config("esc10")
-    c.steps = c.checkpoint_every = steps
+    c.steps = c.execution.checkpoint_every = steps
     c.bank.warmup_steps = round(c.bank.warmup_steps * steps / 2000)
     c.data.directory = str(records)
     c.data.select = f"fold!=1;fold!={fold}"

@@ -123,8 +123,7 @@ def config_of(
     c = ablation.get_config("demo")
     c.unlock()
     c.name = "bank_benefit"
-    c.steps = c.checkpoint_every = steps
-    c.data.make_demo = False
+    c.steps = c.execution.checkpoint_every = steps
     c.data.directory = str(records)
     c.bank.size, c.bank.health_labels = 0, ()
     c.bank.warmup_steps = steps // 3

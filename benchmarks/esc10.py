@@ -204,7 +204,7 @@ def long_row(workdir: Path, records: Path, *, steps: int, fold: str) -> Row:
     longer = (
         f"--config.steps={steps}",
         f"--config.bank.warmup_steps={round(0.6 * steps)}",
-        f"--config.checkpoint_every={max(steps // 20, 1)}",
+        f"--config.execution.checkpoint_every={max(steps // 20, 1)}",
     )
     place = FOLDS.index(fold)
 

@@ -63,14 +63,14 @@ def protocol_results(preset: str, settings: Mapping[str, Any], workdir: str) -> 
         settings: to change in it, by dotted names.
         workdir: of the results.
     """
-    from avcl_jax.demo_data import make_demo
+    from avcl_jax import experiment
     from avcl_jax.errors import UserError
     from avcl_jax.fingerprint.benchmark.protocol import fingerprinting
     from configs import fingerprint
 
     config = fingerprint.get_config(preset)
     config.update_from_flattened_dict(settings)
-    make_demo(config.data.directory, config.data.demo_options)
+    experiment.check_records(config)
     try:
         return fingerprinting(config, workdir) or {}
     except UserError as error:  # results of something else are there: for a person to decide

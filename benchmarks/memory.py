@@ -72,9 +72,9 @@ def first_batch(*, directory: str) -> dict[str, float]:
         experiment.render_spec(config),
         seed=config.seed,
         global_batch_size=config.global_batch_size,
-        workers=config.data.workers,
-        threads=config.data.threads,
-        prefetch=config.data.prefetch,
+        workers=config.execution.workers,
+        threads=config.execution.threads,
+        prefetch=config.execution.prefetch,
     )
     next(iter(batches))
     return {"imports": imported, "open": opened, "first_batch": measure.seconds_since_start()}

@@ -37,7 +37,7 @@ def compare(*, remats: Sequence[str], batch: int, dtype: str, repeats: int) -> d
     """Compiles and times the step of each kind of rematerialisation, in turns.
 
     Args:
-        remats: settings of `model.remat`.
+        remats: settings of `execution.remat`.
         batch: clips of a step.
         dtype: of the computation.
         repeats: steps timed of each; 0 compiles only.

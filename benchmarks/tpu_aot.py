@@ -162,7 +162,7 @@ def remat_rows(topology: str, arguments: dict[str, Any], remat: str) -> list[Row
             {
                 "topology": topology,
                 **arguments,
-                "overrides": {**arguments["overrides"], "model.remat": setting},
+                "overrides": {**arguments["overrides"], "execution.remat": setting},
             },
             environment=ENVIRONMENT,
         )
@@ -267,7 +267,7 @@ def main(words: list[str]) -> int:
     parser.add_argument(
         "--remat",
         choices=("norms", "blocks"),
-        help="also compare this setting of model.remat with none, on the first topology",
+        help="also compare this setting of execution.remat with none, on the first topology",
     )
     parser.add_argument("--no-bank", action="store_true", help="leave out the row of a large bank")
     args, rest = parser.parse_known_args(words)
@@ -296,7 +296,7 @@ def main(words: list[str]) -> int:
         # After each: a full step takes minutes.
         write_json(args.json, rows)
     if args.remat:
-        print(f"compiling the step with model.remat={args.remat}", file=sys.stderr)
+        print(f"compiling the step with execution.remat={args.remat}", file=sys.stderr)
         rows += remat_rows(topologies[0], arguments, args.remat)
         write_json(args.json, rows)
     print_table(rows)

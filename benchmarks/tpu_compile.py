@@ -254,7 +254,7 @@ def compile_bank(
     config = config_of(preset, overrides)
     with config.unlocked():
         config.global_batch_size = videos_per_chip * len(devices)
-    mesh = sharding.create_mesh(config.mesh.fsdp, devices)
+    mesh = sharding.create_mesh(config.execution.fsdp, devices)
     spec = loop.loss_spec(config)
     if spec.bank is None:
         raise UserError("bank.size is 0: there is no bank to compile")

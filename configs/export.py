@@ -8,14 +8,13 @@ Everything is read from RUN/config.json. Writes RUN/export/video and RUN/export/
 
 from __future__ import annotations
 
-import ml_collections
+from ml_collections import ConfigDict
+
+from configs.common import execution
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """The task; no setting decides what is exported."""
-    c = ml_collections.ConfigDict()
-    c.task = "export"
+def get_config() -> ConfigDict:
+    """Returns the task; no setting decides what is exported."""
+    c = ConfigDict(dict(task="avcl_jax.export.runs:export_run", execution=execution()))
     c.name = "demo"  # the run under runs/ that is exported where no --workdir is given
-    c.compilation_cache = "~/.cache/avcl_jax/xla"
-    c.lock()
-    return c
+    return c.lock()

@@ -8,16 +8,15 @@ Writes WORKDIR/torchvision.safetensors, for `load_state_dict` of the network of 
 
 from __future__ import annotations
 
-import ml_collections
+from ml_collections import ConfigDict
+
+from configs.common import execution
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """What to export, and in whose names."""
-    c = ml_collections.ConfigDict()
-    c.task = "export_weights"
-    c.name = "weights"
+def get_config() -> ConfigDict:
+    """Returns the encoder to export and the code whose names it gets."""
+    c = ConfigDict(dict(task="avcl_jax.export.torch_weights:export_weights", name="weights"))
     c.encoder = "runs/kinetics400/export/video"  # written by configs/export.py
     c.code_base = "torchvision"  # or "avid", "gdt"
-    c.compilation_cache = ""  # nothing is compiled
-    c.lock()
-    return c
+    c.execution = execution()
+    return c.lock()

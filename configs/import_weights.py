@@ -5,67 +5,54 @@
 
 The preset is a code base and one of its encoders: docs/encoders.md lists them. Writes
 WORKDIR/export/video or WORKDIR/export/audio, which `avcl_jax.export.load_encoder` reads. Settings
-that importing does not touch are those of configs/pretrain.py:kinetics400.
+of the input that importing does not touch are those of configs/pretrain.py:kinetics400.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import ml_collections
+from ml_collections import ConfigDict
 
 from avcl_jax.errors import UserError
 from avcl_jax.export.torch_names import CODE_BASES
 from avcl_jax.models import encoders
 from configs import pretrain
 
-_IMAGENET = {"channel_mean": (0.485, 0.456, 0.406), "channel_std": (0.229, 0.224, 0.225)}
-_KINETICS = {
-    "channel_mean": (0.43216, 0.394666, 0.37645),
-    "channel_std": (0.22803, 0.22145, 0.216989),
-}
-_GRAY = {"channel_mean": (0.45, 0.45, 0.45), "channel_std": (0.225, 0.225, 0.225)}
 
-
-def get_config(preset: str = "torchvision,r2plus1d_18") -> ml_collections.ConfigDict:
-    """The config of `CODE_BASE,ENCODER`, with the input that its weights were trained on."""
+def get_config(preset: str = "torchvision,r2plus1d_18") -> ConfigDict:
+    """Returns the import of `CODE_BASE,ENCODER`, with the input of its training."""
     code_base, _, name = preset.partition(",")
     if code_base not in CODE_BASES or name not in CODE_BASES[code_base].tables:
         known = [f"{base},{n}" for base, names in CODE_BASES.items() for n in names.tables]
         raise UserError(f"unknown preset {preset!r}: use one of {' '.join(known)}")
-    c = pretrain.get_config("kinetics400")
-    with c.unlocked():
-        c.task = "import_weights"
-        c.name = f"{code_base}_{name}"
-        c.code_base = code_base
-        c.checkpoint = ""
-        c.model.dtype = "float32"
-        # Pixels reach the encoder in [0, 1]; it standardises each colour itself.
-        c.pixels.mean = 0.0
-        c.pixels.std = 1.0
-        if name in encoders.VIDEO:
-            c.modalities = "video"
-            _video(c, code_base, name)
-        else:
-            c.modalities = "audio"
-            c.model.audio.name = name
-    return c
+    full = pretrain.kinetics400()
+    c = ConfigDict(dict(task="avcl_jax.export.torch_weights:import_weights", checkpoint=""))
+    c.update(name=f"{code_base}_{name}", code_base=code_base)
+    for section in ("views", "crop", "spectrogram", "model", "execution"):
+        c[section] = full[section]
+    c.model.dtype = "float32"
+    # Pixels reach the encoder in [0, 1]; it standardises each colour itself.
+    c.pixels = dict(mean=0.0, std=1.0)
+    c.modalities = "video" if name in encoders.VIDEO else "audio"
+    c.model[c.modalities].name = name
+    if c.modalities == "video":
+        _set_video_input(c, code_base)
+    return c.lock()
 
 
-def _video(c: ml_collections.ConfigDict, code_base: str, name: str) -> None:
-    section: dict[str, Any] = {"name": name}
-    c.spectrogram.frames = 1  # no sound is read, but a clip must have whole windows
+def _set_video_input(c: ConfigDict, code_base: str) -> None:
+    video = c.model.video
+    c.spectrogram.frames = 1  # audio is not read, but a clip must have whole windows
     if code_base == "torchvision":  # torchvision.transforms._presets.VideoClassification, 15 fps
-        section |= _KINETICS
-        c.views.num_frames, c.views.clip_seconds = 16, 16 / 15
+        video.channel_mean = (0.43216, 0.394666, 0.37645)
+        video.channel_std = (0.22803, 0.22145, 0.216989)
+        c.views.update(num_frames=16, clip_seconds=16 / 15)
         c.spectrogram.sample_rate_hz = 24_000  # 25,600 samples in this interval
-        c.crop.image_size = 224 if name == "s3d" else 112
+        c.crop.image_size = 224 if video.name == "s3d" else 112
     elif code_base == "avid":  # its configs/main/avid/kinetics/Cross-N1024.yaml
-        section |= _IMAGENET
-        c.views.num_frames, c.views.clip_seconds = 8, 0.5
+        video.channel_mean, video.channel_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        c.views.update(num_frames=8, clip_seconds=0.5)
         c.crop.image_size = 224
     else:  # GDT's README and datasets/GDTPretrainDataset.py
-        section |= _GRAY
-        c.views.num_frames, c.views.clip_seconds = 30, 1.0
+        video.channel_mean, video.channel_std = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
+        c.views.update(num_frames=30, clip_seconds=1.0)
         c.crop.image_size = 112
-    c.model.video.update(section)

@@ -34,7 +34,7 @@ def check(*arguments: str) -> None:
     [
         (
             [PRETRAIN, "--config.encoder=runs/demo"],
-            "--config.encoder: configs/pretrain.py has no such setting; there are bank, checkp",
+            "--config.encoder: configs/pretrain.py has no such setting; there are bank, crop",
         ),
         ([PRETRAIN, "--config.loss.temprature=1"], "did you mean loss.temperature"),
         (
@@ -62,7 +62,7 @@ def check(*arguments: str) -> None:
             "model.video is a section of inception, lowering, name, resnet, subtract_time_mean, "
             "transformer: override one of these, as --config.model.video.inception=VALUE",
         ),
-        (["--config=configs/training.py"], "has no get_config, so it is not a config"),
+        (["--config=configs/common.py"], "has no get_config, so it is not a config"),
     ],
 )
 def test_a_mistake_is_one_line_with_the_nearest_names(arguments, message) -> None:

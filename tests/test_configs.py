@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import re
 import sys
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import ml_collections
 import numpy as np
@@ -23,9 +25,11 @@ from avcl_jax.errors import UserError
 from avcl_jax.evaluation.driver import ProtocolRun
 from avcl_jax.evaluation.retrieval import VIDEO_RETRIEVAL
 from avcl_jax.export.runs import EncoderSource
+from avcl_jax.models import encoders
 from avcl_jax.training import loop
 from configs import (
     cross_modal,
+    datasets,
     evaluate,
     export,
     finetune,
@@ -97,47 +101,20 @@ def test_what_evaluates_a_run_repeats_none_of_its_settings(preset):
     config = evaluate.get_config(preset).to_dict()
     own = {"allow_trained_on"}
     repeated = pretrain.get_config().to_dict().keys() & config.keys()
-    assert repeated == {"task", "name", "data", "compilation_cache"}
+    assert repeated == {"task", "name", "data", "execution"}
     assert config["data"].keys() == {"directory", *own}
     assert config["name"] == ("demo" if preset == "run" else preset)
-    assert set(export.get_config()) == {"task", "name", "compilation_cache"}
+    assert set(export.get_config()) == {"task", "name", "execution"}
 
 
-@pytest.mark.parametrize(
-    ("module", "task", "presets"),
-    [
-        (retrieval, "video_retrieval", ("demo", "ucf101", "hmdb51", "kinetics400")),
-        (
-            cross_modal,
-            "audio_video_retrieval",
-            ("demo", "records", "vggsound", "audioset", "kinetics600"),
-        ),
-        (temporal, "temporal_tasks", ("demo", "records")),
-        (
-            linear_probe,
-            "linear_probe",
-            (
-                "demo",
-                "demo_audio",
-                "ucf101",
-                "hmdb51",
-                "kinetics400",
-                "vggsound",
-                "audioset",
-                "esc10",
-            ),
-        ),
-    ],
-)
-def test_presets_of_protocols_build_under_their_own_names(module, task, presets):
-    configs = [module.get_config(preset) for preset in presets]
-    assert {config.task for config in configs} == {task}
-    assert len({config.name for config in configs}) == len(presets)
-    for config, preset in zip(configs, presets, strict=True):
-        assert config.data.make_demo == preset.startswith("demo")
+@pytest.mark.parametrize("module", [retrieval, cross_modal, temporal, linear_probe])
+def test_a_protocol_has_a_preset_for_every_data_set(module):
+    for name, row in datasets.DATASETS.items():
+        config = module.get_config(name)
+        assert (config.data.directory, config.data.prepare) == (row.directory, row.prepare)
         with pytest.raises(KeyError, match="encodr"):
             config["encodr"] = "runs/other"
-    with pytest.raises(ValueError, match=f"unknown preset 'imagenet': use one of {presets[0]}"):
+    with pytest.raises(ValueError, match="unknown preset 'imagenet': use one of demo, "):
         module.get_config("imagenet")
 
 
@@ -145,13 +122,12 @@ def test_presets_of_protocols_build_under_their_own_names(module, task, presets)
     ("module", "setting", "value"),
     [
         (pretrain, "seed", -1),
-        (pretrain, "log_every", 0),
-        (pretrain, "checkpoint_every", 0),
-        (pretrain, "keep_checkpoints", 0),
-        (pretrain, "data.workers", -1),
-        (cross_modal, "features.chunk", 0),
-        (temporal, "evaluation.chunk", 0),
-        (finetune, "test.chunk", 0),
+        (pretrain, "execution.log_every", 0),
+        (pretrain, "execution.checkpoint_every", 0),
+        (pretrain, "execution.keep_checkpoints", 0),
+        (pretrain, "execution.workers", -1),
+        (cross_modal, "execution.chunk", 0),
+        (temporal, "execution.part_records", 0),
         (finetune, "test.clips", 0),
         (finetune, "test.crops", 0),
         (fingerprint, "answers", 0),
@@ -160,14 +136,14 @@ def test_presets_of_protocols_build_under_their_own_names(module, task, presets)
         (linear_probe, "probe.iterations", 0),
         (linear_probe, "probe.costs", (0.0, 1.0)),
         (evaluate, "evaluation.probe.folds", 1),
-        (evaluate, "evaluation.views_per_speed", 0),
+        (evaluate, "evaluation.clips", 0),
         (evaluate, "evaluation.supervised.audio.views", 0),
         (temporal, "evaluation.pairs_per_video", 0),
-        (cross_modal, "features.views_per_speed", 0),
+        (cross_modal, "features.clips", 0),
         (pretrain, "crop.image_size", 0),
         (pretrain, "spectrogram.frames", 0),
         (pretrain, "model.embedding_dim", 0),
-        (pretrain, "mesh.fsdp", 0),
+        (pretrain, "execution.fsdp", 0),
         (import_weights, "spectrogram.mels", -1),
         (evaluate, "evaluation.probe.costs", ()),
         (linear_probe, "baselines.classical_costs", (-1.0,)),
@@ -177,7 +153,7 @@ def test_presets_of_protocols_build_under_their_own_names(module, task, presets)
 def test_numbers_too_small_are_refused_before_anything_runs(
     module, setting, value, monkeypatch, capsys
 ):
-    monkeypatch.setattr(main, "_function", lambda task: pytest.fail("it ran"))
+    monkeypatch.setattr(main, "_function", lambda task: lambda *_: pytest.fail("it ran"))
     command = ["main", f"--config={module.__file__}", f"--config.{setting}={value}"]
     monkeypatch.setattr(sys, "argv", command)  # where ml_collections looks for overrides
     with flagsaver.flagsaver():
@@ -188,9 +164,7 @@ def test_numbers_too_small_are_refused_before_anything_runs(
 
 
 def test_the_smallest_valid_counts_are_accepted():
-    none_at_all = ("seed", "data.workers", "queries.weak", "queries.strong")
-    for key in experiment._LEAST:
-        least = 0 if key in none_at_all else 2 if key.endswith("probe.folds") else 1
+    for key, least in experiment._LEAST.items():
         for value in (least, least - 1):
             settings = value
             for name in reversed(key.split(".")):
@@ -209,6 +183,7 @@ def test_a_run_on_own_records_is_named_after_them(tmp_path, monkeypatch):
         main, "_function", lambda task: lambda config, workdir: started.append((config, workdir))
     )
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "mine").mkdir(parents=True)
     file = Path(pretrain.__file__)
     command = ["main", f"--config={file}:records", "--config.data.directory=data/mine"]
     monkeypatch.setattr(sys, "argv", command)  # where ml_collections looks for overrides
@@ -218,8 +193,52 @@ def test_a_run_on_own_records_is_named_after_them(tmp_path, monkeypatch):
     ((config, workdir),) = started
     assert config.name == "mine"
     assert workdir == epath.Path(tmp_path / "runs" / "mine")
-    assert not config.data.make_demo
     assert config.model == pretrain.get_config().model
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            "pretrain.py",
+            r"/records: prepare them \(python -m data_prep demo --out data/foley\)",
+        ),
+        ("finetune.py:esc50", r"at .*/data/esc50: prepare them \(docs/data/esc50.md\), or set"),
+        ("fingerprint.py", r"data/foley_fingerprint --train=0 --test=400 --null=0 --seed=2\)"),
+        ("pretrain.py:records", "data.directory is empty: set --config.data.directory="),
+    ],
+)
+def test_absent_records_are_one_line_with_the_command_that_makes_them(
+    config, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    command = ["main", f"--config={small.ROOT}/configs/{config}"]
+    monkeypatch.setattr(sys, "argv", command)  # where ml_collections looks for overrides
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    with flagsaver.flagsaver():
+        main.parse_flags(command)
+        with pytest.raises(SystemExit):
+            main.main(["main"])
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_settings_that_follow_others_follow_their_overrides():
+    config = pretrain.get_config("kinetics400")
+    config.update_from_flattened_dict({"steps": 1000, "global_batch_size": 128})
+    assert (config.bank.warmup_steps, config.bank.size) == (500, 16_384)
+    assert config.optimizer.learning_rate == pytest.approx(2.5e-4)
+    config.update_from_flattened_dict({"bank.size": 512, "optimizer.learning_rate": 1.0})
+    config.global_batch_size = 256
+    assert (config.bank.size, config.optimizer.learning_rate) == (512, 1.0)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("modality", encoders.BY_MODALITY)
+def test_an_encoder_is_chosen_by_its_name_alone_in_every_preset(preset, modality):
+    for name in encoders.BY_MODALITY[modality]:
+        config = pretrain.get_config(preset)
+        config.model[modality].name = name
+        assert isinstance(getattr(experiment, f"{modality}_encoder")(config), nn.Module)
 
 
 def test_a_misspelt_key_fails():
@@ -250,8 +269,8 @@ def test_json_of_a_config_comes_back_and_differences_name_keys():
 def test_where_a_run_is_executed_is_no_decisive_difference():
     config = pretrain.get_config()
     text = experiment.to_json(config)
-    config.data.threads, config.compilation_cache = 7, "elsewhere"
-    assert len(experiment.differences(text, experiment.to_json(config))) == 2
+    config.execution.threads, config.name, config.data.directory = 7, "other", "elsewhere"
+    assert len(experiment.differences(text, experiment.to_json(config))) == 3
     assert experiment.decisive_differences(text, experiment.to_json(config)) == []
     config.seed = 5
     changed = experiment.decisive_differences(text, experiment.to_json(config))
@@ -282,7 +301,7 @@ def test_no_two_configs_have_the_same_default_workdir():
     named = {}
     for file, config in all_configs().items():
         # These two work on a run where it is; runs on one's own records are named after them.
-        if config.task not in ("evaluate", "export") and config.name:
+        if not file.startswith(("evaluate.py", "export.py")) and config.name:
             assert config.name not in named, (file, named[config.name])
             named[config.name] = file
     assert {
@@ -291,23 +310,21 @@ def test_no_two_configs_have_the_same_default_workdir():
     }.items() <= named.items()
 
 
-def test_all_configs_share_one_compilation_cache():
-    caches = {config.compilation_cache for config in all_configs().values()}
-    assert caches == {"~/.cache/avcl_jax/xla", ""}
-    without = [file for file, config in all_configs().items() if not config.compilation_cache]
-    assert without == ["export_weights.py"]  # which compiles nothing
+def test_settings_of_execution_are_in_one_section():
+    """A setting such as `threads` has the same key in all configs."""
+    configs = all_configs().values()
+    assert {c.execution.compilation_cache for c in configs} == {"~/.cache/avcl_jax/xla"}
+    names = {name for config in configs for name in config.execution}
+    keys = {key for config in configs for key in experiment.flatten(config.to_dict())}
+    elsewhere = {key for key in keys if key.rpartition(".")[2] in names} - {
+        f"execution.{name}" for name in names
+    }
+    assert not elsewhere
 
 
-def test_every_setting_of_execution_is_one_in_all_configs():
-    """A key such as `threads` is one of execution wherever it stands."""
-    keys = set()
-    for config in all_configs().values():
-        keys |= experiment.flatten(config.to_dict()).keys()
-    assert keys >= experiment.EXECUTION_KEYS
-    # Names of networks and optimizers and folders of roles are others.
-    names = {key.rpartition(".")[2] for key in experiment.EXECUTION_KEYS} - {"name"}
-    same = {key for key in keys if key.rpartition(".")[2] in names}
-    assert same == experiment.EXECUTION_KEYS - {"name"}
+def test_a_config_of_an_older_version_is_refused_in_one_line():
+    with pytest.raises(ValueError, match="an older version of avcl_jax wrote it"):
+        experiment.from_json('{"compilation_cache": ""}')
 
 
 def test_results_are_those_of_a_run_with_other_threads_and_chunks(tmp_path):
@@ -318,8 +335,8 @@ def test_results_are_those_of_a_run_with_other_threads_and_chunks(tmp_path):
         return ProtocolRun(VIDEO_RETRIEVAL, config, tmp_path, encoder, {"test": "a"}).fingerprint
 
     before = fingerprint(config)
-    config.encoder, config.name, config.data.threads = "runs/moved", "other", 5
-    config.features.chunk, config.features.part_records = 3, 7
+    config.encoder, config.name = "runs/moved", "other"
+    config.execution.update({"threads": 5, "chunk": 3, "part_records": 7})
     assert fingerprint(config) == before
     config.features.clips += 1
     assert fingerprint(config) != before

@@ -51,8 +51,8 @@ def _parse_main(arguments: list[str]) -> None:
         if flag.name not in values:
             values[flag.name] = copy.deepcopy(flag)
     assert values(["main", *arguments]) == ["main"]
-    assert config.value.task in main._TASKS
-    assert {"name", "compilation_cache"} <= set(config.value)  # which main reads
+    main._function(config.value.task)
+    assert {"name", "execution"} <= set(config.value)  # which main reads
 
 
 def _parse_module(module: str, arguments: list[str]) -> None:

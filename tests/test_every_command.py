@@ -47,7 +47,7 @@ class Command:
 
 def of_a_run(again: str, workdir: str = RUN, **overrides: Any) -> Command:
     few = {name.replace("__", "."): value for name, value in overrides.items()}
-    few |= {"steps": 4, "checkpoint_every": 2}
+    few |= {"steps": 4, "execution.checkpoint_every": 2}
     return Command(few, again, workdir, of_a_run=True, encoder=False)
 
 
@@ -59,7 +59,7 @@ _ONE_EPOCH = {
     "test.clips": 2,
 }
 _EVALUATED = {
-    "evaluation.views_per_speed": 2,
+    "evaluation.clips": 2,
     "evaluation.probe.folds": 2,
     "evaluation.probe.costs": (0.1,),
     "evaluation.pairs_per_video": 4,
@@ -78,10 +78,10 @@ _SHORT_FITS = {
 COMMANDS = {
     "pretrain.py": of_a_run("is already trained to step 4"),
     "export.py": Command(workdir=RUN, again="", encoder=False),  # takes seconds, writes the same
-    "evaluate.py": Command({"evaluation.views_per_speed": 2}, workdir=COPY, encoder=False),
+    "evaluate.py": Command({"evaluation.clips": 2}, workdir=COPY, encoder=False),
     "evaluate.py:demo": Command(_EVALUATED | _SHORT_FITS, workdir=RUN, encoder=False),
     "retrieval.py": Command({"features.clips": 1}),
-    "cross_modal.py": Command({"features.views_per_speed": 2}),
+    "cross_modal.py": Command({"features.clips": 2}),
     "temporal.py": Command({"evaluation.pairs_per_video": 4}),
     "finetune.py": Command(_ONE_EPOCH),
     "finetune.py:demo_audio": Command(_ONE_EPOCH),
@@ -183,8 +183,8 @@ def test_every_config_and_every_task_has_a_command_here():
         if hasattr(importlib.import_module(f"configs.{path.stem}"), "get_config")
     }
     assert configs == {name.partition(":")[0] for name in COMMANDS} | NOT_OF_THE_DEMO
-    tasks = {config_of(name).task for name in (*COMMANDS, *NOT_OF_THE_DEMO)}
-    assert tasks == set(main._TASKS)
+    for name in (*COMMANDS, *NOT_OF_THE_DEMO):
+        assert callable(main._function(config_of(name).task))
 
 
 @pytest.mark.slow

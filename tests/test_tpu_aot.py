@@ -106,7 +106,7 @@ def test_rematerialisation_is_compared_with_none(monkeypatch: pytest.MonkeyPatch
 
     def compiled(target: str, arguments: dict[str, Any], environment: Any) -> dict[str, Any]:
         settings.append(arguments["overrides"])
-        saved = arguments["overrides"]["model.remat"] == "blocks"
+        saved = arguments["overrides"]["execution.remat"] == "blocks"
         return {"memory": {"temp": 3e9 if saved else 10e9}, "cycles": 130 if saved else 100}
 
     monkeypatch.setattr(tpu_aot, "run_child", compiled)
@@ -116,8 +116,8 @@ def test_rematerialisation_is_compared_with_none(monkeypatch: pytest.MonkeyPatch
         "tpu_remat_time_ratio": pytest.approx(1.3),
     }
     assert settings == [
-        {"bank.size": "4096", "model.remat": "none"},
-        {"bank.size": "4096", "model.remat": "blocks"},
+        {"bank.size": "4096", "execution.remat": "none"},
+        {"bank.size": "4096", "execution.remat": "blocks"},
     ]
 
 

@@ -30,7 +30,7 @@ ROOMS = (
     *(
         f"avcl_jax/{name}.py"
         for name in (
-            *("batched", "config_file", "demo_data", "errors", "experiment", "main", "paths"),
+            *("batched", "config_file", "errors", "experiment", "main", "paths"),
             "style",
         )
     ),

@@ -30,6 +30,8 @@ from avcl_jax.paths import absolute_path
 from avcl_jax.training.loop import build, loss_spec, pretrain
 from avcl_jax.training.trained_records import open_records
 
+_EVALUATE = "avcl_jax.evaluation.evaluate:evaluate"
+
 # Raised whenever the same runs would give other metrics.
 VERSION = 2
 # The variant that the others are compared with.
@@ -155,9 +157,9 @@ def ablate(
     # Seed by seed, so that a sweep that is stopped has whole comparisons.
     for key in left:
         print(f"\nablation: {key[0]}, seed {key[1]}: {directories[key]}", flush=True)
-        if not pretrain(_task(runs[key], "pretrain"), directories[key]):
+        if not pretrain(_task(runs[key], experiment.PRETRAIN), directories[key]):
             return None
-        evaluate(_task(runs[key], "evaluate"), directories[key])
+        evaluate(_task(runs[key], _EVALUATE), directories[key])
     measured = {key: _results(run, directories[key]) for key, run in runs.items()}
     found = {key: results for key, results in measured.items() if results}
     if missing := [f"{v} seed {s}" for v, s in runs if (v, s) not in found]:
@@ -192,14 +194,14 @@ def _check_metrics(config: ml_collections.ConfigDict) -> None:
 
 def _check_run(variant: str, run: ml_collections.ConfigDict, directory: epath.Path) -> None:
     """Refuses a run that could not be trained, or not be evaluated after its training."""
-    training = _task(run, "pretrain")
+    training = _task(run, experiment.PRETRAIN)
     try:
         mesh, _, _ = build(training)
         trained_on = open_records(training, mesh)
     except UserError as error:
         raise UserError(f"variant {variant!r} cannot be trained: {error}") from error
     try:
-        test = open_evaluation_records(training, _task(run, "evaluate"), directory).test
+        test = open_evaluation_records(training, _task(run, _EVALUATE), directory).test
     except UserError as error:
         raise UserError(f"variant {variant!r} cannot be evaluated: {error}") from error
     met = count_trained_on(trained_on.fingerprint, test.records, test.indices)
@@ -215,8 +217,10 @@ def _task(run: ml_collections.ConfigDict, task: str) -> ml_collections.ConfigDic
     config = run.copy_and_resolve_references()
     with config.unlocked():
         config.task = task
-        if task == "pretrain":
+        if task == experiment.PRETRAIN:
             del config.evaluation, config.bootstrap, config.data.allow_trained_on
+        else:  # which renders in threads alone
+            config.execution.threads = max(config.execution.threads, config.execution.workers)
     return config
 
 
@@ -229,7 +233,7 @@ def _results(run: ml_collections.ConfigDict, directory: epath.Path) -> dict[str,
     if (results["protocol"], results["protocol_version"]) != (PROTOCOL.name, PROTOCOL.version):
         return None
     differing = experiment.decisive_differences(
-        json.dumps(results["config"]), experiment.to_json(_task(run, "evaluate"))
+        json.dumps(results["config"]), experiment.to_json(_task(run, _EVALUATE))
     )
     return None if differing else results
 

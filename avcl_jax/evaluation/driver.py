@@ -177,7 +177,7 @@ class ProtocolRun:
     def fingerprint(self) -> str:
         """Digest of everything that decides the metrics; settings of execution do not."""
         settings = experiment.flatten(self.config.to_dict())
-        kept = {k: v for k, v in settings.items() if k not in experiment.EXECUTION_KEYS}
+        kept = {k: v for k, v in settings.items() if experiment.is_decisive(k)}
         parts = [self.protocol.name, self.protocol.version, kept, dict(self.data)]
         parts += [self.encoder.fingerprint, self.heads]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()

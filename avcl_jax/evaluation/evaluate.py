@@ -64,7 +64,7 @@ PROTOCOL = Protocol(
     title="What a run has learned",
     definition=(
         "Features are the encoder's output before the projection, means over "
-        "evaluation.views_per_speed uniformly spaced centre-crop views at each of "
+        "evaluation.clips uniformly spaced centre-crop views at each of "
         "evaluation.speeds; embeddings are the projection's output for the same views, one after "
         "another.",
         "Probes: features standardised by the training videos, multinomial logistic regression, C "
@@ -132,7 +132,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
 
 
 def _compute(run: PretrainedRun, records: EvaluationRecords, context: Context) -> _Computed:
-    section, seed = run.config.evaluation, run.config.seed
+    section, execution, seed = run.config.evaluation, run.config.execution, run.config.seed
     with context.stages("temporal tasks"):
         logits = task_logits(
             run,
@@ -140,9 +140,9 @@ def _compute(run: PretrainedRun, records: EvaluationRecords, context: Context) -
             context.directory / cache_key(context.fingerprint) / "temporal",
             pairs=section.pairs_per_video,
             seed=seed,
-            chunk=section.chunk,
-            threads=section.threads,
-            part_records=section.part_records,
+            chunk=execution.chunk,
+            threads=execution.threads,
+            part_records=execution.part_records,
         )
     random = {m: e.params for m, e in random_like(run.source, seed).encoders.items()}
     networks = {"random": _with_encoders(run.variables, random), "pretrained": run.variables}
@@ -156,7 +156,7 @@ def _compute(run: PretrainedRun, records: EvaluationRecords, context: Context) -
         networks |= _supervised_networks(run, fits)
     with context.stages("features"):
         directory = context.directory / cache_key(context.fingerprint, variables_digest(networks))
-        compute = view_map(run, networks, section.chunk, section.threads)
+        compute = view_map(run, networks, execution.chunk, execution.threads)
         log_mel = run.spec.log_mel
 
         def statistics(arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
@@ -169,9 +169,9 @@ def _compute(run: PretrainedRun, records: EvaluationRecords, context: Context) -
                 source,
                 run.spec,
                 speeds=records.speeds,
-                views_per_speed=section.views_per_speed,
+                views_per_speed=section.clips,
                 directory=directory / role,
-                part_records=section.part_records,
+                part_records=execution.part_records,
                 describe_views=statistics,
                 keep=lambda name: (
                     not name.endswith("_embeddings")
@@ -201,7 +201,7 @@ def _measure(
     if records.null is not None:
         with stages("null controls"):
             null = noise_control(
-                config, section.null, run.spec, *records.null, threads=section.threads
+                config, section.null, run.spec, *records.null, threads=config.execution.threads
             )
     by_mask = {f"known_{name}": probe for name, probe in probes.items()}
     outcomes, metrics = merge(
@@ -322,7 +322,7 @@ def _supervised(
         seed=config.seed,
         modalities=(modality,),
     )
-    arrays = render_all(render, range(len(train)), threads=config.evaluation.threads)
+    arrays = render_all(render, range(len(train)), threads=config.execution.threads)
     known = (arrays[f"label_{label}"] >= 0) & arrays[f"has_{modality}"]
     labels = arrays[f"label_{label}"][known]
     return fit_classifier(

@@ -82,7 +82,7 @@ def open_evaluation_records(
     section = config.evaluation
     check_recall_at(section.recall_at, setting="evaluation.recall_at")
     merged = _with_sections(run, config)
-    check_pairs(len(merged.evaluation.speeds) * section.views_per_speed)
+    check_pairs(len(merged.evaluation.speeds) * section.clips)
     spec = host_render_spec(merged)
     directory = absolute_path(merged.data.directory)
     if not directory.exists():
@@ -125,6 +125,7 @@ def _with_sections(
         merged.task = config.task
         merged.evaluation = config.evaluation.copy_and_resolve_references()
         merged.bootstrap = config.bootstrap
+        merged.execution.update(config.execution)
         merged.data.allow_trained_on = config.data.allow_trained_on
         if config.data.directory:
             merged.data.directory = config.data.directory

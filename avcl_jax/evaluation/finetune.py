@@ -72,7 +72,6 @@ from avcl_jax.training.state import TrainState
 
 # Sections that decide the test and the results, but not the training.
 _NOT_TRAINING = ("test", "bootstrap")
-_PART_RECORDS = 1024  # per file of the tested probabilities
 
 LabelledSplit = Split[ClipRecords]
 
@@ -191,7 +190,7 @@ def labelled_splits(
         check_enough(split.train, config.global_batch_size, multiple=jax.device_count())
     rows = config.global_batch_size // jax.process_count()
     size = rows * math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
-    check_room(size, workers=data.workers, prefetch=data.prefetch)
+    check_room(size, workers=config.execution.workers, prefetch=config.execution.prefetch)
     return splits, spec
 
 
@@ -213,10 +212,12 @@ def run_split(
         Mean softmax float32 [test records, classes] in process 0, elsewhere empty; None if a signal
         stopped the training after saving.
     """
-    mesh = sharding.create_mesh(config.mesh.fsdp)
+    mesh = sharding.create_mesh(config.execution.fsdp)
     encoder = split.encoder.require(config.modality)
     classifier = ClipClassifier(
-        encoder=encoder.module.clone(dtype=jnp.dtype(config.model.dtype), remat=config.model.remat),
+        encoder=encoder.module.clone(
+            dtype=jnp.dtype(config.model.dtype), remat=config.execution.remat
+        ),
         classes=len(split.test.records.class_names[config.data.label]),
         dropout=config.head.dropout,
         train_statistics=_trains_statistics(config),
@@ -236,8 +237,9 @@ def run_split(
         split.test,
         clips=config.test.clips,
         crops=config.test.crops,
-        chunk=config.test.chunk,
-        threads=max(config.data.threads, config.data.workers),
+        chunk=config.execution.chunk,
+        part_records=config.execution.part_records,
+        threads=max(config.execution.threads, config.execution.workers),
         directory=workdir / "predictions",
     )
 
@@ -317,7 +319,7 @@ def _trained(
     # Not before, so that a mistake in the settings above leaves no directory behind.
     workdir.mkdir(parents=True, exist_ok=True)
     _check_training(config, workdir, split)
-    checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
+    checkpoints = Checkpoints(workdir, keep=config.execution.keep_checkpoints)
     progress = Progress(0, 0.0, train.fingerprint, mesh.size)
     if (saved := checkpoints.latest_step()) is not None:
         progress = dataclasses.replace(checkpoints.restore_progress(saved), devices=mesh.size)
@@ -348,7 +350,12 @@ def _trained(
         lambda state, batch: step(state, batch, step_key),
         training_batches(config, number, train, progress.step),
         rows=sharding.rows_sharding(mesh),
-        pace=Pace(steps, config.log_every, config.checkpoint_every, config.global_batch_size),
+        pace=Pace(
+            steps,
+            config.execution.log_every,
+            config.execution.checkpoint_every,
+            config.global_batch_size,
+        ),
         progress=progress,
         checkpoints=checkpoints,
         writer=writer,
@@ -367,19 +374,19 @@ def training_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields local rows of random clips of `train` without end, from a step on."""
     seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
-    section = config.data
+    execution = config.execution
     return iter(
         drawn_batches(
             len(train),
-            RenderRandomClips(train, section.label, shared=section.workers > 0),
+            RenderRandomClips(train, config.data.label, shared=execution.workers > 0),
             seed=seed,
             global_batch_size=config.global_batch_size,
             host=jax.process_index(),
             hosts=jax.process_count(),
             first_step=first_step,
-            workers=section.workers,
-            threads=section.threads,
-            prefetch=section.prefetch,
+            workers=execution.workers,
+            threads=execution.threads,
+            prefetch=execution.prefetch,
         )
     )
 
@@ -417,6 +424,7 @@ def predict(
     clips: int,
     crops: int,
     chunk: int,
+    part_records: int,
     threads: int,
     directory: epath.Path,
 ) -> np.ndarray:
@@ -443,7 +451,7 @@ def predict(
         directory / cache_key(clips, crops, source.fingerprint),
         len(source),
         functools.partial(compute, lambda position: {"clips": render(position)}),
-        rows=_PART_RECORDS,
+        rows=part_records,
     )
     return arrays.get("classifier/probabilities", np.empty((0, classifier.classes), np.float32))
 

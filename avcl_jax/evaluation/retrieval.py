@@ -32,6 +32,7 @@ from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol
 from avcl_jax.evaluation.splits import (
     Trial,
     feature_spec,
+    numbered_sides,
     open_splits,
 )
 from avcl_jax.evaluation.views import (
@@ -66,7 +67,7 @@ AUDIO_VIDEO_RETRIEVAL = Protocol(
     title="Audio-video retrieval",
     definition=(
         "Records with video and audio of at least one view; each is query and gallery item.",
-        "Each record gives features.views_per_speed views at each of features.speeds, forward, "
+        "Each record gives features.clips views at each of features.speeds, forward, "
         "uniformly spaced over the time that video and audio share, the largest centred square; "
         "video and audio of a view are of the same interval.",
         "Embeddings are the outputs of the projection heads, of unit length; those of all views "
@@ -313,15 +314,17 @@ def video_retrieval(
     check_recall_at(config.evaluation.recall_at, setting="evaluation.recall_at")
     spec, data = feature_spec(config), config.data
 
-    def side(name: str) -> tuple[str, str]:
-        select = data[f"{name}_select"].replace("{split}", str(data.official_split))
-        return data[f"{name}_split"], select
-
+    sides, number = numbered_sides(data), f"split{data.official_split}"
+    if number not in sides:
+        raise UserError(
+            f"data.official_split {data.official_split} must be one of 1 to {len(sides)}, the "
+            "entries of data.test_select"
+        )
     (split,) = open_splits(
         data.directory,
         config.encoder,
         "video",
-        {"split": (side("gallery"), side("query"))},
+        {"split": sides[number]},
         lambda source, records, selection: open_clips(
             source,
             "video",
@@ -338,7 +341,7 @@ def video_retrieval(
     if (missing := ids[~np.isin(ids, gallery_ids)]).size:
         raise UserError(
             f"{missing.size} queries are of classes that no record of the gallery has, first "
-            f"{classes[int(missing[0])]!r}: correct data.query_select, data.gallery_select or the "
+            f"{classes[int(missing[0])]!r}: correct data.test_select, data.train_select or the "
             "splits"
         )
 
@@ -491,7 +494,7 @@ def audio_video_retrieval(
         UserError: if the run trained one modality, or no record has both.
     """
     settings = config.features
-    check_pairs(len(settings.speeds) * settings.views_per_speed)
+    check_pairs(len(settings.speeds) * settings.clips)
     run, records = open_run(config)
     if run.config.modalities != "audio_visual":
         raise UserError(
@@ -504,13 +507,15 @@ def audio_video_retrieval(
         key = cache_key(run.source.fingerprint, run.heads, records.fingerprint, settings.to_dict())
         with context.stages("embeddings"):
             return view_features(
-                view_map(run, {"run": run.variables}, settings.chunk, config.data.threads),
+                view_map(
+                    run, {"run": run.variables}, config.execution.chunk, config.execution.threads
+                ),
                 records,
                 run.spec,
                 speeds=speeds,
-                views_per_speed=settings.views_per_speed,
+                views_per_speed=settings.clips,
                 directory=context.directory / key,
-                part_records=settings.part_records,
+                part_records=config.execution.part_records,
             )
 
     def measure(context: Context, features: dict[str, np.ndarray]) -> Measured:

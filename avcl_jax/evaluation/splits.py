@@ -242,13 +242,16 @@ def check_not_trained_on(
 
 
 def feature_spec(config: ml_collections.ConfigDict, *, by_clip: bool = False) -> FeatureSpec:
-    """Returns the section `features` of a config.
+    """Returns the section `features` of a config, executed as its section `execution` says.
 
     Raises:
         UserError: if a value has no meaning, or features of single clips are asked for although
             `by_clip` is False.
     """
-    spec = FeatureSpec(**config.features, threads=config.data.threads)
+    run = config.execution
+    spec = FeatureSpec(
+        **config.features, chunk=run.chunk, part_records=run.part_records, threads=run.threads
+    )
     if spec.record_pooling == "clips" and not by_clip:
         raise UserError("features.record_pooling 'clips' is for folds: use 'mean' or 'mean_max'")
     return spec

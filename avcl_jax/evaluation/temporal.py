@@ -255,9 +255,9 @@ def temporal_tasks(
                 context.directory / key,
                 pairs=pairs,
                 seed=seed,
-                chunk=settings.chunk,
-                threads=config.data.threads,
-                part_records=settings.part_records,
+                chunk=config.execution.chunk,
+                threads=config.execution.threads,
+                part_records=config.execution.part_records,
             )
 
     def measure(context: Context, arrays: dict[str, np.ndarray]) -> Measured:

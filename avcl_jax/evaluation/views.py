@@ -352,8 +352,8 @@ def check_pairs(views: int) -> None:
     """
     if views % 2:
         raise UserError(
-            f"{views} views of each video do not form pairs: choose evaluation speeds and "
-            "views_per_speed so that their product is even"
+            f"{views} views of each video do not form pairs: choose speeds and clips of the "
+            "evaluation so that their product is even"
         )
 
 

@@ -70,8 +70,8 @@ def config_of_run(workdir: epath.PathLike) -> ml_collections.ConfigDict:
         config = experiment.from_json(path.read_text())
         task = config.task
     except (ValueError, TypeError, AttributeError) as error:
-        raise ExportError(f"{path} is damaged: {error}") from error
-    if task != "pretrain":
+        raise ExportError(f"{path} cannot be read: {error}") from error
+    if task != experiment.PRETRAIN:
         raise ExportError(
             f"{directory} contains a run of task {task!r}: give the workdir of a pretraining run"
         )

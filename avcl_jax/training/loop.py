@@ -87,7 +87,7 @@ def build(
     Raises:
         UserError: if batch, bank and devices do not fit.
     """
-    mesh = sharding.create_mesh(config.mesh.fsdp, devices)
+    mesh = sharding.create_mesh(config.execution.fsdp, devices)
     sharding.check_batch(config.global_batch_size, mesh, config.micro_batches)
     if config.global_batch_size < LEAST_VIDEOS:
         raise UserError(
@@ -172,7 +172,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
     Raises:
         CheckpointError: if the directory belongs to a run of another config or other data.
         NonFiniteError: within one log period of the first value that is not finite.
-        RecordError: if more records than `config.data.max_bad_records` cannot be read.
+        RecordError: if more records than `config.execution.max_bad_records` cannot be read.
         UserError: if the config does not fit data or devices.
     """
     workdir = absolute_path(workdir)
@@ -182,18 +182,18 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
     # Every process says what it met, for each sees other records.
     unreadable = UnreadableRecords(
         source.records,
-        budget=config.data.max_bad_records,
+        budget=config.execution.max_bad_records,
         note=functools.partial(print, flush=True),
     )
     check_room(
         batch_bytes(spec, config.global_batch_size // jax.process_count()),
-        workers=config.data.workers,
-        prefetch=config.data.prefetch,
+        workers=config.execution.workers,
+        prefetch=config.execution.prefetch,
     )
     workdir.mkdir(parents=True, exist_ok=True)
     config_json = experiment.to_json(config)
     old_config = workdir / "config.json"
-    checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
+    checkpoints = Checkpoints(workdir, keep=config.execution.keep_checkpoints)
     saved = checkpoints.latest_step()
     differing = []
     # Before the first checkpoint there is nothing that other settings would continue.
@@ -245,10 +245,10 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
             host=jax.process_index(),
             hosts=jax.process_count(),
             first_step=first,
-            workers=config.data.workers,
-            threads=config.data.threads,
-            prefetch=config.data.prefetch,
-            skip_unreadable=config.data.max_bad_records > 0,
+            workers=config.execution.workers,
+            threads=config.execution.threads,
+            prefetch=config.execution.prefetch,
+            skip_unreadable=config.execution.max_bad_records > 0,
         )
     )
 
@@ -264,8 +264,8 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
         rows=sharding.rows_sharding(mesh),
         pace=Pace(
             steps=config.steps,
-            log_every=config.log_every,
-            checkpoint_every=config.checkpoint_every,
+            log_every=config.execution.log_every,
+            checkpoint_every=config.execution.checkpoint_every,
             clips_per_step=2 * config.global_batch_size,
         ),
         progress=dataclasses.replace(progress, devices=mesh.size),

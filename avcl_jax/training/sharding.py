@@ -36,7 +36,7 @@ def create_mesh(fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     count = jax.device_count() if devices is None else len(devices)
     if fsdp < 1 or count % fsdp:
         raise UserError(
-            f"mesh.fsdp {fsdp} does not divide the {count} devices: use a divisor of {count}"
+            f"execution.fsdp {fsdp} does not divide the {count} devices: use a divisor of {count}"
         )
     names = ("data", "fsdp") if fsdp > 1 else ("data",)
     shape = (count // fsdp, fsdp)[: len(names)]

@@ -89,7 +89,7 @@ class UnreadableRecords:
             UserError: if the budget is negative.
         """
         if budget < 0:
-            raise UserError(f"data.max_bad_records {budget} must be at least 0")
+            raise UserError(f"execution.max_bad_records {budget} must be at least 0")
         self._records = records
         self._budget = budget
         self._note = note
@@ -115,10 +115,10 @@ class UnreadableRecords:
             if self.count > self._budget:
                 raise RecordError(
                     f"{name} cannot be read, and is number {self.count} of such records where "
-                    f"data.max_bad_records allows {self._budget}: prepare this data set again, or "
-                    "set data.max_bad_records=0 for the first error in full"
+                    f"execution.max_bad_records allows {self._budget}: prepare this data set "
+                    "again, or set execution.max_bad_records=0 for the first error in full"
                 )
             self._note(
                 f"{name} cannot be read and is left out: {self.count} of at most {self._budget} "
-                "(data.max_bad_records)"
+                "(execution.max_bad_records)"
             )

@@ -173,7 +173,7 @@ def test_full_shared_memory_is_an_error_and_not_a_signal() -> None:
 def test_batches_that_do_not_fit_are_refused_before_a_worker_starts(tmp_path) -> None:
     made = [make_record(number, seconds=5.0, side=24) for number in range(8)]
     records = write_records(tmp_path / "records", made)
-    options = arguments(records, tmp_path / "run", data__workers=2, crop__image_size=112)
+    options = arguments(records, tmp_path / "run", execution__workers=2, crop__image_size=112)
     result = with_little_shared_memory(["-m", "avcl_jax.main", *options])
     (line,) = (result.stdout + result.stderr).splitlines()
     # 8 videos x 2 views x 4 frames x 112 x 112 x 3, and 8 x 2 spectrograms.

@@ -119,7 +119,7 @@ def small_evaluation():
     e.update(
         {
             "speeds": (1, 2),
-            "views_per_speed": 1,
+            "clips": 1,
             "probe": {"folds": 2, "costs": (0.01, 1.0)},
             "pairs_per_video": 6,
         }

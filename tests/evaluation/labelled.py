@@ -36,8 +36,8 @@ NAMES = {
 # Overrides of configs/finetune.py for tests: the same code, small numbers.
 OVERRIDES = {
     "data.label": "class",
-    "data.workers": 0,
-    "data.threads": 2,
+    "execution.workers": 0,
+    "execution.threads": 2,
     "data.train_split": "all",
     "data.test_split": "all",
     "data.train_select": ("split1=train",),
@@ -52,11 +52,11 @@ OVERRIDES = {
     "optimizer.warmup_epochs": 0.5,
     "optimizer.learning_rate": 1e-2,
     "test.clips": 2,
-    "test.chunk": 16,
+    "execution.chunk": 16,
     "bootstrap.resamples": 50,
-    "log_every": 4,
-    "checkpoint_every": 9,
-    "keep_checkpoints": 2,
+    "execution.log_every": 4,
+    "execution.checkpoint_every": 9,
+    "execution.keep_checkpoints": 2,
 }
 
 

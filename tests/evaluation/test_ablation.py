@@ -103,10 +103,11 @@ def _small(records, *variants: str) -> object:
     """The sweep over these variants on the tiny data set of `small_records`."""
     c = ablation_config.get_config()
     c.unlock()
-    c.update(small_config(records))
+    c.update(small_config(records).to_dict())
     c.evaluation.update(small_evaluation().evaluation)
-    c.task, c.data.make_demo, c.compilation_cache = "ablation", False, ""
-    c.steps, c.log_every, c.checkpoint_every, c.optimizer.warmup_steps = 2, 1, 1, 0
+    c.task, c.execution.compilation_cache = "ablate", ""
+    c.steps, c.optimizer.warmup_steps = 2, 0
+    c.execution.log_every = c.execution.checkpoint_every = 1
     c.bank.update({"num_negatives": 4, "negative_candidates": 16})
     c.bank.warmup_steps = 0
     c.evaluation.supervised.enabled = False
@@ -133,14 +134,13 @@ class _Runs:
     def pretrain(self, run, directory) -> bool:
         if len(self.trained) == self.stop_at:
             return False
-        assert run.task == "pretrain"
+        assert run.task == experiment.PRETRAIN
         assert "evaluation" not in run
         self.trained.append(f"{directory.parent.name} {run.seed}")
         directory.mkdir(parents=True, exist_ok=True)
         return True
 
     def evaluate(self, run, directory) -> None:
-        assert run.task == "evaluate"
         score = 0.5 + 0.1 * run.seed + (0.2 if run.loss.weights.vv else 0.0)
         results = {
             "protocol": PROTOCOL.name,
@@ -205,8 +205,8 @@ def test_a_run_is_measured_again_where_settings_or_protocol_are_others(
     assert trained() == ["full 0", "no_vv 0"]
     # What another machine has its own of does not decide a figure.
     # The records of runs that are measured are not needed.
-    config.data.directory, config.data.threads = "elsewhere", 7
-    config.evaluation.threads, config.evaluation.chunk = 16, 5
+    config.data.directory = "elsewhere"
+    config.execution.threads, config.execution.chunk = 16, 5
     assert trained() == []
     config.data.directory = str(small_records)
     path = tmp_path / "no_vv/seed0/results.json"
@@ -269,7 +269,10 @@ def test_sweeps_that_make_no_sense_are_refused(tmp_path) -> None:
         (_variant(("data.select", "motion=up")), "'other' cannot be trained: cannot select"),
         (_variant(("data.split", "val")), "'other' cannot be trained: .* 'val'"),
         (_variant(("global_batch_size", 64)), "'other' cannot be trained: .*24 usable records"),
-        (_variant(("log_every", 0)), "'other' cannot be built: log_every 0 must be at least 1"),
+        (
+            _variant(("execution.log_every", 0)),
+            "'other' cannot be built: execution.log_every 0 must be at least 1",
+        ),
         (_variant(("evaluation.test_split", "val")), "'other' cannot be evaluated: .* 'val'"),
         (
             {"evaluation.probes": (("colour", "video"),)},
@@ -278,7 +281,7 @@ def test_sweeps_that_make_no_sense_are_refused(tmp_path) -> None:
         ({"evaluation.recall_at": (0, 5)}, r"evaluation.recall_at \(0, 5\) must be whole"),
         ({"evaluation.test_select": "motion"}, "'full' cannot be evaluated: 'motion' selects"),
         ({"evaluation.null.train_split": "noise"}, "evaluated: .* 'noise'"),
-        ({"evaluation.views_per_speed": 3, "evaluation.speeds": (1,)}, "do not form pairs"),
+        ({"evaluation.clips": 3, "evaluation.speeds": (1,)}, "do not form pairs"),
         (
             {"evaluation.test_split": "train"},
             "'full' would be pretrained, without labels, on 24 of its 24 test records",

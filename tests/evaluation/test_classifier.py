@@ -67,6 +67,7 @@ def test_the_prediction_is_the_mean_softmax_over_ten_clips(tmp_path):
         clips=10,
         crops=1,
         chunk=5,  # 24 records do not fill it
+        part_records=1024,
         threads=1,
         directory=epath.Path(tmp_path / "predictions"),
     )

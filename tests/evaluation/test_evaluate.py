@@ -80,7 +80,7 @@ def test_records_that_fill_one_batch_suffice_for_bounds_and_null_controls(small_
     assert not run.spec.spectrogram_on_device  # wherever training made spectrograms
     config.evaluation.probes, config.evaluation.null.train_split = (), ""
     config.evaluation.speeds = ()
-    config.evaluation.views_per_speed = 2
+    config.evaluation.clips = 2
     _, found = open_evaluated_run(config, small_run[1])
     assert (found.train, found.null) == (None, None)
     assert found.speeds == [0, 1, 2]
@@ -137,7 +137,7 @@ def test_a_run_of_other_speeds_is_evaluated_by_the_general_preset(small_records,
     workdir = untrained_run(config, small_records, tmp_path / "run")
     (workdir / "metrics.jsonl").unlink()
     general = evaluate_config.get_config()
-    general.evaluation.update({"views_per_speed": 2, "pairs_per_video": 4})
+    general.evaluation.update({"clips": 2, "pairs_per_video": 4})
     found = evaluate(general, workdir)
     assert found["config"]["evaluation"]["speeds"] == [2, 3]
     assert found["probe"] == {}
@@ -199,7 +199,7 @@ def test_the_linear_probe_is_one_number_whichever_command_gives_it(
     config = linear_probe.get_config(preset)
     with config.unlocked():
         config.encoder = str(workdir)
-        config.data.update({"directory": str(small_records), "make_demo": False})
+        config.data.directory = str(small_records)
         config.features.update({"speeds": (1, 2), "clips": 1})
         config.probe = small_evaluation().evaluation.probe
         config.bootstrap.resamples = 20

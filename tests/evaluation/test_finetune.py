@@ -352,8 +352,8 @@ def command_line(records: Path, encoders: Path, workdir: Path, **overrides: obje
         "optimizer.warmup_epochs": 0.5,
         "test.clips": 2,
         "bootstrap.resamples": 20,
-        "log_every": 1,
-        "compilation_cache": compilation_cache(),
+        "execution.log_every": 1,
+        "execution.compilation_cache": compilation_cache(),
     } | {name.replace("__", "."): value for name, value in overrides.items()}
     return [
         "--config=configs/finetune.py",
@@ -386,7 +386,7 @@ def one_device(records, encoders, tmp_path_factory) -> Path:
 def test_eight_devices_and_a_worker_train_as_one_device_does(
     records, encoders, one_device, tmp_path
 ):
-    run(command_line(records, encoders, tmp_path / "eight", data__workers=1), devices=8)
+    run(command_line(records, encoders, tmp_path / "eight", execution__workers=1), devices=8)
     assert_agree(one_device, tmp_path / "eight")
 
 

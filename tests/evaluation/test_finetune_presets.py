@@ -38,7 +38,6 @@ def encoder_for(preset: str, modality: str) -> Encoder:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_says_clips_splits_and_a_schedule(preset):
     config = finetune.get_config(preset)
-    assert config.task == "finetune"
     spec = clip_spec(config, encoder_for(preset, config.modality))
     assert spec.modality == config.modality
     pairs = list(zip(config.data.train_select, config.data.test_select, strict=True))

@@ -56,8 +56,9 @@ def _config(records, small_run, preset="demo_audio"):
     c = config_file.get_config(preset)
     c.unlock()
     c.encoder = str(small_run[1])
-    c.data.update({"directory": str(records), "make_demo": False, "threads": 2})
-    c.features.update({"clips": 2, "speeds": (1, 2), "chunk": 8})
+    c.data.directory = str(records)
+    c.execution.update({"threads": 2, "chunk": 8})
+    c.features.update({"clips": 2, "speeds": (1, 2)})
     c.probe.update({"costs": (0.01, 1.0), "folds": 3})
     c.bootstrap.resamples = 20
     return c

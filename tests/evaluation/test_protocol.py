@@ -90,7 +90,7 @@ def test_results_hold_all_that_identifies_the_run(
 def test_finished_results_are_found_unless_something_that_counts_changed(tmp_path: Path) -> None:
     results = _write(tmp_path, np.ones(4))
     assert _run(tmp_path).finished() == results
-    assert _run(tmp_path, encoder="elsewhere", log_every=3).finished() == results
+    assert _run(tmp_path, encoder="elsewhere", execution={"threads": 3}).finished() == results
     for changed in (
         _run(tmp_path, seed=1),
         _run(tmp_path, "toy-test-2"),

@@ -16,12 +16,11 @@ def _arguments(small_records, small_run, workdir, config="retrieval.py:demo"):
         f"--workdir={workdir}",
         f"--config.encoder={small_run[1]}",
         f"--config.data.directory={small_records}",
-        "--config.data.make_demo=False",
         "--config.baselines.random=False",
-        "--config.features.chunk=3",  # made a multiple of the devices
+        "--config.execution.chunk=3",  # made a multiple of the devices
         "--config.features.clips=2",
         "--config.features.speeds=(1,2)",
-        "--config.features.part_records=5",
+        "--config.execution.part_records=5",
         "--config.bootstrap.resamples=20",
     ]
 
@@ -58,12 +57,12 @@ def test_the_linear_probe_does_not_depend_on_the_number_of_devices(
 TASKS = {
     "evaluate.py:demo": {
         "evaluation.speeds": (1, 2),
-        "evaluation.views_per_speed": 1,
+        "evaluation.clips": 1,
         "evaluation.probe.folds": 2,
         "evaluation.probe.costs": (0.1,),
         "evaluation.pairs_per_video": 6,
-        "evaluation.part_records": 5,
-        "evaluation.chunk": 3,
+        "execution.part_records": 5,
+        "execution.chunk": 3,
         "evaluation.null.train_split": "",
         "evaluation.supervised.video.views": 1,
         "evaluation.supervised.audio.views": 1,
@@ -73,8 +72,12 @@ TASKS = {
             for name, value in (("max_epochs", 1), ("decay_epochs", 1), ("batch_size", 8))
         },
     },
-    "cross_modal.py": {"features.speeds": (1, 2), "features.part_records": 5, "features.chunk": 3},
-    "temporal.py": {"evaluation.part_records": 5, "evaluation.chunk": 3},
+    "cross_modal.py": {
+        "features.speeds": (1, 2),
+        "execution.part_records": 5,
+        "execution.chunk": 3,
+    },
+    "temporal.py": {"execution.part_records": 5, "execution.chunk": 3},
 }
 
 
@@ -83,11 +86,11 @@ TASKS = {
 def test_processes_share_a_tasks_records_and_one_writes(small_records, small_run, tmp_path, name):
     overrides = TASKS[name] | {
         "data.directory": small_records,
-        "compilation_cache": compilation_cache(),
+        "execution.compilation_cache": compilation_cache(),
         "bootstrap.resamples": 20,
     }
     if not name.startswith("evaluate"):
-        overrides |= {"encoder": small_run[1], "data.make_demo": False}
+        overrides |= {"encoder": small_run[1]}
 
     def arguments(workdir):
         if name.startswith("evaluate"):

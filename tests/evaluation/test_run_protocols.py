@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from avcl_jax import experiment
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.protocol import OUTCOMES, read_outcomes
 from avcl_jax.evaluation.retrieval import audio_video_retrieval, cross_modal_scores
@@ -26,14 +27,15 @@ from tests.evaluation.conftest import CLASS_NAMES, small_record, write_records
 def _prepare(c, records, small_run):
     c.unlock()
     c.encoder = str(small_run[1])
-    c.data.update({"directory": str(records), "make_demo": False})
+    c.data.directory = str(records)
     c.bootstrap.resamples = 20
     return c
 
 
 def _cross_modal(records, small_run):
     c = _prepare(cross_modal_config.get_config("demo"), records, small_run)
-    c.features.update({"speeds": (1, 2), "views_per_speed": 2, "part_records": 10})
+    c.features.update({"speeds": (1, 2), "clips": 2})
+    c.execution.part_records = 10
     return c
 
 
@@ -110,7 +112,7 @@ def test_audio_video_retrieval_needs_a_run_of_both(
     config.features.speeds = (1, 3)
     with pytest.raises(UserError, match=r"speeds 3 were not trained"):
         audio_video_retrieval(config, tmp_path / "w")
-    config.features.update({"speeds": (1,), "views_per_speed": 3})
+    config.features.update({"speeds": (1,), "clips": 3})
     with pytest.raises(ValueError, match="do not form pairs"):
         audio_video_retrieval(config, tmp_path / "w")
     config = _cross_modal(fold_records, small_run)
@@ -127,7 +129,7 @@ def test_a_run_of_other_heads_is_another_run(small_records, small_run, tmp_path,
         {"part_records": 10}
     )
     if protocol is audio_video_retrieval:
-        config.features.update({"speeds": (1, 2), "views_per_speed": 2})
+        config.features.update({"speeds": (1, 2), "clips": 2})
     first = protocol(config, tmp_path / "out")
     encoders, state = small_run[1], small_run[2]
     params = {
@@ -193,7 +195,8 @@ def test_temporal_tasks_by_one_command_repeat_and_have_confusion_matrices(
     small_records, small_run, tmp_path
 ):
     config = _prepare(temporal_config.get_config("demo"), small_records, small_run)
-    config.evaluation.update({"pairs_per_video": 6, "part_records": 10})
+    config.evaluation.pairs_per_video = 6
+    config.execution.part_records = 10
     first = temporal_tasks(config, tmp_path / "a")
     second = temporal_tasks(config, tmp_path / "b")
     assert first["metrics"] == second["metrics"]
@@ -259,6 +262,6 @@ def test_a_run_is_opened_by_a_path_as_a_person_writes_it(small_run, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     config, variables, step = load_run(given)
-    assert (config.task, step) == ("pretrain", 0)
+    assert (config.task, step) == (experiment.PRETRAIN, 0)
     assert variables["params"]
     assert open_encoders(given).path == f"{tmp_path}/runs/demo"

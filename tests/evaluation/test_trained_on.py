@@ -50,7 +50,7 @@ def test_a_run_on_its_own_test_records_is_refused(name, run_on_test, small_recor
         if name in ("retrieval", "linear_probe"):
             c.features.speeds = (1,)
         elif name == "cross_modal":
-            c.features.update({"speeds": (1, 2), "views_per_speed": 1})
+            c.features.update({"speeds": (1, 2), "clips": 1})
         elif name == "finetune":
             c.update({"clip": {"seconds": 0.0}, "global_batch_size": 4})
     with pytest.raises(UserError, match=r"was pretrained, without labels, on \d+ of the"):

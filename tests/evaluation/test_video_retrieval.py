@@ -62,8 +62,9 @@ def _config(records, small_run):
     c = config_file.get_config("demo")
     c.unlock()
     c.encoder = str(small_run[1])
-    c.data.update({"directory": str(records), "make_demo": False})
-    c.features.update({"clips": 2, "speeds": (1, 2), "chunk": 8})
+    c.data.directory = str(records)
+    c.features.update({"clips": 2, "speeds": (1, 2)})
+    c.execution.chunk = 8
     c.evaluation.recall_at = (1, 5, 50)
     c.bootstrap.resamples = 20
     return c
@@ -121,9 +122,10 @@ def split_records(tmp_path_factory):
 
 def _split_config(records, small_run):
     c = _config(records, small_run)
-    for side, name in (("query", "test"), ("gallery", "train")):
-        c.data[f"{side}_split"] = "all"
-        c.data[f"{side}_select"] = f"split{{split}}={name}"
+    c.data.update(train_split="all", test_split="all")
+    c.data.train_select, c.data.test_select = (
+        tuple(f"split{n}={side}" for n in (1, 2, 3)) for side in ("train", "test")
+    )
     c.baselines.random = False
     return c
 
@@ -142,6 +144,9 @@ def test_the_official_split_is_a_setting(split_records, small_run, tmp_path):
     config.data.official_split = 3
     with pytest.raises(SelectionError, match="not 'split3'"):
         video_retrieval(config, tmp_path / "3")
+    config.data.official_split = 4
+    with pytest.raises(UserError, match="official_split 4 must be one of 1 to 3"):
+        video_retrieval(config, tmp_path / "4")
 
 
 def test_shuffled_labels_give_chance(small_run, tmp_path):
@@ -166,11 +171,11 @@ def test_what_does_not_fit_is_refused_before_any_work(
 ):
     monkeypatch.setattr(RecordDataset, "__getitem__", None)
     config = _config(small_records, small_run)
-    config.data.gallery_split = "test"
+    config.data.train_split = "test"
     with pytest.raises(UserError, match="16 records are among both"):
         video_retrieval(config, tmp_path)
     config = _split_config(split_records, small_run)
-    config.data.gallery_select = "split2=train"
+    config.data.train_select = ("split2=train",) * 3
     with pytest.raises(UserError, match="records are among both"):
         video_retrieval(config, tmp_path)
     config = _config(small_records, small_run)
@@ -178,7 +183,7 @@ def test_what_does_not_fit_is_refused_before_any_work(
     with pytest.raises(SelectionError, match="not 'colour'"):
         video_retrieval(config, tmp_path)
     config = _config(fold_records, small_run)
-    config.data.update({"query_split": "all", "gallery_split": "all", "label": "class"})
+    config.data.update({"test_split": "all", "train_split": "all", "label": "class"})
     with pytest.raises(SelectionError, match="have no video"):
         video_retrieval(config, tmp_path)
     config = _config(small_records, small_run)
@@ -190,12 +195,8 @@ def test_what_does_not_fit_is_refused_before_any_work(
     with pytest.raises(UserError, match="record_pooling 'clips' is for folds"):
         video_retrieval(config, tmp_path / "w")
     config = _config(small_records, small_run)
-    config.data.gallery_select = "motion=across"
+    config.data.train_select = ("motion=across",)
     with pytest.raises(UserError, match=r"8 queries are of classes .* first 'down'"):
-        video_retrieval(config, tmp_path / "w")
-    config = _split_config(split_records, small_run)
-    config.data.query_select = "split{fold}=test"
-    with pytest.raises(SelectionError, match=r"not 'split\{fold\}'"):
         video_retrieval(config, tmp_path / "w")
     config = _config(small_records, small_run)
     config.encoder = str(tmp_path)

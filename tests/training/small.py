@@ -41,8 +41,8 @@ OVERRIDES = {
     "bank.warmup_steps": 1,
     "bank.health_labels": (),
     "optimizer.warmup_steps": 1,
-    "log_every": 1,
-    "checkpoint_every": 3,
+    "execution.log_every": 1,
+    "execution.checkpoint_every": 3,
 }
 
 
@@ -53,8 +53,7 @@ def arguments(records: Path, workdir: Path, **overrides: object) -> list[str]:
         "--config=configs/pretrain.py",
         f"--workdir={workdir}",
         f"--config.data.directory={records}",
-        "--config.data.make_demo=False",
-        f"--config.compilation_cache={compilation_cache()}",
+        f"--config.execution.compilation_cache={compilation_cache()}",
         *(f"--config.{name}={value}" for name, value in values.items()),
     ]
 

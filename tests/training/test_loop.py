@@ -31,8 +31,8 @@ def watched(tmp_path_factory):
     arguments = small.arguments(
         write_records(directory / "records", made),
         directory / "run",
-        log_every=LOG_EVERY,
-        checkpoint_every=6,
+        execution__log_every=LOG_EVERY,
+        execution__checkpoint_every=6,
     )
     output = small.run([str(directory / "notes.json"), *arguments], module="tests.training.watched")
     assert "step 6/6" in output

@@ -100,7 +100,7 @@ def test_a_run_killed_by_a_signal_and_resumed_with_two_workers_is_bitwise_the_sa
 ):
     workdir = tmp_path / "stopped"
     assert 1 <= stopped_run(arguments(records, workdir)) < 6
-    run(arguments(records, workdir, data__workers=2))
+    run(arguments(records, workdir, execution__workers=2))
     assert_identical(whole_run, workdir, 6)
 
 
@@ -109,17 +109,17 @@ def test_any_number_of_workers_resumes_in_the_middle_of_an_epoch(records, tmp_pa
     whole, workdir = tmp_path / "whole", tmp_path / "stopped"
     run(arguments(records, whole, steps=20))
     steps = [
-        stopped_run(arguments(records, workdir, steps=20, data__workers=workers))
+        stopped_run(arguments(records, workdir, steps=20, execution__workers=workers))
         for workers in (0, 2)
     ]
     assert 1 <= steps[0] < steps[1] < 20
-    run(arguments(records, workdir, steps=20, data__workers=1))
+    run(arguments(records, workdir, steps=20, execution__workers=1))
     assert_identical(whole, workdir, 20)
 
 
 @pytest.mark.slow
 def test_no_worker_outlives_a_killed_run(records, tmp_path):
-    options = arguments(records, tmp_path / "killed", steps=4000, data__workers=2)
+    options = arguments(records, tmp_path / "killed", steps=4000, execution__workers=2)
     process = start(options, own_group=True)
     for line in process.stdout:
         if line.startswith("step 5/"):
@@ -186,7 +186,12 @@ def assert_agree(left: Path, right: Path, step: int) -> None:
 
 # The second-moment division of AdamW turns rounding of 1e-9 in a tiny gradient into a step of the
 # full learning rate, so devices are compared under SGD, where rounding stays rounding.
-_COMPARED = {"steps": 3, "checkpoint_every": 3, "optimizer__name": "sgd", "bank__size": 16}
+_COMPARED = {
+    "steps": 3,
+    "execution__checkpoint_every": 3,
+    "optimizer__name": "sgd",
+    "bank__size": 16,
+}
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +218,7 @@ def test_two_processes_of_four_devices_agree_with_one(records, one_device, tmp_p
 @pytest.mark.slow
 def test_parameters_split_over_devices_train_alike(records, one_device, tmp_path):
     workdir = tmp_path / "fsdp"
-    output = run(arguments(records, workdir, mesh__fsdp=2, **_COMPARED), devices=4)
+    output = run(arguments(records, workdir, execution__fsdp=2, **_COMPARED), devices=4)
     assert "4 cpu device(s)" in output
     assert_agree(one_device, workdir, 3)
 
@@ -251,8 +256,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(records
             optimizer__learning_rate=1e17,
             optimizer__clip_norm=0.0,
             steps=8,
-            log_every=2,
-            checkpoint_every=1,
+            execution__log_every=2,
+            execution__checkpoint_every=1,
         ),
         code=1,
     )
@@ -309,8 +314,8 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused(records, tmp_p
         ({"optimizer.name": "adam"}, "unknown optimizer 'adam': use 'adamw' or 'sgd'"),
         ({"optimizer.ema_decay": 1.0}, "optimizer.ema_decay 1.0 must be at least 0 and below 1"),
         ({"optimizer.warmup_steps": 6}, "must be at least 0 and below steps 6"),
-        ({"mesh.fsdp": 3}, "does not divide the 1 devices"),
-        ({"data.max_bad_records": -1}, "data.max_bad_records -1 must be at least 0"),
+        ({"execution.fsdp": 3}, "does not divide the 1 devices"),
+        ({"execution.max_bad_records": -1}, "execution.max_bad_records -1 must be at least 0"),
         ({"modalities": "both"}, "modalities 'both' must be"),
         ({"spectrogram.where": "gpu"}, "'gpu' must be 'host' or 'device'"),
         ({"spectrogram.frames": 17}, "choose frames or clip_seconds"),

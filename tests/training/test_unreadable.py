@@ -214,7 +214,7 @@ def test_the_budget_counts_records_and_not_rows(bad):
 @pytest.mark.parametrize("budget", [0, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_run_stops_or_goes_on_as_its_budget_says(bad, tmp_path, budget):
     workdir = tmp_path / "run"
-    options = arguments(bad, workdir, data__max_bad_records=budget, steps=3)
+    options = arguments(bad, workdir, execution__max_bad_records=budget, steps=3)
     output = run(options, code=0 if budget == 3 else 1)
     errors = [line for line in output.splitlines() if "error:" in line]
     assert "Traceback" not in output
@@ -230,4 +230,4 @@ def test_a_run_stops_or_goes_on_as_its_budget_says(bad, tmp_path, budget):
     assert "prepare this data set again" in errors[0]
     assert len(left_out) == budget
     if budget:
-        assert "data.max_bad_records allows 2" in errors[0]
+        assert "execution.max_bad_records allows 2" in errors[0]

@@ -130,7 +130,7 @@ def _measure(
     # Small products, many a second: threads that wait for each other cost more than they give.
     with (
         tempfile.TemporaryDirectory() as directory,
-        threadpoolctl.threadpool_limits(config.threads),
+        threadpoolctl.threadpool_limits(config.execution.threads),
     ):
         ours = IndexSearcher(
             Path(directory),

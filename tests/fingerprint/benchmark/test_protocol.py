@@ -44,6 +44,7 @@ from tests.data.synthetic_media import write_flash_and_click
 from tests.data.synthetic_records import make_record, write_shard
 from tests.fingerprint import synthetic
 from tests.fingerprint.benchmark.clips import clip
+from tests.training.small import run
 
 
 @pytest.fixture(scope="module")
@@ -337,3 +338,17 @@ def test_presets_name_settings_of_the_index_and_baselines_that_exist(preset: str
     config = fingerprint.get_config(preset)
     assert FingerprintSettings(**config.index.to_dict()) == FingerprintSettings()
     assert set(config.baselines) == set(BASELINES)
+
+
+def test_clips_of_the_preset_are_not_the_demos(tmp_path: Path) -> None:
+    data = fingerprint.get_config("foley").data
+    few = data.prepare.replace("--test=400", "--test=2").split("foley_fingerprint ")[1].split()
+    run(["demo", f"--out={tmp_path / 'other'}", *few, "--workers=1"], module="data_prep")
+    options = ("--train=2", "--test=2", "--null=0", "--workers=1")
+    run(["demo", f"--out={tmp_path / 'demo'}", *options], module="data_prep")
+    made = RecordDataset(tmp_path / "other" / "records", data.split)
+    audio = {made[n].waveform.tobytes() for n in range(2)}
+    for split in ("train", "test"):
+        demo = RecordDataset(tmp_path / "demo" / "records", split)
+        assert demo.fingerprint != made.fingerprint
+        assert not audio & {demo[n].waveform.tobytes() for n in range(2)}

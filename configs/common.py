@@ -1,0 +1,73 @@
+"""Choice of a preset by its name, and sections that tasks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from avcl_jax.errors import UserError
+
+
+def choose(name: str, *presets: Callable[[], ConfigDict]) -> ConfigDict:
+    """Returns the config of the preset NAME of `--config=FILE:NAME`, locked.
+
+    Args:
+        presets: functions with the names of their presets.
+
+    Raises:
+        UserError: if there is no such preset; it names those that there are.
+    """
+    by_name = {preset.__name__: preset for preset in presets}
+    if name not in by_name:
+        raise UserError(f"unknown preset {name!r}: use one of {', '.join(by_name)}")
+    config = by_name[name]()
+    config.lock()
+    return config
+
+
+def execution(**settings: int | str) -> ConfigDict:
+    """Returns the section `execution`: how and where a task runs; no setting changes results.
+
+    Args:
+        workers: processes that render records; 0 renders in threads, which suits few cores.
+        threads: records rendered at a time, by each worker.
+        prefetch: batches kept ready.
+        max_bad_records: unreadable records that are left out; one more stops the run.
+        chunk: records encoded at a time, over all devices of a host.
+        part_records: records per file of computed features; an interrupted task resumes from them.
+        fsdp: devices over which parameters are split.
+        remat: what the backward pass computes again instead of keeping it: "none", "norms"
+            (normalisation and activation) or "blocks" (convolutions too). docs/large_batches.md
+        log_every: steps between lines of metrics.
+        checkpoint_every: steps between checkpoints.
+        keep_checkpoints: newest checkpoints that are kept.
+    """
+    # Compiled programs are kept here for the next start; "" keeps none. Only process 0 writes, so
+    # hosts of a pod need a directory that all of them see: gs://bucket/xla. JAX's own variable
+    # JAX_COMPILATION_CACHE_DIR goes first.
+    return ConfigDict(settings | {"compilation_cache": "~/.cache/avcl_jax/xla"})
+
+
+def protocol(task: str, name: str) -> ConfigDict:
+    """Returns the settings that every protocol of an encoder reads.
+
+    Args:
+        task: its function, `module:function`.
+        name: results are written to runs/NAME where no --workdir is given.
+    """
+    c = ConfigDict(dict(task=task, name=name, seed=0))
+    # Workdir of a run, directory of its export, or of imported weights.
+    c.encoder = "runs/demo"
+    c.bootstrap = dict(resamples=1000)
+    c.execution = execution(threads=2, chunk=16, part_records=1024)
+    return c
+
+
+def linear_probe() -> ConfigDict:
+    """Returns the settings of the linear probe, `evaluation.linear`."""
+    p = ConfigDict(dict(iterations=500, tolerance=1e-5))
+    p.classifier = "logistic"  # or "svm": a linear support vector machine
+    p.costs = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # candidates for C
+    p.folds = 5  # of the training sources, by which C is chosen
+    return p

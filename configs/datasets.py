@@ -1,0 +1,103 @@
+"""Data sets: one row each, from which the presets of all tasks take records, splits and labels.
+
+A new data set is a row here and its collection in data_prep/collections; docs/data has a page on
+each. The protocols that test a frozen encoder have a preset for every row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from avcl_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """A prepared data set.
+
+    Attributes:
+        directory: directory of the records.
+        prepare: command or page that makes them.
+        modality: modality from which classes are recognised.
+        label: classes, of one or several per record.
+        train: split of the records to train on.
+        test: split of the records to test on.
+        selections: selections of training and test records, one pair per official split.
+        groups: label whose classes are held out in turn to choose the regularisation of a linear
+            classifier; "" for random folds of sources.
+    """
+
+    directory: str
+    prepare: str
+    modality: str
+    label: str = "class"
+    train: str = "train"
+    test: str = "test"
+    selections: tuple[tuple[str, str], ...] = (("", ""),)
+    groups: str = ""
+
+
+_FOLEY = ("data/foley/records", "python -m data_prep demo --out data/foley")
+_THREE_SPLITS = tuple((f"split{n}=train", f"split{n}=test") for n in (1, 2, 3))
+_FIVE_FOLDS = tuple((f"fold!={n}", f"fold={n}") for n in (1, 2, 3, 4, 5))
+_ESC = ("docs/data/esc50.md", "audio", "class", "all", "all", _FIVE_FOLDS, "fold")
+DATASETS = {
+    "demo": DataSet(*_FOLEY, "video", "motion"),
+    "demo_audio": DataSet(*_FOLEY, "audio", "material"),
+    # Your own: --config.data.directory=D, and where classes are needed --config.data.label=L.
+    "records": DataSet("", "python -m data_prep prepare VIDEOS/ --out DIRECTORY", "video"),
+    "kinetics400": DataSet("data/kinetics400", "docs/data/kinetics.md", "video", test="val"),
+    "kinetics600": DataSet("data/kinetics600", "docs/data/kinetics.md", "video", test="val"),
+    "vggsound": DataSet("data/vggsound", "docs/data/vggsound.md", "audio"),
+    "audioset": DataSet("data/audioset", "docs/data/audioset.md", "audio", test="eval"),
+    "ucf101": DataSet(
+        *("data/ucf101", "docs/data/ucf101.md", "video", "class", "all", "all", _THREE_SPLITS)
+    ),
+    "hmdb51": DataSet(
+        *("data/hmdb51", "docs/data/hmdb51.md", "video", "class", "all", "all", _THREE_SPLITS)
+    ),
+    "esc50": DataSet("data/esc50", *_ESC),
+    "esc10": DataSet("data/esc10", *_ESC),
+}
+
+
+def find(name: str) -> DataSet:
+    """Returns the row of the data set `name`.
+
+    Raises:
+        UserError: if there is none; it names those that there are.
+    """
+    if name not in DATASETS:
+        raise UserError(f"unknown preset {name!r}: use one of {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
+def training(name: str) -> ConfigDict:
+    """Returns the section `data` of pretraining: the training records, without labels."""
+    row = find(name)
+    c = ConfigDict(dict(directory=row.directory, prepare=row.prepare, split=row.train))
+    c.select = ""  # records by label, for instance "fold!=1": avcl_jax/data/selection.py
+    return c
+
+
+def testing(name: str) -> ConfigDict:
+    """Returns the section `data` of a protocol without training: the test records."""
+    c = training(name)
+    c.split = find(name).test
+    c.allow_trained_on = False  # test on records that the encoder met in pretraining
+    c.leave_out = False  # True leaves out records without a modality
+    return c
+
+
+def labelled(name: str) -> ConfigDict:
+    """Returns the section `data` of a protocol that trains and tests on labels."""
+    row = find(name)
+    c = ConfigDict(dict(directory=row.directory, prepare=row.prepare, label=row.label))
+    c.update(train_split=row.train, test_split=row.test)
+    # One entry per official split: LABEL=VALUE, LABEL=VALUE|VALUE, LABEL!=VALUE; "" is all.
+    c.train_select, c.test_select = zip(*row.selections, strict=True)
+    c.allow_trained_on = False  # test on records that the encoder met in pretraining
+    c.leave_out = False  # True leaves out records without the class or the modality
+    return c
