@@ -235,11 +235,12 @@ def test_videos_with_lost_frames_stay_in_the_speed_task(name):
     [
         lost(30, *range(120, 180)),
         np.concatenate([np.arange(75) / 30, 2.5 + np.arange(50) / 20, 5 + np.arange(50) / 10]),
+        np.concatenate([np.arange(150) / 30, 5 + np.arange(130) / 26]),
         np.cumsum(np.random.default_rng(0).exponential(0.07, 140)),
         constant(6),
         constant(11.65, 6.0),  # 8 x 9 frames from the first to the last of a view do not fit
     ],
-    ids=["a gap of 2 s", "three rates", "any rate", "6 fps", "too few frames"],
+    ids=["a gap of 2 s", "three rates", "two rates", "any rate", "6 fps", "too few frames"],
 )
 def test_a_file_on_which_speeds_would_differ_is_never_in_the_speed_task(times):
     rng = np.random.default_rng(0)
