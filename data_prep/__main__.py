@@ -22,10 +22,7 @@ _COMMANDS = {
     "hmdb51": ("collections.hmdb51", "HMDB51 by its official lists"),
     "esc50": ("collections.esc50", "ESC-50 or ESC-10"),
     "tfds": ("collections.tfds", "a data set of TensorFlow Datasets (TFRecord or ArrayRecord)"),
-    "sequence-examples": (
-        "collections.sequence_examples",
-        "SequenceExamples of MediaSequence or DMVR",
-    ),
+    "sequence-examples": ("collections.sequence_examples", "examples of MediaSequence or DMVR"),
     "inspect": ("card", "show the content of a prepared data set"),
     "foley": ("foley.command", "write the demo's media files"),
     "demo": ("demo", "the demo's media files and their records"),

@@ -224,6 +224,11 @@ def message_class(name: str) -> Any:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"tensorflow.{name}"))
 
 
+@functools.cache
+def _little_endian(dtype: str | None) -> np.dtype[Any]:
+    return np.dtype(dtype).newbyteorder("<")
+
+
 def serialize_record(record: Record) -> bytes:
     """Returns `record` as a serialized tf.train.Example, always the same bytes.
 
@@ -243,7 +248,7 @@ def serialize_record(record: Record) -> bytes:
         elif kind == "Scalar":
             stored[name].int64_list.value.append(int(value))
         else:
-            data = np.asarray(value, np.dtype(dtype).newbyteorder("<")).tobytes()
+            data = np.asarray(value, _little_endian(dtype)).tobytes()
             stored[name].bytes_list.value.append(data)
     for label, numbers in record.labels.items():
         listed = numbers if isinstance(numbers, tuple) else (numbers,)
@@ -261,7 +266,7 @@ def _attribute(stored: Any, feature: Feature) -> Any:
     data = stored.bytes_list.value[0]
     if feature.kind == "Text":
         return to_text(data)
-    values = np.frombuffer(data, np.dtype(feature.dtype).newbyteorder("<"))
+    values = np.frombuffer(data, _little_endian(feature.dtype))
     return values if feature.attribute in ("frame_seconds", "waveform") else float(values[0])
 
 
