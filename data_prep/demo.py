@@ -40,10 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def prepare_rendered(table: Path, records: Path, *, name: str, workers: int) -> int:
-    """Prepares the rendered videos of a table with the settings of the demo.
-
-    Returns the exit status.
-    """
+    """Prepares the rendered videos of a table as the demo's; returns the exit status."""
     parser = argparse.ArgumentParser()
     folder_or_table.add_arguments(parser)
     prepare.add_arguments(parser)

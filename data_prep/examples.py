@@ -129,12 +129,11 @@ def _frames(
         yield JpegFrame(seconds, content.image_duration_seconds, height, width, data)
 
 
-def mix_to_mono(
-    samples: Samples, *, sample_rate_hz: int, start_seconds: float, end_seconds: float | None
-) -> Sound | None:
+def mix_to_mono(samples: Samples, **interval: Any) -> Sound | None:
     """Mixes channels by their mean, or as `avcl_jax.data.mono` decides, and resamples.
 
-    16-bit mono at `sample_rate_hz` is not changed. Returns None if the interval has no audio.
+    The interval is a sample rate, start and end, as of `lay_out`; 16-bit mono at that rate is not
+    changed. Returns None if the interval has no audio.
 
     Raises MediaError if the numbers are not samples, or their times leap.
     """
@@ -151,13 +150,7 @@ def mix_to_mono(
             frame.time_base = Fraction(1, rate)
             frame.pts = round(start * rate) + first
             frames.append(frame)
-    audio = lay_out(
-        frames,
-        zero=0.0,
-        sample_rate_hz=sample_rate_hz,
-        start_seconds=start_seconds,
-        end_seconds=end_seconds,
-    )
+    audio = lay_out(frames, zero=0.0, **interval)
     return audio and audio._replace(notes=notes)
 
 

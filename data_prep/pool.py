@@ -187,7 +187,7 @@ class Pool:
 
 
 def run_on_beam(
-    parts: Sequence[Part], *, runner: str, options: Sequence[str], timeout_seconds: float
+    parts: Sequence[Part], runner: str, options: Sequence[str], *, timeout_seconds: float
 ) -> None:
     """Prepares all parts on Apache Beam, in a directory that all workers see.
 

@@ -177,7 +177,7 @@ def _run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest
         preparation = publish.describe(args.name, options, manifest, finished, earlier, seconds)
         publish.publish(out, finished, preparation, manifest, duplicates.values(), earlier)
     counts = {split: preparation["splits"][split] for split in splits}
-    _print_table(out, counts, manifest, len(duplicates), dropped=args.deduplicate)
+    _print_table(args, counts, manifest, len(duplicates))
     print(f"{out}: {time.monotonic() - begin:.1f} s")
     return _status(counts.values(), args)
 
@@ -234,9 +234,7 @@ def _prepare(args: argparse.Namespace, parts: Sequence[Part], earlier: Earlier) 
         if args.runner == "local":
             Pool(workers=args.workers, timeout_seconds=timeout, progress=progress).run(waiting)
         else:
-            run_on_beam(
-                waiting, runner=args.runner, options=args.beam_option, timeout_seconds=timeout
-            )
+            run_on_beam(waiting, args.runner, args.beam_option, timeout_seconds=timeout)
     complete = []
     for part, finished in zip(parts, results, strict=True):
         if not (finished := finished or read_finished(part)):
@@ -281,14 +279,10 @@ def _print_plan(out: epath.Path, manifest: Manifest) -> None:
 
 
 def _print_table(
-    out: epath.Path,
-    splits: Mapping[str, Mapping[str, Any]],
-    manifest: Manifest,
-    num_duplicates: int,
-    *,
-    dropped: bool,
+    args: argparse.Namespace, splits: Mapping[str, Any], manifest: Manifest, duplicates: int
 ) -> None:
     """Prints counts of each split that was prepared, and the reasons for what was not."""
+    out, missing = args.out, len(manifest.missing)
     columns = ("records", "rejected", "no audio", "no video", "hours", "MB", "source MB")
     print(f"{'split':<12}" + "".join(f"{name:>10}" for name in columns))
     for split, counts in splits.items():
@@ -308,16 +302,11 @@ def _print_table(
             print(f"  {number} {prefix}{kind}: {meanings[kind]}")
         if total:
             print(f"  each file and what was found: {place}")
-    if manifest.missing:
-        listed = len(manifest.missing) + len(manifest.entries)
-        print(
-            f"  {len(manifest.missing)} of {listed} listed clips are not there: "
-            f"{out}/{publish.MISSING}"
-        )
-    if num_duplicates:
-        what = "were left out" if dropped else "are there; --deduplicate leaves them out"
-        print(
-            f"  {num_duplicates} exact duplicates of other clips {what}: {out}/{publish.DUPLICATES}"
-        )
+    if missing:
+        listed = missing + len(manifest.entries)
+        print(f"  {missing} of {listed} listed clips are not there: {out}/{publish.MISSING}")
+    if duplicates:
+        what = "were left out" if args.deduplicate else "are there; --deduplicate leaves them out"
+        print(f"  {duplicates} exact duplicates of other clips {what}: {out}/{publish.DUPLICATES}")
     if manifest.ignored:
         print(f"  {manifest.ignored} files ignored: nothing asked for them")
