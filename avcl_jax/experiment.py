@@ -230,14 +230,19 @@ def from_json(text: str) -> ml_collections.ConfigDict:
     """Returns the config that `to_json` wrote.
 
     Raises:
-        ValueError: if another version wrote it, whose settings have other names, or it is not JSON.
+        ValueError: if it is not JSON, or an older version wrote it.
     """
-    config = ml_collections.ConfigDict(json.loads(text))
-    if "execution" not in config:
-        raise ValueError(
-            "an older version of avcl_jax wrote it, with settings of other names: use that version"
+    return ml_collections.ConfigDict(_parse(text))
+
+
+def _parse(text: str) -> dict[str, Any]:
+    settings = json.loads(text)
+    if "execution" not in settings:
+        raise UserError(
+            "an older version of avcl_jax wrote this config, with settings of other names: use "
+            "that version, or choose another --workdir"
         )
-    return config
+    return settings
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -271,5 +276,10 @@ def differences(old: str, new: str) -> list[str]:
 
 
 def decisive_differences(old: str, new: str) -> list[str]:
-    """Returns those `differences` that decide results."""
+    """Returns those `differences` that decide results.
+
+    Raises:
+        UserError: if an older version wrote `old`.
+    """
+    _parse(old)
     return [line for line in differences(old, new) if is_decisive(line.split(":")[0])]

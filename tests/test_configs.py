@@ -323,8 +323,10 @@ def test_settings_of_execution_are_in_one_section():
 
 
 def test_a_config_of_an_older_version_is_refused_in_one_line():
-    with pytest.raises(ValueError, match="an older version of avcl_jax wrote it"):
-        experiment.from_json('{"compilation_cache": ""}')
+    old = '{"compilation_cache": ""}'
+    for read in (experiment.from_json, lambda old: experiment.decisive_differences(old, "{}")):
+        with pytest.raises(UserError, match="an older version of avcl_jax wrote this config"):
+            read(old)
 
 
 def test_results_are_those_of_a_run_with_other_threads_and_chunks(tmp_path):
