@@ -142,7 +142,7 @@ def config_of(
     c.evaluation.pairs_per_video = 4
     c.ablation.seeds = tuple(seeds)
     c.ablation.variants = ((FULL, ()), *((name, VARIANTS[name]) for name in variants))
-    c.ablation.figures = FIGURES
+    c.ablation.metrics = FIGURES
     c.lock()
     return c
 

@@ -47,10 +47,10 @@ def get_config(preset: str = "demo") -> ConfigDict:
     # Those that change nothing of this config, overrides included, are left out.
     c.ablation.variants = VARIANTS
     probes = [f"probe.{label}_from_{modality}." for label, modality in c.evaluation.probes]
-    c.ablation.figures = tuple(
-        figure
-        for figure in FIGURES
-        if not figure[1].startswith("probe.") or figure[1].startswith(tuple(probes))
+    c.ablation.metrics = tuple(
+        metric
+        for metric in METRICS
+        if not metric[1].startswith("probe.") or metric[1].startswith(tuple(probes))
     )
     return c.lock()
 
@@ -82,7 +82,7 @@ VARIANTS: tuple[tuple[str, tuple[tuple[str, object], ...]], ...] = (
 
 # (column, path of the metric in the results.json of a run, term of the loss without which it is
 # not defined: the head of a task that was not trained is as it was initialised).
-FIGURES = (
+METRICS = (
     ("motion, video", "probe.motion_from_video.pretrained", ""),
     ("material, audio", "probe.material_from_audio.pretrained", ""),
     ("R@5 audio → video", "retrieval.audio_to_video.r5", ""),

@@ -92,7 +92,7 @@ def get_config(preset: str = "run") -> ConfigDict:
 
 
 def _fit(learning_rate: float, max_epochs: int, decay_epochs: int) -> ConfigDict:
-    """How a network is trained on labels, and when it is done: see evaluation/supervised.py."""
+    """Returns the training of a network on labels, and its end: evaluation/supervised.py."""
     f = ConfigDict()
     f.batch_size = 32
     f.learning_rate = learning_rate

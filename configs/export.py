@@ -14,7 +14,7 @@ from configs.common import execution
 
 
 def get_config() -> ConfigDict:
-    """Returns the task; no setting decides what is exported."""
+    """Returns the task, whose settings are those of the run."""
     c = ConfigDict(dict(task="avcl_jax.export.runs:export_run", execution=execution()))
     c.name = "demo"  # the run under runs/ that is exported where no --workdir is given
     return c.lock()

@@ -120,8 +120,8 @@ def demo() -> ConfigDict:
 def abstract() -> ConfigDict:
     """The demo with the contrastive terms of the paper's abstract: video-video and video-audio.
 
-    Hardware: as the demo. The demo's third term, audio-audio, is ours; in other presets,
-    `--config.loss.weights.aa=0` switches it off.
+    The demo's third term, audio-audio, is ours; in other presets, `--config.loss.weights.aa=0`
+    switches it off. Hardware: as the demo.
     """
     c = demo()
     c.name = "abstract"
@@ -132,8 +132,8 @@ def abstract() -> ConfigDict:
 def records() -> ConfigDict:
     """Your own records, at the size of the demo.
 
-    Hardware: as the demo. The run is named after the directory of the records; without --workdir it
-    goes to runs/NAME.
+    The run is named after the directory of the records; without --workdir it is written to
+    runs/NAME. Hardware: as the demo.
     """
     c = demo()
     c.name = ""
@@ -143,7 +143,7 @@ def records() -> ConfigDict:
 
 
 def esc10() -> ConfigDict:
-    """ESC-10, audio alone: recordings of 5 s, of which a test fold is left out.
+    """ESC-10, audio alone: recordings of 5 s without a test fold.
 
     python -m avcl_jax.main --config=configs/pretrain.py:esc10 --config.data.select='fold!=1' \\
         --workdir=runs/esc10/seed0/fold1
@@ -314,5 +314,5 @@ def audioset() -> ConfigDict:
     c.data = datasets.training("audioset")
     c.steps = 46_000  # 50 epochs, because it is five to ten times as large as the others
     c.global_batch_size = 2048
-    c.bank.health_labels = ()  # of which a record has one each
+    c.bank.health_labels = ()  # which need one class per record
     return c

@@ -26,6 +26,7 @@ ROOMS = (
     "avcl_jax/models",
     "avcl_jax/objectives",
     "avcl_jax/training",
+    "configs",
     "data_prep",
     *(
         f"avcl_jax/{name}.py"

@@ -174,7 +174,7 @@ def _check_metrics(config: ml_collections.ConfigDict) -> None:
     trained = [term for term, weight in loss_spec(config).weights.items() if weight]
     probes = [probe_name(*probe) for probe in config.evaluation.probes]
     recalls = [f"r{k}" for k in config.evaluation.recall_at]
-    for title, path, term in config.ablation.figures:
+    for title, path, term in config.ablation.metrics:
         kind, key, last = path.split(".", 2)
         if term and term not in trained:
             verb, setting, known = "train", "loss.weights", trained
@@ -186,9 +186,9 @@ def _check_metrics(config: ml_collections.ConfigDict) -> None:
             continue
         of_term = f" of the loss term {term!r}" if term else ""
         raise UserError(
-            f"ablation.figures has {title!r} at {path}{of_term}, which "
+            f"ablation.metrics has {title!r} at {path}{of_term}, which "
             f"variant {FULL!r} does not {verb}; it {verb}s {', '.join(known) or 'none'}: set "
-            f"ablation.figures or {setting}"
+            f"ablation.metrics or {setting}"
         )
 
 
@@ -303,7 +303,7 @@ def effects(
         if full is None:
             raise UserError(
                 f"runs of {FULL!r} have no {column.path}, or are not trained for it: "
-                "correct ablation.figures"
+                "correct ablation.metrics"
             )
         by_variant = {variant: values(variant, column) for variant in variants}
         compared[column.title] = {
@@ -320,7 +320,7 @@ def _write(
     variants: Sequence[str],
     seeds: Sequence[int],
 ) -> dict[str, Any]:
-    columns = [Column(*column) for column in config.ablation.figures]
+    columns = [Column(*column) for column in config.ablation.metrics]
     compared = effects(found, columns, variants, seeds)
     results = {
         "protocol": "ablation",

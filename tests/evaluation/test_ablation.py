@@ -93,9 +93,9 @@ def test_a_task_that_was_not_trained_has_no_figure() -> None:
 
 def test_every_figure_names_a_term_of_the_loss_or_none() -> None:
     config = ablation_config.get_config()
-    terms = [term for _, _, term in config.ablation.figures]
+    terms = [term for _, _, term in config.ablation.metrics]
     assert set(terms) <= {"", *config.loss.weights}
-    for _, path, term in config.ablation.figures:
+    for _, path, term in config.ablation.metrics:
         assert (term in path.split(".")) == path.startswith("temporal.")
 
 
@@ -158,7 +158,7 @@ _MOTION = (("motion", "probe.motion_from_video.pretrained", ""),)
 
 def test_a_sweep_that_is_stopped_goes_on_and_writes_one_table(small_records, tmp_path) -> None:
     config = _small(small_records, "full", "no_vv")
-    config.ablation.figures = _MOTION
+    config.ablation.metrics = _MOTION
     runs = _Runs(stop_at=3)
 
     def sweep() -> dict | None:
@@ -188,7 +188,7 @@ def test_a_sweep_that_is_stopped_goes_on_and_writes_one_table(small_records, tmp
 
 def _two_runs(records) -> object:
     config = _small(records, "full", "no_vv")
-    config.ablation.figures, config.ablation.seeds = _MOTION, (0,)
+    config.ablation.metrics, config.ablation.seeds = _MOTION, (0,)
     return config
 
 
@@ -256,7 +256,7 @@ def test_sweeps_that_make_no_sense_are_refused(tmp_path) -> None:
     [
         ({"loss.weights.order_va": 0.0}, "'order_va', which variant 'full' does not train"),
         (
-            {"ablation.figures": (("motion", "probe.motion_from_video.random", "order"),)},
+            {"ablation.metrics": (("motion", "probe.motion_from_video.random", "order"),)},
             "of the loss term 'order'",
         ),
         (
@@ -301,6 +301,6 @@ def test_what_a_sweep_needs_at_its_end_is_checked_before_its_first_training(
 def test_figures_of_a_preset_are_measured_by_its_evaluation(preset) -> None:
     config = ablation_config.get_config(preset)
     probes = {f"{label}_from_{modality}" for label, modality in config.evaluation.probes}
-    paths = [path.split(".") for _, path, _ in config.ablation.figures]
+    paths = [path.split(".") for _, path, _ in config.ablation.metrics]
     assert {path[1] for path in paths if path[0] == "probe"} == probes
     assert ["retrieval", "audio_to_video", "r5"] in paths
