@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import librosa
@@ -121,7 +121,7 @@ class Exhibits:
             spectrogram_uri(arrays["spectrogram"][0], low=_DARKEST, high=_BRIGHTEST)
             if use.has_audio
             else "",
-            _playable(record, use, clip.start_seconds, span),
+            clip_uri(record, use, clip.start_seconds, span),
         )
 
 
@@ -139,26 +139,6 @@ def row(cards: Sequence[str], remark: str) -> str:
     """Returns the HTML of cards beside each other, with one line below."""
     below = f'<p class="caption">{text(remark)}</p>' if remark else ""
     return f'<div class="scroll"><div class="row">{"".join(cards)}</div></div>{below}'
-
-
-def _playable(record: Record, use: Timeline, start_seconds: float, span_seconds: float) -> str:
-    """Returns the data URI of an interval of a record."""
-    frames, fps = np.zeros((0, 2, 2, 3), np.uint8), 1.0
-    if use.has_video:
-        times = record.frame_seconds
-        inside = np.flatnonzero((times >= start_seconds) & (times < start_seconds + span_seconds))
-        fps = 1.0 / float(np.median(np.diff(times)))
-        frames = decode_jpegs([record.frames[int(index)] for index in inside])
-        # H.264 with subsampled colour has even sides.
-        frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
-    first = round((start_seconds - record.audio_start_seconds) * record.sample_rate_hz)
-    last = first + round(span_seconds * record.sample_rate_hz)
-    return clip_uri(
-        frames,
-        fps=fps,
-        waveform=record.waveform[max(first, 0) : last] if use.has_audio else np.zeros(0, "i2"),
-        sample_rate_hz=record.sample_rate_hz,
-    )
 
 
 def embedding_map(features: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -204,38 +184,43 @@ def class_plane(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray) -
 
 def frame_uri(frame: np.ndarray) -> str:
     """Returns a JPEG data URI of a uint8 [H, W, 3] frame."""
-    data = simplejpeg.encode_jpeg(np.ascontiguousarray(frame), quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(data).decode("ascii")
+    return _uri("image/jpeg", simplejpeg.encode_jpeg(np.ascontiguousarray(frame), quality=88))
 
 
 def spectrogram_uri(spectrogram: np.ndarray, *, low: float, high: float) -> str:
     """Returns the data URI of a `spectrogram_image`."""
-    data = spectrogram_image(spectrogram, low=low, high=high)
-    return "data:image/png;base64," + base64.b64encode(data).decode("ascii")
+    return _uri("image/png", spectrogram_image(spectrogram, low=low, high=high))
 
 
-def clip_uri(frames: np.ndarray, *, fps: float, waveform: np.ndarray, sample_rate_hz: int) -> str:
-    """Returns an MP4 data URI (H.264 and AAC) of a short clip, so that the page can play it.
-
-    Args:
-        frames: uint8 [T, H, W, 3], even height and width; empty for audio alone.
-        fps: frames per second.
-        waveform: int16 [samples]; empty for a silent clip.
-        sample_rate_hz: sample rate of the waveform.
-    """
-    if len(waveform) and sample_rate_hz not in _AAC_RATES:
-        resampled = librosa.resample(
-            waveform.astype(np.float32), orig_sr=sample_rate_hz, target_sr=16_000
-        )
-        waveform, sample_rate_hz = np.clip(resampled, -32768, 32767).astype(np.int16), 16_000
+def clip_uri(record: Record, use: Timeline, start_seconds: float, span_seconds: float) -> str:
+    """Returns an MP4 data URI (H.264 and AAC) of an interval of a record, for the page to play."""
+    frames: Iterable[tuple[float, np.ndarray]] = ()
+    if use.has_video:
+        times = record.frame_seconds
+        inside = np.flatnonzero((times >= start_seconds) & (times < start_seconds + span_seconds))
+        images = decode_jpegs([record.frames[int(index)] for index in inside])
+        # H.264 with subsampled colour has even sides.
+        images = images[:, : images.shape[1] // 2 * 2, : images.shape[2] // 2 * 2]
+        frames = zip(times[inside] - start_seconds, images, strict=True)
+    rate = record.sample_rate_hz
+    first = round((start_seconds - record.audio_start_seconds) * rate)
+    waveform = record.waveform[max(first, 0) : first + round(span_seconds * rate)]
+    if use.has_audio and rate not in _AAC_RATES:
+        resampled = librosa.resample(waveform.astype(np.float32), orig_sr=rate, target_sr=16_000)
+        waveform, rate = np.clip(resampled, -32768, 32767).astype(np.int16), 16_000
     stream = io.BytesIO()
     write_mp4(
         stream,
-        ((number / fps, frame) for number, frame in enumerate(frames)),
-        waveform,
-        fps=fps,
-        sample_rate_hz=sample_rate_hz,
+        frames,
+        waveform if use.has_audio else None,
+        fps=30,
+        sample_rate_hz=rate,
         audio_bits_per_second=32_000,
         video_options={"crf": "26", "preset": "veryfast", "threads": "1"},
+        variable_rate=True,
     )
-    return "data:video/mp4;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+    return _uri("video/mp4", stream.getvalue())
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"

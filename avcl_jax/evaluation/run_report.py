@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from etils import epath
 from sklearn.preprocessing import StandardScaler
 
-from avcl_jax.data.selection import Modality
+from avcl_jax.data.selection import Modality, UsableRecords
 from avcl_jax.evaluation import charts
 from avcl_jax.evaluation.bank_exhibits import bank_searches, bank_section, open_bank
 from avcl_jax.evaluation.evaluated_run import EvaluationRecords
@@ -59,30 +58,18 @@ def run_report(
         probes: results of the probes.
         tasks: results of the temporal tasks.
     """
-    config, names = run.config, records.test.records.class_names
-    settings, speed = config.evaluation.report, len(config.views.speeds) // 2  # a middle one
-    confusions = {
-        f"{_probe_title(name)}, pretrained": (
-            probe.details["confusion"],
-            names[name.rsplit("_from_", 1)[0]],
-        )
-        for name, probe in probes.items()
-    }
-    exhibits = Exhibits(records.test, run.spec, speed=speed, stills=settings.stills)
-    rng = np.random.default_rng(config.seed)
-    searches = _retrieval_searches(config, exhibits, test, rng)
-    bank = open_bank(config, workdir, run.spec, step=run.step)
+    config = run.config
+    examples = _Examples(run, records, train, test)
     sections = [
-        probe_section(view, confusions),
+        probe_section(view, probes, records.test.records.class_names),
         temporal_section(view, config.views.speeds),
         *tasks.sections,
-        retrieval_section(view["retrieval"], searches),
-        *_feature_sections(config, exhibits, train, test, rng),
+        retrieval_section(view["retrieval"], examples.retrieval()),
+        *examples.features(),
         training_section(_logged(workdir), bank_start(config)),
     ]
-    if bank is not None:
-        shown = Exhibits(bank[0], run.spec, speed=speed, stills=settings.stills)
-        sections.append(bank_section(shown, bank_searches(config, *bank)))
+    if (bank := open_bank(config, workdir, run.spec, step=run.step)) is not None:
+        sections.append(bank_section(_exhibits(run, bank[0]), bank_searches(config, *bank)))
     return {
         "title": f"What was learned from {config.name}",
         "lead": lead(view, config.modalities),
@@ -115,129 +102,123 @@ def seconds_of_run(run: PretrainedRun, workdir: epath.Path, seconds: float) -> d
     }
 
 
-def _draw(rng: np.random.Generator, count: int, settings: ml_collections.ConfigDict) -> list[int]:
-    """Draws the queries that are shown among `count` records."""
-    return np.sort(rng.choice(count, min(settings.queries, count), replace=False)).tolist()
+def _exhibits(run: PretrainedRun, records: UsableRecords) -> Exhibits:
+    middle = len(run.config.views.speeds) // 2  # neither an instant nor all of a video
+    stills = run.config.evaluation.report.stills
+    return Exhibits(records, run.spec, speed=middle, stills=stills)
 
 
-def _retrieval_searches(
-    config: ml_collections.ConfigDict, exhibits: Exhibits, test: Arrays, rng: np.random.Generator
-) -> str:
-    """Returns queries of both directions with their results."""
-    both = np.flatnonzero(test["has_video"] & test["has_audio"])
-    if not len(both) or config.modalities != "audio_visual":
-        return ""
-    settings, html = config.evaluation.report, ""
-    chosen, ids = _draw(rng, len(both), settings), np.arange(len(both))
-    for query, target in DIRECTIONS.values():
-        queries, gallery = (test[f"pretrained/{m}_embeddings"][both] for m in (query, target))
-        ranks = first_relevant_ranks(queries, gallery, query_ids=ids, gallery_ids=ids)
-        results = nearest(queries[chosen], gallery, k=settings.results)
-        html += f"<h3>Query {query}, ranked by {target}</h3>"
-        for row, items in zip(chosen, results, strict=True):
-            remark = f"The right {target} is number {ranks[row]} of {len(both)}."
-            html += exhibits.search(both[row], both[items], (query, target), remark)
-    return html
+class _Examples:
+    """Examples and maps of the test records by the outputs of the networks."""
 
+    def __init__(
+        self, run: PretrainedRun, records: EvaluationRecords, train: Arrays, test: Arrays
+    ) -> None:
+        self._config, self._settings = run.config, run.config.evaluation.report
+        self._train, self._test = train, test
+        self._exhibits = _exhibits(run, records.test)
+        self._class_names = records.test.records.class_names
+        self._rng = np.random.default_rng(run.config.seed)
 
-def _neighbours(
-    exhibits: Exhibits,
-    features: np.ndarray,
-    labels: np.ndarray,
-    positions: np.ndarray,
-    chosen: Sequence[int],
-    *,
-    modality: Modality,
-    label: str,
-    results: int,
-) -> str:
-    """Returns the nearest neighbours of the chosen videos, and how often any share a label."""
-    scaled = StandardScaler().fit_transform(features)
-    # A video is its own nearest neighbour, but twins may tie with it.
-    others = np.array(
-        [
-            [item for item in items if item != own][:results]
-            for own, items in enumerate(nearest(scaled, scaled, k=results + 1))
-        ]
-    )
-    shares = labels[others] == labels[:, None]
-    counts = np.bincount(labels)
-    chance = float((counts * (counts - 1)).sum() / (len(labels) * (len(labels) - 1)))
-    count = others.shape[1]
-    html = (
-        f"<h3>By {modality}: {as_text(float(shares.mean()), digits=0)} of the {count} nearest "
-        f"neighbours share the {text(label)} (chance {as_text(chance, digits=0)})</h3>"
-    )
-    for row in chosen:
-        remark = f"{int(shares[row].sum())} of {count} share its {label}."
-        given = (modality, modality)
-        html += exhibits.search(positions[row], positions[others[row]], given, remark)
-    return html
+    def _draw(self, count: int) -> list[int]:
+        """Draws the queries that are shown among `count` records."""
+        queries = min(self._settings.queries, count)
+        return np.sort(self._rng.choice(count, queries, replace=False)).tolist()
 
+    def retrieval(self) -> str:
+        """Returns queries of both directions with their results."""
+        test = self._test
+        both = np.flatnonzero(test["has_video"] & test["has_audio"])
+        if not len(both) or self._config.modalities != "audio_visual":
+            return ""
+        chosen, ids, html = self._draw(len(both)), np.arange(len(both)), ""
+        for query, target in DIRECTIONS.values():
+            queries, gallery = (test[f"pretrained/{m}_embeddings"][both] for m in (query, target))
+            ranks = first_relevant_ranks(queries, gallery, query_ids=ids, gallery_ids=ids)
+            results = nearest(queries[chosen], gallery, k=self._settings.results)
+            html += f"<h3>Query {query}, ranked by {target}</h3>"
+            for row, items in zip(chosen, results, strict=True):
+                remark = f"The right {target} is number {ranks[row]} of {len(both)}."
+                html += self._exhibits.search(both[row], both[items], (query, target), remark)
+        return html
 
-def _feature_sections(
-    config: ml_collections.ConfigDict,
-    exhibits: Exhibits,
-    train: Arrays,
-    test: Arrays,
-    rng: np.random.Generator,
-) -> list[str]:
-    """Returns the sections with neighbours and maps by the features of each probe."""
-    settings = config.evaluation.report
-    neighbours: list[str] = []
-    maps: list[charts.Map] = []
-    planes: list[str] = []
-    for label, modality in config.evaluation.probes:
-        known = np.flatnonzero(test[f"has_{modality}"] & (test[f"label_{label}"] >= 0))
-        if len(known) < _FEWEST_SHOWN:
-            continue
-        features = test[f"pretrained/{modality}_features"][known]
-        labels = test[f"label_{label}"][known]
-        neighbours.append(
-            _neighbours(
-                exhibits,
-                features,
-                labels,
-                known,
-                _draw(rng, len(known), settings),
-                modality=modality,
-                label=label,
-                results=settings.results,
+    def features(self) -> list[str]:
+        """Returns the sections with neighbours and maps by the features of each probe."""
+        neighbours: list[str] = []
+        maps: list[charts.Map] = []
+        planes: list[str] = []
+        for label, modality in self._config.evaluation.probes:
+            known, train_known = (
+                np.flatnonzero(side[f"has_{modality}"] & (side[f"label_{label}"] >= 0))
+                for side in (self._test, self._train)
             )
+            if len(known) < _FEWEST_SHOWN:
+                continue
+            features = self._test[f"pretrained/{modality}_features"][known]
+            labels, names = self._test[f"label_{label}"][known], self._class_names[label]
+            neighbours.append(self._neighbours(features, labels, known, modality, label))
+            rows, positions = embedding_map(features, seed=self._config.seed)
+            title = f"{modality.capitalize()}, coloured by {label}"
+            maps.append((title, positions, labels[rows], names))
+            train_labels = self._train[f"label_{label}"][train_known]
+            if len(np.unique(train_labels)) < 3:  # two classes lie on a line
+                continue
+            panels = []
+            for network in ("random", "pretrained"):
+                key = f"{network}/{modality}_features"
+                train, test = self._train[key][train_known], self._test[key][known]
+                plane = class_plane(train, train_labels, test)
+                panels.append((f"{title}: {network} encoder", plane, labels, names))
+            planes.append(charts.scatter(panels, name=f"plane{len(planes)}"))
+        if not neighbours:
+            return []
+        caption = "Each point is one test video, its colour a label that pretraining never saw."
+        if planes:
+            caption += (
+                " First as a linear classifier sees it: the plane in which the classes of the "
+                "<i>training</i> videos lie farthest apart, for a random encoder and for the "
+                "pretrained one. The clearer the islands on the right, the more was learned."
+            )
+            planes.append("<h3>Without any label: t-SNE of the pretrained features</h3>")
+        return [
+            section(
+                "Nearest neighbours",
+                "The test videos that an encoder holds to be most alike, by its features before "
+                "the projection, standardised.",
+                *neighbours,
+            ),
+            section("Map of the test videos", caption, *planes, charts.scatter(maps, name="maps")),
+        ]
+
+    def _neighbours(
+        self,
+        features: np.ndarray,
+        labels: np.ndarray,
+        positions: np.ndarray,
+        modality: Modality,
+        label: str,
+    ) -> str:
+        """Returns the nearest neighbours of some videos, and how often any share a label."""
+        scaled = StandardScaler().fit_transform(features)
+        results = self._settings.results
+        # A video is its own nearest neighbour, but twins may tie with it.
+        others = np.array(
+            [
+                [item for item in items if item != own][:results]
+                for own, items in enumerate(nearest(scaled, scaled, k=results + 1))
+            ]
         )
-        rows, positions = embedding_map(features, seed=config.seed)
-        title = f"{modality.capitalize()}, coloured by {label}"
-        names = exhibits.source.records.class_names[label]
-        maps.append((title, positions, labels[rows], names))
-        trained = train[f"has_{modality}"] & (train[f"label_{label}"] >= 0)
-        train_labels = train[f"label_{label}"][trained]
-        if len(np.unique(train_labels)) < 3:  # two classes lie on a line
-            continue
-        panels = []
-        for network in ("random", "pretrained"):
-            key = f"{network}/{modality}_features"
-            plane = class_plane(train[key][trained], train_labels, test[key][known])
-            panels.append((f"{title}: {network} encoder", plane, labels, names))
-        planes.append(charts.scatter(panels, name=f"plane{len(planes)}"))
-    if not neighbours:
-        return []
-    caption = "Each point is one test video, its colour a label that pretraining never saw."
-    if planes:
-        caption += (
-            " First as a linear classifier sees it: the plane in which the classes of the "
-            "<i>training</i> videos lie farthest apart, for a random encoder and for the "
-            "pretrained one. The clearer the islands on the right, the more was learned."
+        shares, counts = labels[others] == labels[:, None], np.bincount(labels)
+        chance = float((counts * (counts - 1)).sum() / (len(labels) * (len(labels) - 1)))
+        count = others.shape[1]
+        html = (
+            f"<h3>By {modality}: {as_text(float(shares.mean()), digits=0)} of the {count} nearest "
+            f"neighbours share the {text(label)} (chance {as_text(chance, digits=0)})</h3>"
         )
-        planes.append("<h3>Without any label: t-SNE of the pretrained features</h3>")
-    return [
-        section(
-            "Nearest neighbours",
-            "The test videos that an encoder holds to be most alike, by its features before the "
-            "projection, standardised.",
-            *neighbours,
-        ),
-        section("Map of the test videos", caption, *planes, charts.scatter(maps, name="maps")),
-    ]
+        for row in self._draw(len(labels)):
+            remark, given = f"{shares[row].sum()} of {count} share its {label}.", (modality,) * 2
+            html += self._exhibits.search(positions[row], positions[others[row]], given, remark)
+        return html
 
 
 def _preparation_seconds(directory: epath.PathLike) -> float | None:
@@ -290,13 +271,16 @@ def _arrow(direction: str) -> str:
 
 
 def probe_section(
-    view: Mapping[str, Any], confusions: Mapping[str, tuple[np.ndarray, Sequence[str]]]
+    view: Mapping[str, Any],
+    probes: Mapping[str, Measured],
+    class_names: Mapping[str, Sequence[str]],
 ) -> str:
     """Returns the section of the linear probes; "" without any.
 
     Args:
         view: metrics under the keys of results.json.
-        confusions: title -> (confusion, class names).
+        probes: results of the probes.
+        class_names: names of the classes of each label.
     """
     if not view["probe"]:
         return ""
@@ -321,7 +305,15 @@ def probe_section(
         "<h3>The same probes on mere statistics of the views</h3>",
         table(["", *(name.replace("_", " ") for name in trivial)], rows),
         "<h3>Confusion: rows are true classes, columns predicted ones, in % of the row</h3>",
-        matrices(confusions),
+        matrices(
+            {
+                f"{_probe_title(name)}, pretrained": (
+                    probe.details["confusion"],
+                    class_names[name.rsplit("_from_", 1)[0]],
+                )
+                for name, probe in probes.items()
+            }
+        ),
     )
 
 

@@ -22,28 +22,30 @@ _TERMS = {
 _TASKS = {name: task.title for name, task in TASKS.items()}
 _MODALITIES = {"video": "video", "audio": "audio"}
 
-# Charts in their order: pattern of a chart's key -> title, label of the axis.
+# Charts in their order: pattern of a chart's key -> title, label of the axis, and key of the dashed
+# curves in it.
 _CHARTS = {
-    r"term/loss": ("Contrastive loss", "loss"),
-    r"task/loss": ("Loss of the temporal tasks", "loss"),
-    r"term/accuracy": ("Partner ranked first in the batch", "fraction of anchors"),
-    r"task/accuracy": ("Temporal tasks on training views", "accuracy"),
-    r"health/embedding_std": ("Spread of the embeddings (0: collapse)", "standard deviation"),
-    r"term/negative_similarity": ("Similarity of negatives (dashed: in the bank)", "cosine"),
-    r"term/positive_similarity": ("Similarity of positives (dashed: in the bank)", "cosine"),
-    r"term/bank_positive_share/(\w+)": (r"Bank positives with the anchor's \1", "fraction"),
-    r"term/bank_negative_share/(\w+)": (r"Bank negatives with the anchor's \1", "fraction"),
+    r"term/loss": ("Contrastive loss", "loss", ""),
+    r"task/loss": ("Loss of the temporal tasks", "loss", ""),
+    r"term/accuracy": ("Partner ranked first in the batch", "fraction of anchors", ""),
+    r"task/accuracy": ("Temporal tasks on training views", "accuracy", ""),
+    r"health/embedding_std": ("Spread of the embeddings (0: collapse)", "standard deviation", ""),
+    r"term/(negative|positive)_similarity": (
+        r"Similarity of \1s (dashed: in the bank)",
+        "cosine",
+        r"term/bank_\1_similarity",
+    ),
+    r"term/bank_(negative|positive)_share/(\w+)": (
+        r"Bank \1s with the anchor's \2",
+        "fraction",
+        r"bank/base_rate/\2",
+    ),
     r"bank/same_source_similarity/newer": (
         "Rows of the anchor's video (dashed: older half)",
         "cosine",
+        "bank/same_source_similarity/older",
     ),
-    r"learning_rate": ("Learning rate", ""),
-}
-# Dashed curves: pattern of the key of the chart that they are drawn in -> their own key.
-_DASHED = {
-    r"term/(negative|positive)_similarity": r"term/bank_\1_similarity",
-    r"term/bank_\w+_share/(\w+)": r"bank/base_rate/\1",
-    r"bank/same_source_similarity/newer": "bank/same_source_similarity/older",
+    r"learning_rate": ("Learning rate", "", ""),
 }
 
 
@@ -73,8 +75,8 @@ def training_charts(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool, 
         names = labels | _TASKS | _MODALITIES
         names[""] = "by chance" if key.startswith("bank/base_rate/") else ""
         series[key] = {names[c]: tuple(np.array(curves[c]).T) for c in order}
-    dashed = {key: other for key in series if (other := _match(key, _DASHED)) in series}
-    described = {key: _match_chart(key) for key in sorted(series) if key not in dashed.values()}
+    described = {key: _describe(key) for key in sorted(series)}
+    dashed = {other for *_, other in described.values()}
     return [
         (
             title,
@@ -84,10 +86,11 @@ def training_charts(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool, 
                 "ylabel": ylabel,
                 "percent": "share" in key or key.endswith(("accuracy", "fill")),
                 "from_zero": "similarity" not in key and not key.endswith("loss"),
-                "dashed": series[dashed[key]] if key in dashed else {},
+                "dashed": series.get(other, {}),
             },
         )
-        for key, (rank, title, ylabel) in sorted(described.items(), key=lambda item: item[1][0])
+        for key, (rank, title, ylabel, other) in sorted(described.items(), key=lambda d: d[1][0])
+        if key not in dashed
     ]
 
 
@@ -136,16 +139,11 @@ def _place(name: str) -> tuple[str, str]:
     return (f"{of_modality[1]}/{of_modality[3]}", of_modality[2]) if of_modality else (name, "")
 
 
-def _match(key: str, patterns: Mapping[str, str]) -> str:
-    """Returns the replacement of the first pattern that matches, or ""."""
-    matches = ((m, text) for p, text in patterns.items() if (m := re.fullmatch(p, key)))
-    return next((m.expand(text) for m, text in matches), "")
-
-
-def _match_chart(key: str) -> tuple[int, str, str]:
-    """Returns the rank of a chart, its title and its axis."""
-    for rank, (pattern, (title, ylabel)) in enumerate(_CHARTS.items()):
+def _describe(key: str) -> tuple[int, str, str, str]:
+    """Returns the rank of a chart, its title, its axis, and the key of its dashed curves."""
+    for rank, (pattern, texts) in enumerate(_CHARTS.items()):
         if match := re.fullmatch(pattern, key):
-            return rank, match.expand(title), ylabel
+            title, ylabel, dashed = (match.expand(part) for part in texts)
+            return rank, title, ylabel, dashed
     words = key.partition("/")[2].replace("/", ": ").replace("_", " ")
-    return len(_CHARTS), words[:1].upper() + words[1:], ""
+    return len(_CHARTS), words[:1].upper() + words[1:], "", ""

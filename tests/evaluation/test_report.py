@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html.parser
 import io
 import re
@@ -12,12 +13,13 @@ import av
 import numpy as np
 import pytest
 
+from avcl_jax.data.views import Timeline
 from avcl_jax.evaluation.charts import bar_chart, interval_chart, line_chart, scatter
 from avcl_jax.evaluation.evaluate import evaluate
 from avcl_jax.evaluation.exhibits import clip_uri
 from avcl_jax.evaluation.page import as_text
 from avcl_jax.evaluation.run_report import lead, probe_section, retrieval_section, temporal_section
-from tests.evaluation.conftest import small_evaluation
+from tests.evaluation.conftest import small_evaluation, small_record
 
 PROBE = {"random": 0.36, "pretrained": 0.71, "supervised": 0.9, "gap_closed": 0.65, "chance": 0.2}
 
@@ -101,7 +103,7 @@ def test_a_leaking_null_control_is_called_out_and_a_skipped_one_named():
 
 
 def test_sections_without_results_are_left_out():
-    assert probe_section({"probe": {}}, {}) == ""
+    assert probe_section({"probe": {}}, {}, {}) == ""
     assert retrieval_section({}, "") == ""
     assert temporal_section({"temporal": {}}, (1, 2)) == ""
 
@@ -162,18 +164,19 @@ def test_charts_are_the_same_from_run_to_run():
 
 @pytest.mark.parametrize("rate", [4000, 16_000])
 def test_clips_play_for_as_long_as_they_should(rate):
-    rng = np.random.default_rng(5)
-    uri = clip_uri(
-        rng.integers(0, 255, size=(32, 16, 16, 3), dtype=np.uint8),
-        fps=16.0,
-        waveform=(3000 * rng.normal(size=2 * rate)).astype(np.int16),
-        sample_rate_hz=rate,
-    )
-    data = io.BytesIO(base64.b64decode(uri.removeprefix("data:video/mp4;base64,")))
-    with av.open(data) as container:
-        seconds = {s.type: float(s.duration * s.time_base) for s in container.streams}
-    assert seconds["video"] == pytest.approx(2.0)
-    assert seconds["audio"] == pytest.approx(2.0, abs=0.1)
+    record = dataclasses.replace(small_record("train", 0), sample_rate_hz=rate)
+    if rate == 16_000:
+        record = dataclasses.replace(record, waveform=record.waveform.repeat(4))
+    whole = Timeline(0.0, 3.0, 1 / 16)
+    found = {}
+    for name, use in (("both", whole), ("audio", dataclasses.replace(whole, has_video=False))):
+        uri = clip_uri(record, use, 0.5, 2.0)
+        data = io.BytesIO(base64.b64decode(uri.removeprefix("data:video/mp4;base64,")))
+        with av.open(data) as container:
+            found[name] = {s.type: float(s.duration * s.time_base) for s in container.streams}
+    assert found["both"]["video"] == pytest.approx(2.0, abs=0.07)
+    assert found["both"]["audio"] == pytest.approx(2.0, abs=0.1)
+    assert list(found["audio"]) == ["audio"]
 
 
 def test_only_all_of_them_is_written_as_a_hundred_percent():
