@@ -42,6 +42,7 @@ class DataSet:
 _FOLEY = ("data/foley/records", "python -m data_prep demo --out data/foley")
 _THREE_SPLITS = tuple((f"split{n}=train", f"split{n}=test") for n in (1, 2, 3))
 _FIVE_FOLDS = tuple((f"fold!={n}", f"fold={n}") for n in (1, 2, 3, 4, 5))
+_ACTIONS = ("video", "class", "all", "all", _THREE_SPLITS)
 _ESC = ("docs/data/esc50.md", "audio", "class", "all", "all", _FIVE_FOLDS, "fold")
 DATASETS = {
     "demo": DataSet(*_FOLEY, "video", "motion"),
@@ -52,12 +53,8 @@ DATASETS = {
     "kinetics600": DataSet("data/kinetics600", "docs/data/kinetics.md", "video", test="val"),
     "vggsound": DataSet("data/vggsound", "docs/data/vggsound.md", "audio"),
     "audioset": DataSet("data/audioset", "docs/data/audioset.md", "audio", test="eval"),
-    "ucf101": DataSet(
-        *("data/ucf101", "docs/data/ucf101.md", "video", "class", "all", "all", _THREE_SPLITS)
-    ),
-    "hmdb51": DataSet(
-        *("data/hmdb51", "docs/data/hmdb51.md", "video", "class", "all", "all", _THREE_SPLITS)
-    ),
+    "ucf101": DataSet("data/ucf101", "docs/data/ucf101.md", *_ACTIONS),
+    "hmdb51": DataSet("data/hmdb51", "docs/data/hmdb51.md", *_ACTIONS),
     "esc50": DataSet("data/esc50", *_ESC),
     "esc10": DataSet("data/esc10", *_ESC),
 }

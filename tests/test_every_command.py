@@ -140,7 +140,7 @@ class Demo:
             overrides["data.directory"] = self.records
         if command.workdir == COPY and name not in self.said:
             shutil.copytree(self.ran("pretrain.py"), self.directory / COPY)
-        overrides["compilation_cache"] = small.compilation_cache()
+        overrides["execution.compilation_cache"] = small.compilation_cache()
         return small.run(
             [
                 f"--config=configs/{name}",
