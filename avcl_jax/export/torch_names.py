@@ -1,7 +1,7 @@
 """Names of our encoders' layers in PyTorch code: one table per published code base.
 
-A table is a list of rows (our module, their module, kind of layer). It covers every parameter and
-statistic of the encoder, so what a table does not name is left over, and refused by name.
+A table maps our layers to theirs. It covers every parameter and statistic of the encoder, so what a
+table does not name is left over, and refused by name.
 
 Sources: torchvision.models.video (0.28), facebookresearch/AVID-CMA, facebookresearch/GDT.
 """
@@ -20,7 +20,6 @@ from avcl_jax.models.s3d import MIXED, S3D
 from avcl_jax.models.video_resnet import VideoResNet
 
 Kind = Literal["conv", "norm"]
-Row = tuple[str, str, Kind]
 
 # (ours below "params" or "batch_stats", PyTorch's) of the arrays of one layer.
 _ARRAYS: dict[Kind, tuple[tuple[str, str, str], ...]] = {
@@ -36,137 +35,108 @@ _ARRAYS: dict[Kind, tuple[tuple[str, str, str], ...]] = {
 UNUSED_SUFFIX = ".num_batches_tracked"
 
 
-def torchvision_video_resnet(encoder: VideoResNet) -> list[Row]:
-    """Rows of torchvision's `VideoResNet`, which GDT copied: r2plus1d_18, r3d_18, mc3_18, ..."""
-    factorised = encoder.factorisation == "r2plus1d"
-    if factorised:
-        rows: list[Row] = [
-            ("stem_spatial", "stem.0", "conv"),
-            ("stem_middle_norm", "stem.1", "norm"),
-            ("stem_temporal", "stem.3", "conv"),
-            ("stem_norm", "stem.4", "norm"),
-        ]
+def _kind(ours: str) -> Kind:
+    """Kind of a layer, which our names tell."""
+    return "norm" if "norm" in ours.rpartition("/")[2] else "conv"
+
+
+def _within(ours: str, theirs: str, layers: Mapping[str, str]) -> dict[str, str]:
+    """Layers of a module under the names of the whole network."""
+    return {f"{ours}/{name}": f"{theirs}.{other}" for name, other in layers.items()}
+
+
+# Of a convolution, normalised; of a factorised one, with its normalisation between.
+_CONV_NORM = {"conv": "0", "norm": "1"}
+_FACTORISED = {"spatial": "0", "middle_norm": "1", "temporal": "3"}
+
+
+def torchvision_video_resnet(encoder: VideoResNet) -> dict[str, str]:
+    """Names of torchvision's `VideoResNet`, which GDT copied: r2plus1d_18, r3d_18, mc3_18, ..."""
+    if encoder.factorisation == "r2plus1d":
+        stem = {"spatial": "0", "middle_norm": "1", "temporal": "3", "norm": "4"}
     else:
-        rows = [("stem_conv", "stem.0", "conv"), ("stem_norm", "stem.1", "norm")]
-    bottleneck = encoder.block == "bottleneck"
+        stem = _CONV_NORM
+    table = {f"stem_{ours}": f"stem.{theirs}" for ours, theirs in stem.items()}
     for stage, block, ours in _blocks(encoder.depths):
         theirs = f"layer{stage}.{block}"
-        if bottleneck:
-            rows += [
-                (f"{ours}/conv1", f"{theirs}.conv1.0", "conv"),
-                (f"{ours}/norm1", f"{theirs}.conv1.1", "norm"),
-                *_torchvision_conv(f"{ours}/conv2", f"{theirs}.conv2.0", factorised),
-                (f"{ours}/norm2", f"{theirs}.conv2.1", "norm"),
-                (f"{ours}/conv3", f"{theirs}.conv3.0", "conv"),
-                (f"{ours}/norm3", f"{theirs}.conv3.1", "norm"),
-            ]
-        else:
-            rows += [
-                *_torchvision_conv(f"{ours}/conv1", f"{theirs}.conv1.0", factorised),
-                (f"{ours}/norm1", f"{theirs}.conv1.1", "norm"),
-                *_torchvision_conv(f"{ours}/conv2", f"{theirs}.conv2.0", factorised),
-                (f"{ours}/norm2", f"{theirs}.conv2.1", "norm"),
-            ]
+        bottleneck = encoder.block == "bottleneck"
+        for conv in ("conv1", "conv2", "conv3") if bottleneck else ("conv1", "conv2"):
+            name, other = f"{ours}/{conv}", f"{theirs}.{conv}.0"
+            if bottleneck and conv != "conv2":
+                table[name] = other
+            elif encoder.factorisation == "r2plus1d":
+                table |= _within(name, other, _FACTORISED)
+            else:
+                table[f"{name}/conv"] = other
+            table[f"{ours}/norm{conv[-1]}"] = f"{theirs}.{conv}.1"
         if block == 0 and (stage > 1 or bottleneck):
-            rows += [
-                (f"{ours}/shortcut", f"{theirs}.downsample.0", "conv"),
-                (f"{ours}/shortcut_norm", f"{theirs}.downsample.1", "norm"),
-            ]
-    return rows
+            shortcut = {"shortcut": "downsample.0", "shortcut_norm": "downsample.1"}
+            table |= _within(ours, theirs, shortcut)
+    return table
 
 
-def _torchvision_conv(ours: str, theirs: str, factorised: bool) -> list[Row]:
-    if not factorised:
-        return [(f"{ours}/conv", theirs, "conv")]
-    return [
-        (f"{ours}/spatial", f"{theirs}.0", "conv"),
-        (f"{ours}/middle_norm", f"{theirs}.1", "norm"),
-        (f"{ours}/temporal", f"{theirs}.3", "conv"),
-    ]
+def torchvision_s3d(encoder: S3D) -> dict[str, str]:
+    """Names of torchvision's `S3D`; it has no gating."""
 
+    def separable(ours: str, theirs: str) -> dict[str, str]:
+        return _within(f"{ours}/spatial", f"{theirs}.0", _CONV_NORM) | _within(
+            f"{ours}/temporal", f"{theirs}.1", _CONV_NORM
+        )
 
-def torchvision_s3d(encoder: S3D) -> list[Row]:
-    """Rows of torchvision's `S3D`; it has no gating."""
-    rows = [
-        *_separable("conv_1a", "features.0"),
-        *_conv_norm("conv_2b", "features.2"),
-        *_separable("conv_2c", "features.3"),
-    ]
+    table = separable("conv_1a", "features.0")
+    table |= _within("conv_2b", "features.2", _CONV_NORM)
+    table |= separable("conv_2c", "features.3")
     # Their numbers in the sequence, in which the poolings before 4b and 5b count too.
     numbers = (5, 6, 8, 9, 10, 11, 12, 14, 15)
     for ours, number in zip(MIXED, numbers, strict=True):
         theirs = f"features.{number}"
-        rows += [
-            *_conv_norm(f"{ours}/branch0", f"{theirs}.branch0"),
-            *_conv_norm(f"{ours}/branch1_reduce", f"{theirs}.branch1.0"),
-            *_separable(f"{ours}/branch1", f"{theirs}.branch1.1"),
-            *_conv_norm(f"{ours}/branch2_reduce", f"{theirs}.branch2.0"),
-            *_separable(f"{ours}/branch2", f"{theirs}.branch2.1"),
-            *_conv_norm(f"{ours}/branch3", f"{theirs}.branch3.1"),
-        ]
-    return rows
+        table |= _within(f"{ours}/branch0", f"{theirs}.branch0", _CONV_NORM)
+        for branch in ("branch1", "branch2"):
+            table |= _within(f"{ours}/{branch}_reduce", f"{theirs}.{branch}.0", _CONV_NORM)
+            table |= separable(f"{ours}/{branch}", f"{theirs}.{branch}.1")
+        table |= _within(f"{ours}/branch3", f"{theirs}.branch3.1", _CONV_NORM)
+    return table
 
 
-def _conv_norm(ours: str, theirs: str) -> list[Row]:
-    return [(f"{ours}/conv", f"{theirs}.0", "conv"), (f"{ours}/norm", f"{theirs}.1", "norm")]
-
-
-def _separable(ours: str, theirs: str) -> list[Row]:
-    return [
-        *_conv_norm(f"{ours}/spatial", f"{theirs}.0"),
-        *_conv_norm(f"{ours}/temporal", f"{theirs}.1"),
-    ]
-
-
-def torchvision_resnet(encoder: AudioResNet) -> list[Row]:
-    """Rows of torchvision's 2-D `ResNet` of basic blocks, which GDT uses on spectrograms."""
-    rows: list[Row] = [("stem_conv", "conv1", "conv"), ("stem_norm", "bn1", "norm")]
+def torchvision_resnet(encoder: AudioResNet) -> dict[str, str]:
+    """Names of torchvision's 2-D `ResNet` of basic blocks, which GDT uses on spectrograms."""
+    table = {"stem_conv": "conv1", "stem_norm": "bn1"}
     for stage, block, ours in _blocks(encoder.depths):
-        theirs = f"layer{stage}.{block}"
-        rows += [
-            (f"{ours}/conv1", f"{theirs}.conv1", "conv"),
-            (f"{ours}/norm1", f"{theirs}.bn1", "norm"),
-            (f"{ours}/conv2", f"{theirs}.conv2", "conv"),
-            (f"{ours}/norm2", f"{theirs}.bn2", "norm"),
-        ]
+        layers = {"conv1": "conv1", "norm1": "bn1", "conv2": "conv2", "norm2": "bn2"}
         if block == 0 and stage > 1:
-            rows += [
-                (f"{ours}/shortcut", f"{theirs}.downsample.0", "conv"),
-                (f"{ours}/shortcut_norm", f"{theirs}.downsample.1", "norm"),
-            ]
-    return rows
+            layers |= {"shortcut": "downsample.0", "shortcut_norm": "downsample.1"}
+        table |= _within(ours, f"layer{stage}.{block}", layers)
+    return table
 
 
-def avid_video(encoder: VideoResNet) -> list[Row]:
-    """Rows of AVID-CMA's `R2Plus1D`."""
-    rows: list[Row] = [("stem_conv", "conv1.0", "conv"), ("stem_norm", "conv1.1", "norm")]
+def avid_video(encoder: VideoResNet) -> dict[str, str]:
+    """Names of AVID-CMA's `R2Plus1D`."""
+    table = {"stem_conv": "conv1.0", "stem_norm": "conv1.1"}
     for stage, block, ours in _blocks(encoder.depths):
-        theirs = f"conv{stage + 1}x.{block}"
-        rows += [
-            (f"{ours}/conv1/spatial", f"{theirs}.spt_conv1", "conv"),
-            (f"{ours}/conv1/middle_norm", f"{theirs}.spt_bn1", "norm"),
-            (f"{ours}/conv1/temporal", f"{theirs}.tmp_conv1", "conv"),
-            (f"{ours}/norm1", f"{theirs}.tmp_bn1", "norm"),
-            (f"{ours}/conv2/spatial", f"{theirs}.spt_conv2", "conv"),
-            (f"{ours}/conv2/middle_norm", f"{theirs}.spt_bn2", "norm"),
-            (f"{ours}/conv2/temporal", f"{theirs}.tmp_conv2", "conv"),
-            (f"{ours}/norm2", f"{theirs}.out_bn", "norm"),
-        ]
+        layers = {
+            "conv1/spatial": "spt_conv1",
+            "conv1/middle_norm": "spt_bn1",
+            "conv1/temporal": "tmp_conv1",
+            "norm1": "tmp_bn1",
+            "conv2/spatial": "spt_conv2",
+            "conv2/middle_norm": "spt_bn2",
+            "conv2/temporal": "tmp_conv2",
+            "norm2": "out_bn",
+        }
         if block == 0 and stage > 1:
-            rows.append((f"{ours}/shortcut", f"{theirs}.res_conv", "conv"))
-    return rows
+            layers["shortcut"] = "res_conv"
+        table |= _within(ours, f"conv{stage + 1}x.{block}", layers)
+    return table
 
 
-def avid_audio(encoder: AudioConvNet) -> list[Row]:
-    """Rows of AVID-CMA's `Conv2D`."""
-    rows: list[Row] = [("stem_conv", "conv1.0", "conv"), ("stem_norm", "conv1.1", "norm")]
+def avid_audio(encoder: AudioConvNet) -> dict[str, str]:
+    """Names of AVID-CMA's `Conv2D`."""
+    table = {"stem_conv": "conv1.0", "stem_norm": "conv1.1"}
     for block in range(1, len(encoder.widths) + 1):
         for layer in (1, 2):
-            rows += [
-                (f"block{block}_{layer}_conv", f"block{block}.conv{layer}", "conv"),
-                (f"block{block}_{layer}_norm", f"block{block}.bn{layer}", "norm"),
-            ]
-    return rows
+            table[f"block{block}_{layer}_conv"] = f"block{block}.conv{layer}"
+            table[f"block{block}_{layer}_norm"] = f"block{block}.bn{layer}"
+    return table
 
 
 def _blocks(depths: Any) -> Iterator[tuple[int, int, str]]:
@@ -181,14 +151,14 @@ class CodeBase:
     """Names of the arrays in the checkpoints of one published code base.
 
     Attributes:
-        tables: our name of the encoder → function that makes its rows.
+        tables: our name of the encoder → function that makes its table.
         prefixes: modality → prefix of the names of its encoder.
         unused: prefixes of arrays that the encoder does not have: classifiers, projections, and the
             encoder of the other modality.
         mels_first: its spectrograms are [mels, frames] instead of [frames, mels].
     """
 
-    tables: Mapping[str, Callable[[Any], list[Row]]]
+    tables: Mapping[str, Callable[[Any], dict[str, str]]]
     prefixes: Mapping[Modality, str]
     unused: Mapping[Modality, tuple[str, ...]]
     mels_first: bool = False
@@ -254,9 +224,9 @@ def named_arrays(
     """Every array of an encoder under both names."""
     prefix = code_base.prefixes[modality]
     return [
-        NamedArray(f"{collection}/{ours}/{leaf}", f"{prefix}{theirs}.{their_leaf}", kind)
-        for ours, theirs, kind in code_base.tables[name](encoder)
-        for collection, leaf, their_leaf in _ARRAYS[kind]
+        NamedArray(f"{collection}/{ours}/{leaf}", f"{prefix}{theirs}.{their_leaf}", _kind(ours))
+        for ours, theirs in code_base.tables[name](encoder).items()
+        for collection, leaf, their_leaf in _ARRAYS[_kind(ours)]
     ]
 
 

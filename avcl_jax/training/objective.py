@@ -90,18 +90,16 @@ def _views(
         batch: batch of `data.pipeline`.
         label_names: names of the labels to add; without any, one column of unknown ones.
     """
-    some = next(value for name, value in outputs.items() if name.endswith("_embeddings"))
-    embeddings: dict[Modality, Array] = {}
+    encoded = {m: outputs[name] for m in MODALITIES if (name := f"{m}_embeddings") in outputs}
+    absent = jnp.zeros_like(next(iter(encoded.values())))
     present: dict[Modality, Array] = {}
     for modality in MODALITIES:
-        name = f"{modality}_embeddings"
-        embeddings[modality] = outputs.get(name, jnp.zeros_like(some))
         mask = per_view(batch[f"has_{modality}"])
-        present[modality] = mask if name in outputs else jnp.zeros_like(mask)
+        present[modality] = mask if modality in encoded else jnp.zeros_like(mask)
     unknown = jnp.full_like(batch["source_id"], -1)
     labels = [batch.get(f"label_{name}", unknown) for name in label_names]
     return Views(
-        embeddings=embeddings,
+        embeddings={modality: encoded.get(modality, absent) for modality in MODALITIES},
         present=present,
         playback={m: 2 * batch[f"{m}_speed"] + batch[f"{m}_direction"] for m in MODALITIES},
         label=jnp.stack(labels or [unknown], axis=1),

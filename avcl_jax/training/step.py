@@ -18,7 +18,7 @@ from avcl_jax.errors import UserError
 from avcl_jax.models.audio_visual import module_rows
 from avcl_jax.objectives import bank_health, feature_bank
 from avcl_jax.objectives.temporal import TASKS
-from avcl_jax.objectives.views import Views
+from avcl_jax.objectives.views import MODALITIES, Views
 from avcl_jax.training import accumulate
 from avcl_jax.training.metrics import Metrics, average
 from avcl_jax.training.objective import LossSpec, total_loss
@@ -100,16 +100,12 @@ def make_train_step(
         augment_key, bank_key = jax.random.split(jax.random.fold_in(key, state.step))
         inputs = prepare(batch, key=augment_key)
         # Outputs that no term reads would take memory for the whole batch.
-        used = loss_spec.active(TASKS)
+        used = {*(f"{modality}_embeddings" for modality in MODALITIES), *loss_spec.active(TASKS)}
 
         def forward(params: Any, inputs: Any) -> tuple[dict[str, Array], Any]:
             variables = {"params": params, "batch_stats": state.batch_stats}
             outputs, mutated = model.apply(variables, **inputs, train=True, mutable=["batch_stats"])
-            outputs = {
-                name: value
-                for name, value in outputs.items()
-                if name.endswith("_embeddings") or name in used
-            }
+            outputs = {name: value for name, value in outputs.items() if name in used}
             return outputs, mutated["batch_stats"]
 
         objective = functools.partial(
@@ -140,8 +136,8 @@ def make_train_step(
             bank = feature_bank.insert(bank, views, mesh=mesh)
         metrics |= _view_metrics(views, ~batch["unreadable"], encoders=grads)
         metrics["health/gradient_norm"] = average(optax.tree.norm(grads))
-        for name in ("video_encoder", "audio_encoder"):
-            if name in grads:
+        for modality in MODALITIES:
+            if (name := f"{modality}_encoder") in grads:
                 metrics[f"health/{name}_gradient_norm"] = average(optax.tree.norm(grads[name]))
         metrics["health/parameter_norm"] = average(optax.tree.norm(params))
         metrics["learning_rate"] = average(jnp.asarray(schedule(state.step)))

@@ -313,6 +313,12 @@ def test_rows_far_from_the_mean_are_not_near_to_every_anchor():
     assert (rows < 16).all()
 
 
+def test_means_of_playbacks_with_several_rows_one_and_none():
+    sums = jnp.array([[6.0, 3.0, 3], [5.0, 1.0, 1], [0.0, 0.0, 0]])
+    means = bank_ranking.playback_means(sums)
+    np.testing.assert_array_equal(means, [[2, 1], [5, 1], [0, 0]])
+
+
 def test_too_few_eligible_rows_give_no_positives():
     """16 eligible rows of 64 suffice for 4 ranks, not for 5."""
     bank, anchors = one_anchor(np.linspace(0.5, 0.4, 64), present=np.arange(64) % 4 == 0)
