@@ -29,7 +29,8 @@ def get_config(preset: str = "demo") -> ConfigDict:
 
     The demo is shortened to three fifths: 2.5 minutes per run on 2 CPU cores, evaluation included.
     """
-    c, measured = pretrain.get_config(preset), evaluate.get_config(preset)
+    c = pretrain.get_config(preset)
+    measured = evaluate.get_config("run" if preset == "records" else preset)
     c.unlock()
     c.task = "avcl_jax.evaluation.ablation:ablate"
     c.name = f"ablation_{preset}"

@@ -292,8 +292,7 @@ def all_configs():
             module.get_config("?")
         presets = str(caught.value).partition("use one of ")[2]
         for preset in presets.split(" " if path.stem == "import_weights" else ", "):
-            if (path.stem, preset) != ("ablation", "records"):  # needs labels
-                found[f"{path.name}:{preset}"] = module.get_config(preset)
+            found[f"{path.name}:{preset}"] = module.get_config(preset)
     return found
 
 

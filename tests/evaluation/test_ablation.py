@@ -297,7 +297,7 @@ def test_what_a_sweep_needs_at_its_end_is_checked_before_its_first_training(
         ablation.ablate(config, tmp_path, pretrain=None, evaluate=None)
 
 
-@pytest.mark.parametrize("preset", ["demo", "kinetics400"])
+@pytest.mark.parametrize("preset", ["demo", "records", "kinetics400"])
 def test_figures_of_a_preset_are_measured_by_its_evaluation(preset) -> None:
     config = ablation_config.get_config(preset)
     probes = {f"{label}_from_{modality}" for label, modality in config.evaluation.probes}
