@@ -67,7 +67,6 @@ def protocol(task: str, name: str) -> ConfigDict:
 def linear_probe() -> ConfigDict:
     """Returns the settings of the linear probe, `evaluation.linear`."""
     p = ConfigDict(dict(iterations=500, tolerance=1e-5))
-    p.classifier = "logistic"  # or "svm": a linear support vector machine
     p.costs = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # candidates for C
     p.folds = 5  # of the training sources, by which C is chosen
     return p

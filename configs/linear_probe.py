@@ -39,6 +39,7 @@ def get_config(preset: str = "demo") -> ConfigDict:
     # in `evaluation.features.FeatureSpec`.
     c.features = dict(speeds=(1, 2), clips=5, clip_pooling="mean", record_pooling="mean")
     c.probe = linear_probe()
+    c.probe.classifier = "logistic"  # or "svm": a linear support vector machine
     c.baselines = dict(random=True)  # an encoder of the same shape that was never trained
     c.baselines.classical = False  # statistics of MFCC and of the log-mel spectrum of whole audio
     c.baselines.classical_costs = (0.1, 1.0, 10.0, 100.0)

@@ -67,7 +67,7 @@ _EVALUATED = {
 _SHORT_FITS = {
     f"evaluation.{network}.{name}": value
     for network in ("supervised.video", "supervised.audio", "null")
-    for name, value in (("fit.max_epochs", 1), ("fit.decay_epochs", 1), ("fit.batch_size", 8))
+    for name, value in (("fit.epochs", 2), ("fit.decay_epochs", 1), ("fit.batch_size", 8))
 } | {
     "evaluation.supervised.video.views": 1,
     "evaluation.supervised.audio.views": 1,

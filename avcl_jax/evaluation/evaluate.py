@@ -60,7 +60,7 @@ from avcl_jax.paths import absolute_path
 
 PROTOCOL = Protocol(
     name="pretraining_run",
-    version=4,
+    version=5,
     title="What a run has learned",
     definition=(
         "Features are the encoder's output before the projection, means over "
@@ -70,9 +70,8 @@ PROTOCOL = Protocol(
         "Probes: features standardised by the training videos, multinomial logistic regression, C "
         "chosen by cross-validation of the training videos alone, one look at the test videos.",
         "Supervised encoders: same shape, trained from scratch with a linear head on random views "
-        "of the training videos by evaluation.supervised, and probed like the others. The learning "
-        "rate is constant until the training loss is below its target or on a plateau, then falls "
-        "to zero.",
+        "of the training videos by evaluation.supervised, and probed like the others. The number "
+        "of epochs is fixed; in the last of them the learning rate falls to zero.",
         "Retrieval: all test videos with video and audio, by the cosine of embeddings, that is, "
         "the mean similarity of views of the same times; a tie counts against the correct one.",
         "Temporal tasks: evaluation.pairs_per_video pairs of views of each test video, drawn as in "
@@ -273,8 +272,8 @@ def _view(
         "temporal": temporal,
         "null_control": null_summary,
         "supervised": {
-            name: {"stopped": f.stopped, "epochs": len(f.losses), "train_loss": f.losses[-1]}
-            for name, f in fits.items()
+            name: {"epochs": len(fit.losses), "train_loss": fit.losses[-1]}
+            for name, fit in fits.items()
         },
         "step": run.step,
     }
@@ -388,7 +387,14 @@ def measure_probe(
 
     def probe(features: str) -> tuple[float, np.ndarray]:
         """Returns C, and scores of the test records."""
-        found = fit_probe(train[features][rows[0]], targets, groups, classes=classes, **settings)
+        found = fit_probe(
+            train[features][rows[0]],
+            targets,
+            groups,
+            classes=classes,
+            classifier="logistic",
+            **settings,
+        )
         return found.cost, found.scores(test[features][rows[1]])
 
     networks = {"random": "random", "pretrained": "pretrained"}

@@ -1,13 +1,13 @@
 """Training an encoder of the same shape on labels: upper bounds of probes, and null controls.
 
-The stopping rule looks at the training loss alone: no test item, and no held-out item, takes part.
+The budget is fixed: no test item, no held-out item and no loss decides when training ends.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -30,53 +30,24 @@ Prepare = Callable[[Any], Any]
 
 @dataclasses.dataclass(frozen=True)
 class FitSpec:
-    """Training of a classifier, and its end.
+    """Training of a classifier.
 
-    The learning rate stays constant until the training loss has converged: the mean loss of an
-    epoch is below `loss_target`, or the mean over the last `window` epochs is not lower than that
-    over the `window` epochs before by the share `improvement`, a plateau; at the latest after
-    `max_epochs`. Then it falls to zero in a straight line over `decay_epochs`, and training is
-    done.
-
-    Attributes:
-        batch_size: views in a step.
-        learning_rate: learning rate of AdamW while it is constant.
-        weight_decay: weight decay of AdamW.
-        loss_target: training loss that counts as converged at the full learning rate.
-        window: epochs whose mean is compared.
-        improvement: relative fall of that mean below which the loss is on a plateau.
-        max_epochs: bound on the epochs of the full learning rate.
-        decay_epochs: epochs in which the learning rate falls.
+    The learning rate of AdamW is constant, and falls to zero in a straight line over the last
+    `decay_epochs` of the `epochs`. Whether that was enough shows in the training loss, which is
+    reported with the results.
     """
 
     batch_size: int
     learning_rate: float
     weight_decay: float
-    loss_target: float
-    window: int
-    improvement: float
-    max_epochs: int
+    epochs: int
     decay_epochs: int
 
-
-def converged(losses: Sequence[float], spec: FitSpec) -> str | None:
-    """Decides from training losses alone whether the full learning rate has done its work.
-
-    Args:
-        losses: mean training loss of every epoch so far.
-        spec: the rule.
-
-    Returns:
-        "target", "plateau", "max_epochs", or None to continue.
-    """
-    if losses[-1] < spec.loss_target:
-        return "target"
-    if len(losses) >= 2 * spec.window:
-        last = np.mean(losses[-spec.window :])
-        before = np.mean(losses[-2 * spec.window : -spec.window])
-        if last > (1.0 - spec.improvement) * before:
-            return "plateau"
-    return "max_epochs" if len(losses) >= spec.max_epochs else None
+    def rates(self, steps: int) -> np.ndarray:
+        """Returns the learning rate of every step, for a number of steps per epoch."""
+        constant = np.full((self.epochs - self.decay_epochs) * steps, self.learning_rate)
+        falling = np.linspace(self.learning_rate, 0.0, self.decay_epochs * steps, endpoint=False)
+        return np.concatenate([constant, falling]).astype(np.float32)
 
 
 class Classifier(nn.Module):
@@ -109,13 +80,11 @@ class Fit:
         classifier: the module.
         variables: its parameters and batch statistics.
         losses: mean training loss of every epoch.
-        stopped: why the full learning rate ended: "target", "plateau" or "max_epochs".
     """
 
     classifier: Classifier
     variables: Mapping[str, Any]
     losses: list[float]
-    stopped: str
 
     @property
     def encoder_variables(self) -> dict[str, Any]:
@@ -131,8 +100,8 @@ class Fit:
         compute = batched_map(
             logits, {"fit": self.variables}, inputs=("clips",), chunk=batch_size, threads=1
         )
-        found = compute(lambda position: {"clips": views[position]}, range(len(views)))
-        return {name.removeprefix("fit/"): values for name, values in found.items()}
+        outputs = compute(lambda position: {"clips": views[position]}, range(len(views)))
+        return {name.removeprefix("fit/"): values for name, values in outputs.items()}
 
 
 def fit_classifier(
@@ -145,7 +114,7 @@ def fit_classifier(
     spec: FitSpec,
     seed: int,
 ) -> Fit:
-    """Trains an encoder from scratch, with a linear head for each label, until it has converged.
+    """Trains an encoder from scratch, with a linear head for each label.
 
     An epoch shows one randomly chosen view of every item.
 
@@ -154,13 +123,9 @@ def fit_classifier(
         views: [n, V, ...], V rendered views of each of n items.
         labels: int [n, V] by task.
         classes: number of classes of each task.
-        spec: how to train, and when to stop.
-
-    Returns:
-        The trained classifier.
 
     Raises:
-        UserError: if there are fewer items than a batch, shapes differ, or the loss is not finite.
+        UserError: if there are fewer items than a batch, or the loss is not finite.
     """
     items, num_views = views.shape[:2]
     if items < spec.batch_size:
@@ -172,49 +137,35 @@ def fit_classifier(
     rng = np.random.default_rng(seed)
     initialise = jax.jit(functools.partial(classifier.init, train=False))
     variables = initialise(jax.random.key(seed), views[: spec.batch_size, 0])
+    steps = items // spec.batch_size
+    rates = spec.rates(steps)
     optimizer = optax.inject_hyperparams(optax.adamw)(
-        learning_rate=spec.learning_rate, weight_decay=spec.weight_decay
+        learning_rate=lambda step: jnp.asarray(rates)[step], weight_decay=spec.weight_decay
     )
     state = (variables, optimizer.init(variables["params"]))
     step = _train_step(classifier, optimizer)
-    steps = items // spec.batch_size
     losses: list[float] = []
-
-    def epoch(state: Any, rates: np.ndarray) -> Any:
+    for epoch in range(spec.epochs):
         order = rng.permutation(items)
         of_steps = []
-        for number, rate in enumerate(rates):
-            chosen = order[number * spec.batch_size : (number + 1) * spec.batch_size]
-            view = rng.integers(num_views, size=len(chosen))
-            targets = {name: values[chosen, view] for name, values in labels.items()}
-            state, loss = step(state, views[chosen, view], targets, np.float32(rate))
+        for number in range(steps):
+            batch = order[number * spec.batch_size : (number + 1) * spec.batch_size]
+            view = rng.integers(num_views, size=len(batch))
+            targets = {name: values[batch, view] for name, values in labels.items()}
+            state, loss = step(state, views[batch, view], targets)
             of_steps.append(loss)
-        loss = np.mean(jax.device_get(of_steps))
-        if not np.isfinite(loss):
+        losses.append(float(np.mean(jax.device_get(of_steps))))
+        if not np.isfinite(losses[-1]):
             raise UserError(
-                f"the training loss of epoch {len(losses)} is {loss}; lower learning_rate"
+                f"the training loss of epoch {epoch} is {losses[-1]}; lower learning_rate"
             )
-        losses.append(float(loss))
-        return state
-
-    stopped = None
-    while stopped is None:
-        state = epoch(state, np.full(steps, spec.learning_rate))
-        stopped = converged(losses, spec)
-    falling = np.linspace(spec.learning_rate, 0.0, spec.decay_epochs * steps, endpoint=False)
-    for rates in falling.reshape(spec.decay_epochs, steps):
-        state = epoch(state, rates)
-    return Fit(classifier, state[0], losses, stopped)
+    return Fit(classifier, state[0], losses)
 
 
 def _train_step(classifier: Classifier, optimizer: Any) -> Callable[..., Any]:
     def loss_function(params: Any, batch_stats: Any, views: Any, targets: Any) -> Any:
-        logits, updated = classifier.apply(
-            {"params": params, "batch_stats": batch_stats},
-            views,
-            train=True,
-            mutable=["batch_stats"],
-        )
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits, updated = classifier.apply(variables, views, train=True, mutable=["batch_stats"])
         losses = [
             optax.softmax_cross_entropy_with_integer_labels(logits[name], targets[name]).mean()
             for name in logits
@@ -222,23 +173,22 @@ def _train_step(classifier: Classifier, optimizer: Any) -> Callable[..., Any]:
         return jnp.stack(losses).mean(), updated.get("batch_stats", {})
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: Any, views: Any, targets: Any, learning_rate: Any) -> Any:
+    def step(state: Any, views: Any, targets: Any) -> Any:
         variables, optimizer_state = state
-        optimizer_state.hyperparams["learning_rate"] = learning_rate
+        params = variables["params"]
         (loss, batch_stats), gradients = jax.value_and_grad(loss_function, has_aux=True)(
-            variables["params"], variables.get("batch_stats", {}), views, targets
+            params, variables.get("batch_stats", {}), views, targets
         )
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, variables["params"])
-        params = optax.apply_updates(variables["params"], updates)
-        variables = {"params": params, "batch_stats": batch_stats}
-        return (variables, optimizer_state), loss
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+        params = optax.apply_updates(params, updates)
+        return ({"params": params, "batch_stats": batch_stats}, optimizer_state), loss
 
     return step
 
 
 @dataclasses.dataclass(frozen=True)
 class NullControl:
-    """Accuracies of networks on noise, which is the same at every speed and in both directions.
+    """Scores of networks on noise, which is the same at every speed and in both directions.
 
     A network that leaves chance has found a trace of the rendering, and then the accuracies on real
     videos prove nothing.
@@ -257,35 +207,26 @@ class NullControl:
 def render_null_views(
     source: UsableRecords, spec: RenderSpec, *, views: int, seed: int, threads: int
 ) -> dict[str, np.ndarray]:
-    """Renders views of every record at all speeds and directions, equally often.
-
-    Args:
-        source: records of stationary noise.
-        spec: the rendering under test: the one that training uses.
-        views: views per record.
+    """Renders `views` views of each record of noise, all speeds and directions equally often.
 
     Raises:
         UserError: if `views` is not a multiple of the combinations of speed and direction.
     """
     speeds = range(len(spec.views.speeds))
-    combinations = 2 * len(speeds)
-    if views % combinations:
+    if views % (2 * len(speeds)):
         raise UserError(
-            f"{views} views of each record do not give the {combinations} combinations of speed "
-            f"and direction equally often: use a multiple of {combinations}"
+            f"{views} views of each record do not give the {2 * len(speeds)} combinations of speed "
+            f"and direction equally often: use a multiple of {2 * len(speeds)}"
         )
-
-    def render(position: int) -> dict[str, np.ndarray]:
-        return random_views(
-            source,
-            position,
-            spec,
-            speeds=speeds,
-            directions=(FORWARD, BACKWARD),
-            views=views,
-            seed=seed,
-        )
-
+    render = functools.partial(
+        random_views,
+        source,
+        spec=spec,
+        speeds=speeds,
+        directions=(FORWARD, BACKWARD),
+        views=views,
+        seed=seed,
+    )
     return render_all(render, range(len(source)), threads=threads)
 
 
@@ -303,41 +244,34 @@ def null_control(
 
     Args:
         train: arrays of `render_null_views`.
-        test: the same of other records.
-        encoders: small unbound networks by modality, "video" and "audio".
-        num_speeds: number of playback speeds.
-        spec: how to train.
-
-    Returns:
-        Accuracies on the test views.
+        test: arrays of other records.
+        encoders: small unbound networks by modality.
     """
+    tasks = {"direction": 2, "speed": num_speeds}
     scores: dict[str, TaskScore] = {}
     losses: dict[str, float] = {}
     for modality, encoder in encoders.items():
-        name = MODALITY_INPUTS[modality]
-        present = train[f"has_{modality}"], test[f"has_{modality}"]
-        tasks = {"direction": 2, "speed": num_speeds}
+
+        def items(arrays: Mapping[str, np.ndarray], name: str, modality: str = modality) -> Any:
+            """Views of all records as items of one view each, so that an epoch shows them all."""
+            values = arrays[name][arrays[f"has_{modality}"]]
+            return values.reshape(-1, 1, *values.shape[2:])
+
         fit = fit_classifier(
             encoder,
-            _one_view_items(train[name][present[0]]),
-            {t: train[f"{modality}_{t}"][present[0]].reshape(-1, 1) for t in tasks},
+            items(train, MODALITY_INPUTS[modality]),
+            {task: items(train, f"{modality}_{task}") for task in tasks},
             classes=tasks,
             prepare=prepare[modality],
             spec=spec,
             seed=seed,
         )
-        logits = fit.predict(
-            _one_view_items(test[name][present[1]])[:, 0], batch_size=spec.batch_size
-        )
+        views = items(test, MODALITY_INPUTS[modality])[:, 0]
+        logits = fit.predict(views, batch_size=spec.batch_size)
         for task in tasks:
-            labels = test[f"{modality}_{task}"][present[1]].reshape(-1)
+            labels = items(test, f"{modality}_{task}")[:, 0]
             mask = np.ones(len(labels), dtype=bool)
             scores[f"{task}_{modality}"] = score_task(logits[task], labels, mask, seed=seed)
         losses[modality] = fit.losses[-1]
-    views = min(int(score.confusion.sum()) for score in scores.values())
-    return NullControl(scores, losses, views)
-
-
-def _one_view_items(views: np.ndarray) -> np.ndarray:
-    """Returns [records, views, …] as items of one view each, so that an epoch shows them all."""
-    return views.reshape(-1, 1, *views.shape[2:])
+    scored = min(int(score.confusion.sum()) for score in scores.values())
+    return NullControl(scores, losses, scored)

@@ -126,10 +126,10 @@ def small_evaluation():
     )
     for modality in ("video", "audio"):
         e.supervised[modality].views = 2
-        fit = {"batch_size": 8, "max_epochs": 2, "decay_epochs": 1}
+        fit = {"batch_size": 8, "epochs": 3, "decay_epochs": 1}
         e.supervised[modality].fit.update(fit)
     e.null.update({"train_views": 1, "test_views": 1})
-    e.null.fit.update({"batch_size": 16, "max_epochs": 1, "decay_epochs": 1})
+    e.null.fit.update({"batch_size": 16, "epochs": 2, "decay_epochs": 1})
     e.report.update({"queries": 1, "results": 2, "stills": 2})
     return c
 

@@ -16,10 +16,7 @@ FIT = FitSpec(
     batch_size=64,
     learning_rate=5e-3,
     weight_decay=0.01,
-    loss_target=0.02,
-    window=5,
-    improvement=0.05,
-    max_epochs=3,
+    epochs=4,
     decay_epochs=1,
 )
 VIEWS = 210  # of each of 10 records

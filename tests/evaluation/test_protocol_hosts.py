@@ -69,7 +69,7 @@ TASKS = {
         **{
             f"evaluation.supervised.{modality}.fit.{name}": value
             for modality in ("video", "audio")
-            for name, value in (("max_epochs", 1), ("decay_epochs", 1), ("batch_size", 8))
+            for name, value in (("epochs", 2), ("decay_epochs", 1), ("batch_size", 8))
         },
     },
     "cross_modal.py": {
