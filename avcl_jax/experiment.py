@@ -188,6 +188,12 @@ def preprocessings(
     }
 
 
+def optimizer_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Settings of `training.optimizer.create_optimizer` without the learning rate."""
+    names = ("name", "weight_decay", "momentum", "beta2", "clip_norm")
+    return {name: config.optimizer[name] for name in names}
+
+
 def bank_sampling(config: ml_collections.ConfigDict) -> BankSampling:
     """Settings of ranking and sampling the bank's rows.
 

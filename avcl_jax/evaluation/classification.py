@@ -5,7 +5,6 @@ python -m avcl_jax.main --config=configs/linear_probe.py:ucf101 --config.encoder
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,13 +13,10 @@ import numpy as np
 from etils import epath
 
 from avcl_jax.data.clips import ClipRecords
-from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.selection import Selection
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.driver import Context, run_protocol
 from avcl_jax.evaluation.features import (
     classical_record_features,
-    open_clips,
     record_features,
 )
 from avcl_jax.evaluation.linear import (
@@ -34,15 +30,14 @@ from avcl_jax.evaluation.page import as_text, matrix, section, table
 from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol
 from avcl_jax.evaluation.splits import (
     Split,
-    feature_spec,
+    clip_splits,
     numbered_sides,
-    open_splits,
 )
-from avcl_jax.evaluation.statistics import compare, confusion_matrix, top_k_hits
+from avcl_jax.evaluation.statistics import class_mean, compare, confusion_matrix, top_k_hits
 from avcl_jax.export.runs import EncoderSource
 
 # A matrix of more classes than this cannot be read on a page; the most confused pairs are listed.
-MATRIX_CLASSES = 25
+_MATRIX_CLASSES = 25
 _LISTED = 15
 
 _CLASSIFIERS = {
@@ -67,7 +62,7 @@ _TITLES = {
 
 def protocol_of(config: ml_collections.ConfigDict, tags: bool) -> Protocol:
     """Returns the protocol of a config; `tags` if a record may have several classes."""
-    held = (
+    choice = (
         f"holding out each class of {config.data.group_label} among the training records in turn"
         if config.data.group_label
         else "cross-validation over the sources of the training records (probe.folds random folds)"
@@ -80,8 +75,8 @@ def protocol_of(config: ml_collections.ConfigDict, tags: bool) -> Protocol:
         "features.clip_pooling, and over clips by features.record_pooling ('clips': each clip is a "
         "training example, and a record gets the mean score of its clips).",
         "Features are standardised by mean and deviation of the training records.",
-        f"C is chosen by {held}, the smallest of equally good ones. The classifier is then trained "
-        "on all training records. Test records decide nothing.",
+        f"C is chosen by {choice}, the smallest of equally good ones. The classifier is then "
+        "trained on all training records. Test records decide nothing.",
     )
     if tags:
         return Protocol(
@@ -114,50 +109,56 @@ def protocol_of(config: ml_collections.ConfigDict, tags: bool) -> Protocol:
     )
 
 
-def class_scores(
-    scores: np.ndarray, labels: np.ndarray, *, split: np.ndarray, suffix: str = "", what: str = ""
-) -> tuple[dict[str, np.ndarray], dict[str, Metric]]:
-    """Returns outcomes of records with one class each, and their metrics as means over splits.
+def class_results(
+    splits: Sequence[Split[ClipRecords]], label: str, scores: Mapping[str, Sequence[np.ndarray]]
+) -> tuple[Outcomes, dict[str, Metric], dict[str, Any], str]:
+    """Scores records of one class each; metrics are means over splits.
 
     Args:
-        scores: float [n, classes].
-        labels: int [n].
-        split: int [n], number of the split in which a record was tested.
-        suffix: appended to the names of outcomes and metrics, to tell networks apart.
-        what: appended to the titles of metrics.
+        splits: tested splits.
+        label: label of the classes.
+        scores: float [test records, classes] of each split, by network; "" is the first.
+
+    Returns:
+        Outcomes, metrics, details, and the section that shows the confusion of the network "".
     """
-    classes, splits = scores.shape[1], len(np.unique(split))
-    what += f", mean over {splits} splits" * (splits > 1)
-    values = {
-        "split": split,
-        "label": labels,
-        # Cells of the mean over splits of the mean over classes.
-        "split_class": split * classes + labels,
-    }
-    metrics = {}
-    for k in (1, 5):
-        if k >= classes:  # of five classes, all are among the first five
-            continue
-        values[f"top{k}{suffix}"] = top_k_hits(scores, labels, k)
-        metrics[f"top{k}{suffix}"] = Metric(
-            "class_mean",
-            (f"top{k}{suffix}", "split"),
-            f"top-{k}{what}",
-            chance=k / classes,
-            headline=True,
-        )
-    metrics[f"mean_class_accuracy{suffix}"] = Metric(
-        "class_mean",
-        (f"top1{suffix}", "split_class"),
-        f"mean class accuracy{what}",
-        chance=1 / classes,
-        headline=True,
-    )
-    return values, metrics
+    names = splits[0].test.records.class_names[label]
+    by_split = [split.test.classes_of(label) for split in splits]
+    labels, classes = np.concatenate(by_split), len(names)
+    number = np.repeat(np.arange(len(splits)), [len(split.test) for split in splits])
+    mean = f", mean over {len(splits)} splits" * (len(splits) > 1)
+    # Cells of the mean over splits of the mean over classes.
+    values = {"split": number, "label": labels, "split_class": number * classes + labels}
+    metrics: dict[str, Metric] = {}
+    for name, of_splits in scores.items():
+        suffix, what = (f"_{name}", f", {_TITLES[name]}") if name else ("", "")
+        rows = [("mean_class_accuracy", "mean class accuracy", "top1", "split_class", 1)]
+        for k in (5, 1):
+            if k < classes:  # of five classes, all are among the first five
+                values[f"top{k}{suffix}"] = top_k_hits(np.concatenate(of_splits), labels, k)
+                rows.insert(0, (f"top{k}", f"top-{k}", f"top{k}", "split", k))
+        for key, title, hit, within, k in rows:
+            metrics[key + suffix] = Metric(
+                "class_mean",
+                (hit + suffix, within),
+                title + what + mean,
+                chance=k / classes,
+                headline=name in ("", "random"),
+            )
+    confusion = confusion_matrix(labels, np.concatenate(scores[""]).argmax(axis=1), classes)
+    details: dict[str, Any] = {"classes": list(names), "splits": []}
+    if classes <= _MATRIX_CLASSES:
+        details["confusion"] = confusion.tolist()
+    for split, logits, own in zip(splits, scores[""], by_split, strict=True):
+        hits = top_k_hits(logits, own, 1)
+        accuracies = {"top1": float(hits.mean()), "mean_class_accuracy": class_mean(hits, own)}
+        details["splits"].append(_described(split) | accuracies)
+    outcomes = _outcomes(splits, values)
+    return outcomes, metrics, details, _confusion_section(confusion, names)
 
 
-def described(split: Split[Any]) -> dict[str, Any]:
-    """Returns name, encoder and numbers of records of a split of `ModalityRecords`, as JSON."""
+def _described(split: Split[ClipRecords]) -> dict[str, Any]:
+    """Returns name, encoder and numbers of records of a split, as JSON."""
     return {
         "name": split.name,
         "encoder": {"path": split.encoder.path, "fingerprint": split.encoder.fingerprint},
@@ -167,11 +168,40 @@ def described(split: Split[Any]) -> dict[str, Any]:
     }
 
 
-def confusion_section(confusion: np.ndarray, names: Sequence[str]) -> str:
+def _outcomes(splits: Sequence[Split[Any]], values: Mapping[str, np.ndarray]) -> Outcomes:
+    """Returns values of the test records of all splits, one after the other, as outcomes."""
+    return Outcomes(
+        [f"{split.name}/{record}" for split in splits for record in split.test.record_ids],
+        [source for split in splits for source in split.test.sources],
+        values,
+    )
+
+
+def splits_section(splits: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the section that shows records and accuracies of the splits in the details."""
+    counts = {"trained on": "train_records", "tested on": "test_records", "left out": "left_out"}
+    accuracies = {"top-1": "top1", "mean class": "mean_class_accuracy"}
+    caption = ""
+    if "train_accuracy" in splits[0]:
+        accuracies["training top-1"] = "train_accuracy"
+        caption = "Training top-1 is that of augmented single clips, at the end."
+    rows = [
+        [
+            split["name"],
+            split["encoder"]["path"],
+            *(str(split[key]) for key in counts.values()),
+            *(as_text(split[key]) for key in accuracies.values()),
+        ]
+        for split in splits
+    ]
+    return section("Splits", caption, table(("", "encoder", *counts, *accuracies), rows))
+
+
+def _confusion_section(confusion: np.ndarray, names: Sequence[str]) -> str:
     """Returns the section that shows which classes are taken for which."""
-    if len(names) <= MATRIX_CLASSES:
-        shown = matrix("All splits", confusion, names)
-        return section("Confusion", "Rows are true classes, in % of the row.", shown)
+    if len(names) <= _MATRIX_CLASSES:
+        caption = "Rows are true classes, in % of the row."
+        return section("Confusion", caption, matrix("All splits", confusion, names))
     totals = np.maximum(confusion.sum(axis=1), 1)
     wrong = confusion - np.diag(np.diag(confusion))
     pairs = np.argsort(-wrong, axis=None, kind="stable")[:_LISTED]
@@ -204,22 +234,10 @@ def run_linear_probe(
         SelectionError: if records lack the label or the modality.
         UserError: if labels, records or features do not fit the protocol.
     """
-    spec, data = feature_spec(config, by_clip=True), config.data
-
-    def clips(source: EncoderSource, records: RecordDataset, selection: Selection) -> ClipRecords:
-        needed = [label for label in (data.label, data.group_label) if label]
-        return open_clips(
-            source,
-            config.modality,
-            records,
-            selection,
-            spec,
-            labels=[label for label in needed if label not in records.multilabel],
-            leave_out=data.leave_out,
-        )
-
-    splits = open_splits(
-        data.directory, config.encoder, config.modality, numbered_sides(data), clips
+    data = config.data
+    labels = [label for label in (data.label, data.group_label) if label]
+    splits, spec = clip_splits(
+        config, config.modality, numbered_sides(data), labels, by_clip=True, tags=data.label
     )
     sides = [side for split in splits for side in (split.train, split.test)]
     targets = [_targets(side, data.label) for side in sides]
@@ -234,14 +252,14 @@ def run_linear_probe(
     def compute(context: Context) -> list[dict[str, np.ndarray]]:
         networks = {split.encoder.fingerprint: split.encoder for split in splits}
         with context.stages("features"):
-            found = record_features(
+            features = record_features(
                 networks | context.random(), sides, spec, directory=context.directory
             )
         if config.baselines.classical:
             with context.stages("classical features"):
                 classical = classical_record_features(sides, spec, directory=context.directory)
-            found = [one | other for one, other in zip(found, classical, strict=True)]
-        return found
+            features = [one | other for one, other in zip(features, classical, strict=True)]
+        return features
 
     def measure(context: Context, features: list[dict[str, np.ndarray]]) -> Measured:
         probes: dict[str, list[LinearProbe]] = {}
@@ -340,62 +358,37 @@ def _check_tags(data: ml_collections.ConfigDict, targets: Sequence[np.ndarray]) 
             )
 
 
-def split_outcomes(splits: Sequence[Split[Any]], values: Mapping[str, np.ndarray]) -> Outcomes:
-    """Returns values of the test records of all splits, one after the other, as outcomes."""
-    return Outcomes(
-        [f"{split.name}/{record}" for split in splits for record in split.test.record_ids],
-        [source for split in splits for source in split.test.sources],
-        values,
-    )
-
-
 def _measured(
     config: ml_collections.ConfigDict,
     splits: Sequence[Split[ClipRecords]],
-    tested: Sequence[np.ndarray],
+    targets: Sequence[np.ndarray],
     scores: Mapping[str, Sequence[np.ndarray]],
     probes: Mapping[str, Sequence[LinearProbe]],
 ) -> Measured:
-    class_names = splits[0].test.records.class_names[config.data.label]
-    targets = np.concatenate(tested)
-    number = np.repeat(np.arange(len(splits)), [len(split.test) for split in splits])
-    values: dict[str, np.ndarray] = {}
-    metrics: dict[str, Metric] = {}
-    for name, by_split in scores.items():
-        suffix, what = (f"_{name}", f", {_TITLES[name]}") if name else ("", "")
-        score = _tag_scores if targets.ndim == 2 else functools.partial(class_scores, split=number)
-        found = score(np.concatenate(by_split), targets, suffix=suffix, what=what)
-        values |= found[0]
-        metrics |= found[1]
-    outcomes = split_outcomes(splits, values)
-    details: dict[str, Any] = {"classes": list(class_names)}
-    sections = [_choice_section(splits, probes)]
-    if targets.ndim == 1:
-        predicted = np.concatenate(scores[""]).argmax(axis=1)
-        confusion = confusion_matrix(targets, predicted, len(class_names))
-        sections.append(confusion_section(confusion, class_names))
+    label, sections = config.data.label, [_choice_section(splits, probes)]
+    if targets[0].ndim == 1:
+        outcomes, metrics, details, confusion = class_results(splits, label, scores)
         details["encoder_minus"] = _differences(config, outcomes, list(scores)[1:])
-    details["splits"] = [
-        described(split)
-        | {
-            "chosen": {
-                name or "encoder": {
-                    "cost": by_split[place].cost,
-                    "held_out_score": {
-                        f"{cost:g}": value for cost, value in by_split[place].held_out.items()
-                    },
-                }
-                | ({"top1": _top1(scores[name][place], tested[place])} if targets.ndim == 1 else {})
-                for name, by_split in probes.items()
+        sections += [splits_section(details["splits"]), confusion]
+    else:
+        outcomes, metrics = _tag_results(splits, targets[0], scores)
+        details = {"classes": list(splits[0].test.records.class_names[label])}
+        details["splits"] = [_described(split) for split in splits]
+    for place, split in enumerate(details["splits"]):
+        split["chosen"] = {
+            name or "encoder": {
+                "cost": by_split[place].cost,
+                "held_out_score": {
+                    f"{c:g}": value for c, value in by_split[place].held_out.items()
+                },
             }
+            for name, by_split in probes.items()
         }
-        for place, split in enumerate(splits)
-    ]
+        if targets[0].ndim == 1:
+            for name, by_network in scores.items():
+                hits = top_k_hits(by_network[place], targets[place], 1)
+                split["chosen"][name or "encoder"]["top1"] = float(hits.mean())
     return Measured(outcomes, metrics, details, sections)
-
-
-def _top1(scores: np.ndarray, labels: np.ndarray) -> float:
-    return float(top_k_hits(scores, labels, 1).mean())
 
 
 def _differences(
@@ -439,25 +432,28 @@ def _choice_section(
     )
 
 
-def _tag_scores(
-    scores: np.ndarray, targets: np.ndarray, *, suffix: str, what: str
-) -> tuple[dict[str, np.ndarray], dict[str, Metric]]:
-    """Returns outcomes and metrics of records that may have several classes."""
-    values = {"relevant": targets, f"scores{suffix}": scores.astype(np.float32)}
+def _tag_results(
+    splits: Sequence[Split[ClipRecords]],
+    targets: np.ndarray,
+    scores: Mapping[str, Sequence[np.ndarray]],
+) -> tuple[Outcomes, dict[str, Metric]]:
+    """Scores records that may have several classes, of one split."""
+    values, metrics = {"relevant": targets}, {}
     chance = float(targets[:, ranked_classes(targets)].mean(axis=0).mean())
-    metrics = {
-        f"{key}{suffix}": Metric(
-            kind,
-            (f"scores{suffix}", "relevant"),
-            title + what,
-            unit=unit,
-            chance=level,
-            headline=not suffix,
-        )
+    for name, (of_split,) in scores.items():
+        suffix, what = (f"_{name}", f", {_TITLES[name]}") if name else ("", "")
+        values[f"scores{suffix}"] = of_split.astype(np.float32)
         for key, kind, title, unit, level in (
             ("map", "mean_average_precision", "mAP", "share", chance),
             ("auc", "mean_auc", "AUC", "share", 0.5),
             ("d_prime", "d_prime", "d′", "number", 0.0),
-        )
-    }
-    return values, metrics
+        ):
+            metrics[key + suffix] = Metric(
+                kind,
+                (f"scores{suffix}", "relevant"),
+                title + what,
+                unit=unit,
+                chance=level,
+                headline=not name,
+            )
+    return _outcomes(splits, values), metrics

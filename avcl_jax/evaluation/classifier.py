@@ -14,10 +14,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from avcl_jax.batched import batched_map, cache_key, in_parts
 from avcl_jax.data.augment import (
     PhotometricSpec,
     SpectralSpec,
@@ -26,16 +29,17 @@ from avcl_jax.data.augment import (
     standardize,
     to_unit_range,
 )
-from avcl_jax.data.clips import AudioClipSpec, ClipSpec
+from avcl_jax.data.clips import AudioClipSpec, ClipRecords, ClipSpec
 from avcl_jax.data.preprocessing import VideoPreprocessing
 from avcl_jax.data.spectrogram import log_mel
 from avcl_jax.errors import UserError
 from avcl_jax.export import Encoder
 from avcl_jax.training.metrics import Metrics, average
 from avcl_jax.training.sharding import replicated, rows_sharding
-from avcl_jax.training.state import TrainState, state_shardings
+from avcl_jax.training.state import TrainState, in_shardings
 
-Augmentation = tuple[PhotometricSpec, SpectralSpec]
+# Names of the parts of the parameters; the head is the linear layer.
+ENCODER, HEAD, FROZEN = "encoder", "head", "frozen"
 
 
 class ClipClassifier(nn.Module):
@@ -43,8 +47,6 @@ class ClipClassifier(nn.Module):
 
     Attributes:
         encoder: module returning a dict with `features`.
-        classes: number of classes.
-        dropout: fraction of features set to zero in training.
         train_statistics: the encoder's batch normalisation uses and updates the statistics of the
             batch in training; otherwise it stays in evaluation mode.
     """
@@ -60,29 +62,25 @@ class ClipClassifier(nn.Module):
         outputs: Any = self.encoder(inputs, train=train and self.train_statistics)
         features = outputs["features"].astype(jnp.float32)
         features = nn.Dropout(self.dropout, deterministic=not train)(features)
-        return nn.Dense(self.classes, name="head")(features)
+        return nn.Dense(self.classes, name=HEAD)(features)
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """From clips as they are rendered to what the encoder takes, on the device.
+    """Maps clips as they are rendered to inputs of the encoder, on the device.
 
     Attributes:
-        spec: clips.
         preprocess: preprocessing of the encoder, which standardises pixels.
-        augmentation: augmentation of video and of spectrograms, in training.
+        augmentation: settings for video and for spectrograms, in training.
     """
 
     spec: ClipSpec
     preprocess: Any
-    augmentation: Augmentation
+    augmentation: tuple[PhotometricSpec, SpectralSpec]
 
     def __call__(self, clips: Array, key: Array | None) -> Array:
-        """Returns float32 pixels [batch, time, size, size, 3] or log-mel [batch, frames, mels].
-
-        Args:
-            clips: uint8 frames or int16 windows.
-            key: random key of the augmentation; None for none.
+        """Returns float32 pixels [batch, time, size, size, 3] or log-mel [batch, frames, mels] of
+        uint8 frames or int16 windows, augmented if there is a key.
         """
         of_video, of_audio = self.augmentation
         # The augmentation draws for each view; a clip is a video's only one.
@@ -98,97 +96,55 @@ class Inputs:
         return standardize(pixels, self.preprocess.mean, self.preprocess.std)
 
 
-def trained_mask(params: Mapping[str, Any], freeze: Sequence[str]) -> Any:
-    """Returns the mask of the trained parameters.
+def parts(params: Mapping[str, Any], freeze: Sequence[str]) -> Any:
+    """Returns the part of each parameter of a classifier: a tree like `params` of names.
 
     Args:
         params: parameters of the classifier.
         freeze: beginnings of paths such as "encoder/stem".
 
-    Returns:
-        A tree like `params` of bool, False where frozen.
-
     Raises:
-        UserError: if a name freezes nothing, or the head or the whole encoder is frozen.
+        UserError: if a name freezes nothing, the head, or all of the encoder.
     """
-    paths = [
-        "/".join(key.key for key in path)
-        for path, _ in jax.tree_util.tree_flatten_with_path(dict(params))[0]
-    ]
+    paths = jax.tree.map_with_path(lambda path, _: "/".join(key.key for key in path), dict(params))
+    names = jax.tree.leaves(paths)
     for name in freeze:
-        frozen = [path for path in paths if path.startswith(name)]
+        frozen = [path for path in names if path.startswith(name)]
         if not frozen or any(not path.startswith("encoder/") for path in frozen):
-            layers = sorted({"/".join(p.split("/")[:2]) for p in paths if p.startswith("encoder/")})
+            layers = {"/".join(p.split("/")[:2]) for p in names if p.startswith("encoder/")}
             raise UserError(
-                f"freeze {name!r} must name layers of the encoder, some of {', '.join(layers)}"
+                f"freeze {name!r} must name layers of the encoder, some of "
+                f"{', '.join(sorted(layers))}"
             )
-    trained = [not any(path.startswith(name) for name in freeze) for path in paths]
-    if freeze and not any(
-        used and path.startswith("encoder/") for used, path in zip(trained, paths, strict=True)
-    ):
+
+    def part(path: str) -> str:
+        return FROZEN if path.startswith(tuple(freeze)) else path.split("/")[0]
+
+    if ENCODER not in map(part, names):
         raise UserError(
             f"freeze {tuple(freeze)} leaves no layer of the encoder to train: use "
             "configs/linear_probe.py, which probes a frozen encoder"
         )
-    return jax.tree.unflatten(jax.tree.structure(dict(params)), trained)
-
-
-def _split(params: Any, mask: Any) -> tuple[Any, Any]:
-    """Trained and frozen parameters; None stands where the other one has a value."""
-    return (
-        jax.tree.map(lambda p, m: p if m else None, params, mask),
-        jax.tree.map(lambda p, m: None if m else p, params, mask),
-    )
-
-
-def _join(trained: Any, frozen: Any) -> Any:
-    return jax.tree.map(
-        lambda t, f: f if t is None else t, trained, frozen, is_leaf=lambda leaf: leaf is None
-    )
-
-
-def scale_updates(*, head_factor: float, head_steps: int) -> optax.GradientTransformation:
-    """Multiplies the head's updates by `head_factor`; the encoder's are zero for `head_steps`.
-
-    After an optimizer whose updates are proportional to its learning rate, as those of
-    `training.optimizer` are, this is a learning rate of its own for the head.
-    """
-
-    def update(updates: Any, count: Array, params: Any = None) -> tuple[Any, Array]:
-        del params
-        factors = {"encoder": (count >= head_steps).astype(jnp.float32), "head": head_factor}
-        scaled = {
-            name: jax.tree.map(lambda leaf, f=factors[name]: leaf * f, tree)
-            for name, tree in updates.items()
-        }
-        return scaled, count + 1
-
-    return optax.GradientTransformation(lambda _: jnp.zeros((), jnp.int32), update)
+    return jax.tree.map(part, paths)
 
 
 def create_classifier_state(
     classifier: ClipClassifier,
     optimizer: optax.GradientTransformation,
     encoder: Encoder,
+    inputs: Inputs,
     *,
-    input_shape: tuple[int, ...],
     freeze: Sequence[str],
     key: Array,
     mesh: Mesh,
-) -> tuple[TrainState, Any, Any]:
+) -> tuple[TrainState, Any]:
     """Draws the head, takes the encoder's weights as they are, and shards everything.
 
-    Args:
-        input_shape: shape of one clip.
-        freeze: see `trained_mask`.
-        key: random key of the head.
-
     Returns:
-        The state, its shardings, and the mask of the trained parameters.
+        The state and its shardings.
 
     Raises:
-        UserError: if the encoder does not take clips of this shape.
-        UserError: see `trained_mask`.
+        UserError: if the encoder does not take such clips, or layers cannot be frozen.
     """
     if freeze and classifier.train_statistics:
         raise UserError(
@@ -197,30 +153,20 @@ def create_classifier_state(
         )
     # Of the clips that the encoder was trained on, which learned positions have their shape from.
     example = jnp.zeros((1, *encoder.input_shape), jnp.float32)
-    weights = dict(encoder.params)
     shapes = jax.eval_shape(functools.partial(classifier.init, train=False), key, example)
-    clip = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+    clip = jax.ShapeDtypeStruct((1, *inputs.spec.shape), jnp.dtype(inputs.spec.dtype))
+    clip = jax.eval_shape(functools.partial(inputs, key=None), clip)
     jax.eval_shape(functools.partial(classifier.apply, train=False), shapes, clip)
-    mask = trained_mask(shapes["params"], freeze)
 
     def init(key: Array, weights: Any) -> TrainState:
-        fresh = classifier.init(key, example, train=False)
         variables = {
-            kind: {**tree, **({"encoder": weights[kind]} if kind in weights else {})}
-            for kind, tree in fresh.items()
+            kind: {**tree, **({ENCODER: weights[kind]} if kind in weights else {})}
+            for kind, tree in classifier.init(key, example, train=False).items()
         }
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=variables["params"],
-            batch_stats=variables.get("batch_stats", {}),
-            opt_state=optimizer.init(_split(variables["params"], mask)[0]),
-            ema_params=None,
-            ema_batch_stats=None,
-            bank=None,
-        )
+        params, statistics = variables["params"], variables.get("batch_stats", {})
+        return TrainState(jnp.zeros((), jnp.int32), params, statistics, optimizer.init(params))
 
-    shardings = state_shardings(jax.eval_shape(init, key, weights), mesh)
-    return jax.jit(init, out_shardings=shardings)(key, weights), shardings, mask
+    return in_shardings(init, key, dict(encoder.params), mesh=mesh)
 
 
 def classifier_step(
@@ -228,7 +174,7 @@ def classifier_step(
     optimizer: optax.GradientTransformation,
     inputs: Inputs,
     *,
-    mask: Any,
+    freeze: Sequence[str],
     schedule: optax.Schedule,
     label_smoothing: float,
     mesh: Mesh,
@@ -243,11 +189,17 @@ def classifier_step(
     def step(state: TrainState, batch: Any, key: Array) -> tuple[TrainState, Metrics]:
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
         prepared = inputs(batch["clips"], augment_key)
-        trained, frozen = _split(state.params, mask)
+        part = parts(state.params, freeze)
 
-        def objective(trained: Any) -> tuple[Array, Any]:
+        def objective(params: Any) -> tuple[Array, Any]:
+            # So that no gradient of frozen layers is computed.
+            params = jax.tree.map(
+                lambda leaf, name: jax.lax.stop_gradient(leaf) if name == FROZEN else leaf,
+                params,
+                part,
+            )
             logits, changed = classifier.apply(
-                {"params": _join(trained, frozen), "batch_stats": state.batch_stats},
+                {"params": params, "batch_stats": state.batch_stats},
                 prepared,
                 train=True,
                 mutable=["batch_stats"],
@@ -261,17 +213,15 @@ def classifier_step(
             return loss, (hits.mean(), changed.get("batch_stats", {}))
 
         (loss, (accuracy, statistics)), gradients = jax.value_and_grad(objective, has_aux=True)(
-            trained
+            state.params
         )
-        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
-        new_state = TrainState(
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        new_state = dataclasses.replace(
+            state,
             step=state.step + 1,
-            params=_join(optax.apply_updates(trained, updates), frozen),
+            params=optax.apply_updates(state.params, updates),
             batch_stats=statistics,
             opt_state=opt_state,
-            ema_params=None,
-            ema_batch_stats=None,
-            bank=None,
         )
         metrics = {
             "loss": average(loss),
@@ -290,19 +240,45 @@ def classifier_step(
     )
 
 
-def mean_softmax(
-    classifier: ClipClassifier, inputs: Inputs
-) -> Callable[[Any, Mapping[str, Array]], dict[str, Array]]:
-    """Returns a function from variables and `clips` [records, clips, ...] to `probabilities`.
+def predict(
+    classifier: ClipClassifier,
+    variables: Any,
+    inputs: Inputs,
+    source: ClipRecords,
+    *,
+    clips: int,
+    crops: int,
+    chunk: int,
+    part_records: int,
+    threads: int,
+    directory: epath.Path,
+) -> np.ndarray:
+    """Returns the mean softmax over evenly spaced clips of every record.
 
-    Each clip's softmax, averaged over the clips of a record: float32 [records, classes].
+    Args:
+        clips: times per record.
+        crops: crops per time.
+
+    Returns:
+        float32 [records, classes] in process 0, elsewhere empty.
     """
 
     def probabilities(variables: Any, arrays: Mapping[str, Array]) -> dict[str, Array]:
         clips = arrays["clips"]
-        records, count = clips.shape[:2]
         flat = inputs(clips.reshape(-1, *clips.shape[2:]), None)
         logits: Any = classifier.apply(variables, flat, train=False)
-        return {"probabilities": jax.nn.softmax(logits).reshape(records, count, -1).mean(axis=1)}
+        softmax = jax.nn.softmax(logits).reshape(*clips.shape[:2], -1)
+        return {"probabilities": softmax.mean(axis=1)}
 
-    return probabilities
+    compute = batched_map(
+        probabilities, {"classifier": variables}, inputs=("clips",), chunk=chunk, threads=threads
+    )
+    arrays = in_parts(
+        directory / cache_key(clips, crops, source.fingerprint),
+        len(source),
+        functools.partial(
+            compute, lambda row: {"clips": source.fixed(row, clips=clips, crops=crops)}
+        ),
+        rows=part_records,
+    )
+    return arrays.get("classifier/probabilities", np.empty((0, classifier.classes), np.float32))

@@ -51,11 +51,8 @@ class Context:
     """A protocol's surroundings.
 
     Attributes:
-        config: config of the protocol.
-        workdir: output directory.
         directory: cache of long computations; another version of the protocol has another.
         encoder: encoder that the results name; of several, all of them as one.
-        stages: clock.
         fingerprint: digest of everything that decides the metrics.
     """
 
@@ -89,11 +86,9 @@ def run_protocol(
     """Runs a protocol, unless its results exist, and writes its results.
 
     Args:
-        protocol: definition.
         config: config of the protocol; also read here: `bootstrap.resamples`, `seed` and
             `data.allow_trained_on`.
         workdir: output directory, local or gs://; made if needed.
-        splits: records and encoders.
         compute: long computations, in all processes; None if a signal stopped them.
         measure: metrics and report of what was computed, in process 0.
         encoder: encoder that the results name; None for that of the splits.

@@ -18,11 +18,9 @@ import numpy as np
 from etils import epath
 
 from avcl_jax.batched import batched_map, cache_key, in_parts, render_all
-from avcl_jax.data.clips import AudioClipSpec, ClipRecords, VideoClipSpec
+from avcl_jax.data.clips import AudioClipSpec, ClipRecords, ClipSpec, VideoClipSpec
 from avcl_jax.data.images import CropSpec
 from avcl_jax.data.preprocessing import VideoPreprocessing
-from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.selection import Modality, Selection
 from avcl_jax.data.spectrogram import log_mel
 from avcl_jax.data.views import ViewSpec
 from avcl_jax.errors import UserError
@@ -61,11 +59,7 @@ class FeatureSpec:
     threads: int
 
     def __post_init__(self) -> None:
-        """Refuses values without a meaning.
-
-        Raises:
-            UserError: naming the setting.
-        """
+        """Refuses values without a meaning."""
         if not self.speeds or self.clips < 1 or any(s < 1 or s != int(s) for s in self.speeds):
             raise UserError(
                 f"features.speeds {self.speeds} must be whole numbers of at least 1, and "
@@ -81,37 +75,15 @@ class FeatureSpec:
                 )
 
 
-def open_clips(
-    source: EncoderSource,
-    modality: Modality,
-    records: RecordDataset,
-    selection: Selection,
-    spec: FeatureSpec,
-    *,
-    labels: Sequence[str] = (),
-    leave_out: bool,
-) -> ClipRecords:
-    """Opens selected records with the clips that an encoder takes; reads no record.
-
-    Args:
-        labels: labels of one class per record, that must be known.
-        leave_out: leave out records without the modality or a label, instead of an error.
-
-    Raises:
-        ExportError: if the encoder lacks the modality.
-        SelectionError: if the selection does not fit the data set, or records lack the modality or
-            a label, or have audio at another rate.
-    """
-    preprocess = source.require(modality).preprocess
-    clips: VideoClipSpec | AudioClipSpec
+def encoder_clips(encoder: Encoder, spec: FeatureSpec) -> ClipSpec:
+    """Returns the clips that an encoder was trained on, at the speeds of `spec`."""
+    preprocess = encoder.preprocess
     if isinstance(preprocess, VideoPreprocessing):
-        clips = VideoClipSpec(
+        return VideoClipSpec(
             ViewSpec(preprocess.num_frames, preprocess.clip_seconds, spec.speeds, "shared"),
             CropSpec(preprocess.image_size, min_area=1.0, flip=False, quarter_turns=False),
         )
-    else:
-        clips = AudioClipSpec(preprocess.log_mel, spec.speeds)
-    return ClipRecords(records, selection, clips, labels, leave_out, shared_interval=True)
+    return AudioClipSpec(preprocess.log_mel, spec.speeds)
 
 
 def rendered_clips(records: ClipRecords, position: int, count: int) -> np.ndarray:
@@ -189,8 +161,8 @@ def record_features(
             ),
             rows=spec.part_records,
         )
-        found = {name: arrays[f"{name}/features"] for name in networks} if arrays else {}
-        for values in found.values():
+        outputs = {name: arrays[f"{name}/features"] for name in networks} if arrays else {}
+        for values in outputs.values():
             finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
             if not finite.all():
                 bad = clips.record_ids[int(np.flatnonzero(~finite)[0])]
@@ -198,7 +170,7 @@ def record_features(
                     f"{int((~finite).sum())} records have features that are not finite, first "
                     f"{bad!r}"
                 )
-        return found
+        return outputs
 
     return _by_side(encode, sides)
 
@@ -220,9 +192,9 @@ def _by_side(
         together = first.joined(others)
         arrays = compute(together)
         for side in (first, *others):
-            chosen = np.searchsorted(together.indices, side.indices)
+            places = np.searchsorted(together.indices, side.indices)
             whole = len(side) == len(together)  # without a copy of gigabytes
-            rows[id(side)] = {n: a if whole else a[chosen] for n, a in arrays.items()}
+            rows[id(side)] = {n: a if whole else a[places] for n, a in arrays.items()}
     return [rows[id(side)] for side in sides]
 
 
@@ -249,13 +221,9 @@ def classical_features(waveform: np.ndarray, sample_rate_hz: int) -> Mapping[str
     Definitions are those of librosa's defaults: windows of 2,048 samples every 512, 128 mel bands,
     decibels.
 
-    Args:
-        waveform: int16 [samples].
-        sample_rate_hz: its rate.
-
     Returns:
-        "mfcc" float32 [80] and "log_mel" [512]: mean, standard deviation, minimum and maximum over
-        time of each coefficient and band.
+        "mfcc" float32 [80] and "log_mel" [512] of int16 [samples]: mean, standard deviation,
+        minimum and maximum over time of each coefficient and band.
     """
     samples = librosa.util.buf_to_float(waveform, n_bytes=2)
     power = librosa.feature.melspectrogram(y=samples, sr=sample_rate_hz, n_mels=MEL_BANDS)
@@ -278,15 +246,15 @@ def classical_record_features(
     Takes the arguments of `record_features`.
     """
 
-    def features(clips: ClipRecords, position: int) -> Mapping[str, np.ndarray]:
-        record = clips[position]
-        return classical_features(record.waveform, record.sample_rate_hz)
-
     def compute(clips: ClipRecords) -> dict[str, np.ndarray]:
+        def features(position: int) -> Mapping[str, np.ndarray]:
+            record = clips[position]
+            return classical_features(record.waveform, record.sample_rate_hz)
+
         return in_parts(
             epath.Path(directory) / cache_key("classical", *_identity(clips)),
             len(clips),
-            functools.partial(render_all, functools.partial(features, clips), threads=spec.threads),
+            functools.partial(render_all, features, threads=spec.threads),
             rows=spec.part_records,
         )
 

@@ -9,7 +9,6 @@ usual for ESC, are scikit-learn's.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 from threadpoolctl import threadpool_limits
@@ -32,8 +31,6 @@ _BLOCK = 8192  # rows that the host copies at a time
 
 # "rbf" is a baseline of classical features, and not linear.
 Kind = Literal["logistic", "svm", "rbf"]
-
-
 # Maps features [m, channels] and rows, int [n], to logits or decision values [n, classes].
 _Scores = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -100,9 +97,9 @@ def fit_probe(
         return np.asarray(rows[:, None] * clips + np.arange(clips)).ravel()
 
     if classifier == "logistic":
-        fits = _LogisticItems(flat, answers, classes, iterations, tolerance).fits
+        fits = _regressions(flat, answers, classes, iterations, tolerance)
     else:
-        fits = functools.partial(_machines, flat, answers, classes, classifier)
+        fits = _machines(flat, answers, classes, classifier)
     costs, names = sorted(costs), np.unique(groups)
     reached = np.empty((len(names), len(costs)))
     for place, group in enumerate(names):
@@ -127,21 +124,21 @@ def held_out_groups(
     together: int [n] in [0, folds).
 
     Raises:
-        UserError: if there are fewer sources than folds, or `check_groups` refuses the folds.
+        UserError: if there are fewer sources than folds, or mAP is not defined on any fold.
     """
     check_sources(sources, folds)
     names, first, numbers = np.unique(np.asarray(sources), return_index=True, return_inverse=True)
     # Numbered by first appearance: the folds do not depend on how sources are called.
     order = np.argsort(np.argsort(first))
-    held = (np.random.default_rng(seed).permutation(len(names)) % folds)[order[numbers]]
+    group = (np.random.default_rng(seed).permutation(len(names)) % folds)[order[numbers]]
     if targets.ndim == 2 and not any(
-        ranked_classes(targets[held == fold]).any() for fold in range(folds)
+        ranked_classes(targets[group == fold]).any() for fold in range(folds)
     ):
         raise UserError(
             "no held-out fold has positive and negative items of any class, so mAP is not defined: "
             "set probe.folds lower"
         )
-    return held
+    return group
 
 
 def ranked_classes(targets: np.ndarray) -> np.ndarray:
@@ -168,68 +165,56 @@ def _score(scores: np.ndarray, targets: np.ndarray) -> float:
 
 
 def _machines(
-    features: np.ndarray,
-    targets: np.ndarray,
-    classes: int,
-    kind: Kind,
-    rows: np.ndarray,
-    costs: Sequence[float],
-) -> list[_Scores]:
-    """Trains support vector machines on the examples at `rows`, one for each C."""
+    features: np.ndarray, targets: np.ndarray, classes: int, kind: Kind
+) -> Callable[[np.ndarray, Sequence[float]], list[_Scores]]:
+    """Returns a function that trains support vector machines on some of the examples."""
 
-    def train(cost: float) -> Pipeline:
+    def fit(rows: np.ndarray, cost: float) -> _Scores:
         if kind == "svm":
             # The primal problem: the dual does not converge in thousands of passes at large C.
             machine: Any = LinearSVC(C=cost, dual=False)
         else:
             machine = SVC(C=cost, kernel="rbf", gamma="scale", decision_function_shape="ovr")
-        known = features[rows].astype(np.float64)
-        return make_pipeline(StandardScaler(), machine).fit(known, targets[rows])
+        model = make_pipeline(StandardScaler(), machine)
+        model.fit(features[rows].astype(np.float64), targets[rows])
 
-    def decide(machine: Pipeline, features: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        values = machine.decision_function(features[rows].astype(np.float64))
-        if values.ndim == 1:
-            values = np.stack([-values, values], axis=1)
-        # A class that training did not have is never chosen.
-        decisions = np.full((len(values), classes), values.min() - 1.0)
-        decisions[:, machine.classes_] = values
-        return decisions
+        def decide(features: np.ndarray, rows: np.ndarray) -> np.ndarray:
+            values = model.decision_function(features[rows].astype(np.float64))
+            if values.ndim == 1:
+                values = np.stack([-values, values], axis=1)
+            # A class that training did not have is never chosen.
+            decisions = np.full((len(values), classes), values.min() - 1.0)
+            decisions[:, model.classes_] = values
+            return decisions
 
-    # More than one thread of BLAS costs more than it saves on matrices of this size.
-    with threadpool_limits(1):
-        return [functools.partial(decide, train(cost)) for cost in costs]
+        return decide
+
+    def fits(rows: np.ndarray, costs: Sequence[float]) -> list[_Scores]:
+        # More than one thread of BLAS costs more than it saves on matrices of this size.
+        with threadpool_limits(1):
+            return [fit(rows, cost) for cost in costs]
+
+    return fits
 
 
-class _LogisticItems:
-    """Features and targets in device memory: classifiers are trained on some of their rows.
+def _regressions(
+    features: np.ndarray, targets: np.ndarray, classes: int, iterations: int, tolerance: float
+) -> Callable[[np.ndarray, Sequence[float]], list[_Scores]]:
+    """Returns a function that trains logistic regressions on some of the examples, one for each C.
 
     The objective is C · Σ loss + ½ ‖weights‖²; the bias is not penalised. The loss is softmax
     cross-entropy, or the sum of the classes' binary cross-entropies, which are then independent of
     each other. Device memory holds two copies of the features, split over the devices; the host
     makes none.
     """
+    if features.ndim != 2 or len(targets) != len(features) or not len(features):
+        raise ValueError(f"features {features.shape} and targets {targets.shape} do not match")
+    mesh = sharding.create_mesh(1, jax.local_devices())
+    whole = sharding.replicated(mesh)
 
-    def __init__(
-        self,
-        features: np.ndarray,
-        targets: np.ndarray,
-        classes: int,
-        iterations: int,
-        tolerance: float,
-    ):
-        count = len(features)
-        if features.ndim != 2 or len(targets) != count or not count:
-            raise ValueError(f"features {features.shape} and targets {targets.shape} do not match")
-        self._host, self._classes = features, classes
-        self._iterations, self._tolerance = iterations, np.float32(tolerance)
-        self._mesh = sharding.create_mesh(1, jax.local_devices())
-        self._features = self._placed(features.astype(np.float32, copy=False))
-        self._targets = self._placed(targets if targets.ndim == 2 else targets.astype(np.int32))
-
-    def _placed(self, values: np.ndarray) -> jax.Array:
+    def placed(values: np.ndarray) -> jax.Array:
         """Puts rows on the devices without copying all of them; pads to whole devices by zeros."""
-        count = len(values)
-        padded = -(-count // self._mesh.size) * self._mesh.size
+        padded = -(-len(values) // mesh.size) * mesh.size
 
         def shard(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(padded)
@@ -237,49 +222,41 @@ class _LogisticItems:
             missing = stop - start - len(part)
             return np.pad(part, [(0, missing)] + [(0, 0)] * (part.ndim - 1)) if missing else part
 
-        rows = sharding.rows_sharding(self._mesh)
-        return jax.make_array_from_callback((padded, *values.shape[1:]), rows, shard)
+        shape = (padded, *values.shape[1:])
+        return jax.make_array_from_callback(shape, sharding.rows_sharding(mesh), shard)
 
-    def fits(self, rows: np.ndarray, costs: Sequence[float]) -> list[_Scores]:
-        """Trains on the items at `rows`, int [n], once for each C."""
-        mean, scale = _moments(self._host, rows)
-        weight = np.zeros(len(self._host), np.float32)
+    examples = placed(features.astype(np.float32, copy=False))
+    answers = placed(targets if targets.ndim == 2 else targets.astype(np.int32))
+
+    def fits(rows: np.ndarray, costs: Sequence[float]) -> list[_Scores]:
+        mean, scale = _moments(features, rows)
+        weight = np.zeros(len(features), np.float32)
         weight[rows] = 1.0 / len(rows)
-        whole = sharding.replicated(self._mesh)
-        data = (
-            _standardise(self._features, *jax.device_put((mean, scale), whole)),
-            self._targets,
-            self._placed(weight),
-        )
-        start = {
-            "weights": jnp.zeros((self._host.shape[1], self._classes), jnp.float32),
-            "bias": jnp.zeros(self._classes, jnp.float32),
-        }
-        classifiers: list[_Scores] = []
-        for cost in costs:
-            found = _minimise(
+        standard = _standardise(examples, *jax.device_put((mean, scale), whole))
+        data = standard, answers, placed(weight)
+        shape = features.shape[1], classes
+        start = {"weights": jnp.zeros(shape, jnp.float32), "bias": jnp.zeros(classes, jnp.float32)}
+
+        def fit(cost: float) -> _Scores:
+            solution = _minimise(
                 jax.device_put(start, whole),
                 data,
                 np.float32(0.5 / (cost * len(rows))),
-                self._tolerance,
-                iterations=self._iterations,
+                np.float32(tolerance),
+                iterations=iterations,
             )
-            weights, bias = (np.asarray(found[name]) for name in ("weights", "bias"))
-            classifiers.append(functools.partial(_logits, mean, scale, weights, bias))
-        return classifiers
+            weights, bias = (np.asarray(solution[name]) for name in ("weights", "bias"))
 
+            def logits(features: np.ndarray, rows: np.ndarray) -> np.ndarray:
+                return np.concatenate(
+                    [((features[b] - mean) / scale) @ weights + bias for b in _blocks(rows)]
+                )
 
-def _logits(
-    mean: np.ndarray,
-    scale: np.ndarray,
-    weights: np.ndarray,
-    bias: np.ndarray,
-    features: np.ndarray,
-    rows: np.ndarray,
-) -> np.ndarray:
-    """Returns logits float32 [n, classes] of the features at `rows`."""
-    blocks = _blocks(rows)
-    return np.concatenate([((features[b] - mean) / scale) @ weights + bias for b in blocks])
+            return logits
+
+        return [fit(cost) for cost in costs]
+
+    return fits
 
 
 def _blocks(rows: np.ndarray) -> list[np.ndarray]:

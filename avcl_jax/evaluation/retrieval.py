@@ -12,7 +12,6 @@ counts first.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,14 +25,13 @@ from avcl_jax.data.clips import ClipRecords
 from avcl_jax.data.selection import Modality, UsableRecords
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.driver import Context, run_protocol
-from avcl_jax.evaluation.features import open_clips, record_features
+from avcl_jax.evaluation.features import record_features
 from avcl_jax.evaluation.page import section, table
 from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol
 from avcl_jax.evaluation.splits import (
     Trial,
-    feature_spec,
+    clip_splits,
     numbered_sides,
-    open_splits,
 )
 from avcl_jax.evaluation.views import (
     check_pairs,
@@ -134,9 +132,6 @@ class RetrievalScores:
 def normalise(vectors: np.ndarray) -> np.ndarray:
     """Returns float32 [n, D] vectors scaled to unit length; a zero vector stays zero.
 
-    Args:
-        vectors: float [n, D].
-
     Raises:
         ValueError: if a value is not finite or the array is not a matrix.
     """
@@ -177,8 +172,8 @@ def first_relevant_ranks(
             twice, first to find the best relevant one and then to count what stands before it.
 
     Raises:
-        UserError: if shapes do not match, or a query has no relevant item (its rank would be
-            undefined).
+        ValueError: if shapes do not match.
+        UserError: if a query has no relevant item, so that its rank is undefined.
     """
     queries, gallery = normalise(queries), normalise(gallery)
     query_ids, gallery_ids = np.asarray(query_ids), np.asarray(gallery_ids)
@@ -197,34 +192,22 @@ def first_relevant_ranks(
             f"{int(missing.sum())} queries have no relevant item in the gallery, first identity "
             f"{query_ids[missing][0]}; leave them out"
         )
+
+    def blocks(rows: slice) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for first in range(0, len(gallery), gallery_chunk):
+            part = slice(first, first + gallery_chunk)
+            yield queries[rows] @ gallery[part].T, query_ids[rows, None] == gallery_ids[None, part]
+
     ranks = np.ones(len(queries), dtype=np.int64)
     for start in range(0, len(queries), chunk):
         rows = slice(start, start + chunk)
         best = np.full((len(queries[rows]), 1), -np.inf, np.float32)
-        blocks = functools.partial(
-            _blocks, rows, queries, gallery, query_ids, gallery_ids, gallery_chunk
-        )
-        for similarity, relevant in blocks():
-            found = np.where(relevant, similarity, -np.inf).max(axis=1, keepdims=True)
-            best = np.maximum(best, found)
-        for similarity, relevant in blocks():
+        for similarity, relevant in blocks(rows):
+            relevant_only = np.where(relevant, similarity, -np.inf)
+            best = np.maximum(best, relevant_only.max(axis=1, keepdims=True))
+        for similarity, relevant in blocks(rows):
             ranks[rows] += ((similarity >= best - TIE_TOLERANCE) & ~relevant).sum(axis=1)
     return ranks
-
-
-def _blocks(
-    rows: slice,
-    queries: np.ndarray,
-    gallery: np.ndarray,
-    query_ids: np.ndarray,
-    gallery_ids: np.ndarray,
-    size: int,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields similarities of some queries with a part of the gallery, and which are relevant."""
-    for start in range(0, len(gallery), size):
-        part = slice(start, start + size)
-        relevant = query_ids[rows, None] == gallery_ids[None, part]
-        yield queries[rows] @ gallery[part].T, relevant
 
 
 def retrieval_scores(
@@ -234,26 +217,18 @@ def retrieval_scores(
     query_ids: np.ndarray,
     gallery_ids: np.ndarray,
     recall_at: Sequence[int],
-    chunk: int = 1024,
 ) -> RetrievalScores:
-    """Ranks the gallery for every query.
+    """Ranks the gallery for every query; takes the arguments of `first_relevant_ranks`.
 
     Args:
-        queries: float [q, D].
-        gallery: float [g, D].
-        query_ids: int [q], identity of each query.
-        gallery_ids: int [g], identity of each item.
         recall_at: the k of R@k; 1 is always added, and a k above the size of the gallery left out.
 
     Raises:
         UserError: if a query has no relevant item.
     """
-    ranks = first_relevant_ranks(
-        queries, gallery, query_ids=query_ids, gallery_ids=gallery_ids, chunk=chunk
-    )
-    size = len(gallery)
-    ks = sorted({1, *(k for k in recall_at if k <= size)})
-    return RetrievalScores(ranks, size, chance_recall(query_ids, gallery_ids, ks))
+    ranks = first_relevant_ranks(queries, gallery, query_ids=query_ids, gallery_ids=gallery_ids)
+    ks = sorted({1, *(k for k in recall_at if k <= len(gallery))})
+    return RetrievalScores(ranks, len(gallery), chance_recall(query_ids, gallery_ids, ks))
 
 
 def check_recall_at(recall_at: Sequence[int], *, setting: str) -> None:
@@ -274,20 +249,19 @@ def chance_recall(
     Args:
         query_ids: int [q], identity of each query.
         gallery_ids: int [g], identity of each item.
-        recall_at: the k.
     """
     identities, counts = np.unique(np.asarray(gallery_ids), return_counts=True)
     relevant = counts[np.searchsorted(identities, np.asarray(query_ids))]
     size = len(gallery_ids)
+
+    def hit(k: int) -> np.ndarray:
+        """Probability that k items, drawn at random, contain a relevant one."""
+        drawn = np.arange(k)
+        miss = np.clip(size - relevant[:, None] - drawn, 0, None) / (size - drawn)
+        return 1.0 - miss.prod(axis=1)
+
     # Rounded, so that one in 200 is written as 0.005.
-    return {k: round(float(np.mean(_chance_of_hit(relevant, size, k))), 12) for k in recall_at}
-
-
-def _chance_of_hit(relevant: np.ndarray, size: int, k: int) -> np.ndarray:
-    """Returns the probability that k of `size` items, drawn at random, hold a relevant one."""
-    drawn = np.arange(k)
-    miss = np.clip(size - relevant[:, None] - drawn, 0, None) / (size - drawn)
-    return 1.0 - miss.prod(axis=1)
+    return {k: round(float(np.mean(hit(k))), 12) for k in recall_at}
 
 
 def nearest(queries: np.ndarray, gallery: np.ndarray, *, k: int) -> np.ndarray:
@@ -296,7 +270,6 @@ def nearest(queries: np.ndarray, gallery: np.ndarray, *, k: int) -> np.ndarray:
     Args:
         queries: float [q, D].
         gallery: float [g, D].
-        k: number of items.
     """
     model = NearestNeighbors(metric="cosine", algorithm="brute").fit(normalise(gallery))
     count = min(k, len(gallery))
@@ -312,7 +285,7 @@ def video_retrieval(
         UserError: if encoder, records and protocol do not fit.
     """
     check_recall_at(config.evaluation.recall_at, setting="evaluation.recall_at")
-    spec, data = feature_spec(config), config.data
+    data = config.data
 
     sides, number = numbered_sides(data), f"split{data.official_split}"
     if number not in sides:
@@ -320,21 +293,7 @@ def video_retrieval(
             f"data.official_split {data.official_split} must be one of 1 to {len(sides)}, the "
             "entries of data.test_select"
         )
-    (split,) = open_splits(
-        data.directory,
-        config.encoder,
-        "video",
-        {"split": sides[number]},
-        lambda source, records, selection: open_clips(
-            source,
-            "video",
-            records,
-            selection,
-            spec,
-            labels=[data.label],
-            leave_out=data.leave_out,
-        ),
-    )
+    (split,), spec = clip_splits(config, "video", {"split": sides[number]}, [data.label])
     gallery, queries = split.train, split.test
     classes = queries.records.class_names[data.label]
     ids, gallery_ids = (records.classes_of(data.label) for records in (queries, gallery))
@@ -365,17 +324,17 @@ def video_retrieval(
                 )
                 suffix = f"_{name}" if name else ""
                 what = f"{name} encoder" if name else ""
-                found = scores.outcomes(suffix, "{}" + suffix, what)
-                values |= found[0]
-                metrics |= found[1]
+                more_values, more_metrics = scores.outcomes(suffix, "{}" + suffix, what)
+                values |= more_values
+                metrics |= more_metrics
         rows = np.linspace(0, len(queries) - 1, _SHOWN).astype(int)
         items = nearest(of_queries[""][rows], of_gallery[""], k=_SHOWN)
-        shown = [
+        neighbours = [
             [
                 _described(queries, int(row), ids, classes),
-                *(_described(gallery, int(item), gallery_ids, classes) for item in found_items),
+                *(_described(gallery, int(item), gallery_ids, classes) for item in of_query),
             ]
-            for row, found_items in zip(rows, items, strict=True)
+            for row, of_query in zip(rows, items, strict=True)
         ]
         return Measured(
             Outcomes(queries.record_ids, queries.sources, values),
@@ -393,7 +352,7 @@ def video_retrieval(
                 section(
                     "Nearest neighbours",
                     "Some queries and their results, most similar first.",
-                    table(["query", *(f"{n + 1}" for n in range(items.shape[1]))], shown),
+                    table(["query", *(f"{n + 1}" for n in range(items.shape[1]))], neighbours),
                 )
             ],
         )
@@ -452,9 +411,9 @@ def measure_cross_modal(
     values: dict[str, np.ndarray] = {}
     metrics: dict[str, Metric] = {}
     scores = cross_modal_scores(features, network, recall_at)
-    for direction, found in scores.items():
+    for direction, ranked in scores.items():
         what = direction.replace("_to_", " → ")
-        of_direction = found.outcomes(f"_{direction}", f"{direction}_{{}}", what)
+        of_direction = ranked.outcomes(f"_{direction}", f"{direction}_{{}}", what)
         values |= of_direction[0]
         metrics |= of_direction[1]
         metrics[f"{direction}_median_rank"] = Metric(
@@ -462,7 +421,7 @@ def measure_cross_modal(
             (f"rank_{direction}",),
             f"median rank, {what}",
             unit="number",
-            chance=(found.gallery + 1) / 2,
+            chance=(ranked.gallery + 1) / 2,
         )
     both = np.flatnonzero(features["has_video"] & features["has_audio"] & bool(scores))
     names, sources = records.record_ids, records.sources

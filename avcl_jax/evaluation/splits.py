@@ -15,13 +15,14 @@ from typing import Any, Generic, TypeVar
 
 import ml_collections
 import numpy as np
-from etils import epath
 
 from avcl_jax import experiment
+from avcl_jax.data.clips import ClipRecords, ClipSpec
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.selection import Condition, SelectedRecords, Selection
+from avcl_jax.data.selection import Condition, Modality, SelectedRecords, Selection
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.features import FeatureSpec
+from avcl_jax.evaluation.features import FeatureSpec, encoder_clips
+from avcl_jax.export import Encoder
 from avcl_jax.export.runs import EncoderSource, open_encoders
 
 # Stands in `config.encoder` for the name of the test fold.
@@ -33,13 +34,7 @@ Side = tuple[str, str]  # split of the data set, and selection of its records
 
 @dataclasses.dataclass(frozen=True)
 class Trial(Generic[Records]):
-    """Test records, and the encoder that is measured with them.
-
-    Attributes:
-        name: "split1", or the name of a fold.
-        encoder: encoder, which must not have been pretrained on the test records.
-        test: test records.
-    """
+    """Test records, and the encoder that is measured with them; it must not have met them."""
 
     name: str
     encoder: EncoderSource
@@ -48,11 +43,7 @@ class Trial(Generic[Records]):
 
 @dataclasses.dataclass(frozen=True)
 class Split(Trial[Records]):
-    """Test records with training records.
-
-    Attributes:
-        train: training records.
-    """
+    """Test records with training records."""
 
     train: Records
 
@@ -64,7 +55,7 @@ def split_encoders(path: str, tests: Mapping[str, str], modality: str) -> dict[s
         path: path of encoders, with `{fold}` for the name of the test fold where each split has an
             encoder of its own.
         tests: selection of the test records by name of the split.
-        modality: modality that is needed.
+        modality: required modality.
 
     Raises:
         ExportError: if an encoder is missing or lacks the modality.
@@ -83,42 +74,53 @@ def split_encoders(path: str, tests: Mapping[str, str], modality: str) -> dict[s
 
 
 def open_splits(
-    directory: epath.PathLike,
-    path: str,
-    modality: str,
+    config: ml_collections.ConfigDict,
+    modality: Modality,
     sides: Mapping[str, tuple[Side, Side]],
-    open_records: Callable[[EncoderSource, RecordDataset, Selection], Records],
+    labels: Sequence[str],
+    spec_of: Callable[[Encoder], ClipSpec],
     *,
+    tags: str = "",
+    shared_interval: bool = False,
     shared_sources: bool = False,
-) -> list[Split[Records]]:
+) -> list[Split[ClipRecords]]:
     """Opens the records and the encoder of every split; reads no record.
 
     Args:
-        directory: prepared data set.
-        path: path of the encoders, as `split_encoders` takes it.
-        modality: modality of the encoders that is needed.
+        config: config with `encoder` and the section `data`.
+        modality: required modality of the encoders.
         sides: training and test side by name of the split.
-        open_records: opens selected records for an encoder.
+        labels: labels that must be known.
+        spec_of: clips that an encoder is given.
+        tags: label that may have several classes per record.
+        shared_interval: argument of `ClipRecords`.
         shared_sources: accept training and test records of one source.
 
     Raises:
         ExportError: if an encoder is missing or lacks the modality.
         RecordError: if there is no such data set or split.
-        SelectionError: if a selection does not fit the data set.
+        SelectionError: if a selection does not fit the data set, or records lack something.
         UserError: if training and test records of a split share a record or a source.
     """
-    encoders = split_encoders(
-        path, {name: test for name, (_, (_, test)) in sides.items()}, modality
-    )
-    first = next(iter(encoders.values()))
-    dataset = functools.cache(functools.partial(RecordDataset, directory))
+    tests = {name: test for name, (_, (_, test)) in sides.items()}
+    encoders = split_encoders(config.encoder, tests, modality)
+    spec = spec_of(next(iter(encoders.values())).require(modality))
+    dataset = functools.cache(functools.partial(RecordDataset, config.data.directory))
 
     @functools.cache
-    def opened(split: str, select: str) -> Records:
-        return open_records(first, dataset(split), Selection.parse(select))
+    def records(split: str, select: str) -> ClipRecords:
+        known = [n for n in labels if n != tags or n not in dataset(split).multilabel]
+        return ClipRecords(
+            dataset(split),
+            Selection.parse(select),
+            spec,
+            known,
+            config.data.leave_out,
+            shared_interval,
+        )
 
     splits = [
-        Split(name, encoders[name], opened(*test), opened(*train))
+        Split(name, encoders[name], records(*test), records(*train))
         for name, (train, test) in sides.items()
     ]
     for split in splits:
@@ -127,14 +129,10 @@ def open_splits(
 
 
 def numbered_sides(data: ml_collections.ConfigDict) -> dict[str, tuple[Side, Side]]:
-    """Returns the sides of the splits split1, split2, … of a config.
-
-    Args:
-        data: section with `train_split`, `test_split`, and as many of `train_select` as of
-            `test_select`.
+    """Returns the sides of the splits split1, split2, … of the section `data` of a config.
 
     Raises:
-        UserError: if there are not as many of one as of the other.
+        UserError: if there are not as many of `train_select` as of `test_select`.
     """
     if len(data.train_select) != len(data.test_select) or not data.train_select:
         raise UserError(
@@ -199,7 +197,7 @@ def _check_apart(split: Split[Any], shared_sources: bool) -> None:
 
 
 def count_trained_on(trained_on: str, records: RecordDataset, positions: np.ndarray) -> int:
-    """Returns the number of records that were pretrained on.
+    """Returns the number of test records that were pretrained on.
 
     Args:
         trained_on: fingerprint of the records of the pretraining, with their selection.
@@ -221,14 +219,12 @@ def check_not_trained_on(
     another preparation of it, and imported weights, pass.
 
     Args:
-        source: the encoder.
-        records: data set of the test.
-        positions: int [n], test records in it.
+        positions: int [n], test records in `records`.
         allow: print it instead.
-        what: name of these records in the message.
+        what: name of the test records in the message.
 
     Raises:
-        UserError: with their number.
+        UserError: with the number of records.
     """
     both = count_trained_on(source.trained_on or "", records, positions)
     if not both:
@@ -241,17 +237,29 @@ def check_not_trained_on(
     print(f"{said}: its metrics are not those of an encoder that never met them", flush=True)
 
 
-def feature_spec(config: ml_collections.ConfigDict, *, by_clip: bool = False) -> FeatureSpec:
-    """Returns the section `features` of a config, executed as its section `execution` says.
+def clip_splits(
+    config: ml_collections.ConfigDict,
+    modality: Modality,
+    sides: Mapping[str, tuple[Side, Side]],
+    labels: Sequence[str],
+    *,
+    by_clip: bool = False,
+    tags: str = "",
+) -> tuple[list[Split[ClipRecords]], FeatureSpec]:
+    """Opens the splits of a protocol on frozen features, with the clips of the section `features`.
+
+    Args:
+        by_clip: accept features of single clips.
 
     Raises:
-        UserError: if a value has no meaning, or features of single clips are asked for although
-            `by_clip` is False.
+        UserError: if a value of `features` has no meaning, or `open_splits` raises it.
     """
     run = config.execution
     spec = FeatureSpec(
         **config.features, chunk=run.chunk, part_records=run.part_records, threads=run.threads
     )
     if spec.record_pooling == "clips" and not by_clip:
-        raise UserError("features.record_pooling 'clips' is for folds: use 'mean' or 'mean_max'")
-    return spec
+        raise UserError("features.record_pooling 'clips' is for probes: use 'mean' or 'mean_max'")
+    clips = functools.partial(encoder_clips, spec=spec)
+    splits = open_splits(config, modality, sides, labels, clips, tags=tags, shared_interval=True)
+    return splits, spec

@@ -125,15 +125,12 @@ def fixed_views(
     *,
     speeds: Sequence[int],
     views_per_speed: int,
-    direction: int,
+    direction: int = FORWARD,
 ) -> dict[str, Any]:
     """Uniformly spaced centre-crop views of one record, for evaluation.
 
     Args:
-        speeds: indices into `spec.views.speeds`; one that is too fast for the record falls back
-            to the fastest that fits.
-        views_per_speed: clips at each speed, from the first possible start to the last.
-        direction: `FORWARD` or `BACKWARD`.
+        speeds: indices into `spec.views.speeds`, as `data.views.fixed_clips` takes them.
 
     Returns:
         As `render_views`, plus `describe`, with len(speeds) * views_per_speed views.
@@ -143,8 +140,8 @@ def fixed_views(
     crop = center_crop(max(record.height, 1), max(record.width, 1))
     arrays = render_views(record, use, clips, clips, [crop] * len(clips), spec)
     # Views of a record are averaged, so that it has audio even if some of them are silent.
-    arrays["has_audio"] = np.bool_(use.has_audio)
-    return arrays | describe(index, record, source.records)
+    described = describe(index, record, source.records)
+    return arrays | described | {"has_audio": np.bool_(use.has_audio)}
 
 
 def random_views(
@@ -191,11 +188,10 @@ def random_views(
     height, width = max(record.height, 1), max(record.width, 1)
     crops = [random_crop(rng, height, width, spec.crop) for _ in clips]
     arrays = render_views(record, use, clips, clips, crops, spec)
-    # Views of a record are averaged, so that it has audio even if some of them are silent.
-    arrays["has_audio"] = np.bool_(use.has_audio)
-    unwanted = [name for modality, name in MODALITY_INPUTS.items() if modality not in modalities]
-    rendered = {name: value for name, value in arrays.items() if name not in unwanted}
-    return rendered | describe(index, record, source.records)
+    for modality in MODALITY_INPUTS.keys() - set(modalities):
+        del arrays[MODALITY_INPUTS[modality]]
+    described = describe(index, record, source.records)
+    return arrays | described | {"has_audio": np.bool_(use.has_audio)}
 
 
 def drawn_pairs(
@@ -225,12 +221,7 @@ def drawn_pairs(
 def view_map(
     run: PretrainedRun, networks: Mapping[str, Any], chunk: int, threads: int
 ) -> RecordMap:
-    """Returns the map of records to features and embeddings of networks of the run's shape.
-
-    Args:
-        run: run whose model is applied.
-        networks: variables by name of the network.
-    """
+    """Returns the map of records to features and embeddings of networks of the run's shape."""
     function = feature_function(run.config, run.spec)
     return batched_map(function, networks, inputs=MODEL_INPUTS, chunk=chunk, threads=threads)
 
@@ -251,10 +242,8 @@ def view_features(
 
     Args:
         compute: map of `view_map`.
-        speeds: indices into `spec.views.speeds`.
-        views_per_speed: views at each speed.
         describe_views: further arrays of a record from its rendered views.
-        keep: names of the arrays that are stored and returned; None keeps all.
+        keep: tells by name which arrays are stored and returned; None keeps all.
 
     Returns:
         Arrays [records, …] in process 0, nothing elsewhere.
@@ -262,12 +251,7 @@ def view_features(
 
     def render(position: int) -> dict[str, Any]:
         arrays = fixed_views(
-            records,
-            position,
-            spec,
-            speeds=speeds,
-            views_per_speed=views_per_speed,
-            direction=FORWARD,
+            records, position, spec, speeds=speeds, views_per_speed=views_per_speed
         )
         return arrays | dict(describe_views(arrays) if describe_views else {})
 
@@ -295,14 +279,14 @@ def feature_function(config: ml_collections.ConfigDict, spec: RenderSpec) -> App
 
     def features(variables: Any, arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
         videos = arrays["has_video"].shape[0]
-        found = {}
+        outputs = {}
         for name, value in outputs_of(variables, as_pairs(arrays)).items():
             by_view = value.reshape(videos, -1, value.shape[-1])
             if name.endswith("_features"):
-                found[name] = by_view.mean(axis=1)
+                outputs[name] = by_view.mean(axis=1)
             elif name.endswith("_embeddings"):
-                found[name] = by_view.reshape(videos, -1)
-        return found
+                outputs[name] = by_view.reshape(videos, -1)
+        return outputs
 
     return features
 

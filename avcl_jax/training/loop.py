@@ -112,14 +112,7 @@ def build(
     schedule = warmup_cosine(
         learning_rate=section.learning_rate, warmup_steps=section.warmup_steps, steps=config.steps
     )
-    optimizer = create_optimizer(
-        name=section.name,
-        schedule=schedule,
-        weight_decay=section.weight_decay,
-        momentum=section.momentum,
-        beta2=section.beta2,
-        clip_norm=section.clip_norm,
-    )
+    optimizer = create_optimizer(schedule=schedule, **experiment.optimizer_settings(config))
 
     empty_bank = functools.partial(
         feature_bank.create,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -62,36 +62,48 @@ def decay_mask(params: Any) -> Any:
 def create_optimizer(
     *,
     name: OptimizerName,
-    schedule: optax.Schedule,
+    schedule: optax.Schedule | Mapping[str, optax.Schedule | None],
     weight_decay: float,
     momentum: float,
     beta2: float,
     clip_norm: float,
+    part_of: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW, or SGD with Nesterov momentum.
 
     Args:
         name: "adamw" or "sgd".
-        schedule: learning rate by step.
+        schedule: learning rate by step; or that of each part of the parameters, None for a part
+            that does not change.
         weight_decay: decay of kernels only; decoupled for AdamW.
         momentum: first-moment decay (AdamW's beta 1).
         beta2: second-moment decay of AdamW.
         clip_norm: largest global gradient norm; 0 does not clip.
+        part_of: maps parameters to the name of the part of each, if `schedule` has parts.
 
     Raises:
         UserError: if the name is unknown.
     """
-    if name == "adamw":
-        update = optax.adamw(
-            schedule, b1=momentum, b2=beta2, weight_decay=weight_decay, mask=decay_mask
-        )
-    elif name == "sgd":
-        update = optax.chain(
+    if name not in ("adamw", "sgd"):
+        raise UserError(f"unknown optimizer {name!r}: use 'adamw' or 'sgd'")
+
+    def rule(schedule: optax.Schedule | None) -> optax.GradientTransformation:
+        if schedule is None:
+            return optax.set_to_zero()
+        if name == "adamw":
+            return optax.adamw(
+                schedule, b1=momentum, b2=beta2, weight_decay=weight_decay, mask=decay_mask
+            )
+        return optax.chain(
             optax.add_decayed_weights(weight_decay, mask=decay_mask),
             optax.sgd(schedule, momentum=momentum, nesterov=True),
         )
+
+    if isinstance(schedule, Mapping):
+        assert part_of is not None
+        update = optax.partition({part: rule(rate) for part, rate in schedule.items()}, part_of)
     else:
-        raise UserError(f"unknown optimizer {name!r}: use 'adamw' or 'sgd'")
+        update = rule(schedule)
     if clip_norm <= 0:
         return update
     return optax.chain(optax.clip_by_global_norm(clip_norm), update)

@@ -35,9 +35,9 @@ class TrainState:
     params: Any
     batch_stats: Any
     opt_state: Any
-    ema_params: Any
-    ema_batch_stats: Any
-    bank: feature_bank.FeatureBank | None
+    ema_params: Any = None
+    ema_batch_stats: Any = None
+    bank: feature_bank.FeatureBank | None = None
 
 
 def example_inputs(spec: RenderSpec, videos: int = 2) -> dict[str, jax.ShapeDtypeStruct]:
@@ -63,7 +63,7 @@ def create_state(
     ema: bool,
     bank: Callable[[], feature_bank.FeatureBank] | None,
 ) -> tuple[TrainState, Any]:
-    """Creates the state directly in its shardings: no device ever allocates more than its part.
+    """Creates the state of pretraining in its shardings.
 
     Args:
         model: `AudioVisualModel`.
@@ -93,9 +93,23 @@ def create_state(
             bank=None if bank is None else bank(),
         )
 
-    shapes = jax.eval_shape(init, key)
-    shardings = state_shardings(shapes, mesh)
-    return jax.jit(init, out_shardings=shardings)(key), shardings
+    return in_shardings(init, key, mesh=mesh)
+
+
+def in_shardings(
+    init: Callable[..., TrainState], *arguments: Any, mesh: Mesh
+) -> tuple[TrainState, Any]:
+    """Creates a state directly in its shardings: no device ever allocates more than its part.
+
+    Args:
+        init: pure function of `arguments` to the state.
+        mesh: devices.
+
+    Returns:
+        The state and its shardings.
+    """
+    shardings = state_shardings(jax.eval_shape(init, *arguments), mesh)
+    return jax.jit(init, out_shardings=shardings)(*arguments), shardings
 
 
 def state_shardings(shapes: TrainState, mesh: Mesh) -> Any:

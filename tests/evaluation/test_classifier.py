@@ -14,18 +14,20 @@ import pytest
 from etils import epath
 
 from avcl_jax import experiment
-from avcl_jax.data.clips import ClipRecords
+from avcl_jax.data.clips import ClipRecords, VideoClipSpec
+from avcl_jax.data.images import CropSpec
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
+from avcl_jax.data.views import ViewSpec
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.classifier import (
     ClipClassifier,
     Inputs,
     create_classifier_state,
-    scale_updates,
-    trained_mask,
+    parts,
+    predict,
 )
-from avcl_jax.evaluation.finetune import clip_spec, predict
+from avcl_jax.evaluation.finetune import clip_spec, optimizer_of
 from avcl_jax.models.encoders import create_encoder
 from avcl_jax.training.sharding import create_mesh
 from tests.evaluation.labelled import make_encoders, toy_config, write_labelled
@@ -82,16 +84,39 @@ def test_the_prediction_is_the_mean_softmax_over_ten_clips(tmp_path):
         assert np.abs(softmax(features.mean(axis=0) @ head["kernel"]) - by_hand).max() > 1e-4
 
 
-def test_the_head_has_a_learning_rate_of_its_own_and_begins_alone():
-    params = {"encoder": {"w": jnp.zeros(2)}, "head": {"w": jnp.zeros(2)}}
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_head_has_a_learning_rate_of_its_own_and_begins_alone(name):
+    config = toy_config(
+        "unused",
+        "unused",
+        **{
+            "freeze": ("encoder/stem",),
+            "epochs": 8.0,
+            "optimizer.name": name,
+            "optimizer.schedule": "multistep",
+            "optimizer.warmup_epochs": 0.0,
+            "optimizer.learning_rate": 0.1,
+            "optimizer.momentum": 0.0,
+            "optimizer.weight_decay": 0.0,
+            "optimizer.clip_norm": 0.0,
+            "optimizer.head_factor": 5.0,
+            "optimizer.head_epochs": 2.0,
+        },
+    )
+    optimizer, schedule, steps = optimizer_of(config, config.global_batch_size)
+    assert (steps, float(schedule(0))) == (8, pytest.approx(0.1))
+    params = {"encoder": {"stem": jnp.ones(2), "layer": jnp.ones(2)}, "head": {"w": jnp.ones(2)}}
     gradients = jax.tree.map(jnp.ones_like, params)
-    optimizer = optax.chain(optax.sgd(0.1), scale_updates(head_factor=5.0, head_steps=2))
     state = optimizer.init(params)
     moved = []
     for _ in range(4):
         updates, state = optimizer.update(gradients, state, params)
-        moved.append([float(updates[name]["w"][0]) for name in ("encoder", "head")])
-    np.testing.assert_allclose(moved, [[0, -0.5], [0, -0.5], [-0.1, -0.5], [-0.1, -0.5]], rtol=1e-6)
+        encoder = updates["encoder"]
+        moved.append(
+            [float(u[0]) for u in (encoder["stem"], encoder["layer"], updates["head"]["w"])]
+        )
+    alone, both = [0, 0, -0.5], [0, -0.1, -0.5]
+    np.testing.assert_allclose(moved, [alone, alone, both, both], rtol=1e-5)
 
 
 def test_names_say_which_layers_are_frozen():
@@ -99,18 +124,18 @@ def test_names_say_which_layers_are_frozen():
         "encoder": {"stem_conv": {"kernel": 1}, "stem_norm": {"scale": 1}, "layer": {"kernel": 1}},
         "head": {"kernel": 1},
     }
-    assert trained_mask(params, ()) == jax.tree.map(lambda _: True, params)
-    some = trained_mask(params, ("encoder/stem",))
-    assert some["encoder"] == {
-        "stem_conv": {"kernel": False},
-        "stem_norm": {"scale": False},
-        "layer": {"kernel": True},
+    encoder = {"stem_conv": "frozen", "stem_norm": "frozen", "layer": "encoder"}
+    some = parts(params, ("encoder/stem",))
+    assert {name: set(tree.values()) for name, tree in some["encoder"].items()} == {
+        name: {part} for name, part in encoder.items()
     }
+    assert some["head"] == {"kernel": "head"}
+    assert set(jax.tree.leaves(parts(params, ()))) == {"encoder", "head"}
     with pytest.raises(UserError, match="leaves no layer of the encoder to train"):
-        trained_mask(params, ("encoder/stem", "encoder/layer"))
+        parts(params, ("encoder/stem", "encoder/layer"))
     for wrong in ("layer", "head", ""):
         with pytest.raises(UserError, match=re.escape(f"freeze {wrong!r} must name layers")):
-            trained_mask(params, (wrong,))
+            parts(params, (wrong,))
 
 
 def test_clips_that_tubelets_do_not_fill_are_refused():
@@ -133,13 +158,15 @@ def test_clips_that_tubelets_do_not_fill_are_refused():
         jax.ShapeDtypeStruct((1, *encoder.input_shape), jnp.float32),
     )
     weights = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), dict(shapes))
+    crop = CropSpec(16, 1.0, False, False)
+    seven_frames = VideoClipSpec(ViewSpec(7, 0.5, (1,), "shared"), crop)
     message = "must divide the clip's 7x16x16: set num_frames to a multiple of 2"
     with pytest.raises(ValueError, match=message):
         create_classifier_state(
             ClipClassifier(module, 3, 0.0, True),
             optax.sgd(0.1),
             dataclasses.replace(encoder, module=module, params=weights),
-            input_shape=(7, 16, 16, 3),
+            Inputs(seven_frames, encoder.preprocess, (None, None)),
             freeze=(),
             key=jax.random.key(0),
             mesh=create_mesh(1),

@@ -201,7 +201,7 @@ def test_the_linear_probe_is_one_number_whichever_command_gives_it(
         config.encoder = str(workdir)
         config.data.directory = str(small_records)
         config.features.update({"speeds": (1, 2), "clips": 1})
-        config.probe = small_evaluation().evaluation.probe
+        config.probe.update(small_evaluation().evaluation.probe)
         config.bootstrap.resamples = 20
     alone = run_linear_probe(config, tmp_path)
     chosen = alone["details"]["splits"][0]["chosen"]

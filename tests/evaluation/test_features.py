@@ -10,6 +10,7 @@ import pytest
 
 from avcl_jax import experiment
 from avcl_jax.batched import in_parts
+from avcl_jax.data.clips import ClipRecords
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection, SelectionError, UsableRecords
 from avcl_jax.data.views import FORWARD
@@ -17,7 +18,7 @@ from avcl_jax.errors import UserError
 from avcl_jax.evaluation.features import (
     FeatureSpec,
     classical_features,
-    open_clips,
+    encoder_clips,
     record_features,
     rendered_clips,
 )
@@ -34,13 +35,12 @@ def source(small_run):
 
 
 def _clips(directory, source, modality, *, split="test", speeds=(1, 2), **options):
-    return open_clips(
-        source,
-        modality,
+    return ClipRecords(
         RecordDataset(directory, split),
         Selection.parse(options.get("select", "")),
-        dataclasses.replace(MEAN, speeds=speeds),
+        encoder_clips(source.require(modality), dataclasses.replace(MEAN, speeds=speeds)),
         leave_out=options.get("leave_out", False),
+        shared_interval=True,
     )
 
 

@@ -100,7 +100,7 @@ def test_no_test_record_is_read_before_the_last_step(tuned, records):
 
 def test_training_batches_hold_every_training_record_and_no_other(tuned, records, encoders):
     config = toy_config(records, encoders)
-    (split,), _ = labelled_splits(config)
+    (split,) = labelled_splits(config)
     batches = training_batches(config, 1, split.train, 0)
     drawn = np.concatenate([next(batches)["record_index"] for _ in range(8)])
     assert set(drawn.tolist()) == in_split(records, "train")

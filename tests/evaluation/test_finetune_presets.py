@@ -11,13 +11,14 @@ import pytest
 from avcl_jax import experiment
 from avcl_jax.data.selection import Selection
 from avcl_jax.evaluation.classifier import (
+    FROZEN,
     ClipClassifier,
     Inputs,
     classifier_step,
     create_classifier_state,
-    trained_mask,
+    parts,
 )
-from avcl_jax.evaluation.finetune import clip_spec, input_shape, optimizer_of, protocol_of
+from avcl_jax.evaluation.finetune import clip_spec, optimizer_of, protocol_of
 from avcl_jax.export import Encoder
 from avcl_jax.training.sharding import create_mesh
 from avcl_jax.training.state import state_shardings
@@ -75,32 +76,33 @@ def test_a_full_size_step_lowers(preset, trained):
         lambda key, clip: encoder.module.init(key, clip, train=False), key, example
     )
 
+    inputs = Inputs(
+        spec,
+        encoder.preprocess,
+        (experiment.photometric_spec(config), experiment.spectral_spec(config)),
+    )
+
     def create(key, weights):
         return create_classifier_state(
             classifier,
             optimizer,
             dataclasses.replace(encoder, params=weights),
-            input_shape=input_shape(spec),
+            inputs,
             freeze=tuple(config.freeze),
             key=key,
             mesh=mesh,
         )[0]
 
     state = jax.eval_shape(create, key, weights)
-    mask = trained_mask(state.params, tuple(config.freeze))
-    leaves = zip(jax.tree.leaves(state.params), jax.tree.leaves(mask), strict=True)
+    names = jax.tree.leaves(parts(state.params, tuple(config.freeze)))
+    leaves = zip(jax.tree.leaves(state.params), names, strict=True)
     if trained is not None:
-        assert sum(leaf.size for leaf, used in leaves if used) == trained
-    inputs = Inputs(
-        spec,
-        encoder.preprocess,
-        (experiment.photometric_spec(config), experiment.spectral_spec(config)),
-    )
+        assert sum(leaf.size for leaf, part in leaves if part != FROZEN) == trained
     step = classifier_step(
         classifier,
         optimizer,
         inputs,
-        mask=mask,
+        freeze=tuple(config.freeze),
         schedule=schedule,
         label_smoothing=config.label_smoothing,
         mesh=mesh,

@@ -63,7 +63,9 @@ def test_metrics_are_means_over_splits(records, tmp_path):
     run = ProtocolRun(
         protocol_of(config), config, epath.Path(tmp_path / "out"), ENCODER, {"train": "a"}
     )
-    results = run.write(measured(config, splits, probabilities, epath.Path(tmp_path)), Stages())
+    results = run.write(
+        measured(config, splits, list(probabilities.values()), epath.Path(tmp_path)), Stages()
+    )
     truth = {split.name: split.test.classes_of("class") for split in splits}
     predicted = {name: values.argmax(axis=1) for name, values in probabilities.items()}
     top1 = [np.mean(predicted[name] == truth[name]) for name in truth]
@@ -84,7 +86,7 @@ def test_metrics_are_means_over_splits(records, tmp_path):
 def test_top_5_is_that_of_scikit_learn(records, tmp_path):
     splits, probabilities = make_splits(records, tmp_path, [f"class {n}" for n in range(40)])
     config = toy_config(records, "nowhere")
-    found = measured(config, splits, probabilities, epath.Path(tmp_path))
+    found = measured(config, splits, list(probabilities.values()), epath.Path(tmp_path))
     hits, number = found.outcomes.values["top5"], found.outcomes.values["split"]
     for place, split in enumerate(splits):
         expected = top_k_accuracy_score(

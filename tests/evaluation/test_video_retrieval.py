@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_refused_before_any_work(
         video_retrieval(config, tmp_path / "w")
     config = _config(small_records, small_run)
     config.features.record_pooling = "clips"
-    with pytest.raises(UserError, match="record_pooling 'clips' is for folds"):
+    with pytest.raises(UserError, match="record_pooling 'clips' is for probes"):
         video_retrieval(config, tmp_path / "w")
     config = _config(small_records, small_run)
     config.data.train_select = ("motion=across",)
