@@ -102,6 +102,9 @@ class FingerprintApp:
             raise HTTPException(404, "the index has no such source now: ask again")
         return row
 
+    def _part(self, request: Request) -> tuple[SourceRow, float, float]:
+        return self._source(request), request.path_params["start"], request.path_params["end"]
+
     async def _status(self, _: Request) -> Response:
         status: dict[str, Any] = {
             "index": str(self._index.directory),
@@ -112,9 +115,8 @@ class FingerprintApp:
         }
         try:
             index = self._current()
-            seconds = [row.duration_seconds for row in index.sources()]
-            status |= {"sources": len(seconds), "segments": index.num_segments}
-            status |= {"hours": sum(seconds) / 3600, "error": None if seconds else _empty(index)}
+            status |= {"sources": len(index.sources()), "segments": index.num_segments}
+            status["error"] = None if status["sources"] else _empty(index)
         except HTTPException as exception:
             status["error"] = exception.detail
         return JSONResponse(status)
@@ -255,14 +257,14 @@ class FingerprintApp:
         return FileResponse(path, media_type=kind)
 
     async def _preview(self, request: Request) -> Response:
-        row, start, end = self._source(request), *_interval(request)
+        row, start, end = self._part(request)
         with _file_of(row) as path:
             name = f"{row.content[:24]}-{start:.1f}-{end:.1f}"
             converted = await self._previews.convert(name, path, start, end)
         return FileResponse(converted, media_type="video/mp4")
 
     async def _spectrogram(self, request: Request) -> Response:
-        row, start, end = self._source(request), *_interval(request)
+        row, start, end = self._part(request)
         rate = self._index.segmenter.decoding["sample_rate_hz"]
         interval = {"start_seconds": start, "end_seconds": min(end, start + preview.MAX_SECONDS)}
         with _file_of(row) as path:
@@ -300,10 +302,6 @@ def _file_of(row: SourceRow) -> Iterator[Path]:
         )
     with _refused(422, f"{row.name} cannot be shown: "):
         yield path
-
-
-def _interval(request: Request) -> tuple[float, float]:
-    return request.path_params["start"], request.path_params["end"]
 
 
 def _required(request: Request) -> tuple[str, ...]:
