@@ -11,6 +11,7 @@ import soxr
 from avcl_jax.data.media import decode_media
 from avcl_jax.fingerprint import matching
 from avcl_jax.fingerprint.index import FingerprintIndex
+from avcl_jax.fingerprint.segments import SegmentFeatures
 from avcl_jax.fingerprint.settings import FingerprintError, FingerprintSettings
 from tests.conftest import ROOT
 from tests.fingerprint.conftest import SETTINGS
@@ -94,24 +95,24 @@ def test_votes_of_a_segment_count_once_per_bin_and_half_in_the_bins_beside_it():
     channel = matching._Channel(
         vectors=np.zeros((3, 4), np.float32),
         present=np.array([True, False, True]),
-        mean=np.array([0.1, 0.0, 0.2], np.float32),
-        scale=np.array([0.1, 1.0, 0.2], np.float32),
+        mean=np.array([0.125, 0.0, 0.25], np.float32),
+        scale=np.array([0.125, 1.0, 0.25], np.float32),
         neighbours=(
-            np.array([[0.9, 0.8, 0.5, -np.inf], [0.6, 0.4, 0.2, 0.1]]),
-            np.array([[7, 7, 8, -1], [7, 8, 7, 7]]),
+            np.array([[1.0, 0.875, 0.625, -np.inf], [0.75, 0.375, 0.25, 0.125]]),
+            np.array([[0, 0, 8, -1], [0, 8, 0, 0]]),
             np.array([[8, 9, 40, -1], [12, 8, 0, 0]]),
         ),
     )
     query = matching.Query(1.0, np.array([0.0, 0.25, 0.5]), {"video": channel})
     votes = {(9, 0, 0): 3.0}
     matching._vote(query, 5, "video", 0.25, votes)
-    # The first segment finds source 7 at 2.0 s, bin 4, and again in this bin, and the third at
+    # The first segment finds source 0 at 2.0 s, bin 4, and again in this bin, and the third at
     # 2.5 s, bin 5. Similarity at or below chance, and missing neighbours, do not vote.
-    assert votes == pytest.approx(
+    assert votes == (
         {(9, 0, 0): 3.0}
-        | {(7, 5, place): vote for place, vote in ((3, 2.0), (4, 4.5), (5, 3.0), (6, 0.5))}
+        | {(0, 5, place): vote for place, vote in ((3, 1.75), (4, 4.0), (5, 2.75), (6, 0.5))}
         | {(8, 5, place): vote for place, vote in ((19, 1.0), (20, 2.0), (21, 1.0))}
-        | {(8, 5, place): vote for place, vote in ((2, 0.25), (3, 0.5), (4, 0.25))},
+        | {(8, 5, place): vote for place, vote in ((2, 0.125), (3, 0.25), (4, 0.125))}
     )
 
 
@@ -131,7 +132,8 @@ def query_along(
     inside = (number >= 0) & (number < 40) & (np.abs(index - number) < 0.26)
     vectors = np.where(inside[:, None], window[np.clip(number, 0, 39)], 0.0).astype(np.float32)
     zeros = np.zeros(count, np.float32)
-    channel = matching._Channel(vectors, np.ones(count, bool), zeros, zeros + 0.1, ())
+    neighbours = references.search("video", vectors, 24)
+    channel = matching._Channel(vectors, np.ones(count, bool), zeros, zeros + 0.1, neighbours)
     return matching.Query(rate, seconds, {"video": channel})
 
 
@@ -139,23 +141,67 @@ def test_a_line_is_found_within_its_reach_with_the_evidence_of_its_segments(refe
     query = query_along(references, 1.0, OFFSET, rate=0.8)
     channel = query.channels["video"]
     channel.vectors[0] *= -1  # as unlike as can be
+    channel.vectors[6] *= 0.25
     channel.present[2] = False
     for place in (11, 12, 13):
-        found = matching._align(references, query, 0, place, {"video": 1.0})
+        found = matching._align(references, query, 0, place, {"video": 0.8})
         assert (found.source, found.offset_seconds, found.rate) == (0, OFFSET, 0.8)
         # Segments between two of the reference are left out; the reference lacks that at 8 s.
         np.testing.assert_allclose(found.query_seconds, 0.5 * np.arange(11) / 0.8)
-        expected = [-1.0, np.nan, 10, 10, 0, 10, 10, 10, 10, 10, 10]
+        expected = [-1.0, np.nan, 10, 2.5, 0, 10, 10, 10, 10, 10, 10]
         np.testing.assert_allclose(found.by_segment["video"], expected, rtol=1e-5)
         assert found.agrees.tolist() == [False, False, True, True, False, *[True] * 6]
         # Of ten segments; 20 at a quarter of a second, the last of them as long as the span.
-        evidence = 79 / 10 * np.sqrt(20 * 0.25 + 1.0)
+        evidence = 71.5 / 10 * np.sqrt((20 * 0.25 + 0.8) / 0.8)
         assert found.by_modality["video"] == pytest.approx(evidence, rel=1e-5)
         assert found.evidence(["video", "audio"]) == found.by_modality["video"]
-    other = matching._align(references, query, 1, 12, {"video": 1.0})
-    assert other.by_modality["video"] < 0.2 * evidence
+    for source, place in ((0, 10), (1, 12)):  # further away, and another source
+        other = matching._align(references, query, source, place, {"video": 0.8})
+        assert other.by_modality["video"] < 0.4 * evidence
     channel.present[:] = False
-    assert matching._align(references, query, 0, 12, {"video": 1.0}) is None
+    assert matching._align(references, query, 0, 12, {"video": 0.8}) is None
+
+
+@pytest.mark.parametrize("place", [10, 13])
+def test_the_reach_of_a_line_includes_its_ends(references, place):
+    query = query_along(references, 1.0, 5.75)
+    assert matching._align(references, query, 0, place, {"video": 0.8}).offset_seconds == 5.75
+
+
+def test_the_best_line_of_all_renderings_is_kept_and_the_unchanged_query_lies_where_it_is(
+    references,
+):
+    slow, right = query_along(references, 1.0, 9.0), query_along(references, 1.0, OFFSET)
+    slow.channels["video"].vectors[8:] = 0.0  # a part alone
+    found = matching.align(references, [slow, right], {"video": 0.8})
+    assert (found[0].source, found[0].offset_seconds) == (0, OFFSET)
+    evidence = [one.evidence(["video"]) for one in found]
+    assert evidence == sorted(evidence, reverse=True)
+    known = {
+        one.source: one
+        for one in matching.align(references, [right], {"video": 0.8}, known={1: 4.0})
+    }
+    assert abs(known[1].offset_seconds - 4.0) <= 0.75
+    assert known[0].offset_seconds == OFFSET
+
+
+def test_a_query_is_measured_against_the_cohort_and_finds_its_neighbours(references):
+    window, present = references.vectors_of("video", 0, 12, 20)
+    rendering = SegmentFeatures({"video": window}, {"video": present}, 4.0, 0.8)
+    (query,) = matching.prepare(references, [rendering], ["video"])
+    assert query.rate == 0.8
+    assert query.seconds.tolist() == [0.25 * n for n in range(8)]
+    channel = query.channels["video"]
+    chance = window @ references.vectors["video"].values.T  # all are in the cohort
+    np.testing.assert_allclose(channel.mean, chance.mean(axis=1), atol=1e-6)
+    scale = np.where(present, chance.std(axis=1), 64**-0.5)
+    np.testing.assert_allclose(channel.scale, scale, rtol=1e-5)
+    similarity, sources, segments = channel.neighbours
+    assert sources[:, 0].tolist() == [0] * 7
+    assert segments[:, 0].tolist() == [12, 13, 14, 15, 17, 18, 19]
+    np.testing.assert_allclose(similarity[:, 0], 1.0, rtol=1e-5)
+    (other,) = matching.prepare(references, [rendering], ["video"], exclude=0)
+    assert set(np.unique(other.channels["video"].neighbours[1])) == {1}
 
 
 @pytest.mark.parametrize("slope", [0.95, 0.975, 1.025, 1.05])
@@ -188,11 +234,12 @@ def test_modalities_share_a_line_and_their_evidence_is_added_at_a_right_angle():
 
 
 def test_few_bins_per_source_become_candidates():
-    votes = {(0, 0, place): 100.0 - place for place in range(9)}
+    votes = {(0, number, 4): 100.0 - number for number in range(9)}
     votes |= {(source, 1, 4): float(source) for source in range(1, 30)}
+    votes |= {(29, 0, 4): 29.0}
     bins = matching._candidates(votes)
-    assert bins[:3] == [(0, 0, 0), (0, 0, 1), (29, 1, 4)]
-    assert [source for source, _, _ in bins[2:]] == list(range(29, 14, -1))
+    assert bins[:4] == [(0, 0, 4), (0, 1, 4), (29, 0, 4), (29, 1, 4)]
+    assert [source for source, _, _ in bins[4:]] == list(range(28, 14, -1))
 
 
 def test_shorter_than_a_segment_is_said(library):
