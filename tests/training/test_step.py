@@ -336,6 +336,10 @@ def test_an_objective_without_terms_or_with_unknown_ones_is_refused():
         LossSpec(weights={"vv": 0.0}, **options)
     with pytest.raises(ValueError, match=r"unknown loss terms speed:"):
         LossSpec(weights={"speed": 1.0}, **options)
+    with pytest.raises(ValueError, match=r"loss\.temperature 0\.0 must be positive"):
+        LossSpec(weights={"vv": 1.0}, **options | {"temperature": 0.0})
+    with pytest.raises(ValueError, match=r"loss\.positive_weight 1\.5 must be from 0 to 1"):
+        LossSpec(weights={"vv": 1.0}, **options | {"positive_weight": 1.5})
 
 
 def test_frames_are_augmented_once_however_many_operations_read_them():
