@@ -126,6 +126,22 @@ def test_no_task_is_told_by_speeds_directions_rate_and_duration(collection, spec
         assert score <= 1 / classes + max(0.02, chance_error), (task, score)
 
 
+@pytest.mark.parametrize("order", [BEFORE, OVERLAPPING, AFTER])
+def test_views_of_every_order_lie_anywhere_in_the_video(order):
+    """Reversed in time, the places of an order are those of its opposite."""
+    pairs = [pair for _, pair in draws("10 s", SHARED, 6000) if pair.order_mask]
+    ends = np.array(
+        [[interval(clip, SHARED) for clip in p.video] for p in pairs if p.order == order]
+    )
+    opposite = {BEFORE: AFTER, AFTER: BEFORE, OVERLAPPING: OVERLAPPING}[order]
+    others = [[interval(clip, SHARED) for clip in p.video] for p in pairs if p.order == opposite]
+    middles, reversed_middles = ends.mean(axis=2), 10.6 - np.array(others).mean(axis=2)
+    error = np.sqrt(middles.var(axis=0) / len(middles) + reversed_middles.var(axis=0) / len(others))
+    assert (np.abs(middles.mean(axis=0) - reversed_middles.mean(axis=0)) < 4 * error).all()
+    assert ends.min() < 0.4
+    assert ends.max() > 10.2
+
+
 def test_the_balance_check_finds_the_draw_that_reads_order_off_the_speeds():
     """The obvious draw, two uniform starts and the label they happen to have, is not balanced."""
     rng = np.random.default_rng(0)
