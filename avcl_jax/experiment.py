@@ -31,7 +31,7 @@ PRETRAIN = "avcl_jax.training.loop:pretrain"
 
 # Files and directories, which are used and recorded as absolute paths so that results can be read
 # from any directory. Results depend on their contents, not on their locations.
-PATH_KEYS = ("checkpoint", "encoder", "data.directory", "data.files", "data.sounds")
+PATH_KEYS = ("checkpoint", "encoder", "data.directory", "data.files", "data.audio_files")
 
 # Counts by the last part of their key, and the smallest valid value of each.
 _LEAST = {"seed": 0, "workers": 0, "weak": 0, "strong": 0, "folds": 2} | dict.fromkeys(

@@ -1,21 +1,22 @@
 """Fingerprinting against what people would use: `python -m benchmarks.fingerprint --json F`.
 
-Retrieval is measured by the protocol of avcl_jax/fingerprint/benchmark/protocol.py, ours and the
-baselines on the same queries; its reports stay in --workdir, and a run whose results are there is
-not repeated. The speed rows measure every value in a process of its own. Needs a trained encoder
-(`make demo`), `pip install -r benchmarks/requirements.txt`, and libchromaprint for one baseline.
+Retrieval is measured by the protocol (avcl_jax/fingerprint/benchmark), ours and the baselines on
+the same queries; its reports stay in --workdir, and a run whose results are there is not repeated.
+The speed rows measure every value in a process of its own. Needs a trained encoder (`make demo`),
+`pip install -r benchmarks/requirements.txt`, and libchromaprint for one baseline.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from avcl_jax.paths import local_path
 from benchmarks import footage
@@ -34,13 +35,15 @@ from benchmarks.measure import (
 )
 
 _BASELINES = ("image_hash", "chromaprint")
-_SEGMENTS = 100_000
+_SEGMENTS, _SEGMENTS_PER_SOURCE = 100_000, 100
+_QUERY_SECONDS = 10.0
+_WARM_QUERIES = 5
 # Sixteen films: enough that the scores are calibrated, which counts as indexing.
 _FILMS_PER_VIDEO = 2
 _FILM_SECONDS = 20.0
 _FILM_SIDE = 360
 _CLIPS = 20
-# What --small changes.
+# Settings of --small.
 _SMALL = {
     "data.references": 4,
     "data.distractors": 2,
@@ -52,17 +55,11 @@ _SMALL = {
     "families": ("flip", "pitch", "audio_removed"),
     "bootstrap.resamples": 10,
 }
-_SMALL_REAL = {f"data.sound_sets.{role}": 2 for role in ("fillers", "distractors", "background")}
+_SMALL_REAL = {f"data.audio_clips.{role}": 2 for role in ("fillers", "distractors", "background")}
 
 
 def protocol_results(preset: str, settings: Mapping[str, Any], workdir: str) -> dict[str, Any]:
-    """Runs the protocol, or finds its results.
-
-    Args:
-        preset: of configs/fingerprint.py.
-        settings: to change in it, by dotted names.
-        workdir: of the results.
-    """
+    """Runs the protocol by a preset with settings of dotted names, or finds its results."""
     from avcl_jax import experiment
     from avcl_jax.errors import UserError
     from avcl_jax.fingerprint.benchmark.protocol import fingerprinting
@@ -70,122 +67,170 @@ def protocol_results(preset: str, settings: Mapping[str, Any], workdir: str) -> 
 
     config = fingerprint.get_config(preset)
     config.update_from_flattened_dict(settings)
-    experiment.check_records(config)
     try:
+        experiment.check_records(config)
         return fingerprinting(config, workdir) or {}
-    except UserError as error:  # results of something else are there: for a person to decide
+    except UserError as error:  # no records, or results of something else are there
         return {"refused": str(error)}
 
 
 def difference_of_recalls(
-    workdir: str, other: str, *, resamples: int, seed: int
+    workdir: Path, other: str, *, resamples: int, seed: int
 ) -> tuple[float, float, float]:
     """R@1 of ours fused minus that of another method, with its interval over videos.
 
-    Args:
-        workdir: of results of the protocol.
-        other: method.
-        resamples: of the bootstrap, in which both methods have the same videos.
-        seed: of the draws.
+    Both methods have the same videos in every resample.
     """
     from avcl_jax.evaluation.protocol import OUTCOMES, read_outcomes
     from avcl_jax.evaluation.statistics import compare
 
-    outcomes = read_outcomes(epath.Path(workdir) / OUTCOMES)
-    chosen = outcomes.values["medium_findable"]
+    outcomes = read_outcomes(workdir / OUTCOMES)
+    rows = outcomes.values["medium_findable"]
     first, second = (
-        [outcomes.values[key][chosen] for key in (f"r1_{method}", "family")]
+        [outcomes.values[key][rows] for key in (f"r1_{method}", "family")]
         for method in (other, "fused")
     )
-    sources = np.array(outcomes.sources)[chosen]
-    found = compare("class_mean", first, second, sources, resamples=resamples, seed=seed)
-    return found.difference
+    sources = np.array(outcomes.sources)[rows]
+    compared = compare("class_mean", first, second, sources, resamples=resamples, seed=seed)
+    return compared.difference
+
+
+def seconds_of_query(encoder: str, clip: str, segments: int) -> list[float]:
+    """Wall-clock seconds of warm queries, decoding included, against an index of this size.
+
+    Features of the index are mixtures of those of real segments: as many neighbours, of as many
+    sources, as in a library of that size.
+    """
+    from avcl_jax.data.media import decode_media
+    from avcl_jax.fingerprint.database import SourceRow, transaction
+    from avcl_jax.fingerprint.index import FingerprintIndex
+    from avcl_jax.fingerprint.segments import SegmentFeatures
+    from avcl_jax.fingerprint.settings import FingerprintSettings
+
+    with tempfile.TemporaryDirectory() as directory:
+        settings = FingerprintSettings()
+        index = FingerprintIndex.create(Path(directory) / "index", encoder, settings)
+        real = index.segmenter.of_file(clip)
+        rng = np.random.default_rng(0)
+        per = _SEGMENTS_PER_SOURCE
+        seconds_per_source = per * settings.hop_seconds
+        with transaction(index.directory, write=True) as stored:
+            for number in range(segments // per):
+                mixed = {}
+                for modality, features in real.features.items():
+                    known = features[real.present[modality]]
+                    one, other = known[rng.integers(len(known), size=(2, per))]
+                    weight = rng.uniform(size=(per, 1))
+                    noise = known.std() * rng.standard_normal(one.shape)
+                    mixed[modality] = (weight * one + (1 - weight) * other + noise).astype("f")
+                present = {modality: np.ones(per, bool) for modality in mixed}
+                row = SourceRow(f"source {number}", str(number), seconds_per_source, None)
+                stored.insert(row, SegmentFeatures(mixed, present, seconds_per_source))
+        index = FingerprintIndex.open(index.directory)
+        assert index.num_segments == segments
+        seconds = []
+        for _ in range(1 + _WARM_QUERIES):
+            begin = time.perf_counter()
+            index.query(decode_media(clip, end_seconds=_QUERY_SECONDS, **index.segmenter.decoding))
+            seconds.append(time.perf_counter() - begin)
+    return seconds[1:]
+
+
+def seconds_of_indexing(encoder: str, files: list[str], only_decode: bool) -> float:
+    """Wall-clock seconds in which files are indexed, or only decoded in the same way.
+
+    The first file is encoded once before, so that compiling is not counted.
+    """
+    from avcl_jax.data.media import decode_media
+    from avcl_jax.fingerprint.index import FingerprintIndex
+    from avcl_jax.fingerprint.settings import FingerprintSettings
+
+    with tempfile.TemporaryDirectory() as directory:
+        index = FingerprintIndex.create(Path(directory) / "index", encoder, FingerprintSettings())
+        index.segmenter.of_file(files[0])
+        begin = time.perf_counter()
+        if only_decode:
+            for path in files:
+                decode_media(path, **index.segmenter.decoding)
+        else:
+            report = index.add_files(map(Path, files))
+            assert not report.failed, report.failed
+        return time.perf_counter() - begin
 
 
 class _Benchmark:
-    """Runs what several rows share once."""
+    """Rows, and runs of the protocol that several of them share."""
 
     def __init__(self, args: argparse.Namespace):
         self._args = args
+        self.results = functools.cache(self._results)
 
-    @functools.cached_property
-    def foley(self) -> dict[str, Any]:
-        """Results of the protocol on clips as the demo's."""
-        return self._results("foley", {})
-
-    @functools.cached_property
-    def real(self) -> dict[str, Any]:
-        """Results of the protocol on real videos."""
-        for folder in (self._args.media, self._args.sounds):
-            if not folder.is_dir():
-                raise SkipError(f"there is no {folder}: name the folder by --media and --sounds")
-        folders = {"data.files": str(self._args.media), "data.sounds": str(self._args.sounds)}
-        return self._results("real", folders | (_SMALL_REAL if self._args.small else {}))
-
-    def _results(self, preset: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def _results(self, preset: str) -> dict[str, Any]:
+        """Returns the results of the protocol by preset `foley` or `real`."""
         need("faiss")
         args = self._args
         if not args.encoder.is_dir():
             raise SkipError(f"there is no {args.encoder}: run `make demo`, or name another")
-        settings = {"encoder": str(args.encoder), "data.directory": str(args.records), **settings}
-        if args.small:
-            settings |= _SMALL
-        results = run_child(
-            "benchmarks.fingerprint:protocol_results",
-            {"preset": preset, "settings": settings, "workdir": str(self._workdir(preset))},
-        )
+        settings: dict[str, Any] = {"encoder": str(args.encoder)}
+        settings["data.directory"] = str(args.records)
+        settings |= _SMALL if args.small else {}
+        if preset == "real":
+            for folder in (args.media, args.sounds):
+                if not folder.is_dir():
+                    raise SkipError(
+                        f"there is no {folder}: name the folder by --media and --sounds"
+                    )
+            settings |= {"data.files": str(args.media), "data.audio_files": str(args.sounds)}
+            settings |= _SMALL_REAL if args.small else {}
+        workdir = str(self._workdir(preset))
+        arguments = {"preset": preset, "settings": settings, "workdir": workdir}
+        results = run_child("benchmarks.fingerprint:protocol_results", arguments)
         if "refused" in results:
             raise SkipError(results["refused"])
         return results
 
     def _workdir(self, preset: str) -> Path:
-        # A smoke test never stands where results are looked for.
+        # A smoke test is never where results are looked for.
         return Path(self._args.workdir, *(("small",) if self._args.small else ()), preset)
 
     def fused_r1(self, preset: str) -> tuple[float, dict[str, Any]]:
-        """R@1 of ours fused with its interval, and of everything else beside it."""
-        results = getattr(self, preset)
-        tables = results["details"]["tables"]
-        cell = tables["fused"]["medium"]["all"]
-        detail = {
-            "interval": [cell["r1_low"], cell["r1_high"]],
-            **{key: cell[key] for key in ("queries", "distractors", "videos", "r5", "map")},
+        """R@1 of ours fused with its interval, and all other metrics beside it."""
+        details = self.results(preset)["details"]
+        tables = details["tables"]
+        fused = tables["fused"]
+        cell = fused["medium"]["all"]
+        detail = cell | {
+            "interval": _interval(cell, "r1"),
             **_others(tables),
-            "strengths": {
-                s: tables["fused"][s]["all"]["r1"]
-                for s in tables["fused"]
-                if "all" in tables["fused"][s]
-            },
-            "families": {f: c["r1"] for f, c in tables["fused"]["medium"].items() if f != "all"},
-            **{
-                name: [cell[name], cell[f"{name}_low"], cell[f"{name}_high"]]
-                for name in ("recall_at_threshold", "false_match_rate")
-            },
-            "clips": results["details"]["clips"],
-            "skipped_baselines": results["details"]["skipped_baselines"],
+            "strengths": {s: cells["all"]["r1"] for s, cells in fused.items() if "all" in cells},
+            "families": {f: c["r1"] for f, c in fused["medium"].items() if f != "all"},
+            "clips": details["clips"],
+            "skipped_baselines": details["skipped_baselines"],
             "report": str(self._workdir(preset) / "report.html"),
         }
         return cell["r1"], detail
 
     def error_ratio(self) -> tuple[float, dict[str, Any]]:
         """Fused error over that of the better single modality."""
-        ratio = self.foley["details"]["fused_error_ratio"]
+        details = self.results("foley")["details"]
+        ratio = details["fused_error_ratio"]
         if ratio is None:
             raise SkipError(
                 "the better single modality makes no error: there is nothing to divide by"
             )
-        tables = self.foley["details"]["tables"]
-        cell = tables["fused"]["medium"]["all"]
-        best = 1 - max(_others(tables)["modalities"].values())
+        cell = details["tables"]["fused"]["medium"]["all"]
+        others = _others(details["tables"])
+        best = 1 - max(others["modalities"].values())
         # Of the fused error alone: that of the better modality is taken as it is.
-        interval = [(1 - cell[bound]) / best for bound in ("r1_high", "r1_low")]
-        return ratio, _others(tables) | {"interval": interval, "fused_r1": cell["r1"]}
+        interval = [(1 - bound) / best for bound in _interval(cell, "r1")[::-1]]
+        return ratio, others | {"interval": interval, "fused_r1": cell["r1"]}
 
     def minus_baseline(self) -> tuple[float, dict[str, Any]]:
         """R@1 of ours fused minus that of the better baseline, both means over families."""
-        if missing := self.foley["details"]["skipped_baselines"]:
+        results = self.results("foley")
+        if missing := results["details"]["skipped_baselines"]:
             raise SkipError("; ".join(f"{name}: {reason}" for name, reason in missing.items()))
-        tables = self.foley["details"]["tables"]
+        tables = results["details"]["tables"]
         others = _others(tables)
         best = max(others["baselines"], key=others["baselines"].__getitem__)
         by_family = {
@@ -193,37 +238,28 @@ class _Benchmark:
             for family, cell in tables["fused"]["medium"].items()
             if family != "all"
         }
-        difference = difference_of_recalls(
-            str(self._workdir("foley")),
+        config = results["config"]
+        difference, *interval = difference_of_recalls(
+            self._workdir("foley"),
             best,
-            resamples=self.foley["config"]["bootstrap"]["resamples"],
-            seed=self.foley["config"]["seed"],
+            resamples=config["bootstrap"]["resamples"],
+            seed=config["seed"],
         )
-        detail = others | {"interval": difference[1:], "best": best, "families": by_family}
-        return difference[0], detail
+        return difference, others | {"interval": interval, "best": best, "families": by_family}
 
     def at_threshold(self, name: str) -> tuple[float, dict[str, Any]]:
-        """A figure at the default threshold."""
-        cell = self.foley["details"]["tables"]["fused"]["medium"]["all"]
-        return cell[name], {
-            "interval": [cell[f"{name}_low"], cell[f"{name}_high"]],
-            **{key: cell[key] for key in ("queries", "distractors")},
-        }
+        """A metric at the default threshold."""
+        cell = self.results("foley")["details"]["tables"]["fused"]["medium"]["all"]
+        counts = {key: cell[key] for key in ("queries", "distractors")}
+        return cell[name], {"interval": _interval(cell, name), **counts}
 
     def query_seconds(self) -> tuple[float, dict[str, Any]]:
         """Median seconds of a warm query."""
         need("faiss")
-        clip = str(self._files()[0])
         segments = 2000 if self._args.small else _SEGMENTS
-        seconds = run_child(
-            "benchmarks.fingerprint_speed:seconds_of_query",
-            {
-                "encoder": str(self._args.encoder),
-                "clip": clip,
-                "segments": segments,
-                "kind": "auto",
-            },
-        )
+        encoder, clip = str(self._args.encoder), str(self._files()[0])
+        arguments = {"encoder": encoder, "clip": clip, "segments": segments}
+        seconds = run_child("benchmarks.fingerprint:seconds_of_query", arguments)
         return float(np.median(seconds)), {"segments": segments, "seconds": spread(seconds)}
 
     def over_decoding(self) -> tuple[float, dict[str, Any]]:
@@ -245,12 +281,12 @@ class _Benchmark:
         return ratio, detail | {"clips_as_the_demos": {"ratio": of_clips} | detail_of_clips}
 
     def _indexed_over_decoded(self, paths: Sequence[Path]) -> tuple[float, dict[str, Any]]:
-        files = [str(path) for path in paths]
+        arguments = {"encoder": str(self._args.encoder), "files": [str(path) for path in paths]}
 
         def measure(only_decode: bool) -> float:
             return run_child(
-                "benchmarks.fingerprint_speed:seconds_of_indexing",
-                {"encoder": str(self._args.encoder), "files": files, "only_decode": only_decode},
+                "benchmarks.fingerprint:seconds_of_indexing",
+                {**arguments, "only_decode": only_decode},
             )
 
         sides = {
@@ -259,16 +295,20 @@ class _Benchmark:
         }
         seconds = interleave(sides, repeats=self._args.repeats)
         return median_ratio(seconds["decoded"], seconds["indexed"]), {
-            "files": len(files),
+            "files": len(paths),
             **{f"seconds_{name}": spread(values) for name, values in seconds.items()},
         }
 
     def _files(self) -> list[Path]:
         folder = self._args.clips
-        found = sorted(folder.glob("*.mp4"))
-        if not found:
+        files = sorted(folder.glob("*.mp4"))
+        if not files:
             raise SkipError(f"there are no MP4 files in {folder}: run `make demo`, or give --clips")
-        return found
+        return files
+
+
+def _interval(cell: Mapping[str, float], name: str) -> list[float]:
+    return [cell[f"{name}_low"], cell[f"{name}_high"]]
 
 
 def _others(tables: Mapping[str, Any]) -> dict[str, Any]:
@@ -293,6 +333,14 @@ _ROWS: dict[str, tuple[str, Target | None, _Measurement]] = {
     "query_seconds": ("s", Target("<=", 3), _Benchmark.query_seconds),
     "index_over_decode_bound": ("ratio", Target(">=", 0.3), _Benchmark.over_decoding),
 }
+_FOLDERS = {
+    "encoder": ("runs/demo", "run or exported encoders"),
+    "records": ("data/foley_fingerprint/records", "clips as the demo's"),
+    "clips": ("data/foley/media/test", "folder of MP4 files"),
+    "media": ("../shared/data/media", "folder of real videos"),
+    "sounds": ("../shared/data/esc10/audio", "audio files of ESC-10"),
+    "workdir": ("runs/fingerprint", "folder of the protocol's reports"),
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -300,34 +348,14 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.fingerprint", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--json", type=writable_path, required=True, help="where to write the rows")
+    parser.add_argument("--json", type=writable_path, required=True, help="file of the rows")
     parser.add_argument("--rows", nargs="+", choices=_ROWS, default=list(_ROWS), metavar="NAME")
-    parser.add_argument(
-        "--encoder", type=local_path, default="runs/demo", help="run or exported encoders"
-    )
-    parser.add_argument(
-        "--records",
-        type=local_path,
-        default="data/foley_fingerprint/records",
-        help="clips, made if absent",
-    )
-    parser.add_argument(
-        "--clips", type=local_path, default="data/foley/media/test", help="folder of MP4 files"
-    )
-    parser.add_argument(
-        "--media", type=local_path, default="../shared/data/media", help="folder of real videos"
-    )
-    parser.add_argument(
-        "--sounds", type=local_path, default="../shared/data/esc10/audio", help="ESC-10's sounds"
-    )
-    parser.add_argument(
-        "--workdir", type=local_path, default="runs/fingerprint", help="of the protocol's reports"
-    )
+    for name, (default, text) in _FOLDERS.items():
+        parser.add_argument(f"--{name}", type=local_path, default=default, help=text)
     parser.add_argument("--repeats", type=int, default=REPEATS, help="of the speed measurements")
-    parser.add_argument("--small", action="store_true", help="a smoke test, whose figures are none")
+    parser.add_argument("--small", action="store_true", help="a smoke test, whose metrics are none")
     args = parser.parse_args(arguments)
-    benchmark = _Benchmark(args)
-    measure_rows(_ROWS, args.rows, benchmark, args.json)
+    measure_rows(_ROWS, args.rows, _Benchmark(args), args.json)
     return 0
 
 

@@ -67,8 +67,8 @@ def real() -> ConfigDict:
     c.data.update(segment_seconds=4.0, short_side=128, max_fps=16.0, sample_rate_hz=16_000)
     c.data.references = 100  # of the records: indexed, and never looked for
     c.data.update(distractors=30, others=20, background=20)
-    c.data.sounds = "../shared/data/esc10/audio"
-    c.data.sound_sets = dict(fillers=100, distractors=30, background=20)
+    c.data.audio_files = "../shared/data/esc10/audio"
+    c.data.audio_clips = dict(fillers=100, distractors=30, background=20)
     return c
 
 

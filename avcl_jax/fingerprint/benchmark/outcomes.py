@@ -1,83 +1,45 @@
-"""What methods answered to queries, and the figures that come out of it."""
+"""Answers of methods to queries, and their metrics."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from avcl_jax.evaluation.statistics import STATISTICS, Interval, bootstrap
+from avcl_jax.evaluation.protocol import Metric, Outcomes
+from avcl_jax.evaluation.statistics import STATISTICS, bootstrap
 from avcl_jax.fingerprint.benchmark.clips import Query
 from avcl_jax.fingerprint.benchmark.families import FAMILIES, STRENGTHS, TRUNCATION
-from avcl_jax.fingerprint.benchmark.searchers import Answer, Searcher
+from avcl_jax.fingerprint.benchmark.searchers import OURS, Answer, Searcher
 
-# The mean over families: truncated queries are a row of their own.
-IN_MEAN = tuple(name for name in FAMILIES if name != TRUNCATION)
-
-
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """All queries, and what one method answered to each.
-
-    Attributes:
-        units: names of the queries.
-        videos: [n] what each query's clip was cut from.
-        family: int [n], place in `FAMILIES`.
-        strength: int [n], place in `STRENGTHS`.
-        findable: bool [n].
-        answers: method to its `Answered`.
-    """
-
-    units: Sequence[str]
-    videos: np.ndarray
-    family: np.ndarray
-    strength: np.ndarray
-    findable: np.ndarray
-    answers: Mapping[str, Answered]
-
-    def chosen(self, *, family: str | None = None, strength: str) -> np.ndarray:
-        """Returns bool [n]: queries of a strength, and of a family or of all in the mean."""
-        at_strength = self.strength == STRENGTHS.index(strength)
-        names = list(FAMILIES)
-        wanted = IN_MEAN if family is None else (family,)
-        return at_strength & np.isin(self.family, [names.index(name) for name in wanted])
-
-
-@dataclasses.dataclass(frozen=True)
-class Answered:
-    """What one method answered.
-
-    Attributes:
-        scores: float64 [n, answers], best first; -inf where there is no answer.
-        correct: bool [n, answers], whether it names the query's source; the last of its score.
-        background: float64 [n].
-        offset: bool [n], whether the best answer names the source and the right time.
-        accepted: bool [n], whether the best answer is accepted as a match.
-        has_threshold: whether the method accepts or rejects at all.
-    """
-
-    scores: np.ndarray
-    correct: np.ndarray
-    background: np.ndarray
-    offset: np.ndarray
-    accepted: np.ndarray
-    has_threshold: bool
-
-    @property
-    def normalised(self) -> np.ndarray:
-        """Scores minus the background."""
-        return self.scores - self.background[:, None]
-
-    def hits(self, k: int) -> np.ndarray:
-        """Returns float64 [n], 1 where fewer than k other answers score as high as the right one.
-
-        The order in which a method lists answers of one score is worth nothing.
-        """
-        own = np.where(self.correct, self.scores, np.inf).min(axis=1)
-        rank = (self.scores >= own[:, None]).sum(axis=1)
-        return (self.correct.any(axis=1) & (rank <= k)).astype(np.float64)
+_NAMES = tuple(FAMILIES)
+# Metrics of a method {}; `chosen` are its queries, None for all.
+METRICS: Mapping[str, Metric] = {
+    "r1": Metric("class_mean", ("r1_{}", "family"), "R@1", headline=True, chosen="findable"),
+    "r5": Metric("class_mean", ("r5_{}", "family"), "R@5", chosen="findable"),
+    "offset": Metric("class_mean", ("offset_{}", "family"), "offset", chosen="findable"),
+    "recall_at_threshold": Metric(
+        "class_mean", ("found_{}", "family"), "recall at the default threshold", chosen="findable"
+    ),
+    "false_match_rate": Metric(
+        "mean", ("accepted_{}",), "false matches at the default threshold", chosen="distractor"
+    ),
+    **{
+        f"{key}{suffix}": Metric(kind, (scores, "correct_{}", "findable"), what + of)
+        for key, kind, what in (
+            ("map", "micro_average_precision", "µAP"),
+            ("recall_at_p90", "recall_at_precision_90", "recall at 90 % precision"),
+        )
+        for suffix, scores, of in (
+            ("", "scores_{}", ""),
+            ("_normalised", "normalised_{}", " of normalised scores"),
+        )
+    },
+}
+WITH_INTERVALS = ("r1", "recall_at_threshold", "false_match_rate")
 
 
 def ask(
@@ -87,149 +49,156 @@ def ask(
     answers: int,
     tolerance_seconds: float,
     each: Callable[[Query, Mapping[str, Sequence[Answer]]], None] = lambda *_: None,
-) -> Asked:
-    """Asks every searcher every query.
+) -> Outcomes:
+    """Asks every searcher every query; `each` is called with the query and answers by method.
 
     Args:
-        queries: made one at a time.
-        searchers: with their references.
-        answers: how many of each ranking count; searchers give one more, to show a tie.
-        tolerance_seconds: of offsets.
-        each: is shown each query with its answers by method.
+        answers: number of answers that count; searchers give one more, to reveal a tie.
+        tolerance_seconds: largest error of an offset.
+
+    Returns:
+        Per query `family` and `strength` (places in `FAMILIES` and `STRENGTHS`), `findable`,
+        `distractor`, each also at `medium` strength without truncation, and per method M
+
+        - `scores_M` float [n, answers], best first, -inf for a missing answer; `normalised_M`, the
+          same minus the background;
+        - `correct_M` bool [n, answers], whether the answer names the query's source;
+        - `r1_M`, `r5_M` 1 where fewer than 1 or 5 other answers score as high as the right one;
+        - `offset_M` 1 where the best answer names the source and the right time;
+        - `accepted_M` 1 where the best answer is accepted as a match, `found_M` 1 where it is also
+          right; only of methods that accept or reject.
     """
-    units, videos, family, strength, findable = [], [], [], [], []
-    rows: dict[str, list[tuple[Any, ...]]] = {m: [] for s in searchers for m in s.methods}
-    names = list(FAMILIES)
+    units, videos = [], []
+    columns: dict[str, list[Any]] = defaultdict(list)
     for query in queries:
         units.append(query.unit)
         videos.append(query.clip.video)
-        family.append(names.index(query.family))
-        strength.append(STRENGTHS.index(query.strength))
-        findable.append(query.findable)
-        shown: dict[str, Sequence[Answer]] = {}
+        columns["family"].append(_NAMES.index(query.family))
+        columns["strength"].append(STRENGTHS.index(query.strength))
+        columns["findable"].append(query.findable)
+        source = query.clip.name if query.findable else None
+        ranked: dict[str, Sequence[Answer]] = {}
         for searcher in searchers:
             for method, ranking in searcher.query(query.transformed.media).items():
                 # Of equal scores the right one last, so that a tie at the cut costs it its place.
-                kept = sorted(ranking.answers, key=lambda a: (-a.score, _is_right(query, a)))
-                shown[method] = kept
-                rows[method].append(
-                    _row(query, kept[:answers], ranking.background, answers, tolerance_seconds)
+                ranked[method] = sorted(
+                    ranking.answers, key=lambda a: (-a.score, a.source == source)
                 )
-        each(query, shown)
-    return Asked(
-        units,
-        np.array(videos),
-        np.array(family),
-        np.array(strength),
-        np.array(findable),
-        {method: _answered(found) for method, found in rows.items()},
-    )
+                counted = ranked[method][:answers]
+                missing = answers - len(counted)
+                scores = np.array([a.score for a in counted] + [-np.inf] * missing)
+                correct = np.array([a.source == source for a in counted] + [False] * missing)
+                first = counted[0] if counted else Answer("", -np.inf, 0.0)
+                timely = query.transformed.has_offset(first.offset_seconds, tolerance_seconds)
+                columns[f"scores_{method}"].append(scores)
+                columns[f"normalised_{method}"].append(scores - ranking.background)
+                columns[f"correct_{method}"].append(correct)
+                columns[f"offset_{method}"].append(float(correct[0] and timely))
+                columns[f"accepted_{method}"].append(
+                    np.nan if first.accepted is None else float(first.accepted)
+                )
+        each(query, ranked)
+    values = {name: np.array(column) for name, column in columns.items()}
+    for method in _methods(values):
+        ranks = ranks_of(values[f"scores_{method}"], values[f"correct_{method}"])
+        values |= {f"r{k}_{method}": (ranks <= k).astype(float) for k in (1, 5)}
+        accepted = values.pop(f"accepted_{method}")
+        if not np.isnan(accepted).all():  # the method has a threshold
+            values[f"accepted_{method}"] = accepted = np.nan_to_num(accepted)
+            values[f"found_{method}"] = accepted * values[f"r1_{method}"]
+    values["distractor"] = ~values["findable"]
+    values["medium"] = medium = selected(values, "medium")
+    values |= {f"medium_{name}": medium & values[name] for name in ("findable", "distractor")}
+    return Outcomes(units, videos, values)
 
 
-def _row(
-    query: Query,
-    answers: Sequence[Answer],
-    background: float,
-    count: int,
-    tolerance_seconds: float,
-) -> tuple[Any, ...]:
-    scores = np.full(count, -np.inf)
-    correct = np.zeros(count, bool)
-    for place, answer in enumerate(answers):
-        scores[place] = answer.score
-        correct[place] = _is_right(query, answer)
-    offset = bool(correct[0]) and query.is_offset(answers[0].offset_seconds, tolerance_seconds)
-    accepted = answers[0].accepted if answers else None
-    return scores, correct, background, offset, bool(accepted), accepted is not None
+def ranks_of(scores: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """Returns float [n], the rank of the right answer, inf without one; last among equal scores."""
+    own = np.where(correct, scores, np.inf).min(axis=1)
+    return np.where(correct.any(axis=1), (scores >= own[:, None]).sum(axis=1), np.inf)
 
 
-def _is_right(query: Query, answer: Answer) -> bool:
-    return query.findable and answer.source == query.clip.name
+def selected(
+    values: Mapping[str, np.ndarray], strength: str, family: str | None = None
+) -> np.ndarray:
+    """Returns bool [n]: queries of a strength, and of a family or of all but truncation."""
+    at_strength = values["strength"] == STRENGTHS.index(strength)
+    if family is None:
+        return at_strength & (values["family"] != _NAMES.index(TRUNCATION))
+    return at_strength & (values["family"] == _NAMES.index(family))
 
 
-def _answered(rows: Sequence[tuple[Any, ...]]) -> Answered:
-    scores, correct, background, offset, accepted, judged = (
-        np.array(column) for column in zip(*rows, strict=True)
-    )
-    return Answered(scores, correct, background, offset, accepted, bool(judged.any()))
+def _methods(values: Mapping[str, np.ndarray]) -> list[str]:
+    return [name.removeprefix("scores_") for name in values if name.startswith("scores_")]
 
 
-def table_of(
-    asked: Asked, method: str, *, resamples: int, seed: int
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Returns strength to family to figures of one method; family "all" is the mean over families.
+def metrics_of(values: Mapping[str, np.ndarray], method: str) -> dict[str, Metric]:
+    """Returns the metrics for which a method has outcomes."""
+    defined = {
+        key: dataclasses.replace(metric, inputs=[name.format(method) for name in metric.inputs])
+        for key, metric in METRICS.items()
+    }
+    return {key: metric for key, metric in defined.items() if values.keys() >= set(metric.inputs)}
 
-    Args:
-        asked: the queries.
-        method: which.
-        resamples: of the bootstrap over videos, for the interval of R@1.
-        seed: of the draws.
-    """
+
+def metrics(outcomes: Outcomes) -> dict[str, Metric]:
+    """Returns the metrics of all methods at medium strength."""
     return {
-        strength: {
-            name: _cell(asked, method, strength, family, resamples, seed)
-            for name, family in [("all", None), *((f, f) for f in FAMILIES)]
-            if (asked.chosen(family=family, strength=strength) & asked.findable).any()
+        f"{method}_{key}": dataclasses.replace(
+            metric,
+            what=f"{metric.what} {method}, {'ours' if method in OURS else 'baseline'}",
+            chosen=f"medium_{metric.chosen}" if metric.chosen else "medium",
+        )
+        for method in _methods(outcomes.values)
+        for key, metric in metrics_of(outcomes.values, method).items()
+    }
+
+
+# Metrics by method, strength and family; family "all" is the mean over families.
+Tables = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]
+
+
+def make_tables(outcomes: Outcomes, *, resamples: int, seed: int) -> Tables:
+    """Returns the metrics, some with intervals from `resamples` draws of videos."""
+    values, videos = outcomes.values, np.array(outcomes.sources)
+
+    def cell(method: str, mask: np.ndarray, family: str | None) -> dict[str, Any]:
+        findable = mask & values["findable"]
+        results: dict[str, Any] = {
+            "queries": int(findable.sum()),
+            "distractors": int((mask & values["distractor"]).sum()),
+            "videos": len(set(videos[findable].tolist())),
         }
-        for strength in STRENGTHS
+        for key, metric in metrics_of(values, method).items():
+            rows = mask & values[metric.chosen] if metric.chosen else mask
+            kind, inputs = metric.kind, [values[name][rows] for name in metric.inputs]
+            if family and kind == "class_mean":  # the same of one family, and faster
+                kind, inputs = "mean", inputs[:1]
+            if key in WITH_INTERVALS:
+                estimate = bootstrap(kind, inputs, videos[rows], resamples=resamples, seed=seed)
+                results |= zip((key, f"{key}_low", f"{key}_high"), estimate, strict=True)
+            else:
+                results[key] = STATISTICS[kind](*inputs)
+        return results
+
+    return {
+        method: {
+            strength: {
+                name: cell(method, mask, family)
+                for name, family in [("all", None), *((f, f) for f in FAMILIES)]
+                if (values["findable"] & (mask := selected(values, strength, family))).any()
+            }
+            for strength in STRENGTHS
+        }
+        for method in _methods(values)
     }
 
 
-def _cell(
-    asked: Asked, method: str, strength: str, family: str | None, resamples: int, seed: int
-) -> dict[str, Any]:
-    chosen = asked.chosen(family=family, strength=strength)
-    findable = chosen & asked.findable
-    answered = asked.answers[method]
-    videos, classes = asked.videos[findable], asked.family[findable]
-    hits = answered.hits(1)[findable]
-    kind, inputs = ("mean", [hits]) if family else ("class_mean", [hits, classes])
-    whole = bootstrap(kind, inputs, videos, resamples=resamples, seed=seed)
+def error_ratio(tables: Tables) -> float | None:
+    """Returns the fused error over that of the better single modality; None if that is 0.
 
-    def of_ranking(kind: str, scores: np.ndarray) -> float:
-        return STATISTICS[kind](scores[chosen], answered.correct[chosen], asked.findable[chosen])
-
-    cell: dict[str, Any] = {
-        "queries": int(findable.sum()),
-        "distractors": int((chosen & ~asked.findable).sum()),
-        "videos": len(set(videos.tolist())),
-        **_with_bounds("r1", whole),
-        "r5": mean_over(answered.hits(5)[findable], classes),
-        "offset": mean_over(answered.offset[findable].astype(float), classes),
-        "map": of_ranking("micro_average_precision", answered.scores),
-        "recall_at_p90": of_ranking("recall_at_precision_90", answered.scores),
-        "map_normalised": of_ranking("micro_average_precision", answered.normalised),
-        "recall_at_p90_normalised": of_ranking("recall_at_precision_90", answered.normalised),
-    }
-    if answered.has_threshold:
-        foreign = chosen & ~asked.findable
-        found = [hits * answered.accepted[findable], *inputs[1:]]
-        accepted = [answered.accepted[foreign].astype(float)]
-        recall = bootstrap(kind, found, videos, resamples=resamples, seed=seed)
-        wrong = bootstrap("mean", accepted, asked.videos[foreign], resamples=resamples, seed=seed)
-        cell |= _with_bounds("recall_at_threshold", recall)
-        cell |= _with_bounds("false_match_rate", wrong)
-    return cell
-
-
-def _with_bounds(name: str, interval: Interval) -> dict[str, float]:
-    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-
-
-def mean_over(values: np.ndarray, families: np.ndarray) -> float:
-    """Returns the mean over families of the mean over their queries."""
-    return float(np.mean([values[families == family].mean() for family in np.unique(families)]))
-
-
-def error_ratio(asked: Asked, *, strength: str = "medium") -> float | None:
-    """Returns the fused error over that of the better fixed single modality; None without error.
-
-    Errors are 1 - R@1, means over families; the better modality is chosen once for all families.
+    Errors are 1 - R@1, means over families at medium strength; one modality for all families.
     """
-    chosen = asked.chosen(strength=strength) & asked.findable
-    errors = {
-        method: 1 - mean_over(asked.answers[method].hits(1)[chosen], asked.family[chosen])
-        for method in ("fused", "video", "audio")
-    }
+    errors = {m: 1 - tables[m]["medium"]["all"]["r1"] for m in OURS}
     best = min(errors["video"], errors["audio"])
     return errors["fused"] / best if best else None

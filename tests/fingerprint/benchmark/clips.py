@@ -1,10 +1,13 @@
-"""A small clip whose pictures tell their time and whose sound changes all the time."""
+"""A small clip whose frames tell their time and whose audio changes all the time."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from avcl_jax.data.media import DecodedMedia
+from avcl_jax.fingerprint.benchmark.timeline import Piece
 
 FPS, RATE, SECONDS = 8, 16_000, 6
 HEIGHT, WIDTH = 48, 64
@@ -38,8 +41,18 @@ def clip(seed: int = 0, *, video: bool = True, audio: bool = True) -> DecodedMed
 
 
 def log_mel(media: DecodedMedia) -> np.ndarray:
-    """A coarse log spectrogram [frames, bands] of the sound."""
+    """Coarse log spectrogram [frames, bands] of the audio."""
     count = len(media.waveform) // 512
     windows = media.waveform[: count * 512].reshape(count, 512) / 32768 * np.hanning(512)
     power = np.abs(np.fft.rfft(windows)) ** 2
     return np.log(power[:, 1:].reshape(count, 32, 8).mean(axis=2) + 1e-7)
+
+
+def source_seconds(pieces: Sequence[Piece], seconds: np.ndarray) -> np.ndarray:
+    """Moments of the original [n]; NaN where the transformed clip contains something else."""
+    moments = np.full(len(seconds), np.nan)
+    for piece in pieces:
+        inside = (seconds >= piece.begin_seconds) & (seconds < piece.end_seconds)
+        since = seconds[inside] - piece.begin_seconds
+        moments[inside] = piece.source_seconds + piece.rate * since
+    return moments

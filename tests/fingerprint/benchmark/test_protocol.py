@@ -29,13 +29,13 @@ from avcl_jax.evaluation.protocol import (
 from avcl_jax.export.runs import open_encoders
 from avcl_jax.fingerprint.benchmark import clips as benchmark_clips
 from avcl_jax.fingerprint.benchmark import protocol
-from avcl_jax.fingerprint.benchmark.baselines import BASELINES
 from avcl_jax.fingerprint.benchmark.clips import (
     clips_of_records,
     not_empty_clips,
     segments_of_files,
 )
 from avcl_jax.fingerprint.benchmark.protocol import clip_sets, fingerprinting
+from avcl_jax.fingerprint.benchmark.searchers import BASELINES
 from avcl_jax.fingerprint.settings import FingerprintSettings
 from benchmarks import fingerprint as benchmark
 from benchmarks.measure import SkipError
@@ -150,7 +150,6 @@ def test_encoders_that_met_a_clip_of_any_role_are_refused(encoders: Path, record
     with pytest.raises(UserError, match="pretrained, without labels, on 9 of the 9 clips"):
         clip_sets(config.data, trained)
     clips, _, _ = clip_sets(config.data, source)
-    clips.check()
     assert [len(getattr(clips, f.name)) for f in dataclasses.fields(clips)] == [4, 0, 2, 1, 2]
 
 
@@ -216,7 +215,7 @@ def test_the_difference_to_a_baseline_has_the_same_videos_on_both_sides(tmp_path
     write_outcomes(
         epath.Path(tmp_path / OUTCOMES), Outcomes([*map(str, range(12))], videos, values)
     )
-    found = benchmark.difference_of_recalls(str(tmp_path), "image_hash", resamples=50, seed=0)
+    found = benchmark.difference_of_recalls(tmp_path, "image_hash", resamples=50, seed=0)
     # Every video has one query that the hash finds and one that it does not.
     assert found == (0.5, 0.5, 0.5)
 
@@ -224,12 +223,10 @@ def test_the_difference_to_a_baseline_has_the_same_videos_on_both_sides(tmp_path
 def test_settings_that_cannot_be_met_are_one_line(encoders: Path, records: Path, tmp_path) -> None:
     config = fingerprint.get_config()
     config.encoder, config.data.directory = str(encoders), str(records)
-    with pytest.raises(ValueError, match=r"9 records are prepared .* the protocol needs 200"):
+    with pytest.raises(ValueError, match=r"the protocol needs 400 records of .*, there are 9:"):
         fingerprinting(config, tmp_path)
     with pytest.raises(ValueError, match="unknown preset 'foly': use one of foley, real"):
         fingerprint.get_config("foly")
-    with pytest.raises(ValueError, match="needs 10"):
-        clips_of_records(RecordDataset(records, "test"), 4, first=6)
 
 
 @pytest.mark.parametrize(
@@ -238,8 +235,8 @@ def test_settings_that_cannot_be_met_are_one_line(encoders: Path, records: Path,
         ({"families": ("flip", "mirror")}, "families has mirror, not among"),
         ({"baselines": ("image_hush",)}, "baselines has image_hush, not among"),
         ({"index.time_bins": 0}, "time_bins 0 must be at least 1"),
-        ({"data.sounds": "absent"}, "absent"),
-        ({"data.sound_sets.fillers": 9}, "sounds are needed, there are 0"),
+        ({"data.audio_files": "absent"}, "absent"),
+        ({"data.audio_clips.fillers": 9}, "the protocol needs 13 recordings, there are 1"),
     ],
 )
 def test_settings_are_checked_before_anything_is_decoded(
@@ -252,8 +249,9 @@ def test_settings_are_checked_before_anything_is_decoded(
     for name in ("films", "sounds"):
         (tmp_path / name).mkdir()
     (tmp_path / "films" / "a.mp4").touch()
+    (tmp_path / "sounds" / "1-1-A-0.ogg").touch()
     config.encoder, config.data.directory = str(encoders), str(records)
-    config.data.files, config.data.sounds = str(tmp_path / "films"), str(tmp_path / "sounds")
+    config.data.files, config.data.audio_files = str(tmp_path / "films"), str(tmp_path / "sounds")
     config.update_from_flattened_dict(overrides)
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         fingerprinting(config, tmp_path / "w")
@@ -263,7 +261,7 @@ def test_listing_the_clips_of_records_reads_no_record(records: Path, monkeypatch
     dataset = RecordDataset(records, "test")
     sources = [dataset[n].source_id for n in range(4)]
     monkeypatch.setattr(RecordDataset, "__getitem__", None)
-    clips = clips_of_records(dataset, 4, first=0)
+    clips = clips_of_records(dataset)[:4]
     # Videos are told apart as the records' sources are.
     assert len({clip.video for clip in clips}) == len(set(sources))
 
@@ -281,7 +279,7 @@ def test_decoded_files_are_kept_up_to_a_number_of_bytes(tmp_path: Path, monkeypa
     size = clip(0).frames.nbytes + clip(0).waveform.nbytes
     for room, expected in ((3 * size, "ab"), (size + 1, "ababa"), (1, "ababa")):
         decoded.clear()
-        monkeypatch.setattr(benchmark_clips, "_BYTES_IN_MEMORY", room)
+        monkeypatch.setattr(benchmark_clips, "_BYTES", room)
         segments, _ = segments_of_files(paths, **settings)
         for segment in (*segments, segments[0]):  # one file after the other, then back
             segment.load()

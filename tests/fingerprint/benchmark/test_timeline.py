@@ -7,19 +7,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from avcl_jax.fingerprint.benchmark import audio, timing
+from avcl_jax.fingerprint.benchmark import audio, timeline
 from avcl_jax.fingerprint.benchmark.families import transform
-from avcl_jax.fingerprint.benchmark.timeline import Piece, TimeMap, excerpt
-from tests.fingerprint.benchmark.clips import RATE, SECONDS, clip
+from avcl_jax.fingerprint.benchmark.timeline import Piece, Transformed, excerpt
+from tests.fingerprint.benchmark.clips import RATE, SECONDS, clip, source_seconds
 
 CLIP, OTHER = clip(0), clip(5)
-
-
-def test_moments_of_a_spliced_map() -> None:
-    times = TimeMap((Piece(1.0, 3.0, 5.0), Piece(4.0, 5.0, 0.0, rate=2.0)))
-    moments = np.array([0.5, 1.0, 2.5, 3.0, 4.0, 4.5, 5.0])
-    expected = [np.nan, 5.0, 6.5, np.nan, 0.0, 1.0, np.nan]
-    np.testing.assert_array_equal(times.source_seconds(moments), expected)
 
 
 @pytest.mark.parametrize(
@@ -37,12 +30,13 @@ def test_moments_of_a_spliced_map() -> None:
 )
 def test_an_offset_is_right_where_some_moment_lies(offset: float, right: bool) -> None:
     # Played at 2: 4 s of the copy begin 4 s before their source's zero and end level with it.
-    times = TimeMap((Piece(1.0, 3.0, 5.0), Piece(4.0, 5.5, 0.0, rate=2.0)))
-    assert times.has_offset(offset, tolerance_seconds=1.0) is right
+    pieces = (Piece(1.0, 3.0, 5.0), Piece(4.0, 5.5, 0.0, rate=2.0))
+    for both in ((pieces, ()), ((), pieces)):  # the video's or the audio's
+        assert Transformed(CLIP, *both).has_offset(offset, tolerance_seconds=1.0) is right
 
 
 def test_no_offset_is_right_for_what_is_foreign() -> None:
-    assert not TimeMap.foreign().has_offset(0.0, 100.0)
+    assert not Transformed(CLIP, (), ()).has_offset(0.0, 100.0)
 
 
 def test_an_excerpt_holds_the_frames_and_samples_of_its_time() -> None:
@@ -53,7 +47,7 @@ def test_an_excerpt_holds_the_frames_and_samples_of_its_time() -> None:
     np.testing.assert_array_equal(part.waveform, CLIP.waveform[24_000:44_000])
 
 
-def test_sound_that_starts_late_and_ends_early_is_laid_out_with_silence() -> None:
+def test_audio_that_starts_late_and_ends_early_is_laid_out_with_silence() -> None:
     late = dataclasses.replace(CLIP, waveform=CLIP.waveform[:RATE], audio_start_seconds=2.0)
     part = excerpt(late, 1.0, 4.0)
     assert len(part.waveform) == 3 * RATE
@@ -66,9 +60,9 @@ def test_sound_that_starts_late_and_ends_early_is_laid_out_with_silence() -> Non
 @pytest.mark.parametrize("family", ["trim", "splice", "truncation"])
 def test_cut_copies_hold_the_samples_that_their_map_names(family: str) -> None:
     result = transform(CLIP, family, "medium", seed=3, clip="a", other=OTHER)
-    assert result.picture_time == result.sound_time
+    assert result.video_pieces == result.audio_pieces
     moments = np.arange(0.1, result.media.duration_seconds - 0.05, 0.1)
-    original = result.sound_time.source_seconds(moments)
+    original = source_seconds(result.audio_pieces, moments)
     known = np.isfinite(original)
     assert known.any()
     heard = result.media.waveform[np.rint(moments[known] * RATE).astype(int)]
@@ -87,7 +81,7 @@ def test_another_speed_keeps_the_pitch_and_moves_the_clicks(rate: float) -> None
     tone = np.sin(2 * np.pi * 440 * np.arange(SECONDS * RATE) / RATE)
     tone *= np.arange(len(tone)) % RATE < RATE // 2  # half a second on, half a second off
     waveform = (8000 * tone).astype(np.int16)
-    played = audio.at_tempo(waveform, RATE, rate)
+    played = timeline.at_tempo(waveform, RATE, rate)
     assert len(played) == round(len(waveform) / rate)
     spectrum = np.abs(np.fft.rfft(played.astype(float)))
     assert np.argmax(spectrum) / len(played) * RATE == pytest.approx(440, abs=5)
@@ -140,7 +134,7 @@ def test_a_room_goes_on_after_the_sound() -> None:
 
 def test_short_footage_is_repeated_to_fill() -> None:
     short = excerpt(OTHER, 0.0, 1.5)
-    filled = timing.as_footage_of(short, CLIP)
+    filled = timeline.as_footage_of(short, CLIP)
     assert filled.frames.shape[1:] == CLIP.frames.shape[1:]
     assert len(filled.waveform) == len(CLIP.waveform)
     np.testing.assert_array_equal(filled.frames[12:24], short.frames)
