@@ -80,8 +80,8 @@ def fingerprinting(
     """Runs the protocol by `configs/fingerprint.py`; returns as `run_protocol`.
 
     Raises:
-        UserError: if there are not enough clips, the encoders were pretrained on some, or a family
-            or baseline is unknown.
+        UserError: if there are not enough clips, the encoders were pretrained on some, a family or
+            baseline is unknown, or truncation is the only family.
     """
     settings = FingerprintSettings(**config.index.to_dict())
     for key, known in (("families", families.FAMILIES), ("baselines", BASELINES)):
@@ -89,6 +89,10 @@ def fingerprinting(
             raise UserError(
                 f"{key} has {', '.join(unknown)}, not among {', '.join(known)}: correct the name"
             )
+    if tuple(config.families) == (families.TRUNCATION,):
+        raise UserError(
+            f"families has {families.TRUNCATION} alone, and metrics are over the others: add one"
+        )
     source = open_encoders(config.encoder)
     for modality in MODALITIES:
         source.require(modality)

@@ -233,6 +233,7 @@ def test_settings_that_cannot_be_met_are_one_line(encoders: Path, records: Path,
     ("overrides", "said"),
     [
         ({"families": ("flip", "mirror")}, "families has mirror, not among"),
+        ({"families": ("truncation",)}, "families has truncation alone"),
         ({"baselines": ("image_hush",)}, "baselines has image_hush, not among"),
         ({"index.time_bins": 0}, "time_bins 0 must be at least 1"),
         ({"data.audio_files": "absent"}, "absent"),
