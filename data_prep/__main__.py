@@ -6,27 +6,34 @@ Nothing is downloaded: each collection's `--help` names the source of its lists.
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import sys
+from pathlib import Path
 
 from avcl_jax.errors import UserError, one_line
 
-# Modules of data_prep.collections have `add_arguments`, and `read`, which lists the clips to
-# prepare; the others have `add_arguments` and `run`.
-_COMMANDS = {
-    "prepare": ("collections.folder_or_table", "a folder of media files, or a table of them"),
-    "kinetics": ("collections.kinetics", "Kinetics-400, -600, -700 by their official lists"),
-    "vggsound": ("collections.vggsound", "VGG-Sound by its official lists"),
-    "audioset": ("collections.audioset", "AudioSet by its official lists"),
-    "ucf101": ("collections.ucf101", "UCF101 by its official lists"),
-    "hmdb51": ("collections.hmdb51", "HMDB51 by its official lists"),
-    "esc50": ("collections.esc50", "ESC-50 or ESC-10"),
-    "tfds": ("collections.tfds", "a data set of TensorFlow Datasets (TFRecord or ArrayRecord)"),
-    "sequence-examples": ("collections.sequence_examples", "examples of MediaSequence or DMVR"),
+_OTHER_COMMANDS = {
     "inspect": ("card", "show the content of a prepared data set"),
     "foley": ("foley.command", "write the demo's media files"),
     "demo": ("demo", "the demo's media files and their records"),
 }
+
+
+def _commands() -> dict[str, tuple[str, str]]:
+    """Returns module and summary of every command.
+
+    Modules of data_prep.collections with a function `read`, which lists the clips to prepare, are
+    commands with their own name, and the first line of their docstring is the summary. The other
+    commands have a function `run`.
+    """
+    commands = {}
+    for path in sorted(Path(__file__).parent.glob("collections/*.py")):
+        module = ast.parse(path.read_text())
+        if any(isinstance(node, ast.FunctionDef) and node.name == "read" for node in module.body):
+            summary = (ast.get_docstring(module) or "").partition("\n")[0]
+            commands[path.stem.replace("_", "-")] = (f"collections.{path.stem}", summary)
+    return {"prepare": commands.pop("folder-or-table"), **commands, **_OTHER_COMMANDS}
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -43,7 +50,7 @@ def main(arguments: list[str]) -> int:
     """Runs one command; returns the exit status, 1 after a line that states the error."""
     parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (module_name, summary) in _COMMANDS.items():
+    for name, (module_name, summary) in _commands().items():
         command = commands.add_parser(
             name, help=summary, description=summary, formatter_class=_Help
         )

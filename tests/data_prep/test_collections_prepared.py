@@ -131,6 +131,24 @@ def test_nothing_of_a_collection_is_there(
     assert not (tmp_path / "out").exists()
 
 
+def test_every_collection_is_a_command_with_its_own_summary(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # each summary in one line
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    names = {"prepare": "folder_or_table", "sequence-examples": "sequence_examples"}
+    names |= {n: n for n in ("kinetics", "vggsound", "audioset", "ucf101", "hmdb51", "esc50")}
+    for name, module_name in (names | {"tfds": "tfds"}).items():
+        module = importlib.import_module(f"data_prep.collections.{module_name}")
+        assert f" {name} {module.__doc__.splitlines()[0]} " in text
+    for helper in ("lists", "listed-clips", "example-files", "tfds-features", "folder-or-table"):
+        with pytest.raises(SystemExit):
+            main([helper, "--help"])
+        assert f"invalid choice: '{helper}'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("collection", "source"),
     [
