@@ -114,7 +114,7 @@ def ucf101() -> ConfigDict:
     restarts the optimizer after the classifier's epochs, which this does not. It reports the epoch
     after the last, and 10 clips.
 
-    Hardware meant: 1 GPU of 80 GB or TPU v5e-8. Verified here: the config builds, records of the
+    Intended hardware: 1 GPU of 80 GB or TPU v5e-8. Verified here: the config builds, records of the
     same labels train and are tested (tests/evaluation/test_finetune.py). Not run on UCF101.
     """
     c = ConfigDict()
@@ -182,7 +182,7 @@ def kinetics400() -> ConfigDict:
     1e-4. Its 35 million clips are 140 epochs of one clip, for training from scratch; here 45, with
     falls at 20, 30 and 40, and the learning rate scaled to the batch.
 
-    Hardware meant: 8 GPUs of 80 GB or TPU v5e-32. Not run.
+    Intended hardware: 8 GPUs of 80 GB or TPU v5e-32. Not run.
     """
     c = ucf101()
     c.name = "kinetics400_finetune"
@@ -204,7 +204,7 @@ def esc50() -> ConfigDict:
     1e-4, batch 48, 35 epochs of whole 5 s files with masked bands. Here the rate falls as a cosine,
     the last epoch is reported, and clips are 2 s, so epochs are three times as many.
 
-    Hardware meant: 1 GPU. Not run on all of ESC-50.
+    Intended hardware: 1 GPU. Not run on all of ESC-50.
     """
     c = ucf101()
     c.name = "esc50_finetune"
@@ -243,7 +243,7 @@ def esc10() -> ConfigDict:
 def vggsound() -> ConfigDict:
     """VGG-Sound's 309 classes from audio; prepare it as docs/data/vggsound.md says.
 
-    The schedule is our choice: no relative fine-tunes on it. Hardware meant: 1 GPU. Not run.
+    The schedule is our choice: no relative fine-tunes on it. Intended hardware: 1 GPU. Not run.
     """
     c = esc50()
     c.name = "vggsound_finetune"

@@ -66,7 +66,7 @@ def demo() -> ConfigDict:
     c.views = dict(num_frames=12, clip_seconds=0.75, speeds=(1, 2, 4, 8))
     c.views.audio_transform = "shared"  # or "independent"
     c.crop = dict(image_size=48, min_area=0.75, flip=True)
-    c.crop.quarter_turns = True  # the demo's camera has no upright
+    c.crop.quarter_turns = True  # the demo's videos have no preferred orientation
     c.photometric = dict(brightness=0.1, contrast=0.3, saturation=0.5, hue=0.5)
     c.photometric.update(gray_probability=0.2, per_frame=False)
     c.pixels = dict(mean=0.5, std=0.25)
@@ -89,7 +89,8 @@ def demo() -> ConfigDict:
     c.loss.weights.update(order_vv=0.5, order_aa=0.5, order_va=0.5)
 
     c.bank = dict(dtype="float32")
-    c.bank.size = 256  # rows, two per video; 0 switches the bank off
+    # Rows, two per video: a multiple of twice the batch. A bank is used once it is full; 0 is none.
+    c.bank.size = 256
     c.bank.space = "agreement"  # or "same" (equal with one modality), "cross"
     c.bank.ranking = "content"  # or "raw", which ranks rows of the same playback first
     c.bank.num_positives = 2
@@ -168,12 +169,12 @@ def esc10() -> ConfigDict:
 def kinetics400() -> ConfigDict:
     """Kinetics-400, 246,000 clips of 10 s, 200 epochs: R(2+1)D-18, audio ResNet, 16 x 112².
 
-    Hardware meant: TPU v5e-32 or 8 GPUs of 80 GB. Verified here: the config builds, its state
-    shapes evaluate and its step lowers (tests/test_configs.py). Not run: no training of this size
-    has been done with this code, so there is no accuracy to expect yet. Each scientific value has
-    its reason beside it, or "untested". The values of AVID-CMA, GDT, CrissCross and BraVe ("the
-    relatives"), with file and line, are in docs/reproduction.md, "Settings beside those of
-    relatives".
+    Intended hardware: TPU v5e-32 or 8 GPUs of 80 GB. Verified here: the config builds, the shapes
+    of its state are computed and its step lowers (tests/test_configs.py). Not run: no training of
+    this size has been done with this code, so there is no accuracy to expect yet. Each scientific
+    value has its reason beside it, or "untested". The values of AVID-CMA, GDT, CrissCross
+    and BraVe ("the relatives"), with file and line, are in docs/reproduction.md, "Settings beside
+    those of relatives".
     """
     c = ConfigDict()
     c.task = "avcl_jax.training.loop:pretrain"
@@ -189,7 +190,7 @@ def kinetics400() -> ConfigDict:
     # At 0.75 s two views of a 10 s video fit in every order for all pairs of speeds but (8, 8), at
     # 1.0 s for 11 of 16. Clips have 21.3 frames/s; videos under 0.45 of that (9.6) have no speed
     # task. Relatives: 0.5 to 1.3 s of video, 1 to 10 s of audio. On ESC-10 (docs/reproduction.md,
-    # "Audio settings on ESC-10") 0.5 s costs direction 5 points, and 1.0 s gains nothing sure.
+    # "Audio settings on ESC-10") 0.5 s costs direction 5 points, and 1.0 s gives no clear gain.
     c.views.clip_seconds = 0.75
     c.views.speeds = (1, 2, 4, 8)  # the demo's, untested: no relative varies the speed
     c.views.audio_transform = "shared"  # one playback for video and audio: the demo's, untested
@@ -249,7 +250,7 @@ def kinetics400() -> ConfigDict:
     # The next five are untested. AVID-CMA uses the 32 nearest rows as positives, and 64 (within) or
     # 1,024 (across) of all others as negatives.
     c.bank.num_positives = 8
-    c.bank.positive_window = 1 / 2048  # 32 of 65,536 rows
+    c.bank.positive_window = 1 / 2048  # 32 of the 65,536 rows at batch 512
     c.bank.num_negatives = 256
     c.bank.negative_candidates = 2048
     c.bank.negative_offset = 0.02  # above the 0.25 % of Kinetics-400 that share a class
@@ -285,7 +286,7 @@ def kinetics400() -> ConfigDict:
 def kinetics600() -> ConfigDict:
     """Kinetics-600, 392,000 clips of 10 s, 200 epochs.
 
-    Hardware meant: TPU v5e-64 or 16 GPUs of 80 GB. Verified and not run: as kinetics400.
+    Intended hardware: TPU v5e-64 or 16 GPUs of 80 GB. Verified and not run: as kinetics400.
     """
     c = kinetics400()
     c.name = "kinetics600"
@@ -298,7 +299,7 @@ def kinetics600() -> ConfigDict:
 def vggsound() -> ConfigDict:
     """VGG-Sound, 184,000 training clips of 10 s whose audio source is visible, 200 epochs.
 
-    Hardware meant: TPU v5e-32 or 8 GPUs of 80 GB. Verified and not run: as kinetics400.
+    Intended hardware: TPU v5e-32 or 8 GPUs of 80 GB. Verified and not run: as kinetics400.
     """
     c = kinetics400()
     c.name = "vggsound"
@@ -311,7 +312,7 @@ def vggsound() -> ConfigDict:
 def audioset() -> ConfigDict:
     """AudioSet, about 1.9 million clips of 10 s, 50 epochs; several labels per clip.
 
-    Hardware meant: TPU v5e-128 or 32 GPUs of 80 GB. Verified and not run: as kinetics400.
+    Intended hardware: TPU v5e-128 or 32 GPUs of 80 GB. Verified and not run: as kinetics400.
     """
     c = kinetics400()
     c.name = "audioset"

@@ -370,7 +370,7 @@ def cross_modal_scores(
     """Ranks the other halves of all records, in both directions.
 
     Args:
-        features: outputs of `views.FixedViews`.
+        features: outputs of `views.view_features`.
         network: name of the network whose embeddings are compared.
         recall_at: the k of R@k.
 

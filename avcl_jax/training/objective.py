@@ -19,7 +19,7 @@ from avcl_jax.objectives.views import MODALITIES, Modality, Term, Views, per_vie
 from avcl_jax.training.metrics import Metrics, average
 from avcl_jax.training.state import TrainState
 
-# Term -> the directions whose mean it is: (anchor modality, target modality).
+# Term -> the pairs of (anchor modality, target modality) whose mean it is.
 CONTRASTIVE_TERMS: Mapping[str, tuple[Term, ...]] = {
     "vv": (("video", "video"),),
     "va": (("video", "audio"), ("audio", "video")),
@@ -72,11 +72,9 @@ class LossSpec:
 
     @property
     def bank_terms(self) -> tuple[Term, ...]:
-        """Directions of all active contrastive terms, each a draw from the bank in a step."""
+        """Pairs of all active contrastive terms; for each a step draws from the bank once."""
         return tuple(
-            direction
-            for term in self.active(CONTRASTIVE_TERMS)
-            for direction in CONTRASTIVE_TERMS[term]
+            pair for term in self.active(CONTRASTIVE_TERMS) for pair in CONTRASTIVE_TERMS[term]
         )
 
 
@@ -108,10 +106,10 @@ def _views(
     )
 
 
-def _direction(
+def _pair_loss(
     views: Views, term: Term, state: TrainState, loss_spec: LossSpec, key: Array, mesh: Mesh
 ) -> tuple[Array, Array, Metrics]:
-    """Loss of one direction of a contrastive term, number of anchors that count, and metrics."""
+    """Loss of one anchor and target modality, number of valid anchors, and metrics."""
     anchor, target = term
     rows: dict[str, Array] = {}
     metrics: Metrics = {}
@@ -184,13 +182,13 @@ def total_loss(
     metrics: Metrics = {}
     for term in loss_spec.active(CONTRASTIVE_TERMS):
         values, counts = [], []
-        for direction in CONTRASTIVE_TERMS[term]:
-            value, count, info = _direction(views, direction, state, loss_spec, key, mesh)
+        for pair in CONTRASTIVE_TERMS[term]:
+            value, count, info = _pair_loss(views, pair, state, loss_spec, key, mesh)
             values.append(value)
             counts.append(count)
-            name = "".join(modality[0] for modality in direction)
+            name = "".join(modality[0] for modality in pair)
             metrics |= {f"{name}/{metric}": mean for metric, mean in info.items()}
-        # Both directions of a pair count or neither does, so this is the mean over all anchors.
+        # Both pairs of va count or neither does, so this is the mean over all anchors.
         losses[term] = jnp.stack(values).mean(), jnp.stack(counts).sum(), 2 * len(values)
     for term, (value, info) in temporal_losses(outputs, batch).items():
         losses[term] = value, info["count"], math.prod(outputs[term].shape[1:-1])
