@@ -130,7 +130,7 @@ class Transaction:
             features = {m: a for m, a in arrays.items() if not m.endswith(_PRESENT)}
             present = {m: arrays[m + _PRESENT] for m in features}
             if checksum != _checksum(row, blob):
-                raise ValueError("the checksum is that of other values")
+                raise FingerprintError("the checksum is that of other values")
             return features, present
 
     def insert(self, row: SourceRow, segments: SegmentFeatures) -> bool:
