@@ -14,7 +14,7 @@ PAGES = (
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 )
-LANGUAGES = ("sh", "python", "csv", "text")
+LANGUAGES = ("sh", "python", "csv", "text", "diff")
 
 # Commands that are only parsed: pattern -> reason.
 ONLY_PARSED = {
