@@ -68,6 +68,8 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; }
 details { margin-top: 10px; }
 summary { cursor: pointer; color: var(--accent); }
 pre { overflow-x: auto; font: 12px/1.5 ui-monospace, Menlo, Consolas, monospace; }
-@media (max-width: 600px) { main { padding: 20px 12px 40px; } section { padding: 16px 14px; } }
+@media (max-width: 600px) { main { padding: 20px 12px 40px; } section { padding: 16px 14px; }
+  figure { overflow-x: auto; } figure > svg { min-width: 600px; } .charts figure > svg {
+  min-width: 0; } }
 footer { color: var(--muted); font-size: 13px; margin-top: 26px; }
 """
