@@ -112,7 +112,7 @@ def test_every_layer_agrees_with_torchvision(name):
         )
     )(variables, clip.numpy())
     rows = torch_names.CODE_BASES["torchvision"].tables[name](encoder)
-    for ours, theirs, _ in rows:
+    for ours, theirs in rows.items():
         found = captured["intermediates"]
         for part in ours.split("/"):
             found = found[part]
