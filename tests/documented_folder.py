@@ -64,6 +64,8 @@ class Folder:
         self._write_programs()
         videos = " ".join(FEW_VIDEOS)
         self.run(f"python -m data_prep demo --out data/foley {videos}")
+        few = "--train=0 --test=12 --null=0 --seed=2"
+        self.run(f"python -m data_prep demo --out data/foley_fingerprint {few}")
         self.run("python -m avcl_jax.main --config=configs/pretrain.py --workdir=runs/demo")
         self.run("python -m avcl_jax.main --config=configs/export.py --workdir=runs/demo")
         films = sorted((self.path / "data/foley/media/train").glob("*.mp4"))

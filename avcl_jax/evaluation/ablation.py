@@ -155,7 +155,10 @@ def ablate(
             _check_run(variant, runs[key], directories[key])
     _check_metrics(config)
     # Seed by seed, so that a sweep that is stopped has whole comparisons.
-    for key in left:
+    for key in [(variant, seed) for seed in seeds for variant in ours]:
+        if key not in left:
+            print(f"ablation: {key[0]}, seed {key[1]} is measured", flush=True)
+            continue
         print(f"\nablation: {key[0]}, seed {key[1]}: {directories[key]}", flush=True)
         if not pretrain(_task(runs[key], experiment.PRETRAIN), directories[key]):
             return None

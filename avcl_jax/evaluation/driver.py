@@ -12,6 +12,7 @@ protocol writes into its workdir:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -191,7 +192,9 @@ class ProtocolRun:
                 trial.write_text("")
                 trial.unlink()
                 if new:  # a run that is refused later leaves nothing behind
-                    self.workdir.rmdir()
+                    # Not empty: another process has begun to write.
+                    with contextlib.suppress(ValueError):
+                        self.workdir.rmdir()
             except OSError as error:
                 raise UserError(
                     f"{self.workdir} cannot be written to ({error}): choose another --workdir"
