@@ -162,9 +162,8 @@ def finds_other_view(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return (distances <= np.diagonal(distances)[:, None]).sum(axis=1) == 1
 
 
-def other_view_hits(workdir: Path, records: UsableRecords) -> dict[str, np.ndarray]:
+def other_view_hits(run: PretrainedRun, records: UsableRecords) -> dict[str, np.ndarray]:
     """Bool [files]: the first view finds the last, by the embedding and by the mean log-mel."""
-    run = PretrainedRun.load(epath.Path(workdir))
     compute = view_map(run, {"run": run.variables}, chunk=16, threads=1)
 
     def render(position: int) -> dict[str, Any]:
@@ -216,7 +215,7 @@ def measure(
             evaluate(evaluation, epath.Path(workdir))
             selected = Selection.parse(evaluation.evaluation.test_select)
             tested = UsableRecords(RecordDataset(records, config.data.split), spec, selected)
-            hits = other_view_hits(workdir, tested)
+            hits = other_view_hits(PretrainedRun.load(epath.Path(workdir)), tested)
             controls = {name: float(found.mean()) for name, found in hits.items()}
             controls |= null_scores(config, noise, spec)
         done.write_text(json.dumps(controls))

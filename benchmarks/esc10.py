@@ -187,8 +187,8 @@ def own_file_row(workdir: Path, records: Path, seeds: Sequence[int]) -> Row:
     for seed in seeds:
         hits: dict[str, list[np.ndarray]] = {}
         for fold in FOLDS:
-            run = workdir / f"seed{seed}/fold{fold}"
-            usable = UsableRecords(dataset, PretrainedRun.load(run).spec)
+            run = PretrainedRun.load(workdir / f"seed{seed}/fold{fold}")
+            usable = UsableRecords(dataset, run.spec)
             chance = 1 / len(usable)
             tested = np.isin(usable.indices, Selection.parse(f"fold={fold}").positions(dataset))
             for name, found in other_view_hits(run, usable).items():

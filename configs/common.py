@@ -16,7 +16,7 @@ def choose(name: str, *presets: Callable[[], ConfigDict]) -> ConfigDict:
         presets: functions with the names of their presets.
 
     Raises:
-        UserError: if there is no such preset; it names those that there are.
+        UserError: if there is no such preset; the message names the known ones.
     """
     by_name = {preset.__name__: preset for preset in presets}
     if name not in by_name:

@@ -64,7 +64,7 @@ def find(name: str) -> DataSet:
     """Returns the row of the data set `name`.
 
     Raises:
-        UserError: if there is none; it names those that there are.
+        UserError: if there is none; the message names the known ones.
     """
     if name not in DATASETS:
         raise UserError(f"unknown preset {name!r}: use one of {', '.join(DATASETS)}")

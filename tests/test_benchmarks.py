@@ -552,12 +552,16 @@ def test_a_file_is_looked_for_by_the_encoder_that_did_not_hear_it(
     shard = write_shard(tmp_path / shard_name("esc10", "all", 0, 1), records)
     write_dataset_metadata(tmp_path, name="esc10", class_names=names, splits={"all": [shard]})
 
-    def hits(run: Path, usable: Any) -> dict[str, np.ndarray]:
+    def hits(run: Any, usable: Any) -> dict[str, np.ndarray]:
         folds = np.array([usable[n][1].labels["fold"] for n in range(len(usable))])
-        return {"other_view": (folds == esc10.FOLDS.index(run.name.removeprefix("fold"))) == own}
+        return {
+            "other_view": (folds == esc10.FOLDS.index(run.path.name.removeprefix("fold"))) == own
+        }
 
     spec = experiment.render_spec(pretrain.get_config("esc10"))
-    monkeypatch.setattr(esc10.PretrainedRun, "load", lambda run: types.SimpleNamespace(spec=spec))
+    monkeypatch.setattr(
+        esc10.PretrainedRun, "load", lambda run: types.SimpleNamespace(spec=spec, path=run)
+    )
     monkeypatch.setattr(esc10, "other_view_hits", hits)
     row = esc10.own_file_row(tmp_path / "runs", tmp_path, [0, 1])
     assert row.value == own

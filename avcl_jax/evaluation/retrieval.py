@@ -102,9 +102,13 @@ class RetrievalScores:
     gallery: int
     chance: dict[int, float]
 
+    def hits(self, k: int) -> np.ndarray:
+        """Returns float64 [queries], 1 with a relevant item within the first k."""
+        return (self.ranks <= k).astype(np.float64)
+
     def recall(self, k: int) -> float:
-        """Returns R@k, the fraction of queries with a relevant item within the first k."""
-        return float(np.mean(self.ranks <= k))
+        """Returns R@k, the mean of `hits`."""
+        return float(np.mean(self.hits(k)))
 
     def outcomes(
         self, suffix: str, key: str, what: str
@@ -118,7 +122,7 @@ class RetrievalScores:
         """
         values, metrics = {f"rank{suffix}": self.ranks}, {}
         for k, chance in self.chance.items():
-            values[f"hit{k}{suffix}"] = (self.ranks <= k).astype(np.float64)
+            values[f"hit{k}{suffix}"] = self.hits(k)
             metrics[key.format(f"r{k}")] = Metric(
                 "mean",
                 (f"hit{k}{suffix}",),
