@@ -38,6 +38,7 @@ svg + .scroll { margin-top: 20px; }
 th, td { text-align: right; padding: 5px 12px; border-bottom: 1px solid var(--line); }
 th { color: var(--muted); font-weight: 500; font-size: 13px; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
+.definitions td { text-align: left; }
 .row { display: grid; grid-template-columns: repeat(6, minmax(165px, 1fr)); gap: 10px;
   padding: 12px 0; border-top: 1px solid var(--line); }
 .video { border: 1px solid var(--line); border-radius: 8px; padding: 7px; min-width: 0;

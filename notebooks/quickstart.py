@@ -164,16 +164,16 @@ plt.show()
 # the bank was played.
 
 # %%
-from avcl_jax.evaluation.bank_exhibits import bank_searches, open_bank
+from avcl_jax.evaluation.exhibits import bank_searches, open_bank
 from avcl_jax.export.runs import config_of_run
 from configs import evaluate
 
 trained = config_of_run(RUN)
 trained.evaluation = evaluate.get_config().evaluation
 for searches in bank_searches(trained, *open_bank(trained, RUN, spec, step=STEPS)).values():
-    for search in searches:
-        positives = "; ".join(row.labels for row in search.rows if row.kind == "positive")
-        print(f"{search.rows[0].labels:32s} <- {positives}")
+    for samples, _ in searches:
+        positives = "; ".join(row.labels for row in samples if row.kind == "positive")
+        print(f"{samples[0].labels:32s} <- {positives}")
 
 # %% [markdown]
 # ## Embed and retrieve

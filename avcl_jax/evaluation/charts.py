@@ -1,4 +1,4 @@
-"""Charts of the report as inline SVG.
+"""Charts of the report as inline SVG, and the section with those of training.
 
 Black text takes the colour of the page's text by its style sheet; everything else is drawn in
 mid-tones, so that one drawing is legible on a light and on a dark background.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from avcl_jax.evaluation.page import as_text, text
+from avcl_jax.evaluation.page import as_text, section, text
+from avcl_jax.objectives.temporal import TASKS
 
 # Curves: label -> (steps [n], values [n]).
 Series = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -36,7 +38,7 @@ SERIES_COLOURS = (
     "#87909c",
 )
 _GREY = "#74808d"  # 4 : 1 to both
-_MOST_POINTS = 400  # of a curve
+_MOST_POINTS = 400  # of a curve: a long run logs thousands of values
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 9.0,
@@ -104,19 +106,26 @@ def line_chart(
     """
     figure, (axes,) = _subplots(1, 1, 4.3, 2.9)
     colours = dict(zip(series, SERIES_COLOURS * 9, strict=False))
+
+    def draw(key: str, steps: np.ndarray, values: np.ndarray, **style: Any) -> None:
+        """Draws the mean over the last fortieth of the curve, over fewer at its beginning."""
+        groups = np.array_split(np.arange(len(steps)), min(len(steps), _MOST_POINTS))
+        steps = steps[[group[-1] for group in groups]]
+        values = np.array([values[group].mean() for group in groups])
+        width = max(1, len(values) // 40)
+        smooth = np.convolve(values, np.ones(width))[: len(values)]
+        smooth /= np.minimum(np.arange(1, len(values) + 1), width)
+        colour = colours.get(key, _GREY)
+        if len(values) > 40 and "linestyle" not in style:
+            axes.plot(steps, values, color=colour, alpha=0.22, linewidth=0.8)
+        axes.plot(steps, smooth, color=colour, **style)
+
     for label, curve in series.items():
-        steps, values = _thinned(*curve)
-        smooth = _rolling_mean(values, max(1, len(values) // 40))
-        if len(values) > 40:
-            axes.plot(steps, values, color=colours[label], alpha=0.22, linewidth=0.8)
-        dot = "o" if len(values) == 1 else ""
-        style: dict[str, Any] = {"color": colours[label], "marker": dot, "markersize": 3}
-        axes.plot(steps, smooth, label=label, linewidth=1.7, **style)
+        marker_of_one = "o" if len(curve[0]) == 1 else ""
+        draw(label, *curve, label=label, linewidth=1.7, marker=marker_of_one, markersize=3)
     for label, curve in (dashed or {}).items():
-        steps, values = _thinned(*curve)
-        smooth = _rolling_mean(values, max(1, len(values) // 40))
-        style = {"color": colours.get(label, _GREY), "linestyle": (0, (3, 2))}
-        axes.plot(steps, smooth, label="" if label in colours else label, linewidth=1.4, **style)
+        named = "" if label in colours else label
+        draw(label, *curve, label=named, linewidth=1.4, linestyle=(0, (3, 2)))
     axes.margins(x=0.01)
     if last_step is not None:
         axes.set_xlim(0, max(last_step, 1))
@@ -135,30 +144,13 @@ def line_chart(
     return _svg(figure, name, f"{ylabel} over training step")
 
 
-def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns means over at most `_MOST_POINTS` groups: a long run logs thousands of values."""
-    starts = np.arange(0, len(values), max(1, -(-len(values) // _MOST_POINTS)))
-    ends = np.append(starts[1:], len(values)) - 1
-    counts = np.diff(np.append(starts, len(values)))
-    return steps[ends], np.add.reduceat(values, starts) / counts if len(values) else values
-
-
-def _rolling_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Returns the mean over the last `width` values, over fewer at the beginning."""
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    stop = np.arange(1, len(values) + 1)
-    start = np.maximum(stop - width, 0)
-    return (total[stop] - total[start]) / (stop - start)
-
-
 @matplotlib.rc_context(_STYLE)
 def bar_chart(
     groups: Mapping[str, Mapping[str, float]],
     *,
     name: str,
     colours: Mapping[str, str],
-    references: Mapping[str, float],
-    reference_label: str,
+    chances: Mapping[str, float] | None = None,
 ) -> str:
     """Returns an SVG of grouped bars of fractions, every bar with its value in %.
 
@@ -166,8 +158,7 @@ def bar_chart(
         groups: group -> series -> value in [0, 1].
         name: unique name of the chart on the page.
         colours: colour of each series, in the order of the legend.
-        references: group -> dashed line across it, for instance chance.
-        reference_label: text of those lines in the legend.
+        chances: group -> chance level, a dashed line across it.
     """
     figure, (axes,) = _subplots(1, 1, 9.0, 3.2)
     dash: dict[str, Any] = {"color": _GREY, "linewidth": 1.2, "linestyle": (0, (4, 3))}
@@ -177,8 +168,8 @@ def bar_chart(
         drawn = axes.bar(places, list(bars.values()), 0.86, color=[colours[key] for key in bars])
         values = [as_text(value, digits=0).removesuffix(" %") for value in bars.values()]
         axes.bar_label(drawn, values, padding=1)
-        if group in references:
-            axes.hlines(references[group], places[0] - 0.55, places[-1] + 0.55, **dash)
+        if chances:
+            axes.hlines(chances[group], places[0] - 0.55, places[-1] + 0.55, **dash)
         ticks.append(float(places.mean()))
         left = places[-1] + 2.0
     axes.set_xticks(ticks, list(groups))
@@ -187,7 +178,7 @@ def bar_chart(
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     present = {series for bars in groups.values() for series in bars}
     entries: list[Any] = [Patch(color=c, label=s) for s, c in colours.items() if s in present]
-    entries += axes.plot([], [], label=reference_label, **dash) if references else []
+    entries += axes.plot([], [], label="chance", **dash) if chances else []
     figure.legend(handles=entries, loc="outside upper left", ncols=5, handlelength=1.2)
     return _svg(figure, name, "bars: " + ", ".join(groups))
 
@@ -253,3 +244,130 @@ def scatter(panels: Sequence[Map], *, name: str) -> str:
         axes.spines["bottom"].set_visible(False)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3, handletextpad=0.1)
     return _svg(figure, name, "maps: " + ", ".join(panel[0] for panel in panels))
+
+
+# Curves in the order of a legend: terms of the loss, temporal tasks, modalities.
+_TERMS = {"vv": "video–video", "aa": "audio–audio", "va": "video→audio", "av": "audio→video"}
+_CURVES = _TERMS | {name: task.title for name, task in TASKS.items()}
+_CURVES |= {"video": "video", "audio": "audio"}
+
+# Charts in their order: pattern of a chart's key -> title, label of the axis, and key of the dashed
+# curves in it.
+_CHARTS = {
+    r"term/loss": ("Contrastive loss", "loss", ""),
+    r"task/loss": ("Loss of the temporal tasks", "loss", ""),
+    r"term/accuracy": ("Partner ranked first in the batch", "fraction of anchors", ""),
+    r"task/accuracy": ("Temporal tasks on training views", "accuracy", ""),
+    r"health/embedding_std": ("Spread of the embeddings (0: collapse)", "standard deviation", ""),
+    r"term/(negative|positive)_similarity": (
+        r"Similarity of \1s (dashed: in the bank)",
+        "cosine",
+        r"term/bank_\1_similarity",
+    ),
+    r"term/bank_(negative|positive)_share/(\w+)": (
+        r"Bank \1s with the anchor's \2",
+        "fraction",
+        r"bank/base_rate/\2",
+    ),
+    r"bank/same_source_similarity/newer": (
+        "Rows of the anchor's video (dashed: older half)",
+        "cosine",
+        "bank/same_source_similarity/older",
+    ),
+    r"learning_rate": ("Learning rate", "", ""),
+}
+
+
+def training_charts(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool, dict[str, Any]]]:
+    """Groups metrics into charts, with one curve per term, task or modality.
+
+    Other metrics than those of `_CHARTS` follow in the order of their names, marked as further
+    ones, except metrics whose names have no group, such as speed and memory.
+
+    Args:
+        rows: parsed lines, each with `step`.
+
+    Returns:
+        Title, whether it is a further one, and arguments of `line_chart`.
+    """
+    points: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        for name, value in row.items():
+            key, curve = _place(name)
+            if isinstance(value, int | float) and ("/" in key or key == "learning_rate"):
+                points[key][curve].append((float(row["step"]), float(value)))
+    series: dict[str, dict[str, Any]] = {}
+    for key, curves in points.items():
+        # Both directions between video and audio have one loss.
+        titles = _CURVES | ({"va": "video–audio"} if key == "term/loss" else {})
+        titles[""] = "by chance" if key.startswith("bank/base_rate/") else ""
+        series[key] = {title: np.array(curves[c]).T for c, title in titles.items() if c in curves}
+    described = {key: _describe(key) for key in sorted(series)}
+    dashed = {other for *_, other in described.values()}
+    return [
+        (
+            title,
+            rank == len(_CHARTS),
+            {
+                "series": series[key],
+                "ylabel": ylabel,
+                "percent": "share" in key or key.endswith(("accuracy", "fill")),
+                "from_zero": "similarity" not in key and not key.endswith("loss"),
+                "dashed": series.get(other, {}),
+            },
+        )
+        for key, (rank, title, ylabel, other) in sorted(described.items(), key=lambda d: d[1][0])
+        if key not in dashed
+    ]
+
+
+def training_section(rows: Sequence[Mapping[str, Any]], bank_start: int | None) -> str:
+    """Returns the section of the report with all charts; "" without any metric.
+
+    Args:
+        rows: parsed lines of metrics.jsonl.
+        bank_start: step from which training used the feature bank; None if it never did.
+    """
+    charts = training_charts(rows)
+    if not charts:
+        return ""
+    caption = (
+        "Pale: as logged; strong: mean over a fortieth of the run. A spread of the embeddings that "
+        "falls while the similarity of negatives rises is a collapse."
+    )
+    last, marker = max(row["step"] for row in rows), None
+    if bank_start is not None and bank_start <= last:
+        marker = (bank_start, f"bank from step {bank_start}")
+        caption += (
+            f" From step {bank_start} on (dotted) anchors had positives and negatives of the "
+            "feature bank. Its positives are informative where more of them than the base rate "
+            "(dashed) share a label with their anchor."
+        )
+    html = {False: "", True: ""}
+    for number, (title, further, chart) in enumerate(charts):
+        svg = line_chart(**chart, name=f"curve{number}", last_step=last, marker=marker)
+        html[further] += f"<div><h3>{text(title)}</h3>{svg}</div>"
+    first, more = (f'<div class="charts">{part}</div>' if part else "" for part in html.values())
+    details = f"<details><summary>More metrics</summary>{more}</details>" if more else ""
+    return section("Training", caption, first, details)
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Returns the key of the chart that a metric belongs to, and its curve there."""
+    group, _, rest = name.partition("/")
+    if group in _TERMS:
+        return f"term/{rest}", group
+    if group in TASKS:
+        return f"task/{rest}", group
+    of_modality = re.fullmatch(r"(\w+)/(video|audio)_(.+)", name)
+    return (f"{of_modality[1]}/{of_modality[3]}", of_modality[2]) if of_modality else (name, "")
+
+
+def _describe(key: str) -> tuple[int, str, str, str]:
+    """Returns the rank of a chart, its title, its axis, and the key of its dashed curves."""
+    for rank, (pattern, texts) in enumerate(_CHARTS.items()):
+        if match := re.fullmatch(pattern, key):
+            title, ylabel, dashed = (match.expand(part) for part in texts)
+            return rank, title, ylabel, dashed
+    words = key.partition("/")[2].replace("/", ": ").replace("_", " ")
+    return len(_CHARTS), words[:1].upper() + words[1:], "", ""

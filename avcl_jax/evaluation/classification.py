@@ -26,7 +26,7 @@ from avcl_jax.evaluation.linear import (
     held_out_groups,
     ranked_classes,
 )
-from avcl_jax.evaluation.page import as_text, matrix, section, table
+from avcl_jax.evaluation.page import as_text, matrices, section, table
 from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol
 from avcl_jax.evaluation.splits import (
     Split,
@@ -201,7 +201,7 @@ def _confusion_section(confusion: np.ndarray, names: Sequence[str]) -> str:
     """Returns the section that shows which classes are taken for which."""
     if len(names) <= _MATRIX_CLASSES:
         caption = "Rows are true classes, in % of the row."
-        return section("Confusion", caption, matrix("All splits", confusion, names))
+        return section("Confusion", caption, matrices({"All splits": (confusion, names)}))
     totals = np.maximum(confusion.sum(axis=1), 1)
     wrong = confusion - np.diag(np.diag(confusion))
     pairs = np.argsort(-wrong, axis=None, kind="stable")[:_LISTED]

@@ -46,7 +46,7 @@ def read_run(workdir: epath.PathLike) -> tuple[dict[str, Any], Outcomes]:
     try:
         results = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{workdir} holds no {RESULTS}: run a protocol with it") from None
+        raise UserError(f"{workdir} does not contain {RESULTS}: run a protocol with it") from None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): run the protocol again") from error
     if "metrics" not in results:
@@ -80,43 +80,45 @@ def compare_runs(
         UserError: if they are not of one protocol and version, or not over the same units or
             data.
     """
-    results, outcomes = zip(*runs, strict=True)
-    for other, found in zip(results[1:], outcomes[1:], strict=True):
-        for key in ("protocol", "protocol_version"):
-            if other[key] != results[0][key]:
-                raise UserError(
-                    f"runs of {results[0]['protocol']} version {results[0]['protocol_version']} "
-                    f"and {other['protocol']} version {other['protocol_version']} have no metric "
-                    "in common"
-                )
-        if not other_data and (roles := _differing_data(results[0], other)):
-            role = roles[0]
-            one, two = (run["data"].get(role, "none") for run in (results[0], other))
+    (first, outcomes), *others = runs
+    paired = []
+    for other, found in others:
+        one, two = (f"{r['protocol']} version {r['protocol_version']}" for r in (first, other))
+        if one != two:
+            raise UserError(f"runs of {one} and {two} have no metric in common")
+        if not other_data and (roles := _differing_data(first, other)):
+            one, two = (run["data"].get(roles[0], "none") for run in (first, other))
             raise UserError(
-                f"runs are over other data, {role} is {one} in one and {two} in another: compare "
-                "runs on the same, or set --other-data if that is what you want to compare"
+                f"runs are over other data, {roles[0]} is {one} in one and {two} in another: "
+                "compare runs on the same, or set --other-data if that is what you want to compare"
             )
-        different = set(found.units) ^ set(outcomes[0].units)
-        if different:
+        if different := set(found.units) ^ set(outcomes.units):
             raise UserError(
                 f"runs are over different units, {len(different)} are in one only, for instance "
                 f"{min(different)}: compare runs on the same data"
             )
-    paired = [_in_order_of(outcomes[0].units, found) for found in outcomes]
+        place = {unit: row for row, unit in enumerate(found.units)}
+        rows = np.array([place[unit] for unit in outcomes.units])
+        values = {name: array[rows] for name, array in found.values.items()}
+        paired.append(Outcomes(outcomes.units, [found.sources[row] for row in rows], values))
     compared = {}
-    for name, metric in results[0]["metrics"].items():
-        if not all(name in other["metrics"] for other in results):
+    for name, metric in first["metrics"].items():
+        if not all(name in other["metrics"] for other, _ in others):
             continue
-        masks = [found.values[metric["chosen"]] for found in paired if metric["chosen"]]
-        if any((mask != masks[0]).any() for mask in masks):
-            raise UserError(
-                f"runs are over different units in {metric['what']}: compare runs on the same data"
+        ours, sources = inputs_of(metric, outcomes)
+        pairs = []
+        for found in paired:
+            if (chosen := metric["chosen"]) and (
+                found.values[chosen] != outcomes.values[chosen]
+            ).any():
+                raise UserError(
+                    f"runs are over different units in {metric['what']}: compare runs on the same "
+                    "data"
+                )
+            theirs, _ = inputs_of(metric, found)
+            pairs.append(
+                compare(metric["kind"], ours, theirs, sources, resamples=resamples, seed=seed)
             )
-        (ours, sources), *others = (inputs_of(metric, found) for found in paired)
-        pairs = [
-            compare(metric["kind"], ours, theirs, sources, resamples=resamples, seed=seed)
-            for theirs, _ in others
-        ]
         corrected = holm([pair.p_value for pair in pairs])
         compared[name] = [
             pair._replace(p_value=p) for pair, p in zip(pairs, corrected, strict=True)
@@ -124,21 +126,9 @@ def compare_runs(
     return compared
 
 
-def _in_order_of(units: Sequence[str], outcomes: Outcomes) -> Outcomes:
-    """Returns the outcomes with their units in the order of `units`."""
-    place = {unit: number for number, unit in enumerate(outcomes.units)}
-    rows = np.array([place[unit] for unit in units])
-    values = {name: array[rows] for name, array in outcomes.values.items()}
-    return Outcomes(units, [outcomes.sources[row] for row in rows], values)
-
-
 def _differing_data(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
     """Returns the roles in which two results name other data."""
-    return sorted(
-        role
-        for role in one["data"].keys() | two["data"].keys()
-        if one["data"].get(role) != two["data"].get(role)
-    )
+    return sorted({role for role, _ in one["data"].items() ^ two["data"].items()})
 
 
 def as_table(
@@ -155,14 +145,12 @@ def as_table(
         for name, result, pair in zip(names, results, [None, *pairs], strict=True):
             metric = result["metrics"][key]
             value, low, high, _ = metric_texts(metric)
-            cells = [metric["what"] if pair is None else "", name, value, f"{low} … {high}", "", ""]
+            what, difference, p = metric["what"], "", ""
             if pair is not None:
                 change = [as_text(bound, metric["unit"], signed=True) for bound in pair.difference]
-                cells[4:] = [
-                    f"{change[0]} ({change[1]} … {change[2]})",
-                    as_text(pair.p_value, "number"),
-                ]
-            lines.append(f"| {' | '.join(cells)} |")
+                what, p = "", as_text(pair.p_value, "number")
+                difference = f"{change[0]} ({change[1]} … {change[2]})"
+            lines.append(f"| {what} | {name} | {value} | {low} … {high} | {difference} | {p} |")
     return "\n".join(lines)
 
 
@@ -182,26 +170,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--other-data", action="store_true", help="compare although runs are over other data"
     )
-    parsed = parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
     try:
-        if len(parsed.runs) < 2:
-            raise UserError(f"compare needs at least two runs, got {parsed.runs[0]}")
-        runs = [read_run(run) for run in parsed.runs]
-        resamples = parsed.resamples or runs[0][0]["config"]["bootstrap"]["resamples"]
+        if len(given.runs) < 2:
+            raise UserError(f"compare needs at least two runs, got {given.runs[0]}")
+        runs = [read_run(run) for run in given.runs]
+        results = [of_run for of_run, _ in runs]
+        first = results[0]
+        resamples = given.resamples or first["config"]["bootstrap"]["resamples"]
         compared = compare_runs(
-            runs, resamples=resamples, seed=parsed.seed, other_data=parsed.other_data
+            runs, resamples=resamples, seed=given.seed, other_data=given.other_data
         )
     except (UserError, OSError) as error:
         print(f"compare: error: {one_line(error)}", file=sys.stderr)
         return 1
-    for name, (results, _) in zip(parsed.runs, runs, strict=True):
-        if roles := _differing_data(runs[0][0], results):
-            print(f"{name} is over other data than {parsed.runs[0]}: {', '.join(roles)}")
+    for name, other in zip(given.runs, results, strict=True):
+        if roles := _differing_data(first, other):
+            print(f"{name} is over other data than {given.runs[0]}: {', '.join(roles)}")
     print(
-        f"{runs[0][0]['protocol']} version {runs[0][0]['protocol_version']}, "
-        f"{runs[0][0]['units']} units of {runs[0][0]['sources']} sources, {resamples} resamples\n"
+        f"{first['protocol']} version {first['protocol_version']}, {first['units']} units of "
+        f"{first['sources']} sources, {resamples} resamples\n\n"
+        f"{as_table(given.runs, results, compared)}"
     )
-    print(as_table(parsed.runs, [results for results, _ in runs], compared))
     return 0
 
 

@@ -1,53 +1,69 @@
-"""Videos in the report: records as cards that play, rows of them, and maps of features."""
+"""Examples in the report: records as cards that play, searches, and samples of the feature bank."""
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import librosa
+import ml_collections
 import numpy as np
 import simplejpeg
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.manifold import TSNE
-from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
+from etils import epath
 
+from avcl_jax import experiment
 from avcl_jax.data.encode import spectrogram_image, write_mp4
 from avcl_jax.data.images import center_crop, decode_jpegs
 from avcl_jax.data.record_format import Record
+from avcl_jax.data.records import RecordDataset, RecordError
 from avcl_jax.data.rendering import RenderSpec, render_views
-from avcl_jax.data.selection import Modality, UsableRecords
+from avcl_jax.data.selection import Modality, Selection, UsableRecords
 from avcl_jax.data.views import FORWARD, Clip, Timeline, fitting_speed
-from avcl_jax.evaluation.page import text
+from avcl_jax.evaluation.page import as_text, section, text
+from avcl_jax.objectives import feature_bank
+from avcl_jax.objectives.bank_rows import RowNumbers, views_of
+from avcl_jax.objectives.feature_bank import FeatureBank
+from avcl_jax.objectives.views import Term
+from avcl_jax.training.checkpoint import CheckpointError, load_bank, read_progress
+from avcl_jax.training.loop import bank_start, loss_spec
 
-# t-SNE of more points takes minutes and shows no more.
-_MAP_POINTS = 2000
 # Deviations from the mean of the log-mel values that are drawn darkest and brightest.
 _DARKEST, _BRIGHTEST = -1.5, 3.0
 # Sample rates in use that AAC supports. FFmpeg's resampling before its encoder yields time stamps
 # that its muxer refuses.
 _AAC_RATES = (8000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
+# (modality of the anchor, of a row) pairs whose similarities rank the rows -> title.
+_RANKINGS: Mapping[tuple[Term, ...], str] = {
+    (("video", "video"), ("audio", "audio")): "By video and audio",
+    (("video", "video"),): "By video",
+    (("audio", "audio"),): "By audio",
+    (("video", "audio"),): "Audio by video",
+    (("audio", "video"),): "Video by audio",
+}
+
+Given = Modality | Literal["both"]  # modality that the model was given
 
 
 class Exhibits:
     """Shows records of one split as cards; each is rendered once, however often it is shown."""
 
-    def __init__(self, source: UsableRecords, spec: RenderSpec, *, speed: int, stills: int):
+    def __init__(self, source: UsableRecords, spec: RenderSpec, *, stills: int):
         """Prepares to show records.
 
         Args:
-            spec: rendering, with the spectrogram made on the host.
-            speed: index into `spec.views.speeds`; the interval shown is that of such a view, or of
-                one at the nearest speed that fits the record.
+            spec: rendering, with the spectrogram made on the host. The interval shown is that of a
+                view at the middle one of its speeds, neither an instant nor all of a video, or at
+                the nearest that fits the record.
             stills: number of frames of the interval.
         """
         self.source = source
         self._spec = spec
-        self._speed = speed
         self._stills = stills
         self._media = functools.cache(self._render)
 
@@ -56,7 +72,7 @@ class Exhibits:
         position: int,
         tag: str,
         *,
-        given: Modality | Literal["both"] = "both",
+        given: Given = "both",
         kind: str = "",
         labels: str | None = None,
     ) -> str:
@@ -100,13 +116,13 @@ class Exhibits:
             hit = position == query
             tag = f"{number} · same video" if hit else str(number)
             cards.append(self.card(position, tag, given=given[1], kind="hit" if hit else ""))
-        return row(cards, remark)
+        return _row(cards, remark)
 
     def _render(self, position: int) -> tuple[str, str, str, str, str]:
         """Returns name, labels, stills, spectrogram and clip of the middle of a record."""
         _, record, use = self.source[position]
         spec = self._spec
-        speed = fitting_speed(use, self._speed, spec.views)
+        speed = fitting_speed(use, len(spec.views.speeds) // 2, spec.views)
         span = spec.views.clip_seconds * spec.views.speeds[speed]
         slack = max(use.duration_seconds - span, 0.0)
         clip = Clip(use.start_seconds + slack / 2, speed, FORWARD)
@@ -116,7 +132,7 @@ class Exhibits:
         stills = (f'<img alt="" src="{frame_uri(frame)}">' for frame in arrays["video"][0][times])
         return (
             record.record_id,
-            labels_of(record, self.source.records.class_names),
+            _labels_of(record, self.source.records.class_names),
             "".join(stills) if use.has_video else "",
             spectrogram_uri(arrays["spectrogram"][0], low=_DARKEST, high=_BRIGHTEST)
             if use.has_audio
@@ -125,7 +141,7 @@ class Exhibits:
         )
 
 
-def labels_of(record: Record, class_names: Mapping[str, Sequence[str]]) -> str:
+def _labels_of(record: Record, class_names: Mapping[str, Sequence[str]]) -> str:
     """Returns the known labels of a record as text."""
     return ", ".join(
         class_names[label][number]
@@ -135,51 +151,10 @@ def labels_of(record: Record, class_names: Mapping[str, Sequence[str]]) -> str:
     )
 
 
-def row(cards: Sequence[str], remark: str) -> str:
+def _row(cards: Sequence[str], remark: str) -> str:
     """Returns the HTML of cards beside each other, with one line below."""
     below = f'<p class="caption">{text(remark)}</p>' if remark else ""
     return f'<div class="scroll"><div class="row">{"".join(cards)}</div></div>{below}'
-
-
-def embedding_map(features: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places features on a plane by t-SNE.
-
-    Args:
-        features: float [n, C].
-
-    Returns:
-        The rows that are placed, and float [points, 2].
-    """
-    rows = np.arange(len(features))
-    if len(rows) > _MAP_POINTS:
-        rows = np.random.default_rng(seed).choice(rows, _MAP_POINTS, replace=False)
-    scaled = StandardScaler().fit_transform(features[rows])
-    perplexity = min(30.0, max(2.0, (len(rows) - 1) / 3))
-    tsne = TSNE(perplexity=perplexity, init="pca", random_state=seed)
-    # Its threads spin while they wait: on two cores 24 seconds instead of one.
-    with threadpool_limits(1):
-        return rows, tsne.fit_transform(scaled)
-
-
-def class_plane(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Places test features on the plane that keeps the classes of the training features apart.
-
-    Linear discriminant analysis of the training features, with Ledoit–Wolf shrinkage; the test
-    items have no part in choosing the plane.
-
-    Args:
-        train: float [n, C].
-        train_labels: int [n], all known, of at least three classes.
-        test: float [m, C].
-
-    Returns:
-        float [m, 2].
-    """
-    scaler = StandardScaler().fit(train)
-    plane = LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto", n_components=2)
-    with threadpool_limits(1):
-        plane.fit(scaler.transform(train), train_labels)
-        return plane.transform(scaler.transform(test))
 
 
 def frame_uri(frame: np.ndarray) -> str:
@@ -224,3 +199,167 @@ def clip_uri(record: Record, use: Timeline, start_seconds: float, span_seconds: 
 
 def _uri(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+class BankRow(NamedTuple):
+    """A row of the bank, as an anchor or as a sample.
+
+    Attributes:
+        position: position of its record in the records.
+        labels: labels of the record, and the playback of the view.
+        kind: "anchor", "positive" or "negative".
+        given: modality whose embedding ranks the rows.
+        cosines: similarities to the anchor by which rows are ranked.
+    """
+
+    position: int
+    labels: str
+    kind: str
+    given: Given
+    cosines: Sequence[float] = ()
+
+
+def open_bank(
+    config: ml_collections.ConfigDict, workdir: epath.PathLike, spec: RenderSpec, *, step: int
+) -> tuple[UsableRecords, FeatureBank] | None:
+    """Opens the bank of a run's newest checkpoint, and the records of its rows.
+
+    Args:
+        config: config of the run.
+        spec: rendering, with the spectrogram made on the host.
+        step: step of the checkpoint.
+
+    Returns:
+        None if the run has not used a bank yet, another version wrote it, or the records are
+        missing, for instance where a run is evaluated with its test records alone.
+    """
+    start = bank_start(config)
+    if start is None or step <= start:
+        return None
+    with contextlib.suppress(RecordError, CheckpointError):
+        records = RecordDataset(config.data.directory, config.data.split)
+        source = UsableRecords(records, spec, Selection.parse(config.data.select))
+        if source.fingerprint == read_progress(workdir, step).data_fingerprint:
+            return source, load_bank(workdir)
+    return None
+
+
+def bank_searches(
+    config: ml_collections.ConfigDict, source: UsableRecords, bank: FeatureBank
+) -> dict[str, list[tuple[list[BankRow], str]]]:
+    """Samples the bank for anchors that are rows of the bank.
+
+    Args:
+        config: config of the run, with the sections of its evaluation.
+        source: records of the rows.
+
+    Returns:
+        Title of each ranking that the run uses -> by anchor: the anchor, positives from the most to
+        the least similar, then negatives; and how many of all samples share labels with the anchor.
+    """
+    section, speeds = config.evaluation.report, config.views.speeds
+    sampling, terms = experiment.bank_sampling(config), loss_spec(config).bank_terms
+    rows, numbers = bank.rows, bank.rows.numbers
+    views = jax.tree.map(lambda values: values.reshape(-1, 2, *values.shape[1:]), rows)
+    row_of = {int(number): row for row, number in enumerate(numbers.insertion)}
+    # The first record of each source.
+    places = {int(name): place for place, name in reversed(list(enumerate(source.sources)))}
+
+    def describe(row: int, kind: str, given: Given, cosines: Sequence[float] = ()) -> BankRow:
+        position = places[int(numbers.source_id[row])]
+        playback = numbers.playback("video" if rows.usable("video")[row] else "audio")[row]
+        played = f"{speeds[playback // 2]}×{' backward' if playback % 2 else ''}"
+        labels = _labels_of(source[position][1], source.records.class_names)
+        return BankRow(position, ", ".join(filter(None, (labels, played))), kind, given, cosines)
+
+    def search(
+        anchor: int, drawn: Mapping[str, Any], pairs: tuple[Term, ...]
+    ) -> tuple[list[BankRow], str]:
+        def cosines(row: int) -> list[float]:
+            z = rows.embeddings
+            both = ((z[own][anchor], z[other][row]) for own, other in pairs)
+            return [float(a.astype("f4") @ b.astype("f4")) for a, b in both]
+
+        kinds = {
+            kind: sorted((row_of[n] for n in numbers if n >= 0), key=lambda row: -min(cosines(row)))
+            for kind, numbers in drawn.items()
+        }
+        counts = {"positive": section.results // 2, "negative": -(-section.results // 2)}
+        given: tuple[Given, Given] = pairs[0] if len(pairs) == 1 else ("both", "both")
+        found = [describe(anchor, "anchor", given[0])]
+        for kind, of_kind in kinds.items():
+            known = [row for row in of_kind if numbers.source_id[row] in places]
+            # Evenly spaced from the most to the least similar.
+            spread = np.linspace(0, len(known) - 1, min(len(known), counts[kind])).round()
+            for row in (known[int(place)] for place in spread):
+                found.append(describe(row, kind, given[1], cosines(row)))
+        return found, _agreement(numbers, anchor, kinds, config.bank.health_labels)
+
+    searches: dict[str, list[tuple[list[BankRow], str]]] = {}
+    for anchor, target in terms:
+        pairs = sampling.pairs(anchor)
+        usable = views.usable(*(own for own, _ in pairs)).all(axis=1)
+        usable = np.flatnonzero(usable & np.isin(numbers.source_id[::2], list(places)))
+        if _RANKINGS[pairs] in searches or not len(usable):
+            continue
+        rng = np.random.default_rng(config.seed)
+        videos = np.sort(rng.choice(usable, min(section.queries, len(usable)), replace=False))
+        sample = functools.partial(
+            feature_bank.sample, term=(anchor, target), terms=terms, sampling=sampling, active=True
+        )
+        anchors = jax.tree.map(lambda values, videos=videos: values[videos], views)
+        batch = views_of(anchors, record_index=jnp.asarray(videos))
+        drawn = jax.jit(sample)(bank, jax.random.key(config.seed), batch)
+        # Insertion numbers of the rows drawn for the first view of each video.
+        positives, negatives = (np.asarray(d.numbers.insertion)[:, 0].tolist() for d in drawn)
+        searches[_RANKINGS[pairs]] = [
+            search(2 * video, {"positive": near, "negative": far}, pairs)
+            for video, near, far in zip(videos.tolist(), positives, negatives, strict=True)
+        ]
+    return searches
+
+
+def bank_section(
+    exhibits: Exhibits, searches: Mapping[str, Sequence[tuple[list[BankRow], str]]]
+) -> str:
+    """Returns the section of the report with the searches of `bank_searches`."""
+    blocks, frames = [], {"anchor": "query", "positive": "hit", "negative": ""}
+    for title, of_title in searches.items():
+        blocks.append(f"<h3>{text(title)}</h3>")
+        for rows, remark in of_title:
+            cards = []
+            for position, labels, kind, given, cosines in rows:
+                tag = f"{kind} {' / '.join(f'{c:.2f}' for c in cosines)}"
+                frame = frames[kind]
+                cards.append(exhibits.card(position, tag, given=given, kind=frame, labels=labels))
+            blocks.append(_row(cards, remark))
+    return section(
+        "Samples from the feature bank",
+        "Random training videos, and rows that the bank of the last checkpoint returns for them: "
+        "positives in green, negatives from the most to the least similar. Numbers are the cosines "
+        "that rank the rows, before any correction for playback: of video, then of audio. The "
+        "speed is that of the view whose embedding is in the bank; the frames are of the middle of "
+        "the video, which may be another interval.",
+        *blocks,
+    )
+
+
+def _agreement(
+    rows: RowNumbers, query: int, kinds: Mapping[str, Sequence[int]], labels: Sequence[str]
+) -> str:
+    """Describes how many of the rows share labels with the row `query`, beside the base rate."""
+    others = np.flatnonzero(rows.source_id != rows.source_id[query])
+    sentences = []
+    for column, label in enumerate(labels):
+        values = rows.label[:, column]
+        if values[query] < 0:
+            continue
+        counts = [
+            f"{int((values[list(of_kind)] == values[query]).sum())} of {len(of_kind)} {kind}s"
+            for kind, of_kind in kinds.items()
+        ]
+        chance = float((values[others] == values[query]).mean())
+        sentences.append(
+            f"{', '.join(counts)} share its {label}, {as_text(chance, digits=0)} of the bank do."
+        )
+    return " ".join(sentences)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,16 @@ def as_text(
     return f"{written} %"
 
 
+def metric_texts(metric: Mapping[str, Any]) -> list[str]:
+    """Returns value, bounds and chance of a metric of results.json as text."""
+    return [as_text(metric[key], metric["unit"]) for key in ("value", "low", "high", "chance")]
+
+
+def times_chance(value: float | None, chance: float | None) -> str:
+    """Returns "3.1 ×"; "" where one of them is not defined, or chance is 0."""
+    return f"{value / chance:.1f} ×" if chance and value is not None else ""
+
+
 def page(*, title: str, body: str) -> str:
     """Returns a whole HTML document that needs nothing from outside."""
     return (
@@ -74,60 +84,41 @@ def section(title: str, caption: str, *content: str) -> str:
     )
 
 
-def tiles(entries: Sequence[tuple[str, str]]) -> str:
-    """Returns a row of large values, each with its description."""
-    cells = "".join(
-        f'<div class="tile"><b>{text(value)}</b><span>{text(what)}</span></div>'
-        for value, what in entries
-    )
-    return f'<div class="tiles">{cells}</div>'
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table of escaped cells."""
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], kind: str = "") -> str:
+    """Returns a table of escaped cells; `kind` is its class in the style sheet."""
     head = "".join(f"<th>{text(cell)}</th>" for cell in header)
     body = "".join(
         "<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
-
-
-def matrix(title: str, confusion: np.ndarray, classes: Sequence[str]) -> str:
-    """Returns a confusion matrix; a cell is the fraction of its true class (row) in %."""
-    head = "<tr><th></th>" + "".join(f"<th>{text(name)}</th>" for name in classes) + "</tr>"
-    rows = []
-    for name, counts in zip(classes, confusion.tolist(), strict=True):
-        total = max(sum(counts), 1)
-        cells = "".join(
-            f'<td style="background: rgba(var(--heat), {0.05 + 0.75 * count / total:.3f})" '
-            f'title="{count} of {total}">{100 * count / total:.0f}</td>'
-            for count in counts
-        )
-        rows.append(f"<tr><th>{text(name)}</th>{cells}</tr>")
-    return (
-        f'<div class="scroll"><h3>{text(title)}</h3>'
-        f'<table class="matrix">{head}{"".join(rows)}</table></div>'
-    )
-
-
-def matrices(confusions: Mapping[str, tuple[np.ndarray, Sequence[str]]]) -> str:
-    """Returns confusion matrices side by side: title → (int [classes, classes], class names)."""
-    shown = (matrix(title, counts, names) for title, (counts, names) in confusions.items())
-    return f'<div class="matrices">{"".join(shown)}</div>'
+    return f'<div class="scroll"><table class="{kind}"><tr>{head}</tr>{body}</table></div>'
 
 
 def definitions(entries: Mapping[str, object]) -> str:
     """Returns a two-column table of names and values."""
-    rows = "".join(
-        f'<tr><td>{text(name)}</td><td style="text-align: left">{text(value)}</td></tr>'
-        for name, value in entries.items()
-    )
-    return f'<div class="scroll"><table>{rows}</table></div>'
+    return table((), entries.items(), "definitions")
 
 
-def metric_texts(metric: Mapping[str, Any]) -> list[str]:
-    """Returns value, bounds and chance of a metric of results.json as text."""
-    return [as_text(metric[key], metric["unit"]) for key in ("value", "low", "high", "chance")]
+def matrices(confusions: Mapping[str, tuple[np.ndarray, Sequence[str]]]) -> str:
+    """Returns confusion matrices side by side; a cell is the fraction of its true class in %.
+
+    Args:
+        confusions: title → counts int [classes, classes], rows true; names of the classes.
+    """
+    shown = ""
+    for title, (confusion, names) in confusions.items():
+        rows = "".join(f"<th>{text(name)}</th>" for name in ("", *names))
+        for name, counts in zip(names, confusion.tolist(), strict=True):
+            total = max(sum(counts), 1)
+            rows += f"</tr><tr><th>{text(name)}</th>" + "".join(
+                f'<td style="background: rgba(var(--heat), {0.05 + 0.75 * count / total:.3f})" '
+                f'title="{count} of {total}">{100 * count / total:.0f}</td>'
+                for count in counts
+            )
+        shown += (
+            f'<div class="scroll"><h3>{text(title)}</h3>'
+            f'<table class="matrix"><tr>{rows}</tr></table></div>'
+        )
+    return f'<div class="matrices">{shown}</div>'
 
 
 def protocol_page(protocol: Protocol, measured: Measured, results: Mapping[str, Any]) -> str:
@@ -139,16 +130,15 @@ def protocol_page(protocol: Protocol, measured: Measured, results: Mapping[str, 
         results: contents of results.json.
     """
     metrics = results["metrics"]
-    headline = [
-        (as_text(metrics[name]["value"], metric.unit), metric.what)
-        for name, metric in measured.metrics.items()
-        if metric.headline
-    ]
-    rows = [
-        [metric["what"], value, f"{low} … {high}", chance]
-        for metric in metrics.values()
-        for value, low, high, chance in [metric_texts(metric)]
-    ]
+    rows, tiles = [], ""
+    for name, metric in metrics.items():
+        value, low, high, chance = metric_texts(metric)
+        # A large rank is a bad one: only shares are multiples of chance.
+        times = times_chance(metric["value"], metric["chance"]) if metric["unit"] == "share" else ""
+        rows.append([metric["what"], value, f"{low} … {high}", chance, times])
+        if measured.metrics[name].headline:
+            what = metric["what"] + (f", {times} chance" if times else "")
+            tiles += f'<div class="tile"><b>{value}</b><span>{text(what)}</span></div>'
     about = {
         "protocol": f"{protocol.name}, version {protocol.version}",
         "encoder": results["encoder"]["path"],
@@ -161,30 +151,32 @@ def protocol_page(protocol: Protocol, measured: Measured, results: Mapping[str, 
     }
     steps = "".join(f"<li>{text(s)}</li>" for s in protocol.definition)
     title = measured.title or protocol.title
-
-    def details(name: str, content: object) -> str:
-        shown = text(json.dumps(content, indent=2))
-        return f"<details><summary>{name}</summary><pre>{shown}</pre></details>"
-
+    further = {
+        "Configuration": results["config"],
+        "Versions": results["versions"],
+        "All results": {k: v for k, v in results.items() if k != "config"},
+    }
     parts = [
         f"<h1>{text(title)}</h1>",
         f'<p class="lead">{measured.lead}</p>' if measured.lead else "",
-        tiles(headline),
+        f'<div class="tiles">{tiles}</div>',
         *measured.sections,
         section(
             "Metrics",
             f"With 95 % intervals from {results['config']['bootstrap']['resamples']} bootstrap "
             "resamples of the sources: they cover other videos of this kind, not another training.",
-            table(["", "value", "interval", "chance"], rows),
+            table(["", "value", "interval", "chance", "× chance"], rows),
         ),
         section(
             "Run",
             "Everything needed to run it again.",
             definitions(about),
             f"<details open><summary>Protocol</summary><ul>{steps}</ul></details>",
-            details("Configuration", results["config"]),
-            details("Versions", results["versions"]),
-            details("All results", {k: v for k, v in results.items() if k != "config"}),
+            *(
+                f"<details><summary>{name}</summary>"
+                f"<pre>{text(json.dumps(content, indent=2))}</pre></details>"
+                for name, content in further.items()
+            ),
         ),
     ]
     return page(title=title, body="".join(parts))

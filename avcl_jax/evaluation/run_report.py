@@ -11,17 +11,18 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.manifold import TSNE
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
-from avcl_jax.data.selection import Modality, UsableRecords
+from avcl_jax.data.selection import Modality
 from avcl_jax.evaluation import charts
-from avcl_jax.evaluation.bank_exhibits import bank_searches, bank_section, open_bank
 from avcl_jax.evaluation.evaluated_run import EvaluationRecords
-from avcl_jax.evaluation.exhibits import Exhibits, class_plane, embedding_map
-from avcl_jax.evaluation.page import as_text, matrices, section, table, text
+from avcl_jax.evaluation.exhibits import Exhibits, bank_searches, bank_section, open_bank
+from avcl_jax.evaluation.page import as_text, matrices, section, table, text, times_chance
 from avcl_jax.evaluation.protocol import Measured
 from avcl_jax.evaluation.retrieval import DIRECTIONS, first_relevant_ranks, nearest
-from avcl_jax.evaluation.training_curves import training_section
 from avcl_jax.evaluation.views import PretrainedRun
 from avcl_jax.objectives.temporal import TASKS
 from avcl_jax.training.checkpoint import read_progress
@@ -32,6 +33,7 @@ BLUE, GREEN, GREY = (charts.SERIES_COLOURS[index] for index in (0, 2, 7))
 # The null controls must not tell speed or direction further than this from chance.
 NULL_TOLERANCE = 0.05
 _FEWEST_SHOWN = 4  # records; fewer make neither a map nor neighbours
+_MAP_POINTS = 2000  # t-SNE of more takes minutes and shows no more
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -50,8 +52,7 @@ def run_report(
     """Returns the texts and sections of the report, arguments of `Measured`.
 
     Args:
-        run: evaluated run.
-        records: its test records.
+        records: test records.
         view: metrics under the keys of results.json.
         train: outputs of `view_features` for the training records.
         test: the same for the test records.
@@ -66,10 +67,11 @@ def run_report(
         *tasks.sections,
         retrieval_section(view["retrieval"], examples.retrieval()),
         *examples.features(),
-        training_section(_logged(workdir), bank_start(config)),
+        charts.training_section(_logged(workdir), bank_start(config)),
     ]
     if (bank := open_bank(config, workdir, run.spec, step=run.step)) is not None:
-        sections.append(bank_section(_exhibits(run, bank[0]), bank_searches(config, *bank)))
+        shown = Exhibits(bank[0], run.spec, stills=config.evaluation.report.stills)
+        sections.append(bank_section(shown, bank_searches(config, *bank)))
     return {
         "title": f"What was learned from {config.name}",
         "lead": lead(view, config.modalities),
@@ -87,10 +89,16 @@ def seconds_of_run(run: PretrainedRun, workdir: epath.Path, seconds: float) -> d
     """Returns times and memory of preparation, training and evaluation, for results.json.
 
     Args:
-        run: evaluated run.
         seconds: duration of the evaluation.
     """
-    preparation = _preparation_seconds(run.config.data.directory)
+    records = epath.Path(run.config.data.directory)
+    # `data_prep demo` writes the one, beside media and records; `data_prep prepare` the other.
+    demo, prepared = records.parent / "seconds.json", records / "preparation.json"
+    preparation = None
+    if demo.exists():
+        preparation = round(sum(json.loads(demo.read_text()).values()), 1)
+    elif prepared.exists():
+        preparation = json.loads(prepared.read_text())["seconds"]
     training = round(read_progress(workdir, run.step).train_seconds, 1)
     logged = [row["peak_memory_gb"] for row in _logged(workdir) if "peak_memory_gb" in row]
     return {
@@ -102,10 +110,9 @@ def seconds_of_run(run: PretrainedRun, workdir: epath.Path, seconds: float) -> d
     }
 
 
-def _exhibits(run: PretrainedRun, records: UsableRecords) -> Exhibits:
-    middle = len(run.config.views.speeds) // 2  # neither an instant nor all of a video
-    stills = run.config.evaluation.report.stills
-    return Exhibits(records, run.spec, speed=middle, stills=stills)
+def _logged(workdir: epath.Path) -> list[dict[str, Any]]:
+    path = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 class _Examples:
@@ -116,7 +123,7 @@ class _Examples:
     ) -> None:
         self._config, self._settings = run.config, run.config.evaluation.report
         self._train, self._test = train, test
-        self._exhibits = _exhibits(run, records.test)
+        self._exhibits = Exhibits(records.test, run.spec, stills=self._settings.stills)
         self._class_names = records.test.records.class_names
         self._rng = np.random.default_rng(run.config.seed)
 
@@ -131,13 +138,13 @@ class _Examples:
         both = np.flatnonzero(test["has_video"] & test["has_audio"])
         if not len(both) or self._config.modalities != "audio_visual":
             return ""
-        chosen, ids, html = self._draw(len(both)), np.arange(len(both)), ""
+        rows, ids, html = self._draw(len(both)), np.arange(len(both)), ""
         for query, target in DIRECTIONS.values():
             queries, gallery = (test[f"pretrained/{m}_embeddings"][both] for m in (query, target))
             ranks = first_relevant_ranks(queries, gallery, query_ids=ids, gallery_ids=ids)
-            results = nearest(queries[chosen], gallery, k=self._settings.results)
+            results = nearest(queries[rows], gallery, k=self._settings.results)
             html += f"<h3>Query {query}, ranked by {target}</h3>"
-            for row, items in zip(chosen, results, strict=True):
+            for row, items in zip(rows, results, strict=True):
                 remark = f"The right {target} is number {ranks[row]} of {len(both)}."
                 html += self._exhibits.search(both[row], both[items], (query, target), remark)
         return html
@@ -221,27 +228,41 @@ class _Examples:
         return html
 
 
-def _preparation_seconds(directory: epath.PathLike) -> float | None:
-    """Returns the duration of the preparation of records; None where it is not recorded.
+def embedding_map(features: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places features [n, C] on a plane by t-SNE.
 
-    `data_prep demo` records it beside media and records, `data_prep prepare` beside records alone.
+    Returns:
+        The rows that are placed, and float [points, 2].
     """
-    directory = epath.Path(directory)
-    demo, prepared = directory.parent / "seconds.json", directory / "preparation.json"
-    if demo.exists():
-        return round(sum(json.loads(demo.read_text()).values()), 1)
-    return json.loads(prepared.read_text())["seconds"] if prepared.exists() else None
+    rows = np.arange(len(features))
+    if len(rows) > _MAP_POINTS:
+        rows = np.random.default_rng(seed).choice(rows, _MAP_POINTS, replace=False)
+    scaled = StandardScaler().fit_transform(features[rows])
+    perplexity = min(30.0, max(2.0, (len(rows) - 1) / 3))
+    # Its threads spin while they wait: on two cores 24 seconds instead of one.
+    with threadpool_limits(1):
+        tsne = TSNE(perplexity=perplexity, init="pca", random_state=seed)
+        return rows, tsne.fit_transform(scaled)
 
 
-def _logged(workdir: epath.Path) -> list[dict[str, Any]]:
-    path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def class_plane(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """Places test features [m, C] on the plane that keeps the classes of training features apart.
 
+    Linear discriminant analysis of the training features, with Ledoit–Wolf shrinkage; the test
+    items have no part in choosing the plane.
 
-def _probe_title(probe: str) -> str:
-    """Returns LABEL_from_MODALITY in words."""
-    label, modality = probe.rsplit("_from_", 1)
-    return f"{label}, from {modality}"
+    Args:
+        train: float [n, C].
+        train_labels: int [n], all known, of at least three classes.
+
+    Returns:
+        float [m, 2].
+    """
+    scaler = StandardScaler().fit(train)
+    plane = LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto", n_components=2)
+    with threadpool_limits(1):
+        plane.fit(scaler.transform(train), train_labels)
+        return plane.transform(scaler.transform(test))
 
 
 def lead(view: Mapping[str, Any], modalities: str) -> str:
@@ -254,20 +275,16 @@ def lead(view: Mapping[str, Any], modalities: str) -> str:
     sentences = [f"{who} learned from unlabelled videos."]
     for probe, scores in view["probe"].items():
         label, modality = probe.rsplit("_from_", 1)
+        shares = {name: as_text(value, digits=0) for name, value in scores.items()}
         sentence = (
             f"A linear classifier reads <b>{text(label)}</b> from the pretrained {modality} "
-            f"encoder on {as_text(scores['pretrained'], digits=0)} of the test videos, from a "
-            f"random one on {as_text(scores['random'], digits=0)}"
+            f"encoder on {shares['pretrained']} of the test videos, from a random one on "
+            f"{shares['random']}"
         )
-        if "supervised" in scores:
-            share = as_text(scores["supervised"], digits=0)
-            sentence += f", from one trained with labels on {share}"
+        if "supervised" in shares:
+            sentence += f", from one trained with labels on {shares['supervised']}"
         sentences.append(sentence + ".")
     return " ".join(sentences)
-
-
-def _arrow(direction: str) -> str:
-    return direction.replace("_to_", " → ")
 
 
 def probe_section(
@@ -282,78 +299,61 @@ def probe_section(
         probes: results of the probes.
         class_names: names of the classes of each label.
     """
-    if not view["probe"]:
-        return ""
     best = "best trivial statistic"
     colours = {best: "#b3bac2", "random": GREY, "pretrained": BLUE, "supervised": GREEN}
-    groups, chances, rows = {}, {}, []
+    groups, chances, confusions, rows = {}, {}, {}, []
     for probe, scores in view["probe"].items():
-        title, trivial = _probe_title(probe), view["trivial"][probe]
+        label, modality = probe.rsplit("_from_", 1)
+        title, trivial = f"{label}, from {modality}", view["trivial"][probe]
         bars = {best: max(trivial.values())} | scores
         groups[title] = {name: bars[name] for name in colours if name in bars}
         chances[title] = scores["chance"]
         rows.append([title, *(as_text(value, digits=0) for value in trivial.values())])
-    chart = charts.bar_chart(
-        groups, name="probes", colours=colours, references=chances, reference_label="chance"
-    )
+        confusion = probes[probe].details["confusion"]
+        confusions[f"{title}, pretrained"] = confusion, class_names[label]
+    if not rows:
+        return ""
     return section(
         "Linear probes",
         "Accuracy on frozen features. The further <b>pretrained</b> stands above "
         "<b>random</b> towards <b>supervised</b>, the more of the label was learned without any "
         "label.",
-        chart,
+        charts.bar_chart(groups, name="probes", colours=colours, chances=chances),
         "<h3>The same probes on mere statistics of the views</h3>",
         table(["", *(name.replace("_", " ") for name in trivial)], rows),
         "<h3>Confusion: rows are true classes, columns predicted ones, in % of the row</h3>",
-        matrices(
-            {
-                f"{_probe_title(name)}, pretrained": (
-                    probe.details["confusion"],
-                    class_names[name.rsplit("_from_", 1)[0]],
-                )
-                for name, probe in probes.items()
-            }
-        ),
+        matrices(confusions),
     )
 
 
 def temporal_section(view: Mapping[str, Any], speeds: Sequence[int]) -> str:
     """Returns the section of the temporal tasks; "" without any."""
-    temporal = view["temporal"]
-    if not temporal:
-        return ""
+    colours = {"held-out views": BLUE, "null control: stationary noise": GREY}
     groups, chances, warnings = {}, {}, []
-    for task, scores in temporal.items():
-        bars = {"held-out views": scores["accuracy"]}
-        null = scores.get("null_accuracy")
-        if null is not None:
-            bars["null control: stationary noise"] = null
-            if abs(null - scores["chance"]) > NULL_TOLERANCE:
+    for task, scores in view["temporal"].items():
+        bars, chance = [scores["accuracy"]], scores["chance"]
+        if (null := scores.get("null_accuracy")) is not None:
+            bars.append(null)
+            if abs(null - chance) > NULL_TOLERANCE:
                 warnings.append(
-                    f'<p class="note">{text(TASKS[task].title)}: on noise, where nothing can be '
-                    f"known, a network reaches {as_text(null)} (chance "
-                    f"{as_text(scores['chance'], digits=0)}). The rendering leaks the label.</p>"
+                    f"{TASKS[task].title}: on noise, where nothing can be known, a network reaches "
+                    f"{as_text(null)} (chance {as_text(chance, digits=0)}). The rendering leaks "
+                    "the label."
                 )
-        label = TASKS[task].title.replace(", ", ",\n")
-        groups[label] = bars
-        chances[label] = scores["chance"]
+        title = TASKS[task].title.replace(", ", ",\n")
+        groups[title], chances[title] = dict(zip(colours, bars, strict=False)), chance
+    if not groups:
+        return ""
     if skipped := view["null_control"].get("skipped"):
-        warnings.append(f'<p class="note">No null control: {text(skipped)}</p>')
-    chart = charts.bar_chart(
-        groups,
-        name="temporal",
-        colours={"held-out views": BLUE, "null control: stationary noise": GREY},
-        references=chances,
-        reference_label="chance",
-    )
+        warnings.append(f"No null control: {skipped}")
     return section(
         "Temporal tasks",
         f"Playback speed ({', '.join(TASKS['speed_video'].classes(speeds))}), playback direction, "
         "and the order of two clips, judged on views of test videos. The null control is a network "
         "trained and tested on noise: it has to stay at chance, or the answer would be a trace of "
         "the rendering.",
-        chart,
-        *warnings,
+        charts.bar_chart(groups, name="temporal", colours=colours, chances=chances),
+        *(f'<p class="note">{text(warning)}</p>' for warning in warnings),
     )
 
 
@@ -365,12 +365,14 @@ def retrieval_section(retrieval: Mapping[str, Mapping[str, float]], searches: st
     ks = sorted(int(name[1:]) for name in names if name[0] == "r" and name[1:].isdigit())
     rows = []
     for direction, scores in retrieval.items():
-        cells = [
-            f"{as_text(scores[f'r{k}'])} ({scores[f'r{k}'] / scores[f'chance_r{k}']:.1f} ×)"
-            for k in ks
-        ]
-        ranks = f"{scores['median_rank']:g} of {scores['gallery']}"
-        rows.append([_arrow(direction), *cells, ranks])
+        cells = [(scores[f"r{k}"], scores[f"chance_r{k}"]) for k in ks]
+        rows.append(
+            [
+                direction.replace("_to_", " → "),
+                *(f"{as_text(value)} ({times_chance(value, chance)})" for value, chance in cells),
+                f"{scores['median_rank']:g} of {scores['gallery']}",
+            ]
+        )
     return section(
         "Finding the other half of a video",
         "The query is one half of a test video; the other halves of all test videos are ranked by "

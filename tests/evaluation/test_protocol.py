@@ -328,7 +328,7 @@ def test_runs_that_cannot_be_compared_say_why(
     for runs, message in [
         (["a"], "compare needs at least two runs"),
         (["a", "b"], "2 are in one only, for instance video 4"),
-        (["a", "empty"], "holds no results.json: run a protocol with it"),
+        (["a", "empty"], "does not contain results.json: run a protocol with it"),
     ]:
         assert compare.main([str(tmp_path / run) for run in runs]) == 1
         assert message in capsys.readouterr().err

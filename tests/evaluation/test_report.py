@@ -10,11 +10,9 @@ import re
 from xml.etree import ElementTree
 
 import av
-import numpy as np
 import pytest
 
 from avcl_jax.data.views import Timeline
-from avcl_jax.evaluation.charts import bar_chart, interval_chart, line_chart, scatter
 from avcl_jax.evaluation.evaluate import evaluate
 from avcl_jax.evaluation.exhibits import clip_uri
 from avcl_jax.evaluation.page import as_text
@@ -129,37 +127,6 @@ def test_the_retrieval_table_has_every_recall_that_was_asked_for() -> None:
     shown = retrieval_section({"audio_to_video": scores}, "")
     assert re.findall(r"R@(\d+) \(× chance\)", shown) == ["1", "3", "100"]
     assert "9 of 99" in shown
-
-
-def test_bars_maps_and_intervals_are_drawn_with_all_that_they_are_given():
-    bars = bar_chart(
-        {"motion": {"ours": 0.5, "theirs": 0.25}, "material": {"ours": 0.125}},
-        name="bars",
-        colours={"ours": "#112233", "theirs": "#445566", "none": "#778899"},
-        references={"motion": 0.2},
-        reference_label="chance",
-    )
-    assert (bars.count("fill: #112233"), bars.count("fill: #445566")) == (3, 2)
-    for label in ("50", "25", "12", "motion", "material", "ours", "theirs", "chance"):
-        assert f">{label}</text>" in bars
-    assert "none</text>" not in bars
-    labels = np.array([0, 1, 1, -1])
-    points = scatter([("Map", np.eye(4, 2), labels, ("a", "b"))], name="map")
-    for label in ("Map", "a", "b", "unknown"):
-        assert f">{label}</text>" in points
-    assert points.count("<use") == 4 + 3
-    panels = {
-        "R@1": {"no x": (0.1, 0.05, 0.15, [0.08, 0.12]), "no y": (0.0, -np.inf, np.inf, [0.0])}
-    }
-    intervals = interval_chart(panels, name="effects")
-    assert ("no x</text>" in intervals, "no y</text>" in intervals) == (True, True)
-
-
-def test_charts_are_the_same_from_run_to_run():
-    series = {"a": (np.arange(100), np.sin(np.arange(100) / 9))}
-    first = line_chart(series, name="chart", ylabel="loss")
-    assert first == line_chart(series, name="chart", ylabel="loss")
-    assert first != line_chart(series, name="other", ylabel="loss")
 
 
 @pytest.mark.parametrize("rate", [4000, 16_000])

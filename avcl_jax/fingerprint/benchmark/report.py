@@ -81,8 +81,6 @@ def sections(
             },
             name=f"families-{begin}",
             colours=dict(zip(tables, SERIES_COLOURS, strict=False)),
-            references={},
-            reference_label="",
         )
         for begin in range(0, len(present), _IN_CHART)
     ]

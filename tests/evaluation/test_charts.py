@@ -1,4 +1,4 @@
-"""Curves of training in the report, with the step from which the bank is used."""
+"""Charts of the report: drawn at their values, and those of training with the step of the bank."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ import re
 import numpy as np
 import pytest
 
-from avcl_jax.evaluation.charts import line_chart
-from avcl_jax.evaluation.training_curves import training_charts, training_section
+from avcl_jax.evaluation.charts import (
+    bar_chart,
+    interval_chart,
+    line_chart,
+    scatter,
+    training_charts,
+    training_section,
+)
 from avcl_jax.style import STYLE
 from avcl_jax.training.loop import bank_start
 from configs import pretrain
@@ -151,3 +157,33 @@ def test_the_section_marks_the_bank_in_every_chart_of_a_run_that_reaches_it(star
 
 def test_charts_fit_a_phone():
     assert not re.search(r"minmax\((3[4-9]\d|[4-9]\d\d)px", STYLE)
+
+
+def test_bars_maps_and_intervals_are_drawn_with_all_that_they_are_given():
+    bars = bar_chart(
+        {"motion": {"ours": 0.5, "theirs": 0.25}, "material": {"ours": 0.125}},
+        name="bars",
+        colours={"ours": "#112233", "theirs": "#445566", "none": "#778899"},
+        chances={"motion": 0.2, "material": 0.5},
+    )
+    assert (bars.count("fill: #112233"), bars.count("fill: #445566")) == (3, 2)
+    for label in ("50", "25", "12", "motion", "material", "ours", "theirs", "chance"):
+        assert f">{label}</text>" in bars
+    assert "none</text>" not in bars
+    labels = np.array([0, 1, 1, -1])
+    points = scatter([("Map", np.eye(4, 2), labels, ("a", "b"))], name="map")
+    for label in ("Map", "a", "b", "unknown"):
+        assert f">{label}</text>" in points
+    assert points.count("<use") == 4 + 3
+    panels = {
+        "R@1": {"no x": (0.1, 0.05, 0.15, [0.08, 0.12]), "no y": (0.0, -np.inf, np.inf, [0.0])}
+    }
+    intervals = interval_chart(panels, name="effects")
+    assert ("no x</text>" in intervals, "no y</text>" in intervals) == (True, True)
+
+
+def test_charts_are_the_same_from_run_to_run():
+    series = {"a": (np.arange(100), np.sin(np.arange(100) / 9))}
+    first = line_chart(series, name="chart", ylabel="loss")
+    assert first == line_chart(series, name="chart", ylabel="loss")
+    assert first != line_chart(series, name="other", ylabel="loss")
