@@ -14,12 +14,14 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
+import pyarrow as pa
 
 from avcl_jax.data import media
-from avcl_jax.data.record_index import index_path, load_columns, merge, save_columns
+from avcl_jax.data.record_index import index_path, load_table, merge, save_table, shard_table
 from avcl_jax.data.record_writer import write_dataset_metadata
 from avcl_jax.data.records import shard_name
 from benchmarks.measure import SkipError
@@ -199,55 +201,43 @@ def link_records(records: Path, out: Path, *, count: int, real_checksums: bool =
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     shards = sorted(records.glob(f"{NAME}-train.tfrecord-*"))
-    stored = load_columns(index_path(records, NAME, "train"))
+    stored = load_table(index_path(records, NAME, "train"))
     assert stored is not None, f"{records} has no index"
-    copies = -(-count // len(stored["length"]))
+    originals = [shard_table(stored, number) for number in range(len(shards))]
+    copies = -(-count // len(stored))
     total = copies * len(shards)
     infos = []
     for number in range(total):
         original = number % len(shards)
         # A file system allows some 65,000 links to a file.
         os.link(shards[original], out / shard_name(NAME, "train", number, total))
-        length = int(stored["shard_length"][original])
-        infos.append((length, shards[original].stat().st_size))
+        infos.append((len(originals[original]), shards[original].stat().st_size))
+    table = merge(originals * copies)
     rng = np.random.default_rng(0)
-    columns = {
-        name: np.tile(values, copies)
-        for name, values in stored.items()
-        if name not in ("shard_length", "source_number")
-    }
-    rows = len(columns["length"])
-    columns |= _random_names(rng, rows)
+    columns = _random_names(rng, len(table))
     if not real_checksums:
-        columns |= _random_columns(rng, columns, int(stored["shard_length"][0]))
-    merged = merge([columns])
-    merged["shard_length"] = np.tile(stored["shard_length"], copies)
-    save_columns(index_path(out, NAME, "train"), merged)
+        lengths = table["length"].to_numpy()
+        columns |= _random_columns(rng, lengths, len(originals[0]))
+    for name, values in columns.items():
+        place, kind = table.column_names.index(name), table.schema.field(name).type
+        table = table.set_column(place, name, pa.array(values, kind))
+    save_table(index_path(out, NAME, "train"), table)
     names = {"take": (records / "label_take.labels.txt").read_text().splitlines()}
     write_dataset_metadata(out, name=NAME, class_names=names, splits={"train": infos})
     return out
 
 
-def _random_names(rng: np.random.Generator, rows: int) -> dict[str, np.ndarray]:
+def _random_names(rng: np.random.Generator, rows: int) -> dict[str, Any]:
     """Columns of ids such as "a1B2c3D4e5F_000012_000022", and of their sources."""
-    video = _YOUTUBE[rng.integers(0, 64, (rows, 11))]
+    video = [row.tobytes() for row in _YOUTUBE[rng.integers(0, 64, (rows, 11))]]
     seconds = rng.integers(0, 600, rows)
-    times = [f"_{start:06d}_{start + 10:06d}" for start in seconds]
-    text = np.frombuffer("".join(times).encode(), np.uint8).reshape(rows, -1)
-    ids = np.concatenate([video, text], axis=1)
-    return {
-        "record_id": ids.reshape(-1),
-        "record_id_length": np.full(rows, ids.shape[1], np.int32),
-        "source_id": video.reshape(-1),
-        "source_id_length": np.full(rows, 11, np.int32),
-    }
+    times = [f"_{start:06d}_{start + 10:06d}".encode() for start in seconds]
+    return {"record_id": list(map(bytes.__add__, video, times)), "source_id": video}
 
 
-def _random_columns(
-    rng: np.random.Generator, columns: dict[str, np.ndarray], shard: int
-) -> dict[str, np.ndarray]:
+def _random_columns(rng: np.random.Generator, lengths: np.ndarray, shard: int) -> dict[str, Any]:
     """Columns that differ from record to record, as those of different clips do."""
-    rows = len(columns["length"])
+    rows = len(lengths)
     # Shards must keep their sizes: what one record of a shard gains, another loses.
     change = rng.integers(-100_000, 100_000, rows).reshape(-1, 2)
     change[:, 1] = -change[:, 0]
@@ -257,7 +247,7 @@ def _random_columns(
     frames = np.floor(seconds * fps).astype(np.int32)
     gap = (1 / fps).round(9)
     return {
-        "length": columns["length"] + change.reshape(-1),
+        "length": lengths + change.reshape(-1),
         "crc": rng.integers(0, 2**32, rows, np.uint32),
         "num_frames": frames,
         "last_frame_seconds": ((frames - 1) / fps).round(9),

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from etils import epath
 
-from avcl_jax.data.record_index import index_path, load_columns, shard_columns
+from avcl_jax.data.record_index import index_path, load_table, shard_table
 from avcl_jax.data.records import FORMAT_VERSION, RecordDataset, shard_name
 from data_prep import shards
 from data_prep.manifest import Manifest, PrepareError
@@ -33,7 +34,7 @@ class Earlier:
     shards: Mapping[str, Sequence[tuple[int, int]]]  # records and bytes of each, by split
     known: KnownEntries
     # By split, as far as they were loaded.
-    indexes: dict[str, Mapping[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+    indexes: dict[str, pa.Table] = dataclasses.field(default_factory=dict)
 
     @property
     def splits(self) -> set[str]:
@@ -100,13 +101,14 @@ class Earlier:
         name = self.preparation["name"]
         shard = shard_name(name, part.split, number, len(lengths), self.file_format)
         index = index_path(self.directory, name, part.split)
-        if (columns := self.indexes.get(part.split) or load_columns(index)) is None:
-            RecordDataset(self.directory, part.split)  # makes it
-            columns = load_columns(index)
-            assert columns is not None
-        self.indexes[part.split] = columns
-        columns = shard_columns(columns, number)
-        return Finished(part.split, lines, columns, self.directory / shard)
+        if part.split not in self.indexes:
+            if (table := load_table(index)) is None:
+                RecordDataset(self.directory, part.split)  # makes it
+                table = load_table(index)
+                assert table is not None
+            self.indexes[part.split] = table
+        table = shard_table(self.indexes[part.split], number)
+        return Finished(part.split, lines, table, self.directory / shard)
 
     def check_accepts(
         self, manifest: Manifest, counts: Counter[str], name: str, file_format: str

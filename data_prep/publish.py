@@ -14,7 +14,7 @@ import numpy as np
 import simplejpeg
 from etils import epath
 
-from avcl_jax.data.record_index import index_path, merge, save_columns
+from avcl_jax.data.record_index import index_path, merge, save_table
 from avcl_jax.data.record_writer import write_dataset_metadata
 from avcl_jax.data.records import FILE_FORMATS, shard_name
 from avcl_jax.paths import replacing, write_bytes
@@ -77,7 +77,7 @@ def _counts(parts: Sequence[Finished]) -> dict[str, Any]:
     rejected = Counter(clip["reason"] for clip in rejections(lines))
     notes = Counter(kind for line in lines for _, kind, _ in line["notes"])
     length, frames, samples, seconds = (
-        np.concatenate([finished.columns[name] for finished in parts])
+        np.concatenate([finished.index[name] for finished in parts])
         for name in ("length", "num_frames", "num_samples", "duration_seconds")
     )
     return {
@@ -123,7 +123,7 @@ def publish(
             final = shard_name(name, split, number, len(of_split), file_format)
             moves.append((finished.shard.name, final))
         index = index_path(incomplete, name, split)
-        save_columns(index, merge([finished.columns for finished in of_split]))
+        save_table(index, merge(finished.index for finished in of_split))
         moves.append((index.name, index.name))
     missing = [
         {"id": clip.record_id, "split": clip.split, "expected": clip.expected}

@@ -1,8 +1,8 @@
 """The unit of work: clips of one shard, prepared and written, with a line about each entry.
 
 A part is idempotent, and independent of what runs it: the same part gives the same bytes in a local
-process or on a machine of a cluster. A finished part is a shard, the columns of its index, and a
-line per entry (`train-00000.tfrecord`, `.columns`, `.json`).
+process or on a machine of a cluster. A finished part is a shard, its index, and a line per entry
+(`train-00000.tfrecord`, `.table`, `.json`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 
 import av
 import numpy as np
+import pyarrow as pa
 import simplejpeg
 from etils import epath
 
 from avcl_jax.data.media import MediaError
 from avcl_jax.data.record_format import FORMAT_VERSION, Record
-from avcl_jax.data.record_index import load_columns, save_columns
+from avcl_jax.data.record_index import load_table, save_table
 from avcl_jax.data.record_writer import RecordWriter
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.paths import write_bytes
@@ -77,17 +78,17 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """Result of a part: a line per entry, the columns of its index, and its shard."""
+    """Result of a part: a line per entry, the index of its shard, and the shard."""
 
     split: str
     lines: Sequence[Line]
-    columns: Mapping[str, np.ndarray]
+    index: pa.Table
     shard: epath.Path  # in the directory of the part, or of an earlier data set
 
     @property
     def size(self) -> tuple[int, int]:
         """Records, and their bytes."""
-        return len(self.columns["length"]), int(self.columns["length"].sum())
+        return len(self.index), int(np.sum(self.index["length"]))
 
 
 def plan_parts(
@@ -136,14 +137,14 @@ def may_pass(line: Line, reasons: Collection[str] = MAY_PASS) -> bool:
 
 def read_finished(part: Part) -> Finished | None:
     """Returns the result of a part, or None if it has to be prepared (again)."""
-    columns = load_columns(part.path("columns"))
+    index = load_table(part.path("table"))
     try:
         lines = json.loads(part.path("json").read_text())
     except (FileNotFoundError, ValueError):
         return None
-    if columns is None or not isinstance(lines, list) or len(lines) != len(part.entries):
+    if index is None or not isinstance(lines, list) or len(lines) != len(part.entries):
         return None
-    finished = Finished(part.split, lines, columns, part.shard)
+    finished = Finished(part.split, lines, index, part.shard)
     holds = all(
         line["description"] == description(entry) and still_holds(line, entry, part.options)
         for line, entry in zip(lines, part.entries, strict=True)
@@ -152,7 +153,7 @@ def read_finished(part: Part) -> Finished | None:
 
 
 def prepare_part(part: Part, begin: Callable[[int], None]) -> None:
-    """Writes the shard and the columns of a part, then its lines; all or nothing.
+    """Writes the shard and the index of a part, then its lines; all or nothing.
 
     Calls `begin` with the number of each entry before its file is read.
 
@@ -174,7 +175,7 @@ def prepare_part(part: Part, begin: Callable[[int], None]) -> None:
             lines.append(_line(entry, part.options))
             for record in _prepare(part, number, lines[-1], begin):
                 writer.write(record)
-    save_columns(part.path("columns"), writer.columns())
+    save_table(part.path("table"), writer.table())
     write_bytes(part.path("json"), json.dumps(lines).encode())
 
 

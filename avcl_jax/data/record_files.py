@@ -13,7 +13,7 @@ import errno
 import functools
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 import crc32c
@@ -21,7 +21,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from etils import epath
 
 from avcl_jax.errors import UserError
-from avcl_jax.paths import is_remote
+from avcl_jax.paths import is_remote, replacing
 
 TFRECORD, ARRAY_RECORD = "tfrecord", "array_record"
 # As TFDS names them, in dataset_info.json and in the names of shards.
@@ -52,56 +52,46 @@ def masked_crc(data: bytes | memoryview) -> int:
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-class TFRecordSink:
-    """TFRecord file that is being written."""
+@contextlib.contextmanager
+def create(path: epath.Path, file_format: str) -> Iterator[Callable[[bytes], object]]:
+    """Opens a block that writes a record file; yields the function that appends a payload.
 
-    def __init__(self, path: epath.Path):
-        """Creates the file; raises OSError if it cannot be written."""
-        self._file = path.open("wb")
+    The file gets its name when the block ends, and is removed after an error.
 
-    def write(self, payload: bytes) -> None:
-        """Appends a payload; raises OSError if it cannot be written, at the latest in `close`."""
-        self._file.write(frame_payload(payload))
+    Raises:
+        OSError: if it cannot be written.
+        RecordError: if it is an ArrayRecord file in an object store.
+    """
+    if file_format == ARRAY_RECORD and is_remote(path):
+        raise RecordError(f"{path}: ArrayRecord files are written to local disks only")
+    with replacing(path) as temporary:
+        if file_format == ARRAY_RECORD:
+            with _array_record_writer(os.fspath(temporary)) as writer:
+                yield writer.write
+            return
+        with temporary.open("wb") as file:
+            yield lambda payload: file.write(frame_payload(payload))
+            file.flush()
+            with contextlib.suppress(AttributeError, OSError):  # object stores: no descriptor
+                os.fsync(file.fileno())
 
-    def close(self) -> None:
-        """Completes the file and puts it on the disk; raises OSError if it cannot be written."""
-        self._file.flush()
-        with contextlib.suppress(AttributeError, OSError):  # object stores have no descriptor
-            os.fsync(self._file.fileno())
-        self._file.close()
 
-    def abandon(self) -> None:
-        """Closes the file, whatever it contains."""
-        with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
-            self._file.close()
-
-
-class ArrayRecordSink:
-    """ArrayRecord file that is being written; methods as of `TFRecordSink`."""
-
-    def __init__(self, path: epath.Path):
-        """Creates the file; raises OSError if it cannot be, RecordError in an object store."""
-        if is_remote(path):
-            raise RecordError(f"{path}: ArrayRecord files are written to local disks only")
-        self._path = os.fspath(path)
-        with _system_errors(self._path):
-            self._writer = ArrayRecordWriter(self._path, _WRITER_OPTIONS)
-            if not self._writer.ok():
-                self._writer.close()  # raises the problem
-
-    def write(self, payload: bytes) -> None:
-        self._writer.write(payload)
-
-    def close(self) -> None:
-        with _system_errors(self._path):
-            self._writer.close()
-        with open(self._path, "rb") as file:
-            os.fsync(file.fileno())
-
-    def abandon(self) -> None:
-        if self._writer.is_open():
-            with contextlib.suppress(RuntimeError):  # a full disk is already known here
-                self._writer.close()
+@contextlib.contextmanager
+def _array_record_writer(path: str) -> Iterator[Any]:
+    with _system_errors(path):
+        writer = ArrayRecordWriter(path, _WRITER_OPTIONS)
+        if not writer.ok():
+            writer.close()  # raises the problem
+    try:
+        yield writer
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # a full disk is already known here
+            writer.close()
+        raise
+    with _system_errors(path):
+        writer.close()
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -124,16 +114,12 @@ def read(
     length: int | None = None,
     crc: int | None = None,
 ) -> bytes:
-    """Reads the payload at `place`.
+    """Reads the payload at `place`; `where` names the record in error messages.
 
     The file is opened for every call (TFRecord): that is thread-safe and picklable, needs no bound
     on open files with thousands of shards, and costs microseconds beside the decoding that follows.
 
     Args:
-        path: file.
-        file_format: one of `FILE_FORMATS`.
-        place: place of the record.
-        where: name of the record for error messages.
         length: bytes of the payload by the index; None without an index.
         crc: masked CRC of the payload by the index; None without an index.
 
@@ -165,7 +151,16 @@ def scan(path: epath.Path, file_format: str) -> Iterator[tuple[int, bytes | Reco
         RecordError: if a TFRecord file is missing.
     """
     if file_format == ARRAY_RECORD:
-        yield from _scan_array_record(path)
+        try:
+            count = _reader(path).num_records()
+        except RecordError as error:
+            yield 0, error
+            return
+        for number in range(count):
+            try:
+                yield number, _read_array_record(path, number, f"{path}, record {number}")
+            except RecordError as error:
+                yield number, error
         return
     size, offset = size_of(path), 0
     with path.open("rb") as file:
@@ -194,9 +189,8 @@ def size_of(path: epath.Path) -> int:
 def frame_payload(payload: bytes) -> bytes:
     """Returns `payload` with TFRecord's header and footer around it."""
     length = struct.pack("<Q", len(payload))
-    return b"".join(
-        (length, _FOOTER.pack(masked_crc(length)), payload, _FOOTER.pack(masked_crc(payload)))
-    )
+    footer = _FOOTER.pack(masked_crc(payload))
+    return b"".join((length, _FOOTER.pack(masked_crc(length)), payload, footer))
 
 
 def _stated_length(file: BinaryIO, where: str, *, room: int | None) -> int:
@@ -236,19 +230,6 @@ def _read_payload(file: BinaryIO, where: str, length: int, crc: int | None = Non
     if crc not in (None, stated):
         raise RecordError(f"{where}: {_STALE}")
     return payload
-
-
-def _scan_array_record(path: epath.Path) -> Iterator[tuple[int, bytes | RecordError]]:
-    try:
-        count = _reader(path).num_records()
-    except RecordError as error:
-        yield 0, error
-        return
-    for number in range(count):
-        try:
-            yield number, _read_array_record(path, number, f"{path}, record {number}")
-        except RecordError as error:
-            yield number, error
 
 
 def _read_array_record(path: epath.Path, number: int, where: str) -> bytes:

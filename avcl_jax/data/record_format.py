@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory, text_format
+from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
 from avcl_jax.data.record_files import RecordError
 
@@ -30,14 +30,20 @@ class Feature(NamedTuple):
     kind: str
     dtype: str | None = None
     encoding: str | None = None
+    doc: str | None = None
+
+    @property
+    def is_array(self) -> bool:
+        """True if a tensor has any number of values, not one."""
+        return self.attribute in ("frame_seconds", "waveform")
 
 
 # Waveform and times are stored as raw bytes: 160,000 varints per record would take longer to parse
 # than its frames to decode, and tf.train.Example has no float64.
 FEATURES: Mapping[str, Feature] = {
-    "id": Feature("record_id", "Text"),
-    "source": Feature("source_id", "Text"),
-    "video": Feature("frames", "Sequence"),
+    "id": Feature("record_id", "Text", doc="Name of the record, unique in its data set"),
+    "source": Feature("source_id", "Text", doc="Recording that the clip was cut from"),
+    "video": Feature("frames", "Sequence", doc="Upright frames, none without video"),
     "frame_seconds": Feature("frame_seconds", "Tensor", "float64", "bytes"),
     "audio": Feature("waveform", "Tensor", "int16", "bytes"),
     "sample_rate_hz": Feature("sample_rate_hz", "Scalar", "int64", "none"),
@@ -45,7 +51,7 @@ FEATURES: Mapping[str, Feature] = {
     "duration_seconds": Feature("duration_seconds", "Tensor", "float64", "bytes"),
     "height": Feature("height", "Scalar", "int64", "none"),
     "width": Feature("width", "Scalar", "int64", "none"),
-    "is_still": Feature("is_still", "Scalar", "bool", "none"),
+    "is_still": Feature("is_still", "Scalar", "bool", "none", "Nothing moves in the video"),
 }
 
 
@@ -167,49 +173,19 @@ def _problem(record: Record) -> str | None:
     return None
 
 
-def _field(name: str, number: int, kind: str, *options: str) -> str:
-    """Returns a field of a scalar type, or of the message type `kind`, as text."""
-    kind = f"type: {kind}" if kind.startswith("TYPE") else f'type_name: ".tensorflow.{kind}"'
-    return f'field {{ name: "{name}" number: {number} {kind} {" ".join(options)} }}'
-
-
-def _message(name: str, *content: str) -> str:
-    return f'message_type {{ name: "{name}" {" ".join(content)} }}'
-
-
-def _map_message(name: str, field: str, value: str) -> str:
-    """Returns a message with `map<string, value>` as field 1, as protoc spells it."""
-    entry = f"{value}Entry"
-    fields = _field("key", 1, "TYPE_STRING") + _field("value", 2, value)
-    nested = f'nested_type {{ name: "{entry}" options {{ map_entry: true }} {fields} }}'
-    return _message(name, nested, _field(field, 1, f"{name}.{entry}", _REPEATED))
-
-
-_REPEATED, _ONEOF = "label: LABEL_REPEATED", "oneof_index: 0"
-_FILE = " ".join(
-    (
-        'name: "avcl_jax/example.proto" package: "tensorflow" syntax: "proto3"',
-        _message("BytesList", _field("value", 1, "TYPE_BYTES", _REPEATED)),
-        _message("FloatList", _field("value", 1, "TYPE_FLOAT", _REPEATED)),
-        _message("Int64List", _field("value", 1, "TYPE_INT64", _REPEATED)),
-        _message(
-            "Feature",
-            'oneof_decl { name: "kind" }',
-            _field("bytes_list", 1, "BytesList", _ONEOF),
-            _field("float_list", 2, "FloatList", _ONEOF),
-            _field("int64_list", 3, "Int64List", _ONEOF),
-        ),
-        _map_message("Features", "feature", "Feature"),
-        _message("FeatureList", _field("feature", 1, "Feature", _REPEATED)),
-        _map_message("FeatureLists", "feature_list", "FeatureList"),
-        _message("Example", _field("features", 1, "Features")),
-        _message(
-            "SequenceExample",
-            _field("context", 1, "Features"),
-            _field("feature_lists", 2, "FeatureLists"),
-        ),
-    )
-)
+# Messages of tensorflow/core/example/*.proto with their fields, which are numbered from 1. A kind
+# ends in * if repeated, in | if one of several, in {} if a map from names.
+_MESSAGES = {
+    "BytesList": {"value": "BYTES*"},
+    "FloatList": {"value": "FLOAT*"},
+    "Int64List": {"value": "INT64*"},
+    "Feature": {"bytes_list": "BytesList|", "float_list": "FloatList|", "int64_list": "Int64List|"},
+    "Features": {"feature": "Feature{}"},
+    "FeatureList": {"feature": "Feature*"},
+    "FeatureLists": {"feature_list": "FeatureList{}"},
+    "Example": {"features": "Features"},
+    "SequenceExample": {"context": "Features", "feature_lists": "FeatureLists"},
+}
 
 
 @functools.cache
@@ -219,9 +195,34 @@ def message_class(name: str) -> Any:
     Descriptors are in a private pool: TensorFlow and TFDS register the same names in the default
     one, and importing TFDS takes a second in every worker.
     """
+    file = descriptor_pb2.FileDescriptorProto(
+        name="avcl_jax/example.proto", package="tensorflow", syntax="proto3"
+    )
+    for message_name, fields in _MESSAGES.items():
+        _add_fields(file.message_type.add(name=message_name), fields)
     pool = descriptor_pool.DescriptorPool()
-    pool.Add(text_format.Parse(_FILE, descriptor_pb2.FileDescriptorProto()))
+    pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"tensorflow.{name}"))
+
+
+def _add_fields(message: Any, fields: Mapping[str, str]) -> None:
+    for number, (name, kind) in enumerate(fields.items(), start=1):
+        field, type_name = message.field.add(name=name, number=number), kind.rstrip("*|{}")
+        if type_name.isupper():
+            field.type = field.Type.Value(f"TYPE_{type_name}")
+        else:
+            field.type_name = f".tensorflow.{type_name}"
+        if kind.endswith("|"):
+            field.oneof_index = 0
+            if number == 1:
+                message.oneof_decl.add(name="kind")
+        if kind.endswith(("*", "{}")):
+            field.label = field.LABEL_REPEATED
+        if kind.endswith("{}"):  # as protoc spells a map
+            entry = message.nested_type.add(name=f"{type_name}Entry")
+            entry.options.map_entry = True
+            _add_fields(entry, {"key": "STRING", "value": type_name})
+            field.type_name = f".tensorflow.{message.name}.{entry.name}"
 
 
 @functools.cache
@@ -239,16 +240,16 @@ def serialize_record(record: Record) -> bytes:
         raise ValueError(f"record {record.record_id!r}: {problem}")
     example = message_class("Example")()
     stored = example.features.feature
-    for name, (attribute, kind, dtype, _) in FEATURES.items():
-        value = getattr(record, attribute)
-        if kind == "Text":
+    for name, feature in FEATURES.items():
+        value = getattr(record, feature.attribute)
+        if feature.kind == "Text":
             stored[name].bytes_list.value.append(to_bytes(value))
-        elif kind == "Sequence":
+        elif feature.kind == "Sequence":
             stored[name].bytes_list.value.extend(value)
-        elif kind == "Scalar":
+        elif feature.kind == "Scalar":
             stored[name].int64_list.value.append(int(value))
         else:
-            data = np.asarray(value, _little_endian(dtype)).tobytes()
+            data = np.asarray(value, _little_endian(feature.dtype)).tobytes()
             stored[name].bytes_list.value.append(data)
     for label, numbers in record.labels.items():
         listed = numbers if isinstance(numbers, tuple) else (numbers,)
@@ -267,7 +268,7 @@ def _attribute(stored: Any, feature: Feature) -> Any:
     if feature.kind == "Text":
         return to_text(data)
     values = np.frombuffer(data, _little_endian(feature.dtype))
-    return values if feature.attribute in ("frame_seconds", "waveform") else float(values[0])
+    return values if feature.is_array else float(values[0])
 
 
 def parse_record(

@@ -6,17 +6,25 @@ two, which the workers that write shards do not have to wait for.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from etils import epath
 
-from avcl_jax.data.record_files import ARRAY_RECORD, TFRECORD, ArrayRecordSink, TFRecordSink
-from avcl_jax.data.record_format import FORMAT_VERSION, LABEL_PREFIX, Record, serialize_record
-from avcl_jax.data.record_index import columns_of, index_row
+from avcl_jax.data import record_files
+from avcl_jax.data.record_files import TFRECORD
+from avcl_jax.data.record_format import (
+    FEATURES,
+    FORMAT_VERSION,
+    LABEL_PREFIX,
+    Feature,
+    Record,
+    serialize_record,
+)
+from avcl_jax.data.record_index import index_row, index_table
 from avcl_jax.paths import absolute_path, write_bytes
 
 _DESCRIPTION = (
@@ -32,11 +40,8 @@ class RecordWriter:
     """
 
     def __init__(self, path: epath.PathLike, file_format: str = TFRECORD):
-        """Opens a temporary file beside `path`, of one of `FILE_FORMATS`."""
-        self._path = epath.Path(path)
-        self._temporary = self._path.parent / f"{self._path.name}.{os.getpid()}.tmp"
-        sink = ArrayRecordSink if file_format == ARRAY_RECORD else TFRecordSink
-        self._sink: ArrayRecordSink | TFRecordSink = sink(self._temporary)
+        """Takes the path of the shard, and its format, one of `FILE_FORMATS`."""
+        self._file = record_files.create(epath.Path(path), file_format)
         self._rows: list[dict[str, Any]] = []
 
     def write(self, record: Record) -> None:
@@ -45,24 +50,19 @@ class RecordWriter:
         Raises ValueError if it contradicts itself, OSError if it cannot be written.
         """
         payload = serialize_record(record)
-        self._sink.write(payload)
+        self._append(payload)
         self._rows.append(index_row(record, payload))
 
-    def columns(self) -> dict[str, np.ndarray]:
+    def table(self) -> pa.Table:
         """Returns the index of the records written so far."""
-        return columns_of(self._rows)
+        return index_table(self._rows)
 
     def __enter__(self) -> RecordWriter:
+        self._append = self._file.__enter__()
         return self
 
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        try:
-            if kind is None:
-                self._sink.close()
-                self._temporary.replace(self._path)
-        finally:
-            self._sink.abandon()
-            self._temporary.unlink(missing_ok=True)
+    def __exit__(self, *error: Any) -> None:
+        self._file.__exit__(*error)
 
 
 def record_features(class_names: Mapping[str, Sequence[str]], multilabel: Collection[str]) -> Any:
@@ -73,33 +73,24 @@ def record_features(class_names: Mapping[str, Sequence[str]], multilabel: Collec
     """
     from tensorflow_datasets import features
 
-    def raw(dtype: type, *shape: int | None) -> features.Tensor:
-        return features.Tensor(shape=shape, dtype=dtype, encoding="bytes")
+    def make(feature: Feature) -> Any:
+        if feature.kind == "Text":
+            return features.Text(doc=feature.doc)
+        if feature.kind == "Sequence":
+            frame = features.Image(shape=(None, None, 3), encoding_format="jpeg")
+            return features.Sequence(frame, doc=feature.doc)
+        dtype = np.dtype(feature.dtype)
+        if feature.kind == "Scalar":
+            return features.Scalar(dtype, doc=feature.doc)
+        shape = (None,) if feature.is_array else ()
+        return features.Tensor(shape=shape, dtype=dtype, encoding=feature.encoding)
 
-    frame = features.Image(shape=(None, None, 3), encoding_format="jpeg")
-    labels = {
-        LABEL_PREFIX + label: features.ClassLabel(names=list(names))
-        for label, names in sorted(class_names.items())
-    }
-    labels |= {
-        name: features.Sequence(label)
-        for name, label in labels.items()
-        if name.removeprefix(LABEL_PREFIX) in multilabel
-    }
+    labels = {label: features.ClassLabel(names=list(n)) for label, n in sorted(class_names.items())}
     return features.FeaturesDict(
-        {
-            "id": features.Text(doc="Name of the record, unique in its data set"),
-            "source": features.Text(doc="What the clip was cut from"),
-            "video": features.Sequence(frame, doc="Upright frames; none: no picture"),
-            "frame_seconds": raw(np.float64, None),
-            "audio": raw(np.int16, None),
-            "sample_rate_hz": features.Scalar(np.int64),
-            "audio_start_seconds": raw(np.float64),
-            "duration_seconds": raw(np.float64),
-            "height": features.Scalar(np.int64),
-            "width": features.Scalar(np.int64),
-            "is_still": features.Scalar(np.bool_, doc="Nothing moves in the video"),
-            **labels,
+        {name: make(feature) for name, feature in FEATURES.items()}
+        | {
+            LABEL_PREFIX + label: features.Sequence(classes) if label in multilabel else classes
+            for label, classes in labels.items()
         }
     )
 

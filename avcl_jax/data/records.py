@@ -17,6 +17,7 @@ from typing import Any
 
 import crc32c
 import numpy as np
+import pyarrow as pa
 from etils import epath
 
 from avcl_jax.data import record_files
@@ -30,14 +31,15 @@ from avcl_jax.data.record_format import (
     Record,
     lacking,
     parse_record,
+    to_text,
 )
 from avcl_jax.data.record_index import (
-    StringColumn,
     index_path,
-    load_columns,
+    load_table,
     merge,
-    save_columns,
+    save_table,
     scan_shard,
+    split_schema,
 )
 from avcl_jax.paths import absolute_path, is_remote
 
@@ -74,8 +76,8 @@ def _read_labels(directory: epath.Path) -> dict[str, bool]:
     for name in [name for name in FEATURES if name in features]:
         tensor = features[name].get("tensor", {})
         actual = (kind_of(name), tensor.get("dtype"), tensor.get("encoding"))
-        if actual != FEATURES[name][1:]:
-            problems.append(f"feature {name!r} is {actual}, expected {FEATURES[name][1:]}")
+        if actual != (expected := FEATURES[name][1:4]):
+            problems.append(f"feature {name!r} is {actual}, expected {expected}")
     if problems:
         raise RecordError(
             f"{directory}: {', '.join(problems)}: not a data set of `python -m data_prep`"
@@ -157,68 +159,64 @@ class RecordDataset:
         ]
         if not sum(lengths):
             raise RecordError(f"{self._directory}: split {split!r} has no records")
-        columns = self._load_index(index_path(self._directory, info["name"], split), lengths)
-        self._lengths, self._crcs = columns["length"], columns["crc"]
+        table = self._load_index(index_path(self._directory, info["name"], split), lengths, labels)
+        columns = {name: table[name].combine_chunks() for name in table.column_names}
+        self._lengths, self._crcs = columns["length"].to_numpy(), columns["crc"].to_numpy()
         self._first = np.concatenate([[0], np.cumsum(lengths)])
         # Place of each record in its shard: its number, or its byte offset.
         begins = np.arange(sum(lengths) + 1)
         if self.file_format == TFRECORD:
             begins = _begins(self._lengths)
         self._places = begins[:-1] - np.repeat(begins[self._first[:-1]], lengths)
-        self.record_ids = StringColumn(columns["record_id"], columns["record_id_length"])
+        self.record_ids = _Names(columns["record_id"])
         self.labels = {
-            label: columns[LABEL_PREFIX + label] for label, several in labels.items() if not several
+            label: columns[LABEL_PREFIX + label].to_numpy()
+            for label, several in labels.items()
+            if not several
         }
-        self._several = {
-            label: (columns[f"counts_{label}"], columns[f"values_{label}"])
-            for label in self.multilabel
-        }
-        self.timelines = {name: columns[name] for name in TIMELINE}
-        self.source_numbers = columns["source_number"]
+        self._several = {label: columns[LABEL_PREFIX + label] for label in self.multilabel}
+        self.timelines = {name: columns[name].to_numpy() for name in TIMELINE}
+        self.source_numbers = columns["source_number"].to_numpy()
         digest = crc32c.crc32c(self._lengths.tobytes(), crc32c.crc32c(self._crcs.tobytes()))
         self.fingerprint = f"{info['name']}-{split}-{FORMAT_VERSION}-{len(self)}-{digest:08x}"
 
-    def _load_index(self, path: epath.Path, lengths: Sequence[int]) -> dict[str, np.ndarray]:
+    def _load_index(
+        self, path: epath.Path, lengths: Sequence[int], labels: Mapping[str, bool]
+    ) -> pa.Table:
         """Returns the index, made from the shards where it is missing or does not fit them."""
-        columns = load_columns(path, without=("source_id", "source_id_length"))
-        if columns is not None and self._fits(columns, lengths):
-            return columns
-        logging.warning("making the index %s by reading all shards of this split", path)
-        shards = []
-        for shard, length in zip(self._shards, lengths, strict=True):
-            shards.append(scan_shard(shard, self.file_format, self.class_names, self.multilabel))
-            if (count := len(shards[-1]["length"])) != length:
-                raise RecordError(
-                    f"{shard} has {count} records where dataset_info.json says {length}: "
-                    "prepare this data set again"
-                )
-        columns = merge(shards)
-        with contextlib.suppress(OSError):  # a read-only directory: the index stays in memory
-            save_columns(path, columns)
-        return columns
+        table = load_table(path)
+        if table is None or not self._fits(table, lengths, labels):
+            logging.warning("making the index %s by reading all shards of this split", path)
+            shards = []
+            for shard, length in zip(self._shards, lengths, strict=True):
+                names = self.class_names, self.multilabel
+                shards.append(scan_shard(shard, self.file_format, *names))
+                if (count := len(shards[-1])) != length:
+                    raise RecordError(
+                        f"{shard} has {count} records where dataset_info.json says {length}: "
+                        "prepare this data set again"
+                    )
+            table = merge(shards)
+            with contextlib.suppress(OSError):  # a read-only directory: the index stays in memory
+                save_table(path, table)
+        return table.drop_columns(["source_id"])  # a million names that nothing needs
 
-    def _fits(self, columns: Mapping[str, np.ndarray], lengths: Sequence[int]) -> bool:
+    def _fits(self, table: pa.Table, lengths: Sequence[int], labels: Mapping[str, bool]) -> bool:
         """Tests whether an index belongs to the shards, as far as their sizes tell.
 
         The sizes of files in an object store take a request each and are not looked at, and those
         of ArrayRecord files tell nothing; the CRC of every record, which the index also contains,
         catches at reading what this cannot see.
         """
-        single = {LABEL_PREFIX + label for label in set(self.class_names) - self.multilabel}
-        per_record = {*TIMELINE, "length", "crc", "source_number", *single}
-        if not per_record | {"shard_length", "record_id", "record_id_length"} <= set(columns):
+        shards = np.repeat(np.arange(len(lengths)), lengths)
+        if table.schema != split_schema(labels) or not np.array_equal(table["shard"], shards):
             return False
-        if {columns[name].shape for name in per_record} != {(sum(lengths),)}:
+        if (sizes := table["length"].to_numpy()).min() < 0:
             return False
-        if columns["shard_length"].tolist() != list(lengths) or columns["length"].min() < 0:
-            return False
-        if is_remote(self._directory):
+        if is_remote(self._directory) or self.file_format != TFRECORD:
             return True
-        expected = np.diff(_begins(columns["length"])[np.cumsum([0, *lengths])])
-        for shard, size in zip(self._shards, expected.tolist(), strict=True):
-            if record_files.size_of(shard) != size and self.file_format == TFRECORD:
-                return False
-        return True
+        expected = np.diff(_begins(sizes)[np.cumsum([0, *lengths])])
+        return [record_files.size_of(shard) for shard in self._shards] == expected.tolist()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles the place, not the index: workers would receive it through a pipe."""
@@ -277,8 +275,10 @@ class RecordDataset:
         records without; raises KeyError if there is no such label.
         """
         if label in self.multilabel:
-            counts, values = self._several[label]
-            return values, int((counts == 0).sum())
+            several = self._several[label]
+            return several.flatten().to_numpy(), int(
+                (several.value_lengths().to_numpy() == 0).sum()
+            )
         known = self.labels[label] != UNKNOWN_LABEL
         return self.labels[label][known], int((~known).sum())
 
@@ -286,12 +286,28 @@ class RecordDataset:
         """Returns bool [positions, classes], which classes of a label in `multilabel` records have;
         raises KeyError for another label.
         """
-        counts, values = self._several[label]
-        ends = np.cumsum(counts)
+        several = self._several[label]
         matrix = np.zeros((len(positions), len(self.class_names[label])), bool)
         for row, position in enumerate(positions):
-            matrix[row, values[ends[position] - counts[position] : ends[position]]] = True
+            matrix[row, several[position].as_py()] = True
         return matrix
+
+
+class _Names(Sequence[str]):
+    """Names in one Arrow array: Python strings would take five times the memory."""
+
+    def __init__(self, column: pa.BinaryArray):
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Returns one name, or a list of those of a slice."""
+        found = self._column[index]
+        if isinstance(index, slice):
+            return [to_text(name) for name in found.to_pylist()]
+        return to_text(found.as_py())
 
 
 def _begins(lengths: np.ndarray) -> np.ndarray:

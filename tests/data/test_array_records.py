@@ -12,9 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from etils import epath
 
-from avcl_jax.data import record_files
 from avcl_jax.data.images import decode_jpegs
 from avcl_jax.data.records import (
     Record,
@@ -126,7 +124,7 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path) -> None:
     assert caught.value.errno == errno.EFBIG
     assert not list(tmp_path.iterdir())
     with pytest.raises(FileNotFoundError):
-        record_files.ArrayRecordSink(epath.Path(tmp_path / "none" / "x.array_record"))
+        write_shard(tmp_path / "none" / "x.array_record", [make_record(0)], FORMAT)
 
 
 def test_the_command_writes_it_and_the_same_bytes_again(

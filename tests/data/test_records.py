@@ -329,7 +329,7 @@ def test_a_read_only_directory_needs_no_index(
     def refuse(*_: object) -> None:
         raise PermissionError(13, "read-only")
 
-    monkeypatch.setattr(records, "save_columns", refuse)
+    monkeypatch.setattr(records, "save_table", refuse)
     assert_same(RecordDataset(prepared, "train")[2], make_record(2, audio=False))
     assert not list(prepared.glob("*.index"))
 

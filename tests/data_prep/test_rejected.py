@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from avcl_jax.data.media import MediaError, decode_frames
-from avcl_jax.data.record_index import load_columns
+from avcl_jax.data.record_index import load_table
 from data_prep.__main__ import main
 from data_prep.clip import NOTES, REASONS
 from tests.data.synthetic_media import write_channels, write_flash_and_click, write_stretches
@@ -248,7 +248,7 @@ def test_a_clip_for_which_memory_is_too_small_is_rejected_and_the_next_prepared(
         "too_large",
         "prepared",
     ]
-    assert len(load_columns(tmp_path / "train-00000.columns")["length"]) == 1
+    assert len(load_table(tmp_path / "train-00000.table")) == 1
 
 
 FIVE_HUNDRED = """
@@ -290,7 +290,7 @@ def test_memory_is_flat_over_five_hundred_preparations(tmp_path: Path) -> None:
     first, *later = map(int, out.split())
     assert len(later) == 9
     assert max(later) < 1.05 * first, (first, later)
-    assert len(load_columns(tmp_path / "train-00009.columns")["length"]) == 30
+    assert len(load_table(tmp_path / "train-00009.table")) == 30
 
 
 def test_workers_have_a_limit_on_their_memory(tmp_path: Path) -> None:
