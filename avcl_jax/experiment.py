@@ -5,6 +5,7 @@ Every function takes the sections of a config by attribute, so that a key that i
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Iterable
@@ -86,7 +87,7 @@ def with_absolute_paths(config: ml_collections.ConfigDict) -> ml_collections.Con
     """Returns a copy of `config` whose `PATH_KEYS` are absolute; an empty one stays empty."""
     flat = flatten(config.to_dict())
     given = {key: flat[key] for key in PATH_KEYS if flat.get(key)}
-    absolute = config.copy_and_resolve_references()
+    absolute = copy.deepcopy(config)  # with references, which variants of an ablation move
     absolute.update_from_flattened_dict({k: str(absolute_path(v)) for k, v in given.items()})
     return absolute
 

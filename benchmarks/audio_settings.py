@@ -28,15 +28,15 @@ import numpy as np
 from etils import epath
 
 from avcl_jax import experiment
+from avcl_jax.batched import batched_map
 from avcl_jax.data import rendering
 from avcl_jax.data.record_format import is_silent
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection, UsableRecords
 from avcl_jax.data.spectrogram import gather_windows, log_mel
-from avcl_jax.data.views import FORWARD
 from avcl_jax.evaluation.ablation import FULL, Column, as_table, effects
 from avcl_jax.evaluation.evaluate import evaluate, noise_control
-from avcl_jax.evaluation.views import PretrainedRun, fixed_views, view_map
+from avcl_jax.evaluation.views import MODEL_INPUTS, PretrainedRun, fixed_views
 from avcl_jax.paths import local_path
 from avcl_jax.training import inputs, loop
 from benchmarks.measure import run_command
@@ -164,12 +164,12 @@ def finds_other_view(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def other_view_hits(run: PretrainedRun, records: UsableRecords) -> dict[str, np.ndarray]:
     """Bool [files]: the first view finds the last, by the embedding and by the mean log-mel."""
-    compute = view_map(run, {"run": run.variables}, chunk=16, threads=1)
+    compute = batched_map(
+        run.features, {"run": run.variables}, inputs=MODEL_INPUTS, chunk=16, threads=1
+    )
 
     def render(position: int) -> dict[str, Any]:
-        arrays = fixed_views(
-            records, position, run.spec, speeds=(0,), views_per_speed=2, direction=FORWARD
-        )
+        arrays = fixed_views(records, position, run.spec, speeds=(0,), clips=2)
         return arrays | {"level": arrays["spectrogram"].mean(axis=(-2, -1))}
 
     arrays = compute(render, range(len(records)))
@@ -181,14 +181,14 @@ def other_view_hits(run: PretrainedRun, records: UsableRecords) -> dict[str, np.
     }
 
 
-def null_scores(config: ml_collections.ConfigDict, noise: Path, spec: Any) -> dict[str, float]:
+def null_scores(run: PretrainedRun, noise: Path) -> dict[str, float]:
     """Accuracy of a network that is trained on speed and direction of noise, on other noise."""
     section = evaluate_config.get_config("demo").evaluation.null
     train, test = (
-        UsableRecords(RecordDataset(noise, split), spec)
+        UsableRecords(RecordDataset(noise, split), run.spec)
         for split in (section.train_split, section.test_split)
     )
-    found = noise_control(config, section, spec, train, test, threads=1)
+    found = noise_control(run, section, train, test, threads=1)
     return {name: score.accuracy for name, score in found.scores.items()}
 
 
@@ -215,9 +215,10 @@ def measure(
             evaluate(evaluation, epath.Path(workdir))
             selected = Selection.parse(evaluation.evaluation.test_select)
             tested = UsableRecords(RecordDataset(records, config.data.split), spec, selected)
-            hits = other_view_hits(PretrainedRun.load(epath.Path(workdir)), tested)
+            run = PretrainedRun.load(epath.Path(workdir))
+            hits = other_view_hits(run, tested)
             controls = {name: float(found.mean()) for name, found in hits.items()}
-            controls |= null_scores(config, noise, spec)
+            controls |= null_scores(run, noise)
         done.write_text(json.dumps(controls))
     results = json.loads((workdir / "results.json").read_text())
     return results | {"controls": json.loads(done.read_text())}

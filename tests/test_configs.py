@@ -22,7 +22,7 @@ from avcl_jax.data.pipeline import batch_shapes
 from avcl_jax.data.spectrogram import mel_constants
 from avcl_jax.data.views import MARGIN
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.driver import ProtocolRun
+from avcl_jax.evaluation.driver import Context
 from avcl_jax.evaluation.retrieval import VIDEO_RETRIEVAL
 from avcl_jax.export.runs import EncoderSource
 from avcl_jax.models import encoders
@@ -333,7 +333,7 @@ def test_results_are_those_of_a_run_with_other_threads_and_chunks(tmp_path):
 
     def fingerprint(config):
         encoder = EncoderSource("runs/demo", {}, "12ab", 7, None)
-        return ProtocolRun(VIDEO_RETRIEVAL, config, tmp_path, encoder, {"test": "a"}).fingerprint
+        return Context(VIDEO_RETRIEVAL, config, tmp_path, encoder, {"test": "a"}).fingerprint
 
     before = fingerprint(config)
     config.encoder, config.name = "runs/moved", "other"

@@ -9,6 +9,7 @@ work: each runs some of the variants (`--config.ablation.only=...`) on one WORKD
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,12 +22,11 @@ from scipy import stats
 from avcl_jax import experiment
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation import charts
-from avcl_jax.evaluation.evaluate import PROTOCOL, evaluate
-from avcl_jax.evaluation.evaluated_run import open_evaluation_records, probe_name
+from avcl_jax.evaluation.evaluate import PROTOCOL, evaluate, open_evaluation_records, probe_name
 from avcl_jax.evaluation.page import as_text, definitions, page, section, table, text
-from avcl_jax.evaluation.protocol import REPORT, RESULTS, finite, versions, write_text
+from avcl_jax.evaluation.protocol import REPORT, RESULTS, finite, versions
 from avcl_jax.evaluation.splits import count_trained_on
-from avcl_jax.paths import absolute_path
+from avcl_jax.paths import absolute_path, write_bytes
 from avcl_jax.training.loop import build, loss_spec, pretrain
 from avcl_jax.training.trained_records import open_records
 
@@ -84,7 +84,7 @@ def variant_config(
     Raises:
         UserError: if the variant changes a setting that does not exist or that its encoder ignores.
     """
-    run = config.copy_and_resolve_references()
+    run = copy.deepcopy(config)  # with references: a computed setting follows what changes
     changes = dict(dict(run.ablation.variants)[variant])
     with run.unlocked():
         del run.ablation
@@ -204,9 +204,10 @@ def _check_run(variant: str, run: ml_collections.ConfigDict, directory: epath.Pa
     except UserError as error:
         raise UserError(f"variant {variant!r} cannot be trained: {error}") from error
     try:
-        test = open_evaluation_records(training, _task(run, _EVALUATE), directory).test
+        _, records = open_evaluation_records(training, _task(run, _EVALUATE), directory)
     except UserError as error:
         raise UserError(f"variant {variant!r} cannot be evaluated: {error}") from error
+    test = records["test"]
     met = count_trained_on(trained_on.fingerprint, test.records, test.indices)
     if met and not run.data.allow_trained_on:
         raise UserError(
@@ -342,9 +343,10 @@ def _write(
         "config": json.loads(experiment.to_json(config)),
     }
     markdown = as_table(compared, variants)
-    write_text(workdir / "ablation.md", markdown + "\n")
-    write_text(workdir / REPORT, _report(config, compared, variants, seeds))
-    write_text(workdir / RESULTS, json.dumps(results, indent=2, allow_nan=False) + "\n")
+    report = _report(config, compared, variants, seeds)
+    written = json.dumps(results, indent=2, allow_nan=False) + "\n"
+    for name, content in (("ablation.md", f"{markdown}\n"), (REPORT, report), (RESULTS, written)):
+        write_bytes(workdir / name, content.encode())
     print(f"\n{markdown}\n\nreport  {workdir / REPORT}", flush=True)
     return results
 

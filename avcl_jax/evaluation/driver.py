@@ -37,11 +37,10 @@ from avcl_jax.evaluation.protocol import (
     estimate,
     versions,
     write_outcomes,
-    write_text,
 )
 from avcl_jax.evaluation.splits import Split, Trial, check_not_trained_on
 from avcl_jax.export.runs import EncoderSource, random_like
-from avcl_jax.paths import absolute_path
+from avcl_jax.paths import absolute_path, write_bytes
 from avcl_jax.training.metrics import peak_memory_gb
 
 Computed = TypeVar("Computed")
@@ -49,117 +48,16 @@ Computed = TypeVar("Computed")
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """A protocol's surroundings.
+    """One run of a protocol: its identity, its surroundings and its files.
 
     Attributes:
-        directory: cache of long computations; another version of the protocol has another.
         encoder: encoder that the results name; of several, all of them as one.
-        fingerprint: digest of everything that decides the metrics.
-    """
-
-    config: ml_collections.ConfigDict
-    workdir: epath.Path
-    directory: epath.Path
-    encoder: EncoderSource
-    stages: Stages
-    fingerprint: str
-
-    def random(self) -> dict[str, EncoderSource]:
-        """Returns {"random": encoders with newly drawn weights}, or {} if the config has none."""
-        if not self.config.baselines.random:
-            return {}
-        return {"random": random_like(self.encoder, self.config.seed)}
-
-
-def run_protocol(
-    protocol: Protocol,
-    config: ml_collections.ConfigDict,
-    workdir: epath.PathLike,
-    splits: Sequence[Trial[Any]],
-    *,
-    compute: Callable[[Context], Computed | None],
-    measure: Callable[[Context, Computed], Measured],
-    encoder: EncoderSource | None = None,
-    data: Mapping[str, str] | None = None,
-    heads: str | None = None,
-    in_training: bool = False,
-) -> dict[str, Any] | None:
-    """Runs a protocol, unless its results exist, and writes its results.
-
-    Args:
-        config: config of the protocol; also read here: `bootstrap.resamples`, `seed` and
-            `data.allow_trained_on`.
-        workdir: output directory, local or gs://; made if needed.
-        compute: long computations, in all processes; None if a signal stopped them.
-        measure: metrics and report of what was computed, in process 0.
-        encoder: encoder that the results name; None for that of the splits.
-        data: fingerprints of the records by role; None for those of the splits.
+        data: fingerprints of the records by role.
         heads: digest of the heads that are measured with the encoder; None without heads.
         in_training: `workdir` is that of the evaluated pretraining run, where results of an
             earlier checkpoint are replaced. Any other protocol refuses such a directory, and never
             overwrites results of other settings.
-
-    Returns:
-        The contents of results.json; empty in processes other than the first, None if a signal
-        stopped `compute`.
-
-    Raises:
-        UserError: if an encoder was pretrained on its test records, or the directory has results of
-            something else, or cannot be written to.
     """
-    stages, directory = Stages(), absolute_path(workdir)
-    if encoder is None:
-        encoder = combined(config.encoder if "encoder" in config else "", splits)
-    if data is None:
-        sides = {
-            "train": [s.train for s in splits if isinstance(s, Split)],
-            "test": [s.test for s in splits],
-        }
-        data = {
-            role: "; ".join(dict.fromkeys(records.fingerprint for records in several))
-            for role, several in sides.items()
-            if several
-        }
-    run = ProtocolRun(protocol, config, directory, encoder, data, heads, in_training)
-    if (done := run.finished()) is not None:
-        return done
-    for split in splits:
-        check_not_trained_on(
-            split.encoder,
-            split.test.records,
-            split.test.indices,
-            allow=config.data.allow_trained_on,
-            what=f"test records of {split.test}",
-        )
-    cache = directory / "features" / f"{protocol.name}-{protocol.version}"
-    context = Context(config, directory, cache, encoder, stages, run.fingerprint)
-    computed = compute(context)
-    if computed is None:
-        return None
-    if jax.process_index():
-        return {}
-    return run.write(measure(context, computed), stages)
-
-
-def combined(path: str, splits: Sequence[Trial[Any]]) -> EncoderSource:
-    """Returns the encoder of all splits; several as one, with a fingerprint of them all."""
-    sources = {split.encoder.fingerprint: split.encoder for split in splits}
-    first = splits[0].encoder
-    if len(sources) == 1:
-        return first
-    steps = {source.step for source in sources.values()}
-    return dataclasses.replace(
-        first,
-        path=path,
-        fingerprint=hashlib.sha256(" ".join(sources).encode()).hexdigest(),
-        step=steps.pop() if len(steps) == 1 else None,
-        trained_on=None,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class ProtocolRun:
-    """One run of a protocol: its identity, and its files."""
 
     protocol: Protocol
     config: ml_collections.ConfigDict
@@ -168,6 +66,7 @@ class ProtocolRun:
     data: Mapping[str, str]
     heads: str | None = None
     in_training: bool = False
+    stages: Stages = dataclasses.field(default_factory=Stages)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -177,6 +76,17 @@ class ProtocolRun:
         parts = [self.protocol.name, self.protocol.version, kept, dict(self.data)]
         parts += [self.encoder.fingerprint, self.heads]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()
+
+    @property
+    def directory(self) -> epath.Path:
+        """Cache of long computations; another version of the protocol has another."""
+        return self.workdir / "features" / f"{self.protocol.name}-{self.protocol.version}"
+
+    def random(self) -> dict[str, EncoderSource]:
+        """Returns {"random": encoders with newly drawn weights}, or {} if the config has none."""
+        if not self.config.baselines.random:
+            return {}
+        return {"random": random_like(self.encoder, self.config.seed)}
 
     def finished(self) -> dict[str, Any] | None:
         """Returns the results in the workdir if they are those of this run, and prints so.
@@ -188,8 +98,7 @@ class ProtocolRun:
             try:
                 new = not self.workdir.exists()
                 self.workdir.mkdir(parents=True, exist_ok=True)
-                trial = self.workdir / "results.json.trial"
-                trial.write_text("")
+                (trial := self.workdir / f"{RESULTS}.trial").write_text("")
                 trial.unlink()
                 if new:  # a run that is refused later leaves nothing behind
                     # Not empty: another process has begun to write.
@@ -203,11 +112,11 @@ class ProtocolRun:
 
     def _results(self) -> dict[str, Any] | None:
         path = self.workdir / RESULTS
-        if (self.workdir / "checkpoints").exists() and not (self.in_training or path.exists()):
-            raise UserError(
-                f"{self.workdir} is the workdir of a training run: choose another --workdir"
-            )
         if not path.exists():
+            if (self.workdir / "checkpoints").exists() and not self.in_training:
+                raise UserError(
+                    f"{self.workdir} is the workdir of a training run: choose another --workdir"
+                )
             return None
         results = json.loads(path.read_text())
         if results.get("protocol") != self.protocol.name:
@@ -231,13 +140,13 @@ class ProtocolRun:
     def _print_paths(self) -> None:
         print(f"report  {self.workdir / REPORT}\nresults {self.workdir / RESULTS}", flush=True)
 
-    def write(self, measured: Measured, stages: Stages) -> dict[str, Any]:
+    def write(self, measured: Measured) -> dict[str, Any]:
         """Writes all files, prints the metrics, and returns results.json.
 
         Raises:
             UserError: if metrics and outcomes do not fit; nothing is then written.
         """
-        config = self.config
+        config, encoder = self.config, self.encoder
         metrics = estimate(measured, resamples=config.bootstrap.resamples, seed=config.seed)
         results = {
             "protocol": self.protocol.name,
@@ -246,17 +155,13 @@ class ProtocolRun:
             "details": dict(measured.details),
             "units": len(measured.outcomes.units),
             "sources": len(set(measured.outcomes.sources)),
-            "encoder": {
-                "path": self.encoder.path,
-                "fingerprint": self.encoder.fingerprint,
-                "step": self.encoder.step,
-                "heads": self.heads,
-            },
+            "encoder": {name: getattr(encoder, name) for name in ("path", "fingerprint", "step")}
+            | {"heads": self.heads},
             "data": dict(self.data),
             "fingerprint": self.fingerprint,
             "seed": config.seed,
-            "seconds": round(stages.total, 1),
-            "stages": stages.seconds,
+            "seconds": round(self.stages.total, 1),
+            "stages": self.stages.seconds,
             "peak_memory_gb": round(peak_memory_gb(), 3),
             "versions": versions(),
             "config": json.loads(experiment.to_json(config)),
@@ -266,11 +171,81 @@ class ProtocolRun:
         written = json.dumps(results, indent=2, allow_nan=False)  # may raise: before any file
         self.workdir.mkdir(parents=True, exist_ok=True)
         write_outcomes(self.workdir / OUTCOMES, measured.outcomes)
-        write_text(self.workdir / REPORT, report)
-        write_text(self.workdir / RESULTS, written + "\n")
+        write_bytes(self.workdir / REPORT, report.encode())
+        write_bytes(self.workdir / RESULTS, f"{written}\n".encode())
         for metric in metrics.values():
             value, low, high, chance = metric_texts(metric)
             known = "" if metric["chance"] is None else f", chance {chance}"
             print(f"{metric['what']:40s} {value} (95 %: {low} to {high}{known})")
         self._print_paths()
         return results
+
+
+def run_protocol(
+    protocol: Protocol,
+    config: ml_collections.ConfigDict,
+    workdir: epath.PathLike,
+    splits: Sequence[Trial[Any]],
+    *,
+    compute: Callable[[Context], Computed | None],
+    measure: Callable[[Context, Computed], Measured],
+    encoder: EncoderSource | None = None,
+    data: Mapping[str, str] | None = None,
+    heads: str | None = None,
+    in_training: bool = False,
+) -> dict[str, Any] | None:
+    """Runs a protocol, unless its results exist, and writes its results.
+
+    The other arguments are fields of `Context`; None for encoder and records of the splits.
+
+    Args:
+        config: also read here: `bootstrap.resamples`, `seed`, `execution`, `data.allow_trained_on`.
+        workdir: output directory, local or gs://; made if needed.
+        compute: long computations, in all processes; None if a signal stopped them.
+        measure: metrics and report of what was computed, in process 0.
+
+    Returns:
+        The contents of results.json; empty in processes other than the first, None if a signal
+        stopped `compute`.
+
+    Raises:
+        UserError: if an encoder was pretrained on its test records, or the directory has results of
+            something else, or cannot be written to.
+    """
+    if encoder is None:
+        encoder = combined(config.encoder if "encoder" in config else "", splits)
+    if data is None:
+        train = [split.train.fingerprint for split in splits if isinstance(split, Split)]
+        roles = {"train": train, "test": [split.test.fingerprint for split in splits]}
+        data = {role: "; ".join(dict.fromkeys(names)) for role, names in roles.items() if names}
+    directory = absolute_path(workdir)
+    context = Context(protocol, config, directory, encoder, data, heads, in_training)
+    if (done := context.finished()) is not None:
+        return done
+    for split in splits:
+        check_not_trained_on(
+            split.encoder,
+            split.test.records,
+            split.test.indices,
+            allow=config.data.allow_trained_on,
+            what=f"test records of {split.test}",
+        )
+    computed = compute(context)
+    if computed is None:
+        return None
+    return {} if jax.process_index() else context.write(measure(context, computed))
+
+
+def combined(path: str, splits: Sequence[Trial[Any]]) -> EncoderSource:
+    """Returns the encoder of all splits; several as one, with a fingerprint of them all."""
+    sources = {split.encoder.fingerprint: split.encoder for split in splits}
+    first, *others = sources.values()
+    if not others:
+        return first
+    return dataclasses.replace(
+        first,
+        path=path,
+        fingerprint=hashlib.sha256(" ".join(sources).encode()).hexdigest(),
+        step=first.step if all(other.step == first.step for other in others) else None,
+        trained_on=None,
+    )

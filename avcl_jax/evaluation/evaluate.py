@@ -6,27 +6,23 @@ python -m avcl_jax.main --config=configs/evaluate.py --workdir=RUN
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from avcl_jax import experiment
-from avcl_jax.batched import cache_key, render_all
-from avcl_jax.data.augment import standardize, to_unit_range
-from avcl_jax.data.rendering import RenderSpec
-from avcl_jax.data.selection import UsableRecords
+from avcl_jax.batched import render_all
+from avcl_jax.data.records import RecordDataset, RecordError
+from avcl_jax.data.selection import Selection, UsableRecords
 from avcl_jax.data.views import FORWARD
+from avcl_jax.errors import UserError
 from avcl_jax.evaluation.driver import Context, run_protocol
-from avcl_jax.evaluation.evaluated_run import EvaluationRecords, open_evaluated_run, probe_name
-from avcl_jax.evaluation.linear import fit_probe, held_out_groups
+from avcl_jax.evaluation.linear import check_sources, fit_probe, held_out_groups
 from avcl_jax.evaluation.protocol import (
     Measured,
     Metric,
@@ -35,7 +31,7 @@ from avcl_jax.evaluation.protocol import (
     merge,
     point_values,
 )
-from avcl_jax.evaluation.retrieval import DIRECTIONS, measure_cross_modal
+from avcl_jax.evaluation.retrieval import DIRECTIONS, check_recall_at, measure_cross_modal
 from avcl_jax.evaluation.run_report import run_report, seconds_of_run
 from avcl_jax.evaluation.splits import Split, Trial
 from avcl_jax.evaluation.statistics import confusion_matrix, top_k_hits
@@ -51,11 +47,14 @@ from avcl_jax.evaluation.temporal import measure_tasks, task_logits
 from avcl_jax.evaluation.views import (
     MODALITY_INPUTS,
     PretrainedRun,
+    check_pairs,
+    encode,
+    fixed_views,
+    host_render_spec,
     random_views,
-    view_features,
-    view_map,
+    speed_indices,
 )
-from avcl_jax.export.runs import random_like, variables_digest
+from avcl_jax.export.runs import config_of_run, random_like, variables_digest
 from avcl_jax.paths import absolute_path
 
 PROTOCOL = Protocol(
@@ -85,22 +84,7 @@ _TRIVIAL = ("mean_colour", "position_histogram", "mean_loudness", "mean_log_mel"
 # Networks that are probed, in the order of the arguments of `gap_closed`.
 _NETWORKS = ("random", "pretrained", "supervised")
 
-
-@dataclasses.dataclass(frozen=True)
-class _Computed:
-    """Outputs of the networks of an evaluation.
-
-    Attributes:
-        logits: logits and labels of the temporal tasks on the test records; in process 0.
-        train: features of the training records by network; in process 0, {} without probes.
-        test: the same of the test records, with embeddings of the pretrained network.
-        fits: supervised classifier of each probe.
-    """
-
-    logits: dict[str, np.ndarray]
-    train: dict[str, np.ndarray]
-    test: dict[str, np.ndarray]
-    fits: dict[str, Fit]
+Arrays = Mapping[str, np.ndarray]
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, Any] | None:
@@ -113,16 +97,18 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
         UserError: if settings do not fit the run or its records, test records were pretrained on,
             or the directory has results of another protocol.
     """
-    run, records = open_evaluated_run(config, absolute_path(workdir))
+    workdir = absolute_path(workdir)
+    # Settings are checked before the weights are read: gigabytes of a large run.
+    merged, records = open_evaluation_records(config_of_run(workdir), config, workdir)
+    run = PretrainedRun.load(workdir, merged)
+    trial: Trial[Any] = Trial("run", run.source, records["test"])
+    if "train" in records:
+        trial = Split("run", run.source, records["test"], records["train"])
     return run_protocol(
         PROTOCOL,
-        run.config,
+        merged,
         workdir,
-        [
-            Trial("run", run.source, records.test)
-            if records.train is None
-            else Split("run", run.source, records.test, records.train)
-        ],
+        [trial],
         compute=functools.partial(_compute, run, records),
         measure=functools.partial(_measure, run, records),
         heads=run.heads,
@@ -130,91 +116,193 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
     )
 
 
-def _compute(run: PretrainedRun, records: EvaluationRecords, context: Context) -> _Computed:
-    section, execution, seed = run.config.evaluation, run.config.execution, run.config.seed
-    with context.stages("temporal tasks"):
-        logits = task_logits(
-            run,
-            records.test,
-            context.directory / cache_key(context.fingerprint) / "temporal",
-            pairs=section.pairs_per_video,
-            seed=seed,
-            chunk=execution.chunk,
-            threads=execution.threads,
-            part_records=execution.part_records,
+def open_evaluation_records(
+    run: ml_collections.ConfigDict, config: ml_collections.ConfigDict, workdir: epath.Path
+) -> tuple[ml_collections.ConfigDict, dict[str, UsableRecords]]:
+    """Opens the records of an evaluation, and checks its settings; needs no trained weights.
+
+    Args:
+        run: config of the pretraining run.
+        config: config of the evaluation.
+        workdir: working directory of the run, which may not exist yet.
+
+    Returns:
+        The run's own config with the sections of `configs/evaluate.py`, and records by role:
+        "test", with probes "train", with null controls "null.train" and "null.test".
+
+    Raises:
+        RecordError: if the data set or a split is missing.
+        UserError: if settings contradict each other, the run or the records.
+    """
+    check_recall_at(config)
+    merged = run.copy_and_resolve_references()
+    with merged.unlocked():
+        merged.task = config.task
+        merged.evaluation = config.evaluation.copy_and_resolve_references()
+        merged.bootstrap = config.bootstrap
+        merged.execution.update(config.execution)
+        merged.data.allow_trained_on = config.data.allow_trained_on
+        merged.data.directory = config.data.directory or merged.data.directory
+        merged.evaluation.speeds = tuple(config.evaluation.speeds) or tuple(run.views.speeds)
+    section = merged.evaluation
+    speed_indices(section.speeds, run.views.speeds, setting="evaluation.speeds")
+    check_pairs(len(section.speeds) * section.clips)
+    directory = absolute_path(merged.data.directory)
+    if not directory.exists():
+        raise UserError(
+            f"there are no records at {directory}: set --config.data.directory to the records of "
+            f"{workdir}"
         )
-    random = {m: e.params for m, e in random_like(run.source, seed).encoders.items()}
+    sides = {"test": (section.test_split, section.test_select)}
+    if len(section.probes):
+        sides["train"] = section.train_split, section.train_select
+    if section.null.train_split:
+        sides |= {f"null.{role}": (section.null[f"{role}_split"], "") for role in ("train", "test")}
+    records = {}
+    for role, (split, select) in sides.items():
+        try:
+            dataset = RecordDataset(directory, split)
+        except RecordError as error:
+            raise RecordError(
+                f"{error}: set --config.evaluation.{role}_split, or prepare more media into the "
+                "data set with --split"
+            ) from error
+        records[role] = UsableRecords(dataset, host_render_spec(merged), Selection.parse(select))
+    if "train" in records:
+        _check_probes(merged, records["train"], records["test"])
+    if "null.train" in records:
+        noise = records["null.train"]
+        views = len(noise) * section.null.train_views * 2 * len(merged.views.speeds)
+        _check_fills_a_batch("null", section.null.fit, views, f"views of {noise!r}")
+    return merged, records
+
+
+def _check_probes(
+    config: ml_collections.ConfigDict, train: UsableRecords, test: UsableRecords
+) -> None:
+    section = config.evaluation
+    probes = [tuple(probe) for probe in section.probes]
+    for label, modality in probes:
+        asked = f"evaluation.probes asks for {label!r} from {modality}"
+        if modality not in MODALITY_INPUTS:
+            raise UserError(f"{asked}: modality must be 'video' or 'audio'")
+        if probes.count((label, modality)) > 1:
+            raise UserError(f"{asked} more than once")
+        if config.modalities not in ("audio_visual", modality):
+            raise UserError(f"{asked}, but the run trained {config.modalities} only")
+        rows = []
+        for side in (train, test):
+            if label in side.records.multilabel:
+                raise UserError(
+                    f"{asked}, but a record may have several classes of it: linear probes need one "
+                    "class per record"
+                )
+            if label not in side.records.class_names:
+                raise UserError(
+                    f"{asked}, but {side} has the labels "
+                    f"{', '.join(sorted(side.records.class_names)) or 'none'}: set "
+                    '--config.evaluation.probes, or "--config.evaluation.probes=()" for none'
+                )
+            usable = np.setdiff1d(side.indices, side.lacking((modality,)))
+            rows.append(usable[side.records.labels[label][usable] >= 0])
+        what = f"with {modality} and a known {label!r}"
+        if not len(rows[1]):
+            raise UserError(f"no record of {test} {what}: set --config.evaluation.probes")
+        check_sources(train.records.source_numbers[rows[0]], section.probe.folds)
+        if section.supervised.enabled:
+            fit = section.supervised[modality].fit
+            records_of = f"records of {train} {what}"
+            _check_fills_a_batch(f"supervised.{modality}", fit, len(rows[0]), records_of)
+
+
+def _check_fills_a_batch(
+    section: str, fit: ml_collections.ConfigDict, items: int, what: str
+) -> None:
+    if items < fit.batch_size:
+        raise UserError(
+            f"{items} {what} do not fill a batch of {fit.batch_size}: set "
+            f"--config.evaluation.{section}.fit.batch_size"
+        )
+
+
+def _compute(
+    run: PretrainedRun, records: Mapping[str, UsableRecords], context: Context
+) -> tuple[Arrays, dict[str, dict[str, np.ndarray]], dict[str, Fit]]:
+    """Returns logits of the temporal tasks, features by role of the records, both in process 0,
+    and the supervised classifier of each probe.
+    """
+    config, section = run.config, run.config.evaluation
+    speeds = speed_indices(section.speeds, config.views.speeds, setting="evaluation.speeds")
+    with context.stages("temporal tasks"):
+        logits = task_logits(context, run, records["test"])
+    random = {m: e.params for m, e in random_like(run.source, config.seed).encoders.items()}
     networks = {"random": _with_encoders(run.variables, random), "pretrained": run.variables}
     fits: dict[str, Fit] = {}
-    if section.supervised.enabled and records.train is not None:
+    if section.supervised.enabled and "train" in records:
         with context.stages("supervised encoders"):
-            fits = {
-                probe_name(*probe): _supervised(run, records, records.train, *probe)
-                for probe in section.probes
-            }
+            for probe in section.probes:
+                fits[probe_name(*probe)] = _supervised(run, speeds, records["train"], *probe)
         networks |= _supervised_networks(run, fits)
-    with context.stages("features"):
-        directory = context.directory / cache_key(context.fingerprint, variables_digest(networks))
-        compute = view_map(run, networks, execution.chunk, execution.threads)
-        log_mel = run.spec.log_mel
+    log_mel = run.spec.log_mel
 
-        def statistics(arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    def features(role: str) -> dict[str, np.ndarray]:
+        source = records[role]
+
+        def render(position: int) -> dict[str, Any]:
+            arrays = fixed_views(source, position, run.spec, speeds=speeds, clips=section.clips)
             decibels = arrays["spectrogram"] * log_mel.std + log_mel.mean
-            return trivial_statistics(arrays["video"], decibels, cells=section.position_cells)
+            cells = section.position_cells
+            return arrays | trivial_statistics(arrays["video"], decibels, cells=cells)
 
-        def features(role: str, source: UsableRecords) -> dict[str, np.ndarray]:
-            return view_features(
-                compute,
-                source,
-                run.spec,
-                speeds=records.speeds,
-                views_per_speed=section.clips,
-                directory=directory / role,
-                part_records=execution.part_records,
-                describe_views=statistics,
-                keep=lambda name: (
-                    not name.endswith("_embeddings")
-                    or (role == "test" and name.startswith("pretrained/"))
-                ),
-            )
+        def keep(name: str) -> bool:
+            of_test = role == "test" and name.startswith("pretrained/")
+            return of_test or not name.endswith("_embeddings")
 
-        train = {} if records.train is None else features("train", records.train)
-        return _Computed(logits, train, features("test", records.test), fits)
+        key = [context.fingerprint, variables_digest(networks), role]
+        return encode(
+            context, run, run.features, render, source, key=key, networks=networks, keep=keep
+        )
+
+    with context.stages("features"):
+        return logits, {role: features(role) for role in ("train", "test") if role in records}, fits
 
 
 def _measure(
-    run: PretrainedRun, records: EvaluationRecords, context: Context, computed: _Computed
+    run: PretrainedRun,
+    records: Mapping[str, UsableRecords],
+    context: Context,
+    computed: tuple[Arrays, dict[str, dict[str, np.ndarray]], dict[str, Fit]],
 ) -> Measured:
     config, section, stages = run.config, run.config.evaluation, context.stages
-    test, features = records.test, computed.test
+    logits, features, fits = computed
+    test, train = features["test"], features.get("train", {})
     with stages("probes"):
         probes = {
-            probe_name(*probe): measure_probe(config, test, computed.train, features, *probe)
+            probe_name(*probe): measure_probe(config, records["test"], train, test, *probe)
             for probe in section.probes
         }
     with stages("retrieval"):
-        ranks = measure_cross_modal(test, features, "pretrained", tuple(section.recall_at))
+        recall_at = tuple(section.recall_at)
+        ranks = measure_cross_modal(records["test"], test, "pretrained", recall_at)
     with stages("temporal scores"):
-        tasks = measure_tasks(run, test, computed.logits, config.seed)
+        tasks = measure_tasks(run, records["test"], logits, config.seed)
     null: NullControl | None = None
-    if records.null is not None:
+    if "null.train" in records:
         with stages("null controls"):
-            null = noise_control(
-                config, section.null, run.spec, *records.null, threads=config.execution.threads
-            )
-    by_mask = {f"known_{name}": probe for name, probe in probes.items()}
-    outcomes, metrics = merge(
-        test.record_ids, test.sources, {**by_mask, "has_both": ranks, "": tasks}
-    )
-    view = _view(run, Measured(outcomes, metrics), probes, tasks, computed.fits, null)
+            noise = records["null.train"], records["null.test"]
+            null = noise_control(run, section.null, *noise, threads=config.execution.threads)
+    parts = {f"known_{name}": probe for name, probe in probes.items()}
+    parts |= {"has_both": ranks, "": tasks}
+    outcomes, metrics = merge(records["test"].record_ids, records["test"].sources, parts)
+    view = _view(run, Measured(outcomes, metrics), probes, tasks, fits, null)
     with stages("report"):
         report = run_report(
             run,
-            records,
+            records["test"],
             context.workdir,
             view,
-            train=computed.train,
-            test=features,
+            train=train,
+            test=test,
             probes=probes,
             tasks=tasks,
         )
@@ -236,35 +324,36 @@ def _view(
     null: NullControl | None,
 ) -> dict[str, Any]:
     """Returns the metrics under the keys of a run's results.json: `probe`, `retrieval`, …"""
-    values, metrics = point_values(measured), measured.metrics
-    kinds = (*_NETWORKS, "gap_closed")
-    retrieval: dict[str, dict[str, Any]] = {}
-    for name in metrics:
-        direction, _, key = name.rpartition("_r")
-        if direction in DIRECTIONS:
-            retrieval.setdefault(direction, {})[f"r{key}"] = values[name]
-            retrieval[direction][f"chance_r{key}"] = metrics[name].chance
-    for direction, of_direction in retrieval.items():
-        rank = f"{direction}_median_rank"
-        of_direction |= {"median_rank": values[rank], "chance_median_rank": metrics[rank].chance}
-        of_direction["chance"] = of_direction["chance_r1"]
-        gallery = int(measured.outcomes.values["has_both"].sum())
-        of_direction |= {"queries": gallery, "gallery": gallery}
+    values = point_values(measured)
+    chance = {name: metric.chance for name, metric in measured.metrics.items()}
+    retrieval = {}
+    for direction in DIRECTIONS:
+        keys = [name.removeprefix(f"{direction}_") for name in values if direction in name]
+        if keys:
+            queries = int(measured.outcomes.values["has_both"].sum())
+            retrieval[direction] = {
+                **{key: values[f"{direction}_{key}"] for key in keys},
+                **{f"chance_{key}": chance[f"{direction}_{key}"] for key in keys},
+                "chance": chance[f"{direction}_r1"],
+                "queries": queries,
+                "gallery": queries,
+            }
     temporal = {
-        task: {"accuracy": values[task], "chance": metrics[task].chance, "confusion": confusion}
+        task: {"accuracy": values[task], "chance": chance[task], "confusion": confusion}
         for task, confusion in tasks.details["confusion"].items()
     }
     null_summary: dict[str, Any] = {
         "skipped": "it needs records of noise, named by --config.evaluation.null.train_split"
     }
     if null is not None:
-        for task, score in null.scores.items():
-            temporal[task]["null_accuracy"] = score.accuracy
         null_summary = {"views": null.views, "train_loss": null.train_loss}
+        for task in null.scores.keys() & temporal.keys():  # some may be defined for no test view
+            temporal[task]["null_accuracy"] = null.scores[task].accuracy
+    kinds = (*_NETWORKS, "gap_closed")
     return {
         "probe": {
-            name: {k: values[f"{name}_{k}"] for k in kinds if f"{name}_{k}" in values}
-            | {"chance": metrics[f"{name}_pretrained"].chance}
+            name: {kind: values[f"{name}_{kind}"] for kind in kinds if f"{name}_{kind}" in values}
+            | {"chance": chance[f"{name}_pretrained"]}
             for name in probes
         },
         "trivial": {name: probe.details["trivial"] for name, probe in probes.items()},
@@ -279,6 +368,11 @@ def _view(
     }
 
 
+def probe_name(label: str, modality: str) -> str:
+    """Returns the name of a linear probe in results.json."""
+    return f"{label}_from_{modality}"
+
+
 def _with_encoders(variables: Mapping[str, Any], encoders: Mapping[str, Any]) -> dict[str, Any]:
     """Returns variables of the joint model with its encoders replaced by those in `encoders`."""
     replaced = {kind: dict(tree) for kind, tree in variables.items()}
@@ -288,34 +382,17 @@ def _with_encoders(variables: Mapping[str, Any], encoders: Mapping[str, Any]) ->
     return replaced
 
 
-def _prepare(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    mean, std = config.pixels.mean, config.pixels.std
-    return {
-        "video": lambda video: standardize(to_unit_range(video), mean, std),
-        "audio": jnp.asarray,
-    }
-
-
-def _encoders(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    makers = {"video": experiment.video_encoder, "audio": experiment.audio_encoder}
-    trained = ("video", "audio") if config.modalities == "audio_visual" else (config.modalities,)
-    return {modality: makers[modality](config) for modality in trained}
-
-
 def _supervised(
-    run: PretrainedRun,
-    records: EvaluationRecords,
-    train: UsableRecords,
-    label: str,
-    modality: str,
+    run: PretrainedRun, speeds: Sequence[int], train: UsableRecords, label: str, modality: str
 ) -> Fit:
     """Trains the supervised classifier of a probe."""
-    config, section = run.config, run.config.evaluation.supervised[modality]
+    config, encoder = run.config, run.source.encoders[modality]
+    section = config.evaluation.supervised[modality]
     render = functools.partial(
         random_views,
         train,
         spec=run.spec,
-        speeds=records.speeds,
+        speeds=speeds,
         directions=(FORWARD,),
         views=section.views,
         seed=config.seed,
@@ -325,11 +402,11 @@ def _supervised(
     known = (arrays[f"label_{label}"] >= 0) & arrays[f"has_{modality}"]
     labels = arrays[f"label_{label}"][known]
     return fit_classifier(
-        _encoders(config)[modality],
+        encoder.module,
         arrays[MODALITY_INPUTS[modality]][known],
         {label: np.repeat(labels[:, None], section.views, axis=1)},
         classes={label: len(train.records.class_names[label])},
-        prepare=_prepare(config)[modality],
+        prepare=encoder.preprocess.standardise,
         spec=FitSpec(**section.fit),
         seed=config.seed,
     )
@@ -359,8 +436,8 @@ def _supervised_networks(run: PretrainedRun, fits: Mapping[str, Fit]) -> dict[st
 def measure_probe(
     config: ml_collections.ConfigDict,
     records: UsableRecords,
-    train: Mapping[str, np.ndarray],
-    test: Mapping[str, np.ndarray],
+    train: Arrays,
+    test: Arrays,
     label: str,
     modality: str,
 ) -> Measured:
@@ -369,61 +446,51 @@ def measure_probe(
     Args:
         config: config of the run with the sections of its evaluation.
         records: test records.
-        train: outputs of `view_features` for the training records.
-        test: the same for the test records.
+        train: features of the training records by `_compute`.
+        test: the same of the test records.
     """
     section, name = config.evaluation, probe_name(label, modality)
     title, classes = name.replace("_", " "), len(records.records.class_names[label])
-    rows = [
-        np.flatnonzero(side[f"has_{modality}"] & (side[f"label_{label}"] >= 0))
+    (rows, targets), (test_rows, labels) = (
+        (known, side[f"label_{label}"][known])
         for side in (train, test)
-    ]
-    targets, labels = (
-        side[f"label_{label}"][r] for side, r in zip((train, test), rows, strict=True)
+        for known in [np.flatnonzero(side[f"has_{modality}"] & (side[f"label_{label}"] >= 0))]
     )
     settings = section.probe.to_dict()
     folds = settings.pop("folds")
-    groups = held_out_groups(targets, train["source_id"][rows[0]], folds=folds, seed=config.seed)
+    groups = held_out_groups(targets, train["source_id"][rows], folds=folds, seed=config.seed)
 
     def probe(features: str) -> tuple[float, np.ndarray]:
         """Returns C, and scores of the test records."""
-        found = fit_probe(
-            train[features][rows[0]],
+        fit = fit_probe(
+            train[features][rows],
             targets,
             groups,
             classes=classes,
             classifier="logistic",
             **settings,
         )
-        return found.cost, found.scores(test[features][rows[1]])
+        return fit.cost, fit.scores(test[features][test_rows])
 
     networks = {"random": "random", "pretrained": "pretrained"}
     if section.supervised.enabled:
         networks["supervised"] = _network_of(section.probes, label, modality)
-    probes = {n: probe(f"{key}/{modality}_features") for n, key in networks.items()}
+    probes = {n: probe(f"{network}/{modality}_features") for n, network in networks.items()}
+    inputs = {network: f"correct_{name}_{network}" for network in probes}
     metrics = {
-        f"{name}_{network}": Metric(
-            "mean",
-            (f"correct_{name}_{network}",),
-            f"{title}, {network} encoder",
-            chance=1 / classes,
-        )
-        for network in probes
+        f"{name}_{n}": Metric("mean", (correct,), f"{title}, {n} encoder", chance=1 / classes)
+        for n, correct in inputs.items()
     }
     if section.supervised.enabled:
-        inputs = [f"correct_{name}_{network}" for network in _NETWORKS]
         metrics[f"{name}_gap_closed"] = Metric(
-            "gap_closed", inputs, f"{title}, gap closed", headline=True
+            "gap_closed", tuple(inputs.values()), f"{title}, gap closed", headline=True
         )
     predicted = probes["pretrained"][1].argmax(axis=1)
     return Measured(
         Outcomes(
-            [records.record_ids[row] for row in rows[1]],
-            [records.sources[row] for row in rows[1]],
-            {
-                f"correct_{name}_{n}": top_k_hits(scores, labels, 1)
-                for n, (_, scores) in probes.items()
-            },
+            [records.record_ids[row] for row in test_rows],
+            [records.sources[row] for row in test_rows],
+            {inputs[n]: top_k_hits(scores, labels, 1) for n, (_, scores) in probes.items()},
         ),
         metrics,
         details={
@@ -435,50 +502,46 @@ def measure_probe(
 
 
 def noise_control(
-    config: ml_collections.ConfigDict,
+    run: PretrainedRun,
     section: ml_collections.ConfigDict,
-    spec: RenderSpec,
     train: UsableRecords,
     test: UsableRecords,
     *,
     threads: int,
 ) -> NullControl:
-    """Runs the null controls of a rendering on records of stationary noise.
+    """Runs the null controls of a run's rendering on records of stationary noise.
 
     Args:
-        config: config of a pretraining run.
         section: settings, `evaluation.null` of `configs/evaluate.py`.
-        spec: rendering under test.
         train: records that the networks are trained on.
         test: records that they are tested on.
         threads: records rendered at a time.
     """
-    combinations = 2 * len(config.views.speeds)  # of direction and speed
+    speeds, seed = len(run.config.views.speeds), run.config.seed
     rendered = [
         render_null_views(
-            records,
-            spec,
-            views=views * combinations,
-            seed=config.seed + number,
-            threads=threads,
+            records, run.spec, views=views * 2 * speeds, seed=seed + number, threads=threads
         )
         for number, (records, views) in enumerate(
             ((train, section.train_views), (test, section.test_views))
         )
     ]
+    encoders = run.source.encoders
     return null_control(
         *rendered,
-        encoders=_encoders(config),
-        prepare=_prepare(config),
-        num_speeds=len(config.views.speeds),
+        encoders={modality: encoder.module for modality, encoder in encoders.items()},
+        prepare={
+            modality: encoder.preprocess.standardise for modality, encoder in encoders.items()
+        },
+        num_speeds=speeds,
         spec=FitSpec(**section.fit),
-        seed=config.seed,
+        seed=seed,
     )
 
 
 def trivial_statistics(
     video: np.ndarray, log_mel: np.ndarray, *, cells: int
-) -> Mapping[str, np.ndarray]:
+) -> dict[str, np.ndarray]:
     """Describes views by statistics that know nothing of motion or of fine structure.
 
     Args:

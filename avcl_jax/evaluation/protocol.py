@@ -25,17 +25,10 @@ from avcl_jax.paths import write_bytes
 
 RESULTS, OUTCOMES, REPORT = "results.json", "outcomes.npz", "report.html"
 
+# Packages that decide the numbers.
 _PACKAGES = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "grain",
-    "librosa",
-    "av",
-    "numpy",
-    "scikit-learn",
+    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint"),
+    *("grain", "librosa", "av", "numpy", "scikit-learn"),
 )
 
 
@@ -43,11 +36,8 @@ _PACKAGES = (
 class Protocol:
     """Identity and definition of a protocol.
 
-    Attributes:
-        name: name in results.json.
-        version: version, raised whenever the same encoder and data would get other metrics.
-        title: title of the report.
-        definition: sentences that define the metrics, enough to compute them again.
+    `version` is raised whenever the same encoder and data would get other metrics. The sentences of
+    `definition` define the metrics, enough to compute them again.
     """
 
     name: str
@@ -61,7 +51,7 @@ class Metric:
     """Definition of one metric by outcomes.
 
     Attributes:
-        kind: a key of `significance.STATISTICS`.
+        kind: a key of `STATISTICS`.
         inputs: names of the arrays of `Outcomes.values` that it takes.
         what: title, such as "R@5".
         unit: "share", shown in %, or "number".
@@ -99,8 +89,7 @@ class Measured:
     """Results of a protocol.
 
     Attributes:
-        outcomes: values by unit.
-        metrics: metrics by name; the names are the keys of results.json.
+        metrics: metrics by their names in results.json.
         details: further results, JSON.
         sections: HTML sections of the report, made by `evaluation.page`.
         view: further keys of results.json, next to those of every protocol.
@@ -128,15 +117,12 @@ def write_outcomes(path: epath.Path, outcomes: Outcomes) -> None:
     count = len(outcomes.units)
     if len(set(outcomes.units)) != count:
         raise UserError(f"{count} units have only {len(set(outcomes.units))} names")
-    lengths = {name: len(values) for name, values in outcomes.values.items()}
-    lengths["sources"] = len(outcomes.sources)
-    wrong = {name: length for name, length in lengths.items() if length != count}
-    if wrong:
-        raise UserError(f"there are {count} units, but {wrong}")
     arrays: dict[str, Any] = {
-        "units": np.array(outcomes.units, dtype=np.str_),
-        "sources": np.array(outcomes.sources, dtype=np.str_),
+        name: np.array(getattr(outcomes, name), dtype=np.str_) for name in ("units", "sources")
     }
+    lengths = {name: len(a) for name, a in [*outcomes.values.items(), *arrays.items()]}
+    if wrong := {name: length for name, length in lengths.items() if length != count}:
+        raise UserError(f"there are {count} units, but {wrong}")
     arrays |= {f"value_{name}": values for name, values in outcomes.values.items()}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
@@ -152,12 +138,9 @@ def read_outcomes(path: epath.PathLike) -> Outcomes:
     path = epath.Path(path)
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-            values = {
-                name.removeprefix("value_"): arrays[name]
-                for name in arrays.files
-                if name.startswith("value_")
-            }
-            return Outcomes(arrays["units"].tolist(), arrays["sources"].tolist(), values)
+            units, sources = arrays["units"].tolist(), arrays["sources"].tolist()
+            names = [name.partition("value_")[2] for name in arrays.files]
+            return Outcomes(units, sources, {n: arrays[f"value_{n}"] for n in names if n})
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run the protocol again") from None
     except (ValueError, KeyError, OSError) as error:
@@ -175,18 +158,16 @@ def inputs_of(
     Raises:
         UserError: if nothing measured one of the arrays.
     """
-    kept = dataclasses.asdict(metric) if isinstance(metric, Metric) else metric
-    names = [*kept["inputs"], *([] if kept["chosen"] is None else [kept["chosen"]])]
+    fields = vars(metric) if isinstance(metric, Metric) else metric
+    mask = fields["chosen"]
+    names = [*fields["inputs"], *([mask] if mask else [])]
     if missing := [name for name in names if name not in outcomes.values]:
         raise UserError(
-            f"{kept['what']} needs the outcomes {', '.join(missing)}, which nothing measured"
+            f"{fields['what']} needs the outcomes {', '.join(missing)}, which nothing measured"
         )
-    arrays = [np.asarray(outcomes.values[name]) for name in kept["inputs"]]
-    sources = np.array(outcomes.sources)
-    if kept["chosen"] is None:
-        return arrays, sources
-    chosen = np.asarray(outcomes.values[kept["chosen"]], bool)
-    return [array[chosen] for array in arrays], sources[chosen]
+    rows = np.flatnonzero(outcomes.values[mask]) if mask else slice(None)
+    arrays = [np.asarray(outcomes.values[name])[rows] for name in fields["inputs"]]
+    return arrays, np.array(outcomes.sources)[rows]
 
 
 def merge(
@@ -201,10 +182,9 @@ def merge(
     values: dict[str, np.ndarray] = {}
     metrics: dict[str, Metric] = {}
     for mask, part in parts.items():
-        rows = np.array([place[unit] for unit in part.outcomes.units], int)
-        if mask and part.metrics:
-            values[mask] = np.isin(np.arange(len(units)), rows)
-        for name, array in part.outcomes.values.items():
+        rows = [place[unit] for unit in part.outcomes.units]
+        marked = {mask: np.ones(len(rows), bool)} if mask and part.metrics else {}
+        for name, array in (marked | dict(part.outcomes.values)).items():
             values[name] = np.zeros((len(units), *array.shape[1:]), array.dtype)
             values[name][rows] = array
         for name, metric in part.metrics.items():
@@ -221,19 +201,13 @@ def point_values(measured: Measured) -> dict[str, float | None]:
 
 
 def estimate(measured: Measured, *, resamples: int, seed: int) -> dict[str, dict[str, Any]]:
-    """Returns what results.json says of every metric: value, interval, and how to get them.
-
-    Raises:
-        UserError: if a metric needs outcomes that nothing measured.
-    """
+    """Returns the entry of every metric in results.json: value, interval, and how to get them."""
     metrics = {}
     for name, metric in measured.metrics.items():
         inputs, sources = inputs_of(metric, measured.outcomes)
-        interval = (
-            bootstrap(metric.kind, inputs, sources, resamples=resamples, seed=seed)
-            if len(sources)
-            else Interval(np.nan, np.nan, np.nan)  # no unit is chosen for it
-        )
+        interval = Interval(np.nan, np.nan, np.nan)
+        if len(sources):  # else no unit is chosen for it
+            interval = bootstrap(metric.kind, inputs, sources, resamples=resamples, seed=seed)
         metrics[name] = {key: finite(value) for key, value in interval._asdict().items()} | {
             "chance": None if metric.chance is None else finite(metric.chance),
             "kind": metric.kind,
@@ -254,7 +228,6 @@ class Stages:
     """Prints and records the duration of each stage."""
 
     def __init__(self) -> None:
-        """Starts the clock."""
         self.seconds: dict[str, float] = {}
         self._began = time.monotonic()
 
@@ -273,12 +246,7 @@ class Stages:
         return time.monotonic() - self._began
 
 
-def write_text(path: epath.Path, content: str) -> None:
-    """Writes a file, whole or not at all."""
-    write_bytes(path, content.encode())
-
-
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that decide the numbers."""
-    found = {"python": platform.python_version(), "platform": sys.platform}
-    return found | {name: importlib.metadata.version(name) for name in _PACKAGES}
+    interpreter = {"python": platform.python_version(), "platform": sys.platform}
+    return interpreter | {name: importlib.metadata.version(name) for name in _PACKAGES}

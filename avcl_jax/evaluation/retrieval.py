@@ -11,7 +11,6 @@ counts first.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,26 +19,14 @@ import numpy as np
 from etils import epath
 from sklearn.neighbors import NearestNeighbors
 
-from avcl_jax.batched import cache_key
-from avcl_jax.data.clips import ClipRecords
 from avcl_jax.data.selection import Modality, UsableRecords
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.driver import Context, run_protocol
 from avcl_jax.evaluation.features import record_features
 from avcl_jax.evaluation.page import section, table
 from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol
-from avcl_jax.evaluation.splits import (
-    Trial,
-    clip_splits,
-    numbered_sides,
-)
-from avcl_jax.evaluation.views import (
-    check_pairs,
-    open_run,
-    speed_indices,
-    view_features,
-    view_map,
-)
+from avcl_jax.evaluation.splits import Trial, clip_splits, numbered_sides
+from avcl_jax.evaluation.views import check_pairs, encode, fixed_views, open_run, speed_indices
 
 VIDEO_RETRIEVAL = Protocol(
     name="video_retrieval",
@@ -88,62 +75,14 @@ _SHOWN = 5  # queries in the report, each with this many results
 TIE_TOLERANCE = 1e-6
 
 
-@dataclasses.dataclass(frozen=True)
-class RetrievalScores:
-    """Ranks of the first relevant items in a gallery.
-
-    Attributes:
-        ranks: int64 [queries], counted from 1.
-        gallery: number of items.
-        chance: R@k of a random order of the gallery, by k.
-    """
-
-    ranks: np.ndarray
-    gallery: int
-    chance: dict[int, float]
-
-    def hits(self, k: int) -> np.ndarray:
-        """Returns float64 [queries], 1 with a relevant item within the first k."""
-        return (self.ranks <= k).astype(np.float64)
-
-    def recall(self, k: int) -> float:
-        """Returns R@k, the mean of `hits`."""
-        return float(np.mean(self.hits(k)))
-
-    def outcomes(
-        self, suffix: str, key: str, what: str
-    ) -> tuple[dict[str, np.ndarray], dict[str, Metric]]:
-        """Returns outcomes by query, and the metrics R@k.
-
-        Args:
-            suffix: appended to the names of outcomes.
-            key: name of the metrics, with {} for "r5" and so on.
-            what: appended to the titles of metrics.
-        """
-        values, metrics = {f"rank{suffix}": self.ranks}, {}
-        for k, chance in self.chance.items():
-            values[f"hit{k}{suffix}"] = self.hits(k)
-            metrics[key.format(f"r{k}")] = Metric(
-                "mean",
-                (f"hit{k}{suffix}",),
-                f"R@{k}, {what}" if what else f"R@{k}",
-                chance=chance,
-                headline=k in (1, 5),
-            )
-        return values, metrics
-
-
 def normalise(vectors: np.ndarray) -> np.ndarray:
     """Returns float32 [n, D] vectors scaled to unit length; a zero vector stays zero.
 
     Raises:
-        ValueError: if a value is not finite or the array is not a matrix.
+        ValueError: if a value is not finite.
     """
     vectors = np.asarray(vectors, dtype=np.float32)
-    if vectors.ndim != 2:
-        raise ValueError(f"expected vectors [n, D], got shape {vectors.shape}")
-    if not np.isfinite(vectors).all():
-        rows = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if (rows := np.flatnonzero(~np.isfinite(vectors).all(axis=1))).size:
         raise ValueError(
             f"{len(rows)} of {len(vectors)} vectors are not finite, first row {rows[0]}"
         )
@@ -176,25 +115,13 @@ def first_relevant_ranks(
             twice, first to find the best relevant one and then to count what stands before it.
 
     Raises:
-        ValueError: if shapes do not match.
         UserError: if a query has no relevant item, so that its rank is undefined.
     """
     queries, gallery = normalise(queries), normalise(gallery)
-    query_ids, gallery_ids = np.asarray(query_ids), np.asarray(gallery_ids)
-    if queries.shape[1] != gallery.shape[1]:
-        raise ValueError(
-            f"queries are {queries.shape[1]}-d and the gallery is {gallery.shape[1]}-d"
-        )
-    if query_ids.shape != queries.shape[:1] or gallery_ids.shape != gallery.shape[:1]:
-        raise ValueError(
-            f"identities {query_ids.shape} and {gallery_ids.shape} do not match "
-            f"{len(queries)} queries and {len(gallery)} items"
-        )
-    missing = ~np.isin(query_ids, gallery_ids)
-    if missing.any():
+    if (missing := query_ids[~np.isin(query_ids, gallery_ids)]).size:
         raise UserError(
-            f"{int(missing.sum())} queries have no relevant item in the gallery, first identity "
-            f"{query_ids[missing][0]}; leave them out"
+            f"{missing.size} queries have no relevant item in the gallery, first identity "
+            f"{missing[0]}; leave them out"
         )
 
     def blocks(rows: slice) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -214,35 +141,45 @@ def first_relevant_ranks(
     return ranks
 
 
-def retrieval_scores(
+def rank_queries(
     queries: np.ndarray,
     gallery: np.ndarray,
     *,
     query_ids: np.ndarray,
     gallery_ids: np.ndarray,
     recall_at: Sequence[int],
-) -> RetrievalScores:
-    """Ranks the gallery for every query; takes the arguments of `first_relevant_ranks`.
+    suffix: str = "",
+    what: str = "",
+) -> tuple[dict[str, np.ndarray], dict[int, Metric]]:
+    """Returns outcomes by query, and the metrics R@k by k.
+
+    Takes the arguments of `first_relevant_ranks`, and raises the same.
 
     Args:
         recall_at: the k of R@k; 1 is always added, and a k above the size of the gallery left out.
-
-    Raises:
-        UserError: if a query has no relevant item.
+        suffix: appended to the names of outcomes, which are `rank` and `hit5` for k = 5.
+        what: appended to the titles of metrics.
     """
     ranks = first_relevant_ranks(queries, gallery, query_ids=query_ids, gallery_ids=gallery_ids)
     ks = sorted({1, *(k for k in recall_at if k <= len(gallery))})
-    return RetrievalScores(ranks, len(gallery), chance_recall(query_ids, gallery_ids, ks))
+    values, metrics = {f"rank{suffix}": ranks}, {}
+    for k, chance in chance_recall(query_ids, gallery_ids, ks).items():
+        name = f"hit{k}{suffix}"
+        values[name] = (ranks <= k).astype(np.float64)
+        headline = k in (1, 5)
+        metrics[k] = Metric("mean", (name,), f"R@{k}{what}", chance=chance, headline=headline)
+    return values, metrics
 
 
-def check_recall_at(recall_at: Sequence[int], *, setting: str) -> None:
-    """Refuses values of K for R@K that are not positive whole numbers.
+def check_recall_at(config: ml_collections.ConfigDict) -> None:
+    """Refuses values of k for R@k that are not positive whole numbers.
 
     Raises:
-        UserError: naming `setting`.
+        UserError: naming them.
     """
+    recall_at = tuple(config.evaluation.recall_at)
     if not all(isinstance(k, int) and k >= 1 for k in recall_at):
-        raise UserError(f"{setting} {tuple(recall_at)} must be whole numbers of at least 1")
+        raise UserError(f"evaluation.recall_at {recall_at} must be whole numbers of at least 1")
 
 
 def chance_recall(
@@ -254,8 +191,8 @@ def chance_recall(
         query_ids: int [q], identity of each query.
         gallery_ids: int [g], identity of each item.
     """
-    identities, counts = np.unique(np.asarray(gallery_ids), return_counts=True)
-    relevant = counts[np.searchsorted(identities, np.asarray(query_ids))]
+    identities, counts = np.unique(gallery_ids, return_counts=True)
+    relevant = counts[np.searchsorted(identities, query_ids)]
     size = len(gallery_ids)
 
     def hit(k: int) -> np.ndarray:
@@ -288,9 +225,8 @@ def video_retrieval(
     Raises:
         UserError: if encoder, records and protocol do not fit.
     """
-    check_recall_at(config.evaluation.recall_at, setting="evaluation.recall_at")
+    check_recall_at(config)
     data = config.data
-
     sides, number = numbered_sides(data), f"split{data.official_split}"
     if number not in sides:
         raise UserError(
@@ -318,26 +254,27 @@ def video_retrieval(
         values: dict[str, np.ndarray] = {}
         metrics: dict[str, Metric] = {}
         with context.stages("ranking"):
-            for name in of_queries:
-                scores = retrieval_scores(
-                    of_queries[name],
+            for name, vectors in of_queries.items():
+                suffix = f"_{name}" if name else ""
+                ranked, recalls = rank_queries(
+                    vectors,
                     of_gallery[name],
                     query_ids=ids,
                     gallery_ids=gallery_ids,
                     recall_at=tuple(config.evaluation.recall_at),
+                    suffix=suffix,
+                    what=f", {name} encoder" if name else "",
                 )
-                suffix = f"_{name}" if name else ""
-                what = f"{name} encoder" if name else ""
-                more_values, more_metrics = scores.outcomes(suffix, "{}" + suffix, what)
-                values |= more_values
-                metrics |= more_metrics
+                values |= ranked
+                metrics |= {f"r{k}{suffix}": metric for k, metric in recalls.items()}
         rows = np.linspace(0, len(queries) - 1, _SHOWN).astype(int)
         items = nearest(of_queries[""][rows], of_gallery[""], k=_SHOWN)
+        names, gallery_names = (
+            [f"{name} ({classes[label]})" for name, label in zip(side.record_ids, of, strict=True)]
+            for side, of in ((queries, ids), (gallery, gallery_ids))
+        )
         neighbours = [
-            [
-                _described(queries, int(row), ids, classes),
-                *(_described(gallery, int(item), gallery_ids, classes) for item in of_query),
-            ]
+            [names[row], *(gallery_names[item] for item in of_query)]
             for row, of_query in zip(rows, items, strict=True)
         ]
         return Measured(
@@ -364,70 +301,50 @@ def video_retrieval(
     return run_protocol(VIDEO_RETRIEVAL, config, workdir, [split], compute=compute, measure=measure)
 
 
-def _described(clips: ClipRecords, row: int, ids: np.ndarray, classes: Sequence[str]) -> str:
-    return f"{clips.record_ids[row]} ({classes[int(ids[row])]})"
-
-
-def cross_modal_scores(
-    features: Mapping[str, np.ndarray], network: str, recall_at: Sequence[int]
-) -> dict[str, RetrievalScores]:
-    """Ranks the other halves of all records, in both directions.
-
-    Args:
-        features: outputs of `views.view_features`.
-        network: name of the network whose embeddings are compared.
-        recall_at: the k of R@k.
-
-    Returns:
-        By the names of `DIRECTIONS`; nothing if the network or the records lack a modality.
-    """
-    both = features["has_video"] & features["has_audio"]
-    names = {m: f"{network}/{m}_embeddings" for m in ("video", "audio")}
-    if not both.any() or any(name not in features for name in names.values()):
-        return {}
-    ids = features["record_index"][both]
-    return {
-        direction: retrieval_scores(
-            features[names[query]][both],
-            features[names[target]][both],
-            query_ids=ids,
-            gallery_ids=ids,
-            recall_at=recall_at,
-        )
-        for direction, (query, target) in DIRECTIONS.items()
-    }
-
-
 def measure_cross_modal(
     records: UsableRecords,
     features: Mapping[str, np.ndarray],
     network: str,
     recall_at: Sequence[int],
 ) -> Measured:
-    """Returns outcomes by ranked record, and the metrics of both directions.
+    """Returns outcomes by record with video and audio, and the metrics of both directions.
+
+    There are none if the network or all records lack a modality.
 
     Args:
         records: records, in the order of `features`.
-        features: outputs of `views.view_features`.
+        features: outputs of `PretrainedRun.features` for the `fixed_views` of the records.
         network: name of the network whose embeddings are compared.
         recall_at: the k of R@k.
     """
+    keys = {modality: f"{network}/{modality}_embeddings" for modality in ("video", "audio")}
+    known = (
+        features["has_video"] & features["has_audio"] & all(k in features for k in keys.values())
+    )
+    both = np.flatnonzero(known)
+    embeddings = {m: features[key][both] for m, key in keys.items() if len(both)}
     values: dict[str, np.ndarray] = {}
     metrics: dict[str, Metric] = {}
-    scores = cross_modal_scores(features, network, recall_at)
-    for direction, ranked in scores.items():
-        what = direction.replace("_to_", " → ")
-        of_direction = ranked.outcomes(f"_{direction}", f"{direction}_{{}}", what)
-        values |= of_direction[0]
-        metrics |= of_direction[1]
+    for direction, (query, target) in DIRECTIONS.items() if embeddings else ():
+        what, ids = f", {direction.replace('_to_', ' → ')}", features["record_index"][both]
+        ranked, recalls = rank_queries(
+            embeddings[query],
+            embeddings[target],
+            query_ids=ids,
+            gallery_ids=ids,
+            recall_at=recall_at,
+            suffix=f"_{direction}",
+            what=what,
+        )
+        values |= ranked
+        metrics |= {f"{direction}_r{k}": metric for k, metric in recalls.items()}
         metrics[f"{direction}_median_rank"] = Metric(
             "median",
             (f"rank_{direction}",),
-            f"median rank, {what}",
+            f"median rank{what}",
             unit="number",
-            chance=(ranked.gallery + 1) / 2,
+            chance=(len(both) + 1) / 2,
         )
-    both = np.flatnonzero(features["has_video"] & features["has_audio"] & bool(scores))
     names, sources = records.record_ids, records.sources
     return Measured(
         Outcomes([names[row] for row in both], [sources[row] for row in both], values),
@@ -437,11 +354,8 @@ def measure_cross_modal(
             "left_out": records.num_selected - len(both),
             # Spread over records: 0 if all embeddings have become the same.
             "embedding_std": {
-                f"{modality}_embeddings": float(
-                    features[f"{network}/{modality}_embeddings"][both].std(axis=0).mean()
-                )
-                for modality in ("video", "audio")
-                if scores
+                f"{modality}_embeddings": float(vectors.std(axis=0).mean())
+                for modality, vectors in embeddings.items()
             },
         },
     )
@@ -457,6 +371,7 @@ def audio_video_retrieval(
         UserError: if the run trained one modality, or no record has both.
     """
     settings = config.features
+    check_recall_at(config)
     check_pairs(len(settings.speeds) * settings.clips)
     run, records = open_run(config)
     if run.config.modalities != "audio_visual":
@@ -466,35 +381,27 @@ def audio_video_retrieval(
         )
     speeds = speed_indices(settings.speeds, run.config.views.speeds, setting="features.speeds")
 
+    def render(position: int) -> dict[str, Any]:
+        return fixed_views(records, position, run.spec, speeds=speeds, clips=settings.clips)
+
     def compute(context: Context) -> dict[str, np.ndarray]:
-        key = cache_key(run.source.fingerprint, run.heads, records.fingerprint, settings.to_dict())
         with context.stages("embeddings"):
-            return view_features(
-                view_map(
-                    run, {"run": run.variables}, config.execution.chunk, config.execution.threads
-                ),
-                records,
-                run.spec,
-                speeds=speeds,
-                views_per_speed=settings.clips,
-                directory=context.directory / key,
-                part_records=config.execution.part_records,
-            )
+            return encode(context, run, run.features, render, records, key=[settings.to_dict()])
 
     def measure(context: Context, features: dict[str, np.ndarray]) -> Measured:
         with context.stages("ranking"):
-            measured = measure_cross_modal(
-                records, features, "run", tuple(config.evaluation.recall_at)
-            )
+            recall_at = tuple(config.evaluation.recall_at)
+            measured = measure_cross_modal(records, features, "run", recall_at)
         if not measured.metrics:
             raise UserError(f"no record of {records} has both video and audio")
         return measured
 
+    trials = [Trial("all", run.source, records)]
     return run_protocol(
         AUDIO_VIDEO_RETRIEVAL,
         config,
         workdir,
-        [Trial("all", run.source, records)],
+        trials,
         compute=compute,
         measure=measure,
         heads=run.heads,

@@ -16,9 +16,8 @@ from sklearn.manifold import TSNE
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from avcl_jax.data.selection import Modality
+from avcl_jax.data.selection import Modality, UsableRecords
 from avcl_jax.evaluation import charts
-from avcl_jax.evaluation.evaluated_run import EvaluationRecords
 from avcl_jax.evaluation.exhibits import Exhibits, bank_searches, bank_section, open_bank
 from avcl_jax.evaluation.page import as_text, matrices, section, table, text, times_chance
 from avcl_jax.evaluation.protocol import Measured
@@ -40,7 +39,7 @@ Arrays = Mapping[str, np.ndarray]
 
 def run_report(
     run: PretrainedRun,
-    records: EvaluationRecords,
+    records: UsableRecords,
     workdir: epath.Path,
     view: Mapping[str, Any],
     *,
@@ -62,7 +61,7 @@ def run_report(
     config = run.config
     examples = _Examples(run, records, train, test)
     sections = [
-        probe_section(view, probes, records.test.records.class_names),
+        probe_section(view, probes, records.records.class_names),
         temporal_section(view, config.views.speeds),
         *tasks.sections,
         retrieval_section(view["retrieval"], examples.retrieval()),
@@ -119,12 +118,12 @@ class _Examples:
     """Examples and maps of the test records by the outputs of the networks."""
 
     def __init__(
-        self, run: PretrainedRun, records: EvaluationRecords, train: Arrays, test: Arrays
+        self, run: PretrainedRun, records: UsableRecords, train: Arrays, test: Arrays
     ) -> None:
         self._config, self._settings = run.config, run.config.evaluation.report
         self._train, self._test = train, test
-        self._exhibits = Exhibits(records.test, run.spec, stills=self._settings.stills)
-        self._class_names = records.test.records.class_names
+        self._exhibits = Exhibits(records, run.spec, stills=self._settings.stills)
+        self._class_names = records.records.class_names
         self._rng = np.random.default_rng(run.config.seed)
 
     def _draw(self, count: int) -> list[int]:

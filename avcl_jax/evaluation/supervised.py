@@ -23,6 +23,7 @@ from avcl_jax.data.views import BACKWARD, FORWARD
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.temporal import TaskScore, score_task
 from avcl_jax.evaluation.views import MODALITY_INPUTS, random_views
+from avcl_jax.objectives.temporal import TASKS
 
 # A traced input transform, for instance uint8 pixels to standardised floats.
 Prepare = Callable[[Any], Any]
@@ -194,7 +195,7 @@ class NullControl:
     videos prove nothing.
 
     Attributes:
-        scores: scores by task, `speed_video`, `direction_video`, `speed_audio`, `direction_audio`.
+        scores: scores of the tasks of one view, by name: `speed_video`, `direction_audio`, ….
         train_loss: mean training loss of the last epoch, by modality.
         views: test views of each task.
     """
@@ -231,8 +232,8 @@ def render_null_views(
 
 
 def null_control(
-    train: Mapping[str, np.ndarray],
-    test: Mapping[str, np.ndarray],
+    train: Mapping[str, Any],
+    test: Mapping[str, Any],
     *,
     encoders: Mapping[str, nn.Module],
     prepare: Mapping[str, Prepare],
@@ -240,38 +241,38 @@ def null_control(
     spec: FitSpec,
     seed: int,
 ) -> NullControl:
-    """Trains one network per modality on speed and direction of noise; tests it on other noise.
+    """Trains one network per modality on the tasks of one view of noise; tests it on other noise.
 
     Args:
         train: arrays of `render_null_views`.
         test: arrays of other records.
         encoders: small unbound networks by modality.
     """
-    tasks = {"direction": 2, "speed": num_speeds}
     scores: dict[str, TaskScore] = {}
     losses: dict[str, float] = {}
     for modality, encoder in encoders.items():
+        tasks = {task.kind: task for task in TASKS.values() if task.reads == (modality,)}
 
-        def items(arrays: Mapping[str, np.ndarray], name: str, modality: str = modality) -> Any:
+        def items(arrays: Mapping[str, np.ndarray], values: Any, modality: str = modality) -> Any:
             """Views of all records as items of one view each, so that an epoch shows them all."""
-            values = arrays[name][arrays[f"has_{modality}"]]
-            return values.reshape(-1, 1, *values.shape[2:])
+            views = np.asarray(values)[arrays[f"has_{modality}"]]
+            return views.reshape(-1, 1, *views.shape[2:])
 
         fit = fit_classifier(
             encoder,
-            items(train, MODALITY_INPUTS[modality]),
-            {task: items(train, f"{modality}_{task}") for task in tasks},
-            classes=tasks,
+            items(train, train[MODALITY_INPUTS[modality]]),
+            {kind: items(train, task.labels(train)) for kind, task in tasks.items()},
+            classes={k: len(task.classes(range(num_speeds))) for k, task in tasks.items()},
             prepare=prepare[modality],
             spec=spec,
             seed=seed,
         )
-        views = items(test, MODALITY_INPUTS[modality])[:, 0]
+        views = items(test, test[MODALITY_INPUTS[modality]])[:, 0]
         logits = fit.predict(views, batch_size=spec.batch_size)
-        for task in tasks:
-            labels = items(test, f"{modality}_{task}")[:, 0]
+        for kind, task in tasks.items():
+            labels = items(test, task.labels(test))[:, 0]
             mask = np.ones(len(labels), dtype=bool)
-            scores[f"{task}_{modality}"] = score_task(logits[task], labels, mask, seed=seed)
+            scores[task.name] = score_task(logits[kind], labels, mask, seed=seed)
         losses[modality] = fit.losses[-1]
     scored = min(int(score.confusion.sum()) for score in scores.values())
     return NullControl(scores, losses, scored)

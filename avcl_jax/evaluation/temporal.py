@@ -5,7 +5,7 @@ python -m avcl_jax.main --config=configs/temporal.py --config.encoder=RUN
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from avcl_jax.batched import batched_map, cache_key, in_parts
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.driver import Context, run_protocol
@@ -23,13 +22,7 @@ from avcl_jax.evaluation.page import matrices, section
 from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol
 from avcl_jax.evaluation.splits import Trial
 from avcl_jax.evaluation.statistics import confusion_matrix
-from avcl_jax.evaluation.views import (
-    MODEL_INPUTS,
-    PretrainedRun,
-    drawn_pairs,
-    logit_function,
-    open_run,
-)
+from avcl_jax.evaluation.views import PretrainedRun, drawn_pairs, encode, open_run
 from avcl_jax.objectives.temporal import TASKS, temporal_targets
 
 PROTOCOL = Protocol(
@@ -132,38 +125,19 @@ def score_task(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray, *, seed
 
 
 def task_logits(
-    run: PretrainedRun,
-    records: UsableRecords,
-    directory: epath.PathLike,
-    *,
-    pairs: int,
-    seed: int,
-    chunk: int,
-    threads: int,
-    part_records: int,
+    context: Context, run: PretrainedRun, records: UsableRecords
 ) -> dict[str, np.ndarray]:
     """Returns logits and labels of pairs of views of records, [records, pairs, …] each.
 
-    Args:
-        run: run, whose heads are applied.
-        pairs: pairs of views of each record.
+    Reads `evaluation.pairs_per_video` and `seed` of the protocol's config.
     """
-    compute = batched_map(
-        logit_function(run.config, run.spec),
-        {"run": run.variables},
-        inputs=MODEL_INPUTS,
-        chunk=chunk,
-        threads=threads,
-    )
+    pairs, seed = context.config.evaluation.pairs_per_video, context.config.seed
 
-    def part(positions: Sequence[int]) -> dict[str, np.ndarray]:
-        arrays = compute(
-            lambda position: drawn_pairs(records, position, run.spec, pairs=pairs, seed=seed),
-            positions,
-        )
-        return {name.removeprefix("run/"): array for name, array in arrays.items()}
+    def render(position: int) -> dict[str, Any]:
+        return drawn_pairs(records, position, run.spec, pairs=pairs, seed=seed)
 
-    return in_parts(directory, len(records), part, rows=part_records)
+    arrays = encode(context, run, run.logits, render, records, key=(pairs, seed))
+    return {name.removeprefix("run/"): array for name, array in arrays.items()}
 
 
 def score_tasks(arrays: Mapping[str, np.ndarray], seed: int) -> dict[str, TaskScore]:
@@ -198,28 +172,20 @@ def measure_tasks(
     """
     scores, count = score_tasks(arrays, seed), len(records)
     values: dict[str, np.ndarray] = {}
+    metrics: dict[str, Metric] = {}
+    confusions = {}
     for name, score in scores.items():
         # A record counts as often as its views were scored; records are resampled whole.
-        values[f"correct_{name}"] = score.correct.reshape(count, -1).sum(axis=1)
-        values[f"scored_{name}"] = score.scored.reshape(count, -1).sum(axis=1)
+        inputs = f"correct_{name}", f"scored_{name}"
+        for key, views in zip(inputs, (score.correct, score.scored), strict=True):
+            values[key] = views.reshape(count, -1).sum(axis=1)
+        title, classes = TASKS[name].title, TASKS[name].classes(tuple(run.config.views.speeds))
+        metrics[name] = Metric("ratio", inputs, title, chance=score.chance, headline=True)
+        confusions[title] = score.confusion, classes
     lacking = len(records.lacking(tuple(run.source.encoders)))
-    speeds = tuple(run.config.views.speeds)
-    confusions = {
-        TASKS[name].title: (score.confusion, TASKS[name].classes(speeds))
-        for name, score in scores.items()
-    }
     return Measured(
         Outcomes(records.record_ids, records.sources, values),
-        {
-            name: Metric(
-                "ratio",
-                (f"correct_{name}", f"scored_{name}"),
-                TASKS[name].title,
-                chance=score.chance,
-                headline=True,
-            )
-            for name, score in scores.items()
-        },
+        metrics,
         details={
             "confusion": {name: score.confusion.tolist() for name, score in scores.items()},
             "views_scored": {name: int(score.scored.sum()) for name, score in scores.items()},
@@ -243,22 +209,10 @@ def temporal_tasks(
             defined, or a class of a task never occurs.
     """
     run, records = open_run(config)
-    settings = config.evaluation
 
     def compute(context: Context) -> dict[str, np.ndarray]:
-        pairs, seed = settings.pairs_per_video, config.seed
-        key = cache_key(run.source.fingerprint, run.heads, records.fingerprint, pairs, seed)
         with context.stages("views"):
-            return task_logits(
-                run,
-                records,
-                context.directory / key,
-                pairs=pairs,
-                seed=seed,
-                chunk=config.execution.chunk,
-                threads=config.execution.threads,
-                part_records=config.execution.part_records,
-            )
+            return task_logits(context, run, records)
 
     def measure(context: Context, arrays: dict[str, np.ndarray]) -> Measured:
         with context.stages("scores"):
@@ -267,12 +221,7 @@ def temporal_tasks(
             raise UserError(f"no temporal task is defined for a record of {records}")
         return measured
 
+    trials = [Trial("all", run.source, records)]
     return run_protocol(
-        PROTOCOL,
-        config,
-        workdir,
-        [Trial("all", run.source, records)],
-        compute=compute,
-        measure=measure,
-        heads=run.heads,
+        PROTOCOL, config, workdir, trials, compute=compute, measure=measure, heads=run.heads
     )

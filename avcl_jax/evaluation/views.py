@@ -13,29 +13,20 @@ import numpy as np
 from etils import epath
 
 from avcl_jax import experiment
-from avcl_jax.batched import Arrays, Render, batched_map, in_parts, stack
+from avcl_jax.batched import Render, batched_map, cache_key, in_parts, stack
 from avcl_jax.data.images import center_crop, random_crop
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.rendering import RenderSpec, describe, render_views
 from avcl_jax.data.selection import Selection, UsableRecords
-from avcl_jax.data.views import (
-    FORWARD,
-    Clip,
-    draw_views,
-    feasible_speeds,
-    fixed_clips,
-)
+from avcl_jax.data.views import Clip, draw_views, feasible_speeds, fixed_clips
 from avcl_jax.errors import UserError
+from avcl_jax.evaluation.driver import Context
 from avcl_jax.export.runs import EncoderSource, heads_digest, load_run, source_of_run
+from avcl_jax.objectives.temporal import TASKS
 from avcl_jax.training.inputs import prepare_inputs
 
 MODALITY_INPUTS = {"video": "video", "audio": "spectrogram"}
 MODEL_INPUTS = ("video", "spectrogram", "has_video", "has_audio")
-
-# Maps the variables of the joint model and stacked arrays of records to outputs of each record.
-Apply = Callable[[Any, Mapping[str, Any]], dict[str, jax.Array]]
-# Maps `render` and positions to outputs and other arrays of the records, as `batched_map`.
-RecordMap = Callable[[Render, Sequence[int]], dict[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +34,6 @@ class PretrainedRun:
     """A pretraining run with its heads.
 
     Attributes:
-        config: config of the run.
         source: its encoders.
         variables: variables of the joint model.
         step: training step of the checkpoint.
@@ -62,9 +52,18 @@ class PretrainedRun:
 
         Raises:
             ExportError: if `path` is not a run.
+            UserError: if the run is older than a temporal task, and lacks its head.
         """
         own, variables, step = load_run(path)
-        return cls(config or own, source_of_run(path, own, variables, step), variables, step)
+        source = source_of_run(path, own, variables, step)
+        needed = [n for n, task in TASKS.items() if source.encoders.keys() >= set(task.reads)]
+        known = [name for name in needed if f"{name}_head" in variables["params"]]
+        if lacking := [name for name in needed if name not in known]:
+            raise UserError(
+                f"{source.path} has heads of the temporal tasks {', '.join(known) or 'none'}, and "
+                f"lacks {', '.join(lacking)}: pretrain again, or use the version that trained it"
+            )
+        return cls(config or own, source, variables, step)
 
     @property
     def spec(self) -> RenderSpec:
@@ -75,6 +74,42 @@ class PretrainedRun:
     def heads(self) -> str:
         """Digest of the projection and temporal heads."""
         return heads_digest(self.variables)
+
+    def outputs(self, variables: Any, pairs: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Maps pairs of views, as training batches have them, to all outputs of the model."""
+        model: Any = experiment.audio_visual_model(self.config)
+        mean, std = self.config.pixels.mean, self.config.pixels.std
+        inputs: Any = prepare_inputs(
+            pairs, self.spec, pixel_mean=mean, pixel_std=std, augmentation=None, key=None
+        )
+        return model.apply(variables, **inputs, train=False)
+
+    def features(self, variables: Any, arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Maps stacked `fixed_views` to features and embeddings.
+
+        Returns:
+            float32 [videos, channels] arrays `video_features`, `audio_features`,
+            `video_embeddings` and `audio_embeddings`. Features are means over the views. Embeddings
+            of all views are concatenated, so that the cosine of two videos is the mean similarity
+            of their views of the same times: video and audio share when something happens, which a
+            mean over views would drop.
+        """
+        videos = arrays["has_video"].shape[0]
+        outputs = {}
+        for name, value in self.outputs(variables, as_pairs(arrays)).items():
+            by_view = value.reshape(videos, -1, value.shape[-1])
+            if name.endswith("_features"):
+                outputs[name] = by_view.mean(axis=1)
+            elif name.endswith("_embeddings"):
+                outputs[name] = by_view.reshape(videos, -1)
+        return outputs
+
+    def logits(self, variables: Any, arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Maps stacked `drawn_pairs` to logits [videos, pairs, …] of all temporal tasks."""
+        videos, pairs = arrays["has_video"].shape
+        flat = {name: value.reshape(-1, *value.shape[2:]) for name, value in arrays.items()}
+        outputs = self.outputs(variables, flat)
+        return {n: v.reshape(videos, pairs, *v.shape[1:]) for n, v in outputs.items() if n in TASKS}
 
 
 def host_render_spec(config: ml_collections.ConfigDict) -> RenderSpec:
@@ -124,21 +159,21 @@ def fixed_views(
     spec: RenderSpec,
     *,
     speeds: Sequence[int],
-    views_per_speed: int,
-    direction: int = FORWARD,
+    clips: int,
 ) -> dict[str, Any]:
-    """Uniformly spaced centre-crop views of one record, for evaluation.
+    """Renders uniformly spaced centre-crop views of one record, forward.
 
     Args:
         speeds: indices into `spec.views.speeds`, as `data.views.fixed_clips` takes them.
+        clips: views at each speed.
 
     Returns:
-        As `render_views`, plus `describe`, with len(speeds) * views_per_speed views.
+        As `render_views`, plus `describe`, with len(speeds) * clips views.
     """
     index, record, use = source[position]
-    clips = fixed_clips(use, spec.views, speeds, views_per_speed, direction)
+    views = fixed_clips(use, spec.views, speeds, clips)
     crop = center_crop(max(record.height, 1), max(record.width, 1))
-    arrays = render_views(record, use, clips, clips, [crop] * len(clips), spec)
+    arrays = render_views(record, use, views, views, [crop] * len(views), spec)
     # Views of a record are averaged, so that it has audio even if some of them are silent.
     described = describe(index, record, source.records)
     return arrays | described | {"has_audio": np.bool_(use.has_audio)}
@@ -169,11 +204,8 @@ def random_views(
         As `render_views` and `describe`, with `views` views.
     """
     index, record, use = source[position]
-    use = dataclasses.replace(
-        use,
-        has_video=use.has_video and "video" in modalities,
-        has_audio=use.has_audio and "audio" in modalities,
-    )
+    has = {f"has_{m}": getattr(use, f"has_{m}") and m in modalities for m in MODALITY_INPUTS}
+    use = dataclasses.replace(use, **has)
     rng = np.random.default_rng(np.random.SeedSequence([seed, position]))
     feasible = feasible_speeds(use, spec.views)
     usable = [speed for speed in speeds if speed in feasible] or feasible[:1]
@@ -218,114 +250,42 @@ def drawn_pairs(
     return stack(rows)
 
 
-def view_map(
-    run: PretrainedRun, networks: Mapping[str, Any], chunk: int, threads: int
-) -> RecordMap:
-    """Returns the map of records to features and embeddings of networks of the run's shape."""
-    function = feature_function(run.config, run.spec)
-    return batched_map(function, networks, inputs=MODEL_INPUTS, chunk=chunk, threads=threads)
-
-
-def view_features(
-    compute: RecordMap,
+def encode(
+    context: Context,
+    run: PretrainedRun,
+    function: Callable[[Any, Mapping[str, Any]], dict[str, jax.Array]],
+    render: Render,
     records: UsableRecords,
-    spec: RenderSpec,
     *,
-    speeds: Sequence[int],
-    views_per_speed: int,
-    directory: epath.PathLike,
-    part_records: int,
-    describe_views: Callable[[Arrays], Arrays] | None = None,
-    keep: Callable[[str], bool] | None = None,
+    key: Sequence[Any],
+    networks: Mapping[str, Any] | None = None,
+    keep: Callable[[str], bool] = lambda name: True,
 ) -> dict[str, np.ndarray]:
-    """Returns features and embeddings of the `fixed_views` of records, in parts.
+    """Maps rendered records to outputs of networks, as `batched_map`, in cached parts.
 
     Args:
-        compute: map of `view_map`.
-        describe_views: further arrays of a record from its rendered views.
-        keep: tells by name which arrays are stored and returned; None keeps all.
+        function: `run.features` or `run.logits`.
+        key: further identity of the arrays, JSON, besides run and records.
+        networks: variables of the joint model by name; None for {"run": those of the run}.
+        keep: tells by name which arrays are stored and returned.
 
     Returns:
         Arrays [records, …] in process 0, nothing elsewhere.
     """
-
-    def render(position: int) -> dict[str, Any]:
-        arrays = fixed_views(
-            records, position, spec, speeds=speeds, views_per_speed=views_per_speed
-        )
-        return arrays | dict(describe_views(arrays) if describe_views else {})
+    settings = context.config.execution
+    compute = batched_map(
+        function,
+        {"run": run.variables} if networks is None else networks,
+        inputs=MODEL_INPUTS,
+        chunk=settings.chunk,
+        threads=settings.threads,
+    )
 
     def part(positions: Sequence[int]) -> dict[str, np.ndarray]:
-        arrays = compute(render, positions)
-        return {name: array for name, array in arrays.items() if keep is None or keep(name)}
+        return {name: a for name, a in compute(render, positions).items() if keep(name)}
 
-    return in_parts(directory, len(records), part, rows=part_records)
-
-
-def feature_function(config: ml_collections.ConfigDict, spec: RenderSpec) -> Apply:
-    """Returns a function from stacked `fixed_views` to features and embeddings, for `batched_map`.
-
-    Args:
-        spec: rendering, with the spectrogram made on the host.
-
-    Returns:
-        A pure function to float32 [videos, channels] arrays `video_features`, `audio_features`,
-        `video_embeddings` and `audio_embeddings`. Features are means over the views. Embeddings of
-        all views are concatenated, so that the cosine of two videos is the mean similarity of their
-        views of the same times: video and audio share when something happens, which a mean over
-        views would drop.
-    """
-    outputs_of = _model_function(config, spec)
-
-    def features(variables: Any, arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
-        videos = arrays["has_video"].shape[0]
-        outputs = {}
-        for name, value in outputs_of(variables, as_pairs(arrays)).items():
-            by_view = value.reshape(videos, -1, value.shape[-1])
-            if name.endswith("_features"):
-                outputs[name] = by_view.mean(axis=1)
-            elif name.endswith("_embeddings"):
-                outputs[name] = by_view.reshape(videos, -1)
-        return outputs
-
-    return features
-
-
-def logit_function(config: ml_collections.ConfigDict, spec: RenderSpec) -> Apply:
-    """Returns a function from stacked `drawn_pairs` to logits of all temporal tasks.
-
-    The arrays of the result are [videos, pairs, …], named as the outputs of the joint model.
-    """
-    outputs_of = _model_function(config, spec)
-
-    def logits(variables: Any, arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
-        videos, pairs = arrays["has_video"].shape
-        flat = {name: value.reshape(-1, *value.shape[2:]) for name, value in arrays.items()}
-        return {
-            name: value.reshape(videos, pairs, *value.shape[1:])
-            for name, value in outputs_of(variables, flat).items()
-            if not name.endswith(("_features", "_embeddings"))
-        }
-
-    return logits
-
-
-def _model_function(config: ml_collections.ConfigDict, spec: RenderSpec) -> Apply:
-    """Returns a function from pairs of views, as training batches have them, to all outputs."""
-    model: Any = experiment.audio_visual_model(config)
-
-    def outputs(variables: Any, pairs: Mapping[str, Any]) -> dict[str, jax.Array]:
-        inputs: Any = prepare_inputs(
-            pairs,
-            spec,
-            pixel_mean=config.pixels.mean,
-            pixel_std=config.pixels.std,
-            augmentation=None,
-            key=None,
-        )
-        return model.apply(variables, **inputs, train=False)
-
-    return outputs
+    name = cache_key(run.source.fingerprint, run.heads, records.fingerprint, *key)
+    return in_parts(context.directory / name, len(records), part, rows=settings.part_records)
 
 
 def check_pairs(views: int) -> None:
@@ -352,9 +312,6 @@ def as_pairs(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """
     views = arrays["video"].shape[1]
     check_pairs(views)
-    return {
-        "video": arrays["video"].reshape(-1, 2, *arrays["video"].shape[2:]),
-        "spectrogram": arrays["spectrogram"].reshape(-1, 2, *arrays["spectrogram"].shape[2:]),
-        "has_video": arrays["has_video"].repeat(views // 2),
-        "has_audio": arrays["has_audio"].repeat(views // 2),
-    }
+    media, masks = ("video", "spectrogram"), ("has_video", "has_audio")
+    pairs = {name: arrays[name].reshape(-1, 2, *arrays[name].shape[2:]) for name in media}
+    return pairs | {name: arrays[name].repeat(views // 2) for name in masks}

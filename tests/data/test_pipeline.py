@@ -258,7 +258,7 @@ def test_training_on_one_modality_is_one_line(source, modality):
 
 
 def test_fixed_views_are_the_same_each_time_and_evenly_spaced(source):
-    arguments = {"speeds": (1, 3), "views_per_speed": 3, "direction": FORWARD}
+    arguments = {"speeds": (1, 3), "clips": 3}
     first = fixed_views(source, 0, SPEC, **arguments)
     assert first["video"].shape == (6, 8, 32, 32, 3)
     np.testing.assert_array_equal(first["video_speed"], [1, 1, 1, 3, 3, 3])

@@ -14,11 +14,10 @@ from avcl_jax.data.records import RecordDataset
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.classification import run_linear_probe
 from avcl_jax.evaluation.compare import compare_runs, read_run
-from avcl_jax.evaluation.evaluate import evaluate
-from avcl_jax.evaluation.evaluated_run import open_evaluated_run
+from avcl_jax.evaluation.evaluate import evaluate, open_evaluation_records
 from avcl_jax.evaluation.protocol import OUTCOMES, read_outcomes
 from avcl_jax.export import load_encoder
-from avcl_jax.export.runs import export_run
+from avcl_jax.export.runs import config_of_run, export_run
 from avcl_jax.objectives.temporal import TASKS
 from configs import evaluate as evaluate_config
 from configs import export, linear_probe
@@ -73,17 +72,17 @@ def test_records_that_fill_one_batch_suffice_for_bounds_and_null_controls(small_
     for modality in ("video", "audio"):
         config.evaluation.supervised[modality].fit.batch_size = 24
     config.evaluation.null.fit.batch_size = 60
-    run, found = open_evaluated_run(config, small_run[1])
-    lengths = (len(records) for records in (found.train, found.test, *found.null))
-    assert tuple(lengths) == (24, 16, 10, 10)
-    assert found.speeds == [0, 1]
-    assert not run.spec.spectrogram_on_device  # wherever training made spectrograms
+    run = config_of_run(small_run[1])
+    merged, records = open_evaluation_records(run, config, small_run[1])
+    lengths = {"test": 16, "train": 24, "null.train": 10, "null.test": 10}
+    assert {role: len(side) for role, side in records.items()} == lengths
+    assert (merged.evaluation.speeds, merged.steps) == ((1, 2), run.steps)
     config.evaluation.probes, config.evaluation.null.train_split = (), ""
     config.evaluation.speeds = ()
     config.evaluation.clips = 2
-    _, found = open_evaluated_run(config, small_run[1])
-    assert (found.train, found.null) == (None, None)
-    assert found.speeds == [0, 1, 2]
+    merged, records = open_evaluation_records(run, config, small_run[1])
+    assert records.keys() == {"test"}
+    assert merged.evaluation.speeds == (1, 2, 4)  # all that it trained
 
 
 def test_a_directory_without_a_run_or_that_cannot_be_written_is_refused(small_run, tmp_path):

@@ -13,7 +13,6 @@ from avcl_jax.batched import in_parts
 from avcl_jax.data.clips import ClipRecords
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection, SelectionError, UsableRecords
-from avcl_jax.data.views import FORWARD
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.features import (
     FeatureSpec,
@@ -61,9 +60,7 @@ def test_clips_are_those_that_the_training_pipeline_renders(
     config.views.speeds = (1, 2)  # sound lasts longer than picture: clips are where both are
     spec = dataclasses.replace(experiment.render_spec(config), spectrogram_on_device=False)
     usable = UsableRecords(RecordDataset(small_records, "test"), spec)
-    expected = fixed_views(usable, 3, spec, speeds=(0, 1), views_per_speed=2, direction=FORWARD)[
-        array
-    ]
+    expected = fixed_views(usable, 3, spec, speeds=(0, 1), clips=2)[array]
     np.testing.assert_array_equal(_render(_clips(small_records, source, modality), 3), expected)
 
 
@@ -73,7 +70,7 @@ def test_silent_audio_does_not_move_the_clips_of_a_video(small_run, source, tmp_
     directory = write_records(tmp_path, "silent", CLASS_NAMES, {"test": [record]})
     spec = dataclasses.replace(experiment.render_spec(small_run[0]), spectrogram_on_device=False)
     usable = UsableRecords(RecordDataset(directory, "test"), spec)
-    views = fixed_views(usable, 0, spec, speeds=(0, 1), views_per_speed=2, direction=FORWARD)
+    views = fixed_views(usable, 0, spec, speeds=(0, 1), clips=2)
     np.testing.assert_array_equal(_render(_clips(directory, source, "video"), 0), views["video"])
 
 

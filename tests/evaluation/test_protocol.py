@@ -12,13 +12,12 @@ from etils import epath
 
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation import compare
-from avcl_jax.evaluation.driver import Context, ProtocolRun, run_protocol
+from avcl_jax.evaluation.driver import Context, run_protocol
 from avcl_jax.evaluation.protocol import (
     Measured,
     Metric,
     Outcomes,
     Protocol,
-    Stages,
     merge,
     point_values,
     read_outcomes,
@@ -55,12 +54,12 @@ def _measured(correct: np.ndarray, order: np.ndarray | None = None) -> Measured:
 
 def _run(
     workdir: Path, data: str = "toy-test-1", protocol: Protocol = PROTOCOL, **settings: object
-) -> ProtocolRun:
-    return ProtocolRun(protocol, _config(**settings), epath.Path(workdir), ENCODER, {"test": data})
+) -> Context:
+    return Context(protocol, _config(**settings), epath.Path(workdir), ENCODER, {"test": data})
 
 
 def _write(workdir: Path, correct: np.ndarray, order: np.ndarray | None = None) -> dict:
-    return _run(workdir).write(_measured(correct, order), Stages())
+    return _run(workdir).write(_measured(correct, order))
 
 
 def test_results_hold_all_that_identifies_the_run(
@@ -103,11 +102,11 @@ def test_finished_results_are_found_unless_something_that_counts_changed(tmp_pat
 
 
 def test_results_of_another_encoder_are_not_these(tmp_path: Path) -> None:
-    def run(digest: str, path: str) -> ProtocolRun:
+    def run(digest: str, path: str) -> Context:
         source = EncoderSource(path, {}, digest, step=1, trained_on=None)
         return dataclasses.replace(_run(tmp_path), encoder=source)
 
-    results = run("a1", "runs/a").write(_measured(np.ones(4)), Stages())
+    results = run("a1", "runs/a").write(_measured(np.ones(4)))
     assert results["encoder"] == {"path": "runs/a", "fingerprint": "a1", "step": 1, "heads": None}
     assert run("a1", "runs/moved").finished() == results
     with pytest.raises(UserError, match="with another encoder"):
@@ -158,7 +157,7 @@ def test_the_evaluation_of_a_run_replaces_an_older_one(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     run = dataclasses.replace(_run(tmp_path), in_training=True)
     assert run.finished() is None
-    results = run.write(dataclasses.replace(_measured(np.ones(4)), view={"step": 7}), Stages())
+    results = run.write(dataclasses.replace(_measured(np.ones(4)), view={"step": 7}))
     assert results["step"] == 7
     assert run.finished() == results
     assert dataclasses.replace(_run(tmp_path, seed=1), in_training=True).finished() is None
@@ -195,13 +194,13 @@ def test_a_metric_is_about_the_units_that_are_chosen_for_it(tmp_path: Path) -> N
         ),
         {"accuracy": Metric("mean", ["correct"], "accuracy", chosen="known")},
     )
-    figure = _run(tmp_path).write(measured, Stages())["metrics"]["accuracy"]
+    figure = _run(tmp_path).write(measured)["metrics"]["accuracy"]
     assert figure["value"] == 0.5
     nothing = dataclasses.replace(
         measured.outcomes, values={"correct": correct, "known": chosen & False}
     )
     measured = dataclasses.replace(measured, outcomes=nothing)
-    assert _run(tmp_path).write(measured, Stages())["metrics"]["accuracy"]["value"] is None
+    assert _run(tmp_path).write(measured)["metrics"]["accuracy"]["value"] is None
     alone = bootstrap("mean", [correct[:10]], np.arange(10), resamples=200, seed=0)
     assert (figure["low"], figure["high"]) == (alone.low, alone.high)
 
@@ -238,7 +237,7 @@ def test_a_figure_that_is_not_defined_is_null_and_shown_as_a_dash(
         Outcomes(list("abcd"), list("abcd"), values),
         {"gap": Metric("gap_closed", list(values), "gap closed")},
     )
-    figure = _run(tmp_path).write(measured, Stages())["metrics"]["gap"]
+    figure = _run(tmp_path).write(measured)["metrics"]["gap"]
     assert figure["value"] is figure["low"] is figure["high"] is None
     assert "– (95 %: – to –)" in capsys.readouterr().out
 
@@ -246,7 +245,7 @@ def test_a_figure_that_is_not_defined_is_null_and_shown_as_a_dash(
 def test_a_chance_level_that_is_not_defined_is_null(tmp_path: Path) -> None:
     measured = _measured(np.ones(4))
     metrics = {"map": dataclasses.replace(METRICS["accuracy"], chance=float("nan"))}
-    _run(tmp_path).write(dataclasses.replace(measured, metrics=metrics), Stages())
+    _run(tmp_path).write(dataclasses.replace(measured, metrics=metrics))
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["metrics"]["map"]["chance"] is None
 
@@ -254,7 +253,7 @@ def test_a_chance_level_that_is_not_defined_is_null(tmp_path: Path) -> None:
 def test_details_that_json_cannot_write_leave_nothing_behind(tmp_path: Path) -> None:
     measured = dataclasses.replace(_measured(np.ones(4)), details={"spread": float("nan")})
     with pytest.raises(ValueError, match="not JSON compliant"):
-        _run(tmp_path).write(measured, Stages())
+        _run(tmp_path).write(measured)
     assert not list(tmp_path.iterdir())
 
 
@@ -263,7 +262,7 @@ def test_a_metric_of_what_nothing_measured_is_refused_and_nothing_written(tmp_pa
         Outcomes(["a"], ["s"], {}), {"accuracy": Metric("mean", ["correct"], "accuracy")}
     )
     with pytest.raises(UserError, match=r"accuracy needs the outcomes correct, which"):
-        _run(tmp_path).write(measured, Stages())
+        _run(tmp_path).write(measured)
     assert not list(tmp_path.iterdir())
 
 
@@ -282,7 +281,7 @@ def test_outcomes_that_contradict_themselves_are_refused(
     tmp_path: Path, outcomes: Outcomes, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        _run(tmp_path).write(Measured(outcomes, {}), Stages())
+        _run(tmp_path).write(Measured(outcomes, {}))
     assert not list(tmp_path.iterdir())
 
 

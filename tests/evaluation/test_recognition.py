@@ -12,9 +12,8 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from avcl_jax.data.clips import ClipRecords, VideoClipSpec
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
-from avcl_jax.evaluation.driver import ProtocolRun
+from avcl_jax.evaluation.driver import Context
 from avcl_jax.evaluation.finetune import measured, protocol_of
-from avcl_jax.evaluation.protocol import Stages
 from avcl_jax.evaluation.splits import Split
 from avcl_jax.export.runs import EncoderSource
 from tests.evaluation.labelled import toy_config, write_labelled
@@ -60,11 +59,11 @@ def test_metrics_are_means_over_splits(records, tmp_path):
     splits, probabilities = make_splits(records, tmp_path)
     assert len(splits[0].test) != len(splits[1].test)
     config = toy_config(records, "nowhere")
-    run = ProtocolRun(
+    run = Context(
         protocol_of(config), config, epath.Path(tmp_path / "out"), ENCODER, {"train": "a"}
     )
     results = run.write(
-        measured(config, splits, list(probabilities.values()), epath.Path(tmp_path)), Stages()
+        measured(config, splits, list(probabilities.values()), epath.Path(tmp_path))
     )
     truth = {split.name: split.test.classes_of("class") for split in splits}
     predicted = {name: values.argmax(axis=1) for name, values in probabilities.items()}

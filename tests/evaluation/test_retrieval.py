@@ -1,17 +1,22 @@
-"""Retrieval against scikit-learn, against a loop, and against a collapsed encoder."""
+"""Ranking against scikit-learn, against a loop, and against encoders that know nothing."""
 
 from __future__ import annotations
+
+import types
 
 import numpy as np
 import pytest
 from sklearn.metrics import top_k_accuracy_score
 from sklearn.neighbors import NearestNeighbors
 
+from avcl_jax.evaluation.protocol import point_values
 from avcl_jax.evaluation.retrieval import (
+    chance_recall,
     first_relevant_ranks,
+    measure_cross_modal,
     nearest,
     normalise,
-    retrieval_scores,
+    rank_queries,
 )
 
 
@@ -20,20 +25,33 @@ def _paired(rng: np.random.Generator, items: int, dim: int, noise: float):
     return gallery + noise * rng.normal(size=gallery.shape), gallery
 
 
-def test_recall_is_scikit_learns_top_k_accuracy():
+def test_recall_is_scikit_learns_top_k_accuracy_and_has_its_chance():
     queries, gallery = _paired(np.random.default_rng(0), 83, 16, 1.5)
     ids = np.arange(83)
-    scores = retrieval_scores(
-        queries, gallery, query_ids=ids, gallery_ids=ids, recall_at=(5, 10, 50)
+    values, metrics = rank_queries(
+        queries,
+        gallery,
+        query_ids=ids,
+        gallery_ids=ids,
+        recall_at=(5, 10, 83, 84),
+        suffix="_x",
+        what=", a title",
     )
     similarity = normalise(queries) @ normalise(gallery).T
-    assert 0.1 < scores.recall(1) < 0.9
-    for k in (1, 5, 10, 50):
-        assert scores.recall(k) == top_k_accuracy_score(ids, similarity, k=k)
-        assert scores.chance[k] == pytest.approx(k / 83)
+    assert set(metrics) == {1, 5, 10, 83}  # 84 is more than the gallery
+    assert values.keys() == {"rank_x", "hit1_x", "hit5_x", "hit10_x", "hit83_x"}
+    assert 0.1 < values["hit1_x"].mean() < 0.9
+    for k, metric in metrics.items():
+        assert values[f"hit{k}_x"].mean() == top_k_accuracy_score(ids, similarity, k=k)
+        assert metric.chance == pytest.approx(k / 83)
+        assert (metric.kind, metric.inputs, metric.what) == (
+            "mean",
+            (f"hit{k}_x",),
+            f"R@{k}, a title",
+        )
+        assert metric.headline == (k in (1, 5))
     order = np.argsort(-similarity, axis=1)
-    ranks = 1 + np.argmax(order == ids[:, None], axis=1)
-    np.testing.assert_array_equal(scores.ranks, ranks)
+    np.testing.assert_array_equal(values["rank_x"], 1 + np.argmax(order == ids[:, None], axis=1))
 
 
 def test_neighbours_are_scikit_learns():
@@ -41,48 +59,85 @@ def test_neighbours_are_scikit_learns():
     reference = NearestNeighbors(n_neighbors=9, metric="cosine", algorithm="brute").fit(gallery)
     expected = reference.kneighbors(queries, return_distance=False)
     np.testing.assert_array_equal(nearest(queries, gallery, k=9), expected)
+    assert nearest(queries, gallery, k=61).shape == (60, 60)
 
 
-def test_classes_count_as_relevant_and_chance_is_the_frequency_of_random_orders():
+def test_chance_is_the_frequency_of_random_orders():
     rng = np.random.default_rng(2)
-    gallery_ids = rng.integers(0, 5, size=40)
-    query_ids = np.arange(5)
-    queries, gallery = rng.normal(size=(5, 6)), rng.normal(size=(40, 6))
-    ranks = first_relevant_ranks(queries, gallery, query_ids=query_ids, gallery_ids=gallery_ids)
-    similarity = normalise(queries) @ normalise(gallery).T
-    for query in range(5):
-        order = np.argsort(-similarity[query])
-        expected = 1 + np.flatnonzero(gallery_ids[order] == query_ids[query])[0]
-        assert ranks[query] == expected
-    scores = retrieval_scores(
-        queries, gallery, query_ids=query_ids, gallery_ids=gallery_ids, recall_at=(3,)
-    )
+    gallery_ids, query_ids = rng.integers(0, 5, size=40), np.arange(5)
     shuffled = np.stack([rng.permutation(gallery_ids)[:3] for _ in range(20_000)])
     hit = (shuffled[:, None, :] == query_ids[None, :, None]).any(axis=-1).mean()
-    assert scores.chance[3] == pytest.approx(hit, abs=0.01)
+    chance = chance_recall(query_ids, gallery_ids, (3, 40))
+    assert chance == {3: pytest.approx(hit, abs=0.01), 40: 1.0}
 
 
-def test_a_collapsed_encoder_ranks_last_not_first():
-    collapsed = np.tile(np.random.default_rng(3).normal(size=(1, 128)), (50, 1))
-    collapsed += 1e-8 * np.random.default_rng(4).normal(size=collapsed.shape)
-    ids = np.arange(50)
-    scores = retrieval_scores(collapsed, collapsed, query_ids=ids, gallery_ids=ids, recall_at=(5,))
-    assert scores.recall(1) == 0.0
-    assert scores.recall(5) == 0.0
-    assert (scores.ranks == 50).all()
+@pytest.mark.parametrize(("chunk", "gallery_chunk"), [(7, 11), (1000, 13), (5, 1000)])
+def test_ranks_are_those_of_a_loop_whatever_the_blocks(chunk, gallery_chunk):
+    rng = np.random.default_rng(0)
+    queries, gallery = rng.normal(size=(30, 5)), rng.normal(size=(61, 5))
+    gallery[40:] = gallery[:21]  # equal items in other blocks are ties
+    ids, gallery_ids = rng.integers(0, 9, 30), rng.integers(0, 9, 61)
+    blocks = {"chunk": chunk, "gallery_chunk": gallery_chunk}
+    ranks = first_relevant_ranks(queries, gallery, query_ids=ids, gallery_ids=gallery_ids, **blocks)
+    similarity = (normalise(queries) @ normalise(gallery).T).astype(np.float64)
+    for query in range(30):
+        right = gallery_ids == ids[query]
+        above = (similarity[query] >= similarity[query][right].max() - 1e-6) & ~right
+        assert ranks[query] == 1 + above.sum()
 
 
-def test_outcomes_are_by_query_and_metrics_have_their_chance():
-    eye, ids = np.eye(12), np.arange(12)
-    scores = retrieval_scores(eye, eye, query_ids=ids, gallery_ids=ids, recall_at=(5, 20))
-    values, metrics = scores.outcomes("_x", "x_{}", "a title")
-    assert set(values) == {"rank_x", "hit1_x", "hit5_x"}  # 20 is more than the gallery
-    assert values["hit5_x"].tolist() == [1.0] * 12
-    assert {name: metric.chance for name, metric in metrics.items()} == {
-        "x_r1": pytest.approx(1 / 12),
-        "x_r5": pytest.approx(5 / 12),
+def _cross_modal(video, audio, recall_at=(1, 5), has_audio=None):
+    """Metrics of records with these embeddings, by name, and outcomes."""
+    count = len(video)
+    features = {
+        "has_video": np.ones(count, bool),
+        "has_audio": np.ones(count, bool) if has_audio is None else has_audio,
+        "record_index": np.arange(count),
+        "x/video_embeddings": video,
+        "x/audio_embeddings": audio,
     }
-    assert metrics["x_r5"].inputs == ("hit5_x",)
+    records = types.SimpleNamespace(
+        record_ids=[f"record {n}" for n in range(count)],
+        sources=[f"source {n // 2}" for n in range(count)],
+        num_selected=count + 1,
+    )
+    return measure_cross_modal(records, features, "x", recall_at)
+
+
+def test_perfect_random_and_collapsed_embeddings_find_what_they_should():
+    rng = np.random.default_rng(0)
+    eye, video = np.eye(40), rng.normal(size=(200, 8))
+    # Almost equal, as rounding leaves a collapsed encoder.
+    collapsed = np.tile(rng.normal(size=(1, 128)), (40, 1)) + 1e-8 * rng.normal(size=(40, 128))
+    for embeddings, low, high in (
+        ((eye, eye), 1, 1),
+        ((rng.normal(size=(40, 8)), rng.normal(size=(40, 8))), 10, 31),
+        ((video, video[rng.permutation(200)]), 85, 116),
+        ((collapsed, collapsed), 40, 40),
+    ):
+        measured = _cross_modal(*embeddings)
+        values, gallery = point_values(measured), len(embeddings[0])
+        for way in ("audio_to_video", "video_to_audio"):
+            assert low <= values[f"{way}_median_rank"] <= high
+            assert measured.metrics[f"{way}_median_rank"].chance == (gallery + 1) / 2
+            if low in (1, gallery):
+                assert set(measured.outcomes.values[f"rank_{way}"]) == {low}
+                assert values[f"{way}_r5"] == (low == 1)
+            else:
+                assert abs(values[f"{way}_r5"] - 5 / gallery) < 0.15
+                assert measured.metrics[f"{way}_r5"].chance == pytest.approx(5 / gallery)
+    assert measured.details["embedding_std"]["video_embeddings"] < 1e-6
+
+
+def test_a_record_without_audio_is_neither_query_nor_item():
+    has_audio = np.arange(6) != 2
+    measured = _cross_modal(np.eye(6), np.eye(6), has_audio=has_audio)
+    assert measured.outcomes.units == [f"record {n}" for n in (0, 1, 3, 4, 5)]
+    assert measured.outcomes.sources == [f"source {n // 2}" for n in (0, 1, 3, 4, 5)]
+    assert (measured.details["gallery"], measured.details["left_out"]) == (5, 2)
+    assert measured.metrics["audio_to_video_r1"].chance == 1 / 5
+    nothing = _cross_modal(np.eye(6), np.eye(6), has_audio=has_audio & False)
+    assert (nothing.metrics, nothing.outcomes.units) == ({}, [])
 
 
 def test_bad_input_says_what_and_which():
@@ -91,7 +146,5 @@ def test_bad_input_says_what_and_which():
         first_relevant_ranks(eye, eye, query_ids=np.array([0, 1, 2, 9]), gallery_ids=ids)
     bad = eye.copy()
     bad[2, 0] = np.nan
-    with pytest.raises(ValueError, match="first row 2"):
+    with pytest.raises(ValueError, match="1 of 4 vectors are not finite, first row 2"):
         first_relevant_ranks(bad, eye, query_ids=ids, gallery_ids=ids)
-    with pytest.raises(ValueError, match="4-d and the gallery is 3-d"):
-        first_relevant_ranks(eye, eye[:, :3], query_ids=ids, gallery_ids=ids)

@@ -12,7 +12,7 @@ import pytest
 from avcl_jax import experiment
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.protocol import OUTCOMES, read_outcomes
-from avcl_jax.evaluation.retrieval import audio_video_retrieval, cross_modal_scores
+from avcl_jax.evaluation.retrieval import audio_video_retrieval
 from avcl_jax.evaluation.statistics import STATISTICS
 from avcl_jax.evaluation.temporal import score_tasks, temporal_tasks
 from avcl_jax.export import ExportError
@@ -37,51 +37,6 @@ def _cross_modal(records, small_run):
     c.features.update({"speeds": (1, 2), "clips": 2})
     c.execution.part_records = 10
     return c
-
-
-def _features(video, audio):
-    count = len(video)
-    return {
-        "has_video": np.ones(count, bool),
-        "has_audio": np.ones(count, bool),
-        "record_index": np.arange(count),
-        "x/video_embeddings": video,
-        "x/audio_embeddings": audio,
-    }
-
-
-def test_perfect_random_and_collapsed_embeddings_find_what_they_should():
-    rng = np.random.default_rng(0)
-    eye = np.eye(40)
-    for scores in cross_modal_scores(_features(eye, eye), "x", (1, 5)).values():
-        assert (scores.ranks == 1).all()
-    random = _features(rng.normal(size=(40, 8)), rng.normal(size=(40, 8)))
-    for scores in cross_modal_scores(random, "x", (1, 5)).values():
-        assert scores.recall(5) < 0.4
-        assert 10 < np.median(scores.ranks) < 31
-    for scores in cross_modal_scores(
-        _features(np.ones((40, 3)), np.ones((40, 3))), "x", ()
-    ).values():
-        assert scores.recall(1) == 0.0
-        assert (scores.ranks == 40).all()
-
-
-def test_halves_of_other_records_are_found_at_chance():
-    rng = np.random.default_rng(1)
-    video = rng.normal(size=(200, 8))
-    scores = cross_modal_scores(_features(video, video[rng.permutation(200)]), "x", (1, 10))
-    for found in scores.values():
-        assert found.recall(10) < 0.15
-        assert found.chance[10] == pytest.approx(0.05)
-
-
-def test_a_record_without_sound_is_neither_query_nor_item():
-    features = _features(np.eye(6), np.eye(6))
-    features["has_audio"][2] = False
-    scores = cross_modal_scores(features, "x", (1,))
-    assert scores["audio_to_video"].gallery == len(scores["video_to_audio"].ranks) == 5
-    features["has_audio"][:] = False
-    assert cross_modal_scores(features, "x", (1,)) == {}
 
 
 def test_audio_video_retrieval_by_one_command_repeats(small_records, small_run, tmp_path):

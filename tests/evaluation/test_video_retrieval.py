@@ -1,4 +1,4 @@
-"""The task `video_retrieval` on the small data set; ranking in blocks; selections of UCF101."""
+"""The task `video_retrieval` on the small data set, and selections of UCF101."""
 
 from __future__ import annotations
 
@@ -13,49 +13,11 @@ from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import SelectionError
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.protocol import OUTCOMES, read_outcomes
-from avcl_jax.evaluation.retrieval import first_relevant_ranks, normalise, video_retrieval
+from avcl_jax.evaluation.retrieval import video_retrieval
 from avcl_jax.export import ExportError
 from avcl_jax.export.runs import open_encoders
 from configs import retrieval as config_file
 from tests.evaluation.conftest import CLASS_NAMES, small_record, write_records
-
-
-@pytest.mark.parametrize(("chunk", "gallery_chunk"), [(7, 11), (1000, 13), (5, 1000)])
-def test_blocks_of_the_gallery_change_nothing(chunk, gallery_chunk):
-    rng = np.random.default_rng(0)
-    queries, gallery = rng.normal(size=(30, 5)), rng.normal(size=(61, 5))
-    gallery[40:] = gallery[:21]  # equal items in other blocks are ties
-    ids, gallery_ids = rng.integers(0, 9, 30), rng.integers(0, 9, 61)
-    whole = first_relevant_ranks(queries, gallery, query_ids=ids, gallery_ids=gallery_ids)
-    parts = first_relevant_ranks(
-        queries,
-        gallery,
-        query_ids=ids,
-        gallery_ids=gallery_ids,
-        chunk=chunk,
-        gallery_chunk=gallery_chunk,
-    )
-    np.testing.assert_array_equal(parts, whole)
-    similarity = (normalise(queries) @ normalise(gallery).T).astype(np.float64)
-    for query in range(30):
-        right = gallery_ids == ids[query]
-        above = (similarity[query] >= similarity[query][right].max() - 1e-6) & ~right
-        assert whole[query] == 1 + above.sum()
-
-
-def test_perfect_random_and_collapsed_embeddings_in_blocks():
-    rng = np.random.default_rng(1)
-    ids, gallery_ids = np.arange(10), np.repeat(np.arange(10), 4)
-
-    def ranks(queries, gallery):
-        return first_relevant_ranks(
-            queries, gallery, query_ids=ids, gallery_ids=gallery_ids, chunk=3, gallery_chunk=7
-        )
-
-    eye = np.eye(10)
-    assert (ranks(eye, eye[gallery_ids]) == 1).all()
-    assert (ranks(np.ones((10, 4)), np.ones((40, 4))) == 37).all()  # behind all 36 others
-    assert 0 <= (ranks(rng.normal(size=(10, 4)), rng.normal(size=(40, 4))) == 1).mean() < 0.7
 
 
 def _config(records, small_run):

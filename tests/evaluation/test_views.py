@@ -41,7 +41,7 @@ def source(small_records):
 
 
 def _fixed(source, position):
-    return fixed_views(source, position, SPEC, speeds=(0, 2), views_per_speed=2, direction=FORWARD)
+    return fixed_views(source, position, SPEC, speeds=(0, 2), clips=2)
 
 
 @pytest.mark.parametrize(("chunk", "threads"), [(5, 1), (16, 3), (64, 2)])
