@@ -9,19 +9,10 @@ A sweep that was stopped resumes; machines that share a workdir may share the va
 results.json is needed: checkpoints may be deleted.
 """
 
-from __future__ import annotations
-
-from collections import defaultdict
-
 from ml_collections import ConfigDict
 
 from avcl_jax.objectives.temporal import TASKS
 from configs import evaluate, pretrain
-
-# Kind of task → names of its tasks.
-_TASKS: dict[str, list[str]] = defaultdict(list)
-for _name, _task in TASKS.items():
-    _TASKS[_task.kind].append(_name)
 
 
 def get_config(preset: str = "demo") -> ConfigDict:
@@ -32,21 +23,19 @@ def get_config(preset: str = "demo") -> ConfigDict:
     c = pretrain.get_config(preset)
     measured = evaluate.get_config("run" if preset == "records" else preset)
     c.unlock()
-    c.task = "avcl_jax.evaluation.ablation:ablate"
-    c.name = f"ablation_{preset}"
+    c.update(task="avcl_jax.evaluation.ablation:ablate", name=f"ablation_{preset}")
     c.evaluation, c.bootstrap = measured.evaluation, measured.bootstrap
-    c.execution.chunk = measured.execution.chunk
-    c.execution.part_records = measured.execution.part_records
+    for setting in ("chunk", "part_records"):
+        c.execution[setting] = measured.execution[setting]
     c.data.allow_trained_on = measured.data.allow_trained_on
     if preset == "demo":
         c.steps = 900
         c.execution.update(checkpoint_every=300, keep_checkpoints=1)
         c.evaluation.supervised.enabled = False
         c.evaluation.null.train_split = ""
-    c.ablation = dict(seeds=(0, 1, 2))
-    c.ablation.only = ()  # variants to run here; () runs all
-    # Those that change nothing of this config, overrides included, are left out.
-    c.ablation.variants = VARIANTS
+    # `only`: variants to run here; () runs all. Those that change nothing of this config, overrides
+    # included, are left out.
+    c.ablation = dict(seeds=(0, 1, 2), only=(), variants=VARIANTS)
     probes = [f"probe.{label}_from_{modality}." for label, modality in c.evaluation.probes]
     c.ablation.metrics = tuple(
         metric
@@ -67,18 +56,18 @@ VARIANTS: tuple[tuple[str, tuple[tuple[str, object], ...]], ...] = (
     ("no_va", _without("va")),
     ("no_aa", _without("aa")),
     ("no_contrast", _without("vv", "va", "aa")),
-    *((f"no_{kind}", _without(*tasks)) for kind, tasks in _TASKS.items()),
+    *(
+        (f"no_{kind}", _without(*(name for name, task in TASKS.items() if task.kind == kind)))
+        for kind in ("speed", "direction", "order")
+    ),
     ("no_temporal", _without(*TASKS)),
     ("no_order_within", _without("order_vv", "order_aa")),
     ("no_order_across", _without("order_va")),
     ("no_bank", (("bank.size", 0), ("bank.health_labels", ()))),
     ("no_bank_positives", (("loss.positive_weight", 0.0),)),
     ("no_bank_negatives", (("bank.num_negatives", 0),)),
-    ("bank_space_same", (("bank.space", "same"),)),
-    ("bank_space_cross", (("bank.space", "cross"),)),
-    ("bank_space_agreement", (("bank.space", "agreement"),)),
-    ("audio_transform_shared", (("views.audio_transform", "shared"),)),
-    ("audio_transform_independent", (("views.audio_transform", "independent"),)),
+    *((f"bank_space_{x}", (("bank.space", x),)) for x in ("same", "cross", "agreement")),
+    *((f"audio_transform_{x}", (("views.audio_transform", x),)) for x in ("shared", "independent")),
 )
 
 # (column, path of the metric in the results.json of a run, term of the loss without which it is

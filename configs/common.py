@@ -1,7 +1,5 @@
 """Choice of a preset by its name, and sections that tasks share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
@@ -9,21 +7,24 @@ from ml_collections import ConfigDict
 from avcl_jax.errors import UserError
 
 
-def choose(name: str, *presets: Callable[[], ConfigDict]) -> ConfigDict:
-    """Returns the config of the preset NAME of `--config=FILE:NAME`, locked.
+def choose(preset: str, *presets: Callable[[], ConfigDict], name: str = "{}") -> ConfigDict:
+    """Returns the config of `--config=FILE:PRESET`, locked.
 
     Args:
         presets: functions with the names of their presets.
+        name: name of the config, after which its workdir is named, with {} for the preset; a
+            preset that sets one keeps it.
 
     Raises:
         UserError: if there is no such preset; the message names the known ones.
     """
-    by_name = {preset.__name__: preset for preset in presets}
-    if name not in by_name:
-        raise UserError(f"unknown preset {name!r}: use one of {', '.join(by_name)}")
-    config = by_name[name]()
-    config.lock()
-    return config
+    by_name = {function.__name__: function for function in presets}
+    if preset not in by_name:
+        raise UserError(f"unknown preset {preset!r}: use one of {', '.join(by_name)}")
+    config = by_name[preset]()
+    if "name" not in config:
+        config.name = name.format(preset)
+    return config.lock()
 
 
 def execution(**settings: int | str) -> ConfigDict:
@@ -56,10 +57,8 @@ def protocol(task: str, name: str) -> ConfigDict:
         task: its function, `module:function`.
         name: results are written to runs/NAME where no --workdir is given.
     """
-    c = ConfigDict(dict(task=task, name=name, seed=0))
-    # Workdir of a run, directory of its export, or of imported weights.
-    c.encoder = "runs/demo"
-    c.bootstrap = dict(resamples=1000)
+    c = ConfigDict(dict(task=task, name=name, seed=0, bootstrap=dict(resamples=1000)))
+    c.encoder = "runs/demo"  # workdir of a run, directory of its export, or imported weights
     c.execution = execution(threads=2, chunk=16, part_records=1024)
     return c
 

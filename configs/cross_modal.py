@@ -1,18 +1,13 @@
 """Audio-video retrieval, both ways, by the embeddings of a run.
 
     python -m avcl_jax.main --config=configs/cross_modal.py --config.encoder=runs/demo
-    python -m avcl_jax.main --config=configs/cross_modal.py:records --config.encoder=runs/mine \\
-        --config.data.directory=data/mine --workdir=runs/mine_cross_modal
     python -m avcl_jax.main --config=configs/cross_modal.py:vggsound \\
         --config.encoder=gs://bucket/vggsound --workdir=runs/vggsound_cross_modal
 
 Needs the workdir of an audio-visual run, because an export leaves out the projection heads. All
 records of a split are the gallery, as no official subset exists. docs/protocols.md defines the
-protocol; the demo was run whole there. Other data sets share its code and were not run, because the
-data are not here.
+protocol; the demo was run whole there. Other data sets share its code and were not run: no data.
 """
-
-from __future__ import annotations
 
 from ml_collections import ConfigDict
 
@@ -22,12 +17,11 @@ from configs.common import protocol
 
 def get_config(preset: str = "demo") -> ConfigDict:
     """Returns audio-video retrieval on a data set of configs/datasets.py."""
+    small = preset in ("demo", "records")
     c = protocol("avcl_jax.evaluation.retrieval:audio_video_retrieval", f"{preset}_cross_modal")
     c.data = datasets.testing(preset)
-    c.features = dict(speeds=(1, 2), clips=5)  # at each speed, of those that the run trained
+    # Clips at each speed, of those that the run trained.
+    c.features = dict(speeds=(1, 2, 4) if small else (1, 2), clips=4 if small else 5)
     c.evaluation = dict(recall_at=(1, 5, 10))
-    c.execution.update(threads=16, chunk=8)
-    if preset in ("demo", "records"):
-        c.features.update(speeds=(1, 2, 4), clips=4)
-        c.execution.update(threads=2, chunk=16)
+    c.execution.update(threads=2 if small else 16, chunk=16 if small else 8)
     return c.lock()

@@ -4,8 +4,6 @@ A new data set is a row here and its collection in data_prep/collections; docs/d
 each. The protocols that test a frozen encoder have a preset for every row.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 from ml_collections import ConfigDict
@@ -15,27 +13,18 @@ from avcl_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """A prepared data set.
+    """A prepared data set."""
 
-    Attributes:
-        directory: directory of the records.
-        prepare: command or page that makes them.
-        modality: modality from which classes are recognised.
-        label: classes, of one or several per record.
-        train: split of the records to train on.
-        test: split of the records to test on.
-        selections: selections of training and test records, one pair per official split.
-        groups: label whose classes are held out in turn to choose the regularisation of a linear
-            classifier; "" for random folds of sources.
-    """
-
-    directory: str
-    prepare: str
-    modality: str
-    label: str = "class"
-    train: str = "train"
+    directory: str  # of the records
+    prepare: str  # command or page that makes them
+    modality: str  # from which classes are recognised
+    label: str = "class"  # one or several classes per record
+    train: str = "train"  # splits
     test: str = "test"
+    # Training and test records, one pair per official split.
     selections: tuple[tuple[str, str], ...] = (("", ""),)
+    # Label whose classes are held out in turn to choose the regularisation of a linear classifier;
+    # "" for random folds of sources.
     groups: str = ""
 
 

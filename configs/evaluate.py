@@ -8,8 +8,6 @@ Model, views and records are read from RUN/config.json; this file has only setti
 Writes RUN/results.json and RUN/report.html.
 """
 
-from __future__ import annotations
-
 from ml_collections import ConfigDict
 
 from avcl_jax.errors import UserError
@@ -42,10 +40,8 @@ def get_config(preset: str = "run") -> ConfigDict:
     c.execution = execution(threads=2, chunk=16, part_records=1024)
 
     c.evaluation = e = ConfigDict()
-    e.train_split = "train"  # of the probes
-    e.train_select = ""  # records by label, as avcl_jax/data/selection.py reads it
-    e.test_split = "test"
-    e.test_select = ""
+    # Splits, that of training for probes, and records by label (avcl_jax/data/selection.py).
+    e.update(train_split="train", train_select="", test_split="test", test_select="")
 
     # Features and embeddings: means over views of fixed times and speeds, cropped in the centre.
     e.speeds = ()  # of those that the run trained; () is all of them
@@ -69,8 +65,7 @@ def get_config(preset: str = "run") -> ConfigDict:
 
     # Null controls: networks trained on speed and direction of stationary noise.
     e.null = dict(train_split="", test_split="")  # records of noise; "" leaves the controls out
-    e.null.train_views = 3  # of each record at each speed in each direction
-    e.null.test_views = 5
+    e.null.update(train_views=3, test_views=5)  # of each record at each speed in each direction
     e.null.fit = _fit(4e-3, epochs=4, decay_epochs=1)
 
     e.report = dict(queries=3, results=5, stills=3)  # queries in each direction
@@ -94,10 +89,6 @@ def get_config(preset: str = "run") -> ConfigDict:
 
 def _fit(learning_rate: float, epochs: int, decay_epochs: int) -> ConfigDict:
     """Returns the training of a network on labels: `evaluation.supervised.FitSpec`."""
-    f = ConfigDict()
-    f.batch_size = 32
-    f.learning_rate = learning_rate
-    f.weight_decay = 0.05
-    f.epochs = epochs
-    f.decay_epochs = decay_epochs  # the last ones, in which the learning rate falls to zero
+    f = ConfigDict(dict(batch_size=32, learning_rate=learning_rate, weight_decay=0.05))
+    f.update(epochs=epochs, decay_epochs=decay_epochs)  # the learning rate falls to 0 in the last
     return f

@@ -6,8 +6,6 @@ Everything is read from RUN/config.json. Writes RUN/export/video and RUN/export/
 `avcl_jax.export.load_encoder` reads.
 """
 
-from __future__ import annotations
-
 from ml_collections import ConfigDict
 
 from configs.common import execution

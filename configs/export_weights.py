@@ -6,8 +6,6 @@
 Writes WORKDIR/torchvision.safetensors, for `load_state_dict` of the network of the same name.
 """
 
-from __future__ import annotations
-
 from ml_collections import ConfigDict
 
 from configs.common import execution

@@ -5,13 +5,10 @@
         --workdir=runs/ucf101
     python -m avcl_jax.main --config=configs/finetune.py --config.init=random --workdir=runs/scratch
 
-`encoder` is the workdir of a pretraining run, an export, or imported PyTorch weights;
-`init=random` trains the same architecture from scratch. configs/linear_probe.py probes it frozen.
-The protocol is docs/protocols/action_recognition.md. `demo` explains each setting, `ucf101` has
-its reasons; presets of other data sets are one of these with other settings.
+`encoder` is the workdir of a pretraining run, an export, or imported PyTorch weights.
+docs/protocols/action_recognition.md defines the protocol. `demo` explains each setting, `ucf101`
+has its reasons; presets of other data sets are one of these with other settings.
 """
-
-from __future__ import annotations
 
 from ml_collections import ConfigDict
 
@@ -21,9 +18,8 @@ from configs.common import choose, execution
 
 def get_config(preset: str = "demo") -> ConfigDict:
     """Returns a preset: demo, demo_audio, records, or that of a benchmark."""
-    return choose(
-        preset, demo, demo_audio, records, ucf101, hmdb51, kinetics400, esc50, esc10, vggsound
-    )
+    benchmarks = (ucf101, hmdb51, kinetics400, esc50, esc10, vggsound)
+    return choose(preset, demo, demo_audio, records, *benchmarks, name="{}_finetune")
 
 
 def demo() -> ConfigDict:
@@ -31,10 +27,7 @@ def demo() -> ConfigDict:
 
     Hardware: 2 CPU cores. Results: docs/protocols/action_recognition.md.
     """
-    c = ConfigDict()
-    c.task = "avcl_jax.evaluation.finetune:finetune"
-    c.name = "demo_finetune"
-    c.seed = 0
+    c = ConfigDict(dict(task="avcl_jax.evaluation.finetune:finetune", seed=0))
     # Where splits are tested with an encoder each: 'runs/fold{fold}', the fold of data.test_select.
     c.encoder = "runs/demo"
     c.init = "pretrained"  # or "random": the same architecture, from scratch
@@ -50,26 +43,22 @@ def demo() -> ConfigDict:
     c.photometric.update(gray_probability=0.2, per_frame=False)
     c.spectral = dict(equalizer=0.7, equalizer_knots=5, mask_mels=6, noise=0.15)
 
-    c.model = dict(dtype="float32")
+    c.update(model=dict(dtype="float32"), head=dict(dropout=0.2))
     # Beginnings of paths of the encoder's parameters that are not trained: "encoder/stem".
     c.freeze = ()
     c.batch_norm = "train"  # or "frozen": the encoder's stays in evaluation mode
-    c.head = dict(dropout=0.2)
 
     c.epochs = 30.0  # an epoch has one clip of every record
-    c.global_batch_size = 32
-    c.label_smoothing = 0.1
+    c.update(global_batch_size=32, label_smoothing=0.1)
     c.optimizer = dict(learning_rate=1e-3, warmup_epochs=2.0, weight_decay=0.05)
     c.optimizer.update(momentum=0.9, beta2=0.999, clip_norm=5.0)
     c.optimizer.name = "adamw"  # or "sgd", with a learning rate of its own: untested here
-    c.optimizer.schedule = "cosine"  # or "multistep"
-    c.optimizer.milestones = ()  # epochs at which a multistep schedule falls, by `factor`
-    c.optimizer.factor = 1.0
+    c.optimizer.schedule = "cosine"  # or "multistep", which falls by `factor` at these epochs:
+    c.optimizer.update(milestones=(), factor=1.0)
     c.optimizer.head_factor = 3.0  # the head's learning rate over the encoder's
     c.optimizer.head_epochs = 0.0  # first epochs, in which the head trains alone
 
-    c.test = dict(clips=10)
-    c.test.crops = 1  # 3: along the longer side, the field's 10 x 3
+    c.test = dict(clips=10, crops=1)  # 3 crops: along the longer side, the field's 10 x 3
     c.bootstrap = dict(resamples=2000)
     c.execution = execution(workers=0, threads=2, prefetch=4, chunk=16, part_records=1024, fsdp=1)
     c.execution.update(remat="none", log_every=20, checkpoint_every=200, keep_checkpoints=1)
@@ -77,14 +66,9 @@ def demo() -> ConfigDict:
 
 
 def demo_audio() -> ConfigDict:
-    """Material of the demo's audio, from the audio encoder of `make demo`.
-
-    Hardware and results: as demo.
-    """
+    """Material of the demo's audio, from the audio encoder of `make demo`; otherwise as demo."""
     c = demo()
-    c.name = "demo_audio_finetune"
-    c.modality = "audio"
-    c.data = datasets.labelled("demo_audio")
+    c.update(modality="audio", data=datasets.labelled("demo_audio"))
     c.clip.seconds = 0.0
     return c
 
@@ -98,7 +82,6 @@ def records() -> ConfigDict:
     Clips are as long as in pretraining. Hardware: as demo.
     """
     c = demo()
-    c.name = "records_finetune"
     c.data = datasets.labelled("records")
     c.clip.seconds = 0.0
     return c
@@ -111,19 +94,13 @@ def ucf101() -> ConfigDict:
     configs/benchmark/ucf/32at16-fold2.yaml and eval-action-recg.py): Adam 1e-4, batch 32, the
     classifier alone for 5 of its epochs, then 16 epochs with falls by 0.3 at 6, 10 and 14, dropout
     0.5. Its epoch draws 5 clips of each video, ours one, so all numbers are five times theirs; it
-    restarts the optimizer after the classifier's epochs, which this does not. It reports the epoch
-    after the last, and 10 clips.
+    restarts the optimizer after the classifier's epochs, which this does not.
 
-    Intended hardware: 1 GPU of 80 GB or TPU v5e-8. Verified here: the config builds, records of the
-    same labels train and are tested (tests/evaluation/test_finetune.py). Not run on UCF101.
+    Intended hardware: 1 GPU of 80 GB or TPU v5e-8. Not run on UCF101; records with such labels
+    train and are tested in tests/evaluation/test_finetune.py.
     """
-    c = ConfigDict()
-    c.task = "avcl_jax.evaluation.finetune:finetune"
-    c.name = "ucf101_finetune"
-    c.seed = 0
-    c.encoder = "runs/kinetics400"
-    c.init = "pretrained"
-    c.modality = "video"
+    c = ConfigDict(dict(task="avcl_jax.evaluation.finetune:finetune", seed=0))
+    c.update(encoder="runs/kinetics400", init="pretrained", modality="video")
     c.data = datasets.labelled("ucf101")
 
     # 2 s at 16 frames/s: AVID-CMA and CrissCross. They crop 224 pixels of larger frames, GDT 128
@@ -136,21 +113,13 @@ def ucf101() -> ConfigDict:
     # Of the presets of audio, as in pretraining on the demo; untested.
     c.spectral = dict(equalizer=0.7, equalizer_knots=5, mask_mels=6, noise=0.15)
 
-    c.model = dict(dtype="bfloat16")
-    c.freeze = ()
-    c.batch_norm = "train"
-    c.head = dict(dropout=0.5)
+    c.update(model=dict(dtype="bfloat16"), freeze=(), batch_norm="train", head=dict(dropout=0.5))
 
-    c.epochs = 105.0
-    c.global_batch_size = 32
-    c.label_smoothing = 0.0
-    c.optimizer = dict(name="adamw", momentum=0.9, beta2=0.999)
-    c.optimizer.weight_decay = 0.0  # AdamW without decay is Adam
-    c.optimizer.learning_rate = 1e-4
-    c.optimizer.clip_norm = 0.0
+    c.update(epochs=105.0, global_batch_size=32, label_smoothing=0.0)
+    c.optimizer = dict(name="adamw", momentum=0.9, beta2=0.999, clip_norm=0.0)
+    c.optimizer.update(learning_rate=1e-4, weight_decay=0.0)  # AdamW without decay is Adam
     c.optimizer.update(schedule="multistep", warmup_epochs=0.0, factor=0.3)
-    c.optimizer.milestones = (55.0, 75.0, 95.0)
-    c.optimizer.update(head_factor=1.0, head_epochs=25.0)
+    c.optimizer.update(milestones=(55.0, 75.0, 95.0), head_factor=1.0, head_epochs=25.0)
 
     c.test = dict(clips=10, crops=1)
     c.bootstrap = dict(resamples=2000)
@@ -166,10 +135,8 @@ def hmdb51() -> ConfigDict:
     10 clips with falls at 3, 6 and 8, and colour jitter up to 1.0. Hardware, verified: as ucf101.
     """
     c = ucf101()
-    c.name = "hmdb51_finetune"
-    c.data = datasets.labelled("hmdb51")
+    c.update(epochs=150.0, data=datasets.labelled("hmdb51"))
     c.photometric.update(brightness=1.0, contrast=1.0, saturation=1.0)
-    c.epochs = 150.0
     c.optimizer.update(head_epochs=50.0, milestones=(80.0, 110.0, 130.0))
     return c
 
@@ -185,13 +152,9 @@ def kinetics400() -> ConfigDict:
     Intended hardware: 8 GPUs of 80 GB or TPU v5e-32. Not run.
     """
     c = ucf101()
-    c.name = "kinetics400_finetune"
-    c.data = datasets.labelled("kinetics400")
+    c.update(epochs=45.0, global_batch_size=256, data=datasets.labelled("kinetics400"))
     c.clip.update(seconds=1.0, num_frames=16)
-    c.crop.min_area = 0.3
-    c.head.dropout = 0.2
-    c.epochs = 45.0
-    c.global_batch_size = 256
+    c.update(crop=dict(min_area=0.3), head=dict(dropout=0.2))
     c.optimizer.update(name="sgd", weight_decay=1e-4, warmup_epochs=5.0, head_epochs=0.0)
     c.optimizer.update(learning_rate=0.08, factor=0.1, milestones=(20.0, 30.0, 40.0))
     return c
@@ -207,14 +170,10 @@ def esc50() -> ConfigDict:
     Intended hardware: 1 GPU. Not run on all of ESC-50.
     """
     c = ucf101()
-    c.name = "esc50_finetune"
-    c.modality = "audio"
-    c.data = datasets.labelled("esc50")
+    c.update(modality="audio", data=datasets.labelled("esc50"))
     c.clip.update(seconds=2.0, num_frames=0, image_size=0)
     c.spectral.mask_mels = 10
-    c.epochs = 105.0
-    c.global_batch_size = 48
-    c.label_smoothing = 0.1
+    c.update(epochs=105.0, global_batch_size=48, label_smoothing=0.1)
     c.optimizer.update(schedule="cosine", warmup_epochs=5.0, milestones=(), weight_decay=0.05)
     c.optimizer.update(learning_rate=1e-4, head_factor=10.0, head_epochs=0.0)
     c.execution.workers = 8
@@ -231,10 +190,7 @@ def esc10() -> ConfigDict:
     time. Hardware: 2 CPU cores. Results: docs/protocols/action_recognition.md.
     """
     c = esc50()
-    c.name = "esc10_finetune"
-    c.data = datasets.labelled("esc10")
-    c.model.dtype = "float32"
-    c.epochs = 60.0
+    c.update(epochs=60.0, model=dict(dtype="float32"), data=datasets.labelled("esc10"))
     c.optimizer.learning_rate = 1e-3
     c.execution.update(workers=0, threads=2, prefetch=4, log_every=20, checkpoint_every=200)
     return c
@@ -246,13 +202,8 @@ def vggsound() -> ConfigDict:
     The schedule is our choice: no relative fine-tunes on it. Intended hardware: 1 GPU. Not run.
     """
     c = esc50()
-    c.name = "vggsound_finetune"
-    c.data = datasets.labelled("vggsound")
-    c.clip.seconds = 5.0
-    c.spectral.mask_mels = 6
-    c.head.dropout = 0.2
-    c.epochs = 30.0
-    c.global_batch_size = 256
+    c.update(epochs=30.0, global_batch_size=256, data=datasets.labelled("vggsound"))
+    c.update(clip=dict(seconds=5.0), spectral=dict(mask_mels=6), head=dict(dropout=0.2))
     c.optimizer.update(learning_rate=5e-4, warmup_epochs=2.0)
     c.execution.workers = 32
     return c

@@ -9,8 +9,6 @@
 `pip install -r benchmarks/requirements.txt` and libchromaprint; without them they are left out.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 from ml_collections import ConfigDict
@@ -37,8 +35,7 @@ def foley() -> ConfigDict:
     c.data.prepare = f"python -m data_prep demo --out data/foley_fingerprint {FOLEY_OPTIONS}"
     # Of this split every role takes records of its own, one role after the other.
     c.data.split = "test"
-    c.data.references = 200  # indexed
-    c.data.distractors = 100
+    c.data.update(references=200, distractors=100)  # references are indexed
     c.data.others = 50  # foreign footage of splices and exchanged audio
     c.data.background = 50  # for normalised scores
     c.data.allow_trained_on = False  # take records that the encoder met in pretraining
@@ -77,10 +74,8 @@ def vggsound() -> ConfigDict:
 
     Hardware: a host with 16 cores and any accelerator; never run by us.
     """
-    c = foley()
-    c.name = "fingerprint_vggsound"
-    c.encoder = "runs/vggsound"
-    row = datasets.find("vggsound")
+    c, row = foley(), datasets.find("vggsound")
+    c.update(name="fingerprint_vggsound", encoder="runs/vggsound")
     c.data.update(directory=row.directory, prepare=row.prepare, split=row.test)
     c.data.update(references=10_000, distractors=2_000, others=500, background=1_000)
     c.queries.update(weak=200, medium=500, strong=200)
@@ -89,8 +84,7 @@ def vggsound() -> ConfigDict:
 
 def records() -> ConfigDict:
     """Your own records, 400 of the split test: set data.directory."""
-    c = foley()
+    c, row = foley(), datasets.find("records")
     c.name = "fingerprint_records"
-    row = datasets.find("records")
     c.data.update(directory=row.directory, prepare=row.prepare, split=row.test)
     return c

@@ -8,8 +8,6 @@ WORKDIR/export/video or WORKDIR/export/audio, which `avcl_jax.export.load_encode
 of the input that importing does not touch are those of configs/pretrain.py:kinetics400.
 """
 
-from __future__ import annotations
-
 from ml_collections import ConfigDict
 
 from avcl_jax.errors import UserError

@@ -1,22 +1,16 @@
 """Linear probe of a frozen encoder: a linear classifier of its features, video or audio.
 
     python -m avcl_jax.main --config=configs/linear_probe.py --config.encoder=runs/demo
-    python -m avcl_jax.main --config=configs/linear_probe.py:ucf101 --config.encoder=runs/k400 \\
-        --workdir=runs/ucf101_linear
     python -m avcl_jax.main --config=configs/linear_probe.py:records --config.encoder=runs/mine \\
         --config.data.directory=data/mine --config.data.label=LABEL --workdir=runs/mine_linear
 
-`encoder` is the workdir of a pretraining run, an export, or imported weights. A random encoder of
-the same shape is probed beside it. docs/protocols.md defines the protocol; it is the probe of
-configs/evaluate.py, and gives the same accuracy for the same records.
-
-Verified: demo, demo_audio and esc10 were run whole (docs/protocols.md). The others share their
-code, which is tested on small data with such splits, and were not run: the data are not here.
-Memory on the host: features of the trained and of the random encoder, and one of them twice over
-the devices: at 512 channels 0.4 GB each for VGG-Sound, 4 GB for AudioSet.
+`encoder` is the workdir of a pretraining run, an export, or imported weights. docs/protocols.md
+defines the protocol; it is the probe of configs/evaluate.py, and gives the same accuracy for the
+same records. Verified: demo, demo_audio and esc10 were run whole (docs/protocols.md); the others
+share their code, which is tested on small data, and were not run: the data are not here. Memory on
+the host: features of the trained and of the random encoder, and one of them twice over the devices:
+at 512 channels 0.4 GB each for VGG-Sound, 4 GB for AudioSet.
 """
-
-from __future__ import annotations
 
 from ml_collections import ConfigDict
 
@@ -37,22 +31,20 @@ def get_config(preset: str = "demo") -> ConfigDict:
     c.modality = datasets.find(preset).modality
     # Clips at each speed, spread over the record, as in configs/evaluate.py; poolings are explained
     # in `evaluation.features.FeatureSpec`.
-    c.features = dict(speeds=(1, 2), clips=5, clip_pooling="mean", record_pooling="mean")
+    small = preset in ("demo", "demo_audio", "records")
+    c.features = dict(speeds=(1, 2, 4) if small else (1, 2), clips=4 if small else 5)
+    c.features.update(clip_pooling="mean", record_pooling="mean")
     c.probe = linear_probe()
     c.probe.classifier = "logistic"  # or "svm": a linear support vector machine
     c.baselines = dict(random=True)  # an encoder of the same shape that was never trained
     c.baselines.classical = False  # statistics of MFCC and of the log-mel spectrum of whole audio
     c.baselines.classical_costs = (0.1, 1.0, 10.0, 100.0)
     c.baselines.classical_linear_costs = (1e-3, 1e-2, 1e-1)
-    c.execution.update(threads=16, chunk=32)
-    if preset in ("demo", "demo_audio", "records"):
-        c.features.update(speeds=(1, 2, 4), clips=4)
-        c.execution.threads = 2
+    c.execution.update(threads=2 if small else 16, chunk=32)
     if preset == "audioset":
         c.bootstrap.resamples = 100  # each sorts the scores of 527 classes
     if preset in ("esc10", "esc50"):  # a support vector machine, as is usual for ESC
-        c.features = dict(speeds=(1,), clips=10, clip_pooling="mean_max")
-        c.features.record_pooling = "mean_max"
+        c.features.update(speeds=(1,), clips=10, clip_pooling="mean_max", record_pooling="mean_max")
         c.probe.classifier = "svm"
         # Larger ones take most of the time and were never chosen: files are fewer than channels.
         c.probe.costs = (1e-4, 1e-3, 1e-2, 1e-1)

@@ -9,8 +9,6 @@ setting, `kinetics400` why it has its value at full size. A setting that is comp
 (`get_ref`) follows it when that one is overridden, unless it is overridden itself.
 """
 
-from __future__ import annotations
-
 from ml_collections import ConfigDict
 
 from configs import datasets
@@ -19,9 +17,8 @@ from configs.common import choose, execution
 
 def get_config(preset: str = "demo") -> ConfigDict:
     """Returns a preset: demo, abstract, records, esc10, or that of a full-size data set."""
-    return choose(
-        preset, demo, abstract, records, esc10, kinetics400, kinetics600, vggsound, audioset
-    )
+    full_size = (kinetics400, kinetics600, vggsound, audioset)
+    return choose(preset, demo, abstract, records, esc10, *full_size)
 
 
 def encoders(video: str, audio: str, *, subtract_time_mean: bool) -> ConfigDict:
@@ -50,12 +47,8 @@ def demo() -> ConfigDict:
     Hardware: 2 CPU cores, under 4 GB of memory. `make demo` runs everything from media to report;
     the README has its results.
     """
-    c = ConfigDict()
-    c.task = "avcl_jax.training.loop:pretrain"
-    c.name = "demo"
-    c.seed = 0
-    c.steps = 1500
-    c.global_batch_size = 32
+    c = ConfigDict(dict(task="avcl_jax.training.loop:pretrain", seed=0))
+    c.update(steps=1500, global_batch_size=32)
     # Above 1, the networks process the batch in this many parts and the losses the whole: for
     # contrastive batches larger than memory, with one more forward pass. Batch normalisation is
     # then over a part: docs/large_batches.md.
@@ -76,21 +69,18 @@ def demo() -> ConfigDict:
     c.spectral = dict(equalizer=0.7, equalizer_knots=5, mask_mels=6, noise=0.15)
 
     c.model = encoders("resnet", "resnet", subtract_time_mean=True)
-    c.model.dtype = "float32"
-    c.model.update(embedding_dim=128, projection_hidden=256, temporal_hidden=128)
+    c.model.update(dtype="float32", embedding_dim=128, projection_hidden=256, temporal_hidden=128)
 
     c.loss = dict(temperature=0.1, positive_weight=0.02)
     # Terms of modalities that are not trained are left out. In a batch, the weight of a term is
     # multiplied by the fraction of its examples that count: for order 0.80 here, because some pairs
     # of speeds have no order.
-    c.loss.weights = dict(vv=0.5, va=1.0, aa=0.5)
+    c.loss.weights = dict(vv=0.5, va=1.0, aa=0.5, order_vv=0.5, order_aa=0.5, order_va=0.5)
     c.loss.weights.update(speed_video=0.5, speed_audio=0.5)
     c.loss.weights.update(direction_video=0.5, direction_audio=0.5)
-    c.loss.weights.update(order_vv=0.5, order_aa=0.5, order_va=0.5)
 
-    c.bank = dict(dtype="float32")
     # Rows, two per video: a multiple of twice the batch. A bank is used once it is full; 0 is none.
-    c.bank.size = 256
+    c.bank = dict(size=256, dtype="float32")
     c.bank.space = "agreement"  # or "same" (equal with one modality), "cross"
     c.bank.ranking = "content"  # or "raw", which ranks rows of the same playback first
     c.bank.num_positives = 2
@@ -125,7 +115,6 @@ def abstract() -> ConfigDict:
     switches it off. Hardware: as the demo.
     """
     c = demo()
-    c.name = "abstract"
     c.loss.weights.aa = 0.0
     return c
 
@@ -137,8 +126,7 @@ def records() -> ConfigDict:
     runs/NAME. Hardware: as the demo.
     """
     c = demo()
-    c.name = ""
-    c.data = datasets.training("records")
+    c.update(name="", data=datasets.training("records"))
     c.bank.health_labels = ()
     return c
 
@@ -154,15 +142,11 @@ def esc10() -> ConfigDict:
     the highest speed, at which a recording is too short for two views.
     """
     c = demo()
-    c.name = "esc10"
-    c.steps = 2000
-    c.modalities = "audio"
-    c.data = datasets.training("esc10")
+    c.update(steps=2000, modalities="audio", data=datasets.training("esc10"))
     c.views.speeds = (1, 2, 4)
     c.loss.weights.aa = 1.0
     c.bank.health_labels = ()
-    c.execution.checkpoint_every = 1000
-    c.execution.keep_checkpoints = 1
+    c.execution.update(checkpoint_every=1000, keep_checkpoints=1)
     return c
 
 
@@ -176,15 +160,10 @@ def kinetics400() -> ConfigDict:
     and BraVe ("the relatives"), with file and line, are in docs/reproduction.md, "Settings beside
     those of relatives".
     """
-    c = ConfigDict()
-    c.task = "avcl_jax.training.loop:pretrain"
-    c.name = "kinetics400"
-    c.seed = 0
+    c = ConfigDict(dict(task="avcl_jax.training.loop:pretrain", seed=0))
     c.steps = 96_000  # 200 epochs, as GDT
     c.global_batch_size = 512  # as BraVe; CrissCross 2,048
-    c.micro_batches = 1
-    c.modalities = "audio_visual"
-    c.data = datasets.training("kinetics400")
+    c.update(micro_batches=1, modalities="audio_visual", data=datasets.training("kinetics400"))
 
     c.views = dict(num_frames=16)  # as BraVe; R(2+1)D-18's FLOPs are published for this input
     # At 0.75 s two views of a 10 s video fit in every order for all pairs of speeds but (8, 8), at
@@ -195,12 +174,11 @@ def kinetics400() -> ConfigDict:
     c.views.speeds = (1, 2, 4, 8)  # the demo's, untested: no relative varies the speed
     c.views.audio_transform = "shared"  # one playback for video and audio: the demo's, untested
 
-    c.crop = dict(image_size=112)  # as GDT and CrissCross
+    # As GDT and CrissCross; as all relatives; real cameras have an upright.
+    c.crop = dict(image_size=112, flip=True, quarter_turns=False)
     # As BraVe. The smallest crop of a 128-pixel record is 70 pixels wide, enlarged 1.6 times; the
     # 0.08 of AVID-CMA and CrissCross, 36 pixels, requires larger records (--short-side).
     c.crop.min_area = 0.3
-    c.crop.flip = True  # as all relatives
-    c.crop.quarter_turns = False  # real cameras have an upright
     c.photometric = dict(contrast=0.4, saturation=0.4)  # as all four relatives
     c.photometric.brightness = 0.125  # added, as BraVe's; the others multiply by 0.6 to 1.4
     c.photometric.hue = 0.2  # as AVID-CMA, CrissCross, BraVe
@@ -213,14 +191,12 @@ def kinetics400() -> ConfigDict:
     # of 500 samples (31 ms; relatives 7 to 64 ms) resolve 80 independent bands, the demo's 250
     # samples 66 of 80. The step in time is larger than any relative's (3 to 10 ms); on ESC-10 speed
     # and direction lose at most 4 points with it (95 %).
-    c.spectrogram.frames = 24
+    c.spectrogram.update(frames=24, where="device")
     c.spectrogram.update(min_hz=60.0, max_hz=7_600.0)  # BraVe from 80
-    # As CrissCross: its -5.37 for windows of 1,024 is -6.80 for 500 (power grows with the window's
-    # square).
-    c.spectrogram.mean = -7.0
-    c.spectrogram.std = 3.0  # untested
-    c.spectrogram.floor = 1e-6  # 1e-8 after removing the file's mean costs 4 points on ESC-10
-    c.spectrogram.where = "device"
+    # The mean as CrissCross: its -5.37 for windows of 1,024 is -6.80 for 500 (power grows with the
+    # window's square). std is untested. A floor of 1e-8 after removing the file's mean costs 4
+    # points on ESC-10.
+    c.spectrogram.update(mean=-7.0, std=3.0, floor=1e-6)
     c.spectral = dict(mask_mels=12)  # 15 % of the bands, as the demo; GDT 8, CrissCross twice 13 %
     # The demo's and untested. Relatives scale the volume by up to 10 or 20 %; here the mean level
     # is kept, because loudness is evidence of temporal order, and on ESC-10 neither a random gain
@@ -228,20 +204,17 @@ def kinetics400() -> ConfigDict:
     c.spectral.update(equalizer=0.7, equalizer_knots=5, noise=0.15)
 
     c.model = encoders("r2plus1d_18", "resnet_9", subtract_time_mean=False)  # both as GDT
-    c.model.dtype = "bfloat16"
-    c.model.embedding_dim = 128  # as AVID-CMA
-    c.model.projection_hidden = 512  # as AVID-CMA and GDT
-    c.model.temporal_hidden = 512  # untested: no relative has these heads
+    # As AVID-CMA, 512 as GDT too; no relative has temporal heads: untested.
+    c.model.update(embedding_dim=128, projection_hidden=512, temporal_hidden=512, dtype="bfloat16")
 
     c.loss = dict(temperature=0.1)  # the demo's, untested; AVID-CMA, GDT: 0.07
     c.loss.positive_weight = 0.1  # untested; AVID-CMA: half, in a loss of its own
     # The demo's and untested. At the start, when every loss is the logarithm of its number of
     # choices, contrastive terms are 13.9 of the total and temporal tasks at most 3.7. The
     # audio-audio term is ours: `--config.loss.weights.aa=0` trains by the abstract.
-    c.loss.weights = dict(vv=0.5, va=1.0, aa=0.5)
+    c.loss.weights = dict(vv=0.5, va=1.0, aa=0.5, order_vv=0.5, order_aa=0.5, order_va=0.5)
     c.loss.weights.update(speed_video=0.5, speed_audio=0.5)
     c.loss.weights.update(direction_video=0.5, direction_audio=0.5)
-    c.loss.weights.update(order_vv=0.5, order_aa=0.5, order_va=0.5)
 
     batch = c.get_ref("global_batch_size")
     c.bank = dict(dtype="bfloat16")
@@ -249,10 +222,8 @@ def kinetics400() -> ConfigDict:
     c.bank.space = "agreement"  # AVID-CMA's "consensus"
     # The next five are untested. AVID-CMA uses the 32 nearest rows as positives, and 64 (within) or
     # 1,024 (across) of all others as negatives.
-    c.bank.num_positives = 8
+    c.bank.update(num_positives=8, num_negatives=256, negative_candidates=2048)
     c.bank.positive_window = 1 / 2048  # 32 of the 65,536 rows at batch 512
-    c.bank.num_negatives = 256
-    c.bank.negative_candidates = 2048
     c.bank.negative_offset = 0.02  # above the 0.25 % of Kinetics-400 that share a class
     # The demo's and untested.
     c.bank.update(ranking="content", positive_sampling="gumbel", negative_sampling="uniform")
@@ -289,10 +260,7 @@ def kinetics600() -> ConfigDict:
     Intended hardware: TPU v5e-64 or 16 GPUs of 80 GB. Verified and not run: as kinetics400.
     """
     c = kinetics400()
-    c.name = "kinetics600"
-    c.data = datasets.training("kinetics600")
-    c.steps = 76_500
-    c.global_batch_size = 1024
+    c.update(steps=76_500, global_batch_size=1024, data=datasets.training("kinetics600"))
     return c
 
 
@@ -302,22 +270,18 @@ def vggsound() -> ConfigDict:
     Intended hardware: TPU v5e-32 or 8 GPUs of 80 GB. Verified and not run: as kinetics400.
     """
     c = kinetics400()
-    c.name = "vggsound"
-    c.data = datasets.training("vggsound")
-    c.steps = 72_000
+    c.update(steps=72_000, data=datasets.training("vggsound"))
     c.loss.weights.va = 1.5  # because audio sources are visible; untested
     return c
 
 
 def audioset() -> ConfigDict:
-    """AudioSet, about 1.9 million clips of 10 s, 50 epochs; several labels per clip.
+    """AudioSet, about 1.9 million clips of 10 s, 50 epochs, because it is 5 to 10 times as large.
 
-    Intended hardware: TPU v5e-128 or 32 GPUs of 80 GB. Verified and not run: as kinetics400.
+    Several labels per clip. Intended hardware: TPU v5e-128 or 32 GPUs of 80 GB. Verified and not
+    run: as kinetics400.
     """
     c = kinetics400()
-    c.name = "audioset"
-    c.data = datasets.training("audioset")
-    c.steps = 46_000  # 50 epochs, because it is five to ten times as large as the others
-    c.global_batch_size = 2048
+    c.update(steps=46_000, global_batch_size=2048, data=datasets.training("audioset"))
     c.bank.health_labels = ()  # which need one class per record
     return c

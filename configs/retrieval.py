@@ -3,20 +3,15 @@
     python -m avcl_jax.main --config=configs/retrieval.py --config.encoder=runs/demo
     python -m avcl_jax.main --config=configs/retrieval.py:ucf101 --config.encoder=runs/k400 \\
         --config.data.official_split=1 --workdir=runs/ucf101_retrieval
-    python -m avcl_jax.main --config=configs/retrieval.py:records --config.encoder=runs/mine \\
-        --config.data.directory=data/mine --config.data.label=LABEL --workdir=runs/mine_retrieval
 
 Needs a video encoder (a run, its export or imported weights). Test records are the queries,
 training records the gallery: 3,783 and 9,537 of UCF101's split 1, 1,530 and 3,570 of HMDB51's,
 20,000 and 246,000 of Kinetics-400. docs/protocols.md defines the protocol.
 
-Hosts share the videos (`--distributed`), each computing features on its own devices; ranking runs
-on process 0, for Kinetics-400 in 170 MB beside the features (0.5 GB at 512 channels). Verified: the
-demo was run whole (docs/protocols.md); the others share its code, which is tested on small data
-with such splits, and were not run: the videos are not here.
+Hosts share the videos (`--distributed`); ranking runs on process 0, for Kinetics-400 in 170 MB
+beside the features (0.5 GB at 512 channels). Verified: the demo was run whole (docs/protocols.md);
+the others share its code, which is tested on small data, and were not run: no videos here.
 """
-
-from __future__ import annotations
 
 from ml_collections import ConfigDict
 
@@ -26,15 +21,13 @@ from configs.common import protocol
 
 def get_config(preset: str = "demo") -> ConfigDict:
     """Returns video retrieval on a data set of configs/datasets.py."""
+    small = preset in ("demo", "records")
     c = protocol("avcl_jax.evaluation.retrieval:video_retrieval", f"{preset}_retrieval")
     c.data = datasets.labelled(preset)
     c.data.official_split = 1  # the number of an entry of the selections
-    c.features = dict(speeds=(1,), clips=10, clip_pooling="mean", record_pooling="mean")
+    c.features = dict(speeds=(1, 2, 4) if small else (1,), clips=4 if small else 10)
+    c.features.update(clip_pooling="mean", record_pooling="mean")
     c.evaluation = dict(recall_at=(1, 5, 10, 20, 50))
-    c.baselines = dict(random=False)  # an encoder of the same shape that was never trained
-    c.execution.threads = 16
-    if preset in ("demo", "records"):
-        c.features.update(speeds=(1, 2, 4), clips=4)
-        c.baselines.random = True
-        c.execution.threads = 2
+    c.baselines = dict(random=small)  # an encoder of the same shape that was never trained
+    c.execution.threads = 2 if small else 16
     return c.lock()

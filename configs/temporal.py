@@ -5,11 +5,9 @@
         --config.data.directory=DATA --config.data.split=all --workdir=runs/temporal
 
 Needs the workdir of a run, because an export leaves out the heads, and records whose audio has the
-run's sample rate. docs/protocols.md defines the protocol. Verified: the demo run whole on its own
-test videos, and on real videos (docs/protocols.md).
+run's sample rate. docs/protocols.md defines the protocol, and has results of the demo on its own
+test videos and on real videos.
 """
-
-from __future__ import annotations
 
 from ml_collections import ConfigDict
 

@@ -57,10 +57,10 @@ from avcl_jax.evaluation.splits import Split, numbered_sides, open_splits
 from avcl_jax.export import Encoder
 from avcl_jax.export.runs import random_like
 from avcl_jax.training import sharding
-from avcl_jax.training.checkpoint import Checkpoints, Progress, check_config
+from avcl_jax.training.checkpoint import Checkpoints, Progress, check_config, read_progress
 from avcl_jax.training.metrics import MetricWriter
 from avcl_jax.training.optimizer import create_optimizer, warmup_cosine, warmup_multistep
-from avcl_jax.training.run_steps import Pace, run_steps
+from avcl_jax.training.run_steps import run_steps
 
 # Sections that decide the test and the results, but not the training.
 _NOT_TRAINING = ("test", "bootstrap")
@@ -200,7 +200,7 @@ def run_split(
     checkpoints = Checkpoints(workdir, keep=run.keep_checkpoints)
     progress, complete = Progress(0, 0.0, train.fingerprint, mesh.size), True
     if (saved := checkpoints.latest_step()) is not None:
-        progress = dataclasses.replace(checkpoints.restore_progress(saved), devices=mesh.size)
+        progress = dataclasses.replace(read_progress(workdir, saved), devices=mesh.size)
         state = checkpoints.restore(saved, state)
     if progress.step < steps:
         writer = MetricWriter(workdir, steps=steps, first_step=progress.step)
@@ -226,11 +226,13 @@ def run_split(
             lambda state, batch: step(state, batch, step_key),
             training_batches(config, number, train, progress.step),
             rows=sharding.rows_sharding(mesh),
-            pace=Pace(steps, run.log_every, run.checkpoint_every, config.global_batch_size),
+            steps=steps,
+            log_every=run.log_every,
+            checkpoint_every=run.checkpoint_every,
+            clips_per_step=config.global_batch_size,
             progress=progress,
             checkpoints=checkpoints,
             writer=writer,
-            also=dict,
         )
         writer.close()
     checkpoints.close()
@@ -315,9 +317,7 @@ def _check_training(
     settings = {k: v for k, v in config.to_dict().items() if k not in _NOT_TRAINING}
     settings |= {"encoder_fingerprint": split.encoder.fingerprint}
     settings |= {"records": split.train.fingerprint}
-    text, path = json.dumps(settings, indent=2, sort_keys=True), workdir / "config.json"
-    old = path.read_text() if path.exists() else text
-    check_config(workdir, text, experiment.decisive_differences(old, text))
+    check_config(workdir, json.dumps(settings, indent=2, sort_keys=True))
 
 
 def protocol_of(config: ml_collections.ConfigDict) -> Protocol:

@@ -63,7 +63,7 @@ def exchange_bytes(
         labels: Labels per row.
         global_batch_size: Videos per step.
         shards: Devices along the data axes.
-        terms: (anchor modality, target modality) of every term that a step samples.
+        terms: All terms that a step samples.
         sampling: Ranks and samples per anchor.
 
     Returns:
@@ -75,7 +75,8 @@ def exchange_bytes(
     embedding = dim * jnp.dtype(dtype).itemsize
     words = -(-embedding // _INT_BYTES) * _INT_BYTES
     numbers = size * (FIXED_COLUMNS + labels) * _INT_BYTES
-    queries = {own for anchor, _ in terms for own, _ in sampling.pairs(anchor)}
+    pairs = {pair for anchor, _ in terms for pair in sampling.pairs(anchor)}
+    queries, averaged = ({pair[side] for pair in pairs} for side in (0, 1))
     rankings = {
         (
             sampling.pairs(term[0]),
@@ -87,7 +88,6 @@ def exchange_bytes(
     nearest = anchors * min(sampling.positive_ranks, size // shards) * 2 * _INT_BYTES
     picks = anchors // shards * sampling.num_positives
     answers = shards * _asked_at_once(picks, shards) * (_INT_BYTES + embedding) + _INT_BYTES
-    averaged = {row for anchor, _ in terms for _, row in sampling.pairs(anchor)}
     means = len(averaged) * sampling.playbacks * (dim + 1) * _INT_BYTES
     modalities = {modality for term in terms for modality in sampling.row_modalities(term)}
     merge = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -47,9 +47,9 @@ def sample_metrics(
         "positives": (count.mean(), jnp.asarray(count.size)),
         "age_rows": _mean(ages, sample.positives.mask),
     }
-    anchors = _kinds(views, modality, label_names)
+    anchors = _kinds_of_views(views, modality, label_names)
     for name, drawn in (("positive", sample.positives), ("negative", sample.negatives)):
-        rows = _kinds_of(drawn.numbers.playback(modality), drawn.numbers.label, label_names)
+        rows = _kinds(drawn.numbers.playback(modality), drawn.numbers.label, label_names)
         for kind, own in anchors.items():
             known = drawn.mask & (rows[kind] >= 0) & (own >= 0)[..., None]
             same = (rows[kind] == own[..., None]).astype(jnp.float32)
@@ -63,45 +63,17 @@ def _mean(values: Array, mask: Array) -> tuple[Array, Array]:
     return jnp.where(mask, values, 0).sum() / jnp.maximum(count, 1), count
 
 
-def _kinds_of(playback: Array, labels: Array, label_names: Sequence[str]) -> dict[str, Array]:
+def _kinds(playback: Array, labels: Array, label_names: Sequence[str]) -> dict[str, Array]:
     """Numbers in which rows and anchors are compared; playback is 2 · speed + direction."""
     kinds = {name: labels[..., number] for number, name in enumerate(label_names)}
     return kinds | dict(zip(PLAYBACK_KINDS, (playback // 2, playback % 2), strict=True))
 
 
-def _kinds(views: Views, modality: Modality, label_names: Sequence[str]) -> dict[str, Array]:
-    """The same numbers [videos, 2] of views."""
+def _kinds_of_views(
+    views: Views, modality: Modality, label_names: Sequence[str]
+) -> dict[str, Array]:
     labels = jnp.repeat(views.label[:, None], 2, axis=1)
-    return _kinds_of(views.playback[modality], labels, label_names)
-
-
-def _base_rates(
-    kinds: Mapping[str, Array], source_id: Array, present: Array
-) -> dict[str, tuple[Array, Array]]:
-    source, there = jnp.repeat(source_id, 2), present.ravel()
-    pairs = (source[:, None] != source[None]) & there[:, None] & there[None]
-    rates = {}
-    for kind, values in kinds.items():
-        flat = values.ravel()
-        known = pairs & (flat >= 0)[:, None] & (flat >= 0)[None]
-        rates[kind] = _mean((flat[:, None] == flat[None]).astype(jnp.float32), known)
-    return rates
-
-
-def _row_drift(
-    bank: FeatureBank, views: Views, modality: Modality
-) -> dict[str, tuple[Array, Array]]:
-    few = slice(_DRIFT_VIDEOS)
-    rows, numbers = bank.rows.embeddings[modality], bank.rows.numbers
-    embeddings = views.embeddings[modality][few].astype(rows.dtype)
-    cosine = jnp.einsum("vkd,rd->vkr", embeddings, rows).astype("f4")
-    same = (views.source_id[few, None] == numbers.source_id[None]) & bank.rows.usable(modality)[
-        None
-    ]
-    pairs = same[:, None] & views.present[modality][few, :, None]
-    old = age(bank, numbers.insertion) > bank.size // 2
-    halves = {"newer": ~old, "older": old}
-    return {name: _mean(cosine, pairs & half[None, None]) for name, half in halves.items()}
+    return _kinds(views.playback[modality], labels, label_names)
 
 
 def bank_metrics(
@@ -109,10 +81,7 @@ def bank_metrics(
 ) -> dict[str, tuple[Array, Array]]:
     """Fill of the bank, base rates of agreement in a batch, and drift of rows.
 
-    Args:
-        bank: The bank, before this step's insertion.
-        views: The batch.
-        label_names: Names of the labels.
+    Args are those of `sample_metrics`.
 
     Returns:
         Metric → (mean, number of values); the mean over nothing is 0. `fill`: fraction of rows
@@ -122,11 +91,23 @@ def bank_metrics(
         are other views: compare with the similarity of two views of the batch.
     """
     metrics = {"fill": ((bank.rows.numbers.insertion >= 0).mean(), jnp.asarray(1))}
-    either = views.present["video"] | views.present["audio"]
-    kinds = _kinds(views, "video", label_names)
-    for kind, rate in _base_rates(kinds, views.source_id, either).items():
-        metrics[f"base_rate/{kind}"] = rate
-    for modality in views.embeddings:
-        for half, cosine in _row_drift(bank, views, modality).items():
-            metrics[f"{modality}_same_source_similarity/{half}"] = cosine
+    source = jnp.repeat(views.source_id, 2)
+    present = (views.present["video"] | views.present["audio"]).ravel()
+    pairs = (source[:, None] != source[None]) & present[:, None] & present[None]
+    for kind, values in _kinds_of_views(views, "video", label_names).items():
+        flat = values.ravel()
+        known = pairs & (flat >= 0)[:, None] & (flat >= 0)[None]
+        same = (flat[:, None] == flat[None]).astype(jnp.float32)
+        metrics[f"base_rate/{kind}"] = _mean(same, known)
+    few, numbers = slice(_DRIFT_VIDEOS), bank.rows.numbers
+    own = views.source_id[few, None] == numbers.source_id[None]
+    old = age(bank, numbers.insertion) > bank.size // 2
+    for modality, rows in bank.rows.embeddings.items():
+        embeddings = views.embeddings[modality][few].astype(rows.dtype)
+        cosine = jnp.einsum("vkd,rd->vkr", embeddings, rows).astype("f4")
+        usable = own & bank.rows.usable(modality)[None]
+        pairs = usable[:, None] & views.present[modality][few, :, None]
+        for half, mask in (("newer", ~old), ("older", old)):
+            name = f"{modality}_same_source_similarity/{half}"
+            metrics[name] = _mean(cosine, pairs & mask[None, None])
     return metrics

@@ -83,8 +83,7 @@ def compare(
         anchors: the anchors.
         rows: rows to compare them with; only those of other sources are eligible.
         usable: bool [rows], the row has all modalities that are read.
-        pairs: see `queries_of`.
-        means: see `queries_of`.
+        pairs: as of `queries_of`, `means` too.
     """
     return _by_anchor(anchors, rows, usable, pairs, means, lambda similarity: similarity)
 
@@ -117,7 +116,7 @@ def _by_anchor(
     keys = [rows.embeddings[row] for _, row in pairs]
     playbacks = [rows.numbers.playback(row) for _, row in pairs]
     # No means and no lengths for raw similarities.
-    inverse = [inverse_lengths(*key) for key in zip(keys, playbacks, means, strict=False)]
+    inverse = [_inverse_lengths(*key) for key in zip(keys, playbacks, means, strict=False)]
 
     def one(anchor: Anchors) -> Any:
         similarities = [
@@ -155,8 +154,14 @@ def _top_k(values: Array, k: int) -> tuple[Array, Array]:
     return best, chosen[position // block] * block + position % block
 
 
-def playback_sums(rows: BankRows, modality: Modality, playbacks: int) -> Array:
-    """Sums the usable rows of each playback: float32 [playbacks, dim + 1], last their number."""
+def playback_means(
+    rows: BankRows, modality: Modality, playbacks: int, axes: tuple[str, ...]
+) -> Array:
+    """Means of the usable rows of each playback, float32 [playbacks, dim]; 0 without rows.
+
+    Args:
+        axes: mesh axes over which the rows are sharded.
+    """
 
     def of_block(block: tuple[Array, Array, Array]) -> Array:
         embeddings, number, usable = block
@@ -170,7 +175,9 @@ def playback_sums(rows: BankRows, modality: Modality, playbacks: int) -> Array:
         return jnp.concatenate([sums, chosen.sum(axis=1, keepdims=True, dtype="f4")], axis=1)
 
     arrays = rows.embeddings[modality], rows.numbers.playback(modality), rows.usable(modality)
-    return _by_block(of_block, arrays).sum(axis=0)
+    sums = _by_block(of_block, arrays).sum(axis=0)
+    sums = jax.lax.psum(sums, axes) if axes else sums
+    return sums[:, :-1] / jnp.maximum(sums[:, -1:], 1)
 
 
 def _by_block(function: Callable[[Any], Array], rows: tuple[Array, ...]) -> Array:
@@ -182,25 +189,14 @@ def _by_block(function: Callable[[Any], Array], rows: tuple[Array, ...]) -> Arra
     return jax.lax.map(function, blocks)
 
 
-def playback_means(sums: Array) -> Array:
-    """Means [playbacks, dim] from `playback_sums`; 0 for a playback without rows."""
-    return sums[:, :-1] / jnp.maximum(sums[:, -1:], 1)
-
-
 def _lookup(values: Array, number: Array) -> Array:
     """Equals `values[number]`, for few values: comparisons are fused, a TPU's gather is slow."""
     chosen = (jnp.where(number == k, value, 0) for k, value in enumerate(values))
     return reduce(jnp.add, chosen)
 
 
-def inverse_lengths(embeddings: Array, playback: Array, means: Array) -> Array:
-    """1 / |row − mean of its playback|, float32 [rows]; 0 for a row that equals the mean.
-
-    Args:
-        embeddings: [rows, dim].
-        playback: int [rows].
-        means: float32 [playbacks, dim].
-    """
+def _inverse_lengths(embeddings: Array, playback: Array, means: Array) -> Array:
+    """1 / |row − mean of its playback|, float32 [rows]; 0 for a row that equals the mean."""
     # |r|² − 2 r·m + |m|²: the rows minus their means would take float32 [rows, dim].
     squared_means = jnp.square(means).sum(axis=1)
 

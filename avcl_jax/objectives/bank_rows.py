@@ -80,15 +80,6 @@ def has_all(presence: Any, modalities: tuple[Modality, ...]) -> Any:
     return (presence & wanted) == wanted
 
 
-def empty_rows(size: int, dim: int, dtype: Any, *, labels: int) -> BankRows:
-    """Rows without content, `dim` numbers of `dtype` per embedding."""
-    return BankRows(
-        embeddings={name: jnp.zeros((size, dim), dtype) for name in MODALITIES},
-        presence=jnp.zeros(size, jnp.uint8),
-        numbers=RowNumbers(jnp.full((size, FIXED_COLUMNS + labels), -1, jnp.int32)),
-    )
-
-
 def rows_of(views: Views, insertion: Array) -> BankRows:
     """Rows of all views, both of the first video first, with insertion numbers int [rows]."""
 

@@ -25,6 +25,12 @@ from avcl_jax.objectives.views import Modality, Term
 ELIGIBLE_PER_POSITIVE_RANK = 4
 # Keys the choice of candidates in place of an anchor's number; no anchor has it.
 _NO_ANCHOR = 2**32 - 1
+_NAMES = {
+    "space": ("same", "cross", "agreement"),
+    "ranking": ("raw", "content"),
+    "positive_sampling": ("gumbel", "uniform"),
+    "negative_sampling": ("gumbel", "uniform"),
+}
 
 
 @dataclass(frozen=True)
@@ -66,14 +72,9 @@ class BankSampling:
     temperature: float
 
     def __post_init__(self) -> None:
-        if self.space not in ("same", "cross", "agreement"):
-            raise UserError(f"space is {self.space!r}; use 'same', 'cross' or 'agreement'.")
-        if self.ranking not in ("raw", "content"):
-            raise UserError(f"ranking is {self.ranking!r}; use 'raw' or 'content'.")
-        distributions = {"positive": self.positive_sampling, "negative": self.negative_sampling}
-        for kind, distribution in distributions.items():
-            if distribution not in ("gumbel", "uniform"):
-                raise UserError(f"{kind}_sampling is {distribution!r}; use 'gumbel' or 'uniform'.")
+        for name, known in _NAMES.items():
+            if (value := getattr(self, name)) not in known:
+                raise UserError(f"{name} is {value!r}; use one of {', '.join(known)}.")
         if not 0 <= self.negative_offset < 1:
             raise UserError(f"negative_offset is {self.negative_offset}; need 0 <= it < 1.")
         for kind, number, rows, of in (
@@ -90,7 +91,7 @@ class BankSampling:
                 "negative_candidates is 0; use at least 1, from which the number of eligible "
                 "rows is estimated."
             )
-        if "gumbel" in distributions.values() and not self.temperature > 0:
+        if "gumbel" in (self.positive_sampling, self.negative_sampling) and self.temperature <= 0:
             raise UserError(f"temperature is {self.temperature}; Gumbel sampling needs > 0.")
 
     def pairs(self, anchor: Modality) -> tuple[Term, ...]:
@@ -153,7 +154,6 @@ def pick_positives(
         enough: bool [anchors] from `enough_eligible`; other anchors get no positives.
         key: Key of the step and term.
         anchor: int [anchors] number of each anchor.
-        sampling: Count, distribution and temperature.
     """
     perturbed = _gumbel(key, anchor, rows.insertion)
     if sampling.positive_sampling == "gumbel":
@@ -188,7 +188,6 @@ def pick_negatives(
         near_source: int [anchors, ranks] sources of the first ranks, −1 where there is no row.
         key: Key of the step and term.
         anchor: int [anchors] number of each anchor.
-        sampling: Count, offset, distribution and temperature.
     """
     eligible = scores > -jnp.inf
     left_out = jnp.floor(sampling.negative_offset * eligible.sum(-1, keepdims=True))
@@ -210,13 +209,10 @@ def pick_negatives(
 
 
 def enough_eligible(scores: Array, rows: int, sampling: BankSampling) -> Array:
-    """Tests whether enough rows are eligible for positives: bool [anchors].
+    """Tests whether enough of a bank's rows are eligible for positives: bool [anchors].
 
-    Args:
-        scores: [anchors, candidates] similarities, −inf where not eligible; their fraction is the
-            estimate.
-        rows: Rows of the bank.
-        sampling: For the number of ranks.
+    The estimate is the fraction of the candidates' similarities [anchors, candidates] that are
+    not −inf.
     """
     eligible = (scores > -jnp.inf).mean(-1) * rows
     return eligible >= ELIGIBLE_PER_POSITIVE_RANK * sampling.positive_ranks

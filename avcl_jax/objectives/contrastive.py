@@ -59,12 +59,7 @@ def _bank_similarities(
     mask: Bool[Array, "videos 2 rows"] | None,
 ) -> tuple[Array, Array]:
     if (rows is None) != (mask is None):
-        given, missing = (
-            (f"bank_{name}s", f"bank_{name}_mask")
-            if mask is None
-            else (f"bank_{name}_mask", f"bank_{name}s")
-        )
-        raise ValueError(f"{given} was given without {missing}; pass both or neither.")
+        raise ValueError(f"bank_{name}s and bank_{name}_mask: give both or neither.")
     if rows is None or mask is None:
         shape = (*anchors.shape[:2], 0)
         return jnp.zeros(shape, anchors.dtype), jnp.zeros(shape, bool)
@@ -112,20 +107,20 @@ def contrastive_loss(
     Gradients of targets are balanced, see the module.
 
     Args:
-        anchors: [videos, 2, dim] L2-normalised embeddings of the anchor modality, any float dtype.
-        targets: [videos, 2, dim] L2-normalised embeddings of the target modality.
+        anchors: L2-normalised embeddings of the anchor modality, any float dtype.
+        targets: L2-normalised embeddings of the target modality.
         kind: Partner of an anchor. "within": the other view; "cross": the same view of the target
             modality.
-        source_id: int [videos], equal for records cut from one file.
-        anchor_mask: bool [videos], or [videos, 2] of each view: the anchor modality exists.
-        target_mask: bool of the same shape: the target modality exists.
+        source_id: equal for records cut from one file.
+        anchor_mask: [videos], or [videos, 2] of each view: the anchor modality exists.
+        target_mask: the same of the target modality.
         temperature: τ > 0.
         positive_weight: λ in [0, 1], shared equally by an anchor's valid bank positives; if it has
             none, its partner has weight 1.
-        bank_positives: [videos, 2, positives, dim] rows of the target modality, without gradient.
-        bank_positive_mask: bool [videos, 2, positives].
-        bank_negatives: [videos, 2, negatives, dim] rows of the target modality, without gradient.
-        bank_negative_mask: bool [videos, 2, negatives].
+        bank_positives: rows of the target modality, without gradient, where their mask is set.
+        bank_positive_mask: mask of `bank_positives`; both or neither are given.
+        bank_negatives: as `bank_positives`.
+        bank_negative_mask: as `bank_positive_mask`.
 
     Returns:
         The scalar loss, 0 (with zero gradient) if no anchor counts, and metrics: the mean

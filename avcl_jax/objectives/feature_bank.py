@@ -29,13 +29,13 @@ from avcl_jax.objectives.bank_rows import (
     BankRows,
     BankSample,
     DrawnRows,
-    empty_rows,
+    RowNumbers,
     has_all,
     presence_bits,
     rows_of,
 )
 from avcl_jax.objectives.bank_sampling import BankSampling
-from avcl_jax.objectives.views import Term, Views
+from avcl_jax.objectives.views import MODALITIES, Term, Views
 
 
 @flax.struct.dataclass
@@ -60,15 +60,10 @@ class FeatureBank:
 
 
 def check_size(size: int, *, global_batch_size: int, shards: int) -> None:
-    """Checks that whole batches fill the bank's shards evenly.
-
-    Args:
-        size: Rows of the bank.
-        global_batch_size: Videos of a step; each inserts two rows.
-        shards: Devices that the batch and the bank are sharded over.
+    """Checks that whole batches, of two rows per video, fill the bank's shards evenly.
 
     Raises:
-        UserError: With what does not fit and sizes that do.
+        UserError: With the size that does not fit and sizes that do.
     """
     rows = 2 * global_batch_size
     if global_batch_size % shards:
@@ -87,7 +82,12 @@ def check_size(size: int, *, global_batch_size: int, shards: int) -> None:
 
 def create(size: int, dim: int, dtype: Any, *, labels: int) -> FeatureBank:
     """An empty bank of `size` rows of `dim` numbers of `dtype` (bfloat16 halves the traffic)."""
-    return FeatureBank(empty_rows(size, dim, dtype, labels=labels), jnp.zeros((), jnp.int32))
+    rows = BankRows(
+        embeddings={name: jnp.zeros((size, dim), dtype) for name in MODALITIES},
+        presence=jnp.zeros(size, jnp.uint8),
+        numbers=RowNumbers(jnp.full((size, FIXED_COLUMNS + labels), -1, jnp.int32)),
+    )
+    return FeatureBank(rows, jnp.zeros((), jnp.int32))
 
 
 def empty_like(bank: FeatureBank) -> FeatureBank:
@@ -140,15 +140,12 @@ def insert(bank: FeatureBank, views: Views, *, mesh: Mesh | None = None) -> Feat
 
     The insertion number of view v of video i of the global batch is inserted + 2 i + v, which
     starts over at the bank's size after `_period` rows more. A bank takes batches of one size
-    throughout its life.
+    throughout its life. New rows have no gradient.
 
     Args:
         bank: The bank, rows sharded over the axes of `mesh`.
         views: The global batch.
         mesh: Mesh of Auto axes; None for one device.
-
-    Returns:
-        The bank with 2 × videos new rows, without gradient.
 
     Raises:
         UserError: If whole batches do not fill the shards evenly.
@@ -190,8 +187,6 @@ def redistribute(bank: FeatureBank, *, global_batch_size: int, shards: int) -> F
     Args:
         bank: A bank filled in batches of one size. If its rows lie on several processes, call this
             under `jax.jit` with `out_shardings`.
-        global_batch_size: Videos of a step.
-        shards: Devices along the data axes.
 
     Raises:
         UserError: If whole batches do not fill the shards evenly.
@@ -287,13 +282,8 @@ def _draw(
     """Samples rows for the anchors of one device; with several, inside `jax.shard_map`.
 
     Args:
-        rows: This device's shard of the bank.
-        key: Key of this step, the same on every device and for every term.
-        views: This device's videos.
-        term: Modality of the anchors, and of the rows to return.
+        rows: This device's shard of the bank, as `views` are its videos.
         number: Number of the term; noise differs between terms, candidates do not.
-        sampling: Space, ranks, counts and distribution.
-        axes: Mesh axes that batch and bank are sharded over.
         merge: Merge nearest rows instead of gathering the bank.
     """
     pairs, modalities = sampling.pairs(term[0]), sampling.row_modalities(term)
@@ -304,10 +294,8 @@ def _draw(
     all_numbers, all_presence = bank_exchange.gather((rows.numbers, rows.presence), axes)
     means = []
     if sampling.ranking == "content":
-        sums = [bank_ranking.playback_sums(rows, row, sampling.playbacks) for _, row in pairs]
         means = [
-            bank_ranking.playback_means(jax.lax.psum(total, axes) if axes else total)
-            for total in sums
+            bank_ranking.playback_means(rows, row, sampling.playbacks, axes) for _, row in pairs
         ]
     queries = bank_ranking.queries_of(views, rows, pairs=pairs, means=means)
     # Two bits per view, so that one number per video is exchanged.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
@@ -73,41 +74,35 @@ class Task:
         return first & rest[0] if rest else first
 
 
-def _speeds(speeds: Sequence[int]) -> list[str]:
-    return [f"{speed}×" for speed in speeds]
+def _speed(m: Modality) -> Task:
+    def classes(speeds: Sequence[int]) -> list[str]:
+        return [f"{speed}×" for speed in speeds]
+
+    return Task("speed", (m,), classes, "speed_mask", itemgetter(f"{m}_speed"))
 
 
-def _directions(_: Sequence[int]) -> list[str]:
-    return ["forward", "backward"]
+def _direction(m: Modality) -> Task:
+    labels = itemgetter(f"{m}_direction")
+    return Task("direction", (m,), lambda _: ["forward", "backward"], "direction_mask", labels)
 
 
-def _orders(_: Sequence[int]) -> list[str]:
-    return ["before", "overlapping", "after"]
+def _order(first: Modality, second: Modality) -> Task:
+    def across(batch: Mapping[str, Array]) -> Array:
+        """Labels of (v1, a2), the order itself, and of (v2, a1), the reverse."""
+        return jnp.stack([batch["order"], 2 - batch["order"]], axis=1)
 
-
-def _order(batch: Mapping[str, Array]) -> Array:
-    return batch["order"]
-
-
-def _order_across(batch: Mapping[str, Array]) -> Array:
-    """Labels of (v1, a2), the order itself, and of (v2, a1), the reverse."""
-    return jnp.stack([batch["order"], 2 - batch["order"]], axis=1)
-
-
-def _label(name: str) -> Callable[[Mapping[str, Array]], Array]:
-    return lambda batch: batch[name]
+    labels = itemgetter("order") if first == second else across
+    names = ["before", "overlapping", "after"]
+    return Task("order", (first, second), lambda _: names, "order_mask", labels)
 
 
 TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
-        *(Task("speed", (m,), _speeds, "speed_mask", _label(f"{m}_speed")) for m in MODALITIES),
-        *(
-            Task("direction", (m,), _directions, "direction_mask", _label(f"{m}_direction"))
-            for m in MODALITIES
-        ),
-        *(Task("order", (m, m), _orders, "order_mask", _order) for m in MODALITIES),
-        Task("order", ("video", "audio"), _orders, "order_mask", _order_across),
+        *map(_speed, MODALITIES),
+        *map(_direction, MODALITIES),
+        *(_order(m, m) for m in MODALITIES),
+        _order("video", "audio"),
     )
 }
 
@@ -120,9 +115,9 @@ def classification_loss(
     """Mean cross-entropy, −log softmax(logits)[label], over the entries where the mask is set.
 
     Args:
-        logits: [..., classes], any float dtype; computed in float32 (float64 if given).
-        labels: int [...] in [0, classes); anything where the mask is not set.
-        mask: bool [...].
+        logits: any float dtype; computed in float32 (float64 if given).
+        labels: in [0, classes); anything where the mask is not set.
+        mask: entries that count.
 
     Returns:
         The scalar loss, 0 with zero gradient if the mask is empty, and metrics: `accuracy` over the

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from avcl_jax.training.sharding import data_axes
+from avcl_jax.training.sharding import rows_sharding
 
 # (parameters, inputs) -> (outputs that the loss sees, updated statistics of normalisation).
 Forward = Callable[[Any, Any], tuple[Any, Any]]
@@ -32,7 +32,7 @@ def split_rows(rows: Any, parts: int, mesh: Mesh) -> Any:
     Every device keeps its rows, and which rows go together does not depend on how many devices
     there are.
     """
-    sharded = NamedSharding(mesh, PartitionSpec(None, data_axes(mesh)))
+    sharded = NamedSharding(mesh, PartitionSpec(None, mesh.axis_names))
 
     def split(array: Array) -> Array:
         array = array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1)
@@ -43,11 +43,10 @@ def split_rows(rows: Any, parts: int, mesh: Mesh) -> Any:
 
 def join_rows(micro_batches: Any, mesh: Mesh) -> Any:
     """Undoes `split_rows`."""
-    sharded = NamedSharding(mesh, PartitionSpec(data_axes(mesh)))
 
     def join(array: Array) -> Array:
-        array = array.swapaxes(0, 1)
-        return jax.lax.with_sharding_constraint(array.reshape(-1, *array.shape[2:]), sharded)
+        array = array.swapaxes(0, 1).reshape(-1, *array.shape[2:])
+        return jax.lax.with_sharding_constraint(array, rows_sharding(mesh))
 
     return jax.tree.map(join, micro_batches)
 
@@ -61,12 +60,9 @@ def gradients(
     normalisation in training it does, and the statistics are those of the micro-batch.
 
     Args:
-        forward: the model.
         objective: the loss; called once, on the outputs of the whole batch in their order.
-        params: parameters.
         inputs: arrays [batch, ...]; every device has as many rows of each micro-batch.
         parts: number of micro-batches; with 1 nothing is computed twice.
-        mesh: devices that the batch is split over.
 
     Returns:
         Gradient by the parameters, the second value that `objective` returned, and the updated
@@ -88,7 +84,7 @@ def gradients(
 
     def add(total: Any, part: tuple[Any, Any]) -> tuple[Any, None]:
         part_inputs, part_by_outputs = part
-        # The statistics of this second run are those of the first, and are left where they are.
+        # The statistics of this second run are those of the first.
         _, pull_back = jax.vjp(lambda params: forward(params, part_inputs)[0], params)
         (by_params,) = pull_back(part_by_outputs)
         return jax.tree.map(jnp.add, total, by_params), None
@@ -105,8 +101,8 @@ def merge_statistics(
 
     They are averaged by the number of rows that entered them, so that the running averages look as
     many steps back as without micro-batches. The variance lacks what the means of the micro-batches
-    differ by, as the normalisation that was trained with does. A module none of whose rows is
-    present in the whole batch keeps its old statistics.
+    differ by, as it does in the normalisation itself. A module none of whose rows is present in the
+    whole batch keeps its old statistics.
 
     Args:
         old: running statistics by module of the model, before the step.
@@ -120,7 +116,7 @@ def merge_statistics(
 
         def average(new: Array, before: Array, weight: Array = weight) -> Array:
             weight = weight.reshape(-1, *(1,) * before.ndim)
-            # Statistics of no row may hold anything, which times 0 need not be 0.
+            # Statistics of no row may be NaN, and times 0 still are.
             mean = jnp.where(weight > 0, weight * new, 0.0).sum(axis=0)
             return jnp.where(weight.any(), mean, before)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import flax.serialization
@@ -12,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from avcl_jax import experiment
 from avcl_jax.errors import UserError
 from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.feature_bank import FeatureBank
@@ -40,37 +40,32 @@ class Progress:
     devices: int
 
 
-def check_config(workdir: epath.Path, config_json: str, differing: Iterable[str]) -> None:
-    """Writes the config of this start into the workdir, or refuses to resume a run of another.
+def check_config(workdir: epath.Path, config_json: str, *, resumes: bool = True) -> None:
+    """Writes config.json of this start into the workdir, unless it would resume another run's.
 
     Args:
-        workdir: workdir of the run.
         config_json: text of config.json.
-        differing: differences to the config already there, one line per key, from
-            `experiment.decisive_differences`.
+        resumes: the workdir contains something that other settings would continue.
 
     Raises:
-        CheckpointError: naming the differences.
+        CheckpointError: naming the differences that decide results.
     """
-    if lines := list(differing):
+    path = workdir / "config.json"
+    old = path.read_text() if resumes and path.exists() else config_json
+    if lines := experiment.decisive_differences(old, config_json):
         raise CheckpointError(
             f"{workdir} contains a run of another config: choose another --workdir, or undo "
             + "; ".join(lines)
         )
     if jax.process_index() == 0:
-        write_bytes(workdir / "config.json", config_json.encode())
+        write_bytes(path, config_json.encode())
 
 
 class Checkpoints:
     """Saves and restores the training state under WORKDIR/checkpoints."""
 
     def __init__(self, workdir: epath.Path, *, keep: int):
-        """Opens or creates the directory.
-
-        Args:
-            workdir: local or `gs://`.
-            keep: how many checkpoints stay; the older ones are deleted.
-        """
+        """Opens or creates the directory, in which the newest `keep` checkpoints are kept."""
         self._manager = ocp.CheckpointManager(
             workdir / "checkpoints",
             options=ocp.CheckpointManagerOptions(
@@ -94,13 +89,6 @@ class Checkpoints:
             ),
         )
         self._manager.wait_until_finished()
-
-    def restore_progress(self, step: int) -> Progress:
-        """Progress in the checkpoint of `step`."""
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
-        )
-        return Progress(**restored["progress"])
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Restores the state of `step` with the shapes, dtypes and shardings of `like`.
@@ -131,7 +119,7 @@ class Checkpoints:
 def load_variables(workdir: epath.PathLike) -> tuple[dict[str, Any], int]:
     """Parameters and statistics of the newest checkpoint of a run, as numpy arrays on the host.
 
-    The averages of both are taken where they were kept.
+    Where their averages were kept, these.
 
     Returns:
         ({"params", "batch_stats"}, step).

@@ -33,7 +33,6 @@ def prepare_inputs(
 
     Args:
         batch: batch of `data.pipeline`.
-        spec: rendering.
         pixel_mean: mean of pixels in [0, 1].
         pixel_std: standard deviation of pixels in [0, 1].
         augmentation: settings for frames and for spectrograms; None for evaluation.
@@ -43,10 +42,10 @@ def prepare_inputs(
         `video` float32 [videos, 2, num_frames, size, size, 3], `spectrogram` float32
         [videos, 2, frames, mels], and `has_video` and `has_audio` as in the batch.
     """
-    if spec.spectrogram_on_device:
-        spectrogram = log_mel(batch["audio_windows"], spec.log_mel, jnp)
-    else:
-        spectrogram = batch["spectrogram"]
+    on_device = spec.spectrogram_on_device
+    spectrogram = (
+        log_mel(batch["audio_windows"], spec.log_mel, jnp) if on_device else batch["spectrogram"]
+    )
     if augmentation is not None:
         assert key is not None, "augmentation needs a key"
         video_key, audio_key = jax.random.split(key)

@@ -25,12 +25,18 @@ from avcl_jax.objectives.temporal import TASKS
 from avcl_jax.objectives.views import MODALITIES
 from avcl_jax.paths import absolute_path
 from avcl_jax.training import sharding
-from avcl_jax.training.checkpoint import CheckpointError, Checkpoints, Progress, check_config
+from avcl_jax.training.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    Progress,
+    check_config,
+    read_progress,
+)
 from avcl_jax.training.inputs import prepare_inputs
 from avcl_jax.training.metrics import MetricWriter
 from avcl_jax.training.objective import CONTRASTIVE_TERMS, LossSpec
 from avcl_jax.training.optimizer import create_optimizer, warmup_cosine
-from avcl_jax.training.run_steps import Pace, run_steps
+from avcl_jax.training.run_steps import run_steps
 from avcl_jax.training.state import TrainState, create_state
 from avcl_jax.training.step import jit_train_step, make_train_step
 from avcl_jax.training.trained_records import LEAST_VIDEOS, UnreadableRecords, open_records
@@ -155,12 +161,8 @@ def build(
 def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool:
     """Trains from the newest checkpoint of `workdir`, or from the beginning, to `config.steps`.
 
-    Args:
-        config: config of `configs/pretrain.py`.
-        workdir: local or `gs://`.
-
     Returns:
-        Whether the run is complete; False if a signal stopped it after saving.
+        True if the run is complete; False if a signal stopped it after saving.
 
     Raises:
         CheckpointError: if the directory belongs to a run of another config or other data.
@@ -168,38 +170,23 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
         RecordError: if more records than `config.execution.max_bad_records` cannot be read.
         UserError: if the config does not fit data or devices.
     """
-    workdir = absolute_path(workdir)
+    workdir, run = absolute_path(workdir), config.execution
     spec = experiment.render_spec(config)
     mesh, init, step_function = build(config)
     source = open_records(config, mesh)
-    # Every process says what it met, for each sees other records.
-    unreadable = UnreadableRecords(
-        source.records,
-        budget=config.execution.max_bad_records,
-        note=functools.partial(print, flush=True),
-    )
-    check_room(
-        batch_bytes(spec, config.global_batch_size // jax.process_count()),
-        workers=config.execution.workers,
-        prefetch=config.execution.prefetch,
-    )
+    unreadable = UnreadableRecords(source.records, budget=run.max_bad_records)
+    rows = config.global_batch_size // jax.process_count()
+    check_room(batch_bytes(spec, rows), workers=run.workers, prefetch=run.prefetch)
     workdir.mkdir(parents=True, exist_ok=True)
-    config_json = experiment.to_json(config)
-    old_config = workdir / "config.json"
-    checkpoints = Checkpoints(workdir, keep=config.execution.keep_checkpoints)
+    checkpoints = Checkpoints(workdir, keep=run.keep_checkpoints)
     saved = checkpoints.latest_step()
-    differing = []
-    # Before the first checkpoint there is nothing that other settings would continue.
-    if saved is not None and old_config.exists():
-        differing = experiment.decisive_differences(old_config.read_text(), config_json)
-    check_config(workdir, config_json, differing)
+    check_config(workdir, experiment.to_json(config), resumes=saved is not None)
 
-    key = jax.random.key(config.seed)
-    init_key, step_key = jax.random.split(key)
+    init_key, step_key = jax.random.split(jax.random.key(config.seed))
     state, shardings = init(init_key)
     progress = Progress(0, 0.0, source.fingerprint, mesh.size)
     if saved is not None:
-        progress = checkpoints.restore_progress(saved)
+        progress = read_progress(workdir, saved)
         if progress.data_fingerprint != source.fingerprint:
             raise CheckpointError(
                 f"{workdir} was trained on records {progress.data_fingerprint}, "
@@ -214,14 +201,14 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
             )
             bank = jax.jit(redistribute, out_shardings=shardings.bank)(state.bank)
             state = dataclasses.replace(state, bank=bank)
-    first = progress.step
-    writer = MetricWriter(
-        workdir,
-        steps=config.steps,
-        first_step=first,
-        warmup_steps=config.optimizer.warmup_steps,
-    )
-    _announce(config, workdir, writer, state, source, mesh, first)
+    first, warmup_steps = progress.step, config.optimizer.warmup_steps
+    writer = MetricWriter(workdir, steps=config.steps, first_step=first, warmup_steps=warmup_steps)
+    writer.note(_summary(config, state, source, mesh.size, first) + f", workdir {workdir}")
+    if jax.process_index() == 0:
+        table = parameter_overview.get_parameter_overview(
+            state.params, include_stats=False, max_lines=None
+        )
+        (workdir / "parameters.txt").write_text(table + "\n")
     if first >= config.steps:
         writer.note(f"{workdir} is already trained to step {first}")
         checkpoints.close()
@@ -238,10 +225,10 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
             host=jax.process_index(),
             hosts=jax.process_count(),
             first_step=first,
-            workers=config.execution.workers,
-            threads=config.execution.threads,
-            prefetch=config.execution.prefetch,
-            skip_unreadable=config.execution.max_bad_records > 0,
+            workers=run.workers,
+            threads=run.threads,
+            prefetch=run.prefetch,
+            skip_unreadable=run.max_bad_records > 0,
         )
     )
 
@@ -255,38 +242,29 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
         lambda state, batch: train_step(state, batch, step_key),
         readable(),
         rows=sharding.rows_sharding(mesh),
-        pace=Pace(
-            steps=config.steps,
-            log_every=config.execution.log_every,
-            checkpoint_every=config.execution.checkpoint_every,
-            clips_per_step=2 * config.global_batch_size,
-        ),
+        steps=config.steps,
+        log_every=run.log_every,
+        checkpoint_every=run.checkpoint_every,
+        clips_per_step=2 * config.global_batch_size,
         progress=dataclasses.replace(progress, devices=mesh.size),
         checkpoints=checkpoints,
         writer=writer,
         # Those that this process has met.
-        also=lambda: {"unreadable_records": unreadable.count},
+        more_values=lambda: {"unreadable_records": unreadable.count},
     )
     checkpoints.close()
     writer.close()
     return complete
 
 
-def _announce(
+def _summary(
     config: ml_collections.ConfigDict,
-    workdir: epath.Path,
-    writer: MetricWriter,
     state: TrainState,
     source: UsableRecords,
-    mesh: Any,
+    devices: int,
     first: int,
-) -> None:
-    """Prints a summary of the run, and writes the table of parameters into the workdir."""
-    if jax.process_index() == 0:
-        table = parameter_overview.get_parameter_overview(
-            state.params, include_stats=False, max_lines=None
-        )
-        (workdir / "parameters.txt").write_text(table + "\n")
+) -> str:
+    """Returns records, parameters, devices and steps of a run, with remarks on its bank."""
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     trained = trained_modalities(config)
     remarks = [
@@ -297,39 +275,28 @@ def _announce(
     reasons = [f"{n} {reason}" for reason, n in left_out.items() if n]
     remarks += [f"left out: {', '.join(reasons)}"] if reasons else []
     noted = f" ({'; '.join(remarks)})" if remarks else ""
-    writer.note(
-        f"{config.name}: {len(source)} videos{noted} from {config.data.directory}, "
-        f"{count / 1e6:.2f} M parameters, {mesh.size} {jax.default_backend()} device(s), "
-        f"{jax.process_count()} process(es), batch {config.global_batch_size} x 2 views, "
-        f"bank {config.bank.size} rows{_never_used(config)}{_exchange(config, mesh.size)}, "
-        f"steps {first} to {config.steps}, workdir {workdir}"
-    )
-
-
-def _never_used(config: ml_collections.ConfigDict) -> str:
-    """Returns a remark if the run ends before its bank is used, else ""."""
-    start = bank_start(config)
-    unused = start is not None and start >= config.steps
-    return f" (never used: it starts after step {start})" if unused else ""
-
-
-def _exchange(config: ml_collections.ConfigDict, shards: int) -> str:
-    """Returns a remark on the bytes that either way of exchange would move, and the choice."""
-    spec = loss_spec(config)
-    if shards == 1 or spec.bank is None or not spec.bank_terms:
-        return ""
-    count = exchange_bytes(
-        size=config.bank.size,
-        dim=config.model.embedding_dim,
-        dtype=config.bank.dtype,
-        labels=experiment.bank_labels(config),
-        global_batch_size=config.global_batch_size,
-        shards=shards,
-        terms=spec.bank_terms,
-        sampling=spec.bank,
-    )
-    chosen = "merged" if count.merge < count.gather else "gathered"
+    bank, start, spec = f"bank {config.bank.size} rows", bank_start(config), loss_spec(config)
+    if start is not None and start >= config.steps:
+        bank += f" (never used: it starts after step {start})"
+    if devices > 1 and spec.bank is not None and spec.bank_terms:
+        moved = exchange_bytes(
+            size=config.bank.size,
+            dim=config.model.embedding_dim,
+            dtype=config.bank.dtype,
+            labels=experiment.bank_labels(config),
+            global_batch_size=config.global_batch_size,
+            shards=devices,
+            terms=spec.bank_terms,
+            sampling=spec.bank,
+        )
+        bank += (
+            f" ({'merged' if moved.merge < moved.gather else 'gathered'}: merging nearest rows "
+            f"would move {moved.merge / 1e6:.1f} MB per device and step, gathering the bank "
+            f"{moved.gather / 1e6:.1f} MB)"
+        )
     return (
-        f" ({chosen}: merging nearest rows would move {count.merge / 1e6:.1f} MB per device and "
-        f"step, gathering the bank {count.gather / 1e6:.1f} MB)"
+        f"{config.name}: {len(source)} videos{noted} from {config.data.directory}, "
+        f"{count / 1e6:.2f} M parameters, {devices} {jax.default_backend()} device(s), "
+        f"{jax.process_count()} process(es), batch {config.global_batch_size} x 2 views, {bank}, "
+        f"steps {first} to {config.steps}"
     )

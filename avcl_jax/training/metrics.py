@@ -20,6 +20,7 @@ from jaxtyping import Array
 from tensorboardX import SummaryWriter
 
 from avcl_jax.objectives.temporal import TASKS
+from avcl_jax.objectives.views import MODALITIES
 from avcl_jax.paths import write_bytes
 
 Metrics = dict[str, clu_metrics.Average]
@@ -60,7 +61,7 @@ def _progress(values: Mapping[str, float]) -> str:
     """Formats the metrics of the progress line, without those that a run does not have."""
     lacking = [
         f"{100 * values[name]:.0f} % of views without {modality}"
-        for modality in ("video", "audio")
+        for modality in MODALITIES
         if values.get(name := f"data/without_{modality}", 0.0) > 0
     ]
     groups = (
@@ -82,7 +83,7 @@ def _alarms(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     def fallen(spread: Sequence[tuple[float, int]]) -> bool:
         return spread[-1][0] < (1 - _FALL) * max(spread)[0]
 
-    for modality in ("video", "audio"):
+    for modality in MODALITIES:
         name = f"health/{modality}_embedding_std"
         spread = [(row[name], row["step"]) for row in rows if isinstance(row.get(name), float)]
         if len(spread) < 2 or spread[-1][1] != rows[-1]["step"]:
@@ -118,12 +119,10 @@ class MetricWriter:
     """Writes from the first process only; elsewhere every call does nothing."""
 
     def __init__(self, workdir: epath.Path, *, steps: int, first_step: int, warmup_steps: int = 0):
-        """Opens the files and drops lines after the step from which the run resumes.
+        """Opens metrics.jsonl and events, and drops lines after `first_step`, where a run resumes.
 
         Args:
-            workdir: workdir of the run, for metrics.jsonl and events.
             steps: steps of the whole run.
-            first_step: step from which the run resumes, or 0.
             warmup_steps: steps without alarms: the spread of random encoders falls while the
                 learning rate rises.
         """
@@ -147,13 +146,7 @@ class MetricWriter:
         write_bytes(self._path, "".join(f"{line}\n" for line in self._lines).encode())
 
     def write(self, step: int, values: Mapping[str, float], *, seconds_left: float) -> None:
-        """Writes the averages of a log period.
-
-        Args:
-            step: last step of the period.
-            values: metric by name.
-            seconds_left: expected rest of the run.
-        """
+        """Writes the averages of a log period that ended with `step`."""
         if not self._active:
             return
         row = {"step": step, "split": "train"} | {

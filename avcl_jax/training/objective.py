@@ -81,12 +81,9 @@ class LossSpec:
 def _views(
     outputs: Mapping[str, Array], batch: Mapping[str, Array], label_names: Iterable[str]
 ) -> Views:
-    """Views of a batch; a modality without encoder is present in none.
+    """Views of a batch, with one column of unknown labels if `label_names` is empty.
 
-    Args:
-        outputs: outputs of the model.
-        batch: batch of `data.pipeline`.
-        label_names: names of the labels to add; without any, one column of unknown ones.
+    A modality without an encoder is present in none.
     """
     encoded = {m: outputs[name] for m in MODALITIES if (name := f"{m}_embeddings") in outputs}
     absent = jnp.zeros_like(next(iter(encoded.values())))
@@ -145,12 +142,11 @@ def _pair_loss(
         positive_weight=loss_spec.positive_weight,
         **rows,
     )
-    names = ("positive_similarity", "negative_similarity", "accuracy")
-    counts = dict.fromkeys(names, info["anchors"])
-    if rows:
-        for kind in ("positive", "negative"):
-            counts[f"bank_{kind}_similarity"] = rows[f"bank_{kind}_mask"].sum()
-    metrics |= {name: average(info[name], count) for name, count in counts.items()}
+    for name in ("positive_similarity", "negative_similarity", "accuracy"):
+        metrics[name] = average(info[name], info["anchors"])
+    for kind in ("positive", "negative") if rows else ():
+        name = f"bank_{kind}_similarity"
+        metrics[name] = average(info[name], rows[f"bank_{kind}_mask"].sum())
     return loss, info["anchors"], metrics
 
 
@@ -169,9 +165,7 @@ def total_loss(
         outputs: outputs of the model for the whole batch.
         batch: batch of `data.pipeline`.
         state: state before the step, for its `bank` and `step`.
-        loss_spec: weights and settings.
         key: JAX random key of the draws from the bank.
-        mesh: devices.
 
     Returns:
         The scalar, and metrics and the views of the batch.

@@ -31,12 +31,6 @@ def warmup_multistep(
 ) -> optax.Schedule:
     """Linear warm-up from 0, then constant, multiplied by `factor` at each milestone.
 
-    Args:
-        learning_rate: after the warm-up.
-        warmup_steps: may be 0.
-        milestones: steps, increasing, none within the warm-up.
-        factor: factor at each milestone.
-
     Raises:
         UserError: if milestones do not increase, or begin in the warm-up.
     """
@@ -54,7 +48,7 @@ def warmup_multistep(
     return optax.join_schedules([rise, constant], [warmup_steps])
 
 
-def decay_mask(params: Any) -> Any:
+def _decay_mask(params: Any) -> Any:
     """True for kernels; biases and the scales of normalisations are not decayed."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
@@ -72,7 +66,6 @@ def create_optimizer(
     """Clipping by global norm, then AdamW, or SGD with Nesterov momentum.
 
     Args:
-        name: "adamw" or "sgd".
         schedule: learning rate by step; or that of each part of the parameters, None for a part
             that does not change.
         weight_decay: decay of kernels only; decoupled for AdamW.
@@ -92,18 +85,14 @@ def create_optimizer(
             return optax.set_to_zero()
         if name == "adamw":
             return optax.adamw(
-                schedule, b1=momentum, b2=beta2, weight_decay=weight_decay, mask=decay_mask
+                schedule, momentum, beta2, weight_decay=weight_decay, mask=_decay_mask
             )
-        return optax.chain(
-            optax.add_decayed_weights(weight_decay, mask=decay_mask),
-            optax.sgd(schedule, momentum=momentum, nesterov=True),
-        )
+        decay = optax.add_decayed_weights(weight_decay, mask=_decay_mask)
+        return optax.chain(decay, optax.sgd(schedule, momentum, nesterov=True))
 
     if isinstance(schedule, Mapping):
         assert part_of is not None
         update = optax.partition({part: rule(rate) for part, rate in schedule.items()}, part_of)
     else:
         update = rule(schedule)
-    if clip_norm <= 0:
-        return update
-    return optax.chain(optax.clip_by_global_norm(clip_norm), update)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), update) if clip_norm > 0 else update

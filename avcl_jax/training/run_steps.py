@@ -1,12 +1,9 @@
-"""The loop that every training runs: take a batch, step, log one step late, save, stop on a signal.
-
-It does not depend on the model. Pretraining (`training.loop`) and fine-tuning
-(`evaluation.finetune`) build state, step and batches, and hand them over.
-"""
+"""The loop of pretraining and fine-tuning: step, log one step late, save, stop on a signal."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import math
 import signal
@@ -37,23 +34,6 @@ class NonFiniteError(UserError):
     """A loss, metric or gradient stopped being a number."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Pace:
-    """Length of a training, and how often it logs and saves.
-
-    Attributes:
-        steps: steps of the whole run.
-        log_every: steps between lines of metrics.
-        checkpoint_every: steps between checkpoints; the last step is always kept.
-        clips_per_step: clips of the global batch, for the speed that is logged.
-    """
-
-    steps: int
-    log_every: int
-    checkpoint_every: int
-    clips_per_step: int
-
-
 @dataclasses.dataclass
 class _Period:
     """Metrics and times gathered since the last log line."""
@@ -63,13 +43,9 @@ class _Period:
     data_seconds: float = 0.0
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
-    def add(self, metrics: Metrics, merge: Callable[..., Metrics]) -> None:
-        self.metrics = metrics if self.metrics is None else merge(self.metrics, metrics)
 
-
-def _check_finite(values: dict[str, float], first: int, last: int, saved: int | None) -> None:
-    broken = sorted(name for name, value in values.items() if not math.isfinite(value))
-    if broken:
+def _check_finite(values: Mapping[str, float], first: int, last: int, saved: int | None) -> None:
+    if broken := sorted(name for name, value in values.items() if not math.isfinite(value)):
         kept = f"checkpoint {saved} is kept" if saved is not None else "no checkpoint was written"
         raise NonFiniteError(
             f"not finite between steps {first} and {last}: {', '.join(broken)}; {kept}. Lower "
@@ -77,25 +53,21 @@ def _check_finite(values: dict[str, float], first: int, last: int, saved: int | 
         )
 
 
-class _StopSignal:
-    """Notes SIGTERM and SIGINT, so that the loop can save before it ends."""
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[str]]:
+    """Yields a list to which SIGTERM and SIGINT add their name, so that the loop can save first."""
+    received: list[str] = []
 
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._old: dict[int, Any] = {}
+    def note(number: int, _: Any) -> None:
+        if received:  # The second one means now.
+            raise KeyboardInterrupt
+        received.append(signal.Signals(number).name)
 
-    def __enter__(self) -> _StopSignal:
-        def note(number: int, _: Any) -> None:
-            if self.received is not None:  # The second one means now.
-                raise KeyboardInterrupt
-            self.received = signal.Signals(number).name
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._old[number] = signal.signal(number, note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
+    old = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
             signal.signal(number, handler)
 
 
@@ -105,24 +77,28 @@ def run_steps(
     batches: Iterator[dict[str, np.ndarray]],
     *,
     rows: Any,
-    pace: Pace,
+    steps: int,
+    log_every: int,
+    checkpoint_every: int,
+    clips_per_step: int,
     progress: Progress,
     checkpoints: Checkpoints,
     writer: MetricWriter,
-    also: Callable[[], Mapping[str, float]],
+    more_values: Callable[[], Mapping[str, float]] = dict,
 ) -> tuple[TrainState, bool]:
-    """Trains from `progress.step` to `pace.steps`, or until a signal, and saves.
+    """Trains from `progress.step` to `steps`, or until a signal, and saves.
 
     Args:
         state: donated.
-        train_step: jitted; its metrics are averages that hold `loss`.
+        train_step: jitted; its metrics are averages, `loss` among them.
         batches: local rows, from the first step to be taken.
         rows: sharding of a batch.
-        pace: how long.
-        progress: progress of the run, with the fingerprint for its checkpoints.
-        checkpoints: checkpoints of the run.
-        writer: writer of metrics.
-        also: further values of a log line.
+        steps: steps of the whole run; after the last a checkpoint is saved.
+        log_every: steps between lines of metrics.
+        checkpoint_every: steps between checkpoints.
+        clips_per_step: clips of the global batch, for the speed that is logged.
+        progress: progress of the run, saved with its fingerprint in every checkpoint.
+        more_values: returns further values of a log line.
 
     Returns:
         The state, and whether the run is complete; False if a signal stopped it after saving.
@@ -146,36 +122,35 @@ def run_steps(
             if metric.count > 0
         }
         seconds = max(ended - done.started, 1e-9)
-        steps = last - done.first_step + 1
-        values["steps_per_second"] = steps / seconds
-        values["clips_per_second"] = pace.clips_per_step * steps / seconds
+        taken = last - done.first_step + 1
+        values["steps_per_second"] = taken / seconds
+        values["clips_per_second"] = clips_per_step * taken / seconds
         values["data_wait_share"] = done.data_seconds / seconds
         values["train_seconds"] = before + ended - start
         values["peak_memory_gb"] = peak_memory_gb()
-        values |= also()
-        left = (pace.steps - last) * seconds / steps
-        writer.write(last, values, seconds_left=left)
+        values |= more_values()
+        writer.write(last, values, seconds_left=(steps - last) * seconds / taken)
         _check_finite(values, done.first_step, last, checkpoints.latest_step())
 
-    with _StopSignal() as stop:
-        for step in range(first + 1, pace.steps + 1):
+    with _stop_signals() as signals:
+        for step in range(first + 1, steps + 1):
             waiting = time.perf_counter()
             batch = next(batches)
             period.data_seconds += time.perf_counter() - waiting
             state, metrics = train_step(state, to_device_batch(batch, rows))
-            period.add(metrics, merge)
             in_flight.append(metrics["loss"].total)
+            period.metrics = metrics if period.metrics is None else merge(period.metrics, metrics)
             if len(in_flight) > _STEPS_AHEAD:
                 jax.block_until_ready(in_flight.popleft())
             if pending is not None:  # Read one step late, while this step runs.
                 report(*pending)
                 pending = None
-            last_step = step == pace.steps
+            last_step = step == steps
             stopping = checkpoints.reached_preemption(step) or (
-                stop.received is not None and jax.process_count() == 1
+                bool(signals) and jax.process_count() == 1
             )
-            saving = last_step or stopping or step % pace.checkpoint_every == 0
-            if step % pace.log_every == 0 or saving:
+            saving = last_step or stopping or step % checkpoint_every == 0
+            if step % log_every == 0 or saving:
                 if saving:
                     jax.block_until_ready(state)
                 pending = (step, period, time.perf_counter())
@@ -191,9 +166,9 @@ def run_steps(
                 )
             if stopping and not last_step:
                 writer.note(
-                    f"stopped at step {step} by {stop.received or 'preemption'} after saving; "
+                    f"stopped at step {step} by {(*signals, 'preemption')[0]} after saving; "
                     "the same command resumes from here"
                 )
                 break
     writer.note(f"trained to step {step} in {format_seconds(before + time.perf_counter() - start)}")
-    return state, step == pace.steps
+    return state, step == steps

@@ -1,8 +1,7 @@
 """The mesh, and where each array of the state and of a batch lives on it.
 
-Everything is written for the global batch under one `jax.jit`: rows of a batch
-are split over all data axes, parameters are replicated or split by the FSDP rule, rows of the
-feature bank are split over all data axes.
+Everything is written for the global batch under one `jax.jit`: rows of a batch and of the feature
+bank are split over all axes, parameters are replicated or split by the FSDP rule.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ def create_mesh(fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     raises.
 
     Args:
-        fsdp: devices over which parameters are split.
-        devices: all that there are by default; others to compile for machines elsewhere.
+        fsdp: number of devices over which parameters are split.
+        devices: all available by default; others to compile for machines elsewhere.
 
     Raises:
         UserError: if `fsdp` does not divide the number of devices.
@@ -43,14 +42,9 @@ def create_mesh(fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names), devices=devices)
 
 
-def data_axes(mesh: Mesh) -> tuple[str, ...]:
-    """Names of the axes over which rows are split: all of them."""
-    return tuple(mesh.axis_names)
-
-
 def rows_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading dimension split over all data axes."""
-    return NamedSharding(mesh, PartitionSpec(data_axes(mesh)))
+    """Leading dimension split over all axes."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -59,40 +53,32 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def check_batch(global_batch_size: int, mesh: Mesh, micro_batches: int) -> None:
-    """Refuses a global batch that does not divide over the devices and its micro-batches.
-
-    Raises:
-        UserError: if it does not.
-    """
+    """Raises `UserError` if a global batch does not divide over devices and micro-batches."""
     if micro_batches < 1:
         raise UserError(f"micro_batches {micro_batches} must be at least 1, which is the whole")
     parts = mesh.size * micro_batches
     if global_batch_size % parts:
         lower = max(global_batch_size // parts, 1) * parts
-        where = f"{mesh.size} devices"
-        if micro_batches > 1:
-            where += f" times {micro_batches} micro_batches"
+        times = f" times {micro_batches} micro_batches" if micro_batches > 1 else ""
         raise UserError(
-            f"global_batch_size {global_batch_size} is not divisible by the {where}: "
-            f"use a multiple of {parts}, such as {lower}"
+            f"global_batch_size {global_batch_size} is not divisible by the {mesh.size} devices"
+            f"{times}: use a multiple of {parts}, such as {lower}"
         )
 
 
-def fsdp_spec(shape: tuple[int, ...], axis_size: int) -> PartitionSpec:
-    """Splits the largest dimension that `axis_size` divides; small arrays stay whole."""
-    if int(np.prod(shape)) < _MIN_FSDP_ELEMENTS:
-        return PartitionSpec()
-    for dimension in np.argsort(shape)[::-1]:
-        if shape[dimension] % axis_size == 0:
-            names: list[str | None] = [None] * len(shape)
-            names[dimension] = "fsdp"
-            return PartitionSpec(*names)
-    return PartitionSpec()
-
-
 def parameter_shardings(mesh: Mesh, tree: Any) -> Any:
-    """Shardings of parameters, optimizer moments or averages: FSDP where the mesh has that axis."""
-    if "fsdp" not in mesh.axis_names:
-        return jax.tree.map(lambda _: replicated(mesh), tree)
-    size = mesh.shape["fsdp"]
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, fsdp_spec(leaf.shape, size)), tree)
+    """Shardings of parameters, optimizer moments or averages.
+
+    Axis `fsdp`, if the mesh has it, splits the largest dimension of an array that it divides; small
+    arrays stay whole.
+    """
+
+    def split(leaf: Any) -> NamedSharding:
+        if "fsdp" in mesh.axis_names and int(np.prod(leaf.shape)) >= _MIN_FSDP_ELEMENTS:
+            for dimension in np.argsort(leaf.shape)[::-1]:
+                if leaf.shape[dimension] % mesh.shape["fsdp"] == 0:
+                    axes = ("fsdp" if axis == dimension else None for axis in range(leaf.ndim))
+                    return NamedSharding(mesh, PartitionSpec(*axes))
+        return replicated(mesh)
+
+    return jax.tree.map(split, tree)

@@ -40,19 +40,6 @@ class TrainState:
     bank: feature_bank.FeatureBank | None = None
 
 
-def example_inputs(spec: RenderSpec, videos: int = 2) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the model's inputs for a batch of `videos`."""
-    size, views = spec.crop.image_size, spec.views
-    return {
-        "video": jax.ShapeDtypeStruct((videos, 2, views.num_frames, size, size, 3), jnp.float32),
-        "spectrogram": jax.ShapeDtypeStruct(
-            (videos, 2, spec.log_mel.frames, spec.log_mel.mels), jnp.float32
-        ),
-        "has_video": jax.ShapeDtypeStruct((videos,), jnp.bool_),
-        "has_audio": jax.ShapeDtypeStruct((videos, 2), jnp.bool_),
-    }
-
-
 def create_state(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -63,23 +50,23 @@ def create_state(
     ema: bool,
     bank: Callable[[], feature_bank.FeatureBank] | None,
 ) -> tuple[TrainState, Any]:
-    """Creates the state of pretraining in its shardings.
+    """Creates the state of pretraining in its shardings, which it returns too.
 
     Args:
         model: `AudioVisualModel`.
-        optimizer: its optimizer.
-        key: JAX random key of the initialisation.
         spec: rendering, for the shapes of the inputs.
-        mesh: mesh of `sharding.create_mesh`.
         ema: keep an average of the parameters and the statistics.
         bank: makes an empty feature bank; None to train without.
-
-    Returns:
-        The state and its shardings.
     """
+    size, views, mel = spec.crop.image_size, spec.views, spec.log_mel
 
     def init(key: jax.Array) -> TrainState:
-        inputs: Any = {k: jnp.zeros(x.shape, x.dtype) for k, x in example_inputs(spec).items()}
+        inputs: Any = {
+            "video": jnp.zeros((2, 2, views.num_frames, size, size, 3), jnp.float32),
+            "spectrogram": jnp.zeros((2, 2, mel.frames, mel.mels), jnp.float32),
+            "has_video": jnp.zeros(2, bool),
+            "has_audio": jnp.zeros((2, 2), bool),
+        }
         variables = model.init(key, **inputs, train=False)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         return TrainState(
@@ -99,14 +86,9 @@ def create_state(
 def in_shardings(
     init: Callable[..., TrainState], *arguments: Any, mesh: Mesh
 ) -> tuple[TrainState, Any]:
-    """Creates a state directly in its shardings: no device ever allocates more than its part.
+    """Returns the state that the pure function `init` makes of `arguments`, and its shardings.
 
-    Args:
-        init: pure function of `arguments` to the state.
-        mesh: devices.
-
-    Returns:
-        The state and its shardings.
+    No device ever allocates more than its part.
     """
     shardings = state_shardings(jax.eval_shape(init, *arguments), mesh)
     return jax.jit(init, out_shardings=shardings)(*arguments), shardings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
 import ml_collections
@@ -29,8 +29,26 @@ def open_records(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
     records = RecordDataset(config.data.directory, config.data.split)
     selection = Selection.parse(config.data.select)
     source = UsableRecords(records, experiment.render_spec(config), selection)
-    _check_health_labels(config.bank.health_labels, records)
-    _check_modalities(config.modalities, source, config.data.directory)
+    for label in config.bank.health_labels:
+        if label in PLAYBACK_KINDS:
+            raise UserError(
+                f"bank.health_labels {label!r} would share its metrics with the {label} of "
+                "playback: leave it out, or prepare the records with another name for the label"
+            )
+        if label not in records.labels:
+            raise UserError(
+                f"bank.health_labels {label!r} is not a label with one class per clip in "
+                f"{records}, which has {', '.join(sorted(records.labels)) or 'none'}: name some of "
+                "these, or set bank.health_labels='()' for none"
+            )
+    if config.modalities == "audio_visual":  # else nothing would be contrasted
+        for name, other in (("audio", "video"), ("video", "audio")):
+            if len(source.lacking([name])) == source.num_selected:
+                raise UserError(
+                    f"modalities='audio_visual', and none of the {source.num_selected} records of "
+                    f"{config.data.directory} has {name} on which a view fits: set "
+                    f"--config.modalities={other} to train on {other} alone"
+                )
     check_enough(
         source,
         config.global_batch_size,
@@ -41,49 +59,11 @@ def open_records(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
     return source
 
 
-def _check_modalities(modalities: str, source: UsableRecords, directory: str) -> None:
-    """Refuses to train two modalities where all records lack one: nothing would be contrasted."""
-    if modalities != "audio_visual":
-        return
-    for name, other in (("audio", "video"), ("video", "audio")):
-        if len(source.lacking([name])) == source.num_selected:
-            raise UserError(
-                f"modalities='audio_visual', and none of the {source.num_selected} records of "
-                f"{directory} has {name} on which a view fits: set --config.modalities={other} to "
-                f"train on {other} alone"
-            )
-
-
-def _check_health_labels(labels: Sequence[str], records: RecordDataset) -> None:
-    known = sorted(records.labels)
-    for label in labels:
-        if label in PLAYBACK_KINDS:
-            raise UserError(
-                f"bank.health_labels {label!r} would share its metrics with the {label} of "
-                "playback: leave it out, or prepare the records with another name for the label"
-            )
-        if label not in known:
-            raise UserError(
-                f"bank.health_labels {label!r} is not a label with one class per clip in "
-                f"{records}, which has {', '.join(known) or 'none'}: name some of these, or set "
-                "bank.health_labels='()' for none"
-            )
-
-
 class UnreadableRecords:
-    """Counts the records that this process met and could not read, each once.
+    """Counts the records that this process met and could not read, each once, and prints them."""
 
-    Attributes:
-        count: how many so far.
-    """
-
-    def __init__(self, records: RecordDataset, *, budget: int, note: Callable[[str], None]):
-        """Has met none yet.
-
-        Args:
-            records: data set.
-            budget: number that may be left out; one more is an error.
-            note: prints a line.
+    def __init__(self, records: RecordDataset, *, budget: int):
+        """Counts none yet; more than `budget` are an error.
 
         Raises:
             UserError: if the budget is negative.
@@ -92,7 +72,6 @@ class UnreadableRecords:
             raise UserError(f"execution.max_bad_records {budget} must be at least 0")
         self._records = records
         self._budget = budget
-        self._note = note
         self._met: set[int] = set()
 
     @property
@@ -101,7 +80,7 @@ class UnreadableRecords:
         return len(self._met)
 
     def check(self, batch: Mapping[str, np.ndarray]) -> None:
-        """Looks at the rows of a batch.
+        """Counts the unreadable rows of a batch.
 
         Raises:
             RecordError: if there are more than the budget allows.
@@ -118,7 +97,8 @@ class UnreadableRecords:
                     f"execution.max_bad_records allows {self._budget}: prepare this data set "
                     "again, or set execution.max_bad_records=0 for the first error in full"
                 )
-            self._note(
+            print(
                 f"{name} cannot be read and is left out: {self.count} of at most {self._budget} "
-                "(execution.max_bad_records)"
+                "(execution.max_bad_records)",
+                flush=True,
             )

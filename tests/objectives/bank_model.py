@@ -83,7 +83,8 @@ class BankModel:
             for modality in MODALITIES:
                 row[f"has_{modality}"] = batch.present[modality][i, view]
                 row[f"{modality}_playback"] = batch.playback[modality][i, view]
-                row[modality] = batch.embeddings[modality][i, view] * row[f"has_{modality}"]
+                present, values = row[f"has_{modality}"], batch.embeddings[modality][i, view]
+                row[modality] = np.where(present, values, np.float32(0))
             self.rows.append(row | {"insertion": self.inserted})
             self.inserted += 1
         self.rows = self.rows[-self.size :]

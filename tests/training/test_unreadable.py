@@ -197,16 +197,16 @@ def test_the_bank_never_returns_an_unreadable_row(bad, damaged_batch):
     assert not lost & set(rows.numbers.source_id[present].tolist())
 
 
-def test_the_budget_counts_records_and_not_rows(bad):
-    said: list[str] = []
+def test_the_budget_counts_records_and_not_rows(bad, capsys):
     records = RecordDataset(bad, "train")
-    counter = UnreadableRecords(records, budget=3, note=said.append)
+    counter = UnreadableRecords(records, budget=3)
     for batch in batches(bad, 4):
         counter.check(batch)
+    said = capsys.readouterr().out.splitlines()
     assert counter.count == len(said) == 3
     assert all("made-train.tfrecord-00000-of-00001" in line for line in said)
     assert {line.split("'")[1] for line in said} == {"record 2", "record 5", "record 9"}
-    strict = UnreadableRecords(records, budget=2, note=said.append)
+    strict = UnreadableRecords(records, budget=2)
     with pytest.raises(RecordError, match=r"number 3 of such records where .* allows 2"):
         strict.check(batches(bad, 1)[0])
 
