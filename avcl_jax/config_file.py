@@ -10,9 +10,9 @@ import difflib
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ml_collections
 
@@ -22,19 +22,11 @@ from avcl_jax.errors import UserError
 _CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
-class Parser(Protocol):
-    """Parser of the flag for a config file."""
-
-    def parse(self, path: str) -> Any:
-        """Returns the config of FILE or FILE:PRESET."""
-
-
-def check_arguments(argv: Sequence[str], parser: Parser) -> None:
+def check_arguments(argv: Sequence[str], parse: Callable[[str], Any]) -> None:
     """Checks that the config file exists and has every setting that an argument overrides.
 
     Args:
-        argv: the command line.
-        parser: parser of the flag `--config`.
+        parse: returns the config of FILE or FILE:PRESET.
 
     Raises:
         UserError: naming the file or the setting, and those that are nearest to it.
@@ -46,31 +38,12 @@ def check_arguments(argv: Sequence[str], parser: Parser) -> None:
         raise UserError(
             f"--config is given {len(names)} times, {' and '.join(names)}: give it once"
         )
-    config = _load(names[0], parser)
-    for setting, value in _overrides(argv).items():
+    config = _load(names[0], parse)
+    for setting, value in overrides(argv).items():
         _check_setting(names[0], config, setting, value)
 
 
-def check_overrides(argv: Sequence[str], config: ml_collections.ConfigDict) -> None:
-    """Checks that the config uses every setting that an argument overrides.
-
-    Args:
-        argv: the command line.
-        config: config with its overrides.
-
-    Raises:
-        UserError: naming a setting that is ignored.
-    """
-    experiment.check_used(config, _overrides(argv))
-
-
-def as_text(config: ml_collections.ConfigDict) -> str:
-    """Returns one line `SETTING = VALUE` per setting, named as in `--config.SETTING=VALUE`."""
-    flat = experiment.flatten(config.to_dict())
-    return "\n".join(f"{setting} = {value!r}" for setting, value in flat.items())
-
-
-def _overrides(argv: Sequence[str]) -> dict[str, str | None]:
+def overrides(argv: Sequence[str]) -> dict[str, str | None]:
     """Returns the value of each override; None where it is the next argument, or has none."""
     matches = (re.match(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", argument) for argument in argv)
     return {override[1]: override[2] for override in matches if override}
@@ -86,7 +59,7 @@ def _config_names(argv: Sequence[str]) -> list[str]:
     return names
 
 
-def _load(name: str, parser: Parser) -> ml_collections.ConfigDict:
+def _load(name: str, parse: Callable[[str], Any]) -> ml_collections.ConfigDict:
     file, _, preset = name.partition(":")
     if not Path(file).is_file():
         known = [str(path.relative_to(_CONFIGS.parent)) for path in sorted(_CONFIGS.glob("*.py"))]
@@ -98,7 +71,7 @@ def _load(name: str, parser: Parser) -> ml_collections.ConfigDict:
             hint = f"did you mean {near[0]}?"
         raise UserError(f"--config={name}: there is no file {file or 'in it'}; {hint}")
     try:
-        return parser.parse(name)
+        return parse(name)
     except (UserError, AttributeError, TypeError) as error:
         # The parser raises the type that the file raised, with a traceback for its message.
         cause = error.__context__ or error

@@ -1,7 +1,4 @@
-"""From a config to the objects that the library works with: the one place that reads its sections.
-
-Every function takes the sections of a config by attribute, so that a key that is missing fails.
-"""
+"""Objects of the library from the sections of a config, which are read here only."""
 
 from __future__ import annotations
 
@@ -111,27 +108,13 @@ def render_spec(config: ml_collections.ConfigDict) -> RenderSpec:
     )
 
 
-def photometric_spec(config: ml_collections.ConfigDict) -> PhotometricSpec:
-    """Strength of the photometric augmentation."""
-    return PhotometricSpec(**config.photometric)
+def augmentation(config: ml_collections.ConfigDict) -> tuple[PhotometricSpec, SpectralSpec]:
+    """Strength of the augmentation of frames and of spectrograms."""
+    return PhotometricSpec(**config.photometric), SpectralSpec(**config.spectral)
 
 
-def spectral_spec(config: ml_collections.ConfigDict) -> SpectralSpec:
-    """Strength of the augmentation of spectrograms."""
-    return SpectralSpec(**config.spectral)
-
-
-def video_encoder(config: ml_collections.ConfigDict) -> nn.Module:
-    """The video encoder of `config.model.video`."""
-    return _encoder("video", config)
-
-
-def audio_encoder(config: ml_collections.ConfigDict) -> nn.Module:
-    """The audio encoder of `config.model.audio`."""
-    return _encoder("audio", config)
-
-
-def _encoder(modality: encoders.Modality, config: ml_collections.ConfigDict) -> nn.Module:
+def encoder(config: ml_collections.ConfigDict, modality: encoders.Modality) -> nn.Module:
+    """The encoder of `config.model.video` or `config.model.audio`."""
     section = config.model[modality].to_dict()
     return encoders.create_encoder(
         modality,
@@ -142,11 +125,7 @@ def _encoder(modality: encoders.Modality, config: ml_collections.ConfigDict) -> 
 
 
 def check_used(config: ml_collections.ConfigDict, settings: Iterable[str]) -> None:
-    """Checks that none of these settings, which were given explicitly, is ignored.
-
-    Args:
-        config: config with these settings.
-        settings: their names, such as "model.video.resnet.widths".
+    """Checks that `config` ignores none of `settings`, such as "model.video.resnet.widths".
 
     Raises:
         UserError: naming a setting of another encoder than that of `config`.
@@ -162,8 +141,8 @@ def check_used(config: ml_collections.ConfigDict, settings: Iterable[str]) -> No
 def audio_visual_model(config: ml_collections.ConfigDict) -> AudioVisualModel:
     """The whole model that pretraining trains."""
     return AudioVisualModel(
-        video_encoder=None if config.modalities == "audio" else video_encoder(config),
-        audio_encoder=None if config.modalities == "video" else audio_encoder(config),
+        video_encoder=None if config.modalities == "audio" else encoder(config, "video"),
+        audio_encoder=None if config.modalities == "video" else encoder(config, "audio"),
         embedding_dim=config.model.embedding_dim,
         projection_hidden=config.model.projection_hidden,
         temporal_hidden=config.model.temporal_hidden,
@@ -199,8 +178,8 @@ def bank_sampling(config: ml_collections.ConfigDict) -> BankSampling:
     """Settings of ranking and sampling the bank's rows.
 
     Raises:
-        UserError: if rows are to be ranked across modalities and only one is trained, or if no
-            anchor could get positives.
+        UserError: if rows are to be ranked across modalities and only one is trained, if no anchor
+            could get positives, or if the bank has fewer rows than candidates.
     """
     section, space = config.bank, config.bank.space
     if config.modalities != "audio_visual":
@@ -217,6 +196,11 @@ def bank_sampling(config: ml_collections.ConfigDict) -> BankSampling:
             f"bank.size {section.size} must be at least {ELIGIBLE_PER_POSITIVE_RANK} times the "
             f"{ranks} rows that positives are drawn from, or no anchor gets any: lower "
             "bank.positive_window or bank.num_positives"
+        )
+    if section.negative_candidates > section.size:
+        raise UserError(
+            f"bank.negative_candidates {section.negative_candidates} must be at most bank.size "
+            f"{section.size}"
         )
     derived = {"space": space, "playbacks": 2 * len(config.views.speeds), "positive_ranks": ranks}
     names = {field.name for field in dataclasses.fields(BankSampling)} - derived.keys()
@@ -274,12 +258,11 @@ def is_decisive(key: str) -> bool:
 def differences(old: str, new: str) -> list[str]:
     """Describes differences between two configs in JSON, one line per key: `key: old -> new`."""
     before, after = flatten(json.loads(old)), flatten(json.loads(new))
-    missing = "(absent)"
-    return [
-        f"{key}: {before.get(key, missing)!r} -> {after.get(key, missing)!r}"
+    pairs = {
+        key: (before.get(key, "(absent)"), after.get(key, "(absent)"))
         for key in sorted(before.keys() | after.keys())
-        if before.get(key, missing) != after.get(key, missing)
-    ]
+    }
+    return [f"{key}: {one!r} -> {other!r}" for key, (one, other) in pairs.items() if one != other]
 
 
 def decisive_differences(old: str, new: str) -> list[str]:

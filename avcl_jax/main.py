@@ -20,7 +20,13 @@ from ml_collections import config_flags
 
 from avcl_jax import config_file
 from avcl_jax.errors import UserError, one_line
-from avcl_jax.experiment import check_numbers, check_records, with_absolute_paths
+from avcl_jax.experiment import (
+    check_numbers,
+    check_records,
+    check_used,
+    flatten,
+    with_absolute_paths,
+)
 from avcl_jax.paths import absolute_path
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -60,11 +66,7 @@ def _keep_compiled(directory: str) -> None:
 
 
 def _function(task: str) -> Callable[[ml_collections.ConfigDict, epath.Path], object]:
-    """Imports the function of a task, `module:function`.
-
-    Raises:
-        UserError: if there is no such module or function.
-    """
+    """Imports the function of a task, `module:function`, or raises `UserError`."""
     module, _, name = task.partition(":")
     try:
         function = getattr(importlib.import_module(module), name, None)
@@ -89,19 +91,17 @@ def main(argv: Sequence[str]) -> None:
         # Process 0 alone ranks, tests and writes; the others wait for it in JAX's shutdown, which
         # would end all of them after five minutes.
         jax.distributed.initialize(
-            _COORDINATOR.value,
-            _PROCESSES.value,
-            _PROCESS.value,
-            shutdown_timeout_seconds=_A_DAY,
+            _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, shutdown_timeout_seconds=_A_DAY
         )
-    # What the libraries log at this level is about themselves; our own words are printed.
+    # Libraries log about themselves; our own lines are printed.
     logging.set_verbosity(logging.ERROR)
     config = _CONFIG.value
     try:
         if config is None:
             raise UserError("--config is missing: try --config=configs/pretrain.py")
         if _PRINT_CONFIG.value:
-            print(config_file.as_text(config))
+            for setting, value in flatten(config.to_dict()).items():
+                print(f"{setting} = {value!r}")
             return
         function = _function(config.task)
         check_numbers(config)
@@ -127,10 +127,10 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         SystemExit: with code 1 after that line.
     """
     try:
-        config_file.check_arguments(argv, flags.FLAGS["config"].parser)
+        config_file.check_arguments(argv, flags.FLAGS["config"].parser.parse)
         remaining = flags.FLAGS(argv)
         if _CONFIG.value is not None:
-            config_file.check_overrides(argv, _CONFIG.value)
+            check_used(_CONFIG.value, config_file.overrides(argv))
         return remaining
     except (UserError, flags.Error) as error:
         print(f"avcl_jax: error: {one_line(error)}", file=sys.stderr)

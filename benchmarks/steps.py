@@ -176,14 +176,14 @@ def seconds_of_demo_parts(*, repeats: int) -> dict[str, list[float]]:
             spec=spec,
             pixel_mean=config.pixels.mean,
             pixel_std=config.pixels.std,
-            augmentation=(experiment.photometric_spec(config), experiment.spectral_spec(config)),
+            augmentation=experiment.augmentation(config),
             key=key,
         )
     )
     inputs = jax.block_until_ready(prepare(batch))
     networks = {
-        "video": experiment.video_encoder(config),
-        "audio": experiment.audio_encoder(config),
+        "video": experiment.encoder(config, "video"),
+        "audio": experiment.encoder(config, "audio"),
     }
     arrays = {
         "video": inputs["video"].reshape(-1, *spec.video_shape),

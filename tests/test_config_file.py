@@ -26,7 +26,7 @@ def a_new_command(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check(*arguments: str) -> None:
     assert main._CONFIG.name == "config"
-    config_file.check_arguments(["main", *arguments], flags.FLAGS["config"].parser)
+    config_file.check_arguments(["main", *arguments], flags.FLAGS["config"].parser.parse)
 
 
 @pytest.mark.parametrize(

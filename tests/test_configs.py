@@ -238,7 +238,7 @@ def test_an_encoder_is_chosen_by_its_name_alone_in_every_preset(preset, modality
     for name in encoders.BY_MODALITY[modality]:
         config = pretrain.get_config(preset)
         config.model[modality].name = name
-        assert isinstance(getattr(experiment, f"{modality}_encoder")(config), nn.Module)
+        assert isinstance(experiment.encoder(config, modality), nn.Module)
 
 
 def test_a_misspelt_key_fails():

@@ -187,8 +187,7 @@ def run_split(
         dropout=config.head.dropout,
         train_statistics=config.batch_norm == "train",
     )
-    augmentation = (experiment.photometric_spec(config), experiment.spectral_spec(config))
-    inputs = Inputs(train.spec, encoder.preprocess, augmentation)
+    inputs = Inputs(train.spec, encoder.preprocess, experiment.augmentation(config))
     key = jax.random.fold_in(jax.random.key(config.seed), number)
     head_key, step_key = jax.random.split(key)
     state, shardings = create_classifier_state(

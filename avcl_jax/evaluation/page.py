@@ -6,13 +6,14 @@ import html
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from avcl_jax.evaluation.protocol import Measured, Protocol
-from avcl_jax.style import STYLE
 
+STYLE = Path(__file__).parents[1].joinpath("style.css").read_text()  # of the index's page too
 # A click plays the clip in place of its stills; another click brings the stills back.
 SCRIPT = """
 document.addEventListener("click", (event) => {
@@ -71,7 +72,7 @@ def page(*, title: str, body: str) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{text(title)}</title><style>{STYLE}</style></head>"
+        f"<title>{text(title)}</title><style>\n{STYLE}</style></head>"
         f"<body><main>{body}</main><script>{SCRIPT}</script></body></html>\n"
     )
 

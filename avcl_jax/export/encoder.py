@@ -82,8 +82,6 @@ class Encoder:
         Args:
             media: uint8 [T, H, W, 3], or int16 or float [samples].
             rate: frames or samples per second.
-            speed: see `preprocess`.
-            pooled: see `apply`.
             batch_size: clips encoded at a time; the last batch is padded, so one shape is compiled.
 
         Returns:
@@ -152,14 +150,11 @@ def export_encoder(
     The directory is complete when config.json is there.
 
     Args:
-        directory: output directory, made if needed; an older export in it is replaced.
+        directory: output directory, made if needed; an older export in it is replaced. Returned.
         encoder: encoder of a class of `avcl_jax.models.encoders`.
         params: nested dict with `params` and, where it has any, `batch_stats` of the encoder alone.
         preprocessing: its preprocessing of raw media.
         source: origin, JSON: config fingerprint, step, versions.
-
-    Returns:
-        The directory.
 
     Raises:
         ExportError: if the encoder is none of the known classes, or the weights are not its.
@@ -188,13 +183,10 @@ def export_encoder(
 
 
 def load_encoder(path: epath.PathLike) -> Encoder:
-    """Loads an encoder that `export_encoder` wrote.
+    """Loads an encoder that `export_encoder` wrote, ready for raw media.
 
     Args:
         path: its directory, for instance `WORKDIR/export/video`; local or gs://.
-
-    Returns:
-        The encoder, ready for raw media.
 
     Raises:
         ExportError: if a file is missing or damaged, the encoder or the format unknown, or the

@@ -38,9 +38,6 @@ def load_run(
 ) -> tuple[ml_collections.ConfigDict, dict[str, Any], int]:
     """Loads a pretraining run, including the heads, which an export leaves out.
 
-    Args:
-        workdir: working directory of the run, local or gs://.
-
     Returns:
         Config with which it ran, variables of `experiment.audio_visual_model`, step.
 
@@ -48,9 +45,7 @@ def load_run(
         ExportError: if `workdir` does not contain a pretraining run.
         CheckpointError: if the run has no checkpoint.
     """
-    config = config_of_run(workdir)
-    variables, step = load_variables(absolute_path(workdir))
-    return config, variables, step
+    return config_of_run(workdir), *load_variables(workdir)
 
 
 def config_of_run(workdir: epath.PathLike) -> ml_collections.ConfigDict:
@@ -81,9 +76,7 @@ def config_of_run(workdir: epath.PathLike) -> ml_collections.ConfigDict:
 def export_run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, epath.Path]:
     """Exports the encoders of the newest checkpoint of a run to WORKDIR/export/{video,audio}.
 
-    Args:
-        config: not used: model and preprocessing are those of the run's own config.
-        workdir: working directory of the run, local or gs://.
+    `config` is not used: model and preprocessing are those of the run's own config.
 
     Returns:
         Directory of each modality that the run trained.
@@ -152,9 +145,6 @@ class EncoderSource:
 def open_encoders(path: epath.PathLike) -> EncoderSource:
     """Loads the encoders that `path` names, as the module says.
 
-    Args:
-        path: local or gs://.
-
     Raises:
         ExportError: if it contains neither a run nor an exported encoder, or a damaged one.
         CheckpointError: if it contains a run without a checkpoint.
@@ -216,12 +206,7 @@ def _encoders_of_run(
 
 
 def random_like(source: EncoderSource, seed: int) -> EncoderSource:
-    """Encoders of the same architecture and preprocessing with newly drawn weights.
-
-    Args:
-        source: encoders to imitate.
-        seed: seed of the weights.
-    """
+    """Encoders of the same architecture and preprocessing with newly drawn weights."""
     encoders = {}
     for number, (modality, encoder) in enumerate(source.encoders.items()):
         key = jax.random.fold_in(jax.random.key(seed), number)
@@ -244,8 +229,7 @@ def heads_digest(variables: Mapping[str, Any]) -> str:
 
 def variables_digest(variables: Mapping[str, Any]) -> str:
     """SHA-256 of names, types, shapes and values of a nested dict of arrays."""
-    digest = hashlib.sha256()
-    _update(digest, variables)
+    _update(digest := hashlib.sha256(), variables)
     return digest.hexdigest()
 
 

@@ -166,14 +166,11 @@ class CodeBase:
 
 CODE_BASES: dict[str, CodeBase] = {
     "torchvision": CodeBase(
-        tables={
-            "r2plus1d_18": torchvision_video_resnet,
-            "r2plus1d_34": torchvision_video_resnet,
-            "r2plus1d_50": torchvision_video_resnet,
-            "r3d_18": torchvision_video_resnet,
-            "mc3_18": torchvision_video_resnet,
-            "s3d": torchvision_s3d,
-        },
+        tables=dict.fromkeys(
+            ("r2plus1d_18", "r2plus1d_34", "r2plus1d_50", "r3d_18", "mc3_18"),
+            torchvision_video_resnet,
+        )
+        | {"s3d": torchvision_s3d},
         prefixes={"video": ""},
         unused={"video": ("fc.", "classifier.")},
     ),
@@ -240,6 +237,5 @@ def kernel_from_torch(kernel: np.ndarray, *, mels_first: bool) -> np.ndarray:
 def kernel_to_torch(kernel: np.ndarray, *, mels_first: bool) -> np.ndarray:
     """The inverse of `kernel_from_torch`."""
     kernel = np.moveaxis(kernel, (-1, -2), (0, 1))
-    if mels_first and kernel.ndim == 4:
-        kernel = kernel.swapaxes(2, 3)
-    return np.ascontiguousarray(kernel)
+    turned = mels_first and kernel.ndim == 4
+    return np.ascontiguousarray(kernel.swapaxes(2, 3) if turned else kernel)

@@ -90,10 +90,9 @@ def _read_with_torch(path: epath.Path) -> dict[str, np.ndarray]:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} cannot be read as weights only: {reason}") from error
-    for key in _STATE_KEYS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-            break
+    if isinstance(loaded, Mapping):
+        nested = [loaded[key] for key in _STATE_KEYS if isinstance(loaded.get(key), Mapping)]
+        loaded = nested[0] if nested else loaded
     if not isinstance(loaded, Mapping) or not loaded:
         raise UserError(f"{path} contains a {type(loaded).__name__}, not a state dict")
     other = [name for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
@@ -111,13 +110,10 @@ def _read_with_torch(path: epath.Path) -> dict[str, np.ndarray]:
 def from_torch(
     state: Mapping[str, np.ndarray], *, code_base: str, name: str, modality: Modality
 ) -> dict[str, Any]:
-    """Converts a state dict to the variables of our encoder of that name.
+    """Converts a state dict to the variables of our encoder `name`.
 
     Args:
-        state: arrays by PyTorch's names.
-        code_base: whose names they are, a key of `CODE_BASES`.
-        name: our name of the encoder.
-        modality: "video" or "audio".
+        state: arrays by the names of `code_base`, a key of `CODE_BASES`.
 
     Returns:
         Nested float32 `params` and `batch_stats`.
@@ -161,16 +157,7 @@ def from_torch(
 def to_torch(
     variables: Mapping[str, Any], *, code_base: str, name: str, modality: Modality
 ) -> dict[str, np.ndarray]:
-    """Converts variables of our encoder of that name to a state dict; inverse of `from_torch`.
-
-    Args:
-        variables: nested `params` and `batch_stats` of the encoder alone.
-        code_base: key of `CODE_BASES`, whose names are used.
-        name: our name of the encoder.
-        modality: "video" or "audio".
-
-    Returns:
-        float32 arrays by PyTorch's names.
+    """Converts nested variables of our encoder `name` to a state dict; inverse of `from_torch`.
 
     Raises:
         UserError: if that code base has no such encoder, or the variables are not its.
@@ -209,13 +196,9 @@ def import_weights(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
     encoder = getattr(experiment.audio_visual_model(config), f"{modality}_encoder")
     preprocessing = experiment.preprocessings(config)[modality]
     _table(config.code_base, config.model[modality].name, modality)
-    checkpoint = absolute_path(config.checkpoint)
-    variables = from_torch(
-        read_state_dict(checkpoint),
-        code_base=config.code_base,
-        name=config.model[modality].name,
-        modality=modality,
-    )
+    checkpoint, state = absolute_path(config.checkpoint), read_state_dict(config.checkpoint)
+    names = {"code_base": config.code_base, "name": config.model[modality].name}
+    variables = from_torch(state, **names, modality=modality)
     directory = export_encoder(
         absolute_path(workdir) / "export" / modality,
         encoder=encoder,
@@ -224,8 +207,7 @@ def import_weights(config: ml_collections.ConfigDict, workdir: epath.PathLike) -
         source={
             "checkpoint": checkpoint.name,
             "checkpoint_sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
-            "code_base": config.code_base,
-            "name": config.model[modality].name,
+            **names,
         },
     )
     print(f"encoder {directory}", flush=True)

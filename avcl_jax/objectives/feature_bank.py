@@ -90,11 +90,6 @@ def create(size: int, dim: int, dtype: Any, *, labels: int) -> FeatureBank:
     return FeatureBank(rows, jnp.zeros((), jnp.int32))
 
 
-def empty_like(bank: FeatureBank) -> FeatureBank:
-    """An empty bank of the same shapes and dtypes."""
-    return create(**_shape(bank))
-
-
 def shardings(mesh: Mesh) -> FeatureBank:
     """Shardings of a bank, a prefix of its tree: rows over all axes, the counter replicated."""
     return FeatureBank(
@@ -184,15 +179,10 @@ def redistribute(bank: FeatureBank, *, global_batch_size: int, shards: int) -> F
     Without this a bank stays valid, but for one turn of the ring the rows that are overwritten are
     not the oldest ones. A bank that lies right already is returned unchanged.
 
-    Args:
-        bank: A bank filled in batches of one size. If its rows lie on several processes, call this
-            under `jax.jit` with `out_shardings`.
-
-    Raises:
-        UserError: If whole batches do not fill the shards evenly.
+    The bank must have been filled in batches of one size, and pass `check_size`. If its rows lie on
+    several processes, call this under `jax.jit` with `out_shardings`.
     """
     size, insertion = bank.size, bank.rows.numbers.insertion
-    check_size(size, global_batch_size=global_batch_size, shards=shards)
     shard_size, local_rows = size // shards, 2 * global_batch_size // shards
     step, row = jnp.divmod(insertion, 2 * global_batch_size)
     shard, local_row = jnp.divmod(row, local_rows)
@@ -202,7 +192,8 @@ def redistribute(bank: FeatureBank, *, global_batch_size: int, shards: int) -> F
     def put(empty: Array, rows: Array) -> Array:
         return empty.at[place].set(rows, mode="drop")
 
-    return FeatureBank(jax.tree.map(put, empty_like(bank).rows, bank.rows), bank.inserted)
+    empty = create(**_shape(bank)).rows
+    return FeatureBank(jax.tree.map(put, empty, bank.rows), bank.inserted)
 
 
 def sample(
@@ -229,38 +220,23 @@ def sample(
         term: (anchor modality, target modality); rows of the target modality are returned.
         terms: All terms that the step samples: they share candidates, and choose merge or gather
             together.
-        sampling: Space, ranks, counts and distribution.
+        sampling: Settings, with at most as many ranks and candidates as the bank has rows.
         active: bool scalar; if False (warm-up, bank not yet full) every mask is False.
         mesh: Mesh of Auto axes; None for one device.
 
     Returns:
         The sampled rows and masks, sharded like the batch, without gradient.
-
-    Raises:
-        UserError: If the bank has fewer rows than ranks or candidates.
     """
     axes, shards = _axes(mesh)
-    videos = len(views.source_id)
-    if max(sampling.positive_ranks, sampling.negative_candidates) > bank.size:
-        raise UserError(
-            f"positive_ranks = {sampling.positive_ranks} and negative_candidates = "
-            f"{sampling.negative_candidates} must be at most the bank's {bank.size} rows."
-        )
-    count = bank_exchange.exchange_bytes(
+    moved = bank_exchange.exchange_bytes(
         **_shape(bank),
-        global_batch_size=videos,
+        global_batch_size=len(views.source_id),
         shards=shards,
         terms=terms,
         sampling=sampling,
     )
-    local = partial(
-        _draw,
-        term=term,
-        number=terms.index(term),
-        sampling=sampling,
-        axes=axes,
-        merge=count.merge < count.gather,
-    )
+    options = {"term": term, "number": terms.index(term), "sampling": sampling, "axes": axes}
+    local = partial(_draw, **options, merge=moved.merge < moved.gather)
     if axes:
         rows, whole = PartitionSpec(axes), PartitionSpec()
         local = jax.shard_map(local, mesh=mesh, in_specs=(rows, whole, rows), out_specs=rows)

@@ -83,7 +83,6 @@ def build(
     """Builds mesh, initialisation and train step of a config; reads no data.
 
     Args:
-        config: config of `configs/pretrain.py`.
         devices: all available ones by default; others to compile for other machines.
 
     Returns:
@@ -104,12 +103,6 @@ def build(
         feature_bank.check_size(
             config.bank.size, global_batch_size=config.global_batch_size, shards=mesh.size
         )
-        sampling = experiment.bank_sampling(config)
-        if sampling.negative_candidates > config.bank.size:
-            raise UserError(
-                f"bank.negative_candidates {sampling.negative_candidates} must be at most "
-                f"bank.size {config.bank.size}"
-            )
         if config.bank.dtype not in ("float32", "bfloat16"):
             raise UserError(f"bank.dtype {config.bank.dtype!r} must be 'float32' or 'bfloat16'")
     spec = experiment.render_spec(config)
@@ -129,14 +122,9 @@ def build(
     )
 
     def init(key: jax.Array) -> tuple[TrainState, Any]:
+        bank = empty_bank if config.bank.size else None
         return create_state(
-            model,
-            optimizer,
-            key=key,
-            spec=spec,
-            mesh=mesh,
-            ema=section.ema_decay > 0,
-            bank=empty_bank if config.bank.size else None,
+            model, optimizer, key=key, spec=spec, mesh=mesh, ema=section.ema_decay > 0, bank=bank
         )
 
     step = make_train_step(
@@ -149,7 +137,7 @@ def build(
             spec=spec,
             pixel_mean=config.pixels.mean,
             pixel_std=config.pixels.std,
-            augmentation=(experiment.photometric_spec(config), experiment.spectral_spec(config)),
+            augmentation=experiment.augmentation(config),
         ),
         ema_decay=section.ema_decay,
         micro_batches=config.micro_batches,

@@ -38,7 +38,7 @@ class LossSpec:
     Attributes:
         weights: weight of each term of `CONTRASTIVE_TERMS` and of the temporal `TASKS` if all its
             examples count; a term of weight 0 is not computed.
-        temperature: temperature of the contrastive terms.
+        temperature: τ in `objectives.contrastive`.
         positive_weight: weight of the bank positives, λ in `objectives.contrastive`.
         bank: settings of sampling from the bank; None for in-batch terms only.
         bank_warmup_steps: steps in which the bank is filled but not used.

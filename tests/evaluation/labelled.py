@@ -117,8 +117,8 @@ def make_encoders(seed: int = 0, **overrides: object) -> dict[str, Encoder]:
     config = small_config(Path("unused"), **moving | overrides)
     encoders = {}
     modules = {
-        "video": experiment.video_encoder(config),
-        "audio": experiment.audio_encoder(config),
+        "video": experiment.encoder(config, "video"),
+        "audio": experiment.encoder(config, "audio"),
     }
     for modality, preprocessing in experiment.preprocessings(config).items():
         empty = Encoder.of_module(modules[modality], {}, preprocessing, source={"step": 0})

@@ -15,7 +15,7 @@ from avcl_jax.evaluation.charts import (
     training_charts,
     training_section,
 )
-from avcl_jax.style import STYLE
+from avcl_jax.evaluation.page import STYLE
 from avcl_jax.training.loop import bank_start
 from configs import pretrain
 

@@ -46,7 +46,7 @@ def test_the_prediction_is_the_mean_softmax_over_ten_clips(tmp_path):
     inputs = Inputs(
         spec,
         encoder.preprocess,
-        (experiment.photometric_spec(config), experiment.spectral_spec(config)),
+        experiment.augmentation(config),
     )
     source = ClipRecords(
         RecordDataset(records, "all"), Selection.parse("split1=unused"), spec, ("shuffled",)

@@ -233,7 +233,7 @@ def test_exported_encoders_compute_what_the_run_computes(small_run):
         "batch_stats": state.batch_stats["video_encoder"],
     }
     pixels = (clips.astype(np.float32) / 255 - config.pixels.mean) / config.pixels.std
-    module = experiment.video_encoder(config)
+    module = experiment.encoder(config, "video")
     apply = jax.jit(module.apply, static_argnames="train")
     expected = apply(variables, jax.numpy.asarray(pixels), train=False)["features"]
     np.testing.assert_allclose(encoder(frames, 16.0), expected, atol=1e-6)

@@ -79,7 +79,7 @@ def test_a_full_size_step_lowers(preset, trained):
     inputs = Inputs(
         spec,
         encoder.preprocess,
-        (experiment.photometric_spec(config), experiment.spectral_spec(config)),
+        experiment.augmentation(config),
     )
 
     def create(key, weights):

@@ -236,7 +236,7 @@ def test_augmentation_by_the_same_draws():
     ]
     with config.unlocked():
         config.photometric.gray_probability = float(np.median(draws[3]))
-    ours = augment.photometric(KEY, video, experiment.photometric_spec(config))
+    ours = augment.photometric(KEY, video, experiment.augmentation(config)[0])
     theirs = pytorch_pretraining.photometric(
         torch.from_numpy(video),
         pytorch_pretraining.PhotometricDraws(
@@ -256,7 +256,7 @@ def test_augmentation_by_the_same_draws():
         noise=jax.random.normal(keys[3], sound.shape),
     )
     assert np.asarray(spectral.width).max() > 0
-    ours = augment.spectral(KEY, sound, experiment.spectral_spec(config))
+    ours = augment.spectral(KEY, sound, experiment.augmentation(config)[1])
     theirs = pytorch_pretraining.spectral(
         torch.from_numpy(sound),
         pytorch_pretraining.SpectralDraws(*(torch.from_numpy(np.array(d)) for d in spectral)),

@@ -272,18 +272,18 @@ def test_a_general_name_reads_its_own_section_and_a_setting_of_no_encoder_is_ref
     config = pretrain.get_config()
     settings = {"model.video.name": "transformer", "model.video.transformer.depth": 2}
     config.update_from_flattened_dict(settings)
-    encoder = experiment.video_encoder(config)
+    encoder = experiment.encoder(config, "video")
     assert (type(encoder), encoder.depth, encoder.tubelet) == (VideoTransformer, 2, (2, 8, 8))
     for name in ("inception", "resnet"):
         config.model.video.name = name
-        assert type(experiment.video_encoder(config)) is encoders.VIDEO[name].encoder
+        assert type(experiment.encoder(config, "video")) is encoders.VIDEO[name].encoder
     for name in ("convnet", "transformer", "resnet"):
         config.model.audio.name = name
-        assert type(experiment.audio_encoder(config)) is encoders.AUDIO[name].encoder
+        assert type(experiment.encoder(config, "audio")) is encoders.AUDIO[name].encoder
     with config.unlocked():
         config.model.video.widths = (24, 48)  # as runs of older versions have it
     with pytest.raises(ValueError, match=r"model.video has no setting 'widths': it has channel_"):
-        experiment.video_encoder(config)
+        experiment.encoder(config, "video")
 
 
 def test_what_a_name_does_not_allow_is_one_clear_error():

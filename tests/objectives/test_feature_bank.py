@@ -486,9 +486,7 @@ def test_settings_of_sampling_that_make_no_sense_are_refused(settings, message):
         sampling_of(**settings)
 
 
-def test_a_bank_smaller_than_its_candidates_or_its_batches_is_refused():
-    bank, batch = filled(0, batches=1)
+def test_a_batch_that_does_not_fill_the_bank_evenly_is_refused():
+    bank, _ = filled(0, batches=1)
     with pytest.raises(UserError, match="multiple of the 6 rows"):
         insert(bank, random_batch(np.random.default_rng(0), 3, DIM, SOURCES))
-    with pytest.raises(UserError, match="negative_candidates = 60 must be at most the bank's 40"):
-        sampler(TERMS[0], sampling_of(negative_candidates=60))(bank, jax.random.key(0), batch)

@@ -93,7 +93,7 @@ def initial(shapes: TrainState) -> TrainState:
         return (values * (1 if leaf.ndim == 1 else scale)).astype(leaf.dtype)
 
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    bank = feature_bank.empty_like(shapes.bank)
+    bank = feature_bank.create(**feature_bank._shape(shapes.bank))
     params, statistics = (jax.tree.map(draw, t) for t in (shapes.params, shapes.batch_stats))
     return dataclasses.replace(zeros, params=params, batch_stats=statistics, bank=bank)
 

@@ -352,7 +352,7 @@ def test_frames_are_augmented_once_however_many_operations_read_them():
             spec,
             pixel_mean=config.pixels.mean,
             pixel_std=config.pixels.std,
-            augmentation=(experiment.photometric_spec(config), experiment.spectral_spec(config)),
+            augmentation=experiment.augmentation(config),
             key=jax.random.key(0),
         )["video"]
         return video - video.mean(axis=2, keepdims=True)

@@ -33,9 +33,9 @@ from avcl_jax.fingerprint.matching import CANDIDATES
 from avcl_jax.fingerprint.web import preview
 from avcl_jax.fingerprint.web.decoder import Decoder, DecoderError
 from avcl_jax.fingerprint.web.requests import SameOriginMiddleware, clip_name, uploaded
-from avcl_jax.style import STYLE
 
 _STREAM = "application/x-ndjson"
+_STYLE = Path(__file__).parents[2] / "style.css"  # of reports too
 # Seconds that are converted before and after the part of a source that matches.
 _MARGIN_SECONDS = 5.0
 
@@ -70,7 +70,7 @@ class FingerprintApp:
         static = StaticFiles(packages=[("avcl_jax.fingerprint.web", "static")], html=True)
         return Starlette(
             routes=[
-                Route("/style.css", lambda _: Response(STYLE, media_type="text/css")),
+                Route("/style.css", lambda _: FileResponse(_STYLE)),
                 Route("/api/status", self._status),
                 Route("/api/query", self._query, methods=["POST"]),
                 Route("/media/{id}", self._media),
