@@ -28,7 +28,6 @@ from avcl_jax.models.encoders import create_encoder
 from avcl_jax.models.video_resnet import VideoResNet
 from configs import export_weights as export_config
 from configs import import_weights as import_config
-from tests.training import small
 
 # Names and shapes of the state dicts of AVID-CMA's and GDT's whole models, written by
 # tests/models/testdata/make_state_dict_shapes.py.
@@ -205,19 +204,6 @@ def test_the_code_base_of_an_export_is_checked_before_the_encoder_is_read(tmp_pa
     config.code_base = "timm"
     with pytest.raises(UserError, match="unknown code base 'timm': use one of torchvision"):
         export_weights(config, tmp_path)
-
-
-@pytest.mark.slow
-def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
-    arguments = ["--config=configs/import_weights.py:avid,conv_10", f"--workdir={tmp_path}"]
-    assert "error: config.checkpoint is missing" in small.run(arguments, code=1)
-    safetensors.numpy.save_file({"x": np.zeros(1, np.float32)}, tmp_path / "x.safetensors")
-    arguments.append(f"--config.checkpoint={tmp_path / 'x.safetensors'}")
-    assert "error: not the weights of avid's conv_10" in small.run(arguments, code=1)
-    arguments[0] = "--config=configs/import_weights.py:avid,conv_9"
-    assert "unknown preset 'avid,conv_9': use one of torchvision,r2p" in small.run(
-        arguments[:2], code=1
-    )
 
 
 @pytest.mark.parametrize(

@@ -271,17 +271,10 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(records
         assert np.isfinite(values).all(), name
 
 
-def test_a_batch_that_does_not_divide_over_the_devices_is_refused(records, tmp_path):
-    options = arguments(records, tmp_path / "odd", global_batch_size=9, bank__size=18)
-    line = one_line(run(options, devices=2, code=1))
-    assert "global_batch_size 9 is not divisible by the 2 devices" in line
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"bank.size": 24}, "must be a multiple of the 16 rows"),
-        ({"bank.size": 8}, "must be a multiple of the 16 rows"),
         (
             {"bank.negative_candidates": 40},
             "bank.negative_candidates 40 must be at most bank.size 32",
@@ -291,8 +284,6 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused(records, tmp_p
             "bank.size 32 must be at least 4 times the 16 rows that positives are drawn from",
         ),
         ({"bank.dtype": "int8"}, "bank.dtype 'int8' must be 'float32' or 'bfloat16'"),
-        ({"loss.positive_weight": 1.5}, "loss.positive_weight 1.5 must be from 0 to 1"),
-        ({"loss.temperature": 0.0}, "loss.temperature 0.0 must be positive"),
         (
             {"global_batch_size": 32, "bank.size": 64},
             "24 usable records: set global_batch_size=16, the largest that fits bank_size 64, or",
@@ -307,7 +298,6 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused(records, tmp_p
         ),
         ({"global_batch_size": 32, "bank.size": 0}, "records: set global_batch_size=24, or prep"),
         ({"global_batch_size": 1}, "use at least 2"),
-        ({"global_batch_size": 6}, "use 24 or 36"),
         ({"model.video.name": "vit"}, "unknown video encoder 'vit'"),
         ({"data.directory": "/nonexistent"}, "/nonexistent"),
         ({"data.split": "validation"}, "no split 'validation', it has"),
@@ -320,7 +310,6 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused(records, tmp_p
         ({"spectrogram.where": "gpu"}, "'gpu' must be 'host' or 'device'"),
         ({"spectrogram.frames": 17}, "choose frames or clip_seconds"),
         ({"crop.min_area": 1.5}, "min_area 1.5 must be above 0 and at most 1"),
-        ({"crop.min_area": 0.0}, "min_area 0.0 must be above 0 and at most 1"),
     ],
 )
 def test_mistakes_in_the_config_are_one_clear_error(records, tmp_path, overrides, message):
