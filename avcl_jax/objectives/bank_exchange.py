@@ -162,7 +162,7 @@ def fetch(embeddings: Array, rows: Array, wanted: Array, axes: tuple[str, ...]) 
 
     def ask(number, found):
         column = place - number * at_once
-        now = (owner < shards) & (column >= 0) & (column < at_once)
+        now = (column >= 0) & (column < at_once)
         asked = jnp.zeros((shards, at_once), rows.dtype)
         asked = asked.at[jnp.where(now, owner, shards), column].set(rows % size, mode="drop")
         answers = _send(embeddings[_send(asked, axes)], axes)

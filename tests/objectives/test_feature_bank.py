@@ -136,6 +136,7 @@ def test_empty_bank_and_inactive_bank_return_nothing(space):
     assert feature_bank.is_full(bank)
     empty = feature_bank.create(SIZE, DIM, jnp.float32, labels=2)
     assert not feature_bank.is_full(empty)
+    assert (empty.rows.numbers.columns == -1).all()
     rows = empty.rows.replace(presence=jnp.full(SIZE, 3, jnp.uint8))
     unwritten = empty.replace(rows=rows)
     for some, active in ((empty, True), (unwritten, True), (bank, False)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from avcl_jax.training.metrics import MetricWriter
@@ -70,3 +72,5 @@ def test_a_fall_during_warm_up_is_no_alarm(tmp_path, capsys):
 def test_a_resumed_run_compares_with_the_lines_before(tmp_path, capsys, resumed):
     lines = _alarms(tmp_path, capsys, starts=(0, resumed), audio=RUN_AWAY["audio"])
     assert [line.split(":")[0] for line in lines] == ["ALARM at step 300"]
+    rows = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [row["step"] for row in rows] == list(range(50, 500, 50))

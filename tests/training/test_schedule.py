@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from avcl_jax.training.optimizer import warmup_multistep
+from avcl_jax.training.optimizer import warmup_cosine, warmup_multistep
 
 
 def test_a_multistep_schedule_rises_then_falls_at_its_milestones():
@@ -17,6 +17,17 @@ def test_a_multistep_schedule_rises_then_falls_at_its_milestones():
 def test_without_warm_up_it_begins_at_the_full_rate():
     schedule = warmup_multistep(learning_rate=2.0, warmup_steps=0, milestones=(2,), factor=0.1)
     np.testing.assert_allclose([float(schedule(s)) for s in range(4)], [2, 2, 0.2, 0.2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 4])
+def test_a_cosine_rises_then_falls_to_zero(warmup_steps):
+    schedule = warmup_cosine(learning_rate=2.0, warmup_steps=warmup_steps, steps=12)
+    steps = np.arange(warmup_steps, 13)
+    falling = 1 + np.cos(np.pi * (steps - warmup_steps) / (12 - warmup_steps))
+    found = [float(schedule(step)) for step in range(13)]
+    np.testing.assert_allclose(found, [*np.arange(warmup_steps) / 2, *falling], atol=1e-6)
+    with pytest.raises(ValueError, match=r"warmup_steps 12 must be .* below steps 12"):
+        warmup_cosine(learning_rate=2.0, warmup_steps=12, steps=12)
 
 
 @pytest.mark.parametrize("milestones", [(3, 3), (5, 4), (2,)])

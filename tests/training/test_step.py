@@ -16,11 +16,11 @@ from avcl_jax import experiment
 from avcl_jax.data.pipeline import batch_shapes, to_device_batch, train_batches
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import UsableRecords
-from avcl_jax.objectives import temporal
+from avcl_jax.objectives import feature_bank, temporal
 from avcl_jax.objectives.bank_rows import has_all
 from avcl_jax.objectives.contrastive import contrastive_loss
 from avcl_jax.objectives.views import per_view
-from avcl_jax.training import loop, sharding
+from avcl_jax.training import loop, objective, sharding
 from avcl_jax.training.checkpoint import Checkpoints, Progress, load_variables
 from avcl_jax.training.inputs import prepare_inputs
 from avcl_jax.training.objective import CONTRASTIVE_TERMS, LossSpec, total_loss
@@ -305,12 +305,25 @@ def test_terms_of_a_modality_that_is_not_trained_are_left_out(modality):
         loop.loss_spec(config)
 
 
-def test_the_bank_is_used_once_it_is_full(ran):
+def test_the_bank_is_used_once_it_is_full_and_the_warm_up_is_over(ran):
     states, metrics = ran
-    assert float(metrics[0]["va/bank_positives"].compute()) == 0.0
-    assert float(metrics[1]["va/bank_positives"].compute()) > 0.5
     assert int(states[1].bank.inserted) == 16
     assert float(metrics[1]["va/bank_age_rows"].compute()) > 0
+    outputs, batch = outputs_and_batch()
+    config = small_config(Path("unused"), **{"bank.size": 16, "bank.warmup_steps": 5})
+    mesh, _, _ = loop.build(config)
+    rows = objective._views(outputs, batch | {"source_id": batch["source_id"] + VIDEOS}, ())
+    bank = feature_bank.insert(feature_bank.create(16, DIM, jnp.float32, labels=1), rows)
+
+    @jax.jit
+    def positives(step, inserted):
+        state = TrainState(step, *[None] * 5, bank=bank.replace(inserted=inserted))
+        options = {"loss_spec": loop.loss_spec(config), "key": jax.random.key(0), "mesh": mesh}
+        _, (metrics, _) = total_loss(outputs, batch, state=state, **options)
+        return metrics["va/bank_positives"].compute()
+
+    found = {(step, rows): positives(step, rows) > 0.5 for step in (4, 5) for rows in (15, 16)}
+    assert [key for key, used in found.items() if used] == [(5, 16)]
 
 
 def test_an_objective_without_terms_or_with_unknown_ones_is_refused():
