@@ -278,8 +278,8 @@ def vggsound() -> ConfigDict:
 def audioset() -> ConfigDict:
     """AudioSet, about 1.9 million clips of 10 s, 50 epochs, because it is 5 to 10 times as large.
 
-    Several labels per clip. Intended hardware: TPU v5e-128 or 32 GPUs of 80 GB. Verified and not
-    run: as kinetics400.
+    Several labels per clip. Intended hardware: TPU v5e-128 or 32 GPUs of 80 GB. As kinetics400,
+    verified and not run.
     """
     c = kinetics400()
     c.update(steps=46_000, global_batch_size=2048, data=datasets.training("audioset"))

@@ -25,10 +25,7 @@ ROOMS = (
     "data_prep",
     *(
         f"avcl_jax/{name}.py"
-        for name in (
-            *("batched", "config_file", "errors", "experiment", "main", "paths"),
-            "style",
-        )
+        for name in ("batched", "config_file", "errors", "experiment", "main", "paths")
     ),
 )
 # A docstring begins with a verb or a noun.

@@ -83,7 +83,7 @@ def compare(
         anchors: the anchors.
         rows: rows to compare them with; only those of other sources are eligible.
         usable: bool [rows], the row has all modalities that are read.
-        pairs: as of `queries_of`, `means` too.
+        pairs: argument of `queries_of`, like `means`.
     """
     return _by_anchor(anchors, rows, usable, pairs, means, lambda similarity: similarity)
 

@@ -119,8 +119,8 @@ def contrastive_loss(
             none, its partner has weight 1.
         bank_positives: rows of the target modality, without gradient, where their mask is set.
         bank_positive_mask: mask of `bank_positives`; both or neither are given.
-        bank_negatives: as `bank_positives`.
-        bank_negative_mask: as `bank_positive_mask`.
+        bank_negatives: rows of the target modality, likewise.
+        bank_negative_mask: mask of `bank_negatives`.
 
     Returns:
         The scalar loss, 0 (with zero gradient) if no anchor counts, and metrics: the mean

@@ -116,7 +116,7 @@ def classification_loss(
 
     Args:
         logits: any float dtype; computed in float32 (float64 if given).
-        labels: in [0, classes); anything where the mask is not set.
+        labels: numbers in [0, classes); anything where the mask is not set.
         mask: entries that count.
 
     Returns:
