@@ -235,8 +235,14 @@ def sample(
         terms=terms,
         sampling=sampling,
     )
-    options = {"term": term, "number": terms.index(term), "sampling": sampling, "axes": axes}
-    local = partial(_draw, **options, merge=moved.merge < moved.gather)
+    local = partial(
+        _draw,
+        term=term,
+        number=terms.index(term),
+        sampling=sampling,
+        axes=axes,
+        merge=moved.merge < moved.gather,
+    )
     if axes:
         rows, whole = PartitionSpec(axes), PartitionSpec()
         local = jax.shard_map(local, mesh=mesh, in_specs=(rows, whole, rows), out_specs=rows)
