@@ -135,7 +135,7 @@ def _excerpt(
     """
     hop, span = library.settings.hop_seconds, max(spans.values())
     wanted = max(1, round((seconds - span) / hop) + 1)
-    total = int(library.lengths[number])
+    total = library.sources[number].segments
     first = int(rng.integers(max(total - wanted, 0) + 1))
     features, present = {}, {}
     for modality in spans:

@@ -7,7 +7,6 @@ it was to be. Readers see the state in which they began to read (WAL).
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import io
 import json
@@ -15,7 +14,7 @@ import secrets
 import sqlite3
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,26 +51,18 @@ _REASONS = {
     ),
     **dict.fromkeys((sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PROTOCOL), _NO_LOCKS),
 }
+_PRESENT = "_present"
 
 
 class SourceRow(NamedTuple):
-    """An indexed medium.
+    """An indexed medium."""
 
-    Attributes:
-        name: unique in the index.
-        content: SHA-256 of the file, or of the arrays of a medium in memory.
-        duration_seconds: length.
-        path: path of the file; None for a medium in memory.
-    """
-
-    name: str
-    content: str
+    name: str  # unique in the index
+    content: str  # SHA-256 of the file, or of the arrays of a medium in memory
     duration_seconds: float
-    path: str | None
-
-
-_PRESENT = "_present"
-_COLUMNS = ", ".join(SourceRow._fields)
+    path: str | None  # of the file; None for a medium in memory
+    segments: int = 0
+    id: int = 0  # given by the database, ascending
 
 
 class Transaction:
@@ -104,36 +95,36 @@ class Transaction:
 
     def write_projections(self, projections: Mapping[str, Projection]) -> None:
         """Replaces the projections."""
-        rows = [(m, _pack(dataclasses.asdict(p))) for m, p in projections.items()]
+        rows = [(modality, _pack(p._asdict())) for modality, p in projections.items()]
         self._many("INSERT OR REPLACE INTO projections VALUES (?, ?)", rows)
 
-    def media(self) -> list[tuple[int, int, SourceRow]]:
-        """Reads the id, the number of segments and the description of each medium, by id."""
-        rows = self._execute(f"SELECT id, segments, {_COLUMNS} FROM media ORDER BY id")
-        return [(id_, segments, SourceRow(*row)) for id_, segments, *row in rows]
+    def media(self) -> list[SourceRow]:
+        """Reads the descriptions of all media, by id."""
+        rows = self._execute(f"SELECT {', '.join(SourceRow._fields)} FROM media ORDER BY id")
+        return [SourceRow(*row) for row in rows]
 
     def content_of(self, name: str) -> str | None:
         """Reads the SHA-256 of the medium of this name; None if there is none."""
         row = self._execute("SELECT content FROM media WHERE name = ?", (name,)).fetchone()
         return row and row[0]
 
-    def features_of(self, id_: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    def features_of(self, source: SourceRow) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Reads the segments of a medium.
 
         Returns:
             By modality, float16 [present segments, D] and bool [segments], which are present.
         """
-        query = f"SELECT checksum, arrays, segments, {_COLUMNS} FROM media WHERE id = ?"
-        ((checksum, blob, *row),) = self._execute(query, (id_,))
-        with self._intact(f" ({row[1]})"):
+        query = "SELECT checksum, arrays FROM media WHERE id = ?"
+        ((checksum, blob),) = self._execute(query, (source.id,))
+        with self._intact(f" ({source.name})"):
             arrays = _unpack(blob)
             features = {m: a for m, a in arrays.items() if not m.endswith(_PRESENT)}
             present = {m: arrays[m + _PRESENT] for m in features}
-            if checksum != _checksum(row, blob):
+            if checksum != _checksum(source, blob):
                 raise FingerprintError("the checksum is that of other values")
             return features, present
 
-    def insert(self, row: SourceRow, segments: SegmentFeatures) -> bool:
+    def insert(self, source: SourceRow, segments: SegmentFeatures) -> bool:
         """Adds a medium, in place of one of the same name; returns whether there was one.
 
         Raises:
@@ -149,13 +140,14 @@ class Transaction:
                 f"the features take {len(blob) >> 20} MB, at most {_MAX_BYTES >> 20} MB are "
                 "stored: cut it into shorter files",
             )
-        replaces = self.delete(row.name)
-        values = len(segments), row.name, row.content, float(row.duration_seconds), row.path
-        columns = f"segments, {_COLUMNS}, checksum, arrays"
-        marks = ", ".join("?" * 7)
+        replaces = self.delete(source.name)
+        source = source._replace(
+            segments=len(segments), duration_seconds=float(source.duration_seconds)
+        )
+        columns = ", ".join([*SourceRow._fields[:-1], "checksum", "arrays"])
         self._execute(
-            f"INSERT INTO media ({columns}) VALUES ({marks})",
-            (*values, _checksum(values, blob), blob),
+            f"INSERT INTO media ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (*source[:-1], _checksum(source, blob), blob),
         )
         return replaces
 
@@ -170,7 +162,7 @@ class Transaction:
             return [f"{self._path} is damaged: {line}" for line in lines]
         problems = []
         checks: list[Callable[[], object]] = [self.settings, self.projections]
-        checks += [functools.partial(self.features_of, id_) for id_, _, _ in self.media()]
+        checks += [functools.partial(self.features_of, source) for source in self.media()]
         for check in checks:
             try:
                 check()
@@ -203,7 +195,7 @@ def transaction(directory: Path, *, write: bool = False) -> Iterator[Transaction
             f"there is no fingerprint index in {directory}: make one with "
             f"`avcl-fingerprint index VIDEOS --index {directory} --encoder PATH`"
         )
-    with _explained(path), contextlib.closing(_open(path)) as connection:
+    with _connected(path) as connection:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version != FORMAT_VERSION:
             raise FingerprintError(
@@ -214,29 +206,39 @@ def transaction(directory: Path, *, write: bool = False) -> Iterator[Transaction
         opened = Transaction(path, connection)
         yield opened
         if write:
-            opened.write_settings(_generation())
+            opened.write_settings({"generation": secrets.token_hex(8)})
         connection.execute("COMMIT")
 
 
-def create(directory: Path, settings: dict[str, Any]) -> None:
+def create(directory: Path, settings: Mapping[str, Any]) -> None:
     """Makes an empty index in an existing directory.
 
     Raises:
         FingerprintError: if the file cannot be written.
     """
     path = directory / DATABASE
-    with _explained(path), contextlib.closing(_connect(path, "rwc")) as connection:
+    with _connected(path, new=True) as connection:
         connection.execute("PRAGMA auto_vacuum = FULL")  # a removed medium takes no space
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("BEGIN")
         for statement in _SCHEMA:
             connection.execute(statement)
-        Transaction(path, connection).write_settings(settings | _generation())
+        generation = {"generation": secrets.token_hex(8)}
+        Transaction(path, connection).write_settings({**settings, **generation})
         connection.execute("COMMIT")
 
 
-def _generation() -> dict[str, str]:
-    return {"generation": secrets.token_hex(8)}
+@contextlib.contextmanager
+def _connected(path: Path, *, new: bool = False) -> Iterator[sqlite3.Connection]:
+    """Opens a connection; errors of SQLite name the file and the way out."""
+    try:
+        with contextlib.closing(_connect(path, "rwc") if new else _open(path)) as connection:
+            yield connection
+    except sqlite3.DatabaseError as error:
+        reason = _REASONS.get(_code(error))
+        if reason is None:
+            raise
+        raise FingerprintError(f"{path}: {error}; {reason}") from error
 
 
 def _open(path: Path) -> sqlite3.Connection:
@@ -264,17 +266,6 @@ def _code(error: sqlite3.Error) -> int:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.DatabaseError as error:
-        reason = _REASONS.get(_code(error))
-        if reason is None:
-            raise
-        raise FingerprintError(f"{path}: {error}; {reason}") from error
-
-
 def _pack(arrays: Mapping[str, Any]) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
@@ -286,5 +277,5 @@ def _unpack(blob: bytes) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def _checksum(row: Sequence[Any], blob: bytes) -> int:
-    return zlib.crc32(blob, zlib.crc32(repr(tuple(row)).encode()))
+def _checksum(source: SourceRow, blob: bytes) -> int:
+    return zlib.crc32(blob, zlib.crc32(repr((source.segments, *source[:4])).encode()))

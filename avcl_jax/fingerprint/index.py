@@ -19,14 +19,12 @@ from typing import Any
 from avcl_jax.data.media import DecodedMedia, MediaError
 from avcl_jax.export.runs import MODALITIES, open_encoders
 from avcl_jax.fingerprint import calibration, database, library, matching
-from avcl_jax.fingerprint.answer import Match, QueryResult, make_match
+from avcl_jax.fingerprint.answer import QueryResult, make_match
 from avcl_jax.fingerprint.database import SourceRow, transaction
 from avcl_jax.fingerprint.scores import score_alignments
 from avcl_jax.fingerprint.segments import Segmenter, SegmentFeatures, not_empty
 from avcl_jax.fingerprint.settings import FingerprintError, FingerprintSettings
 from avcl_jax.paths import absolute_path, local_path
-
-__all__ = ["AddReport", "FingerprintIndex", "Match", "QueryResult"]
 
 # Modalities that can be required to match, by name.
 REQUIREMENTS = {"video": ("video",), "audio": ("audio",), "both": MODALITIES}
@@ -39,27 +37,23 @@ _CALIBRATED_WITHIN = 1.5
 
 @dataclasses.dataclass
 class AddReport:
-    """Names of media to add, by what became of them.
-
-    The index already has the content of the skipped, and had another content of the replaced;
-    `failed` has the reason why a medium cannot be decoded or has no segment.
-    """
+    """Names of media to add, by what became of them."""
 
     added: list[str] = dataclasses.field(default_factory=list)
-    skipped: list[str] = dataclasses.field(default_factory=list)
+    skipped: list[str] = dataclasses.field(default_factory=list)  # of the same content
     replaced: list[str] = dataclasses.field(default_factory=list)
-    failed: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    failed: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # with the reason
 
 
 class FingerprintIndex:
     """An index in the state in which it was opened, or last changed by this object."""
 
-    def __init__(self, directory: Path, encoder_path: str | None):
-        """Opens; see `open`."""
-        self.directory = directory
+    def __init__(self, directory: str | Path, encoder_path: str | Path | None = None):
+        """Opens an index; see `open`."""
+        library.faiss()  # before the first slow step
+        self.directory = local_path(directory)
         self._encoder_path = encoder_path
-        library.faiss()
-        self._library = library.load(directory)
+        self._library = library.load(self.directory)
 
     @classmethod
     def open(
@@ -70,7 +64,7 @@ class FingerprintIndex:
         Raises:
             FingerprintError: if there is no index, or it is damaged.
         """
-        return cls(local_path(directory), None if encoder_path is None else str(encoder_path))
+        return cls(directory, encoder_path)
 
     def reopened(self) -> FingerprintIndex:
         """Returns the index as it is now: this object if nothing has changed.
@@ -106,7 +100,7 @@ class FingerprintIndex:
             FingerprintError: if the directory is not empty.
             ExportError: if there are no encoders.
         """
-        library.faiss()  # before the first slow step
+        library.faiss()
         directory = local_path(directory)
         encoders = os.fspath(absolute_path(encoder_path))
         if directory.exists() and any(directory.iterdir()):
@@ -143,12 +137,7 @@ class FingerprintIndex:
                 f"({expected['path']}), {source.path} holds {source.fingerprint[:12]}: give the "
                 "former, or index the media again"
             )
-        return Segmenter(source, self.settings)
-
-    @property
-    def settings(self) -> FingerprintSettings:
-        """Settings with which the index was made."""
-        return self._library.settings
+        return Segmenter(source, self._library.settings)
 
     @property
     def num_segments(self) -> int:
@@ -280,10 +269,10 @@ class FingerprintIndex:
 
     def render(self, media: DecodedMedia) -> list[SegmentFeatures]:
         """Encodes a query, decoded with `segmenter.decoding`, at every rate."""
-        hop = self.settings.hop_seconds / matching.QUERY_DENSITY
+        settings = self._library.settings
+        hop = settings.hop_seconds / matching.QUERY_DENSITY
         return [
-            self.segmenter.of_media(media, hop_seconds=hop, rate=rate)
-            for rate in self.settings.rates
+            self.segmenter.of_media(media, hop_seconds=hop, rate=rate) for rate in settings.rates
         ]
 
     def match(
@@ -300,10 +289,6 @@ class FingerprintIndex:
 
         Args:
             renderings: query, from `render` of this index or one with its encoders and settings.
-            query_seconds: length of the query.
-            modalities: modalities to compare.
-            count: matches to return, at most.
-            required: modalities that must each match.
             known: second of each source, by number, at which the query begins if it is its file.
         """
         known = known or {}
@@ -334,7 +319,7 @@ class FingerprintIndex:
         return calibration.Calibration(**fields) if fields else calibration.DEFAULT
 
     def _load(self) -> None:
-        self._library = library.load(self.directory, self._library)
+        self._library = library.load(self.directory, self._library.vectors)
 
     def _update(self) -> None:
         """Brings projections, calibration and cache up to date with the media."""

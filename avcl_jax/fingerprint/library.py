@@ -43,20 +43,13 @@ _NUMBER_BITS = 32
 
 @dataclasses.dataclass(frozen=True)
 class Vectors:
-    """Segments of all sources that have a modality, in the order of their labels.
-
-    Attributes:
-        labels: int64 [segments].
-        values: float32 [segments, d], made by the projection.
-        cells: FAISS index of the compressed vectors in cells; None if all are compared.
-        learned_from: number of vectors from which the cells were learned.
-    """
+    """Segments of all sources that have a modality, in the order of their labels."""
 
     projection: Projection
-    labels: np.ndarray
-    values: np.ndarray
-    cells: Any = None
-    learned_from: int = 0
+    labels: np.ndarray  # int64 [segments]
+    values: np.ndarray  # float32 [segments, d], made by the projection
+    cells: Any = None  # FAISS index of the compressed vectors in cells; None if all are compared
+    learned_from: int = 0  # number of vectors from which the cells were learned
 
     @functools.cached_property
     def searcher(self) -> Any:
@@ -99,33 +92,27 @@ class Vectors:
 
 @dataclasses.dataclass(frozen=True)
 class Library:
-    """Sources, numbered in the order of their ids, and their vectors.
+    """Sources, numbered in the order of their ids, and their vectors."""
 
-    Attributes:
-        stored: `Transaction.settings`.
-        sources: indexed media.
-        ids: int64 [sources], ascending.
-        lengths: int64 [sources], numbers of segments.
-        vectors: modality -> vectors; none in an index that never had media.
-        is_stored: whether the database has the projections of the vectors.
-    """
-
-    stored: Mapping[str, Any]
+    stored: Mapping[str, Any]  # `Transaction.settings`
     sources: Sequence[SourceRow]
-    ids: np.ndarray
-    lengths: np.ndarray
-    vectors: Mapping[str, Vectors]
-    is_stored: bool = True
+    vectors: Mapping[str, Vectors]  # by modality; none in an index that never had media
+    is_stored: bool = True  # whether the database has the projections of the vectors
 
     @functools.cached_property
     def settings(self) -> FingerprintSettings:
         """Settings with which the index was made."""
         return FingerprintSettings.from_json(self.stored["settings"])
 
+    @functools.cached_property
+    def ids(self) -> np.ndarray:
+        """Ids of the sources, int64, ascending."""
+        return np.array([source.id for source in self.sources], np.int64)
+
     @property
     def num_segments(self) -> int:
         """Number of segments."""
-        return int(self.lengths.sum())
+        return sum(source.segments for source in self.sources)
 
     def project(self, segments: SegmentFeatures) -> SegmentFeatures:
         """Returns segments with vectors, zeros where missing, in place of their features."""
@@ -142,8 +129,8 @@ class Library:
 
         They are float32 [segments, d], zeros where missing, and bool [segments].
         """
-        vectors, start = self.vectors[modality], int(self.ids[number]) << _NUMBER_BITS
-        count = max(min(end, int(self.lengths[number])) - first, 0)
+        vectors, source = self.vectors[modality], self.sources[number]
+        start, count = source.id << _NUMBER_BITS, max(min(end, source.segments) - first, 0)
         rows = slice(*np.searchsorted(vectors.labels, start + first + np.array([0, count])))
         places = vectors.labels[rows] - start - first
         values = np.zeros((count, vectors.values.shape[1]), np.float32)
@@ -162,7 +149,7 @@ class Library:
         """
         searcher, parameters = self.vectors[modality].searcher, None
         if exclude is not None:
-            id_ = int(self.ids[exclude])
+            id_ = self.sources[exclude].id
             same = faiss().IDSelectorRange(id_ << _NUMBER_BITS, (id_ + 1) << _NUMBER_BITS)
             others = faiss().IDSelectorNot(same)
             parameters = (
@@ -186,34 +173,20 @@ class Library:
         readers compute what it would contain.
         """
         place = _cache_of(directory, self.stored)
-        if _read_cache(place) is not None:
+        if _read_cache(place):
             return
         with contextlib.suppress(OSError):
             new = Path(tempfile.mkdtemp(prefix=f"{place.name}.", dir=directory))
             with contextlib.suppress(OSError):
-                self._write(new)
+                _write_cache(new, self.vectors)
                 new.rename(place)
             for path in directory.iterdir():
                 if _CACHE.fullmatch(path.name) and path != place:
                     shutil.rmtree(path, ignore_errors=True)
 
-    def _write(self, directory: Path) -> None:
-        for modality, vectors in self.vectors.items():
-            arrays: dict[str, Any] = dataclasses.asdict(vectors.projection)
-            arrays |= {"ids": self.ids, "lengths": self.lengths, "labels": vectors.labels}
-            if vectors.cells is not None:
-                arrays["cells"] = faiss().serialize_index(vectors.cells)
-                arrays["learned_from"] = vectors.learned_from
-            np.savez(directory / f"{modality}.npz", **arrays)
-            np.save(directory / f"{modality}.npy", vectors.values)
-        for path in [*directory.iterdir(), directory]:
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
 
-
-def load(directory: Path, former: Library | None = None) -> Library:
-    """Reads an index; unchanged parts of `former`, an earlier state, are used again.
+def load(directory: Path, former: Mapping[str, Vectors] | None = None) -> Library:
+    """Reads an index; unchanged vectors of an earlier state, `former`, are used again.
 
     Raises:
         FingerprintError: if there is no index, or it is damaged.
@@ -223,7 +196,7 @@ def load(directory: Path, former: Library | None = None) -> Library:
         if former is None:
             places = [_cache_of(directory, stored)]
             places += [path for path in directory.iterdir() if _CACHE.fullmatch(path.name)]
-            former = next(filter(None, map(_read_cache, places)), None)
+            former = next(filter(None, map(_read_cache, places)), {})
         return _build(opened, stored, former)
 
 
@@ -236,15 +209,15 @@ def verify(directory: Path) -> list[str]:
     with transaction(directory) as opened:
         if problems := opened.problems():
             return problems
-        library = _build(opened, opened.settings(), None)
+        library = _build(opened, opened.settings(), {})
         place = _cache_of(directory, library.stored)
         cache = _read_cache(place)
-    if cache is None or cache.vectors.keys() != library.vectors.keys():
+    if cache.keys() != library.vectors.keys():
         return []  # it is computed again when the index is opened
-    agree = np.array_equal(cache.ids, library.ids) and all(
-        np.array_equal(cache.vectors[m].labels, vectors.labels)
-        and np.allclose(cache.vectors[m].values, vectors.values, atol=1e-4)
-        and cache.vectors[m].searcher.ntotal == len(vectors.labels)
+    agree = all(
+        np.array_equal(cache[m].labels, vectors.labels)
+        and np.allclose(cache[m].values, vectors.values, atol=1e-4)
+        and cache[m].searcher.ntotal == len(vectors.labels)
         for m, vectors in library.vectors.items()
     )
     return [] if agree else [f"{place} does not agree with {DATABASE}: delete it"]
@@ -265,83 +238,103 @@ def faiss() -> types.ModuleType:
     return module
 
 
-def _build(opened: Transaction, stored: Mapping[str, Any], former: Library | None) -> Library:
+def _build(
+    opened: Transaction, stored: Mapping[str, Any], former: Mapping[str, Vectors]
+) -> Library:
     """Computes the vectors of all media, but for those that `former` has by the same projections.
 
     The projections are fitted if there are none yet, or the index has grown much since.
     """
-    media, projections = opened.media(), opened.projections()
-    total = sum(count for _, count, _ in media)
+    library = Library(stored, opened.media(), {})
+    projections = opened.projections()
     fitted = max((p.fitted_to for p in projections.values()), default=0)
-    grown = fitted < _FIT_ENOUGH and total >= _FIT_GROWTH * max(fitted, 1)
-    if not media or (projections and not grown):
-        library = _assemble(opened, stored, projections, former)
+    grown = fitted < _FIT_ENOUGH and library.num_segments >= _FIT_GROWTH * max(fitted, 1)
+    if not library.sources or (projections and not grown):
+        vectors = _vectors(opened, library, projections, former)
         # Otherwise the first film was added to an index of songs.
-        if all(v.projection.fitted_to or not len(v.labels) for v in library.vectors.values()):
-            return library
+        if all(v.projection.fitted_to or not len(v.labels) for v in vectors.values()):
+            return dataclasses.replace(library, vectors=vectors)
     rng = np.random.default_rng(0)
-    features = [opened.features_of(id_)[0] for id_, _, _ in media]
+    features = [opened.features_of(source)[0] for source in library.sources]
     for modality, width in stored["dimensions"].items():
         rows = np.concatenate([np.zeros((0, width), np.float32), *(f[modality] for f in features)])
         if len(rows) > _FIT_ENOUGH:
             rows = rows[rng.choice(len(rows), _FIT_ENOUGH, replace=False)]
         projections[modality] = fit_projection(rows, stored["settings"]["dimensions"])
-    library = _assemble(opened, stored, projections, None)
-    return dataclasses.replace(library, is_stored=False)
+    vectors = _vectors(opened, library, projections, {})
+    return dataclasses.replace(library, vectors=vectors, is_stored=False)
 
 
-def _assemble(
+def _vectors(
     opened: Transaction,
-    stored: Mapping[str, Any],
+    library: Library,
     projections: Mapping[str, Projection],
-    former: Library | None,
-) -> Library:
+    former: Mapping[str, Vectors],
+) -> Mapping[str, Vectors]:
     """Computes the vectors of all media that `former` does not have by the same projections."""
-    media = opened.media()
-    ids, lengths = np.array([row[:2] for row in media], np.int64).reshape(-1, 2).T
-    library = Library(stored, [row for _, _, row in media], ids, lengths, {})
-    known = {} if former is None else former.vectors
-    if former is None or {m: v.projection for m, v in known.items()} != projections:
-        former, known = None, {}
-    elif np.array_equal(former.ids, ids):
-        return dataclasses.replace(library, vectors=known)
-    labels: dict[str, list[np.ndarray]] = {m: [] for m in projections}
-    values: dict[str, list[np.ndarray]] = {
-        m: [np.zeros((0, p.matrix.shape[1]), np.float32)] for m, p in projections.items()
+    same = former.keys() == projections.keys() and all(
+        np.array_equal(former[m].projection.mean, p.mean)
+        and np.array_equal(former[m].projection.matrix, p.matrix)
+        for m, p in projections.items()
+    )
+    former = former if same else {}
+    # Each medium has a segment of some modality.
+    labels = [np.zeros(0, np.int64), *(vectors.labels for vectors in former.values())]
+    known = np.unique(np.concatenate(labels) >> _NUMBER_BITS)
+    if former and np.array_equal(known, library.ids):
+        return former
+    parts = {
+        m: ([np.zeros(0, np.int64)], [np.zeros((0, p.matrix.shape[1]), np.float32)])
+        for m, p in projections.items()
     }
-    for modality, vectors in known.items():
-        kept = np.isin(vectors.labels >> _NUMBER_BITS, ids)
-        labels[modality].append(vectors.labels[kept])
-        values[modality].append(vectors.values[kept])
-    for id_ in (ids if former is None else np.setdiff1d(ids, former.ids)).tolist():
-        features, present = opened.features_of(id_)
+    for modality, vectors in former.items():
+        kept = np.isin(vectors.labels >> _NUMBER_BITS, library.ids)
+        parts[modality][0].append(vectors.labels[kept])
+        parts[modality][1].append(vectors.values[kept])
+    for number in np.flatnonzero(~np.isin(library.ids, known)).tolist():
+        source = library.sources[number]
+        features, present = opened.features_of(source)
         for modality, projection in projections.items():
-            labels[modality].append((id_ << _NUMBER_BITS) + np.flatnonzero(present[modality]))
-            values[modality].append(projection(features[modality]))
+            here = np.flatnonzero(present[modality])
+            parts[modality][0].append((source.id << _NUMBER_BITS) + here)
+            parts[modality][1].append(projection(features[modality]))
     made = {}
     for modality, projection in projections.items():
-        joined = np.concatenate(labels[modality])
+        joined = np.concatenate(parts[modality][0])
         order = np.argsort(joined)
-        vectors = Vectors(projection, joined[order], np.concatenate(values[modality])[order])
-        made[modality] = vectors.with_cells(library.settings.kind, known.get(modality))
-    return dataclasses.replace(library, vectors=made)
+        values = np.concatenate(parts[modality][1])[order]
+        vectors = Vectors(projection, joined[order], values)
+        made[modality] = vectors.with_cells(library.settings.kind, former.get(modality))
+    return made
 
 
 def _cache_of(directory: Path, stored: Mapping[str, Any]) -> Path:
     return directory / f"cache-{stored['generation']}"
 
 
-def _read_cache(directory: Path) -> Library | None:
-    """Reads a cache, without sources, which the database has; None if it is missing or damaged."""
-    vectors: dict[str, Vectors] = {}
-    ids = lengths = np.zeros(0, np.int64)
+def _write_cache(directory: Path, vectors_by_modality: Mapping[str, Vectors]) -> None:
+    for modality, vectors in vectors_by_modality.items():
+        arrays: dict[str, Any] = {**vectors.projection._asdict(), "labels": vectors.labels}
+        if vectors.cells is not None:
+            arrays["cells"] = faiss().serialize_index(vectors.cells)
+            arrays["learned_from"] = vectors.learned_from
+        np.savez(directory / f"{modality}.npz", **arrays)
+        np.save(directory / f"{modality}.npy", vectors.values)
+    for path in [*directory.iterdir(), directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _read_cache(directory: Path) -> dict[str, Vectors]:
+    """Reads a cache; returns nothing if it is missing or damaged."""
+    made: dict[str, Vectors] = {}
     try:
         for path in sorted(directory.glob("*.npz")):
             # Opened here, because numpy leaves a file open that it cannot read.
             with path.open("rb") as file, np.load(file) as loaded:
                 arrays = dict(loaded)
-            ids, lengths = arrays["ids"], arrays["lengths"]
-            vectors[path.stem] = Vectors(
+            made[path.stem] = Vectors(
                 Projection.from_arrays(arrays),
                 arrays["labels"],
                 np.load(path.with_suffix(".npy"), mmap_mode="r"),
@@ -350,6 +343,5 @@ def _read_cache(directory: Path) -> Library | None:
             )
     # The last is FAISS's error for everything.
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, RuntimeError):
-        return None
-    complete = all(len(v.labels) == len(v.values) for v in vectors.values())
-    return Library({}, (), ids, lengths, vectors) if vectors and complete else None
+        return {}
+    return made if all(len(v.labels) == len(v.values) for v in made.values()) else {}

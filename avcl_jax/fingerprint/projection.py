@@ -7,41 +7,27 @@ directions are weighted alike, but for those in which the references hardly vary
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import threadpoolctl
 
-# Added to each variance, as a share of the mean one: what keeps directions of noise small.
+# Added to each variance, as a fraction of the mean one: keeps directions of noise small.
 _SHRINKAGE = 0.01
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Projection:
-    """A linear map fitted to reference features.
+class Projection(NamedTuple):
+    """A linear map fitted to reference features."""
 
-    Attributes:
-        mean: float32 [D].
-        matrix: float32 [D, d].
-        fitted_to: number of segments that it was fitted to.
-    """
-
-    mean: np.ndarray
-    matrix: np.ndarray
-    fitted_to: int
+    mean: np.ndarray  # float32 [D]
+    matrix: np.ndarray  # float32 [D, d]
+    fitted_to: int  # number of segments
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Projection:
         """Returns the projection whose fields are stored as arrays."""
         return cls(arrays["mean"], arrays["matrix"], int(arrays["fitted_to"]))
-
-    def __eq__(self, other: object) -> bool:
-        """Compares the fields."""
-        return isinstance(other, Projection) and all(
-            np.array_equal(getattr(self, f.name), getattr(other, f.name))
-            for f in dataclasses.fields(self)
-        )
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """Returns float32 [n, d] of length one for features [n, D]."""

@@ -79,5 +79,6 @@ def references():
     kept = np.arange(80) != 16
     vectors = Vectors(fit_projection(values, 64), labels[kept], values[kept])
     stored = {"settings": {"rates": [1.0, 0.8, 1.25], "hop_seconds": 0.5}}
-    sources = [SourceRow(name, name, 20.5, None) for name in ("first", "second")]
-    return Library(stored, sources, np.array([1, 2]), np.array([40, 40]), {"video": vectors})
+    names = enumerate(("first", "second"), 1)
+    sources = [SourceRow(name, name, 20.5, None, 40, id_) for id_, name in names]
+    return Library(stored, sources, {"video": vectors})

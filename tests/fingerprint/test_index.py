@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from avcl_jax.fingerprint import database, library
-from avcl_jax.fingerprint.database import transaction
+from avcl_jax.fingerprint.database import SourceRow, transaction
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.library import Vectors, verify
 from avcl_jax.fingerprint.projection import fit_projection
@@ -279,15 +279,13 @@ def test_compressed_cells_find_what_flat_finds_and_follow_changes():
     values = blobs(4000, 1)
     labels = (np.arange(4000) // 100 + 1 << 32) + np.arange(4000) % 100
     vectors = Vectors(fit_projection(values, 32), labels, values)
-    one = np.ones(40, int)
-    sources = [None] * 40
 
     def found(of: Vectors, exclude: int | None = None) -> np.ndarray:
         ids = np.unique(of.labels >> 32)
         queries = values[50:3950] + 0.01 * np.random.default_rng(0).normal(size=(3900, 32))
-        _, source, segment = library.Library({}, sources, ids, one, {"video": of}).search(
-            "video", queries, 10, exclude
-        )
+        sources = [SourceRow("", "", 0.0, None, 100, id_) for id_ in ids.tolist()]
+        of_all = library.Library({}, sources, {"video": of})
+        _, source, segment = of_all.search("video", queries, 10, exclude)
         return np.where(source < 0, -1, (ids[source] << 32) + segment)
 
     cells = vectors.with_cells("ivfpq", None)
