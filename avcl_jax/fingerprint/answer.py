@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from avcl_jax.export.runs import MODALITIES
 from avcl_jax.fingerprint.calibration import THRESHOLD
-from avcl_jax.fingerprint.database import SourceRow
-from avcl_jax.fingerprint.scores import Scored, strength
-
-# Intervals with a smaller fraction of the resemblance of the strongest interval are due to chance.
-_WEAKEST_INTERVAL = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,41 +35,24 @@ class SegmentScore:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """A source from which a query may come.
+    """A source from which a query may come."""
 
-    Attributes:
-        source: name in the index.
-        path: path of its file; None if it was added from memory.
-        offset_seconds: time in the source of the query's beginning.
-        rate: seconds of the source per second of the query.
-        score: −log10 of the chance that an unrelated query finds as much; no upper bound.
-        accepted: whether that chance is small enough to call it a match, and all required
-            modalities match.
-        same_file: whether the query has the content of this file.
-        matched: modalities that suffice for a match without the other.
-        shared_with: names of other sources that match equally well; none if a part of the query
-            that only this one matches suffices for a match.
-        video_score: evidence of the video, 0 is chance; None where it was not compared.
-        audio_score: the same of the audio.
-        duration_seconds: length of the source.
-        intervals: intervals that agree.
-        segments: similarity all along the query, in order.
-    """
-
-    source: str
-    path: str | None
-    offset_seconds: float
-    rate: float
-    score: float
-    accepted: bool
-    same_file: bool
-    matched: tuple[str, ...]
+    source: str  # name in the index
+    path: str | None  # of its file; None if it was added from memory
+    offset_seconds: float  # time in the source of the query's beginning
+    rate: float  # seconds of the source per second of the query
+    score: float  # −log10 of the chance that an unrelated query finds as much; no upper bound
+    accepted: bool  # that chance is small, and all required modalities match; or the same file
+    same_file: bool  # the query has the content of this file
+    matched: tuple[str, ...]  # modalities that suffice for a match without the other
+    # Names of other sources that match equally well; none if a part of the query that only this
+    # one matches suffices for a match.
     shared_with: tuple[str, ...]
-    video_score: float | None
+    video_score: float | None  # evidence of the video, 0 is chance; None where it was not compared
     audio_score: float | None
-    duration_seconds: float
+    duration_seconds: float  # of the source
     intervals: Sequence[Interval]
-    segments: Sequence[SegmentScore]
+    segments: Sequence[SegmentScore]  # all along the query, in order
 
     @property
     def what_matched(self) -> str:
@@ -97,20 +73,13 @@ class Match:
 
 @dataclasses.dataclass(frozen=True)
 class QueryResult:
-    """All that a query found.
+    """All that a query found."""
 
-    Attributes:
-        matches: one per source, best first, also those that are not accepted.
-        query_seconds: length of the query.
-        required: modalities that had to match.
-        empty: modality of the query without content to compare (silent audio, or video of one
-            colour), beside one that was compared.
-        threshold: score from which a match is accepted.
-    """
-
-    matches: Sequence[Match]
+    matches: Sequence[Match]  # one per source, best first, also those that are not accepted
     query_seconds: float
-    required: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()  # modalities that had to match
+    # Modality of the query without content to compare (silent audio, or video of one colour),
+    # beside one that was compared.
     empty: tuple[str, ...] = ()
     threshold: float = THRESHOLD
 
@@ -140,74 +109,3 @@ class QueryResult:
             "video": "the video shows one colour: only the audio was compared",
         }
         return "".join(remarks[modality] for modality in self.empty)
-
-
-def make_match(
-    scored: Scored,
-    sources: Sequence[SourceRow],
-    segment_seconds: float,
-    *,
-    required: Sequence[str],
-    known: Mapping[int, float],
-) -> Match:
-    """Returns the match that describes a scored alignment.
-
-    Args:
-        scored: the alignment and its scores.
-        sources: all sources, by number.
-        segment_seconds: length of a segment at the reference's pace.
-        required: modalities that have to match.
-        known: number of each source whose file is the query -> second at which the query begins.
-    """
-    alignment, length = scored.alignment, segment_seconds / scored.alignment.rate
-    source, same = sources[alignment.source], alignment.source in known
-    rate = 1.0 if same else alignment.rate
-    offset = known.get(alignment.source, alignment.offset_seconds)
-    columns = [
-        [None if math.isnan(value) else value for value in alignment.by_segment[m].tolist()]
-        if m in alignment.by_segment
-        else [None] * len(alignment.query_seconds)
-        for m in MODALITIES
-    ]
-    return Match(
-        source=source.name,
-        path=source.path,
-        offset_seconds=offset,
-        rate=rate,
-        score=scored.score,
-        accepted=same or (scored.score >= THRESHOLD and set(required) <= set(scored.matched)),
-        same_file=same,
-        matched=tuple(alignment.by_modality) if same else scored.matched,
-        shared_with=() if same else tuple(sources[number].name for number in scored.rivals),
-        video_score=alignment.by_modality.get("video"),
-        audio_score=alignment.by_modality.get("audio"),
-        duration_seconds=source.duration_seconds,
-        intervals=[
-            Interval(a, b, a * rate + offset, b * rate + offset, count)
-            for a, b, count in _intervals(scored, length)
-        ],
-        segments=[
-            SegmentScore(start, start + length, video, audio)
-            for start, video, audio in zip(alignment.query_seconds.tolist(), *columns, strict=True)
-        ],
-    )
-
-
-def _intervals(scored: Scored, length: float) -> list[tuple[float, float, int]]:
-    """Returns start and end of the intervals of the query that agree, and how many share them."""
-    alignment = scored.alignment
-    runs: list[tuple[float, float, float, list[int]]] = []
-    resemblance = strength(alignment)
-    for n in alignment.agrees.nonzero()[0].tolist():
-        start, count = float(alignment.query_seconds[n]), int(scored.shared_by[n])
-        if runs and start <= runs[-1][1] and (runs[-1][3][0] == 1) == (count == 1):
-            begin, _, total, counts = runs.pop()
-            runs.append((begin, start + length, total + resemblance[n], [*counts, count]))
-        else:
-            if runs and start < runs[-1][1]:  # segments overlap, intervals do not
-                runs[-1] = (runs[-1][0], start, *runs[-1][2:])
-            runs.append((start, start + length, float(resemblance[n]), [count]))
-    least = _WEAKEST_INTERVAL * max((total for _, _, total, _ in runs), default=0.0)
-    return [
-        (a, b, int(statistics.median_low(counts))) for a, b, total, counts in runs if total >= least
-    ]

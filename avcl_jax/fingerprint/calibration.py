@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+import scipy.stats
 
 from avcl_jax.fingerprint.library import Library
 from avcl_jax.fingerprint.matching import QUERY_DENSITY, align, prepare
@@ -73,7 +74,6 @@ def fit(library: Library, spans: Mapping[str, float]) -> dict[str, Calibration]:
     library, such as two cuts of one film.
 
     Args:
-        library: library to search.
         spans: modality -> length of a segment, of all modalities of the library.
 
     Returns:
@@ -108,7 +108,9 @@ def fit(library: Library, spans: Mapping[str, float]) -> dict[str, Calibration]:
 def _distribution(points: np.ndarray, library: Library) -> Calibration:
     """Fits evidence [queries, 1], which grows with the logarithm of the seconds [queries, 0]."""
     seconds, evidence = points.T
-    growth = max(0.0, _slope(seconds, evidence))
+    # The median slope of all pairs: a few outliers do not move it.
+    slope = scipy.stats.theilslopes(evidence, seconds).slope if np.ptp(seconds) else 0.0
+    growth = max(0.0, float(slope))
     low, middle, high = np.quantile(evidence - growth * seconds, (0.25, 0.5, 0.75))
     # Of the unit Gumbel: quartiles are 1.5725 apart, the median is at 0.3665.
     weight = len(evidence) / (len(evidence) + _PRIOR_QUERIES)
@@ -143,13 +145,3 @@ def _excerpt(
         features[modality] = np.repeat(vectors, QUERY_DENSITY, axis=0)
         present[modality] = np.repeat(here, QUERY_DENSITY)
     return SegmentFeatures(features, present, (min(wanted, total) - 1) * hop + span)
-
-
-def _slope(x: np.ndarray, y: np.ndarray) -> float:
-    """Median slope of all pairs (Theil and Sen): a few outliers do not move it."""
-    first, second = np.triu_indices(len(x), 1)
-    apart = np.abs(x[first] - x[second]) > 1e-6
-    if not apart.any():
-        return 0.0
-    first, second = first[apart], second[apart]
-    return float(np.median((y[second] - y[first]) / (x[second] - x[first])))

@@ -19,9 +19,9 @@ from typing import Any
 from avcl_jax.data.media import DecodedMedia, MediaError
 from avcl_jax.export.runs import MODALITIES, open_encoders
 from avcl_jax.fingerprint import calibration, database, library, matching
-from avcl_jax.fingerprint.answer import QueryResult, make_match
+from avcl_jax.fingerprint.answer import QueryResult
 from avcl_jax.fingerprint.database import SourceRow, transaction
-from avcl_jax.fingerprint.scores import score_alignments
+from avcl_jax.fingerprint.scores import make_matches
 from avcl_jax.fingerprint.segments import Segmenter, SegmentFeatures, not_empty
 from avcl_jax.fingerprint.settings import FingerprintError, FingerprintSettings
 from avcl_jax.paths import absolute_path, local_path
@@ -298,16 +298,17 @@ class FingerprintIndex:
         spans = {m: self.segmenter.span_seconds(m) for m in self.modalities if m in modalities}
         queries = matching.prepare(self._library, renderings, list(spans))
         alignments = matching.align(self._library, queries, spans, known=known)
-        scored = score_alignments(
+        matches = make_matches(
             alignments,
             self.calibration,
+            self._library.sources,
             # A modality that the clip lacks has no evidence, which would count as unrelated.
             spans={m: s for m, s in spans.items() if any(r.present[m].any() for r in renderings)},
+            segment_seconds=min(spans.values(), default=0.0),
             query_seconds=query_seconds,
-            segments=self.num_segments,
+            required=required,
+            known=known,
         )
-        sources, shortest = self._library.sources, min(spans.values(), default=0.0)
-        matches = [make_match(s, sources, shortest, required=required, known=known) for s in scored]
         # Even before higher scores that lack a required modality or are shared with other sources.
         matches.sort(key=lambda m: (not m.accepted, bool(m.shared_with), not m.same_file))
         return QueryResult(matches[:count], query_seconds, tuple(required))

@@ -40,25 +40,16 @@ _THREADS_FROM = 50_000
 
 @dataclasses.dataclass(frozen=True)
 class Alignment:
-    """A query aligned with a source.
+    """A query aligned with a source."""
 
-    Attributes:
-        source: number of the source.
-        rate: seconds of reference per second of query.
-        offset_seconds: reference time of the query's beginning.
-        by_modality: evidence of each modality that was compared, 0 is chance.
-        query_seconds: float64 [segments], beginning of each query segment.
-        agrees: bool [segments], those that resemble the reference at their time.
-        by_segment: modality -> float64 [segments], similarity in standard deviations above chance;
-            NaN where the query has no such segment.
-    """
-
-    source: int
-    rate: float
-    offset_seconds: float
-    by_modality: Mapping[str, float]
-    query_seconds: np.ndarray
-    agrees: np.ndarray
+    source: int  # number
+    rate: float  # seconds of reference per second of query
+    offset_seconds: float  # reference time of the query's beginning
+    by_modality: Mapping[str, float]  # evidence of each modality compared, 0 is chance
+    query_seconds: np.ndarray  # float64 [segments], beginning of each query segment
+    agrees: np.ndarray  # bool [segments], those that resemble the reference at their time
+    # Modality -> float64 [segments], similarity in standard deviations above chance; NaN where the
+    # query has no such segment.
     by_segment: Mapping[str, np.ndarray]
 
     def evidence(self, modalities: Iterable[str]) -> float:
@@ -105,9 +96,7 @@ def prepare(
     """Finds the nearest reference segments of each rendering of a query.
 
     Args:
-        library: library to search.
         renderings: vectors of the query (`Library.project`), `QUERY_DENSITY` segments per hop.
-        modalities: modalities that will be compared.
         exclude: number of a source to leave out.
     """
     small = library.num_segments < _THREADS_FROM
@@ -133,7 +122,6 @@ def align(
     """Finds where in the library a query may come from.
 
     Args:
-        library: library that was searched.
         queries: renderings of the query (`prepare`).
         spans: modality -> length of a segment, of the modalities to compare.
         known: number -> offset in seconds of sources that are the unchanged query; they are

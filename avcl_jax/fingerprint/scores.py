@@ -1,4 +1,4 @@
-"""Scores of alignments: of a whole query or a part, by modality, and without what sources share.
+"""Alignments to matches: scores of a whole query or a part, by modality, and shared parts.
 
 A query may be cut together from several sources, which agree with a part of it each, and many
 sources may have the same logo, jingle or trailer. Both need the evidence of a part of a query.
@@ -6,12 +6,16 @@ sources may have the same logo, jingle or trailer. Both need the evidence of a p
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from avcl_jax.export.runs import MODALITIES
+from avcl_jax.fingerprint.answer import Interval, Match, SegmentScore
 from avcl_jax.fingerprint.calibration import THRESHOLD, Calibration
+from avcl_jax.fingerprint.database import SourceRow
 from avcl_jax.fingerprint.matching import Alignment, fuse
 
 # Shorter parts of a query are not scored: there are many, and each is weak evidence.
@@ -21,81 +25,90 @@ _SHORTEST_PART_SECONDS = 3.0
 # is nearly 1, for other footage nearly 0.
 _SMOOTHING_SECONDS = 2.0
 _EQUALLY = 0.5
+# Intervals with a smaller fraction of the resemblance of the strongest interval are due to chance.
+_WEAKEST_INTERVAL = 0.25
 
 
-@dataclasses.dataclass(frozen=True)
-class Scored:
-    """An alignment with its scores.
-
-    Attributes:
-        score: −log10 of the chance that an unrelated query finds as much.
-        matched: modalities that reach the threshold without the other.
-        shared_by: int [segments], number of sources that match each segment of the query as well
-            as this one, itself included.
-        rivals: numbers of other sources that match equally well, so that the rest of the query does
-            not suffice for a match with this one; none below the threshold.
-    """
-
-    alignment: Alignment
-    score: float
-    matched: tuple[str, ...]
-    shared_by: np.ndarray
-    rivals: tuple[int, ...]
-
-
-def score_alignments(
+def make_matches(
     alignments: Sequence[Alignment],
     calibrations: Callable[[Sequence[str]], Calibration],
+    sources: Sequence[SourceRow],
     *,
     spans: Mapping[str, float],
+    segment_seconds: float,
     query_seconds: float,
-    segments: int,
-) -> list[Scored]:
-    """Scores the alignments of one query, one per source; returns the best first.
+    required: Sequence[str] = (),
+    known: Mapping[int, float],
+) -> list[Match]:
+    """Scores the alignments of one query, one per source; returns the best match first.
 
     Args:
-        alignments: result of `align`.
         calibrations: modalities -> calibration of their evidence together.
+        sources: all sources of the index, by number.
         spans: modality -> length of a segment, of the modalities that were compared.
-        query_seconds: length of the query.
-        segments: number of segments in the index.
+        segment_seconds: length of a segment of the answer.
+        known: number of each source whose file is the query -> second at which the query begins.
     """
     together = calibrations(list(spans))
-
-    def score_of(part: _Part) -> float:
-        return part.score(together, spans)
-
-    best_parts = []
+    segments = sum(source.segments for source in sources)
+    parts = []
     for alignment in alignments:
+        tried = _parts(alignment, query_seconds, min(spans.values()))
         whole = _Part(alignment, np.ones(len(alignment.agrees), bool), query_seconds, segments)
-        parts = _parts(alignment, query_seconds, min(spans.values()))
         # Each part is another query that may match by chance.
-        tried = [_Part(alignment, *part, segments * len(parts)) for part in parts]
-        best_parts.append(max([whole, *tried], key=score_of))
-    best_parts.sort(key=lambda part: (-score_of(part), -part.alignment.evidence(spans)))
-    accepted = [part.alignment for part in best_parts if score_of(part) >= THRESHOLD]
-    scored = []
-    for part in best_parts:
-        score = score_of(part)
-        matched = [
+        some = [_Part(alignment, *part, segments * len(tried)) for part in tried]
+        parts.append(max([whole, *some], key=lambda part: part.score(together, spans)))
+    parts.sort(key=lambda p: (-p.score(together, spans), -p.alignment.evidence(spans)))
+    accepted = [p.alignment for p in parts if p.score(together, spans) >= THRESHOLD]
+    matches = []
+    for part in parts:
+        alignment, score = part.alignment, part.score(together, spans)
+        source, same = sources[alignment.source], alignment.source in known
+        rate = 1.0 if same else alignment.rate
+        offset = known.get(alignment.source, alignment.offset_seconds)
+        matched = tuple(
             m
-            for m in part.alignment.by_segment
+            for m in alignment.by_segment
             if part.score(calibrations([m]), {m: spans[m]}) >= THRESHOLD
-        ]
-        others = [a for a in accepted if a is not part.alignment and score >= THRESHOLD]
-        equal = [_equally_well(part.alignment, other) for other in others]
-        shared_by = 1 + sum(equal, np.zeros(len(part.inside), int))
+        )
+        others = [a for a in accepted if a is not alignment and score >= THRESHOLD]
+        equal = [_equally_well(alignment, other) for other in others]
         rivals = [
-            other.source
+            sources[other.source].name
             for other, shared in zip(others, equal, strict=True)
-            if score_of(part.without(shared)) < THRESHOLD
+            if part.without(shared).score(together, spans) < THRESHOLD
         ]
-        scored.append(Scored(part.alignment, score, tuple(matched), shared_by, tuple(rivals)))
-    return scored
+        length = segment_seconds / alignment.rate
+        intervals = _intervals(alignment, 1 + sum(equal, np.zeros(len(part.inside), int)), length)
+        match = Match(
+            source=source.name,
+            path=source.path,
+            offset_seconds=offset,
+            rate=rate,
+            score=score,
+            accepted=same or (score >= THRESHOLD and set(required) <= set(matched)),
+            same_file=same,
+            matched=tuple(alignment.by_modality) if same else matched,
+            shared_with=() if same else tuple(rivals),
+            video_score=alignment.by_modality.get("video"),
+            audio_score=alignment.by_modality.get("audio"),
+            duration_seconds=source.duration_seconds,
+            intervals=[
+                Interval(a, b, a * rate + offset, b * rate + offset, count)
+                for a, b, count in intervals
+            ],
+            segments=[
+                SegmentScore(start, start + length, video, audio)
+                for start, video, audio in zip(
+                    alignment.query_seconds.tolist(), *_columns(alignment), strict=True
+                )
+            ],
+        )
+        matches.append(match)
+    return matches
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     """Part of a query beside a source."""
 
     alignment: Alignment  # of the whole query
@@ -117,10 +130,10 @@ class _Part:
         """Returns the rest of the part."""
         left = self.inside & ~segments
         seconds = self.seconds * float(left.sum()) / max(int(self.inside.sum()), 1)
-        return dataclasses.replace(self, inside=left, seconds=seconds)
+        return self._replace(inside=left, seconds=seconds)
 
 
-def strength(alignment: Alignment) -> np.ndarray:
+def _strength(alignment: Alignment) -> np.ndarray:
     """Returns how much each segment resembles the source, all modalities together: [segments]."""
     return fuse([np.nan_to_num(values) for values in alignment.by_segment.values()])
 
@@ -166,4 +179,33 @@ def _smoothed(alignment: Alignment) -> np.ndarray:
     """Strength, averaged over time."""
     times = alignment.query_seconds
     near = np.abs(times[:, None] - times) <= _SMOOTHING_SECONDS / 2
-    return (near @ strength(alignment)) / near.sum(axis=1)
+    return (near @ _strength(alignment)) / near.sum(axis=1)
+
+
+def _intervals(
+    alignment: Alignment, shared_by: np.ndarray, length: float
+) -> list[tuple[float, float, int]]:
+    """Returns start and end of the intervals of the query that agree, and how many share them."""
+    runs: list[tuple[float, float, float, list[int]]] = []
+    resemblance = _strength(alignment)
+    for n in alignment.agrees.nonzero()[0].tolist():
+        start, count = float(alignment.query_seconds[n]), int(shared_by[n])
+        if runs and start <= runs[-1][1] and (runs[-1][3][0] == 1) == (count == 1):
+            begin, _, total, counts = runs.pop()
+            runs.append((begin, start + length, total + resemblance[n], [*counts, count]))
+        else:
+            if runs and start < runs[-1][1]:  # segments overlap, intervals do not
+                runs[-1] = (runs[-1][0], start, *runs[-1][2:])
+            runs.append((start, start + length, float(resemblance[n]), [count]))
+    least = _WEAKEST_INTERVAL * max((total for _, _, total, _ in runs), default=0.0)
+    return [
+        (a, b, int(statistics.median_low(counts))) for a, b, total, counts in runs if total >= least
+    ]
+
+
+def _columns(alignment: Alignment) -> Iterator[list[float | None]]:
+    """Yields the similarity of all segments, by modality; None where there is none."""
+    missing = np.full(len(alignment.query_seconds), np.nan)
+    for modality in MODALITIES:
+        values = alignment.by_segment.get(modality, missing)
+        yield np.where(np.isnan(values), None, values).tolist()
