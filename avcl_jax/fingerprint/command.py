@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 from tqdm import tqdm
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Warnings of the libraries concern only themselves.
     logging.set_verbosity(logging.ERROR)
     try:
-        return args.run(args) or 0
+        return _COMMANDS[args.command][0](args) or 0
     except (UserError, OSError) as error:
         print(f"avcl-fingerprint: {one_line(error)}", file=sys.stderr)
         return 2
@@ -62,71 +63,73 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="avcl-fingerprint", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parsers = {
+        name: commands.add_parser(name, help=summary, description=summary)
+        for name, (_, summary) in _COMMANDS.items()
+    }
+    parsers["query"].epilog = _SCORES
 
-    def command(name: str, run: Callable[..., int | None], summary: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=summary, description=summary)
-        added.set_defaults(run=run)
-        added.add_argument(
-            "--index", type=local_path, required=True, metavar="DIR", help="the index"
-        )
-        return added
+    def option(names: str, flag: str, text: str, default: Any = None, **settings: Any) -> None:
+        if default is not None:
+            settings |= {"type": type(default), "default": default}
+            text = f"{text} (default: %(default)s)"
+        for name in names.split():
+            parsers[name].add_argument(flag, help=text, **settings)
 
-    make = command("index", _index, "make an index of media files")
-    add = command("add", _add, "add media files to an index, or replace those that changed")
-    remove = command("remove", _remove, "remove media from an index")
-    query = command("query", _query, "find the source of a clip")
-    command("verify", _verify, "check the files of an index")
-    served = command("serve", serve.run, "show matches in a web page on this machine")
-    files, default = "files, or folders with files", FingerprintSettings()
-    make.add_argument("videos", nargs="+", type=local_path, help=files)
-    make.add_argument(
-        "--encoder", required=True, metavar="PATH", help="a run, or the encoders it exported"
-    )
-    add.add_argument("videos", nargs="+", type=local_path, help=files)
-    remove.add_argument("videos", nargs="+", help="as they were named when indexed")
-    query.epilog = _SCORES
-    query.add_argument(
-        "clip", type=local_path, help="a media file, ./-NAME for one that begins with a dash"
-    )
-    query.add_argument("--json", action="store_true", help="answer in JSON")
-    query.add_argument(
-        "--modality", choices=MODALITIES, help="compare only this one (default: both)"
-    )
-    query.add_argument(
-        "--require",
-        choices=REQUIREMENTS,
-        help="accept only sources whose video, audio or both match (default: one is enough)",
-    )
-    for opened in (add, query, served):
-        opened.add_argument(
-            "--encoder", metavar="PATH", help="where the encoders are now, if they were moved"
-        )
+    every, path = " ".join(_COMMANDS), {"metavar": "PATH"}
+    option(every, "--index", "the index", type=local_path, required=True, metavar="DIR")
+    option("index add", "videos", "files, or folders with files", nargs="+", type=local_path)
+    option("remove", "videos", "as they were named when indexed", nargs="+")
+    option("index", "--encoder", "a run, or the encoders it exported", required=True, **path)
+    dash = "./-NAME for one that begins with a dash"
+    option("query", "clip", f"a media file, {dash}", type=local_path)
+    option("query", "--json", "answer in JSON", action="store_true")
+    option("query", "--modality", "compare only this one (default: both)", choices=MODALITIES)
+    require = "accept only sources whose video, audio or both match (default: one is enough)"
+    option("query", "--require", require, choices=REQUIREMENTS)
+    option("add query serve", "--encoder", "where the encoders are now, if they were moved", **path)
+    made = FingerprintSettings()
     kinds = "flat is exact, ivfpq small and fast, auto chooses by size"
-    make.add_argument(
-        "--kind", choices=KINDS, default=default.kind, help=f"{kinds} (default: %(default)s)"
-    )
-    for target, name, value, text in (
-        (make, "--speed", default.speed, "seconds of a segment per second of the encoder's clip"),
-        (make, "--hop-seconds", default.hop_seconds, "seconds from one segment to the next"),
-        (query, "--count", 5, "matches shown"),
-        (query, "--start", 0.0, "second of the clip at which to begin"),
-        (query, "--max-seconds", 120.0, "seconds of it that are compared, all in memory"),
-        *((served, *option) for option in serve.OPTIONS),
-    ):
-        text = f"{text} (default: %(default)s)"
-        target.add_argument(name, type=type(value), default=value, help=text)
+    option("index", "--kind", kinds, made.kind, choices=KINDS)
+    option("index", "--speed", "seconds of a segment per second of the encoder's clip", made.speed)
+    option("index", "--hop-seconds", "seconds from one segment to the next", made.hop_seconds)
+    option("query", "--count", "matches shown", 5)
+    option("query", "--start", "second of the clip at which to begin", 0.0)
+    option("query", "--max-seconds", "seconds of it that are compared, all in memory", 120.0)
+    host = "address to listen at; any other lets other machines in"
+    option("serve", "--host", host, "127.0.0.1")
+    option("serve", "--port", "port to listen at, 0 for a free one", 8021)
+    option("serve", "--max-upload-mb", "larger clips are refused unread", 200.0)
+    seconds = "seconds of a clip that are compared, from its beginning"
+    option("serve", "--max-seconds", seconds, 120.0)
+    option("serve", "--max-decode-seconds", "seconds to decode or convert a clip", 120.0)
+    option("serve", "--max-waiting", "clips that may wait while one is compared", 4)
     return parser
 
 
-def _index(args: argparse.Namespace) -> int:
-    settings = FingerprintSettings(speed=args.speed, hop_seconds=args.hop_seconds, kind=args.kind)
-    files = list(_media_files(args.videos))  # before anything is made
-    return _add_files(FingerprintIndex.create(args.index, args.encoder, settings), files)
-
-
 def _add(args: argparse.Namespace) -> int:
+    """Adds files, to a new index for the command `index`."""
+    new = args.command == "index"
+    if new:  # what is wrong is said before anything is made
+        settings = FingerprintSettings(
+            speed=args.speed, hop_seconds=args.hop_seconds, kind=args.kind
+        )
     files = list(_media_files(args.videos))
-    return _add_files(FingerprintIndex.open(args.index, args.encoder), files)
+    index = (
+        FingerprintIndex.create(args.index, args.encoder, settings)
+        if new
+        else FingerprintIndex.open(args.index, args.encoder)
+    )
+    report = index.add_files(tqdm(files, unit="file", disable=None))
+    for name in report.replaced:
+        print(f"{name}: its content changed, replaced")
+    for name, reason in report.failed:
+        print(f"{name}: not indexed, {reason}", file=sys.stderr)
+    print(
+        f"added {len(report.added)}, replaced {len(report.replaced)}, already there "
+        f"{len(report.skipped)}, not indexed {len(report.failed)}; {_size(index)}"
+    )
+    return 1 if report.failed else 0
 
 
 def _media_files(paths: Iterable[Path]) -> Iterator[Path]:
@@ -142,19 +145,6 @@ def _media_files(paths: Iterable[Path]) -> Iterator[Path]:
             yield path
         else:
             raise FingerprintError(f"{path} does not exist")
-
-
-def _add_files(index: FingerprintIndex, files: Sequence[Path]) -> int:
-    report = index.add_files(tqdm(files, unit="file", disable=None))
-    for name in report.replaced:
-        print(f"{name}: its content changed, replaced")
-    for name, reason in report.failed:
-        print(f"{name}: not indexed, {reason}", file=sys.stderr)
-    print(
-        f"added {len(report.added)}, replaced {len(report.replaced)}, already there "
-        f"{len(report.skipped)}, not indexed {len(report.failed)}; {_size(index)}"
-    )
-    return 1 if report.failed else 0
 
 
 def _remove(args: argparse.Namespace) -> None:
@@ -175,13 +165,10 @@ def _query(args: argparse.Namespace) -> None:
     modalities = (args.modality,) if args.modality else MODALITIES
     required = REQUIREMENTS[args.require] if args.require else ()
     index.check_required(required, modalities)
+    end = args.start + args.max_seconds
+    options = {"start_seconds": args.start, "end_seconds": end, **index.segmenter.decoding}
     try:
-        media = decode_media(
-            args.clip,
-            start_seconds=args.start,
-            end_seconds=args.start + args.max_seconds,
-            **index.segmenter.decoding,
-        )
+        media = decode_media(args.clip, **options)
     except MediaError as error:
         raise FingerprintError(f"{args.clip} cannot be decoded: {error}") from error
     result = index.query(
@@ -206,6 +193,16 @@ def _verify(args: argparse.Namespace) -> int:
         return 1
     print(f"intact: {_size(FingerprintIndex.open(args.index))}")
     return 0
+
+
+_COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str]] = {
+    "index": (_add, "make an index of media files"),
+    "add": (_add, "add media files to an index, or replace those that changed"),
+    "remove": (_remove, "remove media from an index"),
+    "query": (_query, "find the source of a clip"),
+    "verify": (_verify, "check the files of an index"),
+    "serve": (serve.run, "show matches in a web page on this machine"),
+}
 
 
 def _to_json(result: QueryResult, count: int) -> dict[str, object]:

@@ -295,7 +295,7 @@ class FingerprintIndex:
         renderings = [self._library.project(r) for r in renderings if len(r)]
         if not self._library.vectors or not renderings:
             return QueryResult([], query_seconds, tuple(required))
-        spans = {m: self.segmenter.span_seconds(m) for m in self.modalities if m in modalities}
+        spans = {m: s for m, s in self.segmenter.spans.items() if m in modalities}
         queries = matching.prepare(self._library, renderings, list(spans))
         alignments = matching.align(self._library, queries, spans, known=known)
         matches = make_matches(
@@ -342,9 +342,7 @@ class FingerprintIndex:
         before, now = self._library.stored["calibration"], self.num_segments
         if before["segments"] / _CALIBRATED_WITHIN < now < before["segments"] * _CALIBRATED_WITHIN:
             return before
-        fitted = calibration.fit(
-            self._library, {m: self.segmenter.span_seconds(m) for m in self.modalities}
-        )
+        fitted = calibration.fit(self._library, self.segmenter.spans)
         by_modalities = {name: dataclasses.asdict(found) for name, found in fitted.items()}
         return {"segments": now, "by_modalities": by_modalities}
 

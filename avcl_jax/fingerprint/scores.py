@@ -208,4 +208,4 @@ def _columns(alignment: Alignment) -> Iterator[list[float | None]]:
     missing = np.full(len(alignment.query_seconds), np.nan)
     for modality in MODALITIES:
         values = alignment.by_segment.get(modality, missing)
-        yield np.where(np.isnan(values), None, values).tolist()
+        yield [None if np.isnan(value) else value for value in values.tolist()]

@@ -41,19 +41,12 @@ _INTERVAL_SECONDS = 120.0
 
 @dataclasses.dataclass(frozen=True)
 class SegmentFeatures:
-    """Features of the segments of one medium, or the vectors that were made of them.
+    """Features of the segments of one medium, or the vectors that were made of them."""
 
-    Attributes:
-        features: modality -> float32 [segments, D], zeros where the segment is missing.
-        present: modality -> bool [segments].
-        duration_seconds: length of the medium.
-        rate: seconds of the segments' timeline per second of the medium.
-    """
-
-    features: Mapping[str, np.ndarray]
-    present: Mapping[str, np.ndarray]
+    features: Mapping[str, np.ndarray]  # float32 [segments, D], zeros where the segment is missing
+    present: Mapping[str, np.ndarray]  # bool [segments], both by modality
     duration_seconds: float
-    rate: float = 1.0
+    rate: float = 1.0  # seconds of the segments' timeline per second of the medium
 
     def __len__(self) -> int:
         """Number of segments."""
@@ -65,6 +58,7 @@ class Segmenter:
 
     Attributes:
         dimensions: modality -> length of a feature vector.
+        spans: modality -> length of a segment in seconds.
     """
 
     def __init__(self, source: EncoderSource, settings: FingerprintSettings):
@@ -72,14 +66,16 @@ class Segmenter:
         self.source = source
         self.settings = settings
         self.dimensions: dict[str, int] = {}
+        self.spans: dict[str, float] = {}
         self._encode = {}
         for name, encoder in source.encoders.items():
-            structured = _structured(
-                encoder.modality, encoder.module, encoder.preprocess, settings.time_bins
-            )
+            spec = encoder.preprocess
+            structured = _structured(encoder.modality, encoder.module, spec, settings.time_bins)
             example = {"clips": self._empty(name)[None]}
             shapes = jax.eval_shape(structured, encoder.params, example)
             self.dimensions[name] = shapes["features"].shape[1]
+            timed = spec.log_mel if isinstance(spec, AudioPreprocessing) else spec
+            self.spans[name] = timed.clip_seconds * settings.speed
             self._encode[name] = batched_map(
                 structured,
                 {"encoder": encoder.params},
@@ -88,16 +84,10 @@ class Segmenter:
                 threads=_THREADS,
             )
 
-    def span_seconds(self, modality: str) -> float:
-        """Length of a segment."""
-        spec = self.source.encoders[modality].preprocess
-        spec_seconds = spec.log_mel if isinstance(spec, AudioPreprocessing) else spec
-        return spec_seconds.clip_seconds * self.settings.speed
-
     @property
     def shortest_seconds(self) -> float:
         """Length of the shortest medium that has a segment."""
-        return min(map(self.span_seconds, self.source.encoders)) * (1 - _SLACK)
+        return min(self.spans.values()) * (1 - _SLACK)
 
     @property
     def decoding(self) -> dict[str, Any]:
@@ -116,8 +106,9 @@ class Segmenter:
 
     def compile(self) -> None:
         """Compiles the encoders, so that the first media need not wait for it."""
-        for modality in self.source.encoders:
-            self._encoded(modality, {0.0: self._empty(modality)}.__getitem__, np.zeros(1))
+        for modality, encode in self._encode.items():
+            clip = {"clips": self._empty(modality)}
+            encode({0: clip}.__getitem__, [0])
 
     def of(self, media: Path | DecodedMedia) -> SegmentFeatures:
         """Encodes a file, or a medium in memory."""
@@ -131,7 +122,7 @@ class Segmenter:
         """
         hops = max(1, round(_INTERVAL_SECONDS / self.settings.hop_seconds))
         step = hops * self.settings.hop_seconds
-        overlap = max(map(self.span_seconds, self.source.encoders)) + self.settings.hop_seconds
+        overlap = max(self.spans.values()) + self.settings.hop_seconds
         parts: list[SegmentFeatures] = []
         start = 0.0
         while True:
@@ -166,14 +157,13 @@ class Segmenter:
         """Encodes a medium in memory.
 
         Args:
-            media: video or audio or both.
             count: number of segments, from the first; None for all.
             hop_seconds: time from one segment to the next; None for that of the settings.
             rate: seconds that each second of the medium lasts on the timeline of the segments;
                 above 1 is slower. The pitch of the audio stays.
         """
         hop = (hop_seconds or self.settings.hop_seconds) / rate
-        spans = {m: self.span_seconds(m) / rate for m in self.dimensions}
+        spans = {m: span / rate for m, span in self.spans.items()}
         if count is None:
             # Segments that begin before a modality ends.
             counts = [0]
@@ -187,37 +177,32 @@ class Segmenter:
             here = present[modality] = _present(media, modality, starts, span)
             features[modality] = np.zeros((count, self.dimensions[modality]), np.float32)
             if here.any():
-                cut = self._cutter(modality, media, rate)
-                features[modality][here] = self._encoded(modality, cut, starts[here])
+                cut = self._cutter(modality, media, starts, rate)
+                # Threads cut clips while devices encode others.
+                outputs = self._encode[modality](cut, np.flatnonzero(here).tolist())
+                features[modality][here] = outputs["encoder/features"]
         return SegmentFeatures(features, present, media.duration_seconds * rate, rate)
-
-    def _encoded(
-        self, modality: str, cut: Callable[[float], np.ndarray], starts: np.ndarray
-    ) -> np.ndarray:
-        """Returns the features [starts, D] of clips that threads cut while devices encode."""
-        encode = self._encode[modality]
-        outputs = encode(lambda number: {"clips": cut(starts[number])}, range(len(starts)))
-        return outputs["encoder/features"]
 
     def _empty(self, modality: str) -> np.ndarray:
         shape = self.source.encoders[modality].input_shape
         return np.zeros(shape, np.uint8 if modality == "video" else np.float32)
 
     def _cutter(
-        self, modality: str, media: DecodedMedia, rate: float
-    ) -> Callable[[float], np.ndarray]:
-        """Returns a function from the start of a segment to the clip that its encoder takes."""
+        self, modality: str, media: DecodedMedia, starts: np.ndarray, rate: float
+    ) -> Callable[[int], dict[str, np.ndarray]]:
+        """Returns a function from the number of a segment to the clip that its encoder takes."""
         preprocess = self.source.encoders[modality].preprocess
         if isinstance(preprocess, VideoPreprocessing):
             crop = center_crop(*media.frames.shape[1:3])
             images = apply_crop(media.frames, crop, preprocess.image_size)
             count = preprocess.num_frames
-            times = self.span_seconds(modality) / count / rate * np.arange(count)
+            times = self.spans[modality] / count / rate * np.arange(count)
 
-            def cut(start: float) -> np.ndarray:
+            def cut(number: int) -> dict[str, np.ndarray]:
                 # As a player: the last frame that began before.
-                numbers = np.searchsorted(media.frame_seconds, start + times + 1e-6, side="right")
-                return images[np.maximum(numbers - 1, 0)]
+                shown = starts[number] + times + 1e-6
+                places = np.searchsorted(media.frame_seconds, shown, side="right") - 1
+                return {"clips": images[np.maximum(places, 0)]}
 
             return cut
         spec = preprocess.log_mel
@@ -227,10 +212,10 @@ class Segmenter:
         # As `gather_windows`: the windows keep their length and so their pitch, at every tempo.
         hops = np.round(spec.window * self.settings.speed / rate * np.arange(spec.frames))
 
-        def cut_audio(start: float) -> np.ndarray:
-            begin = np.round((start - media.audio_start_seconds) * spec.sample_rate_hz)
+        def cut_audio(number: int) -> dict[str, np.ndarray]:
+            begin = np.round((starts[number] - media.audio_start_seconds) * spec.sample_rate_hz)
             places = (begin + hops).astype(int)[:, None] + np.arange(spec.window)
-            return log_mel(samples_at(waveform, places), spec)
+            return {"clips": log_mel(samples_at(waveform, places), spec)}
 
         return cut_audio
 

@@ -24,17 +24,6 @@ from avcl_jax.fingerprint.settings import FingerprintError
 _STOP_SECONDS = 2
 
 
-# Beside `--index` and `--encoder`: name, default, and text of the help.
-OPTIONS = (
-    ("--host", "127.0.0.1", "address to listen at; any other lets other machines in"),
-    ("--port", 8021, "port to listen at, 0 for a free one"),
-    ("--max-upload-mb", 200.0, "larger clips are refused unread"),
-    ("--max-seconds", 120.0, "seconds of a clip that are compared, from its beginning"),
-    ("--max-decode-seconds", 120.0, "seconds to decode or convert a clip"),
-    ("--max-waiting", 4, "clips that may wait while one is compared"),
-)
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Serves until it is interrupted.
 

@@ -17,24 +17,18 @@ class FingerprintError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class FingerprintSettings:
-    """Settings of segments and vectors; docs/fingerprint.md has the measurements.
+    """Settings of segments and vectors; docs/fingerprint.md has the measurements."""
 
-    Attributes:
-        speed: seconds of media per second of the encoder's clip; a whole number.
-        hop_seconds: time from the start of one segment to that of the next.
-        time_bins: parts of a segment whose features are kept apart, at most as many as the
-            encoder's map has places in time.
-        dimensions: length of the vectors, at most.
-        rates: playback rates at which a query is tried: seconds of reference per second of query.
-        kind: kind of the FAISS index: "flat" compares with every vector, "ivfpq" with those in the
-            nearest cells, compressed; "auto" is flat below 200,000 segments.
-    """
-
-    speed: int = 1
-    hop_seconds: float = 0.25
+    speed: int = 1  # seconds of media per second of the encoder's clip; a whole number
+    hop_seconds: float = 0.25  # time from the start of one segment to that of the next
+    # Parts of a segment whose features are kept apart, at most as many as the encoder's map has
+    # places in time.
     time_bins: int = 3
-    dimensions: int = 128
+    dimensions: int = 128  # length of the vectors, at most
+    # Playback rates at which a query is tried: seconds of reference per second of query.
     rates: tuple[float, ...] = (1.0, 0.8, 0.9, 1.125, 1.25)
+    # "flat" compares with every vector, "ivfpq" with those in the nearest cells, compressed;
+    # "auto" is flat below 200,000 segments.
     kind: Kind = "auto"
 
     def __post_init__(self) -> None:
