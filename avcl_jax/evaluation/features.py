@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,8 +52,8 @@ class FeatureSpec:
 
     speeds: tuple[int, ...]
     clips: int
-    clip_pooling: Literal["mean", "mean_max", "bands_mean_max"]
-    record_pooling: Literal["clips", "mean", "mean_max"]
+    clip_pooling: str
+    record_pooling: str
     chunk: int
     part_records: int
     threads: int
@@ -69,10 +69,8 @@ class FeatureSpec:
             ("clip_pooling", ("mean", "mean_max", "bands_mean_max")),
             ("record_pooling", ("clips", "mean", "mean_max")),
         ):
-            if getattr(self, name) not in known:
-                raise UserError(
-                    f"features.{name} {getattr(self, name)!r} must be one of {', '.join(known)}"
-                )
+            if (value := getattr(self, name)) not in known:
+                raise UserError(f"features.{name} {value!r} must be one of {', '.join(known)}")
 
 
 def encoder_clips(encoder: Encoder, spec: FeatureSpec) -> ClipSpec:
@@ -87,10 +85,7 @@ def encoder_clips(encoder: Encoder, spec: FeatureSpec) -> ClipSpec:
 
 
 def rendered_clips(records: ClipRecords, position: int, count: int) -> np.ndarray:
-    """Renders the clips of one record for an encoder.
-
-    Args:
-        count: clips at each speed.
+    """Renders the clips of one record for an encoder, `count` at each speed.
 
     Returns:
         uint8 [clips, time, size, size, 3], or standardised float32 [clips, frames, mels].
@@ -114,7 +109,6 @@ def record_features(
     Args:
         networks: encoders of one architecture and preprocessing, by name.
         sides: selected records, for instance those of training and test of several splits.
-        spec: pooling and batches.
         directory: directory of the cache: that of the version of a protocol.
 
     Returns:
@@ -139,58 +133,56 @@ def record_features(
             pooled.append(by_clip.max(axis=1))
         return {"features": jnp.concatenate(pooled, axis=-1)}
 
-    compute = batched_map(
+    encode = batched_map(
         features,
         {name: dict(encoder.params) for name, encoder in encoders.items()},
         inputs=("clips",),
         chunk=spec.chunk,
         threads=spec.threads,
     )
+
+    def compute(clips: ClipRecords, rows: Sequence[int]) -> Mapping[str, np.ndarray]:
+        return encode(lambda row: {"clips": rendered_clips(clips, row, spec.clips)}, rows)
+
     identity = (
         {name: network.fingerprint for name, network in networks.items()},
         dataclasses.asdict(sides[0].spec),
         (spec.clips, spec.clip_pooling, spec.record_pooling),
     )
-
-    def encode(clips: ClipRecords) -> dict[str, np.ndarray]:
-        arrays = in_parts(
-            epath.Path(directory) / cache_key(*identity, *_identity(clips)),
-            len(clips),
-            functools.partial(
-                compute, lambda row: {"clips": rendered_clips(clips, row, spec.clips)}
-            ),
-            rows=spec.part_records,
-        )
-        outputs = {name: arrays[f"{name}/features"] for name in networks} if arrays else {}
-        for values in outputs.values():
-            finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
-            if not finite.all():
-                bad = clips.record_ids[int(np.flatnonzero(~finite)[0])]
+    by_side = _by_side(compute, sides, spec, directory, *identity)
+    found = [{n.removesuffix("/features"): a for n, a in side.items()} for side in by_side]
+    for side, arrays in zip(sides, found, strict=True):
+        for values in arrays.values():
+            broken = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+            if broken.any():
                 raise UserError(
-                    f"{int((~finite).sum())} records have features that are not finite, first "
-                    f"{bad!r}"
+                    f"{int(broken.sum())} records have features that are not finite, first "
+                    f"{side.record_ids[int(broken.argmax())]!r}"
                 )
-        return outputs
-
-    return _by_side(encode, sides)
-
-
-def _identity(clips: ClipRecords) -> tuple[str, str]:
-    """Returns what identifies the data set and the records of it, those left out excluded."""
-    return clips.records.fingerprint, hashlib.sha256(clips.indices.tobytes()).hexdigest()
+    return found
 
 
 def _by_side(
-    compute: Callable[[ClipRecords], dict[str, np.ndarray]], sides: Sequence[ClipRecords]
+    compute: Callable[[ClipRecords, Sequence[int]], Mapping[str, np.ndarray]],
+    sides: Sequence[ClipRecords],
+    spec: FeatureSpec,
+    directory: epath.PathLike,
+    *identity: Any,
 ) -> list[dict[str, np.ndarray]]:
     """Computes arrays of the records of all sides of a data set, and returns the rows of each."""
     of_data_set: dict[str, list[ClipRecords]] = {}
     for side in sides:
         of_data_set.setdefault(side.records.fingerprint, []).append(side)
     rows: dict[int, dict[str, np.ndarray]] = {}
-    for first, *others in of_data_set.values():
+    for fingerprint, (first, *others) in of_data_set.items():
         together = first.joined(others)
-        arrays = compute(together)
+        digest = hashlib.sha256(together.indices.tobytes()).hexdigest()
+        arrays = in_parts(
+            epath.Path(directory) / cache_key(*identity, fingerprint, digest),
+            len(together),
+            functools.partial(compute, together),
+            rows=spec.part_records,
+        )
         for side in (first, *others):
             places = np.searchsorted(together.indices, side.indices)
             whole = len(side) == len(together)  # without a copy of gigabytes
@@ -246,16 +238,11 @@ def classical_record_features(
     Takes the arguments of `record_features`.
     """
 
-    def compute(clips: ClipRecords) -> dict[str, np.ndarray]:
-        def features(position: int) -> Mapping[str, np.ndarray]:
-            record = clips[position]
+    def compute(clips: ClipRecords, rows: Sequence[int]) -> Mapping[str, np.ndarray]:
+        def features(row: int) -> Mapping[str, np.ndarray]:
+            record = clips[row]
             return classical_features(record.waveform, record.sample_rate_hz)
 
-        return in_parts(
-            epath.Path(directory) / cache_key("classical", *_identity(clips)),
-            len(clips),
-            functools.partial(render_all, features, threads=spec.threads),
-            rows=spec.part_records,
-        )
+        return render_all(features, rows, threads=spec.threads)
 
-    return _by_side(compute, sides)
+    return _by_side(compute, sides, spec, directory, "classical")

@@ -358,12 +358,10 @@ def measured(
         probabilities: float32 [test records, classes] of each split.
         workdir: directory with that of each split, which has metrics.jsonl of its training.
     """
-    outcomes, metrics, details, confusion = class_results(
-        splits, config.data.label, {"": probabilities}
-    )
-    scores, curves = np.concatenate(probabilities), {}
-    more = {"predicted": scores.argmax(axis=1), "probabilities": scores}
-    outcomes = dataclasses.replace(outcomes, values={**outcomes.values, **more})
+    found = class_results(splits, config.data.label, {"": probabilities})
+    scores, curves, details = np.concatenate(probabilities), {}, dict(found.details)
+    predictions = {"predicted": scores.argmax(axis=1), "probabilities": scores}
+    outcomes = dataclasses.replace(found.outcomes, values={**found.outcomes.values, **predictions})
     for split, entry in zip(splits, details["splits"], strict=True):
         lines = (workdir / split.name / "metrics.jsonl").read_text().splitlines()
         curves[split.name] = [json.loads(line) for line in lines]
@@ -380,8 +378,8 @@ def measured(
             "train_accuracy": last["accuracy"],
         }
     details["init"] = config.init
-    sections = [splits_section(details["splits"]), confusion, _curves_section(curves)]
-    return Measured(outcomes, metrics, details, sections)
+    sections = [splits_section(details["splits"]), *found.sections, _curves_section(curves)]
+    return Measured(outcomes, found.metrics, details, sections)
 
 
 def _curves_section(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

@@ -9,6 +9,8 @@ usual for ESC, are scikit-learn's.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -33,6 +35,8 @@ _BLOCK = 8192  # rows that the host copies at a time
 Kind = Literal["logistic", "svm", "rbf"]
 # Maps features [m, channels] and rows, int [n], to logits or decision values [n, classes].
 _Scores = Callable[[np.ndarray, np.ndarray], np.ndarray]
+# Trains classifiers on some of the examples, one for each C.
+_Fits = Callable[[np.ndarray, Sequence[float]], list[_Scores]]
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ def fit_probe(
     classifier: Kind,
     iterations: int,
     tolerance: float,
+    machines: dict[Any, Any] | None = None,
 ) -> LinearProbe:
     """Chooses C by holding out each group of items in turn, and trains on all items.
 
@@ -86,6 +91,8 @@ def fit_probe(
             hinge loss, L2), or "rbf" (libsvm, gamma 1 / (channels · variance)).
         iterations: most iterations of logistic regression.
         tolerance: its iterations end when no entry of the gradient of the mean loss is larger.
+        machines: support vector machines of other splits, to which those of this one are added.
+            Of official folds each pair is held out twice, by the split of the one and of the other.
 
     Raises:
         ValueError: if features are not finite or shapes do not match.
@@ -99,14 +106,18 @@ def fit_probe(
     if classifier == "logistic":
         fits = _regressions(flat, answers, classes, iterations, tolerance)
     else:
-        fits = _machines(flat, answers, classes, classifier)
+        fits = _machines(flat, answers, classes, classifier, {} if machines is None else machines)
     costs, names = sorted(costs), np.unique(groups)
     reached = np.empty((len(names), len(costs)))
     for place, group in enumerate(names):
         rows = np.flatnonzero(groups == group)
         for number, fit in enumerate(fits(examples(np.flatnonzero(groups != group)), costs)):
-            scores = _over_clips(fit(flat, examples(rows)), clips)
-            reached[place, number] = _score(scores, targets[rows])
+            scores, own = _over_clips(fit(flat, examples(rows)), clips), targets[rows]
+            reached[place, number] = (
+                STATISTICS["mean_average_precision"](scores, own)
+                if targets.ndim == 2
+                else top_k_hits(scores, own, 1).mean()
+            )
     means = np.nanmean(reached, axis=0)
     cost = costs[int(means.argmax())]
     (fit,) = fits(np.arange(len(flat)), [cost])
@@ -158,49 +169,43 @@ def check_sources(sources: Sequence[Any] | np.ndarray, folds: int) -> None:
         )
 
 
-def _score(scores: np.ndarray, targets: np.ndarray) -> float:
-    if targets.ndim == 2:
-        return STATISTICS["mean_average_precision"](scores, targets)
-    return float(top_k_hits(scores, targets, 1).mean())
-
-
 def _machines(
-    features: np.ndarray, targets: np.ndarray, classes: int, kind: Kind
-) -> Callable[[np.ndarray, Sequence[float]], list[_Scores]]:
-    """Returns a function that trains support vector machines on some of the examples."""
-
-    def fit(rows: np.ndarray, cost: float) -> _Scores:
-        if kind == "svm":
-            # The primal problem: the dual does not converge in thousands of passes at large C.
-            machine: Any = LinearSVC(C=cost, dual=False)
-        else:
-            machine = SVC(C=cost, kernel="rbf", gamma="scale", decision_function_shape="ovr")
-        model = make_pipeline(StandardScaler(), machine)
-        model.fit(features[rows].astype(np.float64), targets[rows])
-
-        def decide(features: np.ndarray, rows: np.ndarray) -> np.ndarray:
-            values = model.decision_function(features[rows].astype(np.float64))
-            if values.ndim == 1:
-                values = np.stack([-values, values], axis=1)
-            # A class that training did not have is never chosen.
-            decisions = np.full((len(values), classes), values.min() - 1.0)
-            decisions[:, model.classes_] = values
-            return decisions
-
-        return decide
+    features: np.ndarray, targets: np.ndarray, classes: int, kind: Kind, trained: dict[Any, Any]
+) -> _Fits:
+    """Trains support vector machines, or takes those that were `trained` on the same examples."""
 
     def fits(rows: np.ndarray, costs: Sequence[float]) -> list[_Scores]:
-        # More than one thread of BLAS costs more than it saves on matrices of this size.
-        with threadpool_limits(1):
-            return [fit(rows, cost) for cost in costs]
+        examples, answers = features[rows].astype(np.float64), targets[rows]
+        digests = [hashlib.sha256(array).digest() for array in (examples, answers)]
+        for cost in costs:
+            if (kind, cost, *digests) in trained:
+                continue
+            # The primal problem: the dual does not converge in thousands of passes at large C.
+            machine = LinearSVC(C=cost, dual=False) if kind == "svm" else SVC(C=cost)
+            # More than one thread of BLAS costs more than it saves on matrices of this size.
+            with threadpool_limits(1):
+                model = make_pipeline(StandardScaler(), machine).fit(examples, answers)
+            trained[kind, cost, *digests] = model
+        models = [trained[kind, cost, *digests] for cost in costs]
+        return [functools.partial(_decisions, model, classes) for model in models]
 
     return fits
 
 
+def _decisions(model: Any, classes: int, features: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    values = model.decision_function(features[rows].astype(np.float64))
+    if values.ndim == 1:
+        values = np.stack([-values, values], axis=1)
+    # A class that training did not have is never chosen.
+    decisions = np.full((len(values), classes), values.min() - 1.0)
+    decisions[:, model.classes_] = values
+    return decisions
+
+
 def _regressions(
     features: np.ndarray, targets: np.ndarray, classes: int, iterations: int, tolerance: float
-) -> Callable[[np.ndarray, Sequence[float]], list[_Scores]]:
-    """Returns a function that trains logistic regressions on some of the examples, one for each C.
+) -> _Fits:
+    """Trains logistic regressions.
 
     The objective is C · Σ loss + ½ ‖weights‖²; the bias is not penalised. The loss is softmax
     cross-entropy, or the sum of the classes' binary cross-entropies, which are then independent of
@@ -210,7 +215,6 @@ def _regressions(
     if features.ndim != 2 or len(targets) != len(features) or not len(features):
         raise ValueError(f"features {features.shape} and targets {targets.shape} do not match")
     mesh = sharding.create_mesh(1, jax.local_devices())
-    whole = sharding.replicated(mesh)
 
     def placed(values: np.ndarray) -> jax.Array:
         """Puts rows on the devices without copying all of them; pads to whole devices by zeros."""
@@ -232,27 +236,18 @@ def _regressions(
         mean, scale = _moments(features, rows)
         weight = np.zeros(len(features), np.float32)
         weight[rows] = 1.0 / len(rows)
-        standard = _standardise(examples, *jax.device_put((mean, scale), whole))
+        standard = _standardise(examples, *jax.device_put((mean, scale), sharding.replicated(mesh)))
         data = standard, answers, placed(weight)
-        shape = features.shape[1], classes
-        start = {"weights": jnp.zeros(shape, jnp.float32), "bias": jnp.zeros(classes, jnp.float32)}
 
         def fit(cost: float) -> _Scores:
-            solution = _minimise(
-                jax.device_put(start, whole),
-                data,
-                np.float32(0.5 / (cost * len(rows))),
-                np.float32(tolerance),
-                iterations=iterations,
+            decay = np.float32(0.5 / (cost * len(rows)))
+            weights, bias = map(
+                np.asarray,
+                _minimise(*data, decay, tolerance, classes=classes, iterations=iterations),
             )
-            weights, bias = (np.asarray(solution[name]) for name in ("weights", "bias"))
-
-            def logits(features: np.ndarray, rows: np.ndarray) -> np.ndarray:
-                return np.concatenate(
-                    [((features[b] - mean) / scale) @ weights + bias for b in _blocks(rows)]
-                )
-
-            return logits
+            return lambda features, rows: np.concatenate(
+                [((features[b] - mean) / scale) @ weights + bias for b in _blocks(rows)]
+            )
 
         return [fit(cost) for cost in costs]
 
@@ -284,27 +279,30 @@ def _standardise(features: jax.Array, mean: jax.Array, scale: jax.Array) -> jax.
     return (features - mean[None]) / scale[None]
 
 
-def _loss(parameters: Any, data: Any, decay: jax.Array) -> jax.Array:
-    features, targets, weight = data
-    # By default accelerators multiply float32 with reduced precision.
-    products = jnp.matmul(features, parameters["weights"], precision="highest")
-    logits = products + parameters["bias"][None]
-    if targets.ndim == 2:
-        losses = optax.sigmoid_binary_cross_entropy(logits, targets).sum(axis=-1)
-    else:
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return (losses * weight).sum() + decay * jnp.square(parameters["weights"]).sum()
-
-
-@jax.jit(static_argnames=("iterations",))
+@jax.jit(static_argnames=("classes", "iterations"))
 def _minimise(
-    start: Any, data: Any, decay: jax.Array, tolerance: jax.Array, *, iterations: int
-) -> Any:
-    solver = optax.lbfgs(memory_size=_MEMORY)
+    features: jax.Array,
+    targets: jax.Array,
+    weight: jax.Array,
+    decay: jax.Array,
+    tolerance: float,
+    *,
+    classes: int,
+    iterations: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns weights [channels, classes] and bias [classes]."""
 
     def loss(parameters: Any) -> jax.Array:
-        return _loss(parameters, data, decay)
+        weights, bias = parameters
+        # By default accelerators multiply float32 with reduced precision.
+        logits = jnp.matmul(features, weights, precision="highest") + bias[None]
+        if targets.ndim == 2:
+            losses = optax.sigmoid_binary_cross_entropy(logits, targets).sum(axis=-1)
+        else:
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return (losses * weight).sum() + decay * jnp.square(weights).sum()
 
+    solver = optax.lbfgs(memory_size=_MEMORY)
     value_and_grad = optax.value_and_grad_from_state(loss)
 
     def step(carry: Any) -> Any:
@@ -314,11 +312,12 @@ def _minimise(
             gradient, state, parameters, value=value, grad=gradient, value_fn=loss
         )
         parameters = optax.apply_updates(parameters, updates)
-        largest = jnp.stack([jnp.abs(g).max() for g in jax.tree.leaves(gradient)]).max()
+        largest = jnp.stack([jnp.abs(g).max() for g in gradient]).max()
         return parameters, state, count + 1, largest
 
     def unfinished(carry: Any) -> jax.Array:
         return (carry[2] < iterations) & (carry[3] > tolerance)
 
+    start = jnp.zeros((features.shape[1], classes)), jnp.zeros(classes)
     begin = (start, solver.init(start), jnp.int32(0), jnp.float32(jnp.inf))
     return jax.lax.while_loop(unfinished, step, begin)[0]

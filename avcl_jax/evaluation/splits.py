@@ -11,7 +11,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import ml_collections
 import numpy as np
@@ -60,17 +60,48 @@ def split_encoders(path: str, tests: Mapping[str, str], modality: str) -> dict[s
     Raises:
         ExportError: if an encoder is missing or lacks the modality.
         UserError: if a selection is not of one fold, as `{fold}` needs, or encoders differ in more
-            than weights.
+            than weights: clips are rendered once for all.
     """
     paths = {
         name: path.replace(FOLD, _fold_of(test)) if FOLD in path else path
         for name, test in tests.items()
     }
     sources = {path: open_encoders(path) for path in dict.fromkeys(paths.values())}
-    _check_alike(list(sources.values()))
+    first, *others = sources.values()
+    for other in others:
+        if different := experiment.differences(_architecture(first), _architecture(other)):
+            raise UserError(
+                f"{first.path} and {other.path} are encoders of one protocol, but differ in "
+                f"{'; '.join(different)}: pretrain them with the same settings"
+            )
     for source in sources.values():
         source.require(modality)
     return {name: sources[path] for name, path in paths.items()}
+
+
+def _architecture(source: EncoderSource) -> str:
+    return json.dumps(
+        {
+            modality: {key: encoder.config[key] for key in ("encoder", "preprocessing")}
+            for modality, encoder in source.encoders.items()
+        }
+    )
+
+
+def _fold_of(test: str) -> str:
+    """Returns the name of the fold that a selection of test records is.
+
+    A fold is a class of one label (`fold=3` is "3"), or each has a label of its own whose name
+    ends with its number (`split1=test` is "1").
+    """
+    match Selection.parse(test).conditions:
+        case [Condition(label=label, values=[value], negated=False)]:
+            number = re.search(r"\d+$", label)
+            return number.group() if number else value
+    raise UserError(
+        f"data.test_select {test!r} is not one fold, as {FOLD} in encoder needs: select it by one "
+        "class of one label, as 'fold=3' or 'split1=test', or name one encoder for all"
+    )
 
 
 def open_splits(
@@ -88,7 +119,6 @@ def open_splits(
 
     Args:
         config: config with `encoder` and the section `data`.
-        modality: required modality of the encoders.
         sides: training and test side by name of the split.
         labels: labels that must be known.
         spec_of: clips that an encoder is given.
@@ -110,21 +140,22 @@ def open_splits(
     @functools.cache
     def records(split: str, select: str) -> ClipRecords:
         known = [n for n in labels if n != tags or n not in dataset(split).multilabel]
-        return ClipRecords(
-            dataset(split),
-            Selection.parse(select),
-            spec,
-            known,
-            config.data.leave_out,
-            shared_interval,
-        )
+        selection, leave_out = Selection.parse(select), config.data.leave_out
+        return ClipRecords(dataset(split), selection, spec, known, leave_out, shared_interval)
 
-    splits = [
-        Split(name, encoders[name], records(*test), records(*train))
-        for name, (train, test) in sides.items()
-    ]
-    for split in splits:
-        _check_apart(split, shared_sources)
+    splits = []
+    for name, sides_of in sides.items():
+        train, test = (records(*side) for side in sides_of)
+        common, what = {*train.record_ids} & {*test.record_ids}, "records"
+        alike = train.records.fingerprint == test.records.fingerprint  # numbers name sources there
+        if not (common or shared_sources) and alike:
+            common, what = {*train.sources} & {*test.sources}, "sources"
+        if common:
+            raise UserError(
+                f"{len(common)} {what} are among both the training records ({train}) and the test "
+                f"records ({test}), for instance {min(common)!r}: select them apart"
+            )
+        splits.append(Split(name, encoders[name], test, train))
     return splits
 
 
@@ -146,54 +177,32 @@ def numbered_sides(data: ml_collections.ConfigDict) -> dict[str, tuple[Side, Sid
     }
 
 
-def _fold_of(test: str) -> str:
-    """Returns the name of the fold that a selection of test records is.
+def clip_splits(
+    config: ml_collections.ConfigDict,
+    modality: Modality,
+    sides: Mapping[str, tuple[Side, Side]],
+    labels: Sequence[str],
+    *,
+    by_clip: bool = False,
+    tags: str = "",
+) -> tuple[list[Split[ClipRecords]], FeatureSpec]:
+    """Opens the splits of a protocol on frozen features, with the clips of the section `features`.
 
-    A fold is a class of one label (`fold=3` is "3"), or each has a label of its own whose name
-    ends with its number (`split1=test` is "1").
+    Args:
+        by_clip: accept features of single clips.
+
+    Raises:
+        UserError: if a value of `features` has no meaning, or `open_splits` raises it.
     """
-    match Selection.parse(test).conditions:
-        case [Condition(label=label, values=[value], negated=False)]:
-            number = re.search(r"\d+$", label)
-            return number.group() if number else value
-    raise UserError(
-        f"data.test_select {test!r} is not one fold, as {FOLD} in encoder needs: select it by one "
-        "class of one label, as 'fold=3' or 'split1=test', or name one encoder for all"
+    run = config.execution
+    spec = FeatureSpec(
+        **config.features, chunk=run.chunk, part_records=run.part_records, threads=run.threads
     )
-
-
-def _check_alike(sources: Sequence[EncoderSource]) -> None:
-    """Refuses encoders that differ in more than weights: clips are rendered once for all."""
-    first = sources[0]
-    for other in sources[1:]:
-        if different := experiment.differences(_architecture(first), _architecture(other)):
-            raise UserError(
-                f"{first.path} and {other.path} are encoders of one protocol, but differ in "
-                f"{'; '.join(different)}: pretrain them with the same settings"
-            )
-
-
-def _architecture(source: EncoderSource) -> str:
-    return json.dumps(
-        {
-            modality: {key: encoder.config[key] for key in ("encoder", "preprocessing")}
-            for modality, encoder in source.encoders.items()
-        }
-    )
-
-
-def _check_apart(split: Split[Any], shared_sources: bool) -> None:
-    """Refuses a test record, or if that can be told its source, among the training records."""
-    train, test = split.train, split.test
-    common, what = set(train.record_ids) & set(test.record_ids), "records"
-    alike = train.records.fingerprint == test.records.fingerprint  # numbers name sources there
-    if not (common or shared_sources) and alike:
-        common, what = set(train.sources) & set(test.sources), "sources"
-    if common:
-        raise UserError(
-            f"{len(common)} {what} are among both the training records ({train}) and the test "
-            f"records ({test}), for instance {min(common)!r}: select them apart"
-        )
+    if spec.record_pooling == "clips" and not by_clip:
+        raise UserError("features.record_pooling 'clips' is for probes: use 'mean' or 'mean_max'")
+    clips = functools.partial(encoder_clips, spec=spec)
+    splits = open_splits(config, modality, sides, labels, clips, tags=tags, shared_interval=True)
+    return splits, spec
 
 
 def count_trained_on(trained_on: str, records: RecordDataset, positions: np.ndarray) -> int:
@@ -235,31 +244,3 @@ def check_not_trained_on(
             f"{said}: pretrain without them (data.select), or set data.allow_trained_on=True"
         )
     print(f"{said}: its metrics are not those of an encoder that never met them", flush=True)
-
-
-def clip_splits(
-    config: ml_collections.ConfigDict,
-    modality: Modality,
-    sides: Mapping[str, tuple[Side, Side]],
-    labels: Sequence[str],
-    *,
-    by_clip: bool = False,
-    tags: str = "",
-) -> tuple[list[Split[ClipRecords]], FeatureSpec]:
-    """Opens the splits of a protocol on frozen features, with the clips of the section `features`.
-
-    Args:
-        by_clip: accept features of single clips.
-
-    Raises:
-        UserError: if a value of `features` has no meaning, or `open_splits` raises it.
-    """
-    run = config.execution
-    spec = FeatureSpec(
-        **config.features, chunk=run.chunk, part_records=run.part_records, threads=run.threads
-    )
-    if spec.record_pooling == "clips" and not by_clip:
-        raise UserError("features.record_pooling 'clips' is for probes: use 'mean' or 'mean_max'")
-    clips = functools.partial(encoder_clips, spec=spec)
-    splits = open_splits(config, modality, sides, labels, clips, tags=tags, shared_interval=True)
-    return splits, spec

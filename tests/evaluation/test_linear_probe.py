@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import shutil
 from statistics import NormalDist
 
@@ -10,12 +11,13 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC, LinearSVC
 
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import SelectionError
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.classification import run_linear_probe
 from avcl_jax.evaluation.linear import fit_probe
+from avcl_jax.evaluation.linear_probe import run_linear_probe
 from avcl_jax.evaluation.protocol import OUTCOMES, read_outcomes
 from configs import linear_probe as config_file
 from tests.evaluation.conftest import FOLD_CLASSES, sound_record, write_records
@@ -113,10 +115,21 @@ def _folds(directory, run, **settings):
 @pytest.mark.filterwarnings("ignore:Empty filters", "ignore:n_fft")
 @pytest.mark.parametrize("pooling", ["mean_max", "clips"])
 def test_official_folds_are_classified_by_machines_beside_classical_baselines(
-    fold_records, small_run, tmp_path, pooling
+    fold_records, small_run, tmp_path, pooling, monkeypatch
 ):
     config = _folds(fold_records, small_run, **{"features.record_pooling": pooling})
+    trained = collections.Counter()
+    for machine in (LinearSVC, SVC):
+
+        def fit(self, *given, fit=machine.fit):
+            trained[type(self)] += 1
+            return fit(self, *given)
+
+        monkeypatch.setattr(machine, "fit", fit)
     results = run_linear_probe(config, tmp_path)
+    # Two C for two encoders and one C for each baseline: a machine without each of the 6 pairs of
+    # folds, which serves both folds, and one without each of the 4 folds.
+    assert trained == {LinearSVC: 2 * (2 * 6 + 4) + 6 + 4, SVC: 2 * (6 + 4)}
     baselines = {"random", "mfcc_rbf", "log_mel_rbf", "log_mel_linear"}
     assert set(results["details"]["encoder_minus"]) == baselines
     # Pitch tells these classes: features of the log-mel spectrum must find it.

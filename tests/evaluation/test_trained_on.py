@@ -8,8 +8,8 @@ import pytest
 
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.classification import run_linear_probe
 from avcl_jax.evaluation.finetune import finetune
+from avcl_jax.evaluation.linear_probe import run_linear_probe
 from avcl_jax.evaluation.retrieval import audio_video_retrieval, video_retrieval
 from avcl_jax.evaluation.splits import check_not_trained_on
 from avcl_jax.evaluation.temporal import temporal_tasks
