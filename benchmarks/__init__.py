@@ -1,1 +1,1 @@
-"""What is fast, and what is not: each benchmark prints its table and writes JSON rows."""
+"""Benchmarks: each prints a table of measured values and writes them as JSON rows."""

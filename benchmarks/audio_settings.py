@@ -1,20 +1,19 @@
-"""Settings of the spectrogram and of level, compared on ESC-10 by inner validation.
+"""Settings of spectrogram and level, compared on ESC-10 by inner validation.
 
     python -m data_prep esc50 ../shared/data/esc10 --subset esc10 --name esc10 --out data/esc10
     python -m benchmarks.audio_settings --records data/esc10 --noise data/foley/records \\
         --workdir runs/audio_settings
 
-Fold 1 is never touched. Each of the folds 2 to 5 is tested by a run of `configs/pretrain.py:esc10`,
-of half its length, on the other three; the probe's labels are of the same three. Two controls: the
-speed and direction of stationary noise (records of the demo, `make demo`), which nothing can know,
-and how often the mean level of a view alone finds the other view of its file.
-Writes WORKDIR/audio_settings.md: differences to the preset, fold by fold, with intervals by
-Student's t. What is finished is not run again, so the command may be stopped and given again.
+Fold 1 is never used. Each of the folds 2 to 5 is tested with a run of `configs/pretrain.py:esc10`
+of half its length on the other three, which also train the probe. Two controls: speed and
+direction of stationary noise (records of the demo, `make demo`), which no network can know, and
+retrieval of the other view of a file by the mean level of a view alone.
+Writes WORKDIR/audio_settings.md: differences to the preset on the same fold, with intervals by
+Student's t. Finished runs are not repeated, so the command can be interrupted.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -39,24 +38,24 @@ from avcl_jax.evaluation.evaluate import evaluate, noise_control
 from avcl_jax.evaluation.views import MODEL_INPUTS, PretrainedRun, fixed_views
 from avcl_jax.paths import local_path
 from avcl_jax.training import inputs, loop
-from benchmarks.measure import run_command
+from benchmarks.measure import command_parser, run_command
 from configs import evaluate as evaluate_config
 from configs import pretrain as pretrain_config
 
 FOLDS = (2, 3, 4, 5)
 _NATS_PER_DB = np.log(10) / 10
 
-# Waveform int16 and windows of it, to windows in [-1, 1].
+# A waveform int16 and windows of it -> windows in [-1, 1].
 Scale = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 class Variant(NamedTuple):
-    """What is changed of the preset.
+    """Changes to the preset.
 
     Attributes:
-        settings: of the config.
-        scale: of the windows of a clip.
-        level: whether the mean of a view's log-mel stays.
+        settings: settings of the config.
+        scale: scaling of the windows of a clip.
+        level: keep the mean of each view's log-mel.
         gain_db: largest random gain of a view in training.
     """
 
@@ -66,18 +65,18 @@ class Variant(NamedTuple):
     gain_db: float = 0.0
 
 
-def without_mean(waveform: np.ndarray, windows: np.ndarray) -> np.ndarray:
-    """Windows less the mean of the file."""
+def remove_mean(waveform: np.ndarray, windows: np.ndarray) -> np.ndarray:
+    """Subtracts the mean of the file from windows."""
     return (windows - waveform.mean(dtype=np.float64)).astype(np.float32) / 32768
 
 
-def of_equal_power(waveform: np.ndarray, windows: np.ndarray) -> np.ndarray:
-    """Windows less the mean of the file, as if its mean power were -20 dB of full scale."""
+def equalise_power(waveform: np.ndarray, windows: np.ndarray) -> np.ndarray:
+    """Removes the mean and scales the file to a mean power of -20 dB of full scale."""
     deviation = max(waveform.std(dtype=np.float64), 1.0)
-    return without_mean(waveform, windows) * np.float32(0.1 * 32768 / deviation)
+    return remove_mean(waveform, windows) * np.float32(0.1 * 32768 / deviation)
 
 
-# The window has clip_seconds / frames: 15.6 ms in the preset.
+# A window has clip_seconds / frames, 15.6 ms in the preset.
 VARIANTS: Mapping[str, Variant] = {
     FULL: Variant(),
     "window_31_ms": Variant({"spectrogram.frames": 24}),
@@ -88,10 +87,10 @@ VARIANTS: Mapping[str, Variant] = {
     "gain_6_db": Variant(gain_db=6.0),
     "gain_12_db": Variant(gain_db=12.0),
     "level_of_views_removed": Variant(level=False),
-    "files_of_equal_power": Variant(scale=of_equal_power),
-    "mean_removed_floor_1e-8": Variant({"spectrogram.floor": 1e-8}, scale=without_mean),
+    "files_of_equal_power": Variant(scale=equalise_power),
+    "mean_removed_floor_1e-8": Variant({"spectrogram.floor": 1e-8}, scale=remove_mean),
 }
-FIGURES = (
+COLUMNS = (
     Column("class", "probe.class_from_audio.pretrained", ""),
     Column("speed", "temporal.speed_audio.accuracy", ""),
     Column("direction", "temporal.direction_audio.accuracy", ""),
@@ -105,19 +104,19 @@ FIGURES = (
 
 @contextlib.contextmanager
 def rendered_as(variant: Variant) -> Iterator[None]:
-    """What the config cannot say of a variant, while the context is open."""
+    """Applies the changes of a variant that are not in its config, while the context is open."""
 
     def render_audio(record: Any, clip: Any, spec: rendering.RenderSpec) -> tuple[np.ndarray, bool]:
         start = record.audio_start_seconds
         windows = gather_windows(
             record.waveform, clip, spec.log_mel, spec.views, audio_start_seconds=start
         )
-        heard = not is_silent(windows)
+        audible = not is_silent(windows)
         scaled = variant.scale(record.waveform, windows) if variant.scale else windows
         spectrogram = log_mel(scaled, spec.log_mel)
         if not variant.level:
             spectrogram = spectrogram - spectrogram.mean()
-        return spectrogram, heard
+        return spectrogram, audible
 
     original = inputs.spectral
 
@@ -138,7 +137,7 @@ def rendered_as(variant: Variant) -> Iterator[None]:
 def configs_of(
     variant: Variant, records: Path, fold: int, steps: int
 ) -> tuple[ml_collections.ConfigDict, ml_collections.ConfigDict]:
-    """The configs of a run and of its evaluation; the fold's number is the seed, too."""
+    """Configs of a run and of its evaluation; the number of the fold is also the seed."""
     c = pretrain_config.get_config("esc10")
     c.steps = c.execution.checkpoint_every = steps
     c.bank.warmup_steps = round(c.bank.warmup_steps * steps / 2000)
@@ -152,18 +151,18 @@ def configs_of(
 
 
 def finds_other_view(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Bool [files]: the file's other view alone is nearest, by Euclidean distance.
+    """Mask [files] of files whose other view alone is nearest, by Euclidean distance.
 
     Args:
-        first: One view of each file [files, channels].
-        second: The other views, in the same order.
+        first: one view of each file [files, channels].
+        second: the other views, in the same order.
     """
     distances = np.linalg.norm(first[:, None] - second[None], axis=-1)
     return (distances <= np.diagonal(distances)[:, None]).sum(axis=1) == 1
 
 
 def other_view_hits(run: PretrainedRun, records: UsableRecords) -> dict[str, np.ndarray]:
-    """Bool [files]: the first view finds the last, by the embedding and by the mean log-mel."""
+    """Masks [files] of first views that find the last, by embedding and by mean log-mel."""
     compute = batched_map(
         run.features, {"run": run.variables}, inputs=MODEL_INPUTS, chunk=16, threads=1
     )
@@ -182,32 +181,29 @@ def other_view_hits(run: PretrainedRun, records: UsableRecords) -> dict[str, np.
 
 
 def null_scores(run: PretrainedRun, noise: Path) -> dict[str, float]:
-    """Accuracy of a network that is trained on speed and direction of noise, on other noise."""
+    """Accuracy of a network trained on speed and direction of noise, tested on other noise."""
     section = evaluate_config.get_config("demo").evaluation.null
     train, test = (
         UsableRecords(RecordDataset(noise, split), run.spec)
         for split in (section.train_split, section.test_split)
     )
-    found = noise_control(run, section, train, test, threads=1)
-    return {name: score.accuracy for name, score in found.scores.items()}
+    control = noise_control(run, section, train, test, threads=1)
+    return {name: score.accuracy for name, score in control.scores.items()}
 
 
 def measure(
     variant: Variant, workdir: Path, records: Path, noise: Path, *, fold: int, steps: int
 ) -> dict[str, Any]:
-    """Trains and tests one variant on one fold, or finds that it is done.
+    """Trains and tests a variant on one of FOLDS, unless it is finished, and returns its results.
 
     Args:
-        variant: what is changed.
-        workdir: of this run.
+        workdir: workdir of this run.
         records: prepared ESC-10.
         noise: records of the demo.
-        fold: that is tested, of FOLDS.
-        steps: of training.
     """
-    done = workdir / "controls.json"
+    finished = workdir / "controls.json"
     config, evaluation = configs_of(variant, records, fold, steps)
-    if not done.exists():
+    if not finished.exists():
         spec = experiment.render_spec(config)
         with rendered_as(variant):
             if not loop.pretrain(config, epath.Path(workdir)):
@@ -217,22 +213,24 @@ def measure(
             tested = UsableRecords(RecordDataset(records, config.data.split), spec, selected)
             run = PretrainedRun.load(epath.Path(workdir))
             hits = other_view_hits(run, tested)
-            controls = {name: float(found.mean()) for name, found in hits.items()}
+            controls = {name: float(mask.mean()) for name, mask in hits.items()}
             controls |= null_scores(run, noise)
-        done.write_text(json.dumps(controls))
+        finished.write_text(json.dumps(controls))
     results = json.loads((workdir / "results.json").read_text())
-    return results | {"controls": json.loads(done.read_text())}
+    return results | {"controls": json.loads(finished.read_text())}
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     """Runs the command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.audio_settings", description=(__doc__ or "").partition("\n")[0]
+    parser = command_parser("audio_settings", __doc__, json=False)
+    parser.add_argument("--records", type=local_path, default="data/esc10", help="prepared ESC-10")
+    parser.add_argument(
+        "--noise", type=local_path, default="data/foley/records", help="records of the demo"
     )
-    parser.add_argument("--records", type=local_path, default="data/esc10")
-    parser.add_argument("--noise", type=local_path, default="data/foley/records")
-    parser.add_argument("--workdir", type=local_path, default="runs/audio_settings")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument(
+        "--workdir", type=local_path, default="runs/audio_settings", help="directory of all runs"
+    )
+    parser.add_argument("--steps", type=int, default=1000, help="training steps of each run")
     parser.add_argument("--folds", type=int, nargs="+", choices=FOLDS, default=FOLDS)
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     args = parser.parse_args(arguments)
@@ -240,7 +238,7 @@ def main(arguments: list[str]) -> int:
         if not (path / "dataset_info.json").exists():
             parser.error(f"{path} does not exist: see the first lines of this module")
     names = [name for name in VARIANTS if name in {FULL, *args.only}]
-    found = {
+    results = {
         (name, fold): measure(
             VARIANTS[name],
             args.workdir / name / f"fold{fold}",
@@ -252,10 +250,9 @@ def main(arguments: list[str]) -> int:
         for fold in args.folds
         for name in names
     }
-    table = as_table(effects(found, FIGURES, names, args.folds), names)
+    table = as_table(effects(results, COLUMNS, names, args.folds), names)
     (args.workdir / "audio_settings.md").write_text(table + "\n")
     print(table)
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,41 +2,42 @@
 
     python -m benchmarks.bank --json F
 
-The baseline is FAISS's exact index, `IndexFlatIP`, by default and tuned. Every measurement is a
-process of its own, and the sides take turns. Rows are described in docs/performance.md.
+The baseline is FAISS's exact index, `IndexFlatIP`, by default and tuned. Each measurement has its
+own process, and the sides take turns. docs/performance.md describes the rows.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from benchmarks.measure import (
-    REPEATS,
+    Measured,
+    RowTable,
     Target,
+    add_repeats,
+    command_parser,
     interleave,
     measure_rows,
-    median_ratio,
     need,
     peak_growth_bytes,
+    ratio,
     run_child,
     run_command,
+    seconds_of_each,
     spread,
-    writable_path,
 )
 from benchmarks.train_step import ALLOCATOR
 
 ROWS, DIM, ANCHORS = 2**20, 128, 256
-# Below this many queries FAISS compares row by row; its default is so large that it nearly always
-# does, which is six times slower here.
+# FAISS compares row by row for fewer queries than this. Its default is so large that it nearly
+# always does, and is six times slower here.
 _FAISS_TUNED_THRESHOLD = 20
 
 
@@ -50,15 +51,11 @@ def rows_and_queries(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return rows, queries / np.linalg.norm(queries, axis=1, keepdims=True)
 
 
-def _timed(search: Callable[[], tuple[Any, Any]], searches: int, results: str) -> float:
-    """Median seconds of a search after one uncounted; keeps what it found."""
-    seconds = []
-    for _ in range(1 + searches):
-        begin = time.perf_counter()
-        scores, rows = search()
-        seconds.append(time.perf_counter() - begin)
+def _time_search(search: Callable[[], tuple[Any, Any]], searches: int, results: str) -> float:
+    """Median seconds of a search after a warm-up; saves scores and rows."""
+    scores, rows = search()
     np.savez(results, scores=scores, rows=rows)
-    return statistics.median(seconds[1:])
+    return statistics.median(seconds_of_each(search, searches, warmup=0))
 
 
 def seconds_of_ours(*, ranks: int, searches: int, results: str) -> float:
@@ -74,7 +71,7 @@ def seconds_of_ours(*, ranks: int, searches: int, results: str) -> float:
 
     @jax.jit
     def rank(queries: Any, rows: Any, source: Any, usable: Any) -> tuple[Any, Any]:
-        # No row is of an anchor's own source: the same neighbours as FAISS finds.
+        # No row has the source of an anchor: the neighbours are those of FAISS.
         own, present = jnp.full(ANCHORS, -1), jnp.ones(ANCHORS, bool)
         anchors = bank_ranking.Anchors([queries], own, present)
         numbers = RowNumbers(jnp.repeat(source[:, None], 4, axis=1))
@@ -82,7 +79,7 @@ def seconds_of_ours(*, ranks: int, searches: int, results: str) -> float:
         return bank_ranking.rank(anchors, bank, usable, ranks, pairs=[("video", "video")], means=[])
 
     arguments = jax.device_put((queries, rows, source, np.ones(ROWS, bool)))
-    return _timed(lambda: jax.block_until_ready(rank(*arguments)), searches, results)
+    return _time_search(lambda: jax.block_until_ready(rank(*arguments)), searches, results)
 
 
 def seconds_of_faiss(*, ranks: int, searches: int, results: str, tuned: bool) -> float:
@@ -95,11 +92,11 @@ def seconds_of_faiss(*, ranks: int, searches: int, results: str, tuned: bool) ->
     rows, queries = rows_and_queries()
     index = faiss.IndexFlatIP(DIM)
     index.add(rows)
-    return _timed(lambda: index.search(queries, ranks), searches, results)
+    return _time_search(lambda: index.search(queries, ranks), searches, results)
 
 
 def differing_neighbours(one: str, other: str) -> int:
-    """How many neighbours one has and the other has not, beyond what rounding can exchange."""
+    """Number of neighbours in the first file alone, beyond exchanges that rounding explains."""
     with np.load(one) as first, np.load(other) as second:
         assert np.abs(first["scores"] - second["scores"]).max() < 1e-5
         count = 0
@@ -111,51 +108,43 @@ def differing_neighbours(one: str, other: str) -> int:
     return count
 
 
-def over_faiss(ranks: int, repeats: int) -> tuple[float, dict[str, Any]]:
-    """Our searches a second over FAISS's as it comes; over the tuned one in the detail."""
+def over_faiss(ranks: int, repeats: int) -> Measured:
+    """Our searches per second over those of FAISS by default; the tuned one is in the detail."""
     need("faiss")
     with tempfile.TemporaryDirectory() as directory:
-        sides = {
-            "ours": ("seconds_of_ours", {}),
-            "faiss": ("seconds_of_faiss", {"tuned": False}),
-            "faiss_tuned": ("seconds_of_faiss", {"tuned": True}),
-        }
 
-        def measure(name: str) -> float:
-            function, arguments = sides[name]
+        def measure(name: str, function: str, **arguments: bool) -> float:
+            results = f"{directory}/{name}.npz"
             return run_child(
                 f"benchmarks.bank:{function}",
-                {
-                    "ranks": ranks,
-                    "searches": 3,
-                    "results": f"{directory}/{name}.npz",
-                    **arguments,
-                },
+                {"ranks": ranks, "searches": 3, "results": results, **arguments},
             )
 
-        seconds = interleave(
-            {name: functools.partial(measure, name) for name in sides}, repeats=repeats
-        )
+        sides = {
+            "ours": functools.partial(measure, "ours", "seconds_of_ours"),
+            "faiss": functools.partial(measure, "faiss", "seconds_of_faiss", tuned=False),
+            "faiss_tuned": functools.partial(
+                measure, "faiss_tuned", "seconds_of_faiss", tuned=True
+            ),
+        }
+        seconds = interleave(sides, repeats=repeats)
         differing = {
             name: differing_neighbours(f"{directory}/ours.npz", f"{directory}/{name}.npz")
             for name in ("faiss", "faiss_tuned")
         }
     if any(differing.values()):
         raise RuntimeError(f"neighbours differ from those of FAISS: {differing}")
-    return median_ratio(seconds["faiss"], seconds["ours"]), {
-        "rows": ROWS,
-        "anchors": ANCHORS,
-        "over_faiss_tuned": median_ratio(seconds["faiss_tuned"], seconds["ours"]),
-        **{f"seconds_{name}": spread(values) for name, values in seconds.items()},
-    }
+    value, detail = ratio(seconds, "faiss", "ours", quantity="seconds")
+    over_tuned, _ = ratio(seconds, "faiss_tuned", "ours", quantity="seconds")
+    return value, {"rows": ROWS, "anchors": ANCHORS, "over_faiss_tuned": over_tuned, **detail}
 
 
 def memory_of_sampling() -> dict[str, int]:
-    """Bytes that drawing for all terms of a step takes beside a float32 bank of ROWS rows.
+    """Bytes that the draws for all terms of a step take beside a float32 bank of ROWS rows.
 
     Returns:
-        `grown`, by how much the process grew while it drew; `drawn`, what of it are the rows that
-        are returned; `temporary`, what the compiler says of the rest.
+        `grown`, the growth of the process during the draws; `drawn`, the part of it that is
+        returned; `temporary`, the rest according to the compiler.
     """
     import jax
     import jax.numpy as jnp
@@ -195,41 +184,36 @@ def memory_of_sampling() -> dict[str, int]:
     }
 
 
-def extra_mb(repeats: int) -> tuple[float, dict[str, Any]]:
-    """Megabytes that drawing takes beside the bank and the rows that it returns."""
-    # Without the allocator that keeps what was freed: it would hide what is taken anew.
+def extra_mb(repeats: int) -> Measured:
+    """Megabytes that the draws take beside the bank and the rows that they return."""
+    # Without the allocator that keeps freed memory, which would hide new allocations.
     default = {"GLIBC_TUNABLES": ""}
-    found = [
+    results = [
         run_child("benchmarks.bank:memory_of_sampling", {}, environment=default)
         for _ in range(repeats)
     ]
-    extra = [(memory["grown"] - memory["drawn"]) / 1e6 for memory in found]
+    extra = [(memory["grown"] - memory["drawn"]) / 1e6 for memory in results]
     return statistics.median(extra), {
         "extra_mb": spread(extra),
-        "drawn_mb": found[0]["drawn"] / 1e6,
-        "temporary_mb_by_the_compiler": found[0]["temporary"] / 1e6,
+        "drawn_mb": results[0]["drawn"] / 1e6,
+        "temporary_mb_by_the_compiler": results[0]["temporary"] / 1e6,
     }
 
 
-_ROWS: dict[str, tuple[str, Target, Callable[[int], tuple[float, dict[str, Any]]]]] = {
+_ROWS: RowTable[int] = {
     "bank_over_faiss_k64": ("ratio", Target(">=", 2), functools.partial(over_faiss, 64)),
     "bank_over_faiss_k1024": ("ratio", Target(">=", 1.5), functools.partial(over_faiss, 1024)),
     "bank_1m_extra_mb": ("MB", Target("<=", 256), extra_mb),
 }
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     """Runs the command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bank", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("--json", type=writable_path, required=True, help="where to write the rows")
-    parser.add_argument("--rows", nargs="+", choices=_ROWS, default=list(_ROWS), metavar="NAME")
-    parser.add_argument("--repeats", type=int, default=REPEATS, help="of every measurement")
+    parser = command_parser("bank", __doc__, rows=_ROWS)
+    add_repeats(parser)
     args = parser.parse_args(arguments)
     os.environ["GLIBC_TUNABLES"] = ALLOCATOR
     measure_rows(_ROWS, args.rows, args.repeats, args.json)
-    return 0
 
 
 if __name__ == "__main__":

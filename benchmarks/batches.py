@@ -1,4 +1,4 @@
-"""Inputs of benchmarks of the training step: a random batch, a full bank, all draws from it."""
+"""Inputs of the training step for benchmarks: a random batch, views, all draws from a bank."""
 
 from __future__ import annotations
 
@@ -18,17 +18,12 @@ from avcl_jax.objectives.views import MODALITIES, Modality, Views
 from avcl_jax.training.objective import LossSpec
 
 
-def random_batch(config: ml_collections.ConfigDict, *, seed: int = 0) -> dict[str, Any]:
-    """A batch of noise and random labels, in which every video has video, audio and every task.
+def random_batch(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Noise and random labels as a batch of `data.pipeline.train_batches`, numpy arrays.
 
-    Args:
-        config: as `configs/pretrain.py` returns it.
-        seed: of everything random.
-
-    Returns:
-        numpy arrays as `data.pipeline.train_batches` delivers them.
+    All records have video and audio and are in all temporal tasks.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     rows = config.global_batch_size
     shapes = batch_shapes(experiment.render_spec(config), rows, config.bank.health_labels)
     kinds = {"speed": len(config.views.speeds), "direction": 2, "order": 3}
@@ -53,7 +48,7 @@ def random_batch(config: ml_collections.ConfigDict, *, seed: int = 0) -> dict[st
 def complete_views(
     embeddings: Mapping[Modality, Any], source_id: Any, *, playbacks: int, labels: int
 ) -> Views:
-    """Views that all have video and audio; playback and labels follow from the source.
+    """Views with video and audio, whose playback and labels follow from the source.
 
     Args:
         embeddings: modality → [videos, 2, dim].
@@ -80,13 +75,11 @@ def draw_all(
     *,
     mesh: Mesh | None = None,
 ) -> list[BankSample]:
-    """The rows that a step draws for all of its terms.
+    """Draws the rows for all terms of a step from a full bank.
 
     Args:
-        bank: full feature bank.
-        key: of the step.
-        views: the batch.
-        spec: terms and sampling; with a bank.
+        key: key of the step.
+        spec: terms and sampling, with a bank.
         mesh: devices; None for one.
     """
     assert spec.bank is not None

@@ -1,13 +1,14 @@
-"""The bound of the input pipeline: how fast JPEG decoders alone decode the frames it decodes."""
+"""Bound of the input pipeline: the speed of JPEG decoders on the frames that it decodes."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import itertools
 import multiprocessing
 import multiprocessing.synchronize
 import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,14 +16,13 @@ import numpy as np
 import simplejpeg
 
 from benchmarks import rendering
+from benchmarks.measure import seconds_in_turns, seconds_of
 
-# The one the pipeline uses.
-OURS = "simplejpeg"
 Decoder = Callable[[bytes], Any]
 
 
 def _simplejpeg() -> Decoder:
-    # Memory that is already there: a bound pays for nothing but decoding.
+    # Into memory that is already mapped: the bound contains nothing but decoding.
     memory = np.empty((1024, 1024, 3), np.uint8)
     return lambda frame: simplejpeg.decode_jpeg(frame, colorspace="RGB", buffer=memory)
 
@@ -37,7 +37,7 @@ def _opencv() -> Decoder:
 def _imagecodecs() -> Decoder:
     import imagecodecs
 
-    return lambda frame: imagecodecs.jpeg8_decode(frame)
+    return imagecodecs.jpeg8_decode
 
 
 def _turbojpeg() -> Decoder:
@@ -63,7 +63,8 @@ def _tensorflow() -> Decoder:
     return lambda frame: decode(frame, channels=3, dct_method="INTEGER_ACCURATE").numpy()
 
 
-# All with the accurate DCT and smooth upsampling that the pipeline uses: same pixels.
+# Name -> package and decoder. All use the accurate DCT and smooth upsampling of the pipeline, and
+# so give the same pixels.
 DECODERS: dict[str, tuple[str, Callable[[], Decoder]]] = {
     "simplejpeg": ("simplejpeg", _simplejpeg),
     "opencv": ("cv2", _opencv),
@@ -74,86 +75,78 @@ DECODERS: dict[str, tuple[str, Callable[[], Decoder]]] = {
 }
 
 
+def _concatenate(samples: Sequence[list[bytes]]) -> list[bytes]:
+    return list(itertools.chain.from_iterable(samples))
+
+
+def _decode_all(decode: Decoder, frames: Sequence[bytes]) -> None:
+    for frame in frames:
+        decode(frame)
+
+
 def compare(*, directory: str, samples: int, repeats: int) -> dict[str, Any]:
     """Times every installed decoder on one core, in turns.
 
-    Args:
-        directory: prepared records.
-        samples: of the pipeline, whose frames are decoded.
-        repeats: measurements of each.
-
     Returns:
-        By decoder: `microseconds` a frame (median), whether its pixels are `same_pixels` as those
-        of the pipeline; or `absent`, why it could not be used.
+        By decoder: median `microseconds` per frame and `same_pixels`, true if its pixels are those
+        of the pipeline; or `absent`, the reason why it cannot be used.
     """
-    frames = [
-        frame
-        for sample in rendering.decoded_frames(rendering.open_records(directory), samples=samples)
-        for frame in sample
-    ]
-    reference = _simplejpeg()
-    usable: dict[str, Decoder] = {}
+    frames = _concatenate(rendering.decoded_frames(directory, samples=samples))
+    decoders: dict[str, Decoder] = {}
     result: dict[str, Any] = {}
     for name, (package, make) in DECODERS.items():
         if importlib.util.find_spec(package) is None:
             result[name] = {"absent": f"{package} is not installed"}
             continue
         try:
-            usable[name] = make()
+            decoders[name] = make()
         except RuntimeError as error:  # PyTurboJPEG without the system's library
             result[name] = {"absent": str(error).splitlines()[0]}
-    times: dict[str, list[float]] = {name: [] for name in usable}
-    for _ in range(repeats):
-        for name, decode in usable.items():
-            begin = time.perf_counter()
-            for frame in frames:
-                decode(frame)
-            times[name].append((time.perf_counter() - begin) / len(frames))
-    for name, decode in usable.items():
-        same = all(np.array_equal(decode(frame), reference(frame)) for frame in frames[::37])
-        microseconds = round(1e6 * statistics.median(times[name]), 2)
-        result[name] = {"microseconds": microseconds, "same_pixels": same}
+    calls = {name: functools.partial(_decode_all, each, frames) for name, each in decoders.items()}
+    seconds = seconds_in_turns(calls, repeats=repeats)
+    reference = _simplejpeg()
+    for name, decode in decoders.items():
+        result[name] = {
+            "microseconds": round(1e6 * statistics.median(seconds[name]) / len(frames), 2),
+            "same_pixels": all(
+                np.array_equal(decode(frame), reference(frame)) for frame in frames[::37]
+            ),
+        }
     return result
 
 
-def _decode_share(
+def _decode_on(
+    cpu: int,
     decoder: str,
     frames: Sequence[bytes],
     barrier: multiprocessing.synchronize.Barrier,
-    cpu: int,
 ) -> None:
     os.sched_setaffinity(0, {cpu})
     decode = DECODERS[decoder][1]()
-    for frame in frames[:100]:
-        decode(frame)
+    _decode_all(decode, frames[:100])
     barrier.wait()
-    for frame in frames:
-        decode(frame)
+    _decode_all(decode, frames)
     barrier.wait()
 
 
 def decode_rate(*, directory: str, samples: int, decoder: str) -> float:
-    """Samples per second of decoding alone, by one process on each core.
+    """Samples per second of decoding alone, from memory, by one process on each core.
 
     Args:
-        directory: prepared records.
-        samples: of the pipeline, whose frames are decoded, held in memory.
-        decoder: of `DECODERS`.
+        samples: number of samples of the pipeline whose frames are decoded.
+        decoder: key of `DECODERS`.
     """
-    chosen = rendering.decoded_frames(rendering.open_records(directory), samples=samples)
+    frames = rendering.decoded_frames(directory, samples=samples)
     cores = sorted(os.sched_getaffinity(0))
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(len(cores) + 1)
     processes = []
     for number, cpu in enumerate(cores):
-        share = [frame for sample in chosen[number :: len(cores)] for frame in sample]
-        process = context.Process(target=_decode_share, args=(decoder, share, barrier, cpu))
-        process.start()
-        processes.append(process)
+        of_core = _concatenate(frames[number :: len(cores)])
+        processes.append(context.Process(target=_decode_on, args=(cpu, decoder, of_core, barrier)))
+        processes[-1].start()
     barrier.wait()
-    begin = time.perf_counter()
-    barrier.wait()
-    seconds = time.perf_counter() - begin
+    seconds = seconds_of(barrier.wait)
     for process in processes:
         process.join()
     return samples / seconds

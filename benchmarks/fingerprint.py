@@ -1,8 +1,8 @@
-"""Fingerprinting against what people would use: `python -m benchmarks.fingerprint --json F`.
+"""Fingerprinting against alternatives that users have: `python -m benchmarks.fingerprint --json F`.
 
-Retrieval is measured by the protocol (avcl_jax/fingerprint/benchmark), ours and the baselines on
-the same queries; its reports stay in --workdir, and a run whose results are there is not repeated.
-The speed rows measure every value in a process of its own. Needs a trained encoder (`make demo`),
+The protocol (avcl_jax/fingerprint/benchmark) measures retrieval, ours and the baselines on the
+same queries; its reports stay in --workdir, and finished runs are not repeated. Each measurement of
+speed has its own process. Needs a trained encoder (`make demo`),
 `pip install -r benchmarks/requirements.txt`, and libchromaprint for one baseline.
 """
 
@@ -11,8 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +20,29 @@ import numpy as np
 from avcl_jax.paths import local_path
 from benchmarks import footage
 from benchmarks.measure import (
-    REPEATS,
+    Measured,
+    RowTable,
     SkipError,
     Target,
+    add_repeats,
+    command_parser,
     interleave,
     measure_rows,
-    median_ratio,
     need,
+    ratio,
     run_child,
     run_command,
+    seconds_of,
+    seconds_of_each,
     spread,
-    writable_path,
 )
 
 _BASELINES = ("image_hash", "chromaprint")
 _SEGMENTS, _SEGMENTS_PER_SOURCE = 100_000, 100
 _QUERY_SECONDS = 10.0
-_WARM_QUERIES = 5
-# Sixteen films: enough that the scores are calibrated, which counts as indexing.
-_FILMS_PER_VIDEO = 2
-_FILM_SECONDS = 20.0
-_FILM_SIDE = 360
+_QUERIES = 5
+# Sixteen videos: enough that the scores are calibrated, which counts as indexing.
+_VIDEOS: dict[str, Any] = {"per_source": 2, "seconds": 20.0, "short_side": 360}
 _CLIPS = 20
 # Settings of --small.
 _SMALL = {
@@ -59,7 +60,7 @@ _SMALL_REAL = {f"data.audio_clips.{role}": 2 for role in ("fillers", "distractor
 
 
 def protocol_results(preset: str, settings: Mapping[str, Any], workdir: str) -> dict[str, Any]:
-    """Runs the protocol by a preset with settings of dotted names, or finds its results."""
+    """Runs the protocol by a preset with settings of dotted names, or reads its results."""
     from avcl_jax import experiment
     from avcl_jax.errors import UserError
     from avcl_jax.fingerprint.benchmark.protocol import fingerprinting
@@ -70,7 +71,7 @@ def protocol_results(preset: str, settings: Mapping[str, Any], workdir: str) -> 
     try:
         experiment.check_records(config)
         return fingerprinting(config, workdir) or {}
-    except UserError as error:  # no records, or results of something else are there
+    except UserError as error:  # no records, or results with other settings exist
         return {"refused": str(error)}
 
 
@@ -96,10 +97,10 @@ def difference_of_recalls(
 
 
 def seconds_of_query(encoder: str, clip: str, segments: int) -> list[float]:
-    """Wall-clock seconds of warm queries, decoding included, against an index of this size.
+    """Wall-clock seconds of warm queries, with decoding, against an index of this size.
 
-    Features of the index are mixtures of those of real segments: as many neighbours, of as many
-    sources, as in a library of that size.
+    Features of the index are mixtures of those of real segments: as many neighbours and sources as
+    in a library of that size.
     """
     from avcl_jax.data.media import decode_media
     from avcl_jax.fingerprint.database import SourceRow, transaction
@@ -128,18 +129,18 @@ def seconds_of_query(encoder: str, clip: str, segments: int) -> list[float]:
                 stored.insert(row, SegmentFeatures(mixed, present, seconds_per_source))
         index = FingerprintIndex.open(index.directory)
         assert index.num_segments == segments
-        seconds = []
-        for _ in range(1 + _WARM_QUERIES):
-            begin = time.perf_counter()
-            index.query(decode_media(clip, end_seconds=_QUERY_SECONDS, **index.segmenter.decoding))
-            seconds.append(time.perf_counter() - begin)
-    return seconds[1:]
+        decoding = index.segmenter.decoding
+
+        def query() -> None:
+            index.query(decode_media(clip, end_seconds=_QUERY_SECONDS, **decoding))
+
+        return seconds_of_each(query, _QUERIES)
 
 
 def seconds_of_indexing(encoder: str, files: list[str], only_decode: bool) -> float:
-    """Wall-clock seconds in which files are indexed, or only decoded in the same way.
+    """Wall-clock seconds to index files, or only to decode them in the same way.
 
-    The first file is encoded once before, so that compiling is not counted.
+    The first file is encoded once before, so that compilation is not counted.
     """
     from avcl_jax.data.media import decode_media
     from avcl_jax.fingerprint.index import FingerprintIndex
@@ -148,14 +149,16 @@ def seconds_of_indexing(encoder: str, files: list[str], only_decode: bool) -> fl
     with tempfile.TemporaryDirectory() as directory:
         index = FingerprintIndex.create(Path(directory) / "index", encoder, FingerprintSettings())
         index.segmenter.of_file(files[0])
-        begin = time.perf_counter()
-        if only_decode:
-            for path in files:
-                decode_media(path, **index.segmenter.decoding)
-        else:
-            report = index.add_files(map(Path, files))
-            assert not report.failed, report.failed
-        return time.perf_counter() - begin
+
+        def run() -> None:
+            if only_decode:
+                for path in files:
+                    decode_media(path, **index.segmenter.decoding)
+            else:
+                report = index.add_files(map(Path, files))
+                assert not report.failed, report.failed
+
+        return seconds_of(run)
 
 
 class _Benchmark:
@@ -166,22 +169,24 @@ class _Benchmark:
         self.results = functools.cache(self._results)
 
     def _results(self, preset: str) -> dict[str, Any]:
-        """Returns the results of the protocol by preset `foley` or `real`."""
+        """Results of the protocol by preset `foley` or `real`."""
         need("faiss")
         args = self._args
-        if not args.encoder.is_dir():
-            raise SkipError(f"there is no {args.encoder}: run `make demo`, or name another")
-        settings: dict[str, Any] = {"encoder": str(args.encoder)}
-        settings["data.directory"] = str(args.records)
+        settings: dict[str, Any] = {
+            "encoder": str(args.encoder),
+            "data.directory": str(args.records),
+        }
         settings |= _SMALL if args.small else {}
+        folders = [args.encoder]
         if preset == "real":
-            for folder in (args.media, args.sounds):
-                if not folder.is_dir():
-                    raise SkipError(
-                        f"there is no {folder}: name the folder by --media and --sounds"
-                    )
-            settings |= {"data.files": str(args.media), "data.audio_files": str(args.sounds)}
+            folders += [args.media, args.audio]
+            settings |= {"data.files": str(args.media), "data.audio_files": str(args.audio)}
             settings |= _SMALL_REAL if args.small else {}
+        for folder in folders:
+            if not folder.is_dir():
+                raise SkipError(
+                    f"{folder} does not exist: run `make demo`, or give --encoder, --media, --audio"
+                )
         workdir = str(self._workdir(preset))
         arguments = {"preset": preset, "settings": settings, "workdir": workdir}
         results = run_child("benchmarks.fingerprint:protocol_results", arguments)
@@ -190,16 +195,16 @@ class _Benchmark:
         return results
 
     def _workdir(self, preset: str) -> Path:
-        # A smoke test is never where results are looked for.
+        # Results of a smoke test are never mistaken for real ones.
         return Path(self._args.workdir, *(("small",) if self._args.small else ()), preset)
 
-    def fused_r1(self, preset: str) -> tuple[float, dict[str, Any]]:
-        """R@1 of ours fused with its interval, and all other metrics beside it."""
+    def fused_r1(self, preset: str) -> Measured:
+        """R@1 of ours fused with its interval; all other metrics are in the detail."""
         details = self.results(preset)["details"]
         tables = details["tables"]
         fused = tables["fused"]
         cell = fused["medium"]["all"]
-        detail = cell | {
+        return cell["r1"], cell | {
             "interval": _interval(cell, "r1"),
             **_others(tables),
             "strengths": {s: cells["all"]["r1"] for s, cells in fused.items() if "all" in cells},
@@ -208,24 +213,21 @@ class _Benchmark:
             "skipped_baselines": details["skipped_baselines"],
             "report": str(self._workdir(preset) / "report.html"),
         }
-        return cell["r1"], detail
 
-    def error_ratio(self) -> tuple[float, dict[str, Any]]:
+    def error_ratio(self) -> Measured:
         """Fused error over that of the better single modality."""
         details = self.results("foley")["details"]
-        ratio = details["fused_error_ratio"]
-        if ratio is None:
-            raise SkipError(
-                "the better single modality makes no error: there is nothing to divide by"
-            )
+        value = details["fused_error_ratio"]
+        if value is None:
+            raise SkipError("the better single modality makes no error, so there is no ratio")
         cell = details["tables"]["fused"]["medium"]["all"]
         others = _others(details["tables"])
         best = 1 - max(others["modalities"].values())
-        # Of the fused error alone: that of the better modality is taken as it is.
+        # Of the fused error alone: the error of the better modality is taken as exact.
         interval = [(1 - bound) / best for bound in _interval(cell, "r1")[::-1]]
-        return ratio, others | {"interval": interval, "fused_r1": cell["r1"]}
+        return value, others | {"interval": interval, "fused_r1": cell["r1"]}
 
-    def minus_baseline(self) -> tuple[float, dict[str, Any]]:
+    def minus_baseline(self) -> Measured:
         """R@1 of ours fused minus that of the better baseline, both means over families."""
         results = self.results("foley")
         if missing := results["details"]["skipped_baselines"]:
@@ -247,40 +249,41 @@ class _Benchmark:
         )
         return difference, others | {"interval": interval, "best": best, "families": by_family}
 
-    def at_threshold(self, name: str) -> tuple[float, dict[str, Any]]:
+    def at_threshold(self, name: str) -> Measured:
         """A metric at the default threshold."""
         cell = self.results("foley")["details"]["tables"]["fused"]["medium"]["all"]
         counts = {key: cell[key] for key in ("queries", "distractors")}
         return cell[name], {"interval": _interval(cell, name), **counts}
 
-    def query_seconds(self) -> tuple[float, dict[str, Any]]:
+    def query_seconds(self) -> Measured:
         """Median seconds of a warm query."""
         need("faiss")
         segments = 2000 if self._args.small else _SEGMENTS
-        encoder, clip = str(self._args.encoder), str(self._files()[0])
+        encoder, clip = str(self._args.encoder), str(self._clips()[0])
         arguments = {"encoder": encoder, "clip": clip, "segments": segments}
         seconds = run_child("benchmarks.fingerprint:seconds_of_query", arguments)
         return float(np.median(seconds)), {"segments": segments, "seconds": spread(seconds)}
 
-    def over_decoding(self) -> tuple[float, dict[str, Any]]:
-        """Hours of film indexed an hour over hours decoded an hour; the demo's clips beside it."""
+    def over_decoding(self) -> Measured:
+        """Hours of video indexed per hour over hours decoded; the demo's clips in the detail."""
         need("faiss")
         args = self._args
         if not args.media.is_dir():
-            raise SkipError(f"there is no {args.media}: name a folder of real videos by --media")
-        films = footage.make_films(
+            raise SkipError(f"{args.media} does not exist: give a folder of real videos by --media")
+        small = {"per_source": 1, "seconds": 1.0} if args.small else {}
+        videos = footage.make_videos(
             args.media,
-            self._workdir("films"),
-            per_video=1 if args.small else _FILMS_PER_VIDEO,
-            seconds=1.0 if args.small else _FILM_SECONDS,
-            short_side=_FILM_SIDE,
+            self._workdir("videos"),
+            # FFmpeg's default distance of key frames: such videos are watched from the beginning.
+            keyframe_seconds=10.0,
+            **_VIDEOS | small,
         )
-        ratio, detail = self._indexed_over_decoded(films)
-        clips = self._files()[: 2 if args.small else _CLIPS]
+        value, detail = self._indexed_over_decoded(videos)
+        clips = self._clips()[: 2 if args.small else _CLIPS]
         of_clips, detail_of_clips = self._indexed_over_decoded(clips)
-        return ratio, detail | {"clips_as_the_demos": {"ratio": of_clips} | detail_of_clips}
+        return value, detail | {"clips_as_the_demos": {"ratio": of_clips} | detail_of_clips}
 
-    def _indexed_over_decoded(self, paths: Sequence[Path]) -> tuple[float, dict[str, Any]]:
+    def _indexed_over_decoded(self, paths: Sequence[Path]) -> Measured:
         arguments = {"encoder": str(self._args.encoder), "files": [str(path) for path in paths]}
 
         def measure(only_decode: bool) -> float:
@@ -294,16 +297,14 @@ class _Benchmark:
             "decoded": functools.partial(measure, True),
         }
         seconds = interleave(sides, repeats=self._args.repeats)
-        return median_ratio(seconds["decoded"], seconds["indexed"]), {
-            "files": len(paths),
-            **{f"seconds_{name}": spread(values) for name, values in seconds.items()},
-        }
+        value, detail = ratio(seconds, "decoded", "indexed", quantity="seconds")
+        return value, {"files": len(paths), **detail}
 
-    def _files(self) -> list[Path]:
+    def _clips(self) -> list[Path]:
         folder = self._args.clips
         files = sorted(folder.glob("*.mp4"))
         if not files:
-            raise SkipError(f"there are no MP4 files in {folder}: run `make demo`, or give --clips")
+            raise SkipError(f"{folder} contains no MP4 files: run `make demo`, or give --clips")
         return files
 
 
@@ -319,15 +320,17 @@ def _others(tables: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-_Measurement = Callable[[_Benchmark], tuple[float, dict[str, Any]]]
-_ROWS: dict[str, tuple[str, Target | None, _Measurement]] = {
-    "foley_fused_r1": ("share", Target(">=", 0.95), lambda b: b.fused_r1("foley")),
+_ROWS: RowTable[_Benchmark] = {
+    "foley_fused_r1": ("fraction", Target(">=", 0.95), lambda b: b.fused_r1("foley")),
     "fused_error_ratio": ("ratio", Target("<=", 0.7), _Benchmark.error_ratio),
-    "fused_minus_best_baseline": ("share", Target(">=", 0.1), _Benchmark.minus_baseline),
-    "real_fused_r1": ("share", Target(">=", 0.8), lambda b: b.fused_r1("real")),
-    "false_match_rate": ("share", Target("<=", 0.01), lambda b: b.at_threshold("false_match_rate")),
+    "fused_minus_best_baseline": ("fraction", Target(">=", 0.1), _Benchmark.minus_baseline),
+    "real_fused_r1": ("fraction", Target(">=", 0.8), lambda b: b.fused_r1("real")),
+    "false_match_rate": (
+        *("fraction", Target("<=", 0.01)),
+        lambda b: b.at_threshold("false_match_rate"),
+    ),
     "recall_at_threshold": (
-        *("share", Target(">=", 0.8)),
+        *("fraction", Target(">=", 0.8)),
         lambda b: b.at_threshold("recall_at_threshold"),
     ),
     "query_seconds": ("s", Target("<=", 3), _Benchmark.query_seconds),
@@ -335,28 +338,23 @@ _ROWS: dict[str, tuple[str, Target | None, _Measurement]] = {
 }
 _FOLDERS = {
     "encoder": ("runs/demo", "run or exported encoders"),
-    "records": ("data/foley_fingerprint/records", "clips as the demo's"),
+    "records": ("data/foley_fingerprint/records", "clips like those of the demo"),
     "clips": ("data/foley/media/test", "folder of MP4 files"),
     "media": ("../shared/data/media", "folder of real videos"),
-    "sounds": ("../shared/data/esc10/audio", "audio files of ESC-10"),
-    "workdir": ("runs/fingerprint", "folder of the protocol's reports"),
+    "audio": ("../shared/data/esc10/audio", "audio files of ESC-10"),
+    "workdir": ("runs/fingerprint", "reports of the protocol"),
 }
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     """Runs the command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.fingerprint", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("--json", type=writable_path, required=True, help="file of the rows")
-    parser.add_argument("--rows", nargs="+", choices=_ROWS, default=list(_ROWS), metavar="NAME")
+    parser = command_parser("fingerprint", __doc__, rows=_ROWS)
     for name, (default, text) in _FOLDERS.items():
         parser.add_argument(f"--{name}", type=local_path, default=default, help=text)
-    parser.add_argument("--repeats", type=int, default=REPEATS, help="of the speed measurements")
-    parser.add_argument("--small", action="store_true", help="a smoke test, whose metrics are none")
+    add_repeats(parser)
+    parser.add_argument("--small", action="store_true", help="smoke test without usable metrics")
     args = parser.parse_args(arguments)
     measure_rows(_ROWS, args.rows, _Benchmark(args), args.json)
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Data of a realistic size for the benchmarks, made once from the shared real media and kept.
+"""Benchmark data of a realistic size, made once from the shared real videos and kept.
 
-64 clips of 10 s, H.264 and AAC in MP4 like a downloaded Kinetics whose short side is 256, cut and
+64 videos of 10 s, H.264 and AAC in MP4 like a downloaded Kinetics with a short side of 256, cut and
 looped from eight real videos; the records that `python -m data_prep` makes of them with its
 defaults; and data sets of many records whose shards are hard links to those few.
 """
@@ -26,10 +26,11 @@ from avcl_jax.data.record_writer import write_dataset_metadata
 from avcl_jax.data.records import shard_name
 from benchmarks.measure import SkipError
 
-CLIPS, CLIP_SECONDS, SOURCE_SIDE, AUDIO_HZ = 64, 10.0, 256, 44_100
 NAME = "footage"
-# Real pictures with motion, from cartoon to hand-held; file and pictures per second.
-_VIDEOS = (
+_AUDIO_HZ = 44_100
+_SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "media"
+# Real videos with motion, from cartoon to hand-held; file and frames per second.
+_SOURCES = (
     ("big_buck_bunny_0_30.webm", 25),
     ("bigbuckbunny.mp4", 25),
     ("chaplin.mp4", 25),
@@ -44,157 +45,125 @@ _YOUTUBE = np.frombuffer(
 )
 
 
-def shared_media() -> Path:
-    """The folder of real videos.
-
-    Raises:
-        SkipError: if it is not there.
-    """
-    folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "media"
-    if not folder.exists():
-        raise SkipError(f"no real media in {folder}")
-    return folder
-
-
-def _write_clip(
-    path: Path, frames: list[np.ndarray], sound: np.ndarray, fps: int, keyframe_seconds: float
+def _write_video(
+    path: Path, frames: list[np.ndarray], waveform: np.ndarray, fps: int, keyframe_seconds: float
 ) -> None:
-    """Writes one clip as H.264 and AAC with FFmpeg's default settings but for the key frames."""
+    """Writes H.264 and AAC with FFmpeg's default settings except for the key frames."""
     with av.open(str(path), "w") as container:
         height, width = frames[0].shape[:2]
         video = container.add_stream("libx264", rate=Fraction(fps))
         video.width, video.height, video.pix_fmt = width // 2 * 2, height // 2 * 2, "yuv420p"
         video.options = {"g": str(round(keyframe_seconds * fps))}
-        audio = container.add_stream("aac", rate=AUDIO_HZ, layout="mono")
+        audio = container.add_stream("aac", rate=_AUDIO_HZ, layout="mono")
         for image in frames:
-            cut = np.ascontiguousarray(image[: video.height, : video.width])
-            container.mux(video.encode(av.VideoFrame.from_ndarray(cut, format="rgb24")))
+            even = np.ascontiguousarray(image[: video.height, : video.width])
+            container.mux(video.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
         container.mux(video.encode())
-        for begin in range(0, len(sound), 1024):
-            part = sound[None, begin : begin + 1024]
+        for begin in range(0, len(waveform), 1024):
+            part = waveform[None, begin : begin + 1024]
             frame = av.AudioFrame.from_ndarray(part, format="s16", layout="mono")
-            frame.sample_rate, frame.pts = AUDIO_HZ, begin
+            frame.sample_rate, frame.pts = _AUDIO_HZ, begin
             container.mux(audio.encode(frame))
         container.mux(audio.encode())
 
 
-def _make_clips(
+def make_videos(
     source: Path,
     folder: Path,
     *,
     keyframe_seconds: float,
-    per_video: int,
+    per_source: int,
     seconds: float,
     short_side: int,
-) -> None:
-    """Writes all clips and the manifest that lists them."""
+) -> list[Path]:
+    """Makes videos and the manifest that lists them, unless they exist.
+
+    Args:
+        source: folder of the eight real videos.
+        folder: output folder.
+        keyframe_seconds: distance of key frames.
+        per_source: number of videos cut and looped from each real video.
+        seconds: length of each.
+        short_side: largest short side of the frames in pixels; those of some sources are smaller.
+
+    Raises:
+        SkipError: if the real videos do not exist.
+    """
+    if (folder / "manifest.csv").exists():
+        return list_videos(folder)
+    if not source.exists():
+        raise SkipError(f"{source} with the real videos does not exist")
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     rows = []
-    for name, fps in _VIDEOS:
-        frames = [
-            frame.image
-            for frame in media.decode_frames(
-                source / name, short_side=short_side, max_fps=None, end_seconds=30.0
-            )
-        ]
-        decoded = media.decode_audio(source / name, sample_rate_hz=AUDIO_HZ, end_seconds=30.0)
-        assert decoded is not None, f"{name} has no sound"
-        for number in range(per_video):
-            first = len(frames) * number // per_video
-            chosen = [
+    for name, fps in _SOURCES:
+        decoded = media.decode_frames(
+            source / name, short_side=short_side, max_fps=None, end_seconds=30.0
+        )
+        frames = [frame.image for frame in decoded]
+        audio = media.decode_audio(source / name, sample_rate_hz=_AUDIO_HZ, end_seconds=30.0)
+        assert audio is not None, f"{name} has no audio"
+        for number in range(per_source):
+            first = len(frames) * number // per_source
+            looped = [
                 frames[(first + k) % len(frames)][:, :: -1 if number % 2 else 1]
                 for k in range(round(seconds * fps))
             ]
-            begin = round(first / fps * AUDIO_HZ)
-            samples = (begin + np.arange(round(seconds * AUDIO_HZ))) % len(decoded.waveform)
+            begin = round(first / fps * _AUDIO_HZ)
+            samples = (begin + np.arange(round(seconds * _AUDIO_HZ))) % len(audio.waveform)
             path = folder / f"{Path(name).stem}_{number}.mp4"
-            _write_clip(path, chosen, decoded.waveform[samples], fps, keyframe_seconds)
+            _write_video(path, looped, audio.waveform[samples], fps, keyframe_seconds)
             rows.append((path.name, path.stem, number))
-    # Videos alternate, so that every shard holds some of each.
+    # Sources alternate, so that every shard contains some of each.
     rows.sort(key=lambda row: row[2])
     with (folder / "manifest.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("path", "id", "label_take"))
-        writer.writerows(rows)
+        csv.writer(file).writerows([("path", "id", "label_take"), *rows])
+    return list_videos(folder)
 
 
-def make_footage(root: Path, *, keyframe_seconds: float = 2.0) -> tuple[Path, Path]:
-    """Makes the clips and their records, unless they are there.
+def list_videos(folder: str | Path) -> list[Path]:
+    """Videos in the manifest of a folder."""
+    with (Path(folder) / "manifest.csv").open(newline="") as file:
+        return [Path(folder) / row["path"] for row in csv.DictReader(file)]
+
+
+def make_footage(root: Path) -> tuple[Path, Path]:
+    """Makes the videos and their records, unless they exist.
 
     Args:
         root: folder of all benchmark data.
-        keyframe_seconds: between key frames of the clips. FFmpeg's default is 250 pictures, which
-            is worse for what decodes the films while training.
 
     Returns:
-        Folder of the films with `manifest.csv`, and directory of the records.
+        Folder of the videos with `manifest.csv`, and directory of the records.
     """
-    folder = root / f"clips_{keyframe_seconds:g}s"
-    records = root / f"records_{keyframe_seconds:g}s"
-    if not (folder / "manifest.csv").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        _make_clips(
-            shared_media(),
-            folder,
-            keyframe_seconds=keyframe_seconds,
-            per_video=CLIPS // len(_VIDEOS),
-            seconds=CLIP_SECONDS,
-            short_side=SOURCE_SIDE,
-        )
+    folder, records = root / "clips_2s", root / "records_2s"
+    # FFmpeg's default distance of key frames, 250 frames, would slow the baselines that decode
+    # the videos during training.
+    make_videos(_SHARED, folder, keyframe_seconds=2.0, per_source=8, seconds=10.0, short_side=256)
     prepare(folder / "manifest.csv", records, name=NAME)
     return folder, records
 
 
-def make_films(
-    source: Path, folder: Path, *, per_video: int, seconds: float, short_side: int
-) -> list[Path]:
-    """Makes films of the size that people keep and share, unless they are there.
-
-    Args:
-        source: folder of the real videos.
-        folder: of the films.
-        per_video: films cut and looped from each of the eight videos.
-        seconds: length of each.
-        short_side: of the pictures, at most: those of some videos are smaller.
-    """
-    if not (folder / "manifest.csv").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        # FFmpeg's default distance of key frames: films are watched from the beginning.
-        _make_clips(
-            source,
-            folder,
-            keyframe_seconds=10.0,
-            per_video=per_video,
-            seconds=seconds,
-            short_side=short_side,
-        )
-    return sorted(folder.glob("*.mp4"))
-
-
-def prepare(source: Path, out: Path, *, name: str, quality: int = 90) -> Path:
-    """Prepares records by the command, as a user does, unless they are there."""
+def prepare(source: Path, out: Path, *, name: str, quality: int = 90) -> None:
+    """Prepares records with the command that a user runs, unless they exist."""
     if not (out / "dataset_info.json").exists():
         command = [sys.executable, "-m", "data_prep", "prepare", str(source), f"--out={out}"]
         options = [f"--name={name}", f"--quality={quality}"]
         subprocess.run([*command, *options, "--allow-rejected"], check=True, stdout=sys.stderr)
-    return out
 
 
 def link_records(records: Path, out: Path, *, count: int, real_checksums: bool = True) -> Path:
-    """Makes a data set of at least `count` records out of hard links to few shards.
+    """Makes a data set of at least `count` records from hard links to few shards, and returns it.
 
-    Every record gets an id and a source of its own, random like YouTube's: an index of a few
-    repeated names would compress as no real one does.
+    Each record gets its own id and source, random like those of YouTube, because an index of a few
+    repeated names would compress better than a real one.
 
     Args:
-        records: prepared directory, split "train".
-        out: where to; nothing is done if it is finished.
-        count: records wanted.
-        real_checksums: records can be read. False gives random checksums, lengths and times: an
-            index as large as that of so many different records, which only opens.
-
-    Returns:
-        `out`.
+        records: prepared directory with a split "train".
+        out: directory of the data set; it is kept if it is complete.
+        count: minimum number of records.
+        real_checksums: keep checksums, lengths and times, so that records can be read. Otherwise
+            they are random, and the index is as large as that of different records.
     """
     if (out / "dataset_info.json").exists():
         return out
@@ -238,7 +207,7 @@ def _random_names(rng: np.random.Generator, rows: int) -> dict[str, Any]:
 def _random_columns(rng: np.random.Generator, lengths: np.ndarray, shard: int) -> dict[str, Any]:
     """Columns that differ from record to record, as those of different clips do."""
     rows = len(lengths)
-    # Shards must keep their sizes: what one record of a shard gains, another loses.
+    # Shards must keep their sizes: if one record of a pair grows, the other shrinks.
     change = rng.integers(-100_000, 100_000, rows).reshape(-1, 2)
     change[:, 1] = -change[:, 0]
     assert shard % 2 == 0, "pairs of records must not cross the border of a shard"

@@ -1,8 +1,8 @@
-"""Reads from compiled HLO text what a program costs on one device: cycles, exchanges, conversions.
+"""Reads cycles, exchanges and convolutions of a program on one device from compiled HLO text.
 
 The TPU compiler writes `estimated_cycles` beside the operations of its optimised program. They are
-summed over the entry computation; the body of a loop counts as often as it runs. Collectives, sorts
-and copies that run beside the computation carry none: they are listed instead of guessed.
+summed over the entry computation, the body of a loop with its number of iterations. Collectives,
+sorts and copies that run beside the computation have no estimate and are listed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ COLLECTIVES = (
     *("all-reduce", "all-gather", "all-to-all", "ragged-all-to-all", "reduce-scatter"),
     *("collective-permute", "collective-broadcast"),
 )
-# Names and copies, and transfers that the compiler starts ahead and has run beside the computation.
+# Names and copies, and transfers that the compiler starts early, beside the computation.
 _FREE = frozenset(
     (
         *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all"),
@@ -26,7 +26,7 @@ _FREE = frozenset(
         *(f"{kind}{suffix}" for kind in COLLECTIVES for suffix in ("", "-start", "-done")),
     )
 )
-# Names the parts of an array that were fetched one by one.
+# Joins the parts of an array without moving them.
 _NOTHING = 'custom_call_target="ConcatBitcast"'
 _NAME = re.compile(r"\s+(?:ROOT )?%?(?P<name>[\w.-]+) = ")
 _HEADER = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) .*\{$")
@@ -46,11 +46,11 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-        name: of the result.
-        type: of the result, with layouts.
+        name: name of the result.
+        type: type of the result, with layouts.
         opcode: "fusion", "all-reduce-start", …
-        arguments: what stands in its parentheses: names, or the value of a constant.
-        attributes: everything behind the operands.
+        arguments: text in the parentheses: names, or the value of a constant.
+        attributes: text behind the parentheses.
     """
 
     name: str
@@ -61,24 +61,24 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where in the program that was traced it comes from; "" where that is not known."""
-        found = _OP_NAME.search(self.attributes)
-        return found[1] if found else ""
+        """Place in the traced program; "" if unknown."""
+        match = _OP_NAME.search(self.attributes)
+        return match[1] if match else ""
 
     @property
     def called(self) -> list[str]:
-        """Computations that it runs, each once; those of a conditional are `branches`."""
+        """Names of the computations that it runs, without the `branches` of a conditional."""
         return _CALLED.findall(self.attributes)
 
     @property
     def branches(self) -> list[str]:
-        """Computations of which a conditional runs one."""
-        found = _BRANCHES.findall(self.attributes)
-        return [name.strip(" %") for many, one in found for name in (many or one).split(",")]
+        """Names of the computations of a conditional, which runs one of them."""
+        matches = _BRANCHES.findall(self.attributes)
+        return [name.strip(" %") for many, one in matches for name in (many or one).split(",")]
 
     @property
     def operands(self) -> list[str]:
-        """Names of the arrays it takes."""
+        """Names of the arguments."""
         return _OPERAND.findall(self.arguments)
 
 
@@ -87,8 +87,8 @@ class Module:
     """A compiled program.
 
     Attributes:
-        header: its first line.
-        entry: name of the computation that runs.
+        header: first line.
+        entry: name of the entry computation.
         computations: name → instructions.
     """
 
@@ -97,15 +97,13 @@ class Module:
     computations: dict[str, list[Instruction]]
 
     def trips(self, loop: Instruction) -> int | None:
-        """How often a loop runs; None where that cannot be read.
+        """Number of iterations of a loop; None if unknown.
 
         Other compilers write it beside the loop. The TPU's does not, but JAX's loops of known
-        length (scan, map, fori_loop from 0) count up by one while the counter is less than a
-        constant.
+        length (scan, map, fori_loop from 0) increment a counter while it is less than a constant.
         """
-        found = _TRIPS.search(loop.attributes)
-        if found:
-            return int(found[1])
+        if known := _TRIPS.search(loop.attributes):
+            return int(known[1])
         condition = re.search(r"condition=%?([\w.-]+)", loop.attributes)
         lines = self.computations[condition[1]] if condition else []
         if not lines or lines[-1].opcode != "compare" or "direction=LT" not in lines[-1].attributes:
@@ -118,7 +116,7 @@ class Module:
 
     @property
     def aliased_parameters(self) -> set[int]:
-        """Parameters whose memory a result takes over: those that are really donated."""
+        """Numbers of the parameters whose memory a result reuses, that is, donated parameters."""
         return {int(number) for number in _ALIASED.findall(self.header)}
 
 
@@ -129,7 +127,7 @@ class Collective:
     Attributes:
         kind: one of `COLLECTIVES`.
         shapes: (dtype, elements) of each array that a device receives.
-        times: how often it runs.
+        times: number of runs.
         op_name: see `Instruction.op_name`.
     """
 
@@ -140,7 +138,7 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the results on one device, all runs together."""
+        """Bytes of the results of all runs on one device."""
         return self.times * num_bytes(self.shapes)
 
 
@@ -149,10 +147,10 @@ class Cycles:
     """Cycles of a program.
 
     Attributes:
-        total: of everything that carries an estimate.
+        total: sum of all estimates.
         by_op_name: the same by `Instruction.op_name`.
-        uncounted: opcode → bytes of the results of operations that carry no estimate.
-        loops_of_unknown_length: loops that were counted as one run.
+        uncounted: opcode → bytes of the results of operations without an estimate.
+        loops_of_unknown_length: number of loops that count as one iteration.
     """
 
     total: int
@@ -162,35 +160,35 @@ class Cycles:
 
 
 def bits(dtype: str) -> int:
-    """Bits of a number of that type, which HLO writes into its name."""
+    """Bits of a number, which are part of the name of its type."""
     if dtype == "pred":
         return 8
-    found = re.search(r"\d+", dtype)
-    if found is None:
+    match = re.search(r"\d+", dtype)
+    if match is None:
         raise ValueError(f"unknown type {dtype!r} in HLO")
-    return int(found[0])
+    return int(match[0])
 
 
 def shapes(text: str) -> tuple[tuple[str, int], ...]:
     """(dtype, elements) of every array in a type."""
     return tuple(
-        (found["dtype"], math.prod(int(size) for size in found["dims"].split(",") if size))
-        for found in _SHAPE.finditer(text)
+        (match["dtype"], math.prod(int(size) for size in match["dims"].split(",") if size))
+        for match in _SHAPE.finditer(text)
     )
 
 
 def num_bytes(arrays: tuple[tuple[str, int], ...]) -> int:
-    """Bytes of arrays given as `shapes` gives them, without padding."""
+    """Bytes of arrays (dtype, elements), without padding."""
     return sum(count * bits(dtype) // 8 for dtype, count in arrays)
 
 
 def _closing(text: str, start: int) -> int:
     """Index behind the parenthesis that closes the one at `start`."""
     depth = 0
-    for found in re.finditer(r"[()]", text[start:]):
-        depth += 1 if found[0] == "(" else -1
+    for match in re.finditer(r"[()]", text[start:]):
+        depth += 1 if match[0] == "(" else -1
         if depth == 0:
-            return start + found.end()
+            return start + match.end()
     raise ValueError(f"unbalanced parentheses in HLO: {text[start : start + 80]!r}")
 
 
@@ -215,57 +213,55 @@ def parse(text: str) -> Module:
         if line.startswith("HloModule"):
             header = line
         elif current is None:
-            found = _HEADER.fullmatch(line)
-            if found and " -> " in line:
-                current = computations[found["name"]] = []
-                entry = found["name"] if found["entry"] else entry
+            match = _HEADER.fullmatch(line)
+            if match and " -> " in line:
+                current = computations[match["name"]] = []
+                entry = match["name"] if match["entry"] else entry
         elif line.startswith("}"):
             current = None
-        elif found := _NAME.match(line):
-            current.append(_instruction(line, found["name"], found.end()))
+        elif match := _NAME.match(line):
+            current.append(_instruction(line, match["name"], match.end()))
     if not entry:
         raise ValueError("no ENTRY computation: is this the text of a compiled program?")
     return Module(header, entry, computations)
 
 
 def _runs(module: Module, name: str, times: int) -> Iterator[tuple[Instruction, int]]:
-    """Every instruction below a computation with how often it runs; of branches, all."""
+    """Instructions below a computation with their number of runs, of branches all."""
     for instruction in module.computations[name]:
         yield instruction, times
-        if instruction.opcode in ("async-update", "async-done"):
-            continue  # name the computation that the start has run
-        inside = (
-            times * (module.trips(instruction) or 1) if instruction.opcode == "while" else times
-        )
-        # What a reduction applies to two numbers is no computation of its own.
-        skipped = "to_apply=" in instruction.attributes and instruction.opcode != "call"
-        for called in [] if skipped else instruction.called + instruction.branches:
-            yield from _runs(module, called, inside)
+        opcode = instruction.opcode
+        if opcode in ("async-update", "async-done"):
+            continue  # these name the computation that the start has run
+        if opcode != "call" and "to_apply=" in instruction.attributes:
+            continue  # the function that a reduction applies to two numbers
+        trips = (module.trips(instruction) or 1) if opcode == "while" else 1
+        for called in instruction.called + instruction.branches:
+            yield from _runs(module, called, times * trips)
 
 
 def collectives(module: Module) -> list[Collective]:
-    """All exchanges of a program, each once, however many operations carry it out.
+    """All exchanges of a program, each once, also if several operations carry it out.
 
-    A pair of start and done counts as its done, whose type is the result. The TPU compiler repeats
-    a collective in every step of a computation that it is woven into, under one `chain_id`.
+    A pair of start and done counts as its done, whose type is the result. If the TPU compiler
+    weaves a collective into another computation, it repeats it there under one `chain_id`.
     """
-    found: list[Collective] = []
+    exchanges: list[Collective] = []
     chains: set[tuple[str, str]] = set()
     for instruction, times in _runs(module, module.entry, 1):
         kind = instruction.opcode.removesuffix("-done")
         if kind not in COLLECTIVES:
             continue
-        chain = _CHAIN.search(instruction.attributes)
-        if chain:
+        if chain := _CHAIN.search(instruction.attributes):
             if (kind, chain[1]) in chains:
                 continue
             chains.add((kind, chain[1]))
-        found.append(Collective(kind, shapes(instruction.type), times, instruction.op_name))
-    return found
+        exchanges.append(Collective(kind, shapes(instruction.type), times, instruction.op_name))
+    return exchanges
 
 
 def cycles(module: Module) -> Cycles:
-    """Sums the estimates of all operations; of a conditional's branches, the dearest."""
+    """Sums the estimates of all operations; of a conditional's branches, the most expensive."""
     unknown = 0
     known: dict[str, tuple[Counter[str], Counter[str]]] = {}
 
@@ -282,9 +278,9 @@ def cycles(module: Module) -> Cycles:
             elif instruction.opcode not in _FREE and _NOTHING not in instruction.attributes:
                 uncounted[instruction.opcode] += num_bytes(shapes(instruction.type))
             if instruction.opcode == "conditional":
-                each = [count(branch) for branch in instruction.branches]
-                dearest = max(each, key=lambda costs: costs[0].total())
-                counted, uncounted = counted + dearest[0], uncounted + dearest[1]
+                branches = [count(branch) for branch in instruction.branches]
+                most, without = max(branches, key=lambda costs: costs[0].total())
+                counted, uncounted = counted + most, uncounted + without
             elif instruction.opcode in ("while", "call", "async-start"):
                 times = 1
                 if instruction.opcode == "while":
@@ -304,13 +300,13 @@ def cycles(module: Module) -> Cycles:
 
 
 def convolution_types(module: Module, op_name: str) -> Counter[tuple[str, str, int]]:
-    """Operands' types and spatial dimensions of convolutions whose `op_name` contains a text."""
-    found: Counter[tuple[str, str, int]] = Counter()
+    """Counts convolutions whose `op_name` contains a text: dtypes of operands, dimensions."""
+    counts: Counter[tuple[str, str, int]] = Counter()
     for instructions in module.computations.values():
         types = {instruction.name: instruction.type for instruction in instructions}
         for instruction in instructions:
             if instruction.opcode == "convolution" and op_name in instruction.op_name:
                 left, right = (shapes(types[name])[0][0] for name in instruction.operands)
                 dimensions = re.search(r"\[([\d,]*)\]", instruction.type)
-                found[left, right, dimensions[1].count(",") - 1 if dimensions else 0] += 1
-    return found
+                counts[left, right, dimensions[1].count(",") - 1 if dimensions else 0] += 1
+    return counts

@@ -1,12 +1,11 @@
-"""What JPEG quality costs and is worth: `python -m benchmarks.jpeg_quality --json F`.
+"""Cost and benefit of JPEG quality: `python -m benchmarks.jpeg_quality --json F`.
 
-The demo's films as records of several qualities; on each, linear probes of the encoders that the
-demo pretrained (on records of the default quality), trained and tested on records of that quality.
+The demo's videos as records of several qualities, and on each of them linear probes of the demo's
+encoders, which were pretrained on records of the default quality.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -18,21 +17,20 @@ from typing import Any
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.paths import local_path
 from benchmarks import footage
-from benchmarks.measure import Row, print_table, run_command, writable_path, write_json
+from benchmarks.measure import Row, command_parser, report, run_command, write_json
 
 QUALITIES = (20, 40, 60, 75, 90)
 
 
-def measure(media: Path, run: Path, quality: int) -> dict[str, Any]:
-    """Prepares the films at a quality and evaluates the run on them.
+def evaluate(media: Path, run: Path, quality: int) -> dict[str, Any]:
+    """Prepares the videos at a quality and evaluates the run on them.
 
     Returns:
-        `probes`, test accuracy by name, and `kilobytes_a_frame`.
+        `probes`, test accuracy by name, and `kilobytes_per_frame`.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        records = Path(scratch) / "records"
+        records, workdir = Path(scratch) / "records", Path(scratch) / "run"
         footage.prepare(media / "manifest.csv", records, name="foley", quality=quality)
-        workdir = Path(scratch) / "run"
         shutil.copytree(run, workdir)
         command = [sys.executable, "-m", "avcl_jax.main", "--config=configs/evaluate.py:demo"]
         options = {
@@ -49,34 +47,33 @@ def measure(media: Path, run: Path, quality: int) -> dict[str, Any]:
         test = RecordDataset(records, "test")
         sizes = [len(frame) for index in range(0, len(test), 10) for frame in test[index].frames]
     return {
-        "probes": {name: found["pretrained"] for name, found in probes.items()},
-        "kilobytes_a_frame": sum(sizes) / len(sizes) / 1e3,
+        "probes": {name: scores["pretrained"] for name, scores in probes.items()},
+        "kilobytes_per_frame": sum(sizes) / len(sizes) / 1e3,
     }
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     """Runs the command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.jpeg_quality", description=(__doc__ or "").partition("\n")[0]
+    parser = command_parser("jpeg_quality", __doc__)
+    parser.add_argument(
+        "--media", type=local_path, default="data/foley/media", help="videos of the demo"
     )
-    parser.add_argument("--json", type=writable_path, required=True, help="where to write the rows")
-    parser.add_argument("--media", type=local_path, default="data/foley/media", help="of the demo")
-    parser.add_argument("--run", type=local_path, default="runs/demo", help="of `make demo`")
+    parser.add_argument("--run", type=local_path, default="runs/demo", help="run of `make demo`")
     args = parser.parse_args(arguments)
     for path in (args.media / "manifest.csv", args.run / "config.json"):
         if not path.exists():
-            parser.error(f"{path} is not there: run `make demo`, or say --media and --run")
-    rows = []
+            parser.error(f"{path} does not exist: run `make demo`, or give --media and --run")
+    rows: list[Row] = []
     for quality in QUALITIES:
-        found = measure(args.media, args.run, quality)
-        rows.append(
-            Row(f"kilobytes_a_frame_{quality}", found["kilobytes_a_frame"], "kB", None, found)
-        )
-        for name, accuracy in found["probes"].items():
-            rows.append(Row(f"{name}_{quality}", accuracy, "accuracy", None, {}))
+        results = evaluate(args.media, args.run, quality)
+        size = results["kilobytes_per_frame"]
+        rows.append(Row(f"kilobytes_per_frame_{quality}", size, "kB", detail=results))
+        rows += [
+            Row(f"{name}_{quality}", accuracy, "accuracy")
+            for name, accuracy in results["probes"].items()
+        ]
         write_json(args.json, rows)
-    print_table(rows)
-    return 0
+    report(args.json, rows)
 
 
 if __name__ == "__main__":

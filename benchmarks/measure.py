@@ -1,8 +1,8 @@
-"""What all benchmarks share: fair timing, the machine they ran on, and one way to report.
+"""Common parts of all benchmarks: timing, child processes, the machine, and the report.
 
-A figure is a median of at least five. What is compared is measured alternately (A B A B ...), so
-that a neighbour's load on the machine meets both alike, and every single measurement runs in a
-fresh process of its own: no caches, heaps or thread pools are inherited from the other side.
+A value is the median of at least five measurements. Alternatives are measured in turns (A B A B
+...), so that other programs on the machine slow them down alike, and each measurement runs in a
+fresh process, so that neither side inherits caches, heaps or thread pools from the other.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from avcl_jax.errors import UserError, one_line
 from avcl_jax.paths import local_path
@@ -37,34 +37,25 @@ _LIBRARIES = (
     *("numpy", "jax", "grain", "simplejpeg", "av", "opencv-python-headless", "librosa"),
     *("torch", "tensorflow", "libtpu"),
 )
-
-
-_Subject = TypeVar("_Subject")
-_USER_ERROR = 64  # exit status of a child that ended in a user error
+_USER_ERROR = 64  # exit status of a child process that ended in a user error
 
 
 class SkipError(Exception):
-    """A row cannot be measured here; the message says why and what to do."""
+    """A row cannot be measured here; the message gives the reason and the fix."""
 
 
 class ChildError(RuntimeError):
-    """A measurement's process failed; the message holds the end of what it printed."""
+    """The process of a measurement failed; the message ends with its output."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """What a row is held to.
-
-    Attributes:
-        sign: ">=" or "<=".
-        value: the bound.
-    """
+class Target(NamedTuple):
+    """Bound of a value; the sign is ">=" or "<="."""
 
     sign: str
     value: float
 
     def met(self, value: float) -> bool:
-        """Whether `value` is on the right side of the bound."""
+        """Compares a value with the bound."""
         return value >= self.value if self.sign == ">=" else value <= self.value
 
     def __str__(self) -> str:
@@ -73,32 +64,20 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One figure.
+    """One measured value.
 
     Attributes:
-        name: of the row.
-        value: None where it was skipped.
-        unit: of the value.
-        target: None where the figure is only reported.
-        detail: what it was computed from; "skipped" holds the reason of a missing value.
+        value: None if the measurement was skipped.
+        target: None if the value is only reported.
+        detail: values behind it; "skipped" is the reason for a missing value, "interval" has two
+            bounds.
     """
 
     name: str
     value: float | None
     unit: str
-    target: Target | None
-    detail: Mapping[str, Any]
-
-    def as_json(self, about: Mapping[str, Any]) -> dict[str, Any]:
-        """The row as it is written, with the machine it was measured on."""
-        return {
-            "name": self.name,
-            "value": self.value,
-            "unit": self.unit,
-            "target": str(self.target) if self.target else "report",
-            "machine": dict(about),
-            "detail": dict(self.detail),
-        }
+    target: Target | None = None
+    detail: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
@@ -110,11 +89,11 @@ class Row:
         return "met" if self.target.met(self.value) else "MISSED"
 
 
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+# A value and the detail of its row.
+Measured = tuple[float, dict[str, Any]]
+_Subject = TypeVar("_Subject")
+# Row name -> unit, target, and a function that measures a subject.
+RowTable = Mapping[str, tuple[str, Target | None, Callable[[_Subject], Measured]]]
 
 
 def gpu_name() -> str:
@@ -128,11 +107,11 @@ def gpu_name() -> str:
         )
     except (FileNotFoundError, subprocess.CalledProcessError):
         return "none"
-    return ", ".join(listed.stdout.split("\n")).strip(", ")
+    return ", ".join(listed.stdout.splitlines()) or "none"
 
 
 def version(library: str) -> str | None:
-    """Version of an installed package; None if it is not installed."""
+    """Version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
@@ -140,9 +119,14 @@ def version(library: str) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """Describes where a figure was measured: processor, cores, GPU, Python, libraries."""
+    """Processor, cores, GPU, memory, Python and libraries of this machine."""
+    cpu = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu[0] if cpu else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "gpu": gpu_name(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
@@ -152,7 +136,7 @@ def machine() -> dict[str, Any]:
 
 
 def need(package: str) -> None:
-    """Raises SkipError where a package that only a baseline needs is not installed."""
+    """Raises SkipError if a package that only a baseline needs is not installed."""
     if importlib.util.find_spec(package) is None:
         raise SkipError(f"{package} is not installed: pip install -r benchmarks/requirements.txt")
 
@@ -164,20 +148,17 @@ def run_child(
     cores: Sequence[int] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Any:
-    """Calls a function in a fresh process.
+    """Calls a function in a fresh process and returns its result.
 
     Args:
-        target: "package.module:function"; it returns what JSON can hold.
-        arguments: keyword arguments, of what JSON can hold.
-        cores: processors the process and its children may use; None for all.
-        environment: variables to set besides those of this process.
-
-    Returns:
-        What the function returned.
+        target: "package.module:function" with a JSON-serialisable result.
+        arguments: JSON-serialisable keyword arguments.
+        cores: processors available to the process and its children; None for all.
+        environment: additional environment variables.
 
     Raises:
-        ChildError: if it failed.
-        UserError: if it ended in one, or in a system error of a file.
+        ChildError: if the function failed.
+        UserError: if it raised one, or a system error of a file.
     """
     command = [sys.executable, "-m", "benchmarks.measure", target, json.dumps(arguments)]
     allowed = os.sched_getaffinity(0) if cores is None else set(cores)
@@ -192,7 +173,7 @@ def run_child(
         start_new_session=True,
     ) as process:
         output, errors = process.communicate()
-        # Endless pipelines leave worker processes behind, which would burden what comes next.
+        # Endless pipelines leave worker processes behind, which would slow the next measurement.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     if process.returncode == _USER_ERROR:
@@ -202,64 +183,91 @@ def run_child(
     return json.loads(output.splitlines()[-1])
 
 
+def first_core() -> list[int]:
+    """The core of measurements on one core."""
+    return sorted(os.sched_getaffinity(0))[:1]
+
+
 def seconds_since_start() -> float:
-    """In a process of `run_child`: time since just before it was started."""
+    """Seconds since just before `run_child` started this process."""
     return time.time() - float(os.environ["BENCHMARK_START"])
 
 
-def peak_growth_bytes(run: Callable[[], object]) -> int:
-    """By how much the largest resident memory during a call exceeds that before it."""
-    Path("/proc/self/clear_refs").write_text("5")  # the largest is now the present one
-    before = _peak_rss_bytes()
-    run()
-    return _peak_rss_bytes() - before
-
-
-def _peak_rss_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+def peak_bytes(process: int | str = "self") -> int:
+    """Peak resident memory of a process."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no line VmHWM")
+    raise OSError(f"/proc/{process}/status has no line VmHWM")
+
+
+def peak_growth_bytes(call: Callable[[], object]) -> int:
+    """Peak resident memory during a call minus the resident memory before it."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present value
+    before = peak_bytes()
+    call()
+    return peak_bytes() - before
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Wall-clock seconds of a call."""
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def seconds_of_each(call: Callable[[], object], count: int, *, warmup: int = 1) -> list[float]:
+    """Wall-clock seconds of each of `count` calls, after `warmup` calls."""
+    return [seconds_of(call) for _ in range(warmup + count)][warmup:]
 
 
 def interleave(
     measurements: Mapping[str, Callable[[], float]], *, repeats: int = REPEATS
 ) -> dict[str, list[float]]:
-    """Takes every measurement `repeats` times, in turns; returns all values of each."""
+    """Repeats all measurements in turns and returns the values of each."""
     values: dict[str, list[float]] = {name: [] for name in measurements}
     for number in range(repeats):
-        # The order turns too: whoever runs second may find a warmer machine.
+        # The order alternates too, because the second side may find a warmer machine.
         names = list(measurements)
         for name in names if number % 2 == 0 else names[::-1]:
             values[name].append(float(measurements[name]()))
     return values
 
 
+def seconds_in_turns(
+    calls: Mapping[str, Callable[[], object]], *, repeats: int
+) -> dict[str, list[float]]:
+    """Wall-clock seconds of calls that are repeated in turns in this process."""
+    timed = {name: functools.partial(seconds_of, call) for name, call in calls.items()}
+    return interleave(timed, repeats=repeats)
+
+
 def rate(batches: Iterator[Any], *, batch_size: int, warmup: int, count: int) -> float:
     """Samples per second of an endless iterator, after `warmup` batches."""
     for _ in range(warmup):
         next(batches)
-    begin = time.perf_counter()
-    for _ in range(count):
-        next(batches)
-    return count * batch_size / (time.perf_counter() - begin)
-
-
-def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """Median of `above` over median of `below`."""
-    return statistics.median(above) / statistics.median(below)
+    return count * batch_size / seconds_of(lambda: [next(batches) for _ in range(count)])
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Median and all values, rounded, for a row's detail."""
+    """Median and all values with four digits, for the detail of a row."""
     return {
         "median": float(f"{statistics.median(values):.4g}"),
         "all": [float(f"{value:.4g}") for value in values],
     }
 
 
-def print_table(rows: Sequence[Row]) -> None:
-    """Prints rows as a table, and why what was skipped was skipped."""
+def ratio(
+    values: Mapping[str, Sequence[float]], above: str, below: str, *, quantity: str
+) -> Measured:
+    """Ratio of two medians, and the spread of all values as QUANTITY_NAME."""
+    detail = {f"{quantity}_{name}": spread(each) for name, each in values.items()}
+    return statistics.median(values[above]) / statistics.median(values[below]), detail
+
+
+def report(path: Path, rows: Sequence[Row]) -> None:
+    """Writes rows to a JSON file and prints them as a table."""
+    write_json(path, rows)
     print(f"{'row':<32}{'value':>12} {'unit':<14}{'interval':<18}{'target':<9}")
     for row in rows:
         value = "-" if row.value is None else f"{row.value:.4g}"
@@ -270,62 +278,70 @@ def print_table(rows: Sequence[Row]) -> None:
             print(f"    {row.detail['skipped']}")
 
 
-def measure_row(
-    name: str,
-    unit: str,
-    target: Target | None,
-    measurement: Callable[[], tuple[float, Mapping[str, Any]]],
-) -> Row:
-    """Measures one row, or says why it cannot be measured here.
-
-    Args:
-        name: of the row.
-        unit: of its value.
-        target: what it is held to, if anything.
-        measurement: returns value and detail; raises SkipError where it cannot.
-    """
-    print(f"measuring {name}", file=sys.stderr, flush=True)
-    try:
-        value, detail = measurement()
-    except SkipError as reason:
-        return Row(name, None, unit, target, {"skipped": str(reason)})
-    return Row(name, value, unit, target, detail)
+def write_json(path: Path, rows: Sequence[Row]) -> None:
+    """Writes rows, each with the machine it was measured on."""
+    about = machine()
+    written = [
+        {
+            "name": row.name,
+            "value": row.value,
+            "unit": row.unit,
+            "target": str(row.target) if row.target else "report",
+            "machine": about,
+            "detail": dict(row.detail),
+        }
+        for row in rows
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(written, indent=1) + "\n")
 
 
 def measure_rows(
-    table: Mapping[
-        str, tuple[str, Target | None, Callable[[_Subject], tuple[float, Mapping[str, Any]]]]
-    ],
-    names: Sequence[str],
-    subject: _Subject,
-    path: Path,
+    table: RowTable[_Subject], names: Sequence[str], subject: _Subject, path: Path
 ) -> None:
-    """Measures rows one after another, writes what there is after each, and prints the table.
-
-    Args:
-        table: of each row its unit, its target and what measures it on `subject`.
-        names: of the rows to measure.
-        subject: what all of them are given.
-        path: where the rows are written.
-    """
-    rows = []
+    """Measures the named rows of a table on a subject and reports them."""
+    rows: list[Row] = []
     for name in names:
-        unit, target, measure = table[name]
-        rows.append(measure_row(name, unit, target, functools.partial(measure, subject)))
-        # After each row: a long run that is stopped keeps what it has.
-        write_json(path, rows)
-    print_table(rows)
+        unit, target, measurement = table[name]
+        print(f"measuring {name}", file=sys.stderr, flush=True)
+        try:
+            value, detail = measurement(subject)
+            rows.append(Row(name, value, unit, target, detail))
+        except SkipError as reason:
+            rows.append(Row(name, None, unit, target, {"skipped": str(reason)}))
+        write_json(path, rows)  # after each row, so that an interrupted run keeps its rows
+    report(path, rows)
 
 
-def run_command(main: Callable[[list[str]], int], arguments: list[str] | None = None) -> NoReturn:
-    """Runs the `main` of a benchmark and exits; an error that a user can fix is one line.
+def command_parser(
+    name: str, doc: str | None, *, rows: RowTable[Any] | None = None, json: bool = True
+) -> argparse.ArgumentParser:
+    """Parser of `python -m benchmarks.NAME` with --json, and --rows if there is a table."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}", description=(doc or "").partition("\n")[0]
+    )
+    if json:
+        parser.add_argument("--json", type=_writable_path, required=True, help="output file")
+    if rows:
+        parser.add_argument("--rows", nargs="+", choices=rows, default=list(rows), metavar="NAME")
+    return parser
+
+
+def add_repeats(parser: argparse.ArgumentParser) -> None:
+    """Adds the option --repeats."""
+    parser.add_argument(
+        "--repeats", type=int, default=REPEATS, help="repeats of each measurement (%(default)s)"
+    )
+
+
+def run_command(main: Callable[[list[str]], None], arguments: list[str] | None = None) -> NoReturn:
+    """Runs the `main` of a benchmark and exits; user errors are printed as one line.
 
     Args:
-        main: takes the arguments of the command, returns its exit status.
-        arguments: those of the command line by default.
+        arguments: words of the command line; those of this process by default.
     """
     try:
-        status = main(sys.argv[1:] if arguments is None else arguments)
+        main(sys.argv[1:] if arguments is None else arguments)
     except (UserError, OSError, subprocess.CalledProcessError) as error:
         line = (
             f"{shlex.join(map(str, error.cmd))} ended with status {error.returncode}"
@@ -333,15 +349,15 @@ def run_command(main: Callable[[list[str]], int], arguments: list[str] | None = 
             else one_line(error)
         )
         print(f"{main.__globals__['__spec__'].name}: error: {line}", file=sys.stderr)
-        status = 1
-    sys.exit(status)
+        sys.exit(1)
+    sys.exit(0)
 
 
-def writable_path(text: str) -> Path:
-    """Returns a path, whose directory is made, for argparse; checks that it can be written.
+def _writable_path(text: str) -> Path:
+    """Makes the directory of an output file and checks that the file can be written.
 
     Raises:
-        argparse.ArgumentTypeError: if it cannot: rows would be lost after they are measured.
+        argparse.ArgumentTypeError: if not, because rows would be lost after they are measured.
     """
     path = local_path(text)
     try:
@@ -355,13 +371,6 @@ def writable_path(text: str) -> Path:
     return path
 
 
-def write_json(path: Path, rows: Sequence[Row]) -> None:
-    """Writes rows, each with the machine it was measured on."""
-    about = machine()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([row.as_json(about) for row in rows], indent=1) + "\n")
-
-
 def _child(target: str, arguments: str) -> None:
     module, _, function = target.partition(":")
     try:
@@ -370,7 +379,7 @@ def _child(target: str, arguments: str) -> None:
         print(one_line(error), file=sys.stderr, flush=True)
         os._exit(_USER_ERROR)
     print(json.dumps(result), flush=True)
-    # Endless pipelines have threads and processes that nobody waits for; some inherit the pipes,
+    # Threads and processes of endless pipelines are not waited for, but some inherit the pipes,
     # which `run_child` reads until they are closed.
     for process in multiprocessing.active_children():
         process.kill()

@@ -1,4 +1,4 @@
-"""What reading takes beside time on the processor: memory, and waiting for the first batch."""
+"""Memory of the input pipeline, and waiting time for the index and the first batch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure
+from benchmarks.measure import peak_bytes, seconds_since_start
 
 
 def peak_gigabytes(*, directory: str, workers: int, threads: int, count: int) -> dict[str, Any]:
-    """Largest resident memory of the pipeline with all its worker processes.
+    """Peak resident memory of the pipeline with its worker processes over `count` batches.
 
     Memory that processes share is counted for each of them.
 
@@ -24,24 +24,17 @@ def peak_gigabytes(*, directory: str, workers: int, threads: int, count: int) ->
     batches = rendering.pipeline(directory, workers=workers, threads=threads)
     for _ in range(count):
         next(batches)
-
-    def peak(process: psutil.Process) -> float:
-        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024 / 1e9
-        return 0.0
-
-    mine = peak(psutil.Process())
-    others = [peak(child) for child in psutil.Process().children(recursive=True)]
+    main = peak_bytes() / 1e9
+    others = [peak_bytes(child.pid) / 1e9 for child in psutil.Process().children(recursive=True)]
     return {
-        "main": round(mine, 3),
+        "main": round(main, 3),
         "workers": [round(other, 3) for other in others],
-        "total": round(mine + sum(others), 3),
+        "total": round(main + sum(others), 3),
     }
 
 
 def open_index(*, directory: str) -> dict[str, float]:
-    """Seconds to open a data set, megabytes (1e6) of its index file, and its records."""
+    """Seconds to open a data set, megabytes (1e6) of its index file, and number of records."""
     from avcl_jax.data.record_index import index_path
     from avcl_jax.data.records import RecordDataset
     from benchmarks.footage import NAME
@@ -61,15 +54,14 @@ def first_batch(*, directory: str) -> dict[str, float]:
     from avcl_jax.data.selection import UsableRecords
     from configs import pretrain
 
-    imported = measure.seconds_since_start()
+    imported = seconds_since_start()
     config = pretrain.get_config()
-    source = UsableRecords(
-        RecordDataset(directory, config.data.split), experiment.render_spec(config)
-    )
-    opened = measure.seconds_since_start()
+    spec = experiment.render_spec(config)
+    source = UsableRecords(RecordDataset(directory, config.data.split), spec)
+    opened = seconds_since_start()
     batches = train_batches(
         source,
-        experiment.render_spec(config),
+        spec,
         seed=config.seed,
         global_batch_size=config.global_batch_size,
         workers=config.execution.workers,
@@ -77,4 +69,4 @@ def first_batch(*, directory: str) -> dict[str, float]:
         prefetch=config.execution.prefetch,
     )
     next(iter(batches))
-    return {"imports": imported, "open": opened, "first_batch": measure.seconds_since_start()}
+    return {"imports": imported, "open": opened, "first_batch": seconds_since_start()}

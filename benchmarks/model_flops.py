@@ -1,7 +1,7 @@
-"""Floating-point operations of convolutions and matrix products, counted in what JAX traced.
+"""Floating-point operations of convolutions and matrix products, counted in a traced function.
 
-This is what "model FLOPs" of a utilisation means: nothing that a compiler adds, pads or recomputes
-enters, nor normalisation, activations and whatever else runs on the vector units.
+These are the "model FLOPs" of a utilisation: without additions, padding or recomputation by the
+compiler, and without normalisation, activations and other operations on the vector units.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.extend.core
 
 
 def _convolution(equation: Any) -> int:
-    """Two operations for every multiplication; those by the zeros of dilated inputs are none."""
+    """Two operations per multiplication, without those by the zeros of dilated inputs."""
     numbers = equation.params["dimension_numbers"]
     kernel = equation.invars[1].aval.shape
     spatial = math.prod(kernel[axis] for axis in numbers.rhs_spec[2:])
@@ -40,8 +40,8 @@ def _count(jaxpr: Any) -> int:
         elif equation.primitive.name == "dot_general":
             total += _product(equation)
         elif equation.primitive.name == "cond":
-            # A convolution has a form for each platform. What one of them does beyond the least,
-            # such as multiplying by the zeros of a border, is not useful work.
+            # A convolution has a form for each platform. Work beyond that of the cheapest form,
+            # such as multiplying by the zeros of a border, is not useful.
             total += min(_count(branch.jaxpr) for branch in equation.params["branches"])
             continue
         repeats = equation.params["length"] if equation.primitive.name == "scan" else 1
@@ -51,13 +51,12 @@ def _count(jaxpr: Any) -> int:
 
 
 def matrix_flops(function: Callable[..., Any], *arguments: Any) -> int:
-    """Operations of all convolutions and matrix products that `function` traces.
+    """Multiplications and additions of all convolutions and matrix products of a function.
+
+    Loops of known length count with their number of iterations.
 
     Args:
-        function: anything that can be traced.
+        function: traceable function.
         *arguments: arrays or their shapes.
-
-    Returns:
-        Multiplications and additions; a loop of known length counts as often as it runs.
     """
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)

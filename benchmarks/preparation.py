@@ -1,11 +1,11 @@
-"""Preparation against what FFmpeg and libjpeg alone take for the same films; sizes of both."""
+"""Preparation of records against bare FFmpeg and libjpeg on the same videos; sizes of both."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -14,46 +14,51 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 from avcl_jax.data.records import RecordDataset
 from benchmarks import rendering
-from benchmarks.baselines.pyav_dataloader import films, timeline
+from benchmarks.baselines.pyav_dataloader import timeline
+from benchmarks.footage import list_videos
+from benchmarks.measure import seconds_of
 
 _QUALITY = 90
 
 
 def _hours(folder: str) -> float:
-    return sum(timeline(path).end_seconds for path in films(Path(folder))) / 3600
+    return sum(timeline(path).end_seconds for path in list_videos(folder)) / 3600
 
 
 def hours_prepared(*, folder: str) -> float:
-    """Hours of video that the command prepares in an hour with one worker.
+    """Hours of video that the command prepares per hour with one worker.
 
-    What the command takes for --dry-run, that is starting Python and reading the manifest, is
-    taken off. Starting its worker process is not.
+    The time of --dry-run, which starts Python and reads the manifest, is subtracted. The start of
+    the worker process is not.
     """
 
-    def seconds(out: Path, *options: str) -> float:
+    def prepare(out: Path, *options: str) -> None:
         command = [sys.executable, "-m", "data_prep", "prepare", f"{folder}/manifest.csv"]
-        begin = time.perf_counter()
         subprocess.run(
             [*command, f"--out={out}", "--workers=1", *options],
             check=True,
             stdout=subprocess.DEVNULL,
         )
-        return time.perf_counter() - begin
 
     with tempfile.TemporaryDirectory() as scratch:
-        start = seconds(Path(scratch) / "nothing", "--dry-run")
-        return 3600 * _hours(folder) / (seconds(Path(scratch) / "records") - start)
+        start = seconds_of(lambda: prepare(Path(scratch) / "nothing", "--dry-run"))
+        seconds = seconds_of(lambda: prepare(Path(scratch) / "records"))
+        return 3600 * _hours(folder) / (seconds - start)
 
 
 def hours_decoded_and_encoded(*, folder: str) -> float:
-    """Hours of video that a bare loop decodes, scales and encodes to JPEG in an hour.
+    """Hours of video that a bare loop decodes, scales and encodes to JPEG per hour.
 
-    The same pictures at the same size and quality, and the sound resampled to 16 kHz, in one pass
-    through each file; nothing is checked, kept or written.
+    Size and quality of the frames are those of the records, and audio is resampled to 16 kHz, in
+    one pass through each file; nothing is checked, kept or written.
     """
+    seconds = seconds_of(lambda: _decode_and_encode(list_videos(folder)))
+    return 3600 * _hours(folder) / seconds
+
+
+def _decode_and_encode(paths: Sequence[Path]) -> None:
     hz = rendering.LOG_MEL.sample_rate_hz
-    begin = time.perf_counter()
-    for path in films(Path(folder)):
+    for path in paths:
         with av.open(str(path)) as container:
             video, audio = container.streams.video[0], container.streams.audio[0]
             video.codec_context.thread_count = 1
@@ -73,18 +78,17 @@ def hours_decoded_and_encoded(*, folder: str) -> float:
                 simplejpeg.encode_jpeg(
                     image, quality=_QUALITY, colorspace="RGB", colorsubsampling="420"
                 )
-    return 3600 * _hours(folder) / (time.perf_counter() - begin)
 
 
 def sizes(*, folder: str, directory: str) -> dict[str, float]:
-    """Bytes an hour of video takes as records and as the films they were made of."""
-    hours = _hours(folder)
+    """Bytes per hour of video, as records and as the source videos."""
     records = RecordDataset(directory, "train")
     shards = sum(path.stat().st_size for path in Path(directory).glob("*.tfrecord-*"))
-    sources = sum(path.stat().st_size for path in films(Path(folder)))
-    kept = float(records.timelines["duration_seconds"].sum()) / 3600
+    files = sum(path.stat().st_size for path in list_videos(folder))
+    of_records = 3600 * shards / float(records.timelines["duration_seconds"].sum())
+    of_sources = files / _hours(folder)
     return {
-        "records": shards / kept,
-        "sources": sources / hours,
-        "times_larger": shards / kept / (sources / hours),
+        "records": of_records,
+        "sources": of_sources,
+        "times_larger": of_records / of_sources,
     }

@@ -1,15 +1,14 @@
-"""What computing blocks again in the backward pass saves in memory, and takes in time.
+"""Memory that rematerialisation in the backward pass saves, and its time.
 
     python -m benchmarks.remat --json remat.json
 
-R(2+1)D-18 on clips of 16 x 112 x 112, forward and backward, with rematerialisation over without.
-Meant for an accelerator: XLA's CPU compiler drops the barriers that put off what is computed again,
-and then saves nothing.
+R(2+1)D-18 on clips of 16 x 112 x 112, forward and backward: ratios with and without
+rematerialisation. For an accelerator: XLA's CPU compiler drops the barriers that delay the
+recomputation, so it saves nothing there.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 import time
@@ -19,49 +18,40 @@ from typing import Any
 from benchmarks.measure import (
     Row,
     Target,
-    interleave,
-    median_ratio,
-    print_table,
+    add_repeats,
+    command_parser,
+    ratio,
+    report,
     run_child,
     run_command,
+    seconds_in_turns,
     spread,
-    writable_path,
-    write_json,
 )
-
-ENCODER = "r2plus1d_18"
-CLIP = (16, 112, 112, 3)
+from benchmarks.steps import CLIP, ENCODER
 
 
 def compare(*, remats: Sequence[str], batch: int, dtype: str, repeats: int) -> dict[str, Any]:
-    """Compiles and times the step of each kind of rematerialisation, in turns.
+    """Compiles and times a step with each setting of `execution.remat`, in turns.
 
     Args:
-        remats: settings of `execution.remat`.
-        batch: clips of a step.
-        dtype: of the computation.
-        repeats: steps timed of each; 0 compiles only.
+        batch: clips per step.
+        dtype: dtype of the computation.
+        repeats: number of timed steps.
 
     Returns:
-        By setting: `temporary_bytes` of the compiled step, `flops` and `seconds` of every step.
+        By setting: `temporary_bytes` and `flops` of the compiled step, `device`,
+        `compile_seconds`, and `seconds` of every step.
     """
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    from avcl_jax.models.encoders import create_encoder
+    from benchmarks.steps import video_encoder
 
-    encoders = {
-        remat: create_encoder(
-            "video",
-            ENCODER,
-            {"subtract_time_mean": False, "remat": remat, "dtype": jnp.dtype(dtype)},
-        )
-        for remat in remats
-    }
+    encoders = {remat: video_encoder(remat=remat, dtype=jnp.dtype(dtype)) for remat in remats}
     video = jnp.asarray(np.random.default_rng(0).normal(size=(batch, *CLIP)), jnp.float32)
-    some = next(iter(encoders.values()))
-    shapes = jax.eval_shape(functools.partial(some.init, train=False), jax.random.key(0), video)
+    init = functools.partial(encoders[remats[0]].init, train=False)
+    shapes = jax.eval_shape(init, jax.random.key(0), video)
     # Any numbers do, and compiling the initialisation takes longer than the measurement.
     variables = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.02), shapes)
 
@@ -75,79 +65,64 @@ def compare(*, remats: Sequence[str], batch: int, dtype: str, repeats: int) -> d
 
         return jax.grad(loss, has_aux=True)(variables["params"])
 
-    steps, found = {}, {}
+    calls, results = {}, {}
     for remat, encoder in encoders.items():
         begin = time.perf_counter()
-        compiled = jax.jit(functools.partial(step, encoder)).lower(variables, video).compile()
-        memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-        assert memory is not None
-        assert cost is not None
-        found[remat] = {
-            "temporary_bytes": memory.temp_size_in_bytes,
-            "flops": cost.get("flops"),
+        program: Any = jax.jit(functools.partial(step, encoder)).lower(variables, video).compile()
+        results[remat] = {
+            "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+            "flops": program.cost_analysis().get("flops"),
             "device": jax.devices()[0].device_kind,
             "compile_seconds": round(time.perf_counter() - begin, 1),
         }
-        print(remat, found[remat], file=sys.stderr, flush=True)
-
-        def run(compiled: Any = compiled) -> float:
-            begin = time.perf_counter()
-            jax.block_until_ready(compiled(variables, video))
-            return time.perf_counter() - begin
-
-        steps[remat] = run
-    if repeats:
-        interleave(steps, repeats=1)  # the first run of each is not timed
-        for remat, seconds in interleave(steps, repeats=repeats).items():
-            found[remat]["seconds"] = seconds
-    return found
+        print(remat, results[remat], file=sys.stderr, flush=True)
+        calls[remat] = lambda program=program: jax.block_until_ready(program(variables, video))
+        calls[remat]()  # the first run is not timed
+    for remat, seconds in seconds_in_turns(calls, repeats=repeats).items():
+        results[remat]["seconds"] = seconds
+    return results
 
 
-def measure_rows(remat: str, *, batch: int, dtype: str, repeats: int) -> list[Row]:
-    """Measures `remat_memory_ratio` and `remat_time_ratio` of a setting, all in one process."""
-    remats = ("none", "norms", "blocks")
-    found = run_child(
-        "benchmarks.remat:compare",
-        {"remats": remats, "batch": batch, "dtype": dtype, "repeats": repeats},
-    )
-    without, chosen = found["none"], found[remat]
-    shape = {"remat": remat, "encoder": ENCODER, "clip": CLIP, "batch": batch, "dtype": dtype}
-    shape["device"] = without["device"]
-    memory = {name: round(value["temporary_bytes"] / 2**20, 1) for name, value in found.items()}
-    seconds = {name: spread(value["seconds"]) for name, value in found.items()}
-    return [
-        Row(
-            "remat_memory_ratio",
-            chosen["temporary_bytes"] / without["temporary_bytes"],
-            "ratio",
-            Target("<=", 0.5),
-            shape | {"temporary_mib": memory},
-        ),
-        Row(
-            "remat_time_ratio",
-            median_ratio(chosen["seconds"], without["seconds"]),
-            "ratio",
-            Target("<=", 1.35),
-            shape | {"seconds": seconds},
-        ),
-    ]
-
-
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     """Runs the command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.remat", description=(__doc__ or "").partition("\n")[0]
+    parser = command_parser("remat", __doc__)
+    parser.add_argument(
+        "--remat", choices=("norms", "blocks"), default="blocks", help="execution.remat"
     )
-    parser.add_argument("--json", type=writable_path, required=True, help="where to write the rows")
-    parser.add_argument("--remat", choices=("norms", "blocks"), default="blocks")
-    parser.add_argument("--batch", type=int, default=2, help="clips of a step")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--repeats", type=int, default=5, help="steps timed of each")
+    parser.add_argument("--batch", type=int, default=2, help="clips per step")
+    parser.add_argument("--dtype", default="float32", help="dtype of the computation")
+    add_repeats(parser)
     args = parser.parse_args(arguments)
-    rows = measure_rows(args.remat, batch=args.batch, dtype=args.dtype, repeats=args.repeats)
-    write_json(args.json, rows)
-    print_table(rows)
-    return 0
+    settings = {"batch": args.batch, "dtype": args.dtype}
+    results = run_child(
+        "benchmarks.remat:compare",
+        {"remats": ("none", "norms", "blocks"), "repeats": args.repeats, **settings},
+    )
+    about = {"remat": args.remat, "encoder": ENCODER, "clip": CLIP, **settings}
+    about["device"] = results["none"]["device"]
+    memory = {name: result["temporary_bytes"] for name, result in results.items()}
+    seconds = {name: result["seconds"] for name, result in results.items()}
+    time_ratio, _ = ratio(seconds, args.remat, "none", quantity="seconds")
+    mib = {name: round(value / 2**20, 1) for name, value in memory.items()}
+    report(
+        args.json,
+        [
+            Row(
+                "remat_memory_ratio",
+                memory[args.remat] / memory["none"],
+                "ratio",
+                Target("<=", 0.5),
+                about | {"temporary_mib": mib},
+            ),
+            Row(
+                "remat_time_ratio",
+                time_ratio,
+                "ratio",
+                Target("<=", 1.35),
+                about | {"seconds": {name: spread(values) for name, values in seconds.items()}},
+            ),
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""The work that every input pipeline compared here does: one rendering, one order of samples.
+"""Task of all input pipelines that are compared: the same rendering, the same order of samples.
 
-2 views of 16 frames of 112 x 112 pixels from frames of 128 pixels' short side, a random square
-crop, mirroring, a log-mel spectrogram of the same interval, batches of 32: the full-size presets,
-except that the spectrogram is made on the host.
+Two views of 16 frames of 112 x 112 pixels from frames of short side 128, a random square crop,
+mirroring, a log-mel spectrogram of the same interval, batches of 32: the full-size presets, except
+that the spectrogram is computed on the host.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,9 @@ from avcl_jax.data.pipeline import Draw, RenderBatch, train_batches
 from avcl_jax.data.records import Record, RecordDataset
 from avcl_jax.data.rendering import RenderSpec, render_audio
 from avcl_jax.data.selection import UsableRecords
-from avcl_jax.data.spectrogram import LogMelSpec
-from avcl_jax.data.views import Timeline, ViewSpec, draw_views, frame_indices
-from benchmarks.measure import rate
+from avcl_jax.data.spectrogram import LogMelSpec, gather_windows, log_mel
+from avcl_jax.data.views import FORWARD, Clip, Timeline, ViewSpec, draw_views, frame_indices
+from benchmarks.measure import rate, seconds_in_turns
 
 SHORT_SIDE = 128
 BATCH_SIZE = 32
@@ -49,44 +48,45 @@ SPEC = RenderSpec(
     spectrogram_on_device=False,
     modalities="audio_visual",
 )
+_LOG_MEL_CALLS = 200
 
 
 class _FramesOfViews(grain.transforms.RandomMap):
-    """The JPEG frames that `RenderRandomViews` decodes, given the same random numbers."""
+    """JPEG frames that `RenderRandomViews` decodes, given the same random numbers."""
 
     def random_map(
         self, element: tuple[int, Record, Timeline], rng: np.random.Generator
     ) -> list[bytes]:
-        _, record, use = element
-        pair = draw_views(rng, use, VIEWS, record.frame_seconds)
-        return [
-            record.frames[index]
-            for clip in pair.video
-            for index in frame_indices(clip, record.frame_seconds, VIEWS).tolist()
-        ]
+        _, record, timeline = element
+        pair = draw_views(rng, timeline, VIEWS, record.frame_seconds)
+        return [frame for clip in pair.video for frame in _frames_of(record, clip)]
 
 
-def open_records(directory: str | Path, split: str = "train") -> UsableRecords:
-    """Opens a prepared data set for the rendering."""
-    return UsableRecords(RecordDataset(directory, split), SPEC)
+def _frames_of(record: Record, clip: Clip) -> list[bytes]:
+    indices = frame_indices(clip, record.frame_seconds, VIEWS)
+    return [record.frames[index] for index in indices.tolist()]
 
 
-def decoded_frames(source: UsableRecords, *, samples: int) -> list[list[bytes]]:
-    """The JPEG frames that the pipeline decodes for its first samples, in its order."""
-    chosen = grain.MapDataset.source(source).seed(0).shuffle().repeat().random_map(_FramesOfViews())
-    return [chosen[number] for number in range(samples)]
+def open_records(directory: str | Path) -> UsableRecords:
+    """Opens the training split of a prepared data set for the rendering."""
+    return UsableRecords(RecordDataset(directory, "train"), SPEC)
 
 
-def pipeline(
-    directory: str | Path, *, workers: int, threads: int, batch_size: int = BATCH_SIZE
-) -> Iterator[Any]:
+def decoded_frames(directory: str, *, samples: int) -> list[list[bytes]]:
+    """JPEG frames that the pipeline decodes for each of its first samples, in its order."""
+    records = grain.MapDataset.source(open_records(directory)).seed(0).shuffle().repeat()
+    frames = records.random_map(_FramesOfViews())
+    return [frames[number] for number in range(samples)]
+
+
+def pipeline(directory: str, *, workers: int, threads: int) -> Iterator[Any]:
     """Batches of this project's input pipeline."""
     flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
     batches = train_batches(
         open_records(directory),
         SPEC,
         seed=0,
-        global_batch_size=batch_size,
+        global_batch_size=BATCH_SIZE,
         workers=workers,
         threads=threads,
         prefetch=max(2, threads),
@@ -101,31 +101,26 @@ def pipeline_rate(*, directory: str, workers: int, threads: int, count: int) -> 
 
 
 def parts(*, directory: str, repeats: int) -> dict[str, float]:
-    """Milliseconds a sample on one core of what rendering consists of, in turns.
+    """Median milliseconds per sample of rendering and of its parts, in turns on one core.
 
     Returns:
-        Medians of `all` rendering, and of its parts: `read` records, `decode` pictures, `crop` and
-        resize them, `log_mel`. Python between the parts is what they leave of `all`.
+        `all`, the whole rendering; `read` records, `decode` frames, `crop` and resize them,
+        `log_mel`. The remaining time is Python between the parts.
     """
     source = open_records(directory)
     render = RenderBatch(source, SPEC, skip_unreadable=False, shared=False)
     positions = np.random.default_rng(0).permutation(len(source))[:BATCH_SIZE].tolist()
-    known = []
+    views = []
     for number, position in enumerate(positions):
-        _, record, use = source[position]
+        _, record, timeline = source[position]
         rng = np.random.default_rng(number)
-        pair = draw_views(rng, use, VIEWS, record.frame_seconds)
-        known.append((record, pair))
-    shown = [
-        [record.frames[k] for k in frame_indices(clip, record.frame_seconds, VIEWS).tolist()]
-        for record, pair in known
-        for clip in pair.video
-    ]
+        views.append((record, draw_views(rng, timeline, VIEWS, record.frame_seconds)))
+    jpegs = [_frames_of(record, clip) for record, pair in views for clip in pair.video]
     size = CROP.image_size
     out = np.empty((size, size, 3), np.uint8)
 
     def crops() -> None:
-        for number, (record, _) in enumerate(known):
+        for number, (record, _) in enumerate(views):
             image = np.zeros((record.height, record.width, 3), np.uint8)
             for view in range(2):
                 rng = np.random.default_rng([number, view])
@@ -133,20 +128,54 @@ def parts(*, directory: str, repeats: int) -> dict[str, float]:
                 for _ in range(VIEWS.num_frames):
                     crop_frame(image, crop, out)
 
-    measured = {
+    calls = {
         "all": lambda: render([Draw(p, np.random.default_rng(n)) for n, p in enumerate(positions)]),
-        # Counted and not kept: records that stay in memory cost page faults.
+        # Counted instead of kept: records that stay in memory cause page faults.
         "read": lambda: sum(source[position][0] >= 0 for position in positions),
-        "decode": lambda: [list(each_jpeg(frames)) for frames in shown],
+        "decode": lambda: [list(each_jpeg(frames)) for frames in jpegs],
         "crop": crops,
         "log_mel": lambda: [
-            render_audio(record, clip, SPEC) for record, pair in known for clip in pair.audio
+            render_audio(record, clip, SPEC) for record, pair in views for clip in pair.audio
         ],
     }
-    times: dict[str, list[float]] = {name: [] for name in measured}
-    for _ in range(repeats):
-        for name, function in measured.items():
-            begin = time.perf_counter()
-            function()
-            times[name].append(1e3 * (time.perf_counter() - begin) / len(positions))
-    return {name: round(statistics.median(values), 3) for name, values in times.items()}
+    return {
+        name: round(1e3 * statistics.median(seconds) / len(positions), 3)
+        for name, seconds in seconds_in_turns(calls, repeats=repeats).items()
+    }
+
+
+def compare_log_mel(*, repeats: int) -> dict[str, Any]:
+    """Times the log-mel spectrogram of a clip, ours and librosa's, in turns.
+
+    Returns:
+        `speedup`, `microseconds` of each, and their `largest_difference`.
+    """
+    from benchmarks.baselines.pyav_dataloader import librosa_log_mel
+
+    clip = Clip(0.0, 0, FORWARD)
+    samples = round(LOG_MEL.sample_rate_hz * VIEWS.clip_seconds)
+    waveform = np.random.default_rng(0).integers(-8000, 8000, samples, dtype=np.int16)
+    floats = waveform.astype(np.float32) / 32768
+
+    def ours() -> np.ndarray:
+        windows = gather_windows(waveform, clip, LOG_MEL, VIEWS, audio_start_seconds=0.0)
+        return np.asarray(log_mel(windows, LOG_MEL))
+
+    def librosas() -> np.ndarray:
+        return librosa_log_mel(floats, clip)
+
+    difference = float(np.abs(ours() - librosas()).max())
+    assert difference < 1e-4, f"the spectrograms differ by {difference}"
+    calls = {
+        "ours": lambda: [ours() for _ in range(_LOG_MEL_CALLS)],
+        "librosa": lambda: [librosas() for _ in range(_LOG_MEL_CALLS)],
+    }
+    microseconds = {
+        name: 1e6 * statistics.median(seconds) / _LOG_MEL_CALLS
+        for name, seconds in seconds_in_turns(calls, repeats=max(repeats, 5)).items()
+    }
+    return {
+        "speedup": microseconds["librosa"] / microseconds["ours"],
+        "microseconds": {name: round(value, 1) for name, value in microseconds.items()},
+        "largest_difference": difference,
+    }

@@ -1,15 +1,13 @@
-"""How long the demo takes from its command to its first step, compiled before and not.
+"""Time from the demo's command to its first step, with and without compiled functions in the cache.
 
     python -m data_prep demo --out data/foley
     python -m benchmarks.startup --json startup.json
 
-Every start is a run of `avcl_jax.main` of its own, in a new directory; it is stopped when it tells
-of its first step.
+Each start runs `avcl_jax.main` in a new directory and is stopped after its first step.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -20,14 +18,13 @@ from pathlib import Path
 
 from avcl_jax.paths import local_path
 from benchmarks.measure import (
-    REPEATS,
     Row,
     Target,
-    print_table,
+    add_repeats,
+    command_parser,
+    report,
     run_command,
     spread,
-    writable_path,
-    write_json,
 )
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -38,12 +35,12 @@ def seconds_to_first_step(records: Path, cache: Path) -> float:
 
     Args:
         records: prepared data set.
-        cache: compilation cache, empty or of an earlier start.
+        cache: compilation cache, empty or filled by an earlier start.
 
     Raises:
-        RuntimeError: if it ends before, with what it printed.
+        RuntimeError: if the run ends before, with its last lines.
     """
-    # Ours, not one that the machine has: it would be warm before the first start.
+    # Without a cache of the machine, which would be warm before the first start.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION")}
     with tempfile.TemporaryDirectory() as workdir:
         begin = time.perf_counter()
@@ -63,48 +60,39 @@ def seconds_to_first_step(records: Path, cache: Path) -> float:
             stderr=subprocess.STDOUT,
         ) as process:
             assert process.stdout is not None
-            printed = []
+            lines = []
             for line in process.stdout:
                 if line.startswith("step 1/"):
                     seconds = time.perf_counter() - begin
                     process.kill()
                     return seconds
-                printed.append(line)
-    raise RuntimeError(f"the demo ended before its first step:\n{''.join(printed[-20:])}")
+                lines.append(line)
+    raise RuntimeError(f"the demo ended before its first step:\n{''.join(lines[-20:])}")
 
 
-def startup_row(records: Path, *, repeats: int) -> Row:
-    """Measures `startup_seconds_cached`, the median over starts after the first one."""
+def main(arguments: list[str]) -> None:
+    """Runs the command."""
+    parser = command_parser("startup", __doc__)
+    parser.add_argument(
+        "--demo", type=local_path, default="data/foley/records", help="records of the demo"
+    )
+    add_repeats(parser)
+    args = parser.parse_args(arguments)
+    if not (args.demo / "dataset_info.json").exists():
+        parser.error(f"{args.demo} does not exist: python -m data_prep demo --out data/foley")
     with tempfile.TemporaryDirectory() as directory:
         cache = Path(directory)
-        cold = seconds_to_first_step(records, cache)
-        warm = [seconds_to_first_step(records, cache) for _ in range(repeats)]
+        first, *warm = [seconds_to_first_step(args.demo, cache) for _ in range(1 + args.repeats)]
         entries = [path.stat().st_size for path in cache.iterdir() if path.name.endswith("-cache")]
     detail = {
-        "first_start_seconds": round(cold, 2),
+        "first_start_seconds": round(first, 2),
         "seconds": spread(warm),
         "cache_entries": len(entries),
         "cache_megabytes": round(sum(entries) / 1e6, 2),
     }
-    return Row("startup_seconds_cached", statistics.median(warm), "s", Target("<=", 15), detail)
-
-
-def main(arguments: list[str]) -> int:
-    """Runs the command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.startup", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("--json", type=writable_path, required=True, help="where to write the row")
-    parser.add_argument("--demo", type=local_path, default="data/foley/records")
-    parser.add_argument("--repeats", type=int, default=REPEATS, help="starts after the first one")
-    args = parser.parse_args(arguments)
-    if not (args.demo / "dataset_info.json").exists():
-        parser.error(f"{args.demo} does not exist: python -m data_prep demo --out data/foley")
-    rows = [startup_row(args.demo, repeats=args.repeats)]
-    write_json(args.json, rows)
-    print_table(rows)
-    print(rows[0].detail)
-    return 0
+    target = Target("<=", 15)
+    report(args.json, [Row("startup_seconds_cached", statistics.median(warm), "s", target, detail)])
+    print(detail)
 
 
 if __name__ == "__main__":

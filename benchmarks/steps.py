@@ -1,41 +1,44 @@
-"""What `benchmarks.train_step` times, each function in a process of its own: steps of ours."""
+"""Training steps of this project that `benchmarks.train_step` times, each in its own process."""
 
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.measure import interleave
+from benchmarks.measure import seconds_in_turns, seconds_of_each
 
-CLIP = (16, 112, 112, 3)
-# Of the demo, not counted: compilation, and memory that is not there yet.
+ENCODER, CLIP = "r2plus1d_18", (16, 112, 112, 3)
+# Steps of the demo that are not timed: the first compiles, and the next map memory.
 WARM_UP_STEPS = 5
 
 
+def video_encoder(**settings: Any) -> Any:
+    """R(2+1)D-18 with some settings of `VideoResNet`."""
+    from avcl_jax.models.encoders import create_encoder
+
+    return create_encoder("video", ENCODER, {"subtract_time_mean": False, **settings})
+
+
 def seconds_of_encoder_steps(*, batch: int, steps: int, dtype: str = "float32") -> list[float]:
-    """Seconds of each step of our R(2+1)D-18: forward, backward and AdamW, after one uncounted.
+    """Seconds of each step of R(2+1)D-18: forward, backward and AdamW.
 
     Args:
-        batch: clips.
-        steps: how many are timed.
-        dtype: of the computation; parameters, statistics and loss are float32.
+        batch: clips per step.
+        steps: number of timed steps, after one that compiles.
+        dtype: dtype of the computation; parameters, statistics and loss are float32.
     """
     import jax
     import jax.numpy as jnp
     import numpy as np
     import optax
 
-    from avcl_jax.models.encoders import create_encoder
-
-    encoder = create_encoder(
-        "video", "r2plus1d_18", {"subtract_time_mean": False, "dtype": jnp.dtype(dtype)}
-    )
+    encoder = video_encoder(dtype=jnp.dtype(dtype))
     clips = jnp.asarray(np.random.default_rng(0).normal(size=(batch, *CLIP)), jnp.float32)
     variables = jax.jit(functools.partial(encoder.init, train=False))(jax.random.key(0), clips)
     optimizer = optax.adamw(1e-4)
 
+    @functools.partial(jax.jit, donate_argnums=0)
     def step(state: Any, clips: Any) -> tuple[Any, Any]:
         params, statistics, moments = state
 
@@ -53,18 +56,16 @@ def seconds_of_encoder_steps(*, batch: int, steps: int, dtype: str = "float32") 
         return (optax.apply_updates(params, updates), statistics, moments), value
 
     state = (variables["params"], variables["batch_stats"], optimizer.init(variables["params"]))
-    compiled = jax.jit(step, donate_argnums=0)
-    seconds = []
-    for _ in range(1 + steps):
-        begin = time.perf_counter()
-        state, value = compiled(state, clips)
-        jax.block_until_ready((state, value))
-        seconds.append(time.perf_counter() - begin)
-    return seconds[1:]
+
+    def next_step() -> None:
+        nonlocal state
+        state, _ = jax.block_until_ready(step(state, clips))
+
+    return seconds_of_each(next_step, steps)
 
 
-def gpu_seen() -> dict[str, bool]:
-    """Whether JAX and PyTorch, as they are installed, can use a GPU."""
+def gpu_usable() -> dict[str, bool]:
+    """Installed libraries and their ability to use a GPU."""
     import jax
     import torch
 
@@ -72,16 +73,13 @@ def gpu_seen() -> dict[str, bool]:
 
 
 def encoder_flops() -> int:
-    """Operations of convolutions of that R(2+1)D-18 for one clip, forward and backward."""
+    """Operations of the convolutions of R(2+1)D-18 for one clip, forward and backward."""
     import jax
     import jax.numpy as jnp
 
-    from avcl_jax.models.encoders import create_encoder
     from benchmarks.model_flops import matrix_flops
 
-    encoder = create_encoder(
-        "video", "r2plus1d_18", {"subtract_time_mean": False, "lowering": "direct"}
-    )
+    encoder = video_encoder(lowering="direct")
     clips = jax.ShapeDtypeStruct((1, *CLIP), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     variables = jax.eval_shape(functools.partial(encoder.init, train=False), key, clips)
@@ -96,11 +94,7 @@ def encoder_flops() -> int:
 
 
 def seconds_of_demo_steps(*, steps: int) -> list[float]:
-    """Seconds of each step of the demo as it is trained, with its bank in use.
-
-    Args:
-        steps: how many; as many as the PyTorch step makes before it are not counted.
-    """
+    """Seconds of each of `steps` training steps of the demo with its bank in use."""
     import dataclasses
 
     import jax
@@ -117,7 +111,7 @@ def seconds_of_demo_steps(*, steps: int) -> list[float]:
     mesh, init, step_function = loop.build(config)
     key = jax.random.key(0)
     state, shardings = init(key)
-    # Full, of other videos, and past its warm-up: its rows are drawn from the first step on.
+    # Filled with other videos and past its warm-up, so that rows are drawn from the first step on.
     size, rng = config.bank.size, np.random.default_rng(1)
     rows = rng.normal(size=(2, size // 2, 2, config.model.embedding_dim)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
@@ -133,24 +127,25 @@ def seconds_of_demo_steps(*, steps: int) -> list[float]:
     state = jax.device_put(dataclasses.replace(state, bank=bank, step=step_number), shardings)
     step = jit_train_step(step_function, mesh, shardings)
     batch = jax.device_put(random_batch(config), sharding.rows_sharding(mesh))
-    seconds = []
-    for _ in range(WARM_UP_STEPS + steps):
-        begin = time.perf_counter()
-        state, metrics = step(state, batch, key)
-        jax.block_until_ready((state, metrics))
-        seconds.append(time.perf_counter() - begin)
-    used = float(metrics["vv/bank_positives"].compute())
-    if used != config.bank.num_positives:
-        raise RuntimeError(f"anchors got {used} bank positives: the bank was not in use")
-    return seconds[WARM_UP_STEPS:]
+    metrics: Any = {}
+
+    def next_step() -> None:
+        nonlocal state, metrics
+        state, metrics = jax.block_until_ready(step(state, batch, key))
+
+    seconds = seconds_of_each(next_step, steps, warmup=WARM_UP_STEPS)
+    positives = float(metrics["vv/bank_positives"].compute())
+    if positives != config.bank.num_positives:
+        raise RuntimeError(f"anchors got {positives} bank positives: the bank was not in use")
+    return seconds
 
 
 def seconds_of_demo_parts(*, repeats: int) -> dict[str, list[float]]:
     """Seconds of the demo's step and of parts of it, each compiled by itself, in turns.
 
     Returns:
-        `step`, the whole; `encoders`, forward and backward of both; `inputs`, the augmentation and
-        what else makes inputs of a batch.
+        `step`, the whole step; `encoders`, forward and backward of both; `inputs`, augmentation
+        and the other operations that turn a batch into inputs.
     """
     import jax
     import jax.numpy as jnp
@@ -167,9 +162,8 @@ def seconds_of_demo_parts(*, repeats: int) -> dict[str, list[float]]:
     state, shardings = init(key)
     spec = experiment.render_spec(config)
     mel = spec.log_mel
-    batch = random_batch(config)
-    whole = sharding.replicated(mesh)
-    step = jax.jit(step_function, in_shardings=(shardings, sharding.rows_sharding(mesh), whole))
+    by_rows, whole = sharding.rows_sharding(mesh), sharding.replicated(mesh)
+    step = jax.jit(step_function, in_shardings=(shardings, by_rows, whole))
     prepare = jax.jit(
         functools.partial(
             prepare_inputs,
@@ -180,7 +174,7 @@ def seconds_of_demo_parts(*, repeats: int) -> dict[str, list[float]]:
             key=key,
         )
     )
-    inputs = jax.block_until_ready(prepare(batch))
+    inputs = jax.block_until_ready(prepare(random_batch(config)))
     networks = {
         "video": experiment.encoder(config, "video"),
         "audio": experiment.encoder(config, "audio"),
@@ -189,7 +183,15 @@ def seconds_of_demo_parts(*, repeats: int) -> dict[str, list[float]]:
         "video": inputs["video"].reshape(-1, *spec.video_shape),
         "audio": inputs["spectrogram"].reshape(-1, mel.frames, mel.mels),
     }
+    variables = {
+        name: {
+            "params": state.params[f"{name}_encoder"],
+            "batch_stats": state.batch_stats[f"{name}_encoder"],
+        }
+        for name in networks
+    }
 
+    @jax.jit
     def encode(variables: Any, arrays: Any) -> Any:
         def loss(params: Any) -> Any:
             total = jnp.zeros(())
@@ -205,26 +207,11 @@ def seconds_of_demo_parts(*, repeats: int) -> dict[str, list[float]]:
 
         return jax.grad(loss)({name: variables[name]["params"] for name in networks})
 
-    variables = {
-        name: {
-            "params": state.params[f"{name}_encoder"],
-            "batch_stats": state.batch_stats[f"{name}_encoder"],
-        }
-        for name in networks
-    }
-    encode_compiled = jax.jit(encode)
-    batch = jax.device_put(batch, sharding.rows_sharding(mesh))
+    batch = jax.device_put(random_batch(config), by_rows)
     calls: dict[str, Callable[[], Any]] = {
-        "step": lambda: step(state, batch, key),
-        "encoders": lambda: encode_compiled(variables, arrays),
-        "inputs": lambda: prepare(batch),
+        "step": lambda: jax.block_until_ready(step(state, batch, key)),
+        "encoders": lambda: jax.block_until_ready(encode(variables, arrays)),
+        "inputs": lambda: jax.block_until_ready(prepare(batch)),
     }
-
-    def timed(call: Callable[[], Any]) -> float:
-        begin = time.perf_counter()
-        jax.block_until_ready(call())
-        return time.perf_counter() - begin
-
-    measurements = {name: functools.partial(timed, call) for name, call in calls.items()}
-    interleave(measurements, repeats=2)  # compilation, and memory that is not there yet
-    return interleave(measurements, repeats=repeats)
+    seconds_in_turns(calls, repeats=2)  # compiles, and maps memory
+    return seconds_in_turns(calls, repeats=repeats)

@@ -1,10 +1,10 @@
-"""Published figures of TPU chips, and what an exchange takes on their interconnect.
+"""Published data of TPU chips, and the time of exchanges over their interconnect.
 
-Sources: peaks, memory and topology from Google's pages named beside each chip; bandwidth of a link,
-and which axes wrap around, from "How to Scale Your Model", part 2
+Sources: peaks, memory and topology from Google's page of each chip; bandwidth of a link and the
+axes that wrap around from "How to Scale Your Model", part 2
 (https://jax-ml.github.io/scaling-book/tpus/), which agrees with the totals of those pages: links x
-2 directions x one-way bandwidth. Google publishes no clocks. The book names 1.5 GHz for v5e; the
-others follow from peak = units x side^2 x 2 x clock, and v5e obeys that too (1.503 GHz).
+2 directions x one-way bandwidth. Google publishes no clocks. The book gives 1.5 GHz for v5e; the
+others follow from peak = units x side^2 x 2 x clock, which also holds for v5e (1.503 GHz).
 """
 
 from __future__ import annotations
@@ -21,51 +21,43 @@ class Chip:
     """A TPU chip.
 
     Attributes:
-        peak_flops: bfloat16 operations a second.
-        matrix_units: of the chip.
+        peak_flops: bfloat16 operations per second.
+        matrix_units: number of matrix units.
         matrix_side: rows and columns of a matrix unit.
-        hbm_bytes: of memory, in units of 10^9 bytes where the page says GB.
-        hbm_bandwidth: bytes a second.
-        link_bandwidth: bytes a second of one link in one direction.
-        wraps_from: an axis of so many chips, or a multiple, is a ring; a shorter one is a line.
-        source: page of the figures.
+        hbm_bytes: memory, with GB of the page taken as 10^9 bytes.
+        link_bandwidth: bytes per second of one link in one direction.
+        wraps_from: length in chips, or its multiple, of axes that are rings; others are lines.
+        source: page of these data.
     """
 
     peak_flops: float
     matrix_units: int
     matrix_side: int
     hbm_bytes: float
-    hbm_bandwidth: float
     link_bandwidth: float
     wraps_from: int
     source: str
 
     @property
     def clock_hz(self) -> float:
-        """The clock at which the matrix units reach the peak."""
+        """Clock at which the matrix units reach the peak."""
         return self.peak_flops / (self.matrix_units * self.matrix_side**2 * 2)
 
 
 CHIPS = {
-    "v5e": Chip(
-        197e12, 4, 128, 16e9, 819e9, 50e9, 16, "https://docs.cloud.google.com/tpu/docs/v5e"
-    ),
-    # Of that page there are versions with two and with four matrix units. The compiler schedules
-    # 369,000 operations a cycle for a large product, more than two units of this side can do.
-    "v6e": Chip(
-        918e12, 4, 256, 32e9, 1600e9, 100e9, 16, "https://docs.cloud.google.com/tpu/docs/v6e"
-    ),
-    "v5p": Chip(
-        459e12, 8, 128, 95e9, 2765e9, 100e9, 4, "https://docs.cloud.google.com/tpu/docs/v5p"
-    ),
+    "v5e": Chip(197e12, 4, 128, 16e9, 50e9, 16, "https://docs.cloud.google.com/tpu/docs/v5e"),
+    # Versions of that page differ: two or four matrix units. The compiler schedules 369,000
+    # operations per cycle for a large product, more than two units of this side can do.
+    "v6e": Chip(918e12, 4, 256, 32e9, 100e9, 16, "https://docs.cloud.google.com/tpu/docs/v6e"),
+    "v5p": Chip(459e12, 8, 128, 95e9, 100e9, 4, "https://docs.cloud.google.com/tpu/docs/v5p"),
 }
 
 
 def chip_of(topology: str) -> tuple[Chip, tuple[int, ...]]:
-    """The chip and the axes of a topology such as "v5e:4x4".
+    """Chip and axes of a topology such as "v5e:4x4".
 
     Raises:
-        UserError: if it is not written like that, or no figures of the chip are known.
+        UserError: if the topology has another form or an unknown chip.
     """
     name, _, shape = topology.partition(":")
     sides = shape.split("x")
@@ -78,23 +70,22 @@ def chip_of(topology: str) -> tuple[Chip, tuple[int, ...]]:
 
 
 def exchange_seconds(kind: str, received: int, chip: Chip, axes: Sequence[int]) -> float:
-    """Least time of a collective over all chips of a torus, by bandwidth alone.
+    """Minimum seconds of a collective over all chips of a torus, from bandwidth alone.
 
-    Every axis is a ring that works both ways (twice the bandwidth of a link), or a line, where the
-    book reckons with half of that. An all-gather brings every chip (n - 1) / n of the result over
-    all axes at once, a reduce-scatter likewise, an all-reduce both. An all-to-all is bound by
-    the links that cross the middle of the longest axis: half of the chips send half of their data
-    across. A permutation is one hop over one link. Latency, and chips that wait for each other,
-    are left out.
+    Each axis is a ring that works both ways (twice the bandwidth of a link), or a line with half of
+    that, as in the book. An all-gather or reduce-scatter transfers (n - 1) / n of the result to
+    each chip over all axes at once, an all-reduce twice as much. An all-to-all is limited by the
+    links across the middle of the longest axis: half of the chips send half of their data across.
+    A permutation is one hop over one link. Latency and waiting for other chips are left out.
 
     Args:
         kind: opcode of the collective.
         received: bytes of its result on one chip.
-        chip: figures.
-        axes: chips along each axis.
+        chip: data of the chip.
+        axes: number of chips along each axis.
 
     Raises:
-        UserError: on a collective that the model does not know.
+        UserError: if the kind of collective is unknown.
     """
     chips = math.prod(axes)
     if chips == 1:

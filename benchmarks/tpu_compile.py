@@ -1,8 +1,8 @@
-"""Compiles the pretraining step for TPUs that are not there, and reads what the compiler says.
+"""Compiles the pretraining step for TPUs that need not exist, and reads the compiled program.
 
-Runs in processes of its own (`measure.run_child`, environment from `tpu_aot`): libtpu reads its
-environment once. What was compiled is kept in a folder under a hash of the program, the topology
-and the versions, because a full step takes minutes; figures are read anew from it each time.
+Each function runs in a process of its own (`measure.run_child`, environment of `tpu_aot`), because
+libtpu reads its environment once. A full step takes minutes to compile, so programs are cached
+under a hash of the program, the topology and the versions; metrics are read from them again.
 """
 
 from __future__ import annotations
@@ -38,19 +38,15 @@ from benchmarks.measure import version
 from benchmarks.model_flops import matrix_flops
 from configs import pretrain
 
-# What the exchange of the bank alone is traced under (objectives/feature_bank.py).
+# Only the exchange of the bank is traced under this name (objectives/feature_bank.py).
 _BANK_SCOPE = "/shard_map/"
 
 
 def config_of(preset: str, overrides: Mapping[str, str]) -> ml_collections.ConfigDict:
     """A preset of configs/pretrain.py with overrides as on the command line of `avcl_jax.main`.
 
-    Args:
-        preset: its name.
-        overrides: "model.video.lowering" → "direct".
-
     Raises:
-        UserError: on a key that does not exist or that is ignored.
+        UserError: if an overridden key does not exist or is ignored.
     """
     config = pretrain.get_config(preset)
     known = experiment.flatten(config.to_dict())
@@ -72,11 +68,11 @@ def _devices(topology: str) -> Any:
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
-def program(config: ml_collections.ConfigDict, devices: Any) -> tuple[Any, tuple[Any, ...], Any]:
-    """The step that `training.loop.pretrain` runs, for devices that need not exist.
+def program(config: ml_collections.ConfigDict, devices: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The step of `training.loop.pretrain` for devices that need not exist.
 
     Returns:
-        The jitted step, the shapes of its arguments (state, batch, key), and the mesh.
+        The jitted step, and the shapes of its arguments (state, batch, key).
     """
     mesh, init, step = loop.build(config, devices)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -85,11 +81,11 @@ def program(config: ml_collections.ConfigDict, devices: Any) -> tuple[Any, tuple
         experiment.render_spec(config), config.global_batch_size, config.bank.health_labels
     )
     batch = {name: jax.ShapeDtypeStruct(*value) for name, value in arrays.items()}
-    return jit_train_step(step, mesh, state_shardings(state, mesh)), (state, batch, key), mesh
+    return jit_train_step(step, mesh, state_shardings(state, mesh)), (state, batch, key)
 
 
 def step_flops(config: ml_collections.ConfigDict) -> int:
-    """Operations of networks and heads for one video (two views), forward and backward."""
+    """Model FLOPs of networks and heads for one video (two views), forward and backward."""
     model = experiment.audio_visual_model(config)
     spec = experiment.render_spec(config)
     size, mel, frames = spec.crop.image_size, spec.log_mel, spec.views.num_frames
@@ -104,14 +100,14 @@ def step_flops(config: ml_collections.ConfigDict) -> int:
 
     def outputs(params: Any, statistics: Any, *inputs: Any) -> Any:
         variables = {"params": params, "batch_stats": statistics}
-        found, _ = model.apply(variables, *inputs, train=True, mutable=["batch_stats"])
-        return sum(value.astype(jnp.float32).sum() for value in found.values())
+        arrays, _ = model.apply(variables, *inputs, train=True, mutable=["batch_stats"])
+        return sum(array.astype(jnp.float32).sum() for array in arrays.values())
 
     return matrix_flops(jax.grad(outputs), variables["params"], variables["batch_stats"], *inputs)
 
 
 def compile_cached(lowered: Any, topology: str, cache: Path) -> tuple[str, dict[str, Any]]:
-    """Text of the compiled program and what is known beside it, from the cache if it is there."""
+    """Text of the compiled program and further facts, from the cache if they are in it."""
     versions = {name: version(name) for name in ("jax", "jaxlib", "libtpu")}
     about = json.dumps([topology, versions], sort_keys=True)
     name = hashlib.sha256((about + lowered.as_text()).encode()).hexdigest()[:24]
@@ -135,12 +131,12 @@ def compile_cached(lowered: Any, topology: str, cache: Path) -> tuple[str, dict[
     text = compiled.as_text()
     cache.mkdir(parents=True, exist_ok=True)
     text_path.write_bytes(gzip.compress(text.encode()))
-    facts_path.write_text(json.dumps(facts, indent=1) + "\n")  # last: it says that both are there
+    facts_path.write_text(json.dumps(facts, indent=1) + "\n")  # last, because it marks both
     return text, facts
 
 
 def _part(op_name: str) -> str:
-    """Part of the step that an operation belongs to, by where it was traced."""
+    """Part of the step in which an operation was traced."""
     if _BANK_SCOPE in op_name:
         return "bank"
     for part in ("video_encoder", "audio_encoder"):
@@ -151,8 +147,8 @@ def _part(op_name: str) -> str:
     return "other" if op_name else "unnamed"
 
 
-def _figures(text: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """What the rows are made of, read from a compiled program."""
+def _metrics(text: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Metrics of a compiled program, per chip."""
     module = hlo_costs.parse(text)
     cycles = hlo_costs.cycles(module)
     parts: Counter[str] = Counter()
@@ -160,11 +156,15 @@ def _figures(text: str, facts: dict[str, Any]) -> dict[str, Any]:
         parts[_part(op_name)] += count
     memory = facts["memory"]
     grouped: dict[tuple[str, str], list[int]] = {}
+    reduced: Counter[str] = Counter()  # elements of all-reduces outside the bank, by dtype
     for collective in hlo_costs.collectives(module):
         part = "bank" if _BANK_SCOPE in collective.op_name else "step"
         entry = grouped.setdefault((collective.kind, part), [0, 0])
         entry[0] += collective.times
         entry[1] += collective.bytes
+        if (collective.kind, part) == ("all-reduce", "step"):
+            for dtype, count in collective.shapes:
+                reduced[dtype] += collective.times * count
     return {
         **facts,
         "hbm_bytes": sum(memory.values()) - 2 * memory["alias"],
@@ -183,38 +183,46 @@ def _figures(text: str, facts: dict[str, Any]) -> dict[str, Any]:
             ).items()
         },
         "aliased_parameters": len(module.aliased_parameters),
-        "reduced_elements": reduced_elements(module),
+        "reduced_elements": dict(reduced),
     }
 
 
-def reduced_elements(module: hlo_costs.Module) -> dict[str, int]:
-    """Numbers that all-reduces outside the bank bring, as dtype → count."""
-    found: Counter[str] = Counter()
-    for collective in hlo_costs.collectives(module):
-        if collective.kind == "all-reduce" and _BANK_SCOPE not in collective.op_name:
-            for dtype, count in collective.shapes:
-                found[dtype] += collective.times * count
-    return dict(found)
+def _setup(
+    topology: str, preset: str, overrides: Mapping[str, str], videos_per_chip: int
+) -> tuple[Any, ml_collections.ConfigDict]:
+    """Devices of a topology, and the config for them."""
+    devices = _devices(topology)
+    config = config_of(preset, overrides)
+    with config.unlocked():
+        config.global_batch_size = videos_per_chip * len(devices)
+    return devices, config
 
 
-def _exchange(config: ml_collections.ConfigDict, chips: int) -> dict[str, int]:
+def _about(config: ml_collections.ConfigDict, devices: Any) -> dict[str, Any]:
+    """Sizes of a config on devices, and the bytes that its bank exchanges."""
     spec = loop.loss_spec(config)
-    if spec.bank is None:
-        return {"merge": 0, "gather": 0}
-    return exchange_bytes(
-        size=config.bank.size,
-        dim=config.model.embedding_dim,
-        dtype=config.bank.dtype,
-        labels=experiment.bank_labels(config),
-        global_batch_size=config.global_batch_size,
-        shards=chips,
-        terms=spec.bank_terms,
-        sampling=spec.bank,
-    )._asdict()
+    exchange = {"merge": 0, "gather": 0}
+    if spec.bank is not None:
+        exchange = exchange_bytes(
+            size=config.bank.size,
+            dim=config.model.embedding_dim,
+            dtype=config.bank.dtype,
+            labels=experiment.bank_labels(config),
+            global_batch_size=config.global_batch_size,
+            shards=len(devices),
+            terms=spec.bank_terms,
+            sampling=spec.bank,
+        )._asdict()
+    return {
+        "chips": len(devices),
+        "videos_per_chip": config.global_batch_size // len(devices),
+        "exchange": exchange,
+        "bank_size": config.bank.size,
+    }
 
 
 def compile_product(*, topology: str, size: int) -> dict[str, Any]:
-    """Cycles of a large bfloat16 product on one chip: the peak in the compiler's terms."""
+    """Cycles of a large bfloat16 product on one chip, to check the clock of the estimates."""
     place = jax.sharding.SingleDeviceSharding(_devices(topology)[0])
     factor = jax.ShapeDtypeStruct((size, size), jnp.bfloat16, sharding=place)
     lowered = jax.jit(jnp.matmul, out_shardings=place).lower(factor, factor)
@@ -225,35 +233,26 @@ def compile_product(*, topology: str, size: int) -> dict[str, Any]:
 def compile_step(
     *, topology: str, preset: str, overrides: dict[str, str], videos_per_chip: int, cache: str
 ) -> dict[str, Any]:
-    """Compiles the whole step and reads its figures, per chip."""
-    devices = _devices(topology)
-    config = config_of(preset, overrides)
-    with config.unlocked():
-        config.global_batch_size = videos_per_chip * len(devices)
-    step, arguments, _ = program(config, devices)
+    """Compiles the whole step and reads its metrics, per chip."""
+    devices, config = _setup(topology, preset, overrides, videos_per_chip)
+    step, arguments = program(config, devices)
     text, facts = compile_cached(step.lower(*arguments), topology, Path(cache))
     state = arguments[0]
     return {
-        **_figures(text, facts),
-        "chips": len(devices),
-        "videos_per_chip": videos_per_chip,
+        **_metrics(text, facts),
+        **_about(config, devices),
         "model_flops": videos_per_chip * step_flops(config),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "statistics": sum(leaf.size for leaf in jax.tree.leaves(state.batch_stats)),
         "state_arrays": len(jax.tree.leaves(state)),
-        "exchange": _exchange(config, len(devices)),
-        "bank_size": config.bank.size,
     }
 
 
 def compile_bank(
     *, topology: str, preset: str, overrides: dict[str, str], videos_per_chip: int, cache: str
 ) -> dict[str, Any]:
-    """Compiles all draws from the bank and the insertion of a step, and reads their figures."""
-    devices = _devices(topology)
-    config = config_of(preset, overrides)
-    with config.unlocked():
-        config.global_batch_size = videos_per_chip * len(devices)
+    """Compiles all draws from the bank and the insertion of a step, and reads their metrics."""
+    devices, config = _setup(topology, preset, overrides, videos_per_chip)
     mesh = sharding.create_mesh(config.execution.fsdp, devices)
     spec = loop.loss_spec(config)
     if spec.bank is None:
@@ -286,9 +285,6 @@ def compile_bank(
     lowered = jitted.lower(*jax.eval_shape(arguments))
     text, facts = compile_cached(lowered, topology, Path(cache))
     return {
-        **_figures(text, facts),
-        "chips": len(devices),
-        "videos_per_chip": videos_per_chip,
-        "exchange": _exchange(config, len(devices)),
-        "bank_size": config.bank.size,
+        **_metrics(text, facts),
+        **_about(config, devices),
     }

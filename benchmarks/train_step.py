@@ -1,37 +1,40 @@
-"""How fast a training step is: `python -m benchmarks.train_step --json F`.
+"""Speed of a training step: `python -m benchmarks.train_step --json F`.
 
-Every row is described in docs/performance.md. What is compared runs in turns in fresh processes
-with the same threads and the same allocator; what belongs to one step of ours is compared inside
-one process. A row that cannot be measured here is listed as skipped, with the reason.
+docs/performance.md describes the rows. The sides of a comparison run in turns in fresh processes
+with the same threads and the same allocator; parts of our step are compared inside one process. A
+row that cannot be measured on this machine is listed as skipped, with the reason.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
 import re
 import statistics
-from collections.abc import Callable, Mapping
+from argparse import Namespace
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.measure import (
     ChildError,
+    Measured,
+    RowTable,
     SkipError,
     Target,
+    add_repeats,
+    command_parser,
     gpu_name,
     interleave,
     measure_rows,
-    median_ratio,
     need,
+    ratio,
     run_child,
     run_command,
     spread,
-    writable_path,
 )
 
-# For both sides alike: glibc keeps freed memory and takes it in pages of 2 MB. By default it maps a
-# step's memory anew each time, and the kernel clears half a million small pages.
+# For both sides alike: glibc keeps freed memory and maps it in pages of 2 MB. By default it maps
+# the memory of each step again, and the kernel clears half a million small pages.
 ALLOCATOR = ":".join(
     f"glibc.malloc.{name}={value}"
     for name, value in {
@@ -44,181 +47,171 @@ ALLOCATOR = ":".join(
 # Dense, without sparsity, in FLOP/s: NVIDIA's data sheets of H200 and H100 SXM (989.4 TFLOP/s) and
 # A100 (312 TFLOP/s).
 _BFLOAT16_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+_ENCODER = "benchmarks.steps:seconds_of_encoder_steps"
+_PYTORCH_ENCODER = "benchmarks.baselines.pytorch_encoder:seconds_of_steps"
 
 
-def over_pytorch(
-    ours: str, baseline: str, sizes: Mapping[str, int], *, repeats: int
-) -> tuple[float, dict[str, Any]]:
+def _median_seconds(
+    target: str, arguments: Mapping[str, Any], environment: Mapping[str, str] | None = None
+) -> float:
+    """Median seconds of the steps of one process."""
+    return statistics.median(run_child(target, arguments, environment=environment))
+
+
+def _over_better(seconds: Mapping[str, list[float]]) -> Measured:
+    """Speed of `ours` over that of the better of `eager` and `compiled`."""
+    better = min(("eager", "compiled"), key=lambda name: statistics.median(seconds[name]))
+    value, detail = ratio(seconds, better, "ours", quantity="seconds")
+    return value, {"better": better, **detail}
+
+
+def over_pytorch(ours: str, baseline: str, sizes: Mapping[str, int], *, repeats: int) -> Measured:
     """Speed of our step over that of the better of PyTorch's, eager and compiled.
 
     Args:
-        ours: function that returns the seconds of each step, "package.module:function".
-        baseline: the same of PyTorch's, which takes `compiled` besides.
+        ours: "package.module:function" that returns the seconds of each step.
+        baseline: the same for PyTorch, with the additional argument `compiled`.
         sizes: arguments of both.
-        repeats: processes of each.
+        repeats: processes for each.
     """
     need("torch")
-
-    def median(target: str, **arguments: Any) -> float:
-        return statistics.median(run_child(target, {**sizes, **arguments}))
-
-    seconds = interleave(
-        {
-            "ours": lambda: median(ours),
-            "eager": lambda: median(baseline, compiled=False),
-            "compiled": lambda: median(baseline, compiled=True),
-        },
-        repeats=repeats,
-    )
-    best = min(("eager", "compiled"), key=lambda name: statistics.median(seconds[name]))
-    detail = {f"seconds_{name}": spread(values) for name, values in seconds.items()}
-    return median_ratio(seconds[best], seconds["ours"]), {**sizes, "better": best, **detail}
+    sides = {
+        "ours": functools.partial(_median_seconds, ours, sizes),
+        "eager": functools.partial(_median_seconds, baseline, {**sizes, "compiled": False}),
+        "compiled": functools.partial(_median_seconds, baseline, {**sizes, "compiled": True}),
+    }
+    value, detail = _over_better(interleave(sides, repeats=repeats))
+    return value, {**sizes, **detail}
 
 
-def step_over_pytorch(args: argparse.Namespace) -> tuple[float, dict[str, Any]]:
-    """Clips a second of our encoder step over those of PyTorch's."""
+def step_over_pytorch(args: Namespace) -> Measured:
+    """Clips per second of our encoder step over those of PyTorch's."""
     need("torchvision")
-    return over_pytorch(
-        "benchmarks.steps:seconds_of_encoder_steps",
-        "benchmarks.baselines.pytorch_encoder:seconds_of_steps",
-        {"batch": args.batch, "steps": args.steps},
-        repeats=args.repeats,
-    )
+    sizes = {"batch": args.batch, "steps": args.steps}
+    return over_pytorch(_ENCODER, _PYTORCH_ENCODER, sizes, repeats=args.repeats)
 
 
-def demo_step_over_pytorch(args: argparse.Namespace) -> tuple[float, dict[str, Any]]:
-    """Steps a second of the demo's whole step over those of the same in PyTorch."""
+def demo_step_over_pytorch(args: Namespace) -> Measured:
+    """Steps per second of the demo's whole step over those of the same step in PyTorch."""
     return over_pytorch(
         "benchmarks.steps:seconds_of_demo_steps",
         "benchmarks.baselines.pytorch_pretraining:seconds_of_steps",
-        {"steps": 5 * args.steps},  # These are short.
+        {"steps": 5 * args.steps},  # because they are short
         repeats=args.repeats,
     )
 
 
-def gpu_steps(args: argparse.Namespace) -> tuple[Mapping[str, list[float]], dict[str, Any]]:
-    """Seconds of bfloat16 steps of ours and of PyTorch's on a GPU, at the same batch.
+def gpu_steps(args: Namespace) -> tuple[str, int, Mapping[str, list[float]]]:
+    """Measures bfloat16 steps of ours and of PyTorch's on a GPU, at the same batch.
 
     Returns:
-        Median of each process for `ours`, `eager` and `compiled`, and what was measured.
+        Name of the GPU, batch, and the median seconds of each process for `ours`, `eager` and
+        `compiled`.
 
     Raises:
-        SkipError: without a GPU that both libraries see.
+        SkipError: without a GPU that both libraries can use.
     """
     name = gpu_name()
     if name == "none":
         raise SkipError("nvidia-smi lists no GPU")
     need("torch")
     need("torchvision")
-    blind = [
-        library for library, sees in run_child("benchmarks.steps:gpu_seen", {}).items() if not sees
-    ]
-    if blind:
-        raise SkipError(f"{' and '.join(blind)} cannot use {name}: install their builds for CUDA")
-    return _gpu_steps(args.gpu_batch, args.steps, args.repeats), {"gpu": name}
+    usable = run_child("benchmarks.steps:gpu_usable", {})
+    if without := [library for library in usable if not usable[library]]:
+        raise SkipError(f"{' and '.join(without)} cannot use {name}: install their builds for CUDA")
+    return name, *_gpu_steps(args.gpu_batch, args.steps, args.repeats)
 
 
 @functools.cache
-def _gpu_steps(batch: int, steps: int, repeats: int) -> Mapping[str, list[float]]:
-    sizes = {"steps": 5 * steps, "dtype": "bfloat16"}
-    environment = {"JAX_PLATFORMS": "cuda"}
-    baseline = "benchmarks.baselines.pytorch_encoder:seconds_of_steps"
-
-    def median(target: str, batch: int, **arguments: Any) -> float:
-        arguments |= sizes | {"batch": batch}
-        return statistics.median(run_child(target, arguments, environment=environment))
-
-    sides = {
-        "ours": functools.partial(median, "benchmarks.steps:seconds_of_encoder_steps"),
-        "eager": functools.partial(median, baseline, compiled=False, device="cuda"),
-        "compiled": functools.partial(median, baseline, compiled=True, device="cuda"),
+def _gpu_steps(batch: int, steps: int, repeats: int) -> tuple[int, Mapping[str, list[float]]]:
+    torch = {"device": "cuda"}
+    targets: dict[str, tuple[str, Mapping[str, Any]]] = {
+        "ours": (_ENCODER, {}),
+        "eager": (_PYTORCH_ENCODER, torch | {"compiled": False}),
+        "compiled": (_PYTORCH_ENCODER, torch | {"compiled": True}),
     }
-    # As large as fits both: halved until it does.
+
+    def median(name: str) -> float:
+        target, options = targets[name]
+        arguments = {"steps": 5 * steps, "dtype": "bfloat16", "batch": batch, **options}
+        return _median_seconds(target, arguments, {"JAX_PLATFORMS": "cuda"})
+
+    # The largest batch that fits both, by halving.
     while batch > 1:
         try:
-            for side in sides.values():
-                side(batch)
+            for name in targets:
+                median(name)
         except ChildError as error:
             if not re.search(r"out of memory|RESOURCE_EXHAUSTED", str(error), re.IGNORECASE):
                 raise
             batch //= 2
         else:
             break
-    found = interleave(
-        {name: functools.partial(side, batch) for name, side in sides.items()}, repeats=repeats
-    )
-    return {**found, "batch": [float(batch)]}
+    sides = {name: functools.partial(median, name) for name in targets}
+    return batch, interleave(sides, repeats=repeats)
 
 
-def step_over_pytorch_gpu(args: argparse.Namespace) -> tuple[float, dict[str, Any]]:
-    """Clips a second of our encoder step over those of the better of PyTorch's, on a GPU."""
-    seconds, detail = gpu_steps(args)
-    best = min(("eager", "compiled"), key=lambda name: statistics.median(seconds[name]))
-    detail |= {f"seconds_{name}": spread(seconds[name]) for name in ("ours", "eager", "compiled")}
-    detail |= {"batch": int(seconds["batch"][0]), "better": best}
-    return median_ratio(seconds[best], seconds["ours"]), detail
+def step_over_pytorch_gpu(args: Namespace) -> Measured:
+    """Clips per second of our encoder step over those of the better of PyTorch's, on a GPU."""
+    name, batch, seconds = gpu_steps(args)
+    value, detail = _over_better(seconds)
+    return value, {"gpu": name, "batch": batch, **detail}
 
 
-def gpu_peak_share(args: argparse.Namespace) -> tuple[float, dict[str, Any]]:
-    """Model FLOP/s of that step over the peak of the GPU's matrix units in bfloat16."""
-    seconds, detail = gpu_steps(args)
-    peaks = [peak for name, peak in _BFLOAT16_PEAKS.items() if name in detail["gpu"]]
+def gpu_peak_fraction(args: Namespace) -> Measured:
+    """Model FLOP/s of that step over the bfloat16 peak of the GPU's matrix units."""
+    name, batch, seconds = gpu_steps(args)
+    peaks = [peak for gpu, peak in _BFLOAT16_PEAKS.items() if gpu in name]
     if not peaks:
-        raise SkipError(
-            f"no published peak is known here for {detail['gpu']}: add it to {__file__}"
-        )
-    batch = int(seconds["batch"][0])
+        raise SkipError(f"the published peak of {name} is unknown: add it to {__file__}")
     flops = batch * run_child("benchmarks.steps:encoder_flops", {})
-    detail |= {"batch": batch, "model_flops": flops, "seconds": spread(seconds["ours"])}
-    return flops / statistics.median(seconds["ours"]) / peaks[0], detail
+    return flops / statistics.median(seconds["ours"]) / peaks[0], {
+        "gpu": name,
+        "batch": batch,
+        "model_flops": flops,
+        "seconds": spread(seconds["ours"]),
+    }
 
 
-def demo_part(above: str, below: str, *, repeats: int) -> tuple[float, dict[str, Any]]:
+def demo_part(above: str, below: str, args: Namespace) -> Measured:
     """Seconds of one part of the demo's step over those of another."""
-    parts = _demo_parts(repeats)
-    detail = {f"seconds_{name}": spread(parts[name]) for name in (above, below)}
-    return median_ratio(parts[above], parts[below]), detail
+    return ratio(_demo_parts(args.repeats), above, below, quantity="seconds")
 
 
 @functools.cache
 def _demo_parts(repeats: int) -> Mapping[str, list[float]]:
-    # These are short.
+    # More often, because the parts are short.
     return run_child("benchmarks.steps:seconds_of_demo_parts", {"repeats": 4 * repeats})
 
 
-_ROWS: dict[str, tuple[Target, Callable[[Any], tuple[float, dict[str, Any]]]]] = {
-    "step_over_pytorch_cpu": (Target(">=", 0.8), step_over_pytorch),
-    "demo_step_over_pytorch_cpu": (Target(">=", 1.2), demo_step_over_pytorch),
+_ROWS: RowTable[Namespace] = {
+    "step_over_pytorch_cpu": ("ratio", Target(">=", 0.8), step_over_pytorch),
+    "demo_step_over_pytorch_cpu": ("ratio", Target(">=", 1.2), demo_step_over_pytorch),
     "step_over_encoders": (
-        Target("<=", 1.08),
-        lambda args: demo_part("step", "encoders", repeats=args.repeats),
+        *("ratio", Target("<=", 1.08)),
+        functools.partial(demo_part, "step", "encoders"),
     ),
-    "device_augment_share": (
-        Target("<=", 0.05),
-        lambda args: demo_part("inputs", "step", repeats=args.repeats),
+    "device_augment_fraction": (
+        *("fraction", Target("<=", 0.05)),
+        functools.partial(demo_part, "inputs", "step"),
     ),
-    "step_over_pytorch_gpu": (Target(">=", 1.1), step_over_pytorch_gpu),
-    "gpu_peak_share": (Target(">=", 0.25), gpu_peak_share),
+    "step_over_pytorch_gpu": ("ratio", Target(">=", 1.1), step_over_pytorch_gpu),
+    "gpu_peak_fraction": ("fraction", Target(">=", 0.25), gpu_peak_fraction),
 }
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     """Runs the command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.train_step", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("--json", type=writable_path, required=True, help="where to write the rows")
-    parser.add_argument("--rows", nargs="+", choices=_ROWS, default=list(_ROWS), metavar="NAME")
-    parser.add_argument("--batch", type=int, default=2, help="clips of an encoder step")
+    parser = command_parser("train_step", __doc__, rows=_ROWS)
+    parser.add_argument("--batch", type=int, default=2, help="clips per encoder step")
     parser.add_argument(
-        "--gpu-batch", type=int, default=512, help="clips of a step on a GPU to try first"
+        "--gpu-batch", type=int, default=512, help="largest number of clips per step on a GPU"
     )
-    parser.add_argument("--steps", type=int, default=3, help="steps of each process")
-    parser.add_argument("--repeats", type=int, default=5, help="of every measurement")
+    parser.add_argument("--steps", type=int, default=3, help="steps per process")
+    add_repeats(parser)
     args = parser.parse_args(arguments)
     os.environ["GLIBC_TUNABLES"] = ALLOCATOR
-    measure_rows({name: ("ratio", *row) for name, row in _ROWS.items()}, args.rows, args, args.json)
-    return 0
+    measure_rows(_ROWS, args.rows, args, args.json)
 
 
 if __name__ == "__main__":

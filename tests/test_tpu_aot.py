@@ -1,4 +1,4 @@
-"""The figures and rows of `benchmarks.tpu_aot`, without its compiler."""
+"""Metrics and rows of `benchmarks.tpu_aot`, without its compiler."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import measure, tpu_aot, tpu_compile
 
-FOUND: dict[str, Any] = {
+STEP: dict[str, Any] = {
     "cycles": 150_390_625,  # at the clock that gives v5e its peak: 0.1 s
     "cycles_by_part": {"video_encoder": 100_000_000, "bank": 50_390_625},
     "model_flops": 5.91e12,
@@ -27,10 +27,10 @@ FOUND: dict[str, Any] = {
 
 
 def test_times_and_shares_of_a_chip() -> None:
-    found = tpu_aot.estimate("v5e:16x16", FOUND)
+    found = tpu_aot.estimate("v5e:16x16", STEP)
     assert found["compute_ms"] == pytest.approx(100, rel=1e-3)
     assert found["mfu"] == pytest.approx(0.3, rel=1e-3)
-    assert found["hbm_share"] == pytest.approx(0.75)
+    assert found["hbm_fraction"] == pytest.approx(0.75)
     assert found["hbm_headroom_gb"] == pytest.approx(4)
     # 4 MB once and 40 MB twice, at 200 GB/s.
     seconds = (4e6 + 2 * 40e6) * 255 / 256 / 200e9
@@ -44,17 +44,21 @@ def test_rows_have_their_names_and_targets(monkeypatch: pytest.MonkeyPatch) -> N
 
     def compiled(target: str, arguments: dict[str, Any], environment: Any) -> dict[str, Any]:
         calls.append((target, arguments["topology"], environment["JAX_PLATFORMS"]))
-        return FOUND
+        return STEP
 
     monkeypatch.setattr(tpu_aot, "run_child", compiled)
-    rows = tpu_aot.step_rows("v5e:4x4", {}) + tpu_aot.step_rows("v5e:16x16", {})
+    rows = [
+        row
+        for topology in ("v5e:4x4", "v5e:16x16")
+        for row in tpu_aot.step_rows({"topology": topology})
+    ]
     told = {row.name: (str(row.target) if row.target else None, row.verdict) for row in rows}
     assert told == {
-        "tpu_v5e_16_hbm_share": ("<= 0.9", "met"),
+        "tpu_v5e_16_hbm_fraction": ("<= 0.9", "met"),
         "tpu_v5e_16_mfu_estimate": (">= 0.28", "met"),
         "collective_mb_per_chip_16": ("<= 44", "met"),
         "interconnect_over_compute_16": (None, ""),
-        "tpu_v5e_256_hbm_share": (None, ""),
+        "tpu_v5e_256_hbm_fraction": (None, ""),
         "tpu_v5e_256_mfu_estimate": (None, ""),
         "collective_mb_per_chip_256": ("<= 44", "met"),
         "interconnect_over_compute": ("<= 0.1", "met"),
@@ -77,15 +81,15 @@ def test_a_program_that_does_not_fit_says_by_how_much(
         raise measure.ChildError(message)
 
     monkeypatch.setattr(tpu_aot, "run_child", refuse)
-    share, mfu = tpu_aot.step_rows("v5e:4x4", {})
-    assert (share.value, share.verdict) == (2.0, "MISSED")
+    memory, mfu = tpu_aot.step_rows({"topology": "v5e:4x4"})
+    assert (memory.value, memory.verdict) == (2.0, "MISSED")
     assert (mfu.value, mfu.detail["skipped"]) == (
         None,
         "the program needs 2.00 of the chip's memory",
     )
     monkeypatch.setattr(tpu_aot, "run_child", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        tpu_aot.step_rows("v5e:4x4", {})
+        tpu_aot.step_rows({"topology": "v5e:4x4"})
 
 
 def test_a_compiler_that_dies_leaves_the_other_topologies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,9 +97,9 @@ def test_a_compiler_that_dies_leaves_the_other_topologies(monkeypatch: pytest.Mo
         raise measure.ChildError("benchmarks.tpu_compile:compile_step failed with status -11:\n")
 
     monkeypatch.setattr(tpu_aot, "run_child", die)
-    rows = tpu_aot.step_rows("v6e:4x4", {})
+    rows = tpu_aot.step_rows({"topology": "v6e:4x4"})
     assert [(row.name, row.verdict) for row in rows] == [
-        ("tpu_v6e_16_hbm_share", "SKIPPED"),
+        ("tpu_v6e_16_hbm_fraction", "SKIPPED"),
         ("tpu_v6e_16_mfu_estimate", "SKIPPED"),
     ]
     assert "segmentation fault" in rows[0].detail["skipped"]
@@ -110,7 +114,7 @@ def test_rematerialisation_is_compared_with_none(monkeypatch: pytest.MonkeyPatch
         return {"memory": {"temp": 3e9 if saved else 10e9}, "cycles": 130 if saved else 100}
 
     monkeypatch.setattr(tpu_aot, "run_child", compiled)
-    rows = tpu_aot.remat_rows("v5e:4x4", {"overrides": {"bank.size": "4096"}}, "blocks")
+    rows = tpu_aot.remat_rows({"overrides": {"bank.size": "4096"}}, "blocks")
     assert {row.name: row.value for row in rows} == {
         "tpu_remat_memory_ratio": pytest.approx(0.3),
         "tpu_remat_time_ratio": pytest.approx(1.3),
@@ -141,10 +145,12 @@ def test_overrides_are_those_of_main() -> None:
 
 def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch) -> None:
     out = ["--json", str(tmp_path / "rows.json")]
-    assert tpu_aot.main([*out, "--topology", "v9:4x4"]) == 1
+    with pytest.raises(SystemExit, match="1"):
+        measure.run_command(tpu_aot.main, [*out, "--topology", "v9:4x4"])
     assert capsys.readouterr().err.startswith("benchmarks.tpu_aot: error: topology 'v9:4x4' is not")
     monkeypatch.setattr(tpu_aot.importlib.util, "find_spec", lambda _: None)
-    assert tpu_aot.main(out) == 1
+    with pytest.raises(SystemExit, match="1"):
+        measure.run_command(tpu_aot.main, out)
     assert "pip install -r requirements-tpu-aot.txt" in capsys.readouterr().err
 
 

@@ -21,6 +21,7 @@ ROOMS = (
     "avcl_jax/models",
     "avcl_jax/objectives",
     "avcl_jax/training",
+    "benchmarks",
     "configs",
     "data_prep",
     *(

@@ -1,1 +1,1 @@
-"""What a user would write without this project, tuned as an expert would."""
+"""Baselines: code that users would write without this project, tuned as by an expert."""

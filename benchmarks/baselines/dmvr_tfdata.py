@@ -1,12 +1,13 @@
 """A tf.data pipeline over SequenceExamples as DMVR writes and reads them, tuned.
 
-Tuned: everything maps in parallel and prefetches under AUTOTUNE, records are read in parallel and
-shuffled before they are parsed, only the pictures that are shown are decoded, and batches may come
-in any order. The draws are simpler than the pipeline's (labels are not balanced): less work.
+Tuned: all stages map in parallel and prefetch under AUTOTUNE, records are read in parallel and
+shuffled before they are parsed, only the frames of a view are decoded, and batches come in any
+order. Views are drawn in a simpler way than in the pipeline (labels are not balanced): less work.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ _SHUFFLE_RECORDS = 64
 
 
 def write_sequence_examples(*, directory: str, out: str, shards: int) -> None:
-    """Writes the records of a prepared data set as DMVR's SequenceExamples, once."""
+    """Writes the records of a prepared data set as DMVR's SequenceExamples, unless they exist."""
     if (Path(out) / "done").exists():
         return
     import tensorflow as tf
@@ -36,16 +37,15 @@ def write_sequence_examples(*, directory: str, out: str, shards: int) -> None:
                 record = records[index]
                 example = tf.train.SequenceExample()
                 for frame in record.frames:
-                    pictures = example.feature_lists.feature_list["image/encoded"]
-                    pictures.feature.add().bytes_list.value.append(frame)
+                    jpegs = example.feature_lists.feature_list["image/encoded"]
+                    jpegs.feature.add().bytes_list.value.append(frame)
                 floats = record.waveform.astype(np.float32) / 32768
-                sound = example.feature_lists.feature_list["WAVEFORM/feature/floats"]
-                sound.feature.add().float_list.value.extend(floats.tolist())
+                audio = example.feature_lists.feature_list["WAVEFORM/feature/floats"]
+                audio.feature.add().float_list.value.extend(floats.tolist())
                 context = example.context.feature
                 context["clip/label/index"].int64_list.value.append(record.labels["take"])
-                fps = (len(record.frames) - 1) / (
-                    record.frame_seconds[-1] - record.frame_seconds[0]
-                )
+                duration = record.frame_seconds[-1] - record.frame_seconds[0]
+                fps = (len(record.frames) - 1) / duration
                 context["image/frame_rate"].float_list.value.append(fps)
                 writer.write(example.SerializeToString())
     (Path(out) / "done").touch()
@@ -66,16 +66,16 @@ def _render(serialized: Any, fused_crop: bool) -> dict[str, Any]:
             "WAVEFORM/feature/floats": tf.io.VarLenFeature(tf.float32),
         },
     )
-    pictures = lists["image/encoded"]
+    jpegs = lists["image/encoded"]
     waveform = lists["WAVEFORM/feature/floats"].values
     fps = context["image/frame_rate"]
     duration = tf.minimum(
-        tf.cast(tf.shape(pictures)[0], tf.float32) / fps,
+        tf.cast(tf.shape(jpegs)[0], tf.float32) / fps,
         tf.cast(tf.size(waveform), tf.float32) / mel.sample_rate_hz,
     )
-    shape = tf.image.extract_jpeg_shape(pictures[0])
+    shape = tf.image.extract_jpeg_shape(jpegs[0])
     hann, filters = mel_constants(mel)
-    clips, sounds, speeds, directions = [], [], [], []
+    clips, spectrograms, speeds, directions = [], [], [], []
     for _ in range(2):
         speed_index = tf.random.uniform((), 0, len(views.speeds), tf.int32)
         speed = tf.gather(tf.constant(views.speeds, tf.float32), speed_index)
@@ -83,26 +83,23 @@ def _render(serialized: Any, fused_crop: bool) -> dict[str, Any]:
         start = tf.random.uniform(()) * (duration - speed * views.clip_seconds)
         steps = tf.range(views.num_frames, dtype=tf.float32) * views.frame_seconds * speed
         indices = tf.cast((start + steps) * fps, tf.int32)
-        indices = tf.minimum(indices, tf.shape(pictures)[0] - 1)
-        chosen = tf.gather(pictures, tf.where(backward, indices[::-1], indices))
+        indices = tf.minimum(indices, tf.shape(jpegs)[0] - 1)
+        selected = tf.gather(jpegs, tf.where(backward, indices[::-1], indices))
         side = tf.minimum(shape[0], shape[1])
         area = tf.random.uniform((), crop.min_area, 1.0)
         size = tf.cast(tf.round(tf.cast(side, tf.float32) * tf.sqrt(area)), tf.int32)
         top = tf.random.uniform((), 0, shape[0] - size + 1, tf.int32)
         left = tf.random.uniform((), 0, shape[1] - size + 1, tf.int32)
         window = tf.stack([top, left, size, size])
-        if fused_crop:
-            frames = tf.map_fn(
-                lambda jpeg, window=window: tf.io.decode_and_crop_jpeg(jpeg, window, channels=3),
-                chosen,
-                fn_output_signature=tf.TensorSpec((None, None, 3), tf.uint8),
-            )
-        else:
-            frames = tf.map_fn(
-                lambda jpeg: tf.io.decode_jpeg(jpeg, channels=3),
-                chosen,
-                fn_output_signature=tf.TensorSpec((None, None, 3), tf.uint8),
-            )[:, top : top + size, left : left + size]
+        decode = (
+            functools.partial(tf.io.decode_and_crop_jpeg, crop_window=window, channels=3)
+            if fused_crop
+            else functools.partial(tf.io.decode_jpeg, channels=3)
+        )
+        signature = tf.TensorSpec((None, None, 3), tf.uint8)
+        frames = tf.map_fn(decode, selected, fn_output_signature=signature)
+        if not fused_crop:
+            frames = frames[:, top : top + size, left : left + size]
         frames = tf.image.resize(frames, (crop.image_size, crop.image_size))
         frames = tf.cast(frames, tf.uint8)
         flip = tf.random.uniform(()) < 0.5
@@ -116,23 +113,22 @@ def _render(serialized: Any, fused_crop: bool) -> dict[str, Any]:
         spectrum = tf.signal.rfft(windows * hann, fft_length=[mel.window])
         power = tf.square(tf.math.real(spectrum)) + tf.square(tf.math.imag(spectrum))
         logarithm = tf.math.log(tf.matmul(power, filters.T) + mel.floor)
-        sounds.append((logarithm - mel.mean) / mel.std)
+        spectrograms.append((logarithm - mel.mean) / mel.std)
         speeds.append(speed_index)
         directions.append(tf.cast(backward, tf.int32))
     return {
         "video": tf.stack(clips),
-        "spectrogram": tf.stack(sounds),
+        "spectrogram": tf.stack(spectrograms),
         "video_speed": tf.stack(speeds),
         "video_direction": tf.stack(directions),
         "label": context["clip/label/index"],
     }
 
 
-def batches(folder: Path, *, fused_crop: bool) -> Iterator[Any]:
-    """Batches of the baseline."""
+def _batches(folder: str, *, fused_crop: bool) -> Iterator[Any]:
     import tensorflow as tf
 
-    files = sorted(str(path) for path in folder.glob("clips-*"))
+    files = sorted(str(path) for path in Path(folder).glob("clips-*"))
     dataset = (
         tf.data.TFRecordDataset(files, num_parallel_reads=tf.data.AUTOTUNE)
         .shuffle(_SHUFFLE_RECORDS)
@@ -149,9 +145,9 @@ def batches(folder: Path, *, fused_crop: bool) -> Iterator[Any]:
 def samples_per_second(*, folder: str, count: int, fused_crop: bool) -> float:
     """Samples per second of the baseline over `count` batches."""
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    # AUTOTUNE needs a while to find its degree of parallelism.
+    # AUTOTUNE needs some time to find its degree of parallelism.
     return rate(
-        batches(Path(folder), fused_crop=fused_crop),
+        _batches(folder, fused_crop=fused_crop),
         batch_size=rendering.BATCH_SIZE,
         warmup=3 * rendering.WARMUP_BATCHES,
         count=count,

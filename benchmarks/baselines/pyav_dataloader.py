@@ -1,14 +1,12 @@
-"""PyTorch's DataLoader that decodes films with PyAV while training: no preparation at all.
+"""PyTorch's DataLoader that decodes videos with PyAV during training, without any preparation.
 
-Tuned: it seeks to the key frame before a view and decodes to the view's end only, converts and
-scales only the pictures that are shown, one decoding thread in each of as many persistent workers
-as there are cores, prefetching; the sound is decoded around the view only. The views, crops and
-spectrogram are those of the pipeline.
+Tuned: it seeks to the key frame before a view and decodes only to the end of the view, converts
+and scales only the frames of the view, and decodes audio only around it; one persistent worker per
+core decodes in one thread and prefetches. Views, crops and spectrogram are those of the pipeline.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
 import os
@@ -25,120 +23,101 @@ from av.video.reformatter import VideoReformatter
 from avcl_jax.data.images import crop_frame, random_crop
 from avcl_jax.data.views import BACKWARD, FORWARD, Clip, Timeline, draw_views, frame_indices
 from benchmarks import rendering
+from benchmarks.footage import list_videos
 from benchmarks.measure import rate
 
-# Sound decoders need a little before the first good sample.
+# Audio decoders need a little before the first correct sample.
 _AUDIO_MARGIN_SECONDS = 0.1
 
 
-def films(folder: Path) -> list[Path]:
-    """The films that `manifest.csv` lists."""
-    with (folder / "manifest.csv").open(newline="") as file:
-        return [folder / row["path"] for row in csv.DictReader(file)]
-
-
 def timeline(path: Path) -> Timeline:
-    """Where views of a film may be drawn; of constant frame rate, as its header says."""
+    """Timeline of a video with a constant frame rate, from its header."""
     with av.open(str(path)) as container:
         video, audio = container.streams.video[0], container.streams.audio[0]
-        rate, unit, length = video.average_rate, audio.time_base, audio.duration
-        assert rate is not None, f"{path} states no frame rate"
+        fps, unit, length = video.average_rate, audio.time_base, audio.duration
+        assert fps is not None, f"{path} states no frame rate"
         assert unit is not None, f"{path} states no unit of time"
-        assert length is not None, f"{path} states no length of its sound"
-        return Timeline(0.0, float(min(video.frames / rate, length * unit)), float(1 / rate))
+        assert length is not None, f"{path} states no length of its audio"
+        return Timeline(0.0, float(min(video.frames / fps, length * unit)), float(1 / fps))
 
 
-class FilmClips:
-    """Two rendered views of each film, decoded from it (a map-style PyTorch dataset)."""
+class VideoDataset:
+    """Two rendered views of each video, decoded from its file (a map-style PyTorch dataset)."""
 
     def __init__(self, paths: list[Path], seed: int):
-        """Takes the films, whose headers are read here once."""
+        """Reads the headers of the videos."""
         self._paths = paths
         self._timelines = [timeline(path) for path in paths]
         self._seed = seed
 
     def __len__(self) -> int:
-        """Number of films."""
+        """Number of videos."""
         return len(self._paths)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        """Renders film `key[0]`; `key[1]` numbers the visit and seeds it."""
+        """Renders video `key[0]`; `key[1]` numbers the visit and seeds it."""
         index, visit = key
         rng = np.random.default_rng([self._seed, visit])
-        # A constant rate, not below that of the views: all videos are in the speed task.
+        # A constant rate, at least that of the views: all videos are in the speed task.
         pair = draw_views(rng, self._timelines[index], rendering.VIEWS, np.empty(0))
         size = rendering.CROP.image_size
         video = np.empty((2, rendering.VIEWS.num_frames, size, size, 3), np.uint8)
-        sounds = []
         with av.open(str(self._paths[index])) as container:
             container.streams.video[0].codec_context.thread_count = 1  # one worker on each core
             for clip, out in zip(pair.video, video, strict=True):
-                self._render_video(container, clip, rng, out)
-            sounds = [self._render_audio(container, clip) for clip in pair.audio]
+                frames = view_frames(container, clip)
+                height, width, _ = frames[0].shape
+                crop = random_crop(rng, height, width, rendering.CROP)
+                for frame, target in zip(frames, out, strict=True):
+                    crop_frame(frame, crop, target)
+            spectrograms = [
+                librosa_log_mel(view_waveform(container, clip), clip) for clip in pair.audio
+            ]
         return {
             "video": video,
-            "spectrogram": np.stack(sounds),
+            "spectrogram": np.stack(spectrograms),
             "order": np.int32(pair.order),
             "video_speed": np.array([clip.speed for clip in pair.video], np.int32),
             "video_direction": np.array([clip.direction for clip in pair.video], np.int32),
             "source_id": np.int32(index),
         }
 
-    def _render_video(
-        self, container: Any, clip: Clip, rng: np.random.Generator, out: np.ndarray
-    ) -> None:
-        """Decodes one view's pictures into `out`."""
-        images = view_pictures(container, clip)
-        height, width, _ = images[0].shape
-        crop = random_crop(rng, height, width, rendering.CROP)
-        for image, target in zip(images, out, strict=True):
-            crop_frame(image, crop, target)
 
-    def _render_audio(self, container: Any, clip: Clip) -> np.ndarray:
-        """Decodes one view's sound to its log-mel."""
-        return librosa_log_mel(view_sound(container, clip), clip)
-
-
-def view_pictures(container: Any, clip: Clip) -> list[np.ndarray]:
-    """Decodes the pictures of a view: seeks before it, stops after it, converts what is shown.
+def view_frames(container: Any, clip: Clip) -> list[np.ndarray]:
+    """Decodes the frames of a view, from the key frame before it to its end.
 
     Returns:
-        uint8 [height, width, 3] of `SHORT_SIDE`, in playback order.
+        uint8 [height, width, 3] with a short side of `SHORT_SIDE`, in playback order.
     """
     stream = container.streams.video[0]
-    rate = float(stream.average_rate)
+    fps = float(stream.average_rate)
     forward = dataclasses.replace(clip, direction=FORWARD)
-    begins = np.arange(stream.frames) / rate
-    times = begins[frame_indices(forward, begins, rendering.VIEWS)] + 0.5 / rate
+    begins = np.arange(stream.frames) / fps
+    times = begins[frame_indices(forward, begins, rendering.VIEWS)] + 0.5 / fps
     container.seek(int(times[0] / stream.time_base), stream=stream, backward=True)
     reformatter = VideoReformatter()
     scale = rendering.SHORT_SIDE / min(stream.width, stream.height)
     size = round(stream.width * scale), round(stream.height * scale)
 
-    def picture(frame: Any) -> np.ndarray:
-        scaled = reformatter.reformat(frame, *size, format="rgb24", threads=1)
-        return scaled.to_ndarray()
+    def scaled(frame: Any) -> np.ndarray:
+        return reformatter.reformat(frame, *size, format="rgb24", threads=1).to_ndarray()
 
-    images: list[np.ndarray] = []
-    shown = None
+    frames: list[np.ndarray] = []
+    last = None
     for frame in container.decode(stream):
-        # The picture shown at a time is the last one that began before it.
-        while shown is not None and len(images) < len(times) and times[len(images)] < frame.time:
-            images.append(picture(shown))
-        if len(images) == len(times):
+        # The frame of a time is the last one that began before it.
+        while last is not None and len(frames) < len(times) and times[len(frames)] < frame.time:
+            frames.append(scaled(last))
+        if len(frames) == len(times):
             break
-        shown = frame
-    while len(images) < len(times):
-        images.append(picture(shown))
-    return images[::-1] if clip.direction == BACKWARD else images
+        last = frame
+    while len(frames) < len(times):
+        frames.append(scaled(last))
+    return frames[::-1] if clip.direction == BACKWARD else frames
 
 
-def view_sound(container: Any, clip: Clip) -> np.ndarray:
-    """Decodes the sound of a view at 16 kHz, mono.
-
-    Returns:
-        float32 [samples].
-    """
+def view_waveform(container: Any, clip: Clip) -> np.ndarray:
+    """Decodes the audio of a view at 16 kHz, mono, as float32 [samples]."""
     stream = container.streams.audio[0]
     hz = rendering.LOG_MEL.sample_rate_hz
     span = rendering.VIEWS.clip_seconds * rendering.VIEWS.speeds[clip.speed]
@@ -152,23 +131,22 @@ def view_sound(container: Any, clip: Clip) -> np.ndarray:
         begin = frame.time if begin is None else begin
         parts += [part.to_ndarray()[0] for part in resampler.resample(frame)]
     parts += [part.to_ndarray()[0] for part in resampler.resample(None)]
-    sound = np.concatenate(parts)
-    assert begin is not None, "no sound where the view is"
+    assert begin is not None, "the view has no audio"
     start = max(0, round((clip.start_seconds - begin) * hz))
-    wanted = round(span * hz)
-    sound = sound[start : start + wanted]
-    return np.pad(sound, (0, wanted - len(sound)), mode="edge")
+    length = round(span * hz)
+    waveform = np.concatenate(parts)[start : start + length]
+    return np.pad(waveform, (0, length - len(waveform)), mode="edge")
 
 
-def librosa_log_mel(sound: np.ndarray, clip: Clip) -> np.ndarray:
-    """The same log-mel by librosa: windows of the hop at speed 1, never overlapping."""
+def librosa_log_mel(waveform: np.ndarray, clip: Clip) -> np.ndarray:
+    """Computes the pipeline's log-mel with librosa: windows as long as the hop at speed 1."""
     mel = rendering.LOG_MEL
     hop = mel.window * rendering.VIEWS.speeds[clip.speed]
     if clip.direction == BACKWARD:
         # The windows of the forward view, each reversed: they start at the same samples.
-        sound = sound[::-1][hop - mel.window :]
+        waveform = waveform[::-1][hop - mel.window :]
     power = librosa.feature.melspectrogram(
-        y=sound,
+        y=waveform,
         sr=mel.sample_rate_hz,
         n_fft=mel.window,
         hop_length=hop,
@@ -185,17 +163,17 @@ def librosa_log_mel(sound: np.ndarray, clip: Clip) -> np.ndarray:
 
 
 class _Visits:
-    """An endless shuffled order of (film, visit)."""
+    """An endless shuffled order of (video, visit)."""
 
-    def __init__(self, films: int, seed: int):
-        self._films = films
+    def __init__(self, videos: int, seed: int):
+        self._videos = videos
         self._seed = seed
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         rng = np.random.default_rng(self._seed)
         visit = 0
         while True:
-            for index in rng.permutation(self._films).tolist():
+            for index in rng.permutation(self._videos).tolist():
                 yield index, visit
                 visit += 1
 
@@ -210,30 +188,26 @@ def _pin_threads(worker: int) -> None:
     cv2.setNumThreads(0)
 
 
-def batches(folder: Path, *, workers: int) -> Iterator[Any]:
-    """Batches of the baseline."""
+def samples_per_second(*, folder: str, count: int) -> float:
+    """Samples per second of the baseline, over `count` batches of each worker."""
     import torch.utils.data
 
+    os.environ["OMP_NUM_THREADS"] = "1"
+    workers = len(os.sched_getaffinity(0))
+    videos = list_videos(folder)
     loader = torch.utils.data.DataLoader(
-        FilmClips(films(folder), seed=0),
+        VideoDataset(videos, seed=0),
         batch_size=rendering.BATCH_SIZE,
-        sampler=_Visits(len(films(folder)), seed=0),
+        sampler=_Visits(len(videos), seed=0),
         num_workers=workers,
         worker_init_fn=_pin_threads,
         persistent_workers=True,
         prefetch_factor=2,
         drop_last=True,
     )
-    return iter(loader)
-
-
-def samples_per_second(*, folder: str, count: int) -> float:
-    """Samples per second of the baseline, over `count` batches of each worker."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    workers = len(os.sched_getaffinity(0))
     # The workers finish their batches at nearly the same time: count whole rounds of them.
     return rate(
-        batches(Path(folder), workers=workers),
+        iter(loader),
         batch_size=rendering.BATCH_SIZE,
         warmup=workers,
         count=math.ceil(count / workers) * workers,

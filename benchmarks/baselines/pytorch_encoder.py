@@ -1,34 +1,35 @@
-"""The training step of an R(2+1)D-18 encoder in PyTorch, tuned as an expert would.
+"""The training step of an R(2+1)D-18 encoder in PyTorch, tuned as by an expert.
 
 Tuned: channels last, AdamW over all tensors at once (foreach on a CPU, fused on a GPU), gradients
-set to none, one thread a core, on a GPU the fastest convolution of cuDNN's (benchmark mode); eager
-or compiled, of which the benchmark takes the better. torchvision's own network.
+set to None, one thread per core, cuDNN's benchmark mode on a GPU; eager or compiled (the benchmark
+takes the better). The network is torchvision's.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import time
 import types
 
 
 def seconds_of_steps(
     *, batch: int, steps: int, compiled: bool, dtype: str = "float32", device: str = "cpu"
 ) -> list[float]:
-    """Seconds of each step, forward, backward and AdamW, after those that are not counted.
+    """Seconds of each step: forward, backward and AdamW.
 
     Args:
-        batch: clips.
-        steps: how many are timed.
-        compiled: by `torch.compile`.
-        dtype: other than "float32": that of `torch.autocast`.
+        batch: clips per step.
+        steps: number of timed steps, after one on a CPU or three on a GPU.
+        compiled: use `torch.compile`.
+        dtype: dtype of `torch.autocast` unless "float32".
         device: "cpu" or "cuda".
     """
     import torch
 
-    # torchvision declares its compiled operators as it is imported, which fails where they were
-    # built for another PyTorch; this network uses none of them.
+    from benchmarks.measure import seconds_of_each
+
+    # torchvision declares its compiled operators on import, which fails if they were built for
+    # another PyTorch; this network uses none of them.
     sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("empty"))
     from torchvision.models.video import r2plus1d_18
 
@@ -44,11 +45,8 @@ def seconds_of_steps(
     clips = clips.to(memory_format=torch.channels_last_3d)
     forward = torch.compile(network) if compiled else network
     autocast = torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32")
-    # The first compiles; on a GPU, the second and third still find memory and algorithms.
-    uncounted = 1 if device == "cpu" else 3
-    seconds = []
-    for _ in range(uncounted + steps):
-        begin = time.perf_counter()
+
+    def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with autocast:
             features = forward(clips)
@@ -58,5 +56,6 @@ def seconds_of_steps(
         if device == "cuda":
             torch.cuda.synchronize()
         loss.item()
-        seconds.append(time.perf_counter() - begin)
-    return seconds[uncounted:]
+
+    # On a GPU, the second and third step still find memory and algorithms.
+    return seconds_of_each(step, steps, warmup=1 if device == "cpu" else 3)

@@ -1,8 +1,9 @@
 """The demo's objective and feature bank in PyTorch; for `pytorch_pretraining`.
 
-The same function as `avcl_jax.objectives`, with all four directions of the contrastive terms (vv,
-va, av, aa) in one array, because small operations cost PyTorch their start more than their work:
-ranking happens once, one product gives all similarities within the batch, one those with the bank.
+The same function as `avcl_jax.objectives` for videos that all have video and audio. All four
+directions of the contrastive terms (vv, va, av, aa) are in one array, because the overhead of small
+operations exceeds their work in PyTorch: rows are ranked once, one product gives all similarities
+within the batch, and one those with the bank.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Modality 0 is the picture, 1 the sound. Anchors' and targets' in the order vv, va, av, aa.
-_ANCHORS, _TARGETS = [0, 0, 1, 1], [0, 1, 0, 1]
 _EXCLUDED = -1e30
 
 
@@ -25,29 +24,21 @@ class BankRows(NamedTuple):
 
     Attributes:
         embeddings: [2, size, dim] of video and audio.
-        present: bool [2, size].
-        source: int64 [size], -1 while a row is empty.
+        source: int64 [size].
         playback: int64 [size], number of the speed and direction.
     """
 
     embeddings: Tensor
-    present: Tensor
     source: Tensor
     playback: Tensor
 
 
 class Bank:
-    """A ring of past embeddings.
-
-    Args:
-        size: of the ring.
-        dim: of an embedding.
-    """
+    """A ring of past embeddings."""
 
     def __init__(self, size: int, dim: int) -> None:
         self.rows = BankRows(
             torch.zeros(2, size, dim),
-            torch.zeros(2, size, dtype=torch.bool),
             torch.full((size,), -1),
             torch.zeros(size, dtype=torch.int64),
         )
@@ -58,17 +49,14 @@ class Bank:
         """True if every row has been written."""
         return self.inserted >= len(self.rows.source)
 
-    def insert(self, embeddings: Tensor, present: Tensor, source: Tensor, playback: Tensor) -> None:
-        """Writes [2, videos, 2, dim] over the oldest rows; present [2, videos]."""
-        count = 2 * len(source)
+    def insert(self, embeddings: Tensor, source: Tensor, playback: Tensor) -> None:
+        """Writes [2, videos, 2, dim] over the oldest rows."""
         start = self.inserted % len(self.rows.source)
-        ring = slice(start, start + count)
-        kept = torch.where(present[..., None, None], embeddings.detach(), 0)
-        self.rows.embeddings[:, ring] = kept.flatten(1, 2)
-        self.rows.present[:, ring] = present.repeat_interleave(2, 1)
+        ring = slice(start, start + 2 * len(source))
+        self.rows.embeddings[:, ring] = embeddings.flatten(1, 2)
         self.rows.source[ring] = source.repeat_interleave(2)
         self.rows.playback[ring] = playback.flatten()
-        self.inserted += count
+        self.inserted += 2 * len(source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +64,12 @@ class Contrast:
     """Settings of the contrastive terms, those of `config.loss` and `config.bank`.
 
     Attributes:
-        temperature: of the terms.
+        temperature: temperature of the terms.
         positive_weight: weight of the bank positives.
         playbacks: number of playbacks.
-        num_positives: drawn from the first `positive_ranks`, one per source.
-        num_negatives: drawn from all rows except the nearest fraction `negative_offset`.
-        positive_ranks: see `num_positives`.
-        negative_offset: see `num_negatives`.
-        sampling_temperature: of the draw of positives; that of negatives is uniform.
+        num_positives: positives, drawn from the first `positive_ranks` rows, one per source.
+        num_negatives: negatives, drawn from all rows except the nearest fraction `negative_offset`.
+        sampling_temperature: temperature of the draw of positives; negatives are drawn uniformly.
     """
 
     temperature: float
@@ -102,15 +88,12 @@ def agreement(embeddings: Tensor, playback: Tensor, bank: BankRows, contrast: Co
     Args:
         embeddings: [2, anchors, dim] of video and audio.
         playback: [anchors].
-        bank: the rows.
-        contrast: settings.
 
     Returns:
         [anchors, size], cosines of embeddings minus the mean of their playback.
     """
-    chosen = functional.one_hot(bank.playback, contrast.playbacks).T * bank.present[:, None]
-    chosen = chosen.to(embeddings.dtype)
-    means = (chosen @ bank.embeddings) / chosen.sum(-1, keepdim=True).clamp(min=1)
+    of_playback = functional.one_hot(bank.playback, contrast.playbacks).T.to(embeddings.dtype)
+    means = (of_playback @ bank.embeddings) / of_playback.sum(-1, keepdim=True).clamp(min=1)
     queries = functional.normalize(embeddings - means[:, playback], dim=-1)
     rows = functional.normalize(bank.embeddings - means[:, bank.playback], dim=-1)
     return (queries @ rows.transpose(1, 2)).amin(0)
@@ -124,11 +107,10 @@ def pick(
     Args:
         scores: [anchors, size], -inf where not eligible.
         noise: [4, anchors, size] Gumbel noise of each direction.
-        bank: rows, for their sources.
-        contrast: settings.
 
     Returns:
-        Positions of positives [4, anchors, num_positives], their validity, and those of negatives.
+        Positions of positives [4, anchors, num_positives] and their validity, and the same of
+        negatives.
     """
     eligible = scores > -torch.inf
     count = eligible.sum(-1, keepdim=True)
@@ -150,55 +132,52 @@ def pick(
 
 
 def gumbel(shape: tuple[int, ...]) -> Tensor:
-    """Gumbel noise."""
+    """Draws Gumbel noise."""
     return -torch.empty(shape).exponential_().log()
 
 
 def contrastive_losses(
     embeddings: Tensor,
-    present: Tensor,
     source: Tensor,
     playback: Tensor,
     bank: BankRows | None,
     contrast: Contrast,
     noise: Tensor | None = None,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Terms vv, va and aa, each the mean over the anchors that count, and their fraction.
+) -> dict[str, Tensor]:
+    """Terms vv, va and aa, each the mean over anchors.
 
     Args:
         embeddings: [2, videos, 2, dim] of video and audio.
-        present: bool [2, videos].
         source: [videos].
         playback: [videos, 2].
-        bank: rows to draw from; None while it is not used.
-        contrast: settings.
-        noise: Gumbel noise [4, anchors, rows of the bank], if not to be drawn here.
+        bank: rows to draw from; None before the bank is in use.
+        noise: Gumbel noise [4, anchors, rows of the bank]; drawn by default.
     """
-    videos, dim = source.shape[0], embeddings.shape[-1]
-    anchors = 2 * videos
-    flat = torch.where(present[..., None, None], embeddings, 0).reshape(2 * anchors, dim)
-    # [4, anchors, targets]
-    batch = (flat @ flat.T).reshape(2, anchors, 2, anchors).transpose(1, 2).flatten(0, 1)
+    anchors, dim = 2 * source.shape[0], embeddings.shape[-1]
+    flat = embeddings.reshape(2 * anchors, dim)
+
+    def in_batch(targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of partners [4, anchors], and log-sum-exp of those of negatives."""
+        products = (flat @ targets.T).reshape(2, anchors, 2, anchors).transpose(1, 2).flatten(0, 1)
+        logits = products / contrast.temperature
+        partner = logits.gather(2, partner_position[..., None])[..., 0]
+        return partner, torch.where(negative, logits, _EXCLUDED).logsumexp(-1)
+
     number = torch.arange(anchors)
     partner_position = torch.stack([number ^ 1, number, number, number ^ 1])
-    partner = batch.gather(2, partner_position[..., None])[..., 0] / contrast.temperature
     source = source.repeat_interleave(2)
-    there = present.repeat_interleave(2, 1)
-    counted = there[_ANCHORS] & there[_TARGETS]
-    negative = (source[:, None] != source) & there[_TARGETS][:, None]
-    log_sum = torch.where(negative, batch / contrast.temperature, _EXCLUDED).logsumexp(-1)
+    negative = source[:, None] != source
+    partner, log_sum = in_batch(flat)
     if bank is None:
         losses = functional.softplus(log_sum - partner)
     else:
         size = len(bank.source)
-        # Of all rows: less work than fetching each anchor's samples.
+        # Of all rows: less work than fetching the samples of each anchor.
         similarities = (flat @ bank.embeddings.flatten(0, 1).T).reshape(2, anchors, 2, size)
         with torch.no_grad():
-            usable = (bank.source >= 0) & bank.present.all(0)
             views = flat.reshape(2, anchors, dim)
             scores = agreement(views, playback.flatten(), bank, contrast)
-            eligible = usable & there.all(0)[:, None] & (bank.source != source[:, None])
-            scores = torch.where(eligible, scores, -torch.inf)
+            scores = torch.where(bank.source != source[:, None], scores, -torch.inf)
             if noise is None:
                 noise = gumbel((4, *scores.shape))
             near, valid, far, far_valid = pick(scores, noise, bank, contrast)
@@ -206,11 +185,7 @@ def contrastive_losses(
         far_logits = torch.where(far_valid, similarities.gather(2, far), _EXCLUDED)
         of_bank = far_logits.logsumexp(-1)
         # The balance of gradients: avcl_jax/objectives/contrastive.py.
-        held = flat.detach()
-        batch_held = (flat @ held.T).reshape(2, anchors, 2, anchors).transpose(1, 2).flatten(0, 1)
-        partner_held = batch_held.gather(2, partner_position[..., None])[..., 0]
-        partner_held = partner_held / contrast.temperature
-        held_sum = torch.where(negative, batch_held / contrast.temperature, _EXCLUDED).logsumexp(-1)
+        partner_held, held_sum = in_batch(flat.detach())
         log_sum = torch.logaddexp(log_sum, of_bank)
         of_batch = -torch.expm1(of_bank - log_sum).detach()
         partner = partner_held + of_batch * (partner - partner_held)
@@ -220,37 +195,29 @@ def contrastive_losses(
         weight = torch.where(count > 0, contrast.positive_weight, 0.0)
         losses = (1 - weight) * functional.softplus(log_sum - partner)
         losses = losses + weight * drawn.sum(-1) / count.clamp(min=1)
-    by_direction = torch.where(counted, losses, 0).sum(1) / counted.sum(1).clamp(min=1)
-    vv, va, av, aa = by_direction.unbind()
-    # As many anchors count in both directions of va.
-    of_vv, of_va, _, of_aa = counted.float().mean(1).unbind()
-    return {"vv": (vv, of_vv), "va": ((va + av) / 2, of_va), "aa": (aa, of_aa)}
+    vv, va, av, aa = losses.mean(1).unbind()
+    return {"vv": vv, "va": (va + av) / 2, "aa": aa}
 
 
 def temporal_losses(
-    outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor], present: Tensor
+    outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Cross-entropies of the temporal terms over the examples that count, and their fraction.
+    """Cross-entropies of the temporal terms over the examples in their masks, and their fraction.
 
     Args:
-        outputs: logits of the seven terms, as `avcl_jax.objectives.temporal`.
-        batch: labels and masks, as the pipeline delivers them.
-        present: bool [2, videos].
+        outputs: logits of the seven terms, as in `avcl_jax.objectives.temporal`.
+        batch: labels and masks of a batch of the pipeline.
     """
-    has_video, has_audio = present[0] & batch["video_moves"], present[1]
-    order, order_mask = batch["order"], batch["order_mask"]
+    order, order_mask, moves = batch["order"], batch["order_mask"], batch["video_moves"]
     targets = {
-        "order_vv": (order, order_mask & has_video),
-        "order_aa": (order, order_mask & has_audio),
-        "order_va": (
-            torch.stack([order, 2 - order], dim=1),
-            (order_mask & has_video & has_audio)[:, None],
-        ),
+        "order_vv": (order, order_mask & moves),
+        "order_aa": (order, order_mask),
+        "order_va": (torch.stack([order, 2 - order], dim=1), (order_mask & moves)[:, None]),
     }
-    for name, has in (("video", has_video), ("audio", has_audio)):
-        for task in ("speed", "direction"):
-            mask = (batch[f"{task}_mask"] & has)[:, None]
-            targets[f"{task}_{name}"] = (batch[f"{name}_{task}"], mask)
+    for task in ("speed", "direction"):
+        mask = batch[f"{task}_mask"]
+        targets[f"{task}_video"] = (batch[f"video_{task}"], (mask & moves)[:, None])
+        targets[f"{task}_audio"] = (batch[f"audio_{task}"], mask[:, None])
     losses = {}
     for term, (labels, mask) in targets.items():
         labels = torch.where(mask, labels, -100).flatten().long()

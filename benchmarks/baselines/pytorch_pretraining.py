@@ -1,20 +1,20 @@
-"""The demo's pretraining step in PyTorch, tuned as an expert would for a CPU.
+"""The demo's pretraining step in PyTorch, tuned as by an expert for a CPU.
 
 The whole step of configs/pretrain.py:demo: augmentation of uint8 clips and of spectrograms, both
 encoders, all heads, all contrastive terms with the feature bank, all temporal terms, gradient
-clipping, AdamW with our schedule and mask, insertion into the bank. What our step reports beside
-its losses (accuracies, norms, ages of bank rows) is left out: a PyTorch user would compute these
-at log steps only. tests/interop/test_torch_pretraining.py shows that both compute the same.
+clipping, AdamW with our schedule and mask, insertion into the bank. Left out: metrics beside the
+losses (accuracies, norms, ages of bank rows), which a PyTorch user would compute at log steps only,
+and masks for missing modalities, because all records of the demo have video and audio.
+tests/interop/test_torch_pretraining.py shows that both compute the same.
 
-Tuned: channels last, everything up to the total loss compiled as one graph or eager, of which the
-benchmark takes the better, AdamW fused over all tensors, gradients set to none, one thread a core.
+Tuned: channels last, everything up to the total loss compiled as one graph or eager (the benchmark
+takes the better), AdamW fused over all tensors, gradients set to None, one thread per core.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -39,11 +39,6 @@ def _playback(batch: Mapping[str, Tensor]) -> Tensor:
     return 2 * batch["video_speed"].long() + batch["video_direction"].long()
 
 
-def _present(batch: Mapping[str, Tensor]) -> Tensor:
-    """Returns which videos have video and audio, bool [2, videos]; the demo has no silent views."""
-    return torch.stack([batch["has_video"], batch["has_audio"].all(dim=1)])
-
-
 class PhotometricDraws(NamedTuple):
     """Uniform draws of each clip, [videos, 2]; in [-1, 1], `gray` in [0, 1]."""
 
@@ -59,8 +54,8 @@ class SpectralDraws(NamedTuple):
 
     Attributes:
         knots: [videos, 2, knots] uniform in [-1, 1].
-        width: int [videos, 2, 1] bands that are masked.
-        first: [videos, 2, 1] uniform in [0, 1], where they begin.
+        width: int [videos, 2, 1] number of masked bands.
+        first: [videos, 2, 1] uniform in [0, 1], the position of the first.
         noise: [videos, 2, frames, mels] normal.
     """
 
@@ -86,11 +81,7 @@ def photometric(
     along, across = turn.cos(), turn.sin() / math.sqrt(3)
     red, green, blue = (
         mean + along * (colour - mean) + across * (after - before)
-        for colour, before, after in (
-            (red, green, blue),
-            (green, blue, red),
-            (blue, red, green),
-        )
+        for colour, before, after in ((red, green, blue), (green, blue, red), (blue, red, green))
     )
     gray = 0.299 * red + 0.587 * green + 0.114 * blue
     gain = contrast * saturation
@@ -130,10 +121,10 @@ class Pretraining:
             "negative_candidates": config.bank.size,
         }
         if others := [key for key, value in implemented.items() if config.bank[key] != value]:
-            raise ValueError(f"of the bank only {implemented} is implemented here: set {others}")
+            raise ValueError(f"only a bank with {implemented} is implemented: set {others}")
         if config.photometric.per_frame or config.spectrogram.where != "host":
             raise ValueError(
-                "only augmentation per clip and spectrograms of the host are implemented here"
+                "only augmentation per clip and spectrograms of the host are implemented"
             )
         self.config = config
         self.network = AudioVisualNetwork(config)
@@ -175,66 +166,44 @@ class Pretraining:
         return video, spectral(spectrogram, draws, settings)
 
     def losses(
-        self,
-        batch: Mapping[str, Tensor],
-        bank: BankRows | None,
-        complete: bool,
-        noise: Tensor | None,
+        self, batch: Mapping[str, Tensor], bank: BankRows | None, noise: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The weighted sum of all terms, the terms, and the embeddings.
 
         Args:
-            batch: as the pipeline delivers it.
-            bank: rows to draw from; None while it is not used.
-            complete: no video lacks picture or sound.
-            noise: see `step`.
+            batch: tensors of a batch of the pipeline.
+            bank: rows to draw from; None before the bank is in use.
+            noise: see `contrastive_losses`.
         """
-        present = _present(batch)
-        masks = None if complete else {"video": present[0], "audio": present[1]}
         with torch.no_grad():
             video, spectrogram = self.inputs(batch)
-        outputs = self.network(video, spectrogram, masks)
+        outputs = self.network(video, spectrogram)
         embeddings = torch.stack([outputs["video_embeddings"], outputs["audio_embeddings"]])
         terms = contrastive_losses(
-            embeddings,
-            present,
-            batch["source_id"],
-            _playback(batch),
-            bank,
-            self.contrast,
-            noise,
+            embeddings, batch["source_id"], _playback(batch), bank, self.contrast, noise
         )
-        terms |= temporal_losses(outputs, batch, present)
         weights = self.config.loss.weights
+        weighted = [weights[term] * value for term, value in terms.items()]
         # Fractions are of all rows, because every record of the demo is readable.
-        weighted = [weights[term] * part * value for term, (value, part) in terms.items()]
-        values = {term: value for term, (value, _) in terms.items()}
-        return torch.stack(weighted).sum(), values, embeddings.detach()
+        for term, (value, fraction) in temporal_losses(outputs, batch).items():
+            terms[term] = value
+            weighted.append(weights[term] * fraction * value)
+        return torch.stack(weighted).sum(), terms, embeddings.detach()
 
     def step(
         self, batch: Mapping[str, Tensor], noise: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Takes one step on a batch of the pipeline.
-
-        Args:
-            batch: `to_tensors` of it.
-            noise: of the draw from the bank, see `contrastive_losses`.
-
-        Returns:
-            The loss and its terms.
-        """
+        """Takes one step on `to_tensors` of a batch; returns the loss and its terms."""
         section = self.config.optimizer
-        present = _present(batch)
         active = self.bank.full and self.steps >= self.config.bank.warmup_steps
-        rows = self.bank.rows if active else None
-        total, terms, embeddings = self._losses(batch, rows, bool(present.all()), noise)
+        total, terms, embeddings = self._losses(batch, self.bank.rows if active else None, noise)
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), section.clip_norm, foreach=True)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.steps, section, self.config.steps)
         self.optimizer.step()
-        self.bank.insert(embeddings, present, batch["source_id"], _playback(batch))
+        self.bank.insert(embeddings, batch["source_id"], _playback(batch))
         self.steps += 1
         return total.detach(), {term: value.detach() for term, value in terms.items()}
 
@@ -257,12 +226,12 @@ def learning_rate(step: int, section: ml_collections.ConfigDict, steps: int) -> 
     """Linear warm-up from 0, then cosine to 0."""
     if step < section.warmup_steps:
         return section.learning_rate * step / section.warmup_steps
-    share = (step - section.warmup_steps) / (steps - section.warmup_steps)
-    return section.learning_rate * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+    fraction = (step - section.warmup_steps) / (steps - section.warmup_steps)
+    return section.learning_rate * 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
 
 
 def to_tensors(batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """A batch of the pipeline as tensors; numbers as int64, by which PyTorch indexes."""
+    """Tensors of a batch; int32 as int64, because PyTorch indexes by these."""
     tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
     return {
         name: tensor.long() if tensor.dtype == torch.int32 else tensor
@@ -271,8 +240,9 @@ def to_tensors(batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 
 
 def seconds_of_steps(*, steps: int, compiled: bool) -> list[float]:
-    """Seconds of each step of the demo, its bank in use, after some that are not counted."""
+    """Seconds of each of `steps` steps of the demo with its bank in use."""
     from benchmarks.batches import random_batch
+    from benchmarks.measure import seconds_of_each
     from benchmarks.steps import WARM_UP_STEPS
     from configs import pretrain
 
@@ -282,24 +252,18 @@ def seconds_of_steps(*, steps: int, compiled: bool) -> list[float]:
     pretraining = Pretraining(config, compiled=compiled)
     batch: Any = to_tensors(random_batch(config))
     fill_bank(pretraining)
-    seconds = []
-    for _ in range(WARM_UP_STEPS + steps):
-        begin = time.perf_counter()
-        pretraining.step(batch)[0].item()
-        seconds.append(time.perf_counter() - begin)
-    return seconds[WARM_UP_STEPS:]
+    return seconds_of_each(lambda: pretraining.step(batch)[0].item(), steps, warmup=WARM_UP_STEPS)
 
 
 def fill_bank(pretraining: Pretraining) -> None:
     """Fills the bank with random embeddings of other videos, as after its warm-up."""
     config, bank = pretraining.config, pretraining.bank
     videos = config.global_batch_size
-    present = torch.ones(2, videos, dtype=torch.bool)
     while not bank.full:
         embeddings = functional.normalize(
             torch.randn(2, videos, 2, config.model.embedding_dim), dim=-1
         )
         source = bank.inserted + videos + torch.arange(videos)
         playback = torch.randint(0, pretraining.contrast.playbacks, (videos, 2))
-        bank.insert(embeddings, present, source, playback)
+        bank.insert(embeddings, source, playback)
     pretraining.steps = config.bank.warmup_steps

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from avcl_jax import experiment
 from avcl_jax.data import augment
 from avcl_jax.objectives import bank_sampling
-from avcl_jax.objectives.bank_rows import BankRows, RowNumbers, has_all, presence_bits
+from avcl_jax.objectives.bank_rows import BankRows, RowNumbers, presence_bits
 from avcl_jax.objectives.feature_bank import FeatureBank
 from avcl_jax.objectives.views import MODALITIES
 from avcl_jax.training import loop
@@ -54,29 +54,28 @@ def demo(*, clip_norm: float):
     return config
 
 
-def batch_of(config, absent: bool):
-    """Two videos are of one source; not every task is defined; media are absent or not."""
+def batch_of(config):
+    """Two videos of one source; some are in not every task."""
     batch = random_batch(config)
     batch["source_id"][1] = batch["source_id"][0]
     batch["record_index"] += 40
-    for what in ("speed", "direction"):  # as the pipeline draws them for "shared"
-        batch[f"audio_{what}"] = batch[f"video_{what}"]
+    for task in ("speed", "direction"):  # as the pipeline draws them for "shared"
+        batch[f"audio_{task}"] = batch[f"video_{task}"]
     for number, task in enumerate(("speed", "direction", "order")):
         batch[f"{task}_mask"][number] = False
-    if absent:
-        batch["has_video"][2] = batch["has_audio"][3:5] = False
+    batch["video_moves"][5] = False
     return batch
 
 
 def full_bank(config, bank, batch):
-    """A bank of random rows, some of the sources of the batch, some without a modality."""
+    """A bank of random rows, some of the sources of the batch."""
     size, rng = config.bank.size, np.random.default_rng(1)
     rows = rng.normal(size=(2, size, config.model.embedding_dim)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
     source = rng.integers(0, 60, size).astype(np.int32)
     playback = rng.integers(0, 2 * len(config.views.speeds), size).astype(np.int32)
     assert np.isin(source, batch["source_id"]).sum() > 10
-    present = {modality: jnp.asarray(rng.random(size) < 0.97) for modality in MODALITIES}
+    present = dict.fromkeys(MODALITIES, jnp.ones(size, bool))
     columns = np.asarray(bank.rows.numbers.columns).copy()
     columns[:, :4] = np.stack([np.arange(size), source, playback, playback], axis=1)
     rows = BankRows(
@@ -145,14 +144,14 @@ def our_noise(config, batch, step):
 
 
 @pytest.mark.parametrize(
-    ("absent", "compiled"),
-    [(False, False), (True, False), (False, True)],
-    ids=["all-present", "some-absent", "compiled"],
+    ("clip_norm", "compiled"),
+    [(5.0, False), (1e4, False), (5.0, True)],
+    ids=["clipped", "not-clipped", "compiled"],
 )
-def test_a_step(absent, compiled):
-    """Every term, the gradient after clipping, running statistics, and what the bank holds then."""
-    config = demo(clip_norm=1e4 if absent else 5.0)
-    batch = batch_of(config, absent)
+def test_a_step(clip_norm, compiled):
+    """Every term, the gradient after clipping, running statistics, and the bank afterwards."""
+    config = demo(clip_norm=clip_norm)
+    batch = batch_of(config)
     _, init, step = loop.build(config)
     state, _ = init(jax.random.key(0))
     number = config.bank.warmup_steps
@@ -183,15 +182,15 @@ def test_a_step(absent, compiled):
         assert float(value) == pytest.approx(float(metrics[f"{term}/loss"].compute()), rel=1e-4)
     assert float(total) == pytest.approx(float(metrics["loss"].compute()), rel=1e-4)
 
-    # Adam's first moment after its first step is so much of the gradient.
+    # Adam's first moment after its first step is this fraction of the gradient.
     (moment,) = (leaf.mu for leaf in adam_states(after.opt_state))
-    share = 1 - config.optimizer.momentum
-    expected = converted(jax.tree.map(lambda leaf: leaf / share, moment), target)
+    fraction = 1 - config.optimizer.momentum
+    expected = converted(jax.tree.map(lambda leaf: leaf / fraction, moment), target)
     found = {name: p.grad.numpy() for name, p in theirs.network.named_parameters()}
     assert found.keys() == expected.keys()
     norm = float(metrics["health/gradient_norm"].compute())
-    assert (norm > config.optimizer.clip_norm) == (not absent)  # clipped, and not
-    whole = min(norm, config.optimizer.clip_norm)
+    assert (norm > clip_norm) == (clip_norm == 5.0)
+    whole = min(norm, clip_norm)
     errors = {name: np.linalg.norm(found[name] - value) for name, value in expected.items()}
     assert np.linalg.norm(list(errors.values())) < 1e-4 * whole
     for name, value in expected.items():
@@ -210,7 +209,6 @@ def bank_arrays(bank):
     """Our bank as PyTorch's rows."""
     return (
         np.stack([bank.rows.embeddings[modality] for modality in MODALITIES]),
-        np.stack([has_all(bank.rows.presence, (modality,)) for modality in MODALITIES]),
         np.asarray(bank.rows.numbers.source_id, np.int64),
         np.asarray(bank.rows.numbers.playback("video"), np.int64),
     )

@@ -101,4 +101,4 @@ def test_cycles_memory_and_times_are_told(found: dict[str, Any]) -> None:
     assert found["loops_of_unknown_length"] == 4
     assert 0 < estimated["mfu"] < 1
     assert estimated["interconnect_ms"] > 0
-    assert 0 < estimated["hbm_share"] < 0.1
+    assert 0 < estimated["hbm_fraction"] < 0.1

