@@ -30,7 +30,6 @@ from avcl_jax.data.augment import (
     to_unit_range,
 )
 from avcl_jax.data.clips import AudioClipSpec, ClipRecords, ClipSpec
-from avcl_jax.data.preprocessing import VideoPreprocessing
 from avcl_jax.data.spectrogram import log_mel
 from avcl_jax.errors import UserError
 from avcl_jax.export import Encoder
@@ -43,26 +42,29 @@ ENCODER, HEAD, FROZEN = "encoder", "head", "frozen"
 
 
 class ClipClassifier(nn.Module):
-    """An encoder, dropout of its features, a linear layer.
+    """An encoder, dropout of its features, and a linear layer for each label.
 
     Attributes:
         encoder: module returning a dict with `features`.
+        heads: number of classes by name of the layer.
         train_statistics: the encoder's batch normalisation uses and updates the statistics of the
             batch in training; otherwise it stays in evaluation mode.
     """
 
     encoder: nn.Module
-    classes: int
-    dropout: float
-    train_statistics: bool
+    heads: Mapping[str, int]
+    dropout: float = 0.0
+    train_statistics: bool = True
 
     @nn.compact
-    def __call__(self, inputs: Array, *, train: bool) -> Array:
-        """Returns float32 logits [batch, classes]."""
+    def __call__(self, inputs: Array, *, train: bool) -> dict[str, Array]:
+        """Returns float32 logits [batch, classes] of each head."""
         outputs: Any = self.encoder(inputs, train=train and self.train_statistics)
         features = outputs["features"].astype(jnp.float32)
         features = nn.Dropout(self.dropout, deterministic=not train)(features)
-        return nn.Dense(self.classes, name=HEAD)(features)
+        return {
+            name: nn.Dense(classes, name=name)(features) for name, classes in self.heads.items()
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +88,9 @@ class Inputs:
         # The augmentation draws for each view; a clip is a video's only one.
         if isinstance(self.spec, AudioClipSpec):
             spectrogram = log_mel(clips, self.spec.log_mel, jnp)
-            if key is None:
-                return spectrogram
-            return spectral(key, spectrogram[:, None], of_audio)[:, 0]
-        assert isinstance(self.preprocess, VideoPreprocessing)
+            return (
+                spectrogram if key is None else spectral(key, spectrogram[:, None], of_audio)[:, 0]
+            )
         pixels = to_unit_range(clips)
         if key is not None:
             pixels = photometric(key, pixels[:, None], of_video)[:, 0]
@@ -138,10 +139,7 @@ def create_classifier_state(
     key: Array,
     mesh: Mesh,
 ) -> tuple[TrainState, Any]:
-    """Draws the head, takes the encoder's weights as they are, and shards everything.
-
-    Returns:
-        The state and its shardings.
+    """Draws the head, takes the encoder's weights as they are; returns the state and its shardings.
 
     Raises:
         UserError: if the encoder does not take such clips, or layers cannot be frozen.
@@ -198,16 +196,16 @@ def classifier_step(
                 params,
                 part,
             )
-            logits, changed = classifier.apply(
+            outputs, changed = classifier.apply(
                 {"params": params, "batch_stats": state.batch_stats},
                 prepared,
                 train=True,
                 mutable=["batch_stats"],
                 rngs={"dropout": dropout_key},
             )
-            targets = optax.smooth_labels(
-                jax.nn.one_hot(batch["label"], classifier.classes), label_smoothing
-            )
+            logits = outputs[HEAD]
+            targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
+            targets = optax.smooth_labels(targets, label_smoothing)
             loss = optax.softmax_cross_entropy(logits, targets).mean()
             hits = (logits.argmax(axis=-1) == batch["label"]).astype(jnp.float32)
             return loss, (hits.mean(), changed.get("batch_stats", {}))
@@ -267,18 +265,18 @@ def predict(
         clips = arrays["clips"]
         flat = inputs(clips.reshape(-1, *clips.shape[2:]), None)
         logits: Any = classifier.apply(variables, flat, train=False)
-        softmax = jax.nn.softmax(logits).reshape(*clips.shape[:2], -1)
-        return {"probabilities": softmax.mean(axis=1)}
+        softmax = jax.nn.softmax(logits[HEAD]).reshape(*clips.shape[:2], -1)
+        return {"softmax": softmax.mean(axis=1)}
 
     compute = batched_map(
-        probabilities, {"classifier": variables}, inputs=("clips",), chunk=chunk, threads=threads
+        probabilities, {"mean": variables}, inputs=("clips",), chunk=chunk, threads=threads
     )
     arrays = in_parts(
         directory / cache_key(clips, crops, source.fingerprint),
         len(source),
-        functools.partial(
-            compute, lambda row: {"clips": source.fixed(row, clips=clips, crops=crops)}
+        lambda rows: compute(
+            lambda row: {"clips": source.fixed(row, clips=clips, crops=crops)}, rows
         ),
         rows=part_records,
     )
-    return arrays.get("classifier/probabilities", np.empty((0, classifier.classes), np.float32))
+    return arrays.get("mean/softmax", np.empty((0, classifier.heads[HEAD]), np.float32))

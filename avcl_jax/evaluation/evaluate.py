@@ -519,9 +519,7 @@ def noise_control(
     """
     speeds, seed = len(run.config.views.speeds), run.config.seed
     rendered = [
-        render_null_views(
-            records, run.spec, views=views * 2 * speeds, seed=seed + number, threads=threads
-        )
+        render_null_views(records, run.spec, views=views, seed=seed + number, threads=threads)
         for number, (records, views) in enumerate(
             ((train, section.train_views), (test, section.test_views))
         )

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -181,9 +181,10 @@ def run_split(
     mesh = sharding.create_mesh(run.fsdp)
     sharding.check_batch(config.global_batch_size, mesh, 1)
     optimizer, schedule, steps = optimizer_of(config, len(train))
+    classes = len(train.records.class_names[config.data.label])
     classifier = ClipClassifier(
         encoder=encoder.module.clone(dtype=jnp.dtype(config.model.dtype), remat=run.remat),
-        classes=len(train.records.class_names[config.data.label]),
+        heads={HEAD: classes},
         dropout=config.head.dropout,
         train_statistics=config.batch_norm == "train",
     )
@@ -206,7 +207,7 @@ def run_split(
         leaves = jax.tree.leaves(state.params), jax.tree.leaves(parts(state.params, freeze))
         trained = sum(leaf.size for leaf, part in zip(*leaves, strict=True) if part != FROZEN)
         writer.note(
-            f"{config.name}, {workdir.name}: {len(train)} records of {classifier.classes} classes, "
+            f"{config.name}, {workdir.name}: {len(train)} records of {classes} classes, "
             f"{trained / 1e6:.3f} M trained parameters, batch {config.global_batch_size}, steps "
             f"{progress.step} to {steps}"
         )
@@ -220,10 +221,22 @@ def run_split(
             mesh=mesh,
             shardings=shardings,
         )
+        batches = drawn_batches(
+            len(train),
+            RenderRandomClips(train, config.data.label, shared=run.workers > 0),
+            seed=int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0]),
+            global_batch_size=config.global_batch_size,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            first_step=progress.step,
+            workers=run.workers,
+            threads=run.threads,
+            prefetch=run.prefetch,
+        )
         state, complete = run_steps(
             state,
             lambda state, batch: step(state, batch, step_key),
-            training_batches(config, number, train, progress.step),
+            iter(batches),
             rows=sharding.rows_sharding(mesh),
             steps=steps,
             log_every=run.log_every,
@@ -286,27 +299,6 @@ def optimizer_of(
         **experiment.optimizer_settings(config),
     )
     return optimizer, schedule, steps
-
-
-def training_batches(
-    config: ml_collections.ConfigDict, number: int, train: ClipRecords, first_step: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yields local rows of random clips of `train` without end, from a step on."""
-    run = config.execution
-    return iter(
-        drawn_batches(
-            len(train),
-            RenderRandomClips(train, config.data.label, shared=run.workers > 0),
-            seed=int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0]),
-            global_batch_size=config.global_batch_size,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
-            first_step=first_step,
-            workers=run.workers,
-            threads=run.threads,
-            prefetch=run.prefetch,
-        )
-    )
 
 
 def _check_training(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,11 +21,11 @@ from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.data.views import BACKWARD, FORWARD
 from avcl_jax.errors import UserError
+from avcl_jax.evaluation.classifier import ClipClassifier
 from avcl_jax.evaluation.temporal import TaskScore, score_task
 from avcl_jax.evaluation.views import MODALITY_INPUTS, random_views
 from avcl_jax.objectives.temporal import TASKS
 
-# A traced input transform, for instance uint8 pixels to standardised floats.
 Prepare = Callable[[Any], Any]
 
 
@@ -51,39 +51,17 @@ class FitSpec:
         return np.concatenate([constant, falling]).astype(np.float32)
 
 
-class Classifier(nn.Module):
-    """An encoder with one linear head for each label.
-
-    Attributes:
-        encoder: module returning a dict with `features`.
-        classes: number of classes of each label, as sorted pairs (name, number).
-        prepare: input transform.
-    """
-
-    encoder: nn.Module
-    classes: tuple[tuple[str, int], ...]
-    prepare: Prepare
-
-    @nn.compact
-    def __call__(self, views: Any, *, train: bool) -> dict[str, jax.Array]:
-        """Returns float32 logits [batch, classes] of each label."""
-        features = self.encoder(self.prepare(views), train=train)["features"]
-        return {
-            name: nn.Dense(number, name=f"{name}_head")(features) for name, number in self.classes
-        }
-
-
 @dataclasses.dataclass(frozen=True)
 class Fit:
     """A trained classifier.
 
     Attributes:
-        classifier: the module.
-        variables: its parameters and batch statistics.
+        variables: parameters and batch statistics of `classifier`.
         losses: mean training loss of every epoch.
     """
 
-    classifier: Classifier
+    classifier: ClipClassifier
+    prepare: Prepare
     variables: Mapping[str, Any]
     losses: list[float]
 
@@ -96,13 +74,16 @@ class Fit:
         """Returns logits float32 [n, classes] of each label for views [n, ...]."""
 
         def logits(variables: Any, arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
-            return self.classifier.apply(variables, arrays["clips"], train=False)  # type: ignore[return-value] # Flax gives Any or a tuple
+            return self.classifier.apply(variables, self.prepare(arrays["clips"]), train=False)  # type: ignore[return-value] # Flax gives Any or a tuple
 
         compute = batched_map(
             logits, {"fit": self.variables}, inputs=("clips",), chunk=batch_size, threads=1
         )
         outputs = compute(lambda position: {"clips": views[position]}, range(len(views)))
-        return {name.removeprefix("fit/"): values for name, values in outputs.items()}
+        return {
+            name.removeprefix("fit/").removesuffix("_head"): values
+            for name, values in outputs.items()
+        }
 
 
 def fit_classifier(
@@ -124,6 +105,7 @@ def fit_classifier(
         views: [n, V, ...], V rendered views of each of n items.
         labels: int [n, V] by task.
         classes: number of classes of each task.
+        prepare: traced input transform, for instance uint8 pixels to standardised floats.
 
     Raises:
         UserError: if there are fewer items than a batch, or the loss is not finite.
@@ -134,23 +116,45 @@ def fit_classifier(
     for name, values in labels.items():
         if values.shape != (items, num_views):
             raise ValueError(f"labels {name} {values.shape} do not match views {views.shape[:2]}")
-    classifier = Classifier(encoder.clone(), tuple(sorted(classes.items())), prepare)
-    rng = np.random.default_rng(seed)
-    initialise = jax.jit(functools.partial(classifier.init, train=False))
-    variables = initialise(jax.random.key(seed), views[: spec.batch_size, 0])
+    heads = {f"{name}_head": number for name, number in sorted(classes.items())}
+    classifier = ClipClassifier(encoder.clone(), heads)
     steps = items // spec.batch_size
     rates = spec.rates(steps)
     optimizer = optax.inject_hyperparams(optax.adamw)(
         learning_rate=lambda step: jnp.asarray(rates)[step], weight_decay=spec.weight_decay
     )
+
+    @jax.jit
+    def begin(views: Any) -> Any:
+        return classifier.init(jax.random.key(seed), prepare(views), train=False)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: Any, views: Any, targets: Any) -> Any:
+        variables, optimizer_state = state
+        params, statistics = variables["params"], variables.get("batch_stats", {})
+
+        def objective(params: Any) -> Any:
+            variables = {"params": params, "batch_stats": statistics}
+            logits, updated = classifier.apply(
+                variables, prepare(views), train=True, mutable=["batch_stats"]
+            )
+            losses = [
+                optax.softmax_cross_entropy_with_integer_labels(logits[f"{name}_head"], own).mean()
+                for name, own in targets.items()
+            ]
+            return jnp.stack(losses).mean(), updated.get("batch_stats", {})
+
+        (loss, statistics), gradients = jax.value_and_grad(objective, has_aux=True)(params)
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+        params = optax.apply_updates(params, updates)
+        return ({"params": params, "batch_stats": statistics}, optimizer_state), loss
+
+    variables = begin(views[: spec.batch_size, 0])
     state = (variables, optimizer.init(variables["params"]))
-    step = _train_step(classifier, optimizer)
-    losses: list[float] = []
+    rng, losses = np.random.default_rng(seed), []
     for epoch in range(spec.epochs):
-        order = rng.permutation(items)
-        of_steps = []
-        for number in range(steps):
-            batch = order[number * spec.batch_size : (number + 1) * spec.batch_size]
+        order, of_steps = rng.permutation(items), []
+        for batch in order[: steps * spec.batch_size].reshape(steps, -1):
             view = rng.integers(num_views, size=len(batch))
             targets = {name: values[batch, view] for name, values in labels.items()}
             state, loss = step(state, views[batch, view], targets)
@@ -160,35 +164,10 @@ def fit_classifier(
             raise UserError(
                 f"the training loss of epoch {epoch} is {losses[-1]}; lower learning_rate"
             )
-    return Fit(classifier, state[0], losses)
+    return Fit(classifier, prepare, state[0], losses)
 
 
-def _train_step(classifier: Classifier, optimizer: Any) -> Callable[..., Any]:
-    def loss_function(params: Any, batch_stats: Any, views: Any, targets: Any) -> Any:
-        variables = {"params": params, "batch_stats": batch_stats}
-        logits, updated = classifier.apply(variables, views, train=True, mutable=["batch_stats"])
-        losses = [
-            optax.softmax_cross_entropy_with_integer_labels(logits[name], targets[name]).mean()
-            for name in logits
-        ]
-        return jnp.stack(losses).mean(), updated.get("batch_stats", {})
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: Any, views: Any, targets: Any) -> Any:
-        variables, optimizer_state = state
-        params = variables["params"]
-        (loss, batch_stats), gradients = jax.value_and_grad(loss_function, has_aux=True)(
-            params, variables.get("batch_stats", {}), views, targets
-        )
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
-        params = optax.apply_updates(params, updates)
-        return ({"params": params, "batch_stats": batch_stats}, optimizer_state), loss
-
-    return step
-
-
-@dataclasses.dataclass(frozen=True)
-class NullControl:
+class NullControl(NamedTuple):
     """Scores of networks on noise, which is the same at every speed and in both directions.
 
     A network that leaves chance has found a trace of the rendering, and then the accuracies on real
@@ -208,24 +187,15 @@ class NullControl:
 def render_null_views(
     source: UsableRecords, spec: RenderSpec, *, views: int, seed: int, threads: int
 ) -> dict[str, np.ndarray]:
-    """Renders `views` views of each record of noise, all speeds and directions equally often.
-
-    Raises:
-        UserError: if `views` is not a multiple of the combinations of speed and direction.
-    """
+    """Renders each record of noise `views` times at every speed in either direction."""
     speeds = range(len(spec.views.speeds))
-    if views % (2 * len(speeds)):
-        raise UserError(
-            f"{views} views of each record do not give the {2 * len(speeds)} combinations of speed "
-            f"and direction equally often: use a multiple of {2 * len(speeds)}"
-        )
     render = functools.partial(
         random_views,
         source,
         spec=spec,
         speeds=speeds,
         directions=(FORWARD, BACKWARD),
-        views=views,
+        views=2 * len(speeds) * views,
         seed=seed,
     )
     return render_all(render, range(len(source)), threads=threads)

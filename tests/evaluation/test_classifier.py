@@ -51,7 +51,7 @@ def test_the_prediction_is_the_mean_softmax_over_ten_clips(tmp_path):
     source = ClipRecords(
         RecordDataset(records, "all"), Selection.parse("split1=unused"), spec, ("shuffled",)
     )
-    classifier = ClipClassifier(encoder.module, 3, 0.5, True)
+    classifier = ClipClassifier(encoder.module, {"head": 3}, 0.5)
     rng = np.random.default_rng(0)
     head = {
         "kernel": rng.normal(0, 3, (12, 3)).astype(np.float32),
@@ -163,7 +163,7 @@ def test_clips_that_tubelets_do_not_fill_are_refused():
     message = "must divide the clip's 7x16x16: set num_frames to a multiple of 2"
     with pytest.raises(ValueError, match=message):
         create_classifier_state(
-            ClipClassifier(module, 3, 0.0, True),
+            ClipClassifier(module, {"head": 3}),
             optax.sgd(0.1),
             dataclasses.replace(encoder, module=module, params=weights),
             Inputs(seven_frames, encoder.preprocess, (None, None)),

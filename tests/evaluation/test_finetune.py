@@ -16,7 +16,7 @@ from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection, SelectionError
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation import finetune as finetune_module
-from avcl_jax.evaluation.finetune import clip_spec, finetune, labelled_splits, training_batches
+from avcl_jax.evaluation.finetune import clip_spec, finetune
 from avcl_jax.evaluation.protocol import read_outcomes
 from avcl_jax.export import ExportError
 from avcl_jax.export.runs import open_encoders
@@ -96,15 +96,6 @@ def test_results_are_those_of_the_saved_softmax(tuned, records):
 def test_no_test_record_is_read_before_the_last_step(tuned, records):
     _, _, before = tuned
     assert set(before) == in_split(records, "train")
-
-
-def test_training_batches_hold_every_training_record_and_no_other(tuned, records, encoders):
-    config = toy_config(records, encoders)
-    (split,) = labelled_splits(config)
-    batches = training_batches(config, 1, split.train, 0)
-    drawn = np.concatenate([next(batches)["record_index"] for _ in range(8)])
-    assert set(drawn.tolist()) == in_split(records, "train")
-    assert not set(drawn.tolist()) & in_split(records, "test")
 
 
 def test_finished_results_are_not_made_again(tuned, records, encoders, capsys):

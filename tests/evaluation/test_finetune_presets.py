@@ -64,7 +64,7 @@ def test_a_full_size_step_lowers(preset, trained):
     classes = {"ucf101": 101, "esc50": 50}[preset]
     classifier = ClipClassifier(
         encoder=encoder.module.clone(dtype=jnp.dtype(config.model.dtype)),
-        classes=classes,
+        heads={"head": classes},
         dropout=config.head.dropout,
         train_statistics=config.batch_norm == "train",
     )
