@@ -31,7 +31,7 @@ RECORDS = {"ucf101": 9537, "hmdb51": 3570, "esc50": 1600, "esc10": 320}
 def encoder_for(preset: str, modality: str) -> Encoder:
     """The encoder that the preset is meant for, without weights."""
     config = pretrain.get_config("demo" if preset.startswith(("demo", "esc10")) else "kinetics400")
-    module = getattr(experiment, f"{modality}_encoder")(config)
+    module = experiment.encoder(config, modality)
     preprocessing = experiment.preprocessings(config)[modality]
     return Encoder.of_module(module, {}, preprocessing, source={})
 
