@@ -1,7 +1,8 @@
 """Clips of selected records, of one modality, at fixed or random times.
 
-Unlike a view of pretraining (`views`), a clip may be longer than its record and may show a frame
-twice: the last frame stays, silence follows the audio.
+No short record may be left out of a benchmark. So unlike a view of pretraining (`views`), a clip
+may be longer than its record, starts with it, and may show a frame twice: the last frame stays,
+silence follows the audio.
 """
 
 from __future__ import annotations
@@ -16,10 +17,18 @@ import numpy as np
 
 from avcl_jax.data.images import CropSpec, crops_along, random_crop
 from avcl_jax.data.pipeline import Draw
-from avcl_jax.data.record_format import Record
+from avcl_jax.data.record_format import UNKNOWN_LABEL, Record
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.rendering import render_video
-from avcl_jax.data.selection import Modality, ModalityRecords, Selection, has_audio, intervals
+from avcl_jax.data.selection import (
+    Modality,
+    SelectedRecords,
+    Selection,
+    SelectionError,
+    has_audio,
+    intervals,
+    single_classes,
+)
 from avcl_jax.data.spectrogram import LogMelSpec, gather_windows
 from avcl_jax.data.views import FORWARD, Clip, Timeline, ViewSpec, clip_times, fixed_clips
 from avcl_jax.data.workers import empty_batch
@@ -95,8 +104,12 @@ class AudioClipSpec:
 ClipSpec = VideoClipSpec | AudioClipSpec
 
 
-class ClipRecords(ModalityRecords, grain.sources.RandomAccessDataSource):
-    """Random access to selected records that have a modality, and to their clips."""
+class ClipRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
+    """Selected records of a data set that have a modality and the labels needed, and their clips.
+
+    Attributes:
+        left_out: number of selected records that lack the modality or a label.
+    """
 
     def __init__(
         self,
@@ -107,27 +120,50 @@ class ClipRecords(ModalityRecords, grain.sources.RandomAccessDataSource):
         leave_out: bool = False,
         shared_interval: bool = False,
     ):
-        """Looks at labels and timelines, which reads no record; arguments as for `ModalityRecords`.
+        """Looks at labels and timelines, which reads no record.
 
         Args:
-            spec: clips.
+            labels: labels of one class per record that must be known.
+            leave_out: leave out records that lack the modality or a label, instead of an error.
             shared_interval: place clips in the interval that video and audio share if one fits
                 into it, so that both modalities are seen at the same times, as in `UsableRecords`.
 
         Raises:
-            SelectionError: if the selection does not fit the data set, or records lack the
-                modality or a label, or have audio at another rate, and `leave_out` is False.
+            SelectionError: if the selection does not fit the data set, a label is missing or has
+                one class, records lack something, or have audio at another rate.
         """
-        super().__init__(
-            records,
-            selection,
-            spec.modality,
-            sample_rate_hz=spec.sample_rate_hz,
-            labels=labels,
-            leave_out=leave_out,
-        )
+        super().__init__(records, selection)
         self.spec = spec
         self._arguments = (records, selection, spec, labels, leave_out, shared_interval)
+        times = self.timelines()
+        if spec.modality == "video":
+            required = {"video": times["num_frames"] > 0}
+        else:
+            required = {"audio, or only silence": has_audio(times)}
+        for label in labels:
+            if len(names := single_classes(records, label)) < 2:
+                raise SelectionError(
+                    f"label {label!r} of {records} has only the class {names[0]!r}, two are "
+                    "needed: choose another label"
+                )
+            known = records.labels[label][self.indices] != UNKNOWN_LABEL
+            required[f"known {label!r}"] = known
+        for name, mask in required.items():
+            if not mask.any() or not (mask.all() or leave_out):
+                first = records.record_ids[int(self.indices[~mask][0])]
+                advice = ": set leave_out=True to skip them" * bool(mask.any())
+                raise SelectionError(
+                    f"{int((~mask).sum())} of the {len(mask)} records of {self} "
+                    f"have no {name}, first {first!r}{advice}"
+                )
+        mask = np.logical_and.reduce(list(required.values()))
+        if not mask.any():
+            known = ", ".join(labels)
+            raise SelectionError(f"no record of {self} has {spec.modality} and known {known}")
+        self.indices, self.left_out = self.indices[mask], int((~mask).sum())
+        if spec.sample_rate_hz:
+            self.check_rate(self.timelines()["sample_rate_hz"], spec.sample_rate_hz)
+        self._start, self._end = intervals(records.timelines)[spec.modality]
         if shared_interval:
             self._share_interval()
 
@@ -139,6 +175,15 @@ class ClipRecords(ModalityRecords, grain.sources.RandomAccessDataSource):
         fits = both & (end - start >= views.clip_seconds * min(views.speeds) - 1e-6)
         self._start = np.where(fits, start, self._start)
         self._end = np.where(fits, end, self._end)
+
+    def classes_of(self, label: str) -> np.ndarray:
+        """Returns the class of each record, int64 [n]."""
+        return self.records.labels[label][self.indices].astype(np.int64)
+
+    def interval(self, position: int) -> tuple[float, float]:
+        """Returns start and end of the modality in a record, seconds."""
+        index = self.indices[position]
+        return float(self._start[index]), float(self._end[index])
 
     def joined(self, others: Sequence[ClipRecords]) -> ClipRecords:
         """Returns the records of these and of others of the same data set, each once."""
@@ -158,7 +203,6 @@ class ClipRecords(ModalityRecords, grain.sources.RandomAccessDataSource):
         """Renders clips of a record at equal distances from first to last start, at every speed.
 
         Args:
-            position: place of the record.
             clips: number of times at each speed.
             crops: number of crops at each time; one is centred, more lie along the longer side.
 

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from avcl_jax.data.images import center_crop, random_crop
-from avcl_jax.data.record_format import UNKNOWN_LABEL, ClassNumbers, Record
+from avcl_jax.data.images import random_crop
+from avcl_jax.data.record_format import UNKNOWN_LABEL, ClassNumbers
 from avcl_jax.data.records import RecordError
 from avcl_jax.data.rendering import RenderSpec, describe, render_views
 from avcl_jax.data.selection import UsableRecords
-from avcl_jax.data.views import BEFORE, FORWARD, MASKS, Clip, Timeline, ViewPair, draw_views
+from avcl_jax.data.views import MASKS, draw_views
 from avcl_jax.data.workers import empty_batch, in_workers
 from avcl_jax.errors import UserError
 
@@ -75,56 +75,27 @@ class RenderBatch:
     def _row(self, draw: Draw, pixels: np.ndarray) -> dict[str, Any]:
         """Renders two views of a record; the row of one that may be skipped is empty."""
         records, index = self.source.records, int(self.source.indices[draw.position])
-        unreadable = False
         try:
             _, record, use = self.source[draw.position]
             pair = draw_views(draw.rng, use, self.spec.views, record.frame_seconds)
             size = max(record.height, 1), max(record.width, 1)
             crops = [random_crop(draw.rng, *size, self.spec.crop) for _ in pair.video]
             with records.naming_shard(index):
-                arrays = render_views(record, use, pair.video, pair.audio, crops, self.spec, pixels)
+                row = render_views(record, use, pair.video, pair.audio, crops, self.spec, pixels)
+            row |= pair.labels() | {"unreadable": np.bool_(False)}
+            return row | describe(index, record.labels, records)
         except RecordError:
             if not self.skip_unreadable:
                 raise
-            unreadable = True
-            labels: dict[str, ClassNumbers] = {
-                label: () if label in records.multilabel else UNKNOWN_LABEL
-                for label in records.class_names
-            }
-            record = Record(records.record_ids[index], "", labels=labels)
-            use = Timeline(0.0, 0.0, 0.0, has_video=False, has_audio=False)
-            clips, crops = (Clip(0.0, 0, FORWARD),) * 2, [center_crop(1, 1)] * 2
-            pair = ViewPair(clips, clips, BEFORE, False, False, False)
-            arrays = render_views(record, use, clips, clips, crops, self.spec, pixels)
-        arrays |= pair.labels() | {"unreadable": np.bool_(unreadable)}
-        return arrays | describe(index, record, records)
-
-
-class HostSlice(grain.MapDataset):
-    """This host's contiguous rows of every global batch, from a given batch on.
-
-    Element i is row `host * local + i % local` of global batch `first_batch + i // local`. It is
-    the last step before batching: slicing earlier would give each host other random numbers.
-    """
-
-    def __init__(
-        self, parent: grain.MapDataset, *, global_batch_size: int, host: int, hosts: int, first: int
-    ):
-        super().__init__(parent)
-        self._global, self._local = global_batch_size, global_batch_size // hosts
-        self._host, self._first = host, first
-
-    def __len__(self) -> int:
-        return (len(self._parent) // self._global - self._first) * self._local
-
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return self.slice(index)
-        batch, row = divmod(index, self._local)
-        return self._parent[(self._first + batch) * self._global + self._host * self._local + row]
-
-    def __str__(self) -> str:
-        return f"HostSlice({self._host}, {self._local} of {self._global}, from {self._first})"
+        pixels[...] = 0
+        shapes = batch_shapes(self.spec, 1).items()
+        row = {name: np.zeros(shape[1:], dtype) for name, (shape, dtype) in shapes}
+        labels: dict[str, ClassNumbers] = {
+            label: () if label in records.multilabel else UNKNOWN_LABEL
+            for label in records.class_names
+        }
+        row |= {"video": pixels, "unreadable": np.bool_(True)}
+        return row | describe(index, labels, records)
 
 
 def batch_shapes(
@@ -249,10 +220,9 @@ def drawn_batches(
     dataset = (
         grain.MapDataset.range(count).seed(seed).shuffle().repeat().random_map(_KeepGenerator())
     )
-    local = HostSlice(
-        dataset, global_batch_size=global_batch_size, host=host, hosts=hosts, first=first_step
-    )
-    batches = local.batch(global_batch_size // hosts, drop_remainder=True, batch_fn=render)
+    # Sliced last: earlier, every host would draw other random numbers.
+    batches = dataset.batch(global_batch_size // hosts, drop_remainder=True, batch_fn=render)
+    batches = batches[first_step * hosts + host :: hosts]
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     iterable = batches.to_iter_dataset(options)
     return in_workers(iterable, workers=workers, prefetch=prefetch) if workers else iterable

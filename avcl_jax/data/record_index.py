@@ -31,11 +31,7 @@ _SHARD, _SOURCE = "shard", "source_number"
 
 
 def schema(several: Mapping[str, bool]) -> pa.Schema:
-    """Returns the columns of a shard's index.
-
-    Args:
-        several: for each label, whether a record may have several classes: a list of them.
-    """
+    """Returns the columns of a shard's index; labels that allow several classes are lists."""
     number = pa.int32()
     lengths = {"length": pa.int64(), "crc": pa.uint32()}
     times = {name: pa.from_numpy_dtype(dtype) for name, dtype in TIMELINE.items()}

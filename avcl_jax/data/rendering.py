@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from avcl_jax.data.images import Crop, CropSpec, crop_frame, each_jpeg
-from avcl_jax.data.record_format import Record, is_silent
+from avcl_jax.data.record_format import ClassNumbers, Record, is_silent
 from avcl_jax.data.records import RecordDataset, RecordError
 from avcl_jax.data.spectrogram import LogMelSpec, gather_windows, log_mel
 from avcl_jax.data.views import Clip, Timeline, ViewSpec, frame_indices
@@ -129,8 +129,10 @@ def render_views(
     }
 
 
-def describe(index: int, record: Record, records: RecordDataset) -> dict[str, Any]:
-    """Returns the numbers that travel with a record into the batch.
+def describe(
+    index: int, labels: Mapping[str, ClassNumbers], records: RecordDataset
+) -> dict[str, Any]:
+    """Returns the numbers that travel with the record at `index` into the batch.
 
     `source_id`, `record_index` int32; `label_NAME` int32 class, -1 unknown, or bool [classes] for a
     label that allows several per record.
@@ -139,7 +141,7 @@ def describe(index: int, record: Record, records: RecordDataset) -> dict[str, An
         "source_id": np.int32(records.source_numbers[index]),
         "record_index": np.int32(index),
     }
-    for name, value in record.labels.items():
+    for name, value in labels.items():
         if isinstance(value, tuple):
             fields[f"label_{name}"] = np.zeros(len(records.class_names[name]), bool)
             fields[f"label_{name}"][list(value)] = True

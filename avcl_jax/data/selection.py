@@ -1,12 +1,9 @@
-"""Choice of records: by label, by modality, or because views fit on them.
+"""Choice of records: by label, or because views fit on them.
 
 `Selection` chooses by label: UCF101 and HMDB51 keep their three official splits as labels `split1`,
 `split2` and `split3`, ESC-50 its folds as label `fold`, so `split1=train`, `fold!=3` or `fold=1|2`
-is the training or test list of a benchmark in one prepared split.
-
-`UsableRecords` are the selected records of pretraining, on which whole views must fit.
-`ModalityRecords` are those of benchmarks, where no short clip may be left out: a clip that is
-longer than its record starts with it, its last frame then stays, and silence follows the audio.
+is the training or test list of a benchmark in one prepared split. `UsableRecords` are the selected
+records of pretraining, on which whole views must fit; those of benchmarks are `clips.ClipRecords`.
 """
 
 from __future__ import annotations
@@ -85,7 +82,7 @@ class Selection:
         mask = np.ones(len(records), bool)
         for condition in self.conditions:
             problem = f"cannot select {condition}: "
-            names = _class_names(records, condition.label, problem)
+            names = single_classes(records, condition.label, problem)
             for value in condition.values:
                 if value not in names:
                     raise SelectionError(
@@ -100,7 +97,8 @@ class Selection:
         return np.flatnonzero(mask)
 
 
-def _class_names(records: RecordDataset, label: str, problem: str = "") -> list[str]:
+def single_classes(records: RecordDataset, label: str, problem: str = "") -> list[str]:
+    """Returns the class names of a label; raises SelectionError if it is not of one class."""
     if label not in records.labels:
         several = ", which allows several" * (label in records.multilabel)
         raise SelectionError(
@@ -127,18 +125,14 @@ def has_audio(times: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 class SelectedRecords:
-    """Some records of a data set.
+    """Some records of a data set, without reading any.
 
     `indices` int64 [n] are their positions in it, ascending; `fingerprint` is that of the data set,
     followed by the selection where there is one.
     """
 
     def __init__(self, records: RecordDataset, selection: Selection):
-        """Starts with all selected records; reads no record.
-
-        Raises:
-            SelectionError: if the selection does not fit the data set.
-        """
+        """Raises SelectionError if the selection does not fit the data set."""
         self.records, self.selection = records, selection
         self.indices = selection.positions(records)
         self.fingerprint = f"{records.fingerprint} {selection}".rstrip()
@@ -163,87 +157,18 @@ class SelectedRecords:
         """Name of the source of each record."""
         return [str(number) for number in self.records.source_numbers[self.indices].tolist()]
 
-    def _timelines(self) -> dict[str, np.ndarray]:
+    def timelines(self) -> dict[str, np.ndarray]:
+        """Returns [n] of each field of `TIMELINE`."""
         return {name: values[self.indices] for name, values in self.records.timelines.items()}
 
-    def _check_rate(self, rates: np.ndarray, sample_rate_hz: int | None) -> None:
+    def check_rate(self, rates: np.ndarray, sample_rate_hz: int | None) -> None:
+        """Raises SelectionError if audio has another rate than a spectrogram requires."""
         if (wrong := rates[rates != sample_rate_hz]).size:
             raise SelectionError(
                 f"records of {self} have audio at {wrong[0]} Hz, the spectrogram is defined at "
                 f"{sample_rate_hz} Hz: change its sample_rate_hz, or prepare again with "
                 f"--sample-rate {sample_rate_hz}"
             )
-
-
-class ModalityRecords(SelectedRecords):
-    """The selected records of a data set that have a modality, and the labels that are needed.
-
-    Attributes:
-        left_out: number of selected records that lack the modality or a label.
-    """
-
-    def __init__(
-        self,
-        records: RecordDataset,
-        selection: Selection,
-        modality: Modality,
-        *,
-        sample_rate_hz: int | None,
-        labels: Sequence[str],
-        leave_out: bool,
-    ):
-        """Looks at labels and timelines, which reads no record.
-
-        Args:
-            sample_rate_hz: required rate of audio; None for video.
-            labels: labels of one class per record that must be known.
-            leave_out: leave out records that lack one of these, instead of an error.
-
-        Raises:
-            SelectionError: if the selection does not fit the data set, a label is missing or has
-                one class, records lack something, or have audio at another rate.
-        """
-        super().__init__(records, selection)
-        times = self._timelines()
-        if modality == "video":
-            required = {"video": times["num_frames"] > 0}
-        else:
-            required = {"audio, or only silence": has_audio(times)}
-        for label in labels:
-            if len(names := _class_names(records, label)) < 2:
-                raise SelectionError(
-                    f"label {label!r} of {records} has only the class {names[0]!r}, two are "
-                    "needed: choose another label"
-                )
-            known = records.labels[label][self.indices] != UNKNOWN_LABEL
-            required[f"known {label!r}"] = known
-        for name, mask in required.items():
-            if not mask.any() or not (mask.all() or leave_out):
-                first = records.record_ids[int(self.indices[~mask][0])]
-                advice = ": set leave_out=True to skip them" * bool(mask.any())
-                raise SelectionError(
-                    f"{int((~mask).sum())} of the {len(mask)} records of {self} "
-                    f"have no {name}, first {first!r}{advice}"
-                )
-        mask = np.logical_and.reduce(list(required.values()))
-        if not mask.any():
-            raise SelectionError(
-                f"no record of {self} has {modality} and known {', '.join(labels)}"
-            )
-        self.indices, self.left_out = self.indices[mask], int((~mask).sum())
-        times = self._timelines()
-        if modality == "audio":
-            self._check_rate(times["sample_rate_hz"], sample_rate_hz)
-        self._start, self._end = intervals(records.timelines)[modality]
-
-    def classes_of(self, label: str) -> np.ndarray:
-        """Returns the class of each record, int64 [n]."""
-        return self.records.labels[label][self.indices].astype(np.int64)
-
-    def interval(self, position: int) -> tuple[float, float]:
-        """Returns start and end of the modality in a record, seconds."""
-        index = self.indices[position]
-        return float(self._start[index]), float(self._end[index])
 
 
 class UsableRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
@@ -267,13 +192,13 @@ class UsableRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
             SelectionError: if the selection does not fit the data set, no view fits any record, or
                 audio has another rate than the spectrogram.
         """
-        super().__init__(records, Selection() if selection is None else selection)
+        super().__init__(records, selection or Selection())
         self._spec = spec
         self.num_selected = len(self.indices)
-        times = self._timelines()
+        times = self.timelines()
         video = np.asarray(times["num_frames"] > 1) & (spec.modalities != "audio")
         audio = has_audio(times) & (spec.modalities != "video")
-        self._check_rate(times["sample_rate_hz"][audio], spec.log_mel.sample_rate_hz)
+        self.check_rate(times["sample_rate_hz"][audio], spec.log_mel.sample_rate_hz)
         self._parts = _usable_parts(times, video, audio, spec.views)
         usable = self._parts["has_video"] | self._parts["has_audio"]
         self.num_empty = int((~(video | audio)).sum())

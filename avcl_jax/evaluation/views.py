@@ -175,7 +175,7 @@ def fixed_views(
     crop = center_crop(max(record.height, 1), max(record.width, 1))
     arrays = render_views(record, use, views, views, [crop] * len(views), spec)
     # Views of a record are averaged, so that it has audio even if some of them are silent.
-    described = describe(index, record, source.records)
+    described = describe(index, record.labels, source.records)
     return arrays | described | {"has_audio": np.bool_(use.has_audio)}
 
 
@@ -222,7 +222,7 @@ def random_views(
     arrays = render_views(record, use, clips, clips, crops, spec)
     for modality in MODALITY_INPUTS.keys() - set(modalities):
         del arrays[MODALITY_INPUTS[modality]]
-    described = describe(index, record, source.records)
+    described = describe(index, record.labels, source.records)
     return arrays | described | {"has_audio": np.bool_(use.has_audio)}
 
 
@@ -246,7 +246,7 @@ def drawn_pairs(
     for _ in range(pairs):
         pair = draw_views(rng, use, views, record.frame_seconds)
         arrays = render_views(record, use, pair.video, pair.audio, [crop] * 2, spec)
-        rows.append(arrays | pair.labels() | describe(index, record, source.records))
+        rows.append(arrays | pair.labels() | describe(index, record.labels, source.records))
     return stack(rows)
 
 

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 from avcl_jax import experiment
+from avcl_jax.data.clips import AudioClipSpec, ClipRecords, VideoClipSpec
+from avcl_jax.data.images import CropSpec
 from avcl_jax.data.record_format import is_silent, peak
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.selection import ModalityRecords, Selection, SelectionError, UsableRecords
+from avcl_jax.data.selection import Selection, SelectionError, UsableRecords
+from avcl_jax.data.spectrogram import LogMelSpec
 from avcl_jax.data.views import ViewSpec, clip_times
 from configs import pretrain
 from tests.data.synthetic_records import make_record, write_records
@@ -168,14 +171,11 @@ def test_silence_is_up_to_a_peak_of_33_of_either_sign():
 
 
 def _records(dataset, *, select="", modality="audio", labels=(), leave_out=True, rate_hz=RATE):
-    return ModalityRecords(
-        dataset,
-        Selection.parse(select),
-        modality,
-        sample_rate_hz=rate_hz,
-        labels=labels,
-        leave_out=leave_out,
-    )
+    spec = {
+        "audio": AudioClipSpec(LogMelSpec(rate_hz, 10, 8, 0.5, 60.0, rate_hz / 2, 1e-6, 0.0, 1.0)),
+        "video": VideoClipSpec(ViewSpec(5, 0.5, (1,), "shared"), CropSpec(16, 1.0, False, False)),
+    }[modality]
+    return ClipRecords(dataset, Selection.parse(select), spec, labels, leave_out)
 
 
 def test_what_lacks_modality_or_a_label_is_left_out_and_counted(dataset):
@@ -214,7 +214,7 @@ def test_pictures_and_sound_last_as_long_as_they_are_there(tmp_path):
     cut = dataclasses.replace(film, record_id="cut", duration_seconds=1.1)
     write_splits(tmp_path, "toy", {}, {"all": [film, cut]})
     dataset = RecordDataset(tmp_path, "all")
-    seen = _records(dataset, modality="video", rate_hz=None)
+    seen = _records(dataset, modality="video")
     assert seen.interval(0) == pytest.approx((0.25, 1.15))
     assert seen.interval(1) == pytest.approx((0.25, 1.1))
     assert _records(dataset).interval(0) == pytest.approx((0.5, 1.5))
