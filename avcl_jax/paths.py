@@ -20,12 +20,8 @@ from avcl_jax.errors import UserError
 AnyPath = TypeVar("AnyPath", Path, epath.Path)
 
 
-class RemotePathError(UserError, argparse.ArgumentTypeError):
-    """A path in an object store where only a local one will do."""
-
-
-class EmptyPathError(UserError, argparse.ArgumentTypeError):
-    """An empty path, which would silently be the current folder."""
+class PathError(UserError, argparse.ArgumentTypeError):
+    """A path that cannot be used: an empty one, or a remote one where it must be local."""
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -37,11 +33,11 @@ def absolute_path(path: epath.PathLike) -> epath.Path:
     """Returns a local path with `~` expanded, absolute; one in an object store as it is.
 
     Raises:
-        EmptyPathError: if the path is empty.
+        PathError: if the path is empty, which would silently be the current folder.
     """
     text = os.fspath(path)
     if not text:
-        raise EmptyPathError("a path is empty")
+        raise PathError("a path is empty")
     return epath.Path(text if is_remote(text) else os.path.abspath(os.path.expanduser(text)))
 
 
@@ -49,10 +45,10 @@ def local_path(path: epath.PathLike) -> Path:
     """Returns the absolute path of a local file or folder; the type of command-line arguments.
 
     Raises:
-        RemotePathError: if the path is in an object store.
+        PathError: if the path is in an object store.
     """
     if is_remote(path):
-        raise RemotePathError(f"{path} must be local: copy it to a local disk first")
+        raise PathError(f"{path} must be local: copy it to a local disk first")
     return Path(absolute_path(path))
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from avcl_jax import experiment
 from avcl_jax.data.records import RecordDataset, RecordError
-from avcl_jax.paths import EmptyPathError, RemotePathError, absolute_path, local_path
+from avcl_jax.paths import PathError, absolute_path, local_path
 from configs import fingerprint, pretrain
 
 
@@ -33,13 +33,13 @@ def test_local_paths_become_absolute(folder, given):
 def test_paths_in_object_stores_stay_as_they_are(folder, given):
     assert os.fspath(absolute_path(given)) == given
     assert absolute_path(absolute_path(given)) == absolute_path(given)
-    with pytest.raises(RemotePathError, match="copy it to a local disk"):
+    with pytest.raises(PathError, match="copy it to a local disk"):
         local_path(given)
 
 
 def test_an_empty_path_is_not_the_current_folder(folder):
     for resolve in (absolute_path, local_path):
-        with pytest.raises(EmptyPathError, match="a path is empty"):
+        with pytest.raises(PathError, match="a path is empty"):
             resolve("")
     with pytest.raises(RecordError, match=r"set data\.directory"):
         RecordDataset("", "train")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,18 +39,10 @@ def write_mp4(
     Args:
         file: path, or a file opened for writing that can be searched.
         frames: times in seconds and images, all of one size with even sides: uint8 [h, w, 3] RGB,
-            or [3 h / 2, w] planes of I420. The first decides the size; without any there is no
-            video. An iterator is read while frames are encoded.
+            or [3 h / 2, w] planes of I420; read while frames are encoded. None: no video.
         waveform: int16 or float32 in [-1, 1], [samples]; None or empty for no audio.
         fps: rate of the frames; times are multiples of its inverse unless `variable_rate`.
-        sample_rate_hz: rate of the waveform, one that the audio encoder supports.
-        video_options: options of libx264.
-        audio_options: options of the audio encoder.
-        audio_codec: FFmpeg's name of an audio encoder.
-        audio_start_seconds: time of the first sample, at least 0.
         variable_rate: frames are written at their times, to 1/90,000 s.
-        container: FFmpeg's name of a container other than MP4.
-        container_options: options of the container.
 
     Raises:
         FFmpegError: if FFmpeg refuses the size, a rate or an option.
@@ -60,7 +52,7 @@ def write_mp4(
     first = next(times, None)
     samples = None if waveform is None or not len(waveform) else _samples(waveform, sample_rate_hz)
     with (
-        _whole(file) as target,
+        replacing(file) if isinstance(file, Path) else contextlib.nullcontext(file) as target,
         av.open(target, "w", format=container, options=dict(container_options or {})) as out,
     ):
         if first is not None:
@@ -88,16 +80,6 @@ def write_mp4(
             out.mux([*audio.encode(samples), *audio.encode()])
 
 
-@contextlib.contextmanager
-def _whole(file: Path | BinaryIO) -> Iterator[Any]:
-    """Opens a block that writes a file; a path gets it at the end of the block."""
-    if not isinstance(file, Path):
-        yield file
-        return
-    with replacing(file) as temporary:
-        yield str(temporary)
-
-
 def _samples(waveform: np.ndarray, sample_rate_hz: int) -> av.AudioFrame:
     kind = "s16" if waveform.dtype == np.int16 else "fltp"
     samples = av.AudioFrame.from_ndarray(waveform[None], format=kind, layout="mono")
@@ -108,10 +90,7 @@ def _samples(waveform: np.ndarray, sample_rate_hz: int) -> av.AudioFrame:
 def spectrogram_image(levels: np.ndarray, *, low: float, high: float) -> bytes:
     """Returns a PNG of a spectrogram, time to the right and low pitch below.
 
-    Args:
-        levels: float [frames, bands], for instance log-mel values.
-        low: level drawn darkest.
-        high: level drawn brightest.
+    `levels` are float [frames, bands]; `low` is drawn darkest, `high` brightest.
     """
     scaled = np.clip((levels - low) / max(high - low, 1e-9), 0.0, 1.0)
     shades = np.minimum(scaled.T[::-1] * 256, 255).astype(np.uint8)

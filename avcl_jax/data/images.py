@@ -51,20 +51,16 @@ def each_jpeg(frames: Sequence[bytes], size: tuple[int, int] | None = None) -> I
                 size = size or first
                 _check_size(first, size)
                 image = np.empty((*size, 3), np.uint8)
-            _decode_into(image, frame)
+            try:
+                shape = simplejpeg.decode_jpeg(frame, colorspace="RGB", buffer=image).shape
+            except ValueError:  # the header is read only then
+                shape = simplejpeg.decode_jpeg_header(frame)
+                _check_size(shape[:2], image.shape[:2])
+                raise
+            _check_size(shape[:2], image.shape[:2])
         except ValueError as error:
             raise ValueError(f"frame {number} of {len(frames)}: {error}") from error
         yield image
-
-
-def _decode_into(image: np.ndarray, frame: bytes) -> None:
-    """Decodes a frame of the size of `image`; reads its header only if that fails."""
-    try:
-        shape = simplejpeg.decode_jpeg(frame, colorspace="RGB", buffer=image).shape
-    except ValueError:
-        _check_size(simplejpeg.decode_jpeg_header(frame)[:2], image.shape[:2])
-        raise
-    _check_size(shape[:2], image.shape[:2])
 
 
 def _check_size(size: tuple[int, ...], wanted: tuple[int, ...]) -> None:

@@ -34,18 +34,12 @@ _FPS_SLACK_SECONDS = 0.002  # time stamps in whole milliseconds make 30 fps vary
 
 
 class MediaInfo(NamedTuple):
-    """Header of a file: FFmpeg's name of the container, duration of the longest stream, streams.
+    """Header of a file; None where it has no such stream or does not say."""
 
-    Attributes:
-        duration_seconds: None when the header does not say.
-        video: codec, stored width and height; None without video.
-        audio: codec, rate in Hz and channel layout; None without audio.
-    """
-
-    format: str
-    duration_seconds: float | None
-    video: tuple[str, int, int] | None
-    audio: tuple[str, int, str] | None
+    format: str  # FFmpeg's name of the container
+    duration_seconds: float | None  # of the longest stream
+    video: tuple[str, int, int] | None  # codec, stored width and height
+    audio: tuple[str, int, str] | None  # codec, rate in Hz, channel layout
 
 
 class Frame(NamedTuple):
@@ -108,11 +102,10 @@ def decode_frames(
     Args:
         short_side: height or width to scale down to, whichever is shorter; never scales up.
         max_fps: average rate to which frames are dropped, by their times; None keeps all.
-        end_seconds: frames that appear at this time or later are left out; None for all.
 
     Yields:
-        Frames in the order of display, at strictly increasing times; none when the file has no
-        video. An alpha channel is ignored.
+        Frames from `start_seconds` until before `end_seconds`, at strictly increasing times; none
+        when the file has no video. An alpha channel is ignored.
 
     Raises:
         MediaError: if the file or the wanted part of its video cannot be decoded completely.
@@ -178,26 +171,15 @@ def decode_audio(
             if frame.samples:
                 frames.append(frame)
                 decoded_seconds += frame.samples / frame.sample_rate
-        return lay_out(
-            frames,
-            zero=zero,
-            sample_rate_hz=sample_rate_hz,
-            start_seconds=start_seconds,
-            end_seconds=end_seconds,
-        )
+        interval = {"start_seconds": start_seconds, "end_seconds": end_seconds}
+        return lay_out(frames, zero=zero, sample_rate_hz=sample_rate_hz, **interval)
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodedMedia:
-    """Video and mono audio of one clip on one timeline, whose zero is the clip's start.
+    """Video and mono audio of one clip on one timeline: a `Record` whose frames are pixels.
 
-    Attributes:
-        frames: uint8 [frames, height, width, 3], RGB, upright; [0, 0, 0, 3] without video.
-        frame_seconds: float64 [frames], strictly increasing, when each frame appears.
-        waveform: int16 [samples]; empty without audio.
-        sample_rate_hz: rate of `waveform`; 0 without audio.
-        audio_start_seconds: time of `waveform[0]`.
-        duration_seconds: end of the last frame or of the last sample, whichever is later.
+    `frames` are uint8 [frames, height, width, 3], RGB, upright; [0, 0, 0, 3] without video.
     """
 
     frames: np.ndarray
@@ -277,11 +259,6 @@ def decode_record(record: Record) -> DecodedMedia:
     Raises:
         ValueError: if a frame is not a JPEG.
     """
-    return DecodedMedia(
-        frames=decode_jpegs(record.frames) if record.has_video else no_frames(),
-        frame_seconds=record.frame_seconds,
-        waveform=record.waveform,
-        sample_rate_hz=record.sample_rate_hz,
-        audio_start_seconds=record.audio_start_seconds,
-        duration_seconds=record.duration_seconds,
-    )
+    frames = decode_jpegs(record.frames) if record.has_video else no_frames()
+    names = [field.name for field in dataclasses.fields(DecodedMedia) if field.name != "frames"]
+    return DecodedMedia(frames, *(getattr(record, name) for name in names))

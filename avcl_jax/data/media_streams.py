@@ -194,11 +194,8 @@ def stream_frames(
         except MemoryError:  # FFmpeg's is an FFmpegError too
             raise
         except av.error.FFmpegError as error:
-            if (
-                packet is not None
-                and packet.pts is not None
-                and early(float(packet.pts * packet.time_base))
-            ):
+            stated = packet is not None and packet.pts is not None
+            if stated and early(float(packet.pts * packet.time_base)):
                 continue
             _check_log(container, log, where)  # errors of the container come first
             raise MediaError(
@@ -263,12 +260,10 @@ class _AviTimes:
 
     def correct(self, packet: Any, frames: list[Any]) -> None:
         """Overwrites the times of the frames that came out when `packet` went in."""
-        if self._stream.type == "audio":
-            self._count_samples(packet, frames)
-        elif self._stream.codec_context.name in _REORDERING:
-            self._count_slots(packet, frames)
-
-    def _count_samples(self, packet: Any, frames: list[Any]) -> None:
+        if self._stream.type == "video":
+            if self._stream.codec_context.name in _REORDERING:
+                self._count_slots(packet, frames)
+            return
         if self._audio_seconds is None:
             # The first packet may give no frame yet, but the audio begins with it.
             self._audio_seconds = (packet.pts or 0) * packet.time_base

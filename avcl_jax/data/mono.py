@@ -52,10 +52,9 @@ def lay_out(
     Args:
         frames: decoded `av.AudioFrame`s in order; their times are overwritten.
         zero: presentation time in seconds that becomes time 0.
-        end_seconds: samples from this time on are left out; None for all.
 
     Returns:
-        The audio; None without samples in this interval.
+        The audio until before `end_seconds`; None without samples in this interval.
 
     Raises:
         MediaError: if the time stamps leap.

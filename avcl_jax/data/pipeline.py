@@ -126,22 +126,12 @@ def batch_bytes(spec: RenderSpec, rows: int) -> int:
 
 
 def check_enough(
-    source: Sized,
-    global_batch_size: int,
-    *,
-    multiple: int = 1,
-    least: int = 1,
-    bank_size: int = 0,
+    source: Sized, global_batch_size: int, *, multiple: int = 1, least: int = 1, bank_size: int = 0
 ) -> None:
-    """Checks that there are as many usable records as videos in a batch.
+    """Raises UserError if a batch has more videos than there are usable records.
 
-    Args:
-        multiple: number of devices and micro-batches that a batch is divided over.
-        least: videos of the smallest batch.
-        bank_size: rows of the feature bank, two per video inserted; 0 for none.
-
-    Raises:
-        UserError: naming the largest batch that fits, or batch and bank.
+    It names the largest batch that fits, of at least `least` videos and a `multiple` of devices and
+    micro-batches, and the bank, whose `bank_size` rows are two per video inserted; 0 for none.
     """
     count = len(source)
     if global_batch_size <= count:
@@ -172,8 +162,7 @@ def train_batches(
 ) -> grain.IterDataset:
     """Returns endless batches of rendered random views, as `batch_shapes` describes them.
 
-    A record that cannot be read is an error when its batch is taken, unless `skip_unreadable`: see
-    `RenderBatch`. Other arguments are those of `drawn_batches`.
+    `skip_unreadable` is that of `RenderBatch`; other arguments are those of `drawn_batches`.
 
     Raises:
         UserError: if a batch contains more videos than there are records, or does not divide.

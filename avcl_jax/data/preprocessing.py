@@ -43,11 +43,9 @@ class VideoPreprocessing:
         return (self.num_frames, self.image_size, self.image_size, 3)
 
     def __call__(self, frames: np.ndarray, fps: float, *, speed: int = 1) -> np.ndarray:
-        """Cuts a video into clips that together cover it.
+        """Cuts frames, uint8 [T, H, W, 3], RGB, upright, into clips that together cover the video.
 
         Args:
-            frames: uint8 [T, H, W, 3], RGB, upright.
-            fps: frames per second; `views.frame_indices` chooses those that a clip shows.
             speed: seconds of video per second of clip; training saw the configured speeds.
 
         Returns:
@@ -92,19 +90,15 @@ class AudioPreprocessing:
     def __call__(
         self, waveform: np.ndarray, sample_rate_hz: float, *, speed: int = 1
     ) -> np.ndarray:
-        """Cuts a waveform into spectrograms that together cover it.
+        """Cuts a waveform into spectrograms, float32 [clips, frames, mels], that together cover it.
 
         Args:
             waveform: mono [samples], int16, or float in [−1, 1]. Silence follows a short one.
-            sample_rate_hz: its rate; another than the encoder's is resampled (soxr, high quality).
+            sample_rate_hz: rate; another than the encoder's is resampled (soxr, high quality).
             speed: seconds of audio per second of clip; windows are skipped, pitch stays.
 
-        Returns:
-            float32 [clips, frames, mels].
-
         Raises:
-            UserError: if the waveform has another shape or dtype, or a rate is not
-                positive.
+            UserError: if the waveform has another shape or dtype, or a rate is not positive.
         """
         waveform = np.asarray(waveform)
         if waveform.ndim != 1 or not waveform.size:

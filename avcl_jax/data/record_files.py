@@ -196,11 +196,7 @@ def frame_payload(payload: bytes) -> bytes:
 def _stated_length(file: BinaryIO, where: str, *, room: int | None) -> int:
     """Reads the header of a TFRecord; returns the length of its payload.
 
-    `room` is the rest of the file; None if an index, which may be stale, says that a record begins
-    here.
-
-    Raises:
-        RecordError: if it is truncated or damaged.
+    `room` is the rest of the file; None if an index, perhaps a stale one, points here.
     """
     header = file.read(_HEADER.size)
     if len(header) < _HEADER.size:

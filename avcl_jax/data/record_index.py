@@ -27,11 +27,15 @@ from avcl_jax.data.record_format import (
 )
 from avcl_jax.paths import write_bytes
 
-_SHARD, _SOURCE = "shard", "source_number"
+# Columns of the index of a split that those of its shards lack.
+OF_SPLITS = ("shard", "source_number")
 
 
-def schema(several: Mapping[str, bool]) -> pa.Schema:
-    """Returns the columns of a shard's index; labels that allow several classes are lists."""
+def schema(several: Mapping[str, bool], *more: str) -> pa.Schema:
+    """Returns the columns of an index, and `more` of numbers.
+
+    `several` tells which labels allow several classes per record: they are lists.
+    """
     number = pa.int32()
     lengths = {"length": pa.int64(), "crc": pa.uint32()}
     times = {name: pa.from_numpy_dtype(dtype) for name, dtype in TIMELINE.items()}
@@ -39,16 +43,8 @@ def schema(several: Mapping[str, bool]) -> pa.Schema:
         LABEL_PREFIX + label: pa.list_(number) if several[label] else number
         for label in sorted(several)
     }
-    return pa.schema(
-        {"record_id": pa.binary(), "source_id": pa.binary()} | lengths | times | labels
-    )
-
-
-def split_schema(several: Mapping[str, bool]) -> pa.Schema:
-    """Returns the columns of a split's index, that `merge` makes."""
-    return (
-        schema(several).append(pa.field(_SHARD, pa.int32())).append(pa.field(_SOURCE, pa.int32()))
-    )
+    names = {"record_id": pa.binary(), "source_id": pa.binary()}
+    return pa.schema(names | lengths | times | labels | dict.fromkeys(more, number))
 
 
 def index_row(record: Record, payload: bytes) -> dict[str, Any]:
@@ -92,13 +88,15 @@ def merge(shards: Iterable[pa.Table]) -> pa.Table:
     table = pa.concat_tables(shards).combine_chunks()
     numbers = np.repeat(np.arange(len(shards), dtype=np.int32), [len(shard) for shard in shards])
     sources = table["source_id"].combine_chunks().dictionary_encode().indices
-    return table.append_column(_SHARD, pa.array(numbers)).append_column(_SOURCE, sources)
+    for name, column in zip(OF_SPLITS, (pa.array(numbers), sources), strict=True):
+        table = table.append_column(name, column)
+    return table
 
 
 def shard_table(table: pa.Table, number: int) -> pa.Table:
     """Returns the table of shard `number` from that of its split: undoes `merge`."""
-    first, last = np.searchsorted(table[_SHARD], [number, number + 1])
-    return table.slice(first, last - first).drop_columns([_SHARD, _SOURCE])
+    first, last = np.searchsorted(table["shard"], [number, number + 1])
+    return table.slice(first, last - first).drop_columns(list(OF_SPLITS))
 
 
 def save_table(path: epath.PathLike, table: pa.Table) -> None:

@@ -34,12 +34,13 @@ from avcl_jax.data.record_format import (
     to_text,
 )
 from avcl_jax.data.record_index import (
+    OF_SPLITS,
     index_path,
     load_table,
     merge,
     save_table,
     scan_shard,
-    split_schema,
+    schema,
 )
 from avcl_jax.paths import absolute_path, is_remote
 
@@ -209,7 +210,7 @@ class RecordDataset:
         catches at reading what this cannot see.
         """
         shards = np.repeat(np.arange(len(lengths)), lengths)
-        if table.schema != split_schema(labels) or not np.array_equal(table["shard"], shards):
+        if table.schema != schema(labels, *OF_SPLITS) or not np.array_equal(table["shard"], shards):
             return False
         if (sizes := table["length"].to_numpy()).min() < 0:
             return False

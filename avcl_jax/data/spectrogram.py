@@ -117,12 +117,8 @@ def samples_at(waveform: np.ndarray, positions: np.ndarray) -> np.ndarray:
 def log_mel(windows: Any, spec: LogMelSpec, xp: Any = np) -> Any:
     """Computes the standardised natural logarithm of mel power, float32 [..., frames, mels].
 
-    log(mel(|rfft(hann * x)|^2) + floor), minus `spec.mean`, over `spec.std`.
-
-    Args:
-        windows: [..., frames, window] int16, or float in [-1, 1].
-        spec: definition of the spectrogram.
-        xp: `numpy` or `jax.numpy`; with the latter the function may be traced.
+    log(mel(|rfft(hann * x)|^2) + floor), minus `spec.mean`, over `spec.std`, of windows [...,
+    frames, window] int16, or float in [-1, 1]. `xp` is `numpy`, or `jax.numpy` in traced functions.
     """
     hann, filters = mel_constants(spec)
     if xp.issubdtype(windows.dtype, xp.integer):

@@ -133,8 +133,8 @@ class ViewPair:
     tell whether a task is defined for this video, and order for this pair of speeds.
     """
 
-    video: tuple[Clip, Clip]
-    audio: tuple[Clip, Clip]
+    video: tuple[Clip, ...]
+    audio: tuple[Clip, ...]
     order: int
     speed_mask: bool
     direction_mask: bool
@@ -190,11 +190,7 @@ def fitting_speed(timeline: Timeline, wanted: int, spec: ViewSpec) -> int:
 
 
 def fixed_clips(
-    timeline: Timeline,
-    spec: ViewSpec,
-    speeds: Sequence[int],
-    count: int,
-    direction: int = FORWARD,
+    timeline: Timeline, spec: ViewSpec, speeds: Sequence[int], count: int, direction: int = FORWARD
 ) -> list[Clip]:
     """Returns `count` clips at each speed, at equal distances from first to last start.
 
@@ -252,13 +248,12 @@ def draw_views(
         starts = timeline.start_seconds + rng.uniform(size=2) * slack
     middles = starts + spans / 2
 
-    def clips(spans: np.ndarray, speed: np.ndarray, direction: np.ndarray) -> tuple[Clip, Clip]:
+    def clips(spans: np.ndarray, speed: np.ndarray, direction: np.ndarray) -> tuple[Clip, ...]:
         # Audio and video of a view share their middle: the same interval at the same speed.
-        first, second = (
-            Clip(float(middles[k] - spans[k] / 2), int(speed[k]), int(direction[k]))
-            for k in range(2)
+        playback = zip(
+            (middles - spans / 2).tolist(), speed.tolist(), direction.tolist(), strict=True
         )
-        return first, second
+        return tuple(itertools.starmap(Clip, playback))
 
     video = clips(video_spans, video_speed, video_direction)
     audio = clips(audio_spans, audio_speed, audio_direction)
@@ -282,11 +277,7 @@ def _speeds_look_alike(timeline: Timeline, spec: ViewSpec, frame_seconds: np.nda
 
 
 def _place(
-    rng: np.random.Generator,
-    spans: np.ndarray,
-    order: int,
-    timeline: Timeline,
-    inner: np.ndarray,
+    rng: np.random.Generator, spans: np.ndarray, order: int, timeline: Timeline, inner: np.ndarray
 ) -> np.ndarray:
     """Starts of two intervals of the given spans in the given relation, drawn uniformly."""
     duration = timeline.duration_seconds
