@@ -20,9 +20,10 @@ from etils import epath
 
 from avcl_jax.data import record_files
 from avcl_jax.data.record_files import RecordError
-from avcl_jax.data.record_format import Record, parse_record, serialize_record
+from avcl_jax.data.record_format import Record, message_class, parse_record, serialize_record
 from avcl_jax.data.record_index import scan_shard
 from tests.data.synthetic_records import make_record
+from tests.data_prep.mutations import flip_bits, splice, truncate
 
 MEGABYTES = 48
 _ABSURD_VARINTS = (
@@ -37,26 +38,6 @@ _NUMBERS = (np.nan, np.inf, -np.inf, -1.0, 0.0, 1e308, 1e-320)
 _INTEGERS = (-(1 << 63), (1 << 63) - 1, -2, -1, 1 << 31, 1 << 40)
 
 
-def _flip(data: bytes, rng: np.random.Generator) -> bytes:
-    mutated = np.frombuffer(data, np.uint8).copy()
-    at = rng.integers(0, len(data), int(rng.integers(1, 9)))
-    # Half of them at the front, where the structure is, and not in the pixels.
-    at = at if rng.random() < 0.5 else at % min(200, len(data))
-    np.bitwise_xor.at(mutated, at, (1 << rng.integers(0, 8, len(at))).astype(np.uint8))
-    return mutated.tobytes()
-
-
-def _cut(data: bytes, rng: np.random.Generator) -> bytes:
-    return data[: int(rng.integers(0, len(data)))]
-
-
-def _splice(data: bytes, rng: np.random.Generator) -> bytes:
-    first, second, third = sorted(int(n) for n in rng.integers(0, len(data), 3))
-    if rng.random() < 0.5:
-        return data[:first] + data[second:third] + data[first:second] + data[third:]
-    return data[:second] + data[first:third] + data[third:]
-
-
 def _absurd_number(data: bytes, rng: np.random.Generator) -> bytes:
     at = int(rng.integers(0, len(data)))
     at = at if rng.random() < 0.5 else at % min(200, len(data))
@@ -64,30 +45,19 @@ def _absurd_number(data: bytes, rng: np.random.Generator) -> bytes:
     return data[:at] + varint + data[at + len(varint) * int(rng.random() < 0.5) :]
 
 
-def _varint(number: int) -> bytes:
-    out = bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*out, number])
-
-
-def _field(number: int, content: bytes) -> bytes:
-    """A length-delimited field of a message."""
-    return bytes([number << 3 | 2]) + _varint(len(content)) + content
+def _field(content: bytes) -> bytes:
+    """Field 1 of a message, delimited by its length."""
+    return message_class("BytesList")(value=[content]).SerializeToString()
 
 
 def _example(features: Mapping[str, Sequence[bytes] | Sequence[int]]) -> bytes:
-    """A tf.train.Example of any content, made by hand: our own writer refuses what is wrong."""
-    entries = b""
+    """A tf.train.Example of any content: our own writer refuses what is wrong."""
+    example = message_class("Example")()
     for name, values in features.items():
-        if all(isinstance(value, bytes) for value in values):
-            feature = _field(1, b"".join(_field(1, value) for value in values))
-        else:
-            packed = b"".join(_varint(value % (1 << 64)) for value in values)
-            feature = _field(3, _field(1, packed))
-        entries += _field(1, _field(1, name.encode()) + _field(2, feature))
-    return _field(1, entries)
+        feature = example.features.feature[name]
+        is_bytes = all(isinstance(value, bytes) for value in values)
+        (feature.bytes_list if is_bytes else feature.int64_list).value.extend(values)
+    return example.SerializeToString()
 
 
 def _nested(data: bytes, rng: np.random.Generator) -> bytes:
@@ -100,7 +70,7 @@ def _nested(data: bytes, rng: np.random.Generator) -> bytes:
     elif kind == 2:
         garbage = b""
         for _ in range(int(rng.integers(1, 400))):
-            garbage = _field(1, garbage)
+            garbage = _field(garbage)
     else:
         garbage = _example({"label_motion": [0] * int(rng.integers(1, 20_000))})
     return data + garbage if rng.random() < 0.5 else garbage + data * int(rng.random() < 0.5)
@@ -112,18 +82,10 @@ def _contradiction(record: Record, rng: np.random.Generator) -> bytes:
     big = int(rng.choice(_INTEGERS))
     seconds = record.frame_seconds.tobytes()
     at = 8 * int(rng.integers(len(record.frames) + 1))
-    features: dict[str, Sequence[bytes] | Sequence[int]] = {
-        "id": [record.record_id.encode()],
-        "source": [record.source_id.encode()],
-        "video": list(record.frames),
-        "frame_seconds": [seconds],
-        "audio": [record.waveform.tobytes()],
-        "sample_rate_hz": [record.sample_rate_hz],
-        "audio_start_seconds": [np.float64(record.audio_start_seconds).tobytes()],
-        "duration_seconds": [np.float64(record.duration_seconds).tobytes()],
-        "height": [record.height],
-        "width": [record.width],
-        **{f"label_{name}": [value] for name, value in record.labels.items()},
+    stored = message_class("Example").FromString(serialize_record(record)).features.feature
+    features = {
+        name: list(feature.bytes_list.value) or list(feature.int64_list.value)
+        for name, feature in stored.items()
     }
     changes: list[dict[str, Sequence[bytes] | Sequence[int]]] = [
         {},
@@ -158,7 +120,7 @@ def mutate_payload(record: Record, payload: bytes, rng: np.random.Generator) -> 
     kind = int(rng.integers(6))
     if kind == 5:
         return _contradiction(record, rng)
-    return (_flip, _cut, _splice, _absurd_number, _nested)[kind](payload, rng)
+    return (flip_bits, truncate, splice, _absurd_number, _nested)[kind](payload, rng)
 
 
 def mutate_frame(framed: bytes, rng: np.random.Generator) -> bytes:
@@ -167,7 +129,7 @@ def mutate_frame(framed: bytes, rng: np.random.Generator) -> bytes:
     if kind == 0:
         length = struct.pack("<Q", _ABSURD_LENGTHS[int(rng.integers(len(_ABSURD_LENGTHS)))])
         return length + struct.pack("<I", record_files.masked_crc(length)) + framed[12:]
-    return (_flip, _cut)[int(kind) - 1](framed, rng)
+    return (flip_bits, truncate)[int(kind) - 1](framed, rng)
 
 
 def read(framed: bytes, path: Path) -> str:

@@ -84,25 +84,15 @@ def write_flash_and_click(
     sound_options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
 ) -> None:
-    """Writes one file with PyAV.
+    """Writes a video whose frames and audio tell the time; the suffix decides the container.
 
     Args:
-      path: Its suffix decides the container.
-      video_codec: FFmpeg's name of the encoder.
-      audio_codec: The same for sound; None for none.
-      frame_times: When each frame appears, in seconds.
-      sound_seconds: Length of the sound.
-      sound_offset_seconds: When it starts; the clicks stay on full seconds of the timeline.
-      sound_gap: From, to: sound that is left out, so that its packets have a gap.
-      side: Of the square picture.
-      size: Width and height of one that is not square.
-      pixel_format: Of the stored picture; one with an alpha channel is transparent on the left.
-      sample_rate_hz: Of the sound.
-      layout: Of its channels, which are all alike.
-      ticks: Of the video encoder; a container without time stamps wants the frame's duration.
-      options: Of the video encoder.
-      sound_options: Of the sound encoder.
-      container_options: Of the muxer.
+      sound_seconds: Length of the audio, of which no packets are written in `sound_gap`, seconds.
+      sound_offset_seconds: Start of the audio; the clicks stay on full seconds of the timeline.
+      size: Width and height of a video that is not square.
+      pixel_format: One with an alpha channel is transparent on the left.
+      layout: Layout of channels, which are all alike.
+      ticks: Unit of the encoder's times; a container without them needs the frame's duration.
     """
     width, height = size or (side, side)
     with av.open(str(path), "w", options=container_options or {}) as container:
@@ -151,18 +141,25 @@ def write_flash_and_click(
             container.mux(packet)
 
 
+def write_clip(
+    path: Path, frames: int, *, fps: float = 10, side: int = 32, **changes: object
+) -> Path:
+    """Writes an ordinary H.264 and AAC clip, or one with some arguments changed."""
+    arguments = {
+        "video_codec": "libx264",
+        "audio_codec": "aac",
+        "frame_times": [number / fps for number in range(frames)],
+        "sound_seconds": frames / fps,
+        "side": side,
+    }
+    write_flash_and_click(path, **arguments | changes)
+    return path
+
+
 def write_channels(
     path: Path, channels: np.ndarray, *, layout: str, codec: str, block: int = 1024
 ) -> None:
-    """Writes a recording without a picture.
-
-    Args:
-      path: Its suffix decides the container.
-      channels: int16 [channels, samples], at 48 kHz.
-      layout: FFmpeg's name of theirs.
-      codec: FFmpeg's name of the encoder.
-      block: Samples of a frame, for encoders that take any number.
-    """
+    """Writes audio alone: int16 [channels, samples] at 48 kHz, in frames of `block` samples."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=SOUND_RATE, layout=layout)
         wanted = stream.codec_context.format.name
@@ -187,10 +184,8 @@ def write_patches(
     """Writes five equal frames of upright bars, without loss.
 
     Args:
-      path: Its suffix decides the container.
       colours: [bars, 3], the values of Y, U and V that are stored.
-      size: Width and height.
-      tags: Attributes of the encoder: `colorspace`, `color_range` and the like, as in ITU-T H.273.
+      tags: Attributes of encoder and frames: `colorspace` and the like, as in ITU-T H.273.
       pixel_format: One without subsampling.
     """
     width, height = size
@@ -218,12 +213,9 @@ def write_patches(
 def write_stretches(
     path: Path, stretches: Sequence[tuple[tuple[int, int], Fraction]], *, seconds: float
 ) -> None:
-    """Writes an MPEG transport stream whose frames change their size or the shape of their pixels.
+    """Writes an MPEG transport stream at 25 frames per second that changes its frames.
 
-    Args:
-      path: With the suffix `.ts`.
-      stretches: Width and height, and width of a pixel over its height, of each stretch.
-      seconds: Length of each stretch, at 25 frames a second.
+    Each stretch has width and height, and the width of a pixel over its height.
     """
     options = {"preset": "ultrafast", "tune": "zerolatency", "x264-params": "repeat-headers=1"}
     number = 0

@@ -34,6 +34,8 @@ def test_every_file_is_in_a_training_batch_or_refused_with_a_reason(tmp_path):
     }
     spec = experiment.render_spec(pretrain.get_config())
     records = RecordDataset(out, "train")
+    # A camera whose lens is covered: black, with noise.
+    assert [record.record_id for record in records if record.is_still] == ["no_duration.webm"]
     source = UsableRecords(records, spec)
     left_out = {records.record_ids[i] for i in range(len(records))} - {
         records.record_ids[i] for i in source.indices

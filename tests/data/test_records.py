@@ -273,15 +273,6 @@ def test_a_shard_replaced_by_one_of_the_same_size_is_a_stale_index(tmp_path: Pat
     assert_same(RecordDataset(tmp_path, "train")[0], make_record(3, video=False))
 
 
-def test_a_pickled_data_set_is_small_and_the_same(prepared: Path) -> None:
-    dataset = RecordDataset(prepared, "train")
-    pickled = pickle.dumps(dataset)
-    assert len(pickled) < 1000
-    copy = pickle.loads(pickled)
-    assert copy.fingerprint == dataset.fingerprint
-    assert_same(copy[2], dataset[2])
-
-
 def test_several_labels_a_clip(tmp_path: Path) -> None:
     sets = [(0, 2), (), (1,)]
     made = [
@@ -311,13 +302,6 @@ def test_several_labels_a_clip(tmp_path: Path) -> None:
     feature = tfds.builder_from_directory(tmp_path).info.features["label_sound"]
     assert isinstance(feature, tfds.features.Sequence)
     assert feature.feature.names == ["a", "b", "c"]
-
-
-def test_a_shard_replaced_while_open_is_a_stale_index(prepared: Path) -> None:
-    dataset = RecordDataset(prepared, "train")
-    write_shard(prepared / shard_name("demo", "train", 1, 2), [make_record(5, audio=False)])
-    with pytest.raises(RecordError, match="stale index"):
-        dataset[2]
 
 
 def test_a_read_only_directory_needs_no_index(
@@ -407,7 +391,9 @@ def test_a_shard_appears_only_when_complete(tmp_path: Path, file_format: str) ->
 @pytest.mark.parametrize("file_format", record_files.FILE_FORMATS)
 def test_reading_from_threads_and_after_pickling(tmp_path: Path, file_format: str) -> None:
     write_dataset(tmp_path, SHARDS, file_format)
-    dataset = pickle.loads(pickle.dumps(RecordDataset(tmp_path, "train")))
+    pickled = pickle.dumps(RecordDataset(tmp_path, "train"))
+    assert len(pickled) < 1000
+    dataset = pickle.loads(pickled)
     with ThreadPoolExecutor(4) as pool:
         ids = list(pool.map(lambda n: dataset[n % 3].record_id, range(60)))
     assert ids == [make_record(n % 3).record_id for n in range(60)]

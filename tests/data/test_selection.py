@@ -16,7 +16,7 @@ from avcl_jax.data.record_format import is_silent, peak
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection, SelectionError, UsableRecords
 from avcl_jax.data.spectrogram import LogMelSpec
-from avcl_jax.data.views import ViewSpec, clip_times
+from avcl_jax.data.views import ViewSpec
 from configs import pretrain
 from tests.data.synthetic_records import make_record, write_records
 from tests.evaluation.conftest import RATE, small_record, sound_record
@@ -191,13 +191,6 @@ def test_what_lacks_modality_or_a_label_is_left_out_and_counted(dataset):
     assert chosen.fingerprint == f"{dataset.fingerprint} motion=across"
 
 
-def test_starts_are_within_the_sound_and_at_its_beginning_where_it_is_too_short(dataset):
-    heard = _records(dataset)
-    assert [heard.interval(n) for n in range(3)] == [(0.0, 1.0), (0.0, 0.5), (0.0, 1.0)]
-    assert clip_times(*heard.interval(0), 0.75, 2) == [0.0, 0.25]
-    assert clip_times(*heard.interval(1), 0.75, 2) == [0.0, 0.0]
-
-
 def test_pictures_and_sound_last_as_long_as_they_are_there(tmp_path):
     # Nine pictures at 10 Hz from 0.25 s, so the last stays until 1.15 s; sound from 0.5 to 1.5 s.
     film = dataclasses.replace(
@@ -243,9 +236,3 @@ def test_what_is_missing_is_named(dataset, settings, message):
     with pytest.raises(SelectionError, match=message) as caught:
         _records(dataset, **settings)
     assert "\n" not in str(caught.value)
-
-
-def test_times_are_evenly_spaced_and_a_single_one_is_in_the_middle():
-    assert clip_times(1.0, 5.0, 2.0, 3) == [1.0, 2.0, 3.0]
-    assert clip_times(1.0, 5.0, 2.0, 1) == [2.0]
-    assert clip_times(1.0, 2.5, 2.0, 2) == [1.0, 1.0]

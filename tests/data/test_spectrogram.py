@@ -16,17 +16,7 @@ from avcl_jax.data.spectrogram import LogMelSpec, gather_windows, log_mel
 from avcl_jax.data.views import BACKWARD, FORWARD, Clip, ViewSpec
 
 VIEWS = ViewSpec(num_frames=12, clip_seconds=0.75, speeds=(1, 2, 4, 8), audio_transform="shared")
-SPEC = LogMelSpec(
-    sample_rate_hz=16_000,
-    frames=48,
-    mels=40,
-    clip_seconds=0.75,
-    min_hz=60.0,
-    max_hz=7_600.0,
-    floor=1e-6,
-    mean=0.0,
-    std=1.0,
-)
+SPEC = LogMelSpec(16_000, 48, 40, 0.75, 60.0, 7_600.0, 1e-6, 0.0, 1.0)
 
 
 def windows_of(waveform, clip, start=0.0):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 
+from avcl_jax.data.encode import write_mp4
 from avcl_jax.data.images import CropSpec
 from avcl_jax.data.pipeline import train_batches
 from avcl_jax.data.records import RecordDataset
@@ -22,17 +21,7 @@ from data_prep.__main__ import main as data_prep
 FPS, RATE, SECONDS = 16, 48_000, 12
 SPEC = RenderSpec(
     views=ViewSpec(num_frames=12, clip_seconds=0.75, speeds=(1, 2, 4, 8), audio_transform="shared"),
-    log_mel=LogMelSpec(
-        sample_rate_hz=16_000,
-        frames=48,
-        mels=40,
-        clip_seconds=0.75,
-        min_hz=60.0,
-        max_hz=7_600.0,
-        floor=1e-6,
-        mean=0.0,
-        std=1.0,
-    ),
+    log_mel=LogMelSpec(16_000, 48, 40, 0.75, 60.0, 7_600.0, 1e-6, 0.0, 1.0),
     crop=CropSpec(image_size=24, min_area=0.6, flip=True, quarter_turns=False),
     spectrogram_on_device=False,
     modalities="audio_visual",
@@ -47,25 +36,17 @@ def write_flashing(path: Path, rng: np.random.Generator) -> None:
     def on(times: np.ndarray) -> np.ndarray:
         return np.searchsorted(edges, times + 1e-9, side="right") % 2 == 1
 
-    with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=FPS)
-        video.width = video.height = 64
-        video.pix_fmt = "yuv420p"
-        audio = container.add_stream("aac", rate=RATE, layout="mono")
-        for index, light in enumerate(on(np.arange(SECONDS * FPS) / FPS)):
-            pixels = np.full((64, 64, 3), 235 if light else 16, np.uint8)
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts, frame.time_base = index, Fraction(1, FPS)
-            container.mux(video.encode(frame))
-        container.mux(video.encode(None))
-        times = np.arange(SECONDS * RATE) / RATE
-        sound = (rng.normal(0, 6000, len(times)) * on(times)).clip(-32768, 32767)
-        for start in range(0, len(sound), 1024):
-            part = sound[start : start + 1024].astype(np.int16)[None]
-            frame = av.AudioFrame.from_ndarray(part, format="s16", layout="mono")
-            frame.sample_rate, frame.pts, frame.time_base = RATE, start, Fraction(1, RATE)
-            container.mux(audio.encode(frame))
-        container.mux(audio.encode(None))
+    lights = np.where(on(np.arange(SECONDS * FPS) / FPS), 235, 16)
+    times = np.arange(SECONDS * RATE) / RATE
+    write_mp4(
+        path,
+        ((n / FPS, np.full((64, 64, 3), x, np.uint8)) for n, x in enumerate(lights)),
+        (rng.normal(0, 6000, len(times)) * on(times)).clip(-32768, 32767).astype(np.int16),
+        fps=FPS,
+        sample_rate_hz=RATE,
+        audio_bits_per_second=128_000,
+        video_options={},
+    )
 
 
 @pytest.fixture(scope="module")

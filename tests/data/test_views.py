@@ -369,6 +369,12 @@ def test_timing_without_meaning_is_refused(setting, value):
     assert dataclasses.replace(SHARED, num_frames=2, speeds=(1,), clip_seconds=0.1)
 
 
+def test_clips_are_evenly_spaced_a_single_one_is_in_the_middle_and_a_long_one_at_the_start():
+    assert clip_times(1.0, 5.0, 2.0, 3) == [1.0, 2.0, 3.0]
+    assert clip_times(1.0, 5.0, 2.0, 1) == [2.0]
+    assert clip_times(1.0, 2.5, 2.0, 2) == [1.0, 1.0]
+
+
 def test_the_fewest_clips_cover_an_interval_but_for_a_twentieth_of_a_clip():
     assert clip_times(1.0, 4.0, 1.0) == [1.0, 2.0, 3.0]
     assert clip_times(1.0, 4.04, 1.0) == pytest.approx([1.0, 2.02, 3.04])

@@ -17,7 +17,7 @@ from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
 from configs import cross_modal, evaluate, pretrain
 from data_prep.__main__ import main
-from tests.data.synthetic_media import write_flash_and_click
+from tests.data.synthetic_media import write_clip
 from tests.data_prep.collection_files import SHARED, read, write
 
 needs_data = pytest.mark.skipif(not SHARED.exists(), reason=f"no real data in {SHARED}")
@@ -96,14 +96,7 @@ def test_a_folder_like_those_of_kinetics_downloaders(tmp_path: Path) -> None:
 def test_several_classes_of_audioset(tmp_path: Path) -> None:
     media_folder, out = tmp_path / "media", tmp_path / "out"
     media_folder.mkdir()
-    write_flash_and_click(
-        media_folder / "YabcdefghijK.mp4",
-        video_codec="libx264",
-        audio_codec="aac",
-        frame_times=[n / 10 for n in range(10)],
-        sound_seconds=1.0,
-        side=32,
-    )
+    write_clip(media_folder / "YabcdefghijK.mp4", 10)
     lists = write(tmp_path / "eval_segments.csv", 'abcdefghijK, 30.000, 40.000, "/m/2,/m/0"\n')
     classes = write(tmp_path / "c.csv", "index,mid,display_name\n0,/m/0,A\n1,/m/1,B\n2,/m/2,C\n")
     assert (

@@ -12,7 +12,7 @@ from avcl_jax.data.records import RecordDataset
 from data_prep.__main__ import main
 from data_prep.clip import Cut, parse_cut, pieces
 from data_prep.manifest import Entry, PrepareError
-from tests.data.synthetic_media import write_flash_and_click
+from tests.data.synthetic_media import write_clip
 
 _SECONDS = 5.2
 
@@ -20,14 +20,7 @@ _SECONDS = 5.2
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("long")
-    write_flash_and_click(
-        folder / "long.mp4",
-        video_codec="libx264",
-        audio_codec="aac",
-        frame_times=tuple(number / 10 for number in range(52)),
-        sound_seconds=_SECONDS,
-        side=32,
-    )
+    write_clip(folder / "long.mp4", 52)
     return folder
 
 

@@ -20,7 +20,6 @@ from data_prep.__main__ import main
 from data_prep.foley import command
 from data_prep.foley.audio import render_audio
 from data_prep.foley.material import draw_response
-from data_prep.foley.null_media import render_null
 from data_prep.foley.scene import (
     DECAY_SECONDS,
     MATERIALS,
@@ -249,12 +248,14 @@ def test_trivial_statistics_do_not_tell_the_classes() -> None:
 
 def test_null_media_are_stationary_after_decoding(collection: Path) -> None:
     """Neighbouring frames are as alike at every speed, forwards and backwards, and so is sound."""
+    stills = 0
     for path in sorted(collection.glob("null_*/*.mp4")):
         frames, sound = _decode(path)
         grey = frames.astype(float).mean(axis=-1).reshape(len(frames), -1)
         still = np.array_equal(frames[0], frames[1])
         if still:
             assert np.ptp(frames, axis=0).max() == 0
+            stills += 1
         else:
             for step in (1, 2, 4, 8):
                 alike = [
@@ -266,17 +267,7 @@ def test_null_media_are_stationary_after_decoding(collection: Path) -> None:
         level = np.log(windows.std(axis=1))
         early, late = np.array_split(level, 2)
         assert abs(early.mean() - late.mean()) < 0.1, path
-
-
-def test_null_media_have_every_kind_of_picture() -> None:
-    changes = []
-    for index in range(3):
-        frames, sound = render_null(0, "null_train", index)
-        assert len(sound) == len(frames) * SAMPLE_RATE_HZ // VIDEO_FPS
-        changes.append(np.mean(np.abs(np.diff(frames[:2].astype(float), axis=0))))
-    assert changes[0] > 5
-    assert changes[1] > 5
-    assert changes[2] == 0
+    assert stills == 1  # of every third
 
 
 def test_manifest_lists_every_file_with_its_labels(collection: Path) -> None:

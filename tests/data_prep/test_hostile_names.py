@@ -7,11 +7,11 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from avcl_jax.data.records import RecordDataset
 from data_prep.__main__ import main
-from tests.data.synthetic_media import write_flash_and_click
 
 IDS = (
     "../outside",
@@ -25,20 +25,6 @@ IDS = (
     "a" * 5000,
     "naïve \u2028 \U0001f3ac",
 )
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
-    write_flash_and_click(
-        path,
-        video_codec="libx264",
-        audio_codec="aac",
-        frame_times=tuple(number / 10 for number in range(12)),
-        sound_seconds=1.2,
-        side=32,
-    )
-    return path
 
 
 @pytest.fixture
@@ -130,6 +116,7 @@ def test_names_of_files_and_links(place: Path, tmp_path: Path, clip: Path) -> No
     media = place / "media"
     for name in ("new\nline.mp4", "-dash.mp4", "quote'\".mp4", "file:a.mp4", "%d.mp4"):
         shutil.copy(clip, media / name)
+    shutil.copy(clip, os.fsencode(media) + b"/\xff.mp4")
     os.symlink(clip, media / "absolute.mp4")
     os.symlink("../../../../gone.mp4", media / "broken.mp4")
     os.symlink(media, media / "loop")
@@ -139,9 +126,14 @@ def test_names_of_files_and_links(place: Path, tmp_path: Path, clip: Path) -> No
     assert prepare("media") == 3
     assert everything(tmp_path) == before
     assert {path: path.read_bytes() for path in contents} == contents
-    ids = set(RecordDataset(place / "out", "train").record_ids)
+    records = RecordDataset(place / "out", "train")
+    ids = set(records.record_ids)
+    assert {record.record_id for record in records} == ids
+    assert {len(record.frames) for record in records} == {15}
+    # AAC pads audio to whole packets of 1,024 samples.
+    np.testing.assert_allclose(records.timelines["duration_seconds"], 1.5, atol=0.022)
     assert {"new\nline.mp4", "-dash.mp4", "quote'\".mp4", "file:a.mp4", "%d.mp4"} <= ids
-    assert "absolute.mp4" in ids
+    assert {"absolute.mp4", os.fsdecode(b"\xff.mp4")} <= ids
     (rejected,) = map(json.loads, (place / "out" / "rejected.jsonl").read_text().splitlines())
     assert (rejected["id"], rejected["reason"]) == ("broken.mp4", "not_found")
 

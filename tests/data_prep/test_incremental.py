@@ -21,20 +21,10 @@ from data_prep.collections.folder_or_table import read_input
 from data_prep.earlier import read_earlier
 from data_prep.shards import plan_parts, prepare_part
 from data_prep.source_files import find_duplicates
-from tests.data.synthetic_media import write_flash_and_click
+from tests.data.synthetic_media import write_clip
+from tests.data_prep.conftest import files, prepare
 
 NAMES = ("a.mp4", "b.mp4", "c.mp4", "d.mp4", "e.mp4")
-
-
-def write_clip(path: Path, frames: int) -> None:
-    write_flash_and_click(
-        path,
-        video_codec="libx264",
-        audio_codec="aac",
-        frame_times=tuple(number / 10 for number in range(frames)),
-        sound_seconds=frames / 10,
-        side=32,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -52,18 +42,6 @@ def folder(tmp_path: Path, clips: Path) -> Path:
     for number, name in enumerate(NAMES):
         shutil.copy(clips / f"{number}.mp4", tmp_path / "media" / name)
     return tmp_path / "media"
-
-
-def prepare(source: Path, out: Path, *more: str) -> int:
-    return main(
-        ["prepare", str(source), "--out", str(out), "--shard-size", "2", "--workers", "1", *more]
-    )
-
-
-def files(out: Path) -> dict[str, bytes]:
-    left_out = ("preparation.json", "sources.jsonl")
-    assert not (out / ".incomplete").exists()
-    return {path.name: path.read_bytes() for path in out.iterdir() if path.name not in left_out}
 
 
 def inodes(out: Path) -> dict[str, int]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from avcl_jax.data.records import RecordDataset
-from tests.data.synthetic_media import write_flash_and_click
+from tests.data.synthetic_media import write_clip
 
 ROOT = Path(__file__).resolve().parents[2]
 _CLIPS = 12
@@ -23,14 +23,7 @@ _CLIPS = 12
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("media")
-    write_flash_and_click(
-        folder / "00.mp4",
-        video_codec="libx264",
-        audio_codec="aac",
-        frame_times=tuple(number / 25 for number in range(150)),
-        sound_seconds=6.0,
-        side=160,
-    )
+    write_clip(folder / "00.mp4", 150, fps=25, side=160)
     for number in range(1, _CLIPS):
         shutil.copy(folder / "00.mp4", folder / f"{number:02d}.mp4")
     (folder / "bad.mp4").write_text("no film")

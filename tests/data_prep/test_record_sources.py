@@ -396,10 +396,9 @@ def test_damage_to_a_file_costs_only_what_it_hit(
 
 def test_array_record_of_sequence_examples(tmp_path: Path, expected: dict[str, np.ndarray]) -> None:
     path = tmp_path / "a.array_record"
-    writer = record_files.ArrayRecordSink(epath.Path(path))
-    for values in ([0.5], [0.25], [0.125]):
-        writer.write(sequence(expected, a=values).SerializeToString())
-    writer.close()
+    with record_files.create(epath.Path(path), "array_record") as append:
+        for values in ([0.5], [0.25], [0.125]):
+            append(sequence(expected, a=values).SerializeToString())
     rates = ("--fps=10", "--sample-rate-of-source=2000")
     assert run(tmp_path / "good", "sequence-examples", tmp_path, *rates) == 0
     dataset = RecordDataset(tmp_path / "good", "train")
@@ -518,16 +517,9 @@ def test_texts_alone_make_classes(tmp_path: Path, expected: dict[str, np.ndarray
 
 
 def test_encoded_media_inside_an_example(tmp_path: Path) -> None:
-    from tests.data.synthetic_media import write_flash_and_click
+    from tests.data.synthetic_media import write_clip
 
-    write_flash_and_click(
-        tmp_path / "a.mp4",
-        video_codec="libx264",
-        audio_codec="aac",
-        frame_times=tuple(number / 10 for number in range(15)),
-        sound_seconds=1.5,
-        side=32,
-    )
+    write_clip(tmp_path / "a.mp4", 15)
     example = message_class("SequenceExample")()
     content = (tmp_path / "a.mp4").read_bytes()
     example.context.feature["clip/encoded_media_bytes"].bytes_list.value.append(content)

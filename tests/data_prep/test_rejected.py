@@ -25,7 +25,7 @@ from avcl_jax.data.media import MediaError, decode_frames
 from avcl_jax.data.record_index import load_table
 from data_prep.__main__ import main
 from data_prep.clip import NOTES, REASONS
-from tests.data.synthetic_media import write_channels, write_flash_and_click, write_stretches
+from tests.data.synthetic_media import write_channels, write_clip, write_stretches
 from tests.data_prep.test_prepare import signal_workers, when_reached
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "data" / "rejected.md"
@@ -33,15 +33,7 @@ TIMES = tuple(number / 10 for number in range(22))
 
 
 def write(path: Path, **changes: object) -> Path:
-    arguments = {
-        "video_codec": "libx264",
-        "audio_codec": "aac",
-        "frame_times": TIMES,
-        "sound_seconds": 2.2,
-        "side": 32,
-    }
-    write_flash_and_click(path, **arguments | changes)
-    return path
+    return write_clip(path, len(TIMES), **changes)
 
 
 def edit(path: Path, change: Callable[[bytes], bytes]) -> Path:
@@ -78,13 +70,7 @@ def last_cluster_at_zero(data: bytes) -> bytes:
 
 
 def sound_alone(path: Path) -> Path:
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream("pcm_s16le", rate=8000, layout="mono")
-        frame = av.AudioFrame(format="s16", layout="mono", samples=8000)
-        frame.planes[0].update(bytes(16000))
-        frame.sample_rate = 8000
-        file.mux(stream.encode(frame))
-        file.mux(stream.encode())
+    write_channels(path, np.zeros((1, 48_000), np.int16), layout="mono", codec="pcm_s16le")
     return path
 
 
@@ -216,7 +202,7 @@ def test_a_file_is_rejected_for_this_reason(
     assert not list(out.rglob("*.tmp"))
 
 
-WITH_LITTLE_MEMORY = """
+PRELUDE = """
 import resource, sys
 from pathlib import Path
 from etils import epath
@@ -224,13 +210,31 @@ from data_prep.clip import ClipOptions
 from data_prep.manifest import Entry
 from data_prep.shards import Part, prepare_part
 
-options = ClipOptions(32, None, 90, 16000, 0.0, 60.0, 16, (), "tfrecord")
-entries = tuple(Entry(p, "train", p, p, 0.0, None, {}) for p in sys.argv[2:])
-part = Part(0, "train", entries, options, epath.Path(sys.argv[1]))
-used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (150 << 20),) * 2)
-prepare_part(part, begin=lambda number: None)
+def prepare(number, entries):
+    options = ClipOptions(32, None, 90, 16000, 0.0, 60.0, 16, (), "tfrecord")
+    part = Part(number, "train", tuple(entries), options, epath.Path(sys.argv[1]))
+    prepare_part(part, begin=lambda number: None)
+
+def pages(column):
+    return int(Path("/proc/self/statm").read_text().split()[column]) * resource.getpagesize()
 """
+WITH_LITTLE_MEMORY = """
+resource.setrlimit(resource.RLIMIT_AS, (pages(0) + (150 << 20),) * 2)
+prepare(0, [Entry(p, "train", p, p, 0.0, None, {}) for p in sys.argv[2:]])
+"""
+FIVE_HUNDRED = """
+for number in range(10):
+    paths = [sys.argv[2 + k % (len(sys.argv) - 2)] for k in range(50)]
+    entries = [Entry(p, "train", f"{k}", "", 0.7 * (k % 2), None, {}) for k, p in enumerate(paths)]
+    prepare(number, entries)
+    print(pages(1))
+"""
+
+
+def run_program(text: str, folder: Path, paths: list[Path]) -> str:
+    command = [sys.executable, "-c", PRELUDE + text, str(folder), *map(str, paths)]
+    run = subprocess.run(command, cwd=PAGE.parents[2], check=True, capture_output=True, text=True)
+    return run.stdout
 
 
 def test_a_clip_for_which_memory_is_too_small_is_rejected_and_the_next_prepared(
@@ -238,37 +242,13 @@ def test_a_clip_for_which_memory_is_too_small_is_rejected_and_the_next_prepared(
 ) -> None:
     # Within the limit on pixels, and 192 MB large.
     paths = [huge_picture(tmp_path / "a.mov", side=8000, rgb=True), write(tmp_path / "b.mp4")]
-    subprocess.run(
-        [sys.executable, "-c", WITH_LITTLE_MEMORY, str(tmp_path), *map(str, paths)],
-        cwd=PAGE.parents[2],
-        check=True,
-    )
+    run_program(WITH_LITTLE_MEMORY, tmp_path, paths)
     lines = json.loads((tmp_path / "train-00000.json").read_text())
     assert [outcome for line in lines for _, outcome, _ in line["clips"]] == [
         "too_large",
         "prepared",
     ]
     assert len(load_table(tmp_path / "train-00000.table")) == 1
-
-
-FIVE_HUNDRED = """
-import resource, sys
-from pathlib import Path
-from etils import epath
-from data_prep.clip import ClipOptions
-from data_prep.manifest import Entry
-from data_prep.shards import Part, prepare_part
-
-options = ClipOptions(32, None, 90, 16000, 0.0, 60.0, 16, (), "tfrecord")
-for number in range(10):
-    entries = [
-        Entry(sys.argv[2 + k % (len(sys.argv) - 2)], "train", f"{k}", "", 0.7 * (k % 2), None, {})
-        for k in range(50)
-    ]
-    part = Part(number, "train", tuple(entries), options, epath.Path(sys.argv[1]))
-    prepare_part(part, begin=lambda number: None)
-    print(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
-"""
 
 
 def test_memory_is_flat_over_five_hundred_preparations(tmp_path: Path) -> None:
@@ -280,13 +260,7 @@ def test_memory_is_flat_over_five_hundred_preparations(tmp_path: Path) -> None:
         two_sizes(tmp_path / "d.ts"),
         edit(write(tmp_path / "e.mp4"), overwrite_middle),
     ]
-    out = subprocess.run(
-        [sys.executable, "-c", FIVE_HUNDRED, str(tmp_path), *map(str, paths)],
-        cwd=PAGE.parents[2],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
+    out = run_program(FIVE_HUNDRED, tmp_path, paths)
     first, *later = map(int, out.split())
     assert len(later) == 9
     assert max(later) < 1.05 * first, (first, later)

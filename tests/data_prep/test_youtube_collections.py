@@ -302,19 +302,11 @@ def test_of_files_with_one_name_the_one_with_a_picture_is_taken(tmp_path: Path) 
         ("kinetics", KINETICS + "a,A,0,inf,val\n", "line 2: end is 'inf'"),
         ("kinetics", KINETICS + "a,A,10,10,val\n", "line 2: end 10 is not after start 10"),
         ("kinetics", KINETICS + "a,,0,10,val\n", "line 2: no youtube_id"),
-        (
-            "kinetics",
-            KINETICS + 'a,A,0,10,val\nb,"B,0,10,val\nc,C,0,10,val\n',
-            "line 3: unexpected end of data",
-        ),
+        ("kinetics", KINETICS + 'a,A,0,9,val\nb,"B,0,9,val\nc,C\n', "line 3: unexpected end"),
         ("kinetics", "a,A,0,10,val\n", "line 1: no column 'youtube_id'"),
         ("kinetics", "", "line 1: no column 'youtube_id'"),
         ("kinetics", KINETICS, "the lists name no clips"),
-        (
-            "kinetics",
-            KINETICS + "a,A,0,10,val\nb,A,0,10,val\n",
-            "line 3: the clip 'A_.*' is listed",
-        ),
+        ("kinetics", KINETICS + 2 * "a,A,0,10,val\n", "line 3: the clip 'A_.*' is listed"),
         ("kinetics", KINETICS + "a,A,0,10,my val\n", "split 'my val' of 'A_000000_000010'"),
         ("vggsound", 'A,0,owl,test\nB,0,"o\nwl",x,test\n', "line 2: 5 columns"),
         ("vggsound", "A,0,owl\n", "line 1: 3 columns, expected 4 or 2"),
@@ -328,11 +320,7 @@ def test_of_files_with_one_name_the_one_with_a_picture_is_taken(tmp_path: Path) 
         ("audioset", SEGMENTS + "A, 0.000, 10.000\n", "line 4: 3 columns, expected 4"),
         ("audioset", SEGMENTS + "A, 0.000, 10.000, /m/1, /m/2\n", "line 4: 5 columns"),
         ("audioset", SEGMENTS + "A, start, 10.000, /m/09x0r\n", "line 4: start is 'start'"),
-        (
-            "audioset",
-            SEGMENTS + 'A, 0, 10, "/m/09x0r,/m/x"\n',
-            "line 4: unknown class '/m/x': .*cl",
-        ),
+        ("audioset", SEGMENTS + 'A, 0, 9, "/m/09x0r,/m/x"\n', "line 4: unknown class '/m/x': .*cl"),
         ("audioset", SEGMENTS + ", 0, 10, /m/09x0r\n", "line 4: no YTID"),
         ("audioset", 2 * "A, 0, 10, /m/09x0r\n", "line 2: the clip 'A_000000_000010' is listed"),
     ],
@@ -359,15 +347,9 @@ def test_what_is_wrong_in_a_list(tmp_path: Path, collection: str, text: str, mes
 )
 def test_what_is_wrong_in_audioset_classes(tmp_path: Path, text: str, message: str) -> None:
     lists = write(tmp_path / "eval_segments.csv", SEGMENTS + "A, 0, 10, /m/1\n")
+    classes = write(tmp_path / "classes.csv", text)
     with pytest.raises(PrepareError, match=message):
-        read(
-            "audioset",
-            tmp_path,
-            "--lists",
-            lists,
-            "--classes-from",
-            write(tmp_path / "classes.csv", text),
-        )
+        read("audioset", tmp_path, "--lists", lists, "--classes-from", classes)
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:

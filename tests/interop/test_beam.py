@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.__main__ import main
-from tests.data.synthetic_media import write_flash_and_click
+from tests.data.synthetic_media import write_clip
 
 pytestmark = pytest.mark.interop
 pytest.importorskip("apache_beam", reason="Apache Beam is not installed (requirements-interop.txt)")
@@ -19,14 +19,7 @@ pytest.importorskip("apache_beam", reason="Apache Beam is not installed (require
 def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "media"
     folder.mkdir()
-    write_flash_and_click(
-        folder / "a.mp4",
-        video_codec="libx264",
-        audio_codec="aac",
-        frame_times=tuple(number / 10 for number in range(15)),
-        sound_seconds=1.5,
-        side=32,
-    )
+    write_clip(folder / "a.mp4", 15)
     for name in ("b.mp4", "c.mp4"):
         shutil.copy(folder / "a.mp4", folder / name)
     (folder / "bad.mp4").write_text("no film")

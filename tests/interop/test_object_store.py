@@ -14,7 +14,7 @@ import pytest
 from avcl_jax.data.records import RecordDataset, RecordError
 from data_prep import shards
 from data_prep.__main__ import main
-from tests.data.synthetic_media import write_flash_and_click
+from tests.data.synthetic_media import write_clip
 
 pytestmark = pytest.mark.interop
 s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed (requirements-interop.txt)")
@@ -47,14 +47,7 @@ def bucket(store: None) -> str:
 def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "media"
     folder.mkdir()
-    write_flash_and_click(
-        folder / "a.mp4",
-        video_codec="libx264",
-        audio_codec="aac",
-        frame_times=tuple(number / 10 for number in range(15)),
-        sound_seconds=1.5,
-        side=32,
-    )
+    write_clip(folder / "a.mp4", 15)
     for name in ("b.mp4", "c.mp4"):
         shutil.copy(folder / "a.mp4", folder / name)
     (folder / "bad.mp4").write_text("no film")
