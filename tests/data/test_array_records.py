@@ -127,9 +127,7 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path) -> None:
         write_shard(tmp_path / "none" / "x.array_record", [make_record(0)], FORMAT)
 
 
-def test_the_command_writes_it_and_the_same_bytes_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_writes_it_and_the_same_bytes_again(tmp_path, capsys):
     tiny = Path(__file__).parents[1] / "data_prep" / "testdata" / "tiny"
 
     def run(out: str, *more: str) -> int:

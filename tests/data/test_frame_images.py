@@ -88,9 +88,7 @@ def hlg(nits: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("transfer", "curve", "tagged"), [(16, pq, False), (18, hlg, True)], ids=["pq", "hlg"]
 )
-def test_high_dynamic_range_is_mapped_to_what_a_screen_shows(
-    tmp_path: Path, transfer: int, curve: object, tagged: bool
-) -> None:
+def test_high_dynamic_range_is_mapped_to_what_a_screen_shows(tmp_path, transfer, curve, tagged):
     """Greys, and a green of BT.709, which BT.2020 stores with red and blue in it."""
     nits = np.array([0.0, 5, 50, 100, 203, 1000])
     green = np.array([[0.3293, 0.9195, 0.0880]]) * 100  # BT.709's in BT.2020's primaries: BT.2087

@@ -52,9 +52,7 @@ def test_100_000_mutated_records_are_records_or_one_kind_of_error() -> None:
 
 
 @pytest.mark.parametrize("length", [1 << 63, (1 << 64) - 1, 1 << 40, (1 << 64) - 16])
-def test_a_length_beyond_the_file_with_a_true_crc_is_truncation(
-    tmp_path: Path, length: int
-) -> None:
+def test_a_length_beyond_the_file_with_a_true_crc_is_truncation(tmp_path, length):
     directory = write_records(tmp_path, [make_record(0, seconds=1.0, side=16)], shards=1)
     shard = next(directory.glob("*.tfrecord-*"))
     data = shard.read_bytes()

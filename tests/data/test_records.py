@@ -96,9 +96,7 @@ def assert_same(left: Record, right: Record) -> None:
 
 @pytest.mark.parametrize("with_index", [True, False])
 @pytest.mark.parametrize("file_format", record_files.FILE_FORMATS)
-def test_round_trip_is_exact_with_and_without_each_modality(
-    tmp_path: Path, file_format: str, with_index: bool
-) -> None:
+def test_round_trip_is_exact_with_and_without_each_modality(tmp_path, file_format, with_index):
     write_dataset(tmp_path, SHARDS, file_format)
     fingerprint = RecordDataset(tmp_path, "train").fingerprint
     if not with_index:
@@ -304,9 +302,7 @@ def test_several_labels_a_clip(tmp_path: Path) -> None:
     assert feature.feature.names == ["a", "b", "c"]
 
 
-def test_a_read_only_directory_needs_no_index(
-    prepared: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_read_only_directory_needs_no_index(prepared, monkeypatch):
     for path in prepared.glob("*.index"):
         path.unlink()
 

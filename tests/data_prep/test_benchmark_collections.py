@@ -108,9 +108,7 @@ def test_ucf101_flat_converted_and_missing(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_wrong_in_lists_of_ucf101(
-    tmp_path: Path, changes: dict[str, str], message: str
-) -> None:
+def test_what_is_wrong_in_lists_of_ucf101(tmp_path, changes, message):
     with pytest.raises(PrepareError, match=message):
         read("ucf101", tmp_path, "--lists", ucf101_lists(tmp_path / "lists", **changes))
 

@@ -67,9 +67,7 @@ def test_the_picture_shows_the_stills(prepared: Path, capsys: pytest.CaptureFixt
     assert len(np.unique(pictures[0].reshape(-1, 3), axis=0)) > 500
 
 
-def test_what_cannot_be_shown_is_one_line(
-    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_shown_is_one_line(prepared, tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "nothing")]) == 1
     assert "error: " in capsys.readouterr().err
     assert main(["inspect", str(prepared), "--split=valid"]) == 1

@@ -112,9 +112,7 @@ def test_several_classes_of_audioset(tmp_path: Path) -> None:
     assert list(out.glob("mine-eval.tfrecord-*"))
 
 
-def test_nothing_of_a_collection_is_there(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_of_a_collection_is_there(tmp_path, capsys):
     lists = write(tmp_path / "vggsound.csv", "A,7,owl,train\nB,8,owl,test\n")
     assert prepare("vggsound", tmp_path, "--lists", lists, f"--out={tmp_path / 'out'}") == 1
     captured = capsys.readouterr()
@@ -124,9 +122,7 @@ def test_nothing_of_a_collection_is_there(
     assert not (tmp_path / "out").exists()
 
 
-def test_every_collection_is_a_command_with_its_own_summary(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_collection_is_a_command_with_its_own_summary(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # each summary in one line
     with pytest.raises(SystemExit):
         main(["--help"])
@@ -153,9 +149,7 @@ def test_every_collection_is_a_command_with_its_own_summary(
         ("esc50", "https://github.com/karolpiczak/ESC-50"),
     ],
 )
-def test_help_says_where_the_lists_come_from(
-    collection: str, source: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_says_where_the_lists_come_from(collection, source, capsys):
     with pytest.raises(SystemExit):
         main([collection, "--help"])
     text = capsys.readouterr().out

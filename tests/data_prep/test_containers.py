@@ -146,17 +146,13 @@ def test_the_chosen_ones_cover_containers_and_codecs() -> None:
 
 
 @pytest.mark.parametrize(("video", "audio", "container"), CHOSEN)
-def test_flash_and_click_stay_in_time(
-    tmp_path: Path, video: str, audio: str, container: str
-) -> None:
+def test_flash_and_click_stay_in_time(tmp_path, video, audio, container):
     check(tmp_path / f"clip.{container}", video, audio, seconds=4.4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("video", "audio", "container"), WRITTEN)
-def test_flash_and_click_do_not_drift(
-    tmp_path: Path, video: str, audio: str, container: str
-) -> None:
+def test_flash_and_click_do_not_drift(tmp_path, video, audio, container):
     check(tmp_path / f"clip.{container}", video, audio, seconds=26.4)
 
 
@@ -305,9 +301,7 @@ def boxes(data: bytes | bytearray, kind: bytes) -> list[int]:
 @pytest.mark.parametrize("left_out", [0.4, 1.52])
 @pytest.mark.parametrize("options", [VIDEO["h264"][1], B_FRAMES], ids=["plain", "B-frames"])
 @pytest.mark.parametrize("suffix", ["mp4", "mov"])
-def test_edit_lists_are_obeyed(
-    tmp_path: Path, suffix: str, options: dict[str, str], left_out: float
-) -> None:
+def test_edit_lists_are_obeyed(tmp_path, suffix, options, left_out):
     path = tmp_path / f"clip.{suffix}"
     write(path, "h264", "aac", options=options)
     data = bytearray(path.read_bytes())

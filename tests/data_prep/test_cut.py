@@ -56,13 +56,7 @@ def test_other_forms_are_refused(text: str) -> None:
         (Cut(9, 9), 1.0, 4.0, [(1, 4)]),
     ],
 )
-def test_fixed_lengths(
-    folder: Path,
-    cut: Cut,
-    start: float,
-    end: float | None,
-    expected: list[tuple[float, float]],
-) -> None:
+def test_fixed_lengths(folder, cut, start, end, expected):
     found = pieces(entry(folder / "long.mp4", start, end), cut, min_seconds=0.0)
     assert intervals(found) == expected
     assert {e.source_id for e in found} == {"source"}
@@ -89,9 +83,7 @@ def test_overlapping_clips_show_and_sound_what_the_video_does(folder: Path, tmp_
         assert off[200:-200].max() <= 2
 
 
-def test_a_cut_video_is_known_again_and_rejected_clip_by_clip(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_cut_video_is_known_again_and_rejected_clip_by_clip(folder, tmp_path, capsys):
     (tmp_path / "m.csv").write_text(f"path,id,start,end\n{folder}/long.mp4,v,0,5\n")
     arguments = ["prepare", str(tmp_path / "m.csv"), f"--out={tmp_path / 'out'}", "--workers=1"]
     assert main([*arguments, "--cut=2"]) == 0

@@ -298,22 +298,6 @@ def test_finished_files_are_kept_and_missing_ones_made(tmp_path: Path) -> None:
     assert (tmp_path / "train/train_00002.mp4").exists()
 
 
-def test_a_failing_disk_leaves_no_half_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match="No space"):
-        command.write_video(
-            tmp_path / "a.mp4",
-            np.zeros((4, 64, 64, 3), np.uint8),
-            np.zeros(4000, np.float32),
-        )
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_command_reports_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     def status(*arguments: str) -> int:
         return main(["foley", "--out", str(tmp_path / "m"), *arguments])

@@ -54,9 +54,7 @@ def rows_with(names: tuple[str, ...], column: str) -> str:
 
 @pytest.mark.parametrize("column", ["id", "source"])
 @pytest.mark.parametrize("cut", [(), ("--cut=0.5",)])
-def test_ids_and_sources_of_any_form(
-    place: Path, tmp_path: Path, column: str, cut: tuple[str, ...]
-) -> None:
+def test_ids_and_sources_of_any_form(place, tmp_path, column, cut):
     (place / "table.jsonl").write_text(rows_with(IDS, column))
     (place / "out").mkdir()
     before = everything(tmp_path)
@@ -87,14 +85,7 @@ def test_ids_and_sources_of_any_form(
         ("label_kind", " ", "class ' ' of label 'kind'"),
     ],
 )
-def test_names_that_become_names_of_files_or_lines_are_refused(
-    place: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    column: str,
-    value: str,
-    words: str,
-) -> None:
+def test_names_of_files_or_lines_are_refused(place, tmp_path, capsys, column, value, words):
     (place / "table.jsonl").write_text(rows_with((value,), column))
     before = everything(tmp_path)
     assert prepare("table.jsonl") == 1
@@ -138,9 +129,7 @@ def test_names_of_files_and_links(place: Path, tmp_path: Path, clip: Path) -> No
     assert (rejected["id"], rejected["reason"]) == ("broken.mp4", "not_found")
 
 
-def test_an_output_directory_that_is_a_link_or_cannot_be_written(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_output_directory_that_is_a_link_or_cannot_be_written(place, tmp_path, capsys):
     (tmp_path / "elsewhere").mkdir()
     os.symlink(tmp_path / "elsewhere", place / "out")
     assert prepare("media") == 0  # as the user said

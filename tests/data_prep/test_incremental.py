@@ -65,9 +65,7 @@ def test_the_content_and_size_of_each_source_are_written_down(folder: Path, tmp_
         assert line["clips"] == [[name, "prepared", ""]]
 
 
-def test_a_changed_file_is_prepared_again_and_the_others_are_kept(
-    folder: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_changed_file_is_prepared_again_and_the_others_are_kept(folder, clips, tmp_path, capsys):
     out = tmp_path / "out"
     assert prepare(folder, out) == 0
     before = inodes(out)
@@ -82,9 +80,7 @@ def test_a_changed_file_is_prepared_again_and_the_others_are_kept(
     assert files(out) == files(tmp_path / "straight")
 
 
-def test_an_interrupted_update_resumes(
-    folder: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_update_resumes(folder, clips, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert prepare(folder, out) == 0
     before = inodes(out)
@@ -103,9 +99,7 @@ def test_an_interrupted_update_resumes(
     assert files(out) == files(tmp_path / "straight")
 
 
-def test_a_touched_or_copied_file_is_unchanged(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_touched_or_copied_file_is_unchanged(folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert prepare(folder, out) == 0
     os.utime(folder / "a.mp4", ns=(1, 1))
@@ -117,9 +111,7 @@ def test_a_touched_or_copied_file_is_unchanged(
     assert capsys.readouterr().out.count("up to date") == 2
 
 
-def test_notes_are_counted_kept_and_rejected(
-    folder: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_notes_are_counted_kept_and_rejected(folder, clips, tmp_path, capsys):
     out = tmp_path / "out"
     with wave.open(str(folder / "bb.wav"), "wb") as file:
         file.setparams((1, 2, 16000, 0, "NONE", ""))
@@ -152,9 +144,7 @@ def test_notes_are_counted_kept_and_rejected(
     assert "--reject must be some of antiphase" in capsys.readouterr().err
 
 
-def test_files_that_come_and_go(
-    folder: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_that_come_and_go(folder, clips, tmp_path, capsys):
     out = tmp_path / "out"
     (folder / "bad.mp4").write_text("no film")
     assert prepare(folder, out) == 3
@@ -169,9 +159,7 @@ def test_files_that_come_and_go(
 
 
 @pytest.mark.parametrize("reason", ["unreadable", "timeout", "crashed", "damaged"])
-def test_what_may_pass_the_next_time_is_tried_again(
-    folder: Path, tmp_path: Path, reason: str
-) -> None:
+def test_what_may_pass_the_next_time_is_tried_again(folder, tmp_path, reason):
     out = tmp_path / "out"
     (folder / "bad.mp4").write_text("no film")
     assert prepare(folder, out) == 3
@@ -186,9 +174,7 @@ def test_what_may_pass_the_next_time_is_tried_again(
     assert len(before.items() & inodes(out).items()) == (2 if again else 3)
 
 
-def test_other_labels_need_no_decoding(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_labels_need_no_decoding(folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
     table = folder / "m.csv"
     table.write_text("path,label_x,source\na.mp4,dog,s\nb.mp4,cat,s\nc.mp4,,t\n")
@@ -220,21 +206,7 @@ def test_other_labels_need_no_decoding(
     assert files(out) == files(tmp_path / "straight")
 
 
-def test_another_folder_is_refused(
-    folder: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    assert prepare(folder, out) == 0
-    kept = files(out)
-    capsys.readouterr()
-    assert prepare(clips, out) == 1
-    assert "already holds the split 'train', prepared from other files" in capsys.readouterr().err
-    assert files(out) == kept
-
-
-def test_duplicates_are_reported_or_left_out(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_duplicates_are_reported_or_left_out(folder, tmp_path, capsys):
     shutil.copy(folder / "a.mp4", folder / "copy of a.mp4")
     out = tmp_path / "out"
     assert prepare(folder, out) == 0
@@ -256,9 +228,7 @@ def test_the_same_file_is_a_duplicate_only_over_the_same_interval(folder: Path) 
     assert (found[2]["duplicate_of"], found[2]["split"]) == (entry.record_id, "test")
 
 
-def test_limit_and_dry_run(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_limit_and_dry_run(folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert prepare(folder, out, "--dry-run", "--limit", "3") == 0
     assert "train               3        0" in capsys.readouterr().out
@@ -270,9 +240,7 @@ def test_limit_and_dry_run(
     assert len(RecordDataset(out, "train")) == 5
 
 
-def test_an_interrupted_part_leaves_nothing(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_part_leaves_nothing(folder, tmp_path, monkeypatch):
     entries = read_input(folder, split="train", root=None).entries
     options = shards.ClipOptions(128, None, 90, 16000, 0.0, 600.0, 16, (), "tfrecord")
     (part,) = plan_parts(entries, 9, options, epath.Path(tmp_path / "parts"))

@@ -46,9 +46,7 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_it_ends_as_if_undisturbed(
-    folder: Path, tmp_path: Path, kills: int
-) -> None:
+def test_killed_at_random_moments_it_ends_as_if_undisturbed(folder, tmp_path, kills):
     begin = time.monotonic()
     undisturbed = start(folder, tmp_path / "straight")
     undisturbed.communicate()

@@ -48,9 +48,7 @@ def only_error(capsys: pytest.CaptureFixture[str]) -> str:
     return captured.err
 
 
-def test_the_same_bytes_whatever_the_workers(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_same_bytes_whatever_the_workers(folder, tmp_path, capsys):
     (folder / "notes.txt").write_text("ignored")
     assert prepare(folder, tmp_path / "one") == 0
     table = capsys.readouterr().out
@@ -64,9 +62,7 @@ def test_the_same_bytes_whatever_the_workers(
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
-def test_splits_labels_and_rejected_files_of_one_manifest(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_splits_labels_and_rejected_files_of_one_manifest(folder, tmp_path, capsys):
     (folder / "bad.mp4").write_text("not a film")
     (folder / "m.csv").write_text(
         "path,split,id,source,start,end,label_motion\n"
@@ -95,9 +91,7 @@ def test_splits_labels_and_rejected_files_of_one_manifest(
     assert (out / "preparation.json").read_bytes() == before
 
 
-def test_another_split_joins_and_another_content_is_refused(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_split_joins_and_another_content_is_refused(folder, tmp_path, capsys):
     out, more = tmp_path / "out", tmp_path / "more"
     more.mkdir()
     shutil.copy(folder / "a.mp4", more / "b.mp4")
@@ -124,9 +118,7 @@ def test_another_split_joins_and_another_content_is_refused(
     assert len(RecordDataset(out, "train")) == 5
 
 
-def test_what_cannot_start(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_start(folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     out = tmp_path / "out"
     assert prepare(tmp_path / "empty", out) == 1
@@ -173,9 +165,7 @@ def interrupted_moves(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def test_a_half_replaced_data_set_is_none(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_half_replaced_data_set_is_none(folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert prepare(folder, out) == 0
     again = ("--overwrite", "--quality", "30")
@@ -188,9 +178,7 @@ def test_a_half_replaced_data_set_is_none(
     assert files(out) == files(tmp_path / "straight")
 
 
-def test_it_goes_on_where_it_was_interrupted(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_goes_on_where_it_was_interrupted(folder, tmp_path, monkeypatch):
     assert prepare(folder, tmp_path / "straight") == 0
     out = tmp_path / "out"
 
@@ -242,9 +230,7 @@ def signal_workers(number: int) -> Callable[[], None]:
     return act
 
 
-def test_a_killed_worker_ends_it_and_loses_nothing(
-    folder: Path, tmp_path: Path, clip: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_killed_worker_ends_it_and_loses_nothing(folder, tmp_path, clip, capsys):
     assert prepare(folder, tmp_path / "straight") == 0
     hang = folder / "é你 space.mp4"
     modified = os.stat(hang).st_mtime_ns
@@ -270,9 +256,7 @@ def test_a_killed_worker_ends_it_and_loses_nothing(
 
 
 @pytest.mark.parametrize("reason", ["crashed", "timeout"])
-def test_a_clip_that_crashes_or_hangs_is_rejected(
-    folder: Path, tmp_path: Path, reason: str
-) -> None:
+def test_a_clip_that_crashes_or_hangs_is_rejected(folder, tmp_path, reason):
     os.mkfifo(folder / "hang.mp4")
     if reason == "crashed":
         thread = when_reached(folder / "hang.mp4", signal_workers(signal.SIGSEGV))
@@ -284,9 +268,7 @@ def test_a_clip_that_crashes_or_hangs_is_rejected(
     assert len(RecordDataset(tmp_path / "out", "train")) == 5
 
 
-def test_termination_is_an_interruption(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_termination_is_an_interruption(folder, tmp_path, capsys):
     os.mkfifo(folder / "hang.mp4")
     thread = when_reached(folder / "hang.mp4", lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert prepare(folder, tmp_path / "out") == 130

@@ -64,9 +64,7 @@ def only_record(out: Path) -> Record:
 
 
 @pytest.mark.parametrize("directory", ["tiny", "tiny_array_record"])
-def test_tfds_comes_out_as_it_went_in(
-    tmp_path: Path, expected: dict[str, np.ndarray], directory: str
-) -> None:
+def test_tfds_comes_out_as_it_went_in(tmp_path, expected, directory):
     assert run(tmp_path, "tfds", DATA / directory, "--fps=10", "--id-feature=name") == 0
     dataset = RecordDataset(tmp_path, "train")
     assert sorted(dataset.record_ids) == ["clip 0", "clip 1", "clip 2"]
@@ -87,17 +85,8 @@ def test_tfds_comes_out_as_it_went_in(
         assert test[0].labels == {"action": 0, "heard": (1,)}
 
 
-def test_records_without_names_are_named_after_their_place(tmp_path: Path) -> None:
-    assert run(tmp_path, "tfds", DATA / "tiny", "--fps=10", "--split=test") == 0
-    assert list(RecordDataset(tmp_path, "test").record_ids) == [
-        "tiny-test.tfrecord-00000-of-00001#0"
-    ]
-
-
 @pytest.mark.parametrize("feature", ["png", "images", "pixels", "packed"])
-def test_every_way_to_keep_a_video(
-    tmp_path: Path, expected: dict[str, np.ndarray], feature: str
-) -> None:
+def test_every_way_to_keep_a_video(tmp_path, expected, feature):
     arguments = ("--fps=10", f"--video-feature={feature}", "--audio-feature=none", "--quality=95")
     assert run(tmp_path, "tfds", DATA / "variants", *arguments) == 0
     record = only_record(tmp_path)
@@ -122,9 +111,7 @@ def test_every_way_to_keep_a_video(
         ("nested/stereo", ("--sample-rate-of-source=2000",)),
     ],
 )
-def test_every_way_to_keep_a_sound(
-    tmp_path: Path, expected: dict[str, np.ndarray], feature: str, more: tuple[str, ...]
-) -> None:
+def test_every_way_to_keep_a_sound(tmp_path, expected, feature, more):
     arguments = ("--video-feature=none", f"--audio-feature={feature}", *more)
     assert run(tmp_path, "tfds", DATA / "variants", *arguments) == 0
     record = only_record(tmp_path)
@@ -143,9 +130,7 @@ def test_other_rates_are_resampled_in_time(tmp_path: Path, expected: dict[str, n
     np.testing.assert_allclose(record.waveform[::4][middle], expected["samples_3"][middle], atol=60)
 
 
-def test_what_cannot_be_told_is_asked_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_told_is_asked_for(tmp_path, capsys):
     tiny, variants = DATA / "tiny", DATA / "variants"
     assert "'clip': say --fps" in error(capsys, tmp_path, "tfds", tiny)
     message = error(capsys, tmp_path, "tfds", tiny, "--fps=10", "--id-feature=nme")
@@ -172,9 +157,7 @@ def edited(tmp_path: Path, source: str, edit: object) -> Path:
     return copy
 
 
-def test_several_features_that_can_be_it_are_listed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_several_features_that_can_be_it_are_listed(tmp_path, capsys):
     def edit(features: dict[str, object]) -> None:
         del features["png"], features["wav"]
 
@@ -221,9 +204,7 @@ def test_media_sequence_keeps_its_times(tmp_path: Path, expected: dict[str, np.n
     assert np.abs(dataset[1].waveform - expected["samples_1"]).max() <= 0.51
 
 
-def test_dmvr_is_asked_for_its_rates(
-    tmp_path: Path, expected: dict[str, np.ndarray], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dmvr_is_asked_for_its_rates(tmp_path, expected, capsys):
     message = error(capsys, tmp_path, "sequence-examples", DATA / DMVR)
     assert "example 0: states neither times nor rates: say --fps and --sample-rate-of-" in message
     rates = ("--fps=10", "--sample-rate-of-source=2000")
@@ -275,9 +256,7 @@ def write(path: Path, *examples: object) -> Path:
         ([12000.0, -3.0], "12000 where 1 is full scale: say --full-scale"),
     ],
 )
-def test_absurd_samples(
-    tmp_path: Path, expected: dict[str, np.ndarray], values: list[float], words: str
-) -> None:
+def test_absurd_samples(tmp_path, expected, values, words):
     path = write(
         tmp_path / "a.tfrecord", sequence(expected, a=[0.1, -0.2]), sequence(expected, a=values)
     )
@@ -308,9 +287,7 @@ def test_full_scale_of_samples(tmp_path: Path, expected: dict[str, np.ndarray]) 
     assert only_record(tmp_path / "out").waveform.tolist() == [12000, -3000, 0, 7]
 
 
-def test_frames_that_are_too_large_or_not_jpeg_are_encoded_again(
-    tmp_path: Path, expected: dict[str, np.ndarray]
-) -> None:
+def test_frames_that_are_too_large_or_not_jpeg_are_encoded_again(tmp_path, expected):
     example = sequence(expected)
     steps = example.feature_lists.feature_list["image/encoded"].feature
     picture = expected["pixels"][0]
@@ -361,9 +338,7 @@ def spoiled(expected: dict[str, np.ndarray]) -> dict[str, object]:
     }
 
 
-def test_each_example_is_refused_for_its_own_reason(
-    tmp_path: Path, expected: dict[str, np.ndarray]
-) -> None:
+def test_each_example_is_refused_for_its_own_reason(tmp_path, expected):
     examples = spoiled(expected)
     path = write(tmp_path / "a.tfrecord", *examples.values(), sequence(expected))
     assert run(tmp_path / "out", "sequence-examples", path, "--fps=10") == 3
@@ -373,9 +348,7 @@ def test_each_example_is_refused_for_its_own_reason(
 
 
 @pytest.mark.parametrize("where", ["payload", "length", "end", "garbage"])
-def test_damage_to_a_file_costs_only_what_it_hit(
-    tmp_path: Path, expected: dict[str, np.ndarray], where: str
-) -> None:
+def test_damage_to_a_file_costs_only_what_it_hit(tmp_path, expected, where):
     parts = [record_files.frame_payload(sequence(expected).SerializeToString()) for _ in range(3)]
     data = bytearray(b"".join(parts))
     if where == "garbage":
@@ -458,13 +431,7 @@ def test_an_example_without_a_feature_is_refused(tmp_path: Path) -> None:
         (("--video-feature=none",), "WAVEFORM/feature/floats"),
     ],
 )
-def test_features_of_other_names_are_listed_and_none_is_left_out_silently(
-    tmp_path: Path,
-    expected: dict[str, np.ndarray],
-    capsys: pytest.CaptureFixture[str],
-    options: tuple[str, ...],
-    lacking: str,
-) -> None:
+def test_features_of_other_names_are_listed(tmp_path, expected, capsys, options, lacking):
     lists = ["LEFT/image/encoded", "sound/floats"]
     example = sequence(expected, a=[0.5])
     for old, new in zip(("image/encoded", "WAVEFORM/feature/floats"), lists, strict=True):
@@ -481,9 +448,7 @@ def test_features_of_other_names_are_listed_and_none_is_left_out_silently(
     assert only_record(tmp_path / "named").has_audio
 
 
-def test_compressed_files_and_clashing_labels_are_one_error(
-    tmp_path: Path, expected: dict[str, np.ndarray], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_compressed_files_and_clashing_labels_are_one_error(tmp_path, expected, capsys):
     packed = tmp_path / "a.tfrecord"
     packed.write_bytes(gzip.compress((DATA / DMVR).read_bytes()))
     assert "is compressed: decompress it" in error(capsys, tmp_path, "sequence-examples", packed)
@@ -531,9 +496,7 @@ def test_encoded_media_inside_an_example(tmp_path: Path) -> None:
     np.testing.assert_array_equal(record.waveform, wanted.waveform)
 
 
-def test_only_a_changed_shard_is_prepared_again(
-    tmp_path: Path, expected: dict[str, np.ndarray], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_a_changed_shard_is_prepared_again(tmp_path, expected, capsys):
     a = write(tmp_path / "a.tfrecord", sequence(expected), sequence(expected))
     write(tmp_path / "b.tfrecord", sequence(expected))
     command = ("sequence-examples", tmp_path, "--fps=10")

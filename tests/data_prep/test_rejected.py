@@ -179,9 +179,7 @@ def test_every_reason_has_a_case() -> None:
 
 
 @pytest.mark.parametrize("reason", CASES)
-def test_a_file_is_rejected_for_this_reason(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], reason: str
-) -> None:
+def test_a_file_is_rejected_for_this_reason(tmp_path, capsys, reason):
     case = CASES[reason]
     path = case.make(tmp_path)
     table, out = tmp_path / "clips.csv", tmp_path / "out"
@@ -237,9 +235,7 @@ def run_program(text: str, folder: Path, paths: list[Path]) -> str:
     return run.stdout
 
 
-def test_a_clip_for_which_memory_is_too_small_is_rejected_and_the_next_prepared(
-    tmp_path: Path,
-) -> None:
+def test_a_clip_for_which_memory_is_too_small_is_rejected_and_the_next_prepared(tmp_path):
     # Within the limit on pixels, and 192 MB large.
     paths = [huge_picture(tmp_path / "a.mov", side=8000, rgb=True), write(tmp_path / "b.mp4")]
     run_program(WITH_LITTLE_MEMORY, tmp_path, paths)

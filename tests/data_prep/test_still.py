@@ -75,9 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_stills_are_noted_counted_and_masked(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_stills_are_noted_counted_and_masked(folder, tmp_path, capsys):
     out = tmp_path / "records"
     assert main(["prepare", str(folder), f"--out={out}", "--workers=1"]) == 0
     assert "4 prepared, but still: nothing moves in the video" in capsys.readouterr().out
@@ -98,18 +96,6 @@ def test_stills_are_noted_counted_and_masked(
     assert {n for n, moves in zip(names, batch["video_moves"], strict=True) if not moves} == STILL
     for mask in ("has_video", "has_audio", "direction_mask"):
         assert batch[mask].all()
-
-
-def test_stills_are_rejected_where_that_is_asked_for(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["prepare", str(folder), f"--out={tmp_path / 'out'}", "--workers=1"]
-    assert main([*arguments, "--reject=still"]) == 3
-    assert len(RecordDataset(tmp_path / "out", "train")) == 2
-    rejected = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
-    assert {Path(json.loads(line)["path"]).stem for line in rejected} == STILL
-    assert main([*arguments, "--reject=blurred"]) == 1
-    assert "--reject must be some of antiphase,dead_channel,silent,still" in capsys.readouterr().err
 
 
 def test_records_of_earlier_releases_lack_the_feature() -> None:
