@@ -102,11 +102,9 @@ class Earlier:
         shard = shard_name(name, part.split, number, len(lengths), self.file_format)
         index = index_path(self.directory, name, part.split)
         if part.split not in self.indexes:
-            if (table := load_table(index)) is None:
+            if load_table(index) is None:
                 RecordDataset(self.directory, part.split)  # makes it
-                table = load_table(index)
-                assert table is not None
-            self.indexes[part.split] = table
+            self.indexes[part.split] = load_table(index)
         table = shard_table(self.indexes[part.split], number)
         return Finished(part.split, lines, table, self.directory / shard)
 

@@ -171,8 +171,13 @@ def decode_audio(
             if frame.samples:
                 frames.append(frame)
                 decoded_seconds += frame.samples / frame.sample_rate
-        interval = {"start_seconds": start_seconds, "end_seconds": end_seconds}
-        return lay_out(frames, zero=zero, sample_rate_hz=sample_rate_hz, **interval)
+        return lay_out(
+            frames,
+            zero=zero,
+            sample_rate_hz=sample_rate_hz,
+            start_seconds=start_seconds,
+            end_seconds=end_seconds,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -194,8 +194,11 @@ def stream_frames(
         except MemoryError:  # FFmpeg's is an FFmpegError too
             raise
         except av.error.FFmpegError as error:
-            stated = packet is not None and packet.pts is not None
-            if stated and early(float(packet.pts * packet.time_base)):
+            if (
+                packet is not None
+                and packet.pts is not None
+                and early(float(packet.pts * packet.time_base))
+            ):
                 continue
             _check_log(container, log, where)  # errors of the container come first
             raise MediaError(

@@ -102,9 +102,8 @@ def shard_table(table: pa.Table, number: int) -> pa.Table:
 def save_table(path: epath.PathLike, table: pa.Table) -> None:
     """Writes a table to one file, all at once."""
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(
-        sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")
-    ) as writer:
+    options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=9))
+    with pa.ipc.new_file(sink, table.schema, options=options) as writer:
         writer.write_table(table)
     content = sink.getvalue().to_pybytes()
     write_bytes(epath.Path(path), content + crc32c.crc32c(content).to_bytes(4, "little"))

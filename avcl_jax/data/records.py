@@ -163,12 +163,12 @@ class RecordDataset:
         table = self._load_index(index_path(self._directory, info["name"], split), lengths, labels)
         columns = {name: table[name].combine_chunks() for name in table.column_names}
         self._lengths, self._crcs = columns["length"].to_numpy(), columns["crc"].to_numpy()
-        self._first = np.concatenate([[0], np.cumsum(lengths)])
-        # Place of each record in its shard: its number, or its byte offset.
-        begins = np.arange(sum(lengths) + 1)
-        if self.file_format == TFRECORD:
-            begins = _begins(self._lengths)
-        self._places = begins[:-1] - np.repeat(begins[self._first[:-1]], lengths)
+        self._shard_numbers = columns["shard"].to_numpy()
+        # Place of each record in its shard: its byte offset, or its number.
+        is_tfrecord = self.file_format == TFRECORD
+        begins = _begins(self._lengths) if is_tfrecord else np.arange(sum(lengths) + 1)
+        first_of_shard = np.searchsorted(self._shard_numbers, self._shard_numbers)
+        self._places = begins[:-1] - begins[first_of_shard]
         self.record_ids = _Names(columns["record_id"])
         self.labels = {
             label: columns[LABEL_PREFIX + label].to_numpy()
@@ -214,10 +214,11 @@ class RecordDataset:
             return False
         if (sizes := table["length"].to_numpy()).min() < 0:
             return False
-        if is_remote(self._directory) or self.file_format != TFRECORD:
+        if is_remote(self._directory):
             return True
         expected = np.diff(_begins(sizes)[np.cumsum([0, *lengths])])
-        return [record_files.size_of(shard) for shard in self._shards] == expected.tolist()
+        actual = [record_files.size_of(shard) for shard in self._shards]  # raises without one
+        return self.file_format != TFRECORD or actual == expected.tolist()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles the place, not the index: workers would receive it through a pipe."""
@@ -256,7 +257,7 @@ class RecordDataset:
 
     def shard_of(self, index: int) -> epath.Path:
         """Returns the shard that contains a record."""
-        return self._shards[int(np.searchsorted(self._first, index, side="right")) - 1]
+        return self._shards[self._shard_numbers[index]]
 
     @contextlib.contextmanager
     def naming_shard(self, index: int) -> Iterator[None]:

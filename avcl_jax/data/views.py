@@ -250,10 +250,8 @@ def draw_views(
 
     def clips(spans: np.ndarray, speed: np.ndarray, direction: np.ndarray) -> tuple[Clip, ...]:
         # Audio and video of a view share their middle: the same interval at the same speed.
-        playback = zip(
-            (middles - spans / 2).tolist(), speed.tolist(), direction.tolist(), strict=True
-        )
-        return tuple(itertools.starmap(Clip, playback))
+        columns = (middles - spans / 2, speed, direction)
+        return tuple(map(Clip, *(column.tolist() for column in columns)))
 
     video = clips(video_spans, video_speed, video_direction)
     audio = clips(audio_spans, audio_speed, audio_direction)

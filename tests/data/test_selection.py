@@ -114,6 +114,8 @@ def test_the_usable_part_is_what_video_and_audio_share_or_else_one_of_them(tmp_p
         dataclasses.replace(film, waveform=np.full(64_000, 34, np.int16)),
         make_record(1, seconds=4.0, side=16, fps=1.0),  # frames that repeat would tell the speed
     ]
+    silent = np.zeros(64_000, np.int16)
+    made += [dataclasses.replace(record, waveform=silent) for record in (made[3], made[6])]
     dataset = RecordDataset(write_records(tmp_path / "r", made, shards=1), "train")
     views = ViewSpec(num_frames=8, clip_seconds=0.5, speeds=(1, 2), audio_transform="shared")
     spec = dataclasses.replace(experiment.render_spec(pretrain.get_config()), views=views)
@@ -128,8 +130,16 @@ def test_the_usable_part_is_what_video_and_audio_share_or_else_one_of_them(tmp_p
     ]
     heard = UsableRecords(dataset, dataclasses.replace(spec, modalities="audio"))
     assert dataclasses.astuple(heard.usable(1)) == (1.0, 3.0, 0.0, False, True)
-    assert (heard.num_empty, heard.num_without("video"), heard.num_without("audio")) == (1, 6, 0)
-    assert UsableRecords(dataset, spec).lacking(("video", "audio")).tolist() == [2, 3, 4, 6]
+    assert (heard.num_empty, heard.num_without("video"), heard.num_without("audio")) == (3, 6, 0)
+    both = UsableRecords(dataset, spec)
+    assert both.lacking(("video", "audio")).tolist() == [2, 3, 4, 6, 7, 8]
+    # A single silent frame is nothing; slow frames are video, but fit no view.
+    assert (both.num_selected, both.num_empty, both.num_too_short) == (9, 1, 1)
+    quiet = RecordDataset(write_records(tmp_path / "quiet", made[7:], shards=1), "train")
+    with pytest.raises(SelectionError, match="none .* has audio that is not silent: set modal"):
+        UsableRecords(quiet, dataclasses.replace(spec, modalities="audio"))
+    with pytest.raises(SelectionError, match="none .* is long enough for a view of 0.5 s"):
+        UsableRecords(quiet, dataclasses.replace(spec, modalities="video"))
 
 
 NAMES = {"motion": ["down", "across"], "part": ["a", "b"]}
