@@ -136,9 +136,9 @@ def test_the_usable_part_is_what_video_and_audio_share_or_else_one_of_them(tmp_p
     # A single silent frame is nothing; slow frames are video, but fit no view.
     assert (both.num_selected, both.num_empty, both.num_too_short) == (9, 1, 1)
     quiet = RecordDataset(write_records(tmp_path / "quiet", made[7:], shards=1), "train")
-    with pytest.raises(SelectionError, match="none .* has audio that is not silent: set modal"):
+    with pytest.raises(SelectionError, match=r"none .* has audio that is not silent: set modal"):
         UsableRecords(quiet, dataclasses.replace(spec, modalities="audio"))
-    with pytest.raises(SelectionError, match="none .* is long enough for a view of 0.5 s"):
+    with pytest.raises(SelectionError, match=r"none .* is long enough for a view of 0\.5 s"):
         UsableRecords(quiet, dataclasses.replace(spec, modalities="video"))
 
 
