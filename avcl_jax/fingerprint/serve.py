@@ -32,15 +32,16 @@ def run(arguments: argparse.Namespace) -> int:
         ExportError: if there are no encoders.
     """
     try:
-        import starlette  # noqa: F401  # named in the message, used by the modules below
         import uvicorn
-    except ImportError as error:
+
+        from avcl_jax.fingerprint.web.app import FingerprintApp
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn"):
+            raise
         raise FingerprintError(
             "starlette and uvicorn are not installed, which the page needs: "
             "pip install -r requirements-fingerprint.txt"
         ) from error
-    from avcl_jax.fingerprint.web.app import FingerprintApp
-
     for name in ("max_upload_mb", "max_seconds", "max_decode_seconds"):
         if not 0 < getattr(arguments, name) < math.inf:
             raise FingerprintError(
@@ -48,25 +49,32 @@ def run(arguments: argparse.Namespace) -> int:
             )
     if arguments.max_waiting < 0:
         raise FingerprintError(f"--max-waiting {arguments.max_waiting} must be at least 0")
+    host, port = arguments.host, arguments.port
     with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(_listen(arguments.host, arguments.port))
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listener = stack.enter_context(socket.create_server((host, port), family=family))
+        except (OSError, OverflowError) as error:
+            raise FingerprintError(
+                f"cannot listen at {host} port {port} ({error}): give another --host or --port"
+            ) from error
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="avcl-fingerprint-"))
         index = FingerprintIndex.open(arguments.index, arguments.encoder)
         app = FingerprintApp(index, Path(directory), arguments)
-        host, port = listener.getsockname()[:2]
-        if not ipaddress.ip_address(host).is_loopback:
+        address, port = listener.getsockname()[:2]
+        if not ipaddress.ip_address(address).is_loopback:
             print(
-                f"warning: {host} is reached by other machines; the page has no password, and "
+                f"warning: {address} is reached by other machines; the page has no password, and "
                 "whoever opens it sees the indexed files. --host 127.0.0.1 keeps it to this one",
                 file=sys.stderr,
             )
-        count = len(index.sources())
+        count, shown = len(index.sources()), f"[{address}]" if ":" in address else address
         print(
             f"{arguments.index}: {count} source{'s' * (count != 1)}, {index.num_segments} "
-            f"segments, on http://{f'[{host}]' if ':' in host else host}:{port}/ (Ctrl+C stops)",
+            f"segments, on http://{shown}:{port}/ (Ctrl+C stops)",
             flush=True,
         )
-        names = {name.lower() for name in ("localhost", arguments.host, socket.gethostname())}
+        names = {name.lower() for name in ("localhost", host, socket.gethostname())}
         config = uvicorn.Config(
             app.starlette(names),
             log_level="warning",
@@ -86,13 +94,3 @@ def run(arguments: argparse.Namespace) -> int:
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listener])
     return 0
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        raise FingerprintError(
-            f"cannot listen at {host} port {port} ({error}): give another --host or --port"
-        ) from error

@@ -14,14 +14,13 @@ from avcl_jax.fingerprint.database import SourceRow
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.library import Library, Vectors
 from avcl_jax.fingerprint.projection import fit_projection
-from avcl_jax.fingerprint.settings import FingerprintSettings
 from avcl_jax.models.audio_encoders import AudioResNet
 from avcl_jax.models.video_resnet import VideoResNet
-from tests.fingerprint.synthetic import RATE_HZ, clip
+from tests.fingerprint.page_server import make_clips, make_library
+from tests.fingerprint.synthetic import RATE_HZ, SETTINGS, clip
 
 VIDEO = VideoPreprocessing(num_frames=8, clip_seconds=0.5, image_size=16, mean=0.5, std=0.25)
 LOG_MEL = LogMelSpec(RATE_HZ, 16, 24, 0.5, 50.0, 4000.0, 1e-6, -6.0, 3.0)
-SETTINGS = FingerprintSettings(rates=(1.0, 0.8, 1.25), dimensions=48)
 
 
 def export(directory, seed):
@@ -82,3 +81,15 @@ def references():
     names = enumerate(("first", "second"), 1)
     sources = [SourceRow(name, name, 20.5, None, 40, id_) for id_, name in names]
     return Library(stored, sources, {"video": vectors})
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Folder of pieces of what `page_library` has, and of others."""
+    return make_clips(tmp_path_factory.mktemp("clips") / "clips")
+
+
+@pytest.fixture(scope="module")
+def page_library(encoders, tmp_path_factory):
+    """An index of files as the page shows them."""
+    return make_library(tmp_path_factory.mktemp("page"), encoders)

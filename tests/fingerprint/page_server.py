@@ -21,8 +21,7 @@ import numpy as np
 from avcl_jax.data.media import decode_media
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.web.preview import convert
-from tests.fingerprint.conftest import SETTINGS
-from tests.fingerprint.synthetic import clip, excerpt, joined, write
+from tests.fingerprint.synthetic import SETTINGS, clip, excerpt, joined, write
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,8 +11,10 @@ import numpy as np
 import scipy.ndimage
 
 from avcl_jax.data.media import DecodedMedia, no_frames
+from avcl_jax.fingerprint.settings import FingerprintSettings
 
 FPS, RATE_HZ, SIDE = 16, 8000, 24
+SETTINGS = FingerprintSettings(rates=(1.0, 0.8, 1.25), dimensions=48)
 
 
 def bytes_taken(count: int) -> int:

@@ -9,8 +9,7 @@ import scipy.stats
 from avcl_jax.fingerprint import calibration
 from avcl_jax.fingerprint.calibration import DEFAULT, Calibration
 from avcl_jax.fingerprint.index import FingerprintIndex
-from tests.fingerprint.conftest import SETTINGS
-from tests.fingerprint.synthetic import clip
+from tests.fingerprint.synthetic import SETTINGS, clip
 
 KNOWN = Calibration(location=3.0, growth=0.5, scale=0.7, segments=1000)
 

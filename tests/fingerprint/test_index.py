@@ -19,8 +19,7 @@ from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.library import Vectors, verify
 from avcl_jax.fingerprint.projection import fit_projection
 from avcl_jax.fingerprint.settings import FingerprintError
-from tests.fingerprint.conftest import SETTINGS
-from tests.fingerprint.synthetic import clip, excerpt, write
+from tests.fingerprint.synthetic import SETTINGS, clip, excerpt, write
 
 
 @pytest.fixture
@@ -39,34 +38,21 @@ def test_added_again_is_skipped_and_changed_content_replaced(copy):
     assert reopened.query(excerpt(clip(44), 1, 4)).best.source == "clip 4"
     assert reopened.query(excerpt(clip(4), 1, 4)).best is None
     assert verify(copy) == []
+    # Of two media of one name the last stays.
+    index.add([("clip 77", clip(50)), ("clip 77", clip(51))])
+    assert len(index.sources()) == count + 1
+    assert index.query(excerpt(clip(51), 1, 4)).best.source == "clip 77"
+    assert index.query(excerpt(clip(50), 1, 4)).best is None
     (cache,) = copy.glob("cache-*")
     written = cache.stat().st_ino
     assert index.add([("clip 3", clip(3))]).skipped == ["clip 3"]
     assert [path.stat().st_ino for path in copy.glob("cache-*")] == [written]
 
 
-def test_of_two_media_of_one_name_the_last_stays(copy):
-    index = FingerprintIndex.open(copy)
-    index.add([("new", clip(50)), ("new", clip(51))])
-    assert [source.name for source in index.sources()].count("new") == 1
-    assert index.query(excerpt(clip(51), 1, 4)).best.source == "new"
-    assert index.query(excerpt(clip(50), 1, 4)).best is None
-
-
-def test_scores_are_fitted_anew_when_most_is_removed(copy):
-    index = FingerprintIndex.open(copy)
-    assert index._library.stored["calibration"]["segments"] == index.num_segments
-    index.remove([f"clip {n}" for n in range(12)])
-    assert index._library.stored["calibration"]["segments"] == index.num_segments
-
-
-def test_an_index_of_the_former_format_is_one_clear_line(tmp_path):
+def test_a_former_format_and_faiss_that_is_missing_are_not_damage(copy, tmp_path, monkeypatch):
     (tmp_path / "manifest.json").write_text('{"format_version": 1}')
     with pytest.raises(FingerprintError, match="format of a former version: index the media again"):
         FingerprintIndex.open(tmp_path)
-
-
-def test_faiss_that_is_missing_is_not_damage(copy, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(FingerprintError, match="FAISS is not installed"):
         FingerprintIndex.open(copy)
@@ -83,9 +69,13 @@ def test_removed_is_not_found_and_the_rest_is(copy):
     assert verify(copy) == []
     index.remove([f"clip {n}" for n in range(2, 16)])
     assert [source.name for source in index.sources()] == ["clip 0"]
+    # Scores are fitted to an index of this size.
+    assert index._library.stored["calibration"]["segments"] == index.num_segments
     assert index.query(excerpt(clip(0), 1, 4)).matches[0].source == "clip 0"
     index.remove(["clip 0"])
-    assert index.query(clip(0)).matches == []
+    shutil.rmtree(next(copy.glob("cache-*")))
+    for emptied in (index, FingerprintIndex.open(copy)):
+        assert emptied.query(clip(0)).matches == []
 
 
 def test_one_by_one_becomes_the_same_as_all_at_once(encoders, tmp_path, library):
@@ -183,18 +173,13 @@ def test_an_index_that_cannot_be_written_is_read(copy, cached):
         assert len(list(directory.iterdir())) == 1 + cached
 
 
-def test_a_reader_keeps_what_it_opened_while_it_is_replaced(copy):
-    reader = FingerprintIndex.open(copy)
-    writer = FingerprintIndex.open(copy)
-    writer.remove([f"clip {n}" for n in range(1, 16)])
-    assert reader.query(excerpt(clip(5), 1, 4)).best.source == "clip 5"
-
-
-def test_other_encoders_are_refused(copy, other_encoders):
-    index = FingerprintIndex.open(copy, other_encoders)
+def test_a_reader_keeps_what_it_opened_and_other_encoders_are_refused(copy, other_encoders):
+    reader, other = FingerprintIndex.open(copy), FingerprintIndex.open(copy, other_encoders)
     with pytest.raises(FingerprintError, match=r"was made with encoders [0-9a-f]{12} "):
-        index.query(clip(0))
-    assert len(index.sources()) == 16
+        other.query(clip(0))
+    FingerprintIndex.open(copy).remove([f"clip {n}" for n in range(1, 16)])
+    assert reader.query(excerpt(clip(5), 1, 4)).best.source == "clip 5"
+    assert len(other.sources()) == 16
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "garbage", "empty"])
@@ -252,11 +237,6 @@ def test_a_cache_of_other_vectors_is_found_by_verify(copy):
     assert verify(copy) == [f"{path.parent} does not agree with index.sqlite: delete it"]
 
 
-def test_an_index_is_not_made_over_something(copy, encoders):
-    with pytest.raises(FingerprintError, match="is not empty"):
-        FingerprintIndex.create(copy, encoders, SETTINGS)
-
-
 def test_only_caches_are_deleted_from_the_directory(copy):
     (copy / "notes.txt").write_text("mine")
     (copy / "cache-of-my-films").mkdir()
@@ -310,7 +290,7 @@ def test_compressed_cells_find_what_flat_finds_and_follow_changes():
 
 def test_the_projection_whitens_what_it_was_fitted_to():
     rng = np.random.default_rng(0)
-    mixing = rng.normal(size=(6, 6)) * np.array([9, 5, 3, 2, 1, 1])
+    mixing = rng.normal(size=(6, 6)) * [9, 5, 3, 2, 1, 1]
     features = rng.normal(size=(20_000, 6)) @ mixing.T + 40
     projection = fit_projection(features, 4)
     vectors = (features - projection.mean) @ projection.matrix

@@ -12,8 +12,7 @@ from avcl_jax.export.runs import open_encoders
 from avcl_jax.fingerprint import segments as segments_module
 from avcl_jax.fingerprint.segments import Segmenter
 from avcl_jax.fingerprint.settings import FingerprintSettings
-from tests.fingerprint.conftest import SETTINGS
-from tests.fingerprint.synthetic import FPS, RATE_HZ, clip, excerpt, write
+from tests.fingerprint.synthetic import FPS, RATE_HZ, SETTINGS, clip, excerpt, write
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
 
 import av
+import numpy as np
 import pytest
 
 pytest.importorskip("faiss", reason="the extra fingerprint is not installed")
@@ -26,24 +28,13 @@ from avcl_jax.fingerprint.command import main  # noqa: E402
 from avcl_jax.fingerprint.database import transaction  # noqa: E402
 from avcl_jax.fingerprint.index import FingerprintIndex  # noqa: E402
 from avcl_jax.fingerprint.web import requests  # noqa: E402
-from tests.fingerprint.conftest import SETTINGS  # noqa: E402
-from tests.fingerprint.page_server import make_clips, make_library, running  # noqa: E402
-from tests.fingerprint.synthetic import clip  # noqa: E402
+from tests.fingerprint.page_server import running  # noqa: E402
+from tests.fingerprint.synthetic import SETTINGS, clip  # noqa: E402
 
 LIMIT_MB = 2
 
 
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    return make_clips(tmp_path_factory.mktemp("clips") / "clips")
-
-
-@pytest.fixture(scope="module")
-def page_library(encoders, tmp_path_factory):
-    """What the server of this module searches; a test that changes it changes it back."""
-    return make_library(tmp_path_factory.mktemp("page"), encoders)
-
-
+# The server of this module searches `page_library`: a test that changes it changes it back.
 @pytest.fixture(scope="module")
 def server(page_library, tmp_path_factory):
     options = (f"--max-upload-mb={LIMIT_MB}", "--max-waiting=1", "--max-seconds=8")
@@ -55,9 +46,15 @@ def server(page_library, tmp_path_factory):
     assert not list(temporary.iterdir())
 
 
-def test_a_clip_finds_its_source_and_its_place(server, clips):
-    status, answer = server.ask(clips / "film.mp4")
-    assert status == 200
+def test_a_clip_finds_its_source_and_its_place_by_stages_that_are_told(server, clips):
+    film = clips / "film.mp4"
+    stream = {"Accept": "application/x-ndjson"}
+    status, headers, body = server.request("/api/query?name=film.mp4", film.read_bytes(), stream)
+    assert (status, headers["content-type"]) == (200, "application/x-ndjson")
+    waiting, *stages, last = (json.loads(line) for line in body.splitlines())
+    assert waiting == {"stage": "waiting", "before": 0}
+    assert stages == [{"stage": "decoding"}, {"stage": "comparing"}]
+    answer = last["answer"]
     match = answer["match"]
     assert match["title"] == "film <b>.mp4"
     assert match["offset_seconds"] == pytest.approx(3.0, abs=0.15)
@@ -71,30 +68,11 @@ def test_a_clip_finds_its_source_and_its_place(server, clips):
     assert segments[0]["query_start"] < 0.3
     assert segments[-1]["query_end"] > 3.7
     for modality in ("video", "audio"):
-        alike = [segment[modality] > 2 for segment in segments]
-        assert sum(alike) > 0.7 * len(alike)
+        assert np.mean([segment[modality] > 2 for segment in segments]) > 0.7
     assert answer["clip"]["converted_url"] is None
     assert not server.uploads()
-
-
-def test_stages_are_told_while_it_is_compared(server, clips):
-    _, headers, body = server.request(
-        "/api/query?name=film.mp4",
-        (clips / "film.mp4").read_bytes(),
-        {"Accept": "application/x-ndjson"},
-    )
-    assert headers["content-type"] == "application/x-ndjson"
-    lines = [json.loads(line) for line in body.splitlines()]
-    assert lines[0] == {"stage": "waiting", "before": 0}
-    assert [line["stage"] for line in lines[1:3]] == ["decoding", "comparing"]
-    assert lines[-1]["answer"]["match"]["title"] == "film <b>.mp4"
-    assert len(lines) == 4
-
-
-def test_no_match_is_an_answer(server, clips):
     status, answer = server.ask(clips / "foreign.mp4")
-    assert status == 200
-    assert answer["match"] is None
+    assert (status, answer["match"]) == (200, None)
     assert answer["candidates"]
     assert not any(candidate["accepted"] for candidate in answer["candidates"])
 
@@ -138,8 +116,6 @@ def test_what_browsers_do_not_play_is_converted(server, clips, tmp_path):
             assert container.duration / 1e6 == pytest.approx(
                 4.0 if "clips" in address else 11.0, abs=0.3
             )
-    whole = f"/media/{answer['match']['id']}"
-    assert server.request(whole)[0] == 415
 
 
 def test_sound_alone_has_a_picture(server, clips):
@@ -154,24 +130,19 @@ def test_sound_alone_has_a_picture(server, clips):
 
 
 @pytest.mark.parametrize(
-    ("name", "status", "parts"),
+    ("name", "status", "said"),
     [
-        ("notes.mp4", 422, ["notes.mp4 cannot be compared: not a video", "Give another file"]),
-        ("cut.mkv", 422, ["cut.mkv cannot be compared", "Give another file"]),
-        ("short.mkv", 422, ["short.mkv lasts 0.", "found 0.", "give a longer one"]),
-        ("empty.mp4", 400, ["empty.mp4 is empty, 0 bytes", "choose another file"]),
+        ("notes.mp4", 422, r"notes\.mp4 cannot be compared: not a video.*Give another file"),
+        ("cut.mkv", 422, r"cut\.mkv cannot be compared.*Give another file"),
+        ("short.mkv", 422, r"short\.mkv lasts 0\..*found 0\..*give a longer one"),
+        ("empty.mp4", 400, r"empty\.mp4 is empty, 0 bytes.*choose another file"),
     ],
 )
-def test_what_cannot_be_compared_is_named_and_the_server_goes_on(
-    server, clips, name, status, parts
-):
+def test_what_cannot_be_compared_is_named_and_the_server_goes_on(server, clips, name, status, said):
     found, answer = server.ask(clips / name)
-    assert found == status
-    assert list(answer) == ["error"]
-    assert "\n" not in answer["error"]
+    assert (found, list(answer)) == (status, ["error"])
+    assert re.fullmatch(said, answer["error"])
     assert str(server.temporary) not in answer["error"]
-    for part in parts:
-        assert part in answer["error"]
     assert not server.uploads()
     assert server.ask(clips / "film.mp4")[1]["match"]["title"] == "film <b>.mp4"
 
@@ -212,10 +183,7 @@ def test_two_gigabytes_are_refused_by_their_header(server):
         connection.endheaders()  # and not one byte of the body
         answer = connection.getresponse()
         assert answer.status == 413
-        assert (
-            "the clip has 2048 MB, at most 2 MB are taken: cut it, or"
-            in (json.loads(answer.read())["error"])
-        )
+        assert b"the clip has 2048 MB, at most 2 MB are taken: cut it, or" in answer.read()
     assert not server.uploads()
 
 
@@ -296,24 +264,14 @@ def test_sources_are_served_by_id_with_ranges(server, clips, page_library):
     assert server.request(address, headers={"Range": f"bytes={len(content)}-"})[0] == 416
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/media/0123456789abcdef01234567",
-        "/media/../../../../etc/passwd",
-        "/media/%2e%2e%2f%2e%2e%2fetc%2fpasswd",
-        "/media//etc/passwd",
-        "/clips/..%2fapp.py",
-        "/app.py",
-        "/../app.py",
-        "/..%2fapp.py",
-        "/media/etc/spectrogram/0/1",
-    ],
-)
-def test_nothing_is_served_by_a_path_of_the_client(server, path):
-    status, _, body = server.request(path)
-    assert status == 404
-    assert list(json.loads(body)) == ["error"]
+def test_nothing_is_served_by_a_path_of_the_client(server):
+    for path in (
+        *("/media/0123456789abcdef01234567", "/media/../../../../etc/passwd", "/media//etc/passwd"),
+        *("/media/%2e%2e%2f%2e%2e%2fetc%2fpasswd", "/media/etc/spectrogram/0/1"),
+        *("/clips/..%2fapp.py", "/app.py", "/../app.py", "/..%2fapp.py"),
+    ):
+        status, _, body = server.request(path)
+        assert (status, list(json.loads(body))) == (404, ["error"]), path
 
 
 def test_sources_that_are_gone_or_from_memory_are_said_to_be(server, clips, page_library):
@@ -321,6 +279,11 @@ def test_sources_that_are_gone_or_from_memory_are_said_to_be(server, clips, page
     assert answer["match"]["title"] == "from memory"
     assert "was indexed from memory" in answer["match"]["media"]["error"]
     media = page_library.directory.parent / "media"
+    # A long clip is compared from its beginning.
+    _, answer = server.ask(media / "film <b>.mp4")
+    assert answer["clip"]["seconds"] == pytest.approx(9.0, abs=0.2)
+    assert answer["clip"]["compared_seconds"] == pytest.approx(8.0, abs=0.2)
+    assert answer["match"]["title"] == "film <b>.mp4"
     (media / "film <b>.mp4").rename(media / "away.mp4")
     try:
         _, answer = server.ask(clips / "film.mp4")
@@ -330,20 +293,20 @@ def test_sources_that_are_gone_or_from_memory_are_said_to_be(server, clips, page
         (media / "away.mp4").rename(media / "film <b>.mp4")
 
 
-@pytest.mark.parametrize(
-    ("interval", "status"),
-    [("5/5", 422), ("90/95", 422), ("-1/5", 404), ("0/nan", 404), ("x", 404)],
-)
-def test_intervals_without_sense_are_refused(server, clips, interval, status):
+def test_intervals_without_sense_are_refused(server, clips):
     _, answer = server.ask(clips / "old.mkv")
-    found, _, body = server.request(f"/media/{answer['match']['id']}/preview/{interval}")
-    assert found == status
-    assert list(json.loads(body)) == ["error"]
+    whole = f"/media/{answer['match']['id']}"
+    for interval, expected in (
+        *(("5/5", 422), ("90/95", 422), ("-1/5", 404)),
+        *(("0/nan", 404), ("x", 404)),
+    ):
+        status, _, body = server.request(f"{whole}/preview/{interval}")
+        assert (status, list(json.loads(body))) == (expected, ["error"]), interval
+    assert server.request(whole)[0] == 415
 
 
-@pytest.mark.parametrize(
-    ("headers", "status"),
-    [
+def test_other_names_and_other_sites_are_refused_and_may_not_send_clips(server, clips):
+    for headers, status in (
         ({"Host": "evil.example"}, 403),
         ({"Host": "127.0.0.1.evil.example:80"}, 403),
         ({"Host": "evil.example:80@127.0.0.1"}, 200),
@@ -352,13 +315,8 @@ def test_intervals_without_sense_are_refused(server, clips, interval, status):
         ({"Host": "[evil"}, 403),
         ({"Sec-Fetch-Site": "cross-site"}, 403),
         ({"Sec-Fetch-Site": "same-origin"}, 200),
-    ],
-)
-def test_other_names_and_other_sites_are_refused(server, headers, status):
-    assert server.request("/api/status", headers=headers)[0] == status
-
-
-def test_another_sites_page_may_not_send_clips(server, clips):
+    ):
+        assert server.request("/api/status", headers=headers)[0] == status, headers
     film = (clips / "film.mp4").read_bytes()
     for origin, status in (
         ("http://evil.example", 403),
@@ -411,14 +369,6 @@ def made_with(directory, fingerprint):
     with transaction(directory, write=True) as stored:
         encoder = stored.settings()["encoder"] | {"fingerprint": fingerprint}
         stored.write_settings({"encoder": encoder})
-
-
-def test_a_long_clip_is_compared_from_its_beginning(server, clips, page_library):
-    film = page_library.directory.parent / "media" / "film <b>.mp4"
-    _, answer = server.ask(film)
-    assert answer["clip"]["seconds"] == pytest.approx(9.0, abs=0.2)
-    assert answer["clip"]["compared_seconds"] == pytest.approx(8.0, abs=0.2)
-    assert answer["match"]["title"] == "film <b>.mp4"
 
 
 @pytest.mark.slow

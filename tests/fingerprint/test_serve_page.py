@@ -21,19 +21,9 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 pytest.importorskip("faiss", reason="the extra fingerprint is not installed")
 pytest.importorskip("uvicorn", reason="the extra fingerprint is not installed")
 
-from tests.fingerprint.page_server import make_clips, make_library, running  # noqa: E402
+from tests.fingerprint.page_server import running  # noqa: E402
 
 TITLE = "film <b>.mp4"
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    return make_clips(tmp_path_factory.mktemp("clips") / "clips")
-
-
-@pytest.fixture(scope="module")
-def page_library(encoders, tmp_path_factory):
-    return make_library(tmp_path_factory.mktemp("page"), encoders)
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from avcl_jax.fingerprint.index import REQUIREMENTS, FingerprintIndex, file_sha2
 from avcl_jax.fingerprint.matching import CANDIDATES
 from avcl_jax.fingerprint.web import preview
 from avcl_jax.fingerprint.web.decoder import Decoder, DecoderError
-from avcl_jax.fingerprint.web.requests import SameOriginMiddleware, clip_name, uploaded
+from avcl_jax.fingerprint.web.requests import clip_name, same_origin, uploaded
 
 _STREAM = "application/x-ndjson"
 _STYLE = Path(__file__).parents[2] / "style.css"  # of reports too
@@ -47,7 +47,6 @@ class FingerprintApp:
         """Takes an opened index, whose encoders are loaded here: wrong ones are refused at once.
 
         Args:
-            index: index to search.
             directory: existing directory for uploads and conversions.
             options: arguments of `serve`.
         """
@@ -60,9 +59,8 @@ class FingerprintApp:
         self._turn = asyncio.Lock()  # two comparisons at once would only take twice the memory
         self._thread = ThreadPoolExecutor(1, "fingerprint-query")
         self._thread.submit(index.segmenter.compile)
-        self._clips, self._shown = (
-            Decoder(options.max_decode_seconds, directory) for _ in range(2)
-        )
+        limits = options.max_decode_seconds, directory
+        self._clips, self._shown = Decoder(*limits), Decoder(*limits)
         self._previews = preview.PreviewCache(directory, self._shown)
 
     def starlette(self, hosts: Collection[str]) -> Starlette:
@@ -79,7 +77,7 @@ class FingerprintApp:
                 Route("/clips/{name}", self._clip),
                 Mount("/", static),
             ],
-            middleware=[Middleware(SameOriginMiddleware, hosts=hosts)],
+            middleware=[Middleware(same_origin, hosts=hosts)],
             exception_handlers={HTTPException: _error},
             lifespan=self._lifespan,
         )
@@ -88,22 +86,21 @@ class FingerprintApp:
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         yield
         self._thread.shutdown(wait=False, cancel_futures=True)
-        for decoder in (self._clips, self._shown):
-            decoder.close()
+        self._clips.close()
+        self._shown.close()
 
     def _current(self) -> FingerprintIndex:
         with _refused(500):
             self._index = self._index.reopened()
         return self._index
 
-    def _source(self, request: Request) -> SourceRow:
-        row = _by_id(self._current()).get(request.path_params["id"])
+    def _part(self, request: Request) -> tuple[SourceRow, float, float]:
+        """Returns the source and the interval of it that an address names."""
+        id_, start, end = (request.path_params.get(name, 0.0) for name in ("id", "start", "end"))
+        row = _by_id(self._current()).get(id_)
         if row is None:
             raise HTTPException(404, "the index has no such source now: ask again")
-        return row
-
-    def _part(self, request: Request) -> tuple[SourceRow, float, float]:
-        return self._source(request), request.path_params["start"], request.path_params["end"]
+        return row, start, end
 
     async def _status(self, _: Request) -> Response:
         status: dict[str, Any] = {
@@ -140,7 +137,11 @@ class FingerprintApp:
                 f"{before} clips are being compared or wait, no more are taken: try again in a "
                 "minute",
             )
-        required = _required(request)
+        require = request.query_params.get("require", "")
+        if require and require not in REQUIREMENTS:
+            names = ", ".join(REQUIREMENTS)
+            raise HTTPException(400, f"require is {names} or left out, not {require[:100]}")
+        required = REQUIREMENTS.get(require, ())
         self._present += 1
         try:
             async with uploaded(request, self._directory, self._max_upload_bytes) as path:
@@ -169,17 +170,15 @@ class FingerprintApp:
                         )
                     yield {"stage": "comparing"}
                     options = {"required": required, "content": file_sha256(path)}
-                    query = functools.partial(index.query, media, count=CANDIDATES, **options)
+                    query = self._thread.submit(index.query, media, count=CANDIDATES, **options)
                     with _refused(422, f"{name}: "):
-                        result = await asyncio.get_running_loop().run_in_executor(
-                            self._thread, query
-                        )
+                        result = await asyncio.wrap_future(query)
                 rows = {row.name: row for row in index.sources()}
                 candidates = [
                     await self._candidate(match, rows[match.source], result.query_seconds)
                     for match in result.matches
                 ]
-                kind, converted = await self._playable(path, result.query_seconds)
+                kind, clip_url = await self._playable(path, result.query_seconds)
         finally:
             self._present -= 1
         audio = media.waveform, media.sample_rate_hz, media.audio_start_seconds
@@ -192,7 +191,7 @@ class FingerprintApp:
             "empty": result.empty,
             "remark": result.remark,
             "type": kind,
-            "converted_url": converted and f"/clips/{converted}",
+            "converted_url": clip_url,
             "spectrogram": None if info.video is not None else preview.spectrogram(*audio),
         }
         answer = {
@@ -209,11 +208,9 @@ class FingerprintApp:
         yield {"answer": answer}
 
     async def _playable(self, path: Path, seconds: float) -> tuple[str | None, str | None]:
-        """Converts a clip if browsers do not play it.
+        """Returns the media type of a clip, and the address of its conversion if it needs one.
 
-        Returns:
-            Media type, None where it cannot be shown; name of the conversion, None where none is
-            needed.
+        Both are None where it cannot be shown.
         """
         # The clip was compared, so that only its rest is damaged: the match stands without it.
         with contextlib.suppress(DecoderError):
@@ -222,7 +219,7 @@ class FingerprintApp:
                 return kind, None
             name = secrets.token_urlsafe(18)
             await self._previews.convert(name, path, 0.0, seconds)
-            return "video/mp4", name
+            return "video/mp4", f"/clips/{name}"
         return None, None
 
     async def _candidate(self, match: Match, row: SourceRow, seconds: float) -> dict[str, Any]:
@@ -249,7 +246,7 @@ class FingerprintApp:
         return dataclasses.asdict(match) | own | {"media": media}
 
     async def _media(self, request: Request) -> Response:
-        row = self._source(request)
+        row, *_ = self._part(request)
         with _file_of(row) as path:
             kind = await self._shown.run(preview.playable_type, path)
         if kind is None:
@@ -302,14 +299,6 @@ def _file_of(row: SourceRow) -> Iterator[Path]:
         )
     with _refused(422, f"{row.name} cannot be shown: "):
         yield path
-
-
-def _required(request: Request) -> tuple[str, ...]:
-    name = request.query_params.get("require", "")
-    if name and name not in REQUIREMENTS:
-        names = ", ".join(REQUIREMENTS)
-        raise HTTPException(400, f"require is {names} or left out, not {name[:100]}")
-    return REQUIREMENTS[name] if name else ()
 
 
 def _empty(index: FingerprintIndex) -> str:

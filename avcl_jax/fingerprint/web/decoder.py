@@ -39,11 +39,10 @@ class Decoder:
     """Calls functions in one process, one after the other, and replaces it when it ended."""
 
     def __init__(self, limit_seconds: float, directory: Path):
-        """Starts the process.
+        """Starts the process, which deletes the temporary directory if the server is killed.
 
         Args:
             limit_seconds: seconds that one call may take.
-            directory: temporary directory, which the process deletes if the server is killed.
         """
         self._limit_seconds = limit_seconds
         self._directory = directory
@@ -73,8 +72,7 @@ class Decoder:
     def _start(self) -> None:
         # Spawned: a fork of a process with threads may hang in the child.
         context = multiprocessing.get_context("spawn")
-        arguments = (self._directory,)
-        self._executor = ProcessPoolExecutor(1, context, _prepare, arguments)
+        self._executor = ProcessPoolExecutor(1, context, _prepare, (self._directory,))
         self._executor.submit(os.getpid)
 
     async def _run(self, call: Callable[[], _T]) -> _T:

@@ -44,7 +44,7 @@ class PreviewCache:
     """Conversions by name in a directory, which the caller deletes; the oldest make room."""
 
     def __init__(self, directory: Path, decoder: Decoder):
-        """Takes an existing directory."""
+        """Starts empty."""
         self._directory = directory
         self._decoder = decoder
         self._paths: OrderedDict[str, Path] = OrderedDict()
@@ -103,9 +103,7 @@ def convert(path: Path, out: Path, *, start_seconds: float, end_seconds: float) 
     """Converts an interval to small H.264 and AAC in MP4, as far as it can be decoded.
 
     Args:
-        path: file that FFmpeg reads.
         out: new file; its zero is `start_seconds`.
-        start_seconds: time in the file.
         end_seconds: time in the file; at most `MAX_SECONDS` are converted.
 
     Raises:
@@ -155,7 +153,6 @@ def spectrogram(waveform: np.ndarray, sample_rate_hz: int, start_seconds: float)
 
     Args:
         waveform: int16 [samples].
-        sample_rate_hz: rate of the samples.
         start_seconds: time of the first sample.
 
     Returns:

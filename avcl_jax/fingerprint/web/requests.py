@@ -32,7 +32,7 @@ _HEADERS = {
 }
 
 
-class SameOriginMiddleware:
+def same_origin(app: ASGIApp, hosts: Collection[str]) -> ASGIApp:
     """Refuses foreign names of this machine and pages of other sites, and sets headers.
 
     A page whose name is made to point at this machine (DNS rebinding) sends its own name as Host.
@@ -40,41 +40,37 @@ class SameOriginMiddleware:
     where that leads.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Collection[str]):
-        """Takes the names of this machine."""
-        self._app = app
-        self._hosts = hosts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request."""
-
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(_HEADERS)
             await send(message)
 
-        problem = self._problem(scope) if scope["type"] == "http" else None
-        answer = self._app if problem is None else JSONResponse({"error": problem}, 403)
-        await answer(scope, receive, send_with_headers)
+        problem = _problem(scope, hosts) if scope["type"] == "http" else None
+        answering = app if problem is None else JSONResponse({"error": problem}, 403)
+        await answering(scope, receive, send_with_headers)
 
-    def _problem(self, scope: Scope) -> str | None:
-        headers = Headers(scope=scope)
-        host = headers.get("host", "")
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-            if name not in self._hosts:
-                ipaddress.ip_address(name)
-        except ValueError:
-            return (
-                f"Host {host[:100]!r} is not this server: open it by its address, http://127.0.0.1 "
-                "with its port, or by localhost"
-            )
-        writes = scope["method"] not in ("GET", "HEAD")
-        foreign = writes and headers.get("origin") not in (None, f"http://{host}")
-        linked = headers.get("sec-fetch-site") in ("cross-site", "same-site")
-        if foreign or (linked and scope["path"] != "/"):
-            return "another site's page asks: only this server's own page may"
-        return None
+    return answer
+
+
+def _problem(scope: Scope, hosts: Collection[str]) -> str | None:
+    headers = Headers(scope=scope)
+    host = headers.get("host", "")
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        if name not in hosts:
+            ipaddress.ip_address(name)
+    except ValueError:
+        return (
+            f"Host {host[:100]!r} is not this server: open it by its address, http://127.0.0.1 "
+            "with its port, or by localhost"
+        )
+    writes = scope["method"] not in ("GET", "HEAD")
+    foreign = writes and headers.get("origin") not in (None, f"http://{host}")
+    linked = headers.get("sec-fetch-site") in ("cross-site", "same-site")
+    if foreign or (linked and scope["path"] != "/"):
+        return "another site's page asks: only this server's own page may"
+    return None
 
 
 @contextlib.asynccontextmanager
@@ -84,8 +80,6 @@ async def uploaded(request: Request, directory: Path, limit: int) -> AsyncIterat
     Starlette's forms have no limit for a file, and write it whole before they tell its length.
 
     Args:
-        request: request whose body is the clip, as it is.
-        directory: directory of the file.
         limit: bytes of a clip; a longer one is refused, unread where its length is announced.
 
     Raises:
