@@ -129,17 +129,23 @@ def parts(params: Mapping[str, Any], freeze: Sequence[str]) -> Any:
     return jax.tree.map(part, paths)
 
 
-def create_classifier_state(
+def classifier_training(
     classifier: ClipClassifier,
     optimizer: optax.GradientTransformation,
     encoder: Encoder,
     inputs: Inputs,
     *,
     freeze: Sequence[str],
+    schedule: optax.Schedule,
+    label_smoothing: float,
     key: Array,
     mesh: Mesh,
-) -> tuple[TrainState, Any]:
-    """Draws the head, takes the encoder's weights as they are; returns the state and its shardings.
+) -> tuple[TrainState, Callable[[TrainState, Any], tuple[TrainState, Metrics]]]:
+    """Returns the state of a training and its step.
+
+    The head is drawn, the encoder's weights are taken as they are. The step is jitted and its state
+    donated. The loss is cross-entropy with a fraction `label_smoothing` spread over all classes;
+    the step number is folded into the key.
 
     Raises:
         UserError: if the encoder does not take such clips, or layers cannot be frozen.
@@ -155,39 +161,21 @@ def create_classifier_state(
     clip = jax.ShapeDtypeStruct((1, *inputs.spec.shape), jnp.dtype(inputs.spec.dtype))
     clip = jax.eval_shape(functools.partial(inputs, key=None), clip)
     jax.eval_shape(functools.partial(classifier.apply, train=False), shapes, clip)
+    part = parts(shapes["params"], freeze)
 
-    def init(key: Array, weights: Any) -> TrainState:
+    def init(weights: Any) -> TrainState:
+        head_key, _ = jax.random.split(key)
         variables = {
             kind: {**tree, **({ENCODER: weights[kind]} if kind in weights else {})}
-            for kind, tree in classifier.init(key, example, train=False).items()
+            for kind, tree in classifier.init(head_key, example, train=False).items()
         }
         params, statistics = variables["params"], variables.get("batch_stats", {})
         return TrainState(jnp.zeros((), jnp.int32), params, statistics, optimizer.init(params))
 
-    return in_shardings(init, key, dict(encoder.params), mesh=mesh)
-
-
-def classifier_step(
-    classifier: ClipClassifier,
-    optimizer: optax.GradientTransformation,
-    inputs: Inputs,
-    *,
-    freeze: Sequence[str],
-    schedule: optax.Schedule,
-    label_smoothing: float,
-    mesh: Mesh,
-    shardings: Any,
-) -> Callable[[TrainState, Mapping[str, Array], Array], tuple[TrainState, Metrics]]:
-    """Returns the jitted step `(state, batch, key) -> (state, metrics)`; the state is donated.
-
-    The loss is cross-entropy with a fraction `label_smoothing` spread over all classes. `key` is
-    the same at every step; the step number is folded in.
-    """
-
-    def step(state: TrainState, batch: Any, key: Array) -> tuple[TrainState, Metrics]:
-        augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-        prepared = inputs(batch["clips"], augment_key)
-        part = parts(state.params, freeze)
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        _, step_key = jax.random.split(key)
+        keys = jax.random.split(jax.random.fold_in(step_key, state.step))
+        prepared = inputs(batch["clips"], keys[0])
 
         def objective(params: Any) -> tuple[Array, Any]:
             # So that no gradient of frozen layers is computed.
@@ -201,7 +189,7 @@ def classifier_step(
                 prepared,
                 train=True,
                 mutable=["batch_stats"],
-                rngs={"dropout": dropout_key},
+                rngs={"dropout": keys[1]},
             )
             logits = outputs[HEAD]
             targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
@@ -214,27 +202,21 @@ def classifier_step(
             state.params
         )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        new_state = dataclasses.replace(
-            state,
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            batch_stats=statistics,
-            opt_state=opt_state,
-        )
+        params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": average(loss),
             "accuracy": average(accuracy),
             "learning_rate": average(jnp.asarray(schedule(state.step))),
             "health/gradient_norm": average(optax.tree.norm(gradients)),
         }
-        return new_state, metrics
+        return TrainState(state.step + 1, params, statistics, opt_state), metrics
 
-    whole = replicated(mesh)
-    return jax.jit(
+    state, shardings = in_shardings(init, dict(encoder.params), mesh=mesh)
+    return state, jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(shardings, rows_sharding(mesh), whole),
-        out_shardings=(shardings, whole),
+        in_shardings=(shardings, rows_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
     )
 
 

@@ -45,8 +45,7 @@ from avcl_jax.evaluation.classifier import (
     HEAD,
     ClipClassifier,
     Inputs,
-    classifier_step,
-    create_classifier_state,
+    classifier_training,
     parts,
     predict,
 )
@@ -189,10 +188,16 @@ def run_split(
         train_statistics=config.batch_norm == "train",
     )
     inputs = Inputs(train.spec, encoder.preprocess, experiment.augmentation(config))
-    key = jax.random.fold_in(jax.random.key(config.seed), number)
-    head_key, step_key = jax.random.split(key)
-    state, shardings = create_classifier_state(
-        classifier, optimizer, encoder, inputs, freeze=freeze, key=head_key, mesh=mesh
+    state, step = classifier_training(
+        classifier,
+        optimizer,
+        encoder,
+        inputs,
+        freeze=freeze,
+        schedule=schedule,
+        label_smoothing=config.label_smoothing,
+        key=jax.random.fold_in(jax.random.key(config.seed), number),
+        mesh=mesh,
     )
     # Not before, so that a mistake in the settings above leaves no directory behind.
     workdir.mkdir(parents=True, exist_ok=True)
@@ -211,16 +216,6 @@ def run_split(
             f"{trained / 1e6:.3f} M trained parameters, batch {config.global_batch_size}, steps "
             f"{progress.step} to {steps}"
         )
-        step = classifier_step(
-            classifier,
-            optimizer,
-            inputs,
-            freeze=freeze,
-            schedule=schedule,
-            label_smoothing=config.label_smoothing,
-            mesh=mesh,
-            shardings=shardings,
-        )
         batches = drawn_batches(
             len(train),
             RenderRandomClips(train, config.data.label, shared=run.workers > 0),
@@ -235,7 +230,7 @@ def run_split(
         )
         state, complete = run_steps(
             state,
-            lambda state, batch: step(state, batch, step_key),
+            step,
             iter(batches),
             rows=sharding.rows_sharding(mesh),
             steps=steps,

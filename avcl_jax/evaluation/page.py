@@ -64,7 +64,7 @@ def metric_texts(metric: Mapping[str, Any]) -> list[str]:
 
 def times_chance(value: float | None, chance: float | None) -> str:
     """Returns "3.1 ×"; "" where one of them is not defined, or chance is 0."""
-    return f"{value / chance:.1f} ×" if chance and value is not None else ""
+    return f"{value / chance:.1f}\u00a0×" if chance and value is not None else ""
 
 
 def page(*, title: str, body: str) -> str:
@@ -138,7 +138,7 @@ def protocol_page(protocol: Protocol, measured: Measured, results: Mapping[str, 
         times = times_chance(metric["value"], metric["chance"]) if metric["unit"] == "share" else ""
         rows.append([metric["what"], value, f"{low} … {high}", chance, times])
         if measured.metrics[name].headline:
-            what = metric["what"] + (f", {times} chance" if times else "")
+            what = metric["what"] + (f", {times}\u00a0chance" if times else "")
             tiles += f'<div class="tile"><b>{value}</b><span>{text(what)}</span></div>'
     about = {
         "protocol": f"{protocol.name}, version {protocol.version}",

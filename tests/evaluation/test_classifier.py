@@ -23,7 +23,7 @@ from avcl_jax.errors import UserError
 from avcl_jax.evaluation.classifier import (
     ClipClassifier,
     Inputs,
-    create_classifier_state,
+    classifier_training,
     parts,
     predict,
 )
@@ -162,12 +162,14 @@ def test_clips_that_tubelets_do_not_fill_are_refused():
     seven_frames = VideoClipSpec(ViewSpec(7, 0.5, (1,), "shared"), crop)
     message = "must divide the clip's 7x16x16: set num_frames to a multiple of 2"
     with pytest.raises(ValueError, match=message):
-        create_classifier_state(
+        classifier_training(
             ClipClassifier(module, {"head": 3}),
             optax.sgd(0.1),
             dataclasses.replace(encoder, module=module, params=weights),
             Inputs(seven_frames, encoder.preprocess, (None, None)),
             freeze=(),
+            schedule=optax.constant_schedule(0.1),
+            label_smoothing=0.0,
             key=jax.random.key(0),
             mesh=create_mesh(1),
         )
