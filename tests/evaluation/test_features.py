@@ -12,7 +12,7 @@ from avcl_jax import experiment
 from avcl_jax.batched import in_parts
 from avcl_jax.data.clips import ClipRecords
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.selection import Selection, SelectionError, UsableRecords
+from avcl_jax.data.selection import Selection, UsableRecords
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.features import (
     FeatureSpec,
@@ -23,7 +23,7 @@ from avcl_jax.evaluation.features import (
 )
 from avcl_jax.evaluation.views import fixed_views
 from avcl_jax.export.runs import open_encoders, random_like
-from tests.evaluation.conftest import CLASS_NAMES, small_record, sound_record, write_records
+from tests.evaluation.conftest import CLASS_NAMES, small_record, write_records
 
 MEAN = FeatureSpec((1, 2), 2, "mean", "mean", chunk=5, threads=2, part_records=7)
 
@@ -144,35 +144,26 @@ def test_other_weights_and_clips_never_use_the_parts_of_others(small_records, so
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_several_networks_encode_records_that_are_rendered_once(
+def test_a_record_of_several_networks_and_sides_is_rendered_once(
     small_records, source, tmp_path, monkeypatch
 ):
-    clips = _clips(small_records, source, "audio")
-    networks = {"trained": source, "random": random_like(source, 0)}
-    apart = {name: _features(network, clips, MEAN, tmp_path) for name, network in networks.items()}
-    read, getitem = [], RecordDataset.__getitem__
-    monkeypatch.setattr(
-        RecordDataset, "__getitem__", lambda self, n: read.append(int(n)) or getitem(self, n)
-    )
-    (together,) = record_features(networks, [clips], MEAN, directory=tmp_path)
-    assert sorted(read) == list(range(len(clips)))
-    for name in networks:
-        np.testing.assert_array_equal(together[name], apart[name])
-    assert (together["trained"] != together["random"]).any()
-
-
-def test_a_record_of_several_sides_is_rendered_once(small_records, source, tmp_path, monkeypatch):
     selections = ("motion=down", "material=high", "motion=across")
     sides = [_clips(small_records, source, "audio", select=select) for select in selections]
-    alone = [_features(source, side, MEAN, tmp_path) for side in sides]
+    networks = {"trained": source, "random": random_like(source, 0)}
+    apart = [
+        {name: _features(network, side, MEAN, tmp_path) for name, network in networks.items()}
+        for side in sides
+    ]
     read, getitem = [], RecordDataset.__getitem__
     monkeypatch.setattr(
         RecordDataset, "__getitem__", lambda self, n: read.append(int(n)) or getitem(self, n)
     )
-    together = record_features({"x": source}, sides, MEAN, directory=tmp_path)
+    together = record_features(networks, sides, MEAN, directory=tmp_path)
     assert sorted(read) == list(range(16))
-    for side, expected in zip(together, alone, strict=True):
-        np.testing.assert_allclose(side["x"], expected, atol=1e-6)
+    for side, expected in zip(together, apart, strict=True):
+        for name in networks:
+            np.testing.assert_allclose(side[name], expected[name], atol=1e-6)
+        assert (side["trained"] != side["random"]).any()
 
 
 def test_features_that_are_not_finite_are_refused(small_records, source, tmp_path):
@@ -182,47 +173,6 @@ def test_features_that_are_not_finite_are_refused(small_records, source, tmp_pat
     clips = _clips(small_records, source, "audio")
     with pytest.raises(UserError, match="16 records have features that are not finite, first"):
         _features(dataclasses.replace(source, encoders=encoders), clips, MEAN, tmp_path)
-
-
-def test_what_is_shorter_than_a_clip_is_shown_and_then_silent(fold_records, source):
-    clips = _clips(fold_records, source, "audio", split="all")
-    short = clips.record_ids.index("0-0-0")  # 0.2 s; a clip is 0.25 s at speed 1
-    rendered = _render(clips, short)
-    np.testing.assert_array_equal(rendered, np.broadcast_to(rendered[0], rendered.shape))
-    silence = (np.log(1e-6) + 7.0) / 3.0
-    np.testing.assert_allclose(rendered[:, -1], silence, atol=1e-5)
-    assert (rendered[:, 0] > silence + 0.5).any()
-    long = _render(clips, clips.record_ids.index("0-0-1"))
-    assert not np.array_equal(long[0], long[2])  # the second speed fits here
-
-
-def test_a_missing_modality_is_refused_or_left_out(source, tmp_path, fold_records):
-    with pytest.raises(
-        SelectionError, match=r"48 of the 48 records .* have no video, first '0-0-0'$"
-    ):
-        _clips(fold_records, source, "video", split="all")
-    silent = dataclasses.replace(
-        small_record("test", 0),
-        record_id="silent",
-        waveform=np.empty(0, np.int16),
-        sample_rate_hz=0,
-    )
-    heard = sound_record("heard", "h", 0, 300, {"motion": 0, "material": 0})
-    mixed = write_records(tmp_path, "mixed", CLASS_NAMES, {"test": [silent, heard]})
-    with pytest.raises(SelectionError, match=r"1 of the 2 .* 'silent': set leave_out=True"):
-        _clips(mixed, source, "audio")
-    clips = _clips(mixed, source, "audio", leave_out=True)
-    assert (clips.record_ids, clips.left_out) == (["heard"], 1)
-
-
-def test_sound_at_another_rate_is_refused(source, tmp_path):
-    record = sound_record("a", "a", 0, 300, {"motion": 0, "material": 0})
-    other = dataclasses.replace(record, sample_rate_hz=8000, duration_seconds=0.5)
-    directory = write_records(tmp_path, "other", CLASS_NAMES, {"test": [other]})
-    with pytest.raises(
-        SelectionError, match="at 8000 Hz, the spectrogram is defined at 4000 Hz: change"
-    ):
-        _clips(directory, source, "audio")
 
 
 def test_clips_that_make_no_sense_are_refused():

@@ -1,4 +1,4 @@
-"""Fine-tuning: what they learn, what they may not see, what they leave behind."""
+"""Fine-tuning: what it learns, what it may not see, what it leaves behind."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ import jax
 import numpy as np
 import pytest
 
-from avcl_jax.data.clips import ClipRecords
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.selection import Selection, SelectionError
+from avcl_jax.data.selection import SelectionError
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation import finetune as finetune_module
-from avcl_jax.evaluation.finetune import clip_spec, finetune
+from avcl_jax.evaluation.finetune import finetune
 from avcl_jax.evaluation.protocol import read_outcomes
 from avcl_jax.export import ExportError
 from avcl_jax.export.runs import open_encoders
 from avcl_jax.training.checkpoint import CheckpointError, load_variables
 from avcl_jax.training.run_steps import NonFiniteError
-from tests.evaluation.labelled import COUNT, NAMES, toy_config, write_encoders, write_labelled
+from tests.evaluation.labelled import NAMES, toy_config, write_encoders, write_labelled
 from tests.training.small import compilation_cache, run, run_processes
 
 pytestmark = pytest.mark.usefixtures("compiled")  # most trainings compile one and the same step
@@ -91,6 +90,9 @@ def test_results_are_those_of_the_saved_softmax(tuned, records):
     assert results["metrics"]["mean_class_accuracy"]["value"] == pytest.approx(np.mean(by_class))
     assert outcomes.units == [f"split1/{data.record_ids[i]}" for i in tested]
     assert np.asarray(results["details"]["confusion"]).sum() == len(tested)
+    (split,) = results["details"]["splits"]
+    both = {i // 2 for i in tested} & {i // 2 for i in in_split(records, "train")}
+    assert (split["sources_in_both"], split["steps"]) == (len(both), 18)
 
 
 def test_no_test_record_is_read_before_the_last_step(tuned, records):
@@ -293,18 +295,6 @@ def test_a_fine_tuned_run_is_no_encoder(tuned, records):
         finetune(config, tuned[0].parent / "other")
 
 
-def test_records_without_class_or_sound_can_be_left_out(records, encoders):
-    data = RecordDataset(records, "all")
-    audio = clip_spec(
-        toy_config(records, encoders, preset="demo_audio"), open_encoders(encoders).require("audio")
-    )
-    source = ClipRecords(data, Selection(), audio, ("class",), True)
-    lacking = [i for i in range(COUNT) if i % 32 == 7 or i % 16 == 15]
-    assert sorted(set(range(COUNT)) - set(source.indices.tolist())) == lacking
-    assert source.left_out == len(lacking)
-    assert (source.classes_of("class") == source.indices % 3).all()
-
-
 @pytest.mark.slow
 def test_every_split_is_trained_and_tested_on_its_own(records, encoders, tmp_path):
     config = toy_config(
@@ -396,3 +386,87 @@ def test_a_loss_that_is_no_number_stops_the_training(records, encoders, tmp_path
     with pytest.raises(NonFiniteError, match="no checkpoint was written"):
         finetune(config, tmp_path / "diverged")
     assert not (tmp_path / "diverged" / "results.json").exists()
+
+
+SPLITS = {
+    "data.train_select": ("split2=train", "split1=train"),
+    "data.test_select": ("split2=test", "split1=test"),
+    "epochs": 1.0,
+}
+FROZEN_STEM = {"freeze": ("encoder/stem",), "batch_norm": "frozen"}
+
+
+@pytest.fixture(scope="module")
+def fold_encoders(records, tmp_path_factory):
+    """Where encoders of two folds are, each pretrained on all but the test records of its fold."""
+    directory = tmp_path_factory.mktemp("fold_encoders")
+    data = RecordDataset(records, "all").fingerprint
+    for fold in (1, 2):
+        write_encoders(directory / f"fold{fold}", seed=fold, data=f"{data} split{fold}!=test")
+    return directory / "fold{fold}"
+
+
+def weights(params) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)]
+
+
+def _stem(params):
+    layers = {name: tree for name, tree in params.items() if name.startswith("stem")}
+    assert layers
+    return layers
+
+
+def test_every_split_begins_with_the_encoder_of_its_fold(records, fold_encoders, tmp_path):
+    config = toy_config(records, fold_encoders, **FROZEN_STEM, **SPLITS)
+    results = finetune(config, tmp_path)
+    opened = {fold: open_encoders(str(fold_encoders).replace("{fold}", fold)) for fold in "12"}
+    # The first split is fold 2.
+    for split, fold in (("split1", "2"), ("split2", "1")):
+        frozen, _ = load_variables((tmp_path / split).absolute())
+        assert weights(_stem(frozen["params"]["encoder"])) == weights(
+            _stem(opened[fold].require("video").params["params"])
+        )
+    described = results["details"]["splits"]
+    assert [entry["encoder"]["path"] for entry in described] == [opened[f].path for f in "21"]
+    own = [entry["encoder"]["fingerprint"] for entry in described]
+    assert own == [opened[fold].fingerprint for fold in "21"]
+    assert results["encoder"]["path"] == str(fold_encoders)
+    assert results["encoder"]["fingerprint"] not in own
+    report = (tmp_path / "report.html").read_text()
+    assert all(source.path in report for source in opened.values())
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+@pytest.mark.parametrize(
+    ("encoder", "message"),
+    [
+        ("fold1", r"fold1 was pretrained, without labels, on \d+ of the \d+ test records"),
+        ("other{fold}", r"other2 was pretrained, without labels, on \d+ of the \d+ test records"),
+    ],
+)
+def test_an_encoder_that_met_the_test_of_its_split_is_refused(
+    records, fold_encoders, tmp_path, encoder, message
+):
+    for fold, other in ((1, 2), (2, 1)):
+        (fold_encoders.parent / f"other{fold}").unlink(missing_ok=True)
+        (fold_encoders.parent / f"other{fold}").symlink_to(fold_encoders.parent / f"fold{other}")
+    config = toy_config(records, fold_encoders.parent / encoder, **SPLITS)
+    with pytest.raises(UserError, match=message):
+        finetune(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_random_encoder_is_the_same_for_all_splits(records, fold_encoders, tmp_path):
+    config = toy_config(records, fold_encoders, init="random", **SPLITS)
+    splits = finetune(config, tmp_path)["details"]["splits"]
+    assert splits[0]["encoder"] == splits[1]["encoder"]
+    assert splits[0]["encoder"]["path"] == f"random like {fold_encoders}"
+
+
+@pytest.mark.parametrize("test", ["split1!=test", "split1=test|train", "split1=test;class=red", ""])
+def test_a_selection_of_no_one_fold_names_no_encoder(records, fold_encoders, tmp_path, test):
+    config = toy_config(records, fold_encoders, **{"data.test_select": (test,)})
+    with pytest.raises(UserError, match=r"is not one fold, as {fold} in encoder needs") as error:
+        finetune(config, tmp_path / "run")
+    assert "\n" not in str(error.value)

@@ -8,50 +8,15 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
-from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.selection import SelectionError
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.linear import fit_probe
 from avcl_jax.evaluation.linear_probe import run_linear_probe
 from avcl_jax.evaluation.protocol import OUTCOMES, read_outcomes
 from configs import linear_probe as config_file
 from tests.evaluation.conftest import FOLD_CLASSES, sound_record, write_records
-
-FIT = {"classifier": "logistic", "iterations": 300, "tolerance": 1e-6}
-
-
-def test_softmax_is_scikit_learns_multinomial_regression():
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 4, 90)
-    features = (rng.normal(size=(4, 6))[labels] + rng.normal(size=(90, 6))).astype(np.float32)
-    features[:, 5] = 3.0  # a constant feature must do no harm
-    found = fit_probe(features, labels, np.arange(90) % 2, classes=4, costs=(0.5,), **FIT)
-    scaler = StandardScaler().fit(features)
-    reference = LogisticRegression(C=0.5, tol=1e-8, max_iter=2000)
-    reference.fit(scaler.transform(features), labels)
-    # Logits are defined up to what all classes share.
-    ours, theirs = found.scores(features), reference.decision_function(scaler.transform(features))
-    centred = [a - a.mean(axis=1, keepdims=True) for a in (ours, theirs)]
-    np.testing.assert_allclose(*centred, atol=5e-3)
-
-
-def test_several_labels_are_independent_regressions():
-    rng = np.random.default_rng(1)
-    features = rng.normal(size=(80, 5)).astype(np.float32)
-    targets = features @ rng.normal(size=(5, 3)) + rng.normal(size=(80, 3)) > 0.5
-    found = fit_probe(features, targets, np.arange(80) % 2, classes=3, costs=(0.2,), **FIT)
-    scores, scaled = found.scores(features), StandardScaler().fit_transform(features)
-    for number in range(3):
-        reference = LogisticRegression(C=0.2, tol=1e-8, max_iter=2000)
-        reference.fit(scaled, targets[:, number])
-        np.testing.assert_allclose(
-            scores[:, number], reference.decision_function(scaled), atol=5e-3
-        )
 
 
 def _config(records, small_run, preset="demo_audio"):
@@ -168,17 +133,6 @@ def test_folds_that_cannot_be_classified_are_refused_before_any_work(
         run_linear_probe(config, tmp_path / "w")
 
 
-def test_a_label_of_several_classes_is_refused_by_a_machine(small_run, tmp_path):
-    labels = {"class": (0, 1), "fold": 0}
-    other = sound_record("b", "b", 0, 300, labels | {"fold": 1})
-    records = [sound_record("a", "a", 0, 300, labels), other]
-    directory = write_records(tmp_path, "several", FOLD_CLASSES, {"all": records}, ["class"])
-    config = _folds(directory, small_run)
-    config.data.train_select, config.data.test_select = ("fold!=1",), ("fold=1",)
-    with pytest.raises(UserError, match="may have several classes per record: set"):
-        run_linear_probe(config, tmp_path / "w")
-
-
 def test_motion_cannot_be_heard(small_records, small_run, tmp_path):
     config = _config(small_records, small_run)
     config.data.label = "motion"
@@ -234,58 +188,41 @@ def test_tagging_is_scored_as_scikit_learn_scores_it(tagged_records, small_run, 
     assert len(results["details"]["classes"]) == 3
 
 
-def test_classes_of_records_are_those_that_were_written(tagged_records):
-    records = RecordDataset(tagged_records, "eval")
-    positions = [5, 0, 23]
-    expected = np.zeros((3, 3), bool)
-    for row, position in enumerate(positions):
-        expected[row, list(records[position].labels["tags"])] = True
-    np.testing.assert_array_equal(records.class_matrix("tags", positions), expected)
-
-
+@pytest.mark.parametrize(
+    ("records", "settings", "message"),
+    [
+        ("small", {"data.label": "color"}, "has the labels material, motion"),
+        ("small", {"probe.folds": 25}, "25 folds need as many training sources, got 24"),
+        ("small", {"data.test_split": "train"}, "24 records are among both the training"),
+        ("small", {"probe.classifier": "tree"}, "'tree' must be one of logistic, svm"),
+        ("small", {"data.group_label": "kind"}, "has the labels material, motion"),
+        ("demo", {"baselines.classical": True}, "classical are features of audio"),
+        (
+            "tagged",
+            {"data.test_select": ("kind=a", "kind=a"), "data.train_select": ("", "kind=a")},
+            "for which mAP over 2 splits is not defined",
+        ),
+        (
+            "tagged",
+            {"data.test_select": ("kind=b",), "data.test_split": "alike"},
+            "no class of 'tags' has both .* the test records",
+        ),
+        # Each held-out fold would be one record, of which no class is both positive and negative.
+        ("tagged", {"probe.folds": 40}, "no held-out fold has .* set probe.folds lower"),
+        ("tagged", {"data.label": "level"}, "'level' of .* has only the class 'loud'"),
+        ("tagged", {"probe.classifier": "svm"}, "may have several classes per record: set"),
+    ],
+)
 def test_what_does_not_fit_is_refused_before_any_work(
-    tagged_records, small_records, small_run, tmp_path, monkeypatch
+    request, small_run, tmp_path, monkeypatch, records, settings, message
 ):
     monkeypatch.setattr(RecordDataset, "__getitem__", None)
-    config = _config(small_records, small_run)
-    config.data.label = "color"
-    with pytest.raises(SelectionError, match=r"has the labels material, motion"):
-        run_linear_probe(config, tmp_path)
-    config = _config(small_records, small_run)
-    config.probe.folds = 25
-    with pytest.raises(ValueError, match="25 folds need as many training sources, got 24"):
+    tagged = records == "tagged"
+    directory = request.getfixturevalue("tagged_records" if tagged else "small_records")
+    preset = {"small": "demo_audio", "demo": "demo", "tagged": "audioset"}[records]
+    config = _config(directory, small_run, preset)
+    given = {"data.label": "tags"} if tagged else {}
+    config.update_from_flattened_dict(given | settings)
+    with pytest.raises(UserError, match=message):
         run_linear_probe(config, tmp_path)
     assert not list(tmp_path.iterdir())
-    config = _config(tagged_records, small_run, "audioset")
-    config.data.update({"label": "tags", "test_select": ("kind=a", "kind=a")})
-    config.data.train_select = ("", "kind=a")
-    with pytest.raises(UserError, match="for which mAP over 2 splits is not defined"):
-        run_linear_probe(config, tmp_path)
-    config.data.update({"train_select": ("",), "test_select": ("kind=b",), "test_split": "alike"})
-    with pytest.raises(UserError, match=r"no class of 'tags' has both .* the test records"):
-        run_linear_probe(config, tmp_path)
-    # Each held-out fold would be one record, of which no class is both positive and negative.
-    config.data.update({"test_select": ("",), "test_split": "eval"})
-    config.probe.folds = 40
-    with pytest.raises(ValueError, match=r"no held-out fold has .* set probe.folds lower"):
-        run_linear_probe(config, tmp_path)
-    config.data.update({"label": "level"})
-    config.probe.folds = 3
-    with pytest.raises(SelectionError, match=r"'level' of .* has only the class 'loud'"):
-        run_linear_probe(config, tmp_path)
-    config = _config(small_records, small_run)
-    config.data.test_split = "train"
-    with pytest.raises(UserError, match="24 records are among both the training"):
-        run_linear_probe(config, tmp_path)
-    for setting, value, said in (
-        ("probe.classifier", "tree", "'tree' must be one of logistic, svm"),
-        ("data.group_label", "kind", "has the labels material, motion"),
-    ):
-        config = _config(small_records, small_run)
-        config.update_from_flattened_dict({setting: value})
-        with pytest.raises(ValueError, match=said):
-            run_linear_probe(config, tmp_path)
-    config = _config(small_records, small_run, "demo")
-    config.baselines.classical = True
-    with pytest.raises(UserError, match="classical are features of audio"):
-        run_linear_probe(config, tmp_path)

@@ -1,21 +1,29 @@
-"""An encoder for each fold: each is used where it was held out, and none that heard its test."""
+"""Encoders of splits: each is used where it was held out, and none that met its test records."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import types
 from typing import ClassVar
 
 import numpy as np
 import pytest
 
+from avcl_jax.data.records import RecordDataset
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation import driver, splits
+from avcl_jax.evaluation.finetune import finetune
+from avcl_jax.evaluation.linear_probe import run_linear_probe
+from avcl_jax.evaluation.retrieval import audio_video_retrieval, video_retrieval
 from avcl_jax.evaluation.splits import Trial, check_not_trained_on, split_encoders
+from avcl_jax.evaluation.temporal import temporal_tasks
 from avcl_jax.export import ExportError
 from avcl_jax.export.runs import EncoderSource, open_encoders, random_like
 from avcl_jax.training.checkpoint import Checkpoints, Progress
+from configs import cross_modal, linear_probe, retrieval, temporal
+from configs import finetune as finetune_config
 from tests.evaluation.labelled import write_encoders
 
 NAMES = ["1", "2", "3"]
@@ -130,3 +138,43 @@ def test_a_run_says_what_it_was_trained_on_and_a_random_encoder_nothing(
     source = open_encoders(tmp_path)
     assert (source.trained_on, source.step) == ("esc-all-6-aa fold!=2", 3)
     assert random_like(source, 0).trained_on is None
+
+
+PROTOCOLS = {
+    "retrieval": (retrieval, video_retrieval),
+    "cross_modal": (cross_modal, audio_video_retrieval),
+    "temporal": (temporal, temporal_tasks),
+    "linear_probe": (linear_probe, run_linear_probe),
+    "finetune": (finetune_config, finetune),
+}
+
+
+@pytest.fixture(scope="module")
+def run_on_test(small_run, small_records, tmp_path_factory):
+    """A run that says that it was pretrained on the records of the test split."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    shutil.copytree(small_run[1], workdir)
+    shutil.rmtree(workdir / "checkpoints")
+    checkpoints = Checkpoints(workdir, keep=1)
+    said = RecordDataset(small_records, "test").fingerprint
+    checkpoints.save(small_run[2], Progress(0, 1.0, said, 1))
+    checkpoints.close()
+    return workdir
+
+
+@pytest.mark.parametrize("name", sorted(PROTOCOLS))
+def test_a_run_on_its_own_test_records_is_refused(name, run_on_test, small_records, tmp_path):
+    configs, protocol = PROTOCOLS[name]
+    c = configs.get_config("demo")
+    with c.unlocked():
+        c.encoder = str(run_on_test)
+        c.data.update({"directory": str(small_records)})
+        if name in ("retrieval", "linear_probe"):
+            c.features.speeds = (1,)
+        elif name == "cross_modal":
+            c.features.update({"speeds": (1, 2), "clips": 1})
+        elif name == "finetune":
+            c.update({"clip": {"seconds": 0.0}, "global_batch_size": 4})
+    with pytest.raises(UserError, match=r"was pretrained, without labels, on \d+ of the"):
+        protocol(c, tmp_path / "out")
+    assert not (tmp_path / "out" / "results.json").exists()
