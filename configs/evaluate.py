@@ -88,7 +88,7 @@ def get_config(preset: str = "run") -> ConfigDict:
 
 
 def _fit(learning_rate: float, epochs: int, decay_epochs: int) -> ConfigDict:
-    """Returns the training of a network on labels: `evaluation.supervised.FitSpec`."""
+    """Returns the training of a network on labels: `evaluation.classifier.FitSpec`."""
     f = ConfigDict(dict(batch_size=32, learning_rate=learning_rate, weight_decay=0.05))
     f.update(epochs=epochs, decay_epochs=decay_epochs)  # the learning rate falls to 0 in the last
     return f

@@ -1,7 +1,8 @@
-"""A classifier on an encoder, and the step that trains all of it, or its head and some layers.
+"""Classifiers on an encoder: fine-tuned, or trained from scratch on rendered views in memory.
 
-Names of parameters decide which are trained; the others take no part in the gradient and do not
-change by a bit.
+In fine-tuning, names of parameters decide which are trained; the others take no part in the
+gradient and do not change by a bit. Training from scratch gives upper bounds of probes, and null
+controls. Its budget is fixed: no test item, no held-out item and no loss decides when it ends.
 """
 
 from __future__ import annotations
@@ -262,3 +263,141 @@ def predict(
         rows=part_records,
     )
     return arrays.get("mean/softmax", np.empty((0, classifier.heads[HEAD]), np.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class FitSpec:
+    """Training of a classifier.
+
+    The learning rate of AdamW is constant, and falls to zero in a straight line over the last
+    `decay_epochs` of the `epochs`. Whether that was enough shows in the training loss, which is
+    reported with the results.
+    """
+
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    epochs: int
+    decay_epochs: int
+
+    def rates(self, steps: int) -> np.ndarray:
+        """Returns the learning rate of every step, for a number of steps per epoch."""
+        constant = np.full((self.epochs - self.decay_epochs) * steps, self.learning_rate)
+        falling = np.linspace(self.learning_rate, 0.0, self.decay_epochs * steps, endpoint=False)
+        return np.concatenate([constant, falling]).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A trained classifier.
+
+    Attributes:
+        variables: parameters and batch statistics of `classifier`.
+        losses: mean training loss of every epoch.
+    """
+
+    classifier: ClipClassifier
+    prepare: Callable[[Any], Any]
+    variables: Mapping[str, Any]
+    losses: list[float]
+
+    @property
+    def encoder_variables(self) -> dict[str, Any]:
+        """Parameters of the encoder alone, and its batch statistics where it has any."""
+        return {kind: tree["encoder"] for kind, tree in self.variables.items() if "encoder" in tree}
+
+    def predict(self, views: np.ndarray, *, batch_size: int) -> dict[str, np.ndarray]:
+        """Returns logits float32 [n, classes] of each label for views [n, ...]."""
+
+        def logits(variables: Any, arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
+            return self.classifier.apply(variables, self.prepare(arrays["clips"]), train=False)  # type: ignore[return-value] # Flax gives Any or a tuple
+
+        compute = batched_map(
+            logits, {"fit": self.variables}, inputs=("clips",), chunk=batch_size, threads=1
+        )
+        outputs = compute(lambda position: {"clips": views[position]}, range(len(views)))
+        return {
+            name.removeprefix("fit/").removesuffix("_head"): values
+            for name, values in outputs.items()
+        }
+
+
+def fit_classifier(
+    encoder: nn.Module,
+    views: np.ndarray,
+    labels: Mapping[str, np.ndarray],
+    *,
+    classes: Mapping[str, int],
+    prepare: Callable[[Any], Any],
+    spec: FitSpec,
+    seed: int,
+) -> Fit:
+    """Trains an encoder from scratch, with a linear head for each label.
+
+    An epoch shows one randomly chosen view of every item.
+
+    Args:
+        encoder: unbound module; its parameters are newly drawn.
+        views: [n, V, ...], V rendered views of each of n items.
+        labels: int [n, V] by task.
+        classes: number of classes of each task.
+        prepare: traced input transform, for instance uint8 pixels to standardised floats.
+
+    Raises:
+        UserError: if there are fewer items than a batch, or the loss is not finite.
+    """
+    items, num_views = views.shape[:2]
+    if items < spec.batch_size:
+        raise UserError(f"{items} items do not fill one batch of {spec.batch_size}")
+    for name, values in labels.items():
+        if values.shape != (items, num_views):
+            raise ValueError(f"labels {name} {values.shape} do not match views {views.shape[:2]}")
+    heads = {f"{name}_head": number for name, number in sorted(classes.items())}
+    classifier = ClipClassifier(encoder.clone(), heads)
+    steps = items // spec.batch_size
+    rates = spec.rates(steps)
+    optimizer = optax.inject_hyperparams(optax.adamw)(
+        learning_rate=lambda step: jnp.asarray(rates)[step], weight_decay=spec.weight_decay
+    )
+
+    @jax.jit
+    def begin(views: Any) -> Any:
+        return classifier.init(jax.random.key(seed), prepare(views), train=False)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: Any, views: Any, targets: Any) -> Any:
+        variables, optimizer_state = state
+        params, statistics = variables["params"], variables.get("batch_stats", {})
+
+        def objective(params: Any) -> Any:
+            variables = {"params": params, "batch_stats": statistics}
+            logits, updated = classifier.apply(
+                variables, prepare(views), train=True, mutable=["batch_stats"]
+            )
+            losses = [
+                optax.softmax_cross_entropy_with_integer_labels(logits[f"{name}_head"], own).mean()
+                for name, own in targets.items()
+            ]
+            return jnp.stack(losses).mean(), updated.get("batch_stats", {})
+
+        (loss, statistics), gradients = jax.value_and_grad(objective, has_aux=True)(params)
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+        params = optax.apply_updates(params, updates)
+        return ({"params": params, "batch_stats": statistics}, optimizer_state), loss
+
+    variables = begin(views[: spec.batch_size, 0])
+    state = (variables, optimizer.init(variables["params"]))
+    rng, losses = np.random.default_rng(seed), []
+    for epoch in range(spec.epochs):
+        order, of_steps = rng.permutation(items), []
+        for batch in order[: steps * spec.batch_size].reshape(steps, -1):
+            view = rng.integers(num_views, size=len(batch))
+            targets = {name: values[batch, view] for name, values in labels.items()}
+            state, loss = step(state, views[batch, view], targets)
+            of_steps.append(loss)
+        losses.append(float(np.mean(jax.device_get(of_steps))))
+        if not np.isfinite(losses[-1]):
+            raise UserError(
+                f"the training loss of epoch {epoch} is {losses[-1]}; lower learning_rate"
+            )
+    return Fit(classifier, prepare, state[0], losses)

@@ -21,6 +21,7 @@ from avcl_jax.data.records import RecordDataset, RecordError
 from avcl_jax.data.selection import Selection, UsableRecords
 from avcl_jax.data.views import FORWARD
 from avcl_jax.errors import UserError
+from avcl_jax.evaluation.classifier import Fit, FitSpec, fit_classifier
 from avcl_jax.evaluation.driver import Context, run_protocol
 from avcl_jax.evaluation.linear import check_sources, fit_probe, held_out_groups
 from avcl_jax.evaluation.protocol import (
@@ -35,15 +36,13 @@ from avcl_jax.evaluation.retrieval import DIRECTIONS, check_recall_at, measure_c
 from avcl_jax.evaluation.run_report import run_report, seconds_of_run
 from avcl_jax.evaluation.splits import Split, Trial
 from avcl_jax.evaluation.statistics import confusion_matrix, top_k_hits
-from avcl_jax.evaluation.supervised import (
-    Fit,
-    FitSpec,
+from avcl_jax.evaluation.temporal import (
     NullControl,
-    fit_classifier,
+    measure_tasks,
     null_control,
     render_null_views,
+    task_logits,
 )
-from avcl_jax.evaluation.temporal import measure_tasks, task_logits
 from avcl_jax.evaluation.views import (
     MODALITY_INPUTS,
     PretrainedRun,

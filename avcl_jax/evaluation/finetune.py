@@ -64,8 +64,6 @@ from avcl_jax.training.run_steps import run_steps
 # Sections that decide the test and the results, but not the training.
 _NOT_TRAINING = ("test", "bootstrap")
 
-ClipSplit = Split[ClipRecords]
-
 
 def finetune(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, Any] | None:
     """Trains and tests a classifier on every split by `configs/finetune.py`.
@@ -135,7 +133,7 @@ def clip_spec(config: ml_collections.ConfigDict, encoder: Encoder) -> ClipSpec:
     return AudioClipSpec(longer)
 
 
-def labelled_splits(config: ml_collections.ConfigDict) -> list[ClipSplit]:
+def labelled_splits(config: ml_collections.ConfigDict) -> list[Split[ClipRecords]]:
     """Returns the splits with the encoders that they begin with; reads no record."""
     for setting, one, other in (
         ("modality", "video", "audio"),
@@ -163,13 +161,12 @@ def labelled_splits(config: ml_collections.ConfigDict) -> list[ClipSplit]:
 
 
 def run_split(
-    config: ml_collections.ConfigDict, workdir: epath.Path, number: int, split: ClipSplit
+    config: ml_collections.ConfigDict, workdir: epath.Path, number: int, split: Split[ClipRecords]
 ) -> np.ndarray | None:
     """Trains on one split and tests once; finished parts are not computed again.
 
     Args:
         number: number of this split, from 1; it decides the draws.
-        split: records, and the encoder to begin with.
 
     Returns:
         Mean softmax float32 [test records, classes] in process 0, elsewhere empty; None if a signal
@@ -297,12 +294,12 @@ def optimizer_of(
 
 
 def _check_training(
-    config: ml_collections.ConfigDict, workdir: epath.Path, split: ClipSplit
+    config: ml_collections.ConfigDict, workdir: epath.Path, split: Split[ClipRecords]
 ) -> None:
     """Refuses to resume a training of other settings, another encoder or other records."""
     settings = {k: v for k, v in config.to_dict().items() if k not in _NOT_TRAINING}
-    settings |= {"encoder_fingerprint": split.encoder.fingerprint}
-    settings |= {"records": split.train.fingerprint}
+    settings["encoder_fingerprint"] = split.encoder.fingerprint
+    settings["records"] = split.train.fingerprint
     check_config(workdir, json.dumps(settings, indent=2, sort_keys=True))
 
 
@@ -335,7 +332,7 @@ def protocol_of(config: ml_collections.ConfigDict) -> Protocol:
 
 def measured(
     config: ml_collections.ConfigDict,
-    splits: Sequence[ClipSplit],
+    splits: Sequence[Split[ClipRecords]],
     probabilities: Sequence[np.ndarray],
     workdir: epath.Path,
 ) -> Measured:

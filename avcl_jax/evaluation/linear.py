@@ -54,9 +54,7 @@ class LinearProbe:
     held_out: Mapping[float, float]
 
     def scores(self, features: np.ndarray) -> np.ndarray:
-        """Returns scores [n, classes] of features [n, channels], or their mean over clips of
-        features [n, clips, channels].
-        """
+        """Returns scores [n, classes] of features [n, channels] or, means over, [n, clips, …]."""
         flat = features.reshape(-1, features.shape[-1])
         scores = self.classifier(flat, np.arange(len(flat)))
         return _over_clips(scores, len(flat) // len(features))
@@ -153,16 +151,12 @@ def held_out_groups(
 
 
 def ranked_classes(targets: np.ndarray) -> np.ndarray:
-    """Returns bool [classes]: the class has positive and negative items."""
+    """Returns bool [classes], true for classes that have positive and negative items."""
     return np.logical_and(targets.any(axis=0), ~targets.all(axis=0))
 
 
 def check_sources(sources: Sequence[Any] | np.ndarray, folds: int) -> None:
-    """Refuses training items that cannot be split into folds.
-
-    Raises:
-        UserError: if there are fewer sources than folds.
-    """
+    """Raises a UserError if there are fewer sources of training items than folds."""
     if (count := len(np.unique(np.asarray(sources)))) < folds:
         raise UserError(
             f"{folds} folds need as many training sources, got {count}: set probe.folds lower"
@@ -221,9 +215,8 @@ def _regressions(
         padded = -(-len(values) // mesh.size) * mesh.size
 
         def shard(index: Any) -> np.ndarray:
-            start, stop, _ = index[0].indices(padded)
-            part = values[start:stop]
-            missing = stop - start - len(part)
+            part = values[index]
+            missing = len(range(padded)[index[0]]) - len(part)
             return np.pad(part, [(0, missing)] + [(0, 0)] * (part.ndim - 1)) if missing else part
 
         shape = (padded, *values.shape[1:])
@@ -281,10 +274,10 @@ def _standardise(features: jax.Array, mean: jax.Array, scale: jax.Array) -> jax.
 
 @jax.jit(static_argnames=("classes", "iterations"))
 def _minimise(
-    features: jax.Array,
-    targets: jax.Array,
-    weight: jax.Array,
-    decay: jax.Array,
+    features: Any,
+    targets: Any,
+    weight: Any,
+    decay: Any,
     tolerance: float,
     *,
     classes: int,

@@ -11,7 +11,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import ml_collections
 import numpy as np
@@ -55,7 +55,6 @@ def split_encoders(path: str, tests: Mapping[str, str], modality: str) -> dict[s
         path: path of encoders, with `{fold}` for the name of the test fold where each split has an
             encoder of its own.
         tests: selection of the test records by name of the split.
-        modality: required modality.
 
     Raises:
         ExportError: if an encoder is missing or lacks the modality.
@@ -69,7 +68,8 @@ def split_encoders(path: str, tests: Mapping[str, str], modality: str) -> dict[s
     sources = {path: open_encoders(path) for path in dict.fromkeys(paths.values())}
     first, *others = sources.values()
     for other in others:
-        if different := experiment.differences(_architecture(first), _architecture(other)):
+        shapes = ({m: _shape(e) for m, e in s.encoders.items()} for s in (first, other))
+        if different := experiment.differences(*map(json.dumps, shapes)):
             raise UserError(
                 f"{first.path} and {other.path} are encoders of one protocol, but differ in "
                 f"{'; '.join(different)}: pretrain them with the same settings"
@@ -79,13 +79,8 @@ def split_encoders(path: str, tests: Mapping[str, str], modality: str) -> dict[s
     return {name: sources[path] for name, path in paths.items()}
 
 
-def _architecture(source: EncoderSource) -> str:
-    return json.dumps(
-        {
-            modality: {key: encoder.config[key] for key in ("encoder", "preprocessing")}
-            for modality, encoder in source.encoders.items()
-        }
-    )
+def _shape(encoder: Encoder) -> dict[str, Any]:
+    return {key: encoder.config[key] for key in ("encoder", "preprocessing")}
 
 
 def _fold_of(test: str) -> str:
@@ -118,7 +113,6 @@ def open_splits(
     """Opens the records and the encoder of every split; reads no record.
 
     Args:
-        config: config with `encoder` and the section `data`.
         sides: training and test side by name of the split.
         labels: labels that must be known.
         spec_of: clips that an encoder is given.
@@ -194,10 +188,8 @@ def clip_splits(
     Raises:
         UserError: if a value of `features` has no meaning, or `open_splits` raises it.
     """
-    run = config.execution
-    spec = FeatureSpec(
-        **config.features, chunk=run.chunk, part_records=run.part_records, threads=run.threads
-    )
+    run = {name: config.execution[name] for name in ("chunk", "part_records", "threads")}
+    spec = FeatureSpec(**config.features, **run)
     if spec.record_pooling == "clips" and not by_clip:
         raise UserError("features.record_pooling 'clips' is for probes: use 'mean' or 'mean_max'")
     clips = functools.partial(encoder_clips, spec=spec)
@@ -206,12 +198,10 @@ def clip_splits(
 
 
 def count_trained_on(trained_on: str, records: RecordDataset, positions: np.ndarray) -> int:
-    """Returns the number of test records that were pretrained on.
+    """Returns how many test records, at int [n] positions in their data set, were pretrained on.
 
     Args:
         trained_on: fingerprint of the records of the pretraining, with their selection.
-        records: data set of the test.
-        positions: int [n], test records in it.
     """
     if not trained_on.startswith(records.fingerprint):
         return 0

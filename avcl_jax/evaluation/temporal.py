@@ -1,28 +1,43 @@
 """Temporal tasks on held-out records: speed, direction and order, by the heads of a run.
 
+Null controls are networks trained on the same tasks of noise.
+
 python -m avcl_jax.main --config=configs/temporal.py --config.encoder=RUN
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
 
+from avcl_jax.batched import render_all
+from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.selection import UsableRecords
+from avcl_jax.data.views import BACKWARD, FORWARD
 from avcl_jax.errors import UserError
+from avcl_jax.evaluation.classifier import FitSpec, fit_classifier
 from avcl_jax.evaluation.driver import Context, run_protocol
 from avcl_jax.evaluation.page import matrices, section
 from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol
 from avcl_jax.evaluation.splits import Trial
 from avcl_jax.evaluation.statistics import confusion_matrix
-from avcl_jax.evaluation.views import PretrainedRun, drawn_pairs, encode, open_run
+from avcl_jax.evaluation.views import (
+    MODALITY_INPUTS,
+    PretrainedRun,
+    drawn_pairs,
+    encode,
+    open_run,
+    random_views,
+)
 from avcl_jax.objectives.temporal import TASKS, temporal_targets
 
 PROTOCOL = Protocol(
@@ -225,3 +240,84 @@ def temporal_tasks(
     return run_protocol(
         PROTOCOL, config, workdir, trials, compute=compute, measure=measure, heads=run.heads
     )
+
+
+class NullControl(NamedTuple):
+    """Scores of networks on noise, which is the same at every speed and in both directions.
+
+    A network that leaves chance has found a trace of the rendering, and then the accuracies on real
+    videos prove nothing.
+
+    Attributes:
+        scores: scores of the tasks of one view, by name: `speed_video`, `direction_audio`, ….
+        train_loss: mean training loss of the last epoch, by modality.
+        views: test views of each task.
+    """
+
+    scores: dict[str, TaskScore]
+    train_loss: dict[str, float]
+    views: int
+
+
+def render_null_views(
+    source: UsableRecords, spec: RenderSpec, *, views: int, seed: int, threads: int
+) -> dict[str, np.ndarray]:
+    """Renders each record of noise `views` times at every speed in either direction."""
+    speeds = range(len(spec.views.speeds))
+    render = functools.partial(
+        random_views,
+        source,
+        spec=spec,
+        speeds=speeds,
+        directions=(FORWARD, BACKWARD),
+        views=2 * len(speeds) * views,
+        seed=seed,
+    )
+    return render_all(render, range(len(source)), threads=threads)
+
+
+def null_control(
+    train: Mapping[str, Any],
+    test: Mapping[str, Any],
+    *,
+    encoders: Mapping[str, nn.Module],
+    prepare: Mapping[str, Callable[[Any], Any]],
+    num_speeds: int,
+    spec: FitSpec,
+    seed: int,
+) -> NullControl:
+    """Trains one network per modality on the tasks of one view of noise; tests it on other noise.
+
+    Args:
+        train: arrays of `render_null_views`.
+        test: arrays of other records.
+        encoders: small unbound networks by modality.
+    """
+    scores: dict[str, TaskScore] = {}
+    losses: dict[str, float] = {}
+    for modality, encoder in encoders.items():
+        tasks = {task.kind: task for task in TASKS.values() if task.reads == (modality,)}
+
+        def items(arrays: Mapping[str, np.ndarray], values: Any, modality: str = modality) -> Any:
+            """Views of all records as items of one view each, so that an epoch shows them all."""
+            views = np.asarray(values)[arrays[f"has_{modality}"]]
+            return views.reshape(-1, 1, *views.shape[2:])
+
+        fit = fit_classifier(
+            encoder,
+            items(train, train[MODALITY_INPUTS[modality]]),
+            {kind: items(train, task.labels(train)) for kind, task in tasks.items()},
+            classes={k: len(task.classes(range(num_speeds))) for k, task in tasks.items()},
+            prepare=prepare[modality],
+            spec=spec,
+            seed=seed,
+        )
+        views = items(test, test[MODALITY_INPUTS[modality]])[:, 0]
+        logits = fit.predict(views, batch_size=spec.batch_size)
+        for kind, task in tasks.items():
+            labels = items(test, task.labels(test))[:, 0]
+            mask = np.ones(len(labels), dtype=bool)
+            scores[task.name] = score_task(logits[kind], labels, mask, seed=seed)
+        losses[modality] = fit.losses[-1]
+    scored = min(int(score.confusion.sum()) for score in scores.values())
+    return NullControl(scores, losses, scored)

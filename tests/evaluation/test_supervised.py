@@ -11,12 +11,8 @@ import pytest
 
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import UsableRecords
-from avcl_jax.evaluation.supervised import (
-    FitSpec,
-    fit_classifier,
-    null_control,
-    render_null_views,
-)
+from avcl_jax.evaluation.classifier import FitSpec, fit_classifier
+from avcl_jax.evaluation.temporal import null_control, render_null_views
 from avcl_jax.models.audio_encoders import AudioResNet
 from tests.evaluation.test_views import SPEC as RENDERING
 
