@@ -1,4 +1,4 @@
-"""The classifier's parts: mean softmax, feature standardisation, what is trained and how fast."""
+"""Parts of fine-tuning: mean softmax, what is trained and how fast, presets and full-size steps."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
+from scipy.special import softmax
 
 from avcl_jax import experiment
 from avcl_jax.data.clips import ClipRecords, VideoClipSpec
@@ -21,21 +22,19 @@ from avcl_jax.data.selection import Selection
 from avcl_jax.data.views import ViewSpec
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.classifier import (
+    FROZEN,
     ClipClassifier,
     Inputs,
     classifier_training,
     parts,
     predict,
 )
-from avcl_jax.evaluation.finetune import clip_spec, optimizer_of
+from avcl_jax.evaluation.finetune import clip_spec, optimizer_of, protocol_of
+from avcl_jax.export import Encoder
 from avcl_jax.models.encoders import create_encoder
 from avcl_jax.training.sharding import create_mesh
+from configs import finetune, pretrain
 from tests.evaluation.labelled import make_encoders, toy_config, write_labelled
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
 
 
 def test_the_prediction_is_the_mean_softmax_over_ten_clips(tmp_path):
@@ -43,20 +42,13 @@ def test_the_prediction_is_the_mean_softmax_over_ten_clips(tmp_path):
     config = toy_config(records, tmp_path)
     encoder = make_encoders()["video"]
     spec = clip_spec(config, encoder)
-    inputs = Inputs(
-        spec,
-        encoder.preprocess,
-        experiment.augmentation(config),
-    )
-    source = ClipRecords(
-        RecordDataset(records, "all"), Selection.parse("split1=unused"), spec, ("shuffled",)
-    )
+    inputs = Inputs(spec, encoder.preprocess, experiment.augmentation(config))
+    data, unused = RecordDataset(records, "all"), Selection.parse("split1=unused")
+    source = ClipRecords(data, unused, spec, ("shuffled",))
     classifier = ClipClassifier(encoder.module, {"head": 3}, 0.5)
     rng = np.random.default_rng(0)
-    head = {
-        "kernel": rng.normal(0, 3, (12, 3)).astype(np.float32),
-        "bias": np.array([0.1, -0.2, 0.0], np.float32),
-    }
+    kernel = rng.normal(0, 3, (12, 3)).astype(np.float32)
+    head = {"kernel": kernel, "bias": np.array([0.1, -0.2, 0.0], np.float32)}
     variables = {
         "params": {"encoder": encoder.params["params"], "head": head},
         "batch_stats": {"encoder": encoder.params["batch_stats"]},
@@ -79,7 +71,7 @@ def test_the_prediction_is_the_mean_softmax_over_ten_clips(tmp_path):
         clips = source.fixed(position, clips=10)
         features = np.asarray(encode(encoder.params, clips))
         assert features.shape == (10, 12)
-        by_hand = softmax(features @ head["kernel"] + head["bias"]).mean(axis=0)
+        by_hand = softmax(features @ head["kernel"] + head["bias"], axis=-1).mean(axis=0)
         np.testing.assert_allclose(found[position], by_hand, atol=1e-5)
         assert np.abs(softmax(features.mean(axis=0) @ head["kernel"]) - by_hand).max() > 1e-4
 
@@ -140,18 +132,9 @@ def test_names_say_which_layers_are_frozen():
 
 def test_clips_that_tubelets_do_not_fill_are_refused():
     encoder = make_encoders()["video"]
-    module = create_encoder(
-        "video",
-        "transformer",
-        {
-            "width": 8,
-            "depth": 1,
-            "heads": 2,
-            "tubelet": (2, 8, 8),
-            "attention": "joint",
-            "subtract_time_mean": False,
-        },
-    )
+    settings = {"width": 8, "depth": 1, "heads": 2, "tubelet": (2, 8, 8), "attention": "joint"}
+    settings["subtract_time_mean"] = False
+    module = create_encoder("video", "transformer", settings)
     shapes = jax.eval_shape(
         functools.partial(module.init, train=False),
         jax.random.key(0),
@@ -173,3 +156,87 @@ def test_clips_that_tubelets_do_not_fill_are_refused():
             key=jax.random.key(0),
             mesh=create_mesh(1),
         )
+
+
+PRESETS = ("demo", "demo_audio", "ucf101", "hmdb51", "kinetics400", "esc50", "esc10", "vggsound")
+RECORDS = {"ucf101": 9537, "hmdb51": 3570, "esc50": 1600, "esc10": 320}
+
+
+def encoder_for(preset: str, modality: str) -> Encoder:
+    """The encoder that the preset is meant for, without weights."""
+    config = pretrain.get_config("demo" if preset.startswith(("demo", "esc10")) else "kinetics400")
+    module = experiment.encoder(config, modality)
+    preprocessing = experiment.preprocessings(config)[modality]
+    return Encoder.of_module(module, {}, preprocessing, source={})
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_says_clips_splits_and_a_schedule(preset):
+    config = finetune.get_config(preset)
+    spec = clip_spec(config, encoder_for(preset, config.modality))
+    assert spec.modality == config.modality
+    pairs = list(zip(config.data.train_select, config.data.test_select, strict=True))
+    assert len(pairs) == {"ucf101": 3, "hmdb51": 3, "esc50": 5, "esc10": 5}.get(preset, 1)
+    for train, test in pairs:
+        assert str(Selection.parse(train)) == train != test or train == test == ""
+    records = RECORDS.get(preset, 100_000)
+    _, schedule, steps = optimizer_of(config, records)
+    assert steps == round(config.epochs * records / config.global_batch_size)
+    rates = [float(schedule(step)) for step in (steps // 2, steps - 1)]
+    assert config.optimizer.learning_rate >= rates[0] > rates[1] >= 0
+    assert "trained together" in protocol_of(config).definition[0]
+
+
+@pytest.mark.parametrize(
+    ("preset", "trained"), [("ucf101", 31_300_125 + 101 * 513), ("esc50", None)]
+)
+@pytest.mark.slow
+def test_a_full_size_step_lowers(preset, trained):
+    config = finetune.get_config(preset)
+    encoder = encoder_for(preset, config.modality)
+    spec = clip_spec(config, encoder)
+    classes = {"ucf101": 101, "esc50": 50}[preset]
+    classifier = ClipClassifier(
+        encoder=encoder.module.clone(dtype=jnp.dtype(config.model.dtype)),
+        heads={"head": classes},
+        dropout=config.head.dropout,
+        train_statistics=config.batch_norm == "train",
+    )
+    optimizer, schedule, _ = optimizer_of(config, RECORDS[preset])
+    key = jax.random.key(0)
+    example = jax.ShapeDtypeStruct((1, *encoder.input_shape), jnp.float32)
+    weights = jax.eval_shape(
+        lambda key, clip: encoder.module.init(key, clip, train=False), key, example
+    )
+
+    inputs = Inputs(spec, encoder.preprocess, experiment.augmentation(config))
+
+    steps = []
+
+    def create(weights):
+        state, step = classifier_training(
+            classifier,
+            optimizer,
+            dataclasses.replace(encoder, params=weights),
+            inputs,
+            freeze=tuple(config.freeze),
+            schedule=schedule,
+            label_smoothing=config.label_smoothing,
+            key=key,
+            mesh=create_mesh(1),
+        )
+        steps.append(step)
+        return state
+
+    state = jax.eval_shape(create, weights)
+    names = jax.tree.leaves(parts(state.params, tuple(config.freeze)))
+    leaves = zip(jax.tree.leaves(state.params), names, strict=True)
+    if trained is not None:
+        assert sum(leaf.size for leaf, part in leaves if part != FROZEN) == trained
+    rows = config.global_batch_size
+    batch = {
+        "clips": jax.ShapeDtypeStruct((rows, *spec.shape), spec.dtype),
+        "label": jax.ShapeDtypeStruct((rows,), jnp.int32),
+        "record_index": jax.ShapeDtypeStruct((rows,), jnp.int32),
+    }
+    assert "convolution" in steps[0].lower(state, batch).as_text()

@@ -33,14 +33,10 @@ def source(small_run):
     return open_encoders(small_run[1])
 
 
-def _clips(directory, source, modality, *, split="test", speeds=(1, 2), **options):
-    return ClipRecords(
-        RecordDataset(directory, split),
-        Selection.parse(options.get("select", "")),
-        encoder_clips(source.require(modality), dataclasses.replace(MEAN, speeds=speeds)),
-        leave_out=options.get("leave_out", False),
-        shared_interval=True,
-    )
+def _clips(directory, source, modality, *, speeds=(1, 2), select=""):
+    spec = encoder_clips(source.require(modality), dataclasses.replace(MEAN, speeds=speeds))
+    records, selection = RecordDataset(directory, "test"), Selection.parse(select)
+    return ClipRecords(records, selection, spec, shared_interval=True)
 
 
 def _render(clips, position, count=2):

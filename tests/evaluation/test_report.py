@@ -15,7 +15,7 @@ import pytest
 from avcl_jax.data.views import Timeline
 from avcl_jax.evaluation.evaluate import evaluate
 from avcl_jax.evaluation.exhibits import clip_uri
-from avcl_jax.evaluation.page import as_text
+from avcl_jax.evaluation.page import as_text, times_chance
 from avcl_jax.evaluation.run_report import lead, probe_section, retrieval_section, temporal_section
 from tests.evaluation.conftest import small_evaluation, small_record
 
@@ -66,6 +66,15 @@ def test_queries_and_their_results_have_stills_spectrograms_and_clips(html):
     assert html.count("data:image/png;base64,") == 4 * 3
     assert html.count("data:video/mp4;base64,") == 4 * 3
     assert html.count('class="video query"') == 4
+    # A median rank is not a multiple of chance, and neither is the closed gap.
+    assert (
+        len(
+            re.findall(
+                r'class="tile"><b>[^<]*</b><span>R@\d, \w+ → \w+, [\d.]+\xa0×\xa0chance<', html
+            )
+        )
+        == 4
+    )
     for title in ("Linear probes", "Temporal tasks", "Finding the other half", "Training"):
         assert title in html
 
@@ -106,18 +115,12 @@ def test_sections_without_results_are_left_out():
     assert temporal_section({"temporal": {}}, (1, 2)) == ""
 
 
-@pytest.mark.parametrize(
-    ("modalities", "said"),
-    [
-        ("audio_visual", "Two encoders learned from unlabelled videos."),
-        ("video", "A video encoder learned from unlabelled videos."),
-        ("audio", "An audio encoder learned from unlabelled videos."),
-    ],
-)
-def test_the_lead_names_the_encoders_of_the_run(modalities: str, said: str) -> None:
-    first = lead({"probe": {"motion_from_video": PROBE}}, modalities)
-    assert first.startswith(said)
-    assert "<b>motion</b> from the pretrained video encoder on 71 % of" in first
+def test_the_lead_names_the_encoders_of_the_run() -> None:
+    whom = {"audio_visual": "Two encoders", "video": "A video encoder", "audio": "An audio encoder"}
+    for modalities, who in whom.items():
+        first = lead({"probe": {"motion_from_video": PROBE}}, modalities)
+        assert first.startswith(f"{who} learned from unlabelled videos.")
+        assert "<b>motion</b> from the pretrained video encoder on 71 % of" in first
 
 
 def test_the_retrieval_table_has_every_recall_that_was_asked_for() -> None:
@@ -126,6 +129,7 @@ def test_the_retrieval_table_has_every_recall_that_was_asked_for() -> None:
         scores |= {f"r{k}": 0.5, f"chance_r{k}": 0.25}
     shown = retrieval_section({"audio_to_video": scores}, "")
     assert re.findall(r"R@(\d+) \(× chance\)", shown) == ["1", "3", "100"]
+    assert shown.count("50.0 % (2.0\u00a0×)") == 3
     assert "9 of 99" in shown
 
 
@@ -146,19 +150,13 @@ def test_clips_play_for_as_long_as_they_should(rate):
     assert list(found["audio"]) == ["audio"]
 
 
-def test_only_all_of_them_is_written_as_a_hundred_percent():
-    assert [as_text(v, digits=0) for v in (0.0, 0.005, 0.994, 0.995, 0.9996, 1.0)] == [
-        "0 %",
-        "0 %",
-        "99 %",
-        "99.5 %",
-        "99.96 %",
-        "100 %",
-    ]
-
-
 def test_values_are_written_in_their_unit_and_differences_with_their_sign():
+    # Only all of them is 100 %.
+    texts = [as_text(v, digits=0) for v in (0.0, 0.005, 0.994, 0.995, 0.9996, 1.0)]
+    assert texts == ["0 %", "0 %", "99 %", "99.5 %", "99.96 %", "100 %"]
     assert as_text(None) == as_text(float("nan"), signed=True) == "–"
     assert as_text(12.3456, "number") == "12.3"
     assert [as_text(v, signed=True) for v in (0.0123, -0.0001, -0.05)] == ["+1.2", "+0.0", "-5.0"]
     assert as_text(2.5, "number", signed=True) == "+2.5"
+    assert times_chance(0.3, 0.1) == "3.0\u00a0×"
+    assert times_chance(0.3, 0.0) == times_chance(None, 0.5) == times_chance(0.3, None) == ""

@@ -36,18 +36,21 @@ def test_the_learning_rate_falls_to_zero_over_the_last_epochs():
     assert rates[-1] == pytest.approx(1e-2 / 12, rel=1e-4)
 
 
-def test_it_learns_what_can_be_learned_and_generalises():
-    rng = np.random.default_rng(0)
-    views, labels = _views(rng, 64)
-    fit = fit_classifier(
-        ENCODER,
+def _fit(views, labels, encoder=ENCODER, **spec):
+    return fit_classifier(
+        encoder,
         views,
         {"class": labels},
         classes={"class": 3},
         prepare=jnp.asarray,
-        spec=dataclasses.replace(SPEC, epochs=20),
+        spec=dataclasses.replace(SPEC, **spec),
         seed=0,
     )
+
+
+def test_it_learns_what_can_be_learned_and_generalises():
+    rng = np.random.default_rng(0)
+    fit = _fit(*_views(rng, 64), epochs=20)
     assert len(fit.losses) == 20
     assert fit.losses[-1] < 0.1 < fit.losses[0]
     test_views, test_labels = _views(rng, 50)
@@ -69,39 +72,18 @@ class _Plain(nn.Module):
 
 
 def test_an_encoder_without_batch_norm_is_trained_and_handed_over():
-    views, labels = _views(np.random.default_rng(3), 32)
-    fit = fit_classifier(
-        _Plain(),
-        views,
-        {"class": labels},
-        classes={"class": 3},
-        prepare=jnp.asarray,
-        spec=dataclasses.replace(SPEC, epochs=2, decay_epochs=1),
-        seed=0,
-    )
+    fit = _fit(*_views(np.random.default_rng(3), 32), _Plain(), epochs=2, decay_epochs=1)
     assert set(fit.encoder_variables) == {"params"}
 
 
 def test_bad_input_says_what_and_which():
     views, labels = _views(np.random.default_rng(2), 32)
-
-    def fit(views, labels, spec=SPEC):
-        return fit_classifier(
-            ENCODER,
-            views,
-            {"class": labels},
-            classes={"class": 3},
-            prepare=jnp.asarray,
-            spec=spec,
-            seed=0,
-        )
-
     with pytest.raises(ValueError, match="8 items do not fill one batch of 16"):
-        fit(views[:8], labels[:8])
+        _fit(views[:8], labels[:8])
     with pytest.raises(ValueError, match=r"labels class \(32, 1\)"):
-        fit(views, labels[:, :1])
+        _fit(views, labels[:, :1])
     with pytest.raises(ValueError, match="training loss of epoch 0 is nan"):
-        fit(views * np.nan, labels, dataclasses.replace(SPEC, epochs=4))
+        _fit(views * np.nan, labels, epochs=4)
 
 
 FIT = FitSpec(64, 5e-3, 0.01, epochs=4, decay_epochs=1)
