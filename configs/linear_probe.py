@@ -25,7 +25,7 @@ def get_config(preset: str = "demo") -> ConfigDict:
     `--config.data.train_split=balanced_train`. For one pretraining run per fold of ESC, each with
     data.select="fold!=...", set `--config.encoder='runs/esc10/fold{fold}'`.
     """
-    c = protocol("avcl_jax.evaluation.linear_probe:run_linear_probe", f"{preset}_linear_probe")
+    c = protocol("avcl_jax.evaluation.classification:run_linear_probe", f"{preset}_linear_probe")
     c.data = datasets.labelled(preset)
     c.data.group_label = datasets.find(preset).groups
     c.modality = datasets.find(preset).modality

@@ -123,7 +123,7 @@ def fit_probe(
 
 
 def _over_clips(scores: np.ndarray, clips: int) -> np.ndarray:
-    return scores if clips == 1 else scores.reshape(-1, clips, scores.shape[-1]).mean(axis=1)
+    return scores.reshape(-1, clips, scores.shape[-1]).mean(axis=1)
 
 
 def held_out_groups(

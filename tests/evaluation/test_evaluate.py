@@ -12,9 +12,9 @@ import pytest
 from avcl_jax import experiment
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.errors import UserError
+from avcl_jax.evaluation.classification import run_linear_probe
 from avcl_jax.evaluation.compare import compare_runs, read_run
 from avcl_jax.evaluation.evaluate import evaluate, open_evaluation_records
-from avcl_jax.evaluation.linear_probe import run_linear_probe
 from avcl_jax.evaluation.protocol import OUTCOMES, read_outcomes
 from avcl_jax.export import load_encoder
 from avcl_jax.export.runs import config_of_run, export_run

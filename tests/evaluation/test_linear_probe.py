@@ -13,7 +13,7 @@ from sklearn.svm import SVC, LinearSVC
 
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.linear_probe import run_linear_probe
+from avcl_jax.evaluation.classification import run_linear_probe
 from avcl_jax.evaluation.protocol import OUTCOMES, read_outcomes
 from configs import linear_probe as config_file
 from tests.evaluation.conftest import FOLD_CLASSES, sound_record, write_records

@@ -14,8 +14,8 @@ import pytest
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation import driver, splits
+from avcl_jax.evaluation.classification import run_linear_probe
 from avcl_jax.evaluation.finetune import finetune
-from avcl_jax.evaluation.linear_probe import run_linear_probe
 from avcl_jax.evaluation.retrieval import audio_video_retrieval, video_retrieval
 from avcl_jax.evaluation.splits import Trial, check_not_trained_on, split_encoders
 from avcl_jax.evaluation.temporal import temporal_tasks
