@@ -77,7 +77,6 @@ class QueryResult:
 
     matches: Sequence[Match]  # one per source, best first, also those that are not accepted
     query_seconds: float
-    required: tuple[str, ...] = ()  # modalities that had to match
     # Modality of the query without content to compare (silent audio, or video of one colour),
     # beside one that was compared.
     empty: tuple[str, ...] = ()

@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add(args: argparse.Namespace) -> int:
     """Adds files, to a new index for the command `index`."""
     new = args.command == "index"
-    if new:  # what is wrong is said before anything is made
+    if new:  # wrong settings and paths are refused before anything is made
         settings = FingerprintSettings(
             speed=args.speed, hop_seconds=args.hop_seconds, kind=args.kind
         )

@@ -294,7 +294,7 @@ class FingerprintIndex:
         known = known or {}
         renderings = [self._library.project(r) for r in renderings if len(r)]
         if not self._library.vectors or not renderings:
-            return QueryResult([], query_seconds, tuple(required))
+            return QueryResult([], query_seconds)
         spans = {m: s for m, s in self.segmenter.spans.items() if m in modalities}
         queries = matching.prepare(self._library, renderings, list(spans))
         alignments = matching.align(self._library, queries, spans, known=known)
@@ -311,7 +311,7 @@ class FingerprintIndex:
         )
         # Even before higher scores that lack a required modality or are shared with other sources.
         matches.sort(key=lambda m: (not m.accepted, bool(m.shared_with), not m.same_file))
-        return QueryResult(matches[:count], query_seconds, tuple(required))
+        return QueryResult(matches[:count], query_seconds)
 
     def calibration(self, modalities: Sequence[str]) -> calibration.Calibration:
         """Returns the calibration of evidence of these modalities together."""

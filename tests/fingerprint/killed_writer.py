@@ -1,12 +1,11 @@
-"""A writer that dies: `python -m tests.fingerprint.killed_writer INDEX` prints one line per death.
+"""A writer that dies: `python -m tests.fingerprint.killed_writer INDEX`.
 
 Each time a new process adds one medium and removes another, and kills itself before some line of
-the modules that write.
+the modules that write. The index is then as a transaction left it, and the next writer cleans up.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -23,7 +22,7 @@ from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.segments import SegmentFeatures
 
 _WATCHED = {module.__file__ for module in (database, index, library)}
-_DEATHS = 60
+_DEATHS = 60  # some of them after the end
 
 
 class Segmenter:
@@ -82,26 +81,29 @@ def main(directory: Path) -> None:
     count = die_at(None)
     change(directory, "new", ["old"])
     sys.settrace(None)
+    met = set()
     for moment in np.unique(np.linspace(1, count() + 100, _DEATHS).astype(int)).tolist():
-        before = names(directory)
-        new = f"new {moment}"
-        gone = [name for name in before if name != "first"]
+        before, new = names(directory), f"new {moment}"
         child = os.fork()
         if child == 0:
             die_at(moment)
-            change(directory, new, gone)
+            change(directory, new, [name for name in before if name != "first"])
             os._exit(0)
         survived = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        line = {
-            "states": [before, sorted([*before, new]), ["first", new]],
-            "after": names(directory),
-            "problems": library.verify(directory),
-            "survived": survived,
-        }
-        change(directory, f"next {moment}", [n for n in names(directory) if n != "first"])
-        line["next"] = names(directory) == ["first", f"next {moment}"]
-        line["files"] = sorted(path.name.partition("-")[0] for path in directory.iterdir())
-        print(json.dumps(line | {"problems": line["problems"] + library.verify(directory)}))
+        after = names(directory)
+        states = [before, sorted([*before, new]), ["first", new]]
+        assert after in states
+        assert library.verify(directory) == []
+        if not survived:
+            met.add(states.index(after))
+        change(directory, f"next {moment}", [name for name in after if name != "first"])
+        assert names(directory) == ["first", f"next {moment}"]
+        assert library.verify(directory) == []
+        files = sorted(path.name.partition("-")[0] for path in directory.iterdir())
+        assert files == ["cache", "index.sqlite"]
+    # Each state was met by a kill; the last process came to its end.
+    assert met == {0, 1, 2}
+    assert survived
 
 
 if __name__ == "__main__":

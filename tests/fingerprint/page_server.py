@@ -21,9 +21,8 @@ import numpy as np
 from avcl_jax.data.media import decode_media
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.web.preview import convert
+from tests.conftest import ROOT
 from tests.fingerprint.synthetic import SETTINGS, clip, excerpt, joined, write
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def h264(path: Path, media: Any) -> Path:
@@ -49,7 +48,7 @@ def make_library(directory: Path, encoders: Path) -> FingerprintIndex:
             write(media / "sound.wav", clip(2, video=False)),
             *(write(media / f"other {n}.mkv", clip(n)) for n in range(3, 11)),
             # With a trailer that one of the others is.
-            write(media / "trailer.mkv", joined(clip(3), clip(16))),
+            write(media / "trailer.mkv", joined([clip(3), clip(16)])),
         ]
     )
     memory = decode_media(write(directory / "memory.mkv", clip(15)), **index.segmenter.decoding)
@@ -60,20 +59,19 @@ def make_library(directory: Path, encoders: Path) -> FingerprintIndex:
 def make_clips(directory: Path) -> Path:
     """Writes what is asked for: pieces of what is indexed, and others."""
     directory.mkdir()
-    h264(directory / "film.mp4", excerpt(clip(0, 9.0), 3.0, 7.0))
-    write(directory / "old.mkv", excerpt(clip(1, 14.0), 8.0, 12.0))
-    write(directory / "sound.wav", excerpt(clip(2, video=False), 0.5, 5.0))
-    dubbed = dataclasses.replace(clip(4), frames=clip(78).frames)
-    write(directory / "dubbed.mkv", dubbed)
     silent = excerpt(clip(4), 1.0, 5.0)
-    write(
-        directory / "silent.mkv",
-        dataclasses.replace(silent, waveform=np.zeros_like(silent.waveform)),
-    )
-    write(directory / "trailer.mkv", excerpt(clip(3), 1.0, 5.0))
-    h264(directory / "foreign.mp4", clip(77, 4.0))
-    write(directory / "memory.mkv", excerpt(clip(15), 1.0, 4.0))
-    write(directory / "short.mkv", clip(0, 0.25))
+    for name, media in {
+        "film.mp4": excerpt(clip(0, 9.0), 3.0, 7.0),
+        "old.mkv": excerpt(clip(1, 14.0), 8.0, 12.0),
+        "sound.wav": excerpt(clip(2, video=False), 0.5, 5.0),
+        "dubbed.mkv": dataclasses.replace(clip(4), frames=clip(78).frames),
+        "silent.mkv": dataclasses.replace(silent, waveform=np.zeros_like(silent.waveform)),
+        "trailer.mkv": excerpt(clip(3), 1.0, 5.0),
+        "foreign.mp4": clip(77, 4.0),
+        "memory.mkv": excerpt(clip(15), 1.0, 4.0),
+        "short.mkv": clip(0, 0.25),
+    }.items():
+        (h264 if name.endswith(".mp4") else write)(directory / name, media)
     (directory / "notes.mp4").write_text("this is no film\n" * 40)
     whole = (directory / "old.mkv").read_bytes()
     (directory / "cut.mkv").write_bytes(whole[: len(whole) // 2])
@@ -83,27 +81,18 @@ def make_clips(directory: Path) -> Path:
 
 @dataclasses.dataclass
 class Server:
-    """A running `avcl-fingerprint serve`.
-
-    Attributes:
-        process: of the server.
-        port: where it listens.
-        temporary: its TMPDIR.
-        messages: what it wrote to standard error.
-    """
+    """A running `avcl-fingerprint serve`."""
 
     process: subprocess.Popen[str]
     port: int
-    temporary: Path
-    messages: list[str]
+    temporary: Path  # its TMPDIR
+    messages: list[str]  # on standard error
 
     @property
     def address(self) -> str:
-        """Of the page."""
         return f"http://127.0.0.1:{self.port}"
 
     def connect(self) -> http.client.HTTPConnection:
-        """Opens a connection."""
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
 
     def request(
@@ -149,11 +138,9 @@ class Server:
 def running(index: Path, temporary: Path, *options: str) -> Iterator[Server]:
     """Starts a server on a free port, and ends it by the signal that a system sends."""
     temporary.mkdir()
+    command = [sys.executable, "-m", "avcl_jax.fingerprint", "serve", f"--index={index}"]
     process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "avcl_jax.fingerprint", "serve", f"--index={index}"),
-            *("--port=0", *options),
-        ],
+        [*command, "--port=0", *options],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "TMPDIR": str(temporary)},
         stdout=subprocess.PIPE,

@@ -11,7 +11,10 @@ import numpy as np
 import scipy.ndimage
 
 from avcl_jax.data.media import DecodedMedia, no_frames
+from avcl_jax.fingerprint.benchmark.timeline import excerpt, joined
 from avcl_jax.fingerprint.settings import FingerprintSettings
+
+__all__ = ["excerpt", "joined"]  # which others take from here
 
 FPS, RATE_HZ, SIDE = 16, 8000, 24
 SETTINGS = FingerprintSettings(rates=(1.0, 0.8, 1.25), dimensions=48)
@@ -22,50 +25,32 @@ def bytes_taken(count: int) -> int:
     return len(bytes(count))
 
 
-def clip(seed: int, seconds: float = 6.0, *, video: bool = True, audio: bool = True):
-    """Returns slowly changing noise, of which no two moments are alike, as DecodedMedia."""
+def clip(
+    seed: int,
+    seconds: float = 6.0,
+    *,
+    video: bool = True,
+    audio: bool = True,
+    fps: int = FPS,
+    rate_hz: int = RATE_HZ,
+    size: tuple[int, int] = (SIDE, SIDE),
+) -> DecodedMedia:
+    """Returns slowly changing noise and tones, of which no two moments are alike."""
     rng = np.random.default_rng(seed)
-    count = round(seconds * FPS)
-    noise = scipy.ndimage.gaussian_filter(rng.normal(size=(count, SIDE, SIDE, 3)), (2, 3, 3, 0))
+    count = round(seconds * fps)
+    noise = scipy.ndimage.gaussian_filter(rng.normal(size=(count, *size, 3)), (2, 3, 3, 0))
     frames = np.clip(128 + 60 * noise / noise.std(), 0, 255).astype(np.uint8)
     # A tone every eighth of a second.
     tones = rng.uniform(100, 3000, size=round(seconds * 8) + 1)
-    frequency = np.repeat(tones, RATE_HZ // 8)[: round(seconds * RATE_HZ)]
-    sound = 8000 * np.sin(2 * np.pi * np.cumsum(frequency) / RATE_HZ)
+    frequency = np.repeat(tones, rate_hz // 8)[: round(seconds * rate_hz)]
+    sound = 8000 * np.sin(2 * np.pi * np.cumsum(frequency) / rate_hz)
     return DecodedMedia(
         frames=frames if video else no_frames(),
-        frame_seconds=np.arange(count if video else 0) / FPS,
+        frame_seconds=np.arange(count if video else 0) / fps,
         waveform=sound.astype(np.int16) if audio else np.empty(0, np.int16),
-        sample_rate_hz=RATE_HZ if audio else 0,
+        sample_rate_hz=rate_hz if audio else 0,
         audio_start_seconds=0.0,
         duration_seconds=seconds,
-    )
-
-
-def excerpt(media: DecodedMedia, start: float, end: float) -> DecodedMedia:
-    """Returns what happens between two times, which are whole frames."""
-    frames = slice(round(start * FPS), round(end * FPS))
-    sound = slice(round(start * RATE_HZ), round(end * RATE_HZ))
-    return DecodedMedia(
-        media.frames[frames],
-        media.frame_seconds[frames] - start,
-        media.waveform[sound],
-        media.sample_rate_hz,
-        0.0,
-        end - start,
-    )
-
-
-def joined(*parts: DecodedMedia) -> DecodedMedia:
-    """Returns clips one after the other."""
-    starts = np.cumsum([0.0, *(part.duration_seconds for part in parts)])
-    return DecodedMedia(
-        np.concatenate([part.frames for part in parts]),
-        np.concatenate([p.frame_seconds + s for p, s in zip(parts, starts, strict=False)]),
-        np.concatenate([part.waveform for part in parts]),
-        parts[0].sample_rate_hz,
-        0.0,
-        float(starts[-1]),
     )
 
 
@@ -92,17 +77,8 @@ def write(path: Path, media: DecodedMedia) -> Path:
                 packets += video.encode(av.VideoFrame.from_ndarray(image, format="rgb24"))
             packets += video.encode()
         if media.has_audio:
-            wanted = audio.codec_context.format.name
-            resampler = av.AudioResampler(format=wanted, layout="mono", rate=RATE_HZ)
             frame = av.AudioFrame.from_ndarray(media.waveform[None], "s16", "mono")
             frame.sample_rate, frame.pts, frame.time_base = RATE_HZ, 0, Fraction(1, RATE_HZ)
-            for first in range(0, len(media.waveform), 1024):
-                block = np.ascontiguousarray(media.waveform[None, first : first + 1024])
-                frame = av.AudioFrame.from_ndarray(block, "s16", "mono")
-                frame.sample_rate, frame.pts = RATE_HZ, first
-                frame.time_base = Fraction(1, RATE_HZ)
-                for piece in resampler.resample(frame):
-                    packets += audio.encode(piece)
-            packets += audio.encode()
+            packets += [*audio.encode(frame), *audio.encode()]
         container.mux(packets)
     return path

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import sqlite3
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +20,7 @@ from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.library import Vectors, verify
 from avcl_jax.fingerprint.projection import fit_projection
 from avcl_jax.fingerprint.settings import FingerprintError
+from tests.conftest import ROOT
 from tests.fingerprint.synthetic import SETTINGS, clip, excerpt, write
 
 
@@ -110,6 +112,13 @@ def test_two_processes_add_at_once_and_readers_see_what_is_there(copy):
     for name, n in (("first", 20), ("second", 21), ("third", 22)):
         assert index.query(excerpt(clip(n), 1, 4)).best.source == name
     assert verify(copy) == []
+
+
+def test_killed_at_any_moment_the_index_is_whole(tmp_path):
+    writer = [sys.executable, "-m", "tests.fingerprint.killed_writer", str(tmp_path / "index")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(writer, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_writer_that_holds_the_index_is_waited_for_and_reading_is_free(copy, monkeypatch):

@@ -89,7 +89,10 @@ def test_sources_match_equally_well_by_their_strength_averaged_over_two_seconds(
     weak = constant(0, 2.0, 9.0)
     assert not scores._equally_well(weak, weak).any()
     # Where the other source has no segment it resembles nothing.
-    assert scores._equally_well(constant(0, 4.0, 9.0), own).tolist() == [True] * 4 + [False] * 20
+    later = dataclasses.replace(own, query_seconds=own.query_seconds + 5)
+    for other, segments in ((own, range(4)), (later, range(10, 14))):
+        equal = scores._equally_well(constant(0, 4.0, 9.0), other)
+        assert equal.nonzero()[0].tolist() == list(segments)
 
 
 def test_the_score_of_a_whole_query_is_of_its_evidence_and_of_a_part_of_its_segments():
@@ -204,12 +207,14 @@ def test_the_verdict_is_of_the_best_match_that_nobody_shares():
 def test_the_modalities_that_match_are_said_in_words():
     (both,) = matches([constant(0, 4.0, 8.0, seconds=2.0)], Fixed())
     video = dataclasses.replace(both, audio_score=None)
+    audio = dataclasses.replace(both, video_score=None, matched=("audio",))
     neither = dataclasses.replace(both, matched=())
     said = {
         "the video matches, the audio was not compared": video,
         "the video does not match, the audio was not compared": dataclasses.replace(
             video, matched=()
         ),
+        "the audio matches, the video was not compared": audio,
         "only the video matches": both,
         "video and audio match": dataclasses.replace(both, matched=("video", "audio")),
         "neither video nor audio matches alone, together they do": neither,

@@ -99,7 +99,7 @@ def test_what_has_to_match_is_chosen_and_what_is_silent_is_said(server, clips):
         assert (found, answer) == (status, {"error": said})
 
 
-def test_what_browsers_do_not_play_is_converted(server, clips, tmp_path):
+def test_what_browsers_do_not_play_is_converted_and_audio_drawn(server, clips, tmp_path):
     _, answer = server.ask(clips / "old.mkv")
     media = answer["match"]["media"]
     assert answer["match"]["title"] == "old film.mkv"
@@ -117,8 +117,7 @@ def test_what_browsers_do_not_play_is_converted(server, clips, tmp_path):
                 4.0 if "clips" in address else 11.0, abs=0.3
             )
 
-
-def test_sound_alone_has_a_picture(server, clips):
+    # Audio alone has a spectrogram.
     _, answer = server.ask(clips / "sound.wav")
     assert answer["match"]["title"] == "sound.wav"
     status, _, body = server.request(answer["match"]["media"]["spectrogram_url"])
@@ -203,14 +202,6 @@ def test_a_body_of_unknown_length_is_refused_where_it_passes_the_limit(server):
     server.wait_until_no_upload_is_left()
 
 
-def test_an_upload_that_breaks_off_leaves_nothing(server, clips):
-    with holding_a_place(server, clips / "film.mp4") as (connection, _):
-        connection.send(b"\0" * 1000)
-        assert server.uploads()
-        connection.close()
-        server.wait_until_no_upload_is_left()
-
-
 @contextlib.contextmanager
 def holding_a_place(server, path):
     """A request that has been let in, as "100 Continue" tells, and whose body is yet to come."""
@@ -240,8 +231,13 @@ def test_the_line_has_an_end(server, clips):
     assert server.ask(film)[0] == 200
 
 
-def test_a_page_that_is_closed_gives_its_place_to_others(server, clips):
+def test_an_upload_that_breaks_off_and_a_page_that_is_closed_leave_nothing(server, clips):
     film = clips / "film.mp4"
+    with holding_a_place(server, film) as (connection, _):
+        connection.send(b"\0" * 1000)
+        assert server.uploads()
+        connection.close()
+        server.wait_until_no_upload_is_left()
     for _ in range(3):  # more than may wait
         with holding_a_place(server, film) as (connection, body):
             connection.send(body)

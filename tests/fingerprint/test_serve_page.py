@@ -123,12 +123,10 @@ def distance(page, offset: float) -> float:
 def test_a_dropped_clip_plays_beside_its_source(open_page, clips):
     page = open_page()
     drop(page, clips / "film.mp4")
-    expect = sync_api.expect
-    expect(page.locator("#badge")).to_have_text("Match", timeout=60_000)
-    expect(page.locator("#headline")).to_have_text(TITLE)
+    shows(page, badge="Match", headline=TITLE)
     assert page.evaluate("document.activeElement.id") == "headline"
     assert page.locator("b b").count() == 0  # a name is no markup
-    expect(page.locator("#figures .tile").nth(1)).to_contain_text("0:03")
+    sync_api.expect(page.locator("#figures .tile").nth(1)).to_contain_text("0:03")
     wait(page, "loaded")
     assert page.evaluate("clip.videoWidth * source.videoWidth") > 0
     assert distance(page, 3.0) == pytest.approx(0, abs=0.2)
@@ -152,6 +150,16 @@ def test_a_dropped_clip_plays_beside_its_source(open_page, clips):
     assert stripes.count() > 10
 
 
+def shows(page, **texts: str) -> None:
+    """Waits until elements, by id, have these texts."""
+    for name, words in texts.items():
+        sync_api.expect(page.locator(f"#{name}")).to_contain_text(words, timeout=60_000)
+
+
+def fits(page, width: int) -> bool:
+    return page.evaluate("document.documentElement.scrollWidth") <= width
+
+
 def test_candidates_are_chosen_by_keyboard_and_shown(open_page, clips):
     page = open_page()
     page.set_input_files("#file", clips / "film.mp4")
@@ -162,7 +170,7 @@ def test_candidates_are_chosen_by_keyboard_and_shown(open_page, clips):
     page.keyboard.press("Enter")
     sync_api.expect(other).to_have_attribute("aria-current", "true")
     sync_api.expect(rows.first).to_have_attribute("aria-current", "false")
-    sync_api.expect(page.locator("#source-role")).to_have_text("Not a match")
+    shows(page, **{"source-role": "Not a match"})
     # Of an MPEG-4 that browsers do not play, so that what loads was converted.
     wait(page, "loaded")
     assert "/preview" in page.evaluate("source.currentSrc")
@@ -171,7 +179,7 @@ def test_candidates_are_chosen_by_keyboard_and_shown(open_page, clips):
 def test_a_clip_that_browsers_do_not_play_is_shown_converted(open_page, clips):
     page = open_page(color_scheme="dark")
     drop(page, clips / "old.mkv")
-    sync_api.expect(page.locator("#headline")).to_have_text("old film.mkv", timeout=60_000)
+    shows(page, headline="old film.mkv")
     wait(page, "loaded")
     assert "/clips/" in page.evaluate("clip.currentSrc")
     assert page.evaluate("clip.videoWidth * source.videoWidth") > 0
@@ -179,11 +187,11 @@ def test_a_clip_that_browsers_do_not_play_is_shown_converted(open_page, clips):
     assert distance(page, 5.0) == pytest.approx(0, abs=0.2)
 
 
-def test_sound_alone_is_drawn_on_a_phone(open_page, clips):
+def test_sound_alone_is_drawn_on_a_phone_and_the_same_file_is_said(open_page, page_library, clips):
     page = open_page(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
-    sync_api.expect(page.locator("#invitation")).to_have_text("Choose a clip")
+    shows(page, invitation="Choose a clip")
     page.set_input_files("#file", clips / "sound.wav")
-    sync_api.expect(page.locator("#headline")).to_have_text("sound.wav", timeout=60_000)
+    shows(page, headline="sound.wav")
     wait(page, "loaded")
     for name in ("clip", "source"):
         sync_api.expect(page.locator(f"#{name}-spectrogram")).to_be_visible()
@@ -191,59 +199,22 @@ def test_sound_alone_is_drawn_on_a_phone(open_page, clips):
             const image = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
             return image.data.filter((value, n) => n % 4 === 3 && value > 128).length; }}"""
         assert page.evaluate(inked) > 500
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
-
-
-def test_same_file_and_only_audio_are_said_in_words(open_page, page_library, clips):
-    expect = sync_api.expect
-    page = open_page(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    assert fits(page, 360)
     page.set_input_files("#file", page_library.directory.parent / "media" / TITLE)
-    expect(page.locator("#badge")).to_have_text("Same file", timeout=60_000)
-    expect(page.locator("#explanation")).to_contain_text("is the same file as")
-    page.set_input_files("#file", clips / "dubbed.mkv")
-    expect(page.locator("#badge")).to_have_text("Match", timeout=60_000)
-    expect(page.locator("#explanation")).to_contain_text("only the audio matches")
-    expect(page.locator("#candidates .parts").first).to_contain_text("only the audio matches")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    shows(page, badge="Same file", explanation="is the same file as")
+    assert fits(page, 360)
 
 
-def test_what_two_sources_share_has_no_single_source(open_page, clips):
+def test_shared_by_two_sources_and_no_match_are_said_plainly(open_page, clips):
     page = open_page()
     drop(page, clips / "trailer.mkv")
-    sync_api.expect(page.locator("#badge")).to_have_text("Shared by 2 sources", timeout=60_000)
+    shows(page, badge="Shared by 2 sources", explanation="2 sources match trailer.mkv")
     # Both are named, in the order of their scores.
     headline = page.locator("#headline").inner_text()
     assert sorted(headline.split(" and ")) == ["other 3.mkv", "trailer.mkv"]
-    sync_api.expect(page.locator("#explanation")).to_contain_text("2 sources match trailer.mkv")
-    sync_api.expect(page.locator("#source-role")).to_have_text("One of 2 sources")
-
-
-@pytest.mark.parametrize("width", [1280, 375])
-def test_what_has_to_match_is_chosen_and_asked_again(open_page, clips, width):
-    expect = sync_api.expect
-    page = open_page(viewport={"width": width, "height": 800})
-    page.set_input_files("#file", clips / "dubbed.mkv")
-    expect(page.locator("#badge")).to_have_text("Match", timeout=60_000)
-    # The same clip again, without choosing it again.
-    page.get_by_label("A match needs").select_option("video and audio")
-    expect(page.locator("#badge")).to_have_text("No match", timeout=60_000)
-    expect(page.locator("#explanation")).to_contain_text(
-        "but a match needs the video and the audio, and only the audio matches."
-    )
-    page.get_by_label("A match needs").select_option("video or audio")
-    expect(page.locator("#badge")).to_have_text("Match", timeout=60_000)
-    page.set_input_files("#file", clips / "silent.mkv")
-    expect(page.locator("#remark")).to_have_text(
-        "In silent.mkv, the audio is silent: only the video was compared.", timeout=60_000
-    )
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-
-
-def test_no_match_is_said_plainly(open_page, clips):
-    page = open_page()
+    shows(page, **{"source-role": "One of 2 sources"})
     drop(page, clips / "foreign.mp4")
-    sync_api.expect(page.locator("#badge")).to_have_text("No match", timeout=60_000)
-    sync_api.expect(page.locator("#headline")).to_have_text("No source found for foreign.mp4")
+    shows(page, badge="No match", headline="No source found for foreign.mp4")
     sync_api.expect(page.locator("#view")).to_be_hidden()
     # The nearest can be looked at all the same.
     page.locator("#candidates button", has_text=".mkv").first.click()
@@ -251,29 +222,39 @@ def test_no_match_is_said_plainly(open_page, clips):
     wait(page, "loaded")
 
 
+@pytest.mark.parametrize("width", [1280, 375])
+def test_what_has_to_match_is_chosen_and_asked_again(open_page, clips, width):
+    page = open_page(viewport={"width": width, "height": 800})
+    page.set_input_files("#file", clips / "dubbed.mkv")
+    only = "only the audio matches"
+    shows(page, badge="Match", explanation=only, candidates=only)
+    # The same clip again, without choosing it again.
+    page.get_by_label("A match needs").select_option("video and audio")
+    needs = f"but a match needs the video and the audio, and {only}."
+    shows(page, badge="No match", explanation=needs)
+    page.get_by_label("A match needs").select_option("video or audio")
+    shows(page, badge="Match")
+    page.set_input_files("#file", clips / "silent.mkv")
+    shows(page, remark="In silent.mkv, the audio is silent: only the video was compared.")
+    assert fits(page, width)
+
+
 def test_what_cannot_be_compared_is_said_and_the_next_clip_is(open_page, clips, tmp_path):
     page = open_page()
-    error = page.locator("#error")
+    open_page.expected.append("status of 413")
     drop(page, clips / "notes.mp4")
-    sync_api.expect(error).to_contain_text("notes.mp4 cannot be compared: not a video")
+    shows(page, error="notes.mp4 cannot be compared: not a video")
     huge = tmp_path / "huge.mp4"
     with huge.open("wb") as file:
         file.truncate(2 << 30)  # a hole, which takes no place
     page.set_input_files("#file", huge)
-    sync_api.expect(error).to_contain_text("huge.mp4 has 2.0\u00a0GB, at most 2.0\u00a0MB")
+    shows(page, error="huge.mp4 has 2.0\u00a0GB, at most 2.0\u00a0MB")
     sync_api.expect(page.locator("#work")).to_be_hidden()
     drop(page, clips / "film.mp4")
-    sync_api.expect(page.locator("#headline")).to_have_text(TITLE, timeout=60_000)
-    sync_api.expect(error).to_be_hidden()
-
-
-def test_a_refusal_of_the_server_is_shown_as_it_is(open_page, clips):
-    page = open_page()
-    open_page.expected.append("status of 413")
+    shows(page, headline=TITLE)
+    sync_api.expect(page.locator("#error")).to_be_hidden()
     # As if the page did not know the limit: what the server says of three megabytes.
     page.evaluate("Object.defineProperty(File.prototype, 'size', { get: () => 1 })")
-    page.set_input_files(
-        "#file", {"name": "big.mp4", "mimeType": "video/mp4", "buffer": b"x" * (3 << 20)}
-    )
-    said = page.locator("#error")
-    sync_api.expect(said).to_contain_text("at most 2 MB are taken", timeout=60_000)
+    big = {"name": "big.mp4", "mimeType": "video/mp4", "buffer": b"x" * (3 << 20)}
+    page.set_input_files("#file", big)
+    shows(page, error="at most 2 MB are taken")

@@ -35,21 +35,13 @@ class SourceClip:
 
 @dataclasses.dataclass(frozen=True)
 class ClipSets:
-    """Clips by their role; no video is in two of them.
+    """Clips by their role; no video is in two of them."""
 
-    Attributes:
-        references: indexed, and transformed into queries.
-        fillers: indexed only.
-        distractors: transformed into queries only.
-        others: foreign footage of splices and exchanged audio.
-        background: clips to normalise scores with.
-    """
-
-    references: Sequence[SourceClip]
-    fillers: Sequence[SourceClip]
-    distractors: Sequence[SourceClip]
-    others: Sequence[SourceClip]
-    background: Sequence[SourceClip]
+    references: Sequence[SourceClip]  # indexed, and transformed into queries
+    fillers: Sequence[SourceClip]  # indexed only
+    distractors: Sequence[SourceClip]  # transformed into queries only
+    others: Sequence[SourceClip]  # foreign footage of splices and exchanged audio
+    background: Sequence[SourceClip]  # to normalise scores with
 
     def __post_init__(self) -> None:
         """Raises UserError if a role is empty that must not be, or two roles share a video."""
@@ -92,13 +84,9 @@ def make_queries(
     for family in families:
         changes = FAMILIES[family].changes
         rng = np.random.default_rng([seed, zlib.crc32(family.encode())])
+        drawn = ([pool[n] for n in rng.permutation(len(pool))] for pool in pools)
         references, distractors = (
-            [
-                c
-                for c in (pool[i] for i in rng.permutation(len(pool)))
-                if changes & modalities[c.name]
-            ]
-            for pool in pools
+            [clip for clip in pool if changes & modalities[clip.name]] for pool in drawn
         )
         if references and not distractors:
             raise UserError(f"no distractor has what {family} changes")

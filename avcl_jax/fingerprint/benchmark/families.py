@@ -28,16 +28,12 @@ TRUNCATION = "truncation"
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One kind of transformation at three strengths.
+    """One kind of transformation at three strengths."""
 
-    Attributes:
-        changes: modalities it acts on.
-        function: function of clip, random generator, another clip if it needs one, and settings.
-        settings: name to its values at the three strengths; empty if they do not differ.
-    """
-
-    changes: Set[str]
+    changes: Set[str]  # modalities
+    # Of a clip, a random generator, another clip if it needs one, and settings.
     function: Callable[..., Transformed]
+    # Name -> values at the three strengths; empty if they do not differ.
     settings: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
     needs_other: bool = False
 
@@ -104,7 +100,6 @@ def transform(
     """Returns a transformed copy of a clip: always the same for the same arguments.
 
     Args:
-        seed: seed of the benchmark.
         clip: name of the clip, so that draws do not depend on the order of clips.
         other: foreign footage, for the families that need it.
 

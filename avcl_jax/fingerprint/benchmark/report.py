@@ -84,7 +84,7 @@ def sections(
         )
         for begin in range(0, len(present), _IN_CHART)
     ]
-    skipped = "".join(
+    notes = (
         f'<p class="note">{text(name)} was not measured: {text(reason)}</p>'
         for name, reason in skipped_baselines.items()
     )
@@ -92,8 +92,8 @@ def sections(
     def by_family(header: Sequence[str], cells: Callable[[str], list[str]]) -> str:
         return table(header, [[title, *cells(name)] for name, title in titles.items()])
 
-    cells = [examples[name] for name in present if name in examples]
-    rows = [cells[n : n + _ROW] for n in range(0, len(cells), _ROW)]
+    shown = [examples[name] for name in present if name in examples]
+    rows = [shown[n : n + _ROW] for n in range(0, len(shown), _ROW)]
     return [
         section(
             "R@1 by family, medium strength",
@@ -112,7 +112,7 @@ def sections(
                     ),
                 ],
             ),
-            skipped,
+            *notes,
         ),
         section(
             "All metrics of ours, fused, medium strength",

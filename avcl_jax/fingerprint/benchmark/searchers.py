@@ -10,7 +10,7 @@ nothing. Settings were chosen on training clips of the demo, as those of our ind
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -34,32 +34,20 @@ OURS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """One source that a query may come from.
-
-    Attributes:
-        score: higher is surer; comparable between queries.
-        offset_seconds: time in the source of the query's beginning.
-        accepted: whether the method calls it a match; None if it has no threshold of its own.
-    """
+class Answer(NamedTuple):
+    """One source that a query may come from."""
 
     source: str
-    score: float
-    offset_seconds: float
-    accepted: bool | None = None
+    score: float  # higher is surer; comparable between queries
+    offset_seconds: float  # time in the source of the query's beginning
+    accepted: bool | None = None  # as a match; None if the method has no threshold of its own
 
 
 class Ranking(NamedTuple):
-    """Result of a query.
+    """Result of a query."""
 
-    Attributes:
-        answers: best answer of each source, best first; perhaps none.
-        background: score where nothing can be found, subtracted from normalised scores.
-    """
-
-    answers: Sequence[Answer]
-    background: float
+    answers: Sequence[Answer]  # the best of each source, best first; perhaps none
+    background: float  # score where nothing can be found, subtracted from normalised scores
 
 
 class Searcher(Protocol):
@@ -120,41 +108,48 @@ class IndexSearcher:
 
 
 class CodeSearcher:
-    """A method whose fingerprints are codes of equally spaced moments.
+    """A method whose fingerprints are codes of equally spaced moments."""
 
-    `chance_bits` is the Hamming distance from which two codes have nothing in common; `mirrored`
-    looks for the mirror image of a query too.
-    """
+    def __init__(
+        self,
+        method: str,
+        codes: Callable[[DecodedMedia], np.ndarray],
+        step_seconds: float,
+        *,
+        chance_bits: float,
+        answers: int,
+        mirrored: bool = False,
+    ):
+        """Makes an empty index that returns at most `answers` references per query.
 
-    method: str
-    step_seconds: float
-    chance_bits: float
-    mirrored = False
-
-    def __init__(self, *, answers: int):
-        """Makes an empty index that returns at most `answers` references per query."""
-        self.methods: tuple[str, ...] = (self.method,)
+        Args:
+            codes: maps a clip to its codes, uint64 [moments, 1]; empty without the modality.
+            step_seconds: time from one moment to the next.
+            chance_bits: Hamming distance from which two codes have nothing in common.
+            mirrored: look for the mirror image of a query too.
+        """
+        self.methods: tuple[str, ...] = (method,)
+        self._codes = codes
+        self._step_seconds = step_seconds
+        self._chance_bits = chance_bits
         self._answers = answers
+        self._mirrored = mirrored
         self._references: list[tuple[str, np.ndarray]] = []
         self._background: list[tuple[str, np.ndarray]] = []
 
-    def codes(self, media: DecodedMedia) -> np.ndarray:
-        """Returns uint64 [moments, 1]; empty without the modality."""
-        raise NotImplementedError
-
     def index(self, references: Items, background: Items) -> None:
         """Adds the clips."""
-        self._references += ((name, self.codes(media)) for name, media in references)
-        self._background += ((name, self.codes(media)) for name, media in background)
+        self._references += ((name, self._codes(media)) for name, media in references)
+        self._background += ((name, self._codes(media)) for name, media in background)
 
     def query(self, media: DecodedMedia) -> dict[str, Ranking]:
         """Returns a ranking; without answers if the clip lacks the modality or is too short."""
-        variants = [self.codes(media)]
-        if self.mirrored:
+        variants = [self._codes(media)]
+        if self._mirrored:
             mirror = dataclasses.replace(media, frames=media.frames[:, :, ::-1])
-            variants.append(self.codes(mirror))
+            variants.append(self._codes(mirror))
         background = background_score(self.search(self._background, variants))
-        return {self.method: Ranking(self.search(self._references, variants), background)}
+        return {self.methods[0]: Ranking(self.search(self._references, variants), background)}
 
     def search(
         self, references: Sequence[tuple[str, np.ndarray]], variants: Sequence[np.ndarray]
@@ -170,7 +165,7 @@ class CodeSearcher:
                 continue
             likeness = {
                 name: np.maximum(
-                    1 - np.bitwise_count(codes ^ known.T).astype(np.float32) / self.chance_bits, 0
+                    1 - np.bitwise_count(codes ^ known.T).astype(np.float32) / self._chance_bits, 0
                 )
                 for name, known in references
                 if len(known)
@@ -196,78 +191,75 @@ class CodeSearcher:
             means = along.mean(axis=1)
             line = int(np.argmax(means))
             best = max(best, (float(means[line]), int(offsets[line])))
-        return Answer(name, best[0], best[1] * self.step_seconds)
+        return Answer(name, best[0], best[1] * self._step_seconds)
 
 
-class ImageHash(CodeSearcher):
-    """pHash (`imagehash`) of four frames per second, also of their mirror images.
+def image_hash(*, answers: int) -> CodeSearcher:
+    """Returns pHash (`imagehash`) of four frames per second, also of their mirror images.
 
-    The hash is the signs of the low frequencies of the cosine transform against their median.
+    The hash is the signs of the low frequencies of the cosine transform against their median. That
+    of a frame of one colour is a random code.
+
+    Raises:
+        ImportError: without imagehash.
     """
+    import imagehash
 
-    method = "image_hash"
-    step_seconds = 0.25
-    chance_bits = 24.0  # of 64; unrelated frames differ in 32 and rarely in fewer than 20
-    mirrored = True
+    rng, step_seconds = np.random.default_rng(0), 0.25
 
-    def __init__(self, *, answers: int):
-        """Makes an empty index; ImportError without imagehash."""
-        super().__init__(answers=answers)
-        import imagehash
-
-        self._phash = imagehash.phash
-        self._rng = np.random.default_rng(0)
-
-    def codes(self, media: DecodedMedia) -> np.ndarray:
-        """Returns the hash of the frame at each moment; of one colour it is a random code."""
+    def codes(media: DecodedMedia) -> np.ndarray:
         if not media.has_video:
             return np.empty((0, 1), np.uint64)
         end = media.frame_seconds[-1] + 1e-6
-        moments = np.arange(media.frame_seconds[0], end, self.step_seconds)
+        moments = np.arange(media.frame_seconds[0], end, step_seconds)
         places = np.searchsorted(media.frame_seconds, moments + 1e-6, side="right") - 1
-        codes: list[np.ndarray] = []
+        hashes: list[np.ndarray] = []
         for frame in media.frames[np.maximum(places, 0)]:
             grey = Image.fromarray(frame).convert("L")
             if np.asarray(grey).std() < _LEAST_CONTRAST:
                 # Far from everything: half of the bits of any code differ on average.
-                bits = self._rng.integers(0, 2, 64).astype(bool)
+                bits = rng.integers(0, 2, 64).astype(bool)
             else:
-                bits = self._phash(grey).hash.reshape(-1)
-            codes.append(np.packbits(bits).view(np.uint64))
-        return np.array(codes)
+                bits = imagehash.phash(grey).hash.reshape(-1)
+            hashes.append(np.packbits(bits).view(np.uint64))
+        return np.array(hashes)
+
+    # Of 64 bits unrelated frames differ in 32 and rarely in fewer than 20.
+    return CodeSearcher(
+        "image_hash", codes, step_seconds, chance_bits=24.0, answers=answers, mirrored=True
+    )
 
 
-class Chromaprint(CodeSearcher):
-    """Chromaprint, the audio fingerprint of AcoustID and MusicBrainz.
+def chromaprint(*, answers: int) -> CodeSearcher:
+    """Returns Chromaprint, the audio fingerprint of AcoustID and MusicBrainz.
 
     `pyacoustid` calls libchromaprint (Debian: libchromaprint1). Raw sub-fingerprints of 32 bits,
-    eight per second, are compared by bit error rate at every alignment, as AcoustID compares them.
+    eight per second, each at the beginning of the 2.6 s that it describes, are compared by bit
+    error rate at every alignment, as AcoustID compares them.
+
+    Raises:
+        ImportError: without pyacoustid or libchromaprint.
     """
+    import acoustid
+    from chromaprint import decode_fingerprint
 
-    method = "chromaprint"
-    step_seconds = 1365 / 11025  # Chromaprint's hop: a third of 4096 samples at 11025 Hz
-    chance_bits = 13.0  # of 32; unrelated sub-fingerprints differ in 16, seldom in fewer than 10
-
-    def __init__(self, *, answers: int):
-        """Makes an empty index; ImportError without pyacoustid or libchromaprint."""
-        super().__init__(answers=answers)
-        import acoustid
-        import chromaprint
-
-        self._fingerprint, self._decode = acoustid.fingerprint, chromaprint.decode_fingerprint
-
-    def codes(self, media: DecodedMedia) -> np.ndarray:
-        """Returns sub-fingerprints; each is at the beginning of the 2.6 s that it describes."""
+    def codes(media: DecodedMedia) -> np.ndarray:
         if not media.has_audio:
             return np.empty((0, 1), np.uint64)
-        packed = self._fingerprint(
+        packed = acoustid.fingerprint(
             media.sample_rate_hz, 1, iter([media.waveform.tobytes()]), maxlength=24 * 3600
         )
-        codes, _ = self._decode(packed)
-        return (np.array(codes, dtype=np.int64) & 0xFFFFFFFF).astype(np.uint64).reshape(-1, 1)
+        numbers, _ = decode_fingerprint(packed)
+        return (np.array(numbers, dtype=np.int64) & 0xFFFFFFFF).astype(np.uint64).reshape(-1, 1)
+
+    # Chromaprint's hop is a third of 4096 samples at 11025 Hz. Of 32 bits, unrelated
+    # sub-fingerprints differ in 16, seldom in fewer than 10.
+    return CodeSearcher("chromaprint", codes, 1365 / 11025, chance_bits=13.0, answers=answers)
 
 
-BASELINES: Mapping[str, type[CodeSearcher]] = {b.method: b for b in (ImageHash, Chromaprint)}
+BASELINES: Mapping[str, Callable[..., CodeSearcher]] = {
+    baseline.__name__: baseline for baseline in (image_hash, chromaprint)
+}
 
 
 def load_baselines(names: Sequence[str], *, answers: int) -> tuple[list[Searcher], dict[str, str]]:

@@ -20,19 +20,12 @@ Rng = np.random.Generator
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """An interval of the transformed clip that contains the original at a constant rate.
-
-    Attributes:
-        begin_seconds: first moment in the transformed clip.
-        end_seconds: last moment in the transformed clip.
-        source_seconds: moment of the original at `begin_seconds`.
-        rate: seconds of the original per second of the transformed clip.
-    """
+    """An interval of the transformed clip that contains the original at a constant rate."""
 
     begin_seconds: float
     end_seconds: float
-    source_seconds: float
-    rate: float = 1.0
+    source_seconds: float  # moment of the original at `begin_seconds`
+    rate: float = 1.0  # seconds of the original per second of the transformed clip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from avcl_jax.data.media import DecodedMedia
-from avcl_jax.fingerprint.benchmark.searchers import Chromaprint, CodeSearcher, ImageHash
-from tests.fingerprint.benchmark.clips import FPS, RATE, SECONDS, clip
+from avcl_jax.fingerprint.benchmark.searchers import CodeSearcher, chromaprint, image_hash
+from avcl_jax.fingerprint.benchmark.timeline import excerpt
+from tests.fingerprint.benchmark.clips import FPS, SECONDS, clip
 
 STEP_SECONDS = 0.25
 
@@ -18,22 +18,9 @@ def codes_of(seed: int, moments: int = 80) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 2**63, (moments, 1), dtype=np.uint64)
 
 
-def with_errors(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Turns so many of the 64 bits of every code."""
-    rng = np.random.default_rng(0)
-    turned = np.zeros_like(codes)
-    for row in turned:
-        row[0] = sum(1 << int(bit) for bit in rng.choice(63, bits, replace=False))
-    return codes ^ turned
-
-
-class Plain(CodeSearcher):
-    """Codes that are given, instead of a clip."""
-
-    method, step_seconds, chance_bits = "plain", STEP_SECONDS, 24.0
-
-    def codes(self, media):
-        return media
+def plain() -> CodeSearcher:
+    """A searcher of codes that are given, instead of a clip."""
+    return CodeSearcher("plain", lambda media: media, STEP_SECONDS, chance_bits=24.0, answers=5)
 
 
 def search(searcher: CodeSearcher, *variants: np.ndarray):
@@ -41,8 +28,8 @@ def search(searcher: CodeSearcher, *variants: np.ndarray):
 
 
 @pytest.fixture
-def library() -> Plain:
-    searcher = Plain(answers=5)
+def library():
+    searcher = plain()
     searcher.index(((f"r{seed}", codes_of(seed)) for seed in range(5)), ())
     return searcher
 
@@ -50,7 +37,7 @@ def library() -> Plain:
 @pytest.mark.parametrize("rate", [1.0, 0.8, 1.25])
 def test_a_piece_is_found_where_it_begins_at_every_rate(library, rate):
     piece = codes_of(3)[20 + np.rint(rate * np.arange(16)).astype(int)]
-    first, second, *_ = search(library, with_errors(piece, 6))
+    first, second, *_ = search(library, piece ^ np.uint64(0b111111))  # six bits are wrong
     assert (first.source, first.offset_seconds) == ("r3", 20 * STEP_SECONDS)
     assert first.score == pytest.approx(1 - 6 / 24)  # a quarter of what chance leaves is wrong
     assert second.score < 0.3
@@ -68,19 +55,7 @@ def test_the_better_variant_counts_and_nothing_finds_nothing(library):
     assert found[0].source == "r4"
     assert len({answer.source for answer in found}) == len(found) == 5
     assert search(library, codes_of(0)[:0]) == []
-    assert search(Plain(answers=5), codes_of(0)) == []
-
-
-def cut(media: DecodedMedia, start: float, end: float) -> DecodedMedia:
-    """Seconds `start` to `end`, as a query would be cut."""
-    shown = (media.frame_seconds >= start) & (media.frame_seconds < end)
-    return dataclasses.replace(
-        media,
-        frames=media.frames[shown],
-        frame_seconds=media.frame_seconds[shown] - start,
-        waveform=media.waveform[round(start * RATE) : round(end * RATE)],
-        duration_seconds=end - start,
-    )
+    assert search(plain(), codes_of(0)) == []
 
 
 def indexed(searcher):
@@ -91,20 +66,20 @@ def indexed(searcher):
 
 def test_image_hash_finds_a_brighter_mirrored_piece_and_not_by_audio():
     pytest.importorskip("imagehash")
-    searcher = indexed(ImageHash(answers=2))
-    query = cut(clip(3), 2.0, 5.0)
+    searcher = indexed(image_hash(answers=2))
+    query = excerpt(clip(3), 2.0, 5.0)
     changed = np.clip(query.frames[:, :, ::-1].astype(int) + 20, 0, 255).astype(np.uint8)
     ranking = searcher.query(dataclasses.replace(query, frames=changed))["image_hash"]
     assert ranking.answers[0].source == "clip 3"
     assert ranking.answers[0].offset_seconds == pytest.approx(2.0, abs=1 / FPS)
     assert ranking.answers[0].score > 0.7 > ranking.answers[1].score
     assert ranking.background < ranking.answers[0].score
-    assert searcher.query(cut(clip(3, video=False), 2.0, 5.0))["image_hash"].answers == []
+    assert searcher.query(excerpt(clip(3, video=False), 2.0, 5.0))["image_hash"].answers == []
 
 
 def test_frames_of_one_colour_resemble_nothing_not_even_each_other():
     pytest.importorskip("imagehash")
-    searcher = ImageHash(answers=2)
+    searcher = image_hash(answers=2)
     black = dataclasses.replace(clip(1), frames=np.zeros_like(clip(1).frames))
     searcher.index(iter([("clip 2", clip(2)), ("black", black)]), iter([]))
     assert searcher.query(black)["image_hash"].answers[0].score < 0.3
@@ -112,10 +87,10 @@ def test_frames_of_one_colour_resemble_nothing_not_even_each_other():
 
 def test_chromaprint_finds_a_quieter_piece_and_not_by_video():
     pytest.importorskip("chromaprint", exc_type=ImportError)
-    searcher = indexed(Chromaprint(answers=2))
-    query = cut(clip(2), 1.0, SECONDS)
+    searcher = indexed(chromaprint(answers=2))
+    query = excerpt(clip(2), 1.0, SECONDS)
     quiet = dataclasses.replace(query, waveform=(query.waveform * 0.3).astype(np.int16))
     answer = searcher.query(quiet)["chromaprint"].answers[0]
     assert answer.source == "clip 2"
     assert answer.offset_seconds == pytest.approx(1.0, abs=0.15)
-    assert searcher.query(cut(clip(2, audio=False), 1.0, 5.0))["chromaprint"].answers == []
+    assert searcher.query(excerpt(clip(2, audio=False), 1.0, 5.0))["chromaprint"].answers == []

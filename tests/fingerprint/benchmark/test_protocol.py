@@ -20,27 +20,17 @@ from avcl_jax.data.media import DecodedMedia
 from avcl_jax.data.record_writer import write_dataset_metadata
 from avcl_jax.data.records import RecordDataset, shard_name
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.protocol import (
-    OUTCOMES,
-    Outcomes,
-    read_outcomes,
-    write_outcomes,
-)
+from avcl_jax.evaluation.protocol import OUTCOMES, Outcomes, read_outcomes, write_outcomes
 from avcl_jax.export.runs import open_encoders
 from avcl_jax.fingerprint.benchmark import clips as benchmark_clips
 from avcl_jax.fingerprint.benchmark import protocol
-from avcl_jax.fingerprint.benchmark.clips import (
-    clips_of_records,
-    not_empty_clips,
-    segments_of_files,
-)
 from avcl_jax.fingerprint.benchmark.protocol import clip_sets, fingerprinting
 from avcl_jax.fingerprint.benchmark.searchers import BASELINES
 from avcl_jax.fingerprint.settings import FingerprintSettings
 from benchmarks import fingerprint as benchmark
 from benchmarks.measure import SkipError
 from configs import fingerprint
-from tests.data.synthetic_media import write_flash_and_click
+from tests.data.synthetic_media import write_clip
 from tests.data.synthetic_records import make_record, write_shard
 from tests.fingerprint import synthetic
 from tests.fingerprint.benchmark.clips import clip
@@ -48,7 +38,7 @@ from tests.training.small import run
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def records(tmp_path_factory):
     directory = tmp_path_factory.mktemp("records")
     made = [make_record(n, seconds=4.0, side=24) for n in range(9)]
     # A reference that shows and tells nothing ends no run.
@@ -68,12 +58,8 @@ def here(target: str, arguments: dict[str, Any], **_: Any) -> Any:
 
 
 def test_rows_of_the_benchmark_and_the_report_beside_them(
-    encoders: Path,
-    records: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    encoders, records, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(benchmark, "run_child", here)
     monkeypatch.setattr(benchmark, "need", lambda _: None)  # baselines may be left out here
     arguments = [
@@ -125,9 +111,7 @@ def small_config(encoders: Path, records: Path) -> ml_collections.ConfigDict:
     return config
 
 
-def test_results_without_a_baseline_are_not_those_with_it(
-    encoders: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_without_a_baseline_are_not_those_with_it(encoders, records, tmp_path, monkeypatch):
     config = small_config(encoders, records)
     config.families = ("flip",)
     config.baselines = ("image_hash",)
@@ -142,7 +126,7 @@ def test_results_without_a_baseline_are_not_those_with_it(
     assert asked_for == [config.answers + 1]  # or a tie at the cut would not be seen
 
 
-def test_encoders_that_met_a_clip_of_any_role_are_refused(encoders: Path, records: Path) -> None:
+def test_encoders_that_met_a_clip_of_any_role_are_refused(encoders, records):
     config = small_config(encoders, records)
     source = open_encoders(encoders)
     met = RecordDataset(records, "test").fingerprint
@@ -153,47 +137,44 @@ def test_encoders_that_met_a_clip_of_any_role_are_refused(encoders: Path, record
     assert [len(getattr(clips, f.name)) for f in dataclasses.fields(clips)] == [4, 0, 2, 1, 2]
 
 
-def benchmark_with(
-    results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> benchmark._Benchmark:
-    monkeypatch.setattr(benchmark, "run_child", lambda *_: results)
-    monkeypatch.setattr(benchmark, "need", lambda _: None)
-    place = tmp_path
-    return benchmark._Benchmark(
-        argparse.Namespace(encoder=place, records=place, workdir=place, small=False)
-    )
+@pytest.fixture
+def benchmark_with(tmp_path, monkeypatch):
+    """Function of what every child process returns, to the rows of the benchmark."""
+
+    def benchmark_with(child: Any) -> benchmark._Benchmark:
+        monkeypatch.setattr(benchmark, "run_child", child)
+        monkeypatch.setattr(benchmark, "need", lambda _: None)
+        places = dict.fromkeys(("encoder", "records", "workdir"), tmp_path)
+        places |= {name: tmp_path / name for name in ("media", "clips")}
+        return benchmark._Benchmark(argparse.Namespace(**places, small=False, repeats=1))
+
+    return benchmark_with
 
 
-def test_a_comparison_without_a_baseline_is_skipped_with_the_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_comparison_without_a_baseline_is_skipped_with_the_reason(benchmark_with):
     details = {"skipped_baselines": {"chromaprint": "no libchromaprint"}}
-    measured = benchmark_with({"details": details}, tmp_path, monkeypatch)
     with pytest.raises(SkipError, match="chromaprint: no libchromaprint"):
-        measured.minus_baseline()
-    measured = benchmark_with({"refused": "choose another --workdir"}, tmp_path, monkeypatch)
+        benchmark_with(lambda *_: {"details": details}).minus_baseline()
     with pytest.raises(SkipError, match="choose another --workdir"):
-        measured.fused_r1("foley")
+        benchmark_with(lambda *_: {"refused": "choose another --workdir"}).fused_r1("foley")
 
 
 def test_the_figure_of_indexing_is_that_of_films_with_the_demos_clips_beside_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch, benchmark_with
+):
     for name in ("media", "clips"):
         (tmp_path / name).mkdir()
     (tmp_path / "clips" / "a.mp4").touch()
     films = [tmp_path / f"{n}.mp4" for n in range(3)]
     monkeypatch.setattr(benchmark.footage, "make_videos", lambda *_, **__: films)
-    measured = benchmark_with({}, tmp_path, monkeypatch)
-    measured._args.media, measured._args.clips = tmp_path / "media", tmp_path / "clips"
-    measured._args.repeats = 1
 
     def seconds(_: str, arguments: dict[str, Any]) -> float:
-        return len(arguments["files"]) * (1.0 if arguments["only_decode"] else 2.0) + (
-            0.0 if len(arguments["files"]) > 1 or arguments["only_decode"] else 2.0
-        )
+        count = len(arguments["files"])
+        if arguments["only_decode"]:
+            return 1.0 * count
+        return 2.0 * count if count > 1 else 4.0
 
-    monkeypatch.setattr(benchmark, "run_child", seconds)
+    measured = benchmark_with(seconds)
     ratio, detail = measured.over_decoding()
     assert (ratio, detail["files"]) == (0.5, 3)
     assert detail["clips_as_the_demos"]["ratio"] == 0.25
@@ -203,7 +184,7 @@ def test_the_figure_of_indexing_is_that_of_films_with_the_demos_clips_beside_it(
         measured.over_decoding()
 
 
-def test_the_difference_to_a_baseline_has_the_same_videos_on_both_sides(tmp_path: Path) -> None:
+def test_the_difference_to_a_baseline_has_the_same_videos_on_both_sides(tmp_path):
     videos = [f"video {n // 2}" for n in range(12)]
     image_hash = np.array([1, 0] * 6, float)
     values = {
@@ -220,13 +201,17 @@ def test_the_difference_to_a_baseline_has_the_same_videos_on_both_sides(tmp_path
     assert found == (0.5, 0.5, 0.5)
 
 
-def test_settings_that_cannot_be_met_are_one_line(encoders: Path, records: Path, tmp_path) -> None:
+def test_settings_that_cannot_be_met_are_one_line(encoders, records, tmp_path):
     config = fingerprint.get_config()
     config.encoder, config.data.directory = str(encoders), str(records)
     with pytest.raises(ValueError, match=r"the protocol needs 400 records of .*, there are 9:"):
         fingerprinting(config, tmp_path)
     with pytest.raises(ValueError, match="unknown preset 'foly': use one of foley, real"):
         fingerprint.get_config("foly")
+    for preset in ("foley", "real", "vggsound"):
+        config = fingerprint.get_config(preset)
+        assert FingerprintSettings(**config.index.to_dict()) == FingerprintSettings()
+        assert set(config.baselines) == set(BASELINES)
 
 
 @pytest.mark.parametrize(
@@ -241,8 +226,8 @@ def test_settings_that_cannot_be_met_are_one_line(encoders: Path, records: Path,
     ],
 )
 def test_settings_are_checked_before_anything_is_decoded(
-    encoders: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides, said
-) -> None:
+    encoders, records, tmp_path, monkeypatch, overrides, said
+):
     monkeypatch.setattr(protocol, "segments_of_files", None)
     monkeypatch.setattr(RecordDataset, "__getitem__", None)
     config = fingerprint.get_config("real")
@@ -258,16 +243,16 @@ def test_settings_are_checked_before_anything_is_decoded(
         fingerprinting(config, tmp_path / "w")
 
 
-def test_listing_the_clips_of_records_reads_no_record(records: Path, monkeypatch) -> None:
+def test_listing_the_clips_of_records_reads_no_record(records, monkeypatch):
     dataset = RecordDataset(records, "test")
     sources = [dataset[n].source_id for n in range(4)]
     monkeypatch.setattr(RecordDataset, "__getitem__", None)
-    clips = clips_of_records(dataset)[:4]
+    clips = benchmark_clips.clips_of_records(dataset)[:4]
     # Videos are told apart as the records' sources are.
     assert len({clip.video for clip in clips}) == len(set(sources))
 
 
-def test_decoded_files_are_kept_up_to_a_number_of_bytes(tmp_path: Path, monkeypatch) -> None:
+def test_decoded_files_are_kept_up_to_a_number_of_bytes(tmp_path, monkeypatch):
     decoded = []
 
     def decode(path: Path, **_: object) -> DecodedMedia:
@@ -281,38 +266,27 @@ def test_decoded_files_are_kept_up_to_a_number_of_bytes(tmp_path: Path, monkeypa
     for room, expected in ((3 * size, "ab"), (size + 1, "ababa"), (1, "ababa")):
         decoded.clear()
         monkeypatch.setattr(benchmark_clips, "_BYTES", room)
-        segments, _ = segments_of_files(paths, **settings)
+        segments, _ = benchmark_clips.segments_of_files(paths, **settings)
         for segment in (*segments, segments[0]):  # one file after the other, then back
             segment.load()
         assert "".join(decoded) == expected
 
 
-def test_files_are_cut_into_segments_or_named_with_a_reason(tmp_path: Path) -> None:
-    written = {
-        "video_codec": "libx264",
-        "audio_codec": "aac",
-        "frame_times": np.arange(70) / 10,
-        "sound_seconds": 7.0,
-    }
-    write_flash_and_click(tmp_path / "long.mp4", **written)
+def test_files_are_cut_into_segments_or_named_with_a_reason(tmp_path):
+    write_clip(tmp_path / "long.mp4", 70)
     (tmp_path / "text.mp4").write_text("no film")
     # Its sound ends before the second segment, which has none.
-    write_flash_and_click(tmp_path / "quiet.mp4", **{**written, "sound_seconds": 2.5})
+    write_clip(tmp_path / "quiet.mp4", 70, sound_seconds=2.5)
     # In the second segment only dither sounds, or there is nothing at all; from a quarter of a
     # second before it, as the coding of sound spreads it.
     film, black = synthetic.clip(0, 2.75), synthetic.leader(3.25)
-    synthetic.write(tmp_path / "black.mkv", synthetic.joined(film, black))
+    synthetic.write(tmp_path / "black.mkv", synthetic.joined([film, black]))
     dither = np.arange(len(black.waveform), dtype=np.int16) % 2
     later = dataclasses.replace(synthetic.clip(1, 3.25), waveform=dither)
-    synthetic.write(tmp_path / "dither.mkv", synthetic.joined(film, later))
-    write_flash_and_click(tmp_path / "tiny.mp4", **written, side=8)
-    segments, unused = segments_of_files(
-        sorted(tmp_path.iterdir()),
-        segment_seconds=3.0,
-        short_side=32,
-        max_fps=10.0,
-        sample_rate_hz=16_000,
-    )
+    synthetic.write(tmp_path / "dither.mkv", synthetic.joined([film, later]))
+    write_clip(tmp_path / "tiny.mp4", 70, side=8)
+    settings = {"segment_seconds": 3.0, "short_side": 32, "max_fps": 10.0, "sample_rate_hz": 16_000}
+    segments, unused = benchmark_clips.segments_of_files(sorted(tmp_path.iterdir()), **settings)
     assert [s.name for s in segments] == [
         *("black.mkv@0s", "black.mkv@3s", "dither.mkv@0s", "dither.mkv@3s"),
         *("long.mp4@0s", "long.mp4@3s"),
@@ -322,7 +296,7 @@ def test_files_are_cut_into_segments_or_named_with_a_reason(tmp_path: Path) -> N
     assert list(unused) == ["text.mp4", "tiny.mp4"]
     heard = [s.load().has_audio for s in segments]
     assert heard == [True, False, True, False, True, True, True, False]
-    with_content = [name for name, _ in not_empty_clips(segments, unused)]
+    with_content = [name for name, _ in benchmark_clips.not_empty_clips(segments, unused)]
     assert with_content == [s.name for s in segments if s.name != "black.mkv@3s"]
     assert list(unused) == ["text.mp4", "tiny.mp4", "black.mkv@3s"]
     media = segments[5].load()
@@ -332,14 +306,7 @@ def test_files_are_cut_into_segments_or_named_with_a_reason(tmp_path: Path) -> N
     np.testing.assert_allclose(white, [0.0, 1.0, 2.0], atol=0.01)
 
 
-@pytest.mark.parametrize("preset", ["foley", "real", "vggsound"])
-def test_presets_name_settings_of_the_index_and_baselines_that_exist(preset: str) -> None:
-    config = fingerprint.get_config(preset)
-    assert FingerprintSettings(**config.index.to_dict()) == FingerprintSettings()
-    assert set(config.baselines) == set(BASELINES)
-
-
-def test_clips_of_the_preset_are_not_the_demos(tmp_path: Path) -> None:
+def test_clips_of_the_preset_are_not_the_demos(tmp_path):
     data = fingerprint.get_config("foley").data
     few = data.prepare.replace("--test=400", "--test=2").split("foley_fingerprint ")[1].split()
     run(["demo", f"--out={tmp_path / 'other'}", *few, "--workers=1"], module="data_prep")
