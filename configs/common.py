@@ -14,9 +14,6 @@ def choose(preset: str, *presets: Callable[[], ConfigDict], name: str = "{}") ->
         presets: functions with the names of their presets.
         name: name of the config, after which its workdir is named, with {} for the preset; a
             preset that sets one keeps it.
-
-    Raises:
-        UserError: if there is no such preset; the message names the known ones.
     """
     by_name = {function.__name__: function for function in presets}
     if preset not in by_name:
@@ -51,12 +48,7 @@ def execution(**settings: int | str) -> ConfigDict:
 
 
 def protocol(task: str, name: str) -> ConfigDict:
-    """Returns the settings that every protocol of an encoder reads.
-
-    Args:
-        task: its function, `module:function`.
-        name: results are written to runs/NAME where no --workdir is given.
-    """
+    """Returns the settings that every protocol of an encoder reads; `task` is its function."""
     c = ConfigDict(dict(task=task, name=name, seed=0, bootstrap=dict(resamples=1000)))
     c.encoder = "runs/demo"  # workdir of a run, directory of its export, or imported weights
     c.execution = execution(threads=2, chunk=16, part_records=1024)

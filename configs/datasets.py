@@ -50,14 +50,15 @@ DATASETS = {
 
 
 def find(name: str) -> DataSet:
-    """Returns the row of the data set `name`.
-
-    Raises:
-        UserError: if there is none; the message names the known ones.
-    """
+    """Returns the row of a data set, or raises `UserError` with the names of the known ones."""
     if name not in DATASETS:
         raise UserError(f"unknown preset {name!r}: use one of {', '.join(DATASETS)}")
     return DATASETS[name]
+
+
+# True: test on records that the encoder met in pretraining; leave out records without the class or
+# the modality.
+_TESTED = {"allow_trained_on": False, "leave_out": False}
 
 
 def training(name: str) -> ConfigDict:
@@ -72,8 +73,7 @@ def testing(name: str) -> ConfigDict:
     """Returns the section `data` of a protocol without training: the test records."""
     c = training(name)
     c.split = find(name).test
-    c.allow_trained_on = False  # test on records that the encoder met in pretraining
-    c.leave_out = False  # True leaves out records without a modality
+    c.update(_TESTED)
     return c
 
 
@@ -84,6 +84,5 @@ def labelled(name: str) -> ConfigDict:
     c.update(train_split=row.train, test_split=row.test)
     # One entry per official split: LABEL=VALUE, LABEL=VALUE|VALUE, LABEL!=VALUE; "" is all.
     c.train_select, c.test_select = zip(*row.selections, strict=True)
-    c.allow_trained_on = False  # test on records that the encoder met in pretraining
-    c.leave_out = False  # True leaves out records without the class or the modality
+    c.update(_TESTED)
     return c

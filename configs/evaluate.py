@@ -1,7 +1,6 @@
 """Evaluation of a pretrained run: retrieval, temporal tasks, and where there are labels, probes.
 
     python -m avcl_jax.main --config=configs/evaluate.py --workdir=RUN
-    python -m avcl_jax.main --config=configs/evaluate.py:demo --workdir=runs/demo
     python -m avcl_jax.main --config=configs/evaluate.py:vggsound --workdir=gs://bucket/vggsound
 
 Model, views and records are read from RUN/config.json; this file has only settings of evaluation.
@@ -45,11 +44,9 @@ def get_config(preset: str = "run") -> ConfigDict:
 
     # Features and embeddings: means over views of fixed times and speeds, cropped in the centre.
     e.speeds = ()  # of those that the run trained; () is all of them
-    e.clips = 4  # at each speed
-    e.recall_at = (1, 5, 10, 20, 50)
+    e.update(clips=4, recall_at=(1, 5, 10, 20, 50))  # clips at each speed
 
-    e.probes = ()  # linear probes: (label, modality)
-    e.probe = linear_probe()
+    e.update(probes=(), probe=linear_probe())  # linear probes of (label, modality)
     e.position_cells = 8  # histogram of position: cells x cells
 
     # Temporal tasks: pairs of views of each test record, drawn as in training, one playback for

@@ -12,7 +12,6 @@ from configs.common import execution
 
 
 def get_config() -> ConfigDict:
-    """Returns the task, whose settings are those of the run."""
-    c = ConfigDict(dict(task="avcl_jax.export.runs:export_run", execution=execution()))
-    c.name = "demo"  # the run under runs/ that is exported where no --workdir is given
-    return c.lock()
+    """Returns the task, whose settings are those of the run; without --workdir, of runs/demo."""
+    task = "avcl_jax.export.runs:export_run"
+    return ConfigDict(dict(task=task, name="demo", execution=execution())).lock()

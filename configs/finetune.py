@@ -1,6 +1,5 @@
 """Recognition by fine-tuning an encoder on labels.
 
-    python -m avcl_jax.main --config=configs/finetune.py
     python -m avcl_jax.main --config=configs/finetune.py:ucf101 --config.encoder=runs/k400 \\
         --workdir=runs/ucf101
     python -m avcl_jax.main --config=configs/finetune.py --config.init=random --workdir=runs/scratch
@@ -74,12 +73,10 @@ def demo_audio() -> ConfigDict:
 
 
 def records() -> ConfigDict:
-    """Your own records, with splits train and test, by the schedule of the demo.
+    """Your own records, with splits train and test: as demo, but clips are as long as in training.
 
     python -m avcl_jax.main --config=configs/finetune.py:records --config.encoder=runs/mine \\
         --config.data.directory=data/mine --config.data.label=LABEL --workdir=runs/mine_finetuned
-
-    Clips are as long as in pretraining. Hardware: as demo.
     """
     c = demo()
     c.data = datasets.labelled("records")
@@ -88,7 +85,7 @@ def records() -> ConfigDict:
 
 
 def ucf101() -> ConfigDict:
-    """UCF101, three official splits; prepare it as docs/data/ucf101.md says.
+    """UCF101, three official splits: docs/data/ucf101.md.
 
     Schedule of AVID-CMA (Morgado et al., CVPR 2021; facebookresearch/AVID-CMA,
     configs/benchmark/ucf/32at16-fold2.yaml and eval-action-recg.py): Adam 1e-4, batch 32, the
@@ -106,7 +103,7 @@ def ucf101() -> ConfigDict:
     # 2 s at 16 frames/s: AVID-CMA and CrissCross. They crop 224 pixels of larger frames, GDT 128
     # (eval_video.py; 112 in pretraining); records have 128 unless prepared otherwise.
     c.clip = dict(seconds=2.0, num_frames=32, image_size=112)
-    # AVID-CMA, configs/benchmark/ucf/32at16-fold2.yaml: "msc+color", min_area 0.08.
+    # As AVID-CMA: "msc+color", min_area 0.08.
     c.crop = dict(min_area=0.08, flip=True, quarter_turns=False)
     c.photometric = dict(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2)
     c.photometric.update(gray_probability=0.0, per_frame=False)
@@ -129,7 +126,7 @@ def ucf101() -> ConfigDict:
 
 
 def hmdb51() -> ConfigDict:
-    """HMDB51, three official splits; prepare it as docs/data/hmdb51.md says.
+    """HMDB51, three official splits: docs/data/hmdb51.md.
 
     Schedule of AVID-CMA (configs/benchmark/hmdb51/32at16-fold3.yaml): as ucf101, but 10 epochs of
     10 clips with falls at 3, 6 and 8, and colour jitter up to 1.0. Hardware, verified: as ucf101.
@@ -142,14 +139,13 @@ def hmdb51() -> ConfigDict:
 
 
 def kinetics400() -> ConfigDict:
-    """Kinetics-400, trained on train, tested on val; prepare it as docs/data/kinetics.md says.
+    """Kinetics-400, trained on train, tested on val: docs/data/kinetics.md.
 
     Schedule of R(2+1)D (Tran et al., CVPR 2018; facebookresearch/VMZ,
     scripts/train_r2plus1d_kinetics.sh): SGD 0.01 for a batch of 32, falling by 0.1, weight decay
     1e-4. Its 35 million clips are 140 epochs of one clip, for training from scratch; here 45, with
-    falls at 20, 30 and 40, and the learning rate scaled to the batch.
-
-    Intended hardware: 8 GPUs of 80 GB or TPU v5e-32. Not run.
+    falls at 20, 30 and 40, and the learning rate scaled to the batch. Intended hardware: 8 GPUs of
+    80 GB or TPU v5e-32. Not run.
     """
     c = ucf101()
     c.update(epochs=45.0, global_batch_size=256, data=datasets.labelled("kinetics400"))
@@ -161,13 +157,12 @@ def kinetics400() -> ConfigDict:
 
 
 def esc50() -> ConfigDict:
-    """ESC-50, its five folds; prepare it as docs/data/esc50.md says.
+    """ESC-50, its five folds: docs/data/esc50.md.
 
     Schedule after AST (Gong et al., Interspeech 2021; YuanGongND/ast, egs/esc50/run_esc.sh): Adam
     1e-4, batch 48, 35 epochs of whole 5 s files with masked bands. Here the rate falls as a cosine,
-    the last epoch is reported, and clips are 2 s, so epochs are three times as many.
-
-    Intended hardware: 1 GPU. Not run on all of ESC-50.
+    the last epoch is reported, and clips are 2 s, so epochs are three times as many. Intended
+    hardware: 1 GPU. Not run on all of ESC-50.
     """
     c = ucf101()
     c.update(modality="audio", data=datasets.labelled("esc50"))
@@ -181,13 +176,13 @@ def esc50() -> ConfigDict:
 
 
 def esc10() -> ConfigDict:
-    """ESC-10, its five folds, for an encoder of the demo's size.
+    """ESC-10, its five folds, for encoders of the demo's size, on 2 CPU cores.
 
     python -m avcl_jax.main --config=configs/finetune.py:esc10 \\
         --config.encoder='runs/esc10/seed0/fold{fold}' --workdir=runs/esc10_finetuned
 
-    As esc50 but for the learning rate, which is the demo's, and fewer epochs, chosen for their
-    time. Hardware: 2 CPU cores. Results: docs/protocols/action_recognition.md.
+    As esc50, but with the learning rate of the demo, and fewer epochs, chosen for their time.
+    Results: docs/protocols/action_recognition.md.
     """
     c = esc50()
     c.update(epochs=60.0, model=dict(dtype="float32"), data=datasets.labelled("esc10"))
@@ -197,7 +192,7 @@ def esc10() -> ConfigDict:
 
 
 def vggsound() -> ConfigDict:
-    """VGG-Sound's 309 classes from audio; prepare it as docs/data/vggsound.md says.
+    """VGG-Sound's 309 classes from audio: docs/data/vggsound.md.
 
     The schedule is our choice: no relative fine-tunes on it. Intended hardware: 1 GPU. Not run.
     """

@@ -1,7 +1,6 @@
 """Fingerprinting: is the source of a transformed clip found, and what do other methods find?
 
     python -m avcl_jax.main --config=configs/fingerprint.py --workdir=runs/demo_fingerprint
-    python -m avcl_jax.main --config=configs/fingerprint.py:real --workdir=runs/real_fingerprint
     python -m avcl_jax.main --config=configs/fingerprint.py:vggsound \\
         --config.encoder=gs://bucket/vggsound --workdir=gs://bucket/vggsound_fingerprint
 
@@ -31,21 +30,18 @@ def foley() -> ConfigDict:
     Hardware: one CPU core, half an hour beside other load; making the clips takes 40 s.
     """
     c = protocol("avcl_jax.fingerprint.benchmark.protocol:fingerprinting", "fingerprint")
-    c.data = dict(directory="data/foley_fingerprint/records")
+    c.data = dict(directory="data/foley_fingerprint/records", split="test")
     c.data.prepare = f"python -m data_prep demo --out data/foley_fingerprint {FOLEY_OPTIONS}"
-    # Of this split every role takes records of its own, one role after the other.
-    c.data.split = "test"
-    c.data.update(references=200, distractors=100)  # references are indexed
-    c.data.others = 50  # foreign footage of splices and exchanged audio
-    c.data.background = 50  # for normalised scores
+    # Every role takes records of its own of the split. References are indexed, others are foreign
+    # footage of splices and exchanged audio, background is for normalised scores.
+    c.data.update(references=200, distractors=100, others=50, background=50)
     c.data.allow_trained_on = False  # take records that the encoder met in pretraining
     c.data.files = ""  # folder of media files to cut into segments: the references of `real`
 
     # References that each family takes, and as many distractors.
     c.queries = dict(weak=3, medium=12, strong=3)
     c.families = ()  # () is all of avcl_jax/fingerprint/benchmark/families.py
-    c.answers = 5  # to each query, that precision and µAP are over
-    c.tolerance_seconds = 1.0
+    c.update(answers=5, tolerance_seconds=1.0)  # answers per query, of precision and µAP
     # How the index is made: avcl_jax/fingerprint/settings.py explains each.
     c.index = dataclasses.asdict(FingerprintSettings())
     c.baselines = ("image_hash", "chromaprint")
@@ -56,24 +52,19 @@ def foley() -> ConfigDict:
 def real() -> ConfigDict:
     """Segments of real videos among real audio and clips as the demo's; a hit is the very segment.
 
-    Hardware: one CPU core, 8 minutes.
+    Hardware: one CPU core, 8 minutes. References of the records are indexed, and never looked for.
     """
     c = foley()
     c.name = "fingerprint_real"
-    c.data.files = "../shared/data/media"
+    c.data.update(files="../shared/data/media", audio_files="../shared/data/esc10/audio")
     c.data.update(segment_seconds=4.0, short_side=128, max_fps=16.0, sample_rate_hz=16_000)
-    c.data.references = 100  # of the records: indexed, and never looked for
-    c.data.update(distractors=30, others=20, background=20)
-    c.data.audio_files = "../shared/data/esc10/audio"
+    c.data.update(references=100, distractors=30, others=20, background=20)
     c.data.audio_clips = dict(fillers=100, distractors=30, background=20)
     return c
 
 
 def vggsound() -> ConfigDict:
-    """VGG-Sound, on which the paper shows fingerprinting: test clips as references.
-
-    Hardware: a host with 16 cores and any accelerator; never run by us.
-    """
+    """VGG-Sound, for which the paper shows fingerprinting, for a host of 16 cores; not run."""
     c, row = foley(), datasets.find("vggsound")
     c.update(name="fingerprint_vggsound", encoder="runs/vggsound")
     c.data.update(directory=row.directory, prepare=row.prepare, split=row.test)

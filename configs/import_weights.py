@@ -3,9 +3,9 @@
     python -m avcl_jax.main --config=configs/import_weights.py:torchvision,r2plus1d_18 \\
         --config.checkpoint=r2plus1d_18-91a641e6.pth --workdir=runs/r2plus1d_18
 
-The preset is a code base and one of its encoders: docs/encoders.md lists them. Writes
-WORKDIR/export/video or WORKDIR/export/audio, which `avcl_jax.export.load_encoder` reads. Settings
-of the input that importing does not touch are those of configs/pretrain.py:kinetics400.
+The preset is a code base and one of its encoders (docs/encoders.md). Writes WORKDIR/export/video or
+WORKDIR/export/audio, which `avcl_jax.export.load_encoder` reads. Settings of the input that
+importing does not touch are those of configs/pretrain.py:kinetics400.
 """
 
 from ml_collections import ConfigDict
@@ -41,8 +41,8 @@ def _set_video_input(c: ConfigDict, code_base: str) -> None:
     video = c.model.video
     c.spectrogram.frames = 1  # audio is not read, but a clip must have whole windows
     if code_base == "torchvision":  # torchvision.transforms._presets.VideoClassification, 15 fps
-        video.channel_mean = (0.43216, 0.394666, 0.37645)
-        video.channel_std = (0.22803, 0.22145, 0.216989)
+        video.update(channel_mean=(0.43216, 0.394666, 0.37645))
+        video.update(channel_std=(0.22803, 0.22145, 0.216989))
         c.views.update(num_frames=16, clip_seconds=16 / 15)
         c.spectrogram.sample_rate_hz = 24_000  # 25,600 samples in this interval
         c.crop.image_size = 224 if video.name == "s3d" else 112

@@ -111,8 +111,7 @@ def demo() -> ConfigDict:
 def abstract() -> ConfigDict:
     """The demo with the contrastive terms of the paper's abstract: video-video and video-audio.
 
-    The demo's third term, audio-audio, is ours; in other presets, `--config.loss.weights.aa=0`
-    switches it off. Hardware: as the demo.
+    The third term, audio-audio, is ours; `--config.loss.weights.aa=0` switches it off anywhere.
     """
     c = demo()
     c.loss.weights.aa = 0.0
@@ -120,11 +119,7 @@ def abstract() -> ConfigDict:
 
 
 def records() -> ConfigDict:
-    """Your own records, at the size of the demo.
-
-    The run is named after the directory of the records; without --workdir it is written to
-    runs/NAME. Hardware: as the demo.
-    """
+    """Your own records, at the size of the demo; runs/NAME is named after their directory."""
     c = demo()
     c.update(name="", data=datasets.training("records"))
     c.bank.health_labels = ()
@@ -255,19 +250,16 @@ def kinetics400() -> ConfigDict:
 
 
 def kinetics600() -> ConfigDict:
-    """Kinetics-600, 392,000 clips of 10 s, 200 epochs.
-
-    Intended hardware: TPU v5e-64 or 16 GPUs of 80 GB. Verified and not run: as kinetics400.
-    """
+    """Kinetics-600, 392,000 clips of 10 s, 200 epochs: TPU v5e-64 or 16 GPUs of 80 GB; not run."""
     c = kinetics400()
     c.update(steps=76_500, global_batch_size=1024, data=datasets.training("kinetics600"))
     return c
 
 
 def vggsound() -> ConfigDict:
-    """VGG-Sound, 184,000 training clips of 10 s whose audio source is visible, 200 epochs.
+    """VGG-Sound, 184,000 training clips of 10 s whose audio source is visible, 200 epochs; not run.
 
-    Intended hardware: TPU v5e-32 or 8 GPUs of 80 GB. Verified and not run: as kinetics400.
+    Intended hardware: as kinetics400.
     """
     c = kinetics400()
     c.update(steps=72_000, data=datasets.training("vggsound"))
@@ -278,8 +270,7 @@ def vggsound() -> ConfigDict:
 def audioset() -> ConfigDict:
     """AudioSet, about 1.9 million clips of 10 s, 50 epochs, because it is 5 to 10 times as large.
 
-    Several labels per clip. Intended hardware: TPU v5e-128 or 32 GPUs of 80 GB. As kinetics400,
-    verified and not run.
+    Several labels per clip. Intended hardware: TPU v5e-128 or 32 GPUs of 80 GB. Not run.
     """
     c = kinetics400()
     c.update(steps=46_000, global_batch_size=2048, data=datasets.training("audioset"))

@@ -56,7 +56,13 @@ from avcl_jax.evaluation.splits import Split, numbered_sides, open_splits
 from avcl_jax.export import Encoder
 from avcl_jax.export.runs import random_like
 from avcl_jax.training import sharding
-from avcl_jax.training.checkpoint import Checkpoints, Progress, check_config, read_progress
+from avcl_jax.training.checkpoint import (
+    Progress,
+    check_config,
+    open_checkpoints,
+    read_progress,
+    restore,
+)
 from avcl_jax.training.metrics import MetricWriter
 from avcl_jax.training.optimizer import create_optimizer, warmup_cosine, warmup_multistep
 from avcl_jax.training.run_steps import run_steps
@@ -199,11 +205,11 @@ def run_split(
     # Not before, so that a mistake in the settings above leaves no directory behind.
     workdir.mkdir(parents=True, exist_ok=True)
     _check_training(config, workdir, split)
-    checkpoints = Checkpoints(workdir, keep=run.keep_checkpoints)
+    checkpoints = open_checkpoints(workdir, keep=run.keep_checkpoints)
     progress, complete = Progress(0, 0.0, train.fingerprint, mesh.size), True
     if (saved := checkpoints.latest_step()) is not None:
         progress = dataclasses.replace(read_progress(workdir, saved), devices=mesh.size)
-        state = checkpoints.restore(saved, state)
+        state = restore(checkpoints, saved, state)
     if progress.step < steps:
         writer = MetricWriter(workdir, steps=steps, first_step=progress.step)
         leaves = jax.tree.leaves(state.params), jax.tree.leaves(parts(state.params, freeze))

@@ -61,59 +61,39 @@ def check_config(workdir: epath.Path, config_json: str, *, resumes: bool = True)
         write_bytes(path, config_json.encode())
 
 
-class Checkpoints:
-    """Saves and restores the training state under WORKDIR/checkpoints."""
+def open_checkpoints(workdir: epath.Path, *, keep: int) -> ocp.CheckpointManager:
+    """Opens or creates WORKDIR/checkpoints, in which the newest `keep` are kept."""
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=True, enable_async_checkpointing=False
+    )
+    return ocp.CheckpointManager(workdir / "checkpoints", options=options)
 
-    def __init__(self, workdir: epath.Path, *, keep: int):
-        """Opens or creates the directory, in which the newest `keep` checkpoints are kept."""
-        self._manager = ocp.CheckpointManager(
-            workdir / "checkpoints",
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=True, enable_async_checkpointing=False
-            ),
-        )
 
-    def latest_step(self) -> int | None:
-        """The newest complete checkpoint."""
-        return self._manager.latest_step()
+def save(manager: ocp.CheckpointManager, state: TrainState, progress: Progress) -> None:
+    """Saves everything; returns when it is complete on disk."""
+    if manager.latest_step() == progress.step:
+        return
+    saved = {
+        "state": ocp.args.StandardSave(state),
+        "progress": ocp.args.JsonSave(dataclasses.asdict(progress)),
+    }
+    manager.save(progress.step, args=ocp.args.Composite(**saved))
+    manager.wait_until_finished()
 
-    def save(self, state: TrainState, progress: Progress) -> None:
-        """Saves everything; returns when it is complete on disk."""
-        if self._manager.latest_step() == progress.step:
-            return
-        self._manager.save(
-            progress.step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
-            ),
-        )
-        self._manager.wait_until_finished()
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
-        """Restores the state of `step` with the shapes, dtypes and shardings of `like`.
+def restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:
+    """Restores the state of `step` with the shapes, dtypes and shardings of `like`.
 
-        Raises:
-            CheckpointError: if the saved state has another structure or other shapes.
-        """
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        try:
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            )
-        except ValueError as error:
-            raise CheckpointError(
-                f"checkpoint {step} of {self._manager.directory} does not fit this model: {error}"
-            ) from error
-        return restored["state"]
-
-    def reached_preemption(self, step: int) -> bool:
-        """True if the cluster has announced that it will stop this job."""
-        return self._manager.reached_preemption(step)
-
-    def close(self) -> None:
-        """Releases threads and files."""
-        self._manager.close()
+    Raises:
+        CheckpointError: if the saved state has another structure or other shapes.
+    """
+    abstract = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+    try:
+        return manager.restore(step, args=ocp.args.Composite(state=abstract))["state"]
+    except ValueError as error:
+        raise CheckpointError(
+            f"checkpoint {step} of {manager.directory} does not fit this model: {error}"
+        ) from error
 
 
 def load_variables(workdir: epath.PathLike) -> tuple[dict[str, Any], int]:

@@ -27,10 +27,11 @@ from avcl_jax.paths import absolute_path
 from avcl_jax.training import sharding
 from avcl_jax.training.checkpoint import (
     CheckpointError,
-    Checkpoints,
     Progress,
     check_config,
+    open_checkpoints,
     read_progress,
+    restore,
 )
 from avcl_jax.training.inputs import prepare_inputs
 from avcl_jax.training.metrics import MetricWriter
@@ -166,7 +167,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
     rows = config.global_batch_size // jax.process_count()
     check_room(batch_bytes(spec, rows), workers=run.workers, prefetch=run.prefetch)
     workdir.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(workdir, keep=run.keep_checkpoints)
+    checkpoints = open_checkpoints(workdir, keep=run.keep_checkpoints)
     saved = checkpoints.latest_step()
     check_config(workdir, experiment.to_json(config), resumes=saved is not None)
 
@@ -180,7 +181,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
                 f"{workdir} was trained on records {progress.data_fingerprint}, "
                 f"{config.data.directory} contains {source.fingerprint}: choose another --workdir"
             )
-        state = checkpoints.restore(saved, state)
+        state = restore(checkpoints, saved, state)
         if state.bank is not None and progress.devices != mesh.size:
             redistribute = functools.partial(
                 feature_bank.redistribute,

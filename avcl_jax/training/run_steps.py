@@ -13,10 +13,11 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from avcl_jax.data.pipeline import to_device_batch
 from avcl_jax.errors import UserError
-from avcl_jax.training.checkpoint import Checkpoints, Progress
+from avcl_jax.training.checkpoint import Progress, save
 from avcl_jax.training.metrics import (
     Metrics,
     MetricWriter,
@@ -42,15 +43,6 @@ class _Period:
     metrics: Metrics | None = None
     data_seconds: float = 0.0
     started: float = dataclasses.field(default_factory=time.perf_counter)
-
-
-def _check_finite(values: Mapping[str, float], first: int, last: int, saved: int | None) -> None:
-    if broken := sorted(name for name, value in values.items() if not math.isfinite(value)):
-        kept = f"checkpoint {saved} is kept" if saved is not None else "no checkpoint was written"
-        raise NonFiniteError(
-            f"not finite between steps {first} and {last}: {', '.join(broken)}; {kept}. Lower "
-            "optimizer.learning_rate or optimizer.clip_norm, or look at the data of these steps"
-        )
 
 
 @contextlib.contextmanager
@@ -82,7 +74,7 @@ def run_steps(
     checkpoint_every: int,
     clips_per_step: int,
     progress: Progress,
-    checkpoints: Checkpoints,
+    checkpoints: ocp.CheckpointManager,
     writer: MetricWriter,
     more_values: Callable[[], Mapping[str, float]] = dict,
 ) -> tuple[TrainState, bool]:
@@ -130,7 +122,14 @@ def run_steps(
         values["peak_memory_gb"] = peak_memory_gb()
         values |= more_values()
         writer.write(last, values, seconds_left=(steps - last) * seconds / taken)
-        _check_finite(values, done.first_step, last, checkpoints.latest_step())
+        if broken := sorted(name for name, value in values.items() if not math.isfinite(value)):
+            saved = checkpoints.latest_step()
+            kept = "no checkpoint was written" if saved is None else f"checkpoint {saved} is kept"
+            raise NonFiniteError(
+                f"not finite between steps {done.first_step} and {last}: {', '.join(broken)}; "
+                f"{kept}. Lower optimizer.learning_rate or optimizer.clip_norm, or look at the "
+                "data of these steps"
+            )
 
     with _stop_signals() as signals:
         for step in range(first + 1, steps + 1):
@@ -161,9 +160,8 @@ def run_steps(
                 pending = None
             if saving:
                 seconds = before + time.perf_counter() - start
-                checkpoints.save(
-                    state, dataclasses.replace(progress, step=step, train_seconds=seconds)
-                )
+                reached = dataclasses.replace(progress, step=step, train_seconds=seconds)
+                save(checkpoints, state, reached)
             if stopping and not last_step:
                 writer.note(
                     f"stopped at step {step} by {(*signals, 'preemption')[0]} after saving; "

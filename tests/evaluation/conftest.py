@@ -17,7 +17,7 @@ from avcl_jax.data.record_writer import write_dataset_metadata
 from avcl_jax.data.records import Record, RecordDataset, shard_name
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.training import loop
-from avcl_jax.training.checkpoint import Checkpoints, Progress
+from avcl_jax.training.checkpoint import Progress, open_checkpoints, save
 from configs import evaluate as evaluate_config
 from configs import pretrain
 from tests.data.synthetic_records import write_shard
@@ -151,10 +151,9 @@ def untrained_run(config, records, directory):
     metrics = {"step": 4, "split": "train", "va/loss": 2.0, "loss": 3.0, "peak_memory_gb": 99.0}
     (workdir / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
     _, init, _ = loop.build(config)
-    checkpoints = Checkpoints(workdir, keep=1)
     train = UsableRecords(RecordDataset(records, "train"), experiment.render_spec(config))
-    checkpoints.save(init(jax.random.key(0))[0], Progress(0, 12.5, train.fingerprint, 1))
-    checkpoints.close()
+    with open_checkpoints(workdir, keep=1) as manager:
+        save(manager, init(jax.random.key(0))[0], Progress(0, 12.5, train.fingerprint, 1))
     return workdir
 
 

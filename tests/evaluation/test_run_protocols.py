@@ -18,7 +18,7 @@ from avcl_jax.evaluation.temporal import score_tasks, temporal_tasks
 from avcl_jax.export import ExportError
 from avcl_jax.export.runs import load_run, open_encoders
 from avcl_jax.objectives.temporal import TASKS
-from avcl_jax.training.checkpoint import Checkpoints, Progress
+from avcl_jax.training.checkpoint import Progress, open_checkpoints, save
 from configs import cross_modal as cross_modal_config
 from configs import temporal as temporal_config
 from tests.evaluation.conftest import CLASS_NAMES, small_record, write_records
@@ -91,9 +91,8 @@ def test_a_run_of_other_heads_is_another_run(small_records, small_run, tmp_path,
         name: tree if "encoder" in name else jax.tree.map(lambda leaf: leaf + 0.5, tree)
         for name, tree in state.params.items()
     }
-    checkpoints = Checkpoints(tmp_path / "run", keep=1)
-    checkpoints.save(state.replace(params=params), Progress(0, 1.0, "small-train-24-aa", 1))
-    checkpoints.close()
+    with open_checkpoints(tmp_path / "run", keep=1) as manager:
+        save(manager, state.replace(params=params), Progress(0, 1.0, "small-train-24-aa", 1))
     (tmp_path / "run" / "config.json").write_text((encoders / "config.json").read_text())
     config.encoder = str(tmp_path / "run")
     with pytest.raises(UserError, match="holds results of this protocol with another encoder"):

@@ -21,7 +21,7 @@ from avcl_jax.evaluation.splits import Trial, check_not_trained_on, split_encode
 from avcl_jax.evaluation.temporal import temporal_tasks
 from avcl_jax.export import ExportError
 from avcl_jax.export.runs import EncoderSource, open_encoders, random_like
-from avcl_jax.training.checkpoint import Checkpoints, Progress
+from avcl_jax.training.checkpoint import Progress, open_checkpoints, save
 from configs import cross_modal, linear_probe, retrieval, temporal
 from configs import finetune as finetune_config
 from tests.evaluation.labelled import write_encoders
@@ -128,9 +128,8 @@ def test_a_run_says_what_it_was_trained_on_and_a_random_encoder_nothing(
 ) -> None:
     _, workdir, state = small_run
     assert open_encoders(workdir).trained_on.startswith("small-train-")
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(state, Progress(3, 1.0, "esc-all-6-aa fold!=2", 1))
-    checkpoints.close()
+    with open_checkpoints(tmp_path, keep=1) as manager:
+        save(manager, state, Progress(3, 1.0, "esc-all-6-aa fold!=2", 1))
     (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
     source = open_encoders(tmp_path)
     assert (source.trained_on, source.step) == ("esc-all-6-aa fold!=2", 3)
@@ -152,10 +151,9 @@ def run_on_test(small_run, small_records, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained") / "run"
     shutil.copytree(small_run[1], workdir)
     shutil.rmtree(workdir / "checkpoints")
-    checkpoints = Checkpoints(workdir, keep=1)
     said = RecordDataset(small_records, "test").fingerprint
-    checkpoints.save(small_run[2], Progress(0, 1.0, said, 1))
-    checkpoints.close()
+    with open_checkpoints(workdir, keep=1) as manager:
+        save(manager, small_run[2], Progress(0, 1.0, said, 1))
     return workdir
 
 
