@@ -139,9 +139,9 @@ def test_numbers_too_small_are_refused_before_anything_runs(
 
 
 def test_the_smallest_valid_counts_are_accepted():
-    settings = {key for config in all_configs().values() for key in config_keys(config)}
+    known = {key for config in all_configs().values() for key in config_keys(config)}
     for key, least in experiment._LEAST.items():
-        assert any(setting == key or setting.endswith(f".{key}") for setting in settings), key
+        assert any(name == key or name.endswith(f".{key}") for name in known), key
         for value in (least, least - 1):
             settings = value
             for name in reversed(key.split(".")):

@@ -1,9 +1,8 @@
 """Exchange of anchors and rows between the devices that share a feature bank.
 
 Either every shard ranks all anchors and their nearest rows are merged, or the bank is gathered:
-whichever moves fewer bytes, as `exchange_bytes` counts them from the shapes alone. `axes` are the
-mesh axes over which the bank is sharded; if there are none, one device has the whole bank, and
-nothing is exchanged.
+whichever moves fewer bytes. `axes` are the mesh axes over which the bank is sharded; if there are
+none, one device has the whole bank, and nothing is exchanged.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def exchange_bytes(
     terms: Sequence[Term],
     sampling: BankSampling,
 ) -> ExchangeBytes:
-    """Counts bytes per device and step, for both ways of exchange.
+    """Counts bytes per device and step, for both ways of exchange, from shapes alone.
 
     Merge: every shard ranks all anchors against its own rows; the nearest (similarity and row) are
     sent to the anchor's device, which picks positives and requests their embeddings from the
@@ -57,14 +56,9 @@ def exchange_bytes(
     count once, because XLA merges them.
 
     Args:
-        size: Rows of the bank.
-        dim: Size of an embedding.
-        dtype: Dtype of the bank.
-        labels: Labels per row.
+        size: Rows of the bank, each of `labels` labels and embeddings of `dim` numbers of `dtype`.
         global_batch_size: Videos per step.
-        shards: Devices along the data axes.
         terms: All terms that a step samples.
-        sampling: Ranks and samples per anchor.
 
     Returns:
         (merge, gather); both 0 for one shard. `sample` takes the smaller, gather when equal.

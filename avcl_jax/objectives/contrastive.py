@@ -8,18 +8,12 @@ Each positive has its own denominator, so positives do not compete with each oth
 logarithm of the sum over negatives, one term is softplus(E − z·p/τ): the stable form used here.
 
 Balanced gradients. Without a bank the objective does not change when all targets move by the same
-vector: the pull on the partner equals the push on the negatives. Bank rows get no gradient, which
-breaks this. If they make up the fraction P of the sum over an anchor's negatives, and a positive
-has the softmax probability p, the targets of the batch together are pulled along z by
-
-    (1 − p) P / τ          in the partner's term,
-    − (1 − p) (1 − P) / τ  in the term of a bank positive.
-
-Summed over a batch this is stronger than the forces that separate embeddings, and all of them run
-away together. Therefore the loss keeps its value, and the gradients of *targets* are balanced: the
-partner's is multiplied by 1 − P, and targets get none from the terms of bank positives. The
-derivative along a shift of all targets is then 0 for every anchor. Gradients of anchors do not
-change. Derivation and effect: docs/balanced_gradients.md.
+vector. Bank rows get no gradient, which breaks this, and all embeddings run away together.
+Therefore the loss keeps its value, and the gradients of *targets* are balanced: the partner's is
+multiplied by 1 − P, where P is the fraction of bank rows in the sum over an anchor's negatives, and
+targets get none from the terms of bank positives. The derivative along a shift of all targets is
+then 0 for every anchor. Gradients of anchors do not change. Derivation and effect:
+docs/balanced_gradients.md.
 """
 
 from __future__ import annotations

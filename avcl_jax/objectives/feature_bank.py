@@ -1,9 +1,9 @@
 """Feature bank: a sharded ring of past embeddings, sampled per anchor.
 
-The bank is device state: `size` rows (`bank_rows`), each the video and audio embedding of one view
-with its presence and its numbers, sharded over all axes of the mesh. Every shard is a ring of the
-embeddings that its own device computed, so inserting the views of a batch (`views`) moves nothing
-between devices. To sample it, anchors and rows are brought together (`bank_exchange`), ranked
+The bank is device state: rows (`bank_rows`), each the video and audio embedding of one view with
+its presence and its numbers, sharded over all axes of the mesh. Every shard is a ring of the
+embeddings that its own device computed, so inserting the views of a batch moves nothing between
+devices. To sample it, anchors and rows are brought together (`bank_exchange`), ranked
 (`bank_ranking`) and drawn (`bank_sampling`). Rows have a running insertion number, which identifies
 a row wherever it is stored: noise is keyed by it, so the number of devices changes neither the
 bank's contents nor the samples. Before they reach 2³¹ the numbers are reduced by a multiple of the
@@ -141,9 +141,6 @@ def insert(bank: FeatureBank, views: Views, *, mesh: Mesh | None = None) -> Feat
         bank: The bank, rows sharded over the axes of `mesh`.
         views: The global batch.
         mesh: Mesh of Auto axes; None for one device.
-
-    Raises:
-        UserError: If whole batches do not fill the shards evenly.
     """
     axes, shards = _axes(mesh)
     size, videos = bank.size, len(views.source_id)
@@ -213,7 +210,6 @@ def sample(
     one that the similarity space reads. An anchor that lacks its own or such a modality gets none.
 
     Args:
-        bank: The bank, rows sharded over the axes of `mesh`.
         key: Key of this step, the same for all terms. Noise depends on it, the term, the record
             index, the view and the row's insertion number only.
         views: The global batch; every view of the anchor modality is an anchor.
@@ -221,8 +217,7 @@ def sample(
         terms: All terms that the step samples: they share candidates, and choose merge or gather
             together.
         sampling: Settings, with at most as many ranks and candidates as the bank has rows.
-        active: bool scalar; if False (warm-up, bank not yet full) every mask is False.
-        mesh: Mesh of Auto axes; None for one device.
+        active: If False (warm-up, bank not yet full) every mask is False.
 
     Returns:
         The sampled rows and masks, sharded like the batch, without gradient.

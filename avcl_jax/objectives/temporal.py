@@ -141,16 +141,14 @@ def classification_loss(
 def temporal_targets(batch: Mapping[str, Array]) -> dict[str, tuple[Array, Array]]:
     """Labels and masks of every task, both [videos, 2], or [videos] within a modality.
 
+    An example counts where its task is defined for the video and every modality that it reads
+    exists; a video in which nothing moves has no speed, direction or order.
+
     Args:
         batch: has_video, has_audio: bool [videos], or [videos, 2] of each view; video_moves,
             speed_mask, direction_mask, order_mask: bool [videos];
             video_speed, audio_speed, video_direction, audio_direction: int [videos, 2];
             order: int [videos], 0 before, 1 overlapping, 2 after, of view 1 relative to view 2.
-
-    Returns:
-        Name → (labels, mask). An example counts where its task is defined for the video and every
-        modality that it reads exists; a video in which nothing moves has no speed, direction or
-        order.
     """
     present: dict[Modality, Array] = {
         "video": per_view(batch["has_video"]) & per_view(batch["video_moves"]),
@@ -170,16 +168,12 @@ def temporal_targets(batch: Mapping[str, Array]) -> dict[str, tuple[Array, Array
 def temporal_losses(
     outputs: Mapping[str, Array], batch: Mapping[str, Array]
 ) -> dict[str, tuple[Array, dict[str, Array]]]:
-    """Loss and metrics of every task for which there are logits.
+    """Loss and metrics (`classification_loss`) of every task for which there are logits.
 
     Args:
         outputs: Outputs of the model; read are the entries named in `TASKS`: logits
-            [videos, 2, classes], or [videos, classes] within a modality. A missing task (of a model
-            of one modality) is not computed.
-        batch: As `temporal_targets`.
-
-    Returns:
-        Name → (scalar loss, {"accuracy", "count"}), in the order of `TASKS`.
+            [videos, 2, classes], or [videos, classes] within a modality.
+        batch: Argument of `temporal_targets`.
     """
     targets = temporal_targets(batch)
     return {
