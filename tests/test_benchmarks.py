@@ -171,25 +171,26 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     return runs
 
 
+ARGS = argparse.Namespace(gpu_batch=512, steps=3, repeats=5)
+
+
 def test_the_step_on_a_gpu_at_the_largest_batch_that_fits_both(gpu: list[tuple[str, int]]) -> None:
-    args = argparse.Namespace(gpu_batch=512, steps=3, repeats=5)
-    value, detail = train_step.step_over_pytorch_gpu(args)
+    value, detail = train_step.step_over_pytorch_gpu(ARGS)
     assert (value, detail["batch"], detail["better"]) == (2.5, 64, "compiled")
-    fraction, detail = train_step.gpu_peak_fraction(args)
+    fraction, detail = train_step.gpu_peak_fraction(ARGS)
     assert fraction == pytest.approx(64e12 / 0.2 / 989e12)
-    assert len([batch for _, batch in gpu if batch == 64]) == 3 * (1 + args.repeats)
+    assert len([batch for _, batch in gpu if batch == 64]) == 3 * (1 + ARGS.repeats)
 
 
 def test_without_a_gpu_that_both_libraries_can_use_rows_are_skipped(
     gpu: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = argparse.Namespace(gpu_batch=512, steps=3, repeats=5)
     monkeypatch.setattr(train_step, "run_child", lambda *_: {"JAX": False, "PyTorch": True})
     with pytest.raises(SkipError, match="JAX cannot use NVIDIA H200: install"):
-        train_step.step_over_pytorch_gpu(args)
+        train_step.step_over_pytorch_gpu(ARGS)
     monkeypatch.setattr(train_step, "gpu_name", lambda: "none")
     with pytest.raises(SkipError, match="lists no GPU"):
-        train_step.gpu_peak_fraction(args)
+        train_step.gpu_peak_fraction(ARGS)
     assert gpu == []
 
 
@@ -204,7 +205,7 @@ def test_only_want_of_memory_makes_the_batch_smaller(
 
     monkeypatch.setattr(train_step, "run_child", run)
     with pytest.raises(ChildError, match="no kernel image"):
-        train_step.step_over_pytorch_gpu(argparse.Namespace(gpu_batch=512, steps=3, repeats=5))
+        train_step.step_over_pytorch_gpu(ARGS)
     assert [batch for _, batch in gpu] == [512]
 
 
@@ -242,8 +243,7 @@ def test_features_of_a_record_are_compared_with_those_of_its_file(
     measure = record_features.measure
 
     def keeping(path: Path, *arguments: Any) -> Any:
-        kept[path.name] = measure(path, *arguments)
-        return kept[path.name]
+        return kept.setdefault(path.name, measure(path, *arguments))
 
     monkeypatch.setattr(record_features, "measure", keeping)
     encoder, rows = f"--encoder={tmp_path / 'run'}", tmp_path / "rows.json"
@@ -441,19 +441,12 @@ class Commands:
             return
         further = int("/long600/" in settings["encoder"])
         seed = int(settings["seed"])
-        metrics = {
-            "top1": {"value": 0.9 + seed / 100, "low": 0.85, "high": 0.95},
-            "top1_random": {"value": 0.7},
-            "top1_mfcc_rbf": {"value": 0.6},
-            "top1_log_mel_rbf": {"value": 0.8},
-            "top1_log_mel_linear": {"value": 0.75},
-        }
+        metrics = {"top1": {"value": 0.9 + seed / 100, "low": 0.85, "high": 0.95}}
+        others = {"random": 0.7, "mfcc_rbf": 0.6, "log_mel_rbf": 0.8, "log_mel_linear": 0.75}
+        metrics |= {f"top1_{name}": {"value": value} for name, value in others.items()}
         by_fold = [int(fold) / 100 + further for fold in esc10.FOLDS]
-        found = {
-            "metrics": metrics,
-            "encoder": {"step": 60},
-            "details": {"splits": [{"chosen": {"encoder": {"top1": value}}} for value in by_fold]},
-        }
+        splits = [{"chosen": {"encoder": {"top1": value}}} for value in by_fold]
+        found = {"metrics": metrics, "encoder": {"step": 60}, "details": {"splits": splits}}
         (workdir / "results.json").write_text(json.dumps(found))
 
 

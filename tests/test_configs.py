@@ -9,7 +9,6 @@ import re
 import sys
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import ml_collections
 import numpy as np
@@ -25,7 +24,6 @@ from avcl_jax.errors import UserError
 from avcl_jax.evaluation.driver import Context
 from avcl_jax.evaluation.retrieval import VIDEO_RETRIEVAL
 from avcl_jax.export.runs import EncoderSource
-from avcl_jax.models import encoders
 from avcl_jax.training import loop
 from configs import (
     cross_modal,
@@ -207,15 +205,6 @@ def test_settings_that_follow_others_follow_their_overrides():
     config.update_from_flattened_dict({"bank.size": 512, "optimizer.learning_rate": 1.0})
     config.global_batch_size = 256
     assert (config.bank.size, config.optimizer.learning_rate) == (512, 1.0)
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("modality", encoders.BY_MODALITY)
-def test_an_encoder_is_chosen_by_its_name_alone_in_every_preset(preset, modality):
-    for name in encoders.BY_MODALITY[modality]:
-        config = pretrain.get_config(preset)
-        config.model[modality].name = name
-        assert isinstance(experiment.encoder(config, modality), nn.Module)
 
 
 def test_a_misspelt_key_fails():

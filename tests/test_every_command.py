@@ -28,21 +28,13 @@ HELD = "already holds these results"
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command of the demo, made small.
-
-    Attributes:
-        overrides: of its config.
-        again: what it says when it is run a second time.
-        workdir: below the test's directory; a run's own, or one for each command.
-        of_a_run: whether its config is that of a pretraining run.
-        encoder: whether it evaluates the run.
-    """
+    """A command of the demo, made small."""
 
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    again: str = HELD
-    workdir: str = ""
-    of_a_run: bool = False
-    encoder: bool = True
+    again: str = HELD  # printed when it is run a second time
+    workdir: str = ""  # below the test's directory; a run's own, or one for each command
+    of_a_run: bool = False  # its config is that of a pretraining run
+    encoder: bool = True  # it evaluates the run
 
 
 def of_a_run(again: str, workdir: str = RUN, **overrides: Any) -> Command:
@@ -51,13 +43,9 @@ def of_a_run(again: str, workdir: str = RUN, **overrides: Any) -> Command:
     return Command(few, again, workdir, of_a_run=True, encoder=False)
 
 
-# One clip a video, one epoch, one cost: enough to go through all of the code.
-_ONE_EPOCH = {
-    "global_batch_size": 8,
-    "epochs": 1.0,
-    "optimizer.warmup_epochs": 0.0,
-    "test.clips": 2,
-}
+# One clip per video, one epoch, one cost: enough to go through all of the code.
+_ONE_EPOCH = {"global_batch_size": 8, "epochs": 1.0, "optimizer.warmup_epochs": 0.0}
+_ONE_EPOCH |= {"test.clips": 2}
 _EVALUATED = {
     "evaluation.clips": 2,
     "evaluation.probe.folds": 2,
@@ -68,12 +56,13 @@ _SHORT_FITS = {
     f"evaluation.{network}.{name}": value
     for network in ("supervised.video", "supervised.audio", "null")
     for name, value in (("fit.epochs", 2), ("fit.decay_epochs", 1), ("fit.batch_size", 8))
-} | {
-    "evaluation.supervised.video.views": 1,
-    "evaluation.supervised.audio.views": 1,
-    "evaluation.null.train_views": 1,
-    "evaluation.null.test_views": 1,
-}
+} | dict.fromkeys(
+    (
+        *("evaluation.supervised.video.views", "evaluation.supervised.audio.views"),
+        *("evaluation.null.train_views", "evaluation.null.test_views"),
+    ),
+    1,
+)
 # By file under configs/, with its preset.
 COMMANDS = {
     "pretrain.py": of_a_run("is already trained to step 4"),
@@ -88,16 +77,9 @@ COMMANDS = {
     "linear_probe.py": Command({"features.clips": 1}),
     "linear_probe.py:demo_audio": Command({"features.clips": 1}),
     "fingerprint.py": Command(
-        {
-            "data.references": 5,
-            "data.distractors": 3,
-            "data.others": 2,
-            "data.background": 2,
-            "queries.weak": 1,
-            "queries.medium": 2,
-            "queries.strong": 1,
-            "families": ("flip", "audio_noise"),
-        }
+        {"data.references": 5, "data.distractors": 3, "data.others": 2, "data.background": 2}
+        | {"queries.weak": 1, "queries.medium": 2, "queries.strong": 1}
+        | {"families": ("flip", "audio_noise")}
     ),
     "ablation.py": of_a_run(
         "no_va, seed 0 is measured",

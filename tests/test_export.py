@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.extend.backend
@@ -28,17 +29,8 @@ from avcl_jax.models.audio_encoders import AudioResNet
 from avcl_jax.models.video_resnet import VideoResNet
 
 VIDEO = VideoPreprocessing(num_frames=4, clip_seconds=0.5, image_size=16, mean=0.45, std=0.3)
-LOG_MEL = LogMelSpec(
-    sample_rate_hz=8000,
-    frames=16,
-    mels=12,
-    clip_seconds=0.5,
-    min_hz=50.0,
-    max_hz=4000.0,
-    floor=1e-6,
-    mean=-6.0,
-    std=3.0,
-)
+_MELS = {"frames": 16, "mels": 12, "min_hz": 50.0, "max_hz": 4000.0}
+LOG_MEL = LogMelSpec(sample_rate_hz=8000, clip_seconds=0.5, floor=1e-6, mean=-6.0, std=3.0, **_MELS)
 AUDIO = AudioPreprocessing(LOG_MEL)
 
 
@@ -63,22 +55,20 @@ def video(tmp_path_factory):
         subtract_time_mean=False,  # it would hide a wrong mean of the pixels
     )
     variables = _trained(module, jnp.zeros((1, 4, 16, 16, 3)))
-    directory = tmp_path_factory.mktemp("export") / "video"
-    export_encoder(
-        directory, encoder=module, params=variables, preprocessing=VIDEO, source={"step": 7}
-    )
-    return module, variables, directory
+    return module, variables, export(module, variables, VIDEO, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def audio(tmp_path_factory):
     module = AudioResNet(widths=(8, 16), depths=(1, 1), stem="patch", patch=(2, 2))
     variables = _trained(module, jnp.zeros((1, 16, 12)))
-    directory = tmp_path_factory.mktemp("export") / "audio"
-    export_encoder(
-        directory, encoder=module, params=variables, preprocessing=AUDIO, source={"step": 7}
-    )
-    return module, variables, directory
+    return module, variables, export(module, variables, AUDIO, tmp_path_factory)
+
+
+def export(module, variables, preprocessing, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("export") / "encoder"
+    options = {"preprocessing": preprocessing, "source": {"step": 7}}
+    return export_encoder(directory, encoder=module, params=variables, **options)
 
 
 def _frames(seconds: float, fps: float) -> np.ndarray:
@@ -194,23 +184,19 @@ def test_what_cannot_be_loaded_says_why(video, tmp_path):
     with pytest.raises(ExportError, match=r"lacks config\.json.*contains \[\]"):
         load_encoder(tmp_path)
 
-    def damaged(change) -> None:
+    def refused(message: str, **changes: Any) -> None:
         for file in video[2].iterdir():
             (tmp_path / file.name).write_bytes(file.read_bytes())
         config = json.loads((tmp_path / "config.json").read_text())
-        change(config)
+        config["format_version"] = changes.pop("format_version", 1)
+        config["encoder"] |= changes
         (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ExportError, match=message):
+            load_encoder(tmp_path)
 
-    damaged(lambda config: config["encoder"].update({"class": "Transformer"}))
-    with pytest.raises(ExportError, match="unknown encoder 'Transformer'; known: "):
-        load_encoder(tmp_path)
-    damaged(lambda config: config["encoder"].update({"widths": [8, 24]}))
-    with pytest.raises(ExportError, match=r"do not fit the architecture.*\(28,\).*\(36,\)"):
-        load_encoder(tmp_path)
-    damaged(lambda config: config.update({"format_version": 99}))
-    with pytest.raises(ExportError, match="format 99"):
-        load_encoder(tmp_path)
-    damaged(lambda config: None)
+    refused("unknown encoder 'Transformer'; known: ", **{"class": "Transformer"})
+    refused(r"do not fit the architecture.*\(28,\).*\(36,\)", widths=[8, 24])
+    refused("format 99", format_version=99)
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(ExportError, match=r"model\.safetensors is damaged"):
         load_encoder(tmp_path)

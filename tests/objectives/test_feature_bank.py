@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache, partial
 
 import jax
@@ -280,9 +281,8 @@ def test_tiles_change_nothing(monkeypatch):
     whole = sampler(("video", "audio"), sampling_of("agreement"))(bank, jax.random.key(0), batch)
     monkeypatch.setattr(bank_ranking, "_TILE_ELEMENTS", 3 * SIZE)  # 8 anchors in 3 tiles
     monkeypatch.setattr(bank_ranking, "_BLOCK_ROWS", 8)
-    tiled = sampler.__wrapped__(("video", "audio"), sampling_of("agreement"))(
-        bank, jax.random.key(0), batch
-    )
+    again = sampler.__wrapped__(("video", "audio"), sampling_of("agreement"))
+    tiled = again(bank, jax.random.key(0), batch)
     assert whole.positives.mask.any()
     jax.tree.map(np.testing.assert_array_equal, whole, tiled)
 
@@ -304,36 +304,47 @@ def test_restarting_insertion_numbers_changes_no_draw(shards):
         batch = random_batch(rng, VIDEOS, DIM, SOURCES, 0.0)
         far, near = insert(far, batch), insert(near, batch)
         seen.append(int(near.inserted))
-        drawn, metrics = [], []
+        found = []
         for bank in (far, near):
             assert feature_bank.is_full(bank)
             assert len(np.unique(bank.rows.numbers.insertion)) == SIZE
-            found = sample(bank, jax.random.key(0), anchors)
-            drawn.append(found)
-            metrics.append(
-                bank_health.sample_metrics(
-                    bank, found, on_device(batch), modality="video", label_names=LABELS
-                )
+            drawn = sample(bank, jax.random.key(0), anchors)
+            metrics = bank_health.sample_metrics(
+                bank, drawn, on_device(batch), modality="video", label_names=LABELS
             )
-        jax.tree.map(np.testing.assert_array_equal, *metrics)
-        assert 1 <= metrics[1]["age_rows"][0] <= SIZE
-        for kinds in zip(*drawn, strict=True):
-            np.testing.assert_array_equal(*(kind.embeddings for kind in kinds))
-            np.testing.assert_array_equal(*(kind.mask for kind in kinds))
-        moved = [
-            feature_bank.redistribute(bank, global_batch_size=VIDEOS, shards=shards)
-            for bank in (far, near)
-        ]
-        for banks in ((far, near), moved):
-            number = [np.asarray(bank.rows.numbers.insertion) for bank in banks]
+            assert 1 <= metrics["age_rows"][0] <= SIZE
+            moved = feature_bank.redistribute(bank, global_batch_size=VIDEOS, shards=shards)
             rows = [
-                (bank.rows.embeddings, bank.rows.presence, bank.rows.numbers.columns[:, 1:])
-                for bank in banks
+                (b.rows.embeddings, b.rows.presence, b.rows.numbers.columns[:, 1:])
+                for b in (bank, moved)
             ]
-            jax.tree.map(np.testing.assert_array_equal, *rows)
-            np.testing.assert_array_equal((number[1] - number[0] - ahead) % period, 0)
+            numbers = [np.asarray(b.rows.numbers.insertion) for b in (bank, moved)]
+            found.append((rows, metrics, [(kind.embeddings, kind.mask) for kind in drawn], numbers))
+        (*far_found, far_numbers), (*near_found, near_numbers) = found
+        jax.tree.map(np.testing.assert_array_equal, far_found, near_found)
+        for one, other in zip(far_numbers, near_numbers, strict=True):
+            np.testing.assert_array_equal((other - one - ahead) % period, 0)
     assert max(seen) < SIZE + period < 2**31
     assert SIZE in seen
+
+
+def kinds(playback, label):
+    return dict(
+        zip(("speed", "direction", *LABELS), (playback // 2, playback % 2, *label), strict=True)
+    )
+
+
+def own_kinds(batch, i, view):
+    return kinds(batch.playback["video"][i, view], batch.label[i])
+
+
+def agreement(pairs):
+    """Fraction of pairs that agree, and their number, by kind; −1 is unknown."""
+    found = {
+        name: [one[name] == other[name] for one, other in pairs if min(one[name], other[name]) >= 0]
+        for name in pairs[0][0]
+    }
+    return {name: (np.mean(values), len(values)) for name, values in found.items()}
 
 
 def test_sample_metrics():
@@ -355,19 +366,11 @@ def test_sample_metrics():
     assert ages.max() <= SIZE
     np.testing.assert_allclose(metrics["positives"][0], mask.sum(-1).mean(), rtol=1e-6)
     for kind, (_, mask, numbers) in zip(("positive", "negative"), drawn, strict=True):
-        agree = {"speed": [], "direction": [], "motion": [], "material": []}
-        for i, view, r in np.argwhere(mask):
-            row = numbers[i, view, r]
-            playback, played = batch.playback["video"][i, view], row.playback("video")
-            agree["speed"].append(playback // 2 == played // 2)
-            agree["direction"].append(playback % 2 == played % 2)
-            for name, own, other in zip(LABELS, batch.label[i], row.label, strict=True):
-                if own >= 0 and other >= 0:
-                    agree[name].append(own == other)
-        for name, values in agree.items():
-            expected = np.mean(values), len(values)
+        rows = [((i, view), numbers[i, view, r]) for i, view, r in np.argwhere(mask)]
+        pairs = [(own_kinds(batch, *at), kinds(r.playback("video"), r.label)) for at, r in rows]
+        for name, expected in agreement(pairs).items():
             np.testing.assert_allclose(metrics[f"{kind}_share/{name}"], expected, rtol=1e-6)
-            assert 0 < np.mean(values) < 1
+            assert 0 < expected[0] < 1
     assert without["age_rows"] == (0, 0)
     assert without["positive_share/motion"] == (0, 0)
 
@@ -377,23 +380,14 @@ def test_base_rates_count_pairs_of_other_sources():
     batch.label[:, 0] = 0  # one class: always agrees
     bank = feature_bank.create(SIZE, DIM, jnp.float32, labels=2)
     rates = bank_health.bank_metrics(bank, on_device(batch), label_names=LABELS)
-    agree = {"motion": [], "material": [], "speed": [], "direction": []}
-    either = batch.present["video"] | batch.present["audio"]
-    views = [(i, k) for i, k in np.ndindex(12, 2) if either[i, k]]
-    for i, k in views:
-        for j, m in views:
-            if batch.source_id[i] == batch.source_id[j]:
-                continue
-            one, other = batch.playback["video"][i, k], batch.playback["video"][j, m]
-            agree["speed"].append(one // 2 == other // 2)
-            agree["direction"].append(one % 2 == other % 2)
-            agree["motion"].append(True)
-            if min(batch.label[[i, j], 1]) >= 0:
-                agree["material"].append(batch.label[i, 1] == batch.label[j, 1])
-    for name, values in agree.items():
-        np.testing.assert_allclose(
-            rates[f"base_rate/{name}"], (np.mean(values), len(values)), rtol=1e-6
-        )
+    views = np.argwhere(batch.present["video"] | batch.present["audio"])
+    pairs = [
+        (own_kinds(batch, *one), own_kinds(batch, *other))
+        for one, other in itertools.product(views, views)
+        if batch.source_id[one[0]] != batch.source_id[other[0]]
+    ]
+    for name, expected in agreement(pairs).items():
+        np.testing.assert_allclose(rates[f"base_rate/{name}"], expected, rtol=1e-6)
     assert rates["base_rate/motion"][0] == 1 > rates["base_rate/material"][0] > 0
     assert rates["fill"][0] == 0
 

@@ -76,8 +76,8 @@ def gradient(parts, *, norm=False, has_video=None):
 @pytest.mark.parametrize("parts", [2, 12])
 def test_gradients_and_outputs_are_those_of_the_whole_batch(parts):
     has_video = np.arange(VIDEOS) % 5 != 0
-    expected, outputs, _, _ = gradient(1, has_video=has_video)
-    found, joined, _, _ = gradient(parts, has_video=has_video)
+    expected, outputs, *_ = gradient(1, has_video=has_video)
+    found, joined, *_ = gradient(parts, has_video=has_video)
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected)) > 0.1
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected
@@ -164,21 +164,6 @@ def assert_same_steps(found, expected):
 def test_steps_in_parts_are_those_of_the_whole_batch(parts):
     """The whole training step, all terms, bank and augmentation, without normalisation by batch."""
     assert_same_steps(steps(parts, frozen=True), steps(1, frozen=True))
-
-
-@pytest.mark.slow
-def test_with_batch_normalisation_only_what_comes_after_it_differs():
-    whole, parts = steps(1, frozen=False), steps(2, frozen=False)
-    seen = set()
-    for encoder in ("video_encoder", "audio_encoder"):
-        name = f"0.batch_stats['{encoder}']['stem_norm']['norm']['mean']"
-        np.testing.assert_allclose(parts[name], whole[name], rtol=1e-5, atol=1e-6)
-        name = name.replace("mean", "var")
-        assert (parts[name] < whole[name] + 1e-6).all()
-        seen.add(name)
-    assert seen <= whole.keys()
-    assert parts["0/metric/loss"] != pytest.approx(whole["0/metric/loss"], rel=1e-5)
-    assert parts["0/metric/loss"] == pytest.approx(whole["0/metric/loss"], rel=0.2)
 
 
 @pytest.fixture(scope="module")
