@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from absl import flags
-from absl.testing import flagsaver
 
 from avcl_jax import config_file, main
 from avcl_jax.errors import UserError
@@ -109,10 +108,8 @@ def test_what_is_right_passes() -> None:
 def test_an_override_that_does_not_exist_or_that_the_encoder_ignores_is_refused(
     arguments, message, monkeypatch, capsys
 ) -> None:
-    command = ["main", PRETRAIN, *arguments]
-    monkeypatch.setattr(sys, "argv", command)  # where ml_collections looks for overrides
-    with flagsaver.flagsaver(), pytest.raises(SystemExit):
-        main.parse_flags(command)
+    with pytest.raises(SystemExit):
+        small.run_here(monkeypatch, PRETRAIN, *arguments)
     line = capsys.readouterr().err.strip()
     assert message in line
     assert "\n" not in line
@@ -130,18 +127,11 @@ def test_a_bug_in_a_config_file_keeps_its_own_error(tmp_path, value, error, pres
         check(f"--config={file}{preset}")
 
 
-def start(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    command = ["main", *arguments]
-    monkeypatch.setattr(sys, "argv", command)  # where ml_collections looks for overrides
-    with flagsaver.flagsaver():
-        main.main(main.parse_flags(command))
-
-
 def test_a_config_is_printed_and_nothing_else_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [PRETRAIN, "--config.views.speeds=(1, 3)", "--config.data.directory=somewhere"]
-    start(monkeypatch, *arguments, "--print_config", f"--workdir={tmp_path / 'run'}")
+    small.run_here(monkeypatch, *arguments, "--print_config", f"--workdir={tmp_path / 'run'}")
     printed = capsys.readouterr().out.splitlines()
     assert "views.speeds = (1, 3)" in printed
     assert "data.directory = 'somewhere'" in printed

@@ -6,14 +6,11 @@ import functools
 import importlib
 import inspect
 import re
-import sys
-from pathlib import Path
 
 import jax
 import ml_collections
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 from etils import epath
 
 from avcl_jax import experiment, main
@@ -127,12 +124,8 @@ def test_numbers_too_small_are_refused_before_anything_runs(
     module, setting, value, monkeypatch, capsys
 ):
     monkeypatch.setattr(main, "_function", lambda task: lambda *_: pytest.fail("it ran"))
-    command = ["main", f"--config={module.__file__}", f"--config.{setting}={value}"]
-    monkeypatch.setattr(sys, "argv", command)  # where ml_collections looks for overrides
-    with flagsaver.flagsaver():
-        main.parse_flags(command)
-        with pytest.raises(SystemExit):
-            main.main(["main"])
+    with pytest.raises(SystemExit):
+        small.run_here(monkeypatch, f"--config={module.__file__}", f"--config.{setting}={value}")
     assert f"error: {setting} {value} must be " in capsys.readouterr().err
 
 
@@ -159,12 +152,8 @@ def test_a_run_on_own_records_is_named_after_them(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "mine").mkdir(parents=True)
-    file = Path(pretrain.__file__)
-    command = ["main", f"--config={file}:records", "--config.data.directory=data/mine"]
-    monkeypatch.setattr(sys, "argv", command)  # where ml_collections looks for overrides
-    with flagsaver.flagsaver():
-        main.parse_flags(command)
-        main.main(["main"])
+    arguments = f"--config={pretrain.__file__}:records", "--config.data.directory=data/mine"
+    small.run_here(monkeypatch, *arguments)
     ((config, workdir),) = started
     assert config.name == "mine"
     assert workdir == epath.Path(tmp_path / "runs" / "mine")
@@ -187,13 +176,8 @@ def test_absent_records_are_one_line_with_the_command_that_makes_them(
     config, message, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    command = ["main", f"--config={small.ROOT}/configs/{config}"]
-    monkeypatch.setattr(sys, "argv", command)  # where ml_collections looks for overrides
-    monkeypatch.delitem(sys.modules, "config_config", raising=False)
-    with flagsaver.flagsaver():
-        main.parse_flags(command)
-        with pytest.raises(SystemExit):
-            main.main(["main"])
+    with pytest.raises(SystemExit):
+        small.run_here(monkeypatch, f"--config={small.ROOT}/configs/{config}")
     assert re.search(message, capsys.readouterr().err)
 
 

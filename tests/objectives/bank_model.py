@@ -31,6 +31,16 @@ def random_batch(rng, videos, dim, sources, missing=0.2):
     return Views(embeddings, present, playback, label, source_id, number)
 
 
+def bank_rows(drawn):
+    """Sampled rows as arguments of `contrastive_loss`."""
+    return {
+        "bank_positives": drawn.positives.embeddings,
+        "bank_positive_mask": drawn.positives.mask,
+        "bank_negatives": drawn.negatives.embeddings,
+        "bank_negative_mask": drawn.negatives.mask,
+    }
+
+
 def as_set(bank):
     """The rows of a FeatureBank in order of insertion, wherever they lie."""
     numbers = bank.rows.numbers

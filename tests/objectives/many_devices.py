@@ -21,7 +21,7 @@ from avcl_jax.objectives.bank_rows import RowNumbers
 from avcl_jax.objectives.bank_sampling import BankSampling
 from avcl_jax.objectives.contrastive import contrastive_loss
 from tests.hlo import collective_bytes
-from tests.objectives.bank_model import PLAYBACKS, random_batch
+from tests.objectives.bank_model import PLAYBACKS, bank_rows, random_batch
 
 VIDEOS, BATCHES, SOURCES = 16, 7, 60
 TERMS = (("video", "video"), ("video", "audio"), ("audio", "video"))
@@ -90,10 +90,7 @@ def loss_and_gradient(batch, drawn):
             target_mask=batch.present["audio"],
             temperature=0.1,
             positive_weight=0.4,
-            bank_positives=drawn.positives.embeddings,
-            bank_positive_mask=drawn.positives.mask,
-            bank_negatives=drawn.negatives.embeddings,
-            bank_negative_mask=drawn.negatives.mask,
+            **bank_rows(drawn),
         )[0]
 
     return jax.value_and_grad(loss, argnums=(0, 1))(
@@ -161,28 +158,15 @@ def large_batch(results):
     mesh = mesh_of("data")
     rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
-    def rows_of(*shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct((1024, *shape), dtype, sharding=rows)
-
     def loss(video, audio, source_id, has_video, has_audio):
-        return contrastive_loss(
-            video,
-            audio,
-            kind="cross",
-            source_id=source_id,
-            anchor_mask=has_video,
-            target_mask=has_audio,
-            temperature=0.1,
-            positive_weight=0.0,
-        )[0]
+        options = {"kind": "cross", "temperature": 0.1, "positive_weight": 0.0}
+        masks = {"anchor_mask": has_video, "target_mask": has_audio}
+        return contrastive_loss(video, audio, source_id=source_id, **masks, **options)[0]
 
-    arguments = (
-        rows_of(2, 128),
-        rows_of(2, 128),
-        rows_of(dtype=jnp.int32),
-        rows_of(dtype=jnp.bool_),
-        rows_of(dtype=jnp.bool_),
-    )
+    arguments = [
+        jax.ShapeDtypeStruct((1024, *shape), dtype, sharding=rows)
+        for shape, dtype in (*[((2, 128), jnp.float32)] * 2, ((), jnp.int32), *[((), bool)] * 2)
+    ]
     gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), out_shardings=(None, rows))
     compiled = gradient.lower(*arguments).compile()
     results["large/temporary_bytes"] = np.array(compiled.memory_analysis().temp_size_in_bytes)

@@ -13,6 +13,7 @@ from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.bank_sampling import BankSampling
 from avcl_jax.objectives.contrastive import contrastive_loss
 from avcl_jax.objectives.views import MODALITIES, Views
+from tests.objectives.bank_model import bank_rows
 
 VIDEOS, SOURCES, FEATURES, DIM, SIZE = 32, 600, 48, 32, 256
 TERMS = (("video", "video"), ("video", "audio"), ("audio", "video"), ("audio", "audio"))
@@ -65,10 +66,7 @@ def train_step(params, optimizer, bank, batch, key, *, use):
                 target_mask=present,
                 temperature=0.1,
                 positive_weight=0.1,
-                bank_positives=drawn.positives.embeddings,
-                bank_positive_mask=drawn.positives.mask,
-                bank_negatives=drawn.negatives.embeddings,
-                bank_negative_mask=drawn.negatives.mask,
+                **bank_rows(drawn),
             )
             total += loss
             if (anchor, target) == ("video", "audio"):

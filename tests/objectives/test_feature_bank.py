@@ -199,37 +199,6 @@ def one_anchor(scores, **rows):
     return bank_and_anchor(np.stack([scores, np.zeros(len(scores))], axis=1), [1, 0], **rows)
 
 
-@pytest.mark.parametrize("sampling", ["gumbel", "uniform"])
-def test_frequencies_follow_the_softmax_of_the_similarities(sampling):
-    scores = np.array([0.9, 0.5, 0.7, -0.2, 0.1, 0.3, -0.9, -0.4])
-    bank, anchors = one_anchor(scores)
-    sample = sampler(
-        ("video", "video"),
-        sampling_of(
-            sampling=sampling,
-            ranking="raw",
-            num_positives=1,
-            num_negatives=1,
-            positive_ranks=2,
-            negative_candidates=8,
-            negative_offset=0.5,
-            temperature=0.5,
-        ),
-    )
-    draws = 4000
-    keys = jax.random.split(jax.random.key(1), draws)
-    drawn = jax.vmap(lambda key: sample(bank, key, anchors))(keys)
-    for rows, got in (
-        ([0, 2], drawn.positives.numbers.insertion[:, 0, 0, 0]),
-        ([4, 3, 7, 6], drawn.negatives.numbers.insertion[:, 0, 1, 0]),
-    ):
-        weight = np.exp(scores[rows] / 0.5) if sampling == "gumbel" else np.ones(len(rows))
-        weight /= weight.sum()
-        frequency = np.array([(got == row).mean() for row in rows])
-        sigma = np.sqrt(weight * (1 - weight) / draws)
-        assert (np.abs(frequency - weight) < 4 * sigma).all(), (frequency, weight)
-
-
 def test_too_few_eligible_rows_give_no_positives():
     """16 eligible rows of 64 suffice for 4 ranks, not for 5."""
     bank, anchors = one_anchor(np.linspace(0.5, 0.4, 64), present=np.arange(64) % 4 == 0)

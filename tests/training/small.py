@@ -9,9 +9,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import ml_collections
+from absl.testing import flagsaver
 
+from avcl_jax import main
 from configs import pretrain
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +77,16 @@ def _temporary() -> tempfile.TemporaryDirectory[str]:
 def compilation_cache() -> Path:
     """One directory for all processes of a session: most compile the same step."""
     return Path(_temporary().name)
+
+
+def run_here(monkeypatch: Any, *arguments: str) -> None:
+    """Runs main in this process."""
+    command = ["main", *arguments]
+    monkeypatch.setattr(sys, "argv", command)  # where ml_collections looks for overrides
+    # ml_collections loads every config into one module, which a process has once.
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    with flagsaver.flagsaver():
+        main.main(main.parse_flags(command))
 
 
 def start(

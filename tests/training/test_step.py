@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,8 +19,6 @@ from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.objectives import feature_bank, temporal
 from avcl_jax.objectives.bank_rows import has_all
-from avcl_jax.objectives.contrastive import contrastive_loss
-from avcl_jax.objectives.views import per_view
 from avcl_jax.training import loop, objective, sharding
 from avcl_jax.training.checkpoint import Progress, load_variables, open_checkpoints, save
 from avcl_jax.training.inputs import prepare_inputs
@@ -186,97 +185,53 @@ def test_averaged_parameters_are_loaded_with_averaged_statistics(ran, tmp_path):
 VIDEOS, DIM = 8, 6
 # Anchors of a direction, or classifications, of one video.
 PER_VIDEO = {term: 1 if term in ("order_vv", "order_aa") else 2 for term in WEIGHTS}
+NO_STATE = TrainState(np.int32(0), *[None] * 6)
 
 
-def outputs_and_batch(seed=0):
+def outputs_and_batch():
     """Random outputs of a model, and a batch of which the last two rows could not be read."""
-    rng = np.random.default_rng(seed)
-    outputs = {}
-    for modality in ("video", "audio"):
-        values = rng.normal(size=(VIDEOS, 2, DIM))
-        values /= np.linalg.norm(values, axis=-1, keepdims=True)
-        outputs[f"{modality}_embeddings"] = values.astype(np.float32)
-    classes = {"speed": 4, "direction": 2, "order": 3}
-    for term in temporal.TASKS:
-        shape = (VIDEOS, *(2,) * (PER_VIDEO[term] - 1), classes[term.partition("_")[0]])
-        outputs[term] = rng.normal(size=shape).astype(np.float32)
-    readable = np.arange(VIDEOS) < VIDEOS - 2
-    batch = {
-        "source_id": np.arange(VIDEOS, dtype=np.int32),
-        "record_index": np.arange(VIDEOS, dtype=np.int32),
-        "unreadable": ~readable,
-        "order": rng.integers(0, 3, VIDEOS).astype(np.int32),
-        "has_audio": np.stack([readable, readable], axis=1),
-        **dict.fromkeys(("has_video", "video_moves", "speed_mask"), readable),
-        **dict.fromkeys(("direction_mask", "order_mask"), readable),
-    }
-    for modality in ("video", "audio"):
-        for task in ("speed", "direction"):
-            label = rng.integers(0, classes[task], (VIDEOS, 2)).astype(np.int32)
-            batch[f"{modality}_{task}"] = label
-    return jax.tree.map(jnp.asarray, (outputs, batch))
+    rng = np.random.default_rng(0)
+    outputs = {f"{m}_embeddings": rng.normal(size=(VIDEOS, 2, DIM)) for m in ("video", "audio")}
+    outputs = {n: v / np.linalg.norm(v, axis=-1, keepdims=True) for n, v in outputs.items()}
+    for name, task in temporal.TASKS.items():
+        shape = (VIDEOS,) if task.within else (VIDEOS, 2)
+        outputs[name] = rng.normal(size=(*shape, len(task.classes((1, 2, 4, 8)))))
+    batch = random_batch(small_config(Path("unused"), global_batch_size=VIDEOS))
+    batch["unreadable"] = np.arange(VIDEOS) >= VIDEOS - 2
+    for name in ("has_video", "has_audio", "speed_mask", "direction_mask", "order_mask"):
+        batch[name] = (batch[name].T & ~batch["unreadable"]).T
+    return {name: v.astype(np.float32) for name, v in outputs.items()}, batch
 
 
-@functools.cache
-def gradient_of_the_step():
-    """Gradient of the step's objective by the model's outputs: (outputs, batch) → like outputs."""
-    overrides = {f"loss.weights.{term}": weight for term, weight in WEIGHTS.items()}
-    config = small_config(Path("unused"), **overrides, **{"bank.size": 0})
-    mesh, _, _ = loop.build(config)
-
-    def objective(outputs, batch):
-        return total_loss(
-            outputs,
-            batch,
-            state=TrainState(jnp.zeros((), jnp.int32), *[None] * 6),
-            loss_spec=loop.loss_spec(config),
-            key=jax.random.key(0),
-            mesh=mesh,
-        )[0]
-
-    return jax.jit(jax.grad(objective))
-
-
-@jax.jit
-@jax.grad
-def gradient_of_means(outputs, batch, fractions):
-    """Gradient of the sum of the terms, each the mean over what counts, by weight and fraction."""
-    means = {term: loss for term, (loss, _) in temporal.temporal_losses(outputs, batch).items()}
-    for term, directions in CONTRASTIVE_TERMS.items():
-        values = [
-            contrastive_loss(
-                outputs[f"{anchor}_embeddings"],
-                outputs[f"{target}_embeddings"],
-                kind="within" if anchor == target else "cross",
-                source_id=batch["source_id"],
-                anchor_mask=per_view(batch[f"has_{anchor}"]),
-                target_mask=per_view(batch[f"has_{target}"]),
-                temperature=0.1,
-                positive_weight=0.0,
-            )[0]
-            for anchor, target in directions
-        ]
-        means[term] = jnp.stack(values).mean()
-    return sum(WEIGHTS[term] * fractions[term] * mean for term, mean in means.items())
+def loss_of(outputs, batch, state, **overrides):
+    """Total loss and its metrics, by the weights above."""
+    weights = {f"loss.weights.{term}": weight for term, weight in WEIGHTS.items()}
+    spec = loop.loss_spec(small_config(Path("unused"), **weights | overrides))
+    options = {"loss_spec": spec, "key": jax.random.key(0), "mesh": sharding.create_mesh(1)}
+    loss, (metrics, _) = total_loss(outputs, batch, state=state, **options)
+    return loss, metrics
 
 
 @pytest.mark.parametrize("counted", [2, 5])
 @pytest.mark.parametrize("lacking", ["video", "audio"])
 def test_an_example_weighs_the_same_however_many_others_lack_a_modality(lacking, counted):
-    """The gradient is that of the mean over counted examples, times their fraction."""
+    """The loss is the sum of the means over counted examples, times their fraction."""
     outputs, batch = outputs_and_batch()
-    batch[f"has_{lacking}"] = batch[f"has_{lacking}"].at[counted:].set(False)
+    batch[f"has_{lacking}"][counted:] = False
     # Terms of the modality that all readable videos have do not change.
     whole = "v" if lacking == "audio" else "a"
     unaffected = {2 * whole, f"order_{2 * whole}"} | {
         f"{task}_{'video' if whole == 'v' else 'audio'}" for task in ("speed", "direction")
     }
-    fractions = {term: 1.0 if term in unaffected else counted / 6 for term in WEIGHTS}
-    found = gradient_of_the_step()(outputs, batch)
-    expected = gradient_of_means(outputs, batch, fractions)
-    for name, values in expected.items():
-        np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=1e-6, err_msg=name)
-        assert np.abs(values[:counted]).max() > 1e-3
+    loss, metrics = jax.jit(partial(loss_of, **{"bank.size": 0}))(outputs, batch, NO_STATE)
+    expected = 0.0
+    for term, weight in WEIGHTS.items():
+        mean, counts = metrics[f"{term}/loss"].compute(), metrics[f"{term}/loss"].count
+        videos = 6 if term in unaffected else counted
+        assert counts == videos * PER_VIDEO[term] * len(CONTRASTIVE_TERMS.get(term, [()]))
+        assert mean > 0
+        expected += weight * videos / 6 * mean
+    assert loss == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("modality", ["video", "audio"])
@@ -308,18 +263,15 @@ def test_the_bank_is_used_once_it_is_full_and_the_warm_up_is_over(ran):
     states, metrics = ran
     assert int(states[1].bank.inserted) == 16
     assert float(metrics[1]["va/bank_age_rows"].compute()) > 0
-    outputs, batch = outputs_and_batch()
-    config = small_config(Path("unused"), **{"bank.size": 16, "bank.warmup_steps": 5})
-    mesh, _, _ = loop.build(config)
+    outputs, batch = jax.tree.map(jnp.asarray, outputs_and_batch())
     rows = objective._views(outputs, batch | {"source_id": batch["source_id"] + VIDEOS}, ())
     bank = feature_bank.insert(feature_bank.create(16, DIM, jnp.float32, labels=1), rows)
 
     @jax.jit
     def positives(step, inserted):
-        state = TrainState(step, *[None] * 5, bank=bank.replace(inserted=inserted))
-        options = {"loss_spec": loop.loss_spec(config), "key": jax.random.key(0), "mesh": mesh}
-        _, (metrics, _) = total_loss(outputs, batch, state=state, **options)
-        return metrics["va/bank_positives"].compute()
+        state = NO_STATE.replace(step=step, bank=bank.replace(inserted=inserted))
+        settings = {"bank.size": 16, "bank.warmup_steps": 5}
+        return loss_of(outputs, batch, state, **settings)[1]["va/bank_positives"].compute()
 
     found = {(step, rows): positives(step, rows) > 0.5 for step in (4, 5) for rows in (15, 16)}
     assert [key for key, used in found.items() if used] == [(5, 16)]
