@@ -17,24 +17,22 @@ from configs.common import execution, linear_probe
 def get_config(preset: str = "run") -> ConfigDict:
     """Returns a preset: run, or that of a preset of configs/pretrain.py.
 
-    run: any run, for instance of your own videos; no label is needed. Records of the split `test`
-        must be there, or another named by `evaluation.test_split`. With
-        `--config.evaluation.probes="(('LABEL','video'),)"` labels are probed as well.
+    run: any run; no label is needed. Records of the split `evaluation.test_split` must be there.
+        With `--config.evaluation.probes="(('LABEL','video'),)"` labels are probed as well.
     demo, abstract: with supervised encoders and null controls, which train networks of their own:
         on 2 CPU cores at most 3.5 minutes, 2 of them for these.
     esc10: a run that was pretrained without fold 1; other folds by the two selections.
-    kinetics400, kinetics600, vggsound, audioset: ten views, as the field does. No run of that size
-        has been evaluated with this code.
+    others: ten views, as the field does. No run of that size has been evaluated with this code.
     """
     known = ["run", "demo", "abstract", "esc10"]
     known += ["kinetics400", "kinetics600", "vggsound", "audioset"]
     if preset not in known:
         raise UserError(f"unknown preset {preset!r}: use one of {', '.join(known)}")
-    c = ConfigDict(dict(task="avcl_jax.evaluation.evaluate:evaluate"))
-    # The run under runs/ that is evaluated where no --workdir is given.
-    c.name = "demo" if preset == "run" else preset
-    c.data = dict(directory="")  # records; "" is where the run found them
-    c.data.allow_trained_on = False  # test on records that were pretrained on
+    # The run runs/NAME is evaluated where no --workdir is given.
+    name = "demo" if preset == "run" else preset
+    c = ConfigDict(dict(task="avcl_jax.evaluation.evaluate:evaluate", name=name))
+    # Where the records are; "" is where the run found them. True: test on records of pretraining.
+    c.data = dict(directory="", allow_trained_on=False)
     c.bootstrap = dict(resamples=1000)
     c.execution = execution(threads=2, chunk=16, part_records=1024)
 
@@ -42,20 +40,17 @@ def get_config(preset: str = "run") -> ConfigDict:
     # Splits, that of training for probes, and records by label (avcl_jax/data/selection.py).
     e.update(train_split="train", train_select="", test_split="test", test_select="")
 
-    # Features and embeddings: means over views of fixed times and speeds, cropped in the centre.
+    # Features and embeddings: means over clips at fixed times and speeds, cropped in the centre.
     e.speeds = ()  # of those that the run trained; () is all of them
-    e.update(clips=4, recall_at=(1, 5, 10, 20, 50))  # clips at each speed
-
+    e.update(clips=4, recall_at=(1, 5, 10, 20, 50))
     e.update(probes=(), probe=linear_probe())  # linear probes of (label, modality)
     e.position_cells = 8  # histogram of position: cells x cells
 
-    # Temporal tasks: pairs of views of each test record, drawn as in training, one playback for
-    # both modalities.
+    # Of views, for temporal tasks, drawn as in training, one playback for both modalities.
     e.pairs_per_video = 10
 
-    # The supervised encoders, an upper bound for each probe, by a fixed budget; results.json has
-    # the training loss that was reached. `views` are rendered of each training record, at the
-    # speeds above.
+    # Supervised encoders, an upper bound for each probe, by a fixed budget, from so many views of
+    # each training record at the speeds above; results.json has the training loss.
     e.supervised = dict(enabled=False, video=dict(views=8), audio=dict(views=24))
     e.supervised.video.fit = _fit(4e-3, epochs=30, decay_epochs=6)
     e.supervised.audio.fit = _fit(6e-3, epochs=40, decay_epochs=12)

@@ -25,10 +25,7 @@ def get_config(preset: str = "foley") -> ConfigDict:
 
 
 def foley() -> ConfigDict:
-    """Clips as the demo's, of another seed: neither encoder nor index was made with any of them.
-
-    Hardware: one CPU core, half an hour beside other load; making the clips takes 40 s.
-    """
+    """Clips as the demo's, of another seed, new to the encoder: half an hour on one core."""
     c = protocol("avcl_jax.fingerprint.benchmark.protocol:fingerprinting", "fingerprint")
     c.data = dict(directory="data/foley_fingerprint/records", split="test")
     c.data.prepare = f"python -m data_prep demo --out data/foley_fingerprint {FOLEY_OPTIONS}"
@@ -52,7 +49,7 @@ def foley() -> ConfigDict:
 def real() -> ConfigDict:
     """Segments of real videos among real audio and clips as the demo's; a hit is the very segment.
 
-    Hardware: one CPU core, 8 minutes. References of the records are indexed, and never looked for.
+    References of the records are indexed, and never looked for. One CPU core: 8 minutes.
     """
     c = foley()
     c.name = "fingerprint_real"

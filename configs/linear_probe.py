@@ -21,16 +21,14 @@ from configs.common import linear_probe, protocol
 def get_config(preset: str = "demo") -> ConfigDict:
     """Returns the probe of a data set of configs/datasets.py.
 
-    For the 20,000 balanced training clips of AudioSet alone, prepare them apart and set
-    `--config.data.train_split=balanced_train`. For one pretraining run per fold of ESC, each with
-    data.select="fold!=...", set `--config.encoder='runs/esc10/fold{fold}'`.
+    For one pretraining run per fold of ESC, each with data.select="fold!=...", set
+    `--config.encoder='runs/esc10/fold{fold}'`.
     """
     c = protocol("avcl_jax.evaluation.classification:run_linear_probe", f"{preset}_linear_probe")
     c.data = datasets.labelled(preset)
     c.data.group_label = datasets.find(preset).groups
     c.modality = datasets.find(preset).modality
-    # Clips at each speed, spread over the record, as in configs/evaluate.py; poolings are explained
-    # in `evaluation.features.FeatureSpec`.
+    # Clips at each speed, spread over the record: `evaluation.features.FeatureSpec`.
     small = preset in ("demo", "demo_audio", "records")
     c.features = dict(speeds=(1, 2, 4) if small else (1, 2), clips=4 if small else 5)
     c.features.update(clip_pooling="mean", record_pooling="mean")

@@ -95,8 +95,8 @@ def demo() -> ConfigDict:
     # Labels whose agreement between anchors and sampled rows is logged, beside the base rate.
     c.bank.health_labels = ("motion", "material")
 
-    # Or "sgd", with other values: 300 steps of the demo (seed 0) reach a loss of 8.3 with learning
-    # rate 0.1 and weight decay 1e-4, and of 8.9 with the values below.
+    # Or "sgd": 300 steps of the demo (seed 0) reach a loss of 8.3 with learning rate 0.1 and weight
+    # decay 1e-4, and of 8.9 with the values below.
     c.optimizer = dict(name="adamw", learning_rate=3e-3, warmup_steps=100, weight_decay=0.1)
     c.optimizer.update(momentum=0.9, beta2=0.98, clip_norm=5.0)
     # Above 0, the average of parameters and running statistics over about 1 / (1 - ema_decay) steps
@@ -148,12 +148,11 @@ def esc10() -> ConfigDict:
 def kinetics400() -> ConfigDict:
     """Kinetics-400, 246,000 clips of 10 s, 200 epochs: R(2+1)D-18, audio ResNet, 16 x 112².
 
-    Intended hardware: TPU v5e-32 or 8 GPUs of 80 GB. Verified here: the config builds, the shapes
-    of its state are computed and its step lowers (tests/test_configs.py). Not run: no training of
-    this size has been done with this code, so there is no accuracy to expect yet. Each scientific
-    value has its reason beside it, or "untested". The values of AVID-CMA, GDT, CrissCross
-    and BraVe ("the relatives"), with file and line, are in docs/reproduction.md, "Settings beside
-    those of relatives".
+    Intended hardware: TPU v5e-32 or 8 GPUs of 80 GB. Its step lowers (tests/test_configs.py); no
+    training of this size has been run with this code, so there is no accuracy to expect yet. Each
+    scientific value has its reason beside it, or "untested". The values of AVID-CMA, GDT,
+    CrissCross and BraVe ("the relatives") are in docs/reproduction.md, "Settings beside those of
+    relatives".
     """
     c = ConfigDict(dict(task="avcl_jax.training.loop:pretrain", seed=0))
     c.steps = 96_000  # 200 epochs, as GDT
