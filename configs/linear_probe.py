@@ -21,8 +21,9 @@ from configs.common import linear_probe, protocol
 def get_config(preset: str = "demo") -> ConfigDict:
     """Returns the probe of a data set of configs/datasets.py.
 
-    For one pretraining run per fold of ESC, each with data.select="fold!=...", set
-    `--config.encoder='runs/esc10/fold{fold}'`.
+    For the 20,000 balanced training clips of AudioSet alone, prepare them apart and set
+    `--config.data.train_split=balanced_train`. For one pretraining run per fold of ESC, each with
+    data.select="fold!=...", set `--config.encoder='runs/esc10/fold{fold}'`.
     """
     c = protocol("avcl_jax.evaluation.classification:run_linear_probe", f"{preset}_linear_probe")
     c.data = datasets.labelled(preset)
