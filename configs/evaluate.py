@@ -49,7 +49,7 @@ def get_config(preset: str = "run") -> ConfigDict:
     # Of views, for temporal tasks, drawn as in training, one playback for both modalities.
     e.pairs_per_video = 10
 
-    # Supervised encoders, an upper bound for each probe, by a fixed budget, from so many views of
+    # Supervised encoders, an upper bound for each probe, by a fixed budget, from these views of
     # each training record at the speeds above; results.json has the training loss.
     e.supervised = dict(enabled=False, video=dict(views=8), audio=dict(views=24))
     e.supervised.video.fit = _fit(4e-3, epochs=30, decay_epochs=6)

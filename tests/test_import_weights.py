@@ -177,11 +177,6 @@ def test_only_published_networks_have_names_elsewhere(tmp_path):
     [
         ({"checkpoint": ""}, "config.checkpoint is missing"),
         ({"modalities": "audio_visual"}, "modalities 'audio_visual' must be 'video' or 'audio'"),
-        ({"modalities": "vidoe"}, "modalities 'vidoe' must be 'video' or 'audio'"),
-        (
-            {"modalities": "video", "model.video.name": "resnet"},
-            "avid has no video encoder 'resnet': it has r2plus1d_18_avid",
-        ),
         ({"code_base": "timm"}, "unknown code base 'timm': use one of torchvision"),
         ({"model.audio.name": "conv_11"}, "unknown audio encoder 'conv_11': use one of resnet"),
         ({"model.audio.name": "resnet_9"}, "avid has no audio encoder 'resnet_9'"),
@@ -196,9 +191,7 @@ def test_settings_of_an_import_are_checked_before_its_checkpoint_is_read(
     config.update_from_flattened_dict({"checkpoint": "weights.pth"} | overrides)
     with pytest.raises(UserError, match=said):
         import_weights(config, tmp_path)
-
-
-def test_the_code_base_of_an_export_is_checked_before_the_encoder_is_read(tmp_path, monkeypatch):
+    # Nor is an encoder before the code base of an export.
     monkeypatch.setattr("avcl_jax.export.torch_weights.load_encoder", None)
     config = export_config.get_config()
     config.code_base = "timm"

@@ -52,17 +52,11 @@ class RowNumbers:
 
 @flax.struct.dataclass
 class BankRows:
-    """Rows of a bank, each the embeddings of one view; arrays, or shapes or shardings of arrays.
+    """Rows of a bank, each the embeddings of one view; arrays, or shapes or shardings of arrays."""
 
-    Attributes:
-        embeddings: modality → [rows, dim], 0 where it is missing.
-        presence: uint8 [rows], see `presence_bits`.
-        numbers: `RowNumbers` of [rows].
-    """
-
-    embeddings: Any
-    presence: Any
-    numbers: Any
+    embeddings: Any  # modality → [rows, dim], 0 where it is missing
+    presence: Any  # uint8 [rows], see `presence_bits`
+    numbers: Any  # `RowNumbers` of [rows]
 
     def usable(self, *modalities: Modality) -> Any:
         """Mask [rows] of the rows that are not empty and have all of `modalities`."""
@@ -112,17 +106,11 @@ def views_of(rows: BankRows, record_index: Array) -> Views:
 
 
 class DrawnRows(NamedTuple):
-    """Rows sampled for each anchor; where the mask is not set, a row is 0 and its numbers are −1.
+    """Rows sampled for each anchor; without the mask, a row is 0 and its numbers are −1."""
 
-    Attributes:
-        embeddings: [videos, 2, rows, dim] of the target modality.
-        mask: bool [videos, 2, rows].
-        numbers: numbers of the rows, [videos, 2, rows].
-    """
-
-    embeddings: Float[Array, "videos 2 rows dim"]
+    embeddings: Float[Array, "videos 2 rows dim"]  # of the target modality
     mask: Bool[Array, "videos 2 rows"]
-    numbers: RowNumbers
+    numbers: RowNumbers  # [videos, 2, rows]
 
     def where(self, mask: Any) -> DrawnRows:
         """Keeps the rows for which `mask` is set, too."""

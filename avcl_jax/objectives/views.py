@@ -14,23 +14,14 @@ Term = tuple[Modality, Modality]  # of the anchor, of its positives and negative
 
 
 class Views(NamedTuple):
-    """Two views of each video of a global batch, or of one device's part of it.
-
-    Attributes:
-        embeddings: modality → [videos, 2, dim], any float dtype.
-        present: modality → bool [videos, 2].
-        playback: modality → int [videos, 2], number of the view's speed and direction.
-        label: int [videos, labels], −1 unknown; for health metrics only.
-        source_id: int [videos], equal for records cut from one file.
-        record_index: int [videos], number of the video, independent of the number of devices.
-    """
+    """Two views of each video of a global batch, or of one device's part of it."""
 
     embeddings: Mapping[Modality, Float[Array, "videos 2 dim"]]
     present: Mapping[Modality, Bool[Array, "videos 2"]]
-    playback: Mapping[Modality, Int[Array, "videos 2"]]
-    label: Int[Array, "videos labels"]
-    source_id: Int[Array, " videos"]
-    record_index: Int[Array, " videos"]
+    playback: Mapping[Modality, Int[Array, "videos 2"]]  # number of speed and direction
+    label: Int[Array, "videos labels"]  # −1 unknown; for health metrics only
+    source_id: Int[Array, " videos"]  # equal for records cut from one file
+    record_index: Int[Array, " videos"]  # number of the video, whatever the number of devices
 
 
 def per_view(mask: Bool[Array, "videos *views"]) -> Bool[Array, "videos 2"]:

@@ -3,9 +3,8 @@
 A contrastive loss compares every embedding with every other, so the gradients of parts of a batch
 do not add up to that of the whole. Gao et al., "Scaling Deep Contrastive Learning Batch Size under
 Memory Limited Setup", RepL4NLP 2021 (GradCache): the model runs on one micro-batch after the other
-and keeps only its outputs; the loss and its gradient by these outputs are computed once, on the
-whole batch; then the model runs again on each micro-batch, and its part of that gradient goes back
-to the parameters. The third pass over the data costs one more forward.
+and keeps only its outputs; the loss and its gradient by these outputs are computed on the whole
+batch; then the model runs again on each micro-batch, to carry its part of that gradient back.
 """
 
 from __future__ import annotations
@@ -101,13 +100,12 @@ def merge_statistics(
 
     They are averaged by the number of rows that entered them, so that the running averages look as
     many steps back as without micro-batches. The variance lacks what the means of the micro-batches
-    differ by, as it does in the normalisation itself. A module none of whose rows is present in the
-    whole batch keeps its old statistics.
+    differ by. A module none of whose rows is present in the whole batch keeps its old statistics.
 
     Args:
         old: running statistics by module of the model, before the step.
         updated: the same after it, [parts, ...].
-        rows: bool [parts, ...] by module: which rows of each micro-batch entered them.
+        rows: bool [parts, ...] by module, rows of each micro-batch that entered them.
     """
     merged = {}
     for name, values in updated.items():

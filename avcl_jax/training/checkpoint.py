@@ -25,19 +25,12 @@ class CheckpointError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Progress of a run, saved with the state.
+    """Progress of a run, saved with the state."""
 
-    Attributes:
-        step: steps taken; the next batch is the one of this number, which is the data's position.
-        train_seconds: time spent in training so far, over all starts.
-        data_fingerprint: fingerprint of the records; a position means nothing in other data.
-        devices: number of devices over which the bank's rows were laid out.
-    """
-
-    step: int
-    train_seconds: float
-    data_fingerprint: str
-    devices: int
+    step: int  # steps taken; the next batch has this number, which is the position in the data
+    train_seconds: float  # of all starts
+    data_fingerprint: str  # of the records; a position means nothing in other data
+    devices: int  # over which the bank's rows were laid out
 
 
 def check_config(workdir: epath.Path, config_json: str, *, resumes: bool = True) -> None:

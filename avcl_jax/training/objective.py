@@ -165,7 +165,7 @@ def total_loss(
         outputs: outputs of the model for the whole batch.
         batch: batch of `data.pipeline`.
         state: state before the step, for its `bank` and `step`.
-        key: JAX random key of the draws from the bank.
+        key: key of the draws from the bank.
 
     Returns:
         The scalar, and metrics and the views of the batch.

@@ -14,11 +14,7 @@ OptimizerName = Literal["adamw", "sgd"]
 
 
 def warmup_cosine(*, learning_rate: float, warmup_steps: int, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then cosine to 0 at the last step.
-
-    Raises:
-        UserError: if the warm-up is not shorter than the training.
-    """
+    """Linear warm-up from 0, then cosine to 0 at the last step; the warm-up must be shorter."""
     if not 0 <= warmup_steps < steps:
         raise UserError(
             f"optimizer.warmup_steps {warmup_steps} must be at least 0 and below steps {steps}"
@@ -29,11 +25,7 @@ def warmup_cosine(*, learning_rate: float, warmup_steps: int, steps: int) -> opt
 def warmup_multistep(
     *, learning_rate: float, warmup_steps: int, milestones: Sequence[int], factor: float
 ) -> optax.Schedule:
-    """Linear warm-up from 0, then constant, multiplied by `factor` at each milestone.
-
-    Raises:
-        UserError: if milestones do not increase, or begin in the warm-up.
-    """
+    """Linear warm-up from 0, then constant, multiplied by `factor` at each milestone after it."""
     if list(milestones) != sorted(set(milestones)) or min(milestones, default=1) <= warmup_steps:
         raise UserError(
             f"milestones at steps {tuple(milestones)} must increase and come after the "
@@ -73,9 +65,6 @@ def create_optimizer(
         beta2: second-moment decay of AdamW.
         clip_norm: largest global gradient norm; 0 does not clip.
         part_of: maps parameters to the name of the part of each, if `schedule` has parts.
-
-    Raises:
-        UserError: if the name is unknown.
     """
     if name not in ("adamw", "sgd"):
         raise UserError(f"unknown optimizer {name!r}: use 'adamw' or 'sgd'")

@@ -20,17 +20,10 @@ _MIN_FSDP_ELEMENTS = 2**16
 
 
 def create_mesh(fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over devices with axis `data`, and `fsdp` where it is larger than 1.
+    """A mesh over `devices` (all by default) with axis `data`, and `fsdp` if it is larger than 1.
 
     Axes are of type Auto: `jax.make_mesh` defaults to Explicit, under which the gather of the bank
-    raises.
-
-    Args:
-        fsdp: number of devices over which parameters are split.
-        devices: all available by default; others to compile for machines elsewhere.
-
-    Raises:
-        UserError: if `fsdp` does not divide the number of devices.
+    raises. `fsdp` is the number of devices over which parameters are split.
     """
     count = jax.device_count() if devices is None else len(devices)
     if fsdp < 1 or count % fsdp:

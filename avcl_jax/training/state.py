@@ -19,24 +19,14 @@ from avcl_jax.training import sharding
 
 @flax.struct.dataclass
 class TrainState:
-    """State of training, a pytree; donated to each step.
+    """State of training, a pytree; donated to each step."""
 
-    Attributes:
-        step: int32 scalar, steps taken.
-        params: parameters, float32.
-        batch_stats: running statistics of batch normalisation, float32.
-        opt_state: state of the optimizer.
-        ema_params: exponential moving average of the parameters, or None.
-        ema_batch_stats: the same average of `batch_stats`, for use with `ema_params`; or None.
-        bank: feature bank, or None.
-    """
-
-    step: Any
-    params: Any
-    batch_stats: Any
+    step: Any  # int32 scalar, steps taken
+    params: Any  # float32
+    batch_stats: Any  # running statistics of batch normalisation, float32
     opt_state: Any
-    ema_params: Any = None
-    ema_batch_stats: Any = None
+    ema_params: Any = None  # exponential moving average of the parameters
+    ema_batch_stats: Any = None  # the same average of `batch_stats`, for use with `ema_params`
     bank: feature_bank.FeatureBank | None = None
 
 

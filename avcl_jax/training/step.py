@@ -60,11 +60,8 @@ def average_weight(step: Array, decay: float) -> Array:
     """Weight of the newest values in the moving average, (1 − d) / (1 − d^(step + 1)).
 
     The weight of each step is then proportional to d to the power of its age: the bias-corrected
-    average of Adam (Kingma & Ba, ICLR 2015, section 3), which excludes the initialisation.
-
-    Args:
-        step: int32 scalar, previous steps; at 0 the weight is 1.
-        decay: d in (0, 1).
+    average of Adam (Kingma & Ba, ICLR 2015, section 3), which excludes the initialisation. `step`
+    is the number of previous steps; at 0 the weight is 1.
     """
     # `expm1` avoids the cancellation in 1 − d^(step + 1) if d is close to 1.
     return (1.0 - decay) / -jnp.expm1((step + 1) * math.log(decay))

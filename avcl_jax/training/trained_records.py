@@ -20,7 +20,7 @@ LEAST_VIDEOS = 2  # in a batch, as one has no negatives
 
 
 def open_records(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> UsableRecords:
-    """Opens the records that a pretraining config trains on, and checks that it can.
+    """Opens the records that a pretraining config trains on, and checks that they fit it.
 
     Raises:
         RecordError: if the data set or the split does not exist.

@@ -47,20 +47,13 @@ def notes(watched):
     return found
 
 
-def test_nothing_is_compiled_after_the_first_steps(notes):
-    """The step is compiled in step 1; merging two steps' metrics, in step 2."""
+def test_steps_compile_once_donate_the_state_and_read_the_device_one_step_late(notes):
     compiled = [note["compiled"] for note in notes]
-    assert compiled[0] < compiled[1]
+    assert compiled[0] < compiled[1]  # the step; then merging two steps' metrics
     assert compiled[2:] == compiled[2:3] * 4
-
-
-def test_the_state_is_donated(notes):
     assert not any(notes[0]["deleted"])
     assert all(notes[1]["deleted"])
-
-
-def test_the_host_reads_the_device_after_log_steps_only(notes):
-    """Metrics of steps 2 and 4 are read while steps 3 and 5 run."""
+    # Metrics of steps 2 and 4 are read while steps 3 and 5 run.
     reads = [after["read"] - before["read"] for before, after in itertools.pairwise(notes)]
     assert [read > 0 for read in reads] == [False, False, True, False, True]
 

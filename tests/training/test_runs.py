@@ -173,25 +173,19 @@ def one_device(records, tmp_path_factory) -> Path:
     return workdir
 
 
-def test_eight_devices_agree_with_one_after_three_steps(records, one_device, tmp_path):
-    workdir = tmp_path / "eight"
-    output = run(arguments(records, workdir, **_COMPARED), devices=8)
-    assert "8 cpu device(s)" in output
-    assert_agree(one_device, workdir, 3)
+@pytest.mark.parametrize(("devices", "fsdp"), [(8, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
+def test_many_devices_agree_with_one_after_three_steps(
+    records, one_device, tmp_path, devices, fsdp
+):
+    options = arguments(records, tmp_path / "many", execution__fsdp=fsdp, **_COMPARED)
+    assert f"{devices} cpu device(s)" in run(options, devices=devices)
+    assert_agree(one_device, tmp_path / "many", 3)
 
 
 def test_two_processes_of_four_devices_agree_with_one(records, one_device, tmp_path):
     workdir = tmp_path / "two"
     outputs = run_processes(arguments(records, workdir, **_COMPARED), devices=4)
     assert "2 process(es)" in outputs[0]
-    assert_agree(one_device, workdir, 3)
-
-
-@pytest.mark.slow
-def test_parameters_split_over_devices_train_alike(records, one_device, tmp_path):
-    workdir = tmp_path / "fsdp"
-    output = run(arguments(records, workdir, execution__fsdp=2, **_COMPARED), devices=4)
-    assert "4 cpu device(s)" in output
     assert_agree(one_device, workdir, 3)
 
 
@@ -202,38 +196,24 @@ def one_line(output: str) -> str:
     return errors[0]
 
 
-def test_a_checkpoint_of_another_config_is_refused_with_the_keys(records, whole_run):
+def test_a_checkpoint_of_another_config_or_of_other_data_is_refused(records, whole_run, tmp_path):
     output = run(arguments(records, whole_run, loss__temperature=0.2, seed=3), code=1)
     line = one_line(output)
     assert "loss.temperature: 0.1 -> 0.2" in line
     assert "seed: 0 -> 3" in line
     assert json.loads((whole_run / "config.json").read_text())["seed"] == 0
-
-
-def test_a_run_of_other_data_is_refused(whole_run, tmp_path):
-    other = write_records(
-        tmp_path / "other", [make_record(n, seconds=5.0, side=24) for n in range(1, 25)]
-    )
+    made = [make_record(n, seconds=5.0, side=24) for n in range(1, 25)]
+    other = write_records(tmp_path / "other", made)
     line = one_line(run(arguments(other, whole_run), code=1))
     assert "was trained on records made-train" in line
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(records, tmp_path):
     workdir = tmp_path / "nan"
-    output = run(
-        arguments(
-            records,
-            workdir,
-            optimizer__name="sgd",
-            optimizer__learning_rate=1e17,
-            optimizer__clip_norm=0.0,
-            steps=8,
-            execution__log_every=2,
-            execution__checkpoint_every=1,
-        ),
-        code=1,
-    )
-    line = one_line(output)
+    options = {"optimizer__name": "sgd", "optimizer__learning_rate": 1e17}
+    options |= {"optimizer__clip_norm": 0.0, "steps": 8}
+    options |= {"execution__log_every": 2, "execution__checkpoint_every": 1}
+    line = one_line(run(arguments(records, workdir, **options), code=1))
     assert "not finite between steps" in line
     assert "loss" in line
     kept = sorted(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
