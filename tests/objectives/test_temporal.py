@@ -59,7 +59,7 @@ def expected(term, outputs, batch):
                 for k in range(2)
                 if present[k]
             ]
-        elif term == "order_va":  # view 1's picture with view 2's sound, and the reverse
+        elif term == "order_va":  # view 1's video with view 2's audio, and the reverse
             order = batch["order"][i]
             both = list(zip(outputs[term][i], (order, 2 - order), strict=True))
             pairs = [both[k] for k in range(2) if video[k] and audio[1 - k]]
@@ -127,7 +127,7 @@ def test_an_empty_term_is_zero_with_zero_gradient():
         assert np.isfinite(metrics["accuracy"])
 
 
-def test_a_still_picture_has_no_temporal_task_and_its_sound_has_all():
+def test_a_still_video_has_no_temporal_task_and_its_audio_has_all():
     _, batch = example()
     for name in ("has_video", "has_audio", "speed_mask", "direction_mask", "order_mask"):
         batch[name] = np.ones(VIDEOS, bool)

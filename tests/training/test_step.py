@@ -30,18 +30,7 @@ from tests.data.synthetic_records import make_record, write_records
 from tests.training.small import small_config
 
 # Distinct and none a sum of others, so that no mix-up of terms gives the same total.
-WEIGHTS = {
-    "vv": 0.5,
-    "va": 1.0,
-    "aa": 0.25,
-    "speed_video": 0.125,
-    "speed_audio": 0.0625,
-    "direction_video": 2.0,
-    "direction_audio": 4.0,
-    "order_vv": 8.0,
-    "order_aa": 16.0,
-    "order_va": 32.0,
-}
+WEIGHTS = {term: 2.0**n / 16 for n, term in enumerate((*CONTRASTIVE_TERMS, *temporal.TASKS))}
 EMA_DECAY = 0.6
 
 
