@@ -5,8 +5,7 @@
         --config.encoder=gs://bucket/vggsound --workdir=runs/vggsound_cross_modal
 
 Needs the workdir of an audio-visual run, because an export leaves out the projection heads. All
-records of a split are the gallery, as no official subset exists. docs/protocols.md defines the
-protocol; the demo was run whole there. Other data sets share its code and were not run: no data.
+records of a split are the gallery, as no official subset exists. Definition: docs/protocols.md.
 """
 
 from ml_collections import ConfigDict

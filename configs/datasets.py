@@ -1,7 +1,9 @@
 """Data sets: one row each, from which the presets of all tasks take records, splits and labels.
 
 A new data set is a row here and its collection in data_prep/collections; docs/data has a page on
-each. The protocols that test a frozen encoder have a preset for every row.
+each. The protocols that test a frozen encoder have a preset for every row: those of the demo were
+run whole (docs/protocols.md), others share their code and were not run, because the data are not
+here.
 """
 
 import dataclasses

@@ -6,10 +6,9 @@
 
 `encoder` is the workdir of a pretraining run, an export, or imported weights. docs/protocols.md
 defines the protocol; it is the probe of configs/evaluate.py, and gives the same accuracy for the
-same records. Verified: demo, demo_audio and esc10 were run whole (docs/protocols.md); the others
-share their code, which is tested on small data, and were not run: the data are not here. Memory on
-the host: features of the trained and of the random encoder, and one of them twice over the devices:
-at 512 channels 0.4 GB each for VGG-Sound, 4 GB for AudioSet.
+same records. esc10 was run whole, too. Memory on the host: features of the trained and of the
+random encoder, and one of them twice over the devices: at 512 channels 0.4 GB each for VGG-Sound, 4
+GB for AudioSet.
 """
 
 from ml_collections import ConfigDict

@@ -7,8 +7,7 @@
 Needs a video encoder (a run, its export or imported weights). Test records are the queries,
 training records the gallery: 3,783 and 9,537 of UCF101's split 1, 1,530 and 3,570 of HMDB51's,
 20,000 and 246,000 of Kinetics-400. docs/protocols.md defines the protocol. Ranking runs on process
-0, for Kinetics-400 in 170 MB beside the features (0.5 GB at 512 channels). The demo was run whole;
-the others share its code, which is tested on small data, and were not run: no videos here.
+0, for Kinetics-400 in 170 MB beside the features (0.5 GB at 512 channels).
 """
 
 from ml_collections import ConfigDict

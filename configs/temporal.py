@@ -5,8 +5,7 @@
         --config.data.directory=DATA --config.data.split=all --workdir=runs/temporal
 
 Needs the workdir of a run, because an export leaves out the heads, and records whose audio has the
-run's sample rate. docs/protocols.md defines the protocol, and has results of the demo on its own
-test videos and on real videos.
+run's sample rate. docs/protocols.md has the definition, and results on real videos.
 """
 
 from ml_collections import ConfigDict
