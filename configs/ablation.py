@@ -50,7 +50,7 @@ VARIANTS: tuple[tuple[str, tuple[tuple[str, object], ...]], ...] = (
     ("no_contrast", _without("vv", "va", "aa")),
     *(
         (f"no_{kind}", _without(*(name for name, task in TASKS.items() if task.kind == kind)))
-        for kind in ("speed", "direction", "order")
+        for kind in dict.fromkeys(task.kind for task in TASKS.values())
     ),
     ("no_temporal", _without(*TASKS)),
     ("no_order_within", _without("order_vv", "order_aa")),
