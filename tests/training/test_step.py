@@ -220,7 +220,7 @@ def test_an_example_weighs_the_same_however_many_others_lack_a_modality(lacking,
         assert counts == videos * PER_VIDEO[term] * len(CONTRASTIVE_TERMS.get(term, [()]))
         assert mean > 0
         expected += weight * videos / 6 * mean
-    assert loss == pytest.approx(expected, rel=1e-5)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("modality", ["video", "audio"])
