@@ -17,22 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import (
-    Measured,
-    RowTable,
-    Target,
-    add_repeats,
-    command_parser,
-    interleave,
-    measure_rows,
-    need,
-    peak_growth_bytes,
-    ratio,
-    run_child,
-    run_command,
-    seconds_of_each,
-    spread,
-)
+from benchmarks import measure
+from benchmarks.measure import Measured, RowTable, Target
 from benchmarks.train_step import ALLOCATOR
 
 ROWS, DIM, ANCHORS = 2**20, 128, 256
@@ -55,7 +41,7 @@ def _time_search(search: Callable[[], tuple[Any, Any]], searches: int, results: 
     """Median seconds of a search after a warm-up; saves scores and rows."""
     scores, rows = search()
     np.savez(results, scores=scores, rows=rows)
-    return statistics.median(seconds_of_each(search, searches, warmup=0))
+    return statistics.median(measure.seconds_of_each(search, searches, warmup=0))
 
 
 def seconds_of_ours(*, ranks: int, searches: int, results: str) -> float:
@@ -110,32 +96,32 @@ def differing_neighbours(one: str, other: str) -> int:
 
 def over_faiss(ranks: int, repeats: int) -> Measured:
     """Our searches per second over those of FAISS by default; the tuned one is in the detail."""
-    need("faiss")
+    measure.need("faiss")
     with tempfile.TemporaryDirectory() as directory:
 
-        def measure(name: str, function: str, **arguments: bool) -> float:
+        def seconds_of(name: str, function: str, **arguments: bool) -> float:
             results = f"{directory}/{name}.npz"
-            return run_child(
+            return measure.run_child(
                 f"benchmarks.bank:{function}",
                 {"ranks": ranks, "searches": 3, "results": results, **arguments},
             )
 
         sides = {
-            "ours": functools.partial(measure, "ours", "seconds_of_ours"),
-            "faiss": functools.partial(measure, "faiss", "seconds_of_faiss", tuned=False),
+            "ours": functools.partial(seconds_of, "ours", "seconds_of_ours"),
+            "faiss": functools.partial(seconds_of, "faiss", "seconds_of_faiss", tuned=False),
             "faiss_tuned": functools.partial(
-                measure, "faiss_tuned", "seconds_of_faiss", tuned=True
+                seconds_of, "faiss_tuned", "seconds_of_faiss", tuned=True
             ),
         }
-        seconds = interleave(sides, repeats=repeats)
+        seconds = measure.interleave(sides, repeats=repeats)
         differing = {
             name: differing_neighbours(f"{directory}/ours.npz", f"{directory}/{name}.npz")
             for name in ("faiss", "faiss_tuned")
         }
     if any(differing.values()):
         raise RuntimeError(f"neighbours differ from those of FAISS: {differing}")
-    value, detail = ratio(seconds, "faiss", "ours", quantity="seconds")
-    over_tuned, _ = ratio(seconds, "faiss_tuned", "ours", quantity="seconds")
+    value, detail = measure.ratio(seconds, "faiss", "ours", quantity="seconds")
+    over_tuned, _ = measure.ratio(seconds, "faiss_tuned", "ours", quantity="seconds")
     return value, {"rows": ROWS, "anchors": ANCHORS, "over_faiss_tuned": over_tuned, **detail}
 
 
@@ -178,7 +164,7 @@ def memory_of_sampling() -> dict[str, int]:
     assert memory is not None
     jax.block_until_ready(bank)
     return {
-        "grown": peak_growth_bytes(lambda: jax.block_until_ready(compiled(*arguments))),
+        "grown": measure.peak_growth_bytes(lambda: jax.block_until_ready(compiled(*arguments))),
         "drawn": memory.output_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
     }
@@ -189,12 +175,12 @@ def extra_mb(repeats: int) -> Measured:
     # Without the allocator that keeps freed memory, which would hide new allocations.
     default = {"GLIBC_TUNABLES": ""}
     results = [
-        run_child("benchmarks.bank:memory_of_sampling", {}, environment=default)
+        measure.run_child("benchmarks.bank:memory_of_sampling", {}, environment=default)
         for _ in range(repeats)
     ]
     extra = [(memory["grown"] - memory["drawn"]) / 1e6 for memory in results]
     return statistics.median(extra), {
-        "extra_mb": spread(extra),
+        "extra_mb": measure.spread(extra),
         "drawn_mb": results[0]["drawn"] / 1e6,
         "temporary_mb_by_the_compiler": results[0]["temporary"] / 1e6,
     }
@@ -209,12 +195,11 @@ _ROWS: RowTable[int] = {
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    parser = command_parser("bank", __doc__, rows=_ROWS)
-    add_repeats(parser)
+    parser = measure.command_parser("bank", __doc__, rows=_ROWS, repeats=True)
     args = parser.parse_args(arguments)
     os.environ["GLIBC_TUNABLES"] = ALLOCATOR
-    measure_rows(_ROWS, args.rows, args.repeats, args.json)
+    measure.measure_rows(_ROWS, args.rows, args.repeats, args.json)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    measure.run_command(main)

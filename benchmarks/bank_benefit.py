@@ -66,10 +66,8 @@ VARIANTS: Mapping[str, tuple[tuple[str, object], ...]] = {
     "size_256": _variant(0.2, size=256, positive_window=1 / 32),
     "size_4096": _variant(0.2, size=4096, positive_window=1 / 256),
     # A control of the oracles with weight 0.5, where the weight of the partners is halved.
-    "no_bank_half_contrast": (
-        ("loss.weights.vv", 0.25),
-        ("loss.weights.va", 0.5),
-        ("loss.weights.aa", 0.25),
+    "no_bank_half_contrast": tuple(
+        {"loss.weights.vv": 0.25, "loss.weights.va": 0.5, "loss.weights.aa": 0.25}.items()
     ),
     "average_of_weights": (*_variant(0.2), ("optimizer.ema_decay", 0.99)),
 }

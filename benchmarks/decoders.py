@@ -40,13 +40,6 @@ def _imagecodecs() -> Decoder:
     return imagecodecs.jpeg8_decode
 
 
-def _turbojpeg() -> Decoder:
-    import turbojpeg
-
-    jpeg = turbojpeg.TurboJPEG()
-    return lambda frame: jpeg.decode(frame, pixel_format=turbojpeg.TJPF_RGB)
-
-
 def _pillow() -> Decoder:
     import io
 
@@ -69,7 +62,6 @@ DECODERS: dict[str, tuple[str, Callable[[], Decoder]]] = {
     "simplejpeg": ("simplejpeg", _simplejpeg),
     "opencv": ("cv2", _opencv),
     "imagecodecs": ("imagecodecs", _imagecodecs),
-    "pyturbojpeg": ("turbojpeg", _turbojpeg),
     "pillow": ("PIL", _pillow),
     "tensorflow": ("tensorflow", _tensorflow),
 }
@@ -97,11 +89,8 @@ def compare(*, directory: str, samples: int, repeats: int) -> dict[str, Any]:
     for name, (package, make) in DECODERS.items():
         if importlib.util.find_spec(package) is None:
             result[name] = {"absent": f"{package} is not installed"}
-            continue
-        try:
+        else:
             decoders[name] = make()
-        except RuntimeError as error:  # PyTurboJPEG without the system's library
-            result[name] = {"absent": str(error).splitlines()[0]}
     calls = {name: functools.partial(_decode_all, each, frames) for name, each in decoders.items()}
     seconds = seconds_in_turns(calls, repeats=repeats)
     reference = _simplejpeg()
@@ -116,10 +105,7 @@ def compare(*, directory: str, samples: int, repeats: int) -> dict[str, Any]:
 
 
 def _decode_on(
-    cpu: int,
-    decoder: str,
-    frames: Sequence[bytes],
-    barrier: multiprocessing.synchronize.Barrier,
+    cpu: int, decoder: str, frames: Sequence[bytes], barrier: multiprocessing.synchronize.Barrier
 ) -> None:
     os.sched_setaffinity(0, {cpu})
     decode = DECODERS[decoder][1]()

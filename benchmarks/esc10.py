@@ -33,8 +33,9 @@ from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection, UsableRecords
 from avcl_jax.evaluation.views import PretrainedRun
 from avcl_jax.paths import local_path
+from benchmarks import measure
 from benchmarks.audio_settings import other_view_hits
-from benchmarks.measure import Row, Target, command_parser, report, run_command, spread
+from benchmarks.measure import Row, Target
 from configs import pretrain as pretrain_config
 
 FOLDS = ("1", "2", "3", "4", "5")
@@ -120,14 +121,14 @@ def folds_rows(
         "classical": classical,
         "options": list(options),
     }
-    mean = statistics.mean(accuracies)
+    mean, of_minutes = statistics.mean(accuracies), measure.spread(minutes)
     over_classical = mean - max(classical.values())
     over_random = statistics.mean(gains)
     return [
         Row("esc10_accuracy", mean, "fraction", Target(">=", CLASSICAL), detail),
         Row("esc10_over_random", over_random, "fraction", Target(">=", 0.10), {"gains": gains}),
         Row("esc10_over_classical", over_classical, "fraction", Target(">=", 0.0), classical),
-        Row("esc10_pretraining_minutes", max(minutes), "min", Target("<=", 8), spread(minutes)),
+        Row("esc10_pretraining_minutes", max(minutes), "min", Target("<=", 8), of_minutes),
     ]
 
 
@@ -184,7 +185,7 @@ def long_row(workdir: Path, records: Path, *, steps: int, fold: str) -> Row:
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    parser = command_parser("esc10", __doc__)
+    parser = measure.command_parser("esc10", __doc__)
     parser.add_argument(
         "--records", type=local_path, default="data/esc10", help="prepared ESC-10 (%(default)s)"
     )
@@ -200,9 +201,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--demo", type=local_path, help="run of the demo, to test its encoder too")
     parser.add_argument("--long", type=int, metavar="STEPS", help="one longer run, on fold 1")
-    args, options = parser.parse_known_args(arguments)
-    if unknown := [option for option in options if not option.startswith("--config.")]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args, options = measure.parse_with_overrides(parser, arguments)
     if not (args.records / "dataset_info.json").exists():
         parser.error(f"{args.records} does not exist: see the first command of this module")
     workdir, records = args.workdir, args.records
@@ -214,9 +213,9 @@ def main(arguments: list[str]) -> None:
         rows.append(demo_row(workdir, records, args.demo))
     if args.long:
         rows.append(long_row(workdir, records, steps=args.long, fold=FOLDS[0]))
-    report(args.json, rows)
+    measure.report(args.json, rows)
     print(json.dumps({row.name: row.detail for row in rows}, indent=1))
 
 
 if __name__ == "__main__":
-    run_command(main)
+    measure.run_command(main)

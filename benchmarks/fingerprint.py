@@ -18,24 +18,8 @@ from typing import Any
 import numpy as np
 
 from avcl_jax.paths import local_path
-from benchmarks import footage
-from benchmarks.measure import (
-    Measured,
-    RowTable,
-    SkipError,
-    Target,
-    add_repeats,
-    command_parser,
-    interleave,
-    measure_rows,
-    need,
-    ratio,
-    run_child,
-    run_command,
-    seconds_of,
-    seconds_of_each,
-    spread,
-)
+from benchmarks import footage, measure
+from benchmarks.measure import Measured, RowTable, SkipError, Target
 
 _BASELINES = ("image_hash", "chromaprint")
 _SEGMENTS, _SEGMENTS_PER_SOURCE = 100_000, 100
@@ -134,7 +118,7 @@ def seconds_of_query(encoder: str, clip: str, segments: int) -> list[float]:
         def query() -> None:
             index.query(decode_media(clip, end_seconds=_QUERY_SECONDS, **decoding))
 
-        return seconds_of_each(query, _QUERIES)
+        return measure.seconds_of_each(query, _QUERIES)
 
 
 def seconds_of_indexing(encoder: str, files: list[str], only_decode: bool) -> float:
@@ -158,7 +142,7 @@ def seconds_of_indexing(encoder: str, files: list[str], only_decode: bool) -> fl
                 report = index.add_files(map(Path, files))
                 assert not report.failed, report.failed
 
-        return seconds_of(run)
+        return measure.seconds_of(run)
 
 
 class _Benchmark:
@@ -170,7 +154,7 @@ class _Benchmark:
 
     def _results(self, preset: str) -> dict[str, Any]:
         """Results of the protocol by preset `foley` or `real`."""
-        need("faiss")
+        measure.need("faiss")
         args = self._args
         settings: dict[str, Any] = {
             "encoder": str(args.encoder),
@@ -189,7 +173,7 @@ class _Benchmark:
                 )
         workdir = str(self._workdir(preset))
         arguments = {"preset": preset, "settings": settings, "workdir": workdir}
-        results = run_child("benchmarks.fingerprint:protocol_results", arguments)
+        results = measure.run_child("benchmarks.fingerprint:protocol_results", arguments)
         if "refused" in results:
             raise SkipError(results["refused"])
         return results
@@ -257,16 +241,16 @@ class _Benchmark:
 
     def query_seconds(self) -> Measured:
         """Median seconds of a warm query."""
-        need("faiss")
+        measure.need("faiss")
         segments = 2000 if self._args.small else _SEGMENTS
         encoder, clip = str(self._args.encoder), str(self._clips()[0])
         arguments = {"encoder": encoder, "clip": clip, "segments": segments}
-        seconds = run_child("benchmarks.fingerprint:seconds_of_query", arguments)
-        return float(np.median(seconds)), {"segments": segments, "seconds": spread(seconds)}
+        seconds = measure.run_child("benchmarks.fingerprint:seconds_of_query", arguments)
+        return float(np.median(seconds)), {"segments": segments, "seconds": measure.spread(seconds)}
 
     def over_decoding(self) -> Measured:
         """Hours of video indexed per hour over hours decoded; the demo's clips in the detail."""
-        need("faiss")
+        measure.need("faiss")
         args = self._args
         if not args.media.is_dir():
             raise SkipError(f"{args.media} does not exist: give a folder of real videos by --media")
@@ -286,18 +270,18 @@ class _Benchmark:
     def _indexed_over_decoded(self, paths: Sequence[Path]) -> Measured:
         arguments = {"encoder": str(self._args.encoder), "files": [str(path) for path in paths]}
 
-        def measure(only_decode: bool) -> float:
-            return run_child(
+        def seconds_of(only_decode: bool) -> float:
+            return measure.run_child(
                 "benchmarks.fingerprint:seconds_of_indexing",
                 {**arguments, "only_decode": only_decode},
             )
 
         sides = {
-            "indexed": functools.partial(measure, False),
-            "decoded": functools.partial(measure, True),
+            "indexed": functools.partial(seconds_of, False),
+            "decoded": functools.partial(seconds_of, True),
         }
-        seconds = interleave(sides, repeats=self._args.repeats)
-        value, detail = ratio(seconds, "decoded", "indexed", quantity="seconds")
+        seconds = measure.interleave(sides, repeats=self._args.repeats)
+        value, detail = measure.ratio(seconds, "decoded", "indexed", quantity="seconds")
         return value, {"files": len(paths), **detail}
 
     def _clips(self) -> list[Path]:
@@ -348,14 +332,13 @@ _FOLDERS = {
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    parser = command_parser("fingerprint", __doc__, rows=_ROWS)
+    parser = measure.command_parser("fingerprint", __doc__, rows=_ROWS, repeats=True)
     for name, (default, text) in _FOLDERS.items():
         parser.add_argument(f"--{name}", type=local_path, default=default, help=text)
-    add_repeats(parser)
     parser.add_argument("--small", action="store_true", help="smoke test without usable metrics")
     args = parser.parse_args(arguments)
-    measure_rows(_ROWS, args.rows, _Benchmark(args), args.json)
+    measure.measure_rows(_ROWS, args.rows, _Benchmark(args), args.json)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    measure.run_command(main)

@@ -8,6 +8,7 @@ conclusions are in docs/data/pipeline_speed.md.
 from __future__ import annotations
 
 import functools
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -21,18 +22,8 @@ import simplejpeg
 from avcl_jax.data import media
 from avcl_jax.data.views import Timeline, draw_views, frame_indices
 from avcl_jax.paths import local_path
-from benchmarks import footage, rendering
-from benchmarks.measure import (
-    Row,
-    add_repeats,
-    command_parser,
-    first_core,
-    report,
-    run_child,
-    run_command,
-    seconds_in_turns,
-    spread,
-)
+from benchmarks import footage, measure, rendering
+from benchmarks.measure import Row
 
 _VIDEOS, _SAMPLES = 16, 48
 
@@ -187,34 +178,33 @@ def compare(*, folder: str, repeats: int) -> dict[str, Any]:
 
     for label, samples in (("milliseconds", views), ("together", once)):
         calls = {name: functools.partial(decode, name, samples) for name in FORMATS}
-        for name, seconds in seconds_in_turns(calls, repeats=repeats).items():
+        for name, seconds in measure.seconds_in_turns(calls, repeats=repeats).items():
             values = [1e3 * each / _SAMPLES for each in seconds]
             result[name][label] = round(statistics.median(values), 2)
-            result[name][f"all_{label}"] = spread(values)["all"]
+            result[name][f"all_{label}"] = measure.spread(values)["all"]
     return result
 
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    parser = command_parser("formats", __doc__)
+    parser = measure.command_parser("formats", __doc__, repeats=True)
     parser.add_argument(
         "--data", type=local_path, default="data/benchmark", help="benchmark data, made if absent"
     )
-    add_repeats(parser)
     args = parser.parse_args(arguments)
     folder = footage.make_footage(args.data)[0]
-    results = run_child(
+    results = measure.run_child(
         "benchmarks.formats:compare",
         {"folder": str(folder), "repeats": args.repeats},
-        cores=first_core(),
+        cores=sorted(os.sched_getaffinity(0))[:1],
     )
     rows = [
         Row(name, values["milliseconds"], "ms", detail=values) for name, values in results.items()
     ]
-    report(args.json, rows)
+    measure.report(args.json, rows)
     for name, values in results.items():
         print(name, {key: values[key] for key in ("megabytes_per_hour", "decibels", "together")})
 
 
 if __name__ == "__main__":
-    run_command(main)
+    measure.run_command(main)

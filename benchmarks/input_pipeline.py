@@ -17,33 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from avcl_jax.paths import local_path
-from benchmarks import footage
-from benchmarks.measure import (
-    Measured,
-    RowTable,
-    SkipError,
-    Target,
-    add_repeats,
-    command_parser,
-    first_core,
-    interleave,
-    measure_rows,
-    need,
-    ratio,
-    run_child,
-    run_command,
-    spread,
-)
+from benchmarks import footage, measure
+from benchmarks.measure import Measured, RowTable, SkipError, Target
 
 _MILLION = 1_000_000
 # There are few distinct videos; many links to them are shuffled like a large data set.
 _LINKED = 1024
-_RATE = "samples_per_second"
 
 
-def _child(module: str, function: str, *, one_core: bool = False, **arguments: Any) -> Any:
-    cores = first_core() if one_core else None
-    return run_child(f"benchmarks.{module}:{function}", arguments, cores=cores)
+def _child(module: str, function: str, *, cores: list[int] | None = None, **arguments: Any) -> Any:
+    return measure.run_child(f"benchmarks.{module}:{function}", arguments, cores=cores)
 
 
 class _Subject:
@@ -69,14 +52,16 @@ class _Subject:
 
     def pipeline_rate(self, cores: int, setting: tuple[int, int]) -> float:
         """Samples per second of the pipeline on some cores, by worker processes and threads."""
-        arguments = {
-            "directory": self.linked(),
-            "workers": setting[0],
-            "threads": setting[1],
-            "count": self.args.batches,
-        }
-        target = "benchmarks.rendering:pipeline_rate"
-        return run_child(target, arguments, cores=self.cores[:cores])
+        workers, threads = setting
+        return _child(
+            "rendering",
+            "pipeline_rate",
+            cores=self.cores[:cores],
+            directory=self.linked(),
+            workers=workers,
+            threads=threads,
+            count=self.args.batches,
+        )
 
     def pipeline(self, cores: int | None = None) -> Callable[[], float]:
         """Measurement of the pipeline at its best setting, on all cores by default."""
@@ -87,41 +72,30 @@ class _Subject:
         """Fastest worker processes and threads on some cores, of --setting or of some tried."""
         if self.args.setting is not None:
             return self.args.setting
-        settings = {
-            f"{workers},{threads}": (workers, threads)
-            for workers, threads in sorted(
-                {(0, 1), (0, cores), (0, cores + 1), (cores, 1), (cores, 2)}
-            )
+        settings = {(0, 1), (0, cores), (0, cores + 1), (cores, 1), (cores, 2)}
+        sides = {
+            setting: functools.partial(self.pipeline_rate, cores, setting)
+            for setting in sorted(settings)
         }
-        rates = interleave(
-            {
-                name: functools.partial(self.pipeline_rate, cores, setting)
-                for name, setting in settings.items()
-            },
-            repeats=3,
-        )
-        medians = {name: statistics.median(values) for name, values in rates.items()}
-        print(f"(workers,threads) on {cores} cores: {medians}", file=sys.stderr)
-        return settings[max(medians, key=lambda name: medians[name])]
+        rates = measure.interleave(sides, repeats=3)
+        medians = {setting: statistics.median(values) for setting, values in rates.items()}
+        print(f"(workers, threads) on {cores} cores: {medians}", file=sys.stderr)
+        return max(medians, key=medians.__getitem__)
 
     def compare(self, **sides: Callable[[], float]) -> Measured:
         """Ratio of the rates `above` and `below`, and the spread of all sides."""
-        values = interleave(sides, repeats=self.args.repeats)
-        return ratio(values, "above", "below", quantity=_RATE)
+        values = measure.interleave(sides, repeats=self.args.repeats)
+        return measure.ratio(values, "above", "below", quantity="samples_per_second")
 
 
 def _over_decode_bound(subject: _Subject) -> Measured:
-    directory, repeats = subject.linked(), subject.args.repeats
+    directory, repeats, core = subject.linked(), subject.args.repeats, subject.cores[:1]
     decoders = _child(
-        "decoders", "compare", one_core=True, directory=directory, samples=32, repeats=repeats
+        "decoders", "compare", cores=core, directory=directory, samples=32, repeats=repeats
     )
-    parts = _child("rendering", "parts", one_core=True, directory=directory, repeats=repeats)
-    microseconds = {
-        name: decoder["microseconds"]
-        for name, decoder in decoders.items()
-        if decoder.get("same_pixels")
-    }
-    fastest = min(microseconds, key=lambda name: microseconds[name])
+    parts = _child("rendering", "parts", cores=core, directory=directory, repeats=repeats)
+    same = [name for name, decoder in decoders.items() if decoder.get("same_pixels")]
+    fastest = min(same, key=lambda name: decoders[name]["microseconds"])
     value, detail = subject.compare(
         above=subject.pipeline(),
         below=lambda: _child(
@@ -137,7 +111,7 @@ def _over_decode_bound(subject: _Subject) -> Measured:
 
 
 def _over_pyav(subject: _Subject) -> Measured:
-    need("torch")
+    measure.need("torch")
     folder = subject.videos()
     value, detail = subject.compare(
         above=subject.pipeline(),
@@ -149,43 +123,37 @@ def _over_pyav(subject: _Subject) -> Measured:
 
 
 def _over_dmvr(subject: _Subject) -> Measured:
-    need("tensorflow")
+    measure.need("tensorflow")
     module = "baselines.dmvr_tfdata"
     folder = str(subject.args.data / "sequence_examples")
     records = str(subject.records())
     _child(module, "write_sequence_examples", directory=records, out=folder, shards=4)
-    count = subject.args.batches
-
-    def baseline(fused_crop: bool) -> float:
-        return _child(
-            module, "samples_per_second", folder=folder, count=count, fused_crop=fused_crop
-        )
-
     value, detail = subject.compare(
         above=subject.pipeline(),
-        below=lambda: baseline(False),
-        # Not in DMVR: TensorFlow can decode only the cropped part of a JPEG.
-        decode_and_crop_jpeg=lambda: baseline(True),
+        below=lambda: _child(
+            module, "samples_per_second", folder=folder, count=subject.args.batches
+        ),
     )
     return value, detail | {"setting": subject.best_setting(len(subject.cores))}
 
 
 def _log_mel(subject: _Subject) -> Measured:
-    result = _child("rendering", "compare_log_mel", one_core=True, repeats=subject.args.repeats)
+    core = subject.cores[:1]
+    result = _child("rendering", "compare_log_mel", cores=core, repeats=subject.args.repeats)
     return result.pop("speedup"), result
 
 
 def _preparation(subject: _Subject) -> Measured:
-    folder = subject.videos()
+    folder, core = subject.videos(), subject.cores[:1]
     sides = {
-        name: functools.partial(_child, "preparation", function, one_core=True, folder=folder)
+        name: functools.partial(_child, "preparation", function, cores=core, folder=folder)
         for name, function in (
             ("prepare", "hours_prepared"),
             ("bound", "hours_decoded_and_encoded"),
         )
     }
-    values = interleave(sides, repeats=subject.args.repeats)
-    return ratio(values, "prepare", "bound", quantity="hours_per_core_hour")
+    values = measure.interleave(sides, repeats=subject.args.repeats)
+    return measure.ratio(values, "prepare", "bound", quantity="hours_per_core_hour")
 
 
 def _peak_memory(subject: _Subject) -> Measured:
@@ -215,7 +183,10 @@ def _index(quantity: str, subject: _Subject) -> Measured:
         for _ in range(subject.args.repeats)
     ]
     values = [result[quantity] for result in results]
-    return statistics.median(values), {quantity: spread(values), "records": results[0]["records"]}
+    return statistics.median(values), {
+        quantity: measure.spread(values),
+        "records": results[0]["records"],
+    }
 
 
 def _first_batch(subject: _Subject) -> Measured:
@@ -229,7 +200,7 @@ def _first_batch(subject: _Subject) -> Measured:
         for _ in range(1 + subject.args.repeats)
     ][1:]  # the first makes the index if there is none
     stages = {stage: [result[stage] for result in results] for stage in results[0]}
-    detail = {"seconds_until": {stage: spread(values) for stage, values in stages.items()}}
+    detail = {"seconds_until": {stage: measure.spread(values) for stage, values in stages.items()}}
     return statistics.median(stages["first_batch"]), detail
 
 
@@ -272,7 +243,7 @@ def _setting(text: str) -> tuple[int, int]:
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    parser = command_parser("input_pipeline", __doc__, rows=_ROWS)
+    parser = measure.command_parser("input_pipeline", __doc__, rows=_ROWS, repeats=True)
     parser.add_argument(
         "--data", type=local_path, default="data/benchmark", help="benchmark data, made if absent"
     )
@@ -286,10 +257,9 @@ def main(arguments: list[str]) -> None:
         help="setting of the pipeline (default: the fastest of some)",
     )
     parser.add_argument("--batches", type=int, default=32, help="batches per measurement")
-    add_repeats(parser)
     args = parser.parse_args(arguments)
-    measure_rows(_ROWS, args.rows, _Subject(args), args.json)
+    measure.measure_rows(_ROWS, args.rows, _Subject(args), args.json)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    measure.run_command(main)

@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import shlex
 import signal
 import statistics
@@ -31,7 +32,6 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 from avcl_jax.errors import UserError, one_line
 from avcl_jax.paths import local_path
 
-REPEATS = 5
 _ROOT = Path(__file__).resolve().parents[1]
 _LIBRARIES = (
     *("numpy", "jax", "grain", "simplejpeg", "av", "opencv-python-headless", "librosa"),
@@ -91,6 +91,7 @@ class Row:
 
 # A value and the detail of its row.
 Measured = tuple[float, dict[str, Any]]
+_Name = TypeVar("_Name")
 _Subject = TypeVar("_Subject")
 # Row name -> unit, target, and a function that measures a subject.
 RowTable = Mapping[str, tuple[str, Target | None, Callable[[_Subject], Measured]]]
@@ -183,11 +184,6 @@ def run_child(
     return json.loads(output.splitlines()[-1])
 
 
-def first_core() -> list[int]:
-    """The core of measurements on one core."""
-    return sorted(os.sched_getaffinity(0))[:1]
-
-
 def seconds_since_start() -> float:
     """Seconds since just before `run_child` started this process."""
     return time.time() - float(os.environ["BENCHMARK_START"])
@@ -222,10 +218,10 @@ def seconds_of_each(call: Callable[[], object], count: int, *, warmup: int = 1) 
 
 
 def interleave(
-    measurements: Mapping[str, Callable[[], float]], *, repeats: int = REPEATS
-) -> dict[str, list[float]]:
+    measurements: Mapping[_Name, Callable[[], float]], *, repeats: int
+) -> dict[_Name, list[float]]:
     """Repeats all measurements in turns and returns the values of each."""
-    values: dict[str, list[float]] = {name: [] for name in measurements}
+    values: dict[_Name, list[float]] = {name: [] for name in measurements}
     for number in range(repeats):
         # The order alternates too, because the second side may find a warmer machine.
         names = list(measurements)
@@ -246,7 +242,10 @@ def rate(batches: Iterator[Any], *, batch_size: int, warmup: int, count: int) ->
     """Samples per second of an endless iterator, after `warmup` batches."""
     for _ in range(warmup):
         next(batches)
-    return count * batch_size / seconds_of(lambda: [next(batches) for _ in range(count)])
+    begin = time.perf_counter()
+    for _ in range(count):
+        next(batches)
+    return count * batch_size / (time.perf_counter() - begin)
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -271,7 +270,7 @@ def report(path: Path, rows: Sequence[Row]) -> None:
     print(f"{'row':<32}{'value':>12} {'unit':<14}{'interval':<18}{'target':<9}")
     for row in rows:
         value = "-" if row.value is None else f"{row.value:.4g}"
-        target = str(row.target) if row.target else "report"
+        target = str(row.target or "report")
         interval = " to ".join(f"{bound:.3g}" for bound in row.detail.get("interval", ()))
         print(f"{row.name:<32}{value:>12} {row.unit:<14}{interval:<18}{target:<9}{row.verdict}")
         if row.value is None:
@@ -282,15 +281,7 @@ def write_json(path: Path, rows: Sequence[Row]) -> None:
     """Writes rows, each with the machine it was measured on."""
     about = machine()
     written = [
-        {
-            "name": row.name,
-            "value": row.value,
-            "unit": row.unit,
-            "target": str(row.target) if row.target else "report",
-            "machine": about,
-            "detail": dict(row.detail),
-        }
-        for row in rows
+        {**vars(row), "target": str(row.target or "report"), "machine": about} for row in rows
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(written, indent=1) + "\n")
@@ -314,9 +305,14 @@ def measure_rows(
 
 
 def command_parser(
-    name: str, doc: str | None, *, rows: RowTable[Any] | None = None, json: bool = True
+    name: str,
+    doc: str | None,
+    *,
+    rows: RowTable[Any] | None = None,
+    repeats: bool = False,
+    json: bool = True,
 ) -> argparse.ArgumentParser:
-    """Parser of `python -m benchmarks.NAME` with --json, and --rows if there is a table."""
+    """Parser of `python -m benchmarks.NAME` with --json, and on request --rows and --repeats."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}", description=(doc or "").partition("\n")[0]
     )
@@ -324,14 +320,21 @@ def command_parser(
         parser.add_argument("--json", type=_writable_path, required=True, help="output file")
     if rows:
         parser.add_argument("--rows", nargs="+", choices=rows, default=list(rows), metavar="NAME")
+    if repeats:
+        parser.add_argument(
+            "--repeats", type=int, default=5, help="repeats of each measurement (%(default)s)"
+        )
     return parser
 
 
-def add_repeats(parser: argparse.ArgumentParser) -> None:
-    """Adds the option --repeats."""
-    parser.add_argument(
-        "--repeats", type=int, default=REPEATS, help="repeats of each measurement (%(default)s)"
-    )
+def parse_with_overrides(
+    parser: argparse.ArgumentParser, words: list[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parses a command line and returns --config.NAME=VALUE apart."""
+    args, options = parser.parse_known_args(words)
+    if unknown := [option for option in options if not re.match(r"--config\.[\w.]+=", option)]:
+        parser.error(f"unknown arguments {' '.join(unknown)}: overrides are --config.KEY=VALUE")
+    return args, options
 
 
 def run_command(main: Callable[[list[str]], None], arguments: list[str] | None = None) -> NoReturn:

@@ -18,8 +18,6 @@ from benchmarks.baselines.pyav_dataloader import timeline
 from benchmarks.footage import list_videos
 from benchmarks.measure import seconds_of
 
-_QUALITY = 90
-
 
 def _hours(folder: str) -> float:
     return sum(timeline(path).end_seconds for path in list_videos(folder)) / 3600
@@ -75,9 +73,7 @@ def _decode_and_encode(paths: Sequence[Path]) -> None:
                 image = reformatter.reformat(
                     frame, *size, format="rgb24", interpolation=Interpolation.AREA, threads=1
                 ).to_ndarray()
-                simplejpeg.encode_jpeg(
-                    image, quality=_QUALITY, colorspace="RGB", colorsubsampling="420"
-                )
+                simplejpeg.encode_jpeg(image, quality=90, colorspace="RGB", colorsubsampling="420")
 
 
 def sizes(*, folder: str, directory: str) -> dict[str, float]:
@@ -87,8 +83,4 @@ def sizes(*, folder: str, directory: str) -> dict[str, float]:
     files = sum(path.stat().st_size for path in list_videos(folder))
     of_records = 3600 * shards / float(records.timelines["duration_seconds"].sum())
     of_sources = files / _hours(folder)
-    return {
-        "records": of_records,
-        "sources": of_sources,
-        "times_larger": of_records / of_sources,
-    }
+    return {"records": of_records, "sources": of_sources, "times_larger": of_records / of_sources}

@@ -42,11 +42,7 @@ LOG_MEL = LogMelSpec(
 )
 CROP = CropSpec(image_size=112, min_area=0.3, flip=True, quarter_turns=False)
 SPEC = RenderSpec(
-    views=VIEWS,
-    log_mel=LOG_MEL,
-    crop=CROP,
-    spectrogram_on_device=False,
-    modalities="audio_visual",
+    views=VIEWS, log_mel=LOG_MEL, crop=CROP, spectrogram_on_device=False, modalities="audio_visual"
 )
 _LOG_MEL_CALLS = 200
 

@@ -17,15 +17,8 @@ import time
 from pathlib import Path
 
 from avcl_jax.paths import local_path
-from benchmarks.measure import (
-    Row,
-    Target,
-    add_repeats,
-    command_parser,
-    report,
-    run_command,
-    spread,
-)
+from benchmarks import measure
+from benchmarks.measure import Row, Target
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -72,11 +65,10 @@ def seconds_to_first_step(records: Path, cache: Path) -> float:
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    parser = command_parser("startup", __doc__)
+    parser = measure.command_parser("startup", __doc__, repeats=True)
     parser.add_argument(
         "--demo", type=local_path, default="data/foley/records", help="records of the demo"
     )
-    add_repeats(parser)
     args = parser.parse_args(arguments)
     if not (args.demo / "dataset_info.json").exists():
         parser.error(f"{args.demo} does not exist: python -m data_prep demo --out data/foley")
@@ -86,14 +78,16 @@ def main(arguments: list[str]) -> None:
         entries = [path.stat().st_size for path in cache.iterdir() if path.name.endswith("-cache")]
     detail = {
         "first_start_seconds": round(first, 2),
-        "seconds": spread(warm),
+        "seconds": measure.spread(warm),
         "cache_entries": len(entries),
         "cache_megabytes": round(sum(entries) / 1e6, 2),
     }
     target = Target("<=", 15)
-    report(args.json, [Row("startup_seconds_cached", statistics.median(warm), "s", target, detail)])
+    measure.report(
+        args.json, [Row("startup_seconds_cached", statistics.median(warm), "s", target, detail)]
+    )
     print(detail)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    measure.run_command(main)

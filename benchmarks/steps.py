@@ -20,6 +20,21 @@ def video_encoder(**settings: Any) -> Any:
     return create_encoder("video", ENCODER, {"subtract_time_mean": False, **settings})
 
 
+def encoder_gradient(encoder: Any, variables: Any, clips: Any) -> Any:
+    """Loss, updated statistics and gradient of an encoder's training step."""
+    import jax
+    import jax.numpy as jnp
+
+    def loss(params: Any) -> tuple[Any, Any]:
+        outputs, updated = encoder.apply(
+            variables | {"params": params}, clips, train=True, mutable=["batch_stats"]
+        )
+        return jnp.square(outputs["features"]).mean(), updated["batch_stats"]
+
+    (value, statistics), gradient = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+    return value, statistics, gradient
+
+
 def seconds_of_encoder_steps(*, batch: int, steps: int, dtype: str = "float32") -> list[float]:
     """Seconds of each step of R(2+1)D-18: forward, backward and AdamW.
 
@@ -41,17 +56,8 @@ def seconds_of_encoder_steps(*, batch: int, steps: int, dtype: str = "float32") 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: Any, clips: Any) -> tuple[Any, Any]:
         params, statistics, moments = state
-
-        def loss(params: Any) -> tuple[Any, Any]:
-            outputs, updated = encoder.apply(
-                {"params": params, "batch_stats": statistics},
-                clips,
-                train=True,
-                mutable=["batch_stats"],
-            )
-            return jnp.square(outputs["features"]).mean(), updated["batch_stats"]
-
-        (value, statistics), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        variables = {"params": params, "batch_stats": statistics}
+        value, statistics, gradient = encoder_gradient(encoder, variables, clips)
         updates, moments = optimizer.update(gradient, moments, params)
         return (optax.apply_updates(params, updates), statistics, moments), value
 
@@ -83,14 +89,7 @@ def encoder_flops() -> int:
     clips = jax.ShapeDtypeStruct((1, *CLIP), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     variables = jax.eval_shape(functools.partial(encoder.init, train=False), key, clips)
-
-    def loss(params: Any, variables: Any, clips: Any) -> Any:
-        outputs, _ = encoder.apply(
-            variables | {"params": params}, clips, train=True, mutable=["batch_stats"]
-        )
-        return outputs["features"].sum()
-
-    return matrix_flops(jax.grad(loss), variables["params"], variables, clips)
+    return matrix_flops(functools.partial(encoder_gradient, encoder), variables, clips)
 
 
 def seconds_of_demo_steps(*, steps: int) -> list[float]:

@@ -13,18 +13,11 @@ import signal
 import sys
 from typing import Any
 
+from avcl_jax import config_file
 from avcl_jax.errors import UserError
 from avcl_jax.paths import local_path
-from benchmarks.measure import (
-    ChildError,
-    Row,
-    Target,
-    command_parser,
-    report,
-    run_child,
-    run_command,
-    write_json,
-)
+from benchmarks import measure
+from benchmarks.measure import ChildError, Row, Target
 from benchmarks.tpu_chips import chip_of, exchange_seconds
 
 ENVIRONMENT = {
@@ -55,7 +48,9 @@ def _compile(function: str, arguments: dict[str, Any], **overrides: str) -> dict
     """Calls a function of `tpu_compile` in a process of its own, with further overrides."""
     if overrides:
         arguments = {**arguments, "overrides": {**arguments["overrides"], **overrides}}
-    return run_child(f"benchmarks.tpu_compile:{function}", arguments, environment=ENVIRONMENT)
+    return measure.run_child(
+        f"benchmarks.tpu_compile:{function}", arguments, environment=ENVIRONMENT
+    )
 
 
 def estimate(topology: str, step: dict[str, Any]) -> dict[str, Any]:
@@ -198,24 +193,9 @@ def _print_step(topology: str, step: dict[str, Any], estimated: dict[str, Any]) 
         )
 
 
-def parse_overrides(words: list[str]) -> dict[str, str]:
-    """Maps `--config.a.b=value` to {"a.b": "value"}.
-
-    Raises:
-        UserError: if a word has another form.
-    """
-    overrides = {}
-    for word in words:
-        match = re.fullmatch(r"--config\.([\w.]+)=(.*)", word)
-        if match is None:
-            raise UserError(f"unknown argument {word!r}: overrides are --config.KEY=VALUE")
-        overrides[match[1]] = match[2]
-    return overrides
-
-
 def main(words: list[str]) -> None:
     """Runs the command."""
-    parser = command_parser("tpu_aot", __doc__)
+    parser = measure.command_parser("tpu_aot", __doc__)
     parser.epilog = "Overrides of the preset: --config.model.video.lowering=direct and so on."
     parser.add_argument("--topology", action="append", help=f"repeatable ({' '.join(TOPOLOGIES)})")
     parser.add_argument("--preset", default="kinetics400", help="preset of configs/pretrain.py")
@@ -231,10 +211,10 @@ def main(words: list[str]) -> None:
         help="also compare this setting of execution.remat with none, on the first topology",
     )
     parser.add_argument("--no-bank", action="store_true", help="leave out the row of a large bank")
-    args, rest = parser.parse_known_args(words)
+    args, options = measure.parse_with_overrides(parser, words)
     settings = {
         "preset": args.preset,
-        "overrides": parse_overrides(rest),
+        "overrides": config_file.overrides(options),
         "videos_per_chip": args.batch_per_chip,
         "cache": str(args.cache),
     }
@@ -251,12 +231,12 @@ def main(words: list[str]) -> None:
     for topology in topologies:
         print(f"compiling the step for {topology}", file=sys.stderr)
         rows += step_rows({"topology": topology, **settings})
-        write_json(args.json, rows)  # after each, because a step takes minutes
+        measure.write_json(args.json, rows)  # after each, because a step takes minutes
     if args.remat:
         print(f"compiling the step with execution.remat={args.remat}", file=sys.stderr)
         rows += remat_rows(first, args.remat)
-    report(args.json, rows)
+    measure.report(args.json, rows)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    measure.run_command(main)

@@ -277,14 +277,8 @@ def compile_bank(
     rows, whole = sharding.rows_sharding(mesh), sharding.replicated(mesh)
     shards = feature_bank.shardings(mesh)
     jitted = jax.jit(
-        run,
-        donate_argnums=0,
-        in_shardings=(shards, whole, rows),
-        out_shardings=(shards, rows),
+        run, donate_argnums=0, in_shardings=(shards, whole, rows), out_shardings=(shards, rows)
     )
     lowered = jitted.lower(*jax.eval_shape(arguments))
     text, facts = compile_cached(lowered, topology, Path(cache))
-    return {
-        **_metrics(text, facts),
-        **_about(config, devices),
-    }
+    return {**_metrics(text, facts), **_about(config, devices)}

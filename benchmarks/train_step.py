@@ -12,38 +12,16 @@ import os
 import re
 import statistics
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks.measure import (
-    ChildError,
-    Measured,
-    RowTable,
-    SkipError,
-    Target,
-    add_repeats,
-    command_parser,
-    gpu_name,
-    interleave,
-    measure_rows,
-    need,
-    ratio,
-    run_child,
-    run_command,
-    spread,
-)
+from benchmarks import measure
+from benchmarks.measure import ChildError, Measured, RowTable, SkipError, Target
 
 # For both sides alike: glibc keeps freed memory and maps it in pages of 2 MB. By default it maps
 # the memory of each step again, and the kernel clears half a million small pages.
-ALLOCATOR = ":".join(
-    f"glibc.malloc.{name}={value}"
-    for name, value in {
-        "hugetlb": 1,
-        "mmap_max": 0,
-        "trim_threshold": 10**12,
-        "top_pad": 10**6,
-    }.items()
-)
+_MALLOC = {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 10**12, "top_pad": 10**6}
+ALLOCATOR = ":".join(f"glibc.malloc.{name}={value}" for name, value in _MALLOC.items())
 # Dense, without sparsity, in FLOP/s: NVIDIA's data sheets of H200 and H100 SXM (989.4 TFLOP/s) and
 # A100 (312 TFLOP/s).
 _BFLOAT16_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
@@ -51,44 +29,54 @@ _ENCODER = "benchmarks.steps:seconds_of_encoder_steps"
 _PYTORCH_ENCODER = "benchmarks.baselines.pytorch_encoder:seconds_of_steps"
 
 
-def _median_seconds(
-    target: str, arguments: Mapping[str, Any], environment: Mapping[str, str] | None = None
-) -> float:
-    """Median seconds of the steps of one process."""
-    return statistics.median(run_child(target, arguments, environment=environment))
+def _sides(
+    ours: str,
+    baseline: str,
+    arguments: Mapping[str, Any],
+    environment: Mapping[str, str] | None = None,
+    **torch: str,
+) -> dict[str, Callable[[], float]]:
+    """Measurements of our step and of PyTorch's: median seconds of the steps of one process.
+
+    Args:
+        ours: "package.module:function" that returns the seconds of each step.
+        baseline: the same for PyTorch, with the additional argument `compiled`.
+        arguments: arguments of both.
+        environment: environment variables of both.
+        torch: further arguments of the baseline.
+    """
+
+    def median(target: str, **further: Any) -> float:
+        seconds = measure.run_child(target, {**arguments, **further}, environment=environment)
+        return statistics.median(seconds)
+
+    return {
+        "ours": functools.partial(median, ours),
+        "eager": functools.partial(median, baseline, compiled=False, **torch),
+        "compiled": functools.partial(median, baseline, compiled=True, **torch),
+    }
 
 
 def _over_better(seconds: Mapping[str, list[float]]) -> Measured:
     """Speed of `ours` over that of the better of `eager` and `compiled`."""
     better = min(("eager", "compiled"), key=lambda name: statistics.median(seconds[name]))
-    value, detail = ratio(seconds, better, "ours", quantity="seconds")
+    value, detail = measure.ratio(seconds, better, "ours", quantity="seconds")
     return value, {"better": better, **detail}
 
 
-def over_pytorch(ours: str, baseline: str, sizes: Mapping[str, int], *, repeats: int) -> Measured:
-    """Speed of our step over that of the better of PyTorch's, eager and compiled.
-
-    Args:
-        ours: "package.module:function" that returns the seconds of each step.
-        baseline: the same for PyTorch, with the additional argument `compiled`.
-        sizes: arguments of both.
-        repeats: processes for each.
-    """
-    need("torch")
-    sides = {
-        "ours": functools.partial(_median_seconds, ours, sizes),
-        "eager": functools.partial(_median_seconds, baseline, {**sizes, "compiled": False}),
-        "compiled": functools.partial(_median_seconds, baseline, {**sizes, "compiled": True}),
-    }
-    value, detail = _over_better(interleave(sides, repeats=repeats))
+def over_pytorch(ours: str, baseline: str, sizes: Mapping[str, int], repeats: int) -> Measured:
+    """Speed of our step over that of the better of PyTorch's, see `_sides`."""
+    measure.need("torch")
+    seconds = measure.interleave(_sides(ours, baseline, sizes), repeats=repeats)
+    value, detail = _over_better(seconds)
     return value, {**sizes, **detail}
 
 
 def step_over_pytorch(args: Namespace) -> Measured:
     """Clips per second of our encoder step over those of PyTorch's."""
-    need("torchvision")
+    measure.need("torchvision")
     sizes = {"batch": args.batch, "steps": args.steps}
-    return over_pytorch(_ENCODER, _PYTORCH_ENCODER, sizes, repeats=args.repeats)
+    return over_pytorch(_ENCODER, _PYTORCH_ENCODER, sizes, args.repeats)
 
 
 def demo_step_over_pytorch(args: Namespace) -> Measured:
@@ -97,7 +85,7 @@ def demo_step_over_pytorch(args: Namespace) -> Measured:
         "benchmarks.steps:seconds_of_demo_steps",
         "benchmarks.baselines.pytorch_pretraining:seconds_of_steps",
         {"steps": 5 * args.steps},  # because they are short
-        repeats=args.repeats,
+        args.repeats,
     )
 
 
@@ -111,12 +99,12 @@ def gpu_steps(args: Namespace) -> tuple[str, int, Mapping[str, list[float]]]:
     Raises:
         SkipError: without a GPU that both libraries can use.
     """
-    name = gpu_name()
+    name = measure.gpu_name()
     if name == "none":
         raise SkipError("nvidia-smi lists no GPU")
-    need("torch")
-    need("torchvision")
-    usable = run_child("benchmarks.steps:gpu_usable", {})
+    measure.need("torch")
+    measure.need("torchvision")
+    usable = measure.run_child("benchmarks.steps:gpu_usable", {})
     if without := [library for library in usable if not usable[library]]:
         raise SkipError(f"{' and '.join(without)} cannot use {name}: install their builds for CUDA")
     return name, *_gpu_steps(args.gpu_batch, args.steps, args.repeats)
@@ -124,31 +112,20 @@ def gpu_steps(args: Namespace) -> tuple[str, int, Mapping[str, list[float]]]:
 
 @functools.cache
 def _gpu_steps(batch: int, steps: int, repeats: int) -> tuple[int, Mapping[str, list[float]]]:
-    torch = {"device": "cuda"}
-    targets: dict[str, tuple[str, Mapping[str, Any]]] = {
-        "ours": (_ENCODER, {}),
-        "eager": (_PYTORCH_ENCODER, torch | {"compiled": False}),
-        "compiled": (_PYTORCH_ENCODER, torch | {"compiled": True}),
-    }
-
-    def median(name: str) -> float:
-        target, options = targets[name]
-        arguments = {"steps": 5 * steps, "dtype": "bfloat16", "batch": batch, **options}
-        return _median_seconds(target, arguments, {"JAX_PLATFORMS": "cuda"})
-
-    # The largest batch that fits both, by halving.
-    while batch > 1:
+    gpu = {"JAX_PLATFORMS": "cuda"}
+    while True:  # until the batch, halved each time, fits both
+        arguments = {"steps": 5 * steps, "dtype": "bfloat16", "batch": batch}
+        sides = _sides(_ENCODER, _PYTORCH_ENCODER, arguments, gpu, device="cuda")
         try:
-            for name in targets:
-                median(name)
+            for side in sides.values():
+                side()
         except ChildError as error:
-            if not re.search(r"out of memory|RESOURCE_EXHAUSTED", str(error), re.IGNORECASE):
+            memory = re.search(r"out of memory|RESOURCE_EXHAUSTED", str(error), re.IGNORECASE)
+            if batch == 1 or not memory:
                 raise
             batch //= 2
         else:
-            break
-    sides = {name: functools.partial(median, name) for name in targets}
-    return batch, interleave(sides, repeats=repeats)
+            return batch, measure.interleave(sides, repeats=repeats)
 
 
 def step_over_pytorch_gpu(args: Namespace) -> Measured:
@@ -164,24 +141,24 @@ def gpu_peak_fraction(args: Namespace) -> Measured:
     peaks = [peak for gpu, peak in _BFLOAT16_PEAKS.items() if gpu in name]
     if not peaks:
         raise SkipError(f"the published peak of {name} is unknown: add it to {__file__}")
-    flops = batch * run_child("benchmarks.steps:encoder_flops", {})
+    flops = batch * measure.run_child("benchmarks.steps:encoder_flops", {})
     return flops / statistics.median(seconds["ours"]) / peaks[0], {
         "gpu": name,
         "batch": batch,
         "model_flops": flops,
-        "seconds": spread(seconds["ours"]),
+        "seconds": measure.spread(seconds["ours"]),
     }
 
 
 def demo_part(above: str, below: str, args: Namespace) -> Measured:
     """Seconds of one part of the demo's step over those of another."""
-    return ratio(_demo_parts(args.repeats), above, below, quantity="seconds")
+    return measure.ratio(_demo_parts(args.repeats), above, below, quantity="seconds")
 
 
 @functools.cache
 def _demo_parts(repeats: int) -> Mapping[str, list[float]]:
     # More often, because the parts are short.
-    return run_child("benchmarks.steps:seconds_of_demo_parts", {"repeats": 4 * repeats})
+    return measure.run_child("benchmarks.steps:seconds_of_demo_parts", {"repeats": 4 * repeats})
 
 
 _ROWS: RowTable[Namespace] = {
@@ -202,17 +179,16 @@ _ROWS: RowTable[Namespace] = {
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    parser = command_parser("train_step", __doc__, rows=_ROWS)
+    parser = measure.command_parser("train_step", __doc__, rows=_ROWS, repeats=True)
     parser.add_argument("--batch", type=int, default=2, help="clips per encoder step")
     parser.add_argument(
         "--gpu-batch", type=int, default=512, help="largest number of clips per step on a GPU"
     )
     parser.add_argument("--steps", type=int, default=3, help="steps per process")
-    add_repeats(parser)
     args = parser.parse_args(arguments)
     os.environ["GLIBC_TUNABLES"] = ALLOCATOR
-    measure_rows(_ROWS, args.rows, args, args.json)
+    measure.measure_rows(_ROWS, args.rows, args, args.json)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    measure.run_command(main)

@@ -32,6 +32,7 @@ from benchmarks import (
     bank_benefit,
     esc10,
     jpeg_quality,
+    measure,
     record_features,
     rendering,
     startup,
@@ -164,9 +165,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
             )
         return [0.2 if ours else 0.5 if arguments["compiled"] else 0.6]
 
-    monkeypatch.setattr(train_step, "run_child", run)
-    monkeypatch.setattr(train_step, "gpu_name", lambda: "NVIDIA H200")
-    monkeypatch.setattr(train_step, "need", lambda _: None)
+    monkeypatch.setattr(measure, "run_child", run)
+    monkeypatch.setattr(measure, "gpu_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(measure, "need", lambda _: None)
     train_step._gpu_steps.cache_clear()
     return runs
 
@@ -185,10 +186,10 @@ def test_the_step_on_a_gpu_at_the_largest_batch_that_fits_both(gpu: list[tuple[s
 def test_without_a_gpu_that_both_libraries_can_use_rows_are_skipped(
     gpu: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_step, "run_child", lambda *_: {"JAX": False, "PyTorch": True})
+    monkeypatch.setattr(measure, "run_child", lambda *_: {"JAX": False, "PyTorch": True})
     with pytest.raises(SkipError, match="JAX cannot use NVIDIA H200: install"):
         train_step.step_over_pytorch_gpu(ARGS)
-    monkeypatch.setattr(train_step, "gpu_name", lambda: "none")
+    monkeypatch.setattr(measure, "gpu_name", lambda: "none")
     with pytest.raises(SkipError, match="lists no GPU"):
         train_step.gpu_peak_fraction(ARGS)
     assert gpu == []
@@ -203,7 +204,7 @@ def test_only_want_of_memory_makes_the_batch_smaller(
         gpu.append((target, arguments["batch"]))
         raise ChildError("no kernel image is available")
 
-    monkeypatch.setattr(train_step, "run_child", run)
+    monkeypatch.setattr(measure, "run_child", run)
     with pytest.raises(ChildError, match="no kernel image"):
         train_step.step_over_pytorch_gpu(ARGS)
     assert [batch for _, batch in gpu] == [512]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from avcl_jax import config_file
 from benchmarks import measure, tpu_aot, tpu_compile
 
 STEP: dict[str, Any] = {
@@ -46,7 +47,7 @@ def test_rows_have_their_names_and_targets(monkeypatch: pytest.MonkeyPatch) -> N
         calls.append((target, arguments["topology"], environment["JAX_PLATFORMS"]))
         return STEP
 
-    monkeypatch.setattr(tpu_aot, "run_child", compiled)
+    monkeypatch.setattr(measure, "run_child", compiled)
     rows = [
         row
         for topology in ("v5e:4x4", "v5e:16x16")
@@ -80,14 +81,14 @@ def test_a_program_that_does_not_fit_says_by_how_much(
     def refuse(*_: Any, **__: Any) -> None:
         raise measure.ChildError(message)
 
-    monkeypatch.setattr(tpu_aot, "run_child", refuse)
+    monkeypatch.setattr(measure, "run_child", refuse)
     memory, mfu = tpu_aot.step_rows({"topology": "v5e:4x4"})
     assert (memory.value, memory.verdict) == (2.0, "MISSED")
     assert (mfu.value, mfu.detail["skipped"]) == (
         None,
         "the program needs 2.00 of the chip's memory",
     )
-    monkeypatch.setattr(tpu_aot, "run_child", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(measure, "run_child", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         tpu_aot.step_rows({"topology": "v5e:4x4"})
 
@@ -96,7 +97,7 @@ def test_a_compiler_that_dies_leaves_the_other_topologies(monkeypatch: pytest.Mo
     def die(*_: Any, **__: Any) -> None:
         raise measure.ChildError("benchmarks.tpu_compile:compile_step failed with status -11:\n")
 
-    monkeypatch.setattr(tpu_aot, "run_child", die)
+    monkeypatch.setattr(measure, "run_child", die)
     rows = tpu_aot.step_rows({"topology": "v6e:4x4"})
     assert [(row.name, row.verdict) for row in rows] == [
         ("tpu_v6e_16_hbm_fraction", "SKIPPED"),
@@ -113,7 +114,7 @@ def test_rematerialisation_is_compared_with_none(monkeypatch: pytest.MonkeyPatch
         saved = arguments["overrides"]["execution.remat"] == "blocks"
         return {"memory": {"temp": 3e9 if saved else 10e9}, "cycles": 130 if saved else 100}
 
-    monkeypatch.setattr(tpu_aot, "run_child", compiled)
+    monkeypatch.setattr(measure, "run_child", compiled)
     rows = tpu_aot.remat_rows({"overrides": {"bank.size": "4096"}}, "blocks")
     assert {row.name: row.value for row in rows} == {
         "tpu_remat_memory_ratio": pytest.approx(0.3),
@@ -125,10 +126,12 @@ def test_rematerialisation_is_compared_with_none(monkeypatch: pytest.MonkeyPatch
     ]
 
 
-def test_overrides_are_those_of_main() -> None:
-    overrides = tpu_aot.parse_overrides(
-        ["--config.model.video.lowering=folded", "--config.bank.size=131072"]
+def test_overrides_are_those_of_main(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = measure.command_parser("tpu_aot", "", json=False)
+    _, options = measure.parse_with_overrides(
+        parser, ["--config.model.video.lowering=folded", "--config.bank.size=131072"]
     )
+    overrides = config_file.overrides(options)
     config = tpu_compile.config_of("kinetics400", overrides)
     assert config.model.video.lowering == "folded"
     assert config.model.video.name == "r2plus1d_18"
@@ -139,8 +142,9 @@ def test_overrides_are_those_of_main() -> None:
         tpu_compile.config_of("kinetics400", other | overrides)
     with pytest.raises(ValueError, match=r"kinetics400 has no key 'bank\.sise'"):
         tpu_compile.config_of("kinetics400", {"bank.sise": "1"})
-    with pytest.raises(ValueError, match=r"overrides are --config\.KEY=VALUE"):
-        tpu_aot.parse_overrides(["--bank.size=1"])
+    with pytest.raises(SystemExit):
+        measure.parse_with_overrides(parser, ["--bank.size=1"])
+    assert "--bank.size=1: overrides are --config.KEY=VALUE" in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def write_sequence_examples(*, directory: str, out: str, shards: int) -> None:
     (Path(out) / "done").touch()
 
 
-def _render(serialized: Any, fused_crop: bool) -> dict[str, Any]:
+def _render(serialized: Any) -> dict[str, Any]:
     import tensorflow as tf
 
     views, mel, crop = rendering.VIEWS, rendering.LOG_MEL, rendering.CROP
@@ -90,16 +89,11 @@ def _render(serialized: Any, fused_crop: bool) -> dict[str, Any]:
         size = tf.cast(tf.round(tf.cast(side, tf.float32) * tf.sqrt(area)), tf.int32)
         top = tf.random.uniform((), 0, shape[0] - size + 1, tf.int32)
         left = tf.random.uniform((), 0, shape[1] - size + 1, tf.int32)
-        window = tf.stack([top, left, size, size])
-        decode = (
-            functools.partial(tf.io.decode_and_crop_jpeg, crop_window=window, channels=3)
-            if fused_crop
-            else functools.partial(tf.io.decode_jpeg, channels=3)
-        )
-        signature = tf.TensorSpec((None, None, 3), tf.uint8)
-        frames = tf.map_fn(decode, selected, fn_output_signature=signature)
-        if not fused_crop:
-            frames = frames[:, top : top + size, left : left + size]
+        frames = tf.map_fn(
+            functools.partial(tf.io.decode_jpeg, channels=3),
+            selected,
+            fn_output_signature=tf.TensorSpec((None, None, 3), tf.uint8),
+        )[:, top : top + size, left : left + size]
         frames = tf.image.resize(frames, (crop.image_size, crop.image_size))
         frames = tf.cast(frames, tf.uint8)
         flip = tf.random.uniform(()) < 0.5
@@ -125,7 +119,9 @@ def _render(serialized: Any, fused_crop: bool) -> dict[str, Any]:
     }
 
 
-def _batches(folder: str, *, fused_crop: bool) -> Iterator[Any]:
+def samples_per_second(*, folder: str, count: int) -> float:
+    """Samples per second of the baseline over `count` batches."""
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     import tensorflow as tf
 
     files = sorted(str(path) for path in Path(folder).glob("clips-*"))
@@ -133,22 +129,15 @@ def _batches(folder: str, *, fused_crop: bool) -> Iterator[Any]:
         tf.data.TFRecordDataset(files, num_parallel_reads=tf.data.AUTOTUNE)
         .shuffle(_SHUFFLE_RECORDS)
         .repeat()
-        .map(lambda s: _render(s, fused_crop), num_parallel_calls=tf.data.AUTOTUNE)
+        .map(_render, num_parallel_calls=tf.data.AUTOTUNE)
         .batch(rendering.BATCH_SIZE, drop_remainder=True)
         .prefetch(tf.data.AUTOTUNE)
     )
     options = tf.data.Options()
     options.deterministic = False
-    return dataset.with_options(options).as_numpy_iterator()
-
-
-def samples_per_second(*, folder: str, count: int, fused_crop: bool) -> float:
-    """Samples per second of the baseline over `count` batches."""
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    # AUTOTUNE needs some time to find its degree of parallelism.
     return rate(
-        _batches(folder, fused_crop=fused_crop),
+        dataset.with_options(options).as_numpy_iterator(),
         batch_size=rendering.BATCH_SIZE,
-        warmup=3 * rendering.WARMUP_BATCHES,
+        warmup=3 * rendering.WARMUP_BATCHES,  # until AUTOTUNE has found its parallelism
         count=count,
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,25 +161,6 @@ def librosa_log_mel(waveform: np.ndarray, clip: Clip) -> np.ndarray:
     return ((logarithm - mel.mean) / mel.std).astype(np.float32)
 
 
-class _Visits:
-    """An endless shuffled order of (video, visit)."""
-
-    def __init__(self, videos: int, seed: int):
-        self._videos = videos
-        self._seed = seed
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        rng = np.random.default_rng(self._seed)
-        visit = 0
-        while True:
-            for index in rng.permutation(self._videos).tolist():
-                yield index, visit
-                visit += 1
-
-    def __len__(self) -> int:
-        return 2**31
-
-
 def _pin_threads(worker: int) -> None:
     import torch
 
@@ -195,20 +175,20 @@ def samples_per_second(*, folder: str, count: int) -> float:
     os.environ["OMP_NUM_THREADS"] = "1"
     workers = len(os.sched_getaffinity(0))
     videos = list_videos(folder)
+    # The workers finish their batches at nearly the same time: count whole rounds of them.
+    batches = math.ceil(count / workers) * workers
+    rng = np.random.default_rng(0)
+    # Twice as many samples as are counted or warm up, so that prefetching never ends.
+    rounds = math.ceil(2 * (workers + batches) * rendering.BATCH_SIZE / len(videos))
+    order = np.concatenate([rng.permutation(len(videos)) for _ in range(rounds)])
     loader = torch.utils.data.DataLoader(
         VideoDataset(videos, seed=0),
         batch_size=rendering.BATCH_SIZE,
-        sampler=_Visits(len(videos), seed=0),
+        sampler=[(index, visit) for visit, index in enumerate(order.tolist())],
         num_workers=workers,
         worker_init_fn=_pin_threads,
         persistent_workers=True,
         prefetch_factor=2,
         drop_last=True,
     )
-    # The workers finish their batches at nearly the same time: count whole rounds of them.
-    return rate(
-        iter(loader),
-        batch_size=rendering.BATCH_SIZE,
-        warmup=workers,
-        count=math.ceil(count / workers) * workers,
-    )
+    return rate(iter(loader), batch_size=rendering.BATCH_SIZE, warmup=workers, count=batches)

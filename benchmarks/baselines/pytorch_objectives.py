@@ -8,10 +8,10 @@ within the batch, and one those with the bank.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import ml_collections
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -38,9 +38,7 @@ class Bank:
 
     def __init__(self, size: int, dim: int) -> None:
         self.rows = BankRows(
-            torch.zeros(2, size, dim),
-            torch.full((size,), -1),
-            torch.zeros(size, dtype=torch.int64),
+            torch.zeros(2, size, dim), torch.full((size,), -1), torch.zeros(size, dtype=torch.int64)
         )
         self.inserted = 0
 
@@ -59,40 +57,18 @@ class Bank:
         self.inserted += 2 * len(source)
 
 
-@dataclasses.dataclass(frozen=True)
-class Contrast:
-    """Settings of the contrastive terms, those of `config.loss` and `config.bank`.
-
-    Attributes:
-        temperature: temperature of the terms.
-        positive_weight: weight of the bank positives.
-        playbacks: number of playbacks.
-        num_positives: positives, drawn from the first `positive_ranks` rows, one per source.
-        num_negatives: negatives, drawn from all rows except the nearest fraction `negative_offset`.
-        sampling_temperature: temperature of the draw of positives; negatives are drawn uniformly.
-    """
-
-    temperature: float
-    positive_weight: float
-    playbacks: int
-    num_positives: int
-    num_negatives: int
-    positive_ranks: int
-    negative_offset: float
-    sampling_temperature: float
-
-
-def agreement(embeddings: Tensor, playback: Tensor, bank: BankRows, contrast: Contrast) -> Tensor:
+def agreement(embeddings: Tensor, playback: Tensor, bank: BankRows, playbacks: int) -> Tensor:
     """Minimum over both modalities of the similarities of anchors and rows by content.
 
     Args:
         embeddings: [2, anchors, dim] of video and audio.
         playback: [anchors].
+        playbacks: number of playbacks.
 
     Returns:
         [anchors, size], cosines of embeddings minus the mean of their playback.
     """
-    of_playback = functional.one_hot(bank.playback, contrast.playbacks).T.to(embeddings.dtype)
+    of_playback = functional.one_hot(bank.playback, playbacks).T.to(embeddings.dtype)
     means = (of_playback @ bank.embeddings) / of_playback.sum(-1, keepdim=True).clamp(min=1)
     queries = functional.normalize(embeddings - means[:, playback], dim=-1)
     rows = functional.normalize(bank.embeddings - means[:, bank.playback], dim=-1)
@@ -100,34 +76,36 @@ def agreement(embeddings: Tensor, playback: Tensor, bank: BankRows, contrast: Co
 
 
 def pick(
-    scores: Tensor, noise: Tensor, bank: BankRows, contrast: Contrast
+    scores: Tensor, noise: Tensor, bank: BankRows, settings: ml_collections.ConfigDict
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draws positives by Gumbel top-k, at most one per source, and negatives uniformly.
 
     Args:
         scores: [anchors, size], -inf where not eligible.
         noise: [4, anchors, size] Gumbel noise of each direction.
+        settings: `config.bank`.
 
     Returns:
         Positions of positives [4, anchors, num_positives] and their validity, and the same of
         negatives.
     """
+    ranks = round(settings.positive_window * settings.size)
     eligible = scores > -torch.inf
     count = eligible.sum(-1, keepdim=True)
-    near_scores, ranked = scores.topk(contrast.positive_ranks)
+    near_scores, ranked = scores.topk(ranks)
     ranked = ranked.expand(4, -1, -1)
-    near = near_scores / contrast.sampling_temperature + noise.gather(2, ranked)
+    near = near_scores / settings.temperature + noise.gather(2, ranked)
     source = torch.where(near_scores > -torch.inf, bank.source[ranked[0]], -1)
     same = source[:, None, :] == source[:, :, None]
     beaten = ((near[..., None, :] > near[..., :, None]) & same).any(-1)
-    few = count < 4 * contrast.positive_ranks
-    near, position = torch.where(beaten | few, -torch.inf, near).topk(contrast.num_positives)
+    few = count < 4 * ranks
+    near, position = torch.where(beaten | few, -torch.inf, near).topk(settings.num_positives)
 
-    left_out = (contrast.negative_offset * count).floor().long()
+    left_out = (settings.negative_offset * count).floor().long()
     threshold = scores.sort(descending=True)[0].gather(1, left_out)
     is_near = (bank.source[:, None] == source[:, None, :]).any(-1)
     far = torch.where(eligible & (scores <= threshold) & ~is_near, noise, -torch.inf)
-    far, far_position = far.topk(contrast.num_negatives, sorted=False)
+    far, far_position = far.topk(settings.num_negatives, sorted=False)
     return ranked.gather(2, position), near > -torch.inf, far_position, far > -torch.inf
 
 
@@ -141,7 +119,7 @@ def contrastive_losses(
     source: Tensor,
     playback: Tensor,
     bank: BankRows | None,
-    contrast: Contrast,
+    config: ml_collections.ConfigDict,
     noise: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Terms vv, va and aa, each the mean over anchors.
@@ -153,13 +131,13 @@ def contrastive_losses(
         bank: rows to draw from; None before the bank is in use.
         noise: Gumbel noise [4, anchors, rows of the bank]; drawn by default.
     """
-    anchors, dim = 2 * source.shape[0], embeddings.shape[-1]
+    anchors, dim, temperature = 2 * source.shape[0], embeddings.shape[-1], config.loss.temperature
     flat = embeddings.reshape(2 * anchors, dim)
 
     def in_batch(targets: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of partners [4, anchors], and log-sum-exp of those of negatives."""
         products = (flat @ targets.T).reshape(2, anchors, 2, anchors).transpose(1, 2).flatten(0, 1)
-        logits = products / contrast.temperature
+        logits = products / temperature
         partner = logits.gather(2, partner_position[..., None])[..., 0]
         return partner, torch.where(negative, logits, _EXCLUDED).logsumexp(-1)
 
@@ -176,12 +154,12 @@ def contrastive_losses(
         similarities = (flat @ bank.embeddings.flatten(0, 1).T).reshape(2, anchors, 2, size)
         with torch.no_grad():
             views = flat.reshape(2, anchors, dim)
-            scores = agreement(views, playback.flatten(), bank, contrast)
+            scores = agreement(views, playback.flatten(), bank, 2 * len(config.views.speeds))
             scores = torch.where(bank.source != source[:, None], scores, -torch.inf)
             if noise is None:
                 noise = gumbel((4, *scores.shape))
-            near, valid, far, far_valid = pick(scores, noise, bank, contrast)
-        similarities = similarities.transpose(1, 2).flatten(0, 1) / contrast.temperature
+            near, valid, far, far_valid = pick(scores, noise, bank, config.bank)
+        similarities = similarities.transpose(1, 2).flatten(0, 1) / temperature
         far_logits = torch.where(far_valid, similarities.gather(2, far), _EXCLUDED)
         of_bank = far_logits.logsumexp(-1)
         # The balance of gradients: avcl_jax/objectives/contrastive.py.
@@ -192,7 +170,7 @@ def contrastive_losses(
         held_sum = torch.logaddexp(held_sum, of_bank)
         drawn = functional.softplus(held_sum[..., None] - similarities.gather(2, near)) * valid
         count = valid.sum(-1)
-        weight = torch.where(count > 0, contrast.positive_weight, 0.0)
+        weight = torch.where(count > 0, config.loss.positive_weight, 0.0)
         losses = (1 - weight) * functional.softplus(log_sum - partner)
         losses = losses + weight * drawn.sum(-1) / count.clamp(min=1)
     vv, va, av, aa = losses.mean(1).unbind()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -28,7 +28,6 @@ from benchmarks.baselines.pytorch_networks import AudioVisualNetwork
 from benchmarks.baselines.pytorch_objectives import (
     Bank,
     BankRows,
-    Contrast,
     contrastive_losses,
     temporal_losses,
 )
@@ -39,36 +38,13 @@ def _playback(batch: Mapping[str, Tensor]) -> Tensor:
     return 2 * batch["video_speed"].long() + batch["video_direction"].long()
 
 
-class PhotometricDraws(NamedTuple):
-    """Uniform draws of each clip, [videos, 2]; in [-1, 1], `gray` in [0, 1]."""
+def photometric(video: Tensor, draws: Tensor, settings: ml_collections.ConfigDict) -> Tensor:
+    """`avcl_jax.data.augment.photometric` of pixels in [0, 1], [videos, 2, time, h, w, 3].
 
-    brightness: Tensor
-    contrast: Tensor
-    saturation: Tensor
-    gray: Tensor
-    hue: Tensor
-
-
-class SpectralDraws(NamedTuple):
-    """Draws of each spectrogram.
-
-    Attributes:
-        knots: [videos, 2, knots] uniform in [-1, 1].
-        width: int [videos, 2, 1] number of masked bands.
-        first: [videos, 2, 1] uniform in [0, 1], the position of the first.
-        noise: [videos, 2, frames, mels] normal.
+    Args:
+        draws: [5, videos, 2] brightness, contrast, saturation, grey and hue of each clip, uniform
+            in [-1, 1] except grey, in [0, 1].
     """
-
-    knots: Tensor
-    width: Tensor
-    first: Tensor
-    noise: Tensor
-
-
-def photometric(
-    video: Tensor, draws: PhotometricDraws, settings: ml_collections.ConfigDict
-) -> Tensor:
-    """`avcl_jax.data.augment.photometric` of pixels in [0, 1], [videos, 2, time, h, w, 3]."""
     brightness, contrast, saturation, gray_draw, hue = (
         draw.reshape(*draw.shape, 1, 1, 1) for draw in draws
     )
@@ -90,17 +66,30 @@ def photometric(
 
 
 def spectral(
-    spectrogram: Tensor, draws: SpectralDraws, settings: ml_collections.ConfigDict
+    spectrogram: Tensor,
+    settings: ml_collections.ConfigDict,
+    *,
+    knots: Tensor,
+    width: Tensor,
+    first: Tensor,
+    noise: Tensor,
 ) -> Tensor:
-    """`avcl_jax.data.augment.spectral` of [videos, 2, frames, mels]."""
+    """`avcl_jax.data.augment.spectral` of [videos, 2, frames, mels].
+
+    Args:
+        knots: [videos, 2, knots] uniform in [-1, 1].
+        width: int [videos, 2, 1] number of masked bands.
+        first: [videos, 2, 1] uniform in [0, 1], the position of the first.
+        noise: [videos, 2, frames, mels] normal.
+    """
     mels = spectrogram.shape[-1]
-    curve = functional.interpolate(draws.knots, mels, mode="linear")
+    curve = functional.interpolate(knots, mels, mode="linear")
     curve = settings.equalizer * (curve - curve.mean(-1, keepdim=True))
-    first = (draws.first * (mels - draws.width + 1)).floor()
+    first = (first * (mels - width + 1)).floor()
     band = torch.arange(mels)
-    masked = (band >= first) & (band < first + draws.width)
+    masked = (band >= first) & (band < first + width)
     quiet = spectrogram.amin((2, 3), keepdim=True)
-    changed = spectrogram + curve[:, :, None] + settings.noise * draws.noise
+    changed = spectrogram + curve[:, :, None] + settings.noise * noise
     return torch.where(masked[:, :, None], quiet, changed)
 
 
@@ -130,16 +119,6 @@ class Pretraining:
         self.network = AudioVisualNetwork(config)
         self.bank = Bank(config.bank.size, config.model.embedding_dim)
         self.steps = 0
-        self.contrast = Contrast(
-            temperature=config.loss.temperature,
-            positive_weight=config.loss.positive_weight,
-            playbacks=2 * len(config.views.speeds),
-            num_positives=config.bank.num_positives,
-            num_negatives=config.bank.num_negatives,
-            positive_ranks=round(config.bank.positive_window * config.bank.size),
-            negative_offset=config.bank.negative_offset,
-            sampling_temperature=config.bank.temperature,
-        )
         self.optimizer = optimizer(self.network, config.optimizer)
         self._losses = torch.compile(self.losses) if compiled else self.losses
 
@@ -150,20 +129,18 @@ class Pretraining:
         video = batch["video"].float() / 255
         uniform = torch.rand(5, *shape)
         signed = 2 * uniform - 1
-        video = photometric(
-            video,
-            PhotometricDraws(signed[0], signed[1], signed[2], uniform[3], signed[4]),
-            config.photometric,
-        )
+        draws = torch.stack([signed[0], signed[1], signed[2], uniform[3], signed[4]])
+        video = photometric(video, draws, config.photometric)
+        video = (video - config.pixels.mean) / config.pixels.std
         settings, spectrogram = config.spectral, batch["spectrogram"]
-        draws = SpectralDraws(
+        return video, spectral(
+            spectrogram,
+            settings,
             knots=2 * torch.rand(*shape, settings.equalizer_knots) - 1,
             width=torch.randint(0, settings.mask_mels + 1, (*shape, 1)),
             first=torch.rand(*shape, 1),
             noise=torch.randn_like(spectrogram),
         )
-        video = (video - config.pixels.mean) / config.pixels.std
-        return video, spectral(spectrogram, draws, settings)
 
     def losses(
         self, batch: Mapping[str, Tensor], bank: BankRows | None, noise: Tensor | None
@@ -180,7 +157,7 @@ class Pretraining:
         outputs = self.network(video, spectrogram)
         embeddings = torch.stack([outputs["video_embeddings"], outputs["audio_embeddings"]])
         terms = contrastive_losses(
-            embeddings, batch["source_id"], _playback(batch), bank, self.contrast, noise
+            embeddings, batch["source_id"], _playback(batch), bank, self.config, noise
         )
         weights = self.config.loss.weights
         weighted = [weights[term] * value for term, value in terms.items()]
@@ -264,6 +241,6 @@ def fill_bank(pretraining: Pretraining) -> None:
             torch.randn(2, videos, 2, config.model.embedding_dim), dim=-1
         )
         source = bank.inserted + videos + torch.arange(videos)
-        playback = torch.randint(0, pretraining.contrast.playbacks, (videos, 2))
+        playback = torch.randint(0, 2 * len(config.views.speeds), (videos, 2))
         bank.insert(embeddings, source, playback)
     pretraining.steps = config.bank.warmup_steps

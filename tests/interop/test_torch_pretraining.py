@@ -237,28 +237,26 @@ def test_augmentation_by_the_same_draws():
     ours = augment.photometric(KEY, video, experiment.augmentation(config)[0])
     theirs = pytorch_pretraining.photometric(
         torch.from_numpy(video),
-        pytorch_pretraining.PhotometricDraws(
-            *(torch.from_numpy(np.array(draw).reshape(3, 2)) for draw in draws)
-        ),
+        torch.stack([torch.from_numpy(np.array(draw).reshape(3, 2)) for draw in draws]),
         config.photometric,
     )
     np.testing.assert_allclose(theirs, ours, atol=1e-5)
 
-    sound = rng.normal(size=(3, 2, 48, 40)).astype(np.float32)
+    spectrogram = rng.normal(size=(3, 2, 48, 40)).astype(np.float32)
     settings = config.spectral
     keys = jax.random.split(KEY, 4)
-    spectral = pytorch_pretraining.SpectralDraws(
-        knots=jax.random.uniform(keys[0], (3, 2, settings.equalizer_knots), minval=-1.0),
-        width=jax.random.randint(keys[1], (3, 2, 1), 0, settings.mask_mels + 1),
-        first=jax.random.uniform(keys[2], (3, 2, 1)),
-        noise=jax.random.normal(keys[3], sound.shape),
-    )
-    assert np.asarray(spectral.width).max() > 0
-    ours = augment.spectral(KEY, sound, experiment.augmentation(config)[1])
+    spectral = {
+        "knots": jax.random.uniform(keys[0], (3, 2, settings.equalizer_knots), minval=-1.0),
+        "width": jax.random.randint(keys[1], (3, 2, 1), 0, settings.mask_mels + 1),
+        "first": jax.random.uniform(keys[2], (3, 2, 1)),
+        "noise": jax.random.normal(keys[3], spectrogram.shape),
+    }
+    assert spectral["width"].max() > 0
+    ours = augment.spectral(KEY, spectrogram, experiment.augmentation(config)[1])
     theirs = pytorch_pretraining.spectral(
-        torch.from_numpy(sound),
-        pytorch_pretraining.SpectralDraws(*(torch.from_numpy(np.array(d)) for d in spectral)),
+        torch.from_numpy(spectrogram),
         settings,
+        **{name: torch.from_numpy(np.array(draw)) for name, draw in spectral.items()},
     )
     np.testing.assert_allclose(theirs, ours, atol=1e-5)
 

@@ -28,6 +28,7 @@ from avcl_jax.fingerprint.benchmark.protocol import clip_sets, fingerprinting
 from avcl_jax.fingerprint.benchmark.searchers import BASELINES
 from avcl_jax.fingerprint.settings import FingerprintSettings
 from benchmarks import fingerprint as benchmark
+from benchmarks import measure
 from benchmarks.measure import SkipError
 from configs import fingerprint
 from tests.data.synthetic_media import write_clip
@@ -60,8 +61,8 @@ def here(target: str, arguments: dict[str, Any], **_: Any) -> Any:
 def test_rows_of_the_benchmark_and_the_report_beside_them(
     encoders, records, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(benchmark, "run_child", here)
-    monkeypatch.setattr(benchmark, "need", lambda _: None)  # baselines may be left out here
+    monkeypatch.setattr(measure, "run_child", here)
+    monkeypatch.setattr(measure, "need", lambda _: None)  # baselines may be left out here
     arguments = [
         "--small",
         f"--encoder={encoders}",
@@ -142,8 +143,8 @@ def benchmark_with(tmp_path, monkeypatch):
     """Function of what every child process returns, to the rows of the benchmark."""
 
     def benchmark_with(child: Any) -> benchmark._Benchmark:
-        monkeypatch.setattr(benchmark, "run_child", child)
-        monkeypatch.setattr(benchmark, "need", lambda _: None)
+        monkeypatch.setattr(measure, "run_child", child)
+        monkeypatch.setattr(measure, "need", lambda _: None)
         places = dict.fromkeys(("encoder", "records", "workdir"), tmp_path)
         places |= {name: tmp_path / name for name in ("media", "clips")}
         return benchmark._Benchmark(argparse.Namespace(**places, small=False, repeats=1))
