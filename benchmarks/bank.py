@@ -126,7 +126,7 @@ def over_faiss(ranks: int, repeats: int) -> Measured:
 
 
 def memory_of_sampling() -> dict[str, int]:
-    """Bytes that the draws for all terms of a step take beside a float32 bank of ROWS rows.
+    """Bytes that the draws for all terms of a step take in addition to a float32 bank of ROWS rows.
 
     Returns:
         `grown`, the growth of the process during the draws; `drawn`, the part of it that is
@@ -171,7 +171,7 @@ def memory_of_sampling() -> dict[str, int]:
 
 
 def extra_mb(repeats: int) -> Measured:
-    """Megabytes that the draws take beside the bank and the rows that they return."""
+    """Megabytes that the draws take in addition to the bank and the rows that they return."""
     # Without the allocator that keeps freed memory, which would hide new allocations.
     default = {"GLIBC_TUNABLES": ""}
     results = [

@@ -1,8 +1,8 @@
 """Reads cycles, exchanges and convolutions of a program on one device from compiled HLO text.
 
-The TPU compiler writes `estimated_cycles` beside the operations of its optimised program. They are
+The TPU compiler writes `estimated_cycles` into the operations of its optimised program. They are
 summed over the entry computation, the body of a loop with its number of iterations. Collectives,
-sorts and copies that run beside the computation have no estimate and are listed.
+sorts and copies that overlap with the computation have no estimate and are listed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ COLLECTIVES = (
     *("all-reduce", "all-gather", "all-to-all", "ragged-all-to-all", "reduce-scatter"),
     *("collective-permute", "collective-broadcast"),
 )
-# Names and copies, and transfers that the compiler starts early, beside the computation.
+# Names and copies, and transfers that overlap with the computation.
 _FREE = frozenset(
     (
         *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all"),
@@ -99,7 +99,7 @@ class Module:
     def trips(self, loop: Instruction) -> int | None:
         """Number of iterations of a loop; None if unknown.
 
-        Other compilers write it beside the loop. The TPU's does not, but JAX's loops of known
+        Other compilers write it into the loop. The TPU's does not, but JAX's loops of known
         length (scan, map, fori_loop from 0) increment a counter while it is less than a constant.
         """
         if known := _TRIPS.search(loop.attributes):

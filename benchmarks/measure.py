@@ -319,7 +319,10 @@ def command_parser(
     if json:
         parser.add_argument("--json", type=_writable_path, required=True, help="output file")
     if rows:
-        parser.add_argument("--rows", nargs="+", choices=rows, default=list(rows), metavar="NAME")
+        text = f"some of {', '.join(rows)}"
+        parser.add_argument(
+            "--rows", nargs="+", choices=rows, default=list(rows), metavar="NAME", help=text
+        )
     if repeats:
         parser.add_argument(
             "--repeats", type=int, default=5, help="repeats of each measurement (%(default)s)"

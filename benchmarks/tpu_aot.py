@@ -13,7 +13,6 @@ import signal
 import sys
 from typing import Any
 
-from avcl_jax import config_file
 from avcl_jax.errors import UserError
 from avcl_jax.paths import local_path
 from benchmarks import measure
@@ -22,7 +21,7 @@ from benchmarks.tpu_chips import chip_of, exchange_seconds
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
-    # Without a metadata server that describes the TPU, and beside other compilations.
+    # Without a metadata server that describes the TPU, and in parallel with other compilations.
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -45,7 +44,7 @@ def _row(name: str, value: float | None, unit: str, detail: dict[str, Any]) -> R
 
 
 def _compile(function: str, arguments: dict[str, Any], **overrides: str) -> dict[str, Any]:
-    """Calls a function of `tpu_compile` in a process of its own, with further overrides."""
+    """Calls a function of `tpu_compile` in its own process, with further overrides."""
     if overrides:
         arguments = {**arguments, "overrides": {**arguments["overrides"], **overrides}}
     return measure.run_child(
@@ -214,7 +213,7 @@ def main(words: list[str]) -> None:
     args, options = measure.parse_with_overrides(parser, words)
     settings = {
         "preset": args.preset,
-        "overrides": config_file.overrides(options),
+        "overrides": dict(option.removeprefix("--config.").split("=", 1) for option in options),
         "videos_per_chip": args.batch_per_chip,
         "cache": str(args.cache),
     }

@@ -1,6 +1,6 @@
 """Compiles the pretraining step for TPUs that need not exist, and reads the compiled program.
 
-Each function runs in a process of its own (`measure.run_child`, environment of `tpu_aot`), because
+Each function runs in its own process (`measure.run_child`, environment of `tpu_aot`), because
 libtpu reads its environment once. A full step takes minutes to compile, so programs are cached
 under a hash of the program, the topology and the versions; metrics are read from them again.
 """
@@ -256,7 +256,7 @@ def compile_bank(
     mesh = sharding.create_mesh(config.execution.fsdp, devices)
     spec = loop.loss_spec(config)
     if spec.bank is None:
-        raise UserError("bank.size is 0: there is no bank to compile")
+        raise UserError("bank.size is 0: set a bank to compile")
     count, dim = config.global_batch_size, config.model.embedding_dim
     playbacks, labels = spec.bank.playbacks, experiment.bank_labels(config)
 

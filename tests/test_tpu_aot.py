@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from avcl_jax import config_file
 from benchmarks import measure, tpu_aot, tpu_compile
 
 STEP: dict[str, Any] = {
@@ -131,7 +130,7 @@ def test_overrides_are_those_of_main(capsys: pytest.CaptureFixture[str]) -> None
     _, options = measure.parse_with_overrides(
         parser, ["--config.model.video.lowering=folded", "--config.bank.size=131072"]
     )
-    overrides = config_file.overrides(options)
+    overrides = dict(option.removeprefix("--config.").split("=", 1) for option in options)
     config = tpu_compile.config_of("kinetics400", overrides)
     assert config.model.video.lowering == "folded"
     assert config.model.video.name == "r2plus1d_18"

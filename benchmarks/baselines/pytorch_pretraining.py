@@ -2,7 +2,7 @@
 
 The whole step of configs/pretrain.py:demo: augmentation of uint8 clips and of spectrograms, both
 encoders, all heads, all contrastive terms with the feature bank, all temporal terms, gradient
-clipping, AdamW with our schedule and mask, insertion into the bank. Left out: metrics beside the
+clipping, AdamW with our schedule and mask, insertion into the bank. Left out: metrics other than
 losses (accuracies, norms, ages of bank rows), which a PyTorch user would compute at log steps only,
 and masks for missing modalities, because all records of the demo have video and audio.
 tests/interop/test_torch_pretraining.py shows that both compute the same.
