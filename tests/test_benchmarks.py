@@ -1,4 +1,4 @@
-"""The tools that benchmarks measure with; that what they compare gives the same answers."""
+"""Tools of the benchmarks, and equal results of the alternatives that they compare."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_rows_as_table_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert stored[1]["detail"] == {"parts": [1, 2]}
 
 
-def test_children_run_on_their_cores_and_their_failures_are_told() -> None:
+def test_children_run_on_their_cores_and_report_failures() -> None:
     first = sorted(os.sched_getaffinity(0))[:1]
     assert run_child("tests.benchmark_children:cores", {}, cores=first) == first
     with pytest.raises(ChildError, match="ValueError: because of this"):
@@ -136,7 +136,7 @@ def test_user_errors_are_one_line_without_traceback(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_package_skips_a_row_and_says_what_to_install() -> None:
+def test_a_missing_package_skips_a_row_with_the_command_that_installs_it() -> None:
     need("numpy")
     with pytest.raises(SkipError, match=r"pip install -r benchmarks/requirements\.txt"):
         need("no_such_package")
@@ -144,7 +144,7 @@ def test_a_missing_package_skips_a_row_and_says_what_to_install() -> None:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """A GPU that fits 128 clips of ours and 64 of PyTorch's; returns what was run on it."""
+    """A GPU that fits 128 clips of ours and 64 of PyTorch's; returns the runs on it."""
     runs = []
 
     def run(target: str, arguments: dict[str, Any], environment: Any = None) -> Any:
@@ -195,7 +195,7 @@ def test_without_a_gpu_that_both_libraries_can_use_rows_are_skipped(
     assert gpu == []
 
 
-def test_only_want_of_memory_makes_the_batch_smaller(
+def test_only_an_out_of_memory_error_halves_the_batch(
     gpu: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(target: str, arguments: dict[str, Any], environment: Any = None) -> Any:
@@ -215,11 +215,11 @@ def test_flops_of_the_encoder_that_is_timed() -> None:
     assert steps.encoder_flops() == pytest.approx(3 * 2 * 40.52e9, rel=0.01)
 
 
-def test_neighbours_differ_where_rounding_cannot_have_exchanged_them(tmp_path: Path) -> None:
+def test_neighbours_differ_unless_rounding_can_exchange_them(tmp_path: Path) -> None:
     scores = np.array([[0.9, 0.8, 0.5], [0.7, 0.6, 0.6]], np.float32)
     found = {
         "ours": [[4, 2, 7], [1, 3, 5]],
-        "last": [[4, 2, 9], [1, 5, 6]],  # what is last, or as near as what is last, may differ
+        "last": [[4, 2, 9], [1, 5, 6]],  # the last one, or ties with it, may differ
         "wrong": [[4, 8, 7], [1, 3, 5]],
     }
     for name, rows in found.items():
@@ -266,7 +266,7 @@ def test_features_of_a_record_are_compared_with_those_of_its_file(
         everything = [cosine for cosines in own for cosine in cosines]
         assert values[f"{modality}: lowest clip"] == pytest.approx(min(everything), abs=1e-5)
         assert max(everything) < 1  # a record is not its file
-        # A clip of another file is less like it.
+        # A clip of another file is less similar.
         wrong = [angle(of_file[n].mean(0), of_record[n - 1].mean(0)) for n in range(3)]
         assert max(wrong) < min(everything)
 
@@ -276,7 +276,7 @@ def test_positives_of_an_oracle_have_the_given_purity() -> None:
     config.bank.update({"size": 256, "num_positives": 4, "num_negatives": 64})
     sampling = experiment.bank_sampling(config)
     rng = np.random.default_rng(0)
-    classes = rng.integers(0, 8, 160)  # of sources, of which the bank has 0 to 127
+    classes = rng.integers(0, 8, 160)  # of sources; the bank has 0 to 127
     bank_ = feature_bank.create(256, 4, jnp.float32, labels=1)
 
     def views(video, sources):
@@ -316,11 +316,11 @@ def test_positives_of_an_oracle_have_the_given_purity() -> None:
     assert not draw(jax.random.key(0), active=False).positives.mask.any()
 
 
-def test_variants_of_level_change_what_they_say() -> None:
+def test_variants_of_level_have_their_effect() -> None:
     rng = np.random.default_rng(0)
     spec = experiment.render_spec(pretrain.get_config("esc10"))
-    sound = (rng.integers(-900, 900, 80_000) + 100).astype(np.int16)
-    quiet = dataclasses.replace(make_record(0, seconds=5.0, has_video=False), waveform=sound)
+    waveform = (rng.integers(-900, 900, 80_000) + 100).astype(np.int16)
+    quiet = dataclasses.replace(make_record(0, seconds=5.0, has_video=False), waveform=waveform)
     loud = dataclasses.replace(quiet, waveform=(5 * quiet.waveform).astype(np.int16))
 
     def spectrogram(record: Any, name: str) -> np.ndarray:
@@ -352,7 +352,7 @@ def test_random_gain_moves_whole_views_up_to_its_range() -> None:
     assert decibels.std() == pytest.approx(12 / np.sqrt(12), rel=0.05)
 
 
-def test_the_other_view_is_found_where_it_alone_is_nearest() -> None:
+def test_the_other_view_is_found_if_it_alone_is_nearest() -> None:
     first = np.array([[0.0], [10.0], [20.0], [30.0]])
     second = np.array([[1.0], [9.0], [26.0], [25.0]])
     # The third is nearer to the fourth's; the fourth is as near to both.
@@ -360,15 +360,15 @@ def test_the_other_view_is_found_where_it_alone_is_nearest() -> None:
     assert not audio_settings.finds_other_view(first[:3], np.zeros((3, 1))).any()
 
 
-def test_growth_of_memory_is_that_of_the_call() -> None:
-    # Before the call, and not counted: what is kept, and a larger peak.
+def test_growth_of_memory_is_that_during_the_call() -> None:
+    # Allocated before the call and not counted: memory in use, and a larger peak.
     kept = np.ones(100_000_000, np.uint8)
     np.ones(400_000_000, np.uint8)
     assert 198e6 < peak_growth_bytes(lambda: np.ones(200_000_000, np.uint8)) < 220e6
     assert kept.all()
 
 
-def test_the_spectrograms_compared_are_the_same() -> None:
+def test_the_compared_spectrograms_are_equal() -> None:
     compared = rendering.compare_log_mel(repeats=5)
     assert compared["largest_difference"] < 1e-4
     microseconds = compared["microseconds"]
@@ -378,8 +378,8 @@ def test_the_spectrograms_compared_are_the_same() -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_gives_back_the_frames_asked_for(name: str) -> None:
-    # Each frame has a grey value of its own, and a gradient that shows flips.
+def test_every_format_returns_the_requested_frames(name: str) -> None:
+    # Each frame has its own grey value, and a gradient that reveals flips.
     height, width, count = 48, 64, 30
     gradient = np.linspace(0, 60, width)[None, :, None]
     frames = np.stack(
@@ -396,7 +396,7 @@ def test_every_format_gives_back_the_frames_asked_for(name: str) -> None:
 
 @pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
 @pytest.mark.parametrize(("start", "speed"), [(0.0, 0), (1.3, 1), (0.5, 2)])
-def test_the_dataloader_shows_the_same_frames(
+def test_the_dataloader_decodes_the_same_frames(
     tmp_path: Path, direction: int, start: float, speed: int
 ) -> None:
     times = np.arange(150) / 25
@@ -410,7 +410,7 @@ def test_the_dataloader_shows_the_same_frames(
         stream = container.add_stream("libx264", rate=25)
         stream.width = stream.height = side
         stream.options = {"g": "40"}
-        for number in range(150):  # each frame of a grey of its own
+        for number in range(150):  # each frame with its own grey value
             image = np.full((side, side, 3), grey(number), np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
@@ -423,7 +423,7 @@ def test_the_dataloader_shows_the_same_frames(
 
 
 class Commands:
-    """Stands in for the commands that benchmarks.esc10 gives.
+    """Replaces the commands that benchmarks.esc10 runs.
 
     A run's training takes as many seconds as it has steps; a fold's accuracy is the percentage
     of its number, one fold further for an encoder of more steps.
@@ -458,7 +458,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
     return made
 
 
-def test_each_fold_of_esc_has_an_encoder_that_did_not_hear_it(
+def test_each_fold_of_esc_has_an_encoder_trained_without_it(
     commands: Commands, tmp_path: Path
 ) -> None:
     found = esc10.folds_rows(tmp_path, tmp_path / "records", [0, 2], options=["--config.steps=50"])
@@ -481,13 +481,13 @@ def test_each_fold_of_esc_has_an_encoder_that_did_not_hear_it(
     assert rows["esc10_accuracy"].value == pytest.approx(0.91)
     assert rows["esc10_over_random"].value == pytest.approx(0.21)
     assert rows["esc10_over_classical"].value == pytest.approx(0.11)
-    # The setting is that of pretraining alone.
+    # Only pretraining gets the setting.
     assert {settings.get("steps") for config, _, settings in commands.given} == {"50", None}
     assert rows["esc10_pretraining_minutes"].value == pytest.approx(50 / 60)
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_a_file_is_looked_for_by_the_encoder_that_did_not_hear_it(
+def test_views_of_a_file_are_compared_by_the_encoder_trained_without_it(
     own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = {"fold": list(esc10.FOLDS)}
@@ -514,7 +514,7 @@ def test_a_file_is_looked_for_by_the_encoder_that_did_not_hear_it(
     assert row.detail == {"other_view": [own, own], "chance": pytest.approx(1 / 15)}
 
 
-def test_a_longer_run_on_esc_is_tested_on_its_fold_alone_beside_the_usual_one(
+def test_a_longer_run_on_esc_and_the_usual_one_are_tested_on_its_fold_alone(
     commands: Commands, tmp_path: Path
 ) -> None:
     row = esc10.long_row(tmp_path, tmp_path / "records", steps=600, fold="3")
