@@ -39,12 +39,11 @@ SERIES_COLOURS = (
 )
 _GREY = "#74808d"  # 4 : 1 to both
 _MOST_POINTS = 400  # of a curve: a long run logs thousands of values
-_STYLE: dict[Any, Any] = {
+_GREY_PARTS = ("axes.edgecolor", "axes.labelcolor", "grid.color", "xtick.color", "ytick.color")
+_STYLE: dict[Any, Any] = dict.fromkeys(_GREY_PARTS, _GREY) | {
     "svg.fonttype": "none",
     "font.size": 9.0,
     "text.color": "black",
-    "axes.edgecolor": _GREY,
-    "axes.labelcolor": _GREY,
     "axes.titlesize": 10.0,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
@@ -53,11 +52,8 @@ _STYLE: dict[Any, Any] = {
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
     "axes.linewidth": 0.5,
-    "grid.color": _GREY,
     "grid.alpha": 0.3,
     "grid.linewidth": 0.6,
-    "xtick.color": _GREY,
-    "ytick.color": _GREY,
     "legend.frameon": False,
 }
 

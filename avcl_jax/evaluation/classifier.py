@@ -89,9 +89,9 @@ class Inputs:
         # The augmentation draws for each view; a clip is a video's only one.
         if isinstance(self.spec, AudioClipSpec):
             spectrogram = log_mel(clips, self.spec.log_mel, jnp)
-            return (
-                spectrogram if key is None else spectral(key, spectrogram[:, None], of_audio)[:, 0]
-            )
+            if key is None:
+                return spectrogram
+            return spectral(key, spectrogram[:, None], of_audio)[:, 0]
         pixels = to_unit_range(clips)
         if key is not None:
             pixels = photometric(key, pixels[:, None], of_video)[:, 0]

@@ -222,16 +222,10 @@ class BankRow(NamedTuple):
 def open_bank(
     config: ml_collections.ConfigDict, workdir: epath.PathLike, spec: RenderSpec, *, step: int
 ) -> tuple[UsableRecords, FeatureBank] | None:
-    """Opens the bank of a run's newest checkpoint, and the records of its rows.
+    """Opens the bank of a run's newest checkpoint, of step `step`, and the records of its rows.
 
-    Args:
-        config: config of the run.
-        spec: rendering, with the spectrogram made on the host.
-        step: step of the checkpoint.
-
-    Returns:
-        None if the run has not used a bank yet, another version wrote it, or the records are
-        missing, for instance where a run is evaluated with its test records alone.
+    Returns None if the run has not used a bank yet, another version wrote it, or the records are
+    missing, for instance where a run is evaluated with its test records alone.
     """
     start = bank_start(config)
     if start is None or step <= start:
@@ -260,6 +254,7 @@ def bank_searches(
     section, speeds = config.evaluation.report, config.views.speeds
     sampling, terms = experiment.bank_sampling(config), loss_spec(config).bank_terms
     rows, numbers = bank.rows, bank.rows.numbers
+    z = {modality: np.asarray(e, np.float32) for modality, e in rows.embeddings.items()}
     views = jax.tree.map(lambda values: values.reshape(-1, 2, *values.shape[1:]), rows)
     row_of = {int(number): row for row, number in enumerate(numbers.insertion)}
     # The first record of each source.
@@ -275,13 +270,9 @@ def bank_searches(
     def search(
         anchor: int, drawn: Mapping[str, Any], pairs: tuple[Term, ...]
     ) -> tuple[list[BankRow], str]:
-        def cosines(row: int) -> list[float]:
-            z = rows.embeddings
-            both = ((z[own][anchor], z[other][row]) for own, other in pairs)
-            return [float(a.astype("f4") @ b.astype("f4")) for a, b in both]
-
+        cosines = np.stack([z[other] @ z[own][anchor] for own, other in pairs], axis=1)
         kinds = {
-            kind: sorted((row_of[n] for n in numbers if n >= 0), key=lambda row: -min(cosines(row)))
+            kind: sorted((row_of[n] for n in numbers if n >= 0), key=lambda r: -cosines[r].min())
             for kind, numbers in drawn.items()
         }
         counts = {"positive": section.results // 2, "negative": -(-section.results // 2)}
@@ -292,7 +283,7 @@ def bank_searches(
             # Evenly spaced from the most to the least similar.
             spread = np.linspace(0, len(known) - 1, min(len(known), counts[kind])).round()
             for row in (known[int(place)] for place in spread):
-                found.append(describe(row, kind, given[1], cosines(row)))
+                found.append(describe(row, kind, given[1], cosines[row].tolist()))
         return found, _agreement(numbers, anchor, kinds, config.bank.health_labels)
 
     searches: dict[str, list[tuple[list[BankRow], str]]] = {}

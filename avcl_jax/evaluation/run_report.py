@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.manifold import TSNE
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
@@ -228,11 +229,7 @@ class _Examples:
 
 
 def embedding_map(features: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places features [n, C] on a plane by t-SNE.
-
-    Returns:
-        The rows that are placed, and float [points, 2].
-    """
+    """Places features [n, C] on a plane by t-SNE: rows that are placed, and float [points, 2]."""
     rows = np.arange(len(features))
     if len(rows) > _MAP_POINTS:
         rows = np.random.default_rng(seed).choice(rows, _MAP_POINTS, replace=False)
@@ -247,31 +244,18 @@ def embedding_map(features: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.nd
 def class_plane(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray) -> np.ndarray:
     """Places test features [m, C] on the plane that keeps the classes of training features apart.
 
-    Linear discriminant analysis of the training features, with Ledoit–Wolf shrinkage; the test
-    items have no part in choosing the plane.
-
-    Args:
-        train: float [n, C].
-        train_labels: int [n], all known, of at least three classes.
-
-    Returns:
-        float [m, 2].
+    Linear discriminant analysis of training features [n, C], of at least three classes, with
+    Ledoit–Wolf shrinkage; the test items have no part in choosing the plane. Returns float [m, 2].
     """
-    scaler = StandardScaler().fit(train)
     plane = LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto", n_components=2)
     with threadpool_limits(1):
-        plane.fit(scaler.transform(train), train_labels)
-        return plane.transform(scaler.transform(test))
+        return make_pipeline(StandardScaler(), plane).fit(train, train_labels).transform(test)
 
 
 def lead(view: Mapping[str, Any], modalities: str) -> str:
     """Returns the first paragraph: encoders of the run, and accuracies of their probes."""
-    who = {
-        "audio_visual": "Two encoders",
-        "video": "A video encoder",
-        "audio": "An audio encoder",
-    }[modalities]
-    sentences = [f"{who} learned from unlabelled videos."]
+    whom = {"audio_visual": "Two encoders", "video": "A video encoder", "audio": "An audio encoder"}
+    sentences = [f"{whom[modalities]} learned from unlabelled videos."]
     for probe, scores in view["probe"].items():
         label, modality = probe.rsplit("_from_", 1)
         shares = {name: as_text(value, digits=0) for name, value in scores.items()}

@@ -37,8 +37,10 @@ def test_a_record_too_short_for_the_speed_is_shown_at_one_that_fits(small_record
         spec = _host_spec(config)
         source = UsableRecords(RecordDataset(small_records, "test"), spec)
         cards.append(Exhibits(source, spec, stills=3))
-    fast, fitting = cards
-    assert fast.card(0, "1") == fitting.card(0, "1")
+    _, fitting = cards
+    # Not the bytes of the clip: on a busy machine x264 does not always make the same stream.
+    same = (re.sub('data-clip="[^"]*"', "", shown.card(0, "1")) for shown in cards)
+    assert len(set(same)) == 1
     shown = fitting.card(0, "1 & 2", given="audio", kind="hit")
     assert shown.count("data:image/jpeg;base64,") == 3
     assert "<b>1 &amp; 2</b> test/0" in shown

@@ -156,6 +156,18 @@ def test_channels_without_variance_count_for_nothing():
     np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
+def test_iterations_end_at_their_number_or_when_the_gradient_is_small():
+    features, labels = _gaussians(np.random.default_rng(9), 60, 6.0)
+
+    def scores(iterations, tolerance):
+        settings = {"costs": (1.0,), "iterations": iterations, "tolerance": tolerance}
+        return _probe(features, labels, np.arange(60), **settings).scores(features)
+
+    one = scores(1, 0.0)
+    np.testing.assert_array_equal(scores(5, 1.0), one)  # no gradient of a mean loss is larger
+    assert np.abs(scores(2, 0.0) - one).max() > 1e-3
+
+
 def test_features_are_not_copied_on_the_host():
     rng = np.random.default_rng(7)
     features = rng.normal(size=(160_000, 32)).astype(np.float32)
