@@ -45,15 +45,13 @@ class AddReport:
     failed: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # with the reason
 
 
+@dataclasses.dataclass(eq=False)
 class FingerprintIndex:
     """An index in the state in which it was opened, or last changed by this object."""
 
-    def __init__(self, directory: str | Path, encoder_path: str | Path | None = None):
-        """Opens an index; see `open`."""
-        library.faiss()  # before the first slow step
-        self.directory = local_path(directory)
-        self._encoder_path = encoder_path
-        self._library = library.load(self.directory)
+    directory: Path
+    _encoder_path: str | Path | None
+    _library: library.Library
 
     @classmethod
     def open(
@@ -64,7 +62,9 @@ class FingerprintIndex:
         Raises:
             FingerprintError: if there is no index, or it is damaged.
         """
-        return cls(directory, encoder_path)
+        library.faiss()  # before the first slow step
+        directory = local_path(directory)
+        return cls(directory, encoder_path, library.load(directory))
 
     def reopened(self) -> FingerprintIndex:
         """Returns the index as it is now: this object if nothing has changed.
@@ -80,7 +80,7 @@ class FingerprintIndex:
             if opened.settings()["generation"] == before["generation"]:
                 return self
         now = copy.copy(self)
-        now._load()
+        now._library = library.load(self.directory, self._library.vectors)
         if any(now._library.stored[key] != before[key] for key in ("encoder", "settings")):
             now.__dict__.pop("segmenter", None)
         return now
@@ -119,7 +119,7 @@ class FingerprintIndex:
                 "calibration": {"segments": 0, "by_modalities": {}},
             },
         )
-        return cls(directory, encoders)
+        return cls.open(directory, encoders)
 
     @functools.cached_property
     def segmenter(self) -> Segmenter:
@@ -319,13 +319,10 @@ class FingerprintIndex:
         fields = fitted.get(calibration.name_of(modalities))
         return calibration.Calibration(**fields) if fields else calibration.DEFAULT
 
-    def _load(self) -> None:
-        self._library = library.load(self.directory, self._library.vectors)
-
     def _update(self) -> None:
         """Brings projections, calibration and cache up to date with the media."""
         while True:
-            self._load()
+            self._library = library.load(self.directory, self._library.vectors)
             stored, calibrated = self._library.stored, self._calibrated()
             if self._library.is_stored and calibrated == stored["calibration"]:
                 break

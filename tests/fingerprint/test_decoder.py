@@ -12,9 +12,6 @@ import time
 
 import pytest
 
-pytest.importorskip("faiss", reason="the extra fingerprint is not installed")
-pytest.importorskip("starlette", reason="the extra fingerprint is not installed")
-
 from avcl_jax.data.media import decode_media
 from avcl_jax.fingerprint.web import preview
 from avcl_jax.fingerprint.web.decoder import Decoder, DecoderError
