@@ -18,6 +18,9 @@ _SMALLEST_SIDE = 16  # pixels: smaller frames show nothing
 _HUES = 180  # OpenCV counts hue of 8-bit images in steps of two degrees
 _TEXTS = ("WATCH THIS!", "you will not believe it", "part 2 of 3", "LIVE", "follow for more")
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
+# Looking ahead, x264 of FFmpeg 8.1 gives frames of 64 pixels other bits each time: its macroblock
+# tree reads uninitialised memory.
+_NO_LOOKAHEAD = {"rc-lookahead": "0"}
 _FINE = 8  # a sign is drawn this many times larger and shrunk, which smooths its edges
 
 
@@ -158,14 +161,7 @@ def video_codec(media: DecodedMedia, rng: Rng, *, quality: int) -> Transformed:
         fps=media.fps or 1.0,
         sample_rate_hz=0,
         audio_bits_per_second=0,
-        # Without looking ahead: with it, x264 of FFmpeg 8.1 gives frames of 64 pixels other bits
-        # each time (its macroblock tree reads uninitialised memory).
-        video_options={
-            "crf": str(quality),
-            "preset": "veryfast",
-            "threads": "1",
-            "rc-lookahead": "0",
-        },
+        video_options={"crf": str(quality), "preset": "veryfast", "threads": "1"} | _NO_LOOKAHEAD,
         variable_rate=True,
         container="matroska",
     )
