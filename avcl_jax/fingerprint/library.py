@@ -109,7 +109,7 @@ class Library:
         """Ids of the sources, int64, ascending."""
         return np.array([source.id for source in self.sources], np.int64)
 
-    @property
+    @functools.cached_property
     def num_segments(self) -> int:
         """Number of segments."""
         return sum(source.segments for source in self.sources)
