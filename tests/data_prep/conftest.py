@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,19 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def prepare(source: Path, out: Path, *more: str) -> int:
     return main(["prepare", str(source), f"--out={out}", "--shard-size=2", "--workers=1", *more])
+
+
+def listed(out: Path, name: str = "rejected") -> list[dict[str, Any]]:
+    """Lines of rejected.jsonl, or of another list."""
+    return [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+
+
+def only_error(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a failing command prints."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
 
 
 def files(out: Path) -> dict[str, bytes]:

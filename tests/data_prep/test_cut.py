@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from data_prep.__main__ import main
 from data_prep.clip import Cut, parse_cut, pieces
 from data_prep.manifest import Entry, PrepareError
 from tests.data.synthetic_media import write_clip
+from tests.data_prep.conftest import listed
 
 _SECONDS = 5.2
 
@@ -92,6 +92,6 @@ def test_a_cut_video_is_known_again_and_rejected_clip_by_clip(folder, tmp_path, 
     assert main([*arguments, "--cut=1"]) == 1
     assert "with other options" in capsys.readouterr().err.replace("\n", " ")
     assert main([*arguments, "--cut=1", "--overwrite", "--min-seconds=1.5"]) == 1
-    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").open()]
+    rejected = listed(tmp_path / "out")
     assert [line["id"] for line in rejected] == [f"v#{n}-{n + 1}" for n in range(5)]
     assert {line["reason"] for line in rejected} == {"too_short"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from avcl_jax.data.records import RecordDataset
 from data_prep.__main__ import main
 from data_prep.clip import REASONS
 from tests.data.test_media import REAL, needs_real
+from tests.data_prep.conftest import listed
 from tests.data_prep.mutations import MUTATIONS
 from tests.data_prep.test_containers import write
 
@@ -37,7 +37,7 @@ def check_all_accounted_for(
     arguments = ["prepare", str(folder), f"--out={out}", "--short-side=32", "--workers=2"]
     status = run([*arguments, "--shard-size=16", "--timeout-seconds=120"])
     assert status in (0, 1, 3)
-    lines = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    lines = listed(out)
     reasons = {line["id"]: line["reason"] for line in lines}
     assert len(reasons) == len(lines)
     assert set(reasons.values()) <= set(REASONS)

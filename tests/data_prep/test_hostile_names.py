@@ -12,6 +12,7 @@ import pytest
 
 from avcl_jax.data.records import RecordDataset
 from data_prep.__main__ import main
+from tests.data_prep.conftest import listed
 
 IDS = (
     "../outside",
@@ -125,7 +126,7 @@ def test_names_of_files_and_links(place: Path, tmp_path: Path, clip: Path) -> No
     np.testing.assert_allclose(records.timelines["duration_seconds"], 1.5, atol=0.022)
     assert {"new\nline.mp4", "-dash.mp4", "quote'\".mp4", "file:a.mp4", "%d.mp4"} <= ids
     assert {"absolute.mp4", os.fsdecode(b"\xff.mp4")} <= ids
-    (rejected,) = map(json.loads, (place / "out" / "rejected.jsonl").read_text().splitlines())
+    (rejected,) = listed(place / "out")
     assert (rejected["id"], rejected["reason"]) == ("broken.mp4", "not_found")
 
 

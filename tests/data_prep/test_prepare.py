@@ -7,12 +7,14 @@ import fcntl
 import json
 import multiprocessing
 import os
+import random
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,7 +23,8 @@ from etils import epath
 
 from avcl_jax.data.records import RecordDataset, RecordError
 from data_prep import publish
-from tests.data_prep.conftest import files, prepare
+from tests.data.synthetic_media import write_clip
+from tests.data_prep.conftest import files, listed, only_error, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("a.mp4", "-dash.mp4", "qu'o\"te.mp4", "line\nbreak.mp4", "é你 space.mp4")
@@ -36,16 +39,7 @@ def folder(tmp_path: Path, clip: Path) -> Path:
 
 
 def rejected(out: Path) -> dict[str, str]:
-    lines = (out / "rejected.jsonl").read_text().splitlines()
-    return {Path(line["path"]).name: line["reason"] for line in map(json.loads, lines)}
-
-
-def only_error(capsys: pytest.CaptureFixture[str]) -> str:
-    """Returns the one line that a failing command prints."""
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    return captured.err
+    return {Path(line["path"]).name: line["reason"] for line in listed(out)}
 
 
 def test_the_same_bytes_whatever_the_workers(folder, tmp_path, capsys):
@@ -305,3 +299,60 @@ def test_a_full_disk_says_so(tmp_path: Path) -> None:
     message = describe_os_error(OSError(errno.ENOSPC, "No space left on device"), tmp_path)
     assert message.startswith("the disk is full: free some space")
     assert str(tmp_path) in message
+
+
+@pytest.fixture(scope="module")
+def twelve(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("media")
+    write_clip(folder / "00.mp4", 150, fps=25, side=160)
+    for number in range(1, 12):
+        shutil.copy(folder / "00.mp4", folder / f"{number:02d}.mp4")
+    (folder / "bad.mp4").write_text("no film")
+    return folder
+
+
+def start(folder: Path, out: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "data_prep", "prepare", str(folder), "--out", str(out)]
+    return subprocess.Popen(
+        [*command, "--shard-size=2", "--workers=2"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def whole(out: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in out.rglob("*") if p.name != "preparation.json"}
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_ends_as_if_undisturbed(twelve, tmp_path, kills):
+    begin = time.monotonic()
+    undisturbed = start(twelve, tmp_path / "straight")
+    undisturbed.communicate()
+    seconds = time.monotonic() - begin
+    assert undisturbed.returncode == 3
+    rng = random.Random(kills)
+    out = tmp_path / "out"
+    killed = 0
+    while killed < kills:
+        process = start(twelve, out)
+        try:
+            process.wait(timeout=seconds * rng.uniform(0.1, 1.0))
+            # Finished before its moment came: the next one starts afresh.
+            assert process.returncode == 3
+            assert whole(out) == whole(tmp_path / "straight")
+            shutil.rmtree(out)
+        except subprocess.TimeoutExpired:
+            # Sometimes with its workers, as when a machine goes down, sometimes without.
+            kill = os.killpg if rng.random() < 0.5 else os.kill
+            kill(process.pid, signal.SIGKILL)
+            process.wait()
+            killed += 1
+        process.stdout.close()
+    last = start(twelve, out)
+    output, _ = last.communicate()
+    assert last.returncode == 3, output.decode()
+    assert whole(out) == whole(tmp_path / "straight")
+    assert list(RecordDataset(out, "train").record_ids) == [f"{n:02d}.mp4" for n in range(12)]

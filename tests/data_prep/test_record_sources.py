@@ -18,8 +18,8 @@ from avcl_jax.data import record_files
 from avcl_jax.data.record_format import Record, message_class
 from avcl_jax.data.records import RecordDataset
 from data_prep.__main__ import main
-from data_prep.clip import REASONS
 from data_prep.examples import Samples, mix_to_mono
+from tests.data_prep.conftest import listed, only_error
 
 DATA = Path(__file__).parent / "testdata"
 RATE, FRAMES, TIMES = 2000, 5, [0.0, 0.1, 0.2, 0.3, 0.4]
@@ -45,16 +45,11 @@ def error(capsys: pytest.CaptureFixture[str], out: Path, *arguments: str | Path)
     """Returns the one line that a failing command prints."""
     capsys.readouterr()
     assert run(out, *arguments) == 1
-    captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1
-    return captured.err
+    return only_error(capsys)
 
 
 def rejected(out: Path) -> dict[str, tuple[str, str]]:
-    lines = map(json.loads, (out / "rejected.jsonl").read_text().splitlines())
-    found = {line["id"]: (line["reason"], line["message"]) for line in lines}
-    assert {reason for reason, _ in found.values()} <= set(REASONS)
-    return found
+    return {line["id"]: (line["reason"], line["message"]) for line in listed(out)}
 
 
 def only_record(out: Path) -> Record:
@@ -397,7 +392,7 @@ def test_missing_shards_and_examples_are_listed(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[: len(first) + record_files.OVERHEAD_BYTES])
     assert run(tmp_path / "out", "tfds", copy, "--fps=10") == 0
     assert len(RecordDataset(tmp_path / "out", "train")) == 1
-    lines = map(json.loads, (tmp_path / "out" / "missing.jsonl").read_text().splitlines())
+    lines = listed(tmp_path / "out", "missing")
     assert [(line["split"], line["id"][-2:]) for line in lines] == [
         ("train", "#1"),
         ("train", "#2"),

@@ -26,6 +26,7 @@ from avcl_jax.data.record_index import load_table
 from data_prep.__main__ import main
 from data_prep.clip import NOTES, REASONS
 from tests.data.synthetic_media import write_channels, write_clip, write_stretches
+from tests.data_prep.conftest import listed
 from tests.data_prep.test_prepare import signal_workers, when_reached
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "data" / "rejected.md"
@@ -191,7 +192,7 @@ def test_a_file_is_rejected_for_this_reason(tmp_path, capsys, reason):
     assert main(arguments) == 1  # nothing at all was prepared
     if reached:
         reached.join()
-    (line,) = map(json.loads, (out / "rejected.jsonl").read_text().splitlines())
+    (line,) = listed(out)
     assert line["reason"] == reason
     assert line["path"] == str(path)
     assert line["message"]
