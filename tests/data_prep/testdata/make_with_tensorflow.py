@@ -60,90 +60,80 @@ class Tiny(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
 
+    def features(self) -> dict[str, object]:
+        of = tfds.features
+        return {
+            "name": of.Text(),
+            "clip": of.Video((None, HEIGHT, WIDTH, 3), encoding_format="jpeg"),
+            "sound": of.Audio(sample_rate=RATE),
+            "action": of.ClassLabel(names=ACTIONS),
+            "heard": of.Sequence(of.ClassLabel(names=SOUNDS)),
+        }
+
+    def example(self, number: int) -> dict[str, object]:
+        return {
+            "name": f"clip {number}",
+            "clip": list(map(io.BytesIO, jpegs(number))),
+            "sound": samples(number).astype(np.int64),
+            "action": number % 3,
+            "heard": [[], [0], [0, 1], [1]][number],
+        }
+
+    def splits(self) -> dict[str, list[int]]:
+        # Formats other than TFRecord take 128 KiB per file.
+        is_tfrecord = self.info.file_format is tfds.core.FileFormat.TFRECORD
+        return {"train": [0, 1, 2]} | ({"test": [3]} if is_tfrecord else {})
+
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(
-                {
-                    "name": tfds.features.Text(),
-                    "clip": tfds.features.Video((None, HEIGHT, WIDTH, 3), encoding_format="jpeg"),
-                    "sound": tfds.features.Audio(sample_rate=RATE),
-                    "action": tfds.features.ClassLabel(names=ACTIONS),
-                    "heard": tfds.features.Sequence(tfds.features.ClassLabel(names=SOUNDS)),
-                }
-            ),
-        )
+        features = tfds.features.FeaturesDict(self.features())
+        return tfds.core.DatasetInfo(builder=self, features=features)
 
     def _split_generators(self, dl_manager: object) -> dict[str, object]:
-        splits = {"train": self._generate_examples(range(3))}
-        if self.info.file_format is tfds.core.FileFormat.TFRECORD:  # others take 128 KiB
-            splits["test"] = self._generate_examples([3])
-        return splits
+        return {name: self._generate_examples(numbers) for name, numbers in self.splits().items()}
 
-    def _generate_examples(self, numbers: object) -> object:
+    def _generate_examples(self, numbers: list[int]) -> object:
         for number in numbers:
-            yield (
-                number,
-                {
-                    "name": f"clip {number}",
-                    "clip": [io.BytesIO(frame) for frame in jpegs(number)],
-                    "sound": samples(number).astype(np.int64),
-                    "action": number % 3,
-                    "heard": [[], [0], [0, 1], [1]][number],
-                },
-            )
+            yield number, self.example(number)
 
 
-class Variants(tfds.core.GeneratorBasedBuilder):
+class Variants(Tiny):
     """One example with every other way in which TFDS keeps pictures and sound."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    def features(self) -> dict[str, object]:
+        of = tfds.features
+        wav = {"file_format": "wav", "dtype": np.int32, "lazy_decode": True}
+        packed = {"dtype": np.uint8, "encoding": "zlib"}
+        return {
+            "png": of.Video((None, HEIGHT, WIDTH, 3)),
+            "images": of.Sequence(of.Image(encoding_format="jpeg")),
+            "pixels": of.Tensor(shape=(None, HEIGHT, WIDTH, 3), dtype=np.uint8),
+            "packed": of.Tensor(shape=(None, None, None, 3), **packed),
+            "nested": {"stereo": of.Tensor(shape=(None, 2), dtype=np.float32)},
+            "int16": of.Tensor(shape=(None,), dtype=np.int16, encoding="bytes"),
+            "listed": of.Sequence(np.float32),
+            "wav": of.Audio(sample_rate=RATE, **wav),
+            "grade": of.Scalar(np.int64),
+            "embedding": of.Tensor(shape=(4,), dtype=np.float32),
+        }
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        feature = tfds.features
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=feature.FeaturesDict(
-                {
-                    "png": feature.Video((None, HEIGHT, WIDTH, 3)),
-                    "images": feature.Sequence(feature.Image(encoding_format="jpeg")),
-                    "pixels": feature.Tensor(shape=(None, HEIGHT, WIDTH, 3), dtype=np.uint8),
-                    "packed": feature.Tensor(
-                        shape=(None, None, None, 3), dtype=np.uint8, encoding="zlib"
-                    ),
-                    "nested": {"stereo": feature.Tensor(shape=(None, 2), dtype=np.float32)},
-                    "int16": feature.Tensor(shape=(None,), dtype=np.int16, encoding="bytes"),
-                    "listed": feature.Sequence(np.float32),
-                    "wav": feature.Audio(
-                        file_format="wav", dtype=np.int32, sample_rate=RATE, lazy_decode=True
-                    ),
-                    "grade": feature.Scalar(np.int64),
-                    "embedding": feature.Tensor(shape=(4,), dtype=np.float32),
-                }
-            ),
-        )
+    def example(self, number: int) -> dict[str, object]:
+        pixels = np.stack([picture(number, frame) for frame in range(FRAMES)])
+        floats = samples(number) / np.float32(32768)
+        return {
+            "png": list(map(io.BytesIO, pngs(number))),
+            "images": list(map(io.BytesIO, jpegs(number))),
+            "pixels": pixels,
+            "packed": pixels,
+            "nested": {"stereo": np.stack([floats, -floats / 2], axis=-1)},
+            "int16": samples(number),
+            "listed": floats,
+            "wav": io.BytesIO(wav(number)),
+            "grade": 2,
+            "embedding": np.zeros(4, np.float32),
+        }
 
-    def _split_generators(self, dl_manager: object) -> dict[str, object]:
-        return {"train": self._generate_examples()}
-
-    def _generate_examples(self) -> object:
-        pixels = np.stack([picture(0, frame) for frame in range(FRAMES)])
-        floats = samples(0) / np.float32(32768)
-        yield (
-            0,
-            {
-                "png": [io.BytesIO(frame) for frame in pngs(0)],
-                "images": [io.BytesIO(frame) for frame in jpegs(0)],
-                "pixels": pixels,
-                "packed": pixels,
-                "nested": {"stereo": np.stack([floats, -floats / 2], axis=-1)},
-                "int16": samples(0),
-                "listed": floats,
-                "wav": io.BytesIO(wav(0)),
-                "grade": 2,
-                "embedding": np.zeros(4, np.float32),
-            },
-        )
+    def splits(self) -> dict[str, list[int]]:
+        return {"train": [0]}
 
 
 def sequence_example(
@@ -157,15 +147,10 @@ def sequence_example(
 ) -> bytes:
     """A clip as MediaSequence and DMVR write it."""
     example = tf.train.SequenceExample()
+    kinds = {bytes: "bytes_list", float: "float_list", int: "int64_list"}
     for key, value in context.items():
-        feature = example.context.feature[key]
         values = value if isinstance(value, list) else [value]
-        if isinstance(values[0], bytes):
-            feature.bytes_list.value.extend(values)
-        elif isinstance(values[0], float):
-            feature.float_list.value.extend(values)
-        else:
-            feature.int64_list.value.extend(values)
+        getattr(example.context.feature[key], kinds[type(values[0])]).value.extend(values)
     lists = example.feature_lists.feature_list
     for frame in jpegs(number):
         lists["image/encoded"].feature.add().bytes_list.value.append(frame)
@@ -184,41 +169,25 @@ def sequence_example(
 def write_sequence_examples() -> None:
     floats = [samples(n) / np.float32(32768) for n in range(3)]
     times = [5_000_000, 5_100_000, 5_150_000, 5_300_000, 5_400_000]
-    rates = {"WAVEFORM/feature/sample_rate": float(RATE)}
+    film = {"WAVEFORM/feature/sample_rate": float(RATE), "clip/media_id": b"film"}
+    first = {
+        "example/id": b"first",
+        "clip/start/timestamp": 5_000_000,
+        "clip/label/index": [2],
+        "clip/label/string": [b"spin"],
+    }
+    second = {
+        "example/id": b"second",
+        "WAVEFORM/feature/num_channels": 2,
+        "clip/label/index": [2, 0],
+        "clip/label/string": [b"spin", b"fall"],
+    }
+    stereo = np.stack([floats[1], -floats[1] / 2], axis=-1).ravel()
+    packets = {"packets": 4, "channels": 2}
     with tf.io.TFRecordWriter(str(HERE / "media_sequence.tfrecord")) as writer:
-        writer.write(
-            sequence_example(
-                0,
-                floats=floats[0],
-                times=times,
-                context=rates
-                | {
-                    "example/id": b"first",
-                    "clip/media_id": b"film",
-                    "clip/start/timestamp": 5_000_000,
-                    "clip/label/index": [2],
-                    "clip/label/string": [b"spin"],
-                },
-            )
-        )
-        stereo = np.stack([floats[1], -floats[1] / 2], axis=-1).ravel()
-        writer.write(
-            sequence_example(
-                1,
-                floats=stereo,
-                times=times,
-                packets=4,
-                channels=2,
-                context=rates
-                | {
-                    "example/id": b"second",
-                    "clip/media_id": b"film",
-                    "WAVEFORM/feature/num_channels": 2,
-                    "clip/label/index": [2, 0],
-                    "clip/label/string": [b"spin", b"fall"],
-                },
-            )
-        )
+        writer.write(sequence_example(0, floats=floats[0], times=times, context=film | first))
+        context = film | second
+        writer.write(sequence_example(1, floats=stereo, times=times, context=context, **packets))
     # As examples/generate_from_file.py of DMVR writes them: no times, no rates; and its sound is
     # 32-bit integers that it reads as if they were floats.
     wrong = (samples(1).astype(np.int64) << 16).astype("<i4").view("<f4")
