@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -32,6 +33,7 @@ from tests.data.synthetic_media import (
     write_clip,
 )
 from tests.data.test_synchrony import SPEC
+from tests.data_prep.conftest import listed
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "media"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is absent")
@@ -442,7 +444,7 @@ def test_every_file_is_in_a_training_batch_or_refused_with_a_reason(tmp_path):
     out = tmp_path / "records"
     status = data_prep(["prepare", str(REAL), f"--out={out}", "--short-side=64", "--workers=2"])
     assert status == 3  # complete, with refusals
-    refused = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    refused = listed(out)
     assert {Path(line["path"]).name: line["reason"] for line in refused} == {
         "corrupted.mp4": "damaged",
         "-video-with-dash-.mp4": "too_small",
