@@ -10,7 +10,9 @@ work: each runs some of the variants (`--config.ablation.only=...`) on one WORKD
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -41,12 +43,9 @@ CONFIDENCE = 0.95
 
 
 class Column(NamedTuple):
-    """One metric of a run, a column of the table.
+    """Column of the table: the metric at `path`, keys of a run's results.json joined by dots.
 
-    Attributes:
-        title: title of the column.
-        path: keys that lead to it in results.json, with dots.
-        term: loss term without which the metric is meaningless; "" if there is none.
+    Without the loss term `term` it is meaningless; "" if there is none.
     """
 
     title: str
@@ -57,12 +56,8 @@ class Column(NamedTuple):
 class Effect(NamedTuple):
     """Effect of leaving a part out on one metric.
 
-    Attributes:
-        values: values of the variant, by seed.
-        mean: mean over seeds.
-        difference: mean over seeds of the variant minus the whole method with the same seed.
-        low: lower end of the interval of the difference, Student's t over the seeds; -inf with one.
-        high: upper end.
+    `values` by seed and their `mean`; `difference` is the mean over seeds of the variant minus the
+    whole method with the same seed, between `low` and `high` by Student's t (infinite with one).
     """
 
     values: tuple[float, ...]
@@ -146,29 +141,38 @@ def ablate(
         raise UserError(
             f"ablation.only names {', '.join(unknown)}, there are {', '.join(variants)}"
         )
-    runs = {(v, s): variant_config(config, v, s) for s in seeds for v in variants}
-    directories = {(v, s): workdir / v / f"seed{s}" for v, s in runs}
-    left = [key for key in runs if key[0] in ours and not _results(runs[key], directories[key])]
-    for variant in ours:
-        # Seeds decide nothing of this. Runs that are measured need no records any more.
-        if key := next((key for key in left if key[0] == variant), None):
-            _check_run(variant, runs[key], directories[key])
+    runs = {
+        (v, s): (variant_config(config, v, s), workdir / v / f"seed{s}")
+        for s in seeds
+        for v in variants
+    }
+    left = [key for key in runs if key[0] in ours and not _results(*runs[key])]
+    # Seeds decide nothing of this. Runs that are measured need no records any more.
+    for variant, seed in dict(reversed(left)).items():
+        _check_run(variant, *runs[variant, seed])
     _check_metrics(config)
     # Seed by seed, so that a sweep that is stopped has whole comparisons.
-    for key in [(variant, seed) for seed in seeds for variant in ours]:
-        if key not in left:
-            print(f"ablation: {key[0]}, seed {key[1]} is measured", flush=True)
+    for variant, seed in [(variant, seed) for seed in seeds for variant in ours]:
+        run, directory = runs[variant, seed]
+        if (variant, seed) not in left:
+            print(f"ablation: {variant}, seed {seed} is measured", flush=True)
             continue
-        print(f"\nablation: {key[0]}, seed {key[1]}: {directories[key]}", flush=True)
-        if not pretrain(_task(runs[key], experiment.PRETRAIN), directories[key]):
+        print(f"\nablation: {variant}, seed {seed}: {directory}", flush=True)
+        if not pretrain(_task(run, experiment.PRETRAIN), directory):
             return None
-        evaluate(_task(runs[key], _EVALUATE), directories[key])
-    measured = {key: _results(run, directories[key]) for key, run in runs.items()}
+        evaluate(_task(run, _EVALUATE), directory)
+    measured = {key: _results(*run) for key, run in runs.items()}
     found = {key: results for key, results in measured.items() if results}
     if missing := [f"{v} seed {s}" for v, s in runs if (v, s) not in found]:
         print(f"ablation: {len(missing)} runs are not finished yet, first {missing[0]}", flush=True)
         return None
-    _check_same_data(found)
+    (first, results), *others = found.items()
+    for key, other in others:
+        if other["data"] != results["data"]:
+            raise UserError(
+                f"{key[0]} seed {key[1]} was measured on other data than {first[0]} seed "
+                f"{first[1]}: delete its directory in the workdir, or that of the other"
+            )
     return _write(config, workdir, found, variants, seeds)
 
 
@@ -197,16 +201,14 @@ def _check_metrics(config: ml_collections.ConfigDict) -> None:
 
 def _check_run(variant: str, run: ml_collections.ConfigDict, directory: epath.Path) -> None:
     """Refuses a run that could not be trained, or not be evaluated after its training."""
-    training = _task(run, experiment.PRETRAIN)
+    training, step = _task(run, experiment.PRETRAIN), "trained"
     try:
         mesh, _, _ = build(training)
         trained_on = open_records(training, mesh)
-    except UserError as error:
-        raise UserError(f"variant {variant!r} cannot be trained: {error}") from error
-    try:
+        step = "evaluated"
         _, records = open_evaluation_records(training, _task(run, _EVALUATE), directory)
     except UserError as error:
-        raise UserError(f"variant {variant!r} cannot be evaluated: {error}") from error
+        raise UserError(f"variant {variant!r} cannot be {step}: {error}") from error
     test = records["test"]
     met = count_trained_on(trained_on.fingerprint, test.records, test.indices)
     if met and not run.data.allow_trained_on:
@@ -242,16 +244,6 @@ def _results(run: ml_collections.ConfigDict, directory: epath.Path) -> dict[str,
     return None if differing else results
 
 
-def _check_same_data(found: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
-    (first, results), *others = found.items()
-    for key, other in others:
-        if other["data"] != results["data"]:
-            raise UserError(
-                f"{key[0]} seed {key[1]} was measured on other data than {first[0]} seed "
-                f"{first[1]}: delete its directory in the workdir, or that of the other"
-            )
-
-
 def effect(values: Sequence[float], full: Sequence[float]) -> Effect:
     """Compares the seeds of a variant, [seeds], with the same seeds of the whole method."""
     differences = np.subtract(values, full)
@@ -276,7 +268,6 @@ def effects(
 
     Args:
         results: results.json of each (variant, seed).
-        columns: columns of the table.
         variants: names, "full" among them.
 
     Returns:
@@ -288,31 +279,26 @@ def effects(
         UserError: if the whole method lacks a metric.
     """
 
-    def values(variant: str, column: Column) -> list[float] | None:
-        found = []
-        for seed in seeds:
-            node: Any = results[variant, seed]
-            if column.term and not node["config"]["loss"]["weights"][column.term]:
-                return None
-            for key in column.path.split("."):
-                if key not in node:
-                    return None
-                node = node[key]
-            found.append(float(node))
-        return found
+    def value(run: Mapping[str, Any], column: Column) -> float | None:
+        if column.term and not run["config"]["loss"]["weights"][column.term]:
+            return None
+        try:
+            return float(functools.reduce(operator.getitem, column.path.split("."), run))
+        except KeyError:
+            return None
 
     compared: dict[str, dict[str, Effect | None]] = {}
     for column in columns:
-        full = values(FULL, column)
-        if full is None:
+        by_variant = {v: [value(results[v, seed], column) for seed in seeds] for v in variants}
+        known = {v: [x for x in of if x is not None] for v, of in by_variant.items()}
+        if len(known[FULL]) < len(seeds):
             raise UserError(
                 f"runs of {FULL!r} have no {column.path}, or are not trained for it: "
                 "correct ablation.metrics"
             )
-        by_variant = {variant: values(variant, column) for variant in variants}
         compared[column.title] = {
-            variant: None if known is None else effect(known, full)
-            for variant, known in by_variant.items()
+            variant: effect(of, known[FULL]) if len(of) == len(seeds) else None
+            for variant, of in known.items()
         }
     return compared
 
@@ -362,10 +348,8 @@ def as_table(compared: Effects, variants: Sequence[str]) -> str:
 
 
 def _rows(compared: Effects, variants: Sequence[str]) -> list[list[str]]:
-    return [
-        [v.replace("_", " "), *(_cell(by_variant[v], v) for by_variant in compared.values())]
-        for v in variants
-    ]
+    columns = compared.values()
+    return [[v.replace("_", " "), *(_cell(column[v], v) for column in columns)] for v in variants]
 
 
 def _cell(found: Effect | None, variant: str) -> str:
@@ -390,8 +374,10 @@ def _report(
     variants: Sequence[str],
     seeds: Sequence[int],
 ) -> str:
-    panels = {
-        what: {
+    panels: dict[str, dict[str, tuple[float, float, float, list[float]]]] = {}
+    for what, by_variant in compared.items():
+        full = by_variant[FULL]
+        panels[what] = {
             v.replace("_", " "): (
                 e.difference,
                 e.low,
@@ -399,11 +385,8 @@ def _report(
                 np.subtract(e.values, full.values).tolist(),
             )
             for v, e in by_variant.items()
-            if v != FULL and e is not None
+            if v != FULL and e and full
         }
-        for what, by_variant in compared.items()
-        if (full := by_variant[FULL]) is not None
-    }
     changes = {
         name.replace("_", " "): "; ".join(f"{setting} = {value}" for setting, value in settings)
         for name, settings in config.ablation.variants

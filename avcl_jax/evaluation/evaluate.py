@@ -24,14 +24,7 @@ from avcl_jax.errors import UserError
 from avcl_jax.evaluation.classifier import Fit, FitSpec, fit_classifier
 from avcl_jax.evaluation.driver import Context, run_protocol
 from avcl_jax.evaluation.linear import check_sources, fit_probe, held_out_groups
-from avcl_jax.evaluation.protocol import (
-    Measured,
-    Metric,
-    Outcomes,
-    Protocol,
-    merge,
-    point_values,
-)
+from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol, merge, point_values
 from avcl_jax.evaluation.retrieval import DIRECTIONS, check_recall_at, measure_cross_modal
 from avcl_jax.evaluation.run_report import run_report, seconds_of_run
 from avcl_jax.evaluation.splits import Split, Trial
@@ -80,8 +73,6 @@ PROTOCOL = Protocol(
     ),
 )
 _TRIVIAL = ("mean_colour", "position_histogram", "mean_loudness", "mean_log_mel")
-# Networks that are probed, in the order of the arguments of `gap_closed`.
-_NETWORKS = ("random", "pretrained", "supervised")
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -325,18 +316,20 @@ def _view(
     """Returns the metrics under the keys of a run's results.json: `probe`, `retrieval`, …"""
     values = point_values(measured)
     chance = {name: metric.chance for name, metric in measured.metrics.items()}
-    retrieval = {}
+
+    def of(group: str) -> dict[str, Any]:
+        """Values of the metrics GROUP_KEY by their keys."""
+        prefix = f"{group}_"
+        return {n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)}
+
+    retrieval: dict[str, dict[str, Any]] = {}
     for direction in DIRECTIONS:
-        keys = [name.removeprefix(f"{direction}_") for name in values if direction in name]
-        if keys:
-            queries = int(measured.outcomes.values["has_both"].sum())
-            retrieval[direction] = {
-                **{key: values[f"{direction}_{key}"] for key in keys},
-                **{f"chance_{key}": chance[f"{direction}_{key}"] for key in keys},
-                "chance": chance[f"{direction}_r1"],
-                "queries": queries,
-                "gallery": queries,
-            }
+        if ranked := of(direction):
+            levels = {f"chance_{key}": chance[f"{direction}_{key}"] for key in ranked}
+            sizes = dict.fromkeys(
+                ("queries", "gallery"), int(measured.outcomes.values["has_both"].sum())
+            )
+            retrieval[direction] = ranked | levels | sizes | {"chance": levels["chance_r1"]}
     temporal = {
         task: {"accuracy": values[task], "chance": chance[task], "confusion": confusion}
         for task, confusion in tasks.details["confusion"].items()
@@ -348,13 +341,8 @@ def _view(
         null_summary = {"views": null.views, "train_loss": null.train_loss}
         for task in null.scores.keys() & temporal.keys():  # some may be defined for no test view
             temporal[task]["null_accuracy"] = null.scores[task].accuracy
-    kinds = (*_NETWORKS, "gap_closed")
     return {
-        "probe": {
-            name: {kind: values[f"{name}_{kind}"] for kind in kinds if f"{name}_{kind}" in values}
-            | {"chance": chance[f"{name}_pretrained"]}
-            for name in probes
-        },
+        "probe": {name: of(name) | {"chance": chance[f"{name}_pretrained"]} for name in probes},
         "trivial": {name: probe.details["trivial"] for name, probe in probes.items()},
         "retrieval": retrieval,
         "temporal": temporal,
@@ -450,32 +438,27 @@ def measure_probe(
     """
     section, name = config.evaluation, probe_name(label, modality)
     title, classes = name.replace("_", " "), len(records.records.class_names[label])
-    (rows, targets), (test_rows, labels) = (
-        (known, side[f"label_{label}"][known])
+    rows, test_rows = (
+        np.flatnonzero(side[f"has_{modality}"] & (side[f"label_{label}"] >= 0))
         for side in (train, test)
-        for known in [np.flatnonzero(side[f"has_{modality}"] & (side[f"label_{label}"] >= 0))]
     )
+    targets, labels = train[f"label_{label}"][rows], test[f"label_{label}"][test_rows]
     settings = section.probe.to_dict()
-    folds = settings.pop("folds")
-    groups = held_out_groups(targets, train["source_id"][rows], folds=folds, seed=config.seed)
+    folds, sources = settings.pop("folds"), train["source_id"][rows]
+    settings |= {"classes": classes, "classifier": "logistic"}
+    groups = held_out_groups(targets, sources, folds=folds, seed=config.seed)
 
     def probe(features: str) -> tuple[float, np.ndarray]:
         """Returns C, and scores of the test records."""
-        fit = fit_probe(
-            train[features][rows],
-            targets,
-            groups,
-            classes=classes,
-            classifier="logistic",
-            **settings,
-        )
+        fit = fit_probe(train[features][rows], targets, groups, **settings)
         return fit.cost, fit.scores(test[features][test_rows])
 
     networks = {"random": "random", "pretrained": "pretrained"}
     if section.supervised.enabled:
         networks["supervised"] = _network_of(section.probes, label, modality)
     probes = {n: probe(f"{network}/{modality}_features") for n, network in networks.items()}
-    inputs = {network: f"correct_{name}_{network}" for network in probes}
+    # In the order of the arguments of `gap_closed`.
+    inputs = {network: f"correct_{name}_{network}" for network in networks}
     metrics = {
         f"{name}_{n}": Metric("mean", (correct,), f"{title}, {n} encoder", chance=1 / classes)
         for n, correct in inputs.items()
@@ -485,10 +468,11 @@ def measure_probe(
             "gap_closed", tuple(inputs.values()), f"{title}, gap closed", headline=True
         )
     predicted = probes["pretrained"][1].argmax(axis=1)
+    names, of_sources = records.record_ids, records.sources
     return Measured(
         Outcomes(
-            [records.record_ids[row] for row in test_rows],
-            [records.sources[row] for row in test_rows],
+            [names[row] for row in test_rows],
+            [of_sources[row] for row in test_rows],
             {inputs[n]: top_k_hits(scores, labels, 1) for n, (_, scores) in probes.items()},
         ),
         metrics,
@@ -516,14 +500,12 @@ def noise_control(
         test: records that they are tested on.
         threads: records rendered at a time.
     """
-    speeds, seed = len(run.config.views.speeds), run.config.seed
+    speeds, seed, encoders = len(run.config.views.speeds), run.config.seed, run.source.encoders
+    sides = (train, section.train_views), (test, section.test_views)
     rendered = [
         render_null_views(records, run.spec, views=views, seed=seed + number, threads=threads)
-        for number, (records, views) in enumerate(
-            ((train, section.train_views), (test, section.test_views))
-        )
+        for number, (records, views) in enumerate(sides)
     ]
-    encoders = run.source.encoders
     return null_control(
         *rendered,
         encoders={modality: encoder.module for modality, encoder in encoders.items()},

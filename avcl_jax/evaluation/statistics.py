@@ -16,8 +16,8 @@ import numpy as np
 from scipy.stats import binomtest, norm, rankdata
 
 
-def label_ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Returns int64 [n], the rank from 1 of each item's own class, after all that tie with it.
+def top_k_hits(scores: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
+    """Returns float64 [n], 1 where the own class is among the k best; a tie counts against it.
 
     Args:
         scores: float [n, classes], higher is more likely.
@@ -37,12 +37,7 @@ def label_ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     if not np.isfinite(scores).all():
         raise ValueError(f"{int((~np.isfinite(scores)).sum())} scores are not finite")
     own = scores[np.arange(len(labels)), labels][:, None]
-    return (scores >= own).sum(axis=1)
-
-
-def top_k_hits(scores: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
-    """Returns float64 [n], 1 where the own class is among the k best; a tie counts against it."""
-    return (label_ranks(scores, labels) <= k).astype(np.float64)
+    return ((scores >= own).sum(axis=1) <= k).astype(np.float64)
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
@@ -113,48 +108,42 @@ def d_prime(auc: float) -> float:
     return float(np.sqrt(2.0) * norm.ppf(np.clip(auc, 1e-6, 1 - 1e-6)))
 
 
-def micro_average_precision(
-    confidences: np.ndarray, correct: np.ndarray, *, findable: int
-) -> float:
-    """Returns the average precision of all answers to all queries in one list, by confidence.
+def micro_average_precision(scores: np.ndarray, correct: np.ndarray, findable: np.ndarray) -> float:
+    """Returns the average precision of all answers to all queries in one list, by score.
 
     µAP as the image and video copy detection challenges use it (Perronnin et al., CVPR 2009): an
     answer to a query that has no source is wrong wherever it stands, and a source that no answer
-    names costs recall.
+    names costs recall. NaN if no query has a source.
 
     Args:
-        confidences: float [answers].
-        correct: bool [answers], whether it names the query's source; at most one a query.
-        findable: number of queries that have a source.
-
-    Raises:
-        ValueError: if no query has a source, or more answers are correct than queries have one.
+        scores: float [n, answers], -inf where a query has fewer.
+        correct: bool [n, answers]: it names the query's source; at most one per query.
+        findable: bool [n], queries that have a source.
     """
-    confidences, correct = np.asarray(confidences), np.asarray(correct, bool)
-    if findable < 1 or correct.sum() > findable:
-        raise ValueError(f"{int(correct.sum())} correct answers to {findable} queries")
-    if not correct.any():
+    given, count = np.isfinite(scores), int(findable.sum())
+    if not count:
+        return float("nan")
+    if not (right := correct[given]).any():
         return 0.0
-    return average_precision(confidences, correct) * float(correct.sum()) / findable
+    return average_precision(scores[given], right) * float(right.sum()) / count
 
 
 def recall_at_precision(
-    confidences: np.ndarray, correct: np.ndarray, *, findable: int, precision: float
+    scores: np.ndarray, correct: np.ndarray, findable: np.ndarray, *, precision: float
 ) -> float:
     """Returns the largest recall at a threshold whose precision is at least `precision`.
 
-    Takes the arguments of `micro_average_precision`; answers of one confidence pass a threshold
+    Takes the arguments of `micro_average_precision`; answers of one score pass a threshold
     together.
     """
-    confidences, correct = np.asarray(confidences), np.asarray(correct, bool)
-    if findable < 1 or correct.sum() > findable:
-        raise ValueError(f"{int(correct.sum())} correct answers to {findable} queries")
-    order = np.argsort(-confidences, kind="stable")
-    found = np.cumsum(correct[order])
+    given, count = np.isfinite(scores), int(findable.sum())
+    if not count:
+        return float("nan")
+    order = np.argsort(-scores[given], kind="stable")
+    found = np.cumsum(correct[given][order])
     reached = found / np.arange(1, len(found) + 1)
-    last_of_tie = np.append(np.diff(confidences[order]) != 0, True) if len(found) else found > 0
-    passing = found[last_of_tie & (reached >= precision)]
-    return float(passing.max() / findable) if len(passing) else 0.0
+    last_of_tie = np.append(np.diff(scores[given][order]) != 0, True)[: len(found)]
+    return float(found[last_of_tie & (reached >= precision)].max(initial=0) / count)
 
 
 # Statistics by name; each maps arrays by unit, [n, …], to a scalar.
@@ -173,15 +162,12 @@ STATISTICS: Mapping[str, Callable[..., float]] = {
     ),
     "mean_auc": lambda scores, relevant: _over_classes(roc_auc, scores, relevant),
     "d_prime": lambda scores, relevant: d_prime(_over_classes(roc_auc, scores, relevant)),
-    "micro_average_precision": lambda scores, correct, findable: _of_rankings(
-        micro_average_precision, scores, correct, findable
-    ),
-    "recall_at_precision_90": lambda scores, correct, findable: _of_rankings(
-        functools.partial(recall_at_precision, precision=0.9), scores, correct, findable
-    ),
+    "micro_average_precision": micro_average_precision,
+    "recall_at_precision_90": functools.partial(recall_at_precision, precision=0.9),
 }
 # Statistics of hits and misses whose value is 0 or 1 only where all units are alike.
 _PROPORTIONS = ("mean", "class_mean", "ratio")
+_CONFIDENCE = 0.95
 
 
 def _over_classes(
@@ -189,25 +175,6 @@ def _over_classes(
 ) -> float:
     """Returns the mean over the classes that have both relevant and other items."""
     return float(np.nanmean([metric(s, r) for s, r in zip(scores.T, relevant.T, strict=True)]))
-
-
-def _of_rankings(
-    metric: Callable[..., float],
-    scores: np.ndarray,
-    correct: np.ndarray,
-    findable: np.ndarray,
-) -> float:
-    """Returns a metric of all answers in one list.
-
-    Args:
-        metric: function of confidences, correct and findable.
-        scores: float [n, answers], -inf where a query has fewer.
-        correct: bool [n, answers].
-        findable: bool [n], queries that have a source.
-    """
-    count = int(findable.sum())
-    given = np.isfinite(scores)
-    return metric(scores[given], correct[given], findable=count) if count else float("nan")
 
 
 class Interval(NamedTuple):
@@ -219,11 +186,10 @@ class Interval(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Difference of two runs on the same units.
+    """Difference of two runs on the same units, NaN if a statistic is not defined in one.
 
-    Attributes:
-        difference: second run minus the first, with its interval; NaN if one is not defined.
-        p_value: two-sided, of the hypothesis that it does not matter which run is which.
+    `difference` is the second run minus the first; `p_value` is two-sided, of the hypothesis that
+    it does not matter which run is which.
     """
 
     difference: Interval
@@ -231,15 +197,9 @@ class Comparison(NamedTuple):
 
 
 def bootstrap(
-    kind: str,
-    inputs: Sequence[np.ndarray],
-    sources: np.ndarray,
-    *,
-    resamples: int,
-    seed: int,
-    confidence: float = 0.95,
+    kind: str, inputs: Sequence[np.ndarray], sources: np.ndarray, *, resamples: int, seed: int
 ) -> Interval:
-    """Returns a statistic with its percentile bootstrap interval over sources.
+    """Returns a statistic with its 95 % percentile bootstrap interval over sources.
 
     Where all units are hits, or all misses, the interval is the exact one (Clopper and Pearson
     1934) of the number of sources.
@@ -257,15 +217,13 @@ def bootstrap(
     value = STATISTICS[kind](*inputs)
     if np.isnan(value):
         return Interval(value, value, value)
-    if kind in _PROPORTIONS and value in (0.0, 1.0) and _all_alike(kind, inputs, value):
-        # Resamples would say that nothing else can be.
-        counted = len(groups)
-        if kind == "ratio":  # a source without an answer is not a trial
-            counted = sum(bool(inputs[1][group].any()) for group in groups)
-        bounds = binomtest(int(value) * counted, counted).proportion_ci(confidence)
-        return Interval(value, float(bounds.low), float(bounds.high))
-    drawn = _resampled(kind, inputs, groups, resamples, np.random.default_rng(seed))
-    return Interval(value, *_bounds(drawn, confidence))
+    if kind in _PROPORTIONS and value in (0.0, 1.0):
+        trials = inputs[1] if kind == "ratio" else np.ones(len(sources))
+        if (inputs[0] == value * trials).all():  # resamples would say that nothing else can be
+            counted = sum(bool(trials[group].any()) for group in groups)
+            bounds = binomtest(int(value) * counted, counted).proportion_ci(_CONFIDENCE)
+            return Interval(value, float(bounds.low), float(bounds.high))
+    return Interval(value, *_bounds(_resampled(kind, inputs, groups, resamples, seed)))
 
 
 def compare(
@@ -276,9 +234,8 @@ def compare(
     *,
     resamples: int,
     seed: int,
-    confidence: float = 0.95,
 ) -> Comparison:
-    """Compares two runs on the same units: interval of the difference, and a paired test.
+    """Compares two runs on the same units: 95 % interval of the difference, and a paired test.
 
     The interval is the paired bootstrap over sources; the test exchanges the two runs' outcomes for
     a random half of the sources, which under the hypothesis changes nothing.
@@ -294,28 +251,24 @@ def compare(
         ValueError: if `bootstrap` raises it, or if the runs have different numbers of units.
     """
     groups = _groups(kind, [*first, *second], sources)
-    _, numbers = np.unique(np.asarray(sources), return_inverse=True)
     statistic = STATISTICS[kind]
     observed = statistic(*second) - statistic(*first)
     if np.isnan(observed):
         return Comparison(Interval(observed, observed, observed), observed)
-    drawn = _resampled(kind, second, groups, resamples, np.random.default_rng(seed)) - _resampled(
-        kind, first, groups, resamples, np.random.default_rng(seed)
-    )
-    low, high = _bounds(drawn, confidence)
+    # One seed draws the same sources from both runs.
+    drawn = [_resampled(kind, run, groups, resamples, seed) for run in (first, second)]
+    _, numbers = np.unique(np.asarray(sources), return_inverse=True)
     rng = np.random.default_rng([seed, 1])
     extreme = 0
     for _ in range(resamples):
         swapped = (rng.random(len(groups)) < 0.5)[numbers]
         # Units first, so that arrays of any shape are exchanged unit by unit.
-        pairs = [
-            (np.where(swapped, b.T, a.T).T, np.where(swapped, a.T, b.T).T)
-            for a, b in zip(first, second, strict=True)
-        ]
-        ours, theirs = zip(*pairs, strict=True)
+        ours = [np.where(swapped, b.T, a.T).T for a, b in zip(first, second, strict=True)]
+        theirs = [np.where(swapped, a.T, b.T).T for a, b in zip(first, second, strict=True)]
         # A hair of tolerance: the observed exchange itself must count as extreme.
         extreme += abs(statistic(*theirs) - statistic(*ours)) >= abs(observed) - 1e-12
-    return Comparison(Interval(observed, low, high), (1 + extreme) / (1 + resamples))
+    interval = Interval(observed, *_bounds(drawn[1] - drawn[0]))
+    return Comparison(interval, (1 + extreme) / (1 + resamples))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -328,17 +281,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected.tolist()
 
 
-def _all_alike(kind: str, inputs: Sequence[np.ndarray], value: float) -> bool:
-    """Returns whether every unit is a hit (value 1), or every unit a miss (value 0)."""
-    return bool((inputs[0] == value * (inputs[1] if kind == "ratio" else 1)).all())
-
-
-def _bounds(drawn: np.ndarray, confidence: float) -> tuple[float, float]:
+def _bounds(drawn: np.ndarray) -> tuple[float, float]:
     """Returns percentiles of the resamples in which the statistic is defined, NaN without any."""
-    defined = drawn[~np.isnan(drawn)]
-    if not len(defined):
+    if not len(defined := drawn[~np.isnan(drawn)]):
         return float("nan"), float("nan")
-    tail = (1 - confidence) / 2
+    tail = (1 - _CONFIDENCE) / 2
     low, high = np.quantile(defined, (tail, 1 - tail))
     return float(low), float(high)
 
@@ -360,10 +307,10 @@ def _resampled(
     inputs: Sequence[np.ndarray],
     groups: Sequence[np.ndarray],
     resamples: int,
-    rng: np.random.Generator,
+    seed: int,
 ) -> np.ndarray:
-    """Returns float64 [resamples]; the same generator gives the same draws of sources."""
-    results = np.empty(resamples)
+    """Returns float64 [resamples], the statistic of as many sources, drawn with replacement."""
+    rng, results = np.random.default_rng(seed), np.empty(resamples)
     if kind == "mean":  # sums of sources are enough, and a hundred times faster
         sums = np.array([inputs[0][group].sum() for group in groups], np.float64)
         sizes = np.array([len(group) for group in groups], np.float64)

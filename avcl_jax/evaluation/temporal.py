@@ -82,39 +82,13 @@ class TaskScore:
         """Fraction of views (or pairs of views) classified correctly."""
         return float(self.correct.sum() / self.scored.sum())
 
-    @property
-    def chance(self) -> float:
-        """1 / number of classes, exact because every class is scored equally often."""
-        return 1.0 / len(self.confusion)
-
-
-def balanced_subset(labels: np.ndarray, mask: np.ndarray, *, classes: int, seed: int) -> np.ndarray:
-    """Returns bool [n], a random choice among the masked items with every class equally often.
-
-    Views are drawn at random, so their labels are balanced only on average; scoring an equal number
-    of each class makes chance exactly 1 / classes for whatever cannot tell them apart, a constant
-    answer included.
-
-    Args:
-        labels: int [n] in [0, classes).
-        mask: bool [n], items the task is defined for.
-
-    Raises:
-        UserError: if a class never occurs under the mask.
-    """
-    members = [np.flatnonzero(mask & (labels == c)) for c in range(classes)]
-    counts = [len(member) for member in members]
-    if not min(counts):
-        raise UserError(
-            f"cannot balance {classes} classes: the held-out views hold {counts} of them"
-        )
-    rng = np.random.default_rng(seed)
-    drawn = [rng.choice(member, min(counts), replace=False) for member in members]
-    return np.isin(np.arange(len(labels)), np.concatenate(drawn))
-
 
 def score_task(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray, *, seed: int) -> TaskScore:
     """Scores one classifier on an equal number of views of each class.
+
+    Views are drawn at random, so their labels are balanced only on average; scoring as many of each
+    class, chosen at random, makes chance exactly 1 / classes for whatever cannot tell them apart, a
+    constant answer included.
 
     Args:
         logits: float [..., K].
@@ -123,7 +97,7 @@ def score_task(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray, *, seed
 
     Raises:
         ValueError: if shapes do not match, or a logit under the mask is not finite.
-        UserError: if a class is missing.
+        UserError: if a class never occurs under the mask.
     """
     logits, labels, mask = np.asarray(logits), np.asarray(labels), np.asarray(mask, dtype=bool)
     classes = logits.shape[-1]
@@ -133,8 +107,16 @@ def score_task(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray, *, seed
         )
     if not np.isfinite(logits[mask]).all():
         raise ValueError("a logit of a masked-in view is not finite")
-    labels, predicted = labels.reshape(-1), logits.reshape(-1, classes).argmax(axis=-1)
-    scored = balanced_subset(labels, mask.reshape(-1), classes=classes, seed=seed)
+    labels, mask = labels.ravel(), mask.ravel()
+    predicted = logits.reshape(-1, classes).argmax(axis=-1)
+    members = [np.flatnonzero(mask & (labels == c)) for c in range(classes)]
+    if not (fewest := min(counts := [len(member) for member in members])):
+        raise UserError(
+            f"cannot balance {classes} classes: the held-out views hold {counts} of them"
+        )
+    rng, scored = np.random.default_rng(seed), np.zeros(len(labels), bool)
+    for member in members:
+        scored[rng.choice(member, fewest, replace=False)] = True
     confusion = confusion_matrix(labels[scored], predicted[scored], classes)
     return TaskScore(confusion, scored, scored & (predicted == labels))
 
@@ -155,24 +137,6 @@ def task_logits(
     return {name.removeprefix("run/"): array for name, array in arrays.items()}
 
 
-def score_tasks(arrays: Mapping[str, np.ndarray], seed: int) -> dict[str, TaskScore]:
-    """Scores every task that is defined for a view; `seed` chooses the views that balance.
-
-    Raises:
-        UserError: if only some classes of a task ever occur.
-    """
-    names = [name for name in TASKS if name in arrays]
-    rows = {name: value.reshape(-1, *value.shape[2:]) for name, value in arrays.items()}
-    targets = temporal_targets({k: jnp.asarray(v) for k, v in rows.items() if k not in names})
-    scores = {}
-    for name in names:
-        labels, mask = jax.device_get(targets[name])
-        if not mask.any():
-            continue  # for no record: video or audio is missing or too short
-        scores[name] = score_task(rows[name], labels, mask, seed=seed)
-    return scores
-
-
 def measure_tasks(
     run: PretrainedRun, records: UsableRecords, arrays: Mapping[str, np.ndarray], seed: int
 ) -> Measured:
@@ -185,18 +149,27 @@ def measure_tasks(
     Raises:
         UserError: if only some classes of a task ever occur.
     """
-    scores, count = score_tasks(arrays, seed), len(records)
+    names, speeds = [name for name in TASKS if name in arrays], tuple(run.config.views.speeds)
+    rows = {name: value.reshape(-1, *value.shape[2:]) for name, value in arrays.items()}
+    targets = temporal_targets({k: jnp.asarray(v) for k, v in rows.items() if k not in names})
     values: dict[str, np.ndarray] = {}
     metrics: dict[str, Metric] = {}
-    confusions = {}
-    for name, score in scores.items():
+    scores: dict[str, TaskScore] = {}
+    for name in names:
+        labels, mask = jax.device_get(targets[name])
+        if not mask.any():
+            continue  # for no record: video or audio is missing or too short
+        scores[name] = score = score_task(rows[name], labels, mask, seed=seed)
         # A record counts as often as its views were scored; records are resampled whole.
         inputs = f"correct_{name}", f"scored_{name}"
         for key, views in zip(inputs, (score.correct, score.scored), strict=True):
-            values[key] = views.reshape(count, -1).sum(axis=1)
-        title, classes = TASKS[name].title, TASKS[name].classes(tuple(run.config.views.speeds))
-        metrics[name] = Metric("ratio", inputs, title, chance=score.chance, headline=True)
-        confusions[title] = score.confusion, classes
+            values[key] = views.reshape(len(records), -1).sum(axis=1)
+        chance = 1 / len(score.confusion)  # exact, as every class is scored equally often
+        metrics[name] = Metric("ratio", inputs, TASKS[name].title, chance=chance, headline=True)
+    confusions = {
+        TASKS[name].title: (score.confusion, TASKS[name].classes(speeds))
+        for name, score in scores.items()
+    }
     lacking = len(records.lacking(tuple(run.source.encoders)))
     return Measured(
         Outcomes(records.record_ids, records.sources, values),

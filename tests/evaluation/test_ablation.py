@@ -41,6 +41,16 @@ def test_variants_follow_overrides_and_those_that_change_nothing_are_left_out() 
     assert variant_config(config, "audio_transform_shared", 0).bank.space == "same"
 
 
+def test_a_setting_that_is_computed_from_another_follows_a_variant_of_that() -> None:
+    config = ablation_config.get_config()
+    config.ablation.variants = (("full", ()), ("short", (("steps", 100),)))
+    given = experiment.with_absolute_paths(config)  # as a command does
+    assert variant_config(given, "short", 0).bank.warmup_steps == 60
+    assert variant_config(given, "full", 0).bank.warmup_steps == given.steps * 3 // 5
+    given.bank.warmup_steps = 7
+    assert variant_config(given, "short", 0).bank.warmup_steps == 7
+
+
 def test_a_variant_of_a_setting_that_does_not_exist_is_refused() -> None:
     config = ablation_config.get_config()
     config.ablation.variants = (("full", ()), ("typo", (("loss.weight.vv", 0.0),)))

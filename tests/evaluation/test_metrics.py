@@ -1,5 +1,7 @@
 """Metrics against scikit-learn and by hand, with ties in worst-case order."""
 
+import functools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,7 +17,6 @@ from avcl_jax.evaluation.statistics import (
     average_precision,
     class_mean,
     d_prime,
-    label_ranks,
     micro_average_precision,
     recall_at_precision,
     roc_auc,
@@ -53,7 +54,8 @@ def test_without_ties_average_precision_and_auc_are_those_of_sklearn(seed: int) 
     assert roc_auc(scores, relevant) == pytest.approx(roc_auc_score(relevant, scores))
     # All queries findable, one answer each: µAP is the average precision scaled by what was found.
     share = relevant.mean()
-    assert micro_average_precision(scores, relevant, findable=80) == pytest.approx(
+    answers = scores[:, None], relevant[:, None], np.ones(80, bool)
+    assert micro_average_precision(*answers) == pytest.approx(
         average_precision_score(relevant, scores) * share
     )
 
@@ -65,7 +67,6 @@ def test_auc_with_ties_is_that_of_sklearn() -> None:
 
 def test_ties_stand_before_what_is_right() -> None:
     constant, labels = np.zeros((4, 5)), np.array([0, 1, 2, 3])
-    assert label_ranks(constant, labels).tolist() == [5, 5, 5, 5]
     assert top_k_hits(constant, labels, 4).sum() == 0
     assert top_k_hits(constant, labels, 5).sum() == 4
     # Two of four relevant, all tied: they stand at ranks 3 and 4.
@@ -88,20 +89,23 @@ def test_known_values() -> None:
 
 
 def test_answers_to_queries_without_a_source_cost_precision() -> None:
-    # By confidence: right, distractor, right; of four findable queries one is never answered right.
-    confidences, correct = np.array([0.9, 0.8, 0.7, 0.1]), np.array([1, 0, 1, 0], bool)
-    assert micro_average_precision(confidences, correct, findable=4) == pytest.approx(
-        (1 / 1 + 2 / 3) / 4
-    )
-    assert recall_at_precision(confidences, correct, findable=4, precision=0.9) == 0.25
-    assert recall_at_precision(confidences, correct, findable=4, precision=0.6) == 0.5
-    # Answers of one confidence pass together: no threshold lies between them.
-    tied = np.array([0.9, 0.9])
-    assert recall_at_precision(tied, np.array([1, 0], bool), findable=1, precision=0.9) == 0
-    assert micro_average_precision(tied, np.array([1, 0], bool), findable=1) == 0.5
-    assert micro_average_precision(tied, np.zeros(2, bool), findable=3) == 0
-    with pytest.raises(ValueError, match="2 correct answers to 1 queries"):
-        micro_average_precision(tied, np.ones(2, bool), findable=1)
+    # By score: right, distractor, right; of four findable queries one is never answered right, and
+    # one not at all.
+    scores = np.array([[0.9, -np.inf], [0.8, 0.7], [0.1, -np.inf], [-np.inf, -np.inf]])
+    correct = np.array([[1, 0], [0, 1], [0, 0], [0, 0]], bool)
+    answers = scores, correct, np.ones(4, bool)
+    assert micro_average_precision(*answers) == pytest.approx((1 / 1 + 2 / 3) / 4)
+    assert recall_at_precision(*answers, precision=0.9) == 0.25
+    assert recall_at_precision(*answers, precision=2 / 3) == 0.5
+    # Answers of one score pass together: no threshold lies between them.
+    tied, one = np.array([[0.9], [0.9]]), np.array([True, False])
+    assert recall_at_precision(tied, one[:, None], one, precision=0.9) == 0
+    assert recall_at_precision(tied, one[:, None], one, precision=0.5) == 1
+    assert micro_average_precision(tied, one[:, None], one) == 0.5
+    nothing = tied, np.zeros((2, 1), bool)
+    for metric in (micro_average_precision, functools.partial(recall_at_precision, precision=0.9)):
+        assert metric(*nothing, one) == 0
+        assert np.isnan(metric(*nothing, one & False))
 
 
 @pytest.mark.parametrize(
@@ -114,4 +118,4 @@ def test_answers_to_queries_without_a_source_cost_precision() -> None:
 )
 def test_bad_input_is_named(scores: np.ndarray, labels: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        label_ranks(scores, labels)
+        top_k_hits(scores, labels, 1)

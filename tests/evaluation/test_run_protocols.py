@@ -13,8 +13,7 @@ from avcl_jax import experiment
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.protocol import OUTCOMES, read_outcomes
 from avcl_jax.evaluation.retrieval import audio_video_retrieval
-from avcl_jax.evaluation.statistics import STATISTICS
-from avcl_jax.evaluation.temporal import score_tasks, temporal_tasks
+from avcl_jax.evaluation.temporal import temporal_tasks
 from avcl_jax.export import ExportError
 from avcl_jax.export.runs import load_run, open_encoders
 from avcl_jax.objectives.temporal import TASKS
@@ -165,49 +164,18 @@ def test_temporal_tasks_by_one_command_repeat_and_have_confusion_matrices(
     assert "order, video-audio" in (tmp_path / "a" / "report.html").read_text()
 
 
-def _task_arrays(rng, records=40, pairs=6):
-    shape = (records, pairs)
-    arrays = {f"{task}_mask": np.ones(shape, bool) for task in ("speed", "direction", "order")}
-    arrays["video_moves"] = np.ones(shape, bool)
-    arrays |= {f"has_{m}": np.ones(shape, bool) for m in ("video", "audio")}
-    arrays["order"] = rng.integers(0, 3, shape).astype(np.int32)
-    for modality in ("video", "audio"):
-        arrays[f"{modality}_speed"] = rng.integers(0, 4, (*shape, 2)).astype(np.int32)
-        arrays[f"{modality}_direction"] = rng.integers(0, 2, (*shape, 2)).astype(np.int32)
-    return arrays
-
-
-def test_perfect_random_and_constant_answers_give_known_accuracies():
-    rng = np.random.default_rng(0)
-    arrays = _task_arrays(rng)
-    perfect = np.eye(4)[arrays["video_speed"]]
-    scores = score_tasks(arrays | {"speed_video": perfect}, seed=0)
-    assert scores["speed_video"].accuracy == 1.0
-    constant = np.broadcast_to(np.eye(4)[2], perfect.shape)
-    scores = score_tasks(arrays | {"speed_video": constant}, seed=0)
-    assert scores["speed_video"].accuracy == 0.25  # exactly, because classes are balanced
-    noise = rng.normal(size=perfect.shape)
-    scores = score_tasks(arrays | {"speed_video": noise}, seed=0)
-    assert 0.15 < scores["speed_video"].accuracy < 0.35
-    one = scores["speed_video"]
-    assert one.correct.sum() / one.scored.sum() == pytest.approx(one.accuracy)
-    assert not (one.correct & ~one.scored).any()
-
-
-def test_a_task_that_no_record_has_is_left_out_and_half_a_task_refused():
-    arrays = _task_arrays(np.random.default_rng(0))
-    answers = {"speed_video": np.eye(4)[arrays["video_speed"]]}
-    answers["speed_audio"] = np.eye(4)[arrays["audio_speed"]]
-    arrays["has_video"][:] = False
-    assert set(score_tasks(arrays | answers, seed=0)) == {"speed_audio"}
-    arrays["audio_speed"][:] = 1
-    with pytest.raises(ValueError, match="cannot balance 4 classes"):
-        score_tasks(arrays | answers, seed=0)
-
-
-def test_ratio_weights_units_by_how_often_they_answered():
-    counts, totals = np.array([1, 0, 8]), np.array([1, 1, 10])
-    assert STATISTICS["ratio"](counts, totals) == 9 / 12
+@pytest.mark.parametrize("protocol", [audio_video_retrieval, temporal_tasks])
+def test_a_run_from_before_a_task_is_refused_in_one_line(
+    small_records, small_run, tmp_path, protocol, monkeypatch
+):
+    task = dataclasses.replace(TASKS["order_va"], kind="pace")
+    monkeypatch.setitem(TASKS, "pace_va", task)  # the model has a head for it, the run has not
+    module = cross_modal_config if protocol is audio_video_retrieval else temporal_config
+    config = _prepare(module.get_config("demo"), small_records, small_run)
+    known = "speed_video, .*, order_va, and lacks pace_va: pretrain again"
+    with pytest.raises(UserError, match=rf"has heads of the temporal tasks {known}"):
+        protocol(config, tmp_path / "w")
+    assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.parametrize("given", ["runs/demo", "~/runs/demo"])

@@ -118,6 +118,8 @@ def test_where_all_units_are_alike_bounds_are_exact_for_their_sources() -> None:
     with warnings.catch_warnings(action="error"):
         few = bootstrap("ratio", [totals[:2] / 3, totals[:2]], np.arange(2), resamples=50, seed=0)
     assert few == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+    # Units count by their number of answers.
+    assert STATISTICS["ratio"](np.array([1, 0, 8]), np.array([1, 1, 10])) == 9 / 12
     # The mean of what is no share has no such bounds.
     assert bootstrap("median", [np.ones(9)], np.arange(9), resamples=9, seed=0) == (1, 1, 1)
     even = bootstrap("mean", [np.array([0.5, 1.5])], np.zeros(2), resamples=9, seed=0)
