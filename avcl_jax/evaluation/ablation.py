@@ -104,13 +104,9 @@ def variants_of(config: ml_collections.ConfigDict) -> list[str]:
     names = [name for name, _ in config.ablation.variants]
     if FULL not in names or not config.ablation.seeds:
         raise UserError(f"ablation.variants must contain {FULL!r}, and ablation.seeds a seed")
-    full = experiment.to_json(variant_config(config, FULL, 0))
-
-    def changes(name: str) -> bool:
-        variant = experiment.to_json(variant_config(config, name, 0))
-        return bool(experiment.decisive_differences(full, variant))
-
-    return [name for name in names if name == FULL or changes(name)]
+    texts = {name: experiment.to_json(variant_config(config, name, 0)) for name in names}
+    full = texts[FULL]
+    return [n for n in names if n == FULL or experiment.decisive_differences(full, texts[n])]
 
 
 def ablate(
@@ -131,8 +127,8 @@ def ablate(
         left variants to other machines that have not finished them.
 
     Raises:
-        UserError: before the first training, if there is no variant "full", if a variant or a
-            metric does not exist, or if a variant cannot be trained or evaluated.
+        UserError: before the first training, if a variant or a metric does not exist, or a variant
+            cannot be trained or evaluated.
     """
     workdir = absolute_path(workdir)
     variants, seeds = variants_of(config), list(config.ablation.seeds)
@@ -183,20 +179,19 @@ def _check_metrics(config: ml_collections.ConfigDict) -> None:
     recalls = [f"r{k}" for k in config.evaluation.recall_at]
     for title, path, term in config.ablation.metrics:
         kind, key, last = path.split(".", 2)
-        if term and term not in trained:
-            verb, setting, known = "train", "loss.weights", trained
-        elif kind == "probe" and key not in probes:
-            verb, setting, known = "measure", "evaluation.probes", probes
-        elif kind == "retrieval" and last[1:].isdigit() and last not in recalls:
-            verb, setting, known = "measure", "evaluation.recall_at", recalls
-        else:
-            continue
-        of_term = f" of the loss term {term!r}" if term else ""
-        raise UserError(
-            f"ablation.metrics has {title!r} at {path}{of_term}, which "
-            f"variant {FULL!r} does not {verb}; it {verb}s {', '.join(known) or 'none'}: set "
-            f"ablation.metrics or {setting}"
+        checks = (
+            (bool(term), term, "train", "loss.weights", trained),
+            (kind == "probe", key, "measure", "evaluation.probes", probes),
+            (last[1:].isdigit(), last, "measure", "evaluation.recall_at", recalls),
         )
+        for applies, name, verb, setting, known in checks:
+            if applies and name not in known:
+                raise UserError(
+                    f"ablation.metrics has {title!r} at {path}"
+                    + f" of the loss term {term!r}" * bool(term)
+                    + f", which variant {FULL!r} does not {verb}; it {verb}s "
+                    f"{', '.join(known) or 'none'}: set ablation.metrics or {setting}"
+                )
 
 
 def _check_run(variant: str, run: ml_collections.ConfigDict, directory: epath.Path) -> None:
@@ -247,14 +242,11 @@ def _results(run: ml_collections.ConfigDict, directory: epath.Path) -> dict[str,
 def effect(values: Sequence[float], full: Sequence[float]) -> Effect:
     """Compares the seeds of a variant, [seeds], with the same seeds of the whole method."""
     differences = np.subtract(values, full)
-    mean = float(differences.mean())
-    low, high = -np.inf, np.inf
-    if len(differences) > 1 and not differences.std():
-        low = high = mean
-    elif len(differences) > 1:
-        low, high = stats.t.interval(
-            CONFIDENCE, len(differences) - 1, loc=mean, scale=stats.sem(differences)
-        )
+    mean, count = float(differences.mean()), len(differences)
+    low, high = (mean, mean) if count > 1 else (-np.inf, np.inf)
+    if differences.std():
+        error = stats.sem(differences)
+        low, high = stats.t.interval(CONFIDENCE, count - 1, loc=mean, scale=error)
     return Effect(tuple(map(float, values)), float(np.mean(values)), mean, float(low), float(high))
 
 
@@ -279,26 +271,27 @@ def effects(
         UserError: if the whole method lacks a metric.
     """
 
-    def value(run: Mapping[str, Any], column: Column) -> float | None:
-        if column.term and not run["config"]["loss"]["weights"][column.term]:
+    def values(variant: str, column: Column) -> list[float] | None:
+        runs = [results[variant, seed] for seed in seeds]
+        if column.term and not all(run["config"]["loss"]["weights"][column.term] for run in runs):
             return None
+        keys = column.path.split(".")
         try:
-            return float(functools.reduce(operator.getitem, column.path.split("."), run))
+            nodes: list[Any] = [functools.reduce(operator.getitem, keys, run) for run in runs]
         except KeyError:
             return None
+        return [float(node) for node in nodes]
 
     compared: dict[str, dict[str, Effect | None]] = {}
     for column in columns:
-        by_variant = {v: [value(results[v, seed], column) for seed in seeds] for v in variants}
-        known = {v: [x for x in of if x is not None] for v, of in by_variant.items()}
-        if len(known[FULL]) < len(seeds):
+        by_variant = {variant: values(variant, column) for variant in variants}
+        if (full := by_variant[FULL]) is None:
             raise UserError(
                 f"runs of {FULL!r} have no {column.path}, or are not trained for it: "
                 "correct ablation.metrics"
             )
         compared[column.title] = {
-            variant: effect(of, known[FULL]) if len(of) == len(seeds) else None
-            for variant, of in known.items()
+            variant: None if of is None else effect(of, full) for variant, of in by_variant.items()
         }
     return compared
 

@@ -93,16 +93,19 @@ class Context:
 
         Otherwise checks that the directory can be written to, before anything is computed.
         """
-        results = self._results()
-        if results is None and jax.process_index() == 0:
+        if (results := self._results()) is not None:
+            print(f"{self.workdir} already holds these results")
+            self._print_paths()
+        elif jax.process_index() == 0:
             try:
                 new = not self.workdir.exists()
                 self.workdir.mkdir(parents=True, exist_ok=True)
                 (trial := self.workdir / f"{RESULTS}.trial").write_text("")
                 trial.unlink()
-                if new:  # a run that is refused later leaves nothing behind
-                    # Not empty: another process has begun to write.
-                    with contextlib.suppress(ValueError):
+                # A run that is refused later leaves nothing behind. Not empty: another process has
+                # begun to write.
+                with contextlib.suppress(ValueError):
+                    if new:
                         self.workdir.rmdir()
             except OSError as error:
                 raise UserError(
@@ -111,31 +114,25 @@ class Context:
         return results
 
     def _results(self) -> dict[str, Any] | None:
-        path = self.workdir / RESULTS
-        if not path.exists():
-            if (self.workdir / "checkpoints").exists() and not self.in_training:
-                raise UserError(
-                    f"{self.workdir} is the workdir of a training run: choose another --workdir"
+        """Returns the results in the workdir if they are whole and those of this run."""
+        problem = ""
+        if (path := self.workdir / RESULTS).exists():
+            results = json.loads(path.read_text())
+            if results.get("protocol") != self.protocol.name:
+                problem = f"holds the results of {results.get('protocol', 'another program')}"
+            elif results["fingerprint"] == self.fingerprint:
+                whole = all((self.workdir / name).exists() for name in (OUTCOMES, REPORT))
+                return results if whole else None
+            elif not self.in_training:
+                problem = (
+                    "holds results of this protocol with another encoder, other data, other "
+                    "settings or another version of it, which you may delete"
                 )
-            return None
-        results = json.loads(path.read_text())
-        if results.get("protocol") != self.protocol.name:
-            raise UserError(
-                f"{self.workdir} holds the results of "
-                f"{results.get('protocol', 'another program')}: choose another --workdir"
-            )
-        if results["fingerprint"] != self.fingerprint:
-            if self.in_training:
-                return None
-            raise UserError(
-                f"{self.workdir} holds results of this protocol with another encoder, other data, "
-                "other settings or another version of it: choose another --workdir, or delete them"
-            )
-        if not all((self.workdir / name).exists() for name in (OUTCOMES, REPORT)):
-            return None
-        print(f"{self.workdir} already holds these results")
-        self._print_paths()
-        return results
+        elif (self.workdir / "checkpoints").exists() and not self.in_training:
+            problem = "is the workdir of a training run"
+        if problem:
+            raise UserError(f"{self.workdir} {problem}: choose another --workdir")
+        return None
 
     def _print_paths(self) -> None:
         print(f"report  {self.workdir / REPORT}\nresults {self.workdir / RESULTS}", flush=True)

@@ -6,6 +6,7 @@ python -m avcl_jax.main --config=configs/evaluate.py --workdir=RUN
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,7 +40,6 @@ from avcl_jax.evaluation.temporal import (
 from avcl_jax.evaluation.views import (
     MODALITY_INPUTS,
     PretrainedRun,
-    check_pairs,
     encode,
     fixed_views,
     host_render_spec,
@@ -75,6 +75,9 @@ PROTOCOL = Protocol(
 _TRIVIAL = ("mean_colour", "position_histogram", "mean_loudness", "mean_log_mel")
 
 Arrays = Mapping[str, np.ndarray]
+# Logits of the temporal tasks, features by role of the records, both empty in processes other than
+# the first, and the supervised classifier of each probe.
+_Computed = tuple[Arrays, dict[str, dict[str, np.ndarray]], dict[str, Fit]]
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, Any] | None:
@@ -90,7 +93,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
     workdir = absolute_path(workdir)
     # Settings are checked before the weights are read: gigabytes of a large run.
     merged, records = open_evaluation_records(config_of_run(workdir), config, workdir)
-    run = PretrainedRun.load(workdir, merged)
+    run = dataclasses.replace(PretrainedRun.load(workdir), config=merged)
     trial: Trial[Any] = Trial("run", run.source, records["test"])
     if "train" in records:
         trial = Split("run", run.source, records["test"], records["train"])
@@ -113,7 +116,6 @@ def open_evaluation_records(
 
     Args:
         run: config of the pretraining run.
-        config: config of the evaluation.
         workdir: working directory of the run, which may not exist yet.
 
     Returns:
@@ -136,7 +138,6 @@ def open_evaluation_records(
         merged.evaluation.speeds = tuple(config.evaluation.speeds) or tuple(run.views.speeds)
     section = merged.evaluation
     speed_indices(section.speeds, run.views.speeds, setting="evaluation.speeds")
-    check_pairs(len(section.speeds) * section.clips)
     directory = absolute_path(merged.data.directory)
     if not directory.exists():
         raise UserError(
@@ -182,27 +183,27 @@ def _check_probes(
             raise UserError(f"{asked}, but the run trained {config.modalities} only")
         rows = []
         for side in (train, test):
-            if label in side.records.multilabel:
+            data = side.records
+            if label in data.multilabel:
                 raise UserError(
                     f"{asked}, but a record may have several classes of it: linear probes need one "
                     "class per record"
                 )
-            if label not in side.records.class_names:
+            if label not in data.class_names:
                 raise UserError(
                     f"{asked}, but {side} has the labels "
-                    f"{', '.join(sorted(side.records.class_names)) or 'none'}: set "
+                    f"{', '.join(sorted(data.class_names)) or 'none'}: set "
                     '--config.evaluation.probes, or "--config.evaluation.probes=()" for none'
                 )
             usable = np.setdiff1d(side.indices, side.lacking((modality,)))
-            rows.append(usable[side.records.labels[label][usable] >= 0])
+            rows.append(usable[data.labels[label][usable] >= 0])
         what = f"with {modality} and a known {label!r}"
         if not len(rows[1]):
             raise UserError(f"no record of {test} {what}: set --config.evaluation.probes")
         check_sources(train.records.source_numbers[rows[0]], section.probe.folds)
         if section.supervised.enabled:
-            fit = section.supervised[modality].fit
-            records_of = f"records of {train} {what}"
-            _check_fills_a_batch(f"supervised.{modality}", fit, len(rows[0]), records_of)
+            fit, items = section.supervised[modality].fit, f"records of {train} {what}"
+            _check_fills_a_batch(f"supervised.{modality}", fit, len(rows[0]), items)
 
 
 def _check_fills_a_batch(
@@ -217,10 +218,7 @@ def _check_fills_a_batch(
 
 def _compute(
     run: PretrainedRun, records: Mapping[str, UsableRecords], context: Context
-) -> tuple[Arrays, dict[str, dict[str, np.ndarray]], dict[str, Fit]]:
-    """Returns logits of the temporal tasks, features by role of the records, both in process 0,
-    and the supervised classifier of each probe.
-    """
+) -> _Computed:
     config, section = run.config, run.config.evaluation
     speeds = speed_indices(section.speeds, config.views.speeds, setting="evaluation.speeds")
     with context.stages("temporal tasks"):
@@ -230,9 +228,8 @@ def _compute(
     fits: dict[str, Fit] = {}
     if section.supervised.enabled and "train" in records:
         with context.stages("supervised encoders"):
-            for probe in section.probes:
-                fits[probe_name(*probe)] = _supervised(run, speeds, records["train"], *probe)
-        networks |= _supervised_networks(run, fits)
+            fits, bounds = _train_supervised(run, speeds, records["train"])
+        networks |= bounds
     log_mel = run.spec.log_mel
 
     def features(role: str) -> dict[str, np.ndarray]:
@@ -261,7 +258,7 @@ def _measure(
     run: PretrainedRun,
     records: Mapping[str, UsableRecords],
     context: Context,
-    computed: tuple[Arrays, dict[str, dict[str, np.ndarray]], dict[str, Fit]],
+    computed: _Computed,
 ) -> Measured:
     config, section, stages = run.config, run.config.evaluation, context.stages
     logits, features, fits = computed
@@ -369,36 +366,6 @@ def _with_encoders(variables: Mapping[str, Any], encoders: Mapping[str, Any]) ->
     return replaced
 
 
-def _supervised(
-    run: PretrainedRun, speeds: Sequence[int], train: UsableRecords, label: str, modality: str
-) -> Fit:
-    """Trains the supervised classifier of a probe."""
-    config, encoder = run.config, run.source.encoders[modality]
-    section = config.evaluation.supervised[modality]
-    render = functools.partial(
-        random_views,
-        train,
-        spec=run.spec,
-        speeds=speeds,
-        directions=(FORWARD,),
-        views=section.views,
-        seed=config.seed,
-        modalities=(modality,),
-    )
-    arrays = render_all(render, range(len(train)), threads=config.execution.threads)
-    known = (arrays[f"label_{label}"] >= 0) & arrays[f"has_{modality}"]
-    labels = arrays[f"label_{label}"][known]
-    return fit_classifier(
-        encoder.module,
-        arrays[MODALITY_INPUTS[modality]][known],
-        {label: np.repeat(labels[:, None], section.views, axis=1)},
-        classes={label: len(train.records.class_names[label])},
-        prepare=encoder.preprocess.standardise,
-        spec=FitSpec(**section.fit),
-        seed=config.seed,
-    )
-
-
 def _network_of(probes: Sequence[tuple[str, str]], label: str, modality: str) -> str:
     """Returns the name of the network with the supervised encoder of a probe.
 
@@ -408,16 +375,43 @@ def _network_of(probes: Sequence[tuple[str, str]], label: str, modality: str) ->
     return f"supervised{[each for each, of in probes if of == modality].index(label)}"
 
 
-def _supervised_networks(run: PretrainedRun, fits: Mapping[str, Fit]) -> dict[str, Any]:
-    """Returns variables of the joint model with supervised encoders, by the network's name."""
-    probes = run.config.evaluation.probes
+def _train_supervised(
+    run: PretrainedRun, speeds: Sequence[int], train: UsableRecords
+) -> tuple[dict[str, Fit], dict[str, Any]]:
+    """Returns the supervised classifier of each probe, and variables of the joint model with
+    their encoders by the network's name.
+    """
+    config, probes = run.config, run.config.evaluation.probes
+    fits: dict[str, Fit] = {}
     encoders: dict[str, dict[str, Any]] = collections.defaultdict(dict)
     for label, modality in probes:
-        fit = fits[probe_name(label, modality)]
+        section, encoder = config.evaluation.supervised[modality], run.source.encoders[modality]
+        render = functools.partial(
+            random_views,
+            train,
+            spec=run.spec,
+            speeds=speeds,
+            directions=(FORWARD,),
+            views=section.views,
+            seed=config.seed,
+            modalities=(modality,),
+        )
+        arrays = render_all(render, range(len(train)), threads=config.execution.threads)
+        known = (arrays[f"label_{label}"] >= 0) & arrays[f"has_{modality}"]
+        labels = np.repeat(arrays[f"label_{label}"][known, None], section.views, axis=1)
+        fits[probe_name(label, modality)] = fit = fit_classifier(
+            encoder.module,
+            arrays[MODALITY_INPUTS[modality]][known],
+            {label: labels},
+            classes={label: len(train.records.class_names[label])},
+            prepare=encoder.preprocess.standardise,
+            spec=FitSpec(**section.fit),
+            seed=config.seed,
+        )
         encoders[_network_of(probes, label, modality)][modality] = fit.encoder_variables
     # Every process trained the same networks, but rounding may differ between them.
     encoders = multihost_utils.broadcast_one_to_all(jax.device_get(dict(encoders)))
-    return {name: _with_encoders(run.variables, trained) for name, trained in encoders.items()}
+    return fits, {name: _with_encoders(run.variables, own) for name, own in encoders.items()}
 
 
 def measure_probe(
@@ -433,8 +427,7 @@ def measure_probe(
     Args:
         config: config of the run with the sections of its evaluation.
         records: test records.
-        train: features of the training records by `_compute`.
-        test: the same of the test records.
+        train: features of the training records by `_compute`; `test` has those of the test records.
     """
     section, name = config.evaluation, probe_name(label, modality)
     title, classes = name.replace("_", " "), len(records.records.class_names[label])
@@ -496,8 +489,6 @@ def noise_control(
 
     Args:
         section: settings, `evaluation.null` of `configs/evaluate.py`.
-        train: records that the networks are trained on.
-        test: records that they are tested on.
         threads: records rendered at a time.
     """
     speeds, seed, encoders = len(run.config.views.speeds), run.config.seed, run.source.encoders

@@ -25,12 +25,6 @@ from avcl_jax.paths import write_bytes
 
 RESULTS, OUTCOMES, REPORT = "results.json", "outcomes.npz", "report.html"
 
-# Packages that decide the numbers.
-_PACKAGES = (
-    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint"),
-    *("grain", "librosa", "av", "numpy", "scikit-learn"),
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
@@ -48,16 +42,14 @@ class Protocol:
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """Definition of one metric by outcomes.
+    """Statistic `kind`, a key of `STATISTICS`, of the outcomes named in `inputs`.
 
     Attributes:
-        kind: a key of `STATISTICS`.
-        inputs: names of the arrays of `Outcomes.values` that it takes.
         what: title, such as "R@5".
         unit: "share", shown in %, or "number".
         chance: value of an encoder that knows nothing, if known.
         headline: shown large in the report.
-        chosen: name of the array, bool [units], of the units that it is about; None is all.
+        chosen: name of the outcomes, bool [units], of the units that it is about; None is all.
     """
 
     kind: str
@@ -71,12 +63,10 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True)
 class Outcomes:
-    """Measured values of every unit.
+    """Measured values of every unit: arrays [units, …] by name.
 
-    Attributes:
-        units: unique names: record ids, or names of queries.
-        sources: name of the video each belongs to; units of one source are resampled together.
-        values: arrays [units, …] by name.
+    Units have unique names: record ids, or names of queries. Those of one source, the video that
+    they belong to, are resampled together.
     """
 
     units: Sequence[str]
@@ -114,16 +104,15 @@ def write_outcomes(path: epath.Path, outcomes: Outcomes) -> None:
     Raises:
         UserError: if units are not unique, or arrays are of other lengths.
     """
-    count = len(outcomes.units)
-    if len(set(outcomes.units)) != count:
-        raise UserError(f"{count} units have only {len(set(outcomes.units))} names")
-    arrays: dict[str, Any] = {
-        name: np.array(getattr(outcomes, name), dtype=np.str_) for name in ("units", "sources")
-    }
-    lengths = {name: len(a) for name, a in [*outcomes.values.items(), *arrays.items()]}
-    if wrong := {name: length for name, length in lengths.items() if length != count}:
+    arrays: dict[str, Any] = {f"value_{name}": a for name, a in outcomes.values.items()}
+    arrays |= {n: np.array(getattr(outcomes, n), np.str_) for n in ("units", "sources")}
+    count, names = len(outcomes.units), len(set(outcomes.units))
+    if names != count:
+        raise UserError(f"{count} units have only {names} names")
+    if wrong := {
+        n.partition("value_")[2] or n: len(a) for n, a in arrays.items() if len(a) != count
+    }:
         raise UserError(f"there are {count} units, but {wrong}")
-    arrays |= {f"value_{name}": values for name, values in outcomes.values.items()}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_bytes(path, buffer.getvalue())
@@ -150,23 +139,18 @@ def read_outcomes(path: epath.PathLike) -> Outcomes:
 def inputs_of(
     metric: Metric | Mapping[str, Any], outcomes: Outcomes
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Returns the arrays that a metric takes, and the sources of its units.
-
-    Args:
-        metric: a metric, or its entry in results.json.
+    """Returns the arrays that a metric, or its entry in results.json, takes, and their sources.
 
     Raises:
         UserError: if nothing measured one of the arrays.
     """
     fields = vars(metric) if isinstance(metric, Metric) else metric
-    mask = fields["chosen"]
+    mask, values = fields["chosen"], outcomes.values
     names = [*fields["inputs"], *([mask] if mask else [])]
-    if missing := [name for name in names if name not in outcomes.values]:
-        raise UserError(
-            f"{fields['what']} needs the outcomes {', '.join(missing)}, which nothing measured"
-        )
-    rows = np.flatnonzero(outcomes.values[mask]) if mask else slice(None)
-    arrays = [np.asarray(outcomes.values[name])[rows] for name in fields["inputs"]]
+    if missing := ", ".join(name for name in names if name not in values):
+        raise UserError(f"{fields['what']} needs the outcomes {missing}, which nothing measured")
+    rows = np.flatnonzero(values[mask]) if mask else slice(None)
+    arrays = [np.asarray(values[name])[rows] for name in fields["inputs"]]
     return arrays, np.array(outcomes.sources)[rows]
 
 
@@ -208,20 +192,15 @@ def estimate(measured: Measured, *, resamples: int, seed: int) -> dict[str, dict
         interval = Interval(np.nan, np.nan, np.nan)
         if len(sources):  # else no unit is chosen for it
             interval = bootstrap(metric.kind, inputs, sources, resamples=resamples, seed=seed)
-        metrics[name] = {key: finite(value) for key, value in interval._asdict().items()} | {
-            "chance": None if metric.chance is None else finite(metric.chance),
-            "kind": metric.kind,
-            "inputs": list(metric.inputs),
-            "chosen": metric.chosen,
-            "what": metric.what,
-            "unit": metric.unit,
-        }
+        numbers = interval._asdict() | {"chance": metric.chance}
+        entry = {key: getattr(metric, key) for key in ("kind", "inputs", "chosen", "what", "unit")}
+        metrics[name] = {key: finite(value) for key, value in numbers.items()} | entry
     return metrics
 
 
-def finite(value: float) -> float | None:
+def finite(value: float | None) -> float | None:
     """Maps NaN and infinity to None: JSON has neither."""
-    return value if np.isfinite(value) else None
+    return value if value is not None and np.isfinite(value) else None
 
 
 class Stages:
@@ -248,5 +227,6 @@ class Stages:
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that decide the numbers."""
-    interpreter = {"python": platform.python_version(), "platform": sys.platform}
-    return interpreter | {name: importlib.metadata.version(name) for name in _PACKAGES}
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "librosa", "av")
+    found = {"python": platform.python_version(), "platform": sys.platform}
+    return found | {n: importlib.metadata.version(n) for n in (*packages, "numpy", "scikit-learn")}

@@ -17,6 +17,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 from etils import epath
+from scipy.stats import hypergeom
 from sklearn.neighbors import NearestNeighbors
 
 from avcl_jax.data.selection import Modality, UsableRecords
@@ -26,7 +27,7 @@ from avcl_jax.evaluation.features import record_features
 from avcl_jax.evaluation.page import section, table
 from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol
 from avcl_jax.evaluation.splits import Trial, clip_splits, numbered_sides
-from avcl_jax.evaluation.views import check_pairs, encode, fixed_views, open_run, speed_indices
+from avcl_jax.evaluation.views import encode, fixed_views, open_run, speed_indices
 
 VIDEO_RETRIEVAL = Protocol(
     name="video_retrieval",
@@ -110,9 +111,9 @@ def first_relevant_ranks(
         gallery: float [g, D].
         query_ids: int [q], identity of each query.
         gallery_ids: int [g], identity of each item.
-        gallery_chunk: items compared at a time. Beside the vectors themselves, memory is bounded
-            to 10 bytes times both: 170 MB, however many there are. Every similarity is computed
-            twice, first to find the best relevant one and then to count what stands before it.
+        gallery_chunk: items compared at a time. Beside the vectors, memory is bounded to 10 bytes
+            times both chunks: 170 MB, however many there are. Every similarity is computed twice,
+            first to find the best relevant one and then to count what stands before it.
 
     Raises:
         UserError: if a query has no relevant item, so that its rank is undefined.
@@ -185,24 +186,11 @@ def check_recall_at(config: ml_collections.ConfigDict) -> None:
 def chance_recall(
     query_ids: np.ndarray, gallery_ids: np.ndarray, recall_at: Sequence[int]
 ) -> dict[int, float]:
-    """Returns R@k of a random order of the gallery, by k.
-
-    Args:
-        query_ids: int [q], identity of each query.
-        gallery_ids: int [g], identity of each item.
-    """
+    """Returns R@k of a random order of the gallery, by k; identities are int [q] and int [g]."""
     identities, counts = np.unique(gallery_ids, return_counts=True)
-    relevant = counts[np.searchsorted(identities, query_ids)]
-    size = len(gallery_ids)
-
-    def hit(k: int) -> np.ndarray:
-        """Probability that k items, drawn at random, contain a relevant one."""
-        drawn = np.arange(k)
-        miss = np.clip(size - relevant[:, None] - drawn, 0, None) / (size - drawn)
-        return 1.0 - miss.prod(axis=1)
-
+    relevant, size = counts[np.searchsorted(identities, query_ids)], len(gallery_ids)
     # Rounded, so that one in 200 is written as 0.005.
-    return {k: round(float(np.mean(hit(k))), 12) for k in recall_at}
+    return {k: round(float(hypergeom.sf(0, size, relevant, k).mean()), 12) for k in recall_at}
 
 
 def nearest(queries: np.ndarray, gallery: np.ndarray, *, k: int) -> np.ndarray:
@@ -307,15 +295,12 @@ def measure_cross_modal(
     network: str,
     recall_at: Sequence[int],
 ) -> Measured:
-    """Returns outcomes by record with video and audio, and the metrics of both directions.
-
-    There are none if the network or all records lack a modality.
+    """Returns outcomes by record with video and audio, and the metrics of both directions; none if
+    the network or all records lack a modality.
 
     Args:
-        records: records, in the order of `features`.
         features: outputs of `PretrainedRun.features` for the `fixed_views` of the records.
         network: name of the network whose embeddings are compared.
-        recall_at: the k of R@k.
     """
     keys = {modality: f"{network}/{modality}_embeddings" for modality in ("video", "audio")}
     known = (
@@ -372,7 +357,6 @@ def audio_video_retrieval(
     """
     settings = config.features
     check_recall_at(config)
-    check_pairs(len(settings.speeds) * settings.clips)
     run, records = open_run(config)
     if run.config.modalities != "audio_visual":
         raise UserError(

@@ -20,11 +20,11 @@ def top_k_hits(scores: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
     """Returns float64 [n], 1 where the own class is among the k best; a tie counts against it.
 
     Args:
-        scores: float [n, classes], higher is more likely.
+        scores: float [n, classes], finite; higher is more likely.
         labels: int [n] in [0, classes).
 
     Raises:
-        ValueError: if shapes do not match, a label is not a class, or a score is not finite.
+        ValueError: if they are otherwise.
     """
     scores, labels = np.asarray(scores), np.asarray(labels)
     if scores.ndim != 2 or labels.shape != scores.shape[:1]:
@@ -56,22 +56,17 @@ def class_mean(values: np.ndarray, labels: np.ndarray) -> float:
 
 
 def gap_closed(random: float, pretrained: float, supervised: float) -> float:
-    """Returns the fraction of the gap between random and supervised that pretraining closes.
-
-    (pretrained − random) / (supervised − random); NaN if supervision gains nothing over a random
-    encoder.
-    """
-    if supervised <= random:
-        return float("nan")
-    return (pretrained - random) / (supervised - random)
+    """Returns (pretrained − random) / (supervised − random); NaN if supervision gains nothing."""
+    gap = supervised - random
+    return (pretrained - random) / gap if gap > 0 else float("nan")
 
 
 def average_precision(scores: np.ndarray, relevant: np.ndarray) -> float:
-    """Returns the mean precision at the ranks of the relevant items.
+    """Returns the mean precision at the ranks of the relevant items, NaN without any.
 
     Args:
         scores: float [n].
-        relevant: bool [n]; NaN is returned if nothing is.
+        relevant: bool [n].
     """
     scores, relevant = np.asarray(scores), np.asarray(relevant, bool)
     if not relevant.any():
@@ -85,10 +80,7 @@ def roc_auc(scores: np.ndarray, relevant: np.ndarray) -> float:
     """Returns the chance that a relevant item scores above another; a tie counts half.
 
     Half, not nothing: this is the metric's definition (Mann and Whitney), and chance stays 0.5.
-
-    Args:
-        scores: float [n].
-        relevant: bool [n]; NaN is returned if all are or none.
+    NaN if all items are relevant or none. Takes the arguments of `average_precision`.
     """
     relevant = np.asarray(relevant, bool)
     positives, negatives = int(relevant.sum()), int((~relevant).sum())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
@@ -31,13 +33,7 @@ MODEL_INPUTS = ("video", "spectrogram", "has_video", "has_audio")
 
 @dataclasses.dataclass(frozen=True)
 class PretrainedRun:
-    """A pretraining run with its heads.
-
-    Attributes:
-        source: its encoders.
-        variables: variables of the joint model.
-        step: training step of the checkpoint.
-    """
+    """A pretraining run: its encoders, and all variables of the joint model with its heads."""
 
     config: ml_collections.ConfigDict
     source: EncoderSource
@@ -45,17 +41,15 @@ class PretrainedRun:
     step: int
 
     @classmethod
-    def load(
-        cls, path: epath.PathLike, config: ml_collections.ConfigDict | None = None
-    ) -> PretrainedRun:
-        """Loads the newest checkpoint of the run at `path`; `config` instead of its own, if given.
+    def load(cls, path: epath.PathLike) -> PretrainedRun:
+        """Loads the newest checkpoint of the run at `path`.
 
         Raises:
             ExportError: if `path` is not a run.
             UserError: if the run is older than a temporal task, and lacks its head.
         """
-        own, variables, step = load_run(path)
-        source = source_of_run(path, own, variables, step)
+        config, variables, step = load_run(path)
+        source = source_of_run(path, config, variables, step)
         needed = [n for n, task in TASKS.items() if source.encoders.keys() >= set(task.reads)]
         known = [name for name in needed if f"{name}_head" in variables["params"]]
         if lacking := [name for name in needed if name not in known]:
@@ -63,7 +57,7 @@ class PretrainedRun:
                 f"{source.path} has heads of the temporal tasks {', '.join(known) or 'none'}, and "
                 f"lacks {', '.join(lacking)}: pretrain again, or use the version that trained it"
             )
-        return cls(config or own, source, variables, step)
+        return cls(config, source, variables, step)
 
     @property
     def spec(self) -> RenderSpec:
@@ -94,10 +88,17 @@ class PretrainedRun:
             of their views of the same times: video and audio share when something happens, which a
             mean over views would drop.
         """
-        videos = arrays["has_video"].shape[0]
+        videos, views = arrays["video"].shape[:2]
+        # The model takes pairs of views; of an odd number the last one is paired with itself.
+        places = np.minimum(np.arange(views + views % 2), views - 1)
+        pairs = {
+            name: jnp.asarray(arrays[name])[:, places].reshape(-1, 2, *arrays[name].shape[2:])
+            for name in MODALITY_INPUTS.values()
+        }
+        masks = {f"has_{m}": arrays[f"has_{m}"].repeat(len(places) // 2) for m in MODALITY_INPUTS}
         outputs = {}
-        for name, value in self.outputs(variables, as_pairs(arrays)).items():
-            by_view = value.reshape(videos, -1, value.shape[-1])
+        for name, value in self.outputs(variables, pairs | masks).items():
+            by_view = value.reshape(videos, -1, value.shape[-1])[:, :views]
             if name.endswith("_features"):
                 outputs[name] = by_view.mean(axis=1)
             elif name.endswith("_embeddings"):
@@ -136,7 +137,6 @@ def open_run(config: ml_collections.ConfigDict) -> tuple[PretrainedRun, UsableRe
 
     Raises:
         ExportError: if `config.encoder` is not a run.
-        SelectionError: if the selection does not fit the data set.
         UserError: if records lack a modality of the run, or no view fits any record.
     """
     run, data = PretrainedRun.load(config.encoder), config.data
@@ -209,13 +209,12 @@ def random_views(
     rng = np.random.default_rng(np.random.SeedSequence([seed, position]))
     feasible = feasible_speeds(use, spec.views)
     usable = [speed for speed in speeds if speed in feasible] or feasible[:1]
-    combinations = [(speed, direction) for speed in usable for direction in directions]
     clips = []
-    for number in range(views):
-        speed, direction = combinations[number % len(combinations)]
-        span = spec.views.clip_seconds * spec.views.speeds[speed]
-        slack = max(use.duration_seconds - span, 0.0)
-        start = use.start_seconds + slack * rng.uniform()
+    for speed, direction in itertools.islice(
+        itertools.cycle(itertools.product(usable, directions)), views
+    ):
+        slack = use.duration_seconds - spec.views.clip_seconds * spec.views.speeds[speed]
+        start = use.start_seconds + max(slack, 0.0) * rng.uniform()
         clips.append(Clip(float(start), speed, direction))
     height, width = max(record.height, 1), max(record.width, 1)
     crops = [random_crop(rng, height, width, spec.crop) for _ in clips]
@@ -286,32 +285,3 @@ def encode(
 
     name = cache_key(run.source.fingerprint, run.heads, records.fingerprint, *key)
     return in_parts(context.directory / name, len(records), part, rows=settings.part_records)
-
-
-def check_pairs(views: int) -> None:
-    """Refuses a number of views that leaves one without a partner in the joint model.
-
-    Raises:
-        UserError: if the number is odd.
-    """
-    if views % 2:
-        raise UserError(
-            f"{views} views of each video do not form pairs: choose speeds and clips of the "
-            "evaluation so that their product is even"
-        )
-
-
-def as_pairs(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Regroups `[videos, views, …]` into the pairs `[videos · views / 2, 2, …]` of the joint model.
-
-    Args:
-        arrays: `video`, `spectrogram` [videos, views, …] and `has_video`, `has_audio` [videos].
-
-    Raises:
-        UserError: if the number of views is odd.
-    """
-    views = arrays["video"].shape[1]
-    check_pairs(views)
-    media, masks = ("video", "spectrogram"), ("has_video", "has_audio")
-    pairs = {name: arrays[name].reshape(-1, 2, *arrays[name].shape[2:]) for name in media}
-    return pairs | {name: arrays[name].repeat(views // 2) for name in masks}

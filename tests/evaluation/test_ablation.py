@@ -291,7 +291,6 @@ def test_sweeps_that_make_no_sense_are_refused(tmp_path) -> None:
         ({"evaluation.recall_at": (0, 5)}, r"evaluation.recall_at \(0, 5\) must be whole"),
         ({"evaluation.test_select": "motion"}, "'full' cannot be evaluated: 'motion' selects"),
         ({"evaluation.null.train_split": "noise"}, "evaluated: .* 'noise'"),
-        ({"evaluation.clips": 3, "evaluation.speeds": (1,)}, "do not form pairs"),
         (
             {"evaluation.test_split": "train"},
             "'full' would be pretrained, without labels, on 24 of its 24 test records",

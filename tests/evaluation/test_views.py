@@ -14,7 +14,7 @@ from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.data.spectrogram import LogMelSpec
 from avcl_jax.data.views import BACKWARD, FORWARD, ViewSpec
-from avcl_jax.evaluation.views import as_pairs, drawn_pairs, fixed_views, random_views
+from avcl_jax.evaluation.views import PretrainedRun, drawn_pairs, fixed_views, random_views
 
 SPEC = RenderSpec(
     views=ViewSpec(num_frames=4, clip_seconds=0.25, speeds=(1, 2, 4), audio_transform="shared"),
@@ -33,6 +33,9 @@ SPEC = RenderSpec(
     spectrogram_on_device=False,
     modalities="audio_visual",
 )
+
+
+MEDIA = ("video", "spectrogram")
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +113,30 @@ def test_pairs_are_the_same_views_whatever_transform_of_sound_a_run_was_trained_
             np.testing.assert_array_equal(value, second[name], err_msg=name)
 
 
-def test_views_form_pairs_of_one_video(source):
+def test_features_are_means_over_views_and_embeddings_keep_them_all(small_run, source):
+    run = PretrainedRun.load(small_run[1])
     arrays = render_all(lambda position: _fixed(source, position), range(3), threads=1)
-    pairs = as_pairs(arrays)
-    assert pairs["video"].shape == (6, 2, 4, 16, 16, 3)
-    np.testing.assert_array_equal(pairs["video"][3], arrays["video"][1, 2:])
-    assert pairs["has_audio"].shape == (6,)
-    odd = {name: value[:, :3] if value.ndim > 1 else value for name, value in arrays.items()}
-    with pytest.raises(ValueError, match="3 views of each video do not form pairs"):
-        as_pairs(odd)
+    whole = run.features(run.variables, arrays)
+    media = {name: arrays[name].reshape(6, 2, *arrays[name].shape[2:]) for name in MEDIA}
+    masks = {name: np.ones(6, bool) for name in ("has_video", "has_audio")}
+    outputs = run.outputs(run.variables, media | masks)  # as a training batch of six videos
+    for modality in ("video", "audio"):
+        features, embeddings = (
+            np.asarray(outputs[f"{modality}_{kind}"]).reshape(3, 4, -1)
+            for kind in ("features", "embeddings")
+        )
+        np.testing.assert_allclose(
+            whole[f"{modality}_features"], features.mean(axis=1), atol=1e-5, rtol=1e-5
+        )
+        np.testing.assert_allclose(
+            whole[f"{modality}_embeddings"], embeddings.reshape(3, -1), atol=1e-5
+        )
+        # Of three views the last one is the fourth of a pair, and counts once.
+        odd = arrays | {name: arrays[name][:, :3] for name in MEDIA}
+        some = run.features(run.variables, odd)
+        np.testing.assert_allclose(
+            some[f"{modality}_embeddings"], embeddings[:, :3].reshape(3, -1), atol=1e-5
+        )
+        np.testing.assert_allclose(
+            some[f"{modality}_features"], features[:, :3].mean(axis=1), atol=1e-5, rtol=1e-5
+        )
