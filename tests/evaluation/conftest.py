@@ -83,15 +83,10 @@ def compiled(tmp_path_factory):
 def small_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a prepared data set with splits train, test, null_train and null_test.
 
-    Sounds last a quarter of a second longer than pictures.
+    Audio lasts a quarter of a second longer than video.
     """
-    directory = tmp_path_factory.mktemp("records")
-    shards = {
-        split: [write_shard(directory / shard_name("small", split, 0, 1), _records(split))]
-        for split in SPLITS
-    }
-    write_dataset_metadata(directory, name="small", class_names=CLASS_NAMES, splits=shards)
-    return directory
+    splits = {split: _records(split) for split in SPLITS}
+    return write_records(tmp_path_factory.mktemp("records"), "small", CLASS_NAMES, splits)
 
 
 def small_config(records):
@@ -158,7 +153,7 @@ def untrained_run(config, records, directory):
 
 
 def sound_record(name, source, seed, pitch_hz, labels, seconds=1.0):
-    """A record without picture: a tone in noise."""
+    """A record without video: a tone in noise."""
     rng = np.random.default_rng(seed)
     samples = np.arange(round(RATE * seconds))
     tone = np.sin(2 * np.pi * pitch_hz * rng.uniform(0.95, 1.05) * samples / RATE)
@@ -179,7 +174,7 @@ def sound_record(name, source, seed, pitch_hz, labels, seconds=1.0):
 
 
 def write_records(directory, name, class_names, splits, multilabel=()):
-    """Writes records by split as `data_prep` does, one shard a split."""
+    """Writes records by split as `data_prep` does, one shard per split."""
     shards = {
         split: [write_shard(directory / shard_name(name, split, 0, 1), iter(records))]
         for split, records in splits.items()
@@ -195,7 +190,7 @@ FOLD_CLASSES = {"class": ["low", "middle", "high"], "fold": ["1", "2", "3", "4"]
 
 @pytest.fixture(scope="session")
 def fold_records(tmp_path_factory):
-    """Sounds of three classes in four folds, two of each recording, as ESC-50 is prepared."""
+    """Recordings of three classes in four folds, two clips of each, as ESC-50 is prepared."""
     records = [
         sound_record(
             f"{fold}-{label}-{take}",

@@ -72,41 +72,33 @@ def test_effects_are_paired_by_seed_with_students_interval() -> None:
     assert effect([0.5, 0.75], [0.25, 0.5])[1:] == (0.625, 0.25, 0.25, 0.25)
 
 
-def test_a_figure_that_a_variant_lacks_is_left_out_and_one_that_all_lack_refused() -> None:
-    whole = {"retrieval": {"audio_to_video": {"r5": 0.3}}}
-    results = {("full", 0): whole, ("full", 1): whole, ("silent", 0): {"retrieval": {}}}
-    results["silent", 1] = {"retrieval": {}}
-    path = "retrieval.audio_to_video.r5"
-    found = effects(results, [Column("R@5", path, "")], ["full", "silent"], [0, 1])
-    assert found["R@5"]["full"].mean == 0.3
-    assert found["R@5"]["silent"] is None
-    with pytest.raises(ValueError, match=r"no retrieval\.audio_to_video\.r1"):
-        effects(results, [Column("R@1", "retrieval.audio_to_video.r1", "")], ["full"], [0, 1])
+def test_a_metric_that_a_variant_lacks_is_left_out_and_one_that_all_lack_refused() -> None:
+    def run(weight: float, **results: dict) -> dict:
+        return results | {"config": {"loss": {"weights": {"speed_video": weight}}}}
 
-
-def test_a_task_that_was_not_trained_has_no_figure() -> None:
-    def run(weight: float) -> dict:
-        return {
-            "temporal": {"speed": {"accuracy": 0.2}},
-            "config": {"loss": {"weights": {"speed_video": weight}}},
-        }
-
-    results = {("full", 0): run(1.0), ("no_speed", 0): run(0.0), ("half_speed", 0): run(0.5)}
-    speed = Column("speed", "temporal.speed.accuracy", "speed_video")
-    found = effects(results, [speed], ["full", "no_speed", "half_speed"], [0])
-    assert found["speed"]["no_speed"] is None
-    assert found["speed"]["half_speed"].mean == 0.2
-    assert ablation.as_table(found, ["full", "no_speed"]).endswith("| no speed | – |")
-    with pytest.raises(ValueError, match="or are not trained for it"):
-        effects({("full", 0): run(0.0)}, [speed], ["full"], [0])
-
-
-def test_every_figure_names_a_term_of_the_loss_or_none() -> None:
-    config = ablation_config.get_config()
-    terms = [term for _, _, term in config.ablation.metrics]
-    assert set(terms) <= {"", *config.loss.weights}
-    for _, path, term in config.ablation.metrics:
-        assert (term in path.split(".")) == path.startswith("temporal.")
+    speed, r5 = {"speed": {"accuracy": 0.2}}, {"audio_to_video": {"r5": 0.3}}
+    results = {
+        ("full", 0): run(1.0, temporal=speed, retrieval=r5),
+        ("no_speed", 0): run(0.0, temporal=speed, retrieval=r5),
+        ("half_speed", 0): run(0.5, temporal=speed, retrieval={}),
+    }
+    columns = [
+        Column("speed", "temporal.speed.accuracy", "speed_video"),
+        Column("R@5", "retrieval.audio_to_video.r5", ""),
+    ]
+    found = effects(results, columns, ["full", "no_speed", "half_speed"], [0])
+    means = {
+        column: {variant: e and e.mean for variant, e in of.items()} for column, of in found.items()
+    }
+    assert means == {
+        "speed": {"full": 0.2, "no_speed": None, "half_speed": 0.2},  # the head was not trained
+        "R@5": {"full": 0.3, "no_speed": 0.3, "half_speed": None},
+    }
+    assert ablation.as_table(found, ["full", "no_speed"]).endswith("| no speed | – | +0.0 |")
+    for variant, column in (("half_speed", columns[1]), ("no_speed", columns[0])):
+        alone = {("full", 0): results[variant, 0]}
+        with pytest.raises(ValueError, match=rf"no {column.path}, or are not trained for it"):
+            effects(alone, [column], ["full"], [0])
 
 
 def _small(records, *variants: str) -> object:
@@ -134,7 +126,7 @@ def _variant(*changes: tuple[str, object]) -> dict[str, object]:
 
 
 class _Runs:
-    """Stands for training and evaluation; figures are a function of variant and seed."""
+    """Stands for training and evaluation; metrics are a function of variant and seed."""
 
     def __init__(self, stop_at: int) -> None:
         self.trained: list[str] = []
@@ -196,16 +188,11 @@ def test_a_sweep_that_is_stopped_goes_on_and_writes_one_table(small_records, tmp
     assert report.count("<svg") == 1
 
 
-def _two_runs(records) -> object:
-    config = _small(records, "full", "no_vv")
-    config.ablation.metrics, config.ablation.seeds = _MOTION, (0,)
-    return config
-
-
 def test_a_run_is_measured_again_where_settings_or_protocol_are_others(
     small_records, tmp_path
 ) -> None:
-    config, runs = _two_runs(small_records), _Runs(stop_at=9)
+    config, runs = _small(small_records, "full", "no_vv"), _Runs(stop_at=9)
+    config.ablation.metrics, config.ablation.seeds = _MOTION, (0,)
 
     def trained() -> list[str]:
         runs.trained = []
@@ -213,8 +200,7 @@ def test_a_run_is_measured_again_where_settings_or_protocol_are_others(
         return runs.trained
 
     assert trained() == ["full 0", "no_vv 0"]
-    # What another machine has its own of does not decide a figure.
-    # The records of runs that are measured are not needed.
+    # Execution, and records of runs that are measured, decide no metric.
     config.data.directory = "elsewhere"
     config.execution.threads, config.execution.chunk = 16, 5
     assert trained() == []
@@ -225,16 +211,11 @@ def test_a_run_is_measured_again_where_settings_or_protocol_are_others(
     assert trained() == ["no_vv 0"]
     config.steps += 1
     assert trained() == ["full 0", "no_vv 0"]
-
-
-def test_runs_on_other_data_make_no_table(small_records, tmp_path) -> None:
-    config, runs = _two_runs(small_records), _Runs(stop_at=9)
-    config.ablation.only = ("full",)
-    ablation.ablate(config, tmp_path, pretrain=runs.pretrain, evaluate=runs.evaluate)
-    config.ablation.only = ()
+    (tmp_path / "results.json").unlink()
     runs.data = {"train": "601 records", "test": "200 records"}
+    path.unlink()
     with pytest.raises(ValueError, match="no_vv seed 0 was measured on other data"):
-        ablation.ablate(config, tmp_path, pretrain=runs.pretrain, evaluate=runs.evaluate)
+        trained()
     assert not (tmp_path / "results.json").exists()
 
 
@@ -307,9 +288,12 @@ def test_what_a_sweep_needs_at_its_end_is_checked_before_its_first_training(
 
 
 @pytest.mark.parametrize("preset", ["demo", "records", "kinetics400"])
-def test_figures_of_a_preset_are_measured_by_its_evaluation(preset) -> None:
+def test_metrics_of_a_preset_are_measured_by_its_evaluation_and_name_a_term_or_none(preset) -> None:
     config = ablation_config.get_config(preset)
     probes = {f"{label}_from_{modality}" for label, modality in config.evaluation.probes}
     paths = [path.split(".") for _, path, _ in config.ablation.metrics]
     assert {path[1] for path in paths if path[0] == "probe"} == probes
     assert ["retrieval", "audio_to_video", "r5"] in paths
+    for path, (_, _, term) in zip(paths, config.ablation.metrics, strict=True):
+        assert term in {"", *config.loss.weights}
+        assert (term in path) == (path[0] == "temporal")

@@ -1,4 +1,4 @@
-"""What protocols write, and the table that compares two of them."""
+"""Files that protocols write, and the table that compares two of them."""
 
 import dataclasses
 import json
@@ -25,17 +25,12 @@ from avcl_jax.evaluation.protocol import (
 from avcl_jax.evaluation.statistics import bootstrap
 from avcl_jax.export.runs import EncoderSource
 
-PROTOCOL = Protocol("toy", 1, "A toy & its <figures>", ["Add them up."])
+PROTOCOL = Protocol("toy", 1, "A toy & its <metrics>", ["Add them up."])
 ENCODER = EncoderSource("runs/toy", {}, "12ab", 7, None)
 METRICS = {
     "accuracy": Metric("mean", ["correct"], "accuracy", chance=0.5, headline=True),
     "median_rank": Metric("median", ["rank"], "median rank", unit="number"),
 }
-
-
-def _config(**settings: object) -> ml_collections.ConfigDict:
-    base = {"task": "toy", "seed": 0, "encoder": "there", "bootstrap": {"resamples": 200}}
-    return ml_collections.ConfigDict(base | settings)
 
 
 def _measured(correct: np.ndarray, order: np.ndarray | None = None) -> Measured:
@@ -52,10 +47,12 @@ def _measured(correct: np.ndarray, order: np.ndarray | None = None) -> Measured:
     )
 
 
-def _run(
-    workdir: Path, data: str = "toy-test-1", protocol: Protocol = PROTOCOL, **settings: object
-) -> Context:
-    return Context(protocol, _config(**settings), epath.Path(workdir), ENCODER, {"test": data})
+def _run(workdir: Path, settings: dict[str, Any] | None = None, **fields: Any) -> Context:
+    """A run with settings of its config and fields of its `Context`."""
+    config = {"task": "toy", "seed": 0, "encoder": "there", "bootstrap": {"resamples": 200}}
+    given = {"protocol": PROTOCOL, "encoder": ENCODER, "data": {"test": "toy-test-1"}} | fields
+    config = ml_collections.ConfigDict(config | (settings or {}))
+    return Context(config=config, workdir=epath.Path(workdir), **given)
 
 
 def _write(workdir: Path, correct: np.ndarray, order: np.ndarray | None = None) -> dict:
@@ -68,9 +65,9 @@ def test_results_hold_all_that_identifies_the_run(
     correct = np.tile([1.0, 1.0, 1.0, 0.0], 10)
     results = _write(tmp_path, correct)
     assert json.loads((tmp_path / "results.json").read_text()) == results
-    figure = results["metrics"]["accuracy"]
-    assert figure["value"] == 0.75
-    assert figure["low"] < 0.75 < figure["high"]
+    accuracy = results["metrics"]["accuracy"]
+    assert accuracy["value"] == 0.75
+    assert accuracy["low"] < 0.75 < accuracy["high"]
     assert results["metrics"]["median_rank"]["value"] == 20.5
     assert (results["units"], results["sources"]) == (40, 20)
     assert results["config"]["bootstrap"] == {"resamples": 200}
@@ -79,8 +76,8 @@ def test_results_hold_all_that_identifies_the_run(
     np.testing.assert_array_equal(outcomes.values["correct"], correct)
     assert outcomes.units[3] == "video 3"
     report = (tmp_path / "report.html").read_text()
-    for shown in ("A toy &amp; its &lt;figures&gt;", "75.0 %", "what the toy adds", "Add them"):
-        assert shown in report
+    for text in ("A toy &amp; its &lt;metrics&gt;", "75.0 %", "what the toy adds", "Add them"):
+        assert text in report
     assert report.count('class="tile"') == 1  # of the one headline
     assert "75.0 % (95 %:" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.tmp"))
@@ -88,12 +85,22 @@ def test_results_hold_all_that_identifies_the_run(
 
 def test_finished_results_are_found_unless_something_that_counts_changed(tmp_path: Path) -> None:
     results = _write(tmp_path, np.ones(4))
-    assert _run(tmp_path).finished() == results
-    assert _run(tmp_path, encoder="elsewhere", execution={"threads": 3}).finished() == results
+    assert results["encoder"] == {
+        "path": "runs/toy",
+        "fingerprint": "12ab",
+        "step": 7,
+        "heads": None,
+    }
+    moved = dataclasses.replace(ENCODER, path="runs/moved")
+    assert _run(tmp_path, {"execution": {"threads": 3}}, encoder=moved).finished() == results
+    other = dataclasses.replace(ENCODER, fingerprint="b2")
+    version = dataclasses.replace(PROTOCOL, version=2)
     for changed in (
-        _run(tmp_path, seed=1),
-        _run(tmp_path, "toy-test-2"),
-        _run(tmp_path, protocol=dataclasses.replace(PROTOCOL, version=2)),
+        _run(tmp_path, {"seed": 1}),
+        _run(tmp_path, data={"test": "toy-test-2"}),
+        _run(tmp_path, protocol=version),
+        _run(tmp_path, encoder=other),
+        _run(tmp_path, heads="c3"),
     ):
         with pytest.raises(UserError, match="another encoder, other data, other settings or"):
             changed.finished()
@@ -101,66 +108,46 @@ def test_finished_results_are_found_unless_something_that_counts_changed(tmp_pat
     assert _run(tmp_path).finished() is None
 
 
-def test_results_of_another_encoder_are_not_these(tmp_path: Path) -> None:
-    def run(digest: str, path: str) -> Context:
-        source = EncoderSource(path, {}, digest, step=1, trained_on=None)
-        return dataclasses.replace(_run(tmp_path), encoder=source)
-
-    results = run("a1", "runs/a").write(_measured(np.ones(4)))
-    assert results["encoder"] == {"path": "runs/a", "fingerprint": "a1", "step": 1, "heads": None}
-    assert run("a1", "runs/moved").finished() == results
-    with pytest.raises(UserError, match="with another encoder"):
-        run("b2", "runs/a").finished()
-
-
 def _run_protocol(workdir: Path, protocol: Protocol = PROTOCOL, **given: Any) -> Any:
     given = {"compute": lambda _: 7, "measure": lambda *_: _measured(np.ones(4))} | given
+    config = _run(workdir).config
     data = {"test": "toy-test-1"}
-    config = _config()
     return run_protocol(protocol, config, workdir, (), encoder=ENCODER, data=data, **given)
 
 
 def test_a_protocol_is_computed_then_measured_and_not_again(tmp_path: Path) -> None:
-    directories, measured = [], []
+    directories, computed = [], []
 
-    def compute(context: Context) -> int:
-        directories.append(context.directory)
-        return 7
-
-    def measure(context: Context, computed: int) -> Measured:
-        measured.append(computed)
+    def measure(context: Context, value: int) -> Measured:
+        directories.append(context.directory.name)
+        computed.append(value)
         return _measured(np.ones(4))
 
     for name, protocol in (("a", PROTOCOL), ("b", dataclasses.replace(PROTOCOL, version=2))):
-        functions = {"compute": compute, "measure": measure}
-        results = _run_protocol(tmp_path / name, protocol, **functions)
-        assert _run_protocol(tmp_path / name, protocol, **functions) == results
-    assert measured == [7, 7]
+        results = _run_protocol(tmp_path / name, protocol, measure=measure)
+        assert _run_protocol(tmp_path / name, protocol, measure=measure) == results
+    assert computed == [7, 7]
     # Another version does not take the parts of this one.
-    assert [path.name for path in directories] == ["toy-1", "toy-2"]
+    assert directories == ["toy-1", "toy-2"]
 
 
-def test_other_processes_compute_but_neither_measure_nor_write(
+def test_other_processes_and_runs_that_a_signal_stopped_write_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert _run_protocol(tmp_path / "w", compute=lambda _: None, measure=None) is None
     monkeypatch.setattr("jax.process_index", lambda: 1)
     assert _run_protocol(tmp_path / "w", measure=None) == {}
     assert not (tmp_path / "w").exists()
 
 
-def test_a_signal_while_computing_leaves_no_results(tmp_path: Path) -> None:
-    assert _run_protocol(tmp_path, compute=lambda _: None, measure=None) is None
-    assert not (tmp_path / "results.json").exists()
-
-
 def test_the_evaluation_of_a_run_replaces_an_older_one(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
-    run = dataclasses.replace(_run(tmp_path), in_training=True)
+    run = _run(tmp_path, in_training=True)
     assert run.finished() is None
     results = run.write(dataclasses.replace(_measured(np.ones(4)), view={"step": 7}))
     assert results["step"] == 7
     assert run.finished() == results
-    assert dataclasses.replace(_run(tmp_path, seed=1), in_training=True).finished() is None
+    assert _run(tmp_path, {"seed": 1}, in_training=True).finished() is None
 
 
 def test_a_directory_with_something_else_is_not_overwritten(tmp_path: Path) -> None:
@@ -170,39 +157,36 @@ def test_a_directory_with_something_else_is_not_overwritten(tmp_path: Path) -> N
     _write(tmp_path / "toy", np.ones(4))
     other = Protocol("other", 1, "Other", [])
     for in_training in (False, True):
-        run = dataclasses.replace(_run(tmp_path / "toy", protocol=other), in_training=in_training)
         with pytest.raises(UserError, match="holds the results of toy: choose another"):
-            run.finished()
+            _run(tmp_path / "toy", protocol=other, in_training=in_training).finished()
     (tmp_path / "toy" / "results.json").write_text('{"probe": {}}')
     with pytest.raises(UserError, match="holds the results of another program"):
         _run(tmp_path / "toy").finished()
     assert _run(tmp_path / "none").finished() is None
+    assert not (tmp_path / "none").exists()
     # Protocols that train leave checkpoints of their own beside their results.
     results = _write(tmp_path / "tuned", np.ones(4))
     (tmp_path / "tuned" / "checkpoints").mkdir()
     assert _run(tmp_path / "tuned").finished() == results
 
 
-def test_a_metric_is_about_the_units_that_are_chosen_for_it(tmp_path: Path) -> None:
-    chosen = np.arange(40) < 10
+def test_a_metric_is_about_the_units_that_are_chosen_for_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen, names = np.arange(40) < 10, [str(n) for n in range(40)]
     correct = np.where(chosen, np.arange(40) % 2, 0).astype(float)
-    measured = Measured(
-        Outcomes(
-            [str(n) for n in range(40)],
-            [str(n) for n in range(40)],
-            {"correct": correct, "known": chosen},
-        ),
-        {"accuracy": Metric("mean", ["correct"], "accuracy", chosen="known")},
-    )
-    figure = _run(tmp_path).write(measured)["metrics"]["accuracy"]
-    assert figure["value"] == 0.5
-    nothing = dataclasses.replace(
-        measured.outcomes, values={"correct": correct, "known": chosen & False}
-    )
-    measured = dataclasses.replace(measured, outcomes=nothing)
-    assert _run(tmp_path).write(measured)["metrics"]["accuracy"]["value"] is None
+    values = {"correct": correct, "known": chosen, "unknown": chosen & False}
+    metrics = {
+        mask: Metric("mean", ["correct"], mask, chance=float("nan"), chosen=mask)
+        for mask in ("known", "unknown")
+    }
+    written = _run(tmp_path).write(Measured(Outcomes(names, names, values), metrics))["metrics"]
     alone = bootstrap("mean", [correct[:10]], np.arange(10), resamples=200, seed=0)
-    assert (figure["low"], figure["high"]) == (alone.low, alone.high)
+    keys = ("value", "low", "high")
+    assert tuple(written["known"][key] for key in keys) == tuple(alone)
+    # What is not defined is null, and a dash.
+    assert [written["unknown"][key] for key in (*keys, "chance")] == [None] * 4
+    assert "– (95 %: – to –)" in capsys.readouterr().out
 
 
 def test_results_of_some_units_are_merged_and_stay_results_of_those() -> None:
@@ -229,64 +213,34 @@ def test_results_of_some_units_are_merged_and_stay_results_of_those() -> None:
     assert values == pytest.approx({"pretrained": 2 / 3, "gap": 0.5, "right": 1.0})
 
 
-def test_a_figure_that_is_not_defined_is_null_and_shown_as_a_dash(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    values = {name: np.zeros(4) for name in ("random", "pretrained", "supervised")}
-    measured = Measured(
-        Outcomes(list("abcd"), list("abcd"), values),
-        {"gap": Metric("gap_closed", list(values), "gap closed")},
-    )
-    figure = _run(tmp_path).write(measured)["metrics"]["gap"]
-    assert figure["value"] is figure["low"] is figure["high"] is None
-    assert "– (95 %: – to –)" in capsys.readouterr().out
-
-
-def test_a_chance_level_that_is_not_defined_is_null(tmp_path: Path) -> None:
-    measured = _measured(np.ones(4))
-    metrics = {"map": dataclasses.replace(METRICS["accuracy"], chance=float("nan"))}
-    _run(tmp_path).write(dataclasses.replace(measured, metrics=metrics))
-    written = json.loads((tmp_path / "results.json").read_text())
-    assert written["metrics"]["map"]["chance"] is None
-
-
-def test_details_that_json_cannot_write_leave_nothing_behind(tmp_path: Path) -> None:
-    measured = dataclasses.replace(_measured(np.ones(4)), details={"spread": float("nan")})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        _run(tmp_path).write(measured)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_metric_of_what_nothing_measured_is_refused_and_nothing_written(tmp_path: Path) -> None:
-    measured = Measured(
-        Outcomes(["a"], ["s"], {}), {"accuracy": Metric("mean", ["correct"], "accuracy")}
-    )
-    with pytest.raises(UserError, match=r"accuracy needs the outcomes correct, which"):
-        _run(tmp_path).write(measured)
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
-    ("outcomes", "message"),
+    ("changes", "message"),
     [
-        (Outcomes(["a", "a"], ["s", "s"], {}), "2 units have only 1 names"),
-        (Outcomes(["a", "b"], ["s"], {}), r"there are 2 units, but {'sources': 1}"),
+        ({"details": {"spread": float("nan")}}, "not JSON compliant"),
         (
-            Outcomes(["a", "b"], ["s", "t"], {"correct": np.ones(3)}),
-            r"there are 2 units, but {'correct': 3}",
+            {"outcomes": Outcomes(["a"], ["s"], {"rank": np.ones(1)})},
+            r"accuracy needs the outcomes correct, which nothing",
+        ),
+        ({"outcomes": Outcomes(["a", "a"], ["s", "s"], {})}, "2 units have only 1 names"),
+        ({"outcomes": Outcomes(["a", "b"], ["s"], {})}, r"are 2 units, but {'sources': 1}"),
+        (
+            {"outcomes": Outcomes(["a", "b"], ["s", "t"], {"correct": np.ones(3)})},
+            r"are 2 units, but {'correct': 3}",
         ),
     ],
 )
-def test_outcomes_that_contradict_themselves_are_refused(
-    tmp_path: Path, outcomes: Outcomes, message: str
+def test_results_that_contradict_themselves_leave_nothing_behind(
+    tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UserError, match=message):
-        _run(tmp_path).write(Measured(outcomes, {}))
+    if "units" in message:
+        changes |= {"metrics": {}}
+    with pytest.raises(ValueError, match=message):
+        _run(tmp_path).write(dataclasses.replace(_measured(np.ones(4)), **changes))
     assert not list(tmp_path.iterdir())
 
 
 def test_runs_are_compared_unit_by_unit_whatever_their_order(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rng = np.random.default_rng(0)
     worse = (rng.random(200) < 0.5).astype(float)
@@ -299,17 +253,9 @@ def test_runs_are_compared_unit_by_unit_whatever_their_order(
     assert compare.main([*paths, "--resamples", "300"]) == 0
     table = capsys.readouterr().out
     assert "300 resamples" in table
-    # As many as the first run used, unless told otherwise.
-    asked = []
-    monkeypatch.setattr(
-        compare, "compare_runs", lambda *_, resamples, **__: asked.append(resamples) or {}
-    )
-    assert compare.main(paths) == 0
-    assert asked == [200]
-    assert "200 resamples" in capsys.readouterr().out
-    monkeypatch.undo()
-    difference = 100 * (better.mean() - worse.mean())
-    assert f"{difference:+.1f}" in table
+    assert f"{100 * (better.mean() - worse.mean()):+.1f}" in table
+    assert compare.main(paths[:1] * 2) == 0
+    assert "200 resamples" in capsys.readouterr().out  # as many as the first run used
     runs = [compare.read_run(path) for path in paths]
     pairs = compare.compare_runs(runs, resamples=300, seed=0, other_data=False)["accuracy"]
     assert pairs[0].p_value == pytest.approx(2 / 301)  # the smallest possible, times two runs
@@ -321,33 +267,32 @@ def test_runs_are_compared_unit_by_unit_whatever_their_order(
 def test_runs_that_cannot_be_compared_say_why(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _write(tmp_path / "a", np.ones(4))
+    results = _write(tmp_path / "a", np.ones(4))
     _write(tmp_path / "b", np.ones(6))
+    _write(tmp_path / "damaged", np.ones(4))
+    (tmp_path / "damaged" / "outcomes.npz").write_bytes(b"damaged")
     (tmp_path / "empty").mkdir()
-    for runs, message in [
-        (["a"], "compare needs at least two runs"),
-        (["a", "b"], "2 are in one only, for instance video 4"),
-        (["a", "empty"], "does not contain results.json: run a protocol with it"),
-    ]:
+    unchosen = {k: v for k, v in results["metrics"]["accuracy"].items() if k != "chosen"}
+    for name, changes in {
+        "newer": {"protocol_version": 2},
+        "older": {"metrics": {"accuracy": unchosen}},
+    }.items():
+        _write(tmp_path / name, np.ones(4))
+        (tmp_path / name / "results.json").write_text(json.dumps(results | changes))
+    _write(tmp_path / "sweep", np.ones(4))
+    sweep = {key: value for key, value in results.items() if key != "metrics"}
+    (tmp_path / "sweep" / "results.json").write_text(json.dumps(sweep))
+    for runs, message in {
+        ("a",): "compare needs at least two runs",
+        ("a", "b"): "2 are in one only, for instance video 4",
+        ("a", "empty"): "holds no results.json: run a protocol with it",
+        ("a", "damaged"): "outcomes.npz is damaged",
+        ("a", "newer"): "toy version 1 and toy version 2 have no metric in common",
+        ("a", "older"): "was written by another version of avcl-jax",
+        ("a", "sweep"): "is not the result of a protocol",
+    }.items():
         assert compare.main([str(tmp_path / run) for run in runs]) == 1
         assert message in capsys.readouterr().err
-    (tmp_path / "b" / "outcomes.npz").write_bytes(b"damaged")
-    assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 1
-    assert "outcomes.npz is damaged" in capsys.readouterr().err
-    results = json.loads((tmp_path / "a" / "results.json").read_text())
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "results.json").write_text(json.dumps(results | {"protocol_version": 2}))
-    (tmp_path / "c" / "outcomes.npz").write_bytes((tmp_path / "a" / "outcomes.npz").read_bytes())
-    assert compare.main([str(tmp_path / "a"), str(tmp_path / "c")]) == 1
-    assert "toy version 1 and toy version 2 have no metric in common" in capsys.readouterr().err
-    del results["metrics"]["accuracy"]["chosen"]
-    (tmp_path / "c" / "results.json").write_text(json.dumps(results))
-    assert compare.main([str(tmp_path / "a"), str(tmp_path / "c")]) == 1
-    assert "was written by another version of avcl-jax" in capsys.readouterr().err
-    del results["metrics"]
-    (tmp_path / "c" / "results.json").write_text(json.dumps(results))
-    assert compare.main([str(tmp_path / "a"), str(tmp_path / "c")]) == 1
-    assert "is not the result of a protocol" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -357,11 +302,10 @@ def test_runs_over_other_data_are_compared_only_when_told_to(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], other: dict[str, str]
 ) -> None:
     for name, data in (("a", {"all": "toy-all-4-aa"}), ("b", other)):
-        _write(tmp_path / name, np.ones(4))
-        path = tmp_path / name / "results.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"data": data}))
+        _run(tmp_path / name, data=data).write(_measured(np.ones(4)))
     runs = [str(tmp_path / name) for name in "ab"]
     role = "gallery" if len(other) > 1 else "all"
+    capsys.readouterr()
     assert compare.main(runs) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{role} is {'none' if len(other) > 1 else 'toy-all-4-aa'} in one and " in line

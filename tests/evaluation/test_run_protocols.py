@@ -18,70 +18,33 @@ from avcl_jax.export import ExportError
 from avcl_jax.export.runs import load_run, open_encoders
 from avcl_jax.objectives.temporal import TASKS
 from avcl_jax.training.checkpoint import Progress, open_checkpoints, save
-from configs import cross_modal as cross_modal_config
-from configs import temporal as temporal_config
+from configs import cross_modal, temporal
 from tests.evaluation.conftest import CLASS_NAMES, small_record, write_records
 
+both_protocols = pytest.mark.parametrize("protocol", [audio_video_retrieval, temporal_tasks])
 
-def _prepare(c, records, small_run):
-    c.unlock()
-    c.encoder = str(small_run[1])
-    c.data.directory = str(records)
-    c.bootstrap.resamples = 20
+
+def _config(protocol, records, small_run, **overrides):
+    """A small config of the protocol; `**{"a.b": 1}` overrides `config.a.b`."""
+    module, settings = cross_modal, {"features.speeds": (1, 2), "features.clips": 2}
+    if protocol is temporal_tasks:
+        module, settings = temporal, {"evaluation.pairs_per_video": 6}
+    c = module.get_config("demo")
+    given = {"encoder": str(small_run[1]), "data.directory": str(records)}
+    given |= {"bootstrap.resamples": 20, "execution.part_records": 10}
+    with c.unlocked():
+        c.update_from_flattened_dict(given | settings | overrides)
     return c
 
 
-def _cross_modal(records, small_run):
-    c = _prepare(cross_modal_config.get_config("demo"), records, small_run)
-    c.features.update({"speeds": (1, 2), "clips": 2})
-    c.execution.part_records = 10
-    return c
-
-
-def test_audio_video_retrieval_by_one_command_repeats(small_records, small_run, tmp_path):
-    config = _cross_modal(small_records, small_run)
-    first = audio_video_retrieval(config, tmp_path / "a")
-    second = audio_video_retrieval(config, tmp_path / "b")
-    assert first["metrics"] == second["metrics"]
-    assert set(first["metrics"]) == {
-        f"{way}_{name}"
-        for way in ("audio_to_video", "video_to_audio")
-        for name in ("r1", "r5", "r10", "median_rank")
-    }
-    assert first["metrics"]["audio_to_video_r1"]["chance"] == 1 / 16
-    assert first["details"]["gallery"] == 16
-    ranks = read_outcomes(tmp_path / "a" / OUTCOMES).values["rank_audio_to_video"]
-    assert first["metrics"]["audio_to_video_median_rank"]["value"] == np.median(ranks)
-    assert 1 <= ranks.min() <= ranks.max() <= 16
-
-
-def test_audio_video_retrieval_needs_a_run_of_both(
-    small_records, fold_records, small_run, tmp_path
+@both_protocols
+def test_one_command_repeats_and_a_run_of_other_heads_is_another_run(
+    small_records, small_run, tmp_path, protocol
 ):
-    config = _cross_modal(small_records, small_run)
-    config.encoder = str(tmp_path)
-    with pytest.raises(ExportError, match="lacks the heads"):
-        audio_video_retrieval(config, tmp_path / "w")
-    config = _cross_modal(small_records, small_run)
-    config.features.speeds = (1, 3)
-    with pytest.raises(UserError, match=r"speeds 3 were not trained"):
-        audio_video_retrieval(config, tmp_path / "w")
-    config = _cross_modal(fold_records, small_run)
-    config.data.update({"split": "all", "leave_out": True})
-    with pytest.raises(UserError, match=r"no record of .* has both video and audio"):
-        audio_video_retrieval(config, tmp_path / "w")
-
-
-@pytest.mark.parametrize("protocol", [audio_video_retrieval, temporal_tasks])
-def test_a_run_of_other_heads_is_another_run(small_records, small_run, tmp_path, protocol):
-    module = cross_modal_config if protocol is audio_video_retrieval else temporal_config
-    config = _prepare(module.get_config("demo"), small_records, small_run)
-    config[{audio_video_retrieval: "features", temporal_tasks: "evaluation"}[protocol]].update(
-        {"part_records": 10}
-    )
-    if protocol is audio_video_retrieval:
-        config.features.update({"speeds": (1, 2), "clips": 2})
+    config = _config(protocol, small_records, small_run)
     first = protocol(config, tmp_path / "out")
+    again = protocol(config, tmp_path / "again")
+    assert (first["metrics"], first["details"]) == (again["metrics"], again["details"])
     encoders, state = small_run[1], small_run[2]
     params = {
         name: tree if "encoder" in name else jax.tree.map(lambda leaf: leaf + 0.5, tree)
@@ -101,9 +64,71 @@ def test_a_run_of_other_heads_is_another_run(small_records, small_run, tmp_path,
     assert len(parts) == 2
 
 
+def test_audio_video_retrieval_ranks_the_halves_of_all_records(small_records, small_run, tmp_path):
+    config = _config(audio_video_retrieval, small_records, small_run)
+    config.features.update({"speeds": (1,), "clips": 3})  # one of the views has no partner
+    results = audio_video_retrieval(config, tmp_path)
+    metrics = results["metrics"]
+    assert set(metrics) == {
+        f"{way}_{name}"
+        for way in ("audio_to_video", "video_to_audio")
+        for name in ("r1", "r5", "r10", "median_rank")
+    }
+    assert metrics["audio_to_video_r1"]["chance"] == 1 / 16
+    assert results["details"]["gallery"] == 16
+    ranks = read_outcomes(tmp_path / OUTCOMES).values["rank_audio_to_video"]
+    assert metrics["audio_to_video_median_rank"]["value"] == np.median(ranks)
+    assert 1 <= ranks.min() <= ranks.max() <= 16
+
+
+def test_temporal_tasks_have_confusion_matrices(small_records, small_run, tmp_path):
+    results = temporal_tasks(_config(temporal_tasks, small_records, small_run), tmp_path)
+    assert set(results["metrics"]) == set(TASKS)
+    for name, metric in results["metrics"].items():
+        confusion = np.array(results["details"]["confusion"][name])
+        assert len(set(confusion.sum(axis=1))) == 1  # every class equally often
+        assert metric["value"] == pytest.approx(np.trace(confusion) / confusion.sum())
+        assert metric["chance"] == pytest.approx(1 / len(confusion))
+        assert metric["low"] <= metric["value"] <= metric["high"]
+    assert "order, video-audio" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"encoder": "."}, "lacks the heads"),
+        ({"features.speeds": (1, 3)}, r"features.speeds 3 were not trained"),
+        ({"evaluation.recall_at": (0, 5)}, r"evaluation.recall_at \(0, 5\) must be whole"),
+        (
+            {"data.directory": "FOLDS", "data.split": "all", "data.leave_out": True},
+            r"no record of .* has both video and audio",
+        ),
+    ],
+)
+def test_audio_video_retrieval_says_what_it_needs(
+    small_records, fold_records, small_run, tmp_path, overrides, message
+):
+    overrides = {k: str(fold_records) if v == "FOLDS" else v for k, v in overrides.items()}
+    config = _config(audio_video_retrieval, small_records, small_run, **overrides)
+    with pytest.raises((UserError, ExportError), match=message):
+        audio_video_retrieval(config, tmp_path / "w")
+
+
+@both_protocols
+def test_a_run_from_before_a_task_is_refused_in_one_line(
+    small_records, small_run, tmp_path, protocol, monkeypatch
+):
+    task = dataclasses.replace(TASKS["order_va"], kind="pace")
+    monkeypatch.setitem(TASKS, "pace_va", task)  # the model has a head for it, the run has not
+    known = "speed_video, .*, order_va, and lacks pace_va: pretrain again"
+    with pytest.raises(UserError, match=rf"has heads of the temporal tasks {known}"):
+        protocol(_config(protocol, small_records, small_run), tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
 @pytest.fixture(scope="module")
 def mixed_records(tmp_path_factory):
-    """Three records with both, one without sound, one too short for any view."""
+    """Three records with both, one without audio, one too short for any view."""
     whole = [small_record("test", number) for number in range(5)]
     silent = {"record_id": "silent", "waveform": np.empty(0, np.int16), "sample_rate_hz": 0}
     short = {
@@ -118,14 +143,9 @@ def mixed_records(tmp_path_factory):
     return write_records(tmp_path_factory.mktemp("mixed"), "mixed", CLASS_NAMES, {"test": whole})
 
 
-@pytest.mark.parametrize("protocol", [audio_video_retrieval, temporal_tasks])
-def test_a_record_without_sound_stops_unless_left_out(mixed_records, small_run, tmp_path, protocol):
-    if protocol is audio_video_retrieval:
-        config = _cross_modal(mixed_records, small_run)
-        config.evaluation.recall_at = (1,)
-    else:
-        config = _prepare(temporal_config.get_config("demo"), mixed_records, small_run)
-        config.evaluation.pairs_per_video = 6
+@both_protocols
+def test_a_record_without_audio_stops_unless_left_out(mixed_records, small_run, tmp_path, protocol):
+    config = _config(protocol, mixed_records, small_run)
     with pytest.raises(
         UserError, match=r"2 of the 5 records .* lack video or audio .* first 'silent': set"
     ) as error:
@@ -139,40 +159,6 @@ def test_a_record_without_sound_stops_unless_left_out(mixed_records, small_run, 
     else:
         assert (details["incomplete"], details["too_short"]) == (1, 1)
         assert details["views_scored"]["direction_video"] > 0
-
-
-def test_temporal_tasks_by_one_command_repeat_and_have_confusion_matrices(
-    small_records, small_run, tmp_path
-):
-    config = _prepare(temporal_config.get_config("demo"), small_records, small_run)
-    config.evaluation.pairs_per_video = 6
-    config.execution.part_records = 10
-    first = temporal_tasks(config, tmp_path / "a")
-    second = temporal_tasks(config, tmp_path / "b")
-    assert first["metrics"] == second["metrics"]
-    assert first["details"] == second["details"]
-    assert set(first["metrics"]) == set(TASKS)
-    for name, figure in first["metrics"].items():
-        confusion = np.array(first["details"]["confusion"][name])
-        assert len(set(confusion.sum(axis=1))) == 1  # every class equally often
-        assert figure["value"] == pytest.approx(np.trace(confusion) / confusion.sum())
-        assert figure["chance"] == pytest.approx(1 / len(confusion))
-        assert figure["low"] <= figure["value"] <= figure["high"]
-    assert "order, video-audio" in (tmp_path / "a" / "report.html").read_text()
-
-
-@pytest.mark.parametrize("protocol", [audio_video_retrieval, temporal_tasks])
-def test_a_run_from_before_a_task_is_refused_in_one_line(
-    small_records, small_run, tmp_path, protocol, monkeypatch
-):
-    task = dataclasses.replace(TASKS["order_va"], kind="pace")
-    monkeypatch.setitem(TASKS, "pace_va", task)  # the model has a head for it, the run has not
-    module = cross_modal_config if protocol is audio_video_retrieval else temporal_config
-    config = _prepare(module.get_config("demo"), small_records, small_run)
-    known = "speed_video, .*, order_va, and lacks pace_va: pretrain again"
-    with pytest.raises(UserError, match=rf"has heads of the temporal tasks {known}"):
-        protocol(config, tmp_path / "w")
-    assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.parametrize("given", ["runs/demo", "~/runs/demo"])

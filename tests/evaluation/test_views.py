@@ -3,38 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 
+from avcl_jax import experiment
 from avcl_jax.batched import batched_map, render_all
-from avcl_jax.data.images import CropSpec
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.selection import UsableRecords
-from avcl_jax.data.spectrogram import LogMelSpec
-from avcl_jax.data.views import BACKWARD, FORWARD, ViewSpec
+from avcl_jax.data.views import BACKWARD, FORWARD
 from avcl_jax.evaluation.views import PretrainedRun, drawn_pairs, fixed_views, random_views
+from tests.evaluation.conftest import small_config
 
-SPEC = RenderSpec(
-    views=ViewSpec(num_frames=4, clip_seconds=0.25, speeds=(1, 2, 4), audio_transform="shared"),
-    log_mel=LogMelSpec(
-        sample_rate_hz=4000,
-        frames=10,
-        mels=8,
-        clip_seconds=0.25,
-        min_hz=50.0,
-        max_hz=2000.0,
-        floor=1e-6,
-        mean=-6.0,
-        std=3.0,
-    ),
-    crop=CropSpec(image_size=16, min_area=0.8, flip=True, quarter_turns=False),
-    spectrogram_on_device=False,
-    modalities="audio_visual",
-)
-
-
+SPEC = experiment.render_spec(small_config("unused"))
 MEDIA = ("video", "spectrogram")
 
 
@@ -116,27 +98,19 @@ def test_pairs_are_the_same_views_whatever_transform_of_sound_a_run_was_trained_
 def test_features_are_means_over_views_and_embeddings_keep_them_all(small_run, source):
     run = PretrainedRun.load(small_run[1])
     arrays = render_all(lambda position: _fixed(source, position), range(3), threads=1)
-    whole = run.features(run.variables, arrays)
     media = {name: arrays[name].reshape(6, 2, *arrays[name].shape[2:]) for name in MEDIA}
     masks = {name: np.ones(6, bool) for name in ("has_video", "has_audio")}
     outputs = run.outputs(run.variables, media | masks)  # as a training batch of six videos
-    for modality in ("video", "audio"):
-        features, embeddings = (
-            np.asarray(outputs[f"{modality}_{kind}"]).reshape(3, 4, -1)
+    # Of three views the last one is paired with itself, and counts once.
+    odd = arrays | {name: arrays[name][:, :3] for name in MEDIA}
+    for modality, (given, views) in itertools.product(("video", "audio"), ((arrays, 4), (odd, 3))):
+        found = run.features(run.variables, given)
+        by_view = {
+            kind: np.asarray(outputs[f"{modality}_{kind}"]).reshape(3, 4, -1)[:, :views]
             for kind in ("features", "embeddings")
-        )
-        np.testing.assert_allclose(
-            whole[f"{modality}_features"], features.mean(axis=1), atol=1e-5, rtol=1e-5
-        )
-        np.testing.assert_allclose(
-            whole[f"{modality}_embeddings"], embeddings.reshape(3, -1), atol=1e-5
-        )
-        # Of three views the last one is the fourth of a pair, and counts once.
-        odd = arrays | {name: arrays[name][:, :3] for name in MEDIA}
-        some = run.features(run.variables, odd)
-        np.testing.assert_allclose(
-            some[f"{modality}_embeddings"], embeddings[:, :3].reshape(3, -1), atol=1e-5
-        )
-        np.testing.assert_allclose(
-            some[f"{modality}_features"], features[:, :3].mean(axis=1), atol=1e-5, rtol=1e-5
-        )
+        }
+        for kind, expected in (
+            ("features", by_view["features"].mean(axis=1)),
+            ("embeddings", by_view["embeddings"].reshape(3, -1)),
+        ):
+            np.testing.assert_allclose(found[f"{modality}_{kind}"], expected, atol=1e-5, rtol=1e-5)
