@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from avcl_jax.batched import render_all
 from avcl_jax.data.records import RecordDataset, RecordError
-from avcl_jax.data.selection import Selection, UsableRecords
+from avcl_jax.data.selection import ModalityRecords, Selection, SelectionError, UsableRecords
 from avcl_jax.data.views import FORWARD
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.classifier import Fit, FitSpec, fit_classifier
@@ -86,9 +86,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
     Returns as `run_protocol`; the results are written into `workdir`.
 
     Raises:
-        ExportError: if `workdir` does not contain a pretraining run.
-        UserError: if settings do not fit the run or its records, test records were pretrained on,
-            or the directory has results of another protocol.
+        UserError: if `workdir` does not contain a pretraining run, settings do not fit it or its
+            records, or test records were pretrained on.
     """
     workdir = absolute_path(workdir)
     # Settings are checked before the weights are read: gigabytes of a large run.
@@ -123,8 +122,7 @@ def open_evaluation_records(
         "test", with probes "train", with null controls "null.train" and "null.test".
 
     Raises:
-        RecordError: if the data set or a split is missing.
-        UserError: if settings contradict each other, the run or the records.
+        UserError: if settings contradict each other, the run or the records, or these are missing.
     """
     check_recall_at(config)
     merged = run.copy_and_resolve_references()
@@ -171,7 +169,7 @@ def open_evaluation_records(
 def _check_probes(
     config: ml_collections.ConfigDict, train: UsableRecords, test: UsableRecords
 ) -> None:
-    section = config.evaluation
+    section, rate = config.evaluation, config.spectrogram.sample_rate_hz
     probes = [tuple(probe) for probe in section.probes]
     for label, modality in probes:
         asked = f"evaluation.probes asks for {label!r} from {modality}"
@@ -181,29 +179,20 @@ def _check_probes(
             raise UserError(f"{asked} more than once")
         if config.modalities not in ("audio_visual", modality):
             raise UserError(f"{asked}, but the run trained {config.modalities} only")
-        rows = []
-        for side in (train, test):
-            data = side.records
-            if label in data.multilabel:
-                raise UserError(
-                    f"{asked}, but a record may have several classes of it: linear probes need one "
-                    "class per record"
-                )
-            if label not in data.class_names:
-                raise UserError(
-                    f"{asked}, but {side} has the labels "
-                    f"{', '.join(sorted(data.class_names)) or 'none'}: set "
-                    '--config.evaluation.probes, or "--config.evaluation.probes=()" for none'
-                )
-            usable = np.setdiff1d(side.indices, side.lacking((modality,)))
-            rows.append(usable[data.labels[label][usable] >= 0])
-        what = f"with {modality} and a known {label!r}"
-        if not len(rows[1]):
-            raise UserError(f"no record of {test} {what}: set --config.evaluation.probes")
-        check_sources(train.records.source_numbers[rows[0]], section.probe.folds)
+        known = functools.partial(
+            ModalityRecords, modality=modality, sample_rate_hz=rate, labels=[label], leave_out=True
+        )
+        try:
+            items, _ = (known(side.records, side.selection) for side in (train, test))
+        except SelectionError as error:
+            raise UserError(
+                f'{asked}, but {error}; set --config.evaluation.probes, to "()" for none'
+            ) from error
+        check_sources(items.sources, section.probe.folds)
         if section.supervised.enabled:
-            fit, items = section.supervised[modality].fit, f"records of {train} {what}"
-            _check_fills_a_batch(f"supervised.{modality}", fit, len(rows[0]), items)
+            what = f"records of {train} with {modality} and a known {label!r}"
+            fit = section.supervised[modality].fit
+            _check_fills_a_batch(f"supervised.{modality}", fit, len(items), what)
 
 
 def _check_fills_a_batch(

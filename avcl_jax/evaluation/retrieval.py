@@ -173,11 +173,7 @@ def rank_queries(
 
 
 def check_recall_at(config: ml_collections.ConfigDict) -> None:
-    """Refuses values of k for R@k that are not positive whole numbers.
-
-    Raises:
-        UserError: naming them.
-    """
+    """Refuses values of k for R@k that are not positive whole numbers, by a UserError."""
     recall_at = tuple(config.evaluation.recall_at)
     if not all(isinstance(k, int) and k >= 1 for k in recall_at):
         raise UserError(f"evaluation.recall_at {recall_at} must be whole numbers of at least 1")
@@ -352,8 +348,7 @@ def audio_video_retrieval(
     """Runs audio-video retrieval by `configs/cross_modal.py`; returns as `run_protocol`.
 
     Raises:
-        ExportError: if `config.encoder` is not a run.
-        UserError: if the run trained one modality, or no record has both.
+        UserError: if run and records do not fit, or one has not both modalities.
     """
     settings = config.features
     check_recall_at(config)

@@ -126,7 +126,7 @@ def task_logits(
 ) -> dict[str, np.ndarray]:
     """Returns logits and labels of pairs of views of records, [records, pairs, …] each.
 
-    Reads `evaluation.pairs_per_video` and `seed` of the protocol's config.
+    Their numbers and draws are `evaluation.pairs_per_video` and `seed` of the protocol's config.
     """
     pairs, seed = context.config.evaluation.pairs_per_video, context.config.seed
 
@@ -144,7 +144,7 @@ def measure_tasks(
 
     Args:
         arrays: outputs of `task_logits` for the records.
-        seed: seed that chooses the views that balance the classes.
+        seed: as for `score_task`.
 
     Raises:
         UserError: if only some classes of a task ever occur.
@@ -192,9 +192,7 @@ def temporal_tasks(
     """Runs the protocol by `configs/temporal.py`; returns as `run_protocol`.
 
     Raises:
-        ExportError: if `config.encoder` is not a run.
-        UserError: if records lack a modality of the run, no view fits any record, no task is
-            defined, or a class of a task never occurs.
+        UserError: if run and records do not fit, no task is defined, or a class never occurs.
     """
     run, records = open_run(config)
 
