@@ -83,9 +83,10 @@ def test_known_values() -> None:
     assert roc_auc(-perfect, relevant) == 0
     assert average_precision(-perfect, relevant) == pytest.approx((1 / 4 + 2 / 5) / 2)
     assert np.isnan(average_precision(perfect, np.zeros(5, bool)))
-    assert np.isnan(roc_auc(perfect, np.ones(5, bool)))
+    assert np.isnan([roc_auc(perfect, np.full(5, all_of_them)) for all_of_them in (0, 1)]).all()
     assert d_prime(0.5) == 0
     assert d_prime(0.9) == pytest.approx(1.8123876, abs=1e-6)  # √2 · 1.2815516
+    assert [d_prime(1.0), d_prime(0.0)] == pytest.approx([6.72236, -6.72236], abs=1e-4)
 
 
 def test_answers_to_queries_without_a_source_cost_precision() -> None:

@@ -64,7 +64,13 @@ def test_one_command_gives_figures_of_exact_neighbours_that_repeat(
     assert first["metrics"]["r5"]["value"] == np.mean((found == labels[:, None]).any(axis=1))
     units = read_outcomes(tmp_path / "a" / OUTCOMES)
     assert units.units[3] == "test/3"
-    assert "Nearest neighbours" in (tmp_path / "a" / "report.html").read_text()
+    assert set(first["details"]["r1_by_class"]) == {"across", "down"}
+    assert np.mean(list(first["details"]["r1_by_class"].values())) == np.mean(found[:, 0] == labels)
+    assert first["details"]["left_out"] == {"query": 0, "gallery": 0}
+    page = (tmp_path / "a" / "report.html").read_text()
+    # The first and the last query are shown, each with five results.
+    assert all(text in page for text in ("Nearest neighbours", "test/0 (", "test/15 (", "<th>5<"))
+    assert "<th>6<" not in page
 
 
 @pytest.fixture(scope="module")
