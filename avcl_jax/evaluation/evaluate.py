@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from avcl_jax.batched import render_all
 from avcl_jax.data.records import RecordDataset, RecordError
-from avcl_jax.data.selection import ModalityRecords, Selection, SelectionError, UsableRecords
+from avcl_jax.data.selection import Selection, UsableRecords, single_classes
 from avcl_jax.data.views import FORWARD
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.classifier import Fit, FitSpec, fit_classifier
@@ -169,30 +169,27 @@ def open_evaluation_records(
 def _check_probes(
     config: ml_collections.ConfigDict, train: UsableRecords, test: UsableRecords
 ) -> None:
-    section, rate = config.evaluation, config.spectrogram.sample_rate_hz
+    section = config.evaluation
     probes = [tuple(probe) for probe in section.probes]
     for label, modality in probes:
-        asked = f"evaluation.probes asks for {label!r} from {modality}"
+        asked, rows = f"evaluation.probes asks for {label!r} from {modality}", []
         if modality not in MODALITY_INPUTS:
             raise UserError(f"{asked}: modality must be 'video' or 'audio'")
         if probes.count((label, modality)) > 1:
             raise UserError(f"{asked} more than once")
         if config.modalities not in ("audio_visual", modality):
             raise UserError(f"{asked}, but the run trained {config.modalities} only")
-        known = functools.partial(
-            ModalityRecords, modality=modality, sample_rate_hz=rate, labels=[label], leave_out=True
-        )
-        try:
-            items, _ = (known(side.records, side.selection) for side in (train, test))
-        except SelectionError as error:
-            raise UserError(
-                f'{asked}, but {error}; set --config.evaluation.probes, to "()" for none'
-            ) from error
-        check_sources(items.sources, section.probe.folds)
+        for side in (train, test):
+            single_classes(side.records, label, f"{asked}, but ")
+            usable = np.setdiff1d(side.indices, side.lacking((modality,)))
+            rows.append(usable[side.records.labels[label][usable] >= 0])
+        what = f"with {modality} and a known {label!r}"
+        if not len(rows[1]):
+            raise UserError(f"no record of {test} {what}: set --config.evaluation.probes")
+        check_sources(train.records.source_numbers[rows[0]], section.probe.folds)
         if section.supervised.enabled:
-            what = f"records of {train} with {modality} and a known {label!r}"
-            fit = section.supervised[modality].fit
-            _check_fills_a_batch(f"supervised.{modality}", fit, len(items), what)
+            fit, items = section.supervised[modality].fit, f"records of {train} {what}"
+            _check_fills_a_batch(f"supervised.{modality}", fit, len(rows[0]), items)
 
 
 def _check_fills_a_batch(

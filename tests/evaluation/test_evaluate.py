@@ -36,10 +36,10 @@ REFUSED = {
     r"speeds 3 were not trained, these were: 1, 2, 4": {"evaluation.speeds": (1, 3)},
     r"recall_at \(0, 5\) must be whole numbers": {"evaluation.recall_at": (0, 5)},
     "25 folds need as many training sources, got 24": {"evaluation.probe.folds": 25},
-    r"'motion' from video, but 10 of the 10 records .*null_test.* have no known 'motion'": {
+    "no record of .*null_test.* with video and a known 'motion'": {
         "evaluation.test_split": "null_test"
     },
-    r"'colour' from video, but .* has the labels material, motion of .*; set --config": {
+    r"probes asks for 'colour' from video, but .* has the labels material, motion": {
         "evaluation.probes": (("colour", "video"),)
     },
     "'motion' from picture: modality must be": {"evaluation.probes": (("motion", "picture"),)},
