@@ -26,6 +26,9 @@ def test_units_of_one_source_are_drawn_together() -> None:
     # Ten copies of 20 sources know as much as 20: the interval is √10 times as wide.
     ratio = (together.high - together.low) / (alone.high - alone.low)
     assert ratio == pytest.approx(np.sqrt(10), rel=0.2)
+    # Either source alone, in whatever order its units are.
+    hits, sources = np.array([1.0, 0.0, 0.0, 1.0]), np.array(list("baab"))
+    assert bootstrap("mean", [hits], sources, resamples=200, seed=0) == (0.5, 0, 1)
 
 
 def test_fast_and_general_way_to_resample_a_mean_agree(monkeypatch: pytest.MonkeyPatch) -> None:
