@@ -34,7 +34,8 @@ from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection, UsableRecords
 from avcl_jax.data.spectrogram import gather_windows, log_mel
 from avcl_jax.evaluation.ablation import FULL, Column, as_table, effects
-from avcl_jax.evaluation.evaluate import evaluate, noise_control
+from avcl_jax.evaluation.evaluate import evaluate
+from avcl_jax.evaluation.temporal import noise_control
 from avcl_jax.evaluation.views import MODEL_INPUTS, PretrainedRun, fixed_views
 from avcl_jax.paths import local_path
 from avcl_jax.training import inputs, loop

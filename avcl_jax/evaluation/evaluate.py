@@ -30,13 +30,7 @@ from avcl_jax.evaluation.retrieval import DIRECTIONS, check_recall_at, measure_c
 from avcl_jax.evaluation.run_report import run_report, seconds_of_run
 from avcl_jax.evaluation.splits import Split, Trial
 from avcl_jax.evaluation.statistics import confusion_matrix, top_k_hits
-from avcl_jax.evaluation.temporal import (
-    NullControl,
-    measure_tasks,
-    null_control,
-    render_null_views,
-    task_logits,
-)
+from avcl_jax.evaluation.temporal import NullControl, measure_tasks, noise_control, task_logits
 from avcl_jax.evaluation.views import (
     MODALITY_INPUTS,
     PretrainedRun,
@@ -460,38 +454,6 @@ def measure_probe(
             "costs": {network: cost for network, (cost, _) in probes.items()},
             "trivial": {s: float(top_k_hits(probe(s)[1], labels, 1).mean()) for s in _TRIVIAL},
         },
-    )
-
-
-def noise_control(
-    run: PretrainedRun,
-    section: ml_collections.ConfigDict,
-    train: UsableRecords,
-    test: UsableRecords,
-    *,
-    threads: int,
-) -> NullControl:
-    """Runs the null controls of a run's rendering on records of stationary noise.
-
-    Args:
-        section: settings, `evaluation.null` of `configs/evaluate.py`.
-        threads: records rendered at a time.
-    """
-    speeds, seed, encoders = len(run.config.views.speeds), run.config.seed, run.source.encoders
-    sides = (train, section.train_views), (test, section.test_views)
-    rendered = [
-        render_null_views(records, run.spec, views=views, seed=seed + number, threads=threads)
-        for number, (records, views) in enumerate(sides)
-    ]
-    return null_control(
-        *rendered,
-        encoders={modality: encoder.module for modality, encoder in encoders.items()},
-        prepare={
-            modality: encoder.preprocess.standardise for modality, encoder in encoders.items()
-        },
-        num_speeds=speeds,
-        spec=FitSpec(**section.fit),
-        seed=seed,
     )
 
 

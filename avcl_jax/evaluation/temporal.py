@@ -8,11 +8,10 @@ python -m avcl_jax.main --config=configs/temporal.py --config.encoder=RUN
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -38,6 +37,7 @@ from avcl_jax.evaluation.views import (
     open_run,
     random_views,
 )
+from avcl_jax.export import Encoder
 from avcl_jax.objectives.temporal import TASKS, temporal_targets
 
 PROTOCOL = Protocol(
@@ -251,8 +251,7 @@ def null_control(
     train: Mapping[str, Any],
     test: Mapping[str, Any],
     *,
-    encoders: Mapping[str, nn.Module],
-    prepare: Mapping[str, Callable[[Any], Any]],
+    encoders: Mapping[str, Encoder],
     num_speeds: int,
     spec: FitSpec,
     seed: int,
@@ -262,7 +261,7 @@ def null_control(
     Args:
         train: arrays of `render_null_views`.
         test: arrays of other records.
-        encoders: small unbound networks by modality.
+        encoders: encoders whose shape and preprocessing the networks have.
     """
     scores: dict[str, TaskScore] = {}
     losses: dict[str, float] = {}
@@ -275,11 +274,11 @@ def null_control(
             return views.reshape(-1, 1, *views.shape[2:])
 
         fit = fit_classifier(
-            encoder,
+            encoder.module,
             items(train, train[MODALITY_INPUTS[modality]]),
             {kind: items(train, task.labels(train)) for kind, task in tasks.items()},
             classes={k: len(task.classes(range(num_speeds))) for k, task in tasks.items()},
-            prepare=prepare[modality],
+            prepare=encoder.preprocess.standardise,
             spec=spec,
             seed=seed,
         )
@@ -292,3 +291,30 @@ def null_control(
         losses[modality] = fit.losses[-1]
     scored = min(int(score.confusion.sum()) for score in scores.values())
     return NullControl(scores, losses, scored)
+
+
+def noise_control(
+    run: PretrainedRun,
+    settings: ml_collections.ConfigDict,
+    train: UsableRecords,
+    test: UsableRecords,
+    *,
+    threads: int,
+) -> NullControl:
+    """Runs the null controls of a run's rendering on records of stationary noise, by the settings
+    `evaluation.null` of `configs/evaluate.py`.
+    """
+    seed = run.config.seed
+    rendered = [
+        render_null_views(records, run.spec, views=views, seed=seed + number, threads=threads)
+        for number, (records, views) in enumerate(
+            ((train, settings.train_views), (test, settings.test_views))
+        )
+    ]
+    return null_control(
+        *rendered,
+        encoders=run.source.encoders,
+        num_speeds=len(run.config.views.speeds),
+        spec=FitSpec(**settings.fit),
+        seed=seed,
+    )
