@@ -193,7 +193,8 @@ def estimate(measured: Measured, *, resamples: int, seed: int) -> dict[str, dict
         if len(sources):  # else no unit is chosen for it
             interval = bootstrap(metric.kind, inputs, sources, resamples=resamples, seed=seed)
         numbers = interval._asdict() | {"chance": metric.chance}
-        entry = {key: getattr(metric, key) for key in ("kind", "inputs", "chosen", "what", "unit")}
+        entry = {key: getattr(metric, key) for key in ("kind", "chosen", "what", "unit")}
+        entry |= {"inputs": list(metric.inputs)}
         metrics[name] = {key: finite(value) for key, value in numbers.items()} | entry
     return metrics
 

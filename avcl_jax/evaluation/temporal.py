@@ -144,7 +144,7 @@ def measure_tasks(
 
     Args:
         arrays: outputs of `task_logits` for the records.
-        seed: as for `score_task`.
+        seed: seed of `score_task`.
 
     Raises:
         UserError: if only some classes of a task ever occur.

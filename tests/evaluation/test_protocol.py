@@ -285,7 +285,7 @@ def test_runs_that_cannot_be_compared_say_why(
     for runs, message in {
         ("a",): "compare needs at least two runs",
         ("a", "b"): "2 are in one only, for instance video 4",
-        ("a", "empty"): "holds no results.json: run a protocol with it",
+        ("a", "empty"): "does not contain results.json: run a protocol with it",
         ("a", "damaged"): "outcomes.npz is damaged",
         ("a", "newer"): "toy version 1 and toy version 2 have no metric in common",
         ("a", "older"): "was written by another version of avcl-jax",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
@@ -100,11 +101,12 @@ def test_features_are_means_over_views_and_embeddings_keep_them_all(small_run, s
     arrays = render_all(lambda position: _fixed(source, position), range(3), threads=1)
     media = {name: arrays[name].reshape(6, 2, *arrays[name].shape[2:]) for name in MEDIA}
     masks = {name: np.ones(6, bool) for name in ("has_video", "has_audio")}
-    outputs = run.outputs(run.variables, media | masks)  # as a training batch of six videos
+    # As a training batch of six videos.
+    outputs = jax.jit(run.outputs)(run.variables, media | masks)
     # Of three views the last one is paired with itself, and counts once.
     odd = arrays | {name: arrays[name][:, :3] for name in MEDIA}
     for modality, (given, views) in itertools.product(("video", "audio"), ((arrays, 4), (odd, 3))):
-        found = run.features(run.variables, given)
+        found = jax.jit(run.features)(run.variables, {k: given[k] for k in (*MEDIA, *masks)})
         by_view = {
             kind: np.asarray(outputs[f"{modality}_{kind}"]).reshape(3, 4, -1)[:, :views]
             for kind in ("features", "embeddings")
