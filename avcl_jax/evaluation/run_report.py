@@ -206,15 +206,10 @@ class _Examples:
         label: str,
     ) -> str:
         """Returns the nearest neighbours of some videos, and how often any share a label."""
-        scaled = StandardScaler().fit_transform(features)
-        results = self._settings.results
+        scaled, count = StandardScaler().fit_transform(features), self._settings.results
         # A video is its own nearest neighbour, but twins may tie with it.
-        others = np.array(
-            [
-                [item for item in items if item != own][:results]
-                for own, items in enumerate(nearest(scaled, scaled, k=results + 1))
-            ]
-        )
+        ranked = enumerate(nearest(scaled, scaled, k=count + 1))
+        others = np.array([items[items != own][:count] for own, items in ranked])
         shares, counts = labels[others] == labels[:, None], np.bincount(labels)
         chance = float((counts * (counts - 1)).sum() / (len(labels) * (len(labels) - 1)))
         count = others.shape[1]
