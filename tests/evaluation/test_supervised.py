@@ -74,7 +74,7 @@ class _Plain(nn.Module):
 
 
 def test_an_encoder_without_batch_norm_is_trained_and_handed_over():
-    fit = _fit(*_views(np.random.default_rng(3), 32), _Plain(), epochs=2, decay_epochs=1)
+    fit = _fit(*_views(np.random.default_rng(3), 16), _Plain(), epochs=2, decay_epochs=1)
     assert set(fit.encoder_variables) == {"params"}
 
 
