@@ -27,24 +27,18 @@ _CLASSIFIERS = {
     "probe.tolerance.",
     "svm": "A linear support vector machine: one class against the rest, squared hinge loss, L2.",
 }
-# Classical features of whole audio by name of the baseline, the classifier, and the setting of C.
-_CLASSICAL: Mapping[str, tuple[str, Kind, str]] = {
-    "mfcc_rbf": ("mfcc", "rbf", "classical_costs"),
-    "log_mel_rbf": ("log_mel", "rbf", "classical_costs"),
-    "log_mel_linear": ("log_mel", "svm", "classical_linear_costs"),
+# Baselines of classical features of whole audio: title, features, classifier, setting of C.
+_CLASSICAL: Mapping[str, tuple[str, str, Kind, str]] = {
+    "mfcc_rbf": ("MFCC + RBF", "mfcc", "rbf", "classical_costs"),
+    "log_mel_rbf": ("log-mel + RBF", "log_mel", "rbf", "classical_costs"),
+    "log_mel_linear": ("log-mel + linear", "log_mel", "svm", "classical_linear_costs"),
 }
+# Titles of networks by name; "" is the one that is measured, the others are baselines.
+_NETWORKS = {"": "trained encoder", "random": "random encoder"}
+_NETWORKS |= {name: title for name, (title, *_) in _CLASSICAL.items()}
 # A matrix of more classes than this cannot be read on a page; the most confused pairs are listed.
 _MATRIX_CLASSES = 25
 _LISTED = 15
-
-# Titles of networks by name; "" is the one that is measured, the others are baselines.
-_NETWORKS = {
-    "": "trained encoder",
-    "random": "random encoder",
-    "mfcc_rbf": "MFCC + RBF",
-    "log_mel_rbf": "log-mel + RBF",
-    "log_mel_linear": "log-mel + linear",
-}
 
 
 def protocol_of(config: ml_collections.ConfigDict, tags: bool) -> Protocol:
@@ -140,7 +134,7 @@ def run_linear_probe(
         if baselines.random:
             tasks["random"] = "random", classifier, costs
         if baselines.classical:
-            tasks |= {n: (f, kind, baselines[c]) for n, (f, kind, c) in _CLASSICAL.items()}
+            tasks |= {n: (f, kind, baselines[c]) for n, (_, f, kind, c) in _CLASSICAL.items()}
         probes: dict[str, list[LinearProbe]] = {}
         scores: dict[str, list[np.ndarray]] = {}
         for name, (feature, kind, costs_of) in tasks.items():

@@ -22,14 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from avcl_jax.batched import batched_map, cache_key, in_parts
-from avcl_jax.data.augment import (
-    PhotometricSpec,
-    SpectralSpec,
-    photometric,
-    spectral,
-    standardize,
-    to_unit_range,
-)
+from avcl_jax.data import augment
 from avcl_jax.data.clips import AudioClipSpec, ClipRecords, ClipSpec
 from avcl_jax.data.spectrogram import log_mel
 from avcl_jax.errors import UserError
@@ -79,7 +72,7 @@ class Inputs:
 
     spec: ClipSpec
     preprocess: Any
-    augmentation: tuple[PhotometricSpec, SpectralSpec]
+    augmentation: tuple[augment.PhotometricSpec, augment.SpectralSpec]
 
     def __call__(self, clips: Array, key: Array | None) -> Array:
         """Returns float32 pixels [batch, time, size, size, 3] or log-mel [batch, frames, mels] of
@@ -91,11 +84,11 @@ class Inputs:
             spectrogram = log_mel(clips, self.spec.log_mel, jnp)
             if key is None:
                 return spectrogram
-            return spectral(key, spectrogram[:, None], of_audio)[:, 0]
-        pixels = to_unit_range(clips)
+            return augment.spectral(key, spectrogram[:, None], of_audio)[:, 0]
+        pixels = augment.to_unit_range(clips)
         if key is not None:
-            pixels = photometric(key, pixels[:, None], of_video)[:, 0]
-        return standardize(pixels, self.preprocess.mean, self.preprocess.std)
+            pixels = augment.photometric(key, pixels[:, None], of_video)[:, 0]
+        return augment.standardize(pixels, self.preprocess.mean, self.preprocess.std)
 
 
 def parts(params: Mapping[str, Any], freeze: Sequence[str]) -> Any:

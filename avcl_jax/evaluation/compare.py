@@ -22,13 +22,7 @@ from etils import epath
 
 from avcl_jax.errors import UserError, one_line
 from avcl_jax.evaluation.page import as_text, metric_texts
-from avcl_jax.evaluation.protocol import (
-    OUTCOMES,
-    RESULTS,
-    Outcomes,
-    inputs_of,
-    read_outcomes,
-)
+from avcl_jax.evaluation.protocol import OUTCOMES, RESULTS, Outcomes, inputs_of, read_outcomes
 from avcl_jax.evaluation.statistics import Comparison, compare, holm
 from avcl_jax.paths import absolute_path
 
@@ -119,10 +113,8 @@ def compare_runs(
             pairs.append(
                 compare(metric["kind"], ours, theirs, sources, resamples=resamples, seed=seed)
             )
-        corrected = holm([pair.p_value for pair in pairs])
-        compared[name] = [
-            pair._replace(p_value=p) for pair, p in zip(pairs, corrected, strict=True)
-        ]
+        corrected = zip(pairs, holm([pair.p_value for pair in pairs]), strict=True)
+        compared[name] = [pair._replace(p_value=p) for pair, p in corrected]
     return compared
 
 
@@ -161,15 +153,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Table of runs of one protocol, with paired significance.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="workdir with results.json")
-    parser.add_argument(
-        "--resamples",
-        type=int,
-        help="number of resamples of bootstrap and test (default: that of the first run)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of bootstrap and test")
-    parser.add_argument(
-        "--other-data", action="store_true", help="compare although runs are over other data"
-    )
+    how_many = "resamples of bootstrap and test (default: as many as the first run)"
+    parser.add_argument("--resamples", type=int, help=how_many)
+    parser.add_argument("--seed", type=int, default=0, help="seed of bootstrap and test")
+    anyway = "compare although runs are over other data"
+    parser.add_argument("--other-data", action="store_true", help=anyway)
     given = parser.parse_args(arguments)
     try:
         if len(given.runs) < 2:
