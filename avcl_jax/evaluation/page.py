@@ -87,11 +87,10 @@ def section(title: str, caption: str, *content: str) -> str:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], kind: str = "") -> str:
     """Returns a table of escaped cells; `kind` is its class in the style sheet."""
-    head = "".join(f"<th>{text(cell)}</th>" for cell in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f'<div class="scroll"><table class="{kind}"><tr>{head}</tr>{body}</table></div>'
+    lines = [[f"<th>{text(cell)}</th>" for cell in header]] if header else []
+    lines += [[f"<td>{text(cell)}</td>" for cell in row] for row in rows]
+    body = "".join(f"<tr>{''.join(line)}</tr>" for line in lines)
+    return f'<div class="scroll"><table class="{kind}">{body}</table></div>'
 
 
 def definitions(entries: Mapping[str, object]) -> str:
