@@ -38,19 +38,18 @@ def get_config(preset: str = "torchvision,r2plus1d_18") -> ConfigDict:
 
 
 def _set_video_input(c: ConfigDict, code_base: str) -> None:
-    video = c.model.video
     c.spectrogram.frames = 1  # audio is not read, but a clip must have whole windows
     if code_base == "torchvision":  # torchvision.transforms._presets.VideoClassification, 15 fps
-        video.update(channel_mean=(0.43216, 0.394666, 0.37645))
-        video.update(channel_std=(0.22803, 0.22145, 0.216989))
+        mean, std = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
         c.views.update(num_frames=16, clip_seconds=16 / 15)
         c.spectrogram.sample_rate_hz = 24_000  # 25,600 samples in this interval
-        c.crop.image_size = 224 if video.name == "s3d" else 112
+        c.crop.image_size = 224 if c.model.video.name == "s3d" else 112
     elif code_base == "avid":  # its configs/main/avid/kinetics/Cross-N1024.yaml
-        video.channel_mean, video.channel_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         c.views.update(num_frames=8, clip_seconds=0.5)
         c.crop.image_size = 224
     else:  # GDT's README and datasets/GDTPretrainDataset.py
-        video.channel_mean, video.channel_std = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
+        mean, std = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
         c.views.update(num_frames=30, clip_seconds=1.0)
         c.crop.image_size = 112
+    c.model.video.update(channel_mean=mean, channel_std=std)

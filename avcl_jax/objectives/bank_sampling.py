@@ -35,41 +35,25 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class BankSampling:
-    """Settings of ranking and sampling.
+    """Settings of ranking and sampling; `UserError` on an unknown name or a number out of range."""
 
-    Attributes:
-        space: Similarity that ranks the rows. "same": of anchor and row in the anchor's modality;
-            "cross": of the anchor and the row's other modality; "agreement": minimum of the
-            video-video and the audio-audio similarity.
-        ranking: "raw": by the cosine of embeddings; "content": by the cosine of their differences
-            from the mean of their playback in the bank.
-        playbacks: Number of playbacks; those of rows are in [0, playbacks).
-        num_positives: Positives per anchor, at most one per source.
-        num_negatives: Negatives per anchor.
-        positive_ranks: Number of most similar rows that positives are drawn from.
-        negative_candidates: Number of candidates per step.
-        negative_offset: Fraction of an anchor's eligible candidates, the most similar, that is left
-            out.
-        positive_sampling: "gumbel": Gumbel top-k of similarity / temperature; "uniform": equal
-            probabilities.
-        negative_sampling: As `positive_sampling`.
-        temperature: Temperature of Gumbel sampling, in units of similarity.
-
-    Raises:
-        UserError: On an unknown name or a number out of range.
-    """
-
+    # Similarity that ranks the rows. "same": of anchor and row in the anchor's modality; "cross":
+    # of the anchor and the row's other modality; "agreement": the minimum of the video-video and
+    # the audio-audio similarity.
     space: str
+    # "raw": by the cosine of embeddings; "content": by the cosine of their differences from the
+    # mean of their playback in the bank.
     ranking: str
-    playbacks: int
-    num_positives: int
-    num_negatives: int
-    positive_ranks: int
-    negative_candidates: int
-    negative_offset: float
+    playbacks: int  # number of playbacks; those of rows are in [0, playbacks)
+    num_positives: int  # per anchor, at most one per source
+    num_negatives: int  # per anchor
+    positive_ranks: int  # number of most similar rows, from which positives are drawn
+    negative_candidates: int  # per step
+    negative_offset: float  # fraction of eligible candidates, the most similar, that is left out
+    # "gumbel": Gumbel top-k of similarity / temperature; "uniform": equal probabilities.
     positive_sampling: str
     negative_sampling: str
-    temperature: float
+    temperature: float  # of Gumbel sampling, in units of similarity
 
     def __post_init__(self) -> None:
         for name, known in _NAMES.items():
