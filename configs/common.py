@@ -1,26 +1,37 @@
 """Choice of a preset by its name, and sections that tasks share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from avcl_jax.errors import UserError
+from configs import datasets
+
+# Name → function that returns the preset, or the one that it changes, and changes by setting.
+Presets = Mapping[str, tuple[Callable[[], ConfigDict], Mapping[str, Any]]]
 
 
-def choose(preset: str, *presets: Callable[[], ConfigDict], name: str = "{}") -> ConfigDict:
+def choose(
+    preset: str,
+    presets: Presets,
+    *,
+    data: Callable[[str], ConfigDict] | None = None,
+    name: str = "{}",
+) -> ConfigDict:
     """Returns the config of `--config=FILE:PRESET`, locked.
 
     Args:
-        presets: functions with the names of their presets.
-        name: name of the config, after which its workdir is named, with {} for the preset; a
-            preset that sets one keeps it.
+        data: function from the row of `datasets.DATASETS` with the preset's name to its records.
+        name: name of the config, after which its workdir is named, with {} for the preset.
     """
-    by_name = {function.__name__: function for function in presets}
-    if preset not in by_name:
-        raise UserError(f"unknown preset {preset!r}: use one of {', '.join(by_name)}")
-    config = by_name[preset]()
-    if "name" not in config:
-        config.name = name.format(preset)
+    if preset not in presets:
+        raise UserError(f"unknown preset {preset!r}: use one of {', '.join(presets)}")
+    function, changes = presets[preset]
+    config = function()
+    if data is not None and preset in datasets.DATASETS:
+        config.data = data(preset)
+    config.update_from_flattened_dict({"name": name.format(preset), **changes})
     return config.lock()
 
 

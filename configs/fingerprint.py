@@ -14,14 +14,14 @@ from ml_collections import ConfigDict
 
 from avcl_jax.fingerprint.settings import FingerprintSettings
 from configs import datasets
-from configs.common import choose, execution, protocol
+from configs.common import Presets, choose, execution, protocol
 
 FOLEY_OPTIONS = "--train=0 --test=400 --null=0 --seed=2"
 
 
 def get_config(preset: str = "foley") -> ConfigDict:
     """Returns a preset: foley, real, vggsound or records."""
-    return choose(preset, foley, real, vggsound, records)
+    return choose(preset, PRESETS, name="fingerprint_{}")
 
 
 def foley() -> ConfigDict:
@@ -52,7 +52,6 @@ def real() -> ConfigDict:
     References of the records are indexed, and never looked for. One CPU core: 8 minutes.
     """
     c = foley()
-    c.name = "fingerprint_real"
     c.data.update(files="../shared/data/media", audio_files="../shared/data/esc10/audio")
     c.data.update(segment_seconds=4.0, short_side=128, max_fps=16.0, sample_rate_hz=16_000)
     c.data.update(references=100, distractors=30, others=20, background=20)
@@ -60,19 +59,22 @@ def real() -> ConfigDict:
     return c
 
 
-def vggsound() -> ConfigDict:
-    """VGG-Sound, for which the paper shows fingerprinting, for a host of 16 cores; not run."""
-    c, row = foley(), datasets.find("vggsound")
-    c.update(name="fingerprint_vggsound", encoder="runs/vggsound")
-    c.data.update(directory=row.directory, prepare=row.prepare, split=row.test)
-    c.data.update(references=10_000, distractors=2_000, others=500, background=1_000)
-    c.queries.update(weak=200, medium=500, strong=200)
-    return c
+def _test_records(name: str) -> dict[str, object]:
+    row = datasets.find(name)
+    return {"data.directory": row.directory, "data.prepare": row.prepare, "data.split": row.test}
 
 
-def records() -> ConfigDict:
-    """Your own records, 400 of the split test: set data.directory."""
-    c, row = foley(), datasets.find("records")
-    c.name = "fingerprint_records"
-    c.data.update(directory=row.directory, prepare=row.prepare, split=row.test)
-    return c
+PRESETS: Presets = {
+    "foley": (foley, {"name": "fingerprint"}),
+    "real": (real, {}),
+    # The paper shows fingerprinting on VGG-Sound. For a host of 16 cores; not run.
+    "vggsound": (
+        foley,
+        {"encoder": "runs/vggsound", "data.references": 10_000, "data.distractors": 2_000}
+        | {"data.others": 500, "data.background": 1_000}
+        | {"queries.weak": 200, "queries.medium": 500, "queries.strong": 200}
+        | _test_records("vggsound"),
+    ),
+    # Your own records, 400 of the split test: set data.directory.
+    "records": (foley, _test_records("records")),
+}

@@ -12,13 +12,12 @@ setting, `kinetics400` why it has its value at full size. A setting that is comp
 from ml_collections import ConfigDict
 
 from configs import datasets
-from configs.common import choose, execution
+from configs.common import Presets, choose, execution
 
 
 def get_config(preset: str = "demo") -> ConfigDict:
-    """Returns a preset: demo, abstract, records, esc10, or that of a full-size data set."""
-    full_size = (kinetics400, kinetics600, vggsound, audioset)
-    return choose(preset, demo, abstract, records, esc10, *full_size)
+    """Returns a preset: one of `PRESETS`, at the end of this file."""
+    return choose(preset, PRESETS, data=datasets.training)
 
 
 def encoders(video: str, audio: str, *, subtract_time_mean: bool) -> ConfigDict:
@@ -105,43 +104,6 @@ def demo() -> ConfigDict:
 
     c.execution = execution(workers=0, threads=2, prefetch=4, max_bad_records=0, fsdp=1)
     c.execution.update(remat="none", log_every=50, checkpoint_every=500, keep_checkpoints=2)
-    return c
-
-
-def abstract() -> ConfigDict:
-    """The demo with the contrastive terms of the paper's abstract: video-video and video-audio.
-
-    The third term, audio-audio, is ours; `--config.loss.weights.aa=0` switches it off anywhere.
-    """
-    c = demo()
-    c.loss.weights.aa = 0.0
-    return c
-
-
-def records() -> ConfigDict:
-    """Your own records, at the size of the demo; runs/NAME is named after their directory."""
-    c = demo()
-    c.update(name="", data=datasets.training("records"))
-    c.bank.health_labels = ()
-    return c
-
-
-def esc10() -> ConfigDict:
-    """ESC-10, audio alone: recordings of 5 s without a test fold.
-
-    python -m avcl_jax.main --config=configs/pretrain.py:esc10 --config.data.select='fold!=1' \\
-        --workdir=runs/esc10/seed0/fold1
-
-    Hardware: 2 CPU cores, under 8 minutes. `python -m benchmarks.esc10` runs all folds and seeds;
-    results are in docs/reproduction.md. As the demo except for what audio alone does not use, and
-    the highest speed, at which a recording is too short for two views.
-    """
-    c = demo()
-    c.update(steps=2000, modalities="audio", data=datasets.training("esc10"))
-    c.views.speeds = (1, 2, 4)
-    c.loss.weights.aa = 1.0
-    c.bank.health_labels = ()
-    c.execution.update(checkpoint_every=1000, keep_checkpoints=1)
     return c
 
 
@@ -248,30 +210,33 @@ def kinetics400() -> ConfigDict:
     return c
 
 
-def kinetics600() -> ConfigDict:
-    """Kinetics-600, 392,000 clips of 10 s, 200 epochs: TPU v5e-64 or 16 GPUs of 80 GB; not run."""
-    c = kinetics400()
-    c.update(steps=76_500, global_batch_size=1024, data=datasets.training("kinetics600"))
-    return c
-
-
-def vggsound() -> ConfigDict:
-    """VGG-Sound, 184,000 training clips of 10 s whose audio source is visible, 200 epochs; not run.
-
-    Intended hardware: as kinetics400.
-    """
-    c = kinetics400()
-    c.update(steps=72_000, data=datasets.training("vggsound"))
-    c.loss.weights.va = 1.5  # because audio sources are visible; untested
-    return c
-
-
-def audioset() -> ConfigDict:
-    """AudioSet, about 1.9 million clips of 10 s, 50 epochs, because it is 5 to 10 times as large.
-
-    Several labels per clip. Intended hardware: TPU v5e-128 or 32 GPUs of 80 GB. Not run.
-    """
-    c = kinetics400()
-    c.update(steps=46_000, global_batch_size=2048, data=datasets.training("audioset"))
-    c.bank.health_labels = ()  # which need one class per record
-    return c
+PRESETS: Presets = {
+    "demo": (demo, {}),
+    # The contrastive terms of the paper's abstract: video-video and video-audio. The third,
+    # audio-audio, is ours; `--config.loss.weights.aa=0` switches it off anywhere.
+    "abstract": (demo, {"loss.weights.aa": 0.0}),
+    # Your own records, at the size of the demo; runs/NAME is named after their directory.
+    "records": (demo, {"name": "", "bank.health_labels": ()}),
+    # ESC-10, audio alone, on 2 CPU cores in under 8 minutes: recordings of 5 s without a test fold
+    # (`--config.data.select='fold!=1' --workdir=runs/esc10/seed0/fold1`); benchmarks/esc10.py
+    # runs all folds and seeds: docs/reproduction.md. Without what audio alone does not use, and the
+    # highest speed, at which a recording is too short for two views.
+    "esc10": (
+        demo,
+        {"steps": 2000, "modalities": "audio", "views.speeds": (1, 2, 4), "loss.weights.aa": 1.0}
+        | {"bank.health_labels": ()}
+        | {"execution.checkpoint_every": 1000, "execution.keep_checkpoints": 1},
+    ),
+    "kinetics400": (kinetics400, {}),
+    # 392,000 clips of 10 s, 200 epochs: TPU v5e-64 or 16 GPUs of 80 GB; not run.
+    "kinetics600": (kinetics400, {"steps": 76_500, "global_batch_size": 1024}),
+    # 184,000 training clips of 10 s, 200 epochs; not run. Audio sources are visible, hence the
+    # weight of va: untested.
+    "vggsound": (kinetics400, {"steps": 72_000, "loss.weights.va": 1.5}),
+    # About 1.9 million clips of 10 s, 50 epochs, because it is 5 to 10 times as large: TPU v5e-128
+    # or 32 GPUs of 80 GB; not run. Health needs one class per record, and clips have several.
+    "audioset": (
+        kinetics400,
+        {"steps": 46_000, "global_batch_size": 2048, "bank.health_labels": ()},
+    ),
+}
