@@ -11,10 +11,8 @@ import numpy as np
 import scipy.ndimage
 
 from avcl_jax.data.media import DecodedMedia, no_frames
-from avcl_jax.fingerprint.benchmark.timeline import excerpt, joined
+from avcl_jax.fingerprint.benchmark.timeline import excerpt, joined  # noqa: F401  # for others
 from avcl_jax.fingerprint.settings import FingerprintSettings
-
-__all__ = ["excerpt", "joined"]  # which others take from here
 
 FPS, RATE_HZ, SIDE = 16, 8000, 24
 SETTINGS = FingerprintSettings(rates=(1.0, 0.8, 1.25), dimensions=48)
