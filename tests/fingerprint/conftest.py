@@ -78,8 +78,7 @@ def references():
     kept = np.arange(80) != 16
     vectors = Vectors(fit_projection(values, 64), labels[kept], values[kept])
     stored = {"settings": {"rates": [1.0, 0.8, 1.25], "hop_seconds": 0.5}}
-    names = enumerate(("first", "second"), 1)
-    sources = [SourceRow(name, name, 20.5, None, 40, id_) for id_, name in names]
+    sources = [SourceRow(name, name, 20.5, None, 40, int(name)) for name in "12"]
     return Library(stored, sources, {"video": vectors})
 
 

@@ -139,6 +139,9 @@ def test_a_line_is_found_within_its_reach_with_the_evidence_of_its_segments(refe
     for source, place in ((0, 10), (1, 12)):  # further away, and another source
         other = matching._align(references, query, source, place, {"video": 0.8})
         assert other.by_modality["video"] < 0.4 * evidence
+    channel.present[:] = np.arange(21) == 10
+    one = matching._align(references, query, 0, 12, {"video": 0.8}).by_modality["video"]
+    assert one == pytest.approx(10 * np.sqrt((0.25 + 0.8) / 0.8), rel=1e-5)  # of one segment
     channel.present[:] = False
     assert matching._align(references, query, 0, 12, {"video": 0.8}) is None
 

@@ -159,9 +159,8 @@ def test_places_in_the_reference_follow_the_rate_and_segments_without_video_have
     (match,) = matches(
         [alignment(strengths, [0, 1], rate=2.0, by_modality={"video": 1.5})], Fixed()
     )
-    (interval, _) = (*match.intervals, None)
-    assert (interval.query_start, interval.query_end) == (0, 0.5)
-    assert (interval.reference_start, interval.reference_end) == (5, 6)
+    (interval,) = match.intervals
+    assert dataclasses.astuple(interval) == (0, 0.5, 5, 6, 1)
     assert match.segments == [SegmentScore(0, 0.5, 4.0, None), SegmentScore(1, 1.5, None, None)]
     assert (match.offset_seconds, match.rate, match.path) == (5.0, 2.0, "clip.mp4")
     assert (match.video_score, match.audio_score, match.duration_seconds) == (1.5, None, 60.0)
