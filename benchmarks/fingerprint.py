@@ -146,7 +146,7 @@ def seconds_of_indexing(encoder: str, files: list[str], only_decode: bool) -> fl
 
 
 class _Benchmark:
-    """Measurements of all rows, some of which use the same runs of the protocol."""
+    """Measurements of all rows; some use the same runs of the protocol."""
 
     def __init__(self, args: argparse.Namespace):
         self._args = args
