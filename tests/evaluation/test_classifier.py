@@ -19,6 +19,7 @@ from avcl_jax.data.clips import ClipRecords, VideoClipSpec
 from avcl_jax.data.images import CropSpec
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
+from avcl_jax.data.spectrogram import log_mel
 from avcl_jax.data.views import ViewSpec
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.classifier import (
@@ -74,6 +75,19 @@ def test_the_prediction_is_the_mean_softmax_over_ten_clips(tmp_path):
         by_hand = softmax(features @ head["kernel"] + head["bias"], axis=-1).mean(axis=0)
         np.testing.assert_allclose(found[position], by_hand, atol=1e-5)
         assert np.abs(softmax(features.mean(axis=0) @ head["kernel"]) - by_hand).max() > 1e-4
+
+
+@pytest.mark.parametrize(("modality", "preset"), [("video", "demo"), ("audio", "demo_audio")])
+def test_inputs_are_augmented_in_training_alone(modality, preset):
+    config, encoder = toy_config("unused", "unused", preset=preset), make_encoders()[modality]
+    spec = clip_spec(config, encoder)
+    inputs = Inputs(spec, encoder.preprocess, experiment.augmentation(config))
+    clips = np.random.default_rng(0).integers(0, 255, (2, *spec.shape)).astype(spec.dtype)
+    audio = modality == "audio"
+    plain = log_mel(clips, spec.log_mel) if audio else encoder.preprocess.standardise(clips)
+    np.testing.assert_allclose(inputs(clips, None), plain, atol=1e-4)
+    first, second = (np.asarray(inputs(clips, jax.random.key(n))) for n in (0, 1))
+    assert min(np.abs(first - plain).max(), np.abs(first - second).max()) > 0.01
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
