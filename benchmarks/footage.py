@@ -184,6 +184,8 @@ def link_records(records: Path, out: Path, *, count: int, real_checksums: bool =
     table = merge(originals * copies)
     rng = np.random.default_rng(0)
     columns = _random_names(rng, len(table))
+    sources = pa.array(columns["source_id"]).dictionary_encode()
+    columns["source_number"] = sources.indices.to_numpy()
     if not real_checksums:
         lengths = table["length"].to_numpy()
         columns |= _random_columns(rng, lengths, len(originals[0]))
