@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -160,6 +161,10 @@ def _query(args: argparse.Namespace) -> None:
     index = FingerprintIndex.open(args.index, args.encoder)
     if args.count < 1:
         raise FingerprintError(f"--count {args.count} shows nothing: give 1 or more")
+    if not 0 <= args.start < math.inf:
+        raise FingerprintError(f"--start {args.start} must be at least 0 and finite")
+    if not 0 < args.max_seconds < math.inf:
+        raise FingerprintError(f"--max-seconds {args.max_seconds} must be positive and finite")
     if not index.sources():
         raise FingerprintError(f"{args.index} is empty: `add` media to it")
     modalities = (args.modality,) if args.modality else MODALITIES

@@ -11,6 +11,7 @@ import functools
 import io
 import json
 import secrets
+import shlex
 import sqlite3
 import zipfile
 import zlib
@@ -193,7 +194,7 @@ def transaction(directory: Path, *, write: bool = False) -> Iterator[Transaction
             )
         raise FingerprintError(
             f"there is no fingerprint index in {directory}: make one with "
-            f"`avcl-fingerprint index VIDEOS --index {directory} --encoder PATH`"
+            f"`avcl-fingerprint index VIDEOS --index {shlex.quote(str(directory))} --encoder PATH`"
         )
     with _connected(path) as connection:
         (version,) = connection.execute("PRAGMA user_version").fetchone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from avcl_jax.errors import UserError
@@ -35,8 +36,8 @@ class FingerprintSettings:
         """Refuses settings without meaning."""
         if self.speed < 1 or self.speed != int(self.speed):
             raise FingerprintError(f"speed {self.speed} must be a whole number of at least 1")
-        if not self.hop_seconds > 0:
-            raise FingerprintError(f"hop_seconds {self.hop_seconds} must be positive")
+        if not 0 < self.hop_seconds < math.inf:
+            raise FingerprintError(f"hop_seconds {self.hop_seconds} must be positive and finite")
         if self.time_bins < 1 or self.dimensions < 2:
             raise FingerprintError(
                 f"time_bins {self.time_bins} must be at least 1, dimensions {self.dimensions} "

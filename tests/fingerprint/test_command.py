@@ -189,6 +189,15 @@ def test_errors_are_one_line_that_says_what_to_do(films, index, encoders, tmp_pa
             *("--require", "video", "--modality", "audio"),
         ),
         ("--count 0 shows nothing", "query", short, "--index", index, "--count", 0),
+        ("--start -1.0 must be", "query", short, "--index", index, "--start=-1"),
+        ("--start nan must be", "query", short, "--index", index, "--start", "nan"),
+        ("--max-seconds inf must be", "query", short, "--index", index, "--max-seconds", "inf"),
+        ("--max-seconds 0.0 must be", "query", short, "--index", index, "--max-seconds", 0),
+        (
+            *("hop_seconds inf must be", "index", films, "--index", tmp_path / "n"),
+            *("--encoder", encoders, "--hop-seconds", "inf"),
+        ),
+        (f"--index '{tmp_path / 'a b'}' --enc", "query", short, "--index", tmp_path / "a b"),
     ):
         status, out, err = run(*arguments)
         assert status == 2, arguments
