@@ -20,6 +20,7 @@ from avcl_jax import experiment
 from avcl_jax.errors import UserError
 
 _CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+_BOOLEANS = ("true", "t", "1", "false", "f", "0")  # as absl reads them
 
 
 def check_arguments(argv: Sequence[str], parse: Callable[[str], Any]) -> None:
@@ -70,6 +71,8 @@ def _load(name: str, parse: Callable[[str], Any]) -> ml_collections.ConfigDict:
         elif near:
             hint = f"did you mean {near[0]}?"
         raise UserError(f"--config={name}: there is no file {file or 'in it'}; {hint}")
+    if not file.endswith(".py"):
+        raise UserError(f"--config={name}: a config is a Python file, see those in {_CONFIGS}")
     try:
         return parse(name)
     except (UserError, AttributeError, TypeError) as error:
@@ -104,6 +107,8 @@ def _check_setting(
             f"--config.{setting}={value}: {setting} is a section of {', '.join(section)}: "
             f"override one of these, as --config.{setting}.{first}=VALUE"
         )
+    if isinstance(section, bool) and value is not None and value.lower() not in _BOOLEANS:
+        raise UserError(f"--config.{setting}={value} must be true or false")
 
 
 def _nearest(config: ml_collections.ConfigDict, section: Any, setting: str) -> str:

@@ -61,6 +61,8 @@ def check(*arguments: str) -> None:
             "model.video is a section of inception, lowering, name, resnet, subtract_time_mean, "
             "transformer: override one of these, as --config.model.video.inception=VALUE",
         ),
+        ([PRETRAIN, "--config.crop.flip=maybe"], "--config.crop.flip=maybe must be true or false"),
+        (["--config=README.md"], "--config=README.md: a config is a Python file, see those in "),
         (["--config=configs/common.py"], "has no get_config, so it is not a config"),
     ],
 )
@@ -83,6 +85,7 @@ def test_what_is_right_passes() -> None:
     check()
     check(PRETRAIN, "--config.steps=3", "--config.loss.weights.vv=0", "--noconfig.crop.flip")
     check(PRETRAIN, "--config.model.video.resnet.depths=(0, 1, 2)")
+    check(PRETRAIN, "--config.crop.flip=False", "--config.crop.quarter_turns")
     check(PRETRAIN, "--config.model.video={'name': 's3d'}")
 
 
