@@ -101,9 +101,14 @@ def single_classes(records: RecordDataset, label: str, problem: str = "") -> lis
     """Returns the class names of a label; raises SelectionError if it is not of one class."""
     if label not in records.labels:
         several = ", which allows several" * (label in records.multilabel)
+        if not records.labels:
+            raise SelectionError(
+                f"{problem}{records} has no label of one class per record, so not {label!r}"
+                f"{several}: prepare the records from a table with labels"
+            )
         raise SelectionError(
-            f"{problem}{records} has the labels {', '.join(sorted(records.labels)) or 'none'} of "
-            f"one class per record, not {label!r}{several}: choose one of these"
+            f"{problem}{records} has the labels {', '.join(sorted(records.labels))} of one class "
+            f"per record, not {label!r}{several}: choose one of these"
         )
     return records.class_names[label]
 

@@ -14,7 +14,7 @@ from avcl_jax.data.clips import AudioClipSpec, ClipRecords, VideoClipSpec
 from avcl_jax.data.images import CropSpec
 from avcl_jax.data.record_format import is_silent, peak
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.selection import Selection, SelectionError, UsableRecords
+from avcl_jax.data.selection import Selection, SelectionError, UsableRecords, single_classes
 from avcl_jax.data.spectrogram import LogMelSpec
 from avcl_jax.data.views import ViewSpec
 from configs import pretrain
@@ -82,6 +82,12 @@ def test_mistakes_are_one_clear_error(records, text, message):
     with pytest.raises(SelectionError, match=re.escape(message)) as caught:
         Selection.parse(text).positions(records)
     assert "\n" not in str(caught.value)
+
+
+def test_records_without_labels_are_said_to_have_none(records, monkeypatch):
+    monkeypatch.setattr(records, "labels", {})
+    with pytest.raises(SelectionError, match="has no label of one class per record, so not 'a'"):
+        single_classes(records, "a")
 
 
 def test_usable_records_of_a_selection_are_the_same_records(records):
