@@ -309,4 +309,5 @@ def _print_table(
         what = "were left out" if args.deduplicate else "are there; --deduplicate leaves them out"
         print(f"  {duplicates} exact duplicates of other clips {what}: {out}/{publish.DUPLICATES}")
     if manifest.ignored:
-        print(f"  {manifest.ignored} files ignored: nothing asked for them")
+        plural = "s" * (manifest.ignored > 1)
+        print(f"  {manifest.ignored} file{plural} ignored: not asked for")

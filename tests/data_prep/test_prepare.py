@@ -47,7 +47,7 @@ def test_the_same_bytes_whatever_the_workers(folder, tmp_path, capsys):
     assert prepare(folder, tmp_path / "one") == 0
     table = capsys.readouterr().out
     assert "train                5         0" in table
-    assert "1 files ignored" in table
+    assert "1 file ignored: not asked for" in table
     preparation = json.loads((tmp_path / "one" / "preparation.json").read_text())
     assert preparation["seconds"] > 0
     assert preparation["splits"]["train"]["records"] == 5
