@@ -172,6 +172,12 @@ def test_only_published_networks_have_names_elsewhere(tmp_path):
         export_weights(config, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["absent.pth", "absent.safetensors"])
+def test_a_file_that_is_not_there_is_said_to_be_absent(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=f"No such file or directory: '{tmp_path}/{name}'"):
+        read_state_dict(tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

@@ -13,7 +13,9 @@ second WORKDIR/torchvision.safetensors, which `load_state_dict` takes. The table
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
+import os
 import pickle
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -63,6 +65,8 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
         FileNotFoundError: if there is none.
     """
     path = absolute_path(path)
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     if path.suffix == ".safetensors":
         try:
             state = safetensors.numpy.load(path.read_bytes())
