@@ -34,7 +34,7 @@ PATH_KEYS = ("checkpoint", "encoder", "data.directory", "data.files", "data.audi
 # Counts by the last part of their key, and the smallest valid value of each.
 _LEAST = {"seed": 0, "workers": 0, "weak": 0, "strong": 0, "folds": 2} | dict.fromkeys(
     (
-        *("threads", "prefetch", "chunk", "part_records", "fsdp"),
+        *("steps", "threads", "prefetch", "chunk", "part_records", "fsdp"),
         *("log_every", "checkpoint_every", "keep_checkpoints"),
         *("crop.image_size", "sample_rate_hz", "frames", "mels"),
         *("embedding_dim", "projection_hidden", "temporal_hidden", "iterations"),
@@ -62,12 +62,14 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
             raise UserError(f"{key} {value} must be positive numbers, one at least")
 
 
-def check_records(config: ml_collections.ConfigDict) -> None:
-    """Refuses a config whose records are not there, before the first slow step.
+def check_inputs(config: ml_collections.ConfigDict) -> None:
+    """Refuses a config without encoder, or whose records are not there, before slow steps.
 
     Raises:
-        UserError: with the command or page that makes them.
+        UserError: with the setting, or with the command or page that makes the records.
     """
+    if config.get("encoder") == "":
+        raise UserError("encoder is empty: set --config.encoder=PATH of a run or of an export")
     if "data" not in config or "prepare" not in config.data:
         return
     data = config.data
@@ -113,6 +115,13 @@ def augmentation(config: ml_collections.ConfigDict) -> tuple[PhotometricSpec, Sp
     return PhotometricSpec(**config.photometric), SpectralSpec(**config.spectral)
 
 
+def compute_dtype(config: ml_collections.ConfigDict) -> jnp.dtype:
+    """Type of the networks' computations."""
+    if config.model.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"model.dtype {config.model.dtype!r} must be 'float32' or 'bfloat16'")
+    return jnp.dtype(config.model.dtype)
+
+
 def encoder(config: ml_collections.ConfigDict, modality: encoders.Modality) -> nn.Module:
     """The encoder of `config.model.video` or `config.model.audio`."""
     section = config.model[modality].to_dict()
@@ -120,7 +129,7 @@ def encoder(config: ml_collections.ConfigDict, modality: encoders.Modality) -> n
         modality,
         section["name"],
         encoders.config_settings(modality, section)
-        | {"dtype": jnp.dtype(config.model.dtype), "remat": config.execution.remat},
+        | {"dtype": compute_dtype(config), "remat": config.execution.remat},
     )
 
 
@@ -147,7 +156,7 @@ def audio_visual_model(config: ml_collections.ConfigDict) -> AudioVisualModel:
         projection_hidden=config.model.projection_hidden,
         temporal_hidden=config.model.temporal_hidden,
         speeds=tuple(config.views.speeds),
-        dtype=jnp.dtype(config.model.dtype),
+        dtype=compute_dtype(config),
     )
 
 

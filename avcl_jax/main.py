@@ -21,8 +21,8 @@ from ml_collections import config_flags
 from avcl_jax import config_file
 from avcl_jax.errors import UserError, one_line
 from avcl_jax.experiment import (
+    check_inputs,
     check_numbers,
-    check_records,
     check_used,
     flatten,
     with_absolute_paths,
@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> None:
         function = _function(config.task)
         check_numbers(config)
         config = with_absolute_paths(config)
-        check_records(config)
+        check_inputs(config)
         if not config.name:
             config.name = epath.Path(config.data.directory).name
         _keep_compiled(config.execution.compilation_cache)

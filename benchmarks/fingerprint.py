@@ -53,7 +53,7 @@ def protocol_results(preset: str, settings: Mapping[str, Any], workdir: str) -> 
     config = fingerprint.get_config(preset)
     config.update_from_flattened_dict(settings)
     try:
-        experiment.check_records(config)
+        experiment.check_inputs(config)
         return fingerprinting(config, workdir) or {}
     except UserError as error:  # no records, or results with other settings exist
         return {"refused": str(error)}

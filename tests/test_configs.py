@@ -114,6 +114,7 @@ def test_a_protocol_has_a_preset_for_every_data_set(module):
     ("module", "setting", "value"),
     [
         (pretrain, "seed", -1),
+        (pretrain, "steps", 0),
         (temporal, "execution.part_records", 0),
         (linear_probe, "probe.costs", (0.0, 1.0)),
         (evaluate, "evaluation.probe.costs", ()),
@@ -170,14 +171,16 @@ def test_a_run_on_own_records_is_named_after_them(tmp_path, monkeypatch):
         ("finetune.py:esc50", r"at .*/data/esc50: prepare them \(docs/data/esc50.md\), or set"),
         ("fingerprint.py", r"data/foley_fingerprint --train=0 --test=400 --null=0 --seed=2\)"),
         ("pretrain.py:records", "data.directory is empty: set --config.data.directory="),
+        ("temporal.py --config.encoder=", "error: encoder is empty: set --config.encoder=PATH"),
     ],
 )
 def test_absent_records_are_one_line_with_the_command_that_makes_them(
     config, message, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
+    file, *overrides = config.split()
     with pytest.raises(SystemExit):
-        small.run_here(monkeypatch, f"--config={small.ROOT}/configs/{config}")
+        small.run_here(monkeypatch, f"--config={small.ROOT}/configs/{file}", *overrides)
     assert re.search(message, capsys.readouterr().err)
 
 

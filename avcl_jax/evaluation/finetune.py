@@ -185,7 +185,7 @@ def run_split(
     optimizer, schedule, steps = optimizer_of(config, len(train))
     classes = len(train.records.class_names[config.data.label])
     classifier = ClipClassifier(
-        encoder=encoder.module.clone(dtype=jnp.dtype(config.model.dtype), remat=run.remat),
+        encoder=encoder.module.clone(dtype=experiment.compute_dtype(config), remat=run.remat),
         heads={HEAD: classes},
         dropout=config.head.dropout,
         train_statistics=config.batch_norm == "train",

@@ -229,6 +229,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(records
         ({"bank.size": 24}, "must be a multiple of the 16 rows"),
         ({"bank.negative_candidates": 40}, "negative_candidates 40 must be at most bank.size 32"),
         ({"bank.positive_window": 0.5}, "bank.size 32 must be at least 4 times the 16 rows that"),
+        ({"model.dtype": "float99"}, "model.dtype 'float99' must be 'float32' or 'bfloat16'"),
         ({"bank.dtype": "int8"}, "bank.dtype 'int8' must be 'float32' or 'bfloat16'"),
         ({"global_batch_size": 32, "bank.size": 64}, "size=16, the largest that fits bank_size 64"),
         (
