@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -51,9 +52,11 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
     """Checks numbers whose misuse would show only after compilation or training.
 
     Raises:
-        UserError: naming the first one that is too small.
+        UserError: naming the first one that is too small or not finite.
     """
     for key, value in flatten(config.to_dict()).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key} {value} must be finite")
         name = key.rpartition(".")[2]
         least = _LEAST.get(name, _LEAST.get(key))
         if least is not None and value < least:

@@ -115,13 +115,14 @@ def test_a_protocol_has_a_preset_for_every_data_set(module):
     [
         (pretrain, "seed", -1),
         (pretrain, "steps", 0),
+        (pretrain, "optimizer.learning_rate", "nan"),
         (temporal, "execution.part_records", 0),
         (linear_probe, "probe.costs", (0.0, 1.0)),
         (evaluate, "evaluation.probe.costs", ()),
         (linear_probe, "baselines.classical_costs", (-1.0,)),
     ],
 )
-def test_numbers_too_small_are_refused_before_anything_runs(
+def test_numbers_out_of_range_are_refused_before_anything_runs(
     module, setting, value, monkeypatch, capsys
 ):
     monkeypatch.setattr(main, "_function", lambda task: lambda *_: pytest.fail("it ran"))
