@@ -113,11 +113,12 @@ def _check_setting(
 
 def _nearest(config: ml_collections.ConfigDict, section: Any, setting: str) -> str:
     """Names settings that may have been meant, or those of the section that lacks it."""
-    flat = list(experiment.flatten(config.to_dict()))
-    last = setting.rpartition(".")[2]
-    same = [known for known in flat if known.rpartition(".")[2] == last]
-    near = same or difflib.get_close_matches(setting, flat, n=3, cutoff=0.7)
-    if near:
-        return f"did you mean {' or '.join(near[:3])}?"
+    place, _, last = setting.rpartition(".")
+    parts = [known.rpartition(".") for known in experiment.flatten(config.to_dict())]
+    # Compared without their sections, which would make all settings of one section alike.
+    close = difflib.get_close_matches(last, [name for *_, name in parts], n=1, cutoff=0.7)
+    meant = [part for part in parts if part[2] in close]
+    if near := [part for part in meant if part[0] == place] or meant:
+        return f"did you mean {' or '.join(map(''.join, near[:3]))}?"
     where = section if isinstance(section, ml_collections.ConfigDict) else config
     return f"there are {', '.join(sorted(where))}"

@@ -32,7 +32,7 @@ PRETRAIN = "avcl_jax.training.loop:pretrain"
 # from any directory. Results depend on their contents, not on their locations.
 PATH_KEYS = ("checkpoint", "encoder", "data.directory", "data.files", "data.audio_files")
 
-# Counts by the last part of their key, and the smallest valid value of each.
+# Numbers by the last part of their key, and the smallest valid value of each.
 _LEAST = {"seed": 0, "workers": 0, "weak": 0, "strong": 0, "folds": 2} | dict.fromkeys(
     (
         *("steps", "threads", "prefetch", "chunk", "part_records", "fsdp"),
@@ -44,15 +44,17 @@ _LEAST = {"seed": 0, "workers": 0, "weak": 0, "strong": 0, "folds": 2} | dict.fr
     ),
     1,
 )
+_LEAST |= dict.fromkeys(("learning_rate", "weight_decay", "clip_norm"), 0)
 # Candidates for a regularisation strength.
 _COSTS = ("costs", "classical_costs", "classical_linear_costs")
+_FRACTIONS = ("gray_probability", "dropout", "momentum", "beta2")
 
 
 def check_numbers(config: ml_collections.ConfigDict) -> None:
     """Checks numbers whose misuse would show only after compilation or training.
 
     Raises:
-        UserError: naming the first one that is too small or not finite.
+        UserError: naming the first one that is out of range or not finite.
     """
     for key, value in flatten(config.to_dict()).items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -61,6 +63,8 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
         least = _LEAST.get(name, _LEAST.get(key))
         if least is not None and value < least:
             raise UserError(f"{key} {value} must be at least {least}")
+        if name in _FRACTIONS and not 0 <= value <= 1:
+            raise UserError(f"{key} {value} must be between 0 and 1")
         if name in _COSTS and not (value and min(value) > 0):
             raise UserError(f"{key} {value} must be positive numbers, one at least")
 

@@ -40,7 +40,8 @@ def check(*arguments: str) -> None:
             [PRETRAIN, "--config.temperature=1"],
             "did you mean bank.temperature or loss.temperature?",
         ),
-        ([PRETRAIN, "--config.loss.weights.zz=1"], "did you mean loss.weights.vv"),
+        ([PRETRAIN, "--config.loss.weights.zz=1"], "there are aa, "),
+        ([PRETRAIN, "--config.optimizer.lr=1"], "beta2, clip_norm, ema_decay, learning_rate, "),
         (
             [PRETRAIN, "--config.steps.more=1"],
             "--config.steps.more: configs/pretrain.py has no such",

@@ -116,6 +116,8 @@ def test_a_protocol_has_a_preset_for_every_data_set(module):
         (pretrain, "seed", -1),
         (pretrain, "steps", 0),
         (pretrain, "optimizer.learning_rate", "nan"),
+        (pretrain, "optimizer.learning_rate", -1.0),
+        (pretrain, "photometric.gray_probability", 1.5),
         (temporal, "execution.part_records", 0),
         (linear_probe, "probe.costs", (0.0, 1.0)),
         (evaluate, "evaluation.probe.costs", ()),
