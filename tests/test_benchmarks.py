@@ -21,7 +21,7 @@ from avcl_jax import experiment
 from avcl_jax.data import rendering as data_rendering
 from avcl_jax.data.augment import SpectralSpec
 from avcl_jax.data.record_writer import write_dataset_metadata
-from avcl_jax.data.records import shard_name
+from avcl_jax.data.records import RecordDataset, shard_name
 from avcl_jax.data.views import BACKWARD, FORWARD, Clip, frame_indices
 from avcl_jax.errors import UserError
 from avcl_jax.objectives import feature_bank
@@ -31,6 +31,7 @@ from benchmarks import (
     bank,
     bank_benefit,
     esc10,
+    footage,
     jpeg_quality,
     measure,
     record_features,
@@ -525,3 +526,17 @@ def test_a_longer_run_on_esc_and_the_usual_one_are_tested_on_its_fold_alone(
     longer, usual = trained
     assert (longer["steps"], longer["bank.warmup_steps"]) == ("600", "360")
     assert set(usual) == {"data.select", "seed"}
+
+
+def test_linked_records_have_sources_of_their_own(tmp_path):
+    made = tmp_path / "made"
+    made.mkdir()
+    records = [dataclasses.replace(make_record(n, seconds=1.0), labels={"take": 0}) for n in (0, 1)]
+    info = write_shard(made / shard_name(footage.NAME, "train", 0, 1), records)
+    names = {"take": ["a"]}
+    write_dataset_metadata(made, name=footage.NAME, class_names=names, splits={"train": [info]})
+    RecordDataset(made, "train")  # makes the index
+    linked = RecordDataset(footage.link_records(made, tmp_path / "linked", count=5), "train")
+    assert len(linked) == 6
+    assert len(set(linked.source_numbers.tolist())) == 6
+    assert linked[5].frames == records[1].frames

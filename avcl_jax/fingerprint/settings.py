@@ -36,8 +36,10 @@ class FingerprintSettings:
         """Refuses settings without meaning."""
         if self.speed < 1 or self.speed != int(self.speed):
             raise FingerprintError(f"speed {self.speed} must be a whole number of at least 1")
-        if not 0 < self.hop_seconds < math.inf:
-            raise FingerprintError(f"hop_seconds {self.hop_seconds} must be positive and finite")
+        if not 0.01 <= self.hop_seconds < math.inf:  # below, there are more segments than frames
+            raise FingerprintError(
+                f"hop_seconds {self.hop_seconds} must be at least 0.01 and finite"
+            )
         if self.time_bins < 1 or self.dimensions < 2:
             raise FingerprintError(
                 f"time_bins {self.time_bins} must be at least 1, dimensions {self.dimensions} "

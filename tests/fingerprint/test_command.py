@@ -193,9 +193,12 @@ def test_errors_are_one_line_that_says_what_to_do(films, index, encoders, tmp_pa
         ("--start nan must be", "query", short, "--index", index, "--start", "nan"),
         ("--max-seconds inf must be", "query", short, "--index", index, "--max-seconds", "inf"),
         ("--max-seconds 0.0 must be", "query", short, "--index", index, "--max-seconds", 0),
-        (
-            *("hop_seconds inf must be", "index", films, "--index", tmp_path / "n"),
-            *("--encoder", encoders, "--hop-seconds", "inf"),
+        *(
+            (
+                *(f"hop_seconds {hop} must be", "index", films, "--index", tmp_path / "n"),
+                *("--encoder", encoders, "--hop-seconds", hop),
+            )
+            for hop in ("inf", "1e-09")
         ),
         (f"--index '{tmp_path / 'a b'}' --enc", "query", short, "--index", tmp_path / "a b"),
     ):
