@@ -75,7 +75,7 @@ def check_inputs(config: ml_collections.ConfigDict) -> None:
     Raises:
         UserError: with the setting, or with the command or page that makes the records.
     """
-    if config.get("encoder") == "":
+    if "encoder" in config and config.encoder == "":
         raise UserError("encoder is empty: set --config.encoder=PATH of a run or of an export")
     if "data" not in config or "prepare" not in config.data:
         return

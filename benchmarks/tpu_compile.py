@@ -27,7 +27,6 @@ from avcl_jax import experiment
 from avcl_jax.data.pipeline import batch_shapes
 from avcl_jax.errors import UserError
 from avcl_jax.objectives import feature_bank
-from avcl_jax.objectives.bank_exchange import exchange_bytes
 from avcl_jax.objectives.views import MODALITIES
 from avcl_jax.training import loop, sharding
 from avcl_jax.training.state import state_shardings
@@ -200,23 +199,10 @@ def _setup(
 
 def _about(config: ml_collections.ConfigDict, devices: Any) -> dict[str, Any]:
     """Sizes of a config on devices, and the bytes that its bank exchanges."""
-    spec = loop.loss_spec(config)
-    exchange = {"merge": 0, "gather": 0}
-    if spec.bank is not None:
-        exchange = exchange_bytes(
-            size=config.bank.size,
-            dim=config.model.embedding_dim,
-            dtype=config.bank.dtype,
-            labels=experiment.bank_labels(config),
-            global_batch_size=config.global_batch_size,
-            shards=len(devices),
-            terms=spec.bank_terms,
-            sampling=spec.bank,
-        )._asdict()
     return {
         "chips": len(devices),
         "videos_per_chip": config.global_batch_size // len(devices),
-        "exchange": exchange,
+        "exchange": loop.bank_exchange(config, len(devices))._asdict(),
         "bank_size": config.bank.size,
     }
 

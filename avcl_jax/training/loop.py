@@ -20,7 +20,7 @@ from avcl_jax.data.selection import UsableRecords
 from avcl_jax.data.workers import check_room
 from avcl_jax.errors import UserError
 from avcl_jax.objectives import feature_bank
-from avcl_jax.objectives.bank_exchange import exchange_bytes
+from avcl_jax.objectives.bank_exchange import ExchangeBytes, exchange_bytes
 from avcl_jax.objectives.temporal import TASKS
 from avcl_jax.objectives.views import MODALITIES
 from avcl_jax.paths import absolute_path
@@ -147,6 +147,23 @@ def build(
     return mesh, init, step
 
 
+def bank_exchange(config: ml_collections.ConfigDict, shards: int) -> ExchangeBytes:
+    """Counts bytes that the bank of a config exchanges per device and step; 0 without a bank."""
+    spec = loss_spec(config)
+    if spec.bank is None:
+        return ExchangeBytes(0, 0)
+    return exchange_bytes(
+        size=config.bank.size,
+        dim=config.model.embedding_dim,
+        dtype=config.bank.dtype,
+        labels=experiment.bank_labels(config),
+        global_batch_size=config.global_batch_size,
+        shards=shards,
+        terms=spec.bank_terms,
+        sampling=spec.bank,
+    )
+
+
 def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool:
     """Trains from the newest checkpoint of `workdir`, or from the beginning, to `config.steps`.
 
@@ -268,16 +285,7 @@ def _summary(
     if start is not None and start >= config.steps:
         bank += f" (never used: it starts after step {start})"
     if devices > 1 and spec.bank is not None and spec.bank_terms:
-        moved = exchange_bytes(
-            size=config.bank.size,
-            dim=config.model.embedding_dim,
-            dtype=config.bank.dtype,
-            labels=experiment.bank_labels(config),
-            global_batch_size=config.global_batch_size,
-            shards=devices,
-            terms=spec.bank_terms,
-            sampling=spec.bank,
-        )
+        moved = bank_exchange(config, devices)
         bank += (
             f" ({'merged' if moved.merge < moved.gather else 'gathered'}: merging nearest rows "
             f"would move {moved.merge / 1e6:.1f} MB per device and step, gathering the bank "

@@ -19,10 +19,11 @@ from urllib.parse import quote
 import numpy as np
 
 from avcl_jax.data.media import decode_media
+from avcl_jax.fingerprint.benchmark.timeline import excerpt, joined
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.web.preview import convert
 from tests.conftest import ROOT
-from tests.fingerprint.synthetic import SETTINGS, clip, excerpt, joined, write
+from tests.fingerprint.synthetic import SETTINGS, clip, write
 
 
 def h264(path: Path, media: Any) -> Path:

@@ -11,7 +11,6 @@ import numpy as np
 import scipy.ndimage
 
 from avcl_jax.data.media import DecodedMedia, no_frames
-from avcl_jax.fingerprint.benchmark.timeline import excerpt, joined  # noqa: F401  # for others
 from avcl_jax.fingerprint.settings import FingerprintSettings
 
 FPS, RATE_HZ, SIDE = 16, 8000, 24

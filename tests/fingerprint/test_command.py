@@ -10,9 +10,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from avcl_jax.fingerprint.benchmark.timeline import excerpt
 from avcl_jax.fingerprint.command import main
 from tests.data.synthetic_media import write_stretches
-from tests.fingerprint.synthetic import clip, excerpt, leader, write
+from tests.fingerprint.synthetic import clip, leader, write
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 
 from avcl_jax.fingerprint import database, library
+from avcl_jax.fingerprint.benchmark.timeline import excerpt
 from avcl_jax.fingerprint.database import SourceRow, transaction
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.library import Vectors, verify
 from avcl_jax.fingerprint.projection import fit_projection
 from avcl_jax.fingerprint.settings import FingerprintError
 from tests.conftest import ROOT
-from tests.fingerprint.synthetic import SETTINGS, clip, excerpt, write
+from tests.fingerprint.synthetic import SETTINGS, clip, write
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from avcl_jax.fingerprint import matching
+from avcl_jax.fingerprint.benchmark.timeline import excerpt, joined
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.segments import SegmentFeatures
 from avcl_jax.fingerprint.settings import FingerprintError
-from tests.fingerprint.synthetic import RATE_HZ, SETTINGS, clip, excerpt, joined, leader
+from tests.fingerprint.synthetic import RATE_HZ, SETTINGS, clip, leader
 
 
 def test_an_excerpt_is_found_where_it_was_cut(library):

@@ -10,9 +10,10 @@ import pytest
 from avcl_jax.data import media as media_module
 from avcl_jax.export.runs import open_encoders
 from avcl_jax.fingerprint import segments as segments_module
+from avcl_jax.fingerprint.benchmark.timeline import excerpt
 from avcl_jax.fingerprint.segments import Segmenter
 from avcl_jax.fingerprint.settings import FingerprintSettings
-from tests.fingerprint.synthetic import FPS, RATE_HZ, SETTINGS, clip, excerpt, write
+from tests.fingerprint.synthetic import FPS, RATE_HZ, SETTINGS, clip, write
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ def made(family: str, strength: str = "medium", *, seed: int = 0, name: str = "a
 
 
 def same(media: DecodedMedia, *names: str) -> bool:
-    """Whether arrays of a copy are those of the clip."""
+    """Tests if the arrays of a copy are those of the clip."""
     return all(np.array_equal(getattr(media, name), getattr(CLIP, name)) for name in names)
 
 

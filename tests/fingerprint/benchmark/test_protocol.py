@@ -26,6 +26,7 @@ from avcl_jax.fingerprint.benchmark import clips as benchmark_clips
 from avcl_jax.fingerprint.benchmark import protocol
 from avcl_jax.fingerprint.benchmark.protocol import clip_sets, fingerprinting
 from avcl_jax.fingerprint.benchmark.searchers import BASELINES
+from avcl_jax.fingerprint.benchmark.timeline import joined
 from avcl_jax.fingerprint.settings import FingerprintSettings
 from benchmarks import fingerprint as benchmark
 from benchmarks import measure
@@ -281,10 +282,10 @@ def test_files_are_cut_into_segments_or_named_with_a_reason(tmp_path):
     # In the second segment only dither sounds, or there is nothing at all; from a quarter of a
     # second before it, as the coding of sound spreads it.
     film, black = synthetic.clip(0, 2.75), synthetic.leader(3.25)
-    synthetic.write(tmp_path / "black.mkv", synthetic.joined([film, black]))
+    synthetic.write(tmp_path / "black.mkv", joined([film, black]))
     dither = np.arange(len(black.waveform), dtype=np.int16) % 2
     later = dataclasses.replace(synthetic.clip(1, 3.25), waveform=dither)
-    synthetic.write(tmp_path / "dither.mkv", synthetic.joined([film, later]))
+    synthetic.write(tmp_path / "dither.mkv", joined([film, later]))
     write_clip(tmp_path / "tiny.mp4", 70, side=8)
     settings = {"segment_seconds": 3.0, "short_side": 32, "max_fps": 10.0, "sample_rate_hz": 16_000}
     segments, unused = benchmark_clips.segments_of_files(sorted(tmp_path.iterdir()), **settings)
