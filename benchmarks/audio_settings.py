@@ -33,7 +33,7 @@ from avcl_jax.data.record_format import is_silent
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection, UsableRecords
 from avcl_jax.data.spectrogram import gather_windows, log_mel
-from avcl_jax.evaluation.ablation import FULL, Column, as_table, effects
+from avcl_jax.evaluation.ablation import FULL, as_table, effects
 from avcl_jax.evaluation.evaluate import evaluate
 from avcl_jax.evaluation.temporal import noise_control
 from avcl_jax.evaluation.views import MODEL_INPUTS, PretrainedRun, fixed_views
@@ -92,14 +92,14 @@ VARIANTS: Mapping[str, Variant] = {
     "mean_removed_floor_1e-8": Variant({"spectrogram.floor": 1e-8}, scale=remove_mean),
 }
 COLUMNS = (
-    Column("class", "probe.class_from_audio.pretrained", ""),
-    Column("speed", "temporal.speed_audio.accuracy", ""),
-    Column("direction", "temporal.direction_audio.accuracy", ""),
-    Column("order", "temporal.order_aa.accuracy", ""),
-    Column("R@1 of the other view", "controls.other_view", ""),
-    Column("the same by level alone", "controls.other_view_by_level", ""),
-    Column("speed of noise", "controls.speed_audio", ""),
-    Column("direction of noise", "controls.direction_audio", ""),
+    ("class", "probe.class_from_audio.pretrained", ""),
+    ("speed", "temporal.speed_audio.accuracy", ""),
+    ("direction", "temporal.direction_audio.accuracy", ""),
+    ("order", "temporal.order_aa.accuracy", ""),
+    ("R@1 of the other view", "controls.other_view", ""),
+    ("the same by level alone", "controls.other_view_by_level", ""),
+    ("speed of noise", "controls.speed_audio", ""),
+    ("direction of noise", "controls.direction_audio", ""),
 )
 
 

@@ -42,17 +42,6 @@ FULL = "full"
 CONFIDENCE = 0.95
 
 
-class Column(NamedTuple):
-    """Column of the table: the metric at `path`, keys of a run's results.json joined by dots.
-
-    Without the loss term `term` it is meaningless; "" if there is none.
-    """
-
-    title: str
-    path: str
-    term: str
-
-
 class Effect(NamedTuple):
     """Effect of leaving a part out on one metric.
 
@@ -148,26 +137,24 @@ def ablate(
         _check_run(variant, *runs[variant, seed])
     _check_metrics(config)
     # Seed by seed, so that a sweep that is stopped has whole comparisons.
-    for variant, seed in [(variant, seed) for seed in seeds for variant in ours]:
-        run, directory = runs[variant, seed]
-        if (variant, seed) not in left:
+    for (variant, seed), (run, directory) in runs.items():
+        if (variant, seed) in left:
+            print(f"\nablation: {variant}, seed {seed}: {directory}", flush=True)
+            if not pretrain(_task(run, experiment.PRETRAIN), directory):
+                return None
+            evaluate(_task(run, _EVALUATE), directory)
+        elif variant in ours:
             print(f"ablation: {variant}, seed {seed} is measured", flush=True)
-            continue
-        print(f"\nablation: {variant}, seed {seed}: {directory}", flush=True)
-        if not pretrain(_task(run, experiment.PRETRAIN), directory):
-            return None
-        evaluate(_task(run, _EVALUATE), directory)
-    measured = {key: _results(*run) for key, run in runs.items()}
-    found = {key: results for key, results in measured.items() if results}
+    found = {key: results for key, run in runs.items() if (results := _results(*run))}
     if missing := [f"{v} seed {s}" for v, s in runs if (v, s) not in found]:
         print(f"ablation: {len(missing)} runs are not finished yet, first {missing[0]}", flush=True)
         return None
-    (first, results), *others = found.items()
-    for key, other in others:
-        if other["data"] != results["data"]:
+    (first, results), *others = ((f"{v} seed {s}", found[v, s]) for v, s in runs)
+    for other, of_other in others:
+        if of_other["data"] != results["data"]:
             raise UserError(
-                f"{key[0]} seed {key[1]} was measured on other data than {first[0]} seed "
-                f"{first[1]}: delete its directory in the workdir, or that of the other"
+                f"{other} was measured on other data than {first}: delete its directory in the "
+                "workdir, or that of the other"
             )
     return _write(config, workdir, found, variants, seeds)
 
@@ -252,47 +239,44 @@ def effect(values: Sequence[float], full: Sequence[float]) -> Effect:
 
 def effects(
     results: Mapping[tuple[str, int], Mapping[str, Any]],
-    columns: Sequence[Column],
+    columns: Sequence[tuple[str, str, str]],
     variants: Sequence[str],
     seeds: Sequence[int],
 ) -> dict[str, dict[str, Effect | None]]:
-    """Returns the effect of every variant on every metric.
+    """Returns the effect of every variant on every metric, by title and variant.
+
+    An effect is None where a variant does not have the metric, or was not trained for it:
+    retrieval without an objective across modalities still says something, the head of a temporal
+    task that was left out does not.
 
     Args:
         results: results.json of each (variant, seed).
+        columns: title of each metric, its path (keys of results.json joined by dots), and the loss
+            term without which it is meaningless, or "".
         variants: names, "full" among them.
-
-    Returns:
-        By column and variant; None where a variant does not have it, or was not trained for it
-        (retrieval without an objective across modalities still says something, the head of a
-        temporal task that was left out does not).
 
     Raises:
         UserError: if the whole method lacks a metric.
     """
 
-    def values(variant: str, column: Column) -> list[float] | None:
-        runs = [results[variant, seed] for seed in seeds]
-        if column.term and not all(run["config"]["loss"]["weights"][column.term] for run in runs):
+    def values(variant: str, path: str, term: str) -> list[float] | None:
+        runs: list[Any] = [results[variant, seed] for seed in seeds]
+        if term and not all(run["config"]["loss"]["weights"][term] for run in runs):
             return None
-        keys = column.path.split(".")
         try:
-            nodes: list[Any] = [functools.reduce(operator.getitem, keys, run) for run in runs]
+            return [float(functools.reduce(operator.getitem, path.split("."), run)) for run in runs]
         except KeyError:
             return None
-        return [float(node) for node in nodes]
 
     compared: dict[str, dict[str, Effect | None]] = {}
-    for column in columns:
-        by_variant = {variant: values(variant, column) for variant in variants}
-        if (full := by_variant[FULL]) is None:
+    for title, path, term in columns:
+        if (full := values(FULL, path, term)) is None:
             raise UserError(
-                f"runs of {FULL!r} have no {column.path}, or are not trained for it: "
-                "correct ablation.metrics"
+                f"runs of {FULL!r} have no {path}, or are not trained for it: correct "
+                "ablation.metrics"
             )
-        compared[column.title] = {
-            variant: None if of is None else effect(of, full) for variant, of in by_variant.items()
-        }
+        found = {variant: values(variant, path, term) for variant in variants}
+        compared[title] = {v: None if of is None else effect(of, full) for v, of in found.items()}
     return compared
 
 
@@ -303,8 +287,7 @@ def _write(
     variants: Sequence[str],
     seeds: Sequence[int],
 ) -> dict[str, Any]:
-    columns = [Column(*column) for column in config.ablation.metrics]
-    compared = effects(found, columns, variants, seeds)
+    compared = effects(found, config.ablation.metrics, variants, seeds)
     results = {
         "protocol": "ablation",
         "protocol_version": VERSION,
@@ -354,11 +337,8 @@ def _cell(found: Effect | None, variant: str) -> str:
             for value in (found.mean, min(found.values), max(found.values))
         )
         return f"{mean} ({low} to {high})"
-    difference = as_text(found.difference, signed=True)
-    if not np.isfinite(found.low):
-        return difference
-    # Student's interval is symmetric.
-    return f"{difference} ±\u00a0{50 * (found.high - found.low):.1f}"
+    half = f" ±\u00a0{50 * (found.high - found.low):.1f}"  # Student's interval is symmetric
+    return as_text(found.difference, signed=True) + half * bool(np.isfinite(found.low))
 
 
 def _report(
@@ -367,19 +347,15 @@ def _report(
     variants: Sequence[str],
     seeds: Sequence[int],
 ) -> str:
-    panels: dict[str, dict[str, tuple[float, float, float, list[float]]]] = {}
-    for what, by_variant in compared.items():
-        full = by_variant[FULL]
-        panels[what] = {
-            v.replace("_", " "): (
-                e.difference,
-                e.low,
-                e.high,
-                np.subtract(e.values, full.values).tolist(),
-            )
+    panels = {
+        what: {
+            v.replace("_", " "): (*e[2:], np.subtract(e.values, full.values).tolist())
             for v, e in by_variant.items()
             if v != FULL and e and full
         }
+        for what, by_variant in compared.items()
+        for full in [by_variant[FULL]]
+    }
     changes = {
         name.replace("_", " "): "; ".join(f"{setting} = {value}" for setting, value in settings)
         for name, settings in config.ablation.variants

@@ -71,8 +71,7 @@ def compare_runs(
         p-values corrected for their number.
 
     Raises:
-        UserError: if they are not of one protocol and version, or not over the same units or
-            data.
+        UserError: if they are not of one protocol and version, or over other units or data.
     """
     (first, outcomes), *others = runs
     paired = []
@@ -94,17 +93,14 @@ def compare_runs(
         place = {unit: row for row, unit in enumerate(found.units)}
         rows = np.array([place[unit] for unit in outcomes.units])
         values = {name: array[rows] for name, array in found.values.items()}
-        paired.append(Outcomes(outcomes.units, [found.sources[row] for row in rows], values))
+        paired.append(Outcomes(outcomes.units, outcomes.sources, values))
     compared = {}
     for name, metric in first["metrics"].items():
         if not all(name in other["metrics"] for other, _ in others):
             continue
-        ours, sources = inputs_of(metric, outcomes)
-        pairs = []
+        (ours, sources), chosen, pairs = inputs_of(metric, outcomes), metric["chosen"], []
         for found in paired:
-            if (chosen := metric["chosen"]) and (
-                found.values[chosen] != outcomes.values[chosen]
-            ).any():
+            if chosen and (found.values[chosen] != outcomes.values[chosen]).any():
                 raise UserError(
                     f"runs are over different units in {metric['what']}: compare runs on the same "
                     "data"
@@ -163,8 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if len(given.runs) < 2:
             raise UserError(f"compare needs at least two runs, got {given.runs[0]}")
         runs = [read_run(run) for run in given.runs]
-        results = [of_run for of_run, _ in runs]
-        first = results[0]
+        first, *_ = results = [of_run for of_run, _ in runs]
         resamples = given.resamples or first["config"]["bootstrap"]["resamples"]
         compared = compare_runs(
             runs, resamples=resamples, seed=given.seed, other_data=given.other_data

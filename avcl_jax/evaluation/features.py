@@ -27,9 +27,6 @@ from avcl_jax.errors import UserError
 from avcl_jax.export import Encoder
 from avcl_jax.export.runs import EncoderSource
 
-MFCC_COEFFICIENTS = 20
-MEL_BANDS = 128
-
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSpec:
@@ -104,12 +101,10 @@ def record_features(
 ) -> list[dict[str, np.ndarray]]:
     """Returns features by several encoders; each record is rendered and encoded once.
 
-    Every host computes its parts on its own devices; existing parts in `directory` are reused.
-
     Args:
         networks: encoders of one architecture and preprocessing, by name.
         sides: selected records, for instance those of training and test of several splits.
-        directory: directory of the cache: that of the version of a protocol.
+        directory: `Context.directory`, whose existing parts are reused.
 
     Returns:
         For each side, by network, float32 [records, C], or [records, clips, C] with record_pooling
@@ -210,24 +205,22 @@ def _pooling(encoder: Encoder, kind: str) -> Callable[[Any, jax.Array], jax.Arra
 def classical_features(waveform: np.ndarray, sample_rate_hz: int) -> Mapping[str, np.ndarray]:
     """Returns features of whole audio from before neural networks: a baseline of encoders.
 
-    Definitions are those of librosa's defaults: windows of 2,048 samples every 512, 128 mel bands,
-    decibels.
+    Definitions are librosa's defaults: windows of 2,048 samples every 512, 128 mel bands in
+    decibels, 20 MFCCs.
 
     Returns:
         "mfcc" float32 [80] and "log_mel" [512] of int16 [samples]: mean, standard deviation,
         minimum and maximum over time of each coefficient and band.
     """
     samples = librosa.util.buf_to_float(waveform, n_bytes=2)
-    power = librosa.feature.melspectrogram(y=samples, sr=sample_rate_hz, n_mels=MEL_BANDS)
+    power = librosa.feature.melspectrogram(y=samples, sr=sample_rate_hz)
     decibels = librosa.power_to_db(power)
-    mfcc = librosa.feature.mfcc(S=decibels, n_mfcc=MFCC_COEFFICIENTS)
-    return {"mfcc": _statistics(mfcc), "log_mel": _statistics(decibels)}
-
-
-def _statistics(values: np.ndarray) -> np.ndarray:
     # Minimum and maximum too: on ESC-10 they are worth 3 points to the log-mel baseline.
-    parts = [values.mean(axis=1), values.std(axis=1), values.min(axis=1), values.max(axis=1)]
-    return np.concatenate(parts).astype(np.float32)
+    statistics = (np.mean, np.std, np.min, np.max)
+    return {
+        name: np.concatenate([of(values, axis=1) for of in statistics]).astype(np.float32)
+        for name, values in (("mfcc", librosa.feature.mfcc(S=decibels)), ("log_mel", decibels))
+    }
 
 
 def classical_record_features(

@@ -11,7 +11,7 @@ from scipy import stats
 from avcl_jax import experiment
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation import ablation
-from avcl_jax.evaluation.ablation import Column, effect, effects, variant_config, variants_of
+from avcl_jax.evaluation.ablation import effect, effects, variant_config, variants_of
 from avcl_jax.evaluation.evaluate import PROTOCOL, evaluate
 from avcl_jax.training.loop import pretrain
 from configs import ablation as ablation_config
@@ -83,8 +83,8 @@ def test_a_metric_that_a_variant_lacks_is_left_out_and_one_that_all_lack_refused
         ("half_speed", 0): run(0.5, temporal=speed, retrieval={}),
     }
     columns = [
-        Column("speed", "temporal.speed.accuracy", "speed_video"),
-        Column("R@5", "retrieval.audio_to_video.r5", ""),
+        ("speed", "temporal.speed.accuracy", "speed_video"),
+        ("R@5", "retrieval.audio_to_video.r5", ""),
     ]
     found = effects(results, columns, ["full", "no_speed", "half_speed"], [0])
     means = {
@@ -97,7 +97,7 @@ def test_a_metric_that_a_variant_lacks_is_left_out_and_one_that_all_lack_refused
     assert ablation.as_table(found, ["full", "no_speed"]).endswith("| no speed | – | +0.0 |")
     for variant, column in (("half_speed", columns[1]), ("no_speed", columns[0])):
         alone = {("full", 0): results[variant, 0]}
-        with pytest.raises(ValueError, match=rf"no {column.path}, or are not trained for it"):
+        with pytest.raises(ValueError, match=rf"no {column[1]}, or are not trained for it"):
             effects(alone, [column], ["full"], [0])
 
 
