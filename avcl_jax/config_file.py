@@ -61,7 +61,7 @@ def _config_names(argv: Sequence[str]) -> list[str]:
 
 
 def _load(name: str, parse: Callable[[str], Any]) -> ml_collections.ConfigDict:
-    file, _, preset = name.partition(":")
+    file = name.partition(":")[0]
     if not Path(file).is_file():
         known = [str(path.relative_to(_CONFIGS.parent)) for path in sorted(_CONFIGS.glob("*.py"))]
         near = difflib.get_close_matches(file, known, n=1)
@@ -75,7 +75,7 @@ def _load(name: str, parse: Callable[[str], Any]) -> ml_collections.ConfigDict:
         raise UserError(f"--config={name}: a config is a Python file, see those in {_CONFIGS}")
     try:
         return parse(name)
-    except (UserError, AttributeError, TypeError) as error:
+    except (UserError, AttributeError) as error:
         # The parser raises the type that the file raised, with a traceback for its message.
         cause = error.__context__ or error
         problem = None
@@ -83,8 +83,6 @@ def _load(name: str, parse: Callable[[str], Any]) -> ml_collections.ConfigDict:
             problem = str(cause)
         elif isinstance(cause, AttributeError) and cause.name == "get_config":
             problem = f"{file} has no get_config, so it is not a config"
-        elif preset and isinstance(cause, TypeError) and "get_config() takes 0" in str(cause):
-            problem = f"{file} has no presets: leave out :{preset}"
         if problem:
             raise UserError(f"--config={name}: {problem}") from error
         raise

@@ -20,8 +20,7 @@ def get_config(preset: str = "demo") -> ConfigDict:
     c.unlock()
     c.update(task="avcl_jax.evaluation.ablation:ablate", name=f"ablation_{preset}")
     c.evaluation, c.bootstrap = measured.evaluation, measured.bootstrap
-    for setting in ("chunk", "part_records"):
-        c.execution[setting] = measured.execution[setting]
+    c.execution = {**measured.execution, **c.execution}
     c.data.allow_trained_on = measured.data.allow_trained_on
     if preset == "demo":  # 2.5 minutes per run on 2 CPU cores, evaluation included
         c.steps = 900

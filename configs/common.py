@@ -5,7 +5,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from avcl_jax.errors import UserError
 from configs import datasets
 
 # Name → function that returns the preset, or the one that it changes, and changes by setting.
@@ -21,12 +20,10 @@ def choose(
 ) -> ConfigDict:
     """Returns the config of `--config=FILE:PRESET`, locked.
 
-    Args:
-        data: function from the row of `datasets.DATASETS` with the preset's name to its records.
-        name: name of the config, after which its workdir is named, with {} for the preset.
+    `data` returns the section `data` of a preset that is a row of `datasets.DATASETS`; `name` is
+    that of the config and its workdir, with {} for the preset.
     """
-    if preset not in presets:
-        raise UserError(f"unknown preset {preset!r}: use one of {', '.join(presets)}")
+    datasets.check_preset(preset, presets)
     function, changes = presets[preset]
     config = function()
     if data is not None and preset in datasets.DATASETS:
@@ -52,9 +49,8 @@ def execution(**settings: int | str) -> ConfigDict:
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: newest checkpoints that are kept.
     """
-    # Compiled programs are kept here for the next start; "" keeps none. Only process 0 writes, so
-    # hosts of a pod need a directory that all of them see: gs://bucket/xla. JAX's own variable
-    # JAX_COMPILATION_CACHE_DIR goes first.
+    # Compiled programs are kept here for the next start; "" keeps none. Process 0 writes, so hosts
+    # of a pod need one that all see: gs://bucket/xla. JAX_COMPILATION_CACHE_DIR goes first.
     return ConfigDict(settings | {"compilation_cache": "~/.cache/avcl_jax/xla"})
 
 
@@ -68,7 +64,6 @@ def protocol(task: str, name: str) -> ConfigDict:
 
 def linear_probe() -> ConfigDict:
     """Returns the settings of the linear probe, `evaluation.linear`."""
-    p = ConfigDict(dict(iterations=500, tolerance=1e-5))
-    p.costs = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # candidates for C
-    p.folds = 5  # of the training sources, by which C is chosen
+    p = ConfigDict(dict(iterations=500, tolerance=1e-5, folds=5))  # folds of the training sources
+    p.costs = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C is chosen from these by the folds
     return p

@@ -9,7 +9,6 @@ Writes RUN/results.json and RUN/report.html.
 
 from ml_collections import ConfigDict
 
-from avcl_jax.errors import UserError
 from configs import datasets
 from configs.common import execution, linear_probe
 
@@ -24,10 +23,8 @@ def get_config(preset: str = "run") -> ConfigDict:
     esc10: a run that was pretrained without fold 1; other folds by the two selections.
     others: ten views, as the field does. No run of that size has been evaluated with this code.
     """
-    known = ["run", "demo", "abstract", "esc10"]
-    known += ["kinetics400", "kinetics600", "vggsound", "audioset"]
-    if preset not in known:
-        raise UserError(f"unknown preset {preset!r}: use one of {', '.join(known)}")
+    full_size = ("kinetics400", "kinetics600", "vggsound", "audioset")
+    datasets.check_preset(preset, ("run", "demo", "abstract", "esc10", *full_size))
     # The run runs/NAME is evaluated where no --workdir is given.
     name = "demo" if preset == "run" else preset
     c = ConfigDict(dict(task="avcl_jax.evaluation.evaluate:evaluate", name=name))
@@ -46,19 +43,18 @@ def get_config(preset: str = "run") -> ConfigDict:
     e.update(probes=(), probe=linear_probe())  # linear probes of (label, modality)
     e.position_cells = 8  # histogram of position: cells x cells
 
-    # Of views, for temporal tasks, drawn as in training, one playback for both modalities.
-    e.pairs_per_video = 10
+    e.pairs_per_video = 10  # of views for temporal tasks, drawn as in training by one playback
 
     # Supervised encoders, an upper bound for each probe, by a fixed budget, from these views of
     # each training record at the speeds above; results.json has the training loss.
     e.supervised = dict(enabled=False, video=dict(views=8), audio=dict(views=24))
-    e.supervised.video.fit = _fit(4e-3, epochs=30, decay_epochs=6)
-    e.supervised.audio.fit = _fit(6e-3, epochs=40, decay_epochs=12)
+    e.supervised.video.fit = _fit(learning_rate=4e-3, epochs=30, decay_epochs=6)
+    e.supervised.audio.fit = _fit(learning_rate=6e-3, epochs=40, decay_epochs=12)
 
     # Null controls: networks trained on speed and direction of stationary noise.
     e.null = dict(train_split="", test_split="")  # records of noise; "" leaves the controls out
     e.null.update(train_views=3, test_views=5)  # of each record at each speed in each direction
-    e.null.fit = _fit(4e-3, epochs=4, decay_epochs=1)
+    e.null.fit = _fit(learning_rate=4e-3, epochs=4, decay_epochs=1)
 
     e.report = dict(queries=3, results=5, stills=3)  # queries in each direction
 
@@ -79,8 +75,6 @@ def get_config(preset: str = "run") -> ConfigDict:
     return c.lock()
 
 
-def _fit(learning_rate: float, epochs: int, decay_epochs: int) -> ConfigDict:
-    """Returns the training of a network on labels: `evaluation.classifier.FitSpec`."""
-    f = ConfigDict(dict(batch_size=32, learning_rate=learning_rate, weight_decay=0.05))
-    f.update(epochs=epochs, decay_epochs=decay_epochs)  # the learning rate falls to 0 in the last
-    return f
+def _fit(**settings: float) -> dict[str, float]:
+    """Returns the training on labels; in the `decay_epochs`, the last, the rate falls to 0."""
+    return dict(batch_size=32, weight_decay=0.05, **settings)

@@ -97,50 +97,22 @@ def ucf101() -> ConfigDict:
     c.optimizer.update(schedule="multistep", warmup_epochs=0.0, factor=0.3)
     c.optimizer.update(milestones=(55.0, 75.0, 95.0), head_factor=1.0, head_epochs=25.0)
 
-    c.test = dict(clips=10, crops=1)
-    c.bootstrap = dict(resamples=2000)
+    c.update(test=dict(clips=10, crops=1), bootstrap=dict(resamples=2000))
     c.execution = execution(workers=32, threads=1, prefetch=2, chunk=8, part_records=1024, fsdp=1)
     c.execution.update(remat="none", log_every=100, checkpoint_every=2_000, keep_checkpoints=1)
     return c
 
 
-def kinetics400() -> ConfigDict:
-    """Kinetics-400, trained on train, tested on val: docs/data/kinetics.md.
-
-    Schedule of R(2+1)D (Tran et al., CVPR 2018; facebookresearch/VMZ,
-    scripts/train_r2plus1d_kinetics.sh): SGD 0.01 for a batch of 32, falling by 0.1, weight decay
-    1e-4. Its 35 million clips are 140 epochs of one clip, for training from scratch; here 45, with
-    falls at 20, 30 and 40, and the learning rate scaled to the batch. Intended hardware: 8 GPUs of
-    80 GB or TPU v5e-32. Not run.
-    """
-    c = ucf101()
-    c.update(epochs=45.0, global_batch_size=256)
-    c.clip.update(seconds=1.0, num_frames=16)
-    c.update(crop=dict(min_area=0.3), head=dict(dropout=0.2))
-    c.optimizer.update(name="sgd", weight_decay=1e-4, warmup_epochs=5.0, head_epochs=0.0)
-    c.optimizer.update(learning_rate=0.08, factor=0.1, milestones=(20.0, 30.0, 40.0))
-    return c
-
-
-def esc50() -> ConfigDict:
-    """ESC-50, its five folds: docs/data/esc50.md.
-
-    Schedule after AST (Gong et al., Interspeech 2021; YuanGongND/ast, egs/esc50/run_esc.sh): Adam
-    1e-4, batch 48, 35 epochs of whole 5 s files with masked bands. Here the rate falls as a cosine,
-    the last epoch is reported, and clips are 2 s, so epochs are three times as many. Intended
-    hardware: 1 GPU. Not run on all of ESC-50.
-    """
-    c = ucf101()
-    c.modality = "audio"
-    c.clip.update(seconds=2.0, num_frames=0, image_size=0)
-    c.spectral.mask_mels = 10
-    c.update(epochs=105.0, global_batch_size=48, label_smoothing=0.1)
-    c.optimizer.update(schedule="cosine", warmup_epochs=5.0, milestones=(), weight_decay=0.05)
-    c.optimizer.update(learning_rate=1e-4, head_factor=10.0, head_epochs=0.0)
-    c.execution.workers = 8
-    return c
-
-
+# ESC-50, its five folds: docs/data/esc50.md. Schedule after AST (Gong et al., Interspeech 2021;
+# YuanGongND/ast, egs/esc50/run_esc.sh): Adam 1e-4, batch 48, 35 epochs of whole 5 s files with
+# masked bands. Here the rate falls as a cosine, the last epoch is reported, and clips are 2 s, so
+# epochs are three times as many. Intended hardware: 1 GPU. Not run on all of ESC-50.
+_ESC50 = {
+    **{"modality": "audio", "clip.num_frames": 0, "clip.image_size": 0, "spectral.mask_mels": 10},
+    **{"global_batch_size": 48, "label_smoothing": 0.1, "execution.workers": 8},
+    **{"optimizer.schedule": "cosine", "optimizer.milestones": (), "optimizer.weight_decay": 0.05},
+    **{"optimizer.warmup_epochs": 5.0, "optimizer.head_factor": 10.0, "optimizer.head_epochs": 0.0},
+}
 PRESETS: Presets = {
     "demo": (demo, {}),
     # Material of the demo's audio, from the audio encoder of `make demo`.
@@ -158,23 +130,35 @@ PRESETS: Presets = {
         | {"optimizer.milestones": (80.0, 110.0, 130.0)}
         | {f"photometric.{name}": 1.0 for name in ("brightness", "contrast", "saturation")},
     ),
-    "kinetics400": (kinetics400, {}),
-    "esc50": (esc50, {}),
+    # Trained on train, tested on val: docs/data/kinetics.md. Schedule of R(2+1)D (Tran et al., CVPR
+    # 2018; facebookresearch/VMZ, scripts/train_r2plus1d_kinetics.sh): SGD 0.01 for a batch of 32,
+    # falling by 0.1, weight decay 1e-4. Its 35 million clips are 140 epochs of one clip, for
+    # training from scratch; here 45, with falls at 20, 30 and 40, and the learning rate scaled to
+    # the batch. Intended hardware: 8 GPUs of 80 GB or TPU v5e-32. Not run.
+    "kinetics400": (
+        ucf101,
+        {"epochs": 45.0, "global_batch_size": 256, "clip.seconds": 1.0, "clip.num_frames": 16}
+        | {"crop.min_area": 0.3, "head.dropout": 0.2, "optimizer.name": "sgd"}
+        | {"optimizer.learning_rate": 0.08, "optimizer.warmup_epochs": 5.0}
+        | {"optimizer.milestones": (20.0, 30.0, 40.0), "optimizer.factor": 0.1}
+        | {"optimizer.weight_decay": 1e-4, "optimizer.head_epochs": 0.0},
+    ),
+    "esc50": (ucf101, _ESC50),
     # Five folds, for encoders of the demo's size, `--config.encoder='runs/esc10/seed0/fold{fold}'`,
     # on 2 CPU cores: docs/protocols/action_recognition.md has results. The learning rate is the
     # demo's; the epochs were chosen for their time.
     "esc10": (
-        esc50,
-        {"epochs": 60.0, "model.dtype": "float32", "optimizer.learning_rate": 1e-3}
+        ucf101,
+        {**_ESC50, "epochs": 60.0, "model.dtype": "float32", "optimizer.learning_rate": 1e-3}
         | {"execution.workers": 0, "execution.threads": 2, "execution.prefetch": 4}
         | {"execution.log_every": 20, "execution.checkpoint_every": 200},
     ),
     # 309 classes from audio: docs/data/vggsound.md. The schedule is our choice: no relative
     # fine-tunes on it. Intended hardware: 1 GPU. Not run.
     "vggsound": (
-        esc50,
-        {"epochs": 30.0, "global_batch_size": 256, "clip.seconds": 5.0, "spectral.mask_mels": 6}
-        | {"head.dropout": 0.2, "optimizer.learning_rate": 5e-4, "optimizer.warmup_epochs": 2.0}
-        | {"execution.workers": 32},
+        ucf101,
+        {**_ESC50, "epochs": 30.0, "global_batch_size": 256, "clip.seconds": 5.0}
+        | {"spectral.mask_mels": 6, "head.dropout": 0.2, "optimizer.learning_rate": 5e-4}
+        | {"optimizer.warmup_epochs": 2.0, "execution.workers": 32},
     ),
 }

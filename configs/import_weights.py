@@ -10,18 +10,26 @@ importing does not touch are those of configs/pretrain.py:kinetics400.
 
 from ml_collections import ConfigDict
 
-from avcl_jax.errors import UserError
 from avcl_jax.export.torch_names import CODE_BASES
 from avcl_jax.models import encoders
-from configs import pretrain
+from configs import datasets, pretrain
+
+# Frames and seconds of a clip, image size, and mean and standard deviation of each colour.
+_VIDEO_INPUT = {
+    # torchvision.transforms._presets.VideoClassification, 15 fps
+    "torchvision": (16, 16 / 15, 112, (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)),
+    # its configs/main/avid/kinetics/Cross-N1024.yaml
+    "avid": (8, 0.5, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    # its README and datasets/GDTPretrainDataset.py
+    "gdt": (30, 1.0, 112, (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)),
+}
 
 
 def get_config(preset: str = "torchvision,r2plus1d_18") -> ConfigDict:
     """Returns the import of `CODE_BASE,ENCODER`, with the input of its training."""
-    code_base, _, name = preset.partition(",")
-    if code_base not in CODE_BASES or name not in CODE_BASES[code_base].tables:
-        known = [f"{base},{n}" for base, names in CODE_BASES.items() for n in names.tables]
-        raise UserError(f"unknown preset {preset!r}: use one of {' '.join(known)}")
+    known = [f"{base},{n}" for base, names in CODE_BASES.items() for n in names.tables]
+    datasets.check_preset(preset, known)
+    code_base, name = preset.split(",")
     full = pretrain.kinetics400()
     c = ConfigDict(dict(task="avcl_jax.export.torch_weights:import_weights", checkpoint=""))
     c.update(name=f"{code_base}_{name}", code_base=code_base)
@@ -33,23 +41,11 @@ def get_config(preset: str = "torchvision,r2plus1d_18") -> ConfigDict:
     c.modalities = "video" if name in encoders.VIDEO else "audio"
     c.model[c.modalities].name = name
     if c.modalities == "video":
-        _set_video_input(c, code_base)
+        frames, seconds, size, mean, std = _VIDEO_INPUT[code_base]
+        c.views.update(num_frames=frames, clip_seconds=seconds)
+        c.crop.image_size = 224 if name == "s3d" else size
+        c.model.video.update(channel_mean=mean, channel_std=std)
+        c.spectrogram.frames = 1  # audio is not read, but a clip must have whole windows
+        if code_base == "torchvision":
+            c.spectrogram.sample_rate_hz = 24_000  # 25,600 samples in 16 / 15 s
     return c.lock()
-
-
-def _set_video_input(c: ConfigDict, code_base: str) -> None:
-    c.spectrogram.frames = 1  # audio is not read, but a clip must have whole windows
-    if code_base == "torchvision":  # torchvision.transforms._presets.VideoClassification, 15 fps
-        mean, std = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
-        c.views.update(num_frames=16, clip_seconds=16 / 15)
-        c.spectrogram.sample_rate_hz = 24_000  # 25,600 samples in this interval
-        c.crop.image_size = 224 if c.model.video.name == "s3d" else 112
-    elif code_base == "avid":  # its configs/main/avid/kinetics/Cross-N1024.yaml
-        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-        c.views.update(num_frames=8, clip_seconds=0.5)
-        c.crop.image_size = 224
-    else:  # GDT's README and datasets/GDTPretrainDataset.py
-        mean, std = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
-        c.views.update(num_frames=30, clip_seconds=1.0)
-        c.crop.image_size = 112
-    c.model.video.update(channel_mean=mean, channel_std=std)

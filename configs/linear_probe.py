@@ -6,9 +6,8 @@
 
 `encoder` is the workdir of a pretraining run, an export, or imported weights. docs/protocols.md
 defines the protocol; it is the probe of configs/evaluate.py, and gives the same accuracy for the
-same records. esc10 was run whole, too. Memory on the host: features of the trained and of the
-random encoder, and one of them twice over the devices: at 512 channels 0.4 GB each for VGG-Sound, 4
-GB for AudioSet.
+same records. esc10 was run whole, too. Host memory: features of the trained and the random encoder,
+and of one again twice over the devices: 0.4 GB each for VGG-Sound at 512 channels, AudioSet 4 GB.
 """
 
 from ml_collections import ConfigDict

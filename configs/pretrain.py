@@ -48,9 +48,8 @@ def demo() -> ConfigDict:
     """
     c = ConfigDict(dict(task="avcl_jax.training.loop:pretrain", seed=0))
     c.update(steps=1500, global_batch_size=32)
-    # Above 1, the networks process the batch in this many parts and the losses the whole: for
-    # contrastive batches larger than memory, with one more forward pass. Batch normalisation is
-    # then over a part: docs/large_batches.md.
+    # Above 1, networks process the batch, and normalise it, in this many parts, and losses the
+    # whole: for contrastive batches larger than memory (docs/large_batches.md).
     c.micro_batches = 1
     c.modalities = "audio_visual"  # or "video", "audio"
     c.data = datasets.training("demo")
@@ -70,13 +69,11 @@ def demo() -> ConfigDict:
     c.model = encoders("resnet", "resnet", subtract_time_mean=True)
     c.model.update(dtype="float32", embedding_dim=128, projection_hidden=256, temporal_hidden=128)
 
-    c.loss = dict(temperature=0.1, positive_weight=0.02)
-    # Terms of modalities that are not trained are left out. In a batch, the weight of a term is
-    # multiplied by the fraction of its examples that count: for order 0.80 here, because some pairs
-    # of speeds have no order.
-    c.loss.weights = dict(vv=0.5, va=1.0, aa=0.5, order_vv=0.5, order_aa=0.5, order_va=0.5)
-    c.loss.weights.update(speed_video=0.5, speed_audio=0.5)
-    c.loss.weights.update(direction_video=0.5, direction_audio=0.5)
+    # Terms of modalities that are not trained are left out. A term's weight is multiplied by the
+    # fraction of its examples that count: for order 0.80 here, as some pairs of speeds have none.
+    weights = dict(vv=0.5, va=1.0, aa=0.5, order_vv=0.5, order_aa=0.5, order_va=0.5)
+    weights.update(speed_video=0.5, speed_audio=0.5, direction_video=0.5, direction_audio=0.5)
+    c.loss = dict(temperature=0.1, positive_weight=0.02, weights=weights)
 
     # Rows, two per video: a multiple of twice the batch. A bank is used once it is full; 0 is none.
     c.bank = dict(size=256, dtype="float32")
@@ -112,9 +109,8 @@ def kinetics400() -> ConfigDict:
 
     Intended hardware: TPU v5e-32 or 8 GPUs of 80 GB. Its step lowers (tests/test_configs.py); no
     training of this size has been run with this code, so there is no accuracy to expect yet. Each
-    scientific value has its reason beside it, or "untested". The values of AVID-CMA, GDT,
-    CrissCross and BraVe ("the relatives") are in docs/reproduction.md, "Settings beside those of
-    relatives".
+    scientific value has its reason beside it, or "untested". "The relatives" are AVID-CMA, GDT,
+    CrissCross and BraVe: docs/reproduction.md, "Settings beside those of relatives".
     """
     c = ConfigDict(dict(task="avcl_jax.training.loop:pretrain", seed=0))
     c.steps = 96_000  # 200 epochs, as GDT
@@ -143,15 +139,13 @@ def kinetics400() -> ConfigDict:
     c.pixels = dict(mean=0.5, std=0.25)  # near GDT's 0.45 and 0.225
 
     c.spectrogram = dict(sample_rate_hz=16_000, mels=80)  # as CrissCross; mels as BraVe too
-    # Windows do not overlap at any speed, so more windows are shorter and resolve fewer bands: 24
-    # of 500 samples (31 ms; relatives 7 to 64 ms) resolve 80 independent bands, the demo's 250
-    # samples 66 of 80. The step in time is larger than any relative's (3 to 10 ms); on ESC-10 speed
-    # and direction lose at most 4 points with it (95 %).
+    # Windows do not overlap at any speed, so more are shorter and resolve fewer bands: 24 of 500
+    # samples (31 ms; relatives 7 to 64) resolve all 80, the demo's 250 samples 66. The step in time
+    # exceeds relatives' (3 to 10 ms): speed and direction on ESC-10 lose at most 4 points (95 %).
     c.spectrogram.update(frames=24, where="device")
     c.spectrogram.update(min_hz=60.0, max_hz=7_600.0)  # BraVe from 80
     # The mean as CrissCross: its -5.37 for windows of 1,024 is -6.80 for 500 (power grows with the
-    # window's square). std is untested. A floor of 1e-8 after removing the file's mean costs 4
-    # points on ESC-10.
+    # square). std: untested. A floor of 1e-8 without the file's mean costs 4 points on ESC-10.
     c.spectrogram.update(mean=-7.0, std=3.0, floor=1e-6)
     c.spectral = dict(mask_mels=12)  # 15 % of the bands, as the demo; GDT 8, CrissCross twice 13 %
     # The demo's and untested. Relatives scale the volume by up to 10 or 20 %; here the mean level
@@ -163,17 +157,17 @@ def kinetics400() -> ConfigDict:
     # As AVID-CMA, 512 as GDT too; no relative has temporal heads: untested.
     c.model.update(embedding_dim=128, projection_hidden=512, temporal_hidden=512, dtype="bfloat16")
 
-    c.loss = dict(temperature=0.1)  # the demo's, untested; AVID-CMA, GDT: 0.07
-    c.loss.positive_weight = 0.1  # untested; AVID-CMA: half, in a loss of its own
     # The demo's and untested. At the start, when every loss is the logarithm of its number of
     # choices, contrastive terms are 13.9 of the total and temporal tasks at most 3.7. The
     # audio-audio term is ours: `--config.loss.weights.aa=0` trains by the abstract.
-    c.loss.weights = dict(vv=0.5, va=1.0, aa=0.5, order_vv=0.5, order_aa=0.5, order_va=0.5)
-    c.loss.weights.update(speed_video=0.5, speed_audio=0.5)
-    c.loss.weights.update(direction_video=0.5, direction_audio=0.5)
+    weights = dict(vv=0.5, va=1.0, aa=0.5, order_vv=0.5, order_aa=0.5, order_va=0.5)
+    weights.update(speed_video=0.5, speed_audio=0.5, direction_video=0.5, direction_audio=0.5)
+    # The demo's temperature, untested; AVID-CMA, GDT: 0.07.
+    c.loss = dict(temperature=0.1, weights=weights)
+    c.loss.positive_weight = 0.1  # untested; AVID-CMA: half, in a loss of its own
 
     batch = c.get_ref("global_batch_size")
-    c.bank = dict(dtype="bfloat16")
+    c.bank = dict(dtype="bfloat16", temperature=0.1)  # temperature as the demo, untested
     c.bank.size = 128 * batch  # rows of the last 64 steps, 7 to 18 % of the videos: untested
     c.bank.space = "agreement"  # AVID-CMA's "consensus"
     # The next five are untested. AVID-CMA uses the 32 nearest rows as positives, and 64 (within) or
@@ -183,16 +177,14 @@ def kinetics400() -> ConfigDict:
     c.bank.negative_offset = 0.02  # above the 0.25 % of Kinetics-400 that share a class
     # The demo's and untested.
     c.bank.update(ranking="content", positive_sampling="gumbel", negative_sampling="uniform")
-    c.bank.temperature = 0.1
     # Positives are as good as the features that select them; the learning rate is then at 0.54 to
     # 0.6 of its peak. AVID-CMA: after 30 of 50 epochs, on AudioSet 40 of 80.
     c.bank.warmup_steps = c.get_ref("steps") // 2
     c.bank.health_labels = ("class",)
 
     c.optimizer = dict(name="adamw", momentum=0.9)  # 0.9 as all
-    # Relatives with Adam: 1e-4 to 5e-4 for batches of 160 per node to 2,048. Scaled with the square
-    # root of the batch, the rule for adaptive optimizers (Malladi et al. 2022, arXiv 2205.10287).
-    # Untested.
+    # Untested. Relatives with Adam: 1e-4 to 5e-4 for batches of 160 per node to 2,048. Scaled with
+    # the root of the batch, as adaptive optimizers need (Malladi et al. 2022, arXiv 2205.10287).
     c.optimizer.learning_rate = 5e-4 * (batch.to_float() / 512) ** 0.5
     c.optimizer.warmup_steps = 5_000  # as BraVe; 10 epochs of Kinetics-400, as GDT
     # Decoupled, untested: its time constant is at most 20,000 steps at the peak rate
@@ -212,15 +204,13 @@ def kinetics400() -> ConfigDict:
 
 PRESETS: Presets = {
     "demo": (demo, {}),
-    # The contrastive terms of the paper's abstract: video-video and video-audio. The third,
-    # audio-audio, is ours; `--config.loss.weights.aa=0` switches it off anywhere.
+    # The contrastive terms of the paper's abstract, video-video and video-audio: aa is ours.
     "abstract": (demo, {"loss.weights.aa": 0.0}),
     # Your own records, at the size of the demo; runs/NAME is named after their directory.
     "records": (demo, {"name": "", "bank.health_labels": ()}),
     # ESC-10, audio alone, on 2 CPU cores in under 8 minutes: recordings of 5 s without a test fold
-    # (`--config.data.select='fold!=1' --workdir=runs/esc10/seed0/fold1`); benchmarks/esc10.py
-    # runs all folds and seeds: docs/reproduction.md. Without what audio alone does not use, and the
-    # highest speed, at which a recording is too short for two views.
+    # (`--config.data.select='fold!=1' --workdir=runs/esc10/seed0/fold1`; benchmarks/esc10.py runs
+    # all folds and seeds: docs/reproduction.md), too short for two views at speed 8.
     "esc10": (
         demo,
         {"steps": 2000, "modalities": "audio", "views.speeds": (1, 2, 4), "loss.weights.aa": 1.0}

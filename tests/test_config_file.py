@@ -52,7 +52,7 @@ def check(*arguments: str) -> None:
             ["--config=configs/pretrian.py"],
             "no file configs/pretrian.py; did you mean configs/pretrain",
         ),
-        (["--config=configs/export.py:demo"], "configs/export.py has no presets: leave out :demo"),
+        (["--config=configs/export.py:demo"], "unknown preset 'demo': use one of run, torchvision"),
         (
             [PRETRAIN, "--config=configs/export.py"],
             "--config is given 2 times, configs/pretrain.py",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 import re
 
 import jax
@@ -241,13 +240,10 @@ def all_configs():
         module = importlib.import_module(f"configs.{path.stem}")
         if not hasattr(module, "get_config"):
             continue
-        if not inspect.signature(module.get_config).parameters:
-            found[path.name] = module.get_config()
-            continue
         with pytest.raises(ValueError, match="use one of") as caught:
             module.get_config("?")
         presets = str(caught.value).partition("use one of ")[2]
-        for preset in presets.split(" " if path.stem == "import_weights" else ", "):
+        for preset in presets.split(", "):
             found[f"{path.name}:{preset}"] = module.get_config(preset)
     return found
 

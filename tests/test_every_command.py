@@ -91,7 +91,7 @@ COMMANDS = {
 }
 PROTOCOLS = [name for name, command in COMMANDS.items() if command.encoder]
 # They translate weights that PyTorch code trained: see tests/test_import_weights.py.
-NOT_OF_THE_DEMO = {"import_weights.py", "export_weights.py"}
+NOT_OF_THE_DEMO = {"import_weights.py"}
 
 
 @dataclasses.dataclass

@@ -26,7 +26,7 @@ from avcl_jax.export.torch_weights import (
 )
 from avcl_jax.models.encoders import create_encoder
 from avcl_jax.models.video_resnet import VideoResNet
-from configs import export_weights as export_config
+from configs import export as export_config
 from configs import import_weights as import_config
 
 # Names and shapes of the state dicts of AVID-CMA's and GDT's whole models, written by
@@ -144,7 +144,7 @@ def test_import_and_export_are_inverse_through_files(tmp_path):
     apply = jax.jit(lambda variables, x: encoder.apply(variables, x, train=False)["features"])
     (expected,) = apply(variables, by_hand[None])
     np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
-    config = export_config.get_config()
+    config = export_config.get_config("torchvision")
     config.encoder = str(directory)
     written = safetensors.numpy.load_file(export_weights(config, tmp_path / "back"))
     assert written.keys() == state.keys()
@@ -166,7 +166,7 @@ def test_only_published_networks_have_names_elsewhere(tmp_path):
         preprocessing=VideoPreprocessing(4, 0.5, 16, 0.5, 0.25),
         source={},
     )
-    config = export_config.get_config()
+    config = export_config.get_config("torchvision")
     config.encoder = str(tmp_path)
     with pytest.raises(UserError, match="contains a VideoResNet that is not a published"):
         export_weights(config, tmp_path)
@@ -199,7 +199,7 @@ def test_settings_of_an_import_are_checked_before_its_checkpoint_is_read(
         import_weights(config, tmp_path)
     # Nor is an encoder before the code base of an export.
     monkeypatch.setattr("avcl_jax.export.torch_weights.load_encoder", None)
-    config = export_config.get_config()
+    config = export_config.get_config("torchvision")
     config.code_base = "timm"
     with pytest.raises(UserError, match="unknown code base 'timm': use one of torchvision"):
         export_weights(config, tmp_path)

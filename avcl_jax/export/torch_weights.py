@@ -2,7 +2,7 @@
 
     python -m avcl_jax.main --config=configs/import_weights.py:torchvision,r2plus1d_18 \\
         --config.checkpoint=r2plus1d_18-91a641e6.pth --workdir=runs/r2plus1d_18
-    python -m avcl_jax.main --config=configs/export_weights.py \\
+    python -m avcl_jax.main --config=configs/export.py:torchvision \\
         --config.encoder=runs/demo/export/video --workdir=runs/demo
 
 The first writes WORKDIR/export/video (or audio), which `avcl_jax.export.load_encoder` reads; the
