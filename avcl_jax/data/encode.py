@@ -50,7 +50,11 @@ def write_mp4(
     """
     times = iter(frames)
     first = next(times, None)
-    samples = None if waveform is None or not len(waveform) else _samples(waveform, sample_rate_hz)
+    samples = None
+    if waveform is not None and len(waveform):
+        kind = "s16" if waveform.dtype == np.int16 else "fltp"
+        samples = av.AudioFrame.from_ndarray(waveform[None], format=kind, layout="mono")
+        samples.sample_rate, samples.time_base = sample_rate_hz, Fraction(1, sample_rate_hz)
     with (
         replacing(file) if isinstance(file, Path) else contextlib.nullcontext(file) as target,
         av.open(target, "w", format=container, options=dict(container_options or {})) as out,
@@ -78,13 +82,6 @@ def write_mp4(
         if samples is not None:
             samples.pts = round(audio_start_seconds * sample_rate_hz)
             out.mux([*audio.encode(samples), *audio.encode()])
-
-
-def _samples(waveform: np.ndarray, sample_rate_hz: int) -> av.AudioFrame:
-    kind = "s16" if waveform.dtype == np.int16 else "fltp"
-    samples = av.AudioFrame.from_ndarray(waveform[None], format=kind, layout="mono")
-    samples.sample_rate, samples.time_base = sample_rate_hz, Fraction(1, sample_rate_hz)
-    return samples
 
 
 def spectrogram_image(levels: np.ndarray, *, low: float, high: float) -> bytes:

@@ -46,26 +46,16 @@ def each_jpeg(frames: Sequence[bytes], size: tuple[int, int] | None = None) -> I
     image: np.ndarray | None = None
     for number, frame in enumerate(frames):
         try:
+            found = simplejpeg.decode_jpeg_header(frame)[:2]
+            size = size or found
+            if found != size:
+                raise ValueError(f"is {found[0]}x{found[1]}, expected {size[0]}x{size[1]}")
             if image is None:
-                first = simplejpeg.decode_jpeg_header(frame)[:2]
-                size = size or first
-                _check_size(first, size)
                 image = np.empty((*size, 3), np.uint8)
-            try:
-                shape = simplejpeg.decode_jpeg(frame, colorspace="RGB", buffer=image).shape
-            except ValueError:  # the header is read only then
-                shape = simplejpeg.decode_jpeg_header(frame)
-                _check_size(shape[:2], image.shape[:2])
-                raise
-            _check_size(shape[:2], image.shape[:2])
+            simplejpeg.decode_jpeg(frame, colorspace="RGB", buffer=image)
         except ValueError as error:
             raise ValueError(f"frame {number} of {len(frames)}: {error}") from error
         yield image
-
-
-def _check_size(size: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    if size != wanted:
-        raise ValueError(f"is {size[0]}x{size[1]}, expected {wanted[0]}x{wanted[1]}")
 
 
 def decode_jpegs(frames: Sequence[bytes]) -> np.ndarray:

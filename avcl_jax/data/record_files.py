@@ -111,8 +111,7 @@ def read(
     place: int,
     *,
     where: str,
-    length: int | None = None,
-    crc: int | None = None,
+    expected: tuple[int, int] | None = None,
 ) -> bytes:
     """Reads the payload at `place`; `where` names the record in error messages.
 
@@ -120,8 +119,7 @@ def read(
     on open files with thousands of shards, and costs microseconds beside the decoding that follows.
 
     Args:
-        length: bytes of the payload by the index; None without an index.
-        crc: masked CRC of the payload by the index; None without an index.
+        expected: length and masked CRC of the payload by the index; None without an index.
 
     Raises:
         RecordError: if the record is truncated, damaged, or not the one that the index describes.
@@ -129,16 +127,14 @@ def read(
     """
     if file_format == ARRAY_RECORD:
         payload = _read_array_record(path, place, where)
-        if length is not None and (len(payload), masked_crc(payload)) != (length, crc):
+        if expected not in (None, (len(payload), masked_crc(payload))):
             raise RecordError(f"{where}: {_STALE}")
         return payload
     with path.open("rb") as file:
         file.seek(place)
-        room = size_of(path) - place if length is None else None
-        stated = _stated_length(file, where, room=room)
-        if length not in (None, stated):
-            raise RecordError(f"{where}: {_STALE}")
-        return _read_payload(file, where, stated, crc)
+        if expected:
+            return _read_tfrecord(file, where, expected=expected)
+        return _read_tfrecord(file, where, room=size_of(path) - place)
 
 
 def scan(path: epath.Path, file_format: str) -> Iterator[tuple[int, bytes | RecordError]]:
@@ -162,20 +158,16 @@ def scan(path: epath.Path, file_format: str) -> Iterator[tuple[int, bytes | Reco
             except RecordError as error:
                 yield number, error
         return
-    size, offset = size_of(path), 0
+    size = size_of(path)
     with path.open("rb") as file:
-        while offset < size:
-            where = f"{path}, record at byte {offset}"
+        while (offset := file.tell()) < size:
             try:
-                length = _stated_length(file, where, room=size - offset)
+                where = f"{path}, record at byte {offset}"
+                yield offset, _read_tfrecord(file, where, room=size - offset)
             except RecordError as error:
                 yield offset, error
-                return
-            try:
-                yield offset, _read_payload(file, where, length)
-            except RecordError as error:
-                yield offset, error
-            offset += OVERHEAD_BYTES + length
+                if file.tell() == offset + _HEADER.size:
+                    return
 
 
 def size_of(path: epath.Path) -> int:
@@ -193,10 +185,13 @@ def frame_payload(payload: bytes) -> bytes:
     return b"".join((length, _FOOTER.pack(masked_crc(length)), payload, footer))
 
 
-def _stated_length(file: BinaryIO, where: str, *, room: int | None) -> int:
-    """Reads the header of a TFRecord; returns the length of its payload.
+def _read_tfrecord(
+    file: BinaryIO, where: str, *, room: int = 0, expected: tuple[int, int] | None = None
+) -> bytes:
+    """Reads the record at the position of a TFRecord file, of which `room` bytes are left.
 
-    `room` is the rest of the file; None if an index, perhaps a stale one, points here.
+    With what an index expects, which may be stale, the file's size need not be known. Damage to
+    the length of the payload leaves the position behind the header.
     """
     header = file.read(_HEADER.size)
     if len(header) < _HEADER.size:
@@ -206,24 +201,21 @@ def _stated_length(file: BinaryIO, where: str, *, room: int | None) -> int:
         raise RecordError(
             f"{where} is damaged or its index is stale (the CRC of its length does not match): "
             "delete the .index files beside the shards, and if this persists prepare again"
-            if room is None
+            if expected
             else f"{where} is damaged (CRC does not match): {_AGAIN}"
         )
+    if expected and length != expected[0]:
+        raise RecordError(f"{where}: {_STALE}")
     # Before memory is reserved for it: a length may be wrong and have a CRC that fits.
-    if room is not None and length > room - OVERHEAD_BYTES:
+    if not expected and length > room - OVERHEAD_BYTES:
         raise RecordError(f"{where} is truncated: {_AGAIN}")
-    return int(length)
-
-
-def _read_payload(file: BinaryIO, where: str, length: int, crc: int | None = None) -> bytes:
-    """Reads what follows the header of a TFRecord; `crc` is that of the index."""
     payload, footer = file.read(length), file.read(_FOOTER.size)
     if len(footer) < _FOOTER.size:
         raise RecordError(f"{where} is truncated: {_AGAIN}")
-    (stated,) = _FOOTER.unpack(footer)
-    if masked_crc(payload) != stated:
+    (crc,) = _FOOTER.unpack(footer)
+    if masked_crc(payload) != crc:
         raise RecordError(f"{where} is damaged (CRC does not match): {_AGAIN}")
-    if crc not in (None, stated):
+    if expected and crc != expected[1]:
         raise RecordError(f"{where}: {_STALE}")
     return payload
 

@@ -245,13 +245,9 @@ class RecordDataset:
             raise IndexError(f"record {index} of {len(self)}")
         shard = self.shard_of(index)
         where = f"{shard}, record {self.record_ids[index]!r}"
+        place, expected = self._places[index], (self._lengths[index], self._crcs[index])
         payload = record_files.read(
-            shard,
-            self.file_format,
-            int(self._places[index]),
-            length=int(self._lengths[index]),
-            crc=int(self._crcs[index]),
-            where=where,
+            shard, self.file_format, int(place), where=where, expected=expected
         )
         return parse_record(payload, self.class_names, self.multilabel, where=where)
 
@@ -288,10 +284,9 @@ class RecordDataset:
         """Returns bool [positions, classes], which classes of a label in `multilabel` records have;
         raises KeyError for another label.
         """
-        several = self._several[label]
+        several = self._several[label].take(pa.array(positions))
         matrix = np.zeros((len(positions), len(self.class_names[label])), bool)
-        for row, position in enumerate(positions):
-            matrix[row, several[position].as_py()] = True
+        matrix[several.value_parent_indices().to_numpy(), several.flatten().to_numpy()] = True
         return matrix
 
 

@@ -101,14 +101,11 @@ def single_classes(records: RecordDataset, label: str, problem: str = "") -> lis
     """Returns the class names of a label; raises SelectionError if it is not of one class."""
     if label not in records.labels:
         several = ", which allows several" * (label in records.multilabel)
-        if not records.labels:
-            raise SelectionError(
-                f"{problem}{records} has no label of one class per record, so not {label!r}"
-                f"{several}: prepare the records from a table with labels"
-            )
+        known, fix = "no label", "prepare the records from a table with labels"
+        if records.labels:
+            known, fix = f"the labels {', '.join(sorted(records.labels))}", "choose one of these"
         raise SelectionError(
-            f"{problem}{records} has the labels {', '.join(sorted(records.labels))} of one class "
-            f"per record, not {label!r}{several}: choose one of these"
+            f"{problem}{records} has {known} of one class per record, not {label!r}{several}: {fix}"
         )
     return records.class_names[label]
 

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
+from google.protobuf.message import DecodeError
 
 from avcl_jax.data.media import MediaError
 from avcl_jax.data.record_files import ARRAY_RECORD, TFRECORD
-from avcl_jax.data.record_format import DecodeError, message_class, to_text
+from avcl_jax.data.record_format import message_class, to_text
 from avcl_jax.paths import absolute_path, local_path
 from data_prep.collections import example_files
 from data_prep.collections.example_files import NONE, ExampleClasses, Listing

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from google.protobuf.message import DecodeError
 
 from avcl_jax.data.media import MediaError
 from avcl_jax.data.record_files import FILE_FORMATS
-from avcl_jax.data.record_format import DecodeError, message_class, to_text
+from avcl_jax.data.record_format import message_class, to_text
 from data_prep.examples import Example, Samples
 from data_prep.manifest import PrepareError
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from etils import epath
+from tensorflow_datasets.proto.tf_feature_generated_pb2 import BytesList
 
 from avcl_jax.data import record_files
 from avcl_jax.data.record_files import RecordError
@@ -47,7 +48,7 @@ def _absurd_number(data: bytes, rng: np.random.Generator) -> bytes:
 
 def _field(content: bytes) -> bytes:
     """Field 1 of a message, delimited by its length."""
-    return message_class("BytesList")(value=[content]).SerializeToString()
+    return BytesList(value=[content]).SerializeToString()
 
 
 def _example(features: Mapping[str, Sequence[bytes] | Sequence[int]]) -> bytes:

@@ -86,7 +86,7 @@ def test_mistakes_are_one_clear_error(records, text, message):
 
 def test_records_without_labels_are_said_to_have_none(records, monkeypatch):
     monkeypatch.setattr(records, "labels", {})
-    with pytest.raises(SelectionError, match="has no label of one class per record, so not 'a'"):
+    with pytest.raises(SelectionError, match="has no label of one class per record, not 'a'"):
         single_classes(records, "a")
 
 
