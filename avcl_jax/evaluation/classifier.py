@@ -95,7 +95,6 @@ def parts(params: Mapping[str, Any], freeze: Sequence[str]) -> Any:
     """Returns the part of each parameter of a classifier: a tree like `params` of names.
 
     Args:
-        params: parameters of the classifier.
         freeze: beginnings of paths such as "encoder/stem".
 
     Raises:
@@ -135,11 +134,10 @@ def classifier_training(
     key: Array,
     mesh: Mesh,
 ) -> tuple[TrainState, Callable[[TrainState, Any], tuple[TrainState, Metrics]]]:
-    """Returns the state of a training and its step.
+    """Returns the state of a training and its jitted step, which donates the state.
 
-    The head is drawn, the encoder's weights are taken as they are. The step is jitted and its state
-    donated. The loss is cross-entropy with a fraction `label_smoothing` spread over all classes;
-    the step number is folded into the key.
+    The head is drawn, the encoder's weights are taken as they are. The loss is cross-entropy with a
+    fraction `label_smoothing` spread over all classes; the step number is folded into the key.
 
     Raises:
         UserError: if the encoder does not take such clips, or layers cannot be frozen.
@@ -155,10 +153,9 @@ def classifier_training(
     clip = jax.ShapeDtypeStruct((1, *inputs.spec.shape), jnp.dtype(inputs.spec.dtype))
     clip = jax.eval_shape(functools.partial(inputs, key=None), clip)
     jax.eval_shape(functools.partial(classifier.apply, train=False), shapes, clip)
-    part = parts(shapes["params"], freeze)
+    head_key, step_key = jax.random.split(key)
 
     def init(weights: Any) -> TrainState:
-        head_key, _ = jax.random.split(key)
         variables = {
             kind: {**tree, **({ENCODER: weights[kind]} if kind in weights else {})}
             for kind, tree in classifier.init(head_key, example, train=False).items()
@@ -166,52 +163,76 @@ def classifier_training(
         params, statistics = variables["params"], variables.get("batch_stats", {})
         return TrainState(jnp.zeros((), jnp.int32), params, statistics, optimizer.init(params))
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        _, step_key = jax.random.split(key)
-        keys = jax.random.split(jax.random.fold_in(step_key, state.step))
-        prepared = inputs(batch["clips"], keys[0])
-
-        def objective(params: Any) -> tuple[Array, Any]:
-            # So that no gradient of frozen layers is computed.
-            params = jax.tree.map(
-                lambda leaf, name: jax.lax.stop_gradient(leaf) if name == FROZEN else leaf,
-                params,
-                part,
-            )
-            outputs, changed = classifier.apply(
-                {"params": params, "batch_stats": state.batch_stats},
-                prepared,
-                train=True,
-                mutable=["batch_stats"],
-                rngs={"dropout": keys[1]},
-            )
-            logits = outputs[HEAD]
-            targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
-            targets = optax.smooth_labels(targets, label_smoothing)
-            loss = optax.softmax_cross_entropy(logits, targets).mean()
-            hits = (logits.argmax(axis=-1) == batch["label"]).astype(jnp.float32)
-            return loss, (hits.mean(), changed.get("batch_stats", {}))
-
-        (loss, (accuracy, statistics)), gradients = jax.value_and_grad(objective, has_aux=True)(
-            state.params
-        )
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {
-            "loss": average(loss),
-            "accuracy": average(accuracy),
-            "learning_rate": average(jnp.asarray(schedule(state.step))),
-            "health/gradient_norm": average(optax.tree.norm(gradients)),
-        }
-        return TrainState(state.step + 1, params, statistics, opt_state), metrics
-
+    step = functools.partial(
+        _train_step,
+        classifier=classifier,
+        optimizer=optimizer,
+        inputs=inputs,
+        schedule=schedule,
+        label_smoothing=label_smoothing,
+        freeze=freeze,
+        key=step_key,
+    )
     state, shardings = in_shardings(init, dict(encoder.params), mesh=mesh)
     return state, jax.jit(
-        step,
+        lambda state, batch: step(state, batch["clips"], {HEAD: batch["label"]}),
         donate_argnums=0,
         in_shardings=(shardings, rows_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
     )
+
+
+def _train_step(
+    state: TrainState,
+    clips: Any,
+    targets: Mapping[str, Any],
+    *,
+    classifier: ClipClassifier,
+    optimizer: optax.GradientTransformation,
+    inputs: Callable[[Array, Array], Array],
+    schedule: optax.Schedule,
+    label_smoothing: float,
+    freeze: Sequence[str],
+    key: Array,
+) -> tuple[TrainState, Metrics]:
+    """Takes one step by the mean loss over heads; `targets` are classes, int [batch] by head."""
+    keys = jax.random.split(jax.random.fold_in(key, state.step))
+    prepared, part = inputs(clips, keys[0]), parts(state.params, freeze)
+
+    def objective(params: Any) -> tuple[Array, Any]:
+        # So that no gradient of frozen layers is computed.
+        params = jax.tree.map(
+            lambda leaf, name: jax.lax.stop_gradient(leaf) if name == FROZEN else leaf, params, part
+        )
+        outputs, changed = classifier.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            prepared,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": keys[1]},
+        )
+        losses, hits = [], []
+        for head, labels in targets.items():
+            logits = outputs[head]
+            one_hot = jax.nn.one_hot(labels, logits.shape[-1])
+            smooth = optax.smooth_labels(one_hot, label_smoothing)
+            losses.append(optax.softmax_cross_entropy(logits, smooth).mean())
+            hits.append((logits.argmax(axis=-1) == labels).astype(jnp.float32).mean())
+        loss, accuracy = jnp.stack(losses).mean(), jnp.stack(hits).mean()
+        return loss, (accuracy, changed.get("batch_stats", {}))
+
+    (loss, (accuracy, statistics)), gradients = jax.value_and_grad(objective, has_aux=True)(
+        state.params
+    )
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {
+        "loss": average(loss),
+        "accuracy": average(accuracy),
+        "learning_rate": average(jnp.asarray(schedule(state.step))),
+        "health/gradient_norm": average(optax.tree.norm(gradients)),
+    }
+    return TrainState(state.step + 1, params, statistics, opt_state), metrics
 
 
 def predict(
@@ -259,30 +280,8 @@ def predict(
 
 
 @dataclasses.dataclass(frozen=True)
-class FitSpec:
-    """Training of a classifier.
-
-    The learning rate of AdamW is constant, and falls to zero in a straight line over the last
-    `decay_epochs` of the `epochs`. Whether that was enough shows in the training loss, which is
-    reported with the results.
-    """
-
-    batch_size: int
-    learning_rate: float
-    weight_decay: float
-    epochs: int
-    decay_epochs: int
-
-    def rates(self, steps: int) -> np.ndarray:
-        """Returns the learning rate of every step, for a number of steps per epoch."""
-        constant = np.full((self.epochs - self.decay_epochs) * steps, self.learning_rate)
-        falling = np.linspace(self.learning_rate, 0.0, self.decay_epochs * steps, endpoint=False)
-        return np.concatenate([constant, falling]).astype(np.float32)
-
-
-@dataclasses.dataclass(frozen=True)
 class Fit:
-    """A trained classifier.
+    """A classifier that was trained from scratch.
 
     Attributes:
         variables: parameters and batch statistics of `classifier`.
@@ -297,7 +296,7 @@ class Fit:
     @property
     def encoder_variables(self) -> dict[str, Any]:
         """Parameters of the encoder alone, and its batch statistics where it has any."""
-        return {kind: tree["encoder"] for kind, tree in self.variables.items() if "encoder" in tree}
+        return {kind: tree[ENCODER] for kind, tree in self.variables.items() if ENCODER in tree}
 
     def predict(self, views: np.ndarray, *, batch_size: int) -> dict[str, np.ndarray]:
         """Returns logits float32 [n, classes] of each label for views [n, ...]."""
@@ -322,12 +321,18 @@ def fit_classifier(
     *,
     classes: Mapping[str, int],
     prepare: Callable[[Any], Any],
-    spec: FitSpec,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float,
+    epochs: int,
+    decay_epochs: int,
     seed: int,
 ) -> Fit:
     """Trains an encoder from scratch, with a linear head for each label.
 
-    An epoch shows one randomly chosen view of every item.
+    An epoch shows one randomly chosen view of every item. The learning rate of AdamW is constant,
+    and falls to zero in a straight line over the last `decay_epochs`. Whether the epochs were
+    enough shows in the training loss, which is reported with the results.
 
     Args:
         encoder: unbound module; its parameters are newly drawn.
@@ -340,57 +345,46 @@ def fit_classifier(
         UserError: if there are fewer items than a batch, or the loss is not finite.
     """
     items, num_views = views.shape[:2]
-    if items < spec.batch_size:
-        raise UserError(f"{items} items do not fill one batch of {spec.batch_size}")
-    for name, values in labels.items():
-        if values.shape != (items, num_views):
-            raise ValueError(f"labels {name} {values.shape} do not match views {views.shape[:2]}")
+    if items < batch_size:
+        raise UserError(f"{items} items do not fill one batch of {batch_size}")
     heads = {f"{name}_head": number for name, number in sorted(classes.items())}
     classifier = ClipClassifier(encoder.clone(), heads)
-    steps = items // spec.batch_size
-    rates = spec.rates(steps)
-    optimizer = optax.inject_hyperparams(optax.adamw)(
-        learning_rate=lambda step: jnp.asarray(rates)[step], weight_decay=spec.weight_decay
+    steps = items // batch_size
+    schedule = optax.linear_schedule(
+        learning_rate, 0.0, decay_epochs * steps, transition_begin=(epochs - decay_epochs) * steps
     )
+    optimizer = optax.adamw(schedule, weight_decay=weight_decay)
 
     @jax.jit
-    def begin(views: Any) -> Any:
-        return classifier.init(jax.random.key(seed), prepare(views), train=False)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: Any, views: Any, targets: Any) -> Any:
-        variables, optimizer_state = state
+    def begin(views: Any) -> TrainState:
+        variables = classifier.init(jax.random.key(seed), prepare(views), train=False)
         params, statistics = variables["params"], variables.get("batch_stats", {})
+        return TrainState(jnp.zeros((), jnp.int32), params, statistics, optimizer.init(params))
 
-        def objective(params: Any) -> Any:
-            variables = {"params": params, "batch_stats": statistics}
-            logits, updated = classifier.apply(
-                variables, prepare(views), train=True, mutable=["batch_stats"]
-            )
-            losses = [
-                optax.softmax_cross_entropy_with_integer_labels(logits[f"{name}_head"], own).mean()
-                for name, own in targets.items()
-            ]
-            return jnp.stack(losses).mean(), updated.get("batch_stats", {})
-
-        (loss, statistics), gradients = jax.value_and_grad(objective, has_aux=True)(params)
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
-        params = optax.apply_updates(params, updates)
-        return ({"params": params, "batch_stats": statistics}, optimizer_state), loss
-
-    variables = begin(views[: spec.batch_size, 0])
-    state = (variables, optimizer.init(variables["params"]))
+    state = begin(views[:batch_size, 0])
+    step = functools.partial(
+        _train_step,
+        classifier=classifier,
+        optimizer=optimizer,
+        inputs=lambda views, _: prepare(views),
+        schedule=schedule,
+        label_smoothing=0.0,
+        freeze=(),
+        key=jax.random.key(seed),
+    )
+    jitted = jax.jit(step, donate_argnums=0)
     rng, losses = np.random.default_rng(seed), []
-    for epoch in range(spec.epochs):
+    for epoch in range(epochs):
         order, of_steps = rng.permutation(items), []
-        for batch in order[: steps * spec.batch_size].reshape(steps, -1):
+        for batch in order[: steps * batch_size].reshape(steps, -1):
             view = rng.integers(num_views, size=len(batch))
-            targets = {name: values[batch, view] for name, values in labels.items()}
-            state, loss = step(state, views[batch, view], targets)
-            of_steps.append(loss)
+            targets = {f"{name}_head": values[batch, view] for name, values in labels.items()}
+            state, metrics = jitted(state, views[batch, view], targets)
+            of_steps.append(metrics["loss"].total)
         losses.append(float(np.mean(jax.device_get(of_steps))))
         if not np.isfinite(losses[-1]):
             raise UserError(
                 f"the training loss of epoch {epoch} is {losses[-1]}; lower learning_rate"
             )
-    return Fit(classifier, prepare, state[0], losses)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    return Fit(classifier, prepare, variables, losses)

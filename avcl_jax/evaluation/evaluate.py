@@ -22,7 +22,7 @@ from avcl_jax.data.records import RecordDataset, RecordError
 from avcl_jax.data.selection import Selection, UsableRecords, single_classes
 from avcl_jax.data.views import FORWARD
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.classifier import Fit, FitSpec, fit_classifier
+from avcl_jax.evaluation.classifier import Fit, fit_classifier
 from avcl_jax.evaluation.driver import Context, run_protocol
 from avcl_jax.evaluation.linear import check_sources, fit_probe, held_out_groups
 from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol, merge, point_values
@@ -385,8 +385,8 @@ def _train_supervised(
             {label: labels},
             classes={label: len(train.records.class_names[label])},
             prepare=encoder.preprocess.standardise,
-            spec=FitSpec(**section.fit),
             seed=config.seed,
+            **section.fit,
         )
         encoders[_network_of(probes, label, modality)][modality] = fit.encoder_variables
     # Every process trained the same networks, but rounding may differ between them.

@@ -11,7 +11,7 @@ counts first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -19,6 +19,8 @@ import numpy as np
 from etils import epath
 from scipy.stats import hypergeom
 from sklearn.neighbors import NearestNeighbors
+from sklearn.preprocessing import normalize
+from sklearn.utils import gen_batches
 
 from avcl_jax.data.selection import Modality, UsableRecords
 from avcl_jax.errors import UserError
@@ -74,34 +76,14 @@ _SHOWN = 5  # queries in the report, each with this many results
 # product returns the last bits of equal vectors differently, and a collapsed encoder must not gain
 # from that lottery.
 TIE_TOLERANCE = 1e-6
-
-
-def normalise(vectors: np.ndarray) -> np.ndarray:
-    """Returns float32 [n, D] vectors scaled to unit length; a zero vector stays zero.
-
-    Raises:
-        ValueError: if a value is not finite.
-    """
-    vectors = np.asarray(vectors, dtype=np.float32)
-    if (rows := np.flatnonzero(~np.isfinite(vectors).all(axis=1))).size:
-        raise ValueError(
-            f"{len(rows)} of {len(vectors)} vectors are not finite, first row {rows[0]}"
-        )
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+# Similarities at a time, of 10 bytes each, whatever the size of the gallery.
+_COMPARED = 2**24
 
 
 def first_relevant_ranks(
-    queries: np.ndarray,
-    gallery: np.ndarray,
-    *,
-    query_ids: np.ndarray,
-    gallery_ids: np.ndarray,
-    chunk: int = 1024,
-    gallery_chunk: int = 16_384,
+    queries: np.ndarray, gallery: np.ndarray, *, query_ids: np.ndarray, gallery_ids: np.ndarray
 ) -> np.ndarray:
-    """Returns int64 [q], the rank from 1 of the most similar relevant item of each query, ties
-    counted against it.
+    """Returns int64 [q], the rank from 1 of the most similar relevant item of each query.
 
     Similarity is the cosine; an irrelevant item that ties with the relevant one stands before it,
     so that embeddings that all collapsed to one point rank last instead of first.
@@ -111,34 +93,23 @@ def first_relevant_ranks(
         gallery: float [g, D].
         query_ids: int [q], identity of each query.
         gallery_ids: int [g], identity of each item.
-        gallery_chunk: items compared at a time. Beside the vectors, memory is bounded to 10 bytes
-            times both chunks: 170 MB, however many there are. Every similarity is computed twice,
-            first to find the best relevant one and then to count what stands before it.
 
     Raises:
         UserError: if a query has no relevant item, so that its rank is undefined.
+        ValueError: if a value is not finite.
     """
-    queries, gallery = normalise(queries), normalise(gallery)
     if (missing := query_ids[~np.isin(query_ids, gallery_ids)]).size:
         raise UserError(
             f"{missing.size} queries have no relevant item in the gallery, first identity "
             f"{missing[0]}; leave them out"
         )
-
-    def blocks(rows: slice) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for first in range(0, len(gallery), gallery_chunk):
-            part = slice(first, first + gallery_chunk)
-            yield queries[rows] @ gallery[part].T, query_ids[rows, None] == gallery_ids[None, part]
-
-    ranks = np.ones(len(queries), dtype=np.int64)
-    for start in range(0, len(queries), chunk):
-        rows = slice(start, start + chunk)
-        best = np.full((len(queries[rows]), 1), -np.inf, np.float32)
-        for similarity, relevant in blocks(rows):
-            relevant_only = np.where(relevant, similarity, -np.inf)
-            best = np.maximum(best, relevant_only.max(axis=1, keepdims=True))
-        for similarity, relevant in blocks(rows):
-            ranks[rows] += ((similarity >= best - TIE_TOLERANCE) & ~relevant).sum(axis=1)
+    queries, gallery = (normalize(np.asarray(v, np.float32)) for v in (queries, gallery))
+    ranks = np.empty(len(queries), np.int64)
+    for rows in gen_batches(len(queries), max(1, _COMPARED // len(gallery))):
+        similarity = queries[rows] @ gallery.T
+        relevant = query_ids[rows, None] == gallery_ids
+        best = np.where(relevant, similarity, -np.inf).max(axis=1, keepdims=True)
+        ranks[rows] = 1 + ((similarity >= best - TIE_TOLERANCE) & ~relevant).sum(axis=1)
     return ranks
 
 
@@ -196,9 +167,8 @@ def nearest(queries: np.ndarray, gallery: np.ndarray, *, k: int) -> np.ndarray:
         queries: float [q, D].
         gallery: float [g, D].
     """
-    model = NearestNeighbors(metric="cosine", algorithm="brute").fit(normalise(gallery))
-    count = min(k, len(gallery))
-    return model.kneighbors(normalise(queries), n_neighbors=count, return_distance=False)
+    model = NearestNeighbors(n_neighbors=min(k, len(gallery)), metric="cosine").fit(gallery)
+    return model.kneighbors(queries, return_distance=False)
 
 
 def video_retrieval(

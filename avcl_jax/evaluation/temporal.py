@@ -19,11 +19,10 @@ import numpy as np
 from etils import epath
 
 from avcl_jax.batched import render_all
-from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.data.views import BACKWARD, FORWARD
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.classifier import FitSpec, fit_classifier
+from avcl_jax.evaluation.classifier import fit_classifier
 from avcl_jax.evaluation.driver import Context, run_protocol
 from avcl_jax.evaluation.page import matrices, section
 from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol
@@ -37,7 +36,6 @@ from avcl_jax.evaluation.views import (
     open_run,
     random_views,
 )
-from avcl_jax.export import Encoder
 from avcl_jax.objectives.temporal import TASKS, temporal_targets
 
 PROTOCOL = Protocol(
@@ -230,69 +228,6 @@ class NullControl(NamedTuple):
     views: int
 
 
-def render_null_views(
-    source: UsableRecords, spec: RenderSpec, *, views: int, seed: int, threads: int
-) -> dict[str, np.ndarray]:
-    """Renders each record of noise `views` times at every speed in either direction."""
-    speeds = range(len(spec.views.speeds))
-    render = functools.partial(
-        random_views,
-        source,
-        spec=spec,
-        speeds=speeds,
-        directions=(FORWARD, BACKWARD),
-        views=2 * len(speeds) * views,
-        seed=seed,
-    )
-    return render_all(render, range(len(source)), threads=threads)
-
-
-def null_control(
-    train: Mapping[str, Any],
-    test: Mapping[str, Any],
-    *,
-    encoders: Mapping[str, Encoder],
-    num_speeds: int,
-    spec: FitSpec,
-    seed: int,
-) -> NullControl:
-    """Trains one network per modality on the tasks of one view of noise; tests it on other noise.
-
-    Args:
-        train: arrays of `render_null_views`.
-        test: arrays of other records.
-        encoders: encoders whose shape and preprocessing the networks have.
-    """
-    scores: dict[str, TaskScore] = {}
-    losses: dict[str, float] = {}
-    for modality, encoder in encoders.items():
-        tasks = {task.kind: task for task in TASKS.values() if task.reads == (modality,)}
-
-        def items(arrays: Mapping[str, np.ndarray], values: Any, modality: str = modality) -> Any:
-            """Views of all records as items of one view each, so that an epoch shows them all."""
-            views = np.asarray(values)[arrays[f"has_{modality}"]]
-            return views.reshape(-1, 1, *views.shape[2:])
-
-        fit = fit_classifier(
-            encoder.module,
-            items(train, train[MODALITY_INPUTS[modality]]),
-            {kind: items(train, task.labels(train)) for kind, task in tasks.items()},
-            classes={k: len(task.classes(range(num_speeds))) for k, task in tasks.items()},
-            prepare=encoder.preprocess.standardise,
-            spec=spec,
-            seed=seed,
-        )
-        views = items(test, test[MODALITY_INPUTS[modality]])[:, 0]
-        logits = fit.predict(views, batch_size=spec.batch_size)
-        for kind, task in tasks.items():
-            labels = items(test, task.labels(test))[:, 0]
-            mask = np.ones(len(labels), dtype=bool)
-            scores[task.name] = score_task(logits[kind], labels, mask, seed=seed)
-        losses[modality] = fit.losses[-1]
-    scored = min(int(score.confusion.sum()) for score in scores.values())
-    return NullControl(scores, losses, scored)
-
-
 def noise_control(
     run: PretrainedRun,
     settings: ml_collections.ConfigDict,
@@ -301,20 +236,61 @@ def noise_control(
     *,
     threads: int,
 ) -> NullControl:
-    """Runs the null controls of a run's rendering on records of stationary noise, by the settings
-    `evaluation.null` of `configs/evaluate.py`.
+    """Trains one network per modality on the tasks of one view of noise; tests it on other noise.
+
+    Each record of stationary noise is rendered as the run renders, at every speed in either
+    direction, `train_views` or `test_views` times.
+
+    Args:
+        run: run whose rendering is tested; the networks have the shape of its encoders.
+        settings: section `evaluation.null` of `configs/evaluate.py`.
     """
-    seed = run.config.seed
-    rendered = [
-        render_null_views(records, run.spec, views=views, seed=seed + number, threads=threads)
-        for number, (records, views) in enumerate(
-            ((train, settings.train_views), (test, settings.test_views))
+    seed, speeds = run.config.seed, range(len(run.spec.views.speeds))
+
+    def render(records: UsableRecords, views: int, seed: int) -> dict[str, Any]:
+        render = functools.partial(
+            random_views,
+            records,
+            spec=run.spec,
+            speeds=speeds,
+            directions=(FORWARD, BACKWARD),
+            views=2 * len(speeds) * views,
+            seed=seed,
         )
-    ]
-    return null_control(
-        *rendered,
-        encoders=run.source.encoders,
-        num_speeds=len(run.config.views.speeds),
-        spec=FitSpec(**settings.fit),
-        seed=seed,
-    )
+        return render_all(render, range(len(records)), threads=threads)
+
+    arrays = render(train, settings.train_views, seed), render(test, settings.test_views, seed + 1)
+    scores: dict[str, TaskScore] = {}
+    losses: dict[str, float] = {}
+    for modality, encoder in run.source.encoders.items():
+        tasks = {task.kind: task for task in TASKS.values() if task.reads == (modality,)}
+        # Views of all records as items of one view each, so that an epoch shows them all.
+        (views, labels), (test_views, test_labels) = (
+            (
+                _each(side[MODALITY_INPUTS[modality]][known]),
+                {kind: _each(np.asarray(task.labels(side))[known]) for kind, task in tasks.items()},
+            )
+            for side in arrays
+            for known in [side[f"has_{modality}"]]
+        )
+        fit = fit_classifier(
+            encoder.module,
+            views,
+            labels,
+            classes={kind: len(task.classes(speeds)) for kind, task in tasks.items()},
+            prepare=encoder.preprocess.standardise,
+            seed=seed,
+            **settings.fit,
+        )
+        logits = fit.predict(test_views[:, 0], batch_size=settings.fit.batch_size)
+        for kind, task in tasks.items():
+            mask = np.ones(len(test_views), dtype=bool)
+            scores[task.name] = score_task(logits[kind], test_labels[kind][:, 0], mask, seed=seed)
+        losses[modality] = fit.losses[-1]
+    scored = min(int(score.confusion.sum()) for score in scores.values())
+    return NullControl(scores, losses, scored)
+
+
+def _each(views: np.ndarray) -> np.ndarray:
+    """Returns views [records, views, …] as items of one view each, [items, 1, …]."""
+    return views.reshape(-1, 1, *views.shape[2:])
