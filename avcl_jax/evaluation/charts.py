@@ -1,7 +1,8 @@
 """Charts of the report as inline SVG, and the section with those of training.
 
 Black text takes the colour of the page's text by its style sheet; everything else is drawn in
-mid-tones, so that one drawing is legible on a light and on a dark background.
+mid-tones, so that one drawing is legible on a light and on a dark background. The `name` of a chart
+must be unique on its page.
 """
 
 from __future__ import annotations
@@ -91,12 +92,7 @@ def line_chart(
     """Returns an SVG of curves over the training step.
 
     Args:
-        series: curves by label.
-        name: unique name of the chart on the page.
-        ylabel: title of the axis.
-        percent: label the axis in %.
-        from_zero: begin the axis at zero.
-        dashed: curves by label, in the colour of the curve of the same label.
+        dashed: further curves, in the colour of the curve of the same label.
         last_step: end of the axis of steps, which then begins at 0.
         marker: step of a vertical line, and its label.
     """
@@ -117,8 +113,8 @@ def line_chart(
         axes.plot(steps, smooth, color=colour, **style)
 
     for label, curve in series.items():
-        marker_of_one = "o" if len(curve[0]) == 1 else ""
-        draw(label, *curve, label=label, linewidth=1.7, marker=marker_of_one, markersize=3)
+        dot = "o" if len(curve[0]) == 1 else ""
+        draw(label, *curve, label=label, linewidth=1.7, marker=dot, markersize=3)
     for label, curve in (dashed or {}).items():
         named = "" if label in colours else label
         draw(label, *curve, label=named, linewidth=1.4, linestyle=(0, (3, 2)))
@@ -152,7 +148,6 @@ def bar_chart(
 
     Args:
         groups: group -> series -> value in [0, 1].
-        name: unique name of the chart on the page.
         colours: colour of each series, in the order of the legend.
         chances: group -> chance level, a dashed line across it.
     """
@@ -188,7 +183,6 @@ def interval_chart(
     Args:
         panels: panel -> row -> change, its bounds (infinite ones are not drawn), and the changes
             that it is the mean of; fractions, drawn in points.
-        name: unique name of the chart on the page.
     """
     rows = list(dict.fromkeys(row for by_row in panels.values() for row in by_row))
     lines = -(-len(panels) // 3)
@@ -207,9 +201,7 @@ def interval_chart(
         axes.tick_params(axis="y", length=0, labelcolor="black")
         axes.set_ylim(len(rows) - 0.5, -0.5)
         # Wide intervals of few seeds would squeeze everything else into a line.
-        reach = max(
-            1.0, *(100 * abs(value) for _, _, _, single in by_row.values() for value in single)
-        )
+        reach = max(1.0, *(100 * np.abs(single).max() for *_, single in by_row.values()))
         axes.set_xlim(-1.6 * reach, 1.6 * reach)
     for axes in grid[len(panels) :]:
         axes.remove()
@@ -218,12 +210,7 @@ def interval_chart(
 
 @matplotlib.rc_context(_STYLE | {"axes.grid": False, "axes.spines.left": False})
 def scatter(panels: Sequence[Map], *, name: str) -> str:
-    """Returns an SVG of 2-D maps side by side, points coloured by class.
-
-    Args:
-        panels: maps, from left to right.
-        name: unique name of the chart on the page.
-    """
+    """Returns an SVG of 2-D maps side by side, points coloured by class."""
     figure, grid = _subplots(1, len(panels), 4.7 * len(panels), 4.4)
     for axes, (title, positions, labels, classes) in zip(grid, panels, strict=True):
         shown = dict(zip(classes, SERIES_COLOURS * len(classes), strict=False))
@@ -280,9 +267,6 @@ def training_charts(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool, 
     Other metrics than those of `_CHARTS` follow in the order of their names, marked as further
     ones, except metrics whose names have no group, such as speed and memory.
 
-    Args:
-        rows: parsed lines, each with `step`.
-
     Returns:
         Title, whether it is a further one, and arguments of `line_chart`.
     """
@@ -318,10 +302,9 @@ def training_charts(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool, 
 
 
 def training_section(rows: Sequence[Mapping[str, Any]], bank_start: int | None) -> str:
-    """Returns the section of the report with all charts; "" without any metric.
+    """Returns the section of the report with all charts of metrics.jsonl; "" without any metric.
 
     Args:
-        rows: parsed lines of metrics.jsonl.
         bank_start: step from which training used the feature bank; None if it never did.
     """
     charts = training_charts(rows)

@@ -261,23 +261,15 @@ def _measure(
     parts = {f"known_{name}": probe for name, probe in probes.items()}
     parts |= {"has_both": ranks, "": tasks}
     outcomes, metrics = merge(records["test"].record_ids, records["test"].sources, parts)
-    view = _view(run, Measured(outcomes, metrics), probes, tasks, fits, null)
+    view = _view(run, Measured(outcomes, metrics), probes, ranks, tasks, fits, null)
     with stages("report"):
-        report = run_report(
-            run,
-            records["test"],
-            context.workdir,
-            view,
-            train=train,
-            test=test,
-            probes=probes,
-            tasks=tasks,
-        )
+        directory = context.workdir
+        report = run_report(run, records["test"], directory, view, features, probes, ranks, tasks)
     return Measured(
         outcomes,
         metrics,
         details={"probe_costs": {name: probe.details["costs"] for name, probe in probes.items()}},
-        view=view | seconds_of_run(run, context.workdir, stages.total),
+        view=view | seconds_of_run(run, directory, stages.total),
         **report,
     )
 
@@ -286,6 +278,7 @@ def _view(
     run: PretrainedRun,
     measured: Measured,
     probes: Mapping[str, Measured],
+    ranks: Measured,
     tasks: Measured,
     fits: Mapping[str, Fit],
     null: NullControl | None,
@@ -299,31 +292,30 @@ def _view(
         prefix = f"{group}_"
         return {n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)}
 
-    retrieval: dict[str, dict[str, Any]] = {}
-    for direction in DIRECTIONS:
-        if ranked := of(direction):
-            levels = {f"chance_{key}": chance[f"{direction}_{key}"] for key in ranked}
-            sizes = dict.fromkeys(
-                ("queries", "gallery"), int(measured.outcomes.values["has_both"].sum())
-            )
-            retrieval[direction] = ranked | levels | sizes | {"chance": levels["chance_r1"]}
     temporal = {
         task: {"accuracy": values[task], "chance": chance[task], "confusion": confusion}
         for task, confusion in tasks.details["confusion"].items()
     }
-    null_summary: dict[str, Any] = {
+    control: dict[str, Any] = {
         "skipped": "it needs records of noise, named by --config.evaluation.null.train_split"
     }
     if null is not None:
-        null_summary = {"views": null.views, "train_loss": null.train_loss}
+        control = {"views": null.views, "train_loss": null.train_loss}
         for task in null.scores.keys() & temporal.keys():  # some may be defined for no test view
             temporal[task]["null_accuracy"] = null.scores[task].accuracy
     return {
         "probe": {name: of(name) | {"chance": chance[f"{name}_pretrained"]} for name in probes},
         "trivial": {name: probe.details["trivial"] for name, probe in probes.items()},
-        "retrieval": retrieval,
+        "retrieval": {
+            direction: ranked
+            | {f"chance_{key}": chance[f"{direction}_{key}"] for key in ranked}
+            | dict.fromkeys(("queries", "gallery"), len(ranks.outcomes.units))
+            | {"chance": chance[f"{direction}_r1"]}
+            for direction in DIRECTIONS
+            if (ranked := of(direction))
+        },
         "temporal": temporal,
-        "null_control": null_summary,
+        "null_control": control,
         "supervised": {
             name: {"epochs": len(fit.losses), "train_loss": fit.losses[-1]}
             for name, fit in fits.items()
@@ -358,9 +350,7 @@ def _network_of(probes: Sequence[tuple[str, str]], label: str, modality: str) ->
 def _train_supervised(
     run: PretrainedRun, speeds: Sequence[int], train: UsableRecords
 ) -> tuple[dict[str, Fit], dict[str, Any]]:
-    """Returns the supervised classifier of each probe, and variables of the joint model with
-    their encoders by the network's name.
-    """
+    """Returns the supervised classifier of each probe, and networks with their encoders."""
     config, probes = run.config, run.config.evaluation.probes
     fits: dict[str, Fit] = {}
     encoders: dict[str, dict[str, Any]] = collections.defaultdict(dict)

@@ -62,9 +62,7 @@ class Exhibits:
                 the nearest that fits the record.
             stills: number of frames of the interval.
         """
-        self.source = source
-        self._spec = spec
-        self._stills = stills
+        self._source, self._spec, self._stills = source, spec, stills
         self._media = functools.cache(self._render)
 
     def card(
@@ -105,11 +103,9 @@ class Exhibits:
         given: tuple[Modality, Modality],
         remark: str,
     ) -> str:
-        """Returns the HTML of a query and its results, best first.
+        """Returns the HTML of a query and its results, best first, with a remark below.
 
-        Args:
-            given: modality of the query, and of the results.
-            remark: line below.
+        `given` are the modalities of the query and of the results.
         """
         cards = [self.card(query, "query", given=given[0], kind="query")]
         for number, position in enumerate(results, 1):
@@ -120,7 +116,7 @@ class Exhibits:
 
     def _render(self, position: int) -> tuple[str, str, str, str, str]:
         """Returns name, labels, stills, spectrogram and clip of the middle of a record."""
-        _, record, use = self.source[position]
+        _, record, use = self._source[position]
         spec = self._spec
         speed = fitting_speed(use, len(spec.views.speeds) // 2, spec.views)
         span = spec.views.clip_seconds * spec.views.speeds[speed]
@@ -132,7 +128,7 @@ class Exhibits:
         stills = (f'<img alt="" src="{frame_uri(frame)}">' for frame in arrays["video"][0][times])
         return (
             record.record_id,
-            _labels_of(record, self.source.records.class_names),
+            _labels_of(record, self._source.records.class_names),
             "".join(stills) if use.has_video else "",
             spectrogram_uri(arrays["spectrogram"][0], low=_DARKEST, high=_BRIGHTEST)
             if use.has_audio
@@ -202,14 +198,10 @@ def _uri(kind: str, data: bytes) -> str:
 
 
 class BankRow(NamedTuple):
-    """A row of the bank, as an anchor or as a sample.
+    """A row of the bank: an anchor, or a positive or negative with its cosines to the anchor.
 
-    Attributes:
-        position: position of its record in the records.
-        labels: labels of the record, and the playback of the view.
-        kind: "anchor", "positive" or "negative".
-        given: modality whose embedding ranks the rows.
-        cosines: similarities to the anchor by which rows are ranked.
+    `labels` are those of the record at `position` and the playback of the view; the embedding of
+    the modality `given` ranks the rows.
     """
 
     position: int
@@ -241,11 +233,7 @@ def open_bank(
 def bank_searches(
     config: ml_collections.ConfigDict, source: UsableRecords, bank: FeatureBank
 ) -> dict[str, list[tuple[list[BankRow], str]]]:
-    """Samples the bank for anchors that are rows of the bank.
-
-    Args:
-        config: config of the run, with the sections of its evaluation.
-        source: records of the rows.
+    """Samples the bank for anchors that are rows of the bank, of records in `source`.
 
     Returns:
         Title of each ranking that the run uses -> by anchor: the anchor, positives from the most to
@@ -282,8 +270,8 @@ def bank_searches(
             known = [row for row in of_kind if numbers.source_id[row] in places]
             # Evenly spaced from the most to the least similar.
             spread = np.linspace(0, len(known) - 1, min(len(known), counts[kind])).round()
-            for row in (known[int(place)] for place in spread):
-                found.append(describe(row, kind, given[1], cosines[row].tolist()))
+            chosen = [known[int(place)] for place in spread]
+            found += [describe(row, kind, given[1], cosines[row].tolist()) for row in chosen]
         return found, _agreement(numbers, anchor, kinds, config.bank.health_labels)
 
     searches: dict[str, list[tuple[list[BankRow], str]]] = {}

@@ -37,10 +37,9 @@ def text(value: object) -> str:
 def as_text(
     value: float | None, unit: str = "share", *, digits: int = 1, signed: bool = False
 ) -> str:
-    """Returns a metric as people read it: a share in %, a dash where it is not defined.
+    """Returns a metric as people read it: a share in %, a dash where it is None or NaN.
 
     Args:
-        value: None or NaN if it is not defined.
         unit: "share" or "number".
         digits: decimals of a share; only 1 itself is written as 100 %.
         signed: a difference: with its sign, and shares in points.
@@ -122,16 +121,9 @@ def matrices(confusions: Mapping[str, tuple[np.ndarray, Sequence[str]]]) -> str:
 
 
 def protocol_page(protocol: Protocol, measured: Measured, results: Mapping[str, Any]) -> str:
-    """Returns the report of any protocol.
-
-    Args:
-        protocol: definition.
-        measured: sections, and texts of their own for some protocols.
-        results: contents of results.json.
-    """
-    metrics = results["metrics"]
+    """Returns the report of any protocol; `results` are the contents of results.json."""
     rows, tiles = [], ""
-    for name, metric in metrics.items():
+    for name, metric in results["metrics"].items():
         value, low, high, chance = metric_texts(metric)
         # A large rank is a bad one: only shares are multiples of chance.
         times = times_chance(metric["value"], metric["chance"]) if metric["unit"] == "share" else ""

@@ -22,7 +22,7 @@ from avcl_jax.evaluation import charts
 from avcl_jax.evaluation.exhibits import Exhibits, bank_searches, bank_section, open_bank
 from avcl_jax.evaluation.page import as_text, matrices, section, table, text, times_chance
 from avcl_jax.evaluation.protocol import Measured
-from avcl_jax.evaluation.retrieval import DIRECTIONS, first_relevant_ranks, nearest
+from avcl_jax.evaluation.retrieval import DIRECTIONS, nearest
 from avcl_jax.evaluation.views import PretrainedRun
 from avcl_jax.objectives.temporal import TASKS
 from avcl_jax.training.checkpoint import read_progress
@@ -43,10 +43,9 @@ def run_report(
     records: UsableRecords,
     workdir: epath.Path,
     view: Mapping[str, Any],
-    *,
-    train: Arrays,
-    test: Arrays,
+    features: Mapping[str, Arrays],
     probes: Mapping[str, Measured],
+    ranks: Measured,
     tasks: Measured,
 ) -> dict[str, Any]:
     """Returns the texts and sections of the report, arguments of `Measured`.
@@ -54,18 +53,15 @@ def run_report(
     Args:
         records: test records.
         view: metrics under the keys of results.json.
-        train: outputs of `view_features` for the training records.
-        test: the same for the test records.
-        probes: results of the probes.
-        tasks: results of the temporal tasks.
+        features: outputs of `PretrainedRun.features` by role of the records.
     """
     config = run.config
-    examples = _Examples(run, records, train, test)
+    examples = _Examples(run, records, features)
     sections = [
         probe_section(view, probes, records.records.class_names),
         temporal_section(view, config.views.speeds),
         *tasks.sections,
-        retrieval_section(view["retrieval"], examples.retrieval()),
+        retrieval_section(view["retrieval"], examples.retrieval(ranks.outcomes.values)),
         *examples.features(),
         charts.training_section(_logged(workdir), bank_start(config)),
     ]
@@ -86,11 +82,7 @@ def run_report(
 
 
 def seconds_of_run(run: PretrainedRun, workdir: epath.Path, seconds: float) -> dict[str, Any]:
-    """Returns times and memory of preparation, training and evaluation, for results.json.
-
-    Args:
-        seconds: duration of the evaluation.
-    """
+    """Returns times and memory of preparation, training and evaluation, which took `seconds`."""
     records = epath.Path(run.config.data.directory)
     # `data_prep demo` writes the one, beside media and records; `data_prep prepare` the other.
     demo, prepared = records.parent / "seconds.json", records / "preparation.json"
@@ -119,10 +111,10 @@ class _Examples:
     """Examples and maps of the test records by the outputs of the networks."""
 
     def __init__(
-        self, run: PretrainedRun, records: UsableRecords, train: Arrays, test: Arrays
+        self, run: PretrainedRun, records: UsableRecords, features: Mapping[str, Arrays]
     ) -> None:
         self._config, self._settings = run.config, run.config.evaluation.report
-        self._train, self._test = train, test
+        self._train, self._test = features.get("train", {}), features["test"]
         self._exhibits = Exhibits(records, run.spec, stills=self._settings.stills)
         self._class_names = records.records.class_names
         self._rng = np.random.default_rng(run.config.seed)
@@ -132,20 +124,21 @@ class _Examples:
         queries = min(self._settings.queries, count)
         return np.sort(self._rng.choice(count, queries, replace=False)).tolist()
 
-    def retrieval(self) -> str:
+    def retrieval(self, ranks: Mapping[str, np.ndarray]) -> str:
         """Returns queries of both directions with their results."""
-        test = self._test
-        both = np.flatnonzero(test["has_video"] & test["has_audio"])
-        if not len(both) or self._config.modalities != "audio_visual":
+        if not ranks:
             return ""
-        rows, ids, html = self._draw(len(both)), np.arange(len(both)), ""
-        for query, target in DIRECTIONS.values():
-            queries, gallery = (test[f"pretrained/{m}_embeddings"][both] for m in (query, target))
-            ranks = first_relevant_ranks(queries, gallery, query_ids=ids, gallery_ids=ids)
+        both = np.flatnonzero(self._test["has_video"] & self._test["has_audio"])
+        rows, html = self._draw(len(both)), ""
+        for direction, (query, target) in DIRECTIONS.items():
+            queries, gallery = (
+                self._test[f"pretrained/{m}_embeddings"][both] for m in (query, target)
+            )
             results = nearest(queries[rows], gallery, k=self._settings.results)
             html += f"<h3>Query {query}, ranked by {target}</h3>"
             for row, items in zip(rows, results, strict=True):
-                remark = f"The right {target} is number {ranks[row]} of {len(both)}."
+                rank = ranks[f"rank_{direction}"][row]
+                remark = f"The right {target} is number {rank} of {len(both)}."
                 html += self._exhibits.search(both[row], both[items], (query, target), remark)
         return html
 
@@ -270,13 +263,7 @@ def probe_section(
     probes: Mapping[str, Measured],
     class_names: Mapping[str, Sequence[str]],
 ) -> str:
-    """Returns the section of the linear probes; "" without any.
-
-    Args:
-        view: metrics under the keys of results.json.
-        probes: results of the probes.
-        class_names: names of the classes of each label.
-    """
+    """Returns the section of the linear probes; "" without any."""
     best = "best trivial statistic"
     colours = {best: "#b3bac2", "random": GREY, "pretrained": BLUE, "supervised": GREEN}
     groups, chances, confusions, rows = {}, {}, {}, []
