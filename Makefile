@@ -11,7 +11,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 # Files of tests side by side, each in one process, because its fixtures are costly.
 PYTEST := -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test slow interop lint types notebook clean
+.PHONY: demo test slow interop lint types notebook site clean
 
 demo: $(VENV)/demo-ready
 	$(BIN)/python -m data_prep demo --out data/foley
@@ -44,6 +44,12 @@ types: $(VENV)/test-ready
 notebook: $(VENV)/test-ready
 	$(BIN)/jupytext --to ipynb notebooks/quickstart.py
 
+# The documentation as a site: open site/index.html, or serve site/ for its search.
+site: $(VENV)-docs/ready
+	$(VENV)-docs/bin/python docs/stage_site.py
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
+	$(VENV)-docs/bin/python docs/stage_site.py --check
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -63,5 +69,10 @@ $(VENV)-interop/ready: requirements-interop.txt requirements-tpu-aot.txt require
 	    -r requirements-dev.txt -r requirements-interop.txt -e .
 	touch $@
 
+$(VENV)-docs/ready: requirements-docs.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-interop data runs
+	rm -rf $(VENV) $(VENV)-interop $(VENV)-docs build/docs data runs site

@@ -1,0 +1,76 @@
+"""Pages of the site: all in its navigation, with links to files. `make site` builds it."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import yaml
+
+from tests.documented import ROOT
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads mkdocs.yml without the packages of its Python tags."""
+
+
+_Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def stage_site():
+    spec = importlib.util.spec_from_file_location("stage_site", ROOT / "docs/stage_site.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _leaves(entries: list) -> list[str]:
+    leaves = []
+    for entry in entries:
+        for value in entry.values() if isinstance(entry, dict) else [entry]:
+            leaves += _leaves(value) if isinstance(value, list) else [value]
+    return leaves
+
+
+def test_every_page_is_in_the_navigation_once(stage_site) -> None:
+    config = yaml.load((ROOT / "mkdocs.yml").read_text(), _Loader)
+    leaves = _leaves(config["nav"])
+    assert sorted(leaves) == sorted([*stage_site.pages().values(), "source/configs/index.md"])
+
+
+def test_links_of_all_pages_lead_to_files(stage_site) -> None:
+    assert ROOT / "configs/datasets.py" in stage_site.linked_files()
+
+
+def test_links_follow_the_pages_and_code_stays(stage_site, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(stage_site, "ROOT", tmp_path)
+    for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "docs/data/README.md"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("[licence](LICENSE#2) [web](https://a.b/c) [data](docs/data/README.md)\n")
+    (tmp_path / "docs/data/README.md").write_text(
+        "[home](../../README.md#try-it) `[code](nowhere.md)`\n```sh\n[more](nowhere.md)\n```\n"
+    )
+    names = stage_site.pages() | stage_site.linked_files()
+    assert stage_site.staged_text(tmp_path / "README.md", names) == (
+        "[licence](source/LICENSE.md#2) [web](https://a.b/c) [data](data/index.md)\n"
+    )
+    assert stage_site.staged_text(tmp_path / "docs/data/README.md", names) == (
+        "[home](../index.md#try-it) `[code](nowhere.md)`\n```sh\n[more](nowhere.md)\n```\n"
+    )
+    (tmp_path / "README.md").write_text("[x](gone.md)\n")
+    with pytest.raises(FileNotFoundError, match=r"README.md links to gone.md"):
+        stage_site.linked_files()
+
+
+def test_what_a_built_site_loads_from_elsewhere_is_found(stage_site, tmp_path) -> None:
+    (tmp_path / "page.html").write_text(
+        '<a href="https://a.b">link</a><link rel="canonical" href="https://a.b/page">'
+        '<link rel="stylesheet" href="own.css"><script src="//c.d/x.js"></script><img src="a.png">'
+    )
+    (tmp_path / "own.css").write_text("@import 'https://e.f/y.css'; p {background: url(own.png)}")
+    assert [problem.partition(": ")[2] for problem in stage_site.loads(tmp_path)] == [
+        "//c.d/x.js",
+        "https://e.f/y.css",
+    ]
