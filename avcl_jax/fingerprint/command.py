@@ -1,7 +1,7 @@
 """`avcl-fingerprint COMMAND`: makes, changes, checks and searches an index of media.
 
 Exit status: 0; 1 if a file could not be indexed or an index is damaged; 2 if nothing was done
-because an argument, a file or a package is missing or wrong.
+because an argument, a file or a package is missing or wrong; 130 if interrupted.
 """
 
 from __future__ import annotations
@@ -59,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"avcl-fingerprint: {one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("avcl-fingerprint: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -128,7 +131,8 @@ def _add(args: argparse.Namespace) -> int:
         print(f"{name}: not indexed, {reason}", file=sys.stderr)
     print(
         f"added {len(report.added)}, replaced {len(report.replaced)}, already there "
-        f"{len(report.skipped)}, not indexed {len(report.failed)}; {_size(index)}"
+        f"{len(report.skipped)}, not indexed {len(report.failed)}; {index.directory} contains "
+        f"{index.size}"
     )
     return 1 if report.failed else 0
 
@@ -154,7 +158,7 @@ def _remove(args: argparse.Namespace) -> None:
     # Files are named by their absolute paths, media added from memory by any name.
     names = [name if name in known else str(local_path(name)) for name in args.videos]
     index.remove(names)
-    print(f"removed {len(names)}; {_size(index)}")
+    print(f"removed {len(names)}; {index.directory} contains {index.size}")
 
 
 def _query(args: argparse.Namespace) -> None:
@@ -196,7 +200,7 @@ def _verify(args: argparse.Namespace) -> int:
         print(problem, file=sys.stderr)
     if problems:
         return 1
-    print(f"intact: {_size(FingerprintIndex.open(args.index))}")
+    print(f"intact: {args.index} contains {FingerprintIndex.open(args.index).size}")
     return 0
 
 
@@ -258,7 +262,3 @@ def _line(match: Match) -> str:
 
 def _sources(count: int) -> str:
     return f"{'at least ' * (count >= CANDIDATES)}{count} sources"
-
-
-def _size(index: FingerprintIndex) -> str:
-    return f"{index.directory} contains {len(index.sources())} media, {index.num_segments} segments"

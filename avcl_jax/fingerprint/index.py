@@ -145,6 +145,12 @@ class FingerprintIndex:
         return self._library.num_segments
 
     @property
+    def size(self) -> str:
+        """Numbers of sources and segments in words."""
+        counts = {"source": len(self.sources()), "segment": self.num_segments}
+        return ", ".join(f"{n} {name}{'s' * (n != 1)}" for name, n in counts.items())
+
+    @property
     def modalities(self) -> tuple[str, ...]:
         """Modalities that the index compares."""
         return tuple(self._library.stored["dimensions"])

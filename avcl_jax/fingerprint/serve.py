@@ -8,8 +8,10 @@ seek.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import ipaddress
+import logging
 import math
 import signal
 import socket
@@ -51,6 +53,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise FingerprintError(f"--max-waiting {arguments.max_waiting} must be at least 0")
     host, port = arguments.host, arguments.port
     with contextlib.ExitStack() as stack:
+        # Every way to end leaves no directory behind. A terminal may close, unless under nohup.
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        numbers += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)
+        for number in numbers:
+            former = signal.signal(number, signal.default_int_handler)
+            stack.callback(signal.signal, number, former)
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             listener = stack.enter_context(socket.create_server((host, port), family=family))
@@ -58,9 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
             raise FingerprintError(
                 f"cannot listen at {host} port {port} ({error}): give another --host or --port"
             ) from error
-        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="avcl-fingerprint-"))
         index = FingerprintIndex.open(arguments.index, arguments.encoder)
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="avcl-fingerprint-"))
         app = FingerprintApp(index, Path(directory), arguments)
+        stack.callback(app.close)
         address, port = listener.getsockname()[:2]
         if not ipaddress.ip_address(address).is_loopback:
             print(
@@ -68,29 +77,32 @@ def run(arguments: argparse.Namespace) -> int:
                 "whoever opens it sees the indexed files. --host 127.0.0.1 keeps it to this one",
                 file=sys.stderr,
             )
-        count, shown = len(index.sources()), f"[{address}]" if ":" in address else address
+        shown = f"[{address}]" if ":" in address else address
         print(
-            f"{arguments.index}: {count} source{'s' * (count != 1)}, {index.num_segments} "
-            f"segments, on http://{shown}:{port}/ (Ctrl+C stops)",
-            flush=True,
+            f"{arguments.index}: {index.size}, on http://{shown}:{port}/ (Ctrl+C stops)", flush=True
         )
-        names = {name.lower() for name in ("localhost", host, socket.gethostname())}
         config = uvicorn.Config(
-            app.starlette(names),
+            app.starlette({"localhost", host.lower(), socket.gethostname().lower()}),
             log_level="warning",
             log_config=None,  # its own would close the handlers of the whole process
             server_header=False,
             ws="none",
+            lifespan="off",
             proxy_headers=False,  # there is no proxy whose headers could be believed
             timeout_graceful_shutdown=_STOP_SECONDS,
         )
-        # uvicorn ends orderly, and then raises the signal that ended it once more, which must not
-        # leave the directory behind. A closed terminal counts as SIGTERM, unless under nohup.
-        handlers: dict[signal.Signals, Any] = {signal.SIGTERM: signal.default_int_handler}
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            handlers[signal.SIGHUP] = lambda *_: signal.raise_signal(signal.SIGTERM)
-        for number, handler in handlers.items():
-            stack.callback(signal.signal, number, signal.signal(number, handler))
-        with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listener])
+
+        class Server(uvicorn.Server):
+            def handle_exit(self, *_: Any) -> None:
+                # A second signal, which `timeout` sends at once, must not drop what the first ends.
+                self.should_exit = True
+
+        server = Server(config)
+        # Requests that have not ended after `_STOP_SECONDS`: told in one line, not each by another.
+        logging.getLogger("uvicorn.error").addFilter(
+            lambda record: not (record.exc_info and record.exc_info[0] is asyncio.CancelledError)
+        )
+        for number in numbers:
+            signal.signal(number, server.handle_exit)
+        server.run(sockets=[listener])
     return 0

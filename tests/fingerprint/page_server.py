@@ -137,7 +137,7 @@ class Server:
 
 @contextlib.contextmanager
 def running(index: Path, temporary: Path, *options: str) -> Iterator[Server]:
-    """Starts a server on a free port, and ends it by the signal that a system sends."""
+    """Starts a server on a free port, and ends it by two signals, as `timeout` does."""
     temporary.mkdir()
     command = [sys.executable, "-m", "avcl_jax.fingerprint", "serve", f"--index={index}"]
     process = subprocess.Popen(
@@ -160,7 +160,8 @@ def running(index: Path, temporary: Path, *options: str) -> Iterator[Server]:
         port = int(line.split("http://127.0.0.1:")[1].split("/")[0])
         yield Server(process, port, temporary, messages)
     finally:
-        process.send_signal(signal.SIGTERM)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            process.send_signal(number)
         process.wait(timeout=60)
         reader.join()
         process.stdout.close()

@@ -162,7 +162,7 @@ def test_remove_verify_and_an_empty_index(films, encoders, tmp_path, run):
     assert run("index", one, "--index", made, "--encoder", encoders)[0] == 0
     assert run("verify", "--index", made)[:2] == (
         0,
-        f"intact: {made} contains 1 media, 23 segments\n",
+        f"intact: {made} contains 1 source, 23 segments\n",
     )
     assert run("remove", one, "--index", made)[0] == 0
     status, _, err = run("query", one, "--index", made)

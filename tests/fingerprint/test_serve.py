@@ -215,7 +215,7 @@ def test_the_line_has_an_end(server, clips):
     with holding_a_place(server, film) as first, holding_a_place(server, film) as second:
         status, answer = server.ask(film)
         assert status == 503
-        assert "2 clips are being compared or wait" in answer["error"]
+        assert "no clip is taken while 2 are compared or wait" in answer["error"]
         for before, (connection, body) in enumerate((first, second)):
             connection.send(body)
             answer = connection.getresponse()
@@ -379,6 +379,7 @@ def test_an_empty_index_says_how_to_fill_it_and_an_upload_ends_with_the_server(
             process.process.send_signal(signal.SIGINT)
             assert process.process.wait(timeout=60) == 0
     assert not list((tmp_path / "tmp").iterdir())
+    assert len(process.messages) == 1  # of the request that was not waited for
 
 
 async def never():

@@ -79,12 +79,10 @@ class FingerprintApp:
             ],
             middleware=[Middleware(same_origin, hosts=hosts)],
             exception_handlers={HTTPException: _error},
-            lifespan=self._lifespan,
         )
 
-    @contextlib.asynccontextmanager
-    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
-        yield
+    def close(self) -> None:
+        """Ends the thread and the processes, also during a call."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._clips.close()
         self._shown.close()
@@ -134,8 +132,7 @@ class FingerprintApp:
         if before > self._options.max_waiting:
             raise HTTPException(
                 503,
-                f"{before} clips are being compared or wait, no more are taken: try again in a "
-                "minute",
+                f"no clip is taken while {before} are compared or wait: try again in a minute",
             )
         require = request.query_params.get("require", "")
         if require and require not in REQUIREMENTS:

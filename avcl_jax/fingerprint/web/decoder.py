@@ -73,7 +73,10 @@ class Decoder:
         # Spawned: a fork of a process with threads may hang in the child.
         context = multiprocessing.get_context("spawn")
         self._executor = ProcessPoolExecutor(1, context, _prepare, (self._directory,))
+        # Ctrl+C, which all processes of a terminal get, is the server's to handle.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
         self._executor.submit(os.getpid)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     async def _run(self, call: Callable[[], _T]) -> _T:
         async with self._turn:
@@ -102,7 +105,6 @@ class Decoder:
 
 def _prepare(directory: Path) -> None:
     """Runs in the process before any call."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is the server's to handle
     # The system's own way to end a process works also where a decoder hangs in C.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_AS, (_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
