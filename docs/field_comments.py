@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import ast
 import re
 
 import griffe
 
-_COMMENT = re.compile(r"(?:^|\s)#:? (.*)$")
+_COMMENT = re.compile(r"(?:^|\s)# (.*)$")
 
 
 def _comment(field: griffe.Attribute) -> str:
     """Returns the comment at the end of a field's line, or in the lines above it; else ""."""
-    lines = field.parent.lines_collection[field.filepath] if field.parent else []
-    if not field.lineno or not field.endlineno:
+    if not (field.parent and field.lineno and field.endlineno):
         return ""
+    lines = field.parent.lines_collection[field.filepath]
     if beside := _COMMENT.search(lines[field.endlineno - 1]):
         return beside[1]
     above: list[str] = []
@@ -26,18 +25,32 @@ def _comment(field: griffe.Attribute) -> str:
 
 
 class FieldComments(griffe.Extension):
-    """Describes the fields of classes whose docstring has no section on them."""
+    """Describes fields that the docstring of their class does not, and hides private ones."""
 
-    def on_class_members(self, *, node: ast.AST, cls: griffe.Class, **_: object) -> None:
-        """Appends the section to the docstring."""
+    def on_class_members(self, *, cls: griffe.Class, **_: object) -> None:
+        """Appends a section on the fields to a docstring without one."""
         if cls.docstring is None or "Attributes:" in cls.docstring.value:
             return
-        fields = {
-            name: field
+        described = {
+            name: comment
             for name, field in cls.members.items()
-            if isinstance(field, griffe.Attribute) and "property" not in field.labels
+            if isinstance(field, griffe.Attribute)
+            and "property" not in field.labels
+            and (comment := _comment(field))
         }
-        described = {name: text for name, field in fields.items() if (text := _comment(field))}
         if described:
-            rows = "\n".join(f"    {name}: {text}" for name, text in described.items())
+            rows = "\n".join(f"    {name}: {comment}" for name, comment in described.items())
             cls.docstring.value = f"{cls.docstring.value.rstrip()}\n\nAttributes:\n{rows}"
+
+    def on_package(self, *, pkg: griffe.Module, **_: object) -> None:
+        """Takes private fields out of the signatures of dataclasses."""
+        self._hide_private(pkg)
+
+    def _hide_private(self, parent: griffe.Module | griffe.Class) -> None:
+        for member in parent.members.values():
+            if isinstance(member, griffe.Class) and "dataclass" in member.labels:
+                for parameter in list(member.parameters):
+                    if parameter.name.startswith("_"):
+                        del member.parameters[parameter.name]
+            if isinstance(member, griffe.Module | griffe.Class):
+                self._hide_private(member)

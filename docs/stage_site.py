@@ -5,7 +5,7 @@
     python docs/stage_site.py --check   # the site loads nothing from another host
 
 On GitHub the README and docs/ link to source files and contain maths in TeX. Here the README is the
-home page, a source file that a page links to is a page too, and maths is MathML.
+home page, notebooks and source files that a page links to are pages too, and maths is MathML.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _LANGUAGES = {".py": "python", ".toml": "toml", ".txt": "text", ".sh": "sh"}
 _FENCE = re.compile(r"^( *)```.*?^\1```$", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(rf"{_FENCE.pattern}|(?<!`)(`+)(?!`).+?(?<!`)\2(?!`)", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?<=\]\()([^)\s]+)(?=\))")
+_BADGE = re.compile(r"!\[([^\]]*)\]\(https?://[^)]*\)")  # an image of another host: its text stays
 _ELSEWHERE = re.compile(r"[a-z]+:|#")  # another site, or a place on the same page
 _MATHS = re.compile(r"\$\$(.+?)\$\$|(?<![\w$])\$(?! )([^$]+?)(?<! )\$(?![\w$])", re.DOTALL)
 
@@ -42,7 +43,25 @@ def pages() -> dict[Path, str]:
         path: str(path.relative_to(ROOT / "docs")).replace("README.md", "index.md")
         for path in sorted((ROOT / "docs").rglob("*.md"))
     }
-    return {ROOT / file: name for file, name in NAMES.items()} | docs
+    notebooks = {
+        path: f"notebooks/{path.stem}.md" for path in sorted((ROOT / "notebooks").glob("*.py"))
+    }
+    return {ROOT / file: name for file, name in NAMES.items()} | docs | notebooks
+
+
+def _markdown(page: Path) -> str:
+    """Returns a page as Markdown; cells of a notebook are paragraphs and blocks of code."""
+    if page.suffix == ".md":
+        return page.read_text()
+    cells = re.split(r"^# %%", page.read_text(), flags=re.MULTILINE)[1:]
+    parts = []
+    for cell in cells:
+        kind, _, text = cell.partition("\n")
+        if "[markdown]" in kind:
+            parts.append(re.sub(r"^# ?", "", text.strip(), flags=re.MULTILINE))
+        else:
+            parts.append(f"```python\n{text.strip()}\n```")
+    return "\n\n".join(parts) + "\n"
 
 
 def links(text: str) -> Iterator[str]:
@@ -62,7 +81,7 @@ def linked_files() -> dict[Path, str]:
     files: dict[Path, str] = {}
     targets = [ROOT / name for name in SOURCES]
     for page in listed:
-        for link in links(page.read_text()):
+        for link in links(_markdown(page)):
             path = Path(os.path.normpath(page.parent / link.partition("#")[0]))
             if not path.exists():
                 raise FileNotFoundError(f"{page.relative_to(ROOT)} links to {link}: no such file")
@@ -93,7 +112,7 @@ def _relative(target: str, name: str) -> str:
 
 
 def staged_text(page: Path, names: Mapping[Path, str]) -> str:
-    """Returns a page with links between names of the site, and with MathML."""
+    """Returns a page with links between names of the site, MathML, and no image of another host."""
 
     def link(match: re.Match[str]) -> str:
         target, hash_mark, anchor = match[1].partition("#")
@@ -109,7 +128,8 @@ def staged_text(page: Path, names: Mapping[Path, str]) -> str:
             return f'\n<div class="maths">{convert(match[1], display="block")}</div>\n'
         return f'<span class="maths">{convert(match[2])}</span>'
 
-    return _outside_code(_outside_code(page.read_text(), _LINK, link), _MATHS, maths)
+    text = _outside_code(_markdown(page), _BADGE, lambda match: match[1])
+    return _outside_code(_outside_code(text, _LINK, link), _MATHS, maths)
 
 
 def _source_page(file: Path, names: Mapping[Path, str]) -> str:

@@ -64,6 +64,17 @@ def test_links_follow_the_pages_and_code_stays(stage_site, tmp_path, monkeypatch
         stage_site.linked_files()
 
 
+def test_a_notebook_is_a_page_without_images_of_other_hosts(stage_site, tmp_path) -> None:
+    notebook = tmp_path / "start.py"
+    notebook.write_text(
+        "# ---\n# jupyter: x\n# ---\n\n# %% [markdown]\n# # Start\n#\n"
+        "# [![Colab](https://a.b/badge.svg)](https://a.b/start)\n\n# %%\nx = 1  # one\n"
+    )
+    assert stage_site.staged_text(notebook, {notebook: "notebooks/start.md"}) == (
+        "# Start\n\n[Colab](https://a.b/start)\n\n```python\nx = 1  # one\n```\n"
+    )
+
+
 def test_what_a_built_site_loads_from_elsewhere_is_found(stage_site, tmp_path) -> None:
     (tmp_path / "page.html").write_text(
         '<a href="https://a.b">link</a><link rel="canonical" href="https://a.b/page">'

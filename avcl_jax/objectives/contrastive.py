@@ -117,7 +117,7 @@ def contrastive_loss(
         bank_negative_mask: mask of `bank_negatives`.
 
     Returns:
-        The scalar loss, 0 (with zero gradient) if no anchor counts, and metrics: the mean
+        The scalar loss, 0 (with zero gradient) if no anchor counts, and metrics, which are the mean
         similarities `positive_similarity` (partner), `negative_similarity` (in-batch),
         `bank_positive_similarity` and `bank_negative_similarity`; `accuracy`, the fraction of
         anchors whose partner ranks strictly first among the in-batch negatives; `anchors`, the
