@@ -24,7 +24,7 @@ from avcl_jax.data.record_format import Record
 from avcl_jax.data.records import RecordDataset, RecordError
 from avcl_jax.data.rendering import RenderSpec, render_views
 from avcl_jax.data.selection import Modality, Selection, UsableRecords
-from avcl_jax.data.views import FORWARD, Clip, Timeline, fitting_speed
+from avcl_jax.data.views import Timeline, fixed_clips
 from avcl_jax.evaluation.page import as_text, section, text
 from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.bank_rows import RowNumbers, views_of
@@ -118,10 +118,8 @@ class Exhibits:
         """Returns name, labels, stills, spectrogram and clip of the middle of a record."""
         _, record, use = self._source[position]
         spec = self._spec
-        speed = fitting_speed(use, len(spec.views.speeds) // 2, spec.views)
-        span = spec.views.clip_seconds * spec.views.speeds[speed]
-        slack = max(use.duration_seconds - span, 0.0)
-        clip = Clip(use.start_seconds + slack / 2, speed, FORWARD)
+        (clip,) = fixed_clips(use, spec.views, [len(spec.views.speeds) // 2], 1)
+        span = spec.views.clip_seconds * spec.views.speeds[clip.speed]
         crop = center_crop(max(record.height, 1), max(record.width, 1))
         arrays = render_views(record, use, [clip], [clip], [crop], spec)
         times = np.linspace(0, spec.views.num_frames - 1, self._stills).round().astype(int)
