@@ -17,7 +17,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -33,7 +34,6 @@ from avcl_jax.evaluation.protocol import (
     RESULTS,
     Measured,
     Protocol,
-    Stages,
     estimate,
     versions,
     write_outcomes,
@@ -57,6 +57,7 @@ class Context:
         in_training: `workdir` is that of the evaluated pretraining run, where results of an
             earlier checkpoint are replaced. Any other protocol refuses such a directory, and never
             overwrites results of other settings.
+        seconds: duration of each stage.
     """
 
     protocol: Protocol
@@ -66,7 +67,22 @@ class Context:
     data: Mapping[str, str]
     heads: str | None = None
     in_training: bool = False
-    stages: Stages = dataclasses.field(default_factory=Stages)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    began: float = dataclasses.field(default_factory=time.monotonic)
+
+    @contextlib.contextmanager
+    def stages(self, name: str) -> Iterator[None]:
+        """Prints and records the duration of a stage."""
+        began = time.monotonic()
+        print(f"evaluation: {name} …", end="", flush=True)
+        yield
+        self.seconds[name] = round(time.monotonic() - began, 1)
+        print(f" {self.seconds[name]:.0f} s", flush=True)
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.began
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -157,8 +173,8 @@ class Context:
             "data": dict(self.data),
             "fingerprint": self.fingerprint,
             "seed": config.seed,
-            "seconds": round(self.stages.total, 1),
-            "stages": self.stages.seconds,
+            "seconds": round(self.total_seconds, 1),
+            "stages": self.seconds,
             "peak_memory_gb": round(peak_memory_gb(), 3),
             "versions": versions(),
             "config": json.loads(experiment.to_json(config)),

@@ -5,7 +5,6 @@ python -m avcl_jax.main --config=configs/evaluate.py --workdir=RUN
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -269,7 +268,7 @@ def _measure(
         outcomes,
         metrics,
         details={"probe_costs": {name: probe.details["costs"] for name, probe in probes.items()}},
-        view=view | seconds_of_run(run, directory, stages.total),
+        view=view | seconds_of_run(run, directory, context.total_seconds),
         **report,
     )
 
@@ -353,7 +352,7 @@ def _train_supervised(
     """Returns the supervised classifier of each probe, and networks with their encoders."""
     config, probes = run.config, run.config.evaluation.probes
     fits: dict[str, Fit] = {}
-    encoders: dict[str, dict[str, Any]] = collections.defaultdict(dict)
+    networks: dict[str, dict[str, Any]] = {}
     for label, modality in probes:
         section, encoder = config.evaluation.supervised[modality], run.source.encoders[modality]
         render = functools.partial(
@@ -378,10 +377,11 @@ def _train_supervised(
             seed=config.seed,
             **section.fit,
         )
-        encoders[_network_of(probes, label, modality)][modality] = fit.encoder_variables
-    # Every process trained the same networks, but rounding may differ between them.
-    encoders = multihost_utils.broadcast_one_to_all(jax.device_get(dict(encoders)))
-    return fits, {name: _with_encoders(run.variables, own) for name, own in encoders.items()}
+        # Every process trained the same network, but rounding may differ between them.
+        variables = multihost_utils.broadcast_one_to_all(jax.device_get(fit.encoder_variables))
+        name = _network_of(probes, label, modality)
+        networks[name] = _with_encoders(networks.get(name, run.variables), {modality: variables})
+    return fits, networks
 
 
 def measure_probe(

@@ -11,9 +11,7 @@ import importlib.metadata
 import io
 import platform
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -202,28 +200,6 @@ def estimate(measured: Measured, *, resamples: int, seed: int) -> dict[str, dict
 def finite(value: float | None) -> float | None:
     """Maps NaN and infinity to None: JSON has neither."""
     return value if value is not None and np.isfinite(value) else None
-
-
-class Stages:
-    """Prints and records the duration of each stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._began = time.monotonic()
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Times one part."""
-        began = time.monotonic()
-        print(f"evaluation: {name} …", end="", flush=True)
-        yield
-        self.seconds[name] = round(time.monotonic() - began, 1)
-        print(f" {self.seconds[name]:.0f} s", flush=True)
-
-    @property
-    def total(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self._began
 
 
 def versions() -> dict[str, str]:
