@@ -19,9 +19,8 @@ from typing import Any
 from avcl_jax.data.media import DecodedMedia, MediaError
 from avcl_jax.export.runs import MODALITIES, open_encoders
 from avcl_jax.fingerprint import calibration, database, library, matching
-from avcl_jax.fingerprint.answer import QueryResult
+from avcl_jax.fingerprint.answer import QueryResult, make_matches
 from avcl_jax.fingerprint.database import SourceRow, transaction
-from avcl_jax.fingerprint.scores import make_matches
 from avcl_jax.fingerprint.segments import Segmenter, SegmentFeatures, not_empty
 from avcl_jax.fingerprint.settings import FingerprintError, FingerprintSettings
 from avcl_jax.paths import absolute_path, local_path

@@ -66,14 +66,14 @@ class Vectors:
         count = len(self.values)
         return self.values[np.linspace(0, count - 1, min(_COHORT, count)).astype(int)]
 
-    def with_cells(self, kind: str, former: Vectors | None) -> Vectors:
+    def with_cells(self, kind: str, former: Vectors) -> Vectors:
         """Returns these vectors in cells, if there are enough: those of `former` where they fit."""
         count, width = self.values.shape
         # Cells and codebooks cannot be learned from fewer than 256 vectors.
         if kind == "flat" or count < (IVFPQ_FROM if kind == "auto" else 256):
             return self
-        learned = 0 if former is None else former.learned_from
-        if former is not None and learned / _LEARNED_WITHIN < count < learned * _LEARNED_WITHIN:
+        learned = former.learned_from
+        if learned / _LEARNED_WITHIN < count < learned * _LEARNED_WITHIN:
             cells = faiss().clone_index(former.cells)  # others may search the former ones
             cells.remove_ids(np.setdiff1d(former.labels, self.labels))
             new = ~np.isin(self.labels, former.labels)
@@ -277,34 +277,32 @@ def _vectors(
         and np.array_equal(former[m].projection.matrix, p.matrix)
         for m, p in projections.items()
     )
-    former = former if same else {}
+    if not same:
+        former = {
+            m: Vectors(p, np.zeros(0, np.int64), np.zeros((0, p.matrix.shape[1]), np.float32))
+            for m, p in projections.items()
+        }
     # Each medium has a segment of some modality.
-    labels = [np.zeros(0, np.int64), *(vectors.labels for vectors in former.values())]
-    known = np.unique(np.concatenate(labels) >> _NUMBER_BITS)
-    if former and np.array_equal(known, library.ids):
+    labels = np.concatenate([np.zeros(0, np.int64), *(v.labels for v in former.values())])
+    known = np.unique(labels >> _NUMBER_BITS)
+    if np.array_equal(known, library.ids):
         return former
-    parts = {
-        m: ([np.zeros(0, np.int64)], [np.zeros((0, p.matrix.shape[1]), np.float32)])
-        for m, p in projections.items()
-    }
+    parts = {}
     for modality, vectors in former.items():
         kept = np.isin(vectors.labels >> _NUMBER_BITS, library.ids)
-        parts[modality][0].append(vectors.labels[kept])
-        parts[modality][1].append(vectors.values[kept])
+        parts[modality] = [(vectors.labels[kept], vectors.values[kept])]
     for number in np.flatnonzero(~np.isin(library.ids, known)).tolist():
         source = library.sources[number]
         features, present = opened.features_of(source)
         for modality, projection in projections.items():
-            here = np.flatnonzero(present[modality])
-            parts[modality][0].append((source.id << _NUMBER_BITS) + here)
-            parts[modality][1].append(projection(features[modality]))
+            labels = (source.id << _NUMBER_BITS) + np.flatnonzero(present[modality])
+            parts[modality].append((labels, projection(features[modality])))
     made = {}
     for modality, projection in projections.items():
-        joined = np.concatenate(parts[modality][0])
-        order = np.argsort(joined)
-        values = np.concatenate(parts[modality][1])[order]
-        vectors = Vectors(projection, joined[order], values)
-        made[modality] = vectors.with_cells(library.settings.kind, former.get(modality))
+        labels, values = map(np.concatenate, zip(*parts[modality], strict=True))
+        order = np.argsort(labels)
+        vectors = Vectors(projection, labels[order], values[order])
+        made[modality] = vectors.with_cells(library.settings.kind, former[modality])
     return made
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from avcl_jax.fingerprint import scores
+from avcl_jax.fingerprint import answer
 from avcl_jax.fingerprint.answer import Match, QueryResult, SegmentScore
 from avcl_jax.fingerprint.calibration import THRESHOLD, Calibration
 from avcl_jax.fingerprint.database import SourceRow
@@ -46,7 +46,7 @@ def constant(source: int, value: float, whole: float, *, seconds: float = 12.0) 
 
 
 def matches(alignments, calibration, *, seconds=2.0, required=(), known=None) -> list[Match]:
-    return scores.make_matches(
+    return answer.make_matches(
         alignments,
         lambda modalities: calibration,
         SOURCES,
@@ -64,15 +64,15 @@ def test_evidence_of_a_part_is_the_mean_over_its_segments_and_grows_with_their_t
     query = alignment(by_segment, (1.0 + 0.25 * np.arange(9)) / rate, rate=rate)
     spans = {"video": 0.5, "audio": 1.0}
     video, audio = 3.0 * ((9 * 0.25 + 0.5) / 0.5) ** 0.5, 4.0 * (5 * 0.25 + 1.0) ** 0.5
-    everything = scores._evidence(query, np.ones(9, bool), spans)
+    everything = answer._evidence(query, np.ones(9, bool), spans)
     assert everything == pytest.approx(np.hypot(video, audio))
-    silent = scores._evidence(query, np.arange(9) > 6, spans)
+    silent = answer._evidence(query, np.arange(9) > 6, spans)
     assert silent == pytest.approx(3.0 * ((2 * 0.25 + 0.5) / 0.5) ** 0.5)
 
 
 def test_parts_are_halves_and_quarters_of_three_seconds_or_more():
     query = alignment({}, np.arange(12.0), rate=2.0)
-    parts = scores._parts(query, 12.0, span_seconds=2.0)
+    parts = answer._parts(query, 12.0, span_seconds=2.0)
     assert [seconds for _, seconds in parts] == [6.0] * 3 + [3.0] * 7
     assert [int(inside.sum()) for inside, _ in parts] == [6, 6, 6, 3, 2, 3, 2, 3, 2, 3]
     assert [int(inside.argmax()) for inside, _ in parts] == [0, 3, 6, 0, 2, 3, 5, 6, 8, 9]
@@ -80,24 +80,24 @@ def test_parts_are_halves_and_quarters_of_three_seconds_or_more():
 
 def test_sources_match_equally_well_by_their_strength_averaged_over_two_seconds():
     single = alignment({"video": np.eye(5)[2] * 6}, np.arange(5.0))
-    assert scores._smoothed(single).tolist() == [0, 2, 2, 2, 0]
+    assert answer._smoothed(single).tolist() == [0, 2, 2, 2, 0]
     mixed = {"video": np.array([3.0, -1.0]), "audio": np.array([4.0, np.nan])}
-    assert scores._strength(alignment(mixed, np.arange(2.0))).tolist() == [5, 0]
+    assert answer._strength(alignment(mixed, np.arange(2.0))).tolist() == [5, 0]
     own = constant(0, 4.0, 9.0, seconds=2.0)
     for other, equally in ((2.0, True), (1.9, False)):
-        assert (scores._equally_well(own, constant(1, other, 9.0)) == equally).all()
+        assert (answer._equally_well(own, constant(1, other, 9.0)) == equally).all()
     weak = constant(0, 2.0, 9.0)
-    assert not scores._equally_well(weak, weak).any()
+    assert not answer._equally_well(weak, weak).any()
     # Where the other source has no segment it resembles nothing.
     later = dataclasses.replace(own, query_seconds=own.query_seconds + 5)
     for other, segments in ((own, range(4)), (later, range(10, 14))):
-        equal = scores._equally_well(constant(0, 4.0, 9.0), other)
+        equal = answer._equally_well(constant(0, 4.0, 9.0), other)
         assert equal.nonzero()[0].tolist() == list(segments)
 
 
 def test_the_score_of_a_whole_query_is_of_its_evidence_and_of_a_part_of_its_segments():
     query = constant(0, 3.0, 8.0)
-    whole = scores._Part(query, np.ones(24, bool), 12.0, 1000)
+    whole = answer._Part(query, np.ones(24, bool), 12.0, 1000)
     spans = {"video": 0.5, "audio": 0.5}
     assert whole.score(KNOWN, spans) == KNOWN.score(8.0, query_seconds=12.0, segments=1000)
     video_only = dataclasses.replace(query, by_modality={"video": 8.0})
@@ -139,7 +139,7 @@ def test_a_score_at_the_threshold_is_a_match_of_the_whole_and_of_each_modality()
 def intervals(starts, strengths, agrees=True, shared_by=1):
     found = alignment({"video": np.array(strengths)}, starts)
     found = dataclasses.replace(found, agrees=np.broadcast_to(agrees, len(starts)))
-    return scores._intervals(found, np.broadcast_to(shared_by, len(starts)), 1.0)
+    return answer._intervals(found, np.broadcast_to(shared_by, len(starts)), 1.0)
 
 
 def test_intervals_touch_or_part_end_where_others_share_the_next_and_are_not_chance():
