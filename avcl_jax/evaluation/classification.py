@@ -11,6 +11,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 from etils import epath
+from sklearn.metrics import confusion_matrix
 
 from avcl_jax.data.clips import ClipRecords
 from avcl_jax.errors import UserError
@@ -19,8 +20,8 @@ from avcl_jax.evaluation.features import classical_record_features, record_featu
 from avcl_jax.evaluation.linear import Kind, LinearProbe, fit_probe, held_out_groups, ranked_classes
 from avcl_jax.evaluation.page import as_text, matrices, section, table
 from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol
-from avcl_jax.evaluation.splits import Split, clip_splits, numbered_sides
-from avcl_jax.evaluation.statistics import class_mean, compare, confusion_matrix, top_k_hits
+from avcl_jax.evaluation.splits import Split, clip_splits
+from avcl_jax.evaluation.statistics import class_mean, compare, top_k_hits
 
 _CLASSIFIERS = {
     "logistic": "Multinomial logistic regression, L2, L-BFGS until the gradient is below "
@@ -102,9 +103,7 @@ def run_linear_probe(
     """
     data, settings, baselines = config.data, config.probe.to_dict(), config.baselines
     labels = [label for label in (data.label, data.group_label) if label]
-    splits, spec = clip_splits(
-        config, config.modality, numbered_sides(data), labels, by_clip=True, tags=data.label
-    )
+    splits, spec = clip_splits(config, config.modality, labels, by_clip=True, tags=data.label)
     sides = [side for split in splits for side in (split.train, split.test)]
     targets = [_targets_of(side, data.label) for side in sides]
     tags = targets[0].ndim == 2
@@ -308,7 +307,8 @@ def class_results(
                 chance=k / classes,
                 headline=name in ("", "random"),
             )
-    confusion = confusion_matrix(labels, np.concatenate(scores[""]).argmax(axis=1), classes)
+    predicted = np.concatenate(scores[""]).argmax(axis=1)
+    confusion = confusion_matrix(labels, predicted, labels=range(classes))
     described = [
         _describe(split)
         | {"top1": float(hits.mean()), "mean_class_accuracy": class_mean(hits, own)}

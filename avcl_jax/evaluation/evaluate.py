@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+from sklearn.metrics import confusion_matrix
 
 from avcl_jax.batched import render_all
 from avcl_jax.data.records import RecordDataset, RecordError
@@ -28,7 +29,7 @@ from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol, m
 from avcl_jax.evaluation.retrieval import DIRECTIONS, check_recall_at, measure_cross_modal
 from avcl_jax.evaluation.run_report import run_report, seconds_of_run
 from avcl_jax.evaluation.splits import Split, Trial
-from avcl_jax.evaluation.statistics import confusion_matrix, top_k_hits
+from avcl_jax.evaluation.statistics import top_k_hits
 from avcl_jax.evaluation.temporal import NullControl, measure_tasks, noise_control, task_logits
 from avcl_jax.evaluation.views import (
     MODALITY_INPUTS,
@@ -440,7 +441,7 @@ def measure_probe(
         ),
         metrics,
         details={
-            "confusion": confusion_matrix(labels, predicted, classes),
+            "confusion": confusion_matrix(labels, predicted, labels=range(classes)),
             "costs": {network: cost for network, (cost, _) in probes.items()},
             "trivial": {s: float(top_k_hits(probe(s)[1], labels, 1).mean()) for s in _TRIVIAL},
         },

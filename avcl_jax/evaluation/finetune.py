@@ -52,7 +52,7 @@ from avcl_jax.evaluation.classifier import (
 from avcl_jax.evaluation.driver import Context, run_protocol
 from avcl_jax.evaluation.page import section
 from avcl_jax.evaluation.protocol import Measured, Protocol
-from avcl_jax.evaluation.splits import Split, numbered_sides, open_splits
+from avcl_jax.evaluation.splits import Split, open_splits
 from avcl_jax.export import Encoder
 from avcl_jax.export.runs import random_like
 from avcl_jax.training import sharding
@@ -150,9 +150,7 @@ def labelled_splits(config: ml_collections.ConfigDict) -> list[Split[ClipRecords
             raise UserError(f"{setting} {config[setting]!r} must be {one!r} or {other!r}")
     data = config.data
     clips = functools.partial(clip_spec, config)
-    splits = open_splits(
-        config, config.modality, numbered_sides(data), [data.label], clips, shared_sources=True
-    )
+    splits = open_splits(config, config.modality, [data.label], clips, shared_sources=True)
     if config.init == "random":
         drawn = random_like(splits[0].encoder, config.seed)
         drawn = dataclasses.replace(drawn, path=f"random like {config.encoder}")

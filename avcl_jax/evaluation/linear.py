@@ -22,6 +22,7 @@ import optax
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
+from sklearn.utils import assert_all_finite, gen_batches
 from threadpoolctl import threadpool_limits
 
 from avcl_jax.errors import UserError
@@ -93,13 +94,14 @@ def fit_probe(
             Of official folds each pair is held out twice, by the split of the one and of the other.
 
     Raises:
-        ValueError: if features are not finite or shapes do not match.
+        ValueError: if features are not finite.
     """
+    assert_all_finite(features, input_name="features")
     clips = features.shape[1] if features.ndim == 3 else 1
     flat, answers = features.reshape(-1, features.shape[-1]), targets.repeat(clips, axis=0)
 
-    def examples(rows: np.ndarray) -> np.ndarray:
-        return np.asarray(rows[:, None] * clips + np.arange(clips)).ravel()
+    def examples(mask: np.ndarray) -> np.ndarray:
+        return np.flatnonzero(mask.repeat(clips))
 
     if classifier == "logistic":
         fits = _regressions(flat, answers, classes, iterations, tolerance)
@@ -108,9 +110,9 @@ def fit_probe(
     costs, names = sorted(costs), np.unique(groups)
     reached = np.empty((len(names), len(costs)))
     for place, group in enumerate(names):
-        rows = np.flatnonzero(groups == group)
-        for number, fit in enumerate(fits(examples(np.flatnonzero(groups != group)), costs)):
-            scores, own = _over_clips(fit(flat, examples(rows)), clips), targets[rows]
+        held, own = groups == group, targets[groups == group]
+        for number, fit in enumerate(fits(examples(~held), costs)):
+            scores = _over_clips(fit(flat, examples(held)), clips)
             reached[place, number] = (
                 STATISTICS["mean_average_precision"](scores, own)
                 if targets.ndim == 2
@@ -206,8 +208,6 @@ def _regressions(
     each other. Device memory holds two copies of the features, split over the devices; the host
     makes none.
     """
-    if features.ndim != 2 or len(targets) != len(features) or not len(features):
-        raise ValueError(f"features {features.shape} and targets {targets.shape} do not match")
     mesh = sharding.create_mesh(1, jax.local_devices())
 
     def placed(values: np.ndarray) -> jax.Array:
@@ -239,7 +239,10 @@ def _regressions(
                 _minimise(*data, decay, tolerance, classes=classes, iterations=iterations),
             )
             return lambda features, rows: np.concatenate(
-                [((features[b] - mean) / scale) @ weights + bias for b in _blocks(rows)]
+                [
+                    ((features[rows[block]] - mean) / scale) @ weights + bias
+                    for block in gen_batches(len(rows), _BLOCK)
+                ]
             )
 
         return [fit(cost) for cost in costs]
@@ -247,22 +250,15 @@ def _regressions(
     return fits
 
 
-def _blocks(rows: np.ndarray) -> list[np.ndarray]:
-    return [rows[first : first + _BLOCK] for first in range(0, len(rows), _BLOCK)]
-
-
 def _moments(features: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns mean and deviation of each channel, float32; 1 for the deviation of a constant.
 
-    Sums are float64 and go through blocks of rows: numpy's `std` would copy all features as
-    float64, which is twice the memory that they need.
+    Sums go through blocks of rows: at once, all features would be copied as float64.
     """
-    blocks = _blocks(rows)
-    mean = sum(features[some].sum(axis=0, dtype=np.float64) for some in blocks) / len(rows)
-    if not np.isfinite(mean).all():
-        raise ValueError(f"features {features.shape} are not finite")
-    scale = np.sqrt(sum(np.square(features[some] - mean).sum(axis=0) for some in blocks))
-    scale /= np.sqrt(len(rows))
+    scaler = StandardScaler()
+    for block in gen_batches(len(rows), _BLOCK):
+        scaler.partial_fit(features[rows[block]])
+    mean, scale = scaler.mean_, np.sqrt(scaler.var_)
     scale[scale <= 1e-6 * np.abs(mean)] = 1.0  # zero, or nothing but rounding
     return mean.astype(np.float32), scale.astype(np.float32)
 

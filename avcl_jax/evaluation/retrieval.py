@@ -28,7 +28,7 @@ from avcl_jax.evaluation.driver import Context, run_protocol
 from avcl_jax.evaluation.features import record_features
 from avcl_jax.evaluation.page import section, table
 from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol
-from avcl_jax.evaluation.splits import Trial, clip_splits, numbered_sides
+from avcl_jax.evaluation.splits import Trial, clip_splits
 from avcl_jax.evaluation.views import encode, fixed_views, open_run, speed_indices
 
 VIDEO_RETRIEVAL = Protocol(
@@ -91,18 +91,12 @@ def first_relevant_ranks(
     Args:
         queries: float [q, D].
         gallery: float [g, D].
-        query_ids: int [q], identity of each query.
+        query_ids: int [q], identity of each query, that of an item at least.
         gallery_ids: int [g], identity of each item.
 
     Raises:
-        UserError: if a query has no relevant item, so that its rank is undefined.
         ValueError: if a value is not finite.
     """
-    if (missing := query_ids[~np.isin(query_ids, gallery_ids)]).size:
-        raise UserError(
-            f"{missing.size} queries have no relevant item in the gallery, first identity "
-            f"{missing[0]}; leave them out"
-        )
     queries, gallery = (normalize(np.asarray(v, np.float32)) for v in (queries, gallery))
     ranks = np.empty(len(queries), np.int64)
     for rows in gen_batches(len(queries), max(1, _COMPARED // len(gallery))):
@@ -181,13 +175,7 @@ def video_retrieval(
     """
     check_recall_at(config)
     data = config.data
-    sides, number = numbered_sides(data), f"split{data.official_split}"
-    if number not in sides:
-        raise UserError(
-            f"data.official_split {data.official_split} must be one of 1 to {len(sides)}, the "
-            "entries of data.test_select"
-        )
-    (split,), spec = clip_splits(config, "video", {"split": sides[number]}, [data.label])
+    (split,), spec = clip_splits(config, "video", [data.label], only=data.official_split)
     gallery, queries = split.train, split.test
     classes = queries.records.class_names[data.label]
     ids, gallery_ids = (records.classes_of(data.label) for records in (queries, gallery))

@@ -29,7 +29,6 @@ from avcl_jax.export.runs import EncoderSource, open_encoders
 FOLD = "{fold}"
 
 Records = TypeVar("Records", bound=SelectedRecords)
-Side = tuple[str, str]  # split of the data set, and selection of its records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Split(Trial[Records]):
     train: Records
 
 
-def split_encoders(path: str, tests: Mapping[str, str], modality: str) -> dict[str, EncoderSource]:
+def split_encoders(path: str, tests: Mapping[Any, str], modality: str) -> dict[Any, EncoderSource]:
     """Opens the encoder of every split.
 
     Args:
@@ -68,7 +67,13 @@ def split_encoders(path: str, tests: Mapping[str, str], modality: str) -> dict[s
     sources = {path: open_encoders(path) for path in dict.fromkeys(paths.values())}
     first, *others = sources.values()
     for other in others:
-        shapes = ({m: _shape(e) for m, e in s.encoders.items()} for s in (first, other))
+        shapes = (
+            {
+                m: {key: e.config[key] for key in ("encoder", "preprocessing")}
+                for m, e in source.encoders.items()
+            }
+            for source in (first, other)
+        )
         if different := experiment.differences(*map(json.dumps, shapes)):
             raise UserError(
                 f"{first.path} and {other.path} are encoders of one protocol, but differ in "
@@ -77,10 +82,6 @@ def split_encoders(path: str, tests: Mapping[str, str], modality: str) -> dict[s
     for source in sources.values():
         source.require(modality)
     return {name: sources[path] for name, path in paths.items()}
-
-
-def _shape(encoder: Encoder) -> dict[str, Any]:
-    return {key: encoder.config[key] for key in ("encoder", "preprocessing")}
 
 
 def _fold_of(test: str) -> str:
@@ -102,20 +103,22 @@ def _fold_of(test: str) -> str:
 def open_splits(
     config: ml_collections.ConfigDict,
     modality: Modality,
-    sides: Mapping[str, tuple[Side, Side]],
     labels: Sequence[str],
     spec_of: Callable[[Encoder], ClipSpec],
     *,
+    only: int | None = None,
     tags: str = "",
     shared_interval: bool = False,
     shared_sources: bool = False,
 ) -> list[Split[ClipRecords]]:
-    """Opens the records and the encoder of every split; reads no record.
+    """Opens the records and the encoder of the splits split1, split2, … of the section `data`.
+
+    Reads no record.
 
     Args:
-        sides: training and test side by name of the split.
         labels: labels that must be known.
         spec_of: clips that an encoder is given.
+        only: number of a split, to open no other.
         tags: label that may have several classes per record.
         shared_interval: argument of `ClipRecords`.
         shared_sources: accept training and test records of one source.
@@ -124,22 +127,36 @@ def open_splits(
         ExportError: if an encoder is missing or lacks the modality.
         RecordError: if there is no such data set or split.
         SelectionError: if a selection does not fit the data set, or records lack something.
-        UserError: if training and test records of a split share a record or a source.
+        UserError: if selections are not those of splits, or training and test records of one share
+            a record or a source.
     """
-    tests = {name: test for name, (_, (_, test)) in sides.items()}
+    data = config.data
+    if len(data.train_select) != len(data.test_select) or not data.train_select:
+        raise UserError(
+            f"data.train_select {data.train_select} and data.test_select {data.test_select} "
+            "must name the same splits, one after the other"
+        )
+    numbers = range(1, len(data.test_select) + 1)
+    if only is not None and only not in numbers:
+        raise UserError(
+            f"data.official_split {only} must be one of 1 to {len(numbers)}, the entries of "
+            "data.test_select"
+        )
+    tests = {n: data.test_select[n - 1] for n in ([only] if only else numbers)}
     encoders = split_encoders(config.encoder, tests, modality)
     spec = spec_of(next(iter(encoders.values())).require(modality))
-    dataset = functools.cache(functools.partial(RecordDataset, config.data.directory))
+    dataset = functools.cache(functools.partial(RecordDataset, data.directory))
 
     @functools.cache
     def records(split: str, select: str) -> ClipRecords:
         known = [n for n in labels if n != tags or n not in dataset(split).multilabel]
-        selection, leave_out = Selection.parse(select), config.data.leave_out
-        return ClipRecords(dataset(split), selection, spec, known, leave_out, shared_interval)
+        selection = Selection.parse(select)
+        return ClipRecords(dataset(split), selection, spec, known, data.leave_out, shared_interval)
 
     splits = []
-    for name, sides_of in sides.items():
-        train, test = (records(*side) for side in sides_of)
+    for number, select in tests.items():
+        train = records(data.train_split, data.train_select[number - 1])
+        test = records(data.test_split, select)
         common, what = {*train.record_ids} & {*test.record_ids}, "records"
         alike = train.records.fingerprint == test.records.fingerprint  # numbers name sources there
         if not (common or shared_sources) and alike:
@@ -149,51 +166,34 @@ def open_splits(
                 f"{len(common)} {what} are among both the training records ({train}) and the test "
                 f"records ({test}), for instance {min(common)!r}: select them apart"
             )
-        splits.append(Split(name, encoders[name], test, train))
+        splits.append(Split(f"split{number}", encoders[number], test, train))
     return splits
-
-
-def numbered_sides(data: ml_collections.ConfigDict) -> dict[str, tuple[Side, Side]]:
-    """Returns the sides of the splits split1, split2, … of the section `data` of a config.
-
-    Raises:
-        UserError: if there are not as many of `train_select` as of `test_select`.
-    """
-    if len(data.train_select) != len(data.test_select) or not data.train_select:
-        raise UserError(
-            f"data.train_select {data.train_select} and data.test_select {data.test_select} "
-            "must name the same splits, one after the other"
-        )
-    pairs = zip(data.train_select, data.test_select, strict=True)
-    return {
-        f"split{number}": ((data.train_split, train), (data.test_split, test))
-        for number, (train, test) in enumerate(pairs, 1)
-    }
 
 
 def clip_splits(
     config: ml_collections.ConfigDict,
     modality: Modality,
-    sides: Mapping[str, tuple[Side, Side]],
     labels: Sequence[str],
     *,
     by_clip: bool = False,
+    only: int | None = None,
     tags: str = "",
 ) -> tuple[list[Split[ClipRecords]], FeatureSpec]:
     """Opens the splits of a protocol on frozen features, with the clips of the section `features`.
 
+    Takes the arguments of `open_splits`, and raises the same.
+
     Args:
         by_clip: accept features of single clips.
-
-    Raises:
-        UserError: if a value of `features` has no meaning, or `open_splits` raises it.
     """
     run = {name: config.execution[name] for name in ("chunk", "part_records", "threads")}
     spec = FeatureSpec(**config.features, **run)
     if spec.record_pooling == "clips" and not by_clip:
         raise UserError("features.record_pooling 'clips' is for probes: use 'mean' or 'mean_max'")
     clips = functools.partial(encoder_clips, spec=spec)
-    splits = open_splits(config, modality, sides, labels, clips, tags=tags, shared_interval=True)
+    splits = open_splits(
+        config, modality, labels, clips, only=only, tags=tags, shared_interval=True
+    )
     return splits, spec
 
 

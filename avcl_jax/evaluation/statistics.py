@@ -24,34 +24,16 @@ def top_k_hits(scores: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
         labels: int [n] in [0, classes).
 
     Raises:
-        ValueError: if they are otherwise.
+        ValueError: if a score is not finite.
     """
-    scores, labels = np.asarray(scores), np.asarray(labels)
-    if scores.ndim != 2 or labels.shape != scores.shape[:1]:
-        raise ValueError(f"scores {scores.shape} and labels {labels.shape} do not match")
-    classes = scores.shape[1]
-    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
-        raise ValueError(
-            f"labels reach from {labels.min()} to {labels.max()}, there are {classes} classes"
-        )
     if not np.isfinite(scores).all():
         raise ValueError(f"{int((~np.isfinite(scores)).sum())} scores are not finite")
-    own = scores[np.arange(len(labels)), labels][:, None]
+    own = np.take_along_axis(scores, labels[:, None], axis=1)
     return ((scores >= own).sum(axis=1) <= k).astype(np.float64)
 
 
-def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """Returns int64 [classes, classes], rows true, columns predicted."""
-    counts = np.zeros((classes, classes), np.int64)
-    np.add.at(counts, (labels, predicted), 1)
-    return counts
-
-
 def class_mean(values: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the mean over classes of the mean over their items (mean class accuracy).
-
-    Classes without an item are left out.
-    """
+    """Returns the mean over the classes that have items of the mean over their items."""
     return float(np.mean([np.mean(values[labels == label]) for label in np.unique(labels)]))
 
 
@@ -68,7 +50,7 @@ def average_precision(scores: np.ndarray, relevant: np.ndarray) -> float:
         scores: float [n].
         relevant: bool [n].
     """
-    scores, relevant = np.asarray(scores), np.asarray(relevant, bool)
+    relevant = np.asarray(relevant, bool)
     if not relevant.any():
         return float("nan")
     ordered = relevant[np.lexsort((relevant, -scores))]  # of equal scores, the wrong ones first
@@ -200,12 +182,11 @@ def bootstrap(
         kind: a key of `STATISTICS`.
         inputs: arrays [n, …] that it takes.
         sources: [n], units of one source are drawn together.
-        resamples: number of resampled sets.
 
     Raises:
-        ValueError: if the kind is unknown, arrays differ in length or there is no unit.
+        ValueError: if arrays differ in length or there is no unit.
     """
-    groups = _groups(kind, inputs, sources)
+    groups = _groups(inputs, sources)
     value = STATISTICS[kind](*inputs)
     if np.isnan(value):
         return Interval(value, value, value)
@@ -230,19 +211,11 @@ def compare(
     """Compares two runs on the same units: 95 % interval of the difference, and a paired test.
 
     The interval is the paired bootstrap over sources; the test exchanges the two runs' outcomes for
-    a random half of the sources, which under the hypothesis changes nothing.
-
-    Args:
-        kind: a key of `STATISTICS`.
-        first: arrays [n, …] of one run.
-        second: arrays of the other, with the same units in the same order.
-        sources: [n].
-        resamples: number of resampled sets, and of exchanges.
-
-    Raises:
-        ValueError: if `bootstrap` raises it, or if the runs have different numbers of units.
+    a random half of the sources, which under the hypothesis changes nothing. Takes the arguments of
+    `bootstrap` for two runs with the same units in the same order, and raises the same;
+    `resamples` is also the number of exchanges.
     """
-    groups = _groups(kind, [*first, *second], sources)
+    groups = _groups([*first, *second], sources)
     statistic = STATISTICS[kind]
     observed = statistic(*second) - statistic(*first)
     if np.isnan(observed):
@@ -282,10 +255,8 @@ def _bounds(drawn: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _groups(kind: str, inputs: Sequence[np.ndarray], sources: np.ndarray) -> list[np.ndarray]:
+def _groups(inputs: Sequence[np.ndarray], sources: np.ndarray) -> list[np.ndarray]:
     """Returns the positions of the units of each source."""
-    if kind not in STATISTICS:
-        raise ValueError(f"unknown statistic {kind!r}: use one of {', '.join(STATISTICS)}")
     lengths = {len(values) for values in [*inputs, sources]}
     if len(lengths) != 1 or not len(sources):
         raise ValueError(f"a statistic needs arrays of one length above 0, got {sorted(lengths)}")

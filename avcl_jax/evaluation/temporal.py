@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
+from sklearn.metrics import confusion_matrix
 
 from avcl_jax.batched import render_all
 from avcl_jax.data.selection import UsableRecords
@@ -27,7 +28,6 @@ from avcl_jax.evaluation.driver import Context, run_protocol
 from avcl_jax.evaluation.page import matrices, section
 from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol
 from avcl_jax.evaluation.splits import Trial
-from avcl_jax.evaluation.statistics import confusion_matrix
 from avcl_jax.evaluation.views import (
     MODALITY_INPUTS,
     PretrainedRun,
@@ -115,7 +115,7 @@ def score_task(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray, *, seed
     rng, scored = np.random.default_rng(seed), np.zeros(len(labels), bool)
     for member in members:
         scored[rng.choice(member, fewest, replace=False)] = True
-    confusion = confusion_matrix(labels[scored], predicted[scored], classes)
+    confusion = confusion_matrix(labels[scored], predicted[scored], labels=range(classes))
     return TaskScore(confusion, scored, scored & (predicted == labels))
 
 

@@ -143,8 +143,6 @@ def test_a_record_without_audio_is_neither_query_nor_item():
 
 def test_bad_input_says_what_and_which():
     eye, ids = np.eye(4), np.arange(4)
-    with pytest.raises(ValueError, match="first identity 9"):
-        first_relevant_ranks(eye, eye, query_ids=np.array([0, 1, 2, 9]), gallery_ids=ids)
     bad = eye.copy()
     bad[2, 0] = np.nan
     with pytest.raises(ValueError, match="contains NaN"):
