@@ -94,8 +94,7 @@ class Inputs:
 def parts(params: Mapping[str, Any], freeze: Sequence[str]) -> Any:
     """Returns the part of each parameter of a classifier: a tree like `params` of names.
 
-    Args:
-        freeze: beginnings of paths such as "encoder/stem".
+    Paths that begin with an entry of `freeze`, such as "encoder/stem", are frozen.
 
     Raises:
         UserError: if a name freezes nothing, the head, or all of the encoder.
@@ -248,14 +247,8 @@ def predict(
     threads: int,
     directory: epath.Path,
 ) -> np.ndarray:
-    """Returns the mean softmax over evenly spaced clips of every record.
-
-    Args:
-        clips: times per record.
-        crops: crops per time.
-
-    Returns:
-        float32 [records, classes] in process 0, elsewhere empty.
+    """Returns the mean softmax over evenly spaced clips of every record, each in several crops:
+    float32 [records, classes] in process 0, elsewhere empty.
     """
 
     def probabilities(variables: Any, arrays: Mapping[str, Array]) -> dict[str, Array]:
@@ -308,10 +301,7 @@ class Fit:
             logits, {"fit": self.variables}, inputs=("clips",), chunk=batch_size, threads=1
         )
         outputs = compute(lambda position: {"clips": views[position]}, range(len(views)))
-        return {
-            name.removeprefix("fit/").removesuffix("_head"): values
-            for name, values in outputs.items()
-        }
+        return {name.split("/")[1].removesuffix("_head"): a for name, a in outputs.items()}
 
 
 def fit_classifier(

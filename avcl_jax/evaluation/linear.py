@@ -1,10 +1,9 @@
 """Linear classifiers of frozen features, and the choice of their C by held-out groups of items.
 
-Logistic regression of any number of items: full-batch L-BFGS, items sharded over devices. The
-objective is scikit-learn's, which is convex, so that the solution does not depend on the solver: a
-test compares the two. At 180,000 clips of 512 features and 309 classes an iteration is 0.2 TFLOP;
-scikit-learn takes minutes per C on a laptop, an accelerator seconds. Support vector machines, as is
-usual for ESC, are scikit-learn's.
+Logistic regression has the objective of scikit-learn's, which is convex, so that the solution does
+not depend on the solver; items are sharded over devices. At 180,000 clips of 512 features and 309
+classes an iteration is 0.2 TFLOP: scikit-learn takes minutes per C on a laptop, an accelerator
+seconds. Support vector machines, as is usual for ESC, are scikit-learn's.
 """
 
 from __future__ import annotations
@@ -85,11 +84,10 @@ def fit_probe(
             an item gets the mean score of its clips.
         targets: int [n], or bool [n, classes] for several classes per item.
         groups: int [n], as `held_out_groups` makes them, or the official fold of each item.
-        costs: candidates for C.
         classifier: "logistic" regression, "svm" (liblinear: one class against the rest, squared
             hinge loss, L2), or "rbf" (libsvm, gamma 1 / (channels · variance)).
-        iterations: most iterations of logistic regression.
-        tolerance: its iterations end when no entry of the gradient of the mean loss is larger.
+        iterations: most iterations of logistic regression, which ends when no entry of the
+            gradient of the mean loss is larger than `tolerance`.
         machines: support vector machines of other splits, to which those of this one are added.
             Of official folds each pair is held out twice, by the split of the one and of the other.
 
@@ -168,7 +166,7 @@ def check_sources(sources: Sequence[Any] | np.ndarray, folds: int) -> None:
 def _machines(
     features: np.ndarray, targets: np.ndarray, classes: int, kind: Kind, trained: dict[Any, Any]
 ) -> _Fits:
-    """Trains support vector machines, or takes those that were `trained` on the same examples."""
+    """Trains support vector machines, or takes those that were trained on the same examples."""
 
     def fits(rows: np.ndarray, costs: Sequence[float]) -> list[_Scores]:
         examples, answers = features[rows].astype(np.float64), targets[rows]
@@ -211,7 +209,7 @@ def _regressions(
     mesh = sharding.create_mesh(1, jax.local_devices())
 
     def placed(values: np.ndarray) -> jax.Array:
-        """Puts rows on the devices without copying all of them; pads to whole devices by zeros."""
+        """Puts rows on the devices without a copy of all; pads to whole devices by zeros."""
         padded = -(-len(values) // mesh.size) * mesh.size
 
         def shard(index: Any) -> np.ndarray:
@@ -229,15 +227,12 @@ def _regressions(
         mean, scale = _moments(features, rows)
         weight = np.zeros(len(features), np.float32)
         weight[rows] = 1.0 / len(rows)
-        standard = _standardise(examples, *jax.device_put((mean, scale), sharding.replicated(mesh)))
-        data = standard, answers, placed(weight)
+        data = examples, mean, scale, answers, placed(weight)
 
         def fit(cost: float) -> _Scores:
             decay = np.float32(0.5 / (cost * len(rows)))
-            weights, bias = map(
-                np.asarray,
-                _minimise(*data, decay, tolerance, classes=classes, iterations=iterations),
-            )
+            solution = _minimise(*data, decay, tolerance, classes=classes, iterations=iterations)
+            weights, bias = jax.device_get(solution)
             return lambda features, rows: np.concatenate(
                 [
                     ((features[rows[block]] - mean) / scale) @ weights + bias
@@ -263,14 +258,11 @@ def _moments(features: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.nda
     return mean.astype(np.float32), scale.astype(np.float32)
 
 
-@jax.jit
-def _standardise(features: jax.Array, mean: jax.Array, scale: jax.Array) -> jax.Array:
-    return (features - mean[None]) / scale[None]
-
-
 @jax.jit(static_argnames=("classes", "iterations"))
 def _minimise(
     features: Any,
+    mean: Any,
+    scale: Any,
     targets: Any,
     weight: Any,
     decay: Any,
@@ -279,7 +271,8 @@ def _minimise(
     classes: int,
     iterations: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns weights [channels, classes] and bias [classes]."""
+    """Returns weights [channels, classes] and bias [classes] for standardised features."""
+    features = (features - mean[None]) / scale[None]
 
     def loss(parameters: Any) -> jax.Array:
         weights, bias = parameters

@@ -212,18 +212,14 @@ def count_trained_on(trained_on: str, records: RecordDataset, positions: np.ndar
 def check_not_trained_on(
     source: EncoderSource, records: RecordDataset, positions: np.ndarray, *, allow: bool, what: str
 ) -> None:
-    """Refuses an encoder that was pretrained on records that it is tested on.
+    """Refuses an encoder that was pretrained on records that it is tested on, by a UserError.
 
     Only what a run says of its own data can be checked: an encoder of another data set or of
     another preparation of it, and imported weights, pass.
 
     Args:
-        positions: int [n], test records in `records`.
+        positions: int [n], test records in `records`, `what` in the message.
         allow: print it instead.
-        what: name of the test records in the message.
-
-    Raises:
-        UserError: with the number of records.
     """
     both = count_trained_on(source.trained_on or "", records, positions)
     if not both:

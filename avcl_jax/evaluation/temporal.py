@@ -94,24 +94,17 @@ def score_task(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray, *, seed
         mask: bool [...], where the task is defined.
 
     Raises:
-        ValueError: if shapes do not match, or a logit under the mask is not finite.
+        ValueError: if a logit under the mask is not finite.
         UserError: if a class never occurs under the mask.
     """
-    logits, labels, mask = np.asarray(logits), np.asarray(labels), np.asarray(mask, dtype=bool)
     classes = logits.shape[-1]
-    if logits.shape[:-1] != labels.shape or labels.shape != mask.shape:
-        raise ValueError(
-            f"logits {logits.shape}, labels {labels.shape} and mask {mask.shape} do not match"
-        )
     if not np.isfinite(logits[mask]).all():
         raise ValueError("a logit of a masked-in view is not finite")
     labels, mask = labels.ravel(), mask.ravel()
     predicted = logits.reshape(-1, classes).argmax(axis=-1)
     members = [np.flatnonzero(mask & (labels == c)) for c in range(classes)]
     if not (fewest := min(counts := [len(member) for member in members])):
-        raise UserError(
-            f"cannot balance {classes} classes: the held-out views hold {counts} of them"
-        )
+        raise UserError(f"cannot balance {classes} classes: the held-out views have {counts}")
     rng, scored = np.random.default_rng(seed), np.zeros(len(labels), bool)
     for member in members:
         scored[rng.choice(member, fewest, replace=False)] = True
@@ -179,8 +172,7 @@ def measure_tasks(
             "incomplete": lacking - records.num_too_short,
         },
         sections=[section("Confusion of the temporal tasks", _ROWS, matrices(confusions))]
-        if scores
-        else [],
+        * bool(scores),
     )
 
 
