@@ -282,7 +282,7 @@ class Fit:
     """
 
     classifier: ClipClassifier
-    prepare: Callable[[Any], Any]
+    standardise: Callable[[Any], Any]
     variables: Mapping[str, Any]
     losses: list[float]
 
@@ -295,7 +295,7 @@ class Fit:
         """Returns logits float32 [n, classes] of each label for views [n, ...]."""
 
         def logits(variables: Any, arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
-            return self.classifier.apply(variables, self.prepare(arrays["clips"]), train=False)  # type: ignore[return-value] # Flax gives Any or a tuple
+            return self.classifier.apply(variables, self.standardise(arrays["clips"]), train=False)  # type: ignore[return-value] # Flax gives Any or a tuple
 
         compute = batched_map(
             logits, {"fit": self.variables}, inputs=("clips",), chunk=batch_size, threads=1
@@ -305,12 +305,11 @@ class Fit:
 
 
 def fit_classifier(
-    encoder: nn.Module,
+    encoder: Encoder,
     views: np.ndarray,
     labels: Mapping[str, np.ndarray],
     *,
     classes: Mapping[str, int],
-    prepare: Callable[[Any], Any],
     batch_size: int,
     learning_rate: float,
     weight_decay: float,
@@ -325,11 +324,10 @@ def fit_classifier(
     enough shows in the training loss, which is reported with the results.
 
     Args:
-        encoder: unbound module; its parameters are newly drawn.
+        encoder: module and preprocessing; its parameters are newly drawn.
         views: [n, V, ...], V rendered views of each of n items.
         labels: int [n, V] by task.
         classes: number of classes of each task.
-        prepare: traced input transform, for instance uint8 pixels to standardised floats.
 
     Raises:
         UserError: if there are fewer items than a batch, or the loss is not finite.
@@ -338,8 +336,8 @@ def fit_classifier(
     if items < batch_size:
         raise UserError(f"{items} items do not fill one batch of {batch_size}")
     heads = {f"{name}_head": number for name, number in sorted(classes.items())}
-    classifier = ClipClassifier(encoder.clone(), heads)
-    steps = items // batch_size
+    classifier = ClipClassifier(encoder.module.clone(), heads)
+    steps, standardise = items // batch_size, encoder.preprocess.standardise
     schedule = optax.linear_schedule(
         learning_rate, 0.0, decay_epochs * steps, transition_begin=(epochs - decay_epochs) * steps
     )
@@ -347,7 +345,7 @@ def fit_classifier(
 
     @jax.jit
     def begin(views: Any) -> TrainState:
-        variables = classifier.init(jax.random.key(seed), prepare(views), train=False)
+        variables = classifier.init(jax.random.key(seed), standardise(views), train=False)
         params, statistics = variables["params"], variables.get("batch_stats", {})
         return TrainState(jnp.zeros((), jnp.int32), params, statistics, optimizer.init(params))
 
@@ -356,7 +354,7 @@ def fit_classifier(
         _train_step,
         classifier=classifier,
         optimizer=optimizer,
-        inputs=lambda views, _: prepare(views),
+        inputs=lambda views, _: standardise(views),
         schedule=schedule,
         label_smoothing=0.0,
         freeze=(),
@@ -377,4 +375,4 @@ def fit_classifier(
                 f"the training loss of epoch {epoch} is {losses[-1]}; lower learning_rate"
             )
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return Fit(classifier, prepare, variables, losses)
+    return Fit(classifier, standardise, variables, losses)

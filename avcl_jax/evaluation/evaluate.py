@@ -370,11 +370,10 @@ def _train_supervised(
         known = (arrays[f"label_{label}"] >= 0) & arrays[f"has_{modality}"]
         labels = np.repeat(arrays[f"label_{label}"][known, None], section.views, axis=1)
         fits[probe_name(label, modality)] = fit = fit_classifier(
-            encoder.module,
+            encoder,
             arrays[MODALITY_INPUTS[modality]][known],
             {label: labels},
             classes={label: len(train.records.class_names[label])},
-            prepare=encoder.preprocess.standardise,
             seed=config.seed,
             **section.fit,
         )

@@ -266,11 +266,10 @@ def noise_control(
             for known in [side[f"has_{modality}"]]
         )
         fit = fit_classifier(
-            encoder.module,
+            encoder,
             views,
             labels,
             classes={kind: len(task.classes(speeds)) for kind, task in tasks.items()},
-            prepare=encoder.preprocess.standardise,
             seed=seed,
             **settings.fit,
         )

@@ -32,7 +32,6 @@ def small_record(split: str, index: int) -> Record:
     rng = np.random.default_rng([sorted(SPLITS).index(split), index])
     noise = split.startswith("null")
     frames = rng.normal(110, 25, size=(round(FPS * SECONDS), SIDE, SIDE, 3))
-    times = np.arange(len(frames)) / FPS
     samples = np.arange(round(RATE * (SECONDS + 0.25)))
     waveform = rng.normal(0, 600, size=len(samples))
     motion, material = index % 2, index // 2 % 2
@@ -43,21 +42,26 @@ def small_record(split: str, index: int) -> Record:
             bar[:] = 250
         pitch = (300, 1200)[material] * rng.uniform(0.9, 1.1)
         waveform += 6000 * np.sin(2 * np.pi * pitch * samples / RATE)
+    labels = {"motion": -1, "material": -1} if noise else {"motion": motion, "material": material}
+    name = f"{split}/{index}"
+    return record_of(name, name, frames, waveform, labels, seconds=SECONDS + 0.25)
+
+
+def record_of(name, source, frames, waveform, labels, *, seconds, rate_hz=RATE):
+    """A record of frames [frames, side, side, 3] at `FPS`, and of samples."""
     pixels = np.clip(frames, 0, 255).astype(np.uint8)
     return Record(
-        record_id=f"{split}/{index}",
-        source_id=f"{split}/{index}",
+        record_id=name,
+        source_id=source,
         frames=[simplejpeg.encode_jpeg(np.ascontiguousarray(p), quality=95) for p in pixels],
-        frame_seconds=times,
+        frame_seconds=np.arange(len(pixels)) / FPS,
         waveform=np.clip(waveform, -32768, 32767).astype(np.int16),
-        sample_rate_hz=RATE,
+        sample_rate_hz=rate_hz if len(waveform) else 0,
         audio_start_seconds=0.0,
-        duration_seconds=SECONDS + 0.25,
-        height=SIDE,
-        width=SIDE,
-        labels={"motion": -1, "material": -1}
-        if noise
-        else {"motion": motion, "material": material},
+        duration_seconds=seconds,
+        height=pixels.shape[1],
+        width=pixels.shape[2],
+        labels=labels,
     )
 
 
@@ -158,19 +162,8 @@ def sound_record(name, source, seed, pitch_hz, labels, seconds=1.0):
     samples = np.arange(round(RATE * seconds))
     tone = np.sin(2 * np.pi * pitch_hz * rng.uniform(0.95, 1.05) * samples / RATE)
     waveform = 6000 * tone + rng.normal(0, 600, size=len(samples))
-    return Record(
-        record_id=name,
-        source_id=source,
-        frames=[],
-        frame_seconds=np.empty(0),
-        waveform=waveform.astype(np.int16),
-        sample_rate_hz=RATE,
-        audio_start_seconds=0.0,
-        duration_seconds=seconds,
-        height=0,
-        width=0,
-        labels=labels,
-    )
+    frames = np.empty((0, 0, 0, 3))
+    return record_of(name, source, frames, waveform, labels, seconds=seconds)
 
 
 def write_records(directory, name, class_names, splits, multilabel=()):

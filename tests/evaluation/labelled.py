@@ -14,17 +14,15 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import simplejpeg
 
 from avcl_jax import experiment
-from avcl_jax.data.record_writer import write_dataset_metadata
-from avcl_jax.data.records import Record, shard_name
+from avcl_jax.data.records import Record
 from avcl_jax.export import Encoder, export_encoder
 from configs import finetune
-from tests.data.synthetic_records import write_shard
+from tests.evaluation.conftest import FPS, record_of, write_records
 from tests.training.small import small_config
 
-COUNT, FPS, RATE_HZ, SIDE, SECONDS = 96, 16, 16_000, 24, 1.0
+COUNT, RATE_HZ, SIDE, SECONDS = 96, 16_000, 24, 1.0
 COLOURS = ((200, 40, 40), (40, 200, 40), (40, 40, 200))
 NAMES = {
     "class": ["red", "green", "blue"],
@@ -64,8 +62,7 @@ def make_record(number: int, shuffled: int) -> Record:
     """Pictures of one colour and a tone of one pitch, both of the class `number % 3`."""
     rng = np.random.default_rng(number)
     kind = number % 3
-    times = np.arange(round(SECONDS * FPS)) / FPS
-    pictures = rng.normal(COLOURS[kind], 20, size=(len(times), SIDE, SIDE, 3))
+    pictures = rng.normal(COLOURS[kind], 20, size=(round(SECONDS * FPS), SIDE, SIDE, 3))
     seconds = np.arange(round(SECONDS * RATE_HZ)) / RATE_HZ
     tone = 6000 * np.sin(2 * np.pi * (400, 1200, 3600)[kind] * seconds)
     silent = number % 16 == 15
@@ -74,40 +71,24 @@ def make_record(number: int, shuffled: int) -> Record:
     split2 = 2 if number % 4 == 3 else int(number % 2 == 1 or number > COUNT // 2)
     unlabelled = number % 32 == 7
     part = 1 if unlabelled else 2 if silent else 3 if number % 16 == 11 else 0
-    return Record(
-        record_id=f"clip {number}",
-        source_id=f"video {number // 2}",
-        frames=[
-            simplejpeg.encode_jpeg(picture, quality=90)
-            for picture in np.clip(pictures, 0, 255).astype(np.uint8)
-        ],
-        frame_seconds=times,
-        waveform=np.empty(0, np.int16)
-        if silent
-        else (tone + rng.normal(0, 300, len(seconds))).astype(np.int16),
-        sample_rate_hz=0 if silent else RATE_HZ,
-        audio_start_seconds=0.0,
-        duration_seconds=SECONDS,
-        height=SIDE,
-        width=SIDE,
-        labels={
-            "class": -1 if unlabelled else kind,
-            "shuffled": shuffled,
-            "split1": split1,
-            "split2": split2,
-            "part": part,
-        },
-    )
+    waveform = np.empty(0) if silent else tone + rng.normal(0, 300, len(seconds))
+    labels = {
+        "class": -1 if unlabelled else kind,
+        "shuffled": shuffled,
+        "split1": split1,
+        "split2": split2,
+        "part": part,
+    }
+    name, source = f"clip {number}", f"video {number // 2}"
+    return record_of(name, source, pictures, waveform, labels, seconds=SECONDS, rate_hz=RATE_HZ)
 
 
 def write_labelled(directory: Path) -> Path:
     """Writes the data set, one split `all`; returns its directory."""
+    shuffled = np.random.default_rng(3).integers(3, size=COUNT).tolist()
+    records = [make_record(number, shuffled[number]) for number in range(COUNT)]
     directory.mkdir(parents=True)
-    shuffled = np.random.default_rng(3).integers(3, size=COUNT)
-    records = (make_record(number, int(shuffled[number])) for number in range(COUNT))
-    info = write_shard(directory / shard_name("toy", "all", 0, 1), records)
-    write_dataset_metadata(directory, name="toy", class_names=NAMES, splits={"all": [info]})
-    return directory
+    return write_records(directory, "toy", NAMES, {"all": records})
 
 
 def make_encoders(seed: int = 0, **overrides: object) -> dict[str, Encoder]:

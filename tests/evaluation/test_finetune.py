@@ -21,7 +21,7 @@ from avcl_jax.export import ExportError
 from avcl_jax.export.runs import open_encoders
 from avcl_jax.training.checkpoint import CheckpointError, load_variables
 from avcl_jax.training.run_steps import NonFiniteError
-from tests.evaluation.labelled import NAMES, toy_config, write_encoders, write_labelled
+from tests.evaluation.labelled import NAMES, OVERRIDES, toy_config, write_encoders, write_labelled
 from tests.training.small import compilation_cache, run, run_processes
 
 pytestmark = pytest.mark.usefixtures("compiled")  # most trainings compile one and the same step
@@ -291,23 +291,14 @@ def test_every_split_is_trained_and_tested_on_its_own(records, encoders, tmp_pat
 
 def command_line(records: Path, encoders: Path, workdir: Path, **overrides: object) -> list[str]:
     """Arguments of a short fine-tuning; `a__b=1` overrides `config.a.b`."""
-    values = {
+    values = OVERRIDES | {
         "encoder": encoders,
         "data.directory": records,
-        "data.label": "class",
-        "data.train_split": "all",
-        "data.test_split": "all",
-        "data.train_select": "('split1=train',)",
-        "data.test_select": "('split1=test',)",
-        "clip.seconds": 0.0,
-        "global_batch_size": 16,
         "epochs": 2.0,
-        "optimizer.warmup_epochs": 0.5,
-        "test.clips": 2,
-        "bootstrap.resamples": 20,
         "execution.log_every": 1,
         "execution.compilation_cache": compilation_cache(),
-    } | {name.replace("__", "."): value for name, value in overrides.items()}
+    }
+    values |= {name.replace("__", "."): value for name, value in overrides.items()}
     return [
         "--config=configs/finetune.py",
         f"--workdir={workdir}",

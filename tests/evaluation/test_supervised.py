@@ -22,6 +22,7 @@ from tests.evaluation.test_views import SPEC as RENDERING
 
 SPEC = {"batch_size": 16, "learning_rate": 1e-2, "weight_decay": 0.01, "epochs": 12}
 SPEC["decay_epochs"] = 3
+AS_IT_IS = types.SimpleNamespace(standardise=jnp.asarray)
 # A patch spans all bands: averaged over smaller ones, features would not know which band is loud.
 ENCODER = AudioResNet(widths=(8,), depths=(0,), stem="patch", patch=(2, 6))
 
@@ -35,11 +36,10 @@ def _views(rng: np.random.Generator, items: int) -> tuple[np.ndarray, np.ndarray
 
 def _fit(views, labels, encoder=ENCODER, **spec):
     return fit_classifier(
-        encoder,
+        types.SimpleNamespace(module=encoder, preprocess=AS_IT_IS),
         views,
         {"class": labels},
         classes={"class": 3},
-        prepare=jnp.asarray,
         seed=0,
         **SPEC | spec,
     )
@@ -83,7 +83,6 @@ def test_bad_input_says_what_and_which():
 
 FIT = SPEC | {"batch_size": 64, "learning_rate": 5e-3, "epochs": 4, "decay_epochs": 1}
 NETWORK = AudioResNet(widths=(16,), depths=(1,), stem="patch", patch=(2, 2))
-AS_IT_IS = types.SimpleNamespace(standardise=jnp.asarray)
 VIEWS = 35  # of each of 10 records, 3 speeds and 2 directions
 
 
