@@ -80,10 +80,17 @@ TIE_TOLERANCE = 1e-6
 _COMPARED = 2**24
 
 
-def first_relevant_ranks(
-    queries: np.ndarray, gallery: np.ndarray, *, query_ids: np.ndarray, gallery_ids: np.ndarray
-) -> np.ndarray:
-    """Returns int64 [q], the rank from 1 of the most similar relevant item of each query.
+def rank_queries(
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    *,
+    query_ids: np.ndarray,
+    gallery_ids: np.ndarray,
+    recall_at: Sequence[int],
+    suffix: str = "",
+    what: str = "",
+) -> tuple[dict[str, np.ndarray], dict[int, Metric]]:
+    """Returns the rank, from 1, of the most similar relevant item of each query, and R@k by k.
 
     Similarity is the cosine; an irrelevant item that ties with the relevant one stands before it,
     so that embeddings that all collapsed to one point rank last instead of first.
@@ -93,6 +100,9 @@ def first_relevant_ranks(
         gallery: float [g, D].
         query_ids: int [q], identity of each query, that of an item at least.
         gallery_ids: int [g], identity of each item.
+        recall_at: the k of R@k; 1 is always added, and a k above the size of the gallery left out.
+        suffix: appended to the names of outcomes, which are `rank` and `hit5` for k = 5.
+        what: appended to the titles of metrics.
 
     Raises:
         ValueError: if a value is not finite.
@@ -104,29 +114,6 @@ def first_relevant_ranks(
         relevant = query_ids[rows, None] == gallery_ids
         best = np.where(relevant, similarity, -np.inf).max(axis=1, keepdims=True)
         ranks[rows] = 1 + ((similarity >= best - TIE_TOLERANCE) & ~relevant).sum(axis=1)
-    return ranks
-
-
-def rank_queries(
-    queries: np.ndarray,
-    gallery: np.ndarray,
-    *,
-    query_ids: np.ndarray,
-    gallery_ids: np.ndarray,
-    recall_at: Sequence[int],
-    suffix: str = "",
-    what: str = "",
-) -> tuple[dict[str, np.ndarray], dict[int, Metric]]:
-    """Returns outcomes by query, and the metrics R@k by k.
-
-    Takes the arguments of `first_relevant_ranks`, and raises the same.
-
-    Args:
-        recall_at: the k of R@k; 1 is always added, and a k above the size of the gallery left out.
-        suffix: appended to the names of outcomes, which are `rank` and `hit5` for k = 5.
-        what: appended to the titles of metrics.
-    """
-    ranks = first_relevant_ranks(queries, gallery, query_ids=query_ids, gallery_ids=gallery_ids)
     ks = sorted({1, *(k for k in recall_at if k <= len(gallery))})
     values, metrics = {f"rank{suffix}": ranks}, {}
     for k, chance in chance_recall(query_ids, gallery_ids, ks).items():
