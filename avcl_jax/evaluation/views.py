@@ -161,18 +161,14 @@ def fixed_views(
     speeds: Sequence[int],
     clips: int,
 ) -> dict[str, Any]:
-    """Renders uniformly spaced centre-crop views of one record, forward.
+    """Renders uniformly spaced centre-crop views of one record, forward, `clips` at each speed.
 
-    Args:
-        speeds: indices into `spec.views.speeds`, as `data.views.fixed_clips` takes them.
-        clips: views at each speed.
-
-    Returns:
-        As `render_views`, plus `describe`, with len(speeds) * clips views.
+    Speeds are indices into `spec.views.speeds`, as `data.views.fixed_clips` takes them. Returns the
+    arrays of `render_views` and `describe`.
     """
     index, record, use = source[position]
     views = fixed_clips(use, spec.views, speeds, clips)
-    crop = center_crop(max(record.height, 1), max(record.width, 1))
+    crop = center_crop(record.height, record.width)
     arrays = render_views(record, use, views, views, [crop] * len(views), spec)
     # Views of a record are averaged, so that it has audio even if some of them are silent.
     described = describe(index, record.labels, source.records)
@@ -190,7 +186,7 @@ def random_views(
     seed: int,
     modalities: Sequence[str] = ("video", "audio"),
 ) -> dict[str, Any]:
-    """Renders views of one record at random times and crops, speeds and directions in turn.
+    """Renders `views` views of one record at random times and crops, as `fixed_views` returns them.
 
     The combinations of speed and direction take turns, so that `views` divisible by their number
     gives each equally often: labels are balanced exactly, record by record.
@@ -199,9 +195,6 @@ def random_views(
         speeds: indices into `spec.views.speeds`; those too fast for the record are left out.
         directions: some of `FORWARD` and `BACKWARD`.
         modalities: modalities that are rendered; the input of the other one is left out.
-
-    Returns:
-        As `render_views` and `describe`, with `views` views.
     """
     index, record, use = source[position]
     has = {f"has_{m}": getattr(use, f"has_{m}") and m in modalities for m in MODALITY_INPUTS}
@@ -228,19 +221,17 @@ def random_views(
 def drawn_pairs(
     source: UsableRecords, position: int, spec: RenderSpec, *, pairs: int, seed: int
 ) -> dict[str, Any]:
-    """Renders pairs of views of one record, drawn as in training but cropped in the centre.
+    """Renders pairs of views of one record, drawn as in training but cropped in the centre, as the
+    arrays of a training batch with `pairs` rows.
 
     Video and audio of a view are of one playback also where `spec` has an independent audio
     transform: two runs are shown the same views. With a transform of their own, intervals that do
     not overlap lie further apart, and order is easier to tell.
-
-    Returns:
-        The arrays of a training batch with `pairs` rows, all of this record.
     """
     index, record, use = source[position]
     rng = np.random.default_rng(np.random.SeedSequence([seed, position]))
     views = dataclasses.replace(spec.views, audio_transform="shared")
-    crop = center_crop(max(record.height, 1), max(record.width, 1))
+    crop = center_crop(record.height, record.width)
     rows = []
     for _ in range(pairs):
         pair = draw_views(rng, use, views, record.frame_seconds)
