@@ -24,7 +24,7 @@ from typing import Any
 import tqdm
 from etils import epath
 
-from avcl_jax.data.records import FILE_FORMATS
+from avcl_jax.data.record_files import FILE_FORMATS
 from avcl_jax.errors import one_line
 from avcl_jax.paths import absolute_path, is_remote
 from data_prep import publish

@@ -14,9 +14,10 @@ import numpy as np
 import simplejpeg
 from etils import epath
 
+from avcl_jax.data.record_files import FILE_FORMATS
 from avcl_jax.data.record_index import index_path, merge, save_table
 from avcl_jax.data.record_writer import write_dataset_metadata
-from avcl_jax.data.records import FILE_FORMATS, shard_name
+from avcl_jax.data.records import shard_name
 from avcl_jax.paths import replacing, write_bytes
 from data_prep.clip import ClipOptions
 from data_prep.earlier import PREPARATION, SOURCES, Earlier

@@ -18,7 +18,7 @@ import grain
 import numpy as np
 
 from avcl_jax.data.images import random_crop
-from avcl_jax.data.record_format import UNKNOWN_LABEL, ClassNumbers
+from avcl_jax.data.record_format import UNKNOWN_LABEL
 from avcl_jax.data.records import RecordError
 from avcl_jax.data.rendering import RenderSpec, describe, render_views
 from avcl_jax.data.selection import UsableRecords
@@ -34,12 +34,9 @@ class Draw(NamedTuple):
     rng: np.random.Generator
 
 
-class _KeepGenerator(grain.transforms.RandomMap):
-    """Pairs a position with its own generator."""
-
-    def random_map(self, position: int, rng: np.random.Generator) -> Draw:
-        # grain lends the generator to the next element as soon as this returns.
-        return Draw(int(position), copy.deepcopy(rng))
+def _draw(position: int, rng: np.random.Generator) -> Draw:
+    # grain lends the generator to the next element as soon as this returns.
+    return Draw(int(position), copy.deepcopy(rng))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,36 +63,34 @@ class RenderBatch:
         Raises:
             RecordError: if a record cannot be read, with its name and shard.
         """
-        shape = (len(draws), 2, *self.spec.video_shape)
-        sent, video = empty_batch(shape, np.uint8, shared=self.shared)
-        rows = [self._row(draw, pixels) for draw, pixels in zip(draws, video, strict=True)]
-        names = [name for name in rows[0] if name != "video"]
-        return {"video": sent} | {name: np.stack([row[name] for row in rows]) for name in names}
+        shapes = batch_shapes(self.spec, len(draws))
+        sent, video = empty_batch(*shapes.pop("video"), shared=self.shared)
+        batch: dict[str, Any] = {name: np.zeros(*array) for name, array in shapes.items()}
+        for place, draw in enumerate(draws):
+            try:
+                row = self._row(draw, video[place])
+            except RecordError:
+                if not self.skip_unreadable:
+                    raise
+                video[place] = 0
+                batch["unreadable"][place] = True
+                continue
+            for name in row.keys() - {"video"}:
+                batch[name][place] = row[name]
+        records = self.source.records
+        batch |= describe(self.source.indices[[draw.position for draw in draws]], records)
+        for label in records.labels:
+            batch[f"label_{label}"][batch["unreadable"]] = UNKNOWN_LABEL
+        return {"video": sent} | batch
 
     def _row(self, draw: Draw, pixels: np.ndarray) -> dict[str, Any]:
-        """Renders two views of a record; the row of one that may be skipped is empty."""
-        records, index = self.source.records, int(self.source.indices[draw.position])
-        try:
-            _, record, use = self.source[draw.position]
-            pair = draw_views(draw.rng, use, self.spec.views, record.frame_seconds)
-            size = max(record.height, 1), max(record.width, 1)
-            crops = [random_crop(draw.rng, *size, self.spec.crop) for _ in pair.video]
-            with records.naming_shard(index):
-                row = render_views(record, use, pair.video, pair.audio, crops, self.spec, pixels)
-            row |= pair.labels() | {"unreadable": np.bool_(False)}
-            return row | describe(index, record.labels, records)
-        except RecordError:
-            if not self.skip_unreadable:
-                raise
-        pixels[...] = 0
-        shapes = batch_shapes(self.spec, 1).items()
-        row = {name: np.zeros(shape[1:], dtype) for name, (shape, dtype) in shapes}
-        labels: dict[str, ClassNumbers] = {
-            label: () if label in records.multilabel else UNKNOWN_LABEL
-            for label in records.class_names
-        }
-        row |= {"video": pixels, "unreadable": np.bool_(True)}
-        return row | describe(index, labels, records)
+        index, record, use = self.source[draw.position]
+        pair = draw_views(draw.rng, use, self.spec.views, record.frame_seconds)
+        size = max(record.height, 1), max(record.width, 1)
+        crops = [random_crop(draw.rng, *size, self.spec.crop) for _ in pair.video]
+        with self.source.records.naming_shard(index):
+            row = render_views(record, use, pair.video, pair.audio, crops, self.spec, pixels)
+        return row | pair.labels()
 
 
 def batch_shapes(
@@ -206,9 +201,7 @@ def drawn_batches(
         raise UserError(
             f"global_batch_size {global_batch_size} is not divisible by the {hosts} processes"
         )
-    dataset = (
-        grain.MapDataset.range(count).seed(seed).shuffle().repeat().random_map(_KeepGenerator())
-    )
+    dataset = grain.MapDataset.range(count).seed(seed).shuffle().repeat().random_map(_draw)
     # Sliced last: earlier, every host would draw other random numbers.
     batches = dataset.batch(global_batch_size // hosts, drop_remainder=True, batch_fn=render)
     batches = batches[first_step * hosts + host :: hosts]

@@ -188,7 +188,7 @@ def frame_payload(payload: bytes) -> bytes:
 def _read_tfrecord(
     file: BinaryIO, where: str, *, room: int = 0, expected: tuple[int, int] | None = None
 ) -> bytes:
-    """Reads the record at the position of a TFRecord file, of which `room` bytes are left.
+    """Reads the record at the position of a TFRecord file; `room` is the rest of the file in bytes.
 
     With what an index expects, which may be stale, the file's size need not be known. Damage to
     the length of the payload leaves the position behind the header.

@@ -21,9 +21,8 @@ import pyarrow as pa
 from etils import epath
 
 from avcl_jax.data import record_files
-from avcl_jax.data.record_files import FILE_FORMATS, OVERHEAD_BYTES, TFRECORD, RecordError
+from avcl_jax.data.record_files import OVERHEAD_BYTES, TFRECORD, RecordError
 from avcl_jax.data.record_format import (
-    FEATURES,
     FORMAT_VERSION,
     LABEL_PREFIX,
     TIMELINE,
@@ -50,9 +49,9 @@ def shard_name(name: str, split: str, number: int, count: int, file_format: str 
     return f"{name}-{split}.{file_format}-{number:05d}-of-{count:05d}"
 
 
-def _read_json(path: epath.Path) -> Any:
+def _read_text(path: epath.Path) -> str:
     try:
-        return json.loads(path.read_text())
+        return path.read_text()
     except (FileNotFoundError, NotADirectoryError):
         directory = path.parent
         problem = f"is not a finished data set ({path.name} is missing)"
@@ -62,29 +61,28 @@ def _read_json(path: epath.Path) -> Any:
             f"{directory} {problem}: give the --out of `python -m data_prep prepare`, and run that "
             "again if it was interrupted"
         ) from None
-    except ValueError as error:
+
+
+def _read_json(path: epath.Path) -> Any:
+    try:
+        return json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
         raise RecordError(f"{path} is damaged ({error}): prepare this data set again") from None
 
 
 def _read_labels(directory: epath.Path) -> dict[str, bool]:
-    """Checks features.json; returns for each label whether a record may have several classes."""
+    """Reads features.json; returns for each label whether a record may have several classes."""
     features = _read_json(directory / "features.json").get("featuresDict", {}).get("features", {})
-
-    def kind_of(name: str) -> str:
-        return features[name].get("pythonClassName", "").rpartition(".")[2]
-
-    problems = [f"no feature {name!r}" for name in lacking(features)]
-    for name in [name for name in FEATURES if name in features]:
-        tensor = features[name].get("tensor", {})
-        actual = (kind_of(name), tensor.get("dtype"), tensor.get("encoding"))
-        if actual != (expected := FEATURES[name][1:4]):
-            problems.append(f"feature {name!r} is {actual}, expected {expected}")
-    if problems:
+    if missing := lacking(features):
         raise RecordError(
-            f"{directory}: {', '.join(problems)}: not a data set of `python -m data_prep`"
+            f"{directory} has no feature {', '.join(missing)}: not a data set of "
+            "`python -m data_prep`"
         )
-    labels = [name for name in sorted(features) if name.startswith(LABEL_PREFIX)]
-    return {name.removeprefix(LABEL_PREFIX): kind_of(name) == "Sequence" for name in labels}
+    return {
+        name.removeprefix(LABEL_PREFIX): feature["pythonClassName"].endswith(".Sequence")
+        for name, feature in sorted(features.items())
+        if name.startswith(LABEL_PREFIX)
+    }
 
 
 def split_names(directory: epath.PathLike) -> list[str]:
@@ -135,22 +133,15 @@ class RecordDataset:
                 f"{FORMAT_VERSION}: prepare the media again with this release"
             )
         self.file_format = info.get("fileFormat", TFRECORD)
-        if self.file_format not in FILE_FORMATS:
-            raise RecordError(
-                f"{self._directory} has shards of format {self.file_format!r}, this code reads "
-                f"{' and '.join(FILE_FORMATS)}"
-            )
         splits = {entry["name"]: entry for entry in info["splits"]}
         if split not in splits:
             raise RecordError(
                 f"{self._directory} has no split {split!r}, it has {', '.join(sorted(splits))}"
             )
-        self.class_names: dict[str, list[str]] = {}
-        for label in labels:
-            path = self._directory / f"{LABEL_PREFIX}{label}.labels.txt"
-            if not path.exists():
-                raise RecordError(f"{path} is missing: prepare this data set again")
-            self.class_names[label] = path.read_text().splitlines()
+        self.class_names: dict[str, list[str]] = {
+            label: _read_text(self._directory / f"{LABEL_PREFIX}{label}.labels.txt").splitlines()
+            for label in labels
+        }
         self.multilabel = frozenset(label for label, several in labels.items() if several)
         lengths = [int(length) for length in splits[split]["shardLengths"]]
         self._shards = [

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from avcl_jax.data.images import Crop, CropSpec, crop_frame, each_jpeg
-from avcl_jax.data.record_format import ClassNumbers, Record, is_silent
+from avcl_jax.data.record_format import Record, is_silent
 from avcl_jax.data.records import RecordDataset, RecordError
 from avcl_jax.data.spectrogram import LogMelSpec, gather_windows, log_mel
 from avcl_jax.data.views import Clip, Timeline, ViewSpec, frame_indices
@@ -129,22 +129,14 @@ def render_views(
     }
 
 
-def describe(
-    index: int, labels: Mapping[str, ClassNumbers], records: RecordDataset
-) -> dict[str, Any]:
-    """Returns the numbers that travel with the record at `index` into the batch.
+def describe(index: int | np.ndarray, records: RecordDataset) -> dict[str, Any]:
+    """Returns numbers of one record, or of several, that travel with their views into the batch.
 
-    `source_id`, `record_index` int32; `label_NAME` int32 class, -1 unknown, or bool [classes] for a
-    label that allows several per record.
+    `source_id` and `record_index` int32; `label_NAME` int32 of each label of one class per record,
+    -1 unknown.
     """
-    fields: dict[str, Any] = {
-        "source_id": np.int32(records.source_numbers[index]),
-        "record_index": np.int32(index),
+    return {
+        "source_id": records.source_numbers[index],
+        "record_index": np.asarray(index, np.int32),
+        **{f"label_{name}": classes[index] for name, classes in records.labels.items()},
     }
-    for name, value in labels.items():
-        if isinstance(value, tuple):
-            fields[f"label_{name}"] = np.zeros(len(records.class_names[name]), bool)
-            fields[f"label_{name}"][list(value)] = True
-        else:
-            fields[f"label_{name}"] = np.int32(value)
-    return fields

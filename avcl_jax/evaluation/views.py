@@ -171,7 +171,7 @@ def fixed_views(
     crop = center_crop(record.height, record.width)
     arrays = render_views(record, use, views, views, [crop] * len(views), spec)
     # Views of a record are averaged, so that it has audio even if some of them are silent.
-    described = describe(index, record.labels, source.records)
+    described = describe(index, source.records)
     return arrays | described | {"has_audio": np.bool_(use.has_audio)}
 
 
@@ -214,7 +214,7 @@ def random_views(
     arrays = render_views(record, use, clips, clips, crops, spec)
     for modality in MODALITY_INPUTS.keys() - set(modalities):
         del arrays[MODALITY_INPUTS[modality]]
-    described = describe(index, record.labels, source.records)
+    described = describe(index, source.records)
     return arrays | described | {"has_audio": np.bool_(use.has_audio)}
 
 
@@ -236,7 +236,7 @@ def drawn_pairs(
     for _ in range(pairs):
         pair = draw_views(rng, use, views, record.frame_seconds)
         arrays = render_views(record, use, pair.video, pair.audio, [crop] * 2, spec)
-        rows.append(arrays | pair.labels() | describe(index, record.labels, source.records))
+        rows.append(arrays | pair.labels() | describe(index, source.records))
     return stack(rows)
 
 

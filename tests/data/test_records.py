@@ -326,15 +326,8 @@ def test_other_versions_features_and_splits_are_refused(prepared: Path) -> None:
         RecordDataset(prepared, "valid")
     features = prepared / "features.json"
     good = features.read_text()
-    edit_json(
-        features,
-        lambda c: c["featuresDict"]["features"]["audio"]["tensor"].update(dtype="float32"),
-    )
-    with pytest.raises(RecordError, match=r"feature 'audio' is .*float32.*expected .*int16"):
-        RecordDataset(prepared, "train")
-    features.write_text(good)
     edit_json(features, lambda c: c["featuresDict"]["features"].pop("frame_seconds"))
-    with pytest.raises(RecordError, match="no feature 'frame_seconds'"):
+    with pytest.raises(RecordError, match="no feature frame_seconds: not a data set of"):
         RecordDataset(prepared, "train")
     features.write_text(good)
     edit_json(prepared / "dataset_info.json", lambda c: c.update(version="0.9.0"))
@@ -348,9 +341,6 @@ def test_other_versions_features_and_splits_are_refused(prepared: Path) -> None:
     (prepared / "elsewhere").rename(names)
     edit_json(prepared / "dataset_info.json", lambda c: c["splits"][0].update(shardLengths=["0"]))
     with pytest.raises(RecordError, match="split 'train' has no records"):
-        RecordDataset(prepared, "train")
-    edit_json(prepared / "dataset_info.json", lambda c: c.update(fileFormat="riegeli"))
-    with pytest.raises(RecordError, match="'riegeli', this code reads tfrecord and array_record"):
         RecordDataset(prepared, "train")
     (prepared / "dataset_info.json").unlink()
     with pytest.raises(RecordError, match="not a finished data set"):
