@@ -198,13 +198,11 @@ class Segmenter:
             count = preprocess.num_frames
             times = self.spans[modality] / count / rate * np.arange(count)
 
-            def cut(number: int) -> dict[str, np.ndarray]:
-                # As a player: the last frame that began before.
-                shown = starts[number] + times + 1e-6
-                places = np.searchsorted(media.frame_seconds, shown, side="right") - 1
-                return {"clips": images[np.maximum(places, 0)]}
+            def cut_video(number: int) -> dict[str, np.ndarray]:
+                places = _last_before(media.frame_seconds, starts[number] + times)
+                return {"clips": images[places]}
 
-            return cut
+            return cut_video
         spec = preprocess.log_mel
         waveform = media.waveform
         if media.sample_rate_hz != spec.sample_rate_hz:
@@ -223,10 +221,7 @@ class Segmenter:
 # Cached, because a function is compiled once per process, however many indexes are opened.
 @functools.cache
 def _structured(modality: Any, module: Any, preprocess: Any, time_bins: int) -> Any:
-    """Returns the features averaged over space or frequency and over each part of time.
-
-    They are [B, bins · C], a function of the parameters of an encoder and of clips.
-    """
+    """Returns the function to features [B, bins · C], averaged but over the parts of time."""
     encoder = Encoder(modality, {}, preprocess, {}, module)
 
     def structured(params: Any, arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -267,15 +262,20 @@ def _present(media: DecodedMedia, modality: str, starts: np.ndarray, span: float
     if modality == "video" and here.any():
         varied = np.concatenate([[0], np.cumsum(~_flat(media.frames))])
         # From the frame that is on screen when the segment begins.
-        before = np.searchsorted(media.frame_seconds, starts + 1e-6, side="right") - 1
+        before = _last_before(media.frame_seconds, starts)
         after = np.searchsorted(media.frame_seconds, starts + span - 1e-6, side="left")
-        here &= varied[after] > varied[np.maximum(before, 0)]
+        here &= varied[after] > varied[before]
     if modality == "audio":
         rate = media.sample_rate_hz
         for n in np.flatnonzero(here):
             begin = max(0, round((starts[n] - media.audio_start_seconds) * rate))
             here[n] = not is_silent(media.waveform[begin : begin + round(span * rate)])
     return here
+
+
+def _last_before(frame_seconds: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Returns the numbers of the frames on screen at some times, as a player shows them."""
+    return np.maximum(np.searchsorted(frame_seconds, seconds + 1e-6, side="right") - 1, 0)
 
 
 def _flat(frames: np.ndarray) -> np.ndarray:

@@ -78,7 +78,7 @@ class FingerprintApp:
                 Mount("/", static),
             ],
             middleware=[Middleware(same_origin, hosts=hosts)],
-            exception_handlers={HTTPException: _error},
+            exception_handlers={HTTPException: _error, UserError: _error},
         )
 
     def close(self) -> None:
@@ -88,8 +88,7 @@ class FingerprintApp:
         self._shown.close()
 
     def _current(self) -> FingerprintIndex:
-        with _refused(500):
-            self._index = self._index.reopened()
+        self._index = self._index.reopened()
         return self._index
 
     def _part(self, request: Request) -> tuple[SourceRow, float, float]:
@@ -112,8 +111,8 @@ class FingerprintApp:
             index = self._current()
             status |= {"sources": len(index.sources()), "segments": index.num_segments}
             status["error"] = None if status["sources"] else _empty(index)
-        except HTTPException as exception:
-            status["error"] = exception.detail
+        except UserError as error:
+            status["error"] = str(error)
         return JSONResponse(status)
 
     async def _query(self, request: Request) -> Response:
@@ -147,10 +146,8 @@ class FingerprintApp:
                     index = self._current()
                     if not index.num_segments:
                         raise HTTPException(409, _empty(index))
-                    with _refused(500):
-                        segmenter = index.segmenter
+                    options = {"end_seconds": self._options.max_seconds, **index.segmenter.decoding}
                     yield {"stage": "decoding"}
-                    options = {"end_seconds": self._options.max_seconds, **segmenter.decoding}
                     try:
                         info = await self._clips.run(probe, path)
                         media = await self._clips.run(decode_media, path, **options)
@@ -159,17 +156,19 @@ class FingerprintApp:
                         reason = str(error).replace(str(path), name)
                         message = f"{name} cannot be compared: {reason}. Give another file"
                         raise HTTPException(422, message) from error
-                    if media.duration_seconds < segmenter.shortest_seconds:
+                    if media.duration_seconds < (least := index.segmenter.shortest_seconds):
                         raise HTTPException(
                             422,
                             f"{name} lasts {media.duration_seconds:.2f} s, the shortest clip that "
-                            f"can be found {segmenter.shortest_seconds:.2f} s: give a longer one",
+                            f"can be found {least:.2f} s: give a longer one",
                         )
                     yield {"stage": "comparing"}
                     options = {"required": required, "content": file_sha256(path)}
                     query = self._thread.submit(index.query, media, count=CANDIDATES, **options)
-                    with _refused(422, f"{name}: "):
+                    try:
                         result = await asyncio.wrap_future(query)
+                    except UserError as error:
+                        raise HTTPException(422, f"{name}: {error}") from error
                 rows = {row.name: row for row in index.sources()}
                 candidates = [
                     await self._candidate(match, rows[match.source], result.query_seconds)
@@ -205,10 +204,7 @@ class FingerprintApp:
         yield {"answer": answer}
 
     async def _playable(self, path: Path, seconds: float) -> tuple[str | None, str | None]:
-        """Returns the media type of a clip, and the address of its conversion if it needs one.
-
-        Both are None where it cannot be shown.
-        """
+        """Returns the type of a clip and the address of its conversion, if it can and has to be."""
         # The clip was compared, so that only its rest is damaged: the match stands without it.
         with contextlib.suppress(DecoderError):
             kind = await self._shown.run(preview.playable_type, path)
@@ -294,8 +290,10 @@ def _file_of(row: SourceRow) -> Iterator[Path]:
         raise HTTPException(
             404, f"{path} is not there any more: put it back, or index it where it is now"
         )
-    with _refused(422, f"{row.name} cannot be shown: "):
+    try:
         yield path
+    except DecoderError as error:
+        raise HTTPException(422, f"{row.name} cannot be shown: {error}") from error
 
 
 def _empty(index: FingerprintIndex) -> str:
@@ -305,13 +303,11 @@ def _empty(index: FingerprintIndex) -> str:
     )
 
 
-@contextlib.contextmanager
-def _refused(status: int, beginning: str = "") -> Iterator[None]:
-    """Answers an error that a user can fix with a status."""
-    try:
-        yield
-    except UserError as error:
-        raise HTTPException(status, f"{beginning}{error}") from error
+def _refusal(error: Exception) -> tuple[int, str]:
+    """Returns the status and the message of an error; 500 if the index cannot be used."""
+    if isinstance(error, HTTPException):
+        return error.status_code, error.detail
+    return 500, str(error)
 
 
 async def _json_lines(
@@ -321,12 +317,13 @@ async def _json_lines(
     try:
         async for line in lines:
             yield json.dumps(line, allow_nan=False).encode() + b"\n"
-    except HTTPException as error:
-        yield json.dumps({"error": error.detail, "status": error.status_code}).encode() + b"\n"
+    except (HTTPException, UserError) as error:
+        status, message = _refusal(error)
+        yield json.dumps({"error": message, "status": status}).encode() + b"\n"
 
 
-async def _error(request: Request, exception: Exception) -> Response:
-    assert isinstance(exception, HTTPException)
+async def _error(request: Request, error: Exception) -> Response:
+    status, message = _refusal(error)
     # The body of a refused upload is not read to its end.
     headers = {"Connection": "close"} if request.method == "POST" else None
-    return JSONResponse({"error": exception.detail}, exception.status_code, headers)
+    return JSONResponse({"error": message}, status, headers)
