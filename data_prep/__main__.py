@@ -10,6 +10,7 @@ import ast
 import importlib
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from avcl_jax.errors import UserError, one_line
 
@@ -46,9 +47,19 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: %(default)s)" if visible and action.option_strings else text
 
 
+class _Parser(argparse.ArgumentParser):
+    """States errors in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
 def main(arguments: list[str]) -> int:
-    """Runs one command; returns the exit status, 1 after a line that states the error."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__)
+    """Runs one command; returns the exit status, 1 after a line that states the error.
+
+    Raises SystemExit(2) if the command line is wrong.
+    """
+    parser = _Parser(prog="python -m data_prep", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module_name, summary) in _commands().items():
         command = commands.add_parser(

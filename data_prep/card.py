@@ -17,6 +17,7 @@ from avcl_jax.data.records import Record, RecordDataset, split_names
 from avcl_jax.paths import absolute_path
 from data_prep.clip import NOTES
 from data_prep.earlier import PREPARATION
+from data_prep.manifest import COUNT, NATURAL
 
 _MOST_CLASSES = 20
 _STILLS = 4
@@ -29,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=absolute_path, help="directory of a prepared data set")
     parser.add_argument("--split", help="only this split")
     parser.add_argument("--png", type=absolute_path, help="the image; PATH/card.png if not given")
-    parser.add_argument("--rows", type=int, default=8, help="clips in the image, of each split")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of clips")
+    parser.add_argument("--rows", type=COUNT, default=8, help="clips in the image, of each split")
+    parser.add_argument("--seed", type=NATURAL, default=0, help="seed of the choice of clips")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from avcl_jax.data.record_format import ClassNumbers
@@ -13,15 +15,30 @@ from avcl_jax.errors import UserError
 _NAME = re.compile(r"[A-Za-z0-9_]+")
 
 
-class PrepareError(UserError):
+class PrepareError(UserError, argparse.ArgumentTypeError):
     """Preparation cannot start or continue; the message has the value and the fix."""
 
 
-def check_options(*checks: tuple[object, str, str]) -> None:
-    """Raises PrepareError for the first (is valid, option, allowed values) that is not valid."""
-    for valid, option, allowed in checks:
-        if not valid:
-            raise PrepareError(f"{option} must be {allowed}")
+def option(
+    parse: Callable[[str], Any], fits: Callable[[Any], object], form: str
+) -> Callable[[str], Any]:
+    """Returns the type of an option: parses its text, and refuses values that do not fit."""
+
+    def value_of(text: str) -> Any:
+        try:
+            value = parse(text)
+        except ValueError:
+            value = None
+        if value is None or not fits(value):
+            raise PrepareError(f"{text!r} is not {form}")
+        return value
+
+    return value_of
+
+
+COUNT = option(int, lambda count: count >= 1, "a whole number of at least 1")
+NATURAL = option(int, lambda number: number >= 0, "a whole number of at least 0")
+POSITIVE = option(float, lambda number: 0 < number < math.inf, "a number above 0")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 from etils import epath
 
 from avcl_jax.data.record_files import RecordError
-from data_prep.manifest import Entry, PrepareError
+from data_prep.manifest import PrepareError
 from data_prep.shards import Part, prepare_part, remove_temporary
 
 # Signals that end a decoder with a bug. Any other signal comes from outside: SIGKILL for instance
@@ -109,8 +109,7 @@ class Pool:
 
     workers: int  # processes
     timeout_seconds: float  # for one clip
-    # Called with each finished clip and 1, and with -1 if it has to be done again.
-    progress: Callable[[Entry, int], None]
+    progress: Callable[[int], object]  # takes finished clips, below 0 those to be done again
     _workers: list[_Worker] = dataclasses.field(default_factory=list)
 
     def run(self, parts: Sequence[Part]) -> None:
@@ -151,8 +150,7 @@ class Pool:
             return
         if kind == "failed":
             raise PrepareError(value)
-        for number in range(max(worker.current, 0), value):
-            self.progress(worker.part.entries[number], 1)
+        self.progress(value - max(worker.current, 0))
         worker.current, worker.since = value if kind == "begin" else -1, time.monotonic()
         if kind == "finished":
             worker.connection.send(waiting[0] if waiting else None)
@@ -180,8 +178,7 @@ class Pool:
         """Ends a worker and starts its part again, without the clip that it was at."""
         self._workers.remove(worker)
         worker.end()
-        for entry in worker.part.entries[: worker.current]:  # they are counted again
-            self.progress(entry, -1)
+        self.progress(-worker.current)  # they are counted again
         skip = {**worker.part.skip, worker.current: (reason, message)}
         self._start(dataclasses.replace(worker.part, skip=skip))
 
@@ -218,5 +215,5 @@ def run_on_beam(
 
 def _prepare_on_beam(part: Part, timeout_seconds: float) -> int:
     """Runs on a worker of the runner; returns the number of clips."""
-    Pool(workers=1, timeout_seconds=timeout_seconds, progress=lambda entry, count: None).run([part])
+    Pool(workers=1, timeout_seconds=timeout_seconds, progress=lambda count: None).run([part])
     return len(part.entries)

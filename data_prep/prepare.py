@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import math
 import os
 import re
 import signal
@@ -30,10 +31,10 @@ from avcl_jax.paths import absolute_path, is_remote
 from data_prep import publish
 from data_prep.clip import FORMS, NOTES, REASONS, ClipOptions, parse_cut
 from data_prep.earlier import SOURCES, Earlier, nothing, read_earlier
-from data_prep.manifest import Entry, Manifest, PrepareError, by_split, check_options
+from data_prep.manifest import COUNT, POSITIVE, Manifest, PrepareError, by_split, option
 from data_prep.pool import Pool, describe_os_error, run_on_beam
 from data_prep.shards import Finished, Part, may_pass, plan_parts, read_finished, remove_temporary
-from data_prep.source_files import find_duplicates, state_of
+from data_prep.source_files import find_duplicates
 
 EXIT_REJECTED, EXIT_INTERRUPTED = 3, 130
 _BEAM_RUNNERS = "DirectRunner, DataflowRunner, FlinkRunner, SparkRunner"
@@ -46,64 +47,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     formats: dict[str, Any] = {"choices": FILE_FORMATS, "default": FILE_FORMATS[0]}
     add("--out", type=absolute_path, required=True, help="directory, or gs://, s3://")
-    add("--name", default="clips", help="name of the data set: part of the file names")
-    add("--limit", metavar="N", type=int, help="prepare only the first clips of each split")
+    name = option(str, re.compile(r"[a-z][a-z0-9_]*").fullmatch, "a-z, 0-9 and _, a letter first")
+    add("--name", type=name, default="clips", help="name of the data set: part of the file names")
+    add("--limit", metavar="N", type=COUNT, help="prepare only the first clips of each split")
     add("--dry-run", action="store_true", help="print what would be prepared, and stop")
     add("--file-format", **formats, help="TFDS opens array_record without TensorFlow")
     add = parser.add_argument_group("clips").add_argument
-    some: dict[str, Any] = {
-        "type": lambda text: tuple(sorted(filter(None, text.split(",")))),
-        "default": "",
-    }
-    seconds: dict[str, Any] = {"metavar": "SECONDS", "type": float}
-    add("--short-side", metavar="PIXELS", type=int, default=128, help="shorter side of the frames")
-    add("--max-fps", metavar="RATE", type=float, help="drop frames of faster videos")
-    add("--sample-rate", metavar="HZ", type=int, default=16000, help="sample rate of the audio")
-    add("--quality", metavar="Q", type=int, default=90, help="quality of the JPEG frames, 1 to 100")
-    add("--min-seconds", **seconds, default=0.0, help="reject shorter clips")
+    side: dict[str, Any] = {"metavar": "PIXELS", "type": COUNT}
+    rate = option(int, lambda rate: rate >= 1000, "a whole number of at least 1000")
+    quality = option(int, range(1, 101).__contains__, "a whole number from 1 to 100")
+    seconds: dict[str, Any] = {"metavar": "SECONDS", "type": POSITIVE}
+    shortest = option(float, lambda seconds: 0 <= seconds < math.inf, "a number of at least 0")
+    add("--short-side", **side, default=128, help="shorter side of the frames")
+    add("--max-fps", metavar="RATE", type=POSITIVE, help="drop frames of faster videos")
+    add("--sample-rate", metavar="HZ", type=rate, default=16000, help="sample rate of the audio")
+    add("--quality", metavar="Q", type=quality, default=90, help="JPEG quality, 1 to 100")
+    add("--min-seconds", metavar="SECONDS", type=shortest, default=0.0, help="reject shorter clips")
     add("--max-seconds", **seconds, default=600.0, help="reject longer clips")
-    add("--min-side", metavar="PIXELS", type=int, default=16, help="reject smaller frames")
-    add("--require", **some, metavar="video,audio", help="reject clips without these")
-    add("--reject", **some, metavar=",".join(NOTES), help="reject clips with such a note")
-    add("--cut", default="", metavar="FORM", help=f"cut videos into clips: {FORMS}")
+    add("--min-side", **side, default=16, help="reject smaller frames")
+    for flag, names, kind in (
+        ("--require", ("video", "audio"), "without these"),
+        ("--reject", NOTES, "with such a note"),
+    ):
+        some = option(_names, set(names).issuperset, f"some of {','.join(names)}")
+        add(flag, type=some, default="", metavar=",".join(names), help=f"reject clips {kind}")
+    cut = option(str, lambda text: not text or parse_cut(text), FORMS)
+    add("--cut", type=cut, default="", metavar="FORM", help=f"cut videos into clips: {FORMS}")
     add("--deduplicate", action="store_true", help="leave out clips of the same content as others")
     add("--overwrite", action="store_true", help="prepare everything again")
     add("--allow-rejected", action="store_true", help="exit status 0 despite rejected files")
     add = parser.add_argument_group("work").add_argument
     options: dict[str, Any] = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
-    add("--workers", metavar="N", type=int, default=os.cpu_count() or 1, help="processes")
-    add("--shard-size", metavar="N", type=int, default=64, help="clips per shard, the unit of work")
+    options["type"] = option(str, re.compile(".+=.*").fullmatch, "NAME=VALUE")
+    add("--workers", metavar="N", type=COUNT, default=os.cpu_count() or 1, help="processes")
+    size = "clips per shard, the unit of work"
+    add("--shard-size", metavar="N", type=COUNT, default=64, help=size)
     add("--timeout-seconds", **seconds, default=900.0, help="limit for one clip")
     add("--runner", default="local", help=f"local, or of Apache Beam (extra beam): {_BEAM_RUNNERS}")
     add("--beam-option", **options, help="for the Beam runner, as project=p; may be repeated")
 
 
-def clip_options(args: argparse.Namespace) -> ClipOptions:
-    """Checks all arguments, and returns those that decide the content of a record.
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(sorted(filter(None, text.split(","))))
 
-    Raises PrepareError if one is out of range.
-    """
-    local = args.file_format != "array_record" or not is_remote(args.out)
-    check_options(
-        (re.fullmatch(r"[a-z][a-z0-9_]*", args.name), "--name", "a-z, 0-9 and _, a letter first"),
-        ({*args.require} <= {"video", "audio"}, "--require", "video, audio or video,audio"),
-        ({*args.reject} <= {*NOTES}, "--reject", f"some of {','.join(NOTES)}, with commas between"),
-        (1 <= args.quality <= 100, "--quality", "1 to 100"),
-        (args.short_side >= 1, "--short-side", "at least 1"),
-        (args.max_fps is None or args.max_fps > 0, "--max-fps", "above 0"),
-        (args.sample_rate >= 1000, "--sample-rate", "at least 1000"),
-        (args.workers >= 1, "--workers", "at least 1"),
-        (args.shard_size >= 1, "--shard-size", "at least 1"),
-        (args.limit is None or args.limit >= 1, "--limit", "at least 1"),
-        (args.timeout_seconds > 0, "--timeout-seconds", "above 0"),
-        (local, "--out", "a local directory for --file-format array_record (copy it afterwards)"),
-        (all("=" in option for option in args.beam_option), "--beam-option", "NAME=VALUE"),
-    )
-    if args.cut:
-        parse_cut(args.cut)
+
+def clip_options(args: argparse.Namespace) -> ClipOptions:
+    """Returns the options that decide the content of a record."""
     values = {**vars(args), "sample_rate_hz": args.sample_rate}
     fields = dataclasses.fields(ClipOptions)
     return ClipOptions(**{field.name: values[field.name] for field in fields})
+
+
+def _check_out(args: argparse.Namespace) -> None:
+    """Raises PrepareError if the output directory is that of a run or of the media, or remote."""
+    out = args.out
+    if args.file_format == "array_record" and is_remote(out):
+        raise PrepareError(
+            f"--out {out}: --file-format array_record needs a local directory (copy it afterwards)"
+        )
+    for name in ("config.json", "checkpoints"):
+        if (out / name).exists():
+            raise PrepareError(f"--out {out} is the workdir of a run, with {name}: use another one")
+    given = getattr(args, "root", None) or getattr(args, "folder", None) or args.input
+    paths = [text.rpartition("=")[2] for text in given] if isinstance(given, list) else [given]
+    for path in map(absolute_path, paths):
+        folder = path if path.is_dir() else path.parent
+        if os.path.realpath(folder) == os.path.realpath(out):
+            raise PrepareError(f"--out {out} is the folder of the media: use another one")
 
 
 def run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest]) -> int:
@@ -128,6 +138,7 @@ def run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest]
 def _run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest]) -> int:
     begin = time.monotonic()
     options, out = clip_options(args), args.out
+    _check_out(args)
     manifest = read(args)
     if args.limit is not None:
         of_splits = by_split(manifest.entries).values()
@@ -207,32 +218,12 @@ def _prepare(args: argparse.Namespace, parts: Sequence[Part], earlier: Earlier) 
     """Prepares the parts that are not finished; returns the results of all."""
     results = [_find_finished(part, earlier) for part in parts]
     waiting = [part for part, finished in zip(parts, results, strict=True) if finished is None]
-    entries = [entry for part in parts for entry in part.entries]
-    states = {path: state_of(path) for path in dict.fromkeys(entry.path for entry in entries)}
-    clips_of = Counter(entry.path for entry in entries)
-
-    def weigh(entry: Entry) -> float:
-        """Returns the bytes of a clip; those of one file share them."""
-        state = states[entry.path]
-        return state.bytes / clips_of[entry.path] if state else 0.0
-
-    total = sum(map(weigh, entries))
-    done = total - sum(weigh(entry) for part in waiting for entry in part.entries)
-    count = len(entries) - sum(len(part.entries) for part in waiting)
+    total, left = (sum(len(part.entries) for part in some) for some in (parts, waiting))
     # disable=None: no bar where nobody looks at one, such as in a log file.
-    with tqdm.tqdm(
-        total=round(total), initial=round(done), unit="B", unit_scale=True, disable=None
-    ) as bar:
-
-        def progress(entry: Entry, change: int) -> None:
-            nonlocal count
-            count += change
-            bar.set_description(f"{count}/{len(entries)} clips", refresh=False)
-            bar.update(change * weigh(entry))
-
+    with tqdm.tqdm(total=total, initial=total - left, unit="clip", disable=None) as bar:
         timeout = args.timeout_seconds
         if args.runner == "local":
-            Pool(workers=args.workers, timeout_seconds=timeout, progress=progress).run(waiting)
+            Pool(workers=args.workers, timeout_seconds=timeout, progress=bar.update).run(waiting)
         else:
             run_on_beam(waiting, args.runner, args.beam_option, timeout_seconds=timeout)
     complete = []

@@ -16,12 +16,13 @@ from avcl_jax.data.record_files import ARRAY_RECORD, RecordError
 from avcl_jax.data.record_format import UNKNOWN_LABEL, ClassNumbers
 from avcl_jax.paths import is_remote
 from data_prep.manifest import (
+    COUNT,
+    POSITIVE,
     Entry,
     ExamplePlace,
     Manifest,
     Missing,
     PrepareError,
-    check_options,
 )
 
 # Numbers, and names, of the classes of an example.
@@ -33,22 +34,12 @@ _GZIP = b"\x1f\x8b"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares properties that examples do not state themselves."""
     add = parser.add_argument
-    add("--fps", type=float, help="frames per second, where the examples have no times")
-    add("--sample-rate-of-source", type=int, help="in Hz, where the examples do not state it")
+    add("--fps", type=POSITIVE, help="frames per second, where the examples have no times")
+    add("--sample-rate-of-source", type=COUNT, help="in Hz, where the examples do not state it")
     full_scale = "value of the loudest sample (1 for floats, 32768 for integers)"
-    add("--full-scale", type=float, help=full_scale)
+    add("--full-scale", type=POSITIVE, help=full_scale)
     add("--id-feature", help="feature that names the record (the shard's name and a number)")
     add("--source-feature", help="feature that names the recording that the clip was cut from")
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raises PrepareError if one is out of range."""
-    rate = args.sample_rate_of_source
-    check_options(
-        (args.fps is None or args.fps > 0, "--fps", "above 0"),
-        (rate is None or rate > 0, "--sample-rate-of-source", "above 0"),
-        (args.full_scale is None or args.full_scale > 0, "--full-scale", "above 0"),
-    )
 
 
 class Listing:

@@ -119,7 +119,6 @@ def read(args: argparse.Namespace) -> Manifest:
 
     Raises PrepareError if there are none, or they do not state enough.
     """
-    example_files.check_arguments(args)
     keys = (args.video_feature, args.audio_feature)
     video, audio = (None if key == NONE else key for key in keys)
     layout = SequenceLayout(video, audio, args.fps, args.sample_rate_of_source, args.full_scale)

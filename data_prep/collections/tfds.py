@@ -40,7 +40,6 @@ def read(args: argparse.Namespace) -> Manifest:
 
     Raises PrepareError if it is not a directory of TFDS, or does not state enough.
     """
-    example_files.check_arguments(args)
     directory = read_directory(args.input)
     layout = _layout(args, directory)
     splits = args.split or directory.splits

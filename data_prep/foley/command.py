@@ -21,6 +21,7 @@ from data_prep.foley.audio import render_audio
 from data_prep.foley.null_media import render_null
 from data_prep.foley.scene import SAMPLE_RATE_HZ, VIDEO_FPS, classes_of, draw_scene
 from data_prep.foley.video import render_video
+from data_prep.manifest import COUNT, NATURAL
 
 # Rises with every change of the files, so that old ones are not taken for new ones.
 GENERATOR_VERSION = 5
@@ -41,11 +42,11 @@ def add_arguments(
     add = parser.add_argument
     add("--out", type=local_path, default=out, required=out is None, help="folder for the files")
     noise = "noise videos in each of null_train and null_test, for the null controls"
-    add("--train", type=int, default=600, help="training videos")
-    add("--test", type=int, default=200, help="test videos")
-    add("--null", type=int, default=null, help=noise)
-    add("--seed", type=int, default=0, help="seed of every file")
-    add("--workers", type=int, default=workers, help="processes")
+    add("--train", type=NATURAL, default=600, help="training videos")
+    add("--test", type=NATURAL, default=200, help="test videos")
+    add("--null", type=NATURAL, default=null, help=noise)
+    add("--seed", type=NATURAL, default=0, help="seed of every file")
+    add("--workers", type=COUNT, default=workers, help="processes")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,14 +65,11 @@ def write_requested(args: argparse.Namespace, out: Path) -> Path:
 def write_collection(out: Path, counts: dict[str, int], *, seed: int, workers: int) -> Path:
     """Writes the media that are not there yet, then the manifest; returns its path.
 
-    Raises UserError if a count is out of range or the folder has another seed's files, OSError if a
-    file cannot be written.
+    Raises UserError without videos or if the folder has another seed's files, OSError if a file
+    cannot be written.
     """
-    if workers < 1 or seed < 0 or min(counts.values()) < 0 or not sum(counts.values()):
-        raise UserError(
-            f"foley: counts {counts}, seed {seed}, workers {workers}: ask for at least one video, "
-            "one worker and a seed of 0 or more"
-        )
+    if not any(counts.values()):
+        raise UserError("foley: --train, --test and --null are 0: ask for at least one video")
     out.mkdir(parents=True, exist_ok=True)
     _check_recipe(out, seed)
     items = [(split, index) for split, count in counts.items() for index in range(count)]

@@ -309,4 +309,6 @@ def test_command_reports_one_line(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert "choose another --out" in message
     assert json.loads((tmp_path / "m/foley.json").read_text())["seed"] == 0
     assert status("--train=0", "--test=0") == 1
-    assert status("--train=1", "--workers=0") == 1
+    for option in ("--workers=0", "--seed=-1", "--null=x"):
+        with pytest.raises(SystemExit, match="2"):
+            status("--train=1", option)

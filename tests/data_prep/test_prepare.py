@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -23,6 +24,7 @@ from etils import epath
 
 from avcl_jax.data.records import RecordDataset, RecordError
 from data_prep import publish
+from data_prep.__main__ import main
 from tests.data.synthetic_media import write_clip
 from tests.data_prep.conftest import files, listed, only_error, prepare
 
@@ -120,8 +122,6 @@ def test_what_cannot_start(folder, tmp_path, capsys):
     (folder / "m.csv").write_text("path,id\na.mp4,i\n-dash.mp4,i\n")
     assert prepare(folder / "m.csv", out) == 1
     assert "duplicate id 'i'" in only_error(capsys)
-    assert prepare(folder, out, "--require", "sound") == 1
-    assert "--require must be video, audio" in only_error(capsys)
     assert not out.exists()
     (tmp_path / "empty" / "x.mp4").write_text("")
     assert prepare(tmp_path / "empty", out) == 1
@@ -138,6 +138,40 @@ def test_what_cannot_start(folder, tmp_path, capsys):
     assert prepare(folder, out) == 1
     assert "another preparation is writing" in only_error(capsys)
     os.close(lock)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--quality=0", "--quality=101", "--quality=x", "--sample-rate=999", "--workers=0"),
+        *("--min-seconds=nan", "--min-seconds=-1", "--max-seconds=inf", "--max-fps=0"),
+        *("--require=sound", "--reject=loud", "--name=A b", "--cut=x", "--beam-option=z"),
+    ],
+)
+def test_a_value_that_an_option_does_not_take_is_refused_by_name(option, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        prepare(tmp_path, tmp_path / "out", option)
+    flag, _, value = option.partition("=")
+    assert re.match(f"error: argument {flag}: .*'{value}'", only_error(capsys))
+
+
+def test_neither_a_run_nor_the_media_are_overwritten(folder, tmp_path, capsys):
+    (folder / "m.csv").write_text("path\na.mp4\n")
+    before = sorted(folder.iterdir())
+    for source in (folder, folder / "a.mp4", folder / "m.csv"):
+        assert prepare(source, folder) == 1
+        assert f"--out {folder} is the folder of the media" in only_error(capsys)
+    examples = ["sequence-examples", f"val={folder}/*.tfrecord", f"--out={folder}"]
+    assert main(examples) == 1
+    assert "is the folder of the media" in only_error(capsys)
+    assert sorted(folder.iterdir()) == before
+    for name in ("config.json", "checkpoints"):
+        (tmp_path / name / name).mkdir(parents=True)
+        assert prepare(folder, tmp_path / name) == 1
+        assert f"{tmp_path / name} is the workdir of a run, with {name}: " in only_error(capsys)
+    # Beside a table of media that are elsewhere.
+    table = (folder / "m.csv").rename(tmp_path / "m.csv")
+    assert prepare(table, tmp_path, f"--root={folder}", "--dry-run") == 0
 
 
 @contextlib.contextmanager

@@ -138,7 +138,9 @@ def test_what_cannot_be_told_is_asked_for(tmp_path, capsys):
     assert "'int16' does not state its sample rate: say --sample-rate-of-source" in message
     message = error(capsys, tmp_path, "tfds", tiny, "--fps=10", "--split=valid")
     assert "no split 'valid', it has test, train" in message
-    assert "--fps must be above 0" in error(capsys, tmp_path, "tfds", tiny, "--fps=0")
+    for option in ("--fps=nan", "--sample-rate-of-source=0", "--full-scale=inf"):
+        with pytest.raises(SystemExit, match="2"):
+            run(tmp_path, "tfds", tiny, option)
     assert "is not a data set of TFDS" in error(capsys, tmp_path, "tfds", DATA)
 
 
