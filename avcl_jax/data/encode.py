@@ -28,7 +28,6 @@ def write_mp4(
     audio_bits_per_second: int,
     video_options: Mapping[str, str],
     audio_options: Mapping[str, str] | None = None,
-    audio_codec: str = "aac",
     audio_start_seconds: float = 0.0,
     variable_rate: bool = False,
     container: str = "mp4",
@@ -69,7 +68,7 @@ def write_mp4(
             video.codec_context.time_base = 1 / clock
         if samples is not None:
             audio: Any = out.add_stream(
-                audio_codec, rate=sample_rate_hz, layout="mono", options=dict(audio_options or {})
+                "aac", rate=sample_rate_hz, layout="mono", options=dict(audio_options or {})
             )
             audio.bit_rate = audio_bits_per_second
         if first is not None:

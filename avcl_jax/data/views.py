@@ -190,9 +190,9 @@ def fitting_speed(timeline: Timeline, wanted: int, spec: ViewSpec) -> int:
 
 
 def fixed_clips(
-    timeline: Timeline, spec: ViewSpec, speeds: Sequence[int], count: int, direction: int = FORWARD
+    timeline: Timeline, spec: ViewSpec, speeds: Sequence[int], count: int
 ) -> list[Clip]:
-    """Returns `count` clips at each speed, at equal distances from first to last start.
+    """Returns `count` forward clips at each speed, at equal distances from first to last start.
 
     Speeds are indices into `spec.speeds`. One that is too fast for the timeline is replaced by the
     fastest that fits, or if none does by the slowest, and the clip then starts with the timeline.
@@ -201,7 +201,7 @@ def fixed_clips(
     for speed in (fitting_speed(timeline, wanted, spec) for wanted in speeds):
         span = spec.clip_seconds * spec.speeds[speed]
         starts = clip_times(timeline.start_seconds, timeline.end_seconds, span, count)
-        clips += [Clip(start, speed, direction) for start in starts]
+        clips += [Clip(start, speed, FORWARD) for start in starts]
     return clips
 
 
