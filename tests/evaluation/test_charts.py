@@ -61,6 +61,9 @@ def test_each_metric_has_one_chart_and_absent_ones_none():
     np.testing.assert_array_equal(steps, [10, 20, 40, 50, 60, 70, 80])
     np.testing.assert_allclose(values, [1.9, 1.8, 1.6, 1.5, 1.4, 1.3, 1.2])
     assert [t for t, (further, _) in charts.items() if further] == ["Mean norm", "Bank age rows"]
+    assert [t.split()[0] for t, (_, chart) in charts.items() if not chart["from_zero"]] == [
+        *("Contrastive", "Loss", "Similarity", "Rows")
+    ]
     base = charts["Bank positives with the anchor's speed"][1]["dashed"]["by chance"]
     np.testing.assert_array_equal(base, [[50, 60, 70, 80], [0.25] * 4])
     negatives = charts["Similarity of negatives (dashed: in the bank)"][1]
@@ -119,8 +122,10 @@ def test_curves_are_drawn_at_their_values_with_the_step_of_the_bank():
 def test_a_long_run_is_drawn_with_few_points_and_a_single_line_with_a_dot():
     steps = np.arange(1.0, 5001)
     values = np.random.default_rng(0).uniform(1, 2, 5000)
-    svg = line_chart({"a": (steps, values)}, name="long", ylabel="loss")
+    svg = line_chart({"a": (steps, values)}, name="long", ylabel="loss", from_zero=True)
     assert svg.count("\nL ") < 1000
+    ticks = [float(label) for label in re.findall(r"text-anchor: end[^>]*>([\d.]+)<", svg)]
+    assert min(ticks) == 0 < max(ticks) < 2
     (curve,) = _drawn(svg).values()
     np.testing.assert_allclose(curve[-1], [5000, values[-125:].mean()], rtol=0.02)
     one = line_chart({"a": (steps[:1], values[:1])}, name="one", ylabel="loss")
@@ -175,11 +180,11 @@ def test_bars_maps_and_intervals_are_drawn_with_all_that_they_are_given():
     for label in ("Map", "a", "b", "unknown"):
         assert f">{label}</text>" in points
     assert points.count("<use") == 4 + 3
-    panels = {
-        "R@1": {"no x": (0.1, 0.05, 0.15, [0.08, 0.12]), "no y": (0.0, -np.inf, np.inf, [0.0])}
-    }
-    intervals = interval_chart(panels, name="effects")
-    assert ("no x</text>" in intervals, "no y</text>" in intervals) == (True, True)
+    rows = {"no x": (0.1, 0.05, 0.15, [0.08, 0.12]), "no y": (0.0, -np.inf, np.inf, [0.0])}
+    titles = [f"R@{k}" for k in (1, 5, 10, 20)]
+    intervals = interval_chart(dict.fromkeys(titles, rows), name="effects")
+    for label in (*rows, *titles):
+        assert f">{label}</text>" in intervals
 
 
 def test_charts_are_the_same_from_run_to_run():

@@ -143,6 +143,7 @@ def test_clips_play_for_as_long_as_they_should(rate):
         data = io.BytesIO(base64.b64decode(uri.removeprefix("data:video/mp4;base64,")))
         with av.open(data) as container:
             found[name] = {s.type: float(s.duration * s.time_base) for s in container.streams}
+            assert all((s.width, s.height) == (16, 16) for s in container.streams.video)
     assert found["both"]["video"] == pytest.approx(2.0, abs=0.07)
     assert found["both"]["audio"] == pytest.approx(2.0, abs=0.1)
     assert list(found["audio"]) == ["audio"]
