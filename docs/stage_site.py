@@ -90,7 +90,7 @@ def linked_files() -> dict[Path, str]:
         inside = sorted(path.glob("*.py")) if path.is_dir() else []
         for file in {path, *inside} - listed.keys():
             name = file.relative_to(ROOT)
-            if file.suffix == ".png":
+            if file.suffix in (".png", ".webp"):
                 files[file] = str(name.relative_to("docs"))
             else:
                 files[file] = f"source/{name}/index.md" if file.is_dir() else f"source/{name}.md"
