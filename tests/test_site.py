@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import re
 
 import pytest
 import yaml
@@ -37,6 +39,25 @@ def test_every_page_is_in_the_navigation_once(stage_site) -> None:
     config = yaml.load((ROOT / "mkdocs.yml").read_text(), _Loader)
     leaves = _leaves(config["nav"])
     assert sorted(leaves) == sorted([*stage_site.pages().values(), "source/configs/index.md"])
+
+
+def test_names_of_the_reference_are_defined() -> None:
+    pages = "".join(path.read_text() for path in sorted((ROOT / "docs/api").glob("*.md")))
+    names = re.findall(r"^::: (.+)\.(\w+)$", pages, re.MULTILINE)
+    assert len(names) == pages.count("\n::: ") > 50
+    for module, name in names:
+        path = ROOT / module.replace(".", "/")
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        defined = {
+            alias
+            for node in ast.parse(path.read_text()).body
+            for alias in (
+                [a.asname or a.name for a in node.names]
+                if isinstance(node, ast.ImportFrom)
+                else [getattr(node, "name", None)]
+            )
+        }
+        assert name in defined, f"docs/api: {module} has no {name}"
 
 
 def test_links_of_all_pages_lead_to_files(stage_site) -> None:
