@@ -47,6 +47,8 @@ _SUFFIXES = (
     *(".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv", ".aac", ".aif", ".aiff", ".flac", ".m4a"),
     *(".mka", ".mp3", ".oga", ".ogg", ".opus", ".wav", ".weba", ".wma"),
 )
+_LEAST = {"count": 1, "start": 0, "max_waiting": 0}
+_POSITIVE = ("max_seconds", "max_decode_seconds", "max_upload_mb")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Warnings of the libraries concern only themselves.
     logging.set_verbosity(logging.ERROR)
     try:
+        _check_numbers(args)
         return _COMMANDS[args.command][0](args) or 0
     except (UserError, OSError) as error:
         print(f"avcl-fingerprint: {one_line(error)}", file=sys.stderr)
@@ -111,6 +114,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name, value in vars(args).items():
+        option = f"--{name.replace('_', '-')} {value}"
+        if name in _LEAST and not _LEAST[name] <= value < math.inf:
+            raise FingerprintError(f"{option} must be at least {_LEAST[name]} and finite")
+        if name in _POSITIVE and not 0 < value < math.inf:
+            raise FingerprintError(f"{option} must be positive and finite")
+
+
 def _add(args: argparse.Namespace) -> int:
     """Adds files, to a new index for the command `index`."""
     new = args.command == "index"
@@ -163,12 +175,6 @@ def _remove(args: argparse.Namespace) -> None:
 
 def _query(args: argparse.Namespace) -> None:
     index = FingerprintIndex.open(args.index, args.encoder)
-    if args.count < 1:
-        raise FingerprintError(f"--count {args.count} shows nothing: give 1 or more")
-    if not 0 <= args.start < math.inf:
-        raise FingerprintError(f"--start {args.start} must be at least 0 and finite")
-    if not 0 < args.max_seconds < math.inf:
-        raise FingerprintError(f"--max-seconds {args.max_seconds} must be positive and finite")
     if not index.sources():
         raise FingerprintError(f"{args.index} is empty: `add` media to it")
     modalities = (args.modality,) if args.modality else MODALITIES

@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import tempfile
-import types
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy as np
 from avcl_jax.fingerprint.database import DATABASE, SourceRow, Transaction, transaction
 from avcl_jax.fingerprint.projection import Projection, fit_projection
 from avcl_jax.fingerprint.segments import SegmentFeatures
-from avcl_jax.fingerprint.settings import FingerprintError, FingerprintSettings
+from avcl_jax.fingerprint.settings import FingerprintSettings, optional
 
 # From here on vectors are compressed and searched in cells; a flat search of this size takes 100 MB
 # and, for the queries of a ten-second clip, about a second on two cores.
@@ -37,6 +36,8 @@ _LEARNED_WITHIN = 2
 _FIT_GROWTH, _FIT_ENOUGH = 4, 50_000
 _COHORT = 512
 _CACHE = re.compile(r"cache-[0-9a-f]{16}(\.\w+)?")
+# Only fingerprints need it, and not all of their modules.
+faiss = functools.partial(optional, "faiss")
 # The label of a segment is the id of its source, followed by its number in these bits.
 _NUMBER_BITS = 32
 
@@ -221,21 +222,6 @@ def verify(directory: Path) -> list[str]:
         for m, vectors in library.vectors.items()
     )
     return [] if agree else [f"{place} does not agree with {DATABASE}: delete it"]
-
-
-def faiss() -> types.ModuleType:
-    """Imports FAISS, which only fingerprints need.
-
-    Raises:
-        FingerprintError: if it is not installed.
-    """
-    try:
-        import faiss as module
-    except ImportError as error:
-        raise FingerprintError(
-            "FAISS is not installed: pip install -r requirements-fingerprint.txt"
-        ) from error
-    return module
 
 
 def _build(

@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-import math
 import signal
 import socket
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from avcl_jax.fingerprint.index import FingerprintIndex
-from avcl_jax.fingerprint.settings import FingerprintError
+from avcl_jax.fingerprint.settings import FingerprintError, optional
 
 _STOP_SECONDS = 2
 
@@ -33,24 +32,12 @@ def run(arguments: argparse.Namespace) -> int:
         FingerprintError: if the index, its encoders or the address cannot be used.
         ExportError: if there are no encoders.
     """
-    try:
-        import uvicorn
+    optional("starlette")
+    optional("uvicorn")
+    import uvicorn
 
-        from avcl_jax.fingerprint.web.app import FingerprintApp
-    except ModuleNotFoundError as error:
-        if error.name not in ("starlette", "uvicorn"):
-            raise
-        raise FingerprintError(
-            "starlette and uvicorn are not installed, which the page needs: "
-            "pip install -r requirements-fingerprint.txt"
-        ) from error
-    for name in ("max_upload_mb", "max_seconds", "max_decode_seconds"):
-        if not 0 < getattr(arguments, name) < math.inf:
-            raise FingerprintError(
-                f"--{name.replace('_', '-')} {getattr(arguments, name)} must be positive and finite"
-            )
-    if arguments.max_waiting < 0:
-        raise FingerprintError(f"--max-waiting {arguments.max_waiting} must be at least 0")
+    from avcl_jax.fingerprint.web.app import FingerprintApp
+
     host, port = arguments.host, arguments.port
     with contextlib.ExitStack() as stack:
         # Every way to end leaves no directory behind. A terminal may close, unless under nohup.

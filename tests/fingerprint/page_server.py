@@ -21,17 +21,8 @@ import numpy as np
 from avcl_jax.data.media import decode_media
 from avcl_jax.fingerprint.benchmark.timeline import excerpt, joined
 from avcl_jax.fingerprint.index import FingerprintIndex
-from avcl_jax.fingerprint.web.preview import convert
 from tests.conftest import ROOT
 from tests.fingerprint.synthetic import SETTINGS, clip, write
-
-
-def h264(path: Path, media: Any) -> Path:
-    """Writes a clip as browsers play it."""
-    other = write(path.with_suffix(".mkv"), media)
-    convert(other, path, start_seconds=0.0, end_seconds=60.0)
-    other.unlink()
-    return path
 
 
 def make_library(directory: Path, encoders: Path) -> FingerprintIndex:
@@ -44,7 +35,7 @@ def make_library(directory: Path, encoders: Path) -> FingerprintIndex:
     index = FingerprintIndex.create(directory / "index", encoders, SETTINGS)
     index.add_files(
         [
-            h264(media / "film <b>.mp4", clip(0, 9.0)),
+            write(media / "film <b>.mp4", clip(0, 9.0)),
             write(media / "old film.mkv", clip(1, 14.0)),
             write(media / "sound.wav", clip(2, video=False)),
             *(write(media / f"other {n}.mkv", clip(n)) for n in range(3, 11)),
@@ -72,7 +63,7 @@ def make_clips(directory: Path) -> Path:
         "memory.mkv": excerpt(clip(15), 1.0, 4.0),
         "short.mkv": clip(0, 0.25),
     }.items():
-        (h264 if name.endswith(".mp4") else write)(directory / name, media)
+        write(directory / name, media)
     (directory / "notes.mp4").write_text("this is no film\n" * 40)
     whole = (directory / "old.mkv").read_bytes()
     (directory / "cut.mkv").write_bytes(whole[: len(whole) // 2])

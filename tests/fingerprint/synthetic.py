@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import scipy.ndimage
 
+from avcl_jax.data.encode import write_mp4
 from avcl_jax.data.media import DecodedMedia, no_frames
 from avcl_jax.fingerprint.settings import FingerprintSettings
 
@@ -59,23 +58,16 @@ def leader(seconds: float) -> DecodedMedia:
 
 
 def write(path: Path, media: DecodedMedia) -> Path:
-    """Writes a clip to a file, of MPEG-4 and AAC, or of sound alone."""
-    with av.open(str(path), "w") as container:
-        packets = []
-        if media.has_video:
-            video = container.add_stream("mpeg4", rate=FPS, options={"qscale": "2"})
-            video.width = video.height = 2 * SIDE
-            video.pix_fmt = "yuv420p"
-        if media.has_audio:
-            name = "pcm_s16le" if path.suffix == ".wav" else "aac"
-            audio = container.add_stream(name, rate=RATE_HZ, layout="mono")
-        if media.has_video:
-            for image in media.frames.repeat(2, 1).repeat(2, 2):
-                packets += video.encode(av.VideoFrame.from_ndarray(image, format="rgb24"))
-            packets += video.encode()
-        if media.has_audio:
-            frame = av.AudioFrame.from_ndarray(media.waveform[None], "s16", "mono")
-            frame.sample_rate, frame.pts, frame.time_base = RATE_HZ, 0, Fraction(1, RATE_HZ)
-            packets += [*audio.encode(frame), *audio.encode()]
-        container.mux(packets)
+    """Writes a clip of H.264 and AAC to MP4, which browsers play, or Matroska; or audio to WAV."""
+    write_mp4(
+        path,
+        zip(media.frame_seconds, media.frames.repeat(2, 1).repeat(2, 2), strict=True),
+        media.waveform,
+        fps=FPS,
+        sample_rate_hz=RATE_HZ,
+        audio_bits_per_second=64_000,
+        video_options={"crf": "10", "threads": "1"},
+        audio_codec="pcm_s16le" if path.suffix == ".wav" else "aac",
+        container={".mkv": "matroska"}.get(path.suffix, path.suffix[1:]),
+    )
     return path

@@ -116,7 +116,8 @@ def test_sources_that_share_the_only_part_are_rivals_and_a_part_counts_as_one_of
     first, second = constant(0, 5.0, 12.0), constant(1, 5.0, 0.0)
     half = np.where(second.query_seconds < 6, 0.0, 5.0)
     second = dataclasses.replace(second, by_segment={"video": half})
-    clip, other, third = matches([constant(2, 0.0, 3.0), second, first], KNOWN, seconds=12.0)
+    three = [constant(2, 0.0, 3.0), second, first]
+    clip, other, third = matches(three, KNOWN, seconds=12.0)
     # Of equal scores the one with more evidence for the whole query comes first.
     assert [match.source for match in (clip, other, third)] == ["clip", "other", "third"]
     # Ten halves and quarters are tried, in an index of a thousand segments.
@@ -125,6 +126,8 @@ def test_sources_that_share_the_only_part_are_rivals_and_a_part_counts_as_one_of
     assert other.score == pytest.approx(expected)
     assert (other.shared_with, third.shared_with) == (("clip",), ())
     assert clip.shared_with == ()  # its first half suffices
+    _, same, _ = matches(three, KNOWN, seconds=12.0, known={1: 0.0})
+    assert (same.source, same.shared_with) == ("other", ())
     assert [i.shared_by for i in clip.intervals] == [1, 2]
     assert (clip.matched, third.matched) == (("video",), ())
 
@@ -179,9 +182,9 @@ def test_a_match_needs_the_threshold_and_every_required_modality(score, required
     two = [constant(n, 4.0, 8.0, seconds=2.0) for n in range(2)]
     first, _ = matches(two, Fixed(score), required=required)
     assert first.accepted is accepted
-    # The file itself needs neither, lies where it was found, and is shared with nobody.
+    # The file itself needs neither, and lies where it was found.
     same, _ = matches(two, Fixed(score), required=required, known={0: 7.0})
-    assert (same.accepted, same.same_file, same.shared_with) == (True, True, ())
+    assert (same.accepted, same.same_file) == (True, True)
     assert (same.offset_seconds, same.rate, same.what_matched) == (7.0, 1.0, "the same file")
     assert same.matched == ("video", "audio")
 

@@ -30,12 +30,6 @@ def test_the_score_is_the_chance_of_scipys_gumbel_and_rises_without_end():
     assert (np.diff(scores)[250:] > 0).all()
 
 
-def test_few_sources_have_the_default(encoders, tmp_path):
-    index = FingerprintIndex.create(tmp_path / "index", encoders, SETTINGS)
-    index.add((f"{n}", clip(n, 2.0)) for n in range(3))
-    assert index.calibration(("video", "audio")) == DEFAULT
-
-
 def test_a_modality_is_fitted_as_if_the_other_were_not_there(library):
     spans = {"video": 0.5, "audio": 0.5}
     both = calibration.fit(library._library, spans)

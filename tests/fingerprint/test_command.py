@@ -189,7 +189,7 @@ def test_errors_are_one_line_that_says_what_to_do(films, index, encoders, tmp_pa
             *("video is required, but only audio is compared", "query", short, "--index", index),
             *("--require", "video", "--modality", "audio"),
         ),
-        ("--count 0 shows nothing", "query", short, "--index", index, "--count", 0),
+        ("--count 0 must be at least 1", "query", short, "--index", index, "--count", 0),
         ("--start -1.0 must be", "query", short, "--index", index, "--start=-1"),
         ("--start nan must be", "query", short, "--index", index, "--start", "nan"),
         ("--max-seconds inf must be", "query", short, "--index", index, "--max-seconds", "inf"),

@@ -16,6 +16,7 @@ import pytest
 
 from avcl_jax.fingerprint import database, library
 from avcl_jax.fingerprint.benchmark.timeline import excerpt
+from avcl_jax.fingerprint.calibration import DEFAULT
 from avcl_jax.fingerprint.database import SourceRow, transaction
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.library import Vectors, verify
@@ -57,7 +58,7 @@ def test_a_former_format_and_faiss_that_is_missing_are_not_damage(copy, tmp_path
     with pytest.raises(FingerprintError, match="format of a former version: index the media again"):
         FingerprintIndex.open(tmp_path)
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(FingerprintError, match="FAISS is not installed"):
+    with pytest.raises(FingerprintError, match="faiss is not installed"):
         FingerprintIndex.open(copy)
 
 
@@ -318,6 +319,7 @@ def test_an_index_of_audio_alone_takes_its_first_film(encoders, tmp_path):
     index.add([("film", clip(9))])
     assert index._library.vectors["video"].projection.fitted_to > 0
     assert index.query(excerpt(clip(9), 1, 4)).matches[0].source == "film"
+    assert index.calibration(("video", "audio")) == DEFAULT  # fitted to more sources only
 
 
 @pytest.mark.slow

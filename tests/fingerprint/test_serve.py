@@ -15,21 +15,17 @@ import tempfile
 import av
 import numpy as np
 import pytest
+import uvicorn
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 
-pytest.importorskip("faiss", reason="the extra fingerprint is not installed")
-pytest.importorskip("starlette", reason="the extra fingerprint is not installed")
-uvicorn = pytest.importorskip("uvicorn", reason="the extra fingerprint is not installed")
-
-from starlette.exceptions import HTTPException  # noqa: E402
-from starlette.requests import Request  # noqa: E402  # after the skips
-
-from avcl_jax.fingerprint.calibration import THRESHOLD  # noqa: E402
-from avcl_jax.fingerprint.command import main  # noqa: E402
-from avcl_jax.fingerprint.database import transaction  # noqa: E402
-from avcl_jax.fingerprint.index import FingerprintIndex  # noqa: E402
-from avcl_jax.fingerprint.web import requests  # noqa: E402
-from tests.fingerprint.page_server import running  # noqa: E402
-from tests.fingerprint.synthetic import SETTINGS, clip  # noqa: E402
+from avcl_jax.fingerprint.calibration import THRESHOLD
+from avcl_jax.fingerprint.command import main
+from avcl_jax.fingerprint.database import transaction
+from avcl_jax.fingerprint.index import FingerprintIndex
+from avcl_jax.fingerprint.web import requests
+from tests.fingerprint.page_server import running
+from tests.fingerprint.synthetic import SETTINGS, clip
 
 
 # The server of this module searches `page_library`: a test that changes it changes it back.

@@ -12,16 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.fingerprint.page_server import running
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
     pytest.mark.interop,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium"),
 ]
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytest.importorskip("faiss", reason="the extra fingerprint is not installed")
-pytest.importorskip("uvicorn", reason="the extra fingerprint is not installed")
-
-from tests.fingerprint.page_server import running  # noqa: E402
 
 TITLE = "film <b>.mp4"
 
