@@ -156,8 +156,8 @@ def by_role(
     needed = sum(counts.values())
     if needed > len(clips):
         raise UserError(
-            f"the protocol needs {needed} {what}, there are {len(clips)}: ask for fewer references "
-            "or distractors"
+            f"the protocol needs {needed} {what}, only {len(clips)} can be found: ask for fewer "
+            "references or distractors"
         )
     rest = iter(clips)
     return {role: list(itertools.islice(rest, count)) for role, count in counts.items()}
