@@ -206,7 +206,7 @@ def test_the_difference_to_a_baseline_has_the_same_videos_on_both_sides(tmp_path
 def test_settings_that_cannot_be_met_are_one_line(encoders, records, tmp_path):
     config = fingerprint.get_config()
     config.encoder, config.data.directory = str(encoders), str(records)
-    with pytest.raises(ValueError, match=r"the protocol needs 400 records of .*, only 9 can be found:"):
+    with pytest.raises(ValueError, match=r"needs 400 records of .*, only 9 can be found:"):
         fingerprinting(config, tmp_path)
     with pytest.raises(ValueError, match="unknown preset 'foly': use one of foley, real"):
         fingerprint.get_config("foly")
