@@ -16,8 +16,8 @@ from avcl_jax.data.images import decode_jpegs
 from avcl_jax.data.records import Record, RecordDataset, split_names
 from avcl_jax.paths import absolute_path
 from data_prep.clip import NOTES
-from data_prep.earlier import PREPARATION
 from data_prep.manifest import COUNT, NATURAL
+from data_prep.publish import PREPARATION
 
 _MOST_CLASSES = 20
 _STILLS = 4

@@ -16,8 +16,7 @@ import simplejpeg
 from avcl_jax.data import media
 from avcl_jax.data.media import MediaError
 from avcl_jax.data.record_format import Record, is_silent, peak
-from data_prep.examples import open_example
-from data_prep.footage import Footage, JpegFrame, open_media
+from data_prep.footage import Footage, JpegFrame, open_example, open_media
 from data_prep.manifest import Entry, PrepareError
 
 # Kinds of notes on files that are prepared nevertheless. `--reject` takes these names, which are

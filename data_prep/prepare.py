@@ -30,10 +30,18 @@ from avcl_jax.errors import one_line
 from avcl_jax.paths import absolute_path, is_remote
 from data_prep import publish
 from data_prep.clip import FORMS, NOTES, REASONS, ClipOptions, parse_cut
-from data_prep.earlier import SOURCES, Earlier, nothing, read_earlier
 from data_prep.manifest import COUNT, POSITIVE, Manifest, PrepareError, by_split, option
 from data_prep.pool import Pool, describe_os_error, run_on_beam
-from data_prep.shards import Finished, Part, may_pass, plan_parts, read_finished, remove_temporary
+from data_prep.publish import SOURCES, Earlier
+from data_prep.shards import (
+    Finished,
+    KnownEntries,
+    Part,
+    may_pass,
+    plan_parts,
+    read_finished,
+    remove_temporary,
+)
 from data_prep.source_files import find_duplicates
 
 EXIT_REJECTED, EXIT_INTERRUPTED = 3, 130
@@ -160,19 +168,19 @@ def _run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest
         entries = tuple(e for n, e in enumerate(manifest.entries) if n not in duplicates)
         manifest = dataclasses.replace(manifest, entries=entries)
     incomplete = out / publish.INCOMPLETE
-    parts = plan_parts(manifest.entries, args.shard_size, options, incomplete)
     splits = list(by_split(manifest.entries))
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
         publish.finish_publication(out)
         try:
-            earlier = read_earlier(out)
+            earlier = publish.read_earlier(out)
         except PrepareError:
             if not args.overwrite:
                 raise
-            earlier = nothing(out)
+            earlier = Earlier(out)
+        known: KnownEntries = {}
         if not args.overwrite:
-            known, changes = earlier.compare(parts)
+            known, changes = earlier.compare(manifest.entries, options)
             earlier.check_accepts(manifest, changes, args.name, options.file_format)
             if not any(changes[kind] for kind in ("changed", "new", "gone", "rearranged")):
                 print(f"{out} is up to date: {', '.join(splits)}")
@@ -180,14 +188,16 @@ def _run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest
             if earlier.splits.intersection(splits):
                 kinds = ("unchanged", "changed", "new", "gone")
                 print(f"{out}: {', '.join(f'{changes[kind]} {kind}' for kind in kinds)}")
-            parts = [earlier.add_to(part, known) for part in parts]
+        parts = plan_parts(manifest.entries, args.shard_size, options, incomplete, known)
         incomplete.mkdir(exist_ok=True)
         remove_temporary(incomplete)  # of a run that was killed
         finished = _prepare(args, parts, earlier)
-        seconds = time.monotonic() - begin
-        preparation = publish.describe(args.name, options, manifest, finished, earlier, seconds)
-        publish.publish(out, finished, preparation, manifest, duplicates.values(), earlier)
-    counts = {split: preparation["splits"][split] for split in splits}
+        counts = publish.publish(
+            *(out, args.name, options, manifest, finished, earlier),
+            duplicates=duplicates.values(),
+            seconds=time.monotonic() - begin,
+        )
+    counts = {split: counts[split] for split in splits}
     _print_table(args, counts, manifest, len(duplicates))
     print(f"{out}: {time.monotonic() - begin:.1f} s")
     return _status(counts.values(), args)
@@ -216,7 +226,10 @@ def _locked(out: epath.Path) -> Iterator[None]:
 
 def _prepare(args: argparse.Namespace, parts: Sequence[Part], earlier: Earlier) -> list[Finished]:
     """Prepares the parts that are not finished; returns the results of all."""
-    results = [_find_finished(part, earlier) for part in parts]
+    results = [earlier.finished(part) or read_finished(part) for part in parts]
+    for number, finished in enumerate(results):  # unreadable files may be readable now
+        if finished and any(may_pass(line, {"unreadable"}) for line in finished.lines):
+            results[number] = None
     waiting = [part for part, finished in zip(parts, results, strict=True) if finished is None]
     total, left = (sum(len(part.entries) for part in some) for some in (parts, waiting))
     # disable=None: no bar where nobody looks at one, such as in a log file.
@@ -240,15 +253,6 @@ def _prepare(args: argparse.Namespace, parts: Sequence[Part], earlier: Earlier) 
             f"the first is {first['path']!r}: {first['reason']}: {first['message']}"
         )
     return complete
-
-
-def _find_finished(part: Part, earlier: Earlier) -> Finished | None:
-    """Returns the result of a part from the earlier data set, or from an interrupted run."""
-    finished = earlier.finished(part) or read_finished(part)
-    # Unreadable files may be readable now.
-    if finished and any(may_pass(line, {"unreadable"}) for line in finished.lines):
-        return None
-    return finished
 
 
 def _status(splits: Collection[Mapping[str, Any]], args: argparse.Namespace) -> int:

@@ -48,6 +48,9 @@ class Known(NamedTuple):
     records: Sequence[int]
 
 
+KnownEntries = Mapping[tuple[str, str], Known]  # by (split, record id), in order
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """Entries of one shard, and everything that a worker needs to make it.
@@ -60,9 +63,8 @@ class Part:
     entries: tuple[Entry, ...]
     options: ClipOptions
     directory: epath.Path  # for the shard until it is published
-    # By number of the entry, those to take from `earlier`.
+    # By number of the entry, those to take from the earlier data set, above `directory`.
     known: Mapping[int, Known] = dataclasses.field(default_factory=dict)
-    earlier: epath.Path | None = None
     # By number of the entry, reason and message of those to reject.
     skip: Mapping[int, tuple[str, str]] = dataclasses.field(default_factory=dict)
 
@@ -92,14 +94,21 @@ class Finished:
 
 
 def plan_parts(
-    entries: Sequence[Entry], shard_size: int, options: ClipOptions, directory: epath.Path
+    entries: Sequence[Entry],
+    shard_size: int,
+    options: ClipOptions,
+    directory: epath.Path,
+    known: KnownEntries,
 ) -> list[Part]:
     """Divides the entries of each split, in their order, into parts of at most `shard_size`."""
-    return [
-        Part(number, split, tuple(of_split[first : first + shard_size]), options, directory)
-        for split, of_split in by_split(entries).items()
-        for number, first in enumerate(range(0, len(of_split), shard_size))
-    ]
+    parts = []
+    for split, of_split in by_split(entries).items():
+        for number, first in enumerate(range(0, len(of_split), shard_size)):
+            some = tuple(of_split[first : first + shard_size])
+            keys = enumerate((split, entry.record_id) for entry in some)
+            of_part = {place: known[key] for place, key in keys if key in known}
+            parts.append(Part(number, split, some, options, directory, of_part))
+    return parts
 
 
 def _hash(*values: object) -> str:
@@ -162,7 +171,7 @@ def prepare_part(part: Part, begin: Callable[[int], None]) -> None:
     """
     part.path("json").unlink(missing_ok=True)
     lines: list[Line] = []
-    earlier = functools.cache(lambda: RecordDataset(part.earlier or "", part.split))
+    earlier = functools.cache(lambda: RecordDataset(part.directory.parent, part.split))
     with RecordWriter(part.shard, part.options.file_format) as writer:
         for number, entry in enumerate(part.entries):
             begin(number)

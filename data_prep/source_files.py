@@ -44,14 +44,11 @@ def sha256_of(path: str, state: FileState | None) -> str | None:
     """Returns the SHA-256 of a file's content in a state; None if it cannot be read."""
     if state is None:
         return None
-    digest = hashlib.sha256()
     try:
         with epath.Path(path).open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return None
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

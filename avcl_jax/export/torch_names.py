@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -200,18 +200,11 @@ CODE_BASES: dict[str, CodeBase] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class NamedArray:
-    """One array under both names.
+class NamedArray(NamedTuple):
+    """One array under both names."""
 
-    Attributes:
-        ours: path in our variables, for instance "params/stem_norm/norm/scale".
-        theirs: name in the state dict.
-        kind: kind of the layer.
-    """
-
-    ours: str
-    theirs: str
+    ours: str  # path in our variables, for instance "params/stem_norm/norm/scale"
+    theirs: str  # name in the state dict
     kind: Kind
 
 

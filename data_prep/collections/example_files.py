@@ -83,9 +83,7 @@ class Listing:
         first = len(self.entries)
         for number, (place, payload) in enumerate(record_files.scan(path, file_format)):
             try:
-                example = None
-                if not isinstance(payload, RecordError):
-                    example = self._layout.parse(payload)
+                example = None if isinstance(payload, RecordError) else self._layout.parse(payload)
             except MediaError:
                 example = None
             try:

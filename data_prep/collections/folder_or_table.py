@@ -37,22 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read(args: argparse.Namespace) -> Manifest:
-    """Reads the input of the command line."""
-    return read_input(args.input, split=args.split, root=args.root)
-
-
-def read_input(path: epath.Path, *, split: str, root: epath.Path | None) -> Manifest:
-    """Reads a folder, one media file, or a table; see `add_arguments`.
+    """Reads a folder, one media file, or a table.
 
     Raises PrepareError if there is nothing to prepare, or a table is wrong.
     """
-    suffix = path.suffix.lower()
+    path, split, suffix = args.input, args.split, args.input.suffix.lower()
     if path.is_dir():
         return _read_folder(path, split)
     if not path.exists():
         raise PrepareError(f"{path} does not exist: give a folder of media files or a table")
     if suffix in _TABLES:
-        return _read_table(path, split, root or path.parent)
+        return _read_table(path, split, args.root or path.parent)
     if suffix in _OTHER_TABLES:
         raise PrepareError(
             f"{path} is neither media nor a supported table: save it as {', '.join(_TABLES)} "
@@ -78,10 +73,6 @@ def _read_folder(folder: epath.Path, split: str) -> Manifest:
     return Manifest(entries, {}, ignored=len(files) - len(media))
 
 
-def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: "" if value is None else value for key, value in row.items()}
-
-
 def _jsonl_rows(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with open_list(path) as file:
         for number, line in enumerate(file, start=1):
@@ -94,7 +85,7 @@ def _jsonl_rows(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise PrepareError(f"{where}: not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise PrepareError(f"{where}: expected an object with a path")
-            yield where, _without_nulls(row)
+            yield where, row
 
 
 def _parquet_rows(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -104,10 +95,10 @@ def _parquet_rows(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     except pyarrow.ArrowException as error:
         raise PrepareError(f"{path} is not a Parquet file: {error}") from error
     for number, row in enumerate(rows, start=1):
-        yield f"{path}, row {number}", _without_nulls(row)
+        yield f"{path}, row {number}", row
 
 
-# Each yields the place of a row, and its cells by column; an empty one is "".
+# Each yields the place of a row, and its cells by column; an empty one is "" or None.
 _TABLES = {".csv": table_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
 
 
@@ -148,7 +139,7 @@ def _class_numbers(column: str, values: list[Any], path: epath.Path) -> dict[str
 def _read_table(path: epath.Path, split: str, root: epath.Path) -> Manifest:
     rows = []
     for where, cells in _TABLES[path.suffix.lower()](path):
-        row = {column.strip(): value for column, value in cells.items()}
+        row = {name.strip(): "" if value is None else value for name, value in cells.items()}
         _check_columns(where, row)
         start, end = row.get("start", ""), row.get("end", "")
         row["start"] = 0.0 if start == "" else seconds(where, "start", start)

@@ -26,7 +26,7 @@ from avcl_jax.data.record_format import message_class, to_text
 from avcl_jax.paths import absolute_path, local_path
 from data_prep.collections import example_files
 from data_prep.collections.example_files import NONE, ExampleClasses, Listing
-from data_prep.examples import Example, Samples
+from data_prep.footage import Example, Samples
 from data_prep.manifest import Manifest, Missing, PrepareError
 
 _ENCODED_MEDIA = "clip/encoded_media_bytes"

@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from avcl_jax.data.media import MediaError
 from avcl_jax.data.record_files import FILE_FORMATS
 from avcl_jax.data.record_format import message_class, to_text
-from data_prep.examples import Example, Samples
+from data_prep.footage import Example, Samples
 from data_prep.manifest import PrepareError
 
 # Kinds of features: encoded images, numbers, one encoded file, text, class numbers.

@@ -6,15 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
-from etils import epath
 
-from data_prep.collections.folder_or_table import read_input
 from data_prep.manifest import PrepareError
-
-
-def write(path: Path, text: str) -> Path:
-    path.write_text(text)
-    return path
+from tests.data_prep.collection_files import read, write
 
 
 def test_a_csv_manifest_with_labels_splits_and_intervals(tmp_path: Path) -> None:
@@ -25,7 +19,7 @@ def test_a_csv_manifest_with_labels_splits_and_intervals(tmp_path: Path) -> None
         "a b.mp4,test,,,4,,roll,2\n"
         "/abs/c.mp4,,three,,,,,10\n",
     )
-    manifest = read_input(path, split="valid", root=None)
+    manifest = read("folder_or_table", path, "--split=valid")
     one, two, three = manifest.entries
     assert manifest.class_names == {"motion": ("fall, hard", "roll"), "class": ("2", "10")}
     assert one.path == str(tmp_path / "a b.mp4")
@@ -46,14 +40,12 @@ def test_jsonl_says_the_same_as_csv(tmp_path: Path) -> None:
         '{"path": "a.mp4", "id": "i", "start": 2, "label_x": "b"}\n\n'
         '{"path": "c.mp4", "id": "j", "start": null, "label_x": "a"}\n',
     )
-    assert read_input(table, split="train", root=None) == read_input(
-        lines, split="train", root=None
-    )
+    assert read("folder_or_table", table) == read("folder_or_table", lines)
 
 
 def test_a_root_of_its_own(tmp_path: Path) -> None:
     path = write(tmp_path / "m.csv", "path\na.mp4\n")
-    (entry,) = read_input(path, split="train", root=Path("/films")).entries
+    (entry,) = read("folder_or_table", path, "--root=/films").entries
     assert entry.path == "/films/a.mp4"
 
 
@@ -65,7 +57,7 @@ def test_a_folder_is_searched_in_the_order_of_names(tmp_path: Path) -> None:
     os.symlink(tmp_path, tmp_path / "b" / "loop")
     raw = os.fsdecode(b"\xff.wav")
     write(tmp_path / raw, "")
-    manifest = read_input(tmp_path, split="train", root=None)
+    manifest = read("folder_or_table", tmp_path)
     assert [entry.record_id for entry in manifest.entries] == [
         "-dash.mov",
         "b/a.webm",
@@ -100,21 +92,21 @@ def test_a_folder_is_searched_in_the_order_of_names(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_in_a_manifest(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(PrepareError, match=message):
-        read_input(write(tmp_path / "m.csv", text), split="train", root=None)
+        read("folder_or_table", write(tmp_path / "m.csv", text))
 
 
 def test_what_is_wrong_in_json_lines(tmp_path: Path) -> None:
     for text, message in (("{", "line 1: not JSON"), ("\n[1]\n", "line 2: expected an object")):
         with pytest.raises(PrepareError, match=message):
-            read_input(write(tmp_path / "m.jsonl", text), split="train", root=None)
+            read("folder_or_table", write(tmp_path / "m.jsonl", text))
 
 
 def test_nothing_to_prepare(tmp_path: Path) -> None:
     write(tmp_path / "notes.txt", "")
     with pytest.raises(PrepareError, match=r"no media files in .* \(1 other files\)"):
-        read_input(tmp_path, split="train", root=None)
+        read("folder_or_table", tmp_path)
     with pytest.raises(PrepareError, match="absent does not exist"):
-        read_input(tmp_path / "absent", split="train", root=None)
+        read("folder_or_table", tmp_path / "absent")
 
 
 def test_tables_as_windows_writes_them(tmp_path: Path) -> None:
@@ -124,7 +116,7 @@ def test_tables_as_windows_writes_them(tmp_path: Path) -> None:
     table = tmp_path / "Clips.CSV"
     rows = [" path , label_x", r"My Videos\A One.MP4,a", r"back\slash.mp4,b", r"no\c.mp4,b", ""]
     table.write_text("\r\n".join(rows), encoding="utf-8-sig", newline="")
-    manifest = read_input(epath.Path(table), split="train", root=None)
+    manifest = read("folder_or_table", table)
     assert [entry.path for entry in manifest.entries] == [
         str(tmp_path / name) for name in ("My Videos/A One.MP4", r"back\slash.mp4", r"no\c.mp4")
     ]
@@ -141,4 +133,4 @@ def test_tables_of_other_kinds_are_not_taken_for_media(tmp_path: Path, suffix: s
     path = tmp_path / f"clips.{suffix}"
     path.write_text("path\na.mp4\n")
     with pytest.raises(PrepareError, match=r"neither media nor a supported table: save it as .csv"):
-        read_input(epath.Path(path), split="train", root=None)
+        read("folder_or_table", path)

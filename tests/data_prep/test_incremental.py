@@ -17,11 +17,11 @@ from avcl_jax.data.records import RecordDataset
 from data_prep import publish, shards
 from data_prep.__main__ import main
 from data_prep.clip import REASONS
-from data_prep.collections.folder_or_table import read_input
-from data_prep.earlier import read_earlier
+from data_prep.publish import read_earlier
 from data_prep.shards import plan_parts, prepare_part
 from data_prep.source_files import find_duplicates
 from tests.data.synthetic_media import write_clip
+from tests.data_prep.collection_files import read
 from tests.data_prep.conftest import files, prepare
 
 NAMES = ("a.mp4", "b.mp4", "c.mp4", "d.mp4", "e.mp4")
@@ -179,10 +179,8 @@ def test_other_labels_need_no_decoding(folder, tmp_path, monkeypatch):
     assert prepare(table, out) == 0
     table.write_text("path,label_x,source\nb.mp4,ant,s\na.mp4,dog,u\nc.mp4,cat,t\n")
     options = shards.ClipOptions(128, None, 90, 16000, 0.0, 600.0, 16, (), "tfrecord")
-    entries = read_input(table, split="train", root=None).entries
-    parts = plan_parts(entries, 2, options, epath.Path(tmp_path / "again"))
-    earlier = read_earlier(epath.Path(out))
-    known, changes = earlier.compare(parts)
+    entries = read("folder_or_table", table).entries
+    known, changes = read_earlier(epath.Path(out)).compare(entries, options)
     assert len(known) == changes["unchanged"] == 3
     assert changes["rearranged"]
 
@@ -190,10 +188,12 @@ def test_other_labels_need_no_decoding(folder, tmp_path, monkeypatch):
         raise AssertionError("a clip was decoded")
 
     monkeypatch.setattr(shards, "prepare_clip", refuse)
-    (tmp_path / "again").mkdir()
-    for part in parts:
-        prepare_part(earlier.add_to(part, known), begin=lambda number: None)
+    again = epath.Path(out) / "again"
+    again.mkdir()
+    for part in plan_parts(entries, 2, options, again, known):
+        prepare_part(part, begin=lambda number: None)
     monkeypatch.undo()
+    shutil.rmtree(again)
     assert prepare(table, out) == 0
     dataset = RecordDataset(out, "train")
     assert list(dataset.record_ids) == ["b.mp4", "a.mp4", "c.mp4"]
@@ -218,7 +218,7 @@ def test_duplicates_are_reported_or_left_out(folder, tmp_path, capsys):
 
 
 def test_the_same_file_is_a_duplicate_only_over_the_same_interval(folder: Path) -> None:
-    (entry, *_) = read_input(folder, split="train", root=None).entries
+    (entry, *_) = read("folder_or_table", folder).entries
     again = dataclasses.replace(entry, record_id="again", split="test")
     later = dataclasses.replace(entry, record_id="later", start_seconds=0.5)
     found = find_duplicates([entry, later, again])
@@ -239,9 +239,9 @@ def test_limit_and_dry_run(folder, tmp_path, capsys):
 
 
 def test_an_interrupted_part_leaves_nothing(folder, tmp_path, monkeypatch):
-    entries = read_input(folder, split="train", root=None).entries
+    entries = read("folder_or_table", folder).entries
     options = shards.ClipOptions(128, None, 90, 16000, 0.0, 600.0, 16, (), "tfrecord")
-    (part,) = plan_parts(entries, 9, options, epath.Path(tmp_path / "parts"))
+    (part,) = plan_parts(entries, 9, options, epath.Path(tmp_path / "parts"), {})
     (tmp_path / "parts").mkdir()
     prepare_clip, calls = shards.prepare_clip, []
 

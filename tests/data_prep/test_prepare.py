@@ -165,13 +165,15 @@ def test_neither_a_run_nor_the_media_are_overwritten(folder, tmp_path, capsys):
     assert main(examples) == 1
     assert "is the folder of the media" in only_error(capsys)
     assert sorted(folder.iterdir()) == before
-    for name in ("config.json", "checkpoints"):
-        (tmp_path / name / name).mkdir(parents=True)
-        assert prepare(folder, tmp_path / name) == 1
-        assert f"{tmp_path / name} is the workdir of a run, with {name}: " in only_error(capsys)
     # Beside a table of media that are elsewhere.
     table = (folder / "m.csv").rename(tmp_path / "m.csv")
     assert prepare(table, tmp_path, f"--root={folder}", "--dry-run") == 0
+    capsys.readouterr()
+    for name in ("config.json", "checkpoints"):
+        run = tmp_path / f"run with {name}"
+        (run / name).mkdir(parents=True)
+        assert prepare(folder, run) == 1
+        assert f"--out {run} is the workdir of a run, with {name}: " in only_error(capsys)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from avcl_jax.data import record_files
 from avcl_jax.data.record_format import Record, message_class
 from avcl_jax.data.records import RecordDataset
 from data_prep.__main__ import main
-from data_prep.examples import Samples, mix_to_mono
+from data_prep.footage import Samples, mix_to_mono
 from tests.data_prep.conftest import listed, only_error
 
 DATA = Path(__file__).parent / "testdata"
@@ -448,7 +448,9 @@ def test_features_of_other_names_are_listed(tmp_path, expected, capsys, options,
 def test_compressed_files_and_clashing_labels_are_one_error(tmp_path, expected, capsys):
     packed = tmp_path / "a.tfrecord"
     packed.write_bytes(gzip.compress((DATA / DMVR).read_bytes()))
-    assert "is compressed: decompress it" in error(capsys, tmp_path, "sequence-examples", packed)
+    assert "is compressed: decompress it" in error(
+        capsys, tmp_path / "out", "sequence-examples", packed
+    )
     clash = []
     for text in (b"run", b"jump"):
         example = sequence(expected)
@@ -456,11 +458,13 @@ def test_compressed_files_and_clashing_labels_are_one_error(tmp_path, expected, 
         example.context.feature["clip/label/text"].bytes_list.value.append(text)
         clash.append(example)
     path = write(tmp_path / "b.tfrecord", *clash)
-    message = error(capsys, tmp_path, "sequence-examples", path, "--fps=10")
+    message = error(capsys, tmp_path / "out", "sequence-examples", path, "--fps=10")
     assert "class 4 of class is 'run' in one example and 'jump' in another" in message
     (tmp_path / "names").write_text("walk\nrun\n")
     names = f"--classes={tmp_path / 'names'}"
-    message = error(capsys, tmp_path, "sequence-examples", write(path, clash[0]), "--fps=10", names)
+    message = error(
+        capsys, tmp_path / "out", "sequence-examples", write(path, clash[0]), "--fps=10", names
+    )
     assert "class 4 of class is not among the names given" in message
 
 
