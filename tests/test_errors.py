@@ -14,9 +14,6 @@ from tests.training import small
 CHECKS_OF_THE_CALLER = {
     "avcl_jax/data/images.py",
     "avcl_jax/data/record_format.py",
-    "avcl_jax/evaluation/classifier.py",
-    "avcl_jax/evaluation/linear.py",
-    "avcl_jax/evaluation/retrieval.py",
     "avcl_jax/evaluation/statistics.py",
     "avcl_jax/evaluation/temporal.py",
     "avcl_jax/objectives/contrastive.py",
