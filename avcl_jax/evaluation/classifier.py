@@ -162,19 +162,16 @@ def classifier_training(
         params, statistics = variables["params"], variables.get("batch_stats", {})
         return TrainState(jnp.zeros((), jnp.int32), params, statistics, optimizer.init(params))
 
-    step = functools.partial(
-        _train_step,
-        classifier=classifier,
-        optimizer=optimizer,
-        inputs=inputs,
-        schedule=schedule,
-        label_smoothing=label_smoothing,
-        freeze=freeze,
-        key=step_key,
-    )
+    step = functools.partial(_train_step, classifier, optimizer, inputs, schedule, step_key)
     state, shardings = in_shardings(init, dict(encoder.params), mesh=mesh)
     return state, jax.jit(
-        lambda state, batch: step(state, batch["clips"], {HEAD: batch["label"]}),
+        lambda state, batch: step(
+            state,
+            batch["clips"],
+            {HEAD: batch["label"]},
+            label_smoothing=label_smoothing,
+            freeze=freeze,
+        ),
         donate_argnums=0,
         in_shardings=(shardings, rows_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
@@ -182,17 +179,17 @@ def classifier_training(
 
 
 def _train_step(
-    state: TrainState,
-    clips: Any,
-    targets: Mapping[str, Any],
-    *,
     classifier: ClipClassifier,
     optimizer: optax.GradientTransformation,
     inputs: Callable[[Array, Array], Array],
     schedule: optax.Schedule,
-    label_smoothing: float,
-    freeze: Sequence[str],
     key: Array,
+    state: TrainState,
+    clips: Any,
+    targets: Mapping[str, Any],
+    *,
+    label_smoothing: float = 0.0,
+    freeze: Sequence[str] = (),
 ) -> tuple[TrainState, Metrics]:
     """Takes one step by the mean loss over heads; `targets` are classes, int [batch] by head."""
     keys = jax.random.split(jax.random.fold_in(key, state.step))
@@ -350,16 +347,8 @@ def fit_classifier(
         return TrainState(jnp.zeros((), jnp.int32), params, statistics, optimizer.init(params))
 
     state = begin(views[:batch_size, 0])
-    step = functools.partial(
-        _train_step,
-        classifier=classifier,
-        optimizer=optimizer,
-        inputs=lambda views, _: standardise(views),
-        schedule=schedule,
-        label_smoothing=0.0,
-        freeze=(),
-        key=jax.random.key(seed),
-    )
+    fixed = classifier, optimizer, lambda views, _: standardise(views), schedule
+    step = functools.partial(_train_step, *fixed, jax.random.key(seed))
     jitted = jax.jit(step, donate_argnums=0)
     rng, losses = np.random.default_rng(seed), []
     for epoch in range(epochs):
