@@ -256,32 +256,25 @@ def noise_control(
     losses: dict[str, float] = {}
     for modality, encoder in run.source.encoders.items():
         tasks = {task.kind: task for task in TASKS.values() if task.reads == (modality,)}
-        # Views of all records as items of one view each, so that an epoch shows them all.
-        (views, labels), (test_views, test_labels) = (
-            (
-                _each(side[MODALITY_INPUTS[modality]][known]),
-                {kind: _each(np.asarray(task.labels(side))[known]) for kind, task in tasks.items()},
-            )
-            for side in arrays
-            for known in [side[f"has_{modality}"]]
-        )
+        sides = []
+        for side in arrays:
+            known = side[f"has_{modality}"]
+            labels = {k: np.asarray(task.labels(side))[known].ravel() for k, task in tasks.items()}
+            views = side[MODALITY_INPUTS[modality]][known]
+            sides.append((views.reshape(-1, *views.shape[2:]), labels))
+        (views, labels), (test_views, test_labels) = sides
         fit = fit_classifier(
             encoder,
-            views,
-            labels,
+            views[:, None],  # items of one view each, so that an epoch shows them all
+            {kind: numbers[:, None] for kind, numbers in labels.items()},
             classes={kind: len(task.classes(speeds)) for kind, task in tasks.items()},
             seed=seed,
             **settings.fit,
         )
-        logits = fit.predict(test_views[:, 0], batch_size=settings.fit.batch_size)
+        logits = fit.predict(test_views, batch_size=settings.fit.batch_size)
         for kind, task in tasks.items():
             mask = np.ones(len(test_views), dtype=bool)
-            scores[task.name] = score_task(logits[kind], test_labels[kind][:, 0], mask, seed=seed)
+            scores[task.name] = score_task(logits[kind], test_labels[kind], mask, seed=seed)
         losses[modality] = fit.losses[-1]
     scored = min(int(score.confusion.sum()) for score in scores.values())
     return NullControl(scores, losses, scored)
-
-
-def _each(views: np.ndarray) -> np.ndarray:
-    """Returns views [records, views, …] as items of one view each, [items, 1, …]."""
-    return views.reshape(-1, 1, *views.shape[2:])
