@@ -103,20 +103,6 @@ class Record:
         return len(self.waveform) > 0
 
 
-# Lengths and times of a record in the index, with their dtypes: zeros for a missing modality, the
-# longest and shortest time between two frames, the largest magnitude of a sample.
-TIMELINE: Mapping[str, type] = {
-    "num_frames": np.int32,
-    "first_frame_seconds": np.float64,
-    "last_frame_seconds": np.float64,
-    "max_frame_gap_seconds": np.float64,
-    "min_frame_gap_seconds": np.float64,
-    "num_samples": np.int32,
-    "audio_peak": np.int32,
-    "sample_rate_hz": np.int32,
-    "audio_start_seconds": np.float64,
-    "duration_seconds": np.float64,
-}
 # Digital silence and dither peak at or below this, -60 dB of full scale: all silences are alike.
 SILENCE_PEAK = 33
 

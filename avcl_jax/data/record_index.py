@@ -7,7 +7,7 @@ of ten thousand shards took minutes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import crc32c
@@ -17,16 +17,23 @@ from etils import epath
 
 from avcl_jax.data import record_files
 from avcl_jax.data.record_files import RecordError
-from avcl_jax.data.record_format import (
-    LABEL_PREFIX,
-    TIMELINE,
-    Record,
-    parse_record,
-    peak,
-    to_bytes,
-)
+from avcl_jax.data.record_format import LABEL_PREFIX, Record, parse_record, peak, to_bytes
 from avcl_jax.paths import write_bytes
 
+# Lengths and times of a record: zeros for a missing modality, the longest and shortest time between
+# two frames, the largest magnitude of a sample.
+TIMELINE: Mapping[str, tuple[pa.DataType, Callable[[Record], float]]] = {
+    "num_frames": (pa.int32(), lambda record: len(record.frames)),
+    "first_frame_seconds": (pa.float64(), lambda record: min(record.frame_seconds, default=0.0)),
+    "last_frame_seconds": (pa.float64(), lambda record: max(record.frame_seconds, default=0.0)),
+    "max_frame_gap_seconds": (pa.float64(), lambda r: max(np.diff(r.frame_seconds), default=0.0)),
+    "min_frame_gap_seconds": (pa.float64(), lambda r: min(np.diff(r.frame_seconds), default=0.0)),
+    "num_samples": (pa.int32(), lambda record: len(record.waveform)),
+    "audio_peak": (pa.int32(), lambda record: peak(record.waveform)),
+    "sample_rate_hz": (pa.int32(), lambda record: record.sample_rate_hz),
+    "audio_start_seconds": (pa.float64(), lambda record: record.audio_start_seconds),
+    "duration_seconds": (pa.float64(), lambda record: record.duration_seconds),
+}
 # Columns of the index of a split that those of its shards lack.
 OF_SPLITS = ("shard", "source_number")
 
@@ -38,7 +45,7 @@ def schema(several: Mapping[str, bool], *more: str) -> pa.Schema:
     """
     number = pa.int32()
     lengths = {"length": pa.int64(), "crc": pa.uint32()}
-    times = {name: pa.from_numpy_dtype(dtype) for name, dtype in TIMELINE.items()}
+    times = {name: dtype for name, (dtype, _) in TIMELINE.items()}
     labels = {
         LABEL_PREFIX + label: pa.list_(number) if several[label] else number
         for label in sorted(several)
@@ -49,22 +56,12 @@ def schema(several: Mapping[str, bool], *more: str) -> pa.Schema:
 
 def index_row(record: Record, payload: bytes) -> dict[str, Any]:
     """Returns the entry of a record that is stored as `payload`: a value for each column."""
-    seconds, gaps = record.frame_seconds, np.diff(record.frame_seconds)
     return {
         "record_id": to_bytes(record.record_id),
         "source_id": to_bytes(record.source_id),
         "length": len(payload),
         "crc": record_files.masked_crc(payload),
-        "num_frames": len(record.frames),
-        "first_frame_seconds": seconds[0] if record.has_video else 0.0,
-        "last_frame_seconds": seconds[-1] if record.has_video else 0.0,
-        "max_frame_gap_seconds": gaps.max(initial=0.0),
-        "min_frame_gap_seconds": gaps.min() if len(gaps) else 0.0,
-        "num_samples": len(record.waveform),
-        "audio_peak": peak(record.waveform),
-        "sample_rate_hz": record.sample_rate_hz,
-        "audio_start_seconds": record.audio_start_seconds,
-        "duration_seconds": record.duration_seconds,
+        **{name: value(record) for name, (_, value) in TIMELINE.items()},
         **{LABEL_PREFIX + label: numbers for label, numbers in record.labels.items()},
     }
 

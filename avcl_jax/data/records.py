@@ -25,7 +25,6 @@ from avcl_jax.data.record_files import OVERHEAD_BYTES, TFRECORD, RecordError
 from avcl_jax.data.record_format import (
     FORMAT_VERSION,
     LABEL_PREFIX,
-    TIMELINE,
     UNKNOWN_LABEL,
     Record,
     lacking,
@@ -34,6 +33,7 @@ from avcl_jax.data.record_format import (
 )
 from avcl_jax.data.record_index import (
     OF_SPLITS,
+    TIMELINE,
     index_path,
     load_table,
     merge,

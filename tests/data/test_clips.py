@@ -9,12 +9,7 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from avcl_jax.data.clips import (
-    AudioClipSpec,
-    ClipRecords,
-    RenderRandomClips,
-    VideoClipSpec,
-)
+from avcl_jax.data.clips import AudioClipSpec, ClipRecords, RenderRandomClips, VideoClipSpec
 from avcl_jax.data.images import Crop, CropSpec, crops_along
 from avcl_jax.data.pipeline import drawn_batches
 from avcl_jax.data.records import RecordDataset

@@ -24,12 +24,7 @@ from avcl_jax.data.images import decode_jpegs
 from avcl_jax.data.record_format import parse_record, serialize_record
 from avcl_jax.data.record_index import index_path
 from avcl_jax.data.record_writer import RecordWriter, record_features, write_dataset_metadata
-from avcl_jax.data.records import (
-    Record,
-    RecordDataset,
-    RecordError,
-    shard_name,
-)
+from avcl_jax.data.records import Record, RecordDataset, RecordError, shard_name
 from tests.data.synthetic_records import write_shard
 
 CLASS_NAMES = {"motion": ["fall", "roll"]}
