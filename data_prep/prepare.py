@@ -214,11 +214,10 @@ def _locked(out: epath.Path) -> Iterator[None]:
         return
     descriptor = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise PrepareError(f"another preparation is writing to {out}: wait for it") from None
-    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PrepareError(f"another preparation is writing to {out}: wait for it") from None
         yield
     finally:
         os.close(descriptor)

@@ -88,17 +88,14 @@ def test_a_folder_is_searched_in_the_order_of_names(tmp_path: Path) -> None:
         ("path,split\na.mp4,my split\n", "split 'my split' of 'a.mp4'"),
         ("path\n", "lists no media files"),
         ("", "lists no media files"),
+        ("{", "jsonl, line 1: not JSON"),
+        ("\n[1]\n", "jsonl, line 2: expected an object"),
     ],
 )
-def test_what_is_wrong_in_a_manifest(tmp_path: Path, text: str, message: str) -> None:
+def test_what_is_wrong_in_a_table(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / ("m.jsonl" if "jsonl" in message else "m.csv")
     with pytest.raises(PrepareError, match=message):
-        read("folder_or_table", write(tmp_path / "m.csv", text))
-
-
-def test_what_is_wrong_in_json_lines(tmp_path: Path) -> None:
-    for text, message in (("{", "line 1: not JSON"), ("\n[1]\n", "line 2: expected an object")):
-        with pytest.raises(PrepareError, match=message):
-            read("folder_or_table", write(tmp_path / "m.jsonl", text))
+        read("folder_or_table", write(path, text))
 
 
 def test_nothing_to_prepare(tmp_path: Path) -> None:

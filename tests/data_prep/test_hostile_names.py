@@ -97,14 +97,6 @@ def test_names_of_files_or_lines_are_refused(place, tmp_path, capsys, column, va
     assert not (place / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["../outside", "/outside", "a/b", "a\nb", "..", ""])
-def test_a_name_of_the_data_set_that_is_no_name(place: Path, tmp_path: Path, name: str) -> None:
-    before = everything(tmp_path)
-    with pytest.raises(SystemExit, match="2"):
-        prepare("media", f"--name={name}")
-    assert everything(tmp_path) == before
-
-
 def test_names_of_files_and_links(place: Path, tmp_path: Path, clip: Path) -> None:
     media = place / "media"
     for name in ("new\nline.mp4", "-dash.mp4", "quote'\".mp4", "file:a.mp4", "%d.mp4"):

@@ -25,6 +25,7 @@ from tests.data_prep.collection_files import read
 from tests.data_prep.conftest import files, prepare
 
 NAMES = ("a.mp4", "b.mp4", "c.mp4", "d.mp4", "e.mp4")
+OPTIONS = shards.ClipOptions(128, None, 90, 16000, 0.0, 600.0, 16, (), "tfrecord")
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +179,8 @@ def test_other_labels_need_no_decoding(folder, tmp_path, monkeypatch):
     table.write_text("path,label_x,source\na.mp4,dog,s\nb.mp4,cat,s\nc.mp4,,t\n")
     assert prepare(table, out) == 0
     table.write_text("path,label_x,source\nb.mp4,ant,s\na.mp4,dog,u\nc.mp4,cat,t\n")
-    options = shards.ClipOptions(128, None, 90, 16000, 0.0, 600.0, 16, (), "tfrecord")
     entries = read("folder_or_table", table).entries
-    known, changes = read_earlier(epath.Path(out)).compare(entries, options)
+    known, changes = read_earlier(epath.Path(out)).compare(entries, OPTIONS)
     assert len(known) == changes["unchanged"] == 3
     assert changes["rearranged"]
 
@@ -190,7 +190,7 @@ def test_other_labels_need_no_decoding(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "prepare_clip", refuse)
     again = epath.Path(out) / "again"
     again.mkdir()
-    for part in plan_parts(entries, 2, options, again, known):
+    for part in plan_parts(entries, 2, OPTIONS, again, known):
         prepare_part(part, begin=lambda number: None)
     monkeypatch.undo()
     shutil.rmtree(again)
@@ -240,8 +240,7 @@ def test_limit_and_dry_run(folder, tmp_path, capsys):
 
 def test_an_interrupted_part_leaves_nothing(folder, tmp_path, monkeypatch):
     entries = read("folder_or_table", folder).entries
-    options = shards.ClipOptions(128, None, 90, 16000, 0.0, 600.0, 16, (), "tfrecord")
-    (part,) = plan_parts(entries, 9, options, epath.Path(tmp_path / "parts"), {})
+    (part,) = plan_parts(entries, 9, OPTIONS, epath.Path(tmp_path / "parts"), {})
     (tmp_path / "parts").mkdir()
     prepare_clip, calls = shards.prepare_clip, []
 

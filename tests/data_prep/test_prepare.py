@@ -145,7 +145,8 @@ def test_what_cannot_start(folder, tmp_path, capsys):
     [
         *("--quality=0", "--quality=101", "--quality=x", "--sample-rate=999", "--workers=0"),
         *("--min-seconds=nan", "--min-seconds=-1", "--max-seconds=inf", "--max-fps=0"),
-        *("--require=sound", "--reject=loud", "--name=A b", "--cut=x", "--beam-option=z"),
+        *("--require=sound", "--reject=loud", "--cut=x", "--beam-option=z", "--name="),
+        *("--name=A b", "--name=../outside", "--name=/outside", "--name=.."),
     ],
 )
 def test_a_value_that_an_option_does_not_take_is_refused_by_name(option, tmp_path, capsys):
