@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 import pytest
 
 from avcl_jax.data.records import RecordDataset
@@ -43,6 +44,14 @@ def _fit(views, labels, encoder=ENCODER, **spec):
         seed=0,
         **SPEC | spec,
     )
+
+
+def test_the_learning_rate_falls_to_zero_over_the_last_epochs(monkeypatch):
+    schedules, adamw = [], optax.adamw
+    monkeypatch.setattr(optax, "adamw", lambda s, **o: schedules.append(s) or adamw(s, **o))
+    _fit(*_views(np.random.default_rng(0), 64), epochs=2, decay_epochs=1)
+    rates = [float(schedules[0](step)) for step in range(2 * 4 + 1)]
+    assert rates == pytest.approx([1e-2] * 5 + [7.5e-3, 5e-3, 2.5e-3, 0])
 
 
 def test_it_learns_what_can_be_learned_and_generalises():
