@@ -38,7 +38,7 @@ def option(
 
 COUNT = option(int, lambda count: count >= 1, "a whole number of at least 1")
 NATURAL = option(int, lambda number: number >= 0, "a whole number of at least 0")
-POSITIVE = option(float, lambda number: 0 < number < math.inf, "a number above 0")
+POSITIVE = option(float, lambda number: 0 < number < math.inf, "a finite number above 0")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,7 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rate = option(int, lambda rate: rate >= 1000, "a whole number of at least 1000")
     quality = option(int, range(1, 101).__contains__, "a whole number from 1 to 100")
     seconds: dict[str, Any] = {"metavar": "SECONDS", "type": POSITIVE}
-    shortest = option(float, lambda seconds: 0 <= seconds < math.inf, "a number of at least 0")
+    shortest = option(
+        float, lambda seconds: 0 <= seconds < math.inf, "a finite number of at least 0"
+    )
     add("--short-side", **side, default=128, help="shorter side of the frames")
     add("--max-fps", metavar="RATE", type=POSITIVE, help="drop frames of faster videos")
     add("--sample-rate", metavar="HZ", type=rate, default=16000, help="sample rate of the audio")
