@@ -17,7 +17,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from sklearn.metrics import confusion_matrix
 
-from avcl_jax.batched import render_all
+from avcl_jax.batched import Arrays, render_all
 from avcl_jax.data.records import RecordDataset, RecordError
 from avcl_jax.data.selection import Selection, UsableRecords, single_classes
 from avcl_jax.data.views import FORWARD
@@ -68,7 +68,6 @@ PROTOCOL = Protocol(
 )
 _TRIVIAL = ("mean_colour", "position_histogram", "mean_loudness", "mean_log_mel")
 
-Arrays = Mapping[str, np.ndarray]
 # Logits of the temporal tasks, features by role of the records, both empty in processes other than
 # the first, and the supervised classifier of each probe.
 _Computed = tuple[Arrays, dict[str, dict[str, np.ndarray]], dict[str, Fit]]

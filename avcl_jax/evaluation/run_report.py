@@ -17,6 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
+from avcl_jax.batched import Arrays
 from avcl_jax.data.selection import Modality, UsableRecords
 from avcl_jax.evaluation import charts
 from avcl_jax.evaluation.exhibits import Exhibits, bank_searches, bank_section, open_bank
@@ -34,8 +35,6 @@ BLUE, GREEN, GREY = (charts.SERIES_COLOURS[index] for index in (0, 2, 7))
 NULL_TOLERANCE = 0.05
 _FEWEST_SHOWN = 4  # records; fewer make neither a map nor neighbours
 _MAP_POINTS = 2000  # t-SNE of more takes minutes and shows no more
-
-Arrays = Mapping[str, np.ndarray]
 
 
 def run_report(
