@@ -43,9 +43,14 @@ def run(arguments: argparse.Namespace) -> int:
         # Every way to end leaves no directory behind. A terminal may close, unless under nohup.
         numbers = [signal.SIGINT, signal.SIGTERM]
         numbers += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)
+        received: list[int] = []
+
+        def interrupt(number: int, _: object) -> None:
+            received.append(number)
+            raise KeyboardInterrupt
+
         for number in numbers:
-            former = signal.signal(number, signal.default_int_handler)
-            stack.callback(signal.signal, number, former)
+            stack.callback(signal.signal, number, signal.signal(number, interrupt))
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             listener = stack.enter_context(socket.create_server((host, port), family=family))
@@ -91,5 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
         for number in numbers:
             signal.signal(number, server.handle_exit)
+        # In a callback of the garbage collector an exception ends nothing.
+        server.should_exit = bool(received)
         server.run(sockets=[listener])
     return 0
