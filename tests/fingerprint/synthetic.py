@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import scipy.io.wavfile
 import scipy.ndimage
 
 from avcl_jax.data.encode import write_mp4
@@ -59,6 +60,9 @@ def leader(seconds: float) -> DecodedMedia:
 
 def write(path: Path, media: DecodedMedia) -> Path:
     """Writes a clip of H.264 and AAC to MP4, which browsers play, or Matroska; or audio to WAV."""
+    if path.suffix == ".wav":
+        scipy.io.wavfile.write(path, RATE_HZ, media.waveform)
+        return path
     write_mp4(
         path,
         zip(media.frame_seconds, media.frames.repeat(2, 1).repeat(2, 2), strict=True),
@@ -67,7 +71,6 @@ def write(path: Path, media: DecodedMedia) -> Path:
         sample_rate_hz=RATE_HZ,
         audio_bits_per_second=64_000,
         video_options={"crf": "10", "threads": "1"},
-        audio_codec="pcm_s16le" if path.suffix == ".wav" else "aac",
-        container={".mkv": "matroska"}.get(path.suffix, path.suffix[1:]),
+        container="mp4" if path.suffix == ".mp4" else "matroska",
     )
     return path
