@@ -68,12 +68,12 @@ def create(path: epath.Path, file_format: str) -> Iterator[Callable[[bytes], obj
         if file_format == ARRAY_RECORD:
             with _array_record_writer(os.fspath(temporary)) as writer:
                 yield writer.write
-            return
-        with temporary.open("wb") as file:
-            yield lambda payload: file.write(frame_payload(payload))
-            file.flush()
-            with contextlib.suppress(AttributeError, OSError):  # object stores: no descriptor
-                os.fsync(file.fileno())
+        else:
+            with temporary.open("wb") as file:
+                yield lambda payload: file.write(frame_payload(payload))
+        if not is_remote(path):
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
 
 
 @contextlib.contextmanager
@@ -90,8 +90,6 @@ def _array_record_writer(path: str) -> Iterator[Any]:
         raise
     with _system_errors(path):
         writer.close()
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ from avcl_jax.data.rendering import RenderSpec, render_video
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.data.spectrogram import LogMelSpec, log_mel
 from avcl_jax.data.views import BACKWARD, FORWARD, Clip, ViewSpec
-from avcl_jax.evaluation.views import fixed_views
 from tests.data.synthetic_records import make_record, write_records
 
 VIEWS = ViewSpec(num_frames=8, clip_seconds=0.5, speeds=(1, 2, 4, 8), audio_transform="shared")
@@ -223,14 +222,6 @@ def test_training_on_one_modality_is_one_line(source, modality):
     assert batch[f"has_{modality}"].all() or modality == "audio"
     assert batch[f"has_{modality}"].any()
     assert not batch[f"has_{other}"].any()
-
-
-def test_fixed_views_are_the_same_each_time_and_evenly_spaced(source):
-    arguments = {"speeds": (1, 3), "clips": 3}
-    first = fixed_views(source, 0, SPEC, **arguments)
-    assert first["video"].shape == (6, 8, 32, 32, 3)
-    np.testing.assert_array_equal(first["video_speed"], [1, 1, 1, 3, 3, 3])
-    assert_same(first, fixed_views(source, 0, SPEC, **arguments))
 
 
 def test_what_does_not_fit_is_one_clear_error(source, tmp_path):
