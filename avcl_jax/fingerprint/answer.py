@@ -16,6 +16,7 @@ import numpy as np
 from avcl_jax.export.runs import MODALITIES
 from avcl_jax.fingerprint.calibration import THRESHOLD, Calibration
 from avcl_jax.fingerprint.database import SourceRow
+from avcl_jax.fingerprint.details import Judgement
 from avcl_jax.fingerprint.matching import Alignment, fuse
 
 # Shorter parts of a query are not scored: there are many, and each is weak evidence.
@@ -132,6 +133,7 @@ class QueryResult:
 
 def make_matches(
     alignments: Sequence[Alignment],
+    judgements: Sequence[Judgement],
     calibrations: Callable[[Sequence[str]], Calibration],
     sources: Sequence[SourceRow],
     *,
@@ -144,6 +146,7 @@ def make_matches(
     """Scores the alignments of one query, one per source; returns the best match first.
 
     Args:
+        judgements: what the details say along each alignment.
         calibrations: modalities -> calibration of their evidence together.
         sources: all sources of the index, by number.
         spans: modality -> length of a segment, of the modalities that were compared.
@@ -152,9 +155,13 @@ def make_matches(
     """
     together = calibrations(list(spans))
     count = sum(source.segments for source in sources)
+    judged = {a.source: judgement for a, judgement in zip(alignments, judgements, strict=True)}
+
+    def of_encoders(part: _Part) -> float:
+        return part.score(together, spans)
 
     def score_of(part: _Part) -> float:
-        return part.score(together, spans)
+        return max(of_encoders(part), judged[part.alignment.source].score)
 
     parts = []
     for alignment in alignments:
@@ -162,7 +169,7 @@ def make_matches(
         whole = _Part(alignment, np.ones(len(alignment.agrees), bool), query_seconds, count)
         # Each part is another query that may match by chance.
         some = [_Part(alignment, *part, count * len(tried)) for part in tried]
-        parts.append(max([whole, *some], key=score_of))
+        parts.append(max([whole, *some], key=of_encoders))
     parts.sort(key=lambda p: (-score_of(p), -p.alignment.evidence(spans)))
     accepted = [p.alignment for p in parts if score_of(p) >= THRESHOLD]
     matches = []
@@ -174,14 +181,23 @@ def make_matches(
         matched = tuple(
             m
             for m in alignment.by_segment
-            if part.score(calibrations([m]), {m: spans[m]}) >= THRESHOLD
+            if judged[alignment.source].by_modality[m] >= THRESHOLD
+            or part.score(calibrations([m]), {m: spans[m]}) >= THRESHOLD
         )
         shared = {
             other.source: _equally_well(alignment, other)
             for other in accepted
             if other is not alignment and score >= THRESHOLD
         }
-        rivals = [n for n, equal in shared.items() if score_of(part.without(equal)) < THRESHOLD]
+        rivals = [
+            n
+            for n, equal in shared.items()
+            if equal.any() and of_encoders(part.without(equal)) < THRESHOLD
+        ]
+        if judged[alignment.source].score >= THRESHOLD:
+            for n in (n for n in rivals if judged[n].score < THRESHOLD):
+                del shared[n]  # its details differ
+            rivals = [n for n in rivals if n in shared]
         shared_by = 1 + sum(shared.values(), np.zeros(len(part.inside), int))
         length = segment_seconds / alignment.rate
         missing = np.full(len(part.inside), np.nan)

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import io
 import json
+import math
 import secrets
 import shlex
 import sqlite3
@@ -22,11 +23,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from avcl_jax.data.media import MediaError
+from avcl_jax.fingerprint.details import AUDIO_HZ, IMAGE_BYTES, NO_DETAILS, VIDEO_HZ, Details
 from avcl_jax.fingerprint.projection import Projection
 from avcl_jax.fingerprint.segments import SegmentFeatures
 from avcl_jax.fingerprint.settings import FingerprintError
 
-DATABASE, FORMAT_VERSION = "index.sqlite", 2
+DATABASE, FORMAT_VERSION = "index.sqlite", 3
 _FORMER_MANIFEST = "manifest.json"  # of format 1
 # Transactions last milliseconds: a longer wait means that a writer hangs.
 _WAIT_SECONDS = 30.0
@@ -37,7 +39,7 @@ _SCHEMA = (
     # AUTOINCREMENT: an id is never given twice, so that it stands for one content.
     "CREATE TABLE media (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, "
     "content TEXT NOT NULL, duration_seconds REAL NOT NULL, path TEXT, segments INTEGER NOT NULL, "
-    "checksum INTEGER NOT NULL, arrays BLOB NOT NULL)",
+    "checksum INTEGER NOT NULL, arrays BLOB NOT NULL, images BLOB NOT NULL, signs BLOB NOT NULL)",
     f"PRAGMA user_version = {FORMAT_VERSION}",
 )
 _DAMAGED = "the file is damaged: index the media again"
@@ -115,15 +117,31 @@ class Transaction:
         Returns:
             By modality, float16 [present segments, D] and bool [segments], which are present.
         """
-        query = "SELECT checksum, arrays FROM media WHERE id = ?"
-        ((checksum, blob),) = self._execute(query, (source.id,))
+        query = "SELECT checksum, arrays, images, signs FROM media WHERE id = ?"
+        ((checksum, blob, *details),) = self._execute(query, (source.id,))
         with self._intact(f" ({source.name})"):
             arrays = _unpack(blob)
             features = {m: a for m, a in arrays.items() if not m.endswith(_PRESENT)}
             present = {m: arrays[m + _PRESENT] for m in features}
-            if checksum != _checksum(source, blob):
+            if checksum != _checksum(source, blob, *details):
                 raise FingerprintError("the checksum is that of other values")
             return features, present
+
+    def details_of(self, source: SourceRow, begin: float, end: float) -> tuple[Details, float]:
+        """Reads the details of an interval of a medium, as far as it has them.
+
+        Returns:
+            Details, none if the medium was removed, and the second at which they begin.
+        """
+        first = max(0, math.floor(begin))
+        count = max(0, math.ceil(end) - first)
+        sizes = (VIDEO_HZ * IMAGE_BYTES, AUDIO_HZ * 4)
+        slices = [number for size in sizes for number in (first * size + 1, count * size)]
+        query = "SELECT substr(images, ?, ?), substr(signs, ?, ?) FROM media WHERE id = ?"
+        images, signs = self._execute(query, (*slices, source.id)).fetchone() or (b"", b"")
+        with self._intact(f" ({source.name})"):
+            video = np.frombuffer(images, np.uint8).reshape(-1, IMAGE_BYTES)
+            return Details(video, np.frombuffer(signs, "<u4")), float(first)
 
     def insert(self, source: SourceRow, segments: SegmentFeatures) -> bool:
         """Adds a medium, in place of one of the same name; returns whether there was one.
@@ -145,10 +163,12 @@ class Transaction:
         source = source._replace(
             segments=len(segments), duration_seconds=float(source.duration_seconds)
         )
-        columns = ", ".join([*SourceRow._fields[:-1], "checksum", "arrays"])
+        details = segments.details or NO_DETAILS
+        blobs = blob, details.video.tobytes(), details.audio.astype("<u4").tobytes()
+        columns = ", ".join([*SourceRow._fields[:-1], "checksum", "arrays", "images", "signs"])
         self._execute(
-            f"INSERT INTO media ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (*source[:-1], _checksum(source, blob), blob),
+            f"INSERT INTO media ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (*source[:-1], _checksum(source, *blobs), *blobs),
         )
         return replaces
 
@@ -278,5 +298,6 @@ def _unpack(blob: bytes) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def _checksum(source: SourceRow, blob: bytes) -> int:
-    return zlib.crc32(blob, zlib.crc32(repr((source.segments, *source[:4])).encode()))
+def _checksum(source: SourceRow, *blobs: bytes) -> int:
+    described = repr((source.segments, *source[:4])).encode()
+    return functools.reduce(lambda crc, blob: zlib.crc32(blob, crc), (described, *blobs), 0)

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,15 @@ from avcl_jax.export.runs import MODALITIES, open_encoders
 from avcl_jax.fingerprint import calibration, database, library, matching
 from avcl_jax.fingerprint.answer import QueryResult, make_matches
 from avcl_jax.fingerprint.database import SourceRow, transaction
+from avcl_jax.fingerprint.details import (
+    NO_DETAILS,
+    QUERY_FINER,
+    Candidate,
+    Details,
+    Judgement,
+    describe,
+    judge,
+)
 from avcl_jax.fingerprint.segments import Segmenter, SegmentFeatures, not_empty
 from avcl_jax.fingerprint.settings import FingerprintError, FingerprintSettings
 from avcl_jax.paths import absolute_path, local_path
@@ -276,9 +285,11 @@ class FingerprintIndex:
         """Encodes a query, decoded with `segmenter.decoding`, at every rate."""
         settings = self._library.settings
         hop = settings.hop_seconds / matching.QUERY_DENSITY
-        return [
+        renderings = [
             self.segmenter.of_media(media, hop_seconds=hop, rate=rate) for rate in settings.rates
         ]
+        details = describe(media, media.duration_seconds, finer=QUERY_FINER)
+        return [dataclasses.replace(renderings[0], details=details), *renderings[1:]]
 
     def match(
         self,
@@ -305,6 +316,7 @@ class FingerprintIndex:
         alignments = matching.align(self._library, queries, spans, known=known)
         matches = make_matches(
             alignments,
+            self._judged(renderings[0].details or NO_DETAILS, query_seconds, alignments, spans),
             self.calibration,
             self._library.sources,
             # A modality that the clip lacks has no evidence, which would count as unrelated.
@@ -317,6 +329,21 @@ class FingerprintIndex:
         # Even before higher scores that lack a required modality or are shared with other sources.
         matches.sort(key=lambda m: (not m.accepted, bool(m.shared_with), not m.same_file))
         return QueryResult(matches[:count], query_seconds)
+
+    def _judged(
+        self,
+        query: Details,
+        seconds: float,
+        alignments: Sequence[matching.Alignment],
+        modalities: Collection[str],
+    ) -> list[Judgement]:
+        candidates = []
+        with transaction(self.directory) as opened:
+            for a in alignments:
+                ends = a.offset_seconds, a.offset_seconds + a.rate * seconds
+                found = opened.details_of(self._library.sources[a.source], *ends)
+                candidates.append(Candidate(*found, a.rate, a.offset_seconds))
+        return judge(query, candidates, modalities)
 
     def calibration(self, modalities: Sequence[str]) -> calibration.Calibration:
         """Returns the calibration of evidence of these modalities together."""

@@ -27,6 +27,7 @@ from avcl_jax.data.record_format import is_silent
 from avcl_jax.data.spectrogram import log_mel, samples_at
 from avcl_jax.export import Encoder
 from avcl_jax.export.runs import MODALITIES, EncoderSource
+from avcl_jax.fingerprint.details import Details, describe, joined
 from avcl_jax.fingerprint.settings import FingerprintSettings
 
 _BATCH, _THREADS = 32, 2
@@ -47,6 +48,7 @@ class SegmentFeatures:
     present: Mapping[str, np.ndarray]  # bool [segments], both by modality
     duration_seconds: float
     rate: float = 1.0  # seconds of the segments' timeline per second of the medium
+    details: Details | None = None
 
     def __len__(self) -> int:
         """Number of segments."""
@@ -112,7 +114,10 @@ class Segmenter:
 
     def of(self, media: Path | DecodedMedia) -> SegmentFeatures:
         """Encodes a file, or a medium in memory."""
-        return self.of_file(media) if isinstance(media, Path) else self.of_media(media)
+        if isinstance(media, Path):
+            return self.of_file(media)
+        details = describe(media, media.duration_seconds)
+        return dataclasses.replace(self.of_media(media), details=details)
 
     def of_file(self, path: Source) -> SegmentFeatures:
         """Decodes and encodes a file of any length, two minutes at a time.
@@ -136,7 +141,11 @@ class Segmenter:
                     raise
                 break
             last = media.duration_seconds < step + self.shortest_seconds
-            parts.append(self.of_media(media, count=None if last else hops))
+            part = self.of_media(media, count=None if last else hops)
+            seconds = media.duration_seconds if last else step
+            parts.append(
+                dataclasses.replace(part, details=describe(media, seconds, begin_seconds=start))
+            )
             if last:
                 break
             start += step
@@ -144,6 +153,7 @@ class Segmenter:
             {m: np.concatenate([part.features[m] for part in parts]) for m in self.dimensions},
             {m: np.concatenate([part.present[m] for part in parts]) for m in self.dimensions},
             step * (len(parts) - 1) + parts[-1].duration_seconds,
+            details=joined([part.details for part in parts if part.details is not None]),
         )
 
     def of_media(

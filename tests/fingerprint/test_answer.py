@@ -11,6 +11,7 @@ from avcl_jax.fingerprint import answer
 from avcl_jax.fingerprint.answer import Match, QueryResult, SegmentScore
 from avcl_jax.fingerprint.calibration import THRESHOLD, Calibration
 from avcl_jax.fingerprint.database import SourceRow
+from avcl_jax.fingerprint.details import Judgement
 from avcl_jax.fingerprint.matching import Alignment
 
 KNOWN = Calibration(location=3.0, growth=0.5, scale=0.7, segments=1000)
@@ -45,9 +46,12 @@ def constant(source: int, value: float, whole: float, *, seconds: float = 12.0) 
     return alignment(strengths, starts, source=source, by_modality=by_modality)
 
 
-def matches(alignments, calibration, *, seconds=2.0, required=(), known=None) -> list[Match]:
+def matches(
+    alignments, calibration, *, seconds=2.0, required=(), known=None, judged=()
+) -> list[Match]:
     return answer.make_matches(
         alignments,
+        judged or [Judgement(0.0, {"video": 0.0, "audio": 0.0})] * len(alignments),
         lambda modalities: calibration,
         SOURCES,
         spans={"video": 0.5},
@@ -137,6 +141,26 @@ def test_a_score_at_the_threshold_is_a_match_of_the_whole_and_of_each_modality()
         assert (match.score, match.accepted) == (THRESHOLD, True)
         assert (match.matched, match.shared_with) == (("video",), ())
         assert [i.shared_by for i in match.intervals] == [2]
+
+
+def test_details_accept_what_the_encoders_do_not_and_tell_rivals_apart():
+    alike = [constant(n, 5.0, 8.0, seconds=2.0) for n in range(2)]
+    own = Judgement(7.0, {"video": 3.0, "audio": 0.0})
+    nothing = Judgement(0.0, {"video": 0.0, "audio": 0.0})
+    # By the encoders neither, by details one.
+    clip, other = matches(alike, Fixed(1.0), judged=[own, nothing])
+    assert (clip.source, clip.score, clip.accepted, clip.matched) == ("clip", 7.0, True, ("video",))
+    assert (clip.shared_with, [i.shared_by for i in clip.intervals]) == ((), [1])
+    assert (other.score, other.accepted, other.matched) == (1.0, False, ())
+    # By the encoders both, which share all of the query; the details of one differ.
+    strong = Calibration(location=0.0, growth=0.0, scale=1.0, segments=1000)
+    assert [m.shared_with for m in matches(alike, strong)] == [("other",), ("clip",)]
+    clip, other = matches(alike, strong, judged=[own, nothing])
+    assert (clip.shared_with, [i.shared_by for i in clip.intervals]) == ((), [1])
+    assert (other.shared_with, [i.shared_by for i in other.intervals]) == (("clip",), [2])
+    # Copies have the same details.
+    both = matches(alike, Fixed(1.0), judged=[own, own])
+    assert [match.shared_with for match in both] == [("other",), ("clip",)]
 
 
 def intervals(starts, strengths, agrees=True, shared_by=1):

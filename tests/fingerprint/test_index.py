@@ -227,11 +227,11 @@ def test_a_damaged_cache_is_computed_again(copy, library, name, damage):
     assert next(copy.glob("cache-*/video.npy")).stat().st_size > 0.8 * len(content)
 
 
-@pytest.mark.parametrize("column", ["arrays", "path"])
+@pytest.mark.parametrize("column", ["arrays", "images", "signs", "path"])
 def test_one_wrong_byte_is_found_by_verify(copy, column):
     with contextlib.closing(sqlite3.connect(copy / "index.sqlite")) as connection, connection:
-        ((blob,),) = connection.execute("SELECT arrays FROM media WHERE name = 'clip 3'")
-        value = blob[:-999] + bytes([blob[-999] ^ 1]) + blob[-998:] if column == "arrays" else "x"
+        ((blob,),) = connection.execute(f"SELECT {column} FROM media WHERE name = 'clip 3'")
+        value = blob[:-99] + bytes([blob[-99] ^ 1]) + blob[-98:] if blob else "x"
         connection.execute(f"UPDATE media SET {column} = ? WHERE name = 'clip 3'", (value,))
     (problem,) = verify(copy)
     assert problem.startswith(f"{copy / 'index.sqlite'} (clip 3): the file is damaged")
