@@ -68,7 +68,7 @@ NO_DETAILS = Details(np.zeros((0, IMAGE_BYTES), np.uint8), np.zeros(0, np.uint32
 
 
 class Judgement(NamedTuple):
-    """How far a candidate exceeds the others: -log10 of the chance of as much, 0 if unknown."""
+    """Scores of a candidate among others: -log10 of the chance of as much, 0 if unknown."""
 
     score: float  # by all modalities together
     by_modality: Mapping[str, float]

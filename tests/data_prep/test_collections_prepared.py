@@ -28,9 +28,14 @@ def prepare(*arguments: object) -> int:
 
 
 @needs_data
-def test_esc10(tmp_path: Path) -> None:
+def test_esc10(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = SHARED / "esc10", tmp_path / "out"
-    assert prepare("esc50", folder, "--subset=esc10", "--limit=6", f"--out={out}") == 0
+    options = ("--subset=esc10", "--limit=6", "--sample-rate=1000")
+    assert prepare("esc50", folder, *options, f"--out={out}") == 0
+    # Records, rejected, without audio, without video.
+    assert ["all", "6", "0", "0", "6"] in [
+        line.split()[:5] for line in capsys.readouterr().out.splitlines()
+    ]
     records = RecordDataset(out, "all")
     listed = read("esc50", folder, "--subset=esc10").entries[:6]
     assert [records[i].record_id for i in range(len(records))] == [e.record_id for e in listed]
@@ -45,7 +50,7 @@ def test_esc10(tmp_path: Path) -> None:
 
 
 @needs_data
-def test_a_folder_like_those_of_kinetics_downloaders(tmp_path: Path) -> None:
+def test_a_folder_like_those_of_kinetics_downloaders(tmp_path, capsys):
     videos, out = tmp_path / "videos", tmp_path / "out"
     pancake, bunny = "abcdefghijk", "-_234567890"
     cut = videos / "val" / "flipping pancake" / f"{pancake}_000012_000022.mkv"
@@ -60,6 +65,7 @@ def test_a_folder_like_those_of_kinetics_downloaders(tmp_path: Path) -> None:
         "flipping pancake,gone5678901,0,10,validate,0\n",
     )
     assert prepare("kinetics", videos, "--lists", lists, f"--out={out}") == 0
+    assert f"1 of 3 listed clips are not there: {out}/missing.jsonl" in capsys.readouterr().out
     records = RecordDataset(out, "val")
     assert records.class_names == {"class": ["catching butterfly", "flipping pancake"]}
     film, whole = records[0], records[1]
