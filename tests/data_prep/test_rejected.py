@@ -205,6 +205,7 @@ PRELUDE = """
 import resource, sys
 from pathlib import Path
 from etils import epath
+from avcl_jax.data.record_format import message_class
 from data_prep.clip import ClipOptions
 from data_prep.manifest import Entry
 from data_prep.shards import Part, prepare_part
@@ -218,6 +219,7 @@ def pages(column):
     return int(Path("/proc/self/statm").read_text().split()[column]) * resource.getpagesize()
 """
 WITH_LITTLE_MEMORY = """
+message_class("Example")  # imports TFDS, which the limit is not about
 resource.setrlimit(resource.RLIMIT_AS, (pages(0) + (150 << 20),) * 2)
 prepare(0, [Entry(p, "train", p, p, 0.0, None, {}) for p in sys.argv[2:]])
 """
