@@ -211,6 +211,14 @@ class DecodedMedia:
             return 0.0
         return (len(self.frames) - 1) / float(self.frame_seconds[-1] - self.frame_seconds[0])
 
+    def shown_at(self, seconds: np.ndarray | float) -> np.ndarray:
+        """Returns the numbers of the frames on screen at some times, as a player shows them.
+
+        It is the last frame that began before; the first one before that began.
+        """
+        begun = np.searchsorted(self.frame_seconds, np.asarray(seconds) + 1e-6, side="right")
+        return np.maximum(begun - 1, 0)
+
 
 def no_frames() -> np.ndarray:
     """Returns the frames of a clip without video."""

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from avcl_jax.data.media import MediaError
-from avcl_jax.fingerprint.details import AUDIO_HZ, IMAGE_BYTES, NO_DETAILS, VIDEO_HZ, Details
+from avcl_jax.fingerprint.details import AUDIO_HZ, IMAGE_BYTES, VIDEO_HZ, Details
 from avcl_jax.fingerprint.projection import Projection
 from avcl_jax.fingerprint.segments import SegmentFeatures
 from avcl_jax.fingerprint.settings import FingerprintError
@@ -163,7 +163,7 @@ class Transaction:
         source = source._replace(
             segments=len(segments), duration_seconds=float(source.duration_seconds)
         )
-        details = segments.details or NO_DETAILS
+        details = segments.details
         blobs = blob, details.video.tobytes(), details.audio.astype("<u4").tobytes()
         columns = ", ".join([*SourceRow._fields[:-1], "checksum", "arrays", "images", "signs"])
         self._execute(

@@ -26,7 +26,7 @@ VIDEO_HZ, AUDIO_HZ = 4, 16
 QUERY_FINER = 4
 _SIZE = (16, 11)  # width and height of an image, of any aspect
 IMAGE_BYTES = _SIZE[0] * _SIZE[1]
-_WINDOW_SECONDS, _LAG_SECONDS = 0.256, 0.125
+_WINDOW_SECONDS, _LAG_SECONDS = 0.256, 0.125  # the lag is a whole number of moments
 _BANDS, _MIN_HZ, _MAX_HZ = 33, 200.0, 3400.0
 # Power of a window relative to the median; below, and in silence, signs are noise.
 _AUDIBLE = 1e-3
@@ -104,7 +104,8 @@ def describe(
         return np.arange(*np.ceil(ends * rate_hz - 1e-6)) / rate_hz - begin_seconds
 
     video, audio = moments(VIDEO_HZ * finer), moments(AUDIO_HZ * finer)
-    return Details(_images(media, video), _signs(media, audio), finer)
+    lag = round(_LAG_SECONDS * AUDIO_HZ * finer)
+    return Details(_images(media, video), _signs(media, audio, lag), finer)
 
 
 def joined(parts: Sequence[Details]) -> Details:
@@ -118,33 +119,30 @@ def joined(parts: Sequence[Details]) -> Details:
 def _images(media: DecodedMedia, moments: np.ndarray) -> np.ndarray:
     images = np.zeros((len(moments), IMAGE_BYTES), np.uint8)
     if media.has_video:
-        # As a player: the last frame that began before.
-        shown = np.searchsorted(media.frame_seconds, moments + 1e-6, side="right") - 1
-        small = {
-            n: cv2.resize(
-                cv2.cvtColor(media.frames[n], cv2.COLOR_RGB2GRAY),
-                _SIZE,
-                interpolation=cv2.INTER_AREA,
-            )
-            for n in np.unique(shown[shown >= 0]).tolist()
-        }
-        for moment, n in enumerate(shown.tolist()):
-            if n >= 0 and np.ptp(small[n]) > 0:  # one colour is nothing to compare
-                images[moment] = small[n].ravel()
+        here = moments + 1e-6 >= media.frame_seconds[0]
+        numbers, places = np.unique(media.shown_at(moments[here]), return_inverse=True)
+        small = [
+            cv2.resize(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), _SIZE, interpolation=cv2.INTER_AREA)
+            for frame in media.frames[numbers]
+        ]
+        flat = np.reshape(small, (-1, IMAGE_BYTES))
+        # One colour is nothing to compare.
+        images[here] = np.where(np.ptp(flat, axis=1, keepdims=True) > 0, flat, 0)[places]
     return images
 
 
-def _signs(media: DecodedMedia, moments: np.ndarray) -> np.ndarray:
+def _signs(media: DecodedMedia, moments: np.ndarray, lag: int) -> np.ndarray:
+    """Returns uint32 [moments]; `lag` is the number of moments in `_LAG_SECONDS`."""
     if not media.has_audio or not len(moments):
         return np.zeros(len(moments), np.uint32)
     here = moments - media.audio_start_seconds
-    now, before = (
-        _bands(media.waveform, media.sample_rate_hz, t) for t in (here, here - _LAG_SECONDS)
-    )
-    loudness = now.sum(axis=1)
+    power = _bands(media.waveform, media.sample_rate_hz, here)
+    loudness = power.sum(axis=1)
     usual = float(np.median(loudness[loudness > 0])) if loudness.any() else 1.0
-    slopes = [np.diff(np.log(power + _FLOOR * usual), axis=1) for power in (now, before)]
-    signs = np.packbits(slopes[0] > slopes[1], axis=1).view(np.uint32)[:, 0]
+    slopes = np.diff(np.log(power + _FLOOR * usual), axis=1)
+    rises = np.zeros(slopes.shape, bool)
+    rises[lag:] = slopes[lag:] > slopes[:-lag]
+    signs = np.packbits(rises, axis=1).view(np.uint32)[:, 0]
     inside = (here >= _LAG_SECONDS) & (here < len(media.waveform) / media.sample_rate_hz)
     return np.where(inside & (loudness > _AUDIBLE * usual), signs, 0).astype(np.uint32)
 

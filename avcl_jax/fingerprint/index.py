@@ -22,7 +22,6 @@ from avcl_jax.fingerprint import calibration, database, library, matching
 from avcl_jax.fingerprint.answer import QueryResult, make_matches
 from avcl_jax.fingerprint.database import SourceRow, transaction
 from avcl_jax.fingerprint.details import (
-    NO_DETAILS,
     QUERY_FINER,
     Candidate,
     Details,
@@ -316,7 +315,7 @@ class FingerprintIndex:
         alignments = matching.align(self._library, queries, spans, known=known)
         matches = make_matches(
             alignments,
-            self._judged(renderings[0].details or NO_DETAILS, query_seconds, alignments, spans),
+            self._judged(renderings[0].details, query_seconds, alignments, spans),
             self.calibration,
             self._library.sources,
             # A modality that the clip lacks has no evidence, which would count as unrelated.

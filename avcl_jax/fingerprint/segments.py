@@ -27,7 +27,7 @@ from avcl_jax.data.record_format import is_silent
 from avcl_jax.data.spectrogram import log_mel, samples_at
 from avcl_jax.export import Encoder
 from avcl_jax.export.runs import MODALITIES, EncoderSource
-from avcl_jax.fingerprint.details import Details, describe, joined
+from avcl_jax.fingerprint.details import NO_DETAILS, Details, describe, joined
 from avcl_jax.fingerprint.settings import FingerprintSettings
 
 _BATCH, _THREADS = 32, 2
@@ -48,7 +48,7 @@ class SegmentFeatures:
     present: Mapping[str, np.ndarray]  # bool [segments], both by modality
     duration_seconds: float
     rate: float = 1.0  # seconds of the segments' timeline per second of the medium
-    details: Details | None = None
+    details: Details = NO_DETAILS
 
     def __len__(self) -> int:
         """Number of segments."""
@@ -129,6 +129,7 @@ class Segmenter:
         step = hops * self.settings.hop_seconds
         overlap = max(self.spans.values()) + self.settings.hop_seconds
         parts: list[SegmentFeatures] = []
+        details: list[Details] = []
         start = 0.0
         while True:
             try:
@@ -141,11 +142,9 @@ class Segmenter:
                     raise
                 break
             last = media.duration_seconds < step + self.shortest_seconds
-            part = self.of_media(media, count=None if last else hops)
+            parts.append(self.of_media(media, count=None if last else hops))
             seconds = media.duration_seconds if last else step
-            parts.append(
-                dataclasses.replace(part, details=describe(media, seconds, begin_seconds=start))
-            )
+            details.append(describe(media, seconds, begin_seconds=start))
             if last:
                 break
             start += step
@@ -153,7 +152,7 @@ class Segmenter:
             {m: np.concatenate([part.features[m] for part in parts]) for m in self.dimensions},
             {m: np.concatenate([part.present[m] for part in parts]) for m in self.dimensions},
             step * (len(parts) - 1) + parts[-1].duration_seconds,
-            details=joined([part.details for part in parts if part.details is not None]),
+            details=joined(details),
         )
 
     def of_media(
@@ -209,8 +208,7 @@ class Segmenter:
             times = self.spans[modality] / count / rate * np.arange(count)
 
             def cut_video(number: int) -> dict[str, np.ndarray]:
-                places = _last_before(media.frame_seconds, starts[number] + times)
-                return {"clips": images[places]}
+                return {"clips": images[media.shown_at(starts[number] + times)]}
 
             return cut_video
         spec = preprocess.log_mel
@@ -272,7 +270,7 @@ def _present(media: DecodedMedia, modality: str, starts: np.ndarray, span: float
     if modality == "video" and here.any():
         varied = np.concatenate([[0], np.cumsum(~_flat(media.frames))])
         # From the frame that is on screen when the segment begins.
-        before = _last_before(media.frame_seconds, starts)
+        before = media.shown_at(starts)
         after = np.searchsorted(media.frame_seconds, starts + span - 1e-6, side="left")
         here &= varied[after] > varied[before]
     if modality == "audio":
@@ -281,11 +279,6 @@ def _present(media: DecodedMedia, modality: str, starts: np.ndarray, span: float
             begin = max(0, round((starts[n] - media.audio_start_seconds) * rate))
             here[n] = not is_silent(media.waveform[begin : begin + round(span * rate)])
     return here
-
-
-def _last_before(frame_seconds: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Returns the numbers of the frames on screen at some times, as a player shows them."""
-    return np.maximum(np.searchsorted(frame_seconds, seconds + 1e-6, side="right") - 1, 0)
 
 
 def _flat(frames: np.ndarray) -> np.ndarray:

@@ -47,8 +47,7 @@ def draw_example(query: Query, answers: Sequence[Answer]) -> str:
 def _still(media: DecodedMedia, seconds: float) -> str:
     if not media.has_video:
         return ""
-    place = max(0, int(np.searchsorted(media.frame_seconds, seconds + 1e-6, side="right")) - 1)
-    frame = media.frames[place]
+    frame = media.frames[media.shown_at(seconds)]
     factor = _STILL_SIDE / max(frame.shape[:2])
     way = cv2.INTER_AREA if factor < 1 else cv2.INTER_NEAREST
     still = cv2.resize(frame, None, fx=factor, fy=factor, interpolation=way)

@@ -212,9 +212,8 @@ def image_hash(*, answers: int) -> CodeSearcher:
             return np.empty((0, 1), np.uint64)
         end = media.frame_seconds[-1] + 1e-6
         moments = np.arange(media.frame_seconds[0], end, step_seconds)
-        places = np.searchsorted(media.frame_seconds, moments + 1e-6, side="right") - 1
         hashes: list[np.ndarray] = []
-        for frame in media.frames[np.maximum(places, 0)]:
+        for frame in media.frames[media.shown_at(moments)]:
             grey = Image.fromarray(frame).convert("L")
             if np.asarray(grey).std() < _LEAST_CONTRAST:
                 # Far from everything: half of the bits of any code differ on average.
