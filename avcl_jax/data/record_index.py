@@ -24,10 +24,13 @@ from avcl_jax.paths import write_bytes
 # two frames, the largest magnitude of a sample.
 TIMELINE: Mapping[str, tuple[pa.DataType, Callable[[Record], float]]] = {
     "num_frames": (pa.int32(), lambda record: len(record.frames)),
-    "first_frame_seconds": (pa.float64(), lambda record: min(record.frame_seconds, default=0.0)),
-    "last_frame_seconds": (pa.float64(), lambda record: max(record.frame_seconds, default=0.0)),
-    "max_frame_gap_seconds": (pa.float64(), lambda r: max(np.diff(r.frame_seconds), default=0.0)),
-    "min_frame_gap_seconds": (pa.float64(), lambda r: min(np.diff(r.frame_seconds), default=0.0)),
+    "first_frame_seconds": (pa.float64(), lambda r: r.frame_seconds[0] if r.has_video else 0.0),
+    "last_frame_seconds": (pa.float64(), lambda r: r.frame_seconds[-1] if r.has_video else 0.0),
+    "max_frame_gap_seconds": (pa.float64(), lambda r: np.diff(r.frame_seconds).max(initial=0.0)),
+    "min_frame_gap_seconds": (
+        pa.float64(),
+        lambda r: np.diff(r.frame_seconds).min() if len(r.frame_seconds) > 1 else 0.0,
+    ),
     "num_samples": (pa.int32(), lambda record: len(record.waveform)),
     "audio_peak": (pa.int32(), lambda record: peak(record.waveform)),
     "sample_rate_hz": (pa.int32(), lambda record: record.sample_rate_hz),
