@@ -21,7 +21,7 @@ import pyarrow as pa
 from etils import epath
 
 from avcl_jax.data import record_files
-from avcl_jax.data.record_files import OVERHEAD_BYTES, TFRECORD, RecordError
+from avcl_jax.data.record_files import FILE_FORMATS, OVERHEAD_BYTES, TFRECORD, RecordError
 from avcl_jax.data.record_format import (
     FORMAT_VERSION,
     LABEL_PREFIX,
@@ -133,6 +133,11 @@ class RecordDataset:
                 f"{FORMAT_VERSION}: prepare the media again with this release"
             )
         self.file_format = info.get("fileFormat", TFRECORD)
+        if self.file_format not in FILE_FORMATS:
+            raise RecordError(
+                f"{self._directory} has shards of format {self.file_format!r}, this code reads "
+                f"{' and '.join(FILE_FORMATS)}"
+            )
         splits = {entry["name"]: entry for entry in info["splits"]}
         if split not in splits:
             raise RecordError(

@@ -324,6 +324,9 @@ def test_other_versions_features_and_splits_are_refused(prepared: Path) -> None:
     edit_json(prepared / "dataset_info.json", lambda c: c["splits"][0].update(shardLengths=["0"]))
     with pytest.raises(RecordError, match="split 'train' has no records"):
         RecordDataset(prepared, "train")
+    edit_json(prepared / "dataset_info.json", lambda c: c.update(fileFormat="riegeli"))
+    with pytest.raises(RecordError, match="'riegeli', this code reads tfrecord and array_record"):
+        RecordDataset(prepared, "train")
     (prepared / "dataset_info.json").unlink()
     with pytest.raises(RecordError, match="not a finished data set"):
         RecordDataset(prepared, "train")
