@@ -120,7 +120,7 @@ class Exhibits:
         spec = self._spec
         (clip,) = fixed_clips(use, spec.views, [len(spec.views.speeds) // 2], 1)
         span = spec.views.clip_seconds * spec.views.speeds[clip.speed]
-        crop = center_crop(max(record.height, 1), max(record.width, 1))
+        crop = center_crop(record.height, record.width)
         arrays = render_views(record, use, [clip], [clip], [crop], spec)
         times = np.linspace(0, spec.views.num_frames - 1, self._stills).round().astype(int)
         stills = (f'<img alt="" src="{frame_uri(frame)}">' for frame in arrays["video"][0][times])

@@ -184,7 +184,7 @@ def bootstrap(
         sources: [n], units of one source are drawn together.
 
     Raises:
-        ValueError: if arrays differ in length or there is no unit.
+        ValueError: if arrays differ in length or are empty.
     """
     groups = _groups(inputs, sources)
     value = STATISTICS[kind](*inputs)
