@@ -257,7 +257,7 @@ def test_an_index_of_the_demo_is_made_asked_changed_and_verified(demo):
         return small.run([*arguments, index], module="avcl_jax.fingerprint")
 
     encoder = f"--encoder={demo.ran('pretrain.py')}"
-    assert "contains 2 media" in fingerprint("index", first, second, encoder)
+    assert "contains 2 sources" in fingerprint("index", first, second, encoder)
     assert "added 1, replaced 0, already there 2" in fingerprint("add", first, second, added)
     answer = json.loads(fingerprint("query", added, "--json"))
     assert answer["matches"][0]["source"] == added
