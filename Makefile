@@ -14,7 +14,7 @@ PYTEST := -m pytest -n auto --maxprocesses 8 --dist loadfile
 .PHONY: demo test slow interop lint types notebook site clean
 
 demo: $(VENV)/demo-ready
-	$(BIN)/python -m data_prep demo --out data/foley
+	$(BIN)/avcl-data demo --out data/foley
 	$(RUN) --config=configs/pretrain.py --config.seed=$(SEED) --workdir=$(WORKDIR)
 	$(RUN) --config=configs/export.py --workdir=$(WORKDIR)
 	$(RUN) --config=configs/evaluate.py:demo --workdir=$(WORKDIR)

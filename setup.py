@@ -15,7 +15,7 @@ setup(
     description="Audio-visual contrastive learning with temporal self-supervision, in JAX",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["avcl_jax*", "data_prep*", "configs*"]),
+    packages=find_packages(include=["avcl_jax*"]),
     package_data={"avcl_jax": ["style.css"], "avcl_jax.fingerprint.web": ["static/*"]},
     extras_require={
         "interop": ["tensorflow>=2.21.0"],
@@ -28,7 +28,12 @@ setup(
         "tpu-aot": ["jax[tpu]"],
     },
     # requirements.txt pins what was tested; a library must leave its users room to move.
-    entry_points={"console_scripts": ["avcl-fingerprint=avcl_jax.fingerprint.command:main"]},
+    entry_points={
+        "console_scripts": [
+            "avcl-data=avcl_jax.data_prep.__main__:main",
+            "avcl-fingerprint=avcl_jax.fingerprint.command:main",
+        ]
+    },
     install_requires=[
         re.sub(r"==([\w.]+)", r">=\1", line)
         + (f",<{below}" if (below := _BELOW.get(line.partition("==")[0])) else "")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import ml_collections
 from avcl_jax import experiment
 from avcl_jax.errors import UserError
 
-_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+_CONFIGS = Path(__file__).resolve().parent / "configs"
 _BOOLEANS = ("true", "t", "1", "false", "f", "0")  # as absl reads them
 
 
@@ -50,6 +49,25 @@ def overrides(argv: Sequence[str]) -> dict[str, str | None]:
     return {override[1]: override[2] for override in matches if override}
 
 
+def with_files(argv: Sequence[str]) -> list[str]:
+    """Names the files of this package for configs that are not found: configs/pretrain.py."""
+    names = _config_names(argv)
+    changed = []
+    for argument in argv:
+        flag, equals, name = (
+            argument.rpartition("=") if "config=" in argument else ("", "", argument)
+        )
+        changed.append(f"{flag}{equals}{_with_file(name)}" if name in names else argument)
+    return changed
+
+
+def _with_file(name: str) -> str:
+    file, colon, preset = name.partition(":")
+    ours = _CONFIGS.parent / file
+    found = not Path(file).is_file() and ours.parent == _CONFIGS and ours.is_file()
+    return f"{ours}{colon}{preset}" if found else name
+
+
 def _config_names(argv: Sequence[str]) -> list[str]:
     names = []
     for argument, following in itertools.zip_longest(argv, argv[1:]):
@@ -62,19 +80,16 @@ def _config_names(argv: Sequence[str]) -> list[str]:
 
 def _load(name: str, parse: Callable[[str], Any]) -> ml_collections.ConfigDict:
     file = name.partition(":")[0]
-    if not Path(file).is_file():
+    path = _with_file(name)
+    if not Path(path.partition(":")[0]).is_file():
         known = [str(path.relative_to(_CONFIGS.parent)) for path in sorted(_CONFIGS.glob("*.py"))]
         near = difflib.get_close_matches(file, known, n=1)
-        hint = f"see the files in {_CONFIGS}"
-        if file in known:
-            hint = f"from this folder it is {os.path.relpath(_CONFIGS.parent / file)}"
-        elif near:
-            hint = f"did you mean {near[0]}?"
+        hint = f"did you mean {near[0]}?" if near else f"see the files in {_CONFIGS}"
         raise UserError(f"--config={name}: there is no file {file or 'in it'}; {hint}")
     if not file.endswith(".py"):
         raise UserError(f"--config={name}: a config is a Python file, see those in {_CONFIGS}")
     try:
-        return parse(name)
+        return parse(path)
     except (UserError, AttributeError) as error:
         # The parser raises the type that the file raised, with a traceback for its message.
         cause = error.__context__ or error

@@ -1,7 +1,7 @@
 """Command line: `python -m avcl_jax.main --config=configs/pretrain.py --workdir=runs/demo`.
 
 `config.task` is the function that runs, `module:function` of (config, workdir). Media are prepared
-before, by `python -m data_prep`.
+before, by `avcl-data`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ from avcl_jax.experiment import (
 from avcl_jax.paths import absolute_path
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "File under configs/, with `:preset` where it has presets.", lock_config=True
+    "config",
+    None,
+    "File, or configs/NAME.py of this package, with `:preset` where it has presets.",
+    lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of the run, local or gs://; runs/NAME of the config if not given."
@@ -128,7 +131,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     """
     try:
         config_file.check_arguments(argv, flags.FLAGS["config"].parser.parse)
-        remaining = flags.FLAGS(argv)
+        remaining = flags.FLAGS(config_file.with_files(argv))
         if _CONFIG.value is not None:
             check_used(_CONFIG.value, config_file.overrides(argv))
         return remaining

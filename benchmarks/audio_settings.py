@@ -1,6 +1,6 @@
 """Settings of spectrogram and level, compared on ESC-10 by inner validation.
 
-    python -m data_prep esc50 ../shared/data/esc10 --subset esc10 --name esc10 --out data/esc10
+    avcl-data esc50 ../shared/data/esc10 --subset esc10 --name esc10 --out data/esc10
     python -m benchmarks.audio_settings --records data/esc10 --noise data/foley/records \\
         --workdir runs/audio_settings
 
@@ -28,6 +28,8 @@ from etils import epath
 
 from avcl_jax import experiment
 from avcl_jax.batched import batched_map
+from avcl_jax.configs import evaluate as evaluate_config
+from avcl_jax.configs import pretrain as pretrain_config
 from avcl_jax.data import rendering
 from avcl_jax.data.record_format import is_silent
 from avcl_jax.data.records import RecordDataset
@@ -40,8 +42,6 @@ from avcl_jax.evaluation.views import MODEL_INPUTS, PretrainedRun, fixed_views
 from avcl_jax.paths import local_path
 from avcl_jax.training import inputs, loop
 from benchmarks.measure import command_parser, run_command
-from configs import evaluate as evaluate_config
-from configs import pretrain as pretrain_config
 
 FOLDS = (2, 3, 4, 5)
 _NATS_PER_DB = np.log(10) / 10

@@ -135,10 +135,10 @@ def memory_of_sampling() -> dict[str, int]:
     import jax
     import jax.numpy as jnp
 
+    from avcl_jax.configs import pretrain
     from avcl_jax.objectives import feature_bank
     from avcl_jax.training import loop
     from benchmarks.batches import complete_views, draw_all
-    from configs import pretrain
 
     config = pretrain.get_config("kinetics400")
     config.bank.size = ROWS

@@ -25,7 +25,11 @@ import ml_collections
 import numpy as np
 from etils import epath
 
+from avcl_jax.configs import ablation
 from avcl_jax.data.records import RecordDataset
+from avcl_jax.data_prep.demo import prepare_rendered
+from avcl_jax.data_prep.foley import command as foley
+from avcl_jax.data_prep.foley.scene import RADIUS_PX, draw_scene
 from avcl_jax.evaluation.ablation import FULL, ablate
 from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.bank_rows import BankSample, DrawnRows
@@ -33,10 +37,6 @@ from avcl_jax.objectives.views import Term, Views
 from avcl_jax.paths import local_path
 from avcl_jax.training import loop
 from benchmarks.measure import command_parser, run_command
-from configs import ablation
-from data_prep.demo import prepare_rendered
-from data_prep.foley import command as foley
-from data_prep.foley.scene import RADIUS_PX, draw_scene
 
 CLASS = "scene"
 SPLITS = {"train": 4000, "probe": 600, "test": 400}

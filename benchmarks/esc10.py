@@ -1,6 +1,6 @@
 """Accuracy of encoders on real recordings: ESC-10, pretrained on the training folds alone.
 
-    python -m data_prep esc50 ../shared/data/esc10 --subset esc10 --name esc10 --out data/esc10
+    avcl-data esc50 ../shared/data/esc10 --subset esc10 --name esc10 --out data/esc10
     python -m benchmarks.esc10 --records data/esc10 --workdir runs/esc10 --json esc10.json
     python -m benchmarks.esc10 --records data/esc10 --workdir runs/esc10 --json esc10.json \\
         --demo runs/demo --long 20000
@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from avcl_jax.configs import pretrain as pretrain_config
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection, UsableRecords
 from avcl_jax.evaluation.views import PretrainedRun
@@ -36,7 +37,6 @@ from avcl_jax.paths import local_path
 from benchmarks import measure
 from benchmarks.audio_settings import other_view_hits
 from benchmarks.measure import Row, Target
-from configs import pretrain as pretrain_config
 
 FOLDS = ("1", "2", "3", "4", "5")
 # Accuracy of an RBF SVM on log-mel statistics of the same files.

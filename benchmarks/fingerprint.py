@@ -46,9 +46,9 @@ _SMALL_REAL = {f"data.audio_clips.{role}": 2 for role in ("fillers", "distractor
 def protocol_results(preset: str, settings: Mapping[str, Any], workdir: str) -> dict[str, Any]:
     """Runs the protocol by a preset with settings of dotted names, or reads its results."""
     from avcl_jax import experiment
+    from avcl_jax.configs import fingerprint
     from avcl_jax.errors import UserError
     from avcl_jax.fingerprint.benchmark.protocol import fingerprinting
-    from configs import fingerprint
 
     config = fingerprint.get_config(preset)
     config.update_from_flattened_dict(settings)

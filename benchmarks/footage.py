@@ -1,7 +1,7 @@
 """Benchmark data of a realistic size, made once from the shared real videos and kept.
 
 64 videos of 10 s, H.264 and AAC in MP4 like a downloaded Kinetics with a short side of 256, cut and
-looped from eight real videos; the records that `python -m data_prep` makes of them with its
+looped from eight real videos; the records that `avcl-data` makes of them with its
 defaults; and data sets of many records whose shards are hard links to those few.
 """
 
@@ -147,7 +147,14 @@ def make_footage(root: Path) -> tuple[Path, Path]:
 def prepare(source: Path, out: Path, *, name: str, quality: int = 90) -> None:
     """Prepares records with the command that a user runs, unless they exist."""
     if not (out / "dataset_info.json").exists():
-        command = [sys.executable, "-m", "data_prep", "prepare", str(source), f"--out={out}"]
+        command = [
+            sys.executable,
+            "-m",
+            "avcl_jax.data_prep",
+            "prepare",
+            str(source),
+            f"--out={out}",
+        ]
         options = [f"--name={name}", f"--quality={quality}"]
         subprocess.run([*command, *options, "--allow-rejected"], check=True, stdout=sys.stderr)
 

@@ -192,9 +192,7 @@ def _index(quantity: str, subject: _Subject) -> Measured:
 def _first_batch(subject: _Subject) -> Measured:
     demo = subject.args.demo
     if not (demo / "dataset_info.json").exists():
-        raise SkipError(
-            f"no demo data in {demo}: python -m data_prep demo --out data/foley, or --demo"
-        )
+        raise SkipError(f"no demo data in {demo}: avcl-data demo --out data/foley, or --demo")
     results = [
         _child("memory", "first_batch", directory=str(demo))
         for _ in range(1 + subject.args.repeats)

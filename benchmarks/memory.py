@@ -49,10 +49,10 @@ def open_index(*, directory: str) -> dict[str, float]:
 def first_batch(*, directory: str) -> dict[str, float]:
     """Seconds from the start of the process to each stage of the demo's first batch."""
     from avcl_jax import experiment
+    from avcl_jax.configs import pretrain
     from avcl_jax.data.pipeline import train_batches
     from avcl_jax.data.records import RecordDataset
     from avcl_jax.data.selection import UsableRecords
-    from configs import pretrain
 
     imported = seconds_since_start()
     config = pretrain.get_config()

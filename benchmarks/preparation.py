@@ -31,7 +31,7 @@ def hours_prepared(*, folder: str) -> float:
     """
 
     def prepare(out: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "data_prep", "prepare", f"{folder}/manifest.csv"]
+        command = [sys.executable, "-m", "avcl_jax.data_prep", "prepare", f"{folder}/manifest.csv"]
         subprocess.run(
             [*command, f"--out={out}", "--workers=1", *options],
             check=True,

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from avcl_jax.data.media import DecodedMedia, MediaError, decode_media, decode_record, probe
+from avcl_jax.data_prep.clip import ClipOptions, prepare_clip
+from avcl_jax.data_prep.manifest import Entry
+from avcl_jax.data_prep.prepare import add_arguments, clip_options
 from avcl_jax.errors import UserError
 from avcl_jax.export import Encoder, load_encoder
 from avcl_jax.paths import local_path
 from benchmarks.measure import Row, command_parser, report, run_command
-from data_prep.clip import ClipOptions, prepare_clip
-from data_prep.manifest import Entry
-from data_prep.prepare import add_arguments, clip_options
 
 SECONDS = 10.0
 # Features [clips, C] of a file and of its record, and the lowest PSNR of a clip of video in dB.

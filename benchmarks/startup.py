@@ -1,6 +1,6 @@
 """Time from the demo's command to its first step, with and without compiled functions in the cache.
 
-    python -m data_prep demo --out data/foley
+    avcl-data demo --out data/foley
     python -m benchmarks.startup --json startup.json
 
 Each start runs `avcl_jax.main` in a new directory and is stopped after its first step.
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> None:
     )
     args = parser.parse_args(arguments)
     if not (args.demo / "dataset_info.json").exists():
-        parser.error(f"{args.demo} does not exist: python -m data_prep demo --out data/foley")
+        parser.error(f"{args.demo} does not exist: avcl-data demo --out data/foley")
     with tempfile.TemporaryDirectory() as directory:
         cache = Path(directory)
         first, *warm = [seconds_to_first_step(args.demo, cache) for _ in range(1 + args.repeats)]

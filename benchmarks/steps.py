@@ -100,11 +100,11 @@ def seconds_of_demo_steps(*, steps: int) -> list[float]:
     import numpy as np
 
     from avcl_jax import experiment
+    from avcl_jax.configs import pretrain
     from avcl_jax.objectives import feature_bank
     from avcl_jax.training import loop, sharding
     from avcl_jax.training.step import jit_train_step
     from benchmarks.batches import complete_views, random_batch
-    from configs import pretrain
 
     config = pretrain.get_config("demo")
     mesh, init, step_function = loop.build(config)
@@ -150,10 +150,10 @@ def seconds_of_demo_parts(*, repeats: int) -> dict[str, list[float]]:
     import jax.numpy as jnp
 
     from avcl_jax import experiment
+    from avcl_jax.configs import pretrain
     from avcl_jax.training import loop, sharding
     from avcl_jax.training.inputs import prepare_inputs
     from benchmarks.batches import random_batch
-    from configs import pretrain
 
     config = pretrain.get_config("demo")
     mesh, init, step_function = loop.build(config)

@@ -24,6 +24,7 @@ import ml_collections
 from jax.experimental import topologies
 
 from avcl_jax import experiment
+from avcl_jax.configs import pretrain
 from avcl_jax.data.pipeline import batch_shapes
 from avcl_jax.errors import UserError
 from avcl_jax.objectives import feature_bank
@@ -35,7 +36,6 @@ from benchmarks import hlo_costs
 from benchmarks.batches import complete_views, draw_all
 from benchmarks.measure import version
 from benchmarks.model_flops import matrix_flops
-from configs import pretrain
 
 # Only the exchange of the bank is traced under this name (objectives/feature_bank.py).
 _BANK_SCOPE = "/shard_map/"

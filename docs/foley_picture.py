@@ -11,8 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from avcl_jax.data.spectrogram import LogMelSpec, log_mel
-from data_prep.foley.audio import render_audio
-from data_prep.foley.scene import (
+from avcl_jax.data_prep.foley.audio import render_audio
+from avcl_jax.data_prep.foley.scene import (
     MATERIALS,
     MOTIONS,
     SAMPLE_RATE_HZ,
@@ -20,7 +20,7 @@ from data_prep.foley.scene import (
     classes_of,
     draw_scene,
 )
-from data_prep.foley.video import render_video
+from avcl_jax.data_prep.foley.video import render_video
 
 START_SECONDS, SECONDS = 1.0, 1.75
 FRAMES = 14

@@ -26,7 +26,7 @@ NAMES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
 }
-SOURCES = ("configs",)
+SOURCES = ("avcl_jax/configs",)
 _LANGUAGES = {".py": "python", ".toml": "toml", ".txt": "text", ".sh": "sh"}
 
 _FENCE = re.compile(r"^( *)```.*?^\1```$", re.MULTILINE | re.DOTALL)

@@ -63,7 +63,7 @@ sys.path.insert(0, str(ROOT))
 
 # %% [markdown]
 # ## Prepare
-# Any folder of videos works: `python -m data_prep prepare FOLDER --out RECORDS`. Here the demo's
+# Any folder of videos works: `avcl-data prepare FOLDER --out RECORDS`. Here the demo's
 # own generator writes MP4 files first: objects of five materials (heard) in five motions (seen).
 
 # %%
@@ -87,7 +87,7 @@ def run(*arguments: str) -> None:
         raise RuntimeError(done.stdout)
 
 
-run("data_prep", "demo", f"--out={DATA}", f"--train={VIDEOS}", "--test=40", "--null=0")
+run("avcl_jax.data_prep", "demo", f"--out={DATA}", f"--train={VIDEOS}", "--test=40", "--null=0")
 
 # %% [markdown]
 # ## What the network sees
@@ -99,10 +99,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from avcl_jax import experiment
+from avcl_jax.configs import pretrain
 from avcl_jax.data.pipeline import train_batches
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import UsableRecords
-from configs import pretrain
 
 config = pretrain.get_config()
 spec = experiment.render_spec(config)
@@ -164,9 +164,9 @@ plt.show()
 # the bank was played.
 
 # %%
+from avcl_jax.configs import evaluate
 from avcl_jax.evaluation.exhibits import bank_searches, open_bank
 from avcl_jax.export.runs import config_of_run
-from configs import evaluate
 
 trained = config_of_run(RUN)
 trained.evaluation = evaluate.get_config().evaluation

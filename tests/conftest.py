@@ -36,8 +36,7 @@ NO_WARNINGS = (ROOT / "tests" / "objectives", ROOT / "tests" / "models")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Turns warnings that point into our own modules into errors."""
-    for package in ("avcl_jax", "data_prep", "configs"):
-        config.addinivalue_line("filterwarnings", rf"error:::{package}(\..*)?$")
+    config.addinivalue_line("filterwarnings", r"error:::avcl_jax(\..*)?$")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -39,7 +39,7 @@ if words[:2] == ["-m", "avcl_jax.main"]:
     words += [f"--config.{{name}}={{value}}" for name, value in shorter.items()]
 os.execv({executable!r}, [{executable!r}, *words])
 """
-_FINGERPRINT = '#!/bin/sh\nexec "{executable}" -m avcl_jax.fingerprint "$@"\n'
+_COMMAND = '#!/bin/sh\nexec "{executable}" -m avcl_jax.{package} "$@"\n'
 
 
 class Folder:
@@ -63,9 +63,9 @@ class Folder:
                 shutil.copy2(ROOT / name, target)
         self._write_programs()
         videos = " ".join(FEW_VIDEOS)
-        self.run(f"python -m data_prep demo --out data/foley {videos}")
+        self.run(f"avcl-data demo --out data/foley {videos}")
         few = "--train=0 --test=12 --null=0 --seed=2"
-        self.run(f"python -m data_prep demo --out data/foley_fingerprint {few}")
+        self.run(f"avcl-data demo --out data/foley_fingerprint {few}")
         self.run("python -m avcl_jax.main --config=configs/pretrain.py --workdir=runs/demo")
         self.run("python -m avcl_jax.main --config=configs/export.py --workdir=runs/demo")
         films = sorted((self.path / "data/foley/media/train").glob("*.mp4"))
@@ -94,11 +94,14 @@ class Folder:
         return done.stdout
 
     def _write_programs(self) -> None:
-        known = {"executable": sys.executable, "shorter": json.dumps(SHORTER, default=str)}
-        for name, text in (("python", _PYTHON), ("avcl-fingerprint", _FINGERPRINT)):
+        python = _PYTHON.format(executable=sys.executable, shorter=json.dumps(SHORTER, default=str))
+        programs = {"python": python}
+        for name, package in (("avcl-data", "data_prep"), ("avcl-fingerprint", "fingerprint")):
+            programs[name] = _COMMAND.format(executable=sys.executable, package=package)
+        for name, text in programs.items():
             program = self.path / "bin" / name
             program.parent.mkdir(exist_ok=True)
-            program.write_text(text.format(**known))
+            program.write_text(text)
             program.chmod(program.stat().st_mode | stat.S_IXUSR)
 
     def _copy(self, source: Path, *names: str) -> None:

@@ -19,16 +19,16 @@ from absl import app
 from avcl_jax import main
 from avcl_jax.data.media import MediaError
 from avcl_jax.data.record_files import RecordError
+from avcl_jax.data_prep import __main__ as data_prep
+from avcl_jax.data_prep import card, demo
+from avcl_jax.data_prep.collections import folder_or_table
+from avcl_jax.data_prep.foley import command as foley
+from avcl_jax.data_prep.manifest import PrepareError
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation import compare
 from avcl_jax.fingerprint import command
 from avcl_jax.fingerprint.settings import FingerprintError
 from avcl_jax.training.run_steps import NonFiniteError
-from data_prep import __main__ as data_prep
-from data_prep import card, demo
-from data_prep.collections import folder_or_table
-from data_prep.foley import command as foley
-from data_prep.manifest import PrepareError
 
 
 def _raise(error: Exception) -> Callable[[], object]:

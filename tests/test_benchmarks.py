@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from avcl_jax import experiment
+from avcl_jax.configs import pretrain
 from avcl_jax.data import rendering as data_rendering
 from avcl_jax.data.augment import SpectralSpec
 from avcl_jax.data.record_writer import write_dataset_metadata
@@ -56,7 +57,6 @@ from benchmarks.measure import (
     run_child,
     run_command,
 )
-from configs import pretrain
 from tests.data.synthetic_records import make_record, write_shard
 from tests.evaluation.labelled import write_encoders
 from tests.fingerprint import synthetic
@@ -111,7 +111,7 @@ def test_children_run_on_their_cores_and_report_failures() -> None:
     [
         (bank, ["--json=/proc/rows.json"], "argument --json: /proc/rows.json: No such file"),
         (bank, ["--rows=speed"], "argument --rows: invalid choice: 'speed'"),
-        (startup, ["--demo=absent"], "absent does not exist: python -m data_prep demo"),
+        (startup, ["--demo=absent"], "absent does not exist: avcl-data demo"),
         (esc10, ["--records=absent"], "absent does not exist: see the first command"),
         (jpeg_quality, ["--run=absent"], "does not exist: run `make demo`"),
         (record_features, ["absent", "--encoder=absent"], "absent/export/video"),

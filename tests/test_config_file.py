@@ -73,13 +73,19 @@ def test_a_mistake_is_one_line_with_the_nearest_names(arguments, message) -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_from_another_folder_the_path_of_the_config_is_named(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "one").mkdir()
-    monkeypatch.chdir(tmp_path / "one")
-    with pytest.raises(UserError, match="; from this folder it is ") as e:
-        check(PRETRAIN)
-    named = str(e.value).partition("it is ")[2]
-    assert Path(named).samefile(small.ROOT / "configs" / "pretrain.py")
+def test_a_config_of_the_package_is_found_from_any_folder_unless_one_is_there(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    check(f"{PRETRAIN}:kinetics400")
+    check("--config", "configs/pretrain.py")
+    ours = f"{small.ROOT}/avcl_jax/configs/pretrain.py:demo"
+    assert config_file.with_files(["main", f"{PRETRAIN}:demo"]) == ["main", f"--config={ours}"]
+    separate = ["main", "--config", "configs/pretrain.py:demo", "--workdir=configs/pretrain.py"]
+    assert config_file.with_files(separate) == ["main", "--config", ours, separate[-1]]
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "pretrain.py").write_text("")
+    assert config_file.with_files(["main", f"{PRETRAIN}:demo"]) == ["main", f"{PRETRAIN}:demo"]
 
 
 def test_what_is_right_passes() -> None:

@@ -13,15 +13,7 @@ import pytest
 from etils import epath
 
 from avcl_jax import experiment, main
-from avcl_jax.data.pipeline import batch_shapes
-from avcl_jax.data.spectrogram import mel_constants
-from avcl_jax.data.views import MARGIN
-from avcl_jax.errors import UserError
-from avcl_jax.evaluation.driver import Context
-from avcl_jax.evaluation.retrieval import VIDEO_RETRIEVAL
-from avcl_jax.export.runs import EncoderSource
-from avcl_jax.training import loop
-from configs import (
+from avcl_jax.configs import (
     cross_modal,
     datasets,
     evaluate,
@@ -31,6 +23,14 @@ from configs import (
     retrieval,
     temporal,
 )
+from avcl_jax.data.pipeline import batch_shapes
+from avcl_jax.data.spectrogram import mel_constants
+from avcl_jax.data.views import MARGIN
+from avcl_jax.errors import UserError
+from avcl_jax.evaluation.driver import Context
+from avcl_jax.evaluation.retrieval import VIDEO_RETRIEVAL
+from avcl_jax.export.runs import EncoderSource
+from avcl_jax.training import loop
 from tests.training import small
 
 PRESETS = ("demo", "kinetics400", "kinetics600", "vggsound", "audioset")
@@ -168,7 +168,7 @@ def test_a_run_on_own_records_is_named_after_them(tmp_path, monkeypatch):
     [
         (
             "pretrain.py",
-            r"/records: prepare them \(python -m data_prep demo --out data/foley\)",
+            r"/records: prepare them \(avcl-data demo --out data/foley\)",
         ),
         ("finetune.py:esc50", r"at .*/data/esc50: prepare them \(docs/data/esc50.md\), or set"),
         ("fingerprint.py", r"data/foley_fingerprint --train=0 --test=400 --null=0 --seed=2\)"),
@@ -182,7 +182,7 @@ def test_absent_records_are_one_line_with_the_command_that_makes_them(
     monkeypatch.chdir(tmp_path)
     file, *overrides = config.split()
     with pytest.raises(SystemExit):
-        small.run_here(monkeypatch, f"--config={small.ROOT}/configs/{file}", *overrides)
+        small.run_here(monkeypatch, f"--config={small.ROOT}/avcl_jax/configs/{file}", *overrides)
     assert re.search(message, capsys.readouterr().err)
 
 
@@ -236,8 +236,8 @@ def test_where_a_run_is_executed_is_no_decisive_difference():
 def all_configs():
     """Every config of every preset: {"finetune.py:demo": config}."""
     found = {}
-    for path in sorted((small.ROOT / "configs").glob("*.py")):
-        module = importlib.import_module(f"configs.{path.stem}")
+    for path in sorted((small.ROOT / "avcl_jax/configs").glob("*.py")):
+        module = importlib.import_module(f"avcl_jax.configs.{path.stem}")
         if not hasattr(module, "get_config"):
             continue
         with pytest.raises(ValueError, match="use one of") as caught:

@@ -20,7 +20,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from avcl_jax import main
+from avcl_jax import config_file, main
 from tests import documented
 from tests.documented import ROOT
 from tests.documented_folder import LISTS, SHORTER, Folder
@@ -43,6 +43,7 @@ class _ParsedError(Exception):
 
 def _parse_main(arguments: list[str]) -> None:
     """Builds the config with its overrides, as `avcl_jax.main` does."""
+    arguments = config_file.with_files(arguments)
     values = flags.FlagValues()
     config = config_flags.DEFINE_config_file(
         "config", lock_config=True, flag_values=values, sys_argv=["main", *arguments]
@@ -89,6 +90,10 @@ def check_parses(command: str) -> None:
             _parse_module(module, arguments)
         case ["avcl-fingerprint", *arguments]:
             _parse_module("avcl_jax.fingerprint.command", arguments)
+        case ["avcl-data", "COMMAND"]:
+            pass
+        case ["avcl-data", *arguments]:
+            _parse_module("avcl_jax.data_prep", arguments)
         case ["make", target, *_]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         case ["pip", "install", *packages]:
@@ -130,7 +135,7 @@ def test_a_protocol_of_the_readme_parses(command: str, monkeypatch) -> None:
     [
         "python -m avcl_jax.main --config=configs/pretrain.py --config.stepz=3",
         "python -m avcl_jax.main --config=configs/retrieval.py:nothing --workdir=OUT",
-        "python -m data_prep prepare VIDEOS/",
+        "avcl-data prepare VIDEOS/",
         "avcl-fingerprint query clip.mp4 --indx films.index",
         "make nothing",
         "pip install 'avcl-jax[nothing]'",

@@ -142,7 +142,7 @@ class Demo:
 def demo(tmp_path_factory) -> Demo:
     made = Demo(tmp_path_factory.mktemp("demo"))
     out = made.directory / "foley"
-    small.run(["demo", f"--out={out}", *FEW_VIDEOS], module="data_prep")
+    small.run(["demo", f"--out={out}", *FEW_VIDEOS], module="avcl_jax.data_prep")
     return made
 
 
@@ -154,15 +154,15 @@ def files(directory: Path) -> dict[Path, int]:
 
 def config_of(name: str) -> Any:
     file, _, preset = name.partition(":")
-    module = importlib.import_module(f"configs.{file.removesuffix('.py')}")
+    module = importlib.import_module(f"avcl_jax.configs.{file.removesuffix('.py')}")
     return module.get_config(*([preset] if preset else []))
 
 
 def test_every_config_and_every_task_has_a_command_here():
     configs = {
         path.name
-        for path in (small.ROOT / "configs").glob("*.py")
-        if hasattr(importlib.import_module(f"configs.{path.stem}"), "get_config")
+        for path in (small.ROOT / "avcl_jax/configs").glob("*.py")
+        if hasattr(importlib.import_module(f"avcl_jax.configs.{path.stem}"), "get_config")
     }
     assert configs == {name.partition(":")[0] for name in COMMANDS} | NOT_OF_THE_DEMO
     for name in (*COMMANDS, *NOT_OF_THE_DEMO):

@@ -13,6 +13,8 @@ import pytest
 import safetensors.numpy
 
 from avcl_jax import experiment
+from avcl_jax.configs import export as export_config
+from avcl_jax.configs import import_weights as import_config
 from avcl_jax.data.preprocessing import VideoPreprocessing
 from avcl_jax.errors import UserError
 from avcl_jax.export import export_encoder, load_encoder
@@ -26,8 +28,6 @@ from avcl_jax.export.torch_weights import (
 )
 from avcl_jax.models.encoders import create_encoder
 from avcl_jax.models.video_resnet import VideoResNet
-from configs import export as export_config
-from configs import import_weights as import_config
 
 # Names and shapes of the state dicts of AVID-CMA's and GDT's whole models, written by
 # tests/models/testdata/make_state_dict_shapes.py.

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from avcl_jax import experiment
+from avcl_jax.configs import fingerprint, pretrain
 from avcl_jax.data.records import RecordDataset, RecordError
 from avcl_jax.paths import PathError, absolute_path, local_path
-from configs import fingerprint, pretrain
 
 
 @pytest.fixture

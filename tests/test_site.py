@@ -38,7 +38,9 @@ def _leaves(entries: list) -> list[str]:
 def test_every_page_is_in_the_navigation_once(stage_site) -> None:
     config = yaml.load((ROOT / "mkdocs.yml").read_text(), _Loader)
     leaves = _leaves(config["nav"])
-    assert sorted(leaves) == sorted([*stage_site.pages().values(), "source/configs/index.md"])
+    assert sorted(leaves) == sorted(
+        [*stage_site.pages().values(), "source/avcl_jax/configs/index.md"]
+    )
 
 
 def test_names_of_the_reference_are_defined() -> None:
@@ -61,7 +63,7 @@ def test_names_of_the_reference_are_defined() -> None:
 
 
 def test_links_of_all_pages_lead_to_files(stage_site) -> None:
-    assert ROOT / "configs/datasets.py" in stage_site.linked_files()
+    assert ROOT / "avcl_jax/configs/datasets.py" in stage_site.linked_files()
 
 
 def test_links_follow_the_pages_and_code_stays(stage_site, tmp_path, monkeypatch) -> None:

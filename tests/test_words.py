@@ -21,9 +21,9 @@ ROOMS = (
     "avcl_jax/models",
     "avcl_jax/objectives",
     "avcl_jax/training",
+    "avcl_jax/configs",
+    "avcl_jax/data_prep",
     "benchmarks",
-    "configs",
-    "data_prep",
     *(
         f"avcl_jax/{name}.py"
         for name in ("batched", "config_file", "errors", "experiment", "main", "paths")

@@ -58,7 +58,7 @@ def _read_text(path: epath.Path) -> str:
         if not directory.is_dir():
             problem = "is a file, not a directory" if directory.exists() else "does not exist"
         raise RecordError(
-            f"{directory} {problem}: give the --out of `python -m data_prep prepare`, and run that "
+            f"{directory} {problem}: give the --out of `avcl-data prepare`, and run that "
             "again if it was interrupted"
         ) from None
 
@@ -75,8 +75,7 @@ def _read_labels(directory: epath.Path) -> dict[str, bool]:
     features = _read_json(directory / "features.json").get("featuresDict", {}).get("features", {})
     if missing := lacking(features):
         raise RecordError(
-            f"{directory} has no feature {', '.join(missing)}: not a data set of "
-            "`python -m data_prep`"
+            f"{directory} has no feature {', '.join(missing)}: not a data set of `avcl-data`"
         )
     return {
         name.removeprefix(LABEL_PREFIX): feature["pythonClassName"].endswith(".Sequence")

@@ -218,10 +218,10 @@ def to_tensors(batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 
 def seconds_of_steps(*, steps: int, compiled: bool) -> list[float]:
     """Seconds of each of `steps` steps of the demo with its bank in use."""
+    from avcl_jax.configs import pretrain
     from benchmarks.batches import random_batch
     from benchmarks.measure import seconds_of_each
     from benchmarks.steps import WARM_UP_STEPS
-    from configs import pretrain
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)

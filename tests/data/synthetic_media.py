@@ -11,8 +11,8 @@ import numpy as np
 import simplejpeg
 
 from avcl_jax.data.record_format import Record
-from data_prep.clip import ClipOptions
-from data_prep.manifest import Entry
+from avcl_jax.data_prep.clip import ClipOptions
+from avcl_jax.data_prep.manifest import Entry
 
 OPTIONS = ClipOptions(
     short_side=64,

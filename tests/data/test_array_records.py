@@ -15,7 +15,7 @@ import pytest
 
 from avcl_jax.data.images import decode_jpegs
 from avcl_jax.data.records import Record, RecordDataset, RecordError
-from data_prep.__main__ import main
+from avcl_jax.data_prep.__main__ import main
 from tests.data.synthetic_records import write_shard
 from tests.data.test_records import SHARDS, assert_same, make_record, write_dataset
 

@@ -14,6 +14,7 @@ import pytest
 import simplejpeg
 
 from avcl_jax import experiment
+from avcl_jax.configs import pretrain
 from avcl_jax.data import media
 from avcl_jax.data.media import MediaError
 from avcl_jax.data.mono import channel_energies, choose_weights
@@ -21,9 +22,8 @@ from avcl_jax.data.pipeline import train_batches
 from avcl_jax.data.record_format import Record
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import UsableRecords
-from configs import pretrain
-from data_prep.__main__ import main as data_prep
-from data_prep.clip import REASONS, ClipOptions, prepare_clip
+from avcl_jax.data_prep.__main__ import main as data_prep
+from avcl_jax.data_prep.clip import REASONS, ClipOptions, prepare_clip
 from tests.data.synthetic_media import (
     OPTIONS,
     SOUND_RATE,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from avcl_jax import experiment
+from avcl_jax.configs import pretrain
 from avcl_jax.data.clips import AudioClipSpec, ClipRecords, VideoClipSpec
 from avcl_jax.data.images import CropSpec
 from avcl_jax.data.record_format import is_silent, peak
@@ -17,7 +18,6 @@ from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection, SelectionError, UsableRecords, single_classes
 from avcl_jax.data.spectrogram import LogMelSpec
 from avcl_jax.data.views import ViewSpec
-from configs import pretrain
 from tests.data.synthetic_records import make_record, write_records
 from tests.evaluation.conftest import RATE, small_record, sound_record
 from tests.evaluation.conftest import write_records as write_splits

@@ -16,7 +16,7 @@ from avcl_jax.data.rendering import RenderSpec
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.data.spectrogram import LogMelSpec
 from avcl_jax.data.views import ViewSpec
-from data_prep.__main__ import main as data_prep
+from avcl_jax.data_prep.__main__ import main as data_prep
 
 FPS, RATE, SECONDS = 16, 48_000, 12
 SPEC = RenderSpec(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.manifest import Entry, Manifest
+from avcl_jax.data_prep.manifest import Entry, Manifest
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 LISTS = SHARED / "annotations"
@@ -17,8 +17,8 @@ needs_lists = pytest.mark.skipif(not LISTS.exists(), reason=f"no official lists 
 
 
 def read(collection: str, *arguments: object) -> Manifest:
-    """Returns what `python -m data_prep COLLECTION ARGUMENTS` would prepare."""
-    module = importlib.import_module(f"data_prep.collections.{collection}")
+    """Returns what `avcl-data COLLECTION ARGUMENTS` would prepare."""
+    module = importlib.import_module(f"avcl_jax.data_prep.collections.{collection}")
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
     return module.read(parser.parse_args(list(map(str, arguments))))

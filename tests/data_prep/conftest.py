@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from data_prep import publish
-from data_prep.__main__ import main
+from avcl_jax.data_prep import publish
+from avcl_jax.data_prep.__main__ import main
 from tests.data.synthetic_media import write_clip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.manifest import Manifest, PrepareError
+from avcl_jax.data_prep.manifest import Manifest, PrepareError
 from tests.data_prep.collection_files import LISTS, SHARED, by_id, needs_lists, read, touch, write
 
 ESC = "filename,fold,target,category,esc10,src_file,take\n"

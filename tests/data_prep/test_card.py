@@ -10,8 +10,8 @@ import pytest
 
 from avcl_jax.data.record_writer import write_dataset_metadata
 from avcl_jax.data.records import Record, RecordDataset, shard_name
-from data_prep.__main__ import main
-from data_prep.card import describe
+from avcl_jax.data_prep.__main__ import main
+from avcl_jax.data_prep.card import describe
 from tests.data.synthetic_records import write_shard
 from tests.data.test_records import make_record
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import simplejpeg
 
+from avcl_jax.configs import cross_modal, evaluate, pretrain
 from avcl_jax.data import media
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
-from configs import cross_modal, evaluate, pretrain
-from data_prep.__main__ import main
+from avcl_jax.data_prep.__main__ import main
 from tests.data.synthetic_media import write_clip
 from tests.data_prep.collection_files import SHARED, read, write
 
@@ -136,7 +136,7 @@ def test_every_collection_is_a_command_with_its_own_summary(capsys, monkeypatch)
     names = {"prepare": "folder_or_table", "sequence-examples": "sequence_examples"}
     names |= {n: n for n in ("kinetics", "vggsound", "audioset", "ucf101", "hmdb51", "esc50")}
     for name, module_name in (names | {"tfds": "tfds"}).items():
-        module = importlib.import_module(f"data_prep.collections.{module_name}")
+        module = importlib.import_module(f"avcl_jax.data_prep.collections.{module_name}")
         assert f" {name} {module.__doc__.splitlines()[0]} " in text
     for helper in ("lists", "listed-clips", "example-files", "tfds-features", "folder-or-table"):
         with pytest.raises(SystemExit):
@@ -162,7 +162,7 @@ def test_help_says_where_the_lists_come_from(collection, source, capsys):
     assert "Nothing is downloaded." in text
     assert source in text
     # Tables of layouts stay tables.
-    module = importlib.import_module(f"data_prep.collections.{collection}")
+    module = importlib.import_module(f"avcl_jax.data_prep.collections.{collection}")
     tables = [part for part in module.__doc__.split("\n\n") if part.startswith("  ")]
     assert tables
     assert all(f"\n{table}\n" in text for table in tables)

@@ -21,8 +21,8 @@ import simplejpeg
 from avcl_jax.data.media import probe
 from avcl_jax.data.record_format import Record
 from avcl_jax.data.records import RecordDataset
-from data_prep.__main__ import main
-from data_prep.clip import prepare_clip
+from avcl_jax.data_prep.__main__ import main
+from avcl_jax.data_prep.clip import prepare_clip
 from tests.data.synthetic_media import (
     OPTIONS,
     entry,

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from avcl_jax.data.records import RecordDataset
-from data_prep.__main__ import main
-from data_prep.clip import Cut, parse_cut, pieces
-from data_prep.manifest import Entry, PrepareError
+from avcl_jax.data_prep.__main__ import main
+from avcl_jax.data_prep.clip import Cut, parse_cut, pieces
+from avcl_jax.data_prep.manifest import Entry, PrepareError
 from tests.data.synthetic_media import write_clip
 from tests.data_prep.conftest import listed
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.manifest import PrepareError
+from avcl_jax.data_prep.manifest import PrepareError
 from tests.data_prep.collection_files import read, write
 
 

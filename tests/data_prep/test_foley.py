@@ -16,11 +16,11 @@ from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from data_prep.__main__ import main
-from data_prep.foley import command
-from data_prep.foley.audio import render_audio
-from data_prep.foley.material import draw_response
-from data_prep.foley.scene import (
+from avcl_jax.data_prep.__main__ import main
+from avcl_jax.data_prep.foley import command
+from avcl_jax.data_prep.foley.audio import render_audio
+from avcl_jax.data_prep.foley.material import draw_response
+from avcl_jax.data_prep.foley.scene import (
     DECAY_SECONDS,
     MATERIALS,
     MOTIONS,
@@ -30,7 +30,7 @@ from data_prep.foley.scene import (
     classes_of,
     draw_scene,
 )
-from data_prep.foley.video import marks, render_video
+from avcl_jax.data_prep.foley.video import marks, render_video
 
 COUNTS = {"train": 3, "test": 2, "null_train": 3, "null_test": 1}
 

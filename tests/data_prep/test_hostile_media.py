@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from avcl_jax.data.records import RecordDataset
-from data_prep.__main__ import main
-from data_prep.clip import REASONS
+from avcl_jax.data_prep.__main__ import main
+from avcl_jax.data_prep.clip import REASONS
 from tests.data.test_media import REAL, needs_real
 from tests.data_prep.conftest import listed
 from tests.data_prep.mutations import MUTATIONS
@@ -79,7 +79,7 @@ def test_500_mutated_real_files_are_prepared_or_rejected(tmp_path: Path) -> None
     def run(arguments: list[str]) -> int:
         # In a process of its own, whose children are the workers alone.
         code = (
-            "import resource, sys; from data_prep.__main__ import main;"
+            "import resource, sys; from avcl_jax.data_prep.__main__ import main;"
             "status = main(sys.argv[1:]);"
             "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(status)"
         )

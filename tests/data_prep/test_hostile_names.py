@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from avcl_jax.data.records import RecordDataset
-from data_prep.__main__ import main
+from avcl_jax.data_prep.__main__ import main
 from tests.data_prep.conftest import listed
 
 IDS = (

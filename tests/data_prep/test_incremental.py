@@ -14,12 +14,12 @@ import pytest
 from etils import epath
 
 from avcl_jax.data.records import RecordDataset
-from data_prep import publish, shards
-from data_prep.__main__ import main
-from data_prep.clip import REASONS
-from data_prep.publish import read_earlier
-from data_prep.shards import plan_parts, prepare_part
-from data_prep.source_files import find_duplicates
+from avcl_jax.data_prep import publish, shards
+from avcl_jax.data_prep.__main__ import main
+from avcl_jax.data_prep.clip import REASONS
+from avcl_jax.data_prep.publish import read_earlier
+from avcl_jax.data_prep.shards import plan_parts, prepare_part
+from avcl_jax.data_prep.source_files import find_duplicates
 from tests.data.synthetic_media import write_clip
 from tests.data_prep.collection_files import read
 from tests.data_prep.conftest import files, prepare

@@ -23,8 +23,8 @@ import pytest
 from etils import epath
 
 from avcl_jax.data.records import RecordDataset, RecordError
-from data_prep import publish
-from data_prep.__main__ import main
+from avcl_jax.data_prep import publish
+from avcl_jax.data_prep.__main__ import main
 from tests.data.synthetic_media import write_clip
 from tests.data_prep.conftest import files, listed, only_error, prepare
 
@@ -313,7 +313,7 @@ def test_a_disk_that_fills_up(folder: Path, tmp_path: Path) -> None:
     """A limit on file size stands for it: both are an OSError in the middle of a write."""
     out = tmp_path / "out"
     done = subprocess.run(
-        [sys.executable, "-m", "data_prep", "prepare", str(folder), "--out", str(out)],
+        [sys.executable, "-m", "avcl_jax.data_prep", "prepare", str(folder), "--out", str(out)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -331,7 +331,7 @@ def test_a_disk_that_fills_up(folder: Path, tmp_path: Path) -> None:
 def test_a_full_disk_says_so(tmp_path: Path) -> None:
     import errno
 
-    from data_prep.pool import describe_os_error
+    from avcl_jax.data_prep.pool import describe_os_error
 
     message = describe_os_error(OSError(errno.ENOSPC, "No space left on device"), tmp_path)
     assert message.startswith("the disk is full: free some space")
@@ -349,7 +349,15 @@ def twelve(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(folder: Path, out: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "data_prep", "prepare", str(folder), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "avcl_jax.data_prep",
+        "prepare",
+        str(folder),
+        "--out",
+        str(out),
+    ]
     return subprocess.Popen(
         [*command, "--shard-size=2", "--workers=2"],
         cwd=ROOT,

@@ -17,8 +17,8 @@ from etils import epath
 from avcl_jax.data import record_files
 from avcl_jax.data.record_format import Record, message_class
 from avcl_jax.data.records import RecordDataset
-from data_prep.__main__ import main
-from data_prep.footage import Samples, mix_to_mono
+from avcl_jax.data_prep.__main__ import main
+from avcl_jax.data_prep.footage import Samples, mix_to_mono
 from tests.data_prep.conftest import listed, only_error
 
 DATA = Path(__file__).parent / "testdata"
@@ -513,9 +513,9 @@ def test_only_a_changed_shard_is_prepared_again(tmp_path, expected, capsys):
 
 
 def test_an_entry_names_all_that_decides_its_record(tmp_path: Path) -> None:
-    from data_prep.collections.sequence_examples import SequenceLayout
-    from data_prep.manifest import Entry, ExamplePlace
-    from data_prep.shards import entry_plan
+    from avcl_jax.data_prep.collections.sequence_examples import SequenceLayout
+    from avcl_jax.data_prep.manifest import Entry, ExamplePlace
+    from avcl_jax.data_prep.shards import entry_plan
     from tests.data.test_media import OPTIONS
 
     layout = SequenceLayout("image/encoded", None, 10.0, None, None)

@@ -23,8 +23,8 @@ import pytest
 
 from avcl_jax.data.media import MediaError, decode_frames
 from avcl_jax.data.record_index import load_table
-from data_prep.__main__ import main
-from data_prep.clip import NOTES, REASONS
+from avcl_jax.data_prep.__main__ import main
+from avcl_jax.data_prep.clip import NOTES, REASONS
 from tests.data.synthetic_media import write_channels, write_clip, write_stretches
 from tests.data_prep.conftest import listed
 from tests.data_prep.test_prepare import signal_workers, when_reached
@@ -206,9 +206,9 @@ import resource, sys
 from pathlib import Path
 from etils import epath
 from avcl_jax.data.record_format import message_class
-from data_prep.clip import ClipOptions
-from data_prep.manifest import Entry
-from data_prep.shards import Part, prepare_part
+from avcl_jax.data_prep.clip import ClipOptions
+from avcl_jax.data_prep.manifest import Entry
+from avcl_jax.data_prep.shards import Part, prepare_part
 
 def prepare(number, entries):
     options = ClipOptions(32, None, 90, 16000, 0.0, 60.0, 16, (), "tfrecord")

@@ -15,8 +15,8 @@ from avcl_jax.data.pipeline import train_batches
 from avcl_jax.data.record_format import message_class, parse_record, serialize_record
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import UsableRecords
-from data_prep.__main__ import main
-from data_prep.clip import is_still
+from avcl_jax.data_prep.__main__ import main
+from avcl_jax.data_prep.clip import is_still
 from tests.data.synthetic_media import click_waveform
 from tests.data.test_records import assert_same, make_record
 from tests.data.test_synchrony import SPEC

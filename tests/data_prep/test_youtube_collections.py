@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.manifest import Missing, PrepareError
+from avcl_jax.data_prep.manifest import Missing, PrepareError
 from tests.data_prep.collection_files import LISTS, found, needs_lists, read, touch, write
 
 KINETICS = "label,youtube_id,time_start,time_end,split\n"

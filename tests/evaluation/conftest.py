@@ -13,13 +13,13 @@ import simplejpeg
 from etils import epath
 
 from avcl_jax import experiment
+from avcl_jax.configs import evaluate as evaluate_config
+from avcl_jax.configs import pretrain
 from avcl_jax.data.record_writer import write_dataset_metadata
 from avcl_jax.data.records import Record, RecordDataset, shard_name
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.training import loop
 from avcl_jax.training.checkpoint import Progress, open_checkpoints, save
-from configs import evaluate as evaluate_config
-from configs import pretrain
 from tests.data.synthetic_records import write_shard
 
 RATE, FPS, SIDE, SECONDS = 4000, 16, 16, 3.0

@@ -16,9 +16,9 @@ import ml_collections
 import numpy as np
 
 from avcl_jax import experiment
+from avcl_jax.configs import finetune
 from avcl_jax.data.records import Record
 from avcl_jax.export import Encoder, export_encoder
-from configs import finetune
 from tests.evaluation.conftest import FPS, record_of, write_records
 from tests.training.small import small_config
 

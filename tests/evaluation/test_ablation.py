@@ -9,12 +9,12 @@ import pytest
 from scipy import stats
 
 from avcl_jax import experiment
+from avcl_jax.configs import ablation as ablation_config
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation import ablation
 from avcl_jax.evaluation.ablation import effect, effects, variant_config, variants_of
 from avcl_jax.evaluation.evaluate import PROTOCOL, evaluate
 from avcl_jax.training.loop import pretrain
-from configs import ablation as ablation_config
 from tests.evaluation.conftest import small_config, small_evaluation
 
 

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+from avcl_jax.configs import pretrain
 from avcl_jax.evaluation.charts import (
     bar_chart,
     interval_chart,
@@ -17,7 +18,6 @@ from avcl_jax.evaluation.charts import (
 )
 from avcl_jax.evaluation.page import STYLE
 from avcl_jax.training.loop import bank_start
-from configs import pretrain
 
 
 def _rows(steps: int = 8) -> list[dict]:

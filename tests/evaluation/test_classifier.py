@@ -15,6 +15,7 @@ from etils import epath
 from scipy.special import softmax
 
 from avcl_jax import experiment
+from avcl_jax.configs import finetune, pretrain
 from avcl_jax.data.clips import ClipRecords, VideoClipSpec
 from avcl_jax.data.images import CropSpec
 from avcl_jax.data.records import RecordDataset
@@ -34,7 +35,6 @@ from avcl_jax.evaluation.finetune import clip_spec, optimizer_of, protocol_of
 from avcl_jax.export import Encoder
 from avcl_jax.models.encoders import create_encoder
 from avcl_jax.training.sharding import create_mesh
-from configs import finetune, pretrain
 from tests.evaluation.labelled import make_encoders, toy_config, write_labelled
 
 

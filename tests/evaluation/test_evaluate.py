@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from avcl_jax import experiment
+from avcl_jax.configs import evaluate as evaluate_config
+from avcl_jax.configs import export, linear_probe
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.classification import run_linear_probe
@@ -20,8 +22,6 @@ from avcl_jax.evaluation.protocol import OUTCOMES, read_outcomes
 from avcl_jax.export import load_encoder
 from avcl_jax.export.runs import config_of_run, export_run
 from avcl_jax.objectives.temporal import TASKS
-from configs import evaluate as evaluate_config
-from configs import export, linear_probe
 from tests.evaluation.conftest import small_config, small_evaluation, untrained_run
 
 

@@ -16,6 +16,7 @@ from sklearn.metrics import (
 )
 from sklearn.svm import SVC, LinearSVC
 
+from avcl_jax.configs import linear_probe as config_file
 from avcl_jax.data.clips import ClipRecords, VideoClipSpec
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection
@@ -24,7 +25,6 @@ from avcl_jax.evaluation.classification import class_results, run_linear_probe
 from avcl_jax.evaluation.protocol import OUTCOMES, estimate, read_outcomes
 from avcl_jax.evaluation.splits import Split
 from avcl_jax.export.runs import EncoderSource
-from configs import linear_probe as config_file
 from tests.evaluation.conftest import FOLD_CLASSES, sound_record, write_records
 from tests.evaluation.labelled import write_labelled
 

@@ -13,11 +13,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 
+from avcl_jax.configs import evaluate as evaluate_config
 from avcl_jax.evaluation.evaluate import measure_probe, trivial_statistics
 from avcl_jax.evaluation.linear import check_sources, fit_probe, held_out_groups
 from avcl_jax.evaluation.protocol import point_values
 from avcl_jax.evaluation.statistics import gap_closed
-from configs import evaluate as evaluate_config
 
 FIT = {"classifier": "logistic", "classes": 3, "iterations": 300, "tolerance": 1e-6}
 COSTS = (1e-3, 1e-1, 10.0)

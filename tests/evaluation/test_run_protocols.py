@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from avcl_jax import experiment
+from avcl_jax.configs import cross_modal, temporal
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.protocol import OUTCOMES, read_outcomes
 from avcl_jax.evaluation.retrieval import audio_video_retrieval
@@ -18,7 +19,6 @@ from avcl_jax.export import ExportError
 from avcl_jax.export.runs import load_run, open_encoders
 from avcl_jax.objectives.temporal import TASKS
 from avcl_jax.training.checkpoint import Progress, open_checkpoints, save
-from configs import cross_modal, temporal
 from tests.evaluation.conftest import CLASS_NAMES, small_record, write_records
 
 both_protocols = pytest.mark.parametrize("protocol", [audio_video_retrieval, temporal_tasks])

@@ -11,6 +11,8 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from avcl_jax.configs import cross_modal, linear_probe, retrieval, temporal
+from avcl_jax.configs import finetune as finetune_config
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation import driver, splits
@@ -22,8 +24,6 @@ from avcl_jax.evaluation.temporal import temporal_tasks
 from avcl_jax.export import ExportError
 from avcl_jax.export.runs import EncoderSource, open_encoders, random_like
 from avcl_jax.training.checkpoint import Progress, open_checkpoints, save
-from configs import cross_modal, linear_probe, retrieval, temporal
-from configs import finetune as finetune_config
 from tests.evaluation.labelled import write_encoders
 
 NAMES = ["1", "2", "3"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
+from avcl_jax.configs import retrieval as config_file
 from avcl_jax.data.images import decode_jpegs
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import SelectionError
@@ -15,7 +16,6 @@ from avcl_jax.errors import UserError
 from avcl_jax.evaluation.protocol import OUTCOMES, read_outcomes
 from avcl_jax.evaluation.retrieval import video_retrieval
 from avcl_jax.export.runs import open_encoders
-from configs import retrieval as config_file
 from tests.evaluation.conftest import CLASS_NAMES, small_record, write_records
 
 

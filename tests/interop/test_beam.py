@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.__main__ import main
+from avcl_jax.data_prep.__main__ import main
 from tests.data.synthetic_media import write_clip
 
 pytestmark = pytest.mark.interop

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from avcl_jax.data.records import RecordDataset, RecordError
-from data_prep import shards
-from data_prep.__main__ import main
+from avcl_jax.data_prep import shards
+from avcl_jax.data_prep.__main__ import main
 from tests.data.synthetic_media import write_clip
 
 pytestmark = pytest.mark.interop
@@ -121,7 +121,8 @@ def test_record_files_in_a_store_are_read_in_place(
     monkeypatch.setattr(shards, "local_file", refuse)
     parts: list[shards.Part] = []
     monkeypatch.setattr(
-        "data_prep.prepare.Pool.run", lambda pool, todo: parts.extend(todo) or run_here(todo)
+        "avcl_jax.data_prep.prepare.Pool.run",
+        lambda pool, todo: parts.extend(todo) or run_here(todo),
     )
     for out, source in (("remote", f"{bucket}/tiny"), ("local", str(tiny))):
         assert main(["tfds", source, f"--out={tmp_path / out}", "--fps=10"]) == 0

@@ -9,8 +9,8 @@ import av
 import numpy as np
 import pytest
 
-from data_prep.clip import parse_cut, pieces
-from data_prep.manifest import Entry
+from avcl_jax.data_prep.clip import parse_cut, pieces
+from avcl_jax.data_prep.manifest import Entry
 
 pytestmark = pytest.mark.interop
 pytest.importorskip("scenedetect", reason="PySceneDetect is not installed")

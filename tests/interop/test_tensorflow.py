@@ -11,7 +11,7 @@ from avcl_jax.data.images import decode_jpegs
 from avcl_jax.data.record_files import FILE_FORMATS
 from avcl_jax.data.record_writer import write_dataset_metadata
 from avcl_jax.data.records import Record, RecordDataset, shard_name
-from data_prep.__main__ import main
+from avcl_jax.data_prep.__main__ import main
 from tests.data.synthetic_records import write_shard
 from tests.data.test_records import make_record
 

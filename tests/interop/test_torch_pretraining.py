@@ -12,6 +12,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from avcl_jax import experiment
+from avcl_jax.configs import pretrain
 from avcl_jax.data import augment
 from avcl_jax.objectives import bank_sampling
 from avcl_jax.objectives.bank_rows import BankRows, RowNumbers, presence_bits
@@ -21,7 +22,6 @@ from avcl_jax.training import loop
 from avcl_jax.training.objective import CONTRASTIVE_TERMS
 from avcl_jax.training.optimizer import create_optimizer, warmup_cosine
 from benchmarks.batches import random_batch
-from configs import pretrain
 
 pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (requirements-interop.txt)")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from avcl_jax import experiment
+from avcl_jax.configs import pretrain
 from avcl_jax.data.pipeline import batch_shapes
 from avcl_jax.errors import UserError
 from avcl_jax.models import encoders
@@ -18,7 +19,6 @@ from avcl_jax.models.encoders import create_encoder, published_name
 from avcl_jax.models.s3d import S3D
 from avcl_jax.models.transformers import AudioTransformer, VideoTransformer
 from avcl_jax.models.video_resnet import VideoResNet
-from configs import pretrain
 
 # Running a network once takes less time than optimising its machine code.
 QUICK = {"xla_backend_optimization_level": 0}

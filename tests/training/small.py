@@ -15,7 +15,7 @@ import ml_collections
 from absl.testing import flagsaver
 
 from avcl_jax import main
-from configs import pretrain
+from avcl_jax.configs import pretrain
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -286,7 +286,7 @@ def test_the_batch_that_is_named_for_three_videos_trains_on_them(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "overrides", "message"),
     [
-        ("missing", {}, "does not exist: give the --out of `python -m data_prep prepare`"),
+        ("missing", {}, "does not exist: give the --out of `avcl-data prepare`"),
         ("file", {}, "is a file, not a directory: give the --out"),
         ("empty", {}, "is not a finished data set (dataset_info.json is missing): give the --out"),
         ("no_audio", {}, "has audio on which a view fits: set --config.modalities=video"),

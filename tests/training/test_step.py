@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from avcl_jax import experiment
+from avcl_jax.configs import pretrain
 from avcl_jax.data.pipeline import batch_shapes, to_device_batch, train_batches
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import UsableRecords
@@ -25,7 +26,6 @@ from avcl_jax.training.inputs import prepare_inputs
 from avcl_jax.training.objective import CONTRASTIVE_TERMS, LossSpec, total_loss
 from avcl_jax.training.state import TrainState
 from benchmarks.batches import random_batch
-from configs import pretrain
 from tests.data.synthetic_records import make_record, write_records
 from tests.training.small import small_config
 

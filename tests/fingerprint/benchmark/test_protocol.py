@@ -16,6 +16,7 @@ import pytest
 import simplejpeg
 from etils import epath
 
+from avcl_jax.configs import fingerprint
 from avcl_jax.data.media import DecodedMedia
 from avcl_jax.data.record_writer import write_dataset_metadata
 from avcl_jax.data.records import RecordDataset, shard_name
@@ -31,7 +32,6 @@ from avcl_jax.fingerprint.settings import FingerprintSettings
 from benchmarks import fingerprint as benchmark
 from benchmarks import measure
 from benchmarks.measure import SkipError
-from configs import fingerprint
 from tests.data.synthetic_media import write_clip
 from tests.data.synthetic_records import make_record, write_shard
 from tests.fingerprint import synthetic
@@ -311,9 +311,9 @@ def test_files_are_cut_into_segments_or_named_with_a_reason(tmp_path):
 def test_clips_of_the_preset_are_not_the_demos(tmp_path):
     data = fingerprint.get_config("foley").data
     few = data.prepare.replace("--test=400", "--test=2").split("foley_fingerprint ")[1].split()
-    run(["demo", f"--out={tmp_path / 'other'}", *few, "--workers=1"], module="data_prep")
+    run(["demo", f"--out={tmp_path / 'other'}", *few, "--workers=1"], module="avcl_jax.data_prep")
     options = ("--train=2", "--test=2", "--null=0", "--workers=1")
-    run(["demo", f"--out={tmp_path / 'demo'}", *options], module="data_prep")
+    run(["demo", f"--out={tmp_path / 'demo'}", *options], module="avcl_jax.data_prep")
     made = RecordDataset(tmp_path / "other" / "records", data.split)
     audio = {made[n].waveform.tobytes() for n in range(2)}
     for split in ("train", "test"):

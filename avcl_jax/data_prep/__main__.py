@@ -1,0 +1,92 @@
+"""`avcl-data COMMAND`: collections of media to records, and the demo's media files.
+
+Nothing is downloaded: each collection's `--help` names the source of its lists.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from avcl_jax.errors import UserError, one_line
+
+_OTHER_COMMANDS = {
+    "inspect": ("card", "show the content of a prepared data set"),
+    "foley": ("foley.command", "write the demo's media files"),
+    "demo": ("demo", "the demo's media files and their records"),
+}
+
+
+def _commands() -> dict[str, tuple[str, str]]:
+    """Returns module and summary of every command.
+
+    Modules of `collections` with a function `read`, which lists the clips to prepare, are
+    commands with their own name, and the first line of their docstring is the summary. The other
+    commands have a function `run`.
+    """
+    commands = {}
+    for path in sorted(Path(__file__).parent.glob("collections/*.py")):
+        module = ast.parse(path.read_text())
+        if any(isinstance(node, ast.FunctionDef) and node.name == "read" for node in module.body):
+            summary = (ast.get_docstring(module) or "").partition("\n")[0]
+            commands[path.stem.replace("_", "-")] = (f"collections.{path.stem}", summary)
+    return {"prepare": commands.pop("folder-or-table"), **commands, **_OTHER_COMMANDS}
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Prints defaults that are not empty, and leaves descriptions as they are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        silent = ("", False, argparse.SUPPRESS)
+        visible = isinstance(action.default, (str, int, float)) and action.default not in silent
+        return f"{text} (default: %(default)s)" if visible and action.option_strings else text
+
+
+class _Parser(argparse.ArgumentParser):
+    """States errors in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status, 1 after a line that states the error.
+
+    Raises SystemExit(2) if the command line is wrong.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _Parser(prog="avcl-data", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module_name, summary) in _commands().items():
+        command = commands.add_parser(
+            name, help=summary, description=summary, formatter_class=_Help
+        )
+        # Only the command that runs is imported: their dependencies differ.
+        if not arguments or arguments[0] != name:
+            continue
+        module = importlib.import_module(f"avcl_jax.data_prep.{module_name}")
+        module.add_arguments(command)
+        if hasattr(module, "read"):
+            from avcl_jax.data_prep import prepare
+
+            command.description = module.__doc__
+            prepare.add_arguments(command)
+            # Files of the command `prepare` have no name of their own.
+            if name != "prepare":
+                command.set_defaults(name=name.replace("-", "_"))
+    args = parser.parse_args(arguments)
+    try:
+        return prepare.run(args, module.read) if hasattr(module, "read") else module.run(args)
+    except (UserError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
