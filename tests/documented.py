@@ -92,7 +92,7 @@ def inline_commands() -> Iterator[tuple[str, str]]:
         prose = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
         for text in re.findall(r"`([^`]+)`", prose):
             command = " ".join(text.split())
-            if re.match(r"(python -m|avcl-fingerprint|make) \w", command) and "…" not in command:
+            if re.match(r"(python -m|avcl-\w+|make) \w", command) and "…" not in command:
                 yield str(page.relative_to(ROOT)), command
 
 
