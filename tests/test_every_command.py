@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from avcl_jax import main
-from avcl_jax.evaluation.page import text
+from avcl_jax.page import text
 from tests.training import small
 
 FEW_VIDEOS = ("--train=24", "--test=12", "--null=4", "--workers=2")

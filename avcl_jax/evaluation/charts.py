@@ -19,8 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from avcl_jax.evaluation.page import as_text, section, text
 from avcl_jax.objectives.temporal import TASKS
+from avcl_jax.page import as_text, section, text
 
 # Curves: label -> (steps [n], values [n]).
 Series = Mapping[str, tuple[np.ndarray, np.ndarray]]

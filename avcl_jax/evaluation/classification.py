@@ -18,10 +18,10 @@ from avcl_jax.errors import UserError
 from avcl_jax.evaluation.driver import Context, run_protocol
 from avcl_jax.evaluation.features import classical_record_features, record_features
 from avcl_jax.evaluation.linear import Kind, LinearProbe, fit_probe, held_out_groups, ranked_classes
-from avcl_jax.evaluation.page import as_text, matrices, section, table
 from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol
 from avcl_jax.evaluation.splits import Split, clip_splits
 from avcl_jax.evaluation.statistics import class_mean, compare, top_k_hits
+from avcl_jax.page import as_text, matrices, section, table
 
 _CLASSIFIERS = {
     "logistic": "Multinomial logistic regression, L2, L-BFGS until the gradient is below "

@@ -21,9 +21,9 @@ import numpy as np
 from etils import epath
 
 from avcl_jax.errors import UserError, one_line
-from avcl_jax.evaluation.page import as_text, metric_texts
 from avcl_jax.evaluation.protocol import OUTCOMES, RESULTS, Outcomes, inputs_of, read_outcomes
 from avcl_jax.evaluation.statistics import Comparison, compare, holm
+from avcl_jax.page import as_text, metric_texts
 from avcl_jax.paths import absolute_path
 
 # Keys of a metric in results.json that are needed here.

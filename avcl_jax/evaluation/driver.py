@@ -27,7 +27,6 @@ from etils import epath
 
 from avcl_jax import experiment
 from avcl_jax.errors import UserError
-from avcl_jax.evaluation.page import metric_texts, protocol_page
 from avcl_jax.evaluation.protocol import (
     OUTCOMES,
     REPORT,
@@ -40,6 +39,7 @@ from avcl_jax.evaluation.protocol import (
 )
 from avcl_jax.evaluation.splits import Split, Trial, check_not_trained_on
 from avcl_jax.export.runs import EncoderSource, random_like
+from avcl_jax.page import definitions, metric_texts, page, section, table, text, times_chance
 from avcl_jax.paths import absolute_path, write_bytes
 from avcl_jax.training.metrics import peak_memory_gb
 
@@ -180,7 +180,7 @@ class Context:
             "config": json.loads(experiment.to_json(config)),
             **measured.view,
         }
-        report = protocol_page(self.protocol, measured, results)
+        report = _report(self.protocol, measured, results)
         written = json.dumps(results, indent=2, allow_nan=False)  # may raise: before any file
         self.workdir.mkdir(parents=True, exist_ok=True)
         write_outcomes(self.workdir / OUTCOMES, measured.outcomes)
@@ -262,3 +262,57 @@ def combined(path: str, splits: Sequence[Trial[Any]]) -> EncoderSource:
         step=first.step if all(other.step == first.step for other in others) else None,
         trained_on=None,
     )
+
+
+def _report(protocol: Protocol, measured: Measured, results: Mapping[str, Any]) -> str:
+    """Returns the report of any protocol; `results` are the contents of results.json."""
+    rows, tiles = [], ""
+    for name, metric in results["metrics"].items():
+        value, low, high, chance = metric_texts(metric)
+        # A large rank is a bad one: only shares are multiples of chance.
+        times = times_chance(metric["value"], metric["chance"]) if metric["unit"] == "share" else ""
+        rows.append([metric["what"], value, f"{low} … {high}", chance, times])
+        if measured.metrics[name].headline:
+            what = metric["what"] + (f", {times}\u00a0chance" if times else "")
+            tiles += f'<div class="tile"><b>{value}</b><span>{text(what)}</span></div>'
+    about = {
+        "protocol": f"{protocol.name}, version {protocol.version}",
+        "encoder": results["encoder"]["path"],
+        "encoder fingerprint": results["encoder"]["fingerprint"],
+        **{f"data: {role}": value for role, value in results["data"].items()},
+        "units": f"{results['units']} of {results['sources']} sources",
+        "seed": results["seed"],
+        "took": f"{results['seconds']} s",
+        **measured.about,
+    }
+    steps = "".join(f"<li>{text(s)}</li>" for s in protocol.definition)
+    title = measured.title or protocol.title
+    further = {
+        "Configuration": results["config"],
+        "Versions": results["versions"],
+        "All results": {k: v for k, v in results.items() if k != "config"},
+    }
+    parts = [
+        f"<h1>{text(title)}</h1>",
+        f'<p class="lead">{measured.lead}</p>' if measured.lead else "",
+        f'<div class="tiles">{tiles}</div>',
+        *measured.sections,
+        section(
+            "Metrics",
+            f"With 95 % intervals from {results['config']['bootstrap']['resamples']} bootstrap "
+            "resamples of the sources: they cover other videos of this kind, not another training.",
+            table(["", "value", "interval", "chance", "× chance"], rows),
+        ),
+        section(
+            "Run",
+            "Everything needed to run it again.",
+            definitions(about),
+            f"<details open><summary>Protocol</summary><ul>{steps}</ul></details>",
+            *(
+                f"<details><summary>{name}</summary>"
+                f"<pre>{text(json.dumps(content, indent=2))}</pre></details>"
+                for name, content in further.items()
+            ),
+        ),
+    ]
+    return page(title=title, body="".join(parts))

@@ -25,11 +25,11 @@ from avcl_jax.data.records import RecordDataset, RecordError
 from avcl_jax.data.rendering import RenderSpec, render_views
 from avcl_jax.data.selection import Modality, Selection, UsableRecords
 from avcl_jax.data.views import Timeline, fixed_clips
-from avcl_jax.evaluation.page import as_text, section, text
 from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.bank_rows import RowNumbers, views_of
 from avcl_jax.objectives.feature_bank import FeatureBank
 from avcl_jax.objectives.views import Term
+from avcl_jax.page import as_text, section, text
 from avcl_jax.training.checkpoint import CheckpointError, load_bank, read_progress
 from avcl_jax.training.loop import bank_start, loss_spec
 

@@ -50,11 +50,11 @@ from avcl_jax.evaluation.classifier import (
     predict,
 )
 from avcl_jax.evaluation.driver import Context, run_protocol
-from avcl_jax.evaluation.page import section
 from avcl_jax.evaluation.protocol import Measured, Protocol
 from avcl_jax.evaluation.splits import Split, open_splits
 from avcl_jax.export import Encoder
 from avcl_jax.export.runs import random_like
+from avcl_jax.page import section
 from avcl_jax.training import sharding
 from avcl_jax.training.checkpoint import (
     Progress,

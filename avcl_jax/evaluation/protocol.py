@@ -79,7 +79,7 @@ class Measured:
     Attributes:
         metrics: metrics by their names in results.json.
         details: further results, JSON.
-        sections: HTML sections of the report, made by `evaluation.page`.
+        sections: HTML sections of the report, made by `avcl_jax.page`.
         view: further keys of results.json, next to those of every protocol.
         title: title of the report; that of the protocol if empty.
         lead: first paragraph of the report, HTML.

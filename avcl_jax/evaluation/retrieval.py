@@ -26,10 +26,10 @@ from avcl_jax.data.selection import Modality, UsableRecords
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.driver import Context, run_protocol
 from avcl_jax.evaluation.features import record_features
-from avcl_jax.evaluation.page import section, table
 from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol
 from avcl_jax.evaluation.splits import Trial, clip_splits
 from avcl_jax.evaluation.views import encode, fixed_views, open_run, speed_indices
+from avcl_jax.page import section, table
 
 VIDEO_RETRIEVAL = Protocol(
     name="video_retrieval",

@@ -21,11 +21,11 @@ from avcl_jax.batched import Arrays
 from avcl_jax.data.selection import Modality, UsableRecords
 from avcl_jax.evaluation import charts
 from avcl_jax.evaluation.exhibits import Exhibits, bank_searches, bank_section, open_bank
-from avcl_jax.evaluation.page import as_text, matrices, section, table, text, times_chance
 from avcl_jax.evaluation.protocol import Measured
 from avcl_jax.evaluation.retrieval import DIRECTIONS, nearest
 from avcl_jax.evaluation.views import PretrainedRun
 from avcl_jax.objectives.temporal import TASKS
+from avcl_jax.page import as_text, matrices, section, table, text, times_chance
 from avcl_jax.training.checkpoint import read_progress
 from avcl_jax.training.loop import bank_start
 from avcl_jax.training.metrics import peak_memory_gb

@@ -25,7 +25,6 @@ from avcl_jax.data.views import BACKWARD, FORWARD
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.classifier import fit_classifier
 from avcl_jax.evaluation.driver import Context, run_protocol
-from avcl_jax.evaluation.page import matrices, section
 from avcl_jax.evaluation.protocol import Measured, Metric, Outcomes, Protocol
 from avcl_jax.evaluation.splits import Trial
 from avcl_jax.evaluation.views import (
@@ -37,6 +36,7 @@ from avcl_jax.evaluation.views import (
     random_views,
 )
 from avcl_jax.objectives.temporal import TASKS, temporal_targets
+from avcl_jax.page import matrices, section
 
 PROTOCOL = Protocol(
     name="temporal_tasks",

@@ -16,7 +16,7 @@ from avcl_jax.evaluation.charts import (
     training_charts,
     training_section,
 )
-from avcl_jax.evaluation.page import STYLE
+from avcl_jax.page import STYLE
 from avcl_jax.training.loop import bank_start
 
 

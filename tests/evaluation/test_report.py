@@ -15,8 +15,8 @@ import pytest
 from avcl_jax.data.views import Timeline
 from avcl_jax.evaluation.evaluate import evaluate
 from avcl_jax.evaluation.exhibits import clip_uri
-from avcl_jax.evaluation.page import as_text, times_chance
 from avcl_jax.evaluation.run_report import lead, probe_section, retrieval_section, temporal_section
+from avcl_jax.page import as_text, times_chance
 from tests.evaluation.conftest import small_evaluation, small_record
 
 PROBE = {"random": 0.36, "pretrained": 0.71, "supervised": 0.9, "gap_closed": 0.65, "chance": 0.2}

@@ -12,11 +12,11 @@ import scipy.signal
 from avcl_jax.data.media import DecodedMedia
 from avcl_jax.evaluation.charts import SERIES_COLOURS, bar_chart
 from avcl_jax.evaluation.exhibits import frame_uri, spectrogram_uri
-from avcl_jax.evaluation.page import as_text, section, table, text
 from avcl_jax.fingerprint.benchmark.clips import Query
 from avcl_jax.fingerprint.benchmark.families import FAMILIES
 from avcl_jax.fingerprint.benchmark.outcomes import METRICS, WITH_INTERVALS, Tables
 from avcl_jax.fingerprint.benchmark.searchers import Answer
+from avcl_jax.page import as_text, section, table, text
 
 _STILL_SIDE = 160
 _WINDOW = 512

@@ -1,9 +1,8 @@
-"""The shell of the report: script and small pieces of HTML. Nothing external."""
+"""Reports as one HTML file: style, script and small pieces of HTML. Nothing external."""
 
 from __future__ import annotations
 
 import html
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,9 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from avcl_jax.evaluation.protocol import Measured, Protocol
-
-STYLE = Path(__file__).parents[1].joinpath("style.css").read_text()  # of the index's page too
+STYLE = Path(__file__).with_name("style.css").read_text()  # of the index's page too
 # A click plays the clip in place of its stills; another click brings the stills back.
 SCRIPT = """
 document.addEventListener("click", (event) => {
@@ -118,57 +115,3 @@ def matrices(confusions: Mapping[str, tuple[np.ndarray, Sequence[str]]]) -> str:
             f'<table class="matrix"><tr>{rows}</tr></table></div>'
         )
     return f'<div class="matrices">{shown}</div>'
-
-
-def protocol_page(protocol: Protocol, measured: Measured, results: Mapping[str, Any]) -> str:
-    """Returns the report of any protocol; `results` are the contents of results.json."""
-    rows, tiles = [], ""
-    for name, metric in results["metrics"].items():
-        value, low, high, chance = metric_texts(metric)
-        # A large rank is a bad one: only shares are multiples of chance.
-        times = times_chance(metric["value"], metric["chance"]) if metric["unit"] == "share" else ""
-        rows.append([metric["what"], value, f"{low} … {high}", chance, times])
-        if measured.metrics[name].headline:
-            what = metric["what"] + (f", {times}\u00a0chance" if times else "")
-            tiles += f'<div class="tile"><b>{value}</b><span>{text(what)}</span></div>'
-    about = {
-        "protocol": f"{protocol.name}, version {protocol.version}",
-        "encoder": results["encoder"]["path"],
-        "encoder fingerprint": results["encoder"]["fingerprint"],
-        **{f"data: {role}": value for role, value in results["data"].items()},
-        "units": f"{results['units']} of {results['sources']} sources",
-        "seed": results["seed"],
-        "took": f"{results['seconds']} s",
-        **measured.about,
-    }
-    steps = "".join(f"<li>{text(s)}</li>" for s in protocol.definition)
-    title = measured.title or protocol.title
-    further = {
-        "Configuration": results["config"],
-        "Versions": results["versions"],
-        "All results": {k: v for k, v in results.items() if k != "config"},
-    }
-    parts = [
-        f"<h1>{text(title)}</h1>",
-        f'<p class="lead">{measured.lead}</p>' if measured.lead else "",
-        f'<div class="tiles">{tiles}</div>',
-        *measured.sections,
-        section(
-            "Metrics",
-            f"With 95 % intervals from {results['config']['bootstrap']['resamples']} bootstrap "
-            "resamples of the sources: they cover other videos of this kind, not another training.",
-            table(["", "value", "interval", "chance", "× chance"], rows),
-        ),
-        section(
-            "Run",
-            "Everything needed to run it again.",
-            definitions(about),
-            f"<details open><summary>Protocol</summary><ul>{steps}</ul></details>",
-            *(
-                f"<details><summary>{name}</summary>"
-                f"<pre>{text(json.dumps(content, indent=2))}</pre></details>"
-                for name, content in further.items()
-            ),
-        ),
-    ]
-    return page(title=title, body="".join(parts))
