@@ -7,7 +7,6 @@ before, by `avcl-data`.
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from avcl_jax import config_file
+from avcl_jax.compilation_cache import keep_compiled
 from avcl_jax.errors import UserError, one_line
 from avcl_jax.experiment import (
     check_inputs,
@@ -52,20 +52,6 @@ _PRINT_CONFIG = flags.DEFINE_bool(
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
 
 _A_DAY = 24 * 60 * 60
-
-
-def _keep_compiled(directory: str) -> None:
-    """Keeps compiled programs in `directory` for later starts, unless the environment names one.
-
-    Entries are keyed by program, compiler options, versions and device; on a CPU also by its
-    instruction set, so that machines of different make may share a directory.
-    """
-    if not directory or "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    path = absolute_path(directory)
-    jax.config.update("jax_compilation_cache_dir", str(path))
-    # JAX would keep nothing that compiled in under 1 s. A start has few programs: six of the demo.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _function(task: str) -> Callable[[ml_collections.ConfigDict, epath.Path], object]:
@@ -112,7 +98,7 @@ def main(argv: Sequence[str]) -> None:
         check_inputs(config)
         if not config.name:
             config.name = epath.Path(config.data.directory).name
-        _keep_compiled(config.execution.compilation_cache)
+        keep_compiled(config.execution.compilation_cache)
         workdir = absolute_path(_WORKDIR.value or f"runs/{config.name}")
         function(config, workdir)
     except (UserError, OSError) as error:

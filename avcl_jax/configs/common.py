@@ -5,6 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from avcl_jax import compilation_cache
 from avcl_jax.configs import datasets
 
 # Name → function that returns the preset, or the one that it changes, and changes by setting.
@@ -51,7 +52,7 @@ def execution(**settings: int | str) -> ConfigDict:
     """
     # Compiled programs are kept here for the next start; "" keeps none. Process 0 writes, so hosts
     # of a pod need one that all see: gs://bucket/xla. JAX_COMPILATION_CACHE_DIR goes first.
-    return ConfigDict(settings | {"compilation_cache": "~/.cache/avcl_jax/xla"})
+    return ConfigDict(settings | {"compilation_cache": compilation_cache.DIRECTORY})
 
 
 def protocol(task: str, name: str) -> ConfigDict:

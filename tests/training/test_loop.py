@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from avcl_jax import main
+from avcl_jax.compilation_cache import keep_compiled
 from tests.data.synthetic_records import make_record, write_records
 from tests.training import small
 
@@ -67,14 +67,14 @@ def test_the_environments_cache_goes_before_that_of_the_config(monkeypatch):
     updates = {}
     monkeypatch.setattr(jax.config, "update", updates.__setitem__)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    main._keep_compiled("")
+    keep_compiled("")
     assert not updates
-    main._keep_compiled("~/cache")
+    keep_compiled("~/cache")
     assert updates["jax_compilation_cache_dir"].endswith("/cache")
     assert not updates["jax_compilation_cache_dir"].startswith("~")
     updates.clear()
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
-    main._keep_compiled("~/cache")
+    keep_compiled("~/cache")
     assert not updates
 
 
