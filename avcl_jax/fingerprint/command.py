@@ -11,14 +11,14 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import logging
 from tqdm import tqdm
 
 from avcl_jax.data.media import MediaError, decode_media
+from avcl_jax.data.media_files import media_files
 from avcl_jax.errors import UserError, one_line
 from avcl_jax.export.runs import MODALITIES
 from avcl_jax.fingerprint import serve
@@ -40,12 +40,6 @@ _SCORES = (
     f"hundred, 6 one in a million, {THRESHOLD:g} or more is a match. video, audio: evidence of "
     "each, 0 is chance. Several sources may match, each a part of the clip. Sources that match "
     "equally well, such as copies of one film or films with the same logo, are reported as shared."
-)
-# In folders, where notes and images lie beside the films; a file that is named is always tried.
-_SUFFIXES = (
-    *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts"),
-    *(".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv", ".aac", ".aif", ".aiff", ".flac", ".m4a"),
-    *(".mka", ".mp3", ".oga", ".ogg", ".opus", ".wav", ".weba", ".wma"),
 )
 _LEAST = {"count": 1, "start": 0, "max_waiting": 0}
 _POSITIVE = ("max_seconds", "max_decode_seconds", "max_upload_mb")
@@ -130,7 +124,7 @@ def _add(args: argparse.Namespace) -> int:
         settings = FingerprintSettings(
             speed=args.speed, hop_seconds=args.hop_seconds, kind=args.kind
         )
-    files = list(_media_files(args.videos))
+    files = media_files(args.videos)
     index = (
         FingerprintIndex.create(args.index, args.encoder, settings)
         if new
@@ -147,21 +141,6 @@ def _add(args: argparse.Namespace) -> int:
         f"{index.size}"
     )
     return 1 if report.failed else 0
-
-
-def _media_files(paths: Iterable[Path]) -> Iterator[Path]:
-    """Yields the files that are named, and those in folders, at any depth, by name."""
-    for path in paths:
-        if path.is_dir():
-            every = (p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
-            files = sorted(every)
-            if not files:
-                raise FingerprintError(f"the folder {path} has no media file")
-            yield from files
-        elif path.exists():
-            yield path
-        else:
-            raise FingerprintError(f"{path} does not exist")
 
 
 def _remove(args: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from avcl_jax.data_prep.manifest import Manifest, PrepareError
+from avcl_jax.errors import UserError
 from tests.data_prep.collection_files import LISTS, SHARED, by_id, needs_lists, read, touch, write
 
 ESC = "filename,fold,target,category,esc10,src_file,take\n"
@@ -285,5 +286,5 @@ def test_folds_and_clips_of_esc50(tmp_path: Path) -> None:
         read("esc50", folder)
     path.write_text(good)
     shutil.rmtree(folder / "audio")
-    with pytest.raises(PrepareError, match=r"cannot list the folder .*audio: No such file"):
+    with pytest.raises(UserError, match=r"cannot list the folder .*audio: No such file"):
         read("esc50", folder)

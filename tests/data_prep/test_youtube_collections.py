@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from avcl_jax.data_prep.manifest import Missing, PrepareError
+from avcl_jax.errors import UserError
 from tests.data_prep.collection_files import LISTS, found, needs_lists, read, touch, write
 
 KINETICS = "label,youtube_id,time_start,time_end,split\n"
@@ -356,5 +357,5 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     lists = write(tmp_path / "val.csv", KINETICS + "a,A,0,10,val\n")
     with pytest.raises(PrepareError, match=r"the list .*absent.csv does not exist"):
         read("kinetics", tmp_path, "--lists", tmp_path / "absent.csv")
-    with pytest.raises(PrepareError, match=r"cannot list the folder .*absent: No such file"):
+    with pytest.raises(UserError, match=r"cannot list the folder .*absent: No such file"):
         read("kinetics", tmp_path / "absent", "--lists", lists)

@@ -14,8 +14,8 @@ import pyarrow
 import pyarrow.parquet
 from etils import epath
 
+from avcl_jax.data.media_files import MEDIA_SUFFIXES, walk
 from avcl_jax.data.record_format import LABEL_PREFIX, UNKNOWN_LABEL, ClassNumbers
-from avcl_jax.data_prep.collections.listed_clips import MEDIA_SUFFIXES, walk
 from avcl_jax.data_prep.collections.lists import in_order, open_list, seconds, table_rows
 from avcl_jax.data_prep.manifest import Entry, Manifest, PrepareError
 from avcl_jax.paths import absolute_path, is_remote

@@ -11,54 +11,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import fsspec
 from etils import epath
 
+from avcl_jax.data.media_files import AUDIO_SUFFIXES, MEDIA_SUFFIXES, walk
 from avcl_jax.data.record_format import UNKNOWN_LABEL, ClassNumbers
 from avcl_jax.data_prep.manifest import Entry, Manifest, Missing, PrepareError
-from avcl_jax.paths import absolute_path, is_remote
+from avcl_jax.paths import absolute_path
 
-_VIDEO_SUFFIXES = (
-    *(".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg"),
-    *(".mpg", ".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
-)
-_AUDIO_SUFFIXES = (
-    *(".aac", ".aif", ".aiff", ".flac", ".m4a", ".mka", ".mp3", ".oga", ".ogg", ".opus", ".wav"),
-    *(".weba", ".wma"),
-)
 SPLITS = ("split1", "split2", "split3")
-MEDIA_SUFFIXES = (*_VIDEO_SUFFIXES, *_AUDIO_SUFFIXES)
-
-
-def walk(folder: epath.Path) -> Iterator[tuple[str, list[str]]]:
-    """Searches a local or remote folder; hidden files are left out, circles of links are safe.
-
-    Yields absolute path of a folder, and names of its files. Raises PrepareError if one cannot be
-    listed: its files would otherwise be missing silently.
-    """
-
-    def fail(error: OSError) -> None:
-        raise PrepareError(f"cannot list the folder {error.filename}: {error.strerror}")
-
-    if is_remote(folder):
-        files_of, root = fsspec.core.url_to_fs(os.fspath(folder))
-        for directory, _, files in files_of.walk(root):
-            yield files_of.unstrip_protocol(directory), [n for n in files if n and n[0] != "."]
-        return
-    seen = set()
-    for directory, subdirectories, files in os.walk(
-        absolute_path(folder), followlinks=True, onerror=fail
-    ):
-        real = os.path.realpath(directory)
-        if real in seen:  # a link to a parent
-            subdirectories.clear()
-            continue
-        seen.add(real)
-        subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
-        yield directory, [name for name in files if not name.startswith(".")]
 
 
 def _media_files(folder: epath.Path, key: Callable[[str], str]) -> tuple[dict[str, str], int]:
@@ -68,7 +31,7 @@ def _media_files(folder: epath.Path, key: Callable[[str], str]) -> tuple[dict[st
     """
 
     def preference(path: str) -> tuple[bool, bytes]:
-        return os.path.splitext(path)[1].lower() in _AUDIO_SUFFIXES, os.fsencode(path)
+        return os.path.splitext(path)[1].lower() in AUDIO_SUFFIXES, os.fsencode(path)
 
     paths: dict[str, str] = {}
     count = 0
