@@ -16,7 +16,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["avcl_jax*"]),
-    package_data={"avcl_jax": ["style.css"], "avcl_jax.fingerprint.web": ["static/*"]},
+    package_data={
+        "avcl_jax": ["style.css"],
+        "avcl_jax.fingerprint.web": ["static/*"],
+        "avcl_jax.weights": ["*/*.md", "*/*/*"],
+    },
     extras_require={
         "interop": ["tensorflow>=2.21.0"],
         "torch": ["torch>=2.13.0"],

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import ml_collections
 
+from avcl_jax import weights
 from avcl_jax.data.augment import PhotometricSpec, SpectralSpec
 from avcl_jax.data.images import CropSpec
 from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
@@ -76,7 +77,9 @@ def check_inputs(config: ml_collections.ConfigDict) -> None:
         UserError: with the setting, or with the command or page that makes the records.
     """
     if "encoder" in config and config.encoder == "":
-        raise UserError("encoder is empty: set --config.encoder=PATH of a run or of an export")
+        raise UserError(
+            "encoder is empty: set --config.encoder=PATH of a run or of an export, or its name"
+        )
     if "data" not in config or "prepare" not in config.data:
         return
     data = config.data
@@ -90,11 +93,16 @@ def check_inputs(config: ml_collections.ConfigDict) -> None:
 
 
 def with_absolute_paths(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Returns a copy of `config` whose `PATH_KEYS` are absolute; an empty one stays empty."""
+    """Returns a copy of `config` whose `PATH_KEYS` are absolute; empty ones and names stay."""
     flat = flatten(config.to_dict())
     given = {key: flat[key] for key in PATH_KEYS if flat.get(key)}
     absolute = copy.deepcopy(config)  # with references, which variants of an ablation move
-    absolute.update_from_flattened_dict({k: str(absolute_path(v)) for k, v in given.items()})
+    # The name of a shipped encoder is the same from every directory.
+    whole = {
+        k: weights.canonical(v) if k == "encoder" else str(absolute_path(v))
+        for k, v in given.items()
+    }
+    absolute.update_from_flattened_dict(whole)
     return absolute
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from avcl_jax import compilation_cache
+from avcl_jax import compilation_cache, weights
 from avcl_jax.configs import datasets
 
 # Name → function that returns the preset, or the one that it changes, and changes by setting.
@@ -58,7 +58,8 @@ def execution(**settings: int | str) -> ConfigDict:
 def protocol(task: str, name: str) -> ConfigDict:
     """Returns the settings that every protocol of an encoder reads; `task` is its function."""
     c = ConfigDict(dict(task=task, name=name, seed=0, bootstrap=dict(resamples=1000)))
-    c.encoder = "runs/demo"  # workdir of a run, directory of its export, or imported weights
+    # Name of shipped encoders, workdir of a run, directory of its export, or imported weights.
+    c.encoder = weights.DEFAULT
     c.execution = execution(threads=2, chunk=16, part_records=1024)
     return c
 

@@ -18,6 +18,7 @@ def get_config(preset: str = "demo") -> ConfigDict:
     """Returns audio-video retrieval on a data set of configs/datasets.py."""
     small = preset in ("demo", "records")
     c = protocol("avcl_jax.evaluation.retrieval:audio_video_retrieval", f"{preset}_cross_modal")
+    c.encoder = "runs/demo"
     c.data = datasets.testing(preset)
     # Clips at each speed, of those that the run trained.
     c.features = dict(speeds=(1, 2, 4) if small else (1, 2), clips=4 if small else 5)

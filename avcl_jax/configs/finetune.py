@@ -11,6 +11,7 @@ has its reasons; presets of other data sets are one of these with other settings
 
 from ml_collections import ConfigDict
 
+from avcl_jax import weights
 from avcl_jax.configs import datasets
 from avcl_jax.configs.common import Presets, choose, execution
 
@@ -27,7 +28,7 @@ def demo() -> ConfigDict:
     """
     c = ConfigDict(dict(task="avcl_jax.evaluation.finetune:finetune", seed=0))
     # Where splits are tested with an encoder each: 'runs/fold{fold}', the fold of data.test_select.
-    c.encoder = "runs/demo"
+    c.encoder = weights.DEFAULT
     c.init = "pretrained"  # or "random": the same architecture, from scratch
     c.modality = "video"  # or "audio"
     c.data = datasets.labelled("demo")

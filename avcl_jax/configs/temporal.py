@@ -17,6 +17,7 @@ from avcl_jax.configs.common import protocol
 def get_config(preset: str = "demo") -> ConfigDict:
     """Returns the temporal tasks on a data set of configs/datasets.py."""
     c = protocol("avcl_jax.evaluation.temporal:temporal_tasks", f"{preset}_temporal")
+    c.encoder = "runs/demo"
     c.data = datasets.testing(preset)
     c.evaluation = dict(pairs_per_video=10)
     return c.lock()

@@ -16,6 +16,7 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
+from avcl_jax import weights
 from avcl_jax.errors import UserError
 from avcl_jax.paths import absolute_path
 
@@ -186,18 +187,21 @@ def load_encoder(path: epath.PathLike) -> Encoder:
     """Loads an encoder that `export_encoder` wrote, ready for raw media.
 
     Args:
-        path: its directory, for instance `WORKDIR/export/video`; local or gs://.
+        path: its directory, for instance `WORKDIR/export/video`, local or gs://; or the name of
+            one that comes with the package, such as "small/video" (`avcl_jax.encoders()`).
 
     Raises:
         ExportError: if a file is missing or damaged, the encoder or the format unknown, or the
             weights are not those of the architecture.
     """
-    directory = absolute_path(path)
+    directory = weights.find(path)
     try:
         config = json.loads((directory / _CONFIG).read_text())
         flat = safetensors.numpy.load((directory / _WEIGHTS).read_bytes())
     except FileNotFoundError as error:
-        found = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
+        if not directory.is_dir():
+            raise ExportError(weights.missing(path)) from error
+        found = sorted(p.name for p in directory.iterdir())
         raise ExportError(
             f"{directory} is not an exported encoder: it lacks {epath.Path(error.filename).name} "
             f"and contains {found}. Give the directory of one encoder, for instance export/video"

@@ -1,11 +1,12 @@
-"""Encoders by where they are: a run, its export, or weights imported from PyTorch.
+"""Encoders by name or by where they are: a run, its export, or weights imported from PyTorch.
 
-Everything that uses trained encoders names them by one path:
+Everything that uses trained encoders names them by one argument:
 
 - the workdir of a pretraining run, for its newest checkpoint;
 - a directory that contains `video` or `audio` or both as `configs/export.py` and
   `configs/import_weights.py` write them, or the workdir above it;
-- the directory of one exported encoder.
+- the directory of one exported encoder;
+- the name of encoders that come with the package (`avcl_jax.weights`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from avcl_jax import experiment
+from avcl_jax import experiment, weights
 from avcl_jax.export.encoder import Encoder, ExportError, export_encoder, flatten, load_encoder
 from avcl_jax.paths import absolute_path
 from avcl_jax.training.checkpoint import load_variables, read_progress
@@ -54,12 +55,12 @@ def config_of_run(workdir: epath.PathLike) -> ml_collections.ConfigDict:
     Raises:
         ExportError: if `workdir` does not contain a pretraining run.
     """
-    directory = absolute_path(workdir)
+    directory = weights.find(workdir)
     path = directory / "config.json"
     if not (directory / "checkpoints").exists() or not path.exists():
         raise ExportError(
-            f"{directory} does not contain a pretraining run: give the workdir of one (an exported "
-            "encoder lacks the heads that were trained with it)"
+            f"{weights.canonical(workdir)} does not contain a pretraining run: give the workdir of "
+            "one (an exported encoder lacks the heads that were trained with it)"
         )
     try:
         config = experiment.from_json(path.read_text())
@@ -143,26 +144,24 @@ class EncoderSource:
 
 
 def open_encoders(path: epath.PathLike) -> EncoderSource:
-    """Loads the encoders that `path` names, as the module says.
+    """Loads the encoders that a path or name stands for, as the module says.
 
     Raises:
         ExportError: if it contains neither a run nor an exported encoder, or a damaged one.
         CheckpointError: if it contains a run without a checkpoint.
     """
-    directory = absolute_path(path)
+    directory, given = weights.find(path), weights.canonical(path)
     if not directory.is_dir():
-        raise ExportError(
-            f"there is no directory {directory}: give the workdir of a run, or an exported encoder"
-        )
+        raise ExportError(weights.missing(path))
     if (directory / "checkpoints").exists():
         return source_of_run(directory, *load_run(directory))
     if (directory / "config.json").exists():
         encoder = load_encoder(directory)
-        return _source(str(directory), {encoder.modality: encoder})
+        return _source(given, {encoder.modality: encoder})
     for parent in (directory, directory / "export"):
         found = [m for m in MODALITIES if (parent / m / "config.json").exists()]
         if found:
-            return _source(str(directory), {m: load_encoder(parent / m) for m in found})
+            return _source(given, {m: load_encoder(parent / m) for m in found})
     names = sorted(path.name for path in directory.iterdir())
     raise ExportError(
         f"{directory} contains {', '.join(names) or 'nothing'}, neither checkpoints nor "

@@ -17,6 +17,7 @@ from typing import Any
 from absl import logging
 from tqdm import tqdm
 
+from avcl_jax import weights
 from avcl_jax.data.media import MediaError, decode_media
 from avcl_jax.data.media_files import media_files
 from avcl_jax.errors import UserError, one_line
@@ -81,7 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     option(every, "--index", "the index", type=local_path, required=True, metavar="DIR")
     option("index add", "videos", "files, or folders with files", nargs="+", type=local_path)
     option("remove", "videos", "as they were named when indexed", nargs="+")
-    option("index", "--encoder", "a run, or the encoders it exported", required=True, **path)
+    known = f"encoders by name ({weights.DEFAULT}), a run, or what it exported"
+    option("index", "--encoder", known, weights.DEFAULT, metavar="NAME_OR_PATH")
     dash = "./-NAME for one that begins with a dash"
     option("query", "clip", f"a media file, {dash}", type=local_path)
     option("query", "--json", "answer in JSON", action="store_true")

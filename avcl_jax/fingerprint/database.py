@@ -214,7 +214,7 @@ def transaction(directory: Path, *, write: bool = False) -> Iterator[Transaction
             )
         raise FingerprintError(
             f"there is no fingerprint index in {directory}: make one with "
-            f"`avcl-fingerprint index VIDEOS --index {shlex.quote(str(directory))} --encoder PATH`"
+            f"`avcl-fingerprint index VIDEOS --index {shlex.quote(str(directory))}`"
         )
     with _connected(path) as connection:
         (version,) = connection.execute("PRAGMA user_version").fetchone()

@@ -1,6 +1,6 @@
 """A fingerprint index: media in, matches out.
 
-index = FingerprintIndex.create("films.index", "runs/demo/export", FingerprintSettings())
+index = FingerprintIndex.create("films.index", "small", FingerprintSettings())
 index.add_files([Path("a.mp4")])
 result = index.query(decode_media("clip.mp4", **index.segmenter.decoding))
 """
@@ -11,11 +11,11 @@ import copy
 import dataclasses
 import functools
 import hashlib
-import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from avcl_jax import weights
 from avcl_jax.data.media import DecodedMedia, MediaError
 from avcl_jax.export.runs import MODALITIES, open_encoders
 from avcl_jax.fingerprint import calibration, database, library, matching
@@ -31,7 +31,7 @@ from avcl_jax.fingerprint.details import (
 )
 from avcl_jax.fingerprint.segments import Segmenter, SegmentFeatures, not_empty
 from avcl_jax.fingerprint.settings import FingerprintError, FingerprintSettings
-from avcl_jax.paths import absolute_path, local_path
+from avcl_jax.paths import local_path
 
 # Modalities that can be required to match, by name.
 REQUIREMENTS = {"video": ("video",), "audio": ("audio",), "both": MODALITIES}
@@ -100,7 +100,7 @@ class FingerprintIndex:
 
         Args:
             directory: new or empty.
-            encoder_path: run or exported encoders, as `open_encoders` takes them.
+            encoder_path: name, run or exported encoders, as `open_encoders` takes them.
             settings: cannot be changed later.
 
         Raises:
@@ -109,7 +109,7 @@ class FingerprintIndex:
         """
         library.faiss()
         directory = local_path(directory)
-        encoders = os.fspath(absolute_path(encoder_path))
+        encoders = weights.canonical(encoder_path)
         if directory.exists() and any(directory.iterdir()):
             raise FingerprintError(
                 f"{directory} is not empty: `add` to the index there, or give a new directory"

@@ -1,0 +1,103 @@
+"""Encoders that come with the package, by name.
+
+Everything that takes the path of an encoder takes one of these names too: `small` is a pair,
+`small/video` and `small/audio` its encoders. Encoders at a path go before a name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Literal
+
+from etils import epath
+
+from avcl_jax.paths import absolute_path
+
+DEFAULT = "small"
+
+# Pair → one line about it. Its encoders are the folders below that name.
+_PAIRS = {
+    "small": "R(2+1)D and audio ResNet trained without labels on rendered videos; for copies of "
+    "clips and simple sounds, not for recognition of actions",
+}
+_HERE = Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class ShippedEncoder:
+    """An encoder that comes with the package.
+
+    Attributes:
+        name: argument of `load_encoder`, such as "small/video".
+        modality: "video" or "audio".
+        megabytes: size of its weights.
+        summary: its training and use in one line.
+    """
+
+    name: str
+    modality: Literal["video", "audio"]
+    megabytes: float
+    summary: str
+
+
+def encoders() -> tuple[ShippedEncoder, ...]:
+    """Returns the encoders that come with the package; imports no JAX."""
+    return tuple(
+        ShippedEncoder(
+            f"{pair}/{modality}",
+            modality,
+            round((_HERE / pair / modality / "model.safetensors").stat().st_size / 1e6, 1),
+            summary,
+        )
+        for pair, summary in _PAIRS.items()
+        for modality in ("video", "audio")
+    )
+
+
+def names() -> tuple[str, ...]:
+    """Returns every name that `find` knows: pairs and their encoders."""
+    return tuple(name for pair in _PAIRS for name in (pair, f"{pair}/video", f"{pair}/audio"))
+
+
+def canonical(encoder: epath.PathLike) -> str:
+    """Returns a name as it is, and a path as an absolute one: what settings and indexes record.
+
+    Raises:
+        PathError: if it is empty.
+    """
+    return _name(encoder) or os.fspath(absolute_path(encoder))
+
+
+def find(encoder: epath.PathLike) -> epath.Path:
+    """Returns the directory that a name or a path stands for; the latter need not exist.
+
+    Raises:
+        PathError: if it is empty.
+    """
+    name = _name(encoder)
+    return epath.Path(_HERE / name) if name else absolute_path(encoder)
+
+
+def missing(encoder: epath.PathLike) -> str:
+    """Describes a directory that is not there, with the names that there are."""
+    return (
+        f"there is no directory {absolute_path(encoder)}: give the workdir of a run, an exported "
+        f"encoder, or one that comes with the package: {', '.join(names())}"
+    )
+
+
+def _name(encoder: epath.PathLike) -> str:
+    """Returns the name of a shipped encoder, or "" for a path.
+
+    A folder that has the name by chance, such as one with small videos, is not a path of encoders.
+    """
+    name = os.fspath(encoder).rstrip("/")
+    return name if name in names() and not _has_encoders(absolute_path(name)) else ""
+
+
+def _has_encoders(directory: epath.Path) -> bool:
+    """Returns whether a directory looks like a run, an export or one encoder, complete or not."""
+    marks = ("checkpoints", "config.json", "video/config.json", "audio/config.json", "export")
+    return any((directory / mark).exists() for mark in marks)
