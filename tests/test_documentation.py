@@ -90,7 +90,7 @@ def check_parses(command: str) -> None:
             _parse_module(module, arguments)
         case ["avcl-fingerprint", *arguments]:
             _parse_module("avcl_jax.fingerprint.command", arguments)
-        case ["avcl-data", "COMMAND"]:
+        case ["avcl-data", "COMMAND" | "prepare"]:  # named, not shown whole
             pass
         case ["avcl-data", *arguments]:
             _parse_module("avcl_jax.data_prep", arguments)
