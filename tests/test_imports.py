@@ -73,6 +73,21 @@ def test_comparing_runs_imports_neither_charts_nor_media() -> None:
     assert heavy.isdisjoint(json.loads(run.stdout))
 
 
+def test_help_of_the_index_comes_without_jax() -> None:
+    code = (
+        "import contextlib, json, sys\n"
+        "from avcl_jax.fingerprint.command import _COMMANDS, main\n"
+        "for arguments in ([], *([name] for name in _COMMANDS)):\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        main([*arguments, '--help'])\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "usage: avcl-fingerprint serve" in run.stdout
+    heavy = {"jax", "flax", "orbax", "librosa", "scipy.stats", "faiss"}
+    assert heavy.isdisjoint(json.loads(run.stdout.splitlines()[-1]))
+
+
 def test_a_program_that_may_load_an_encoder_starts_without_jax() -> None:
     code = "import json, sys; import avcl_jax.export; print(json.dumps(sorted(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,25 +1,26 @@
 """Raw media of any length and rate to clips, by the functions of the training pipeline.
 
 An exported encoder carries these (`avcl_jax.export`): frames or a waveform as a user has them
-become the arrays that the encoder was trained on.
+become the arrays that the encoder was trained on. JAX takes long to import, so the functions that
+compute with it import it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import jax
-import jax.numpy as jnp
-import librosa
 import numpy as np
+import soxr
 
-from avcl_jax.data.augment import standardize, to_unit_range
 from avcl_jax.data.images import apply_crop, center_crop
-from avcl_jax.data.spectrogram import LogMelSpec, gather_windows, log_mel
+from avcl_jax.data.spectrogram import INT16_SCALE, LogMelSpec, gather_windows, log_mel
 from avcl_jax.data.views import FORWARD, Clip, ViewSpec, clip_times, frame_indices
 from avcl_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import jax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,10 @@ class VideoPreprocessing:
 
     def standardise(self, batch: Any) -> jax.Array:
         """Returns uint8 clips as the floats that the encoder was trained on."""
+        import jax.numpy as jnp
+
+        from avcl_jax.data.augment import standardize, to_unit_range
+
         return standardize(to_unit_range(jnp.asarray(batch)), self.mean, self.std)
 
 
@@ -111,14 +116,13 @@ class AudioPreprocessing:
         _check_rates(sample_rate_hz, "sample_rate_hz", speed)
         spec = self.log_mel
         if sample_rate_hz != spec.sample_rate_hz:
-            waveform = librosa.resample(
-                librosa.util.buf_to_float(waveform, n_bytes=2)
-                if waveform.dtype == np.int16
-                else waveform.astype(np.float32),
-                orig_sr=sample_rate_hz,
-                target_sr=spec.sample_rate_hz,
-                res_type="soxr_hq",
+            scale = INT16_SCALE if waveform.dtype == np.int16 else np.float32(1)
+            length = math.ceil(len(waveform) * (spec.sample_rate_hz / sample_rate_hz))
+            resampled = soxr.resample(
+                waveform.astype(np.float32) * scale, sample_rate_hz, spec.sample_rate_hz
             )
+            # It may return one sample more or less than that.
+            waveform = np.pad(resampled, (0, max(length - len(resampled), 0)))[:length]
         views = ViewSpec(spec.frames, spec.clip_seconds, (speed,), "shared")
         seconds = len(waveform) / spec.sample_rate_hz
         windows = [
@@ -129,6 +133,8 @@ class AudioPreprocessing:
 
     def standardise(self, batch: Any) -> jax.Array:
         """Returns the spectrograms as they are: `log_mel` has standardised them."""
+        import jax.numpy as jnp
+
         return jnp.asarray(batch, jnp.float32)
 
 

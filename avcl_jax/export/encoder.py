@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
 
+MODALITIES = ("video", "audio")
 # Raised when an older reader would misread a newer file.
 FORMAT_VERSION = 1
 _BATCH = 16  # clips that are encoded at a time
@@ -183,12 +184,13 @@ def export_encoder(
     return directory
 
 
-def load_encoder(path: epath.PathLike) -> Encoder:
+def load_encoder(path: epath.PathLike, *, check: bool = True) -> Encoder:
     """Loads an encoder that `export_encoder` wrote, ready for raw media.
 
     Args:
         path: its directory, for instance `WORKDIR/export/video`, local or gs://; or the name of
             one that comes with the package, such as "small/video" (`avcl_jax.encoders()`).
+        check: compare the weights with the architecture, which takes a trace of the network.
 
     Raises:
         ExportError: if a file is missing or damaged, the encoder or the format unknown, or the
@@ -210,7 +212,7 @@ def load_encoder(path: epath.PathLike) -> Encoder:
         raise ExportError(f"{directory / _CONFIG} is damaged: {error}; export again") from error
     except safetensors.SafetensorError as error:
         raise ExportError(f"{directory / _WEIGHTS} is damaged: {error}; export again") from error
-    return _build(config, flat, where=str(directory))
+    return _build(config, flat, where=str(directory), check=check)
 
 
 def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,7 +238,9 @@ def variable_shapes(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str
     return {key: value.shape for key, value in flatten(shapes).items()}
 
 
-def _build(config: Mapping[str, Any], flat: Mapping[str, np.ndarray], *, where: str) -> Encoder:
+def _build(
+    config: Mapping[str, Any], flat: Mapping[str, np.ndarray], *, where: str, check: bool = True
+) -> Encoder:
     from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
     from avcl_jax.data.spectrogram import LogMelSpec
     from avcl_jax.models.encoders import CLASSES
@@ -262,7 +266,15 @@ def _build(config: Mapping[str, Any], flat: Mapping[str, np.ndarray], *, where: 
         preprocessing = AudioPreprocessing(LogMelSpec(**config["preprocessing"]["log_mel"]))
     else:
         raise ExportError(f"{where}: modality {modality!r} is neither 'video' nor 'audio'")
-    expected = variable_shapes(module, preprocessing.clip_shape)
+    if check:
+        _check_weights(module, preprocessing.clip_shape, flat, where=where)
+    return Encoder(preprocessing.modality, unflatten(flat), preprocessing, config, module)
+
+
+def _check_weights(
+    module: nn.Module, clip_shape: tuple[int, ...], flat: Mapping[str, np.ndarray], *, where: str
+) -> None:
+    expected = variable_shapes(module, clip_shape)
     actual = {key: value.shape for key, value in flat.items()}
     wrong = sorted(
         key for key in expected.keys() | actual.keys() if expected.get(key) != actual.get(key)
@@ -273,7 +285,6 @@ def _build(config: Mapping[str, Any], flat: Mapping[str, np.ndarray], *, where: 
             f"{where}: {len(wrong)} weights do not fit the architecture, first {key}: "
             f"{actual.get(key, 'missing')} in the file, {expected.get(key, 'nothing')} expected"
         )
-    return Encoder(preprocessing.modality, unflatten(flat), preprocessing, config, module)
 
 
 def _stablehlo(encoder: Encoder, flat: Mapping[str, np.ndarray]) -> bytes:

@@ -7,6 +7,8 @@ Everything that uses trained encoders names them by one argument:
   `configs/import_weights.py` write them, or the workdir above it;
 - the directory of one exported encoder;
 - the name of encoders that come with the package (`avcl_jax.weights`).
+
+Runs are read by Orbax, which takes as long to import as JAX: functions import it when they need it.
 """
 
 from __future__ import annotations
@@ -18,20 +20,24 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from etils import epath
 
-from avcl_jax import experiment, weights
-from avcl_jax.export.encoder import Encoder, ExportError, export_encoder, flatten, load_encoder
+from avcl_jax import weights
+from avcl_jax.export.encoder import (
+    MODALITIES,
+    Encoder,
+    ExportError,
+    export_encoder,
+    flatten,
+    load_encoder,
+)
 from avcl_jax.paths import absolute_path
-from avcl_jax.training.checkpoint import load_variables, read_progress
 
-MODALITIES = ("video", "audio")
+if TYPE_CHECKING:
+    import ml_collections
 
 
 def load_run(
@@ -46,6 +52,8 @@ def load_run(
         ExportError: if `workdir` does not contain a pretraining run.
         CheckpointError: if the run has no checkpoint.
     """
+    from avcl_jax.training.checkpoint import load_variables
+
     return config_of_run(workdir), *load_variables(workdir)
 
 
@@ -55,6 +63,8 @@ def config_of_run(workdir: epath.PathLike) -> ml_collections.ConfigDict:
     Raises:
         ExportError: if `workdir` does not contain a pretraining run.
     """
+    from avcl_jax import experiment
+
     directory = weights.find(workdir)
     path = directory / "config.json"
     if not (directory / "checkpoints").exists() or not path.exists():
@@ -86,6 +96,8 @@ def export_run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> di
         ExportError: if `workdir` does not contain a pretraining run.
         CheckpointError: if the run has no checkpoint.
     """
+    from avcl_jax import experiment
+
     del config
     workdir = absolute_path(workdir)
     config, variables, step = load_run(workdir)
@@ -143,8 +155,12 @@ class EncoderSource:
         return self.encoders[modality]
 
 
-def open_encoders(path: epath.PathLike) -> EncoderSource:
+def open_encoders(path: epath.PathLike, *, known: str | None = None) -> EncoderSource:
     """Loads the encoders that a path or name stands for, as the module says.
+
+    Args:
+        known: fingerprint of encoders that were loaded before: weights that still have it need not
+            be compared with their architecture again.
 
     Raises:
         ExportError: if it contains neither a run nor an exported encoder, or a damaged one.
@@ -156,12 +172,15 @@ def open_encoders(path: epath.PathLike) -> EncoderSource:
     if (directory / "checkpoints").exists():
         return source_of_run(directory, *load_run(directory))
     if (directory / "config.json").exists():
-        encoder = load_encoder(directory)
-        return _source(given, {encoder.modality: encoder})
+        encoder = load_encoder(directory, check=known is None)
+        source = _source(given, {encoder.modality: encoder})
+        return source if known in (None, source.fingerprint) else open_encoders(path)
     for parent in (directory, directory / "export"):
         found = [m for m in MODALITIES if (parent / m / "config.json").exists()]
         if found:
-            return _source(given, {m: load_encoder(parent / m) for m in found})
+            encoders = {m: load_encoder(parent / m, check=known is None) for m in found}
+            source = _source(given, encoders)
+            return source if known in (None, source.fingerprint) else open_encoders(path)
     names = sorted(path.name for path in directory.iterdir())
     raise ExportError(
         f"{directory} contains {', '.join(names) or 'nothing'}, neither checkpoints nor "
@@ -186,6 +205,9 @@ def _encoders_of_run(
     variables: Mapping[str, Any],
     step: int,
 ) -> dict[str, Encoder]:
+    from avcl_jax import experiment
+    from avcl_jax.training.checkpoint import read_progress
+
     model = experiment.audio_visual_model(config)
     source = {
         "workdir": str(directory),
@@ -206,6 +228,9 @@ def _encoders_of_run(
 
 def random_like(source: EncoderSource, seed: int) -> EncoderSource:
     """Encoders of the same architecture and preprocessing with newly drawn weights."""
+    import jax
+    import jax.numpy as jnp
+
     encoders = {}
     for number, (modality, encoder) in enumerate(source.encoders.items()):
         key = jax.random.fold_in(jax.random.key(seed), number)

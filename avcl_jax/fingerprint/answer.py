@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from avcl_jax.export.runs import MODALITIES
-from avcl_jax.fingerprint.calibration import THRESHOLD, Calibration
+from avcl_jax.export.encoder import MODALITIES
+from avcl_jax.fingerprint.calibration import Calibration
 from avcl_jax.fingerprint.database import SourceRow
 from avcl_jax.fingerprint.details import Judgement
 from avcl_jax.fingerprint.matching import Alignment, fuse
+from avcl_jax.fingerprint.settings import THRESHOLD
 
 # Shorter parts of a query are not scored: there are many, and each is weak evidence.
 _SHORTEST_PART_SECONDS = 3.0

@@ -17,16 +17,11 @@ import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-import scipy.stats
 
 from avcl_jax.fingerprint.library import Library
 from avcl_jax.fingerprint.matching import QUERY_DENSITY, align, prepare
 from avcl_jax.fingerprint.segments import SegmentFeatures
 
-# At most one unrelated query in a hundred may match, a score of 2. The scale is fitted to the
-# quartiles of 32 queries, with a standard error of about a fifth: half a point more keeps to the
-# limit also where the scale is larger than fitted by that much.
-THRESHOLD = 2.5
 # Fewer sources say nothing about unrelated queries.
 MIN_SOURCES = 12
 _QUERIES = 32
@@ -107,6 +102,8 @@ def fit(library: Library, spans: Mapping[str, float]) -> dict[str, Calibration]:
 
 def _distribution(points: np.ndarray, library: Library) -> Calibration:
     """Fits evidence [queries, 1], which grows with the logarithm of the seconds [queries, 0]."""
+    import scipy.stats  # takes half as long to import as JAX, and a query does not fit
+
     seconds, evidence = points.T
     # The median slope of all pairs: a few outliers do not move it.
     slope = scipy.stats.theilslopes(evidence, seconds).slope if np.ptp(seconds) else 0.0

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-import scipy.stats
+import scipy.special
 
 from avcl_jax.data.media import DecodedMedia
-from avcl_jax.export.runs import MODALITIES
+from avcl_jax.export.encoder import MODALITIES
 
 # Per second, of references; 240 bytes, so at a hop of 0.25 s 192 per segment.
 VIDEO_HZ, AUDIO_HZ = 4, 16
@@ -48,6 +48,8 @@ _WINDOWS = 1024
 _VIDEO_SPREAD = 0.25
 # Images of sources that share a template; others say nothing about it.
 _ALIKE = 0.95
+# Median absolute deviation of a normal distribution, in standard deviations.
+_NORMAL_QUARTILE = scipy.special.ndtri(0.75)
 
 
 class Details(NamedTuple):
@@ -188,7 +190,9 @@ def judge(
     judgements = []
     for values in zip(of_video, of_audio, strict=True):
         known = [value for value in values if not np.isnan(value)]
-        together = scipy.stats.combine_pvalues(known).pvalue if known else 1.0
+        # The chance of chi-squared, by which Fisher combines them.
+        surprise = -2 * np.log(known).sum()
+        together = scipy.special.chdtrc(2 * len(known), surprise) if known else 1.0
         scores = [
             max(0.0, -math.log10(max(chance * len(candidates), 1e-300)))
             for chance in (together, *np.nan_to_num(values, nan=1.0))
@@ -209,11 +213,11 @@ def _chances(values: np.ndarray, least_spread: np.ndarray, *, rivals: bool = Fal
         if len(others) < _LEAST_OTHERS:
             continue
         middle = np.median(others)
-        spread = scipy.stats.median_abs_deviation(others, scale="normal")
+        spread = float(np.median(np.abs(others - middle))) / _NORMAL_QUARTILE
         if rivals:
             spread = max(spread, (middle - others.min()) / _RIVAL)
         t = (middle - values[n]) / max(spread, least_spread[n])
-        chances[n] = scipy.stats.t.sf(t, len(others) - 1)
+        chances[n] = scipy.special.stdtr(len(others) - 1, -t)
     return chances
 
 

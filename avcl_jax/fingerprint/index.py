@@ -17,7 +17,8 @@ from typing import Any
 
 from avcl_jax import weights
 from avcl_jax.data.media import DecodedMedia, MediaError
-from avcl_jax.export.runs import MODALITIES, open_encoders
+from avcl_jax.export.encoder import MODALITIES
+from avcl_jax.export.runs import open_encoders
 from avcl_jax.fingerprint import calibration, database, library, matching
 from avcl_jax.fingerprint.answer import QueryResult, make_matches
 from avcl_jax.fingerprint.database import SourceRow, transaction
@@ -33,8 +34,6 @@ from avcl_jax.fingerprint.segments import Segmenter, SegmentFeatures, not_empty
 from avcl_jax.fingerprint.settings import FingerprintError, FingerprintSettings
 from avcl_jax.paths import local_path
 
-# Modalities that can be required to match, by name.
-REQUIREMENTS = {"video": ("video",), "audio": ("audio",), "both": MODALITIES}
 NOTHING_TO_COMPARE = "show one colour and are silent, or lack the modalities of the encoders"
 # Segments that `add` stores before it brings the cache up to date, or this fraction of the index.
 _UPDATE_SEGMENTS, _UPDATE_FRACTION = 20_000, 0.25
@@ -136,15 +135,18 @@ class FingerprintIndex:
             FingerprintError: if the encoders are not those that made the index.
             ExportError: if they are not there.
         """
-        expected = self._library.stored["encoder"]
-        source = open_encoders(self._encoder_path or expected["path"])
+        stored = self._library.stored
+        expected = stored["encoder"]
+        source = open_encoders(
+            self._encoder_path or expected["path"], known=expected["fingerprint"]
+        )
         if source.fingerprint != expected["fingerprint"]:
             raise FingerprintError(
                 f"{self.directory} was made with encoders {expected['fingerprint'][:12]} "
                 f"({expected['path']}), {source.path} holds {source.fingerprint[:12]}: give the "
                 "former, or index the media again"
             )
-        return Segmenter(source, self._library.settings)
+        return Segmenter(source, self._library.settings, stored["dimensions"])
 
     @property
     def num_segments(self) -> int:

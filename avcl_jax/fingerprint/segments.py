@@ -2,6 +2,8 @@
 
 A segment is one clip with the encoder's own preprocessing, at a whole playback speed. Segment k of
 a medium begins at k · hop seconds of its timeline, so that a segment's number is its time.
+
+JAX takes long to import, so functions import it when they encode: an index is opened without.
 """
 
 from __future__ import annotations
@@ -11,24 +13,25 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
-import jax
-import jax.numpy as jnp
 import numpy as np
 import soxr
 
-from avcl_jax.batched import batched_map
 from avcl_jax.data.images import apply_crop, center_crop
 from avcl_jax.data.media import DecodedMedia, MediaError, Source, decode_media
 from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
 from avcl_jax.data.record_format import is_silent
 from avcl_jax.data.spectrogram import log_mel, samples_at
-from avcl_jax.export import Encoder
-from avcl_jax.export.runs import MODALITIES, EncoderSource
+from avcl_jax.export.encoder import MODALITIES, Encoder
 from avcl_jax.fingerprint.details import NO_DETAILS, Details, describe, joined
 from avcl_jax.fingerprint.settings import FingerprintSettings
+
+if TYPE_CHECKING:
+    import jax
+
+    from avcl_jax.export.runs import EncoderSource
 
 _BATCH, _THREADS = 32, 2
 # A segment may reach over the end by this fraction of its length, as containers round durations.
@@ -63,19 +66,32 @@ class Segmenter:
         spans: modality -> length of a segment in seconds.
     """
 
-    def __init__(self, source: EncoderSource, settings: FingerprintSettings):
-        """Takes encoders of one or both modalities, and the settings of an index."""
+    def __init__(
+        self,
+        source: EncoderSource,
+        settings: FingerprintSettings,
+        dimensions: Mapping[str, int] | None = None,
+    ):
+        """Takes encoders of one or both modalities, and the settings of an index.
+
+        `dimensions` are known where they were recorded; to compute them, the encoders are traced.
+        """
+        import jax
+
+        from avcl_jax.batched import batched_map
+
         self.source = source
         self.settings = settings
-        self.dimensions: dict[str, int] = {}
+        self.dimensions = dict(dimensions or {})
         self.spans: dict[str, float] = {}
         self._encode = {}
         for name, encoder in source.encoders.items():
             spec = encoder.preprocess
             structured = _structured(encoder.modality, encoder.module, spec, settings.time_bins)
-            example = {"clips": self._empty(name)[None]}
-            shapes = jax.eval_shape(structured, encoder.params, example)
-            self.dimensions[name] = shapes["features"].shape[1]
+            if dimensions is None:
+                example = {"clips": self._empty(name)[None]}
+                shapes = jax.eval_shape(structured, encoder.params, example)
+                self.dimensions[name] = shapes["features"].shape[1]
             timed = spec.log_mel if isinstance(spec, AudioPreprocessing) else spec
             self.spans[name] = timed.clip_seconds * settings.speed
             self._encode[name] = batched_map(
@@ -231,6 +247,8 @@ class Segmenter:
 def _structured(modality: Any, module: Any, preprocess: Any, time_bins: int) -> Any:
     """Returns the function to features [B, bins · C], averaged but over the parts of time."""
     encoder = Encoder(modality, {}, preprocess, {}, module)
+
+    import jax.numpy as jnp
 
     def structured(params: Any, arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
         maps = encoder.apply(params, arrays["clips"], pooled=False)

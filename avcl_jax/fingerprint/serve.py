@@ -19,10 +19,30 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from avcl_jax.compilation_cache import keep_compiled
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.settings import FingerprintError, optional
 
 _STOP_SECONDS = 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+
+    def option(flag: str, default: Any, text: str) -> None:
+        text = f"{text} (default: %(default)s)"
+        parser.add_argument(flag, type=type(default), default=default, help=text)
+
+    parser.add_argument(
+        "--encoder", metavar="PATH", help="where the encoders are now, if they were moved"
+    )
+    option("--host", "127.0.0.1", "address to listen at; any other lets other machines in")
+    option("--port", 8021, "port to listen at, 0 for a free one")
+    option("--max-upload-mb", 200.0, "larger clips are refused unread")
+    seconds = "seconds of a clip that are compared, from its beginning"
+    option("--max-seconds", 120.0, seconds)
+    option("--max-decode-seconds", 120.0, "seconds to decode or convert a clip")
+    option("--max-waiting", 4, "clips that may wait while one is compared")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -60,6 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
             ) from error
         index = FingerprintIndex.open(arguments.index, arguments.encoder)
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="avcl-fingerprint-"))
+        keep_compiled()
         app = FingerprintApp(index, Path(directory), arguments)
         stack.callback(app.close)
         address, port = listener.getsockname()[:2]

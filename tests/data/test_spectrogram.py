@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import warnings
 
 import jax.numpy as jnp
 import librosa
@@ -12,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
-from avcl_jax.data.spectrogram import LogMelSpec, gather_windows, log_mel
+from avcl_jax.data.spectrogram import LogMelSpec, gather_windows, log_mel, mel_constants
 from avcl_jax.data.views import BACKWARD, FORWARD, Clip, ViewSpec
 
 VIEWS = ViewSpec(num_frames=12, clip_seconds=0.75, speeds=(1, 2, 4, 8), audio_transform="shared")
@@ -44,6 +46,24 @@ def test_agrees_with_librosa(xp, speed):
         fmax=7_600.0,
     )
     np.testing.assert_allclose(ours, np.log(power.T[:48] + 1e-6), atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [2, 99, 250, 256, 400])
+@pytest.mark.parametrize("rate_hz", [8000, 16_000, 44_100])
+@pytest.mark.parametrize("low_hz", [0.0, 60.0, 1000.0, 1200.0])
+def test_window_and_filters_are_librosas_to_the_last_bit(window, rate_hz, low_hz):
+    for mels, high_hz in itertools.product((1, 40, 128), (1300.0, 3800.0, 4000.0)):
+        spec = LogMelSpec(rate_hz, 10, mels, window * 10 / rate_hz, low_hz, high_hz, 1e-6, 0.0, 1.0)
+        hann, filters = mel_constants(spec)
+        np.testing.assert_array_equal(
+            hann, librosa.filters.get_window("hann", window).astype(np.float32), strict=True
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # bands narrower than the resolution are empty
+            expected = librosa.filters.mel(
+                sr=rate_hz, n_fft=window, n_mels=mels, fmin=low_hz, fmax=high_hz
+            )
+        np.testing.assert_array_equal(filters, expected, strict=True)
 
 
 def test_standardised_and_float_input_alike():

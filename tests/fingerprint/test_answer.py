@@ -9,10 +9,11 @@ import pytest
 
 from avcl_jax.fingerprint import answer
 from avcl_jax.fingerprint.answer import Match, QueryResult, SegmentScore
-from avcl_jax.fingerprint.calibration import THRESHOLD, Calibration
+from avcl_jax.fingerprint.calibration import Calibration
 from avcl_jax.fingerprint.database import SourceRow
 from avcl_jax.fingerprint.details import Judgement
 from avcl_jax.fingerprint.matching import Alignment
+from avcl_jax.fingerprint.settings import THRESHOLD
 
 KNOWN = Calibration(location=3.0, growth=0.5, scale=0.7, segments=1000)
 SOURCES = [

@@ -19,10 +19,10 @@ import uvicorn
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from avcl_jax.fingerprint.calibration import THRESHOLD
 from avcl_jax.fingerprint.command import main
 from avcl_jax.fingerprint.database import transaction
 from avcl_jax.fingerprint.index import FingerprintIndex
+from avcl_jax.fingerprint.settings import THRESHOLD
 from avcl_jax.fingerprint.web import requests
 from tests.fingerprint.page_server import running
 from tests.fingerprint.synthetic import SETTINGS, clip

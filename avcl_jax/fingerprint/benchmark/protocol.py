@@ -23,7 +23,8 @@ from avcl_jax.errors import UserError
 from avcl_jax.evaluation.driver import Context, run_protocol
 from avcl_jax.evaluation.protocol import Measured, Protocol
 from avcl_jax.evaluation.splits import check_not_trained_on
-from avcl_jax.export.runs import MODALITIES, EncoderSource, open_encoders
+from avcl_jax.export.encoder import MODALITIES
+from avcl_jax.export.runs import EncoderSource, open_encoders
 from avcl_jax.fingerprint.benchmark import families
 from avcl_jax.fingerprint.benchmark.clips import (
     ClipSets,

@@ -28,8 +28,9 @@ from avcl_jax.data.media import decode_audio, decode_media, probe
 from avcl_jax.errors import UserError
 from avcl_jax.fingerprint.answer import Match
 from avcl_jax.fingerprint.database import SourceRow
-from avcl_jax.fingerprint.index import REQUIREMENTS, FingerprintIndex, file_sha256
+from avcl_jax.fingerprint.index import FingerprintIndex, file_sha256
 from avcl_jax.fingerprint.matching import CANDIDATES
+from avcl_jax.fingerprint.settings import REQUIREMENTS
 from avcl_jax.fingerprint.web import preview
 from avcl_jax.fingerprint.web.decoder import Decoder, DecoderError
 from avcl_jax.fingerprint.web.requests import clip_name, same_origin, uploaded
