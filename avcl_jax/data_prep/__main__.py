@@ -1,4 +1,4 @@
-"""`avcl-data COMMAND`: collections of media to records, and the demo's media files.
+"""`avcl-data COMMAND`: collections of media to records, and media that are rendered.
 
 Nothing is downloaded: each collection's `--help` names the source of its lists.
 """
@@ -18,6 +18,7 @@ from avcl_jax.errors import UserError, one_line
 _OTHER_COMMANDS = {
     "inspect": ("card", "show the content of a prepared data set"),
     "foley": ("foley.command", "write the demo's media files"),
+    "small": ("small", "records on which the encoders that come with the package were trained"),
     "demo": ("demo", "the demo's media files and their records"),
 }
 

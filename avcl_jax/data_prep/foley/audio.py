@@ -42,7 +42,7 @@ def render_audio(scene: Scene) -> np.ndarray:
         body[start : start + len(contact)] += contact
     body += _sliding(rng, scene, (np.arange(len(body)) - lead) / SAMPLE_RATE_HZ)
     background = _noise_and_hum(rng, len(body)) + BACKGROUND_TONES * _tones(rng, len(body))
-    mixed = _room_and_equaliser(rng, body, background)[lead : lead + samples]
+    mixed = room_and_equaliser(rng, body, background)[lead : lead + samples]
     gain = 0.3 * 10 ** (rng.uniform(-2.0, 2.0) / 20)
     return np.tanh(gain * mixed).astype(np.float32)
 
@@ -133,7 +133,7 @@ def _tones(rng: np.random.Generator, count: int) -> np.ndarray:
     return track
 
 
-def _room_and_equaliser(
+def room_and_equaliser(
     rng: np.random.Generator, body: np.ndarray, background: np.ndarray
 ) -> np.ndarray:
     """Returns the object in a random room, and all through one random equaliser, [samples]."""

@@ -112,7 +112,7 @@ def draw_scene(seed: int, split: str, index: int) -> Scene:
         end_seconds=end + 0.25,
         energy_seconds=energy_seconds,
     )
-    place = _draw_camera(rng)
+    place = draw_camera(rng)
     radius_px = float(np.exp(rng.uniform(*np.log(RADIUS_PX))))
     decay_seconds = float(np.exp(rng.uniform(*np.log(DECAY_SECONDS))))
     octaves, amplitude = materials.draw_response(rng, material, decay_seconds)
@@ -136,7 +136,7 @@ def draw_scene(seed: int, split: str, index: int) -> Scene:
     )
 
 
-def _draw_camera(rng: np.random.Generator):
+def draw_camera(rng: np.random.Generator):
     """Draws rotation, mirroring, scale and place of a video: positions alone carry no label."""
     angle = rng.uniform(0, 2 * np.pi)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
