@@ -210,12 +210,13 @@ PRESETS: Presets = {
     "abstract": (demo, {"loss.weights.aa": 0.0}),
     # The encoders that come with the package: docs/encoders.md. Rendered videos and recordings of
     # ESC-10, half each, so that a batch has as many recordings as that of `esc10`; they last 5 s,
-    # too short for two views at speed 8. Repeated on 2 CPU cores in MINUTES.
+    # too short for two views at speed 8.
     "small": (
         demo,
-        {"steps": 4000, "global_batch_size": 64, "views.speeds": (1, 2, 4), "loss.weights.aa": 1.0}
+        {"steps": 3200, "global_batch_size": 64, "views.speeds": (1, 2, 4), "loss.weights.aa": 1.0}
+        | {"model.audio.resnet.widths": (48, 96, 192), "bank.size": 512, "bank.health_labels": ()}
         | {"data.directory": "data/small/records", "data.prepare": _SMALL_DATA}
-        | {"bank.size": 512, "bank.health_labels": (), "execution.checkpoint_every": 1000},
+        | {"execution.checkpoint_every": 800},
     ),
     # Your own records, at the size of the demo; runs/NAME is named after their directory.
     "records": (demo, {"name": "", "bank.health_labels": ()}),
