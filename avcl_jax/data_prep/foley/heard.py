@@ -76,8 +76,8 @@ def _scene(rng: np.random.Generator, waveform: np.ndarray) -> HeardScene:
     smooth = signal.windows.hann(7)
     padded = np.pad(energy, 3, mode="edge")
     energy = np.convolve(padded, smooth / smooth.sum(), mode="valid")
-    seconds = np.arange(-PATH_RATE_HZ, len(waveform) * PATH_RATE_HZ // SAMPLE_RATE_HZ)
-    seconds = seconds / PATH_RATE_HZ
+    steps = np.arange(-PATH_RATE_HZ, len(waveform) * PATH_RATE_HZ // SAMPLE_RATE_HZ)
+    seconds = steps / PATH_RATE_HZ
     times = np.arange(len(energy)) * HOP / SAMPLE_RATE_HZ
     height = np.interp(seconds, times, centroid)
     # Louder is faster: forwards and backwards differ only as the recording does.
