@@ -58,12 +58,12 @@ $(VENV)/demo-ready: requirements.txt setup.py | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .
 	touch $@
 
-$(VENV)/test-ready: requirements-dev.txt requirements-fingerprint.txt requirements.txt setup.py | $(VENV)/bin/python
+$(VENV)/test-ready: requirements-dev.txt requirements.txt setup.py | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -e .
 	touch $@ $(VENV)/demo-ready
 
 $(VENV)-interop/ready: requirements-interop.txt requirements-tpu-aot.txt requirements-dev.txt \
-    requirements-fingerprint.txt requirements.txt setup.py
+    requirements.txt setup.py
 	$(PYTHON) -m venv $(VENV)-interop
 	$(VENV)-interop/bin/python -m pip install --quiet --disable-pip-version-check \
 	    -r requirements-dev.txt -r requirements-interop.txt -e .

@@ -42,6 +42,22 @@ os.execv({executable!r}, [{executable!r}, *words])
 _COMMAND = '#!/bin/sh\nexec "{executable}" -m avcl_jax.{package} "$@"\n'
 
 
+def tracked_files() -> list[str]:
+    """Returns the files of the repository, without those that git ignores."""
+    names = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    return [name for name in names.split("\0") if name and (ROOT / name).exists()]
+
+
+def copy_repository(folder: Path) -> None:
+    """Copies the files of the repository."""
+    for name in tracked_files():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, target)
+
+
 class Folder:
     """A folder that commands run in.
 
@@ -53,14 +69,7 @@ class Folder:
         """Copies the repository, makes media and a run by commands, and the names of the pages."""
         # A space: what a person has on a desktop.
         self.path = parent / "my copy" / "avcl-jax"
-        names = subprocess.run(
-            ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
-        ).stdout
-        for name in filter(None, names.split("\0")):
-            if (ROOT / name).exists():
-                target = self.path / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, target)
+        copy_repository(self.path)
         self._write_programs()
         videos = " ".join(FEW_VIDEOS)
         self.run(f"avcl-data demo --out data/foley {videos}")

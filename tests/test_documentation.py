@@ -152,7 +152,6 @@ def test_what_does_not_exist_does_not_parse(command: str, monkeypatch) -> None:
 def folder(tmp_path_factory) -> Folder:
     if not LISTS.exists():
         pytest.skip(f"no official lists in {LISTS}")
-    pytest.importorskip("faiss", reason="the extra fingerprint is not installed")
     return Folder(tmp_path_factory.mktemp("documented"))
 
 

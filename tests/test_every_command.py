@@ -248,7 +248,6 @@ def test_two_runs_of_a_protocol_are_compared(demo):
 
 @pytest.mark.slow
 def test_an_index_of_the_demo_is_made_asked_changed_and_verified(demo):
-    pytest.importorskip("faiss", reason="the extra fingerprint is not installed")
     index = f"--index={demo.directory / 'films.index'}"
     media = demo.directory / "foley" / "media"
     first, second, added = (str(media / "test" / f"test_{n:05d}.mp4") for n in range(3))

@@ -18,12 +18,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 
 from avcl_jax.fingerprint.database import DATABASE, SourceRow, Transaction, transaction
 from avcl_jax.fingerprint.projection import Projection, fit_projection
 from avcl_jax.fingerprint.segments import SegmentFeatures
-from avcl_jax.fingerprint.settings import FingerprintSettings, optional
+from avcl_jax.fingerprint.settings import FingerprintSettings
 
 # From here on vectors are compressed and searched in cells; a flat search of this size takes 100 MB
 # and, for the queries of a ten-second clip, about a second on two cores.
@@ -36,8 +37,6 @@ _LEARNED_WITHIN = 2
 _FIT_GROWTH, _FIT_ENOUGH = 4, 50_000
 _COHORT = 512
 _CACHE = re.compile(r"cache-[0-9a-f]{16}(\.\w+)?")
-# Only fingerprints need it, and not all of their modules.
-faiss = functools.partial(optional, "faiss")
 # The label of a segment is the id of its source, followed by its number in these bits.
 _NUMBER_BITS = 32
 
@@ -57,7 +56,7 @@ class Vectors:
         """FAISS index of the vectors by their labels."""
         if self.cells is not None:
             return self.cells
-        flat = faiss().IndexIDMap2(faiss().IndexFlatIP(self.values.shape[1]))
+        flat = faiss.IndexIDMap2(faiss.IndexFlatIP(self.values.shape[1]))
         flat.add_with_ids(np.ascontiguousarray(self.values), self.labels)
         return flat
 
@@ -75,15 +74,15 @@ class Vectors:
             return self
         learned = former.learned_from
         if learned / _LEARNED_WITHIN < count < learned * _LEARNED_WITHIN:
-            cells = faiss().clone_index(former.cells)  # others may search the former ones
+            cells = faiss.clone_index(former.cells)  # others may search the former ones
             cells.remove_ids(np.setdiff1d(former.labels, self.labels))
             new = ~np.isin(self.labels, former.labels)
             cells.add_with_ids(self.values[new], self.labels[new])
             return dataclasses.replace(self, cells=cells, learned_from=learned)
         code = next(n for n in range(min(_CODE_BYTES, width), 0, -1) if width % n == 0)
         number = max(1, min(4096, count // 64))
-        quantiser, metric = faiss().IndexFlatIP(width), faiss().METRIC_INNER_PRODUCT
-        cells = faiss().IndexIVFPQ(quantiser, width, number, code, 8, metric)
+        quantiser, metric = faiss.IndexFlatIP(width), faiss.METRIC_INNER_PRODUCT
+        cells = faiss.IndexIVFPQ(quantiser, width, number, code, 8, metric)
         cells.cp.seed = 1
         cells.train(self.values[:: max(1, count // 400_000)])
         cells.nprobe = _PROBES
@@ -151,12 +150,12 @@ class Library:
         searcher, parameters = self.vectors[modality].searcher, None
         if exclude is not None:
             id_ = self.sources[exclude].id
-            same = faiss().IDSelectorRange(id_ << _NUMBER_BITS, (id_ + 1) << _NUMBER_BITS)
-            others = faiss().IDSelectorNot(same)
+            same = faiss.IDSelectorRange(id_ << _NUMBER_BITS, (id_ + 1) << _NUMBER_BITS)
+            others = faiss.IDSelectorNot(same)
             parameters = (
-                faiss().SearchParametersIVF(sel=others, nprobe=_PROBES)
-                if isinstance(searcher, faiss().IndexIVF)
-                else faiss().SearchParameters(sel=others)
+                faiss.SearchParametersIVF(sel=others, nprobe=_PROBES)
+                if isinstance(searcher, faiss.IndexIVF)
+                else faiss.SearchParameters(sel=others)
             )
         queries = np.ascontiguousarray(queries, np.float32)
         similarity, labels = searcher.search(queries, count, params=parameters)
@@ -300,7 +299,7 @@ def _write_cache(directory: Path, vectors_by_modality: Mapping[str, Vectors]) ->
     for modality, vectors in vectors_by_modality.items():
         arrays: dict[str, Any] = {**vectors.projection._asdict(), "labels": vectors.labels}
         if vectors.cells is not None:
-            arrays["cells"] = faiss().serialize_index(vectors.cells)
+            arrays["cells"] = faiss.serialize_index(vectors.cells)
             arrays["learned_from"] = vectors.learned_from
         np.savez(directory / f"{modality}.npz", **arrays)
         np.save(directory / f"{modality}.npy", vectors.values)
@@ -322,7 +321,7 @@ def _read_cache(directory: Path) -> dict[str, Vectors]:
                 Projection.from_arrays(arrays),
                 arrays["labels"],
                 np.load(path.with_suffix(".npy"), mmap_mode="r"),
-                faiss().deserialize_index(arrays["cells"]) if "cells" in arrays else None,
+                faiss.deserialize_index(arrays["cells"]) if "cells" in arrays else None,
                 int(arrays.get("learned_from", 0)),
             )
     # The last is FAISS's error for everything.

@@ -21,7 +21,7 @@ from typing import Any
 
 from avcl_jax.compilation_cache import keep_compiled
 from avcl_jax.fingerprint.index import FingerprintIndex
-from avcl_jax.fingerprint.settings import FingerprintError, optional
+from avcl_jax.fingerprint.settings import FingerprintError
 
 _STOP_SECONDS = 2
 
@@ -52,8 +52,6 @@ def run(arguments: argparse.Namespace) -> int:
         FingerprintError: if the index, its encoders or the address cannot be used.
         ExportError: if there are no encoders.
     """
-    optional("starlette")
-    optional("uvicorn")
     import uvicorn
 
     from avcl_jax.fingerprint.web.app import FingerprintApp

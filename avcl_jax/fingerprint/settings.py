@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 from typing import Any, Literal
 
@@ -22,16 +21,6 @@ THRESHOLD = 2.5
 
 class FingerprintError(UserError):
     """An index or a query cannot be used; the message names the thing, its value and the fix."""
-
-
-def optional(name: str) -> Any:
-    """Imports a module that only fingerprints need; FingerprintError if it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise FingerprintError(
-            f"{error.name} is not installed: pip install -r requirements-fingerprint.txt"
-        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,13 +53,10 @@ def test_added_again_is_skipped_and_changed_content_replaced(copy):
     assert [path.stat().st_ino for path in copy.glob("cache-*")] == [written]
 
 
-def test_a_former_format_and_faiss_that_is_missing_are_not_damage(copy, tmp_path, monkeypatch):
+def test_a_former_format_is_not_damage(tmp_path):
     (tmp_path / "manifest.json").write_text('{"format_version": 1}')
     with pytest.raises(FingerprintError, match="format of a former version: index the media again"):
         FingerprintIndex.open(tmp_path)
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(FingerprintError, match="faiss is not installed"):
-        FingerprintIndex.open(copy)
 
 
 def test_removed_is_not_found_and_the_rest_is(copy):

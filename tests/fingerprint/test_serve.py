@@ -434,9 +434,6 @@ def test_what_cannot_be_served_is_said_at_once(page_library, tmp_path, monkeypat
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert main(["serve", index]) == 2
-    assert "pip install -r requirements-fingerprint.txt" in capsys.readouterr().err
 
 
 def test_other_machines_come_in_only_where_asked_for_and_with_a_warning(
