@@ -45,8 +45,9 @@ notebook: $(VENV)/test-ready
 	$(BIN)/jupytext --to ipynb notebooks/quickstart.py
 
 # The documentation as a site: open site/index.html, or serve site/ for its search.
-site: $(VENV)-docs/ready
+site: $(VENV)-docs/ready $(VENV)/demo-ready
 	$(VENV)-docs/bin/python docs/stage_site.py
+	$(BIN)/python docs/command_options.py >> build/docs/options.md
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
 	$(VENV)-docs/bin/python docs/stage_site.py --check
 
