@@ -42,7 +42,14 @@ def save(page: Page, name: str, height: int, width: int = 1000) -> None:
 def make_clip(film: Path, path: Path) -> None:
     """Writes a part of a film: cropped, with a caption, encoded again."""
     start, end = CLIP_SECONDS
-    media = decode_media(film, sample_rate_hz=44_100, start_seconds=start, end_seconds=end)
+    media = decode_media(
+        film,
+        short_side=None,
+        max_fps=None,
+        sample_rate_hz=44_100,
+        start_seconds=start,
+        end_seconds=end,
+    )
     height, width = (side * 4 // 5 // 2 * 2 for side in media.frames.shape[1:3])
     frames = np.ascontiguousarray(media.frames[:, -height:, :width])
     times = media.frame_seconds - media.frame_seconds[0]
