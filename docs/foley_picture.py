@@ -1,4 +1,4 @@
-"""Draws docs/foley.png: five videos of the demo over 1.75 seconds, frames above sound.
+"""Draws docs/foley.webp: five videos of the demo over 1.75 seconds, frames above sound.
 
 PYTHONPATH=. python docs/foley_picture.py
 """
@@ -58,8 +58,8 @@ def draw(path: Path) -> None:
         for axis in (above, below):
             axis.axis("off")
     figure.subplots_adjust(left=0.01, right=0.99, top=0.975, bottom=0.01, hspace=0.2)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=80, pil_kwargs={"quality": 80})
 
 
 if __name__ == "__main__":
-    draw(Path(__file__).with_name("foley.png"))
+    draw(Path(__file__).with_name("foley.webp"))

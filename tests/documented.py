@@ -97,9 +97,9 @@ def inline_commands() -> Iterator[tuple[str, str]]:
 
 
 def protocol_commands() -> list[str]:
-    """The commands of the README's table of protocols."""
-    readme = (ROOT / "README.md").read_text()
-    table = readme[readme.index("| | `python -m avcl_jax.main") :].partition("\n\n")[0]
+    """The commands of the table of protocols of docs/train.md."""
+    page = (ROOT / "docs/train.md").read_text()
+    table = page[page.index("| | `python -m avcl_jax.main") :].partition("\n\n")[0]
     (command,) = re.findall(r"`(python [^`]*)`", table.splitlines()[0])
     commands = []
     for row in table.splitlines()[2:]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -41,6 +44,25 @@ def test_every_page_is_in_the_navigation_once(stage_site) -> None:
     assert sorted(leaves) == sorted(
         [*stage_site.pages().values(), "source/avcl_jax/configs/index.md"]
     )
+
+
+def test_options_of_all_commands_are_listed() -> None:
+    done = subprocess.run(
+        [sys.executable, "docs/command_options.py"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    listed = re.findall(r"^## (.*)", done.stdout, re.MULTILINE)
+    assert listed == sorted(re.findall(r'"(avcl-[\w-]+)=', (ROOT / "setup.py").read_text()))
+    (query,) = re.findall(r"^### avcl-fingerprint query\n(.*?)^###", done.stdout, re.M | re.S)
+    assert "\n| `--require {video,audio,both}` | accept only sources " in query
+    assert "\n| `--index DIR` | the index. **Required** |\n" in query
+    # What many commands share is explained once.
+    assert done.stdout.count("| `--short-side PIXELS` | ") == 1
+    assert done.stdout.count("`--short-side`") > 7
 
 
 def test_names_of_the_reference_are_defined() -> None:
