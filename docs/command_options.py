@@ -88,7 +88,7 @@ def sections(program: str, run: Callable[[Sequence[str]], object]) -> Iterator[s
         return
     rows = {name: list(_rows(parser)) for name, parser in parsers.items()}
     counts = Counter(itertools.chain(*rows.values()))
-    shared = {row for row, count in counts.items() if count > 2}
+    shared = {row for row, count in counts.items() if count > 2 and row.startswith("| `-")}
     if len(shared) < 6:  # few enough to be repeated
         shared = set()
     epilogs = Counter(parser.epilog for parser in parsers.values() if parser.epilog)
@@ -99,7 +99,8 @@ def sections(program: str, run: Callable[[Sequence[str]], object]) -> Iterator[s
             yield _table(own)
         if others := [row.split("`")[1].split()[0] for row in rows[name] if row in shared]:
             names = ", ".join(f"`{option}`" for option in others)
-            yield f"[Also](#options-of-several-commands-of-{program}): {names}"
+            target = f"#options-of-several-commands-of-{program}"
+            yield f"[Options of several commands]({target}): {names}"
         if epilogs[parser.epilog] == 1:
             yield _text(parser.epilog or "")
     if shared:

@@ -68,7 +68,6 @@ class FingerprintIndex:
         Raises:
             FingerprintError: if there is no index, or it is damaged.
         """
-        library.faiss()  # before the first slow step
         directory = local_path(directory)
         return cls(directory, encoder_path, library.load(directory))
 
@@ -106,7 +105,6 @@ class FingerprintIndex:
             FingerprintError: if the directory is not empty.
             ExportError: if there are no encoders.
         """
-        library.faiss()
         directory = local_path(directory)
         encoders = weights.canonical(encoder_path)
         if directory.exists() and any(directory.iterdir()):
