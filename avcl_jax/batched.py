@@ -21,6 +21,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from avcl_jax.compilation_cache import compiled
 from avcl_jax.errors import UserError
 from avcl_jax.paths import write_bytes
 from avcl_jax.training import sharding
@@ -83,6 +84,7 @@ def batched_map(
     inputs: Sequence[str],
     chunk: int,
     threads: int,
+    identity: str | None = None,
 ) -> Callable[[Render, Sequence[int]], dict[str, np.ndarray]]:
     """Returns a map of records to the outputs of networks, batch by batch over local devices.
 
@@ -95,6 +97,8 @@ def batched_map(
         networks: variables by name of the network, all of the same structure.
         inputs: names of the rendered arrays that the function takes.
         chunk: records per batch over all devices; rounded up to a multiple of the devices.
+        identity: text that the function depends on, beside the sources of this package: later
+            starts neither trace nor compile it (`compilation_cache.compiled`).
 
     Returns:
         A function of `render`, arrays of the record at a position, and the positions. It returns
@@ -105,15 +109,20 @@ def batched_map(
     rows = -(-chunk // mesh.size) * mesh.size
     placed = jax.device_put(dict(networks), sharding.replicated(mesh))
     jitted = jax.jit(function)
+    program: Any = None
 
     def start(rendered: Sequence[Mapping[str, Any]]) -> tuple[dict[str, jax.Array], Arrays]:
         padded = [*rendered, *[rendered[-1]] * (rows - len(rendered))]
         batch = stack([{name: row[name] for name in inputs} for row in padded])
         batch = jax.device_put(batch, sharding.rows_sharding(mesh))
+        nonlocal program
+        if program is None:
+            arguments = next(iter(placed.values())), batch
+            program = jitted if identity is None else compiled(jitted, arguments, identity)
         outputs = {
             f"{network}/{name}": value
             for network, variables in placed.items()
-            for name, value in jitted(variables, batch).items()
+            for name, value in program(variables, batch).items()
         }
         return outputs, stack(
             [{n: a for n, a in row.items() if n not in _MEDIA} for row in rendered]

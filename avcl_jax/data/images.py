@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 import simplejpeg
-from jaxtyping import UInt8
 
 from avcl_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxtyping import UInt8
 
 # grain has the parallelism; OpenCV's own pool of threads would oversubscribe the cores.
 cv2.setNumThreads(0)

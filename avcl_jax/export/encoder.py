@@ -46,14 +46,31 @@ class Encoder:
         params: nested dict of arrays, `params` and, where it has any, `batch_stats`.
         preprocess: (frames, fps) or (waveform, sample_rate_hz) to a batch of clips.
         config: all of config.json: architecture, preprocessing, source run.
-        module: the Linen module, for further training.
     """
 
     modality: Literal["video", "audio"]
     params: Mapping[str, Any]
     preprocess: VideoPreprocessing | AudioPreprocessing
     config: Mapping[str, Any]
-    module: nn.Module
+
+    @functools.cached_property
+    def module(self) -> nn.Module:
+        """The Linen module, for further training.
+
+        Raises:
+            ExportError: if its class is unknown.
+        """
+        from avcl_jax.models.encoders import CLASSES
+
+        arguments = dict(self.config["encoder"])
+        name = arguments.pop("class")
+        if name not in CLASSES:
+            raise ExportError(f"unknown encoder {name!r}; known: {', '.join(sorted(CLASSES))}")
+        arguments["dtype"] = np.dtype(arguments["dtype"])
+        # Lists of JSON as the tuples that Linen modules hash.
+        return CLASSES[name](
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+        )
 
     def apply(self, params: Mapping[str, Any], batch: Any, *, pooled: bool = True) -> jax.Array:
         """Encodes a batch of clips; pure, so it can be jitted, differentiated and vmapped.
@@ -130,7 +147,7 @@ class Encoder:
             "preprocessing": dataclasses.asdict(preprocessing),
             "source": dict(source),
         }
-        return cls(preprocessing.modality, params, preprocessing, config, module)
+        return cls(preprocessing.modality, params, preprocessing, config)
 
     @functools.cached_property
     def _jitted(self) -> Any:
@@ -217,16 +234,23 @@ def load_encoder(path: epath.PathLike, *, check: bool = True) -> Encoder:
 
 def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Leaves of nested variables by their path, such as "params/stem_norm/norm/scale"."""
-    import flax.traverse_util
-
-    return flax.traverse_util.flatten_dict(dict(variables), sep="/")
+    flat: dict[str, Any] = {}
+    for name, value in variables.items():
+        inner = flatten(value) if isinstance(value, Mapping) else {"": value}
+        flat |= {f"{name}/{path}".rstrip("/"): leaf for path, leaf in inner.items()}
+    return flat
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `flatten`."""
-    import flax.traverse_util
-
-    return flax.traverse_util.unflatten_dict(dict(flat), sep="/")
+    variables: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, name = path.split("/")
+        place = variables
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[name] = value
+    return variables
 
 
 def variable_shapes(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -243,21 +267,11 @@ def _build(
 ) -> Encoder:
     from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
     from avcl_jax.data.spectrogram import LogMelSpec
-    from avcl_jax.models.encoders import CLASSES
 
     if config["format_version"] != FORMAT_VERSION:
         raise ExportError(
             f"{where} has format {config['format_version']}, this version reads {FORMAT_VERSION}"
         )
-    arguments = dict(config["encoder"])
-    name = arguments.pop("class")
-    if name not in CLASSES:
-        raise ExportError(f"{where}: unknown encoder {name!r}; known: {', '.join(sorted(CLASSES))}")
-    arguments["dtype"] = np.dtype(arguments["dtype"])
-    # Lists of JSON as the tuples that Linen modules hash.
-    module = CLASSES[name](
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
-    )
     modality = config["modality"]
     preprocessing: VideoPreprocessing | AudioPreprocessing
     if modality == "video":
@@ -266,15 +280,18 @@ def _build(
         preprocessing = AudioPreprocessing(LogMelSpec(**config["preprocessing"]["log_mel"]))
     else:
         raise ExportError(f"{where}: modality {modality!r} is neither 'video' nor 'audio'")
+    encoder = Encoder(preprocessing.modality, unflatten(flat), preprocessing, config)
     if check:
-        _check_weights(module, preprocessing.clip_shape, flat, where=where)
-    return Encoder(preprocessing.modality, unflatten(flat), preprocessing, config, module)
+        _check_weights(encoder, flat, where=where)
+    return encoder
 
 
-def _check_weights(
-    module: nn.Module, clip_shape: tuple[int, ...], flat: Mapping[str, np.ndarray], *, where: str
-) -> None:
-    expected = variable_shapes(module, clip_shape)
+def _check_weights(encoder: Encoder, flat: Mapping[str, np.ndarray], *, where: str) -> None:
+    try:
+        module = encoder.module
+    except ExportError as error:
+        raise ExportError(f"{where}: {error}") from error
+    expected = variable_shapes(module, encoder.input_shape)
     actual = {key: value.shape for key, value in flat.items()}
     wrong = sorted(
         key for key in expected.keys() | actual.keys() if expected.get(key) != actual.get(key)

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-import scipy.special
 
 from avcl_jax.data.media import DecodedMedia
 from avcl_jax.export.encoder import MODALITIES
@@ -49,7 +48,9 @@ _VIDEO_SPREAD = 0.25
 # Images of sources that share a template; others say nothing about it.
 _ALIKE = 0.95
 # Median absolute deviation of a normal distribution, in standard deviations.
-_NORMAL_QUARTILE = scipy.special.ndtri(0.75)
+_NORMAL_QUARTILE = 0.6744897501960817
+# Of Gauss and Legendre, for integrals over angles.
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
 
 
 class Details(NamedTuple):
@@ -190,9 +191,7 @@ def judge(
     judgements = []
     for values in zip(of_video, of_audio, strict=True):
         known = [value for value in values if not np.isnan(value)]
-        # The chance of chi-squared, by which Fisher combines them.
-        surprise = -2 * np.log(known).sum()
-        together = scipy.special.chdtrc(2 * len(known), surprise) if known else 1.0
+        together = fisher(known)
         scores = [
             max(0.0, -math.log10(max(chance * len(candidates), 1e-300)))
             for chance in (together, *np.nan_to_num(values, nan=1.0))
@@ -217,8 +216,29 @@ def _chances(values: np.ndarray, least_spread: np.ndarray, *, rivals: bool = Fal
         if rivals:
             spread = max(spread, (middle - others.min()) / _RIVAL)
         t = (middle - values[n]) / max(spread, least_spread[n])
-        chances[n] = scipy.special.stdtr(len(others) - 1, -t)
+        chances[n] = student_tail(t, len(others) - 1)
     return chances
+
+
+def student_tail(t: float, freedom: int) -> float:
+    """Returns the chance that Student's t exceeds a value.
+
+    It is the integral of sin^(freedom − 1) from 0 to the angle whose cotangent is t / √freedom.
+    SciPy has it too, but its import would take a fifth of a query's time.
+    """
+    angle = math.atan2(math.sqrt(freedom), t)
+    mean = float(_WEIGHTS @ np.sin(angle * (_NODES + 1) / 2) ** (freedom - 1)) / 2
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
+    return angle * mean * scale / math.sqrt(math.pi)
+
+
+def fisher(chances: Sequence[float]) -> float:
+    """Returns the chance of a product of independent chances as small, by Fisher's method."""
+    product = max(math.prod(chances), 1e-300)
+    surprise = -math.log(product)
+    # Without any chance the sum is empty, and nothing is surprising.
+    terms = [surprise**k / math.factorial(k) for k in range(len(chances))]
+    return product * sum(terms) if terms else 1.0
 
 
 def _best_line(query: Details, candidate: Candidate) -> tuple[float, float, float, float]:

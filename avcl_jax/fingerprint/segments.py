@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,7 +88,8 @@ class Segmenter:
         self._encode = {}
         for name, encoder in source.encoders.items():
             spec = encoder.preprocess
-            structured = _structured(encoder.modality, encoder.module, spec, settings.time_bins)
+            described = json.dumps(encoder.config["encoder"], sort_keys=True)
+            structured = _structured(encoder.modality, described, spec, settings.time_bins)
             if dimensions is None:
                 example = {"clips": self._empty(name)[None]}
                 shapes = jax.eval_shape(structured, encoder.params, example)
@@ -100,6 +102,7 @@ class Segmenter:
                 inputs=("clips",),
                 chunk=_BATCH,
                 threads=_THREADS,
+                identity=f"{described} {spec} {settings.time_bins}",
             )
 
     @property
@@ -244,13 +247,13 @@ class Segmenter:
 
 # Cached, because a function is compiled once per process, however many indexes are opened.
 @functools.cache
-def _structured(modality: Any, module: Any, preprocess: Any, time_bins: int) -> Any:
+def _structured(modality: Any, described: str, preprocess: Any, time_bins: int) -> Any:
     """Returns the function to features [B, bins · C], averaged but over the parts of time."""
-    encoder = Encoder(modality, {}, preprocess, {}, module)
-
-    import jax.numpy as jnp
+    encoder = Encoder(modality, {}, preprocess, {"encoder": json.loads(described)})
 
     def structured(params: Any, arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
+        import jax.numpy as jnp
+
         maps = encoder.apply(params, arrays["clips"], pooled=False)
         places = maps.shape[1]
         maps = maps.mean(axis=tuple(range(2, maps.ndim - 1)))

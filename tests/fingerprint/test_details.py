@@ -16,6 +16,18 @@ from avcl_jax.fingerprint.index import FingerprintIndex
 from tests.fingerprint.synthetic import RATE_HZ, SETTINGS, clip
 
 
+@pytest.mark.parametrize("freedom", [2, 3, 6, 15, 40])
+def test_chances_are_those_of_scipy(freedom):
+    for t in (-30.0, -1.0, 0.0, 0.2, 1.5, 8.0, 1e4):
+        expected = scipy.stats.t.sf(t, freedom)
+        assert details.student_tail(t, freedom) == pytest.approx(expected, rel=1e-11)
+    for chances in ([0.3], [1.0, 1.0], [1e-40, 0.2], [0.5, 1e-9, 1e-3]):
+        expected = scipy.stats.combine_pvalues(chances).pvalue
+        assert details.fisher(chances) == pytest.approx(expected, rel=1e-11)
+    assert details.fisher([]) == 1.0
+    assert details.fisher([0.0, 0.5]) < 1e-290
+
+
 def speech(seed: int, seconds: float = 8.0) -> np.ndarray:
     """Noise in bands that change every tenth of a second, int16."""
     rng = np.random.default_rng(seed)
