@@ -87,7 +87,7 @@ def test_the_abstract_preset_is_the_demo_without_audio_audio_contrast():
     assert changed == ["loss.weights.aa: 0.5 -> 0.0", "name: 'demo' -> 'abstract'"]
 
 
-@pytest.mark.parametrize("preset", ["run", "abstract", "esc10", *PRESETS])
+@pytest.mark.parametrize("preset", ["run", "abstract", "small", "esc10", *PRESETS])
 def test_what_evaluates_a_run_repeats_none_of_its_settings(preset):
     config = evaluate.get_config(preset).to_dict()
     own = {"allow_trained_on"}

@@ -205,8 +205,9 @@ def load_encoder(path: epath.PathLike, *, check: bool = True) -> Encoder:
     """Loads an encoder that `export_encoder` wrote, ready for raw media.
 
     Args:
-        path: its directory, for instance `WORKDIR/export/video`, local or gs://; or the name of
-            one that comes with the package, such as "small/video" (`avcl_jax.encoders()`).
+        path: its directory, for instance `WORKDIR/export/video`, local or gs://; the name of one
+            that comes with the package, such as "small/video" (`avcl_jax.encoders()`); or an
+            address of the Hugging Face Hub, hf://USER/REPO/FOLDER (the extra `hub`).
         check: compare the weights with the architecture, which takes a trace of the network.
 
     Raises:

@@ -6,7 +6,8 @@ Everything that uses trained encoders names them by one argument:
 - a directory that contains `video` or `audio` or both as `configs/export.py` and
   `configs/import_weights.py` write them, or the workdir above it;
 - the directory of one exported encoder;
-- the name of encoders that come with the package (`avcl_jax.weights`).
+- the name of encoders that come with the package, or an address of the Hugging Face Hub
+  (`avcl_jax.weights`).
 
 Runs are read by Orbax, which takes as long to import as JAX: functions import it when they need it.
 """

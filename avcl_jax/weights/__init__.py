@@ -1,7 +1,8 @@
-"""Encoders that come with the package, by name.
+"""Encoders that come with the package, by name, and those of the Hugging Face Hub, by address.
 
 Everything that takes the path of an encoder takes one of these names too: `small` is a pair,
-`small/video` and `small/audio` its encoders. Encoders at a path go before a name.
+`small/video` and `small/audio` its encoders. Encoders at a path go before a name. An address is
+`hf://USER/REPO/FOLDER`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Literal
 from etils import epath
 
 from avcl_jax.paths import absolute_path
+from avcl_jax.weights import hub
 
 DEFAULT = "small"
 
@@ -62,20 +64,25 @@ def names() -> tuple[str, ...]:
 
 
 def canonical(encoder: epath.PathLike) -> str:
-    """Returns a name as it is, and a path as an absolute one: what settings and indexes record.
+    """Returns a name or address as it is, a path as an absolute one: for settings and indexes.
 
     Raises:
         PathError: if it is empty.
     """
+    if _is_address(encoder):
+        return os.fspath(encoder)
     return _name(encoder) or os.fspath(absolute_path(encoder))
 
 
 def find(encoder: epath.PathLike) -> epath.Path:
-    """Returns the directory that a name or a path stands for; the latter need not exist.
+    """Returns the directory that a name, an address or a path stands for; a path need not exist.
 
     Raises:
         PathError: if it is empty.
+        UserError: if it is an address, and the encoder cannot be fetched.
     """
+    if _is_address(encoder):
+        return hub.fetch(os.fspath(encoder))
     name = _name(encoder)
     return epath.Path(_HERE / name) if name else absolute_path(encoder)
 
@@ -86,6 +93,10 @@ def missing(encoder: epath.PathLike) -> str:
         f"there is no directory {absolute_path(encoder)}: give the workdir of a run, an exported "
         f"encoder, or one that comes with the package: {', '.join(names())}"
     )
+
+
+def _is_address(encoder: epath.PathLike) -> bool:
+    return os.fspath(encoder).startswith(hub.PREFIX)
 
 
 def _name(encoder: epath.PathLike) -> str:

@@ -27,7 +27,7 @@ def recording(seconds: float = 4.0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seed", range(4))  # with and without a moving camera
-def test_a_video_lights_up_when_its_recording_sounds(seed):
+def test_a_video_lights_up_with_its_recording(seed):
     frames = render_heard(np.random.default_rng(seed), recording())
     assert frames.shape == (4 * VIDEO_FPS, 64, 64, 3)
     change = np.abs(np.diff(frames.astype(float), axis=0)).mean(axis=(1, 2, 3))

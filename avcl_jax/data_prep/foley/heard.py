@@ -1,4 +1,4 @@
-"""Videos for recordings: an object that moves and glows as the recording sounds.
+"""Videos for recordings: an object that moves and glows with the recording.
 
 Its size and the brightness of its trail follow the loudness, its place the spectral centroid, and
 every onset leaves a mark. So video and audio share their course in time, and no class. Half of the
