@@ -67,6 +67,7 @@ setup(
         "torch": ["torch>=2.13.0"],
         "beam": ["apache-beam>=2.77.0"],
         "s3": ["s3fs"],
+        "hub": ["huggingface-hub>=2.4.0"],
         "scenes": ["scenedetect"],
         # Every JAX names the libtpu that matches it; requirements-tpu-aot.txt has the one tested.
         "tpu-aot": ["jax[tpu]"],

@@ -95,7 +95,7 @@ def test_what_evaluates_a_run_repeats_none_of_its_settings(preset):
     assert repeated == {"task", "name", "data", "execution"}
     assert config["data"].keys() == {"directory", *own}
     assert config["name"] == ("demo" if preset == "run" else preset)
-    assert set(export.get_config()) == {"task", "name", "execution"}
+    assert set(export.get_config()) == {"task", "name", "license", "execution"}
 
 
 @pytest.mark.parametrize("module", [retrieval, cross_modal, temporal, linear_probe])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import pytest
 import avcl_jax
 from avcl_jax import experiment, weights
 from avcl_jax.configs import fingerprint, linear_probe
+from avcl_jax.errors import UserError
 from avcl_jax.export import ExportError
 from avcl_jax.export.runs import load_run, open_encoders
 from avcl_jax.fingerprint import command
@@ -95,3 +98,63 @@ def test_an_index_needs_no_encoder(folder):
     assert index.segmenter.source.path == "small"
     arguments = command._parser().parse_args(["index", "films", "--index", "films.index"])
     assert arguments.encoder == "small"
+
+
+class FakeHub:
+    """Stands for huggingface_hub: one repository, of which it copies what the patterns name."""
+
+    def __init__(self, repository: Path, cache: Path):
+        self.repository, self.cache, self.asked = repository, cache, []
+
+    def snapshot_download(self, repo_id, *, revision=None, allow_patterns=None):
+        self.asked.append((repo_id, revision))
+        if repo_id != "someone/small":
+            raise OSError(f"404 Client Error.\n\nRepository Not Found for {repo_id}.")
+        for path in self.repository.rglob("*"):
+            name = str(path.relative_to(self.repository))
+            if path.is_file() and any(fnmatch.fnmatch(name, p) for p in allow_patterns):
+                (self.cache / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, self.cache / name)
+        return str(self.cache)
+
+
+@pytest.fixture
+def fake_hub(tmp_path, monkeypatch):
+    fake = FakeHub(Path(weights.find("small")), tmp_path / "cache")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    return fake
+
+
+def test_an_address_of_the_hub_is_fetched_by_its_own_library(fake_hub):
+    encoder = avcl_jax.load_encoder("hf://someone/small@main/video")
+    assert encoder.modality == "video"
+    assert fake_hub.asked == [("someone/small", "main")]
+    kept = {str(path.relative_to(fake_hub.cache)) for path in fake_hub.cache.rglob("*.*")}
+    assert kept == {"video/config.json", "video/model.safetensors"}
+    pair = open_encoders("hf://someone/small")
+    assert (pair.path, set(pair.encoders)) == ("hf://someone/small", {"video", "audio"})
+    assert pair.fingerprint == open_encoders("small").fingerprint
+    config = fingerprint.get_config()
+    config.encoder = "hf://someone/small"
+    assert experiment.with_absolute_paths(config).encoder == "hf://someone/small"
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("hf://someone/else", r"^hf://someone/else cannot be fetched: 404 Client Error\.$"),
+        ("hf://someone/small/text", r"the repository has no encoder in a folder text$"),
+        ("hf://someone", r"^hf://someone is not hf://USER/REPO"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_said_in_one_line(fake_hub, address, message):
+    with pytest.raises(UserError, match=message):
+        avcl_jax.load_encoder(address)
+
+
+def test_without_its_library_one_line_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(
+        UserError, match=r"pip install huggingface-hub, or the extra avcl-jax\[hub\]"
+    ):
+        avcl_jax.load_encoder("hf://someone/small/video")

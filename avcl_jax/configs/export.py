@@ -5,8 +5,8 @@
         --config.encoder=runs/kinetics400/export/video --workdir=runs/kinetics400
 
 The first reads RUN/config.json, and writes RUN/export/video and RUN/export/audio, which
-`avcl_jax.export.load_encoder` reads. The second writes WORKDIR/torchvision.safetensors, for
-`load_state_dict` of the network of the same name.
+`avcl_jax.export.load_encoder` reads, and their model card, RUN/export/README.md. The second writes
+WORKDIR/torchvision.safetensors, for `load_state_dict` of the network of the same name.
 """
 
 from ml_collections import ConfigDict
@@ -18,11 +18,14 @@ from avcl_jax.configs.common import execution
 def get_config(preset: str = "run") -> ConfigDict:
     """Returns a preset: run, or the code base whose names weights get.
 
-    Without --workdir, `run` exports runs/demo; all its settings are those of the run.
+    Without --workdir, `run` exports runs/demo; all its other settings are those of the run.
     """
     datasets.check_preset(preset, ("run", "torchvision", "avid", "gdt"))
     c = ConfigDict(dict(task="avcl_jax.export.runs:export_run", name="demo"))
-    if preset != "run":
+    if preset == "run":
+        # Of the weights, as the Hugging Face Hub names licences: "apache-2.0", "cc-by-4.0", …
+        c.license = "unknown"
+    else:
         c.update(task="avcl_jax.export.torch_weights:export_weights", name="weights")
         c.update(encoder="runs/kinetics400/export/video", code_base=preset)
     c.execution = execution()

@@ -35,7 +35,7 @@ from avcl_jax.export.encoder import (
     flatten,
     load_encoder,
 )
-from avcl_jax.paths import absolute_path
+from avcl_jax.paths import absolute_path, write_bytes
 
 if TYPE_CHECKING:
     import ml_collections
@@ -88,7 +88,8 @@ def config_of_run(workdir: epath.PathLike) -> ml_collections.ConfigDict:
 def export_run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, epath.Path]:
     """Exports the encoders of the newest checkpoint of a run to WORKDIR/export/{video,audio}.
 
-    `config` is not used: model and preprocessing are those of the run's own config.
+    Beside them it writes a model card, with the results if the run was evaluated. Of `config` only
+    the licence is read: model and preprocessing are those of the run's own config.
 
     Returns:
         Directory of each modality that the run trained.
@@ -98,8 +99,9 @@ def export_run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> di
         CheckpointError: if the run has no checkpoint.
     """
     from avcl_jax import experiment
+    from avcl_jax.export import card
 
-    del config
+    license = config.license
     workdir = absolute_path(workdir)
     config, variables, step = load_run(workdir)
     run_config = (workdir / "config.json").read_text()
@@ -110,17 +112,34 @@ def export_run(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> di
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")},
     }
-    exported = {}
-    for modality, encoder in _encoders_of_run(workdir, config, variables, step).items():
+    run = source_of_run(workdir, config, variables, step)
+    exported, encoders = {}, {}
+    for modality, encoder in run.encoders.items():
+        source = encoder.config["source"] | origin
         exported[modality] = export_encoder(
             workdir / "export" / modality,
             encoder=encoder.module,
             params=encoder.params,
             preprocessing=encoder.preprocess,
-            source=encoder.config["source"] | origin,
+            source=source,
         )
         print(f"encoder {exported[modality]}", flush=True)
+        described = {**encoder.config, "source": source}
+        encoders[modality] = dataclasses.replace(encoder, config=described)
+    results = _results_of(workdir, run)
+    text = card.model_card(encoders, config, results, license=license)
+    write_bytes(path := workdir / "export" / card.NAME, text.encode())
+    print(f"card    {path}", flush=True)
     return exported
+
+
+def _results_of(workdir: epath.Path, run: EncoderSource) -> dict[str, Any] | None:
+    """Returns results.json of a run if they are those of these encoders."""
+    if not (path := workdir / "results.json").exists():
+        return None
+    results = json.loads(path.read_text())
+    # A run that was trained further since it was evaluated has other weights.
+    return results if results["encoder"]["fingerprint"] == run.fingerprint else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from unittest.mock import ANY
 import jax
 import numpy as np
 import pytest
+import yaml
 
 from avcl_jax import experiment
 from avcl_jax.configs import evaluate as evaluate_config
@@ -238,6 +239,37 @@ def test_exported_encoders_compute_what_the_run_computes(small_run):
     expected = apply(variables, jax.numpy.asarray(pixels), train=False)["features"]
     np.testing.assert_allclose(encoder(frames, 16.0), expected, atol=1e-6)
     assert encoder.config["source"]["step"] == 0
+
+
+def test_an_export_has_a_model_card_with_the_results_of_its_weights(small_run, results, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(small_run[1], workdir)
+    config = export.get_config()
+    config.license = "cc-by-4.0"
+    export_run(config, workdir)
+    card = (workdir / "export" / "README.md").read_text()
+    _, header, body = card.split("---\n", 2)
+    header = yaml.safe_load(header)
+    assert (header["license"], header["library_name"]) == ("cc-by-4.0", "avcl-jax")
+    assert {"video", "audio"} <= set(header["tags"])
+    (evaluated,) = header["model-index"][0]["results"]
+    assert evaluated["dataset"]["name"] == results["data"]["test"]
+    values = {metric["type"]: metric["value"] for metric in evaluated["metrics"]}
+    assert values["speed_video"] == round(results["metrics"]["speed_video"]["value"], 4)
+    assert "motion_from_video_pretrained" in values
+    assert not any(name.endswith(("_random", "_supervised")) for name in values)
+    assert "| video | VideoResNet |" in body
+    assert "learning_rate" in body
+    assert str(workdir) not in card
+    # Results of other weights, or none.
+    for other in (results | {"encoder": results["encoder"] | {"fingerprint": "12ab"}}, None):
+        (workdir / "results.json").unlink()
+        if other:
+            (workdir / "results.json").write_text(json.dumps(other))
+        export_run(config, workdir)
+        card = (workdir / "export" / "README.md").read_text()
+        assert "model-index" not in card
+        assert "Not evaluated." in card
 
 
 def test_outcomes_are_by_test_record_and_a_run_does_not_differ_from_itself(small_run, results):
