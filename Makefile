@@ -16,8 +16,8 @@ PYTEST := -m pytest -n auto --maxprocesses 8 --dist loadfile
 demo: $(VENV)/demo-ready
 	$(BIN)/avcl-data demo --out data/foley
 	$(RUN) --config=configs/pretrain.py --config.seed=$(SEED) --workdir=$(WORKDIR)
-	$(RUN) --config=configs/export.py --workdir=$(WORKDIR)
 	$(RUN) --config=configs/evaluate.py:demo --workdir=$(WORKDIR)
+	$(RUN) --config=configs/export.py --workdir=$(WORKDIR)
 
 # Small computations: optimising their machine code takes longer than running it.
 test: $(VENV)/test-ready

@@ -230,7 +230,6 @@ def _encoders_of_run(
 
     model = experiment.audio_visual_model(config)
     source = {
-        "workdir": str(directory),
         "name": config.name,
         "step": step,
         "data": read_progress(directory, step).data_fingerprint,

@@ -21,8 +21,8 @@ DEFAULT = "small"
 
 # Pair → one line about it. Its encoders are the folders below that name.
 _PAIRS = {
-    "small": "R(2+1)D and audio ResNet trained without labels on rendered videos; for copies of "
-    "clips and simple sounds, not for recognition of actions",
+    "small": "trained without labels on rendered videos and ESC-10; for copies of clips and simple "
+    "sounds, not for recognition of actions",
 }
 _HERE = Path(__file__).parent
 
