@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -222,9 +223,11 @@ def load_encoder(path: epath.PathLike, *, check: bool = True) -> Encoder:
         if not directory.is_dir():
             raise ExportError(weights.missing(path)) from error
         found = sorted(p.name for p in directory.iterdir())
+        one = next((name for name in ("video", "audio") if name in found), "export/video")
+        given = os.fspath(path).rstrip("/")
         raise ExportError(
-            f"{directory} is not an exported encoder: it lacks {epath.Path(error.filename).name} "
-            f"and contains {found}. Give the directory of one encoder, for instance export/video"
+            f"{given} is not an exported encoder: it lacks {epath.Path(error.filename).name} and "
+            f"contains {found}. Give one encoder, for instance {given}/{one}"
         ) from error
     except json.JSONDecodeError as error:
         raise ExportError(f"{directory / _CONFIG} is damaged: {error}; export again") from error
