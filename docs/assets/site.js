@@ -1,5 +1,5 @@
 // Browsers break lines after hyphens: options such as --config and names such as avcl-fingerprint
-// stay whole in code.
+// stay whole in code, unless they are wider than a phone.
 const HYPHENATED = /([\w.]*-[\w.-]*\w)/;
 for (const code of document.querySelectorAll("code")) {
   const walker = document.createTreeWalker(code, NodeFilter.SHOW_TEXT);
@@ -10,7 +10,7 @@ for (const code of document.querySelectorAll("code")) {
     if (parts.length < 2) continue;
     text.replaceWith(
       ...parts.map((part, number) => {
-        if (number % 2 === 0) return part;
+        if (number % 2 === 0 || part.length > 36) return part;
         const whole = document.createElement("span");
         whole.className = "whole";
         whole.textContent = part;
