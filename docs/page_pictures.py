@@ -30,6 +30,9 @@ from avcl_jax.data.media import decode_media
 DOCS = Path(__file__).parent
 FILM = "big_buck_bunny_0_30.webm"
 CLIP_SECONDS = (16.0, 26.0)
+# Playwright's own way to wait is against the content security policy of the page.
+_LOADED = """() => Promise.all([clip, source].map((video) => video.readyState >= 2 ||
+    new Promise((resolve) => video.addEventListener("loadeddata", resolve))))"""
 _FINGERPRINT = (sys.executable, "-m", "avcl_jax.fingerprint")
 
 
@@ -77,9 +80,10 @@ def served(index: Path) -> Iterator[str]:
     command = [*_FINGERPRINT, "serve", f"--index={index}", "--port=0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        line = process.stdout.readline()
-        yield re.findall(r"http://\S+", line)[0]
-        process.terminate()
+        try:
+            yield re.findall(r"http://\S+", process.stdout.readline())[0]
+        finally:
+            process.terminate()
 
 
 def hide_folder(page: Page, folder: Path) -> None:
@@ -109,7 +113,7 @@ def main() -> None:
         page = browser.new_page()
 
         page.goto((arguments.run.resolve() / "report.html").as_uri())
-        save(page, "report.webp", height=1250)
+        save(page, "report.webp", height=1165)
 
         shutil.copytree(arguments.films, folder / "films")
         make_clip(folder / "films" / FILM, folder / "clip.mp4")
@@ -120,7 +124,7 @@ def main() -> None:
             page.goto(address)
             page.set_input_files("#file", folder / "clip.mp4")
             expect(page.locator("#headline")).to_contain_text(FILM, timeout=60_000)
-            page.wait_for_function("clip.readyState >= 2 && source.readyState >= 2")
+            page.evaluate(_LOADED)
             hide_folder(page, folder)
             save(page, "fingerprint_page.webp", height=1375)
 
