@@ -30,7 +30,7 @@ def model_card(
 
     Args:
         encoders: encoder of each modality.
-        config: that of the run.
+        config: config of the run.
         results: contents of its results.json; None if it was not evaluated.
         license: identifier from the Hub's list, such as "apache-2.0".
     """
