@@ -117,8 +117,8 @@ def main() -> None:
 
         shutil.copytree(arguments.films, folder / "films")
         make_clip(folder / "films" / FILM, folder / "clip.mp4")
-        index, encoder = folder / "films.index", f"--encoder={arguments.run}"
-        command = [*_FINGERPRINT, "index", folder / "films", f"--index={index}", encoder]
+        index = folder / "films.index"
+        command = [*_FINGERPRINT, "index", folder / "films", f"--index={index}"]
         subprocess.run(command, check=False)  # some of the films may be damaged
         with served(index) as address:
             page.goto(address)
