@@ -113,7 +113,7 @@ def main() -> None:
         page = browser.new_page()
 
         page.goto((arguments.run.resolve() / "report.html").as_uri())
-        save(page, "report.webp", height=1165)
+        save(page, "report.webp", height=1140)
 
         shutil.copytree(arguments.films, folder / "films")
         make_clip(folder / "films" / FILM, folder / "clip.mp4")

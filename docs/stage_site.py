@@ -25,6 +25,7 @@ NAMES = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "avcl_jax/weights/small/README.md": "model_card.md",
 }
 SOURCES = ("avcl_jax/configs",)
 _LANGUAGES = {".py": "python", ".toml": "toml", ".txt": "text", ".sh": "sh"}
@@ -129,6 +130,7 @@ def staged_text(page: Path, names: Mapping[Path, str]) -> str:
         return f'<span class="maths">{convert(match[2])}</span>'
 
     text = _outside_code(_markdown(page), _BADGE, lambda match: match[1])
+    text = text.replace("<details>", '<details markdown="1">')  # what is in it is Markdown too
     return _outside_code(_outside_code(text, _LINK, link), _MATHS, maths)
 
 
