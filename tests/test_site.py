@@ -90,7 +90,8 @@ def test_links_of_all_pages_lead_to_files(stage_site) -> None:
 
 def test_links_follow_the_pages_and_code_stays(stage_site, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(stage_site, "ROOT", tmp_path)
-    for name in (*stage_site.NAMES, "LICENSE", "docs/data/README.md"):
+    monkeypatch.setattr(stage_site, "NAMES", {"README.md": "index.md"})
+    for name in ("README.md", "LICENSE", "docs/data/README.md"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("[licence](LICENSE#2) [web](https://a.b/c) [data](docs/data/README.md)\n")
