@@ -1,7 +1,8 @@
-"""Writing of media: MP4 files by libx264 and AAC, through PyAV, and images of spectrograms."""
+"""Writing of media: MP4 files by libx264 and AAC, through PyAV, and images for pages."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import itertools
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,7 @@ from typing import Any, BinaryIO
 import av
 import cv2
 import numpy as np
+import simplejpeg
 
 from avcl_jax.paths import replacing
 
@@ -92,3 +94,18 @@ def spectrogram_image(levels: np.ndarray, *, low: float, high: float) -> bytes:
     shades = np.minimum(scaled.T[::-1] * 256, 255).astype(np.uint8)
     _, data = cv2.imencode(".png", cv2.applyColorMap(shades, cv2.COLORMAP_MAGMA))
     return data.tobytes()
+
+
+def spectrogram_uri(levels: np.ndarray, *, low: float, high: float) -> str:
+    """Returns the data URI of a `spectrogram_image`."""
+    return data_uri("image/png", spectrogram_image(levels, low=low, high=high))
+
+
+def frame_uri(frame: np.ndarray) -> str:
+    """Returns a JPEG data URI of a uint8 [H, W, 3] frame."""
+    return data_uri("image/jpeg", simplejpeg.encode_jpeg(np.ascontiguousarray(frame), quality=88))
+
+
+def data_uri(kind: str, data: bytes) -> str:
+    """Returns data of a media type as an address, for pages that need nothing from outside."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"

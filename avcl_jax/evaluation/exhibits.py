@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import functools
 import io
@@ -14,11 +13,10 @@ import jax.numpy as jnp
 import librosa
 import ml_collections
 import numpy as np
-import simplejpeg
 from etils import epath
 
 from avcl_jax import experiment
-from avcl_jax.data.encode import spectrogram_image, write_mp4
+from avcl_jax.data.encode import data_uri, frame_uri, spectrogram_uri, write_mp4
 from avcl_jax.data.images import center_crop, decode_jpegs
 from avcl_jax.data.record_format import Record
 from avcl_jax.data.records import RecordDataset, RecordError
@@ -151,16 +149,6 @@ def _row(cards: Sequence[str], remark: str) -> str:
     return f'<div class="scroll"><div class="row">{"".join(cards)}</div></div>{below}'
 
 
-def frame_uri(frame: np.ndarray) -> str:
-    """Returns a JPEG data URI of a uint8 [H, W, 3] frame."""
-    return _uri("image/jpeg", simplejpeg.encode_jpeg(np.ascontiguousarray(frame), quality=88))
-
-
-def spectrogram_uri(spectrogram: np.ndarray, *, low: float, high: float) -> str:
-    """Returns the data URI of a `spectrogram_image`."""
-    return _uri("image/png", spectrogram_image(spectrogram, low=low, high=high))
-
-
 def clip_uri(record: Record, use: Timeline, start_seconds: float, span_seconds: float) -> str:
     """Returns an MP4 data URI (H.264 and AAC) of an interval of a record, for the page to play."""
     frames: Iterable[tuple[float, np.ndarray]] = ()
@@ -188,11 +176,7 @@ def clip_uri(record: Record, use: Timeline, start_seconds: float, span_seconds: 
         video_options={"crf": "26", "preset": "veryfast", "threads": "1"},
         variable_rate=True,
     )
-    return _uri("video/mp4", stream.getvalue())
-
-
-def _uri(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
+    return data_uri("video/mp4", stream.getvalue())
 
 
 class BankRow(NamedTuple):

@@ -23,8 +23,8 @@ from avcl_jax.export.encoder import MODALITIES
 VIDEO_HZ, AUDIO_HZ = 4, 16
 # A query is finer by this factor, so that its details are found between those of a reference.
 QUERY_FINER = 4
-_SIZE = (16, 11)  # width and height of an image, of any aspect
-IMAGE_BYTES = _SIZE[0] * _SIZE[1]
+IMAGE_SHAPE = (11, 16)  # height and width of an image, of any aspect
+IMAGE_BYTES = IMAGE_SHAPE[0] * IMAGE_SHAPE[1]
 _WINDOW_SECONDS, _LAG_SECONDS = 0.256, 0.125  # the lag is a whole number of moments
 _BANDS, _MIN_HZ, _MAX_HZ = 33, 200.0, 3400.0
 # Power of a window relative to the median; below, and in silence, signs are noise.
@@ -125,7 +125,11 @@ def _images(media: DecodedMedia, moments: np.ndarray) -> np.ndarray:
         here = moments + 1e-6 >= media.frame_seconds[0]
         numbers, places = np.unique(media.shown_at(moments[here]), return_inverse=True)
         small = [
-            cv2.resize(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), _SIZE, interpolation=cv2.INTER_AREA)
+            cv2.resize(
+                cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY),
+                IMAGE_SHAPE[::-1],
+                interpolation=cv2.INTER_AREA,
+            )
             for frame in media.frames[numbers]
         ]
         flat = np.reshape(small, (-1, IMAGE_BYTES))

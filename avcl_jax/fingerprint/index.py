@@ -11,7 +11,8 @@ import copy
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from avcl_jax.fingerprint.details import (
 )
 from avcl_jax.fingerprint.segments import Segmenter, SegmentFeatures, not_empty
 from avcl_jax.fingerprint.settings import FingerprintError, FingerprintSettings
+from avcl_jax.fingerprint.sharing import LEAST_SECONDS, Sharing, find_shared
 from avcl_jax.paths import local_path
 
 NOTHING_TO_COMPARE = "show one colour and are silent, or lack the modalities of the encoders"
@@ -266,6 +268,30 @@ class FingerprintIndex:
         empty = compared - set(not_empty(media))
         # A query without any content has no match to remark on.
         return dataclasses.replace(result, empty=tuple(empty if empty < compared else ()))
+
+    def shared(
+        self,
+        min_seconds: float = 3.0,
+        progress: Callable[[Sequence[int]], Iterable[int]] = iter,
+    ) -> Sharing:
+        """Finds what the sources share: copies, parts of each other, and what many have.
+
+        Args:
+            min_seconds: shortest interval to report.
+            progress: wraps the numbers of the sources while they are compared.
+
+        Raises:
+            FingerprintError: if `min_seconds` is too short.
+        """
+        if not LEAST_SECONDS <= min_seconds < math.inf:
+            raise FingerprintError(
+                f"min_seconds {min_seconds} must be at least {LEAST_SECONDS:g} and finite: shorter "
+                "parts are alike by chance"
+            )
+        spans = self.segmenter.spans
+        return find_shared(
+            self._library, self.directory, spans, min_seconds=min_seconds, progress=progress
+        )
 
     def check_required(self, required: Sequence[str], modalities: Sequence[str]) -> None:
         """Checks that the required modalities are indexed and among those to compare.

@@ -24,7 +24,7 @@ from avcl_jax.fingerprint.segments import SegmentFeatures
 
 # Query segments are denser than reference segments, so that some fall near the latter's times.
 QUERY_DENSITY = 2
-_NEIGHBOURS = 24
+NEIGHBOURS = 24
 _BIN_SECONDS = 0.5
 CANDIDATES = 16
 _PLACES = 2
@@ -36,6 +36,10 @@ _REACH_SECONDS = 0.75
 _WORST = -1.0
 # Segments of a library from which a search is enough work for several threads.
 _THREADS_FROM = 50_000
+
+
+# Of n segments, as `Library.search` returns them: similarity, source and segment, [n, NEIGHBOURS].
+Neighbours = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +74,7 @@ class _Channel:
     present: np.ndarray  # bool [segments]
     mean: np.ndarray  # float32 [segments], of the similarity to the cohort
     scale: np.ndarray  # float32 [segments], its standard deviation
-    neighbours: tuple[np.ndarray, np.ndarray, np.ndarray]  # of the present segments
+    neighbours: Neighbours  # of the present segments
 
     def surprise(self, similarity: np.ndarray, rows: Any = slice(None)) -> np.ndarray:
         """Returns similarity [rows, n] in standard deviations above that to the cohort."""
@@ -99,6 +103,12 @@ def prepare(
         renderings: vectors of the query (`Library.project`), `QUERY_DENSITY` segments per hop.
         exclude: number of a source to leave out.
     """
+
+    def channel(rendering: SegmentFeatures, modality: str) -> _Channel:
+        vectors, present = rendering.features[modality], rendering.present[modality]
+        neighbours = library.search(modality, vectors[present], NEIGHBOURS, exclude)
+        return _channel(library, modality, vectors, present, neighbours)
+
     small = library.num_segments < _THREADS_FROM
     step = library.settings.hop_seconds / QUERY_DENSITY
     with _thread_pools().limit(limits=1) if small else contextlib.nullcontext():
@@ -106,10 +116,40 @@ def prepare(
             Query(
                 rendering.rate,
                 step * np.arange(len(rendering)),
-                {m: _channel(library, rendering, m, exclude) for m in modalities},
+                {m: channel(rendering, m) for m in modalities},
             )
             for rendering in renderings
         ]
+
+
+def prepare_excerpt(
+    library: Library,
+    number: int,
+    first: int,
+    count: int,
+    neighbours: Mapping[str, Neighbours],
+) -> list[Query]:
+    """Makes a query of segments of the library itself, at every rate.
+
+    Segments are repeated where a query has others between one and the next, and are the same at
+    every rate: they are not encoded again.
+
+    Args:
+        number: source of the segments, from `first` on.
+        neighbours: by modality, of those of the segments that are present.
+    """
+    repeat = functools.partial(np.repeat, repeats=QUERY_DENSITY, axis=0)
+    step = library.settings.hop_seconds / QUERY_DENSITY
+    channels = {}
+    with _thread_pools().limit(limits=1, user_api="blas"):
+        for modality, found in neighbours.items():
+            vectors, here = library.vectors_of(modality, number, first, first + count)
+            similarity, sources, segments = map(repeat, found)
+            channels[modality] = _channel(
+                library, modality, repeat(vectors), repeat(here), (similarity, sources, segments)
+            )
+    seconds = step * np.arange(count * QUERY_DENSITY)
+    return [Query(rate, rate * seconds, channels) for rate in library.settings.rates]
 
 
 def align(
@@ -118,6 +158,7 @@ def align(
     spans: Mapping[str, float],
     *,
     known: Mapping[int, float] | None = None,
+    least_votes: float = 0.0,
 ) -> list[Alignment]:
     """Finds where in the library a query may come from.
 
@@ -126,6 +167,8 @@ def align(
         spans: modality -> length of a segment, of the modalities to compare.
         known: number -> offset in seconds of sources that are the unchanged query; they are
             aligned there, whatever the votes.
+        least_votes: sources with fewer are not aligned; one vote is a segment that resembles the
+            source by as many standard deviations as the query has segments.
 
     Returns:
         The best alignment of each source that was aligned, best first.
@@ -138,7 +181,7 @@ def align(
     best: dict[int, Alignment] = {}
     # The matrices are so small that a second thread only waits: 20 times slower on a busy machine.
     with _thread_pools().limit(limits=1, user_api="blas"):
-        for source, number, place in _candidates(votes):
+        for source, number, place in _candidates(votes, least_votes):
             alignment = _align(library, queries[number], source, place, spans)
             if alignment is not None and (
                 source not in best or alignment.evidence(spans) > best[source].evidence(spans)
@@ -158,15 +201,17 @@ def _thread_pools() -> threadpoolctl.ThreadpoolController:
 
 
 def _channel(
-    library: Library, rendering: SegmentFeatures, modality: str, exclude: int | None
+    library: Library,
+    modality: str,
+    vectors: np.ndarray,
+    present: np.ndarray,
+    neighbours: Neighbours,
 ) -> _Channel:
-    vectors, present = rendering.features[modality], rendering.present[modality]
     chance = vectors @ library.vectors[modality].cohort.T
     mean = spread = np.zeros(len(vectors), np.float32)
     if chance.shape[1] > 1:  # a cohort of none or one has no spread
         mean, spread = chance.mean(axis=1), chance.std(axis=1)
     scale = np.maximum(spread, vectors.shape[1] ** -0.5)
-    neighbours = library.search(modality, vectors[present], _NEIGHBOURS, exclude)
     return _Channel(vectors, present, mean, scale, neighbours)
 
 
@@ -195,11 +240,14 @@ def _vote(
                 votes[key] = votes.get(key, 0.0) + fraction * weight / len(here)
 
 
-def _candidates(votes: dict[tuple[int, int, int], float]) -> list[tuple[int, int, int]]:
+def _candidates(
+    votes: dict[tuple[int, int, int], float], least: float
+) -> list[tuple[int, int, int]]:
     """Returns the bins with most votes, few per source, so that none crowds out the others."""
     bins: list[tuple[int, int, int]] = []
     of_source: dict[int, int] = {}
-    for key, _ in sorted(votes.items(), key=lambda item: (-item[1], item[0])):
+    enough = [item for item in votes.items() if item[1] >= least]
+    for key, _ in sorted(enough, key=lambda item: (-item[1], item[0])):
         if of_source.get(key[0], 0) < _PLACES:
             of_source[key[0]] = of_source.get(key[0], 0) + 1
             bins.append(key)

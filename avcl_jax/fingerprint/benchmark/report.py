@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 import scipy.signal
 
+from avcl_jax.data.encode import frame_uri, spectrogram_uri
 from avcl_jax.data.media import DecodedMedia
 from avcl_jax.evaluation.charts import SERIES_COLOURS, bar_chart
-from avcl_jax.evaluation.exhibits import frame_uri, spectrogram_uri
 from avcl_jax.fingerprint.benchmark.clips import Query
 from avcl_jax.fingerprint.benchmark.families import FAMILIES
 from avcl_jax.fingerprint.benchmark.outcomes import METRICS, WITH_INTERVALS, Tables
