@@ -10,8 +10,9 @@ from typing import Any
 from tqdm import tqdm
 
 from avcl_jax.fingerprint.index import FingerprintIndex
+from avcl_jax.fingerprint.intervals import Interval
+from avcl_jax.fingerprint.relations import MANY, Pair, Sharing
 from avcl_jax.fingerprint.settings import FingerprintError
-from avcl_jax.fingerprint.sharing import MANY, Interval, Pair, Sharing
 from avcl_jax.paths import local_path, write_bytes
 
 _RELATIONS = {

@@ -14,7 +14,8 @@ from avcl_jax.data.media import MediaError, decode_audio, decode_frames, probe
 from avcl_jax.errors import one_line
 from avcl_jax.fingerprint.database import SourceRow
 from avcl_jax.fingerprint.duplicates import describe
-from avcl_jax.fingerprint.sharing import MANY, Pair, Seconds, Sharing
+from avcl_jax.fingerprint.intervals import Seconds
+from avcl_jax.fingerprint.relations import MANY, Pair, Sharing
 from avcl_jax.page import page, section, text
 
 # Of each kind; a library with more has them in the JSON.

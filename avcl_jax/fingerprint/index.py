@@ -31,9 +31,10 @@ from avcl_jax.fingerprint.details import (
     describe,
     judge,
 )
+from avcl_jax.fingerprint.relations import Sharing
 from avcl_jax.fingerprint.segments import Segmenter, SegmentFeatures, not_empty
 from avcl_jax.fingerprint.settings import FingerprintError, FingerprintSettings
-from avcl_jax.fingerprint.sharing import LEAST_SECONDS, Sharing, find_shared
+from avcl_jax.fingerprint.sharing import LEAST_SECONDS, find_shared
 from avcl_jax.paths import local_path
 
 NOTHING_TO_COMPARE = "show one colour and are silent, or lack the modalities of the encoders"

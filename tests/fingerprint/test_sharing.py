@@ -12,9 +12,10 @@ from avcl_jax.fingerprint import database, library
 from avcl_jax.fingerprint.benchmark.timeline import at_tempo, excerpt, joined
 from avcl_jax.fingerprint.database import SourceRow, transaction
 from avcl_jax.fingerprint.details import describe
+from avcl_jax.fingerprint.relations import MANY
 from avcl_jax.fingerprint.segments import SegmentFeatures
 from avcl_jax.fingerprint.settings import FingerprintSettings
-from avcl_jax.fingerprint.sharing import MANY, find_shared
+from avcl_jax.fingerprint.sharing import find_shared
 from tests.fingerprint import synthetic
 from tests.fingerprint.synthetic import RATE_HZ
 from tests.fingerprint.test_details import speech
