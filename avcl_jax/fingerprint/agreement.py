@@ -16,7 +16,7 @@ from avcl_jax.fingerprint.details import AUDIO_HZ, IMAGE_SHAPE, VIDEO_HZ, Candid
 # Seconds over which agreement is measured, at most; in less, more agrees by chance.
 EVIDENCE_SECONDS = 3.0
 # Fraction of these seconds that can be compared, at least.
-_LEAST_COMPARED = 0.75
+_LEAST_COMPARED = 0.5
 # Rates and offsets that are tried near an alignment, which is good to half a hop.
 _RATES = np.array([0.95, 0.975, 1.0, 1.025, 1.05])
 _SHIFTS_SECONDS = np.arange(-0.3, 0.3, 1 / 32)
@@ -30,24 +30,27 @@ class Limits(NamedTuple):
         audio: fraction of signs that differ, at most.
         changes: correlation of the changes of images over time, at least.
         similarity: mean of the encoder's similarity, in standard deviations above chance, at least.
+        seconds: length, at least.
     """
 
     audio: float
     changes: float
     similarity: float
+    seconds: float
 
 
-# Of copies, and of copies that were mixed with other audio, cropped or covered, for which the
-# encoders must agree too. docs/fingerprint.md has the measurements.
-SAME, CHANGED = Limits(0.28, 0.7, 0.5), Limits(0.35, 0.5, 3.5)
+# Of copies, and of copies that were mixed with other audio, cropped or covered, which is weaker
+# evidence: the encoders must agree too, and for longer. Synthetic voices say the same words in the
+# same way, for two or three seconds.
+SAME, CHANGED = Limits(0.28, 0.7, 0.5, 0.0), Limits(0.35, 0.5, 3.5, 4.0)
 # Signs of each kind in a moment, at least.
 _LEAST_SIGNS = 4
 # Variance of grey over time below which images stand still. They are the same if the mean square of
 # their difference is low beside the contrast.
 _LEAST_CHANGE, _STILL_DIFFERENCE, _LEAST_CONTRAST = 4.0, 2.0, 100.0
-# At the ends of an interval: fraction of signs that differ in a second, at most, and correlation of
-# images, lower than within by this, at most.
-_END_AUDIO, _END_IMAGES = 0.38, 0.25
+# At the ends of an interval: fraction of signs that differ in the second around, at most, of which
+# half is outside; and correlation of images, lower than within by this, at most.
+_END_AUDIO, _END_IMAGES = 0.32, 0.25
 
 
 class Agreement(NamedTuple):
@@ -118,8 +121,9 @@ def _audio(
     short = AUDIO_HZ
     near = _sums(both[best], short, same=True)
     clear = _sums(differ[best], short, same=True) <= _END_AUDIO * 32 * near
+    clear &= near >= _LEAST_COMPARED * short
     agreeing = [
-        _trimmed(_spread(fraction[best] <= limits.audio, width), clear & (near > 0))
+        _trimmed(_spread(fraction[best] <= limits.audio, width), clear)
         for limits in (SAME, CHANGED)
     ]
     line = float(rates[best[0], 0]), float(offsets[best])

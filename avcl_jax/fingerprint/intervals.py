@@ -58,8 +58,8 @@ class Span(NamedTuple):
         return Span(self.modality, begin, end, 1 / self.rate, -self.offset / self.rate)
 
 
-def join(spans: Sequence[Span], min_seconds: float) -> list[Interval]:
-    """Joins the spans of a pair, in times of the first source."""
+def join(spans: Sequence[Span], durations: Sequence[float], min_seconds: float) -> list[Interval]:
+    """Joins the spans of a pair of sources that last so long, in times of the first one."""
     lines: list[list[Span]] = []
     for span in sorted(spans, key=lambda s: s.begin):
         middle = (span.begin + span.end) / 2
@@ -76,14 +76,27 @@ def join(spans: Sequence[Span], min_seconds: float) -> list[Interval]:
     intervals: list[Interval] = []
     for line in lines:
         for interval in _of_line(line, min_seconds):
+            interval = _inside(interval, durations)
             if not any(_overlap(interval, other) for other in intervals):
                 intervals.append(interval)
     return sorted(intervals)
 
 
+def _inside(interval: Interval, durations: Sequence[float]) -> Interval:
+    """Cuts what reaches over an end of either source, on both sides."""
+    first, second = interval.sides
+    rate = (second.end - second.start) / (first.end - first.start)
+    early = max(0.0, -first.start, -second.start / rate)
+    late = max(0.0, first.end - durations[0], (second.end - durations[1]) / rate)
+    cut = Seconds(first.start + early, first.end - late)
+    return interval._replace(
+        sides=(cut, Seconds(second.start + rate * early, second.end - rate * late))
+    )
+
+
 def _overlap(interval: Interval, other: Interval) -> bool:
-    """Returns whether half of the interval is in the other, on either side."""
-    return any(
+    """Returns whether half of the interval is in the other, on both sides."""
+    return all(
         2 * (min(own.end, its.end) - max(own.start, its.start)) > own.end - own.start
         for own, its in zip(interval.sides, other.sides, strict=True)
     )
@@ -108,7 +121,7 @@ def _of_line(line: Sequence[Span], min_seconds: float) -> Iterator[Interval]:
             ends = [begin + (first + n) / CELLS_PER_SECOND for n in (a, b)]
             # The spans nearest to the ends: the line may drift.
             spans = [min(line, key=lambda s: max(s.begin - t, t - s.end, 0.0)) for t in ends]
-            there = [max(0.0, span.there(t)) for span, t in zip(spans, ends, strict=True)]
+            there = [span.there(t) for span, t in zip(spans, ends, strict=True)]
             yield Interval((Seconds(*ends), Seconds(*there)), matched or MODALITIES)
 
 

@@ -19,8 +19,8 @@ from avcl_jax.fingerprint.library import Library
 Relation = Literal["same file", "copy", "contained", "partial"]
 # Groups that share an interval, at least, to list it as shared material and not by pairs.
 MANY = 4
-# Fraction of a source, of what can be compared, that a copy of it shares.
-_MOST = 0.75
+# Fraction of a source, in each modality that it has for some seconds, that a copy of it shares.
+_MOST, _LEAST_SECONDS = 0.75, 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,21 +125,19 @@ def _relation(
     if sources[0].content == sources[1].content:
         return "same file", False
     hop = library.settings.hop_seconds
-    whole = [True, True]
-    present = [
-        {m: library.vectors_of(m, n, 0, s.segments)[1] for m in library.vectors}
-        for n, s in zip(key, sources, strict=True)
-    ]
-    for modality in library.vectors:
-        if not all(own[modality].any() for own in present):
-            continue
-        for side, own in enumerate(present):
-            covered = np.zeros(len(own[modality]), bool)
+    whole = []
+    for side, (number, source) in enumerate(zip(key, sources, strict=True)):
+        fractions = []
+        for modality in library.vectors:
+            _, present = library.vectors_of(modality, number, 0, source.segments)
+            covered = np.zeros(len(present), bool)
             for interval in intervals:
                 if modality in interval.matched:
                     seconds = interval.sides[side]
                     covered[round(seconds.start / hop) : round(seconds.end / hop)] = True
-            whole[side] &= bool(covered[own[modality]].mean() >= _MOST)
+            if present.sum() * hop >= _LEAST_SECONDS:
+                fractions.append(covered[present].mean())
+        whole.append(all(fraction >= _MOST for fraction in fractions))
     if all(whole):
         return "copy", False
     return ("contained" if any(whole) else "partial"), whole[1]

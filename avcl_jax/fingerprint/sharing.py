@@ -62,7 +62,8 @@ def find_shared(
                     spans_by_pair[other, number].append(span.inverted())
     found = {}
     for key, own in spans_by_pair.items():
-        if intervals := join(own, min_seconds):
+        durations = [library.sources[number].duration_seconds for number in key]
+        if intervals := join(own, durations, min_seconds):
             found[key] = intervals
     return relate(library, found)
 
@@ -150,6 +151,8 @@ def _agreeing(
         for limits, mask in zip((SAME, CHANGED), masks, strict=True):
             for begin, end in runs(mask):
                 ends = begin / VIDEO_HZ, end / VIDEO_HZ
+                if ends[1] - ends[0] < limits.seconds:
+                    continue
                 times = alignment.query_seconds
                 inside = (times >= ends[0]) & (times < ends[1]) & ~np.isnan(similarity)
                 if inside.any() and similarity[inside].mean() >= limits.similarity:
