@@ -1,4 +1,4 @@
-"""Draws the pictures of pages in docs/: the report of a run, and the page of avcl-fingerprint.
+"""Draws the pictures of pages in docs/: the report of a run, and the pages of avcl-fingerprint.
 
 .venv-interop/bin/python docs/page_pictures.py RUN FILMS
 
@@ -127,6 +127,15 @@ def main() -> None:
             page.evaluate(_LOADED)
             hide_folder(page, folder)
             save(page, "fingerprint_page.webp", height=1375)
+
+        shutil.copy(folder / "clip.mp4", folder / "films" / "seen on the web.mp4")
+        shutil.copy(folder / "films" / FILM, folder / "films" / f"copy of {FILM}")
+        subprocess.run([*_FINGERPRINT, "add", folder / "films", f"--index={index}"], check=False)
+        report = folder / "duplicates.html"
+        command = [*_FINGERPRINT, "duplicates", f"--index={index}", f"--report={report}"]
+        subprocess.run(command, check=True)
+        page.goto(report.as_uri())
+        save(page, "duplicates.webp", height=1250)
 
 
 if __name__ == "__main__":

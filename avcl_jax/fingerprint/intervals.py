@@ -114,15 +114,14 @@ def _of_line(line: Sequence[Span], min_seconds: float) -> Iterator[Interval]:
         if last - first < shortest:
             continue
         for a, b in _pieces(cells[:, first:last], shortest):
-            inside = cells[:, first + a : first + b]
-            matched = tuple(
-                m for m, here in zip(MODALITIES, inside.mean(axis=1) >= 0.5, strict=True) if here
-            )
+            fractions = cells[:, first + a : first + b].mean(axis=1)
+            most = min(0.5, fractions.max())
+            matched = tuple(m for m, f in zip(MODALITIES, fractions, strict=True) if f >= most)
             ends = [begin + (first + n) / CELLS_PER_SECOND for n in (a, b)]
             # The spans nearest to the ends: the line may drift.
             spans = [min(line, key=lambda s: max(s.begin - t, t - s.end, 0.0)) for t in ends]
             there = [span.there(t) for span, t in zip(spans, ends, strict=True)]
-            yield Interval((Seconds(*ends), Seconds(*there)), matched or MODALITIES)
+            yield Interval((Seconds(*ends), Seconds(*there)), matched)
 
 
 def _bridged(mask: np.ndarray) -> np.ndarray:
