@@ -107,7 +107,7 @@ def main(arguments: list[str]) -> None:
     """Runs the command."""
     parser = measure.command_parser("duplicates", __doc__, rows=_ROWS)
     parser.add_argument("--encoder", default="small", help="name, run or exported encoders")
-    clips = "folder of MP4 files, of which the first is used"
+    clips = "folder of MP4 files; the first is used"
     parser.add_argument("--clips", type=local_path, default="data/foley/media/test", help=clips)
     parser.add_argument("--count", type=int, default=_CLIPS, help="clips in the index")
     args = parser.parse_args(arguments)

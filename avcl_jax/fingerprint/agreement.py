@@ -1,4 +1,4 @@
-"""Where two sources agree along a line of constant rate and offset, by their details.
+"""Agreement of two sources along a line of constant rate and offset, by their details.
 
 The encoders propose the line; the details decide. Unlike similarities of embeddings they need no
 calibration, which is fitted to a library and fails where most of it has copies: signs of unrelated
@@ -47,9 +47,9 @@ SAME, CHANGED = Limits(0.28, 0.7, 0.5, 0.0), Limits(0.35, 0.5, 3.5, 4.0)
 _LEAST_SIGNS = 4
 # Variance of grey over time below which images stand still. They are the same if the mean square of
 # their difference is low beside the contrast.
-_LEAST_CHANGE, _STILL_DIFFERENCE, _LEAST_CONTRAST = 4.0, 2.0, 100.0
-# At the ends of an interval: fraction of signs that differ in the second around, at most, of which
-# half is outside; and correlation of images, lower than within by this, at most.
+_LEAST_CHANGE, _STILL_DIFFERENCE, _LEAST_CONTRAST = 4.0, 3.0, 100.0
+# At the ends of an interval: fraction of signs that differ, at most, in a second with the end in its
+# middle; and correlation of images, lower than within by this, at most.
 _END_AUDIO, _END_IMAGES = 0.32, 0.25
 
 
@@ -79,7 +79,7 @@ def agree(query: Details, candidate: Candidate, *, seconds: float = EVIDENCE_SEC
     audio, compared, rate, offset = _audio(query, candidate, round(seconds * AUDIO_HZ))
     candidate = candidate._replace(rate=rate, offset_seconds=offset)
     images = _Images.along(query, candidate, round(seconds * VIDEO_HZ))
-    # Titles and slides may be alike where the audio is not: that is no copy.
+    # Titles and slides that look alike under other audio are not copies.
     other_audio = compared.any() and not audio[-1].any()
     video = [images.agree(limits, still=not other_audio) for limits in (SAME, CHANGED)]
     steps = AUDIO_HZ // VIDEO_HZ

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def to_json(sharing: Sharing) -> dict[str, Any]:
-    """Returns what is shared as JSON; docs/fingerprint.md describes the fields."""
+    """Returns all that was found as JSON; docs/fingerprint.md describes the fields."""
     return {
         "groups": [[source.name for source in group] for group in sharing.groups],
         "pairs": [

@@ -30,7 +30,7 @@ def report(sharing: Sharing, size: str, min_seconds: float) -> str:
     """Returns the page; decodes stills of files that still exist.
 
     Args:
-        size: that of the index, in words.
+        size: size of the index in words.
     """
     groups = sharing.groups
     pairs: dict[str, list[Pair]] = {"contained": [], "partial": []}
@@ -48,8 +48,8 @@ def report(sharing: Sharing, size: str, min_seconds: float) -> str:
     sections = [
         section(
             "Copies",
-            "Files of which each shares most of its length with another of its group. The first "
-            "one is the largest file. Nothing was deleted.",
+            "Each file shares most of its length with another of its group. The largest file comes "
+            "first. Nothing was deleted.",
             *_limited([_group(group, between) for group in groups]),
         ),
         section(

@@ -27,10 +27,10 @@ class Seconds(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """What two sources share.
+    """Seconds that two sources share.
 
     Attributes:
-        sides: of the first source and of the second.
+        sides: interval of the first source, and of the second.
         matched: modalities that agree.
         shared_by: sources that have it, copies counted once.
     """

@@ -136,7 +136,7 @@ def prepare_excerpt(
 
     Args:
         number: source of the segments, from `first` on.
-        neighbours: by modality, of those of the segments that are present.
+        neighbours: modality -> neighbours of the segments that are present.
     """
     repeat = functools.partial(np.repeat, repeats=QUERY_DENSITY, axis=0)
     step = library.settings.hop_seconds / QUERY_DENSITY

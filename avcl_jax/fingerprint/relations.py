@@ -52,7 +52,7 @@ class Occurrence(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Material:
-    """What several sources share, that are not copies of each other: intro, logo, music, scene."""
+    """Part that sources share which are not copies of each other: intro, logo, music, scene."""
 
     occurrences: Sequence[Occurrence]
     matched: tuple[str, ...]
@@ -61,7 +61,7 @@ class Material:
 
 @dataclasses.dataclass(frozen=True)
 class Sharing:
-    """What the sources of an index share.
+    """Everything that the sources of an index share.
 
     Attributes:
         groups: sources that are copies of each other, directly or through others.

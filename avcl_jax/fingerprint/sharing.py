@@ -1,4 +1,4 @@
-"""What the sources of an index share: copies, parts of each other, and what many have in common.
+"""Search for footage and audio that the sources of an index share.
 
 1. Excerpts of each source are queries to the others: neighbours vote, and the sources with most
    votes are aligned (`matching`). One search for all segments is most of the work.
@@ -44,7 +44,7 @@ def find_shared(
     """Compares every source of an index with all others.
 
     Args:
-        directory: of the index.
+        directory: directory of the index.
         spans: modality -> length of a segment in seconds.
         min_seconds: shortest interval to report, at least `LEAST_SECONDS`.
         progress: wraps the numbers of the sources.
