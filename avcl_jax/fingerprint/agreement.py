@@ -48,8 +48,8 @@ _LEAST_SIGNS = 4
 # Variance of grey over time below which images stand still. They are the same if the mean square of
 # their difference is low beside the contrast.
 _LEAST_CHANGE, _STILL_DIFFERENCE, _LEAST_CONTRAST = 4.0, 3.0, 100.0
-# At the ends of an interval: fraction of signs that differ, at most, in a second with the end in its
-# middle; and correlation of images, lower than within by this, at most.
+# At the ends of an interval: fraction of signs that differ in a second with the end in its middle,
+# at most; and correlation of images, lower than within by this, at most.
 _END_AUDIO, _END_IMAGES = 0.32, 0.25
 
 
