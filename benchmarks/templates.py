@@ -319,7 +319,7 @@ def _tone(hertz: float, seconds: float) -> np.ndarray:
 
 
 def _at(parts: list[tuple[float, np.ndarray]]) -> np.ndarray:
-    """Adds sounds at their seconds."""
+    """Adds parts of the audio at their seconds."""
     total = np.zeros(_SAMPLES + _AUDIO_HZ, np.float32)
     for seconds, part in parts:
         begin = round(seconds * _AUDIO_HZ)
