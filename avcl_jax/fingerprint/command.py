@@ -20,7 +20,7 @@ from avcl_jax import weights
 from avcl_jax.compilation_cache import keep_compiled
 from avcl_jax.data.media_files import media_files
 from avcl_jax.errors import UserError, one_line
-from avcl_jax.fingerprint import duplicates, query, serve
+from avcl_jax.fingerprint import duplicates, evaluate, query, serve
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.library import verify
 from avcl_jax.fingerprint.settings import KINDS, FingerprintError, FingerprintSettings
@@ -158,6 +158,9 @@ _COMMANDS = {
         "find copies and common parts among the media of an index",
         duplicates.add_arguments,
         duplicates.run,
+    ),
+    "evaluate": _Command(
+        "measure answers to queries whose sources are known", evaluate.add_arguments, evaluate.run
     ),
     "verify": _Command("check the files of an index", lambda parser: None, _verify),
     "serve": _Command("show matches in a web page on this machine", serve.add_arguments, serve.run),

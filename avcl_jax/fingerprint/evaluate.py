@@ -14,7 +14,6 @@ from avcl_jax.compilation_cache import keep_compiled
 from avcl_jax.data.media import MediaError, decode_media
 from avcl_jax.data.media_files import media_files
 from avcl_jax.errors import one_line
-from avcl_jax.fingerprint.calibration import THRESHOLD
 from avcl_jax.fingerprint.ground_truth import (
     Curve,
     Names,
@@ -26,7 +25,7 @@ from avcl_jax.fingerprint.ground_truth import (
 )
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.matching import CANDIDATES
-from avcl_jax.fingerprint.settings import FingerprintError
+from avcl_jax.fingerprint.settings import THRESHOLD, FingerprintError
 from avcl_jax.paths import local_path
 
 _PRECISION = 0.9
@@ -56,11 +55,11 @@ def run(args: argparse.Namespace) -> int:
         among=("the queries", f"the media in {args.index}"),
     )
     keep_compiled()
+    decoding = {"end_seconds": args.max_seconds, **index.segmenter.decoding}
     scores: dict[Pair, float] = {}
     predicted: list[tuple[Segment, float]] = []
     failed: dict[str, str] = {}
     for query in tqdm(queries, unit="query", disable=None):
-        decoding = {"end_seconds": args.max_seconds, **index.segmenter.decoding}
         try:
             # Without its SHA-256: a query that is an indexed file is to be found by its content.
             result = index.query(decode_media(query, **decoding), count=CANDIDATES)
