@@ -129,8 +129,10 @@ class Folder:
         for number, film in enumerate(films[:8]):
             self._copy(film, f"VIDEOS/{number}.mp4", f"FILMS/{number}.mp4")
         self._copy(films[0], "films/old.mp4", "clip.mp4")
-        self._copy(films[1], "more/film.mkv")
-        self._copy(films[2], "new/one.mp4")
+        self._copy(films[1], "more/film.mkv", "clips/first.mp4")
+        self._copy(films[2], "new/one.mp4", "clips/second.mp4")
+        header = "query_id,ref_id,query_start,query_end,ref_start,ref_end"
+        self._write("matches.csv", [header, "first,film,0,4,0,4", "second,one,0,4,0,4"])
         for number, film in enumerate(films[8:14]):
             self._copy(film, f"HELD_OUT/{number}.mp4")
         # 13 minutes, of which the page asks for the last three.
