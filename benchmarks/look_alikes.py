@@ -24,7 +24,7 @@ from benchmarks import measure, templates
 from benchmarks.measure import Measured, RowTable, SkipError, Target
 
 # Sources in the index of each family.
-_SOURCES = {"slides": 200, "news": 60, "karaoke": 60, "screens": 60}
+_SOURCES = {"slides": 200, "news": 40, "karaoke": 40, "screens": 40}
 _QUERIES = 30
 _SMALL_SOURCES, _SMALL_QUERIES = 16, 4
 _TOLERANCE_SECONDS = 0.5

@@ -89,8 +89,11 @@ def test_in_words(evaluate):
     )
     assert lines[2].startswith("3 segments (their intervals): µAP 0.")
     assert len(lines) == 3
-    none = evaluate(TRUE, "--max-seconds", "0.6")[1].splitlines()
-    assert "at the threshold no precision, recall 0.000" in none[1]
+    status, out, err = evaluate(TRUE, "--max-seconds", "0.3")
+    assert status == 1
+    assert "µAP 0.000" in out.splitlines()[1]
+    assert out.splitlines()[1].endswith("at the threshold no precision, recall 0.000")
+    assert err.count("not compared, the query lasts 0.3") == 3
 
 
 def test_a_query_that_cannot_be_compared_finds_nothing(evaluate, queries, tmp_path):
