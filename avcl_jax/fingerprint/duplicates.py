@@ -145,8 +145,10 @@ def summary(sharing: Sharing) -> str:
     for pair in sharing.pairs:
         counts[pair.relation] += 1
     copies = sum(len(group) - 1 for group in sharing.groups)
+    if not (sharing.pairs or sharing.groups or sharing.materials):
+        return "no copies and no common parts"
     return (
-        f"{len(sharing.groups)} groups of copies, with {copies} more than one of each; "
-        f"{counts['contained']} contained in others, {counts['partial']} pairs with a common part, "
-        f"{len(sharing.materials)} parts shared by {MANY} or more"
+        f"groups of copies: {len(sharing.groups)} (files beyond one of each: {copies}); contained "
+        f"in others: {counts['contained']}; pairs with a common part: {counts['partial']}; parts "
+        f"shared by {MANY} or more: {len(sharing.materials)}"
     )

@@ -191,8 +191,9 @@ class FingerprintIndex:
                 segments = self.segmenter.of(media)
                 seconds = segments.duration_seconds
                 if not any(present.any() for present in segments.present.values()):
-                    short = seconds < self.segmenter.shortest_seconds
-                    nothing = "have no whole segment" if short else NOTHING_TO_COMPARE
+                    shortest = self.segmenter.shortest_seconds
+                    short = f"are less than a segment of {shortest:.2f} s"
+                    nothing = short if seconds < shortest else NOTHING_TO_COMPARE
                     report.failed.append((name, f"{seconds:.2f} s {nothing}"))
                     continue
                 path = str(media) if isinstance(media, Path) else None

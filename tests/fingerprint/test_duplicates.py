@@ -126,7 +126,7 @@ def test_an_empty_index_and_one_of_one_source(encoders, run, tmp_path):
     made.add([("one", clip(0))])
     status, out, _ = run(tmp_path)
     assert status == 0
-    assert out.startswith("0 groups of copies")
+    assert out.startswith("no copies and no common parts")
 
 
 def test_moved_encoders_are_given(library, other_encoders, run):
