@@ -1,5 +1,7 @@
 # `make demo` and `make test` need Python 3.11 and nothing else.
 PYTHON ?= python3
+# That of Google Colab.
+COLAB_PYTHON ?= python3.12
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m avcl_jax.main
@@ -11,7 +13,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 # Files of tests side by side, each in one process, because its fixtures are costly.
 PYTEST := -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test slow interop lint types notebook site clean
+.PHONY: demo test slow interop lint types notebook colab site clean
 
 demo: $(VENV)/demo-ready
 	$(BIN)/avcl-data demo --out data/foley
@@ -40,9 +42,13 @@ lint: $(VENV)/test-ready
 types: $(VENV)/test-ready
 	$(BIN)/mypy
 
-# The notebook is generated from its source; tests execute it.
+# Notebooks are generated from their sources; the slow tests execute them.
 notebook: $(VENV)/test-ready
-	$(BIN)/jupytext --to ipynb notebooks/quickstart.py
+	$(BIN)/jupytext --to ipynb notebooks/*.py
+
+# Notebooks in another Python, such as that of Colab.
+colab: $(VENV)-colab/ready
+	$(VENV)-colab/bin/python $(PYTEST) -m slow tests/test_notebook.py
 
 # The documentation as a site: open site/index.html, or serve site/ for its search.
 site: $(VENV)-docs/ready $(VENV)/demo-ready
@@ -70,10 +76,16 @@ $(VENV)-interop/ready: requirements-interop.txt requirements-tpu-aot.txt require
 	    -r requirements-dev.txt -r requirements-interop.txt -e .
 	touch $@
 
+$(VENV)-colab/ready: requirements-dev.txt requirements.txt setup.py
+	$(COLAB_PYTHON) -m venv $(VENV)-colab
+	$(VENV)-colab/bin/python -m pip install --quiet --disable-pip-version-check \
+	    -r requirements-dev.txt -e .
+	touch $@
+
 $(VENV)-docs/ready: requirements-docs.txt
 	$(PYTHON) -m venv $(VENV)-docs
 	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-interop $(VENV)-docs build/docs data runs site
+	rm -rf $(VENV) $(VENV)-interop $(VENV)-colab $(VENV)-docs build/docs data runs site

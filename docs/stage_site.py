@@ -60,9 +60,17 @@ def _markdown(page: Path) -> str:
         kind, _, text = cell.partition("\n")
         if "[markdown]" in kind:
             parts.append(re.sub(r"^# ?", "", text.strip(), flags=re.MULTILINE))
+        elif 'language="bash"' in kind:
+            commands = re.sub(r"^# ?", "", text.strip(), flags=re.MULTILINE)
+            parts.append(f"```sh\n{commands}\n```")
         else:
             parts.append(f"```python\n{text.strip()}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def _source_of(path: Path) -> Path:
+    """Returns the file of a page: of a notebook its source."""
+    return path.with_suffix(".py") if path.suffix == ".ipynb" else path
 
 
 def links(text: str) -> Iterator[str]:
@@ -86,7 +94,7 @@ def linked_files() -> dict[Path, str]:
             path = Path(os.path.normpath(page.parent / link.partition("#")[0]))
             if not path.exists():
                 raise FileNotFoundError(f"{page.relative_to(ROOT)} links to {link}: no such file")
-            targets.append(path)
+            targets.append(_source_of(path))
     for path in targets:
         inside = sorted(path.glob("*.py")) if path.is_dir() else []
         for file in {path, *inside} - listed.keys():
@@ -120,7 +128,7 @@ def staged_text(page: Path, names: Mapping[Path, str]) -> str:
         if _ELSEWHERE.match(match[1]):
             return match[1]
         path = Path(os.path.normpath(page.parent / target))
-        return _relative(names[path], names[page]) + hash_mark + anchor
+        return _relative(names[_source_of(path)], names[page]) + hash_mark + anchor
 
     def maths(match: re.Match[str]) -> str:
         from latex2mathml.converter import convert

@@ -115,9 +115,15 @@ def test_a_notebook_is_a_page_without_images_of_other_hosts(stage_site, tmp_path
     notebook.write_text(
         "# ---\n# jupyter: x\n# ---\n\n# %% [markdown]\n# # Start\n#\n"
         "# [![Colab](https://a.b/badge.svg)](https://a.b/start)\n\n# %%\nx = 1  # one\n"
+        '\n# %% language="bash"\n# ls a \\\n#     b\n'
     )
-    assert stage_site.staged_text(notebook, {notebook: "notebooks/start.md"}) == (
-        "# Start\n\n[Colab](https://a.b/start)\n\n```python\nx = 1  # one\n```\n"
+    page = tmp_path / "README.md"
+    page.write_text("[start](start.ipynb)\n")
+    names = {notebook: "notebooks/start.md", page: "index.md"}
+    assert stage_site.staged_text(page, names) == "[start](notebooks/start.md)\n"
+    assert stage_site.staged_text(notebook, names) == (
+        "# Start\n\n[Colab](https://a.b/start)\n\n```python\nx = 1  # one\n```\n\n"
+        "```sh\nls a \\\n    b\n```\n"
     )
 
 
