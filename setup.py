@@ -75,6 +75,7 @@ setup(
     entry_points={
         "console_scripts": [
             "avcl-data=avcl_jax.data_prep.__main__:main",
+            "avcl-embed=avcl_jax.embed.command:main",
             "avcl-fingerprint=avcl_jax.fingerprint.command:main",
         ]
     },

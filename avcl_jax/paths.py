@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,29 @@ def local_path(path: epath.PathLike) -> Path:
     if is_remote(path):
         raise PathError(f"{path} must be local: copy it to a local disk first")
     return Path(absolute_path(path))
+
+
+@contextlib.contextmanager
+def locked(directory: epath.PathLike, refusal: str) -> Iterator[None]:
+    """Keeps a second process out of the same directory; the lock ends with the process.
+
+    Object stores have no locks: there, users have to run one process at a time.
+
+    Raises:
+        UserError: with the text `refusal`, if another process is there.
+    """
+    if is_remote(directory):
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(refusal) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -105,8 +105,9 @@ class Folder:
     def _write_programs(self) -> None:
         python = _PYTHON.format(executable=sys.executable, shorter=json.dumps(SHORTER, default=str))
         programs = {"python": python}
-        for name, package in (("avcl-data", "data_prep"), ("avcl-fingerprint", "fingerprint")):
-            programs[name] = _COMMAND.format(executable=sys.executable, package=package)
+        packages = {"data": "data_prep", "embed": "embed", "fingerprint": "fingerprint"}
+        for name, package in packages.items():
+            programs[f"avcl-{name}"] = _COMMAND.format(executable=sys.executable, package=package)
         for name, text in programs.items():
             program = self.path / "bin" / name
             program.parent.mkdir(exist_ok=True)

@@ -88,6 +88,8 @@ def check_parses(command: str) -> None:
             assert importlib.util.find_spec(module)  # named, not shown whole
         case ["python", "-m", module, *arguments]:
             _parse_module(module, arguments)
+        case ["avcl-embed", *arguments]:
+            _parse_module("avcl_jax.embed.command", arguments)
         case ["avcl-fingerprint", *arguments]:
             _parse_module("avcl_jax.fingerprint.command", arguments)
         case ["avcl-data", "COMMAND" | "prepare"]:  # named, not shown whole

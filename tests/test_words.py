@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     "avcl_jax/data",
+    "avcl_jax/embed",
     "avcl_jax/evaluation",
     "avcl_jax/export",
     "avcl_jax/fingerprint",
@@ -24,10 +25,8 @@ ROOMS = (
     "avcl_jax/configs",
     "avcl_jax/data_prep",
     "benchmarks",
-    *(
-        f"avcl_jax/{name}.py"
-        for name in ("batched", "config_file", "errors", "experiment", "main", "paths")
-    ),
+    *(f"avcl_jax/{name}.py" for name in ("batched", "command_line", "compilation_cache")),
+    *(f"avcl_jax/{name}.py" for name in ("config_file", "errors", "experiment", "main", "paths")),
 )
 # A docstring begins with a verb or a noun.
 RELATIVE = re.compile(r"(What|Which|Whether|How|When|Where|Those|That)\b")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -61,13 +62,22 @@ class VideoPreprocessing:
         if frames.dtype != np.uint8:
             raise UserError(f"expected frames of dtype uint8 in 0 … 255, got {frames.dtype}")
         _check_rates(fps, "fps", speed)
-        spec = ViewSpec(self.num_frames, self.clip_seconds, (speed,), "shared")
-        times = np.arange(len(frames)) / fps
+        starts = clip_times(0.0, len(frames) / fps, self.clip_seconds * speed)
+        shown = self.frames_at(starts, np.arange(len(frames)) / fps, speed=speed)
         crop = center_crop(*frames.shape[1:3])
-        clips = []
-        for start in clip_times(0.0, len(frames) / fps, self.clip_seconds * speed):
-            indices = frame_indices(Clip(start, 0, FORWARD), times, spec)
-            clips.append(apply_crop(frames[indices], crop, self.image_size))
+        return np.stack([apply_crop(frames[numbers], crop, self.image_size) for numbers in shown])
+
+    def frames_at(
+        self, starts: Sequence[float], frame_seconds: np.ndarray, *, speed: int = 1
+    ) -> np.ndarray:
+        """Returns the frames that clips show, int64 [clips, num_frames].
+
+        Args:
+            starts: times of the clips' first frames, seconds.
+            frame_seconds: float64 [source frames], strictly increasing.
+        """
+        spec = ViewSpec(self.num_frames, self.clip_seconds, (speed,), "shared")
+        clips = [frame_indices(Clip(start, 0, FORWARD), frame_seconds, spec) for start in starts]
         return np.stack(clips)
 
     def standardise(self, batch: Any) -> jax.Array:
@@ -114,20 +124,48 @@ class AudioPreprocessing:
         if waveform.dtype != np.int16 and not np.issubdtype(waveform.dtype, np.floating):
             raise UserError(f"expected int16 or float in [-1, 1], got dtype {waveform.dtype}")
         _check_rates(sample_rate_hz, "sample_rate_hz", speed)
+        waveform = self.resample(waveform, sample_rate_hz)
+        seconds = len(waveform) / self.log_mel.sample_rate_hz
+        starts = clip_times(0.0, seconds, self.log_mel.clip_seconds * speed)
+        return self.spectrograms_at(starts, waveform, speed=speed)
+
+    def resample(self, waveform: np.ndarray, sample_rate_hz: float) -> np.ndarray:
+        """Returns a waveform at the encoder's rate; float32 if its own rate is another."""
+        rate = self.log_mel.sample_rate_hz
+        if sample_rate_hz == rate:
+            return waveform
+        scale = INT16_SCALE if waveform.dtype == np.int16 else np.float32(1)
+        length = math.ceil(len(waveform) * (rate / sample_rate_hz))
+        resampled = soxr.resample(waveform.astype(np.float32) * scale, sample_rate_hz, rate)
+        # It may return one sample more or less than that.
+        return np.pad(resampled, (0, max(length - len(resampled), 0)))[:length]
+
+    def spectrograms_at(
+        self,
+        starts: Sequence[float],
+        waveform: np.ndarray,
+        *,
+        speed: int = 1,
+        audio_start_seconds: float = 0.0,
+    ) -> np.ndarray:
+        """Returns the spectrograms of clips, float32 [clips, frames, mels].
+
+        Args:
+            starts: times of the clips, seconds.
+            waveform: [samples] at the encoder's rate; silence surrounds it.
+            audio_start_seconds: time of its first sample.
+        """
         spec = self.log_mel
-        if sample_rate_hz != spec.sample_rate_hz:
-            scale = INT16_SCALE if waveform.dtype == np.int16 else np.float32(1)
-            length = math.ceil(len(waveform) * (spec.sample_rate_hz / sample_rate_hz))
-            resampled = soxr.resample(
-                waveform.astype(np.float32) * scale, sample_rate_hz, spec.sample_rate_hz
-            )
-            # It may return one sample more or less than that.
-            waveform = np.pad(resampled, (0, max(length - len(resampled), 0)))[:length]
         views = ViewSpec(spec.frames, spec.clip_seconds, (speed,), "shared")
-        seconds = len(waveform) / spec.sample_rate_hz
         windows = [
-            gather_windows(waveform, Clip(s, 0, FORWARD), spec, views, audio_start_seconds=0.0)
-            for s in clip_times(0.0, seconds, spec.clip_seconds * speed)
+            gather_windows(
+                waveform,
+                Clip(start, 0, FORWARD),
+                spec,
+                views,
+                audio_start_seconds=audio_start_seconds,
+            )
+            for start in starts
         ]
         return log_mel(np.stack(windows), spec)
 

@@ -5,14 +5,13 @@ Nothing is downloaded: each collection's `--help` names the source of its lists.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from avcl_jax.command_line import Help, Parser
 from avcl_jax.errors import UserError, one_line
 
 _OTHER_COMMANDS = {
@@ -39,35 +38,16 @@ def _commands() -> dict[str, tuple[str, str]]:
     return {"prepare": commands.pop("folder-or-table"), **commands, **_OTHER_COMMANDS}
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Prints defaults that are not empty, and leaves descriptions as they are."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
-        silent = ("", False, argparse.SUPPRESS)
-        visible = isinstance(action.default, (str, int, float)) and action.default not in silent
-        return f"{text} (default: %(default)s)" if visible and action.option_strings else text
-
-
-class _Parser(argparse.ArgumentParser):
-    """States errors in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status, 1 after a line that states the error.
 
     Raises SystemExit(2) if the command line is wrong.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = _Parser(prog="avcl-data", description=__doc__)
+    parser = Parser(prog="avcl-data", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module_name, summary) in _commands().items():
-        command = commands.add_parser(
-            name, help=summary, description=summary, formatter_class=_Help
-        )
+        command = commands.add_parser(name, help=summary, description=summary, formatter_class=Help)
         # Only the command that runs is imported: their dependencies differ.
         if not arguments or arguments[0] != name:
             continue

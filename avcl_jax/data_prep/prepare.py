@@ -9,9 +9,7 @@ were added or removed, the same command prepares those and keeps the rest.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import fcntl
 import math
 import os
 import re
@@ -19,7 +17,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import tqdm
@@ -42,7 +40,7 @@ from avcl_jax.data_prep.shards import (
 )
 from avcl_jax.data_prep.source_files import find_duplicates
 from avcl_jax.errors import one_line
-from avcl_jax.paths import absolute_path, is_remote
+from avcl_jax.paths import absolute_path, is_remote, locked
 
 EXIT_REJECTED, EXIT_INTERRUPTED = 3, 130
 _BEAM_RUNNERS = "DirectRunner, DataflowRunner, FlinkRunner, SparkRunner"
@@ -172,7 +170,7 @@ def _run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest
     incomplete = out / publish.INCOMPLETE
     splits = list(by_split(manifest.entries))
     out.mkdir(parents=True, exist_ok=True)
-    with _locked(out):
+    with locked(out, f"another preparation is writing to {out}: wait for it"):
         publish.finish_publication(out)
         try:
             earlier = publish.read_earlier(out)
@@ -203,26 +201,6 @@ def _run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest
     _print_table(args, counts, manifest, len(duplicates))
     print(f"{out}: {time.monotonic() - begin:.1f} s")
     return _status(counts.values(), args)
-
-
-@contextlib.contextmanager
-def _locked(out: epath.Path) -> Iterator[None]:
-    """Keeps a second preparation out of the same directory; the lock ends with the process.
-
-    Object stores have no locks: there, users have to run one preparation at a time.
-    """
-    if is_remote(out):
-        yield
-        return
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PrepareError(f"another preparation is writing to {out}: wait for it") from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _prepare(args: argparse.Namespace, parts: Sequence[Part], earlier: Earlier) -> list[Finished]:

@@ -41,13 +41,18 @@ def read(args: argparse.Namespace) -> Manifest:
 
     Raises PrepareError if there is nothing to prepare, or a table is wrong.
     """
-    path, split, suffix = args.input, args.split, args.input.suffix.lower()
+    return read_path(args.input, args.split, args.root)
+
+
+def read_path(path: epath.Path, split: str, root: epath.Path | None) -> Manifest:
+    """Reads what `read` does: `root` and `split` are those of a table that names none."""
+    suffix = path.suffix.lower()
     if path.is_dir():
         return _read_folder(path, split)
     if not path.exists():
         raise PrepareError(f"{path} does not exist: give a folder of media files or a table")
     if suffix in _TABLES:
-        return _read_table(path, split, args.root or path.parent)
+        return _read_table(path, split, root or path.parent)
     if suffix in _OTHER_TABLES:
         raise PrepareError(
             f"{path} is neither media nor a supported table: save it as {', '.join(_TABLES)} "

@@ -1,0 +1,1 @@
+"""Vectors of media files and records: the command `avcl-embed`."""
