@@ -88,6 +88,20 @@ def test_help_of_the_index_comes_without_jax() -> None:
     assert heavy.isdisjoint(json.loads(run.stdout.splitlines()[-1]))
 
 
+def test_help_of_embedding_comes_without_jax() -> None:
+    code = (
+        "import contextlib, json, sys\n"
+        "from avcl_jax.embed.command import main\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    main(['--help'])\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "usage: avcl-embed" in run.stdout
+    heavy = {"jax", "flax", "orbax", "librosa", "av", "pyarrow"}
+    assert heavy.isdisjoint(json.loads(run.stdout.splitlines()[-1]))
+
+
 def test_a_program_that_may_load_an_encoder_starts_without_jax() -> None:
     code = "import json, sys; import avcl_jax.export; print(json.dumps(sorted(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -28,7 +28,7 @@ _PIECE_SECONDS = 60.0
 # Seconds decoded before and after what the clips of a piece need: whether the file continues there
 # tells where it ends.
 _MARGIN_SECONDS = 1.0
-# A rest of less than this fraction of a clip, as containers round durations, is no clip of its own.
+# A rest of less than this fraction of a clip adds none, as containers round durations.
 _SLACK = 0.05
 
 
@@ -87,8 +87,8 @@ def clip_starts(begin: float, end: float, span: float, hop: float) -> np.ndarray
     """Returns starts of clips of `span` at the multiples of `hop` in an interval, in seconds.
 
     If clips follow each other without gaps (`hop` ≤ `span`), others at the very beginning and end
-    cover what is left there. There is at least one: a clip that is longer than the interval begins
-    with it.
+    cover the rest there. There is at least one: a clip that is longer than the interval begins with
+    it.
     """
     slack = _SLACK * span
     first, last = math.ceil((begin - slack) / hop), math.floor((end - span + slack) / hop)
@@ -136,7 +136,7 @@ class Cutter:
 
         Args:
             first: number of an item and of a piece, with which to begin.
-            failed: numbers of items of which no further piece is needed; it may grow.
+            failed: numbers of items that need no further piece; it may grow.
         """
         ahead = 2 * self._threads
         planned = self._plan(items, first, failed)

@@ -22,7 +22,8 @@ from avcl_jax.data_prep.source_files import state_of
 from avcl_jax.embed.cutting import Clips, Cutter
 from avcl_jax.embed.items import Item
 from avcl_jax.errors import UserError
-from avcl_jax.export.runs import MODALITIES, EncoderSource
+from avcl_jax.export.encoder import MODALITIES
+from avcl_jax.export.runs import EncoderSource
 from avcl_jax.paths import replacing, write_bytes
 
 # Clips of one modality that are encoded before they are stored.
