@@ -224,7 +224,7 @@ def write(out: Path, parts: Parts, job: Job, *, per_file: bool) -> int:
     with temporary.open("wb") as file:
         if out.suffix == ".npz":
             table = pa.concat_tables(tables)
-            np.savez(file, **_arrays(table))
+            np.savez(file, **_arrays(table))  # type: ignore[arg-type] # numpy's stub
             count = len(table)
         else:
             first, count = next(tables), 0
@@ -238,7 +238,7 @@ def write(out: Path, parts: Parts, job: Job, *, per_file: bool) -> int:
 
 def _arrays(table: pa.Table) -> dict[str, np.ndarray]:
     """Returns the columns of each modality, whose vectors have lengths of their own."""
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for modality in pc.unique(table["modality"]).to_pylist():
         rows = table.filter(pc.equal(table["modality"], modality)).drop_columns("modality")
         columns = {name: rows[name].to_numpy() for name in rows.column_names}
