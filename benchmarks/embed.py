@@ -59,7 +59,9 @@ def _decoded(encoder: str, files: list[str], threads: int) -> float:
     from avcl_jax.data.media import decode_media
     from avcl_jax.export.runs import open_encoders
 
-    preprocess = {m: e.preprocess for m, e in open_encoders(encoder).encoders.items()}
+    preprocess: dict[str, Any] = {
+        m: e.preprocess for m, e in open_encoders(encoder).encoders.items()
+    }
     decode = functools.partial(
         decode_media,
         short_side=preprocess["video"].image_size,
