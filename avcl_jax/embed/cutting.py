@@ -191,11 +191,13 @@ class Cutter:
             return CutPiece({}, error=str(error))
 
     def _cut_file(self, item: Item, piece: Piece) -> CutPiece:
-        origin, step, hop = item.start_seconds, self._piece_seconds, self.hop
-        begin = piece.number * step
+        origin, hop = item.start_seconds, self.hop
+        # Rounded as the starts of clips are, each of which must belong to one piece.
+        numbers = (piece.number, piece.number + 1)
+        begin, next_begin = (round(self._piece_seconds * number, 6) for number in numbers)
         # Without gaps, the last clip of a file may begin here and end with the next piece.
         span = max(self.spans.values())
-        end = begin + step + span - (hop if hop > span else 0.0) + _MARGIN_SECONDS
+        end = next_begin + span - (hop if hop > span else 0.0) + _MARGIN_SECONDS
         length = np.inf if item.end_seconds is None else item.end_seconds - origin
         decoded = (max(0.0, begin - _MARGIN_SECONDS), min(end, length))
         streams = self._of_file(item, *decoded, is_last=piece.is_last or end >= length)
@@ -203,7 +205,7 @@ class Cutter:
             reason = "outside" if origin else "empty"
             raise MediaError(reason, f"no {' and no '.join(self.spans)} from {origin:g} s on")
         is_long = any(stream.end > end - _MARGIN_SECONDS / 2 for stream in streams.values())
-        cut = self._cut_streams(item, streams, begin if piece.number else -np.inf, begin + step)
+        cut = self._cut_streams(item, streams, begin if piece.number else -np.inf, next_begin)
         return dataclasses.replace(cut, continues=piece.is_last and is_long and end < length)
 
     def _cut_streams(
