@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import shutil
@@ -22,7 +23,7 @@ from avcl_jax.data_prep.source_files import state_of
 from avcl_jax.embed.cutting import Clips, Cutter
 from avcl_jax.embed.items import Item
 from avcl_jax.errors import UserError
-from avcl_jax.export.encoder import MODALITIES
+from avcl_jax.export.encoder import MODALITIES, Encoder
 from avcl_jax.export.runs import EncoderSource
 from avcl_jax.paths import replacing, write_bytes
 
@@ -53,10 +54,7 @@ class Job:
         self.items, self.cutter, self.speed = items, cutter, speed
         self.lengths, self._encode = {}, {}
         for modality, encoder in source.encoders.items():
-
-            def features(params: Any, arrays: Any, encoder: Any = encoder) -> dict[str, Any]:
-                return {"features": encoder.apply(params, arrays["clips"])}
-
+            features = _features(encoder.modality, encoder.module, encoder.preprocess)
             clips = np.zeros(
                 (1, *encoder.input_shape), np.uint8 if modality == "video" else np.float32
             )
@@ -85,6 +83,14 @@ class Job:
         """Encodes clips, float32 [clips, C]."""
         outputs = self._encode[modality](lambda n: {"clips": clips[n]}, range(len(clips)))
         return outputs["encoder/features"]
+
+
+# Cached, because a function is compiled once per process.
+@functools.cache
+def _features(modality: Any, module: Any, preprocess: Any) -> Any:
+    """Returns the function of the parameters of an encoder and clips to features."""
+    encoder = Encoder(modality, {}, preprocess, {}, module)
+    return lambda params, arrays: {"features": encoder.apply(params, arrays["clips"])}
 
 
 def _identity(item: Item) -> tuple[Any, ...]:

@@ -19,7 +19,6 @@ from avcl_jax.embed import command, cutting, vectors
 from avcl_jax.export import load_encoder
 from avcl_jax.paths import locked
 from tests.data.synthetic_records import make_record, write_records
-from tests.evaluation.conftest import compiled  # noqa: F401
 from tests.fingerprint.conftest import encoders  # noqa: F401
 from tests.fingerprint.synthetic import FPS, RATE_HZ, clip, write
 
@@ -28,8 +27,8 @@ PARTS = "features.parquet.parts"
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch, compiled):  # noqa: F811
-    """The cache of these tests instead of the user's."""
+def no_cache(monkeypatch):
+    """Leaves the user's compilation cache alone."""
     monkeypatch.setattr(compilation_cache, "keep_compiled", lambda: None)
 
 
