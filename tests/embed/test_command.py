@@ -19,10 +19,9 @@ from avcl_jax.embed import command, cutting, vectors
 from avcl_jax.export import load_encoder
 from avcl_jax.paths import locked
 from tests.data.synthetic_records import make_record, write_records
-from tests.fingerprint.conftest import encoders  # noqa: F401
+from tests.embed.conftest import SPAN
 from tests.fingerprint.synthetic import FPS, RATE_HZ, clip, write
 
-SPAN = 0.5  # seconds of a clip of these encoders
 PARTS = "features.parquet.parts"
 
 
@@ -47,7 +46,7 @@ def films(tmp_path_factory):
 
 
 @pytest.fixture
-def embed(encoders, tmp_path, capsys, monkeypatch):  # noqa: F811
+def embed(encoders, tmp_path, capsys, monkeypatch):
     """Function that runs the command in an empty folder; returns status, table and errors."""
     monkeypatch.chdir(tmp_path)
 
@@ -75,7 +74,7 @@ def left(folder):
     return sorted(path.name for path in Path(folder).iterdir())
 
 
-def test_vectors_are_those_of_the_loaded_encoders(films, encoders, embed):  # noqa: F811
+def test_vectors_are_those_of_the_loaded_encoders(films, encoders, embed):
     status, table, errors = embed(films)
     assert status == 1
     assert errors == ["broken.mp4: not_media: FFmpeg finds no container it knows"]
@@ -125,7 +124,7 @@ def test_the_last_clip_ends_with_the_file(films, embed):
     assert ends[-1] == pytest.approx(5.3, abs=0.07)
 
 
-def test_speed_and_hop(films, encoders, embed):  # noqa: F811
+def test_speed_and_hop(films, encoders, embed):
     _, table, _ = embed(films / "audio.wav", "--speed=2", "--hop-seconds=0.25")
     starts, ends, found = rows(table, str(films / "audio.wav"), "audio")
     np.testing.assert_allclose(starts, 0.25 * np.arange(9))
@@ -191,7 +190,7 @@ def test_rows_of_a_table(films, embed, tmp_path):
             np.testing.assert_allclose(found, whole[2:6], atol=1e-5)
 
 
-def test_records(encoders, embed, tmp_path):  # noqa: F811
+def test_records(encoders, embed, tmp_path):
     made = [make_record(0, seconds=2.0), make_record(1, seconds=2.0, has_audio=False)]
     write_records(tmp_path / "records", made)
     status, table, errors = embed("records")
@@ -362,7 +361,7 @@ def test_wrong_options_are_refused_in_one_line(option, capsys):
     assert option.partition("=")[0] in error
 
 
-def test_the_output_says_which_encoder_it_is_of(films, embed, encoders):  # noqa: F811
+def test_the_output_says_which_encoder_it_is_of(films, embed, encoders):
     _, table, _ = embed(films / "audio.wav")
     about = json.loads(table.schema.metadata[b"avcl_embed"])
     assert about["encoder"] == str(encoders)

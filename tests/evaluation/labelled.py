@@ -103,11 +103,11 @@ def make_encoders(seed: int = 0, **overrides: object) -> dict[str, Encoder]:
     }
     for modality, preprocessing in experiment.preprocessings(config).items():
         empty = Encoder.of_module(modules[modality], {}, preprocessing, source={"step": 0})
-        encoders[modality] = dataclasses.replace(empty, params=_drawn(empty, seed))
+        encoders[modality] = dataclasses.replace(empty, params=drawn_weights(empty, seed))
     return encoders
 
 
-def _drawn(encoder: Encoder, seed: int) -> dict[str, Any]:
+def drawn_weights(encoder: Encoder, seed: int) -> dict[str, Any]:
     """Weights without a program that initialises them: compiling that takes seconds."""
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(
