@@ -192,7 +192,7 @@ class Cutter:
 
     def _cut_file(self, item: Item, piece: Piece) -> CutPiece:
         origin, hop = item.start_seconds, self.hop
-        # Rounded as the starts of clips are, each of which must belong to one piece.
+        # Rounded as the starts of clips are: each start must belong to one piece.
         numbers = (piece.number, piece.number + 1)
         begin, next_begin = (round(self._piece_seconds * number, 6) for number in numbers)
         # Without gaps, the last clip of a file may begin here and end with the next piece.
