@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from avcl_jax.data.images import apply_crop, center_crop, each_jpeg
-from avcl_jax.data.media import MediaError, decode_audio, decode_frames, probe
+from avcl_jax.data.media import Frame, MediaError, decode_audio, decode_frames, probe
 from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
 from avcl_jax.data.record_files import RecordError
 from avcl_jax.data.record_format import Record
@@ -39,7 +39,7 @@ class Piece:
     Attributes:
         item: number of the item.
         number: number of the piece in it.
-        count: number of its pieces, as far as the header of the file tells.
+        count: number of its pieces by the header of the file, 0 if that does not tell.
     """
 
     item: int
@@ -172,14 +172,16 @@ class Cutter:
             number = 0
 
     def _count(self, item: Item) -> int:
-        """Returns the number of pieces, 1 if the header of a file does not tell."""
+        """Returns the number of pieces, 0 if the header of a file does not tell."""
         if item.records is not None:
             return 1
         try:
             end = probe(item.path).duration_seconds
         except MediaError:  # which cutting the first piece meets too
             return 1
-        end = min(end or 0.0, np.inf if item.end_seconds is None else item.end_seconds)
+        if not end:
+            return 0
+        end = min(end, np.inf if item.end_seconds is None else item.end_seconds)
         return max(1, math.ceil((end - item.start_seconds) / self._piece_seconds - _SLACK))
 
     def _cut(self, item: Item, piece: Piece) -> CutPiece:
@@ -200,7 +202,8 @@ class Cutter:
         end = next_begin + span - (hop if hop > span else 0.0) + _MARGIN_SECONDS
         length = np.inf if item.end_seconds is None else item.end_seconds - origin
         decoded = (max(0.0, begin - _MARGIN_SECONDS), min(end, length))
-        streams = self._of_file(item, *decoded, is_last=piece.is_last or end >= length)
+        knows_end = end >= length or (piece.is_last and piece.count > 0)
+        streams = self._of_file(item, *decoded, knows_end=knows_end)
         if not streams and piece.number == 0:
             reason = "outside" if origin else "empty"
             raise MediaError(reason, f"no {' and no '.join(self.spans)} from {origin:g} s on")
@@ -221,7 +224,7 @@ class Cutter:
         return CutPiece(clips)
 
     def _of_file(
-        self, item: Item, begin: float, end: float, *, is_last: bool
+        self, item: Item, begin: float, end: float, *, knows_end: bool
     ) -> dict[str, _Stream]:
         origin = item.start_seconds
         interval = (origin + begin, None if end == np.inf else origin + end)
@@ -229,9 +232,12 @@ class Cutter:
         for modality, spec in self._preprocess.items():
             if isinstance(spec, VideoPreprocessing):
                 stream = self._video_of_file(item.path, origin, interval, spec)
-                if stream is not None and not is_last:
-                    # The last frame stays on screen until the next one, a minute later perhaps.
-                    stream = dataclasses.replace(stream, end=end)
+                if stream is not None and not knows_end and stream.end < end - _MARGIN_SECONDS / 2:
+                    # A still frame stays until the next one, which a recorded screen may have
+                    # minutes later.
+                    later = _scaled_frames(item.path, spec, origin + end, None)
+                    if next(later, None) is not None:
+                        stream = dataclasses.replace(stream, end=end)
             else:
                 stream = self._audio_of_file(item.path, origin, interval, spec)
             if stream is not None:
@@ -247,13 +253,7 @@ class Cutter:
     ) -> _Stream | None:
         size = spec.image_size
         images, times, duration = [], [], 0.0
-        for frame in decode_frames(
-            path,
-            short_side=size,
-            max_fps=None,
-            start_seconds=interval[0],
-            end_seconds=interval[1],
-        ):
+        for frame in _scaled_frames(path, spec, *interval):
             # Cropped at once: whole frames of a minute would take much more memory.
             crop = center_crop(*frame.image.shape[:2])
             images.append(apply_crop(frame.image[None], crop, size)[0])
@@ -310,6 +310,13 @@ class Cutter:
         if not streams:
             raise MediaError("empty", f"no {' and no '.join(self.spans)}")
         return streams
+
+
+def _scaled_frames(
+    path: str, spec: VideoPreprocessing, start: float, end: float | None
+) -> Iterator[Frame]:
+    side = spec.image_size
+    return decode_frames(path, short_side=side, max_fps=None, start_seconds=start, end_seconds=end)
 
 
 def _video_end(frame_seconds: np.ndarray, duration: float) -> float:

@@ -172,7 +172,7 @@ def compute(job: Job, parts: Parts) -> None:
             for modality, clips in cut.clips.items():
                 waiting[modality].append((piece.item, clips))
             is_done = cut.error or (piece.is_last and not cut.continues)
-            done = 1.0 if is_done else min(1.0, (piece.number + 1) / piece.count)
+            done = 1.0 if is_done else (piece.number + 1) / max(piece.count, piece.number + 2)
             bar.update(piece.item + done - bar.n)
             position = (piece.item + 1, 0) if is_done else (piece.item, piece.number + 1)
             if any(

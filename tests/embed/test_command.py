@@ -14,6 +14,7 @@ import pytest
 import scipy.io.wavfile
 
 from avcl_jax import compilation_cache
+from avcl_jax.data.encode import write_mp4
 from avcl_jax.data.media import decode_media, decode_record, probe
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.embed import command, cutting, vectors
@@ -149,6 +150,31 @@ def test_a_long_file_is_cut_piece_by_piece(films, embed, monkeypatch, stated):
     for modality, tolerance in (("video", 1e-5), ("audio", 0.05)):
         found, expected = (rows(t, str(films / "0.mkv"), modality)[2] for t in (pieces, whole))
         np.testing.assert_allclose(found, expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("stated", ["right", None])
+def test_a_still_screen_does_not_end_a_file(embed, monkeypatch, tmp_path, stated):
+    times = [n / 8 for n in range(80) if not 2 < n / 8 < 8]
+    frames = np.random.default_rng(0).integers(0, 256, (len(times), 32, 32, 3), np.uint8)
+    write_mp4(
+        tmp_path / "screen.mkv",
+        zip(times, frames, strict=True),
+        None,
+        fps=8,
+        sample_rate_hz=RATE_HZ,
+        audio_bits_per_second=64_000,
+        video_options={"threads": "1"},
+        variable_rate=True,
+        container="matroska",
+    )
+    monkeypatch.setattr(cutting, "_PIECE_SECONDS", 4.0)
+    if stated is None:
+        told = lambda path: probe(path)._replace(duration_seconds=None)  # noqa: E731
+        monkeypatch.setattr(cutting, "probe", told)
+    _, table, _ = embed("screen.mkv")
+    starts = table["start"].to_pylist()
+    assert set(np.arange(0, 4, 0.5)) < set(starts)
+    assert set(np.arange(8, 10, 0.5)) < set(starts)
 
 
 def test_a_file_that_fails_late_has_no_rows(films, embed, monkeypatch, tmp_path):
