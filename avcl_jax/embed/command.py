@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import os
 import signal
 import sys
@@ -35,6 +36,7 @@ from avcl_jax.errors import UserError, one_line
 from avcl_jax.paths import absolute_path, local_path, locked
 
 EXIT_FAILED, EXIT_NOTHING, EXIT_INTERRUPTED = 1, 2, 130
+_RESUME = "run the same command again to resume"
 _SUFFIXES = (".parquet", ".npz")
 
 
@@ -49,10 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(args)
     except (UserError, OSError) as error:
-        print(f"avcl-embed: {one_line(error)}", file=sys.stderr)
+        line = one_line(error)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            line = f"the disk of {args.out} is full: free some space, and {_RESUME}"
+        print(f"avcl-embed: {line}", file=sys.stderr)
         return EXIT_NOTHING
     except KeyboardInterrupt:
-        print("avcl-embed: interrupted; run the same command again to resume", file=sys.stderr)
+        print(f"avcl-embed: interrupted; {_RESUME}", file=sys.stderr)
         return EXIT_INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -314,6 +315,21 @@ def test_only_one_process_writes_a_file(films, embed):
     assert (status, table) == (2, None)
     path = Path("features.parquet").absolute()
     assert errors == [f"avcl-embed: another avcl-embed is writing to {path}: wait for it"]
+
+
+def test_a_full_disk_is_named(films, embed, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pq, "write_table", full)
+    status, table, errors = embed(films)
+    assert (status, table) == (2, None)
+    path = Path("features.parquet").absolute()
+    assert errors == [
+        f"avcl-embed: the disk of {path} is full: free some space, and run the same command again "
+        "to resume"
+    ]
+    assert left(PARTS) == ["job"]
 
 
 def test_nothing_is_written_if_no_file_can_be_embedded(embed, tmp_path):
