@@ -54,7 +54,8 @@ class Job:
         self.items, self.cutter, self.speed = items, cutter, speed
         self.lengths, self._encode = {}, {}
         for modality, encoder in source.encoders.items():
-            features = _features(encoder.modality, encoder.module, encoder.preprocess)
+            described = json.dumps(encoder.config["encoder"], sort_keys=True)
+            features = _features(encoder.modality, described, encoder.preprocess)
             clips = np.zeros(
                 (1, *encoder.input_shape), np.uint8 if modality == "video" else np.float32
             )
@@ -66,6 +67,7 @@ class Job:
                 inputs=("clips",),
                 chunk=batch_size,
                 threads=1,
+                identity=f"features {described} {encoder.preprocess}",
             )
         self.about = {
             "encoder": source.path,
@@ -87,10 +89,14 @@ class Job:
 
 # Cached, because a function is compiled once per process.
 @functools.cache
-def _features(modality: Any, module: Any, preprocess: Any) -> Any:
+def _features(modality: Any, described: str, preprocess: Any) -> Any:
     """Returns the function of the parameters of an encoder and clips to features."""
-    encoder = Encoder(modality, {}, preprocess, {}, module)
-    return lambda params, arrays: {"features": encoder.apply(params, arrays["clips"])}
+    encoder = Encoder(modality, {}, preprocess, {"encoder": json.loads(described)})
+
+    def features(params: Any, arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
+        return {"features": encoder.apply(params, arrays["clips"])}
+
+    return features
 
 
 def _identity(item: Item) -> tuple[Any, ...]:
