@@ -26,8 +26,9 @@ _COMMANDS = f"""
 avcl-data demo --out data/foley {" ".join(FEW_VIDEOS)}
 python -m avcl_jax.main --config=configs/pretrain.py --workdir=runs/mine {_TRAINING}
 python -m avcl_jax.main --config=configs/export.py --workdir=runs/mine
-avcl-fingerprint index data/foley/media/test --index films.index --encoder runs/mine
+avcl-fingerprint index data/foley/media/test --index films.index
 avcl-fingerprint query data/foley/media/test/*0.mp4 --index films.index
+avcl-fingerprint duplicates --index films.index --report duplicates.html
 avcl-fingerprint verify --index films.index
 """
 _PROGRAM = """
