@@ -30,6 +30,7 @@ avcl-fingerprint index data/foley/media/test --index films.index
 avcl-fingerprint query data/foley/media/test/*0.mp4 --index films.index
 avcl-fingerprint duplicates --index films.index --report duplicates.html
 avcl-fingerprint verify --index films.index
+avcl-embed data/foley/media/test --out features.parquet --encoder runs/mine
 """
 _PROGRAM = """
 import numpy as np
