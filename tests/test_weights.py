@@ -17,6 +17,7 @@ from avcl_jax import experiment, weights
 from avcl_jax.configs import fingerprint, linear_probe
 from avcl_jax.errors import UserError
 from avcl_jax.export import ExportError
+from avcl_jax.export.encoder import flatten
 from avcl_jax.export.runs import load_run, open_encoders
 from avcl_jax.fingerprint import command
 from avcl_jax.fingerprint.index import FingerprintIndex
@@ -45,6 +46,17 @@ def test_shipped_encoders_are_listed_and_load(folder):
         features = encoder(*MEDIA[shipped.modality])
         assert np.isfinite(features).all()
         assert features.any()
+
+
+def test_the_card_describes_the_weights_that_are_there():
+    card = (weights.find("small") / "README.md").read_text()
+    pair = open_encoders("small")
+    for encoder in pair.encoders.values():
+        source = encoder.config["source"]
+        assert f"seed {source['seed']}; records `{source['data']}`" in card
+        count = sum(array.size for array in flatten(encoder.params["params"]).values())
+        assert f"| {count:,} |" in card
+    assert "It is **not**" in card
 
 
 def test_listing_imports_no_jax():
