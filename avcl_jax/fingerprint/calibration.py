@@ -53,9 +53,14 @@ class Calibration:
         return -math.log10(-math.expm1(-math.exp(-max(surprise, -6.0))))
 
 
-# For an index with too few sources: fitted to 200 clips of the demo by the encoders `small`. With
-# them, real media are alike: video at 9.5 and audio at 10.6 in an index of this size.
-DEFAULT = Calibration(location=10.2, growth=1.4, scale=1.2, segments=6693)
+# By `name_of`, for an index with too few sources: fitted to 200 clips of the demo by the encoders
+# `small`. Real media are alike: in an index of this size, video is at 9.5 and audio at 10.6.
+DEFAULTS = {
+    "audio+video": Calibration(location=10.2, growth=1.4, scale=1.2, segments=6693),
+    "video": Calibration(location=8.5, growth=0.9, scale=1.5, segments=6693),
+    "audio": Calibration(location=8.3, growth=1.2, scale=0.9, segments=6693),
+}
+_PRIOR_SCALE = 1.2
 
 
 def name_of(modalities: Iterable[str]) -> str:
@@ -73,13 +78,13 @@ def fit(library: Library, spans: Mapping[str, float]) -> dict[str, Calibration]:
         spans: modality -> length of a segment, of all modalities of the library.
 
     Returns:
-        The distribution of all modalities together and of each alone, by `name_of`; `DEFAULT`
+        The distribution of all modalities together and of each alone, by `name_of`; `DEFAULTS`
         where there are too few sources with these modalities.
     """
     sets = {name_of(used): {m: spans[m] for m in used} for used in [spans, *((m,) for m in spans)]}
     count = len(library.sources)
     if count < MIN_SOURCES:
-        return dict.fromkeys(sets, DEFAULT)
+        return {name: DEFAULTS[name] for name in sets}
     points: dict[str, list[tuple[float, float]]] = {name: [] for name in sets}
     rng = np.random.default_rng(0)
     numbers = rng.choice(count, min(_QUERIES, count), replace=False)
@@ -96,7 +101,7 @@ def fit(library: Library, spans: Mapping[str, float]) -> dict[str, Calibration]:
     return {
         name: _distribution(np.array(own_points), library)
         if len(own_points) >= MIN_SOURCES
-        else DEFAULT
+        else DEFAULTS[name]
         for name, own_points in points.items()
     }
 
@@ -112,7 +117,7 @@ def _distribution(points: np.ndarray, library: Library) -> Calibration:
     low, middle, high = np.quantile(evidence - growth * seconds, (0.25, 0.5, 0.75))
     # Of the unit Gumbel: quartiles are 1.5725 apart, the median is at 0.3665.
     weight = len(evidence) / (len(evidence) + _PRIOR_QUERIES)
-    scale = weight * float(high - low) / 1.5725 + (1 - weight) * DEFAULT.scale
+    scale = weight * float(high - low) / 1.5725 + (1 - weight) * _PRIOR_SCALE
     renderings_of_a_query = len(library.settings.rates) * QUERY_DENSITY
     return Calibration(
         location=float(middle) - 0.3665 * scale + scale * math.log(renderings_of_a_query),

@@ -375,8 +375,9 @@ class FingerprintIndex:
     def calibration(self, modalities: Sequence[str]) -> calibration.Calibration:
         """Returns the calibration of evidence of these modalities together."""
         fitted = self._library.stored["calibration"]["by_modalities"]
-        fields = fitted.get(calibration.name_of(modalities))
-        return calibration.Calibration(**fields) if fields else calibration.DEFAULT
+        name = calibration.name_of(modalities)
+        fields = fitted.get(name)
+        return calibration.Calibration(**fields) if fields else calibration.DEFAULTS[name]
 
     def _update(self) -> None:
         """Brings projections, calibration and cache up to date with the media."""

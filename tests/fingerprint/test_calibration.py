@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from avcl_jax.fingerprint import calibration
-from avcl_jax.fingerprint.calibration import DEFAULT, Calibration
+from avcl_jax.fingerprint.calibration import DEFAULTS, Calibration
 from avcl_jax.fingerprint.index import FingerprintIndex
 from tests.fingerprint.synthetic import SETTINGS, clip
 
@@ -77,7 +77,7 @@ def test_a_distribution_is_fitted_to_quartiles_and_to_the_growth_with_the_length
     assert shrinking.growth == 0.0
     # Of eight queries, half the weight is the default's.
     alike = calibration._distribution(np.array([[1.0, 4.0]] * 8), references)
-    assert alike.scale == DEFAULT.scale / 2
+    assert alike.scale == calibration._PRIOR_SCALE / 2
 
 
 def test_doubles_in_the_library_hardly_move_what_is_unrelated(library, encoders, tmp_path):
@@ -88,7 +88,7 @@ def test_doubles_in_the_library_hardly_move_what_is_unrelated(library, encoders,
         calibration.fit(index._library, {"video": 0.5, "audio": 0.5})["audio+video"]
         for index in (library, doubled)
     )
-    assert plain != DEFAULT
+    assert plain != DEFAULTS["audio+video"]
     assert other.location == pytest.approx(plain.location, abs=1.0)
     assert other.scale < 2 * plain.scale
     result = doubled.query(clip(0))

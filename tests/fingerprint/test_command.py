@@ -87,7 +87,7 @@ def test_a_clip_is_found_in_words_and_in_json(films, index, tmp_path, run, ask):
     assert part["matches"][0]["offset_seconds"] == pytest.approx(2.25, abs=0.2)
     assert part["query_seconds"] == pytest.approx(2.5, abs=0.1)
     # Audio is found by a film and alone.
-    audio = ask(write(tmp_path / "query.wav", excerpt(clip(3, video=False), 1, 5)))
+    audio = ask(write(tmp_path / "query.wav", excerpt(clip(3, video=False), 0.5, 6)))
     assert audio["match"] == str(films / "inner" / "sound.wav")
     assert audio["matches"][0]["video_score"] is None
     unknown = write(tmp_path / "unknown.mp4", clip(60, 3.0))

@@ -16,7 +16,7 @@ import pytest
 
 from avcl_jax.fingerprint import database, library
 from avcl_jax.fingerprint.benchmark.timeline import excerpt
-from avcl_jax.fingerprint.calibration import DEFAULT
+from avcl_jax.fingerprint.calibration import DEFAULTS
 from avcl_jax.fingerprint.database import SourceRow, transaction
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.library import Vectors, verify
@@ -316,7 +316,8 @@ def test_an_index_of_audio_alone_takes_its_first_film(encoders, tmp_path):
     index.add([("film", clip(9))])
     assert index._library.vectors["video"].projection.fitted_to > 0
     assert index.query(excerpt(clip(9), 1, 4)).matches[0].source == "film"
-    assert index.calibration(("video", "audio")) == DEFAULT  # fitted to more sources only
+    # Fitted to more sources only.
+    assert index.calibration(("video", "audio")) == DEFAULTS["audio+video"]
 
 
 @pytest.mark.slow
