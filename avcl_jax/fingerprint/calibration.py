@@ -53,8 +53,9 @@ class Calibration:
         return -math.log10(-math.expm1(-math.exp(-max(surprise, -6.0))))
 
 
-# By `name_of`, with "" where nothing is compared, for an index with too few sources: fitted to 200 clips of the demo by the encoders
-# `small`. Real media are alike: in an index of this size, video is at 9.5 and audio at 10.6.
+# By `name_of`, with "" where nothing is compared, for an index with too few sources: fitted to 200
+# clips of the demo by the encoders `small`. Real media are alike: in an index of this size, video
+# is at 9.5 and audio at 10.6.
 _BOTH = Calibration(location=10.2, growth=1.4, scale=1.2, segments=6693)
 DEFAULTS = {
     "": _BOTH,
