@@ -226,7 +226,7 @@ for samples, _ in [search for kind in searches.values() for search in kind]:
 # python -m avcl_jax.main --config=configs/export.py --workdir=run
 
 # %%
-probe("run/export")
+own = probe("run/export")
 
 # %% [markdown]
 # `make demo` in a clone of the repository runs the same in full, with all evaluations and a report.

@@ -18,7 +18,7 @@ SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
 REPOSITORY = "https://github.com/avcl-jax/avcl-jax"
 # What each notebook prints, and how many images it shows.
 SHOWN = {
-    "quickstart": (["trained to step 400", " <- ", "material from run/export: "], 4),
+    "quickstart": (["trained to step 400", " <- ", "material from run/export: "], 3),
     "own_videos": (["broken.mp4: not_media", "looks like:", "label_motion from video:"], 2),
     "fingerprint": (
         ["cropped.mp4:", "library/test_00008.mp4 from 1.", "no match", " is contained in "],
