@@ -36,7 +36,7 @@ def _description() -> str:
 setup(
     name="avcl-jax",
     version="0.1.0",
-    description="Audio-visual contrastive learning with temporal self-supervision, in JAX",
+    description="Finds copies of videos, embeds media, trains audio-visual encoders; in JAX",
     long_description=_description(),
     long_description_content_type="text/markdown",
     author="The avcl-jax developers",
