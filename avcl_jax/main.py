@@ -1,7 +1,8 @@
 """Command line: `python -m avcl_jax.main --config=configs/pretrain.py --workdir=runs/demo`.
 
 `config.task` is the function that runs, `module:function` of (config, workdir). Media are prepared
-before, by `avcl-data`.
+before, by `avcl-data`. Exit status: 0; 1 after an error in one line; 75 where a signal stopped
+training after saving, so that the same command resumes it; 130 after Ctrl-C elsewhere.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-import jax
 import ml_collections
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from avcl_jax import config_file
+from avcl_jax import config_file, processes
 from avcl_jax.compilation_cache import keep_compiled
 from avcl_jax.errors import UserError, one_line
 from avcl_jax.experiment import (
@@ -46,12 +46,13 @@ _DISTRIBUTED = flags.DEFINE_bool(
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+_JOIN_TIMEOUT = flags.DEFINE_integer(
+    "join_timeout", 300, "Seconds until every process must have joined.", lower_bound=1
+)
 _PRINT_CONFIG = flags.DEFINE_bool(
     "print_config", False, "Print every setting, with overrides applied, and stop."
 )
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
-
-_A_DAY = 24 * 60 * 60
 
 
 def _function(task: str) -> Callable[[ml_collections.ConfigDict, epath.Path], object]:
@@ -72,16 +73,10 @@ def main(argv: Sequence[str]) -> None:
     """Runs the task of the config.
 
     Raises:
-        SystemExit: with code 1 after one line about a user error.
+        SystemExit: with code 1 after one line about a user error, `STOPPED` after a signal.
     """
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {list(argv[1:])}: flags begin with --")
-    if _DISTRIBUTED.value or _COORDINATOR.value:
-        # Process 0 alone ranks, tests and writes; the others wait for it in JAX's shutdown, which
-        # would end all of them after five minutes.
-        jax.distributed.initialize(
-            _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, shutdown_timeout_seconds=_A_DAY
-        )
     # Libraries log about themselves; our own lines are printed.
     logging.set_verbosity(logging.ERROR)
     config = _CONFIG.value
@@ -92,6 +87,13 @@ def main(argv: Sequence[str]) -> None:
             for setting, value in flatten(config.to_dict()).items():
                 print(f"{setting} = {value!r}")
             return
+        if _DISTRIBUTED.value or _COORDINATOR.value:
+            processes.join(
+                _COORDINATOR.value,
+                _PROCESSES.value,
+                _PROCESS.value,
+                timeout_seconds=_JOIN_TIMEOUT.value,
+            )
         function = _function(config.task)
         check_numbers(config)
         config = with_absolute_paths(config)
@@ -101,6 +103,11 @@ def main(argv: Sequence[str]) -> None:
         keep_compiled(config.execution.compilation_cache)
         workdir = absolute_path(_WORKDIR.value or f"runs/{config.name}")
         function(config, workdir)
+    except processes.Stopped:
+        raise SystemExit(processes.STOPPED) from None
+    except KeyboardInterrupt:
+        print("avcl_jax: interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
     except (UserError, OSError) as error:
         line = one_line(error)
         if _DEBUG.value:

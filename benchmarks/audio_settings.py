@@ -207,8 +207,7 @@ def measure(
     if not finished.exists():
         spec = experiment.render_spec(config)
         with rendered_as(variant):
-            if not loop.pretrain(config, epath.Path(workdir)):
-                raise SystemExit(0)
+            loop.pretrain(config, epath.Path(workdir))
             evaluate(evaluation, epath.Path(workdir))
             selected = Selection.parse(evaluation.evaluation.test_select)
             tested = UsableRecords(RecordDataset(records, config.data.split), spec, selected)

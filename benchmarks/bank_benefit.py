@@ -192,15 +192,16 @@ def source_classes(records: RecordDataset) -> np.ndarray:
     return classes
 
 
-def pretrain(config: ml_collections.ConfigDict, workdir: epath.Path) -> bool:
+def pretrain(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Trains one run of WORKDIR/VARIANT/seedN, with the oracle of its variant if there is one."""
     name = workdir.parent.name
     if name not in ORACLES:
-        return loop.pretrain(config, workdir)
+        loop.pretrain(config, workdir)
+        return
     records = RecordDataset(config.data.directory, config.data.split)
     sample = oracle(source_classes(records), ORACLES[name][0], feature_bank.sample)
     with mock.patch.object(feature_bank, "sample", sample):
-        return loop.pretrain(config, workdir)
+        loop.pretrain(config, workdir)
 
 
 def purity_table(workdir: Path, seeds: Sequence[int]) -> str:

@@ -102,18 +102,18 @@ def ablate(
     config: ml_collections.ConfigDict,
     workdir: epath.PathLike,
     *,
-    pretrain: Callable[[ml_collections.ConfigDict, epath.Path], bool] = pretrain,
+    pretrain: Callable[[ml_collections.ConfigDict, epath.Path], None] = pretrain,
     evaluate: Callable[[ml_collections.ConfigDict, epath.Path], object] = evaluate,
 ) -> dict[str, Any] | None:
     """Runs the missing part of a sweep, and writes results.json, ablation.md and report.html.
 
     Args:
-        pretrain: trains a run to its end and returns whether it got there.
+        pretrain: trains a run to its end.
         evaluate: writes results.json of a trained run.
 
     Returns:
-        The contents of results.json; None where a signal stopped a run, or where `ablation.only`
-        left variants to other machines that have not finished them.
+        The contents of results.json; None where `ablation.only` left variants to other machines
+        that have not finished them.
 
     Raises:
         UserError: before the first training, if a variant or a metric does not exist, or a variant
@@ -140,8 +140,7 @@ def ablate(
     for (variant, seed), (run, directory) in runs.items():
         if (variant, seed) in left:
             print(f"\nablation: {variant}, seed {seed}: {directory}", flush=True)
-            if not pretrain(_task(run, experiment.PRETRAIN), directory):
-                return None
+            pretrain(_task(run, experiment.PRETRAIN), directory)
             evaluate(_task(run, _EVALUATE), directory)
         elif variant in ours:
             print(f"ablation: {variant}, seed {seed} is measured", flush=True)

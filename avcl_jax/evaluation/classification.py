@@ -91,9 +91,7 @@ def protocol_of(config: ml_collections.ConfigDict, tags: bool) -> Protocol:
     )
 
 
-def run_linear_probe(
-    config: ml_collections.ConfigDict, workdir: epath.PathLike
-) -> dict[str, Any] | None:
+def run_linear_probe(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     """Runs the protocol by `configs/linear_probe.py`; returns as `run_protocol`.
 
     Raises:

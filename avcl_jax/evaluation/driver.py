@@ -200,13 +200,13 @@ def run_protocol(
     workdir: epath.PathLike,
     splits: Sequence[Trial[Any]],
     *,
-    compute: Callable[[Context], Computed | None],
+    compute: Callable[[Context], Computed],
     measure: Callable[[Context, Computed], Measured],
     encoder: EncoderSource | None = None,
     data: Mapping[str, str] | None = None,
     heads: str | None = None,
     in_training: bool = False,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Runs a protocol, unless its results exist, and writes its results.
 
     The other arguments are fields of `Context`; None for encoder and records of the splits.
@@ -214,12 +214,11 @@ def run_protocol(
     Args:
         config: also read here: `bootstrap.resamples`, `seed`, `execution`, `data.allow_trained_on`.
         workdir: output directory, local or gs://; made if needed.
-        compute: long computations, in all processes; None if a signal stopped them.
+        compute: long computations, in all processes.
         measure: metrics and report of what was computed, in process 0.
 
     Returns:
-        The contents of results.json; empty in processes other than the first, None if a signal
-        stopped `compute`.
+        The contents of results.json; empty in processes other than the first.
 
     Raises:
         UserError: if an encoder was pretrained on its test records, or the directory has results of
@@ -244,8 +243,6 @@ def run_protocol(
             what=f"test records of {split.test}",
         )
     computed = compute(context)
-    if computed is None:
-        return None
     return {} if jax.process_index() else context.write(measure(context, computed))
 
 

@@ -73,7 +73,7 @@ _TRIVIAL = ("mean_colour", "position_histogram", "mean_loudness", "mean_log_mel"
 _Computed = tuple[Arrays, dict[str, dict[str, np.ndarray]], dict[str, Fit]]
 
 
-def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, Any] | None:
+def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     """Evaluates the newest checkpoint of the run in `workdir` by `configs/evaluate.py`.
 
     Returns as `run_protocol`; the results are written into `workdir`.

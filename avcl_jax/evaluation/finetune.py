@@ -55,6 +55,7 @@ from avcl_jax.evaluation.splits import Split, open_splits
 from avcl_jax.export import Encoder
 from avcl_jax.export.runs import random_like
 from avcl_jax.page import section
+from avcl_jax.processes import StopRequest, stop_request
 from avcl_jax.training import sharding
 from avcl_jax.training.checkpoint import (
     Progress,
@@ -71,32 +72,31 @@ from avcl_jax.training.run_steps import run_steps
 _NOT_TRAINING = ("test", "bootstrap")
 
 
-def finetune(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, Any] | None:
+def finetune(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     """Trains and tests a classifier on every split by `configs/finetune.py`.
 
-    Returns as `run_protocol`: None if a signal stopped a training after saving.
+    Returns as `run_protocol`.
 
     Raises:
         ExportError: if `config.encoder` contains no encoder of the modality.
         CheckpointError: if a split's directory belongs to another training.
         SelectionError: if records lack the class or the modality.
         NonFiniteError: if the loss stops being a number.
+        Stopped: after saving, if a signal came in a training.
         UserError: if settings contradict each other or the records.
     """
     splits = labelled_splits(config)
 
-    def compute(context: Context) -> list[np.ndarray] | None:
+    def compute(context: Context) -> list[np.ndarray]:
         for split in splits:  # before the first is trained
             optimizer_of(config, len(split.train))
             if ((directory := context.workdir / split.name) / "config.json").exists():
                 _check_training(config, directory, split)
-        probabilities = []
-        for number, split in enumerate(splits, 1):
-            softmax = run_split(config, context.workdir / split.name, number, split)
-            if softmax is None:
-                return None
-            probabilities.append(softmax)
-        return probabilities
+        with stop_request() as request:
+            return [
+                run_split(config, context.workdir / split.name, number, split, request)
+                for number, split in enumerate(splits, 1)
+            ]
 
     return run_protocol(
         protocol_of(config),
@@ -165,16 +165,22 @@ def labelled_splits(config: ml_collections.ConfigDict) -> list[Split[ClipRecords
 
 
 def run_split(
-    config: ml_collections.ConfigDict, workdir: epath.Path, number: int, split: Split[ClipRecords]
-) -> np.ndarray | None:
+    config: ml_collections.ConfigDict,
+    workdir: epath.Path,
+    number: int,
+    split: Split[ClipRecords],
+    request: StopRequest,
+) -> np.ndarray:
     """Trains on one split and tests once; finished parts are not computed again.
 
     Args:
         number: number of this split, from 1; it decides the draws.
 
     Returns:
-        Mean softmax float32 [test records, classes] in process 0, elsewhere empty; None if a signal
-        stopped the training after saving.
+        Mean softmax float32 [test records, classes] in process 0, elsewhere empty.
+
+    Raises:
+        Stopped: after saving, if `request` came in the training.
     """
     train, encoder = split.train, split.encoder.require(config.modality)
     run, freeze = config.execution, tuple(config.freeze)
@@ -204,7 +210,7 @@ def run_split(
     workdir.mkdir(parents=True, exist_ok=True)
     _check_training(config, workdir, split)
     checkpoints = open_checkpoints(workdir, keep=run.keep_checkpoints)
-    progress, complete = Progress(0, 0.0, train.fingerprint, mesh.size), True
+    progress = Progress(0, 0.0, train.fingerprint, mesh.size)
     if (saved := checkpoints.latest_step()) is not None:
         progress = dataclasses.replace(read_progress(workdir, saved), devices=mesh.size)
         state = restore(checkpoints, saved, state)
@@ -229,11 +235,12 @@ def run_split(
             threads=run.threads,
             prefetch=run.prefetch,
         )
-        state, complete = run_steps(
+        state = run_steps(
             state,
             step,
             iter(batches),
             rows=sharding.rows_sharding(mesh),
+            request=request,
             steps=steps,
             log_every=run.log_every,
             checkpoint_every=run.checkpoint_every,
@@ -244,8 +251,6 @@ def run_split(
         )
         writer.close()
     checkpoints.close()
-    if not complete:
-        return None
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     # A whole copy, also of parameters that are split over hosts.
     whole = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))(variables)

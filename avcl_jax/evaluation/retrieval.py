@@ -152,9 +152,7 @@ def nearest(queries: np.ndarray, gallery: np.ndarray, *, k: int) -> np.ndarray:
     return model.kneighbors(queries, return_distance=False)
 
 
-def video_retrieval(
-    config: ml_collections.ConfigDict, workdir: epath.PathLike
-) -> dict[str, Any] | None:
+def video_retrieval(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     """Runs video retrieval by `configs/retrieval.py`; returns as `run_protocol`.
 
     Raises:
@@ -289,7 +287,7 @@ def measure_cross_modal(
 
 def audio_video_retrieval(
     config: ml_collections.ConfigDict, workdir: epath.PathLike
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Runs audio-video retrieval by `configs/cross_modal.py`; returns as `run_protocol`.
 
     Raises:

@@ -176,9 +176,7 @@ def measure_tasks(
     )
 
 
-def temporal_tasks(
-    config: ml_collections.ConfigDict, workdir: epath.PathLike
-) -> dict[str, Any] | None:
+def temporal_tasks(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     """Runs the protocol by `configs/temporal.py`; returns as `run_protocol`.
 
     Raises:

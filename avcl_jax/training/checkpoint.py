@@ -1,15 +1,24 @@
-"""Checkpoints by orbax: the state, the position in the data, and the config they belong to."""
+"""Checkpoints by orbax: the state, the position in the data, and the config they belong to.
+
+Orbax notices neither a changed byte in an array nor every missing file, so each checkpoint contains
+the checksums of its files.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import time
+from collections.abc import Iterator
 from typing import Any
 
+import crc32c
 import flax.serialization
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from avcl_jax import experiment
 from avcl_jax.errors import UserError
@@ -17,6 +26,10 @@ from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.feature_bank import FeatureBank
 from avcl_jax.paths import absolute_path, write_bytes
 from avcl_jax.training.state import TrainState
+
+_CHECKSUMS = "checksums.json"
+_COMMITTED = "commit_success.txt"  # written last, by orbax
+_BLOCK = 1 << 24
 
 
 class CheckpointError(UserError):
@@ -55,7 +68,14 @@ def check_config(workdir: epath.Path, config_json: str, *, resumes: bool = True)
 
 
 def open_checkpoints(workdir: epath.Path, *, keep: int) -> ocp.CheckpointManager:
-    """Opens or creates WORKDIR/checkpoints, in which the newest `keep` are kept."""
+    """Opens or creates WORKDIR/checkpoints, in which the newest `keep` are kept.
+
+    Checkpoints that are newer than the newest good one are moved to WORKDIR/damaged_checkpoints.
+
+    Raises:
+        CheckpointError: if all are damaged.
+    """
+    _set_damaged_aside(workdir)
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, create=True, enable_async_checkpointing=False
     )
@@ -72,6 +92,88 @@ def save(manager: ocp.CheckpointManager, state: TrainState, progress: Progress) 
     }
     manager.save(progress.step, args=ocp.args.Composite(**saved))
     manager.wait_until_finished()
+    if jax.process_index() == 0:
+        directory = epath.Path(manager.directory) / str(progress.step)
+        write_bytes(directory / _CHECKSUMS, json.dumps(_checksums(directory), indent=1).encode())
+
+
+def damage(checkpoint: epath.Path) -> str | None:
+    """Describes what is wrong with the files of a checkpoint; None if nothing is.
+
+    One without checksums is good if orbax had committed it: the process was killed just then.
+    """
+    if not (checkpoint / _CHECKSUMS).exists():
+        return None if (checkpoint / _COMMITTED).exists() else "it is not complete"
+    try:
+        expected = json.loads((checkpoint / _CHECKSUMS).read_text())
+    except ValueError:
+        return f"{_CHECKSUMS} cannot be read"
+    actual = _checksums(checkpoint)
+    for name, (size, checksum) in expected.items():
+        if name not in actual:
+            return f"{name} is missing"
+        if actual[name][0] != size:
+            return f"{name} has {actual[name][0]:,} bytes instead of {size:,}"
+        if actual[name][1] != checksum:
+            return f"{name} has changed"
+    return None
+
+
+def _checksums(checkpoint: epath.Path) -> dict[str, list[int]]:
+    """Returns size and CRC-32C of every file of a checkpoint, by its path in it."""
+    sums = {}
+    for path in _files(checkpoint):
+        if path.name == _CHECKSUMS or path.name.endswith(".tmp"):
+            continue
+        size = checksum = 0
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                size, checksum = size + len(block), crc32c.crc32c(block, checksum)
+        sums[str(path.relative_to(checkpoint))] = [size, checksum]
+    return sums
+
+
+def _files(directory: epath.Path) -> Iterator[epath.Path]:
+    """Yields the files at any depth, by name; epath has no recursive glob."""
+    for path in sorted(directory.iterdir()):
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
+
+
+def _steps(directory: epath.Path) -> list[int]:
+    """Returns the steps of the checkpoints in a directory, the newest first."""
+    names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    return sorted(map(int, filter(str.isdecimal, names)), reverse=True)
+
+
+def _set_damaged_aside(workdir: epath.Path) -> None:
+    """Moves damaged checkpoints that are newer than the newest good one, in process 0."""
+    directory, damaged = workdir / "checkpoints", {}
+    if jax.process_index() == 0:
+        steps = _steps(directory)
+        for step in steps:
+            if (problem := damage(directory / str(step))) is None:
+                break
+            damaged[step] = problem
+        lost = bool(steps) and len(damaged) == len(steps)
+        if not lost:
+            for step, problem in damaged.items():
+                aside = workdir / "damaged_checkpoints" / f"{step}-{time.time():.0f}"
+                aside.parent.mkdir(exist_ok=True)
+                (directory / str(step)).rename(aside)
+                print(f"checkpoint {step} is damaged ({problem}): moved to {aside}", flush=True)
+    else:
+        lost = False
+    if jax.process_count() > 1:
+        lost = bool(multihost_utils.broadcast_one_to_all(np.array(lost)))
+    if lost:
+        problems = "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
+        raise CheckpointError(
+            f"every checkpoint in {directory} is damaged ({problems or 'process 0 says how'}): "
+            "restore the files, or choose another --workdir"
+        )
 
 
 def restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:
@@ -134,10 +236,14 @@ def _load_state(workdir: epath.PathLike) -> tuple[dict[str, Any], int]:
     directory = absolute_path(workdir) / "checkpoints"
     if not directory.exists():
         raise CheckpointError(f"{workdir} has no checkpoints: pretrain with this --workdir first")
-    with ocp.CheckpointManager(directory) as manager:
-        step = manager.latest_step()
-    if step is None:
+    complete = (s for s in _steps(directory) if (directory / str(s) / _COMMITTED).exists())
+    if (step := next(complete, None)) is None:
         raise CheckpointError(f"{directory} is empty: pretrain with this --workdir first")
+    if problem := damage(directory / str(step)):
+        raise CheckpointError(
+            f"checkpoint {step} in {directory} is damaged ({problem}): the command that trained it "
+            "resumes from an older one"
+        )
     path = directory / str(step) / "state"
     checkpointer = ocp.PyTreeCheckpointer()
     tree = checkpointer.metadata(path).item_metadata.tree

@@ -24,6 +24,7 @@ from avcl_jax.objectives.bank_exchange import ExchangeBytes, exchange_bytes
 from avcl_jax.objectives.temporal import TASKS
 from avcl_jax.objectives.views import MODALITIES
 from avcl_jax.paths import absolute_path
+from avcl_jax.processes import StopRequest, stop_request
 from avcl_jax.training import sharding
 from avcl_jax.training.checkpoint import (
     CheckpointError,
@@ -164,19 +165,22 @@ def bank_exchange(config: ml_collections.ConfigDict, shards: int) -> ExchangeByt
     )
 
 
-def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool:
+def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     """Trains from the newest checkpoint of `workdir`, or from the beginning, to `config.steps`.
-
-    Returns:
-        True if the run is complete; False if a signal stopped it after saving.
 
     Raises:
         CheckpointError: if the directory belongs to a run of another config or other data.
         NonFiniteError: within one log period of the first value that is not finite.
+        Stopped: after saving, if a signal came.
         RecordError: if more records than `config.execution.max_bad_records` cannot be read.
         UserError: if the config does not fit data or devices.
     """
-    workdir, run = absolute_path(workdir), config.execution
+    with stop_request() as request:  # from here on: the first compilation takes minutes
+        _pretrain(config, absolute_path(workdir), request)
+
+
+def _pretrain(config: ml_collections.ConfigDict, workdir: epath.Path, request: StopRequest) -> None:
+    run = config.execution
     spec = experiment.render_spec(config)
     mesh, init, step_function = build(config)
     source = open_records(config, mesh)
@@ -219,7 +223,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
         writer.note(f"{workdir} is already trained to step {first}")
         checkpoints.close()
         writer.close()
-        return True
+        return
 
     train_step = jit_train_step(step_function, mesh, shardings)
     batches: Iterator[dict[str, np.ndarray]] = iter(
@@ -243,24 +247,26 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> bool
             unreadable.check(batch)
             yield batch
 
-    _, complete = run_steps(
-        state,
-        lambda state, batch: train_step(state, batch, step_key),
-        readable(),
-        rows=sharding.rows_sharding(mesh),
-        steps=config.steps,
-        log_every=run.log_every,
-        checkpoint_every=run.checkpoint_every,
-        clips_per_step=2 * config.global_batch_size,
-        progress=dataclasses.replace(progress, devices=mesh.size),
-        checkpoints=checkpoints,
-        writer=writer,
-        # Those that this process has met.
-        more_values=lambda: {"unreadable_records": unreadable.count},
-    )
+    try:
+        run_steps(
+            state,
+            lambda state, batch: train_step(state, batch, step_key),
+            readable(),
+            rows=sharding.rows_sharding(mesh),
+            request=request,
+            steps=config.steps,
+            log_every=run.log_every,
+            checkpoint_every=run.checkpoint_every,
+            clips_per_step=2 * config.global_batch_size,
+            progress=dataclasses.replace(progress, devices=mesh.size),
+            checkpoints=checkpoints,
+            writer=writer,
+            # Those that this process has met.
+            more_values=lambda: {"unreadable_records": unreadable.count},
+        )
+    finally:
+        writer.close()
     checkpoints.close()
-    writer.close()
-    return complete
 
 
 def _summary(

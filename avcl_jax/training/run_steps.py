@@ -1,12 +1,10 @@
-"""The loop of pretraining and fine-tuning: step, log one step late, save, stop on a signal."""
+"""The loop of pretraining and fine-tuning: step, log one step late, save, stop when asked."""
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,9 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding
 
 from avcl_jax.data.pipeline import to_device_batch
 from avcl_jax.errors import UserError
+from avcl_jax.processes import Agreement, Stopped, StopRequest
 from avcl_jax.training.checkpoint import Progress, save
 from avcl_jax.training.metrics import (
     Metrics,
@@ -45,30 +45,13 @@ class _Period:
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
 
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[str]]:
-    """Yields a list to which SIGTERM and SIGINT add their name, so that the loop can save first."""
-    received: list[str] = []
-
-    def note(number: int, _: Any) -> None:
-        if received:  # The second one means now.
-            raise KeyboardInterrupt
-        received.append(signal.Signals(number).name)
-
-    old = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
 def run_steps(
     state: TrainState,
     train_step: Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Metrics]],
     batches: Iterator[dict[str, np.ndarray]],
     *,
-    rows: Any,
+    rows: NamedSharding,
+    request: StopRequest,
     steps: int,
     log_every: int,
     checkpoint_every: int,
@@ -77,14 +60,15 @@ def run_steps(
     checkpoints: ocp.CheckpointManager,
     writer: MetricWriter,
     more_values: Callable[[], Mapping[str, float]] = dict,
-) -> tuple[TrainState, bool]:
-    """Trains from `progress.step` to `steps`, or until a signal, and saves.
+) -> TrainState:
+    """Trains from `progress.step` to `steps`, and saves.
 
     Args:
         state: donated.
         train_step: jitted; its metrics are averages, `loss` among them.
         batches: local rows, from the first step to be taken.
         rows: sharding of a batch.
+        request: asks all processes to stop; they save first.
         steps: steps of the whole run; after the last a checkpoint is saved.
         log_every: steps between lines of metrics.
         checkpoint_every: steps between checkpoints.
@@ -93,10 +77,11 @@ def run_steps(
         more_values: returns further values of a log line.
 
     Returns:
-        The state, and whether the run is complete; False if a signal stopped it after saving.
+        The state after the last step.
 
     Raises:
         NonFiniteError: within one log period of the first value that is not finite.
+        Stopped: after saving, if a process was asked to stop before the last step.
     """
     first, before = progress.step, progress.train_seconds
     merge = jax.jit(merge_metrics)
@@ -104,6 +89,7 @@ def run_steps(
     in_flight: collections.deque[Any] = collections.deque()
     period = _Period(first + 1)
     pending: tuple[int, _Period, float] | None = None
+    agreement = Agreement(rows, delay=_STEPS_AHEAD)
 
     def report(last: int, done: _Period, ended: float) -> None:
         """Reads the metrics of a finished period, which waits for the device."""
@@ -131,42 +117,38 @@ def run_steps(
                 "data of these steps"
             )
 
-    with _stop_signals() as signals:
-        for step in range(first + 1, steps + 1):
-            waiting = time.perf_counter()
-            batch = next(batches)
-            period.data_seconds += time.perf_counter() - waiting
-            state, metrics = train_step(state, to_device_batch(batch, rows))
-            in_flight.append(metrics["loss"].total)
-            period.metrics = metrics if period.metrics is None else merge(period.metrics, metrics)
-            if len(in_flight) > _STEPS_AHEAD:
-                jax.block_until_ready(in_flight.popleft())
-            if pending is not None:  # Read one step late, while this step runs.
-                report(*pending)
-                pending = None
-            last_step = step == steps
-            stopping = checkpoints.reached_preemption(step) or (
-                bool(signals) and jax.process_count() == 1
-            )
-            saving = last_step or stopping or step % checkpoint_every == 0
-            if step % log_every == 0 or saving:
-                if saving:
-                    jax.block_until_ready(state)
-                pending = (step, period, time.perf_counter())
-                period = _Period(step + 1)
-            if saving and pending is not None:
-                # Nothing that is not finite may replace a good checkpoint.
-                report(*pending)
-                pending = None
+    for step in range(first + 1, steps + 1):
+        waiting = time.perf_counter()
+        batch = next(batches)
+        period.data_seconds += time.perf_counter() - waiting
+        state, metrics = train_step(state, to_device_batch(batch, rows))
+        in_flight.append(metrics["loss"].total)
+        period.metrics = metrics if period.metrics is None else merge(period.metrics, metrics)
+        if len(in_flight) > _STEPS_AHEAD:
+            jax.block_until_ready(in_flight.popleft())
+        if pending is not None:  # Read one step late, while this step runs.
+            report(*pending)
+            pending = None
+        last_step = step == steps
+        stopping = agreement.stop(request.name is not None)
+        saving = last_step or stopping or step % checkpoint_every == 0
+        if step % log_every == 0 or saving:
             if saving:
-                seconds = before + time.perf_counter() - start
-                reached = dataclasses.replace(progress, step=step, train_seconds=seconds)
-                save(checkpoints, state, reached)
-            if stopping and not last_step:
-                writer.note(
-                    f"stopped at step {step} by {(*signals, 'preemption')[0]} after saving; "
-                    "the same command resumes from here"
-                )
-                break
+                jax.block_until_ready(state)
+            pending = (step, period, time.perf_counter())
+            period = _Period(step + 1)
+        if saving and pending is not None:
+            # Nothing that is not finite may replace a good checkpoint.
+            report(*pending)
+            pending = None
+        if saving:
+            seconds = before + time.perf_counter() - start
+            reached = dataclasses.replace(progress, step=step, train_seconds=seconds)
+            save(checkpoints, state, reached)
+        if stopping and not last_step:
+            seconds_text = format_seconds(before + time.perf_counter() - start)
+            line = f"stopped at step {step} by {request.name or 'another process'} after saving"
+            writer.note(f"{line}, {seconds_text}; the same command resumes from here")
+            raise Stopped
     writer.note(f"trained to step {step} in {format_seconds(before + time.perf_counter() - start)}")
-    return state, step == steps
+    return state

@@ -125,13 +125,22 @@ def run(
     return output
 
 
-def run_processes(arguments: list[str], *, devices: int) -> list[str]:
-    """Runs main in two processes of so many devices that find each other; returns their outputs."""
+def free_port() -> int:
+    """Returns a port that no process listens at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = [*arguments, f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
-    processes = [start([*common, f"--process_id={n}"], devices=devices) for n in range(2)]
+        return free.getsockname()[1]
+
+
+def start_processes(arguments: list[str], *, devices: int) -> list[subprocess.Popen[str]]:
+    """Starts main in two processes of so many devices that find each other."""
+    common = [*arguments, f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
+    return [start([*common, f"--process_id={n}"], devices=devices) for n in range(2)]
+
+
+def run_processes(arguments: list[str], *, devices: int) -> list[str]:
+    """Runs main in two processes of so many devices that find each other; returns their outputs."""
+    processes = start_processes(arguments, devices=devices)
     outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     return outputs

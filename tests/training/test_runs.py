@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -13,12 +14,22 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from avcl_jax.data.records import RecordError
+from avcl_jax.processes import STOPPED
 from avcl_jax.training import checkpoint
 from avcl_jax.training.loop import pretrain
 from tests.data.synthetic_records import make_record, write_records
-from tests.training.small import arguments, run, run_processes, small_config, start
+from tests.training.small import (
+    arguments,
+    free_port,
+    run,
+    run_processes,
+    small_config,
+    start,
+    start_processes,
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +44,11 @@ def saved_state(workdir: Path, step: int) -> dict[str, np.ndarray]:
     assert newest == step
     flat = jax.tree_util.tree_flatten_with_path(state)[0]
     return {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in flat}
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """Steps of the checkpoints, in order."""
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
 def losses(workdir: Path) -> dict[int, float]:
@@ -74,6 +90,65 @@ def test_a_run_killed_by_a_signal_and_resumed_with_two_workers_is_bitwise_the_sa
     assert 1 <= stopped_run(arguments(records, workdir)) < 6
     run(arguments(records, workdir, execution__workers=2))
     assert_identical(whole_run, workdir, 6)
+
+
+FILES = ["truncated", "deleted", "changed", "not committed", "checksums"]
+
+
+def spoil(checkpoint: Path, how: str) -> None:
+    """Damages one file of a checkpoint, the largest unless `how` names another."""
+    path = max(checkpoint.rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:10])
+    elif how == "deleted":
+        path.unlink()
+    elif how == "changed":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif how == "not committed":
+        (checkpoint / "checksums.json").unlink()
+        (checkpoint / "commit_success.txt").unlink()
+    else:
+        (checkpoint / "checksums.json").write_text("{")
+
+
+@pytest.mark.parametrize("how", FILES)
+def test_a_damaged_checkpoint_is_moved_and_the_one_before_is_the_newest(
+    whole_run, tmp_path, capsys, how
+):
+    shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()  # of a save that was killed
+    spoil(tmp_path / "checkpoints" / "6", how)
+    if how != "not committed":
+        with pytest.raises(checkpoint.CheckpointError, match=r"checkpoint 6 in .* is damaged"):
+            checkpoint.load_variables(tmp_path)
+    with checkpoint.open_checkpoints(epath.Path(tmp_path), keep=2) as checkpoints:
+        assert checkpoints.latest_step() == 3
+    assert capsys.readouterr().out.startswith("checkpoint 6 is damaged (")
+    (aside,) = (tmp_path / "damaged_checkpoints").iterdir()
+    assert aside.name.startswith("6-")
+    assert (aside / "state").is_dir()
+    assert checkpoint.load_variables(tmp_path)[1] == 3
+
+
+def test_if_every_checkpoint_is_damaged_nothing_is_moved(whole_run, tmp_path):
+    shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
+    for step in saved_steps(tmp_path):
+        spoil(tmp_path / "checkpoints" / str(step), "truncated")
+    with pytest.raises(checkpoint.CheckpointError, match=r"every checkpoint in .* is damaged") as e:
+        checkpoint.open_checkpoints(epath.Path(tmp_path), keep=2)
+    assert re.findall(r"(\d): state/\S+ has 10 bytes instead of", str(e.value)) == ["6", "3"]
+    assert saved_steps(tmp_path) == [3, 6]
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_resumes_from_the_one_before(
+    records, whole_run, tmp_path
+):
+    shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
+    spoil(tmp_path / "checkpoints" / "6", "changed")
+    assert "steps 3 to 6" in run(arguments(records, tmp_path))
+    assert_identical(whole_run, tmp_path, 6)
 
 
 @pytest.mark.slow
@@ -120,12 +195,87 @@ def stopped_run(options: list[str]) -> int:
         if line.startswith("step ") and not any(text.startswith("step ") for text in printed):
             os.killpg(process.pid, signal.SIGTERM)
         printed.append(line)
-    assert process.wait() == 0, printed
-    *steps, stopped, trained = printed[1:]
-    assert all(line.startswith("step ") for line in steps), printed
-    assert stopped.startswith("stopped at step ")
-    assert trained.startswith("trained to step ")
-    return int(stopped.split()[3])
+    assert process.wait() == STOPPED, printed
+    *lines, stopped = printed[1:]
+    asked = "avcl_jax: SIGTERM: saves after this step; a second signal ends at once\n"
+    assert asked in lines
+    assert all(line.startswith("step ") for line in lines if line != asked), printed
+    return stopped_at(stopped)
+
+
+def stopped_at(line: str) -> int:
+    """Step of the line that a stopped run ends with."""
+    assert line.startswith("stopped at step "), line
+    assert line.endswith("; the same command resumes from here\n"), line
+    return int(line.split()[3])
+
+
+@pytest.mark.slow
+def test_a_signal_to_any_of_two_processes_stops_both_after_the_same_step(records, tmp_path):
+    whole, workdir = tmp_path / "whole", tmp_path / "stopped"
+    long = {"steps": 40, "execution__checkpoint_every": 1000}
+    run_processes(arguments(records, whole, **long), devices=2)
+    options = arguments(records, workdir, **long)
+    reached = [0]
+    for number, name in ((1, signal.SIGTERM), (0, signal.SIGINT)):
+        processes = start_processes(options, devices=2)
+        try:
+            for line in processes[0].stdout:
+                if line.startswith(f"step {reached[-1] + 3}/"):
+                    processes[number].send_signal(name)
+                if line.startswith("stopped"):
+                    reached.append(stopped_at(line))
+                    break
+            rest = [process.communicate(timeout=120)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert [process.returncode for process in processes] == [STOPPED, STOPPED], rest
+        # Two steps were under way, and their votes are read one step later.
+        assert reached[-2] + 3 <= reached[-1] <= reached[-2] + 8
+        assert saved_steps(workdir)[-1] == reached[-1]
+    run_processes(options, devices=2)
+    assert_identical(whole, workdir, 40)
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_a_run_at_once_and_leaves_its_checkpoint(records, tmp_path):
+    workdir = tmp_path / "run"
+    options = arguments(records, workdir, steps=4000, execution__checkpoint_every=2)
+    process = start(options)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGSTOP)  # so that both arrive in one step
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGCONT)
+            break
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT), rest
+    assert "ends without saving" in rest
+    assert (step := saved_steps(workdir)[-1]) in (2, 4)
+    assert saved_state(workdir, step)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--coordinator=127.0.0.1:1"], "cannot join others (Number of processes must be defined"),
+        (["--distributed"], "cannot join others (coordinator_address should be defined"),
+    ],
+)
+def test_processes_that_cannot_be_found_are_one_clear_error(records, tmp_path, flags, message):
+    line = one_line(run([*arguments(records, tmp_path / "run"), *flags], code=1))
+    assert message in line
+    assert "give --coordinator=HOST:PORT, --num_processes and --process_id" in line
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_waits_so_long_for_the_others_and_then_says_so(records, tmp_path, number):
+    flags = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
+    flags += [f"--process_id={number}", "--join_timeout=3"]
+    line = one_line(run([*arguments(records, tmp_path / "run"), *flags], code=1))
+    assert f"process {number} of 2 waited 3 s at 127.0.0.1:" in line
 
 
 def assert_identical(left: Path, right: Path, step: int) -> None:

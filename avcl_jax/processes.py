@@ -1,0 +1,155 @@
+"""Processes of a run: joining the others, and stopping together.
+
+A run that a signal stops saves, and exits with `STOPPED`: the same command resumes it.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from avcl_jax.errors import UserError, one_line
+
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, try again.
+STOPPED = 75
+
+# Process 0 alone ranks, tests and writes; the others wait for it in JAX's shutdown, which would end
+# all of them after five minutes.
+_A_DAY = 24 * 60 * 60
+
+
+def join(
+    coordinator: str | None, count: int | None, number: int | None, *, timeout_seconds: int
+) -> None:
+    """Joins the other processes of the run, and says every minute that it waits for them.
+
+    Args:
+        coordinator: HOST:PORT of process 0; it, `count` and `number` are found on TPU pods and
+            SLURM if they are None.
+        timeout_seconds: time until every process must have joined.
+
+    Raises:
+        UserError: if the processes cannot be found from what is given.
+        SystemExit: with code 1 after one line, if a process has not joined in time.
+    """
+    joined = threading.Event()
+    place = f"process {number} of {count}" if count is not None else "this process"
+    where = coordinator or "the coordinator of the cluster"
+
+    def watch() -> None:
+        waited = 0
+        while not joined.wait(min(60, timeout_seconds - waited)):
+            waited += 60
+            line = f"{place} has waited {waited} s at {where} for the others"
+            if waited >= timeout_seconds:
+                # JAX would abort with frames of C++ after the same time.
+                line = f"avcl_jax: error: {place} waited {timeout_seconds} s at {where}, and not "
+                line += "all processes have joined: start every one, or see their logs"
+                print(line, file=sys.stderr, flush=True)
+                os._exit(1)
+            print(line, flush=True)
+
+    # Stopping is ours: by any signal, in any process.
+    jax.config.update("jax_enable_preemption_service", False)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            count,
+            number,
+            initialization_timeout=timeout_seconds + 60,
+            shutdown_timeout_seconds=_A_DAY,
+        )
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"this process cannot join others ({one_line(error)}): give --coordinator=HOST:PORT, "
+            "--num_processes and --process_id, or --distributed alone on a TPU pod or in SLURM"
+        ) from error
+    finally:
+        joined.set()
+
+
+class Stopped(Exception):
+    """A run that saved because a process was asked to stop; the same command resumes it."""
+
+
+class StopRequest:
+    """Signal that asked this process to stop.
+
+    Attributes:
+        name: "SIGTERM" or "SIGINT"; None before.
+    """
+
+    name: str | None = None
+
+
+@contextlib.contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Yields what SIGTERM or SIGINT fill; a second signal ends the process at once.
+
+    Signals are read by a thread, because the main thread may wait in a step for processes that no
+    longer exist, where it runs no handler. Only the main thread may enter.
+    """
+    request = StopRequest()
+    read, write = socket.socketpair()
+    write.setblocking(False)
+
+    def watch() -> None:
+        for number in iter(lambda: read.recv(1), b""):
+            name = signal.Signals(number[0])
+            if name not in (signal.SIGTERM, signal.SIGINT):
+                continue
+            if request.name:
+                line = f"avcl_jax: second signal, {name.name}: ends without saving"
+                print(line, file=sys.stderr, flush=True)
+                os._exit(128 + name)
+            request.name = name.name
+            line = f"avcl_jax: {name.name}: saves after this step; a second signal ends at once"
+            print(line, file=sys.stderr, flush=True)
+
+    def nothing(*_: object) -> None:
+        """Keeps the default action away; the thread acts."""
+
+    old = {number: signal.signal(number, nothing) for number in (signal.SIGTERM, signal.SIGINT)}
+    old_fd = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield request
+    finally:
+        signal.set_wakeup_fd(old_fd)
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        write.close()  # which ends the thread
+
+
+class Agreement:
+    """Decision of all processes of a run to stop after the same step.
+
+    One process decides at once. Several vote in every step, and read the votes of `delay` steps
+    before, which have arrived: so all read the same, and none waits for it.
+    """
+
+    def __init__(self, rows: NamedSharding, *, delay: int):
+        """Agrees over the mesh of `rows`, the sharding of a batch."""
+        self._rows, self._delay = rows, delay
+        self._votes: collections.deque[jax.Array] = collections.deque()
+        self._any = jax.jit(jnp.any, out_shardings=NamedSharding(rows.mesh, PartitionSpec()))
+
+    def stop(self, wanted: bool) -> bool:
+        """Returns whether to stop after this step; called once per step by every process."""
+        if jax.process_count() == 1:
+            return wanted
+        votes = np.full(jax.local_device_count(), wanted)
+        self._votes.append(self._any(jax.make_array_from_process_local_data(self._rows, votes)))
+        return len(self._votes) > self._delay and bool(self._votes.popleft())
