@@ -98,7 +98,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, progress: Progress) 
 
 
 def damage(checkpoint: epath.Path) -> str | None:
-    """Describes what is wrong with the files of a checkpoint; None if nothing is.
+    """Describes damage to the files of a checkpoint; returns None if there is none.
 
     One without checksums is good if orbax had committed it: the process was killed just then.
     """
