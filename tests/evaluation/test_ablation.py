@@ -14,6 +14,7 @@ from avcl_jax.errors import UserError
 from avcl_jax.evaluation import ablation
 from avcl_jax.evaluation.ablation import effect, effects, variant_config, variants_of
 from avcl_jax.evaluation.evaluate import PROTOCOL, evaluate
+from avcl_jax.processes import Stopped
 from avcl_jax.training.loop import pretrain
 from tests.evaluation.conftest import small_config, small_evaluation
 
@@ -133,14 +134,13 @@ class _Runs:
         self.data = {"train": "600 records", "test": "200 records"}
         self.stop_at = stop_at
 
-    def pretrain(self, run, directory) -> bool:
+    def pretrain(self, run, directory) -> None:
         if len(self.trained) == self.stop_at:
-            return False
+            raise Stopped
         assert run.task == experiment.PRETRAIN
         assert "evaluation" not in run
         self.trained.append(f"{directory.parent.name} {run.seed}")
         directory.mkdir(parents=True, exist_ok=True)
-        return True
 
     def evaluate(self, run, directory) -> None:
         score = 0.5 + 0.1 * run.seed + (0.2 if run.loss.weights.vv else 0.0)
@@ -166,7 +166,8 @@ def test_a_sweep_that_is_stopped_goes_on_and_writes_one_table(small_records, tmp
     def sweep() -> dict | None:
         return ablation.ablate(config, tmp_path, pretrain=runs.pretrain, evaluate=runs.evaluate)
 
-    assert sweep() is None
+    with pytest.raises(Stopped):
+        sweep()
     assert runs.trained == ["full 0", "no_vv 0", "full 1"]  # whole comparisons first
     assert not (tmp_path / "results.json").exists()
     runs.stop_at = 4
