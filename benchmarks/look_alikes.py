@@ -24,7 +24,7 @@ from benchmarks import measure, templates
 from benchmarks.measure import Measured, RowTable, SkipError, Target
 
 # Sources in the index of each family.
-_SOURCES = {"slides": 200, "news": 40, "karaoke": 30, "screens": 30}
+_SOURCES = {"slides": 200, "news": 60, "karaoke": 60, "screens": 60}
 _QUERIES = 30
 _SMALL_SOURCES, _SMALL_QUERIES = 16, 4
 _TOLERANCE_SECONDS = 0.5
@@ -62,7 +62,7 @@ class _Benchmark:
             excerpt
             for name in templates.FAMILIES
             if name != family
-            for excerpt in self._excerpts(name, 0)[1][: 2 if args.small else 5]
+            for excerpt in self._excerpts(name, 0)[1][: 2 if args.small else 10]
         ]
         with tempfile.TemporaryDirectory() as directory:
             index = FingerprintIndex.create(
