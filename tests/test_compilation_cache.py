@@ -57,6 +57,7 @@ def test_a_program_is_traced_once_and_once_more_for_every_other_identity(start, 
     assert start() == (0, expected)
     # Another one of the same computation, which JAX finds in its own cache.
     assert start("b") == (1, expected)
+    assert start("b") == (0, expected)
     for path in tmp_path.glob("avcl_jax-*"):
         path.write_bytes(path.read_bytes()[:100])
     assert start() == (1, expected)

@@ -156,8 +156,9 @@ def test_a_tone_at_another_rate_has_the_same_spectrogram():
     loud = original > original.max() - 1.0
     np.testing.assert_allclose(resampled[loud], original[loud], atol=0.02)
     assert (original.argmax(axis=-1) == resampled.argmax(axis=-1)).mean() > 0.95
-    expected = librosa.resample(tone(44_100).astype(np.float32), orig_sr=44_100, target_sr=8000)
-    np.testing.assert_array_equal(resampled, AUDIO(expected, 8000))
+    some = tone(44_100)[:44_093]  # 7,998.7 samples
+    expected = librosa.resample(some.astype(np.float32), orig_sr=44_100, target_sr=8000)
+    np.testing.assert_array_equal(AUDIO(some, 44_100), AUDIO(expected, 8000))
 
 
 @pytest.mark.parametrize("modality", ["video", "audio"])
