@@ -49,8 +49,9 @@ _LEAST_SIGNS = 4
 # their difference is low beside the contrast.
 _LEAST_CHANGE, _STILL_DIFFERENCE, _LEAST_CONTRAST = 4.0, 3.0, 100.0
 # At the ends of an interval: fraction of signs that differ in a second with the end in its middle,
-# at most; and correlation of images, lower than within by this, at most.
-_END_AUDIO, _END_IMAGES = 0.32, 0.25
+# higher than the limit by this, at most, and moments that can be compared there, at least;
+# correlation of images, lower than within by this, at most.
+_END_AUDIO, _LEAST_NEAR, _END_IMAGES = 0.04, 4, 0.25
 
 
 class Agreement(NamedTuple):
@@ -120,12 +121,11 @@ def _audio(
     # Exact ends: a stretch may reach over them by half.
     short = AUDIO_HZ
     near = _sums(both[best], short, same=True)
-    clear = _sums(differ[best], short, same=True) <= _END_AUDIO * 32 * near
-    clear &= near >= _LEAST_COMPARED * short
-    agreeing = [
-        _trimmed(_spread(fraction[best] <= limits.audio, width), clear)
-        for limits in (SAME, CHANGED)
-    ]
+    differing = _sums(differ[best], short, same=True) / (32 * np.maximum(near, 1))
+    agreeing = []
+    for limits in (SAME, CHANGED):
+        clear = (differing <= limits.audio + _END_AUDIO) & (near >= _LEAST_NEAR)
+        agreeing.append(_trimmed(_spread(fraction[best] <= limits.audio, width), clear))
     line = float(rates[best[0], 0]), float(offsets[best])
     return agreeing, _spread(compared[best], width), *line
 

@@ -156,13 +156,13 @@ def _media(name: str | None, start: float, end: float) -> tuple[str, str]:
     if name is None:
         return "added from memory", ""
     path = Path(name)
+    if not path.exists():
+        return "the file is no longer there", ""
     try:
         info = probe(path)
         stills = "".join(_stills(path, start, end)) if info.video else ""
         drawn = _spectrogram(path, start, min(end, start + _DRAWN_SECONDS)) if info.audio else ""
         size = path.stat().st_size
-    except FileNotFoundError:
-        return "the file is no longer there", ""
     except (MediaError, OSError) as error:
         return f"cannot be shown: {one_line(error)}", ""
     facts = [f"{info.video[1]}×{info.video[2]} {info.video[0]}"] if info.video else []

@@ -101,7 +101,7 @@ def relate(library: Library, found: Mapping[tuple[int, int], list[Interval]]) ->
             interval._replace(shared_by=shared_by[first, second, n])
             for n, interval in enumerate(intervals)
         ]
-        if relation not in ("same file", "copy") and all(i.shared_by >= MANY for i in counted):
+        if relation == "partial" and all(i.shared_by >= MANY for i in counted):
             continue
         ends = sources[first], sources[second]
         if turned:
