@@ -32,11 +32,13 @@ class Interval(NamedTuple):
     Attributes:
         sides: interval of the first source, and of the second.
         matched: modalities that agree.
+        exact: modalities among them that are not mixed, cropped or covered.
         shared_by: sources that have it, copies counted once.
     """
 
     sides: tuple[Seconds, Seconds]
     matched: tuple[str, ...]
+    exact: tuple[str, ...]
     shared_by: int = 2
 
 
@@ -44,6 +46,7 @@ class Span(NamedTuple):
     """Seconds of a source that agree with another: its time is offset + rate · this one's."""
 
     modality: str
+    exact: bool
     begin: float
     end: float
     rate: float
@@ -55,7 +58,8 @@ class Span(NamedTuple):
     def inverted(self) -> Span:
         """Returns the span of the other source."""
         begin, end = self.there(self.begin), self.there(self.end)
-        return Span(self.modality, begin, end, 1 / self.rate, -self.offset / self.rate)
+        rate, offset = 1 / self.rate, -self.offset / self.rate
+        return self._replace(begin=begin, end=end, rate=rate, offset=offset)
 
 
 def join(spans: Sequence[Span], durations: Sequence[float], min_seconds: float) -> list[Interval]:
@@ -106,9 +110,11 @@ def _of_line(line: Sequence[Span], min_seconds: float) -> Iterator[Interval]:
     """Yields the intervals of spans of one line, by the modalities that agree."""
     begin, end = min(s.begin for s in line), max(s.end for s in line)
     cells = np.zeros((len(MODALITIES), round((end - begin) * CELLS_PER_SECOND) + 1), bool)
+    exact = cells.copy()
     for span in line:
         first, last = (round((t - begin) * CELLS_PER_SECOND) for t in (span.begin, span.end))
         cells[MODALITIES.index(span.modality), first:last] = True
+        exact[MODALITIES.index(span.modality), first:last] |= span.exact
     shortest = (min_seconds - _TOLERANCE_SECONDS) * CELLS_PER_SECOND
     for first, last in runs(_bridged(np.any(cells, axis=0))):
         if last - first < shortest:
@@ -116,12 +122,15 @@ def _of_line(line: Sequence[Span], min_seconds: float) -> Iterator[Interval]:
         for a, b in _pieces(cells[:, first:last], shortest):
             fractions = cells[:, first + a : first + b].mean(axis=1)
             most = min(0.5, fractions.max())
-            matched = tuple(m for m, f in zip(MODALITIES, fractions, strict=True) if f >= most)
+            matched, clear = (
+                tuple(m for m, f in zip(MODALITIES, own, strict=True) if f >= most)
+                for own in (fractions, exact[:, first + a : first + b].mean(axis=1))
+            )
             ends = [begin + (first + n) / CELLS_PER_SECOND for n in (a, b)]
             # The spans nearest to the ends: the line may drift.
             spans = [min(line, key=lambda s: max(s.begin - t, t - s.end, 0.0)) for t in ends]
             there = [span.there(t) for span, t in zip(spans, ends, strict=True)]
-            yield Interval((Seconds(*ends), Seconds(*there)), matched)
+            yield Interval((Seconds(*ends), Seconds(*there)), matched, clear)
 
 
 def _bridged(mask: np.ndarray) -> np.ndarray:

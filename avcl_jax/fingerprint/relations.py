@@ -88,7 +88,7 @@ def relate(library: Library, found: Mapping[tuple[int, int], list[Interval]]) ->
                 for m in MODALITIES
                 if m in library.vectors and library.vectors_of(m, second, 0, 1 << 30)[1].any()
             )
-            found[same[0], second] = [Interval((whole, whole), matched)]
+            found[same[0], second] = [Interval((whole, whole), matched, matched)]
     relations = {key: _relation(library, key, found[key]) for key in found}
     copies = [key for key, (relation, _) in relations.items() if relation in ("same file", "copy")]
     group_of = _components(range(len(sources)), copies)
@@ -132,7 +132,10 @@ def _relation(
             _, present = library.vectors_of(modality, number, 0, source.segments)
             covered = np.zeros(len(present), bool)
             for interval in intervals:
-                if modality in interval.matched:
+                # Video that was cropped or covered is a copy's if its audio is the same.
+                if modality in interval.exact or (
+                    modality in interval.matched and "audio" in interval.exact
+                ):
                     seconds = interval.sides[side]
                     covered[round(seconds.start / hop) : round(seconds.end / hop)] = True
             if present.sum() * hop >= _LEAST_SECONDS:

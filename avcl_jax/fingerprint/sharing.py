@@ -156,4 +156,5 @@ def _agreeing(
                 times = alignment.query_seconds
                 inside = (times >= ends[0]) & (times < ends[1]) & ~np.isnan(similarity)
                 if inside.any() and similarity[inside].mean() >= limits.similarity:
-                    yield Span(modality, *ends, agreement.rate, agreement.offset_seconds)
+                    line = agreement.rate, agreement.offset_seconds
+                    yield Span(modality, limits is SAME, *ends, *line)
