@@ -189,7 +189,7 @@ def _spectrogram(path: Path, start: float, end: float) -> str:
     power = librosa.feature.melspectrogram(
         y=samples, sr=_RATE_HZ, n_fft=2 * _HOP, hop_length=_HOP, n_mels=_MELS
     )
-    decibel = librosa.power_to_db(power, ref=max(float(power.max()), 1e-9), top_db=_RANGE_DB)
+    decibel = librosa.power_to_db(power, ref=max(float(power.max()), 1e-2), top_db=_RANGE_DB)
     return spectrogram_uri(decibel.T, low=-_RANGE_DB, high=0.0)
 
 
