@@ -69,6 +69,7 @@ setup(
         "s3": ["s3fs"],
         "hub": ["huggingface-hub>=2.4.0"],
         "scenes": ["scenedetect"],
+        "mteb": ["mteb>=2.26.24"],
         # Every JAX names the libtpu that matches it; requirements-tpu-aot.txt has the one tested.
         "tpu-aot": ["jax[tpu]"],
     },
