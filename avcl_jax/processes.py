@@ -40,7 +40,7 @@ def join(
         timeout_seconds: time until every process must have joined.
 
     Raises:
-        UserError: if the processes cannot be found from what is given.
+        UserError: if the processes cannot be found from the arguments.
         SystemExit: with code 1 after one line, if a process has not joined in time.
     """
     joined = threading.Event()
@@ -96,7 +96,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Yields what SIGTERM or SIGINT fill; a second signal ends the process at once.
+    """Yields a request that SIGTERM or SIGINT fills; a second signal ends the process at once.
 
     Signals are read by a thread, because the main thread may wait in a step for processes that no
     longer exist, where it runs no handler. Only the main thread may enter.

@@ -1,7 +1,4 @@
-"""Words of the code: rules of the style that a regular expression can check, room by room.
-
-A room joins `ROOMS` when it follows them.
-"""
+"""Words of the code: rules of the style that a regular expression can check, room by room."""
 
 from __future__ import annotations
 
@@ -13,21 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = (
-    "avcl_jax/data",
-    "avcl_jax/embed",
-    "avcl_jax/evaluation",
-    "avcl_jax/export",
-    "avcl_jax/fingerprint",
-    "avcl_jax/models",
-    "avcl_jax/objectives",
-    "avcl_jax/training",
-    "avcl_jax/configs",
-    "avcl_jax/data_prep",
-    "benchmarks",
-    *(f"avcl_jax/{name}.py" for name in ("batched", "command_line", "compilation_cache")),
-    *(f"avcl_jax/{name}.py" for name in ("config_file", "errors", "experiment", "main", "paths")),
-)
+# Every package and every loose module.
+ROOMS = ["benchmarks", *(f"avcl_jax/{path.name}" for path in sorted((ROOT / "avcl_jax").iterdir()))]
+ROOMS = [room for room in ROOMS if list((ROOT / room).glob("*.py")) or room.endswith(".py")]
 # A docstring begins with a verb or a noun.
 RELATIVE = re.compile(r"(What|Which|Whether|How|When|Where|Those|That)\b")
 # An argument is described by a noun phrase, not by a preposition.

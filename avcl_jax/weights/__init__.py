@@ -22,7 +22,7 @@ DEFAULT = "small"
 # Pair → one line about it. Its encoders are the folders below that name.
 _PAIRS = {
     "small": "trained without labels on rendered videos and ESC-10; for copies of clips and simple "
-    "sounds, not for recognition of actions",
+    "audio, not for recognition of actions",
 }
 _HERE = Path(__file__).parent
 
