@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -157,13 +158,18 @@ def _problem(record: Record) -> str | None:
     return None
 
 
+_IMPORTING = threading.Lock()
+
+
 @functools.cache
 def message_class(name: str) -> Any:
     """Returns the message class tf.train.Example or tf.train.SequenceExample, by its last name."""
-    # TFDS's copies, which need no TensorFlow; imported where records are read, as it takes 0.3 s.
-    from tensorflow_datasets.proto import tf_example_generated_pb2
+    # TFDS's copies, which need no TensorFlow; imported where records are read, as it takes 0.3 s,
+    # by one thread: its lazy imports can wait for each other for ever in two.
+    with _IMPORTING:
+        from tensorflow_datasets.proto import tf_example_generated_pb2
 
-    return getattr(tf_example_generated_pb2, name)
+        return getattr(tf_example_generated_pb2, name)
 
 
 @functools.cache

@@ -10,6 +10,8 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,7 @@ from etils import epath
 
 from avcl_jax.data import record_files, records
 from avcl_jax.data.images import decode_jpegs
-from avcl_jax.data.record_format import parse_record, serialize_record
+from avcl_jax.data.record_format import message_class, parse_record, serialize_record
 from avcl_jax.data.record_index import index_path
 from avcl_jax.data.record_writer import RecordWriter, record_features, write_dataset_metadata
 from avcl_jax.data.records import Record, RecordDataset, RecordError, shard_name
@@ -428,3 +430,23 @@ def test_reading_through_etils_where_there_is_no_local_file(tmp_path: Path) -> N
                 assert found == payload
         with pytest.raises(RecordError, match="x: stale index"):
             record_files.read(path, "tfrecord", scanned[2][0], where="x", expected=(9, 0))
+
+
+def test_messages_are_imported_by_one_thread_at_a_time(monkeypatch):
+    both = threading.Barrier(2)
+
+    class Importing(types.ModuleType):
+        def __getattr__(self, name: str) -> SimpleNamespace:
+            if name != "tf_example_generated_pb2":
+                raise AttributeError(name)
+            try:
+                both.wait(0.5)
+            except threading.BrokenBarrierError:
+                return SimpleNamespace(Example="alone")
+            return SimpleNamespace(Example="together")
+
+    proto = "tensorflow_datasets.proto"
+    monkeypatch.setitem(sys.modules, proto, Importing(proto))
+    with ThreadPoolExecutor(2) as threads:  # beside the cache, which has the real class
+        found = list(threads.map(message_class.__wrapped__, ["Example", "Example"]))
+    assert found == ["alone", "alone"]

@@ -218,9 +218,10 @@ def test_evidence_is_added_at_a_right_angle_and_few_bins_per_source_become_candi
     votes = {(0, number, 4): 100.0 - number for number in range(9)}
     votes |= {(source, 1, 4): float(source) for source in range(1, 30)}
     votes |= {(29, 0, 4): 29.0}
-    bins = matching._candidates(votes)
+    bins = matching._candidates(votes, 0.0)
     assert bins[:4] == [(0, 0, 4), (0, 1, 4), (29, 0, 4), (29, 1, 4)]
     assert [source for source, _, _ in bins[4:]] == list(range(28, 14, -1))
+    assert matching._candidates(votes, 93.0) == bins[:2]
 
 
 @pytest.fixture(scope="module")
