@@ -162,7 +162,7 @@ def test_clips_that_tubelets_do_not_fill_are_refused():
         classifier_training(
             ClipClassifier(module, {"head": 3}),
             optax.sgd(0.1),
-            dataclasses.replace(encoder, module=module, params=weights),
+            dataclasses.replace(encoder, params=weights),
             Inputs(seven_frames, encoder.preprocess, (None, None)),
             freeze=(),
             schedule=optax.constant_schedule(0.1),

@@ -24,6 +24,7 @@ from avcl_jax.evaluation.protocol import (
 )
 from avcl_jax.evaluation.statistics import bootstrap
 from avcl_jax.export.runs import EncoderSource
+from avcl_jax.processes import Stopped
 
 PROTOCOL = Protocol("toy", 1, "A toy & its <metrics>", ["Add them up."])
 ENCODER = EncoderSource("runs/toy", {}, "12ab", 7, None)
@@ -134,7 +135,11 @@ def test_a_protocol_is_computed_then_measured_and_not_again(tmp_path: Path) -> N
 def test_other_processes_and_runs_that_a_signal_stopped_write_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert _run_protocol(tmp_path / "w", compute=lambda _: None, measure=None) is None
+    def stop(_: object) -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        _run_protocol(tmp_path / "w", compute=stop, measure=None)
     monkeypatch.setattr("jax.process_index", lambda: 1)
     assert _run_protocol(tmp_path / "w", measure=None) == {}
     assert not (tmp_path / "w").exists()
