@@ -142,6 +142,7 @@ def test_if_every_checkpoint_is_damaged_nothing_is_moved(whole_run, tmp_path):
     assert saved_steps(tmp_path) == [3, 6]
 
 
+@pytest.mark.slow
 def test_a_run_whose_newest_checkpoint_is_damaged_resumes_from_the_one_before(
     records, whole_run, tmp_path
 ):
@@ -323,7 +324,8 @@ def one_device(records, tmp_path_factory) -> Path:
     return workdir
 
 
-@pytest.mark.parametrize(("devices", "fsdp"), [(8, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "fsdp"), [(8, 1), (4, 2)])
 def test_many_devices_agree_with_one_after_three_steps(
     records, one_device, tmp_path, devices, fsdp
 ):
