@@ -25,7 +25,8 @@ ONLY_PARSED = {
     r"--runner=": "needs the extra beam: tests/interop runs it",
     r"pretrain\.py:(kinetics400|kinetics600|vggsound|audioset)": "full size, for accelerators",
     r"\.py:(ucf101|hmdb51|vggsound|audioset)\b": "full size, on a collection nobody may ship",
-    r"avcl-data small|\.py:small|=runs/small\b": "trains for most of an hour: tests/data_prep/test_small.py",
+    r"avcl-data small|\.py:small|=runs/small\b": "trains for most of an hour: "
+    "tests/data_prep/test_small.py",
     r"ablation\.py|\.py:esc10\b": "trains many networks: "
     "tests/test_every_command.py and tests/evaluation run these tasks small",
     r"(import|export)_weights\.py": "needs PyTorch's weights: tests/test_import_weights.py",
