@@ -7,9 +7,8 @@ file raises into pages of text.
 from __future__ import annotations
 
 import difflib
-import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ def check_arguments(argv: Sequence[str], parse: Callable[[str], Any]) -> None:
     Raises:
         UserError: naming the file or the setting, and those that are nearest to it.
     """
-    names = _config_names(argv)
+    names = [name for *_, name in _configs(argv)]
     if not names:
         return
     if len(names) > 1:
@@ -51,13 +50,9 @@ def overrides(argv: Sequence[str]) -> dict[str, str | None]:
 
 def with_files(argv: Sequence[str]) -> list[str]:
     """Names the files of this package for configs that are not found: configs/pretrain.py."""
-    names = _config_names(argv)
-    changed = []
-    for argument in argv:
-        flag, equals, name = (
-            argument.rpartition("=") if "config=" in argument else ("", "", argument)
-        )
-        changed.append(f"{flag}{equals}{_with_file(name)}" if name in names else argument)
+    changed = list(argv)
+    for place, flag, name in _configs(argv):
+        changed[place] = flag + _with_file(name)
     return changed
 
 
@@ -68,14 +63,13 @@ def _with_file(name: str) -> str:
     return f"{ours}{colon}{preset}" if found else name
 
 
-def _config_names(argv: Sequence[str]) -> list[str]:
-    names = []
-    for argument, following in itertools.zip_longest(argv, argv[1:]):
-        if found := re.match(r"--?config=(.*)", argument):
-            names.append(found[1])
-        elif argument in ("--config", "-config") and following is not None:
-            names.append(following)
-    return names
+def _configs(argv: Sequence[str]) -> Iterator[tuple[int, str, str]]:
+    """Yields the number of each argument that names a config, its flag up to "=", and the name."""
+    for place, argument in enumerate(argv):
+        if found := re.match(r"(--?config=)(.*)", argument):
+            yield place, found[1], found[2]
+        elif argument in ("--config", "-config") and place + 1 < len(argv):
+            yield place + 1, "", argv[place + 1]
 
 
 def _load(name: str, parse: Callable[[str], Any]) -> ml_collections.ConfigDict:

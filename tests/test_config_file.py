@@ -83,6 +83,9 @@ def test_a_config_of_the_package_is_found_from_any_folder_unless_one_is_there(
     assert config_file.with_files(["main", f"{PRETRAIN}:demo"]) == ["main", f"--config={ours}"]
     separate = ["main", "--config", "configs/pretrain.py:demo", "--workdir=configs/pretrain.py"]
     assert config_file.with_files(separate) == ["main", "--config", ours, separate[-1]]
+    # The same text as another flag's value is not a config.
+    twice = [*separate[:3], "--workdir", "configs/pretrain.py:demo"]
+    assert config_file.with_files(twice) == ["main", "--config", ours, *twice[-2:]]
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "pretrain.py").write_text("")
     assert config_file.with_files(["main", f"{PRETRAIN}:demo"]) == ["main", f"{PRETRAIN}:demo"]
