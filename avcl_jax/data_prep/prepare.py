@@ -13,7 +13,6 @@ import dataclasses
 import math
 import os
 import re
-import signal
 import sys
 import time
 from collections import Counter
@@ -23,6 +22,7 @@ from typing import Any
 import tqdm
 from etils import epath
 
+from avcl_jax.command_line import sigterm_as_interrupt
 from avcl_jax.data.record_files import FILE_FORMATS
 from avcl_jax.data_prep import publish
 from avcl_jax.data_prep.clip import FORMS, NOTES, REASONS, ClipOptions, parse_cut
@@ -129,9 +129,9 @@ def run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest]
 
     Returns the exit status; raises PrepareError if nothing usable was written.
     """
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return _run(args, read)
+        with sigterm_as_interrupt():
+            return _run(args, read)
     except OSError as error:
         one_line(error)  # raises it again if it is a bug
         raise PrepareError(describe_os_error(error, args.out)) from error
@@ -139,8 +139,6 @@ def run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest]
         kept = "finished shards are kept, run the same command again to resume"
         print(f"interrupted: {kept}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest]) -> int:

@@ -25,14 +25,14 @@ import argparse
 import dataclasses
 import errno
 import os
-import signal
 import sys
 from collections.abc import Sequence
 
 from avcl_jax import weights
-from avcl_jax.command_line import Help, Parser
+from avcl_jax.command_line import Help, Parser, sigterm_as_interrupt
 from avcl_jax.data_prep.manifest import COUNT, POSITIVE
 from avcl_jax.errors import UserError, one_line
+from avcl_jax.export.encoder import MODALITIES
 from avcl_jax.paths import absolute_path, local_path, locked
 
 EXIT_FAILED, EXIT_NOTHING, EXIT_INTERRUPTED = 1, 2, 130
@@ -47,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: with code 2 if the command line is wrong.
     """
     args = _parser().parse_args(arguments)
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return _run(args)
+        with sigterm_as_interrupt():
+            return _run(args)
     except (UserError, OSError) as error:
         line = one_line(error)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -59,8 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"avcl-embed: interrupted; {_RESUME}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=local_path, required=True, metavar="FILE", help="features.parquet or .npz")
     known = f"encoders by name ({', '.join(weights.names())}), a run, or what it exported"
     add("--encoder", default=weights.DEFAULT, metavar="NAME_OR_PATH", help=known)
-    add("--modality", choices=("video", "audio"), help="encode only this one")
+    add("--modality", choices=MODALITIES, help="encode only this one")
     add("--speed", type=COUNT, default=1, metavar="N", help="seconds of media per second of a clip")
     hop = "from the start of a clip to that of the next (default: the length of a clip)"
     add("--hop-seconds", type=POSITIVE, metavar="SECONDS", help=hop)
