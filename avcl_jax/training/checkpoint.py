@@ -150,7 +150,7 @@ def _steps(directory: epath.Path) -> list[int]:
 
 def _set_damaged_aside(workdir: epath.Path) -> None:
     """Moves damaged checkpoints that are newer than the newest good one, in process 0."""
-    directory, damaged = workdir / "checkpoints", {}
+    directory, damaged, lost = workdir / "checkpoints", {}, False
     if jax.process_index() == 0:
         steps = _steps(directory)
         for step in steps:
@@ -164,8 +164,6 @@ def _set_damaged_aside(workdir: epath.Path) -> None:
                 aside.parent.mkdir(exist_ok=True)
                 (directory / str(step)).rename(aside)
                 print(f"checkpoint {step} is damaged ({problem}): moved to {aside}", flush=True)
-    else:
-        lost = False
     if jax.process_count() > 1:
         lost = bool(multihost_utils.broadcast_one_to_all(np.array(lost)))
     if lost:

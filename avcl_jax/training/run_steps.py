@@ -91,6 +91,9 @@ def run_steps(
     pending: tuple[int, _Period, float] | None = None
     agreement = Agreement(rows, delay=_STEPS_AHEAD)
 
+    def trained_seconds() -> float:
+        return before + time.perf_counter() - start
+
     def report(last: int, done: _Period, ended: float) -> None:
         """Reads the metrics of a finished period, which waits for the device."""
         assert done.metrics is not None
@@ -142,13 +145,12 @@ def run_steps(
             report(*pending)
             pending = None
         if saving:
-            seconds = before + time.perf_counter() - start
-            reached = dataclasses.replace(progress, step=step, train_seconds=seconds)
+            reached = dataclasses.replace(progress, step=step, train_seconds=trained_seconds())
             save(checkpoints, state, reached)
         if stopping and not last_step:
-            seconds_text = format_seconds(before + time.perf_counter() - start)
             line = f"stopped at step {step} by {request.name or 'another process'} after saving"
-            writer.note(f"{line}, {seconds_text}; the same command resumes from here")
+            seconds = format_seconds(trained_seconds())
+            writer.note(f"{line}, {seconds}; the same command resumes from here")
             raise Stopped
-    writer.note(f"trained to step {step} in {format_seconds(before + time.perf_counter() - start)}")
+    writer.note(f"trained to step {step} in {format_seconds(trained_seconds())}")
     return state
