@@ -116,8 +116,7 @@ def _job(encoder: str, files: list[str], threads: int) -> Iterator[tuple[Any, Pa
     cutter = Cutter(source.encoders, speed=1, hop=None, threads=threads)
     job = Job(list_items(files, None), source, cutter, speed=1, batch_size=_BATCH)
     for modality, one in source.encoders.items():
-        kind = np.uint8 if modality == "video" else np.float32
-        job.encode(modality, [np.zeros(one.input_shape, kind)])
+        job.encode(modality, [np.zeros(one.input_shape, one.preprocess.clip_dtype)])
     with tempfile.TemporaryDirectory() as directory:
         yield job, Path(directory)
 

@@ -32,6 +32,7 @@ class VideoPreprocessing:
     """
 
     modality: ClassVar[Literal["video"]] = "video"
+    clip_dtype: ClassVar[str] = "uint8"
 
     num_frames: int
     clip_seconds: float
@@ -94,6 +95,7 @@ class AudioPreprocessing:
     """Waveforms to log-mel spectrograms, defined by `log_mel`."""
 
     modality: ClassVar[Literal["audio"]] = "audio"
+    clip_dtype: ClassVar[str] = "float32"
 
     log_mel: LogMelSpec
 
@@ -101,6 +103,11 @@ class AudioPreprocessing:
     def clip_shape(self) -> tuple[int, ...]:
         """Shape of one clip, [frames, mels]."""
         return (self.log_mel.frames, self.log_mel.mels)
+
+    @property
+    def clip_seconds(self) -> float:
+        """Length of one clip at speed 1."""
+        return self.log_mel.clip_seconds
 
     def __call__(
         self, waveform: np.ndarray, sample_rate_hz: float, *, speed: int = 1
@@ -126,7 +133,7 @@ class AudioPreprocessing:
         _check_rates(sample_rate_hz, "sample_rate_hz", speed)
         waveform = self.resample(waveform, sample_rate_hz)
         seconds = len(waveform) / self.log_mel.sample_rate_hz
-        starts = clip_times(0.0, seconds, self.log_mel.clip_seconds * speed)
+        starts = clip_times(0.0, seconds, self.clip_seconds * speed)
         return self.spectrograms_at(starts, waveform, speed=speed)
 
     def resample(self, waveform: np.ndarray, sample_rate_hz: float) -> np.ndarray:

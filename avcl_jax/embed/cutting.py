@@ -122,10 +122,7 @@ class Cutter:
         """
         self._preprocess = {name: encoder.preprocess for name, encoder in encoders.items()}
         self._speed, self._threads = speed, threads
-        self.spans = {}
-        for modality, spec in self._preprocess.items():
-            timed = spec.log_mel if isinstance(spec, AudioPreprocessing) else spec
-            self.spans[modality] = timed.clip_seconds * speed
+        self.spans = {m: spec.clip_seconds * speed for m, spec in self._preprocess.items()}
         self.hop = hop or min(self.spans.values())
         self._piece_seconds = self.hop * max(1, round(_PIECE_SECONDS / self.hop))
 

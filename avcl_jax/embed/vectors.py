@@ -54,11 +54,9 @@ class Job:
         self.items, self.cutter, self.speed = items, cutter, speed
         self.lengths, self._encode = {}, {}
         for modality, encoder in source.encoders.items():
-            described = json.dumps(encoder.config["encoder"], sort_keys=True)
-            features = _features(encoder.modality, described, encoder.preprocess)
-            clips = np.zeros(
-                (1, *encoder.input_shape), np.uint8 if modality == "video" else np.float32
-            )
+            spec = encoder.preprocess
+            features = _features(encoder.description, spec)
+            clips = np.zeros((1, *spec.clip_shape), spec.clip_dtype)
             shapes = jax.eval_shape(features, encoder.params, {"clips": clips})
             self.lengths[modality] = shapes["features"].shape[1]
             self._encode[modality] = batched_map(
@@ -67,7 +65,7 @@ class Job:
                 inputs=("clips",),
                 chunk=batch_size,
                 threads=1,
-                identity=f"features {described} {encoder.preprocess}",
+                identity=f"features {encoder.description} {spec}",
             )
         self.about = {
             "encoder": source.path,
@@ -89,9 +87,9 @@ class Job:
 
 # Cached, because a function is compiled once per process.
 @functools.cache
-def _features(modality: Any, described: str, preprocess: Any) -> Any:
+def _features(description: str, preprocess: Any) -> Any:
     """Returns the function of the parameters of an encoder and clips to features."""
-    encoder = Encoder(modality, {}, preprocess, {"encoder": json.loads(described)})
+    encoder = Encoder.without_weights(description, preprocess)
 
     def features(params: Any, arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
         return {"features": encoder.apply(params, arrays["clips"])}

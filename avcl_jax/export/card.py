@@ -94,11 +94,11 @@ def _usage(encoders: Mapping[str, Encoder]) -> Iterator[str]:
     for modality, encoder in encoders.items():
         count = sum(np.size(array) for array in flatten(encoder.params["params"]).values())
         cut = encoder.preprocess
-        seconds = cut.clip_seconds if cut.modality == "video" else cut.log_mel.clip_seconds
-        clip = np.zeros((1, *encoder.input_shape), np.uint8 if modality == "video" else np.float32)
+        clip = np.zeros((1, *cut.clip_shape), cut.clip_dtype)
         features = jax.eval_shape(encoder.apply, encoder.params, clip)
         yield (
-            f"| {modality} | {encoder.config['encoder']['class']} | {count:,} | {seconds:g} s, "
+            f"| {modality} | {encoder.config['encoder']['class']} | {count:,} "
+            f"| {cut.clip_seconds:g} s, "
             f"{' × '.join(map(str, encoder.input_shape))} | {features.shape[-1]} |"
         )
     yield ""

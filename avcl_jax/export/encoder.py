@@ -54,6 +54,18 @@ class Encoder:
     preprocess: VideoPreprocessing | AudioPreprocessing
     config: Mapping[str, Any]
 
+    @property
+    def description(self) -> str:
+        """Text that decides, with `preprocess`, what `apply` computes."""
+        return json.dumps(self.config["encoder"], sort_keys=True)
+
+    @classmethod
+    def without_weights(
+        cls, description: str, preprocess: VideoPreprocessing | AudioPreprocessing
+    ) -> Encoder:
+        """Makes an encoder whose `apply` can be cached by these two, which can be hashed."""
+        return cls(preprocess.modality, {}, preprocess, {"encoder": json.loads(description)})
+
     @functools.cached_property
     def module(self) -> nn.Module:
         """The Linen module, for further training.
@@ -223,7 +235,7 @@ def load_encoder(path: epath.PathLike, *, check: bool = True) -> Encoder:
         if not directory.is_dir():
             raise ExportError(weights.missing(path)) from error
         found = sorted(p.name for p in directory.iterdir())
-        one = next((name for name in ("video", "audio") if name in found), "export/video")
+        one = next((name for name in MODALITIES if name in found), "export/video")
         given = os.fspath(path).rstrip("/")
         raise ExportError(
             f"{given} is not an exported encoder: it lacks {epath.Path(error.filename).name} and "
@@ -322,8 +334,8 @@ def _stablehlo(encoder: Encoder, flat: Mapping[str, np.ndarray]) -> bytes:
     def features(*inputs: Any) -> jax.Array:
         return encoder.apply(unflatten(dict(zip(names, inputs[:-1], strict=True))), inputs[-1])
 
-    dtype = np.uint8 if encoder.modality == "video" else np.float32
-    example = jax.ShapeDtypeStruct((_BATCH, *encoder.input_shape), dtype)
+    spec = encoder.preprocess
+    example = jax.ShapeDtypeStruct((_BATCH, *spec.clip_shape), np.dtype(spec.clip_dtype))
     weights = [jax.ShapeDtypeStruct(flat[name].shape, flat[name].dtype) for name in names]
     exported = jax.export.export(jax.jit(features, keep_unused=True), platforms=("cpu",))(
         *weights, example

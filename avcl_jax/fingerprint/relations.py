@@ -86,7 +86,8 @@ def relate(library: Library, found: Mapping[tuple[int, int], list[Interval]]) ->
             matched = tuple(
                 m
                 for m in MODALITIES
-                if m in library.vectors and library.vectors_of(m, second, 0, 1 << 30)[1].any()
+                if m in library.vectors
+                and library.vectors_of(m, second, 0, sources[second].segments)[1].any()
             )
             found[same[0], second] = [Interval((whole, whole), matched, matched)]
     relations = {key: _relation(library, key, found[key]) for key in found}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,21 +87,19 @@ class Segmenter:
         self._encode = {}
         for name, encoder in source.encoders.items():
             spec = encoder.preprocess
-            described = json.dumps(encoder.config["encoder"], sort_keys=True)
-            structured = _structured(encoder.modality, described, spec, settings.time_bins)
+            structured = _structured(encoder.description, spec, settings.time_bins)
             if dimensions is None:
                 example = {"clips": self._empty(name)[None]}
                 shapes = jax.eval_shape(structured, encoder.params, example)
                 self.dimensions[name] = shapes["features"].shape[1]
-            timed = spec.log_mel if isinstance(spec, AudioPreprocessing) else spec
-            self.spans[name] = timed.clip_seconds * settings.speed
+            self.spans[name] = spec.clip_seconds * settings.speed
             self._encode[name] = batched_map(
                 structured,
                 {"encoder": encoder.params},
                 inputs=("clips",),
                 chunk=_BATCH,
                 threads=_THREADS,
-                identity=f"{described} {spec} {settings.time_bins}",
+                identity=f"{encoder.description} {spec} {settings.time_bins}",
             )
 
     @property
@@ -212,8 +209,8 @@ class Segmenter:
         return SegmentFeatures(features, present, media.duration_seconds * rate, rate)
 
     def _empty(self, modality: str) -> np.ndarray:
-        shape = self.source.encoders[modality].input_shape
-        return np.zeros(shape, np.uint8 if modality == "video" else np.float32)
+        spec = self.source.encoders[modality].preprocess
+        return np.zeros(spec.clip_shape, spec.clip_dtype)
 
     def _cutter(
         self, modality: str, media: DecodedMedia, starts: np.ndarray, rate: float
@@ -247,9 +244,9 @@ class Segmenter:
 
 # Cached, because a function is compiled once per process, however many indexes are opened.
 @functools.cache
-def _structured(modality: Any, described: str, preprocess: Any, time_bins: int) -> Any:
+def _structured(description: str, preprocess: Any, time_bins: int) -> Any:
     """Returns the function to features [B, bins · C], averaged but over the parts of time."""
-    encoder = Encoder(modality, {}, preprocess, {"encoder": json.loads(described)})
+    encoder = Encoder.without_weights(description, preprocess)
 
     def structured(params: Any, arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
         import jax.numpy as jnp
