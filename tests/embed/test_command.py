@@ -141,8 +141,9 @@ def test_a_long_file_is_cut_piece_by_piece(films, embed, monkeypatch, stated):
     _, whole, _ = embed(films / "0.mkv", out="whole.parquet")
     monkeypatch.setattr(cutting, "_PIECE_SECONDS", 1.0)
     if stated != "right":
-        told = lambda path: probe(path)._replace(duration_seconds=stated)  # noqa: E731
-        monkeypatch.setattr(cutting, "probe", told)
+        monkeypatch.setattr(
+            cutting, "probe", lambda path: probe(path)._replace(duration_seconds=stated)
+        )
     status, pieces, _ = embed(films / "0.mkv", "--workers=3")
     assert status == 0
     for name in ("start", "end", "modality"):
@@ -170,8 +171,9 @@ def test_a_still_screen_does_not_end_a_file(embed, monkeypatch, tmp_path, stated
     )
     monkeypatch.setattr(cutting, "_PIECE_SECONDS", 4.0)
     if stated is None:
-        told = lambda path: probe(path)._replace(duration_seconds=None)  # noqa: E731
-        monkeypatch.setattr(cutting, "probe", told)
+        monkeypatch.setattr(
+            cutting, "probe", lambda path: probe(path)._replace(duration_seconds=None)
+        )
     _, table, _ = embed("screen.mkv")
     starts = table["start"].to_pylist()
     assert set(np.arange(0, 4, 0.5)) < set(starts)

@@ -1,4 +1,4 @@
-"""What the sources of an index share, with descriptions in place of encoders."""
+"""Sharing between the sources of an index, with descriptions in place of encoders."""
 
 from __future__ import annotations
 
