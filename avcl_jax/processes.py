@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from avcl_jax.errors import UserError, one_line
@@ -26,7 +27,7 @@ STOPPED = 75
 
 # Process 0 alone ranks, tests and writes; the others wait for it in JAX's shutdown, which would end
 # all of them after five minutes.
-_A_DAY = 24 * 60 * 60
+A_DAY = 24 * 60 * 60
 
 
 def join(
@@ -69,7 +70,7 @@ def join(
             count,
             number,
             initialization_timeout=timeout_seconds + 60,
-            shutdown_timeout_seconds=_A_DAY,
+            shutdown_timeout_seconds=A_DAY,
         )
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(
@@ -78,6 +79,9 @@ def join(
         ) from error
     finally:
         joined.set()
+    # Collectives of CPUs connect when they first run, and then wait only 30 seconds for a process
+    # that is late: those that all helpers of JAX share connect now.
+    multihost_utils.sync_global_devices("joined")
 
 
 class Stopped(Exception):

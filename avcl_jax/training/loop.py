@@ -225,7 +225,6 @@ def _pretrain(config: ml_collections.ConfigDict, workdir: epath.Path, request: S
         writer.close()
         return
 
-    train_step = jit_train_step(step_function, mesh, shardings)
     batches: Iterator[dict[str, np.ndarray]] = iter(
         train_batches(
             source,
@@ -250,8 +249,9 @@ def _pretrain(config: ml_collections.ConfigDict, workdir: epath.Path, request: S
     try:
         run_steps(
             state,
-            lambda state, batch: train_step(state, batch, step_key),
+            jit_train_step(step_function, mesh, shardings),
             readable(),
+            step_key,
             rows=sharding.rows_sharding(mesh),
             request=request,
             steps=config.steps,

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 
 from avcl_jax.data.pipeline import to_device_batch
 from avcl_jax.errors import UserError
-from avcl_jax.processes import Agreement, Stopped, StopRequest
+from avcl_jax.processes import A_DAY, Agreement, Stopped, StopRequest
 from avcl_jax.training.checkpoint import Progress, save
 from avcl_jax.training.metrics import (
     Metrics,
@@ -45,11 +45,23 @@ class _Period:
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
 
+def _compiled_together(function: Any, *arguments: Any) -> Any:
+    """Compiles a jitted function, and waits until every process has.
+
+    Hosts compile at different speeds, or find the program in a cache; `processes.join` says why
+    none may start early.
+    """
+    program = function.lower(*arguments).compile()
+    everyone = set(range(jax.process_count()))
+    ocp.multihost.sync_global_processes("compiled", processes=everyone, timeout=A_DAY)
+    return program
+
+
 def run_steps(
     state: TrainState,
-    train_step: Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Metrics]],
+    train_step: Any,
     batches: Iterator[dict[str, np.ndarray]],
-    *,
+    *constants: jax.Array,
     rows: NamedSharding,
     request: StopRequest,
     steps: int,
@@ -65,7 +77,8 @@ def run_steps(
 
     Args:
         state: donated.
-        train_step: jitted; its metrics are averages, `loss` among them.
+        train_step: jitted function `(state, batch, *constants) -> (state, metrics)`; its metrics
+            are averages, `loss` among them.
         batches: local rows, from the first step to be taken.
         rows: sharding of a batch.
         request: asks all processes to stop; they save first.
@@ -124,7 +137,10 @@ def run_steps(
         waiting = time.perf_counter()
         batch = next(batches)
         period.data_seconds += time.perf_counter() - waiting
-        state, metrics = train_step(state, to_device_batch(batch, rows))
+        on_device = to_device_batch(batch, rows)
+        if step == first + 1:
+            train_step = _compiled_together(train_step, state, on_device, *constants)
+        state, metrics = train_step(state, on_device, *constants)
         in_flight.append(metrics["loss"].total)
         period.metrics = metrics if period.metrics is None else merge(period.metrics, metrics)
         if len(in_flight) > _STEPS_AHEAD:

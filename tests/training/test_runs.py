@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -237,6 +238,27 @@ def test_a_signal_to_any_of_two_processes_stops_both_after_the_same_step(records
         assert saved_steps(workdir)[-1] == reached[-1]
     run_processes(options, devices=2)
     assert_identical(whole, workdir, 40)
+
+
+@pytest.mark.slow
+def test_a_process_may_compile_half_a_minute_longer_than_the_other(records, tmp_path):
+    options = arguments(
+        records, tmp_path / "run", steps=2, execution__compilation_cache=tmp_path / "empty"
+    )
+    processes = start_processes(options, devices=2)
+    try:
+        for line in processes[0].stdout:
+            if line.startswith("demo: 24 videos"):  # and now it compiles the step
+                processes[1].send_signal(signal.SIGSTOP)
+                break
+        with pytest.raises(subprocess.TimeoutExpired):
+            processes[0].communicate(timeout=50)
+        processes[1].send_signal(signal.SIGCONT)
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], outputs
+    finally:
+        for process in processes:
+            process.kill()
 
 
 @pytest.mark.slow
