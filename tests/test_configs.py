@@ -41,7 +41,14 @@ def batch_of(config):
     return {name: jax.ShapeDtypeStruct(*value) for name, value in shapes.items()}
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+# Each lowers for ten seconds; two presets differ from kinetics400 by numbers only.
+@pytest.mark.parametrize(
+    "preset",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("kinetics600", "vggsound")))
+        for name in PRESETS
+    ],
+)
 def test_preset_builds_evaluates_shapes_and_lowers(preset):
     config = pretrain.get_config(preset)
     _, init, step = loop.build(config)

@@ -102,7 +102,10 @@ def test_every_epoch_shows_every_record_once(source):
     assert sorted(indices) == sorted(source.indices)
 
 
-@pytest.mark.parametrize(("kind", "count"), [("workers", 1), ("workers", 4), ("threads", 5)])
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [("workers", 1), pytest.param("workers", 4, marks=pytest.mark.slow), ("threads", 5)],
+)
 def test_same_batches_for_any_number_of_workers_and_threads(source, kind, count):
     flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
     expected = batches(source, 5, threads=1)

@@ -356,6 +356,7 @@ def test_many_devices_agree_with_one_after_three_steps(
     assert_agree(one_device, tmp_path / "many", 3)
 
 
+@pytest.mark.slow
 def test_two_processes_of_four_devices_agree_with_one(records, one_device, tmp_path):
     workdir = tmp_path / "two"
     outputs = run_processes(arguments(records, workdir, **_COMPARED), devices=4)
