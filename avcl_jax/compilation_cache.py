@@ -90,15 +90,20 @@ def compiled(function: Any, arguments: tuple[Any, ...], identity: str) -> Callab
     return program
 
 
+def sources_digest() -> str:
+    """SHA-256 of all sources of this package, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 @functools.cache
 def _environment() -> tuple[str, ...]:
     """Describes this process: sources of the package, versions, devices, and the CPU."""
     import jax
     import jaxlib
 
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         instructions = next(line for line in lines if line.startswith(("flags", "Features")))
@@ -108,4 +113,4 @@ def _environment() -> tuple[str, ...]:
     versions = jax.__version__, jaxlib.__version__, importlib.metadata.version("flax")
     kinds = [f"{device} {device.device_kind}" for device in devices]
     client = devices[0].client.platform_version
-    return digest.hexdigest(), *versions, *kinds, client, platform.platform(), instructions
+    return sources_digest(), *versions, *kinds, client, platform.platform(), instructions

@@ -8,17 +8,19 @@ training after saving, so that the same command resumes it; 130 after Ctrl-C els
 from __future__ import annotations
 
 import importlib
+import platform
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+import jax
 import ml_collections
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
 from avcl_jax import config_file, processes
-from avcl_jax.compilation_cache import keep_compiled
+from avcl_jax.compilation_cache import keep_compiled, sources_digest
 from avcl_jax.errors import UserError, one_line
 from avcl_jax.experiment import (
     check_inputs,
@@ -94,6 +96,11 @@ def main(argv: Sequence[str]) -> None:
                 _PROCESS.value,
                 timeout_seconds=_JOIN_TIMEOUT.value,
             )
+            facts = flatten({"config": config.to_dict()})
+            # Machines may keep one data set in different places; its fingerprint is compared later.
+            facts.pop("config.data.directory", None)
+            facts |= {"Python": platform.python_version(), "JAX": jax.__version__}
+            processes.check_same(facts | {"code of avcl_jax": sources_digest()})
         function = _function(config.task)
         check_numbers(config)
         config = with_absolute_paths(config)

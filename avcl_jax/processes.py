@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import json
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,30 @@ def join(
     # Collectives of CPUs connect when they first run, and then wait only 30 seconds for a process
     # that is late: those that all helpers of JAX share connect now.
     multihost_utils.sync_global_devices("joined")
+
+
+def check_same(facts: Mapping[str, object]) -> None:
+    """Compares facts with those of the other processes; every process calls it.
+
+    Raises:
+        UserError: in every process, naming what differs from process 0 and how.
+    """
+    text = json.dumps({name: str(value) for name, value in facts.items()}).encode()
+    size = int(multihost_utils.process_allgather(np.array(len(text))).max())
+    padded = np.frombuffer(text.ljust(size), np.uint8)
+    rows = multihost_utils.process_allgather(padded).reshape(-1, size)
+    first, *others = [json.loads(row.tobytes()) for row in rows]
+    lines = [
+        f"{name} is {first.get(name)} in process 0 and {other.get(name)} in process {number}"
+        for number, other in enumerate(others, 1)
+        for name in sorted(first.keys() | other.keys())
+        if first.get(name) != other.get(name)
+    ]
+    if lines:
+        raise UserError(
+            f"processes of one run differ: {'; '.join(lines)}. Start all by the same command from "
+            "the same code"
+        )
 
 
 class Stopped(Exception):

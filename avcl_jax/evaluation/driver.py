@@ -41,6 +41,7 @@ from avcl_jax.evaluation.splits import Split, Trial, check_not_trained_on
 from avcl_jax.export.runs import EncoderSource, random_like
 from avcl_jax.page import definitions, metric_texts, page, section, table, text, times_chance
 from avcl_jax.paths import absolute_path, write_bytes
+from avcl_jax.processes import check_same
 from avcl_jax.training.metrics import peak_memory_gb
 
 Computed = TypeVar("Computed")
@@ -230,6 +231,8 @@ def run_protocol(
         train = [split.train.fingerprint for split in splits if isinstance(split, Split)]
         roles = {"train": train, "test": [split.test.fingerprint for split in splits]}
         data = {role: "; ".join(dict.fromkeys(names)) for role, names in roles.items() if names}
+    check_same({f"the {role} data": name for role, name in data.items()})
+    check_same({"the encoder": encoder.fingerprint})
     directory = absolute_path(workdir)
     context = Context(protocol, config, directory, encoder, data, heads, in_training)
     if (done := context.finished()) is not None:

@@ -24,7 +24,7 @@ from avcl_jax.objectives.bank_exchange import ExchangeBytes, exchange_bytes
 from avcl_jax.objectives.temporal import TASKS
 from avcl_jax.objectives.views import MODALITIES
 from avcl_jax.paths import absolute_path
-from avcl_jax.processes import StopRequest, stop_request
+from avcl_jax.processes import StopRequest, check_same, stop_request
 from avcl_jax.training import sharding
 from avcl_jax.training.checkpoint import (
     CheckpointError,
@@ -184,6 +184,7 @@ def _pretrain(config: ml_collections.ConfigDict, workdir: epath.Path, request: S
     spec = experiment.render_spec(config)
     mesh, init, step_function = build(config)
     source = open_records(config, mesh)
+    check_same({"the data set": source.fingerprint})
     unreadable = UnreadableRecords(source.records, budget=run.max_bad_records)
     rows = config.global_batch_size // jax.process_count()
     check_room(batch_bytes(spec, rows), workers=run.workers, prefetch=run.prefetch)

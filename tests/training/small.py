@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +133,16 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def start_processes(arguments: list[str], *, devices: int) -> list[subprocess.Popen[str]]:
-    """Starts main in two processes of so many devices that find each other."""
+def start_processes(
+    arguments: list[str], *, devices: int, second: Sequence[str] = ()
+) -> list[subprocess.Popen[str]]:
+    """Starts main in two processes of so many devices that find each other.
+
+    `second` are arguments of the second process alone.
+    """
     common = [*arguments, f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
-    return [start([*common, f"--process_id={n}"], devices=devices) for n in range(2)]
+    own = ["--process_id=0"], ["--process_id=1", *second]
+    return [start([*common, *last], devices=devices) for last in own]
 
 
 def run_processes(arguments: list[str], *, devices: int) -> list[str]:

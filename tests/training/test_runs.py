@@ -301,6 +301,29 @@ def test_a_process_waits_so_long_for_the_others_and_then_says_so(records, tmp_pa
     assert f"process {number} of 2 waited 3 s at 127.0.0.1:" in line
 
 
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ("--config.seed=3", "config.seed is 0 in process 0 and 3 in process 1. Start all by"),
+        pytest.param(
+            "--config.data.directory={other}",
+            r"the data set is made-train\S+ in process 0 and made-train\S+ in process 1",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_processes_that_differ_are_refused(records, tmp_path, second, message):
+    made = [make_record(n, seconds=5.0, side=24) for n in range(1, 25)]
+    other = write_records(tmp_path / "other", made)
+    options = arguments(records, tmp_path / "run")
+    second = [second.format(other=other)]
+    for process in start_processes(options, devices=1, second=second):
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert re.search(f"processes of one run differ: {message}", one_line(output))
+    assert not (tmp_path / "run").exists()
+
+
 def assert_identical(left: Path, right: Path, step: int) -> None:
     """Same loss of every step, and the same bits in every array of a checkpoint."""
     expected, found = saved_state(left, step), saved_state(right, step)
