@@ -102,6 +102,15 @@ def test_help_of_embedding_comes_without_jax() -> None:
     assert heavy.isdisjoint(json.loads(run.stdout.splitlines()[-1]))
 
 
+def test_pages_and_cards_draw_without_librosa() -> None:
+    modules = ("fingerprint.duplicates_page", "fingerprint.web.preview", "data_prep.card")
+    code = "".join(f"import avcl_jax.{name}\n" for name in modules)
+    code += "import json, sys; print(json.dumps(sorted(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # Its first use after installation takes 20 s, in which numba compiles.
+    assert {"librosa", "numba"}.isdisjoint(json.loads(run.stdout))
+
+
 def test_a_program_that_may_load_an_encoder_starts_without_jax() -> None:
     code = "import json, sys; import avcl_jax.export; print(json.dumps(sorted(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

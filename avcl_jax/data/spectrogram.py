@@ -21,7 +21,8 @@ from avcl_jax.data.views import BACKWARD, Clip, ViewSpec
 from avcl_jax.errors import UserError
 
 INT16_SCALE = np.float32(1.0 / 32768.0)
-# Slaney's mel scale. Computed here, because importing librosa takes longer than a whole query.
+# Slaney's mel scale. Computed here, because importing librosa takes longer than a whole query, and
+# the first spectrogram after its installation takes 20 s more, in which numba compiles.
 _LINEAR_HZ, _HZ_PER_MEL, _LOG_STEP = 1000.0, 200.0 / 3, np.log(6.4) / 27
 
 
@@ -72,12 +73,18 @@ class LogMelSpec:
 @functools.lru_cache(maxsize=16)
 def mel_constants(spec: LogMelSpec) -> tuple[np.ndarray, np.ndarray]:
     """Returns the Hann window [window] and the mel filters [mels, bins], float32."""
-    phases = np.linspace(-np.pi, np.pi, spec.window + 1)[:-1]
+    return _constants(spec.window, spec.sample_rate_hz, spec.mels, spec.min_hz, spec.max_hz)
+
+
+def _constants(
+    window: int, sample_rate_hz: int, mels: int, min_hz: float, max_hz: float
+) -> tuple[np.ndarray, np.ndarray]:
+    phases = np.linspace(-np.pi, np.pi, window + 1)[:-1]
     hann = (0.5 + 0.5 * np.cos(phases)).astype(np.float32)
-    low, high = _mels(np.array([spec.min_hz, spec.max_hz]))
-    edges = _hertz(np.linspace(low, high, spec.mels + 2))
+    low, high = _mels(np.array([min_hz, max_hz]))
+    edges = _hertz(np.linspace(low, high, mels + 2))
     # Triangles of the same area between the edges of the bands.
-    distances = edges[:, None] - np.fft.rfftfreq(spec.window, 1 / spec.sample_rate_hz)
+    distances = edges[:, None] - np.fft.rfftfreq(window, 1 / sample_rate_hz)
     widths = np.diff(edges)[:, None]
     rising, falling = -distances[:-2] / widths[:-1], distances[2:] / widths[1:]
     triangles = np.maximum(0, np.minimum(rising, falling)).astype(np.float32)
@@ -144,3 +151,23 @@ def log_mel(windows: Any, spec: LogMelSpec, xp: Any = np) -> Any:
     power = xp.square(spectrum.real) + xp.square(spectrum.imag)
     mel = xp.matmul(power.astype(xp.float32), filters.T)
     return ((xp.log(mel + np.float32(spec.floor)) - spec.mean) / spec.std).astype(xp.float32)
+
+
+def mel_decibels(
+    waveform: np.ndarray, sample_rate_hz: int, *, window: int, hop: int, mels: int
+) -> np.ndarray:
+    """Computes mel power in decibels of full scale, at least -100: the spectrogram to look at.
+
+    Args:
+        waveform: int16 [samples].
+        window: samples in a Hann window, centred on multiples of `hop`.
+        mels: mel bands, up to the Nyquist frequency.
+
+    Returns:
+        float32 [1 + samples // hop, mels].
+    """
+    hann, filters = _constants(window, sample_rate_hz, mels, 0.0, sample_rate_hz / 2)
+    padded = np.pad(waveform, window // 2) * INT16_SCALE
+    windows = np.lib.stride_tricks.sliding_window_view(padded, window)[::hop]
+    power = np.square(np.abs(np.fft.rfft(windows * hann))).astype(np.float32)
+    return 10 * np.log10(np.maximum(power @ filters.T, np.float32(1e-10)))

@@ -7,13 +7,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import librosa
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from avcl_jax.data.images import decode_jpegs
 from avcl_jax.data.records import Record, RecordDataset, split_names
+from avcl_jax.data.spectrogram import mel_decibels
 from avcl_jax.data_prep.clip import NOTES
 from avcl_jax.data_prep.manifest import COUNT, NATURAL
 from avcl_jax.data_prep.publish import PREPARATION
@@ -127,15 +127,13 @@ def _draw_clip(axes: Sequence[Axes], record: Record, dataset: RecordDataset) -> 
     if not record.has_video:
         caption(axes[0], "no video")
     if record.has_audio:
-        power = librosa.feature.melspectrogram(
-            y=record.waveform / np.float32(32768),
-            sr=record.sample_rate_hz,
-            n_fft=min(2048, len(record.waveform)),
-            n_mels=64,
+        window = min(2048, len(record.waveform))
+        decibels = mel_decibels(
+            record.waveform, record.sample_rate_hz, window=window, hop=512, mels=64
         )
         end = record.audio_start_seconds + len(record.waveform) / record.sample_rate_hz
         axes[-1].imshow(
-            librosa.power_to_db(power, ref=1.0, top_db=None),
+            decibels.T,
             origin="lower",
             aspect="auto",
             cmap="magma",

@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import librosa
 import ml_collections
 import numpy as np
+import soxr
 from etils import epath
 
 from avcl_jax import experiment
@@ -163,8 +163,7 @@ def clip_uri(record: Record, use: Timeline, start_seconds: float, span_seconds: 
     first = round((start_seconds - record.audio_start_seconds) * rate)
     waveform = record.waveform[max(first, 0) : first + round(span_seconds * rate)]
     if use.has_audio and rate not in _AAC_RATES:
-        resampled = librosa.resample(waveform.astype(np.float32), orig_sr=rate, target_sr=16_000)
-        waveform, rate = np.clip(resampled, -32768, 32767).astype(np.int16), 16_000
+        waveform, rate = soxr.resample(waveform, rate, 16_000), 16_000
     stream = io.BytesIO()
     write_mp4(
         stream,

@@ -6,11 +6,11 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import librosa
 import numpy as np
 
 from avcl_jax.data.encode import frame_uri, spectrogram_uri
 from avcl_jax.data.media import MediaError, decode_audio, decode_frames, probe
+from avcl_jax.data.spectrogram import mel_decibels
 from avcl_jax.errors import one_line
 from avcl_jax.fingerprint.database import SourceRow
 from avcl_jax.fingerprint.duplicates import describe
@@ -24,6 +24,7 @@ _STILLS, _SHORT_SIDE = 3, 120
 _COPY = ("same file", "copy")
 # Audio is drawn up to here.
 _DRAWN_SECONDS, _RATE_HZ, _MELS, _HOP, _RANGE_DB = 30.0, 16_000, 48, 512, 60.0
+_QUIET_DB = -20.0  # audio that stays below is drawn darker
 
 
 def report(sharing: Sharing, size: str, min_seconds: float) -> str:
@@ -185,12 +186,9 @@ def _spectrogram(path: Path, start: float, end: float) -> str:
     audio = decode_audio(path, sample_rate_hz=_RATE_HZ, start_seconds=start, end_seconds=end)
     if audio is None or len(audio.waveform) < _HOP:
         return ""
-    samples = audio.waveform.astype(np.float32) / 32768
-    power = librosa.feature.melspectrogram(
-        y=samples, sr=_RATE_HZ, n_fft=2 * _HOP, hop_length=_HOP, n_mels=_MELS
-    )
-    decibel = librosa.power_to_db(power, ref=max(float(power.max()), 1e-2), top_db=_RANGE_DB)
-    return spectrogram_uri(decibel.T, low=-_RANGE_DB, high=0.0)
+    decibels = mel_decibels(audio.waveform, _RATE_HZ, window=2 * _HOP, hop=_HOP, mels=_MELS)
+    loudest = max(float(decibels.max()), _QUIET_DB)
+    return spectrogram_uri(decibels, low=loudest - _RANGE_DB, high=loudest)
 
 
 def _bytes(source: SourceRow) -> int:

@@ -14,7 +14,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
-from avcl_jax.data.spectrogram import LogMelSpec, gather_windows, log_mel, mel_constants
+from avcl_jax.data.spectrogram import (
+    LogMelSpec,
+    gather_windows,
+    log_mel,
+    mel_constants,
+    mel_decibels,
+)
 from avcl_jax.data.views import BACKWARD, FORWARD, Clip, ViewSpec
 
 VIEWS = ViewSpec(num_frames=12, clip_seconds=0.75, speeds=(1, 2, 4, 8), audio_transform="shared")
@@ -64,6 +70,17 @@ def test_window_and_filters_are_librosas_to_the_last_bit(window, rate_hz, low_hz
                 sr=rate_hz, n_fft=window, n_mels=mels, fmin=low_hz, fmax=high_hz
             )
         np.testing.assert_array_equal(filters, expected, strict=True)
+
+
+@pytest.mark.parametrize(("samples", "window", "hop"), [(40_000, 1024, 512), (999, 999, 512)])
+def test_decibels_are_librosas(samples, window, hop):
+    waveform = np.random.default_rng(0).normal(0, 3000, samples).astype(np.int16)
+    waveform[samples // 2 :] = 0
+    power = librosa.feature.melspectrogram(
+        y=waveform / np.float32(32768), sr=16_000, n_fft=window, hop_length=hop, n_mels=48
+    )
+    ours = mel_decibels(waveform, 16_000, window=window, hop=hop, mels=48)
+    np.testing.assert_allclose(ours, librosa.power_to_db(power, top_db=None).T, atol=1e-3)
 
 
 def test_standardised_and_float_input_alike():

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import av
-import librosa
 import numpy as np
 
 from avcl_jax.data.encode import write_mp4
 from avcl_jax.data.media import MediaError, decode_audio, decode_frames, probe
+from avcl_jax.data.spectrogram import mel_decibels
 from avcl_jax.fingerprint.web.decoder import Decoder, DecoderError
 
 _KEPT = 12
@@ -27,7 +27,7 @@ _SHORT_SIDE, _MAX_FPS, _RATE_HZ = 360, 30.0, 44_100
 _VIDEO_OPTIONS = {"crf": "25", "preset": "veryfast", "threads": "1", "maxrate": "1500000"}
 _VIDEO_OPTIONS["bufsize"] = _VIDEO_OPTIONS["maxrate"]
 # Spectrogram of audio without video.
-_COLUMNS, _MELS, _RANGE_DB, _MIN_WINDOW = 480, 64, 70.0, 512
+_COLUMNS, _MELS, _RANGE_DB, _SILENCE_DB, _MIN_WINDOW = 480, 64, 70.0, -90.0, 512
 # FFmpeg's container -> subtype, video and audio codecs that Chromium, Firefox and Safari play.
 _MP4_AUDIO = ("aac", "mp3", "mp3float", "opus", "flac")
 _PLAYABLE: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
@@ -160,15 +160,10 @@ def spectrogram(waveform: np.ndarray, sample_rate_hz: int, start_seconds: float)
         lowest pitch first, 255 is the loudest.
     """
     hop = max(1, -(-len(waveform) // _COLUMNS))
-    power = librosa.feature.melspectrogram(
-        y=waveform.astype(np.float32) / 32768,
-        sr=sample_rate_hz,
-        n_fft=max(_MIN_WINDOW, 1 << (hop - 1).bit_length()),
-        hop_length=hop,
-        n_mels=_MELS,
-    )
-    decibel = librosa.power_to_db(power, ref=max(float(power.max()), 1e-9), top_db=_RANGE_DB)
-    loudness = np.round(255 * (1 + decibel.T / _RANGE_DB)).clip(0, 255).astype(np.uint8)
+    window = max(_MIN_WINDOW, 1 << (hop - 1).bit_length())
+    decibels = mel_decibels(waveform, sample_rate_hz, window=window, hop=hop, mels=_MELS)
+    below = decibels - max(float(decibels.max()), _SILENCE_DB)
+    loudness = np.round(255 * (1 + below / _RANGE_DB)).clip(0, 255).astype(np.uint8)
     return {
         "start_seconds": start_seconds,
         "seconds": len(waveform) / sample_rate_hz,
