@@ -5,6 +5,7 @@ Files are JSON lines and TensorBoard event files, written without TensorFlow.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import resource
@@ -123,8 +124,8 @@ class MetricWriter:
 
         Args:
             steps: steps of the whole run.
-            warmup_steps: steps without alarms: the spread of random encoders falls while the
-                learning rate rises.
+            warmup_steps: log periods that begin earlier are left out of alarms: the spread of
+                random encoders falls while the learning rate rises.
         """
         self._steps = steps
         self._warmup_steps = warmup_steps
@@ -164,8 +165,9 @@ class MetricWriter:
             f"{100 * values['data_wait_share']:.0f} %  ETA {format_seconds(seconds_left)}",
             flush=True,
         )
-        recent = [json.loads(line) for line in self._lines[-_COMPARED - 2 :]]
-        for line in _alarms([row for row in recent if row["step"] > self._warmup_steps]):
+        rows = [{"step": 0}, *map(json.loads, self._lines[-_COMPARED - 3 :])]
+        pairs = itertools.pairwise(rows)
+        for line in _alarms([row for old, row in pairs if old["step"] >= self._warmup_steps]):
             print(line, flush=True)
 
     def note(self, text: str) -> None:
