@@ -56,6 +56,16 @@ class SegmentScore:
 
 
 @dataclasses.dataclass(frozen=True)
+class ScoreBy:
+    """Scores by embeddings and details, on the scale of `Match.score`; 0 is chance or unknown."""
+
+    embeddings: float  # of the encoders: as much from an unrelated query, anywhere in the index
+    details: float  # of images and audio: as far above other sources that the query resembles
+    video_details: float  # of the images alone
+    audio_details: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Match:
     """A source from which a query may come."""
 
@@ -64,6 +74,7 @@ class Match:
     offset_seconds: float  # time in the source of the query's beginning
     rate: float  # seconds of the source per second of the query
     score: float  # −log10 of the chance that an unrelated query finds as much; no upper bound
+    score_by: ScoreBy  # the higher one of `embeddings` and `details` is the score
     accepted: bool  # that chance is small, and all required modalities match; or the same file
     same_file: bool  # the query has the content of this file
     matched: tuple[str, ...]  # modalities that suffice for a match without the other
@@ -161,8 +172,14 @@ def make_matches(
     def of_encoders(part: _Part) -> float:
         return part.score(together, spans)
 
+    def score_by(part: _Part) -> ScoreBy:
+        own = judged[part.alignment.source]
+        by_modality = {f"{m}_details": score for m, score in own.by_modality.items()}
+        return ScoreBy(embeddings=of_encoders(part), details=own.score, **by_modality)
+
     def score_of(part: _Part) -> float:
-        return max(of_encoders(part), judged[part.alignment.source].score)
+        by = score_by(part)
+        return max(by.embeddings, by.details)
 
     parts = []
     for alignment in alignments:
@@ -209,6 +226,7 @@ def make_matches(
             offset_seconds=offset,
             rate=rate,
             score=score,
+            score_by=score_by(part),
             accepted=same or (score >= THRESHOLD and set(required) <= set(matched)),
             same_file=same,
             matched=tuple(alignment.by_modality) if same else matched,

@@ -35,8 +35,9 @@ _REACH_SECONDS = 0.3
 _LEAST_SECONDS = 1.0
 # Fractions of signs that differ have at least the spread of this many independent ones a moment.
 _INDEPENDENT_SIGNS = 12
-# More differ in other audio, along the best of all lines.
-_SAME_AUDIO = 0.35
+# More differ in other audio, along the best of all lines. A copy's are fewer in each of these parts
+# of the time: the words that two speakers have in common, or a jingle, end before a clip does.
+_SAME_AUDIO, _PARTS = 0.35, 3
 _LEAST_OTHERS = 3
 # A rival counts as this many standard deviations: images as near as a copy's are also those of a
 # template that only some of the sources have.
@@ -178,20 +179,23 @@ def judge(
 
     The chance is that for any of the candidates, by Student's t for each modality and Fisher's
     method for both. The score is 0 where fewer than three others can be compared, and where the
-    audio can be and differs.
+    audio can be and differs, all along or in a part.
     """
     if not candidates:
         return []
     query = query._replace(**{m: getattr(query, m)[:0] for m in MODALITIES if m not in modalities})
     lines = [_best_line(query, candidate) for candidate in candidates]
-    fraction, spread = np.array([line[:2] for line in lines]).T
-    residuals = [_residual(query, c, *line[2:]) for c, line in zip(candidates, lines, strict=True)]
+    fraction, spread, worst, _, _ = np.array(lines).T
+    residuals = [
+        _residual(query, c, line.rate, line.offset_seconds)
+        for c, line in zip(candidates, lines, strict=True)
+    ]
     residual, correlation = np.array(residuals).T
     residual = np.where(correlation >= _ALIKE, residual, np.nan)
     of_audio = _chances(fraction, spread)
     of_video = _chances(residual, np.full(len(residual), _VIDEO_SPREAD), rivals=True)
-    of_video = np.where(fraction > _SAME_AUDIO, np.nan, of_video)
-    of_audio = np.where(fraction > _SAME_AUDIO, np.nan, of_audio)
+    of_video = np.where(worst > _SAME_AUDIO, np.nan, of_video)
+    of_audio = np.where(worst > _SAME_AUDIO, np.nan, of_audio)
     judgements = []
     for values in zip(of_video, of_audio, strict=True):
         known = [value for value in values if not np.isnan(value)]
@@ -245,16 +249,30 @@ def fisher(chances: Sequence[float]) -> float:
     return product * sum(terms) if terms else 1.0
 
 
-def _best_line(query: Details, candidate: Candidate) -> tuple[float, float, float, float]:
-    """Finds the line near the alignment along which fewest signs differ.
+class _Line(NamedTuple):
+    """Line near an alignment; NaN if the audio cannot be compared.
 
-    Returns:
-        Fraction of the signs that differ, NaN if too few can be compared, its spread by chance,
-        rate and offset; those of the alignment if the audio does not tell.
+    Attributes:
+        fraction: fraction of the signs that differ.
+        spread: its spread by chance.
+        worst: fraction in the part where most differ.
+        rate: seconds of the source per second of the query.
+        offset_seconds: time in the source of the query's beginning.
     """
+
+    fraction: float
+    spread: float
+    worst: float
+    rate: float
+    offset_seconds: float
+
+
+def _best_line(query: Details, candidate: Candidate) -> _Line:
+    """Finds the line along which fewest signs differ; the alignment if the audio does not tell."""
     details, begin, rate, offset = candidate
+    unknown = _Line(math.nan, math.nan, math.nan, rate, offset)
     if not len(query.audio) or not len(details.audio):
-        return math.nan, math.nan, rate, offset
+        return unknown
     query_hz = AUDIO_HZ * query.finer
     middle = len(query.audio) / query_hz / 2
     rates = rate * np.array(_RATES)[:, None]
@@ -267,16 +285,18 @@ def _best_line(query: Details, candidate: Candidate) -> tuple[float, float, floa
     signs = np.where(inside, query.audio[np.where(inside, places, 0)], 0)
     both = (signs != 0) & (details.audio != 0)
     count = both.sum(axis=-1)
-    differ = (np.bitwise_count(signs ^ details.audio) * both).sum(axis=-1)
+    differ = np.bitwise_count(signs ^ details.audio) * both
     enough = count >= _LEAST_SECONDS * AUDIO_HZ
-    fraction = np.where(enough, differ / np.maximum(32 * count, 1), 1.0)
+    fraction = np.where(enough, differ.sum(axis=-1) / np.maximum(32 * count, 1), 1.0)
     best = np.unravel_index(int(np.argmin(fraction)), fraction.shape)
     if not enough[best]:
-        return math.nan, math.nan, rate, offset
+        return unknown
+    parts = np.array_split(differ[best][both[best]], _PARTS)
     spread = 0.5 / math.sqrt(count[best] * _INDEPENDENT_SIGNS)
-    if fraction[best] > _SAME_AUDIO:
-        return float(fraction[best]), spread, rate, offset
-    return float(fraction[best]), spread, float(rates[best[0], 0]), float(offsets[best])
+    line = _Line(float(fraction[best]), spread, max(p.mean() for p in parts) / 32, rate, offset)
+    if line.worst > _SAME_AUDIO:
+        return line
+    return line._replace(rate=float(rates[best[0], 0]), offset_seconds=float(offsets[best]))
 
 
 def _residual(

@@ -136,8 +136,9 @@ def _line(match: Match) -> str:
     scores = (("video", match.video_score), ("audio", match.audio_score))
     shown = ", ".join(f"{name} {score:.1f}" for name, score in scores if score is not None)
     rate = "" if abs(match.rate - 1) < 0.03 else f" at {match.rate:.2f}x"
+    by = " by details" if match.score_by.details > match.score_by.embeddings else ""
     return (
-        f"{match.source} from {match.offset_seconds:.2f} s{rate}, score {match.score:.1f}: "
+        f"{match.source} from {match.offset_seconds:.2f} s{rate}, score {match.score:.1f}{by}: "
         f"{match.what_matched} ({shown})"
     )
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from avcl_jax.fingerprint import answer
-from avcl_jax.fingerprint.answer import Match, QueryResult, SegmentScore
+from avcl_jax.fingerprint.answer import Match, QueryResult, ScoreBy, SegmentScore
 from avcl_jax.fingerprint.calibration import Calibration
 from avcl_jax.fingerprint.database import SourceRow
 from avcl_jax.fingerprint.details import Judgement
 from avcl_jax.fingerprint.matching import Alignment
+from avcl_jax.fingerprint.query import _line
 from avcl_jax.fingerprint.settings import THRESHOLD
 
 KNOWN = Calibration(location=3.0, growth=0.5, scale=0.7, segments=1000)
@@ -153,6 +154,8 @@ def test_details_accept_what_the_encoders_do_not_and_tell_rivals_apart():
     assert (clip.source, clip.score, clip.accepted, clip.matched) == ("clip", 7.0, True, ("video",))
     assert (clip.shared_with, [i.shared_by for i in clip.intervals]) == ((), [1])
     assert (other.score, other.accepted, other.matched) == (1.0, False, ())
+    assert clip.score_by == ScoreBy(1.0, 7.0, video_details=3.0, audio_details=0.0)
+    assert other.score_by == ScoreBy(1.0, 0.0, video_details=0.0, audio_details=0.0)
     # By the encoders both, which share all of the query; the details of one differ.
     strong = Calibration(location=0.0, growth=0.0, scale=1.0, segments=1000)
     assert [m.shared_with for m in matches(alike, strong)] == [("other",), ("clip",)]
@@ -248,3 +251,7 @@ def test_the_modalities_that_match_are_said_in_words():
         "neither video nor audio matches alone": dataclasses.replace(neither, score=2.0),
     }
     assert [match.what_matched for match in said.values()] == list(said)
+    for details, by in ((2.5, ""), (2.6, " by details")):
+        scores = ScoreBy(2.5, details, video_details=0.0, audio_details=details)
+        line = _line(dataclasses.replace(both, score_by=scores))
+        assert line.startswith(f"clip from 5.00 s, score 2.5{by}: only the video matches")

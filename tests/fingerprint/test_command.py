@@ -77,7 +77,9 @@ def test_a_clip_is_found_in_words_and_in_json(films, index, tmp_path, run, ask):
     first = answer["matches"][0]
     assert first["offset_seconds"] == pytest.approx(1.5, abs=0.2)
     assert first["accepted"]
-    assert first["score"] >= answer["threshold"]
+    by = first["score_by"]
+    assert list(by) == ["embeddings", "details", "video_details", "audio_details"]
+    assert first["score"] == max(by["embeddings"], by["details"]) >= answer["threshold"]
     assert first["intervals"][0]["query_start"] < 1
     _, words, _ = run("query", query, "--index", index)
     assert words.startswith(f"{films / '1.mp4'} from 1.")

@@ -126,6 +126,23 @@ def test_other_audio_outweighs_the_same_video():
     assert silent[3].by_modality["audio"] == 0
 
 
+@pytest.mark.parametrize("part", [slice(0, 80), slice(88, 168), slice(176, 256)])
+def test_audio_that_agrees_in_two_thirds_of_the_time_is_other_audio(part):
+    asked, foreign = query(3), query(20)
+    asked.audio[part] = foreign.audio[part]
+    others = candidates(range(10))
+    line = details._best_line(asked, others[3])
+    assert line.fraction < 0.25 < 0.35 < line.worst
+    # Of which that line would not be the best.
+    assert (line.rate, line.offset_seconds) == (1.0, 2.1)
+    assert judge(asked, others)[3] == (0.0, {"video": 0.0, "audio": 0.0})
+    # Less is as noise would be.
+    shorter = slice(part.start + 24, part.stop - 24)
+    asked = query(3)
+    asked.audio[shorter] = foreign.audio[shorter]
+    assert judge(asked, others)[3].by_modality["audio"] > 2.5
+
+
 def test_few_candidates_tell_nothing_and_none_are_none():
     assert judge(query(1), candidates([0, 1, 2]))[1].score == 0
     assert judge(query(1), candidates([0, 1, 2, 3]))[1].score > 1
