@@ -89,7 +89,7 @@ def check_same(facts: Mapping[str, object]) -> None:
     """Compares facts with those of the other processes; every process calls it.
 
     Raises:
-        UserError: in every process, naming what differs from process 0 and how.
+        UserError: naming what differs from process 0 and how; raised in every process.
     """
     text = json.dumps({name: str(value) for name, value in facts.items()}).encode()
     size = int(multihost_utils.process_allgather(np.array(len(text))).max())
