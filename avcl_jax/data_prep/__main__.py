@@ -1,4 +1,4 @@
-"""`avcl-data COMMAND`: collections of media to records, and media that are rendered.
+"""`avcl-data COMMAND`: prepares collections of media as records, and renders the demo's media.
 
 Nothing is downloaded: each collection's `--help` names the source of its lists.
 """
@@ -16,9 +16,9 @@ from avcl_jax.errors import UserError, one_line
 
 _OTHER_COMMANDS = {
     "inspect": ("card", "show the content of a prepared data set"),
-    "foley": ("foley.command", "write the demo's media files"),
-    "small": ("small", "records on which the encoders that come with the package were trained"),
-    "demo": ("demo", "the demo's media files and their records"),
+    "foley": ("foley.command", "render the demo's media files"),
+    "small": ("small", "make the training records of the encoders that come with the package"),
+    "demo": ("demo", "render the demo's media files and prepare their records"),
 }
 
 

@@ -1,7 +1,7 @@
-"""`avcl-data demo`: the demo's media and their records, prepared as any others.
+"""`avcl-data demo`: renders the demo's media and prepares them like any others.
 
 It runs `foley` and then `prepare` with the settings that `configs/pretrain.py` expects. Finished
-files are kept, so that running it again costs seconds.
+files are kept, so that running it again takes seconds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`avcl-data small`: the records on which the shipped encoders `small` were trained.
 
-Rendered videos as the demo's, and videos rendered for the recordings of ESC-10, each in several
-versions. Finished files are kept, so that running it again costs seconds.
+Videos rendered like the demo's, and videos rendered for the recordings of ESC-10, each in several
+versions. Finished files are kept, so that running it again takes seconds.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", metavar="FOLDER", type=absolute_path, help="ESC-50: folder with audio/ and meta/")
     add("--out", type=local_path, default="data/small", help="folder for media and records")
-    add("--rendered", type=NATURAL, default=800, help="videos as the demo's")
-    add("--versions", type=COUNT, default=2, help="videos per recording, the first as it is")
+    add("--rendered", type=NATURAL, default=800, help="videos rendered like the demo's")
+    add("--versions", type=COUNT, default=2, help="videos per recording; the first keeps its audio")
     add("--seed", type=NATURAL, default=21, help="seed of every file")
     add("--workers", type=COUNT, default=os.cpu_count() or 1, help="processes")
 

@@ -1,19 +1,19 @@
-"""Vectors of media: `avcl-embed PATHS… --out features.parquet`.
+"""Features of media: `avcl-embed PATHS… --out features.parquet`.
 
 Each file is cut into clips, one after another from its start to its end, and each clip is encoded.
 The output is a table with one row per clip and modality, in the order of the paths:
 
-  id        path inside the folder, as it was named for a file, or id of a table's row or a record
+  id        path within the given folder, path of a file as given, or id of a row or record
   start     beginning of the clip, in seconds of the file
   end       end of the clip, in seconds of the file
   speed     seconds of the file per second of the clip
   modality  video or audio
   vector    output of the encoder, averaged over time and space
 
-A name that ends in .npz gets the same columns as NumPy arrays of each modality: video_id,
-video_vector, audio_id and so on. A file without one of the modalities has rows of the other. A clip
-is as long as the encoder's own (times --speed); the last one ends with the file, and a file that is
-shorter than a clip has one.
+With --out NAME.npz the same columns are NumPy arrays of each modality: video_id, video_vector,
+audio_id and so on. A file without one of the modalities has rows of the other. A clip is as long as
+the encoder's input (times --speed). The last one ends with the file; a file that is shorter than a
+clip has one.
 
 Exit status: 0; 1 if files could not be embedded, which are listed with the reasons; 2 if nothing
 was written; 130 if interrupted. The same command then resumes, and writes the same table.
@@ -64,12 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="avcl-embed", description=__doc__, formatter_class=Help)
     add = parser.add_argument
-    paths = "media files, folders, tables of clips or directories of records, as avcl-data knows"
+    paths = "media files, folders, tables of clips or directories of records, as for avcl-data"
     add(
         "paths", nargs="+", metavar="PATH", help=f"{paths}; ./-NAME for one that begins with a dash"
     )
     add("--out", type=local_path, required=True, metavar="FILE", help="features.parquet or .npz")
-    known = f"encoders by name ({', '.join(weights.names())}), a run, or what it exported"
+    known = f"encoders by name ({', '.join(weights.names())}), a run, or an export"
     add("--encoder", default=weights.DEFAULT, metavar="NAME_OR_PATH", help=known)
     add("--modality", choices=MODALITIES, help="encode only this one")
     add("--speed", type=COUNT, default=1, metavar="N", help="seconds of media per second of a clip")

@@ -28,7 +28,7 @@ _PIECE_SECONDS = 60.0
 # Seconds decoded before and after what the clips of a piece need: whether the file continues there
 # tells where it ends.
 _MARGIN_SECONDS = 1.0
-# A rest of less than this fraction of a clip adds none, as containers round durations.
+# A remainder below this fraction of a clip gets no clip, because containers round durations.
 _SLACK = 0.05
 
 
@@ -39,7 +39,7 @@ class Piece:
     Attributes:
         item: number of the item.
         number: number of the piece in it.
-        count: number of its pieces by the header of the file, 0 if that does not tell.
+        count: number of its pieces according to the header of the file, 0 if unknown.
     """
 
     item: int
@@ -70,7 +70,7 @@ class CutPiece:
     """Result of a piece: its clips by modality, none after an error."""
 
     clips: Mapping[str, Clips]
-    continues: bool = False  # the file has more than its header told
+    continues: bool = False  # the file is longer than its header states
     error: str = ""  # reason why it could not be decoded
 
 
@@ -169,7 +169,7 @@ class Cutter:
             number = 0
 
     def _count(self, item: Item) -> int:
-        """Returns the number of pieces, 0 if the header of a file does not tell."""
+        """Returns the number of pieces, 0 if the header of a file does not state its duration."""
         if item.records is not None:
             return 1
         try:

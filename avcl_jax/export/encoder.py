@@ -80,7 +80,7 @@ class Encoder:
         if name not in CLASSES:
             raise ExportError(f"unknown encoder {name!r}; known: {', '.join(sorted(CLASSES))}")
         arguments["dtype"] = np.dtype(arguments["dtype"])
-        # Lists of JSON as the tuples that Linen modules hash.
+        # Linen modules are hashed, so lists from JSON become tuples.
         return CLASSES[name](
             **{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
         )
@@ -189,7 +189,7 @@ def export_encoder(
         source: origin, JSON: config fingerprint, step, versions.
 
     Raises:
-        ExportError: if the encoder is none of the known classes, or the weights are not its.
+        ExportError: if the class of the encoder is unknown, or the weights do not fit it.
     """
     import jax
 
@@ -197,7 +197,7 @@ def export_encoder(
     flat = {
         key: np.ascontiguousarray(jax.device_get(value)) for key, value in flatten(params).items()
     }
-    # How a run saved memory is not what it learned.
+    # Rematerialisation saves memory in training and is not part of the encoder.
     bare = Encoder.of_module(encoder.clone(remat="none"), params, preprocessing, source=source)
     exported = _build(bare.config, flat, where=str(directory))
     directory.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ class MtebEncoder:
     """Exported encoders as mteb's `EncoderProtocol`.
 
     The embedding of a video or a recording is the mean of an encoder's features over its clips, of
-    length one; where a task gives both, those of video and audio follow each other.
+    unit length. Where a task has both, the embeddings of video and audio are concatenated.
     """
 
     def __init__(self, encoders: epath.PathLike):

@@ -1,4 +1,4 @@
-"""Encoders by name or by where they are: a run, its export, or weights imported from PyTorch.
+"""Encoders by name or location: a run, its export, or weights imported from PyTorch.
 
 Everything that uses trained encoders names them by one argument:
 

@@ -164,7 +164,7 @@ def to_torch(
     """Converts nested variables of our encoder `name` to a state dict; inverse of `from_torch`.
 
     Raises:
-        UserError: if that code base has no such encoder, or the variables are not its.
+        UserError: if that code base has no such encoder, or the variables do not fit it.
     """
     names, _, arrays = _table(code_base, name, modality)
     flat = flatten(variables)

@@ -1,4 +1,4 @@
-"""Evidence to a score: how rarely an unrelated query finds as much.
+"""Calibration of evidence to a score: how rarely an unrelated query finds as much.
 
 The best evidence that an unrelated query finds anywhere in the library is a maximum over many
 places, so it follows a Gumbel distribution, whose location grows with the logarithm of the number
@@ -54,7 +54,7 @@ class Calibration:
 
 
 # By `name_of`, with "" where nothing is compared, for an index with too few sources: fitted to 200
-# clips of the demo by the encoders `small`. Real media are alike: in an index of this size, video
+# clips of the demo by the encoders `small`. Real media are similar: in an index of this size, video
 # is at 9.5 and audio at 10.6.
 _BOTH = Calibration(location=10.2, growth=1.4, scale=1.2, segments=6693)
 DEFAULTS = {
@@ -74,7 +74,7 @@ def name_of(modalities: Iterable[str]) -> str:
 def fit(library: Library, spans: Mapping[str, float]) -> dict[str, Calibration]:
     """Fits the distributions to queries made of the library's own sources.
 
-    Median and quartiles are fitted, so that a quarter of the sources may have a double in the
+    Median and quartiles are fitted, so that a quarter of the sources may have a duplicate in the
     library, such as two cuts of one film.
 
     Args:

@@ -27,6 +27,7 @@ from avcl_jax.fingerprint.settings import KINDS, FingerprintError, FingerprintSe
 from avcl_jax.paths import local_path
 
 _LEAST = {"count": 1, "start": 0, "max_waiting": 0}
+_MEDIA = "media files, or folders with media; ./-NAME for one that begins with a dash"
 _POSITIVE = ("max_seconds", "max_decode_seconds", "max_upload_mb")
 
 
@@ -68,8 +69,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
 def _index_arguments(parser: argparse.ArgumentParser) -> None:
     made = FingerprintSettings()
     add = parser.add_argument
-    add("videos", help="files, or folders with files", nargs="+", type=local_path)
-    encoder = "encoders by name, a run, or what it exported (default: %(default)s)"
+    add("media", help=_MEDIA, nargs="+", metavar="PATH", type=local_path)
+    encoder = "encoders by name, a run, or an export (default: %(default)s)"
     add("--encoder", metavar="NAME_OR_PATH", default=weights.DEFAULT, help=encoder)
     kinds = "flat is exact, ivfpq small and fast, auto chooses by size (default: %(default)s)"
     add("--kind", default=made.kind, choices=KINDS, help=kinds)
@@ -82,18 +83,18 @@ def _index_arguments(parser: argparse.ArgumentParser) -> None:
 def _index(args: argparse.Namespace) -> int:
     # Wrong settings and paths are refused before anything is made.
     settings = FingerprintSettings(speed=args.speed, hop_seconds=args.hop_seconds, kind=args.kind)
-    files = media_files(args.videos)
+    files = media_files(args.media)
     return _add_files(FingerprintIndex.create(args.index, args.encoder, settings), files)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("videos", help="files, or folders with files", nargs="+", type=local_path)
+    add("media", help=_MEDIA, nargs="+", metavar="PATH", type=local_path)
     add("--encoder", metavar="PATH", help="where the encoders are now, if they were moved")
 
 
 def _add(args: argparse.Namespace) -> int:
-    files = media_files(args.videos)
+    files = media_files(args.media)
     return _add_files(FingerprintIndex.open(args.index, args.encoder), files)
 
 
@@ -113,14 +114,14 @@ def _add_files(index: FingerprintIndex, files: Sequence[Path]) -> int:
 
 
 def _remove_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("videos", help="as they were named when indexed", nargs="+")
+    parser.add_argument("media", help="names in the index, or paths", nargs="+", metavar="PATH")
 
 
 def _remove(args: argparse.Namespace) -> int:
     index = FingerprintIndex.open(args.index)
     known = {source.name for source in index.sources()}
     # Files are named by their absolute paths, media added from memory by any name.
-    names = [name if name in known else str(local_path(name)) for name in args.videos]
+    names = [name if name in known else str(local_path(name)) for name in args.media]
     index.remove(names)
     print(f"removed {len(names)}; {index.directory} contains {index.size}")
     return 0

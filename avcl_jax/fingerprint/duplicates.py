@@ -148,7 +148,7 @@ def summary(sharing: Sharing) -> str:
     if not (sharing.pairs or sharing.groups or sharing.materials):
         return "no copies and no common parts"
     return (
-        f"groups of copies: {len(sharing.groups)} (files beyond one of each: {copies}); contained "
+        f"groups of copies: {len(sharing.groups)} (redundant files: {copies}); contained "
         f"in others: {counts['contained']}; pairs with a common part: {counts['partial']}; parts "
         f"shared by {MANY} or more: {len(sharing.materials)}"
     )

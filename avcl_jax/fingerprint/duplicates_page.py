@@ -40,7 +40,7 @@ def report(sharing: Sharing, size: str, min_seconds: float) -> str:
             pairs[pair.relation].append(pair)
     tiles = {
         "groups of copies": len(groups),
-        "files beyond one of each group": sum(len(group) - 1 for group in groups),
+        "redundant files in them": sum(len(group) - 1 for group in groups),
         "files contained in others": len({pair.first.id for pair in pairs["contained"]}),
         "pairs with a common part": len(pairs["partial"]),
         f"parts shared by {MANY} or more": len(sharing.materials),

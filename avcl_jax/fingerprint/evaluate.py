@@ -34,7 +34,7 @@ _PRECISION = 0.9
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     add = parser.add_argument
-    queries = "media files, or folders with files; those without ground truth must find nothing"
+    queries = "media files, or folders with media; those without ground truth must find nothing"
     add("--queries", help=queries, nargs="+", type=local_path, required=True, metavar="PATH")
     columns = "CSV with query_id, ref_id, query_start, query_end, ref_start, ref_end"
     add("--ground-truth", help=columns, type=local_path, required=True, metavar="CSV")

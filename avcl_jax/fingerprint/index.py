@@ -46,7 +46,7 @@ _CALIBRATED_WITHIN = 1.5
 
 @dataclasses.dataclass
 class AddReport:
-    """Names of media to add, by what became of them."""
+    """Result of `add`: names of the media, by outcome."""
 
     added: list[str] = dataclasses.field(default_factory=list)
     skipped: list[str] = dataclasses.field(default_factory=list)  # of the same content
@@ -144,8 +144,8 @@ class FingerprintIndex:
         if source.fingerprint != expected["fingerprint"]:
             raise FingerprintError(
                 f"{self.directory} was made with encoders {expected['fingerprint'][:12]} "
-                f"({expected['path']}), {source.path} holds {source.fingerprint[:12]}: give the "
-                "former, or index the media again"
+                f"({expected['path']}), {source.path} contains {source.fingerprint[:12]}: give "
+                "the former, or index the media again"
             )
         return Segmenter(source, self._library.settings, stored["dimensions"])
 
@@ -174,10 +174,10 @@ class FingerprintIndex:
         return self.add((str(path), path) for path in map(local_path, paths))
 
     def add(self, items: Iterable[tuple[str, Path | DecodedMedia]]) -> AddReport:
-        """Adds media, each in a transaction of its own, in place of others of the same names.
+        """Adds media, each in its own transaction; media of the same name are replaced.
 
         Args:
-            items: name, and file or medium in memory, decoded with `segmenter.decoding`.
+            items: name, and file or media decoded with `segmenter.decoding`.
         """
         report = AddReport()
         new_segments = 0

@@ -1,8 +1,8 @@
-"""Features to compact vectors: centred, whitened, shortened, of length one.
+"""Projection of features to compact vectors: centred, whitened, reduced, of unit length.
 
 Features of a trained encoder lie in a narrow cone and most of their variance is in a few directions
-that say what kind of clip it is. Copies differ from their neighbours in the others, so the
-directions are weighted alike, but for those in which the references hardly vary: noise.
+that tell the kind of clip. Copies differ from their neighbours in the others, so all directions
+have equal weight, except those in which the references hardly vary: noise.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Projection(NamedTuple):
         return cls(arrays["mean"], arrays["matrix"], int(arrays["fitted_to"]))
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
-        """Returns float32 [n, d] of length one for features [n, D]."""
+        """Returns float32 [n, d] of unit length for features [n, D]."""
         vectors = (np.asarray(features, np.float32) - self.mean) @ self.matrix
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         return vectors / np.maximum(norms, 1e-12)
@@ -46,7 +46,7 @@ def fit_projection(features: np.ndarray, dimensions: int) -> Projection:
     features = np.asarray(features, np.float64)
     mean = features.sum(axis=0) / max(len(features), 1)
     covariance = (features - mean).T @ (features - mean) / max(len(features), 1)
-    # Few segments show few directions: the rest is given the mean variance, and not none.
+    # Few segments span few directions: the others get the mean variance instead of none.
     weight = len(features) / (len(features) + len(mean))
     average = float(np.trace(covariance)) / len(mean) or 1.0
     covariance = weight * covariance + (1 - weight) * average * np.eye(len(mean))

@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.epilog = _SCORES
     add = parser.add_argument
-    dash = "./-NAME for one that begins with a dash"
-    add("clips", help=f"media files, or folders with files; {dash}", nargs="+", type=local_path)
+    clips = "media files, or folders with media; ./-NAME for one that begins with a dash"
+    add("clips", help=clips, nargs="+", metavar="CLIP", type=local_path)
     add("--json", action="store_true", help="answer with one JSON object per line and clip")
     add("--modality", choices=MODALITIES, help="compare only this one (default: both)")
     require = "accept only sources whose video, audio or both match (default: one is enough)"

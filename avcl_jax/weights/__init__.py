@@ -1,8 +1,8 @@
 """Encoders that come with the package, by name, and those of the Hugging Face Hub, by address.
 
 Everything that takes the path of an encoder takes one of these names too: `small` is a pair,
-`small/video` and `small/audio` its encoders. Encoders at a path go before a name. An address is
-`hf://USER/REPO/FOLDER`.
+`small/video` and `small/audio` its encoders. A path with encoders takes precedence over a name. An
+address is `hf://USER/REPO/FOLDER`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def find(encoder: epath.PathLike) -> epath.Path:
 
 
 def missing(encoder: epath.PathLike) -> str:
-    """Describes a directory that is not there, with the names that there are."""
+    """Returns the error for a missing directory, with the names of all encoders."""
     return (
         f"there is no directory {absolute_path(encoder)}: give the workdir of a run, an exported "
         f"encoder, or one that comes with the package: {', '.join(names())}"

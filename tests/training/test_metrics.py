@@ -65,7 +65,7 @@ def test_only_a_sudden_fall_is_an_alarm_and_only_once(tmp_path, capsys, spread, 
 @pytest.mark.parametrize("warmup_steps", [100, 40, 1])
 def test_a_fall_during_warm_up_is_not_an_alarm(tmp_path, capsys, warmup_steps):
     # The beginning of a healthy demo. The mean over a log period that begins in the warm-up, here
-    # of 50 steps, is no spread to fall from.
+    # of 50 steps, is not a spread to fall from.
     spread = (0.570, 0.348, 0.336, 0.345, 0.371, 0.436)
     assert _alarms(tmp_path, capsys, warmup_steps=warmup_steps, video=spread) == []
 
