@@ -144,9 +144,11 @@ def _card(source: SourceRow, seconds: Seconds, note: str = "") -> str:
         for line in (ends, facts, note)
         if line
     )
+    # Copies often have one name in several folders.
+    folder = f'<span class="tag folder">{text(path.parent)}</span>' if source.path else ""
     return (
         f'<div class="video"><span class="tag" title="{text(source.name)}"><b>{text(path.name)}</b>'
-        f'</span><button class="stage" {stage}>{media}</button>{lines}</div>'
+        f'</span><button class="stage" {stage}>{media}</button>{folder}{lines}</div>'
     )
 
 

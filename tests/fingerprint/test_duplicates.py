@@ -83,6 +83,7 @@ def test_copies_and_parts_are_named(library, run, tmp_path):
     assert "<film>" not in html
     assert html.count("data:image/jpeg;base64,") >= 12
     assert html.count("data:image/png;base64,") >= 4
+    assert f">{folder}<" in html
     assert "%3Cfilm%3E" in html  # its address
     assert not re.search(r"(src|href)=\"http", html)
     assert sorted(path.name for path in folder.iterdir()) == before
