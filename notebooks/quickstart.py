@@ -170,10 +170,10 @@ plt.show()
 # %% [markdown]
 # ## Pretrain
 # The program that trains at any size, here for 400 steps. It writes checkpoints and metrics to its
-# workdir, and resumes from there when it is started again. An `ALARM` in the first hundred steps is
-# no cause for concern if the spread of the embeddings (`std`) rises again.
+# workdir, and resumes from there when it is started again.
 
 # %% language="bash"
+# export GLIBC_TUNABLES=glibc.malloc.hugetlb=1  # faster on CPUs, under Linux
 # python -m avcl_jax.main --config=configs/pretrain.py --workdir=run \
 #     --config.data.directory=demo/records --config.steps=400 \
 #     --config.optimizer.warmup_steps=40 --config.bank.warmup_steps=80
