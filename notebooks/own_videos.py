@@ -150,7 +150,7 @@ for modality, label in (("video", "label_motion"), ("audio", "label_material")):
 # %% [markdown]
 # ## Prepare, to train on them
 # Training reads records: frames as JPEG and audio as PCM, in shards that TensorFlow Datasets can
-# open. `inspect` writes a picture of them.
+# open. `inspect` writes an image of them.
 
 # %% language="bash"
 # avcl-data prepare "$VIDEOS" --out records || echo "exit status $?"
