@@ -16,8 +16,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/avcl-jax/avcl-jax/blob/main/notebooks/quickstart.ipynb)
 #
-# Encoders that come with the package recognise motion and materials in the first minute. Then we train
-# such encoders from scratch, without a label, and look at what training sees. Runs in
+# Encoders that come with the package recognise motion and materials in the first minute. Then we
+# train such encoders from scratch, without a label, and look at what training sees. Runs in
 # about three minutes on 2 CPU cores, installation apart; nothing but the package is downloaded.
 
 # %% [markdown]

@@ -58,12 +58,12 @@ _PRESENT = "_present"
 
 
 class SourceRow(NamedTuple):
-    """An indexed medium."""
+    """An indexed source: a file, or media added from memory."""
 
     name: str  # unique in the index
-    content: str  # SHA-256 of the file, or of the arrays of a medium in memory
+    content: str  # SHA-256 of the file, or of the arrays in memory
     duration_seconds: float
-    path: str | None  # of the file; None for a medium in memory
+    path: str | None  # of the file; None for media from memory
     segments: int = 0
     id: int = 0  # given by the database, ascending
 
@@ -107,12 +107,12 @@ class Transaction:
         return [SourceRow(*row) for row in rows]
 
     def content_of(self, name: str) -> str | None:
-        """Reads the SHA-256 of the medium of this name; None if there is none."""
+        """Reads the SHA-256 of the source of this name; None if there is none."""
         row = self._execute("SELECT content FROM media WHERE name = ?", (name,)).fetchone()
         return row and row[0]
 
     def features_of(self, source: SourceRow) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Reads the segments of a medium.
+        """Reads the segments of a source.
 
         Returns:
             By modality, float16 [present segments, D] and bool [segments], which are present.
@@ -128,10 +128,10 @@ class Transaction:
             return features, present
 
     def details_of(self, source: SourceRow, begin: float, end: float) -> tuple[Details, float]:
-        """Reads the details of an interval of a medium, as far as it has them.
+        """Reads the details of an interval of a source, as far as it has them.
 
         Returns:
-            Details, none if the medium was removed, and the second at which they begin.
+            Details, none if the source was removed, and the second at which they begin.
         """
         first = max(0, math.floor(begin))
         count = max(0, math.ceil(end) - first)
@@ -144,7 +144,7 @@ class Transaction:
             return Details(video, np.frombuffer(signs, "<u4")), float(first)
 
     def insert(self, source: SourceRow, segments: SegmentFeatures) -> bool:
-        """Adds a medium, in place of one of the same name; returns whether there was one.
+        """Adds a source, in place of one of the same name; returns whether there was one.
 
         Raises:
             MediaError: if its features do not fit into one value.
@@ -173,7 +173,7 @@ class Transaction:
         return replaces
 
     def delete(self, name: str) -> bool:
-        """Removes a medium; returns whether there was one of this name."""
+        """Removes a source; returns whether there was one of this name."""
         return self._execute("DELETE FROM media WHERE name = ?", (name,)).rowcount > 0
 
     def problems(self) -> list[str]:
@@ -239,7 +239,7 @@ def create(directory: Path, settings: Mapping[str, Any]) -> None:
     """
     path = directory / DATABASE
     with _connected(path, new=True) as connection:
-        connection.execute("PRAGMA auto_vacuum = FULL")  # a removed medium takes no space
+        connection.execute("PRAGMA auto_vacuum = FULL")  # a removed source takes no space
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("BEGIN")
         for statement in _SCHEMA:

@@ -55,7 +55,7 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
 
 
 class Details(NamedTuple):
-    """Details of a medium on its timeline; 0 where there is nothing to compare.
+    """Details of media on their timeline; 0 where there is nothing to compare.
 
     Attributes:
         video: uint8 [moments, 176], grey images, `VIDEO_HZ` per second.
@@ -96,10 +96,10 @@ class Candidate(NamedTuple):
 def describe(
     media: DecodedMedia, seconds: float, *, begin_seconds: float = 0.0, finer: int = 1
 ) -> Details:
-    """Computes the details of the first seconds of a medium in memory.
+    """Computes the details of the first seconds of decoded media.
 
     Args:
-        begin_seconds: time of its beginning in the whole medium, whose moments these are.
+        begin_seconds: time of their beginning in the whole file, whose moments these are.
         finer: factor of the moments per second that an index keeps.
     """
 

@@ -298,7 +298,7 @@ def _vectors(
             m: Vectors(p, np.zeros(0, np.int64), np.zeros((0, p.matrix.shape[1]), np.float32))
             for m, p in projections.items()
         }
-    # Each medium has a segment of some modality.
+    # Each source has a segment of some modality.
     labels = np.concatenate([np.zeros(0, np.int64), *(v.labels for v in former.values())])
     known = np.unique(labels >> _NUMBER_BITS)
     if np.array_equal(known, library.ids):

@@ -1,7 +1,7 @@
 """Media to overlapping segments, and each segment to one feature vector per modality.
 
 A segment is one clip with the encoder's own preprocessing, at a whole playback speed. Segment k of
-a medium begins at k · hop seconds of its timeline, so that a segment's number is its time.
+a file begins at k · hop seconds of its timeline, so that a segment's number is its time.
 
 JAX takes long to import, so functions import it when they encode: an index is opened without.
 """
@@ -45,12 +45,12 @@ _INTERVAL_SECONDS = 120.0
 
 @dataclasses.dataclass(frozen=True)
 class SegmentFeatures:
-    """Features of the segments of one medium, or the vectors that were made of them."""
+    """Features of the segments of one file, or the vectors that were made of them."""
 
     features: Mapping[str, np.ndarray]  # float32 [segments, D], zeros where the segment is missing
     present: Mapping[str, np.ndarray]  # bool [segments], both by modality
     duration_seconds: float
-    rate: float = 1.0  # seconds of the segments' timeline per second of the medium
+    rate: float = 1.0  # seconds of the segments' timeline per second of the file
     details: Details = NO_DETAILS
 
     def __len__(self) -> int:
@@ -104,7 +104,7 @@ class Segmenter:
 
     @property
     def shortest_seconds(self) -> float:
-        """Length of the shortest medium that has a segment."""
+        """Length of the shortest file that has a segment."""
         return min(self.spans.values()) * (1 - _SLACK)
 
     @property
@@ -129,7 +129,7 @@ class Segmenter:
             encode({0: clip}.__getitem__, [0])
 
     def of(self, media: Path | DecodedMedia) -> SegmentFeatures:
-        """Encodes a file, or a medium in memory."""
+        """Encodes a file, or decoded media."""
         if isinstance(media, Path):
             return self.of_file(media)
         details = describe(media, media.duration_seconds)
@@ -179,12 +179,12 @@ class Segmenter:
         hop_seconds: float | None = None,
         rate: float = 1.0,
     ) -> SegmentFeatures:
-        """Encodes a medium in memory.
+        """Encodes decoded media.
 
         Args:
             count: number of segments, from the first; None for all.
             hop_seconds: time from one segment to the next; None for that of the settings.
-            rate: seconds that each second of the medium lasts on the timeline of the segments;
+            rate: seconds that each second of the media lasts on the timeline of the segments;
                 above 1 is slower. The pitch of the audio stays.
         """
         hop = (hop_seconds or self.settings.hop_seconds) / rate
@@ -270,7 +270,7 @@ def not_empty(media: DecodedMedia) -> tuple[str, ...]:
 
 
 def _extents(media: DecodedMedia) -> dict[str, tuple[float, float]]:
-    """Returns when each modality of a medium begins and ends."""
+    """Returns when each modality of media begins and ends."""
     extents = {}
     if media.has_video:
         step = 1 / media.fps if media.fps else 0.0
