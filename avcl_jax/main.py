@@ -1,4 +1,4 @@
-"""Command line: `python -m avcl_jax.main --config=configs/pretrain.py --workdir=runs/demo`.
+"""Runs the task of a config: `python -m avcl_jax.main --config=configs/pretrain.py`.
 
 `config.task` is the function that runs, `module:function` of (config, workdir). Media are prepared
 before, by `avcl-data`. Exit status: 0; 1 after an error in one line; 75 where a signal stopped
