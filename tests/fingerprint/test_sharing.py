@@ -343,6 +343,8 @@ def test_an_interval_is_cut_where_the_modalities_change_but_into_no_short_pieces
         (0, 6, both, both),
         (6, 12, ("video",), ("video",)),
     ]
+    # The shortest piece lasts the minimum, measured to half a second.
+    assert [p[:2] for p in pieces(video, span(0, 2.5, modality="audio"))] == [(0, 2.5), (2.5, 12)]
     # A modality of less than half of an interval does not match.
     assert pieces(video, span(10, 12, modality="audio")) == [(0, 12, ("video",), ("video",))]
     # A short piece belongs to its longer neighbour.
