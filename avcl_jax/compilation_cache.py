@@ -17,7 +17,7 @@ from typing import Any
 
 from etils import epath
 
-from avcl_jax.paths import absolute_path, write_bytes
+from avcl_jax.paths import absolute_path, is_remote, write_bytes
 
 DIRECTORY = "~/.cache/avcl_jax/xla"
 _DIRECTORY = "jax_compilation_cache_dir"
@@ -33,13 +33,19 @@ def keep_compiled(directory: epath.PathLike = DIRECTORY) -> None:
     instruction set, so that machines of different make may share a directory.
 
     Args:
-        directory: local or gs://; "" keeps none.
+        directory: local or gs://; "" keeps none, as does one that cannot be written.
     """
     if not directory or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
+    path = absolute_path(directory)
+    if not is_remote(path):
+        with contextlib.suppress(OSError):
+            path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            return
     import jax  # here, because configs take the name above and need no JAX
 
-    jax.config.update(_DIRECTORY, str(absolute_path(directory)))
+    jax.config.update(_DIRECTORY, str(path))
     # JAX would keep nothing that compiled in under 1 s. A start has few programs: six of the demo.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
@@ -76,7 +82,7 @@ def compiled(function: Any, arguments: tuple[Any, ...], identity: str) -> Callab
     path = epath.Path(directory) / f"avcl_jax-{key}"
     # One that is missing, cut off or damaged is compiled again.
     unreadable = pickle.UnpicklingError, EOFError, ValueError, jax.errors.JaxRuntimeError
-    with contextlib.suppress(FileNotFoundError, *unreadable):
+    with contextlib.suppress(OSError, *unreadable):
         return serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
 
     def new(*arguments: Any) -> Any:
@@ -85,8 +91,9 @@ def compiled(function: Any, arguments: tuple[Any, ...], identity: str) -> Callab
     # A name that no other program has: one that JAX finds in its cache cannot be serialised again.
     new.__name__ = f"{function.__name__}_{secrets.token_hex(8)}"
     program = jax.jit(new).lower(*arguments).compile()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, pickle.dumps(serialize_executable.serialize(program)))
+    with contextlib.suppress(OSError):  # a full disk, or a directory that cannot be written
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, pickle.dumps(serialize_executable.serialize(program)))
     return program
 
 

@@ -9,10 +9,19 @@ import errno
 
 # System errors that only a wrong call can cause, never the state of the machine.
 _WRONG_CALLS = frozenset({errno.EBADF, errno.EFAULT, errno.EINVAL, errno.ENOTSOCK, errno.ENOTTY})
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class UserError(ValueError):
     """A setting, file or command that cannot be used: names it, its value, the problem, the fix."""
+
+
+def printable(text: str) -> str:
+    """Returns text in one line, with escapes for what no terminal shows.
+
+    Names of files may contain line feeds, control characters, and bytes that are not UTF-8.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(error: Exception) -> str:
@@ -22,15 +31,16 @@ def one_line(error: Exception) -> str:
         OSError: `error` itself, if neither a file nor the state of the machine explains it.
     """
     if isinstance(error, OSError):
-        return _of_system(error)
-    return " ".join(str(error).split())
+        return printable(_of_system(error))
+    return printable(" ".join(str(error).split()))
 
 
 def _of_system(error: OSError) -> str:
     problem = error.strerror or " ".join(str(error).split())
     files = [str(name) for name in (error.filename, error.filename2) if name is not None]
     if files:
-        return f"{' -> '.join(files)}: {problem}"
+        fix = "; free some space" if error.errno in FULL_DISK else ""
+        return f"{' -> '.join(files)}: {problem}{fix}"
     # Object stores raise these with the file in their text.
     if isinstance(error, FileNotFoundError | PermissionError) and error.errno is None:
         return problem

@@ -86,8 +86,10 @@ def replacing(path: AnyPath) -> Iterator[AnyPath]:
     try:
         yield temporary
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # as of a full disk
+            error.filename = os.fspath(path)
         raise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from avcl_jax.compilation_cache import compiled
+from avcl_jax import compilation_cache
+from avcl_jax.compilation_cache import compiled, keep_compiled
 
 CODE = """
 import sys
@@ -63,11 +65,32 @@ def test_a_program_is_traced_once_and_once_more_for_every_other_identity(start, 
     assert start() == (1, expected)
 
 
-def test_a_function_is_jitted_as_usual_where_no_programs_are_kept():
+@pytest.fixture
+def directory(tmp_path, monkeypatch):
+    """Sets the directory of compiled programs for one test."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", None)
-    try:
-        function = jax.jit(jnp.tanh)
-        assert compiled(function, (jnp.ones(2),), "a") is function
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+    yield lambda path: jax.config.update("jax_compilation_cache_dir", path and str(path))
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_function_is_jitted_as_usual_where_no_programs_are_kept(directory):
+    directory(None)
+    function = jax.jit(jnp.tanh)
+    assert compiled(function, (jnp.ones(2),), "a") is function
+
+
+def test_a_directory_that_cannot_be_written_keeps_no_programs(directory, tmp_path):
+    (tmp_path / "file").touch()
+    directory(None)
+    keep_compiled(tmp_path / "file" / "xla")
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_full_disk_does_not_end_a_command(directory, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(compilation_cache, "write_bytes", full)
+    directory(tmp_path)
+    assert compiled(jax.jit(jnp.tanh), (jnp.zeros(2),), "full")(jnp.zeros(2)).tolist() == [0, 0]

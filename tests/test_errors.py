@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from avcl_jax.errors import one_line, printable
 from tests import raising
 from tests.training import small
 
@@ -61,6 +62,11 @@ def test_user_errors_are_one_line_and_bugs_keep_their_traceback(outputs, command
         assert status == 70, (error, text)
         assert "Traceback" in text, text
         assert text.strip().splitlines()[-1].startswith(message), text
+
+
+def test_names_are_one_line_that_a_terminal_can_show():
+    assert printable("µ – a\nb\t\x1b[31m\u202e\udce9") == "µ – a\\nb\\t\\x1b[31m\\u202e\\udce9"
+    assert one_line(FileNotFoundError(2, "gone", "a\nb")) == "a\\nb: gone"
 
 
 def test_a_deliberate_error_is_a_user_error_or_stands_in_the_list():

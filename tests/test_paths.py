@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 from avcl_jax import experiment
 from avcl_jax.configs import fingerprint, pretrain
 from avcl_jax.data.records import RecordDataset, RecordError
-from avcl_jax.paths import PathError, absolute_path, local_path
+from avcl_jax.errors import one_line
+from avcl_jax.paths import PathError, absolute_path, local_path, replacing
 
 
 @pytest.fixture
@@ -44,6 +46,17 @@ def test_an_empty_path_is_not_the_current_folder(folder):
     with pytest.raises(RecordError, match=r"set data\.directory"):
         RecordDataset("", "train")
     assert os.fspath(absolute_path(".")) == str(folder)
+
+
+def test_an_error_of_a_full_disk_names_the_file(folder):
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="space") as raised, replacing(folder / "a.html"):
+        full()
+    expected = f"{folder}/a.html: No space left on device; free some space"
+    assert one_line(raised.value) == expected
+    assert not list(folder.iterdir())
 
 
 def test_paths_of_a_config_are_recorded_absolute(folder):

@@ -11,6 +11,7 @@ import errno
 import heapq
 import io
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
@@ -76,6 +77,7 @@ def open_media(source: Source) -> Iterator[tuple[Any, Sequence[Any]]]:
         # "file:" so that neither a leading dash nor a colon in the name means anything.
         name = os.fspath(source)
         place = f"file:{name}"
+        check_regular(name)
     av.logging.set_level(av.logging.ERROR)
     av.logging.set_skip_repeated(False)  # else the second truncated file goes unnoticed
     try:
@@ -101,6 +103,18 @@ def open_media(source: Source) -> Iterator[tuple[Any, Sequence[Any]]]:
         raise MediaError("truncated", "the file ends inside its header") from error
     except av.error.FFmpegError as error:
         raise MediaError("damaged", f"{type(error).__name__}: {error.strerror}") from error
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuses a pipe or a device, which may never begin, or never end.
+
+    Raises:
+        MediaError: if it is one.
+    """
+    with contextlib.suppress(OSError):
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise MediaError("not_media", "a pipe or a device, not a recording")
 
 
 def _check_format(form: Any) -> None:
