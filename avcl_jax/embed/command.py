@@ -23,21 +23,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import errno
+import math
 import os
 import sys
 from collections.abc import Sequence
 
 from avcl_jax import weights
 from avcl_jax.command_line import Help, Parser, sigterm_as_interrupt
-from avcl_jax.data_prep.manifest import COUNT, POSITIVE
-from avcl_jax.errors import UserError, one_line
+from avcl_jax.data_prep.manifest import COUNT, option
+from avcl_jax.errors import FULL_DISK, UserError, one_line, printable
 from avcl_jax.export.encoder import MODALITIES
 from avcl_jax.paths import absolute_path, local_path, locked
 
 EXIT_FAILED, EXIT_NOTHING, EXIT_INTERRUPTED = 1, 2, 130
 _RESUME = "run the same command again to resume"
 _SUFFIXES = (".parquet", ".npz")
+# Below, there are more clips than frames.
+_HOP = option(float, lambda hop: 0.01 <= hop < math.inf, "a number of seconds of at least 0.01")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(args)
     except (UserError, OSError) as error:
         line = one_line(error)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            line = f"the disk of {args.out} is full: free some space, and {_RESUME}"
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
+            line = f"the disk of {printable(str(args.out))} is full: free some space, and {_RESUME}"
         print(f"avcl-embed: {line}", file=sys.stderr)
         return EXIT_NOTHING
     except KeyboardInterrupt:
@@ -74,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--modality", choices=MODALITIES, help="encode only this one")
     add("--speed", type=COUNT, default=1, metavar="N", help="seconds of media per second of a clip")
     hop = "from the start of a clip to that of the next (default: the length of a clip)"
-    add("--hop-seconds", type=POSITIVE, metavar="SECONDS", help=hop)
+    add("--hop-seconds", type=_HOP, metavar="SECONDS", help=hop)
     mean = "one row per file, row of a table or record and modality: the mean of its clips"
     add("--per-file", action="store_true", help=mean)
     root = "folder of a table's relative paths (default: the table's own)"
@@ -107,8 +109,11 @@ def _run(args: argparse.Namespace) -> int:
     cutter = Cutter(source.encoders, speed=args.speed, hop=args.hop_seconds, threads=args.workers)
     job = Job(items, source, cutter, speed=args.speed, batch_size=args.batch_size)
     parts = Parts(out.with_name(f"{out.name}.parts"), job.key)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    parts.directory.mkdir(exist_ok=True)
+    try:
+        parts.directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = next(path for path in (parts.directory, *out.parents) if path.exists())
+        raise UserError(f"--out {out}: {file} is a file, not a folder: give another name") from None
     with locked(parts.directory, f"another avcl-embed is writing to {out}: wait for it"):
         parts.open()
         compute(job, parts)
@@ -123,10 +128,10 @@ def _run(args: argparse.Namespace) -> int:
         rows = write(out, parts, job, per_file=args.per_file)
         parts.remove()
     for number, reason in sorted(failed.items()):
-        print(f"{items[number].name}: {reason}", file=sys.stderr)
+        print(f"{printable(items[number].name)}: {printable(reason)}", file=sys.stderr)
     lengths = ", ".join(f"{modality} {length}" for modality, length in job.lengths.items())
     print(
-        f"{out}: {rows} vectors ({lengths} values) of {len(items) - len(failed)} files, "
-        f"{len(failed)} failed"
+        f"{printable(str(out))}: {rows} vectors ({lengths} values) of "
+        f"{len(items) - len(failed)} files, {len(failed)} failed"
     )
     return EXIT_FAILED if failed else 0

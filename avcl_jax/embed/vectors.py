@@ -6,10 +6,11 @@ import contextlib
 import functools
 import itertools
 import json
+import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -29,6 +30,8 @@ from avcl_jax.paths import replacing, write_bytes
 
 # Clips of one modality that are encoded before they are stored.
 _PART_CLIPS = 256
+# Names of what `Parts` writes.
+_OWN = re.compile(r"output|(job|\d{6}\.parquet)(\.\d+\.tmp)?")
 _BAR = "{percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} files [{elapsed}<{remaining}]"
 
 
@@ -121,12 +124,19 @@ class Parts:
     def open(self) -> None:
         """Reads where the same command was interrupted; removes the parts of another one."""
         job = self.directory / "job"
-        if not job.exists() or job.read_text() != self._key:
-            for path in self.directory.iterdir():
+        if not job.exists() or job.read_bytes() != self._key.encode():
+            paths = list(self.directory.iterdir())
+            for path in paths:
+                if not _OWN.fullmatch(path.name):
+                    raise UserError(
+                        f"{self.directory} is for unfinished output, but contains {path.name}: "
+                        "move it, or give another --out"
+                    )
+            for path in paths:
                 path.unlink()
             write_bytes(job, self._key.encode())
         while self._path(self._count).exists():
-            state = json.loads(pq.read_schema(self._path(self._count)).metadata[b"state"])
+            state = json.loads(self._read(self._count, pq.read_schema).metadata[b"state"])
             self.next = tuple(state["next"])
             self.failed = {int(number): reason for number, reason in state["failed"].items()}
             self._count += 1
@@ -142,13 +152,24 @@ class Parts:
     def tables(self) -> Iterator[pa.Table]:
         """Yields the rows of each part, without those of items that failed later."""
         for number in range(self._count):
-            table = pq.read_table(self._path(number))
+            table = self._read(number, pq.read_table)
             rows = table["item"].to_numpy()
             yield table.filter(~np.isin(rows, list(self.failed)))
 
     def remove(self) -> None:
         """Removes the folder."""
         shutil.rmtree(self.directory)
+
+    def _read(self, number: int, read: Callable[[BinaryIO], Any]) -> Any:
+        # From an open file: Arrow takes a path for an address, and only of UTF-8.
+        with self._path(number).open("rb") as file:
+            try:
+                return read(file)
+            except pa.ArrowInvalid as error:
+                raise UserError(
+                    f"{self._path(number)} is damaged ({error}): delete {self.directory} and run "
+                    "again"
+                ) from error
 
     def _path(self, number: int) -> Path:
         return self.directory / f"{number:06d}.parquet"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -57,7 +58,9 @@ def embed(encoders, tmp_path, capsys, monkeypatch):
         capsys.readouterr()
         status = command.main([*map(str, arguments), f"--encoder={encoders}", f"--out={out}"])
         said = capsys.readouterr()
-        table = pq.read_table(out) if Path(out).is_file() and out.endswith("parquet") else None
+        table = None
+        if Path(out).is_file() and out.endswith("parquet"):
+            table = pq.read_table(io.BytesIO(Path(out).read_bytes()))
         return status, table, said.err.splitlines()
 
     return embed
@@ -346,9 +349,33 @@ def test_names_that_are_not_text(films, embed, tmp_path):
     (tmp_path / "media").mkdir()
     shutil.copy(films / "audio.wav", os.fsencode(tmp_path / "media") + b"/caf\xe9.wav")
     shutil.copy(films / "audio.wav", tmp_path / "media" / "two\nlines.wav")
-    status, table, _ = embed("media")
-    assert status == 0
+    (tmp_path / "media" / "not\n\x1bfilm.mp4").write_text("no film")
+    status, table, errors = embed("media", out="caf\udce9 #%20.parquet")
+    assert status == 1
     assert set(table["id"].to_pylist()) == {"caf\\xe9.wav", "two\nlines.wav"}
+    assert [error.partition(":")[0] for error in errors] == ["not\\n\\x1bfilm.mp4"]
+
+
+def test_files_of_the_user_among_the_parts_are_not_removed(films, embed):
+    (Path(PARTS) / "inner").mkdir(parents=True)
+    (Path(PARTS) / "000001.parquet").write_bytes(b"of another command")
+    status, _, (error,) = embed(films)
+    assert status == 2
+    assert error.endswith("but contains inner: move it, or give another --out")
+    assert left(PARTS) == ["000001.parquet", "inner"]
+
+
+def test_a_damaged_part_is_named(films, embed, monkeypatch):
+    monkeypatch.setattr(vectors, "_PART_CLIPS", 6)
+    resume = interrupted(monkeypatch, 2)
+    assert embed(films)[0] == 130
+    resume()
+    part = Path(PARTS).absolute() / "000001.parquet"
+    part.write_bytes(b"")
+    status, table, (error,) = embed(films)
+    assert (status, table) == (2, None)
+    assert error.startswith(f"avcl-embed: {part} is damaged (")
+    assert error.endswith(f": delete {part.parent} and run again")
 
 
 def test_two_files_of_one_name_need_other_ids(films, embed, tmp_path):
@@ -368,6 +395,9 @@ def test_two_files_of_one_name_need_other_ids(films, embed, tmp_path):
         (["absent"], "f.parquet", "absent does not exist"),
         (["FILMS"], "f.csv", "f.csv must end in .parquet or .npz"),
         (["FILMS"], "folder.npz", "folder.npz is a folder: give the name of a file"),
+        (["FILMS"], "remote.csv/a/f.npz", "/remote.csv is a file, not a folder: give another"),
+        (["FILMS"], "g.npz", "/g.npz.parts is a file, not a folder: give another name"),
+        (["/dev/null"], "f.npz", "not_media: a pipe or a device, not a recording"),
         (["empty"], "f.parquet", "no media files in"),
         (["FILMS", "--encoder=nothing"], "f.parquet", "there is no directory"),
         (["clips.xlsx"], "f.parquet", "is neither media nor a supported table"),
@@ -380,7 +410,8 @@ def test_what_cannot_be_used_is_refused_in_one_line(
     monkeypatch.chdir(tmp_path)
     for name in ("empty", "folder.npz"):
         (tmp_path / name).mkdir()
-    (tmp_path / "clips.xlsx").write_bytes(b"PK")
+    for name in ("clips.xlsx", "g.npz.parts"):
+        (tmp_path / name).write_bytes(b"PK")
     (tmp_path / "remote.csv").write_text("path\ngs://bucket/a.mp4\n")
     before = left(".")
     given = [str(films) if argument == "FILMS" else argument for argument in arguments]
@@ -393,7 +424,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize(
-    "option", ["--speed=0", "--hop-seconds=0", "--workers=x", "--modality=text"]
+    "option", ["--speed=0", "--hop-seconds=0.009", "--workers=x", "--modality=text"]
 )
 def test_wrong_options_are_refused_in_one_line(option, capsys):
     with pytest.raises(SystemExit, match="2"):
