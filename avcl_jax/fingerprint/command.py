@@ -17,9 +17,10 @@ from absl import logging
 from tqdm import tqdm
 
 from avcl_jax import weights
+from avcl_jax.command_line import Parser, sigterm_as_interrupt
 from avcl_jax.compilation_cache import keep_compiled
 from avcl_jax.data.media_files import media_files
-from avcl_jax.errors import UserError, one_line
+from avcl_jax.errors import UserError, one_line, printable
 from avcl_jax.fingerprint import duplicates, evaluate, query, serve
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.library import verify
@@ -38,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.set_verbosity(logging.ERROR)
     try:
         _check_numbers(args)
-        return _COMMANDS[args.command].run(args)
+        with sigterm_as_interrupt():
+            return _COMMANDS[args.command].run(args)
     except (UserError, OSError) as error:
         print(f"avcl-fingerprint: {one_line(error)}", file=sys.stderr)
         return 2
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="avcl-fingerprint", description=__doc__)
+    parser = Parser(prog="avcl-fingerprint", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in _COMMANDS.items():
         own = commands.add_parser(name, help=command.summary, description=command.summary)
@@ -102,13 +104,13 @@ def _add_files(index: FingerprintIndex, files: Sequence[Path]) -> int:
     keep_compiled()
     report = index.add_files(tqdm(files, unit="file", disable=None))
     for name in report.replaced:
-        print(f"{name}: its content changed, replaced")
+        print(f"{printable(name)}: its content changed, replaced")
     for name, reason in report.failed:
-        print(f"{name}: not indexed, {reason}", file=sys.stderr)
+        print(f"{printable(name)}: not indexed, {reason}", file=sys.stderr)
     print(
         f"added {len(report.added)}, replaced {len(report.replaced)}, already there "
-        f"{len(report.skipped)}, not indexed {len(report.failed)}; {index.directory} contains "
-        f"{index.size}"
+        f"{len(report.skipped)}, not indexed {len(report.failed)}; "
+        f"{printable(str(index.directory))} contains {index.size}"
     )
     return 1 if report.failed else 0
 
@@ -123,17 +125,18 @@ def _remove(args: argparse.Namespace) -> int:
     # Files are named by their absolute paths, media added from memory by any name.
     names = [name if name in known else str(local_path(name)) for name in args.media]
     index.remove(names)
-    print(f"removed {len(names)}; {index.directory} contains {index.size}")
+    print(f"removed {len(names)}; {printable(str(index.directory))} contains {index.size}")
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
     problems = verify(args.index)
     for problem in problems:
-        print(problem, file=sys.stderr)
+        print(printable(problem), file=sys.stderr)
     if problems:
         return 1
-    print(f"intact: {args.index} contains {FingerprintIndex.open(args.index).size}")
+    size = FingerprintIndex.open(args.index).size
+    print(f"intact: {printable(str(args.index))} contains {size}")
     return 0
 
 

@@ -55,6 +55,7 @@ _REASONS = {
     **dict.fromkeys((sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PROTOCOL), _NO_LOCKS),
 }
 _PRESENT = "_present"
+_NOT_EMPTY = "{} is not empty: `add` to the index there, or give a new directory"
 
 
 class SourceRow(NamedTuple):
@@ -212,12 +213,11 @@ def transaction(directory: Path, *, write: bool = False) -> Iterator[Transaction
             raise FingerprintError(
                 f"{directory} has the format of a former version: index the media again"
             )
-        raise FingerprintError(
-            f"there is no fingerprint index in {directory}: make one with "
-            f"`avcl-fingerprint index VIDEOS --index {shlex.quote(str(directory))}`"
-        )
+        raise _none_in(directory)
     with _connected(path) as connection:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if not version:  # a process was killed when it began to make one
+            raise _none_in(directory)
         if version != FORMAT_VERSION:
             raise FingerprintError(
                 f"{path} has format {version}, this version reads {FORMAT_VERSION}: index the "
@@ -231,17 +231,45 @@ def transaction(directory: Path, *, write: bool = False) -> Iterator[Transaction
         connection.execute("COMMIT")
 
 
+def _none_in(directory: Path) -> FingerprintError:
+    return FingerprintError(
+        f"there is no fingerprint index in {directory}: make one with "
+        f"`avcl-fingerprint index VIDEOS --index {shlex.quote(str(directory))}`"
+    )
+
+
+def check_empty(directory: Path) -> None:
+    """Checks that a directory has nothing, or an index that a killed process began to make.
+
+    Raises:
+        FingerprintError: if it has something else.
+    """
+    path = directory / DATABASE
+    unfinished = {f"{DATABASE}{suffix}" for suffix in ("", "-journal", "-shm", "-wal")}
+    if any(inside.name not in unfinished for inside in directory.iterdir()):
+        raise FingerprintError(_NOT_EMPTY.format(directory))
+    if path.exists():
+        with _connected(path) as connection:
+            _check_unfinished(connection, directory)
+
+
+def _check_unfinished(connection: sqlite3.Connection, directory: Path) -> None:
+    if connection.execute("PRAGMA user_version").fetchone() != (0,):
+        raise FingerprintError(_NOT_EMPTY.format(directory))
+
+
 def create(directory: Path, settings: Mapping[str, Any]) -> None:
     """Makes an empty index in an existing directory.
 
     Raises:
-        FingerprintError: if the file cannot be written.
+        FingerprintError: if there is one, or the file cannot be written.
     """
     path = directory / DATABASE
     with _connected(path, new=True) as connection:
         connection.execute("PRAGMA auto_vacuum = FULL")  # a removed source takes no space
         connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("BEGIN")
+        connection.execute("BEGIN IMMEDIATE")
+        _check_unfinished(connection, directory)  # another process may have made one meanwhile
         for statement in _SCHEMA:
             connection.execute(statement)
         generation = {"generation": secrets.token_hex(8)}

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from avcl_jax.errors import printable
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.intervals import Interval
 from avcl_jax.fingerprint.relations import MANY, Pair, Sharing
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
         page = report(sharing, index.size, args.min_seconds)
         write_bytes(args.report, page.encode())
-    print("\n".join(_to_lines(sharing)))
+    print("\n".join(map(printable, _to_lines(sharing))))
     return 0
 
 

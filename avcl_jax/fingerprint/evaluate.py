@@ -13,7 +13,7 @@ from tqdm import tqdm
 from avcl_jax.compilation_cache import keep_compiled
 from avcl_jax.data.media import MediaError, decode_media
 from avcl_jax.data.media_files import media_files
-from avcl_jax.errors import one_line
+from avcl_jax.errors import one_line, printable
 from avcl_jax.fingerprint.ground_truth import (
     Curve,
     Names,
@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
             result = index.query(decode_media(query, **decoding), count=CANDIDATES)
         except (MediaError, FingerprintError, OSError) as error:
             failed[str(query)] = one_line(error)
-            print(f"avcl-fingerprint: {query}: not compared, {one_line(error)}", file=sys.stderr)
+            reason = f"{printable(str(query))}: not compared, {one_line(error)}"
+            print(f"avcl-fingerprint: {reason}", file=sys.stderr)
             continue
         for match in result.matches:
             pair = (str(query), match.source)

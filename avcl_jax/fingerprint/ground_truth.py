@@ -124,7 +124,10 @@ def read_segments(path: Path, *, queries: Names, references: Names, among: Pair)
         try:
             missing = [name for name in _COLUMNS if name not in (rows.fieldnames or ())]
             if missing:
-                raise FingerprintError(f"no column {missing[0]}: it needs {', '.join(_COLUMNS)}")
+                given = ", ".join(map(repr, rows.fieldnames or ())) or "nothing"
+                raise FingerprintError(
+                    f"no column {missing[0]} in {given}: it needs {', '.join(_COLUMNS)}"
+                )
             for row in rows:
                 segments.append(_segment(row, queries, references, among))
         except (FingerprintError, UnicodeDecodeError, csv.Error) as error:
@@ -146,12 +149,13 @@ def _segment(
             times.append(float(value))
         except ValueError:
             times.append(math.nan)
-        if not math.isfinite(times[-1]):
-            raise FingerprintError(f"{name} {value!r} must be a number of seconds")
-    for start, end in (("query_start", "query_end"), ("ref_start", "ref_end")):
-        if not float(row[start] or 0) < float(row[end] or 0):
-            raise FingerprintError(f"{end} {row[end]} must be after {start} {row[start]}")
-    return Segment(query, reference, *times)
+        if not 0 <= times[-1] < math.inf:
+            raise FingerprintError(f"{name} {value!r} must be a number of seconds, at least 0")
+    segment = Segment(query, reference, *times)
+    for side, (start, end) in zip(("query", "ref"), segment.intervals, strict=True):
+        if not start < end:
+            raise FingerprintError(f"{side}_end {end:g} must be after {side}_start {start:g}")
+    return segment
 
 
 def pair_curve(scores: Mapping[Pair, float], true: Iterable[Pair]) -> Curve:

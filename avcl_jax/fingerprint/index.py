@@ -18,6 +18,8 @@ from typing import Any
 
 from avcl_jax import weights
 from avcl_jax.data.media import DecodedMedia, MediaError
+from avcl_jax.data.media_streams import check_regular
+from avcl_jax.errors import one_line
 from avcl_jax.export.encoder import MODALITIES
 from avcl_jax.export.runs import open_encoders
 from avcl_jax.fingerprint import calibration, database, library, matching
@@ -110,10 +112,8 @@ class FingerprintIndex:
         """
         directory = local_path(directory)
         encoders = weights.canonical(encoder_path)
-        if directory.exists() and any(directory.iterdir()):
-            raise FingerprintError(
-                f"{directory} is not empty: `add` to the index there, or give a new directory"
-            )
+        if directory.exists():
+            database.check_empty(directory)
         source = open_encoders(encoders)
         dimensions = Segmenter(source, settings).dimensions
         directory.mkdir(parents=True, exist_ok=True)
@@ -182,6 +182,9 @@ class FingerprintIndex:
         report = AddReport()
         new_segments = 0
         for name, media in items:
+            if not _is_text(name):
+                report.failed.append((name, "its name is not UTF-8: rename it"))
+                continue
             try:
                 content = file_sha256(media) if isinstance(media, Path) else _sha256(media)
                 with transaction(self.directory) as opened:
@@ -200,7 +203,7 @@ class FingerprintIndex:
                 with transaction(self.directory, write=True) as opened:
                     replaces = opened.insert(SourceRow(name, content, seconds, path), segments)
             except (MediaError, OSError) as error:
-                report.failed.append((name, str(error)))
+                report.failed.append((name, one_line(error)))
                 continue
             (report.replaced if replaces else report.added).append(name)
             new_segments += len(segments)
@@ -218,7 +221,7 @@ class FingerprintIndex:
         """
         with transaction(self.directory, write=True) as opened:
             for name in names:
-                if not opened.delete(name):
+                if not _is_text(name) or not opened.delete(name):
                     raise FingerprintError(f"{name} is not in {self.directory}")
         self._update()
 
@@ -405,9 +408,19 @@ class FingerprintIndex:
 
 
 def file_sha256(path: Path) -> str:
-    """Returns the hexadecimal SHA-256 of a file's content."""
+    """Returns the hexadecimal SHA-256 of a file's content.
+
+    Raises:
+        MediaError: if it is a pipe or a device.
+    """
+    check_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_text(name: str) -> bool:
+    """Tests whether a name is UTF-8, as SQLite, JSON and the page require."""
+    return name.encode(errors="replace").decode() == name
 
 
 def _sha256(media: DecodedMedia) -> str:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from avcl_jax.compilation_cache import keep_compiled
 from avcl_jax.data.media import MediaError, decode_media
 from avcl_jax.data.media_files import media_files
-from avcl_jax.errors import one_line
+from avcl_jax.errors import one_line, printable
 from avcl_jax.export.encoder import MODALITIES
 from avcl_jax.fingerprint.answer import Match, QueryResult
 from avcl_jax.fingerprint.index import NOTHING_TO_COMPARE, FingerprintIndex, file_sha256
@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     # The answers themselves are the progress where they can be seen.
     hidden = len(clips) == 1 or sys.stdout.isatty()
     for clip in tqdm(clips, unit="clip", disable=hidden or None):
+        name = printable(str(clip))
         try:
             media = decode_media(
                 clip,
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             )
         except (MediaError, FingerprintError, OSError) as error:
             status = 1
-            print(f"avcl-fingerprint: {clip}: {one_line(error)}", file=sys.stderr)
+            print(f"avcl-fingerprint: {name}: {one_line(error)}", file=sys.stderr)
             if args.json:
                 print(json.dumps({"query": str(clip), "error": one_line(error)}), flush=True)
             continue
@@ -90,9 +91,10 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps(answer), flush=True)
             continue
         if len(clips) > 1:
-            print(f"{clip}:")
+            print(f"{name}:")
         indent = "  " * (len(clips) > 1)
-        print("\n".join(indent + line for line in _to_lines(result, args.count)), flush=True)
+        lines = map(printable, _to_lines(result, args.count))
+        print("\n".join(indent + line for line in lines), flush=True)
     return status
 
 

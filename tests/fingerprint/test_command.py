@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import shutil
+import signal
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from avcl_jax.data.media import MediaError
 from avcl_jax.fingerprint.benchmark.timeline import excerpt
-from avcl_jax.fingerprint.command import main
+from avcl_jax.fingerprint.command import _COMMANDS, main
+from avcl_jax.fingerprint.index import file_sha256
 from tests.data.synthetic_media import write_stretches
 from tests.fingerprint.synthetic import clip, leader, write
 
@@ -277,3 +283,41 @@ def test_names_with_dashes_spaces_and_a_tilde_and_videos_of_two_sizes(
         assert (status, err) == (0, ""), part
         assert out.startswith("no match; nearest")
     assert run("remove", "--index", made, "--", "-dash.mp4")[0] == 0
+
+
+def test_names_that_are_not_utf8_and_devices_are_listed(films, encoders, tmp_path, run):
+    folder = tmp_path / "media"
+    folder.mkdir()
+    for name in ("caf\udce9.mp4", "two\nlines.mp4", "copy.mp4"):
+        shutil.copy(films / "1.mp4", folder / name)
+    made = ("--index", tmp_path / "an \udce9")
+    status, _, err = run("index", folder, "/dev/null", *made, "--encoder", encoders)
+    assert status == 1
+    assert err.splitlines() == [
+        f"{folder}/caf\\udce9.mp4: not indexed, its name is not UTF-8: rename it",
+        "/dev/null: not indexed, not_media: a pipe or a device, not a recording",
+    ]
+    status, out, err = run("query", folder / "caf\udce9.mp4", "/dev/null", *made)
+    assert status == 1
+    assert err == "avcl-fingerprint: /dev/null: not_media: a pipe or a device, not a recording\n"
+    assert out.startswith(f"{folder}/caf\\udce9.mp4:\n")
+    assert f"{folder}/two\\nlines.mp4 from 0.00 s" in out
+    status, out, _ = run("duplicates", *made)
+    assert (status, out.splitlines()[2]) == (0, f"  {folder}/two\\nlines.mp4")
+    status, _, err = run("remove", folder / "caf\udce9.mp4", *made)
+    assert (status, err.count("is not in")) == (2, 1)
+    with pytest.raises(MediaError, match="a pipe or a device"):
+        file_sha256(Path("/dev/null"))  # a pipe, which nobody writes, has no end
+
+
+def test_sigterm_ends_a_command_as_an_interrupt(index, run, monkeypatch):
+    command = _COMMANDS["verify"]._replace(run=lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setitem(_COMMANDS, "verify", command)
+    assert run("verify", "--index", index) == (130, "", "avcl-fingerprint: interrupted\n")
+
+
+def test_a_wrong_command_line_is_refused_in_one_line(run, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run("index", "a", "--index", "b", "--kind", "x")
+    error = capsys.readouterr().err
+    assert (error.count("\n"), "--kind: invalid choice: 'x'" in error) == (1, True)

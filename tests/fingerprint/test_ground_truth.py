@@ -160,14 +160,16 @@ def test_ground_truth_is_read_whatever_the_order_of_its_columns(read):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "line 1: no column query_id: it needs query_id, ref_id, query_start"),
-        ("query_id,ref_id\nQ1,R1\n", "line 1: no column query_start"),
+        ("", "line 1: no column query_id in nothing: it needs query_id, ref_id, query_start"),
+        ("query_id, ref_id\nQ1,R1\n", "line 1: no column ref_id in 'query_id', ' ref_id': it"),
         (HEADER, "has no segments"),
         (f"{HEADER}\nQ1,R1,0,4,0,4\nQ3,R1,0,4,0,4", "line 3: 'Q3' is not among the queries"),
         (f"{HEADER}\nQ1,R9,0,4,0,4", "line 2: 'R9' is not among the media of INDEX"),
         (f"{HEADER}\nQ1,R1,0,x,0,4", "line 2: query_end 'x' must be a number of seconds"),
         (f"{HEADER}\nQ1,R1,0,4,0,inf", "line 2: ref_end 'inf' must be a number of seconds"),
         (f"{HEADER}\nQ1,R1,0,4,0", "line 2: ref_end '' must be a number of seconds"),
+        (f"{HEADER}\nQ1,R1,0,4,nan,4", "line 2: ref_start 'nan' must be a number of seconds"),
+        (f"{HEADER}\nQ1,R1,-1,4,0,4", "line 2: query_start '-1' must be a number of seconds, at"),
         (f"{HEADER}\nQ1,R1,4,4,0,4", "line 2: query_end 4 must be after query_start 4"),
         (f"{HEADER}\nQ1,R1,0,4,5,4", "line 2: ref_end 4 must be after ref_start 5"),
     ],

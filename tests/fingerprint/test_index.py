@@ -59,6 +59,23 @@ def test_a_former_format_is_not_damage(tmp_path):
         FingerprintIndex.open(tmp_path)
 
 
+def test_an_index_that_was_killed_in_the_making_is_none(encoders, tmp_path):
+    (tmp_path / "index.sqlite").touch()
+    with pytest.raises(
+        FingerprintError, match=r"^there is no fingerprint index in .*make one with"
+    ):
+        FingerprintIndex.open(tmp_path)
+    index = FingerprintIndex.create(tmp_path, encoders, SETTINGS)
+    index.add([("clip", clip(0))])
+    for make in (
+        lambda: FingerprintIndex.create(tmp_path, encoders, SETTINGS),
+        lambda: database.create(tmp_path, {}),  # as by a process that began at the same time
+    ):
+        with pytest.raises(FingerprintError, match="is not empty: `add` to the index there"):
+            make()
+    assert [source.name for source in FingerprintIndex.open(tmp_path).sources()] == ["clip"]
+
+
 def test_removed_is_not_found_and_the_rest_is(copy):
     index = FingerprintIndex.open(copy)
     with pytest.raises(FingerprintError, match="clip 99 is not in"):
