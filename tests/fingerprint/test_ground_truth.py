@@ -29,7 +29,7 @@ def test_pairs_by_hand():
     assert curve.precision.tolist() == pytest.approx([1, 1 / 2, 2 / 3, 2 / 4])
     assert curve.recall.tolist() == [0.5, 0.5, 1, 1]
     assert curve.average_precision == pytest.approx((1 + 2 / 3) / 2)
-    assert [curve.recall_at_precision(p) for p in (0.9, 0.6)] == [0.5, 1]
+    assert [curve.recall_at_precision(p) for p in (1.0, 0.9, 0.6)] == [0.5, 0.5, 1]
     assert curve.at(4.5) == (0.5, 0.5)
     assert curve.at(4.0) == (pytest.approx(2 / 3), 1)
     assert curve.at(9.0) == (None, 0)
@@ -67,6 +67,9 @@ def test_segments_by_hand():
     assert curve.recall.tolist() == pytest.approx([0.5, 0.5, 1])
     assert curve.average_precision == pytest.approx(0.5 + 0.5 * right)
     assert curve.at(2.5) == (1, 0.5)
+    # Twice as long as it should be, then as much again of the same pair.
+    repeated = segment_curve([(segment(4, 24, 10, 26), 2.0), (segment(30, 40, 30, 38), 1.0)], true)
+    assert repeated.precision.tolist() == pytest.approx([1 / 2, 1 / 3])
     assert segment_curve([], true).average_precision == 0
 
 
@@ -76,7 +79,9 @@ def test_a_true_segment_counts_only_where_a_prediction_overlaps_it_in_both():
     exchanged = [(segment(4, 14, 21, 29), 1.0), (segment(20, 28, 10, 18), 1.0)]
     assert segment_curve(exchanged, true).average_precision == 0
     # Touching is not overlapping.
-    assert segment_curve([(segment(14, 20, 10, 18), 1.0)], true).recall.tolist() == [0]
+    other = segment(0, 10, 0, 8, reference="other")
+    touching = [(segment(14, 20, 10, 18), 1.0), (other, 1.0)]
+    assert segment_curve(touching, [true[0], other]).recall.tolist() == pytest.approx([0.5])
 
 
 def drawn(rng: np.random.Generator) -> Segment:
