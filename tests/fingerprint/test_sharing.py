@@ -14,7 +14,14 @@ from avcl_jax.fingerprint import database, library
 from avcl_jax.fingerprint.agreement import agree, runs
 from avcl_jax.fingerprint.benchmark.timeline import at_tempo, excerpt, joined
 from avcl_jax.fingerprint.database import SourceRow, transaction
-from avcl_jax.fingerprint.details import AUDIO_HZ, NO_DETAILS, Candidate, describe
+from avcl_jax.fingerprint.details import (
+    AUDIO_HZ,
+    IMAGE_BYTES,
+    NO_DETAILS,
+    VIDEO_HZ,
+    Candidate,
+    describe,
+)
 from avcl_jax.fingerprint.intervals import Interval, Seconds, Span, join
 from avcl_jax.fingerprint.relations import MANY, relate
 from avcl_jax.fingerprint.segments import SegmentFeatures
@@ -529,3 +536,16 @@ def test_audio_is_compared_where_half_of_the_time_has_signs_of_both_kinds():
         assert not agrees(15, value)
     assert agrees(15, 0b1111)
     assert agrees(15, 0xFFFFFFF0)
+
+
+@pytest.mark.parametrize(("correlation", "agrees"), [(0.8, (1, 1)), (0.6, (0, 1)), (0.4, (0, 0))])
+def test_images_agree_by_the_correlation_of_their_changes(correlation, agrees):
+    own, other = np.random.default_rng(0).normal(size=(2, 12 * VIDEO_HZ, IMAGE_BYTES))
+    mixed = correlation * own + np.sqrt(1 - correlation**2) * other
+    query, source = (NO_DETAILS._replace(video=np.uint8(128 + 25 * v)) for v in (own, mixed))
+    # The details of the source begin at its third second, and the query two seconds later.
+    source = source._replace(video=np.concatenate([query.video[::-1][:8], source.video]))
+    made = agree(query, Candidate(source, 3.0, 1.0, 5.0))
+    assert [mask.mean() for mask in made.moments["video"]] == list(agrees)
+    wrong = agree(query, Candidate(source, 3.0, 1.0, 7.0))
+    assert not any(mask.any() for mask in wrong.moments["video"])
