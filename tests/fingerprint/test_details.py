@@ -126,21 +126,21 @@ def test_other_audio_outweighs_the_same_video():
     assert silent[3].by_modality["audio"] == 0
 
 
-@pytest.mark.parametrize("part", [slice(0, 80), slice(88, 168), slice(176, 256)])
-def test_audio_that_agrees_in_two_thirds_of_the_time_is_other_audio(part):
+@pytest.mark.parametrize("part", [slice(0, 120), slice(136, 256)])
+def test_audio_that_agrees_in_one_half_of_the_time_is_other_audio(part):
     asked, foreign = query(3), query(20)
     asked.audio[part] = foreign.audio[part]
     others = candidates(range(10))
     line = details._best_line(asked, others[3])
-    assert line.fraction < 0.25 < 0.35 < line.worst
+    assert line.fraction < 0.35 < line.worst
     # The alignment, not the line of what agrees.
     assert (line.rate, line.offset_seconds) == (1.0, 2.1)
     assert judge(asked, others)[3] == (0.0, {"video": 0.0, "audio": 0.0})
 
 
-def test_noise_for_less_than_a_quarter_of_the_time_is_not_other_audio():
+def test_noise_for_a_quarter_of_the_time_is_not_other_audio():
     asked = query(3)
-    asked.audio[:58] = query(20).audio[:58]
+    asked.audio[:72] = query(20).audio[:72]
     assert judge(asked, candidates(range(10)))[3].by_modality["audio"] > 2.5
 
 
