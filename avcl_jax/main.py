@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from avcl_jax import config_file, processes
+from avcl_jax import config_file, peers, processes
 from avcl_jax.compilation_cache import keep_compiled, sources_digest
 from avcl_jax.errors import UserError, one_line
 from avcl_jax.experiment import (
@@ -50,6 +50,12 @@ _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
 _JOIN_TIMEOUT = flags.DEFINE_integer(
     "join_timeout", 300, "Seconds until every process must have joined.", lower_bound=1
+)
+_PEER_TIMEOUT = flags.DEFINE_float(
+    "peer_timeout",
+    120.0,
+    "Seconds without a step, or a sign of life of another process, after which a process ends.",
+    lower_bound=1.0,
 )
 _PRINT_CONFIG = flags.DEFINE_bool(
     "print_config", False, "Print every setting, with overrides applied, and stop."
@@ -89,38 +95,57 @@ def main(argv: Sequence[str]) -> None:
             for setting, value in flatten(config.to_dict()).items():
                 print(f"{setting} = {value!r}")
             return
-        if _DISTRIBUTED.value or _COORDINATOR.value:
-            processes.join(
-                _COORDINATOR.value,
-                _PROCESSES.value,
-                _PROCESS.value,
-                timeout_seconds=_JOIN_TIMEOUT.value,
-            )
-            facts = flatten({"config": config.to_dict()})
-            # Machines may keep one data set in different places; its fingerprint is compared later.
-            facts.pop("config.data.directory", None)
-            facts |= {"Python": platform.python_version(), "JAX": jax.__version__}
-            processes.check_same(facts | {"code of avcl_jax": sources_digest()})
-        function = _function(config.task)
-        check_numbers(config)
         config = with_absolute_paths(config)
-        check_inputs(config)
         if not config.name:
             config.name = epath.Path(config.data.directory).name
-        keep_compiled(config.execution.compilation_cache)
         workdir = absolute_path(_WORKDIR.value or f"runs/{config.name}")
+        _join(config, workdir)
+        function = _function(config.task)
+        check_numbers(config)
+        check_inputs(config)
+        keep_compiled(config.execution.compilation_cache)
         function(config, workdir)
+        peers.leave()
     except processes.Stopped:
+        peers.leave()
         raise SystemExit(processes.STOPPED) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("avcl_jax: interrupted", file=sys.stderr, flush=True)
+        peers.fail(error, "interrupted")
         raise SystemExit(130) from None
     except (UserError, OSError) as error:
         line = one_line(error)
         if _DEBUG.value:
             traceback.print_exc()
         print(f"avcl_jax: error: {line}", file=sys.stderr, flush=True)
+        peers.fail(error, line)
         raise SystemExit(1) from error
+    except Exception as error:
+        peers.fail(error, " ".join(f"{type(error).__name__}: {error}".split()))
+        raise
+
+
+def _join(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+    """Joins the other processes if there are any, watches them, and compares them with this one."""
+    client = None
+    if _DISTRIBUTED.value or _COORDINATOR.value:
+        timeout = _PEER_TIMEOUT.value
+        client = processes.join(
+            _COORDINATOR.value,
+            _PROCESSES.value,
+            _PROCESS.value,
+            timeout_seconds=_JOIN_TIMEOUT.value,
+            # Later than our own watch, which names the process.
+            heartbeat_seconds=3 * timeout,
+        )
+    peers.start(workdir, client, timeout_seconds=_PEER_TIMEOUT.value)
+    if client is None:
+        return
+    facts = flatten({"config": config.to_dict()})
+    # Machines may keep one data set in different places; its fingerprint is compared later.
+    facts.pop("config.data.directory", None)
+    facts |= {"Python": platform.python_version(), "JAX": jax.__version__}
+    processes.check_same(facts | {"code of avcl_jax": sources_digest()})
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,20 +27,25 @@ from avcl_jax.errors import UserError, one_line
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again.
 STOPPED = 75
 
-# Process 0 alone ranks, tests and writes; the others wait for it in JAX's shutdown, which would end
-# all of them after five minutes.
-A_DAY = 24 * 60 * 60
-
 
 def join(
-    coordinator: str | None, count: int | None, number: int | None, *, timeout_seconds: int
-) -> None:
+    coordinator: str | None,
+    count: int | None,
+    number: int | None,
+    *,
+    timeout_seconds: int,
+    heartbeat_seconds: float,
+) -> Any:
     """Joins the other processes of the run, and says every minute that it waits for them.
 
     Args:
         coordinator: HOST:PORT of process 0; it, `count` and `number` are found on TPU pods and
             SLURM if they are None.
         timeout_seconds: time until every process must have joined.
+        heartbeat_seconds: time after which JAX aborts because a process is gone.
+
+    Returns:
+        The client of JAX's coordinator.
 
     Raises:
         UserError: if the processes cannot be found from the arguments.
@@ -71,7 +77,7 @@ def join(
             count,
             number,
             initialization_timeout=timeout_seconds + 60,
-            shutdown_timeout_seconds=A_DAY,
+            heartbeat_timeout_seconds=round(heartbeat_seconds),
         )
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(
@@ -83,6 +89,9 @@ def join(
     # Collectives of CPUs connect when they first run, and then wait only 30 seconds for a process
     # that is late: those that all helpers of JAX share connect now.
     multihost_utils.sync_global_devices("joined")
+    from orbax.checkpoint import multihost  # here, because it takes half a second to import
+
+    return multihost.get_jax_distributed_client()
 
 
 def check_same(facts: Mapping[str, object]) -> None:

@@ -14,9 +14,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 
+from avcl_jax import peers
 from avcl_jax.data.pipeline import to_device_batch
 from avcl_jax.errors import UserError
-from avcl_jax.processes import A_DAY, Agreement, Stopped, StopRequest
+from avcl_jax.processes import Agreement, Stopped, StopRequest
 from avcl_jax.training.checkpoint import Progress, save
 from avcl_jax.training.metrics import (
     Metrics,
@@ -29,6 +30,8 @@ from avcl_jax.training.state import TrainState
 
 # Steps dispatched ahead of the device. More would only queue batches in memory.
 _STEPS_AHEAD = 2
+# A process that is gone is noticed otherwise.
+_A_DAY = 24 * 60 * 60
 
 
 class NonFiniteError(UserError):
@@ -53,7 +56,7 @@ def _compiled_together(function: Any, *arguments: Any) -> Any:
     """
     program = function.lower(*arguments).compile()
     everyone = set(range(jax.process_count()))
-    ocp.multihost.sync_global_processes("compiled", processes=everyone, timeout=A_DAY)
+    ocp.multihost.sync_global_processes("compiled", processes=everyone, timeout=_A_DAY)
     return program
 
 
@@ -135,11 +138,14 @@ def run_steps(
 
     for step in range(first + 1, steps + 1):
         waiting = time.perf_counter()
+        peers.doing(peers.READS, step - 1)
         batch = next(batches)
         period.data_seconds += time.perf_counter() - waiting
         on_device = to_device_batch(batch, rows)
         if step == first + 1:
+            peers.doing("compiles", step - 1)
             train_step = _compiled_together(train_step, state, on_device, *constants)
+        peers.doing(peers.STEPS, step - 1)
         state, metrics = train_step(state, on_device, *constants)
         in_flight.append(metrics["loss"].total)
         period.metrics = metrics if period.metrics is None else merge(period.metrics, metrics)
@@ -161,6 +167,7 @@ def run_steps(
             report(*pending)
             pending = None
         if saving:
+            peers.doing("saves", step)
             reached = dataclasses.replace(progress, step=step, train_seconds=trained_seconds())
             save(checkpoints, state, reached)
         if stopping and not last_step:
@@ -168,5 +175,6 @@ def run_steps(
             seconds = format_seconds(trained_seconds())
             writer.note(f"{line}, {seconds}; the same command resumes from here")
             raise Stopped
+    peers.doing("has trained", step)
     writer.note(f"trained to step {step} in {format_seconds(trained_seconds())}")
     return state

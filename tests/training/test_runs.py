@@ -261,6 +261,88 @@ def test_a_process_may_compile_half_a_minute_longer_than_the_other(records, tmp_
             process.kill()
 
 
+_SILENT = r"process 1 has been silent for 8 s, after step \d+; see its log \(its threads now: "
+_GONE = "process 0, the coordinator, is gone or has given up this process: see their logs"
+_NO_ANSWER = "process 0, the coordinator, has not answered for 8 s, after step "
+
+
+@pytest.fixture(scope="module")
+def two_processes(records, tmp_path_factory) -> Path:
+    """A run of 12 steps on two processes."""
+    workdir = tmp_path_factory.mktemp("runs") / "two"
+    run_processes(arguments(records, workdir, steps=12), devices=1)
+    return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "number", "message"),
+    [
+        (signal.SIGKILL, 0, f"{_GONE}|{_NO_ANSWER}"),
+        (signal.SIGKILL, 1, _SILENT),
+        (signal.SIGSTOP, 0, _NO_ANSWER),
+        (signal.SIGSTOP, 1, _SILENT),
+    ],
+)
+def test_a_process_that_is_gone_ends_the_other_and_the_same_command_resumes(
+    records, two_processes, tmp_path, name, number, message
+):
+    options = [*arguments(records, tmp_path / "run", steps=12), "--peer_timeout=8"]
+    processes = start_processes(options, devices=1)
+    try:
+        for line in processes[0].stdout:
+            if line.startswith("step 5/"):
+                processes[number].send_signal(name)
+                break
+        other = processes[1 - number]
+        output, _ = other.communicate(timeout=60)
+        assert other.returncode in (1, -signal.SIGABRT), output
+        assert re.search(message, one_line(output))
+    finally:
+        for process in processes:
+            process.kill()
+    logs = tmp_path / "run" / "logs"
+    assert "step 4/12" in (logs / "process_0.txt").read_text()
+    assert (logs / "process_1.txt").read_text().startswith("--- process 1 of 2, ")
+    run_processes(options, devices=1)
+    assert_identical(two_processes, tmp_path / "run", 12)
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that a process and its descendants have started."""
+    children = [
+        int(child)
+        for listed in Path(f"/proc/{pid}/task").glob("*/children")
+        for child in listed.read_text().split()
+    ]
+    return [process for child in children for process in (child, *descendants(child))]
+
+
+@pytest.mark.slow
+def test_a_data_worker_that_hangs_is_told_and_ends_a_run_of_two(records, tmp_path):
+    options = arguments(
+        records, tmp_path / "run", steps=400, execution__workers=1, execution__log_every=1
+    )
+    processes = start_processes([*options, "--peer_timeout=8"], devices=1)
+    try:
+        for line in processes[0].stdout:
+            if line.startswith("step 5/"):
+                stopped = descendants(processes[1].pid)
+                for child in stopped:
+                    os.kill(child, signal.SIGSTOP)
+                break
+        codes = [process.wait(timeout=90) for process in processes]
+    finally:
+        for child in stopped:
+            os.kill(child, signal.SIGCONT)
+        for process in processes:
+            process.kill()
+    outputs = [process.communicate()[0] for process in processes]
+    assert codes == [1, 1], outputs
+    for output in outputs:
+        assert re.search(r"process 1 has read no batch for \d+ s, after step ", one_line(output))
+
+
 @pytest.mark.slow
 def test_a_second_signal_ends_a_run_at_once_and_leaves_its_checkpoint(records, tmp_path):
     workdir = tmp_path / "run"
