@@ -89,7 +89,8 @@ def replacing(path: AnyPath) -> Iterator[AnyPath]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:  # as of a full disk
-            error.filename = os.fspath(path)
+            with contextlib.suppress(AttributeError):  # errors of PyAV have no setter
+                error.filename = os.fspath(path)
         raise
 
 

@@ -77,7 +77,6 @@ def open_media(source: Source) -> Iterator[tuple[Any, Sequence[Any]]]:
         # "file:" so that neither a leading dash nor a colon in the name means anything.
         name = os.fspath(source)
         place = f"file:{name}"
-        check_regular(name)
     av.logging.set_level(av.logging.ERROR)
     av.logging.set_skip_repeated(False)  # else the second truncated file goes unnoticed
     try:
@@ -107,6 +106,8 @@ def open_media(source: Source) -> Iterator[tuple[Any, Sequence[Any]]]:
 
 def check_regular(path: str | os.PathLike[str]) -> None:
     """Refuses a pipe or a device, which may never begin, or never end.
+
+    For commands that decode without a time limit; preparation has one.
 
     Raises:
         MediaError: if it is one.

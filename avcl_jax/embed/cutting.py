@@ -18,6 +18,7 @@ import numpy as np
 
 from avcl_jax.data.images import apply_crop, center_crop, each_jpeg
 from avcl_jax.data.media import Frame, MediaError, decode_audio, decode_frames, probe
+from avcl_jax.data.media_streams import check_regular
 from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
 from avcl_jax.data.record_files import RecordError
 from avcl_jax.data.record_format import Record
@@ -173,6 +174,7 @@ class Cutter:
         if item.records is not None:
             return 1
         try:
+            check_regular(item.path)
             end = probe(item.path).duration_seconds
         except MediaError:  # which cutting the first piece meets too
             return 1
@@ -190,6 +192,7 @@ class Cutter:
             return CutPiece({}, error=str(error))
 
     def _cut_file(self, item: Item, piece: Piece) -> CutPiece:
+        check_regular(item.path)
         origin, hop = item.start_seconds, self.hop
         # Rounded as the starts of clips are: each start must belong to one piece.
         numbers = (piece.number, piece.number + 1)

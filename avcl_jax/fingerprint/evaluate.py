@@ -13,6 +13,7 @@ from tqdm import tqdm
 from avcl_jax.compilation_cache import keep_compiled
 from avcl_jax.data.media import MediaError, decode_media
 from avcl_jax.data.media_files import media_files
+from avcl_jax.data.media_streams import check_regular
 from avcl_jax.errors import one_line, printable
 from avcl_jax.fingerprint.ground_truth import (
     Curve,
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     for query in tqdm(queries, unit="query", disable=None):
         try:
             # Without its SHA-256: a query that is an indexed file is to be found by its content.
+            check_regular(query)
             result = index.query(decode_media(query, **decoding), count=CANDIDATES)
         except (MediaError, FingerprintError, OSError) as error:
             failed[str(query)] = one_line(error)

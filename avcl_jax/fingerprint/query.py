@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     for clip in tqdm(clips, unit="clip", disable=hidden or None):
         name = printable(str(clip))
         try:
+            content = file_sha256(clip)  # first, because decoding a pipe may never end
             media = decode_media(
                 clip,
                 start_seconds=args.start,
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
                 modalities,
                 CANDIDATES,
                 required=required,
-                content=file_sha256(clip),
+                content=content,
                 start_seconds=args.start,
             )
         except (MediaError, FingerprintError, OSError) as error:

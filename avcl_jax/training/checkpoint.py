@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -21,19 +22,31 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from avcl_jax import experiment
-from avcl_jax.errors import UserError
+from avcl_jax.errors import UserError, one_line
 from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.feature_bank import FeatureBank
-from avcl_jax.paths import absolute_path, write_bytes
+from avcl_jax.paths import absolute_path, is_remote, write_bytes
 from avcl_jax.training.state import TrainState
 
 _CHECKSUMS = "checksums.json"
 _COMMITTED = "commit_success.txt"  # written last, by orbax
 _BLOCK = 1 << 24
+_METADATA = 1 << 20
+_UNWRITTEN = (
+    "RESOURCE_EXHAUSTED",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "ABORTED",
+    "PERMISSION_DENIED",
+)
 
 
 class CheckpointError(UserError):
     """A workdir from which no run can resume."""
+
+
+class SaveError(UserError):
+    """A checkpoint that could not be written; those before are as they were."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,18 +96,52 @@ def open_checkpoints(workdir: epath.Path, *, keep: int) -> ocp.CheckpointManager
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, progress: Progress) -> None:
-    """Saves everything; returns when it is complete on disk."""
+    """Saves everything; returns when it is complete on disk.
+
+    Raises:
+        SaveError: if the disk is full, or the store cannot be reached.
+    """
     if manager.latest_step() == progress.step:
         return
     saved = {
         "state": ocp.args.StandardSave(state),
         "progress": ocp.args.JsonSave(dataclasses.asdict(progress)),
     }
-    manager.save(progress.step, args=ocp.args.Composite(**saved))
-    manager.wait_until_finished()
-    if jax.process_index() == 0:
-        directory = epath.Path(manager.directory) / str(progress.step)
-        write_bytes(directory / _CHECKSUMS, json.dumps(_checksums(directory), indent=1).encode())
+    directory = epath.Path(manager.directory) / str(progress.step)
+    _check_room(directory.parent, state)
+    try:
+        manager.save(progress.step, args=ocp.args.Composite(**saved))
+        manager.wait_until_finished()
+        if jax.process_index() == 0:
+            text = json.dumps(_checksums(directory), indent=1)
+            write_bytes(directory / _CHECKSUMS, text.encode())
+    except (OSError, ValueError) as error:
+        # TensorStore raises ValueError, which begins with the code of absl.
+        if isinstance(error, ValueError) and not str(error).startswith(_UNWRITTEN):
+            raise
+        if jax.process_index() == 0:  # so that what was written takes no space
+            for path in manager.directory.glob(f"{progress.step}*"):
+                path.rmtree()
+        manager.reload()
+        raise SaveError(f"checkpoint {progress.step}: {one_line(error)}") from error
+
+
+def _check_room(directory: epath.Path, state: TrainState) -> None:
+    """Refuses to begin what does not fit: orbax would print a hundred lines for each file."""
+    if is_remote(directory):
+        return
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _METADATA
+    if needed > (free := shutil.disk_usage(directory).free):
+        raise SaveError(
+            f"{directory} has room for {free / 1e6:,.1f} MB of a checkpoint of {needed / 1e6:,.1f} "
+            "MB: free some space"
+        )
+
+
+def kept(manager: ocp.CheckpointManager) -> str:
+    """Says which checkpoint a run would resume from."""
+    newest = manager.latest_step()
+    return "no checkpoint was written" if newest is None else f"checkpoint {newest} is kept"
 
 
 def damage(checkpoint: epath.Path) -> str | None:

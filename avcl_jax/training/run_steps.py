@@ -18,7 +18,7 @@ from avcl_jax import peers
 from avcl_jax.data.pipeline import to_device_batch
 from avcl_jax.errors import UserError
 from avcl_jax.processes import Agreement, Stopped, StopRequest
-from avcl_jax.training.checkpoint import Progress, save
+from avcl_jax.training.checkpoint import Progress, SaveError, kept, save
 from avcl_jax.training.metrics import (
     Metrics,
     MetricWriter,
@@ -97,6 +97,7 @@ def run_steps(
 
     Raises:
         NonFiniteError: within one log period of the first value that is not finite.
+        SaveError: if the last checkpoint cannot be written, or one of several processes.
         Stopped: after saving, if a process was asked to stop before the last step.
     """
     first, before = progress.step, progress.train_seconds
@@ -128,12 +129,10 @@ def run_steps(
         values |= more_values()
         writer.write(last, values, seconds_left=(steps - last) * seconds / taken)
         if broken := sorted(name for name, value in values.items() if not math.isfinite(value)):
-            saved = checkpoints.latest_step()
-            kept = "no checkpoint was written" if saved is None else f"checkpoint {saved} is kept"
             raise NonFiniteError(
                 f"not finite between steps {done.first_step} and {last}: {', '.join(broken)}; "
-                f"{kept}. Lower optimizer.learning_rate or optimizer.clip_norm, or look at the "
-                "data of these steps"
+                f"{kept(checkpoints)}. Lower optimizer.learning_rate or optimizer.clip_norm, or "
+                "look at the data of these steps"
             )
 
     for step in range(first + 1, steps + 1):
@@ -169,7 +168,14 @@ def run_steps(
         if saving:
             peers.doing("saves", step)
             reached = dataclasses.replace(progress, step=step, train_seconds=trained_seconds())
-            save(checkpoints, state, reached)
+            try:
+                save(checkpoints, state, reached)
+            except SaveError as error:
+                line = f"step {step} is not saved, {kept(checkpoints)}: {error}"
+                # Of several processes one alone may have failed.
+                if last_step or stopping or jax.process_count() > 1:
+                    raise SaveError(line) from error
+                writer.note(f"{line}; training continues")
         if stopping and not last_step:
             line = f"stopped at step {step} by {request.name or 'another process'} after saving"
             seconds = format_seconds(trained_seconds())

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -341,6 +342,40 @@ def test_a_data_worker_that_hangs_is_told_and_ends_a_run_of_two(records, tmp_pat
     assert codes == [1, 1], outputs
     for output in outputs:
         assert re.search(r"process 1 has read no batch for \d+ s, after step ", one_line(output))
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 4 MB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.mark.slow
+def test_training_continues_while_the_disk_is_full(records, small_disk):
+    workdir, ballast = small_disk / "run", small_disk / "ballast"
+    process = start(arguments(records, workdir, steps=60, execution__checkpoint_every=10))
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        if line.startswith("step 11/"):
+            # Room for metrics and not for a checkpoint.
+            ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 300_000))
+        if "is not saved" in line:
+            ballast.unlink()
+    assert process.wait() == 0, printed
+    (line,) = [line for line in printed if "is not saved" in line]
+    assert re.match(r"step [12]0 is not saved, (checkpoint 10 is kept|no checkpoint was wr)", line)
+    room = (
+        r": \S+ has room for 0\.\d MB of a checkpoint of 1\.\d MB: free some space; training cont"
+    )
+    assert re.match(room, line)
+    assert saved_steps(workdir) == [50, 60]
 
 
 @pytest.mark.slow
