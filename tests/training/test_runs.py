@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -342,6 +344,28 @@ def test_a_data_worker_that_hangs_is_told_and_ends_a_run_of_two(records, tmp_pat
     assert codes == [1, 1], outputs
     for output in outputs:
         assert re.search(r"process 1 has read no batch for \d+ s, after step ", one_line(output))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_at_random_moments_a_run_ends_as_if_undisturbed(records, tmp_path, workers):
+    """AVCL_JAX_KILLS=20 makes a long test of it."""
+    options = {"steps": 60, "execution__checkpoint_every": 2, "execution__workers": workers}
+    whole, workdir = tmp_path / "whole", tmp_path / "killed"
+    run(arguments(records, whole, **options))  # compiles
+    began = time.monotonic()
+    run(arguments(records, tmp_path / "again", **options))
+    seconds = time.monotonic() - began
+    rng = random.Random(workers)
+    kills = int(os.environ.get("AVCL_JAX_KILLS", "3"))
+    for _ in range(kills):
+        process = start(arguments(records, workdir, **options), own_group=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=rng.uniform(0.1, seconds))
+        process.kill()
+        process.communicate()
+    run(arguments(records, workdir, **options))
+    assert_identical(whole, workdir, 60)
 
 
 @pytest.fixture
