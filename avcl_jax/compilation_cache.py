@@ -18,6 +18,7 @@ from typing import Any
 from etils import epath
 
 from avcl_jax.paths import absolute_path, is_remote, write_bytes
+from avcl_jax.versions import sources_digest
 
 DIRECTORY = "~/.cache/avcl_jax/xla"
 _DIRECTORY = "jax_compilation_cache_dir"
@@ -95,14 +96,6 @@ def compiled(function: Any, arguments: tuple[Any, ...], identity: str) -> Callab
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, pickle.dumps(serialize_executable.serialize(program)))
     return program
-
-
-def sources_digest() -> str:
-    """SHA-256 of all sources of this package, in hexadecimal."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 @functools.cache

@@ -8,19 +8,17 @@ training after saving, so that the same command resumes it; 130 after Ctrl-C els
 from __future__ import annotations
 
 import importlib
-import platform
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-import jax
 import ml_collections
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
 from avcl_jax import config_file, peers, processes
-from avcl_jax.compilation_cache import keep_compiled, sources_digest
+from avcl_jax.compilation_cache import keep_compiled
 from avcl_jax.errors import UserError, one_line
 from avcl_jax.experiment import (
     check_inputs,
@@ -30,6 +28,7 @@ from avcl_jax.experiment import (
     with_absolute_paths,
 )
 from avcl_jax.paths import absolute_path
+from avcl_jax.versions import versions
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -144,8 +143,7 @@ def _join(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     facts = flatten({"config": config.to_dict()})
     # Machines may keep one data set in different places; its fingerprint is compared later.
     facts.pop("config.data.directory", None)
-    facts |= {"Python": platform.python_version(), "JAX": jax.__version__}
-    processes.check_same(facts | {"code of avcl_jax": sources_digest()})
+    processes.check_same(facts | flatten({"version": versions()}))
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

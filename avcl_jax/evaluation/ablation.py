@@ -25,12 +25,13 @@ from avcl_jax import experiment
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation import charts
 from avcl_jax.evaluation.evaluate import PROTOCOL, evaluate, open_evaluation_records, probe_name
-from avcl_jax.evaluation.protocol import REPORT, RESULTS, finite, versions
+from avcl_jax.evaluation.protocol import REPORT, RESULTS, finite
 from avcl_jax.evaluation.splits import count_trained_on
 from avcl_jax.page import as_text, definitions, page, section, table, text
 from avcl_jax.paths import absolute_path, write_bytes
 from avcl_jax.training.loop import build, loss_spec, pretrain
 from avcl_jax.training.trained_records import open_records
+from avcl_jax.versions import versions
 
 _EVALUATE = "avcl_jax.evaluation.evaluate:evaluate"
 

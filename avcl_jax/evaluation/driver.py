@@ -34,7 +34,6 @@ from avcl_jax.evaluation.protocol import (
     Measured,
     Protocol,
     estimate,
-    versions,
     write_outcomes,
 )
 from avcl_jax.evaluation.splits import Split, Trial, check_not_trained_on
@@ -43,6 +42,7 @@ from avcl_jax.page import definitions, metric_texts, page, section, table, text,
 from avcl_jax.paths import absolute_path, write_bytes
 from avcl_jax.processes import check_same
 from avcl_jax.training.metrics import peak_memory_gb
+from avcl_jax.versions import versions
 
 Computed = TypeVar("Computed")
 

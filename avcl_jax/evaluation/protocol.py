@@ -7,10 +7,7 @@ from, unit by unit, so that `avcl_jax.evaluation.compare` can test two runs on t
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import io
-import platform
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -200,10 +197,3 @@ def estimate(measured: Measured, *, resamples: int, seed: int) -> dict[str, dict
 def finite(value: float | None) -> float | None:
     """Maps NaN and infinity to None: JSON has neither."""
     return value if value is not None and np.isfinite(value) else None
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that decide the numbers."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "librosa", "av")
-    found = {"python": platform.python_version(), "platform": sys.platform}
-    return found | {n: importlib.metadata.version(n) for n in (*packages, "numpy", "scikit-learn")}

@@ -27,6 +27,7 @@ from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.feature_bank import FeatureBank
 from avcl_jax.paths import absolute_path, is_remote, write_bytes
 from avcl_jax.training.state import TrainState
+from avcl_jax.versions import versions
 
 _CHECKSUMS = "checksums.json"
 _COMMITTED = "commit_success.txt"  # written last, by orbax
@@ -60,7 +61,9 @@ class Progress:
 
 
 def check_config(workdir: epath.Path, config_json: str, *, resumes: bool = True) -> None:
-    """Writes config.json of this start into the workdir, unless it would resume another run's.
+    """Writes config.json and versions.json into the workdir, unless it has another run's.
+
+    A run may be resumed by another version; one line says so.
 
     Args:
         config_json: text of config.json.
@@ -76,8 +79,14 @@ def check_config(workdir: epath.Path, config_json: str, *, resumes: bool = True)
             f"{workdir} contains a run of another config: choose another --workdir, or undo "
             + "; ".join(lines)
         )
-    if jax.process_index() == 0:
-        write_bytes(path, config_json.encode())
+    if jax.process_index():
+        return
+    write_bytes(path, config_json.encode())
+    now, path = json.dumps(versions(), indent=1), workdir / "versions.json"
+    before = path.read_text() if resumes and path.exists() else now
+    if lines := experiment.differences(before, now):
+        print(f"{workdir} was begun with other versions: {'; '.join(lines)}", flush=True)
+    write_bytes(path, now.encode())
 
 
 def open_checkpoints(workdir: epath.Path, *, keep: int) -> ocp.CheckpointManager:

@@ -346,6 +346,20 @@ def test_a_data_worker_that_hangs_is_told_and_ends_a_run_of_two(records, tmp_pat
         assert re.search(r"process 1 has read no batch for \d+ s, after step ", one_line(output))
 
 
+def test_other_versions_resume_a_run_and_are_named(whole_run, tmp_path, capsys):
+    config = (whole_run / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config)
+    versions = json.loads((whole_run / "versions.json").read_text())
+    (tmp_path / "versions.json").write_text(json.dumps(versions | {"jax": "0.1", "avcl_jax": "a"}))
+    checkpoint.check_config(epath.Path(tmp_path), config)
+    now = versions["avcl_jax"], versions["jax"]
+    changes = f"avcl_jax: 'a' -> '{now[0]}'; jax: '0.1' -> '{now[1]}'"
+    assert capsys.readouterr().out == f"{tmp_path} was begun with other versions: {changes}\n"
+    assert json.loads((tmp_path / "versions.json").read_text()) == versions
+    checkpoint.check_config(epath.Path(tmp_path), config)
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_at_random_moments_a_run_ends_as_if_undisturbed(records, tmp_path, workers):
