@@ -408,11 +408,11 @@ def test_training_continues_while_the_disk_is_full(records, small_disk):
             ballast.unlink()
     assert process.wait() == 0, printed
     (line,) = [line for line in printed if "is not saved" in line]
-    assert re.match(r"step [12]0 is not saved, (checkpoint 10 is kept|no checkpoint was wr)", line)
+    assert line.startswith("step 20 is not saved, checkpoint 10 is kept: ")
     room = (
         r": \S+ has room for 0\.\d MB of a checkpoint of 1\.\d MB: free some space; training cont"
     )
-    assert re.match(room, line)
+    assert re.search(room, line)
     assert saved_steps(workdir) == [50, 60]
 
 
