@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import re
@@ -300,18 +299,3 @@ def test_an_objective_that_makes_no_sense_is_refused(settings, message):
     known = {"weights": {"vv": 1.0}, "temperature": 0.1, "positive_weight": 0.2}
     with pytest.raises(ValueError, match=message):
         LossSpec(**known | settings, bank=None, bank_warmup_steps=0, bank_labels=())
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    id: int
-    process_index: int
-
-
-@pytest.mark.parametrize("fsdp", [1, 2])
-def test_devices_of_a_mesh_stand_in_the_order_of_their_processes(fsdp):
-    """So each process has consecutive rows of a batch, also where ids follow a torus."""
-    devices = [Device(n, process) for n, process in enumerate((0, 1, 1, 0))]
-    mesh = sharding.create_mesh(fsdp, devices)
-    assert [device.id for device in mesh.devices.flat] == [0, 3, 1, 2]
-    assert mesh.devices.shape == ((4,) if fsdp == 1 else (2, 2))
