@@ -120,7 +120,7 @@ def main(argv: Sequence[str]) -> None:
         peers.fail(error, line)
         raise SystemExit(1) from error
     except Exception as error:
-        peers.fail(error, " ".join(f"{type(error).__name__}: {error}".split()))
+        peers.fail(error, " ".join(f"{type(error).__name__}: {error}".split()), bug=True)
         raise
 
 
@@ -128,14 +128,13 @@ def _join(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Joins the other processes if there are any, watches them, and compares them with this one."""
     client = None
     if _DISTRIBUTED.value or _COORDINATOR.value:
-        timeout = _PEER_TIMEOUT.value
         client = processes.join(
             _COORDINATOR.value,
             _PROCESSES.value,
             _PROCESS.value,
             timeout_seconds=_JOIN_TIMEOUT.value,
             # Later than our own watch, which names the process.
-            heartbeat_seconds=3 * timeout,
+            heartbeat_seconds=3 * _PEER_TIMEOUT.value,
         )
     peers.start(workdir, client, timeout_seconds=_PEER_TIMEOUT.value)
     if client is None:

@@ -23,7 +23,6 @@ from typing import Any
 import jax
 from etils import epath
 
-from avcl_jax.errors import UserError
 from avcl_jax.paths import is_remote
 from avcl_jax.process_log import ProcessLog
 
@@ -231,7 +230,7 @@ def leave() -> None:
     _watch = None
 
 
-def fail(error: BaseException, line: str) -> None:
+def fail(error: BaseException, line: str, *, bug: bool = False) -> None:
     """Ends this process if it has others, and tells them why in one line; returns if it is alone.
 
     The traceback of a bug is printed before. Where a collective failed because a process is gone,
@@ -242,5 +241,5 @@ def fail(error: BaseException, line: str) -> None:
         # JAX makes other exceptions of some codes of the runtime.
         if isinstance(error, jax.errors.JaxRuntimeError) or str(error).startswith("UNKNOWN: "):
             _watch.await_verdict()
-        _watch.fail(line, bug=None if isinstance(error, (UserError, OSError)) else error)
+        _watch.fail(line, bug=error if bug else None)
     _watch = None

@@ -231,8 +231,8 @@ def run_protocol(
         train = [split.train.fingerprint for split in splits if isinstance(split, Split)]
         roles = {"train": train, "test": [split.test.fingerprint for split in splits]}
         data = {role: "; ".join(dict.fromkeys(names)) for role, names in roles.items() if names}
-    check_same({f"the {role} data": name for role, name in data.items()})
-    check_same({"the encoder": encoder.fingerprint})
+    facts = {f"the {role} data": name for role, name in data.items()}
+    check_same(facts | {"the encoder": encoder.fingerprint})
     directory = absolute_path(workdir)
     context = Context(protocol, config, directory, encoder, data, heads, in_training)
     if (done := context.finished()) is not None:

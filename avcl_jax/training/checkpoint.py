@@ -129,8 +129,8 @@ def save(manager: ocp.CheckpointManager, state: TrainState, progress: Progress) 
         if isinstance(error, ValueError) and not str(error).startswith(_UNWRITTEN):
             raise
         if jax.process_index() == 0:  # so that what was written takes no space
-            for path in manager.directory.glob(f"{progress.step}*"):
-                path.rmtree()
+            for path in (directory, *directory.parent.glob(f"{progress.step}.*")):
+                path.rmtree(missing_ok=True)
         manager.reload()
         raise SaveError(f"checkpoint {progress.step}: {one_line(error)}") from error
 
