@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -94,8 +95,16 @@ def test_a_notebook_runs_from_another_folder(source, elsewhere):
 
 
 @pytest.mark.torch
-def test_weights_go_to_torchvision_and_back(elsewhere):
-    pytest.importorskip("torchvision")
+def test_weights_go_to_torchvision_and_back(elsewhere, tmp_path, monkeypatch):
+    for package in ("torch", "torchvision"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed (requirements-interop.txt)")
+    # As in test_torch_weights.py: torchvision may be built for another PyTorch than the CPU's.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, types\n"
+        "sys.modules['torchvision._meta_registrations'] = types.ModuleType('empty')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     _, printed = execute(ROOT / "notebooks" / "downstream.py", elsewhere)
     assert "<All keys matched successfully>" in printed
     difference = float(printed.partition("differ by at most ")[2].split()[0])
