@@ -2,7 +2,7 @@
 
 The chain is: positions, global shuffle, repeat, a generator for each, this host's rows of each
 global batch, render the batch. Everything random is a pure function of (seed, position in the
-order), and hosts are sliced last, so batches do not depend on the number of workers or of hosts,
+order), and rows are chosen last, so batches do not depend on the number of workers or of hosts,
 and the position of the pipeline is the number of steps taken.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
@@ -160,7 +161,7 @@ def train_batches(
     `skip_unreadable` is that of `RenderBatch`; other arguments are those of `drawn_batches`.
 
     Raises:
-        UserError: if a batch contains more videos than there are records, or does not divide.
+        UserError: if a batch contains more videos than there are records.
     """
     check_enough(source, global_batch_size)
     render = RenderBatch(source, spec, skip_unreadable, shared=workers > 0)
@@ -174,8 +175,7 @@ def drawn_batches(
     *,
     seed: int,
     global_batch_size: int,
-    host: int = 0,
-    hosts: int = 1,
+    rows: Sequence[int] | None = None,
     first_step: int = 0,
     workers: int = 0,
     threads: int = 2,
@@ -183,35 +183,38 @@ def drawn_batches(
 ) -> grain.IterDataset:
     """Returns endless batches of `count` records in random order, a function of the seed alone.
 
-    Every record is drawn once before one is drawn again. A batch is what `render` returns for
-    `global_batch_size / hosts` draws.
+    Every record is drawn once before one is drawn again. A batch is what `render` returns for the
+    draws of `rows`.
 
     Args:
         render: makes the arrays of a batch, one row per draw; called in worker processes if there
             are any, and may then return a `SharedArray` for each large array.
+        rows: rows of each global batch that this process renders, all by default.
         first_step: batches to skip; a resumed run gets the batch that would have come.
         workers: worker processes; 0 renders in threads of this process.
         threads: reading threads (of each worker).
         prefetch: batches kept ready (by each worker).
-
-    Raises:
-        UserError: if the batch does not divide over the hosts.
     """
-    if global_batch_size % hosts:
-        raise UserError(
-            f"global_batch_size {global_batch_size} is not divisible by the {hosts} processes"
-        )
+    if rows is None:
+        rows = range(global_batch_size)
     dataset = grain.MapDataset.range(count).seed(seed).shuffle().repeat().random_map(_draw)
-    # Sliced last: earlier, every host would draw other random numbers.
-    batches = dataset.batch(global_batch_size // hosts, drop_remainder=True, batch_fn=render)
-    batches = batches[first_step * hosts + host :: hosts]
+    # Chosen last: earlier, every host would draw other random numbers.
+    render_rows = functools.partial(_render_rows, render, rows)
+    batches = dataset.batch(global_batch_size, drop_remainder=True, batch_fn=render_rows)
+    batches = batches[first_step:]
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     iterable = batches.to_iter_dataset(options)
     return in_workers(iterable, workers=workers, prefetch=prefetch) if workers else iterable
 
 
+def _render_rows(
+    render: Callable[[Sequence[Draw]], dict[str, Any]], rows: Sequence[int], draws: Sequence[Draw]
+) -> dict[str, Any]:
+    return render([draws[row] for row in rows])
+
+
 def to_device_batch(batch: Mapping[str, np.ndarray], sharding: Any) -> dict[str, Any]:
-    """Returns this host's rows of a batch as global `jax.Array`s, sharded as `sharding` says."""
+    """Returns a batch of `sharding.local_rows` as global `jax.Array`s, sharded by `sharding`."""
     import jax  # Not at the top: worker processes render without JAX.
 
     return {

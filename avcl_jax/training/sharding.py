@@ -42,6 +42,16 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
+def local_rows(mesh: Mesh, global_batch_size: int) -> list[int]:
+    """Returns the rows of a global batch that devices of this process hold, ascending.
+
+    They need not be contiguous: along the torus of a TPU slice, processes alternate.
+    """
+    shards = rows_sharding(mesh).addressable_devices_indices_map((global_batch_size,))
+    parts = [rows.indices(global_batch_size) for index in shards.values() for rows in index or ()]
+    return sorted({row for part in parts for row in range(*part)})
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on each device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -95,8 +95,6 @@ def batches(records, seed, first_step=0, workers=0):
             RenderRandomClips(source, "motion", shared=workers > 0),
             seed=seed,
             global_batch_size=2,
-            host=0,
-            hosts=1,
             first_step=first_step,
             workers=workers,
             threads=1,

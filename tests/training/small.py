@@ -134,7 +134,11 @@ def free_port() -> int:
 
 
 def start_processes(
-    arguments: list[str], *, devices: int, second: Sequence[str] = ()
+    arguments: list[str],
+    *,
+    devices: int,
+    second: Sequence[str] = (),
+    module: str = "avcl_jax.main",
 ) -> list[subprocess.Popen[str]]:
     """Starts main in two processes of so many devices that find each other.
 
@@ -142,12 +146,14 @@ def start_processes(
     """
     common = [*arguments, f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
     own = ["--process_id=0"], ["--process_id=1", *second]
-    return [start([*common, *last], devices=devices) for last in own]
+    return [start([*common, *last], devices=devices, module=module) for last in own]
 
 
-def run_processes(arguments: list[str], *, devices: int) -> list[str]:
+def run_processes(
+    arguments: list[str], *, devices: int, module: str = "avcl_jax.main"
+) -> list[str]:
     """Runs main in two processes of so many devices that find each other; returns their outputs."""
-    processes = start_processes(arguments, devices=devices)
+    processes = start_processes(arguments, devices=devices, module=module)
     outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     return outputs

@@ -535,9 +535,11 @@ def test_many_devices_agree_with_one_after_three_steps(
 
 
 @pytest.mark.slow
-def test_two_processes_of_four_devices_agree_with_one(records, one_device, tmp_path):
+@pytest.mark.parametrize("module", ["avcl_jax.main", "tests.training.interleaved"])
+def test_two_processes_of_four_devices_agree_with_one(records, one_device, tmp_path, module):
     workdir = tmp_path / "two"
-    outputs = run_processes(arguments(records, workdir, **_COMPARED), devices=4)
+    options = arguments(records, workdir, **_COMPARED)
+    outputs = run_processes(options, devices=4, module=module)
     assert "2 process(es)" in outputs[0]
     assert_agree(one_device, workdir, 3)
 

@@ -84,7 +84,7 @@ def test_unreadable_rows_are_empty_and_the_others_as_they_were(good, bad):
 
 def test_the_same_rows_are_unreadable_whoever_reads(bad):
     flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
-    hosts = [batches(bad, 2, host=host, hosts=2) for host in range(2)]
+    hosts = [batches(bad, 2, rows=rows) for rows in (range(6), range(6, 12))]
     joined = [{n: np.concatenate([a[n], b[n]]) for n in a} for a, b in zip(*hosts, strict=True)]
     for found in (batches(bad, 2, workers=2), batches(bad, 2, threads=5), joined):
         for left, right in zip(batches(bad, 2), found, strict=True):
