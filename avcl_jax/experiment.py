@@ -36,7 +36,7 @@ PATH_KEYS = ("checkpoint", "encoder", "data.directory", "data.files", "data.audi
 # Numbers by the last part of their key, and the smallest valid value of each.
 _LEAST = {"seed": 0, "workers": 0, "weak": 0, "strong": 0, "folds": 2} | dict.fromkeys(
     (
-        *("steps", "threads", "prefetch", "chunk", "part_records", "fsdp"),
+        *("steps", "threads", "chunk", "part_records", "fsdp"),
         *("log_every", "checkpoint_every", "keep_checkpoints"),
         *("crop.image_size", "sample_rate_hz", "frames", "mels"),
         *("embedding_dim", "projection_hidden", "temporal_hidden", "iterations"),

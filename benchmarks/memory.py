@@ -66,7 +66,6 @@ def first_batch(*, directory: str) -> dict[str, float]:
         global_batch_size=config.global_batch_size,
         workers=config.execution.workers,
         threads=config.execution.threads,
-        prefetch=config.execution.prefetch,
     )
     next(iter(batches))
     return {"imports": imported, "open": opened, "first_batch": seconds_since_start()}

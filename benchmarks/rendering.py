@@ -14,10 +14,9 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 
 from avcl_jax.data.images import CropSpec, crop_frame, each_jpeg, random_crop
-from avcl_jax.data.pipeline import Draw, RenderBatch, train_batches
+from avcl_jax.data.pipeline import RandomViews, train_batches
 from avcl_jax.data.records import Record, RecordDataset
 from avcl_jax.data.rendering import RenderSpec, render_audio
 from avcl_jax.data.selection import UsableRecords
@@ -77,17 +76,14 @@ def decoded_frames(directory: str, *, samples: int) -> list[list[bytes]]:
 
 def pipeline(directory: str, *, workers: int, threads: int) -> Iterator[Any]:
     """Batches of this project's input pipeline."""
-    flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
-    batches = train_batches(
+    return train_batches(
         open_records(directory),
         SPEC,
         seed=0,
         global_batch_size=BATCH_SIZE,
         workers=workers,
         threads=threads,
-        prefetch=max(2, threads),
     )
-    return iter(batches)
 
 
 def pipeline_rate(*, directory: str, workers: int, threads: int, count: int) -> float:
@@ -104,8 +100,9 @@ def parts(*, directory: str, repeats: int) -> dict[str, float]:
         `log_mel`. The remaining time is Python between the parts.
     """
     source = open_records(directory)
-    render = RenderBatch(source, SPEC, skip_unreadable=False, shared=False)
-    positions = np.random.default_rng(0).permutation(len(source))[:BATCH_SIZE].tolist()
+    batches = RandomViews(source, SPEC, skip_unreadable=False)
+    whole = {name: np.zeros(*array) for name, array in batches.shapes(BATCH_SIZE).items()}
+    positions = np.random.default_rng(0).permutation(len(source))[:BATCH_SIZE]
     views = []
     for number, position in enumerate(positions):
         _, record, timeline = source[position]
@@ -125,7 +122,11 @@ def parts(*, directory: str, repeats: int) -> dict[str, float]:
                     crop_frame(image, crop, out)
 
     calls = {
-        "all": lambda: render([Draw(p, np.random.default_rng(n)) for n, p in enumerate(positions)]),
+        "all": lambda: batches.render(
+            batches.requests(positions),
+            [np.random.default_rng(n) for n in range(BATCH_SIZE)],
+            whole,
+        ),
         # Counted instead of kept: records that stay in memory cause page faults.
         "read": lambda: sum(source[position][0] >= 0 for position in positions),
         "decode": lambda: [list(each_jpeg(frames)) for frames in jpegs],

@@ -38,8 +38,7 @@ def execution(**settings: int | str) -> ConfigDict:
 
     Args:
         workers: processes that render records; 0 renders in threads, which suits few cores.
-        threads: records rendered at a time, by each worker.
-        prefetch: batches kept ready.
+        threads: records rendered at a time without workers.
         max_bad_records: unreadable records that are left out; one more stops the run.
         chunk: records encoded at a time, over all devices of a host.
         part_records: records per file of computed features; an interrupted task resumes from them.

@@ -59,7 +59,7 @@ def demo() -> ConfigDict:
 
     c.test = dict(clips=10, crops=1)  # 3 crops: along the longer side, the field's 10 x 3
     c.bootstrap = dict(resamples=2000)
-    c.execution = execution(workers=0, threads=2, prefetch=4, chunk=16, part_records=1024, fsdp=1)
+    c.execution = execution(workers=0, threads=2, chunk=16, part_records=1024, fsdp=1)
     c.execution.update(remat="none", log_every=20, checkpoint_every=200, keep_checkpoints=1)
     return c
 
@@ -99,7 +99,7 @@ def ucf101() -> ConfigDict:
     c.optimizer.update(milestones=(55.0, 75.0, 95.0), head_factor=1.0, head_epochs=25.0)
 
     c.update(test=dict(clips=10, crops=1), bootstrap=dict(resamples=2000))
-    c.execution = execution(workers=32, threads=1, prefetch=2, chunk=8, part_records=1024, fsdp=1)
+    c.execution = execution(workers=32, threads=1, chunk=8, part_records=1024, fsdp=1)
     c.execution.update(remat="none", log_every=100, checkpoint_every=2_000, keep_checkpoints=1)
     return c
 
@@ -151,7 +151,7 @@ PRESETS: Presets = {
     "esc10": (
         ucf101,
         {**_ESC50, "epochs": 60.0, "model.dtype": "float32", "optimizer.learning_rate": 1e-3}
-        | {"execution.workers": 0, "execution.threads": 2, "execution.prefetch": 4}
+        | {"execution.workers": 0, "execution.threads": 2}
         | {"execution.log_every": 20, "execution.checkpoint_every": 200},
     ),
     # 309 classes from audio: docs/data/vggsound.md. The schedule is our choice: no relative

@@ -99,7 +99,7 @@ def demo() -> ConfigDict:
     # is kept, exported and evaluated: untested.
     c.optimizer.ema_decay = 0.0
 
-    c.execution = execution(workers=0, threads=2, prefetch=4, max_bad_records=0, fsdp=1)
+    c.execution = execution(workers=0, threads=2, max_bad_records=0, fsdp=1)
     c.execution.update(remat="none", log_every=50, checkpoint_every=500, keep_checkpoints=2)
     return c
 
@@ -197,7 +197,7 @@ def kinetics400() -> ConfigDict:
     c.optimizer.ema_decay = 0.0
 
     # 32 workers with one thread each were fastest: docs/data/pipeline_speed.md.
-    c.execution = execution(workers=32, threads=1, prefetch=2, max_bad_records=0, fsdp=1)
+    c.execution = execution(workers=32, threads=1, max_bad_records=0, fsdp=1)
     c.execution.update(remat="none", log_every=100, checkpoint_every=2_000, keep_checkpoints=3)
     return c
 

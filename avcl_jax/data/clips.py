@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import grain
 import numpy as np
 
 from avcl_jax.data.images import CropSpec, crops_along, random_crop
-from avcl_jax.data.pipeline import Draw
 from avcl_jax.data.record_format import UNKNOWN_LABEL, Record
-from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.rendering import render_video
+from avcl_jax.data.records import RecordDataset, RecordReader, naming_shard
+from avcl_jax.data.rendering import Renderer, render_video
 from avcl_jax.data.selection import (
     Modality,
     SelectedRecords,
@@ -31,7 +30,7 @@ from avcl_jax.data.selection import (
 )
 from avcl_jax.data.spectrogram import LogMelSpec, gather_windows
 from avcl_jax.data.views import FORWARD, Clip, Timeline, ViewSpec, clip_times, fixed_clips
-from avcl_jax.data.workers import empty_batch
+from avcl_jax.data.workers import Shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +103,7 @@ class AudioClipSpec:
 ClipSpec = VideoClipSpec | AudioClipSpec
 
 
-class ClipRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
+class ClipRecords(SelectedRecords):
     """Selected records of a data set that have a modality and the labels needed, and their clips.
 
     Attributes:
@@ -134,7 +133,6 @@ class ClipRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
         """
         super().__init__(records, selection)
         self.spec = spec
-        self._arguments = (records, selection, spec, labels, leave_out, shared_interval)
         times = self.timelines()
         if spec.modality == "video":
             required = {"video": times["num_frames"] > 0}
@@ -195,10 +193,6 @@ class ClipRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
         """Reads one record."""
         return self.records[int(self.indices[position])]
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles what it is made from: workers would receive a million numbers through a pipe."""
-        return ClipRecords, self._arguments
-
     def fixed(self, position: int, *, clips: int, crops: int = 1) -> np.ndarray:
         """Renders clips of a record at equal distances from first to last start, at every speed.
 
@@ -215,38 +209,56 @@ class ClipRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
         views, record = self.spec.views, self[position]
         timeline = Timeline(*self.interval(position), frame_gap_seconds=0.0)
         times = fixed_clips(timeline, views, range(len(views.speeds)), clips)
-        with self.records.naming_shard(int(self.indices[position])):
+        with naming_shard(self.records.shard_of(int(self.indices[position]))):
             return np.stack([c for time in times for c in self.spec.fixed(record, time, crops)])
 
 
 @dataclasses.dataclass(frozen=True)
-class RenderRandomClips:
-    """Renders one clip per drawn record, at a random time, straight into the batch.
+class RandomClips:
+    """Batches of one clip per drawn record, at a random time, with its class of a label.
 
-    If `shared`, clips are a `SharedArray`, to be received by another process.
+    A batch contains `clips` [rows, ...], `label` and `record_index` int32 [rows]. A record that
+    cannot be read is a RecordError with its name and shard.
     """
 
     source: ClipRecords
     label: str
-    shared: bool
 
-    def __call__(self, draws: Sequence[Draw]) -> dict[str, Any]:
-        """Returns `clips` [rows, ...], `label` and `record_index` int32 [rows].
+    def __len__(self) -> int:
+        return len(self.source)
 
-        Raises:
-            RecordError: if one cannot be read, with its name and shard.
-        """
-        source, spec = self.source, self.source.spec
-        sent, clips = empty_batch((len(draws), *spec.shape), spec.dtype, shared=self.shared)
-        for draw, out in zip(draws, clips, strict=True):
-            first, last = clip_times(*source.interval(draw.position), spec.views.clip_seconds, 2)
-            clip = Clip(float(draw.rng.uniform(first, last)), 0, FORWARD)
-            record = source[draw.position]
-            with source.records.naming_shard(int(source.indices[draw.position])):
-                spec.random(record, clip, draw.rng, out)
-        rows = source.indices[[draw.position for draw in draws]]
-        return {
-            "clips": sent,
-            "label": source.records.labels[self.label][rows].astype(np.int32),
-            "record_index": rows.astype(np.int32),
-        }
+    def shapes(self, rows: int) -> Shapes:
+        """Returns shape and dtype of each array of a batch."""
+        spec, number = self.source.spec, ((rows,), "int32")
+        clips = (rows, *spec.shape), spec.dtype
+        return {"clips": clips, "label": number, "record_index": number}
+
+    def requests(self, positions: np.ndarray) -> Any:
+        """Returns what `render` needs of these records: places, intervals, numbers."""
+        source, records, indices = self.source, self.source.records, self.source.indices[positions]
+        numbers = {"label": records.labels[self.label][indices], "record_index": indices}
+        places = [records.place_of(index) for index in indices.tolist()]
+        return places, [source.interval(position) for position in positions.tolist()], numbers
+
+    @property
+    def render(self) -> Renderer:
+        """Function that writes rows of a batch, for worker processes."""
+        return functools.partial(_render_clips, self.source.records.reader, self.source.spec)
+
+
+def _render_clips(
+    reader: RecordReader,
+    spec: ClipSpec,
+    requests: Any,
+    rngs: Sequence[np.random.Generator],
+    out: Mapping[str, np.ndarray],
+) -> None:
+    places, spans, numbers = requests
+    for name, values in numbers.items():
+        out[name][...] = values
+    for place, (start, end), rng, clip in zip(places, spans, rngs, out["clips"], strict=True):
+        first, last = clip_times(start, end, spec.views.clip_seconds, 2)
+        time = Clip(float(rng.uniform(first, last)), 0, FORWARD)
+        record = reader.read(place)
+        with naming_shard(place.shard):
+            spec.random(record, time, rng, clip)

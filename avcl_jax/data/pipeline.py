@@ -1,102 +1,86 @@
 """Records to global batches of rendered views.
 
 The chain is: positions, global shuffle, repeat, a generator for each, this host's rows of each
-global batch, render the batch. Everything random is a pure function of (seed, position in the
-order), and rows are chosen last, so batches do not depend on the number of workers or of hosts,
-and the position of the pipeline is the number of steps taken.
+global batch, render these a few at a time. Everything random is a pure function of (seed, position
+in the order), so batches do not depend on the number of workers or of hosts, and the position of
+the pipeline is the number of steps taken.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence, Sized
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from typing import Any, Protocol
 
 import grain
 import numpy as np
 
-from avcl_jax.data.images import random_crop
-from avcl_jax.data.record_format import UNKNOWN_LABEL
-from avcl_jax.data.records import RecordError
-from avcl_jax.data.rendering import RenderSpec, describe, render_views
+from avcl_jax.data.rendering import (
+    Renderer,
+    RenderSpec,
+    describe,
+    render_drawn,
+    render_random_views,
+)
 from avcl_jax.data.selection import UsableRecords
-from avcl_jax.data.views import MASKS, draw_views
-from avcl_jax.data.workers import empty_batch, in_workers
+from avcl_jax.data.views import MASKS
+from avcl_jax.data.workers import Shapes, filled_batches
 from avcl_jax.errors import UserError
 
 
-class Draw(NamedTuple):
-    """Position of a record, and the generator of everything that is drawn for it."""
+class Batches(Protocol):
+    """Records, and how rows of a batch are rendered from them; `len` is the number of records."""
 
-    position: int
-    rng: np.random.Generator
+    def __len__(self) -> int: ...
 
+    def shapes(self, rows: int) -> Shapes:
+        """Returns shape and dtype of each array of a batch."""
 
-def _draw(position: int, rng: np.random.Generator) -> Draw:
-    # grain lends the generator to the next element as soon as this returns.
-    return Draw(int(position), copy.deepcopy(rng))
+    def requests(self, positions: np.ndarray) -> Any:
+        """Returns what `render` needs of the records at these positions, and no more."""
+
+    @property
+    def render(self) -> Renderer:
+        """Function that writes rows; worker processes receive it, and no index of the records."""
 
 
 @dataclasses.dataclass(frozen=True)
-class RenderBatch:
-    """Reads records, draws two views of each and renders them, straight into the batch.
-
-    Arrays of single videos, copied into a batch, would cost twice the memory, and page faults that
-    took as long as a third of the decoding.
+class RandomViews:
+    """Batches of two random views of each record, as `batch_shapes` describes them.
 
     Attributes:
         skip_unreadable: a record that cannot be read becomes a row without video, audio, tasks and
-            labels, in which `unreadable` is set, not an error.
-        shared: the video is a `SharedArray`, to be received by another process.
+            labels, in which `unreadable` is set, not a RecordError with its name and shard.
     """
 
     source: UsableRecords
     spec: RenderSpec
     skip_unreadable: bool
-    shared: bool
 
-    def __call__(self, draws: Sequence[Draw]) -> dict[str, Any]:
-        """Returns the arrays of `batch_shapes`, one row per draw.
+    def __len__(self) -> int:
+        return len(self.source)
 
-        Raises:
-            RecordError: if a record cannot be read, with its name and shard.
-        """
-        shapes = batch_shapes(self.spec, len(draws))
-        sent, video = empty_batch(*shapes.pop("video"), shared=self.shared)
-        batch: dict[str, Any] = {name: np.zeros(*array) for name, array in shapes.items()}
-        for place, draw in enumerate(draws):
-            try:
-                row = self._row(draw, video[place])
-            except RecordError:
-                if not self.skip_unreadable:
-                    raise
-                video[place] = 0
-                batch["unreadable"][place] = True
-                continue
-            for name in row.keys() - {"video"}:
-                batch[name][place] = row[name]
-        records = self.source.records
-        batch |= describe(self.source.indices[[draw.position for draw in draws]], records)
-        for label in records.labels:
-            batch[f"label_{label}"][batch["unreadable"]] = UNKNOWN_LABEL
-        return {"video": sent} | batch
+    def shapes(self, rows: int) -> Shapes:
+        """Returns `batch_shapes` with all labels."""
+        return batch_shapes(self.spec, rows, list(self.source.records.labels))
 
-    def _row(self, draw: Draw, pixels: np.ndarray) -> dict[str, Any]:
-        index, record, use = self.source[draw.position]
-        pair = draw_views(draw.rng, use, self.spec.views, record.frame_seconds)
-        size = max(record.height, 1), max(record.width, 1)
-        crops = [random_crop(draw.rng, *size, self.spec.crop) for _ in pair.video]
-        with self.source.records.naming_shard(index):
-            row = render_views(record, use, pair.video, pair.audio, crops, self.spec, pixels)
-        return row | pair.labels()
+    def requests(self, positions: np.ndarray) -> Any:
+        """Returns what `render` needs of these records: places, usable parts, numbers."""
+        source, records = self.source, self.source.records
+        indices = source.indices[positions]
+        places = [records.place_of(index) for index in indices.tolist()]
+        return places, [source.usable(p) for p in positions.tolist()], describe(indices, records)
+
+    @property
+    def render(self) -> Renderer:
+        """Function that writes rows of a batch, for worker processes."""
+        reader = self.source.records.reader
+        return functools.partial(render_random_views, reader, self.spec, self.skip_unreadable)
 
 
-def batch_shapes(
-    spec: RenderSpec, rows: int, labels: Sequence[str] = ()
-) -> dict[str, tuple[tuple[int, ...], type]]:
+def batch_shapes(spec: RenderSpec, rows: int, labels: Sequence[str] = ()) -> Shapes:
     """Returns name -> (shape, numpy dtype) of a batch of `train_batches`, without any data.
 
     `labels` are names of labels of one class per record.
@@ -113,12 +97,6 @@ def batch_shapes(
         **{name: ((rows,), np.int32) for name in numbers},
         **{name: ((rows, 2), np.int32) for name in playback},
     }
-
-
-def batch_bytes(spec: RenderSpec, rows: int) -> int:
-    """Returns the size of a batch of `train_batches` in memory, without labels."""
-    arrays = batch_shapes(spec, rows).values()
-    return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays)
 
 
 def check_enough(
@@ -152,26 +130,23 @@ def train_batches(
     spec: RenderSpec,
     *,
     global_batch_size: int,
-    workers: int = 0,
     skip_unreadable: bool = False,
     **options: Any,
-) -> grain.IterDataset:
+) -> Iterator[dict[str, np.ndarray]]:
     """Returns endless batches of rendered random views, as `batch_shapes` describes them.
 
-    `skip_unreadable` is that of `RenderBatch`; other arguments are those of `drawn_batches`.
+    `skip_unreadable` is that of `RandomViews`; other arguments are those of `drawn_batches`.
 
     Raises:
         UserError: if a batch contains more videos than there are records.
     """
     check_enough(source, global_batch_size)
-    render = RenderBatch(source, spec, skip_unreadable, shared=workers > 0)
-    options |= {"global_batch_size": global_batch_size, "workers": workers}
-    return drawn_batches(len(source), render, **options)
+    views = RandomViews(source, spec, skip_unreadable)
+    return drawn_batches(views, global_batch_size=global_batch_size, **options)
 
 
 def drawn_batches(
-    count: int,
-    render: Callable[[Sequence[Draw]], dict[str, Any]],
+    batches: Batches,
     *,
     seed: int,
     global_batch_size: int,
@@ -179,38 +154,40 @@ def drawn_batches(
     first_step: int = 0,
     workers: int = 0,
     threads: int = 2,
-    prefetch: int = 4,
-) -> grain.IterDataset:
-    """Returns endless batches of `count` records in random order, a function of the seed alone.
+) -> Iterator[dict[str, np.ndarray]]:
+    """Returns endless batches of records in random order, a function of the seed alone.
 
-    Every record is drawn once before one is drawn again. A batch is what `render` returns for the
-    draws of `rows`.
+    Every record is drawn once before one is drawn again. An array is memory of a later batch when
+    nothing refers to it any more.
 
     Args:
-        render: makes the arrays of a batch, one row per draw; called in worker processes if there
-            are any, and may then return a `SharedArray` for each large array.
         rows: rows of each global batch that this process renders, all by default.
         first_step: batches to skip; a resumed run gets the batch that would have come.
         workers: worker processes; 0 renders in threads of this process.
-        threads: reading threads (of each worker).
-        prefetch: batches kept ready (by each worker).
+        threads: threads if there are no workers.
     """
-    if rows is None:
-        rows = range(global_batch_size)
-    dataset = grain.MapDataset.range(count).seed(seed).shuffle().repeat().random_map(_draw)
-    # Chosen last: earlier, every host would draw other random numbers.
-    render_rows = functools.partial(_render_rows, render, rows)
-    batches = dataset.batch(global_batch_size, drop_remainder=True, batch_fn=render_rows)
-    batches = batches[first_step:]
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
-    iterable = batches.to_iter_dataset(options)
-    return in_workers(iterable, workers=workers, prefetch=prefetch) if workers else iterable
+    rows = range(global_batch_size) if rows is None else rows
+    order = grain.MapDataset.range(len(batches)).seed(seed).shuffle().repeat().random_map(_draw)
+
+    def request(step: int, part: slice) -> Any:
+        draws = [order[step * global_batch_size + row] for row in rows[part]]
+        positions, generators = zip(*draws, strict=True)
+        return generators, batches.requests(np.array(positions))
+
+    return filled_batches(
+        batches.shapes(len(rows)),
+        request,
+        functools.partial(render_drawn, batches.render),
+        first=first_step,
+        workers=workers,
+        threads=threads,
+    )
 
 
-def _render_rows(
-    render: Callable[[Sequence[Draw]], dict[str, Any]], rows: Sequence[int], draws: Sequence[Draw]
-) -> dict[str, Any]:
-    return render([draws[row] for row in rows])
+def _draw(position: int, rng: np.random.Generator) -> tuple[int, tuple[Any, Any]]:
+    """Returns the position, and of the generator, which grain takes back, what makes it again."""
+    state: Any = rng.bit_generator.state["state"]
+    return position, (state["key"], state["counter"])
 
 
 def to_device_batch(batch: Mapping[str, np.ndarray], sharding: Any) -> dict[str, Any]:

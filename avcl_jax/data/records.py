@@ -9,11 +9,12 @@ instead, which `as_data_source(split=...)` opens without TensorFlow. `record_wri
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import crc32c
 import numpy as np
@@ -92,6 +93,46 @@ def split_names(directory: epath.PathLike) -> list[str]:
     """
     info = _read_json(absolute_path(directory) / "dataset_info.json")
     return [entry["name"] for entry in info["splits"]]
+
+
+class Place(NamedTuple):
+    """All that is needed to read a record without the index."""
+
+    shard: str
+    place: int  # its byte offset in the shard, or its number
+    length: int
+    crc: int
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordReader:
+    """Reads records of a split by their places; worker processes have it instead of the index."""
+
+    file_format: str
+    class_names: Mapping[str, Sequence[str]]
+    multilabel: frozenset[str]
+
+    def read(self, place: Place) -> Record:
+        """Reads one record, or raises RecordError as `RecordDataset` does."""
+        where = f"{place.shard}, record {place.name!r}"
+        payload = record_files.read(
+            epath.Path(place.shard),
+            self.file_format,
+            place.place,
+            where=where,
+            expected=(place.length, place.crc),
+        )
+        return parse_record(payload, self.class_names, self.multilabel, where=where)
+
+
+@contextlib.contextmanager
+def naming_shard(shard: epath.PathLike) -> Iterator[None]:
+    """Adds the shard of a record to the error of what decodes it inside the block."""
+    try:
+        yield
+    except RecordError as error:
+        raise RecordError(f"{shard}, {error}") from error
 
 
 class RecordDataset:
@@ -238,25 +279,26 @@ class RecordDataset:
         index = int(index)
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        shard = self.shard_of(index)
-        where = f"{shard}, record {self.record_ids[index]!r}"
-        place, expected = self._places[index], (self._lengths[index], self._crcs[index])
-        payload = record_files.read(
-            shard, self.file_format, int(place), where=where, expected=expected
+        return self.reader.read(self.place_of(index))
+
+    @property
+    def reader(self) -> RecordReader:
+        """Reader of the records, which needs their places."""
+        return RecordReader(self.file_format, self.class_names, self.multilabel)
+
+    def place_of(self, index: int) -> Place:
+        """Returns where a record is stored."""
+        return Place(
+            shard=str(self.shard_of(index)),
+            place=int(self._places[index]),
+            length=int(self._lengths[index]),
+            crc=int(self._crcs[index]),
+            name=self.record_ids[index],
         )
-        return parse_record(payload, self.class_names, self.multilabel, where=where)
 
     def shard_of(self, index: int) -> epath.Path:
         """Returns the shard that contains a record."""
         return self._shards[self._shard_numbers[index]]
-
-    @contextlib.contextmanager
-    def naming_shard(self, index: int) -> Iterator[None]:
-        """Adds the shard of a record to the error of what decodes it inside the block."""
-        try:
-            yield
-        except RecordError as error:
-            raise RecordError(f"{self.shard_of(index)}, {error}") from error
 
     @property
     def num_bytes(self) -> int:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from avcl_jax.data.images import Crop, CropSpec, crop_frame, each_jpeg
-from avcl_jax.data.record_format import Record, is_silent
-from avcl_jax.data.records import RecordDataset, RecordError
+from avcl_jax.data.images import Crop, CropSpec, crop_frame, each_jpeg, random_crop
+from avcl_jax.data.record_format import LABEL_PREFIX, UNKNOWN_LABEL, Record, is_silent
+from avcl_jax.data.records import Place, RecordDataset, RecordError, RecordReader, naming_shard
 from avcl_jax.data.spectrogram import LogMelSpec, gather_windows, log_mel
-from avcl_jax.data.views import Clip, Timeline, ViewSpec, frame_indices
+from avcl_jax.data.views import Clip, Timeline, ViewSpec, draw_views, frame_indices
 
+# Writes rows of a batch, given requests for records and a generator for each; see
+# `pipeline.Batches`. Worker processes import this module, so it must not import JAX.
+Renderer = Callable[[Any, Sequence[np.random.Generator], Mapping[str, np.ndarray]], None]
 Modalities = Literal["audio_visual", "video", "audio"]
 
 
@@ -127,6 +130,60 @@ def render_views(
         "video_direction": np.array([clip.direction for clip in video], np.int32),
         "audio_direction": np.array([clip.direction for clip in audio], np.int32),
     }
+
+
+def render_drawn(render: Renderer, request: Any, out: Mapping[str, np.ndarray]) -> None:
+    """Renders requests with their generators, given key and counter of each."""
+    states, requests = request
+    philox = (np.random.Philox(key=key, counter=counter) for key, counter in states)
+    render(requests, list(map(np.random.Generator, philox)), out)
+
+
+def render_random_views(
+    reader: RecordReader,
+    spec: RenderSpec,
+    skip_unreadable: bool,
+    requests: Any,
+    rngs: Sequence[np.random.Generator],
+    out: Mapping[str, np.ndarray],
+) -> None:
+    """Draws and renders two views of each record, straight into the batch.
+
+    Arrays of single videos, copied into a batch, would cost twice the memory, and page faults that
+    took as long as a third of the decoding.
+    """
+    places, uses, numbers = requests
+    for name, values in out.items():
+        if name != "video":
+            values[...] = numbers.get(name, 0)
+    for row, (place, use, rng) in enumerate(zip(places, uses, rngs, strict=True)):
+        try:
+            rendered = _random_views(reader, spec, place, use, rng, out["video"][row])
+        except RecordError:
+            if not skip_unreadable:
+                raise
+            unknown = dict.fromkeys((n for n in out if n.startswith(LABEL_PREFIX)), UNKNOWN_LABEL)
+            rendered = {"video": 0, "unreadable": True} | unknown
+            out["video"][row] = 0
+        for name in rendered.keys() - {"video"}:
+            out[name][row] = rendered[name]
+
+
+def _random_views(
+    reader: RecordReader,
+    spec: RenderSpec,
+    place: Place,
+    use: Timeline,
+    rng: np.random.Generator,
+    pixels: np.ndarray,
+) -> dict[str, Any]:
+    record = reader.read(place)
+    pair = draw_views(rng, use, spec.views, record.frame_seconds)
+    size = max(record.height, 1), max(record.width, 1)
+    crops = [random_crop(rng, *size, spec.crop) for _ in pair.video]
+    with naming_shard(place.shard):
+        row = render_views(record, use, pair.video, pair.audio, crops, spec, pixels)
+    return row | pair.labels()
 
 
 def describe(index: int | np.ndarray, records: RecordDataset) -> dict[str, Any]:

@@ -11,9 +11,8 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import grain
 import numpy as np
 
 from avcl_jax.data.record_format import SILENCE_PEAK, UNKNOWN_LABEL, Record
@@ -173,7 +172,7 @@ class SelectedRecords:
             )
 
 
-class UsableRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
+class UsableRecords(SelectedRecords):
     """The records of a data set on which a view fits, and the usable part of each.
 
     Views are drawn where video and audio both exist. When that is too short for a view, the video
@@ -239,10 +238,6 @@ class UsableRecords(SelectedRecords, grain.sources.RandomAccessDataSource):
         """Reads one record; returns its position in the data set, the record, its usable part."""
         index = int(self.indices[position])
         return index, self.records[index], self.usable(position)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles what it is made from: workers would receive a million numbers through a pipe."""
-        return UsableRecords, (self.records, self._spec, self.selection)
 
     def usable(self, position: int) -> Timeline:
         """Returns the usable part of the record at `position`, without reading it."""

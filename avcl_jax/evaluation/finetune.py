@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,7 +27,7 @@ from avcl_jax.data.clips import (
     AudioClipSpec,
     ClipRecords,
     ClipSpec,
-    RenderRandomClips,
+    RandomClips,
     VideoClipSpec,
 )
 from avcl_jax.data.images import CropSpec
@@ -157,10 +156,10 @@ def labelled_splits(config: ml_collections.ConfigDict) -> list[Split[ClipRecords
         splits = [dataclasses.replace(split, encoder=drawn) for split in splits]
     for split in splits:
         check_enough(split.train, config.global_batch_size, multiple=jax.device_count())
-    spec = splits[0].train.spec
-    rows = config.global_batch_size // jax.process_count()
-    size = rows * math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
-    check_room(size, workers=config.execution.workers, prefetch=config.execution.prefetch)
+    clips_of_host = RandomClips(splits[0].train, data.label).shapes(
+        config.global_batch_size // jax.process_count()
+    )
+    check_room(clips_of_host, workers=config.execution.workers)
     return splits
 
 
@@ -224,15 +223,13 @@ def run_split(
             f"{progress.step} to {steps}"
         )
         batches = drawn_batches(
-            len(train),
-            RenderRandomClips(train, config.data.label, shared=run.workers > 0),
+            RandomClips(train, config.data.label),
             seed=int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0]),
             global_batch_size=config.global_batch_size,
             rows=sharding.local_rows(mesh, config.global_batch_size),
             first_step=progress.step,
             workers=run.workers,
             threads=run.threads,
-            prefetch=run.prefetch,
         )
         state = run_steps(
             state,

@@ -15,7 +15,7 @@ from clu import parameter_overview
 from etils import epath
 
 from avcl_jax import experiment
-from avcl_jax.data.pipeline import batch_bytes, train_batches
+from avcl_jax.data.pipeline import batch_shapes, train_batches
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.data.workers import check_room
 from avcl_jax.errors import UserError
@@ -187,7 +187,7 @@ def _pretrain(config: ml_collections.ConfigDict, workdir: epath.Path, request: S
     check_same({"the data set": source.fingerprint})
     unreadable = UnreadableRecords(source.records, budget=run.max_bad_records)
     rows = config.global_batch_size // jax.process_count()
-    check_room(batch_bytes(spec, rows), workers=run.workers, prefetch=run.prefetch)
+    check_room(batch_shapes(spec, rows), workers=run.workers)
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = open_checkpoints(workdir, keep=run.keep_checkpoints)
     saved = checkpoints.latest_step()
@@ -236,7 +236,6 @@ def _pretrain(config: ml_collections.ConfigDict, workdir: epath.Path, request: S
             first_step=first,
             workers=run.workers,
             threads=run.threads,
-            prefetch=run.prefetch,
             skip_unreadable=run.max_bad_records > 0,
         )
     )

@@ -29,7 +29,7 @@ from avcl_jax.training.metrics import (
 from avcl_jax.training.state import TrainState
 
 # Steps dispatched ahead of the device. More would only queue batches in memory.
-_STEPS_AHEAD = 2
+STEPS_AHEAD = 2
 # A process that is gone is noticed otherwise.
 _A_DAY = 24 * 60 * 60
 
@@ -106,7 +106,7 @@ def run_steps(
     in_flight: collections.deque[Any] = collections.deque()
     period = _Period(first + 1)
     pending: tuple[int, _Period, float] | None = None
-    agreement = Agreement(rows, delay=_STEPS_AHEAD)
+    agreement = Agreement(rows, delay=STEPS_AHEAD)
 
     def trained_seconds() -> float:
         return before + time.perf_counter() - start
@@ -148,7 +148,7 @@ def run_steps(
         state, metrics = train_step(state, on_device, *constants)
         in_flight.append(metrics["loss"].total)
         period.metrics = metrics if period.metrics is None else merge(period.metrics, metrics)
-        if len(in_flight) > _STEPS_AHEAD:
+        if len(in_flight) > STEPS_AHEAD:
             jax.block_until_ready(in_flight.popleft())
         if pending is not None:  # Read one step late, while this step runs.
             report(*pending)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from avcl_jax.data.clips import AudioClipSpec, ClipRecords, RenderRandomClips, VideoClipSpec
+from avcl_jax.data.clips import AudioClipSpec, ClipRecords, RandomClips, VideoClipSpec
 from avcl_jax.data.images import Crop, CropSpec, crops_along
 from avcl_jax.data.pipeline import drawn_batches
 from avcl_jax.data.records import RecordDataset
@@ -91,14 +91,12 @@ def batches(records, seed, first_step=0, workers=0):
     source = clips_of(records, VIDEO)
     return iter(
         drawn_batches(
-            len(source),
-            RenderRandomClips(source, "motion", shared=workers > 0),
+            RandomClips(source, "motion"),
             seed=seed,
             global_batch_size=2,
             first_step=first_step,
             workers=workers,
             threads=1,
-            prefetch=1,
         )
     )
 

@@ -7,7 +7,6 @@ import itertools
 
 import numpy as np
 import pytest
-from absl import flags
 
 from avcl_jax.data.augment import PhotometricSpec, photometric
 from avcl_jax.data.images import Crop, CropSpec, apply_crop, random_crop
@@ -107,7 +106,6 @@ def test_every_epoch_shows_every_record_once(source):
     [("workers", 1), pytest.param("workers", 4, marks=pytest.mark.slow), ("threads", 5)],
 )
 def test_same_batches_for_any_number_of_workers_and_threads(source, kind, count):
-    flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
     expected = batches(source, 5, threads=1)
     for left, right in zip(expected, batches(source, 5, **{kind: count}), strict=True):
         assert_same(left, right)

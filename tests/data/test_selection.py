@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pickle
 import re
 
 import numpy as np
@@ -103,8 +102,6 @@ def test_usable_records_of_a_selection_are_the_same_records(records):
         found, record, use = some[position]
         assert (found, record.record_id) == (index, records.record_ids[index])
         assert use == everything.usable(everything.indices.tolist().index(index))
-    again = pickle.loads(pickle.dumps(some))  # as a worker process receives it
-    np.testing.assert_array_equal(again.indices, some.indices)
 
 
 def test_the_usable_part_is_what_video_and_audio_share_or_else_one_of_them(tmp_path):

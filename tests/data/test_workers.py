@@ -1,131 +1,156 @@
-"""Memory that workers fill again and again: never while somebody reads it, never for ever."""
+"""Batches that threads and workers fill: what is read is left alone, nothing stays behind."""
 
 from __future__ import annotations
 
+import collections
 import gc
-import multiprocessing
+import itertools
 import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import grain
-import jax
 import numpy as np
 import pytest
-from absl import flags
 
-from avcl_jax.data import workers
-from avcl_jax.data.workers import Blocks, Receive, SharedArray
+from avcl_jax.data.record_files import RecordError
+from avcl_jax.data.workers import filled_batches
+from avcl_jax.errors import UserError
 from tests.data.synthetic_records import make_record, write_records
-from tests.training.small import arguments
 
 ROOT = Path(__file__).resolve().parents[2]
+SHAPES = {"flag": ((40,), "bool"), "x": ((40, 1000), "int32")}
 
 
-@pytest.fixture
-def blocks() -> Iterator[Blocks]:
-    made = Blocks()
-    yield made
-    workers._unlink(made._blocks)
+def fill(request: tuple[int, int], out: dict[str, np.ndarray]) -> None:
+    number, first = request
+    if number == 3 and first >= 16:
+        raise RecordError(f"row {first} of batch {number}")
+    out["flag"][...] = number % 2
+    out["x"][...] = number + 1000 * (first + np.arange(len(out["x"])))[:, None]
 
 
-def fill(blocks: Blocks, value: int, size: int = 1000) -> SharedArray:
-    sent, array = blocks.empty((size,), "int32")
-    array[...] = value
-    return sent
+def fill_with_process(request: Any, out: dict[str, np.ndarray]) -> None:
+    """Writes the process, and whether it has JAX as well as the pipeline."""
+    import avcl_jax.data.clips  # noqa: F401
+
+    out["x"][...], out["flag"][...] = os.getpid(), "jax" in sys.modules
 
 
-def test_a_block_is_used_again_when_its_array_is_gone(blocks: Blocks) -> None:
-    receive = Receive()
-    for value in range(20):
-        batch = receive({"x": fill(blocks, value), "y": value})
-        assert batch["y"] == value
-        assert (batch["x"] == value).all()
-        del batch
-    assert len(blocks) == 1
+def batches(
+    workers: int, *, first: int = 10, fill: Callable[..., None] = fill
+) -> Iterator[dict[str, np.ndarray]]:
+    def request(number: int, part: slice) -> tuple[int, int]:
+        return number, part.start
+
+    return filled_batches(SHAPES, request, fill, first=first, workers=workers, threads=3)
 
 
+def is_batch(batch: dict[str, np.ndarray], number: int) -> bool:
+    rows = number + 1000 * np.arange(40)[:, None]
+    return bool((batch["flag"] == number % 2).all() and (batch["x"] == rows).all())
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("held", [1, 2])
+def test_four_batches_are_enough_for_whoever_holds_two(workers: int, held: int) -> None:
+    last, addresses = collections.deque(maxlen=held), set()
+    filled = batches(workers)
+    for number in range(10, 40):
+        last.append(next(filled))
+        assert is_batch(last[-1], number)
+        assert is_batch(last[0], number - len(last) + 1)
+        addresses.add(last[-1]["x"].ctypes.data)
+    assert len(addresses) <= 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("keep", [lambda x: x, lambda x: x[5:], lambda x: x.reshape(10, -1).T])
-def test_an_array_that_somebody_holds_is_left_alone(blocks: Blocks, keep) -> None:
-    receive = Receive()
-    held = [keep(receive({"x": fill(blocks, value)})["x"]) for value in range(5)]
-    assert len(blocks) == 5
-    for value, array in enumerate(held):
-        assert (array == value).all()
-    del held[3], array
-    fill(blocks, 99)
-    assert len(blocks) == 5
-    assert [int(array.max()) for array in held] == [0, 1, 2, 4]
+def test_an_array_that_somebody_holds_is_left_alone(workers: int, keep) -> None:
+    filled = batches(workers)
+    held = {number: keep(next(filled)["x"]) for number in range(10, 17)}
+    assert len({array.ctypes.data for array in held.values()}) == 7
+    del held[12], held[13]
+    for number in range(17, 30):
+        assert is_batch(next(filled), number)
+    for number, array in held.items():
+        rows = number + 1000 * np.arange(40).repeat(1000).reshape(40, 1000)
+        np.testing.assert_array_equal(array, keep(rows))
 
 
-def test_what_jax_took_over_is_left_alone(blocks: Blocks) -> None:
-    receive = Receive()
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_jax_took_over_is_left_alone(workers: int) -> None:
+    import jax
+
+    filled = batches(workers)
     # On a CPU, JAX takes over aligned memory of the host without copying.
-    held = [jax.device_put(receive({"x": fill(blocks, value)})["x"]) for value in range(4)]
-    for value, array in enumerate(held):
-        np.testing.assert_array_equal(array, np.full(1000, value))
-    assert receive({"x": fill(blocks, 7)})["x"].ctypes.data % 64 == 0
+    held = [jax.device_put(next(filled)) for _ in range(5)]
+    for _ in range(15):
+        batch = next(filled)
+        assert batch["x"].ctypes.data % 64 == 0
+    for number, batch in enumerate(held, 10):
+        assert is_batch(jax.device_get(batch), number)
 
 
-def test_larger_arrays_get_larger_blocks(blocks: Blocks) -> None:
-    receive = Receive()
-    for size in (10, 100_000, 10):
-        assert receive({"x": fill(blocks, 3, size)})["x"].shape == (size,)
-    assert len(blocks) == 2
-
-
-def test_arrays_outlive_whoever_received_and_sent_them() -> None:
-    made, receive = Blocks(), Receive()
-    array = receive({"x": fill(made, 5)})["x"]
-    del made, receive
+@pytest.mark.parametrize("workers", [0, 2])
+def test_arrays_outlive_whoever_filled_them(workers: int) -> None:
+    filled = batches(workers)
+    batch = next(filled)
+    del filled
     gc.collect()
-    assert (array == 5).all()
+    assert is_batch(batch, 10)
 
 
-def send(connection: Connection) -> None:
-    sent, array = workers.empty_batch((100,), "int32", shared=True)
-    array[...] = 1
-    connection.send(sent)
-    connection.recv()
+@pytest.mark.parametrize("workers", [0, 3])
+def test_the_first_row_that_fails_is_raised(workers: int) -> None:
+    filled = batches(workers, first=1)
+    assert is_batch(next(filled), 1)
+    assert is_batch(next(filled), 2)
+    with pytest.raises(RecordError, match=r"row (16|28) of batch 3") as caught:
+        next(filled)
+    if workers:
+        assert 'raise RecordError(f"row' in str(caught.value.__cause__)
 
 
-def test_nothing_stays_behind_whether_it_was_received_or_not() -> None:
-    context = multiprocessing.get_context("spawn")
-    for received in (False, True):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=send, args=(theirs,))
-        process.start()
-        sent = ours.recv()
-        array = Receive()({"x": sent})["x"] if received else None
-        ours.send(None)
-        process.join()
-        assert process.exitcode == 0
-        with pytest.raises(FileNotFoundError):
-            workers._Block(sent.block)
-        assert array is None or (array == 1).all()
+def ends(process: int) -> bool:
+    """Waits up to 5 seconds for the end of a process."""
+    try:
+        descriptor = os.pidfd_open(process)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([descriptor], [], [], 5.0)[0])
+    finally:
+        os.close(descriptor)
 
 
-class Number(grain.transforms.Map):
-    def map(self, element: int) -> dict[str, SharedArray]:
-        sent, array = workers.empty_batch((1000,), "int32", shared=True)
-        array[...] = element
-        return {"x": sent}
+def test_workers_work_without_jax_and_end_with_the_iterator() -> None:
+    filled = batches(3, fill=fill_with_process)
+    seen = [next(filled) for _ in range(9)]
+    assert not any(batch["flag"].any() for batch in seen)
+    processes = np.unique([batch["x"] for batch in seen])
+    assert 1 <= len(processes) <= 3
+    assert os.getpid() not in processes
+    filled.close()
+    assert all(map(ends, processes.tolist()))
 
 
-def test_workers_of_grain_use_few_blocks() -> None:
-    flags.FLAGS.mark_as_parsed()
-    dataset = grain.MapDataset.range(200).map(Number()).to_iter_dataset(grain.ReadOptions(1, 2))
-    options = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=2)
-    receive = Receive()
-    for value, batch in enumerate(dataset.mp_prefetch(options).map(receive)):
-        assert (batch["x"] == value).all()
-    assert value == 199
-    assert 1 <= len(receive._blocks) <= workers.most_blocks(1, 2)
+def test_signals_to_all_processes_leave_the_workers_alone_and_a_dead_one_is_told() -> None:
+    filled = batches(1, fill=fill_with_process)
+    (process,) = np.unique(next(filled)["x"]).tolist()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        os.kill(process, name)
+    for _ in range(5):
+        assert (next(filled)["x"] == process).all()
+    os.kill(process, signal.SIGKILL)
+    with pytest.raises(UserError, match=r"worker process .* is gone, .* execution\.workers"):
+        list(itertools.islice(filled, 4))
 
 
 # Each of these has a /dev/shm of its own, of 16 MB; only root may mount one.
@@ -152,52 +177,58 @@ def with_little_shared_memory(command: list[str]) -> subprocess.CompletedProcess
     )
 
 
+# Iterates over batches of 4.2 MB in worker processes.
+PROGRAM = """
+import os, signal, subprocess, sys
+from avcl_jax.data.workers import filled_batches
+from tests.data.test_workers import fill_with_process
+shapes = {"x": ((1 << 10, 1 << 10), "int32"), "flag": ((1 << 10,), "bool")}
+options = {"first": 0, "workers": 2, "threads": 1}
+filled = filled_batches(shapes, lambda *_: None, fill_with_process, **options)
+"""
+
+
 def test_full_shared_memory_is_an_error_and_not_a_signal() -> None:
     program = """
-        from avcl_jax.data.workers import Blocks
-        blocks, held = Blocks(), []
+        held = []
         try:
-            for number in range(5):
-                held.append(blocks.empty((4 << 20,), "uint8"))
-                held[-1][1][...] = 1
+            while True:
+                held.append(next(filled))
         except OSError as error:
-            print(number, len(blocks), error)
+            print(len(held), error)
     """
-    result = with_little_shared_memory(["-c", textwrap.dedent(program)])
-    assert result.stdout.startswith("3 3 [Errno 28] no 4.2 MB left in /dev/shm"), result
+    result = with_little_shared_memory(["-c", PROGRAM + textwrap.dedent(program)])
+    assert result.stdout.startswith("1 [Errno 28] no 4.2 MB left in /dev/shm"), result
     assert "--shm-size" in result.stdout
     assert result.stderr == ""
     assert result.returncode == 0
 
 
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(1)", "None"])
+def test_however_a_process_ends_its_workers_do_and_leave_nothing(end: str) -> None:
+    program = f"held = [next(filled)]; print(held[0]['x'].max(), flush=True); {end}"
+    outer = f"""
+        run = subprocess.run([sys.executable, "-c", {PROGRAM + program!r}], stdout=-1, timeout=60)
+        from tests.data.test_workers import ends
+        print(ends(int(run.stdout)), os.listdir("/dev/shm"))
+    """
+    result = with_little_shared_memory(["-c", PROGRAM + textwrap.dedent(outer)])
+    assert (result.stdout, result.stderr) == ("True []\n", "")
+
+
 def test_batches_that_do_not_fit_are_refused_before_a_worker_starts(tmp_path) -> None:
+    from tests.training.small import arguments  # Not above, as it imports JAX.
+
     made = [make_record(number, seconds=5.0, side=24) for number in range(8)]
     records = write_records(tmp_path / "records", made)
-    options = arguments(records, tmp_path / "run", execution__workers=2, crop__image_size=112)
+    options = arguments(records, tmp_path / "run", execution__workers=2, crop__image_size=224)
     result = with_little_shared_memory(["-m", "avcl_jax.main", *options])
     (line,) = (result.stdout + result.stderr).splitlines()
-    # 8 videos x 2 views x 4 frames x 112 x 112 x 3, and 8 x 2 spectrograms.
-    megabytes = 8 * 2 * (4 * 112 * 112 * 3 + 16 * 16 * 4) * (2 * 14 + 4) / 1e6
-    assert f"workers=2 with prefetch=4 need {megabytes:.0f} MB" in line
+    # 4 batches of 8 videos x 2 views x 4 frames x 224 x 224 x 3, and 8 x 2 spectrograms.
+    megabytes = 4 * 8 * 2 * (4 * 224 * 224 * 3 + 16 * 16 * 4) / 1e6
+    assert f"workers=2 need {megabytes:.0f} MB of shared memory, for 4 batches" in line
     assert "/dev/shm has 17 MB free" in line
     assert "--shm-size=1g" in line
     assert "workers=0" in line
     assert result.returncode == 1
     assert not (tmp_path / "run").exists()
-
-
-def test_a_process_that_ends_with_arrays_in_use_says_nothing() -> None:
-    program = """
-        from avcl_jax.data.workers import Blocks, Receive
-        blocks, receive = Blocks(), Receive()
-        held = [receive({"x": blocks.empty((1000,), "int32")[0]})["x"] for _ in range(3)]
-        unsent = blocks.empty((1000,), "int32")
-    """
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert result.stdout + result.stderr == ""

@@ -11,7 +11,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from absl import flags
 
 from avcl_jax import experiment
 from avcl_jax.data.pipeline import to_device_batch, train_batches
@@ -83,7 +82,6 @@ def test_unreadable_rows_are_empty_and_the_others_as_they_were(good, bad):
 
 
 def test_the_same_rows_are_unreadable_whoever_reads(bad):
-    flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
     hosts = [batches(bad, 2, rows=rows) for rows in (range(6), range(6, 12))]
     joined = [{n: np.concatenate([a[n], b[n]]) for n in a} for a, b in zip(*hosts, strict=True)]
     for found in (batches(bad, 2, workers=2), batches(bad, 2, threads=5), joined):
@@ -104,7 +102,6 @@ def test_the_same_rows_are_unreadable_whoever_reads(bad):
 def test_by_default_the_first_stops_with_its_name_and_shard(
     good, tmp_path, index, words, workers, bad
 ):
-    flags.FLAGS.mark_as_parsed()
     dataset = RecordDataset(bad, "train")
     # Alone: which of several comes first depends on the order of reading.
     made = [make_record(number, seconds=5.0, side=24) for number in range(12)]

@@ -1,0 +1,246 @@
+"""Size without a cluster: `python -m benchmarks.scale --json F`.
+
+docs/data/pipeline_speed.md describes the rows. Records are synthetic: shards that are hard links to
+one, with an index in which every record has its own name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import functools
+import gc
+import os
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import simplejpeg
+
+from avcl_jax.data.pipeline import train_batches
+from avcl_jax.data.record_format import Record
+from avcl_jax.data.record_index import index_path, merge, save_table
+from avcl_jax.data.record_writer import RecordWriter, write_dataset_metadata
+from avcl_jax.data.records import shard_name
+from avcl_jax.data.workers import filled_batches
+from avcl_jax.paths import local_path
+from avcl_jax.training.run_steps import STEPS_AHEAD
+from benchmarks import measure
+from benchmarks.footage import NAME, link_records
+from benchmarks.measure import Measured, RowTable, Target
+from benchmarks.rendering import BATCH_SIZE, SPEC, open_records
+
+_SHAPES = {"x": ((512, 2048), "uint8")}  # 1 MB
+_FPS, _SECONDS, _SIDE = 20, 3, 128
+_WORKERS = 32
+
+
+def _child(function: str, **arguments: Any) -> Any:
+    return measure.run_child(f"benchmarks.scale:{function}", arguments)
+
+
+def _records(args: argparse.Namespace, shards: int) -> str:
+    """Makes a data set of some shards, unless it exists, and returns its directory."""
+    per_shard = 100 if args.small else 1000
+    one = args.data / f"scale_{per_shard}"
+    if not (one / "dataset_info.json").exists():
+        _write_shard(one, per_shard)
+    if shards == 1:
+        return str(one)
+    out = args.data / f"scale_{shards}x{per_shard}"
+    return str(link_records(one, out, count=shards * per_shard))
+
+
+def _write_shard(directory: Path, count: int) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    times = np.arange(_SECONDS * _FPS) / _FPS
+    videos = []
+    for _ in range(20):
+        coarse = rng.integers(0, 256, (len(times), 8, 8, 3), np.uint8)
+        frames = [cv2.resize(frame, (_SIDE, _SIDE)) for frame in coarse]
+        videos.append([simplejpeg.encode_jpeg(frame, quality=90) for frame in frames])
+    path = directory / shard_name(NAME, "train", 0, 1)
+    with RecordWriter(path) as writer:
+        for number in range(count):
+            writer.write(
+                Record(
+                    record_id=f"record {number}",
+                    source_id=f"source {number}",
+                    frames=videos[number % len(videos)],
+                    frame_seconds=times,
+                    waveform=rng.integers(-9000, 9000, 16_000 * _SECONDS).astype(np.int16),
+                    sample_rate_hz=16_000,
+                    audio_start_seconds=0.0,
+                    duration_seconds=float(_SECONDS),
+                    height=_SIDE,
+                    width=_SIDE,
+                    labels={"take": number % 10},
+                )
+            )
+    save_table(index_path(directory, NAME, "train"), merge([writer.table()]))
+    names, info = {"take": [f"take {n}" for n in range(10)]}, (count, path.stat().st_size)
+    write_dataset_metadata(directory, name=NAME, class_names=names, splits={"train": [info]})
+
+
+def _batches_in_memory(args: argparse.Namespace) -> Measured:
+    """Shared memory of 32 workers, in batches: the most for readers that hold 1 and 2 batches."""
+    count = 50 if args.small else 400
+    found = {
+        f"holds_{held}": _child("batches_in_memory", held=held, workers=_WORKERS, count=count)
+        for held in (1, STEPS_AHEAD)
+    }
+    return max(found.values()), found
+
+
+def batches_in_memory(*, held: int, workers: int, count: int) -> float:
+    """Returns shared memory, in batches, while workers fill and a reader holds batches."""
+    batches = filled_batches(
+        _SHAPES,
+        lambda number, part: (number, part.start),
+        _fill_late,
+        first=0,
+        workers=workers,
+        threads=1,
+    )
+    last: collections.deque[Any] = collections.deque(maxlen=held)
+    most = 0
+    for _ in range(count):
+        last.append(next(batches))
+        most = max(most, _shared_bytes())
+    (shape, _) = _SHAPES["x"]
+    return most / float(np.prod(shape))
+
+
+def _fill_late(request: tuple[int, int], out: Mapping[str, np.ndarray]) -> None:
+    """Takes between 0 and 10 ms, so that workers overtake each other."""
+    time.sleep(np.random.default_rng(request).uniform(0, 0.01))
+    out["x"][...] = 1
+
+
+def _shared_bytes() -> int:
+    """Returns the bytes of the file of this process in /dev/shm, which has no name."""
+    blocks = 0
+    for entry in os.scandir("/proc/self/fd"):
+        if os.readlink(entry.path).startswith("/dev/shm/"):
+            blocks = max(blocks, os.stat(entry.path).st_blocks)
+    return 512 * blocks
+
+
+def _index_memory(args: argparse.Namespace, workers: int) -> Measured:
+    """Memory with an index of 2 million records minus that with one shard's, of all processes."""
+    shards = 20 if args.small else 2000
+    found = {
+        f"megabytes_of_{count}_shards": _child(
+            "megabytes", directory=_records(args, count), workers=workers
+        )
+        for count in (shards, 1)
+    }
+    many, one = found.values()
+    return many - one, found
+
+
+def megabytes(*, directory: str, workers: int) -> float:
+    """Returns memory (PSS, MB of 1e6 bytes) of a process with an open data set and its workers."""
+    import psutil
+
+    source = open_records(directory)
+    if workers:
+        batches = train_batches(
+            source, SPEC, seed=0, global_batch_size=2 * workers, workers=workers
+        )
+        for _ in range(4):
+            next(batches)
+    gc.collect()
+    this = psutil.Process()
+    processes = [this, *this.children(recursive=True)]
+    return sum(process.memory_full_info().pss for process in processes) / 1e6
+
+
+def _start(args: argparse.Namespace) -> Measured:
+    """Seconds from starting Python to the first batch, new and resumed: the longer median."""
+    directory = _records(args, 20 if args.small else 2000)
+    records = 20 * 100 if args.small else 2_000_000
+    sides = {"new": 0, "resumed": int(6.5 * records / BATCH_SIZE)}
+    calls = {
+        name: functools.partial(_child, "first_batch", directory=directory, first_step=step)
+        for name, step in sides.items()
+    }
+    values = measure.interleave(calls, repeats=1 if args.small else args.repeats)
+    detail = {name: measure.spread(seconds) for name, seconds in values.items()}
+    return max(map(statistics.median, values.values())), detail
+
+
+def first_batch(*, directory: str, first_step: int) -> float:
+    """Returns seconds from the start of this process to a batch; the index is not in the cache."""
+    index = os.open(index_path(directory, NAME, "train"), os.O_RDONLY)
+    os.posix_fadvise(index, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(index)
+    batches = train_batches(
+        open_records(directory),
+        SPEC,
+        seed=0,
+        global_batch_size=BATCH_SIZE,
+        first_step=first_step,
+        workers=len(os.sched_getaffinity(0)),
+    )
+    next(batches)
+    return measure.seconds_since_start()
+
+
+def _hosts(args: argparse.Namespace) -> Measured:
+    """Samples per second of n hosts, each run alone, over n times those of one: the least of n."""
+    directory, counts = _records(args, 20), (1, 2, 4, 8)
+    batches = 2 if args.small else 20
+    rates: dict[int, list[float]] = {count: [] for count in counts}
+    for _ in range(1 if args.small else args.repeats):
+        for count in counts:
+            for host in range(count):
+                rows = list(range(host * BATCH_SIZE, (host + 1) * BATCH_SIZE))
+                rates[count].append(
+                    _child("host_rate", directory=directory, hosts=count, rows=rows, count=batches)
+                )
+    medians = {count: statistics.median(values) for count, values in rates.items()}
+    detail = {f"samples_per_second_of_{n}": measure.spread(rates[n]) for n in counts}
+    return min(medians[count] / medians[1] for count in counts[1:]), detail
+
+
+def host_rate(*, directory: str, hosts: int, rows: Sequence[int], count: int) -> float:
+    """Returns samples per second of one of `hosts`, which renders some rows of the batch."""
+    batches = train_batches(
+        open_records(directory),
+        SPEC,
+        seed=0,
+        global_batch_size=hosts * BATCH_SIZE,
+        rows=rows,
+        workers=len(os.sched_getaffinity(0)),
+    )
+    return measure.rate(batches, batch_size=BATCH_SIZE, warmup=4, count=count)
+
+
+_ROWS: RowTable[argparse.Namespace] = {
+    "shm_batches_in_flight": ("batches", Target("<=", 4), _batches_in_memory),
+    "index_2m_process_mb": ("MB", Target("<=", 120), lambda args: _index_memory(args, 0)),
+    "index_2m_host_mb": ("MB", Target("<=", 1000), lambda args: _index_memory(args, _WORKERS)),
+    "epoch_2m_start_seconds": ("s", Target("<=", 10), _start),
+    "input_hosts_scaling": ("ratio", Target(">=", 0.95), _hosts),
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command."""
+    parser = measure.command_parser("scale", __doc__, rows=_ROWS, repeats=True)
+    parser.add_argument(
+        "--data", type=local_path, default="data/benchmark", help="benchmark data, made if absent"
+    )
+    parser.add_argument("--small", action="store_true", help="smoke test without a usable value")
+    args = parser.parse_args(arguments)
+    measure.measure_rows(_ROWS, args.rows, args, args.json)
+
+
+if __name__ == "__main__":
+    measure.run_command(main)
