@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.records import RecordDataset, RecordReader
 from avcl_jax.data.selection import SelectionError
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation import finetune as finetune_module
@@ -42,18 +42,19 @@ def tuned(records, encoders, tmp_path_factory):
     """(workdir, results, records read before the test) of a whole fine-tuning."""
     workdir = tmp_path_factory.mktemp("tuned") / "run"
     read, before = [], []
-    getitem, predict = RecordDataset.__getitem__, finetune_module.predict
+    ids = list(RecordDataset(records, "all").record_ids)
+    read_place, predict = RecordReader.read, finetune_module.predict
 
-    def reading(self, index):
-        read.append(int(index))
-        return getitem(self, index)
+    def reading(self, place):
+        read.append(ids.index(place.name))
+        return read_place(self, place)
 
     def predicting(*args, **options):
         before.extend(read)
         return predict(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RecordDataset, "__getitem__", reading)
+        patch.setattr(RecordReader, "read", reading)
         patch.setattr(finetune_module, "predict", predicting)
         results = finetune(toy_config(records, encoders), workdir)
     return workdir, results, before
