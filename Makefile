@@ -13,7 +13,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 # Files of tests side by side, each in one process, because its fixtures are costly.
 PYTEST := -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test slow interop lint types notebook colab site clean
+.PHONY: demo test slow reliability interop lint types notebook colab site clean
 
 demo: $(VENV)/demo-ready
 	$(BIN)/avcl-data demo --out data/foley
@@ -28,6 +28,11 @@ test: $(VENV)/test-ready
 # The tests that take minutes each.
 slow: $(VENV)/test-ready
 	$(BIN)/python $(PYTEST) -m slow
+
+# The tests of stopped and killed runs, with 20 random kills each; writes the table of the page.
+reliability: $(VENV)/test-ready
+	AVCL_JAX_KILLS=20 AVCL_JAX_TABLE=docs/reliability.md \
+	    $(BIN)/python -m pytest -m "slow or not slow" tests/training/test_reliability.py
 
 # Apache Beam, object stores, TensorFlow, PyTorch, libtpu: packages of the extras, in an environment of
 # their own. PyTorch's tests run in a process of their own: it and TensorFlow bring two OpenMPs.

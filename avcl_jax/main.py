@@ -84,8 +84,8 @@ def main(argv: Sequence[str]) -> None:
     """
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {list(argv[1:])}: flags begin with --")
-    # Libraries log about themselves; our own lines are printed.
-    logging.set_verbosity(logging.ERROR)
+    # Libraries log about themselves, orbax every error that it also raises; our lines are printed.
+    logging.set_verbosity(logging.FATAL)
     config = _CONFIG.value
     try:
         if config is None:

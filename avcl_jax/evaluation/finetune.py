@@ -57,11 +57,10 @@ from avcl_jax.page import section
 from avcl_jax.processes import StopRequest, stop_request
 from avcl_jax.training import sharding
 from avcl_jax.training.checkpoint import (
+    Checkpoints,
     Progress,
     check_config,
-    open_checkpoints,
     read_progress,
-    restore,
 )
 from avcl_jax.training.metrics import MetricWriter
 from avcl_jax.training.optimizer import create_optimizer, warmup_cosine, warmup_multistep
@@ -208,45 +207,44 @@ def run_split(
     # Not before, so that a mistake in the settings above leaves no directory behind.
     workdir.mkdir(parents=True, exist_ok=True)
     _check_training(config, workdir, split)
-    checkpoints = open_checkpoints(workdir, keep=run.keep_checkpoints)
-    progress = Progress(0, 0.0, train.fingerprint, mesh.size)
-    if (saved := checkpoints.latest_step()) is not None:
-        progress = dataclasses.replace(read_progress(workdir, saved), devices=mesh.size)
-        state = restore(checkpoints, saved, state)
-    if progress.step < steps:
-        writer = MetricWriter(workdir, steps=steps, first_step=progress.step)
-        leaves = jax.tree.leaves(state.params), jax.tree.leaves(parts(state.params, freeze))
-        trained = sum(leaf.size for leaf, part in zip(*leaves, strict=True) if part != FROZEN)
-        writer.note(
-            f"{config.name}, {workdir.name}: {len(train)} records of {classes} classes, "
-            f"{trained / 1e6:.3f} M trained parameters, batch {config.global_batch_size}, steps "
-            f"{progress.step} to {steps}"
-        )
-        batches = drawn_batches(
-            RandomClips(train, config.data.label),
-            seed=int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0]),
-            global_batch_size=config.global_batch_size,
-            rows=sharding.local_rows(mesh, config.global_batch_size),
-            first_step=progress.step,
-            workers=run.workers,
-            threads=run.threads,
-        )
-        state = run_steps(
-            state,
-            step,
-            iter(batches),
-            rows=sharding.rows_sharding(mesh),
-            request=request,
-            steps=steps,
-            log_every=run.log_every,
-            checkpoint_every=run.checkpoint_every,
-            clips_per_step=config.global_batch_size,
-            progress=progress,
-            checkpoints=checkpoints,
-            writer=writer,
-        )
-        writer.close()
-    checkpoints.close()
+    with Checkpoints(workdir, keep=run.keep_checkpoints) as checkpoints:
+        progress = Progress(0, 0.0, train.fingerprint, mesh.size)
+        if (saved := checkpoints.latest_step()) is not None:
+            progress = dataclasses.replace(read_progress(workdir, saved), devices=mesh.size)
+            state = checkpoints.restore(saved, state)
+        if progress.step < steps:
+            writer = MetricWriter(workdir, steps=steps, first_step=progress.step)
+            leaves = jax.tree.leaves(state.params), jax.tree.leaves(parts(state.params, freeze))
+            trained = sum(leaf.size for leaf, part in zip(*leaves, strict=True) if part != FROZEN)
+            writer.note(
+                f"{config.name}, {workdir.name}: {len(train)} records of {classes} classes, "
+                f"{trained / 1e6:.3f} M trained parameters, batch {config.global_batch_size}, "
+                f"steps {progress.step} to {steps}"
+            )
+            batches = drawn_batches(
+                RandomClips(train, config.data.label),
+                seed=int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0]),
+                global_batch_size=config.global_batch_size,
+                rows=sharding.local_rows(mesh, config.global_batch_size),
+                first_step=progress.step,
+                workers=run.workers,
+                threads=run.threads,
+            )
+            state = run_steps(
+                state,
+                step,
+                iter(batches),
+                rows=sharding.rows_sharding(mesh),
+                request=request,
+                steps=steps,
+                log_every=run.log_every,
+                checkpoint_every=run.checkpoint_every,
+                clips_per_step=config.global_batch_size,
+                progress=progress,
+                checkpoints=checkpoints,
+                writer=writer,
+            )
+            writer.close()
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     # A whole copy, also of parameters that are split over hosts.
     whole = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))(variables)

@@ -6,6 +6,8 @@ the checksums of its files.
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -89,50 +91,131 @@ def check_config(workdir: epath.Path, config_json: str, *, resumes: bool = True)
     write_bytes(path, now.encode())
 
 
-def open_checkpoints(workdir: epath.Path, *, keep: int) -> ocp.CheckpointManager:
-    """Opens or creates WORKDIR/checkpoints, in which the newest `keep` are kept.
+class Checkpoints:
+    """WORKDIR/checkpoints, written while training continues; the newest `keep` are kept.
 
-    Checkpoints that are newer than the newest good one are moved to WORKDIR/damaged_checkpoints.
+    Those that are newer than the newest good one are moved to WORKDIR/damaged_checkpoints. As a
+    context manager it waits for the last checkpoint.
 
     Raises:
         CheckpointError: if all are damaged.
     """
-    _set_damaged_aside(workdir)
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, create=True, enable_async_checkpointing=False
-    )
-    return ocp.CheckpointManager(workdir / "checkpoints", options=options)
 
+    def __init__(self, workdir: epath.Path, *, keep: int) -> None:
+        _set_damaged_aside(workdir)
+        self._directory = absolute_path(workdir) / "checkpoints"
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._keep = keep
+        self._manager = self._open()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._unfinished: tuple[int, concurrent.futures.Future[None]] | None = None
 
-def save(manager: ocp.CheckpointManager, state: TrainState, progress: Progress) -> None:
-    """Saves everything; returns when it is complete on disk.
+    def _open(self) -> ocp.CheckpointManager:
+        # With named processes orbax waits for the others by the coordinator, which a thread may do
+        # while the step runs collectives; without, by a collective of its own.
+        everyone = set(range(jax.process_count()))
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep,
+            create=False,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=everyone),
+        )
+        return ocp.CheckpointManager(self._directory, options=options)
 
-    Raises:
-        SaveError: if the disk is full, or the store cannot be reached.
-    """
-    if manager.latest_step() == progress.step:
-        return
-    saved = {
-        "state": ocp.args.StandardSave(state),
-        "progress": ocp.args.JsonSave(dataclasses.asdict(progress)),
-    }
-    directory = epath.Path(manager.directory) / str(progress.step)
-    _check_room(directory.parent, state)
-    try:
-        manager.save(progress.step, args=ocp.args.Composite(**saved))
-        manager.wait_until_finished()
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            self.finish()
+        except SaveError as unsaved:
+            if error is None:
+                raise
+            print(unsaved, flush=True)  # beside the error that ends the run
+        finally:
+            self._thread.shutdown()
+            self._manager.close()
+
+    def latest_step(self) -> int | None:
+        """Returns the step of the newest checkpoint, which may be unfinished."""
+        return self._manager.latest_step()
+
+    def kept(self) -> str:
+        """Says which checkpoint a run would resume from."""
+        newest = self.latest_step()
+        return "no checkpoint was written" if newest is None else f"checkpoint {newest} is kept"
+
+    def save(self, state: TrainState, progress: Progress) -> None:
+        """Copies everything to the host, and writes it while the caller continues.
+
+        `state` may be donated afterwards.
+
+        Raises:
+            SaveError: if the disk is full or the store cannot be reached, also when the checkpoint
+                before was written.
+        """
+        self.finish()
+        if self.latest_step() == progress.step:
+            return
+        saved = {
+            "state": ocp.args.StandardSave(state),
+            "progress": ocp.args.JsonSave(dataclasses.asdict(progress)),
+        }
+        with self._naming(progress.step):
+            _check_room(self._directory, state)
+            self._manager.save(progress.step, args=ocp.args.Composite(**saved))
+        written = self._thread.submit(self._complete, progress.step)
+        self._unfinished = progress.step, written
+
+    def _complete(self, step: int) -> None:
+        """Waits until orbax has written a checkpoint, and adds its checksums."""
+        self._manager.wait_until_finished()
         if jax.process_index() == 0:
+            directory = self._directory / str(step)
             text = json.dumps(_checksums(directory), indent=1)
             write_bytes(directory / _CHECKSUMS, text.encode())
-    except (OSError, ValueError) as error:
-        # TensorStore raises ValueError, which begins with the code of absl.
-        if isinstance(error, ValueError) and not str(error).startswith(_UNWRITTEN):
-            raise
-        if jax.process_index() == 0:  # so that what was written takes no space
-            for path in (directory, *directory.parent.glob(f"{progress.step}.*")):
-                path.rmtree(missing_ok=True)
-        manager.reload()
-        raise SaveError(f"checkpoint {progress.step}: {one_line(error)}") from error
+
+    def finish(self, *, wait: bool = True) -> None:
+        """Waits until the last checkpoint is complete; without `wait` only looks whether it is.
+
+        Raises:
+            SaveError: if it could not be written; those before are as they were.
+        """
+        if self._unfinished is None or not (wait or self._unfinished[1].done()):
+            return
+        (step, written), self._unfinished = self._unfinished, None
+        with self._naming(step):
+            written.result()
+
+    @contextlib.contextmanager
+    def _naming(self, step: int) -> Iterator[None]:
+        """Turns errors of writing into a `SaveError`, and removes what was written."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            # TensorStore raises ValueError, which begins with the code of absl.
+            known = isinstance(error, OSError | SaveError) or str(error).startswith(_UNWRITTEN)
+            if not known:
+                raise
+            if jax.process_index() == 0:  # so that what was written takes no space
+                for path in (self._directory / str(step), *self._directory.glob(f"{step}.*")):
+                    path.rmtree(missing_ok=True)
+            self._manager = self._open()  # the other would raise this error for ever
+            line = f"step {step} is not saved, {self.kept()}: {one_line(error)}"
+            raise SaveError(line) from error
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """Restores the state of `step` with the shapes, dtypes and shardings of `like`.
+
+        Raises:
+            CheckpointError: if the saved state has another structure or other shapes.
+        """
+        abstract = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(state=abstract))["state"]
+        except ValueError as error:
+            raise CheckpointError(
+                f"checkpoint {step} of {self._directory} does not fit this model: {error}"
+            ) from error
 
 
 def _check_room(directory: epath.Path, state: TrainState) -> None:
@@ -145,12 +228,6 @@ def _check_room(directory: epath.Path, state: TrainState) -> None:
             f"{directory} has room for {free / 1e6:,.1f} MB of a checkpoint of {needed / 1e6:,.1f} "
             "MB: free some space"
         )
-
-
-def kept(manager: ocp.CheckpointManager) -> str:
-    """Says which checkpoint a run would resume from."""
-    newest = manager.latest_step()
-    return "no checkpoint was written" if newest is None else f"checkpoint {newest} is kept"
 
 
 def damage(checkpoint: epath.Path) -> str | None:
@@ -228,21 +305,6 @@ def _set_damaged_aside(workdir: epath.Path) -> None:
             f"every checkpoint in {directory} is damaged ({problems or 'process 0 says how'}): "
             "restore the files, or choose another --workdir"
         )
-
-
-def restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:
-    """Restores the state of `step` with the shapes, dtypes and shardings of `like`.
-
-    Raises:
-        CheckpointError: if the saved state has another structure or other shapes.
-    """
-    abstract = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
-    try:
-        return manager.restore(step, args=ocp.args.Composite(state=abstract))["state"]
-    except ValueError as error:
-        raise CheckpointError(
-            f"checkpoint {step} of {manager.directory} does not fit this model: {error}"
-        ) from error
 
 
 def load_variables(workdir: epath.PathLike) -> tuple[dict[str, Any], int]:

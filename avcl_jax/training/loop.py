@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -28,11 +29,10 @@ from avcl_jax.processes import StopRequest, check_same, stop_request
 from avcl_jax.training import sharding
 from avcl_jax.training.checkpoint import (
     CheckpointError,
+    Checkpoints,
     Progress,
     check_config,
-    open_checkpoints,
     read_progress,
-    restore,
 )
 from avcl_jax.training.inputs import prepare_inputs
 from avcl_jax.training.metrics import MetricWriter
@@ -175,11 +175,17 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None
         RecordError: if more records than `config.execution.max_bad_records` cannot be read.
         UserError: if the config does not fit data or devices.
     """
-    with stop_request() as request:  # from here on: the first compilation takes minutes
-        _pretrain(config, absolute_path(workdir), request)
+    # From here on, because the first compilation takes minutes.
+    with stop_request() as request, contextlib.ExitStack() as opened:
+        _pretrain(config, absolute_path(workdir), request, opened)
 
 
-def _pretrain(config: ml_collections.ConfigDict, workdir: epath.Path, request: StopRequest) -> None:
+def _pretrain(
+    config: ml_collections.ConfigDict,
+    workdir: epath.Path,
+    request: StopRequest,
+    opened: contextlib.ExitStack,
+) -> None:
     run = config.execution
     spec = experiment.render_spec(config)
     mesh, init, step_function = build(config)
@@ -189,7 +195,7 @@ def _pretrain(config: ml_collections.ConfigDict, workdir: epath.Path, request: S
     rows = config.global_batch_size // jax.process_count()
     check_room(batch_shapes(spec, rows), workers=run.workers)
     workdir.mkdir(parents=True, exist_ok=True)
-    checkpoints = open_checkpoints(workdir, keep=run.keep_checkpoints)
+    checkpoints = opened.enter_context(Checkpoints(workdir, keep=run.keep_checkpoints))
     saved = checkpoints.latest_step()
     check_config(workdir, experiment.to_json(config), resumes=saved is not None)
 
@@ -203,7 +209,7 @@ def _pretrain(config: ml_collections.ConfigDict, workdir: epath.Path, request: S
                 f"{workdir} was trained on records {progress.data_fingerprint}, "
                 f"{config.data.directory} contains {source.fingerprint}: choose another --workdir"
             )
-        state = restore(checkpoints, saved, state)
+        state = checkpoints.restore(saved, state)
         if state.bank is not None and progress.devices != mesh.size:
             redistribute = functools.partial(
                 feature_bank.redistribute,
@@ -214,6 +220,7 @@ def _pretrain(config: ml_collections.ConfigDict, workdir: epath.Path, request: S
             state = dataclasses.replace(state, bank=bank)
     first, warmup_steps = progress.step, config.optimizer.warmup_steps
     writer = MetricWriter(workdir, steps=config.steps, first_step=first, warmup_steps=warmup_steps)
+    opened.callback(writer.close)
     writer.note(_summary(config, state, source, mesh.size, first) + f", workdir {workdir}")
     if jax.process_index() == 0:
         table = parameter_overview.get_parameter_overview(
@@ -222,8 +229,6 @@ def _pretrain(config: ml_collections.ConfigDict, workdir: epath.Path, request: S
         (workdir / "parameters.txt").write_text(table + "\n")
     if first >= config.steps:
         writer.note(f"{workdir} is already trained to step {first}")
-        checkpoints.close()
-        writer.close()
         return
 
     batches: Iterator[dict[str, np.ndarray]] = iter(
@@ -245,27 +250,23 @@ def _pretrain(config: ml_collections.ConfigDict, workdir: epath.Path, request: S
             unreadable.check(batch)
             yield batch
 
-    try:
-        run_steps(
-            state,
-            jit_train_step(step_function, mesh, shardings),
-            readable(),
-            step_key,
-            rows=sharding.rows_sharding(mesh),
-            request=request,
-            steps=config.steps,
-            log_every=run.log_every,
-            checkpoint_every=run.checkpoint_every,
-            clips_per_step=2 * config.global_batch_size,
-            progress=dataclasses.replace(progress, devices=mesh.size),
-            checkpoints=checkpoints,
-            writer=writer,
-            # Those that this process has met.
-            more_values=lambda: {"unreadable_records": unreadable.count},
-        )
-    finally:
-        writer.close()
-    checkpoints.close()
+    run_steps(
+        state,
+        jit_train_step(step_function, mesh, shardings),
+        readable(),
+        step_key,
+        rows=sharding.rows_sharding(mesh),
+        request=request,
+        steps=config.steps,
+        log_every=run.log_every,
+        checkpoint_every=run.checkpoint_every,
+        clips_per_step=2 * config.global_batch_size,
+        progress=dataclasses.replace(progress, devices=mesh.size),
+        checkpoints=checkpoints,
+        writer=writer,
+        # Those that this process has met.
+        more_values=lambda: {"unreadable_records": unreadable.count},
+    )
 
 
 def _summary(

@@ -5,11 +5,14 @@ Files are JSON lines and TensorBoard event files, written without TensorFlow.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
+import os
 import resource
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,8 +21,11 @@ import jax.numpy as jnp
 from clu import metrics as clu_metrics
 from etils import epath
 from jaxtyping import Array
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
+from avcl_jax.errors import FULL_DISK, one_line
 from avcl_jax.objectives.temporal import TASKS
 from avcl_jax.objectives.views import MODALITIES
 from avcl_jax.paths import write_bytes
@@ -130,6 +136,8 @@ class MetricWriter:
         self._steps = steps
         self._warmup_steps = warmup_steps
         self._active = jax.process_index() == 0
+        self._full = False
+        self._events: EventsWriter | None = None
         if not self._active:
             return
         self._path = workdir / "metrics.jsonl"
@@ -140,7 +148,8 @@ class MetricWriter:
                 if line.endswith("}") and json.loads(line)["step"] <= first_step:
                     self._lines.append(line)
             self._flush()
-        self._events = SummaryWriter(str(workdir / "events"), purge_step=first_step + 1)
+        (workdir / "events").mkdir(parents=True, exist_ok=True)
+        self._first_step = first_step
 
     def _flush(self) -> None:
         # Object stores cannot append, so the file (one line per log period) is written whole.
@@ -154,10 +163,17 @@ class MetricWriter:
             name: value if math.isfinite(value) else str(value) for name, value in values.items()
         }
         self._lines.append(json.dumps(row))
-        self._flush()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
-        self._events.flush()
+        try:
+            self._flush()
+            self._write_event(step, values)
+            self._full = False
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            if not self._full:
+                print(f"{one_line(error)}: metrics are kept until there is room", flush=True)
+            self._full = True
+            self._close_events()  # half an event: the next begins another file
         print(
             f"step {step}/{self._steps}  {_progress(values)}  |  "
             f"{values['steps_per_second']:.2f} steps/s "
@@ -170,6 +186,26 @@ class MetricWriter:
         for line in _alarms([row for old, row in pairs if old["step"] >= self._warmup_steps]):
             print(line, flush=True)
 
+    def _write_event(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes for TensorBoard, in this thread: that of tensorboardX's SummaryWriter ends when a
+        disk is full, and its queue then blocks the caller for ever."""
+        if self._events is None:
+            prefix = self._path.parent / "events" / "events"
+            self._events = EventsWriter(os.fspath(prefix), filename_suffix=f".{step}")
+            # TensorBoard hides what an earlier start wrote for these steps.
+            start = SessionLog(status=SessionLog.START)
+            self._events.write_event(Event(step=self._first_step + 1, session_log=start))
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        summary = Summary(value=scalars)
+        self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._events.flush()
+
+    def _close_events(self) -> None:
+        events, self._events = self._events, None
+        if events is not None:
+            with contextlib.suppress(OSError):
+                events.close()
+
     def note(self, text: str) -> None:
         """Prints a line."""
         if self._active:
@@ -178,4 +214,6 @@ class MetricWriter:
     def close(self) -> None:
         """Closes the files."""
         if self._active:
-            self._events.close()
+            if self._full:
+                self._flush()
+            self._close_events()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from avcl_jax import peers
 from avcl_jax.data.pipeline import to_device_batch
 from avcl_jax.errors import UserError
 from avcl_jax.processes import Agreement, Stopped, StopRequest
-from avcl_jax.training.checkpoint import Progress, SaveError, kept, save
+from avcl_jax.training.checkpoint import Checkpoints, Progress, SaveError
 from avcl_jax.training.metrics import (
     Metrics,
     MetricWriter,
@@ -72,11 +73,11 @@ def run_steps(
     checkpoint_every: int,
     clips_per_step: int,
     progress: Progress,
-    checkpoints: ocp.CheckpointManager,
+    checkpoints: Checkpoints,
     writer: MetricWriter,
     more_values: Callable[[], Mapping[str, float]] = dict,
 ) -> TrainState:
-    """Trains from `progress.step` to `steps`, and saves.
+    """Trains from `progress.step` to `steps`, and saves while it trains.
 
     Args:
         state: donated.
@@ -111,6 +112,16 @@ def run_steps(
     def trained_seconds() -> float:
         return before + time.perf_counter() - start
 
+    def attempt(saving: Callable[[], None], *, must: bool) -> None:
+        """Saves or waits; without a checkpoint training continues, unless it must have one."""
+        try:
+            saving()
+        except SaveError as error:
+            # Of several processes one alone may have failed.
+            if must or jax.process_count() > 1:
+                raise
+            writer.note(f"{error}; training continues")
+
     def report(last: int, done: _Period, ended: float) -> None:
         """Reads the metrics of a finished period, which waits for the device."""
         assert done.metrics is not None
@@ -129,9 +140,10 @@ def run_steps(
         values |= more_values()
         writer.write(last, values, seconds_left=(steps - last) * seconds / taken)
         if broken := sorted(name for name, value in values.items() if not math.isfinite(value)):
+            attempt(checkpoints.finish, must=False)
             raise NonFiniteError(
                 f"not finite between steps {done.first_step} and {last}: {', '.join(broken)}; "
-                f"{kept(checkpoints)}. Lower optimizer.learning_rate or optimizer.clip_norm, or "
+                f"{checkpoints.kept()}. Lower optimizer.learning_rate or optimizer.clip_norm, or "
                 "look at the data of these steps"
             )
 
@@ -153,6 +165,7 @@ def run_steps(
         if pending is not None:  # Read one step late, while this step runs.
             report(*pending)
             pending = None
+        attempt(functools.partial(checkpoints.finish, wait=False), must=False)
         last_step = step == steps
         stopping = agreement.stop(request.name is not None)
         saving = last_step or stopping or step % checkpoint_every == 0
@@ -168,14 +181,11 @@ def run_steps(
         if saving:
             peers.doing("saves", step)
             reached = dataclasses.replace(progress, step=step, train_seconds=trained_seconds())
-            try:
-                save(checkpoints, state, reached)
-            except SaveError as error:
-                line = f"step {step} is not saved, {kept(checkpoints)}: {error}"
-                # Of several processes one alone may have failed.
-                if last_step or stopping or jax.process_count() > 1:
-                    raise SaveError(line) from error
-                writer.note(f"{line}; training continues")
+            ends = last_step or stopping
+            attempt(checkpoints.finish, must=False)  # the one before
+            attempt(functools.partial(checkpoints.save, state, reached), must=ends)
+            if ends:
+                checkpoints.finish()
         if stopping and not last_step:
             line = f"stopped at step {step} by {request.name or 'another process'} after saving"
             seconds = format_seconds(trained_seconds())

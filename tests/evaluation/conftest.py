@@ -19,7 +19,7 @@ from avcl_jax.data.record_writer import write_dataset_metadata
 from avcl_jax.data.records import Record, RecordDataset, shard_name
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.training import loop
-from avcl_jax.training.checkpoint import Progress, open_checkpoints, save
+from avcl_jax.training.checkpoint import Checkpoints, Progress
 from tests.data.synthetic_records import write_shard
 
 RATE, FPS, SIDE, SECONDS = 4000, 16, 16, 3.0
@@ -151,8 +151,8 @@ def untrained_run(config, records, directory):
     (workdir / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
     _, init, _ = loop.build(config)
     train = UsableRecords(RecordDataset(records, "train"), experiment.render_spec(config))
-    with open_checkpoints(workdir, keep=1) as manager:
-        save(manager, init(jax.random.key(0))[0], Progress(0, 12.5, train.fingerprint, 1))
+    with Checkpoints(workdir, keep=1) as manager:
+        manager.save(init(jax.random.key(0))[0], Progress(0, 12.5, train.fingerprint, 1))
     return workdir
 
 

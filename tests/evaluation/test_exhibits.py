@@ -19,7 +19,7 @@ from avcl_jax.evaluation.run_report import class_plane, embedding_map
 from avcl_jax.objectives.bank_rows import BankRows, RowNumbers
 from avcl_jax.objectives.feature_bank import FeatureBank
 from avcl_jax.training import checkpoint
-from avcl_jax.training.checkpoint import Progress, open_checkpoints, save
+from avcl_jax.training.checkpoint import Checkpoints, Progress
 from tests.evaluation.conftest import small_config, small_evaluation
 
 VIDEOS = 16  # the first training records, each with two rows
@@ -114,8 +114,8 @@ def run(small_run, small_records, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("with_bank")
     bank = _bank(records)
     state = dataclasses.replace(small_run[2], bank=bank)
-    with open_checkpoints(workdir, keep=1) as manager:
-        save(manager, state, Progress(20, 1.0, records.fingerprint, 1))
+    with Checkpoints(workdir, keep=1) as manager:
+        manager.save(state, Progress(20, 1.0, records.fingerprint, 1))
     return config, workdir, spec, records, jax.tree.map(np.asarray, bank)
 
 

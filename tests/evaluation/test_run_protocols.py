@@ -18,7 +18,7 @@ from avcl_jax.evaluation.temporal import temporal_tasks
 from avcl_jax.export import ExportError
 from avcl_jax.export.runs import load_run, open_encoders
 from avcl_jax.objectives.temporal import TASKS
-from avcl_jax.training.checkpoint import Progress, open_checkpoints, save
+from avcl_jax.training.checkpoint import Checkpoints, Progress
 from tests.evaluation.conftest import CLASS_NAMES, small_record, write_records
 
 both_protocols = pytest.mark.parametrize("protocol", [audio_video_retrieval, temporal_tasks])
@@ -50,8 +50,8 @@ def test_one_command_repeats_and_a_run_of_other_heads_is_another_run(
         name: tree if "encoder" in name else jax.tree.map(lambda leaf: leaf + 0.5, tree)
         for name, tree in state.params.items()
     }
-    with open_checkpoints(tmp_path / "run", keep=1) as manager:
-        save(manager, state.replace(params=params), Progress(0, 1.0, "small-train-24-aa", 1))
+    with Checkpoints(tmp_path / "run", keep=1) as manager:
+        manager.save(state.replace(params=params), Progress(0, 1.0, "small-train-24-aa", 1))
     (tmp_path / "run" / "config.json").write_text((encoders / "config.json").read_text())
     config.encoder = str(tmp_path / "run")
     with pytest.raises(UserError, match="holds results of this protocol with another encoder"):

@@ -23,7 +23,7 @@ from avcl_jax.evaluation.splits import Trial, check_not_trained_on, split_encode
 from avcl_jax.evaluation.temporal import temporal_tasks
 from avcl_jax.export import ExportError
 from avcl_jax.export.runs import EncoderSource, open_encoders, random_like
-from avcl_jax.training.checkpoint import Progress, open_checkpoints, save
+from avcl_jax.training.checkpoint import Checkpoints, Progress
 from tests.evaluation.labelled import write_encoders
 
 NAMES = ["1", "2", "3"]
@@ -128,8 +128,8 @@ def test_a_run_says_what_it_was_trained_on_and_a_random_encoder_nothing(
 ) -> None:
     _, workdir, state = small_run
     assert open_encoders(workdir).trained_on.startswith("small-train-")
-    with open_checkpoints(tmp_path, keep=1) as manager:
-        save(manager, state, Progress(3, 1.0, "esc-all-6-aa fold!=2", 1))
+    with Checkpoints(tmp_path, keep=1) as manager:
+        manager.save(state, Progress(3, 1.0, "esc-all-6-aa fold!=2", 1))
     (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
     source = open_encoders(tmp_path)
     assert (source.trained_on, source.step) == ("esc-all-6-aa fold!=2", 3)
@@ -152,8 +152,8 @@ def run_on_test(small_run, small_records, tmp_path_factory):
     shutil.copytree(small_run[1], workdir)
     shutil.rmtree(workdir / "checkpoints")
     said = RecordDataset(small_records, "test").fingerprint
-    with open_checkpoints(workdir, keep=1) as manager:
-        save(manager, small_run[2], Progress(0, 1.0, said, 1))
+    with Checkpoints(workdir, keep=1) as manager:
+        manager.save(small_run[2], Progress(0, 1.0, said, 1))
     return workdir
 
 

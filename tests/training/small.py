@@ -1,8 +1,9 @@
-"""A config that trains in seconds, and processes that run it through `avcl_jax.main`."""
+"""A config that trains in seconds, processes that run it through `avcl_jax.main`, their files."""
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 import socket
 import subprocess
@@ -12,11 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
+import numpy as np
 from absl.testing import flagsaver
 
 from avcl_jax import main
 from avcl_jax.configs import pretrain
+from avcl_jax.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -157,3 +161,31 @@ def run_processes(
     outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     return outputs
+
+
+def one_line(output: str) -> str:
+    """The one error in what a run printed."""
+    errors = [line for line in output.splitlines() if "error:" in line]
+    assert len(errors) == 1, output
+    assert "Traceback" not in output
+    return errors[0]
+
+
+def saved_state(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of the newest checkpoint, which is that of `step`, by its path."""
+    state, newest = checkpoint._load_state(workdir)
+    assert newest == step
+    flat = jax.tree_util.tree_flatten_with_path(state)[0]
+    return {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in flat}
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """Steps of the checkpoints, in order; not of those that were being written."""
+    names = [path.name for path in (workdir / "checkpoints").iterdir()]
+    return sorted(map(int, filter(str.isdecimal, names)))
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    """Loss by step."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return {row["step"]: row["loss"] for row in map(json.loads, lines)}

@@ -1,11 +1,16 @@
-"""Alarms of the log when the embeddings' spread falls."""
+"""Alarms of the log when the embeddings' spread falls, and metrics of a full disk."""
 
 from __future__ import annotations
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
+from etils import epath
+from tensorboardX.proto.event_pb2 import Event
 
+from avcl_jax.training import metrics
 from avcl_jax.training.metrics import MetricWriter
 
 # Spread of the audio and of the video embeddings as the demo logged them when the bank came in and
@@ -81,3 +86,41 @@ def test_a_resumed_run_compares_with_the_lines_before(tmp_path, capsys, resumed)
     assert [line.split(":")[0] for line in lines] == ["ALARM at step 300"]
     rows = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert [row["step"] for row in rows] == list(range(50, 500, 50))
+
+
+def scalars(directory: Path) -> dict[int, dict[str, float]]:
+    """Values by step that TensorBoard would read."""
+    found = {}
+    for path in sorted(directory.glob("*.out.tfevents.*")):
+        content = path.read_bytes()
+        while content:
+            size = int.from_bytes(content[:8], "little")
+            event = Event.FromString(content[12 : 12 + size])
+            if event.summary.value:
+                found[event.step] = {value.tag: value.simple_value for value in event.summary.value}
+            content = content[16 + size :]
+    return found
+
+
+def test_metrics_of_a_full_disk_are_written_when_there_is_room(tmp_path, monkeypatch, capsys):
+    writer = MetricWriter(epath.Path(tmp_path), steps=4, first_step=0)
+    full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "metrics.jsonl"))
+
+    def write_bytes(path: epath.Path, content: bytes) -> None:
+        raise full
+
+    for step in range(1, 5):
+        with monkeypatch.context() as patch:
+            if step in (2, 3):
+                patch.setattr(metrics, "write_bytes", write_bytes)
+            values = {"loss": float(step), "steps_per_second": 1.0}
+            values |= {"clips_per_second": 1.0, "data_wait_share": 0.0}
+            writer.write(step, values, seconds_left=0.0)
+    writer.close()
+    said = [line for line in capsys.readouterr().out.splitlines() if "until there is room" in line]
+    problem = f"{full.filename}: No space left on device; free some space"
+    assert said == [f"{problem}: metrics are kept until there is room"]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    losses = {step: values["loss"] for step, values in scalars(tmp_path / "events").items()}
+    assert losses == {1: 1.0, 4: 4.0}

@@ -21,7 +21,7 @@ from avcl_jax.data.selection import UsableRecords
 from avcl_jax.objectives import feature_bank, temporal
 from avcl_jax.objectives.bank_rows import has_all
 from avcl_jax.training import loop, objective, sharding
-from avcl_jax.training.checkpoint import Progress, load_variables, open_checkpoints, save
+from avcl_jax.training.checkpoint import Checkpoints, Progress, load_variables
 from avcl_jax.training.inputs import prepare_inputs
 from avcl_jax.training.objective import CONTRASTIVE_TERMS, LossSpec, total_loss
 from avcl_jax.training.state import TrainState
@@ -163,8 +163,8 @@ def test_the_moving_average_excludes_the_initialisation(ran):
 
 def test_averaged_parameters_are_loaded_with_averaged_statistics(ran, tmp_path):
     states, _ = ran
-    with open_checkpoints(tmp_path, keep=1) as manager:
-        save(manager, states[3], Progress(3, 0.0, "", 1))
+    with Checkpoints(tmp_path, keep=1) as manager:
+        manager.save(states[3], Progress(3, 0.0, "", 1))
     variables, step = load_variables(tmp_path)
     assert step == 3
     expected = {"params": states[3].ema_params, "batch_stats": states[3].ema_batch_stats}
