@@ -32,6 +32,15 @@ PRETRAIN = "avcl_jax.training.loop:pretrain"
 # Files and directories, which are used and recorded as absolute paths so that results can be read
 # from any directory. Results depend on their contents, not on their locations.
 PATH_KEYS = ("checkpoint", "encoder", "data.directory", "data.files", "data.audio_files")
+_PATHS = (*PATH_KEYS, "init_from")
+
+# Settings that configs of older versions lack, and the values that they stand for.
+_ADDED = {"init_from": "", "init_optimizer": False, "init_bank": False}
+
+# Settings, and sections of settings, with which a run may be resumed if it is told to; the shape of
+# the state depends on the exceptions.
+_CHANGEABLE = ("steps", "micro_batches", "optimizer.", "loss.", "bank.")
+_FIXED = ("optimizer.name", "optimizer.ema_decay", "bank.size", "bank.dtype")
 
 # Numbers by the last part of their key, and the smallest valid value of each.
 _LEAST = {"seed": 0, "workers": 0, "weak": 0, "strong": 0, "folds": 2} | dict.fromkeys(
@@ -93,9 +102,9 @@ def check_inputs(config: ml_collections.ConfigDict) -> None:
 
 
 def with_absolute_paths(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Returns a copy of `config` whose `PATH_KEYS` are absolute; empty ones and names stay."""
+    """Returns a copy of `config` whose paths are absolute; empty ones and names stay."""
     flat = flatten(config.to_dict())
-    given = {key: flat[key] for key in PATH_KEYS if flat.get(key)}
+    given = {key: flat[key] for key in _PATHS if flat.get(key)}
     absolute = copy.deepcopy(config)  # with references, which variants of an ablation move
     # The name of a shipped encoder is the same from every directory.
     whole = {
@@ -279,9 +288,15 @@ def is_decisive(key: str) -> bool:
     return not key.startswith("execution.") and key not in names
 
 
+def may_change(key: str) -> bool:
+    """Returns whether a run that is told to accept changes resumes with another value of this."""
+    return key.startswith(_CHANGEABLE) and key not in _FIXED
+
+
 def differences(old: str, new: str) -> list[str]:
     """Describes differences between two configs in JSON, one line per key: `key: old -> new`."""
     before, after = flatten(json.loads(old)), flatten(json.loads(new))
+    before = {key: value for key, value in _ADDED.items() if key in after} | before
     pairs = {
         key: (before.get(key, "(absent)"), after.get(key, "(absent)"))
         for key in sorted(before.keys() | after.keys())

@@ -57,7 +57,7 @@ class ProcessLog:
 
 
 def _copy(path: Path, title: str, readers: list[int]) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     selector = selectors.DefaultSelector()
     for target, reader in enumerate(readers, 1):

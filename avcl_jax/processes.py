@@ -94,17 +94,24 @@ def join(
     return multihost.get_jax_distributed_client()
 
 
+def gather(value: Any) -> list[Any]:
+    """Returns the JSON value of every process, by its number; every process calls it."""
+    if jax.process_count() == 1:
+        return [value]
+    text = json.dumps(value).encode()
+    size = int(multihost_utils.process_allgather(np.array(len(text))).max())
+    padded = np.frombuffer(text.ljust(size), np.uint8)
+    rows = multihost_utils.process_allgather(padded).reshape(-1, size)
+    return [json.loads(row.tobytes()) for row in rows]
+
+
 def check_same(facts: Mapping[str, object]) -> None:
     """Compares facts with those of the other processes; every process calls it.
 
     Raises:
         UserError: naming what differs from process 0 and how; raised in every process.
     """
-    text = json.dumps({name: str(value) for name, value in facts.items()}).encode()
-    size = int(multihost_utils.process_allgather(np.array(len(text))).max())
-    padded = np.frombuffer(text.ljust(size), np.uint8)
-    rows = multihost_utils.process_allgather(padded).reshape(-1, size)
-    first, *others = [json.loads(row.tobytes()) for row in rows]
+    first, *others = gather({name: str(value) for name, value in facts.items()})
     lines = [
         f"{name} is {first.get(name)} in process 0 and {other.get(name)} in process {number}"
         for number, other in enumerate(others, 1)
@@ -123,18 +130,22 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Signal that asked this process to stop.
+    """Signals that asked this process to stop, or for a profile.
 
     Attributes:
         name: "SIGTERM" or "SIGINT"; None before.
+        profile: SIGUSR1 asked for a profile that has not begun.
     """
 
     name: str | None = None
+    profile: bool = False
 
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Yields a request that SIGTERM or SIGINT fills; a second signal ends the process at once.
+    """Yields a request that SIGTERM or SIGINT fills; a second one ends the process at once.
+
+    SIGUSR1 asks for a profile.
 
     Signals are read by a thread, because the main thread may wait in a step for processes that no
     longer exist, where it runs no handler. Only the main thread may enter.
@@ -146,6 +157,8 @@ def stop_request() -> Iterator[StopRequest]:
     def watch() -> None:
         for number in iter(lambda: read.recv(1), b""):
             name = signal.Signals(number[0])
+            if name == signal.SIGUSR1:
+                request.profile = True
             if name not in (signal.SIGTERM, signal.SIGINT):
                 continue
             if request.name:
@@ -159,7 +172,8 @@ def stop_request() -> Iterator[StopRequest]:
     def nothing(*_: object) -> None:
         """Keeps the default action away; the thread acts."""
 
-    old = {number: signal.signal(number, nothing) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    old = {number: signal.signal(number, nothing) for number in numbers}
     old_fd = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=watch, daemon=True).start()
     try:

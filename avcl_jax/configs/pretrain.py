@@ -48,6 +48,9 @@ def demo() -> ConfigDict:
     """
     c = ConfigDict(dict(task="avcl_jax.training.loop:pretrain", seed=0))
     c.update(steps=1500, global_batch_size=32)
+    # Workdir of a run with whose parameters and statistics this one begins; and, if set, with the
+    # moments of its optimizer and its feature bank.
+    c.update(init_from="", init_optimizer=False, init_bank=False)
     # Above 1, networks process the batch, and normalise it, in this many parts, and losses the
     # whole: for contrastive batches larger than memory (docs/large_batches.md).
     c.micro_batches = 1
@@ -101,6 +104,7 @@ def demo() -> ConfigDict:
 
     c.execution = execution(workers=0, threads=2, max_bad_records=0, fsdp=1)
     c.execution.update(remat="none", log_every=50, checkpoint_every=500, keep_checkpoints=2)
+    c.execution.update(on_nan="stop", accept_changes=False, profile_step=0)
     return c
 
 
@@ -113,6 +117,7 @@ def kinetics400() -> ConfigDict:
     CrissCross and BraVe: docs/reproduction.md, "Settings beside those of relatives".
     """
     c = ConfigDict(dict(task="avcl_jax.training.loop:pretrain", seed=0))
+    c.update(init_from="", init_optimizer=False, init_bank=False)
     c.steps = 96_000  # 200 epochs, as GDT
     c.global_batch_size = 512  # as BraVe; CrissCross 2,048
     c.update(micro_batches=1, modalities="audio_visual", data=datasets.training("kinetics400"))
@@ -199,6 +204,7 @@ def kinetics400() -> ConfigDict:
     # 32 workers with one thread each were fastest: docs/data/pipeline_speed.md.
     c.execution = execution(workers=32, threads=1, max_bad_records=0, fsdp=1)
     c.execution.update(remat="none", log_every=100, checkpoint_every=2_000, keep_checkpoints=3)
+    c.execution.update(on_nan="stop", accept_changes=False, profile_step=0)
     return c
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Generator, Mapping, Sequence, Sized
 from typing import Any, Protocol
 
 import grain
@@ -132,7 +132,7 @@ def train_batches(
     global_batch_size: int,
     skip_unreadable: bool = False,
     **options: Any,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Generator[dict[str, np.ndarray]]:
     """Returns endless batches of rendered random views, as `batch_shapes` describes them.
 
     `skip_unreadable` is that of `RandomViews`; other arguments are those of `drawn_batches`.
@@ -154,7 +154,7 @@ def drawn_batches(
     first_step: int = 0,
     workers: int = 0,
     threads: int = 2,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Generator[dict[str, np.ndarray]]:
     """Returns endless batches of records in random order, a function of the seed alone.
 
     Every record is drawn once before one is drawn again. An array is memory of a later batch when

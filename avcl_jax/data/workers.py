@@ -26,7 +26,7 @@ import threading
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
@@ -56,7 +56,7 @@ def filled_batches(
     first: int,
     workers: int,
     threads: int,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Generator[dict[str, np.ndarray]]:
     """Yields endless batches; memory of one is used again when nothing refers to its arrays.
 
     Args:
@@ -207,7 +207,8 @@ class _Workers:
         ends = [theirs.fileno() for _, theirs in pairs]
         # Ctrl-C, `timeout` and SLURM signal all processes of a run, which needs its workers until
         # it has saved. Blocked signals stay blocked in processes that are started now.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         try:
             # Not `multiprocessing`: it imports the main module, and with it JAX, in each worker,
             # and leaves names in /dev/shm when all of its processes are killed.

@@ -64,7 +64,8 @@ from avcl_jax.training.checkpoint import (
 )
 from avcl_jax.training.metrics import MetricWriter
 from avcl_jax.training.optimizer import create_optimizer, warmup_cosine, warmup_multistep
-from avcl_jax.training.run_steps import run_steps
+from avcl_jax.training.profiler import Profiler
+from avcl_jax.training.run_steps import CompiledTogether, run_steps
 
 # Sections that decide the test and the results, but not the training.
 _NOT_TRAINING = ("test", "bootstrap")
@@ -232,7 +233,7 @@ def run_split(
             )
             state = run_steps(
                 state,
-                step,
+                CompiledTogether(step),
                 iter(batches),
                 rows=sharding.rows_sharding(mesh),
                 request=request,
@@ -243,7 +244,9 @@ def run_split(
                 progress=progress,
                 checkpoints=checkpoints,
                 writer=writer,
+                profiler=(profiler := Profiler(workdir, request, at=0)),
             )
+            profiler.close()
             writer.close()
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     # A whole copy, also of parameters that are split over hosts.

@@ -193,6 +193,20 @@ def redistribute(bank: FeatureBank, *, global_batch_size: int, shards: int) -> F
     return FeatureBank(jax.tree.map(put, empty, bank.rows), bank.inserted)
 
 
+def relabel(bank: FeatureBank, *, before: Sequence[str], after: Sequence[str]) -> FeatureBank:
+    """Replaces the labels named `before` of every row by those named `after`.
+
+    Labels of both are kept, new ones are unknown in the rows that the bank has.
+    """
+    columns = bank.rows.numbers.columns
+    fixed, label = jnp.split(columns, [FIXED_COLUMNS], axis=1)
+    unknown = jnp.full_like(columns[:, 0], -1)
+    labels = [label[:, before.index(name)] if name in before else unknown for name in after]
+    columns = jnp.concatenate([fixed, jnp.stack(labels or [unknown], axis=1)], axis=1)
+    rows = BankRows(bank.rows.embeddings, bank.rows.presence, RowNumbers(columns))
+    return FeatureBank(rows, bank.inserted)
+
+
 def sample(
     bank: FeatureBank,
     key: Array,

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import crc32c
@@ -60,9 +60,19 @@ class Progress:
     train_seconds: float  # of all starts
     data_fingerprint: str  # of the records; a position means nothing in other data
     devices: int  # over which the bank's rows were laid out
+    # Older checkpoints lack these.
+    unreadable: Sequence[int] = ()  # records that any process could not read
+    bank_labels: Sequence[str] | None = None  # of the columns of the bank's labels
 
 
-def check_config(workdir: epath.Path, config_json: str, *, resumes: bool = True) -> None:
+def check_config(
+    workdir: epath.Path,
+    config_json: str,
+    *,
+    resumes: bool = True,
+    record_changes: Callable[[list[str]], None] | None = None,
+    accept_changes: bool = False,
+) -> None:
     """Writes config.json and versions.json into the workdir, unless it has another run's.
 
     A run may be resumed by another version; one line says so.
@@ -70,6 +80,8 @@ def check_config(workdir: epath.Path, config_json: str, *, resumes: bool = True)
     Args:
         config_json: text of config.json.
         resumes: the workdir contains something that other settings would continue.
+        record_changes: records accepted differences; None for a task that accepts none.
+        accept_changes: accept differences in settings that may change during a run.
 
     Raises:
         CheckpointError: naming the differences that decide results.
@@ -77,10 +89,20 @@ def check_config(workdir: epath.Path, config_json: str, *, resumes: bool = True)
     path = workdir / "config.json"
     old = path.read_text() if resumes and path.exists() else config_json
     if lines := experiment.decisive_differences(old, config_json):
-        raise CheckpointError(
-            f"{workdir} contains a run of another config: choose another --workdir, or undo "
-            + "; ".join(lines)
-        )
+        fixed = [line for line in lines if not experiment.may_change(line.split(":")[0])]
+        problem, way = f"{workdir} contains a run of another config", "choose another --workdir"
+        if record_changes is None:
+            raise CheckpointError(f"{problem}: {way}, or undo {'; '.join(lines)}")
+        if fixed:
+            names = ", ".join(line.split(":")[0] for line in fixed)
+            undo = "; ".join(fixed if accept_changes else lines)
+            raise CheckpointError(f"{problem}: {names} cannot change; {way}, or undo {undo}")
+        if not accept_changes:
+            raise CheckpointError(
+                f"{problem}: {way}, resume with the changes by "
+                f"--config.execution.accept_changes=True, or undo {'; '.join(lines)}"
+            )
+        record_changes(lines)
     if jax.process_index():
         return
     write_bytes(path, config_json.encode())
@@ -318,7 +340,7 @@ def load_variables(workdir: epath.PathLike) -> tuple[dict[str, Any], int]:
     Raises:
         CheckpointError: if there is no checkpoint.
     """
-    state, step = _load_state(workdir)
+    state, step = load_state(workdir)
     prefix = "" if state["ema_params"] is None else "ema_"
     return {name: state[prefix + name] for name in ("params", "batch_stats")}, step
 
@@ -336,7 +358,7 @@ def load_bank(workdir: epath.PathLike) -> FeatureBank:
         CheckpointError: if there is no checkpoint, the run kept no bank, or another version of this
             project wrote it.
     """
-    state, _ = _load_state(workdir)
+    state, _ = load_state(workdir)
     if state["bank"] is None:
         raise CheckpointError(f"the run in {workdir} has no feature bank: bank.size was 0")
     like = feature_bank.create(0, 0, np.float32, labels=0)
@@ -348,7 +370,12 @@ def load_bank(workdir: epath.PathLike) -> FeatureBank:
         ) from error
 
 
-def _load_state(workdir: epath.PathLike) -> tuple[dict[str, Any], int]:
+def load_state(workdir: epath.PathLike) -> tuple[dict[str, Any], int]:
+    """State in the newest checkpoint of a run, as nested dicts of numpy arrays, and its step.
+
+    Raises:
+        CheckpointError: if there is no checkpoint.
+    """
     directory = absolute_path(workdir) / "checkpoints"
     if not directory.exists():
         raise CheckpointError(f"{workdir} has no checkpoints: pretrain with this --workdir first")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 from clu import parameter_overview
 from etils import epath
 
-from avcl_jax import experiment
+from avcl_jax import experiment, peers
 from avcl_jax.data.pipeline import batch_shapes, train_batches
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.data.workers import check_room
@@ -34,14 +34,20 @@ from avcl_jax.training.checkpoint import (
     check_config,
     read_progress,
 )
+from avcl_jax.training.history import History
+from avcl_jax.training.initial_state import resumed_state, state_from_run
 from avcl_jax.training.inputs import prepare_inputs
 from avcl_jax.training.metrics import MetricWriter
 from avcl_jax.training.objective import CONTRASTIVE_TERMS, LossSpec
 from avcl_jax.training.optimizer import create_optimizer, warmup_cosine
-from avcl_jax.training.run_steps import run_steps
+from avcl_jax.training.profiler import Profiler
+from avcl_jax.training.run_steps import CompiledTogether, NonFiniteError, run_steps
 from avcl_jax.training.state import TrainState, create_state
 from avcl_jax.training.step import jit_train_step, make_train_step
 from avcl_jax.training.trained_records import LEAST_VIDEOS, UnreadableRecords, open_records
+
+# Returns to a checkpoint in one run. Data that are the cause are left out by the first one.
+_MOST_SKIPS = 10
 
 
 def loss_spec(config: ml_collections.ConfigDict) -> LossSpec:
@@ -170,103 +176,212 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None
 
     Raises:
         CheckpointError: if the directory belongs to a run of another config or other data.
-        NonFiniteError: within one log period of the first value that is not finite.
+        NonFiniteError: within one log period of the first value that is not finite, unless
+            `config.execution.on_nan` is "skip".
         Stopped: after saving, if a signal came.
         RecordError: if more records than `config.execution.max_bad_records` cannot be read.
         UserError: if the config does not fit data or devices.
     """
+    workdir = absolute_path(workdir)
     # From here on, because the first compilation takes minutes.
     with stop_request() as request, contextlib.ExitStack() as opened:
-        _pretrain(config, absolute_path(workdir), request, opened)
+        run = _open(config, workdir, opened)
+        while True:
+            try:
+                return run.train(request)
+            except NonFiniteError as error:
+                run.skip(error)
 
 
-def _pretrain(
-    config: ml_collections.ConfigDict,
-    workdir: epath.Path,
-    request: StopRequest,
-    opened: contextlib.ExitStack,
-) -> None:
+@dataclasses.dataclass
+class _Run:
+    """Opened parts of a run, which begins again from its newest checkpoint after a skip."""
+
+    config: ml_collections.ConfigDict
+    workdir: epath.Path
+    mesh: Any
+    init: Callable[[jax.Array], tuple[TrainState, Any]]
+    step: Callable[..., Any]
+    source: UsableRecords
+    unreadable: UnreadableRecords
+    checkpoints: Checkpoints
+    history: History
+    compiled: CompiledTogether | None = None
+
+    def train(self, request: StopRequest) -> None:
+        """Trains from the newest checkpoint, or from the beginning, to the last step."""
+        config, run, history = self.config, self.config.execution, self.history
+        init_key, step_key = jax.random.split(jax.random.key(config.seed))
+        state, shardings = self.init(init_key)
+        progress = Progress(0, 0.0, self.source.fingerprint, self.mesh.size)
+        if (saved := self.checkpoints.latest_step()) is not None:
+            progress = read_progress(self.workdir, saved)
+            state = resumed_state(
+                self.checkpoints, progress, state, shardings, config, shards=self.mesh.size
+            )
+            self.unreadable.add(progress.unreadable)
+        elif config.init_from:
+            state, origin = state_from_run(
+                state,
+                shardings,
+                config,
+                data_fingerprint=self.source.fingerprint,
+                shards=self.mesh.size,
+            )
+            if not history.of("init_from"):  # from which it may begin again after a skip
+                history.add(0, init_from=origin)
+        if self.compiled is None:
+            self.compiled = CompiledTogether(jit_train_step(self.step, self.mesh, shardings))
+        first = progress.step
+        writer = MetricWriter(
+            self.workdir,
+            steps=config.steps,
+            first_step=first,
+            warmup_steps=config.optimizer.warmup_steps,
+        )
+        profiler = Profiler(self.workdir, request, at=run.profile_step)
+        with (
+            contextlib.closing(writer),
+            contextlib.closing(profiler),
+            contextlib.closing(self._batches(first)) as batches,
+        ):
+            summary = _summary(config, state, self.source, self.mesh.size, first)
+            writer.note(f"{summary}, workdir {self.workdir}")
+            for origin in [] if saved else history.of("init_from"):
+                parts = ", ".join(origin["parts"])
+                writer.note(f"begins with {parts} of {origin['workdir']} at step {origin['step']}")
+            if jax.process_index() == 0:
+                table = parameter_overview.get_parameter_overview(
+                    state.params, include_stats=False, max_lines=None
+                )
+                (self.workdir / "parameters.txt").write_text(table + "\n")
+            if first >= config.steps:
+                writer.note(f"{self.workdir} is already trained to step {first}")
+                return
+            run_steps(
+                state,
+                self.compiled,
+                batches,
+                step_key,
+                rows=sharding.rows_sharding(self.mesh),
+                request=request,
+                steps=config.steps,
+                log_every=run.log_every,
+                checkpoint_every=run.checkpoint_every,
+                clips_per_step=2 * config.global_batch_size,
+                progress=dataclasses.replace(
+                    progress, devices=self.mesh.size, bank_labels=tuple(config.bank.health_labels)
+                ),
+                checkpoints=self.checkpoints,
+                writer=writer,
+                profiler=profiler,
+                more_values=lambda: {
+                    "unreadable_records": self.unreadable.count,
+                    "restarts": len(history.of("start")) - 1,
+                },
+                more_progress=lambda: {"unreadable": self.unreadable.gather()},
+            )
+
+    def _batches(self, first_step: int) -> Generator[dict[str, np.ndarray]]:
+        """Yields the batches after a step, without those that the run skips."""
+        config, run = self.config, self.config.execution
+        read = self.history.batches_read(first_step)
+        batches = iter(
+            train_batches(
+                self.source,
+                experiment.render_spec(config),
+                seed=config.seed,
+                global_batch_size=config.global_batch_size,
+                rows=sharding.local_rows(self.mesh, config.global_batch_size),
+                first_step=read,
+                workers=run.workers,
+                threads=run.threads,
+                skip_unreadable=run.max_bad_records > 0,
+            )
+        )
+        with contextlib.closing(batches):
+            for number, batch in enumerate(batches, read + 1):
+                if number in self.history.skipped:
+                    peers.doing(peers.READS, first_step)
+                    continue
+                self.unreadable.check(batch)
+                yield batch
+
+    def skip(self, error: NonFiniteError) -> None:
+        """Leaves out the batches of steps that were not finite, from the newest checkpoint on.
+
+        Raises:
+            NonFiniteError: if the config does not say so, or the run has done it often enough.
+        """
+        skips, back = len(self.history.of("skipped_batches")), self.checkpoints.latest_step() or 0
+        if self.config.execution.on_nan == "stop":
+            raise NonFiniteError(
+                f"{error}: --config.execution.accept_changes=True resumes with other settings, "
+                "--config.execution.on_nan=skip without these batches",
+                error.steps,
+            ) from error
+        if skips >= _MOST_SKIPS:
+            raise NonFiniteError(
+                f"{error}. Batches were skipped {skips} times, which is all that "
+                "execution.on_nan=skip may do: the data are not the cause",
+                error.steps,
+            ) from error
+        peers.doing("returns to a checkpoint", back)
+        first, last = (self.history.batches_read(step) for step in error.steps)
+        # Earlier batches keep their numbers, and older checkpoints their positions in the data.
+        self.history.add(back, skipped_batches=[first, last])
+        if jax.process_index() == 0:
+            print(
+                f"{error}. Returns to step {back} and skips batches {first} to {last} "
+                f"({skips + 1} of at most {_MOST_SKIPS} times)",
+                flush=True,
+            )
+
+
+def _open(
+    config: ml_collections.ConfigDict, workdir: epath.Path, opened: contextlib.ExitStack
+) -> _Run:
+    """Opens records, workdir and checkpoints of a run, and compares them with each other."""
     run = config.execution
-    spec = experiment.render_spec(config)
-    mesh, init, step_function = build(config)
+    if run.on_nan not in ("stop", "skip"):
+        raise UserError(f"execution.on_nan {run.on_nan!r} must be 'stop' or 'skip'")
+    if (config.init_optimizer or config.init_bank) and not config.init_from:
+        raise UserError("init_optimizer and init_bank need init_from: set it to a workdir")
+    mesh, init, step = build(config)
     source = open_records(config, mesh)
     check_same({"the data set": source.fingerprint})
     unreadable = UnreadableRecords(source.records, budget=run.max_bad_records)
     rows = config.global_batch_size // jax.process_count()
-    check_room(batch_shapes(spec, rows), workers=run.workers)
+    check_room(batch_shapes(experiment.render_spec(config), rows), workers=run.workers)
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = opened.enter_context(Checkpoints(workdir, keep=run.keep_checkpoints))
-    saved = checkpoints.latest_step()
-    check_config(workdir, experiment.to_json(config), resumes=saved is not None)
-
-    init_key, step_key = jax.random.split(jax.random.key(config.seed))
-    state, shardings = init(init_key)
-    progress = Progress(0, 0.0, source.fingerprint, mesh.size)
-    if saved is not None:
-        progress = read_progress(workdir, saved)
-        if progress.data_fingerprint != source.fingerprint:
+    if (saved := checkpoints.latest_step()) is not None:
+        trained_on = read_progress(workdir, saved).data_fingerprint
+        if trained_on != source.fingerprint:
             raise CheckpointError(
-                f"{workdir} was trained on records {progress.data_fingerprint}, "
-                f"{config.data.directory} contains {source.fingerprint}: choose another --workdir"
+                f"{workdir} was trained on records {trained_on}, {config.data.directory} contains "
+                f"{source.fingerprint}: choose another --workdir"
             )
-        state = checkpoints.restore(saved, state)
-        if state.bank is not None and progress.devices != mesh.size:
-            redistribute = functools.partial(
-                feature_bank.redistribute,
-                global_batch_size=config.global_batch_size,
-                shards=mesh.size,
-            )
-            bank = jax.jit(redistribute, out_shardings=shardings.bank)(state.bank)
-            state = dataclasses.replace(state, bank=bank)
-    first, warmup_steps = progress.step, config.optimizer.warmup_steps
-    writer = MetricWriter(workdir, steps=config.steps, first_step=first, warmup_steps=warmup_steps)
-    opened.callback(writer.close)
-    writer.note(_summary(config, state, source, mesh.size, first) + f", workdir {workdir}")
-    if jax.process_index() == 0:
-        table = parameter_overview.get_parameter_overview(
-            state.params, include_stats=False, max_lines=None
+    elif config.init_from and not (absolute_path(config.init_from) / "checkpoints").exists():
+        raise UserError(
+            f"init_from {config.init_from} has no checkpoints: give the workdir of a pretraining"
         )
-        (workdir / "parameters.txt").write_text(table + "\n")
-    if first >= config.steps:
-        writer.note(f"{workdir} is already trained to step {first}")
-        return
+    history = History(workdir, resumes=saved is not None)
 
-    batches: Iterator[dict[str, np.ndarray]] = iter(
-        train_batches(
-            source,
-            spec,
-            seed=config.seed,
-            global_batch_size=config.global_batch_size,
-            rows=sharding.local_rows(mesh, config.global_batch_size),
-            first_step=first,
-            workers=run.workers,
-            threads=run.threads,
-            skip_unreadable=run.max_bad_records > 0,
-        )
+    def record_changes(lines: list[str]) -> None:
+        history.add(saved or 0, changed=lines)
+        if jax.process_index() == 0:
+            print(f"{workdir} resumes at step {saved} with {'; '.join(lines)}", flush=True)
+
+    check_config(
+        workdir,
+        experiment.to_json(config),
+        resumes=saved is not None,
+        record_changes=record_changes,
+        accept_changes=run.accept_changes,
     )
-
-    def readable() -> Iterator[dict[str, np.ndarray]]:
-        for batch in batches:
-            unreadable.check(batch)
-            yield batch
-
-    run_steps(
-        state,
-        jit_train_step(step_function, mesh, shardings),
-        readable(),
-        step_key,
-        rows=sharding.rows_sharding(mesh),
-        request=request,
-        steps=config.steps,
-        log_every=run.log_every,
-        checkpoint_every=run.checkpoint_every,
-        clips_per_step=2 * config.global_batch_size,
-        progress=dataclasses.replace(progress, devices=mesh.size),
-        checkpoints=checkpoints,
-        writer=writer,
-        # Those that this process has met.
-        more_values=lambda: {"unreadable_records": unreadable.count},
-    )
+    history.add(saved or 0, start={"processes": jax.process_count(), "devices": mesh.size})
+    return _Run(config, workdir, mesh, init, step, source, unreadable, checkpoints, history)
 
 
 def _summary(

@@ -6,14 +6,14 @@ Files are JSON lines and TensorBoard event files, written without TensorFlow.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,13 +29,9 @@ from avcl_jax.errors import FULL_DISK, one_line
 from avcl_jax.objectives.temporal import TASKS
 from avcl_jax.objectives.views import MODALITIES
 from avcl_jax.paths import write_bytes
+from avcl_jax.training.alarms import Alarms
 
 Metrics = dict[str, clu_metrics.Average]
-
-# A fall of the spread by this fraction within this number of log periods is an alarm. Embeddings
-# that ran away together when a bank was switched on lost 18 % in one period of 50 steps and 27 % in
-# two; those of healthy runs lose 2 % at most after the warm-up of the learning rate.
-_FALL, _COMPARED = 0.2, 2
 
 # Metrics of the progress line by group; metrics.jsonl has all.
 _SHOWN = {
@@ -80,34 +76,6 @@ def _progress(values: Mapping[str, float]) -> str:
     )
 
 
-def _alarms(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yields an alarm for each modality whose embeddings' spread has fallen by the last row.
-
-    Args:
-        rows: parsed lines of metrics.jsonl.
-    """
-
-    def fallen(spread: Sequence[tuple[float, int]]) -> bool:
-        return spread[-1][0] < (1 - _FALL) * max(spread)[0]
-
-    for modality in MODALITIES:
-        name = f"health/{modality}_embedding_std"
-        spread = [(row[name], row["step"]) for row in rows if isinstance(row.get(name), float)]
-        if len(spread) < 2 or spread[-1][1] != rows[-1]["step"]:
-            continue
-        recent = spread[-_COMPARED - 1 :]
-        if not fallen(recent) or fallen(spread[-_COMPARED - 2 : -1]):  # Reported one line before.
-            continue
-        (old, old_step), (new, step) = max(recent), recent[-1]
-        yield (
-            f"ALARM at step {step}: the spread of the {modality} embeddings ({name}) fell from "
-            f"{old:.2f} at step {old_step} to {new:.2f}. If */negative_similarity in metrics.jsonl "
-            "rises too, all embeddings move together: if the feature bank has just been switched "
-            "on, check its settings (bank.size=0 trains without it), otherwise lower "
-            "optimizer.learning_rate"
-        )
-
-
 def format_seconds(seconds: float) -> str:
     """Seconds as h:mm:ss or m:ss."""
     minutes, rest = divmod(round(seconds), 60)
@@ -122,6 +90,32 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def memory_gb() -> dict[str, float]:
+    """Returns memory in GB (10⁹ bytes), as far as the system tells.
+
+    `peak_memory_gb`: largest resident size of this process; `available_memory_gb`: memory of its
+    host that is not used; `device_memory_gb`: largest use of a device of this process so far.
+    """
+    values = {"peak_memory_gb": peak_memory_gb()}
+    if (path := Path("/proc/meminfo")).exists():
+        lines = dict(line.split(":") for line in path.read_text().splitlines())
+        values["available_memory_gb"] = int(lines["MemAvailable"].split()[0]) * 1024 / 1e9
+    used = [stats["peak_bytes_in_use"] for d in jax.local_devices() if (stats := d.memory_stats())]
+    if used:
+        values["device_memory_gb"] = max(used) / 1e9
+    return values
+
+
+def _of_processes(hosts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Values of several processes by names of their own, for TensorBoard."""
+    return {
+        f"{name}/process_{number}": value
+        for number, host in enumerate(hosts)
+        for name, value in host.items()
+        if name != "host"
+    }
+
+
 class MetricWriter:
     """Writes from the first process only; elsewhere every call does nothing."""
 
@@ -130,11 +124,10 @@ class MetricWriter:
 
         Args:
             steps: steps of the whole run.
-            warmup_steps: log periods that begin earlier are left out of alarms: the spread of
-                random encoders falls while the learning rate rises.
+            warmup_steps: log periods that begin earlier are left out of alarms.
         """
         self._steps = steps
-        self._warmup_steps = warmup_steps
+        self._alarms = Alarms(warmup_steps=warmup_steps)
         self._active = jax.process_index() == 0
         self._full = False
         self._events: EventsWriter | None = None
@@ -145,8 +138,9 @@ class MetricWriter:
         if self._path.exists():
             for line in self._path.read_text().splitlines():
                 # The last line may be torn by the crash from which this start recovers.
-                if line.endswith("}") and json.loads(line)["step"] <= first_step:
+                if line.endswith("}") and (row := json.loads(line))["step"] <= first_step:
                     self._lines.append(line)
+                    self._alarms.add(row)
             self._flush()
         (workdir / "events").mkdir(parents=True, exist_ok=True)
         self._first_step = first_step
@@ -155,17 +149,32 @@ class MetricWriter:
         # Object stores cannot append, so the file (one line per log period) is written whole.
         write_bytes(self._path, "".join(f"{line}\n" for line in self._lines).encode())
 
-    def write(self, step: int, values: Mapping[str, float], *, seconds_left: float) -> None:
-        """Writes the averages of a log period that ended with `step`."""
+    def write(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        *,
+        seconds_left: float,
+        hosts: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Writes the averages of a log period that ended with `step`.
+
+        Args:
+            values: values of the run, those of process 0 where processes differ.
+            seconds_left: estimate for the rest of the run.
+            hosts: values of each process, and the name of its `host`, if there are several.
+        """
         if not self._active:
             return
-        row = {"step": step, "split": "train"} | {
+        row: dict[str, Any] = {"step": step, "split": "train"} | {
             name: value if math.isfinite(value) else str(value) for name, value in values.items()
         }
+        if hosts:
+            row["hosts"] = hosts
         self._lines.append(json.dumps(row))
         try:
             self._flush()
-            self._write_event(step, values)
+            self._write_event(step, {**values, **_of_processes(hosts)})
             self._full = False
         except OSError as error:
             if error.errno not in FULL_DISK:
@@ -181,9 +190,7 @@ class MetricWriter:
             f"{100 * values['data_wait_share']:.0f} %  ETA {format_seconds(seconds_left)}",
             flush=True,
         )
-        rows = [{"step": 0}, *map(json.loads, self._lines[-_COMPARED - 3 :])]
-        pairs = itertools.pairwise(rows)
-        for line in _alarms([row for old, row in pairs if old["step"] >= self._warmup_steps]):
+        for line in self._alarms.add(row):
             print(line, flush=True)
 
     def _write_event(self, step: int, values: Mapping[str, float]) -> None:

@@ -84,4 +84,6 @@ def create_optimizer(
         update = optax.partition({part: rule(rate) for part, rate in schedule.items()}, part_of)
     else:
         update = rule(schedule)
-    return optax.chain(optax.clip_by_global_norm(clip_norm), update) if clip_norm > 0 else update
+    # Both have the same empty state, so a run that resumes may begin or cease to clip.
+    clip = optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity()
+    return optax.chain(clip, update)

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 import math
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,15 +19,16 @@ from jax.sharding import NamedSharding
 from avcl_jax import peers
 from avcl_jax.data.pipeline import to_device_batch
 from avcl_jax.errors import UserError
-from avcl_jax.processes import Agreement, Stopped, StopRequest
+from avcl_jax.processes import Agreement, Stopped, StopRequest, gather
 from avcl_jax.training.checkpoint import Checkpoints, Progress, SaveError
 from avcl_jax.training.metrics import (
     Metrics,
     MetricWriter,
     format_seconds,
+    memory_gb,
     merge_metrics,
-    peak_memory_gb,
 )
+from avcl_jax.training.profiler import Profiler
 from avcl_jax.training.state import TrainState
 
 # Steps dispatched ahead of the device. More would only queue batches in memory.
@@ -36,7 +38,16 @@ _A_DAY = 24 * 60 * 60
 
 
 class NonFiniteError(UserError):
-    """A loss, metric or gradient stopped being a number."""
+    """A loss, metric or gradient stopped being a number.
+
+    Attributes:
+        steps: first and last step of the log period.
+    """
+
+    def __init__(self, line: str, steps: tuple[int, int]):
+        """Describes the error in one line."""
+        super().__init__(line)
+        self.steps = steps
 
 
 @dataclasses.dataclass
@@ -46,24 +57,33 @@ class _Period:
     first_step: int
     metrics: Metrics | None = None
     data_seconds: float = 0.0
+    step_seconds: list[float] = dataclasses.field(default_factory=list)
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
 
-def _compiled_together(function: Any, *arguments: Any) -> Any:
-    """Compiles a jitted function, and waits until every process has.
+class CompiledTogether:
+    """Jitted function that no process calls before all have compiled it.
 
     Hosts compile at different speeds, or find the program in a cache; `processes.join` says why
     none may start early.
     """
-    program = function.lower(*arguments).compile()
-    everyone = set(range(jax.process_count()))
-    ocp.multihost.sync_global_processes("compiled", processes=everyone, timeout=_A_DAY)
-    return program
+
+    def __init__(self, function: Any):
+        """Compiles nothing yet."""
+        self._function, self._program = function, None
+
+    def program(self, *arguments: Any) -> Any:
+        """Returns the program for arguments of these shapes, compiled by the first call."""
+        if self._program is None:
+            self._program = self._function.lower(*arguments).compile()
+            everyone = set(range(jax.process_count()))
+            ocp.multihost.sync_global_processes("compiled", processes=everyone, timeout=_A_DAY)
+        return self._program
 
 
 def run_steps(
     state: TrainState,
-    train_step: Any,
+    train_step: CompiledTogether,
     batches: Iterator[dict[str, np.ndarray]],
     *constants: jax.Array,
     rows: NamedSharding,
@@ -75,14 +95,16 @@ def run_steps(
     progress: Progress,
     checkpoints: Checkpoints,
     writer: MetricWriter,
+    profiler: Profiler,
     more_values: Callable[[], Mapping[str, float]] = dict,
+    more_progress: Callable[[], Mapping[str, Any]] = dict,
 ) -> TrainState:
     """Trains from `progress.step` to `steps`, and saves while it trains.
 
     Args:
         state: donated.
-        train_step: jitted function `(state, batch, *constants) -> (state, metrics)`; its metrics
-            are averages, `loss` among them.
+        train_step: function `(state, batch, *constants) -> (state, metrics)`; its metrics are
+            averages, `loss` among them.
         batches: local rows, from the first step to be taken.
         rows: sharding of a batch.
         request: asks all processes to stop; they save first.
@@ -91,7 +113,9 @@ def run_steps(
         checkpoint_every: steps between checkpoints.
         clips_per_step: clips of the global batch, for the speed that is logged.
         progress: progress of the run, saved with its fingerprint in every checkpoint.
+        profiler: told before and after each step.
         more_values: returns further values of a log line.
+        more_progress: returns further fields of the progress that a checkpoint contains.
 
     Returns:
         The state after the last step.
@@ -134,20 +158,30 @@ def run_steps(
         taken = last - done.first_step + 1
         values["steps_per_second"] = taken / seconds
         values["clips_per_second"] = clips_per_step * taken / seconds
-        values["data_wait_share"] = done.data_seconds / seconds
-        values["train_seconds"] = before + ended - start
-        values["peak_memory_gb"] = peak_memory_gb()
-        values |= more_values()
-        writer.write(last, values, seconds_left=(steps - last) * seconds / taken)
+        own = {"data_wait_share": done.data_seconds / seconds}
+        for percent in (50, 95):
+            own[f"step_seconds_p{percent}"] = float(np.percentile(done.step_seconds, percent))
+        own |= memory_gb()
+        values |= {**own, "train_seconds": before + ended - start, **more_values()}
+        hosts: list[dict[str, Any]] = []
+        if jax.process_count() > 1:
+            hosts = gather({"host": socket.gethostname()} | own)
+        left = (steps - last) * seconds / taken
+        writer.write(last, values, seconds_left=left, hosts=hosts)
         if broken := sorted(name for name, value in values.items() if not math.isfinite(value)):
             attempt(checkpoints.finish, must=False)
+            broken.sort(key=lambda name: name != "loss")
+            others = f" and {len(broken) - 3} others" if len(broken) > 3 else ""
             raise NonFiniteError(
-                f"not finite between steps {done.first_step} and {last}: {', '.join(broken)}; "
+                f"not finite between steps {done.first_step} and {last}: "
+                f"{', '.join(broken[:3])}{others}; "
                 f"{checkpoints.kept()}. Lower optimizer.learning_rate or optimizer.clip_norm, or "
-                "look at the data of these steps"
+                "look at the data of these steps",
+                (done.first_step, last),
             )
 
     for step in range(first + 1, steps + 1):
+        profiler.before(step)
         waiting = time.perf_counter()
         peers.doing(peers.READS, step - 1)
         batch = next(batches)
@@ -155,13 +189,15 @@ def run_steps(
         on_device = to_device_batch(batch, rows)
         if step == first + 1:
             peers.doing("compiles", step - 1)
-            train_step = _compiled_together(train_step, state, on_device, *constants)
+            program = train_step.program(state, on_device, *constants)
         peers.doing(peers.STEPS, step - 1)
-        state, metrics = train_step(state, on_device, *constants)
+        state, metrics = program(state, on_device, *constants)
         in_flight.append(metrics["loss"].total)
         period.metrics = metrics if period.metrics is None else merge(period.metrics, metrics)
         if len(in_flight) > STEPS_AHEAD:
             jax.block_until_ready(in_flight.popleft())
+        profiler.after(in_flight[-1])
+        period.step_seconds.append(time.perf_counter() - waiting)
         if pending is not None:  # Read one step late, while this step runs.
             report(*pending)
             pending = None
@@ -180,7 +216,9 @@ def run_steps(
             pending = None
         if saving:
             peers.doing("saves", step)
-            reached = dataclasses.replace(progress, step=step, train_seconds=trained_seconds())
+            reached = dataclasses.replace(
+                progress, step=step, train_seconds=trained_seconds(), **more_progress()
+            )
             ends = last_step or stopping
             attempt(checkpoints.finish, must=False)  # the one before
             attempt(functools.partial(checkpoints.save, state, reached), must=ends)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import ml_collections
 import numpy as np
 
-from avcl_jax import experiment
+from avcl_jax import experiment, processes
 from avcl_jax.data.pipeline import check_enough
 from avcl_jax.data.record_files import RecordError
 from avcl_jax.data.records import RecordDataset
@@ -60,7 +60,10 @@ def open_records(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
 
 
 class UnreadableRecords:
-    """Counts the records that this process met and could not read, each once, and prints them."""
+    """Counts the records that a run met and could not read, each once, and prints them.
+
+    A process knows those of the others when they were last gathered.
+    """
 
     def __init__(self, records: RecordDataset, *, budget: int):
         """Counts none yet; more than `budget` are an error.
@@ -78,6 +81,26 @@ class UnreadableRecords:
     def count(self) -> int:
         """Records met so far."""
         return len(self._met)
+
+    def add(self, indices: Iterable[int]) -> None:
+        """Counts records that were met before this start."""
+        self._met.update(indices)
+
+    def gather(self) -> list[int]:
+        """Returns the indices of those of all processes; every process calls it.
+
+        Raises:
+            RecordError: if there are more than the budget allows.
+        """
+        own = self.count
+        for indices in processes.gather(sorted(self._met)) if self._budget else ():
+            self._met.update(indices)
+        if self.count > max(own, self._budget):
+            raise RecordError(
+                f"{self.count} records cannot be read where execution.max_bad_records allows "
+                f"{self._budget}: the logs of the processes name them"
+            )
+        return sorted(self._met)
 
     def check(self, batch: Mapping[str, np.ndarray]) -> None:
         """Counts the unreadable rows of a batch.

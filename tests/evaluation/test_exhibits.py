@@ -211,5 +211,5 @@ def test_a_bank_that_is_not_used_or_without_its_records_is_not_opened(run, tmp_p
     assert opened(**{"data.select": "motion=across"}) is None
     # An older version's bank had other fields.
     older = {"bank": {"video": np.zeros((32, 8)), "inserted": 32}}
-    with mock.patch.object(checkpoint, "_load_state", return_value=(older, 20)):
+    with mock.patch.object(checkpoint, "load_state", return_value=(older, 20)):
         assert opened() is None

@@ -173,7 +173,7 @@ def one_line(output: str) -> str:
 
 def saved_state(workdir: Path, step: int) -> dict[str, np.ndarray]:
     """Every array of the newest checkpoint, which is that of `step`, by its path."""
-    state, newest = checkpoint._load_state(workdir)
+    state, newest = checkpoint.load_state(workdir)
     assert newest == step
     flat = jax.tree_util.tree_flatten_with_path(state)[0]
     return {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in flat}
