@@ -10,8 +10,12 @@ import argparse
 import collections
 import functools
 import gc
+import json
 import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -222,12 +226,123 @@ def host_rate(*, directory: str, hosts: int, rows: Sequence[int], count: int) ->
     return measure.rate(batches, batch_size=BATCH_SIZE, warmup=4, count=count)
 
 
+def _save_stall(args: argparse.Namespace) -> Measured:
+    """Seconds of the step after a checkpoint over those of the others, medians of a training."""
+    every, steps = (4, 12) if args.small else (10, 120)
+    directory = _records(args, 1)
+    with tempfile.TemporaryDirectory() as workdir:
+        command = ["--config=configs/pretrain.py", f"--workdir={workdir}"]
+        settings = {
+            "data.directory": directory,
+            "bank.health_labels": (),
+            "steps": steps,
+            "optimizer.warmup_steps": 1,
+            "execution.log_every": 1,
+            "execution.checkpoint_every": every,
+        }
+        command += [f"--config.{name}={value}" for name, value in settings.items()]
+        subprocess.run([sys.executable, "-m", "avcl_jax.main", *command], check=True)
+        lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    # A step's metrics are read while the next one runs, so the seconds of its line are those of the
+    # step before. A save waits for its step; the line after it has the seconds of saving alone.
+    seconds = {row["step"]: 1 / row["steps_per_second"] for row in map(json.loads, lines)}
+    saves = range(every, steps - every + 1, every)
+    after = [seconds[step + 1] + seconds[step + 2] for step in saves]
+    others = [seconds[step + n] for step in saves for n in range(3, every)]
+    detail = {"after_a_save": measure.spread(after), "others": measure.spread(others)}
+    return statistics.median(after) / statistics.median(others), detail
+
+
+def _checkpoint_speed(args: argparse.Namespace, function: str) -> Measured:
+    """Seconds to save or restore a state over those to write or read a file of its bytes."""
+    args.data.mkdir(parents=True, exist_ok=True)
+    megabytes, directory = 8 if args.small else 500, str(args.data)
+    calls = {
+        name: functools.partial(
+            _child, function, directory=directory, megabytes=megabytes, plain=plain
+        )
+        for name, plain in (("checkpoint", False), ("plain", True))
+    }
+    values = measure.interleave(calls, repeats=1 if args.small else args.repeats)
+    detail = {name: measure.spread(seconds) for name, seconds in values.items()}
+    ratio = statistics.median(values["checkpoint"]) / statistics.median(values["plain"])
+    return ratio, {"megabytes": megabytes, **detail}
+
+
+def seconds_to_save(*, directory: str, megabytes: int, plain: bool) -> float:
+    """Returns seconds until a checkpoint or a plain file is on the disk."""
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
+        return _save(Path(folder), _state(megabytes), plain=plain)
+
+
+def seconds_to_restore(*, directory: str, megabytes: int, plain: bool) -> float:
+    """Returns seconds to read it from the disk, a checkpoint with its checksums."""
+    import jax
+    from etils import epath
+
+    from avcl_jax.training.checkpoint import Checkpoints
+
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
+        state = _state(megabytes)
+        _save(Path(folder), state, plain=plain)
+        began = time.perf_counter()
+        if plain:
+            (Path(folder) / "plain").read_bytes()
+        else:
+            with Checkpoints(epath.Path(folder), keep=1) as checkpoints:
+                jax.block_until_ready(checkpoints.restore(1, state))
+        return time.perf_counter() - began
+
+
+def _state(megabytes: int) -> dict[str, Any]:
+    import jax
+
+    return {str(n): jax.random.normal(jax.random.key(n), (250_000,)) for n in range(megabytes)}
+
+
+def _save(folder: Path, state: Mapping[str, Any], *, plain: bool) -> float:
+    """Saves, and returns the seconds until everything is on the disk and not in its cache."""
+    from etils import epath
+
+    from avcl_jax.training.checkpoint import Checkpoints, Progress
+
+    content = b"".join(np.asarray(array).tobytes() for array in state.values())
+    with Checkpoints(epath.Path(folder), keep=1) as checkpoints:
+        began = time.perf_counter()
+        if plain:
+            (folder / "plain").write_bytes(content)
+        else:
+            checkpoints.save(state, Progress(1, 0.0, "", 1))
+            checkpoints.finish()
+        _to_disk(folder)
+        return time.perf_counter() - began
+
+
+def _to_disk(folder: Path) -> None:
+    """Writes all files of a folder to the disk, and removes them from the system's cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            file = os.open(path, os.O_RDONLY)
+            os.fsync(file)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(file)
+
+
 _ROWS: RowTable[argparse.Namespace] = {
     "shm_batches_in_flight": ("batches", Target("<=", 4), _batches_in_memory),
     "index_2m_process_mb": ("MB", Target("<=", 120), lambda args: _index_memory(args, 0)),
     "index_2m_host_mb": ("MB", Target("<=", 1000), lambda args: _index_memory(args, _WORKERS)),
     "epoch_2m_start_seconds": ("s", Target("<=", 10), _start),
     "input_hosts_scaling": ("ratio", Target(">=", 0.95), _hosts),
+    "save_stall_ratio": ("ratio", Target("<=", 1.2), _save_stall),
+    "checkpoint_seconds_per_gb": (
+        *("ratio", Target("<=", 2.0)),
+        functools.partial(_checkpoint_speed, function="seconds_to_save"),
+    ),
+    "restore_seconds_per_gb": (
+        *("ratio", Target("<=", 2.0)),
+        functools.partial(_checkpoint_speed, function="seconds_to_restore"),
+    ),
 }
 
 
