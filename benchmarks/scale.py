@@ -294,13 +294,13 @@ def seconds_to_restore(*, directory: str, megabytes: int, plain: bool) -> float:
         return time.perf_counter() - began
 
 
-def _state(megabytes: int) -> dict[str, Any]:
+def _state(megabytes: int) -> Any:
     import jax
 
     return {str(n): jax.random.normal(jax.random.key(n), (250_000,)) for n in range(megabytes)}
 
 
-def _save(folder: Path, state: Mapping[str, Any], *, plain: bool) -> float:
+def _save(folder: Path, state: Any, *, plain: bool) -> float:
     """Saves, and returns the seconds until everything is on the disk and not in its cache."""
     from etils import epath
 
