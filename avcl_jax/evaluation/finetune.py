@@ -54,12 +54,14 @@ from avcl_jax.evaluation.splits import Split, open_splits
 from avcl_jax.export import Encoder
 from avcl_jax.export.runs import random_like
 from avcl_jax.page import section
+from avcl_jax.paths import absolute_path
 from avcl_jax.processes import StopRequest, stop_request
 from avcl_jax.training import sharding
 from avcl_jax.training.checkpoint import (
     Checkpoints,
     Progress,
     check_config,
+    check_place,
     read_progress,
 )
 from avcl_jax.training.metrics import MetricWriter
@@ -84,6 +86,7 @@ def finetune(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
         Stopped: after saving, if a signal came in a training.
         UserError: if settings contradict each other or the records.
     """
+    check_place(absolute_path(workdir))
     splits = labelled_splits(config)
 
     def compute(context: Context) -> list[np.ndarray]:

@@ -65,6 +65,19 @@ class Progress:
     bank_labels: Sequence[str] | None = None  # of the columns of the bank's labels
 
 
+def check_place(workdir: epath.Path) -> None:
+    """Refuses object stores in which orbax cannot write arrays, before anything is written there.
+
+    Raises:
+        CheckpointError: naming what can be used.
+    """
+    if is_remote(workdir) and not str(workdir).startswith("gs://"):
+        raise CheckpointError(
+            f"checkpoints cannot be saved in {workdir}: orbax writes to local disks and gs://; "
+            "give --workdir on one of these, such as a mounted bucket"
+        )
+
+
 def check_config(
     workdir: epath.Path,
     config_json: str,

@@ -32,6 +32,7 @@ from avcl_jax.training.checkpoint import (
     Checkpoints,
     Progress,
     check_config,
+    check_place,
     read_progress,
 )
 from avcl_jax.training.history import History
@@ -183,6 +184,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None
         UserError: if the config does not fit data or devices.
     """
     workdir = absolute_path(workdir)
+    check_place(workdir)
     # From here on, because the first compilation takes minutes.
     with stop_request() as request, contextlib.ExitStack() as opened:
         run = _open(config, workdir, opened)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from avcl_jax.data.records import RecordError
+from avcl_jax.training.checkpoint import CheckpointError
 from avcl_jax.training.loop import pretrain
 from tests.data.synthetic_records import make_record, write_records
 from tests.training.small import (
@@ -104,6 +105,11 @@ def test_mistakes_in_the_config_are_one_clear_error(records, tmp_path, overrides
         pretrain(config, workdir)
     assert "\n" not in str(caught.value)
     assert not (workdir / "checkpoints").exists()
+
+
+def test_a_store_in_which_checkpoints_cannot_be_saved_is_refused_at_once(records):
+    with pytest.raises(CheckpointError, match="cannot be saved in s3://bucket/run: "):
+        pretrain(small_config(records), "s3://bucket/run")
 
 
 @pytest.mark.slow
