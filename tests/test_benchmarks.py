@@ -27,6 +27,7 @@ from avcl_jax.data.views import BACKWARD, FORWARD, Clip, frame_indices
 from avcl_jax.errors import UserError
 from avcl_jax.objectives import feature_bank
 from avcl_jax.training import inputs
+from avcl_jax.training.run_steps import STEPS_AHEAD
 from benchmarks import (
     audio_settings,
     bank,
@@ -37,6 +38,7 @@ from benchmarks import (
     measure,
     record_features,
     rendering,
+    scale,
     startup,
     steps,
     train_step,
@@ -540,3 +542,17 @@ def test_linked_records_have_sources_of_their_own(tmp_path):
     assert len(linked) == 6
     assert len(set(linked.source_numbers.tolist())) == 6
     assert linked[5].frames == records[1].frames
+
+
+def test_workers_share_the_memory_of_four_batches() -> None:
+    assert 3 <= scale.batches_in_memory(held=STEPS_AHEAD, workers=3, count=20) <= 4
+
+
+@pytest.mark.slow
+def test_every_row_of_scale_is_measured(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    scale.main([f"--json={out}", f"--data={tmp_path}", "--small"])
+    rows = {row["name"]: row["value"] for row in json.loads(out.read_text())}
+    assert set(rows) == set(scale._ROWS)
+    assert all(np.isfinite(value) for value in rows.values())
+    assert 3 <= rows["shm_batches_in_flight"] <= 4

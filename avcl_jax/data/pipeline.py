@@ -71,7 +71,7 @@ class RandomViews:
         source, records = self.source, self.source.records
         indices = source.indices[positions]
         places = [records.place_of(index) for index in indices.tolist()]
-        return places, [source.usable(p) for p in positions.tolist()], describe(indices, records)
+        return places, source.usable(positions), describe(indices, records)
 
     @property
     def render(self) -> Renderer:

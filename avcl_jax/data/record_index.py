@@ -7,6 +7,8 @@ of ten thousand shards took minutes.
 
 from __future__ import annotations
 
+import mmap
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -114,15 +116,35 @@ def load_table(path: epath.PathLike) -> pa.Table | None:
     path = epath.Path(path)
     if not path.exists():
         return None
-    data = path.read_bytes()
+    data = memoryview(path.read_bytes())
     if len(data) < 5 or crc32c.crc32c(data[:-4]) != int.from_bytes(data[-4:], "little"):
         return None
     try:
-        table = pa.ipc.open_file(pa.BufferReader(data[:-4])).read_all()
+        table = pa.ipc.open_file(pa.py_buffer(data[:-4])).read_all()
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError):
         return None
-    return None if any(column.null_count for column in table.columns) else table
+    if any(column.null_count for column in table.columns):
+        return None
+    table = _in_file(table)
+    pa.default_memory_pool().release_unused()
+    return table
+
+
+def _in_file(table: pa.Table) -> pa.Table:
+    """Moves a table from memory into a file without a name, of which the system keeps what is used.
+
+    Where no temporary file can be written, the table stays in memory.
+    """
+    try:
+        with tempfile.TemporaryFile() as file:
+            with pa.ipc.new_file(file, table.schema) as writer:
+                writer.write_table(table)
+            file.flush()
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError:
+        return table
+    return pa.ipc.open_file(pa.py_buffer(content)).read_all()
 
 
 def index_path(directory: epath.PathLike, name: str, split: str) -> epath.Path:

@@ -197,7 +197,8 @@ class RecordDataset:
         if not sum(lengths):
             raise RecordError(f"{self._directory}: split {split!r} has no records")
         table = self._load_index(index_path(self._directory, info["name"], split), lengths, labels)
-        columns = {name: table[name].combine_chunks() for name in table.column_names}
+        table = table.combine_chunks()
+        columns = {name: table[name].chunk(0) for name in table.column_names}
         self._lengths, self._crcs = columns["length"].to_numpy(), columns["crc"].to_numpy()
         self._shard_numbers = columns["shard"].to_numpy()
         # Place of each record in its shard: its byte offset, or its number.

@@ -28,6 +28,10 @@ class SelectionError(UserError):
     """A selection that cannot be read, or records that lack its labels or a modality."""
 
 
+# Records that are looked at together: with millions at once, what is computed takes a gigabyte.
+_BLOCK = 1 << 16
+
+
 class Condition(NamedTuple):
     """Demand on a label of one class per record: one of `values`, or if `negated` another class."""
 
@@ -196,18 +200,28 @@ class UsableRecords(SelectedRecords):
         super().__init__(records, selection or Selection())
         self._spec = spec
         self.num_selected = len(self.indices)
-        times = self.timelines()
-        video = np.asarray(times["num_frames"] > 1) & (spec.modalities != "audio")
-        audio = has_audio(times) & (spec.modalities != "video")
-        self.check_rate(times["sample_rate_hz"][audio], spec.log_mel.sample_rate_hz)
-        self._parts = _usable_parts(times, video, audio, spec.views)
-        usable = self._parts["has_video"] | self._parts["has_audio"]
-        self.num_empty = int((~(video | audio)).sum())
-        self.num_too_short = int((~usable).sum()) - self.num_empty
-        if not usable.any():
-            raise SelectionError(self._why_none(times["duration_seconds"].max()))
-        self.indices = self.indices[usable]
-        self._parts = {name: values[usable] for name, values in self._parts.items()}
+        self.num_empty, selected, usable = 0, self.indices, []
+        for begin in range(0, len(selected), _BLOCK):
+            times, video, audio = self._timelines(selected[begin : begin + _BLOCK])
+            self.check_rate(times["sample_rate_hz"][audio], spec.log_mel.sample_rate_hz)
+            parts = _usable_parts(times, video, audio, spec.views)
+            usable.append(np.stack([parts["has_video"], parts["has_audio"]]))
+            self.num_empty += int((~(video | audio)).sum())
+        has = np.concatenate(usable, axis=1)
+        self.indices = selected[has.any(axis=0)]
+        self._has = dict(zip(("video", "audio"), has[:, has.any(axis=0)], strict=True))
+        self.num_too_short = len(selected) - self.num_empty - len(self.indices)
+        if not len(self.indices):
+            longest = records.timelines["duration_seconds"][selected].max()
+            raise SelectionError(self._why_none(longest))
+
+    def _timelines(
+        self, indices: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+        """Returns the fields of `TIMELINE` of records, and which have video and audio."""
+        times = {name: values[indices] for name, values in self.records.timelines.items()}
+        video = np.asarray(times["num_frames"] > 1) & (self._spec.modalities != "audio")
+        return times, video, has_audio(times) & (self._spec.modalities != "video")
 
     def _why_none(self, longest_seconds: float) -> str:
         """Returns one line that says why no view fits any record, and what to change."""
@@ -227,21 +241,24 @@ class UsableRecords(SelectedRecords):
 
     def num_without(self, modality: str) -> int:
         """Returns the number of used records without "video", or without audible "audio"."""
-        return int((~self._parts[f"has_{modality}"]).sum())
+        return int((~self._has[modality]).sum())
 
     def lacking(self, modalities: Sequence[str]) -> np.ndarray:
         """Returns positions in the data set, int64, of records without a view of all modalities."""
-        whole = np.logical_and.reduce([self._parts[f"has_{name}"] for name in modalities])
+        whole = np.logical_and.reduce([self._has[name] for name in modalities])
         return np.setdiff1d(self.selection.positions(self.records), self.indices[whole])
 
     def __getitem__(self, position: int) -> tuple[int, Record, Timeline]:
         """Reads one record; returns its position in the data set, the record, its usable part."""
         index = int(self.indices[position])
-        return index, self.records[index], self.usable(position)
+        return index, self.records[index], self.usable([position])[0]
 
-    def usable(self, position: int) -> Timeline:
-        """Returns the usable part of the record at `position`, without reading it."""
-        return Timeline(**{name: part[position].item() for name, part in self._parts.items()})
+    def usable(self, positions: Sequence[int] | np.ndarray) -> list[Timeline]:
+        """Returns the usable part of each record at `positions`, without reading it."""
+        found = self._timelines(self.indices[positions])
+        columns = _usable_parts(*found, self._spec.views)
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        return [Timeline(**dict(zip(columns, row, strict=True))) for row in rows]
 
 
 def _usable_parts(

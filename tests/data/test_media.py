@@ -268,7 +268,7 @@ def test_a_cover_picture_that_no_flag_tells_is_no_video(tmp_path: Path) -> None:
     assert np.abs(record.waveform.astype(int)).mean() > 4000
     out = tmp_path / "records"
     assert data_prep(["prepare", str(path), f"--out={out}", "--workers=1"]) == 0
-    use = UsableRecords(RecordDataset(out, "train"), SPEC).usable(0)
+    use = UsableRecords(RecordDataset(out, "train"), SPEC).usable([0])[0]
     assert (use.has_video, use.has_audio) == (False, True)
 
 
@@ -466,7 +466,7 @@ def test_every_file_is_in_a_training_batch_or_refused_with_a_reason(tmp_path):
         assert batch["video"].shape == (size, 2, 12, 48, 48, 3)
         assert np.isfinite(batch["spectrogram"]).all()
         for row, index in enumerate(batch["record_index"]):
-            use = source.usable(int(np.flatnonzero(source.indices == index)[0]))
+            use = source.usable(np.flatnonzero(source.indices == index))[0]
             assert batch["has_video"][row] == use.has_video
             assert use.has_audio or not batch["has_audio"][row].any()
             # Real pictures have contrast. A silent view of a sounding record is the floor of the

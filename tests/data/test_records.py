@@ -10,6 +10,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -285,6 +286,22 @@ def test_several_labels_a_clip(tmp_path: Path) -> None:
     feature = tfds.builder_from_directory(tmp_path).info.features["label_sound"]
     assert isinstance(feature, tfds.features.Sequence)
     assert feature.feature.names == ["a", "b", "c"]
+
+
+def test_an_index_is_mapped_from_a_file_and_kept_in_memory_without_one(prepared, monkeypatch):
+    def nameless() -> int:
+        return Path("/proc/self/maps").read_text().count(" (deleted)")
+
+    RecordDataset(prepared, "train")  # makes it
+    before = nameless()
+    mapped = RecordDataset(prepared, "train")
+    assert nameless() == before + 1
+    monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
+    kept = RecordDataset(prepared, "train")
+    assert nameless() == before + 1
+    assert kept.fingerprint == mapped.fingerprint
+    assert kept.record_ids[:] == mapped.record_ids[:]
+    assert_same(kept[2], mapped[2])
 
 
 def test_a_read_only_directory_needs_no_index(prepared, monkeypatch):

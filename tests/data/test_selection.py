@@ -10,13 +10,14 @@ import pytest
 
 from avcl_jax import experiment
 from avcl_jax.configs import pretrain
+from avcl_jax.data import selection
 from avcl_jax.data.clips import AudioClipSpec, ClipRecords, VideoClipSpec
 from avcl_jax.data.images import CropSpec
 from avcl_jax.data.record_format import is_silent, peak
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection, SelectionError, UsableRecords, single_classes
 from avcl_jax.data.spectrogram import LogMelSpec
-from avcl_jax.data.views import ViewSpec
+from avcl_jax.data.views import Timeline, ViewSpec
 from tests.data.synthetic_records import make_record, write_records
 from tests.evaluation.conftest import RATE, small_record, sound_record
 from tests.evaluation.conftest import write_records as write_splits
@@ -101,10 +102,14 @@ def test_usable_records_of_a_selection_are_the_same_records(records):
     for position, index in enumerate(some.indices.tolist()):
         found, record, use = some[position]
         assert (found, record.record_id) == (index, records.record_ids[index])
-        assert use == everything.usable(everything.indices.tolist().index(index))
+        assert [use] == everything.usable([everything.indices.tolist().index(index)])
 
 
-def test_the_usable_part_is_what_video_and_audio_share_or_else_one_of_them(tmp_path):
+@pytest.mark.parametrize("block", [4, selection._BLOCK])
+def test_the_usable_part_is_what_video_and_audio_share_or_else_one_of_them(
+    tmp_path, monkeypatch, block
+):
+    monkeypatch.setattr(selection, "_BLOCK", block)
     film = make_record(0, seconds=4.0, side=16)  # 64 frames, the last of which stays until 4 s
     made = [
         film,
@@ -122,7 +127,7 @@ def test_the_usable_part_is_what_video_and_audio_share_or_else_one_of_them(tmp_p
     dataset = RecordDataset(write_records(tmp_path / "r", made, shards=1), "train")
     views = ViewSpec(num_frames=8, clip_seconds=0.5, speeds=(1, 2), audio_transform="shared")
     spec = dataclasses.replace(experiment.render_spec(pretrain.get_config()), views=views)
-    assert [dataclasses.astuple(UsableRecords(dataset, spec).usable(n)) for n in range(7)] == [
+    assert list(map(dataclasses.astuple, UsableRecords(dataset, spec).usable(range(7)))) == [
         (0.0, 4.0, 1 / 16, True, True),
         (1.0, 3.0, 1 / 16, True, True),
         (0.0, 4.0, 1 / 16, True, False),
@@ -132,7 +137,7 @@ def test_the_usable_part_is_what_video_and_audio_share_or_else_one_of_them(tmp_p
         (0.0, 4.0, 0.0, False, True),
     ]
     heard = UsableRecords(dataset, dataclasses.replace(spec, modalities="audio"))
-    assert dataclasses.astuple(heard.usable(1)) == (1.0, 3.0, 0.0, False, True)
+    assert heard.usable([1]) == [Timeline(1.0, 3.0, 0.0, False, True)]
     assert (heard.num_empty, heard.num_without("video"), heard.num_without("audio")) == (3, 6, 0)
     both = UsableRecords(dataset, spec)
     assert both.lacking(("video", "audio")).tolist() == [2, 3, 4, 6, 7, 8]

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,13 @@ def fill_with_process(request: Any, out: dict[str, np.ndarray]) -> None:
     import avcl_jax.data.clips  # noqa: F401
 
     out["x"][...], out["flag"][...] = os.getpid(), "jax" in sys.modules
+
+
+def fill_once(request: tuple[int, int], out: dict[str, np.ndarray]) -> None:
+    """Writes the process into batch 0, and never ends another."""
+    if request[0]:
+        threading.Event().wait()
+    out["x"][...] = os.getpid()
 
 
 def batches(
@@ -181,16 +189,17 @@ def with_little_shared_memory(command: list[str]) -> subprocess.CompletedProcess
 PROGRAM = """
 import os, signal, subprocess, sys
 from avcl_jax.data.workers import filled_batches
-from tests.data.test_workers import fill_with_process
+from tests.data.test_workers import fill_once, fill_with_process
 shapes = {"x": ((1 << 10, 1 << 10), "int32"), "flag": ((1 << 10,), "bool")}
-options = {"first": 0, "workers": 2, "threads": 1}
-filled = filled_batches(shapes, lambda *_: None, fill_with_process, **options)
+def filled_by(fill):
+    options = {"first": 0, "workers": 2, "threads": 1}
+    return filled_batches(shapes, lambda number, _: (number, 0), fill, **options)
 """
 
 
 def test_full_shared_memory_is_an_error_and_not_a_signal() -> None:
     program = """
-        held = []
+        filled, held = filled_by(fill_with_process), []
         try:
             while True:
                 held.append(next(filled))
@@ -204,9 +213,21 @@ def test_full_shared_memory_is_an_error_and_not_a_signal() -> None:
     assert result.returncode == 0
 
 
-@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(1)", "None"])
-def test_however_a_process_ends_its_workers_do_and_leave_nothing(end: str) -> None:
-    program = f"held = [next(filled)]; print(held[0]['x'].max(), flush=True); {end}"
+@pytest.mark.parametrize(
+    ("fill", "end"),
+    [
+        ("fill_once", "os.kill(os.getpid(), signal.SIGKILL)"),
+        ("fill_once", "os._exit(1)"),
+        ("fill_with_process", ""),
+    ],
+)
+def test_however_a_process_ends_its_workers_do_and_leave_nothing(fill: str, end: str) -> None:
+    program = f"""
+filled = filled_by({fill})
+batch = next(filled)
+print(batch["x"].max(), flush=True)
+{end}
+"""
     outer = f"""
         run = subprocess.run([sys.executable, "-c", {PROGRAM + program!r}], stdout=-1, timeout=60)
         from tests.data.test_workers import ends
