@@ -409,7 +409,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_undisturbed(
     end(begin("again"))
     seconds = time.monotonic() - began
     rng = random.Random(processes + workers)
-    kills, reached = int(os.environ.get("AVCL_JAX_KILLS", "3")), []
+    kills, reached, repeated = int(os.environ.get("AVCL_JAX_KILLS", "2")), [], []
     seen.act(
         f"SIGKILL {kills} times at random moments to {'both processes' if processes > 1 else 'one'}"
         f", {workers} data workers, a checkpoint every 2 of 60 steps"
@@ -417,20 +417,24 @@ def test_killed_at_random_moments_a_run_ends_as_if_undisturbed(
     for _ in range(kills):
         started = begin("killed")
         with contextlib.suppress(subprocess.TimeoutExpired):
-            started[0].communicate(timeout=rng.uniform(0.1, seconds))
+            started[0].wait(timeout=rng.uniform(0.1, seconds))
         for process in rng.sample(started, processes):
             process.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.communicate(timeout=rng.uniform(0.0, 1.0))
+                process.wait(timeout=rng.uniform(0.0, 1.0))
         for process in started:
             process.communicate()
         directory = tmp_path / "killed" / "checkpoints"
         names = [path.name for path in directory.iterdir()] if directory.exists() else []
         reached.append(max(map(int, filter(str.isdecimal, names)), default=0))
+        if (tmp_path / "killed" / "metrics.jsonl").exists():
+            logged = max(losses(tmp_path / "killed"), default=0)
+            repeated.append(max(logged - reached[-1], 0))
     end(begin("killed"))
     seen.ended()
     assert_identical(tmp_path / "whole", tmp_path / "killed", 60)
-    seen.told(f"checkpoints {', '.join(map(str, reached))} were the newest; {RESUMES}")
+    mean = f"{np.mean(repeated):.1f} steps to repeat on average; " if repeated else ""
+    seen.told(f"checkpoints {', '.join(map(str, reached))} were the newest, {mean}{RESUMES}")
 
 
 @pytest.fixture
