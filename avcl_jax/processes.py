@@ -26,6 +26,7 @@ from avcl_jax.errors import UserError, one_line
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again.
 STOPPED = 75
+_BLOCK = 1024
 
 
 def join(
@@ -100,6 +101,7 @@ def gather(value: Any) -> list[Any]:
         return [value]
     text = json.dumps(value).encode()
     size = int(multihost_utils.process_allgather(np.array(len(text))).max())
+    size = -(-size // _BLOCK) * _BLOCK  # each size is a program to compile
     padded = np.frombuffer(text.ljust(size), np.uint8)
     rows = multihost_utils.process_allgather(padded).reshape(-1, size)
     return [json.loads(row.tobytes()) for row in rows]

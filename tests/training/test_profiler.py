@@ -30,11 +30,11 @@ def profiled(workdir: Path, process: int) -> list[list[int]]:
 
 @pytest.mark.slow
 def test_processes_write_profiles_at_a_step_and_on_a_signal(records, tmp_path):
-    options = arguments(records, tmp_path, steps=60, execution__profile_step=3)
+    options = arguments(records, tmp_path, steps=24, execution__profile_step=3)
     options += ["--config.execution.workers=1"]
     processes = start_processes(options, devices=1)
     for line in processes[0].stdout:
-        if line.startswith("step 10/"):
+        if line.startswith("step 8/"):
             # Also to data workers and to the copier of the log, as from `scancel --signal`.
             for process in (processes[1].pid, *descendants(processes[1].pid)):
                 os.kill(process, signal.SIGUSR1)
@@ -46,4 +46,4 @@ def test_processes_write_profiles_at_a_step_and_on_a_signal(records, tmp_path):
     at_step, on_signal = profiled(tmp_path, 1)
     assert at_step == [3, 4, 5]
     assert on_signal == list(range(on_signal[0], on_signal[0] + 3))
-    assert on_signal[0] >= 10
+    assert on_signal[0] >= 8
