@@ -9,6 +9,7 @@ interrupted run resumes. No test record is read before the last step of training
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -234,21 +235,22 @@ def run_split(
                 workers=run.workers,
                 threads=run.threads,
             )
-            state = run_steps(
-                state,
-                CompiledTogether(step),
-                iter(batches),
-                rows=sharding.rows_sharding(mesh),
-                request=request,
-                steps=steps,
-                log_every=run.log_every,
-                checkpoint_every=run.checkpoint_every,
-                clips_per_step=config.global_batch_size,
-                progress=progress,
-                checkpoints=checkpoints,
-                writer=writer,
-                profiler=(profiler := Profiler(workdir, request, at=0)),
-            )
+            with contextlib.closing(batches):  # before the test, which needs the memory
+                state = run_steps(
+                    state,
+                    CompiledTogether(step),
+                    batches,
+                    rows=sharding.rows_sharding(mesh),
+                    request=request,
+                    steps=steps,
+                    log_every=run.log_every,
+                    checkpoint_every=run.checkpoint_every,
+                    clips_per_step=config.global_batch_size,
+                    progress=progress,
+                    checkpoints=checkpoints,
+                    writer=writer,
+                    profiler=(profiler := Profiler(workdir, request, at=0)),
+                )
             profiler.close()
             writer.close()
     variables = {"params": state.params, "batch_stats": state.batch_stats}

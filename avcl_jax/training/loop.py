@@ -288,18 +288,16 @@ class _Run:
         """Yields the batches after a step, without those that the run skips."""
         config, run = self.config, self.config.execution
         read = self.history.batches_read(first_step)
-        batches = iter(
-            train_batches(
-                self.source,
-                experiment.render_spec(config),
-                seed=config.seed,
-                global_batch_size=config.global_batch_size,
-                rows=sharding.local_rows(self.mesh, config.global_batch_size),
-                first_step=read,
-                workers=run.workers,
-                threads=run.threads,
-                skip_unreadable=run.max_bad_records > 0,
-            )
+        batches = train_batches(
+            self.source,
+            experiment.render_spec(config),
+            seed=config.seed,
+            global_batch_size=config.global_batch_size,
+            rows=sharding.local_rows(self.mesh, config.global_batch_size),
+            first_step=read,
+            workers=run.workers,
+            threads=run.threads,
+            skip_unreadable=run.max_bad_records > 0,
         )
         with contextlib.closing(batches):
             for number, batch in enumerate(batches, read + 1):
