@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -209,23 +209,25 @@ def first_batch(*, directory: str, first_step: int) -> float:
 
 def _hosts(args: argparse.Namespace) -> Measured:
     """Samples per second of n hosts, each run alone, over n times those of one: the least of n."""
-    directory, counts = _records(args, 20), (1, 2) if args.small else (1, 2, 4, 8)
+    directory, counts = _records(args, 20), (2,) if args.small else (2, 4, 8)
     batches = 2 if args.small else 20
-    rates: dict[int, list[float]] = {count: [] for count in counts}
-    for _ in range(1 if args.small else args.repeats):
-        for count in counts:
-            for host in range(count):
-                rows = list(range(host * BATCH_SIZE, (host + 1) * BATCH_SIZE))
-                rates[count].append(
-                    _child("host_rate", directory=directory, hosts=count, rows=rows, count=batches)
-                )
-    medians = {count: statistics.median(values) for count, values in rates.items()}
-    detail = {f"samples_per_second_of_{n}": measure.spread(rates[n]) for n in counts}
-    return min(medians[count] / medians[1] for count in counts[1:]), detail
+    child = functools.partial(_child, "host_rate", directory=directory, count=batches)
+    ratios: dict[int, float] = {}
+    detail: dict[str, Any] = {}
+    for hosts in counts:
+        sides: dict[str, Any] = {"below": functools.partial(child, hosts=1, host=0)}
+        sides |= {str(n): functools.partial(child, hosts=hosts, host=n) for n in range(hosts)}
+        rates = measure.interleave(sides, repeats=1 if args.small else args.repeats)
+        first = statistics.median(rates.pop("below"))
+        each = [statistics.median(values) for values in rates.values()]
+        ratios[hosts] = sum(each) / (hosts * first)
+        detail[f"samples_per_second_of_{hosts}"] = {"first": first, "hosts": each}
+    return min(ratios.values()), detail | {"ratios": ratios}
 
 
-def host_rate(*, directory: str, hosts: int, rows: Sequence[int], count: int) -> float:
-    """Returns samples per second of one of `hosts`, which renders some rows of the batch."""
+def host_rate(*, directory: str, hosts: int, host: int, count: int) -> float:
+    """Returns samples per second of one of `hosts`, which renders its rows of the batch."""
+    rows = range(host * BATCH_SIZE, (host + 1) * BATCH_SIZE)
     batches = train_batches(
         open_records(directory),
         SPEC,
