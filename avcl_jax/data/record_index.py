@@ -132,7 +132,7 @@ def load_table(path: epath.PathLike) -> pa.Table | None:
 
 
 def _in_file(table: pa.Table) -> pa.Table:
-    """Moves a table from memory into a file without a name, of which the system keeps what is used.
+    """Moves a table from memory into a file without a name; the system keeps the pages in use.
 
     Where no temporary file can be written, the table stays in memory.
     """

@@ -28,7 +28,7 @@ class SelectionError(UserError):
     """A selection that cannot be read, or records that lack its labels or a modality."""
 
 
-# Records that are looked at together: with millions at once, what is computed takes a gigabyte.
+# Timelines are compared for this many records at a time: temporary arrays of millions are large.
 _BLOCK = 1 << 16
 
 
