@@ -44,7 +44,7 @@ ERRORS: dict[str, Callable[[], object]] = {
     "media": _raise(MediaError("truncated", "clip.mp4 ends early")),
     "prepare": _raise(PrepareError("videos.csv has no column path")),
     "fingerprint": _raise(FingerprintError("films.index is not an index")),
-    "not finite": _raise(NonFiniteError("loss is not finite between steps 1 and 2")),
+    "not finite": _raise(NonFiniteError("loss is not finite between steps 1 and 2", (1, 2))),
     "no file": lambda: open("/nonexistent/file"),  # noqa: SIM115
     "no file, from an object store": _raise(FileNotFoundError("gs://bucket/run")),
     "no permission": _raise(PermissionError(errno.EACCES, "Permission denied", "/root/run")),
