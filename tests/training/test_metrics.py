@@ -31,14 +31,16 @@ def test_metrics_of_a_full_disk_are_written_when_there_is_room(tmp_path, monkeyp
     writer = MetricWriter(epath.Path(tmp_path), steps=4, first_step=0)
     full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "metrics.jsonl"))
 
-    def write_bytes(path: epath.Path, content: bytes) -> None:
+    def fail(*_: object) -> None:
         raise full
 
     for step in range(1, 5):
         with monkeypatch.context() as patch:
-            if step in (2, 3):
-                patch.setattr(metrics, "write_bytes", write_bytes)
-            values = {"loss": float(step), "train_seconds": step, "steps_per_second": 1.0}
+            if step == 2:
+                patch.setattr(metrics, "write_bytes", fail)
+            if step == 3:
+                patch.setattr(metrics.EventsWriter, "flush", fail)
+            values = {"loss": float(step), "steps_per_second": 1.0, "train_seconds": float(step)}
             values |= {"clips_per_second": 1.0, "data_wait_share": 0.0}
             writer.write(step, values, seconds_left=0.0)
     writer.close()
@@ -48,4 +50,6 @@ def test_metrics_of_a_full_disk_are_written_when_there_is_room(tmp_path, monkeyp
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     losses = {step: values["loss"] for step, values in scalars(tmp_path / "events").items()}
-    assert losses == {1: 1.0, 4: 4.0}
+    assert losses.items() >= {1: 1.0, 4: 4.0}.items()
+    # Half an event may end a file, and nothing is read after it.
+    assert len(list((tmp_path / "events").iterdir())) == 3
