@@ -392,7 +392,9 @@ def test_killed_at_random_moments_a_run_ends_as_if_undisturbed(
     records, tmp_path, seen, processes, workers
 ):
     """AVCL_JAX_KILLS=20 makes a long test of it."""
-    options = {"steps": 60, "execution__checkpoint_every": 2, "execution__workers": workers}
+    kills = int(os.environ.get("AVCL_JAX_KILLS", "3"))
+    last = 8 * kills
+    options = {"steps": last, "execution__checkpoint_every": 2, "execution__workers": workers}
 
     def begin(name: str) -> list[subprocess.Popen[str]]:
         flags = arguments(records, tmp_path / name, **options)
@@ -406,22 +408,33 @@ def test_killed_at_random_moments_a_run_ends_as_if_undisturbed(
 
     end(begin("whole"))  # compiles
     began = time.monotonic()
-    end(begin("again"))
-    seconds = time.monotonic() - began
+    for line in (started := begin("again"))[0].stdout:
+        if line.startswith("step 1/"):
+            seconds = time.monotonic() - began
+    end(started)
     rng = random.Random(processes + workers)
-    kills, reached, repeated = int(os.environ.get("AVCL_JAX_KILLS", "2")), [], []
+    reached, repeated = [], []
+    whom = "both processes" if processes > 1 else "one process"
     seen.act(
-        f"SIGKILL {kills} times at random moments to {'both processes' if processes > 1 else 'one'}"
-        f", {workers} data workers, a checkpoint every 2 of 60 steps"
+        f"SIGKILL {kills} times at random moments to {whom}, {workers} data workers, a checkpoint "
+        f"every 2 of {last} steps"
     )
     for _ in range(kills):
         started = begin("killed")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            started[0].wait(timeout=rng.uniform(0.1, seconds))
+        if (steps := rng.randint(0, 8)) == 0:  # before its first step
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                started[0].wait(timeout=rng.uniform(0.1, seconds))
+        else:  # in one of the next steps, or as it is saved
+            for line in started[0].stdout:
+                steps -= line.startswith("step ")
+                if not steps:
+                    break
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                started[0].wait(timeout=rng.uniform(0.0, 0.1))
         for process in rng.sample(started, processes):
             process.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=rng.uniform(0.0, 1.0))
+                process.wait(timeout=rng.uniform(0.0, 0.5))
         for process in started:
             process.communicate()
         directory = tmp_path / "killed" / "checkpoints"
@@ -432,7 +445,9 @@ def test_killed_at_random_moments_a_run_ends_as_if_undisturbed(
             repeated.append(max(logged - reached[-1], 0))
     end(begin("killed"))
     seen.ended()
-    assert_identical(tmp_path / "whole", tmp_path / "killed", 60)
+    assert reached == sorted(reached)
+    assert reached[-1] < last, "the run was at its end before the last kill"
+    assert_identical(tmp_path / "whole", tmp_path / "killed", last)
     mean = f"{np.mean(repeated):.1f} steps to repeat on average; " if repeated else ""
     seen.told(f"checkpoints {', '.join(map(str, reached))} were the newest, {mean}{RESUMES}")
 
