@@ -393,7 +393,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_undisturbed(
 ):
     """AVCL_JAX_KILLS=20 makes a long test of it."""
     kills = int(os.environ.get("AVCL_JAX_KILLS", "3"))
-    last = 8 * kills
+    last = 12 * kills
     options = {"steps": last, "execution__checkpoint_every": 2, "execution__workers": workers}
 
     def begin(name: str) -> list[subprocess.Popen[str]]:
