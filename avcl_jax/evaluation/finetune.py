@@ -235,7 +235,12 @@ def run_split(
                 workers=run.workers,
                 threads=run.threads,
             )
-            with contextlib.closing(batches):  # before the test, which needs the memory
+            profiler = Profiler(workdir, request, at=0)
+            with (
+                contextlib.closing(writer),
+                contextlib.closing(profiler),
+                contextlib.closing(batches),  # before the test, which needs the memory
+            ):
                 state = run_steps(
                     state,
                     CompiledTogether(step),
@@ -249,10 +254,8 @@ def run_split(
                     progress=progress,
                     checkpoints=checkpoints,
                     writer=writer,
-                    profiler=(profiler := Profiler(workdir, request, at=0)),
+                    profiler=profiler,
                 )
-            profiler.close()
-            writer.close()
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     # A whole copy, also of parameters that are split over hosts.
     whole = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))(variables)
