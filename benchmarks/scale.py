@@ -240,16 +240,16 @@ def host_rate(*, directory: str, hosts: int, host: int, count: int) -> float:
 
 
 def _save_stall(args: argparse.Namespace) -> Measured:
-    """Seconds of the step after a checkpoint over those of the others, medians of a training."""
-    every, steps = (4, 12) if args.small else (10, 120)
-    # A step's metrics are read while the next one runs, so the seconds of its line are those of the
-    # step before. A save waits for its step; the line after it has the seconds of saving alone.
+    """Seconds of the slowest of the three steps after a checkpoint over those of later ones."""
+    every, steps = (5, 15) if args.small else (10, 120)
     seconds = _step_seconds(args, steps=steps, checkpoint_every=every)
     saves = range(every, steps - every + 1, every)
-    after = [seconds[step + 1] + seconds[step + 2] for step in saves]
-    others = [seconds[step + n] for step in saves for n in range(3, every)]
-    detail = {"after_a_save": measure.spread(after), "others": measure.spread(others)}
-    return statistics.median(after) / statistics.median(others), detail
+    # A line of metrics is written one step late, so the step after a save is two lines later.
+    after = {n: [seconds[step + n] for step in saves] for n in (1, 2, 3)}
+    others = [seconds[step + n] for step in saves for n in range(4, every + 1)]
+    detail = {f"line {n} after a save": measure.spread(values) for n, values in after.items()}
+    slowest = max(map(statistics.median, after.values()))
+    return slowest / statistics.median(others), {**detail, "others": measure.spread(others)}
 
 
 def _processes(args: argparse.Namespace) -> Measured:

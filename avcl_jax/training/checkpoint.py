@@ -10,7 +10,10 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -35,6 +38,7 @@ _CHECKSUMS = "checksums.json"
 _COMMITTED = "commit_success.txt"  # written last, by orbax
 _BLOCK = 1 << 24
 _METADATA = 1 << 20
+_NICENESS = 10
 _UNWRITTEN = (
     "RESOURCE_EXHAUSTED",
     "UNAVAILABLE",
@@ -142,7 +146,7 @@ class Checkpoints:
         self._directory.mkdir(parents=True, exist_ok=True)
         self._keep = keep
         self._manager = self._open()
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint", _yield_to_others)
         self._unfinished: tuple[int, concurrent.futures.Future[None]] | None = None
 
     def _open(self) -> ocp.CheckpointManager:
@@ -154,7 +158,13 @@ class Checkpoints:
             create=False,
             multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=everyone),
         )
-        return ocp.CheckpointManager(self._directory, options=options)
+        # Weights hardly compress, and that takes as long as all else.
+        together = {"multiprocessing_options": options.multiprocessing_options}
+        handlers = {
+            "state": ocp.PyTreeCheckpointHandler(use_compression=False, **together),
+            "progress": ocp.JsonCheckpointHandler(**together),
+        }
+        return ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -180,32 +190,29 @@ class Checkpoints:
         return "no checkpoint was written" if newest is None else f"checkpoint {newest} is kept"
 
     def save(self, state: TrainState, progress: Progress) -> None:
-        """Copies everything to the host, and writes it while the caller continues.
+        """Writes a checkpoint while the caller continues, unless there is one of this step.
 
-        `state` may be donated afterwards.
+        Args:
+            state: not to be donated.
 
         Raises:
-            SaveError: if the disk is full or the store cannot be reached, also when the checkpoint
-                before was written.
+            SaveError: if the checkpoint before could not be written.
         """
         self.finish()
-        if self.latest_step() == progress.step:
-            return
+        if self.latest_step() != progress.step:
+            self._unfinished = progress.step, self._thread.submit(self._write, state, progress)
+
+    def _write(self, state: TrainState, progress: Progress) -> None:
+        """Writes a checkpoint and its checksums."""
+        _check_room(self._directory, state)
         saved = {
-            "state": ocp.args.StandardSave(state),
+            "state": ocp.args.PyTreeSave(state),
             "progress": ocp.args.JsonSave(dataclasses.asdict(progress)),
         }
-        with self._naming(progress.step):
-            _check_room(self._directory, state)
-            self._manager.save(progress.step, args=ocp.args.Composite(**saved))
-        written = self._thread.submit(self._complete, progress.step)
-        self._unfinished = progress.step, written
-
-    def _complete(self, step: int) -> None:
-        """Waits until orbax has written a checkpoint, and adds its checksums."""
+        self._manager.save(progress.step, args=ocp.args.Composite(**saved))
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
-            directory = self._directory / str(step)
+            directory = self._directory / str(progress.step)
             text = json.dumps(_checksums(directory), indent=1)
             write_bytes(directory / _CHECKSUMS, text.encode())
 
@@ -235,6 +242,8 @@ class Checkpoints:
                 for path in (self._directory / str(step), *self._directory.glob(f"{step}.*")):
                     path.rmtree(missing_ok=True)
             self._manager = self._open()  # the other would raise this error for ever
+            if isinstance(error, OSError) and error.errno and error.filename is None:
+                error.filename = str(self._directory)  # a write does not say where
             line = f"step {step} is not saved, {self.kept()}: {one_line(error)}"
             raise SaveError(line) from error
 
@@ -244,13 +253,24 @@ class Checkpoints:
         Raises:
             CheckpointError: if the saved state has another structure or other shapes.
         """
-        abstract = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        wanted = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.PyTreeRestore(abstract, restore_args=wanted)
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(state=abstract))["state"]
+            return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
         except ValueError as error:
             raise CheckpointError(
-                f"checkpoint {step} of {self._directory} does not fit this model: {error}"
+                f"checkpoint {step} of {self._directory} does not fit this model: {one_line(error)}"
             ) from error
+
+
+def _yield_to_others() -> None:
+    """Lets threads that train and render come first: orbax takes milliseconds for every array.
+
+    On Linux each thread has a priority of its own; those that it starts inherit it.
+    """
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 def _check_room(directory: epath.Path, state: TrainState) -> None:

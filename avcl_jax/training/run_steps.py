@@ -131,6 +131,7 @@ def run_steps(
     in_flight: collections.deque[Any] = collections.deque()
     period = _Period(first + 1)
     pending: tuple[int, _Period, float] | None = None
+    unsaved: tuple[TrainState, Progress] | None = None
     agreement = Agreement(rows, delay=STEPS_AHEAD)
 
     def trained_seconds() -> float:
@@ -145,6 +146,12 @@ def run_steps(
             if must or jax.process_count() > 1:
                 raise
             writer.note(f"{error}; training continues")
+
+    def save(copied: TrainState, reached: Progress, *, must: bool) -> None:
+        """Begins a checkpoint, once the metrics of its step are known to be finite."""
+        peers.doing("saves", reached.step)
+        attempt(checkpoints.finish, must=False)  # the one before
+        attempt(functools.partial(checkpoints.save, copied, reached), must=must)
 
     def report(last: int, done: _Period, ended: float) -> None:
         """Reads the metrics of a finished period, which waits for the device."""
@@ -201,29 +208,28 @@ def run_steps(
         if pending is not None:  # Read one step late, while this step runs.
             report(*pending)
             pending = None
+        if unsaved is not None:
+            save(*unsaved, must=False)
+            unsaved = None
         attempt(functools.partial(checkpoints.finish, wait=False), must=False)
         last_step = step == steps
         stopping = agreement.stop(request.name is not None)
         saving = last_step or stopping or step % checkpoint_every == 0
         if step % log_every == 0 or saving:
-            if saving:
-                jax.block_until_ready(state)
             pending = (step, period, time.perf_counter())
             period = _Period(step + 1)
-        if saving and pending is not None:
-            # Nothing that is not finite may replace a good checkpoint.
-            report(*pending)
-            pending = None
         if saving:
-            peers.doing("saves", step)
+            # The next step runs while this is copied, and waits for no one.
+            copied = jax.device_put(state, may_alias=False)
             reached = dataclasses.replace(
                 progress, step=step, train_seconds=trained_seconds(), **more_progress()
             )
-            ends = last_step or stopping
-            attempt(checkpoints.finish, must=False)  # the one before
-            attempt(functools.partial(checkpoints.save, state, reached), must=ends)
-            if ends:
-                checkpoints.finish()
+            unsaved = copied, reached
+        if (last_step or stopping) and pending and unsaved:
+            jax.block_until_ready(state)
+            report(*pending[:2], time.perf_counter())
+            save(*unsaved, must=True)
+            checkpoints.finish()
         if stopping and not last_step:
             line = f"stopped at step {step} by {request.name or 'another process'} after saving"
             seconds = format_seconds(trained_seconds())

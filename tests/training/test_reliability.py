@@ -6,6 +6,7 @@ docs/reliability.md has a table of these tests, which `make reliability` runs an
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -481,10 +483,10 @@ def test_training_continues_while_the_disk_is_full(records, small_disk, seen):
     assert process.wait() == 0, "".join(printed[-30:])
     seen.ended()
     line = next(line for line in printed if "is not saved" in line)
-    # The disk may fill up before a checkpoint is begun, or while it is written.
+    # The disk may fill up before a checkpoint is begun, or while orbax or we write to it.
     found = re.match(
-        r"step (\d+) is not saved, checkpoint (\d+) is kept: (\S+ has room for 0\.\d MB of "
-        r"a checkpoint|RESOURCE_EXHAUSTED).*; training continues\n",
+        r"step (\d+) is not saved, checkpoint (\d+) is kept: .*(has room for 0\.\d MB of a "
+        r"checkpoint|No space left on device).*; training continues\n",
         line,
     )
     assert found, line
@@ -512,6 +514,43 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(small_disk, monkeypa
     assert saved_steps(small_disk) == [1, 3]
     assert not list((small_disk / "checkpoints").glob("2*"))
     assert checkpoint.damage(epath.Path(small_disk) / "checkpoints" / "3") is None
+
+
+def test_a_failed_write_without_a_name_is_an_unsaved_checkpoint(tmp_path, monkeypatch):
+    def fail(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_bytes", fail)
+    state = {"a": jax.numpy.zeros(3)}
+    with checkpoint.Checkpoints(epath.Path(tmp_path), keep=2) as checkpoints:
+        checkpoints.save(state, checkpoint.Progress(1, 0.0, "", 1))
+        line = f"step 1 is not saved, no checkpoint was written: {tmp_path}/checkpoints: No space "
+        with pytest.raises(checkpoint.SaveError, match=line):
+            checkpoints.finish()
+
+
+def test_training_continues_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    continued, seen = threading.Event(), []
+    monkeypatch.setattr(
+        checkpoint, "_check_room", lambda directory, state: seen.append(continued.wait(60))
+    )
+    with checkpoint.Checkpoints(epath.Path(tmp_path), keep=2) as checkpoints:
+        checkpoints.save({"a": jax.numpy.zeros(3)}, checkpoint.Progress(1, 0.0, "", 1))
+        continued.set()
+    assert seen == [True]
+    assert saved_steps(tmp_path) == [1]
+
+
+@pytest.mark.parametrize(
+    "like", [{"a": jax.numpy.zeros(4)}, {"a": jax.numpy.zeros(3), "b": jax.numpy.zeros(1)}, {}]
+)
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, like):
+    with checkpoint.Checkpoints(epath.Path(tmp_path), keep=2) as checkpoints:
+        checkpoints.save({"a": jax.numpy.zeros(3)}, checkpoint.Progress(1, 0.0, "", 1))
+        checkpoints.finish()
+        with pytest.raises(checkpoint.CheckpointError, match="does not fit this model") as error:
+            checkpoints.restore(1, like)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow
