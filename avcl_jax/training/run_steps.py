@@ -220,7 +220,8 @@ def run_steps(
             period = _Period(step + 1)
         if saving:
             # The next step runs while this is copied, and waits for no one.
-            copied = jax.device_put(state, may_alias=False)
+            where = jax.tree.map(lambda leaf: leaf.sharding, state)
+            copied = jax.device_put(state, where, may_alias=False)
             reached = dataclasses.replace(
                 progress, step=step, train_seconds=trained_seconds(), **more_progress()
             )
