@@ -1,12 +1,17 @@
-"""Parsers of command lines, and their end by a signal."""
+"""Parsers of command lines, and the end of a command by a signal or without a reader."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
+
+UNREAD = 128 + signal.SIGPIPE
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -34,3 +39,54 @@ def sigterm_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+class _Output:
+    """Standard output or error, where SystemExit(UNREAD) takes the place of BrokenPipeError."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._ending():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._ending():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _ending(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            # Other threads end with the main one, when that prints something.
+            if threading.current_thread() is not threading.main_thread():
+                return
+            # What is still buffered goes nowhere, otherwise Python would try again and complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            raise SystemExit(UNREAD) from None
+
+
+@contextlib.contextmanager
+def ends_unread() -> Iterator[None]:
+    """Ends a command quietly where its output is no longer read, as by `| head -1`.
+
+    It is not an error then: the status is 141, which a shell reports for `cat` too. SIGPIPE itself
+    would also end a command whose client or worker has gone.
+    """
+    streams = sys.stdout, sys.stderr
+    outputs: list[Any] = [_Output(stream) for stream in streams]
+    sys.stdout, sys.stderr = outputs
+    try:
+        yield
+    finally:
+        try:
+            for output in outputs:
+                output.flush()
+        finally:
+            sys.stdout, sys.stderr = streams

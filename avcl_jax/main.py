@@ -18,6 +18,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from avcl_jax import config_file, peers, processes
+from avcl_jax.command_line import ends_unread
 from avcl_jax.compilation_cache import keep_compiled
 from avcl_jax.errors import UserError, one_line
 from avcl_jax.experiment import (
@@ -163,4 +164,5 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    with ends_unread():
+        app.run(main, flags_parser=parse_flags)

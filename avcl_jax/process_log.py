@@ -62,6 +62,7 @@ def _copy(path: Path, title: str, readers: list[int]) -> None:
     selector = selectors.DefaultSelector()
     for target, reader in enumerate(readers, 1):
         selector.register(reader, selectors.EVENT_READ, target)
+    unread: set[int] = set()
     rest, aborts, log = {reader: b"" for reader in readers}, False, title.encode() + b"\n"
     while selector.get_map():
         for key, _ in selector.select(1.0 if log else None):
@@ -76,8 +77,15 @@ def _copy(path: Path, title: str, readers: list[int]) -> None:
                     aborts = True
                 else:
                     shown = b"" if any(word in line for word in _ONLY_LOGGED) else line + b"\n"
-                while shown:
-                    shown = shown[os.write(key.data, shown) :]
+                shown = b"" if key.fd in unread else shown
+                try:
+                    while shown:
+                        shown = shown[os.write(key.data, shown) :]
+                except BrokenPipeError:  # nobody reads: the process ends when it next prints
+                    unread.add(key.fd)
+        for reader in unread & selector.get_map().keys():
+            selector.unregister(reader)
+            os.close(reader)
         if log and path.parent.parent.is_dir():
             path.parent.mkdir(exist_ok=True)
             with path.open("ab") as file:

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
+from avcl_jax.command_line import ends_unread
 from avcl_jax.errors import UserError, one_line
 from avcl_jax.paths import local_path
 
@@ -340,6 +341,7 @@ def parse_with_overrides(
     return args, options
 
 
+@ends_unread()
 def run_command(main: Callable[[list[str]], None], arguments: list[str] | None = None) -> NoReturn:
     """Runs the `main` of a benchmark and exits; user errors are printed as one line.
 

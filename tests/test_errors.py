@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
+from avcl_jax.command_line import UNREAD, ends_unread
 from avcl_jax.errors import one_line, printable
 from tests import raising
 from tests.training import small
@@ -77,3 +82,43 @@ def test_a_deliberate_error_is_a_user_error_or_stands_in_the_list():
                 name = getattr(node.exc.func, "id", "")
                 found |= {str(path.relative_to(small.ROOT))} if name == "ValueError" else set()
     assert found == CHECKS_OF_THE_CALLER, "raise avcl_jax.errors.UserError, or add to the list"
+
+
+@pytest.fixture
+def unread():
+    """Open file whose reader has gone, as of `| head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as file:
+        yield file
+
+
+@pytest.mark.parametrize(
+    "module", ["data_prep.__main__", "embed.command", "fingerprint.command", "evaluation.compare"]
+)
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_command_ends_quietly_where_nobody_reads_its_output(
+    unread, monkeypatch, capfd, module, stream
+):
+    main = importlib.import_module(f"avcl_jax.{module}").main
+    monkeypatch.setattr(sys, stream, unread)
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"] if stream == "stdout" else ["--mistake"])
+    assert ended.value.code == UNREAD == 141
+    assert capfd.readouterr() == ("", "")
+    assert getattr(sys, stream) is unread
+
+
+def test_a_config_is_printed_to_whoever_reads_the_first_line(unread):
+    command = [sys.executable, "-m", "avcl_jax.main", "--config=configs/pretrain.py"]
+    done = subprocess.run(
+        [*command, "--print_config"], cwd=small.ROOT, stdout=unread, stderr=-1, check=False
+    )
+    assert (done.returncode, done.stderr) == (UNREAD, b"")
+
+
+def test_another_broken_pipe_stays_an_error(unread):
+    unread.write("to a worker")
+    with pytest.raises(BrokenPipeError), ends_unread():
+        unread.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), unread.fileno())

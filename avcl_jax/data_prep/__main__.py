@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from avcl_jax.command_line import Help, Parser
+from avcl_jax.command_line import Help, Parser, ends_unread
 from avcl_jax.errors import UserError, one_line
 
 _OTHER_COMMANDS = {
@@ -38,6 +38,7 @@ def _commands() -> dict[str, tuple[str, str]]:
     return {"prepare": commands.pop("folder-or-table"), **commands, **_OTHER_COMMANDS}
 
 
+@ends_unread()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status, 1 after a line that states the error.
 

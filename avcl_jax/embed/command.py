@@ -29,7 +29,7 @@ import sys
 from collections.abc import Sequence
 
 from avcl_jax import weights
-from avcl_jax.command_line import Help, Parser, sigterm_as_interrupt
+from avcl_jax.command_line import Help, Parser, ends_unread, sigterm_as_interrupt
 from avcl_jax.data_prep.manifest import COUNT, option
 from avcl_jax.errors import FULL_DISK, UserError, one_line, printable
 from avcl_jax.export.encoder import MODALITIES
@@ -42,6 +42,7 @@ _SUFFIXES = (".parquet", ".npz")
 _HOP = option(float, lambda hop: 0.01 <= hop < math.inf, "a number of seconds of at least 0.01")
 
 
+@ends_unread()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status.
 

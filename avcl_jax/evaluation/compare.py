@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from avcl_jax.command_line import ends_unread
 from avcl_jax.errors import UserError, one_line
 from avcl_jax.evaluation.protocol import OUTCOMES, RESULTS, Outcomes, inputs_of, read_outcomes
 from avcl_jax.evaluation.statistics import Comparison, compare, holm
@@ -142,6 +143,7 @@ def as_table(
     return "\n".join(lines)
 
 
+@ends_unread()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table of the runs named on the command line."""
     parser = argparse.ArgumentParser(

@@ -17,7 +17,7 @@ from absl import logging
 from tqdm import tqdm
 
 from avcl_jax import weights
-from avcl_jax.command_line import Parser, sigterm_as_interrupt
+from avcl_jax.command_line import Parser, ends_unread, sigterm_as_interrupt
 from avcl_jax.compilation_cache import keep_compiled
 from avcl_jax.data.media_files import media_files
 from avcl_jax.errors import UserError, one_line, printable
@@ -32,6 +32,7 @@ _MEDIA = "media files, or folders with media; ./-NAME for one that begins with a
 _POSITIVE = ("max_seconds", "max_decode_seconds", "max_upload_mb")
 
 
+@ends_unread()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     args = _parser().parse_args(arguments)
