@@ -10,9 +10,10 @@ import argparse
 import contextlib
 import fcntl
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from etils import epath
 
@@ -28,6 +29,14 @@ class PathError(UserError, argparse.ArgumentTypeError):
 def is_remote(path: epath.PathLike) -> bool:
     """Returns whether a path is in an object store (gs://, s3://)."""
     return "://" in os.fspath(path)
+
+
+def store_of(path: epath.PathLike) -> tuple[Any, str]:
+    """Returns fsspec's file system of a remote path, and the path within it."""
+    import fsspec
+
+    found: tuple[Any, str] = fsspec.core.url_to_fs(os.fspath(path))
+    return found
 
 
 def absolute_path(path: epath.PathLike) -> epath.Path:
@@ -80,8 +89,17 @@ def locked(directory: epath.PathLike, refusal: str) -> Iterator[None]:
 def replacing(path: AnyPath) -> Iterator[AnyPath]:
     """Yields a temporary path whose file gets the name `path` at the end, unless there is an error.
 
-    The name ends in `.tmp`, for whoever cleans up after processes that were killed.
+    The name ends in `.tmp`, for whoever cleans up after processes that were killed. For an object
+    store it is a local one: what is uploaded appears whole or not at all, and to rename it there
+    takes a dozen requests.
     """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as scratch:
+            local = type(path)(scratch) / path.name
+            yield local
+            files, name = store_of(path)
+            files.put_file(os.fspath(local), name)
+        return
     temporary = path.parent / f"{path.name}.{os.getpid()}.tmp"
     try:
         yield temporary

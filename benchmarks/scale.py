@@ -10,6 +10,7 @@ import argparse
 import collections
 import functools
 import gc
+import io
 import json
 import os
 import socket
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import wave
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from avcl_jax.data.records import shard_name
 from avcl_jax.data.workers import filled_batches
 from avcl_jax.paths import local_path
 from avcl_jax.training.run_steps import STEPS_AHEAD
-from benchmarks import measure
+from benchmarks import measure, object_store
 from benchmarks.footage import NAME, link_records
 from benchmarks.measure import Measured, RowTable, Target
 from benchmarks.rendering import BATCH_SIZE, SPEC, open_records
@@ -386,12 +388,50 @@ def _to_disk(folder: Path) -> None:
             os.close(file)
 
 
+def _prepare_requests(args: argparse.Namespace) -> Measured:
+    """Requests to a store per file, of a preparation from it into it or of the same again."""
+    count = 128 if args.small else 1024
+    detail: dict[str, Any] = {"files": count}
+    with object_store.running() as store:
+        for number in range(count):
+            store.put(f"bucket/media/{number:04d}.wav", _recording(number))
+        command = [sys.executable, "-m", "avcl_jax.data_prep", "prepare", "gs://bucket/media"]
+        for name in ("new", "again"):
+            store.requests.clear()
+            subprocess.run(
+                [*command, "--out=gs://bucket/records"],
+                env=os.environ | store.environment,
+                check=True,
+            )
+            media = [r for r in store.requests if r.name.startswith("bucket/media")]
+            downloads = collections.Counter(r.name for r in media if r.kind == "download")
+            detail[name] = {
+                "requests_per_file": len(store.requests) / count,
+                "downloads_per_file": max(downloads.values(), default=0),
+                "of_media": collections.Counter(request.kind for request in media),
+                "of_records": collections.Counter(
+                    r.kind for r in store.requests if not r.name.startswith("bucket/media")
+                ),
+            }
+    return max(detail[name]["requests_per_file"] for name in ("new", "again")), detail
+
+
+def _recording(number: int) -> bytes:
+    content = io.BytesIO()
+    with wave.open(content, "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        samples = np.random.default_rng(number).integers(-9000, 9000, 16000)
+        file.writeframes(samples.astype("<i2").tobytes())
+    return content.getvalue()
+
+
 _ROWS: RowTable[argparse.Namespace] = {
     "shm_batches_in_flight": ("batches", Target("<=", 4), _batches_in_memory),
     "index_2m_process_mb": ("MB", Target("<=", 120), lambda args: _index_memory(args, 0)),
     "index_2m_host_mb": ("MB", Target("<=", 1000), lambda args: _index_memory(args, _WORKERS)),
     "epoch_2m_start_seconds": ("s", Target("<=", 10), _start),
     "input_hosts_scaling": ("ratio", Target(">=", 0.95), _hosts),
+    "prepare_requests_per_file": ("requests", Target("<=", 2), _prepare_requests),
     "save_stall_ratio": ("ratio", Target("<=", 1.2), _save_stall),
     "steps_overhead_2x4": ("ratio", Target("<=", 1.15), _processes),
     "checkpoint_seconds_per_gb": (

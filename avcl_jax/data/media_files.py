@@ -9,7 +9,7 @@ from pathlib import Path
 from etils import epath
 
 from avcl_jax.errors import UserError
-from avcl_jax.paths import absolute_path, is_remote
+from avcl_jax.paths import absolute_path, is_remote, store_of
 
 VIDEO_SUFFIXES = (
     *(".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg"),
@@ -36,10 +36,8 @@ def walk(folder: epath.PathLike) -> Iterator[tuple[str, list[str]]]:
         raise UserError(f"cannot list the folder {error.filename}: {error.strerror}")
 
     if is_remote(folder):
-        import fsspec
-
-        files_of, root = fsspec.core.url_to_fs(os.fspath(folder))
-        for directory, _, files in files_of.walk(root):
+        files_of, root = store_of(folder)
+        for directory, _, files in files_of.walk(root, refresh=True):
             yield files_of.unstrip_protocol(directory), [n for n in files if n and n[0] != "."]
         return
     seen = set()

@@ -17,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import tqdm
@@ -38,7 +39,7 @@ from avcl_jax.data_prep.shards import (
     read_finished,
     remove_temporary,
 )
-from avcl_jax.data_prep.source_files import find_duplicates
+from avcl_jax.data_prep.source_files import content_of_equal_sizes, find_duplicates, states_of
 from avcl_jax.errors import one_line
 from avcl_jax.paths import absolute_path, is_remote, locked
 
@@ -161,8 +162,9 @@ def _run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest
     if args.dry_run:
         _print_plan(out, manifest)
         return 0
-    duplicates = find_duplicates(manifest.entries)
+    states = states_of(entry.path for entry in manifest.entries)
     if args.deduplicate:
+        duplicates = find_duplicates(manifest.entries, content_of_equal_sizes(states))
         entries = tuple(e for n, e in enumerate(manifest.entries) if n not in duplicates)
         manifest = dataclasses.replace(manifest, entries=entries)
     incomplete = out / publish.INCOMPLETE
@@ -178,7 +180,7 @@ def _run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest
             earlier = Earlier(out)
         known: KnownEntries = {}
         if not args.overwrite:
-            known, changes = earlier.compare(manifest.entries, options)
+            known, changes = earlier.compare(manifest.entries, options, states)
             earlier.check_accepts(manifest, changes, args.name, options.file_format)
             if not any(changes[kind] for kind in ("changed", "new", "gone", "rearranged")):
                 print(f"{out} is up to date: {', '.join(splits)}")
@@ -186,10 +188,14 @@ def _run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest
             if earlier.splits.intersection(splits):
                 kinds = ("unchanged", "changed", "new", "gone")
                 print(f"{out}: {', '.join(f'{changes[kind]} {kind}' for kind in kinds)}")
-        parts = plan_parts(manifest.entries, args.shard_size, options, incomplete, known)
+        parts = plan_parts(manifest.entries, args.shard_size, options, incomplete, states, known)
         incomplete.mkdir(exist_ok=True)
         remove_temporary(incomplete)  # of a run that was killed
         finished = _prepare(args, parts, earlier)
+        if not args.deduplicate:
+            lines = publish.all_lines(finished)
+            content = {line["path"]: line["sha256"] for line in lines}
+            duplicates = find_duplicates(manifest.entries, content)
         counts = publish.publish(
             *(out, args.name, options, manifest, finished, earlier),
             duplicates=duplicates.values(),
@@ -203,11 +209,18 @@ def _run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest
 
 def _prepare(args: argparse.Namespace, parts: Sequence[Part], earlier: Earlier) -> list[Finished]:
     """Prepares the parts that are not finished; returns the results of all."""
-    results = [earlier.finished(part) or read_finished(part) for part in parts]
+    results = [earlier.finished(part) for part in parts]
+    there = {path.name for path in (args.out / publish.INCOMPLETE).glob("*.json")}
+    begun = [
+        n for n, part in enumerate(parts) if not results[n] and part.path("json").name in there
+    ]
+    for n, finished in zip(begun, _read_finished([parts[n] for n in begun]), strict=True):
+        results[n] = finished
     for number, finished in enumerate(results):  # unreadable files may be readable now
         if finished and any(may_pass(line, {"unreadable"}) for line in finished.lines):
             results[number] = None
-    waiting = [part for part, finished in zip(parts, results, strict=True) if finished is None]
+    numbers = [n for n, finished in enumerate(results) if finished is None]
+    waiting = [parts[n] for n in numbers]
     total, left = (sum(len(part.entries) for part in some) for some in (parts, waiting))
     # disable=None: no bar where nobody looks at one, such as in a log file.
     with tqdm.tqdm(total=total, initial=total - left, unit="clip", disable=None) as bar:
@@ -216,11 +229,14 @@ def _prepare(args: argparse.Namespace, parts: Sequence[Part], earlier: Earlier) 
             Pool(workers=args.workers, timeout_seconds=timeout, progress=bar.update).run(waiting)
         else:
             run_on_beam(waiting, args.runner, args.beam_option, timeout_seconds=timeout)
-    complete = []
-    for part, finished in zip(parts, results, strict=True):
-        if not (finished := finished or read_finished(part)):
+    # Files that changed meanwhile may have given other records.
+    states = states_of(entry.path for part in waiting for entry in part.entries)
+    today = [dataclasses.replace(part, states=states) for part in waiting]
+    for n, part, finished in zip(numbers, waiting, _read_finished(today), strict=True):
+        if not finished:
             raise PrepareError(f"the shard {part.shard} or a file of it changed: run again")
-        complete.append(finished)
+        results[n] = finished
+    complete = [finished for finished in results if finished]
     if not any(finished.size[0] for finished in complete):
         rejected = publish.rejections(publish.all_lines(complete))
         publish.write_lines(args.out / publish.REJECTED, rejected)
@@ -230,6 +246,12 @@ def _prepare(args: argparse.Namespace, parts: Sequence[Part], earlier: Earlier) 
             f"the first is {first['path']!r}: {first['reason']}: {first['message']}"
         )
     return complete
+
+
+def _read_finished(parts: Sequence[Part]) -> list[Finished | None]:
+    """Reads many parts at one time: in an object store each takes a while."""
+    with ThreadPoolExecutor() as threads:
+        return list(threads.map(read_finished, parts))
 
 
 def _status(splits: Collection[Mapping[str, Any]], args: argparse.Namespace) -> int:

@@ -36,9 +36,10 @@ from avcl_jax.data_prep.shards import (
     description,
     entry_plan,
     may_pass,
-    still_holds,
+    still_hold,
 )
-from avcl_jax.paths import replacing, write_bytes
+from avcl_jax.data_prep.source_files import FileState
+from avcl_jax.paths import is_remote, replacing, store_of, write_bytes
 
 INCOMPLETE, PREPARATION = ".incomplete", "preparation.json"
 SOURCES, REJECTED = "sources.jsonl", "rejected.jsonl"
@@ -72,9 +73,12 @@ class Earlier:
         return [known.line for (other, _), known in self.known.items() if other == split]
 
     def compare(
-        self, entries: Sequence[Entry], options: ClipOptions
+        self,
+        entries: Sequence[Entry],
+        options: ClipOptions,
+        states: Mapping[str, FileState | None],
     ) -> tuple[KnownEntries, Counter[str]]:
-        """Compares its entries, of the splits of those to prepare, with these.
+        """Compares its entries, of the splits of those to prepare, with these and their files.
 
         Returns:
           Entries that still hold. Numbers of clips that are `unchanged`, `changed`, `new`, `gone`
@@ -84,16 +88,16 @@ class Earlier:
         splits = by_split(entries)
         before = {key: known for key, known in self.known.items() if key[0] in splits}
         counts: Counter[str] = Counter()
-        known, order = {}, []
-        for entry in entries:
-            key = (entry.split, entry.record_id)
-            order.append(key)
-            if key not in before:
-                counts["new"] += 1
-                continue
-            line = before[key].line
+        known = {}
+        order = [(entry.split, entry.record_id) for entry in entries]
+        both = [entry for entry, key in zip(entries, order, strict=True) if key in before]
+        lines = [before[key].line for key in order if key in before]
+        counts["new"] = len(entries) - len(both)
+        holds = still_hold(lines, both, options, states)
+        for entry, line, unchanged in zip(both, lines, holds, strict=True):
             counts["same_plan"] += line["plan"] == entry_plan(entry, options)
-            if still_holds(line, entry, options) and not may_pass(line):
+            if unchanged and not may_pass(line):
+                key = (entry.split, entry.record_id)
                 known[key] = before[key]
                 counts["unchanged"] += 1
                 counts["rearranged"] += line["description"] != description(entry)
@@ -309,6 +313,15 @@ def _link(shard: epath.Path, directory: epath.Path) -> None:
             shard.copy(temporary, overwrite=True)
 
 
+def _move(source: epath.Path, target: epath.Path) -> None:
+    """Moves a file; in an object store it is copied, since its folder is removed afterwards."""
+    if is_remote(source):
+        files, name = store_of(source)
+        files.cp_file(name, store_of(target)[1])
+    else:
+        source.replace(target)
+
+
 def finish_publication(out: epath.Path) -> None:
     """Executes the journal in `out`, if there is one; safe to repeat."""
     incomplete = out / INCOMPLETE
@@ -328,9 +341,11 @@ def finish_publication(out: epath.Path) -> None:
     for path in [*shards_there, *out.glob("*.index"), *(out / listed for listed in _LISTS)]:
         if path.name not in wanted:
             path.unlink(missing_ok=True)
-    for source, target in journal["moves"]:
-        if (incomplete / source).exists():  # else it was moved before the interruption
-            (incomplete / source).replace(out / target)
+    there = {path.name for path in incomplete.glob("*")}
+    # Others were moved before an interruption.
+    moves = [(incomplete / a, out / b) for a, b in journal["moves"] if a in there]
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(_move, *zip(*moves, strict=True)) if moves else ())
     write_bytes(out / PREPARATION, (json.dumps(preparation, indent=2) + "\n").encode())
     write_dataset_metadata(
         out,

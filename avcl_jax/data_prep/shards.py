@@ -7,7 +7,6 @@ process or on a machine of a cluster. A finished part is a shard, its index, and
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -28,8 +27,14 @@ from avcl_jax.data.record_writer import RecordWriter
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data_prep.clip import ClipOptions, parse_cut, pieces, prepare_clip
 from avcl_jax.data_prep.manifest import Entry, by_split
-from avcl_jax.data_prep.source_files import FileState, local_file, sha256_of, state_of
-from avcl_jax.paths import write_bytes
+from avcl_jax.data_prep.source_files import (
+    FileState,
+    LocalFiles,
+    sha256_of,
+    sha256_of_all,
+    state_of,
+)
+from avcl_jax.paths import is_remote, write_bytes
 
 PREPARED = "prepared"
 # Raised when the same file becomes another record, so that old and new are never mixed.
@@ -63,6 +68,7 @@ class Part:
     entries: tuple[Entry, ...]
     options: ClipOptions
     directory: epath.Path  # for the shard until it is published
+    states: Mapping[str, FileState | None]  # of the files, before any was read
     # By number of the entry, those to take from the earlier data set, above `directory`.
     known: Mapping[int, Known] = dataclasses.field(default_factory=dict)
     # By number of the entry, reason and message of those to reject.
@@ -98,6 +104,7 @@ def plan_parts(
     shard_size: int,
     options: ClipOptions,
     directory: epath.Path,
+    states: Mapping[str, FileState | None],
     known: KnownEntries,
 ) -> list[Part]:
     """Divides the entries of each split, in their order, into parts of at most `shard_size`."""
@@ -107,7 +114,8 @@ def plan_parts(
             some = tuple(of_split[first : first + shard_size])
             keys = enumerate((split, entry.record_id) for entry in some)
             of_part = {place: known[key] for place, key in keys if key in known}
-            parts.append(Part(number, split, some, options, directory, of_part))
+            of_files = {entry.path: states[entry.path] for entry in some}
+            parts.append(Part(number, split, some, options, directory, of_files, of_part))
     return parts
 
 
@@ -127,16 +135,32 @@ def description(entry: Entry) -> str:
     return _hash(entry.source_id, entry.labels)
 
 
-def still_holds(line: Line, entry: Entry, options: ClipOptions) -> bool:
-    """Returns whether the plan and the file of an entry are those of its line."""
-    if line["plan"] != entry_plan(entry, options):
-        return False
-    state = state_of(entry.path)
-    before = None if line["bytes"] is None else FileState(line["bytes"], line["mtime_ns"])
-    if state is None or before is None or (state == before and state.mtime_ns):
-        return state == before
-    # Copied or touched, or in a store that states no time: the content decides.
-    return state.bytes == before.bytes and sha256_of(entry.path, state) == line["sha256"]
+def still_hold(
+    lines: Sequence[Line],
+    entries: Sequence[Entry],
+    options: ClipOptions,
+    states: Mapping[str, FileState | None],
+) -> list[bool]:
+    """Returns whether the plan and the file of each entry are those of its line."""
+    holds, doubtful = [], {}
+    for number, (line, entry) in enumerate(zip(lines, entries, strict=True)):
+        state = states[entry.path]
+        before = None
+        if line["bytes"] is not None:
+            # Lines of earlier releases have no tag.
+            before = FileState(line["bytes"], line["mtime_ns"], line.get("etag", ""))
+        same_plan = line["plan"] == entry_plan(entry, options)
+        if state is None or before is None or (state == before and (state.etag or state.mtime_ns)):
+            holds.append(same_plan and state == before)
+            continue
+        # Copied or touched, or in a store that states no time: the content decides.
+        holds.append(same_plan and state.bytes == before.bytes)
+        if holds[-1]:
+            doubtful[number] = entry.path
+    content = sha256_of_all(set(doubtful.values()), states)
+    for number, path in doubtful.items():
+        holds[number] = content[path] == lines[number]["sha256"]
+    return holds
 
 
 def may_pass(line: Line, reasons: Collection[str] = MAY_PASS) -> bool:
@@ -155,9 +179,9 @@ def read_finished(part: Part) -> Finished | None:
         return None
     finished = Finished(part.split, lines, index, part.shard)
     holds = all(
-        line["description"] == description(entry) and still_holds(line, entry, part.options)
+        line["description"] == description(entry)
         for line, entry in zip(lines, part.entries, strict=True)
-    )
+    ) and all(still_hold(lines, part.entries, part.options, part.states))
     return finished if holds and (not finished.size[0] or part.shard.exists()) else None
 
 
@@ -170,9 +194,9 @@ def prepare_part(part: Part, begin: Callable[[int], None]) -> None:
     if that is damaged.
     """
     part.path("json").unlink(missing_ok=True)
-    lines: list[Line] = []
+    lines: list[dict[str, Any]] = []
     earlier = functools.cache(lambda: RecordDataset(part.directory.parent, part.split))
-    with RecordWriter(part.shard, part.options.file_format) as writer:
+    with RecordWriter(part.shard, part.options.file_format) as writer, LocalFiles() as files:
         for number, entry in enumerate(part.entries):
             begin(number)
             if (known := part.known.get(number)) is not None:
@@ -181,23 +205,30 @@ def prepare_part(part: Part, begin: Callable[[int], None]) -> None:
                 for index in known.records:
                     writer.write(dataclasses.replace(earlier()[index], **today))
                 continue
-            lines.append(_line(entry, part.options))
-            for record in _prepare(part, number, lines[-1], begin):
+            # A local file may have changed meanwhile; asking a store again takes a while.
+            remote = is_remote(entry.path)
+            state = part.states[entry.path] if remote else state_of(entry.path)
+            lines.append(_line(entry, part.options, state))
+            if number in part.skip:
+                lines[-1]["clips"].append([entry.record_id, *part.skip[number]])
+                continue
+            begins = functools.partial(begin, number)
+            for record in _prepare(entry, part.options, lines[-1], state, files, begins):
                 writer.write(record)
     save_table(part.path("table"), writer.table())
     write_bytes(part.path("json"), json.dumps(lines).encode())
 
 
-def _line(entry: Entry, options: ClipOptions) -> dict[str, Any]:
-    """Returns the line of an entry, still without outcomes."""
-    state = state_of(entry.path)
+def _line(entry: Entry, options: ClipOptions, state: FileState | None) -> dict[str, Any]:
+    """Returns the line of an entry whose file is not read yet."""
     return {
         "path": entry.path,
         "id": entry.record_id,
         "split": entry.split,
         "bytes": state.bytes if state else None,
         "mtime_ns": state.mtime_ns if state else None,
-        "sha256": sha256_of(entry.path, state),
+        "etag": state.etag if state else "",
+        "sha256": None,
         "plan": entry_plan(entry, options),
         "description": description(entry),
         "clips": [],  # id, outcome and message of each
@@ -205,33 +236,37 @@ def _line(entry: Entry, options: ClipOptions) -> dict[str, Any]:
     }
 
 
-def _prepare(part: Part, number: int, line: Line, begin: Callable[[int], None]) -> Iterator[Record]:
-    """Yields the records of an entry, and adds the outcome of each clip to its line."""
-    entry, options, outcomes = part.entries[number], part.options, line["clips"]
-    if number in part.skip:
-        outcomes.append([entry.record_id, *part.skip[number]])
-        return
+def _prepare(
+    entry: Entry,
+    options: ClipOptions,
+    line: dict[str, Any],
+    state: FileState | None,
+    files: LocalFiles,
+    begin: Callable[[], object],
+) -> Iterator[Record]:
+    """Yields the records of an entry, and adds its content and the outcomes to its line."""
+    outcomes = line["clips"]
     try:
         # Of a record file one example is read, in place: copying it for each would take for ever.
-        in_place = contextlib.nullcontext(entry.path)
-        with local_file(entry.path) if entry.example is None else in_place as path:
-            local = dataclasses.replace(entry, path=path)
-            cut = parse_cut(options.cut) if options.cut else None
-            for clip in pieces(local, cut, min_seconds=options.min_seconds) if cut else [local]:
-                begin(number)
-                try:
-                    record, notes = prepare_clip(clip, options)
-                except MediaError as error:
-                    outcomes.append([clip.record_id, error.reason, error.message])
-                    continue
-                except MemoryError:
-                    too_large = "it needs more memory than a worker may use"
-                    outcomes.append([clip.record_id, "too_large", too_large])
-                    continue
-                outcomes.append([clip.record_id, PREPARED, ""])
-                line["notes"].extend([clip.record_id, *note] for note in notes.items())
-                yield record
-    except MediaError as error:  # it could not be cut
+        path = files.local(entry.path) if entry.example is None else entry.path
+        line["sha256"] = sha256_of(path, state)
+        local = dataclasses.replace(entry, path=path)
+        cut = parse_cut(options.cut) if options.cut else None
+        for clip in pieces(local, cut, min_seconds=options.min_seconds) if cut else [local]:
+            begin()
+            try:
+                record, notes = prepare_clip(clip, options)
+            except MediaError as error:
+                outcomes.append([clip.record_id, error.reason, error.message])
+                continue
+            except MemoryError:
+                too_large = "it needs more memory than a worker may use"
+                outcomes.append([clip.record_id, "too_large", too_large])
+                continue
+            outcomes.append([clip.record_id, PREPARED, ""])
+            line["notes"].extend([clip.record_id, *note] for note in notes.items())
+            yield record
+    except MediaError as error:  # it could not be copied or cut
         outcomes.append([entry.record_id, error.reason, error.message])
 
 

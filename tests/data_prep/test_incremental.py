@@ -19,7 +19,7 @@ from avcl_jax.data_prep.__main__ import main
 from avcl_jax.data_prep.clip import REASONS
 from avcl_jax.data_prep.publish import read_earlier
 from avcl_jax.data_prep.shards import plan_parts, prepare_part
-from avcl_jax.data_prep.source_files import find_duplicates
+from avcl_jax.data_prep.source_files import content_of_equal_sizes, find_duplicates, states_of
 from tests.data.synthetic_media import write_clip
 from tests.data_prep.collection_files import read
 from tests.data_prep.conftest import files, prepare
@@ -180,7 +180,8 @@ def test_other_labels_need_no_decoding(folder, tmp_path, monkeypatch):
     assert prepare(table, out) == 0
     table.write_text("path,label_x,source\nb.mp4,ant,s\na.mp4,dog,u\nc.mp4,cat,t\n")
     entries = read("folder_or_table", table).entries
-    known, changes = read_earlier(epath.Path(out)).compare(entries, OPTIONS)
+    states = states_of(entry.path for entry in entries)
+    known, changes = read_earlier(epath.Path(out)).compare(entries, OPTIONS, states)
     assert len(known) == changes["unchanged"] == 3
     assert changes["rearranged"]
 
@@ -190,7 +191,7 @@ def test_other_labels_need_no_decoding(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "prepare_clip", refuse)
     again = epath.Path(out) / "again"
     again.mkdir()
-    for part in plan_parts(entries, 2, OPTIONS, again, known):
+    for part in plan_parts(entries, 2, OPTIONS, again, states, known):
         prepare_part(part, begin=lambda number: None)
     monkeypatch.undo()
     shutil.rmtree(again)
@@ -221,7 +222,9 @@ def test_the_same_file_is_a_duplicate_only_over_the_same_interval(folder: Path) 
     (entry, *_) = read("folder_or_table", folder).entries
     again = dataclasses.replace(entry, record_id="again", split="test")
     later = dataclasses.replace(entry, record_id="later", start_seconds=0.5)
-    found = find_duplicates([entry, later, again])
+    entries = [entry, later, again]
+    states = states_of(entry.path for entry in entries)
+    found = find_duplicates(entries, content_of_equal_sizes(states))
     assert list(found) == [2]
     assert (found[2]["duplicate_of"], found[2]["split"]) == (entry.record_id, "test")
 
@@ -240,7 +243,8 @@ def test_limit_and_dry_run(folder, tmp_path, capsys):
 
 def test_an_interrupted_part_leaves_nothing(folder, tmp_path, monkeypatch):
     entries = read("folder_or_table", folder).entries
-    (part,) = plan_parts(entries, 9, OPTIONS, epath.Path(tmp_path / "parts"), {})
+    states = states_of(entry.path for entry in entries)
+    (part,) = plan_parts(entries, 9, OPTIONS, epath.Path(tmp_path / "parts"), states, {})
     (tmp_path / "parts").mkdir()
     prepare_clip, calls = shards.prepare_clip, []
 

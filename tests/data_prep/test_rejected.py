@@ -209,10 +209,12 @@ from avcl_jax.data.record_format import message_class
 from avcl_jax.data_prep.clip import ClipOptions
 from avcl_jax.data_prep.manifest import Entry
 from avcl_jax.data_prep.shards import Part, prepare_part
+from avcl_jax.data_prep.source_files import state_of
 
 def prepare(number, entries):
     options = ClipOptions(32, None, 90, 16000, 0.0, 60.0, 16, (), "tfrecord")
-    part = Part(number, "train", tuple(entries), options, epath.Path(sys.argv[1]))
+    states = {entry.path: state_of(entry.path) for entry in entries}
+    part = Part(number, "train", tuple(entries), options, epath.Path(sys.argv[1]), states)
     prepare_part(part, begin=lambda number: None)
 
 def pages(column):

@@ -115,10 +115,10 @@ def test_record_files_in_a_store_are_read_in_place(
     tiny = Path(__file__).parents[1] / "data_prep" / "testdata" / "tiny"
     s3fs.S3FileSystem().put(f"{tiny}/", f"{bucket}/tiny/", recursive=True)
 
-    def refuse(path: str) -> None:
+    def refuse(files: object, path: str) -> None:
         raise AssertionError(f"a copy of {path}")
 
-    monkeypatch.setattr(shards, "local_file", refuse)
+    monkeypatch.setattr(shards.LocalFiles, "local", refuse)
     parts: list[shards.Part] = []
     monkeypatch.setattr(
         "avcl_jax.data_prep.prepare.Pool.run",
