@@ -11,6 +11,7 @@ import collections
 import hashlib
 import io
 import json
+import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -100,6 +101,9 @@ def batched_map(
         identity: text that the function depends on, beside the sources of this package: later
             starts neither trace nor compile it (`compilation_cache.compiled`).
 
+    Raises:
+        UserError: if a batch is larger than the memory of this machine.
+
     Returns:
         A function of `render`, arrays of the record at a position, and the positions. It returns
         the outputs of each network as NETWORK/OUTPUT, [positions, …], and beside them all rendered
@@ -112,6 +116,8 @@ def batched_map(
     program: Any = None
 
     def start(rendered: Sequence[Mapping[str, Any]]) -> tuple[dict[str, jax.Array], Arrays]:
+        first = rendered[0]
+        _check_memory(rows, sum(np.asarray(first[name]).nbytes for name in inputs))
         padded = [*rendered, *[rendered[-1]] * (rows - len(rendered))]
         batch = stack([{name: row[name] for name in inputs} for row in padded])
         batch = jax.device_put(batch, sharding.rows_sharding(mesh))
@@ -144,6 +150,17 @@ def batched_map(
         return _concatenated(found)
 
     return compute
+
+
+def _check_memory(rows: int, row_bytes: int) -> None:
+    """Raises UserError if a batch is larger than the memory of this machine."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if rows * row_bytes > memory:
+        raise UserError(
+            f"a batch of {rows:,} takes {rows * row_bytes / 1e9:,.0f} GB and this machine has "
+            f"{memory / 1e9:,.0f} GB of memory: choose a smaller batch (--batch-size, or the "
+            "setting chunk)"
+        )
 
 
 def render_all(render: Render, positions: Sequence[int], *, threads: int) -> dict[str, np.ndarray]:

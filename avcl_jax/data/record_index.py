@@ -7,7 +7,9 @@ of ten thousand shards took minutes.
 
 from __future__ import annotations
 
+import functools
 import mmap
+import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -113,10 +115,10 @@ def save_table(path: epath.PathLike, table: pa.Table) -> None:
 
 def load_table(path: epath.PathLike) -> pa.Table | None:
     """Reads what `save_table` wrote; returns None if the file is missing, damaged or another."""
-    path = epath.Path(path)
-    if not path.exists():
+    try:
+        data = memoryview(epath.Path(path).read_bytes())
+    except FileNotFoundError:
         return None
-    data = memoryview(path.read_bytes())
     if len(data) < 5 or crc32c.crc32c(data[:-4]) != int.from_bytes(data[-4:], "little"):
         return None
     try:
@@ -134,7 +136,7 @@ def load_table(path: epath.PathLike) -> pa.Table | None:
 def _in_file(table: pa.Table) -> pa.Table:
     """Moves a table from memory into a file without a name; the system keeps the pages in use.
 
-    Where no temporary file can be written, the table stays in memory.
+    Where no temporary file can be written, the table stays in memory, and a line says so.
     """
     try:
         with tempfile.TemporaryFile() as file:
@@ -142,9 +144,20 @@ def _in_file(table: pa.Table) -> pa.Table:
                 writer.write_table(table)
             file.flush()
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError:
+    except OSError as error:
+        _say_in_memory(error.strerror or str(error))
         return table
     return pa.ipc.open_file(pa.py_buffer(content)).read_all()
+
+
+@functools.cache
+def _say_in_memory(problem: str) -> None:
+    print(
+        f"no temporary file for the index ({problem}): every process keeps it in memory; free some "
+        "space in /tmp, or set TMPDIR to a directory with room",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def index_path(directory: epath.PathLike, name: str, split: str) -> epath.Path:

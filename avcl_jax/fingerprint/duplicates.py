@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
 def to_json(sharing: Sharing) -> dict[str, Any]:
     """Returns all that was found as JSON; docs/fingerprint.md describes the fields."""
     return {
+        "links": [{"name": link.name, "file": file.name} for link, file in sharing.links],
         "groups": [[source.name for source in group] for group in sharing.groups],
         "pairs": [
             {
@@ -109,6 +110,8 @@ def _interval(interval: Interval) -> dict[str, Any]:
 
 
 def _to_lines(sharing: Sharing) -> Iterator[str]:
+    for link, file in sharing.links:
+        yield f"{link.name} is a link to {file.name}, not a copy"
     for group in sharing.groups:
         yield f"copies of each other, {len(group)}:"
         yield from (f"  {source.name}" for source in group)

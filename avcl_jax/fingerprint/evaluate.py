@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from avcl_jax.compilation_cache import keep_compiled
-from avcl_jax.data.media import MediaError, decode_media
+from avcl_jax.data.media import MediaError, decode_media, probe
 from avcl_jax.data.media_files import media_files
 from avcl_jax.data.media_streams import check_regular
 from avcl_jax.errors import one_line, printable
@@ -49,11 +50,13 @@ def run(args: argparse.Namespace) -> int:
     """Prints the metrics; returns 1 if a query could not be compared, which finds nothing."""
     queries = media_files(args.queries)
     index = FingerprintIndex.open(args.index, args.encoder)
+    sources = {source.name: source.duration_seconds for source in index.sources()}
     true = read_segments(
         args.ground_truth,
         queries=Names(map(str, queries)),
-        references=Names(source.name for source in index.sources()),
+        references=Names(sources),
         among=("the queries", f"the media in {args.index}"),
+        lengths=(_seconds_of, sources.get),
     )
     keep_compiled()
     decoding = {"end_seconds": args.max_seconds, **index.segmenter.decoding}
@@ -87,6 +90,15 @@ def run(args: argparse.Namespace) -> int:
     }
     print(json.dumps(results, indent=1) if args.json else "\n".join(_to_lines(results)))
     return 1 if failed else 0
+
+
+@functools.cache
+def _seconds_of(query: str) -> float | None:
+    """Returns the length that a file states; None for one that cannot be read, see `run`."""
+    try:
+        return probe(query).duration_seconds
+    except (MediaError, OSError):
+        return None
 
 
 def _metrics(curve: Curve) -> dict[str, float | None]:

@@ -14,7 +14,7 @@ import csv
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -46,6 +46,11 @@ class Segment(NamedTuple):
         return (self.query_start, self.query_end), (self.reference_start, self.reference_end)
 
 
+# Length of a file by its name, None where it is not known.
+Length = Callable[[str], float | None]
+
+# An end may be rounded up, and containers state lengths that differ by some frames.
+_SLACK_SECONDS = 1.0
 _COLUMNS = ("query_id", "ref_id", "query_start", "query_end", "ref_start", "ref_end")
 
 
@@ -109,11 +114,19 @@ class Names:
         return found[0]
 
 
-def read_segments(path: Path, *, queries: Names, references: Names, among: Pair) -> list[Segment]:
+def read_segments(
+    path: Path,
+    *,
+    queries: Names,
+    references: Names,
+    among: Pair,
+    lengths: tuple[Length, Length],
+) -> list[Segment]:
     """Reads the segments of a CSV file with the columns of the challenge, in any order.
 
     Args:
         among: the queries and the references in words.
+        lengths: lengths of queries and of references, in seconds.
 
     Raises:
         FingerprintError: names the line and the value that cannot be used.
@@ -130,6 +143,7 @@ def read_segments(path: Path, *, queries: Names, references: Names, among: Pair)
                 )
             for row in rows:
                 segments.append(_segment(row, queries, references, among))
+                _check_inside(segments[-1], lengths)
         except (FingerprintError, UnicodeDecodeError, csv.Error) as error:
             raise FingerprintError(f"{path}, line {max(rows.line_num, 1)}: {error}") from None
     if not segments:
@@ -156,6 +170,25 @@ def _segment(
         if not start < end:
             raise FingerprintError(f"{side}_end {end:g} must be after {side}_start {start:g}")
     return segment
+
+
+def _check_inside(segment: Segment, lengths: tuple[Length, Length]) -> None:
+    """Raises FingerprintError if an interval is not one of its file, as where times are in ms."""
+    for side, name, (start, end), length in zip(
+        ("query", "ref"), segment.pair, segment.intervals, lengths, strict=True
+    ):
+        seconds = length(name)
+        if seconds is None:
+            continue
+        for column, value, latest in (
+            ("start", start, seconds),
+            ("end", end, seconds + _SLACK_SECONDS),
+        ):
+            if value > latest:
+                raise FingerprintError(
+                    f"{side}_{column} {value:g} is after the end of {name}, at {seconds:.2f} s: "
+                    "give times in seconds"
+                )
 
 
 def pair_curve(scores: Mapping[Pair, float], true: Iterable[Pair]) -> Curve:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -66,21 +68,46 @@ class Sharing:
     Attributes:
         groups: sources that are copies of each other, directly or through others.
         pairs: copies first, longest first; without those that share only what many have.
+        links: sources that are another name of a file, and the source of that file. Only the
+            latter is compared.
     """
 
     groups: Sequence[Sequence[SourceRow]]
     pairs: Sequence[Pair]
     materials: Sequence[Material]
+    links: Sequence[tuple[SourceRow, SourceRow]] = ()
+
+
+def _links(sources: Sequence[SourceRow], same: Sequence[int]) -> dict[int, int]:
+    """Finds, among sources of the same content, names of one file on the disk.
+
+    Returns numbers of the other names, with that of the source to compare: not a symbolic link if
+    there is one that is not.
+    """
+    files: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for number in same if len(same) > 1 else ():
+        with contextlib.suppress(OSError):  # the file is gone
+            status = os.stat(sources[number].path or "")
+            files[status.st_dev, status.st_ino].append(number)
+    links: dict[int, int] = {}
+    for names in files.values():
+        kept = min(names, key=lambda number: (os.path.islink(sources[number].path or ""), number))
+        links |= {number: kept for number in names if number != kept}
+    return links
 
 
 def relate(library: Library, found: Mapping[tuple[int, int], list[Interval]]) -> Sharing:
     """Names the relations of pairs, and counts who shares each interval."""
     sources = library.sources
-    found = dict(found)
     by_content: dict[str, list[int]] = defaultdict(list)
     for number, source in enumerate(sources):
         by_content[source.content].append(number)
-    for same in by_content.values():
+    links: dict[int, int] = {}
+    for numbers in by_content.values():
+        links |= _links(sources, numbers)
+    found = {key: own for key, own in found.items() if links.keys().isdisjoint(key)}
+    for numbers in by_content.values():
+        same = [number for number in numbers if number not in links]
         for second in same[1:]:
             whole = Seconds(0.0, sources[second].duration_seconds)
             matched = tuple(
@@ -115,7 +142,8 @@ def relate(library: Library, found: Mapping[tuple[int, int], list[Interval]]) ->
     for number, group in group_of.items():
         members[group].append(sources[number])
     groups = sorted((g for g in members.values() if len(g) > 1), key=lambda g: (-len(g), g[0].name))
-    return Sharing(groups, pairs, materials)
+    names = [(sources[number], sources[kept]) for number, kept in sorted(links.items())]
+    return Sharing(groups, pairs, materials, names)
 
 
 def _relation(

@@ -22,7 +22,7 @@ import pytest
 import simplejpeg
 from etils import epath
 
-from avcl_jax.data import record_files, records
+from avcl_jax.data import record_files, record_index, records
 from avcl_jax.data.images import decode_jpegs
 from avcl_jax.data.record_format import message_class, parse_record, serialize_record
 from avcl_jax.data.record_index import index_path
@@ -288,7 +288,9 @@ def test_several_labels_a_clip(tmp_path: Path) -> None:
     assert feature.feature.names == ["a", "b", "c"]
 
 
-def test_an_index_is_mapped_from_a_file_and_kept_in_memory_without_one(prepared, monkeypatch):
+def test_an_index_is_mapped_from_a_file_and_kept_in_memory_without_one(
+    prepared, monkeypatch, capsys
+):
     def nameless() -> int:
         return Path("/proc/self/maps").read_text().count(" (deleted)")
 
@@ -297,7 +299,14 @@ def test_an_index_is_mapped_from_a_file_and_kept_in_memory_without_one(prepared,
     mapped = RecordDataset(prepared, "train")
     assert nameless() == before + 1
     monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
+    record_index._say_in_memory.cache_clear()
+    assert capsys.readouterr().err == ""
     kept = RecordDataset(prepared, "train")
+    assert len(RecordDataset(prepared, "train")) == len(kept)
+    assert capsys.readouterr().err == (
+        "no temporary file for the index (No such file or directory): every process keeps it in "
+        "memory; free some space in /tmp, or set TMPDIR to a directory with room\n"
+    )
     assert nameless() == before + 1
     assert kept.fingerprint == mapped.fingerprint
     assert kept.record_ids[:] == mapped.record_ids[:]

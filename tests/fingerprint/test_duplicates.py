@@ -103,6 +103,31 @@ def test_files_that_are_gone_are_still_listed(encoders, run, tmp_path):
     assert "the file is no longer there" in page.read_text()
 
 
+def test_a_link_is_not_a_copy(encoders, run, tmp_path):
+    folder = tmp_path / "films"
+    folder.mkdir()
+    write(folder / "b.mp4", film(0))
+    shutil.copy(folder / "b.mp4", folder / "copy.mp4")
+    (folder / "a.mp4").symlink_to("b.mp4")
+    (folder / "hard.mp4").hardlink_to(folder / "b.mp4")
+    index, written = tmp_path / "index", tmp_path / "out.json"
+    main(["index", str(folder), "--index", str(index), "--encoder", str(encoders)])
+    _, out, _ = run(index, "--json", written)
+    a, b, copy, hard = (str(folder / f"{name}.mp4") for name in ("a", "b", "copy", "hard"))
+    assert out.splitlines() == [
+        f"{a} is a link to {b}, not a copy",
+        f"{hard} is a link to {b}, not a copy",
+        "copies of each other, 2:",
+        f"  {b}",
+        f"  {copy}",
+        "groups of copies: 1 (redundant files: 1); contained in others: 0; pairs with a common "
+        "part: 0; parts shared by 4 or more: 0",
+    ]
+    answer = json.loads(written.read_text())
+    assert answer["links"] == [{"name": a, "file": b}, {"name": hard, "file": b}]
+    assert [(pair["first"], pair["second"]) for pair in answer["pairs"]] == [(b, copy)]
+
+
 @pytest.mark.parametrize("option", ["--json", "--report"])
 def test_a_file_that_cannot_be_written_is_refused_first(library, run, tmp_path, option):
     index, _ = library

@@ -74,7 +74,7 @@ def test_what_is_found_is_measured(evaluate):
     assert wrong["recall_at_threshold"] == pytest.approx(2 / 3)
     assert wrong["precision_at_threshold"] == pytest.approx(2 / 3)
     assert wrong["micro_average_precision"] < 0.9
-    moved = "Q0,R3,0,4,30,34\nQ1,R5,8.5,9,0.5,4.5\nQ1,R7,0,4,1,5\n"
+    moved = "Q0,R3,0,4,0,1\nQ1,R5,7,8,0.5,4.5\nQ1,R7,0,4,1,5\n"
     results = json.loads(evaluate(moved, "--json")[1])
     assert results["pairs"] == pairs
     assert results["segments"]["micro_average_precision"] < 0.1
@@ -107,13 +107,20 @@ def test_a_query_that_cannot_be_compared_finds_nothing(evaluate, queries, tmp_pa
     assert err.startswith(f"avcl-fingerprint: {tmp_path / 'Q0.mp4'}: not compared, not_media: ")
 
 
-def test_mistakes_are_one_line_before_the_first_query(evaluate, index, tmp_path):
+def test_mistakes_are_one_line_before_the_first_query(evaluate, index, queries, tmp_path):
     for lines, options, message in (
         ("Q9,R1,0,4,0,4\n", {}, "line 2: 'Q9' is not among the queries"),
         ("Q0,R99,0,4,0,4\n", {}, f"line 2: 'R99' is not among the media in {index}"),
         (TRUE, {"of": tmp_path / "none"}, "none does not exist"),
         (TRUE, {"at": tmp_path / "none"}, "there is no fingerprint index in"),
         ("", {}, "has no segments"),
+        # Milliseconds, for which every prediction is wrong.
+        (
+            "Q0,R3,0,4,1.5,5.5\nQ1,R5,0,4000,500,4500\n",
+            {},
+            f"line 3: query_end 4000 is after the end of {queries / 'Q1.mp4'}, at 8.0",
+        ),
+        ("Q0,R3,0,4,1500,5500\n", {}, "line 2: ref_start 1500 is after the end of "),
     ):
         status, out, err = evaluate(lines, **options)
         assert (status, out) == (2, ""), lines
