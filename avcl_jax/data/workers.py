@@ -81,6 +81,8 @@ def filled_batches(
         run: Callable[..., None] = functools.partial(_fill, memory, fill)
         if workers:
             memory.file = stack.enter_context(tempfile.TemporaryFile(dir=_FILES)).fileno()
+            # Before the first step, so that whatever fills it later does not end a run.
+            memory.allocate(0, _BATCHES)
             run = stack.enter_context(_Workers(workers, run, memory.file))
         pool = ThreadPoolExecutor(count)
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
@@ -157,23 +159,29 @@ class _Memory:
             block = self._free.pop()
         elif (block := len(self._blocks)) >= _BATCHES and not grow:
             return None
-        elif self.file >= 0:
-            self._allocate(block)
+        elif self.file >= 0 and block >= _BATCHES:
+            self.allocate(block, 1)
         arrays = self.arrays(block)
         whole = next(iter(arrays.values())).base
         weakref.finalize(whole, self._free.append, block).atexit = False
         return block, arrays
 
-    def _allocate(self, block: int) -> None:
-        """Allocates the memory: Linux would do so page by page, and kill a writer who gets none."""
+    def allocate(self, block: int, count: int) -> None:
+        """Allocates shared blocks: Linux would do so page by page, and kill a writer without one.
+
+        Raises:
+            OSError: if there is no room.
+        """
+        needed = count * self.size
         try:
-            os.posix_fallocate(self.file, block * self.size, self.size)
+            os.posix_fallocate(self.file, block * self.size, needed)
         except OSError as error:
+            system = os.statvfs(_FILES)
             raise OSError(
                 error.errno,
-                f"no {self.size / 1e6:,.1f} MB left in {_FILES} for a batch of worker processes "
-                f"({error.strerror}): give the container more (docker run --shm-size), or set "
-                "workers=0",
+                f"worker processes need {needed / 1e6:,.1f} MB in {_FILES} for batches, and "
+                f"{system.f_bavail * system.f_frsize / 1e6:,.1f} MB are free ({error.strerror}): "
+                "give the container more (docker run --shm-size), or set workers=0",
             ) from error
 
     def arrays(self, block: int) -> dict[str, np.ndarray]:

@@ -185,12 +185,12 @@ def with_little_shared_memory(command: list[str]) -> subprocess.CompletedProcess
     )
 
 
-# Iterates over batches of 4.2 MB in worker processes.
+# Iterates over batches of 2.1 MB in worker processes.
 PROGRAM = """
 import os, signal, subprocess, sys
 from avcl_jax.data.workers import filled_batches
 from tests.data.test_workers import fill_once, fill_with_process
-shapes = {"x": ((1 << 10, 1 << 10), "int32"), "flag": ((1 << 10,), "bool")}
+shapes = {"x": ((1 << 9, 1 << 10), "int32"), "flag": ((1 << 9,), "bool")}
 def filled_by(fill):
     options = {"first": 0, "workers": 2, "threads": 1}
     return filled_batches(shapes, lambda number, _: (number, 0), fill, **options)
@@ -199,16 +199,41 @@ def filled_by(fill):
 
 def test_full_shared_memory_is_an_error_and_not_a_signal() -> None:
     program = """
-        filled, held = filled_by(fill_with_process), []
+
+        def fill_shared_memory():
+            with open("/dev/shm/other", "ab", buffering=0) as other:
+                try:
+                    while True:
+                        other.write(bytes(1 << 12))
+                except OSError:
+                    pass
+
+        # All that is needed is taken before the first batch.
+        filled = filled_by(fill_with_process)
+        next(filled)
+        fill_shared_memory()
+        for _ in range(20):
+            held = next(filled)
+        held = [held]
         try:
-            while True:
+            while True:  # who keeps more needs more
                 held.append(next(filled))
         except OSError as error:
             print(len(held), error)
+        del filled, held
+        fill_shared_memory()
+        try:
+            next(filled_by(fill_with_process))
+        except OSError as error:
+            print(error)
     """
     result = with_little_shared_memory(["-c", PROGRAM + textwrap.dedent(program)])
-    assert result.stdout.startswith("1 [Errno 28] no 4.2 MB left in /dev/shm"), result
-    assert "--shm-size" in result.stdout
+    first, second = result.stdout.splitlines()
+    need = "[Errno 28] worker processes need {} MB in /dev/shm for batches, and "
+    assert first.startswith(f"3 {need.format('2.1')}"), result
+    assert second.startswith(need.format("8.4")), result
+    assert "MB are free (No space left on device): give the container" in second
+    assert "--shm-size" in first
     assert result.stderr == ""
     assert result.returncode == 0
 

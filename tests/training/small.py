@@ -100,8 +100,12 @@ def start(
     devices: int = 1,
     module: str = "avcl_jax.main",
     own_group: bool = False,
+    before: Sequence[str] = (),
 ) -> subprocess.Popen[str]:
-    """Starts `python -m avcl_jax.main` on virtual CPU devices, if asked in a process group."""
+    """Starts `python -m avcl_jax.main` on virtual CPU devices, if asked in a process group.
+
+    `before` are words before that command, such as those of `unshare`.
+    """
     environment = os.environ | {
         # Optimising the step's machine code takes longer than running it a few times.
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
@@ -110,7 +114,7 @@ def start(
         "PYTHONUNBUFFERED": "1",
     }
     return subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
+        [*before, sys.executable, "-m", module, *arguments],
         cwd=ROOT,
         env=environment,
         text=True,

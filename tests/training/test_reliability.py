@@ -733,3 +733,97 @@ def test_a_run_goes_on_with_other_devices_and_processes_and_shows_every_video_on
     assert sorted(rows[:, 0]) == list(range(24 * 16 - 48, 24 * 16))
     ids, counts = np.unique(rows[:, 1], return_counts=True)
     assert (len(ids), set(counts)) == (24, {2})
+
+
+@pytest.mark.slow
+def test_a_decoder_that_hangs_ends_a_run_of_two(records, tmp_path, seen):
+    options = arguments(records, tmp_path / "run", steps=400)
+    processes = start_processes(
+        [*options, "--peer_timeout=8"], devices=1, module="tests.training.hanging"
+    )
+    seen.act("decoding a frame does not return, in process 1 of 2")
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    seen.ended()
+    assert [process.returncode for process in processes] == [1, 1], outputs
+    for output in outputs:
+        line = one_line(output)
+        assert re.search(r"process 1 has read no batch for \d+ s, after step [1-9]", line)
+    assert "in decode\n" in (tmp_path / "run" / "logs" / "stacks_1.txt").read_text()
+    seen.told(
+        "both end by one line that names process 1, exit 1 (`--peer_timeout=8`); its stacks show "
+        "the decoder"
+    )
+
+
+@pytest.mark.slow
+def test_a_decoder_that_hangs_is_told_by_a_run_of_one(records, tmp_path, seen):
+    options = [*arguments(records, tmp_path / "run", steps=400), "--peer_timeout=2"]
+    process = start(options, module="tests.training.hanging")
+    seen.act("decoding a frame does not return, in one process")
+    for line in process.stdout:
+        if line.startswith("avcl_jax: process 0 has read no batch for"):
+            break
+    else:
+        pytest.fail(f"ended with {process.wait()}: {line}")
+    seen.ended()
+    for _ in range(2):
+        process.terminate()
+        time.sleep(0.5)
+    assert process.wait(timeout=20) == 128 + signal.SIGTERM
+    assert "in decode\n" in (tmp_path / "run" / "logs" / "stacks_0.txt").read_text()
+    seen.told(
+        "it says so and writes its stacks, which show the decoder (`--peer_timeout=2`), and goes "
+        "on waiting; the second SIGTERM ends it, exit 143"
+    )
+
+
+@pytest.fixture
+def little_shared_memory() -> Iterator[list[str]]:
+    """Words before a command that give it a /dev/shm of its own, of 1 MB."""
+    mount = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$0" "$@"'
+    words = ["unshare", "--mount", "sh", "-c", mount]
+    if subprocess.run([*words, "true"], capture_output=True).returncode:
+        pytest.skip("only root may mount a small /dev/shm")
+    return words
+
+
+@pytest.mark.slow
+def test_shared_memory_that_fills_up_does_not_disturb_a_run(
+    records, whole_run, tmp_path, little_shared_memory, seen
+):
+    options = arguments(records, tmp_path / "run", execution__workers=2)
+    process = start(options, before=little_shared_memory)
+    free = None
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            seen.act("/dev/shm is filled by another program at step 1/6, 2 data workers")
+            shared = Path(f"/proc/{process.pid}/root/dev/shm")
+            free = shutil.disk_usage(shared).free
+            with (shared / "ballast").open("wb") as ballast:
+                os.posix_fallocate(ballast.fileno(), 0, free)
+            assert shutil.disk_usage(shared).free == 0
+    assert process.wait() == 0
+    assert free
+    seen.ended()
+    assert_identical(whole_run, tmp_path / "run", 6)
+    seen.told("trains on, its memory is taken before the first step; bitwise as an undisturbed run")
+
+
+@pytest.mark.slow
+def test_too_little_shared_memory_is_refused_before_the_first_step(
+    records, tmp_path, little_shared_memory, seen
+):
+    options = arguments(records, tmp_path / "run", execution__workers=2, crop__image_size=64)
+    process = start(options, before=little_shared_memory)
+    seen.act("/dev/shm has room for fewer than 4 batches, 2 data workers")
+    output, _ = process.communicate(timeout=120)
+    seen.ended()
+    assert process.returncode == 1, output
+    line = one_line(output)
+    assert re.search(r"workers=2 need 3 MB of shared memory, .* /dev/shm has 1 MB free", line)
+    assert not (tmp_path / "run").exists()
+    seen.told("refused by one line with both sizes, exit 1, no workdir")
