@@ -24,6 +24,13 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Tests whether memory of the host or of a device has run out; JAX has no class for it."""
+    texts = ("RESOURCE_EXHAUSTED", "Out of memory")
+    of_jax = type(error).__name__ == "JaxRuntimeError"
+    return isinstance(error, MemoryError) or (of_jax and any(t in str(error) for t in texts))
+
+
 def one_line(error: Exception) -> str:
     """Returns the message of an error in one line.
 
@@ -32,6 +39,12 @@ def one_line(error: Exception) -> str:
     """
     if isinstance(error, OSError):
         return printable(_of_system(error))
+    if is_out_of_memory(error):
+        first, *_ = str(error).splitlines() or ["no more for this process"]
+        return printable(
+            f"out of memory ({first}): choose a smaller batch, in training also more micro_batches "
+            "or a smaller bank"
+        )
     return printable(" ".join(str(error).split()))
 
 

@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from avcl_jax import config_file, peers, processes
 from avcl_jax.command_line import ends_unread
 from avcl_jax.compilation_cache import keep_compiled
-from avcl_jax.errors import UserError, one_line
+from avcl_jax.errors import UserError, is_out_of_memory, one_line
 from avcl_jax.experiment import (
     check_inputs,
     check_numbers,
@@ -113,14 +113,14 @@ def main(argv: Sequence[str]) -> None:
         print("avcl_jax: interrupted", file=sys.stderr, flush=True)
         peers.fail(error, "interrupted")
         raise SystemExit(130) from None
-    except (UserError, OSError) as error:
-        line = one_line(error)
-        if _DEBUG.value:
-            traceback.print_exc()
-        print(f"avcl_jax: error: {line}", file=sys.stderr, flush=True)
-        peers.fail(error, line)
-        raise SystemExit(1) from error
     except Exception as error:
+        if isinstance(error, UserError | OSError) or is_out_of_memory(error):
+            line = one_line(error)
+            if _DEBUG.value:
+                traceback.print_exc()
+            print(f"avcl_jax: error: {line}", file=sys.stderr, flush=True)
+            peers.fail(error, line)
+            raise SystemExit(1) from error
         peers.fail(error, " ".join(f"{type(error).__name__}: {error}".split()), bug=True)
         raise
 

@@ -50,6 +50,7 @@ ERRORS: dict[str, Callable[[], object]] = {
     "no permission": _raise(PermissionError(errno.EACCES, "Permission denied", "/root/run")),
     "full disk": _raise(OSError(errno.ENOSPC, "No space left on device")),
     "no locks": _raise(OSError(errno.ENOLCK, "No locks available")),
+    "memory": lambda: np.empty(1 << 60, np.uint8),
     "shapes": lambda: np.zeros(3) + np.zeros(4),
     "not in list": lambda: [1, 2].index(4),
     "closed file": lambda: os.fsync(999),

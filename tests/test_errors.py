@@ -9,10 +9,11 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from avcl_jax.command_line import UNREAD, ends_unread
-from avcl_jax.errors import one_line, printable
+from avcl_jax.errors import is_out_of_memory, one_line, printable
 from tests import raising
 from tests.training import small
 
@@ -35,6 +36,7 @@ ONE_LINE = {
     "no file, from an object store": "gs://bucket/run",
     "no permission": "/root/run: Permission denied",
     "full disk": "No space left on device (ENOSPC)",
+    "memory": "out of memory (Unable to allocate 1.00 EiB",
     "no locks": "No locks available (ENOLCK)",
 }
 BUGS = {
@@ -72,6 +74,16 @@ def test_user_errors_are_one_line_and_bugs_keep_their_traceback(outputs, command
 def test_names_are_one_line_that_a_terminal_can_show():
     assert printable("µ – a\nb\t\x1b[31m\u202e\udce9") == "µ – a\\nb\\t\\x1b[31m\\u202e\\udce9"
     assert one_line(FileNotFoundError(2, "gone", "a\nb")) == "a\\nb: gone"
+
+
+def test_memory_of_a_device_is_told_too():
+    text = "INTERNAL: Error dispatching computation: Out of memory allocating 655360000000 bytes."
+    for problem in (text, "RESOURCE_EXHAUSTED: Attempting to reserve 9.31G\nmore"):
+        error = jax.errors.JaxRuntimeError(problem)
+        assert is_out_of_memory(error)
+        assert one_line(error).startswith(f"out of memory ({problem.splitlines()[0]}): choose a")
+    assert not is_out_of_memory(jax.errors.JaxRuntimeError("INTERNAL: a bug"))
+    assert not is_out_of_memory(RuntimeError(text))
 
 
 def test_a_deliberate_error_is_a_user_error_or_stands_in_the_list():

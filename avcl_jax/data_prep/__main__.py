@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         return prepare.run(args, module.read) if hasattr(module, "read") else module.run(args)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, MemoryError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
 

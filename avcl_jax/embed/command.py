@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with sigterm_as_interrupt():
             return _run(args)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, MemoryError) as error:
         line = one_line(error)
         if isinstance(error, OSError) and error.errno in FULL_DISK:
             line = f"the disk of {printable(str(args.out))} is full: free some space, and {_RESUME}"

@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         compared = compare_runs(
             runs, resamples=resamples, seed=given.seed, other_data=given.other_data
         )
-    except (UserError, OSError) as error:
+    except (UserError, OSError, MemoryError) as error:
         print(f"compare: error: {one_line(error)}", file=sys.stderr)
         return 1
     for name, other in zip(given.runs, results, strict=True):

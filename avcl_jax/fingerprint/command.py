@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_numbers(args)
         with sigterm_as_interrupt():
             return _COMMANDS[args.command].run(args)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, MemoryError) as error:
         print(f"avcl-fingerprint: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -77,6 +77,13 @@ def left(folder):
     return sorted(path.name for path in Path(folder).iterdir())
 
 
+def test_a_batch_larger_than_the_memory_is_refused(films, embed):
+    status, table, said = embed(films / "audio.wav", "--batch-size=100000000000")
+    assert (status, table) == (2, None)
+    assert said[-1].startswith("avcl-embed: a batch of 100,000,000,000 takes ")
+    assert "GB of memory: choose a smaller batch (--batch-size" in said[-1]
+
+
 def test_vectors_are_those_of_the_loaded_encoders(films, encoders, embed):
     status, table, errors = embed(films)
     assert status == 1
