@@ -797,8 +797,9 @@ def test_shared_memory_that_fills_up_does_not_disturb_a_run(
 ):
     options = arguments(records, tmp_path / "run", execution__workers=2)
     process = start(options, before=little_shared_memory)
-    free = None
+    free, printed = None, []
     for line in process.stdout:
+        printed.append(line)
         if line.startswith("step 1/"):
             seen.act("/dev/shm is filled by another program at step 1/6, 2 data workers")
             shared = Path(f"/proc/{process.pid}/root/dev/shm")
@@ -806,7 +807,7 @@ def test_shared_memory_that_fills_up_does_not_disturb_a_run(
             with (shared / "ballast").open("wb") as ballast:
                 os.posix_fallocate(ballast.fileno(), 0, free)
             assert shutil.disk_usage(shared).free == 0
-    assert process.wait() == 0
+    assert process.wait() == 0, printed
     assert free
     seen.ended()
     assert_identical(whole_run, tmp_path / "run", 6)
