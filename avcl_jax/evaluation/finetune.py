@@ -68,7 +68,7 @@ from avcl_jax.training.checkpoint import (
 from avcl_jax.training.metrics import MetricWriter
 from avcl_jax.training.optimizer import create_optimizer, warmup_cosine, warmup_multistep
 from avcl_jax.training.profiler import Profiler
-from avcl_jax.training.run_steps import CompiledTogether, run_steps
+from avcl_jax.training.run_steps import CompiledTogether, NonFiniteError, run_steps
 
 # Sections that decide the test and the results, but not the training.
 _NOT_TRAINING = ("test", "bootstrap")
@@ -96,10 +96,15 @@ def finetune(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
             if ((directory := context.workdir / split.name) / "config.json").exists():
                 _check_training(config, directory, split)
         with stop_request() as request:
-            return [
-                run_split(config, context.workdir / split.name, number, split, request)
-                for number, split in enumerate(splits, 1)
-            ]
+            try:
+                return [
+                    run_split(config, context.workdir / split.name, number, split, request)
+                    for number, split in enumerate(splits, 1)
+                ]
+            except NonFiniteError as error:
+                raise NonFiniteError(
+                    f"{error}. With other settings choose another --workdir", error.steps
+                ) from error
 
     return run_protocol(
         protocol_of(config),

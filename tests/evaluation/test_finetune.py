@@ -347,9 +347,12 @@ def test_a_loss_that_is_no_number_stops_the_training(records, encoders, tmp_path
     config = toy_config(
         records, encoders, **{"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0}
     )
-    with pytest.raises(NonFiniteError, match="no checkpoint was written"):
+    with pytest.raises(NonFiniteError, match="no checkpoint was written") as error:
         finetune(config, tmp_path / "diverged")
     assert not (tmp_path / "diverged" / "results.json").exists()
+    assert str(error.value).endswith(". With other settings choose another --workdir")
+    with pytest.raises(CheckpointError, match="choose another --workdir, or undo optimizer"):
+        finetune(toy_config(records, encoders), tmp_path / "diverged")
 
 
 SPLITS = {
