@@ -67,7 +67,7 @@ class _Output:
             # Other threads end with the main one, when that prints something.
             if threading.current_thread() is not threading.main_thread():
                 return
-            # What is still buffered goes nowhere, otherwise Python would try again and complain.
+            # The buffer goes nowhere, otherwise Python would try again and complain.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
             raise SystemExit(UNREAD) from None
 

@@ -90,8 +90,8 @@ def replacing(path: AnyPath) -> Iterator[AnyPath]:
     """Yields a temporary path whose file gets the name `path` at the end, unless there is an error.
 
     The name ends in `.tmp`, for whoever cleans up after processes that were killed. For an object
-    store it is a local one: what is uploaded appears whole or not at all, and to rename it there
-    takes a dozen requests.
+    store it is a local one: an upload appears whole or not at all, and renaming takes a dozen
+    requests.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory() as scratch:

@@ -35,8 +35,8 @@ class Store(http.server.ThreadingHTTPServer):
     """Store whose buckets exist as soon as they are named.
 
     Attributes:
-        content: by name of the object, BUCKET/KEY.
-        requests: all requests so far, in order of their arrival.
+        content: content of each object, named BUCKET/KEY.
+        requests: all requests so far, in the order of arrival.
         most_at_once: requests that were answered at one time, at most.
         environment: variables that send a process to this store.
     """
