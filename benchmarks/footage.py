@@ -226,7 +226,8 @@ def _random_columns(rng: np.random.Generator, lengths: np.ndarray, shard: int) -
     gap = (1 / fps).round(9)
     return {
         "length": lengths + change.reshape(-1),
-        "crc": rng.integers(0, 2**32, rows, np.uint32),
+        "header_length": 200 + 20 * frames,
+        "header_crc": rng.integers(0, 2**32, rows, np.uint32),
         "num_frames": frames,
         "last_frame_seconds": ((frames - 1) / fps).round(9),
         "max_frame_gap_seconds": gap,

@@ -37,6 +37,7 @@ class Store(http.server.ThreadingHTTPServer):
     Attributes:
         content: content of each object, named BUCKET/KEY.
         requests: all requests so far, in the order of arrival.
+        sent_bytes: bytes of all answers so far, without their headers.
         most_at_once: requests that were answered at one time, at most.
         environment: variables that send a process to this store.
     """
@@ -51,6 +52,7 @@ class Store(http.server.ThreadingHTTPServer):
         self.content: dict[str, bytes] = {}
         self.written: dict[str, str] = {}  # generations
         self.requests: list[Request] = []
+        self.sent_bytes = 0
         self.most_at_once = self.at_once = 0
         self.latency_seconds = latency_seconds
         self.uploads: dict[str, tuple[str, bytearray]] = {}
@@ -105,6 +107,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        with self.server.lock:
+            self.server.sent_bytes += len(body)
         self.wfile.write(body)
 
     def _handle(self) -> None:

@@ -57,6 +57,15 @@ class _FramesOfViews(grain.transforms.RandomMap):
         return [frame for clip in pair.video for frame in _frames_of(record, clip)]
 
 
+def shown_bytes(source: UsableRecords, position: int, rng: np.random.Generator) -> int:
+    """Bytes of the frames and the audio that two views of a record show, each frame once."""
+    _, record, timeline = source[position]
+    pair = draw_views(rng, timeline, VIEWS, record.frame_seconds)
+    audio = len(pair.audio) * LOG_MEL.frames * LOG_MEL.window * record.waveform.itemsize
+    frames = {frame for clip in pair.video for frame in _frames_of(record, clip)}
+    return sum(map(len, frames)) + audio * timeline.has_audio
+
+
 def _frames_of(record: Record, clip: Clip) -> list[bytes]:
     indices = frame_indices(clip, record.frame_seconds, VIEWS)
     return [record.frames[index] for index in indices.tolist()]
@@ -96,14 +105,16 @@ def parts(*, directory: str, repeats: int) -> dict[str, float]:
     """Median milliseconds per sample of rendering and of its parts, in turns on one core.
 
     Returns:
-        `all`, the whole rendering; `read` records, `decode` frames, `crop` and resize them,
-        `log_mel`. The remaining time is Python between the parts.
+        `all`, the whole rendering; `read` what views show of records, `decode` frames, `crop` and
+        resize them, `log_mel`; and `read_whole` records. The remaining time is Python between the
+        parts.
     """
     source = open_records(directory)
     batches = RandomViews(source, SPEC, skip_unreadable=False)
     whole = {name: np.zeros(*array) for name, array in batches.shapes(BATCH_SIZE).items()}
     positions = np.random.default_rng(0).permutation(len(source))[:BATCH_SIZE]
-    views = []
+    views, reader = [], source.records.reader
+    places = [source.records.place_of(source.indices[position]) for position in positions]
     for number, position in enumerate(positions):
         _, record, timeline = source[position]
         rng = np.random.default_rng(number)
@@ -121,6 +132,12 @@ def parts(*, directory: str, repeats: int) -> dict[str, float]:
                 for _ in range(VIEWS.num_frames):
                     crop_frame(image, crop, out)
 
+    def read() -> None:
+        for place, (_, pair) in zip(places, views, strict=True):
+            with reader.open(place) as record:
+                for clip in pair.video:
+                    _frames_of(record, clip)
+
     calls = {
         "all": lambda: batches.render(
             batches.requests(positions),
@@ -128,7 +145,8 @@ def parts(*, directory: str, repeats: int) -> dict[str, float]:
             whole,
         ),
         # Counted instead of kept: records that stay in memory cause page faults.
-        "read": lambda: sum(source[position][0] >= 0 for position in positions),
+        "read": read,
+        "read_whole": lambda: sum(source[position][0] >= 0 for position in positions),
         "decode": lambda: [list(each_jpeg(frames)) for frames in jpegs],
         "crop": crops,
         "log_mel": lambda: [

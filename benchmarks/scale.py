@@ -28,7 +28,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from avcl_jax.data.pipeline import train_batches
+from avcl_jax.data.pipeline import RandomViews, train_batches
 from avcl_jax.data.record_format import Record
 from avcl_jax.data.record_index import index_path, merge, save_table
 from avcl_jax.data.record_writer import RecordWriter, write_dataset_metadata
@@ -37,9 +37,9 @@ from avcl_jax.data.workers import filled_batches
 from avcl_jax.paths import local_path
 from avcl_jax.training.run_steps import STEPS_AHEAD
 from benchmarks import measure, object_store
-from benchmarks.footage import NAME, link_records
+from benchmarks.footage import NAME, link_records, make_footage
 from benchmarks.measure import Measured, RowTable, Target
-from benchmarks.rendering import BATCH_SIZE, SPEC, open_records
+from benchmarks.rendering import BATCH_SIZE, SPEC, open_records, shown_bytes
 
 _SHAPES = {"x": ((512, 2048), "uint8")}  # 1 MB
 _FPS, _SECONDS, _SIDE = 20, 3, 128
@@ -241,6 +241,44 @@ def host_rate(*, directory: str, hosts: int, host: int, count: int) -> float:
     return measure.rate(batches, batch_size=BATCH_SIZE, warmup=4, count=count)
 
 
+def _reads(args: argparse.Namespace, value: str) -> Measured:
+    """Requests, and bytes over those that two views show, from a store and from a disk."""
+    directory = _records(args, 1) if args.small else str(make_footage(args.data)[1])
+    found = _child("reads", directory=directory, count=4 if args.small else 64)
+    return found[value], found
+
+
+def reads(*, directory: str, count: int) -> dict[str, float]:
+    """Counts requests and bytes that rendering of `count` records takes."""
+    local, disk, pread = open_records(directory), 0, os.pread
+    positions = np.random.default_rng(0).permutation(len(local))[:count]
+    shown = sum(shown_bytes(local, n, np.random.default_rng(n)) for n in positions)
+
+    def counting(file: int, size: int, begin: int) -> bytes:
+        nonlocal disk
+        disk += size
+        return pread(file, size, begin)
+
+    with object_store.running() as store:
+        os.environ |= store.environment
+        for path in Path(directory).iterdir():
+            store.put(f"bucket/{path.name}", path.read_bytes())
+        remote = open_records("gs://bucket")
+        store.requests.clear()
+        store.sent_bytes, os.pread = 0, counting
+        for source in (local, remote):
+            views = RandomViews(source, SPEC, skip_unreadable=False)
+            out = {name: np.zeros(*array) for name, array in views.shapes(count).items()}
+            rngs = list(map(np.random.default_rng, positions))
+            views.render(views.requests(positions), rngs, out)
+        return {
+            "requests_per_record": len(store.requests) / count,
+            "store_bytes_per_shown_byte": store.sent_bytes / shown,
+            "disk_bytes_per_shown_byte": disk / shown,
+            "shown_bytes_per_record": shown / count,
+        }
+
+
 def _save_stall(args: argparse.Namespace) -> Measured:
     """Seconds of the slowest of the three steps after a checkpoint over those of later ones."""
     every, steps = (5, 15) if args.small else (10, 120)
@@ -432,6 +470,18 @@ _ROWS: RowTable[argparse.Namespace] = {
     "epoch_2m_start_seconds": ("s", Target("<=", 10), _start),
     "input_hosts_scaling": ("ratio", Target(">=", 0.95), _hosts),
     "prepare_requests_per_file": ("requests", Target("<=", 2), _prepare_requests),
+    "requests_per_record": (
+        *("requests", Target("<=", 1)),
+        functools.partial(_reads, value="requests_per_record"),
+    ),
+    "bytes_read_per_shown_byte": (
+        *("ratio", Target("<=", 2.0)),
+        functools.partial(_reads, value="store_bytes_per_shown_byte"),
+    ),
+    "disk_bytes_per_shown_byte": (
+        *("ratio", Target("<=", 2.0)),
+        functools.partial(_reads, value="disk_bytes_per_shown_byte"),
+    ),
     "save_stall_ratio": ("ratio", Target("<=", 1.2), _save_stall),
     "steps_overhead_2x4": ("ratio", Target("<=", 1.15), _processes),
     "checkpoint_seconds_per_gb": (

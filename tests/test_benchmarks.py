@@ -555,4 +555,5 @@ def test_every_row_of_scale_is_measured(tmp_path: Path) -> None:
     rows = {row["name"]: row["value"] for row in json.loads(out.read_text())}
     assert set(rows) == set(scale._ROWS)
     assert all(np.isfinite(value) for value in rows.values())
+    assert rows["requests_per_record"] == 1
     assert 3 <= rows["shm_batches_in_flight"] <= 4

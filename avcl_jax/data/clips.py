@@ -17,7 +17,7 @@ import numpy as np
 
 from avcl_jax.data.images import CropSpec, crops_along, random_crop
 from avcl_jax.data.record_format import UNKNOWN_LABEL, Record
-from avcl_jax.data.records import RecordDataset, RecordReader, naming_shard
+from avcl_jax.data.records import RecordDataset, RecordReader
 from avcl_jax.data.rendering import Renderer, render_video
 from avcl_jax.data.selection import (
     Modality,
@@ -206,10 +206,10 @@ class ClipRecords(SelectedRecords):
         Raises:
             RecordError: if the record cannot be read, with its name and shard.
         """
-        views, record = self.spec.views, self[position]
+        views, place = self.spec.views, self.records.place_of(int(self.indices[position]))
         timeline = Timeline(*self.interval(position), frame_gap_seconds=0.0)
         times = fixed_clips(timeline, views, range(len(views.speeds)), clips)
-        with naming_shard(self.records.shard_of(int(self.indices[position]))):
+        with self.records.reader.open(place) as record:
             return np.stack([c for time in times for c in self.spec.fixed(record, time, crops)])
 
 
@@ -259,6 +259,5 @@ def _render_clips(
     for place, (start, end), rng, clip in zip(places, spans, rngs, out["clips"], strict=True):
         first, last = clip_times(start, end, spec.views.clip_seconds, 2)
         time = Clip(float(rng.uniform(first, last)), 0, FORWARD)
-        record = reader.read(place)
-        with naming_shard(place.shard):
+        with reader.open(place) as record:
             spec.random(record, time, rng, clip)

@@ -3,7 +3,8 @@
 A record's *place* is its byte offset in a TFRecord file and its number in an ArrayRecord file,
 which TFDS opens without TensorFlow. TFRecord frames each record with CRCs. Riegeli, the format
 beneath ArrayRecord, keeps a hash of every chunk and header, so that damage raises when it is read;
-only the zeros that pad a file to 64 KiB may flip unnoticed, and mean nothing.
+only the zeros that pad a file to 64 KiB may flip unnoticed, and mean nothing. A payload whose parts
+have known CRCs can be read in parts.
 """
 
 from __future__ import annotations
@@ -38,12 +39,15 @@ _BUFFER_BYTES = 1 << 16
 _OPEN_READERS = 256  # opening one costs as much as reading a record
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.ENOENT, errno.EROFS)
 
-_STALE = "stale index, delete the .index files beside the shards"
 _AGAIN = "prepare this data set again"
 
 
 class RecordError(UserError):
     """A record file or directory that cannot be used, with the problem and the fix."""
+
+
+# Reads part of a payload, given its first byte, its size and its masked CRC.
+ReadPart = Callable[[int, int, int], bytes]
 
 
 def masked_crc(data: bytes | memoryview) -> int:
@@ -103,36 +107,63 @@ def _system_errors(path: str) -> Iterator[None]:
         raise OSError(code, os.strerror(code), path) from error
 
 
-def read(
-    path: epath.Path,
-    file_format: str,
-    place: int,
-    *,
-    where: str,
-    expected: tuple[int, int] | None = None,
-) -> bytes:
+def read(path: epath.Path, file_format: str, place: int, *, where: str) -> bytes:
     """Reads the payload at `place`; `where` names the record in error messages.
 
-    The file is opened for every call (TFRecord): that is thread-safe and picklable, needs no bound
-    on open files with thousands of shards, and costs microseconds beside the decoding that follows.
-
-    Args:
-        expected: length and masked CRC of the payload by the index; None without an index.
-
     Raises:
-        RecordError: if the record is truncated, damaged, or not the one that the index describes.
+        RecordError: if the record is truncated or damaged.
         OSError: if the file cannot be read.
     """
     if file_format == ARRAY_RECORD:
-        payload = _read_array_record(path, place, where)
-        if expected not in (None, (len(payload), masked_crc(payload))):
-            raise RecordError(f"{where}: {_STALE}")
-        return payload
+        return _read_array_record(path, place, where)
     with path.open("rb") as file:
         file.seek(place)
-        if expected:
-            return _read_tfrecord(file, where, expected=expected)
-        return _read_tfrecord(file, where, room=size_of(path) - place)
+        return _read_tfrecord(file, where, size_of(path) - place)
+
+
+@contextlib.contextmanager
+def open_payload(
+    path: epath.Path, file_format: str, place: int, length: int, *, where: str, whole: bool
+) -> Iterator[ReadPart]:
+    """Opens the payload of `length` at `place`; yields the function that reads and checks parts.
+
+    Local TFRecord files are read where a part lies. From an object store the payload is read by one
+    request: parts would need many, and each takes longer than the rest of the payload.
+
+    The file is opened for every call: that is thread-safe and picklable, needs no bound on open
+    files with thousands of shards, and costs microseconds beside the decoding that follows.
+
+    Args:
+        whole: all parts will be read.
+
+    Raises:
+        RecordError: if an ArrayRecord file is damaged; by the function, if a part is.
+        OSError: if the file cannot be read.
+    """
+    begin = place + _HEADER.size
+
+    def part(data: bytes, size: int, crc: int) -> bytes:
+        if len(data) < size:
+            raise RecordError(f"{where} is truncated: {_AGAIN}")
+        if masked_crc(data) != crc:
+            raise RecordError(f"{where} is damaged (CRC does not match): {_AGAIN}")
+        return data
+
+    if file_format == TFRECORD and not is_remote(path):
+        with open(path, "rb", buffering=0) as file:
+            if not whole:
+                number = file.fileno()
+                yield lambda at, size, crc: part(os.pread(number, size, begin + at), size, crc)
+                return
+            payload = os.pread(file.fileno(), length, begin)
+    elif file_format == TFRECORD:
+        import fsspec
+
+        files, name = fsspec.core.url_to_fs(os.fspath(path))
+        payload = files.cat_file(name, start=begin, end=begin + length)
+    else:
+        payload = _read_array_record(path, place, where)
+    yield lambda at, size, crc: part(payload[at : at + size], size, crc)
 
 
 def scan(path: epath.Path, file_format: str) -> Iterator[tuple[int, bytes | RecordError]]:
@@ -161,7 +192,7 @@ def scan(path: epath.Path, file_format: str) -> Iterator[tuple[int, bytes | Reco
         while (offset := file.tell()) < size:
             try:
                 where = f"{path}, record at byte {offset}"
-                yield offset, _read_tfrecord(file, where, room=size - offset)
+                yield offset, _read_tfrecord(file, where, size - offset)
             except RecordError as error:
                 yield offset, error
                 if file.tell() == offset + _HEADER.size:
@@ -183,29 +214,19 @@ def frame_payload(payload: bytes) -> bytes:
     return b"".join((length, _FOOTER.pack(masked_crc(length)), payload, footer))
 
 
-def _read_tfrecord(
-    file: BinaryIO, where: str, *, room: int = 0, expected: tuple[int, int] | None = None
-) -> bytes:
+def _read_tfrecord(file: BinaryIO, where: str, room: int) -> bytes:
     """Reads the record at the position of a TFRecord file; `room` is the rest of the file in bytes.
 
-    With what an index expects, which may be stale, the file's size need not be known. Damage to
-    the length of the payload leaves the position behind the header.
+    Damage to the length of the payload leaves the position behind the header.
     """
     header = file.read(_HEADER.size)
     if len(header) < _HEADER.size:
         raise RecordError(f"{where} is truncated: {_AGAIN}")
     length, length_crc = _HEADER.unpack(header)
     if masked_crc(header[:8]) != length_crc:
-        raise RecordError(
-            f"{where} is damaged or its index is stale (the CRC of its length does not match): "
-            "delete the .index files beside the shards, and if this persists prepare again"
-            if expected
-            else f"{where} is damaged (CRC does not match): {_AGAIN}"
-        )
-    if expected and length != expected[0]:
-        raise RecordError(f"{where}: {_STALE}")
+        raise RecordError(f"{where} is damaged (CRC does not match): {_AGAIN}")
     # Before memory is reserved for it: a length may be wrong and have a CRC that fits.
-    if not expected and length > room - OVERHEAD_BYTES:
+    if length > room - OVERHEAD_BYTES:
         raise RecordError(f"{where} is truncated: {_AGAIN}")
     payload, footer = file.read(length), file.read(_FOOTER.size)
     if len(footer) < _FOOTER.size:
@@ -213,8 +234,6 @@ def _read_tfrecord(
     (crc,) = _FOOTER.unpack(footer)
     if masked_crc(payload) != crc:
         raise RecordError(f"{where} is damaged (CRC does not match): {_AGAIN}")
-    if expected and crc != expected[1]:
-        raise RecordError(f"{where}: {_STALE}")
     return payload
 
 

@@ -1,4 +1,10 @@
-"""One prepared clip, and how it is written as a tf.train.Example without TensorFlow."""
+"""One prepared clip, and how it is written as a tf.train.Example without TensorFlow.
+
+A view shows a tenth of the frames of a record. So that a reader can leave out the others, all that
+is small, the *header*, is stored first, then audio and frames; the feature `parts` of the header
+tells where each of them lies and its CRC, and the index has length and CRC of the header. Examples
+in another order, or without `parts`, are all header.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from avcl_jax.data.record_files import RecordError
+from avcl_jax.data.record_files import ReadPart, RecordError, masked_crc
 
 # Version of the data set. Raise the first number when old readers would read nonsense.
 FORMAT_VERSION = "1.0.0"
@@ -34,7 +40,7 @@ class Feature(NamedTuple):
     @property
     def is_array(self) -> bool:
         """True if a tensor has any number of values, not one."""
-        return self.attribute in ("frame_seconds", "waveform")
+        return self.attribute in ("frame_seconds", "waveform", "parts")
 
 
 # Waveform and times are stored as raw bytes: 160,000 varints per record would take longer to parse
@@ -51,6 +57,14 @@ FEATURES: Mapping[str, Feature] = {
     "height": Feature("height", "Scalar", "int64", "none"),
     "width": Feature("width", "Scalar", "int64", "none"),
     "is_still": Feature("is_still", "Scalar", "bool", "none", "Nothing moves in the video"),
+}
+PARTS = "parts"
+STORED = {
+    **FEATURES,
+    PARTS: Feature(
+        *(PARTS, "Tensor", "int64", "bytes"),
+        "First byte behind the header, size and masked CRC-32C, of the audio and of each frame",
+    ),
 }
 
 
@@ -173,35 +187,92 @@ def message_class(name: str) -> Any:
 
 
 @functools.cache
+def _features_class() -> Any:
+    return type(message_class("Example")().features)
+
+
+@functools.cache
 def _little_endian(dtype: str | None) -> np.dtype[Any]:
     return np.dtype(dtype).newbyteorder("<")
 
 
-def serialize_record(record: Record) -> bytes:
-    """Returns `record` as a serialized tf.train.Example, always the same bytes.
+def serialize_parts(record: Record) -> tuple[bytes, bytes]:
+    """Returns header and rest of `record` as a serialized tf.train.Example, always the same bytes.
 
     Raises:
         ValueError: if the record contradicts itself.
     """
     if problem := _problem(record):
         raise ValueError(f"record {record.record_id!r}: {problem}")
-    example = message_class("Example")()
-    stored = example.features.feature
+    header, video, audio = (_features_class()() for _ in range(3))
     for name, feature in FEATURES.items():
         value = getattr(record, feature.attribute)
+        stored = {"video": video, "audio": audio}.get(name, header).feature[name]
         if feature.kind == "Text":
-            stored[name].bytes_list.value.append(to_bytes(value))
+            stored.bytes_list.value.append(to_bytes(value))
         elif feature.kind == "Sequence":
-            stored[name].bytes_list.value.extend(value)
+            stored.bytes_list.value.extend(value)
         elif feature.kind == "Scalar":
-            stored[name].int64_list.value.append(int(value))
+            stored.int64_list.value.append(int(value))
         else:
-            data = np.asarray(value, _little_endian(feature.dtype)).tobytes()
-            stored[name].bytes_list.value.append(data)
+            stored.bytes_list.value.append(_to_values(value, feature))
     for label, numbers in record.labels.items():
         listed = numbers if isinstance(numbers, tuple) else (numbers,)
-        stored[LABEL_PREFIX + label].int64_list.value.extend(listed)
-    return example.SerializeToString(deterministic=True)
+        header.feature[LABEL_PREFIX + label].int64_list.value.extend(listed)
+    samples, rest = _to_values(record.waveform, FEATURES["audio"]), audio.SerializeToString()
+    parts = [(len(rest) - len(samples), len(samples), masked_crc(samples))]
+    rest += video.SerializeToString()
+    end = len(rest)
+    for frame in reversed(record.frames):  # each after a tag and its size
+        parts.insert(1, (end - len(frame), len(frame), masked_crc(frame)))
+        end -= len(frame) + len(_varint(len(frame))) + 1
+    header.feature[PARTS].bytes_list.value.append(_to_values(parts, STORED[PARTS]))
+    features = header.SerializeToString(deterministic=True)
+    return b"\x0a" + _varint(len(features) + len(rest)) + features, rest
+
+
+def serialize_record(record: Record) -> bytes:
+    """Returns `record` as one serialized tf.train.Example; raises ValueError as above."""
+    return b"".join(serialize_parts(record))
+
+
+def header_length(record: Record, payload: bytes) -> int:
+    """Returns the bytes of the header of a payload, which `parse_record` made `record` of."""
+    header, rest = serialize_parts(record)
+    return len(header) if header + rest == payload else len(payload)
+
+
+def _to_values(values: Any, feature: Feature) -> bytes:
+    return np.asarray(values, _little_endian(feature.dtype)).tobytes()
+
+
+def _varint(number: int) -> bytes:
+    """Encodes a number as protocol buffers do: 7 bits per byte, the highest bit if more follow."""
+    digits = []
+    while number > 127:
+        digits.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*digits, number])
+
+
+class Frames(Sequence[bytes]):
+    """Frames of a record, each read and checked when it is used.
+
+    A damaged one raises RecordError.
+    """
+
+    def __init__(self, parts: np.ndarray, read: ReadPart):
+        """Takes rows of `parts` int64 [frames, 3], and what reads them."""
+        self._parts, self._read = parts, read
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Reads one frame, or a list of those of a slice."""
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        return self._read(*self._parts[index].tolist())
 
 
 def _attribute(stored: Any, feature: Feature) -> Any:
@@ -224,19 +295,26 @@ def parse_record(
     multilabel: Collection[str],
     *,
     where: str,
+    rest: ReadPart | None = None,
 ) -> Record:
-    """Reads a serialized tf.train.Example that `serialize_record` wrote.
+    """Reads a serialized tf.train.Example, or its header.
 
     The bytes do not tell which labels allow several classes per record: `multilabel` does. `where`
     names the record in error messages.
 
+    Args:
+        rest: if `payload` is a header, the function that reads parts of the whole; `frames` of the
+            record use it.
+
     Raises:
         RecordError: if it is something else, contradicts itself, or has other labels or classes
-            than those of `class_names`.
+            than those of `class_names`; if the audio is damaged.
     """
     try:
-        stored = message_class("Example").FromString(payload).features.feature
-        if missing := lacking(stored):
+        # The Example has one field, whose length counts what may not be here.
+        begin = next(n for n in range(1, len(payload)) if payload[n] < 128) + 1
+        stored = _features_class().FromString(payload[begin:]).feature
+        if missing := lacking({*stored, *(("video", "audio") if rest else ())}):
             raise ValueError(f"lacks the features {', '.join(missing)}")
         labels: dict[str, ClassNumbers] = {}
         for name in sorted(stored):
@@ -244,9 +322,17 @@ def parse_record(
                 label, numbers = name.removeprefix(LABEL_PREFIX), stored[name].int64_list.value
                 labels[label] = tuple(numbers) if label in multilabel else numbers[0]
         fixed = {f.attribute: _attribute(stored[n], f) for n, f in FEATURES.items() if n in stored}
+        if rest:
+            parts = _attribute(stored[PARTS], STORED[PARTS]).reshape(-1, 3)
+            parts = parts + np.array([len(payload), 0, 0], parts.dtype)
+            samples = rest(*parts[0].tolist())
+            dtype = _little_endian(FEATURES["audio"].dtype)
+            fixed |= {"frames": Frames(parts[1:], rest), "waveform": np.frombuffer(samples, dtype)}
         record = Record(**fixed, labels=labels)
+    except RecordError:
+        raise
     # ValueError: bytes that are not a whole number of values.
-    except (DecodeError, IndexError, ValueError) as error:
+    except (DecodeError, IndexError, StopIteration, ValueError) as error:
         raise RecordError(f"{where} is not a record of avcl_jax: {error}") from error
     if problem := _problem(record):
         raise RecordError(f"{where} contradicts itself: {problem}; prepare this data set again")

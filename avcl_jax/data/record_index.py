@@ -21,7 +21,14 @@ from etils import epath
 
 from avcl_jax.data import record_files
 from avcl_jax.data.record_files import RecordError
-from avcl_jax.data.record_format import LABEL_PREFIX, Record, parse_record, peak, to_bytes
+from avcl_jax.data.record_format import (
+    LABEL_PREFIX,
+    Record,
+    header_length,
+    parse_record,
+    peak,
+    to_bytes,
+)
 from avcl_jax.paths import write_bytes
 
 # Lengths and times of a record: zeros for a missing modality, the longest and shortest time between
@@ -51,7 +58,7 @@ def schema(several: Mapping[str, bool], *more: str) -> pa.Schema:
     `several` tells which labels allow several classes per record: they are lists.
     """
     number = pa.int32()
-    lengths = {"length": pa.int64(), "crc": pa.uint32()}
+    lengths = {"length": pa.int64(), "header_length": pa.int64(), "header_crc": pa.uint32()}
     times = {name: dtype for name, (dtype, _) in TIMELINE.items()}
     labels = {
         LABEL_PREFIX + label: pa.list_(number) if several[label] else number
@@ -61,13 +68,17 @@ def schema(several: Mapping[str, bool], *more: str) -> pa.Schema:
     return pa.schema(names | lengths | times | labels | dict.fromkeys(more, number))
 
 
-def index_row(record: Record, payload: bytes) -> dict[str, Any]:
-    """Returns the entry of a record that is stored as `payload`: a value for each column."""
+def index_row(record: Record, payload: bytes, header: int) -> dict[str, Any]:
+    """Returns the entry of a record that is stored as `payload`: a value for each column.
+
+    `header` is the length of the header, whose CRCs of the parts its own CRC covers.
+    """
     return {
         "record_id": to_bytes(record.record_id),
         "source_id": to_bytes(record.source_id),
         "length": len(payload),
-        "crc": record_files.masked_crc(payload),
+        "header_length": header,
+        "header_crc": record_files.masked_crc(payload[:header]),
         **{name: value(record) for name, (_, value) in TIMELINE.items()},
         **{LABEL_PREFIX + label: numbers for label, numbers in record.labels.items()},
     }
@@ -182,5 +193,5 @@ def scan_shard(
             raise payload
         where = f"{shard}, record {len(rows)} at {place}"
         record = parse_record(payload, class_names, multilabel, where=where)
-        rows.append(index_row(record, payload))
+        rows.append(index_row(record, payload, header_length(record, payload)))
     return index_table(rows)

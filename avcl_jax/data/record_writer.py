@@ -17,12 +17,12 @@ from etils import epath
 from avcl_jax.data import record_files
 from avcl_jax.data.record_files import TFRECORD
 from avcl_jax.data.record_format import (
-    FEATURES,
     FORMAT_VERSION,
     LABEL_PREFIX,
+    STORED,
     Feature,
     Record,
-    serialize_record,
+    serialize_parts,
 )
 from avcl_jax.data.record_index import index_row, index_table
 from avcl_jax.paths import absolute_path, write_bytes
@@ -49,9 +49,10 @@ class RecordWriter:
 
         Raises ValueError if it contradicts itself, OSError if it cannot be written.
         """
-        payload = serialize_record(record)
+        header, rest = serialize_parts(record)
+        payload = header + rest
         self._append(payload)
-        self._rows.append(index_row(record, payload))
+        self._rows.append(index_row(record, payload, len(header)))
 
     def table(self) -> pa.Table:
         """Returns the index of the records written so far."""
@@ -83,11 +84,11 @@ def record_features(class_names: Mapping[str, Sequence[str]], multilabel: Collec
         if feature.kind == "Scalar":
             return features.Scalar(dtype, doc=feature.doc)
         shape = (None,) if feature.is_array else ()
-        return features.Tensor(shape=shape, dtype=dtype, encoding=feature.encoding)
+        return features.Tensor(shape=shape, dtype=dtype, encoding=feature.encoding, doc=feature.doc)
 
     labels = {label: features.ClassLabel(names=list(n)) for label, n in sorted(class_names.items())}
     return features.FeaturesDict(
-        {name: make(feature) for name, feature in FEATURES.items()}
+        {name: make(feature) for name, feature in STORED.items()}
         | {
             LABEL_PREFIX + label: features.Sequence(classes) if label in multilabel else classes
             for label, classes in labels.items()

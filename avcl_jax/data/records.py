@@ -101,7 +101,8 @@ class Place(NamedTuple):
     shard: str
     place: int  # its byte offset in the shard, or its number
     length: int
-    crc: int
+    header_length: int
+    header_crc: int
     name: str
 
 
@@ -115,20 +116,35 @@ class RecordReader:
 
     def read(self, place: Place) -> Record:
         """Reads one record, or raises RecordError as `RecordDataset` does."""
-        where = f"{place.shard}, record {place.name!r}"
-        payload = record_files.read(
-            epath.Path(place.shard),
-            self.file_format,
-            place.place,
-            where=where,
-            expected=(place.length, place.crc),
+        with self.open(place, whole=True) as record:
+            return dataclasses.replace(record, frames=list(record.frames))
+
+    @contextlib.contextmanager
+    def open(self, place: Place, *, whole: bool = False) -> Iterator[Record]:
+        """Opens one record, whose frames are read when they are used, inside the block.
+
+        A RecordError of the block names the shard. `whole`: all frames will be used.
+
+        Raises:
+            RecordError: if the header or the audio is damaged; later, if a frame is.
+        """
+        path, where = epath.Path(place.shard), f"record {place.name!r}"
+        payload = record_files.open_payload(
+            path, self.file_format, place.place, place.length, where=where, whole=whole
         )
-        return parse_record(payload, self.class_names, self.multilabel, where=where)
+        with _naming(place.shard), payload as read:
+            try:
+                header = read(0, place.header_length, place.header_crc)
+            except RecordError as error:
+                stale = "or its index is stale: delete the .index files beside the shards"
+                raise RecordError(f"{error}, {stale}") from error
+            rest = read if place.header_length < place.length else None
+            yield parse_record(header, self.class_names, self.multilabel, where=where, rest=rest)
 
 
 @contextlib.contextmanager
-def naming_shard(shard: epath.PathLike) -> Iterator[None]:
-    """Adds the shard of a record to the error of what decodes it inside the block."""
+def _naming(shard: str) -> Iterator[None]:
+    """Adds the shard of a record to errors inside the block."""
     try:
         yield
     except RecordError as error:
@@ -199,7 +215,8 @@ class RecordDataset:
         table = self._load_index(index_path(self._directory, info["name"], split), lengths, labels)
         table = table.combine_chunks()
         columns = {name: table[name].chunk(0) for name in table.column_names}
-        self._lengths, self._crcs = columns["length"].to_numpy(), columns["crc"].to_numpy()
+        self._lengths = columns["length"].to_numpy()
+        self._headers = tuple(columns[f"header_{n}"].to_numpy() for n in ("length", "crc"))
         self._shard_numbers = columns["shard"].to_numpy()
         # Place of each record in its shard: its byte offset, or its number.
         is_tfrecord = self.file_format == TFRECORD
@@ -215,7 +232,8 @@ class RecordDataset:
         self._several = {label: columns[LABEL_PREFIX + label] for label in self.multilabel}
         self.timelines = {name: columns[name].to_numpy() for name in TIMELINE}
         self.source_numbers = columns["source_number"].to_numpy()
-        digest = crc32c.crc32c(self._lengths.tobytes(), crc32c.crc32c(self._crcs.tobytes()))
+        _, crcs = self._headers
+        digest = crc32c.crc32c(self._lengths.tobytes(), crc32c.crc32c(crcs.tobytes()))
         self.fingerprint = f"{info['name']}-{split}-{FORMAT_VERSION}-{len(self)}-{digest:08x}"
 
     def _load_index(
@@ -243,13 +261,14 @@ class RecordDataset:
         """Tests whether an index belongs to the shards, as far as their sizes tell.
 
         The sizes of files in an object store take a request each and are not looked at, and those
-        of ArrayRecord files tell nothing; the CRC of every record, which the index also contains,
+        of ArrayRecord files tell nothing; the CRC of every header, which the index also contains,
         catches at reading what this cannot see.
         """
         shards = np.repeat(np.arange(len(lengths)), lengths)
         if table.schema != schema(labels, *OF_SPLITS) or not np.array_equal(table["shard"], shards):
             return False
-        if (sizes := table["length"].to_numpy()).min() < 0:
+        sizes, headers = table["length"].to_numpy(), table["header_length"].to_numpy()
+        if headers.min() < 0 or (sizes < headers).any():
             return False
         if is_remote(self._directory):
             return True
@@ -293,7 +312,8 @@ class RecordDataset:
             shard=str(self.shard_of(index)),
             place=int(self._places[index]),
             length=int(self._lengths[index]),
-            crc=int(self._crcs[index]),
+            header_length=int(self._headers[0][index]),
+            header_crc=int(self._headers[1][index]),
             name=self.record_ids[index],
         )
 

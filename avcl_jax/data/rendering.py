@@ -10,7 +10,7 @@ import numpy as np
 
 from avcl_jax.data.images import Crop, CropSpec, crop_frame, each_jpeg, random_crop
 from avcl_jax.data.record_format import LABEL_PREFIX, UNKNOWN_LABEL, Record, is_silent
-from avcl_jax.data.records import Place, RecordDataset, RecordError, RecordReader, naming_shard
+from avcl_jax.data.records import Place, RecordDataset, RecordError, RecordReader
 from avcl_jax.data.spectrogram import LogMelSpec, gather_windows, log_mel
 from avcl_jax.data.views import Clip, Timeline, ViewSpec, draw_views, frame_indices
 
@@ -62,8 +62,9 @@ def render_video(
     shown = frame_indices(clip, record.frame_seconds, views).tolist()
     # Slow video shows a frame more than once, one after the other: it is decoded once.
     new = [n for n, index in enumerate(shown) if n == 0 or index != shown[n - 1]]
+    jpegs = [record.frames[shown[n]] for n in new]
     try:
-        images = each_jpeg([record.frames[shown[n]] for n in new], (record.height, record.width))
+        images = each_jpeg(jpegs, (record.height, record.width))
         for n, image in zip(new, images, strict=True):
             crop_frame(image, crop, out[n])
     except ValueError as error:
@@ -177,11 +178,10 @@ def _random_views(
     rng: np.random.Generator,
     pixels: np.ndarray,
 ) -> dict[str, Any]:
-    record = reader.read(place)
-    pair = draw_views(rng, use, spec.views, record.frame_seconds)
-    size = max(record.height, 1), max(record.width, 1)
-    crops = [random_crop(rng, *size, spec.crop) for _ in pair.video]
-    with naming_shard(place.shard):
+    with reader.open(place) as record:
+        pair = draw_views(rng, use, spec.views, record.frame_seconds)
+        size = max(record.height, 1), max(record.width, 1)
+        crops = [random_crop(rng, *size, spec.crop) for _ in pair.video]
         row = render_views(record, use, pair.video, pair.audio, crops, spec, pixels)
     return row | pair.labels()
 

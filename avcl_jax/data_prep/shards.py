@@ -38,7 +38,7 @@ from avcl_jax.paths import is_remote, write_bytes
 
 PREPARED = "prepared"
 # Raised when the same file becomes another record, so that old and new are never mixed.
-_PREPARATION = 2
+_PREPARATION = 3
 # Clips that are rejected for these reasons may pass the next time, though the file is the same.
 MAY_PASS = frozenset({"unreadable", "timeout", "crashed"})
 

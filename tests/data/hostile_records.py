@@ -7,6 +7,7 @@ in the file instead of by the file's size ends it. Prints counts as JSON.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import resource
 import struct
@@ -21,7 +22,13 @@ from tensorflow_datasets.proto.tf_feature_generated_pb2 import BytesList
 
 from avcl_jax.data import record_files
 from avcl_jax.data.record_files import RecordError
-from avcl_jax.data.record_format import Record, message_class, parse_record, serialize_record
+from avcl_jax.data.record_format import (
+    Record,
+    message_class,
+    parse_record,
+    serialize_parts,
+    serialize_record,
+)
 from avcl_jax.data.record_index import scan_shard
 from tests.data.synthetic_records import make_record
 from tests.data_prep.mutations import flip_bits, splice, truncate
@@ -154,6 +161,23 @@ def read(framed: bytes, path: Path) -> str:
     return outcomes[1]
 
 
+def read_header(header: bytes, payload: bytes) -> str:
+    """Reads a record by its mutated header; returns as `read` does."""
+
+    def part(begin: int, size: int, crc: int) -> bytes:
+        data = payload[begin : begin + size]
+        if record_files.masked_crc(data) != crc:
+            raise RecordError("damaged")
+        return data
+
+    try:
+        record = parse_record(header, {}, (), where="x", rest=part)
+        serialize_record(dataclasses.replace(record, frames=list(record.frames)))
+    except RecordError as error:
+        return "contradicts" if "contradicts" in str(error) else "refused"
+    return "record"
+
+
 def main(number: int, seed: int) -> None:
     """Mutates, reads and counts."""
     records = [
@@ -174,6 +198,9 @@ def main(number: int, seed: int) -> None:
             if n % 3:
                 payload = mutate_payload(records[which], payloads[which], rng)
                 kind, framed = "content", record_files.frame_payload(payload)
+                header, rest = serialize_parts(records[which])
+                mutate = (flip_bits, truncate, splice, _absurd_number, _nested)[n % 5]
+                counts[f"header {read_header(mutate(header, rng), header + rest)}"] += 1
             else:
                 framed = mutate_frame(record_files.frame_payload(payloads[which]), rng)
                 kind = "frame"

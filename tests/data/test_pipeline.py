@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 
 import numpy as np
 import pytest
+from etils import epath
 
+from avcl_jax.data import record_files
 from avcl_jax.data.augment import PhotometricSpec, photometric
 from avcl_jax.data.images import Crop, CropSpec, apply_crop, random_crop
 from avcl_jax.data.pipeline import batch_shapes, train_batches
-from avcl_jax.data.record_format import is_silent
-from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.record_format import is_silent, parse_record
+from avcl_jax.data.records import RecordDataset, RecordReader
 from avcl_jax.data.rendering import RenderSpec, render_video
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.data.spectrogram import LogMelSpec, log_mel
@@ -110,6 +113,23 @@ def test_same_batches_for_any_number_of_workers_and_threads(source, kind, count)
     for left, right in zip(expected, batches(source, 5, **{kind: count}), strict=True):
         assert_same(left, right)
     assert (batches(source, 1, seed=6)[0]["record_index"] != expected[0]["record_index"]).any()
+
+
+def test_same_batches_from_frames_of_views_as_from_whole_records(source, monkeypatch):
+    expected = batches(source, 5)
+    places = []
+
+    @contextlib.contextmanager
+    def whole(reader, place):
+        places.append(place)
+        path = epath.Path(place.shard)
+        payload = record_files.read(path, reader.file_format, place.place, where="x")
+        yield parse_record(payload, reader.class_names, reader.multilabel, where="x")
+
+    monkeypatch.setattr(RecordReader, "open", whole)
+    for left, right in zip(expected, batches(source, 5), strict=True):
+        assert_same(left, right)
+    assert len(places) >= 40
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 7])

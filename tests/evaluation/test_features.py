@@ -11,7 +11,7 @@ import pytest
 from avcl_jax import experiment
 from avcl_jax.batched import in_parts
 from avcl_jax.data.clips import ClipRecords
-from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.records import RecordDataset, RecordReader
 from avcl_jax.data.selection import Selection, UsableRecords
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation.features import (
@@ -150,12 +150,13 @@ def test_a_record_of_several_networks_and_sides_is_rendered_once(
         {name: _features(network, side, MEAN, tmp_path) for name, network in networks.items()}
         for side in sides
     ]
-    read, getitem = [], RecordDataset.__getitem__
+    read, opening = [], RecordReader.open
     monkeypatch.setattr(
-        RecordDataset, "__getitem__", lambda self, n: read.append(int(n)) or getitem(self, n)
+        RecordReader, "open", lambda self, place: read.append(place.name) or opening(self, place)
     )
     together = record_features(networks, sides, MEAN, directory=tmp_path)
-    assert sorted(read) == list(range(16))
+    assert sorted(read) == sorted(RecordDataset(small_records, "test").record_ids)
+    assert len(read) == 16
     for side, expected in zip(together, apart, strict=True):
         for name in networks:
             np.testing.assert_allclose(side[name], expected[name], atol=1e-6)
