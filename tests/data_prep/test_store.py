@@ -38,6 +38,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[object_store.Store]:
 
     def prepare_here(pool: object, parts: list[shards.Part]) -> None:
         for part in parts:
+            gcsfs.core.GCSFileSystem.clear_instance_cache()  # a worker has no cached listing
             shards.prepare_part(part, begin=lambda *_: None)
 
     monkeypatch.setattr("avcl_jax.data_prep.prepare.Pool.run", prepare_here)
@@ -83,7 +84,9 @@ def test_each_file_is_listed_and_downloaded_once(store, tmp_path, capsys):
     assert run(media, out) == 0
     assert "up to date" in capsys.readouterr().out
     assert {request.kind for request in of_media(store)} == {"list"}
+    written = store.written["bucket/media/03.wav"]
     store.put("bucket/media/03.wav", audio(1000))
+    store.written["bucket/media/03.wav"] = str(int(written) + 1)
     assert run(media, out) == 0
     assert "39 unchanged, 1 changed, 0 new" in capsys.readouterr().out
     downloads = [request for request in of_media(store) if request.kind == "download"]
@@ -97,7 +100,8 @@ def test_a_part_takes_few_requests_to_the_output(store):
         of_parts.append(sum("/media" not in request.name for request in store.requests))
         store.requests.clear()
     # Three uploads, a copy, three deletions, and eleven others to read what was written.
-    assert of_parts[1] - of_parts[0] <= 9 * 18
+    # Of two that are sent at one time, the second is cancelled if it is not needed.
+    assert of_parts[1] - of_parts[0] <= 9 * 20, of_parts
 
 
 def test_a_content_is_read_where_a_store_has_written_it_anew(store, tmp_path, capsys):
