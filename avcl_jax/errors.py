@@ -9,6 +9,8 @@ import errno
 
 # System errors that only a wrong call can cause, never the state of the machine.
 _WRONG_CALLS = frozenset({errno.EBADF, errno.EFAULT, errno.EINVAL, errno.ENOTSOCK, errno.ENOTTY})
+# Packages of clients of object stores, some of whose errors are not OSErrors.
+_STORES = ("aiohttp", "botocore", "gcsfs", "google")
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -29,6 +31,11 @@ def is_out_of_memory(error: Exception) -> bool:
     texts = ("RESOURCE_EXHAUSTED", "Out of memory")
     of_jax = type(error).__name__ == "JaxRuntimeError"
     return isinstance(error, MemoryError) or (of_jax and any(t in str(error) for t in texts))
+
+
+def is_of_store(error: Exception) -> bool:
+    """Tests whether an object store, or the way to it, failed: after it was tried several times."""
+    return type(error).__module__.partition(".")[0] in _STORES
 
 
 def one_line(error: Exception) -> str:

@@ -38,6 +38,7 @@ class Store(http.server.ThreadingHTTPServer):
         content: content of each object, named BUCKET/KEY.
         requests: all requests so far, in the order of arrival.
         sent_bytes: bytes of all answers so far, without their headers.
+        failing: objects whose requests are answered with 503.
         most_at_once: requests that were answered at one time, at most.
         environment: variables that send a process to this store.
     """
@@ -53,6 +54,7 @@ class Store(http.server.ThreadingHTTPServer):
         self.written: dict[str, str] = {}  # generations
         self.requests: list[Request] = []
         self.sent_bytes = 0
+        self.failing: set[str] = set()
         self.most_at_once = self.at_once = 0
         self.latency_seconds = latency_seconds
         self.uploads: dict[str, tuple[str, bytearray]] = {}
@@ -145,7 +147,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         kinds = {"GET": "download" if download else "stat", "POST": "move", "DELETE": "delete"}
         kind = kinds[self.command]
         self._count(kind, name)
-        if name not in store.content:
+        if name in store.failing:
+            self._answer({"error": {"message": "try again"}}, 503)
+        elif name not in store.content:
             self._answer({"error": {"message": f"No such object: {name}"}}, 404)
         elif kind == "stat":
             self._answer(store.about(name))

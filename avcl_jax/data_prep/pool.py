@@ -19,6 +19,7 @@ from etils import epath
 from avcl_jax.data.record_files import RecordError
 from avcl_jax.data_prep.manifest import PrepareError
 from avcl_jax.data_prep.shards import Part, prepare_part, remove_temporary
+from avcl_jax.errors import is_of_store, one_line
 
 # Signals that end a decoder with a bug. Any other signal comes from outside: SIGKILL for instance
 # when memory runs out, and then the file is not to blame.
@@ -96,6 +97,10 @@ def _attempt(part: Part, connection: Connection) -> tuple[str, Any]:
         return "failed", f"{error}, or use --overwrite"
     except MemoryError:
         return "failed", f"out of memory: use fewer --workers; {_KEPT}"
+    except Exception as error:
+        if not is_of_store(error):
+            raise
+        return "failed", f"the object store failed: {one_line(error)}; {_KEPT}"
     return "finished", len(part.entries)
 
 

@@ -40,7 +40,7 @@ from avcl_jax.data_prep.shards import (
     remove_temporary,
 )
 from avcl_jax.data_prep.source_files import content_of_equal_sizes, find_duplicates, states_of
-from avcl_jax.errors import one_line
+from avcl_jax.errors import is_of_store, one_line
 from avcl_jax.paths import absolute_path, is_remote, locked
 
 EXIT_REJECTED, EXIT_INTERRUPTED = 3, 130
@@ -133,7 +133,11 @@ def run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest]
     try:
         with sigterm_as_interrupt():
             return _run(args, read)
-    except OSError as error:
+    except Exception as error:
+        if is_of_store(error):
+            raise PrepareError(f"the object store failed: {one_line(error)}; run again") from error
+        if not isinstance(error, OSError):
+            raise
         one_line(error)  # raises it again if it is a bug
         raise PrepareError(describe_os_error(error, args.out)) from error
     except KeyboardInterrupt:

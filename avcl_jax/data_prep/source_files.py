@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from avcl_jax.data.media import MediaError
 from avcl_jax.data_prep.manifest import Entry
+from avcl_jax.errors import is_of_store
 from avcl_jax.paths import is_remote, store_of
 
 # Requests that wait for a store or a network disk at one time.
@@ -139,8 +140,10 @@ def local_file(path: str) -> Iterator[str]:
             files.get_file(name, copy, **whole)
         except FileNotFoundError as error:
             raise MediaError("not_found", f"{path} does not exist") from error
-        except OSError as error:
-            raise MediaError("unreadable", f"{path}: {error}") from error
+        except Exception as error:
+            if not isinstance(error, OSError) and not is_of_store(error):
+                raise
+            raise MediaError("unreadable", f"{path}: {' '.join(str(error).split())}") from error
         yield copy
 
 

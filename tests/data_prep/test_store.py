@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import wave
@@ -167,3 +168,26 @@ def test_a_file_that_changes_while_it_is_prepared_is_told(store, tmp_path, capsy
     monkeypatch.setattr(shards, "prepare_clip", change)
     assert run("gs://bucket/media", tmp_path / "out") == 1
     assert "or a file of it changed: run again" in capsys.readouterr().err
+
+
+def test_a_store_that_fails_is_tried_again_and_then_told(store, tmp_path, capsys, monkeypatch):
+    sleep = asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds: sleep(0))
+    store.failing.add("bucket/media/05.wav")
+    out = tmp_path / "out"
+    assert run("gs://bucket/media", out) == 3
+    assert of_media(store)[object_store.Request("download", "bucket/media/05.wav")] == 6
+    (line,) = listed(out)
+    assert (line["reason"], line["message"]) == (
+        "unreadable",
+        "gs://bucket/media/05.wav: try again, 503",
+    )
+    store.failing.clear()
+    assert run("gs://bucket/media", out) == 0  # tried again
+    assert "39 unchanged, 1 changed" in capsys.readouterr().out
+    store.failing.add("bucket/media")
+    store.failing.add("bucket/list.csv")
+    assert run("gs://bucket/list.csv", tmp_path / "other") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: the object store failed: try again, 503")
+    assert said.count("\n") == 1
