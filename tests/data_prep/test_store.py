@@ -94,6 +94,7 @@ def test_each_file_is_listed_and_downloaded_once(store, tmp_path, capsys):
     assert [request.name for request in downloads] == ["bucket/media/03.wav"]
 
 
+@pytest.mark.slow
 def test_a_part_takes_few_requests_to_the_output(store):
     of_parts = []
     for size in (40, 4):  # in one part, in ten
@@ -105,6 +106,7 @@ def test_a_part_takes_few_requests_to_the_output(store):
     assert of_parts[1] - of_parts[0] <= 9 * 20, of_parts
 
 
+@pytest.mark.slow
 def test_a_content_is_read_where_a_store_has_written_it_anew(store, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("gs://bucket/media", out) == 0
@@ -170,6 +172,7 @@ def test_a_file_that_changes_while_it_is_prepared_is_told(store, tmp_path, capsy
     assert "or a file of it changed: run again" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_store_that_fails_is_tried_again_and_then_told(store, tmp_path, capsys, monkeypatch):
     sleep = asyncio.sleep
     monkeypatch.setattr(asyncio, "sleep", lambda seconds: sleep(0))
