@@ -39,6 +39,17 @@ def store_of(path: epath.PathLike) -> tuple[Any, str]:
     return found
 
 
+def ask_stores_anew() -> None:
+    """Lets clients of stores that are opened from now on keep no listings of folders.
+
+    They would not show what other processes write.
+    """
+    import fsspec
+
+    for protocol in ("gs", "gcs", "s3", "s3a"):
+        fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
+
+
 def absolute_path(path: epath.PathLike) -> epath.Path:
     """Returns a local path with `~` expanded, absolute; one in an object store as it is.
 

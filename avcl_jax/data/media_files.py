@@ -37,7 +37,7 @@ def walk(folder: epath.PathLike) -> Iterator[tuple[str, list[str]]]:
 
     if is_remote(folder):
         files_of, root = store_of(folder)
-        for directory, _, files in files_of.walk(root, refresh=True):
+        for directory, _, files in files_of.walk(root):
             yield files_of.unstrip_protocol(directory), [n for n in files if n and n[0] != "."]
         return
     seen = set()

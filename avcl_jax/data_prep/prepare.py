@@ -41,7 +41,7 @@ from avcl_jax.data_prep.shards import (
 )
 from avcl_jax.data_prep.source_files import content_of_equal_sizes, find_duplicates, states_of
 from avcl_jax.errors import is_of_store, one_line
-from avcl_jax.paths import absolute_path, is_remote, locked
+from avcl_jax.paths import absolute_path, ask_stores_anew, is_remote, locked
 
 EXIT_REJECTED, EXIT_INTERRUPTED = 3, 130
 _BEAM_RUNNERS = "DirectRunner, DataflowRunner, FlinkRunner, SparkRunner"
@@ -130,6 +130,7 @@ def run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest]
 
     Returns the exit status; raises PrepareError if nothing usable was written.
     """
+    ask_stores_anew()
     try:
         with sigterm_as_interrupt():
             return _run(args, read)

@@ -75,10 +75,6 @@ def states_of(paths: Iterable[str]) -> dict[str, FileState | None]:
             single.append(path)
     listed = {folder for folder, wanted in folders.items() if len(wanted) >= _LIST_FROM}
     states: dict[str, FileState | None] = {}
-    for folder in folders:
-        # For a process that asks twice.
-        files, name = store_of(folder)
-        files.invalidate_cache(name)
     with ThreadPoolExecutor(_THREADS) as threads:
         for found in threads.map(_list_folder, listed):
             states.update(found)

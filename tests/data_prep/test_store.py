@@ -194,3 +194,20 @@ def test_a_store_that_fails_is_tried_again_and_then_told(store, tmp_path, capsys
     said = capsys.readouterr().err
     assert said.startswith("error: the object store failed: try again, 503")
     assert said.count("\n") == 1
+
+
+def test_what_an_interrupted_run_has_finished_is_kept(store, monkeypatch, capsys):
+    prepare_part = shards.prepare_part
+
+    def interrupt(part, begin):
+        if part.number:
+            raise KeyboardInterrupt
+        prepare_part(part, begin)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "prepare_part", interrupt)
+        assert run("gs://bucket/media", "gs://bucket/records") == 130
+    of_media(store)
+    assert run("gs://bucket/media", "gs://bucket/records") == 0
+    assert sum(n for request, n in of_media(store).items() if request.kind == "download") == 20
+    assert len(RecordDataset("gs://bucket/records", "train")) == FILES
