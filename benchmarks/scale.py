@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import functools
 import gc
 import io
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -20,7 +22,7 @@ import sys
 import tempfile
 import time
 import wave
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from avcl_jax.data.record_writer import RecordWriter, write_dataset_metadata
 from avcl_jax.data.records import shard_name
 from avcl_jax.data.workers import filled_batches
 from avcl_jax.paths import local_path
+from avcl_jax.processes import STOPPED
 from avcl_jax.training.run_steps import STEPS_AHEAD
 from benchmarks import measure, object_store
 from benchmarks.footage import NAME, link_records, make_footage
@@ -44,6 +47,15 @@ from benchmarks.rendering import BATCH_SIZE, SPEC, open_records, shown_bytes
 _SHAPES = {"x": ((512, 2048), "uint8")}  # 1 MB
 _FPS, _SECONDS, _SIDE = 20, 3, 128
 _WORKERS = 32
+# Of the demo's model with --small: compiling it takes longer than everything else.
+_SMALL = {
+    "global_batch_size": 8,
+    "bank.size": 0,
+    "views.num_frames": 4,
+    "crop.image_size": 16,
+    **{f"model.{name}.resnet.widths": (8,) for name in ("video", "audio")},
+    **{f"model.{name}.resnet.depths": (0,) for name in ("video", "audio")},
+}
 
 
 def _child(function: str, **arguments: Any) -> Any:
@@ -156,8 +168,6 @@ def _index_memory(args: argparse.Namespace, workers: int) -> Measured:
 
 def megabytes(*, directory: str, workers: int) -> float:
     """Returns memory of a process with an open data set and its workers, MB of 1e6 bytes."""
-    import psutil
-
     source = open_records(directory)
     if workers:
         batches = train_batches(
@@ -166,16 +176,21 @@ def megabytes(*, directory: str, workers: int) -> float:
         for _ in range(4):
             next(batches)
     gc.collect()
-    this = psutil.Process()
-    processes = [this, *this.children(recursive=True)]
-    return sum(_kept_bytes(process.pid) for process in processes) / 1e6
+    return _kept_megabytes(os.getpid())
 
 
-def _kept_bytes(process: int) -> int:
-    """Returns the share of a process in memory that is not a file's, which is never dropped."""
-    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-    sizes = {line.split()[0]: int(line.split()[1]) for line in lines[1:]}
-    return 1024 * (sizes["Pss_Anon:"] + sizes["Pss_Shmem:"])
+def _kept_megabytes(process: int) -> float:
+    """Returns memory of a process and those it started that is not a file's: never dropped."""
+    import psutil
+
+    kilobytes = 0
+    root = psutil.Process(process)
+    for each in (root, *root.children(recursive=True)):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # one that has ended
+            lines = Path(f"/proc/{each.pid}/smaps_rollup").read_text().splitlines()
+            sizes = {line.split()[0]: int(line.split()[1]) for line in lines[1:]}
+            kilobytes += sizes["Pss_Anon:"] + sizes["Pss_Shmem:"]
+    return kilobytes * 1024 / 1e6
 
 
 def _start(args: argparse.Namespace) -> Measured:
@@ -317,19 +332,16 @@ def _step_seconds(
     Args:
         processes: processes with 8 virtual CPU devices in all; 0 for one with one device.
     """
-    directory = _records(args, 1)
+    settings: dict[str, object] = {
+        "data.directory": _records(args, 1),
+        "bank.health_labels": (),
+        "steps": steps,
+        "optimizer.warmup_steps": 1,
+        "execution.log_every": 1,
+        "execution.checkpoint_every": checkpoint_every,
+    }
     with tempfile.TemporaryDirectory() as workdir:
-        command = [sys.executable, "-m", "avcl_jax.main", "--config=configs/pretrain.py"]
-        settings = {
-            "data.directory": directory,
-            "bank.health_labels": (),
-            "steps": steps,
-            "optimizer.warmup_steps": 1,
-            "execution.log_every": 1,
-            "execution.checkpoint_every": checkpoint_every,
-        }
-        command += [f"--config.{name}={value}" for name, value in settings.items()]
-        command.append(f"--workdir={workdir}")
+        command = _main("pretrain", workdir, settings | (_SMALL if args.small else {}))
         environment = dict(os.environ)
         if processes:
             devices = f"--xla_force_host_platform_device_count={8 // processes}"
@@ -349,6 +361,77 @@ def _step_seconds(
             raise measure.ChildError(f"{' '.join(command)} failed")
         lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
     return {row["step"]: 1 / row["steps_per_second"] for row in map(json.loads, lines)}
+
+
+def _main(config: str, workdir: str, settings: Mapping[str, object]) -> list[str]:
+    """Returns the command that runs a config with settings."""
+    command = [sys.executable, "-m", "avcl_jax.main", f"--config=configs/{config}.py"]
+    command += [f"--config.{name}={value}" for name, value in settings.items()]
+    return [*command, f"--workdir={workdir}"]
+
+
+def _soak(args: argparse.Namespace) -> Measured:
+    """Growth of the memory of a training that saves, and is evaluated beside it six times.
+
+    The memory is that of the training and its data workers; evaluation is another command.
+    """
+    settings: dict[str, object] = {
+        "data.directory": _records(args, 1) if args.small else args.demo,
+        "steps": 10**7,
+        "bank.warmup_steps": 100,
+        "bank.health_labels": (),
+        "execution.workers": 2,
+        "execution.checkpoint_every": 100,
+        "execution.keep_checkpoints": 20,  # while an evaluation reads one
+    } | (_SMALL if args.small else {})
+    evaluated: dict[str, object] = {"bootstrap.resamples": 100}
+    if args.small:
+        evaluated |= {"evaluation.test_split": "train", "data.allow_trained_on": True}
+    seconds, megabytes, evaluations = [], [], 0
+    with tempfile.TemporaryDirectory() as workdir, contextlib.ExitStack() as started:
+        training = subprocess.Popen(_main("pretrain", workdir, settings))
+        started.callback(training.kill)
+        evaluation, began = None, time.monotonic()
+        while (passed := time.monotonic() - began) < 60 * args.minutes or not evaluations:
+            if evaluation is not None and evaluation.poll() is not None:
+                if evaluation.returncode:
+                    raise measure.ChildError("the evaluation failed")
+                evaluation, evaluations = None, evaluations + 1
+            due = passed > 60 * args.minutes * (evaluations + 1) / 7
+            if due and evaluation is None and any(Path(workdir).glob("checkpoints/*/commit*")):
+                evaluation = subprocess.Popen(_main("evaluate", workdir, evaluated))
+                started.callback(evaluation.kill)
+            if training.poll() is not None:
+                raise measure.ChildError("the training ended")
+            seconds.append(passed)
+            megabytes.append(_kept_megabytes(training.pid))
+            time.sleep(min(1.0, args.minutes))
+        training.send_signal(signal.SIGTERM)
+        if training.wait() != STOPPED:
+            raise measure.ChildError("the training did not stop after saving")
+        *_, last = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    growth, curve = growth_per_hour(seconds, megabytes)
+    detail = {
+        "minutes": args.minutes,
+        "evaluations": evaluations,
+        "steps": json.loads(last)["step"],
+    }
+    return growth, detail | {"megabytes": curve}
+
+
+def growth_per_hour(
+    seconds: Sequence[float], megabytes: Sequence[float]
+) -> tuple[float, list[float]]:
+    """Returns the growth of memory in % per hour after the first sixth of the time.
+
+    It is the slope of a line through the medians of 50 equal parts, over the line's first value.
+    The medians of all 60 parts are returned too.
+    """
+    parts = [np.array_split(np.asarray(values), 60) for values in (seconds, megabytes)]
+    times, medians = ([float(np.median(part)) for part in each if len(part)] for each in parts)
+    first = len(times) // 6
+    slope, offset = np.polyfit(times[first:], medians[first:], 1)
+    return 100 * 3600 * slope / (offset + slope * times[first]), [round(m, 1) for m in medians]
 
 
 def _checkpoint_speed(args: argparse.Namespace, function: str) -> Measured:
@@ -492,6 +575,7 @@ _ROWS: RowTable[argparse.Namespace] = {
         *("ratio", Target("<=", 2.0)),
         functools.partial(_checkpoint_speed, function="seconds_to_restore"),
     ),
+    "soak_growth": ("% per hour", Target("<=", 1.0), _soak),
 }
 
 
@@ -501,7 +585,18 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--data", type=local_path, default="data/benchmark", help="benchmark data, made if absent"
     )
+    parser.add_argument(
+        "--demo",
+        type=local_path,
+        default="data/foley/records",
+        help="records of `avcl-data demo`, for soak_growth (%(default)s)",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, help="duration of soak_growth (%(default)g)"
+    )
     parser.add_argument("--small", action="store_true", help="smoke test without a usable value")
+    # That takes an hour, and is measured when it is named.
+    parser.set_defaults(rows=[name for name in _ROWS if name != "soak_growth"])
     args = parser.parse_args(arguments)
     measure.measure_rows(_ROWS, args.rows, args, args.json)
 

@@ -548,10 +548,22 @@ def test_workers_share_the_memory_of_four_batches() -> None:
     assert 3 <= scale.batches_in_memory(held=STEPS_AHEAD, workers=3, count=20) <= 4
 
 
+def test_growth_is_that_after_the_first_sixth_whatever_a_save_needs() -> None:
+    hours = np.arange(0, 1, 1 / 3600)
+    megabytes = 800 * (1 + 0.02 * hours) - 500 * np.exp(-hours / 0.01)  # as it starts
+    megabytes[::30] += 200  # as it saves
+    growth, curve = scale.growth_per_hour(3600 * hours, megabytes)
+    assert growth == pytest.approx(2, rel=0.01)
+    assert len(curve) == 60
+    flat, _ = scale.growth_per_hour(3600 * hours, megabytes - 16 * hours)
+    assert flat == pytest.approx(0, abs=0.01)
+
+
 @pytest.mark.slow
 def test_every_row_of_scale_is_measured(tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
-    scale.main([f"--json={out}", f"--data={tmp_path}", "--small"])
+    options = [f"--json={out}", f"--data={tmp_path}", "--small", "--minutes=0.2"]
+    scale.main([*options, "--rows", *scale._ROWS])
     rows = {row["name"]: row["value"] for row in json.loads(out.read_text())}
     assert set(rows) == set(scale._ROWS)
     assert all(np.isfinite(value) for value in rows.values())
