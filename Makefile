@@ -32,7 +32,7 @@ slow: $(VENV)/test-ready
 # The tests of stopped and killed runs, with 20 random kills each; writes the table of the page.
 reliability: $(VENV)/test-ready
 	AVCL_JAX_KILLS=20 AVCL_JAX_TABLE=docs/reliability.md \
-	    $(BIN)/python -m pytest -m "slow or not slow" tests/training/test_reliability.py
+	    $(BIN)/python -m pytest -m "slow or not slow" tests/training/test_reliability*.py
 
 # Apache Beam, object stores, TensorFlow, PyTorch, libtpu: packages of the extras, in an environment of
 # their own. PyTorch's tests run in a process of their own: it and TensorFlow bring two OpenMPs.

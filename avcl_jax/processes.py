@@ -145,9 +145,10 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Yields a request that SIGTERM or SIGINT fills; a second one ends the process at once.
+    """Yields a request that SIGTERM or SIGINT fills; a SIGINT after that ends the process at once.
 
-    SIGUSR1 asks for a profile.
+    A second SIGTERM changes nothing: `timeout` sends two at once, SLURM one more when the time that
+    it gave is over, with `KillWait` seconds left to save. SIGUSR1 asks for a profile.
 
     Signals are read by a thread, because the main thread may wait in a step for processes that no
     longer exist, where it runs no handler. Only the main thread may enter.
@@ -163,13 +164,12 @@ def stop_request() -> Iterator[StopRequest]:
                 request.profile = True
             if name not in (signal.SIGTERM, signal.SIGINT):
                 continue
-            if request.name:
-                line = f"avcl_jax: second signal, {name.name}: ends without saving"
-                print(line, file=sys.stderr, flush=True)
+            ends = request.name is not None and name == signal.SIGINT
+            request.name = request.name or name.name
+            does = "ends without saving" if ends else "saves after this step; Ctrl-C ends at once"
+            print(f"avcl_jax: {name.name}: {does}", file=sys.stderr, flush=True)
+            if ends:
                 os._exit(128 + name)
-            request.name = name.name
-            line = f"avcl_jax: {name.name}: saves after this step; a second signal ends at once"
-            print(line, file=sys.stderr, flush=True)
 
     def nothing(*_: object) -> None:
         """Keeps the default action away; the thread acts."""

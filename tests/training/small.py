@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from avcl_jax.configs import pretrain
 from avcl_jax.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
+
+SIGNALLED = "tests.training.signalled"
 
 # Overrides of configs/pretrain.py for tests: the same code, small numbers.
 OVERRIDES = {
@@ -94,15 +97,19 @@ def run_here(monkeypatch: Any, *arguments: str) -> None:
         main.main(main.parse_flags(command))
 
 
+def signals(moment: int | str, *names: str, processes: Sequence[int] = (0,)) -> list[str]:
+    """Arguments of `SIGNALLED` before those of main: it signals itself as a step begins."""
+    return [",".join(names), ",".join(map(str, processes)), str(moment)]
+
+
 def start(
     arguments: list[str],
     *,
     devices: int = 1,
     module: str = "avcl_jax.main",
-    own_group: bool = False,
     before: Sequence[str] = (),
 ) -> subprocess.Popen[str]:
-    """Starts `python -m avcl_jax.main` on virtual CPU devices, if asked in a process group.
+    """Starts `python -m avcl_jax.main` on virtual CPU devices, in a process group of its own.
 
     `before` are words before that command, such as those of `unshare`.
     """
@@ -120,7 +127,7 @@ def start(
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=own_group,
+        start_new_session=True,
     )
 
 
@@ -145,16 +152,24 @@ def start_processes(
     arguments: list[str],
     *,
     devices: int,
+    count: int = 2,
     second: Sequence[str] = (),
     module: str = "avcl_jax.main",
 ) -> list[subprocess.Popen[str]]:
-    """Starts main in two processes of so many devices that find each other.
+    """Starts main in processes of so many devices that find each other.
 
     `second` are arguments of the second process alone.
     """
-    common = [*arguments, f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
-    own = ["--process_id=0"], ["--process_id=1", *second]
-    return [start([*common, *last], devices=devices, module=module) for last in own]
+    own: list[list[str]] = [[] for _ in range(count)]
+    if count > 1:
+        arguments = [
+            *arguments,
+            f"--coordinator=127.0.0.1:{free_port()}",
+            f"--num_processes={count}",
+        ]
+        own = [[f"--process_id={number}"] for number in range(count)]
+        own[1] += second
+    return [start([*arguments, *last], devices=devices, module=module) for last in own]
 
 
 def run_processes(
@@ -193,3 +208,42 @@ def losses(workdir: Path) -> dict[int, float]:
     """Loss by step."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return {row["step"]: row["loss"] for row in map(json.loads, lines)}
+
+
+def assert_identical(left: Path, right: Path, step: int) -> None:
+    """Same loss of every step, and the same bits in every array of a checkpoint."""
+    expected, found = saved_state(left, step), saved_state(right, step)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+    assert losses(left) == losses(right)
+
+
+RESUMES = "the same command ends bitwise as an undisturbed run"
+
+
+class Seen:
+    """A row of the table: what was done, what the processes did, and after how many seconds."""
+
+    def __init__(self, table: list[tuple[str, str, float]]) -> None:
+        self._table = table
+
+    def act(self, what: str) -> None:
+        """Begins to count, as something is done to a process."""
+        self._what, self._began = what, time.monotonic()
+
+    def ended(self) -> None:
+        """Stops counting: all processes have ended."""
+        self._seconds = time.monotonic() - self._began
+
+    def told(self, outcome: str) -> None:
+        """Adds the row, when everything that it says has been asserted."""
+        self._table.append((self._what, outcome, self._seconds))
+
+
+def stopped_at(output: str) -> int:
+    """Step of the line that a stopped run ends with."""
+    line = output.splitlines()[-1]
+    assert line.startswith("stopped at step "), output
+    assert line.endswith("; the same command resumes from here"), output
+    return int(line.split()[3])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import signal
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -23,16 +22,17 @@ from avcl_jax.training.checkpoint import CheckpointError, check_config
 from avcl_jax.training.history import History
 from tests.data.synthetic_records import make_record, write_records
 from tests.training.small import (
+    SIGNALLED,
     arguments,
+    assert_identical,
     one_line,
     run,
     run_processes,
     saved_state,
     saved_steps,
+    signals,
     small_config,
-    start,
 )
-from tests.training.test_reliability import assert_identical
 
 BAD = 7
 
@@ -186,13 +186,8 @@ def test_batches_that_are_not_finite_are_skipped_and_a_resumed_run_skips_the_sam
     for value in saved_state(whole, 6).values():
         assert np.isfinite(value).all()
     workdir = tmp_path / "stopped"
-    process = start(arguments(records, workdir, **SKIPS))
-    for line in process.stdout:
-        if "(2 of at most 10 times)" in line:
-            process.send_signal(signal.SIGTERM)
-            break
-    process.communicate(timeout=120)
-    assert process.returncode == STOPPED
+    flags = [*signals(5, "SIGTERM"), *arguments(records, workdir, **SKIPS)]
+    assert "(2 of at most 10 times)" in run(flags, module=SIGNALLED, code=STOPPED)
     run(arguments(records, workdir, **SKIPS))
     assert_identical(whole, workdir, 6)
     assert [event for _, event in events(workdir, "skipped_batches")] == [
