@@ -32,6 +32,7 @@ from tests.training.small import (
     SIGNALLED,
     arguments,
     assert_identical,
+    one_line,
     run,
     saved_state,
     saved_steps,
@@ -369,3 +370,74 @@ def test_a_second_sigterm_does_not_keep_a_run_from_saving(records, whole_run, tm
     run(arguments(records, workdir))
     assert_identical(whole_run, workdir, 6)
     seen.told(f"saves step 4, exit 75; {RESUMES}")
+
+
+@pytest.mark.slow
+def test_a_decoder_that_hangs_is_told_by_a_run_of_one(records, tmp_path, seen):
+    options = [*arguments(records, tmp_path / "run", steps=400), "--peer_timeout=2"]
+    process = start(options, module="tests.training.hanging")
+    seen.act("decoding a frame does not return, in one process")
+    try:
+        for said, then in (
+            ("avcl_jax: process 0 has read no batch for", signal.SIGTERM),
+            (ASKED, signal.SIGINT),
+        ):
+            assert any(line.startswith(said) for line in process.stdout), said
+            seen.ended()
+            process.send_signal(then)
+        assert process.wait(timeout=60) == 128 + signal.SIGINT
+    finally:
+        process.kill()
+    assert "in decode\n" in (tmp_path / "run" / "logs" / "stacks_0.txt").read_text()
+    seen.told(
+        "it says so and writes its stacks, which show the decoder (`--peer_timeout=2`), and goes "
+        "on waiting; SIGINT after SIGTERM ends it, exit 130"
+    )
+
+
+@pytest.fixture
+def little_shared_memory() -> Iterator[list[str]]:
+    """Words before a command that give it a /dev/shm of its own, of 1 MB."""
+    mount = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$0" "$@"'
+    words = ["unshare", "--mount", "sh", "-c", mount]
+    if subprocess.run([*words, "true"], capture_output=True).returncode:
+        pytest.skip("only root may mount a small /dev/shm")
+    return words
+
+
+@pytest.mark.slow
+def test_shared_memory_that_fills_up_does_not_disturb_a_run(
+    records, whole_run, tmp_path, little_shared_memory, seen
+):
+    options = arguments(records, tmp_path / "run", execution__workers=2)
+    flags = [*signals(2, "SIGSTOP"), *options]
+    process = start(flags, module=SIGNALLED, before=little_shared_memory)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    seen.act("/dev/shm is filled by another program in step 2 of 6, 2 data workers")
+    shared = Path(f"/proc/{process.pid}/root/dev/shm")
+    free = shutil.disk_usage(shared).free
+    with (shared / "ballast").open("wb") as ballast:
+        os.posix_fallocate(ballast.fileno(), 0, free)
+    assert shutil.disk_usage(shared).free == 0 < free
+    process.send_signal(signal.SIGCONT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    seen.ended()
+    assert_identical(whole_run, tmp_path / "run", 6)
+    seen.told("trains on, its memory is taken before the first step; bitwise as an undisturbed run")
+
+
+@pytest.mark.slow
+def test_too_little_shared_memory_is_refused_before_the_first_step(
+    records, tmp_path, little_shared_memory, seen
+):
+    options = arguments(records, tmp_path / "run", execution__workers=2, crop__image_size=64)
+    process = start(options, before=little_shared_memory)
+    seen.act("/dev/shm has room for fewer than 4 batches, 2 data workers")
+    output, _ = process.communicate(timeout=120)
+    seen.ended()
+    assert process.returncode == 1, output
+    line = one_line(output)
+    assert re.search(r"workers=2 need 3 MB of shared memory, .* /dev/shm has 1 MB free", line)
+    assert not (tmp_path / "run").exists()
+    seen.told("refused by one line with both sizes, exit 1, no workdir")

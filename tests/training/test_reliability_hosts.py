@@ -187,6 +187,30 @@ def test_a_data_worker_that_hangs_is_told_and_ends_a_run_of_two(records, tmp_pat
     seen.told("both end by one line that names process 1, exit 1 (`--peer_timeout=8`)")
 
 
+@pytest.mark.slow
+def test_a_decoder_that_hangs_ends_a_run_of_two(records, tmp_path, seen):
+    options = arguments(records, tmp_path / "run", steps=400)
+    processes = start_processes(
+        [*options, "--peer_timeout=8"], devices=1, module="tests.training.hanging"
+    )
+    seen.act("decoding a frame does not return, in process 1 of 2")
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    seen.ended()
+    assert [process.returncode for process in processes] == [1, 1], outputs
+    for output in outputs:
+        line = one_line(output)
+        assert re.search(r"process 1 has read no batch for \d+ s, after step [1-9]", line)
+    assert "in decode\n" in (tmp_path / "run" / "logs" / "stacks_1.txt").read_text()
+    seen.told(
+        "both end by one line that names process 1, exit 1 (`--peer_timeout=8`); its stacks show "
+        "the decoder"
+    )
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
