@@ -66,7 +66,7 @@ def check_size(size: int, *, global_batch_size: int, shards: int) -> None:
         UserError: With the size that does not fit and sizes that do.
     """
     if size > jnp.iinfo(jnp.int32).max:
-        raise UserError(f"bank_size {size} is too large: its rows are numbered in 32 bits")
+        raise UserError(f"bank of {size} rows is too large: they are numbered in 32 bits")
     rows = 2 * global_batch_size
     if global_batch_size % shards:
         raise UserError(

@@ -423,6 +423,7 @@ def test_equal_collectives_of_terms_count_once():
         ((40, 12, 1), "bank of 40 rows must be .* of the 24.* use 24 or 48"),
         ((16, 12, 1), "bank of 16 rows.*use 24"),
         ((24, 12, 8), "batch of 12 videos does not divide over 8 data shards"),
+        ((1 << 31, 4, 1), "bank of 2147483648 rows is too large: they are numbered in 32 bits"),
     ],
 )
 def test_a_size_that_does_not_fit_is_named_with_those_that_do(numbers, message):
