@@ -41,7 +41,12 @@ def state_of(path: str) -> FileState | None:
     try:
         if is_remote(path):
             files, name = store_of(path)
-            return _state_in_store(files.info(name))
+            if "gs" not in files.protocol:
+                return _state_in_store(files.info(name))
+            # gcsfs would send up to four requests, to see whether it is a folder.
+            folder, _, prefix = name.rpartition("/")
+            info = files.find(folder, prefix=prefix, detail=True).get(name)
+            return None if info is None else _state_in_store(info)
         status = os.stat(path)
     except OSError:
         return None

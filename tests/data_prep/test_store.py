@@ -137,6 +137,8 @@ def test_files_of_a_table_are_asked_for_many_at_one_time(store, tmp_path):
     assert downloads == Counter(
         row.removeprefix("gs://") for row in [*rows, rows[0][:-6] + "none.wav"]
     )
+    # Two each for their states, before and after; four for the one that is not there.
+    assert sum(requests.values()) - 21 == 2 * 20 + 4
     (line,) = listed(out)
     assert line["reason"] == "not_found"
 
