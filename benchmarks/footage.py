@@ -226,7 +226,7 @@ def _random_columns(rng: np.random.Generator, lengths: np.ndarray, shard: int) -
     gap = (1 / fps).round(9)
     return {
         "length": lengths + change.reshape(-1),
-        "header_length": 200 + 20 * frames,
+        "header_length": 200 + 32 * frames,
         "header_crc": rng.integers(0, 2**32, rows, np.uint32),
         "num_frames": frames,
         "last_frame_seconds": ((frames - 1) / fps).round(9),

@@ -58,7 +58,7 @@ def schema(several: Mapping[str, bool], *more: str) -> pa.Schema:
     `several` tells which labels allow several classes per record: they are lists.
     """
     number = pa.int32()
-    lengths = {"length": pa.int64(), "header_length": pa.int64(), "header_crc": pa.uint32()}
+    lengths = {"length": pa.int64(), "header_length": pa.int32(), "header_crc": pa.uint32()}
     times = {name: dtype for name, (dtype, _) in TIMELINE.items()}
     labels = {
         LABEL_PREFIX + label: pa.list_(number) if several[label] else number
