@@ -23,7 +23,7 @@ import pyarrow as pa
 from avcl_jax.data import media
 from avcl_jax.data.record_index import index_path, load_table, merge, save_table, shard_table
 from avcl_jax.data.record_writer import write_dataset_metadata
-from avcl_jax.data.records import shard_name
+from avcl_jax.data.records import RecordDataset, shard_name
 from benchmarks.measure import SkipError
 
 NAME = "footage"
@@ -177,6 +177,7 @@ def link_records(records: Path, out: Path, *, count: int, real_checksums: bool =
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     shards = sorted(records.glob(f"{NAME}-train.tfrecord-*"))
+    RecordDataset(records, "train")  # makes the index again where an earlier release made it
     stored = load_table(index_path(records, NAME, "train"))
     assert stored is not None, f"{records} has no index"
     originals = [shard_table(stored, number) for number in range(len(shards))]
