@@ -182,7 +182,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_undisturbed(
 ):
     """AVCL_JAX_KILLS=20 makes a long test of it."""
     kills = int(os.environ.get("AVCL_JAX_KILLS", "3"))
-    every, last = 4, 16 * kills
+    every, last = 4, 24 * kills
     options = {"steps": last, "execution__checkpoint_every": every, "execution__workers": workers}
 
     def begin(name: str, kill_at: int) -> list[subprocess.Popen[str]]:
@@ -205,9 +205,10 @@ def test_killed_at_random_moments_a_run_ends_as_if_undisturbed(
         f"every {every} of {last} steps"
     )
     for number in range(kills):
-        # One in nine before its first step; others in one of the next steps, or as it is saved.
-        steps, taken, began = rng.randint(0 if number else 1, 8), 0, time.monotonic()
-        started = begin("killed", newest + 12)
+        # Some before the first step; others in one of the next steps, or as it is saved. The first
+        # one leaves a checkpoint: step 11 waits for it.
+        steps, taken, began = rng.randint(0 if number else 10, 16), 0, time.monotonic()
+        started = begin("killed", newest + 20)
         if steps == 0:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 started[0].wait(timeout=rng.uniform(0.1, seconds))
@@ -232,6 +233,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_undisturbed(
             lost.append(taken + 1 - newest)
     end("killed")
     seen.ended()
+    assert every <= reached[0]
     assert reached == sorted(reached)
     # A checkpoint begins in the step after its own, and waits for the one before.
     assert max(lost) <= 2 * every + 1
