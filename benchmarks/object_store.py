@@ -1,7 +1,8 @@
 """Object store of this process, which counts requests: Google's JSON interface in memory.
 
-gcsfs, through which the package reads and writes gs://, sends its requests to the address in
-STORAGE_EMULATOR_HOST, in child processes too.
+gcsfs, through which the package reads and writes gs://, and Google's own client of tensorboardX
+send their requests to the address in STORAGE_EMULATOR_HOST, in child processes too; tensorstore, by
+which orbax writes arrays, to that in TENSORSTORE_GCS_HTTP_URL.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Store(http.server.ThreadingHTTPServer):
         requests: all requests so far, in the order of arrival.
         sent_bytes: bytes of all answers so far, without their headers.
         failing: objects whose requests are answered with 503.
+        busy: every twentieth request is answered with 503.
         most_at_once: requests that were answered at one time, at most.
         environment: variables that send a process to this store.
     """
@@ -55,12 +57,15 @@ class Store(http.server.ThreadingHTTPServer):
         self.requests: list[Request] = []
         self.sent_bytes = 0
         self.failing: set[str] = set()
+        self.busy = False
         self.most_at_once = self.at_once = 0
         self.latency_seconds = latency_seconds
         self.uploads: dict[str, tuple[str, bytearray]] = {}
         self.lock = threading.Lock()
         self.environment: Mapping[str, str] = {
             "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{self.server_port}",
+            "TENSORSTORE_GCS_HTTP_URL": f"http://127.0.0.1:{self.server_port}",
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",  # of tensorstore
             # Otherwise gcsfs asks Google itself for the kind of each bucket.
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
             "FSSPEC_GS_TOKEN": "anon",
@@ -126,7 +131,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if found := _OBJECT.fullmatch(address.path):
             download, bucket, *rest = found.groups()
             key, action, target = (urllib.parse.unquote(part or "") for part in rest)
-            self._object(bool(download), bucket, key, action, target)
+            self._object(bool(download) or query.get("alt") == "media", bucket, key, action, target)
         elif found := _LIST.fullmatch(address.path):
             if found[1]:
                 self._upload(found[2], query, body)
@@ -147,7 +152,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         kinds = {"GET": "download" if download else "stat", "POST": "move", "DELETE": "delete"}
         kind = kinds[self.command]
         self._count(kind, name)
-        if name in store.failing:
+        if self._fails(name):
             self._answer({"error": {"message": "try again"}}, 503)
         elif name not in store.content:
             self._answer({"error": {"message": f"No such object: {name}"}}, 404)
@@ -157,7 +162,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             content = store.content[name]
             if limits := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
                 content = content[int(limits[1]) : int(limits[2] or len(content)) + 1]
-            self._answer(content, 206 if limits else 200)
+            end = int(limits[1]) + len(content) - 1 if limits else 0
+            whole = len(store.content[name])
+            headers = {"Content-Range": f"bytes {limits[1]}-{end}/{whole}"} if limits else {}
+            headers["x-goog-generation"] = store.written[name]
+            self._answer(content, 206 if limits else 200, **headers)
         elif kind == "move":
             store.put(f"{bucket}/{target}", store.content[name])
             if action == "moveTo":
@@ -190,16 +199,22 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             answer["nextPageToken"] = str(last)
         self._answer(answer)
 
+    def _fails(self, name: str) -> bool:
+        store = self.server
+        return name in store.failing or (store.busy and len(store.requests) % 20 == 0)
+
     def _upload(self, bucket: str, query: dict[str, str], body: bytes) -> None:
         store = self.server
         if query["uploadType"] == "multipart":
             # Description and content, each behind the lines of its headers.
-            end = b"\n--" + self.headers["Content-Type"].partition('boundary="')[2][:-1].encode()
-            about, rest = body.partition(b"\n\n")[2].split(end, 1)
-            name = f"{bucket}/{json.loads(about)['name']}"
-            store.put(name, rest.partition(b"\n\n")[2].removesuffix(end + b"--"))
-            self._count("upload", name)
-            self._answer(store.about(name))
+            end = b"--" + self.headers["Content-Type"].partition('boundary="')[2][:-1].encode()
+            about, content = (
+                re.split(rb"\r?\n\r?\n", part, maxsplit=1)[1]
+                for part in re.split(rb"(?:^|\r?\n)" + re.escape(end), body)[1:3]
+            )
+            self._write(f"{bucket}/{json.loads(about)['name']}", query, content)
+        elif query["uploadType"] == "media":
+            self._write(f"{bucket}/{query['name']}", query, body)
         elif "upload_id" not in query:
             name = f"{bucket}/{query['name']}"
             number = str(len(store.uploads))
@@ -216,6 +231,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             else:
                 store.put(name, bytes(content))
                 self._answer(store.about(name))
+
+    def _write(self, name: str, query: dict[str, str], content: bytes) -> None:
+        """Writes an object, unless another generation than the one expected is there."""
+        store = self.server
+        self._count("upload", name)
+        present = store.written.get(name, "0") if name in store.content else "0"
+        if self._fails(name):
+            self._answer({"error": {"message": "try again"}}, 503)
+        elif query.get("ifGenerationMatch", present) != present:
+            self._answer({"error": {"message": "another generation"}}, 412)
+        else:
+            store.put(name, content)
+            self._answer(store.about(name))
 
 
 @contextlib.contextmanager

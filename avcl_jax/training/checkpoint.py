@@ -36,6 +36,7 @@ from avcl_jax.versions import versions
 
 _CHECKSUMS = "checksums.json"
 _COMMITTED = "commit_success.txt"  # written last, by orbax
+_INCOMPLETE = "it is not complete"
 _BLOCK = 1 << 24
 _METADATA = 1 << 20
 _NICENESS = 10
@@ -133,8 +134,8 @@ def check_config(
 class Checkpoints:
     """WORKDIR/checkpoints, written while training continues; the newest `keep` are kept.
 
-    Those that are newer than the newest good one are moved to WORKDIR/damaged_checkpoints. As a
-    context manager it waits for the last checkpoint.
+    Those that are newer than the newest good one get names WORKDIR/damaged_checkpoint_STEP_TIME.
+    As a context manager it waits for the last checkpoint.
 
     Raises:
         CheckpointError: if all are damaged.
@@ -291,7 +292,7 @@ def damage(checkpoint: epath.Path) -> str | None:
     One without checksums is good if orbax had committed it: the process was killed just then.
     """
     if not (checkpoint / _CHECKSUMS).exists():
-        return None if (checkpoint / _COMMITTED).exists() else "it is not complete"
+        return None if (checkpoint / _COMMITTED).exists() else _INCOMPLETE
     try:
         expected = json.loads((checkpoint / _CHECKSUMS).read_text())
     except ValueError:
@@ -345,11 +346,12 @@ def _set_damaged_aside(workdir: epath.Path) -> None:
             if (problem := damage(directory / str(step))) is None:
                 break
             damaged[step] = problem
-        lost = bool(steps) and len(damaged) == len(steps)
+        # On a disk a checkpoint gets its name when it is complete, in an object store before.
+        unfinished = is_remote(directory) and set(damaged.values()) == {_INCOMPLETE}
+        lost = bool(steps) and len(damaged) == len(steps) and not unfinished
         if not lost:
             for step, problem in damaged.items():
-                aside = workdir / "damaged_checkpoints" / f"{step}-{time.time():.0f}"
-                aside.parent.mkdir(exist_ok=True)
+                aside = workdir / f"damaged_checkpoint_{step}_{time.time():.0f}"
                 (directory / str(step)).rename(aside)
                 print(f"checkpoint {step} is damaged ({problem}): moved to {aside}", flush=True)
     if jax.process_count() > 1:

@@ -33,6 +33,9 @@ from avcl_jax.training.alarms import Alarms
 
 Metrics = dict[str, clu_metrics.Average]
 
+# Time between writes over that of the last write, which grows with a run in an object store.
+_WAIT_RATIO = 20
+
 # Metrics of the progress line by group; metrics.jsonl has all.
 _SHOWN = {
     "": {"loss": "loss", "accuracy": "accuracy", "vv/loss": "vv", "va/loss": "va", "aa/loss": "aa"},
@@ -130,6 +133,7 @@ class MetricWriter:
         self._alarms = Alarms(warmup_steps=warmup_steps)
         self._active = jax.process_index() == 0
         self._full = False
+        self._written, self._write_seconds = 0.0, 0.0
         self._events: EventsWriter | None = None
         if not self._active:
             return
@@ -145,9 +149,34 @@ class MetricWriter:
         (workdir / "events").mkdir(parents=True, exist_ok=True)
         self._first_step = first_step
 
+    def flush(self) -> None:
+        """Writes what was kept in memory; keeps it where the disk is full."""
+        if not self._active:
+            return
+        try:
+            self._flush()
+        except OSError as error:
+            self._keep(error)
+
     def _flush(self) -> None:
-        # Object stores cannot append, so the file (one line per log period) is written whole.
+        # Object stores cannot append, so both files are written whole there, and metrics.jsonl
+        # everywhere, because a full disk would leave half a line in it.
+        start = time.perf_counter()
         write_bytes(self._path, "".join(f"{line}\n" for line in self._lines).encode())
+        if self._events is not None:
+            self._events.flush()
+        self._full = False
+        self._written = time.perf_counter()
+        self._write_seconds = self._written - start
+
+    def _keep(self, error: OSError) -> None:
+        """Keeps metrics in memory, if the disk is full."""
+        if error.errno not in FULL_DISK:
+            raise error
+        if not self._full:
+            print(f"{one_line(error)}: metrics are kept until there is room", flush=True)
+        self._full = True
+        self._close_events()  # half an event: the next begins another file
 
     def write(
         self,
@@ -173,16 +202,11 @@ class MetricWriter:
             row["hosts"] = hosts
         self._lines.append(json.dumps(row))
         try:
-            self._flush()
             self._write_event(step, {**values, **_of_processes(hosts)})
-            self._full = False
         except OSError as error:
-            if error.errno not in FULL_DISK:
-                raise
-            if not self._full:
-                print(f"{one_line(error)}: metrics are kept until there is room", flush=True)
-            self._full = True
-            self._close_events()  # half an event: the next begins another file
+            self._keep(error)
+        if time.perf_counter() - self._written >= _WAIT_RATIO * self._write_seconds:
+            self.flush()
         print(
             f"step {step}/{self._steps}  {_progress(values)}  |  "
             f"{values['steps_per_second']:.2f} steps/s "
@@ -205,7 +229,6 @@ class MetricWriter:
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         summary = Summary(value=scalars)
         self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
-        self._events.flush()
 
     def _close_events(self) -> None:
         events, self._events = self._events, None
@@ -221,6 +244,7 @@ class MetricWriter:
     def close(self) -> None:
         """Closes the files."""
         if self._active:
-            if self._full:
+            try:
                 self._flush()
-            self._close_events()
+            finally:
+                self._close_events()

@@ -150,6 +150,7 @@ def run_steps(
     def save(copied: TrainState, reached: Progress, *, must: bool) -> None:
         """Begins a checkpoint, once the metrics of its step are known to be finite."""
         peers.doing("saves", reached.step)
+        writer.flush()  # no metrics of steps before a checkpoint may be lost
         attempt(checkpoints.finish, must=False)  # the one before
         attempt(functools.partial(checkpoints.save, copied, reached), must=must)
 

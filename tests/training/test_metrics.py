@@ -12,6 +12,9 @@ from tensorboardX.proto.event_pb2 import Event
 from avcl_jax.training import metrics
 from avcl_jax.training.metrics import MetricWriter
 
+VALUES = dict.fromkeys(("loss", "steps_per_second", "clips_per_second", "train_seconds"), 1.0)
+VALUES["data_wait_share"] = 0.0
+
 
 def scalars(directory: Path) -> dict[int, dict[str, float]]:
     """Values by step that TensorBoard would read."""
@@ -40,9 +43,12 @@ def test_metrics_of_a_full_disk_are_written_when_there_is_room(tmp_path, monkeyp
                 patch.setattr(metrics, "write_bytes", fail)
             if step == 3:
                 patch.setattr(metrics.EventsWriter, "flush", fail)
-            values = {"loss": float(step), "steps_per_second": 1.0, "train_seconds": float(step)}
-            values |= {"clips_per_second": 1.0, "data_wait_share": 0.0}
-            writer.write(step, values, seconds_left=0.0)
+            writer.write(
+                step,
+                {**VALUES, "loss": float(step), "train_seconds": float(step)},
+                seconds_left=0.0,
+            )
+            writer.flush()
     writer.close()
     said = [line for line in capsys.readouterr().out.splitlines() if "until there is room" in line]
     problem = f"{full.filename}: No space left on device; free some space"
@@ -53,3 +59,22 @@ def test_metrics_of_a_full_disk_are_written_when_there_is_room(tmp_path, monkeyp
     assert losses.items() >= {1: 1.0, 4: 4.0}.items()
     # Half an event may end a file, and nothing is read after it.
     assert len(list((tmp_path / "events").iterdir())) == 3
+
+
+def test_writing_takes_a_small_part_of_the_time_also_in_a_slow_store(tmp_path, monkeypatch):
+    seconds, written = 0.0, []
+
+    def write_slowly(path: Path, content: bytes) -> None:
+        nonlocal seconds
+        seconds += 3.0
+        written.append(content.count(b"\n"))
+
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: seconds)
+    monkeypatch.setattr(metrics, "write_bytes", write_slowly)
+    writer = MetricWriter(epath.Path(tmp_path), steps=100, first_step=0)
+    for step in range(1, 101):
+        seconds += 1.0
+        writer.write(step, VALUES, seconds_left=0.0)
+    assert written == [1, 61]
+    writer.close()
+    assert written == [1, 61, 100]

@@ -27,6 +27,7 @@ from etils import epath
 
 from avcl_jax.processes import STOPPED
 from avcl_jax.training import checkpoint
+from benchmarks import object_store
 from tests.training.small import (
     RESUMES,
     SIGNALLED,
@@ -113,8 +114,8 @@ def test_a_damaged_checkpoint_is_moved_and_the_one_before_is_the_newest(
     with checkpoint.Checkpoints(epath.Path(tmp_path), keep=2) as checkpoints:
         assert checkpoints.latest_step() == 3
     assert capsys.readouterr().out.startswith("checkpoint 6 is damaged (")
-    (aside,) = (tmp_path / "damaged_checkpoints").iterdir()
-    assert aside.name.startswith("6-")
+    (aside,) = tmp_path.glob("damaged_checkpoint_*")
+    assert aside.name.startswith("damaged_checkpoint_6_")
     assert (aside / "state").is_dir()
     assert checkpoint.load_variables(tmp_path)[1] == 3
 
@@ -443,3 +444,47 @@ def test_too_little_shared_memory_is_refused_before_the_first_step(
     assert re.search(r"workers=2 need 3 MB of shared memory, .* /dev/shm has 1 MB free", line)
     assert not (tmp_path / "run").exists()
     seen.told("refused by one line with both sizes, exit 1, no workdir")
+
+
+@pytest.mark.slow
+def test_a_run_in_an_object_store_that_is_killed_while_it_saves(
+    records, tmp_path, monkeypatch, seen
+):
+    workdir, local = epath.Path("gs://bucket/a run"), epath.Path(tmp_path / "run")
+    options = {"steps": 12, "execution__compilation_cache": "gs://bucket/compiled"}
+    begun = threading.Event()
+    with object_store.running() as store:
+        for name, value in store.environment.items():
+            monkeypatch.setenv(name, value)
+        put = store.put
+
+        def watched(name: str, content: bytes) -> None:
+            put(name, content)
+            if name == "bucket/a run/checkpoints/6/_CHECKPOINT_METADATA":
+                begun.set()
+
+        monkeypatch.setattr(store, "put", watched)
+        run(arguments(records, local, **options))
+        process = start(arguments(records, workdir, **options))
+        assert begun.wait(timeout=300), process.communicate(timeout=10)
+        seen.act("SIGKILL to one process with its workdir in gs://, while it saves step 6 of 12")
+        process.kill()
+        process.wait()
+        assert not (workdir / "checkpoints" / "6" / "commit_success.txt").exists()
+        store.busy = True
+        printed = run(arguments(records, workdir, **options))
+        store.busy = False
+        seen.ended()
+        moved = f"checkpoint 6 is damaged (it is not complete): moved to {workdir}/damaged_"
+        assert moved in printed
+        assert "steps 3 to 12" in printed
+        found, expected = (
+            [json.loads(line)["loss"] for line in (d / "metrics.jsonl").read_text().splitlines()]
+            for d in (workdir, local)
+        )
+        assert found == expected
+        variables = map(checkpoint.load_variables, (workdir, local))
+        jax.tree.map(np.testing.assert_array_equal, *variables)
+        compiled = [name for name in store.content if name.startswith("bucket/compiled/")]
+        assert any("jit_train_step" in name for name in compiled), compiled
+    seen.told(f"while every twentieth request to the store fails, one line, and {RESUMES}")
