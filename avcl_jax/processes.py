@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ from avcl_jax.errors import UserError, one_line
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again.
 STOPPED = 75
 _BLOCK = 1024
+_SAME_SIGNAL_SECONDS = 2.0
 
 
 def join(
@@ -145,10 +147,10 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Yields a request that SIGTERM or SIGINT fills; a SIGINT after that ends the process at once.
+    """Yields a request that SIGTERM or SIGINT fills; a second signal ends the process at once.
 
-    A second SIGTERM changes nothing: `timeout` sends two at once, SLURM one more when the time that
-    it gave is over, with `KillWait` seconds left to save. SIGUSR1 asks for a profile.
+    A SIGTERM within two seconds of the first is the same one: `timeout` signals a process and then
+    its group. SIGUSR1 asks for a profile.
 
     Signals are read by a thread, because the main thread may wait in a step for processes that no
     longer exist, where it runs no handler. Only the main thread may enter.
@@ -158,17 +160,22 @@ def stop_request() -> Iterator[StopRequest]:
     write.setblocking(False)
 
     def watch() -> None:
+        since = 0.0
         for number in iter(lambda: read.recv(1), b""):
             name = signal.Signals(number[0])
             if name == signal.SIGUSR1:
                 request.profile = True
             if name not in (signal.SIGTERM, signal.SIGINT):
                 continue
-            ends = request.name is not None and name == signal.SIGINT
+            now, first = time.monotonic(), request.name is None
             request.name = request.name or name.name
-            does = "ends without saving" if ends else "saves after this step; Ctrl-C ends at once"
+            if not first and name == signal.SIGTERM and now - since < _SAME_SIGNAL_SECONDS:
+                continue
+            since = now
+            does = "saves after this step; a second signal ends at once"
+            does = does if first else "second signal, ends without saving"
             print(f"avcl_jax: {name.name}: {does}", file=sys.stderr, flush=True)
-            if ends:
+            if not first:
                 os._exit(128 + name)
 
     def nothing(*_: object) -> None:

@@ -15,6 +15,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ from tests.training.small import (
     stopped_at,
 )
 
-ASKED = "avcl_jax: SIGTERM: saves after this step; Ctrl-C ends at once"
+ASKED = "avcl_jax: SIGTERM: saves after this step; a second signal ends at once"
 
 
 def stop(options: list[str], step: int) -> None:
@@ -354,15 +355,43 @@ def test_ctrl_c_after_a_signal_ends_a_run_at_once_and_leaves_its_checkpoint(
     flags = [*signals(6, "SIGTERM", "SIGINT"), *options]
     output = run(flags, module=SIGNALLED, code=128 + signal.SIGINT)
     seen.ended()
-    assert "avcl_jax: SIGINT: ends without saving" in output
+    assert "avcl_jax: SIGINT: second signal, ends without saving" in output
     step = saved_steps(workdir)[-1]
     assert step in (2, 4)  # which may not have been complete
     assert saved_state(workdir, step)
     seen.told(f"ends without saving, exit 130; checkpoint {step} is good")
 
 
+TWO_SIGTERMS = """
+import os, signal, sys, threading, types
+from avcl_jax import processes
+
+seconds = map(float, sys.argv[1:])
+processes.time = types.SimpleNamespace(monotonic=lambda: next(seconds))
+with processes.stop_request() as request:
+    os.kill(os.getpid(), signal.SIGTERM)
+    while request.name is None:
+        threading.Event().wait(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    while not request.profile:
+        threading.Event().wait(0.01)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "code"), [(1.9, 0), (2.1, 128 + signal.SIGTERM)])
+def test_a_second_sigterm_ends_a_run_at_once_unless_it_is_the_same(seconds, code):
+    command = [sys.executable, "-c", TWO_SIGTERMS, "10.0", f"{10 + seconds}", "99.0"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == code, ended.stderr
+    second = "avcl_jax: SIGTERM: second signal, ends without saving"
+    assert ended.stderr.splitlines() == [ASKED, *([second] if code else [])]
+
+
 @pytest.mark.slow
-def test_a_second_sigterm_does_not_keep_a_run_from_saving(records, whole_run, tmp_path, seen):
+def test_a_sigterm_that_comes_twice_does_not_keep_a_run_from_saving(
+    records, whole_run, tmp_path, seen
+):
     workdir = tmp_path / "run"
     seen.act("SIGTERM twice to one process, in step 4 of 6, as `timeout` sends it")
     flags = [*signals(4, "SIGTERM", "SIGTERM"), *arguments(records, workdir)]
