@@ -184,7 +184,8 @@ def stop_request() -> Iterator[StopRequest]:
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     old = {number: signal.signal(number, nothing) for number in numbers}
     old_fd = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=watch, daemon=True).start()
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
     try:
         yield request
     finally:
@@ -192,6 +193,8 @@ def stop_request() -> Iterator[StopRequest]:
         for number, handler in old.items():
             signal.signal(number, handler)
         write.close()  # which ends the thread
+        thread.join()
+        read.close()
 
 
 class Agreement:

@@ -43,18 +43,18 @@ def tuned(records, encoders, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("tuned") / "run"
     read, before = [], []
     ids = list(RecordDataset(records, "all").record_ids)
-    read_place, predict = RecordReader.read, finetune_module.predict
+    open_place, predict = RecordReader.open, finetune_module.predict
 
-    def reading(self, place):
+    def opening(self, place, **options):
         read.append(ids.index(place.name))
-        return read_place(self, place)
+        return open_place(self, place, **options)
 
     def predicting(*args, **options):
         before.extend(read)
         return predict(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RecordReader, "read", reading)
+        patch.setattr(RecordReader, "open", opening)
         patch.setattr(finetune_module, "predict", predicting)
         results = finetune(toy_config(records, encoders), workdir)
     return workdir, results, before

@@ -182,6 +182,16 @@ def run_processes(
     return outputs
 
 
+def descendants(pid: int) -> list[int]:
+    """Processes that a process and its descendants have started."""
+    children = [
+        int(child)
+        for listed in Path(f"/proc/{pid}/task").glob("*/children")
+        for child in listed.read_text().split()
+    ]
+    return [process for child in children for process in (child, *descendants(child))]
+
+
 def one_line(output: str) -> str:
     """The one error in what a run printed."""
     errors = [line for line in output.splitlines() if "error:" in line]

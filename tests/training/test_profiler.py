@@ -9,8 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests.training.small import arguments, start_processes
-from tests.training.test_reliability import descendants
+from tests.training.small import arguments, descendants, start_processes
 
 
 def profiled(workdir: Path, process: int) -> list[list[int]]:

@@ -24,6 +24,7 @@ from tests.training.small import (
     Seen,
     arguments,
     assert_identical,
+    descendants,
     free_port,
     losses,
     one_line,
@@ -147,16 +148,6 @@ def test_a_process_that_is_gone_ends_the_other_and_the_same_command_resumes(
     assert (logs / "process_1.txt").read_text().startswith("--- process 1 of 2, ")
     run_processes(options, devices=1)
     assert_identical(two_processes, tmp_path / "run", STEPS)
-
-
-def descendants(pid: int) -> list[int]:
-    """Processes that a process and its descendants have started."""
-    children = [
-        int(child)
-        for listed in Path(f"/proc/{pid}/task").glob("*/children")
-        for child in listed.read_text().split()
-    ]
-    return [process for child in children for process in (child, *descendants(child))]
 
 
 @pytest.mark.slow

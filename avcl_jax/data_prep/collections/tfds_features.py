@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 
 from avcl_jax.data.media import MediaError
 from avcl_jax.data.record_files import FILE_FORMATS
-from avcl_jax.data.record_format import message_class, to_text
+from avcl_jax.data.record_format import PARTS, message_class, to_text
 from avcl_jax.data_prep.footage import Example, Samples
 from avcl_jax.data_prep.manifest import PrepareError
 
@@ -67,6 +67,7 @@ class Feature:
         shape = self.stored.shape
         return self.kind == "Audio" or (
             self.stored.kind == NUMBERS
+            and self.name != PARTS  # of records that this project wrote
             and self.stored.dtype in _SAMPLE_TYPES
             and len(shape) in (1, 2)
             and (shape[0] == -1 or shape[0] >= _FEWEST_SAMPLES)
