@@ -251,7 +251,12 @@ def encoded(x: Float[Array, "batch *grid channels"], pool: Pool = "mean") -> dic
     if pool == "mean":
         return {"features": values.mean(axis=axes), "map": x}
     if pool == "max":
-        return {"features": values.max(axis=axes), "map": x}
+        # The gradient of `max` divides by the number of values that equal it: none, where XLA
+        # computes them again with other rounding, as it does under rematerialisation.
+        flat = values.reshape(len(x), -1, x.shape[-1])
+        places = jnp.arange(flat.shape[1]).reshape(1, -1, 1)
+        largest = places == flat.argmax(axis=1, keepdims=True)
+        return {"features": jnp.where(largest, flat, 0).sum(axis=1), "map": x}
     raise UserError(f"unknown pool {pool!r}: use 'mean' or 'max'")
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avcl_jax.models import encoders
+from avcl_jax.models import encoders, layers
 from avcl_jax.models.audio_encoders import AudioResNet
 from avcl_jax.models.video_resnet import VideoResNet
 from tests.models import test_named_encoders as named
@@ -103,6 +103,15 @@ def test_gradients_and_statistics_are_the_same(name):
             found,
             expected,
         )
+
+
+def test_the_gradient_of_the_largest_value_never_divides_by_how_many_there_are():
+    x = jnp.zeros((2, 3, 4, 5)).at[0, 1, 2].set(1.0)
+    gradient = jax.grad(lambda x: layers.encoded(x, "max")["features"].sum())(x)
+    assert sorted(set(np.unique(gradient).tolist())) == [0.0, 1.0]
+    np.testing.assert_array_equal(gradient.sum(axis=(1, 2)), np.ones((2, 5)))
+    np.testing.assert_array_equal(gradient[0, 1, 2], np.ones(5))
+    np.testing.assert_array_equal(layers.encoded(x, "max")["features"], x.max(axis=(1, 2)))
 
 
 def test_an_unknown_kind_is_one_clear_error():
