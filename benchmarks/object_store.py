@@ -41,7 +41,8 @@ class Store(http.server.ThreadingHTTPServer):
         sent_bytes: bytes of all answers so far, without their headers.
         failing: objects whose requests are answered with 503.
         busy: every twentieth request is answered with 503.
-        most_at_once: requests that were answered at one time, at most.
+        at_once: requests that wait for their answers now.
+        awaited: no answer is sent, for at most a minute, until so many requests wait at one time.
         environment: variables that send a process to this store.
     """
 
@@ -49,8 +50,7 @@ class Store(http.server.ThreadingHTTPServer):
     # Clients open as many connections at once as they send requests.
     request_queue_size = 256
 
-    def __init__(self, latency_seconds: float = 0.0):
-        """Takes the time that every request takes at least."""
+    def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.content: dict[str, bytes] = {}
         self.written: dict[str, str] = {}  # generations
@@ -58,10 +58,10 @@ class Store(http.server.ThreadingHTTPServer):
         self.sent_bytes = 0
         self.failing: set[str] = set()
         self.busy = False
-        self.most_at_once = self.at_once = 0
-        self.latency_seconds = latency_seconds
+        self.at_once = self.awaited = 0
         self.uploads: dict[str, tuple[str, bytearray]] = {}
         self.lock = threading.Lock()
+        self.arrived = threading.Condition(self.lock)
         self.environment: Mapping[str, str] = {
             "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{self.server_port}",
             "TENSORSTORE_GCS_HTTP_URL": f"http://127.0.0.1:{self.server_port}",
@@ -122,11 +122,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         address = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(address.query))
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        with self.server.lock:
+        with self.server.arrived:
             self.server.at_once += 1
-            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
-        time.sleep(self.server.latency_seconds)
-        with self.server.lock:
+            if self.server.at_once >= self.server.awaited:
+                self.server.awaited = 0
+                self.server.arrived.notify_all()
+            self.server.arrived.wait_for(lambda: not self.server.awaited, timeout=60)
             self.server.at_once -= 1
         if found := _OBJECT.fullmatch(address.path):
             download, bucket, *rest = found.groups()
@@ -247,9 +248,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def running(latency_seconds: float = 0.0) -> Iterator[Store]:
+def running() -> Iterator[Store]:
     """Yields a store that answers."""
-    with Store(latency_seconds) as store:
+    with Store() as store:
         thread = threading.Thread(target=store.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:
