@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -99,6 +100,22 @@ def check_inputs(config: ml_collections.ConfigDict) -> None:
             f"there are no records at {data.directory}: prepare them ({data.prepare}), or set "
             "--config.data.directory=RECORDS"
         )
+
+
+def function_of(setting: str, name: str) -> Callable[..., Any]:
+    """Imports the function that a setting names, `module:function`.
+
+    Raises:
+        UserError: if there is no such function, or its module needs a package that is not there.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute, None)
+    except (ModuleNotFoundError, ValueError) as error:  # ValueError: the module has no name
+        raise UserError(f"{setting} {name!r}: {error}; give MODULE:FUNCTION") from error
+    if not callable(function):
+        raise UserError(f"{setting} {name!r}: there is no such function; give MODULE:FUNCTION")
+    return function
 
 
 def with_absolute_paths(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

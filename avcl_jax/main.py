@@ -7,10 +7,9 @@ training after saving, so that the same command resumes it; 130 after Ctrl-C els
 
 from __future__ import annotations
 
-import importlib
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import ml_collections
 from absl import app, flags, logging
@@ -26,6 +25,7 @@ from avcl_jax.experiment import (
     check_numbers,
     check_used,
     flatten,
+    function_of,
     with_absolute_paths,
 )
 from avcl_jax.paths import absolute_path
@@ -63,20 +63,6 @@ _PRINT_CONFIG = flags.DEFINE_bool(
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
 
 
-def _function(task: str) -> Callable[[ml_collections.ConfigDict, epath.Path], object]:
-    """Imports the function of a task, `module:function`, or raises `UserError`."""
-    module, _, name = task.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError as error:
-        if not f"{module}.".startswith(f"{error.name}."):  # a package that the task needs
-            raise
-        function = None
-    if not callable(function):
-        raise UserError(f"task {task!r}: there is no such function; give MODULE:FUNCTION")
-    return function
-
-
 def main(argv: Sequence[str]) -> None:
     """Runs the task of the config.
 
@@ -100,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
             config.name = epath.Path(config.data.directory).name
         workdir = absolute_path(_WORKDIR.value or f"runs/{config.name}")
         _join(config, workdir)
-        function = _function(config.task)
+        function = function_of("task", config.task)
         check_numbers(config)
         check_inputs(config)
         keep_compiled(config.execution.compilation_cache)

@@ -39,8 +39,9 @@ ONLY_PARSED = {
 
 # Names on a page -> names in the folder where its commands run; all others are there as they stand.
 PLACEHOLDERS = {"/data/k600/": "k600/", "=RUN ": "=runs/demo ", "=OUT": "=out/protocol"}
-# Code with these needs PyTorch: tests/test_import_weights.py and tests/interop run the same.
-NEEDS_PYTORCH = ("torchvision",)
+# Code with these needs packages that are not here: tests/test_import_weights.py, tests/interop and
+# tests/training/test_writers.py run the same.
+NOT_HERE = ("torchvision", "wandb")
 
 
 @dataclasses.dataclass(frozen=True)

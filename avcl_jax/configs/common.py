@@ -33,7 +33,7 @@ def choose(
     return config.lock()
 
 
-def execution(**settings: bool | int | str) -> ConfigDict:
+def execution(**settings: bool | int | str | tuple[str, ...]) -> ConfigDict:
     """Returns the section `execution`: how and where a task runs; no setting changes results.
 
     Args:
@@ -52,6 +52,8 @@ def execution(**settings: bool | int | str) -> ConfigDict:
             the log period that was not finite, at most 10 times in a run.
         profile_step: first of three steps that are profiled; 0 for none.
         accept_changes: resume with other values of settings that may change during a run.
+        writers: functions `module:function` that open further writers of metrics.
+            docs/reliability.md
     """
     # Compiled programs are kept here for the next start; "" keeps none. Process 0 writes, so hosts
     # of a pod need one that all see: gs://bucket/xla. JAX_COMPILATION_CACHE_DIR goes first.

@@ -61,6 +61,7 @@ def demo() -> ConfigDict:
     c.bootstrap = dict(resamples=2000)
     c.execution = execution(workers=0, threads=2, chunk=16, part_records=1024, fsdp=1)
     c.execution.update(remat="none", log_every=20, checkpoint_every=200, keep_checkpoints=1)
+    c.execution.writers = ()
     return c
 
 
@@ -101,6 +102,7 @@ def ucf101() -> ConfigDict:
     c.update(test=dict(clips=10, crops=1), bootstrap=dict(resamples=2000))
     c.execution = execution(workers=32, threads=1, chunk=8, part_records=1024, fsdp=1)
     c.execution.update(remat="none", log_every=100, checkpoint_every=2_000, keep_checkpoints=1)
+    c.execution.writers = ()
     return c
 
 

@@ -104,7 +104,7 @@ def demo() -> ConfigDict:
 
     c.execution = execution(workers=0, threads=2, max_bad_records=0, fsdp=1)
     c.execution.update(remat="none", log_every=50, checkpoint_every=500, keep_checkpoints=2)
-    c.execution.update(on_nan="stop", accept_changes=False, profile_step=0)
+    c.execution.update(on_nan="stop", accept_changes=False, profile_step=0, writers=())
     return c
 
 
@@ -204,7 +204,7 @@ def kinetics400() -> ConfigDict:
     # 32 workers with one thread each were fastest: docs/data/pipeline_speed.md.
     c.execution = execution(workers=32, threads=1, max_bad_records=0, fsdp=1)
     c.execution.update(remat="none", log_every=100, checkpoint_every=2_000, keep_checkpoints=3)
-    c.execution.update(on_nan="stop", accept_changes=False, profile_step=0)
+    c.execution.update(on_nan="stop", accept_changes=False, profile_step=0, writers=())
     return c
 
 

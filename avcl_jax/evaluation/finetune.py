@@ -69,6 +69,7 @@ from avcl_jax.training.metrics import MetricWriter
 from avcl_jax.training.optimizer import create_optimizer, warmup_cosine, warmup_multistep
 from avcl_jax.training.profiler import Profiler
 from avcl_jax.training.run_steps import CompiledTogether, NonFiniteError, run_steps
+from avcl_jax.training.writers import Writers, find_writers
 
 # Sections that decide the test and the results, but not the training.
 _NOT_TRAINING = ("test", "bootstrap")
@@ -191,6 +192,7 @@ def run_split(
         Stopped: after saving, if `request` came in the training.
     """
     train, encoder = split.train, split.encoder.require(config.modality)
+    writers = find_writers(config.execution.writers)
     run, freeze = config.execution, tuple(config.freeze)
     mesh = sharding.create_mesh(run.fsdp)
     sharding.check_batch(config.global_batch_size, mesh, 1)
@@ -223,14 +225,8 @@ def run_split(
             progress = dataclasses.replace(read_progress(workdir, saved), devices=mesh.size)
             state = checkpoints.restore(saved, state)
         if progress.step < steps:
-            writer = MetricWriter(workdir, steps=steps, first_step=progress.step)
             leaves = jax.tree.leaves(state.params), jax.tree.leaves(parts(state.params, freeze))
             trained = sum(leaf.size for leaf, part in zip(*leaves, strict=True) if part != FROZEN)
-            writer.note(
-                f"{config.name}, {workdir.name}: {len(train)} records of {classes} classes, "
-                f"{trained / 1e6:.3f} M trained parameters, batch {config.global_batch_size}, "
-                f"steps {progress.step} to {steps}"
-            )
             batches = drawn_batches(
                 RandomClips(train, config.data.label),
                 seed=int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0]),
@@ -242,10 +238,18 @@ def run_split(
             )
             profiler = Profiler(workdir, request, at=0)
             with (
-                contextlib.closing(writer),
+                Writers(writers, config, workdir) as more,
+                contextlib.closing(
+                    MetricWriter(workdir, steps=steps, first_step=progress.step, also=more.write)
+                ) as writer,
                 contextlib.closing(profiler),
                 contextlib.closing(batches),  # before the test, which needs the memory
             ):
+                writer.note(
+                    f"{config.name}, {workdir.name}: {len(train)} records of {classes} classes, "
+                    f"{trained / 1e6:.3f} M trained parameters, batch {config.global_batch_size}, "
+                    f"steps {progress.step} to {steps}"
+                )
                 state = run_steps(
                     state,
                     CompiledTogether(step),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,6 +46,7 @@ from avcl_jax.training.run_steps import CompiledTogether, NonFiniteError, run_st
 from avcl_jax.training.state import TrainState, create_state
 from avcl_jax.training.step import jit_train_step, make_train_step
 from avcl_jax.training.trained_records import LEAST_VIDEOS, UnreadableRecords, open_records
+from avcl_jax.training.writers import Open, Writers, find_writers
 
 # Returns to a checkpoint in one run. Data that are the cause are left out by the first one.
 _MOST_SKIPS = 10
@@ -208,6 +209,7 @@ class _Run:
     unreadable: UnreadableRecords
     checkpoints: Checkpoints
     history: History
+    writers: Mapping[str, Open]
     compiled: CompiledTogether | None = None
 
     def train(self, request: StopRequest) -> None:
@@ -235,15 +237,18 @@ class _Run:
         if self.compiled is None:
             self.compiled = CompiledTogether(jit_train_step(self.step, self.mesh, shardings))
         first = progress.step
-        writer = MetricWriter(
-            self.workdir,
-            steps=config.steps,
-            first_step=first,
-            warmup_steps=config.optimizer.warmup_steps,
-        )
         profiler = Profiler(self.workdir, request, at=run.profile_step)
         with (
-            contextlib.closing(writer),
+            Writers(self.writers, config, self.workdir) as writers,
+            contextlib.closing(
+                MetricWriter(
+                    self.workdir,
+                    steps=config.steps,
+                    first_step=first,
+                    warmup_steps=config.optimizer.warmup_steps,
+                    also=writers.write,
+                )
+            ) as writer,
             contextlib.closing(profiler),
             contextlib.closing(self._batches(first)) as batches,
         ):
@@ -347,6 +352,7 @@ def _open(
         raise UserError(f"execution.on_nan {run.on_nan!r} must be 'stop' or 'skip'")
     if (config.init_optimizer or config.init_bank) and not config.init_from:
         raise UserError("init_optimizer and init_bank need init_from: set it to a workdir")
+    writers = find_writers(run.writers)
     mesh, init, step = build(config)
     source = open_records(config, mesh)
     check_same({"the data set": source.fingerprint})
@@ -381,7 +387,9 @@ def _open(
         accept_changes=run.accept_changes,
     )
     history.add(saved or 0, start={"processes": jax.process_count(), "devices": mesh.size})
-    return _Run(config, workdir, mesh, init, step, source, unreadable, checkpoints, history)
+    return _Run(
+        config, workdir, mesh, init, step, source, unreadable, checkpoints, history, writers
+    )
 
 
 def _summary(

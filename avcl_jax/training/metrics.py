@@ -30,6 +30,7 @@ from avcl_jax.objectives.temporal import TASKS
 from avcl_jax.objectives.views import MODALITIES
 from avcl_jax.paths import write_bytes
 from avcl_jax.training.alarms import Alarms
+from avcl_jax.training.writers import Write
 
 Metrics = dict[str, clu_metrics.Average]
 
@@ -122,13 +123,23 @@ def _of_processes(hosts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 class MetricWriter:
     """Writes from the first process only; elsewhere every call does nothing."""
 
-    def __init__(self, workdir: epath.Path, *, steps: int, first_step: int, warmup_steps: int = 0):
+    def __init__(
+        self,
+        workdir: epath.Path,
+        *,
+        steps: int,
+        first_step: int,
+        warmup_steps: int = 0,
+        also: Write | None = None,
+    ):
         """Opens metrics.jsonl and events, and drops lines after `first_step`, where a run resumes.
 
         Args:
             steps: steps of the whole run.
             warmup_steps: log periods that begin earlier are left out of alarms.
+            also: called with step and values as they are written.
         """
+        self._also = also
         self._steps = steps
         self._alarms = Alarms(warmup_steps=warmup_steps)
         self._active = jax.process_index() == 0
@@ -201,12 +212,15 @@ class MetricWriter:
         if hosts:
             row["hosts"] = hosts
         self._lines.append(json.dumps(row))
+        scalars = {**values, **_of_processes(hosts)}
         try:
-            self._write_event(step, {**values, **_of_processes(hosts)})
+            self._write_event(step, scalars)
         except OSError as error:
             self._keep(error)
         if time.perf_counter() - self._written >= _WAIT_RATIO * self._write_seconds:
             self.flush()
+        if self._also is not None:
+            self._also(step, scalars)
         print(
             f"step {step}/{self._steps}  {_progress(values)}  |  "
             f"{values['steps_per_second']:.2f} steps/s "
