@@ -60,7 +60,7 @@ ERRORS: dict[str, Callable[[], object]] = {
 
 
 def _main(raising: Callable[[], object]) -> None:
-    main._function = lambda task: lambda config, workdir: raising()
+    main.function_of = lambda setting, task: lambda config, workdir: raising()
     sys.argv = ["main", "--config=configs/export.py", "--config.execution.compilation_cache="]
     app.run(main.main, flags_parser=main.parse_flags)
 

@@ -133,7 +133,7 @@ def test_a_protocol_has_a_preset_for_every_data_set(module):
 def test_numbers_out_of_range_are_refused_before_anything_runs(
     module, setting, value, monkeypatch, capsys
 ):
-    monkeypatch.setattr(main, "_function", lambda task: lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(main, "function_of", lambda setting, task: lambda *_: pytest.fail("it ran"))
     with pytest.raises(SystemExit):
         small.run_here(monkeypatch, f"--config={module.__file__}", f"--config.{setting}={value}")
     assert f"error: {setting} {value} must be " in capsys.readouterr().err
@@ -158,7 +158,9 @@ def test_the_smallest_valid_counts_are_accepted():
 def test_a_run_on_own_records_is_named_after_them(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(
-        main, "_function", lambda task: lambda config, workdir: started.append((config, workdir))
+        main,
+        "function_of",
+        lambda setting, task: lambda config, workdir: started.append((config, workdir)),
     )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "mine").mkdir(parents=True)

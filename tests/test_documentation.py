@@ -52,7 +52,7 @@ def _parse_main(arguments: list[str]) -> None:
         if flag.name not in values:
             values[flag.name] = copy.deepcopy(flag)
     assert values(["main", *arguments]) == ["main"]
-    main._function(config.value.task)
+    main.function_of("task", config.value.task)
     assert {"name", "execution"} <= set(config.value)  # which main reads
 
 

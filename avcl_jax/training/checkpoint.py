@@ -423,13 +423,14 @@ def load_state(workdir: epath.PathLike) -> tuple[dict[str, Any], int]:
             "resumes from an older one"
         )
     path = directory / str(step) / "state"
-    checkpointer = ocp.PyTreeCheckpointer()
-    tree = checkpointer.metadata(path).item_metadata.tree
+    # Not a Checkpointer, which warns that metadata of the whole checkpoint are not in this part.
+    handler = ocp.PyTreeCheckpointHandler()
+    tree = handler.metadata(path).tree
     # As numpy, whatever devices the run had: a laptop can read a pod's checkpoint.
     restore_args = jax.tree.map(
         lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
         tree,
         is_leaf=lambda leaf: not isinstance(leaf, dict | list | tuple),
     )
-    state = checkpointer.restore(path, restore_args=restore_args)
-    return state, step
+    args = ocp.args.PyTreeRestore(restore_args=restore_args)
+    return handler.restore(path, args=args), step
