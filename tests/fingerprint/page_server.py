@@ -85,7 +85,7 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
 
     def request(
         self, path: str, body: Any = None, headers: dict[str, str] | None = None
@@ -119,7 +119,7 @@ class Server:
 
     def wait_until_no_upload_is_left(self) -> None:
         """Asks for something else until then; as often as to find out that it never will be."""
-        for _ in range(2000):
+        for _ in range(20_000):
             self.request("/page.css")
             if not self.uploads():
                 return
@@ -153,7 +153,7 @@ def running(index: Path, temporary: Path, *options: str) -> Iterator[Server]:
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             process.send_signal(number)
-        process.wait(timeout=60)
+        process.wait(timeout=600)
         reader.join()
         process.stdout.close()
         process.stderr.close()

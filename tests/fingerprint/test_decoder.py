@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -70,12 +71,19 @@ def test_a_call_that_cannot_end_well_is_ended_and_the_next_made(decoder, limit, 
         assert run(decoder, bytes_taken, 1 << 30) == 1 << 30
 
 
-def test_closing_ends_a_call(decoder):
+def test_closing_ends_a_call(decoder, tmp_path):
+    pipe = tmp_path / "clip.mp4"
+    os.mkfifo(pipe)
+
     async def close_during_a_call():
-        call = asyncio.ensure_future(decoder.run(*HANG))
-        await asyncio.sleep(0.1)
+        call = asyncio.ensure_future(decoder.run(Path.read_bytes, pipe))
+        # Returns when the call has opened the other end, from which it then reads for ever.
+        descriptor = await asyncio.to_thread(os.open, pipe, os.O_WRONLY)
         decoder.close()
-        await call
+        try:
+            await call
+        finally:
+            os.close(descriptor)
 
     with pytest.raises(DecoderError, match="crash"):
         asyncio.run(close_during_a_call())
@@ -105,7 +113,7 @@ if __name__ == "__main__":
 """
     # It returns when no process has the pipe any more.
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.stdout == "called\n"
     assert "Traceback" not in done.stderr

@@ -150,10 +150,17 @@ def test_a_clip_that_makes_the_decoder_crash_is_refused_and_the_next_compared(se
         connection.send(body)
         answer = connection.getresponse()
         assert [json.loads(answer.readline())["stage"] for _ in range(2)] == ["waiting", "decoding"]
+        (upload,) = server.temporary.rglob("clip-*")
+        upload.unlink()
+        os.mkfifo(upload)
+        for decoder in decoders:
+            os.kill(decoder, signal.SIGCONT)
+        # Returns when a decoder has opened the other end, from which it then reads for ever.
+        pipe = os.open(upload, os.O_WRONLY)
         for decoder in decoders:
             os.kill(decoder, signal.SIGSEGV)
-            os.kill(decoder, signal.SIGCONT)
         last = json.loads(answer.readline())
+        os.close(pipe)
     said = "film.mp4 cannot be compared: it made the decoder crash. Give another file"
     assert last == {"error": said, "status": 422}
     assert not server.uploads()
@@ -372,7 +379,7 @@ def test_an_empty_index_says_how_to_fill_it_and_an_upload_ends_with_the_server(
             connection.send(body[:1000])
             assert process.uploads()
             process.process.send_signal(signal.SIGINT)
-            assert process.process.wait(timeout=60) == 0
+            assert process.process.wait(timeout=600) == 0
     assert not list((tmp_path / "tmp").iterdir())
     assert len(process.messages) == 1  # of the request that was not waited for
 

@@ -80,12 +80,14 @@ class Decoder:
 
     async def _run(self, call: Callable[[], _T]) -> _T:
         async with self._turn:
+            # Before the call begins: one that is ended after the limit has lasted no less.
+            began = time.monotonic()
             try:
                 future = self._executor.submit(call)
             except BrokenProcessPool:  # it ended between two calls
                 self._start()
+                began = time.monotonic()
                 future = self._executor.submit(call)
-            began = time.monotonic()
             try:
                 return await asyncio.wrap_future(future)
             except MediaError as error:
