@@ -20,6 +20,8 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium"),
 ]
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+PATIENCE_MS = 300_000
+sync_api.expect.set_options(timeout=PATIENCE_MS)
 
 TITLE = "film <b>.mp4"
 
@@ -51,6 +53,7 @@ def open_page(chromium, server, request):
 
     def opened(**options):
         context = chromium.new_context(**options)
+        context.set_default_timeout(PATIENCE_MS)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: complaints.append(f"{message.type} {message.text}"))
@@ -90,26 +93,34 @@ def drop(page, path: Path) -> None:
     )
 
 
-def wait(page, condition: str) -> None:
-    """Waits for a condition on the two players; Playwright's own way is against the page's CSP."""
+def wait(page, condition: str, offset: float = 0.0) -> None:
+    """Waits for a condition on the two players; Playwright's own way is against the page's CSP.
+
+    "loaded", or "played": more than a second, both, with the source this offset after the clip.
+    """
     page.evaluate(
-        """(condition) => new Promise((resolve, reject) => {
+        """([condition, offset, patience]) => new Promise((resolve, reject) => {
             const begin = performance.now();
             const look = () => {
                 const states = [clip, source].map((p) => [p.readyState, p.seeking, p.paused]);
+                const distance = source.currentTime - clip.currentTime - offset;
                 const holds = {
                     loaded: states.every(([ready, seeking]) => ready >= 2 && !seeking),
                     played: clip.currentTime > 1.5 && states.every((state) => !state[2])
-                        && !source.seeking,
+                        && !source.seeking && Math.abs(distance) < 0.2,
                 }[condition];
                 if (holds) resolve();
-                else if (performance.now() - begin > 30000) {
-                    reject(new Error(`not ${condition}: ${JSON.stringify(states)}`));
-                } else requestAnimationFrame(look);
+                else if (performance.now() - begin > patience) {
+                    reject(new Error(`not ${condition}: ${JSON.stringify([states, distance])}`));
+                } else {
+                    // On a slow machine the clip may end before a frame is drawn.
+                    if (condition === "played" && clip.ended) play.click();
+                    requestAnimationFrame(look);
+                }
             };
             look();
         })""",
-        condition,
+        [condition, offset, PATIENCE_MS],
     )
 
 
@@ -131,8 +142,7 @@ def test_a_dropped_clip_plays_beside_its_source(open_page, clips):
 
     offset = distance(page, 0)
     page.get_by_role("button", name="Play").click()
-    wait(page, "played")
-    assert distance(page, offset) == pytest.approx(0, abs=0.2)
+    wait(page, "played", offset)
     page.get_by_role("button", name="Pause").click()
     assert page.evaluate("clip.paused && source.paused")
 
@@ -151,7 +161,7 @@ def test_a_dropped_clip_plays_beside_its_source(open_page, clips):
 def shows(page, **texts: str) -> None:
     """Waits until elements, by id, have these texts."""
     for name, words in texts.items():
-        sync_api.expect(page.locator(f"#{name}")).to_contain_text(words, timeout=60_000)
+        sync_api.expect(page.locator(f"#{name}")).to_contain_text(words)
 
 
 def fits(page, width: int) -> bool:
@@ -162,7 +172,7 @@ def test_candidates_are_chosen_by_keyboard_and_shown(open_page, clips):
     page = open_page()
     page.set_input_files("#file", clips / "film.mp4")
     rows = page.locator("#candidates button")
-    sync_api.expect(rows.first).to_have_attribute("aria-current", "true", timeout=60_000)
+    sync_api.expect(rows.first).to_have_attribute("aria-current", "true")
     other = page.locator("#candidates button", has_text=".mkv").first
     other.focus()
     page.keyboard.press("Enter")
