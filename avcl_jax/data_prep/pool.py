@@ -130,6 +130,8 @@ class Pool:
                     self._receive(worker, waiting)
                 late = time.monotonic() - self.timeout_seconds
                 for worker in [w for w in self._workers if w.current >= 0 and w.since < late]:
+                    if worker.connection.poll():  # it has gone on, which this process reads late
+                        continue
                     message = f"not finished after {self.timeout_seconds:g} s"
                     self._restart(worker, "timeout", message)
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,7 +25,7 @@ import pytest
 from etils import epath
 
 from avcl_jax.data.records import RecordDataset, RecordError
-from avcl_jax.data_prep import publish
+from avcl_jax.data_prep import pool, publish
 from avcl_jax.data_prep.__main__ import main
 from tests.data.synthetic_media import write_clip
 from tests.data_prep.conftest import files, listed, only_error, prepare
@@ -286,15 +288,22 @@ def test_a_killed_worker_ends_it_and_loses_nothing(folder, tmp_path, clip, capsy
     assert files(out) == files(tmp_path / "straight")
 
 
+@pytest.fixture
+def hours(monkeypatch) -> threading.Event:
+    """Event after which a clock of the pool goes on by an hour whenever it is read."""
+    passing, seconds = threading.Event(), itertools.count(0, 3600)
+    clock = types.SimpleNamespace(monotonic=lambda: next(seconds) if passing.is_set() else 0)
+    monkeypatch.setattr(pool, "time", clock)
+    return passing
+
+
 @pytest.mark.parametrize("reason", ["crashed", "timeout"])
-def test_a_clip_that_crashes_or_hangs_is_rejected(folder, tmp_path, reason):
+def test_a_clip_that_crashes_or_hangs_is_rejected(folder, tmp_path, hours, reason):
     os.mkfifo(folder / "hang.mp4")
-    if reason == "crashed":
-        thread = when_reached(folder / "hang.mp4", signal_workers(signal.SIGSEGV))
-        assert prepare(folder, tmp_path / "out") == 3
-        thread.join()
-    else:
-        assert prepare(folder, tmp_path / "out", "--timeout-seconds", "2") == 3
+    act = signal_workers(signal.SIGSEGV) if reason == "crashed" else hours.set
+    thread = when_reached(folder / "hang.mp4", act)
+    assert prepare(folder, tmp_path / "out") == 3
+    thread.join()
     assert rejected(tmp_path / "out") == {"hang.mp4": reason}
     assert len(RecordDataset(tmp_path / "out", "train")) == 5
 

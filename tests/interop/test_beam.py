@@ -44,7 +44,7 @@ def test_the_same_bytes_as_on_one_machine(folder: Path, tmp_path: Path) -> None:
 def test_a_decoder_that_hangs_is_rejected_there_too(folder: Path, tmp_path: Path) -> None:
     os.mkfifo(folder / "hang.mp4")
     out = tmp_path / "beam"
-    assert prepare(folder, out, "--runner=DirectRunner", "--timeout-seconds=2") == 3
+    assert prepare(folder, out, "--runner=DirectRunner", "--timeout-seconds=10") == 3
     assert '"timeout"' in (out / "rejected.jsonl").read_text()
 
 
