@@ -127,13 +127,13 @@ def test_the_first_row_that_fails_is_raised(workers: int) -> None:
 
 
 def ends(process: int) -> bool:
-    """Waits up to 5 seconds for the end of a process."""
+    """Waits up to a minute for the end of a process."""
     try:
         descriptor = os.pidfd_open(process)
     except ProcessLookupError:
         return True
     try:
-        return bool(select.select([descriptor], [], [], 5.0)[0])
+        return bool(select.select([descriptor], [], [], 60.0)[0])
     finally:
         os.close(descriptor)
 
@@ -254,7 +254,7 @@ print(batch["x"].max(), flush=True)
 {end}
 """
     outer = f"""
-        run = subprocess.run([sys.executable, "-c", {PROGRAM + program!r}], stdout=-1, timeout=60)
+        run = subprocess.run([sys.executable, "-c", {PROGRAM + program!r}], stdout=-1, timeout=300)
         from tests.data.test_workers import ends
         print(ends(int(run.stdout)), os.listdir("/dev/shm"))
     """
