@@ -137,12 +137,12 @@ def memory_of_sampling() -> dict[str, int]:
 
     from avcl_jax.configs import pretrain
     from avcl_jax.objectives import feature_bank
-    from avcl_jax.training import loop
+    from avcl_jax.training import program
     from benchmarks.batches import complete_views, draw_all
 
     config = pretrain.get_config("kinetics400")
     config.bank.size = ROWS
-    spec = loop.loss_spec(config)
+    spec = program.loss_spec(config)
     assert spec.bank is not None
     options = {"playbacks": spec.bank.playbacks, "labels": 1}
     rows, queries = rows_and_queries()

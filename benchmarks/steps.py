@@ -102,12 +102,12 @@ def seconds_of_demo_steps(*, steps: int) -> list[float]:
     from avcl_jax import experiment
     from avcl_jax.configs import pretrain
     from avcl_jax.objectives import feature_bank
-    from avcl_jax.training import loop, sharding
+    from avcl_jax.training import program, sharding
     from avcl_jax.training.step import jit_train_step
     from benchmarks.batches import complete_views, random_batch
 
     config = pretrain.get_config("demo")
-    mesh, init, step_function = loop.build(config)
+    mesh, init, step_function = program.build(config)
     key = jax.random.key(0)
     state, shardings = init(key)
     # Filled with other videos and past its warm-up, so that rows are drawn from the first step on.
@@ -151,12 +151,12 @@ def seconds_of_demo_parts(*, repeats: int) -> dict[str, list[float]]:
 
     from avcl_jax import experiment
     from avcl_jax.configs import pretrain
-    from avcl_jax.training import loop, sharding
+    from avcl_jax.training import program, sharding
     from avcl_jax.training.inputs import prepare_inputs
     from benchmarks.batches import random_batch
 
     config = pretrain.get_config("demo")
-    mesh, init, step_function = loop.build(config)
+    mesh, init, step_function = program.build(config)
     key = jax.random.key(0)
     state, shardings = init(key)
     spec = experiment.render_spec(config)

@@ -29,7 +29,8 @@ from avcl_jax.data.pipeline import batch_shapes
 from avcl_jax.errors import UserError
 from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.views import MODALITIES
-from avcl_jax.training import loop, sharding
+from avcl_jax.training import sharding
+from avcl_jax.training.program import bank_exchange, build, loss_spec
 from avcl_jax.training.state import state_shardings
 from avcl_jax.training.step import jit_train_step
 from benchmarks import hlo_costs
@@ -73,7 +74,7 @@ def program(config: ml_collections.ConfigDict, devices: Any) -> tuple[Any, tuple
     Returns:
         The jitted step, and the shapes of its arguments (state, batch, key).
     """
-    mesh, init, step = loop.build(config, devices)
+    mesh, init, step = build(config, devices)
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(lambda key: init(key)[0], key)
     arrays = batch_shapes(
@@ -202,7 +203,7 @@ def _about(config: ml_collections.ConfigDict, devices: Any) -> dict[str, Any]:
     return {
         "chips": len(devices),
         "videos_per_chip": config.global_batch_size // len(devices),
-        "exchange": loop.bank_exchange(config, len(devices))._asdict(),
+        "exchange": bank_exchange(config, len(devices))._asdict(),
         "bank_size": config.bank.size,
     }
 
@@ -240,7 +241,7 @@ def compile_bank(
     """Compiles all draws from the bank and the insertion of a step, and reads their metrics."""
     devices, config = _setup(topology, preset, overrides, videos_per_chip)
     mesh = sharding.create_mesh(config.execution.fsdp, devices)
-    spec = loop.loss_spec(config)
+    spec = loss_spec(config)
     if spec.bank is None:
         raise UserError("bank.size is 0: set a bank to compile")
     count, dim = config.global_batch_size, config.model.embedding_dim

@@ -30,7 +30,7 @@ from avcl_jax.errors import UserError
 from avcl_jax.evaluation.driver import Context
 from avcl_jax.evaluation.retrieval import VIDEO_RETRIEVAL
 from avcl_jax.export.runs import EncoderSource
-from avcl_jax.training import loop
+from avcl_jax.training import program
 from tests.training import small
 
 PRESETS = ("demo", "kinetics400", "kinetics600", "vggsound", "audioset")
@@ -51,7 +51,7 @@ def batch_of(config):
 )
 def test_preset_builds_evaluates_shapes_and_lowers(preset):
     config = pretrain.get_config(preset)
-    _, init, step = loop.build(config)
+    _, init, step = program.build(config)
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(lambda key: init(key)[0], key)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params["video_encoder"]))

@@ -29,7 +29,8 @@ from avcl_jax.evaluation.protocol import REPORT, RESULTS, finite
 from avcl_jax.evaluation.splits import count_trained_on
 from avcl_jax.page import as_text, definitions, page, section, table, text
 from avcl_jax.paths import absolute_path, write_bytes
-from avcl_jax.training.loop import build, loss_spec, pretrain
+from avcl_jax.training.loop import pretrain
+from avcl_jax.training.program import build, loss_spec
 from avcl_jax.training.trained_records import open_records
 from avcl_jax.versions import versions
 

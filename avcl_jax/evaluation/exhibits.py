@@ -29,7 +29,7 @@ from avcl_jax.objectives.feature_bank import FeatureBank
 from avcl_jax.objectives.views import Term
 from avcl_jax.page import as_text, section, text
 from avcl_jax.training.checkpoint import CheckpointError, load_bank, read_progress
-from avcl_jax.training.loop import bank_start, loss_spec
+from avcl_jax.training.program import bank_start, loss_spec
 
 # Deviations from the mean of the log-mel values that are drawn darkest and brightest.
 _DARKEST, _BRIGHTEST = -1.5, 3.0

@@ -27,8 +27,8 @@ from avcl_jax.evaluation.views import PretrainedRun
 from avcl_jax.objectives.temporal import TASKS
 from avcl_jax.page import as_text, matrices, section, table, text, times_chance
 from avcl_jax.training.checkpoint import read_progress
-from avcl_jax.training.loop import bank_start
 from avcl_jax.training.metrics import peak_memory_gb
+from avcl_jax.training.program import bank_start
 
 BLUE, GREEN, GREY = (charts.SERIES_COLOURS[index] for index in (0, 2, 7))
 # The null controls must not tell speed or direction further than this from chance.

@@ -18,7 +18,7 @@ from avcl_jax.configs import pretrain
 from avcl_jax.data.record_writer import write_dataset_metadata
 from avcl_jax.data.records import Record, RecordDataset, shard_name
 from avcl_jax.data.selection import UsableRecords
-from avcl_jax.training import loop
+from avcl_jax.training import program
 from avcl_jax.training.checkpoint import Checkpoints, Progress
 from tests.data.synthetic_records import write_shard
 
@@ -138,7 +138,7 @@ def small_run(small_records, tmp_path_factory):
     """An untrained run: its config, its directory, its state."""
     config = small_config(small_records)
     workdir = untrained_run(config, small_records, tmp_path_factory.mktemp("run"))
-    _, init, _ = loop.build(config)
+    _, init, _ = program.build(config)
     return config, workdir, init(jax.random.key(0))[0]
 
 
@@ -149,7 +149,7 @@ def untrained_run(config, records, directory):
     (workdir / "config.json").write_text(experiment.to_json(config))
     metrics = {"step": 4, "split": "train", "va/loss": 2.0, "loss": 3.0, "peak_memory_gb": 99.0}
     (workdir / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
-    _, init, _ = loop.build(config)
+    _, init, _ = program.build(config)
     train = UsableRecords(RecordDataset(records, "train"), experiment.render_spec(config))
     with Checkpoints(workdir, keep=1) as manager:
         manager.save(init(jax.random.key(0))[0], Progress(0, 12.5, train.fingerprint, 1))

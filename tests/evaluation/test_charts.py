@@ -17,7 +17,7 @@ from avcl_jax.evaluation.charts import (
     training_section,
 )
 from avcl_jax.page import STYLE
-from avcl_jax.training.loop import bank_start
+from avcl_jax.training.program import bank_start
 
 
 def _rows(steps: int = 8) -> list[dict]:

@@ -18,7 +18,7 @@ from avcl_jax.objectives import bank_sampling
 from avcl_jax.objectives.bank_rows import BankRows, RowNumbers, presence_bits
 from avcl_jax.objectives.feature_bank import FeatureBank
 from avcl_jax.objectives.views import MODALITIES
-from avcl_jax.training import loop
+from avcl_jax.training import program
 from avcl_jax.training.objective import CONTRASTIVE_TERMS
 from avcl_jax.training.optimizer import create_optimizer, warmup_cosine
 from benchmarks.batches import random_batch
@@ -152,7 +152,7 @@ def test_a_step(clip_norm, compiled):
     """Every term, the gradient after clipping, running statistics, and the bank afterwards."""
     config = demo(clip_norm=clip_norm)
     batch = batch_of(config)
-    _, init, step = loop.build(config)
+    _, init, step = program.build(config)
     state, _ = init(jax.random.key(0))
     number = config.bank.warmup_steps
     state = dataclasses.replace(

@@ -16,7 +16,7 @@ import numpy as np
 from avcl_jax import experiment
 from avcl_jax.models.audio_visual import AudioVisualModel
 from avcl_jax.objectives import feature_bank
-from avcl_jax.training import loop, sharding
+from avcl_jax.training import program, sharding
 from avcl_jax.training.state import TrainState, state_shardings
 from tests.hlo import collective_bytes
 from tests.training.small import small_config
@@ -102,7 +102,7 @@ def prepare(micro_batches: int, *, frozen: bool, batches=None, **overrides: Any)
     """The compiled step and its initial arguments."""
     config = small_config("unused", micro_batches=micro_batches, **OVERRIDES, **overrides)
     with mock.patch.object(experiment, "audio_visual_model", frozen_model if frozen else _MODEL):
-        mesh, init, step = loop.build(config)
+        mesh, init, step = program.build(config)
         shapes = jax.eval_shape(lambda key: init(key)[0], jax.random.key(0))
     shardings = state_shardings(shapes, mesh)
     state = jax.device_put(initial(shapes), shardings)

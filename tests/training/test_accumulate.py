@@ -13,7 +13,7 @@ import pytest
 from avcl_jax.models.audio_visual import module_rows
 from avcl_jax.models.layers import BatchNorm
 from avcl_jax.objectives.contrastive import contrastive_loss
-from avcl_jax.training import accumulate, loop, sharding
+from avcl_jax.training import accumulate, program, sharding
 from tests.training import accumulated
 from tests.training.small import small_config
 
@@ -133,7 +133,7 @@ def test_statistics_stay_where_no_row_is_present():
 )
 def test_a_batch_that_does_not_divide_is_one_clear_error(overrides, message):
     with pytest.raises(ValueError, match=message):
-        loop.build(small_config("unused", **overrides))
+        program.build(small_config("unused", **overrides))
 
 
 steps = functools.cache(accumulated.steps)

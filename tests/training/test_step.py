@@ -20,7 +20,7 @@ from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.objectives import feature_bank, temporal
 from avcl_jax.objectives.bank_rows import has_all
-from avcl_jax.training import loop, objective, sharding
+from avcl_jax.training import objective, program, sharding
 from avcl_jax.training.checkpoint import Checkpoints, Progress, load_variables
 from avcl_jax.training.inputs import prepare_inputs
 from avcl_jax.training.objective import CONTRASTIVE_TERMS, LossSpec, total_loss
@@ -44,7 +44,7 @@ def ran(tmp_path_factory):
     overrides = {f"loss.weights.{term}": weight for term, weight in WEIGHTS.items()}
     overrides |= {"bank.size": 16, "optimizer.name": "sgd", "optimizer.ema_decay": EMA_DECAY}
     config = small_config(directory, **overrides)
-    mesh, init, step = loop.build(config)
+    mesh, init, step = program.build(config)
     state, _ = init(jax.random.key(0))
     source = UsableRecords(RecordDataset(directory, "train"), experiment.render_spec(config))
     rows = sharding.rows_sharding(mesh)
@@ -195,7 +195,7 @@ def outputs_and_batch():
 def loss_of(outputs, batch, state, **overrides):
     """Total loss and its metrics, by the weights above."""
     weights = {f"loss.weights.{term}": weight for term, weight in WEIGHTS.items()}
-    spec = loop.loss_spec(small_config(Path("unused"), **weights | overrides))
+    spec = program.loss_spec(small_config(Path("unused"), **weights | overrides))
     options = {"loss_spec": spec, "key": jax.random.key(0), "mesh": sharding.create_mesh(1)}
     loss, (metrics, _) = total_loss(outputs, batch, state=state, **options)
     return loss, metrics
@@ -226,7 +226,7 @@ def test_an_example_weighs_the_same_however_many_others_lack_a_modality(lacking,
 @pytest.mark.parametrize("modality", ["video", "audio"])
 def test_terms_of_a_modality_that_is_not_trained_are_left_out(modality):
     config = small_config(Path("unused"), modalities=modality)
-    _, init, step = loop.build(config)
+    _, init, step = program.build(config)
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(lambda key: init(key)[0], key)
     shapes = batch_shapes(experiment.render_spec(config), config.global_batch_size)
@@ -237,15 +237,15 @@ def test_terms_of_a_modality_that_is_not_trained_are_left_out(modality):
     groups = {name.partition("/")[0] for name in metrics if "/" in name}
     assert groups == terms | {"bank", "data", "health"}
     # The agreement of both modalities would leave every anchor without rows.
-    spec = loop.loss_spec(config).bank
+    spec = program.loss_spec(config).bank
     assert (config.bank.space, spec.space) == ("agreement", "same")
     config.bank.space = "cross"
     with pytest.raises(ValueError, match=f"compares video with audio, and modalities={modality}"):
-        loop.loss_spec(config)
+        program.loss_spec(config)
     config.bank.space = "same"
     config.loss.weights.update(dict.fromkeys(terms, 0.0))
     with pytest.raises(ValueError, match="all loss weights are 0"):
-        loop.loss_spec(config)
+        program.loss_spec(config)
 
 
 def test_the_bank_is_used_once_it_is_full_and_the_warm_up_is_over(ran):

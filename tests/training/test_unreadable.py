@@ -16,7 +16,7 @@ from avcl_jax import experiment
 from avcl_jax.data.pipeline import to_device_batch, train_batches
 from avcl_jax.data.records import RecordDataset, RecordError
 from avcl_jax.data.selection import UsableRecords
-from avcl_jax.training import loop, sharding
+from avcl_jax.training import program, sharding
 from avcl_jax.training.trained_records import UnreadableRecords
 from tests.data.synthetic_records import make_record, write_records
 from tests.training.small import arguments, run, small_config, start_processes
@@ -128,7 +128,7 @@ def steps(directory: Path, batch: dict[str, np.ndarray], **overrides):
         **{"spectral.noise": 0.0, "spectral.mask_mels": 0, "optimizer.name": "sgd"},
         "global_batch_size": len(batch["unreadable"]),
     }
-    mesh, init, step = loop.build(small_config(directory, **still | overrides))
+    mesh, init, step = program.build(small_config(directory, **still | overrides))
     state, _ = init(jax.random.key(0))
     jitted = jax.jit(step)
     on_device = to_device_batch(batch, sharding.rows_sharding(mesh))

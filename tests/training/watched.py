@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from absl import app
 
 from avcl_jax import main
-from avcl_jax.training import loop, run_steps
+from avcl_jax.training import program, run_steps
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -65,14 +65,14 @@ class Watch:
         return _to_device_batch(*args)
 
 
-_create_state, _to_device_batch = loop.create_state, run_steps.to_device_batch
+_create_state, _to_device_batch = program.create_state, run_steps.to_device_batch
 
 
 def run(path: str, arguments: list[str]) -> None:
     """Runs main and writes the notes, also if it fails."""
     watch = Watch()
     with (
-        mock.patch.object(loop, "create_state", watch.create_state),
+        mock.patch.object(program, "create_state", watch.create_state),
         mock.patch.object(run_steps, "to_device_batch", watch.to_device_batch),
     ):
         try:
