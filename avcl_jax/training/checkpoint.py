@@ -148,6 +148,7 @@ class Checkpoints:
         self._keep = keep
         self._manager = self._open()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint", _yield_to_others)
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._print_unraisable
         self._unfinished: tuple[int, concurrent.futures.Future[None]] | None = None
 
     def _open(self) -> ocp.CheckpointManager:
@@ -180,6 +181,15 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
             self._manager.close()
+            sys.unraisablehook = self._hook
+
+    def _print_unraisable(self, error: Any) -> None:
+        """Prints no errors of arrays that were being written when another one failed.
+
+        TensorStore tells each of them to the event loop of orbax, which that failure has closed.
+        """
+        if str(error.exc_value) != "Event loop is closed":
+            self._hook(error)
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest checkpoint, which may be unfinished."""

@@ -289,9 +289,13 @@ def test_training_continues_while_the_disk_is_full(records, small_disk, seen):
 
 
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written(small_disk, monkeypatch):
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
     monkeypatch.setattr(checkpoint, "_check_room", lambda directory, state: None)
     ballast = small_disk / "ballast"
-    state = {"a": jax.random.normal(jax.random.key(0), (200_000,))}
+    # Several, which are being written when the first fails.
+    sizes = 200_000, *[5_000] * 60
+    state = {str(n): jax.random.normal(jax.random.key(n), (s,)) for n, s in enumerate(sizes)}
     with checkpoint.Checkpoints(epath.Path(small_disk), keep=2) as checkpoints:
         checkpoints.save(state, checkpoint.Progress(1, 0.0, "", 1))
         checkpoints.finish()
@@ -305,6 +309,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(small_disk, monkeypa
         checkpoints.save(state, checkpoint.Progress(3, 0.0, "", 1))
     assert saved_steps(small_disk) == [1, 3]
     assert not list((small_disk / "checkpoints").glob("2*"))
+    assert not printed
     assert checkpoint.damage(epath.Path(small_disk) / "checkpoints" / "3") is None
 
 
