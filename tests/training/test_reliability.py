@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from avcl_jax.export.runs import open_encoders
 from avcl_jax.processes import STOPPED
 from avcl_jax.training import checkpoint
 from benchmarks import object_store
@@ -34,8 +35,10 @@ from tests.training.small import (
     SIGNALLED,
     arguments,
     assert_identical,
+    compilation_cache,
     one_line,
     run,
+    run_processes,
     saved_state,
     saved_steps,
     signals,
@@ -522,3 +525,70 @@ def test_a_run_in_an_object_store_that_is_killed_while_it_saves(
         compiled = [name for name in store.content if name.startswith("bucket/compiled/")]
         assert any("jit_train_step" in name for name in compiled), compiled
     seen.told(f"while every twentieth request to the store fails, one line, and {RESUMES}")
+
+
+@pytest.mark.slow
+def test_a_run_in_an_object_store_is_evaluated_and_exported_there(
+    records, tmp_path, monkeypatch, seen
+):
+    workdir, local = epath.Path("gs://bucket/a run"), epath.Path(tmp_path / "run")
+    options = {
+        "evaluation__test_split": "train",
+        "evaluation__probes": "(('motion','video'),)",
+        "evaluation__probe__costs": (0.1,),
+        "evaluation__probe__folds": 2,
+        "evaluation__clips": 1,
+        "data__allow_trained_on": True,
+        "bootstrap__resamples": 20,
+        "execution__part_records": 8,
+    }
+
+    def command(config: str, directory: epath.Path, **settings: object) -> list[str]:
+        return [
+            f"--config=configs/{config}.py",
+            f"--workdir={directory}",
+            f"--config.execution.compilation_cache={compilation_cache()}",
+            *(f"--config.{name.replace('__', '.')}={value}" for name, value in settings.items()),
+        ]
+
+    with object_store.running() as store:
+        for name, value in store.environment.items():
+            monkeypatch.setenv(name, value)
+        put, written = store.put, []
+        monkeypatch.setattr(store, "put", lambda *o: written.append(o[0]) or put(*o))
+        run(arguments(records, workdir, steps=2, bank__warmup_steps=1))
+        # By the store itself: a client in this process would not see what others write later.
+        for name, content in store.content.items():
+            if name.startswith("bucket/a run/"):
+                copy = local / name.removeprefix("bucket/a run/")
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(content)
+        run(command("evaluate", local, **options))
+        seen.act("evaluation by two processes of a run in gs://")
+        written.clear()
+        store.busy = True
+        run_processes(command("evaluate", workdir, **options), devices=1)
+        seen.ended()
+        parts = sorted(name for name in written if "/features/" in name)
+        assert len(parts) == 3 * 3  # of temporal tasks, training and test features
+        assert len(set(written)) == len(written)
+        expected = json.loads((local / "results.json").read_text())
+        found = json.loads(store.content.pop(results := "bucket/a run/results.json"))
+        assert found["metrics"] == expected["metrics"]
+        assert b"</html>" in store.content["bucket/a run/report.html"]
+        del store.content[parts[0]]
+        written.clear()
+        run(command("evaluate", workdir, **options))
+        assert [name for name in written if "/features/" in name] == parts[:1]
+        assert json.loads(store.content[results])["metrics"] == expected["metrics"]
+        assert "already holds these results" in run(command("evaluate", workdir, **options))
+        run(command("export", workdir))
+        store.busy = False
+        assert open_encoders(workdir / "export").fingerprint == found["encoder"]["fingerprint"]
+        store.failing.update(store.content)
+        line = one_line(run(command("evaluate", workdir, **options), code=1))
+        assert "try again" in line
+    seen.told(
+        "while every twentieth request to the store fails, the metrics of an evaluation on a disk; "
+        "each file is written by one process; with a part and the results gone, computes that part"
+    )
