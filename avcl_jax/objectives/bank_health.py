@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from avcl_jax.objectives.bank_ranking import HIGHEST
 from avcl_jax.objectives.bank_rows import BankSample
 from avcl_jax.objectives.feature_bank import FeatureBank, age
 from avcl_jax.objectives.views import Modality, Views
@@ -104,7 +105,7 @@ def bank_metrics(
     old = age(bank, numbers.insertion) > bank.size // 2
     for modality, rows in bank.rows.embeddings.items():
         embeddings = views.embeddings[modality][few].astype(rows.dtype)
-        cosine = jnp.einsum("vkd,rd->vkr", embeddings, rows).astype("f4")
+        cosine = jnp.einsum("vkd,rd->vkr", embeddings, rows, **HIGHEST)
         usable = own & bank.rows.usable(modality)[None]
         pairs = usable[:, None] & views.present[modality][few, :, None]
         for half, mask in (("newer", ~old), ("older", old)):

@@ -30,7 +30,7 @@ _TILE_ELEMENTS = 2**23
 # masks of a million rows at once would take 64 MiB per modality, their products with means 32 MiB.
 _BLOCK_ROWS = 2**16
 # HIGHEST is free for a bfloat16 bank; a float32 bank is ranked in float32.
-_HIGHEST: Any = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": "f4"}
+HIGHEST: Any = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": "f4"}
 
 
 class Anchors(NamedTuple):
@@ -120,12 +120,12 @@ def _by_anchor(
 
     def one(anchor: Anchors) -> Any:
         similarities = [
-            jnp.einsum("d,rd->r", query, key, **_HIGHEST)
+            jnp.einsum("d,rd->r", query, key, **HIGHEST)
             for query, key in zip(anchor.queries, keys, strict=True)
         ]
         for pair, mean in enumerate(means):
             query = anchor.queries[pair].astype("f4")
-            by_playback = jnp.einsum("d,pd->p", query, mean, **_HIGHEST)
+            by_playback = jnp.einsum("d,pd->p", query, mean, **HIGHEST)
             centred = similarities[pair] - _lookup(by_playback, playbacks[pair])
             similarities[pair] = centred * inverse[pair]
         eligible = usable & anchor.usable & (rows.numbers.source_id != anchor.source)
@@ -169,8 +169,7 @@ def playback_means(
         sums = jnp.matmul(
             chosen.astype(embeddings.dtype),
             embeddings,
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type="f4",
+            **HIGHEST,
         )
         return jnp.concatenate([sums, chosen.sum(axis=1, keepdims=True, dtype="f4")], axis=1)
 
@@ -202,8 +201,8 @@ def _inverse_lengths(embeddings: Array, playback: Array, means: Array) -> Array:
 
     def of_block(block: tuple[Array, Array]) -> Array:
         rows, number = block
-        squared = jnp.einsum("rd,rd->r", rows, rows, **_HIGHEST)
-        by_playback = jnp.einsum("pd,rd->pr", means, rows.astype("f4"), **_HIGHEST)
+        squared = jnp.einsum("rd,rd->r", rows, rows, **HIGHEST)
+        by_playback = jnp.einsum("pd,rd->pr", means, rows.astype("f4"), **HIGHEST)
         squared = squared - 2 * _lookup(by_playback, number) + _lookup(squared_means, number)
         # Below the rounding of the sum nothing is known of the direction.
         return jnp.where(squared > 1e-6, jax.lax.rsqrt(jnp.maximum(squared, 1e-6)), 0.0)

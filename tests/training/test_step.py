@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from avcl_jax.training.inputs import prepare_inputs
 from avcl_jax.training.objective import CONTRASTIVE_TERMS, LossSpec, total_loss
 from avcl_jax.training.state import TrainState
 from benchmarks.batches import random_batch
+from benchmarks.tpu_compile import program
 from tests.data.synthetic_records import make_record, write_records
 from tests.training.small import small_config
 
@@ -284,6 +286,21 @@ def test_frames_are_augmented_once_however_many_operations_read_them():
     text = jax.jit(read_twice).lower(random_batch(config)).compile().as_text()
     heads = re.findall(r"^%fused\S* \(.*", text, re.MULTILINE)
     assert len([head for head in heads if "u8[" in head]) == 1
+
+
+def test_on_accelerators_networks_multiply_bfloat16_and_all_else_at_full_precision():
+    """Lowered for them, not run: results that are promised must not depend on the platform."""
+    settings = {"model.dtype": "bfloat16", "spectrogram.where": "device"}
+    step, arguments = program(small_config(Path("unread"), **settings), jax.devices())
+    text = step.trace(*arguments).lower(lowering_platforms=("tpu", "cuda")).as_text()
+    operations = re.findall(r"stablehlo\.(convolution|dot_general)\b(.*) : \((.*)\) ->", text)
+    number = Counter(name for name, *_ in operations)
+    assert min(number["convolution"], number["dot_general"]) > 10
+    for name, attributes, types in operations:
+        if "xf32>" in types:
+            assert name == "dot_general", types
+            assert "precision = [HIGHEST, HIGHEST]" in attributes, types
+    assert text.count("tf.aliasing_output") == len(jax.tree.leaves(arguments[0]))
 
 
 @pytest.mark.parametrize(
