@@ -327,7 +327,7 @@ def fit_classifier(
         classes: number of classes of each task.
 
     Raises:
-        UserError: if there are fewer items than a batch, or the loss is not finite.
+        UserError: if there are fewer items than a batch, or a loss or gradient is not finite.
     """
     items, num_views = views.shape[:2]
     if items < batch_size:
@@ -357,11 +357,14 @@ def fit_classifier(
             view = rng.integers(num_views, size=len(batch))
             targets = {f"{name}_head": values[batch, view] for name, values in labels.items()}
             state, metrics = jitted(state, views[batch, view], targets)
-            of_steps.append(metrics["loss"].total)
-        losses.append(float(np.mean(jax.device_get(of_steps))))
-        if not np.isfinite(losses[-1]):
-            raise UserError(
-                f"the training loss of epoch {epoch} is {losses[-1]}; lower learning_rate"
-            )
+            # The last step's gradient is in no later loss.
+            of_steps.append((metrics["loss"].total, metrics["health/gradient_norm"].total))
+        means = np.mean(jax.device_get(of_steps), axis=0).tolist()
+        for name, mean in zip(("loss", "gradient norm"), means, strict=True):
+            if not np.isfinite(mean):
+                raise UserError(
+                    f"the training {name} of epoch {epoch} is {mean}; lower learning_rate"
+                )
+        losses.append(means[0])
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     return Fit(classifier, standardise, variables, losses)

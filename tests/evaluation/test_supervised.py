@@ -71,10 +71,13 @@ def test_it_learns_what_can_be_learned_and_generalises():
 class _Plain(nn.Module):
     """An encoder without batch statistics, as a transformer is."""
 
+    root_of_zero: bool = False  # finite, and its gradient is not
+
     @nn.compact
     def __call__(self, clips, *, train):
         del train
-        return {"features": nn.Dense(4)(clips.reshape(len(clips), -1))}
+        features = nn.Dense(4)(clips.reshape(len(clips), -1))
+        return {"features": features + jnp.sqrt(0 * features) if self.root_of_zero else features}
 
 
 def test_an_encoder_without_batch_norm_is_trained_and_handed_over():
@@ -88,6 +91,8 @@ def test_bad_input_says_what_and_which():
         _fit(views[:8], labels[:8])
     with pytest.raises(ValueError, match="training loss of epoch 0 is nan"):
         _fit(views * np.nan, labels, epochs=4)
+    with pytest.raises(ValueError, match="training gradient norm of epoch 0 is nan"):
+        _fit(views[:16], labels[:16], _Plain(root_of_zero=True), epochs=1, decay_epochs=1)
 
 
 FIT = SPEC | {"batch_size": 64, "learning_rate": 5e-3, "epochs": 4, "decay_epochs": 1}

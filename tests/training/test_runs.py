@@ -6,18 +6,23 @@ import dataclasses
 import json
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from avcl_jax.data.records import RecordError
+from avcl_jax.training import step as training_step
 from avcl_jax.training.checkpoint import CheckpointError
 from avcl_jax.training.loop import pretrain
+from avcl_jax.training.objective import total_loss
+from avcl_jax.training.run_steps import NonFiniteError
 from tests.data.synthetic_records import make_record, write_records
 from tests.training.small import (
     arguments,
     one_line,
     run,
     saved_state,
+    saved_steps,
     small_config,
 )
 
@@ -63,6 +68,24 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(records
     assert f"checkpoint {kept[-1]} is kept" in line
     for name, values in saved_state(workdir, kept[-1]).items():
         assert np.isfinite(values).all(), name
+
+
+@pytest.mark.slow
+def test_a_gradient_that_is_no_number_stops_a_run_of_finite_loss(records, tmp_path, monkeypatch):
+    def with_root_of_zero(outputs, *others, **options):
+        loss, metrics = total_loss(outputs, *others, **options)
+        return loss + jnp.sqrt(0 * outputs["audio_embeddings"]).sum(), metrics
+
+    monkeypatch.setattr(training_step, "total_loss", with_root_of_zero)
+    names = ("audio_encoder_gradient_norm", "gradient_norm", "parameter_norm")
+    message = f"steps 1 and 1: {', '.join(f'health/{name}' for name in names)}; no checkpoint"
+    with pytest.raises(NonFiniteError, match=message) as caught:
+        pretrain(small_config(records), tmp_path)
+    assert "--config.execution.on_nan=skip without these batches" in str(caught.value)
+    (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert row["health/gradient_norm"] == "nan"
+    assert np.isfinite([value for name, value in row.items() if name.endswith("loss")]).all()
+    assert not saved_steps(tmp_path)
 
 
 @pytest.mark.parametrize(
