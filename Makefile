@@ -1,8 +1,11 @@
-# `make demo` and `make test` need Python 3.11 and nothing else.
+# `make demo` and `make test` need Python 3.11, 3.12 or 3.13 and nothing else. PYTHON=python3.13 has an
+# environment of its own, .venv-3.13, beside .venv, which is that of python3.
+ifdef PYTHON
+VERSION := $(shell $(PYTHON) -c 'import sys; print("-%d.%d" % sys.version_info[:2])')
+$(if $(VERSION),,$(error PYTHON=$(PYTHON) does not run: name an installed Python))
+endif
 PYTHON ?= python3
-# That of Google Colab.
-COLAB_PYTHON ?= python3.12
-VENV ?= .venv
+VENV ?= .venv$(VERSION)
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m avcl_jax.main
 WORKDIR ?= runs/demo
@@ -51,9 +54,14 @@ types: $(VENV)/test-ready
 notebook: $(VENV)/test-ready
 	$(BIN)/jupytext --to ipynb notebooks/*.py
 
-# Notebooks in another Python, such as that of Colab.
-colab: $(VENV)-colab/ready
-	$(VENV)-colab/bin/python $(PYTEST) -m slow tests/test_notebook.py
+# Notebooks, and the tests that newer versions of Python and JAX are most likely to break; in Colab's
+# Python: make colab PYTHON=python3.12.
+colab: $(VENV)/test-ready
+	$(BIN)/python $(PYTEST) -m slow tests/test_notebook.py
+	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" $(BIN)/python $(PYTEST) \
+	    tests/models/test_remat.py tests/objectives/test_many_devices.py tests/training/test_step.py \
+	    tests/training/test_loop.py tests/training/test_accumulate.py tests/test_export.py \
+	    tests/data/test_records.py
 
 # The documentation as a site: open site/index.html, or serve site/ for its search.
 site: $(VENV)-docs/ready $(VENV)/demo-ready
@@ -81,16 +89,10 @@ $(VENV)-interop/ready: requirements-interop.txt requirements-tpu-aot.txt require
 	    -r requirements-dev.txt -r requirements-interop.txt -e .
 	touch $@
 
-$(VENV)-colab/ready: requirements-dev.txt requirements.txt setup.py
-	$(COLAB_PYTHON) -m venv $(VENV)-colab
-	$(VENV)-colab/bin/python -m pip install --quiet --disable-pip-version-check \
-	    -r requirements-dev.txt -e .
-	touch $@
-
 $(VENV)-docs/ready: requirements-docs.txt
 	$(PYTHON) -m venv $(VENV)-docs
 	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-interop $(VENV)-colab $(VENV)-docs build/docs data runs site
+	rm -rf $(VENV) $(VENV)-interop $(VENV)-docs $(VENV)-3.* build/docs data runs site
