@@ -26,8 +26,8 @@ from avcl_jax.training.checkpoint import Checkpoints, Progress, load_variables
 from avcl_jax.training.inputs import prepare_inputs
 from avcl_jax.training.objective import CONTRASTIVE_TERMS, LossSpec, total_loss
 from avcl_jax.training.state import TrainState
+from benchmarks import tpu_compile
 from benchmarks.batches import random_batch
-from benchmarks.tpu_compile import program
 from tests.data.synthetic_records import make_record, write_records
 from tests.training.small import small_config
 
@@ -291,7 +291,8 @@ def test_frames_are_augmented_once_however_many_operations_read_them():
 def test_on_accelerators_networks_multiply_bfloat16_and_all_else_at_full_precision():
     """Lowered for them, not run: results that are promised must not depend on the platform."""
     settings = {"model.dtype": "bfloat16", "spectrogram.where": "device"}
-    step, arguments = program(small_config(Path("unread"), **settings), jax.devices())
+    config = small_config(Path("unread"), **settings)
+    step, arguments = tpu_compile.program(config, jax.devices())
     text = step.trace(*arguments).lower(lowering_platforms=("tpu", "cuda")).as_text()
     operations = re.findall(r"stablehlo\.(convolution|dot_general)\b(.*) : \((.*)\) ->", text)
     number = Counter(name for name, *_ in operations)
