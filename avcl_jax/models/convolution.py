@@ -1,15 +1,16 @@
 """Convolution, lowered to the form that is fast on the platform; equal results everywhere.
 
-An accelerator gets the convolution unchanged. XLA's CPU backend has no fast 3-D kernel, so there a
-kernel of one frame or of one pixel becomes a 2-D convolution; and its gradient
-of a kernel is several times slower than the same sum as matrix products. This is the one place
-that chooses; docs/performance.md has the figures.
+A TPU gets the convolution unchanged. For a GPU, XLA lays 3-D convolutions out with channels first,
+for which there are no fast bfloat16 kernels, and its CPU backend has no fast 3-D kernel: on both, a
+kernel of one frame or of one pixel becomes a 2-D convolution. On a CPU, XLA's gradient of a kernel
+is also several times slower than the same sum as matrix products. This is the one place that
+chooses; docs/performance.md has the figures.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-Lowering = Literal["auto", "direct", "folded"]
+Lowering = Literal["auto", "direct", "folded", "products"]
+_Form = Callable[[Array, Array, tuple[int, ...]], Array]
 
 # Measured: a matrix product over at least this many rows is faster in parts.
 _SPLIT_ROWS, _PARTS = 2**15, 8
@@ -31,19 +33,16 @@ def convolve(x: Array, kernel: Array, strides: Sequence[int], lowering: Lowering
         x: [batch, *space, channels] with two or three dimensions of space.
         kernel: [*space, channels, features], of the same dtype.
         strides: one for each dimension of space.
-        lowering: "direct" is one convolution, "folded" what a CPU is fast at; "auto" takes the
-            latter where the program is compiled for a CPU. All give the same numbers up to
-            rounding.
+        lowering: "direct" is one convolution, "folded" a 2-D one where the kernel allows it,
+            "products" the same with matrix products for the gradient of the kernel. "auto" takes
+            what the platform that the program is compiled for is fast at. All give the same
+            numbers up to rounding.
 
     Returns:
         [batch, *space, features].
     """
-    strides = tuple(strides)
-    if lowering == "direct":
-        return _direct(x, kernel, strides)
-    if lowering == "folded":
-        return _folded(x, kernel, strides)
-    return _by_platform(x, kernel, strides)
+    form = _by_platform if lowering == "auto" else _FORMS[lowering]
+    return form(x, kernel, tuple(strides))
 
 
 def _direct(x: Array, kernel: Array, strides: tuple[int, ...]) -> Array:
@@ -53,21 +52,21 @@ def _direct(x: Array, kernel: Array, strides: tuple[int, ...]) -> Array:
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
 
 
-def _folded(x: Array, kernel: Array, strides: tuple[int, ...]) -> Array:
+def _folded(x: Array, kernel: Array, strides: tuple[int, ...], convolve: _Form = _direct) -> Array:
     """By 2-D convolutions over frames or over flattened pixels where the kernel allows it."""
     if x.ndim == 5:
         time, height, width = kernel.shape[:3]
         if time == 1 and strides[0] == 1:
             batch, frames = x.shape[:2]
-            y = _convolve(x.reshape(-1, *x.shape[2:]), kernel[0], strides[1:])
+            y = convolve(x.reshape(-1, *x.shape[2:]), kernel[0], strides[1:])
             return y.reshape(batch, frames, *y.shape[1:])
         if height == width == 1:
             x = x[:, :, :: strides[1], :: strides[2]]
             batch, frames, rows, columns, channels = x.shape
             x = x.reshape(batch, frames, rows * columns, channels)
-            y = _convolve(x, kernel[:, 0], (strides[0], 1))
+            y = convolve(x, kernel[:, 0], (strides[0], 1))
             return y.reshape(batch, -1, rows, columns, kernel.shape[-1])
-    return _convolve(x, kernel, strides)
+    return convolve(x, kernel, strides)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -87,6 +86,16 @@ def _convolve_backward(strides: tuple[int, ...], saved: Any, dy: Array) -> tuple
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _products(x: Array, kernel: Array, strides: tuple[int, ...]) -> Array:
+    """`_folded`, with a gradient of the kernel that a CPU computes fast."""
+    return _folded(x, kernel, strides, _convolve)
+
+
+_FORMS: dict[str, _Form] = {"direct": _direct, "folded": _folded, "products": _products}
+# Others, TPUs among them, take the direct form.
+_OF_PLATFORM = {"cpu": "products", "cuda": "folded"}
 
 
 def _kernel_gradient(
@@ -154,20 +163,25 @@ def _product(left: Array, right: Array) -> Array:
     return products.sum(axis=0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _by_platform(x: Array, kernel: Array, strides: tuple[int, ...]) -> Array:
-    """Folded where compiled for a CPU, else direct.
+def _choose(function: Callable[..., Any], *arrays: Array) -> Any:
+    """Calls function(form, *arrays) with the form for the platform.
 
     The choice is made when the program is lowered for a platform, not when it is traced, so a
-    program for a TPU may be compiled on a machine without one. Differentiated as a whole, because
-    automatic differentiation of a choice would keep what either side needs.
+    program for a TPU may be compiled on a machine without one.
     """
+    forms = {
+        platform: functools.partial(function, _FORMS[name])
+        for platform, name in _OF_PLATFORM.items()
+    }
     return jax.lax.platform_dependent(
-        x,
-        kernel,
-        cpu=functools.partial(_folded, strides=strides),
-        default=functools.partial(_direct, strides=strides),
+        *arrays, **forms, default=functools.partial(function, _direct)
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _by_platform(x: Array, kernel: Array, strides: tuple[int, ...]) -> Array:
+    """Differentiated as a whole: that of a choice would keep what any of the forms needs."""
+    return _choose(lambda form, x, kernel: form(x, kernel, strides), x, kernel)
 
 
 def _by_platform_forward(x: Array, kernel: Array, strides: tuple[int, ...]) -> tuple[Array, Any]:
@@ -175,16 +189,15 @@ def _by_platform_forward(x: Array, kernel: Array, strides: tuple[int, ...]) -> t
 
 
 def _by_platform_backward(strides: tuple[int, ...], saved: Any, dy: Array) -> tuple[Array, Array]:
-    def folded(x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
-        return jax.vjp(functools.partial(_folded, strides=strides), x, kernel)[1](dy)
-
-    def direct(x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
+    def gradients(form: _Form, x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
+        if form is _products:  # has a gradient of its own
+            return jax.vjp(lambda x, kernel: form(x, kernel, strides), x, kernel)[1](dy)
         # Linear in either: nothing is traced that has been computed before.
-        (dx,) = jax.linear_transpose(lambda x: _direct(x, kernel, strides), x)(dy)
-        (dkernel,) = jax.linear_transpose(lambda kernel: _direct(x, kernel, strides), kernel)(dy)
+        (dx,) = jax.linear_transpose(lambda x: form(x, kernel, strides), x)(dy)
+        (dkernel,) = jax.linear_transpose(lambda kernel: form(x, kernel, strides), kernel)(dy)
         return dx, dkernel
 
-    return jax.lax.platform_dependent(*saved, dy, cpu=folded, default=direct)
+    return _choose(gradients, *saved, dy)
 
 
 _by_platform.defvjp(_by_platform_forward, _by_platform_backward)

@@ -139,7 +139,7 @@ class Conv(nn.Module):
         features: output channels.
         kernel_size: (time, height, width), or (frames, mels).
         strides: along the same axes.
-        lowering: "auto", "direct" (as it is) or "folded" (2-D where the kernel allows it).
+        lowering: see `convolve`.
         dtype: compute dtype; parameters are float32.
     """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +39,8 @@ def arrays(case):
 
 
 @pytest.mark.parametrize(
-    ("case", "lowering"), [*((case, "folded") for case in CASES), ("spatial", "auto")]
+    ("case", "lowering"),
+    [*itertools.product(CASES, ("folded", "products")), ("spatial", "auto")],
 )
 def test_values_and_gradients_are_those_of_one_convolution(case, lowering):
     x, kernel, strides = arrays(case)
@@ -71,7 +74,7 @@ def test_half_precision_sums_in_single():
     x16, kernel16 = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
 
     def gradient(x, kernel):
-        return jax.grad(lambda kernel: convolve(x, kernel, strides, "folded").sum())(kernel)
+        return jax.grad(lambda kernel: convolve(x, kernel, strides, "products").sum())(kernel)
 
     exact = gradient(x16.astype(jnp.float32), kernel16.astype(jnp.float32))
     got = gradient(x16, kernel16)
@@ -80,7 +83,7 @@ def test_half_precision_sums_in_single():
     np.testing.assert_allclose(got.astype(jnp.float32), exact, rtol=2**-8, atol=0.05)
 
 
-@pytest.mark.parametrize(("platform", "dimensions"), [("cpu", 2), ("tpu", 3), ("cuda", 3)])
+@pytest.mark.parametrize(("platform", "dimensions"), [("cpu", 2), ("tpu", 3), ("cuda", 2)])
 def test_the_platform_that_it_is_compiled_for_chooses(platform, dimensions):
     x, kernel, strides = arrays("spatial")
 
