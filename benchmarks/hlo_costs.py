@@ -17,8 +17,8 @@ COLLECTIVES = (
     *("all-reduce", "all-gather", "all-to-all", "ragged-all-to-all", "reduce-scatter"),
     *("collective-permute", "collective-broadcast"),
 )
-# Names and copies, and transfers that overlap with the computation.
-_FREE = frozenset(
+# Names and copies, and transfers that overlap with the computation: without cost of their own.
+FREE = frozenset(
     (
         *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all"),
         *("copy-start", "copy-done", "slice-start", "slice-done", "async-done", "async-update"),
@@ -275,7 +275,7 @@ def cycles(module: Module) -> Cycles:
             estimate = _CYCLES.search(instruction.attributes)
             if estimate:
                 counted[instruction.op_name] += int(estimate[1])
-            elif instruction.opcode not in _FREE and _NOTHING not in instruction.attributes:
+            elif instruction.opcode not in FREE and _NOTHING not in instruction.attributes:
                 uncounted[instruction.opcode] += num_bytes(shapes(instruction.type))
             if instruction.opcode == "conditional":
                 branches = [count(branch) for branch in instruction.branches]

@@ -44,16 +44,14 @@ def _row(name: str, value: float | None, unit: str, detail: dict[str, Any]) -> R
 
 
 def _compile(function: str, arguments: dict[str, Any], **overrides: str) -> dict[str, Any]:
-    """Calls a function of `tpu_compile` in its own process, with further overrides."""
+    """Calls a function of `aot` in its own process, with further overrides."""
     if overrides:
         arguments = {**arguments, "overrides": {**arguments["overrides"], **overrides}}
-    return measure.run_child(
-        f"benchmarks.tpu_compile:{function}", arguments, environment=ENVIRONMENT
-    )
+    return measure.run_child(f"benchmarks.aot:{function}", arguments, environment=ENVIRONMENT)
 
 
 def estimate(topology: str, step: dict[str, Any]) -> dict[str, Any]:
-    """Times and fractions from the result of `tpu_compile.compile_step` and the chip's data.
+    """Times and fractions from the result of `aot.compile_step` and the chip's data.
 
     Returns:
         Seconds of computation at the chip's clock, seconds of the interconnect by kind of

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import measure, tpu_aot, tpu_compile
+from benchmarks import aot, measure, tpu_aot
 
 STEP: dict[str, Any] = {
     "cycles": 150_390_625,  # at the clock that gives v5e its peak: 0.1 s
@@ -63,7 +63,7 @@ def test_rows_have_their_names_and_targets(monkeypatch: pytest.MonkeyPatch) -> N
         "collective_mb_per_chip_256": ("<= 44", "met"),
         "interconnect_over_compute": ("<= 0.1", "met"),
     }
-    assert calls[1] == ("benchmarks.tpu_compile:compile_step", "v5e:16x16", "cpu")
+    assert calls[1] == ("benchmarks.aot:compile_step", "v5e:16x16", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_program_that_does_not_fit_says_by_how_much(
 
 def test_a_compiler_that_dies_leaves_the_other_topologies(monkeypatch: pytest.MonkeyPatch) -> None:
     def die(*_: Any, **__: Any) -> None:
-        raise measure.ChildError("benchmarks.tpu_compile:compile_step failed with status -11:\n")
+        raise measure.ChildError("benchmarks.aot:compile_step failed with status -11:\n")
 
     monkeypatch.setattr(measure, "run_child", die)
     rows = tpu_aot.step_rows({"topology": "v6e:4x4"})
@@ -131,16 +131,16 @@ def test_overrides_are_those_of_main(capsys: pytest.CaptureFixture[str]) -> None
         parser, ["--config.model.video.lowering=folded", "--config.bank.size=131072"]
     )
     overrides = dict(option.removeprefix("--config.").split("=", 1) for option in options)
-    config = tpu_compile.config_of("kinetics400", overrides)
+    config = aot.config_of("kinetics400", overrides)
     assert config.model.video.lowering == "folded"
     assert config.model.video.name == "r2plus1d_18"
     assert config.bank.size == 131_072
     other = {"model.video.name": "vivit_s", "model.video.subtract_time_mean": "False"}
-    assert tpu_compile.config_of("kinetics400", other).model.video.name == "vivit_s"
+    assert aot.config_of("kinetics400", other).model.video.name == "vivit_s"
     with pytest.raises(ValueError, match=r"model\.video\.name=vivit_s has no such setting"):
-        tpu_compile.config_of("kinetics400", other | overrides)
+        aot.config_of("kinetics400", other | overrides)
     with pytest.raises(ValueError, match=r"kinetics400 has no key 'bank\.sise'"):
-        tpu_compile.config_of("kinetics400", {"bank.sise": "1"})
+        aot.config_of("kinetics400", {"bank.sise": "1"})
     with pytest.raises(SystemExit):
         measure.parse_with_overrides(parser, ["--bank.size=1"])
     assert "--bank.size=1: overrides are --config.KEY=VALUE" in capsys.readouterr().err
@@ -162,7 +162,7 @@ def test_what_was_compiled_is_not_compiled_again(tmp_path) -> None:
         return x @ x
 
     lowered = jax.jit(step).lower(jnp.ones((4, 4)))
-    text, facts = tpu_compile.compile_cached(lowered, "v5e:4x4", tmp_path)
+    text, facts = aot.compile_cached(lowered, "v5e:4x4", tmp_path)
     assert facts["memory"]["argument"] == 64
 
     class Uncompilable:
@@ -171,7 +171,7 @@ def test_what_was_compiled_is_not_compiled_again(tmp_path) -> None:
         def as_text(self) -> str:
             return lowered.as_text()
 
-    again = tpu_compile.compile_cached(Uncompilable(), "v5e:4x4", tmp_path)
+    again = aot.compile_cached(Uncompilable(), "v5e:4x4", tmp_path)
     assert again == (text, facts)
     with pytest.raises(AttributeError, match="compile"):
-        tpu_compile.compile_cached(Uncompilable(), "v5e:16x16", tmp_path)
+        aot.compile_cached(Uncompilable(), "v5e:16x16", tmp_path)

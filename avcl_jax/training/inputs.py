@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from avcl_jax.data.augment import (
@@ -17,7 +19,17 @@ from avcl_jax.data.augment import (
     to_unit_range,
 )
 from avcl_jax.data.rendering import RenderSpec
-from avcl_jax.data.spectrogram import log_mel
+from avcl_jax.data.spectrogram import LogMelSpec, log_mel
+from avcl_jax.training.sharding import rows_sharding
+
+
+def _log_mel(windows: Array, spec: LogMelSpec, mesh: Mesh | None) -> Array:
+    """`log_mel`, on each device of its own rows: XLA splits no FFT, and would gather all rows."""
+    local = functools.partial(log_mel, spec=spec, xp=jnp)
+    if mesh is not None:
+        rows = rows_sharding(mesh).spec
+        local = jax.shard_map(local, mesh=mesh, in_specs=rows, out_specs=rows)
+    return local(windows)
 
 
 def prepare_inputs(
@@ -28,6 +40,7 @@ def prepare_inputs(
     pixel_std: float,
     augmentation: tuple[PhotometricSpec, SpectralSpec] | None,
     key: Array | None,
+    mesh: Mesh | None = None,
 ) -> dict[str, Array]:
     """Computes spectrograms where they are the device's task, augments, standardises frames.
 
@@ -37,15 +50,16 @@ def prepare_inputs(
         pixel_std: standard deviation of pixels in [0, 1].
         augmentation: settings for frames and for spectrograms; None for evaluation.
         key: JAX random key of the augmentation; may be None without it.
+        mesh: devices over which the batch is split; None for one.
 
     Returns:
         `video` float32 [videos, 2, num_frames, size, size, 3], `spectrogram` float32
         [videos, 2, frames, mels], and `has_video` and `has_audio` as in the batch.
     """
-    on_device = spec.spectrogram_on_device
-    spectrogram = (
-        log_mel(batch["audio_windows"], spec.log_mel, jnp) if on_device else batch["spectrogram"]
-    )
+    if spec.spectrogram_on_device:
+        spectrogram = _log_mel(batch["audio_windows"], spec.log_mel, mesh)
+    else:
+        spectrogram = batch["spectrogram"]
     if augmentation is not None:
         assert key is not None, "augmentation needs a key"
         video_key, audio_key = jax.random.split(key)

@@ -121,6 +121,7 @@ def build(
             pixel_mean=config.pixels.mean,
             pixel_std=config.pixels.std,
             augmentation=experiment.augmentation(config),
+            mesh=mesh,
         ),
         ema_decay=section.ema_decay,
         micro_batches=config.micro_batches,

@@ -44,7 +44,7 @@ OVERRIDES = {
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run_child(
-        "benchmarks.tpu_compile:compile_step",
+        "benchmarks.aot:compile_step",
         {
             "topology": TOPOLOGY,
             "preset": "kinetics400",
@@ -59,7 +59,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "v5p:2x2x1"])
 def test_a_large_product_comes_near_the_peak_and_not_beyond(topology: str) -> None:
     product = run_child(
-        "benchmarks.tpu_compile:compile_product",
+        "benchmarks.aot:compile_product",
         {"topology": topology, "size": 8192},
         environment=tpu_aot.ENVIRONMENT,
     )

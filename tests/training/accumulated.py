@@ -1,11 +1,12 @@
 """Steps of one batch in one and in several micro-batches; run here and on eight devices.
 
-As a module it writes an .npz of what `steps` returns, and of the bytes that devices exchange.
+As a module it writes an .npz of what `steps` and `spectrograms` return.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from typing import Any
 from unittest import mock
@@ -14,9 +15,15 @@ import jax
 import numpy as np
 
 from avcl_jax import experiment
+from avcl_jax.data.spectrogram import log_mel
 from avcl_jax.models.audio_visual import AudioVisualModel
 from avcl_jax.objectives import feature_bank
+<<<<<<< HEAD
 from avcl_jax.training import program, sharding
+=======
+from avcl_jax.training import loop, sharding
+from avcl_jax.training.inputs import prepare_inputs
+>>>>>>> dac22b7 (Each device computes the spectrograms of its own rows: XLA gathered all of them for the FFT)
 from avcl_jax.training.state import TrainState, state_shardings
 from tests.hlo import collective_bytes
 from tests.training.small import small_config
@@ -134,15 +141,36 @@ def steps(micro_batches: int, *, frozen: bool, **options: Any) -> dict[str, np.n
     return results
 
 
+def spectrograms() -> dict[str, np.ndarray]:
+    """Spectrograms that devices compute of their rows, those of numpy, and bytes exchanged."""
+    spec = experiment.render_spec(small_config("unused", **{"spectrogram.where": "device"}))
+    mesh = sharding.create_mesh(1)
+    rng = np.random.default_rng(0)
+    shape = (VIDEOS, 2, spec.log_mel.frames, spec.log_mel.window)
+    windows = rng.integers(-(2**15), 2**15, shape, dtype=np.int16)
+    inputs = {**batch(0), "audio_windows": windows}
+    prepared = functools.partial(
+        prepare_inputs, spec=spec, pixel_mean=0.5, pixel_std=0.5, augmentation=None, key=None
+    )
+    placed = jax.device_put(inputs, sharding.rows_sharding(mesh))
+    compiled = jax.jit(functools.partial(prepared, mesh=mesh)).lower(placed).compile()
+    return {
+        "spectrogram": np.asarray(compiled(placed)["spectrogram"]),
+        "expected": log_mel(windows, spec.log_mel),
+        # The exchange of a condition's boolean, for pixels, is no matter.
+        "collectives": np.array(collective_bytes(compiled.as_text())["all-gather"]),
+    }
+
+
 def main(path: str) -> None:
-    """Writes the steps on all devices, whole and in two parts."""
+    """Writes the steps on all devices, whole and in two parts, and their spectrograms."""
     assert jax.device_count() == 8
     found = {
         f"{parts}|{name}": value
         for parts in (1, 2)
         for name, value in steps(parts, frozen=True).items()
     }
-    np.savez(path, **found)
+    np.savez(path, **found, **{f"inputs|{name}": value for name, value in spectrograms().items()})
 
 
 if __name__ == "__main__":

@@ -173,13 +173,20 @@ def on_eight_devices(run_with_cpu_devices, tmp_path_factory):
     found = dict(np.load(path))
     return {
         parts: {n.partition("|")[2]: v for n, v in found.items() if n.startswith(f"{parts}|")}
-        for parts in (1, 2)
+        for parts in ("1", "2", "inputs")
     }
 
 
 @pytest.mark.slow
+def test_devices_compute_the_spectrograms_of_their_own_rows(on_eight_devices):
+    found = on_eight_devices["inputs"]
+    np.testing.assert_allclose(found["spectrogram"], found["expected"], atol=1e-4)
+    assert found["collectives"] == 0
+
+
+@pytest.mark.slow
 def test_eight_devices_in_parts_agree_and_keep_their_rows(on_eight_devices):
-    whole, parts = on_eight_devices[1], on_eight_devices[2]
+    whole, parts = on_eight_devices["1"], on_eight_devices["2"]
     assert_same_steps(parts, whole)
     one = steps(1, frozen=True)
     for name in one:

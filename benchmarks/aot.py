@@ -1,8 +1,9 @@
-"""Compiles the pretraining step for TPUs that need not exist, and reads the compiled program.
+"""Compiles the pretraining step for devices that need not exist, and reads the compiled program.
 
-Each function runs in its own process (`measure.run_child`, environment of `tpu_aot`), because
-libtpu reads its environment once. A full step takes minutes to compile, so programs are cached
-under a hash of the program, the topology and the versions; metrics are read from them again.
+Each function runs in its own process (`measure.run_child`, environment of `tpu_aot` or `gpu_aot`),
+because the compilers read their environment once. A full step takes minutes to compile, so programs
+are cached under a hash of the program, the topology and the versions; metrics are read from them
+again.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from avcl_jax.training.state import state_shardings
 from avcl_jax.training.step import jit_train_step
 from benchmarks import hlo_costs
 from benchmarks.batches import complete_views, draw_all
+from benchmarks.gpu_costs import GPUS, costs, gpu_of
 from benchmarks.measure import version
 from benchmarks.model_flops import matrix_flops
 
@@ -64,7 +66,12 @@ def config_of(preset: str, overrides: Mapping[str, str]) -> ml_collections.Confi
 
 
 def _devices(topology: str) -> Any:
-    """Devices of a slice such as "v5e:4x4", which need not exist."""
+    """Devices of "v5e:4x4", a slice of TPUs, or "h100:8", a host of GPUs; they need not exist."""
+    if topology.partition(":")[0] in GPUS:
+        gpu, gpus = gpu_of(topology)
+        return topologies.get_topology_desc(
+            platform="cuda", target_config=gpu.target, topology=f"1x{gpus}x1"
+        ).devices
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
@@ -108,7 +115,8 @@ def step_flops(config: ml_collections.ConfigDict) -> int:
 
 def compile_cached(lowered: Any, topology: str, cache: Path) -> tuple[str, dict[str, Any]]:
     """Text of the compiled program and further facts, from the cache if they are in it."""
-    versions = {name: version(name) for name in ("jax", "jaxlib", "libtpu")}
+    compiler = "jax-cuda12-pjrt" if topology.partition(":")[0] in GPUS else "libtpu"
+    versions = {name: version(name) for name in ("jax", "jaxlib", compiler)}
     about = json.dumps([topology, versions], sort_keys=True)
     name = hashlib.sha256((about + lowered.as_text()).encode()).hexdigest()[:24]
     text_path, facts_path = cache / f"{name}.hlo.gz", cache / f"{name}.json"
@@ -126,7 +134,8 @@ def compile_cached(lowered: Any, topology: str, cache: Path) -> tuple[str, dict[
             kind: getattr(memory, f"{kind}_size_in_bytes")
             for kind in ("argument", "output", "alias", "temp", "generated_code")
         },
-        "compiler_flops": compiled.cost_analysis()["flops"],
+        # The GPU compiler counts none.
+        "compiler_flops": (compiled.cost_analysis() or {}).get("flops"),
     }
     text = compiled.as_text()
     cache.mkdir(parents=True, exist_ok=True)
@@ -147,14 +156,30 @@ def _part(op_name: str) -> str:
     return "other" if op_name else "unnamed"
 
 
-def _metrics(text: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """Metrics of a compiled program, per chip."""
-    module = hlo_costs.parse(text)
+def _cycles(module: hlo_costs.Module) -> dict[str, Any]:
+    """Estimates of the TPU compiler, per chip."""
     cycles = hlo_costs.cycles(module)
     parts: Counter[str] = Counter()
     for op_name, count in cycles.by_op_name.items():
         parts[_part(op_name)] += count
-    memory = facts["memory"]
+    return {
+        "cycles": cycles.total,
+        "cycles_by_part": dict(parts.most_common()),
+        "bytes_without_cycles": dict(cycles.uncounted.most_common(8)),
+        "loops_of_unknown_length": cycles.loops_of_unknown_length,
+        "convolutions": {
+            f"{left} x {right}, {dimensions}-D": count
+            for (left, right, dimensions), count in hlo_costs.convolution_types(
+                module, "conv_general_dilated"
+            ).items()
+        },
+    }
+
+
+def _metrics(text: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Metrics of a compiled program, per chip."""
+    module = hlo_costs.parse(text)
+    topology, memory = facts["topology"], facts["memory"]
     grouped: dict[tuple[str, str], list[int]] = {}
     reduced: Counter[str] = Counter()  # elements of all-reduces outside the bank, by dtype
     for collective in hlo_costs.collectives(module):
@@ -165,23 +190,18 @@ def _metrics(text: str, facts: dict[str, Any]) -> dict[str, Any]:
         if (collective.kind, part) == ("all-reduce", "step"):
             for dtype, count in collective.shapes:
                 reduced[dtype] += collective.times * count
+    if topology.partition(":")[0] in GPUS:
+        of_chip = vars(costs(module, *gpu_of(topology)))
+    else:
+        of_chip = _cycles(module)
     return {
         **facts,
+        **of_chip,
         "hbm_bytes": sum(memory.values()) - 2 * memory["alias"],
-        "cycles": cycles.total,
-        "cycles_by_part": dict(parts.most_common()),
-        "bytes_without_cycles": dict(cycles.uncounted.most_common(8)),
-        "loops_of_unknown_length": cycles.loops_of_unknown_length,
         "collectives": [
             {"kind": kind, "part": part, "times": times, "bytes": count}
             for (kind, part), (times, count) in sorted(grouped.items())
         ],
-        "convolutions": {
-            f"{left} x {right}, {dimensions}-D": count
-            for (left, right, dimensions), count in hlo_costs.convolution_types(
-                module, "conv_general_dilated"
-            ).items()
-        },
         "aliased_parameters": len(module.aliased_parameters),
         "reduced_elements": dict(reduced),
     }
