@@ -37,8 +37,8 @@ reliability: $(VENV)/test-ready
 	AVCL_JAX_KILLS=20 AVCL_JAX_TABLE=docs/reliability.md \
 	    $(BIN)/python -m pytest -m "slow or not slow" tests/training/test_reliability*.py
 
-# Apache Beam, object stores, TensorFlow, PyTorch, libtpu: packages of the extras, in an environment of
-# their own. PyTorch's tests run in a process of their own: it and TensorFlow bring two OpenMPs.
+# Apache Beam, object stores, TensorFlow, PyTorch, compilers for TPUs and GPUs: packages of the
+# extras, in an environment of their own. PyTorch's tests run in a process of their own: it and TensorFlow bring two OpenMPs.
 interop: $(VENV)-interop/ready
 	$(VENV)-interop/bin/python $(PYTEST) -m interop
 	$(VENV)-interop/bin/python $(PYTEST) -m torch
@@ -82,8 +82,8 @@ $(VENV)/test-ready: requirements-dev.txt requirements.txt setup.py | $(VENV)/bin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -e .
 	touch $@ $(VENV)/demo-ready
 
-$(VENV)-interop/ready: requirements-interop.txt requirements-tpu-aot.txt requirements-dev.txt \
-    requirements.txt setup.py
+$(VENV)-interop/ready: requirements-interop.txt requirements-tpu-aot.txt requirements-gpu-aot.txt \
+    requirements-dev.txt requirements.txt setup.py
 	$(PYTHON) -m venv $(VENV)-interop
 	$(VENV)-interop/bin/python -m pip install --quiet --disable-pip-version-check \
 	    -r requirements-dev.txt -r requirements-interop.txt -e .

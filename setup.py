@@ -72,6 +72,7 @@ setup(
         "mteb": ["mteb>=2.26.24"],
         # Every JAX names the libtpu that matches it; requirements-tpu-aot.txt has the one tested.
         "tpu-aot": ["jax[tpu]"],
+        "gpu-aot": ["jax-cuda12-plugin"],
     },
     entry_points={
         "console_scripts": [

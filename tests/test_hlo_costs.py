@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from avcl_jax.errors import UserError
 from avcl_jax.models.convolution import convolve
 from benchmarks import hlo_costs
+from benchmarks.gpu_costs import GPUS, costs, gpu_of
 from benchmarks.model_flops import matrix_flops
 from benchmarks.tpu_chips import CHIPS, chip_of, exchange_seconds
 
@@ -225,3 +228,91 @@ def test_time_of_exchanges_on_rings_and_lines() -> None:
     assert exchange_seconds("all-reduce", 10**6, chip, (1, 1)) == 0
     with pytest.raises(ValueError, match="no model of the time of 'send'"):
         exchange_seconds("send", 1, chip, (4, 4))
+
+
+# As the GPU compiler writes it: cuDNN's convolutions, one of them with channels first, a fused
+# product, a fused transpose, and an exchange behind a convolution.
+GPU_PROGRAM = """\
+HloModule jit_step, is_scheduled=true
+
+%fused_product (a: bf16[8,16], b: bf16[16,4]) -> bf16[8,4] {
+  %a = bf16[8,16]{1,0} parameter(0)
+  %b = bf16[16,4]{1,0} parameter(1)
+  ROOT %dot = bf16[8,4]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%fused_transpose (c: f32[8,4]) -> f32[4,8] {
+  %c = f32[8,4]{1,0} parameter(0)
+  ROOT %transpose = f32[4,8]{1,0} transpose(%c), dimensions={1,0}
+}
+
+%fused_sum (d: f32[8,4]) -> f32[8,4] {
+  %d = f32[8,4]{1,0} parameter(0)
+  ROOT %add = f32[8,4]{1,0} add(%d, %d)
+}
+
+ENTRY %main (x: bf16[2,6,6,8], k: bf16[16,3,3,8], p: bf16[8,16], q: bf16[16,4], f: f32[8,4]) \
+-> f32[4,8] {
+  %x = bf16[2,6,6,8]{3,2,1,0} parameter(0)
+  %k = bf16[16,3,3,8]{3,2,1,0} parameter(1)
+  %p = bf16[8,16]{1,0} parameter(2)
+  %q = bf16[16,4]{1,0} parameter(3)
+  %f = f32[8,4]{1,0} parameter(4)
+  %start = (f32[8,4]{1,0}, f32[8,4]{1,0}) all-reduce-start(%f), to_apply=%fused_sum
+  %forward = (bf16[2,3,3,16]{3,2,1,0}, u8[4096]{0}) custom-call(%x, %k), window={size=3x3}, \
+dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convForward"
+  %y = bf16[2,3,3,16]{3,2,1,0} get-tuple-element(%forward), index=0
+  %kernels = (bf16[16,3,3,8]{3,2,1,0}, u8[0]{0}) custom-call(%x, %y), window={size=3x3}, \
+dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBackwardFilter"
+  %done = f32[8,4]{1,0} all-reduce-done(%start)
+  %inputs = (bf16[2,6,6,8]{3,2,1,0}, u8[0]{0}) custom-call(%y, %k), window={size=3x3}, \
+dim_labels=bf01_oi01->bf01, custom_call_target="__cudnn$convBackwardInput"
+  %product = bf16[8,4]{1,0} fusion(%p, %q), kind=kCustom, calls=%fused_product
+  %sum = f32[8,4]{1,0} fusion(%done), kind=kLoop, calls=%fused_sum
+  ROOT %out = f32[4,8]{1,0} fusion(%sum), kind=kInput, calls=%fused_transpose
+}
+"""
+
+
+def test_costs_of_a_program_for_gpus() -> None:
+    gpu = dataclasses.replace(GPUS["h100"], peak_flops=1e9, bandwidth=1e6, link_bandwidth=64_000.0)
+    found = costs(hlo_costs.parse(GPU_PROGRAM), gpu, 2)
+    # Bytes, of which 4,096 of working memory are no argument.
+    x, kernel, y = 2 * 576, 2 * 1152, 2 * 288
+    convolution, product, small = x + kernel + y, 2 * (128 + 64 + 32), 2 * 128
+    assert found.bytes == 3 * convolution + product + 2 * small
+    assert found.relayout_bytes == small
+    # 18 pixels of 16 features of 9 taps of 8 channels; with channels first, 3 features a pixel.
+    flops = 2 * 18 * 16 * 9 * 8
+    first = 2 * 1152 * 288 // 3
+    assert found.convolution_flops == 2 * flops + first
+    assert found.channels_last_flops == 2 * flops
+    bounds = [flops / 1e9, first / 1e9, 2 * 8 * 16 * 4 / 1e9]
+    assert max(bounds) < convolution / 1e6  # all are bound by memory
+    assert found.seconds == pytest.approx(found.bytes / 1e6)
+    assert found.seconds_by_kind == {
+        "memory of convolutions and products": pytest.approx((3 * convolution + product) / 1e6),
+        "other memory": pytest.approx(small / 1e6),
+        "layout": pytest.approx(small / 1e6),
+    }
+    # 128 bytes, once there and once back, half of them each; two convolutions take longer.
+    assert found.exchange_seconds == pytest.approx(2 * 128 / 2 / 64_000)
+    assert found.overlapped_seconds == pytest.approx(found.exchange_seconds)
+    slow = costs(hlo_costs.parse(GPU_PROGRAM), dataclasses.replace(gpu, link_bandwidth=1e4), 2)
+    assert slow.exchange_seconds == pytest.approx(0.0128)
+    assert slow.overlapped_seconds == pytest.approx(2 * convolution / 1e6)
+
+
+def test_matrix_units_bound_what_they_must() -> None:
+    gpu = dataclasses.replace(GPUS["h100"], peak_flops=1e6, bandwidth=1e9)
+    found = costs(hlo_costs.parse(GPU_PROGRAM), gpu, 1)
+    flops = found.convolution_flops + 2 * 8 * 16 * 4
+    assert found.seconds_by_kind["matrix units"] == pytest.approx(flops / 1e6)
+    assert found.exchange_seconds == 0
+
+
+@pytest.mark.parametrize("topology", ["h100", "h100:0", "h100:x", "v5e:4x4", "b7:8"])
+def test_a_topology_of_gpus_names_a_gpu_and_a_number(topology: str) -> None:
+    with pytest.raises(UserError, match=rf"topology '{topology}' is not GPU:NUMBER"):
+        gpu_of(topology)
+    assert gpu_of("a100:8")[1] == 8

@@ -1,7 +1,6 @@
 """The pretraining step compiled for a TPU slice by libtpu, on this machine without a TPU.
 
-A small network of the same kind, everything else of the full-size preset: what is checked are
-properties of the program, which do not depend on its size (needs requirements-tpu-aot.txt).
+It needs requirements-tpu-aot.txt.
 """
 
 from __future__ import annotations
@@ -13,47 +12,17 @@ import pytest
 from benchmarks import tpu_aot
 from benchmarks.measure import run_child
 from benchmarks.tpu_chips import chip_of
+from tests.interop.compiled import small_step
 
 pytestmark = pytest.mark.interop
 pytest.importorskip("libtpu", reason="libtpu is not installed (requirements-tpu-aot.txt)")
 
 TOPOLOGY, CHIPS, VIDEOS = "v5e:2x2", 4, 2
-OVERRIDES = {
-    "views.num_frames": "4",
-    "crop.image_size": "32",
-    "spectrogram.frames": "16",
-    "model.embedding_dim": "32",
-    "model.projection_hidden": "32",
-    "model.temporal_hidden": "32",
-    "model.video.name": "resnet",
-    "model.video.resnet.widths": "(16, 24)",
-    "model.video.resnet.depths": "(0, 1)",
-    "model.video.resnet.factorisation": "r2plus1d",
-    "model.video.resnet.stem": "r2plus1d",
-    "model.video.subtract_time_mean": "False",
-    "model.audio.name": "resnet",
-    "model.audio.resnet.widths": "(16, 24)",
-    "model.audio.resnet.depths": "(0, 1)",
-    "model.audio.resnet.stem": "resnet",
-    "bank.size": "4096",
-    "bank.num_negatives": "16",
-    "bank.negative_candidates": "256",
-}
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_child(
-        "benchmarks.aot:compile_step",
-        {
-            "topology": TOPOLOGY,
-            "preset": "kinetics400",
-            "overrides": OVERRIDES,
-            "videos_per_chip": VIDEOS,
-            "cache": str(tmp_path_factory.mktemp("compiled")),
-        },
-        environment=tpu_aot.ENVIRONMENT,
-    )
+    return small_step(TOPOLOGY, VIDEOS, tmp_path_factory.mktemp("compiled"), tpu_aot.ENVIRONMENT)
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "v5p:2x2x1"])

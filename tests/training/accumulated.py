@@ -18,12 +18,8 @@ from avcl_jax import experiment
 from avcl_jax.data.spectrogram import log_mel
 from avcl_jax.models.audio_visual import AudioVisualModel
 from avcl_jax.objectives import feature_bank
-<<<<<<< HEAD
 from avcl_jax.training import program, sharding
-=======
-from avcl_jax.training import loop, sharding
 from avcl_jax.training.inputs import prepare_inputs
->>>>>>> dac22b7 (Each device computes the spectrograms of its own rows: XLA gathered all of them for the FFT)
 from avcl_jax.training.state import TrainState, state_shardings
 from tests.hlo import collective_bytes
 from tests.training.small import small_config
