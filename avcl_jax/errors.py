@@ -44,6 +44,8 @@ def one_line(error: Exception) -> str:
     Raises:
         OSError: `error` itself, if neither a file nor the state of the machine explains it.
     """
+    if is_of_store(error):
+        return printable(f"the object store failed: {' '.join(str(error).split())}; run again")
     if isinstance(error, OSError):
         return printable(_of_system(error))
     if is_out_of_memory(error):

@@ -11,6 +11,7 @@ import sys
 
 import jax
 import pytest
+from gcsfs.retry import HttpError
 
 from avcl_jax.command_line import UNREAD, ends_unread
 from avcl_jax.errors import is_out_of_memory, one_line, printable
@@ -69,6 +70,11 @@ def test_user_errors_are_one_line_and_bugs_keep_their_traceback(outputs, command
         assert status == 70, (error, text)
         assert "Traceback" in text, text
         assert text.strip().splitlines()[-1].startswith(message), text
+
+
+def test_an_error_of_a_store_says_so():
+    error = HttpError({"message": "try\nagain", "code": 503})
+    assert one_line(error) == "the object store failed: try again, 503; run again"
 
 
 def test_names_are_one_line_that_a_terminal_can_show():

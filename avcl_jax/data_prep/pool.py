@@ -100,7 +100,7 @@ def _attempt(part: Part, connection: Connection) -> tuple[str, Any]:
     except Exception as error:
         if not is_of_store(error):
             raise
-        return "failed", f"the object store failed: {one_line(error)}; {_KEPT}"
+        return "failed", one_line(error)
     return "finished", len(part.entries)
 
 

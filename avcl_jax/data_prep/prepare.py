@@ -136,7 +136,7 @@ def run(args: argparse.Namespace, read: Callable[[argparse.Namespace], Manifest]
             return _run(args, read)
     except Exception as error:
         if is_of_store(error):
-            raise PrepareError(f"the object store failed: {one_line(error)}; run again") from error
+            raise PrepareError(one_line(error)) from error
         if not isinstance(error, OSError):
             raise
         one_line(error)  # raises it again if it is a bug

@@ -587,7 +587,7 @@ def test_a_run_in_an_object_store_is_evaluated_and_exported_there(
         assert open_encoders(workdir / "export").fingerprint == found["encoder"]["fingerprint"]
         store.failing.update(store.content)
         line = one_line(run(command("evaluate", workdir, **options), code=1))
-        assert "try again" in line
+        assert line == "avcl_jax: error: the object store failed: try again, 503; run again"
     seen.told(
         "while every twentieth request to the store fails, the metrics of an evaluation on a disk; "
         "each file is written by one process; with a part and the results gone, computes that part"
