@@ -196,9 +196,11 @@ class _Watch:
                 path.write_text(file.read())
             where = f" (its threads now: {path})"
         word = "" if self._client is None else "error: "
-        print(f"avcl_jax: {word}{problem}{where}", file=sys.stderr, flush=True)
-        if self._client is not None:
-            self.fail(problem)
+        try:
+            print(f"avcl_jax: {word}{problem}{where}", file=sys.stderr, flush=True)
+        finally:  # also where nobody reads it any more
+            if self._client is not None:
+                self.fail(problem)
 
 
 _watch: _Watch | None = None  # of this process, during a command

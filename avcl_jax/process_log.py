@@ -35,11 +35,18 @@ class ProcessLog:
         """
         pipes = os.pipe(), os.pipe()
         readers = [str(reader) for reader, _ in pipes]
-        self._copier = subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, str(path), title, *readers],
-            pass_fds=[reader for reader, _ in pipes],
-            start_new_session=True,  # a signal to all processes of a terminal or job is not for it
-        )
+        # A signal to all processes of a terminal or job is not for it. Blocked signals stay blocked
+        # in a process that is started now: it would die of one that comes as it starts.
+        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        try:
+            self._copier = subprocess.Popen(
+                [sys.executable, "-I", "-S", __file__, str(path), title, *readers],
+                pass_fds=[reader for reader, _ in pipes],
+                start_new_session=True,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         sys.stdout.flush()
         for descriptor, (reader, writer) in enumerate(pipes, 1):
             os.dup2(writer, descriptor)
@@ -57,8 +64,6 @@ class ProcessLog:
 
 
 def _copy(path: Path, title: str, readers: list[int]) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
     selector = selectors.DefaultSelector()
     for target, reader in enumerate(readers, 1):
         selector.register(reader, selectors.EVENT_READ, target)

@@ -63,7 +63,10 @@ class Profiler:
         peers.doing("writes a profile", self._step)
         jax.profiler.stop_trace()
         for path in filter(Path.is_file, Path(self._written.name).rglob("*")):
-            target = self._directory / path.relative_to(self._written.name).as_posix()
+            # JAX names a profile by its second, and two may end in the same one.
+            *above, second, name = path.relative_to(self._written.name).parts
+            steps = f"steps_{self._first}_to_{self._step}_{second}"
+            target = self._directory.joinpath(*above, steps, name)
             target.parent.mkdir(parents=True, exist_ok=True)
             epath.Path(path).copy(target)
         self._written.cleanup()

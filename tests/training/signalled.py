@@ -20,12 +20,16 @@ import jax
 from absl import app
 
 from avcl_jax import main, peers, processes
+from tests.training.small import descendants
 
 _doing = peers.doing
 
 
 def run(names: str, numbers: str, moment: str, arguments: list[str]) -> None:
-    """Runs main; a signal that it handles has been read before the step goes on."""
+    """Runs main; a signal that it handles has been read before the step goes on.
+
+    A second SIGTERM is that of `timeout`, however long this process takes to send it.
+    """
     noted = threading.Event()
 
     def note(request: Any, name: str, value: Any) -> None:
@@ -42,14 +46,16 @@ def run(names: str, numbers: str, moment: str, arguments: list[str]) -> None:
             number = signal.Signals[name]
             if number in (signal.SIGKILL, signal.SIGSTOP):
                 os.kill(os.getpid(), number)
-            else:  # to the data workers too, as from SLURM, `timeout` or a terminal
+            else:  # to the data workers and the copier of the log too, as from SLURM
                 noted.clear()
-                os.killpg(0, number)
+                for process in (*descendants(os.getpid()), os.getpid()):
+                    os.kill(process, number)
                 noted.wait()
 
     with (
         mock.patch.object(peers, "doing", doing),
         mock.patch.object(processes.StopRequest, "__setattr__", note, create=True),
+        mock.patch.object(processes, "_SAME_SIGNAL_SECONDS", float("inf")),
     ):
         app.run(main.main, ["main", *arguments], flags_parser=main.parse_flags)
 

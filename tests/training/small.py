@@ -26,6 +26,7 @@ from avcl_jax.training import checkpoint
 ROOT = Path(__file__).resolve().parents[2]
 
 SIGNALLED = "tests.training.signalled"
+PATIENCE = 600  # Seconds for what takes one minute at most on a machine that does nothing else.
 
 # Overrides of configs/pretrain.py for tests: the same code, small numbers.
 OVERRIDES = {
@@ -136,16 +137,24 @@ def run(
 ) -> str:
     """Runs main to its end and returns what it printed; fails on another exit code."""
     process = start(arguments, devices=devices, module=module)
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, output
     return output
 
 
+_held: list[socket.socket] = []
+
+
 def free_port() -> int:
-    """Returns a port that no process listens at."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """Returns a port that only JAX's coordinator gets, which shares ports as gRPC does.
+
+    A port that is free and not held becomes that of another connection before a process listens.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    held.bind(("127.0.0.1", 0))
+    _held.append(held)
+    return held.getsockname()[1]
 
 
 def start_processes(
@@ -177,7 +186,7 @@ def run_processes(
 ) -> list[str]:
     """Runs main in two processes of so many devices that find each other; returns their outputs."""
     processes = start_processes(arguments, devices=devices, module=module)
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     return outputs
 
@@ -252,8 +261,7 @@ class Seen:
 
 
 def stopped_at(output: str) -> int:
-    """Step of the line that a stopped run ends with."""
-    line = output.splitlines()[-1]
-    assert line.startswith("stopped at step "), output
+    """Step of the line that a stopped run ends with; a thread may say later what it was asked."""
+    (line,) = (line for line in output.splitlines() if line.startswith("stopped at step "))
     assert line.endswith("; the same command resumes from here"), output
     return int(line.split()[3])

@@ -19,6 +19,7 @@ import pytest
 from avcl_jax.processes import STOPPED
 from tests.data.synthetic_records import make_record, write_records
 from tests.training.small import (
+    PATIENCE,
     RESUMES,
     SIGNALLED,
     Seen,
@@ -70,7 +71,7 @@ def test_a_signal_to_any_of_two_processes_stops_both_after_the_same_step(
         options = arguments(records, workdir, steps=STEPS, execution__checkpoint_every=every)
         flags = [*signals(when, *names, processes=numbers), *options]
         processes = start_processes(flags, devices=1, module=SIGNALLED)
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
         seen.ended()
         code = 0 if saved == STEPS else STOPPED
         assert [process.returncode for process in processes] == [code, code], outputs
@@ -99,7 +100,7 @@ def test_a_process_may_compile_half_a_minute_longer_than_the_other(
         with pytest.raises(subprocess.TimeoutExpired):
             processes[0].communicate(timeout=35)
         processes[1].send_signal(signal.SIGCONT)
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
         assert [process.returncode for process in processes] == [0, 0], outputs
         seen.ended()
     finally:
@@ -134,7 +135,7 @@ def test_a_process_that_is_gone_ends_the_other_and_the_same_command_resumes(
                     seen.act(f"{name} to process {number} of 2, in step {step} of {STEPS}")
                     break
             other = processes[1 - number]
-            output, _ = other.communicate(timeout=120)
+            output, _ = other.communicate(timeout=PATIENCE)
             seen.ended()
         finally:
             for process in processes:
@@ -153,18 +154,18 @@ def test_a_process_that_is_gone_ends_the_other_and_the_same_command_resumes(
 @pytest.mark.slow
 def test_a_data_worker_that_hangs_is_told_and_ends_a_run_of_two(records, tmp_path, seen):
     options = arguments(
-        records, tmp_path / "run", steps=400, execution__workers=1, execution__log_every=1
+        records, tmp_path / "run", steps=10**6, execution__workers=1, execution__log_every=1
     )
     processes = start_processes([*options, "--peer_timeout=8"], devices=1)
     try:
         for line in processes[0].stdout:
             if line.startswith("step 5/"):
                 stopped = descendants(processes[1].pid)
-                seen.act("SIGSTOP to the data workers of process 1 of 2, at step 5/400")
+                seen.act("SIGSTOP to the data workers of process 1 of 2, at step 5")
                 for child in stopped:
                     os.kill(child, signal.SIGSTOP)
                 break
-        codes = [process.wait(timeout=90) for process in processes]
+        codes = [process.wait(timeout=PATIENCE) for process in processes]
         seen.ended()
     finally:
         for child in stopped:
@@ -186,7 +187,7 @@ def test_a_decoder_that_hangs_ends_a_run_of_two(records, tmp_path, seen):
     )
     seen.act("decoding a frame does not return, in process 1 of 2")
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -244,7 +245,7 @@ def test_processes_that_differ_are_refused(records, tmp_path, seen, second, mess
     seen.act(f"process 1 of 2 is started with another `{second.partition('=')[0]}`")
     second = [second.format(other=other)]
     for process in start_processes(options, devices=1, second=second):
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 1
         assert re.search(f"processes of one run differ: {message}", one_line(output))
     seen.ended()
@@ -328,7 +329,7 @@ def test_a_run_goes_on_with_other_devices_and_processes_and_shows_every_video_on
         seen.act(f"{now} after {before}, then SIGTERM in step {step}")
         flags = [*signals(step, "SIGTERM"), *options]
         started = start_processes(flags, devices=devices, count=processes, module=SIGNALLED)
-        outputs = [process.communicate(timeout=300)[0] for process in started]
+        outputs = [process.communicate(timeout=PATIENCE)[0] for process in started]
         seen.ended()
         assert [process.returncode for process in started] == [STOPPED] * processes, outputs
         saved = stopped_at(outputs[0])

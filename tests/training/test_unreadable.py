@@ -19,7 +19,7 @@ from avcl_jax.data.selection import UsableRecords
 from avcl_jax.training import program, sharding
 from avcl_jax.training.trained_records import UnreadableRecords
 from tests.data.synthetic_records import make_record, write_records
-from tests.training.small import arguments, run, small_config, start_processes
+from tests.training.small import PATIENCE, arguments, run, small_config, start_processes
 
 # Position in the data set, and in what way the record is bad.
 FLIPPED, NO_JPEG, OTHER_SIZE = 2, 5, 9
@@ -201,7 +201,7 @@ def test_a_run_stops_or_goes_on_as_its_budget_says(bad, tmp_path, budget):
 def test_a_process_that_fails_ends_the_other_which_says_why(bad, tmp_path):
     options = [*arguments(bad, tmp_path / "run", steps=3, global_batch_size=12, bank__size=48)]
     processes = start_processes([*options, "--peer_timeout=8"], devices=1)
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     assert [process.returncode for process in processes] == [1, 1], outputs
     lines = [line for output in outputs for line in output.splitlines() if "error: " in line]
     assert len(lines) == 2, outputs
