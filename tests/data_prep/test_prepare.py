@@ -391,10 +391,11 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(twelve, tmp_path, ki
     out = tmp_path / "out"
     killed = 0
     while killed < kills:
-        process = start(twelve, out)
+        process, begin = start(twelve, out), time.monotonic()
         try:
             process.wait(timeout=seconds * rng.uniform(0.1, 1.0))
-            # Finished before its moment came: the next one starts afresh.
+            # Finished before its moment came: the next one starts afresh, and has no more time.
+            seconds = time.monotonic() - begin
             assert process.returncode == 3
             assert whole(out) == whole(tmp_path / "straight")
             shutil.rmtree(out)
