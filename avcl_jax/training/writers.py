@@ -13,6 +13,7 @@ from etils import epath
 
 from avcl_jax.errors import printable
 from avcl_jax.experiment import function_of
+from avcl_jax.processes import Stopped
 
 # Called with step and values after each log period, by a context manager of config and workdir.
 Write = Callable[[int, Mapping[str, float]], object]
@@ -31,7 +32,8 @@ def find_writers(names: Sequence[str]) -> dict[str, Open]:
 class Writers(contextlib.AbstractContextManager["Writers"]):
     """Opened writers of process 0. One that fails is left out from then on: training matters more.
 
-    Leaving the context closes them, with the exception that ends the run, if there is one.
+    Leaving the context closes them, with the exception that ends the run. `Stopped` is none: the
+    run will resume.
     """
 
     def __init__(
@@ -62,6 +64,8 @@ class Writers(contextlib.AbstractContextManager["Writers"]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if isinstance(error, Stopped):
+            kind = error = trace = None
         for name, (manager, _) in self._opened.items():
             with _attempt(name, unless=error):
                 manager.__exit__(kind, error, trace)
