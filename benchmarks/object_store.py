@@ -42,7 +42,7 @@ class Store(http.server.ThreadingHTTPServer):
         failing: objects whose requests are answered with 503.
         busy: every twentieth request is answered with 503.
         at_once: requests that wait for their answers now.
-        awaited: no answer is sent, for at most a minute, until so many requests wait at one time.
+        awaited: number of requests that must wait before any is answered, for at most a minute.
         environment: variables that send a process to this store.
     """
 
