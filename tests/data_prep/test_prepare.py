@@ -290,10 +290,16 @@ def test_a_killed_worker_ends_it_and_loses_nothing(folder, tmp_path, clip, capsy
 
 @pytest.fixture
 def hours(monkeypatch) -> threading.Event:
-    """Event after which a clock of the pool goes on by an hour whenever it is read."""
-    passing, seconds = threading.Event(), itertools.count(0, 3600)
+    """Event after which the pool's clock goes on by an hour per look, until it ends a worker."""
+    passing, seconds, restart = threading.Event(), itertools.count(0, 3600), pool.Pool._restart
+
+    def restart_in_time(*arguments: object) -> None:
+        passing.clear()  # Otherwise the next clips would be late as well.
+        restart(*arguments)
+
     clock = types.SimpleNamespace(monotonic=lambda: next(seconds) if passing.is_set() else 0)
     monkeypatch.setattr(pool, "time", clock)
+    monkeypatch.setattr(pool.Pool, "_restart", restart_in_time)
     return passing
 
 
