@@ -60,8 +60,7 @@ colab: $(VENV)/test-ready
 	$(BIN)/python $(PYTEST) -m slow tests/test_notebook.py
 	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" $(BIN)/python $(PYTEST) \
 	    tests/models/test_remat.py tests/objectives/test_many_devices.py tests/training/test_step.py \
-	    tests/training/test_loop.py tests/training/test_accumulate.py tests/test_export.py \
-	    tests/data/test_records.py
+	    tests/training/test_loop.py tests/test_export.py tests/data/test_records.py
 
 # The documentation as a site: open site/index.html, or serve site/ for its search.
 site: $(VENV)-docs/ready $(VENV)/demo-ready
