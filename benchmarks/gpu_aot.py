@@ -8,7 +8,6 @@ row.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from typing import Any
 
@@ -87,7 +86,7 @@ def main(words: list[str]) -> None:
     topologies = args.topology or list(TOPOLOGIES)
     for topology in topologies:
         gpu_of(topology)
-    if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
+    if measure.version("jax-cuda12-plugin") is None:
         raise UserError("no compiler for GPUs: pip install -r requirements-gpu-aot.txt")
     settings = {
         "preset": args.preset,

@@ -22,7 +22,7 @@ class Gpu:
     """A GPU.
 
     Attributes:
-        name: as the driver reports it.
+        name: name that the driver reports.
         peak_flops: bfloat16 operations per second, dense.
         bandwidth: bytes per second of the memory.
         memory_bytes: memory that the driver reports.
@@ -129,7 +129,8 @@ class Costs:
         seconds_by_kind: the same for convolutions and products (by what bounds them), operations
             that change a layout, and all others, which read and write memory.
         bytes: arguments and results of all operations.
-        relayout_bytes: of those that transpose or copy an array, whatever else they compute.
+        relayout_bytes: the same of those that transpose or copy an array, whatever else they
+            compute.
         convolution_flops: two for each multiplication of a convolution.
         channels_last_flops: those with channels last and bfloat16 operands.
         exchange_seconds: minimum time of all collectives at the bandwidth of the links.

@@ -6,7 +6,6 @@ values are compiler estimates, per chip; docs/performance_accelerators.md explai
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
 import signal
@@ -218,7 +217,7 @@ def main(words: list[str]) -> None:
     topologies = args.topology or list(TOPOLOGIES)
     for topology in topologies:
         chip_of(topology)
-    if importlib.util.find_spec("libtpu") is None:
+    if measure.version("libtpu") is None:
         raise UserError("libtpu is not installed: pip install -r requirements-tpu-aot.txt")
     first = {"topology": topologies[0], **settings}
     rows: list[Row] = []

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from avcl_jax import main
+from avcl_jax.experiment import function_of
 from avcl_jax.page import text
 from tests.training import small
 
@@ -166,7 +166,7 @@ def test_every_config_and_every_task_has_a_command_here():
     }
     assert configs == {name.partition(":")[0] for name in COMMANDS} | NOT_OF_THE_DEMO
     for name in (*COMMANDS, *NOT_OF_THE_DEMO):
-        assert callable(main._function(config_of(name).task))
+        assert callable(function_of("task", config_of(name).task))
 
 
 @pytest.mark.slow

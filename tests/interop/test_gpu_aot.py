@@ -5,7 +5,6 @@ It needs requirements-gpu-aot.txt.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from tests.interop.compiled import small_step
 pytestmark = [
     pytest.mark.interop,
     pytest.mark.skipif(
-        importlib.util.find_spec("jax_plugins.xla_cuda12") is None,
+        measure.version("jax-cuda12-plugin") is None,
         reason="XLA's compiler for GPUs is not installed (requirements-gpu-aot.txt)",
     ),
 ]

@@ -26,7 +26,7 @@ from avcl_jax.training.checkpoint import Checkpoints, Progress, load_variables
 from avcl_jax.training.inputs import prepare_inputs
 from avcl_jax.training.objective import CONTRASTIVE_TERMS, LossSpec, total_loss
 from avcl_jax.training.state import TrainState
-from benchmarks import tpu_compile
+from benchmarks import aot
 from benchmarks.batches import random_batch
 from tests.data.synthetic_records import make_record, write_records
 from tests.training.small import small_config
@@ -292,7 +292,7 @@ def test_on_accelerators_networks_multiply_bfloat16_and_all_else_at_full_precisi
     """Lowered for them, not run: results that are promised must not depend on the platform."""
     settings = {"model.dtype": "bfloat16", "spectrogram.where": "device"}
     config = small_config(Path("unread"), **settings)
-    step, arguments = tpu_compile.program(config, jax.devices())
+    step, arguments = aot.program(config, jax.devices())
     text = step.trace(*arguments).lower(lowering_platforms=("tpu", "cuda")).as_text()
     operations = re.findall(r"stablehlo\.(convolution|dot_general)\b(.*) : \((.*)\) ->", text)
     number = Counter(name for name, *_ in operations)

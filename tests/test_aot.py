@@ -1,4 +1,4 @@
-"""Metrics and rows of `benchmarks.tpu_aot`, without its compiler."""
+"""Metrics and rows of `benchmarks.tpu_aot` and `gpu_aot`, without their compilers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import aot, measure, tpu_aot
+from benchmarks import aot, gpu_aot, measure, tpu_aot
 
 STEP: dict[str, Any] = {
     "cycles": 150_390_625,  # at the clock that gives v5e its peak: 0.1 s
@@ -146,15 +146,24 @@ def test_overrides_are_those_of_main(capsys: pytest.CaptureFixture[str]) -> None
     assert "--bank.size=1: overrides are --config.KEY=VALUE" in capsys.readouterr().err
 
 
-def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("command", "topology", "requirements"),
+    [
+        (tpu_aot, "v9:4x4", "requirements-tpu-aot.txt"),
+        (gpu_aot, "v5e:4x4", "requirements-gpu-aot.txt"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path, capsys, monkeypatch, command, topology, requirements
+) -> None:
     out = ["--json", str(tmp_path / "rows.json")]
     with pytest.raises(SystemExit, match="1"):
-        measure.run_command(tpu_aot.main, [*out, "--topology", "v9:4x4"])
-    assert capsys.readouterr().err.startswith("benchmarks.tpu_aot: error: topology 'v9:4x4' is not")
-    monkeypatch.setattr(tpu_aot.importlib.util, "find_spec", lambda _: None)
+        measure.run_command(command.main, [*out, "--topology", topology])
+    assert f": error: topology '{topology}' is not" in capsys.readouterr().err
+    monkeypatch.setattr(measure, "version", lambda _: None)
     with pytest.raises(SystemExit, match="1"):
-        measure.run_command(tpu_aot.main, out)
-    assert "pip install -r requirements-tpu-aot.txt" in capsys.readouterr().err
+        measure.run_command(command.main, out)
+    assert f"pip install -r {requirements}" in capsys.readouterr().err
 
 
 def test_what_was_compiled_is_not_compiled_again(tmp_path) -> None:
