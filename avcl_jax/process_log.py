@@ -30,7 +30,7 @@ class ProcessLog:
         """Starts to copy.
 
         Args:
-            path: file to append to, in WORKDIR/logs; nothing is written while WORKDIR is missing.
+            path: file to append to, in WORKDIR/logs; written as soon as WORKDIR is there.
             title: first line of this start.
         """
         pipes = os.pipe(), os.pipe()
@@ -91,11 +91,13 @@ def _copy(path: Path, title: str, readers: list[int]) -> None:
         for reader in unread & selector.get_map().keys():
             selector.unregister(reader)
             os.close(reader)
-        if log and path.parent.parent.is_dir():
-            path.parent.mkdir(exist_ok=True)
-            with path.open("ab") as file:
-                file.write(log)
-            log = b""
+        # A full disk, or WORKDIR has just been removed by a run that was refused: tried again, for
+        # without this process the other one could not print.
+        with contextlib.suppress(OSError):
+            if log and path.parent.parent.is_dir():
+                path.parent.mkdir(exist_ok=True)
+                with path.open("ab", buffering=0) as file:
+                    log = log[file.write(log) :]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from tests.data.synthetic_records import make_record, write_records
 from tests.training.small import (
     PATIENCE,
     RESUMES,
+    ROOT,
     SIGNALLED,
     Seen,
     arguments,
@@ -47,6 +49,30 @@ def two_processes(records, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("runs") / "two"
     run_processes(arguments(records, workdir, steps=STEPS), devices=1)
     return workdir
+
+
+def test_a_log_that_cannot_be_written_stops_no_printing_and_is_written_later(tmp_path):
+    """Evaluation removes its workdir again for a moment, in which a log was to be begun."""
+    logs = tmp_path / "logs"
+    logs.write_text("a file where a folder has to be")
+    program = (
+        "import sys; from pathlib import Path; from avcl_jax.process_log import ProcessLog\n"
+        "log = ProcessLog(Path(sys.argv[1]), title='begin')\n"
+        "for word in ('one', 'two', 'three'): print(word, flush=True); sys.stdin.readline()\n"
+        "log.close()"
+    )
+    command = [sys.executable, "-c", program, str(logs / "process_0.txt")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT) as process:
+        for word in ("one", "two"):  # the second after the first could not be written
+            assert process.stdout.readline() == f"{word}\n"
+            if word == "two":
+                logs.unlink()
+            process.stdin.write("\n")
+            process.stdin.flush()
+        output, _ = process.communicate("\n", timeout=PATIENCE)
+    assert (process.returncode, output) == (0, "three\n")
+    assert (logs / "process_0.txt").read_text() == "begin\none\ntwo\nthree\n"
 
 
 @pytest.mark.slow
