@@ -307,7 +307,7 @@ def _open(path: Path) -> sqlite3.Connection:
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
     address = f"{path.absolute().as_uri()}?mode={mode}"
-    return sqlite3.connect(address, _WAIT_SECONDS, isolation_level=None, uri=True)
+    return sqlite3.connect(address, timeout=_WAIT_SECONDS, isolation_level=None, uri=True)
 
 
 def _code(error: sqlite3.Error) -> int:
