@@ -38,7 +38,8 @@ reliability: $(VENV)/test-ready
 	    $(BIN)/python -m pytest -m "slow or not slow" tests/training/test_reliability*.py
 
 # Apache Beam, object stores, TensorFlow, PyTorch, compilers for TPUs and GPUs: packages of the
-# extras, in an environment of their own. PyTorch's tests run in a process of their own: it and TensorFlow bring two OpenMPs.
+# extras, in an environment of their own. PyTorch's tests run in a process of their own: it and
+# TensorFlow bring two OpenMPs.
 interop: $(VENV)-interop/ready
 	$(VENV)-interop/bin/python $(PYTEST) -m interop
 	$(VENV)-interop/bin/python $(PYTEST) -m torch

@@ -65,9 +65,13 @@ def config_of(preset: str, overrides: Mapping[str, str]) -> ml_collections.Confi
     return config
 
 
+def _is_gpu(topology: str) -> bool:
+    return topology.partition(":")[0] in GPUS
+
+
 def _devices(topology: str) -> Any:
     """Devices of "v5e:4x4", a slice of TPUs, or "h100:8", a host of GPUs; they need not exist."""
-    if topology.partition(":")[0] in GPUS:
+    if _is_gpu(topology):
         gpu, gpus = gpu_of(topology)
         return topologies.get_topology_desc(
             platform="cuda", target_config=gpu.target, topology=f"1x{gpus}x1"
@@ -76,7 +80,7 @@ def _devices(topology: str) -> Any:
 
 
 def program(config: ml_collections.ConfigDict, devices: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The step of `training.loop.pretrain` for devices that need not exist.
+    """The step of `avcl_jax.main` for devices that need not exist.
 
     Returns:
         The jitted step, and the shapes of its arguments (state, batch, key).
@@ -115,7 +119,7 @@ def step_flops(config: ml_collections.ConfigDict) -> int:
 
 def compile_cached(lowered: Any, topology: str, cache: Path) -> tuple[str, dict[str, Any]]:
     """Text of the compiled program and further facts, from the cache if they are in it."""
-    compiler = "jax-cuda12-pjrt" if topology.partition(":")[0] in GPUS else "libtpu"
+    compiler = "jax-cuda12-pjrt" if _is_gpu(topology) else "libtpu"
     versions = {name: version(name) for name in ("jax", "jaxlib", compiler)}
     about = json.dumps([topology, versions], sort_keys=True)
     name = hashlib.sha256((about + lowered.as_text()).encode()).hexdigest()[:24]
@@ -190,10 +194,7 @@ def _metrics(text: str, facts: dict[str, Any]) -> dict[str, Any]:
         if (collective.kind, part) == ("all-reduce", "step"):
             for dtype, count in collective.shapes:
                 reduced[dtype] += collective.times * count
-    if topology.partition(":")[0] in GPUS:
-        of_chip = vars(costs(module, *gpu_of(topology)))
-    else:
-        of_chip = _cycles(module)
+    of_chip = vars(costs(module, *gpu_of(topology))) if _is_gpu(topology) else _cycles(module)
     return {
         **facts,
         **of_chip,

@@ -28,9 +28,11 @@ class Gpu:
         memory_bytes: memory that the driver reports.
         link_bandwidth: bytes per second that one GPU sends to others of its host.
         capability: CUDA compute capability.
-        cores: multiprocessors.
+        cores: number of multiprocessors.
+        fpus_per_core: units for float32 of a multiprocessor.
         clock_ghz: largest clock.
         shared_kb: shared memory of a multiprocessor.
+        l2_bytes: size of the second cache.
         source: page of these data.
     """
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 install_import_hook(["avcl_jax.objectives", "avcl_jax.models"], "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Examples are a pure function of the test, so that a red run is red again; compiling makes the
-# first example slow, and another program all of them, which is no finding.
+# first example slow, and other programs make all of them slow: neither is a fault of the code.
 settings.register_profile(
     "repeatable",
     derandomize=True,

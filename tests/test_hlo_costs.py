@@ -277,7 +277,7 @@ dim_labels=bf01_oi01->bf01, custom_call_target="__cudnn$convBackwardInput"
 def test_costs_of_a_program_for_gpus() -> None:
     gpu = dataclasses.replace(GPUS["h100"], peak_flops=1e9, bandwidth=1e6, link_bandwidth=64_000.0)
     found = costs(hlo_costs.parse(GPU_PROGRAM), gpu, 2)
-    # Bytes, of which 4,096 of working memory are no argument.
+    # In bytes. The 4,096 of working memory are neither an argument nor a result.
     x, kernel, y = 2 * 576, 2 * 1152, 2 * 288
     convolution, product, small = x + kernel + y, 2 * (128 + 64 + 32), 2 * 128
     assert found.bytes == 3 * convolution + product + 2 * small

@@ -153,7 +153,7 @@ def spectrograms() -> dict[str, np.ndarray]:
     return {
         "spectrogram": np.asarray(compiled(placed)["spectrogram"]),
         "expected": log_mel(windows, spec.log_mel),
-        # The exchange of a condition's boolean, for pixels, is no matter.
+        # Only gathers: the condition on the pixels exchanges one boolean by an all-reduce.
         "collectives": np.array(collective_bytes(compiled.as_text())["all-gather"]),
     }
 
