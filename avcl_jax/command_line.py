@@ -1,15 +1,21 @@
-"""Parsers of command lines, and the end of a command by a signal or without a reader."""
+"""Parsers of command lines, and the end of a command: by an error, a signal, without a reader."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
+
+from avcl_jax.errors import ends_a_command, one_line
+
+_Main = Callable[[Sequence[str] | None], int]
 
 UNREAD = 128 + signal.SIGPIPE
 
@@ -90,3 +96,37 @@ def ends_unread() -> Iterator[None]:
                 output.flush()
         finally:
             sys.stdout, sys.stderr = streams
+
+
+def ends_in_one_line(name: str, *, failed: int) -> Callable[[_Main], Callable[..., int]]:
+    """Lets a command end by one line after an error that a user can cause and fix.
+
+    Where nobody reads its output it ends quietly. `avcl_jax.main`, whose flags are absl's and which
+    also tells its peers, is the only command without it.
+
+    Args:
+        name: begins the line.
+        failed: exit status then.
+
+    Returns:
+        Decorator of a function of the command's arguments (default: those of the process), which
+        returns the exit status.
+    """
+
+    def decorate(run: _Main) -> Callable[..., int]:
+        @functools.wraps(run)
+        @ends_unread()
+        def main(arguments: Sequence[str] | None = None) -> int:
+            # It logs the traceback of every error that it raises.
+            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+            try:
+                return run(arguments)
+            except Exception as error:
+                if not ends_a_command(error):
+                    raise
+                print(f"{name}: {one_line(error)}", file=sys.stderr)
+                return failed
+
+        return main
+
+    return decorate

@@ -6,11 +6,13 @@ Any other exception is a bug and keeps its traceback.
 from __future__ import annotations
 
 import errno
+import traceback
 
 # System errors that only a wrong call can cause, never the state of the machine.
 _WRONG_CALLS = frozenset({errno.EBADF, errno.EFAULT, errno.EINVAL, errno.ENOTSOCK, errno.ENOTTY})
-# Packages of clients of object stores, some of whose errors are not OSErrors.
-_STORES = ("aiohttp", "botocore", "gcsfs", "google")
+# Clients of object stores and what they send requests by: some errors are not OSErrors, others
+# are OSErrors without a number.
+_STORES = ("aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs")
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -35,7 +37,19 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def is_of_store(error: Exception) -> bool:
     """Tests whether an object store, or the way to it, failed: after it was tried several times."""
-    return type(error).__module__.partition(".")[0] in _STORES
+    if isinstance(error, FileNotFoundError | PermissionError):  # say what they are about
+        return False
+    if type(error).__module__.partition(".")[0] in _STORES:
+        return True
+    # Refusals and timeouts are plain OSErrors: where they were raised is all that tells.
+    frames = list(traceback.walk_tb(error.__traceback__))
+    module = frames[-1][0].f_globals.get("__name__", "") if frames else ""
+    return isinstance(error, OSError) and error.errno is None and module.split(".")[0] in _STORES
+
+
+def ends_a_command(error: Exception) -> bool:
+    """Tests whether a user can cause and fix an error, so that a command prints its one line."""
+    return isinstance(error, UserError | OSError) or is_of_store(error) or is_out_of_memory(error)
 
 
 def one_line(error: Exception) -> str:
@@ -45,7 +59,8 @@ def one_line(error: Exception) -> str:
         OSError: `error` itself, if neither a file nor the state of the machine explains it.
     """
     if is_of_store(error):
-        return printable(f"the object store failed: {' '.join(str(error).split())}; run again")
+        problem = " ".join(str(error).split()) or type(error).__name__
+        return printable(f"the object store failed: {problem}; run again")
     if isinstance(error, OSError):
         return printable(_of_system(error))
     if is_out_of_memory(error):

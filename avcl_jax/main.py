@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from avcl_jax import config_file, peers, processes
 from avcl_jax.command_line import ends_unread
 from avcl_jax.compilation_cache import keep_compiled
-from avcl_jax.errors import UserError, is_of_store, is_out_of_memory, one_line
+from avcl_jax.errors import UserError, ends_a_command, one_line
 from avcl_jax.experiment import (
     check_inputs,
     check_numbers,
@@ -100,8 +100,7 @@ def main(argv: Sequence[str]) -> None:
         peers.fail(error, "interrupted")
         raise SystemExit(130) from None
     except Exception as error:
-        known = isinstance(error, UserError | OSError) or is_of_store(error)
-        if known or is_out_of_memory(error):
+        if ends_a_command(error):
             line = one_line(error)
             if _DEBUG.value:
                 traceback.print_exc()

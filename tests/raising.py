@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 from absl import app
+from fsspec.exceptions import FSTimeoutError
+from gcsfs.retry import HttpError, validate_response
 
 from avcl_jax import main
 from avcl_jax.data.media import MediaError
@@ -24,6 +26,7 @@ from avcl_jax.data_prep import card, demo
 from avcl_jax.data_prep.collections import folder_or_table
 from avcl_jax.data_prep.foley import command as foley
 from avcl_jax.data_prep.manifest import PrepareError
+from avcl_jax.embed import command as embed
 from avcl_jax.errors import UserError
 from avcl_jax.evaluation import compare
 from avcl_jax.fingerprint import command
@@ -51,6 +54,10 @@ ERRORS: dict[str, Callable[[], object]] = {
     "full disk": _raise(OSError(errno.ENOSPC, "No space left on device")),
     "no locks": _raise(OSError(errno.ENOLCK, "No locks available")),
     "memory": lambda: np.empty(1 << 60, np.uint8),
+    "store": _raise(HttpError({"message": "try\nagain", "code": 503})),
+    "store, proxy": lambda: validate_response(502, b"", "bucket/run"),
+    "store, refusal": lambda: validate_response(403, b"no access", "bucket/run"),
+    "store, timeout": _raise(FSTimeoutError()),
     "shapes": lambda: np.zeros(3) + np.zeros(4),
     "not in list": lambda: [1, 2].index(4),
     "closed file": lambda: os.fsync(999),
@@ -68,6 +75,11 @@ def _main(raising: Callable[[], object]) -> None:
 def _fingerprint(raising: Callable[[], object]) -> None:
     command.verify = lambda index: raising()
     sys.exit(command.main(["verify", "--index=films.index"]))
+
+
+def _embed(raising: Callable[[], object]) -> None:
+    embed._run = lambda args: raising()
+    sys.exit(embed.main(["films", "--out=features.npz"]))
 
 
 def _compare(raising: Callable[[], object]) -> None:
@@ -97,6 +109,7 @@ def _demo(raising: Callable[[], object]) -> None:
 
 COMMANDS = {
     "main": _main,
+    "avcl-embed": _embed,
     "avcl-fingerprint": _fingerprint,
     "compare": _compare,
     "data_prep prepare": _prepare,

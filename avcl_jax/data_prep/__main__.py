@@ -11,8 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from avcl_jax.command_line import Help, Parser, ends_unread
-from avcl_jax.errors import UserError, one_line
+from avcl_jax.command_line import Help, Parser, ends_in_one_line
 
 _OTHER_COMMANDS = {
     "inspect": ("card", "show the content of a prepared data set"),
@@ -38,7 +37,7 @@ def _commands() -> dict[str, tuple[str, str]]:
     return {"prepare": commands.pop("folder-or-table"), **commands, **_OTHER_COMMANDS}
 
 
-@ends_unread()
+@ends_in_one_line("error", failed=1)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status, 1 after a line that states the error.
 
@@ -63,11 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if name != "prepare":
                 command.set_defaults(name=name.replace("-", "_"))
     args = parser.parse_args(arguments)
-    try:
-        return prepare.run(args, module.read) if hasattr(module, "read") else module.run(args)
-    except (UserError, OSError, MemoryError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
+    return prepare.run(args, module.read) if hasattr(module, "read") else module.run(args)
 
 
 if __name__ == "__main__":

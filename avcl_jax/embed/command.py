@@ -29,9 +29,9 @@ import sys
 from collections.abc import Sequence
 
 from avcl_jax import weights
-from avcl_jax.command_line import Help, Parser, ends_unread, sigterm_as_interrupt
+from avcl_jax.command_line import Help, Parser, ends_in_one_line, sigterm_as_interrupt
 from avcl_jax.data_prep.manifest import COUNT, option
-from avcl_jax.errors import FULL_DISK, UserError, one_line, printable
+from avcl_jax.errors import FULL_DISK, UserError, printable
 from avcl_jax.export.encoder import MODALITIES
 from avcl_jax.paths import absolute_path, local_path, locked
 
@@ -42,7 +42,7 @@ _SUFFIXES = (".parquet", ".npz")
 _HOP = option(float, lambda hop: 0.01 <= hop < math.inf, "a number of seconds of at least 0.01")
 
 
-@ends_unread()
+@ends_in_one_line("avcl-embed", failed=EXIT_NOTHING)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status.
 
@@ -53,12 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with sigterm_as_interrupt():
             return _run(args)
-    except (UserError, OSError, MemoryError) as error:
-        line = one_line(error)
-        if isinstance(error, OSError) and error.errno in FULL_DISK:
-            line = f"the disk of {printable(str(args.out))} is full: free some space, and {_RESUME}"
-        print(f"avcl-embed: {line}", file=sys.stderr)
-        return EXIT_NOTHING
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        full = f"the disk of {args.out} is full: free some space, and {_RESUME}"
+        raise UserError(full) from error
     except KeyboardInterrupt:
         print(f"avcl-embed: interrupted; {_RESUME}", file=sys.stderr)
         return EXIT_INTERRUPTED

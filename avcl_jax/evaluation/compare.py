@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from avcl_jax.command_line import ends_unread
-from avcl_jax.errors import UserError, one_line
+from avcl_jax.command_line import ends_in_one_line
+from avcl_jax.errors import UserError
 from avcl_jax.evaluation.protocol import OUTCOMES, RESULTS, Outcomes, inputs_of, read_outcomes
 from avcl_jax.evaluation.statistics import Comparison, compare, holm
 from avcl_jax.page import as_text, metric_texts
@@ -143,7 +142,7 @@ def as_table(
     return "\n".join(lines)
 
 
-@ends_unread()
+@ends_in_one_line("compare: error", failed=1)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table of the runs named on the command line."""
     parser = argparse.ArgumentParser(
@@ -157,18 +156,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     anyway = "compare although runs are over other data"
     parser.add_argument("--other-data", action="store_true", help=anyway)
     given = parser.parse_args(arguments)
-    try:
-        if len(given.runs) < 2:
-            raise UserError(f"compare needs at least two runs, got {given.runs[0]}")
-        runs = [read_run(run) for run in given.runs]
-        first, *_ = results = [of_run for of_run, _ in runs]
-        resamples = given.resamples or first["config"]["bootstrap"]["resamples"]
-        compared = compare_runs(
-            runs, resamples=resamples, seed=given.seed, other_data=given.other_data
-        )
-    except (UserError, OSError, MemoryError) as error:
-        print(f"compare: error: {one_line(error)}", file=sys.stderr)
-        return 1
+    if len(given.runs) < 2:
+        raise UserError(f"compare needs at least two runs, got {given.runs[0]}")
+    runs = [read_run(run) for run in given.runs]
+    first, *_ = results = [of_run for of_run, _ in runs]
+    resamples = given.resamples or first["config"]["bootstrap"]["resamples"]
+    compared = compare_runs(runs, resamples=resamples, seed=given.seed, other_data=given.other_data)
     for name, other in zip(given.runs, results, strict=True):
         if roles := _differing_data(first, other):
             print(f"{name} is over other data than {given.runs[0]}: {', '.join(roles)}")

@@ -17,10 +17,10 @@ from absl import logging
 from tqdm import tqdm
 
 from avcl_jax import weights
-from avcl_jax.command_line import Parser, ends_unread, sigterm_as_interrupt
+from avcl_jax.command_line import Parser, ends_in_one_line, sigterm_as_interrupt
 from avcl_jax.compilation_cache import keep_compiled
 from avcl_jax.data.media_files import media_files
-from avcl_jax.errors import UserError, one_line, printable
+from avcl_jax.errors import printable
 from avcl_jax.fingerprint import duplicates, evaluate, query, serve
 from avcl_jax.fingerprint.index import FingerprintIndex
 from avcl_jax.fingerprint.library import verify
@@ -32,7 +32,7 @@ _MEDIA = "media files, or folders with media; ./-NAME for one that begins with a
 _POSITIVE = ("max_seconds", "max_decode_seconds", "max_upload_mb")
 
 
-@ends_unread()
+@ends_in_one_line("avcl-fingerprint", failed=2)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     args = _parser().parse_args(arguments)
@@ -42,9 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_numbers(args)
         with sigterm_as_interrupt():
             return _COMMANDS[args.command].run(args)
-    except (UserError, OSError, MemoryError) as error:
-        print(f"avcl-fingerprint: {one_line(error)}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("avcl-fingerprint: interrupted", file=sys.stderr)
         return 130

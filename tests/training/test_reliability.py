@@ -6,7 +6,6 @@ docs/reliability.md has a table of these tests and of those in test_reliability_
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import itertools
@@ -591,18 +590,3 @@ def test_a_run_in_an_object_store_is_evaluated_and_exported_there(
         "while every twentieth request to the store fails, the metrics of an evaluation on a disk; "
         "each file is written by one process; with a part and the results gone, computes that part"
     )
-
-
-def test_an_object_store_that_fails_ends_a_task_by_one_line(monkeypatch, capsys):
-    sleep = asyncio.sleep
-    monkeypatch.setattr(asyncio, "sleep", lambda seconds: sleep(0))
-    with object_store.running() as store:
-        for name, value in store.environment.items():
-            monkeypatch.setenv(name, value)
-        store.put("bucket/run/config.json", b"")
-        store.put("bucket/run/checkpoints/3/state", b"")
-        store.failing.update(store.content)
-        with pytest.raises(SystemExit):
-            run_here(monkeypatch, "--config=configs/export.py", "--workdir=gs://bucket/run")
-    line = "avcl_jax: error: the object store failed: try again, 503; run again\n"
-    assert capsys.readouterr().err == line
