@@ -23,7 +23,7 @@ def get_config(preset: str = "run") -> ConfigDict:
     esc10: a run that was pretrained without fold 1; other folds by the two selections.
     others: ten views, as the field does. No run of that size has been evaluated with this code.
     """
-    full_size = ("kinetics400", "kinetics600", "vggsound", "audioset")
+    full_size = ("kinetics400", "kinetics400_vit", "kinetics600", "vggsound", "audioset")
     datasets.check_preset(preset, ("run", "demo", "abstract", "small", "esc10", *full_size))
     # The run runs/NAME is evaluated where no --workdir is given.
     name = "demo" if preset == "run" else preset
@@ -66,7 +66,7 @@ def get_config(preset: str = "run") -> ConfigDict:
         e.supervised.enabled = True
         e.null.update(train_split="null_train", test_split="null_test")
     elif preset != "run":
-        row = datasets.find(preset)
+        row = datasets.find(preset.removesuffix("_vit"))
         e.update(train_split=row.train, test_split=row.test)
         e.train_select, e.test_select = row.selections[0]
         if preset == "esc10":

@@ -236,6 +236,17 @@ PRESETS: Presets = {
         | {"execution.checkpoint_every": 1000, "execution.keep_checkpoints": 1},
     ),
     "kinetics400": (kinetics400, {}),
+    # The same with encoders whose widths, heads and numbers of tokens are multiples of the 128 of a
+    # matrix unit, and as many operations per clip: 256 tubelets, 128 patches. TPU v5e-32; not run.
+    "kinetics400_vit": (
+        kinetics400,
+        {"model.video.name": "transformer", "model.audio.name": "transformer"}
+        | {"model.video.transformer.width": 1024, "model.video.transformer.depth": 12}
+        | {"model.video.transformer.heads": 8, "model.video.transformer.tubelet": (4, 14, 14)}
+        | {"model.video.transformer.attention": "joint"}
+        | {"model.audio.transformer.width": 512, "model.audio.transformer.depth": 6}
+        | {"model.audio.transformer.heads": 4, "model.audio.transformer.patch": (3, 5)},
+    ),
     # 392,000 clips of 10 s, 200 epochs: TPU v5e-64 or 16 GPUs of 80 GB; not run.
     "kinetics600": (kinetics400, {"steps": 76_500, "global_batch_size": 1024}),
     # 184,000 training clips of 10 s, 200 epochs; not run. Audio sources are visible, hence the

@@ -30,6 +30,19 @@ _POSITIONS = nn.initializers.normal(0.02)
 _EPSILON = 1e-6  # of layer normalisation, as in ViT's published code
 
 
+def _attention(
+    query: Float[Array, "*batch tokens heads depth"],
+    key: Float[Array, "*batch tokens heads depth"],
+    value: Float[Array, "*batch tokens heads depth"],
+) -> Float[Array, "*batch tokens heads depth"]:
+    """Attention with a float32 softmax, whose weights are kept and multiplied in the inputs' dtype.
+
+    Flax's own keeps them, and multiplies by them, in float32 if the softmax is float32.
+    """
+    one_axis = [array.reshape(-1, *array.shape[-3:]) for array in (query, key, value)]
+    return jax.nn.dot_product_attention(*one_axis).reshape(query.shape)
+
+
 class SelfAttention(nn.Module):
     """Pre-normalised multi-head self-attention over the last axis but one, with its residual.
 
@@ -51,7 +64,7 @@ class SelfAttention(nn.Module):
             num_heads=self.heads,
             dtype=self.dtype,
             kernel_init=nn.initializers.xavier_uniform(),
-            force_fp32_for_softmax=True,
+            attention_fn=_attention,
             deterministic=True,
             name="attention",
         )(y)
