@@ -24,6 +24,7 @@ from avcl_jax.data.views import ViewSpec
 from avcl_jax.errors import UserError
 from avcl_jax.models import encoders
 from avcl_jax.models.audio_visual import AudioVisualModel
+from avcl_jax.models.video_resnet import VideoResNet
 from avcl_jax.objectives.bank_sampling import ELIGIBLE_PER_POSITIVE_RANK, BankSampling
 from avcl_jax.paths import absolute_path
 
@@ -188,10 +189,15 @@ def check_used(config: ml_collections.ConfigDict, settings: Iterable[str]) -> No
                 )
 
 
-def audio_visual_model(config: ml_collections.ConfigDict) -> AudioVisualModel:
-    """The whole model that pretraining trains."""
+def audio_visual_model(
+    config: ml_collections.ConfigDict, *, matrix_unit: int = 1
+) -> AudioVisualModel:
+    """The whole model that pretraining trains, for devices with this `convolution.matrix_unit`."""
+    video = None if config.modalities == "audio" else encoder(config, "video")
+    if isinstance(video, VideoResNet) and video.lowering == "auto":
+        video = video.clone(matrix_unit=matrix_unit)
     return AudioVisualModel(
-        video_encoder=None if config.modalities == "audio" else encoder(config, "video"),
+        video_encoder=video,
         audio_encoder=None if config.modalities == "video" else encoder(config, "audio"),
         embedding_dim=config.model.embedding_dim,
         projection_hidden=config.model.projection_hidden,

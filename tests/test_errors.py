@@ -29,6 +29,7 @@ CHECKS_OF_THE_CALLER = {
     "avcl_jax/data/record_format.py",
     "avcl_jax/evaluation/statistics.py",
     "avcl_jax/evaluation/temporal.py",
+    "avcl_jax/models/convolution.py",
     "avcl_jax/objectives/contrastive.py",
 }
 ONE_LINE = {

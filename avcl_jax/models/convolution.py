@@ -24,6 +24,14 @@ _Form = Callable[[Array, Array, tuple[int, ...]], Array]
 # Measured: a matrix product over at least this many rows is faster in parts.
 _SPLIT_ROWS, _PARTS = 2**15, 8
 _FEW_CHANNELS = 4
+# Rows and columns of a matrix unit, by JAX's name of the chip (v5e): of chips on which the compiler
+# confirmed that packs pay, docs/performance_accelerators.md.
+_MATRIX_UNITS = {"TPU v5 lite": 128}
+
+
+def matrix_unit(device_kind: str) -> int:
+    """Channels that fill a matrix unit of a kind of device; 1 where nothing is to be packed."""
+    return _MATRIX_UNITS.get(device_kind, 1)
 
 
 def convolve(x: Array, kernel: Array, strides: Sequence[int], lowering: Lowering = "auto") -> Array:
@@ -49,6 +57,50 @@ def _direct(x: Array, kernel: Array, strides: tuple[int, ...]) -> Array:
     space = "DHW"[-(x.ndim - 2) :]
     padding = [((size - 1) // 2, (size - 1) // 2) for size in kernel.shape[:-2]]
     numbers = (f"N{space}C", f"{space}IO", f"N{space}C")
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
+
+
+def convolve_packed(
+    x: Array, kernel: Array, strides: Sequence[int], packs: tuple[int, int]
+) -> Array:
+    """`convolve` between arrays with neighbouring pixels of a row side by side as channels.
+
+    One convolution: of each pair of a pixel of the input's pack and one of the output's, the kernel
+    has the tap that joins them, or zeros.
+
+    Args:
+        x: [batch, *space, width / packs[0], packs[0] x channels].
+        kernel: as for `convolve`.
+        strides: as for `convolve`, in pixels.
+        packs: number of pixels in each one of the input and of the output; must divide the widths,
+            and the first one `strides[-1]` times the second.
+
+    Returns:
+        [batch, *space, width / packs[1], packs[1] x features].
+    """
+    pack, out = packs
+    size, channels, features = kernel.shape[-3:]
+    stride, margin = strides[-1], (size - 1) // 2
+    columns = (pack * x.shape[-2] + 2 * margin - size) // stride + 1
+    if columns % out or stride * out % pack:
+        raise ValueError(f"{columns} columns with stride {stride} cannot be packed as {packs}")
+    # What the pixels of a pack of the output see, in packs of the input relative to its own.
+    first, last = -margin // pack, (stride * (out - 1) + size - 1 - margin) // pack
+    taps = last - first + 1
+    shifted = []
+    for pixel in range(out):
+        before = stride * pixel - margin - first * pack
+        margins = [(0, 0)] * kernel.ndim
+        margins[-3] = (before, taps * pack - size - before)
+        own = jnp.pad(kernel, margins)
+        shifted.append(own.reshape(*kernel.shape[:-3], taps, pack * channels, features))
+    kernel = jnp.concatenate(shifted, axis=-1)
+    step = stride * out // pack
+    padding = [((n - 1) // 2, (n - 1) // 2) for n in kernel.shape[:-3]]
+    padding.append((-first, (columns // out - 1) * step + taps + first - x.shape[-2]))
+    space = "DHW"[-(x.ndim - 2) :]
+    numbers = (f"N{space}C", f"{space}IO", f"N{space}C")
+    strides = (*strides[:-1], step)
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
 
 

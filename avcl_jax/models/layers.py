@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from avcl_jax.errors import UserError
-from avcl_jax.models.convolution import Lowering, convolve
+from avcl_jax.models.convolution import Lowering, convolve, convolve_packed
 
 Pool = Literal["mean", "max"]
 Remat = Literal["none", "norms", "blocks"]
@@ -141,6 +141,7 @@ class Conv(nn.Module):
         strides: along the same axes.
         lowering: see `convolve`.
         dtype: compute dtype; parameters are float32.
+        packs: see `convolve_packed`, which other packs than (1, 1) take.
     """
 
     features: int
@@ -148,15 +149,61 @@ class Conv(nn.Module):
     strides: tuple[int, ...]
     lowering: Lowering = "auto"
     dtype: Any = jnp.float32
+    packs: tuple[int, int] = (1, 1)
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch *space channels"]) -> Array:
         """Convolves to [batch, *space / strides, features]."""
+        channels = x.shape[-1] // self.packs[0]
         kernel = self.param(
-            "kernel", _INITIALIZER, (*self.kernel_size, x.shape[-1], self.features), jnp.float32
+            "kernel", _INITIALIZER, (*self.kernel_size, channels, self.features), jnp.float32
         ).astype(self.dtype)
-        y = convolve(x.astype(self.dtype), kernel, self.strides, self.lowering)
+        x = x.astype(self.dtype)
+        if self.packs == (1, 1):
+            y = convolve(x, kernel, self.strides, self.lowering)
+        else:
+            y = convolve_packed(x, kernel, self.strides, self.packs)
         return checkpoint_name(y, CONVOLVED)
+
+
+class _Norm(nn.Module):
+    """`nn.BatchNorm`, which cannot average over pixels that are side by side as channels."""
+
+    momentum: float
+    epsilon: float
+    dtype: Any
+    zero_scale: bool
+    pack: int
+    by_batch: bool
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array | None) -> Array:
+        zeros, ones = nn.initializers.zeros, nn.initializers.ones
+        channels = (x.shape[-1] // self.pack,)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
+        scale = self.param("scale", zeros if self.zero_scale else ones, channels, jnp.float32)
+        bias = self.param("bias", zeros, channels, jnp.float32)
+        mean, var = running_mean.value, running_var.value
+        if self.by_batch:
+
+            def average(values: Array) -> Array:
+                means = values.mean(tuple(range(x.ndim - 1)), where=mask)
+                return means.reshape(self.pack, -1).mean(axis=0)
+
+            values = x.astype(jnp.float32)
+            mean, square = average(values), average(jnp.square(values))
+            var = jnp.maximum(0.0, square - jnp.square(mean))
+            if not self.is_initializing():
+                keep = self.momentum
+                running_mean.value = keep * running_mean.value + (1 - keep) * mean
+                running_var.value = keep * running_var.value + (1 - keep) * var
+        factor = jax.lax.rsqrt(var + self.epsilon) * scale
+        mean, factor, bias = (
+            jnp.tile(value, self.pack).reshape((1,) * (x.ndim - 1) + (-1,))
+            for value in (mean, factor, bias)
+        )
+        return ((x - mean) * factor + bias).astype(self.dtype)
 
 
 class BatchNorm(nn.Module):
@@ -173,6 +220,7 @@ class BatchNorm(nn.Module):
         zero_scale: initialise the scale with 0, so that a residual branch starts as identity.
         frozen: normalise by the running statistics in training too, and leave them as they are.
             Scale and shift remain trainable.
+        pack: pixels side by side as channels, which have one scale, shift and statistics.
     """
 
     momentum: float = 0.9
@@ -180,6 +228,7 @@ class BatchNorm(nn.Module):
     dtype: Any = jnp.float32
     zero_scale: bool = False
     frozen: bool = False
+    pack: int = 1
 
     @nn.compact
     def __call__(
@@ -190,15 +239,16 @@ class BatchNorm(nn.Module):
         if mask is not None:
             # Statistics of no row at all are undefined; the caller discards them (training.step).
             mask = (mask | ~mask.any()).reshape(-1, *(1,) * (x.ndim - 1))
-        scale_init = nn.initializers.zeros if self.zero_scale else nn.initializers.ones
-        return nn.BatchNorm(
-            use_running_average=not by_batch,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            dtype=self.dtype,
-            scale_init=scale_init,
+        norm = _Norm(
+            self.momentum,
+            self.epsilon,
+            self.dtype,
+            self.zero_scale,
+            self.pack,
+            by_batch,
             name="norm",
-        )(x, mask=mask if by_batch else None)
+        )
+        return norm(x, mask if by_batch else None)
 
 
 def patches(

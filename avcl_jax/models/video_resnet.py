@@ -58,6 +58,7 @@ class SpatioTemporalConv(nn.Module):
         middle: middle channels of "r2plus1d"; torchvision computes them once per block.
         conv: makes a `Conv`.
         norm: makes a `BatchNorm`.
+        packs: of the input and of the output, see `convolve_packed`.
     """
 
     features: int
@@ -67,6 +68,7 @@ class SpatioTemporalConv(nn.Module):
     middle: int
     conv: Any
     norm: Any
+    packs: tuple[int, int] = (1, 1)
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None) -> Array:
@@ -74,11 +76,14 @@ class SpatioTemporalConv(nn.Module):
         strides = (self.time_stride, self.stride, self.stride)
         if self.kind in ("r3d", "spatial"):
             kernel = (3 if self.kind == "r3d" else 1, 3, 3)
-            return self.conv(self.features, kernel, strides, name="conv")(x)
+            return self.conv(self.features, kernel, strides, packs=self.packs, name="conv")(x)
         middle = self.middle if self.kind == "r2plus1d" else self.features
-        x = self.conv(middle, (1, 3, 3), (1, *strides[1:]), name="spatial")(x)
-        x = nn.relu(self.norm(name="middle_norm")(x, train=train, mask=mask))
-        return self.conv(self.features, (3, 1, 1), (strides[0], 1, 1), name="temporal")(x)
+        out = self.packs[1]
+        x = self.conv(middle, (1, 3, 3), (1, *strides[1:]), packs=self.packs, name="spatial")(x)
+        x = nn.relu(self.norm(pack=out, name="middle_norm")(x, train=train, mask=mask))
+        return self.conv(
+            self.features, (3, 1, 1), (strides[0], 1, 1), packs=(out, out), name="temporal"
+        )(x)
 
 
 class ResidualBlock(nn.Module):
@@ -96,6 +101,7 @@ class ResidualBlock(nn.Module):
         kind: see `SpatioTemporalConv`.
         conv: makes a `Conv`.
         norm: makes a `BatchNorm`.
+        packs: of the input and of the output, see `convolve_packed`.
     """
 
     form: Block
@@ -105,12 +111,15 @@ class ResidualBlock(nn.Module):
     kind: ConvKind
     conv: Any
     norm: Any
+    packs: tuple[int, int] = (1, 1)
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None) -> Array:
         """Maps [batch, time, height, width, channels] to [.., features]."""
         # torchvision takes the channels of the block's input, not those of the convolution's.
-        middle = middle_channels(x.shape[-1], self.features)
+        channels = x.shape[-1] // self.packs[0]
+        inside = (self.packs[1], self.packs[1])
+        middle = middle_channels(channels, self.features)
         bottleneck = self.form == "bottleneck"
         strides = (self.time_stride, self.stride, self.stride)
 
@@ -124,15 +133,18 @@ class ResidualBlock(nn.Module):
                 middle,
                 self.conv,
                 self.norm,
+                self.packs if strided else inside,
                 name=name,
             )
             return layer(x, train=train, mask=mask)
 
         def pointwise(x: Array, features: int, name: str, strides: tuple[int, ...]) -> Array:
-            return self.conv(features, (1, 1, 1), strides, name=name)(x)
+            packs = self.packs if name == "shortcut" else inside
+            return self.conv(features, (1, 1, 1), strides, packs=packs, name=name)(x)
 
         def norm(x: Array, name: str, **options: Any) -> Array:
-            return self.norm(name=name, **options)(x, train=train, mask=mask)
+            layer = self.norm(pack=self.packs[1], name=name, **options)
+            return layer(x, train=train, mask=mask)
 
         features = self.features
         if bottleneck:
@@ -146,7 +158,7 @@ class ResidualBlock(nn.Module):
         normalised = self.form != "norm_after_sum"
         if normalised:
             y = norm(y, "norm3" if bottleneck else "norm2", zero_scale=True)
-        if x.shape[-1] != features or strides != (1, 1, 1):
+        if channels != features or strides != (1, 1, 1):
             x = pointwise(x, features, "shortcut", strides)
             if normalised:
                 x = norm(x, "shortcut_norm")
@@ -171,6 +183,9 @@ class VideoResNet(VideoEncoder, NormEncoder):
         block: see `ResidualBlock.form`.
         pool: "mean" or "max" over time and space.
         lowering: see `Conv`.
+        matrix_unit: channels that fill a matrix unit, `convolution.matrix_unit`. Stages with at
+            most half as many have neighbouring pixels side by side as channels, for which the same
+            parameters give the same results.
     """
 
     widths: Sequence[int]
@@ -180,6 +195,7 @@ class VideoResNet(VideoEncoder, NormEncoder):
     block: Block = "basic"
     pool: Pool = "mean"
     lowering: Lowering = "auto"
+    matrix_unit: int = 1
 
     @nn.compact
     def __call__(
@@ -205,7 +221,8 @@ class VideoResNet(VideoEncoder, NormEncoder):
         early = self.subtract_time_mean and self.stem != "patch4"
         x = self.prepare(video, subtract_time_mean=early)
         conv = functools.partial(Conv, lowering=self.lowering, dtype=self.dtype)
-        stem = recomputed(lambda own, x: own._stem(x, conv, train, mask), self.remat)
+        packs = self._packs(video.shape[-2])
+        stem = recomputed(lambda own, x: own._stem(x, conv, packs[0], train, mask), self.remat)
         x = stem(self, x)
         for stage, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
             kind: ConvKind
@@ -223,12 +240,28 @@ class VideoResNet(VideoEncoder, NormEncoder):
                     kind,
                     conv,
                     self.norm,
+                    (packs[max(0, stage - (block == 0))], packs[stage]),
                     name=f"stage{stage + 1}_block{block + 1}",
                 )
                 x = self.run(layer, x, train=train, mask=mask)
         return encoded(x, self.pool)
 
-    def _stem(self, x: Array, conv: Any, train: bool, mask: Array | None) -> Array:
+    def _packs(self, columns: int) -> list[int]:
+        """Number of neighbouring pixels that each stage has side by side as channels.
+
+        As many as fill a matrix unit, at most twice as many as the next stage, so that a stride of
+        two is one of whole packs; one in the last stage, and where rows cannot be divided.
+        """
+        packs = [1] * len(self.widths)
+        if self.stem != "r2plus1d" or self.block == "bottleneck":
+            return packs
+        for stage in reversed(range(len(packs) - 1)):
+            pack = 2 * packs[stage + 1]
+            if pack * self.widths[stage] <= self.matrix_unit and columns % (pack << stage + 1) == 0:
+                packs[stage] = pack
+        return packs
+
+    def _stem(self, x: Array, conv: Any, pack: int, train: bool, mask: Array | None) -> Array:
         width = self.widths[0]
         if self.stem == "patch4":
             x = patches(
@@ -243,16 +276,18 @@ class VideoResNet(VideoEncoder, NormEncoder):
                 # On pixels, XLA would compute the augmentation once more for the mean.
                 x = x - x.mean(axis=1, keepdims=True)
         elif self.stem == "r2plus1d":
-            x = conv(STEM_MIDDLE_CHANNELS, (1, 7, 7), (1, 2, 2), name="stem_spatial")(x)
-            x = nn.relu(self.norm(name="stem_middle_norm")(x, train=train, mask=mask))
-            x = conv(width, (3, 1, 1), (1, 1, 1), name="stem_temporal")(x)
+            x = conv(
+                STEM_MIDDLE_CHANNELS, (1, 7, 7), (1, 2, 2), packs=(1, pack), name="stem_spatial"
+            )(x)
+            x = nn.relu(self.norm(pack=pack, name="stem_middle_norm")(x, train=train, mask=mask))
+            x = conv(width, (3, 1, 1), (1, 1, 1), packs=(pack, pack), name="stem_temporal")(x)
         elif self.stem in ("r3d", "r3d_pool"):
             x = conv(width, (3, 7, 7), (1, 2, 2), name="stem_conv")(x)
         else:
             raise UserError(
                 f"unknown stem {self.stem!r}: use 'r2plus1d', 'r3d', 'r3d_pool' or 'patch4'"
             )
-        x = nn.relu(self.norm(name="stem_norm")(x, train=train, mask=mask))
+        x = nn.relu(self.norm(pack=pack, name="stem_norm")(x, train=train, mask=mask))
         if self.stem == "r3d_pool":
             x = nn.max_pool(x, (1, 3, 3), (1, 2, 2), padding=((0, 0), (1, 1), (1, 1)))
         return x

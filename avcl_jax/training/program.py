@@ -12,6 +12,7 @@ import ml_collections
 
 from avcl_jax import experiment
 from avcl_jax.errors import UserError
+from avcl_jax.models.convolution import matrix_unit
 from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.bank_exchange import ExchangeBytes, exchange_bytes
 from avcl_jax.objectives.temporal import TASKS
@@ -89,7 +90,8 @@ def build(
         if config.bank.dtype not in ("float32", "bfloat16"):
             raise UserError(f"bank.dtype {config.bank.dtype!r} must be 'float32' or 'bfloat16'")
     spec = experiment.render_spec(config)
-    model = experiment.audio_visual_model(config)
+    unit = matrix_unit(mesh.devices.flat[0].device_kind)
+    model = experiment.audio_visual_model(config, matrix_unit=unit)
     section = config.optimizer
     schedule = warmup_cosine(
         learning_rate=section.learning_rate, warmup_steps=section.warmup_steps, steps=config.steps

@@ -68,6 +68,32 @@ def test_frozen_statistics_stay_and_scale_and_shift_learn():
     jax.tree.map(np.testing.assert_array_equal, kept, statistics)
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_packed_pixels_are_normalised_as_single_ones(train):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(3.0, 2.0, (4, 5, 6, 3)), jnp.float32)
+    weight = rng.normal(size=x.shape).astype(np.float32)
+    statistics = {"norm": {"mean": np.float32([1, 2, 3]), "var": np.float32([4, 5, 6])}}
+    params = {"norm": {"scale": np.float32([1, 2, 3]), "bias": np.float32([0, 1, 2])}}
+    mask = jnp.array([True, False, True, True])
+
+    def run(pack):
+        def loss(params, x):
+            out, mutated = BatchNorm(pack=pack).apply(
+                {"params": params, "batch_stats": statistics},
+                x.reshape(4, 5, 6 // pack, 3 * pack),
+                train=train,
+                mask=mask,
+                mutable=["batch_stats"],
+            )
+            out = out.reshape(x.shape)
+            return (out * weight).sum(), (out, mutated)
+
+        return jax.grad(loss, (0, 1), has_aux=True)(params, x)
+
+    jax.tree.map(lambda *a: np.testing.assert_allclose(*a, atol=1e-4, rtol=1e-5), run(2), run(1))
+
+
 @pytest.mark.parametrize(("modality", "name"), PUBLISHED)
 def test_constants_of_every_family_are_those_published(modality, name):
     """As docs/encoders.md has them; transformers have no batch normalisation."""

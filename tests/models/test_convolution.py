@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.signal
 
-from avcl_jax.models.convolution import convolve
+from avcl_jax.models.convolution import convolve, convolve_packed
 from avcl_jax.models.layers import Conv
 
 # Shape of the input, of the kernel, strides: those of the encoders in small.
@@ -29,6 +29,22 @@ CASES = {
     "picture": ((2, 8, 9, 5), (3, 3, 5, 6), (2, 1)),
     "picture_of_one_channel": ((2, 8, 9, 1), (3, 3, 1, 6), (2, 2)),
     "many_pixels": ((1, 8, 64, 64, 6), (1, 3, 3, 6, 6), (1, 1, 1)),  # sums in parts
+}
+
+# Further, pixels side by side as channels in the input and in the output.
+PACKED = {
+    "spatial": ((2, 4, 8, 8, 5), (1, 3, 3, 5, 7), (1, 1, 1), (2, 2)),
+    "spatial_of_four": ((2, 4, 5, 8, 5), (1, 3, 3, 5, 7), (1, 1, 1), (4, 4)),
+    "temporal": ((2, 6, 5, 6, 5), (3, 1, 1, 5, 7), (1, 1, 1), (2, 2)),
+    "stem": ((1, 2, 14, 16, 3), (1, 7, 7, 3, 6), (1, 2, 2), (1, 2)),
+    "stem_of_odd_width": ((1, 2, 14, 15, 3), (1, 7, 7, 3, 6), (1, 2, 2), (1, 4)),
+    "last": ((2, 4, 8, 8, 5), (1, 3, 3, 5, 7), (1, 2, 2), (2, 1)),
+    "last_of_odd_width": ((2, 4, 8, 6, 5), (1, 3, 3, 5, 7), (1, 2, 2), (2, 1)),
+    "strided": ((2, 4, 8, 8, 5), (1, 3, 3, 5, 7), (1, 2, 2), (2, 2)),
+    "four_to_two": ((2, 4, 8, 8, 5), (1, 3, 3, 5, 7), (1, 2, 2), (4, 2)),
+    "shortcut": ((2, 7, 6, 8, 7), (1, 1, 1, 7, 3), (2, 2, 2), (4, 2)),
+    "whole": ((2, 4, 6, 8, 5), (3, 3, 3, 5, 6), (2, 2, 2), (2, 1)),
+    "picture": ((2, 9, 8, 5), (3, 3, 5, 6), (2, 1), (2, 2)),
 }
 
 
@@ -57,6 +73,41 @@ def test_values_and_gradients_are_those_of_one_convolution(case, lowering):
     np.testing.assert_allclose(value, expected_value, rtol=1e-4)
     for got, wanted in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-5 * float(jnp.abs(wanted).max()))
+
+
+def packed(x, pack):
+    return x.reshape(*x.shape[:-2], x.shape[-2] // pack, pack * x.shape[-1])
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_packed_pixels_have_the_values_and_gradients_of_single_ones(case):
+    x_shape, kernel_shape, strides, packs = PACKED[case]
+    keys = jax.random.split(jax.random.key(0))
+    x, kernel = jax.random.normal(keys[0], x_shape), jax.random.normal(keys[1], kernel_shape)
+
+    def run(convolve):
+        def loss(x, kernel):
+            out = convolve(x, kernel)
+            return jnp.sin(out).sum(), out
+
+        (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(x, kernel)
+        return out, *gradients
+
+    def by_packs(x, kernel):
+        return convolve_packed(packed(x, packs[0]), kernel, strides, packs)
+
+    expected = run(lambda x, kernel: packed(convolve(x, kernel, strides, "direct"), packs[1]))
+    for got, wanted in zip(run(by_packs), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5 * float(jnp.abs(wanted).max()))
+
+
+@pytest.mark.parametrize(
+    ("columns", "stride", "packs"), [(9, 1, (1, 2)), (8, 1, (4, 2)), (8, 2, (2, 3))]
+)
+def test_packs_that_do_not_fit_are_refused(columns, stride, packs):
+    x, kernel = jnp.zeros((1, 4, columns // packs[0], 3 * packs[0])), jnp.zeros((3, 3, 3, 2))
+    with pytest.raises(ValueError, match="cannot be packed"):
+        convolve_packed(x, kernel, (1, stride), packs)
 
 
 def test_it_is_the_correlation_of_scipy():

@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from avcl_jax import experiment
+from avcl_jax.configs import pretrain
 from avcl_jax.models.audio_encoders import AudioResNet
 from avcl_jax.models.audio_visual import AudioVisualModel
+from avcl_jax.models.convolution import matrix_unit
 from avcl_jax.models.heads import normalize
 from avcl_jax.models.video_resnet import VideoResNet
 
@@ -98,6 +101,80 @@ def test_subtracting_the_time_mean_hides_what_stands_still():
     itself = keeps.apply(variables, x - x.mean(axis=1, keepdims=True), train=False)["features"]
     np.testing.assert_allclose(plain, itself, atol=1e-5)
     assert np.abs(keeps.apply(variables, x + still, train=False)["features"] - plain).max() > 0.01
+
+
+def of_stages(unit, **settings):
+    return VideoResNet(
+        (4, 8, 16),
+        (1, 1, 1),
+        "r2plus1d",
+        "r2plus1d",
+        subtract_time_mean=True,
+        lowering="direct",
+        matrix_unit=unit,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize(
+    ("unit", "columns", "packs"),
+    [
+        (1, 32, [1, 1, 1]),
+        (8, 32, [2, 1, 1]),
+        (16, 32, [4, 2, 1]),
+        (1024, 32, [4, 2, 1]),  # an end with single pixels, at most twice as many a stage
+        (16, 36, [2, 1, 1]),
+        (16, 30, [1, 1, 1]),
+    ],
+)
+def test_neighbouring_pixels_fill_a_matrix_unit_where_rows_allow_it(unit, columns, packs):
+    assert of_stages(unit)._packs(columns) == packs
+    assert of_stages(unit, block="bottleneck")._packs(columns) == [1, 1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("unit", "columns"), [(16, 32), (16, 20)])
+def test_packed_pixels_give_the_results_of_single_ones(unit, columns):
+    keys = iter(jax.random.split(jax.random.key(3), 200))
+    video = jax.random.normal(next(keys), (3, 2, 8, columns, 3))
+    mask = jnp.array([True, True, False])
+    variables = of_stages(1).init(jax.random.key(1), video, train=False)
+    own = of_stages(unit).init(jax.random.key(1), video, train=False)
+    jax.tree.map(np.testing.assert_array_equal, variables, own)
+    # Scales that are zero would hide whole branches.
+    variables = jax.tree.map(
+        lambda leaf: leaf + 0.1 * jax.random.uniform(next(keys), leaf.shape), variables
+    )
+
+    def run(unit):
+        def loss(params):
+            out, mutated = of_stages(unit).apply(
+                variables | {"params": params},
+                video,
+                train=True,
+                mask=mask,
+                mutable=["batch_stats"],
+            )
+            return jnp.sin(out["map"]).sum(), (out, mutated)
+
+        return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+
+    (gradients, outputs), (expected_gradients, expected) = run(unit), run(1)
+    jax.tree.map(lambda *a: np.testing.assert_allclose(*a, atol=1e-4), outputs, expected)
+    # Rounding moves a value near zero to the other side of a ReLU.
+    for got, wanted in zip(*map(jax.tree.leaves, (gradients, expected_gradients)), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-2 * float(jnp.abs(wanted).max()))
+
+
+def test_only_a_chip_with_such_units_and_the_lowering_auto_pack_pixels():
+    assert matrix_unit("TPU v5 lite") == 128
+    assert matrix_unit(jax.devices()[0].device_kind) == 1
+    config = pretrain.get_config("kinetics400")
+    for lowering, unit in (("auto", 128), ("direct", 1)):
+        config.model.video.lowering = lowering
+        video = experiment.audio_visual_model(config, matrix_unit=128).video_encoder
+        assert video.matrix_unit == unit
+    assert experiment.audio_visual_model(config).video_encoder.matrix_unit == 1
 
 
 def test_normalize_is_finite_at_zero():
