@@ -180,14 +180,24 @@ def test_other_versions_resume_a_run_and_are_named(whole_run, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (1, 2), (2, 0)])
+@pytest.mark.parametrize(
+    ("processes", "workers", "views"),
+    [
+        # Steps that take longer than writing a checkpoint, as in real training, and shorter ones.
+        (1, 0, {"crop__image_size": 160, "views__num_frames": 16}),
+        (1, 2, {}),
+        (2, 0, {}),
+    ],
+    ids=["1-0-slow", "1-2", "2-0"],
+)
 def test_killed_at_random_moments_a_run_ends_as_if_undisturbed(
-    records, tmp_path, seen, processes, workers
+    records, tmp_path, seen, processes, workers, views
 ):
     """AVCL_JAX_KILLS=20 makes a long test of it."""
     kills = int(os.environ.get("AVCL_JAX_KILLS", "3"))
     every, last = 4, 24 * kills
     options = {"steps": last, "execution__checkpoint_every": every, "execution__workers": workers}
+    options |= views
 
     def begin(name: str, kill_at: int) -> list[subprocess.Popen[str]]:
         """Starts processes of which the first is killed at a step, unless it was before."""
@@ -201,12 +211,14 @@ def test_killed_at_random_moments_a_run_ends_as_if_undisturbed(
         assert not any(process.returncode for process in started), outputs
 
     end("whole")
+    lines = map(json.loads, (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines())
+    step_seconds = np.median([1 / line["steps_per_second"] for line in lines])
     rng = random.Random(processes + workers)
     newest, reached, lost, seconds = 0, [], [], 0.0
     whom = "both processes" if processes > 1 else "one process"
     seen.act(
         f"SIGKILL {kills} times at random moments to {whom}, {workers} data workers, a checkpoint "
-        f"every {every} of {last} steps"
+        f"every {every} of {last} steps of {step_seconds:.2f} s"
     )
     for number in range(kills):
         # Some before the first step; others in one of the next steps, or as it is saved. The first
