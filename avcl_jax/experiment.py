@@ -8,7 +8,7 @@ import importlib
 import json
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -16,9 +16,7 @@ import ml_collections
 
 from avcl_jax import weights
 from avcl_jax.data.augment import PhotometricSpec, SpectralSpec
-from avcl_jax.data.images import CropSpec
-from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
-from avcl_jax.data.rendering import RenderSpec
+from avcl_jax.data.render_spec import CropSpec, RenderSpec
 from avcl_jax.data.spectrogram import LogMelSpec
 from avcl_jax.data.views import ViewSpec
 from avcl_jax.errors import UserError
@@ -27,6 +25,9 @@ from avcl_jax.models.audio_visual import AudioVisualModel
 from avcl_jax.models.video_resnet import VideoResNet
 from avcl_jax.objectives.bank_sampling import ELIGIBLE_PER_POSITIVE_RANK, BankSampling
 from avcl_jax.paths import absolute_path
+
+if TYPE_CHECKING:
+    from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
 
 # Task of pretraining, by which its runs are recognised.
 PRETRAIN = "avcl_jax.training.loop:pretrain"
@@ -211,6 +212,9 @@ def preprocessings(
     config: ml_collections.ConfigDict,
 ) -> dict[str, VideoPreprocessing | AudioPreprocessing]:
     """Preprocessing of raw media for the video and the audio encoder."""
+    # Its libraries of images and sound are not needed to build and run the train step.
+    from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
+
     spec = render_spec(config)
     return {
         "video": VideoPreprocessing(

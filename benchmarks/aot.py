@@ -26,7 +26,6 @@ from jax.experimental import topologies
 
 from avcl_jax import experiment
 from avcl_jax.configs import pretrain
-from avcl_jax.data.pipeline import batch_shapes
 from avcl_jax.errors import UserError
 from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.views import MODALITIES
@@ -88,9 +87,8 @@ def program(config: ml_collections.ConfigDict, devices: Any) -> tuple[Any, tuple
     mesh, init, step = build(config, devices)
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(lambda key: init(key)[0], key)
-    arrays = batch_shapes(
-        experiment.render_spec(config), config.global_batch_size, config.bank.health_labels
-    )
+    spec = experiment.render_spec(config)
+    arrays = spec.batch_shapes(config.global_batch_size, config.bank.health_labels)
     batch = {name: jax.ShapeDtypeStruct(*value) for name, value in arrays.items()}
     return jit_train_step(step, mesh, state_shardings(state, mesh)), (state, batch, key)
 

@@ -33,6 +33,7 @@ from avcl_jax.configs import pretrain as pretrain_config
 from avcl_jax.data import rendering
 from avcl_jax.data.record_format import is_silent
 from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.render_spec import RenderSpec
 from avcl_jax.data.selection import Selection, UsableRecords
 from avcl_jax.data.spectrogram import gather_windows, log_mel
 from avcl_jax.evaluation.ablation import FULL, as_table, effects
@@ -107,7 +108,7 @@ COLUMNS = (
 def rendered_as(variant: Variant) -> Iterator[None]:
     """Applies the changes of a variant that are not in its config, while the context is open."""
 
-    def render_audio(record: Any, clip: Any, spec: rendering.RenderSpec) -> tuple[np.ndarray, bool]:
+    def render_audio(record: Any, clip: Any, spec: RenderSpec) -> tuple[np.ndarray, bool]:
         start = record.audio_start_seconds
         windows = gather_windows(
             record.waveform, clip, spec.log_mel, spec.views, audio_start_seconds=start

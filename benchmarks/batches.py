@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from avcl_jax import experiment
-from avcl_jax.data.pipeline import batch_shapes
 from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.bank_rows import BankSample
 from avcl_jax.objectives.views import MODALITIES, Modality, Views
@@ -25,7 +24,7 @@ def random_batch(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """
     rng = np.random.default_rng(0)
     rows = config.global_batch_size
-    shapes = batch_shapes(experiment.render_spec(config), rows, config.bank.health_labels)
+    shapes = experiment.render_spec(config).batch_shapes(rows, config.bank.health_labels)
     kinds = {"speed": len(config.views.speeds), "direction": 2, "order": 3}
     batch: dict[str, Any] = {}
     for name, (shape, dtype) in shapes.items():

@@ -15,10 +15,11 @@ from typing import Any
 import grain
 import numpy as np
 
-from avcl_jax.data.images import CropSpec, crop_frame, each_jpeg, random_crop
+from avcl_jax.data.images import crop_frame, each_jpeg, random_crop
 from avcl_jax.data.pipeline import RandomViews, train_batches
 from avcl_jax.data.records import Record, RecordDataset
-from avcl_jax.data.rendering import RenderSpec, render_audio
+from avcl_jax.data.render_spec import CropSpec, RenderSpec
+from avcl_jax.data.rendering import render_audio
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.data.spectrogram import LogMelSpec, gather_windows, log_mel
 from avcl_jax.data.views import FORWARD, Clip, Timeline, ViewSpec, draw_views, frame_indices

@@ -23,7 +23,6 @@ from avcl_jax.configs import (
     retrieval,
     temporal,
 )
-from avcl_jax.data.pipeline import batch_shapes
 from avcl_jax.data.spectrogram import mel_constants
 from avcl_jax.data.views import MARGIN
 from avcl_jax.errors import UserError
@@ -38,7 +37,7 @@ _SLOW = ("kinetics400_vit", "kinetics600", "vggsound")
 
 
 def batch_of(config):
-    shapes = batch_shapes(experiment.render_spec(config), config.global_batch_size)
+    shapes = experiment.render_spec(config).batch_shapes(config.global_batch_size)
     return {name: jax.ShapeDtypeStruct(*value) for name, value in shapes.items()}
 
 

@@ -115,3 +115,21 @@ def test_a_program_that_may_load_an_encoder_starts_without_jax() -> None:
     code = "import json, sys; import avcl_jax.export; print(json.dumps(sorted(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert {"jax", "flax", "orbax", "librosa"}.isdisjoint(json.loads(run.stdout))
+
+
+def test_the_train_step_needs_no_libraries_of_media_and_files() -> None:
+    """A machine that only computes has none; see benchmarks.on_gpu."""
+    code = (
+        "import json, sys\n"
+        "from avcl_jax.configs import pretrain\n"
+        "from avcl_jax.training.program import build\n"
+        "build(pretrain.get_config('demo'))\n"
+        "print(json.dumps(sorted(name.partition('.')[0] for name in sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    packages = set(json.loads(run.stdout)) - set(sys.stdlib_module_names)
+    with_jax = {"jax", "jaxlib", "flax", "optax", "numpy", "etils", "absl", "yaml", "rich"}
+    assert {"jax", "flax"} <= packages
+    media = {"av", "cv2", "simplejpeg", "soxr", "grain", "pyarrow", "crc32c", "array_record"}
+    files = {"orbax", "tensorstore", "tensorboardX", "google", "requests", "sklearn", "matplotlib"}
+    assert packages.isdisjoint(media | files), sorted(packages - with_jax)

@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from avcl_jax.data.images import CropSpec, crops_along, random_crop
+from avcl_jax.data.images import crops_along, random_crop
 from avcl_jax.data.record_format import UNKNOWN_LABEL, Record
 from avcl_jax.data.records import RecordDataset, RecordReader
+from avcl_jax.data.render_spec import CropSpec
 from avcl_jax.data.rendering import Renderer, render_video
 from avcl_jax.data.selection import (
     Modality,

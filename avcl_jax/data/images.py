@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from avcl_jax.errors import UserError
+from avcl_jax.data.render_spec import CropSpec
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
@@ -70,27 +70,6 @@ def decode_jpegs(frames: Sequence[bytes]) -> np.ndarray:
     if not frames:
         raise ValueError("decode_jpegs needs at least one frame, got none")
     return np.stack([image.copy() for image in each_jpeg(frames)])
-
-
-@dataclasses.dataclass(frozen=True)
-class CropSpec:
-    """Spatial view of a clip, `image_size` high and wide.
-
-    Attributes:
-        min_area: smallest fraction of the largest square that a random crop keeps.
-        flip: mirror half of the random crops.
-        quarter_turns: also turn them by 0, 90, 180 or 270 degrees; for media without an upright.
-    """
-
-    image_size: int
-    min_area: float
-    flip: bool
-    quarter_turns: bool
-
-    def __post_init__(self) -> None:
-        """Refuses an area that no crop can have."""
-        if not 0 < self.min_area <= 1:
-            raise UserError(f"min_area {self.min_area} must be above 0 and at most 1")
 
 
 @dataclasses.dataclass(frozen=True)

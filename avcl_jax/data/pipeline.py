@@ -17,15 +17,9 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
-from avcl_jax.data.rendering import (
-    Renderer,
-    RenderSpec,
-    describe,
-    render_drawn,
-    render_random_views,
-)
+from avcl_jax.data.render_spec import RenderSpec
+from avcl_jax.data.rendering import Renderer, describe, render_drawn, render_random_views
 from avcl_jax.data.selection import UsableRecords
-from avcl_jax.data.views import MASKS
 from avcl_jax.data.workers import Shapes, filled_batches
 from avcl_jax.errors import UserError
 
@@ -64,7 +58,7 @@ class RandomViews:
 
     def shapes(self, rows: int) -> Shapes:
         """Returns `batch_shapes` with all labels."""
-        return batch_shapes(self.spec, rows, list(self.source.records.labels))
+        return self.spec.batch_shapes(rows, list(self.source.records.labels))
 
     def requests(self, positions: np.ndarray) -> Any:
         """Returns what `render` needs of these records: places, usable parts, numbers."""
@@ -78,25 +72,6 @@ class RandomViews:
         """Function that writes rows of a batch, for worker processes."""
         reader = self.source.records.reader
         return functools.partial(render_random_views, reader, self.spec, self.skip_unreadable)
-
-
-def batch_shapes(spec: RenderSpec, rows: int, labels: Sequence[str] = ()) -> Shapes:
-    """Returns name -> (shape, numpy dtype) of a batch of `train_batches`, without any data.
-
-    `labels` are names of labels of one class per record.
-    """
-    audio, audio_shape, audio_dtype = spec.audio_array()
-    flags = ("has_video", "video_moves", "unreadable", *MASKS)
-    numbers = ("order", "source_id", "record_index", *(f"label_{name}" for name in labels))
-    playback = [f"{kind}_{task}" for kind in ("video", "audio") for task in ("speed", "direction")]
-    return {
-        "video": ((rows, 2, *spec.video_shape), np.uint8),
-        audio: ((rows, 2, *audio_shape), audio_dtype),
-        "has_audio": ((rows, 2), np.bool_),
-        **{name: ((rows,), np.bool_) for name in flags},
-        **{name: ((rows,), np.int32) for name in numbers},
-        **{name: ((rows, 2), np.int32) for name in playback},
-    }
 
 
 def check_enough(

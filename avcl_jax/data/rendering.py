@@ -2,50 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from avcl_jax.data.images import Crop, CropSpec, crop_frame, each_jpeg, random_crop
+from avcl_jax.data.images import Crop, crop_frame, each_jpeg, random_crop
 from avcl_jax.data.record_format import LABEL_PREFIX, UNKNOWN_LABEL, Record, is_silent
 from avcl_jax.data.records import Place, RecordDataset, RecordError, RecordReader
-from avcl_jax.data.spectrogram import LogMelSpec, gather_windows, log_mel
+from avcl_jax.data.render_spec import RenderSpec
+from avcl_jax.data.spectrogram import gather_windows, log_mel
 from avcl_jax.data.views import Clip, Timeline, ViewSpec, draw_views, frame_indices
 
 # Writes rows of a batch, given requests for records and a generator for each; see
 # `pipeline.Batches`. Worker processes import this module, so it must not import JAX.
 Renderer = Callable[[Any, Sequence[np.random.Generator], Mapping[str, np.ndarray]], None]
-Modalities = Literal["audio_visual", "video", "audio"]
-
-
-@dataclasses.dataclass(frozen=True)
-class RenderSpec:
-    """Everything that turns an interval of a record into arrays.
-
-    Attributes:
-        spectrogram_on_device: deliver `audio_windows` and leave the log-mel to the jitted step.
-        modalities: "audio_visual", or train on "video" or "audio" alone.
-    """
-
-    views: ViewSpec
-    log_mel: LogMelSpec
-    crop: CropSpec
-    spectrogram_on_device: bool
-    modalities: Modalities
-
-    @property
-    def video_shape(self) -> tuple[int, int, int, int]:
-        """Shape of the video of a view: [time, height, width, 3]."""
-        return self.views.num_frames, self.crop.image_size, self.crop.image_size, 3
-
-    def audio_array(self) -> tuple[str, tuple[int, int], type]:
-        """Returns name, shape and dtype of the audio of a view, on the host."""
-        mel = self.log_mel
-        if self.spectrogram_on_device:
-            return "audio_windows", (mel.frames, mel.window), np.int16
-        return "spectrogram", (mel.frames, mel.mels), np.float32
 
 
 def render_video(

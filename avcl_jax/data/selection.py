@@ -17,7 +17,7 @@ import numpy as np
 
 from avcl_jax.data.record_format import SILENCE_PEAK, UNKNOWN_LABEL, Record
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.rendering import RenderSpec
+from avcl_jax.data.render_spec import RenderSpec
 from avcl_jax.data.views import Timeline, ViewSpec, views_fit
 from avcl_jax.errors import UserError
 

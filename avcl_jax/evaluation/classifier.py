@@ -24,10 +24,10 @@ from jaxtyping import Array
 from avcl_jax.batched import batched_map, cache_key, in_parts
 from avcl_jax.data import augment
 from avcl_jax.data.clips import AudioClipSpec, ClipRecords, ClipSpec
-from avcl_jax.data.spectrogram import log_mel
 from avcl_jax.errors import UserError
 from avcl_jax.export import Encoder
-from avcl_jax.training.metrics import Metrics, average
+from avcl_jax.training.averages import Metrics, average
+from avcl_jax.training.inputs import log_mel_of_rows
 from avcl_jax.training.sharding import replicated, rows_sharding
 from avcl_jax.training.state import TrainState, in_shardings
 
@@ -68,11 +68,13 @@ class Inputs:
     Attributes:
         preprocess: preprocessing of the encoder, which standardises pixels.
         augmentation: settings for video and for spectrograms, in training.
+        mesh: devices over which clips are split; None for one.
     """
 
     spec: ClipSpec
     preprocess: Any
     augmentation: tuple[augment.PhotometricSpec, augment.SpectralSpec]
+    mesh: Mesh | None = None
 
     def __call__(self, clips: Array, key: Array | None) -> Array:
         """Returns float32 pixels [batch, time, size, size, 3] or log-mel [batch, frames, mels] of
@@ -81,7 +83,7 @@ class Inputs:
         of_video, of_audio = self.augmentation
         # The augmentation draws for each view; a clip is a video's only one.
         if isinstance(self.spec, AudioClipSpec):
-            spectrogram = log_mel(clips, self.spec.log_mel, jnp)
+            spectrogram = log_mel_of_rows(clips, self.spec.log_mel, self.mesh)
             if key is None:
                 return spectrogram
             return augment.spectral(key, spectrogram[:, None], of_audio)[:, 0]
@@ -162,7 +164,8 @@ def classifier_training(
         params, statistics = variables["params"], variables.get("batch_stats", {})
         return TrainState(jnp.zeros((), jnp.int32), params, statistics, optimizer.init(params))
 
-    step = functools.partial(_train_step, classifier, optimizer, inputs, schedule, step_key)
+    split_inputs = dataclasses.replace(inputs, mesh=mesh)
+    step = functools.partial(_train_step, classifier, optimizer, split_inputs, schedule, step_key)
     state, shardings = in_shardings(init, dict(encoder.params), mesh=mesh)
     return state, jax.jit(
         lambda state, batch: step(

@@ -20,7 +20,8 @@ from avcl_jax.data.encode import data_uri, frame_uri, spectrogram_uri, write_mp4
 from avcl_jax.data.images import center_crop, decode_jpegs
 from avcl_jax.data.record_format import Record
 from avcl_jax.data.records import RecordDataset, RecordError
-from avcl_jax.data.rendering import RenderSpec, render_views
+from avcl_jax.data.render_spec import RenderSpec
+from avcl_jax.data.rendering import render_views
 from avcl_jax.data.selection import Modality, Selection, UsableRecords
 from avcl_jax.data.views import Timeline, fixed_clips
 from avcl_jax.objectives import feature_bank

@@ -19,8 +19,8 @@ from etils import epath
 
 from avcl_jax.batched import batched_map, cache_key, in_parts, render_all
 from avcl_jax.data.clips import AudioClipSpec, ClipRecords, ClipSpec, VideoClipSpec
-from avcl_jax.data.images import CropSpec
 from avcl_jax.data.preprocessing import VideoPreprocessing
+from avcl_jax.data.render_spec import CropSpec
 from avcl_jax.data.spectrogram import log_mel
 from avcl_jax.data.views import ViewSpec
 from avcl_jax.errors import UserError

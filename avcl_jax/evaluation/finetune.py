@@ -31,9 +31,9 @@ from avcl_jax.data.clips import (
     RandomClips,
     VideoClipSpec,
 )
-from avcl_jax.data.images import CropSpec
 from avcl_jax.data.pipeline import check_enough, drawn_batches
 from avcl_jax.data.preprocessing import VideoPreprocessing
+from avcl_jax.data.render_spec import CropSpec
 from avcl_jax.data.views import ViewSpec
 from avcl_jax.data.workers import check_room
 from avcl_jax.errors import UserError

@@ -18,7 +18,8 @@ from avcl_jax import experiment
 from avcl_jax.batched import Render, batched_map, cache_key, in_parts, stack
 from avcl_jax.data.images import center_crop, random_crop
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.rendering import RenderSpec, describe, render_views
+from avcl_jax.data.render_spec import RenderSpec
+from avcl_jax.data.rendering import describe, render_views
 from avcl_jax.data.selection import Selection, UsableRecords
 from avcl_jax.data.views import Clip, draw_views, feasible_speeds, fixed_clips
 from avcl_jax.errors import UserError

@@ -18,12 +18,12 @@ from avcl_jax.data.augment import (
     standardize,
     to_unit_range,
 )
-from avcl_jax.data.rendering import RenderSpec
+from avcl_jax.data.render_spec import RenderSpec
 from avcl_jax.data.spectrogram import LogMelSpec, log_mel
 from avcl_jax.training.sharding import rows_sharding
 
 
-def _log_mel(windows: Array, spec: LogMelSpec, mesh: Mesh | None) -> Array:
+def log_mel_of_rows(windows: Array, spec: LogMelSpec, mesh: Mesh | None) -> Array:
     """`log_mel`, on each device of its own rows: XLA splits no FFT, and would gather all rows."""
     local = functools.partial(log_mel, spec=spec, xp=jnp)
     if mesh is not None:
@@ -57,7 +57,7 @@ def prepare_inputs(
         [videos, 2, frames, mels], and `has_video` and `has_audio` as in the batch.
     """
     if spec.spectrogram_on_device:
-        spectrogram = _log_mel(batch["audio_windows"], spec.log_mel, mesh)
+        spectrogram = log_mel_of_rows(batch["audio_windows"], spec.log_mel, mesh)
     else:
         spectrogram = batch["spectrogram"]
     if augmentation is not None:

@@ -14,7 +14,7 @@ from clu import parameter_overview
 from etils import epath
 
 from avcl_jax import experiment, peers
-from avcl_jax.data.pipeline import batch_shapes, train_batches
+from avcl_jax.data.pipeline import train_batches
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.data.workers import check_room
 from avcl_jax.errors import UserError
@@ -235,7 +235,7 @@ def _open(
     check_same({"the data set": source.fingerprint})
     unreadable = UnreadableRecords(source.records, budget=run.max_bad_records)
     rows = config.global_batch_size // jax.process_count()
-    check_room(batch_shapes(experiment.render_spec(config), rows), workers=run.workers)
+    check_room(experiment.render_spec(config).batch_shapes(rows), workers=run.workers)
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = opened.enter_context(Checkpoints(workdir, keep=run.keep_checkpoints))
     if (saved := checkpoints.latest_step()) is not None:

@@ -1,4 +1,4 @@
-"""Metrics of training: averages over a log period, and the files and lines they are written to.
+"""Metrics of training: the files and lines they are written to.
 
 Files are JSON lines and TensorBoard event files, written without TensorFlow.
 """
@@ -17,10 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from clu import metrics as clu_metrics
 from etils import epath
-from jaxtyping import Array
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
@@ -31,8 +28,6 @@ from avcl_jax.objectives.views import MODALITIES
 from avcl_jax.paths import write_bytes
 from avcl_jax.training.alarms import Alarms
 from avcl_jax.training.writers import Write
-
-Metrics = dict[str, clu_metrics.Average]
 
 # Time between writes over that of the last write, which grows with a run in an object store.
 _WAIT_RATIO = 20
@@ -50,18 +45,6 @@ _SHOWN = {
     },
     "std ": {"health/video_embedding_std": "v", "health/audio_embedding_std": "a"},
 }
-
-
-def average(value: Array, count: Array | float = 1.0) -> clu_metrics.Average:
-    """A mean with weight `count` for merging with those of other steps."""
-    count = jnp.asarray(count, jnp.float32)
-    value = jnp.where(count > 0, value.astype(jnp.float32), 0.0)
-    return clu_metrics.Average(total=value * count, count=count)
-
-
-def merge_metrics(first: Metrics, second: Metrics) -> Metrics:
-    """Merges the averages of two steps or periods."""
-    return {name: first[name].merge(second[name]) for name in second}
 
 
 def _progress(values: Mapping[str, float]) -> str:

@@ -16,7 +16,7 @@ from avcl_jax.objectives.bank_sampling import BankSampling
 from avcl_jax.objectives.contrastive import contrastive_loss
 from avcl_jax.objectives.temporal import TASKS, temporal_losses
 from avcl_jax.objectives.views import MODALITIES, Modality, Term, Views, per_view
-from avcl_jax.training.metrics import Metrics, average
+from avcl_jax.training.averages import Metrics, average
 from avcl_jax.training.state import TrainState
 
 # Term -> the pairs of (anchor modality, target modality) whose mean it is.

@@ -20,14 +20,9 @@ from avcl_jax import peers
 from avcl_jax.data.pipeline import to_device_batch
 from avcl_jax.errors import UserError
 from avcl_jax.processes import Agreement, Stopped, StopRequest, gather
+from avcl_jax.training.averages import Metrics, merge_metrics
 from avcl_jax.training.checkpoint import Checkpoints, Progress, SaveError
-from avcl_jax.training.metrics import (
-    Metrics,
-    MetricWriter,
-    format_seconds,
-    memory_gb,
-    merge_metrics,
-)
+from avcl_jax.training.metrics import MetricWriter, format_seconds, memory_gb
 from avcl_jax.training.profiler import Profiler
 from avcl_jax.training.state import TrainState
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from avcl_jax.data.rendering import RenderSpec
+from avcl_jax.data.render_spec import RenderSpec
 from avcl_jax.objectives import feature_bank
 from avcl_jax.training import sharding
 

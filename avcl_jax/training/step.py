@@ -20,7 +20,7 @@ from avcl_jax.objectives import bank_health, feature_bank
 from avcl_jax.objectives.temporal import TASKS
 from avcl_jax.objectives.views import MODALITIES, Views
 from avcl_jax.training import accumulate
-from avcl_jax.training.metrics import Metrics, average
+from avcl_jax.training.averages import Metrics, average
 from avcl_jax.training.objective import LossSpec, total_loss
 from avcl_jax.training.sharding import replicated, rows_sharding
 from avcl_jax.training.state import TrainState

@@ -15,8 +15,7 @@ from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import Selection, UsableRecords
 from avcl_jax.errors import UserError
 from avcl_jax.objectives.bank_health import PLAYBACK_KINDS
-
-LEAST_VIDEOS = 2  # in a batch, as one has no negatives
+from avcl_jax.training.program import LEAST_VIDEOS
 
 
 def open_records(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> UsableRecords:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from avcl_jax.data.augment import SpectralSpec, spectral
-from avcl_jax.data.images import Crop, CropSpec, apply_crop, random_crop
+from avcl_jax.data.images import Crop, apply_crop, random_crop
+from avcl_jax.data.render_spec import CropSpec
 
 OFF = SpectralSpec(equalizer=0.0, equalizer_knots=5, mask_mels=0, noise=0.0)
 

@@ -10,9 +10,10 @@ import pytest
 import simplejpeg
 
 from avcl_jax.data.clips import AudioClipSpec, ClipRecords, RandomClips, VideoClipSpec
-from avcl_jax.data.images import Crop, CropSpec, crops_along
+from avcl_jax.data.images import Crop, crops_along
 from avcl_jax.data.pipeline import drawn_batches
 from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.render_spec import CropSpec
 from avcl_jax.data.selection import Selection
 from avcl_jax.data.spectrogram import LogMelSpec
 from avcl_jax.data.views import FORWARD, Clip, ViewSpec

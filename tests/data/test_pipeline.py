@@ -12,11 +12,12 @@ from etils import epath
 
 from avcl_jax.data import record_files
 from avcl_jax.data.augment import PhotometricSpec, photometric
-from avcl_jax.data.images import Crop, CropSpec, apply_crop, random_crop
-from avcl_jax.data.pipeline import batch_shapes, train_batches
+from avcl_jax.data.images import Crop, apply_crop, random_crop
+from avcl_jax.data.pipeline import train_batches
 from avcl_jax.data.record_format import is_silent, parse_record
 from avcl_jax.data.records import RecordDataset, RecordReader
-from avcl_jax.data.rendering import RenderSpec, render_video
+from avcl_jax.data.render_spec import CropSpec, RenderSpec
+from avcl_jax.data.rendering import render_video
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.data.spectrogram import LogMelSpec, log_mel
 from avcl_jax.data.views import BACKWARD, FORWARD, Clip, ViewSpec
@@ -258,7 +259,7 @@ def test_shapes_are_told_without_data(source, on_device):
     assert labels
     dataset = train_batches(source, spec, seed=5, global_batch_size=8)
     (batch,) = itertools.islice(iter(dataset), 1)
-    told = batch_shapes(spec, 8, labels)
+    told = spec.batch_shapes(8, labels)
     assert {name: (shape, np.dtype(kind)) for name, (shape, kind) in told.items()} == {
         name: (values.shape, values.dtype) for name, values in batch.items()
     }

@@ -12,9 +12,9 @@ from avcl_jax import experiment
 from avcl_jax.configs import pretrain
 from avcl_jax.data import selection
 from avcl_jax.data.clips import AudioClipSpec, ClipRecords, VideoClipSpec
-from avcl_jax.data.images import CropSpec
 from avcl_jax.data.record_format import is_silent, peak
 from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.render_spec import CropSpec
 from avcl_jax.data.selection import Selection, SelectionError, UsableRecords, single_classes
 from avcl_jax.data.spectrogram import LogMelSpec
 from avcl_jax.data.views import Timeline, ViewSpec

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from avcl_jax.data.encode import write_mp4
-from avcl_jax.data.images import CropSpec
 from avcl_jax.data.pipeline import train_batches
 from avcl_jax.data.records import RecordDataset
-from avcl_jax.data.rendering import RenderSpec
+from avcl_jax.data.render_spec import CropSpec, RenderSpec
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.data.spectrogram import LogMelSpec
 from avcl_jax.data.views import ViewSpec

@@ -17,8 +17,8 @@ from scipy.special import softmax
 from avcl_jax import experiment
 from avcl_jax.configs import finetune, pretrain
 from avcl_jax.data.clips import ClipRecords, VideoClipSpec
-from avcl_jax.data.images import CropSpec
 from avcl_jax.data.records import RecordDataset
+from avcl_jax.data.render_spec import CropSpec
 from avcl_jax.data.selection import Selection
 from avcl_jax.data.spectrogram import log_mel
 from avcl_jax.data.views import ViewSpec

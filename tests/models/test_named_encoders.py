@@ -11,7 +11,6 @@ import pytest
 
 from avcl_jax import experiment
 from avcl_jax.configs import pretrain
-from avcl_jax.data.pipeline import batch_shapes
 from avcl_jax.errors import UserError
 from avcl_jax.models import encoders
 from avcl_jax.models.audio_encoders import AudioConvNet
@@ -301,7 +300,7 @@ def test_a_published_name_is_all_that_a_preset_needs(preset, error, modality, na
     encoder = getattr(experiment.audio_visual_model(config), f"{modality}_encoder")
     assert published_name(encoder) == name
     assert encoder.dtype == jnp.dtype(config.model.dtype)
-    shape = batch_shapes(experiment.render_spec(config), 1)["video"][0][1:]
+    shape = experiment.render_spec(config).batch_shapes(1)["video"][0][1:]
     if modality == "audio":
         shape = (1, config.spectrogram.frames, config.spectrogram.mels)
     init = functools.partial(encoder.init, train=False)

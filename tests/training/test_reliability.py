@@ -184,7 +184,7 @@ def test_other_versions_resume_a_run_and_are_named(whole_run, tmp_path, capsys):
     ("processes", "workers", "views"),
     [
         # Steps that take longer than writing a checkpoint, as in real training, and shorter ones.
-        (1, 0, {"crop__image_size": 160, "views__num_frames": 16}),
+        (1, 0, {"crop__image_size": 64, "views__num_frames": 16}),
         (1, 2, {}),
         (2, 0, {}),
     ],
@@ -195,7 +195,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_undisturbed(
 ):
     """AVCL_JAX_KILLS=20 makes a long test of it."""
     kills = int(os.environ.get("AVCL_JAX_KILLS", "3"))
-    every, last = 4, 24 * kills
+    every, last = 4, 12 * kills
     options = {"steps": last, "execution__checkpoint_every": every, "execution__workers": workers}
     options |= views
 
@@ -250,7 +250,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_undisturbed(
     end("killed")
     seen.ended()
     assert every <= reached[0]
-    assert reached == sorted(reached)
+    assert reached == sorted(reached) and reached[-1] < last
     # A checkpoint begins in the step after its own, and waits for the one before.
     assert max(lost) <= 2 * every + 1
     assert_identical(tmp_path / "whole", tmp_path / "killed", last)

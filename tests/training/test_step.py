@@ -16,7 +16,7 @@ import pytest
 
 from avcl_jax import experiment
 from avcl_jax.configs import pretrain
-from avcl_jax.data.pipeline import batch_shapes, to_device_batch, train_batches
+from avcl_jax.data.pipeline import to_device_batch, train_batches
 from avcl_jax.data.records import RecordDataset
 from avcl_jax.data.selection import UsableRecords
 from avcl_jax.objectives import feature_bank, temporal
@@ -231,7 +231,7 @@ def test_terms_of_a_modality_that_is_not_trained_are_left_out(modality):
     _, init, step = program.build(config)
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(lambda key: init(key)[0], key)
-    shapes = batch_shapes(experiment.render_spec(config), config.global_batch_size)
+    shapes = experiment.render_spec(config).batch_shapes(config.global_batch_size)
     batch = {name: jax.ShapeDtypeStruct(*value) for name, value in shapes.items()}
     _, metrics = jax.eval_shape(step, state, batch, key)
     letter = modality[0]
