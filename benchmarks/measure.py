@@ -149,6 +149,7 @@ def run_child(
     *,
     cores: Sequence[int] | None = None,
     environment: Mapping[str, str] | None = None,
+    limit_s: float | None = None,
 ) -> Any:
     """Calls a function in a fresh process and returns its result.
 
@@ -157,9 +158,10 @@ def run_child(
         arguments: JSON-serialisable keyword arguments.
         cores: processors available to the process and its children; None for all.
         environment: additional environment variables.
+        limit_s: seconds after which the process is ended; None for no limit.
 
     Raises:
-        ChildError: if the function failed.
+        ChildError: if the function failed, or took longer than its limit.
         UserError: if it raised one, or a system error of a file.
     """
     command = [sys.executable, "-m", "benchmarks.measure", target, json.dumps(arguments)]
@@ -174,10 +176,15 @@ def run_child(
         preexec_fn=lambda: os.sched_setaffinity(0, allowed),
         start_new_session=True,
     ) as process:
-        output, errors = process.communicate()
-        # Endless pipelines leave worker processes behind, which would slow the next measurement.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        try:
+            output, errors = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired as error:
+            raise ChildError(f"{target} took longer than {limit_s:.0f} s") from error
+        finally:
+            # Endless pipelines leave worker processes behind, which would slow the next
+            # measurement.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     if process.returncode == _USER_ERROR:
         raise UserError(errors.splitlines()[-1])
     if process.returncode:

@@ -20,13 +20,16 @@ from benchmarks.measure import Row, Target
 from benchmarks.steps import CLIP, ENCODER
 
 
-def compare(*, remats: Sequence[str], batch: int, dtype: str, repeats: int) -> dict[str, Any]:
+def compare(
+    *, remats: Sequence[str], batch: int, dtype: str, repeats: int, small: bool = False
+) -> dict[str, Any]:
     """Compiles and times a step with each setting of `execution.remat`, in turns.
 
     Args:
         batch: clips per step.
         dtype: dtype of the computation.
         repeats: number of timed steps.
+        small: a small network instead.
 
     Returns:
         By setting: `temporary_bytes` and `flops` of the compiled step, `device`,
@@ -38,7 +41,9 @@ def compare(*, remats: Sequence[str], batch: int, dtype: str, repeats: int) -> d
 
     from benchmarks.steps import encoder_gradient, video_encoder
 
-    encoders = {remat: video_encoder(remat=remat, dtype=jnp.dtype(dtype)) for remat in remats}
+    encoders = {
+        remat: video_encoder(small=small, remat=remat, dtype=jnp.dtype(dtype)) for remat in remats
+    }
     video = jnp.asarray(np.random.default_rng(0).normal(size=(batch, *CLIP)), jnp.float32)
     init = functools.partial(encoders[remats[0]].init, train=False)
     shapes = jax.eval_shape(init, jax.random.key(0), video)

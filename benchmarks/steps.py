@@ -1,4 +1,4 @@
-"""Training steps of this project that `benchmarks.train_step` times, each in its own process."""
+"""Training steps of this project that benchmarks time, each in its own process."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ ENCODER, CLIP = "r2plus1d_18", (16, 112, 112, 3)
 WARM_UP_STEPS = 5
 
 
-def video_encoder(**settings: Any) -> Any:
-    """R(2+1)D-18 with some settings of `VideoResNet`."""
+def video_encoder(*, small: bool = False, **settings: Any) -> Any:
+    """R(2+1)D-18, or a small network of its kind, with some settings of `VideoResNet`."""
     from avcl_jax.models.encoders import create_encoder
 
-    return create_encoder("video", ENCODER, {"subtract_time_mean": False, **settings})
+    settings["subtract_time_mean"] = False
+    if not small:
+        return create_encoder("video", ENCODER, settings)
+    form = {"stem": "r2plus1d", "factorisation": "r2plus1d"}
+    return create_encoder(
+        "video", "resnet", {"widths": (8, 16), "depths": (1, 1)} | form | settings
+    )
 
 
 def encoder_gradient(encoder: Any, variables: Any, clips: Any) -> Any:
@@ -35,20 +41,29 @@ def encoder_gradient(encoder: Any, variables: Any, clips: Any) -> Any:
     return value, statistics, gradient
 
 
-def seconds_of_encoder_steps(*, batch: int, steps: int, dtype: str = "float32") -> list[float]:
+def seconds_of_encoder_steps(
+    *,
+    batch: int,
+    steps: int,
+    dtype: str = "float32",
+    lowering: str = "auto",
+    small: bool = False,
+) -> list[float]:
     """Seconds of each step of R(2+1)D-18: forward, backward and AdamW.
 
     Args:
         batch: clips per step.
         steps: number of timed steps, after one that compiles.
         dtype: dtype of the computation; parameters, statistics and loss are float32.
+        lowering: form of the convolutions.
+        small: a small network instead.
     """
     import jax
     import jax.numpy as jnp
     import numpy as np
     import optax
 
-    encoder = video_encoder(dtype=jnp.dtype(dtype))
+    encoder = video_encoder(small=small, dtype=jnp.dtype(dtype), lowering=lowering)
     clips = jnp.asarray(np.random.default_rng(0).normal(size=(batch, *CLIP)), jnp.float32)
     variables = jax.jit(functools.partial(encoder.init, train=False))(jax.random.key(0), clips)
     optimizer = optax.adamw(1e-4)
@@ -70,44 +85,42 @@ def seconds_of_encoder_steps(*, batch: int, steps: int, dtype: str = "float32") 
     return seconds_of_each(next_step, steps)
 
 
-def gpu_usable() -> dict[str, bool]:
-    """Installed libraries and their ability to use a GPU."""
-    import jax
-    import torch
-
-    return {"JAX": jax.default_backend() == "gpu", "PyTorch": torch.cuda.is_available()}
-
-
-def encoder_flops() -> int:
-    """Operations of the convolutions of R(2+1)D-18 for one clip, forward and backward."""
+def encoder_flops(*, small: bool = False) -> int:
+    """Operations of the convolutions of `video_encoder` for one clip, forward and backward."""
     import jax
     import jax.numpy as jnp
 
     from benchmarks.model_flops import matrix_flops
 
-    encoder = video_encoder(lowering="direct")
+    encoder = video_encoder(small=small, lowering="direct")
     clips = jax.ShapeDtypeStruct((1, *CLIP), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     variables = jax.eval_shape(functools.partial(encoder.init, train=False), key, clips)
     return matrix_flops(functools.partial(encoder_gradient, encoder), variables, clips)
 
 
-def seconds_of_demo_steps(*, steps: int) -> list[float]:
-    """Seconds of each of `steps` training steps of the demo with its bank in use."""
+def demo_training(config: Any, device: Any = None) -> tuple[Any, Any, Any, Any]:
+    """The demo's training with its bank full and in use, on one device.
+
+    Args:
+        config: `configs/pretrain.py`, possibly with other numbers.
+        device: the default one of JAX if None.
+
+    Returns:
+        The jitted step and its arguments: state, a batch of noise, key.
+    """
     import dataclasses
 
     import jax
     import numpy as np
 
     from avcl_jax import experiment
-    from avcl_jax.configs import pretrain
     from avcl_jax.objectives import feature_bank
     from avcl_jax.training import program, sharding
     from avcl_jax.training.step import jit_train_step
     from benchmarks.batches import complete_views, random_batch
 
-    config = pretrain.get_config("demo")
-    mesh, init, step_function = program.build(config)
+    mesh, init, step_function = program.build(config, [device or jax.devices()[0]])
     key = jax.random.key(0)
     state, shardings = init(key)
     # Filled with other videos and past its warm-up, so that rows are drawn from the first step on.
@@ -126,6 +139,24 @@ def seconds_of_demo_steps(*, steps: int) -> list[float]:
     state = jax.device_put(dataclasses.replace(state, bank=bank, step=step_number), shardings)
     step = jit_train_step(step_function, mesh, shardings)
     batch = jax.device_put(random_batch(config), sharding.rows_sharding(mesh))
+    return step, state, batch, key
+
+
+def check_bank_in_use(config: Any, metrics: Any) -> None:
+    """Raises RuntimeError if anchors of a step got fewer positives of the bank than set."""
+    positives = float(metrics["vv/bank_positives"].compute())
+    if positives != config.bank.num_positives:
+        raise RuntimeError(f"anchors got {positives} bank positives: the bank was not in use")
+
+
+def seconds_of_demo_steps(*, steps: int) -> list[float]:
+    """Seconds of each of `steps` training steps of the demo with its bank in use."""
+    import jax
+
+    from avcl_jax.configs import pretrain
+
+    config = pretrain.get_config("demo")
+    step, state, batch, key = demo_training(config)
     metrics: Any = {}
 
     def next_step() -> None:
@@ -133,9 +164,7 @@ def seconds_of_demo_steps(*, steps: int) -> list[float]:
         state, metrics = jax.block_until_ready(step(state, batch, key))
 
     seconds = seconds_of_each(next_step, steps, warmup=WARM_UP_STEPS)
-    positives = float(metrics["vv/bank_positives"].compute())
-    if positives != config.bank.num_positives:
-        raise RuntimeError(f"anchors got {positives} bank positives: the bank was not in use")
+    check_bank_in_use(config, metrics)
     return seconds
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
+import gzip
 import json
 import os
 import types
@@ -36,12 +36,12 @@ from benchmarks import (
     footage,
     jpeg_quality,
     measure,
+    on_gpu,
     record_features,
     rendering,
     scale,
     startup,
     steps,
-    train_step,
 )
 from benchmarks.baselines import pyav_dataloader
 from benchmarks.batches import complete_views
@@ -150,16 +150,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """A GPU that fits 128 clips of ours and 64 of PyTorch's; returns the runs on it."""
     runs = []
 
-    def run(target: str, arguments: dict[str, Any], environment: Any = None) -> Any:
-        name = target.partition(":")[2]
-        if name == "gpu_usable":
-            return {"JAX": True, "PyTorch": True}
-        if name == "encoder_flops":
-            return 10**12
+    def run(target: str, arguments: dict[str, Any], *, limit_s: float) -> Any:
+        assert 0 < limit_s <= 0.42 * 60  # agreement and PyTorch have 42 % of the time
         batch, ours = arguments["batch"], "pytorch" not in target
-        # Steps on another device or with other settings would be another metric.
-        assert environment == {"JAX_PLATFORMS": "cuda"}
-        assert (arguments["dtype"], arguments["steps"]) == ("bfloat16", 15)
+        assert (arguments["dtype"], arguments["steps"]) == ("bfloat16", 20)
         assert ours or arguments["device"] == "cuda"
         runs.append((target, batch))
         if batch > (128 if ours else 64):
@@ -169,48 +163,79 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         return [0.2 if ours else 0.5 if arguments["compiled"] else 0.6]
 
     monkeypatch.setattr(measure, "run_child", run)
-    monkeypatch.setattr(measure, "gpu_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(measure, "need", lambda _: None)
-    train_step._gpu_steps.cache_clear()
     return runs
 
 
-ARGS = argparse.Namespace(gpu_batch=512, steps=3, repeats=5)
+def _run_on_h200() -> on_gpu.Run:
+    return on_gpu.Run(seconds=60, small=False, gpu="NVIDIA H200")
 
 
 def test_the_step_on_a_gpu_at_the_largest_batch_that_fits_both(gpu: list[tuple[str, int]]) -> None:
-    value, detail = train_step.step_over_pytorch_gpu(ARGS)
+    value, detail = _run_on_h200().row("pytorch", "step_over_pytorch_gpu")
     assert (value, detail["batch"], detail["better"]) == (2.5, 64, "compiled")
-    fraction, detail = train_step.gpu_peak_fraction(ARGS)
-    assert fraction == pytest.approx(64e12 / 0.2 / 989e12)
-    assert len([batch for _, batch in gpu if batch == 64]) == 3 * (1 + ARGS.repeats)
-
-
-def test_without_a_gpu_that_both_libraries_can_use_rows_are_skipped(
-    gpu: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(measure, "run_child", lambda *_: {"JAX": False, "PyTorch": True})
-    with pytest.raises(SkipError, match="JAX cannot use NVIDIA H200: install"):
-        train_step.step_over_pytorch_gpu(ARGS)
-    monkeypatch.setattr(measure, "gpu_name", lambda: "none")
-    with pytest.raises(SkipError, match="lists no GPU"):
-        train_step.gpu_peak_fraction(ARGS)
-    assert gpu == []
+    assert [batch for _, batch in gpu] == [256, 128, 128, 64, 64, 64]
 
 
 def test_only_an_out_of_memory_error_halves_the_batch(
     gpu: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(target: str, arguments: dict[str, Any], environment: Any = None) -> Any:
-        if target.endswith("gpu_usable"):
-            return {"JAX": True, "PyTorch": True}
+    def run(target: str, arguments: dict[str, Any], **_: Any) -> Any:
         gpu.append((target, arguments["batch"]))
         raise ChildError("no kernel image is available")
 
     monkeypatch.setattr(measure, "run_child", run)
-    with pytest.raises(ChildError, match="no kernel image"):
-        train_step.step_over_pytorch_gpu(ARGS)
-    assert [batch for _, batch in gpu] == [512]
+    measured = _run_on_h200()
+    for _ in range(2):  # the part has failed, and is not tried again
+        with pytest.raises(SkipError, match="no kernel image"):
+            measured.row("pytorch", "step_over_pytorch_gpu")
+    assert [batch for _, batch in gpu] == [256]
+
+
+def test_a_gpu_is_compared_with_its_own_peak() -> None:
+    assert _run_on_h200().peak_share(98.9e12, 0.2) == pytest.approx(0.5)
+    with pytest.raises(SkipError, match="peak of NVIDIA B1 is unknown"):
+        on_gpu.Run(seconds=60, small=False, gpu="NVIDIA B1").peak_share(1.0, 1.0)
+
+
+def test_a_process_ends_at_its_time_limit() -> None:
+    with pytest.raises(ChildError, match="subprocess:run took longer than 1 s"):
+        run_child("subprocess:run", {"args": ["sleep", "600"]}, limit_s=1)
+
+
+def test_kernels_are_those_of_the_streams_of_a_gpu(tmp_path: Path) -> None:
+    def named(thread: int, name: str) -> dict[str, Any]:
+        return {"ph": "M", "name": "thread_name", "pid": 1, "tid": thread, "args": {"name": name}}
+
+    def event(thread: int, name: str, microseconds: float) -> dict[str, Any]:
+        return {"ph": "X", "pid": 1, "tid": thread, "name": name, "ts": 0, "dur": microseconds}
+
+    # A row of XLA's operations shows the same time again.
+    events = [named(7, "Stream #7(Compute)"), named(8, "XLA Ops"), event(8, "fusion", 9e6)]
+    events += [event(7, "conv", 2e6), event(7, "conv", 1e6), event(7, "norm", 5e5)]
+    path = tmp_path / "plugins" / "host.trace.json.gz"
+    path.parent.mkdir()
+    path.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+    assert on_gpu.kernel_seconds(tmp_path) == {"conv": 3.0, "norm": 0.5}
+
+
+@pytest.mark.slow
+def test_all_that_a_borrowed_gpu_is_asked_runs_in_small_on_a_cpu(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    with pytest.raises(SystemExit) as ended:
+        run_command(on_gpu.main, ["--small", "--minutes=60", f"--json={path}"])
+    assert ended.value.code == 0
+    rows = {row["name"]: row for row in json.loads(path.read_text())}
+    skipped = {name for name, row in rows.items() if row["value"] is None}
+    # What a CPU has not.
+    assert skipped == {"step_over_pytorch_gpu", "gpu_step_memory_over_estimate"}
+    # The CPU is compared with itself.
+    assert rows["gpu_gradient_error_ratio"]["value"] == 1.0
+    errors = rows["gpu_gradient_error_ratio"]["detail"]
+    assert errors["gpu_float32"] == 0.0
+    assert 0.001 < errors["gpu_bfloat16"] < 0.2
+    assert rows["gpu_demo_loss_last_over_first"]["value"] < 1.0
+    assert 0 < rows["gpu_step_top_kernels_share"]["value"] <= 1.0
 
 
 def test_flops_of_the_encoder_that_is_timed() -> None:

@@ -250,7 +250,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_undisturbed(
     end("killed")
     seen.ended()
     assert every <= reached[0]
-    assert reached == sorted(reached) and reached[-1] < last
+    assert reached == sorted(reached)
     # A checkpoint begins in the step after its own, and waits for the one before.
     assert max(lost) <= 2 * every + 1
     assert_identical(tmp_path / "whole", tmp_path / "killed", last)
