@@ -14,6 +14,8 @@ from pathlib import Path
 
 # Before jax is imported: results are compared to 1e-6 and must not depend on the machine.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Read as gcsfs is imported: it would ask Google itself for the kind of each bucket, over TLS.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 import jax
 import pytest

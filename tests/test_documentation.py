@@ -98,7 +98,7 @@ def check_parses(command: str) -> None:
             _parse_module("avcl_jax.data_prep", arguments)
         case ["make", target, *_]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        case ["pip", "install", *packages]:
+        case ["pip", "install" | "download", *packages]:
             for name in packages:
                 extra = re.fullmatch(r"avcl-jax\[(.*)\]", name)
                 assert not extra or f'"{extra[1]}": [' in (ROOT / "setup.py").read_text()
