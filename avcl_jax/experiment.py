@@ -212,7 +212,7 @@ def preprocessings(
     config: ml_collections.ConfigDict,
 ) -> dict[str, VideoPreprocessing | AudioPreprocessing]:
     """Preprocessing of raw media for the video and the audio encoder."""
-    # Its libraries of images and sound are not needed to build and run the train step.
+    # Its libraries of media are not needed to build and run the train step.
     from avcl_jax.data.preprocessing import AudioPreprocessing, VideoPreprocessing
 
     spec = render_spec(config)

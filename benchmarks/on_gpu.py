@@ -51,7 +51,7 @@ class Run:
     Attributes:
         small: small sizes, on the default device of JAX.
         gpu: name of the GPU, or of what takes its place.
-        overrides: of a preset, to make its step small.
+        overrides: settings that make the step of a preset small.
     """
 
     def __init__(self, *, seconds: float, small: bool, gpu: str):

@@ -70,8 +70,8 @@ def convolve_packed(
 
     Args:
         x: [batch, *space, width / packs[0], packs[0] x channels].
-        kernel: as for `convolve`.
-        strides: as for `convolve`, in pixels.
+        kernel: that of `convolve`.
+        strides: those of `convolve`, in pixels.
         packs: number of pixels in each one of the input and of the output; must divide the widths,
             and the first one `strides[-1]` times the second.
 

@@ -58,7 +58,7 @@ class SpatioTemporalConv(nn.Module):
         middle: middle channels of "r2plus1d"; torchvision computes them once per block.
         conv: makes a `Conv`.
         norm: makes a `BatchNorm`.
-        packs: of the input and of the output, see `convolve_packed`.
+        packs: those of the input and of the output, see `convolve_packed`.
     """
 
     features: int
@@ -101,7 +101,7 @@ class ResidualBlock(nn.Module):
         kind: see `SpatioTemporalConv`.
         conv: makes a `Conv`.
         norm: makes a `BatchNorm`.
-        packs: of the input and of the output, see `convolve_packed`.
+        packs: those of the input and of the output, see `convolve_packed`.
     """
 
     form: Block
