@@ -70,8 +70,8 @@ def convolve_packed(
 
     Args:
         x: [batch, *space, width / packs[0], packs[0] x channels].
-        kernel: that of `convolve`.
-        strides: those of `convolve`, in pixels.
+        kernel: the one that `convolve` takes.
+        strides: the ones that `convolve` takes, in pixels.
         packs: number of pixels in each one of the input and of the output; must divide the widths,
             and the first one `strides[-1]` times the second.
 
