@@ -3,7 +3,7 @@
     python -m benchmarks.bank --json F
 
 The baseline is FAISS's exact index, `IndexFlatIP`, by default and tuned. Each measurement has its
-own process, and the sides take turns. docs/performance.md describes the rows.
+own process, and the sides take turns. docs/performance.md has the rows.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 No GPU is needed: XLA compiles the step of `avcl_jax.main` for a host of GPUs. Bytes, layouts and
 exchanges are those of the compiled program, times those of the roofline model (`gpu_costs`), which
-a GPU does not beat; nothing is a measured speed. docs/performance_accelerators.md explains each
+a GPU does not beat; nothing is a measured speed. docs/performance_measuring.md explains each
 row.
 """
 

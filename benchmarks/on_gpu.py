@@ -3,7 +3,7 @@
 For the few minutes for which a GPU is borrowed: parts in the order of their worth, each in its own
 processes and with its own time limit; the file has the rows so far after each. Batches are noise.
 It needs the sources, JAX for this GPU, flax, optax and some small packages
-(docs/performance_accelerators.md); PyTorch's row needs torch and torchvision. `--small` runs all
+(docs/performance_measuring.md); PyTorch's row needs torch and torchvision. `--small` runs all
 in small on any machine.
 """
 

@@ -1,7 +1,7 @@
 """Estimates of the TPU compiler for the pretraining step: `python -m benchmarks.tpu_aot --json F`.
 
 No TPU is needed: libtpu compiles the step of `avcl_jax.main` for a pod that need not exist. All
-values are compiler estimates, per chip; docs/performance_accelerators.md explains each.
+values are compiler estimates, per chip; docs/performance_measuring.md explains each.
 """
 
 from __future__ import annotations

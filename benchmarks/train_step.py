@@ -1,6 +1,6 @@
 """Speed of a training step: `python -m benchmarks.train_step --json F`.
 
-docs/performance.md describes the rows. The sides of a comparison run in turns in fresh processes
+docs/performance.md has the rows. The sides of a comparison run in turns in fresh processes
 with the same threads and the same allocator; parts of our step are compared inside one process. A
 row that cannot be measured on this machine is listed as skipped, with the reason.
 """

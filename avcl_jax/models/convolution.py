@@ -25,7 +25,7 @@ _Form = Callable[[Array, Array, tuple[int, ...]], Array]
 _SPLIT_ROWS, _PARTS = 2**15, 8
 _FEW_CHANNELS = 4
 # Rows and columns of a matrix unit, by JAX's name of the chip (v5e): of chips on which the compiler
-# confirmed that packs pay, docs/performance_accelerators.md.
+# confirmed that packs pay, docs/performance.md.
 _MATRIX_UNITS = {"TPU v5 lite": 128}
 
 
