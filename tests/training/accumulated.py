@@ -50,8 +50,8 @@ class FrozenNorms(AudioVisualModel):
         return super().__call__(*args, **inputs, train=False)
 
 
-def frozen_model(config) -> AudioVisualModel:
-    model = _MODEL(config)
+def frozen_model(config, **settings) -> AudioVisualModel:
+    model = _MODEL(config, **settings)
     fields = ("video_encoder", "audio_encoder", "embedding_dim", "projection_hidden")
     return FrozenNorms(
         **{name: getattr(model, name) for name in (*fields, "temporal_hidden", "speeds")}
