@@ -42,7 +42,9 @@ def test_every_gradient_is_exchanged_once(found: dict[str, Any]) -> None:
     # A normalisation has a scale and a shift, and as many statistics; what is left are kernels and
     # biases, which are used as bfloat16, and whose gradients the compiler sums as such.
     scales = found["statistics"]
-    assert reduced["bf16"] == found["parameters"] - scales
+    # Those of packed kernels (`convolve_packed`) are summed with the places of their zeros.
+    kernels = found["parameters"] - scales
+    assert kernels <= reduced["bf16"] <= 1.5 * kernels
     # float32: gradients of the scales, sums of normalisation forward and backward, and metrics.
     assert scales <= reduced["f32"] <= 5 * scales
 
