@@ -45,8 +45,9 @@ def test_every_gradient_is_exchanged_once(found: dict[str, Any]) -> None:
     # Those of packed kernels (`convolve_packed`) are summed with the places of their zeros.
     kernels = found["parameters"] - scales
     assert kernels <= reduced["bf16"] <= 1.5 * kernels
-    # float32: gradients of the scales, sums of normalisation forward and backward, and metrics.
-    assert scales <= reduced["f32"] <= 5 * scales
+    # float32: gradients of the scales, sums of normalisation forward and backward, and metrics; of
+    # packed pixels each has sums of its own.
+    assert scales <= reduced["f32"] <= 6 * scales
 
 
 def test_the_bank_exchanges_no_more_than_the_cheaper_way(found: dict[str, Any]) -> None:
