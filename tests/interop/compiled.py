@@ -36,13 +36,13 @@ OVERRIDES = {
 
 
 def small_step(
-    topology: str, videos: int, cache: Path, environment: Mapping[str, str]
+    topology: str, videos: int, cache: Path, environment: Mapping[str, str], **overrides: str
 ) -> dict[str, Any]:
-    """Metrics of `benchmarks.aot.compile_step`, in its own process."""
+    """Metrics of `benchmarks.aot.compile_step`, in its own process; `a__b=1` sets `config.a.b`."""
     arguments = {
         "topology": topology,
         "preset": "kinetics400",
-        "overrides": OVERRIDES,
+        "overrides": OVERRIDES | {name.replace("__", "."): v for name, v in overrides.items()},
         "videos_per_chip": videos,
         "cache": str(cache),
     }
