@@ -27,6 +27,7 @@ from jax.experimental import topologies
 from avcl_jax import experiment
 from avcl_jax.configs import pretrain
 from avcl_jax.errors import UserError
+from avcl_jax.models.transformers import Transformer
 from avcl_jax.objectives import feature_bank
 from avcl_jax.objectives.views import MODALITIES
 from avcl_jax.training import sharding
@@ -218,8 +219,9 @@ def _setup(
 
 
 def _about(config: ml_collections.ConfigDict, devices: Any) -> dict[str, Any]:
-    """Sizes of a config on devices, and the bytes that its bank exchanges."""
+    """Kind and sizes of a config on devices, and the bytes that its bank exchanges."""
     return {
+        "transformer": isinstance(experiment.encoder(config, "video"), Transformer),
         "chips": len(devices),
         "videos_per_chip": config.global_batch_size // len(devices),
         "exchange": bank_exchange(config, len(devices))._asdict(),

@@ -17,6 +17,7 @@ STEP: dict[str, Any] = {
     "compiler_flops": 6e12,
     "hbm_bytes": 12e9,
     "videos_per_chip": 16,
+    "transformer": False,
     "parameters": 10_000_000,
     "exchange": {"merge": 5_000_000, "gather": 4_000_000},
     "collectives": [
@@ -64,6 +65,10 @@ def test_rows_have_their_names_and_targets(monkeypatch: pytest.MonkeyPatch) -> N
         "interconnect_over_compute": ("<= 0.1", "met"),
     }
     assert calls[1] == ("benchmarks.aot:compile_step", "v5e:16x16", "cpu")
+
+    monkeypatch.setattr(measure, "run_child", lambda *_, **__: {**STEP, "transformer": True})
+    mfu = tpu_aot.step_rows({"topology": "v5e:4x4"})[1]
+    assert (str(mfu.target), mfu.verdict) == (">= 0.45", "MISSED")
 
 
 @pytest.mark.parametrize(
