@@ -41,8 +41,9 @@ def warmup_multistep(
 
 
 def _decay_mask(params: Any) -> Any:
-    """True for kernels; biases and the scales of normalisations are not decayed."""
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    """True for kernels; biases, scales of normalisations and positions are not decayed."""
+    # Not by the number of axes: biases of attention have two, positions four or five.
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def create_optimizer(
