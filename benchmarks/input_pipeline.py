@@ -21,6 +21,7 @@ from benchmarks import footage, measure
 from benchmarks.measure import Measured, RowTable, SkipError, Target
 
 _MILLION = 1_000_000
+_Values = dict[str, list[float]]  # measurements by side
 # There are few distinct videos; many links to them are shuffled like a large data set.
 _LINKED = 1024
 
@@ -143,17 +144,34 @@ def _log_mel(subject: _Subject) -> Measured:
     return result.pop("speedup"), result
 
 
-def _preparation(subject: _Subject) -> Measured:
+def _preparation_sides(subject: _Subject, **sides: tuple[str, dict[str, bool]]) -> _Values:
+    """Hours of video per core-hour of some functions of benchmarks/preparation.py."""
     folder, core = subject.videos(), subject.cores[:1]
-    sides = {
-        name: functools.partial(_child, "preparation", function, cores=core, folder=folder)
-        for name, function in (
-            ("prepare", "hours_prepared"),
-            ("bound", "hours_decoded_and_encoded"),
+    calls = {
+        name: functools.partial(
+            _child, "preparation", function, cores=core, folder=folder, **arguments
         )
+        for name, (function, arguments) in sides.items()
     }
-    values = measure.interleave(sides, repeats=subject.args.repeats)
+    return measure.interleave(calls, repeats=subject.args.repeats)
+
+
+def _preparation(subject: _Subject) -> Measured:
+    values = _preparation_sides(
+        subject, prepare=("hours_prepared", {}), bound=("hours_decoded_and_encoded", {})
+    )
     return measure.ratio(values, "prepare", "bound", quantity="hours_per_core_hour")
+
+
+def _prepared_hours(subject: _Subject) -> Measured:
+    values = _preparation_sides(
+        subject,
+        prepare=("hours_prepared", {}),
+        bare_rgb=("hours_decoded_and_encoded", {}),
+        bare_planes=("hours_decoded_and_encoded", {"planes": True}),
+    )
+    gain, detail = measure.ratio(values, "bare_planes", "bare_rgb", quantity="hours_per_core_hour")
+    return statistics.median(values["prepare"]), detail | {"planes_over_rgb": gain}
 
 
 def _peak_memory(subject: _Subject) -> Measured:
@@ -225,6 +243,7 @@ _ROWS: RowTable[_Subject] = {
     "pipeline_over_dmvr": ("ratio", Target(">=", 1.2), _over_dmvr),
     "logmel_speedup_over_librosa": ("ratio", Target(">=", 4), _log_mel),
     "prep_over_ffmpeg_bound": ("ratio", Target(">=", 0.7), _preparation),
+    "prepare_hours_per_core": ("hours", None, _prepared_hours),
     "pipeline_rss_gb": ("GB", Target("<=", 2), _peak_memory),
     "index_1m_load_seconds": ("s", Target("<=", 2), functools.partial(_index, "seconds")),
     "index_1m_mb": ("MB", Target("<=", 50), functools.partial(_index, "megabytes")),

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import av
+import numpy as np
 import simplejpeg
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 
 from avcl_jax.data.records import RecordDataset
 from benchmarks import rendering
 from benchmarks.baselines.pyav_dataloader import timeline
 from benchmarks.footage import list_videos
-from benchmarks.measure import seconds_of
 
 
 def _hours(folder: str) -> float:
     return sum(timeline(path).end_seconds for path in list_videos(folder)) / 3600
 
 
+def _core_seconds(call: Callable[[], object]) -> float:
+    """Processor time of a call with the processes that it starts and waits for."""
+    begin = sum(os.times()[:4])
+    call()
+    return sum(os.times()[:4]) - begin
+
+
 def hours_prepared(*, folder: str) -> float:
-    """Hours of video that the command prepares per hour with one worker.
+    """Hours of video that the command prepares per core-hour with one worker.
 
     The time of --dry-run, which starts Python and reads the manifest, is subtracted. The start of
     the worker process is not.
@@ -39,22 +47,26 @@ def hours_prepared(*, folder: str) -> float:
         )
 
     with tempfile.TemporaryDirectory() as scratch:
-        start = seconds_of(lambda: prepare(Path(scratch) / "nothing", "--dry-run"))
-        seconds = seconds_of(lambda: prepare(Path(scratch) / "records"))
+        start = _core_seconds(lambda: prepare(Path(scratch) / "nothing", "--dry-run"))
+        seconds = _core_seconds(lambda: prepare(Path(scratch) / "records"))
         return 3600 * _hours(folder) / (seconds - start)
 
 
-def hours_decoded_and_encoded(*, folder: str) -> float:
-    """Hours of video that a bare loop decodes, scales and encodes to JPEG per hour.
+def hours_decoded_and_encoded(*, folder: str, planes: bool = False) -> float:
+    """Hours of video that a bare loop decodes, scales and encodes to JPEG per core-hour.
 
     Size and quality of the frames are those of the records, and audio is resampled to 16 kHz, in
     one pass through each file; nothing is checked, kept or written.
+
+    Args:
+        planes: scale and encode YUV planes, without RGB between them. The matrix stays that of
+            the file, which must be BT.601.
     """
-    seconds = seconds_of(lambda: _decode_and_encode(list_videos(folder)))
+    seconds = _core_seconds(lambda: _decode_and_encode(list_videos(folder), planes=planes))
     return 3600 * _hours(folder) / seconds
 
 
-def _decode_and_encode(paths: Sequence[Path]) -> None:
+def _decode_and_encode(paths: Sequence[Path], *, planes: bool) -> None:
     hz = rendering.LOG_MEL.sample_rate_hz
     for path in paths:
         with av.open(str(path)) as container:
@@ -70,10 +82,26 @@ def _decode_and_encode(paths: Sequence[Path]) -> None:
                         part.to_ndarray()
                     continue
                 assert isinstance(frame, av.VideoFrame)
-                image = reformatter.reformat(
-                    frame, *size, format="rgb24", interpolation=Interpolation.AREA, threads=1
-                ).to_ndarray()
-                simplejpeg.encode_jpeg(image, quality=90, colorspace="RGB", colorsubsampling="420")
+                scaled = reformatter.reformat(
+                    frame,
+                    *size,
+                    format="yuvj420p" if planes else "rgb24",
+                    interpolation=Interpolation.AREA,
+                    dst_color_range=ColorRange.JPEG if planes else None,
+                    threads=1,
+                )
+                if planes:
+                    simplejpeg.encode_jpeg_yuv_planes(*map(_pixels, scaled.planes), quality=90)
+                else:
+                    simplejpeg.encode_jpeg(
+                        scaled.to_ndarray(), quality=90, colorspace="RGB", colorsubsampling="420"
+                    )
+
+
+def _pixels(plane: av.video.plane.VideoPlane) -> np.ndarray:
+    """Copies a plane without the padding of its lines, uint8 [height, width]."""
+    lines = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+    return np.ascontiguousarray(lines[: plane.height, : plane.width])
 
 
 def sizes(*, folder: str, directory: str) -> dict[str, float]:
