@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -98,7 +99,7 @@ def _decode_and_encode(paths: Sequence[Path], *, planes: bool) -> None:
                     )
 
 
-def _pixels(plane: av.video.plane.VideoPlane) -> np.ndarray:
+def _pixels(plane: Any) -> np.ndarray:
     """Copies a plane without the padding of its lines, uint8 [height, width]."""
     lines = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
     return np.ascontiguousarray(lines[: plane.height, : plane.width])
