@@ -83,20 +83,25 @@ def _decode_and_encode(paths: Sequence[Path], *, planes: bool) -> None:
                         part.to_ndarray()
                     continue
                 assert isinstance(frame, av.VideoFrame)
-                scaled = reformatter.reformat(
-                    frame,
-                    *size,
-                    format="yuvj420p" if planes else "rgb24",
-                    interpolation=Interpolation.AREA,
-                    dst_color_range=ColorRange.JPEG if planes else None,
-                    threads=1,
-                )
-                if planes:
-                    simplejpeg.encode_jpeg_yuv_planes(*map(_pixels, scaled.planes), quality=90)
-                else:
-                    simplejpeg.encode_jpeg(
-                        scaled.to_ndarray(), quality=90, colorspace="RGB", colorsubsampling="420"
-                    )
+                encode(frame, size, reformatter, planes=planes)
+
+
+def encode(
+    frame: av.VideoFrame, size: tuple[int, int], reformatter: VideoReformatter, *, planes: bool
+) -> bytes:
+    """Scales a frame to width and height, and encodes it to JPEG."""
+    scaled = reformatter.reformat(
+        frame,
+        *size,
+        format="yuvj420p" if planes else "rgb24",
+        interpolation=Interpolation.AREA,
+        dst_color_range=ColorRange.JPEG if planes else None,
+        threads=1,
+    )
+    if planes:
+        return simplejpeg.encode_jpeg_yuv_planes(*map(_pixels, scaled.planes), quality=90)
+    image = scaled.to_ndarray()
+    return simplejpeg.encode_jpeg(image, quality=90, colorspace="RGB", colorsubsampling="420")
 
 
 def _pixels(plane: Any) -> np.ndarray:

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import simplejpeg
+from av.video.reformatter import VideoReformatter
 
 from avcl_jax import experiment
 from avcl_jax.configs import pretrain
@@ -37,6 +39,7 @@ from benchmarks import (
     jpeg_quality,
     measure,
     on_gpu,
+    preparation,
     record_features,
     rendering,
     scale,
@@ -596,3 +599,18 @@ def test_every_row_of_scale_is_measured(tmp_path: Path, monkeypatch: pytest.Monk
     assert all(np.isfinite(value) for value in rows.values())
     assert rows["requests_per_record"] == 1
     assert 3 <= rows["shm_batches_in_flight"] <= 4
+
+
+@pytest.mark.parametrize("planes", [False, True], ids=["rgb", "planes"])
+def test_both_routes_of_preparation_show_the_colours_of_bt601(planes: bool) -> None:
+    """Halves of two colours in limited range, scaled to odd sizes."""
+    yuv = np.full((96, 128), 128, np.uint8)  # chroma 128: grey
+    yuv[:64, :64], yuv[:64, 64:] = 235, 81  # white; red by its luma
+    chroma = yuv[64:].reshape(2, 32, 64)
+    chroma[0, :, 32:], chroma[1, :, 32:] = 90, 240
+    frame = av.VideoFrame.from_ndarray(yuv, format="yuv420p")
+    data = preparation.encode(frame, (85, 43), VideoReformatter(), planes=planes)
+    image = simplejpeg.decode_jpeg(data)
+    assert image.shape == (43, 85, 3)
+    np.testing.assert_allclose(image[5:-5, 5:30].astype(int), 255, atol=3)
+    np.testing.assert_allclose(image[5:-5, 55:-5].astype(int) - [254, 0, 0], 0, atol=4)
